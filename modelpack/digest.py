@@ -1,0 +1,103 @@
+"""Content identity: digests, and hashing that never needs the whole content in memory.
+
+Grammar (OCI image-spec, descriptor.md "Digests"), restricted to what we can verify::
+
+    digest  ::= "sha256:" 64*hex | "sha512:" 128*hex        hex ::= [0-9a-f]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from modelpack.errors import DigestMismatchError, InvalidDigestError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from hashlib import _Hash
+
+_HEX_LENGTH = {"sha256": 64, "sha512": 128}
+_LOWER_HEX = re.compile(r"[0-9a-f]+\Z")
+
+#: Hex digits of a model's short id, as Docker shows it.
+SHORT_ID_LENGTH = 12
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Digest:
+    """`algorithm:encoded`, checked when parsed; safe to build a path or a URL from."""
+
+    algorithm: str
+    encoded: str
+
+    @classmethod
+    def parse(cls, text: str) -> Digest:
+        """Return the digest that `text` spells; raise `InvalidDigestError` otherwise."""
+        algorithm, separator, encoded = text.partition(":")
+        length = _HEX_LENGTH.get(algorithm)
+        shown = text if len(text) <= 160 else text[:160] + "…"
+        if not separator or length is None:
+            raise InvalidDigestError(
+                f"{shown!r} is not a digest: expected sha256:<64 hex> or sha512:<128 hex>",
+                got=shown,
+            )
+        if len(encoded) != length or not _LOWER_HEX.match(encoded):
+            raise InvalidDigestError(
+                f"{shown!r} is not a digest: {algorithm} needs exactly {length} lower-case "
+                f"hexadecimal digits, got {len(encoded)} characters",
+                got=shown,
+            )
+        return cls(algorithm, encoded)
+
+    @classmethod
+    def of(cls, content: bytes, algorithm: str = "sha256") -> Digest:
+        """Return the digest of `content`."""
+        hasher = new_hasher(algorithm)
+        hasher.update(content)
+        return cls(algorithm, hasher.hexdigest())
+
+    @classmethod
+    def of_hasher(cls, hasher: _Hash) -> Digest:
+        """Return the digest of all that `hasher` was fed."""
+        return cls(hasher.name, hasher.hexdigest())
+
+    @property
+    def short(self) -> str:
+        """The first 12 hex digits, as `docker model list` shows them."""
+        return self.encoded[:SHORT_ID_LENGTH]
+
+    def hasher(self) -> _Hash:
+        """Return a new hasher of this digest's algorithm."""
+        return new_hasher(self.algorithm)
+
+    def check(self, content: bytes, what: str) -> None:
+        """Raise `DigestMismatchError` unless `content` hashes to this digest."""
+        self.check_equal(Digest.of(content, self.algorithm), what)
+
+    def check_equal(self, got: Digest, what: str) -> None:
+        """Raise `DigestMismatchError`, naming `what`, unless `got` is this digest."""
+        if got != self:
+            raise DigestMismatchError(
+                f"{what}: content does not match its digest: expected {self}, got {got}",
+                expected=str(self),
+                got=str(got),
+            )
+
+    def __str__(self) -> str:
+        return f"{self.algorithm}:{self.encoded}"
+
+
+def new_hasher(algorithm: str = "sha256") -> _Hash:
+    """Return an empty hasher; the algorithm is one that `Digest.parse` accepts."""
+    return hashlib.new(algorithm, usedforsecurity=True)
+
+
+def digest_of_chunks(chunks: Iterable[bytes], algorithm: str = "sha256") -> tuple[Digest, int]:
+    """Return the digest of the concatenated chunks and their length in bytes."""
+    hasher, size = new_hasher(algorithm), 0
+    for chunk in chunks:
+        hasher.update(chunk)
+        size += len(chunk)
+    return Digest.of_hasher(hasher), size

@@ -1,0 +1,99 @@
+"""JSON whose bytes equal Go's `encoding/json`, and strict, bounded JSON reading.
+
+Docker Model Runner writes manifests and configs with Go's encoder; a digest is only the same if
+every byte is. Go escapes `<`, `>`, `&`, U+2028 and U+2029, and writes each invalid UTF-8 byte as
+the six characters ``\\ufffd``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NoReturn
+
+from modelpack.errors import ManifestError
+
+#: distribution-spec "Pushing manifests": registries should take 4 MiB; more is refused.
+MAX_DOCUMENT_BYTES = 4 * 1024 * 1024
+
+_GO_ESCAPES = str.maketrans(
+    {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def encode(value: Any) -> bytes:
+    """Return the bytes that Go's `json.Marshal` gives for `value`.
+
+    Dicts keep their order (Go structs); sort the keys first for a Go map. Undecodable bytes of a
+    file name (surrogates of the `surrogateescape` handler) become ``\\ufffd``.
+    """
+    return encode_text(value).encode()
+
+
+def encode_text(value: Any) -> str:
+    """Return `encode(value)` as text, for JSON that is itself a string in other JSON."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return _SURROGATE.sub(r"\\ufffd", text.translate(_GO_ESCAPES))
+
+
+def sorted_map(values: dict[str, str]) -> dict[str, str]:
+    """Return `values` in the order of a Go map: sorted by the UTF-8 bytes of the keys."""
+    return dict(sorted(values.items(), key=lambda item: item[0].encode(errors="surrogateescape")))
+
+
+def decode(raw: bytes, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> Any:
+    """Return the value of the JSON text `raw`; `what` names it in errors.
+
+    Stricter than `json.loads`: at most `limit` bytes, UTF-8 without a byte order mark, no
+    duplicate keys (two readers could disagree on them), no NaN, no absurd nesting.
+    Raises `ManifestError`.
+    """
+    if len(raw) > limit:
+        raise ManifestError(f"is {len(raw)} bytes, more than the limit of {limit}", path=what)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ManifestError(f"has the key {twice!r} twice in one object", path=what)
+        return value
+
+    def refuse(constant: str) -> NoReturn:
+        raise ManifestError(f"holds {constant}, which is not JSON", path=what)
+
+    try:
+        return json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse)
+    except UnicodeDecodeError as error:
+        raise ManifestError("is not UTF-8", path=what, offset=error.start) from None
+    except json.JSONDecodeError as error:
+        raise ManifestError(f"is not JSON: {error.msg}", path=what, offset=error.pos) from None
+    except RecursionError:
+        raise ManifestError("is nested too deeply", path=what) from None
+    except ManifestError:
+        raise
+    except ValueError as error:  # an integer of thousands of digits
+        raise ManifestError(f"holds a number out of range: {error}", path=what) from None
+
+
+def decode_object(raw: bytes, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> dict[str, Any]:
+    """Return the JSON object `raw`; as `decode`, but anything else than an object is an error."""
+    value = decode(raw, what, limit=limit)
+    if not isinstance(value, dict):
+        raise ManifestError(f"is {kind_of(value)}, expected an object", path=what)
+    return value
+
+
+def kind_of(value: object) -> str:
+    """Return what JSON calls the type of `value`, with its article, for error messages."""
+    names: dict[type, str] = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
+    return names.get(type(value), type(value).__name__)

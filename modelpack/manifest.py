@@ -1,0 +1,208 @@
+"""Manifest and Index, always together with the bytes that they were read from.
+
+Sources: OCI image-spec v1.1, manifest.md and image-index.md. The bytes are what a digest stands
+for, so they are kept and passed on as they came; nothing is ever serialised again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from modelpack import mediatypes
+from modelpack.descriptor import Descriptor, checked_media_type, parsed_annotations
+from modelpack.digest import Digest
+from modelpack.errors import ManifestError, UnsupportedError
+from modelpack.gojson import decode_object, encode, kind_of
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """An image manifest: a config and layers. `raw` are its exact bytes."""
+
+    raw: bytes = field(repr=False)
+    config: Descriptor
+    layers: tuple[Descriptor, ...]
+    media_type: str = mediatypes.OCI_MANIFEST
+    artifact_type: str | None = None
+    annotations: Mapping[str, str] = field(default_factory=dict, hash=False)
+    subject: Descriptor | None = None
+
+    @classmethod
+    def parse(cls, raw: bytes, what: str = "manifest") -> Manifest:
+        """Return the manifest in `raw`; raise `ManifestError`, naming the field, otherwise."""
+        value = decode_object(raw, what)
+        _check_version(value, what)
+        media_type = value.get("mediaType", mediatypes.OCI_MANIFEST)
+        if media_type not in mediatypes.MANIFEST_TYPES:
+            expected = mediatypes.OCI_MANIFEST
+            raise ManifestError(f"mediaType is {media_type!r}, expected {expected!r}", path=what)
+        for key in ("config", "layers"):
+            if key not in value:
+                raise ManifestError(f"has no {key!r}", path=what)
+        config = Descriptor.parse(value["config"], f"{what}: config")
+        artifact_type = _artifact_type(value, what)
+        if config.media_type == mediatypes.OCI_EMPTY and artifact_type is None:
+            raise ManifestError("has the empty config but no 'artifactType'", path=what)
+        return cls(
+            raw,
+            config,
+            _descriptors(value["layers"], f"{what}: layers"),
+            media_type,
+            artifact_type,
+            parsed_annotations(value.get("annotations"), f"{what}: annotations"),
+            _subject(value, what),
+        )
+
+    @classmethod
+    def build(
+        cls,
+        config: Descriptor,
+        layers: Sequence[Descriptor],
+        *,
+        artifact_type: str | None = None,
+        annotations: Mapping[str, str] | None = None,
+    ) -> Manifest:
+        """Return a new manifest, its bytes as Docker Model Runner writes them."""
+        value: dict[str, Any] = {"schemaVersion": 2, "mediaType": mediatypes.OCI_MANIFEST}
+        if artifact_type:
+            value["artifactType"] = artifact_type
+        value["config"] = config.to_json()
+        value["layers"] = [layer.to_json() for layer in layers]
+        if annotations:
+            value["annotations"] = {key: annotations[key] for key in sorted(annotations)}
+        return cls.parse(encode(value))
+
+    @property
+    def digest(self) -> Digest:
+        """The digest of the bytes: the model's id."""
+        return Digest.of(self.raw)
+
+    @property
+    def descriptor(self) -> Descriptor:
+        """The descriptor of this manifest, as an index lists it."""
+        return Descriptor(
+            self.media_type, self.digest, len(self.raw), artifact_type=self.artifact_type
+        )
+
+    @property
+    def blobs(self) -> tuple[Descriptor, ...]:
+        """Layers in order, then the config; the same digest may come twice."""
+        return (*self.layers, self.config)
+
+    @property
+    def unique_blobs(self) -> tuple[Descriptor, ...]:
+        """`blobs` with each digest once."""
+        return tuple({blob.digest: blob for blob in self.blobs}.values())
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of all different blobs, without the manifest itself."""
+        return sum(blob.size for blob in self.unique_blobs)
+
+    @property
+    def is_cncf(self) -> bool:
+        """Whether this is a CNCF ModelPack manifest rather than Docker's."""
+        return (
+            self.config.media_type == mediatypes.CNCF_CONFIG
+            or self.artifact_type == mediatypes.CNCF_MANIFEST
+        )
+
+    def check_is_model(self, what: str) -> None:
+        """Raise `UnsupportedError` unless the config's type is one of a model."""
+        if self.config.media_type not in mediatypes.MODEL_CONFIG_TYPES:
+            raise UnsupportedError(
+                f"is not a model that we know: config type {self.config.media_type!r}",
+                path=what,
+                hint="expected one of " + ", ".join(mediatypes.MODEL_CONFIG_TYPES),
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """An image index: a list of manifests. `raw` are its exact bytes."""
+
+    raw: bytes = field(repr=False)
+    manifests: tuple[Descriptor, ...]
+    media_type: str = mediatypes.OCI_INDEX
+    artifact_type: str | None = None
+    annotations: Mapping[str, str] = field(default_factory=dict, hash=False)
+    subject: Descriptor | None = None
+
+    @classmethod
+    def parse(cls, raw: bytes, what: str = "index") -> Index:
+        """Return the index in `raw`; raise `ManifestError`, naming the field, otherwise."""
+        value = decode_object(raw, what)
+        _check_version(value, what)
+        media_type = value.get("mediaType", mediatypes.OCI_INDEX)
+        if media_type not in mediatypes.INDEX_TYPES:
+            expected = mediatypes.OCI_INDEX
+            raise ManifestError(f"mediaType is {media_type!r}, expected {expected!r}", path=what)
+        if "manifests" not in value:
+            raise ManifestError("has no 'manifests'", path=what)
+        return cls(
+            raw,
+            _descriptors(value["manifests"], f"{what}: manifests"),
+            media_type,
+            _artifact_type(value, what),
+            parsed_annotations(value.get("annotations"), f"{what}: annotations"),
+            _subject(value, what),
+        )
+
+    @property
+    def digest(self) -> Digest:
+        """The digest of the bytes."""
+        return Digest.of(self.raw)
+
+    @property
+    def descriptor(self) -> Descriptor:
+        """The descriptor of this index."""
+        return Descriptor(
+            self.media_type, self.digest, len(self.raw), artifact_type=self.artifact_type
+        )
+
+
+def parse_manifest_or_index(
+    raw: bytes, what: str, *, media_type: str | None = None
+) -> Manifest | Index:
+    """Return what `raw` is; `media_type` is what a server said it is and must agree."""
+    value = decode_object(raw, what)
+    own = value.get("mediaType")
+    if own is None:
+        own = media_type or (
+            mediatypes.OCI_INDEX if "manifests" in value else mediatypes.OCI_MANIFEST
+        )
+    if media_type is not None and own != media_type:
+        raise ManifestError(
+            f"its mediaType is {own!r}, but it was served as {media_type!r}", path=what
+        )
+    if own in mediatypes.INDEX_TYPES:
+        return Index.parse(raw, what)
+    if own in mediatypes.MANIFEST_TYPES:
+        return Manifest.parse(raw, what)
+    raise UnsupportedError(f"media type {own!r} is neither a manifest nor an index", path=what)
+
+
+def _check_version(value: dict[str, Any], what: str) -> None:
+    version = value.get("schemaVersion")
+    if type(version) is not int or version != 2:
+        raise ManifestError(f"schemaVersion is {version!r}, expected 2", path=what)
+
+
+def _descriptors(value: Any, where: str) -> tuple[Descriptor, ...]:
+    if not isinstance(value, list):
+        raise ManifestError(f"is {kind_of(value)}, expected an array", path=where)
+    return tuple(Descriptor.parse(item, f"{where}[{i}]") for i, item in enumerate(value))
+
+
+def _artifact_type(value: dict[str, Any], what: str) -> str | None:
+    artifact_type = value.get("artifactType")
+    if artifact_type is None:
+        return None
+    return checked_media_type(artifact_type, f"{what}: artifactType")
+
+
+def _subject(value: dict[str, Any], what: str) -> Descriptor | None:
+    subject = value.get("subject")
+    return None if subject is None else Descriptor.parse(subject, f"{what}: subject")

@@ -1,0 +1,53 @@
+"""Which file paths taken from a model are safe to use.
+
+A layer names its file in the annotation `org.cncf.model.filepath`. It comes from whoever made the
+model, so it may try to leave the directory that it is unpacked into.
+"""
+
+from __future__ import annotations
+
+import re
+
+from modelpack.errors import UnsafePathError
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_DRIVE = re.compile(r"[A-Za-z]:")
+_MAX_PATH_BYTES = 4096
+_MAX_COMPONENT_BYTES = 255
+
+
+def checked_path(text: str) -> str:
+    """Return `text` if it is a safe relative slash path; raise `UnsafePathError` otherwise.
+
+    Safe on every system that we unpack on: no absolute path, drive, `..`, `.`, empty component,
+    backslash, control character, nor a component longer than file systems take.
+    """
+    problem = path_problem(text)
+    if problem:
+        raise UnsafePathError(f"unsafe file path {text[:200]!r} in the model: {problem}", got=text)
+    return text
+
+
+def path_problem(text: str) -> str | None:
+    """Return why `text` is no safe relative path, or None if it is one."""
+    if not text:
+        return "it is empty"
+    if _CONTROL.search(text):
+        return "it holds a control character"
+    if "\\" in text:
+        return "it holds a backslash, which separates directories on some systems"
+    if text.startswith("/"):
+        return "it is absolute"
+    if _DRIVE.match(text):
+        return "it starts with a drive letter"
+    encoded = text.encode(errors="surrogateescape")
+    if len(encoded) > _MAX_PATH_BYTES:
+        return f"it is longer than {_MAX_PATH_BYTES} bytes"
+    for part in text.split("/"):
+        if part == "..":
+            return "it climbs out with '..'"
+        if part in ("", "."):
+            return "it has an empty or '.' component"
+        if len(part.encode(errors="surrogateescape")) > _MAX_COMPONENT_BYTES:
+            return f"a component is longer than {_MAX_COMPONENT_BYTES} bytes"
+    return None

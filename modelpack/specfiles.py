@@ -1,0 +1,103 @@
+"""The documents and JSON Schemas of the format, as shipped with the package.
+
+A wheel carries them as `modelpack/_spec`; an editable install reads `spec/` of the source tree.
+The library does not validate with these schemas: its parsers check by hand, and the tests hold the
+two to the same verdict on every fixture. They are here for other tools, and for `validator`.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelpack.errors import ModelpackError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from importlib.resources.abc import Traversable
+
+    from jsonschema.protocols import Validator
+
+_SCHEMA_SUFFIX = ".schema.json"
+_DOCUMENT_SUFFIX = ".md"
+
+
+def schema_names() -> tuple[str, ...]:
+    """Return the names that `schema` and `validator` know, sorted: `manifest`, `index`, ..."""
+    return _names(_root() / "schema", _SCHEMA_SUFFIX)
+
+
+def document_names() -> tuple[str, ...]:
+    """Return the names that `document` knows, sorted: `README`, `manifest`, `layers`, ..."""
+    return _names(_root(), _DOCUMENT_SUFFIX)
+
+
+def schema(name: str) -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of that name; the caller may change the copy.
+
+    Raises UsageError when there is none.
+    """
+    if name not in schema_names():
+        raise _unknown("schema", name, schema_names())
+    value = json.loads((_root() / "schema" / f"{name}{_SCHEMA_SUFFIX}").read_bytes())
+    assert isinstance(value, dict), f"schema {name} is not a JSON object"
+    return value
+
+
+def document(name: str) -> str:
+    """Return a document of the format, as Markdown; raises UsageError when there is none."""
+    if name not in document_names():
+        raise _unknown("document", name, document_names())
+    return (_root() / f"{name}{_DOCUMENT_SUFFIX}").read_text(encoding="utf-8")
+
+
+def validator(name: str) -> Validator:
+    """Return a jsonschema validator for a schema; references between schemas resolve offline.
+
+    JSON Schema takes 2.0 for an integer. This validator does not, as Go's decoder does not either.
+    Text that is no strict JSON (a repeated name, say) has to be refused before it gets here.
+    """
+    from jsonschema import Draft202012Validator
+    from jsonschema.validators import extend
+
+    derive: Callable[..., type[Validator]] = extend
+    types = Draft202012Validator.TYPE_CHECKER.redefine("integer", _is_integer)
+    return derive(Draft202012Validator, type_checker=types)(schema(name), registry=_registry())
+
+
+def _is_integer(_checker: object, instance: object) -> bool:
+    return isinstance(instance, int) and not isinstance(instance, bool)
+
+
+@cache
+def _registry() -> Any:
+    from referencing import Registry, Resource
+
+    resources = [Resource.from_contents(schema(name)) for name in schema_names()]
+    return Registry().with_resources([(str(resource.id()), resource) for resource in resources])
+
+
+@cache
+def _root() -> Traversable:
+    packaged = files("modelpack") / "_spec"
+    if packaged.is_dir():
+        return packaged
+    source = Path(__file__).resolve().parent.parent / "spec"
+    if (source / "schema").is_dir():
+        return source
+    raise ModelpackError(
+        f"the documents of the format are missing: neither {packaged} nor {source} exists",
+        hint="reinstall modelpack; a wheel carries them as modelpack/_spec",
+    )
+
+
+def _names(folder: Traversable, suffix: str) -> tuple[str, ...]:
+    entries = (entry.name for entry in folder.iterdir())
+    return tuple(sorted(name.removesuffix(suffix) for name in entries if name.endswith(suffix)))
+
+
+def _unknown(kind: str, name: str, known: tuple[str, ...]) -> UsageError:
+    return UsageError(f"no {kind} named {name!r}", hint=f"there are: {', '.join(known)}")
