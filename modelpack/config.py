@@ -5,7 +5,8 @@ Sources: Docker Model Runner pkg/distribution/types; CNCF model-spec schema/conf
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,18 +14,12 @@ from modelpack import mediatypes
 from modelpack.descriptor import parsed_annotations, parsed_digest
 from modelpack.digest import Digest
 from modelpack.errors import ManifestError, UnsupportedError
-from modelpack.gojson import decode_object, encode, kind_of, sorted_map
+from modelpack.gojson import checked_time, decode_object, encode, kind_of, sorted_map
 
 _INT32 = range(-(2**31), 2**31)
 
-# Field orders of Go's structs; what is not listed comes last, as it came.
-_CNCF_DESCRIPTOR_ORDER = (
-    "createdAt", "authors", "family", "name", "docURL", "sourceURL", "datasetsURL", "version",
-    "revision", "vendor", "licenses", "title", "description",
-)  # fmt: skip
-_CNCF_CONFIG_ORDER = (
-    "architecture", "format", "paramSize", "precision", "quantization", "capabilities",
-)  # fmt: skip
+#: Raises `ManifestError`, naming the place, unless a decoded JSON value is what it should be.
+_Check = Callable[[Any, str], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +103,13 @@ def _cncf_json(config: ModelConfig) -> dict[str, Any]:
         if text:
             inner[key] = text
     return {
-        "descriptor": _ordered(descriptor, _CNCF_DESCRIPTOR_ORDER),
+        "descriptor": _ordered(descriptor, _CNCF_DESCRIPTOR),
         "modelfs": {"type": "layers", "diffIds": [str(digest) for digest in config.diff_ids]},
-        "config": _ordered(inner, _CNCF_CONFIG_ORDER),
+        "config": _ordered(inner, _CNCF_MODEL),
     }
 
 
-def _ordered(value: dict[str, Any], order: tuple[str, ...]) -> dict[str, Any]:
+def _ordered(value: dict[str, Any], order: Mapping[str, Any]) -> dict[str, Any]:
     known = {key: value[key] for key in order if key in value}
     return known | {key: value[key] for key in sorted(value) if key not in known}
 
@@ -123,6 +118,8 @@ def _parse_docker(value: dict[str, Any], media_type: str, what: str) -> ModelCon
     inner = _object(value, "config", what)
     descriptor = _object(value, "descriptor", what, required=False)
     rootfs = _object(value, "rootfs", what)
+    _expect_type(rootfs, "rootfs", f"{what}: rootfs")
+    created = descriptor.get("created")
     return ModelConfig(
         media_type,
         format=_text(inner, "format", f"{what}: config"),
@@ -134,7 +131,7 @@ def _parse_docker(value: dict[str, Any], media_type: str, what: str) -> ModelCon
         safetensors=_strings(inner, "safetensors", what),
         diffusers=_strings(inner, "diffusers", what),
         context_size=_int32(inner, "context_size", f"{what}: config"),
-        created=_text(descriptor, "created", f"{what}: descriptor") or None,
+        created=None if created is None else checked_time(created, f"{what}: descriptor.created"),
         diff_ids=_digests(rootfs, "diff_ids", f"{what}: rootfs"),
     )
 
@@ -143,10 +140,14 @@ def _parse_cncf(value: dict[str, Any], what: str) -> ModelConfig:
     descriptor = _object(value, "descriptor", what)
     inner = _object(value, "config", what)
     modelfs = _object(value, "modelfs", what)
-    if modelfs.get("type") != "layers":
-        raise ManifestError(
-            f"type is {modelfs.get('type')!r}, expected 'layers'", path=f"{what}: modelfs"
-        )
+    _check_closed(value, _CNCF_TOP, what)
+    _check_closed(descriptor, _CNCF_DESCRIPTOR, f"{what}: descriptor")
+    _check_closed(inner, _CNCF_MODEL, f"{what}: config")
+    _check_closed(modelfs, _CNCF_MODELFS, f"{what}: modelfs")
+    _expect_type(modelfs, "layers", f"{what}: modelfs")
+    diff_ids = _digests(modelfs, "diffIds", f"{what}: modelfs")
+    if not diff_ids:
+        raise ManifestError("'diffIds' is empty", path=f"{what}: modelfs")
     own = {"architecture", "format", "paramSize", "quantization"}
     return ModelConfig(
         mediatypes.CNCF_CONFIG,
@@ -154,26 +155,28 @@ def _parse_cncf(value: dict[str, Any], what: str) -> ModelConfig:
         quantization=_text(inner, "quantization", f"{what}: config"),
         parameters=_text(inner, "paramSize", f"{what}: config"),
         architecture=_text(inner, "architecture", f"{what}: config"),
-        created=_text(descriptor, "createdAt", f"{what}: descriptor") or None,
-        diff_ids=_digests(modelfs, "diffIds", f"{what}: modelfs"),
+        created=descriptor.get("createdAt"),
+        diff_ids=diff_ids,
         cncf_descriptor={key: item for key, item in descriptor.items() if key != "createdAt"},
         cncf_config={key: item for key, item in inner.items() if key not in own},
     )
 
 
 def _object(value: dict[str, Any], key: str, what: str, *, required: bool = True) -> dict[str, Any]:
-    if key not in value:
-        if required:
-            raise ManifestError(f"has no {key!r}", path=what)
+    found = value.get(key)
+    if found is None and not required:
         return {}
-    found = value[key]
+    if key not in value:
+        raise ManifestError(f"has no {key!r}", path=what)
     if not isinstance(found, dict):
         raise ManifestError(f"{key!r} is {kind_of(found)}, expected an object", path=what)
     return found
 
 
 def _text(value: dict[str, Any], key: str, where: str) -> str:
-    text = value.get(key, "")
+    text = value.get(key)
+    if text is None:  # Go's decoder takes null for absent
+        return ""
     if not isinstance(text, str):
         raise ManifestError(f"{key!r} is {kind_of(text)}, expected a string", path=where)
     return text
@@ -201,3 +204,98 @@ def _digests(value: dict[str, Any], key: str, where: str) -> tuple[Digest, ...]:
     if not isinstance(found, list):
         raise ManifestError(f"{key!r} is {kind_of(found)}, expected an array", path=where)
     return tuple(parsed_digest(item, f"{where}.{key}[{i}]") for i, item in enumerate(found))
+
+
+def _expect_type(value: dict[str, Any], expected: str, where: str) -> None:
+    if value.get("type") != expected:
+        raise ManifestError(f"type is {value.get('type')!r}, expected {expected!r}", path=where)
+
+
+# The CNCF schema is closed (additionalProperties: false), and null is not a value in it.
+
+
+def _check_closed(value: Any, fields: Mapping[str, _Check], where: str) -> None:
+    if not isinstance(value, dict):
+        raise ManifestError(f"is {kind_of(value)}, expected an object", path=where)
+    for key, item in value.items():
+        if key not in fields:
+            raise ManifestError(f"has the unknown field {key!r}", path=where)
+        fields[key](item, f"{where}.{key}")
+
+
+def _string(value: Any, where: str) -> None:
+    if not isinstance(value, str):
+        raise ManifestError(f"is {kind_of(value)}, expected a string", path=where)
+
+
+def _name(value: Any, where: str) -> None:
+    _string(value, where)
+    if not value:
+        raise ManifestError("is empty", path=where)
+
+
+def _boolean(value: Any, where: str) -> None:
+    if not isinstance(value, bool):
+        raise ManifestError(f"is {kind_of(value)}, expected true or false", path=where)
+
+
+def _modality(value: Any, where: str) -> None:
+    if value not in ("text", "image", "audio", "video", "embedding", "other"):
+        raise ManifestError(f"{value!r} is not a kind of input or output", path=where)
+
+
+def _language(value: Any, where: str) -> None:
+    _string(value, where)
+    if not re.match(r"[a-z]{2}\Z", value):
+        raise ManifestError(f"{value!r} is not a two-letter language code", path=where)
+
+
+def _array_of(check: _Check) -> _Check:
+    def check_array(value: Any, where: str) -> None:
+        if not isinstance(value, list):
+            raise ManifestError(f"is {kind_of(value)}, expected an array", path=where)
+        for i, item in enumerate(value):
+            check(item, f"{where}[{i}]")
+
+    return check_array
+
+
+def _any(value: Any, where: str) -> None:
+    """Accept what the caller checks itself."""
+
+
+# In the order of Go's structs, which is the order that `encode` writes.
+_CNCF_TOP: Mapping[str, _Check] = {"descriptor": _any, "modelfs": _any, "config": _any}
+_CNCF_MODELFS: Mapping[str, _Check] = {"type": _any, "diffIds": _any}
+_CNCF_DESCRIPTOR: Mapping[str, _Check] = {
+    "createdAt": checked_time,
+    "authors": _array_of(_string),
+    "family": _string,
+    "name": _name,
+    "docURL": _string,
+    "sourceURL": _string,
+    "datasetsURL": _array_of(_string),
+    "version": _string,
+    "revision": _string,
+    "vendor": _string,
+    "licenses": _array_of(_string),
+    "title": _string,
+    "description": _string,
+}
+_CNCF_CAPABILITIES: Mapping[str, _Check] = {
+    "inputTypes": _array_of(_modality),
+    "outputTypes": _array_of(_modality),
+    "knowledgeCutoff": checked_time,
+    "reasoning": _boolean,
+    "toolUsage": _boolean,
+    "reward": _boolean,
+    "languages": _array_of(_language),
+}
+_CNCF_MODEL: Mapping[str, _Check] = {
+    "architecture": _string,
+    "format": _string,
+    "paramSize": _string,
+    "precision": _string,
+    "quantization": _string,
+    "capabilities": lambda value, where: _check_closed(value, _CNCF_CAPABILITIES, where),
+}

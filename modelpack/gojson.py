@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import date
 from typing import Any, NoReturn
 
 from modelpack.errors import ManifestError
@@ -20,6 +21,11 @@ _GO_ESCAPES = str.maketrans(
     {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# RFC 3339 as Go's time.Time reads it, but for a tenth fractional digit that Go would drop.
+_TIME = re.compile(
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})T(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?"
+    r"(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])\Z"
+)
 
 
 def encode(value: Any) -> bytes:
@@ -46,31 +52,37 @@ def decode(raw: bytes, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> Any:
     """Return the value of the JSON text `raw`; `what` names it in errors.
 
     Stricter than `json.loads`: at most `limit` bytes, UTF-8 without a byte order mark, no
-    duplicate keys (two readers could disagree on them), no NaN, no absurd nesting.
+    duplicate keys (two readers could disagree on them), no half of a surrogate pair (it has no
+    UTF-8), no NaN, no absurd nesting.
     Raises `ManifestError`.
     """
     if len(raw) > limit:
         raise ManifestError(f"is {len(raw)} bytes, more than the limit of {limit}", path=what)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ManifestError(f"has the key {twice!r} twice in one object", path=what)
+        value: dict[str, Any] = {}
+        for key, item in pairs:
+            if key in value:
+                raise ManifestError(f"has the key {key!r} twice in one object", path=what)
+            value[key] = item
         return value
 
     def refuse(constant: str) -> NoReturn:
         raise ManifestError(f"holds {constant}, which is not JSON", path=what)
 
     try:
-        return json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse)
+        if b"\\u" in raw:  # only an escape can bring in half a pair
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except UnicodeDecodeError as error:
         raise ManifestError("is not UTF-8", path=what, offset=error.start) from None
     except json.JSONDecodeError as error:
         raise ManifestError(f"is not JSON: {error.msg}", path=what, offset=error.pos) from None
     except RecursionError:
         raise ManifestError("is nested too deeply", path=what) from None
+    except UnicodeEncodeError:
+        raise ManifestError("holds half of a surrogate pair, which is no text", path=what) from None
     except ManifestError:
         raise
     except ValueError as error:  # an integer of thousands of digits
@@ -97,3 +109,16 @@ def kind_of(value: object) -> str:
         type(None): "null",
     }
     return names.get(type(value), type(value).__name__)
+
+
+def checked_time(value: Any, where: str) -> str:
+    """Return `value` if it is a time that Go's decoder takes (RFC 3339), as it is written."""
+    if not isinstance(value, str):
+        raise ManifestError(f"is {kind_of(value)}, expected a time", path=where)
+    match = _TIME.match(value)
+    try:
+        if match and date.fromisoformat(match[1]):
+            return value
+    except ValueError:  # no such day
+        pass
+    raise ManifestError(f"{value[:200]!r} is not a time (RFC 3339)", path=where)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelpack.errors import ManifestError
-from modelpack.gojson import decode_object, encode_text, kind_of
+from modelpack.gojson import checked_time, decode_object, encode_text, kind_of
 
 _WHAT = "layer file metadata"
+# The largest values of Go's types in model-spec's FileMetadata.
+_BYTE, _UINT32, _INT64 = 2**8 - 1, 2**32 - 1, 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +31,15 @@ class LayerMetadata:
     @classmethod
     def parse(cls, text: str) -> LayerMetadata:
         """Return the metadata that an annotation's JSON text holds; raise `ManifestError`."""
-        value = decode_object(text.encode(errors="surrogateescape"), _WHAT)
+        value = decode_object(text.encode(errors="surrogatepass"), _WHAT)
         return cls(
             name=_field(value, "name", str),
-            mode=_number(value, "mode"),
-            size=_number(value, "size"),
-            mtime=_field(value, "mtime", str),
-            uid=_number(value, "uid"),
-            gid=_number(value, "gid"),
-            typeflag=_number(value, "typeflag"),
+            mode=_number(value, "mode", _UINT32),
+            size=_number(value, "size", _INT64),
+            mtime=checked_time(_field(value, "mtime", str), f"{_WHAT}: mtime"),
+            uid=_number(value, "uid", _UINT32),
+            gid=_number(value, "gid", _UINT32),
+            typeflag=_number(value, "typeflag", _BYTE),
         )
 
     def encode(self) -> str:
@@ -64,8 +66,8 @@ def _field(value: dict[str, Any], key: str, kind: type) -> Any:
     return value[key]
 
 
-def _number(value: dict[str, Any], key: str) -> int:
+def _number(value: dict[str, Any], key: str, largest: int) -> int:
     number: int = _field(value, key, int)
-    if not 0 <= number < 2**63:
-        raise ManifestError(f"{key!r} is {number}, expected 0 or more", path=_WHAT)
+    if not 0 <= number <= largest:
+        raise ManifestError(f"{key!r} is {number}, expected 0 to {largest}", path=_WHAT)
     return number
