@@ -1,0 +1,94 @@
+"""Package, push, pull, verify and resolve models as OCI artifacts.
+
+    import modelpack
+
+    made = modelpack.package("registry.example/team/m:v1", modelpack.PackageRequest(gguf=path))
+    modelpack.push("registry.example/team/m:v1")
+    weights = modelpack.resolve("registry.example/team/m:v1", media_types=["gguf"], pull=True)
+
+Names are loaded when they are first used, so that `import modelpack` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from modelpack._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from modelpack import errors as errors
+    from modelpack.config import ModelConfig as ModelConfig
+    from modelpack.descriptor import Descriptor as Descriptor
+    from modelpack.digest import Digest as Digest
+    from modelpack.errors import ModelpackError as ModelpackError
+    from modelpack.manifest import Manifest as Manifest
+    from modelpack.model import Model as Model
+    from modelpack.model import ModelFile as ModelFile
+    from modelpack.operations.copy import copy as copy
+    from modelpack.operations.docker import export_to_docker as export_to_docker
+    from modelpack.operations.docker import import_from_docker as import_from_docker
+    from modelpack.operations.find import inspect as inspect
+    from modelpack.operations.package import package as package
+    from modelpack.operations.pull import pull as pull
+    from modelpack.operations.push import push as push
+    from modelpack.operations.remote import RemoteOptions as RemoteOptions
+    from modelpack.operations.resolve import bundle as bundle
+    from modelpack.operations.resolve import resolve as resolve
+    from modelpack.packaging.request import PackageRequest as PackageRequest
+    from modelpack.progress import Progress as Progress
+    from modelpack.progress import Stop as Stop
+    from modelpack.reference import Reference as Reference
+    from modelpack.registry import Registry as Registry
+    from modelpack.registry import Repository as Repository
+    from modelpack.stores.docker import DockerStore as DockerStore
+    from modelpack.stores.layout import LayoutStore
+
+    Store = LayoutStore
+
+# name -> (module, attribute)
+_EXPORTS = {
+    "Descriptor": ("modelpack.descriptor", "Descriptor"),
+    "Digest": ("modelpack.digest", "Digest"),
+    "DockerStore": ("modelpack.stores.docker", "DockerStore"),
+    "Manifest": ("modelpack.manifest", "Manifest"),
+    "Model": ("modelpack.model", "Model"),
+    "ModelConfig": ("modelpack.config", "ModelConfig"),
+    "ModelFile": ("modelpack.model", "ModelFile"),
+    "ModelpackError": ("modelpack.errors", "ModelpackError"),
+    "PackageRequest": ("modelpack.packaging.request", "PackageRequest"),
+    "Progress": ("modelpack.progress", "Progress"),
+    "Reference": ("modelpack.reference", "Reference"),
+    "Registry": ("modelpack.registry", "Registry"),
+    "RemoteOptions": ("modelpack.operations.remote", "RemoteOptions"),
+    "Repository": ("modelpack.registry", "Repository"),
+    "Stop": ("modelpack.progress", "Stop"),
+    "Store": ("modelpack.stores.layout", "LayoutStore"),
+    "bundle": ("modelpack.operations.resolve", "bundle"),
+    "copy": ("modelpack.operations.copy", "copy"),
+    "export_to_docker": ("modelpack.operations.docker", "export_to_docker"),
+    "import_from_docker": ("modelpack.operations.docker", "import_from_docker"),
+    "inspect": ("modelpack.operations.find", "inspect"),
+    "package": ("modelpack.operations.package", "package"),
+    "pull": ("modelpack.operations.pull", "pull"),
+    "push": ("modelpack.operations.push", "push"),
+    "resolve": ("modelpack.operations.resolve", "resolve"),
+}
+
+__all__ = ["__version__", "errors", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module("modelpack.errors")
+    try:
+        module, attribute = _EXPORTS[name]
+    except KeyError:
+        raise AttributeError(f"module 'modelpack' has no attribute {name!r}") from None
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,28 @@
+# The two commands of the README: each makes .venv itself and needs only Python >= 3.11.
+
+.PHONY: demo test check format wheel bench clean
+
+demo: .venv/.base
+	.venv/bin/python scripts/demo
+
+test: .venv/.dev
+	.venv/bin/python -m pytest
+
+check: .venv/.dev
+	scripts/check
+
+format: .venv/.dev
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+wheel: .venv/.dev
+	scripts/check-wheel
+
+clean:
+	rm -rf .venv .cache build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.venv/.base: pyproject.toml
+	scripts/make-venv ""
+
+.venv/.dev: pyproject.toml
+	scripts/make-venv dev

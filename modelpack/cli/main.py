@@ -1,0 +1,165 @@
+"""The command group, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from modelpack._version import __version__
+from modelpack.cli.options import Settings, common_options
+from modelpack.errors import ModelpackError
+
+# command -> (module of modelpack.cli, attribute); imported only when used, to start fast
+COMMANDS = {
+    "bundle": ("find", "bundle"),
+    "completion": ("completion", "completion"),
+    "config": ("find", "config"),
+    "copy": ("transfer", "copy"),
+    "export": ("docker", "export_models"),
+    "fsck": ("store", "fsck"),
+    "gc": ("store", "gc"),
+    "import": ("docker", "import_models"),
+    "inspect": ("find", "inspect"),
+    "list": ("listing", "list_models"),
+    "manifest": ("find", "manifest"),
+    "package": ("package", "package"),
+    "pull": ("transfer", "pull"),
+    "push": ("transfer", "push"),
+    "registry": ("registry", "registry"),
+    "resolve": ("find", "resolve"),
+    "rm": ("store", "rm"),
+    "tag": ("store", "tag"),
+}
+
+# Words that users of docker model, kit, modctl, oras and ollama type.
+ALIASES = {
+    "build": "package",
+    "pack": "package",
+    "cp": "copy",
+    "transfer": "copy",
+    "ls": "list",
+    "unpack": "bundle",
+    "show": "inspect",
+    "remove": "rm",
+    "prune": "gc",
+    "verify": "fsck",
+}
+
+EXIT_CODES = """
+\b
+Exit codes:
+  0    done
+  1    any other failure
+  2    wrong usage
+  3    not found
+  4    authentication or permission
+  5    integrity: bytes are not what was promised
+  6    the registry or the network is unavailable
+  7    locked or in conflict
+  130  interrupted
+"""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when the command is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands, without aliases."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command that `cmd_name` or its alias names."""
+        entry = COMMANDS.get(ALIASES.get(cmd_name, cmd_name))
+        if entry is None:
+            return None
+        module, attribute = entry
+        command = getattr(importlib.import_module(f"modelpack.cli.{module}"), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command for `args`, under its proper name where an alias was typed."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return (ALIASES.get(name, name) if name else name), command, rest
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=EXIT_CODES,
+)
+@click.version_option(__version__, "-V", "--version", message="modelpack %(version)s")
+@common_options
+def cli(settings: Settings) -> None:
+    """Package models as OCI artifacts; push, pull, copy, verify and resolve them."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run(args))
+
+
+def run(args: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    settings = Settings()
+    try:
+        result = cli.main(args, prog_name="modelpack", standalone_mode=False, obj=settings)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ModelpackError as error:
+        _show_error(error, settings)
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001 - the outermost frame: never a bare traceback
+        _show_unexpected(error, settings)
+        return 1
+
+
+def _show_error(error: ModelpackError, settings: Settings) -> None:
+    if settings.debug:
+        _show_traceback(error)
+    if settings.json:
+        import json
+
+        body: dict[str, Any] = {
+            "type": type(error).__name__,
+            "message": str(error),
+            "exitCode": error.exit_code,
+        }
+        if error.hint:
+            body["hint"] = error.hint
+        click.echo(json.dumps({"error": body}), err=True)
+        return
+    click.echo(f"error: {error}", err=True)
+    if error.hint:
+        click.echo(f"hint: {error.hint}", err=True)
+
+
+def _show_unexpected(error: Exception, settings: Settings) -> None:
+    if settings.debug:
+        _show_traceback(error)
+    detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    click.echo(f"error: unexpected {detail}", err=True)
+    if not settings.debug:
+        click.echo("hint: run again with --debug to see where, and please report it", err=True)
+
+
+def _show_traceback(error: BaseException) -> None:
+    import traceback
+
+    click.echo("".join(traceback.format_exception(error)), err=True, nl=False)

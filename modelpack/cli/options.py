@@ -1,0 +1,116 @@
+"""Options that commands share, and the settings they end up in."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from modelpack.stores.layout import LayoutStore
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(slots=True)
+class Settings:
+    """What the shared options say; the group's and the command's own are merged."""
+
+    store_root: str | None = None
+    json: bool = False
+    debug: bool = False
+    quiet: bool = False
+    progress: str = "auto"
+
+    def store(self) -> LayoutStore:
+        """Return the store to work on; it is made when it does not exist."""
+        from modelpack.stores.layout import LayoutStore
+
+        return LayoutStore(self.store_root)
+
+
+def common_options(command: F) -> F:
+    """Add the options that every command has; the command gets them as `settings`."""
+
+    @click.option(
+        "--store",
+        metavar="DIR",
+        envvar="MODELPACK_STORE",
+        type=click.Path(file_okay=False),
+        help="The local store. [env: MODELPACK_STORE; default: in the platform's data directory]",
+    )
+    @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+    @click.option("-q", "--quiet", is_flag=True, help="Show no progress and no notes.")
+    @click.option(
+        "--progress",
+        type=click.Choice(["auto", "bars", "plain", "none"]),
+        help="How to show progress. [default: bars on a terminal, else notes only]",
+    )
+    @click.option("--debug", is_flag=True, help="Show tracebacks.")
+    @click.pass_obj
+    @functools.wraps(command)
+    def wrapped(
+        settings: Settings,
+        store: str | None,
+        as_json: bool,
+        quiet: bool,
+        progress: str | None,
+        debug: bool,
+        **arguments: Any,
+    ) -> Any:
+        settings.store_root = store or settings.store_root
+        settings.json |= as_json
+        settings.quiet |= quiet
+        settings.debug |= debug
+        settings.progress = progress or settings.progress
+        return command(settings, **arguments)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def remote_options(command: F) -> F:
+    """Add the options of commands that talk to a registry; they get them as `remote`."""
+
+    @click.option(
+        "--plain-http",
+        is_flag=True,
+        help="Use http; loopback addresses always do. [env: INSECURE_REGISTRY]",
+    )
+    @click.option(
+        "--concurrency",
+        type=click.IntRange(1, 64),
+        default=4,
+        show_default=True,
+        help="Blobs transferred at a time.",
+    )
+    @functools.wraps(command)
+    def wrapped(*args: Any, plain_http: bool, concurrency: int, **arguments: Any) -> Any:
+        from modelpack.operations.remote import RemoteOptions
+
+        remote = RemoteOptions(plain_http=plain_http or None, concurrency=concurrency)
+        return command(*args, remote=remote, **arguments)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def model_names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """Return the stored models that complete what was typed, for the shell."""
+    from modelpack.errors import ModelpackError
+    from modelpack.stores.layout import LayoutStore
+
+    root = ctx.params.get("store") or (ctx.parent.params.get("store") if ctx.parent else None)
+    try:
+        models = LayoutStore(root, create=False).models()
+    except ModelpackError:
+        return []
+    names = {ref.familiar for model in models for ref in model.references}
+    names |= {str(ref) for model in models for ref in model.references}
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
+def model_argument(name: str = "model", **attributes: Any) -> Callable[[F], F]:
+    """Return an argument that takes a model's name and completes stored ones."""
+    return click.argument(name, metavar=name.upper(), shell_complete=model_names, **attributes)

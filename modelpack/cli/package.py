@@ -1,0 +1,124 @@
+"""`modelpack package`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from modelpack.cli.options import Settings, common_options, model_names, remote_options
+from modelpack.cli.output import human_size, note, note_reference, show
+from modelpack.cli.progress import shown_progress
+from modelpack.errors import UsageError
+from modelpack.operations import package as packaging
+from modelpack.operations.remote import RemoteOptions
+from modelpack.packaging.request import PackageRequest
+from modelpack.reference import Reference
+
+PATH = click.Path(path_type=Path)
+
+
+def _annotations(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = {}
+    for value in values:
+        key, equals, text = value.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{value!r} is not KEY=VALUE")
+        pairs[key] = text
+    return pairs
+
+
+@click.command()
+@click.argument("reference")
+@click.option("--gguf", type=PATH, help="A GGUF file; of a sharded one, any shard.")
+@click.option("--safetensors-dir", type=PATH, help="A directory with safetensors weights.")
+@click.option("--dduf", type=PATH, help="A DDUF file.")
+@click.option(
+    "--from",
+    "from_model",
+    metavar="REF",
+    shell_complete=model_names,
+    help="A stored or remote model to start from: adds layers, or changes its context size.",
+)
+@click.option("-l", "--license", "licenses", type=PATH, multiple=True, help="May be repeated.")
+@click.option("--chat-template", type=PATH, help="A Jinja chat template.")
+@click.option("--mmproj", type=PATH, help="A multimodal projector (GGUF).")
+@click.option("--context-size", type=int, help="Context size in tokens, instead of the weights'.")
+@click.option(
+    "--format",
+    type=click.Choice(["docker", "cncf"]),
+    help="Docker's media types or CNCF ModelPack's. [default: docker, or as --from has it]",
+)
+@click.option(
+    "--annotation",
+    "annotations",
+    metavar="KEY=VALUE",
+    multiple=True,
+    callback=_annotations,
+    help="An annotation of the manifest. May be repeated.",
+)
+@click.option(
+    "--created",
+    metavar="now|TIME",
+    help="Creation time (RFC 3339). [default: SOURCE_DATE_EPOCH, else 1970-01-01T00:00:00Z]",
+)
+@click.option("--preserve", is_flag=True, help="Keep file modes and times: bytes as Docker's.")
+@click.option("--follow-symlinks", is_flag=True, help="Follow links that leave the directory.")
+@click.option("--allow-pickle", is_flag=True, help="Accept pickle weights, which can run code.")
+@click.option("--link", is_flag=True, help="Hard-link files into the store instead of copying.")
+@click.option("--dry-run", is_flag=True, help="Say what would be packaged; store nothing.")
+@click.option("--push", is_flag=True, help="Push the model after storing it.")
+@remote_options
+@common_options
+def package(
+    settings: Settings,
+    reference: str,
+    from_model: str | None,
+    link: bool,
+    dry_run: bool,
+    push: bool,
+    remote: RemoteOptions,
+    **inputs: Any,
+) -> None:
+    """Package files as the model REFERENCE, keep it in the local store; print its digest.
+
+    The same files always give the same digest, on any machine.
+    """
+    if push and dry_run:
+        raise UsageError("--push and --dry-run exclude each other")
+    where = Reference.parse(reference)
+    note_reference(settings, reference, where)
+    request = PackageRequest(**inputs)
+    with shown_progress(settings) as progress:
+        made = packaging.package(
+            where,
+            request,
+            from_model=from_model,
+            push=push,
+            dry_run=dry_run,
+            link=link,
+            store=settings.store(),
+            remote=remote,
+            progress=progress,
+        )
+    done = "would package" if dry_run else "packaged and pushed" if push else "packaged"
+    size = human_size(made.manifest.total_size)
+    note(settings, f"{done} {where}: {len(made.manifest.layers)} layers, {size}")
+    if dry_run and not settings.json:
+        for layer in made.manifest.layers:
+            note(settings, f"  {layer.media_type}  {human_size(layer.size)}  {layer.filepath}")
+    show(settings, _result(made), str(made.digest))
+
+
+def _result(made: packaging.Packaged) -> dict[str, Any]:
+    return {
+        "reference": str(made.reference),
+        "digest": str(made.digest),
+        "stored": made.stored,
+        "pushed": made.pushed is not None,
+        "size": made.manifest.total_size,
+        "layers": [layer.to_json() for layer in made.manifest.layers],
+        "skipped": [{"path": item.path, "reason": item.reason} for item in made.skipped],
+        "notes": list(made.notes),
+    }

@@ -1,0 +1,122 @@
+"""Models to and from the store of Docker Model Runner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from modelpack.digest import Digest
+from modelpack.errors import NotFoundError
+from modelpack.manifest import Manifest
+from modelpack.operations.watching import watching
+from modelpack.progress import ProgressCallback, Stop
+from modelpack.reference import Reference
+from modelpack.storage import Watch
+from modelpack.stores.docker import DockerStore
+from modelpack.stores.layout import LayoutStore
+
+
+@dataclass(frozen=True, slots=True)
+class Exchanged:
+    """One model that went from store to store, under these references."""
+
+    digest: Digest
+    references: tuple[str, ...]
+
+
+def import_from_docker(
+    names: Sequence[str] = (),
+    *,
+    docker: DockerStore | None = None,
+    store: LayoutStore | None = None,
+    link: bool = True,
+    progress: ProgressCallback | None = None,
+    stop: Stop | None = None,
+) -> tuple[Exchanged, ...]:
+    """Take models over from Docker Model Runner's store; no names means all of them.
+
+    Every blob is hashed on the way in; with `link` it is hard-linked where the file system can.
+    """
+    docker = docker or DockerStore()
+    store = store or LayoutStore()
+    watch = watching(progress, stop)
+    if names:
+        wanted = [(docker.resolve(name).digest, (str(Reference.parse(name)),)) for name in names]
+    else:
+        wanted = [
+            (model.digest, tuple(str(reference) for reference in model.references))
+            for model in docker.models()
+        ]
+    return tuple(
+        _import_model(docker, store, digest, references, link, watch)
+        for digest, references in wanted
+    )
+
+
+def export_to_docker(
+    names: Sequence[str],
+    *,
+    docker: DockerStore | None = None,
+    store: LayoutStore | None = None,
+    link: bool = True,
+    progress: ProgressCallback | None = None,
+    stop: Stop | None = None,
+) -> tuple[Exchanged, ...]:
+    """Give stored models to Docker Model Runner's store; no names means all that have a tag."""
+    docker = docker or DockerStore(create=True)
+    store = store or LayoutStore()
+    watch = watching(progress, stop)
+    if not names:
+        names = [str(ref) for model in store.models() for ref in model.references]
+    exchanged = []
+    for name in names:
+        watch.stop.check()
+        descriptor = store.resolve(name)
+        raw = store.fetch_manifest(descriptor)
+        manifest = Manifest.parse(raw, name)
+        manifest.check_is_model(name)
+        references = _references(store, name)
+        for reference in references:
+            docker.write_model(raw, lambda blob: store.blob_path(blob.digest), reference, link=link)
+        exchanged.append(Exchanged(descriptor.digest, tuple(str(ref) for ref in references)))
+    return tuple(exchanged)
+
+
+def _import_model(
+    docker: DockerStore,
+    store: LayoutStore,
+    digest: Digest,
+    references: tuple[str, ...],
+    link: bool,
+    watch: Watch,
+) -> Exchanged:
+    watch.stop.check()
+    descriptor = docker.resolve(str(digest))
+    raw = docker.fetch_manifest(descriptor)
+    manifest = Manifest.parse(raw, f"model {digest.short}")
+    with store.lease(blob.digest for blob in manifest.blobs):
+        for blob in manifest.unique_blobs:
+            if not store.has_blob(blob):
+                store.adopt_file(docker.blob_path(blob.digest), blob, watch, link=link)
+        for reference in references or (None,):
+            store.write_manifest(descriptor, raw, reference)
+    return Exchanged(digest, references)
+
+
+def _references(store: LayoutStore, name: str) -> tuple[Reference, ...]:
+    """The references to export: the one that was named, or all of an id's."""
+    stored = store.get(name)
+    named = [ref for ref in stored.references if _names(name, ref)]
+    if not named and not stored.references:
+        raise NotFoundError(
+            f"model {name} has no tag, and Docker Model Runner finds models by tag",
+            hint="give it one: modelpack tag ID NAME",
+        )
+    return tuple(named) or stored.references
+
+
+def _names(name: str, reference: Reference) -> bool:
+    try:
+        return Reference.parse(name).without_digest() == reference
+    except ValueError:
+        return False

@@ -1,0 +1,106 @@
+"""Transfer: bring a model from any source to any target, verified, several blobs at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from modelpack.descriptor import Descriptor
+from modelpack.manifest import Index, Manifest, parse_manifest_or_index
+from modelpack.operations.parallel import run_all
+from modelpack.progress import Action, Progress
+from modelpack.storage import Outcome, Source, Target, Watch
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What a transfer did. `bytes_written` counts blobs that had to be sent or stored."""
+
+    descriptor: Descriptor
+    written: int
+    existed: int
+    mounted: int
+    bytes_written: int
+
+
+def transfer(
+    source: Source,
+    target: Target,
+    descriptor: Descriptor,
+    raw: bytes,
+    name: str | None,
+    *,
+    concurrency: int,
+    watch: Watch,
+) -> Transfer:
+    """Have the manifest `raw` and all it names in `target`, tagged `name`; return what was done.
+
+    Blobs first, the manifest last, so that a target never shows a model with a part missing. The
+    manifests of an index are brought before the index itself.
+    """
+    document = parse_manifest_or_index(
+        raw, f"manifest {descriptor.digest}", media_type=descriptor.media_type
+    )
+    if isinstance(document, Index):
+        counts = [
+            transfer(
+                source,
+                target,
+                child,
+                source.fetch_manifest(child),
+                None,
+                concurrency=concurrency,
+                watch=watch,
+            )
+            for child in document.manifests
+        ]
+        target.write_manifest(descriptor, raw, name)
+        return Transfer(
+            descriptor,
+            sum(count.written for count in counts),
+            sum(count.existed for count in counts),
+            sum(count.mounted for count in counts),
+            sum(count.bytes_written for count in counts),
+        )
+    return _transfer_manifest(source, target, document, descriptor, name, concurrency, watch)
+
+
+def _transfer_manifest(
+    source: Source,
+    target: Target,
+    manifest: Manifest,
+    descriptor: Descriptor,
+    name: str | None,
+    concurrency: int,
+    watch: Watch,
+) -> Transfer:
+    # The largest first: the last to finish decides how long it all takes.
+    blobs = sorted(manifest.unique_blobs, key=lambda blob: blob.size, reverse=True)
+    outcomes = run_all(
+        [lambda blob=blob: _have_blob(source, target, blob, watch) for blob in blobs],
+        concurrency,
+        watch.stop,
+    )
+    target.write_manifest(descriptor, manifest.raw, name)
+    count = Counter(outcomes)
+    sizes = zip(blobs, outcomes, strict=True)
+    return Transfer(
+        descriptor,
+        count[Outcome.WRITTEN],
+        count[Outcome.EXISTED],
+        count[Outcome.MOUNTED],
+        sum(blob.size for blob, outcome in sizes if outcome is Outcome.WRITTEN),
+    )
+
+
+def _have_blob(source: Source, target: Target, blob: Descriptor, watch: Watch) -> Outcome:
+    watch.stop.check()
+    name = blob.filepath or blob.digest.short
+    if target.has_blob(blob):
+        watch.report(Progress(Action.SKIP, name, blob.digest, blob.size, blob.size))
+        return Outcome.EXISTED
+    mount = getattr(target, "mount_blob", None)
+    if mount is not None and mount(blob, source):
+        watch.report(Progress(Action.MOUNT, name, blob.digest, blob.size, blob.size))
+        return Outcome.MOUNTED
+    return target.write_blob(blob, source.blob(blob), watch)

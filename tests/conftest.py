@@ -1,0 +1,54 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.peers import REQUIRED, docker_registry
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any) -> None:
+    """Keep a user's own store, credentials and settings out of every test."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("MODELPACK_STORE", str(home / "store"))
+    for name in (
+        "DEFAULT_REGISTRY",
+        "DOCKER_CONFIG",
+        "INSECURE_REGISTRY",
+        "MODELS_PATH",
+        "REGISTRY_AUTH_FILE",
+        "SOURCE_DATE_EPOCH",
+        "XDG_DATA_HOME",
+        "http_proxy",
+        "https_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "all_proxy",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def registry_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The host:port of a docker-registry that the whole run shares."""
+    with docker_registry(tmp_path_factory.mktemp("docker-registry")) as host:
+        yield host
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Where peers are required, a skipped test has failed: nothing passes by not running."""
+    report = yield
+    if REQUIRED and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped, and MODELPACK_REQUIRE_PEERS is set"
+    return report

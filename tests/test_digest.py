@@ -1,0 +1,72 @@
+"""Digests: the grammar, and hashing."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modelpack.digest import Digest, digest_of_chunks
+from modelpack.errors import DigestMismatchError, IntegrityError, InvalidDigestError
+
+HEX64 = "0123456789abcdef" * 4
+
+
+@pytest.mark.parametrize("text", [f"sha256:{HEX64}", f"sha512:{HEX64}{HEX64}"])
+def test_valid(text: str) -> None:
+    assert str(Digest.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "sha256",
+        "sha256:",
+        HEX64,
+        f"md5:{HEX64[:32]}",
+        f"SHA256:{HEX64}",
+        f"sha256:{HEX64.upper()}",
+        f"sha256:{HEX64[:-1]}",
+        f"sha256:{HEX64}0",
+        f"sha512:{HEX64}",
+        f"sha256:{HEX64}\n",
+        f"sha256: {HEX64[1:]}",
+        "sha256:../../etc",
+        f"sha256:{HEX64[:-2]}/x",
+        f"sha256:{'٠' * 64}",
+    ],
+)
+def test_27_invalid_digests_are_refused(text: str) -> None:
+    with pytest.raises(InvalidDigestError) as caught:
+        Digest.parse(text)
+    assert isinstance(caught.value, IntegrityError)
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.exit_code == 5
+
+
+def test_a_huge_text_is_not_repeated_in_the_error() -> None:
+    with pytest.raises(InvalidDigestError) as caught:
+        Digest.parse("x" * 10_000)
+    assert len(str(caught.value)) < 400
+
+
+@given(st.lists(st.binary(max_size=100)), st.sampled_from(["sha256", "sha512"]))
+def test_digest_of_chunks_is_that_of_the_whole(chunks: list[bytes], algorithm: str) -> None:
+    whole = b"".join(chunks)
+    digest, size = digest_of_chunks(chunks, algorithm)
+    assert digest == Digest.of(whole, algorithm)
+    assert digest.encoded == hashlib.new(algorithm, whole).hexdigest()
+    assert size == len(whole)
+    assert Digest.parse(str(digest)) == digest
+
+
+def test_check_names_expected_and_got() -> None:
+    digest = Digest.of(b"right")
+    digest.check(b"right", "blob")
+    with pytest.raises(DigestMismatchError, match="the blob") as caught:
+        digest.check(b"wrong", "the blob")
+    assert caught.value.expected == str(digest)
+    assert caught.value.got == str(Digest.of(b"wrong"))

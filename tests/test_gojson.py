@@ -1,0 +1,82 @@
+"""JSON bytes as Go writes them, and bounded reading."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modelpack.errors import ManifestError
+from modelpack.gojson import decode, encode, sorted_map
+
+
+def test_the_example_of_the_fact_sheet() -> None:
+    text = os.fsdecode(b"a\x00\x08\x7f\xff<") + "\u2028"
+    assert encode(text) == b'"a\\u0000\\b\x7f\\ufffd\\u003c\\u2028"'
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({}, b"{}"),
+        ({"b": 1, "a": [True, None]}, b'{"b":1,"a":[true,null]}'),
+        ('\b\f\n\r\t"\\/', b'"\\b\\f\\n\\r\\t\\"\\\\/"'),
+        ("\x01\x1f", b'"\\u0001\\u001f"'),
+        ("<a> & b", b'"\\u003ca\\u003e \\u0026 b"'),
+        ("\u2028\u2029", b'"\\u2028\\u2029"'),
+        ("é漢😀", '"é漢😀"'.encode()),
+        (os.fsdecode(b"\xff\xfe"), b'"\\ufffd\\ufffd"'),
+        ("\ufffd", '"\ufffd"'.encode()),  # a real one stays as it is
+    ],
+)
+def test_encode(value: Any, expected: bytes) -> None:
+    assert encode(value) == expected
+
+
+def test_sorted_map_sorts_by_utf8_bytes() -> None:
+    # By UTF-16 code units, U+1F600 would come before U+FFFD.
+    assert list(sorted_map({"\ufffd": "1", "😀": "2", "a": "3", "Z": "4"})) == [
+        "Z", "a", "\ufffd", "😀",
+    ]  # fmt: skip
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda children: st.lists(children) | st.dictionaries(st.text(), children),
+    max_leaves=20,
+)
+
+
+@given(json_values)
+def test_decode_reads_what_encode_writes(value: Any) -> None:
+    raw = encode(value)
+    assert decode(raw, "it") == value == json.loads(raw)
+    assert not set(raw) & set(b"<>&\n")
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"", "is not JSON"),
+        (b"{", "is not JSON"),
+        (b'{"a":1,}', "is not JSON"),
+        (b"{} x", "is not JSON"),
+        (b"\xff", "not UTF-8"),
+        (b"\xef\xbb\xbf{}", "is not JSON|BOM"),
+        (b'{"a":1,"a":2}', "'a' twice"),
+        (b"[NaN]", "NaN"),
+        (b"[-Infinity]", "Infinity"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b"9" * 5000, "out of range"),
+        (b" " * 101, "more than the limit of 100"),
+    ],
+)
+def test_26_refused(raw: bytes, says: str) -> None:
+    limit = 100 if raw.startswith(b" ") else 4 * 1024 * 1024
+    with pytest.raises(ManifestError, match=says):
+        decode(raw, "the manifest", limit=limit)

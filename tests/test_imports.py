@@ -1,0 +1,150 @@
+"""What importing costs, and which way imports go."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import modelpack
+
+PACKAGE = Path(modelpack.__file__).parent
+HEAVY = ("numpy", "mlx", "requests", "oras", "huggingface_hub", "click", "rich", "starlette")
+
+# A module may import from its own row's parts and from earlier rows only.
+ROWS = (
+    ("errors", "_version"),
+    ("digest", "mediatypes", "gojson", "paths", "specfiles"),
+    ("progress", "reference", "descriptor", "layer_metadata"),
+    ("manifest", "config"),
+    ("model", "storage"),
+    ("blob", "formats"),
+    ("packaging", "stores", "registry", "unpacking"),
+    ("server",),
+    ("operations",),
+    ("__init__",),
+    ("testing", "cli"),
+)
+# Rows whose parts are siblings: none imports another (packaging uses formats, a row earlier).
+SIBLINGS = {"packaging", "stores", "registry", "unpacking", "testing", "cli"}
+RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
+
+
+def part_of(module: str) -> str:
+    names = module.split(".")
+    return names[1] if len(names) > 1 else "__init__"
+
+
+def imports_of(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            if node.module == "modelpack":
+                found += [
+                    f"modelpack.{alias.name}" if alias.name in RANK else "modelpack"
+                    for alias in node.names
+                ]
+            else:
+                found.append(node.module)
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return [name for name in found if name.split(".")[0] == "modelpack"]
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path) -> None:
+    relative = path.relative_to(PACKAGE)
+    own = relative.parts[0].removesuffix(".py")
+    for name in imports_of(path):
+        other = part_of(name)
+        if own == "__init__" or other == own:
+            continue
+        assert RANK[other] <= RANK[own], f"{relative} imports {name}, which is above it"
+        if RANK[other] == RANK[own]:
+            siblings = own in SIBLINGS and other in SIBLINGS
+            assert not siblings, f"{relative} imports its sibling {name}"
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(' '.join({{m.split('.')[0] for m in sys.modules}}))"
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return set(output.stdout.split())
+
+
+def test_import_modelpack_is_light() -> None:
+    loaded = loaded_after("import modelpack")
+    assert "modelpack" in loaded
+    assert loaded.isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("module", ["modelpack.operations.package", "modelpack.stores.layout"])
+def test_working_locally_loads_no_http_client(module: str) -> None:
+    assert loaded_after(f"import {module}").isdisjoint(set(HEAVY) - {"click"})
+
+
+def test_version_command_loads_click_and_nothing_heavy() -> None:
+    loaded = loaded_after("import modelpack.cli.main")
+    assert "click" in loaded
+    assert loaded.isdisjoint(set(HEAVY) - {"click"})
+
+
+def test_exports_are_what_the_type_checker_sees() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {"errors"}
+    for node in block.body:
+        if isinstance(node, ast.ImportFrom):
+            seen |= {alias.asname for alias in node.names if alias.asname}
+        elif isinstance(node, ast.Assign):
+            seen |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    assert seen | {"__version__"} == set(modelpack.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(modelpack.__all__))
+def test_every_export_loads(name: str) -> None:
+    assert getattr(modelpack, name) is not None
+
+
+def test_public_names_are_pinned() -> None:
+    assert sorted(modelpack.__all__) == [
+        "Descriptor",
+        "Digest",
+        "DockerStore",
+        "Manifest",
+        "Model",
+        "ModelConfig",
+        "ModelFile",
+        "ModelpackError",
+        "PackageRequest",
+        "Progress",
+        "Reference",
+        "Registry",
+        "RemoteOptions",
+        "Repository",
+        "Stop",
+        "Store",
+        "__version__",
+        "bundle",
+        "copy",
+        "errors",
+        "export_to_docker",
+        "import_from_docker",
+        "inspect",
+        "package",
+        "pull",
+        "push",
+        "resolve",
+    ]
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        modelpack.nothing_like_it  # noqa: B018
