@@ -1,0 +1,119 @@
+"""Builds the small Go programs that stand in for a peer, once for each content of their sources.
+
+A program may replace a dependency by a directory that does not exist yet, when the dependency asks
+for a newer Go than it needs:
+
+    replace example.com/mod v1.2.3 => ./mod // h1:sum-of-the-module=
+
+That version is then fetched through Go's own client, compared with the sum and unpacked there with
+the `go` line of the program in place of its own. Everything else is left to `go build`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+_UNPACKED = re.compile(r"^replace (\S+) (\S+) => \./(\S+) // (h1:\S+)$", re.MULTILINE)
+
+
+class GoToolError(RuntimeError):
+    """A Go program could not be built."""
+
+
+class GoMissingError(GoToolError):
+    """There is no Go on this machine."""
+
+
+def build_go_tool(package_dir: Path, cache: Path) -> Path:
+    """Build the Go program in `package_dir` and return the path of its binary inside `cache`.
+
+    The binary is reused until a source file, go.mod, go.sum or the version of Go changes. Raises
+    GoMissingError without Go, and GoToolError with the output of `go` if the build fails.
+    """
+    if shutil.which("go") is None:
+        raise GoMissingError(f"building {package_dir} needs Go: no `go` on PATH")
+    sources = sorted(p for p in package_dir.iterdir() if p.suffix in {".go", ".mod", ".sum"})
+    if not sources:
+        raise GoToolError(f"{package_dir} holds no Go program")
+    key = hashlib.sha256(_go("env", "GOVERSION", "GOOS", "GOARCH", cwd=package_dir).encode())
+    for source in sources:
+        key.update(source.name.encode() + b"\0")
+        key.update(hashlib.sha256(source.read_bytes()).digest())
+    binary = cache.absolute() / "go" / f"{package_dir.name}-{key.hexdigest()[:16]}"
+    if binary.is_file():
+        return binary
+
+    binary.parent.mkdir(parents=True, exist_ok=True)
+    # Built beside its final name and moved there, so that nobody runs half a binary.
+    with tempfile.TemporaryDirectory(dir=binary.parent) as scratch:
+        work = Path(scratch) / "src"
+        work.mkdir()
+        for source in sources:
+            shutil.copyfile(source, work / source.name)
+        for module, version, directory, expected in _UNPACKED.findall(
+            (work / "go.mod").read_text()
+        ):
+            _unpack(module, version, expected, work / directory, _go_line(work))
+        built = Path(scratch) / "binary"
+        _go("build", "-mod=readonly", "-trimpath", "-o", str(built), ".", cwd=work)
+        built.replace(binary)
+    return binary
+
+
+def _unpack(module: str, version: str, expected: str, directory: Path, go_line: str) -> None:
+    download = _download(module, version, cwd=directory.parent)
+    if download.get("Sum") != expected:
+        raise GoToolError(
+            f"{module}@{version}: expected the sum {expected}, got {download.get('Sum')}: "
+            f"{download.get('Error', 'no error from go')}"
+        )
+    prefix = f"{module}@{version}/"
+    with zipfile.ZipFile(download["Zip"]) as archive:
+        for name in archive.namelist():
+            # Go has checked the names and the sum of this archive.
+            target = directory / name.removeprefix(prefix)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(archive.read(name))
+    _go("mod", "edit", f"-go={go_line}", "go.mod", cwd=directory)
+
+
+def _download(module: str, version: str, cwd: Path) -> dict[str, Any]:
+    # A module that wants a newer Go is an error here, reported beside the archive it fetched.
+    with tempfile.TemporaryDirectory(dir=cwd.parent) as outside:
+        command = ["go", "mod", "download", "-json", f"{module}@{version}"]
+        done = subprocess.run(
+            command, cwd=outside, env=_environment(), capture_output=True, text=True
+        )
+    try:
+        download: dict[str, Any] = json.loads(done.stdout)
+    except ValueError as error:
+        raise GoToolError(f"{' '.join(command)} failed:\n{done.stderr}") from error
+    return download
+
+
+def _go_line(work: Path) -> str:
+    line: str = json.loads(_go("mod", "edit", "-json", cwd=work))["Go"]
+    return line
+
+
+def _go(*arguments: str, cwd: Path) -> str:
+    done = subprocess.run(
+        ["go", *arguments], cwd=cwd, env=_environment(), capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        raise GoToolError(f"go {' '.join(arguments)} in {cwd} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def _environment() -> dict[str, str]:
+    # No cgo: the programs need none, and a C compiler is one thing less to install.
+    return {**os.environ, "CGO_ENABLED": "0", "GOWORK": "off"}
