@@ -1,0 +1,117 @@
+"""Whole-process timing, pair by pair, with the kernel's own accounting of each child."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MODELPACK = str(Path(sys.executable).with_name("modelpack"))
+GIB = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One finished process: wall seconds, CPU seconds and peak resident bytes."""
+
+    wall: float
+    cpu: float
+    peak: int
+
+
+def measure(command: Sequence[str | Path], env: dict[str, str] | None = None) -> Run:
+    """Run `command` to its end; fail loudly if it fails."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        sys.exit(f"{command}: exit code {process.returncode}\n{errors.decode()}")
+    scale = 1 if sys.platform == "darwin" else 1024
+    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * scale)
+
+
+def compare(
+    label: str,
+    ours: Callable[[], Run],
+    theirs: Callable[[], Run],
+    *,
+    runs: int,
+    goal: float,
+) -> None:
+    """Run both in turn after a warm-up of each; print the median of the ratios pair by pair."""
+    ours()
+    theirs()
+    pairs = [(ours(), theirs()) for _ in range(runs)]
+    ratios = sorted(our.wall / their.wall for our, their in pairs)
+    our_wall = statistics.median(our.wall for our, _ in pairs)
+    their_wall = statistics.median(their.wall for _, their in pairs)
+    peak = max(our.peak for our, _ in pairs)
+    their_peak = max(their.peak for _, their in pairs)
+    print(
+        f"{label}: ratio {statistics.median(ratios):.2f} (min {ratios[0]:.2f}, max "
+        f"{ratios[-1]:.2f}, goal <= {goal}); ours {our_wall:.2f} s, peer {their_wall:.2f} s; "
+        f"peak RSS ours {peak / 1e6:.0f} MB, peer {their_peak / 1e6:.0f} MB",
+        flush=True,
+    )
+
+
+def random_file(path: Path, size: int) -> Path:
+    """Write `size` random bytes; return the path."""
+    with path.open("wb") as stream:
+        for _ in range(size // (16 * 1024**2)):
+            stream.write(os.urandom(16 * 1024**2))
+    return path
+
+
+def weights(path: Path, size: int) -> Path:
+    """Write a valid safetensors file of about `size` random bytes; return the path."""
+    import json
+
+    size -= size % (16 * 1024**2)
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}})
+    header += " " * (-len(header) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header.encode())
+        for _ in range(size // (16 * 1024**2)):
+            stream.write(os.urandom(16 * 1024**2))
+    return path
+
+
+def warm(*paths: Path) -> None:
+    """Read the files once, so that they are in the page cache."""
+    for path in paths:
+        with path.open("rb") as stream:
+            while stream.read(16 * 1024**2):
+                pass
+
+
+def print_machine(*versions: Sequence[str]) -> None:
+    """Print what the figures were measured on; `versions` are commands that print a version."""
+    model = "unknown processor"
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(": ")[1] for line in lines if "model name" in line), model)
+    print(f"machine: {os.cpu_count()} cores, {model}; {platform.platform()}")
+    print(f"python: {platform.python_version()}")
+    for command in versions:
+        if shutil.which(command[0]) is None:
+            sys.exit(f"{command[0]} is not installed")
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        print(f"{command[0]}: {(done.stdout or done.stderr).strip().splitlines()[0]}")
+    print(flush=True)

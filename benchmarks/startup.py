@@ -1,0 +1,22 @@
+"""`modelpack --version` against a bare `import click` by the same Python."""
+
+from __future__ import annotations
+
+import sys
+
+from measuring import MODELPACK, compare, measure, print_machine
+
+
+def main() -> None:
+    print_machine([MODELPACK, "--version"])
+    compare(
+        "modelpack --version",
+        lambda: measure([MODELPACK, "--version"]),
+        lambda: measure([sys.executable, "-c", "import click"]),
+        runs=21,
+        goal=2,
+    )
+
+
+if __name__ == "__main__":
+    main()
