@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterator
@@ -186,3 +187,30 @@ def test_the_file_metadata_in_valid_manifests_is_valid() -> None:
                 assert complaints("layer-metadata", json.loads(text)) == []
                 checked += 1
     assert checked >= 10
+
+
+# What Docker Model Runner's own code writes.
+
+VECTORS = json.loads((ROOT / "fixtures" / "vectors" / "model_runner.json").read_bytes())["vectors"]
+CONFIGS = {
+    mediatypes.DOCKER_CONFIG_V01: "docker-config-v0.1",
+    mediatypes.DOCKER_CONFIG_V02: "docker-config-v0.2",
+    mediatypes.CNCF_CONFIG: "cncf-config",
+}
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=[vector["name"] for vector in VECTORS])
+def test_what_docker_model_runner_writes_is_valid(vector: dict[str, Any]) -> None:
+    manifest = json.loads(base64.b64decode(vector["manifest"]))
+    config = json.loads(base64.b64decode(vector["config"]))
+    # It packages names that no reader should unpack; the schema refuses those and nothing else.
+    unsafe = [
+        f"$.layers[{i}].annotations['{mediatypes.FILEPATH}']"
+        for i, layer in enumerate(manifest["layers"])
+        if re.search(r"[\\\x00-\x1f\x7f]", layer["annotations"][mediatypes.FILEPATH])
+    ]
+    refused = [complaint.split(": ")[0] for complaint in complaints("model-manifest", manifest)]
+    assert refused == unsafe
+    assert complaints(CONFIGS[manifest["config"]["mediaType"]], config) == []
+    for layer in manifest["layers"]:
+        assert complaints("layer-metadata", json.loads(layer["annotations"][METADATA])) == []
