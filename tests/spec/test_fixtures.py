@@ -12,6 +12,10 @@ import pytest
 import safetensors
 from gguf import GGUFReader
 
+from modelpack.errors import WeightFormatError
+from modelpack.formats.gguf import read_gguf_header
+from modelpack.formats.safetensors import read_safetensors_header
+
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 MADE = ("valid", "invalid", "models")
 
@@ -60,6 +64,24 @@ def weights(suffix: str, *, broken: bool) -> list[str]:
     models = FIXTURES / "models"
     found = (path.relative_to(models) for path in models.rglob(f"*.{suffix}"))
     return sorted(str(path) for path in found if path.parts[0].startswith("broken-") == broken)
+
+
+READERS = {".gguf": read_gguf_header, ".safetensors": read_safetensors_header}
+GOOD = weights("gguf", broken=False) + weights("safetensors", broken=False)
+BROKEN = weights("gguf", broken=True) + weights("safetensors", broken=True)
+
+
+@pytest.mark.parametrize("path", GOOD)
+def test_our_readers_read_the_good_files(path: str) -> None:
+    header = READERS[Path(path).suffix](FIXTURES / "models" / path)
+    assert len(header.tensors) >= 1
+
+
+@pytest.mark.parametrize("path", BROKEN)
+def test_our_readers_refuse_the_broken_files(path: str) -> None:
+    with pytest.raises(WeightFormatError) as caught:
+        READERS[Path(path).suffix](FIXTURES / "models" / path)
+    assert path in str(caught.value)
 
 
 @pytest.mark.parametrize("path", weights("safetensors", broken=False))
