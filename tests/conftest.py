@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ import pytest
 from tests.peers import REQUIRED, docker_registry
 
 ROOT = Path(__file__).parent.parent
+
+# Tests get a home of their own; what is costly to fetch stays where the user's own is.
+os.environ.setdefault("GOPATH", str(Path.home() / "go"))
+os.environ.setdefault("GOCACHE", str(Path.home() / ".cache" / "go-build"))
+os.environ.setdefault("MODELPACK_CACHE", str(ROOT / ".cache"))
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import pytest
 from fixtures.vectors.model_runner import make, packages
 from fixtures.vectors.model_runner.case import Case
 from tests.interop.go_tool import GoMissingError, GoToolError, build_go_tool
+from tests.peers import require
 
 ROOT = Path(__file__).resolve().parents[3]
 VECTORS = json.loads((ROOT / "fixtures" / "vectors" / "model_runner.json").read_bytes())
@@ -22,6 +23,7 @@ BY_NAME = {made["name"]: made for made in (*VECTORS["vectors"], *VECTORS["refusa
 
 @pytest.fixture(scope="module")
 def peer() -> Path:
+    require("go")
     return build_go_tool(Path(__file__).parent, ROOT / ".cache")
 
 
@@ -84,6 +86,7 @@ def test_a_machine_without_go_is_told_so(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.peer("go")
 def test_a_build_that_fails_shows_what_go_says(tmp_path: Path) -> None:
+    require("go")
     (tmp_path / "go.mod").write_text("module broken.invalid\n\ngo 1.25\n")
     (tmp_path / "main.go").write_text("package main\n\nfunc main() { missing() }\n")
     with pytest.raises(GoToolError, match="undefined: missing"):
@@ -92,6 +95,7 @@ def test_a_build_that_fails_shows_what_go_says(tmp_path: Path) -> None:
 
 @pytest.mark.peer("go")
 def test_a_module_with_another_sum_is_refused(tmp_path: Path) -> None:
+    require("go")
     source = Path(__file__).parent
     module = (source / "go.mod").read_text().replace("// h1:", "// h1:not")
     for name in ("main.go", "package.go", "store.go", "go.sum"):

@@ -1,0 +1,49 @@
+"""Run the command line in this process and keep what it printed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelpack.cli.main import run
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Exit code and output of one command."""
+
+    code: int
+    stdout: bytes
+    err: str
+
+    @property
+    def out(self) -> str:
+        """What stdout got, as text without the last newline."""
+        return self.stdout.decode().rstrip("\n")
+
+    @property
+    def json(self) -> Any:
+        """What stdout got, decoded."""
+        return json.loads(self.stdout)
+
+
+def modelpack(*arguments: str | Path) -> Result:
+    """Run `modelpack` with these arguments."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    err = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run([str(argument) for argument in arguments])
+    buffer = out.buffer
+    assert isinstance(buffer, io.BytesIO)
+    return Result(code, buffer.getvalue(), err.getvalue())
+
+
+def succeed(*arguments: str | Path) -> Result:
+    """Run `modelpack`, which has to succeed."""
+    result = modelpack(*arguments)
+    assert result.code == 0, f"exit code {result.code}\n{result.err}"
+    return result
