@@ -1,0 +1,216 @@
+"""Lays out a model as a directory that a runtime can open: a bundle.
+
+    DIR/config.json     what the model's config says, for the runtime
+    DIR/model/          the files, linked to the store where the file system can
+
+The directory appears complete or not at all. Whatever the model says, nothing outside it is
+touched: see `paths`, `dirfd`, `tree` and `tarstream`.
+Source: docker/model-runner, pkg/distribution/internal/bundle.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from modelpack.config import ModelConfig
+from modelpack.descriptor import Descriptor
+from modelpack.digest import Digest
+from modelpack.errors import StorageFullError, StoreError, UnsupportedError
+from modelpack.gojson import decode_object, encode
+from modelpack.model import Model, ModelFile, Role, format_of, role_of
+from modelpack.progress import Action, Progress, Stop, silent
+from modelpack.storage import Watch
+from modelpack.unpacking.content import TarLimits as TarLimits
+from modelpack.unpacking.dirfd import Folder
+from modelpack.unpacking.links import LinkMode as LinkMode
+from modelpack.unpacking.links import Placement, put, write_all
+from modelpack.unpacking.names import arrange
+from modelpack.unpacking.publish import absolute, new_directory
+from modelpack.unpacking.tar import extract
+from modelpack.unpacking.tree import Tree
+
+_CONFIG = "config.json"
+_MODEL = "model"
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_DEFAULT_LIMITS = TarLimits()
+# Which weights are run where there are several kinds and the config names none.
+_FORMATS = ("gguf", "safetensors", "dduf")
+
+
+@dataclass(frozen=True, slots=True)
+class BundleFile:
+    """A file of a bundle; `path` is relative to its directory, with slashes.
+
+    `digest` is that of the layer: of the file's own content, or of the archive that it was in.
+    """
+
+    path: str
+    role: Role
+    digest: Digest
+    linked: Placement
+    format: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A directory that a runtime can open. `weight` is the first shard where there are several.
+
+    `notes` say what a user might miss: a second chat template, a renamed license.
+    """
+
+    directory: Path
+    files: tuple[BundleFile, ...]
+    weight: Path
+    chat_template: Path | None
+    mmproj: Path | None
+    config: Path
+    notes: tuple[str, ...] = ()
+
+
+def lay_out(
+    model: Model,
+    blob_path: Callable[[Descriptor], Path],
+    directory: Path,
+    *,
+    links: LinkMode = LinkMode.AUTO,
+    limits: TarLimits = _DEFAULT_LIMITS,
+    watch: Watch | None = None,
+    overwrite: bool = False,
+) -> Bundle:
+    """Make `directory` the bundle of `model`, whose blobs are where `blob_path` says.
+
+    A directory that is there and not empty is refused (`ConflictError`) unless `overwrite`: then
+    it is replaced, in one step where the system can. On failure there is nothing new, and what was
+    there before stands. Raises `UnsafePathError` if the model tries to leave the directory or puts
+    two files in one place, `IntegrityError` for an archive beyond its limits, `FormatError` for a
+    damaged one, `UnsupportedError` if there is no weight, `NotFoundError` and `SizeMismatchError`
+    if the store lost a blob, `StorageFullError` and `StoreError` for the file system.
+    """
+    watch = watch or Watch(silent, Stop())
+    directory = absolute(directory)
+    arrangement = arrange(model)
+    notes = list(arrangement.notes)
+    with _translating(directory), new_directory(directory, overwrite=overwrite) as folder:
+        files: list[BundleFile] = []
+        with folder.make(_MODEL) as inside:
+            tree = Tree(inside)
+            for placed in arrangement.files:
+                linked = _place(placed.path, placed.file, tree, blob_path, links, watch)
+                files.append(_bundle_file(placed.path, placed.file, linked))
+            for archive in arrangement.archives:
+                what = f"layer {archive.filepath or archive.descriptor.digest.short}"
+                path = blob_path(archive.descriptor)
+                for member in extract(archive, path, tree, limits, watch, what):
+                    files.append(_bundle_file(member, archive, Placement.EXTRACTED))
+        _write(folder, _CONFIG, runtime_config(model.config))
+        bundle = _bundle(directory, files, model.config, notes)
+    for note in bundle.notes:
+        watch.report(Progress(Action.NOTE, str(directory), message=note))
+    return bundle
+
+
+def runtime_config(config: ModelConfig) -> bytes:
+    """Return the bytes of a bundle's `config.json`, as Docker Model Runner writes them.
+
+    The inner `config` object of a Docker config, all of a CNCF config; a newline at the end.
+    """
+    value = decode_object(config.encode(), _CONFIG)
+    if not config.is_cncf:
+        return encode(value["config"]) + b"\n"
+    if "family" not in config.cncf_descriptor:  # ours, when we package; not in the model's config
+        value["descriptor"].pop("family", None)
+    return encode(value) + b"\n"
+
+
+def _place(
+    path: str,
+    file: ModelFile,
+    tree: Tree,
+    blob_path: Callable[[Descriptor], Path],
+    links: LinkMode,
+    watch: Watch,
+) -> Placement:
+    watch.stop.check()
+    digest, size = file.descriptor.digest, file.descriptor.size
+    with tree.place(path, f"layer {digest.short}") as (folder, name):
+        linked = put(file, blob_path(file.descriptor), folder, name, links, watch)
+    watch.report(Progress(Action.UNPACK, path, digest, size, size))
+    return linked
+
+
+def _bundle_file(path: str, layer: ModelFile, linked: Placement) -> BundleFile:
+    extracted = linked is Placement.EXTRACTED
+    role = role_of(layer.media_type, path) if extracted else layer.role
+    kind = format_of(layer.media_type, path) if extracted else layer.format
+    return BundleFile(f"{_MODEL}/{path}", role, layer.descriptor.digest, linked, kind)
+
+
+def _bundle(
+    directory: Path, files: Sequence[BundleFile], config: ModelConfig, notes: list[str]
+) -> Bundle:
+    weights = [file for file in files if file.role is Role.WEIGHT]
+    for kind in (config.format.lower().replace("diffusers", "dduf"), *_FORMATS):
+        of_kind = [file for file in weights if file.format == kind]
+        if kind and of_kind:
+            weights = of_kind
+            break
+    if not weights:
+        raise UnsupportedError(
+            "has no weights to run", path=str(directory), hint="`modelpack inspect` lists its files"
+        )
+    template, mmproj = (
+        _chosen(files, role, notes) for role in (Role.CHAT_TEMPLATE, Role.PROJECTOR)
+    )
+    return Bundle(
+        directory,
+        tuple(files),
+        directory / min(weights, key=_lookup_order).path,
+        directory / template.path if template else None,
+        directory / mmproj.path if mmproj else None,
+        directory / _CONFIG,
+        tuple(notes),
+    )
+
+
+def _chosen(files: Sequence[BundleFile], role: Role, notes: list[str]) -> BundleFile | None:
+    found = [file for file in files if file.role is role]
+    if not found:
+        return None
+    # The first in layer order, but one in a subdirectory is for something special.
+    first = min(found, key=lambda file: file.path.count("/"))
+    if len(found) > 1:
+        notes.append(f"{first.path} is the {role.replace('_', ' ')} of {len(found)} to be used")
+    return first
+
+
+def _lookup_order(file: BundleFile) -> tuple[bool, bool, tuple[str, ...]]:
+    """Sort as Docker Model Runner looks for weights: top level first, then by path."""
+    parts = PurePosixPath(file.path).parts[1:]
+    return parts[-1].startswith("."), len(parts) > 1, parts
+
+
+def _write(folder: Folder, name: str, content: bytes) -> None:
+    fd = folder.create(name)
+    try:
+        write_all(fd, content)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _translating(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        if error.errno in _FULL:
+            raise StorageFullError(
+                f"cannot lay out {directory}: {why}",
+                hint="free some space and run the same command again",
+            ) from error
+        raise StoreError(f"cannot lay out {directory}: {why}") from error

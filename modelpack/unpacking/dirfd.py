@@ -1,0 +1,112 @@
+"""Directories held open, so that nobody can move them while files are made in them.
+
+A path is looked up anew each time that it is used; whoever can write beside us may have put a
+symbolic link on the way by then. Here every name is looked up in an open directory, one component
+at a time, and a link is never followed (openat with O_NOFOLLOW).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from modelpack.errors import UnsafePathError
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# What the system says when something is not what we left there.
+_PLANTED = frozenset({errno.EEXIST, errno.ELOOP, errno.ENOTDIR, errno.ENOENT, errno.EMLINK})
+
+DIRECTORY_MODE = 0o755
+FILE_MODE = 0o644
+EXECUTABLE_MODE = 0o755
+
+
+class Folder:
+    """An open directory; close it, or use it as a context. `path` is for messages only."""
+
+    __slots__ = ("fd", "path")
+
+    def __init__(self, fd: int, path: str) -> None:
+        self.fd = fd
+        self.path = path
+
+    @classmethod
+    def open(cls, path: Path) -> Folder:
+        """Open the directory at `path`, whose links the caller chose and which are followed."""
+        return cls(os.open(path, _DIRECTORY), str(path))
+
+    def duplicate(self) -> Folder:
+        """Return the same directory, to be closed on its own."""
+        return Folder(os.dup(self.fd), self.path)
+
+    def enter(self, name: str) -> Folder:
+        """Open the directory `name` in this one; raise `UnsafePathError` if it is none."""
+        path = f"{self.path}/{name}"
+        try:
+            return Folder(os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=self.fd), path)
+        except OSError as error:
+            raise _explained(error, path, "the directory that was made there") from error
+
+    def make(self, name: str, mode: int = DIRECTORY_MODE) -> Folder:
+        """Make the directory `name`, which may not be there yet, and open it."""
+        path = f"{self.path}/{name}"
+        try:
+            os.mkdir(name, 0o700, dir_fd=self.fd)
+        except OSError as error:
+            raise _explained(error, path, "nothing") from error
+        made = self.enter(name)
+        os.fchmod(made.fd, mode)  # whatever the umask is
+        return made
+
+    def create(self, name: str, mode: int = FILE_MODE) -> int:
+        """Make the file `name`, which may not be there yet; return its descriptor, for writing."""
+        path = f"{self.path}/{name}"
+        try:
+            fd = os.open(name, _NEW_FILE, 0o600, dir_fd=self.fd)
+        except OSError as error:
+            raise _explained(error, path, "nothing") from error
+        os.fchmod(fd, mode)
+        return fd
+
+    def status(self, name: str) -> os.stat_result | None:
+        """Return what `name` is, a link not followed; None if there is no such name."""
+        try:
+            return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def close(self) -> None:
+        """Close the directory."""
+        os.close(self.fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def is_directory(status: os.stat_result) -> bool:
+    """Return whether this is a directory itself, not a link to one."""
+    return stat.S_ISDIR(status.st_mode)
+
+
+def _explained(error: OSError, path: str, expected: str) -> OSError | UnsafePathError:
+    if error.errno not in _PLANTED:
+        return error
+    return UnsafePathError(
+        f"{path}: expected {expected}, but somebody else changed it: {error.strerror}",
+        expected=expected,
+        got=error.strerror,
+        hint="unpack into a directory that nobody else writes to",
+    )

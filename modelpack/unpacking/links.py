@@ -1,0 +1,169 @@
+"""Puts a blob of the store into a bundle, without copying it where the file system can."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import BinaryIO
+
+from modelpack.digest import Digest
+from modelpack.errors import StoreError
+from modelpack.model import ModelFile
+from modelpack.progress import Action, Progress
+from modelpack.storage import Watch
+from modelpack.unpacking.blobs import open_blob
+from modelpack.unpacking.dirfd import FILE_MODE, Folder
+
+_FICLONE = 0x40049409  # linux/fs.h
+_CHUNK = 1024 * 1024
+# The file system or the kernel will not share the blob; another way may work.
+_CANNOT = frozenset(
+    {
+        errno.EXDEV,
+        errno.EPERM,
+        errno.EACCES,
+        errno.EMLINK,
+        errno.EINVAL,
+        errno.ENOSYS,
+        errno.ENOTTY,
+        errno.ENOTSUP,
+        errno.EOPNOTSUPP,
+    }
+)
+
+
+class LinkMode(StrEnum):
+    """How files get into a bundle. AUTO is a hard link, else a reflink, else a copy."""
+
+    AUTO = "auto"
+    HARDLINK = "hardlink"
+    SYMLINK = "symlink"
+    REFLINK = "reflink"
+    COPY = "copy"
+
+
+class Placement(StrEnum):
+    """How a file of a bundle came about.
+
+    A hard link is the file of the store under another name: writing to it would damage the store,
+    which the mode 0444 of its blobs prevents, except for root. A symbolic link breaks when the
+    blob is removed from the store; the others do not.
+    """
+
+    HARDLINK = "hardlink"
+    SYMLINK = "symlink"
+    REFLINK = "reflink"
+    COPY = "copy"
+    EXTRACTED = "extracted"
+
+
+_ORDER = {
+    LinkMode.AUTO: (Placement.HARDLINK, Placement.REFLINK, Placement.COPY),
+    LinkMode.HARDLINK: (Placement.HARDLINK,),
+    LinkMode.SYMLINK: (Placement.SYMLINK,),
+    LinkMode.REFLINK: (Placement.REFLINK,),
+    LinkMode.COPY: (Placement.COPY,),
+}
+
+
+def put(
+    file: ModelFile, path: Path, folder: Folder, name: str, mode: LinkMode, watch: Watch
+) -> Placement:
+    """Make `name` in `folder` the blob at `path`; return how.
+
+    Raises `NotFoundError` or `SizeMismatchError` if the store lost or cut it, `StoreError` if the
+    file system cannot do what `mode` asks for, and `DigestMismatchError` if a copy shows that the
+    blob is damaged.
+    """
+    problem: OSError | None = None
+    with open_blob(path, file.descriptor) as blob:
+        for placement in _ORDER[mode]:
+            try:
+                _WAYS[placement](file, path, blob, folder, name, watch)
+            except OSError as error:
+                if error.errno not in _CANNOT or placement in (Placement.SYMLINK, Placement.COPY):
+                    raise
+                problem = error
+            else:
+                return placement
+    raise StoreError(
+        f"cannot make {folder.path}/{name} a {mode} of {path}: "
+        f"{problem.strerror if problem else 'unknown'}",
+        hint="use another kind of link, or a directory on the file system of the store",
+    ) from problem
+
+
+def _hard_link(
+    _file: ModelFile, path: Path, blob: BinaryIO, folder: Folder, name: str, _watch: Watch
+) -> None:
+    os.link(os.path.realpath(path), name, dst_dir_fd=folder.fd, follow_symlinks=False)
+    made = folder.status(name)
+    if made is None or not os.path.samestat(made, os.fstat(blob.fileno())):
+        raise StoreError(f"{path} was replaced while it was linked", hint="try again")
+
+
+def _symbolic_link(
+    _file: ModelFile, path: Path, _blob: BinaryIO, folder: Folder, name: str, _watch: Watch
+) -> None:
+    os.symlink(os.path.abspath(path), name, dir_fd=folder.fd)
+
+
+def _reflink(
+    _file: ModelFile, _path: Path, blob: BinaryIO, folder: Folder, name: str, _watch: Watch
+) -> None:
+    if sys.platform == "darwin":
+        _clone_on_macos(blob.fileno(), folder, name)
+        return
+    target = folder.create(name)
+    try:
+        fcntl.ioctl(target, _FICLONE, blob.fileno())
+    except OSError:
+        os.unlink(name, dir_fd=folder.fd)
+        raise
+    finally:
+        os.close(target)
+
+
+def _clone_on_macos(source: int, folder: Folder, name: str) -> None:
+    import ctypes
+
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.fclonefileat(source, folder.fd, os.fsencode(name), 0):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    os.chmod(name, FILE_MODE, dir_fd=folder.fd, follow_symlinks=False)
+
+
+def _copy(
+    file: ModelFile, _path: Path, blob: BinaryIO, folder: Folder, name: str, watch: Watch
+) -> None:
+    digest, size = file.descriptor.digest, file.descriptor.size
+    hasher = digest.hasher()
+    with os.fdopen(folder.create(name), "wb", buffering=0) as target:
+        completed = 0
+        while data := blob.read(_CHUNK):
+            watch.stop.check()
+            write_all(target.fileno(), data)
+            hasher.update(data)
+            completed += len(data)
+            watch.report(Progress(Action.UNPACK, name, digest, completed, size))
+    digest.check_equal(Digest.of_hasher(hasher), f"blob {digest}")
+
+
+_WAYS = {
+    Placement.HARDLINK: _hard_link,
+    Placement.SYMLINK: _symbolic_link,
+    Placement.REFLINK: _reflink,
+    Placement.COPY: _copy,
+}
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of `data`, however little the system takes at once."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]

@@ -1,0 +1,127 @@
+"""Unpacks an archive layer into a tree: files and directories, within limits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+from modelpack.digest import Digest
+from modelpack.errors import StorageFullError
+from modelpack.model import ModelFile
+from modelpack.paths import checked_path
+from modelpack.progress import Action, Progress
+from modelpack.storage import Watch
+from modelpack.unpacking.blobs import open_blob
+from modelpack.unpacking.content import Content, TarLimits, over_limit
+from modelpack.unpacking.dirfd import EXECUTABLE_MODE, FILE_MODE
+from modelpack.unpacking.links import write_all
+from modelpack.unpacking.tarstream import TarEntry, TarReader
+from modelpack.unpacking.tree import Tree
+
+_CHUNK = 256 * 1024
+_REPORT_BYTES = 4 * 1024 * 1024
+# What is left free on the disk; others write to it too.
+_RESERVE_BYTES = 64 * 1024 * 1024
+
+
+def extract(
+    layer: ModelFile, path: Path, tree: Tree, limits: TarLimits, watch: Watch, what: str
+) -> tuple[str, ...]:
+    """Unpack the archive at `path` into `tree`; return the paths of its files.
+
+    Owners, times and all permissions but the executable one are left behind. Raises `FormatError`
+    if it is damaged, `UnsafePathError` for a link, a device or a path that is not safe or taken,
+    `UnsupportedError` for a sparse file, `IntegrityError` beyond a limit, `StorageFullError` if
+    the disk has no room, `DigestMismatchError` if the content is not what `layer.diff_id` says.
+    """
+    assert layer.archive is not None, f"{what} is one raw file"
+    hasher = layer.diff_id.hasher() if layer.diff_id else None
+    with open_blob(path, layer.descriptor) as blob:
+        content = Content(
+            blob,
+            layer.archive,
+            what,
+            limit=limits.budget(layer.descriptor.size),
+            max_window_bytes=limits.max_window_bytes,
+            hasher=hasher,
+            on_read=_Meter(layer, blob, watch, what).tick,
+        )
+        reader = TarReader(content, what, max_header_bytes=limits.max_header_bytes)
+        paths = _unpack(reader, tree, limits, layer.descriptor.size, what)
+        content.drain()
+    if layer.diff_id and hasher:
+        layer.diff_id.check_equal(Digest.of_hasher(hasher), f"{what}, uncompressed")
+    size = layer.descriptor.size
+    watch.report(Progress(Action.UNPACK, what, layer.descriptor.digest, size, size))
+    return paths
+
+
+class _Meter:
+    """Reports how much of the blob has been read, now and then, and stops when asked to."""
+
+    def __init__(self, layer: ModelFile, blob: BinaryIO, watch: Watch, what: str) -> None:
+        self._layer, self._blob, self._watch, self._what = layer, blob, watch, what
+        self._reported = 0
+
+    def tick(self) -> None:
+        self._watch.stop.check()
+        position, size = self._blob.tell(), self._layer.descriptor.size
+        if position - self._reported >= _REPORT_BYTES and position < size:
+            self._reported = position
+            digest = self._layer.descriptor.digest
+            self._watch.report(Progress(Action.UNPACK, self._what, digest, position, size))
+
+
+def _unpack(
+    reader: TarReader, tree: Tree, limits: TarLimits, blob_size: int, what: str
+) -> tuple[str, ...]:
+    paths: list[str] = []
+    before, room = len(tree), tree.free_bytes() - _RESERVE_BYTES
+    budget = limits.budget(blob_size)
+    for number, entry in enumerate(reader, start=1):
+        path = _member_path(entry)
+        # The size is only a claim, but no more than it says is read.
+        if entry.size > budget:
+            raise over_limit(what, f"{limits.budget(blob_size)} bytes")
+        if entry.size > room:
+            raise StorageFullError(
+                f"no room to unpack {entry.name[:200]!r} of {what}: {entry.size} bytes, "
+                f"{max(room, 0)} are free",
+                needed=entry.size,
+                available=max(room, 0),
+                hint="free some space and run the same command again",
+            )
+        budget -= entry.size
+        room -= entry.size
+        if not entry.is_directory:
+            _write_file(path, entry, reader, tree, what)
+            paths.append(path)
+        elif path:
+            tree.add_directory(path, what)
+        if max(number, len(tree) - before) > limits.max_entries:
+            raise over_limit(what, f"{limits.max_entries} files and directories")
+    return tuple(paths)
+
+
+def _member_path(entry: TarEntry) -> str:
+    """Return the checked path of an entry; "" is the directory that is unpacked into itself."""
+    path = entry.name
+    while path.startswith("./"):  # as `tar -c .` writes them
+        path = path[2:]
+    if entry.is_directory:
+        if path in ("", "."):
+            return ""
+        path = path.removesuffix("/")
+    return checked_path(path)
+
+
+def _write_file(path: str, entry: TarEntry, reader: TarReader, tree: Tree, what: str) -> None:
+    mode = EXECUTABLE_MODE if entry.executable else FILE_MODE
+    with tree.place(path, what) as (folder, name):
+        target = folder.create(name, mode)
+        try:
+            while data := reader.read(_CHUNK):
+                write_all(target, data)
+        finally:
+            os.close(target)

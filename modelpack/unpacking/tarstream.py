@@ -1,0 +1,236 @@
+"""Reads a tar archive as a stream: its files and directories, and nothing else.
+
+A strict reader of our own, because the archive comes from a stranger: `tarfile` reads extended
+headers of any length into memory, knows links, devices and sparse files, and forgives damage.
+
+Formats: POSIX.1-1988 ustar, POSIX.1-2001 pax and GNU, as tar, Go and Python write them. Links,
+devices, FIFOs and sparse files are refused by name rather than skipped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
+
+from modelpack.errors import FormatError, UnsafePathError, UnsupportedError
+
+BLOCK = 512
+_ZEROS = bytes(BLOCK)
+_FILES = (b"0", b"\0", b"7")  # "7" is a contiguous file: the same to whoever has no such thing
+_DIRECTORY = b"5"
+_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"x", b"g", b"L", b"K"
+_EXTENSIONS = (_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK)
+_REFUSED = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a character device",
+    b"4": "a block device",
+    b"6": "a FIFO",
+}
+_OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*\Z")
+_PAX_LENGTH = re.compile(rb"([1-9][0-9]{0,9}) ")
+_DECIMAL = re.compile(rb"[0-9]{1,19}\Z")
+_SKIP_BYTES = 256 * 1024
+
+
+class Readable(Protocol):
+    """Where the archive's bytes come from."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to `size` bytes, none at the end."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TarEntry:
+    """A file or a directory; `name` as the archive has it, unchecked. `size` is in bytes."""
+
+    name: str
+    is_directory: bool
+    size: int
+    executable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    name: bytes
+    kind: bytes
+    size: int
+    mode: int
+
+
+class TarReader:
+    """Iterates over the entries of the archive in `stream`; `what` names it in errors.
+
+    Raises `FormatError` where the archive is damaged, `UnsafePathError` for a link or a device
+    and `UnsupportedError` for what else is no file. The headers of one entry may take
+    `max_header_bytes`.
+    """
+
+    def __init__(self, stream: Readable, what: str, *, max_header_bytes: int) -> None:
+        self._stream = stream
+        self._what = what
+        self._max_header_bytes = max_header_bytes
+        self._offset = 0  # in the uncompressed archive
+        self._left = 0  # of the data of the current entry
+        self._padding = 0
+
+    def __iter__(self) -> Iterator[TarEntry]:
+        """Return each entry; data that the caller has not read is skipped."""
+        while True:
+            self._skip(self._left + self._padding)
+            entry = self._next_entry()
+            if entry is None:
+                return
+            yield entry
+
+    def read(self, size: int) -> bytes:
+        """Return up to `size` bytes of the current entry's data, none at its end."""
+        wanted = min(size, self._left)
+        if not wanted:
+            return b""
+        data = self._stream.read(wanted)
+        if not data:
+            self._fail(f"it ends {self._left} bytes before the end of a file")
+        self._offset += len(data)
+        self._left -= len(data)
+        return data
+
+    def _next_entry(self) -> TarEntry | None:
+        records: dict[str, bytes] = {}
+        used = 0
+        while True:
+            header = self._header()
+            if header is None:
+                if records:
+                    self._fail("it ends after an extended header")
+                return None
+            if header.kind not in _EXTENSIONS:
+                return self._entry(header, records)
+            used += BLOCK + header.size
+            if used > self._max_header_bytes:
+                self._fail(
+                    f"the headers of one entry take more than {self._max_header_bytes} bytes"
+                )
+            payload = self._exactly(header.size)
+            self._skip(-header.size % BLOCK)
+            records |= self._extension(header.kind, payload)
+
+    def _header(self) -> _Header | None:
+        block = self._exactly(BLOCK)
+        if block == _ZEROS:  # the second one, and what pads the archive, are left to the caller
+            return None
+        blank = block[:148] + b" " * 8 + block[156:]
+        wrong = self._number(block[148:156], "checksum") - sum(blank)
+        if wrong and wrong != -256 * sum(byte > 127 for byte in blank):  # old tars sum signed bytes
+            self._fail("a header has the wrong checksum", at=self._offset - BLOCK)
+        name = _text(block[:100])
+        if block[257:263] == b"ustar\0" and block[345] != 0:
+            name = _text(block[345:500]) + b"/" + name
+        size = self._number(block[124:136], "size")
+        return _Header(name, block[156:157], size, self._number(block[100:108], "mode"))
+
+    def _entry(self, header: _Header, records: Mapping[str, bytes]) -> TarEntry:
+        name = self._decoded(records.get("path", header.name))
+        self._refuse_unknown(name, header.kind, records)
+        size = header.size
+        if "size" in records:
+            if not _DECIMAL.match(records["size"]):
+                self._fail(f"{name!r} has the size {records['size'][:40]!r}")
+            size = int(records["size"])
+        is_directory = header.kind == _DIRECTORY or name.endswith("/")
+        if is_directory and size:
+            self._fail(f"the directory {name!r} has {size} bytes of data")
+        self._left, self._padding = size, -size % BLOCK
+        return TarEntry(name, is_directory, size, bool(header.mode & 0o111))
+
+    def _refuse_unknown(self, name: str, kind: bytes, records: Mapping[str, bytes]) -> None:
+        shown = repr(name[:200])
+        if kind in _REFUSED:
+            raise UnsafePathError(
+                f"{self._what}: {shown} is {_REFUSED[kind]}, "
+                "and only files and directories are unpacked",
+                expected="a file or a directory",
+                got=_REFUSED[kind],
+            )
+        if kind == b"S" or any(key.startswith("GNU.sparse.") for key in records):
+            raise UnsupportedError(f"{shown} is a sparse file", path=self._what)
+        if kind not in (*_FILES, _DIRECTORY):
+            raise UnsupportedError(f"{shown} has the unknown entry type {kind!r}", path=self._what)
+
+    def _extension(self, kind: bytes, payload: bytes) -> dict[str, bytes]:
+        """Return what an extended header says of the entry after it."""
+        if kind == _GNU_NAME:
+            return {"path": _text(payload)}
+        if kind == _GNU_LINK:
+            return {}  # the entry after it is a link, and refused as such
+        records = self._pax_records(payload)
+        if kind == _PAX:
+            return records
+        for key in records:
+            if key in ("path", "size", "linkpath") or key.startswith("GNU.sparse."):
+                raise UnsupportedError(
+                    f"a global header sets {key!r} for all entries", path=self._what
+                )
+        return {}
+
+    def _pax_records(self, payload: bytes) -> dict[str, bytes]:
+        """Return the records `"%d %s=%s\\n" % (length of all this, key, value)`."""
+        records: dict[str, bytes] = {}
+        position = 0
+        while position < len(payload):
+            length = _PAX_LENGTH.match(payload, position)
+            end = position + int(length[1]) if length else 0
+            record = payload[length.end() : end] if length else b""
+            key, equals, value = record.partition(b"=")
+            if not (length and key and equals and record.endswith(b"\n") and end <= len(payload)):
+                self._fail("an extended header does not parse")
+            records[self._decoded(key)] = value[:-1]
+            position = end
+        return records
+
+    def _number(self, field: bytes, name: str) -> int:
+        if field[0] == 0x80:  # GNU: base 256 where octal digits are too few
+            return int.from_bytes(field[1:], "big")
+        digits = _OCTAL.match(field)
+        if digits is None:
+            self._fail(f"a header has {field!r} as its {name}", at=self._offset - BLOCK)
+        return int(digits[1] or b"0", 8)
+
+    def _decoded(self, raw: bytes) -> str:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            self._fail(f"the name {raw[:200]!r} is not UTF-8")
+
+    def _exactly(self, size: int) -> bytes:
+        parts = []
+        while size:
+            data = self._stream.read(size)
+            if not data:
+                self._fail("it ends inside a header, or without the blocks that mark its end")
+            self._offset += len(data)
+            size -= len(data)
+            parts.append(data)
+        return b"".join(parts)
+
+    def _skip(self, size: int) -> None:
+        while size:
+            data = self._stream.read(min(size, _SKIP_BYTES))
+            if not data:
+                self._fail(f"it ends {size} bytes before the end of a file")
+            self._offset += len(data)
+            size -= len(data)
+        self._left = self._padding = 0
+
+    def _fail(self, problem: str, *, at: int | None = None) -> NoReturn:
+        offset = self._offset if at is None else at
+        raise FormatError(
+            f"not a tar archive that we read: {problem}", path=self._what, offset=offset
+        )
+
+
+def _text(field: bytes) -> bytes:
+    return field.partition(b"\0")[0]
