@@ -1,0 +1,263 @@
+"""DDUF: a ZIP archive of a diffusers pipeline, read within limits.
+
+Source: the DDUF description of Hugging Face and APPNOTE.TXT of ZIP: every entry is stored, not
+compressed, so that weights can be mapped in place; `model_index.json` names the parts.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from stat import S_ISDIR, S_ISREG
+
+from modelpack.errors import WeightFormatError
+from modelpack.formats.reading import WeightFile, WeightSource, opened, quoted
+from modelpack.paths import path_problem
+
+MODEL_INDEX = "model_index.json"
+MAX_MODEL_INDEX_BYTES = 1024 * 1024
+#: Pipelines have dozens of files.
+MAX_ENTRIES = 10_000
+MAX_DIRECTORY_BYTES = 4 * 1024 * 1024
+
+_LOCAL_SIGNATURE = b"PK\x03\x04"
+_END = struct.Struct("<4s4H2LH")
+_END_SIGNATURE = b"PK\x05\x06"
+_LOCATOR = struct.Struct("<4sLQL")
+_LOCATOR_SIGNATURE = b"PK\x06\x07"
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_END64_SIGNATURE = b"PK\x06\x06"
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_CENTRAL_SIGNATURE = b"PK\x01\x02"
+_LOCAL = struct.Struct("<4s5H3L2H")
+_MAX_COMMENT = 65_535
+_UINT16, _UINT32 = 0xFFFF, 0xFFFFFFFF
+_ZIP64_EXTRA = 0x0001
+_ENCRYPTED, _UTF8 = 0x0001, 0x0800
+
+
+@dataclass(frozen=True, slots=True)
+class DDUFEntry:
+    """One file of the archive: its data is `size` bytes at `offset` of the archive."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class DDUFHeader:
+    """The directory of a DDUF archive."""
+
+    path: str
+    file_size: int
+    entries: tuple[DDUFEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Directory:
+    offset: int
+    size: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """An entry of the central directory; `at` is its own byte, `local` that of the local header."""
+
+    name: str
+    raw_name: bytes
+    local: int
+    size: int
+    at: int
+
+
+def read_dduf_header(source: WeightSource) -> DDUFHeader:
+    """Return the directory of the DDUF archive `source`.
+
+    Raises `WeightFormatError`, naming the byte, for anything but stored files of safe, distinct
+    names that lie inside the archive and not over each other, and for a missing or broken
+    `model_index.json`.
+    """
+    with opened(source) as file:
+        if not file.head().startswith(_LOCAL_SIGNATURE):
+            raise file.foreign("a DDUF archive")
+        directory = _find_directory(file)
+        entries = tuple(_located(file, record) for record in _records(file, directory))
+        _check_layout(file, entries, directory)
+        _check_model_index(file, entries)
+        return DDUFHeader(file.path, file.size, entries)
+
+
+def _find_directory(file: WeightFile) -> _Directory:
+    start = max(0, file.size - _END.size - _MAX_COMMENT)
+    tail = file.read(start, file.size - start)
+    at = tail.rfind(_END_SIGNATURE)
+    # The record is the last one whose comment ends with the file.
+    while at >= 0 and not _ends_file(tail, at):
+        at = tail.rfind(_END_SIGNATURE, 0, at)
+    if at < 0:
+        raise file.error(
+            "no end of a ZIP archive",
+            file.size,
+            hint="the download or copy was probably cut short; fetch the file again",
+        )
+    _, disk, first_disk, _, count, size, offset, _ = _END.unpack_from(tail, at)
+    end = start + at
+    if (_UINT16 in (disk, first_disk, count) or _UINT32 in (size, offset)) and (
+        end >= _LOCATOR.size and file.read(end - _LOCATOR.size, 4) == _LOCATOR_SIGNATURE
+    ):
+        _, _, end, _ = _LOCATOR.unpack(file.read(end - _LOCATOR.size, _LOCATOR.size))
+        fields = _END64.unpack(file.read(end, _END64.size))
+        if fields[0] != _END64_SIGNATURE:
+            raise file.error("no ZIP64 end of the archive where its locator points", end)
+        _, _, _, _, disk, first_disk, _, count, size, offset = fields
+    if disk or first_disk:
+        raise file.error("an archive in several parts, expected one file", end)
+    if count > MAX_ENTRIES or size > MAX_DIRECTORY_BYTES:
+        raise file.error(
+            f"a directory of {count} entries in {size} bytes, the limits are {MAX_ENTRIES} and"
+            f" {MAX_DIRECTORY_BYTES}",
+            end,
+        )
+    if offset + size > end:
+        raise file.error("the directory lies behind the end of the archive", end)
+    return _Directory(offset, size, count)
+
+
+def _ends_file(tail: bytes, at: int) -> bool:
+    if at + _END.size > len(tail):
+        return False
+    comment: int = _END.unpack_from(tail, at)[-1]
+    return at + _END.size + comment == len(tail)
+
+
+def _records(file: WeightFile, directory: _Directory) -> Iterator[_Record]:
+    raw = file.read(directory.offset, directory.size)
+    at = 0
+    seen: set[str] = set()
+    for _ in range(directory.count):
+        position = directory.offset + at
+        if at + _CENTRAL.size > len(raw):
+            raise file.error("the directory ends too early", position)
+        fields = _CENTRAL.unpack_from(raw, at)
+        signature, made_by, _, flags, method = fields[:5]
+        stored, size, name_length, extra_length, comment_length = fields[8:13]
+        attributes, local = fields[15:17]
+        if signature != _CENTRAL_SIGNATURE:
+            raise file.error("no entry of a ZIP directory", position)
+        at += _CENTRAL.size
+        raw_name = raw[at : at + name_length]
+        extra = raw[at + name_length : at + name_length + extra_length]
+        at += name_length + extra_length + comment_length
+        if at > len(raw):
+            raise file.error("the directory ends too early", position)
+        name = _checked_name(file, raw_name, flags, position)
+        if name in seen:
+            raise file.error(f"the entry {quoted(name)} occurs twice", position)
+        seen.add(name)
+        if flags & _ENCRYPTED:
+            raise file.error(f"the entry {quoted(name)} is encrypted", position)
+        if method != 0:
+            raise file.error(
+                f"the entry {quoted(name)} is compressed (method {method}), expected stored",
+                position,
+                hint="a DDUF archive holds its files uncompressed: write it with ZIP_STORED",
+            )
+        size, stored, local = _wide(file, extra, (size, stored, local), position)
+        if size != stored:
+            raise file.error(f"the entry {quoted(name)} has two sizes", position)
+        mode = attributes >> 16 if made_by >> 8 == 3 else 0  # 3: written on Unix
+        if mode and not (S_ISREG(mode) or S_ISDIR(mode) or mode < 0o10000):
+            raise file.error(f"the entry {quoted(name)} is no regular file", position)
+        if name.endswith("/"):
+            if size:
+                raise file.error(f"the directory {quoted(name)} has data", position)
+            continue
+        yield _Record(name, raw_name, local, size, position)
+    if at != len(raw):
+        raise file.error("more than the entries is in the directory", directory.offset + at)
+
+
+def _checked_name(file: WeightFile, raw: bytes, flags: int, position: int) -> str:
+    try:
+        name = raw.decode("utf-8" if flags & _UTF8 else "ascii")
+    except UnicodeDecodeError:
+        raise file.error("the name of an entry is not UTF-8", position) from None
+    problem = path_problem(name.removesuffix("/"))
+    if problem:
+        raise file.error(f"the entry {quoted(name)} has an unsafe name: {problem}", position)
+    return name
+
+
+def _wide(
+    file: WeightFile, extra: bytes, values: tuple[int, ...], position: int
+) -> tuple[int, ...]:
+    """Return `values`, those of 0xffffffff replaced by what the ZIP64 field says."""
+    if _UINT32 not in values:
+        return values
+    wide = b""
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<2H", extra)
+        if kind == _ZIP64_EXTRA:
+            wide = extra[4 : 4 + length]
+        extra = extra[4 + length :]
+    result: list[int] = []
+    for value in values:
+        if value == _UINT32:
+            if len(wide) < 8:
+                raise file.error("a ZIP64 entry without its sizes", position)
+            value, wide = int.from_bytes(wide[:8], "little"), wide[8:]
+        result.append(value)
+    return tuple(result)
+
+
+def _located(file: WeightFile, record: _Record) -> DDUFEntry:
+    """Return the entry of `record`, whose local header has to say the same."""
+    if record.local + _LOCAL.size > file.size:
+        raise file.error(f"the entry {quoted(record.name)} lies outside the file", record.at)
+    fields = _LOCAL.unpack(file.read(record.local, _LOCAL.size))
+    signature, method, name_length, extra_length = fields[0], fields[3], fields[9], fields[10]
+    start = record.local + _LOCAL.size
+    if signature != _LOCAL_SIGNATURE or method != 0:
+        raise file.error(f"no stored entry {quoted(record.name)} here", record.local)
+    if name_length != len(record.raw_name) or file.read(start, name_length) != record.raw_name:
+        raise file.error(
+            f"the entry {quoted(record.name)} has another name in its own header", record.local
+        )
+    return DDUFEntry(record.name, start + name_length + extra_length, record.size)
+
+
+def _check_layout(file: WeightFile, entries: tuple[DDUFEntry, ...], directory: _Directory) -> None:
+    ordered = sorted(entries, key=lambda entry: (entry.offset, entry.size))
+    for before, after in pairwise(ordered):
+        if before.offset + before.size > after.offset:
+            raise file.error(
+                f"the entries {quoted(before.name)} and {quoted(after.name)} overlap",
+                after.offset,
+            )
+    if ordered and ordered[-1].offset + ordered[-1].size > directory.offset:
+        raise file.error(
+            f"the entry {quoted(ordered[-1].name)} runs into the directory", ordered[-1].offset
+        )
+
+
+def _check_model_index(file: WeightFile, entries: tuple[DDUFEntry, ...]) -> None:
+    index = next((entry for entry in entries if entry.name == MODEL_INDEX), None)
+    if index is None:
+        raise _no_index(file, f"the archive holds no {MODEL_INDEX}", file.size)
+    if index.size > MAX_MODEL_INDEX_BYTES:
+        raise _no_index(file, f"{MODEL_INDEX} is {index.size} bytes long", index.offset)
+    try:
+        value = json.loads(file.read(index.offset, index.size).decode())
+    except (ValueError, RecursionError) as error:
+        raise _no_index(file, f"{MODEL_INDEX} is not JSON: {error}", index.offset) from None
+    if not isinstance(value, dict):
+        raise _no_index(file, f"{MODEL_INDEX} holds no JSON object", index.offset)
+
+
+def _no_index(file: WeightFile, message: str, offset: int) -> WeightFormatError:
+    return file.error(message, offset, hint=f"a DDUF archive describes itself in {MODEL_INDEX}")

@@ -1,0 +1,170 @@
+"""Weight files, opened for bounded reading, and what a file is that is no weight.
+
+Nothing here maps a file or reads it whole: a parser asks for ranges, and `bytes_read` tells what
+that cost.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from modelpack.errors import ModelpackError, NotFoundError, SourceChangedError, WeightFormatError
+
+#: Enough of a file's start to name what it is.
+HEAD_BYTES = 512
+
+# Without O_NONBLOCK, opening a FIFO would wait for a writer; O_BINARY exists on Windows only.
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_LFS_SIZE = re.compile(rb"^size (\d{1,20})$", re.MULTILINE)
+_FOREIGN_STARTS: tuple[tuple[bytes, str], ...] = (
+    (b"PK\x03\x04", "a ZIP archive"),
+    (b"\x1f\x8b", "gzip data"),
+    (b"\x28\xb5\x2f\xfd", "zstd data"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x80\x02", "a Python pickle"),
+    (b"\x80\x04", "a Python pickle"),
+    (b"lmgg", "a GGML file, which is older than GGUF"),
+    (b"fmgg", "a GGMF file, which is older than GGUF"),
+    (b"tjgg", "a GGJT file, which is older than GGUF"),
+)
+
+
+class WeightFile:
+    """One weight file: a path for messages, a size, and reading of ranges inside it.
+
+    Wraps an open, seekable binary file; `WeightFile.open` opens one by path. Use it as a context
+    manager, which closes the file.
+    """
+
+    def __init__(self, file: BinaryIO, *, path: str, size: int) -> None:
+        self.path = path
+        self.size = size
+        self.bytes_read = 0
+        self._file = file
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Open the regular file `path`.
+
+        Raises `NotFoundError` where there is none and `ModelpackError` where it is no regular
+        file or cannot be opened. A FIFO does not block.
+        """
+        name = os.fspath(path)
+        try:
+            descriptor = os.open(name, _OPEN_FLAGS)
+        except FileNotFoundError:
+            raise NotFoundError(f"{name}: no such file") from None
+        except OSError as error:
+            raise ModelpackError(f"{name}: cannot be opened: {error.strerror}") from error
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise ModelpackError(f"{name}: is {kind}, expected a weight file")
+        return cls(os.fdopen(descriptor, "rb", buffering=0), path=name, size=status.st_size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return exactly `length` bytes from `offset`; fewer are a `WeightFormatError`."""
+        if offset + length > self.size:
+            raise self.truncated(offset, offset + length)
+        parts: list[bytes] = []
+        missing = length
+        try:
+            self._file.seek(offset)
+            while missing:
+                part = self._file.read(missing)
+                if not part:
+                    raise SourceChangedError(f"{self.path}: the file shrank while it was read")
+                parts.append(part)
+                missing -= len(part)
+        except OSError as error:
+            raise ModelpackError(f"{self.path}: cannot be read: {error.strerror}") from error
+        self.bytes_read += length
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def head(self) -> bytes:
+        """Return the first bytes, at most `HEAD_BYTES`."""
+        return self.read(0, min(self.size, HEAD_BYTES))
+
+    def error(
+        self, message: str, offset: int | None = None, *, hint: str | None = None
+    ) -> WeightFormatError:
+        """Return the error that says `message` about this file at `offset`."""
+        return WeightFormatError(message, path=self.path, offset=offset, hint=hint)
+
+    def truncated(self, offset: int, needed: int) -> WeightFormatError:
+        """Return the error for a file that should have `needed` bytes and does not."""
+        return self.error(
+            f"the file ends too early: expected at least {needed} bytes, got {self.size}",
+            offset,
+            hint="the download or copy was probably cut short; fetch the file again",
+        )
+
+    def foreign(self, expected: str) -> WeightFormatError:
+        """Return the error for a file that is not `expected` at all, naming what it seems to be."""
+        head = self.head()
+        if head.startswith(_LFS_POINTER):
+            size = _LFS_SIZE.search(head)
+            real = f" of {int(size[1])} bytes" if size else ""
+            return self.error(
+                f"is a Git LFS pointer to a file{real}, not the file itself",
+                0,
+                hint="run `git lfs install && git lfs pull` in that checkout",
+            )
+        kind, hint = describe(head)
+        return self.error(f"is {kind}, expected {expected}", 0, hint=hint)
+
+
+def quoted(name: str) -> str:
+    """Return `name` in quotes for a message, shortened: a hostile file may have very long ones."""
+    return repr(name) if len(name) <= 120 else f"{name[:100]!r}…"
+
+
+def describe(head: bytes) -> tuple[str, str | None]:
+    """Return what a file starting with `head` seems to be, and what to do about it."""
+    if not head:
+        return "an empty file", None
+    for start, kind in _FOREIGN_STARTS:
+        if head.startswith(start):
+            return kind, None
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page", "the download led to a web page: a login, a licence or an error"
+    if text.startswith((b"<?xml", b"<error")):
+        return "an XML document", "the download probably led to an error message"
+    if text.startswith(b"{"):
+        return "a JSON document", "the download probably led to an error message"
+    return f"something else (it starts with {head[:8]!r})", None
+
+
+#: What the parsers take: a path, or a file that is open already.
+WeightSource = str | os.PathLike[str] | WeightFile
+
+
+@contextmanager
+def opened(source: WeightSource) -> Iterator[WeightFile]:
+    """Yield `source` as a `WeightFile`; closed afterwards if it was opened here, from a path."""
+    if isinstance(source, WeightFile):
+        yield source
+        return
+    with WeightFile.open(source) as file:
+        yield file

@@ -1,0 +1,35 @@
+"""The two weight files of the specification's test vectors."""
+
+from __future__ import annotations
+
+from base64 import b64decode
+from hashlib import sha256
+from pathlib import Path
+
+TINY_GGUF = b64decode(
+    "R0dVRgMAAAABAAAAAAAAAAMAAAAAAAAAFAAAAAAAAABnZW5lcmFsLmFyY2hpdGVjdHVyZQgAAAAFAAAAAAAAAGxsYW1h"
+    "DAAAAAAAAABnZW5lcmFsLm5hbWUIAAAACwAAAAAAAAB0aW55IDwmPiB2MRQAAAAAAAAAbGxhbWEuY29udGV4dF9sZW5n"
+    "dGgEAAAAAAgAABEAAAAAAAAAdG9rZW5fZW1iZC53ZWlnaHQCAAAABAAAAAAAAAACAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+    "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAACAPwAAAEAAAEBAAACAQAAAoEAAAMBAAADgQA=="
+)
+MODEL_SAFETENSORS = b64decode(
+    "kAAAAAAAAAB7Il9fbWV0YWRhdGFfXyI6eyJmb3JtYXQiOiJwdCJ9LCJiIjp7ImR0eXBlIjoiRjMyIiwic2hhcGUiOlsz"
+    "XSwiZGF0YV9vZmZzZXRzIjpbMCwxMl19LCJhIjp7ImR0eXBlIjoiRjE2Iiwic2hhcGUiOlsyLDJdLCJkYXRhX29mZnNl"
+    "dHMiOlsxMiwyMF19fSAAAAAAAACAPwAAAEAAAAA8AEAAQg=="
+)
+CONFIG_JSON = b'{"max_position_embeddings":512}'
+
+assert sha256(TINY_GGUF).hexdigest() == (
+    "d1bdb851bdd707d5d2fc1e6dbb3db8a0e4489cdc42616f551c6eb0943e18b14b"
+)
+assert sha256(MODEL_SAFETENSORS).hexdigest() == (
+    "094524b905dca44dafe85d769ee5cf99f3c3521e1e11c9dde02e698bd9d6a867"
+)
+
+
+def put(directory: Path, name: str, raw: bytes) -> Path:
+    """Write `raw` to `name` in `directory`; return the path."""
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(raw)
+    return path
