@@ -1,0 +1,80 @@
+"""What a file of a model is, by its name alone, as Docker Model Runner decides it.
+
+Source: docker/model-runner pkg/distribution/files. The table is kept to the letter, oddities
+included (`notice_me.py` is a license), because a layer's type is part of the manifest's digest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
+
+from modelpack import mediatypes
+
+
+class FileKind(StrEnum):
+    """The kinds of files; the values of the weights are the format names of configs."""
+
+    GGUF = "gguf"
+    SAFETENSORS = "safetensors"
+    DDUF = "dduf"
+    CHAT_TEMPLATE = "chat template"
+    LICENSE = "license"
+    CONFIG = "config"
+    OTHER = "other"
+
+
+WEIGHT_KINDS: Final = (FileKind.GGUF, FileKind.SAFETENSORS, FileKind.DDUF)
+
+#: Docker's layer type of each kind.
+MEDIA_TYPES: Final[Mapping[FileKind, str]] = MappingProxyType(
+    {
+        FileKind.GGUF: mediatypes.DOCKER_GGUF,
+        FileKind.SAFETENSORS: mediatypes.DOCKER_SAFETENSORS,
+        FileKind.DDUF: mediatypes.DOCKER_DDUF,
+        FileKind.CHAT_TEMPLATE: mediatypes.DOCKER_CHAT_TEMPLATE,
+        FileKind.LICENSE: mediatypes.DOCKER_LICENSE,
+        FileKind.CONFIG: mediatypes.DOCKER_MODEL_FILE,
+        FileKind.OTHER: mediatypes.DOCKER_MODEL_FILE,
+    }
+)
+#: Docker's layer types of weights (a projector is not one).
+WEIGHT_TYPES: Final = tuple(MEDIA_TYPES[kind] for kind in WEIGHT_KINDS)
+
+#: Weights as Python pickles, which run code when they are loaded.
+PICKLE_EXTENSIONS: Final = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+
+_LICENSE_WORDS = ("license", "licence", "copying", "notice")
+
+
+def classify(path: str) -> FileKind:
+    """Return the kind of the file `path`, by its base name; the first rule that fits wins."""
+    name = lowered_name(path)
+    for kind in WEIGHT_KINDS:
+        if name.endswith(f".{kind}"):
+            return kind
+    if name.endswith(".jinja") or "chat_template" in name:
+        return FileKind.CHAT_TEMPLATE
+    if any(word in name for word in _LICENSE_WORDS):
+        return FileKind.LICENSE
+    if name.endswith((".md", ".txt", ".json", ".vocab")) or name == "tokenizer.model":
+        return FileKind.CONFIG
+    return FileKind.OTHER
+
+
+def is_pickle(path: str) -> bool:
+    """Return whether the file `path` is named like a pickle of weights."""
+    return lowered_name(path).endswith(PICKLE_EXTENSIONS)
+
+
+def is_projector_name(path: str) -> bool:
+    """Return whether `path` is named like a multimodal projector."""
+    return "mmproj" in lowered_name(path)
+
+
+def lowered_name(path: str) -> str:
+    """Return the base name of `path` in lower case, as Go lowers it."""
+    # Python makes two characters of this one, Go one.
+    return path.rpartition("/")[2].replace("\u0130", "i").lower()

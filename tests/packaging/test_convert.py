@@ -1,0 +1,347 @@
+"""Docker's format to the CNCF one and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modelpack import mediatypes as m
+from modelpack.config import ModelConfig
+from modelpack.descriptor import Descriptor
+from modelpack.digest import Digest
+from modelpack.errors import UnsupportedError
+from modelpack.manifest import Manifest
+from modelpack.packaging.build import Built, assemble
+from modelpack.packaging.convert import (
+    cncf_config,
+    cncf_layers,
+    cncf_media_type,
+    docker_config_type,
+    docker_layers,
+)
+from modelpack.packaging.repackage import repackage
+from modelpack.packaging.request import Format, PackageRequest
+from tests.packaging.trees import (
+    DDUF,
+    MIT,
+    MODELS,
+    PROJECTOR,
+    SHARDS,
+    TEMPLATE,
+    TINY,
+    TINY_DIRECTORY,
+    package,
+    write,
+)
+
+
+def converted(built: Built, format: Format) -> Built:
+    request = PackageRequest(format=format)
+    # What comes back from a store has been parsed.
+    manifest = Manifest.parse(built.manifest.raw)
+    config = ModelConfig.parse(built.config_bytes, manifest.config.media_type)
+    return repackage(manifest, config, request, None, (), environ={})
+
+
+def layer(media_type: str, filepath: str | None = None, content: str = "") -> Descriptor:
+    digest = Digest.of(f"{filepath}{content}".encode())
+    return Descriptor(media_type, digest, 1, {m.FILEPATH: filepath} if filepath else {})
+
+
+# Docker Model Runner's table.
+@pytest.mark.parametrize(
+    ("given_type", "filepath", "expected"),
+    [
+        (m.DOCKER_GGUF, "m.gguf", m.CNCF_WEIGHT_RAW),
+        (m.DOCKER_GGUF, None, m.CNCF_WEIGHT_RAW),
+        (m.DOCKER_SAFETENSORS, "LICENSE", m.CNCF_WEIGHT_RAW),
+        (m.DOCKER_DDUF, "x.dduf", m.CNCF_WEIGHT_RAW),
+        (m.DOCKER_MMPROJ, "mmproj.gguf", m.CNCF_WEIGHT_RAW),
+        (m.CNCF_WEIGHT_GGUF, None, m.CNCF_WEIGHT_RAW),
+        (m.CNCF_WEIGHT_SAFETENSORS, None, m.CNCF_WEIGHT_RAW),
+        (m.CNCF_WEIGHT_RAW, "README.md", m.CNCF_WEIGHT_RAW),
+        (m.DOCKER_LICENSE, "m.gguf", m.CNCF_DOC_RAW),
+        (m.CNCF_DOC_RAW, None, m.CNCF_DOC_RAW),
+        (m.DOCKER_CHAT_TEMPLATE, "t.jinja", m.CNCF_WEIGHT_CONFIG_RAW),
+        (m.DOCKER_MODEL_FILE, "README.md", m.CNCF_WEIGHT_CONFIG_RAW),
+        (m.DOCKER_MODEL_FILE, "m.gguf", m.CNCF_WEIGHT_CONFIG_RAW),
+        (m.DOCKER_VLLM_CONFIG_TAR, None, m.CNCF_WEIGHT_CONFIG_RAW),
+        (m.CNCF_WEIGHT_CONFIG_RAW, None, m.CNCF_WEIGHT_CONFIG_RAW),
+        ("application/x-other", None, m.CNCF_WEIGHT_CONFIG_RAW),
+        ("application/x-other", "a/m.GGUF", m.CNCF_WEIGHT_RAW),
+        ("application/x-other", "README.md", m.CNCF_DOC_RAW),
+        ("application/x-other", "README.txt", m.CNCF_WEIGHT_CONFIG_RAW),
+        ("application/x-other", "COPYING", m.CNCF_DOC_RAW),
+        ("application/x-other", "chat_template.md", m.CNCF_WEIGHT_CONFIG_RAW),
+        ("application/x-other", "x.py", m.CNCF_WEIGHT_CONFIG_RAW),
+        (m.DOCKER_DIR_TAR, "docs.md", m.CNCF_DOC_RAW),
+    ],
+)
+def test_cncf_types(given_type: str, filepath: str | None, expected: str) -> None:
+    assert cncf_media_type(given_type, filepath) == expected
+
+
+def test_packaging_and_converting_give_the_same_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "d", TINY_DIRECTORY)
+    write(tmp_path, {"m.gguf": TINY, "x.dduf": DDUF, "LICENSE": MIT, **SHARDS})
+    for request in (
+        PackageRequest(safetensors_dir=tmp_path / "d"),
+        PackageRequest(gguf=tmp_path / "m.gguf", licenses=(tmp_path / "LICENSE",)),
+        PackageRequest(gguf=tmp_path / min(SHARDS), annotations={"k": "v"}),
+        PackageRequest(dduf=tmp_path / "x.dduf"),
+    ):
+        direct = package(replace(request, format="cncf"))
+        by_way_of_docker = converted(package(request), "cncf")
+        assert by_way_of_docker.manifest.raw == direct.manifest.raw
+        assert by_way_of_docker.config_bytes == direct.config_bytes
+
+
+def everything(root: Path) -> list[PackageRequest]:
+    write(
+        root / "d",
+        {**TINY_DIRECTORY, "sub/model-2.safetensors": TINY_DIRECTORY["model.safetensors"]},
+    )
+    write(root / "g", {"m.gguf": TINY, "config.json": b"{}", "mmproj-m.gguf": PROJECTOR})
+    write(root, {"m.gguf": TINY, "x.dduf": DDUF, "LICENSE": MIT, "TERMS": MIT, "t.jinja": TEMPLATE})
+    write(
+        root, {**SHARDS, "mmproj.gguf": PROJECTOR, "vision.gguf": PROJECTOR, "p.mmproj": PROJECTOR}
+    )
+    extras = {"licenses": (root / "LICENSE", root / "TERMS"), "chat_template": root / "t.jinja"}
+    whole = PackageRequest(gguf=root / "m.gguf")
+    return [
+        whole,
+        PackageRequest(gguf=root / "m.gguf", **extras, mmproj=root / "mmproj.gguf"),  # type: ignore[arg-type]
+        replace(whole, mmproj=root / "vision.gguf"),
+        replace(whole, mmproj=root / "p.mmproj"),
+        PackageRequest(gguf=root / min(SHARDS), mmproj=root / "vision.gguf"),
+        PackageRequest(dduf=root / "x.dduf", **extras),  # type: ignore[arg-type]
+        PackageRequest(safetensors_dir=root / "d"),
+        PackageRequest(safetensors_dir=root / "d", **extras, mmproj=root / "mmproj.gguf"),  # type: ignore[arg-type]
+        PackageRequest(safetensors_dir=root / "g"),
+        PackageRequest(safetensors_dir=MODELS / "tiny-safetensors-sharded"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_there_and_back(number: int, tmp_path: Path) -> None:
+    requests = everything(tmp_path)
+    assert len(requests) == 10
+    first = package(requests[number])
+    back = converted(converted(first, "cncf"), "docker")
+    assert back.manifest.layers == first.manifest.layers
+    assert back.manifest.config.media_type == first.manifest.config.media_type
+    assert back.manifest.artifact_type is None
+    kept = ("format", "quantization", "parameters", "architecture", "created", "diff_ids")
+    for key in kept:
+        assert getattr(back.config, key) == getattr(first.config, key), key
+    if first.config.format != "gguf":
+        assert back.config.size == first.config.size
+    # Once the rest is lost, nothing more is.
+    assert converted(converted(back, "cncf"), "docker").manifest.raw == back.manifest.raw
+
+
+@pytest.mark.parametrize("format", ["docker", "cncf"])
+def test_a_model_in_its_own_format_stays(tmp_path: Path, format: Format) -> None:
+    write(tmp_path, {"m.gguf": TINY})
+    first = package(PackageRequest(gguf=tmp_path / "m.gguf", format=format))
+    assert converted(first, format).manifest.raw == first.manifest.raw
+
+
+FULL_CNCF = ModelConfig(
+    m.CNCF_CONFIG,
+    format="safetensors",
+    quantization="q4",
+    parameters="8b",
+    architecture="transformer",
+    created="2025-01-02T03:04:05Z",
+    cncf_descriptor={"family": "llama", "authors": ["x"], "licenses": ["MIT"]},
+    cncf_config={"precision": "bf16", "capabilities": {"reasoning": True}},
+)
+
+
+def foreign(*layers: Descriptor, config: ModelConfig = FULL_CNCF) -> Built:
+    ids = tuple(layer.digest for layer in layers)
+    return assemble(config.with_changes(diff_ids=ids), layers, {"org.example.k": "v"})
+
+
+def test_a_model_of_another_tool() -> None:
+    first = foreign(
+        layer(m.CNCF_WEIGHT_RAW, "model-00001-of-00001.safetensors"),
+        layer(m.CNCF_WEIGHT_CONFIG_RAW, "config.json"),
+        layer(m.CNCF_WEIGHT_CONFIG_RAW, "chat_template.jinja"),
+        layer(m.CNCF_DOC_RAW, "README.md"),
+        layer(m.CNCF_DOC_RAW, "LICENSE"),
+        layer(m.CNCF_CODE_RAW, "modeling.py"),
+        layer(m.CNCF_DATASET_RAW, "data/license.gguf"),
+    )
+    back = converted(first, "docker")
+    assert [x.media_type for x in back.manifest.layers] == [
+        m.DOCKER_SAFETENSORS,
+        m.DOCKER_MODEL_FILE,
+        m.DOCKER_CHAT_TEMPLATE,
+        m.DOCKER_MODEL_FILE,
+        m.DOCKER_LICENSE,
+        m.DOCKER_MODEL_FILE,
+        m.DOCKER_MODEL_FILE,
+    ]
+    assert back.manifest.config.media_type == m.DOCKER_CONFIG_V02
+    assert back.manifest.annotations == {"org.example.k": "v"}
+    assert back.config.with_changes(diff_ids=()) == ModelConfig(
+        m.DOCKER_CONFIG_V02,
+        format="safetensors",
+        quantization="q4",
+        parameters="8b",
+        architecture="transformer",
+        size="1.00B",
+        created="2025-01-02T03:04:05Z",
+    )
+
+
+def test_architecture_falls_back_to_the_family() -> None:
+    config = FULL_CNCF.with_changes(architecture="")
+    back = converted(foreign(layer(m.CNCF_WEIGHT_RAW, "m.gguf"), config=config), "docker")
+    assert back.config.architecture == "llama"
+
+
+@pytest.mark.parametrize(
+    ("given_layer", "format", "expected"),
+    [
+        (layer(m.CNCF_WEIGHT_RAW, "x.gguf"), "", m.DOCKER_GGUF),
+        (layer(m.CNCF_WEIGHT_RAW, "x.GGUF"), "gguf", m.DOCKER_GGUF),
+        (layer(m.CNCF_WEIGHT_RAW, "x.gguf"), "safetensors", m.DOCKER_MMPROJ),
+        (layer(m.CNCF_WEIGHT_RAW, "weights"), "gguf", m.DOCKER_GGUF),
+        (layer(m.CNCF_WEIGHT_RAW, "weights"), "safetensors", m.DOCKER_SAFETENSORS),
+        (layer(m.CNCF_WEIGHT_RAW, "weights"), "diffusers", m.DOCKER_DDUF),
+        (layer(m.CNCF_WEIGHT_RAW), "gguf", m.DOCKER_GGUF),
+        (layer(m.CNCF_WEIGHT_GGUF), "", m.DOCKER_GGUF),
+        (layer(m.CNCF_WEIGHT_SAFETENSORS, "x"), "", m.DOCKER_SAFETENSORS),
+        (layer(m.CNCF_DOC_RAW, "TERMS"), "gguf", m.DOCKER_LICENSE),
+        (layer(m.CNCF_DOC_RAW, "terms.txt"), "gguf", m.DOCKER_LICENSE),
+        (layer(m.CNCF_DOC_RAW), "gguf", m.DOCKER_LICENSE),
+        (layer(m.CNCF_DOC_RAW, "license.md"), "gguf", m.DOCKER_LICENSE),
+        (layer(m.CNCF_DOC_RAW, "paper.PDF"), "gguf", m.DOCKER_MODEL_FILE),
+        (layer(m.DOCKER_LICENSE, "x.md"), "gguf", m.DOCKER_LICENSE),
+        (layer("application/x-other", "x.jinja"), "gguf", m.DOCKER_CHAT_TEMPLATE),
+        (layer("application/x-other", "x.gguf"), "gguf", m.DOCKER_MODEL_FILE),
+    ],
+)
+def test_docker_types(given_layer: Descriptor, format: str, expected: str) -> None:
+    # Beside a plain file, so that the model is not a single-file one.
+    config = FULL_CNCF.with_changes(format=format)
+    beside = layer(m.CNCF_CODE_RAW, "dir/x.py")
+    first, _ = docker_layers([given_layer, beside], config)
+    assert first == replace(given_layer, media_type=expected)
+
+
+@pytest.mark.parametrize(
+    "given_type",
+    [
+        "application/vnd.cncf.model.weight.v1.tar",
+        "application/vnd.cncf.model.weight.v1.tar+gzip",
+        "application/vnd.cncf.model.doc.v1.tar+zstd",
+        "application/vnd.cncf.model.weight.config.v1.raw+gzip",
+    ],
+)
+def test_archives_have_no_counterpart(given_type: str) -> None:
+    with pytest.raises(UnsupportedError, match="single files") as caught:
+        docker_layers([layer(given_type, "weights")], FULL_CNCF)
+    assert given_type in str(caught.value)
+    assert "bundle" in (caught.value.hint or "")
+
+
+def test_a_weight_of_unknown_format() -> None:
+    with pytest.raises(UnsupportedError, match="'onnx'"):
+        docker_layers([layer(m.CNCF_WEIGHT_RAW, "m.onnx")], FULL_CNCF.with_changes(format="onnx"))
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([layer(m.DOCKER_GGUF, "m.gguf")], m.DOCKER_CONFIG_V01),
+        ([layer(m.DOCKER_GGUF)], m.DOCKER_CONFIG_V01),
+        ([layer(m.DOCKER_SAFETENSORS), layer(m.DOCKER_MODEL_FILE, "a/b")], m.DOCKER_CONFIG_V01),
+        ([layer(m.DOCKER_GGUF, "a/m.gguf")], m.DOCKER_CONFIG_V02),
+        ([layer(m.DOCKER_SAFETENSORS, "m.safetensors")], m.DOCKER_CONFIG_V02),
+        ([layer(m.DOCKER_GGUF, "m.gguf"), layer(m.DOCKER_MODEL_FILE, "x")], m.DOCKER_CONFIG_V02),
+        (
+            [layer(m.DOCKER_GGUF, "m.gguf"), layer(m.DOCKER_CHAT_TEMPLATE, "t.jinja")],
+            m.DOCKER_CONFIG_V01,
+        ),
+        (
+            [
+                layer(m.DOCKER_GGUF, "m.gguf"),
+                layer(m.DOCKER_CHAT_TEMPLATE, "a.jinja"),
+                layer(m.DOCKER_CHAT_TEMPLATE, "b.jinja"),
+            ],
+            m.DOCKER_CONFIG_V02,
+        ),
+    ],
+)
+def test_config_types(layers: list[Descriptor], expected: str) -> None:
+    assert docker_config_type(layers) == expected
+
+
+def test_shards_without_paths_stay_weights() -> None:
+    shards = [layer(m.CNCF_WEIGHT_GGUF, content=str(i)) for i in range(3)]
+    assert [x.media_type for x in docker_layers(shards, FULL_CNCF)] == [m.DOCKER_GGUF] * 3
+
+
+names = st.text("aL.-_é/", min_size=1, max_size=6)
+endings = st.sampled_from(
+    [
+        ".gguf",
+        ".safetensors",
+        ".dduf",
+        ".jinja",
+        ".md",
+        ".txt",
+        ".json",
+        "",
+        "LICENSE",
+        "-00001-of-00002.gguf",
+    ]
+)
+any_layers = st.lists(
+    st.builds(
+        layer,
+        st.sampled_from(
+            [m.CNCF_WEIGHT_RAW, m.CNCF_WEIGHT_CONFIG_RAW, m.CNCF_DOC_RAW, m.CNCF_CODE_RAW]
+        ),
+        st.none() | st.builds(str.__add__, names, endings),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(any_layers, st.sampled_from(["gguf", "safetensors", "dduf", "diffusers"]))
+def test_conversion_changes_types_only_and_settles(layers: list[Descriptor], format: str) -> None:
+    config = FULL_CNCF.with_changes(format=format)
+    once = docker_layers(layers, config)
+    assert [replace(x, media_type="a/b") for x in once] == [
+        replace(x, media_type="a/b") for x in layers
+    ]
+    assert all(x.media_type.startswith("application/vnd.docker.ai.") for x in once)
+    weights = [i for i, x in enumerate(layers) if x.media_type == m.CNCF_WEIGHT_RAW]
+    assert [
+        i for i, x in enumerate(cncf_layers(once)) if x.media_type == m.CNCF_WEIGHT_RAW
+    ] == weights
+    again = docker_layers(cncf_layers(once), config)
+    assert cncf_layers(again) == cncf_layers(once)
+
+
+def test_cncf_configs_keep_what_fits() -> None:
+    docker = ModelConfig(
+        m.DOCKER_CONFIG_V01, format="gguf", quantization="Q", parameters="8", architecture="llama",
+        size="32B", gguf={"a": "b"}, context_size=5, created="2025-01-02T03:04:05Z",
+    )  # fmt: skip
+    assert cncf_config(docker) == ModelConfig(
+        m.CNCF_CONFIG, format="gguf", quantization="Q", parameters="8", architecture="llama",
+        created="2025-01-02T03:04:05Z", cncf_descriptor={"family": "llama"},
+    )  # fmt: skip
+    assert cncf_config(docker.with_changes(architecture="")).cncf_descriptor == {}
+    assert cncf_config(FULL_CNCF) is FULL_CNCF
