@@ -1,0 +1,43 @@
+"""Models in a registry, over HTTP (OCI distribution-spec 1.1).
+
+    with Registry("registry.example") as registry:
+        descriptor = registry.repository("team/model").resolve("v1")
+
+Importing this loads no HTTP client; making a `Registry` does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from modelpack.registry.credentials import Credential as Credential
+from modelpack.registry.credentials import CredentialSource as CredentialSource
+from modelpack.registry.credentials import DockerConfig as DockerConfig
+from modelpack.registry.credentials import StaticCredentials as StaticCredentials
+from modelpack.registry.hosts import uses_plain_http as uses_plain_http
+from modelpack.registry.registry import Registry as Registry
+from modelpack.registry.retry import RetryPolicy as RetryPolicy
+from modelpack.registry.timeouts import Timeouts as Timeouts
+
+if TYPE_CHECKING:
+    from modelpack.registry.repository import Repository as Repository
+
+__all__ = [
+    "Credential",
+    "CredentialSource",
+    "DockerConfig",
+    "Registry",
+    "Repository",
+    "RetryPolicy",
+    "StaticCredentials",
+    "Timeouts",
+    "uses_plain_http",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Repository":
+        from modelpack.registry.repository import Repository
+
+        return Repository
+    raise AttributeError(f"module 'modelpack.registry' has no attribute {name!r}")

@@ -1,0 +1,82 @@
+"""Endpoint: the URLs of one repository, as distribution-spec lays them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import requests
+
+from modelpack.descriptor import Descriptor
+from modelpack.digest import Digest
+from modelpack.errors import InvalidReferenceError
+from modelpack.reference import check_repository, check_tag
+from modelpack.registry.orasclient import container
+from modelpack.registry.scopes import Scopes, repository_scopes
+from modelpack.registry.transport import Transport
+
+
+class Endpoint:
+    """Where the requests of one repository go, and what they need to be allowed."""
+
+    def __init__(self, transport: Transport, host: str, name: str) -> None:
+        self.name = check_repository(name, name)
+        self.label = f"{host}/{name}"
+        self.transport = transport
+        self._container = container(transport.origin.netloc, name)
+        self.pull = repository_scopes(name, "pull")
+        self.push = repository_scopes(name, "pull", "push")
+        self.delete = repository_scopes(name, "pull", "delete")
+
+    def manifest_url(self, name: str) -> str:
+        """Return the URL of the manifest `name`, a tag or a digest."""
+        return self._url(self._container.manifest_url(name))
+
+    def blob_url(self, digest: Digest) -> str:
+        """Return the URL of a blob."""
+        return self._url(self._container.get_blob_url(str(digest)))
+
+    def uploads_url(self) -> str:
+        """Return the URL at which uploads start."""
+        return self._url(self._container.upload_blob_url())
+
+    def tags_url(self) -> str:
+        """Return the URL of the first page of tags."""
+        return self._url(self._container.tags_url())
+
+    def blob_label(self, descriptor: Descriptor) -> str:
+        """Return how errors call a blob."""
+        return f"blob {descriptor.digest} of {self.label}"
+
+    def manifest_label(self, name: str) -> str:
+        """Return how errors call the manifest `name`."""
+        return f"{self.label}{'@' if ':' in name else ':'}{name}"
+
+    def request(
+        self,
+        url: str,
+        method: str,
+        what: str,
+        scopes: Scopes,
+        headers: Mapping[str, str],
+        **more: Any,
+    ) -> requests.Response:
+        """Make a request, with retries."""
+        return self.transport.do_request(
+            url, method, headers=headers, what=what, scopes=scopes, **more
+        )
+
+    def _url(self, address: str) -> str:
+        return f"{self.transport.prefix}://{address}"
+
+
+def checked_name(name: str) -> str:
+    """Return `name` if it is a tag or a digest; nothing else gets into a URL.
+
+    Raises `InvalidReferenceError` or `InvalidDigestError`.
+    """
+    if ":" in name:
+        return str(Digest.parse(name))
+    if not name:
+        raise InvalidReferenceError("expected a tag or a digest, got nothing", reference=name)
+    return check_tag(name, name)

@@ -1,0 +1,161 @@
+"""From what HTTP and the network say to the errors of Modelpack.
+
+Every exception of requests, urllib3, ssl and the sockets is translated here, and every answer that
+is no success. What a server wrote is shown shortened and without control characters.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import ssl
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+import requests
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, ProxyError, ReadTimeoutError
+
+from modelpack.errors import (
+    AuthError,
+    DeniedError,
+    NotFoundError,
+    RegistryError,
+    RemoteTimeoutError,
+    RemoteUnavailableError,
+)
+from modelpack.registry.retry import RETRYABLE_STATUSES, FailedTry, parse_retry_after
+
+#: What a failing exchange may raise, for the `except` clauses of this package.
+NETWORK_ERRORS: Final = (requests.RequestException, HTTPError, OSError)
+
+MAX_ERROR_BODY = 64 * 1024
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
+
+
+class ErrorBody(NamedTuple):
+    """The first error of a distribution-spec error body."""
+
+    code: str | None = None
+    message: str = ""
+
+    @classmethod
+    def parse(cls, body: bytes) -> ErrorBody:
+        """Return the first error in `body`, which may be anything."""
+        try:
+            first = json.loads(body)["errors"][0]
+            code, message = first.get("code"), first.get("message")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return cls()
+        return cls(
+            _shown(code, 60) if isinstance(code, str) else None,
+            _shown(message, 300) if isinstance(message, str) else "",
+        )
+
+
+def answer_error(
+    what: str, host: str, status: int, body: bytes, *, from_registry: bool = True
+) -> RegistryError:
+    """Return the error that the answer `status` with `body` of `host` means for `what`.
+
+    `from_registry` is false for storage that the registry redirected to.
+    """
+    code, message = ErrorBody.parse(body)
+    said = " ".join(filter(None, (str(status), f"{code}:" if code and message else code, message)))
+    kind, hint = _kind_of(status, code, from_registry)
+    return kind(
+        f"{what}: {host} answered {said}", host=host, status_code=status, code=code, hint=hint
+    )
+
+
+def _kind_of(
+    status: int, code: str | None, from_registry: bool
+) -> tuple[type[RegistryError], str | None]:
+    if status in (401, 403) and not from_registry:
+        return RemoteUnavailableError, None
+    if status == 401:
+        return AuthError, "log in with `docker login`; a missing repository may look the same"
+    if status == 403:
+        return DeniedError, "the account may not do this there; ask who runs the registry"
+    if status == 404:
+        return NotFoundError, None
+    if status == 429:
+        return RemoteUnavailableError, "the registry limits requests; log in or wait"
+    if status in RETRYABLE_STATUSES:
+        return RemoteUnavailableError, None
+    if status == 405 or code == "UNSUPPORTED":
+        return RegistryError, "the registry does not offer this, or has it switched off"
+    return RegistryError, None
+
+
+def failed_answer(
+    what: str, response: requests.Response, host: str, body: bytes, now: float, *, own: bool
+) -> RegistryError | FailedTry:
+    """Return what to raise for an answer that is no success: a failed try where another may help.
+
+    Storage behind a redirect that is not `own` may refuse an expired signature; asking the registry
+    again gets a new one.
+    """
+    status = response.status_code
+    error = answer_error(what, host, status, body, from_registry=own)
+    if status in RETRYABLE_STATUSES or (status in (401, 403) and not own):
+        return FailedTry(error, parse_retry_after(response.headers, now))
+    return error
+
+
+def network_error(what: str, host: str, error: Exception) -> RegistryError | FailedTry:
+    """Return what to raise for an exception of the network: mostly a failed try."""
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return RemoteUnavailableError(
+                f"{what}: the certificate of {host} is not trusted: {cause.verify_message}",
+                host=host,
+                hint="name the file of its authority in SSL_CERT_FILE",
+            )
+        if isinstance(cause, ssl.SSLError) and cause.reason in (
+            "WRONG_VERSION_NUMBER",
+            "HTTP_REQUEST",
+            "UNKNOWN_PROTOCOL",
+            "RECORD_LAYER_FAILURE",
+        ):
+            return RemoteUnavailableError(
+                f"{what}: {host} does not speak TLS",
+                host=host,
+                hint="if it is meant to speak plain http, use --plain-http",
+            )
+        if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
+            return RemoteUnavailableError(
+                f"{what}: there is no host {host}",
+                host=host,
+                hint="check the name; a bare host name may need its domain",
+            )
+    if any(isinstance(c, ReadTimeoutError | ConnectTimeoutError | TimeoutError) for c in causes):
+        return FailedTry(RemoteTimeoutError(f"{what}: {host} did not answer in time", host=host))
+    proxy = "the proxy before " if any(isinstance(c, ProxyError) for c in causes) else ""
+    reason = next((c.strerror for c in causes if isinstance(c, OSError) and c.strerror), None)
+    return FailedTry(
+        RemoteUnavailableError(
+            f"{what}: the connection to {proxy}{host} failed: "
+            + _shown(reason or "it was closed too early", 200),
+            host=host,
+        )
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield `error` and all that it wraps, in whichever way its library does that."""
+    todo: list[Any] = [error]
+    seen: set[int] = set()
+    while todo:
+        cause = todo.pop(0)
+        if isinstance(cause, BaseException) and id(cause) not in seen:
+            seen.add(id(cause))
+            yield cause
+            todo += [*cause.args, getattr(cause, "reason", None)]
+            todo += [cause.__cause__, cause.__context__]
+
+
+def _shown(text: str, length: int) -> str:
+    clean = _UNPRINTABLE.sub(" ", text).strip()
+    return clean if len(clean) <= length else clean[:length] + "…"

@@ -1,0 +1,208 @@
+"""Manifests and tags of one repository.
+
+distribution-spec "Pulling manifests", "Pushing manifests", "Listing tags". The bytes of a manifest
+are passed on as they are; what the registry says about them has to agree with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import requests
+from requests.utils import parse_header_links
+
+from modelpack import mediatypes
+from modelpack.descriptor import Descriptor
+from modelpack.digest import Digest
+from modelpack.errors import (
+    InvalidDigestError,
+    ManifestError,
+    NotFoundError,
+    RegistryError,
+    SizeMismatchError,
+    UnsupportedError,
+)
+from modelpack.gojson import MAX_DOCUMENT_BYTES, decode_object
+from modelpack.registry.endpoint import Endpoint, checked_name
+from modelpack.registry.urls import joined_url, origin_of
+
+_KNOWN: Final = (*mediatypes.MANIFEST_TYPES, *mediatypes.INDEX_TYPES)
+_ACCEPT: Final = {"Accept": ", ".join(_KNOWN)}
+_MAX_PAGE_BYTES: Final = 32 * 1024 * 1024
+
+
+def resolve(endpoint: Endpoint, name: str) -> Descriptor:
+    """Return the descriptor of the manifest `name`, by HEAD where its answer says it all."""
+    name = checked_name(name)
+    what = endpoint.manifest_label(name)
+    try:
+        response = endpoint.request(
+            endpoint.manifest_url(name), "HEAD", what, endpoint.pull, _ACCEPT
+        )
+    except NotFoundError as error:
+        raise _no_manifest(what, error) from None
+    except RegistryError as error:
+        if error.status_code not in (400, 405, 501):
+            raise
+        return fetch_by_name(endpoint, name)[0]
+    media_type, length = _media_type(response), response.headers.get("Content-Length", "")
+    digest = _stated_digest(response, what)
+    if digest is None or media_type is None or not length.isdigit() or len(length) > 18:
+        return fetch_by_name(endpoint, name)[0]
+    if ":" in name:
+        Digest.parse(name).check_equal(digest, what)
+    _check_known(media_type, what)
+    _check_size(int(length), what)
+    return Descriptor(media_type, digest, int(length))
+
+
+def fetch_by_name(endpoint: Endpoint, name: str) -> tuple[Descriptor, bytes]:
+    """Return the manifest `name` and its descriptor, by one GET."""
+    name = checked_name(name)
+    what = endpoint.manifest_label(name)
+    try:
+        response = endpoint.request(
+            endpoint.manifest_url(name), "GET", what, endpoint.pull, _ACCEPT
+        )
+    except NotFoundError as error:
+        raise _no_manifest(what, error) from None
+    raw = response.content
+    if ":" in name:
+        wanted = Digest.parse(name)
+        wanted.check(raw, what)
+    stated = _stated_digest(response, what)
+    if stated is not None:
+        stated.check(raw, f"{what}: Docker-Content-Digest")
+    digest = Digest.parse(name) if ":" in name else stated or Digest.of(raw)
+    media_type = _checked_media_type(response, raw, what)
+    return Descriptor(media_type, digest, len(raw)), raw
+
+
+def fetch(endpoint: Endpoint, descriptor: Descriptor) -> bytes:
+    """Return the bytes of the manifest that `descriptor` stands for."""
+    what = endpoint.manifest_label(str(descriptor.digest))
+    _check_size(descriptor.size, what)
+    found, raw = fetch_by_name(endpoint, str(descriptor.digest))
+    if len(raw) != descriptor.size:
+        raise SizeMismatchError(
+            f"{what}: expected {descriptor.size} bytes, got {len(raw)}",
+            expected=str(descriptor.size),
+            got=str(len(raw)),
+        )
+    if found.media_type != descriptor.media_type:
+        raise ManifestError(
+            f"was announced as {descriptor.media_type!r}, but is {found.media_type!r}", path=what
+        )
+    return raw
+
+
+def write(endpoint: Endpoint, descriptor: Descriptor, raw: bytes, name: str | None) -> None:
+    """Write a manifest under its digest, or under `name`."""
+    name = checked_name(name or str(descriptor.digest))
+    what = endpoint.manifest_label(name)
+    _check_size(len(raw), what)
+    descriptor.digest.check(raw, what)
+    response = endpoint.request(
+        endpoint.manifest_url(name),
+        "PUT",
+        what,
+        endpoint.push,
+        {"Content-Type": descriptor.media_type},
+        data=raw,
+    )
+    stated = _stated_digest(response, what)
+    if stated is not None and stated.algorithm == descriptor.digest.algorithm:
+        descriptor.digest.check_equal(stated, f"{what}: Docker-Content-Digest of what was pushed")
+
+
+def delete(endpoint: Endpoint, name: str) -> None:
+    """Delete a tag, or a manifest with all its tags."""
+    name = checked_name(name)
+    what = endpoint.manifest_label(name)
+    endpoint.request(endpoint.manifest_url(name), "DELETE", what, endpoint.delete, {})
+
+
+def tags(endpoint: Endpoint) -> Iterator[str]:
+    """Yield the tags, page by page, as the registry orders them."""
+    url: str | None = endpoint.tags_url()
+    what = f"tags of {endpoint.label}"
+    seen: set[str] = set()
+    while url is not None:
+        if url in seen:
+            raise RegistryError(f"{what}: a page names itself or an earlier one as the next")
+        seen.add(url)
+        response = endpoint.request(url, "GET", what, endpoint.pull, {}, limit=_MAX_PAGE_BYTES)
+        value = decode_object(response.content, what, limit=_MAX_PAGE_BYTES)
+        page = value.get("tags") or []
+        if not isinstance(page, list) or not all(isinstance(tag, str) for tag in page):
+            raise RegistryError(f"{what}: 'tags' is not an array of strings")
+        yield from page
+        url = _next_page(endpoint, response, what)
+
+
+def _next_page(endpoint: Endpoint, response: requests.Response, what: str) -> str | None:
+    links: list[dict[str, Any]] = parse_header_links(response.headers.get("Link", ""))
+    target = next((link["url"] for link in links if link.get("rel") == "next"), None)
+    if target is None:
+        return None
+    url = joined_url(response.url, target, f"{what}: next page")
+    if origin_of(url) != endpoint.transport.origin:
+        raise RegistryError(f"{what}: the next page is on another host, {origin_of(url).netloc}")
+    return url
+
+
+def _no_manifest(what: str, error: NotFoundError) -> NotFoundError:
+    return NotFoundError(
+        f"there is no {what} ({error.code or error.status_code})",
+        host=error.host,
+        status_code=error.status_code,
+        code=error.code,
+        hint="check the name and the tag",
+    )
+
+
+def _media_type(response: requests.Response) -> str | None:
+    """Return the `Content-Type` without parameters, which there should be none of."""
+    return response.headers.get("Content-Type", "").partition(";")[0].strip() or None
+
+
+def _stated_digest(response: requests.Response, what: str) -> Digest | None:
+    """Return the `Docker-Content-Digest`, which old servers leave out."""
+    text = response.headers.get("Docker-Content-Digest")
+    if not text:
+        return None
+    try:
+        return Digest.parse(text)
+    except InvalidDigestError as error:
+        raise InvalidDigestError(
+            f"{what}: Docker-Content-Digest: {error}", got=text[:200]
+        ) from None
+
+
+def _checked_media_type(response: requests.Response, raw: bytes, what: str) -> str:
+    """Return the media type that the answer and the manifest agree on."""
+    served = _media_type(response)
+    value = decode_object(raw, what)
+    own = value.get("mediaType")
+    if own is not None and served is not None and own != served:
+        raise ManifestError(f"its mediaType is {own!r}, but it was served as {served!r}", path=what)
+    media_type = (
+        own or served or (mediatypes.OCI_INDEX if "manifests" in value else mediatypes.OCI_MANIFEST)
+    )
+    _check_known(media_type, what)
+    return str(media_type)
+
+
+def _check_known(media_type: Any, what: str) -> None:
+    if media_type not in _KNOWN:
+        raise UnsupportedError(
+            f"media type {media_type!r} is neither a manifest nor an index", path=what
+        )
+
+
+def _check_size(size: int, what: str) -> None:
+    if size > MAX_DOCUMENT_BYTES:
+        raise ManifestError(
+            f"is {size} bytes, more than the limit of {MAX_DOCUMENT_BYTES}", path=what
+        )

@@ -1,0 +1,222 @@
+"""Sockets that notice a request to stop, and HTTP connections made of them.
+
+A blocked system call cannot be told to stop, so none of these blocks for longer than `SLICE`: a
+call that would is repeated until its time limit, and a requested stop ends it in between. What
+urllib3 and ssl set as timeout becomes the limit. They go by the stop that their thread is
+`waiting` with, because a pooled socket serves many calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import certifi
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
+from urllib3.util import wait_for_write
+
+from modelpack.progress import Stop
+
+#: Seconds after which a blocked call looks whether it should stop.
+SLICE = 0.25
+#: Connections kept for reuse, and hosts (registry, storage, token server) that they lead to.
+POOL_SIZE = 16
+
+T = TypeVar("T")
+
+
+class _Waiting(threading.local):
+    """What this thread waits for: until when, and how long a peer may take nothing from us."""
+
+    stop: Stop | None = None
+    send_limit: float | None = None
+
+
+_waiting = _Waiting()
+
+
+@contextmanager
+def waiting(stop: Stop, send_limit: float) -> Iterator[None]:
+    """Let this thread's sockets heed `stop`, and fail when nothing can be sent for so long."""
+    outer = _waiting.stop, _waiting.send_limit
+    _waiting.stop, _waiting.send_limit = stop, send_limit
+    try:
+        yield
+    finally:
+        _waiting.stop, _waiting.send_limit = outer
+
+
+class PatientSocket(socket.socket):
+    """A socket whose blocking calls end early for a stop."""
+
+    _limit: float | None = None
+
+    def settimeout(self, value: float | None) -> None:
+        """Limit each call to `value` seconds, with `SLICE` as the timeout underneath."""
+        self._limit = value
+        super().settimeout(SLICE if value is None else min(value, SLICE))
+
+    def gettimeout(self) -> float | None:
+        """Return the limit, not the slice."""
+        return self._limit
+
+    def connect(self, address: Any) -> None:
+        """Connect; the wait for the peer ends early for a stop."""
+        limit = self._limit
+        super().settimeout(0.0)
+        error = self.connect_ex(address)
+        if error:
+            deadline = _deadline(limit)
+            while not wait_for_write(self, SLICE):
+                _check(deadline)
+            error = self.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
+        self.settimeout(limit)
+
+    def recv_into(self, *arguments: Any) -> int:
+        """Receive as ever."""
+        return self._patiently(self._limit, super().recv_into, *arguments)
+
+    def send(self, *arguments: Any) -> int:
+        """Send as ever."""
+        limit = _waiting.send_limit or self._limit
+        return self._patiently(limit, super().send, *arguments)
+
+    def sendall(self, data: Any, *flags: int) -> None:
+        """Send all; the limit is for each part that the peer takes, not for the whole."""
+        with memoryview(data) as view, view.cast("B") as content:
+            sent = 0
+            while sent < len(content):
+                sent += self.send(content[sent:], *flags)
+
+    @staticmethod
+    def _patiently(limit: float | None, call: Callable[..., T], *arguments: Any) -> T:
+        deadline: float | None = None
+        while True:
+            try:
+                return call(*arguments)
+            except TimeoutError:
+                if deadline is None:
+                    deadline = _deadline(limit) - min(SLICE, limit or SLICE)
+                _check(deadline)
+
+
+class PatientSSLSocket(PatientSocket, ssl.SSLSocket):
+    """The same for TLS: OpenSSL takes up a read, a write or a handshake where it timed out."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        """Shake hands as ever."""
+        self._patiently(self._limit, super().do_handshake, block)
+
+
+def _deadline(limit: float | None) -> float:
+    return float("inf") if limit is None else time.monotonic() + limit
+
+
+def _check(deadline: float) -> None:
+    if _waiting.stop is not None:
+        _waiting.stop.check()
+    if time.monotonic() >= deadline:
+        raise TimeoutError("timed out")
+
+
+def tls_context() -> ssl.SSLContext:
+    """Return the TLS settings: the system's trusted roots and certifi's.
+
+    SSL_CERT_FILE or SSL_CERT_DIR in the environment replace both, as everywhere with OpenSSL.
+    """
+    return _tls_context(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+
+
+@functools.cache
+def _tls_context(file: str | None, directory: str | None) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if not file and not directory:
+        context.load_verify_locations(certifi.where())
+    context.sslsocket_class = PatientSSLSocket
+    return context
+
+
+class _Connecting(HTTPConnection):
+    def _new_conn(self) -> socket.socket:
+        try:
+            addresses = socket.getaddrinfo(
+                self._dns_host.strip("[]"), self.port, type=socket.SOCK_STREAM
+            )
+        except (socket.gaierror, UnicodeError) as error:
+            raise NameResolutionError(self.host, self, error) from error  # type: ignore[arg-type]
+        failed: OSError | None = None
+        for family, kind, protocol, _, address in addresses:
+            sock = PatientSocket(family, kind, protocol)
+            try:
+                for option in self.socket_options or ():
+                    sock.setsockopt(*option)
+                sock.settimeout(self.timeout)
+                sock.connect(address)
+            except OSError as error:
+                sock.close()
+                failed = error
+            except BaseException:
+                sock.close()
+                raise
+            else:
+                sys.audit("http.client.connect", self, self.host, self.port)
+                return sock
+        if isinstance(failed, TimeoutError):
+            raise ConnectTimeoutError(self, f"no connection to {self.host}") from failed
+        raise NewConnectionError(self, f"no connection to {self.host}: {failed}") from failed
+
+
+class _PlainConnection(_Connecting):
+    pass
+
+
+class _TlsConnection(_Connecting, HTTPSConnection):
+    def connect(self) -> None:
+        self.ssl_context = tls_context()
+        super().connect()
+
+
+class _PlainPool(HTTPConnectionPool):
+    ConnectionCls = _PlainConnection
+
+
+class _TlsPool(HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
+_POOLS = {"http": _PlainPool, "https": _TlsPool}
+
+
+class PatientAdapter(HTTPAdapter):
+    """Makes a requests session use these sockets, directly and through an HTTP proxy."""
+
+    def __init__(self) -> None:
+        super().__init__(pool_connections=POOL_SIZE, pool_maxsize=POOL_SIZE)
+
+    def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
+        """Make the pools, of these connections."""
+        super().init_poolmanager(*arguments, **options)
+        self.poolmanager.pool_classes_by_scheme = _POOLS
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        """Return the pools that lead through `proxy`, of these connections."""
+        manager = super().proxy_manager_for(proxy, **options)
+        if not proxy.lower().startswith("socks"):
+            manager.pool_classes_by_scheme = _POOLS
+        return manager
+
+    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
+        """Leave certificates to `tls_context`, which knows whom to trust."""

@@ -1,0 +1,20 @@
+"""How long to wait for a registry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Limits in seconds; there is none for a whole transfer, which takes as long as it takes.
+
+    `connect` is for a connection, `idle` for any wait in which nothing comes or goes, `commit` for
+    the answer after an upload's last byte (registries may copy the blob in their storage first).
+    A download that is slower than `minimum_speed` bytes a second, over `idle`, is a broken one.
+    """
+
+    connect: float = 10.0
+    idle: float = 60.0
+    commit: float = 600.0
+    minimum_speed: float = 100.0
