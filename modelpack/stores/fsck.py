@@ -1,0 +1,202 @@
+"""Checking a store: is everything there that the index promises, and is it what it says it is?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from modelpack import mediatypes
+from modelpack.descriptor import Descriptor
+from modelpack.digest import Digest
+from modelpack.errors import FormatError, IntegrityError, NotFoundError, StoreError
+from modelpack.progress import Action, Progress
+from modelpack.storage import Watch
+from modelpack.stores.blobs import Blobs
+from modelpack.stores.copying import hash_file
+from modelpack.stores.index import IndexFile
+from modelpack.stores.os_errors import translating
+from modelpack.stores.reachability import read_manifest, successors
+from modelpack.stores.tree import Tree
+from modelpack.stores.trust import Trust
+
+_TYPES = (*mediatypes.MANIFEST_TYPES, *mediatypes.INDEX_TYPES)
+_FLUSH_LIMIT = 16 * 1024**3
+
+
+class Fault(StrEnum):
+    """What can be wrong."""
+
+    INDEX = "index"  # index.json, or an entry of it, does not parse
+    MISSING = "missing"  # a blob that a model needs is not there
+    SIZE = "size"  # a descriptor names another size than the blob has
+    CONTENT = "content"  # a blob does not hash to its name; it is in quarantine now
+    MANIFEST = "manifest"  # a manifest is intact but does not parse
+    STRAY = "stray"  # a file under blobs/ that is no blob
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong; `models` are the names (or ids) of the models that it hits."""
+
+    kind: Fault
+    message: str
+    digest: Digest | None = None
+    models: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FsckReport:
+    """What a check found: `checked` blobs were looked at, and `bytes_checked` of them hashed."""
+
+    checked: int
+    bytes_checked: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+@dataclass(slots=True)
+class _Need:
+    """A blob that the index leads to: the sizes that descriptors give it, and for which models."""
+
+    sizes: set[int] = field(default_factory=set)
+    models: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Checker:
+    """Checks one store."""
+
+    tree: Tree
+    blobs: Blobs
+    trust: Trust
+    index: IndexFile
+
+    def check(self, *, fast: bool, watch: Watch) -> FsckReport:
+        """Check index, manifests and blobs; unless `fast`, hash every blob.
+
+        Damaged blobs are moved to quarantine, nothing else is changed. A fast check hashes the
+        manifests, and those blobs that have a wrong size.
+        """
+        self.tree.prepare()
+        check = _Check(self, watch)
+        check.walk_index()
+        present = set(self.blobs.digests())
+        for digest in sorted(present | check.needs.keys()):
+            watch.stop.check()
+            check.blob(digest, fast=fast)
+        for path in self.blobs.strays():
+            check.add(Fault.STRAY, f"{path} is no blob; some tools refuse the store for it")
+        if not fast:
+            good = ((d, self.tree.blob(d)) for d in sorted(present - check.damaged))
+            self.trust.settle(good, limit=_FLUSH_LIMIT)
+        return FsckReport(len(present), check.bytes_checked, tuple(check.problems))
+
+
+class _Check:
+    """One run of a `Checker`, and what it found so far."""
+
+    def __init__(self, checker: Checker, watch: Watch) -> None:
+        self._of = checker
+        self._watch = watch
+        self.needs: dict[Digest, _Need] = {}
+        self.problems: list[Problem] = []
+        self.intact: set[Digest] = set()
+        self.damaged: set[Digest] = set()
+        self.bytes_checked = 0
+        self._unparsable: dict[Digest, str] = {}
+
+    def add(self, fault: Fault, message: str, digest: Digest | None = None) -> None:
+        """Note a problem."""
+        need = self.needs.get(digest, _Need()) if digest else _Need()
+        self.problems.append(Problem(fault, message, digest, tuple(sorted(need.models))))
+
+    def walk_index(self) -> None:
+        """Check the index, and find out what its manifests need."""
+        try:
+            document = self._of.index.read()
+        except StoreError as error:
+            return self.add(Fault.INDEX, str(error))
+        for number, item in enumerate(document.items):
+            if item.entry is None:
+                self.add(Fault.INDEX, f"index.json: manifests[{number}] is no descriptor")
+            else:
+                name = item.entry.name or item.entry.digest.short
+                self._walk(item.entry.descriptor, name)
+        return None
+
+    def blob(self, digest: Digest, *, fast: bool) -> None:
+        """Check one blob that is there or should be."""
+        path = self._of.tree.blob(digest)
+        need = self.needs.get(digest, _Need())
+        if path.is_symlink() and not self._of.tree.holds(path):
+            return self.add(Fault.STRAY, f"{path} leads out of the store", digest)
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            if digest in self.damaged:
+                where = self._of.tree.quarantine
+                message = f"blob {digest} was damaged and is in {where} now"
+                return self.add(Fault.CONTENT, message, digest)
+            return self._missing(digest, need)
+        wrong = sorted(need.sizes - {size})
+        if (not fast or wrong) and not self._hashes(digest, path):
+            message = f"blob {digest} was damaged and is in {self._of.tree.quarantine} now"
+            return self.add(Fault.CONTENT, message, digest)
+        if wrong:
+            message = f"blob {digest} has {size} bytes, a descriptor says {wrong[0]}"
+            return self.add(Fault.SIZE, message, digest)
+        if digest in self._unparsable:
+            return self.add(Fault.MANIFEST, self._unparsable[digest], digest)
+        return None
+
+    def _missing(self, digest: Digest, need: _Need) -> None:
+        listed = {entry.name or entry.digest.short for entry in self._of.index.read().entries}
+        if need.models & listed:  # else it was removed while we looked
+            self.add(Fault.MISSING, f"blob {digest} is missing", digest)
+
+    def _walk(self, descriptor: Descriptor, name: str) -> None:
+        digest = descriptor.digest
+        need = self.needs.setdefault(digest, _Need())
+        need.sizes.add(descriptor.size)
+        if name in need.models:
+            return
+        need.models.add(name)
+        path = self._of.tree.blob(digest)
+        if descriptor.media_type not in _TYPES or not path.is_file():
+            return
+        try:
+            if self._hashes(digest, path):
+                manifest = read_manifest(self._of.blobs, descriptor)
+                for successor in successors(manifest):
+                    self._walk(successor, name)
+        except (FormatError, IntegrityError) as error:
+            self._unparsable[digest] = f"manifest {error}"
+        except NotFoundError:  # it was removed while we looked
+            pass
+
+    def _hashes(self, digest: Digest, path: Path) -> bool:
+        """Return whether the blob is intact; if not, move it to quarantine."""
+        if digest in self.intact or digest in self.damaged:
+            return digest in self.intact
+        size = path.stat().st_size
+
+        def seen(completed: int) -> None:
+            self._watch.stop.check()
+            report = Progress(Action.VERIFY, digest.short, digest, completed, size)
+            self._watch.report(report)
+
+        with translating("read", path):
+            got = hash_file(path, digest.algorithm, seen)
+        self.bytes_checked += size
+        if got == digest:
+            self.intact.add(digest)
+            return True
+        self.damaged.add(digest)
+        with self._of.tree.lock().held():
+            self._of.trust.put_in_quarantine(digest, path)
+        return False

@@ -1,0 +1,194 @@
+"""`index.json`: which models the store has, and under which names.
+
+One entry for each tag, the full reference in `org.opencontainers.image.ref.name`; a model without
+tags keeps one entry without it. Other tools write here too: entries and fields that are not ours
+stay as they are. Readers take no lock, since the file is replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from modelpack import mediatypes
+from modelpack.descriptor import Descriptor
+from modelpack.digest import Digest
+from modelpack.errors import IntegrityError, InvalidReferenceError, ManifestError, StoreError
+from modelpack.gojson import decode_object, encode
+from modelpack.reference import DEFAULT_REGISTRY, Reference
+from modelpack.stores.durability import write_atomically
+from modelpack.stores.lookup import Entry
+from modelpack.stores.os_errors import translating
+from modelpack.stores.tree import Tree
+
+_MAX_BYTES = 256 * 1024 * 1024
+_NAME_KEYS = (mediatypes.REF_NAME, mediatypes.CONTAINERD_NAME)
+# A file changed this long ago looks different after its next change; clocks of file systems tick
+# coarsely and inode numbers come again.
+_SETTLED_NS = 200_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One element of `manifests`: as it stands there and, if we can read it, what it says."""
+
+    raw: Any
+    entry: Entry | None
+
+
+@dataclass(frozen=True, slots=True)
+class IndexDocument:
+    """The content of an `index.json`; every change makes a new one."""
+
+    value: Mapping[str, Any]
+    items: tuple[Item, ...]
+
+    @classmethod
+    def parse(cls, raw: bytes, what: str) -> IndexDocument:
+        """Return the document in `raw`; raises `ManifestError` if it is no index at all."""
+        value = decode_object(raw, what, limit=_MAX_BYTES)
+        manifests = value.get("manifests")
+        if manifests is None:
+            manifests = []
+        if not isinstance(manifests, list):
+            raise ManifestError("'manifests' is no array", path=what)
+        return cls(
+            value, tuple(_item(raw, f"{what}: manifests[{i}]") for i, raw in enumerate(manifests))
+        )
+
+    def with_elements(self, elements: Iterable[Any]) -> IndexDocument:
+        """Return a document with these elements of `manifests` instead, as decoded JSON."""
+        return self._replaced(tuple(_item(raw, "index.json") for raw in elements))
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The entries that we can read."""
+        return tuple(item.entry for item in self.items if item.entry is not None)
+
+    def encoded(self) -> bytes:
+        """Return the bytes of the file."""
+        manifests = [item.raw for item in self.items]
+        return encode({"schemaVersion": 2, **self.value, "manifests": manifests})
+
+    def has(self, digest: Digest) -> bool:
+        """Return whether an entry points at the manifest."""
+        return any(entry.digest == digest for entry in self.entries)
+
+    def with_manifest(self, descriptor: Descriptor) -> IndexDocument:
+        """Return a document that lists the manifest, untagged unless it was there."""
+        if self.has(descriptor.digest):
+            return self
+        raw = Descriptor(
+            descriptor.media_type,
+            descriptor.digest,
+            descriptor.size,
+            artifact_type=descriptor.artifact_type,
+        ).to_json()
+        return self._replaced((*self.items, _item(raw, "index.json")))
+
+    def with_tag(self, descriptor: Descriptor, reference: Reference) -> IndexDocument:
+        """Return a document where `reference` names the manifest, and nothing else."""
+        if any(e.digest == descriptor.digest and e.reference == reference for e in self.entries):
+            return self
+        document = self.with_manifest(descriptor).untagged(lambda e: e.reference == reference)
+        of_model = [i for i in document.items if i.entry and i.entry.digest == descriptor.digest]
+        tagged = _item(_renamed(of_model[0].raw, str(reference)), "index.json")
+        bare = next((item for item in of_model if item.entry and item.entry.name is None), None)
+        if bare is None:
+            return document._replaced((*document.items, tagged))
+        return document._replaced(
+            tuple(tagged if item is bare else item for item in document.items)
+        )
+
+    def untagged(self, unwanted: Callable[[Entry], bool]) -> IndexDocument:
+        """Return a document without the names of these entries; what they named stays."""
+        listed = {e.digest for e in self.entries if not unwanted(e)}
+        kept = []
+        for item in self.items:
+            if item.entry is None or not unwanted(item.entry):
+                kept.append(item)
+            elif item.entry.digest not in listed:
+                listed.add(item.entry.digest)
+                kept.append(_item(_renamed(item.raw, None), "index.json"))
+        return self._replaced(tuple(kept))
+
+    def without_manifest(self, digest: Digest) -> IndexDocument:
+        """Return a document without any entry of the manifest."""
+        return self._replaced(
+            tuple(i for i in self.items if i.entry is None or i.entry.digest != digest)
+        )
+
+    def _replaced(self, items: tuple[Item, ...]) -> IndexDocument:
+        return IndexDocument(self.value, items)
+
+
+class IndexFile:
+    """The `index.json` of one store."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._seen: tuple[tuple[int, int, int], IndexDocument] | None = None
+
+    def read(self) -> IndexDocument:
+        """Return what the file says now; a missing file is an empty index.
+
+        It is only parsed again after it changed.
+        """
+        path = self._tree.index
+        with translating("read", path):
+            try:
+                stream = path.open("rb")
+            except FileNotFoundError:
+                return IndexDocument({}, ())
+            with stream:
+                found = os.fstat(stream.fileno())
+                stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
+                if self._seen is not None and self._seen[0] == stamp:
+                    return self._seen[1]
+                raw = stream.read(_MAX_BYTES + 1)
+        try:
+            document = IndexDocument.parse(raw, str(path))
+        except ManifestError as error:
+            raise StoreError(f"the store's list of models is damaged: {error}") from error
+        if time.time_ns() - found.st_mtime_ns > _SETTLED_NS:
+            self._seen = (stamp, document)
+        return document
+
+    def write(self, document: IndexDocument) -> None:
+        """Replace the file, durably. The store's lock is held since `document` was read."""
+        with translating("write", self._tree.index):
+            write_atomically(self._tree.index, document.encoded(), by_way_of=self._tree.ingest)
+
+
+def _item(raw: Any, where: str) -> Item:
+    try:
+        descriptor = Descriptor.parse(raw, where)
+    except (ManifestError, IntegrityError):
+        return Item(raw, None)
+    return Item(raw, _entry(descriptor))
+
+
+def _entry(descriptor: Descriptor) -> Entry:
+    """Return the entry and its name; Docker's tools put the full one beside a bare tag."""
+    for key in (mediatypes.CONTAINERD_NAME, mediatypes.REF_NAME):
+        name = descriptor.annotations.get(key)
+        try:
+            if name:
+                reference = Reference.parse(name, default_registry=DEFAULT_REGISTRY)
+                return Entry(descriptor, name, reference.without_digest())
+        except InvalidReferenceError:
+            continue
+    return Entry(descriptor, descriptor.annotations.get(mediatypes.REF_NAME))
+
+
+def _renamed(raw: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    annotations = {k: v for k, v in (raw.get("annotations") or {}).items() if k not in _NAME_KEYS}
+    if name is not None:
+        annotations[mediatypes.REF_NAME] = name
+    changed = {key: value for key, value in raw.items() if key != "annotations"}
+    if annotations:
+        changed["annotations"] = annotations
+    return changed

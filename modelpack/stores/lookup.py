@@ -1,0 +1,207 @@
+"""From what a user types to a model: references, digests, short ids and unique prefixes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from modelpack import mediatypes
+from modelpack.descriptor import Descriptor
+from modelpack.digest import Digest
+from modelpack.errors import (
+    AmbiguousError,
+    IntegrityError,
+    InvalidDigestError,
+    InvalidReferenceError,
+    NotFoundError,
+)
+from modelpack.reference import Reference
+
+_SHORTEST_PREFIX = 4
+_HEX = re.compile(r"(?:sha256:)?([0-9a-f]{1,64})\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name of one manifest; no name where the manifest is untagged.
+
+    `name` is as the index spells it, `reference` what that means; another tool's name may mean
+    nothing to us.
+    """
+
+    descriptor: Descriptor
+    name: str | None = None
+    reference: Reference | None = None
+
+    @property
+    def digest(self) -> Digest:
+        """The manifest's digest."""
+        return self.descriptor.digest
+
+    @property
+    def manifest(self) -> Descriptor:
+        """The manifest's descriptor, without the annotations that belong to the entry."""
+        return Descriptor(
+            self.descriptor.media_type,
+            self.digest,
+            self.descriptor.size,
+            artifact_type=self.descriptor.artifact_type,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model in a store and all its names.
+
+    `names` holds the names as they are stored, also those that are no references to us.
+    """
+
+    descriptor: Descriptor
+    references: tuple[Reference, ...] = ()
+    names: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> Digest:
+        """The model's id: the digest of its manifest."""
+        return self.descriptor.digest
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What a text turned out to name; `entry` is one entry of the manifest.
+
+    `by_name` tells a name from an id: removing one is not removing the other.
+    """
+
+    entry: Entry
+    by_name: bool
+
+
+def find(entries: Sequence[Entry], text: str) -> Match:
+    """Return the manifest that `text` names.
+
+    Tried in order: a full digest, a name, a short id, a unique prefix of an id (4 digits or more).
+    Raises `NotFoundError`, `AmbiguousError`, `InvalidReferenceError`, or `IntegrityError` if `text`
+    has a tag and a digest that disagree.
+    """
+    text = text.strip()
+    digest = _full_digest(text)
+    if digest is not None:
+        return Match(_with_digest(entries, digest, text), by_name=False)
+    invalid: InvalidReferenceError | None = None
+    try:
+        match = _find_name(entries, text)
+    except InvalidReferenceError as error:
+        match, invalid = None, error
+    if match is None:
+        match = _find_prefix(entries, text)
+    if match is not None:
+        return match
+    if invalid is not None:
+        raise invalid
+    raise _not_found(entries, text)
+
+
+def models(entries: Iterable[Entry]) -> tuple[StoredModel, ...]:
+    """Return the manifests among `entries` with their names, in the order of their names.
+
+    Indexes are left out, and what only says something about a model (a signature, say).
+    """
+    by_digest: dict[Digest, list[Entry]] = {}
+    for entry in entries:
+        if entry.descriptor.media_type in mediatypes.MANIFEST_TYPES:
+            by_digest.setdefault(entry.digest, []).append(entry)
+    found = [_model(group) for group in by_digest.values()]
+    return tuple(
+        sorted(
+            (model for model in found if not _is_about_a_model(model)),
+            key=lambda model: (not model.names, model.names, model.digest),
+        )
+    )
+
+
+def model(entries: Iterable[Entry], digest: Digest) -> StoredModel:
+    """Return the manifest `digest`, which is among `entries`, with all its names."""
+    return _model([entry for entry in entries if entry.digest == digest])
+
+
+def _model(group: Sequence[Entry]) -> StoredModel:
+    return StoredModel(
+        group[0].manifest,
+        tuple(sorted({e.reference for e in group if e.reference}, key=str)),
+        tuple(sorted({e.name for e in group if e.name})),
+    )
+
+
+def _is_about_a_model(model: StoredModel) -> bool:
+    kind = model.descriptor.artifact_type
+    known = (mediatypes.CNCF_MANIFEST, *mediatypes.MODEL_CONFIG_TYPES)
+    return not model.names and kind is not None and kind not in known
+
+
+def _full_digest(text: str) -> Digest | None:
+    try:
+        return Digest.parse(text if ":" in text else f"sha256:{text}")
+    except InvalidDigestError:
+        return None
+
+
+def _with_digest(entries: Iterable[Entry], digest: Digest, text: str) -> Entry:
+    for entry in entries:
+        if entry.digest == digest:
+            return entry
+    raise NotFoundError(f"{text}: no model in the store has this digest")
+
+
+def _find_name(entries: Sequence[Entry], text: str) -> Match | None:
+    literal = next((entry for entry in entries if entry.name == text), None)
+    if literal is not None:
+        return Match(literal, by_name=True)
+    wanted = Reference.parse(text)
+    if wanted.tag is None:
+        assert wanted.digest is not None, "a reference has a tag or a digest"
+        return Match(_with_digest(entries, wanted.digest, text), by_name=False)
+    named = wanted.without_digest()
+    entry = next((entry for entry in entries if entry.reference == named), None)
+    if entry is None:
+        return None
+    if wanted.digest is not None and wanted.digest != entry.digest:
+        raise IntegrityError(
+            f"{named} is {entry.digest} in the store, but {wanted.digest} was asked for",
+            expected=str(wanted.digest),
+            got=str(entry.digest),
+            hint=f"pull {text} to have that one, or leave out the digest",
+        )
+    return Match(entry, by_name=True)
+
+
+def _find_prefix(entries: Iterable[Entry], text: str) -> Match | None:
+    match = _HEX.match(text)
+    if match is None or len(match[1]) < _SHORTEST_PREFIX:
+        return None
+    found = {e.digest: e for e in entries if e.digest.encoded.startswith(match[1])}
+    if len(found) > 1:
+        candidates = tuple(sorted(str(digest) for digest in found))
+        raise AmbiguousError(
+            f"{text} is the beginning of {len(found)} ids: {', '.join(candidates)}",
+            candidates=candidates,
+            hint="add digits until only one is left",
+        )
+    return next((Match(entry, by_name=False) for entry in found.values()), None)
+
+
+def _not_found(entries: Iterable[Entry], text: str) -> NotFoundError:
+    wanted = Reference.parse(text)
+    looked_for = "" if text == str(wanted) else f" (that is {wanted})"
+    alike = sorted(
+        str(entry.reference)
+        for entry in entries
+        if entry.reference and _last_part(entry.reference) == _last_part(wanted)
+    )
+    hint = f"it has {', '.join(alike[:5])}" if alike else "`modelpack list` shows what it has"
+    return NotFoundError(f"the store has no {text}{looked_for}", hint=hint)
+
+
+def _last_part(reference: Reference) -> str:
+    return reference.repository.rpartition("/")[2]
