@@ -1,0 +1,140 @@
+"""The registry as an ASGI application: which path is answered by what."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from modelpack.errors import ModelpackError
+from modelpack.server.blobs import Blobs
+from modelpack.server.content import Content
+from modelpack.server.discovery import Discovery
+from modelpack.server.errors import (
+    ApiError,
+    Code,
+    on_api_error,
+    on_defect,
+    on_disconnect,
+    on_http_error,
+    on_modelpack_error,
+)
+from modelpack.server.hosts import HostGuard
+from modelpack.server.manifests import Manifests
+from modelpack.server.uploads import Uploads
+from modelpack.stores.layout import LayoutStore
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def create_app(
+    store: LayoutStore,
+    *,
+    read_only: bool = False,
+    sparse: bool = False,
+    allowed_hosts: Sequence[str] = (),
+) -> Starlette:
+    """Return a registry (distribution-spec 1.1) that serves and fills `store`.
+
+    Requests must name a loopback host or one of `allowed_hosts` in their `Host` header.
+    `read_only` answers 405 to every write. `sparse` takes manifests whose blobs are not all there,
+    which are refused otherwise: a model that cannot be opened is of no use to anybody.
+    """
+    content = Content(store, sparse=sparse)
+    middleware = [Middleware(ApiVersion), Middleware(HostGuard, allowed=tuple(allowed_hosts))]
+    if read_only:
+        middleware.append(Middleware(ReadOnly))
+    app = Starlette(
+        routes=_routes(content),
+        middleware=middleware,
+        exception_handlers={
+            ApiError: on_api_error,
+            ModelpackError: on_modelpack_error,
+            ClientDisconnect: on_disconnect,
+            HTTPException: on_http_error,
+            Exception: on_defect,
+        },
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def _routes(content: Content) -> list[Route]:
+    blobs, uploads = Blobs(content), Uploads(content)
+    manifests, discovery = Manifests(content), Discovery(content)
+    session = {
+        "GET": uploads.status,
+        "PATCH": uploads.append,
+        "PUT": uploads.finish,
+        "DELETE": uploads.cancel,
+    }
+    manifest = {
+        "GET": manifests.get,
+        "HEAD": manifests.get,
+        "PUT": manifests.put,
+        "DELETE": manifests.delete,
+    }
+    blob = {"GET": blobs.get, "HEAD": blobs.get, "DELETE": blobs.delete}
+    # A name is greedy: of `a/manifests/manifests/b` it is `a/manifests`.
+    return [
+        _resource("/v2/", {"GET": _probe, "HEAD": _probe}),
+        _resource("/v2", {"GET": _probe, "HEAD": _probe}),
+        _resource("/v2/_catalog", {"GET": discovery.catalog}),
+        _resource("/v2/{name:path}/blobs/uploads/", {"POST": uploads.start}),
+        _resource("/v2/{name:path}/blobs/uploads", {"POST": uploads.start}),
+        _resource("/v2/{name:path}/blobs/uploads/{session}", session),
+        _resource("/v2/{name:path}/blobs/{digest}", blob),
+        _resource("/v2/{name:path}/manifests/{reference}", manifest),
+        _resource("/v2/{name:path}/tags/list", {"GET": discovery.tags}),
+        _resource("/v2/{name:path}/referrers/{digest}", {"GET": discovery.referrers}),
+    ]
+
+
+def _resource(path: str, methods: Mapping[str, Endpoint]) -> Route:
+    async def endpoint(request: Request) -> Response:
+        handler = methods.get(request.method) or methods["GET"]  # HEAD, where it needs no care
+        return await handler(request)
+
+    return Route(path, endpoint, methods=list(methods))
+
+
+async def _probe(_: Request) -> Response:
+    return JSONResponse({})
+
+
+class ApiVersion:
+    """ASGI middleware: the header by which old clients know a registry."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_version(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Docker-Distribution-Api-Version"] = "registry/2.0"
+            await send(message)
+
+        await self._app(scope, receive, with_version)
+
+
+class ReadOnly:
+    """ASGI middleware that answers 405 to everything but reading."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD"):
+            error = ApiError(
+                405, Code.UNSUPPORTED, "this registry is read-only", headers={"Allow": "GET, HEAD"}
+            )
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)

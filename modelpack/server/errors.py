@@ -1,0 +1,132 @@
+"""Error answers of distribution-spec 1.1 ("Error Codes")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from modelpack.errors import (
+    DigestMismatchError,
+    FormatError,
+    IntegrityError,
+    InvalidDigestError,
+    InvalidReferenceError,
+    LockedError,
+    ModelpackError,
+    NotFoundError,
+    StorageFullError,
+)
+
+
+class Code(StrEnum):
+    """The codes of an error body."""
+
+    BLOB_UNKNOWN = "BLOB_UNKNOWN"
+    BLOB_UPLOAD_INVALID = "BLOB_UPLOAD_INVALID"
+    BLOB_UPLOAD_UNKNOWN = "BLOB_UPLOAD_UNKNOWN"
+    DIGEST_INVALID = "DIGEST_INVALID"
+    MANIFEST_BLOB_UNKNOWN = "MANIFEST_BLOB_UNKNOWN"
+    MANIFEST_INVALID = "MANIFEST_INVALID"
+    MANIFEST_UNKNOWN = "MANIFEST_UNKNOWN"
+    NAME_INVALID = "NAME_INVALID"
+    NAME_UNKNOWN = "NAME_UNKNOWN"
+    SIZE_INVALID = "SIZE_INVALID"
+    DENIED = "DENIED"
+    UNSUPPORTED = "UNSUPPORTED"
+    UNKNOWN = "UNKNOWN"  # not in the specification's table: what has no code there
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One entry of an error body."""
+
+    code: Code
+    message: str
+    detail: Any = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object."""
+        value: dict[str, Any] = {"code": self.code.value, "message": self.message}
+        if self.detail is not None:
+            value["detail"] = self.detail
+        return value
+
+
+class ApiError(Exception):
+    """A request that is answered with an error; raised by the endpoints."""
+
+    def __init__(
+        self,
+        status: int,
+        code: Code,
+        message: str,
+        *,
+        detail: Any = None,
+        more: Sequence[Problem] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.problems = (Problem(code, message, detail), *more)
+        self.headers = headers
+
+    def response(self) -> Response:
+        """Return the answer."""
+        body = {"errors": [problem.to_json() for problem in self.problems]}
+        return JSONResponse(body, self.status, self.headers)
+
+
+def translated(error: ModelpackError) -> ApiError:
+    """Return the answer to an error of the store; the first class that fits decides."""
+    table: tuple[tuple[type[ModelpackError], int, Code], ...] = (
+        (InvalidReferenceError, 400, Code.NAME_INVALID),
+        (InvalidDigestError, 400, Code.DIGEST_INVALID),
+        (DigestMismatchError, 400, Code.DIGEST_INVALID),
+        (FormatError, 400, Code.MANIFEST_INVALID),
+        (NotFoundError, 404, Code.BLOB_UNKNOWN),
+        (StorageFullError, 507, Code.UNKNOWN),
+        (LockedError, 503, Code.UNKNOWN),
+        (IntegrityError, 500, Code.UNKNOWN),
+    )
+    for kind, status, code in table:
+        if isinstance(error, kind):
+            return ApiError(status, code, str(error))
+    return ApiError(500, Code.UNKNOWN, str(error))
+
+
+async def on_api_error(_: Request, error: Exception) -> Response:
+    """Answer an `ApiError`."""
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def on_modelpack_error(_: Request, error: Exception) -> Response:
+    """Answer an error that came out of the store."""
+    assert isinstance(error, ModelpackError)
+    return translated(error).response()
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """Answer what the router refuses: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        message = f"{request.method} is not possible here"
+        return ApiError(405, Code.UNSUPPORTED, message, headers=error.headers).response()
+    message = f"no such endpoint: {request.url.path}"
+    return ApiError(error.status_code, Code.UNSUPPORTED, message).response()
+
+
+async def on_disconnect(_: Request, error: Exception) -> Response:
+    """Answer a client that hung up; nobody reads this."""
+    return Response(status_code=400)
+
+
+async def on_defect(_: Request, error: Exception) -> Response:
+    """Answer what should not have happened; the server logs the exception."""
+    return ApiError(500, Code.UNKNOWN, f"internal error: {type(error).__name__}").response()

@@ -1,0 +1,67 @@
+"""What was asked and answered, told to whoever runs the server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One finished request; `received` and `sent` are bytes of the bodies.
+
+    `status` is None where the connection ended before an answer. Header names are lower case.
+    """
+
+    method: str
+    path: str
+    query: str
+    status: int | None
+    received: int
+    sent: int
+    headers: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+class Recorder:
+    """ASGI middleware that calls back after each request, from the event loop's thread."""
+
+    def __init__(self, app: ASGIApp, report: Callable[[RequestRecord], None]) -> None:
+        self._app = app
+        self._report = report
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status: int | None = None
+        received = sent = 0
+
+        async def counted_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            return message
+
+        async def counted_send(message: Message) -> None:
+            nonlocal status, sent
+            status = message.get("status", status)
+            sent += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self._app(scope, counted_receive, counted_send)
+        finally:
+            self._report(
+                RequestRecord(
+                    scope["method"],
+                    scope["path"],
+                    scope["query_string"].decode("latin-1"),
+                    status,
+                    received,
+                    sent,
+                    dict(Headers(scope=scope)),
+                )
+            )

@@ -1,0 +1,210 @@
+"""Blob uploads (distribution-spec 1.1, "Pushing blobs")."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+
+from modelpack.digest import Digest
+from modelpack.errors import NotFoundError
+from modelpack.server.content import Content
+from modelpack.server.errors import ApiError, Code
+from modelpack.server.names import Repository
+from modelpack.server.ranges import ByteRange, chunk_range
+from modelpack.server.sessions import OutOfOrder, Superseded, UploadSession, UploadSessions, Writer
+
+#: Bytes that are hashed and written at once, off the event loop.
+PIECE = 1024 * 1024
+
+
+class Uploads:
+    """Endpoints of upload sessions."""
+
+    def __init__(self, content: Content) -> None:
+        self._content = content
+        self._sessions = UploadSessions(content.uploads_directory)
+
+    async def start(self, request: Request) -> Response:
+        """POST: begin a session, or mount a blob, or take a whole blob at once."""
+        repository = Repository.parse(request.path_params["name"])
+        mount = request.query_params.get("mount")
+        digest = request.query_params.get("digest")
+        if mount is not None:
+            # All repositories share the blobs, so it does not matter from where.
+            wanted = Digest.parse(mount)
+            if await run_in_threadpool(self._content.touch_blob, wanted):
+                return self._created(request, wanted)
+        if digest is not None and mount is None:
+            return await self._whole(request, repository, Digest.parse(digest))
+        algorithm = request.query_params.get("digest-algorithm", "sha256")
+        if algorithm not in ("sha256", "sha512"):
+            raise ApiError(400, Code.DIGEST_INVALID, f"unsupported algorithm {algorithm[:80]!r}")
+        session = await run_in_threadpool(self._sessions.create, str(repository), algorithm)
+        return Response(status_code=202, headers=self._state(request, session))
+
+    async def status(self, request: Request) -> Response:
+        """GET: how much arrived."""
+        session = await self._session(request)
+        return Response(status_code=204, headers=self._state(request, session))
+
+    async def append(self, request: Request) -> Response:
+        """PATCH: a chunk in its place, or a stream from where we are."""
+        session = await self._session(request)
+        claimed = _claimed_range(request)
+        async with self._writing(request, session, claimed) as writer:
+            await _receive(request, writer, claimed)
+        return Response(status_code=202, headers=self._state(request, session))
+
+    async def finish(self, request: Request) -> Response:
+        """PUT: perhaps the last chunk, then the digest of the whole."""
+        digest = Digest.parse(request.query_params.get("digest", ""))
+        session = await self._session(request)
+        claimed = _claimed_range(request)
+        async with self._writing(request, session, claimed, digest.algorithm) as writer:
+            await _receive(request, writer, claimed)
+            await run_in_threadpool(writer.finish, digest, self._content.publish_blob)
+        self._sessions.forget(session)
+        return self._created(request, digest)
+
+    async def cancel(self, request: Request) -> Response:
+        """DELETE: forget the session."""
+        session = await self._session(request)
+        await run_in_threadpool(session.cancel)
+        self._sessions.forget(session)
+        return Response(status_code=204)
+
+    async def _whole(self, request: Request, repository: Repository, digest: Digest) -> Response:
+        session = await run_in_threadpool(self._sessions.create, str(repository), digest.algorithm)
+        try:
+            async with self._writing(request, session, None, digest.algorithm) as writer:
+                await _receive(request, writer, None)
+                await run_in_threadpool(writer.finish, digest, self._content.publish_blob)
+        finally:  # the client never learned where the session is
+            await run_in_threadpool(session.cancel)
+            self._sessions.forget(session)
+        return self._created(request, digest)
+
+    async def _session(self, request: Request) -> UploadSession:
+        repository = Repository.parse(request.path_params["name"])
+        name = request.path_params["session"]
+        try:
+            return await run_in_threadpool(self._sessions.get, str(repository), name)
+        except NotFoundError as error:
+            raise _unknown(error) from None
+
+    @asynccontextmanager
+    async def _writing(
+        self,
+        request: Request,
+        session: UploadSession,
+        claimed: ByteRange | None,
+        algorithm: str | None = None,
+    ) -> AsyncIterator[Writer]:
+        """Lend a writer; what goes wrong with the session becomes the protocol's answer."""
+        start = claimed.start if claimed else None
+        try:
+            writer = await run_in_threadpool(session.writer, start, algorithm)
+            try:
+                yield writer
+            finally:
+                writer.close()
+        except NotFoundError as error:
+            raise _unknown(error) from None
+        except OutOfOrder:
+            message = f"the chunk starts at {start}, expected {session.size}"
+            headers = self._state(request, session)
+            raise ApiError(416, Code.BLOB_UPLOAD_INVALID, message, headers=headers) from None
+        except Superseded:
+            message = "a later request continues this upload"
+            raise ApiError(409, Code.BLOB_UPLOAD_INVALID, message) from None
+
+    def _state(self, request: Request, session: UploadSession) -> dict[str, str]:
+        name = request.path_params["name"]
+        return {
+            "Location": f"/v2/{name}/blobs/uploads/{session.id}",
+            "Range": f"0-{max(session.size - 1, 0)}",
+            "Docker-Upload-UUID": session.id,
+        }
+
+    def _created(self, request: Request, digest: Digest) -> Response:
+        name = request.path_params["name"]
+        headers = {
+            "Location": f"/v2/{name}/blobs/{digest}",
+            "Docker-Content-Digest": str(digest),
+        }
+        return Response(status_code=201, headers=headers)
+
+
+async def _receive(request: Request, writer: Writer, claimed: ByteRange | None) -> None:
+    """Append the body to the session; what arrived before a cut is kept."""
+    pieces = _Pieces(writer)
+    received = 0
+    try:
+        async for chunk in request.stream():
+            received += len(chunk)
+            if claimed and received > claimed.length:
+                raise _wrong_size(claimed, "more")
+            await pieces.add(chunk)
+    finally:
+        await pieces.flush()
+    if claimed and received < claimed.length:
+        raise _wrong_size(claimed, str(received))
+
+
+class _Pieces:
+    """Hashes and writes one piece in a worker thread while the next one arrives."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._buffer = bytearray()
+        self._pending: asyncio.Task[None] | None = None
+
+    async def add(self, chunk: bytes) -> None:
+        self._buffer += chunk
+        if len(self._buffer) >= PIECE:
+            await self._settle()
+            appending = run_in_threadpool(self._writer.append, self._buffer)
+            self._pending = asyncio.create_task(appending)
+            self._buffer = bytearray()
+
+    async def flush(self) -> None:
+        await self._settle()
+        if self._buffer:
+            await run_in_threadpool(self._writer.append, self._buffer)
+
+    async def _settle(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending:
+            try:
+                await pending
+            except BaseException:
+                self._buffer = bytearray()  # its place is after bytes that are not there
+                raise
+
+
+def _claimed_range(request: Request) -> ByteRange | None:
+    header = request.headers.get("content-range")
+    if header is None:
+        return None
+    claimed = chunk_range(header)
+    if claimed is None:
+        message = f"Content-Range is {header[:80]!r}, expected <first>-<last>"
+        raise ApiError(400, Code.BLOB_UPLOAD_INVALID, message)
+    length = request.headers.get("content-length")
+    if length is not None and int(length) != claimed.length:
+        raise _wrong_size(claimed, length)
+    return claimed
+
+
+def _wrong_size(claimed: ByteRange, got: str) -> ApiError:
+    message = f"the chunk claims {claimed.length} bytes in Content-Range, got {got}"
+    return ApiError(400, Code.SIZE_INVALID, message)
+
+
+def _unknown(error: NotFoundError) -> ApiError:
+    return ApiError(404, Code.BLOB_UPLOAD_UNKNOWN, str(error))

@@ -1,0 +1,45 @@
+"""For tests of programs that use models: a registry of one's own, and real weights.
+
+    with modelpack.testing.registry() as registry:
+        modelpack.push("ai/smol:v1", f"{registry.host}/ai/smol:v1")
+
+`modelpack.testing.weights` fetches small real models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from modelpack.server import RegistryServer, RequestRecord
+
+__all__ = ["registry"]
+
+# A test that leaves a connection hanging should not wait for it.
+_GRACE = 2
+
+
+@contextmanager
+def registry(
+    root: Path | None = None,
+    *,
+    read_only: bool = False,
+    allowed_hosts: Sequence[str] = (),
+    on_request: Callable[[RequestRecord], None] | None = None,
+) -> Iterator[RegistryServer]:
+    """Serve a registry on a free loopback port for the length of the block.
+
+    Its store is at `root`, or in a temporary directory that is removed at the end. `on_request`
+    is told about every request, from the server's thread.
+    """
+    server = RegistryServer(
+        root,
+        address="127.0.0.1:0",
+        read_only=read_only,
+        allowed_hosts=allowed_hosts,
+        grace=_GRACE,
+        on_request=on_request,
+    )
+    with server:
+        yield server
