@@ -184,12 +184,14 @@ def role_of(media_type: str, path: str | None) -> Role:
             return Role.WEIGHT
         case mediatypes.DOCKER_VLLM_CONFIG_TAR:
             return _role_by_name(name, Role.CONFIG)
+        case mediatypes.DOCKER_MODEL_FILE:
+            return _role_beside_weights(name, Role.FILE)
     cncf = _CNCF_LAYER.match(media_type)
     match cncf[1] if cncf else None:
         case "weight":
             return _weight_role(name)
         case "weight.config":
-            return _role_by_name(name, Role.CONFIG)
+            return _role_beside_weights(name, Role.CONFIG)
         case "doc":
             # Docker Model Runner knows documents as licenses only, and may leave out the path.
             return Role.LICENSE if not name or _is_license(name) else Role.DOC
@@ -257,6 +259,12 @@ def _weight_role(name: str) -> Role:
         return Role.PROJECTOR
     # model.safetensors.index.json may stand beside the shards.
     return _role_by_name(name, Role.WEIGHT) if _suffix(name) in _ROLES_BY_SUFFIX else Role.WEIGHT
+
+
+def _role_beside_weights(name: str, otherwise: Role) -> Role:
+    # Whoever packaged an adapter.gguf as another file said that it is not the model's weights.
+    role = _role_by_name(name, otherwise)
+    return otherwise if role in (Role.WEIGHT, Role.PROJECTOR) else role
 
 
 def _role_by_name(name: str, otherwise: Role) -> Role:
