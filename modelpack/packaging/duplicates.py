@@ -50,6 +50,6 @@ def _same_content(one: LayerFile, other: LayerFile) -> bool:
             while chunk := first.read(_CHUNK_BYTES):
                 if chunk != second.read(_CHUNK_BYTES):
                     return False
-            return not second.read(1)
+            return True
     except OSError as error:
         raise unreadable(one.path, error) from None

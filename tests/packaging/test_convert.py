@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelpack import mediatypes as m
@@ -318,6 +318,7 @@ any_layers = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(any_layers, st.sampled_from(["gguf", "safetensors", "dduf", "diffusers"]))
 def test_conversion_changes_types_only_and_settles(layers: list[Descriptor], format: str) -> None:
     config = FULL_CNCF.with_changes(format=format)

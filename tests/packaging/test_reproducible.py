@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelpack import mediatypes
@@ -32,6 +32,7 @@ def reference() -> str:
         return directory_digest(write(Path(directory), FILES))
 
 
+@settings(deadline=None)  # the disk and the machine are shared
 @given(
     order=st.permutations(list(FILES)),
     umask=st.sampled_from([0o000, 0o022, 0o027, 0o077]),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelpack.errors import PackagingError
@@ -88,6 +88,7 @@ def make(root: Path, tree: dict[str, Any], order: random.Random) -> None:
             (root / name).write_bytes(tree[name])
 
 
+@settings(deadline=None)  # the disk and the machine are shared
 @given(trees, st.randoms())
 def test_order_is_that_of_a_plain_model(tree: dict[str, Any], order: random.Random) -> None:
     with tempfile.TemporaryDirectory() as directory:
