@@ -107,6 +107,7 @@ def lay_out(
                 path = blob_path(archive.descriptor)
                 for member in extract(archive, path, tree, limits, watch, what):
                     files.append(_bundle_file(member, archive, Placement.EXTRACTED))
+            folder.check_holds(_MODEL, inside)
         _write(folder, _CONFIG, runtime_config(model.config))
         bundle = _bundle(directory, files, model.config, notes)
     for note in bundle.notes:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,8 +20,8 @@ from modelpack.errors import UnsafePathError
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-# What the system says when something is not what we left there.
-_PLANTED = frozenset({errno.EEXIST, errno.ELOOP, errno.ENOTDIR, errno.ENOENT, errno.EMLINK})
+# What the systems say of a link, a file, or nothing, where a directory was.
+_NO_DIRECTORY = frozenset({errno.ELOOP, errno.ENOTDIR, errno.ENOENT, errno.EMLINK})
 
 DIRECTORY_MODE = 0o755
 FILE_MODE = 0o644
@@ -50,28 +52,41 @@ class Folder:
         try:
             return Folder(os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=self.fd), path)
         except OSError as error:
-            raise _explained(error, path, "the directory that was made there") from error
+            if error.errno not in _NO_DIRECTORY:
+                raise
+            why = os.strerror(error.errno)
+            raise _planted(path, "the directory that was made there", why) from error
 
     def make(self, name: str, mode: int = DIRECTORY_MODE) -> Folder:
         """Make the directory `name`, which may not be there yet, and open it."""
-        path = f"{self.path}/{name}"
-        try:
+        with self._new(name):
             os.mkdir(name, 0o700, dir_fd=self.fd)
-        except OSError as error:
-            raise _explained(error, path, "nothing") from error
         made = self.enter(name)
         os.fchmod(made.fd, mode)  # whatever the umask is
         return made
 
     def create(self, name: str, mode: int = FILE_MODE) -> int:
         """Make the file `name`, which may not be there yet; return its descriptor, for writing."""
-        path = f"{self.path}/{name}"
-        try:
+        with self._new(name):
             fd = os.open(name, _NEW_FILE, 0o600, dir_fd=self.fd)
-        except OSError as error:
-            raise _explained(error, path, "nothing") from error
         os.fchmod(fd, mode)
         return fd
+
+    def hard_link(self, path: Path, name: str) -> None:
+        """Make `name` another name of the file that `path` leads to."""
+        with self._new(name):
+            os.link(os.path.realpath(path), name, dst_dir_fd=self.fd, follow_symlinks=False)
+
+    def symbolic_link(self, path: Path, name: str) -> None:
+        """Make `name` a link to `path`."""
+        with self._new(name):
+            os.symlink(os.path.abspath(path), name, dir_fd=self.fd)
+
+    def check_holds(self, name: str, folder: Folder) -> None:
+        """Raise `UnsafePathError` unless `name` still is `folder`."""
+        status = self.status(name)
+        if status is None or not os.path.samestat(status, os.fstat(folder.fd)):
+            raise _planted(f"{self.path}/{name}", "the directory that was made there", "another")
 
     def status(self, name: str) -> os.stat_result | None:
         """Return what `name` is, a link not followed; None if there is no such name."""
@@ -79,6 +94,13 @@ class Folder:
             return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
             return None
+
+    @contextmanager
+    def _new(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileExistsError as error:
+            raise _planted(f"{self.path}/{name}", "nothing", "something is there") from error
 
     def close(self) -> None:
         """Close the directory."""
@@ -101,12 +123,10 @@ def is_directory(status: os.stat_result) -> bool:
     return stat.S_ISDIR(status.st_mode)
 
 
-def _explained(error: OSError, path: str, expected: str) -> OSError | UnsafePathError:
-    if error.errno not in _PLANTED:
-        return error
+def _planted(path: str, expected: str, got: str) -> UnsafePathError:
     return UnsafePathError(
-        f"{path}: expected {expected}, but somebody else changed it: {error.strerror}",
+        f"{path}: expected {expected}, but somebody else changed it: {got}",
         expected=expected,
-        got=error.strerror,
+        got=got,
         hint="unpack into a directory that nobody else writes to",
     )

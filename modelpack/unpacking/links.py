@@ -100,7 +100,7 @@ def put(
 def _hard_link(
     _file: ModelFile, path: Path, blob: BinaryIO, folder: Folder, name: str, _watch: Watch
 ) -> None:
-    os.link(os.path.realpath(path), name, dst_dir_fd=folder.fd, follow_symlinks=False)
+    folder.hard_link(path, name)
     made = folder.status(name)
     if made is None or not os.path.samestat(made, os.fstat(blob.fileno())):
         raise StoreError(f"{path} was replaced while it was linked", hint="try again")
@@ -109,7 +109,7 @@ def _hard_link(
 def _symbolic_link(
     _file: ModelFile, path: Path, _blob: BinaryIO, folder: Folder, name: str, _watch: Watch
 ) -> None:
-    os.symlink(os.path.abspath(path), name, dir_fd=folder.fd)
+    folder.symbolic_link(path, name)
 
 
 def _reflink(

@@ -1,0 +1,493 @@
+"""Bundles of whole models: every generation, what is in them, and what happens on failure."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelpack import mediatypes as mt
+from modelpack.config import ModelConfig
+from modelpack.digest import Digest
+from modelpack.errors import (
+    ConflictError,
+    InterruptedTransferError,
+    NotFoundError,
+    SizeMismatchError,
+    StorageFullError,
+    StoreError,
+    UnsafePathError,
+    UnsupportedError,
+    UsageError,
+)
+from modelpack.model import Model, Role
+from modelpack.progress import Action, Progress, Stop, silent
+from modelpack.storage import Watch
+from modelpack.unpacking import bundle as bundling
+from modelpack.unpacking.bundle import Bundle, LinkMode, lay_out, runtime_config
+from modelpack.unpacking.links import Placement
+from tests.unpacking.stored import Layer, Stored, contents, everything
+
+V01, V02, CNCF = mt.DOCKER_CONFIG_V01, mt.DOCKER_CONFIG_V02, mt.CNCF_CONFIG
+WEIGHT: Layer = (mt.DOCKER_GGUF, "tiny.gguf", b"weights")
+
+
+def bundle_of(
+    stored: Stored,
+    directory: Path,
+    layers: Sequence[Layer],
+    config: ModelConfig | str = V02,
+    **options: Any,
+) -> Bundle:
+    return lay_out(stored.model(layers, config), stored.path, directory, **options)
+
+
+def test_docker_v01(stored: Stored, directory: Path) -> None:
+    layers = [
+        WEIGHT,
+        (mt.DOCKER_LICENSE, "LICENSE.txt", b"MIT"),
+        (mt.DOCKER_CHAT_TEMPLATE, "chat_template.jinja", b"{{ messages }}"),
+        (mt.DOCKER_MMPROJ, "mmproj-f16.gguf", b"projector"),
+        (mt.DOCKER_MODEL_FILE, "sub/params.json", b"{}"),
+    ]
+    bundle = bundle_of(stored, directory, layers, ModelConfig(V01, format="gguf"))
+    assert contents(directory) == {
+        "config.json": b'{"format":"gguf"}\n',
+        "model/model.gguf": b"weights",
+        "model/LICENSE.txt": b"MIT",
+        "model/template.jinja": b"{{ messages }}",
+        "model/model.mmproj": b"projector",
+        "model/sub/params.json": b"{}",
+    }
+    assert bundle.directory == directory
+    assert bundle.weight == directory / "model/model.gguf"
+    assert bundle.chat_template == directory / "model/template.jinja"
+    assert bundle.mmproj == directory / "model/model.mmproj"
+    assert bundle.config == directory / "config.json"
+    assert bundle.notes == ()
+    assert [(file.path, file.role, file.digest, file.linked) for file in bundle.files] == [
+        ("model/model.gguf", Role.WEIGHT, Digest.of(b"weights"), Placement.HARDLINK),
+        ("model/LICENSE.txt", Role.LICENSE, Digest.of(b"MIT"), Placement.HARDLINK),
+        (
+            "model/template.jinja",
+            Role.CHAT_TEMPLATE,
+            Digest.of(b"{{ messages }}"),
+            Placement.HARDLINK,
+        ),
+        ("model/model.mmproj", Role.PROJECTOR, Digest.of(b"projector"), Placement.HARDLINK),
+        ("model/sub/params.json", Role.CONFIG, Digest.of(b"{}"), Placement.HARDLINK),
+    ]
+    assert (directory / "model/model.gguf").samefile(stored.root / Digest.of(b"weights").encoded)
+
+
+DIRECTORY: list[Layer] = [
+    (mt.DOCKER_LICENSE, "LICENSE", b"MIT\n"),
+    (mt.DOCKER_CHAT_TEMPLATE, "chat_template.jinja", b"{{ messages }}\n"),
+    (mt.DOCKER_MODEL_FILE, "config.json", b'{"max_position_embeddings":512}'),
+    (mt.DOCKER_SAFETENSORS, "model.safetensors", b"weights"),
+    (mt.DOCKER_MODEL_FILE, "sub/README.md", b"# tiny\n"),
+]
+AS_CNCF = [
+    (type_, path, content)
+    for type_, (_, path, content) in zip(
+        (
+            mt.CNCF_DOC_RAW,
+            mt.CNCF_WEIGHT_CONFIG_RAW,
+            mt.CNCF_WEIGHT_CONFIG_RAW,
+            mt.CNCF_WEIGHT_RAW,
+            mt.CNCF_WEIGHT_CONFIG_RAW,
+        ),
+        DIRECTORY,
+        strict=True,
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("layers", "config"),
+    [
+        (DIRECTORY, ModelConfig(V02, format="safetensors")),
+        (AS_CNCF, ModelConfig(CNCF, format="safetensors", diff_ids=(Digest.of(b""),))),
+        (AS_CNCF, ModelConfig(CNCF, diff_ids=(Digest.of(b""),))),
+    ],
+    ids=["v0.2", "cncf", "cncf without a format"],
+)
+def test_by_path(stored: Stored, directory: Path, layers: list[Layer], config: ModelConfig) -> None:
+    bundle = bundle_of(stored, directory, layers, config)
+    assert contents(directory / "model") == {path: content for _, path, content in DIRECTORY}
+    assert (directory / "config.json").read_bytes() == runtime_config(config)
+    assert bundle.weight == directory / "model/model.safetensors"
+    assert bundle.chat_template == directory / "model/chat_template.jinja"
+    assert bundle.mmproj is None
+    assert [file.role for file in bundle.files] == [
+        Role.LICENSE,
+        Role.CHAT_TEMPLATE,
+        Role.CONFIG,
+        Role.WEIGHT,
+        Role.DOC,
+    ]
+
+
+DIFF = Digest.of(b"x")
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (ModelConfig(V01), b"{}\n"),
+        (
+            ModelConfig(
+                V01,
+                format="gguf",
+                quantization="MOSTLY_F32",
+                parameters="8",
+                architecture="llama",
+                size="32B",
+                gguf={"general.name": "tiny <&> v1", "general.architecture": "llama"},
+                context_size=0,
+                created="2025-01-02T03:04:05Z",
+                diff_ids=(DIFF,),
+            ),
+            b'{"format":"gguf","quantization":"MOSTLY_F32","parameters":"8",'
+            b'"architecture":"llama","size":"32B","gguf":{"general.architecture":"llama",'
+            b'"general.name":"tiny \\u003c\\u0026\\u003e v1"},"context_size":0}\n',
+        ),
+        (
+            ModelConfig(V02, format="dduf", diffusers={"dduf_file": "x", "layout": "dduf"}),
+            b'{"format":"dduf","diffusers":{"dduf_file":"x","layout":"dduf"}}\n',
+        ),
+        (
+            ModelConfig(
+                CNCF,
+                format="gguf",
+                architecture="llama",
+                created="2025-01-02T03:04:05Z",
+                diff_ids=(DIFF,),
+                cncf_descriptor={"family": "llama", "licenses": ["MIT"]},
+                cncf_config={"precision": "f32"},
+            ),
+            b'{"descriptor":{"createdAt":"2025-01-02T03:04:05Z","family":"llama",'
+            b'"licenses":["MIT"]},"modelfs":{"type":"layers","diffIds":["%s"]},'
+            b'"config":{"architecture":"llama","format":"gguf","precision":"f32"}}\n'
+            % str(DIFF).encode(),
+        ),
+        (  # what the model does not say is not made up
+            ModelConfig(CNCF, architecture="llama", diff_ids=(DIFF,)),
+            b'{"descriptor":{},"modelfs":{"type":"layers","diffIds":["%s"]},'
+            b'"config":{"architecture":"llama"}}\n' % str(DIFF).encode(),
+        ),
+    ],
+)
+def test_runtime_config(config: ModelConfig, expected: bytes) -> None:
+    assert runtime_config(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "layers", "expected"),
+    [
+        (
+            ModelConfig(V01, format="gguf"),
+            [(mt.DOCKER_GGUF, f"t-0000{n}-of-00003.gguf", b"w%d" % n) for n in (3, 1, 2)],
+            "model-00001-of-00003.gguf",
+        ),
+        (
+            V02,
+            [(mt.DOCKER_GGUF, f"t-0000{n}-of-00003.gguf", b"w%d" % n) for n in (3, 2, 1)],
+            "t-00001-of-00003.gguf",
+        ),
+        (  # the top level comes first
+            V02,
+            [(mt.DOCKER_SAFETENSORS, f"{n}.safetensors", b"%d" % i) for i, n in enumerate("ab")]
+            + [(mt.DOCKER_SAFETENSORS, "A/a.safetensors", b"9")],
+            "a.safetensors",
+        ),
+        (  # then each directory, as a walk goes
+            V02,
+            [
+                (mt.DOCKER_SAFETENSORS, name, name.encode())
+                for name in ("vae/m.safetensors", "unet/m.safetensors", "unet-b/m.safetensors")
+            ],
+            "unet/m.safetensors",
+        ),
+        (  # a hidden file is no runtime's choice, and a projector no weight
+            V02,
+            [
+                (mt.DOCKER_GGUF, ".a.gguf", b"1"),
+                (mt.DOCKER_GGUF, "a-mmproj.gguf", b"2"),
+                (mt.DOCKER_GGUF, "b.gguf", b"3"),
+            ],
+            "b.gguf",
+        ),
+        (  # what the config says, else GGUF before the others
+            ModelConfig(V02, format="safetensors"),
+            [WEIGHT, (mt.DOCKER_SAFETENSORS, "x.safetensors", b"s")],
+            "x.safetensors",
+        ),
+        (V02, [(mt.DOCKER_SAFETENSORS, "x.safetensors", b"s"), WEIGHT], "tiny.gguf"),
+        (
+            ModelConfig(V02, format="gguf"),
+            [(mt.DOCKER_SAFETENSORS, "x.safetensors", b"s"), (mt.DOCKER_DDUF, "x.dduf", b"d")],
+            "x.safetensors",
+        ),
+        (
+            ModelConfig(V01, format="diffusers"),
+            [(mt.DOCKER_SAFETENSORS, "x.safetensors", b"s"), (mt.DOCKER_DDUF, None, b"d")],
+            f"{Digest.of(b'd').encoded}.dduf",
+        ),
+        (CNCF, [(mt.CNCF_WEIGHT_RAW, "pytorch_model.bin", b"w")], "pytorch_model.bin"),
+    ],
+)
+def test_weight(
+    stored: Stored,
+    directory: Path,
+    config: ModelConfig | str,
+    layers: list[Layer],
+    expected: str,
+) -> None:
+    if config == CNCF:
+        config = ModelConfig(CNCF, diff_ids=(DIFF,))
+    bundle = bundle_of(stored, directory, layers, config)
+    assert bundle.weight == directory / "model" / expected
+    assert bundle.weight.is_file()
+
+
+@pytest.mark.parametrize(
+    "layers", [[], [(mt.DOCKER_LICENSE, "LICENSE", b"MIT")], [(mt.DOCKER_MMPROJ, "p.gguf", b"p")]]
+)
+def test_nothing_to_run(stored: Stored, directory: Path, layers: list[Layer]) -> None:
+    with pytest.raises(UnsupportedError, match="no weights"):
+        bundle_of(stored, directory, layers)
+    assert not directory.exists()
+
+
+def test_several_templates_and_projectors(stored: Stored, directory: Path) -> None:
+    layers = [
+        WEIGHT,
+        (mt.DOCKER_CHAT_TEMPLATE, "additional_chat_templates/tool_use.jinja", b"1"),
+        (mt.DOCKER_CHAT_TEMPLATE, "chat_template.jinja", b"2"),
+        (mt.DOCKER_CHAT_TEMPLATE, "another.jinja", b"3"),
+        (mt.DOCKER_MMPROJ, "b.mmproj", b"4"),
+        (mt.DOCKER_MMPROJ, "a.mmproj", b"5"),
+    ]
+    reports: list[Progress] = []
+    bundle = bundle_of(stored, directory, layers, watch=Watch(reports.append, Stop()))
+    assert bundle.chat_template == directory / "model/chat_template.jinja"
+    assert bundle.mmproj == directory / "model/b.mmproj"
+    assert bundle.notes == (
+        "model/chat_template.jinja is the chat template of 3 to be used",
+        "model/b.mmproj is the projector of 2 to be used",
+    )
+    noted = [report.message for report in reports if report.action is Action.NOTE]
+    assert tuple(noted) == bundle.notes
+
+
+@pytest.mark.parametrize("mode", [LinkMode.HARDLINK, LinkMode.SYMLINK, LinkMode.COPY])
+def test_link_modes(stored: Stored, directory: Path, mode: LinkMode) -> None:
+    before = everything(stored.root)
+    bundle = bundle_of(stored, directory, DIRECTORY, links=mode)
+    assert {file.linked for file in bundle.files} == {Placement(mode.value)}
+    assert contents(directory / "model") == {path: content for _, path, content in DIRECTORY}
+    assert everything(stored.root).items() >= before.items()
+    weight = directory / "model/model.safetensors"
+    assert weight.is_symlink() == (mode is LinkMode.SYMLINK)
+    assert weight.samefile(stored.root / Digest.of(b"weights").encoded) == (
+        mode is not LinkMode.COPY
+    )
+
+
+def test_modes_do_not_depend_on_the_umask(stored: Stored, directory: Path) -> None:
+    old = os.umask(0o077)
+    try:
+        bundle_of(stored, directory, DIRECTORY, links=LinkMode.COPY)
+    finally:
+        os.umask(old)
+    assert directory.stat().st_mode & 0o7777 == 0o755
+    kinds = {(kind, mode) for kind, mode, _ in everything(directory).values()}
+    assert kinds == {("directory", 0o755), ("file", 0o644)}
+
+
+def test_progress(stored: Stored, directory: Path) -> None:
+    reports: list[Progress] = []
+    bundle_of(stored, directory, DIRECTORY, watch=Watch(reports.append, Stop()))
+    assert {report.action for report in reports} == {Action.UNPACK}
+    assert [report.name for report in reports if report.finished] == [
+        path for _, path, _ in DIRECTORY
+    ]
+
+
+def test_stop(stored: Stored, directory: Path) -> None:
+    stop = Stop()
+    watch = Watch(lambda _: stop.request(), stop)
+    with pytest.raises(InterruptedTransferError):
+        bundle_of(stored, directory, DIRECTORY, watch=watch)
+    assert not directory.exists()
+
+
+def test_again_is_refused_and_overwrite_replaces(stored: Stored, directory: Path) -> None:
+    bundle_of(stored, directory, DIRECTORY)
+    with pytest.raises(ConflictError, match="not empty"):
+        bundle_of(stored, directory, [WEIGHT])
+    assert (directory / "model/model.safetensors").exists()
+    bundle = bundle_of(stored, directory, [WEIGHT], overwrite=True)
+    assert set(contents(directory)) == {"config.json", "model/tiny.gguf"}
+    assert bundle.weight.read_bytes() == b"weights"
+    assert os.listdir(directory.parent) == ["bundle"]
+
+
+def test_links_in_what_is_replaced_are_not_followed(stored: Stored, directory: Path) -> None:
+    outside = directory.parent.parent
+    directory.mkdir()
+    (directory / "model").symlink_to(outside, target_is_directory=True)
+    (directory / "config.json").symlink_to(outside / "secret")
+    with pytest.raises(ConflictError):
+        bundle_of(stored, directory, [WEIGHT])
+    bundle_of(stored, directory, [WEIGHT], overwrite=True)
+    assert not (directory / "model").is_symlink()
+    assert (directory / "config.json").read_bytes() == b"{}\n"
+
+
+def test_a_link_instead_of_the_directory_is_refused(stored: Stored, directory: Path) -> None:
+    directory.symlink_to(directory.parent.parent, target_is_directory=True)
+    with pytest.raises(ConflictError, match="not a directory") as caught:
+        bundle_of(stored, directory, [WEIGHT], overwrite=True)
+    assert "symbolic link" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("planted", ["model", "model/sub", "model/sub/README.md", "config.json"])
+def test_links_planted_while_we_work_are_not_followed(
+    stored: Stored, directory: Path, planted: str
+) -> None:
+    """Somebody who can write beside us replaces what we made by a link to the outside."""
+    outside = directory.parent.parent
+    planting: list[str] = []
+
+    def plant(report: Progress) -> None:
+        if report.name != "sub/first" or planting:
+            return
+        (work,) = directory.parent.iterdir()
+        planting.append(planted)
+        target = outside if planted != "config.json" else outside / "secret"
+        if planted in ("model", "model/sub"):
+            (work / planted).rename(outside.parent / "moved")
+        (work / planted).symlink_to(target)
+
+    layers = [WEIGHT, (mt.DOCKER_MODEL_FILE, "sub/first", b"1"), DIRECTORY[-1]]
+    with pytest.raises(UnsafePathError, match="somebody else"):
+        bundle_of(stored, directory, layers, watch=Watch(plant, Stop()))
+    assert planting
+    assert not (outside / "sub").exists()
+    assert not (outside / "README.md").exists()
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize("path", ["../../x", "/abs", "a\0b", "C:\\x", "", ".", "a/../../b"])
+@pytest.mark.parametrize("config", [V01, V02])
+def test_unsafe_paths(stored: Stored, directory: Path, config: str, path: str) -> None:
+    with pytest.raises(UnsafePathError):
+        bundle_of(stored, directory, [WEIGHT, (mt.DOCKER_MODEL_FILE, path, b"x")], config)
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("a", "a/b"), ("a/b", "a"), ("A/x", "a/y"), ("a", "A")]
+)
+def test_clashing_paths(stored: Stored, directory: Path, first: str, second: str) -> None:
+    layers = [
+        WEIGHT,
+        (mt.DOCKER_MODEL_FILE, first, b"1"),
+        (mt.DOCKER_MODEL_FILE, second, b"2"),
+    ]
+    with pytest.raises(UnsafePathError):
+        bundle_of(stored, directory, layers)
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_store_that_lost_a_blob(stored: Stored, directory: Path, lost: bool) -> None:
+    model = stored.model(DIRECTORY)
+    blob = stored.path(model.manifest.layers[-1])
+    blob.unlink()
+    if not lost:
+        blob.write_bytes(b"#")
+    with pytest.raises(NotFoundError if lost else SizeMismatchError):
+        lay_out(model, stored.path, directory)
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [
+        (errno.ENOSPC, StorageFullError),
+        (errno.EDQUOT, StorageFullError),
+        (errno.EROFS, StoreError),
+        (errno.EIO, StoreError),
+    ],
+)
+def test_what_the_file_system_refuses(
+    stored: Stored,
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    error: type[StoreError],
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(bundling, "write_all", refuse)
+    with pytest.raises(error, match=f"cannot lay out {directory}") as caught:
+        bundle_of(stored, directory, [WEIGHT])
+    assert type(caught.value) is error
+    assert not directory.exists()
+
+
+def test_places_that_cannot_be_a_bundle(stored: Stored, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError):
+        bundle_of(stored, tmp_path / "file" / "sub", [WEIGHT])
+    with pytest.raises(ConflictError):
+        bundle_of(stored, tmp_path / "file", [WEIGHT], overwrite=True)
+    with pytest.raises(UsageError):
+        bundle_of(stored, Path("/"), [WEIGHT], overwrite=True)
+
+
+def test_the_current_directory_is_not_replaced(
+    stored: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(UsageError, match="current directory"):
+        bundle_of(stored, Path(), [WEIGHT])
+
+
+def test_paths_are_absolute(
+    stored: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bundle = bundle_of(stored, Path("out"), [WEIGHT])
+    assert bundle.weight == tmp_path / "out/model/tiny.gguf"
+
+
+def test_a_link_to_the_store_survives_the_store(stored: Stored, directory: Path) -> None:
+    model: Model = stored.model([WEIGHT])
+    bundle = lay_out(model, stored.path, directory)
+    stored.path(model.manifest.layers[0]).unlink()
+    assert bundle.weight.read_bytes() == b"weights"
+
+
+def test_blobs_may_be_asked_for_more_than_once(stored: Stored, directory: Path) -> None:
+    asked: list[Digest] = []
+
+    def path(descriptor: Any) -> Path:
+        asked.append(descriptor.digest)
+        return stored.path(descriptor)
+
+    layers = [(mt.DOCKER_SAFETENSORS, f"{name}.safetensors", b"same") for name in "ab"]
+    lay: Callable[..., Bundle] = lay_out
+    lay(stored.model(layers), path, directory, watch=Watch(silent, Stop()))
+    assert set(contents(directory / "model")) == {"a.safetensors", "b.safetensors"}
+    assert asked == [Digest.of(b"same")] * 2
