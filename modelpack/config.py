@@ -91,8 +91,6 @@ def _cncf_json(config: ModelConfig) -> dict[str, Any]:
     descriptor = dict(config.cncf_descriptor)
     if config.created:
         descriptor["createdAt"] = config.created
-    if config.architecture and "family" not in descriptor:
-        descriptor["family"] = config.architecture
     inner = dict(config.cncf_config)
     for key, text in (
         ("architecture", config.architecture),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.peers import REQUIRED, docker_registry
@@ -17,6 +18,11 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault("GOPATH", str(Path.home() / "go"))
 os.environ.setdefault("GOCACHE", str(Path.home() / ".cache" / "go-build"))
 os.environ.setdefault("MODELPACK_CACHE", str(ROOT / ".cache"))
+
+
+# Machines that run tests are busy; a slow example is not a wrong one.
+hypothesis.settings.register_profile("modelpack", deadline=None)
+hypothesis.settings.load_profile("modelpack")
 
 
 @pytest.fixture(autouse=True)

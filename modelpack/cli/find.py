@@ -12,6 +12,7 @@ from modelpack.cli.describe import model_json, model_text
 from modelpack.cli.options import Settings, common_options, model_argument, remote_options
 from modelpack.cli.output import note, note_reference, show, show_json
 from modelpack.cli.progress import shown_progress
+from modelpack.model import Model
 from modelpack.operations import find as finding
 from modelpack.operations import resolve as resolving
 from modelpack.operations.remote import RemoteOptions
@@ -163,7 +164,7 @@ def bundle(
     show(settings, value, str(made.weight))
 
 
-def _find(settings: Settings, name: str, in_registry: bool, remote: RemoteOptions) -> finding.Model:
+def _find(settings: Settings, name: str, in_registry: bool, remote: RemoteOptions) -> Model:
     if in_registry:
         note_reference(settings, name, Reference.parse(name))
         return finding.inspect(name, remote=remote, from_registry=True)

@@ -38,7 +38,6 @@ def common_options(command: F) -> F:
     @click.option(
         "--store",
         metavar="DIR",
-        envvar="MODELPACK_STORE",
         type=click.Path(file_okay=False),
         help="The local store. [env: MODELPACK_STORE; default: in the platform's data directory]",
     )
@@ -54,6 +53,7 @@ def common_options(command: F) -> F:
     @functools.wraps(command)
     def wrapped(
         settings: Settings,
+        /,
         store: str | None,
         as_json: bool,
         quiet: bool,

@@ -85,6 +85,9 @@ def package(
 
     The same files always give the same digest, on any machine.
     """
+    sources = ("gguf", "safetensors_dir", "dduf")
+    if from_model is None and not any(inputs[source] for source in sources):
+        raise UsageError("nothing to package: give --gguf, --safetensors-dir, --dduf or --from")
     if push and dry_run:
         raise UsageError("--push and --dry-run exclude each other")
     where = Reference.parse(reference)

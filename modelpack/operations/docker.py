@@ -40,13 +40,11 @@ def import_from_docker(
     docker = docker or DockerStore()
     store = store or LayoutStore()
     watch = watching(progress, stop)
+    wanted: list[tuple[Digest, tuple[str, ...]]]
     if names:
         wanted = [(docker.resolve(name).digest, (str(Reference.parse(name)),)) for name in names]
     else:
-        wanted = [
-            (model.digest, tuple(str(reference) for reference in model.references))
-            for model in docker.models()
-        ]
+        wanted = [(model.digest, tuple(map(str, model.references))) for model in docker.models()]
     return tuple(
         _import_model(docker, store, digest, references, link, watch)
         for digest, references in wanted

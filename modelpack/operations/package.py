@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from modelpack.config import ModelConfig
@@ -81,14 +82,14 @@ def package(
     for skipped in planned.skipped:
         message = f"skipped {skipped.path}: {skipped.reason}"
         watch.report(Progress(Action.NOTE, skipped.path, message=message))
-    for note in planned.notes:
-        watch.report(Progress(Action.NOTE, message=note))
 
     digests = _take_files(planned.files, None if dry_run else store, link, watch)
     if base is not None:
         built = repackage(base.manifest, base.config, request, planned, digests)
     else:
         built = build(planned, request, digests)
+    for note in built.notes:
+        watch.report(Progress(Action.NOTE, message=note))
     pushed = None
     if not dry_run:
         _keep(store, built, where)
@@ -100,7 +101,7 @@ def package(
         built.manifest,
         built.config,
         planned.skipped,
-        planned.notes,
+        built.notes,
         stored=not dry_run,
         pushed=pushed,
     )
@@ -133,7 +134,7 @@ def _take_files(
             )
         return digest
 
-    tasks = [lambda file=file: take(file) for file in files]
+    tasks = [partial(take, file) for file in files]
     return run_all(tasks, min(os.cpu_count() or 1, 4), watch.stop)
 
 

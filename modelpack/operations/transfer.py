@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 from modelpack.descriptor import Descriptor
 from modelpack.manifest import Index, Manifest, parse_manifest_or_index
@@ -76,11 +77,8 @@ def _transfer_manifest(
 ) -> Transfer:
     # The largest first: the last to finish decides how long it all takes.
     blobs = sorted(manifest.unique_blobs, key=lambda blob: blob.size, reverse=True)
-    outcomes = run_all(
-        [lambda blob=blob: _have_blob(source, target, blob, watch) for blob in blobs],
-        concurrency,
-        watch.stop,
-    )
+    tasks = [partial(_have_blob, source, target, blob, watch) for blob in blobs]
+    outcomes = run_all(tasks, concurrency, watch.stop)
     target.write_manifest(descriptor, manifest.raw, name)
     count = Counter(outcomes)
     sizes = zip(blobs, outcomes, strict=True)

@@ -34,7 +34,7 @@ def peer() -> Path:
 def run(peer: Path, command: str, *arguments: str | Path) -> Any:
     done = subprocess.run(
         [peer, command, *arguments],
-        env={"TZ": "UTC", "HOME": os.devnull},
+        env={"TZ": "UTC", "HOME": os.environ["HOME"]},
         capture_output=True,
         text=True,
         check=False,
