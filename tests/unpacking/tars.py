@@ -25,6 +25,7 @@ def header(
     checksum: bytes | None = None,
 ) -> bytes:
     """Return one header block with the right checksum, unless another is given."""
+    assert len(name) <= 100, "use an extended header"
     block = bytearray(512)
     for start, field in (
         (0, name),
@@ -54,7 +55,7 @@ def file(name: bytes, data: bytes = b"", **fields: bytes) -> bytes:
     return header(name, len(data), **fields) + padded(data)
 
 
-def directory(name: bytes) -> bytes:
+def folder(name: bytes) -> bytes:
     """Return a directory's header."""
     return header(name, kind=b"5", mode=b"0000755\0")
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from modelpack.errors import FormatError, ModelpackError, UnsafePathError, UnsupportedError
 from modelpack.unpacking.tarstream import TarReader
-from tests.unpacking.tars import END, by_tarfile, directory, file, gnu_name, header, padded, pax
+from tests.unpacking.tars import END, by_tarfile, file, folder, gnu_name, header, padded, pax
 
 LIMIT = 64 * 1024
 
@@ -212,7 +212,7 @@ def test_what_we_do_not_unpack_is_said(data: bytes) -> None:
         (header(b"\xff\xfe"), "UTF-8"),
         (header(b"d/", 5, kind=b"5") + padded(b"12345"), "5 bytes of data"),
         (file(b"d/", b"12345"), "5 bytes of data"),
-        (pax({b"size": b"5"}) + directory(b"d") + padded(b"12345"), "5 bytes of data"),
+        (pax({b"size": b"5"}) + folder(b"d") + padded(b"12345"), "5 bytes of data"),
         (pax({b"size": b"-1"}) + file(b"a"), "size"),
         (pax({b"size": b"1e3"}) + file(b"a"), "size"),
         (pax({b"size": b"9" * 30}) + file(b"a"), "size"),
@@ -241,7 +241,7 @@ def test_damage(data: bytes, problem: str) -> None:
 
 
 def test_every_cut_is_noticed() -> None:
-    data = pax({b"path": b"p"}) + file(b"a", b"x" * 600) + directory(b"d") + file(b"b", b"y")
+    data = pax({b"path": b"p"}) + file(b"a", b"x" * 600) + folder(b"d") + file(b"b", b"y")
     assert entries(data + END)
     for size in range(0, len(data) + 512, 64):
         with pytest.raises(FormatError):
@@ -256,7 +256,7 @@ def test_damaged_bytes_raise_our_errors_only(data: st.DataObject) -> None:
         + file(b"a", b"xyz")
         + gnu_name(b"q" * 200)
         + file(b"b", b"y" * 600)
-        + directory(b"c")
+        + folder(b"c")
         + END
     )
     broken = bytearray(sound)
