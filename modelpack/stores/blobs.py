@@ -85,6 +85,13 @@ class Blobs:
         path = self.find(descriptor.digest)
         return path is not None and path.stat().st_size == descriptor.size
 
+    def size(self, digest: Digest) -> int:
+        """Return the bytes of a blob's file, whether it is usable or not; 0 if there is none."""
+        try:
+            return self._tree.blob(digest).stat().st_size
+        except FileNotFoundError:
+            return 0
+
     def read(self, digest: Digest, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
         """Return the verified content of a small blob; `what` names it in errors."""
         path = self.path(digest)

@@ -90,13 +90,12 @@ def referrers(
 
 def as_manifest(blobs: Blobs, digest: Digest) -> Manifest | Index | None:
     """Return the manifest that the blob is, if it is one."""
-    path = blobs.find(digest)
-    if path is None or path.stat().st_size > MAX_DOCUMENT_BYTES:
-        return None
-    with path.open("rb") as stream:
-        if stream.read(1) != b"{":
-            return None
     try:
+        if blobs.size(digest) > MAX_DOCUMENT_BYTES:
+            return None
+        with blobs.path(digest).open("rb") as stream:
+            if stream.read(1) != b"{":
+                return None
         return parse_manifest_or_index(blobs.read(digest, "manifest"), str(digest))
     except (NotFoundError, IntegrityError, FormatError):
         return None

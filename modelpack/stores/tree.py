@@ -94,10 +94,10 @@ class Tree:
 
     def prepare(self) -> None:
         """Make the directories that writing needs; another tool may have made this layout."""
+        self.check_inside()
         with translating("create directories in", self.root):
             for folder in (self.blobs / "sha256", self.leases, self.unflushed, self.linked):
                 folder.mkdir(parents=True, exist_ok=True)
-        self.check_inside()
 
     def check_inside(self) -> None:
         """Raise `UnsafePathError` if a directory of the store is a link that leads out of it.

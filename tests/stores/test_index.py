@@ -1,0 +1,252 @@
+"""`index.json`: tags, and what other tools wrote."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modelpack import mediatypes
+from modelpack.descriptor import Descriptor
+from modelpack.digest import Digest
+from modelpack.errors import (
+    AmbiguousError,
+    DigestMismatchError,
+    NotFoundError,
+    StoreError,
+    UsageError,
+)
+from modelpack.reference import Reference
+from modelpack.stores.index import IndexDocument
+from modelpack.stores.layout import LayoutStore
+from tests.contract.parts import small_model, write_model
+
+X, Y = "docker.io/ai/x:latest", "docker.io/ai/y:latest"
+
+
+def index_of(store: LayoutStore) -> Any:
+    return json.loads((store.root / "index.json").read_bytes())
+
+
+def add_to_index(store: LayoutStore, *entries: Any, **fields: Any) -> None:
+    value = index_of(store)
+    value["manifests"] += entries
+    (store.root / "index.json").write_text(json.dumps({**value, **fields}))
+
+
+def test_an_entry_holds_the_full_reference_and_the_artifact_type(store: LayoutStore) -> None:
+    model = small_model(b"weights", artifact_type=mediatypes.CNCF_MANIFEST)
+    write_model(store, model, X)
+    assert index_of(store) == {
+        "schemaVersion": 2,
+        "mediaType": mediatypes.OCI_INDEX,
+        "manifests": [
+            {
+                "mediaType": mediatypes.OCI_MANIFEST,
+                "size": len(model.manifest.raw),
+                "digest": str(model.digest),
+                "annotations": {mediatypes.REF_NAME: X},
+                "artifactType": mediatypes.CNCF_MANIFEST,
+            }
+        ],
+    }
+    assert store.resolve("x").artifact_type == mediatypes.CNCF_MANIFEST
+    assert store.resolve("x").annotations == {}
+
+
+def test_one_entry_for_each_tag_and_one_without_when_there_is_none(store: LayoutStore) -> None:
+    model, other = small_model(b"weights"), small_model(b"other")
+    write_model(store, model)
+    assert len(index_of(store)["manifests"]) == 1
+    store.tag(str(model.digest), Reference.parse("x"))
+    store.tag("x", Reference.parse("y"))
+    store.tag("x", Reference.parse("y"))
+    assert len(index_of(store)["manifests"]) == 2
+    write_model(store, other, X)
+    store.tag("x", Reference.parse("y"))
+
+    assert [e.get("annotations") for e in index_of(store)["manifests"]] == [
+        None,
+        {mediatypes.REF_NAME: X},
+        {mediatypes.REF_NAME: Y},
+    ]
+    assert store.get(str(model.digest)).names == ()
+    assert store.get("x").names == (X, Y)
+
+
+def test_what_other_tools_wrote_stays(store: LayoutStore) -> None:
+    foreign = [
+        {"mediaType": "application/x-unknown", "digest": "md5:0", "size": 1, "annotations": {}},
+        "not even an object",
+        {
+            "mediaType": mediatypes.OCI_INDEX,
+            "digest": "sha256:" + "5" * 64,
+            "size": 7,
+            "platform": {"architecture": "arm64", "os": "linux"},
+            "annotations": {mediatypes.REF_NAME: "v1", "x": "<&>"},
+            "extra": [1.5, None],
+        },
+    ]
+    add_to_index(store, *foreign, annotations={"a": "b"}, unknown={"deep": [1]})
+    model = small_model(b"weights")
+    write_model(store, model, X)
+    store.tag("x", Reference.parse("y"))
+    store.remove("x")
+
+    value = index_of(store)
+    assert value["manifests"][:3] == foreign
+    assert (value["annotations"], value["unknown"]) == ({"a": "b"}, {"deep": [1]})
+    assert [e["digest"] for e in value["manifests"][3:]] == [str(model.digest)]
+
+
+def test_short_names_of_other_tools_are_found(store: LayoutStore) -> None:
+    model = small_model(b"weights")
+    write_model(store, model)
+    value = index_of(store)
+    value["manifests"][0]["annotations"] = {mediatypes.REF_NAME: "v1"}
+    (store.root / "index.json").write_text(json.dumps(value))
+    assert store.resolve("v1").digest == model.digest
+    store.tag("v1", Reference.parse("x"))
+    assert store.get("x").names == (X, "v1")
+    assert store.remove("v1").untagged == ("v1",)
+    assert store.resolve("x").digest == model.digest
+
+
+def test_dockers_full_name_counts_before_its_bare_tag(store: LayoutStore) -> None:
+    one, two = small_model(b"one"), small_model(b"two")
+    for model in (one, two):
+        write_model(store, model)
+    value = index_of(store)
+    for entry, name in zip(value["manifests"], (X, Y), strict=True):
+        entry["annotations"] = {mediatypes.REF_NAME: "latest", mediatypes.CONTAINERD_NAME: name}
+    (store.root / "index.json").write_text(json.dumps(value))
+    assert store.resolve("x").digest == one.digest
+    assert store.resolve("y").digest == two.digest
+    store.tag("x", Reference.parse("y"))
+    assert store.get(str(two.digest)).names == ()
+    assert mediatypes.CONTAINERD_NAME not in json.dumps(index_of(store)["manifests"][1])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b'{"manifests":{}}', b'{"manifests":[],"manifests":[]}', b"\xff\xfe"],
+)
+def test_a_damaged_index_is_an_error_and_never_overwritten(
+    store: LayoutStore, content: bytes
+) -> None:
+    model = small_model(b"weights")
+    write_model(store, model, X)
+    path = store.root / "index.json"
+    path.write_bytes(content)
+    for attempt in (
+        store.models,
+        lambda: store.resolve("x"),
+        lambda: store.tag("x", Reference.parse("y")),
+        lambda: store.remove("x"),
+        lambda: store.gc(grace_seconds=0),
+        lambda: store.write_manifest(model.descriptor, model.manifest.raw, Y),
+    ):
+        with pytest.raises(StoreError, match=r"index\.json"):
+            attempt()
+    assert path.read_bytes() == content
+    assert store.has_blob(model.manifest.layers[0])
+
+
+def test_changes_of_the_file_are_seen_at_once(store: LayoutStore) -> None:
+    other = LayoutStore(store.root)
+    for number in range(20):
+        model = small_model(bytes([number]))
+        write_model(store, model, X)
+        assert other.resolve("x").digest == model.digest
+        assert len(other.models()) == number + 1
+
+
+def test_names_with_a_digest_must_have_the_right_one(store: LayoutStore) -> None:
+    model, other = small_model(b"weights"), small_model(b"other")
+    write_model(store, model, f"{X}@{model.digest}")
+    assert store.get("x").names == (X,)
+    with pytest.raises(DigestMismatchError):
+        write_model(store, other, f"{Y}@{model.digest}")
+    with pytest.raises(DigestMismatchError):
+        store.tag("x", Reference.parse(f"y:v1@{other.digest}"))
+    with pytest.raises(UsageError):
+        store.tag("x", Reference.parse(f"y@{model.digest}"))
+    write_model(store, other, f"docker.io/ai/y@{other.digest}")
+    assert store.get(str(other.digest)).names == ()
+
+
+def test_tagging_what_is_not_there(store: LayoutStore) -> None:
+    with pytest.raises(NotFoundError):
+        store.tag("x", Reference.parse("y"))
+
+
+def test_a_changed_index_is_written_and_an_unchanged_one_is_not(store: LayoutStore) -> None:
+    model = small_model(b"weights")
+    write_model(store, model)
+    before = (store.root / "index.json").stat().st_ino
+    store.change_index(lambda document: document)
+    assert (store.root / "index.json").stat().st_ino == before
+    store.change_index(lambda d: d.with_tag(model.descriptor, Reference.parse("x")))
+    assert store.index().entries[0].name == X
+
+
+# What a random series of changes leaves must be what two dictionaries say.
+
+DIGESTS = [Digest("sha256", f"{number}" * 64) for number in range(3)]
+NAMES = [Reference.parse(name) for name in ("a", "b", "c:v1")]
+changes = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.sampled_from(DIGESTS)),
+        st.tuples(st.just("tag"), st.sampled_from(DIGESTS), st.sampled_from(NAMES)),
+        st.tuples(st.just("untag"), st.sampled_from(NAMES)),
+        st.tuples(st.just("remove"), st.sampled_from(DIGESTS)),
+    ),
+    max_size=25,
+)
+
+
+@given(changes)
+def test_any_series_of_changes(series: list[tuple[Any, ...]]) -> None:
+    foreign = {"mediaType": "x", "custom": True}
+    document = IndexDocument.parse(json.dumps({"manifests": [foreign]}).encode(), "index")
+    present: set[Digest] = set()
+    tags: dict[Reference, Digest] = {}
+    for change in series:
+        if change[0] in ("add", "tag"):
+            descriptor = Descriptor(mediatypes.OCI_MANIFEST, change[1], 5)
+            present.add(change[1])
+            if change[0] == "add":
+                document = document.with_manifest(descriptor)
+            else:
+                document = document.with_tag(descriptor, change[2])
+                tags[change[2]] = change[1]
+        elif change[0] == "untag":
+            document = document.untagged(lambda e, wanted=change[1]: e.reference == wanted)
+            tags.pop(change[1], None)
+        else:
+            document = document.without_manifest(change[1])
+            present.discard(change[1])
+            tags = {name: digest for name, digest in tags.items() if digest != change[1]}
+        document = IndexDocument.parse(document.encoded(), "index")
+
+        entries = document.entries
+        assert {e.digest for e in entries} == present
+        assert {e.reference: e.digest for e in entries if e.reference} == tags
+        assert len([e for e in entries if e.reference]) == len(tags)
+        untagged = [e.digest for e in entries if e.reference is None]
+        assert sorted(untagged) == sorted(present - set(tags.values()))
+        assert document.items[0].raw == foreign
+
+
+def test_ambiguous_and_missing_ids_say_so(store: LayoutStore) -> None:
+    write_model(store, small_model(b"weights"), X)
+    add_to_index(
+        store,
+        {"mediaType": mediatypes.OCI_MANIFEST, "digest": "sha256:aaaa" + "0" * 60, "size": 1},
+        {"mediaType": mediatypes.OCI_MANIFEST, "digest": "sha256:aaaa" + "1" * 60, "size": 1},
+    )
+    with pytest.raises(AmbiguousError):
+        store.remove("aaaa")

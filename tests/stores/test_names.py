@@ -1,0 +1,168 @@
+"""What a user may type to name a model."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modelpack import mediatypes
+from modelpack.descriptor import Descriptor
+from modelpack.digest import Digest
+from modelpack.errors import (
+    AmbiguousError,
+    IntegrityError,
+    InvalidReferenceError,
+    NotFoundError,
+)
+from modelpack.reference import Reference
+from modelpack.stores.layout import LayoutStore
+from modelpack.stores.lookup import Entry, find, models
+from tests.contract.parts import small_model, write_model
+
+A = Digest("sha256", "abcd" + "0" * 60)
+B = Digest("sha256", "abcd" + "1" * 60)
+C = Digest("sha256", "beef" + "2" * 60)
+D = Digest("sha256", "0123456789ab" + "3" * 52)
+
+
+def entry(digest: Digest, name: str | None = None, *, media_type: str | None = None) -> Entry:
+    descriptor = Descriptor(media_type or mediatypes.OCI_MANIFEST, digest, 100)
+    try:
+        return Entry(descriptor, name, Reference.parse(name) if name else None)
+    except InvalidReferenceError:
+        return Entry(descriptor, name)
+
+
+ENTRIES = (
+    entry(A, "docker.io/ai/x:latest"),
+    entry(A, "docker.io/ai/x:v1"),
+    entry(B, "registry.example.com:5000/team/model:Q4_K_M"),
+    entry(B, "docker.io/ai/beef:latest"),  # looks like the beginning of C
+    entry(B, "docker.io/ai/0123456789ab:latest"),  # looks like the short id of D
+    entry(C),
+    entry(D, "a+name--of_another.tool"),
+)
+
+FOUND = [
+    ("x", A, True),
+    ("  x  ", A, True),
+    ("X:latest", A, True),
+    ("ai/x", A, True),
+    ("docker.io/ai/x", A, True),
+    ("index.docker.io/ai/x:v1", A, True),
+    ("x:v1", A, True),
+    (f"x:v1@{A}", A, True),
+    (f"x@{A}", A, False),
+    (f"anything@{C}", C, False),
+    (str(A), A, False),
+    (A.encoded, A, False),
+    (C.short, C, False),
+    ("beef", B, True),  # a tag wins
+    ("beef2", C, False),
+    ("beef22222222222222", C, False),
+    ("sha256:beef2", C, False),
+    (D.short, B, True),  # a tag wins
+    ("sha256:" + D.short, D, False),
+    (D.encoded[:13], D, False),
+    ("abcd0", A, False),
+    ("registry.example.com:5000/team/model:Q4_K_M", B, True),
+    ("a+name--of_another.tool", D, True),
+]
+
+
+@pytest.mark.parametrize(("text", "digest", "by_name"), FOUND)
+def test_names_that_mean_a_model(text: str, digest: Digest, by_name: bool) -> None:
+    match = find(ENTRIES, text)
+    assert (match.entry.digest, match.by_name) == (digest, by_name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["y", "x:v2", "bee", "abc", "ffff", "f" * 12, "f" * 64, "sha256:" + "f" * 64, "bee:latest"],
+)
+def test_names_that_mean_nothing(text: str) -> None:
+    with pytest.raises(NotFoundError) as caught:
+        find(ENTRIES, text)
+    assert caught.value.exit_code == 3
+    assert text in str(caught.value)
+
+
+def test_a_missing_tag_is_answered_with_the_tags_there_are() -> None:
+    with pytest.raises(NotFoundError) as caught:
+        find(ENTRIES, "x:v2")
+    assert "docker.io/ai/x:v1" in str(caught.value.hint)
+    assert "docker.io/ai/x:v2" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["abcd", "sha256:abcd"])
+def test_an_ambiguous_beginning_names_the_candidates(text: str) -> None:
+    with pytest.raises(AmbiguousError) as caught:
+        find(ENTRIES, text)
+    assert caught.value.candidates == (str(A), str(B))
+    assert caught.value.exit_code == 7
+
+
+@pytest.mark.parametrize("text", ["x", "x:v1", "docker.io/ai/x:v1"])
+def test_a_tag_with_another_digest_is_an_integrity_error(text: str) -> None:
+    with pytest.raises(IntegrityError) as caught:
+        find(ENTRIES, f"{text}:latest@{C}" if ":" not in text else f"{text}@{C}")
+    assert (caught.value.expected, caught.value.got) == (str(C), str(A))
+
+
+@pytest.mark.parametrize("text", ["", "a//b", "-x", "x:.bad", "UPPER/a b"])
+def test_what_is_no_name_at_all_is_said_to_be_none(text: str) -> None:
+    with pytest.raises(InvalidReferenceError):
+        find(ENTRIES, text)
+
+
+def test_the_environment_chooses_the_registry_of_what_is_typed(
+    store: LayoutStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model(b"weights")
+    write_model(store, model, "registry.example.com/x:latest")
+    with pytest.raises(NotFoundError):
+        store.resolve("x")
+    monkeypatch.setenv("DEFAULT_REGISTRY", "registry.example.com")
+    assert store.resolve("registry.example.com/x").digest == model.digest
+
+
+def test_models_are_listed_once_with_all_names_in_order() -> None:
+    listed = models(ENTRIES)
+    assert [model.digest for model in listed] == [D, B, A, C]
+    assert [str(reference) for reference in listed[2].references] == [
+        "docker.io/ai/x:latest",
+        "docker.io/ai/x:v1",
+    ]
+    assert listed[0].names == ("a+name--of_another.tool",)
+    assert listed[0].references == ()
+
+
+def test_what_is_no_model_is_not_listed() -> None:
+    signature = Entry(
+        Descriptor(mediatypes.OCI_MANIFEST, A, 9, artifact_type="application/vnd.example.sig")
+    )
+    cncf = Entry(Descriptor(mediatypes.OCI_MANIFEST, B, 9, artifact_type=mediatypes.CNCF_MANIFEST))
+    index = entry(C, "docker.io/ai/all:latest", media_type=mediatypes.OCI_INDEX)
+    assert [model.digest for model in models((signature, cncf, index))] == [B]
+    assert find((signature, cncf, index), str(A)).entry is signature
+    assert find((signature, cncf, index), "all").entry is index
+
+
+digests = st.integers(0, 2**256 - 1).map(lambda number: Digest("sha256", f"{number:064x}"))
+
+
+@given(st.lists(digests, min_size=1, max_size=20, unique=True), st.data())
+def test_every_unique_beginning_finds_its_model_and_no_other_does(
+    present: list[Digest], data: st.DataObject
+) -> None:
+    entries = [entry(digest) for digest in present]
+    digest = data.draw(st.sampled_from(present))
+    length = data.draw(st.integers(4, 64))
+    prefix = digest.encoded[:length]
+    alike = [other for other in present if other.encoded.startswith(prefix)]
+    if len(alike) == 1:
+        assert find(entries, prefix).entry.digest == digest
+    else:
+        with pytest.raises(AmbiguousError):
+            find(entries, prefix)
