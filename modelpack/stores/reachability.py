@@ -18,6 +18,7 @@ from modelpack.errors import (
 from modelpack.gojson import MAX_DOCUMENT_BYTES
 from modelpack.manifest import Index, Manifest, parse_manifest_or_index
 from modelpack.stores.blobs import Blobs
+from modelpack.stores.os_errors import translating
 
 _DIGEST = re.compile(rb"\bsha256:[0-9a-f]{64}\b|\bsha512:[0-9a-f]{128}\b")
 _TYPES = (*mediatypes.MANIFEST_TYPES, *mediatypes.INDEX_TYPES)
@@ -93,7 +94,8 @@ def as_manifest(blobs: Blobs, digest: Digest) -> Manifest | Index | None:
     try:
         if blobs.size(digest) > MAX_DOCUMENT_BYTES:
             return None
-        with blobs.path(digest).open("rb") as stream:
+        path = blobs.path(digest)
+        with translating("read", path), path.open("rb") as stream:
             if stream.read(1) != b"{":
                 return None
         return parse_manifest_or_index(blobs.read(digest, "manifest"), str(digest))
