@@ -1,0 +1,164 @@
+"""Removing: names, models, and what nothing else needs."""
+
+from __future__ import annotations
+
+import pytest
+
+from modelpack.errors import ConflictError, LockedError, NotFoundError
+from modelpack.reference import Reference
+from modelpack.stores.layout import LayoutStore
+from tests.contract.parts import BytesSource, Watcher, small_model, write_model
+from tests.stores.test_gc import about, blobs_of, everything_of
+
+X, Y = "docker.io/ai/x:latest", "docker.io/ai/y:latest"
+
+
+def test_the_last_name_takes_the_model_with_it(store: LayoutStore) -> None:
+    model = small_model(b"weights")
+    write_model(store, model, X)
+    store.tag("x", Reference.parse("y"))
+
+    first = store.remove("x")
+    assert (first.untagged, first.deleted, first.bytes_freed) == ((X,), (), 0)
+    assert store.resolve("y").digest == model.digest
+
+    second = store.remove("y")
+    assert (second.untagged, second.deleted) == ((Y,), (model.digest,))
+    assert set(second.freed) == set(model.contents)
+    assert second.bytes_freed == len(model.manifest.raw) + sum(map(len, model.contents.values()))
+    assert blobs_of(store) == set()
+    assert store.models() == ()
+    with pytest.raises(NotFoundError):
+        store.remove("y")
+
+
+def ids(model_digest: str) -> list[str]:
+    encoded = model_digest.removeprefix("sha256:")
+    return [model_digest, encoded, encoded[:12], encoded[:7], f"x@{model_digest}"]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_an_id_with_several_names_needs_force(store: LayoutStore, number: int) -> None:
+    model = small_model(b"weights")
+    write_model(store, model, X)
+    write_model(store, model, Y)
+    name = ids(str(model.digest))[number]
+    with pytest.raises(ConflictError, match="several names") as caught:
+        store.remove(name)
+    assert caught.value.exit_code == 7
+    assert X in str(caught.value)
+    assert Y in str(caught.value)
+    assert len(store.get("x").names) == 2
+
+    removal = store.remove(name, force=True)
+    assert (removal.untagged, removal.deleted) == ((X, Y), (model.digest,))
+    assert blobs_of(store) == set()
+
+
+@pytest.mark.parametrize("name", [X, None])
+def test_an_id_with_one_name_or_none_needs_no_force(store: LayoutStore, name: str | None) -> None:
+    model = small_model(b"weights")
+    write_model(store, model, name)
+    removal = store.remove(model.digest.short)
+    assert removal.untagged == ((X,) if name else ())
+    assert removal.deleted == (model.digest,)
+    assert blobs_of(store) == set()
+
+
+def test_a_name_removed_by_force_is_still_only_a_name(store: LayoutStore) -> None:
+    model = small_model(b"weights")
+    write_model(store, model, X)
+    write_model(store, model, Y)
+    assert store.remove("x", force=True).deleted == ()
+    assert store.resolve("y").digest == model.digest
+
+
+def test_shared_blobs_go_with_the_last_model_in_any_order(store: LayoutStore) -> None:
+    one, two = small_model(b"shared", b"one"), small_model(b"shared", b"two")
+    for first, second in (("x", "y"), ("y", "x")):
+        write_model(store, one, X)
+        write_model(store, two, Y)
+        gone, left = (one, two) if first == "x" else (two, one)
+        removal = store.remove(first)
+        assert set(removal.freed) == set(gone.contents) - set(left.contents)
+        assert blobs_of(store) == everything_of(left)
+        store.remove(second)
+        assert blobs_of(store) == set()
+
+
+def test_what_was_said_about_a_model_goes_with_it(store: LayoutStore) -> None:
+    model, other = small_model(b"weights"), small_model(b"other")
+    write_model(store, model, X)
+    write_model(store, other, Y)
+    signature = about(model, b"signature")
+    write_model(store, signature)
+    write_model(store, about(signature, b"of the signature"))
+    write_model(store, about(other, b"another signature"))
+    named = about(model, b"a named one")
+    write_model(store, named, "docker.io/ai/signature:v1")
+
+    removal = store.remove("x")
+    assert removal.deleted[0] == model.digest
+    assert len(removal.deleted) == 3
+    assert store.resolve("signature:v1").digest == named.digest
+    assert len(store.index().entries) == 3
+
+
+def test_blobs_under_a_lease_stay_for_a_collection(store: LayoutStore) -> None:
+    model = small_model(b"shared", b"own")
+    write_model(store, model, X)
+    shared = model.manifest.layers[0]
+    with LayoutStore(store.root).lease([shared.digest]):
+        removal = store.remove("x")
+        assert shared.digest not in removal.freed
+        assert blobs_of(store) == {shared.digest}
+
+
+def test_a_new_model_is_safe_from_the_removal_of_one_that_shares_its_blobs(
+    store: LayoutStore,
+) -> None:
+    old, new = small_model(b"shared", b"old"), small_model(b"shared", b"new")
+    write_model(store, old, X)
+    other = LayoutStore(store.root)
+    with other.lease([]):
+        for blob in new.manifest.unique_blobs:
+            other.write_blob(blob, BytesSource(new.contents[blob.digest]), Watcher().watch)
+        store.remove("x")
+        other.write_manifest(new.descriptor, new.manifest.raw, Y)
+    assert store.fsck(watch=Watcher().watch).ok
+    assert blobs_of(store) == everything_of(new)
+
+
+def test_a_model_under_a_lease_needs_force(store: LayoutStore) -> None:
+    model = small_model(b"weights")
+    write_model(store, model, X)
+    with store.lease([model.digest]):
+        with pytest.raises(LockedError):
+            store.remove("x")
+        assert store.resolve("x").digest == model.digest
+        assert store.remove("x", force=True).deleted == (model.digest,)
+
+
+def test_a_broken_model_can_be_removed(store: LayoutStore) -> None:
+    model, other = small_model(b"weights"), small_model(b"other")
+    write_model(store, model, X)
+    write_model(store, other, Y)
+    store.blob_path(model.digest).unlink()
+    assert store.remove("x").deleted == (model.digest,)
+    assert set(store.gc(grace_seconds=0).removed) == set(model.contents)
+    assert store.fsck(watch=Watcher().watch).ok
+
+
+def test_nothing_is_freed_while_another_model_hides_what_it_needs(store: LayoutStore) -> None:
+    model, other = small_model(b"weights"), small_model(b"other")
+    write_model(store, model, X)
+    write_model(store, other, Y)
+    path = store.blob_path(other.digest)
+    path.chmod(0o644)
+    path.write_bytes(b"{}")
+    removal = store.remove("x")
+    assert removal.deleted == (model.digest,)
+    assert removal.freed == ()
+    assert set(model.contents) <= blobs_of(store)
+    with pytest.raises(NotFoundError):
+        store.resolve("x")
