@@ -182,8 +182,12 @@ def _chosen(files: Sequence[BundleFile], role: Role, notes: list[str]) -> Bundle
     found = [file for file in files if file.role is role]
     if not found:
         return None
-    # The first in layer order, but one in a subdirectory is for something special.
-    first = min(found, key=lambda file: file.path.count("/"))
+    # The first in layer order; but what lies in a subdirectory is for something special, and
+    # chat_template.jinja is what others load.
+    first = min(
+        found,
+        key=lambda file: (file.path.count("/"), not file.path.endswith("/chat_template.jinja")),
+    )
     if len(found) > 1:
         notes.append(f"{first.path} is the {role.replace('_', ' ')} of {len(found)} to be used")
     return first

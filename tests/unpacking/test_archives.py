@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from modelpack import mediatypes as mt
 from modelpack.config import ModelConfig
@@ -345,16 +346,19 @@ def test_huge_header(stored: Stored, directory: Path, kind: bytes) -> None:
         bundle_of(stored, directory, [(ZSTD, blob)])
 
 
-def test_frame_that_asks_for_much_memory(stored: Stored, directory: Path) -> None:
-    import zstandard
-
+@pytest.mark.parametrize(
+    ("window_log", "limits"), [(30, TarLimits()), (24, TarLimits(max_window_bytes=1 << 23))]
+)
+def test_frame_that_asks_for_much_memory(
+    stored: Stored, directory: Path, window_log: int, limits: TarLimits
+) -> None:
     parameters = zstandard.ZstdCompressionParameters.from_level(
-        1, window_log=30, write_content_size=False
+        1, window_log=window_log, write_content_size=False
     )
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     blob = compressor.compress(by_tarfile(FILES) + bytes(200_000)) + compressor.flush()
     with pytest.raises(FormatError, match="memory"):
-        bundle_of(stored, directory, [(ZSTD, blob)])
+        bundle_of(stored, directory, [(ZSTD, blob)], limits=limits)
 
 
 def test_no_room(stored: Stored, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,8 +268,8 @@ def test_several_templates_and_projectors(stored: Stored, directory: Path) -> No
     layers = [
         WEIGHT,
         (mt.DOCKER_CHAT_TEMPLATE, "additional_chat_templates/tool_use.jinja", b"1"),
-        (mt.DOCKER_CHAT_TEMPLATE, "chat_template.jinja", b"2"),
         (mt.DOCKER_CHAT_TEMPLATE, "another.jinja", b"3"),
+        (mt.DOCKER_CHAT_TEMPLATE, "chat_template.jinja", b"2"),
         (mt.DOCKER_MMPROJ, "b.mmproj", b"4"),
         (mt.DOCKER_MMPROJ, "a.mmproj", b"5"),
     ]

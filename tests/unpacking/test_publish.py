@@ -89,7 +89,7 @@ def test_full_directory_is_refused(directory: Path) -> None:
     directory.mkdir()
     (directory / "old").touch()
     with pytest.raises(ConflictError, match="not empty"):
-        make(directory)
+        make(directory, then=fail)  # refused before anything is done
     assert os.listdir(directory) == ["old"]
 
 
