@@ -135,7 +135,11 @@ def _clone_on_macos(source: int, folder: Folder, name: str) -> None:
     if library.fclonefileat(source, folder.fd, os.fsencode(name), 0):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-    os.chmod(name, FILE_MODE, dir_fd=folder.fd, follow_symlinks=False)
+    clone = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder.fd)
+    try:
+        os.fchmod(clone, FILE_MODE)  # not that of the blob, which is read-only
+    finally:
+        os.close(clone)
 
 
 def _copy(

@@ -227,9 +227,7 @@ class TarReader:
 
     def _fail(self, problem: str, *, at: int | None = None) -> NoReturn:
         offset = self._offset if at is None else at
-        raise FormatError(
-            f"not a tar archive that we read: {problem}", path=self._what, offset=offset
-        )
+        raise FormatError(f"no sound tar archive: {problem}", path=self._what, offset=offset)
 
 
 def _text(field: bytes) -> bytes:
