@@ -87,7 +87,9 @@ def _needed_by(manifest: Manifest | Index) -> tuple[Descriptor, ...]:
     """Return what must be there before the manifest; its subject may come later."""
     if isinstance(manifest, Index):
         return manifest.manifests
-    return tuple(b for b in manifest.unique_blobs if not b.media_type.startswith(_ELSEWHERE))
+    here = [blob for blob in manifest.blobs if not blob.media_type.startswith(_ELSEWHERE)]
+    # Not by digest alone: of two sizes for one blob, one is a lie.
+    return tuple({(blob.digest, blob.size): blob for blob in here}.values())
 
 
 def _target(text: str) -> Digest | str:

@@ -48,7 +48,8 @@ class Recorder:
         async def counted_send(message: Message) -> None:
             nonlocal status, sent
             status = message.get("status", status)
-            sent += len(message.get("body", b""))
+            if scope["method"] != "HEAD":  # such a body is never sent
+                sent += len(message.get("body", b""))
             await send(message)
 
         try:

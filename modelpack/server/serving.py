@@ -6,7 +6,6 @@ import ipaddress
 import logging
 import signal
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,10 +25,10 @@ _BACKLOG = 128
 
 
 class RegistryServer:
-    """A registry over the store at `root` (None: a temporary one, gone at the end).
+    """A registry over the store at `root` (None: the default store).
 
-    As a context manager it serves from a background thread; `run` serves in the foreground.
-    The socket is bound by either, port 0 takes a free one.
+    As a context manager it serves from a background thread; `run` serves in the foreground. Either
+    binds the socket; port 0 takes a free one.
     """
 
     def __init__(
@@ -57,11 +56,7 @@ class RegistryServer:
                 f"{address!r} is not a loopback address, and the registry asks for no password",
                 hint="allow remote access explicitly if everybody who reaches the port may use it",
             )
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        if root is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="modelpack-registry-")
-            root = self._temporary.name
-        self.store = root if isinstance(root, LayoutStore) else LayoutStore(Path(root))
+        self.store = root if isinstance(root, LayoutStore) else LayoutStore(root)
         self._read_only = read_only
         self._sparse = sparse
         self._allowed_hosts = (self._address[0], *allowed_hosts)
@@ -84,12 +79,12 @@ class RegistryServer:
         """The address of the API's root, without a slash at the end."""
         return f"http://{self.host}"
 
-    def run(self, on_start: Callable[[], None] | None = None) -> None:
+    def run(self, on_ready: Callable[[], None] | None = None) -> None:
         """Serve until SIGINT or SIGTERM, then let requests finish; a second SIGINT cuts them.
 
-        Runs in the main thread; `on_start` is called once connections are accepted.
+        Runs in the main thread; `on_ready` is called once connections are accepted.
         """
-        server = self._prepare(on_start)
+        server = self._prepare(on_ready)
         try:
             assert self._socket is not None
             server.run([self._socket])
@@ -131,7 +126,7 @@ class RegistryServer:
     ) -> None:
         self.stop()
 
-    def _prepare(self, on_start: Callable[[], None] | None) -> _Server:
+    def _prepare(self, on_ready: Callable[[], None] | None) -> _Server:
         if self._server is not None:
             raise UsageError(f"the registry at {self.url} runs already")
         app = create_app(
@@ -154,28 +149,26 @@ class RegistryServer:
             server_header=False,
             timeout_graceful_shutdown=self._grace,
         )
-        self._server = _Server(config, on_start)
+        self._server = _Server(config, on_ready)
         return self._server
 
     def _clean_up(self) -> None:
         if self._socket is not None:
             self._socket.close()
         self._socket = self._server = self._thread = None
-        if self._temporary is not None:
-            self._temporary.cleanup()
 
 
 class _Server(uvicorn.Server):
     """Uvicorn's server, telling when it accepts, and returning after a signal."""
 
-    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None] | None) -> None:
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None] | None) -> None:
         super().__init__(config)
-        self._on_start = on_start
+        self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self._on_start is not None:
-            self._on_start()
+        if self._on_ready is not None:
+            self._on_ready()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from modelpack.server.errors import ApiError, Code
 from modelpack.server.names import Repository
 from modelpack.server.ranges import ByteRange, chunk_range
 from modelpack.server.sessions import OutOfOrder, Superseded, UploadSession, UploadSessions, Writer
+from modelpack.stores.disk_space import check_room
 
 #: Bytes that are hashed and written at once, off the event loop.
 PIECE = 1024 * 1024
@@ -110,6 +111,9 @@ class Uploads:
         try:
             writer = await run_in_threadpool(session.writer, start, algorithm)
             try:
+                length = int(request.headers.get("content-length", "0"))
+                folder = self._content.uploads_directory
+                await run_in_threadpool(check_room, folder, length, "the upload")
                 yield writer
             finally:
                 writer.close()

@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from modelpack.server import RegistryServer, RequestRecord
 
@@ -33,13 +34,15 @@ def registry(
     Its store is at `root`, or in a temporary directory that is removed at the end. `on_request`
     is told about every request, from the server's thread.
     """
-    server = RegistryServer(
-        root,
-        address="127.0.0.1:0",
-        read_only=read_only,
-        allowed_hosts=allowed_hosts,
-        grace=_GRACE,
-        on_request=on_request,
-    )
-    with server:
-        yield server
+    with ExitStack() as stack:
+        if root is None:
+            root = Path(stack.enter_context(TemporaryDirectory(prefix="modelpack-registry-")))
+        server = RegistryServer(
+            root,
+            address="127.0.0.1:0",
+            read_only=read_only,
+            allowed_hosts=allowed_hosts,
+            grace=_GRACE,
+            on_request=on_request,
+        )
+        yield stack.enter_context(server)
