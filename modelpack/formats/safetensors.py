@@ -156,7 +156,8 @@ class _Parser:
         if long > MAX_LONG_STRING_BYTES:
             raise self._file.error(
                 f"long strings in {_METADATA} are {long} bytes, the limit is"
-                f" {MAX_LONG_STRING_BYTES}"
+                f" {MAX_LONG_STRING_BYTES}",
+                _LENGTH_BYTES,
             )
         return {
             key: self._text.text_of(value) if isinstance(value, LongString) else value

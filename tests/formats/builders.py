@@ -145,6 +145,20 @@ def safetensors(text: bytes, data: int | bytes = 0, length: int | None = None) -
     return struct.pack("<Q", len(text) if length is None else length) + text + body
 
 
+class _Sparse(io.BytesIO):
+    """Bytes followed by as many zeros as anyone asks for."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        assert size is not None
+        assert size >= 0
+        at = self.tell()
+        found = super().read(size)
+        self.seek(at + size)
+        return found + bytes(size - len(found))
+
+
 def as_file(raw: bytes, path: str = "model", size: int | None = None) -> WeightFile:
-    """Return `raw` as an open file, which may claim to be longer than it is."""
-    return WeightFile(io.BytesIO(raw), path=path, size=len(raw) if size is None else size)
+    """Return `raw` as an open file; with `size`, zeros follow up to there."""
+    if size is None:
+        return WeightFile(io.BytesIO(raw), path=path, size=len(raw))
+    return WeightFile(_Sparse(raw), path=path, size=size)

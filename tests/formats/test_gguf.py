@@ -353,4 +353,3 @@ def test_what_the_gguf_package_writes(tmp_path: Path) -> None:
             assert entry.value.items is None or list(entry.value.items) == contents
         else:
             assert entry.value == contents
-    theirs.data._mmap.close()

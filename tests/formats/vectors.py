@@ -5,6 +5,10 @@ from __future__ import annotations
 from base64 import b64decode
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
+
+from modelpack.formats.statistics import ModelStatistics
+from modelpack.gojson import encode
 
 TINY_GGUF = b64decode(
     "R0dVRgMAAAABAAAAAAAAAAMAAAAAAAAAFAAAAAAAAABnZW5lcmFsLmFyY2hpdGVjdHVyZQgAAAAFAAAAAAAAAGxsYW1h"
@@ -25,6 +29,38 @@ assert sha256(TINY_GGUF).hexdigest() == (
 assert sha256(MODEL_SAFETENSORS).hexdigest() == (
     "094524b905dca44dafe85d769ee5cf99f3c3521e1e11c9dde02e698bd9d6a867"
 )
+
+# The configs of vectors A and D, the part that comes from the weights.
+VECTOR_A = (
+    r'{"format":"gguf","quantization":"MOSTLY_F32","parameters":"8","architecture":"llama",'
+    r'"size":"32B","gguf":{"general.architecture":"llama",'
+    r'"general.name":"tiny \u003c\u0026\u003e v1","llama.context_length":"2048"},'
+    r'"context_size":2048}'
+)
+VECTOR_D = (
+    '{"format":"safetensors","quantization":"mixed","parameters":"7.00","size":"172.00B",'
+    '"safetensors":{"format":"pt","tensor_count":"2"},"context_size":512}'
+)
+
+
+def as_config(statistics: ModelStatistics) -> str:
+    """Return the statistics as they stand in a config blob, in its order of fields."""
+    fields: dict[str, Any] = {}
+    for name in (
+        "format",
+        "quantization",
+        "parameters",
+        "architecture",
+        "size",
+        "gguf",
+        "safetensors",
+        "diffusers",
+        "context_size",
+    ):
+        value = getattr(statistics, name)
+        if value:
+            fields[name] = dict(value) if name in ("gguf", "safetensors", "diffusers") else value
+    return encode(fields).decode()
 
 
 def put(directory: Path, name: str, raw: bytes) -> Path:

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from collections.abc import Callable
+
+import pytest
+
+from modelpack.errors import WeightFormatError
+from modelpack.formats import dduf as dduf_module
+from modelpack.formats.dduf import DDUFEntry, read_dduf_header
+from tests.formats.builders import as_file
+
+INDEX = ("model_index.json", b'{"_class_name":"Tiny"}')
+FILES = [INDEX, ("vae/config.json", b"{}"), ("vae/model.safetensors", bytes(100))]
+
+
+def archive(
+    *files: tuple[str, bytes],
+    compression: int = zipfile.ZIP_STORED,
+    zip64: bool = False,
+    comment: bytes = b"",
+) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", compression) as made:
+        made.comment = comment
+        for name, raw in files:
+            with made.open(zipfile.ZipInfo(name), "w", force_zip64=zip64) as entry:
+                entry.write(raw)
+    if compression:  # ZipInfo objects do not take the archive's default
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w", compression) as made:
+            for name, raw in files:
+                made.writestr(name, raw)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("zip64", [False, True])
+@pytest.mark.parametrize("comment", [b"", b"a comment PK\x05\x06 with a signature inside it......"])
+def test_a_valid_archive(zip64: bool, comment: bytes) -> None:
+    raw = archive(*FILES, zip64=zip64, comment=comment)
+    header = read_dduf_header(as_file(raw))
+    assert header.file_size == len(raw)
+    assert [entry.name for entry in header.entries] == [name for name, _ in FILES]
+    for entry, (_, content) in zip(header.entries, FILES, strict=True):
+        assert raw[entry.offset : entry.offset + entry.size] == content
+
+
+def test_directories_are_no_entries() -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as made:
+        made.writestr("vae/", b"")
+        for name, raw in FILES:
+            made.writestr(name, raw)
+    assert len(read_dduf_header(as_file(out.getvalue())).entries) == 3
+
+
+def test_a_zip64_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    # zipfile writes the large records when it believes the small ones to be full.
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
+    raw = archive(*FILES)
+    assert b"PK\x06\x06" in raw
+    at = raw.index(b"PK\x05\x06")
+    raw = raw[: at + 8] + struct.pack("<2H2L", 0xFFFF, 0xFFFF, 2**32 - 1, 2**32 - 1) + raw[-2:]
+    assert len(read_dduf_header(as_file(raw)).entries) == len(FILES)
+    broken = raw.replace(b"PK\x06\x06", b"PK\x06\x08")
+    with pytest.raises(WeightFormatError, match="no ZIP64 end of the archive"):
+        read_dduf_header(as_file(broken))
+
+
+def test_large_entries_have_their_sizes_elsewhere() -> None:
+    raw = bytearray(archive(INDEX))
+    # Write the entry's sizes and offset as ZIP64 does: 0xffffffff here, the numbers in `extra`.
+    central = raw.index(b"PK\x01\x02")
+    end = raw.index(b"PK\x05\x06")
+    size, local = len(INDEX[1]), 0
+    struct.pack_into("<2L", raw, central + 20, 2**32 - 1, 2**32 - 1)
+    struct.pack_into("<L", raw, central + 42, 2**32 - 1)
+    extra = struct.pack("<2HB", 0x9999, 1, 0) + struct.pack("<2H3Q", 1, 24, size, size, local)
+    struct.pack_into("<H", raw, central + 30, len(extra))
+    struct.pack_into("<L", raw, end + 12, end - central + len(extra))
+    raw[end:end] = extra
+    (entry,) = read_dduf_header(as_file(bytes(raw))).entries
+    assert entry == DDUFEntry(INDEX[0], entry.offset, size)
+    struct.pack_into("<2H", raw, end + 5, 2, 24)  # the field with the sizes is gone
+    with pytest.raises(WeightFormatError, match="a ZIP64 entry without its sizes"):
+        read_dduf_header(as_file(bytes(raw)))
+
+
+def patched(raw: bytes, signature: bytes, at: int, code: str, *values: int | bytes) -> bytes:
+    """Return `raw` with `values` written `at` bytes after the last `signature`."""
+    out = bytearray(raw)
+    struct.pack_into("<" + code, out, out.rindex(signature) + at, *values)
+    return bytes(out)
+
+
+GOOD = archive(*FILES)
+CENTRAL, LOCAL, END = b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06"
+
+INVALID: list[tuple[str, bytes, str]] = [
+    ("a GGUF", b"GGUF" + bytes(60), "expected a DDUF archive"),
+    ("cut", GOOD[:-1], "no end of a ZIP archive"),
+    ("cut early", GOOD[:80], "no end of a ZIP archive"),
+    ("compressed", archive(INDEX, ("x.json", bytes(99)), compression=zipfile.ZIP_DEFLATED),
+     "compressed (method 8), expected stored"),
+    ("encrypted", patched(GOOD, CENTRAL, 8, "H", 1), "is encrypted"),
+    ("two sizes", patched(GOOD, CENTRAL, 20, "L", 99), "has two sizes"),
+    ("climbing", archive(INDEX, ("../x", b"")), "unsafe name: it climbs out"),
+    ("absolute", archive(INDEX, ("/etc/x", b"")), "unsafe name: it is absolute"),
+    ("backslash", patched(GOOD, CENTRAL, 49, "c", b"\\"), "unsafe name: it holds a backslash"),
+    ("not ASCII", patched(GOOD, CENTRAL, 46, "c", b"\xff"), "is not UTF-8"),
+    ("a symlink", patched(patched(GOOD, CENTRAL, 4, "H", 0x31E), CENTRAL, 38, "L", 0o120777 << 16),
+     "is no regular file"),
+    ("a directory with data", patched(GOOD, CENTRAL, 66, "c", b"/"), "has data"),
+    ("outside", patched(GOOD, CENTRAL, 42, "L", 2**31), "lies outside the file"),
+    ("no local header", patched(GOOD, CENTRAL, 42, "L", 1), "no stored entry"),
+    ("another name", patched(GOOD, LOCAL, 30, "c", b"V"), "another name in its own header"),
+    ("local compressed", patched(GOOD, LOCAL, 8, "H", 8), "no stored entry"),
+    ("into the directory", patched(GOOD, CENTRAL, 20, "2L", 101, 101), "runs into the directory"),
+    ("several disks", patched(GOOD, END, 4, "H", 1), "an archive in several parts"),
+    ("directory outside", patched(GOOD, END, 16, "L", 2**30), "behind the end of the archive"),
+    ("directory too short", patched(GOOD, END, 12, "L", 60), "the directory ends too early"),
+    ("entry too long", patched(GOOD, CENTRAL, 30, "H", 99), "the directory ends too early"),
+    ("more entries said", patched(GOOD, END, 10, "H", 4), "the directory ends too early"),
+    ("fewer entries said", patched(GOOD, END, 10, "H", 2), "more than the entries"),
+    ("no signature", patched(GOOD, CENTRAL, 0, "c", b"X"), "no entry of a ZIP directory"),
+    ("no index", archive(*FILES[1:]), "holds no model_index.json"),
+    ("index in a directory", archive(("a/model_index.json", b"{}")), "holds no model_index.json"),
+    ("no JSON", archive((INDEX[0], b"{")), "model_index.json is not JSON"),
+    ("nested JSON", archive((INDEX[0], b"[" * 100_000)), "model_index.json is not JSON"),
+    ("no object", archive((INDEX[0], b"[]")), "holds no JSON object"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"), [row[1:] for row in INVALID], ids=[row[0] for row in INVALID]
+)
+def test_invalid(raw: bytes, message: str) -> None:
+    with pytest.raises(WeightFormatError) as caught:
+        read_dduf_header(as_file(raw, "x.dduf"))
+    assert message in caught.value.message
+    assert caught.value.path == "x.dduf"
+    assert caught.value.offset is not None
+
+
+def test_a_name_twice() -> None:
+    raw = archive(INDEX, ("abc.json", b"{}"), ("abd.json", b"{}")).replace(b"abd.json", b"abc.json")
+    with pytest.raises(WeightFormatError, match=r"the entry 'abc\.json' occurs twice"):
+        read_dduf_header(as_file(raw))
+
+
+def test_entries_over_each_other() -> None:
+    raw = archive(INDEX, ("a.json", b"{}"), ("b.json", b"{}"))
+    # The entry `a.json` claims the bytes of `b.json` as well.
+    at = raw.index(CENTRAL, raw.index(CENTRAL) + 1)
+    out = bytearray(raw)
+    struct.pack_into("<2L", out, at + 20, 60, 60)
+    with pytest.raises(WeightFormatError, match=r"'a\.json' and 'b\.json' overlap"):
+        read_dduf_header(as_file(bytes(out)))
+
+
+def test_a_large_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dduf_module, "MAX_MODEL_INDEX_BYTES", 10)
+    with pytest.raises(WeightFormatError, match=r"model_index\.json is 22 bytes long"):
+        read_dduf_header(as_file(archive(*FILES)))
+
+
+@pytest.mark.parametrize("change", [lambda byte: byte ^ 0xFF, lambda byte: (byte + 1) % 256])
+def test_every_changed_byte_is_an_error_or_harmless(change: Callable[[int], int]) -> None:
+    for at in range(len(GOOD)):
+        raw = bytearray(GOOD)
+        raw[at] = change(raw[at])
+        try:
+            header = read_dduf_header(as_file(bytes(raw)))
+        except WeightFormatError:
+            continue
+        assert all(entry.offset + entry.size <= len(raw) for entry in header.entries)
