@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -237,15 +238,24 @@ class UploadSessions:
             if now - self._swept < _SWEEP_INTERVAL:
                 return
             self._swept = now
-        for directory in self._directory.glob("*-*-*-*-*"):
+        for path in self._directory.glob("*"):
             with self._lock:
-                session = self._sessions.get(directory.name)
+                session = self._sessions.get(path.name)
             try:
-                session = session or UploadSession.load(directory)
-            except NotFoundError:  # half written, long ago or right now
-                if time.time() - directory.stat().st_mtime > EXPIRY:
-                    shutil.rmtree(directory, ignore_errors=True)
+                session = session or UploadSession.load(path)
+            except NotFoundError:
+                _remove_leftover(path)
                 continue
             if session.idle_seconds() > EXPIRY:
                 session.cancel()
                 self.forget(session)
+
+
+def _remove_leftover(path: Path) -> None:
+    """Delete what a crash left half made, unless it is being made right now."""
+    with suppress(FileNotFoundError):
+        if time.time() - path.stat().st_mtime > EXPIRY:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()

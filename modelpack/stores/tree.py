@@ -8,6 +8,7 @@ An OCI image layout (image-spec v1.1, image-layout.md) with our own files beside
     .lock                   held by whoever changes the store
     ingest/<alg>-<hex>.part     a download under way; .json beside it says of what, .lock by whom
     ingest/import-<id>.tmp      a file on its way in
+    ingest/uploads/<uuid>/      an upload to the embedded registry; see `modelpack.server.sessions`
     ingest/leases/<id>          which blobs a live process needs
     ingest/unflushed/<alg>-<hex>, ingest/linked/<alg>-<hex>    see `trust`
     quarantine/<alg>-<hex>  blobs that turned out to be damaged

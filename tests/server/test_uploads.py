@@ -242,8 +242,11 @@ def test_idle_sessions_expire(tmp_path: Path) -> None:
         directory = server.store.root / "ingest" / "uploads"
         long_ago = os.stat(directory).st_mtime - 25 * 3600
         os.utime(directory / old.rpartition("/")[2] / "data", (long_ago, long_ago))
-        (directory / "12345678-1234-1234-1234-123456789abc").mkdir()  # a crash left it half made
-        os.utime(directory / "12345678-1234-1234-1234-123456789abc", (long_ago, long_ago))
+        # What a crash left half made.
+        (directory / "12345678-1234-4234-8234-123456789abc").mkdir()
+        (directory / "manifest-1").touch()
+        for name in ("12345678-1234-4234-8234-123456789abc", "manifest-1"):
+            os.utime(directory / name, (long_ago, long_ago))
     with registry(tmp_path / "store") as server:
         client = Client(server.url, "a/b")
         new = client.upload()
