@@ -19,6 +19,7 @@ from modelpack.unpacking.blobs import open_blob
 from modelpack.unpacking.dirfd import FILE_MODE, Folder
 
 _FICLONE = 0x40049409  # linux/fs.h
+_ON_MACOS: bool = sys.platform == "darwin"
 _CHUNK = 1024 * 1024
 # The file system or the kernel will not share the blob; another way may work.
 _CANNOT = frozenset(
@@ -115,7 +116,7 @@ def _symbolic_link(
 def _reflink(
     _file: ModelFile, _path: Path, blob: BinaryIO, folder: Folder, name: str, _watch: Watch
 ) -> None:
-    if sys.platform == "darwin":
+    if _ON_MACOS:
         _clone_on_macos(blob.fileno(), folder, name)
         return
     target = folder.create(name)

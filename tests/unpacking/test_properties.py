@@ -71,7 +71,7 @@ def check(plain: Sequence[str], archived: Sequence[str]) -> None:
         assert outside == before
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(plain=st.lists(any_paths, max_size=3), archived=st.lists(any_paths, max_size=3))
 @example(plain=[], archived=[])
 @example(plain=["../../x"], archived=[])
@@ -81,7 +81,7 @@ def test_any_paths(plain: list[str], archived: list[str]) -> None:
     check(plain, archived)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(plain=st.lists(sound_paths, max_size=4), archived=st.lists(sound_paths, max_size=4))
 @example(plain=["a/b", "a/c"], archived=["a/sub/b", "b"])
 @example(plain=["a", "b"], archived=["c", "sub"])
@@ -89,7 +89,7 @@ def test_paths_that_are_sound_alone(plain: list[str], archived: list[str]) -> No
     check(plain, archived)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_archive(data: st.DataObject) -> None:
     """Entries of every type and name, links first: whatever comes out, it is inside."""

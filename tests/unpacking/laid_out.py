@@ -1,0 +1,31 @@
+"""Models of a few small files, laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from modelpack import mediatypes as mt
+from modelpack.config import ModelConfig
+from modelpack.unpacking.bundle import Bundle, lay_out
+from tests.unpacking.stored import Layer, Stored
+
+WEIGHT: Layer = (mt.DOCKER_GGUF, "tiny.gguf", b"weights")
+DIRECTORY: list[Layer] = [
+    (mt.DOCKER_LICENSE, "LICENSE", b"MIT\n"),
+    (mt.DOCKER_CHAT_TEMPLATE, "chat_template.jinja", b"{{ messages }}\n"),
+    (mt.DOCKER_MODEL_FILE, "config.json", b'{"max_position_embeddings":512}'),
+    (mt.DOCKER_SAFETENSORS, "model.safetensors", b"weights"),
+    (mt.DOCKER_MODEL_FILE, "sub/README.md", b"# tiny\n"),
+]
+
+
+def bundle_of(
+    stored: Stored,
+    directory: Path,
+    layers: Sequence[Layer],
+    config: ModelConfig | str = mt.DOCKER_CONFIG_V02,
+    **options: Any,
+) -> Bundle:
+    return lay_out(stored.model(layers, config), stored.path, directory, **options)
