@@ -75,7 +75,7 @@ class DockerBlob:
 class DockerStore:
     """Docker Model Runner's store at `root`; fulfils `modelpack.storage.Source`.
 
-    Nothing in it counts as verified: `Docker Model Runner` checks no digest when it reads.
+    Nothing in it counts as verified: Docker Model Runner checks no digest when it reads.
     """
 
     def __init__(self, root: str | Path | None = None, *, create: bool = False) -> None:
@@ -144,6 +144,7 @@ class DockerStore:
         manifest = Manifest.parse(raw)
         new: list[Digest] = []
         with self._locked():
+            self._index()  # a damaged one shows before anything is written
             try:
                 for blob in manifest.unique_blobs:
                     if not self._holds(blob):

@@ -31,7 +31,9 @@ class DockerIndex:
     def parse(cls, raw: bytes, what: str) -> DockerIndex:
         """Return the index in `raw`; raises `ManifestError`."""
         value = decode_object(raw, what, limit=_LIMIT)
-        elements = value.get("models") or []
+        elements = value.get("models")
+        if elements is None:
+            elements = []
         if not isinstance(elements, list):
             raise ManifestError("'models' is no array", path=what)
         return cls(value, tuple(elements))
