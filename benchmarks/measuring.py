@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 MODELPACK = str(Path(sys.executable).with_name("modelpack"))
+MEASURED = str(Path(__file__).parents[1] / "scripts" / "measured")
 GIB = 1024**3
 
 
@@ -28,22 +30,17 @@ class Run:
 
 def measure(command: Sequence[str | Path], env: dict[str, str] | None = None) -> Run:
     """Run `command` to its end; fail loudly if it fails."""
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        env={**os.environ, **(env or {})},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        sys.exit(f"{command}: exit code {process.returncode}\n{errors.decode()}")
-    scale = 1 if sys.platform == "darwin" else 1024
-    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * scale)
+    with tempfile.NamedTemporaryFile() as figures:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", MEASURED, figures.name, *map(str, command)],
+            env={**os.environ, **(env or {})},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+        if done.returncode != 0:
+            sys.exit(f"{command}: exit code {done.returncode}\n{done.stderr.decode()}")
+        return Run(**json.load(figures))
 
 
 def compare(
@@ -81,8 +78,6 @@ def random_file(path: Path, size: int) -> Path:
 
 def weights(path: Path, size: int) -> Path:
     """Write a valid safetensors file of about `size` random bytes; return the path."""
-    import json
-
     size -= size % (16 * 1024**2)
     header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}})
     header += " " * (-len(header) % 8)
