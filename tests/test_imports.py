@@ -26,7 +26,7 @@ ROWS = (
     ("server",),
     ("operations",),
     ("__init__",),
-    ("testing", "cli"),
+    ("testing", "cli", "__main__"),
 )
 # Rows whose parts are siblings: none imports another (packaging uses formats, a row earlier).
 SIBLINGS = {"packaging", "stores", "registry", "unpacking", "testing", "cli"}
