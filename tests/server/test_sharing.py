@@ -28,7 +28,7 @@ def entries(server: RegistryServer) -> list[dict[str, Any]]:
     return found
 
 
-def annotations(server: RegistryServer) -> list[dict[str, str]]:
+def entry_annotations(server: RegistryServer) -> list[dict[str, str]]:
     return [entry.get("annotations", {}) for entry in entries(server)]
 
 
@@ -49,7 +49,7 @@ def test_a_pushed_model_is_in_the_store() -> None:
                 assert str(store.resolve(name).digest) == digest_of(raw)
             layer = Digest.parse(digest_of(b"weights"))
             assert store.blob_path(layer).read_bytes() == b"weights"
-        assert annotations(server) == [{mediatypes.REF_NAME: "docker.io/ai/smol:v1"}]
+        assert entry_annotations(server) == [{mediatypes.REF_NAME: "docker.io/ai/smol:v1"}]
 
 
 @pytest.mark.parametrize(
@@ -105,14 +105,16 @@ def test_a_manifest_pushed_by_digest_is_kept() -> None:
     with registry() as server:
         client = Client(server.url, "smol")
         raw = client.push_model(None)
-        assert annotations(server) == [{"org.modelpack.repository": "docker.io/ai/smol"}]
+        assert entry_annotations(server) == [{"org.modelpack.repository": "docker.io/ai/smol"}]
         assert server.store.gc(grace_seconds=0).removed == ()
         assert client.request("GET", f"manifests/{digest_of(raw)}").content == raw
         # A tag takes the entry over, and gives it back.
         client.put_manifest("v1", raw)
-        assert [one[mediatypes.REF_NAME] for one in annotations(server)] == ["docker.io/ai/smol:v1"]
+        assert [one[mediatypes.REF_NAME] for one in entry_annotations(server)] == [
+            "docker.io/ai/smol:v1"
+        ]
         client.request("DELETE", "manifests/v1")
-        assert annotations(server) == [{"org.modelpack.repository": "docker.io/ai/smol"}]
+        assert entry_annotations(server) == [{"org.modelpack.repository": "docker.io/ai/smol"}]
         assert client.request("GET", f"manifests/{digest_of(raw)}").content == raw
 
 
