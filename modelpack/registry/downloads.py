@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Final
 
@@ -22,6 +24,7 @@ from modelpack.errors import (
 )
 from modelpack.registry.endpoint import Endpoint
 from modelpack.registry.retry import FailedTry
+from modelpack.registry.timeouts import Timeouts
 from modelpack.registry.transport import Call
 from modelpack.registry.urls import origin_of
 
@@ -61,7 +64,7 @@ class BlobStream:
         self._retries = self._transport.retries()
         self._ranges_work = True
         self._response: requests.Response | None = None
-        self._speed = _Speedometer(self._transport.timeouts.idle)
+        self._speed = _Speed(self._transport.timeouts)
         self._ended = offset == descriptor.size and offset > 0
         if not self._ended:
             self._reconnect(None)
@@ -100,7 +103,6 @@ class BlobStream:
             if count:
                 buffer[:count] = data
                 self._position += count
-                self._retries.made_progress()
                 return count
             self._finish()
         return 0
@@ -109,15 +111,13 @@ class BlobStream:
         """Return up to `length` bytes, fewer only at the end of the answer."""
         assert self._response is not None
         url = self._response.url
-        with self._transport.guarded(self._what, url):
-            self._transport.stop.check()
-            started = time.monotonic()
+        self._transport.stop.check()
+        with self._transport.guarded(self._what, url), self._speed.clocked():
             # One more byte at the end shows an answer that is too long, and frees the connection.
             data: bytes = self._response.raw.read1(min(length or 1, _READ_SIZE))
-            elapsed = time.monotonic() - started
         if data and not length:
             raise self._wrong_size(f"more than {self._descriptor.size}")
-        if self._speed.is_below(self._transport.timeouts.minimum_speed, len(data), elapsed):
+        if self._speed.is_too_low(len(data)):
             host = origin_of(url).netloc
             raise FailedTry(
                 RemoteTimeoutError(f"{self._what}: {host} sends next to nothing", host=host)
@@ -151,10 +151,12 @@ class BlobStream:
                 self._response.close()
                 self._response = None
             if failed is not None:
+                if self._speed.was_fair():
+                    self._retries.made_progress()
                 self._retries.wait_after(failed)
+            self._speed = _Speed(self._transport.timeouts)
             try:
                 self._response = self._connect()
-                self._speed.reset()
                 return
             except FailedTry as another:
                 failed = another
@@ -234,23 +236,38 @@ class BlobStream:
         )
 
 
-class _Speedometer:
-    """The speed of a connection over a window of seconds, counting only the time spent reading."""
+class _Speed:
+    """How fast one connection brings a blob; only the time spent reading counts."""
 
-    def __init__(self, window: float) -> None:
-        self._window = window
+    def __init__(self, timeouts: Timeouts) -> None:
+        self._minimum = timeouts.minimum_speed
+        self._window = timeouts.idle
         self._seconds = 0.0
         self._bytes = 0
+        self._window_seconds = 0.0
+        self._window_bytes = 0
 
-    def reset(self) -> None:
-        self._seconds, self._bytes = 0.0, 0
+    @contextmanager
+    def clocked(self) -> Iterator[None]:
+        """Count the time that this context takes."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            elapsed = time.monotonic() - started
+            self._seconds += elapsed
+            self._window_seconds += elapsed
 
-    def is_below(self, minimum: float, count: int, seconds: float) -> bool:
-        """Take in a read; return whether a whole window has passed below the minimum."""
-        self._seconds += seconds
+    def is_too_low(self, count: int) -> bool:
+        """Count bytes; return whether the last whole window was below the minimum."""
         self._bytes += count
-        if self._seconds < self._window:
+        self._window_bytes += count
+        if self._window_seconds < self._window:
             return False
-        slow = self._bytes < minimum * self._window
-        self.reset()
+        slow = self._window_bytes < self._minimum * self._window_seconds
+        self._window_seconds, self._window_bytes = 0.0, 0
         return slow
+
+    def was_fair(self) -> bool:
+        """Return whether the connection brought something, and not at a crawl."""
+        return self._bytes > 0 and self._bytes >= self._minimum * self._seconds

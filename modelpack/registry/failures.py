@@ -14,7 +14,13 @@ from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 import requests
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, ProxyError, ReadTimeoutError
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    NewConnectionError,
+    ProxyError,
+    ReadTimeoutError,
+)
 
 from modelpack.errors import (
     AuthError,
@@ -130,7 +136,7 @@ def network_error(what: str, host: str, error: Exception) -> RegistryError | Fai
                 host=host,
                 hint="check the name; a bare host name may need its domain",
             )
-    if any(isinstance(c, ReadTimeoutError | ConnectTimeoutError | TimeoutError) for c in causes):
+    if any(_is_timeout(cause) for cause in causes):
         return FailedTry(RemoteTimeoutError(f"{what}: {host} did not answer in time", host=host))
     proxy = "the proxy before " if any(isinstance(c, ProxyError) for c in causes) else ""
     reason = next((c.strerror for c in causes if isinstance(c, OSError) and c.strerror), None)
@@ -140,6 +146,14 @@ def network_error(what: str, host: str, error: Exception) -> RegistryError | Fai
             + _shown(reason or "it was closed too early", 200),
             host=host,
         )
+    )
+
+
+def _is_timeout(cause: BaseException) -> bool:
+    if isinstance(cause, NewConnectionError):  # to urllib3, a refused connection is one as well
+        return False
+    return isinstance(
+        cause, TimeoutError | requests.Timeout | ReadTimeoutError | ConnectTimeoutError
     )
 
 

@@ -134,7 +134,7 @@ def tags(endpoint: Endpoint) -> Iterator[str]:
         seen.add(url)
         response = endpoint.request(url, "GET", what, endpoint.pull, {}, limit=_MAX_PAGE_BYTES)
         value = decode_object(response.content, what, limit=_MAX_PAGE_BYTES)
-        page = value.get("tags") or []
+        page = [] if value.get("tags") is None else value["tags"]
         if not isinstance(page, list) or not all(isinstance(tag, str) for tag in page):
             raise RegistryError(f"{what}: 'tags' is not an array of strings")
         yield from page

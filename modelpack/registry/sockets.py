@@ -118,7 +118,11 @@ class PatientSSLSocket(PatientSocket, ssl.SSLSocket):
 
     def do_handshake(self, block: bool = False) -> None:
         """Shake hands as ever."""
-        self._patiently(self._limit, super().do_handshake, block)
+        try:
+            self._patiently(self._limit, super().do_handshake, block)
+        except BaseException:
+            self.close()  # ssl would, but not for a stop
+            raise
 
 
 def _deadline(limit: float | None) -> float:
