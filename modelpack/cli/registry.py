@@ -30,9 +30,25 @@ def registry() -> None:
 )
 @click.option("--read-only", is_flag=True, help="Refuse pushes and deletes.")
 @click.option("--allow-remote", is_flag=True, help="Allow an address that others can reach.")
+@click.option(
+    "--allow-host",
+    "hosts",
+    metavar="NAME",
+    multiple=True,
+    help="A host name that clients may use besides the address. May be repeated.",
+)
+@click.option(
+    "--sparse", is_flag=True, help="Accept manifests whose blobs are missing, as some mirrors send."
+)
 @common_options
 def serve(
-    settings: Settings, addr: str, root: Path | None, read_only: bool, allow_remote: bool
+    settings: Settings,
+    addr: str,
+    root: Path | None,
+    read_only: bool,
+    allow_remote: bool,
+    hosts: tuple[str, ...],
+    sparse: bool,
 ) -> None:
     """Serve a store as an OCI registry until interrupted; print its address.
 
@@ -42,6 +58,13 @@ def serve(
     from modelpack.stores.layout import LayoutStore
 
     store = LayoutStore(root) if root is not None else settings.store()
-    server = RegistryServer(store, address=addr, read_only=read_only, allow_remote=allow_remote)
+    server = RegistryServer(
+        store,
+        address=addr,
+        read_only=read_only,
+        sparse=sparse,
+        allow_remote=allow_remote,
+        allowed_hosts=hosts,
+    )
     note(settings, f"serving {store.root}; stop with Ctrl-C")
     server.run(on_ready=lambda: click.echo(server.host))
