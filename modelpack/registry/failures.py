@@ -85,6 +85,8 @@ def _kind_of(
         return DeniedError, "the account may not do this there; ask who runs the registry"
     if status == 404:
         return NotFoundError, None
+    if code == "MANIFEST_BLOB_UNKNOWN":  # with 400, in docker-registry 2.8.2
+        return NotFoundError, "all blobs of a manifest have to be there before it"
     if status == 429:
         return RemoteUnavailableError, "the registry limits requests; log in or wait"
     if status in RETRYABLE_STATUSES:

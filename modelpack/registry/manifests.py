@@ -24,6 +24,7 @@ from modelpack.errors import (
     UnsupportedError,
 )
 from modelpack.gojson import MAX_DOCUMENT_BYTES, decode_object
+from modelpack.manifest import parse_manifest_or_index
 from modelpack.registry.endpoint import Endpoint, checked_name
 from modelpack.registry.urls import joined_url, origin_of
 
@@ -84,12 +85,7 @@ def fetch(endpoint: Endpoint, descriptor: Descriptor) -> bytes:
     what = endpoint.manifest_label(str(descriptor.digest))
     _check_size(descriptor.size, what)
     found, raw = fetch_by_name(endpoint, str(descriptor.digest))
-    if len(raw) != descriptor.size:
-        raise SizeMismatchError(
-            f"{what}: expected {descriptor.size} bytes, got {len(raw)}",
-            expected=str(descriptor.size),
-            got=str(len(raw)),
-        )
+    _check_bytes(raw, descriptor, what)
     if found.media_type != descriptor.media_type:
         raise ManifestError(
             f"was announced as {descriptor.media_type!r}, but is {found.media_type!r}", path=what
@@ -101,8 +97,8 @@ def write(endpoint: Endpoint, descriptor: Descriptor, raw: bytes, name: str | No
     """Write a manifest under its digest, or under `name`."""
     name = checked_name(name or str(descriptor.digest))
     what = endpoint.manifest_label(name)
-    _check_size(len(raw), what)
-    descriptor.digest.check(raw, what)
+    _check_bytes(raw, descriptor, what)
+    parse_manifest_or_index(raw, what, media_type=descriptor.media_type)
     response = endpoint.request(
         endpoint.manifest_url(name),
         "PUT",
@@ -199,6 +195,17 @@ def _check_known(media_type: Any, what: str) -> None:
         raise UnsupportedError(
             f"media type {media_type!r} is neither a manifest nor an index", path=what
         )
+
+
+def _check_bytes(raw: bytes, descriptor: Descriptor, what: str) -> None:
+    _check_size(len(raw), what)
+    if len(raw) != descriptor.size:
+        raise SizeMismatchError(
+            f"{what}: expected {descriptor.size} bytes, got {len(raw)}",
+            expected=str(descriptor.size),
+            got=str(len(raw)),
+        )
+    descriptor.digest.check(raw, what)
 
 
 def _check_size(size: int, what: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from typing import Final
 
 from modelpack.descriptor import Descriptor
@@ -165,7 +166,8 @@ class _CheckedBody:
     def __iter__(self) -> Iterator[memoryview]:
         self.close()
         self._reading = self._read()
-        return self._reading
+        # Read now, before the head of the request is sent: an empty blob would be done with that.
+        return chain([next(self._reading)], self._reading)
 
     def close(self) -> None:
         """Close the source, which a request that failed half-way leaves open."""

@@ -11,9 +11,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from modelpack.registry import Registry
 from modelpack.storage import Target
 from modelpack.stores.layout import LayoutStore
 from modelpack.stores.memory import MemoryStore
+from tests.peers import docker_registry
+from tests.registry.faulty import FaultyRegistry
 
 
 @dataclass(frozen=True)
@@ -43,4 +46,23 @@ def layout(directory: Path) -> Iterator[Subject]:
     yield Subject(LayoutStore(directory / "store"), _reference)
 
 
-FACTORIES: dict[str, Factory] = {"memory": memory, "layout": layout}
+@contextmanager
+def repository(_: Path) -> Iterator[Subject]:
+    """A repository in a registry of ours."""
+    with FaultyRegistry() as server, Registry(server.host) as registry:
+        yield Subject(registry.repository("team/model"), str)
+
+
+@contextmanager
+def docker_repository(directory: Path) -> Iterator[Subject]:
+    """A repository in Debian's docker-registry."""
+    with docker_registry(directory / "registry") as host, Registry(host) as registry:
+        yield Subject(registry.repository("team/model"), str)
+
+
+FACTORIES: dict[str, Factory] = {
+    "memory": memory,
+    "layout": layout,
+    "repository": repository,
+    "docker-registry": docker_repository,
+}

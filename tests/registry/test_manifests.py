@@ -237,6 +237,8 @@ def test_a_manifest_that_is_not_its_descriptors_is_not_sent(
 ) -> None:
     descriptor, raw = manifest_for(registry)
     with pytest.raises(DigestMismatchError):
+        client.repository.write_manifest(descriptor, raw.replace(b"gguf", b"GGUF"), "v1")
+    with pytest.raises(SizeMismatchError):
         client.repository.write_manifest(descriptor, raw + b" ", "v1")
     with pytest.raises(ManifestError):
         client.repository.write_manifest(descriptor, b" " * 5_000_000, "v1")
