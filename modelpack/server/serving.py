@@ -54,7 +54,7 @@ class RegistryServer:
         if not allow_remote and not _is_loopback(self._address[0]):
             raise UsageError(
                 f"{address!r} is not a loopback address, and the registry asks for no password",
-                hint="give --allow-remote (allow_remote=True) if everybody who reaches the port may use it",
+                hint="give --allow-remote (allow_remote=True) if all who reach the port may use it",
             )
         self.store = root if isinstance(root, LayoutStore) else LayoutStore(root)
         self._read_only = read_only
