@@ -1,0 +1,45 @@
+"""The engine's errors: part of Modelpack's one tree.
+
+ModelpackError
+└── EngineError                 anything that the engine reports
+    ├── ModelLoadError          a model cannot be loaded (also raised for unknown architectures)
+    ├── OutOfMemoryError        the weights or the KV cache do not fit; says what would
+    ├── RequestError            this request cannot be served (a ValueError); the engine goes on
+    └── QueueFullError          too many requests wait; try again later
+"""
+
+from __future__ import annotations
+
+from modelpack.errors import ModelpackError
+
+
+class EngineError(ModelpackError):
+    """Any failure that the engine reports."""
+
+
+class ModelLoadError(EngineError):
+    """A model cannot be loaded: damaged, incomplete, or of an architecture that is not known."""
+
+
+class OutOfMemoryError(EngineError):
+    """The weights or the KV cache do not fit into the memory budget."""
+
+
+class RequestError(EngineError, ValueError):
+    """One request cannot be served; `param` names the field that is wrong, if one is."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, param: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.param = param
+
+
+class QueueFullError(EngineError):
+    """The queue of waiting requests is full; `retry_after` is in seconds."""
+
+    exit_code = 7
+
+    def __init__(self, message: str, *, retry_after: float = 1.0, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after = retry_after

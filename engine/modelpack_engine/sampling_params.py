@@ -1,0 +1,100 @@
+"""SamplingParams: how one request's tokens are chosen, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from modelpack_engine.errors import RequestError
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+
+
+class LogitsMask(Protocol):
+    """Which tokens may come next for one request: grammars implement this."""
+
+    def allowed(self) -> bytes | None:
+        """Return a bit per token id (LSB first), or None if any token may come."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Take notice of the token that was chosen."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Names and meanings are those of the OpenAI and vLLM APIs.
+
+    `temperature` 0 is greedy. `top_k` 0 or -1 keeps all tokens. `logprobs` is the number of
+    alternatives reported with each token (None: no log-probabilities; 0: the chosen token's only).
+    `prompt_logprobs` the same for the prompt. The same `seed` gives the same text, alone and in
+    any batch. `min_tokens` counts before an end of sequence or a stop string may end the text.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    mask: LogitsMask | None = field(default=None, hash=False, compare=False)
+
+    def check(self, vocab_size: int) -> None:
+        """Raise `RequestError`, naming the field, if a value makes no sense."""
+        ranges = (
+            ("max_tokens", self.max_tokens, 1, None),
+            ("min_tokens", self.min_tokens, 0, self.max_tokens),
+            ("temperature", self.temperature, 0, None),
+            ("top_k", self.top_k, -1, None),
+            ("min_p", self.min_p, 0, 1),
+            ("presence_penalty", self.presence_penalty, -2, 2),
+            ("frequency_penalty", self.frequency_penalty, -2, 2),
+            ("logprobs", self.logprobs, 0, MAX_LOGPROBS),
+            ("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS),
+        )
+        for name, value, low, high in ranges:
+            if value is None:
+                continue
+            if (
+                not value >= low
+                or (high is not None and not value <= high)
+                or value == float("inf")
+            ):
+                limits = f"{low} or more" if high is None else f"{low} to {high}"
+                raise RequestError(f"{name} is {value}, expected {limits}", param=name)
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p is {self.top_p}, expected above 0, up to 1", param="top_p")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise RequestError(
+                f"repetition_penalty is {self.repetition_penalty}, expected above 0",
+                param="repetition_penalty",
+            )
+        if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
+            raise RequestError(
+                f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty", param="stop"
+            )
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            for token_id in ids:
+                if not 0 <= token_id < vocab_size:
+                    raise RequestError(
+                        f"{name} names the token {token_id}; the vocabulary has {vocab_size}",
+                        param=name,
+                    )
+        for bias in self.logit_bias.values():
+            if not -100 <= bias <= 100:
+                raise RequestError(
+                    f"logit_bias holds {bias}, expected -100 to 100", param="logit_bias"
+                )
