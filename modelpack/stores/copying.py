@@ -1,7 +1,7 @@
 """Moving bytes: every byte is read once, into a buffer that is hashed and written from there.
 
-Hashing, reading and writing release the interpreter's lock, so with a second thread for the writes
-a copy takes hardly longer than the hash alone.
+Hashing, reading and writing release the interpreter's lock, so with a second thread for the hash a
+copy takes hardly longer than the hash alone.
 """
 
 from __future__ import annotations
@@ -15,60 +15,64 @@ from typing import TYPE_CHECKING, Final
 
 from modelpack.digest import Digest, new_hasher
 from modelpack.stores.durability import write_all
-from modelpack.stores.os_errors import translated, translating
+from modelpack.stores.os_errors import translating
 
 if TYPE_CHECKING:
     from hashlib import _Hash
     from types import TracebackType
 
-CHUNK: Final = 1024 * 1024
-_BUFFERS = 4
+#: What is read, hashed and written at a time: it stays in a processor's cache meanwhile.
+CHUNK: Final = 256 * 1024
+#: Bytes between two progress reports.
+STEP: Final = 1024 * 1024
+_BUFFERS = 8
 # Below this a thread costs more than it saves.
-_WORTH_A_THREAD = 8 * CHUNK
+_WORTH_A_THREAD = 8 * STEP
+
+_busy = 0  # threads that hash or copy now
+_busy_mutex = threading.Lock()
 
 
-class Writer:
-    """Writes buffers to an open file, in order; in a thread of its own if `size` is worth one.
+class Hashing:
+    """Feeds a hasher, from a thread of its own where `size` bytes are worth one.
 
-    `buffer` gives a free one (it stays readable until the next call of `buffer`), `write` hands
-    the filled part over. Leaving the block waits for the last write. A write that failed raises
-    its `StoreError` in one of the three. What was written is a prefix of what was handed over.
+    `buffer` gives a buffer to fill, `update` hands its filled part over; it stays readable until
+    the next call of `buffer`. After the block everything is hashed. Where all processors are at
+    work for others in this process, a thread would only get in their way, so there is none.
     """
 
-    def __init__(self, descriptor: int, size: int, path: Path) -> None:
-        self._descriptor = descriptor
-        self._path = path
+    def __init__(self, hasher: _Hash, size: int) -> None:
+        self._hasher = hasher
+        self._size = size
         self._free: SimpleQueue[memoryview] = SimpleQueue()
         self._filled: SimpleQueue[tuple[memoryview, int] | None] = SimpleQueue()
-        self._error: OSError | None = None
         self._thread: threading.Thread | None = None
-        threaded = size >= _WORTH_A_THREAD
-        for _ in range(_BUFFERS if threaded else 1):
-            self._free.put(memoryview(bytearray(min(CHUNK, size + 1))))
-        if threaded:
-            self._thread = threading.Thread(target=self._run, name="modelpack-writer", daemon=True)
+        self._share = 0
 
-    def __enter__(self) -> Writer:
-        if self._thread is not None:
+    def __enter__(self) -> Hashing:
+        global _busy
+        with _busy_mutex:
+            threaded = self._size >= _WORTH_A_THREAD and _busy + 2 <= _processors()
+            self._share = 2 if threaded else 1
+            _busy += self._share
+        for _ in range(_BUFFERS if threaded else 1):
+            self._free.put(memoryview(bytearray(min(CHUNK, self._size + 1))))
+        if threaded:
+            self._thread = threading.Thread(target=self._run, name="modelpack-hash", daemon=True)
             self._thread.start()
         return self
 
     def buffer(self) -> memoryview:
-        """Return a buffer to fill; raises the error of an earlier write."""
-        buffer = self._free.get()
-        if self._error is not None:
-            self._free.put(buffer)
-            raise translated(self._error, "write", self._path) from self._error
-        return buffer
+        """Return a buffer to fill."""
+        return self._free.get()
 
-    def write(self, buffer: memoryview, length: int) -> None:
-        """Hand over the first `length` bytes of what `buffer` gave."""
+    def update(self, buffer: memoryview, length: int) -> None:
+        """Hash the first `length` bytes of what `buffer` gave, sooner or later."""
         if self._thread is not None:
             self._filled.put((buffer, length))
         else:
+            self._hasher.update(buffer[:length])
             self._free.put(buffer)
-            with translating("write", self._path):
-                write_all(self._descriptor, buffer[:length])
 
     def __exit__(
         self,
@@ -76,48 +80,57 @@ class Writer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        global _busy
         if self._thread is not None:
             self._filled.put(None)
             self._thread.join()
-        if self._error is not None and error is None:
-            raise translated(self._error, "write", self._path) from self._error
+        with _busy_mutex:
+            _busy -= self._share
 
     def _run(self) -> None:
         while (item := self._filled.get()) is not None:
             buffer, length = item
-            try:
-                if self._error is None:
-                    write_all(self._descriptor, buffer[:length])
-            except OSError as error:
-                self._error = error
+            self._hasher.update(buffer[:length])
             self._free.put(buffer)
 
 
-def copy_and_hash(source: int, writer: Writer, hasher: _Hash, seen: Callable[[int], None]) -> int:
-    """Copy the open file `source` and feed it to `hasher`; return its bytes.
+def copy_and_hash(
+    source: int, target: int, path: Path, hashing: Hashing, seen: Callable[[int], None]
+) -> int:
+    """Copy the open file `source` to `target`, whose name is `path`, hash it; return its bytes.
 
-    `seen` is called with the number of bytes after each chunk, and may raise to end it.
+    `seen` is called with the number of bytes now and then, and may raise to end it.
     """
-    total = 0
-    with writer:
+    total = told = 0
+    with hashing:
         while True:
-            buffer = writer.buffer()
+            buffer = hashing.buffer()
             length = os.readv(source, [buffer])
             if not length:
-                return total
-            writer.write(buffer, length)
-            hasher.update(buffer[:length])
+                break
+            hashing.update(buffer, length)
+            with translating("write", path):
+                write_all(target, buffer[:length])
             total += length
-            seen(total)
+            if total - told >= STEP:
+                told = total
+                seen(total)
+    if told != total:
+        seen(total)
+    return total
 
 
 def read_and_hash(source: int, hasher: _Hash, seen: Callable[[int], None]) -> int:
-    """Feed the open file `source` to `hasher`; return its bytes."""
+    """Feed the open file `source` to `hasher`; return its bytes. `seen` as in `copy_and_hash`."""
     buffer = memoryview(bytearray(CHUNK))
-    total = 0
+    total = told = 0
     while length := os.readv(source, [buffer]):
         hasher.update(buffer[:length])
         total += length
+        if total - told >= STEP:
+            told = total
+            seen(total)
+    if told != total:
         seen(total)
     return total
 
@@ -133,3 +146,9 @@ def hash_file(
     finally:
         os.close(source)
     return Digest.of_hasher(hasher)
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -10,7 +10,7 @@ from modelpack.errors import DigestMismatchError, SizeMismatchError, StorageFull
 from modelpack.progress import Action, Progress
 from modelpack.storage import BlobSource, Outcome, Watch
 from modelpack.stores.blobs import Blobs
-from modelpack.stores.copying import Writer
+from modelpack.stores.copying import STEP
 from modelpack.stores.disk_space import check_room, no_room
 from modelpack.stores.staging import Partial
 from modelpack.stores.tree import Tree
@@ -80,15 +80,19 @@ class Downloads:
 
     def _receive(self, part: Partial, source: BlobSource, watch: Watch, name: str) -> None:
         digest, size = part.wanted.digest, part.wanted.size
-        missing = size - part.length
-        with source.open(part.length) as reader, Writer(part.file, missing, part.path) as writer:
+        told = part.length
+        with source.open(part.length) as reader, part.hashing() as hashing:
             while True:
                 watch.stop.check()
-                buffer = writer.buffer()
+                buffer = hashing.buffer()
                 # One byte more than is missing shows a body that is too long.
                 length = reader.readinto(buffer[: size - part.length + 1])
                 if not length:
-                    return
-                part.add(buffer[:length])
-                writer.write(buffer, length)
-                watch.report(Progress(Action.FETCH, name, digest, part.length, size))
+                    break
+                hashing.update(buffer, length)
+                part.write(buffer[:length])
+                if part.length - told >= STEP:
+                    told = part.length
+                    watch.report(Progress(Action.FETCH, name, digest, told, size))
+        if told != part.length:
+            watch.report(Progress(Action.FETCH, name, digest, part.length, size))

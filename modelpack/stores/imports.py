@@ -19,7 +19,7 @@ from modelpack.errors import (
 from modelpack.progress import Action, Progress
 from modelpack.storage import Outcome, Watch
 from modelpack.stores.cloning import clone, reserve
-from modelpack.stores.copying import Writer, copy_and_hash, read_and_hash
+from modelpack.stores.copying import Hashing, copy_and_hash, read_and_hash
 from modelpack.stores.disk_space import check_room, no_room
 from modelpack.stores.os_errors import translating
 from modelpack.stores.staging import StagedImport, staged_import
@@ -88,9 +88,9 @@ class Imports:
                     size = read_and_hash(source, hasher, seen)
                 else:
                     self._make_room(staged, found.st_size, path)
-                    writer = Writer(staged.file, found.st_size, staged.path)
+                    hashing = Hashing(hasher, found.st_size)
                     try:
-                        size = copy_and_hash(source, writer, hasher, seen)
+                        size = copy_and_hash(source, staged.file, staged.path, hashing, seen)
                     except StorageFullError as error:
                         raise no_room(self.tree.ingest, found.st_size, None, str(path)) from error
                 _check_unchanged(path, found, os.fstat(source), size)

@@ -14,8 +14,8 @@ from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
 from modelpack.errors import SizeMismatchError
 from modelpack.stores.blobs import BLOB_MODE
-from modelpack.stores.copying import read_and_hash
-from modelpack.stores.durability import boot_id
+from modelpack.stores.copying import Hashing, read_and_hash
+from modelpack.stores.durability import boot_id, write_all
 from modelpack.stores.locks import FileLock, try_lock
 from modelpack.stores.os_errors import translating
 from modelpack.stores.tree import Tree, label
@@ -66,12 +66,17 @@ class Partial:
         with suppress(OSError):
             self._journal.write_text(json.dumps(text))
 
-    def add(self, view: memoryview) -> None:
-        """Count and hash bytes that are being written; raises `SizeMismatchError` if too many."""
-        self.length += len(view)
-        if self.length > self.wanted.size:
+    def hashing(self) -> Hashing:
+        """Return what hashes the bytes that are `write`n: every one has to go through both."""
+        return Hashing(self._hasher, self.wanted.size - self.length)
+
+    def write(self, view: memoryview) -> None:
+        """Write more bytes; raises `SizeMismatchError` if these are too many."""
+        if self.length + len(view) > self.wanted.size:
             raise self._wrong_size("more")
-        self._hasher.update(view)
+        with translating("write", self.path):
+            write_all(self.file, view)
+        self.length += len(view)
 
     def check(self) -> None:
         """Raise `SizeMismatchError` or `DigestMismatchError` unless this is what was wanted."""
