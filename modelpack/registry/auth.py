@@ -131,7 +131,10 @@ class Authorizer:
         """Return the error for credentials that are missing, or that did not do."""
         credential = self._find_credential()
         if credential is None:
-            hint = f"log in with `docker login {self._host}`"
+            hint = (
+                f"log in with `docker login {self._host}`; "
+                "a repository that does not exist may look the same"
+            )
             return AuthError(
                 f"{self._host} wants credentials, and there are none for it{said}",
                 host=self._host,

@@ -76,7 +76,7 @@ class Registry:
         """Raise unless the host is a registry that lets us in (distribution-spec "Probe")."""
         origin = self._transport.origin
         try:
-            self._transport.do_request(f"{origin.scheme}://{origin.netloc}/v2/", what=self.host)
+            self._transport.do_request(f"{origin.scheme}://{origin.netloc}/v2/", what="ping")
         except NotFoundError as error:
             raise RegistryError(
                 f"{self.host} is no OCI registry: it has no /v2/",

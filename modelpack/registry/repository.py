@@ -72,7 +72,7 @@ class Repository:
         """Link the blob from another repository of this registry; return whether that worked."""
         if (
             not isinstance(source, Repository)
-            or source.registry.host != self.registry.host
+            or source._transport.origin != self._transport.origin
             or source.name == self.name
         ):
             return False

@@ -136,6 +136,29 @@ def _check(deadline: float) -> None:
         raise TimeoutError("timed out")
 
 
+def _addresses(host: str, port: int, limit: float | None) -> list[Any]:
+    """Return what `getaddrinfo` does; it cannot be interrupted, but it can be left behind."""
+    found: list[Any] = []
+    failed: list[Exception] = []
+
+    def look_up() -> None:
+        try:
+            found.extend(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:  # noqa: BLE001 - raised again below
+            failed.append(error)
+
+    thread = threading.Thread(target=look_up, name=f"look up {host}", daemon=True)
+    thread.start()
+    deadline = _deadline(limit)
+    while thread.is_alive():
+        thread.join(SLICE)
+        if thread.is_alive():
+            _check(deadline)
+    if failed:
+        raise failed[0]
+    return found
+
+
 def tls_context() -> ssl.SSLContext:
     """Return the TLS settings: the system's trusted roots and certifi's.
 
@@ -156,11 +179,11 @@ def _tls_context(file: str | None, directory: str | None) -> ssl.SSLContext:
 class _Connecting(HTTPConnection):
     def _new_conn(self) -> socket.socket:
         try:
-            addresses = socket.getaddrinfo(
-                self._dns_host.strip("[]"), self.port, type=socket.SOCK_STREAM
-            )
+            addresses = _addresses(self._dns_host.strip("[]"), self.port, self.timeout)
         except (socket.gaierror, UnicodeError) as error:
             raise NameResolutionError(self.host, self, error) from error  # type: ignore[arg-type]
+        except TimeoutError as error:
+            raise ConnectTimeoutError(self, f"{self.host} was not found in time") from error
         failed: OSError | None = None
         for family, kind, protocol, _, address in addresses:
             sock = PatientSocket(family, kind, protocol)

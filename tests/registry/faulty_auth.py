@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
+from modelpack.registry.scopes import spelled
 from tests.registry.faulty_content import Reply, error_reply
 
 if TYPE_CHECKING:
@@ -72,8 +73,7 @@ class BearerAuth:
         realm = self.realm or f"{exchange.registry.url}/token"
         challenge = f'Bearer realm="{realm}",service="faulty.example"'
         if needed:
-            resource, actions = next(iter(needed))[0], ",".join(sorted(a for _, a in needed))
-            challenge += f',scope="{resource}:{actions}"'
+            challenge += f',scope="{" ".join(spelled(frozenset(needed)))}"'
         if token:
             challenge += ',error="insufficient_scope"'
         return error_reply(401, "UNAUTHORIZED", WWW_Authenticate=challenge)

@@ -134,6 +134,29 @@ def test_a_stop_ends_a_connection_that_is_not_answered() -> None:
                 filler.close()
 
 
+def test_a_name_that_is_looked_up_for_too_long(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = threading.Event()
+
+    def hang(*_: object, **__: object) -> object:
+        never.wait(60)
+        raise socket.gaierror(socket.EAI_AGAIN, "try again")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    try:
+        client = connect("registry.invalid")
+        with stop_soon(client.stop) as ago, pytest.raises(InterruptedTransferError):
+            client.registry.ping()
+        assert ago() < 1
+        client = connect("registry.invalid", timeouts=Timeouts(connect=0.1))
+        with pytest.raises(RemoteTimeoutError):
+            client.registry.ping()
+        assert len(client.sleeps) == 4
+    finally:
+        never.set()
+
+
 def test_a_refused_connection_says_so() -> None:
     with socket.socket() as unused, PatientSocket() as ours:
         unused.bind(("127.0.0.1", 0))
