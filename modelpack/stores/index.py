@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from modelpack import mediatypes
@@ -20,7 +21,7 @@ from modelpack.errors import IntegrityError, InvalidReferenceError, ManifestErro
 from modelpack.gojson import decode_object, encode
 from modelpack.reference import DEFAULT_REGISTRY, Reference
 from modelpack.stores.durability import write_atomically
-from modelpack.stores.lookup import Entry
+from modelpack.stores.lookup import Entry, Names
 from modelpack.stores.os_errors import translating
 from modelpack.stores.tree import Tree
 
@@ -39,7 +40,7 @@ class Item:
     entry: Entry | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class IndexDocument:
     """The content of an `index.json`; every change makes a new one."""
 
@@ -63,10 +64,15 @@ class IndexDocument:
         """Return a document with these elements of `manifests` instead, as decoded JSON."""
         return self._replaced(tuple(_item(raw, "index.json") for raw in elements))
 
-    @property
+    @cached_property
     def entries(self) -> tuple[Entry, ...]:
         """The entries that we can read."""
         return tuple(item.entry for item in self.items if item.entry is not None)
+
+    @cached_property
+    def names(self) -> Names:
+        """What a text may mean here."""
+        return Names(self.entries)
 
     def encoded(self) -> bytes:
         """Return the bytes of the file."""

@@ -83,7 +83,7 @@ class LayoutStore:
         tag and a digest in `name` disagree.
         """
         try:
-            return lookup.find(self._index.read().entries, name).entry.manifest
+            return self._index.read().names.find(name).entry.manifest
         except NotFoundError:
             child = self._unlisted(name)
             if child is None:
@@ -226,8 +226,8 @@ class LayoutStore:
 
     def get(self, name: str) -> StoredModel:
         """Return the model that `name` means, with all its names; raises as `resolve`."""
-        entries = self._index.read().entries
-        return lookup.model(entries, lookup.find(entries, name).entry.digest)
+        document = self._index.read()
+        return lookup.model(document.entries, document.names.find(name).entry.digest)
 
     def tag(self, name: str, reference: Reference) -> Descriptor:
         """Give the model `name` another name, taking it from the model that had it.
@@ -239,7 +239,7 @@ class LayoutStore:
         self._tree.prepare()
         with self._tree.lock().held():
             document = self._index.read()
-            descriptor = lookup.find(document.entries, name).entry.manifest
+            descriptor = document.names.find(name).entry.manifest
             _check_same(reference, descriptor.digest)
             self._index.write(document.with_tag(descriptor, reference.without_digest()))
         return descriptor

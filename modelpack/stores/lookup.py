@@ -78,29 +78,89 @@ class Match:
     by_name: bool
 
 
-def find(entries: Sequence[Entry], text: str) -> Match:
-    """Return the manifest that `text` names.
+class Names:
+    """What a text may mean among `entries`; where two claim the same, the first one has it."""
 
-    Tried in order: a full digest, a name, a short id, a unique prefix of an id (4 digits or more).
-    Raises `NotFoundError`, `AmbiguousError`, `InvalidReferenceError`, or `IntegrityError` if `text`
-    has a tag and a digest that disagree.
-    """
-    text = text.strip()
-    digest = _full_digest(text)
-    if digest is not None:
-        return Match(_with_digest(entries, digest, text), by_name=False)
-    invalid: InvalidReferenceError | None = None
-    try:
-        match = _find_name(entries, text)
-    except InvalidReferenceError as error:
-        match, invalid = None, error
-    if match is None:
-        match = _find_prefix(entries, text)
-    if match is not None:
-        return match
-    if invalid is not None:
-        raise invalid
-    raise _not_found(entries, text)
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self._by_digest = {entry.digest: entry for entry in reversed(entries)}
+        self._by_name = {entry.name: entry for entry in reversed(entries) if entry.name}
+        self._by_reference = {e.reference: e for e in reversed(entries) if e.reference}
+
+    def find(self, text: str) -> Match:
+        """Return the manifest that `text` names.
+
+        Tried in order: a full digest, a name, a short id, a unique prefix of an id (4 digits or
+        more). Raises `NotFoundError`, `AmbiguousError`, `InvalidReferenceError`, or
+        `IntegrityError` if `text` has a tag and a digest that disagree.
+        """
+        text = text.strip()
+        digest = _full_digest(text)
+        if digest is not None:
+            return Match(self._with_digest(digest, text), by_name=False)
+        invalid: InvalidReferenceError | None = None
+        try:
+            match = self._find_name(text)
+        except InvalidReferenceError as error:
+            match, invalid = None, error
+        if match is None:
+            match = self._find_prefix(text)
+        if match is not None:
+            return match
+        if invalid is not None:
+            raise invalid
+        raise self._not_found(text)
+
+    def _with_digest(self, digest: Digest, text: str) -> Entry:
+        entry = self._by_digest.get(digest)
+        if entry is None:
+            raise NotFoundError(f"{text}: no model in the store has this digest")
+        return entry
+
+    def _find_name(self, text: str) -> Match | None:
+        if text in self._by_name:
+            return Match(self._by_name[text], by_name=True)
+        wanted = Reference.parse(text)
+        if wanted.tag is None:
+            assert wanted.digest is not None, "a reference has a tag or a digest"
+            return Match(self._with_digest(wanted.digest, text), by_name=False)
+        named = wanted.without_digest()
+        entry = self._by_reference.get(named)
+        if entry is None:
+            return None
+        if wanted.digest is not None and wanted.digest != entry.digest:
+            raise IntegrityError(
+                f"{named} is {entry.digest} in the store, but {wanted.digest} was asked for",
+                expected=str(wanted.digest),
+                got=str(entry.digest),
+                hint=f"pull {text} to have that one, or leave out the digest",
+            )
+        return Match(entry, by_name=True)
+
+    def _find_prefix(self, text: str) -> Match | None:
+        match = _HEX.match(text)
+        if match is None or len(match[1]) < _SHORTEST_PREFIX:
+            return None
+        found = [d for d in self._by_digest if d.encoded.startswith(match[1])]
+        if len(found) > 1:
+            candidates = tuple(sorted(map(str, found)))
+            raise AmbiguousError(
+                f"{text} is the beginning of {len(found)} ids: {', '.join(candidates)}",
+                candidates=candidates,
+                hint="add digits until only one is left",
+            )
+        return Match(self._by_digest[found[0]], by_name=False) if found else None
+
+    def _not_found(self, text: str) -> NotFoundError:
+        wanted = Reference.parse(text)
+        looked_for = "" if text == str(wanted) else f" (that is {wanted})"
+        alike = sorted(str(r) for r in self._by_reference if _last_part(r) == _last_part(wanted))
+        hint = f"it has {', '.join(alike[:5])}" if alike else "`modelpack list` shows what it has"
+        return NotFoundError(f"the store has no {text}{looked_for}", hint=hint)
+
+
+def find(entries: Sequence[Entry], text: str) -> Match:
+    """Return the manifest that `text` names among `entries`; see `Names.find`."""
+    return Names(entries).find(text)
 
 
 def models(entries: Iterable[Entry]) -> tuple[StoredModel, ...]:
@@ -145,62 +205,6 @@ def _full_digest(text: str) -> Digest | None:
         return Digest.parse(text if ":" in text else f"sha256:{text}")
     except InvalidDigestError:
         return None
-
-
-def _with_digest(entries: Iterable[Entry], digest: Digest, text: str) -> Entry:
-    for entry in entries:
-        if entry.digest == digest:
-            return entry
-    raise NotFoundError(f"{text}: no model in the store has this digest")
-
-
-def _find_name(entries: Sequence[Entry], text: str) -> Match | None:
-    literal = next((entry for entry in entries if entry.name == text), None)
-    if literal is not None:
-        return Match(literal, by_name=True)
-    wanted = Reference.parse(text)
-    if wanted.tag is None:
-        assert wanted.digest is not None, "a reference has a tag or a digest"
-        return Match(_with_digest(entries, wanted.digest, text), by_name=False)
-    named = wanted.without_digest()
-    entry = next((entry for entry in entries if entry.reference == named), None)
-    if entry is None:
-        return None
-    if wanted.digest is not None and wanted.digest != entry.digest:
-        raise IntegrityError(
-            f"{named} is {entry.digest} in the store, but {wanted.digest} was asked for",
-            expected=str(wanted.digest),
-            got=str(entry.digest),
-            hint=f"pull {text} to have that one, or leave out the digest",
-        )
-    return Match(entry, by_name=True)
-
-
-def _find_prefix(entries: Iterable[Entry], text: str) -> Match | None:
-    match = _HEX.match(text)
-    if match is None or len(match[1]) < _SHORTEST_PREFIX:
-        return None
-    found = {e.digest: e for e in entries if e.digest.encoded.startswith(match[1])}
-    if len(found) > 1:
-        candidates = tuple(sorted(str(digest) for digest in found))
-        raise AmbiguousError(
-            f"{text} is the beginning of {len(found)} ids: {', '.join(candidates)}",
-            candidates=candidates,
-            hint="add digits until only one is left",
-        )
-    return next((Match(entry, by_name=False) for entry in found.values()), None)
-
-
-def _not_found(entries: Iterable[Entry], text: str) -> NotFoundError:
-    wanted = Reference.parse(text)
-    looked_for = "" if text == str(wanted) else f" (that is {wanted})"
-    alike = sorted(
-        str(entry.reference)
-        for entry in entries
-        if entry.reference and _last_part(entry.reference) == _last_part(wanted)
-    )
-    hint = f"it has {', '.join(alike[:5])}" if alike else "`modelpack list` shows what it has"
-    return NotFoundError(f"the store has no {text}{looked_for}", hint=hint)
 
 
 def _last_part(reference: Reference) -> str:

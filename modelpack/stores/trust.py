@@ -34,6 +34,7 @@ class Trust:
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
+        self._unflushed, self._linked = str(tree.unflushed), str(tree.linked)
         self._vouched: set[Digest] = set()  # verified by this process, mark not removable
 
     def mark_unflushed(self, digest: Digest) -> None:
@@ -133,14 +134,15 @@ class Trust:
         return mark if mark.exists() else path
 
     def _doubts(self, digest: Digest, path: Path) -> list[Path]:
+        """Return the marks that call for a look; most blobs have none, so that has to be fast."""
         doubts = []
-        unflushed, linked = self._tree.unflushed / label(digest), self._tree.linked / label(digest)
-        with suppress(FileNotFoundError):
-            if unflushed.read_text() != boot_id():
-                doubts.append(unflushed)
-        with suppress(FileNotFoundError):
-            if linked.read_text() != _stamp(path.stat()):
-                doubts.append(linked)
+        for folder in (self._unflushed, self._linked):
+            mark = f"{folder}/{label(digest)}"
+            if os.path.exists(mark):
+                with suppress(FileNotFoundError):  # settled by another process
+                    settled = boot_id() if folder is self._unflushed else _stamp(path.stat())
+                    if Path(mark).read_text() != settled:
+                        doubts.append(Path(mark))
         return doubts
 
 
