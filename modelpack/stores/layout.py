@@ -255,10 +255,13 @@ class LayoutStore:
     def touch_blob(self, digest: Digest) -> bool:
         """Return whether the blob is there; a collection counts it as recent from now on."""
         path = self._blobs.find(digest)
-        if path is None:
-            return False
-        self._trust.touch(digest, path)
-        return True
+        if path is None or self._tree.is_read_only():
+            return path is not None
+        with self._tree.lock().held():  # or a collection might have judged it by now
+            there = path.is_file()
+            if there:
+                self._trust.touch(digest, path)
+        return there
 
     def delete_blob(self, digest: Digest) -> bool:
         """Delete a blob that no listed manifest needs; return whether it was there.

@@ -99,7 +99,7 @@ class Leases:
         text = "\n".join([header, *map(str, digests)]) + "\n"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         with translating("write a lease in", self._tree.leases):
-            if os.statvfs(self._tree.root).f_flag & os.ST_RDONLY:
+            if self._tree.is_read_only():
                 return None
             self._tree.leases.mkdir(parents=True, exist_ok=True)
             with self._tree.lock().held():

@@ -93,6 +93,10 @@ class Tree:
         """Return the lock of all changes: publishing, index, leases, collection."""
         return FileLock(self.root / ".lock")
 
+    def is_read_only(self) -> bool:
+        """Return whether the file system takes no changes: then nobody deletes anything either."""
+        return bool(os.statvfs(self.root).f_flag & os.ST_RDONLY)
+
     def prepare(self) -> None:
         """Make the directories that writing needs; another tool may have made this layout."""
         self.check_inside()

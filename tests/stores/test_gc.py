@@ -100,7 +100,9 @@ def test_the_grace_period(store: LayoutStore) -> None:
     assert report.kept == (young.digest,)
 
 
-@pytest.mark.parametrize("use", ["write_blob", "import_file", "write_bytes", "adopt_file"])
+@pytest.mark.parametrize(
+    "use", ["write_blob", "import_file", "write_bytes", "adopt_file", "touch_blob"]
+)
 def test_finding_a_blob_useful_makes_it_young(store: LayoutStore, tmp_path: Path, use: str) -> None:
     path, watch = tmp_path / "file", Watcher().watch
     path.write_bytes(b"old")
@@ -111,6 +113,9 @@ def test_finding_a_blob_useful_makes_it_young(store: LayoutStore, tmp_path: Path
         store.write_blob(blob, BytesSource(b"old"), watch)
     elif use == "import_file":
         store.import_file(path, watch)
+    elif use == "touch_blob":
+        assert store.touch_blob(blob.digest)
+        assert not store.touch_blob(Digest("sha256", "0" * 64))
     elif use == "write_bytes":
         store.write_bytes(b"old", "text/plain")
     else:

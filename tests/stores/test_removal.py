@@ -162,3 +162,17 @@ def test_nothing_is_freed_while_another_model_hides_what_it_needs(store: LayoutS
     assert set(model.contents) <= blobs_of(store)
     with pytest.raises(NotFoundError):
         store.resolve("x")
+
+
+def test_a_single_blob_is_deleted_only_if_nothing_needs_it(store: LayoutStore) -> None:
+    model = small_model(b"weights")
+    write_model(store, model, X)
+    lost = store.write_bytes(b"lost", "text/plain").digest
+    for needed in everything_of(model):
+        with pytest.raises(ConflictError):
+            store.delete_blob(needed)
+    with LayoutStore(store.root).lease([lost]), pytest.raises(LockedError):
+        store.delete_blob(lost)
+    assert store.delete_blob(lost)
+    assert not store.delete_blob(lost)
+    assert blobs_of(store) == everything_of(model)
