@@ -1,0 +1,126 @@
+"""A real BLAS for MLX's CPU backend on Linux.
+
+The MLX wheel brings the reference BLAS, several times slower than OpenBLAS. MLX binds `cblas_sgemm`
+when its library is loaded and looks in the global scope first, so a BLAS loaded there before
+`mlx.core` is imported takes its place. In order of preference: scipy-openblas32 behind a small shim
+(built once where a C compiler exists), the system's OpenBLAS, what MLX brings.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+_log = logging.getLogger(__name__)
+_SHIM_SOURCE = Path(__file__).with_name("blas_shim.c")
+_SYSTEM_NAMES = ("libopenblas.so.0", "libopenblas.so")
+
+
+class BlasKind(StrEnum):
+    """Which BLAS multiplies matrices on the CPU."""
+
+    SHIM = "scipy-openblas32"
+    SYSTEM = "system OpenBLAS"
+    BUNDLED = "MLX's own"
+
+
+@dataclass(frozen=True, slots=True)
+class Blas:
+    """What `prepare` found; `note` says how to have a faster one, if there is."""
+
+    kind: BlasKind
+    path: str | None = None
+    note: str = ""
+
+
+_prepared: Blas | None = None
+
+
+def prepare() -> Blas:
+    """Load the best BLAS there is, once; has to come before the first import of `mlx.core`.
+
+    One thread unless OPENBLAS_NUM_THREADS says otherwise: on a busy machine OpenBLAS's workers
+    wait for each other, and a token then takes many times as long.
+    """
+    global _prepared
+    if _prepared is None:
+        _prepared = _choose()
+        if _prepared.note:
+            _log.warning("%s", _prepared.note)
+    return _prepared
+
+
+def _choose() -> Blas:
+    if not sys.platform.startswith("linux"):
+        return Blas(BlasKind.BUNDLED)  # macOS: MLX uses Accelerate
+    if "mlx.core" in sys.modules:
+        return Blas(
+            BlasKind.BUNDLED,
+            note="mlx.core was imported before modelpack_engine: it keeps its slow BLAS; "
+            "import modelpack_engine first",
+        )
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    problem = "install the extra 'engine' (scipy-openblas32) and a C compiler"
+    shim = None
+    try:
+        shim = _shim()
+    except (OSError, subprocess.SubprocessError) as error:
+        problem = f"the BLAS shim could not be built: {error}"
+    for kind, names in ((BlasKind.SHIM, (shim,)), (BlasKind.SYSTEM, _SYSTEM_NAMES)):
+        for name in names:
+            if name is not None and _load(name):
+                return Blas(kind, name)
+    return Blas(
+        BlasKind.BUNDLED,
+        note=f"no OpenBLAS: the CPU is several times slower than it could be; {problem}, "
+        "or install the system's libopenblas",
+    )
+
+
+def _load(name: str) -> bool:
+    try:
+        library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    return all(hasattr(library, f"cblas_{kind}gemm") for kind in "sdc")
+
+
+def _shim() -> str | None:
+    """Return the path of the shim's library, built on the first call; None without its parts."""
+    found = importlib.util.find_spec("scipy_openblas32")
+    if found is None or found.origin is None:
+        return None
+    library = Path(found.origin).parent / "lib" / "libscipy_openblas.so"
+    if not library.exists():
+        return None
+    from platformdirs import user_cache_path
+
+    source = _SHIM_SOURCE.read_bytes()
+    key = hashlib.sha256(source + str(library).encode()).hexdigest()[:16]
+    target = user_cache_path("modelpack") / "blas" / f"shim-{key}.so"
+    if target.exists():
+        return str(target)
+    compiler = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    if compiler is None:
+        return None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        built = Path(scratch, "shim.so")
+        subprocess.run(
+            [compiler, "-O2", "-shared", "-fPIC", str(_SHIM_SOURCE), "-o", str(built),
+             str(library), f"-Wl,-rpath,{library.parent}"],
+            check=True, capture_output=True, timeout=60,
+        )  # fmt: skip
+        built.replace(target)
+    return str(target)
