@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from modelpack.errors import (
 from modelpack.reference import Reference
 from modelpack.stores.index import IndexDocument
 from modelpack.stores.layout import LayoutStore
-from tests.contract.parts import small_model, write_model
+from tests.contract.parts import small_model, write_blobs, write_model
 
 X, Y = "docker.io/ai/x:latest", "docker.io/ai/y:latest"
 
@@ -250,3 +251,35 @@ def test_ambiguous_and_missing_ids_say_so(store: LayoutStore) -> None:
     )
     with pytest.raises(AmbiguousError):
         store.remove("aaaa")
+
+
+def test_a_change_within_one_tick_of_the_clock_is_seen(store: LayoutStore) -> None:
+    """Same inode, size and time: only that the file is so young tells that it may differ."""
+    model = small_model(b"weights")
+    write_model(store, model, "docker.io/ai/x:v1")
+    path = store.root / "index.json"
+    found = path.stat()
+    assert store.resolve("x:v1").digest == model.digest
+    content = path.read_bytes()
+    with path.open("r+b") as stream:
+        stream.write(content.replace(b"x:v1", b"x:v2"))
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert store.resolve("x:v2").digest == model.digest
+
+
+def test_a_blob_that_goes_while_its_manifest_is_written(
+    store: LayoutStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = small_model(b"weights"), LayoutStore(store.root)
+    write_blobs(store, model)
+    real = store._check_whole
+
+    def check_then_lose_one(*arguments: Any) -> None:
+        real(*arguments)
+        other.delete_blob(model.manifest.layers[0].digest)
+        monkeypatch.setattr(store, "_check_whole", real)
+
+    monkeypatch.setattr(store, "_check_whole", check_then_lose_one)
+    with pytest.raises(NotFoundError):
+        store.write_manifest(model.descriptor, model.manifest.raw, X)
+    assert store.models() == ()
