@@ -121,15 +121,11 @@ class Upload:
         )
         try:
             response = self._transport.attempt(call)
-        except RegistryError as error:
-            if error is not body.failure and (
-                error.code in _LOST_SESSION or error.status_code == 416
-            ):
-                raise FailedTry(error) from error
-            raise
-        except FailedTry:
-            if body.failure is not None:
+        except (FailedTry, RegistryError) as error:
+            if body.failure not in (None, error):
                 raise body.failure from None  # not the network, though from there it looked so
+            if isinstance(error, RegistryError) and body.failure is None and _lost_session(error):
+                raise FailedTry(error) from error
             raise
         finally:
             body.close()
@@ -210,6 +206,10 @@ class _CheckedBody:
             expected=expected,
             got=got,
         )
+
+
+def _lost_session(error: RegistryError) -> bool:
+    return error.code in _LOST_SESSION or error.status_code == 416
 
 
 def _fill(reader: BlobReader, buffer: memoryview) -> int:

@@ -86,7 +86,7 @@ def joined_url(base: str, location: str, what: str) -> str:
 
 def with_query(url: str, **parameters: str) -> str:
     """Return `url` with parameters added after those that it has, which stay as they are."""
-    added = "&".join(f"{name}={quote(value, safe=':')}" for name, value in parameters.items())
+    added = "&".join(f"{name}={quote(value, safe=':/,')}" for name, value in parameters.items())
     if not added:
         return url
     parts = urlsplit(url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -173,28 +174,39 @@ def test_10_a_token_that_ended_is_renewed_and_never_replayed(
     assert all(bearers.count(header) <= 2 for header in bearers)
 
 
-def test_10_a_token_is_renewed_before_it_ends() -> None:
-    now = [1000.0]
-    lives = iter([300, 300, 5, 5])
-    fetched = []
+def tokens_of(*lives: int, now: Callable[[], float] = lambda: 0.0) -> tuple[Authorizer, list[str]]:
+    """Return an authorizer that gets t1, t2, … with these lives, and the URLs that it asked."""
+    fetched: list[str] = []
 
     def request(url: str, **_: object) -> bytes:
-        life = next(lives)
         fetched.append(url)
+        life = lives[len(fetched) - 1]
         return b'{"access_token": "t%d", "expires_in": %d}' % (len(fetched), life)
 
-    authorizer = Authorizer(
-        "registry.example",
-        StaticCredentials({}),
-        request,
-        report=lambda _: None,
-        clock=lambda: now[0],
-    )
+    source = StaticCredentials({})
+    authorizer = Authorizer("r.example", source, request, report=lambda _: None, clock=now)
+    return authorizer, fetched
+
+
+def test_10_a_refused_token_is_forgotten() -> None:
+    authorizer, fetched = tokens_of(300, 300)
+    pull = repository_scopes("a/b", "pull")
+    challenge = 'Bearer realm="https://tokens.example/t"'
+    assert authorizer.answer(challenge, None, pull) == "Bearer t1"
+    wider = challenge + ',scope="repository:a/b:pull,special"'
+    assert authorizer.answer(wider, "Bearer t1", pull) == "Bearer t2"
+    assert authorizer.header(pull) == "Bearer t2"
+    assert fetched[1].endswith("?scope=repository:a/b:pull,special")
+
+
+def test_10_a_token_is_renewed_before_it_ends() -> None:
+    now = [1000.0]
+    authorizer, fetched = tokens_of(300, 300, 5, 5, now=lambda: now[0])
     pull = repository_scopes("a/b", "pull")
     assert authorizer.header(pull) is None
     challenge = 'Bearer realm="https://tokens.example/t?x=1",service="s"'
     assert authorizer.answer(challenge, None, pull) == "Bearer t1"
-    assert fetched == ["https://tokens.example/t?x=1&service=s&scope=repository:a%2Fb:pull"]
+    assert fetched == ["https://tokens.example/t?x=1&service=s&scope=repository:a/b:pull"]
     now[0] += 269
     assert authorizer.header(pull) == "Bearer t1"
     now[0] += 2
