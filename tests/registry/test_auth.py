@@ -376,30 +376,3 @@ def test_credentials_are_not_looked_up_before_they_are_wanted(
     client.registry.ping()
     client.registry.ping()
     assert asked == [registry.host]
-
-
-def test_netrc_is_not_read(
-    registry: FaultyRegistry, client: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: object
-) -> None:
-    import pathlib
-
-    netrc = pathlib.Path(str(tmp_path)) / "netrc"
-    netrc.write_text("machine 127.0.0.1 login eve password from-netrc\n")
-    netrc.chmod(0o600)
-    monkeypatch.setenv("NETRC", str(netrc))
-    client.registry.ping()
-    assert "authorization" not in registry.requests[0].headers
-
-
-def test_cookies_are_not_kept(registry: FaultyRegistry, client: Client) -> None:
-    registry.faults.add("GET", "/v2/", faults.with_headers(Set_Cookie="sid=1; Path=/"))
-    client.registry.ping()
-    client.registry.ping()
-    assert "cookie" not in registry.requests[1].headers
-
-
-def test_secrets_are_in_no_repr() -> None:
-    secrets = Credential("ada", "pw-secret", "id-secret", "reg-secret", "here")
-    assert "secret" not in repr(secrets)
-    assert "secret" not in str(secrets)
-    assert "'ada'" in repr(secrets)

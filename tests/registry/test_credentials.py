@@ -12,6 +12,9 @@ import pytest
 
 from modelpack.errors import AuthError
 from modelpack.registry import Credential, DockerConfig
+from tests.registry.faults import with_headers
+from tests.registry.faulty import FaultyRegistry
+from tests.registry.sources import Client
 
 
 def encoded(pair: str) -> str:
@@ -187,3 +190,28 @@ def test_a_helper_with_a_bad_name_is_not_run(config: Path, name: object) -> None
 def test_a_helper_that_is_not_there(config: Path) -> None:
     with pytest.raises(AuthError, match=r"docker-credential-nowhere.*not on PATH"):
         lookup(config, {"credsStore": "nowhere"})
+
+
+def test_netrc_is_not_read(
+    registry: FaultyRegistry, client: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login eve password from-netrc\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    client.registry.ping()
+    assert "authorization" not in registry.requests[0].headers
+
+
+def test_cookies_are_not_kept(registry: FaultyRegistry, client: Client) -> None:
+    registry.faults.add("GET", "/v2/", with_headers(Set_Cookie="sid=1; Path=/"))
+    client.registry.ping()
+    client.registry.ping()
+    assert "cookie" not in registry.requests[1].headers
+
+
+def test_secrets_are_in_no_repr() -> None:
+    secrets = Credential("ada", "pw-secret", "id-secret", "reg-secret", "here")
+    assert "secret" not in repr(secrets)
+    assert "secret" not in str(secrets)
+    assert "'ada'" in repr(secrets)
