@@ -23,7 +23,7 @@ DEFAULT_CONCURRENCY = 4
 class RemoteOptions:
     """How to talk to a registry. None stands for the default that `modelpack.registry` chooses.
 
-    `plain_http` allows http to any host; loopback hosts always use it.
+    `plain_http`: True is http to any host, False https to any, None http to loopback hosts only.
     """
 
     plain_http: bool | None = None

@@ -1,0 +1,152 @@
+"""Faults of a registry, met by a whole pull: nothing wrong is ever published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import modelpack
+from modelpack.digest import Digest
+from modelpack.errors import (
+    DigestMismatchError,
+    IntegrityError,
+    ModelpackError,
+    RemoteUnavailableError,
+    SizeMismatchError,
+)
+from modelpack.manifest import Manifest
+from tests.models import tiny_gguf
+from tests.registry.faults import (
+    answering,
+    cut_after,
+    flipped_bit,
+    ignoring_range,
+    redirecting,
+    replaced,
+    shifted_range,
+    shortened,
+    with_headers,
+)
+from tests.registry.faulty import FaultyRegistry
+
+BLOBS = "/blobs/sha256:"
+
+
+class Published:
+    """A model in a faulty registry, and an empty store to pull it into."""
+
+    def __init__(self, registry: FaultyRegistry, tmp_path: Path) -> None:
+        self.registry = registry
+        self.reference = f"{registry.host}/team/model:v1"
+        origin = modelpack.Store(tmp_path / "origin")
+        request = modelpack.PackageRequest(gguf=tiny_gguf(tmp_path))
+        made = modelpack.package(self.reference, request, push=True, store=origin)
+        self.manifest: Manifest = made.manifest
+        self.weight = made.manifest.layers[0]
+        self.path = f"/blobs/{self.weight.digest}"
+        self.store = modelpack.Store(tmp_path / "store")
+        registry.requests.clear()
+
+    def pull(self) -> Digest:
+        return modelpack.pull(self.reference, store=self.store).digest
+
+    def check_whole(self) -> None:
+        [file] = modelpack.resolve(self.reference, store=self.store).files
+        assert Digest.of(file.path.read_bytes()) == self.weight.digest
+
+    def check_nothing_shows(self) -> None:
+        assert self.store.models() == ()
+        assert not list(self.store.root.glob(f"blobs/sha256/{self.weight.digest.encoded}"))
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> object:
+    with FaultyRegistry() as registry:
+        yield Published(registry, tmp_path)
+
+
+def test_02_twenty_cuts(published: Published) -> None:
+    for _ in range(20):
+        published.registry.faults.add("GET", published.path, cut_after(7))
+    assert published.pull() == published.manifest.digest
+    published.check_whole()
+    assert published.registry.count("GET", published.path) == 21
+
+
+def test_03_a_short_body(published: Published) -> None:
+    published.registry.faults.add("GET", published.path, shortened(1), times=None)
+    with pytest.raises(SizeMismatchError):
+        published.pull()
+    published.check_nothing_shows()
+
+
+def test_04_a_flipped_bit_once_is_fetched_again(published: Published) -> None:
+    published.registry.faults.add("GET", published.path, flipped_bit(100))
+    assert published.pull() == published.manifest.digest
+    published.check_whole()
+
+
+def test_04_a_flipped_bit_always_is_an_error(published: Published) -> None:
+    published.registry.faults.add("GET", published.path, flipped_bit(100), times=None)
+    with pytest.raises(DigestMismatchError, match=str(published.weight.digest)):
+        published.pull()
+    published.check_nothing_shows()
+    assert published.registry.count("GET", published.path) == 2
+    assert not list(published.store.root.glob("ingest/**/*.part"))
+
+
+def test_05_a_server_that_ignores_ranges(published: Published) -> None:
+    published.registry.faults.add("GET", published.path, cut_after(100))
+    published.registry.faults.add("GET", published.path, ignoring_range)
+    published.pull()
+    published.check_whole()
+
+
+def test_06_a_range_that_starts_elsewhere(published: Published) -> None:
+    published.registry.faults.add("GET", published.path, cut_after(100))
+    published.registry.faults.add("GET", published.path, shifted_range(-8))
+    published.pull()
+    published.check_whole()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(replaced(b'{"schemaVersion":2}'), id="07-other-bytes"),
+        pytest.param(with_headers(Docker_Content_Digest="sha256:" + "0" * 64), id="08-digest"),
+        pytest.param(
+            with_headers(Content_Type="application/vnd.oci.image.index.v1+json"), id="09-type"
+        ),
+    ],
+)
+def test_a_manifest_that_lies_is_refused_before_any_blob(
+    published: Published, fault: object
+) -> None:
+    published.registry.faults.add("GET", "/manifests/", fault, times=None)  # type: ignore[arg-type]
+    reference = modelpack.Reference.parse(published.reference)
+    with pytest.raises(ModelpackError) as caught:
+        modelpack.pull(reference.with_digest(published.manifest.digest), store=published.store)
+    assert isinstance(caught.value, IntegrityError | modelpack.errors.FormatError)
+    assert published.registry.count("GET", BLOBS) == 0
+    published.check_nothing_shows()
+
+
+def test_14_a_registry_that_is_down(published: Published) -> None:
+    published.registry.faults.add("*", "/v2/", answering(503), times=None)
+    with pytest.raises(RemoteUnavailableError) as caught:
+        published.pull()
+    assert caught.value.exit_code == 6
+    published.check_nothing_shows()
+
+
+def test_16_blobs_that_lie_elsewhere(published: Published) -> None:
+    with FaultyRegistry() as storage:
+        content = published.registry.blob(published.weight.digest)
+        assert content is not None
+        storage.put_blob(content)
+        published.registry.faults.add("GET", published.path, redirecting(storage), times=None)
+        published.pull()
+        published.check_whole()
+        assert storage.count("GET") == 1
+        assert all("authorization" not in request.headers for request in storage.requests)
