@@ -32,6 +32,7 @@ class SamplingParams:
     alternatives reported with each token (None: no log-probabilities; 0: the chosen token's only).
     `prompt_logprobs` the same for the prompt. The same `seed` gives the same text, alone and in
     any batch. `min_tokens` counts before an end of sequence or a stop string may end the text.
+    `skip_special_tokens` leaves special tokens out of the text.
     """
 
     max_tokens: int = 16
@@ -50,6 +51,7 @@ class SamplingParams:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     mask: LogitsMask | None = field(default=None, hash=False, compare=False)
 
     def check(self, vocab_size: int) -> None:

@@ -1,0 +1,209 @@
+"""Sampler: chooses the next token of every sequence of a batch, on the device.
+
+The order of the stages is vLLM's: biases and forbidden ends, masks, penalties; then the most likely
+token, or for rows with a temperature: temperature, min-p, top-k, top-p, draw. Each stage works on
+the rows that ask for it and is left out when none does.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from modelpack_engine.logprobs import Logprobs, gather_logprobs
+from modelpack_engine.sampling import draw, logits
+from modelpack_engine.sampling.history import TokenHistory
+from modelpack_engine.sampling.plan import (
+    Draws,
+    Entry,
+    Plan,
+    has_penalties,
+    make_plan,
+    padded_rows,
+)
+from modelpack_engine.sampling_params import LogitsMask, SamplingParams
+from modelpack_engine.stopping import ending_token_ids
+
+#: Stands for a token that could not be chosen: the row had NaN, infinity or no allowed token.
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """A row whose next token is sampled.
+
+    `position` is the number of tokens before it, prompt and output; `num_output` how many of them
+    are output. Both count tokens in flight.
+    """
+
+    seq_id: int
+    position: int
+    num_output: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What a step sampled, as lazy device arrays.
+
+    `token_ids` are int32 [rows], NO_TOKEN where the logits allow no choice: only that request has
+    failed. They may serve as the next step's ids without being read. `logprobs` is None if no row
+    asked for them.
+    """
+
+    token_ids: mx.array
+    logprobs: Logprobs | None
+
+    def arrays(self) -> tuple[mx.array, ...]:
+        """Return what has to be evaluated."""
+        return (self.token_ids, *(self.logprobs.arrays() if self.logprobs else ()))
+
+
+class Sampler:
+    """Samples for the sequences that were added, in any batch made of them.
+
+    A sequence's tokens depend on its logits, its parameters and its seed, and not on the batch. The
+    draw's key is (seed, position), so that a sequence which was preempted and added again goes on
+    as it would have.
+
+    Penalties count a token from the step after the one that sampled it, whether or not the host has
+    seen it: `sample` puts the count into the graph (see TokenHistory). Hence every call of `sample`
+    stands for a step that is run, in the order of the calls; a step that is thrown away would leave
+    its tokens counted.
+    """
+
+    def __init__(self, vocab_size: int, max_num_seqs: int, eos_token_ids: Collection[int]) -> None:
+        self._vocab_size = vocab_size
+        self._eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < vocab_size)
+        self._history = TokenHistory(vocab_size, max_num_seqs)
+        self._entries: dict[int, Entry] = {}
+        self._composition: tuple[object, ...] = ()
+        self._plan = Plan(edits=None, penalties=None, draws=None, num_top=None)
+
+    def add(
+        self,
+        seq_id: int,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        output_token_ids: Sequence[int] = (),
+        index: int = 0,
+    ) -> None:
+        """Make `seq_id` known: once it is admitted, and with its output when it is admitted again.
+
+        `index` is the choice (0 … n-1): choices of one request count its seed up, so that they
+        differ. Without a seed the system's randomness gives one.
+        """
+        assert seq_id not in self._entries, f"sequence {seq_id} was added twice"
+        slot = (
+            self._history.open(prompt_token_ids, output_token_ids)
+            if has_penalties(params)
+            else None
+        )
+        self._entries[seq_id] = Entry(
+            params=params,
+            seed=secrets.randbits(64) if params.seed is None else params.seed + index,
+            slot=slot,
+            ending_token_ids=tuple(sorted(ending_token_ids(params, self._eos_token_ids))),
+        )
+        self._composition = ()
+
+    def remove(self, seq_id: int) -> None:
+        """Forget `seq_id`: it ended or was preempted. A step in flight may still hold it."""
+        entry = self._entries.pop(seq_id)
+        if entry.slot is not None:
+            self._history.close(entry.slot)
+        self._composition = ()
+
+    def sample(self, batch_logits: mx.array, seqs: Sequence[SampleRow]) -> Sampled:
+        """Return the next token of `seqs`, whose logits are the first rows of `batch_logits`.
+
+        `batch_logits` is [rows, vocab_size] of any float type; rows after those of `seqs` are
+        padding, whose tokens mean nothing. Nothing is evaluated. The masks of requests are asked
+        for what they allow now: whoever calls must have let them accept all tokens before.
+        """
+        entries = [self._entries[seq.seq_id] for seq in seqs]
+        plan = self._planned(entries, seqs, batch_logits.shape[0])
+        masks = [(row, e.params.mask) for row, e in enumerate(entries) if e.params.mask is not None]
+        chosen_from = self._adjust(batch_logits, plan, masks)
+        token_ids = mx.argmax(chosen_from, axis=-1).astype(mx.int32)
+        if plan.draws is not None:
+            positions = np.array([seq.position for seq in seqs], dtype=np.uint64)
+            token_ids[plan.draws.rows] = _drawn(chosen_from, plan.draws, positions)
+        usable = _has_maximum(chosen_from)
+        if chosen_from is not batch_logits:  # a mask may have hidden the NaN
+            usable = usable & _has_maximum(batch_logits)
+        token_ids = mx.where(usable, token_ids, NO_TOKEN)
+        if (penalties := plan.penalties) is not None:
+            self._history.append(penalties.slots, token_ids[penalties.rows], penalties.increments)
+        if plan.num_top is None:
+            return Sampled(token_ids, None)
+        return Sampled(token_ids, gather_logprobs(batch_logits, token_ids, plan.num_top))
+
+    def _planned(self, entries: Sequence[Entry], seqs: Sequence[SampleRow], num_rows: int) -> Plan:
+        """Return the plan, which is uploaded anew only when the batch's composition changes."""
+        ends_masked = [
+            seq.num_output < entry.params.min_tokens
+            for seq, entry in zip(seqs, entries, strict=True)
+        ]
+        composition = (num_rows, *(seq.seq_id for seq in seqs), *ends_masked)
+        if composition != self._composition:
+            self._plan = make_plan(entries, ends_masked, num_rows, self._vocab_size)
+            self._composition = composition
+        return self._plan
+
+    def _adjust(
+        self, batch_logits: mx.array, plan: Plan, masks: Sequence[tuple[int, LogitsMask]]
+    ) -> mx.array:
+        """Return the logits after biases, masks and penalties: the same array if there are none."""
+        allowed = [(row, bits) for row, m in masks if (bits := m.allowed()) is not None]
+        if plan.keeps_logits and not allowed:
+            return batch_logits
+        adjusted = batch_logits.astype(mx.float32)
+        if (edits := plan.edits) is not None:
+            adjusted = adjusted.at[edits.rows, edits.token_ids].add(edits.amounts)
+        if allowed:
+            rows = padded_rows([row for row, _ in allowed], batch_logits.shape[0])
+            packed = self._packed(dict(allowed), rows.tolist())
+            index = mx.array(rows)
+            adjusted[index] = logits.mask(adjusted[index], packed)
+        if (penalties := plan.penalties) is not None:
+            adjusted[penalties.rows] = logits.penalise(
+                adjusted[penalties.rows],
+                self._history.counts(penalties.slots),
+                penalties.repetition,
+                penalties.presence,
+                penalties.frequency,
+            )
+        return adjusted
+
+    def _packed(self, allowed: dict[int, bytes], rows: Sequence[int]) -> mx.array:
+        """Return a row of bits for each of `rows`; ids past the end of a mask are not allowed."""
+        width = -(-self._vocab_size // 8)
+        data = b"".join(allowed[row][:width].ljust(width, b"\0") for row in rows)
+        return mx.array(np.frombuffer(data, dtype=np.uint8).reshape(len(rows), width))
+
+
+def _drawn(batch_logits: mx.array, draws: Draws, positions: NDArray[np.uint64]) -> mx.array:
+    """Draw for the rows that have a temperature: int32 tokens of `draws.rows`."""
+    scaled = batch_logits[draws.rows].astype(mx.float32) / draws.temperature
+    least = None
+    if draws.log_min_p is not None or draws.filters:
+        least = mx.full((scaled.shape[0], 1), -mx.inf)
+        if draws.log_min_p is not None:
+            least = scaled.max(axis=-1, keepdims=True) + draws.log_min_p
+        for f in draws.filters:
+            least[f.rows] = logits.cutoff(
+                scaled[f.rows], least[f.rows], f.top_k, f.top_p, windowed=f.windowed
+            )
+    keys = draw.keys(draws.seeds, positions[draws.batch_rows])
+    return draw.draw(scaled, least, mx.array(keys))[draws.sources]
+
+
+def _has_maximum(rows: mx.array) -> mx.array:
+    """Return, bool [rows], where the maximum is finite: no NaN (max keeps it), not all -inf."""
+    return mx.isfinite(rows.max(axis=-1))

@@ -1,0 +1,220 @@
+"""Plan: what a batch of given composition needs at each stage, as small arrays on the device.
+
+Each stage works on the rows that ask for it. Their number is padded to a power of two by repeating
+the first of them, so that shapes stay few; what is written back for a repeated row is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from modelpack_engine.sampling import draw, logits
+from modelpack_engine.sampling.history import OUTPUT
+from modelpack_engine.sampling_params import SamplingParams
+
+#: Temperatures below this are greedy: dividing by them would overflow (vLLM's limit).
+GREEDY_BELOW = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the sampler knows of a sequence: `slot` is its history's, if it has penalties."""
+
+    params: SamplingParams
+    seed: int
+    slot: int | None
+    ending_token_ids: tuple[int, ...]
+
+    @property
+    def is_random(self) -> bool:
+        """Whether tokens are drawn, rather than the most likely taken."""
+        return self.params.temperature >= GREEDY_BELOW
+
+
+def has_penalties(params: SamplingParams) -> bool:
+    """Whether any of the three penalties does something."""
+    return (
+        params.repetition_penalty != 1
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Edits:
+    """Amounts to add to single logits: biases, and -inf for ends that come too early."""
+
+    rows: mx.array
+    token_ids: mx.array
+    amounts: mx.array
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """Rows with penalties, their history slots, and the penalties (float32 [rows, 1])."""
+
+    rows: mx.array
+    slots: mx.array
+    repetition: mx.array
+    presence: mx.array
+    frequency: mx.array
+    increments: mx.array
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Rows, among those that are drawn, that need a sort."""
+
+    rows: mx.array
+    top_k: mx.array
+    top_p: mx.array
+    windowed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Rows whose token is drawn.
+
+    `batch_rows` and `seeds` stay on the host, for the keys. `sources` are where in `rows` to find
+    the result of each: a repeated row is drawn without its filters, which are applied once.
+    """
+
+    rows: mx.array
+    sources: mx.array
+    batch_rows: NDArray[np.int32]
+    seeds: NDArray[np.uint64]
+    temperature: mx.array
+    log_min_p: mx.array | None
+    filters: tuple[Filter, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The stages of a step; None where no row asks for the stage."""
+
+    edits: Edits | None
+    penalties: Penalties | None
+    draws: Draws | None
+    num_top: int | None
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether tokens are chosen from the logits as they are."""
+        return self.edits is None and self.penalties is None
+
+
+def make_plan(
+    entries: Sequence[Entry], ends_masked: Sequence[bool], num_rows: int, vocab_size: int
+) -> Plan:
+    """Plan for `entries`, the first of `num_rows` rows; `ends_masked` says who may not end yet."""
+    tops = [e.params.logprobs for e in entries if e.params.logprobs is not None]
+    return Plan(
+        edits=_edits(entries, ends_masked),
+        penalties=_penalties(entries, num_rows),
+        draws=_draws(entries, num_rows, vocab_size),
+        num_top=max(tops, default=None),
+    )
+
+
+def padded_rows(rows: list[int], num_rows: int) -> NDArray[np.int32]:
+    """Pad to a power of two, or to all `num_rows`, by repeating the first row."""
+    size = min(1 << (len(rows) - 1).bit_length(), num_rows)
+    return np.array(rows + rows[:1] * (size - len(rows)), dtype=np.int32)
+
+
+def _edits(entries: Sequence[Entry], ends_masked: Sequence[bool]) -> Edits | None:
+    edits: list[tuple[int, int, float]] = []
+    for row, (entry, masked) in enumerate(zip(entries, ends_masked, strict=True)):
+        edits += ((row, token_id, bias) for token_id, bias in entry.params.logit_bias.items())
+        if masked:
+            edits += ((row, token_id, -np.inf) for token_id in entry.ending_token_ids)
+    if not edits:
+        return None
+    edits += [(0, 0, 0.0)] * ((1 << (len(edits) - 1).bit_length()) - len(edits))
+    rows, token_ids, amounts = zip(*edits, strict=True)
+    return Edits(
+        rows=mx.array(rows, dtype=mx.int32),
+        token_ids=mx.array(token_ids, dtype=mx.int32),
+        amounts=mx.array(amounts, dtype=mx.float32),
+    )
+
+
+def _penalties(entries: Sequence[Entry], num_rows: int) -> Penalties | None:
+    wanted = [row for row, entry in enumerate(entries) if entry.slot is not None]
+    if not wanted:
+        return None
+    rows = padded_rows(wanted, num_rows)
+    params = [entries[row].params for row in rows]
+    slots = np.array([entries[row].slot for row in rows], dtype=np.int32)
+    increments = np.where(np.arange(len(rows)) < len(wanted), OUTPUT, 0).astype(np.int32)
+    return Penalties(
+        rows=mx.array(rows),
+        slots=mx.array(slots),
+        repetition=_column(p.repetition_penalty for p in params),
+        presence=_column(p.presence_penalty for p in params),
+        frequency=_column(p.frequency_penalty for p in params),
+        increments=mx.array(increments),
+    )
+
+
+def _draws(entries: Sequence[Entry], num_rows: int, vocab_size: int) -> Draws | None:
+    wanted = [row for row, entry in enumerate(entries) if entry.is_random]
+    if not wanted:
+        return None
+    rows = padded_rows(wanted, num_rows)
+    params = [entries[row].params for row in rows]
+    min_p = np.array([p.min_p for p in params], dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        log_min_p = np.log(min_p).astype(np.float32)[:, None]
+    distinct = params[: len(wanted)]
+    sources = [*range(len(wanted)), *[0] * (len(rows) - len(wanted))]
+
+    def is_windowed(p: SamplingParams) -> bool:
+        return 0 < p.top_k <= logits.MAX_WINDOWED_TOP_K and vocab_size > logits.WINDOW
+
+    def is_sorted(p: SamplingParams) -> bool:
+        return (0 < p.top_k < vocab_size or p.top_p < 1) and not is_windowed(p)
+
+    filters = (
+        _filter(distinct, is_windowed, len(rows), vocab_size, windowed=True),
+        _filter(distinct, is_sorted, len(rows), vocab_size, windowed=False),
+    )
+    return Draws(
+        rows=mx.array(rows),
+        sources=mx.array(sources, dtype=mx.int32),
+        batch_rows=rows,
+        seeds=draw.seeds_of([entries[row].seed for row in rows]),
+        temperature=_column(p.temperature for p in params),
+        log_min_p=mx.array(log_min_p) if min_p.any() else None,
+        filters=tuple(f for f in filters if f is not None),
+    )
+
+
+def _filter(
+    params: Sequence[SamplingParams],
+    wants: Callable[[SamplingParams], bool],
+    num_rows: int,
+    vocab_size: int,
+    *,
+    windowed: bool,
+) -> Filter | None:
+    wanted = [row for row, p in enumerate(params) if wants(p)]
+    if not wanted:
+        return None
+    rows = padded_rows(wanted, num_rows)
+    top_k = [params[row].top_k if params[row].top_k > 0 else vocab_size for row in rows]
+    return Filter(
+        rows=mx.array(rows),
+        top_k=mx.array(np.array(top_k, dtype=np.int32)[:, None]),
+        top_p=_column(params[row].top_p for row in rows),
+        windowed=windowed,
+    )
+
+
+def _column(values: Iterable[float]) -> mx.array:
+    return mx.array(np.array(list(values), dtype=np.float32)[:, None])
