@@ -1,0 +1,183 @@
+"""StepBatch: a step as the device gets it. Rows, slots and tables, padded to bucketed sizes.
+
+Every token is a row. Decode rows come first, padded to a bucket, then the chunks of prompts one
+after the other, each padded to a bucket at its end. A padding row has token 0 at position 0 and
+writes to slot 0, in the trash block, where nothing that counts is ever read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modelpack_engine.block_manager import TRASH_BLOCK
+from modelpack_engine.buckets import Buckets
+from modelpack_engine.schedule import PrefillChunk, SchedulerOutput
+from modelpack_engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows [row, row + length) hold the last `length` of a sequence's `kv_length` tokens so far.
+
+    Rows up to row + padded_length are padding. `block_table` is padded with the trash block to a
+    bucket that has room for the padding rows' keys as well: kv_length + padded_length - length.
+    """
+
+    row: int
+    length: int
+    padded_length: int
+    kv_length: int
+    block_table: tuple[int, ...]
+    seq_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One step's inputs, as plain integers.
+
+    `token_ids`, `positions` and `slots` (block * block_size + offset) have an entry a row.
+    `from_previous` are pairs (row, index into the tokens that the previous step samples): the ids
+    of these rows never leave the device, and `token_ids` has 0 there.
+
+    Rows [0, num_decode) decode; the first `len(decode_seq_ids)` of them are real. `decode_tables`
+    and `decode_lengths` have an entry for each of the `num_decode` rows; a length counts the row's
+    own token, and is 1 for padding.
+
+    `sample_rows` are the rows whose next token is sampled, in ascending order, and `sample_seqs`
+    whose they are. Rows in `prompt_logprob_rows` are wanted for the log-probability of the prompt
+    token after them; `prompt_logprob_seqs` has their sequences. `released` names the sequences
+    whose state is void before this step.
+    """
+
+    token_ids: list[int]
+    positions: list[int]
+    slots: list[int]
+    from_previous: tuple[tuple[int, int], ...]
+    num_decode: int
+    decode_tables: list[list[int]]
+    decode_lengths: list[int]
+    decode_seq_ids: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    sample_rows: tuple[int, ...]
+    sample_seqs: tuple[Sequence, ...]
+    prompt_logprob_rows: tuple[int, ...] = ()
+    prompt_logprob_seqs: tuple[Sequence, ...] = ()
+    released: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, padding included."""
+        return len(self.token_ids)
+
+
+def build_batch(
+    output: SchedulerOutput, previous: StepBatch | None, buckets: Buckets, block_size: int
+) -> StepBatch:
+    """Return the batch of a step that has just been scheduled, and not been submitted.
+
+    `previous` is the batch of the step in flight, None if all tokens have been read.
+    """
+    rows = _Rows(buckets, block_size)
+    rows.add_decode(output.decode, previous)
+    sample_rows = list(range(len(output.decode)))
+    prompt_rows: list[tuple[int, Sequence]] = []
+    chunks = []
+    for part in output.prefill:
+        chunks.append(chunk := rows.add_chunk(part))
+        if part.is_last:
+            sample_rows.append(chunk.row + chunk.length - 1)
+        prompt_rows += _prompt_logprob_rows(part, chunk.row)
+    return StepBatch(
+        token_ids=rows.token_ids,
+        positions=rows.positions,
+        slots=rows.slots,
+        from_previous=tuple(rows.from_previous),
+        num_decode=rows.num_decode,
+        decode_tables=rows.decode_tables,
+        decode_lengths=rows.decode_lengths,
+        decode_seq_ids=tuple(sequence.seq_id for sequence in output.decode),
+        chunks=tuple(chunks),
+        sample_rows=tuple(sample_rows),
+        sample_seqs=output.sampled,
+        prompt_logprob_rows=tuple(row for row, _ in prompt_rows),
+        prompt_logprob_seqs=tuple(sequence for _, sequence in prompt_rows),
+        released=output.released,
+    )
+
+
+class _Rows:
+    """The rows of a batch while they are added."""
+
+    def __init__(self, buckets: Buckets, block_size: int) -> None:
+        self._buckets = buckets
+        self._block_size = block_size
+        self.token_ids: list[int] = []
+        self.positions: list[int] = []
+        self.slots: list[int] = []
+        self.from_previous: list[tuple[int, int]] = []
+        self.num_decode = 0
+        self.decode_tables: list[list[int]] = []
+        self.decode_lengths: list[int] = []
+
+    def add_decode(self, sequences: tuple[Sequence, ...], previous: StepBatch | None) -> None:
+        """Add a row for the newest token of each, which may be still on the device."""
+        sampled = {seq: i for i, seq in enumerate(previous.sample_seqs)} if previous else {}
+        for row, sequence in enumerate(sequences):
+            position = sequence.num_computed_tokens
+            if sequence.num_inflight:
+                assert sequence.num_inflight == 1, "one step at a time is in flight"
+                self.from_previous.append((row, sampled[sequence]))
+                self.token_ids.append(0)
+            else:
+                self.token_ids += sequence.token_ids(position, position + 1)
+            self.positions.append(position)
+            block = sequence.block_table[position // self._block_size]
+            self.slots.append(block * self._block_size + position % self._block_size)
+            self.decode_lengths.append(position + 1)
+        if not sequences:
+            return
+        self.num_decode = self._buckets.pad_rows(len(sequences))
+        padding = self.num_decode - len(sequences)
+        tables = [
+            self._table(sequence, length)
+            for sequence, length in zip(sequences, self.decode_lengths, strict=True)
+        ]
+        width = self._buckets.pad_table_width(max(map(len, tables)))
+        self._pad(padding)
+        self.decode_lengths += [1] * padding
+        tables += [[] for _ in range(padding)]
+        self.decode_tables = [table + [TRASH_BLOCK] * (width - len(table)) for table in tables]
+
+    def add_chunk(self, part: PrefillChunk) -> Chunk:
+        """Add the rows of a chunk, and its padding."""
+        sequence, start, stop = part.sequence, part.start, part.start + part.length
+        row, size = len(self.token_ids), self._block_size
+        padded_length = self._buckets.pad_chunk(part.length)
+        self.token_ids += sequence.token_ids(start, stop)
+        self.positions += range(start, stop)
+        table = self._table(sequence, stop)
+        for index in range(start // size, len(table)):
+            low, high = max(start - index * size, 0), min(stop - index * size, size)
+            self.slots += range(table[index] * size + low, table[index] * size + high)
+        self._pad(padded_length - part.length)
+        num_keys = stop + padded_length - part.length
+        width = self._buckets.pad_table_width(-(-num_keys // size))
+        table += [TRASH_BLOCK] * (width - len(table))
+        return Chunk(row, part.length, padded_length, stop, tuple(table), sequence.seq_id)
+
+    def _table(self, sequence: Sequence, num_tokens: int) -> list[int]:
+        return sequence.block_table[: -(-num_tokens // self._block_size)]
+
+    def _pad(self, count: int) -> None:
+        for column in (self.token_ids, self.positions, self.slots):
+            column += [0] * count
+
+
+def _prompt_logprob_rows(part: PrefillChunk, row: int) -> list[tuple[int, Sequence]]:
+    """Return the rows of a chunk, which starts at `row`, whose log-probabilities are wanted."""
+    sequence = part.sequence
+    if not sequence.wants_prompt_logprobs:
+        return []
+    start = max(part.start, sequence.num_prompt_logprobs)
+    stop = min(part.start + part.length, len(sequence.prompt_token_ids) - 1)
+    return [(row + position - part.start, sequence) for position in range(start, stop)]

@@ -1,0 +1,76 @@
+"""What the scheduler is given and what it gives: limits, and the steps that keep to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modelpack_engine.buckets import EXACT, Buckets, round_down
+from modelpack_engine.errors import EngineError
+from modelpack_engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of the scheduler.
+
+    A step has at most `max_num_batched_tokens` rows, padding included. Of one prompt it takes at
+    most `max_prefill_chunk` tokens (rounded up to a bucket; default: half of a step).
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_prefill_chunk: int | None = None
+    max_waiting: int = 1024
+    buckets: Buckets = EXACT
+
+    def __post_init__(self) -> None:
+        decode = self.buckets.pad_rows(self.max_num_seqs)
+        needed = max(decode, self.buckets.pad_chunk(1))
+        if self.max_num_seqs < 1 or self.max_num_batched_tokens < needed:
+            raise EngineError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, expected {needed} or "
+                f"more, for {self.max_num_seqs} sequences",
+                hint="raise max_num_batched_tokens or lower max_num_seqs (at least 1)",
+            )
+
+    @property
+    def chunk_rows(self) -> int:
+        """The most rows that one prompt's chunk may take."""
+        chunk = self.max_prefill_chunk or max(self.max_num_batched_tokens // 2, 1)
+        largest = round_down(self.max_num_batched_tokens, self.buckets.chunk)
+        return min(self.buckets.pad_chunk(chunk), largest)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """`length` tokens of a sequence from position `start`; the last chunk's last row is sampled."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """One step: a token of each sequence in `decode`, and the chunks in `prefill`.
+
+    `released` are ids of sequences whose state on the device is void before this step runs, because
+    they finished or were preempted; of those, a preempted one may come back later.
+    """
+
+    decode: tuple[Sequence, ...] = ()
+    prefill: tuple[PrefillChunk, ...] = ()
+    preempted: tuple[Sequence, ...] = ()
+    released: tuple[int, ...] = ()
+
+    @property
+    def sampled(self) -> tuple[Sequence, ...]:
+        """The sequences that the step samples a token for, in the order of its rows."""
+        return self.decode + tuple(chunk.sequence for chunk in self.prefill if chunk.is_last)
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows without padding."""
+        return len(self.decode) + sum(chunk.length for chunk in self.prefill)

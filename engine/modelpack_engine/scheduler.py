@@ -1,0 +1,353 @@
+"""Scheduler: which tokens of which sequences the next step computes.
+
+A step is scheduled before the tokens of the step before it are read, so the scheduler counts tokens
+in flight and needs no token's value. The order of calls, for steps N and N + 1:
+
+    output = scheduler.schedule()         # step N + 1; None: collect what is in flight, try again
+    ...                                   # its graph is built
+    scheduler.collect(previous, tokens)   # step N's tokens are read
+    scheduler.submitted(output)           # the device has step N + 1
+
+Steps run on the device in the order of submission. That is why blocks can be used again, and found
+in the prefix cache, as soon as the step that last writes to them has been submitted.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable, Iterator
+from operator import attrgetter
+
+from modelpack_engine.block_manager import BlockManager
+from modelpack_engine.buckets import round_down
+from modelpack_engine.errors import ContextLengthError, QueueFullError, RequestError
+from modelpack_engine.outputs import EngineStats, FinishReason
+from modelpack_engine.schedule import PrefillChunk, SchedulerConfig, SchedulerOutput
+from modelpack_engine.sequence import Sequence, SequenceStatus
+
+__all__ = ["PrefillChunk", "Scheduler", "SchedulerConfig", "SchedulerOutput"]
+
+_by_arrival = attrgetter("arrival")
+
+
+class Scheduler:
+    """Continuous batching over one pool of blocks.
+
+    Every sequence that decodes is in every step; what is left of the step goes to prompts, in the
+    order of arrival. Among these, at most one that needs several steps goes first: the others of
+    its kind take what shorter prompts leave over. So neither one long prompt nor several hold up
+    streams or short prompts, and the oldest long one always moves.
+
+    When blocks run out, the youngest sequence is preempted: it gives up its blocks and is computed
+    again when there is room. First, tokens in flight are collected: some may end a sequence.
+    """
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
+        self.config = config
+        self._chunk_rows = config.chunk_rows
+        self._blocks = blocks
+        self._waiting: list[Sequence] = []  # both lists in the order of arrival
+        self._running: list[Sequence] = []
+        self._requests: dict[str, list[Sequence]] = {}
+        self._released: list[int] = []
+        self._num_inflight = 0
+        self._num_arrived = 0
+        self._num_steps = self._num_mixed_steps = self._num_preemptions = self._num_finished = 0
+        self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+
+    # Requests come and go.
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a sequence is unfinished or a sampled token unread."""
+        return bool(self._requests) or self._num_inflight > 0
+
+    def add(self, *sequences: Sequence) -> None:
+        """Queue the choices of one request, all or none of them.
+
+        Raises `RequestError` if the request can never be served, and `QueueFullError` if it cannot
+        be taken now.
+        """
+        first, config = sequences[0], self.config
+        num_tokens = len(first.prompt_token_ids)
+        capacity = self._blocks.num_total * self._blocks.block_size
+        if first.request_id in self._requests:
+            raise RequestError(f"request {first.request_id!r} runs already", param="request_id")
+        if num_tokens == 0:
+            raise RequestError("the prompt is empty", param="prompt")
+        if num_tokens >= config.max_model_len:
+            raise ContextLengthError(
+                f"the prompt has {num_tokens} tokens; the context is {config.max_model_len} tokens "
+                "for prompt and answer",
+                param="prompt",
+            )
+        if num_tokens > capacity:
+            raise ContextLengthError(
+                f"the prompt has {num_tokens} tokens; the KV cache holds {capacity}",
+                param="prompt",
+                hint="give the engine more memory for its KV cache",
+            )
+        if len(sequences) > config.max_waiting:
+            raise RequestError(
+                f"{len(sequences)} choices; the queue holds {config.max_waiting}", param="n"
+            )
+        if len(self._waiting) + len(sequences) > config.max_waiting:
+            raise QueueFullError(
+                f"{len(self._waiting)} sequences wait already, of at most {config.max_waiting}",
+                hint="try again later",
+            )
+        for sequence in sequences:
+            # The KV of the very last token is never needed: hence the 1 over the capacity.
+            sequence.max_num_tokens = min(
+                num_tokens + sequence.params.max_tokens, config.max_model_len, capacity + 1
+            )
+            sequence.arrival = self._num_arrived
+            self._num_arrived += 1
+            self._waiting.append(sequence)
+        self._requests[first.request_id] = list(sequences)
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """End all choices of a request at once; return those that were unfinished."""
+        sequences = list(self._requests.get(request_id, ()))
+        for sequence in sequences:
+            self.finish(sequence, FinishReason.ABORT)
+        return sequences
+
+    def finish(
+        self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None
+    ) -> None:
+        """End a sequence and free its blocks; what a step in flight samples for it is dropped."""
+        if sequence.is_finished:
+            return
+        if sequence.status is SequenceStatus.RUNNING:
+            self._running.remove(sequence)
+            self._blocks.free(sequence)
+            self._released.append(sequence.seq_id)
+        else:
+            self._waiting.remove(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason = reason
+        sequence.stop_reason = stop_reason
+        self._num_finished += 1
+        choices = self._requests[sequence.request_id]
+        choices.remove(sequence)
+        if not choices:
+            del self._requests[sequence.request_id]
+
+    # A step.
+
+    def schedule(self) -> SchedulerOutput | None:
+        """Return the next step, or None if nothing can be computed before `collect` is called.
+
+        None while nothing is in flight means that there is no work. An output that is never
+        submitted has changed nothing but block tables: the next call returns the same again.
+        """
+        preempted: list[Sequence] = []
+        while True:
+            decode = self._schedule_decode(preempted)
+            if decode is None:
+                return None
+            rows = self.config.max_num_batched_tokens - self.config.buckets.pad_rows(len(decode))
+            # Who has just given up blocks shall not have them back before they are used.
+            prefill = self._schedule_prefill(rows, admit=not preempted)
+            if decode or prefill:
+                released = self.take_released()
+                return SchedulerOutput(tuple(decode), tuple(prefill), tuple(preempted), released)
+            if self._num_inflight or not self._running:
+                return None
+            # Prompts hold all blocks, and none can go on: the youngest gives way.
+            assert len(self._running) > 1, "a sequence alone has all blocks"
+            preempted.append(self._preempt_youngest())
+
+    def _schedule_decode(self, preempted: list[Sequence]) -> list[Sequence] | None:
+        """Return what decodes, each with a place for its token; None: collect first."""
+        decode = []
+        for sequence in self._running.copy():
+            if sequence.status is not SequenceStatus.RUNNING:
+                break  # preempted in this loop, as are all younger ones
+            if sequence.is_prefill or sequence.is_full:
+                continue
+            while not self._blocks.grow(sequence, sequence.num_computed_tokens + 1):
+                if self._num_inflight:
+                    return None
+                preempted.append(self._preempt_youngest())
+                if preempted[-1] is sequence:
+                    break
+            else:
+                decode.append(sequence)
+        return decode
+
+    def _schedule_prefill(self, rows: int, *, admit: bool) -> list[PrefillChunk]:
+        """Return chunks of prompts for at most `rows` rows; admit sequences if rows are left."""
+        buckets, chunks = self.config.buckets, list[PrefillChunk]()
+        smallest = buckets.pad_chunk(1)
+        computing: set[bytes] = set()
+        long_prompts: list[Sequence] = []
+
+        def take(sequence: Sequence) -> None:
+            nonlocal rows
+            if chunk := self._chunk(sequence, min(rows, self._chunk_rows), computing):
+                chunks.append(chunk)
+                rows -= buckets.pad_chunk(chunk.length)
+
+        prompts = self._prompts(admit)
+        while rows >= smallest and (sequence := next(prompts, None)):
+            if buckets.pad_chunk(sequence.num_remaining_tokens) > self._chunk_rows:
+                long_prompts.append(sequence)
+                if len(long_prompts) > 1:
+                    continue
+            take(sequence)
+        for sequence in long_prompts[1:]:
+            if rows >= smallest:
+                take(sequence)
+        return chunks
+
+    def _prompts(self, admit: bool) -> Iterator[Sequence]:
+        """Yield the running sequences in prefill, then those that can be admitted, one by one."""
+        prompts = [sequence for sequence in self._running if sequence.is_prefill]
+        yield from prompts
+        promised = sum(map(self._num_lacking, prompts))
+        while admit and self._waiting and len(self._running) < self.config.max_num_seqs:
+            sequence = self._waiting[0]
+            matched = self._blocks.match_prefix(sequence)
+            lacking = self._num_lacking(sequence) - len(matched)
+            if not self._blocks.can_allocate(promised + lacking + self._blocks.num_idle(matched)):
+                return  # nobody overtakes the first
+            self._admit(self._waiting.pop(0))
+            yield sequence
+            promised += self._num_lacking(sequence)
+
+    def _num_lacking(self, sequence: Sequence) -> int:
+        """Return the blocks that a sequence still needs to sample a token and compute that."""
+        needed = self._blocks.blocks_for(sequence.num_prefill_tokens + 1)
+        return min(needed, self._blocks.num_total) - len(sequence.block_table)
+
+    def _admit(self, sequence: Sequence) -> None:
+        insort(self._running, sequence, key=_by_arrival)
+        sequence.status = SequenceStatus.RUNNING
+        if sequence.num_preemptions == 0:
+            self._prompt_tokens += len(sequence.prompt_token_ids)
+        self._share_prefix(sequence)
+
+    def _share_prefix(self, sequence: Sequence) -> None:
+        num_tokens = self._blocks.share_prefix(sequence)
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens += num_tokens
+            self._cached_tokens += num_tokens
+
+    def _chunk(
+        self, sequence: Sequence, max_rows: int, computing: set[bytes]
+    ) -> PrefillChunk | None:
+        """Return what a prompt computes in this step, None if it has to wait.
+
+        It waits for blocks, and for another prompt of this step to compute what it needs next (in
+        `computing`, to which its own are added): in the next step it can share that.
+        """
+        blocks, buckets, block_size = self._blocks, self.config.buckets, self._blocks.block_size
+        self._share_prefix(sequence)
+        if blocks.next_hash(sequence) in computing:
+            return None
+        start, remaining = sequence.num_computed_tokens, sequence.num_remaining_tokens
+        length = buckets.fit_chunk(remaining, max_rows)
+        if length > (room := blocks.room_for(sequence)):
+            length = round_down(room, buckets.chunk)
+        if length < remaining and (start + length) // block_size > start // block_size:
+            length -= (start + length) % block_size  # sharing goes on at a block's end only
+        if length <= 0:
+            return None
+        grown = blocks.grow(sequence, start + length)
+        assert grown, "the chunk was made to fit"
+        computing.update(blocks.hashes_between(sequence, start, start + length))
+        return PrefillChunk(sequence, start, length, is_last=length == remaining)
+
+    def _preempt_youngest(self) -> Sequence:
+        sequence = self._running.pop()
+        self._blocks.free(sequence)
+        sequence.restart()
+        insort(self._waiting, sequence, key=_by_arrival)
+        self._released.append(sequence.seq_id)
+        self._num_preemptions += 1
+        return sequence
+
+    def take_released(self) -> tuple[int, ...]:
+        """Return the sequences whose state on the device is void, once; an idle engine asks."""
+        released = tuple(self._released)
+        self._released.clear()
+        return released
+
+    # What became of a step.
+
+    def submitted(self, output: SchedulerOutput) -> None:
+        """Take note that the device has a step: its KV counts as written, its tokens as sampled."""
+        ends = [(sequence, sequence.num_computed_tokens + 1) for sequence in output.decode]
+        ends += [(chunk.sequence, chunk.start + chunk.length) for chunk in output.prefill]
+        for sequence, end in ends:
+            if sequence.is_finished:
+                continue  # since the step was scheduled: its blocks are no longer its own
+            sequence.num_computed_tokens = end
+            if sequence.wants_prompt_logprobs:
+                sequence.num_prompt_logprobs = min(end, len(sequence.prompt_token_ids) - 1)
+            self._blocks.publish_prefix(sequence)
+        for sequence in output.sampled:
+            sequence.num_inflight += 1
+            self._num_inflight += 1
+        self._num_steps += 1
+        self._num_mixed_steps += bool(output.decode and output.prefill)
+
+    def collect(
+        self, output: SchedulerOutput, token_ids: Iterable[int]
+    ) -> list[tuple[int, Sequence]]:
+        """Give the sequences of a submitted step the tokens that it sampled.
+
+        Returns (index into `token_ids`, sequence) of each token that counts: a sequence that had
+        finished before (end of sequence is seen one step late) does not. `is_finished` tells which
+        sequences this ended. Whose token is no token (NaN logits) is to be finished before.
+        """
+        taken = []
+        for index, (sequence, token_id) in enumerate(zip(output.sampled, token_ids, strict=True)):
+            sequence.num_inflight -= 1
+            self._num_inflight -= 1
+            if sequence.is_finished:
+                continue
+            taken.append((index, sequence))
+            sequence.output_token_ids.append(token_id)
+            self._generated_tokens += 1
+            self._blocks.publish_prefix(sequence)
+            if ending := sequence.ending():
+                self.finish(sequence, *ending)
+        return taken
+
+    def fail(self, output: SchedulerOutput) -> list[Sequence]:
+        """Take note that a submitted step failed and its tokens will never come.
+
+        Its sequences end with an error, and are returned. As nothing on the device is to be trusted
+        any more, the prefix cache is emptied and all other sequences start again.
+        """
+        for sequence in output.sampled:
+            sequence.num_inflight -= 1
+            self._num_inflight -= 1
+        self._blocks.forget_content()
+        members = [*output.decode, *(chunk.sequence for chunk in output.prefill)]
+        failed = [sequence for sequence in members if not sequence.is_finished]
+        for sequence in failed:
+            self.finish(sequence, FinishReason.ERROR)
+        while self._running:
+            self._preempt_youngest()
+        return failed
+
+    def stats(self) -> EngineStats:
+        """Return counters since the start and gauges of this moment."""
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_steps=self._num_steps,
+            num_mixed_steps=self._num_mixed_steps,
+            num_preemptions=self._num_preemptions,
+            num_finished=self._num_finished,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            generated_tokens=self._generated_tokens,
+            blocks_total=self._blocks.num_total,
+            blocks_used=self._blocks.num_used,
+            blocks_cached=self._blocks.num_cached,
+        )

@@ -1,0 +1,140 @@
+"""A device that computes on integers: what a model would read from its KV decides the next token.
+
+Each slot of the pool holds what was computed there: a position, and a digest of the token and of
+all that came before it. A wrong block, a stale one, one shared by mistake or overwritten too early
+changes what attention reads, hence the tokens; and these are compared with those of a sequence that
+runs alone on no device at all (`alone`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from modelpack_engine.batch import Chunk, StepBatch
+from modelpack_engine.sequence import Sequence
+
+VOCAB_SIZE = 7
+EOS = 0
+
+
+def root(salt: bytes) -> int:
+    return hash((sum(salt), len(salt), 17))
+
+
+def written(before: int, position: int, token_id: int) -> int:
+    """Return what is computed for a token after a prefix whose last entry is `before`."""
+    return hash((before, position, token_id))
+
+
+def sampled(entries: list[int], seed: int) -> int:
+    """Return the token that follows what attention reads."""
+    return hash((*entries, seed)) % VOCAB_SIZE
+
+
+def alone(prompt: list[int], salt: bytes, seed: int, count: int) -> list[int]:
+    """Return the `count` tokens that follow a prompt, computed without any device."""
+    entries: list[int] = []
+    tokens: list[int] = []
+    while len(tokens) < count:
+        all_tokens = prompt + tokens
+        for position in range(len(entries), len(all_tokens)):
+            before = entries[-1] if entries else root(salt)
+            entries.append(written(before, position, all_tokens[position]))
+        tokens.append(sampled(entries, seed))
+    return tokens
+
+
+@dataclass(slots=True)
+class FakeDevice:
+    """Runs batches in the order of submission. `recurrent` models keep a state a sequence, too."""
+
+    num_blocks: int
+    block_size: int
+    recurrent: bool = False
+    memory: list[tuple[int, int] | None] = field(init=False)
+    sequences: dict[int, Sequence] = field(default_factory=dict)
+    states: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.memory = [None] * (self.num_blocks * self.block_size)
+
+    def run(self, batch: StepBatch, previous_tokens: list[int]) -> list[int]:
+        """Return the tokens sampled by a step; `previous_tokens` are still on the device."""
+        for seq_id in batch.released:
+            self.states.pop(seq_id, None)
+        token_ids = list(batch.token_ids)
+        for row, index in batch.from_previous:
+            token_ids[row] = previous_tokens[index]
+        self._check_shapes(batch)
+        self._write_padding(batch)
+        entries: dict[int, list[int]] = {}
+        for row, seq_id in enumerate(batch.decode_seq_ids):
+            table, length = batch.decode_tables[row], batch.decode_lengths[row]
+            entries[row] = self._write(batch, token_ids, row, table, length, seq_id)
+            assert length == batch.positions[row] + 1
+        for chunk in batch.chunks:
+            if self.recurrent and chunk.kv_length == chunk.length:
+                assert chunk.seq_id not in self.states, "a sequence starts on an old state"
+            for row in range(chunk.row, chunk.row + chunk.length):
+                length = batch.positions[row] + 1
+                table = chunk.block_table
+                entries[row] = self._write(batch, token_ids, row, table, length, chunk.seq_id)
+            assert length == chunk.kv_length
+        return [
+            sampled(entries[row], sequence.index)
+            for row, sequence in zip(batch.sample_rows, batch.sample_seqs, strict=True)
+        ]
+
+    def _write(
+        self,
+        batch: StepBatch,
+        token_ids: list[int],
+        row: int,
+        table: list[int] | tuple[int, ...],
+        length: int,
+        seq_id: int,
+    ) -> list[int]:
+        """Write a row's KV and return all that the row attends to."""
+        size, position = self.block_size, length - 1
+        assert batch.positions[row] == position
+        slots = [table[p // size] * size + p % size for p in range(length)]
+        assert batch.slots[row] == slots[-1]
+        assert slots[-1] >= size, "a real row writes to the trash block"
+        read = [self.memory[slot] for slot in slots[:-1]]
+        assert [entry and entry[0] for entry in read] == list(range(position)), (
+            f"{self.sequences[seq_id]} reads KV that is not its own: {read}"
+        )
+        entries = [entry[1] for entry in read if entry]
+        before = entries[-1] if entries else root(self.sequences[seq_id].cache_salt)
+        if self.recurrent and position > 0:
+            assert self.states.get(seq_id) == before, "a recurrent state is lost or stale"
+        entries.append(written(before, position, token_ids[row]))
+        self.memory[slots[-1]] = (position, entries[-1])
+        self.states[seq_id] = entries[-1]
+        return entries
+
+    def _write_padding(self, batch: StepBatch) -> None:
+        padding = set(range(len(batch.decode_seq_ids), batch.num_decode))
+        for chunk in batch.chunks:
+            padding |= set(range(chunk.row + chunk.length, chunk.row + chunk.padded_length))
+        for row in padding:
+            assert (batch.token_ids[row], batch.positions[row], batch.slots[row]) == (0, 0, 0)
+            self.memory[0] = (0, -1)
+
+    def _check_shapes(self, batch: StepBatch) -> None:
+        rows = batch.num_decode + sum(chunk.padded_length for chunk in batch.chunks)
+        assert rows == len(batch.token_ids) == len(batch.positions) == len(batch.slots)
+        assert rows == batch.num_rows
+        assert len(batch.decode_tables) == len(batch.decode_lengths) == batch.num_decode
+        assert len({len(table) for table in batch.decode_tables}) <= 1
+        assert all(n >= 1 for n in batch.decode_lengths[len(batch.decode_seq_ids) :])
+        starts = [batch.num_decode]
+        for chunk in batch.chunks:
+            starts.append(starts[-1] + chunk.padded_length)
+            assert self._num_keys(chunk) <= len(chunk.block_table) * self.block_size
+        assert [chunk.row for chunk in batch.chunks] == starts[:-1]
+        assert list(batch.sample_rows) == sorted(set(batch.sample_rows))
+
+    @staticmethod
+    def _num_keys(chunk: Chunk) -> int:
+        return chunk.kv_length + chunk.padded_length - chunk.length

@@ -1,0 +1,292 @@
+"""Scheduler, blocks and a fake device run together; every rule is checked at every step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from modelpack_engine.batch import StepBatch, build_batch
+from modelpack_engine.block_manager import TRASH_BLOCK, BlockManager
+from modelpack_engine.buckets import EXACT, Buckets
+from modelpack_engine.errors import QueueFullError
+from modelpack_engine.outputs import FinishReason
+from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
+from modelpack_engine.sequence import Sequence, SequenceStatus
+from tests.engine.scheduling.device import EOS, FakeDevice, alone
+
+#: When the host reads a step's tokens: at once; after the next is built, before it is submitted;
+#: after the next is submitted.
+Mode = Literal["sync", "build-ahead", "one-ahead"]
+MODES: tuple[Mode, ...] = ("sync", "build-ahead", "one-ahead")
+
+
+def sequence(
+    prompt: list[int],
+    max_tokens: int = 4,
+    *,
+    request_id: str = "r",
+    salt: bytes = b"",
+    eos: bool = False,
+    **params: object,
+) -> Sequence:
+    """Return a sequence that waits."""
+    return Sequence(
+        request_id,
+        prompt,
+        SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
+        eos_token_ids=frozenset({EOS}) if eos else frozenset(),
+        cache_salt=salt,
+    )
+
+
+def audit(blocks: BlockManager, sequences: list[Sequence]) -> None:
+    """Count everything again from the tables of all sequences, and compare."""
+    refs = Counter(block for seq in sequences for block in seq.block_table)
+    everything = range(len(blocks._ref_counts))
+    assert [refs[block] for block in everything] == blocks._ref_counts, "ref counts are wrong"
+    for seq in sequences:
+        assert len(set(seq.block_table)) == len(seq.block_table), "a block is twice in a table"
+    places = [*blocks._free, *blocks._cached, *refs]
+    assert sorted(places) == list(everything)[1:], "a block is lost, or in two places"
+    assert TRASH_BLOCK not in places
+    assert blocks._block_of == {hash_: block for block, hash_ in blocks._hash_of.items()}
+    assert all(block in blocks._hash_of for block in blocks._cached)
+    assert not any(block in blocks._hash_of for block in blocks._free)
+    assert blocks.num_used == len(refs)
+    assert blocks.num_total == blocks.num_available + blocks.num_used
+
+
+@dataclass(slots=True)
+class Step:
+    """A step that the device has and the host has not read."""
+
+    output: SchedulerOutput
+    batch: StepBatch
+    token_ids: list[int]
+
+
+@dataclass(slots=True)
+class Simulation:
+    """An engine without a model. `step` is one turn of its loop."""
+
+    num_blocks: int = 12
+    block_size: int = 4
+    max_num_seqs: int = 4
+    max_num_batched_tokens: int = 16
+    max_prefill_chunk: int | None = None
+    max_model_len: int = 1000
+    max_waiting: int = 1000
+    buckets: Buckets = EXACT
+    prefix_caching: bool = True
+    recurrent: bool = False
+    mode: Mode = "build-ahead"
+
+    blocks: BlockManager = field(init=False)
+    scheduler: Scheduler = field(init=False)
+    device: FakeDevice = field(init=False)
+    pending: Step | None = field(default=None, init=False)
+    sequences: list[Sequence] = field(default_factory=list, init=False)
+    admitted: list[Sequence] = field(default_factory=list, init=False)
+    content: dict[bytes, tuple[object, ...]] = field(default_factory=dict, init=False)
+    outputs: list[SchedulerOutput] = field(default_factory=list, init=False)
+    wasted_rows: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.blocks = BlockManager(
+            self.num_blocks,
+            self.block_size,
+            model_id="model",
+            enable_prefix_caching=self.prefix_caching and not self.recurrent,
+        )
+        config = SchedulerConfig(
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            max_prefill_chunk=self.max_prefill_chunk,
+            max_waiting=self.max_waiting,
+            buckets=self.buckets,
+        )
+        self.scheduler = Scheduler(config, self.blocks)
+        self.device = FakeDevice(self.num_blocks, self.block_size, self.recurrent)
+
+    # What happens to it.
+
+    def add(self, first: Sequence, n: int = 1) -> list[Sequence]:
+        """Add a request of `n` choices; none of it if the queue is full."""
+        choices = [first, *(first.fork(index) for index in range(1, n))]
+        if self.scheduler.stats().num_waiting + n > self.max_waiting:
+            with pytest.raises(QueueFullError) as caught:
+                self.scheduler.add(*choices)
+            assert caught.value.retry_after > 0
+            return []
+        self.scheduler.add(*choices)
+        self.sequences += choices
+        self.device.sequences |= {choice.seq_id: choice for choice in choices}
+        return choices
+
+    def abort(self, request_id: str) -> None:
+        used = self.blocks.num_used
+        for seq in self.scheduler.abort(request_id):
+            assert seq.finish_reason is FinishReason.ABORT
+            assert not seq.block_table
+        assert self.blocks.num_used <= used
+        self.check()
+
+    def aborting(self, request_id: str) -> Callable[[], None]:
+        """Return an event: the client goes away."""
+        return lambda: self.abort(request_id)
+
+    def stopping(self, request_id: str) -> Callable[[], None]:
+        """Return an event: the text of a request's sequences is found to hold a stop string."""
+
+        def stop() -> None:
+            for seq in self.sequences:
+                if seq.request_id == request_id and seq.output_token_ids:
+                    self.scheduler.finish(seq, FinishReason.STOP, "stop string")
+            self.check()
+
+        return stop
+
+    def step(self, between: Callable[[], None] | None = None) -> bool:
+        """Run a step; False if there was none. `between` happens while its graph is built."""
+        output = self._schedule()
+        if output is None and self.pending is not None:
+            self.collect()
+            output = self._schedule()
+        if output is None:
+            assert not self.scheduler.has_work, "there is work, and none is scheduled"
+            return False
+        previous = self.pending
+        batch = build_batch(
+            output, previous.batch if previous else None, self.buckets, self.block_size
+        )
+        self._check_batch(output, batch)
+        if between is not None:
+            between()
+        if self.mode != "one-ahead":
+            self.collect()
+        token_ids = self.device.run(batch, previous.token_ids if previous else [])
+        self.scheduler.submitted(output)
+        if self.mode == "one-ahead":
+            self.collect()
+        self.pending = Step(output, batch, token_ids)
+        self.outputs.append(output)
+        if self.mode == "sync":
+            self.collect()
+        for seq in self.running:
+            needed = self.blocks.blocks_for(seq.num_computed_tokens)
+            assert len(seq.block_table) == needed, "more than a partial block is wasted"
+        self.check()
+        return True
+
+    def drain(self) -> None:
+        """Run until nothing is left, within a bound on the number of steps."""
+        live = [seq for seq in self.sequences if not seq.is_finished]
+        work = sum(seq.max_num_tokens for seq in live)
+        for _ in range(work * (len(live) + 1) + 4):
+            if not self.step():
+                break
+        assert not self.scheduler.has_work, "somebody starves"
+        assert all(seq.is_finished for seq in self.sequences)
+        assert self.blocks.num_used == 0, "blocks leak"
+        assert not self.scheduler._requests
+        for seq_id in self.scheduler.take_released():
+            self.device.states.pop(seq_id, None)
+        assert not self.device.states, "the device keeps state of sequences that are gone"
+
+    @property
+    def running(self) -> list[Sequence]:
+        return [seq for seq in self.sequences if seq.status is SequenceStatus.RUNNING]
+
+    # The rules.
+
+    def check(self) -> None:
+        """Hold everything to the rules that are true at any time."""
+        scheduler = self.scheduler
+        audit(self.blocks, self.sequences)
+        arrivals = [seq.arrival for seq in scheduler._running]
+        assert arrivals == sorted(seq.arrival for seq in self.running)
+        waiting = [seq for seq in self.sequences if seq.status is SequenceStatus.WAITING]
+        assert [seq.arrival for seq in scheduler._waiting] == sorted(s.arrival for s in waiting)
+        assert len(arrivals) <= self.max_num_seqs
+        inflight = Counter(self.pending.output.sampled if self.pending else ())
+        for seq in self.sequences:
+            assert seq.num_inflight == inflight[seq], "a token in flight is lost"
+            assert seq.block_table == [] or seq in self.running
+            self._check_tokens(seq)
+        self._check_published()
+
+    def _check_tokens(self, seq: Sequence) -> None:
+        """A sequence has the tokens that it would have alone, up to where it stands."""
+        outputs = seq.output_token_ids
+        limit = seq.max_num_tokens - len(seq.prompt_token_ids)
+        assert len(outputs) <= limit
+        assert outputs == alone(seq.prompt_token_ids, seq.cache_salt, seq.index, len(outputs))
+        ends = seq.eos_token_ids if not seq.params.ignore_eos else frozenset()
+        ends = {*ends, *seq.params.stop_token_ids}
+        assert not ends & set(outputs[seq.params.min_tokens : -1]), "it went on after its end"
+        if seq.finish_reason is FinishReason.LENGTH:
+            assert len(outputs) == limit
+        if seq.finish_reason is FinishReason.STOP and not isinstance(seq.stop_reason, str):
+            assert outputs[-1] in ends
+        if not seq.is_finished:
+            assert len(outputs) < limit
+
+    def _check_published(self) -> None:
+        """Equal hashes stand for equal content, computed to the end."""
+        size = self.block_size
+        for hash_, block in self.blocks._block_of.items():
+            entries = tuple(self.device.memory[block * size : (block + 1) * size])
+            assert None not in entries, "a block is published before it is computed"
+            assert self.content.setdefault(hash_, entries) == entries, "a hit on other content"
+        assert len(set(self.content.values())) == len(self.content)
+
+    def _schedule(self) -> SchedulerOutput | None:
+        before = self.running
+        decoding = [seq for seq in before if not seq.is_prefill and not seq.is_full]
+        output = self.scheduler.schedule()
+        admitted = [seq for seq in self.running if seq not in before]
+        fresh = [seq for seq in admitted if seq.num_preemptions == 0]
+        self.admitted += sorted(fresh, key=lambda seq: seq.arrival)
+        order = [seq.arrival for seq in self.admitted]
+        assert order == sorted(order), "somebody was admitted before who came earlier"
+        if output is None:
+            assert self.running == before or set(self.running) < set(before)
+            return None
+        assert output.decode or output.prefill
+        assert {*output.decode, *output.preempted} >= set(decoding), "a stream is held up"
+        if output.preempted:
+            assert self.pending is None, "preempted before tokens in flight were collected"
+            assert not admitted
+            youngest = min(seq.arrival for seq in output.preempted)
+            assert youngest > max(seq.arrival for seq in self.running)
+        audit(self.blocks, self.sequences)
+        return output
+
+    def _check_batch(self, output: SchedulerOutput, batch: StepBatch) -> None:
+        chunk_rows = self.scheduler.config.chunk_rows
+        assert batch.num_rows <= self.max_num_batched_tokens
+        members = [*output.decode, *(chunk.sequence for chunk in output.prefill)]
+        assert len(set(members)) == len(members)
+        for part, chunk in zip(output.prefill, batch.chunks, strict=True):
+            assert 0 < part.length <= chunk.padded_length <= chunk_rows
+            assert part.is_last == (part.start + part.length == part.sequence.num_prefill_tokens)
+            assert part.start < part.sequence.num_prefill_tokens, "the last token is computed"
+        assert batch.sample_seqs == output.sampled
+
+    def collect(self) -> None:
+        """Read the tokens of the step in flight, if there is one."""
+        if self.pending is None:
+            return
+        step, self.pending = self.pending, None
+        live = [(i, seq) for i, seq in enumerate(step.output.sampled) if not seq.is_finished]
+        taken = self.scheduler.collect(step.output, step.token_ids)
+        assert taken == live
+        self.wasted_rows += len(step.output.sampled) - len(taken)
+        for index, seq in taken:
+            assert seq.output_token_ids[-1] == step.token_ids[index]
