@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from modelpack.digest import Digest, new_hasher
 from modelpack.stores.durability import write_all
 from modelpack.stores.os_errors import translating
+from modelpack.stores.write_behind import WriteBehind
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -102,6 +103,7 @@ def copy_and_hash(
     `seen` is called with the number of bytes now and then, and may raise to end it.
     """
     total = told = 0
+    behind = WriteBehind(target, 0, drop=True)
     with hashing:
         while True:
             buffer = hashing.buffer()
@@ -112,6 +114,7 @@ def copy_and_hash(
             with translating("write", path):
                 write_all(target, buffer[:length])
             total += length
+            behind.written(total)
             if total - told >= STEP:
                 told = total
                 seen(total)

@@ -19,6 +19,7 @@ from modelpack.stores.durability import boot_id, write_all
 from modelpack.stores.locks import FileLock, try_lock
 from modelpack.stores.os_errors import translating
 from modelpack.stores.tree import Tree, label
+from modelpack.stores.write_behind import WriteBehind
 
 _IMPORT_PREFIX, _IMPORT_SUFFIX = "import-", ".tmp"
 
@@ -39,6 +40,7 @@ class Partial:
                 self.path.chmod(0o644)
             self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._hasher = descriptor.digest.hasher()
+        self._behind = WriteBehind(self.file, 0, drop=False)
         self.length = 0
 
     @staticmethod
@@ -53,6 +55,7 @@ class Partial:
                 os.ftruncate(self.file, 0)
             os.lseek(self.file, 0, os.SEEK_SET)
             self.length = read_and_hash(self.file, self._hasher, seen)
+        self._behind = WriteBehind(self.file, self.length, drop=False)
 
     def journal(self) -> None:
         """Say what this is, for whoever finds it; a full disk is no reason to stop here."""
@@ -77,6 +80,7 @@ class Partial:
         with translating("write", self.path):
             write_all(self.file, view)
         self.length += len(view)
+        self._behind.written(self.length)
 
     def check(self) -> None:
         """Raise `SizeMismatchError` or `DigestMismatchError` unless this is what was wanted."""
@@ -91,6 +95,7 @@ class Partial:
             os.lseek(self.file, 0, os.SEEK_SET)
         self._hasher = self.wanted.digest.hasher()
         self.length = 0
+        self._behind = WriteBehind(self.file, 0, drop=False)
 
     def seal(self) -> None:
         """Have the content on the disk, ready to be renamed."""
