@@ -1,0 +1,196 @@
+"""Pieces: run one module of a model sequence by sequence, in the middle of a step of rows.
+
+For modules that cannot work on rows: recurrent ones, which must see a chunk in order, and attention
+that a model computes by hand. The module's own code runs unchanged, on decode rows [n, 1, …] and on
+each prefill chunk [1, length, …], with caches of mlx-lm's kinds. All other modules still see the
+whole batch.
+
+A module that keeps keys and values is called twice. The first time, to learn its new rows: they are
+written to the pool, once for all pieces. The second time, to attend to what the pool then holds.
+MLX computes lazily, so of each call only what is used is ever computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import CacheList
+
+from modelpack_engine.adaptation.kv_view import KVView
+from modelpack_engine.adaptation.recurrent import RecurrentState
+from modelpack_engine.adaptation.swaps import Call, ClassSwaps
+from modelpack_engine.attention.handles import RowMask
+from modelpack_engine.attention.paged import PagedKV
+from modelpack_engine.attention.step import StepInputs
+
+Cache = PagedKV | RecurrentState
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows [start, stop) of a step: decode rows [n, 1, …], or one chunk [1, n, …]."""
+
+    start: int
+    stop: int
+    chunk: int | None
+
+    def cut(self, rows: mx.array) -> mx.array:
+        """Return the piece of an array with the step's rows first, and 1 second."""
+        cut = rows[self.start : self.stop]
+        return cut if self.chunk is None else cut.swapaxes(0, 1)
+
+    def uncut(self, array: mx.array) -> mx.array:
+        """Return an output of the piece as rows."""
+        return array if self.chunk is None else array.swapaxes(0, 1)
+
+
+def run_in_pieces(module: nn.Module, swaps: ClassSwaps) -> None:
+    """Let `module` run piece by piece whenever it is given caches of a step."""
+    swaps.override(module, _call)
+
+
+def _call(original: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    values = [*args, *kwargs.values()]
+    caches = [leaf for value in values for leaf in _leaves(value)]
+    if not caches:
+        return original(module, *args, **kwargs)
+    return _Pieces(original, module, args, kwargs, caches).run()
+
+
+def _leaves(value: Any) -> list[Cache]:
+    if isinstance(value, PagedKV | RecurrentState):
+        return [value]
+    if isinstance(value, CacheList):
+        return [leaf for member in value.caches for leaf in _leaves(member)]
+    return []
+
+
+class _Pieces:
+    """One call of a module, cut into pieces."""
+
+    def __init__(
+        self,
+        original: Call,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        caches: list[Cache],
+    ) -> None:
+        self.call: Callable[..., Any] = lambda *a, **k: original(module, *a, **k)
+        self.args, self.kwargs = args, kwargs
+        self.step = caches[0].step
+        self.paged = [cache for cache in caches if isinstance(cache, PagedKV)]
+        self.states = [cache for cache in caches if isinstance(cache, RecurrentState)]
+        self.pieces = list_pieces(self.step, one_by_one=bool(self.paged))
+
+    def run(self) -> Any:
+        if self.paged:
+            self._write()
+        outputs = []
+        views = []
+        for piece in self.pieces:
+            output, made = self._run_piece(piece, attend=True)
+            outputs.append(output)
+            views.append(made)
+        for state in self.states:
+            state.store([made[id(state)] for made in views])
+        return self._join(outputs)
+
+    def _write(self) -> None:
+        """Learn the new rows of every piece and write them to the pools."""
+        learned = [self._run_piece(piece, attend=False)[1] for piece in self.pieces]
+        for cache in self.paged:
+            new = [views[id(cache)].new for views in learned]
+            if any(rows is None for rows in new):
+                continue  # this module only reads the cache
+            keys, values = (
+                self._fill([rows[part].transpose(2, 1, 0, 3) for rows in new]) for part in (0, 1)
+            )
+            cache.write(keys, values)
+
+    def _run_piece(self, piece: Piece, *, attend: bool) -> tuple[Any, dict[int, Any]]:
+        views: dict[int, Any] = {}
+        for paged in self.paged:
+            views[id(paged)] = KVView(paged, piece.start, piece.chunk, attend=attend)
+        for state in self.states:
+            views[id(state)] = (
+                state.decode_view(slice(piece.start, piece.stop))
+                if piece.chunk is None
+                else state.chunk_view(piece.chunk)
+            )
+        args = [self._cut(value, piece, views) for value in self.args]
+        kwargs = {name: self._cut(value, piece, views) for name, value in self.kwargs.items()}
+        return self.call(*args, **kwargs), views
+
+    def _cut(self, value: Any, piece: Piece, views: dict[int, Any]) -> Any:
+        """Return an argument as `piece` sees it."""
+        if isinstance(value, PagedKV | RecurrentState):
+            return views[id(value)]
+        if isinstance(value, CacheList):
+            return CacheList(*(self._cut(member, piece, views) for member in value.caches))
+        if isinstance(value, RowMask):
+            return self._mask(value, piece, views)
+        if isinstance(value, mx.array):
+            if value is self.step.positions:
+                kv = next((v for v in views.values() if isinstance(v, KVView)), None)
+                return kv.offset if kv is not None else value[piece.start : piece.stop]
+            if value.ndim >= 2 and value.shape[:2] == (self.step.num_rows, 1):
+                return piece.cut(value)
+            return value
+        if isinstance(value, tuple | list):
+            return type(value)(self._cut(member, piece, views) for member in value)
+        return value
+
+    def _mask(self, mask: RowMask, piece: Piece, views: dict[int, Any]) -> Any:
+        view = next((v for v in views.values() if isinstance(v, KVView)), None)
+        if view is None:
+            return None
+        return view.mask_for(
+            piece.stop - piece.start if piece.chunk is not None else 1,
+            cache_window=mask.cache_window,
+            window_size=mask.window,
+            return_array=mask.as_array,
+        )
+
+    def _join(self, outputs: list[Any]) -> Any:
+        """Return the outputs of all pieces as the module would have returned them for rows."""
+        first = outputs[0]
+        if isinstance(first, mx.array):
+            return self._fill(
+                [piece.uncut(o) for piece, o in zip(self.pieces, outputs, strict=True)]
+            )
+        if isinstance(first, tuple | list):
+            return type(first)(
+                self._join([output[i] for output in outputs]) for i in range(len(first))
+            )
+        return first
+
+    def _fill(self, parts: list[mx.array]) -> mx.array:
+        """Concatenate rows of pieces, with zeros where the batch is padded."""
+        filled: list[mx.array] = []
+        row = 0
+        for piece, part in zip(self.pieces, parts, strict=True):
+            if piece.start > row:
+                filled.append(mx.zeros((piece.start - row, *part.shape[1:]), part.dtype))
+            filled.append(part)
+            row = piece.stop
+        if row < self.step.num_rows:
+            shape = (self.step.num_rows - row, *parts[-1].shape[1:])
+            filled.append(mx.zeros(shape, parts[-1].dtype))
+        return filled[0] if len(filled) == 1 else mx.concatenate(filled)
+
+
+def list_pieces(step: StepInputs, *, one_by_one: bool) -> list[Piece]:
+    """Return the pieces of a step; padding rows belong to none, but for those of a decode group."""
+    pieces = []
+    if one_by_one:
+        pieces += [Piece(row, row + 1, None) for row in range(len(step.decode_seq_ids))]
+    elif step.num_decode:
+        pieces.append(Piece(0, step.num_decode, None))
+    for index, chunk in enumerate(step.chunks):
+        pieces.append(Piece(chunk.row, chunk.row + chunk.length, index))
+    return pieces

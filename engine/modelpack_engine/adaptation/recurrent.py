@@ -1,0 +1,144 @@
+"""Recurrent state of the running sequences: one row each in arrays that all layers cut alike.
+
+A recurrent layer (Mamba, gated delta nets, short convolutions, …) keeps a state per sequence. The
+states of the last step stay in one array per layer in the order of its rows; while the batch stays
+the same, the next step takes that array as it is, with nothing gathered or scattered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache
+
+from modelpack_engine.attention.step import StepInputs
+from modelpack_engine.errors import EngineError
+
+if TYPE_CHECKING:
+    from modelpack_engine.batch import StepBatch
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Where this step's states come from, as rows of the last step's arrays.
+
+    `decode`: None for "as they are"; `chunks`: None for a sequence that starts; `kept`: rows of
+    sequences that this step leaves out.
+    """
+
+    decode: list[int] | None
+    chunks: tuple[int | None, ...]
+    kept: list[int]
+
+
+@dataclass(slots=True)
+class StateRows:
+    """Which row of the state arrays belongs to which sequence; shared by all layers."""
+
+    rows: dict[int, int] = field(default_factory=dict)
+    total: int = 0
+    plan: _Plan | None = None
+    _next_rows: dict[int, int] = field(default_factory=dict)
+    _next_total: int = 0
+
+    def begin(self, batch: StepBatch) -> None:
+        """Plan a step; raise `EngineError` if a sequence goes on that has no state."""
+        decode: list[int] = []
+        for seq_id in batch.decode_seq_ids:
+            decode.append(self._row(seq_id))
+        as_is = batch.num_decode == self.total and decode == list(range(len(decode)))
+        decode += [0] * (batch.num_decode - len(decode))
+        chunks = tuple(
+            None if chunk.kv_length == chunk.length else self._row(chunk.seq_id)
+            for chunk in batch.chunks
+        )
+        present = {*batch.decode_seq_ids, *(chunk.seq_id for chunk in batch.chunks)}
+        kept = [seq_id for seq_id in self.rows if seq_id not in present]
+        self.plan = _Plan(None if as_is else decode, chunks, [self.rows[seq_id] for seq_id in kept])
+        self._next_rows = {seq_id: row for row, seq_id in enumerate(batch.decode_seq_ids)}
+        self._next_total = batch.num_decode
+        for seq_id in [*(chunk.seq_id for chunk in batch.chunks), *kept]:
+            self._next_rows[seq_id] = self._next_total
+            self._next_total += 1
+
+    def finish(self) -> None:
+        """Adopt the rows of the step that `begin` planned."""
+        self.rows, self.total, self.plan = self._next_rows, self._next_total, None
+
+    def release(self, seq_ids: Iterable[int]) -> None:
+        """Forget sequences; their rows go when the batch next changes."""
+        for seq_id in seq_ids:
+            self.rows.pop(seq_id, None)
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+        self.rows, self.total, self.plan = {}, 0, None
+
+    def _row(self, seq_id: int) -> int:
+        if seq_id not in self.rows:
+            raise EngineError(f"sequence {seq_id} goes on, but its recurrent state is not there")
+        return self.rows[seq_id]
+
+
+class RecurrentState:
+    """States of one layer; stands in for mlx-lm's ArraysCache."""
+
+    def __init__(
+        self, size: int, step: StepInputs, rows: StateRows, *, name: str = "layer"
+    ) -> None:
+        self.step = step
+        self.rows = rows
+        self.name = name
+        self.arrays: list[mx.array | None] = [None] * size
+
+    def make_mask(self, length: int) -> None:
+        """Return no mask: every piece has its real length."""
+        return
+
+    def __getitem__(self, index: int) -> mx.array:
+        raise EngineError(f"{self.name} reads its recurrent state for rows of several sequences")
+
+    def __setitem__(self, index: int, value: mx.array) -> None:
+        raise EngineError(f"{self.name} writes its recurrent state for rows of several sequences")
+
+    def decode_view(self, rows: slice) -> ArraysCache:
+        """Return a cache with the states of decode rows `rows` of this step."""
+        plan = self._plan()
+        view = ArraysCache(len(self.arrays))
+        whole = rows == slice(0, self.step.num_decode)
+        for index, array in enumerate(self.arrays):
+            if array is None:
+                continue
+            if plan.decode is None:
+                view[index] = array if whole else array[rows]
+            else:
+                view[index] = array[mx.array(plan.decode[rows], mx.int32)]
+        return view
+
+    def chunk_view(self, index: int) -> ArraysCache:
+        """Return a cache with the state of the sequence of chunk `index`."""
+        view = ArraysCache(len(self.arrays))
+        row = self._plan().chunks[index]
+        if row is not None:
+            for slot, array in enumerate(self.arrays):
+                view[slot] = None if array is None else array[row : row + 1]
+        return view
+
+    def store(self, views: Sequence[ArraysCache]) -> None:
+        """Take over the states of all pieces, in the order of the step's rows."""
+        kept = self._plan().kept
+        for index, array in enumerate(self.arrays):
+            parts = [view[index] for view in views]
+            if any(part is None for part in parts):
+                continue
+            if kept and array is not None:
+                parts.append(array[mx.array(kept, mx.int32)])
+            self.arrays[index] = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def _plan(self) -> _Plan:
+        plan = self.rows.plan
+        assert plan is not None, "a step is being built"
+        return plan

@@ -1,0 +1,136 @@
+"""The self-test: three steps of an adapted model against mlx-lm's own cache, on the real weights.
+
+Two sequences of 23 tokens in all, their blocks out of order: a prompt in two chunks, the second one
+beside another sequence's decode row, then both decoding. The logits of every sampled row are
+compared with those of one plain forward per sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from modelpack_engine.batch import Chunk, StepBatch
+
+#: Sequences by id: their lengths.
+_LENGTHS = {1: 5, 2: 18}
+
+#: How far the centred cosine of two rows of logits may be from 1. Some GPUs round products of
+#: float32 to TF32; in 16 bits, an expert of a mixture may tip over.
+_TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 2e-2}
+
+
+def blocks_needed(block_size: int) -> int:
+    """Return how many blocks the test writes to, the trash block included."""
+    return 1 + sum(-(-length // block_size) for length in _LENGTHS.values())
+
+
+def compare(
+    model: nn.Module,
+    forward: Callable[[StepBatch, mx.array], mx.array],
+    *,
+    block_size: int,
+    vocab_size: int,
+    compute: bool = True,
+) -> str | None:
+    """Return None if `forward` agrees with mlx-lm, else what is wrong.
+
+    `model` is called with mlx-lm's own cache, which swapped classes leave alone. What `forward`
+    raises is passed on. Without `compute`, the steps are only built, which is enough to find layers
+    that lose their handles.
+    """
+    tokens = {
+        seq_id: [(5 * i * i + 3 * i + seq_id) % min(vocab_size, 241) for i in range(length)]
+        for seq_id, length in _LENGTHS.items()
+    }
+    steps = _steps(tokens, block_size)
+    if not compute:
+        for batch, _ in steps:
+            forward(batch, mx.array(batch.token_ids, mx.int32))
+        return None
+    expected = {
+        seq_id: model(mx.array([ids]), cache=make_prompt_cache(model))[0]
+        for seq_id, ids in tokens.items()
+    }
+    for batch, sampled in steps:
+        logits = forward(batch, mx.array(batch.token_ids, mx.int32))
+        rows = mx.stack([expected[seq_id][position] for seq_id, position in sampled])
+        if logits.shape != rows.shape:
+            return f"logits have the shape {logits.shape}, expected {rows.shape}"
+        limit = _TOLERANCE.get(rows.dtype, 2e-2)
+        distance = float(mx.max(_distance(logits, rows)))
+        if not distance <= limit:
+            return (
+                f"logits of a step with {len(batch.decode_seq_ids)} decode rows and "
+                f"{len(batch.chunks)} chunks are off by {distance:.2g} (1 - cosine), "
+                f"expected at most {limit:.2g}"
+            )
+    return None
+
+
+def _distance(a: mx.array, b: mx.array) -> mx.array:
+    """Return 1 - cosine of the rows of two matrices, each centred."""
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    a = a - a.mean(axis=-1, keepdims=True)
+    b = b - b.mean(axis=-1, keepdims=True)
+    norms = mx.linalg.norm(a, axis=-1) * mx.linalg.norm(b, axis=-1)
+    return 1 - (a * b).sum(axis=-1) / mx.maximum(norms, 1e-30)
+
+
+def _steps(
+    tokens: dict[int, list[int]], block_size: int
+) -> list[tuple[StepBatch, list[tuple[int, int]]]]:
+    """Return the steps, each with what its logits are of: (sequence, position)."""
+    blocks = list(range(1, blocks_needed(block_size)))
+    tables = {}
+    for seq_id, ids in tokens.items():
+        tables[seq_id] = [blocks.pop() for _ in range(-(-len(ids) // block_size))]
+    return [
+        _step(tokens, tables, block_size, decode=[], chunks=[(1, 0, 3), (2, 0, 9)]),
+        _step(tokens, tables, block_size, decode=[(1, 3)], chunks=[(2, 9, 17)]),
+        _step(tokens, tables, block_size, decode=[(1, 4), (2, 17)], chunks=[]),
+    ]
+
+
+def _step(
+    tokens: dict[int, list[int]],
+    blocks: dict[int, list[int]],
+    block_size: int,
+    *,
+    decode: list[tuple[int, int]],
+    chunks: list[tuple[int, int, int]],
+) -> tuple[StepBatch, list[tuple[int, int]]]:
+    """Return a step of rows (sequence, position) and chunks (sequence, start, stop).
+
+    Decode rows and the last row of each chunk are sampled.
+    """
+    rows = list(decode)
+    made = []
+    for seq_id, start, stop in chunks:
+        length = stop - start
+        table = tuple(blocks[seq_id][: -(-stop // block_size)])
+        made.append(Chunk(len(rows), length, length, stop, table, seq_id))
+        rows += [(seq_id, position) for position in range(start, stop)]
+    sampled = [*range(len(decode)), *(chunk.row + chunk.length - 1 for chunk in made)]
+    tables = [blocks[seq_id][: position // block_size + 1] for seq_id, position in decode]
+    width = max(map(len, tables), default=0)
+    batch = StepBatch(
+        token_ids=[tokens[seq_id][position] for seq_id, position in rows],
+        positions=[position for _, position in rows],
+        slots=[
+            blocks[seq_id][position // block_size] * block_size + position % block_size
+            for seq_id, position in rows
+        ],
+        from_previous=(),
+        num_decode=len(decode),
+        decode_tables=[table + [0] * (width - len(table)) for table in tables],
+        decode_lengths=[position + 1 for _, position in decode],
+        decode_seq_ids=tuple(seq_id for seq_id, _ in decode),
+        chunks=tuple(made),
+        sample_rows=tuple(sampled),
+        sample_seqs=(),
+    )
+    return batch, [rows[row] for row in sampled]

@@ -1,0 +1,75 @@
+"""Warm-up: batches of padding only, of the shapes that steps will have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from modelpack_engine.batch import Chunk, StepBatch
+from modelpack_engine.buckets import Buckets, sizes_up_to
+
+#: A sequence that no request has.
+PADDING_SEQ_ID = -1
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """Decode rows, columns of their block tables, and tokens of a prompt's chunk, any of them 0."""
+
+    decode_rows: int
+    table_width: int
+    chunk_length: int = 0
+
+
+def step_shapes(
+    buckets: Buckets, *, max_num_seqs: int, max_chunk: int, max_model_len: int, block_size: int
+) -> list[StepShape]:
+    """Return the shapes that steps up to these limits have: decode alone, and a chunk alone.
+
+    Mixed steps are made of the same parts; only the number of all rows differs.
+    """
+    widths = sizes_up_to(-(-max_model_len // block_size), buckets.table_width)
+    shapes = [
+        StepShape(rows, width)
+        for rows in sizes_up_to(max_num_seqs, buckets.rows)
+        for width in widths
+    ]
+    shapes += [
+        StepShape(0, width, length)
+        for length in sizes_up_to(max_chunk, buckets.chunk)
+        for width in widths
+        if width * block_size >= length
+    ]
+    return shapes
+
+
+def padding_batch(shape: StepShape, block_size: int) -> StepBatch:
+    """Return a batch of `shape` that writes to the trash block only."""
+    rows = shape.decode_rows + shape.chunk_length
+    chunks: Iterable[Chunk] = ()
+    if shape.chunk_length:
+        table = (0,) * max(shape.table_width, -(-shape.chunk_length // block_size))
+        chunks = (
+            Chunk(
+                row=shape.decode_rows,
+                length=shape.chunk_length,
+                padded_length=shape.chunk_length,
+                kv_length=shape.chunk_length,
+                block_table=table,
+                seq_id=PADDING_SEQ_ID,
+            ),
+        )
+    sampled = [*range(shape.decode_rows), *([rows - 1] if chunks else [])]
+    return StepBatch(
+        token_ids=[0] * rows,
+        positions=[0] * rows,
+        slots=[0] * rows,
+        from_previous=(),
+        num_decode=shape.decode_rows,
+        decode_tables=[[0] * shape.table_width] * shape.decode_rows,
+        decode_lengths=[1] * shape.decode_rows,
+        decode_seq_ids=(),
+        chunks=tuple(chunks),
+        sample_rows=tuple(sampled),
+        sample_seqs=(),
+    )

@@ -1,0 +1,91 @@
+"""Attention over gathered keys and values, with MLX's own functions: right on every device.
+
+Shapes: queries [batch, heads, queries, dim], keys and values [batch, kv heads, keys, dim]. Masks
+are None, "causal" (aligned at the bottom right) or bool, broadcast over [batch, heads, queries,
+keys].
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from modelpack_engine.attention.handles import native_attention
+
+Mask = mx.array | str | None
+
+
+def attend(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    mask: Mask,
+    *,
+    scale: float,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
+    query_pe: mx.array | None = None,
+    fold_heads: bool = False,
+) -> mx.array:
+    """Return [batch, heads, queries, value dim].
+
+    With `query_pe`, `keys` are latents that serve as values too, and `values` the rotary keys.
+    `fold_heads` is for single queries on a CPU: the query heads of a kv head become the rows of one
+    matrix product, which reads the keys once.
+    """
+    if query_pe is not None:
+        return _latent(queries, keys, values, query_pe, mask, scale=scale)
+    if softcap is not None:
+        return _softcapped(queries, keys, values, mask, scale=scale, softcap=softcap)
+    batch, heads, length, _ = queries.shape
+    kv_heads = keys.shape[1]
+    if fold_heads and length == 1 and sinks is None and heads > kv_heads:
+        folded = queries.reshape(batch, kv_heads, heads // kv_heads, -1)
+        out = native_attention(folded, keys, values, scale=scale, mask=mask)
+        return out.reshape(batch, heads, 1, -1)
+    return native_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
+def _latent(
+    queries: mx.array,
+    latents: mx.array,
+    rotary_keys: mx.array,
+    query_pe: mx.array,
+    mask: Mask,
+    *,
+    scale: float,
+) -> mx.array:
+    """Attend in the latent space; `query_pe` is scaled already, as the models do it."""
+    scores = query_pe @ rotary_keys.swapaxes(-1, -2)
+    scores = _masked(scores, mask)
+    return native_attention(queries, latents, latents, scale=scale, mask=scores)
+
+
+def _softcapped(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float,
+) -> mx.array:
+    """Attend with scores squashed to (-softcap, softcap), as Gemma 2 does."""
+    batch, heads, length, dim = queries.shape
+    kv_heads = keys.shape[1]
+    grouped = (queries * scale).reshape(batch, kv_heads, heads // kv_heads, length, dim)
+    scores = grouped @ keys[:, :, None].swapaxes(-1, -2)
+    scores = mx.tanh(scores / softcap) * softcap
+    scores = _masked(scores.reshape(batch, heads, length, -1), mask)
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    weights = weights.reshape(batch, kv_heads, heads // kv_heads, length, -1)
+    return (weights @ values[:, :, None]).reshape(batch, heads, length, -1)
+
+
+def _masked(scores: mx.array, mask: Mask) -> mx.array:
+    """Return `scores` with what may not be seen at the dtype's lowest value."""
+    if mask is None:
+        return scores
+    if isinstance(mask, str):
+        queries, keys = scores.shape[-2:]
+        mask = mx.arange(keys)[None] <= mx.arange(keys - queries, keys)[:, None]
+    return mx.where(mask, scores, mx.array(mx.finfo(scores.dtype).min, scores.dtype))

@@ -1,0 +1,156 @@
+"""Handles: what a paged KV cache returns to a model instead of all keys and values.
+
+A model calls `cache.update_and_fetch(keys, values)` and passes the result on to
+`mx.fast.scaled_dot_product_attention`. A handle is the new rows, so that shape and dtype stay true,
+and names the cache that they were written to; the wrapped attention function recognises it there.
+MLX's own functions return plain arrays, so a model that transforms the keys after the update loses
+the handle. That is an error, never a wrong answer: see `LostHandleError` and `PagedKV.close`.
+
+A handle never refers to the pool: a second reference would make each write copy the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import mlx.core as mx
+
+from modelpack_engine.errors import EngineError
+
+
+class LostHandleError(EngineError):
+    """A layer did not compute its attention from the handles of its cache (`cache`, if known)."""
+
+    def __init__(self, message: str, *, cache: Attends | None = None) -> None:
+        super().__init__(message)
+        self.cache = cache
+
+
+class Attends(Protocol):
+    """A cache that computes attention for the rows of the current step."""
+
+    def attend(
+        self,
+        queries: mx.array,
+        *,
+        scale: float,
+        window: int | None = None,
+        sinks: mx.array | None = None,
+        softcap: float | None = None,
+        query_pe: mx.array | None = None,
+        key_dtype: mx.Dtype | None = None,
+    ) -> mx.array:
+        """Return the attention output [rows, heads, 1, value dim] of `queries`."""
+        ...
+
+
+Part = Literal["keys", "values"]
+
+
+class KVHandle(mx.array):
+    """New key or value rows [rows, kv heads, 1, dim] that also name their cache."""
+
+    cache: Attends
+    part: Part
+    transposed: bool
+
+    def astype(self, dtype: mx.Dtype, *args: Any, **kwargs: Any) -> mx.array:
+        """Cast, as a model does that attends in float32."""
+        cast = mx.array.astype(self, dtype, *args, **kwargs)
+        return make_handle(cast, self.cache, self.part, self.transposed)
+
+    def swapaxes(self, axis1: int, axis2: int, *args: Any, **kwargs: Any) -> mx.array:
+        """Transpose the last two axes, as before a product with queries."""
+        swapped = mx.array.swapaxes(self, axis1, axis2, *args, **kwargs)
+        last_two = {axis1 % self.ndim, axis2 % self.ndim} == {self.ndim - 1, self.ndim - 2}
+        if not last_two:
+            return swapped
+        return make_handle(swapped, self.cache, self.part, not self.transposed)
+
+    def __rmatmul__(self, queries: mx.array) -> mx.array:
+        """Keep `queries` (already scaled) until the attention call, to which the scores go as mask.
+
+        Latent attention (DeepSeek V3 and its family) adds rotary scores, computed outside of the
+        attention function, to those of the latents. Python asks a subclass's reflected operator
+        first, which is why this is reached.
+        """
+        if self.part != "values" or not self.transposed:
+            raise LostHandleError("it multiplies queries and keys by hand", cache=self.cache)
+        scores = RotaryScores(mx.zeros((1,), queries.dtype))
+        scores.queries = queries
+        return scores
+
+
+class RotaryScores(mx.array):
+    """Stands for scores of rotary queries and keys; carries the queries [rows, heads, 1, dim]."""
+
+    queries: mx.array
+
+
+class RowMask(mx.array):
+    """What a cache's `make_mask` returns: what the model asked for, to be applied per row."""
+
+    window: int | None
+    cache_window: int | None
+    as_array: bool
+
+
+def make_handle(rows: mx.array, cache: Attends, part: Part, transposed: bool = False) -> KVHandle:
+    """Return `rows` as a handle of `cache`."""
+    handle = KVHandle(rows)
+    handle.cache, handle.part, handle.transposed = cache, part, transposed
+    return handle
+
+
+def make_row_mask(window: int | None, cache_window: int | None, as_array: bool) -> RowMask:
+    """Return a mask that only says what was asked for, and of a cache with what window."""
+    mask = RowMask(mx.zeros((1,), mx.bool_))
+    mask.window, mask.cache_window, mask.as_array = window, cache_window, as_array
+    return mask
+
+
+#: MLX's own attention function, whatever is installed over it.
+native_attention: Callable[..., mx.array] = mx.fast.scaled_dot_product_attention
+
+
+def _attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+    **rest: Any,
+) -> mx.array:
+    """Compute attention: paged if the keys are a handle, else by MLX's own function."""
+    cache = next((a.cache for a in (k, v) if isinstance(a, KVHandle)), None)
+    if cache is None:
+        if isinstance(mask, RowMask):
+            raise LostHandleError("a layer attends to something else than its cache")
+        return native_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **rest)
+    if not isinstance(k, KVHandle) or not isinstance(v, KVHandle) or v.cache is not k.cache:
+        raise LostHandleError("it attends to something else than its keys and values", cache=cache)
+    if k.transposed or v.transposed or k.part != "keys":
+        raise LostHandleError("it transposes its keys or values before attention", cache=cache)
+    window = queries = None
+    if isinstance(mask, RowMask):
+        window = mask.window
+    elif isinstance(mask, RotaryScores):
+        queries = mask.queries
+    elif isinstance(mask, mx.array):
+        raise LostHandleError("it applies a mask of its own", cache=cache)
+    return k.cache.attend(
+        q, scale=scale, window=window, sinks=sinks, query_pe=queries, key_dtype=k.dtype
+    )
+
+
+def install() -> None:
+    """Wrap `mx.fast.scaled_dot_product_attention`, once for the process.
+
+    mlx-lm's models call it through the module, so all of them see the wrapper; calls without
+    handles behave as before.
+    """
+    if mx.fast.scaled_dot_product_attention is not _attention:
+        mx.fast.scaled_dot_product_attention = _attention

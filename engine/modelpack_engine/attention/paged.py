@@ -1,0 +1,203 @@
+"""PagedKV: one layer's paged keys and values, standing in for mlx-lm's KVCache.
+
+Every scheduled token is one batch row of length 1, prefill and decode alike, so `offset` is a
+vector that rotary embeddings take per row. `update_and_fetch` writes the new rows into the pool and
+returns handles; `attend` answers when these reach the attention function.
+
+The pool has one version per layer and step: it is written once, then read. A second write, or a
+reference kept by anybody else, would make MLX copy the pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from modelpack_engine.attention import gather
+from modelpack_engine.attention.handles import (
+    KVHandle,
+    LostHandleError,
+    RowMask,
+    make_handle,
+    make_row_mask,
+)
+from modelpack_engine.attention.step import StepInputs
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """What one layer caches per token; `window` is the number of tokens it sees, or None for all.
+
+    Keys and values may differ in heads and size: latent attention keeps latents and rotary keys.
+    """
+
+    key_heads: int
+    key_dim: int
+    value_heads: int
+    value_dim: int
+    dtype: mx.Dtype
+    window: int | None = None
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token in this layer."""
+        elements = self.key_heads * self.key_dim + self.value_heads * self.value_dim
+        return int(elements * self.dtype.size)
+
+
+class PagedKV:
+    """Keys and values of one layer, in blocks; see the module's docstring."""
+
+    def __init__(
+        self, layout: KVLayout, step: StepInputs, *, num_blocks: int, name: str = "layer"
+    ) -> None:
+        """Make the pools: [slots, heads, dim] each, zeros so that unwritten slots are finite."""
+        self.layout = layout
+        self.step = step
+        self.name = name
+        slots = num_blocks * step.block_size
+        self.keys_pool = mx.zeros((slots, layout.key_heads, layout.key_dim), layout.dtype)
+        self.values_pool = mx.zeros((slots, layout.value_heads, layout.value_dim), layout.dtype)
+        self._open = False
+        self._handles: tuple[KVHandle, KVHandle] | None = None
+        self.row_masks = False
+
+    @property
+    def offset(self) -> mx.array:
+        """Positions of the rows, int32 [rows]."""
+        return self.step.positions
+
+    def make_mask(
+        self, length: int, return_array: bool = False, window_size: int | None = None
+    ) -> RowMask | None:
+        """Return None, as attention is causal per row, or what says what was asked for."""
+        if window_size is None and not self.row_masks:
+            return None
+        return make_row_mask(window_size, self.layout.window, return_array)
+
+    def write(self, keys: mx.array, values: mx.array) -> None:
+        """Write rows [rows, heads, 1, dim] at the step's slots."""
+        slots = self.step.slots
+        layout = self.layout
+        self.keys_pool[slots] = keys.reshape(-1, layout.key_heads, layout.key_dim)
+        self.values_pool[slots] = values.reshape(-1, layout.value_heads, layout.value_dim)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVHandle, KVHandle]:
+        """Write the step's rows and return them as handles."""
+        if self._open:
+            raise LostHandleError("it never attended to the keys it was given", cache=self)
+        self._open = True
+        self.write(keys, values)
+        handles = make_handle(keys, self, "keys"), make_handle(values, self, "values")
+        self._handles = handles
+        return handles
+
+    def keys_and_values(self) -> tuple[KVHandle, KVHandle]:
+        """Return the step's handles again, for layers that share another layer's keys."""
+        if self._handles is None:
+            raise LostHandleError("it is read before it is written", cache=self)
+        return self._handles
+
+    def fetch(self, row: int, chunk: int | None) -> tuple[mx.array, mx.array]:
+        """Return keys and values [1, heads, keys, dim] that a decode row or a chunk may see.
+
+        In order, the piece's own rows last; those before the window of the last query are left out.
+        """
+        step, window = self.step, self.layout.window
+        if chunk is None:
+            span, table = step.decode_span(row, window)
+        else:
+            span, table = step.chunk_span(chunk, window)
+        blocks = mx.array([table[span.first_block : span.first_block + span.num_blocks]], mx.int32)
+        keys = self._gather(self.keys_pool, blocks, span.start, span.stop, None)
+        return keys, self._gather(self.values_pool, blocks, span.start, span.stop, None)
+
+    def close(self) -> None:
+        """End the step; raise if its keys never reached the attention function."""
+        lost, self._open, self._handles = self._open, False, None
+        if lost:
+            raise LostHandleError("it attended without the paged cache", cache=self)
+
+    def abandon(self) -> None:
+        """End the step whatever state it is in."""
+        self._open, self._handles = False, None
+
+    def attend(
+        self,
+        queries: mx.array,
+        *,
+        scale: float,
+        window: int | None = None,
+        sinks: mx.array | None = None,
+        softcap: float | None = None,
+        query_pe: mx.array | None = None,
+        key_dtype: mx.Dtype | None = None,
+    ) -> mx.array:
+        """Return [rows, heads, 1, value dim] of `queries` [rows, heads, 1, dim].
+
+        `window` counts the tokens a row sees, itself included; `sinks` [heads] join the softmax's
+        denominator only.
+        """
+        self._open = False
+        step = self.step
+        window = window or self.layout.window
+        outputs: list[mx.array] = []
+
+        def one(
+            rows: mx.array,
+            pe: mx.array | None,
+            blocks: mx.array,
+            start: int,
+            stop: int,
+            mask: mx.array | str | None,
+        ) -> mx.array:
+            keys = self._gather(self.keys_pool, blocks, start, stop, key_dtype)
+            values = self._gather(self.values_pool, blocks, start, stop, key_dtype)
+            return gather.attend(
+                rows, keys, values, mask,
+                scale=scale, sinks=sinks, softcap=softcap, query_pe=pe, fold_heads=step.exact,
+            )  # fmt: skip
+
+        if step.num_decode:
+            groups, order = step.decode_groups(window)
+            for group in groups:
+                rows, pe = (
+                    None if a is None
+                    else a[: step.num_decode] if group.rows is None
+                    else a[group.rows]
+                    for a in (queries, query_pe)
+                )  # fmt: skip
+                assert rows is not None
+                outputs.append(one(rows, pe, group.tables, group.start, group.stop, group.mask))
+            if order is not None:
+                outputs = [mx.concatenate(outputs)[order]]
+        end = step.num_decode
+        for index, chunk in enumerate(step.chunks):
+            end = chunk.row + chunk.padded_length
+            rows, pe = (
+                None if a is None else a[chunk.row : end].transpose(2, 1, 0, 3)
+                for a in (queries, query_pe)
+            )
+            assert rows is not None
+            found = step.chunk_keys(index, window)
+            out = one(rows, pe, found.blocks, found.start, found.stop, found.mask)
+            outputs.append(out.transpose(2, 1, 0, 3))
+        if end < step.num_rows:
+            shape = (step.num_rows - end, *outputs[0].shape[1:])
+            outputs.append(mx.zeros(shape, outputs[0].dtype))
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+    def _gather(
+        self, pool: mx.array, blocks: mx.array, start: int, stop: int, dtype: mx.Dtype | None
+    ) -> mx.array:
+        """Return keys or values [n, heads, stop - start, dim] of block tables [n, blocks]."""
+        _, heads, dim = pool.shape
+        by_block = pool.reshape(-1, self.step.block_size * heads * dim)
+        found = by_block[blocks].reshape(blocks.shape[0], -1, heads, dim)
+        if start or stop < found.shape[1]:
+            found = found[:, start:stop]
+        if dtype is not None and dtype != found.dtype:
+            found = found.astype(dtype)
+        # Matrix products on transposed keys are several times slower on a CPU than the copy.
+        return mx.contiguous(found.swapaxes(1, 2))

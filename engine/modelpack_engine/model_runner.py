@@ -1,0 +1,258 @@
+"""ModelRunner: a step's batch in, the sampled rows' logits out, for any mlx-lm model.
+
+At load it chooses the best tier in which the model answers as mlx-lm alone would:
+
+    handles     unmodified classes on rows; attention reads the paged cache
+    patched     the same, with our subclass for attention that mlx-lm computes by hand
+    pieces      some attention modules run sequence by sequence, on keys gathered from the pages
+    contiguous  one forward per request with mlx-lm's own cache: correct, slow
+
+A tier is left when a layer loses its handles, or when the self-test finds other logits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from modelpack_engine.adaptation import self_test as tests
+from modelpack_engine.adaptation.adapted import Adapted
+from modelpack_engine.adaptation.contiguous import ContiguousRunner
+from modelpack_engine.adaptation.layout import ModelLayout, find_layout
+from modelpack_engine.adaptation.warm_up import PADDING_SEQ_ID, StepShape, padding_batch
+from modelpack_engine.attention.handles import LostHandleError, install
+from modelpack_engine.attention.step import StepInputs
+from modelpack_engine.batch import StepBatch
+from modelpack_engine.buckets import EXACT, Buckets
+from modelpack_engine.config import BLOCK_SIZE
+from modelpack_engine.errors import EngineError, OutOfMemoryError
+
+logger = logging.getLogger(__name__)
+
+
+#: What a model's code may raise when it is given rows or caches that it was not written for.
+MODEL_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EngineError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+class ModelRunner:
+    """Runs one model over one pool of KV blocks.
+
+    `num_blocks` blocks of `block_size` tokens are allocated at once, block 0 being trash. `dtype`
+    is the type of the pools (default: that of the model's keys). `exact` shapes are for CPUs, where
+    a new shape costs nothing; the default follows MLX's default device.
+
+    `tier` and `notes` say how the model runs; `supports_prefix_cache` is False where a sequence's
+    state is more than its keys and values. Raises `OutOfMemoryError` if the pools do not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_blocks: int,
+        block_size: int = BLOCK_SIZE,
+        dtype: mx.Dtype | None = None,
+        buckets: Buckets = EXACT,
+        self_test: bool = True,
+        exact: bool | None = None,
+    ) -> None:
+        install()
+        self.model = model
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.buckets = buckets
+        self.notes: tuple[str, ...] = ()
+        if exact is None:
+            exact = mx.default_device() == mx.Device(mx.cpu)
+        self._step = StepInputs(block_size, exact=exact)
+        self._adapted: Adapted | None = None
+        self._contiguous: ContiguousRunner | None = None
+        self.layout = self._find_layout()
+        if self.layout is not None:
+            if dtype is not None:
+                self.layout = self.layout.with_dtype(dtype)
+            self._adapt(self.layout, self_test)
+        if self._adapted is None:
+            self._contiguous = ContiguousRunner(model)
+        self._allocate()
+
+    # Load.
+
+    def _find_layout(self) -> ModelLayout | None:
+        try:
+            return find_layout(self.model)
+        except MODEL_ERRORS as error:
+            self._leave("paged tiers", f"{error}")
+            return None
+
+    def _adapt(self, layout: ModelLayout, self_test: bool) -> None:
+        """Find the best tier: all on rows, then more and more attention modules in pieces."""
+        in_pieces: frozenset[str] = frozenset()
+        fold = mx.cuda.is_available()
+        while True:
+            adapted = Adapted(
+                self.model,
+                layout,
+                self._step,
+                num_blocks=self.num_blocks,
+                in_pieces=in_pieces,
+                fold=fold,
+            )
+            self._adapted = adapted
+            problem, culprit = self._try(adapted, layout, self_test)
+            if problem is None:
+                self.notes += adapted.notes()
+                return
+            every = adapted.attention_classes()
+            adapted.undo()
+            self._adapted = None
+            self._leave("pieces" if in_pieces else "handles", problem)
+            more = in_pieces | {culprit} if culprit else every
+            if more <= in_pieces:
+                more = every
+            if more <= in_pieces:
+                return
+            in_pieces = frozenset(more)
+
+    def _try(
+        self, adapted: Adapted, layout: ModelLayout, self_test: bool
+    ) -> tuple[str | None, str | None]:
+        """Return what is wrong with a tier, and the class of the module at fault, if known."""
+        if tests.blocks_needed(self.block_size) > self.num_blocks:
+            return None, None
+        try:
+            problem = tests.compare(
+                self.model,
+                self.forward,
+                block_size=self.block_size,
+                vocab_size=layout.vocab_size,
+                compute=self_test,
+            )
+        except LostHandleError as error:
+            return str(error), adapted.owner_class(error)
+        except MODEL_ERRORS as error:
+            return f"{type(error).__name__}: {error}", None
+        finally:
+            adapted.reset()
+        return problem, None
+
+    def _leave(self, tier: str, why: str) -> None:
+        name = type(self.model).__module__.rpartition(".")[2]
+        note = f"not in {tier}: {why}"
+        logger.warning("%s does not run in %s: %s", name, tier, why)
+        self.notes += (note,)
+
+    def _allocate(self) -> None:
+        pools = self.pools()
+        try:
+            mx.eval(pools)
+        except RuntimeError as error:
+            size = sum(pool.nbytes for pool in pools)
+            raise OutOfMemoryError(
+                f"{self.num_blocks} blocks of the KV cache take {size} bytes: {error}",
+                hint="give the KV cache less memory",
+            ) from error
+
+    # What it is.
+
+    @property
+    def tier(self) -> str:
+        """Return "handles", "patched", "pieces" or "contiguous"; see the module's docstring."""
+        if self._adapted is None:
+            return "contiguous"
+        if self._adapted.in_pieces:
+            return "pieces"
+        return "patched" if self._adapted.patched else "handles"
+
+    @property
+    def supports_prefix_cache(self) -> bool:
+        """Whether blocks of one sequence may serve another: not with recurrent state."""
+        return self._adapted is not None and not self._adapted.states
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes that one block takes in all layers."""
+        return 0 if self.layout is None else self.layout.bytes_per_token * self.block_size
+
+    # A step.
+
+    def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
+        """Build a step: return logits [rows, vocabulary] of its sampled rows, not yet computed.
+
+        `token_ids` int32 [rows] are the batch's, with those of the previous step filled in. The
+        rows of `batch.prompt_logprob_rows` follow the sampled ones. Evaluate the result together
+        with `pools()`, after the step before has been read: then no pool is copied.
+        """
+        self.release(batch.released)
+        rows = [*batch.sample_rows, *batch.prompt_logprob_rows]
+        if self._contiguous is not None:
+            return self._contiguous.forward(batch, token_ids, rows)
+        adapted = self._adapted
+        assert adapted is not None
+        count = len(rows)
+        padded = self.buckets.pad_rows(count) or 1
+        self._step.begin(batch, rows + [0] * (padded - count))
+        if adapted.states:
+            adapted.rows.begin(batch)
+        try:
+            logits: mx.array = self.model(token_ids[:, None], cache=adapted.caches)
+            adapted.close()
+        except BaseException:
+            adapted.abandon()
+            raise
+        finally:
+            self._step.end()
+        if adapted.states:
+            adapted.rows.finish()
+        if not self._step.rows_taken:
+            logits = logits[self._step.sample_rows]
+        if logits.shape[0] != padded:
+            raise EngineError(f"the model made logits of {logits.shape[0]} rows, expected {padded}")
+        return logits[:count, -1]
+
+    def pools(self) -> list[mx.array]:
+        """Return what the last step writes, to be evaluated with its logits.
+
+        Keep none of these: a second reference makes the next step copy a pool.
+        """
+        if self._contiguous is not None:
+            return self._contiguous.pools()
+        assert self._adapted is not None
+        return self._adapted.pools()
+
+    def release(self, seq_ids: Iterable[int]) -> None:
+        """Drop what is kept for sequences beside their blocks."""
+        if self._contiguous is not None:
+            self._contiguous.release(seq_ids)
+        elif self._adapted is not None:
+            self._adapted.rows.release(seq_ids)
+
+    def scrub(self, blocks: Iterable[int]) -> None:
+        """Zero blocks that hold values which are not numbers.
+
+        Masked keys still meet a product with zero, and zero times NaN is NaN: blocks of a sequence
+        whose logits were NaN have to be scrubbed before another sequence gets them.
+        """
+        if self._adapted is not None:
+            self._adapted.scrub(list(blocks), self.block_size)
+
+    def warm_up(self, shapes: Iterable[StepShape]) -> None:
+        """Run steps of padding of the given shapes, which compiles what they need."""
+        for shape in shapes:
+            batch = padding_batch(shape, self.block_size)
+            logits = self.forward(batch, mx.zeros((batch.num_rows,), mx.int32))
+            mx.eval(logits, self.pools())
+            self.release([PADDING_SEQ_ID])

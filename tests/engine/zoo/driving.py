@@ -1,0 +1,102 @@
+"""Drive a ModelRunner with the real scheduler, greedily, the way the engine does: build ahead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from modelpack_engine.batch import StepBatch, build_batch
+from modelpack_engine.block_manager import BlockManager
+from modelpack_engine.buckets import EXACT, Buckets
+from modelpack_engine.model_runner import ModelRunner
+from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
+from modelpack_engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a run is scheduled: few rows a step, so that prompts are cut and mixed with decoding."""
+
+    rows: int = 24
+    blocks: int = 64
+    prefix_cache: bool = True
+    buckets: Buckets = EXACT
+    max_num_seqs: int = 8
+    eos: frozenset[int] = frozenset()
+
+
+@dataclass
+class Driver:
+    """One engine without sampling and text."""
+
+    runner: ModelRunner
+    setting: Setting
+    num_steps: int = 0
+    rows: int = 0
+    sequences: list[Sequence] = field(default_factory=list)
+    scheduler: Scheduler = field(init=False)
+    blocks: BlockManager = field(init=False)
+    _flight: tuple[SchedulerOutput, StepBatch, mx.array] | None = None
+
+    def __post_init__(self) -> None:
+        setting = self.setting
+        self.blocks = BlockManager(
+            setting.blocks,
+            enable_prefix_caching=setting.prefix_cache and self.runner.supports_prefix_cache,
+        )
+        config = SchedulerConfig(
+            max_num_seqs=setting.max_num_seqs,
+            max_num_batched_tokens=setting.rows,
+            max_model_len=512,
+            max_prefill_chunk=setting.rows,
+            buckets=setting.buckets,
+        )
+        self.scheduler = Scheduler(config, self.blocks)
+
+    def add(self, prompt: list[int], max_tokens: int) -> Sequence:
+        params = SamplingParams(max_tokens=max_tokens, temperature=0)
+        name = str(len(self.sequences))
+        sequence = Sequence(name, prompt, params, eos_token_ids=self.setting.eos)
+        self.scheduler.add(sequence)
+        self.sequences.append(sequence)
+        return sequence
+
+    def step(self) -> bool:
+        """Run a step; False if there is nothing left to do."""
+        output = self.scheduler.schedule()
+        if output is None:
+            if self._flight is None:
+                return False
+            self._collect()
+            return True
+        previous = self._flight
+        batch = build_batch(
+            output, previous[1] if previous else None, self.setting.buckets, self.blocks.block_size
+        )
+        ids = mx.array(batch.token_ids, mx.int32)
+        if batch.from_previous:
+            assert previous is not None
+            rows, sources = (mx.array(list(a)) for a in zip(*batch.from_previous, strict=True))
+            ids[rows] = previous[2][sources].astype(mx.int32)
+        logits = self.runner.forward(batch, ids)
+        tokens = mx.argmax(logits, axis=-1) if batch.sample_rows else mx.array([], mx.int32)
+        if previous is not None:
+            self._collect()
+        mx.async_eval(tokens, self.runner.pools())
+        self.scheduler.submitted(output)
+        self._flight = (output, batch, tokens)
+        self.num_steps += 1
+        self.rows += batch.num_rows
+        return True
+
+    def run(self) -> None:
+        while self.step():
+            pass
+
+    def _collect(self) -> None:
+        assert self._flight is not None
+        output, _, tokens = self._flight
+        self._flight = None
+        self.scheduler.collect(output, tokens.tolist())
