@@ -21,7 +21,7 @@ ROWS = (
     ("progress", "reference", "descriptor", "layer_metadata"),
     ("manifest", "config"),
     ("model", "storage"),
-    ("blob", "formats"),
+    ("blob", "formats", "listening"),
     ("packaging", "stores", "registry", "unpacking"),
     ("server",),
     ("operations",),

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import ipaddress
-import logging
-import signal
-import socket
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
+from typing import TYPE_CHECKING
 
-import uvicorn
-
-from modelpack.errors import ModelpackError, UsageError
+from modelpack.listening import GRACE, AppServer
 from modelpack.server.app import create_app
 from modelpack.server.recording import Recorder, RequestRecord
 from modelpack.stores.layout import LayoutStore
 
-#: Seconds that requests under way get to finish once the server is asked to stop.
-GRACE = 30
-_BACKLOG = 128
+if TYPE_CHECKING:
+    from uvicorn._types import ASGIApplication
 
 
 class RegistryServer:
@@ -50,69 +42,39 @@ class RegistryServer:
         requests may use for this host. For `sparse` see `create_app`. `on_request` is called from
         the server's thread.
         """
-        self._address = _parsed_address(address)
-        if not allow_remote and not _is_loopback(self._address[0]):
-            raise UsageError(
-                f"{address!r} is not a loopback address, and the registry asks for no password",
-                hint="give --allow-remote (allow_remote=True) if all who reach the port may use it",
-            )
+        self._server = AppServer(
+            self._make_app, address, name="registry", allow_remote=allow_remote, grace=grace
+        )
         self.store = root if isinstance(root, LayoutStore) else LayoutStore(root)
         self._read_only = read_only
         self._sparse = sparse
-        self._allowed_hosts = (self._address[0], *allowed_hosts)
-        self._grace = grace
+        self._allowed_hosts = (self._server.address[0], *allowed_hosts)
         self._on_request = on_request
-        self._socket: socket.socket | None = None
-        self._server: _Server | None = None
-        self._thread: threading.Thread | None = None
 
     @property
     def host(self) -> str:
         """`host:port`, as a reference names the registry; the real port once it is bound."""
-        host, port = self._address
-        if self._socket is not None:
-            port = self._socket.getsockname()[1]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return self._server.host
 
     @property
     def url(self) -> str:
         """The address of the API's root, without a slash at the end."""
-        return f"http://{self.host}"
+        return self._server.url
 
     def run(self, on_ready: Callable[[], None] | None = None) -> None:
         """Serve until SIGINT or SIGTERM, then let requests finish; a second SIGINT cuts them.
 
         Runs in the main thread; `on_ready` is called once connections are accepted.
         """
-        server = self._prepare(on_ready)
-        try:
-            assert self._socket is not None
-            server.run([self._socket])
-        finally:
-            self._clean_up()
+        self._server.run(on_ready)
 
     def start(self) -> None:
         """Serve from a background thread; returns when connections are accepted."""
-        started = threading.Event()
-        server = self._prepare(started.set)
-        assert self._socket is not None
-        sockets = [self._socket]
-        self._thread = threading.Thread(
-            target=server.run, args=(sockets,), name=f"registry {self.host}", daemon=True
-        )
-        self._thread.start()
-        while not started.wait(0.1):
-            if not self._thread.is_alive():
-                self._clean_up()
-                raise ModelpackError(f"the registry at {self.url} did not start")
+        self._server.start()
 
     def stop(self) -> None:
         """Stop a server that `start` began; requests under way get `grace` seconds."""
-        if self._thread is None or self._server is None:
-            return
-        self._server.should_exit = True
-        self._thread.join()
-        self._clean_up()
+        self._server.stop()
 
     def __enter__(self) -> RegistryServer:
         self.start()
@@ -126,104 +88,11 @@ class RegistryServer:
     ) -> None:
         self.stop()
 
-    def _prepare(self, on_ready: Callable[[], None] | None) -> _Server:
-        if self._server is not None:
-            raise UsageError(f"the registry at {self.url} runs already")
+    def _make_app(self) -> ASGIApplication:
         app = create_app(
             self.store,
             read_only=self._read_only,
             sparse=self._sparse,
             allowed_hosts=self._allowed_hosts,
         )
-        self._socket = _bound_socket(*self._address)
-        # A library is silent by itself: an application that wants this configures `logging`.
-        logging.getLogger("uvicorn").addHandler(logging.NullHandler())
-        config = uvicorn.Config(
-            app if self._on_request is None else Recorder(app, self._on_request),
-            http="h11",
-            loop="asyncio",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=self._grace,
-        )
-        self._server = _Server(config, on_ready)
-        return self._server
-
-    def _clean_up(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-        self._socket = self._server = self._thread = None
-
-
-class _Server(uvicorn.Server):
-    """Uvicorn's server, telling when it accepts, and returning after a signal."""
-
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None] | None) -> None:
-        super().__init__(config)
-        self._on_ready = on_ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self._on_ready is not None:
-            self._on_ready()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Stop on signals; uvicorn would raise them once more, and end the process by them."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        signals = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._stop) for number in signals}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit and number == signal.SIGINT
-        self.should_exit = True
-
-
-def _parsed_address(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    if not colon or not bare or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise UsageError(f"{text!r} is not an address: expected HOST:PORT, like 127.0.0.1:5000")
-    return bare, int(port)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _bound_socket(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        bound = socket.socket(family, kind, protocol)
-        try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
-            bound.listen(_BACKLOG)
-            bound.setblocking(False)
-        except BaseException:
-            bound.close()
-            raise
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise UsageError(
-            f"cannot listen on {host}:{port}: {why}",
-            hint="choose another port, or 0 for any free one",
-        ) from error
-    return bound
+        return app if self._on_request is None else Recorder(app, self._on_request)
