@@ -1,8 +1,8 @@
 """LayoutStore: models on this machine, in an OCI image layout that other tools read in place.
 
 This class only joins the parts; each has a file of its own: `tree` (directories), `blobs` (what is
-verified), `downloads` and `imports` (how blobs come in), `trust` (which blobs need another look),
-`index` and `lookup` (names), `leases`, `gc`, `removal`, `fsck`.
+verified), `downloads` and `imports` (how blobs come in), `publishing` (when they show), `trust`
+(which need another look), `index` and `lookup` (names), `leases`, `gc`, `removal`, `fsck`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from modelpack.progress import Action, Progress
 from modelpack.reference import DEFAULT_REGISTRY, Reference
 from modelpack.storage import BlobSource, Outcome, Watch
 from modelpack.stores import lookup
-from modelpack.stores.blobs import BLOB_MODE, Blobs, FileBlob
+from modelpack.stores.blobs import Blobs, FileBlob
 from modelpack.stores.downloads import Downloads
-from modelpack.stores.durability import flush_file
 from modelpack.stores.fsck import Checker, FsckReport
 from modelpack.stores.gc import Collector, GcReport
-from modelpack.stores.imports import ImportedFile, Imports, Read
+from modelpack.stores.imports import ImportedFile, Imports
 from modelpack.stores.index import IndexDocument, IndexFile
 from modelpack.stores.leases import Leases
 from modelpack.stores.lookup import StoredModel
-from modelpack.stores.os_errors import translating
+from modelpack.stores.publishing import Publisher
 from modelpack.stores.reachability import as_manifest, successors
 from modelpack.stores.removal import Removal, Remover
 from modelpack.stores.tree import open_tree
@@ -71,6 +70,7 @@ class LayoutStore:
         self._blobs = Blobs(self._tree, self._trust)
         self._index = IndexFile(self._tree)
         self._leases = Leases(self._tree)
+        self._publisher = Publisher(self._tree, self._blobs, self._trust, self._leases)
         self._downloads = Downloads(self._tree, self._blobs)
         self._imports = Imports(self._tree)
 
@@ -114,7 +114,7 @@ class LayoutStore:
         """
         self._tree.prepare()
         outcome = Outcome.EXISTED
-        if not self._keep(descriptor):
+        if not self._publisher.keep(descriptor):
             outcome = self._downloads.fetch(descriptor, source, watch)
         if outcome is Outcome.EXISTED:
             watch.report(_skipped(descriptor))
@@ -143,7 +143,7 @@ class LayoutStore:
         self._check_whole(listed, successors(manifest))
         with self._tree.lock().held():
             self._check_whole(listed, successors(manifest))
-            self._write_small(descriptor.digest, raw)
+            self._publisher.write_locked(descriptor.digest, raw)
             document = self._index.read().with_manifest(listed)
             if reference is not None:
                 document = document.with_tag(listed, reference)
@@ -159,8 +159,7 @@ class LayoutStore:
         """Store a small blob, and return its descriptor."""
         descriptor = Descriptor(media_type, Digest.of(content), len(content))
         self._tree.prepare()
-        with self._tree.lock().held():
-            self._write_small(descriptor.digest, content)
+        self._publisher.write(descriptor.digest, content)
         return descriptor
 
     def import_file(self, path: Path, watch: Watch, *, link: bool = False) -> ImportedFile:
@@ -175,7 +174,7 @@ class LayoutStore:
         """
         self._tree.prepare()
         with self._imports.reading(path, path.name, watch, link=link) as read:
-            outcome = self._publish(read)
+            outcome = self._publisher.publish(read)
             found = read.found
         return ImportedFile(
             read.digest, found.st_size, outcome, found.st_dev, found.st_ino, found.st_mtime_ns
@@ -189,14 +188,14 @@ class LayoutStore:
         Raises `DigestMismatchError` or `SizeMismatchError` if the file is something else.
         """
         self._tree.prepare()
-        if self._keep(descriptor):
+        if self._publisher.keep(descriptor):
             watch.report(_skipped(descriptor))
             return Outcome.EXISTED
         algorithm, name = descriptor.digest.algorithm, _shown(descriptor)
         with self._imports.reading(path, name, watch, link=link, algorithm=algorithm) as read:
             _check_size(descriptor, read.found.st_size, str(path))
             descriptor.digest.check_equal(read.digest, str(path))
-            return self._publish(read)
+            return self._publisher.publish(read)
 
     def take_file(self, path: Path, digest: Digest) -> Outcome:
         """Move a file of the same file system into the store; the caller has verified it.
@@ -204,19 +203,7 @@ class LayoutStore:
         `path` is gone afterwards. The bytes are flushed to the disk.
         """
         self._tree.prepare()
-        with translating("flush", path):
-            path.chmod(BLOB_MODE)
-            flush_file(path)
-        there = self._blobs.find(digest) is not None
-        with self._tree.lock().held():
-            self._leases.note(digest)
-            final = self._tree.blob(digest)
-            if there and final.is_file():
-                self._trust.touch(digest, final)
-                path.unlink()
-                return Outcome.EXISTED
-            self._blobs.publish(path, digest, flushed=True)
-        return Outcome.WRITTEN
+        return self._publisher.take(path, digest)
 
     # Models
 
@@ -254,14 +241,7 @@ class LayoutStore:
 
     def touch_blob(self, digest: Digest) -> bool:
         """Return whether the blob is there; a collection counts it as recent from now on."""
-        path = self._blobs.find(digest)
-        if path is None or self._tree.is_read_only():
-            return path is not None
-        with self._tree.lock().held():  # or a collection might have judged it by now
-            there = path.is_file()
-            if there:
-                self._trust.touch(digest, path)
-        return there
+        return self._publisher.touch(digest)
 
     def delete_blob(self, digest: Digest) -> bool:
         """Delete a blob that no listed manifest needs; return whether it was there.
@@ -324,40 +304,6 @@ class LayoutStore:
         return Descriptor(
             manifest.media_type, digest, len(manifest.raw), artifact_type=manifest.artifact_type
         )
-
-    def _keep(self, descriptor: Descriptor) -> bool:
-        """Return whether the blob is there; note in any case that it is needed."""
-        there = self._blobs.holds(descriptor)
-        with self._tree.lock().held():
-            self._leases.note(descriptor.digest)
-            path = self._tree.blob(descriptor.digest)
-            if there and path.is_file():
-                self._trust.touch(descriptor.digest, path)
-                return True
-        return False
-
-    def _publish(self, read: Read) -> Outcome:
-        there = self._blobs.find(read.digest) is not None
-        with self._tree.lock().held():
-            self._leases.note(read.digest)
-            path = self._tree.blob(read.digest)
-            if there and path.is_file():
-                self._trust.touch(read.digest, path)
-                return Outcome.EXISTED
-            if read.linked:
-                read.link()
-                self._trust.mark_linked(read.digest, read.found)
-            self._blobs.publish(read.staged, read.digest, flushed=False)
-        return Outcome.WRITTEN
-
-    def _write_small(self, digest: Digest, content: bytes) -> None:
-        """Have a blob, durably; the store's lock is held."""
-        self._leases.note(digest)
-        path = self._blobs.find(digest)
-        if path is not None:
-            self._trust.touch(digest, path)
-            return
-        self._blobs.write(digest, content)
 
     def _check_whole(self, listed: Descriptor, needed: Iterable[Descriptor]) -> None:
         for descriptor in needed:

@@ -35,10 +35,13 @@ class Partial:
         self.wanted = descriptor
         self.path = tree.ingest / f"{label(descriptor.digest)}.part"
         self._journal = self.path.with_suffix(".json")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         with translating("open", self.path):
-            with suppress(FileNotFoundError):  # killed after `seal`, it is read-only
+            try:
+                self.file = os.open(self.path, flags, 0o644)
+            except PermissionError:  # killed after `seal`, it is read-only
                 self.path.chmod(0o644)
-            self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                self.file = os.open(self.path, flags)
         self._hasher = descriptor.digest.hasher()
         self._behind = WriteBehind(self.file, 0, drop=False)
         self.length = 0
