@@ -1,0 +1,233 @@
+"""ModelFiles: which files of a model are its weights, and where the others are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from modelpack.digest import Digest
+from modelpack.errors import IntegrityError
+from modelpack.formats.shards import INDEX_SUFFIX, find_shards, read_index, shard_set
+from modelpack.model import Model, ModelFile, Role, format_of, role_of
+from modelpack.unpacking.blobs import open_blob
+from modelpack.unpacking.content import Content, TarLimits
+from modelpack.unpacking.tarstream import TarReader
+from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.loaders.documents import decode_object
+
+WeightFormat = Literal["safetensors", "gguf"]
+
+#: Any one file beside the weights. The largest vocabularies are 35 MB of JSON.
+MAX_FILE_BYTES = 128 * 1024 * 1024
+#: All files of the archives of one model.
+MAX_ARCHIVE_BYTES = 512 * 1024 * 1024
+
+CHAT_TEMPLATE = "chat_template.jinja"
+_FORMATS: tuple[WeightFormat, ...] = ("gguf", "safetensors")
+_LIMITS = TarLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """The files of one model. Nothing is copied: weights stay where `weights` says.
+
+    `names` are the other files by their path in the model (`config.json`, `tokenizer.json`, …); a
+    chat template is there as `chat_template.jinja`, whatever it was called. `archived` holds
+    the content of small files that came inside a tar archive.
+    """
+
+    weights: tuple[Path, ...]
+    format: WeightFormat
+    names: Mapping[str, Path] = field(default_factory=dict)
+    archived: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_model(cls, model: Model, blob_path: Callable[[Digest], Path]) -> ModelFiles:
+        """Return the files of `model`, whose blobs are where `blob_path` says.
+
+        `LayoutStore.blob_path` is one. Raises `ModelLoadError` if there are no weights that load,
+        or several models in one, and what the store raises for a blob that it lost.
+        """
+        weights: list[tuple[str, str, Path]] = []
+        names: dict[str, Path] = {}
+        archived: dict[str, bytes] = {}
+        notes: list[str] = []
+        for file in model.files():
+            path = blob_path(file.descriptor.digest)
+            if file.archive:
+                _check_archive(file)
+                archived |= _content(file, path)
+            elif file.role is Role.WEIGHT:
+                weights.append((file.format, file.filepath or "", path))
+            elif file.role is Role.PROJECTOR:
+                notes.append("the multimodal projector is left out: text only")
+            elif file.role is Role.CHAT_TEMPLATE:
+                names.setdefault(CHAT_TEMPLATE, path)
+            elif file.filepath:
+                names[file.filepath] = path
+        return _assembled(
+            weights, names, archived, notes, model.config.format.lower(), _shown(model)
+        )
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike[str]) -> ModelFiles:
+        """Return the files of the model in `directory`, or of the one weight file given.
+
+        Raises `ModelLoadError` if there are no weights, or several models in one.
+        """
+        root = Path(directory)
+        if root.is_file():
+            paths = find_shards(root)
+            root = root.parent
+            found = [path for path in paths if path.parent == root]
+            others = [path for path in _files_in(root) if not _is_weight(path.name)]
+        else:
+            every = _files_in(root)
+            found = [path for path in every if _is_weight(path.name)]
+            others = [path for path in every if not _is_weight(path.name)]
+        weights, notes = [], []
+        for path in found:
+            kind = format_of("", path.name)
+            if role_of("", path.name) is Role.PROJECTOR:
+                notes.append(f"{path.name} is left out: text only")
+            else:
+                weights.append((kind, path.name, path))
+        names = {path.relative_to(root).as_posix(): path for path in others}
+        for name in sorted(names):
+            if name.endswith(".jinja") and "/" not in name:
+                names.setdefault(CHAT_TEMPLATE, names[name])
+        return _assembled(weights, names, {}, notes, "", str(directory))
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a file that is no weight; None if the model has none."""
+        if name in self.archived:
+            return self.archived[name]
+        path = self.names.get(name)
+        if path is None:
+            return None
+        try:
+            size = path.stat().st_size
+            if size > MAX_FILE_BYTES:
+                raise ModelLoadError(f"{name}: {size} bytes, the limit is {MAX_FILE_BYTES}")
+            return path.read_bytes()
+        except OSError as error:
+            raise ModelLoadError(f"{name}: cannot be read: {error.strerror}") from error
+
+    def text(self, name: str) -> str | None:
+        """Return the text of a file; None if the model has none."""
+        raw = self.read(name)
+        try:
+            return None if raw is None else raw.decode()
+        except UnicodeDecodeError as error:
+            raise ModelLoadError(f"{name}: is not UTF-8 at byte {error.start}") from None
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """Return the JSON object in a file; None if the model has none."""
+        raw = self.read(name)
+        return None if raw is None else decode_object(raw, name)
+
+
+def _assembled(
+    weights: list[tuple[str, str, Path]],
+    names: dict[str, Path],
+    archived: dict[str, bytes],
+    notes: list[str],
+    wanted: str,
+    what: str,
+) -> ModelFiles:
+    kinds = {kind for kind, _, _ in weights}
+    preferred = [kind for kind in _FORMATS if kind == wanted]
+    chosen = next((kind for kind in (*preferred, *_FORMATS) if kind in kinds), None)
+    if chosen is None:
+        has = f"has {', '.join(sorted(kinds - {''}))} only" if kinds - {""} else "has no weights"
+        raise ModelLoadError(f"{what}: {has}, expected GGUF or safetensors")
+    if len(kinds) > 1:
+        notes.append(f"of several formats, {chosen} is loaded")
+    of_kind = [(name, path) for kind, name, path in weights if kind == chosen]
+    if chosen == "safetensors":
+        of_kind = _indexed(of_kind, names)
+    else:
+        _check_one_model([name for name, _ in of_kind], what)
+    paths = tuple(path for _, path in of_kind)
+    return ModelFiles(paths, chosen, names, archived, tuple(notes))
+
+
+def _indexed(weights: list[tuple[str, Path]], names: Mapping[str, Path]) -> list[tuple[str, Path]]:
+    """Leave out what an index does not name: the same weights again, in another layout."""
+    indexes = [path for name, path in names.items() if name.endswith(INDEX_SUFFIX)]
+    if not indexes or not all(name for name, _ in weights):
+        return weights
+    wanted = frozenset().union(*(read_index(path) for path in indexes))
+    present = {name.rpartition("/")[2] for name, _ in weights}
+    if missing := sorted(wanted - present):
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ModelLoadError(
+            f"missing {', '.join(missing[:5])}{more}, which the index of the weights names",
+            hint="the model is incomplete; pull or package it again",
+        )
+    return [(name, path) for name, path in weights if name.rpartition("/")[2] in wanted]
+
+
+def _check_one_model(names: Iterable[str], what: str) -> None:
+    """Refuse several GGUF files, by name, that are no shards of one model."""
+    sets = {shard_set(name) or name for name in names if name}
+    if len(sets) > 1:
+        listed = ", ".join(sorted(name for name in names)[:5])
+        raise ModelLoadError(
+            f"{what}: several models in one: {listed}",
+            hint="package each of them apart",
+        )
+
+
+def _check_archive(file: ModelFile) -> None:
+    if file.role in (Role.WEIGHT, Role.PROJECTOR):
+        raise ModelLoadError(
+            f"{file.filepath or file.descriptor.digest.short}: weights inside a tar archive",
+            hint="lay the model out with `modelpack bundle` and serve that directory",
+        )
+
+
+def _content(layer: ModelFile, path: Path) -> dict[str, bytes]:
+    """Return the files of an archive that may matter here; documents and code are skipped."""
+    if layer.role not in (Role.CONFIG, Role.FILE) or layer.archive is None:
+        return {}
+    what = f"layer {layer.filepath or layer.descriptor.digest.short}"
+    found: dict[str, bytes] = {}
+    with open_blob(path, layer.descriptor) as blob:
+        limit = min(_LIMITS.budget(layer.descriptor.size), MAX_ARCHIVE_BYTES)
+        content = Content(
+            blob,
+            layer.archive,
+            what,
+            limit=limit,
+            max_window_bytes=_LIMITS.max_window_bytes,
+            on_read=lambda: None,
+        )
+        reader = TarReader(content, what, max_header_bytes=_LIMITS.max_header_bytes)
+        for number, entry in enumerate(reader):
+            if number >= _LIMITS.max_entries or entry.size > MAX_FILE_BYTES:
+                raise IntegrityError(f"{what}: holds too much for configuration")
+            if entry.is_directory:
+                continue
+            name = entry.name.removeprefix("./")
+            found[name] = b"".join(iter(lambda: reader.read(1 << 20), b""))
+    return found
+
+
+def _is_weight(name: str) -> bool:
+    return format_of("", name) != ""
+
+
+def _files_in(root: Path) -> list[Path]:
+    try:
+        return sorted(path for path in root.iterdir() if path.is_file())
+    except OSError as error:
+        raise ModelLoadError(f"{root}: cannot be listed: {error.strerror}") from error
+
+
+def _shown(model: Model) -> str:
+    return str(model.reference) if model.reference else model.short_id

@@ -1,0 +1,119 @@
+"""The tokenizer of a model packaged with Hugging Face's files: tokenizer.json and its configs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import tokenizers
+
+from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.loaders.chat_template import ChatTemplate
+from modelpack_engine.loaders.files import CHAT_TEMPLATE, ModelFiles
+from modelpack_engine.loaders.tokenizer import Tokenizer, TokenText
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+
+
+def tokenizer_of(files: ModelFiles, config: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer of a model; `config` is its config.json.
+
+    Raises `ModelLoadError` if tokenizer.json is missing or not one.
+    """
+    text = files.text("tokenizer.json")
+    if text is None:
+        raise ModelLoadError(
+            "the model has no tokenizer.json",
+            hint="package tokenizer.json beside the weights; transformers'"
+            " `AutoTokenizer.from_pretrained(…).save_pretrained(…)` writes one",
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more precise
+        raise ModelLoadError(f"tokenizer.json: {str(error)[:500]}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    settings = files.json("tokenizer_config.json") or {}
+    generation = files.json("generation_config.json") or {}
+    named = _named_tokens(settings)
+    token_text, strips = _token_text(backend)
+    bos = backend.token_to_id(named["bos_token"]) if "bos_token" in named else None
+    return Tokenizer(
+        backend,
+        text=token_text,
+        eos_token_ids=_ends(backend, named, generation, config),
+        bos=bos,
+        special_tokens=named,
+        chat_template=chat_template_of(files, settings),
+        strip_leading_space=strips,
+    )
+
+
+def chat_template_of(
+    files: ModelFiles, settings: Mapping[str, Any] | None = None
+) -> ChatTemplate | None:
+    """Return the chat template among the files; a file of its own goes before the config's."""
+    if settings is None:
+        settings = files.json("tokenizer_config.json") or {}
+    named: dict[str, str] = {}
+    found = settings.get("chat_template")
+    if isinstance(found, str):
+        named["default"] = found
+    elif isinstance(found, list):
+        for entry in found:
+            if isinstance(entry, dict) and isinstance(entry.get("template"), str):
+                named[str(entry.get("name"))] = entry["template"]
+    own = files.text(CHAT_TEMPLATE)
+    if own is not None:
+        named["default"] = own
+    if "default" not in named:
+        return None
+    return ChatTemplate(named["default"], tool_use=named.get("tool_use"))
+
+
+def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the texts of special tokens by their names; they are strings or objects."""
+    named = {}
+    for name in _NAMED:
+        value = settings.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            named[name] = value
+    return named
+
+
+def _ends(
+    backend: tokenizers.Tokenizer, named: Mapping[str, str], *configs: Mapping[str, Any]
+) -> frozenset[int]:
+    """Return the ids that end a text: the first config that says something, and the eos token."""
+    found: set[int] = set()
+    for config in configs:
+        value = config.get("eos_token_id")
+        if value is None and isinstance(config.get("text_config"), dict):
+            value = config["text_config"].get("eos_token_id")
+        ids = value if isinstance(value, list) else [value]
+        found = {at for at in ids if isinstance(at, int)}
+        if found:
+            break
+    if "eos_token" in named:
+        own = backend.token_to_id(named["eos_token"])
+        if own is not None:
+            found.add(own)
+    return frozenset(found)
+
+
+def _token_text(backend: tokenizers.Tokenizer) -> tuple[TokenText, bool]:
+    """Return how tokens are written, and whether decoding takes off a leading space."""
+    decoder = backend.decoder
+    if decoder is None:
+        return TokenText.OTHER, False
+    described = decoder.__getstate__().decode()
+    if '"ByteLevel"' in described:
+        return TokenText.BYTE_LEVEL, False
+    if "▁" not in described:
+        return TokenText.OTHER, False
+    strips = '"Strip"' in described or (
+        '"Metaspace"' in described and '"prepend_scheme":"never"' not in described
+    )
+    return TokenText.SENTENCEPIECE, strips

@@ -1,0 +1,194 @@
+"""Tokenizer: text to token ids and back, the same for tokenizer.json and GGUF metadata.
+
+It wraps the `tokenizers` library, which does the work; what is added is the bytes of every token,
+so that text can be put together while it is generated, and the chat template.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import tokenizers
+
+from modelpack_engine.errors import RequestError
+from modelpack_engine.loaders.chat_template import ChatTemplate
+
+Message = Mapping[str, Any]
+
+
+class TokenText(Enum):
+    """How a vocabulary writes the bytes of a token."""
+
+    BYTE_LEVEL = "byte-level"  # GPT-2: every byte is a character
+    SENTENCEPIECE = "sentencepiece"  # ▁ is a space, <0x0A> a byte
+    OTHER = "other"  # only the library's own decoder knows
+
+
+class Tokenizer:
+    """Thread-safe. Ids are those of the model, `vocab_size` counts those that have text.
+
+    `eos_token_ids` end a text; `bos` is the id that prompts start with, or None.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        text: TokenText,
+        eos_token_ids: Iterable[int],
+        bos: int | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_template: ChatTemplate | None = None,
+        strip_leading_space: bool = False,
+    ) -> None:
+        self._backend = backend
+        self._lock = threading.Lock()
+        self._chat_template = chat_template
+        self._special_tokens = dict(special_tokens or {})
+        self._strip_leading_space = strip_leading_space
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.bos = bos
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        added = backend.get_added_tokens_decoder()
+        self.special_token_ids = frozenset(at for at, token in added.items() if token.special)
+        self._added = {at: token.content.encode() for at, token in added.items()}
+        self._text = text
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model brings a chat template."""
+        return self._chat_template is not None
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True
+    ) -> list[int]:
+        """Return the token ids of `text`.
+
+        `add_special_tokens` puts in what the model wants around every prompt (often the beginning
+        of sequence). Without `parse_special` the text `<|im_end|>` is only text: use that for
+        what users write.
+        """
+        # Half of a surrogate pair has no UTF-8.
+        clean = text.encode("utf-8", errors="replace").decode() if _has_surrogates(text) else text
+        with self._lock:  # the switch belongs to the tokenizer, not to the call
+            self._backend.encode_special_tokens = not parse_special
+            encoded = self._backend.encode(clean, add_special_tokens=add_special_tokens)
+        ids: list[int] = encoded.ids
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD.
+
+        The space that SentencePiece puts before a text is taken off again. Text that continues
+        another one is put together from `token_bytes`.
+        """
+        if skip_special_tokens:
+            ids = [at for at in ids if at not in self.special_token_ids]
+        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self._strip_leading_space else text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token stands for, b"" for an id without a token.
+
+        Several tokens may make one character, so a token's bytes need not be UTF-8.
+        """
+        added = self._added.get(token_id)
+        if added is not None:
+            return added
+        piece: str | None = self._backend.id_to_token(token_id) if token_id >= 0 else None
+        if piece is None:
+            return b""
+        if self._text is TokenText.BYTE_LEVEL:
+            return _byte_level(piece)
+        if self._text is TokenText.SENTENCEPIECE:
+            return _sentencepiece(piece)
+        text: str = self._backend.decode([token_id], skip_special_tokens=False)
+        return text.encode()
+
+    def token_text(self, token_id: int) -> str:
+        """Return how the vocabulary writes a token, "" for an id without one."""
+        text: str | None = self._backend.id_to_token(token_id) if token_id >= 0 else None
+        return text or ""
+
+    def token_id(self, text: str) -> int | None:
+        """Return the id of the token that the vocabulary writes so, or None."""
+        found: int | None = self._backend.token_to_id(text)
+        return found
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """Return the prompt text of a conversation.
+
+        `variables` are the template's own (`enable_thinking`, …). Raises `RequestError` if there
+        is no template, or if it fails, loops or misbehaves.
+        """
+        if self._chat_template is None:
+            raise RequestError(
+                "this model has no chat template",
+                param="messages",
+                hint="use completions, or package the model with a chat template",
+            )
+        return self._chat_template.render(
+            {
+                **self._special_tokens,
+                **variables,
+                "messages": messages,
+                "tools": tools,
+                "add_generation_prompt": add_generation_prompt,
+            }
+        )
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """Return the token ids of `render_chat`; templates write special tokens themselves."""
+        text = self.render_chat(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
+        )
+        return self.encode(text, add_special_tokens=False)
+
+
+def _has_surrogates(text: str) -> bool:
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _byte_characters() -> dict[str, int]:
+    """Return the bytes by GPT-2's characters: printable ones are themselves, the rest from 256."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + at): byte for at, byte in enumerate(others)
+    }
+
+
+_BYTES = _byte_characters()
+
+
+def _byte_level(piece: str) -> bytes:
+    try:
+        return bytes([_BYTES[character] for character in piece])
+    except KeyError:  # a token that was never written in bytes
+        return piece.encode()
+
+
+def _sentencepiece(piece: str) -> bytes:
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        try:
+            return bytes([int(piece[3:5], 16)])
+        except ValueError:
+            pass
+    return piece.replace("▁", " ").encode()
