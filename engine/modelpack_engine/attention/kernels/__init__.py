@@ -1,0 +1,21 @@
+"""Kernels over paged KV: decode attention through the block table, and writing KV rows in place.
+
+Pools are flat and token-major: [slots, KV heads, dim], slot = block * block size + offset. On Metal
+and CUDA the two operations are kernels made of one text (see `sources`); each is probed when it is
+first needed against MLX's own functions, and where there is no GPU, no kernel for a shape, or a
+failed probe, those functions run instead.
+
+Order. A kernel that writes in place is outside of what MLX knows: it orders work on a GPU by the
+buffers that an operation puts out, and a pool is nobody's output. So `write_kv` puts out a token,
+and whatever reads a pool afterwards must read the token, too: `decode_attention` and the next
+`write_kv` find it on the pool; any other reader has to take its indices through `after`.
+"""
+
+from modelpack_engine.attention.kernels.operations import WrittenPool as WrittenPool
+from modelpack_engine.attention.kernels.operations import after as after
+from modelpack_engine.attention.kernels.operations import decode_attention as decode_attention
+from modelpack_engine.attention.kernels.operations import write_kv as write_kv
+from modelpack_engine.attention.kernels.plan import AttentionShape as AttentionShape
+from modelpack_engine.attention.kernels.support import KernelSupport as KernelSupport
+from modelpack_engine.attention.kernels.support import available as available
+from modelpack_engine.attention.kernels.support import probe as probe

@@ -1,0 +1,174 @@
+"""From a plan to a call of MLX: kernels made once, template arguments, grids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import mlx.core as mx
+
+from modelpack_engine.attention.kernels.plan import AttentionShape, DecodePlan, plan_write
+from modelpack_engine.attention.kernels.sources import (
+    CONSTANT_BELOW,
+    Backend,
+    Body,
+    KernelSource,
+    kernel_source,
+)
+
+LOG2E = math.log2(math.e)
+Kernel = Callable[..., list[mx.array]]
+
+
+def backend() -> Backend:
+    """Return the backend that kernels would run on: that of the default device."""
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return "none"
+    if mx.metal.is_available():
+        return "metal"
+    return "cuda" if mx.cuda.is_available() else "none"
+
+
+@cache
+def _kernel(body: Body, on: Backend, *, split: bool = False) -> tuple[Kernel, KernelSource]:
+    found = kernel_source(body, on, split=split)
+    make: Any = mx.fast.metal_kernel if on == "metal" else mx.fast.cuda_kernel
+    made: Kernel = make(
+        name=found.name,
+        input_names=list(found.inputs),
+        output_names=list(found.outputs),
+        source=found.source,
+        header=found.header,
+    )
+    return made, found
+
+
+@cache
+def zero() -> mx.array:
+    """Return int32 [1] of 0: a token that orders nothing, and what stands for absent inputs."""
+    return mx.array([0], mx.int32)
+
+
+@lru_cache(maxsize=256)
+def _factors(scale: float, softcap: float | None) -> mx.array:
+    """Return the decode kernel's `params`: scores come out in base 2."""
+    if softcap is None:
+        return mx.array([scale * LOG2E, LOG2E, 0.0], mx.float32)
+    return mx.array([scale / softcap, 1.0 / softcap, softcap * LOG2E], mx.float32)
+
+
+def _template(
+    types: Sequence[tuple[str, mx.Dtype]],
+    constants: Sequence[tuple[str, int | bool]],
+    inputs: Sequence[mx.array],
+    on: Backend,
+) -> list[tuple[str, Any]]:
+    """Return template arguments that tell apart all calls whose generated text differs.
+
+    MLX caches compiled kernels by name and template arguments. On Metal the address space of an
+    input depends on its size, and a text that keeps changing would be compiled each time.
+    """
+    small = 0
+    if on == "metal":
+        small = sum(1 << i for i, a in enumerate(inputs) if a.size < CONSTANT_BELOW)
+    return [*types, *constants, ("SMALL", small)]
+
+
+def decode(
+    plan: DecodePlan,
+    shape: AttentionShape,
+    on: Backend,
+    q: mx.array,
+    k_pool: mx.array,
+    v_pool: mx.array,
+    block_tables: mx.array,
+    context_lens: mx.array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: mx.array | None = None,
+    q_more: mx.array | None = None,
+    written: mx.array | None = None,
+) -> mx.array:
+    """Run the decode kernel by `plan`, and the merge kernel if it splits; return [B, H, Dv]."""
+    rows = q.shape[0]
+    split = plan.parts > 1
+    if sinks is None:
+        sinks = _factors(1.0, None)
+    if q_more is None:
+        q_more = q
+    inputs = [
+        q, q_more, k_pool, v_pool, block_tables, context_lens, sinks, _factors(scale, softcap),
+        zero() if written is None else written,
+    ]  # fmt: skip
+    kernel, _ = _kernel("decode", on, split=split)
+    out_dtype = mx.float32 if split else q.dtype
+    types = [("T", q.dtype), ("P", k_pool.dtype), ("S", sinks.dtype), ("O", out_dtype)]
+    heads = (rows, shape.num_heads)
+    shapes: list[tuple[int, ...]] = [(*heads, shape.value_dim)]
+    dtypes = [out_dtype]
+    if split:
+        shapes = [(*heads, plan.parts, shape.value_dim), (*heads, plan.parts, 2)]
+        dtypes = [mx.float32, mx.float32]
+    found = kernel(
+        inputs=inputs,
+        template=_template(types, plan.constants, inputs, on),
+        grid=(shape.num_kv_heads * plan.groups * plan.threads, rows, plan.parts),
+        threadgroup=(plan.threads, 1, 1),
+        output_shapes=shapes,
+        output_dtypes=dtypes,
+    )
+    if not split:
+        return found[0]
+    merge, _ = _kernel("merge", on)
+    simdgroups = min(4, -(-shape.value_dim // 32))
+    constants = [
+        ("HQ", shape.num_heads), ("DV", shape.value_dim), ("SINKS", shape.sinks),
+        ("NSG", simdgroups),
+    ]  # fmt: skip
+    inputs = [*found, sinks]
+    (out,) = merge(
+        inputs=inputs,
+        template=_template([("T", q.dtype), ("S", sinks.dtype)], constants, inputs, on),
+        grid=(shape.num_heads * 32 * simdgroups, rows, 1),
+        threadgroup=(32 * simdgroups, 1, 1),
+        output_shapes=[(*heads, shape.value_dim)],
+        output_dtypes=[q.dtype],
+    )
+    return out
+
+
+def write(
+    on: Backend,
+    k: mx.array,
+    v: mx.array | None,
+    k_pool: mx.array,
+    v_pool: mx.array | None,
+    slots: mx.array,
+    previous: mx.array | None,
+) -> mx.array:
+    """Write rows k [T, key width], v [T, value width] into the pools' memory; return the token."""
+    (rows, key_width), value_width = k.shape, 0 if v is None else v.shape[1]
+    itemsize = max(k.dtype.size, k_pool.dtype.size)
+    vector, threads = plan_write(itemsize, key_width, value_width)
+    inputs = [
+        k, k if v is None else v, k_pool, k_pool if v_pool is None else v_pool, slots,
+        zero() if previous is None else previous,
+    ]  # fmt: skip
+    kernel, _ = _kernel("write", on)
+    (token,) = kernel(
+        inputs=inputs,
+        template=_template(
+            [("R", k.dtype), ("P", k_pool.dtype)],
+            [("KW", key_width), ("VW", value_width), ("VEC", vector)],
+            inputs,
+            on,
+        ),
+        grid=(rows * threads, 1, 1),
+        threadgroup=(min(256, rows * threads), 1, 1),
+        output_shapes=[(1,)],
+        output_dtypes=[mx.int32],
+    )
+    return token

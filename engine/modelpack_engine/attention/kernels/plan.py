@@ -1,0 +1,153 @@
+"""How a decode is cut into threadgroups, lanes and vectors. Plain integers, no mlx.
+
+One threadgroup serves `heads` query heads of one KV head, for one row and one part of its context.
+K and V cross the memory bus once for all heads of a threadgroup, in loads of up to 16 bytes a lane.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+#: Simdgroups of a threadgroup: few enough that short contexts keep all of them busy.
+SIMDGROUPS = 4
+#: Threadgroups that keep a large GPU busy; with fewer, contexts are split.
+TARGET_THREADGROUPS = 1024
+#: Shorter contexts are never split; a part is planned to have a quarter of this at least.
+SPLIT_CONTEXT = 512
+MAX_PARTS = 64
+#: Bytes of one load, float accumulators a lane keeps, and bytes it has under way in a turn.
+LOAD_BYTES = 16
+MAX_ACCUMULATORS = 64
+MAX_FLIGHT_BYTES = 128
+#: What Metal guarantees a threadgroup.
+MAX_SHARED_BYTES = 32 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What of a layer's attention is compiled into a kernel.
+
+    `key_dim` and `value_dim` are the widths of the two pools' rows. `latent`: values are the first
+    `value_dim` elements of the keys, and keys go on with `extra_dim` elements in the second pool.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    extra_dim: int = 0
+    latent: bool = False
+    block_size: int = 16
+    window: int | None = None
+    softcap: bool = False
+    sinks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """The decode kernel's template constants and grid; `parts` is 1 for a decode in one piece."""
+
+    constants: tuple[tuple[str, int | bool], ...]
+    groups: int
+    threads: int
+    parts: int
+    turn: int
+    shared_bytes: int
+
+
+def refusal(shape: AttentionShape, itemsize: int) -> str | None:
+    """Return why there is no kernel for `shape` with pool elements of `itemsize` bytes, or None."""
+    if shape.num_heads % shape.num_kv_heads:
+        return f"{shape.num_heads} heads do not share {shape.num_kv_heads} KV heads evenly"
+    if shape.block_size not in (8, 16, 32):
+        return f"block size {shape.block_size} is none of 8, 16, 32"
+    if not shape.latent and shape.extra_dim:
+        return "keys continue in the second pool although that holds values"
+    if shape.latent and shape.value_dim > shape.key_dim:
+        return "values are longer than the keys that hold them"
+    if min(shape.key_dim, shape.value_dim) < 8:
+        return f"heads of {shape.key_dim}/{shape.value_dim} elements are too small"
+    if plan_decode(shape, itemsize, 1, 1).shared_bytes > MAX_SHARED_BYTES:
+        return f"heads of {shape.key_dim + shape.extra_dim} elements need too much shared memory"
+    return None
+
+
+def vector_width(itemsize: int, *widths: int) -> int:
+    """Return how many elements of `itemsize` bytes one load takes from rows of all these widths."""
+    vector = LOAD_BYTES // itemsize
+    while any(width % vector for width in widths):
+        vector //= 2
+    return vector
+
+
+@lru_cache(maxsize=1024)
+def plan_decode(
+    shape: AttentionShape,
+    itemsize: int,
+    num_rows: int,
+    max_context: int,
+    split: int | None = None,
+    simdgroups: int = SIMDGROUPS,
+    max_steps: int = 4,
+) -> DecodePlan:
+    """Return the plan for `num_rows` rows whose contexts have up to `max_context` tokens.
+
+    `itemsize` is that of the pools' elements. `split` fixes the number of parts.
+    """
+    dim = shape.key_dim + shape.extra_dim
+    group = shape.num_heads // shape.num_kv_heads
+    vector = vector_width(itemsize, shape.key_dim, shape.value_dim, shape.extra_dim)
+    # Lanes that share a token: enough to hold a key, or value, in one vector each, where 32 can.
+    lanes = max(1, 32 // shape.block_size)
+    while lanes < 32 and lanes * vector < max(dim, shape.value_dim):
+        lanes *= 2
+    key_vectors = -(-dim // (vector * lanes))
+    value_vectors = -(-shape.value_dim // (vector * lanes))
+    abreast = 32 // lanes
+    flight = (key_vectors + (0 if shape.latent else value_vectors)) * vector * itemsize
+    steps = max_steps
+    while steps > 1 and (steps * abreast > shape.block_size or steps * flight > MAX_FLIGHT_BYTES):
+        steps //= 2
+    most = max(1, min(8, MAX_ACCUMULATORS // (value_vectors * vector)))
+    groups = -(-group // most)
+    heads = -(-group // groups)
+    groups = -(-group // heads)
+    turn = simdgroups * abreast * steps
+    threadgroups = num_rows * shape.num_kv_heads * groups
+    if split is None:
+        split = num_parts(threadgroups, max_context, shape.window)
+    row = (value_vectors * vector + 1) * lanes * abreast  # a simdgroup's, padded
+    shared = 4 * (heads * key_vectors * vector * lanes + 2 * simdgroups * (row + 2))
+    constants: tuple[tuple[str, int | bool], ...] = (
+        ("DK", shape.key_dim), ("DX", shape.extra_dim), ("DV", shape.value_dim),
+        ("HK", shape.num_kv_heads), ("G", group), ("HEADS", heads), ("BLOCK", shape.block_size),
+        ("WINDOW", shape.window or 0), ("SOFTCAP", shape.softcap), ("SINKS", shape.sinks),
+        ("SPLIT", split > 1), ("LATENT", shape.latent),
+        ("NSG", simdgroups), ("VEC", vector), ("LPT", lanes), ("STEPS", steps),
+    )  # fmt: skip
+    return DecodePlan(constants, groups, 32 * simdgroups, split, turn, shared)
+
+
+def num_parts(threadgroups: int, max_context: int, window: int | None) -> int:
+    """Return into how many parts contexts are split: a power of two, above 1 for few, long rows."""
+    context = max_context if window is None else min(max_context, window)
+    if context < SPLIT_CONTEXT:
+        return 1
+    parts = 1
+    while (
+        parts < MAX_PARTS
+        and threadgroups * parts < TARGET_THREADGROUPS
+        and context >= SPLIT_CONTEXT // 4 * (2 * parts)
+    ):
+        parts *= 2
+    return parts
+
+
+def plan_write(itemsize: int, key_width: int, value_width: int) -> tuple[int, int]:
+    """Return (elements a thread copies, threads a row) for rows of these widths; 0 means none.
+
+    `itemsize` is the larger one of rows and pools.
+    """
+    vector = vector_width(itemsize, key_width, value_width)
+    return vector, max(key_width, value_width) // vector

@@ -1,0 +1,112 @@
+"""The host emulator: kernel bodies compiled by g++ and run with a thread per lane."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from modelpack_engine.attention.kernels.sources import INPUTS, OUTPUTS, Body, text
+from tests.engine.kernels.signatures import ELEMENTS, Instance, argument_list, names_in_use
+from tests.peers import require
+
+STUBS = Path(__file__).parent / "stubs"
+Array = npt.NDArray[Any]
+Edit = Callable[[Body, str], str]
+
+
+def unchanged(body: Body, source: str) -> str:
+    """Return a body as it is."""
+    return source
+
+
+@dataclass(frozen=True)
+class Emulator:
+    """A program that holds some instances of the kernels."""
+
+    program: Path
+    instances: tuple[Instance, ...]
+
+    def run(
+        self,
+        instance: Instance,
+        arrays: Mapping[str, Array],
+        grid: tuple[int, int, int],
+        threads: int,
+        directory: Path,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run one grid (in threadgroups) on `arrays`; all but plain inputs are changed in place."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, array in arrays.items():
+            array.tofile(directory / f"{name}.data")
+            np.array(array.shape, np.int32).tofile(directory / f"{name}.shape")
+        index = self.instances.index(instance)
+        done = subprocess.run(
+            [self.program, directory, *map(str, (index, *grid, threads))],
+            capture_output=True, text=True, timeout=300, check=False,
+            env={"ASAN_OPTIONS": "detect_leaks=1", "TSAN_OPTIONS": "halt_on_error=1"},
+        )  # fmt: skip
+        for name, array in arrays.items():
+            array[...] = np.fromfile(directory / f"{name}.data", array.dtype).reshape(array.shape)
+        return done
+
+
+def build(
+    directory: Path, instances: Sequence[Instance], sanitizers: str, edit: Edit = unchanged
+) -> Emulator:
+    """Compile `instances` (bodies passed through `edit`) with these sanitizers."""
+    compiler = require("g++")
+    unique = tuple(dict.fromkeys(instances))
+    source = directory / "emulator.cpp"
+    source.write_text(_program(unique, edit))
+    program = directory / "emulator"
+    done = subprocess.run(
+        [
+            compiler, "-std=c++17", "-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-pthread",
+            f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-I", STUBS,
+            source, "-o", program,
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[:4000]
+    return Emulator(program, unique)
+
+
+def _program(instances: Sequence[Instance], edit: Edit) -> str:
+    lines = ['#include "emulator.h"', text("common"), (STUBS / "host.h").read_text()]
+    for body in INPUTS:
+        first = next((i for i in instances if i.body == body), None)
+        if first is not None:
+            arguments = argument_list(body, {}, shape_type="const int*")
+            lines += [
+                f"template <{first.parameters()}>",
+                f"void {body}(Emu& emu, {arguments}) {{",
+                edit(body, text(body)),
+                "}",
+            ]
+    lines += ["int main(int, char** argv) {", "  const std::string at = argv[1];"]
+    lines += ["  const int index = std::atoi(argv[2]);"]
+    lines += ["  const Grid grid{" + ", ".join(f"std::atoi(argv[{i}])" for i in range(3, 7)) + "};"]
+    for index, instance in enumerate(instances):
+        lines.append(f"  if (index == {index}) {{ {_call(instance)} return 0; }}")
+    return "\n".join([*lines, "  return 2;", "}", ""])
+
+
+def _call(instance: Instance) -> str:
+    body = instance.body
+    types = dict(instance.types)
+    loads, passed = [], []
+    for name in (*INPUTS[body], *OUTPUTS[body]):
+        element = ELEMENTS[body][name]
+        changed = name in OUTPUTS[body] or (body == "write" and name.endswith("_pool"))
+        loads.append(f'Array {name}_(at, "{name}", {str(changed).lower()});')
+        passed.append(f"{name}_.as<{types.get(element, element)}>()")
+        if name in names_in_use(body):
+            passed.append(f"{name}_.shape.data()")
+    call = f"{body}<{instance.arguments()}>(emu, {', '.join(passed)});"
+    return " ".join(loads) + f" launch(grid, [&](Emu& emu) {{ {call} }});"

@@ -1,0 +1,87 @@
+"""How each kernel's arguments are typed, and the parameters that MLX would give a body."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from modelpack_engine.attention.kernels.plan import AttentionShape, DecodePlan, plan_write
+from modelpack_engine.attention.kernels.sources import INPUTS, OUTPUTS, Body, text
+
+#: Element types: a template type, or C's.
+ELEMENTS: dict[Body, dict[str, str]] = {
+    "decode": {
+        "q": "T", "q_more": "T", "k_pool": "P", "v_pool": "P", "block_tables": "int",
+        "context_lens": "int", "sinks": "S", "params": "float", "written": "int", "out": "O",
+        "stats": "float",
+    },
+    "merge": {"partial": "float", "stats": "float", "sinks": "S", "out": "T"},
+    "write": {
+        "k": "R", "v": "R", "k_pool": "P", "v_pool": "P", "slots": "int", "previous": "int",
+        "token": "int",
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A body with its template arguments, in the order in which `launch` gives them."""
+
+    body: Body
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, int | bool], ...]
+
+    def arguments(self) -> str:
+        """Return them as C++ template arguments."""
+        return ", ".join([t for _, t in self.types] + [str(int(v)) for _, v in self.constants])
+
+    def parameters(self) -> str:
+        """Return the matching template parameters."""
+        types = [f"typename {name}" for name, _ in self.types]
+        constants = [
+            f"{'bool' if isinstance(value, bool) else 'int'} {name}"
+            for name, value in self.constants
+        ]
+        return ", ".join(types + constants)
+
+
+def decode_instance(plan: DecodePlan, *, q: str, pool: str, sinks: str = "float") -> Instance:
+    """Return the decode kernel of `plan`; `q`, `pool` and `sinks` are C types."""
+    out = "float" if plan.parts > 1 else q
+    return Instance("decode", (("T", q), ("P", pool), ("S", sinks), ("O", out)), plan.constants)
+
+
+def merge_instance(shape: AttentionShape, *, q: str, sinks: str = "float") -> Instance:
+    """Return the kernel that merges the parts of a split decode."""
+    constants: tuple[tuple[str, int | bool], ...] = (
+        ("HQ", shape.num_heads), ("DV", shape.value_dim), ("SINKS", shape.sinks),
+        ("NSG", min(4, -(-shape.value_dim // 32))),
+    )  # fmt: skip
+    return Instance("merge", (("T", q), ("S", sinks)), constants)
+
+
+def write_instance(key_width: int, value_width: int, *, rows: str, pool: str) -> Instance:
+    """Return the kernel that writes rows of these widths."""
+    size = {"float": 4, "float16_t": 2, "bfloat16_t": 2}
+    vector, _ = plan_write(max(size[rows], size[pool]), key_width, value_width)
+    constants = (("KW", key_width), ("VW", value_width), ("VEC", vector))
+    return Instance("write", (("R", rows), ("P", pool)), constants)
+
+
+def names_in_use(body: Body) -> Sequence[str]:
+    """Return the inputs whose shape the body reads."""
+    return [name for name in INPUTS[body] if f"{name}_shape" in text(body)]
+
+
+def argument_list(
+    body: Body, spaces: Mapping[str, str], *, shape_type: str, output_space: str = ""
+) -> str:
+    """Return a kernel's parameters in MLX's order; `spaces` gives inputs' address spaces."""
+    found = []
+    for name in INPUTS[body]:
+        found.append(f"const {spaces.get(name, '')} {ELEMENTS[body][name]}* {name}")
+        if name in names_in_use(body):
+            found.append(f"{shape_type} {name}_shape")
+    for name in OUTPUTS[body]:
+        found.append(f"{output_space} {ELEMENTS[body][name]}* {name}")
+    return ", ".join(found)
