@@ -17,7 +17,7 @@ import uvicorn
 from modelpack.errors import ModelpackError, UsageError
 
 if TYPE_CHECKING:
-    from uvicorn._types import ASGIApplication
+    from starlette.types import ASGIApp
 
 #: Seconds that requests under way get to finish once the server is asked to stop.
 GRACE = 30
@@ -33,7 +33,7 @@ class AppServer:
 
     def __init__(
         self,
-        make_app: Callable[[], ASGIApplication],
+        make_app: Callable[[], ASGIApp],
         address: str,
         *,
         name: str,

@@ -5,6 +5,7 @@ ModelpackError
     ├── ModelLoadError          a model cannot be loaded (also raised for unknown architectures)
     ├── OutOfMemoryError        the weights or the KV cache do not fit; says what would
     ├── RequestError            this request cannot be served (a ValueError); the engine goes on
+    │   └── ContextLengthError  its prompt does not fit the model's context
     └── QueueFullError          too many requests wait; try again later
 """
 
@@ -33,6 +34,10 @@ class RequestError(EngineError, ValueError):
     def __init__(self, message: str, *, param: str | None = None, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.param = param
+
+
+class ContextLengthError(RequestError):
+    """A prompt is longer than the context of the model, or than the whole KV cache."""
 
 
 class QueueFullError(EngineError):

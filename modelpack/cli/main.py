@@ -32,6 +32,9 @@ COMMANDS = {
     "registry": ("registry", "registry"),
     "resolve": ("find", "resolve"),
     "rm": ("store", "rm"),
+    "run": ("serve", "run"),
+    "serve": ("serve", "serve"),
+    "smoke": ("serve", "smoke"),
     "tag": ("store", "tag"),
 }
 

@@ -83,18 +83,24 @@ def package(
         message = f"skipped {skipped.path}: {skipped.reason}"
         watch.report(Progress(Action.NOTE, skipped.path, message=message))
 
-    digests = _take_files(planned.files, None if dry_run else store, link, watch)
-    if base is not None:
-        built = repackage(base.manifest, base.config, request, planned, digests)
+    def make() -> Built:
+        digests = _take_files(planned.files, None if dry_run else store, link, watch)
+        if base is not None:
+            return repackage(base.manifest, base.config, request, planned, digests)
+        return build(planned, request, digests)
+
+    if dry_run:
+        built = make()
     else:
-        built = build(planned, request, digests)
+        # The lease keeps what is written or found in the store until the model names it.
+        with store.lease(()):
+            built = make()
+            _keep(store, built, where)
     for note in built.notes:
         watch.report(Progress(Action.NOTE, message=note))
     pushed = None
-    if not dry_run:
-        _keep(store, built, where)
-        if push:
-            pushed = push_from(store, str(where), where, remote, watch)
+    if push and not dry_run:
+        pushed = push_from(store, str(where), where, remote, watch)
     return Packaged(
         where,
         built.manifest.digest,
@@ -108,10 +114,9 @@ def package(
 
 
 def _keep(store: LayoutStore, built: Built, where: Reference) -> None:
-    with store.lease(blob.digest for blob in built.manifest.blobs):
-        config = store.write_bytes(built.config_bytes, built.manifest.config.media_type)
-        assert config.digest == built.manifest.config.digest
-        store.write_manifest(built.manifest.descriptor, built.manifest.raw, str(where))
+    config = store.write_bytes(built.config_bytes, built.manifest.config.media_type)
+    assert config.digest == built.manifest.config.digest
+    store.write_manifest(built.manifest.descriptor, built.manifest.raw, str(where))
 
 
 def _take_files(

@@ -13,7 +13,7 @@ from modelpack.server.recording import Recorder, RequestRecord
 from modelpack.stores.layout import LayoutStore
 
 if TYPE_CHECKING:
-    from uvicorn._types import ASGIApplication
+    from starlette.types import ASGIApp
 
 
 class RegistryServer:
@@ -88,7 +88,7 @@ class RegistryServer:
     ) -> None:
         self.stop()
 
-    def _make_app(self) -> ASGIApplication:
+    def _make_app(self) -> ASGIApp:
         app = create_app(
             self.store,
             read_only=self._read_only,

@@ -58,6 +58,11 @@ class Tokenizer:
         self._text = text
 
     @property
+    def strips_leading_space(self) -> bool:
+        """Whether a text's first space is SentencePiece's own."""
+        return self._strip_leading_space
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the model brings a chat template."""
         return self._chat_template is not None

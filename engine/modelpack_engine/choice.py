@@ -1,0 +1,72 @@
+"""Choice: what the host keeps of a running sequence to tell its caller about it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from modelpack_engine.detokenizer import Detokenizer
+from modelpack_engine.loaders.tokenizer import Tokenizer
+from modelpack_engine.outputs import FinishReason, RequestEvent, TokenLogprob, Usage
+from modelpack_engine.sequence import Sequence
+from modelpack_engine.stopping import ending_token_ids
+
+
+class Choice:
+    """Turns a sequence's tokens into events."""
+
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, continues_text: bool) -> None:
+        self.sequence = sequence
+        #: Log-probabilities of the prompt so far; nothing precedes its first token.
+        self.prompt_logprobs: list[TokenLogprob | None] = [None]
+        self._detokenizer = Detokenizer(tokenizer, sequence.params, continues_text=continues_text)
+        self._ending_ids = ending_token_ids(sequence.params, sequence.eos_token_ids)
+        self._has_told = False
+
+    def take(self, token_id: int, logprob: TokenLogprob | None) -> tuple[RequestEvent, str | None]:
+        """Return the event of a token, and the stop string that it completes."""
+        sequence = self.sequence
+        ends_text = sequence.finish_reason is FinishReason.STOP and token_id in self._ending_ids
+        delta = self._detokenizer.push([] if ends_text else [token_id])
+        event = self._event((token_id,), delta.text, logprob)
+        if sequence.is_finished:
+            event = self.ended(event)
+        return event, delta.stopped_by
+
+    def ended(self, event: RequestEvent) -> RequestEvent:
+        """Return the event as the sequence's last: with the rest of its text, and why it ended."""
+        return replace(
+            event,
+            text=event.text + self._detokenizer.finish(),
+            finish_reason=self.sequence.finish_reason,
+            stop_reason=self.sequence.stop_reason,
+            usage=self._usage(),
+        )
+
+    def failed(self, message: str) -> RequestEvent:
+        """Return the event of a failure."""
+        event = self._event((), "", None)
+        return replace(event, finish_reason=FinishReason.ERROR, error=message, usage=self._usage())
+
+    def _event(
+        self, token_ids: tuple[int, ...], text: str, logprob: TokenLogprob | None
+    ) -> RequestEvent:
+        prompt_logprobs = None
+        if not self._has_told and self.sequence.params.prompt_logprobs is not None:
+            prompt_logprobs = tuple(self.prompt_logprobs)
+        self._has_told = True
+        return RequestEvent(
+            self.sequence.request_id,
+            self.sequence.index,
+            token_ids,
+            text,
+            logprobs=None if logprob is None else (logprob,),
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _usage(self) -> Usage:
+        sequence = self.sequence
+        return Usage(
+            len(sequence.prompt_token_ids),
+            len(sequence.output_token_ids),
+            sequence.num_cached_tokens,
+        )

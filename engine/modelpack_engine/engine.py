@@ -1,0 +1,351 @@
+"""Engine: requests in, events out, one step at a time.
+
+A step is built ahead: its graph is made while the device still works on the step before, whose
+tokens never make a detour over the host. So `step` schedules and builds step N + 1, reads the
+tokens of step N, and only then submits N + 1: what step N read is free by then, and the KV pools
+are written in place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, replace
+from typing import cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from modelpack_engine.adaptation.layout import ModelLayout, UnknownCacheError, find_layout
+from modelpack_engine.adaptation.warm_up import step_shapes
+from modelpack_engine.batch import StepBatch, build_batch
+from modelpack_engine.block_manager import BlockManager
+from modelpack_engine.choice import Choice
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.errors import RequestError
+from modelpack_engine.loaders import LoadedModel
+from modelpack_engine.logprobs import Logprobs, gather_logprobs
+from modelpack_engine.model_runner import ModelRunner
+from modelpack_engine.outputs import EngineStats, FinishReason, RequestEvent, TokenLogprob
+from modelpack_engine.sampler import NO_TOKEN, Sampled, Sampler, SampleRow
+from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.schedule import SchedulerOutput
+from modelpack_engine.scheduler import Scheduler
+from modelpack_engine.sequence import Sequence
+from modelpack_engine.sizing import Sizes, choose_sizes, on_gpu
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step whose graph is built: what was scheduled, and what it samples, if anything."""
+
+    output: SchedulerOutput
+    batch: StepBatch
+    sampled: Sampled | None
+    prompt_logprobs: Logprobs | None
+
+    def arrays(self) -> list[mx.array]:
+        parts = (self.sampled, self.prompt_logprobs)
+        return [array for part in parts if part is not None for array in part.arrays()]
+
+
+class Engine:
+    """Serves one loaded model. Not thread-safe: `AsyncEngine` gives it a thread of its own."""
+
+    def __init__(
+        self, loaded: LoadedModel, config: EngineConfig | None = None, *, model_id: str = ""
+    ) -> None:
+        """Allocate the KV cache, test the model and warm it up.
+
+        `model_id` names the weights in the prefix cache. Raises `OutOfMemoryError` if the cache
+        would not hold a single prompt, saying what would fit.
+        """
+        self.config = config or EngineConfig()
+        self.tokenizer = loaded.tokenizer
+        layout = layout_of(loaded.model)
+        self.vocab_size = layout.vocab_size if layout else int(loaded.config["vocab_size"])
+        self._sizes: Sizes = choose_sizes(layout, loaded.context_length, self.config)
+        self.max_model_len = self._sizes.max_model_len
+        self._runner = ModelRunner(
+            loaded.model,
+            num_blocks=self._sizes.num_blocks,
+            block_size=self.config.block_size,
+            buckets=self._sizes.buckets,
+            self_test=self.config.self_test,
+        )
+        self.notes = (*loaded.notes, *self._runner.notes)
+        caching = self.config.enable_prefix_caching and self._runner.supports_prefix_cache
+        self._blocks = BlockManager(
+            self._sizes.num_blocks,
+            self.config.block_size,
+            model_id=model_id,
+            enable_prefix_caching=caching,
+        )
+        self._scheduler = Scheduler(self._sizes.scheduler_config(self.config), self._blocks)
+        self._sampler = Sampler(
+            self.vocab_size, self.config.max_num_seqs, self.tokenizer.eos_token_ids
+        )
+        self._choices: dict[int, Choice] = {}  # by seq_id, until they end
+        self._sampling: set[int] = set()  # seq_ids that the sampler knows
+        self._pending: _Step | None = None
+        self._news: list[RequestEvent] = []
+        if self.config.warm_up and on_gpu():
+            self._warm_up()
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Tokens[int],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        continues_text: bool = False,
+    ) -> None:
+        """Queue a request with `n` choices; `continues_text` for completions, whose text goes on
+        after the prompt.
+
+        Raises `RequestError`, `ContextLengthError` or `QueueFullError`; nothing is queued then.
+        """
+        params.check(self.vocab_size)
+        if n < 1:
+            raise RequestError(f"n is {n}, expected 1 or more", param="n")
+        for token_id in prompt_token_ids:
+            if not 0 <= token_id < self.vocab_size:
+                raise RequestError(
+                    f"the prompt holds the token {token_id}; the vocabulary has {self.vocab_size}",
+                    param="prompt",
+                )
+        first = Sequence(
+            request_id,
+            list(prompt_token_ids),
+            params,
+            eos_token_ids=self.tokenizer.eos_token_ids,
+        )
+        sequences = [first, *(first.fork(index) for index in range(1, n))]
+        self._scheduler.add(*sequences)
+        for sequence in sequences:
+            self._choices[sequence.seq_id] = Choice(sequence, self.tokenizer, continues_text)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self._scheduler.has_work or self._pending is not None or bool(self._news)
+
+    def step(self) -> list[RequestEvent]:
+        """Do one step; return what is new."""
+        step = self._build()
+        events = self._collect()
+        if step is not None:
+            self._submit(step)
+        return events
+
+    def abort(self, request_id: str) -> None:
+        """End a request: its blocks are free at once. An unknown one has ended already."""
+        for sequence in self._scheduler.abort(request_id):
+            self._end(sequence)
+
+    def fail_all(self, message: str) -> list[RequestEvent]:
+        """End every request with an error, after a step that raised; the engine can go on."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._scheduler.fail(pending.output)
+        events = []
+        for choice in list(self._choices.values()):
+            self._scheduler.finish(choice.sequence, FinishReason.ERROR)
+            events.append(choice.failed(message))
+            self._end(choice.sequence)
+        return events
+
+    def is_known(self, request_id: str) -> bool:
+        """Whether a choice of the request has not ended yet."""
+        return any(choice.sequence.request_id == request_id for choice in self._choices.values())
+
+    def stats(self) -> EngineStats:
+        """Return counters and gauges."""
+        return self._scheduler.stats()
+
+    def generate(
+        self, prompts: Iterable[str | Tokens[int]], params: SamplingParams
+    ) -> list[list[RequestEvent]]:
+        """Run prompts to their end; return each one's events, in the order of the prompts."""
+        events: dict[str, list[RequestEvent]] = {}
+        for i, prompt in enumerate(prompts):
+            token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            self.add_request(f"generate-{i}", token_ids, params)
+            events[f"generate-{i}"] = []
+        while self.has_work:
+            for event in self.step():
+                events[event.request_id].append(event)
+        return list(events.values())
+
+    def _warm_up(self) -> None:
+        config = self._sizes.scheduler_config(self.config)
+        self._runner.warm_up(
+            step_shapes(
+                self._sizes.buckets,
+                max_num_seqs=config.max_num_seqs,
+                max_chunk=config.chunk_rows,
+                max_model_len=config.max_model_len,
+                block_size=self.config.block_size,
+            )
+        )
+
+    # A step's parts
+
+    def _build(self) -> _Step | None:
+        """Schedule the next step and build its graph."""
+        if self._pending is not None and self._waits_for_tokens():
+            self._news += self._collect()
+        output = self._scheduler.schedule()
+        if output is None:
+            self._forget(self._scheduler.take_released())
+            return None
+        self._forget(output.released)
+        for chunk in output.prefill:
+            self._introduce(chunk.sequence)
+        previous = self._pending.batch if self._pending else None
+        batch = build_batch(output, previous, self._sizes.buckets, self.config.block_size)
+        logits = self._runner.forward(_with_prompt_rows(batch), self._token_ids(batch))
+        rows = [_sample_row(sequence) for sequence in batch.sample_seqs]
+        num_sampled = len(batch.sample_rows)
+        prompt_logprobs = None
+        if batch.prompt_logprob_rows:
+            stop = num_sampled + len(batch.prompt_logprob_rows)
+            prompt_logprobs = _gather_prompt_logprobs(batch, logits[num_sampled:stop])
+            logits = logits[:num_sampled]
+        sampled = self._sampler.sample(logits, rows) if rows else None
+        return _Step(output, batch, sampled, prompt_logprobs)
+
+    def _submit(self, step: _Step) -> None:
+        mx.async_eval(*step.arrays(), *self._runner.pools())  # type: ignore[no-untyped-call]
+        self._scheduler.submitted(step.output)
+        self._pending = step
+
+    def _collect(self) -> list[RequestEvent]:
+        """Read the tokens of the step in flight; return what they mean for its requests."""
+        events, self._news = self._news, []
+        step, self._pending = self._pending, None
+        if step is None:
+            return events
+        sequences = step.batch.sample_seqs
+        self._take_prompt_logprobs(step)
+        token_ids, logprobs = _read(step)
+        for sequence, token_id in zip(sequences, token_ids, strict=True):
+            if token_id == NO_TOKEN and sequence.seq_id in self._choices:
+                self._runner.scrub(sequence.block_table)
+                self._scheduler.finish(sequence, FinishReason.ERROR)
+                text = "the model's logits are not numbers: no token can be chosen"
+                events.append(self._choices[sequence.seq_id].failed(text))
+                self._end(sequence)
+        for index, sequence in self._scheduler.collect(step.output, token_ids):
+            choice = self._choices[sequence.seq_id]
+            event, stopped_by = choice.take(token_ids[index], logprobs[index])
+            if stopped_by is not None and not sequence.is_finished:
+                self._scheduler.finish(sequence, FinishReason.STOP, stopped_by)
+                event = choice.ended(event)
+            events.append(event)
+            if sequence.is_finished:
+                self._end(sequence)
+        return events
+
+    # Details
+
+    def _waits_for_tokens(self) -> bool:
+        """Whether a token in flight decides what may come next: a grammar has to see it first."""
+        assert self._pending is not None
+        return any(seq.params.mask is not None for seq in self._pending.batch.sample_seqs)
+
+    def _token_ids(self, batch: StepBatch) -> mx.array:
+        """Return the rows' ids, int32 [rows]; those of the step in flight stay on the device."""
+        token_ids = mx.array(batch.token_ids, mx.int32)
+        if batch.from_previous:
+            assert self._pending is not None
+            assert self._pending.sampled is not None
+            rows, indices = zip(*batch.from_previous, strict=True)
+            # A row that failed has no token; it runs on with any until its end is seen.
+            sampled = mx.maximum(self._pending.sampled.token_ids, 0)
+            token_ids[mx.array(rows)] = sampled[mx.array(indices)]
+        return token_ids
+
+    def _introduce(self, sequence: Sequence) -> None:
+        if sequence.seq_id not in self._sampling:
+            self._sampler.add(
+                sequence.seq_id,
+                sequence.prompt_token_ids,
+                sequence.params,
+                output_token_ids=sequence.output_token_ids,
+                index=sequence.index,
+            )
+            self._sampling.add(sequence.seq_id)
+
+    def _forget(self, seq_ids: Tokens[int]) -> None:
+        """Drop what the device knows of sequences that ended or were preempted."""
+        self._runner.release(seq_ids)
+        for seq_id in seq_ids:
+            if seq_id in self._sampling:
+                self._sampling.discard(seq_id)
+                self._sampler.remove(seq_id)
+
+    def _end(self, sequence: Sequence) -> None:
+        self._choices.pop(sequence.seq_id, None)
+
+    def _take_prompt_logprobs(self, step: _Step) -> None:
+        if step.prompt_logprobs is None:
+            return
+        sequences = step.batch.prompt_logprob_seqs
+        wanted = [sequence.params.prompt_logprobs for sequence in sequences]
+        token_ids = _next_prompt_tokens(step.batch)
+        for sequence, entry in zip(
+            sequences, step.prompt_logprobs.read(token_ids, wanted), strict=True
+        ):
+            choice = self._choices.get(sequence.seq_id)
+            if choice is not None:
+                choice.prompt_logprobs.append(entry)
+
+
+def layout_of(model: Module) -> ModelLayout | None:
+    """Return what the model caches, None if it is of a kind that cannot be paged."""
+    try:
+        return find_layout(model)
+    except UnknownCacheError:
+        return None
+
+
+def _sample_row(sequence: Sequence) -> SampleRow:
+    position = sequence.num_tokens
+    return SampleRow(sequence.seq_id, position, position - len(sequence.prompt_token_ids))
+
+
+def _with_prompt_rows(batch: StepBatch) -> StepBatch:
+    """Return the batch with the rows of prompts whose log-probabilities are wanted sampled too."""
+    if not batch.prompt_logprob_rows:
+        return batch
+    return replace(batch, sample_rows=batch.sample_rows + batch.prompt_logprob_rows)
+
+
+def _next_prompt_tokens(batch: StepBatch) -> list[int]:
+    """Return, for each row of a prompt that is wanted, the prompt's token after it."""
+    return [
+        sequence.prompt_token_ids[batch.positions[row] + 1]
+        for row, sequence in zip(batch.prompt_logprob_rows, batch.prompt_logprob_seqs, strict=True)
+    ]
+
+
+def _gather_prompt_logprobs(batch: StepBatch, logits: mx.array) -> Logprobs:
+    num_top = max(sequence.params.prompt_logprobs or 0 for sequence in batch.prompt_logprob_seqs)
+    return gather_logprobs(logits, mx.array(_next_prompt_tokens(batch), mx.int32), num_top)
+
+
+def _read(step: _Step) -> tuple[list[int], list[TokenLogprob | None]]:
+    """Wait for a step; return its tokens, and their log-probabilities where they are wanted."""
+    if step.sampled is None:
+        return [], []
+    sequences = step.batch.sample_seqs
+    token_ids = cast("list[int]", step.sampled.token_ids.tolist())[: len(sequences)]
+    if step.sampled.logprobs is None:
+        return token_ids, [None] * len(token_ids)
+    wanted = [sequence.params.logprobs for sequence in sequences]
+    return token_ids, step.sampled.logprobs.read(token_ids, wanted)

@@ -1,0 +1,141 @@
+"""Sizes: how many blocks, tokens a step and tokens a request this machine has room for.
+
+The KV cache gets `kv_cache_bytes`, or what a share of the GPU's memory, `gpu_memory_utilization`,
+leaves beside the weights. On a CPU it gets half a gigabyte, or what one full context takes if that
+is more, up to a quarter of the free memory: touching memory there costs seconds of start-up.
+vllm-metal's VLLM_METAL_MEMORY_FRACTION is understood, and wins over the share. No more is taken
+than `max_num_seqs` requests of the full context can use.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from modelpack_engine.adaptation.layout import ModelLayout
+from modelpack_engine.buckets import EXACT, FEW, Buckets
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.errors import EngineError, OutOfMemoryError
+from modelpack_engine.schedule import SchedulerConfig
+
+_GPU_TOKENS = 2048
+_CPU_TOKENS = 256
+_CPU_SHARE = 0.25
+_CPU_BYTES = 512 * 1024**2
+# What a step's own arrays may take beside weights and KV cache.
+_RESERVE = 256 * 1024**2
+_FEWEST_BLOCKS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the engine is built with."""
+
+    num_blocks: int
+    max_model_len: int
+    max_num_batched_tokens: int
+    buckets: Buckets
+
+    def scheduler_config(self, config: EngineConfig) -> SchedulerConfig:
+        """Return the scheduler's limits."""
+        return SchedulerConfig(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            max_prefill_chunk=config.max_prefill_chunk,
+            max_waiting=config.max_waiting,
+            buckets=self.buckets,
+        )
+
+
+def on_gpu() -> bool:
+    """Return whether MLX computes on a GPU by default."""
+    return mx.default_device() != mx.Device(mx.cpu)
+
+
+def choose_sizes(layout: ModelLayout | None, context_length: int, config: EngineConfig) -> Sizes:
+    """Return the sizes for a model whose caches are laid out as `layout` (None: not paged).
+
+    Raises `OutOfMemoryError`, saying what would fit, if the KV cache cannot hold a request of
+    `config.max_model_len`, or of a few blocks where none is asked for.
+    """
+    asked = config.max_model_len
+    if asked is not None and not 1 < asked <= context_length:
+        raise EngineError(
+            f"max_model_len is {asked}, and this model's context is {context_length}",
+            hint=f"choose 2 to {context_length}",
+        )
+    wanted = asked or context_length
+    per_block = layout.bytes_per_token * config.block_size if layout else 0
+    useful = config.max_num_seqs * _blocks(wanted, config.block_size) + 1
+    num_blocks = useful
+    if per_block:
+        one_context = (_blocks(wanted, config.block_size) + 1) * per_block
+        budget = _kv_budget(config, one_context)
+        num_blocks = min(useful, budget // per_block)
+        if num_blocks < _FEWEST_BLOCKS:
+            raise OutOfMemoryError(
+                f"the KV cache gets {budget} bytes, and a block of {config.block_size} tokens "
+                f"takes {per_block}",
+                hint=f"give it at least {per_block * _FEWEST_BLOCKS} bytes (kv_cache_bytes)",
+            )
+    capacity = (num_blocks - 1) * config.block_size
+    if asked is not None and capacity < asked:
+        raise OutOfMemoryError(
+            f"the KV cache holds {capacity} tokens, fewer than max_model_len {asked}",
+            hint=f"lower max_model_len to {capacity}, or give the cache "
+            f"{per_block * (_blocks(asked, config.block_size) + 1)} bytes (kv_cache_bytes)",
+        )
+    gpu = on_gpu()
+    tokens = config.max_num_batched_tokens or (_GPU_TOKENS if gpu else _CPU_TOKENS)
+    return Sizes(
+        num_blocks,
+        min(wanted, capacity + 1),
+        max(tokens, 2 * config.max_num_seqs),
+        FEW if gpu else EXACT,
+    )
+
+
+def _blocks(tokens: int, block_size: int) -> int:
+    return -(-tokens // block_size)
+
+
+def _kv_budget(config: EngineConfig, one_context: int) -> int:
+    if config.kv_cache_bytes is not None:
+        return config.kv_cache_bytes
+    if not on_gpu():
+        return min(int(_available_memory() * _CPU_SHARE), max(_CPU_BYTES, one_context))
+    total = int(mx.device_info()["memory_size"])
+    limit = mx.device_info().get("max_recommended_working_set_size", total)
+    share = min(total, int(limit)) * _utilization(config)
+    return max(0, int(share) - mx.get_active_memory() - _RESERVE)
+
+
+def _utilization(config: EngineConfig) -> float:
+    text = os.environ.get("VLLM_METAL_MEMORY_FRACTION", "auto")
+    share = config.gpu_memory_utilization
+    if text != "auto":
+        try:
+            share = float(text)
+        except ValueError:
+            raise EngineError(
+                f"VLLM_METAL_MEMORY_FRACTION is {text!r}, expected 'auto' or a number"
+            ) from None
+    if not 0 < share <= 1:
+        raise EngineError(f"the share of the memory is {share}, expected above 0, up to 1")
+    return share
+
+
+def _available_memory() -> int:
+    """Return the bytes that can be used without swapping."""
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return pages * size // 2

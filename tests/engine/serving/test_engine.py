@@ -1,0 +1,248 @@
+"""The engine as a whole, over a tiny model."""
+
+from __future__ import annotations
+
+import random
+
+import mlx.core as mx
+import pytest
+
+from modelpack_engine.engine import Engine
+from modelpack_engine.errors import ContextLengthError, QueueFullError, RequestError
+from modelpack_engine.outputs import FinishReason, RequestEvent
+from modelpack_engine.sampling_params import SamplingParams
+from tests.engine.serving.tiny import CONTEXT, VOCAB, reference_tokens, tiny_engine
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+
+
+def prompts(count: int, seed: int = 5) -> list[list[int]]:
+    generator = random.Random(seed)
+    lengths = [1, 3, 17, 40, 33, 64, 5, 16]
+    return [[generator.randrange(256) for _ in range(lengths[i % 8])] for i in range(count)]
+
+
+def tokens(events: list[RequestEvent]) -> list[int]:
+    return [token for event in events for token in event.token_ids]
+
+
+def text(events: list[RequestEvent]) -> str:
+    return "".join(event.text for event in events)
+
+
+def check_idle(engine: Engine) -> None:
+    assert not engine.has_work
+    assert engine.stats().blocks_used == 0
+    assert engine.stats().num_running == engine.stats().num_waiting == 0
+
+
+def run(engine: Engine) -> dict[tuple[str, int], list[RequestEvent]]:
+    found: dict[tuple[str, int], list[RequestEvent]] = {}
+    while engine.has_work:
+        for event in engine.step():
+            found.setdefault((event.request_id, event.index), []).append(event)
+    return found
+
+
+def test_many_at_once_are_each_what_mlx_lm_gives_alone() -> None:
+    engine = tiny_engine()
+    wanted = prompts(8)
+    answers = engine.generate(wanted, GREEDY)
+    assert [tokens(events) for events in answers] == [reference_tokens(p, 12) for p in wanted]
+    assert all(events[-1].finish_reason is FinishReason.LENGTH for events in answers)
+    assert engine.stats().num_mixed_steps > 0
+    check_idle(engine)
+
+
+def test_a_shared_prefix_changes_nothing_but_the_work() -> None:
+    prefix = prompts(6)[5]
+    wanted = [[*prefix, 1, 2, 3], [*prefix, 9]]
+    with_cache, without = tiny_engine(), tiny_engine(enable_prefix_caching=False)
+    for prompt in wanted:
+        [ours], [plain] = with_cache.generate([prompt], GREEDY), without.generate([prompt], GREEDY)
+        assert tokens(ours) == tokens(plain) == reference_tokens(prompt, 12)
+    assert with_cache.stats().cached_tokens == 64
+    assert without.stats().cached_tokens == 0
+
+
+def test_preemption_changes_nothing() -> None:
+    per_token = 2 * 2 * 2 * 16 * 4  # layers, K and V, heads, dim, bytes
+    engine = tiny_engine(kv_cache_bytes=9 * 16 * per_token)
+    wanted = [p for p in prompts(8) if len(p) <= 40]
+    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    answers = engine.generate(wanted, params)
+    assert engine.stats().num_preemptions > 0
+    assert [tokens(events) for events in answers] == [reference_tokens(p, 40) for p in wanted]
+    check_idle(engine)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_a_seed_gives_the_same_text_alone_and_in_any_batch(temperature: float) -> None:
+    engine = tiny_engine()
+    prompt = prompts(3)[2]
+    params = SamplingParams(
+        max_tokens=20, temperature=temperature, top_p=0.9, top_k=50, seed=42, ignore_eos=True
+    )
+    [alone] = engine.generate([prompt], params)
+    engine.add_request("mine", prompt, params)
+    for i, other in enumerate(prompts(6, seed=9)):
+        engine.add_request(f"other-{i}", other, SamplingParams(max_tokens=9 + i))
+    together = run(engine)["mine", 0]
+    assert tokens(together) == tokens(alone)
+    [other_seed] = engine.generate([prompt], SamplingParams(**{**asdict(params), "seed": 43}))
+    assert tokens(other_seed) != tokens(alone)
+
+
+def asdict(params: SamplingParams) -> dict[str, object]:
+    return {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
+
+
+def test_choices_differ_and_share_their_prompt() -> None:
+    engine = tiny_engine()
+    prompt = prompts(6)[5]
+    engine.add_request("r", prompt, SamplingParams(max_tokens=8, seed=1, ignore_eos=True), n=3)
+    found = run(engine)
+    assert sorted(index for _, index in found) == [0, 1, 2]
+    assert len({tuple(tokens(events)) for events in found.values()}) == 3
+    usages = [events[-1].usage for events in found.values()]
+    assert all(usage and usage.prompt_tokens == len(prompt) for usage in usages)
+    assert sum(usage.cached_tokens for usage in usages if usage) > 0
+    check_idle(engine)
+
+
+def test_stop_strings_across_tokens() -> None:
+    engine = tiny_engine()
+    prompt = prompts(4)[3]
+    [whole] = engine.generate([prompt], GREEDY)
+    full = bytes(tokens(whole)).decode("latin-1")
+    expected = text(whole)
+    stop = expected[3:6]
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, stop=[stop])
+    [stopped] = engine.generate([prompt], params)
+    assert text(stopped) == expected[: expected.index(stop)]
+    assert stopped[-1].finish_reason is FinishReason.STOP
+    assert stopped[-1].stop_reason == stop
+    assert len(tokens(stopped)) < len(full)
+    check_idle(engine)
+
+
+def test_stop_tokens_and_min_tokens() -> None:
+    engine = tiny_engine()
+    prompt = prompts(2)[1]
+    [whole] = engine.generate([prompt], GREEDY)
+    stop = tokens(whole)[2]
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, stop_token_ids=[stop])
+    [stopped] = engine.generate([prompt], params)
+    assert tokens(stopped) == tokens(whole)[: tokens(whole).index(stop) + 1]
+    assert stopped[-1].stop_reason == stop
+    later = SamplingParams(
+        max_tokens=12, min_tokens=6, temperature=0, ignore_eos=True, stop_token_ids=[stop]
+    )
+    [longer] = engine.generate([prompt], later)
+    assert len(tokens(longer)) > 6
+    assert stop not in tokens(longer)[:6]
+
+
+def test_logprobs_and_prompt_logprobs() -> None:
+    engine = tiny_engine()
+    prompt = prompts(4)[3]
+    params = SamplingParams(
+        max_tokens=3, temperature=0, ignore_eos=True, logprobs=2, prompt_logprobs=1
+    )
+    [events] = engine.generate([prompt], params)
+    reported = [entry for event in events for entry in event.logprobs or ()]
+    assert [entry.token_id for entry in reported] == tokens(events)
+    assert all(entry.top[0] == (entry.token_id, entry.logprob) for entry in reported)
+    assert all(len(entry.top) == 2 and entry.logprob <= 0 for entry in reported)
+    first = events[0].prompt_logprobs
+    assert first is not None
+    assert first[0] is None
+    assert [entry.token_id for entry in first[1:] if entry] == prompt[1:]
+
+
+def test_abort_frees_blocks_within_a_step() -> None:
+    engine = tiny_engine(enable_prefix_caching=False)
+    engine.add_request("a", prompts(6)[5], SamplingParams(max_tokens=100, ignore_eos=True))
+    engine.add_request("b", prompts(4)[3], GREEDY)
+    for _ in range(6):
+        engine.step()
+    used = engine.stats().blocks_used
+    engine.abort("a")
+    engine.step()
+    assert engine.stats().blocks_used < used
+    assert not engine.is_known("a")
+    found = run(engine)
+    assert set(found) == {("b", 0)}
+    check_idle(engine)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "param"),
+    [
+        ([], GREEDY, "prompt"),
+        ([VOCAB], GREEDY, "prompt"),
+        ([-1], GREEDY, "prompt"),
+        ([1], SamplingParams(temperature=-1), "temperature"),
+        ([1], SamplingParams(temperature=float("nan")), "temperature"),
+        ([1], SamplingParams(top_p=0), "top_p"),
+        ([1], SamplingParams(max_tokens=0), "max_tokens"),
+        ([1], SamplingParams(logit_bias={VOCAB: 1}), "logit_bias"),
+        ([1], SamplingParams(stop=[""]), "stop"),
+        ([1], SamplingParams(stop_token_ids=[VOCAB]), "stop_token_ids"),
+    ],
+)
+def test_bad_requests_are_refused(prompt: list[int], params: SamplingParams, param: str) -> None:
+    engine = tiny_engine()
+    with pytest.raises(RequestError) as caught:
+        engine.add_request("r", prompt, params)
+    assert caught.value.param == param
+    check_idle(engine)
+
+
+def test_a_prompt_over_the_context() -> None:
+    engine = tiny_engine()
+    with pytest.raises(ContextLengthError, match=str(CONTEXT)):
+        engine.add_request("r", [1] * CONTEXT, GREEDY)
+    # One that just fits ends by length.
+    [events] = engine.generate([[1] * (CONTEXT - 1)], GREEDY)
+    assert len(tokens(events)) == 1
+
+
+def test_the_queue_is_bounded() -> None:
+    engine = tiny_engine(max_waiting=2)
+    engine.add_request("a", [1], GREEDY)
+    engine.add_request("b", [2], GREEDY)
+    with pytest.raises(QueueFullError):
+        engine.add_request("c", [3], GREEDY)
+    assert len(run(engine)) == 2
+
+
+def test_logits_that_are_no_numbers_fail_their_request_only() -> None:
+    engine = tiny_engine()
+    weight = engine._runner.model.model.embed_tokens
+    weight.weight = mx.where((mx.arange(VOCAB) == 200)[:, None], mx.array(mx.nan), weight.weight)
+    # The head shares the table: token 200 poisons every row's logit of token 200.
+    bad = [1, 200, 3]
+    engine.add_request("bad", bad, GREEDY)
+    found = run(engine)
+    assert found["bad", 0][-1].finish_reason is FinishReason.ERROR
+    assert "not numbers" in (found["bad", 0][-1].error or "")
+    check_idle(engine)
+
+
+def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on() -> None:
+    engine = tiny_engine()
+    wanted = prompts(4)
+    engine.add_request("a", wanted[3], GREEDY)
+    engine.step()
+    forward, engine._runner.forward = engine._runner.forward, None  # type: ignore[method-assign, assignment]
+    with pytest.raises(TypeError):
+        engine.step()
+    engine._runner.forward = forward  # type: ignore[method-assign]
+    [event] = engine.fail_all("it broke")
+    assert event.finish_reason is FinishReason.ERROR
+    assert event.error == "it broke"
+    run(engine)
+    check_idle(engine)
+    [after] = engine.generate([wanted[2]], GREEDY)
+    assert tokens(after) == reference_tokens(wanted[2], 12)

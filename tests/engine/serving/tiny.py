@@ -1,0 +1,72 @@
+"""A tiny model with random weights and a tokenizer of single bytes, loaded as a real one is."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import tokenizers
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+from mlx_lm.models import llama
+from mlx_lm.models.cache import make_prompt_cache
+from tokenizers import decoders, models, pre_tokenizers
+
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.engine import Engine
+from modelpack_engine.loaders import LoadedModel, Tokenizer
+from modelpack_engine.loaders.tokenizer import TokenText
+
+EOS = 256
+VOCAB = 257
+CONTEXT = 256
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """A token for each byte, and one that ends a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    order = {character: i for i, character in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=order, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<eos>"])
+    return Tokenizer(backend, text=TokenText.BYTE_LEVEL, eos_token_ids=[EOS])
+
+
+def tiny_model() -> llama.Model:
+    """A llama of two layers; the same weights every time."""
+    arguments = llama.ModelArgs(
+        model_type="llama", hidden_size=64, num_hidden_layers=2, intermediate_size=128,
+        num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, vocab_size=VOCAB,
+        rope_theta=10000.0, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = llama.Model(arguments)
+    mx.random.seed(11)
+    weights = []
+    for name, value in tree_flatten(model.parameters()):
+        scale = 0.2 if value.ndim == 1 else 1.6 / value.shape[-1] ** 0.5
+        noise = mx.random.normal(value.shape) * scale
+        weights.append((name, noise + 1 if value.ndim == 1 else noise))
+    model.load_weights(weights)
+    mx.eval(model.parameters())
+    return model
+
+
+def tiny_loaded() -> LoadedModel:
+    """The model and its tokenizer, as the loaders give them."""
+    return LoadedModel(
+        tiny_model(), {"vocab_size": VOCAB}, tiny_tokenizer(), "llama", CONTEXT, (), 0
+    )
+
+
+def tiny_engine(**settings: object) -> Engine:
+    """An engine over the tiny model; `settings` are those of EngineConfig."""
+    given = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "device": "cpu"} | settings
+    return Engine(tiny_loaded(), EngineConfig(**given))  # type: ignore[arg-type]
+
+
+def reference_tokens(prompt: list[int], count: int) -> list[int]:
+    """What mlx-lm's single-request path generates, greedily."""
+    model = tiny_model()
+    steps = generate_step(
+        mx.array(prompt), model, max_tokens=count, prompt_cache=make_prompt_cache(model)
+    )
+    return [int(token) for token, _ in steps]
