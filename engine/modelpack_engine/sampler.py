@@ -110,7 +110,6 @@ class Sampler:
             slot=slot,
             ending_token_ids=tuple(sorted(ending_token_ids(params, self._eos_token_ids))),
         )
-        self._composition = ()
 
     def remove(self, seq_id: int) -> None:
         """Forget `seq_id`: it ended or was preempted. A step in flight may still hold it."""

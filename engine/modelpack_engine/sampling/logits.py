@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-#: Candidates that a small top-k is searched among; every larger top-k sorts the vocabulary.
+#: A top-k up to this sorts that many of the most likely tokens; a larger one the vocabulary.
 WINDOW = 1024
-#: The largest top-k that is small. Half the window is left for tokens that tie with the k-th.
-MAX_WINDOWED_TOP_K = WINDOW // 2
 
 
 def mask(logits: mx.array, allowed: mx.array) -> mx.array:
@@ -53,7 +51,7 @@ def cutoff(
     that top-k and min-p keep, that holds `top_p` of their probability. Since the answer is a value,
     tokens that tie with the last one kept are kept as well, whatever their order.
 
-    `windowed` promises that every top-k is at most MAX_WINDOWED_TOP_K.
+    `windowed` promises that every top-k is at most WINDOW.
     """
     if windowed:
         logits = mx.topk(logits, WINDOW, axis=-1)

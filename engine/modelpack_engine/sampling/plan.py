@@ -175,7 +175,7 @@ def _draws(entries: Sequence[Entry], num_rows: int, vocab_size: int) -> Draws | 
     sources = [*range(len(wanted)), *[0] * (len(rows) - len(wanted))]
 
     def is_windowed(p: SamplingParams) -> bool:
-        return 0 < p.top_k <= logits.MAX_WINDOWED_TOP_K and vocab_size > logits.WINDOW
+        return 0 < p.top_k <= logits.WINDOW < vocab_size
 
     def is_sorted(p: SamplingParams) -> bool:
         return (0 < p.top_k < vocab_size or p.top_p < 1) and not is_windowed(p)

@@ -59,6 +59,7 @@ stops = st.lists(st.text(st.sampled_from("ab é🙂"), min_size=1, max_size=4), 
 @given(some_text, stops, places)
 @example("aab", ["ab"], [1, 2])
 @example("aaab", ["aab", "b"], [1, 2, 3])
+@example("aab ", ["aabb", "ab"], [1, 2, 3])
 def test_any_split_gives_what_searching_the_whole_text_gives(
     text: str, stop: list[str], where: list[int]
 ) -> None:
@@ -74,17 +75,20 @@ def test_any_bytes_decode_as_a_whole(data: bytes, where: list[int]) -> None:
     assert stopped_by is None
 
 
-@given(some_text, stops, places)
+@given(some_text, stops, places, st.integers(0, 12))
+@example("ab ab", ["ab"], [1, 2, 3, 4], 9)
 def test_no_more_is_held_back_than_may_become_a_stop_string(
-    text: str, stop: list[str], where: list[int]
+    text: str, stop: list[str], where: list[int], min_tokens: int
 ) -> None:
     pieces = cut(text.encode(), where)
-    deltas, _ = run(Pieces(pieces), SamplingParams(stop=stop))
+    params = SamplingParams(stop=stop, min_tokens=min_tokens, max_tokens=99)
+    deltas, _ = run(Pieces(pieces), params)
+    early = len(b"".join(pieces[:min_tokens]).decode("utf-8", "ignore"))
     given_out, data = "", b""
     for delta, piece in zip(deltas, pieces, strict=False):
         given_out, data = given_out + delta, data + piece
         so_far = data.decode("utf-8", "ignore")
-        if search(so_far, stop)[1] is None:
+        if search(so_far, stop, early)[1] is None:
             held = max(
                 (n for s in stop for n in range(1, len(s)) if so_far.endswith(s[:n])), default=0
             )
@@ -121,6 +125,12 @@ def test_the_beginning_of_a_stop_string_waits() -> None:
     deltas, stopped_by = run(pieces, SamplingParams(stop=["\nUser:"]))
     assert deltas == ["Hi", "\n", "", "\nUser says", "", "", ""]
     assert stopped_by == "\nUser:"
+
+
+@pytest.mark.parametrize(("min_tokens", "text"), [(0, "a"), (1, "a"), (2, "a\ufffd")])
+def test_the_last_half_character_may_stop_the_text(min_tokens: int, text: str) -> None:
+    params = SamplingParams(stop=["\ufffd"], min_tokens=min_tokens)
+    assert "".join(run(Pieces([b"a", b"\xe2\x82"]), params)[0]) == text
 
 
 def test_special_tokens() -> None:

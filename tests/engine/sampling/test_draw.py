@@ -59,6 +59,16 @@ def test_noise_is_gumbel_and_finite() -> None:
     assert np.abs(below - np.exp(-np.exp([1.0, 0, -1, -3]))).max() < 0.004
 
 
+def test_noise_is_finite_where_the_uniform_number_is_zero() -> None:
+    """One number in 2 ** 32 is 0, so one draw in 90,000 from a vocabulary of 49,152 meets one."""
+    key = mx.array([[0, 1_720_516]], dtype=mx.uint32)  # found by trying keys
+    uniform = mx.random.uniform(shape=(4096,), key=key[0])
+    assert uniform[2453].item() == 0
+    noise = np.array(draw.gumbel(key, 4096))[0]
+    assert np.isfinite(noise).all()
+    assert noise.argmax() == 2453
+
+
 def test_noise_of_a_row_does_not_depend_on_the_others() -> None:
     keys = keys_of(5, 9)
     together = np.array(draw.gumbel(keys, 1001))

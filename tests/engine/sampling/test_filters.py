@@ -75,7 +75,7 @@ def test_each_row_has_its_own_setting() -> None:
     assert got[2].sum() == 7
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 50, stages.MAX_WINDOWED_TOP_K])
+@pytest.mark.parametrize("top_k", [1, 2, 50, stages.WINDOW])
 def test_the_window_keeps_what_the_whole_sort_keeps(top_k: int) -> None:
     rows = np.random.default_rng(3).normal(size=(4, 3 * stages.WINDOW)) * 3
     settings = ([top_k] * 4, [1.0, 0.9, 0.5, 0.99], [0.0, 0.0, 0.01, 0.0])
@@ -89,6 +89,13 @@ def test_ties_of_the_last_token_are_kept_in_any_order() -> None:
     expected = [False, True, True, True, True, False]
     assert keeps(row, [2], [1.0], [0.0]).tolist() == [expected]
     assert keeps(row[:, ::-1].copy(), [2], [1.0], [0.0]).tolist() == [expected[::-1]]
+
+
+def test_ties_beyond_the_window_are_kept() -> None:
+    row = np.zeros((1, 2 * stages.WINDOW))
+    row[0, :10] = 1
+    assert keeps(row, [stages.WINDOW], [1.0], [0.0], windowed=True).all()
+    assert keeps(row, [10], [1.0], [0.0], windowed=True).sum() == 10
 
 
 def test_forbidden_tokens_do_not_take_part() -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelpack_engine.sampler import NO_TOKEN, Sampled, Sampler, SampleRow
+from modelpack_engine.sampling.logits import WINDOW
 from modelpack_engine.sampling_params import SamplingParams
 from tests.engine.sampling import oracle
 
@@ -154,7 +155,7 @@ def test_greedy_is_argmax(dtype: mx.Dtype, rows: int) -> None:
     assert sampled.logprobs is None
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-30, 9e-6, 1e-4])
+@pytest.mark.parametrize("temperature", [0.0, 1e-40, 9e-6, 1e-4])
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     row = random_logits(1)[0]
     assert one(SamplingParams(temperature=temperature, seed=1), row) == row.argmax()
@@ -338,3 +339,26 @@ def test_the_callers_logits_stay_as_they_were() -> None:
         running.add(name, [1], replace(params, mask=Mask([1, 2, 3])))
     mx.eval(running.sample(x, [SampleRow(name, 1, 0) for name in range(len(POOL))]).arrays())
     assert (np.array(x) == before).all()
+
+
+@pytest.mark.parametrize("top_k", [WINDOW - 24, WINDOW + 1000])
+def test_top_k_within_and_beyond_the_window(top_k: int) -> None:
+    """Nearly equal logits, so that every token that is kept is drawn now and then."""
+    count, vocab_size = 512, 3 * WINDOW
+    row = np.linspace(1, 0.999, vocab_size, dtype=np.float32)
+    running = sampler(vocab_size, count)
+    for name in range(count):
+        running.add(name, [1], SamplingParams(top_k=top_k, seed=name))
+    rows = [SampleRow(name, 1, 0) for name in range(count)]
+    x = mx.broadcast_to(mx.array(row), (count, vocab_size))
+    tokens = np.array(running.sample(x, rows).token_ids)
+    assert top_k * 0.97 < tokens.max() < top_k
+
+
+def test_a_sequence_that_comes_back_has_its_new_parameters() -> None:
+    running, x = sampler(), mx.array(random_logits(1))
+    for params, expected in ((GREEDY, None), (replace(GREEDY, logit_bias={6: 90.0}), 6)):
+        running.add(1, [1], params)
+        token = running.sample(x, [SampleRow(1, 1, 0)]).token_ids.item()
+        assert token == (x.argmax().item() if expected is None else expected)
+        running.remove(1)
