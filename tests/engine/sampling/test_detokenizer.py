@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from random import Random
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
+from modelpack.testing import weights
 from modelpack_engine.detokenizer import Detokenizer
+from modelpack_engine.loaders.gguf_file import GGUFFile
+from modelpack_engine.loaders.gguf_tokenizer import tokenizer_of
 from modelpack_engine.sampling_params import SamplingParams
 from modelpack_engine.stopping import StopStrings, ending_token_ids
 
@@ -206,3 +210,17 @@ def test_ending_tokens() -> None:
     params = SamplingParams(stop_token_ids=[7, 9])
     assert ending_token_ids(params, {2, 9}) == {2, 7, 9}
     assert ending_token_ids(SamplingParams(stop_token_ids=[7], ignore_eos=True), {2}) == {7}
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("skip", [True, False], ids=["without specials", "with specials"])
+def test_a_real_vocabulary(skip: bool) -> None:
+    """Random tokens of SmolLM2, so mostly invalid UTF-8, as the whole is decoded."""
+    tokenizer = tokenizer_of(GGUFFile.open([weights.smollm2_gguf()]).metadata)
+    random = Random(1)
+    for _ in range(300):
+        ids = [random.randrange(tokenizer.vocab_size) for _ in range(random.randrange(60))]
+        ids += tokenizer.encode("naïve 漢字 🙂👩‍👩‍👧<|im_end|>\n")
+        detokenizer = Detokenizer(tokenizer, SamplingParams(skip_special_tokens=skip))
+        text = "".join(detokenizer.push([token]).text for token in ids) + detokenizer.finish()
+        assert text == tokenizer.decode(ids, skip_special_tokens=skip)
