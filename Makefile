@@ -2,7 +2,7 @@
 
 .PHONY: demo test check format wheel bench clean
 
-demo: .venv/.base
+demo: .venv/.engine
 	.venv/bin/python scripts/demo
 
 test: .venv/.dev
@@ -21,8 +21,8 @@ wheel: .venv/.dev
 clean:
 	rm -rf .venv .cache build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.venv/.base: pyproject.toml
-	scripts/make-venv ""
+.venv/.engine: pyproject.toml
+	scripts/make-venv engine
 
 .venv/.dev: pyproject.toml
 	scripts/make-venv dev

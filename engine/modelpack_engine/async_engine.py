@@ -84,7 +84,7 @@ class RequestStream:
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
         except RuntimeError:  # the loop has ended: nobody listens
-            self._engine._forget(self.request_id)
+            self._engine._call(_Abort(self.request_id))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,7 @@ class AsyncEngine:
         self._engine: Engine | None = None
         self._calls: queue.SimpleQueue[_Add | _Abort | None] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}
+        self._running_choices: dict[str, int] = {}
         self._numbers = itertools.count()
         self._loaded = threading.Event()
         self._thread = threading.Thread(target=self._run, name="modelpack-engine", daemon=True)
@@ -172,10 +173,6 @@ class AsyncEngine:
     def _call(self, call: _Add | _Abort) -> None:
         self._calls.put(call)
 
-    def _forget(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
-        self._calls.put(_Abort(request_id))
-
     # The engine's thread
 
     def _run(self) -> None:
@@ -213,7 +210,7 @@ class AsyncEngine:
                 return False
             if isinstance(call, _Abort):
                 engine.abort(call.request_id)
-                self._streams.pop(call.request_id, None)
+                self._drop(call.request_id)
             else:
                 self._add(engine, call)
 
@@ -228,6 +225,7 @@ class AsyncEngine:
             self._settle(call, EngineError(f"unexpected {type(error).__name__}: {error}"))
         else:
             self._streams[stream.request_id] = stream
+            self._running_choices[stream.request_id] = call.n
             self._settle(call, None)
 
     def _settle(self, call: _Add, error: Exception | None) -> None:
@@ -249,5 +247,11 @@ class AsyncEngine:
         if stream is None:
             return
         stream._put(event)
-        if self._engine is not None and not self._engine.is_known(event.request_id):
-            self._streams.pop(event.request_id, None)
+        if event.finished:
+            self._running_choices[event.request_id] -= 1
+            if not self._running_choices[event.request_id]:
+                self._drop(event.request_id)
+
+    def _drop(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        self._running_choices.pop(request_id, None)
