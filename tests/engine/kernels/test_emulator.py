@@ -152,6 +152,6 @@ def test_a_missing_barrier_is_noticed(tmp_path: Path) -> None:
 )
 def test_a_wrong_body_is_noticed(old: str, new: str, tmp_path: Path) -> None:
     case = SMALL
-    broken = build(tmp_path, case.instances, "undefined", edited(old, new))
+    broken = build(tmp_path, case.instances, edit=edited(old, new))
     found, wanted = decode(broken, case, tmp_path)
     assert not error(found, wanted, case.q) <= 1

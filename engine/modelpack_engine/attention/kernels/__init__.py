@@ -8,14 +8,19 @@ failed probe, those functions run instead.
 Order. A kernel that writes in place is outside of what MLX knows: it orders work on a GPU by the
 buffers that an operation puts out, and a pool is nobody's output. So `write_kv` puts out a token,
 and whatever reads a pool afterwards must read the token, too: `decode_attention` and the next
-`write_kv` find it on the pool; any other reader has to take its indices through `after`.
+`write_kv` know it by the pool that they get, which has to be the very array that `write_kv`
+returned; any other reader has to take its indices through `after`. A write waits for the write
+before, not for readers: in a model its rows follow from what they read, or go to other slots.
 """
 
-from modelpack_engine.attention.kernels.operations import WrittenPool as WrittenPool
-from modelpack_engine.attention.kernels.operations import after as after
 from modelpack_engine.attention.kernels.operations import decode_attention as decode_attention
 from modelpack_engine.attention.kernels.operations import write_kv as write_kv
+from modelpack_engine.attention.kernels.order import after as after
+from modelpack_engine.attention.kernels.order import token_of as token_of
 from modelpack_engine.attention.kernels.plan import AttentionShape as AttentionShape
 from modelpack_engine.attention.kernels.support import KernelSupport as KernelSupport
 from modelpack_engine.attention.kernels.support import available as available
+from modelpack_engine.attention.kernels.support import enable as enable
+from modelpack_engine.attention.kernels.support import may_decode as may_decode
+from modelpack_engine.attention.kernels.support import may_write as may_write
 from modelpack_engine.attention.kernels.support import probe as probe

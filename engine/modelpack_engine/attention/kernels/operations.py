@@ -5,24 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 
 from modelpack_engine.attention.kernels import launch, naive, support
+from modelpack_engine.attention.kernels.order import after, token_of, written
 from modelpack_engine.attention.kernels.plan import AttentionShape, plan_decode
-
-
-class WrittenPool(mx.array):
-    """A pool that a kernel has written in place; `token` (int32 [1], 0) comes with that write."""
-
-    token: mx.array
-
-
-def after(indices: mx.array, *pools: mx.array | None) -> mx.array:
-    """Return `indices` (int32), ordered after the writes to `pools`.
-
-    Whatever gathers from a pool with MLX's functions has to use such indices; see the package.
-    """
-    tokens = {id(token): token for pool in pools if (token := _token(pool)) is not None}
-    for token in tokens.values():
-        indices = indices + token
-    return indices
 
 
 def decode_attention(
@@ -67,7 +51,7 @@ def decode_attention(
     assert q.shape[-1] == shape.key_dim, (q.shape, k_pool.shape)
     assert shape.latent or v_pool is not None, "values are in neither pool"
     assert (q_more is None) == (not shape.latent or v_pool is None), "queries and keys differ"
-    written = _token(k_pool)
+    token = token_of(k_pool)
     if v_pool is None:
         v_pool = k_pool
     if not support.may_decode(shape, q.dtype, k_pool.dtype):
@@ -82,7 +66,7 @@ def decode_attention(
     return launch.decode(
         plan, shape, launch.backend(), q, k_pool, v_pool,
         block_tables.astype(mx.int32), context_lens.astype(mx.int32),
-        scale=scale, softcap=softcap, sinks=sinks, q_more=q_more, written=written,
+        scale=scale, softcap=softcap, sinks=sinks, q_more=q_more, written=token,
     )  # fmt: skip
 
 
@@ -103,8 +87,8 @@ def write_kv(
     assert (v is None) == (v_pool is None), "values have no pool, or a pool no values"
     if not support.may_write(k.dtype, k_pool.dtype):
         slots = after(slots, k_pool, v_pool)
-        written = naive.write_rows(k, k_pool, slots)
-        return written, None if v is None or v_pool is None else naive.write_rows(v, v_pool, slots)
+        k_pool = naive.write_rows(k, k_pool, slots)
+        return k_pool, None if v is None or v_pool is None else naive.write_rows(v, v_pool, slots)
     rows = k.shape[0]
     token = launch.write(
         launch.backend(),
@@ -113,19 +97,9 @@ def write_kv(
         k_pool,
         v_pool,
         slots.astype(mx.int32),
-        _token(k_pool) if previous_token is None else previous_token,
+        token_of(k_pool) if previous_token is None else previous_token,
     )
     if v_pool is None:
-        return _written(mx.depends(k_pool, token), token), None
+        return written(mx.depends(k_pool, token), token), None
     pools = mx.depends([k_pool, v_pool], token)
-    return _written(pools[0], token), _written(pools[1], token)
-
-
-def _token(pool: mx.array | None) -> mx.array | None:
-    return getattr(pool, "token", None)
-
-
-def _written(pool: mx.array, token: mx.array) -> WrittenPool:
-    written = WrittenPool(pool)
-    written.token = token
-    return written
+    return written(pools[0], token), written(pools[1], token)

@@ -15,6 +15,7 @@ from modelpack_engine.attention.kernels.sources import Backend
 TOLERANCE = {mx.float32: 2e-4, mx.float16: 4e-3, mx.bfloat16: 3e-2}
 _BLOCKS = 41
 _WIDTH = 40
+_SLOTS = 4096
 
 
 def probe_decode(shape: AttentionShape, on: Backend, dtype: mx.Dtype, pool: mx.Dtype) -> str | None:
@@ -60,14 +61,14 @@ def probe_decode(shape: AttentionShape, on: Backend, dtype: mx.Dtype, pool: mx.D
 
 def probe_write(on: Backend, dtype: mx.Dtype, pool: mx.Dtype) -> str | None:
     """Write rows into pools that others hold: right bytes, no copy, and readers wait for them."""
-    rows, slots_total, width = 32, 4096, 512
+    rows, width = 32, 512
     key = mx.random.key(11)
-    k_pool = mx.random.normal((slots_total, 1, width), key=key).astype(pool)
-    v_pool = mx.zeros((slots_total, 1, width), pool)
+    k_pool = mx.random.normal((_SLOTS, 1, width), key=key).astype(pool)
+    v_pool = mx.zeros((_SLOTS, 1, width), pool)
     # Small integers are exact in every type.
     k = mx.random.randint(-100, 100, (rows, width), key=key).astype(dtype)
     v = k - 1
-    slots = mx.random.permutation(slots_total, key=key)[:rows].astype(mx.int32)
+    slots = mx.random.permutation(_SLOTS, key=key)[:rows].astype(mx.int32)
     slots = mx.where(mx.arange(rows) == 3, -1, slots)
     kept = mx.arange(rows) != 3
     mx.eval(k, v, k_pool, v_pool, slots, kept)

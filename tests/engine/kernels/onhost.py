@@ -1,0 +1,94 @@
+"""A stand-in for MLX's custom kernels: same calls, same arguments, run by the host emulator.
+
+So everything between the engine and the GPU is tested without one: which inputs go where, template
+arguments, grids, and what happens to the results.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from modelpack_engine.attention.kernels.sources import INPUTS, OUTPUTS, Backend, Body, kernel_source
+from tests.engine.kernels.emulator import Edit, Emulator, build, unchanged
+from tests.engine.kernels.signatures import Instance
+
+C_TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t"}
+UNSIGNED = {2: mx.uint16, 4: mx.uint32}
+
+
+def memory(array: mx.array) -> npt.NDArray[Any]:
+    """Return the memory of an evaluated, contiguous array as bytes that can be written."""
+    mx.eval(array)
+    view = memoryview(array.view(UNSIGNED[array.dtype.size]))  # type: ignore[arg-type]
+    address = np.frombuffer(view, np.uint8).ctypes.data
+    raw = memoryview((ctypes.c_uint8 * array.nbytes).from_address(address))
+    found: npt.NDArray[Any] = np.frombuffer(raw, np.uint8)
+    return found.reshape(*array.shape, array.dtype.size)
+
+
+class Host:
+    """Takes the place of `launch._kernel`."""
+
+    def __init__(self, directory: Path, built: dict[Instance, Emulator]) -> None:
+        """Emulate under `directory`; `built` keeps what was compiled, for others, too."""
+        self.directory = directory
+        self.edit: Edit = unchanged
+        self.calls: list[tuple[Body, dict[str, Any]]] = []
+        self._built = built
+
+    def break_by(self, edit: Edit) -> None:
+        """Run bodies as changed by `edit`."""
+        self.edit, self._built = edit, {}
+
+    def kernel(self, body: Body, on: Backend, *, split: bool = False) -> tuple[Any, Any]:
+        """Return what MLX would have made of a body."""
+        source = kernel_source(body, on, split=split)
+
+        def run(
+            *,
+            inputs: Sequence[mx.array],
+            template: Sequence[tuple[str, Any]],
+            grid: tuple[int, int, int],
+            threadgroup: tuple[int, int, int],
+            output_shapes: Sequence[tuple[int, ...]],
+            output_dtypes: Sequence[mx.Dtype],
+        ) -> list[mx.array]:
+            self.calls.append((body, dict(template)))
+            types = tuple((n, C_TYPES[v]) for n, v in template if isinstance(v, mx.Dtype))
+            constants = tuple((n, v) for n, v in template if isinstance(v, int))
+            instance = Instance(body, types, constants)
+            # A pool that is not evaluated has no memory yet: MLX would run what makes it first.
+            mx.eval(*inputs)
+            outputs = [
+                mx.full(shape, 7, dtype)
+                for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
+            ]
+            arrays = dict(zip(source.inputs, inputs, strict=True))
+            arrays |= dict(zip(source.outputs, outputs, strict=True))
+            views = {name: memory(array) for name, array in arrays.items()}
+            for name in OUTPUTS[body]:
+                views.setdefault(name, np.zeros((1, 4), np.uint8))
+            groups = tuple(-(-size // per) for size, per in zip(grid, threadgroup, strict=True))
+            threads = -(-threadgroup[0] // 32) * 32
+            done = self._emulator(instance).run(
+                instance, views, (groups[0], groups[1], groups[2]), threads, self.directory / "run"
+            )
+            assert done.returncode == 0, done.stderr[:2000]
+            return outputs
+
+        assert source.inputs == INPUTS[body]
+        return run, source
+
+    def _emulator(self, instance: Instance) -> Emulator:
+        if instance not in self._built:
+            directory = Path(tempfile.mkdtemp(dir=self.directory))
+            self._built[instance] = build(directory, [instance], edit=self.edit)
+        return self._built[instance]
