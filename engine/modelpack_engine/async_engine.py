@@ -177,6 +177,12 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
+            self._live()
+        finally:
+            _end_streams()
+
+    def _live(self) -> None:
+        try:
             self._engine = self._make_engine()
             self.state = EngineState.READY
         except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
@@ -255,3 +261,11 @@ class AsyncEngine:
     def _drop(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
         self._running_choices.pop(request_id, None)
+
+
+def _end_streams() -> None:
+    """End what MLX keeps for this thread; left alone, it aborts the process at its exit."""
+    import mlx.core as mx
+
+    mx.synchronize()
+    mx.clear_streams()  # type: ignore[attr-defined]

@@ -198,7 +198,7 @@ class Engine:
     def _build(self) -> _Step | None:
         """Schedule the next step and build its graph."""
         if self._pending is not None and self._waits_for_tokens():
-            self._news += self._collect()
+            self._news = self._collect()
         output = self._scheduler.schedule()
         if output is None:
             self._forget(self._scheduler.take_released())
@@ -241,6 +241,8 @@ class Engine:
                 events.append(self._choices[sequence.seq_id].failed(text))
                 self._end(sequence)
         for index, sequence in self._scheduler.collect(step.output, token_ids):
+            if sequence.params.mask is not None:
+                sequence.params.mask.accept(token_ids[index])
             choice = self._choices[sequence.seq_id]
             event, stopped_by = choice.take(token_ids[index], logprobs[index])
             if stopped_by is not None and not sequence.is_finished:

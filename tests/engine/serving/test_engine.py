@@ -11,7 +11,14 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.errors import ContextLengthError, QueueFullError, RequestError
 from modelpack_engine.outputs import FinishReason, RequestEvent
 from modelpack_engine.sampling_params import SamplingParams
-from tests.engine.serving.tiny import CONTEXT, VOCAB, reference_tokens, tiny_engine
+from tests.engine.serving.tiny import (
+    CONTEXT,
+    EOS,
+    VOCAB,
+    reference_tokens,
+    tiny_engine,
+    tiny_tokenizer,
+)
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 
@@ -246,3 +253,35 @@ def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on() -> None:
     check_idle(engine)
     [after] = engine.generate([wanted[2]], GREEDY)
     assert tokens(after) == reference_tokens(wanted[2], 12)
+
+
+class OnlyLetters:
+    """A mask that allows `allowed`, one byte after the other, then the end."""
+
+    def __init__(self, letters: bytes) -> None:
+        self.letters = letters
+        self.accepted: list[int] = []
+
+    def allowed(self) -> bytes:
+        bits = bytearray(VOCAB // 8 + 1)
+        left = self.letters[len(self.accepted) :]
+        token = TOKENS.encode(chr(left[0]))[0] if left else EOS
+        bits[token // 8] |= 1 << token % 8
+        return bytes(bits)
+
+    def accept(self, token_id: int) -> None:
+        self.accepted.append(token_id)
+
+
+TOKENS = tiny_tokenizer()
+
+
+def test_a_mask_decides_every_token_in_a_mixed_batch() -> None:
+    engine = tiny_engine()
+    mask = OnlyLetters(b"yes")
+    engine.add_request("free", prompts(4)[3], GREEDY)
+    engine.add_request("masked", prompts(3)[2], SamplingParams(max_tokens=9, mask=mask))
+    found = run(engine)
+    assert text(found["masked", 0]) == "yes"
+    assert found["masked", 0][-1].finish_reason is FinishReason.STOP
+    assert tokens(found["free", 0]) == reference_tokens(prompts(4)[3], 12)
