@@ -21,14 +21,14 @@ import mlx.nn as nn
 from modelpack_engine.adaptation import self_test as tests
 from modelpack_engine.adaptation.adapted import Adapted
 from modelpack_engine.adaptation.contiguous import ContiguousRunner
-from modelpack_engine.adaptation.layout import ModelLayout, find_layout
+from modelpack_engine.adaptation.layout import ModelLayout, UnknownCacheError, find_layout
 from modelpack_engine.adaptation.warm_up import PADDING_SEQ_ID, StepShape, padding_batch
 from modelpack_engine.attention.handles import LostHandleError, install
 from modelpack_engine.attention.step import StepInputs
 from modelpack_engine.batch import StepBatch
 from modelpack_engine.buckets import EXACT, Buckets
 from modelpack_engine.config import BLOCK_SIZE
-from modelpack_engine.errors import EngineError, OutOfMemoryError
+from modelpack_engine.errors import EngineError, ModelLoadError, OutOfMemoryError
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ class ModelRunner:
     a new shape costs nothing; the default follows MLX's default device.
 
     `tier` and `notes` say how the model runs; `supports_prefix_cache` is False where a sequence's
-    state is more than its keys and values. Raises `OutOfMemoryError` if the pools do not fit.
+    state is more than its keys and values. Raises `OutOfMemoryError` if the pools do not fit, and
+    `ModelLoadError` if mlx-lm itself cannot run the model.
     """
 
     def __init__(
@@ -94,9 +95,13 @@ class ModelRunner:
     def _find_layout(self) -> ModelLayout | None:
         try:
             return find_layout(self.model)
-        except MODEL_ERRORS as error:
-            self._leave("paged tiers", f"{error}")
+        except UnknownCacheError as error:
+            self._leave("paged tiers", str(error))
             return None
+        except MODEL_ERRORS as error:
+            raise ModelLoadError(
+                f"mlx-lm cannot run {self._name}: {type(error).__name__}: {error}"
+            ) from error
 
     def _adapt(self, layout: ModelLayout, self_test: bool) -> None:
         """Find the best tier: all on rows, then more and more attention modules in pieces."""
@@ -150,10 +155,12 @@ class ModelRunner:
         return problem, None
 
     def _leave(self, tier: str, why: str) -> None:
-        name = type(self.model).__module__.rpartition(".")[2]
-        note = f"not in {tier}: {why}"
-        logger.warning("%s does not run in %s: %s", name, tier, why)
-        self.notes += (note,)
+        logger.warning("%s does not run in %s: %s", self._name, tier, why)
+        self.notes += (f"not in {tier}: {why}",)
+
+    @property
+    def _name(self) -> str:
+        return type(self.model).__module__.rpartition(".")[2]
 
     def _allocate(self) -> None:
         pools = self.pools()
@@ -192,12 +199,12 @@ class ModelRunner:
     def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
         """Build a step: return logits [rows, vocabulary] of its sampled rows, not yet computed.
 
-        `token_ids` int32 [rows] are the batch's, with those of the previous step filled in. The
-        rows of `batch.prompt_logprob_rows` follow the sampled ones. Evaluate the result together
-        with `pools()`, after the step before has been read: then no pool is copied.
+        `token_ids` int32 [rows] are the batch's, with those of the previous step filled in.
+        Evaluate the result together with `pools()`, after the step before has been read: then no
+        pool is copied.
         """
         self.release(batch.released)
-        rows = [*batch.sample_rows, *batch.prompt_logprob_rows]
+        rows = list(batch.sample_rows)
         if self._contiguous is not None:
             return self._contiguous.forward(batch, token_ids, rows)
         adapted = self._adapted
@@ -248,6 +255,11 @@ class ModelRunner:
         """
         if self._adapted is not None:
             self._adapted.scrub(list(blocks), self.block_size)
+
+    def undo(self) -> None:
+        """Give the model back as it was; the runner is of no use then."""
+        if self._adapted is not None:
+            self._adapted.undo()
 
     def warm_up(self, shapes: Iterable[StepShape]) -> None:
         """Run steps of padding of the given shapes, which compiles what they need."""

@@ -120,17 +120,27 @@ class ModelLayout:
 
 @dataclass(slots=True)
 class _Record:
-    """What was seen of one cache: the modules on the stack, outermost first, and what it got."""
+    """What was seen of one cache: what it got, and the modules that were running, outermost first.
+
+    Of several uses, `stack` keeps the modules that were running in each.
+    """
 
     stack: list[nn.Module] = field(default_factory=list)
     keys: mx.array | None = None
     values: mx.array | None = None
 
+    def note_use(self) -> None:
+        """Note which modules are running."""
+        running = _modules_on_stack()
+        if self.stack:
+            running = [a for a, b in zip(self.stack, running, strict=False) if a is b]
+        self.stack = running
+
 
 def _modules_on_stack() -> list[nn.Module]:
     """Return the modules whose `__call__` is running, outermost first."""
     found: list[nn.Module] = []
-    frame: FrameType | None = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = frame.f_locals.get("self")
         if frame.f_code.co_name == "__call__" and isinstance(module, nn.Module):
@@ -150,15 +160,14 @@ def _watch(cache: Any, records: dict[int, _Record]) -> Any:
     if kind is ArraysCache:
 
         def touch(self: Any, index: int, *value: Any) -> Any:
-            if not record.stack:
-                record.stack = _modules_on_stack()
+            record.note_use()
             return (kind.__setitem__ if value else kind.__getitem__)(self, index, *value)
 
         methods: dict[str, Any] = {"__getitem__": touch, "__setitem__": touch}
     elif kind in (KVCache, RotatingKVCache, ChunkedKVCache):
 
         def update(self: Any, keys: mx.array, values: mx.array) -> Any:
-            record.stack = record.stack or _modules_on_stack()
+            record.note_use()
             record.keys, record.values = keys, values
             return kind.update_and_fetch(self, keys, values)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import CacheList
+from mlx_lm.models.cache import ArraysCache, CacheList
 
 from modelpack_engine.adaptation.kv_view import KVView
 from modelpack_engine.adaptation.recurrent import RecurrentState
@@ -90,15 +90,14 @@ class _Pieces:
     def run(self) -> Any:
         if self.paged:
             self._write()
-        outputs = []
-        views = []
-        for piece in self.pieces:
-            output, made = self._run_piece(piece, attend=True)
-            outputs.append(output)
-            views.append(made)
+        runs = [self._run_piece(piece, attend=True) for piece in self.pieces]
         for state in self.states:
-            state.store([made[id(state)] for made in views])
-        return self._join(outputs)
+            decode: list[ArraysCache] = []
+            chunks: list[ArraysCache] = []
+            for piece, (_, views) in zip(self.pieces, runs, strict=True):
+                (decode if piece.chunk is None else chunks).append(views[id(state)])
+            state.store(decode, chunks)
+        return self._join([output for output, _ in runs])
 
     def _write(self) -> None:
         """Learn the new rows of every piece and write them to the pools."""
@@ -136,14 +135,22 @@ class _Pieces:
             return self._mask(value, piece, views)
         if isinstance(value, mx.array):
             if value is self.step.positions:
-                kv = next((v for v in views.values() if isinstance(v, KVView)), None)
-                return kv.offset if kv is not None else value[piece.start : piece.stop]
+                return self._offset(piece)
             if value.ndim >= 2 and value.shape[:2] == (self.step.num_rows, 1):
                 return piece.cut(value)
             return value
         if isinstance(value, tuple | list):
             return type(value)(self._cut(member, piece, views) for member in value)
         return value
+
+    def _offset(self, piece: Piece) -> int | mx.array:
+        """Return the position of the piece's first token, or those of all decode rows."""
+        if piece.chunk is not None:
+            chunk = self.step.chunks[piece.chunk]
+            return chunk.kv_length - chunk.length
+        if self.paged:
+            return self.step.decode_length(piece.start) - 1
+        return self.step.positions[piece.start : piece.stop]
 
     def _mask(self, mask: RowMask, piece: Piece, views: dict[int, Any]) -> Any:
         view = next((v for v in views.values() if isinstance(v, KVView)), None)
@@ -185,10 +192,14 @@ class _Pieces:
 
 
 def list_pieces(step: StepInputs, *, one_by_one: bool) -> list[Piece]:
-    """Return the pieces of a step; padding rows belong to none, but for those of a decode group."""
+    """Return the pieces of a step; padding rows belong to none, but for those of a decode group.
+
+    If there is nothing but padding, one row of it runs, so that there is an output.
+    """
     pieces = []
     if one_by_one:
-        pieces += [Piece(row, row + 1, None) for row in range(len(step.decode_seq_ids))]
+        count = len(step.decode_seq_ids) or min(step.num_decode, 1)
+        pieces += [Piece(row, row + 1, None) for row in range(count)]
     elif step.num_decode:
         pieces.append(Piece(0, step.num_decode, None))
     for index, chunk in enumerate(step.chunks):

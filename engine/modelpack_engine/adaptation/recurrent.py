@@ -127,13 +127,17 @@ class RecurrentState:
                 view[slot] = None if array is None else array[row : row + 1]
         return view
 
-    def store(self, views: Sequence[ArraysCache]) -> None:
-        """Take over the states of all pieces, in the order of the step's rows."""
+    def store(self, decode: Sequence[ArraysCache], chunks: Sequence[ArraysCache]) -> None:
+        """Take over the states of all pieces: of decode rows in order, then of chunks."""
         kept = self._plan().kept
         for index, array in enumerate(self.arrays):
-            parts = [view[index] for view in views]
-            if any(part is None for part in parts):
+            parts = [view[index] for view in decode]
+            if any(view[index] is None for view in (*decode, *chunks)):
                 continue
+            missing = self.step.num_decode - sum(part.shape[0] for part in parts)
+            if missing:  # rows of padding, which ran with none of the views
+                parts.append(mx.zeros((missing, *parts[0].shape[1:]), parts[0].dtype))
+            parts += [view[index] for view in chunks]
             if kept and array is not None:
                 parts.append(array[mx.array(kept, mx.int32)])
             self.arrays[index] = parts[0] if len(parts) == 1 else mx.concatenate(parts)

@@ -79,9 +79,11 @@ class PagedKV:
     def write(self, keys: mx.array, values: mx.array) -> None:
         """Write rows [rows, heads, 1, dim] at the step's slots."""
         slots = self.step.slots
-        layout = self.layout
-        self.keys_pool[slots] = keys.reshape(-1, layout.key_heads, layout.key_dim)
-        self.values_pool[slots] = values.reshape(-1, layout.value_heads, layout.value_dim)
+        rows, layout = keys.shape[0], self.layout
+        self.keys_pool[slots] = keys.reshape(rows, layout.key_heads, layout.key_dim)
+        if layout.value_dim:
+            values = values.reshape(rows, layout.value_heads, layout.value_dim)
+            self.values_pool[slots] = values
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVHandle, KVHandle]:
         """Write the step's rows and return them as handles."""
@@ -193,6 +195,8 @@ class PagedKV:
     ) -> mx.array:
         """Return keys or values [n, heads, stop - start, dim] of block tables [n, blocks]."""
         _, heads, dim = pool.shape
+        if dim == 0:
+            return mx.zeros((blocks.shape[0], heads, stop - start, 0), pool.dtype)
         by_block = pool.reshape(-1, self.step.block_size * heads * dim)
         found = by_block[blocks].reshape(blocks.shape[0], -1, heads, dim)
         if start or stop < found.shape[1]:

@@ -25,6 +25,7 @@ class Setting:
     buckets: Buckets = EXACT
     max_num_seqs: int = 8
     eos: frozenset[int] = frozenset()
+    exact: bool = True
 
 
 @dataclass
@@ -33,8 +34,7 @@ class Driver:
 
     runner: ModelRunner
     setting: Setting
-    num_steps: int = 0
-    rows: int = 0
+    num_sampled: int = 0
     sequences: list[Sequence] = field(default_factory=list)
     scheduler: Scheduler = field(init=False)
     blocks: BlockManager = field(init=False)
@@ -87,9 +87,13 @@ class Driver:
         mx.async_eval(tokens, self.runner.pools())
         self.scheduler.submitted(output)
         self._flight = (output, batch, tokens)
-        self.num_steps += 1
-        self.rows += batch.num_rows
+        self.num_sampled += len(batch.sample_rows)
         return True
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """What every request was answered."""
+        return [sequence.output_token_ids for sequence in self.sequences]
 
     def run(self) -> None:
         while self.step():

@@ -1,0 +1,89 @@
+"""Specimen: a model, what mlx-lm alone answers, and a runner to hold to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+
+from modelpack_engine.model_runner import ModelRunner
+from tests.engine.zoo.configuration import Configuration, prompts
+from tests.engine.zoo.driving import Driver, Setting
+
+#: Enough for the first prompt to need another block, so that a tight cache must preempt.
+NUM_TOKENS = 14
+
+
+@dataclass
+class Reference:
+    """Greedy tokens of each prompt, by mlx-lm's path for a single request.
+
+    `gap` is the smallest difference between the log-probabilities of the best and the next token:
+    with one close to zero, equality would be luck. `distinct` counts different tokens: a model that
+    repeats one token would be equal whatever we did.
+    """
+
+    tokens: list[list[int]] = field(default_factory=list)
+    gap: float = float("inf")
+
+    @property
+    def distinct(self) -> int:
+        return len({token for tokens in self.tokens for token in tokens})
+
+
+@dataclass
+class Specimen:
+    """A configuration's model, built once for all tests of it."""
+
+    configuration: Configuration
+    model: nn.Module
+    reference: Reference
+    runners: dict[bool, ModelRunner] = field(default_factory=dict)
+
+    def runner(self, *, exact: bool) -> ModelRunner:
+        """Return a runner with shapes as on a CPU, or bucketed as on a GPU."""
+        if exact not in self.runners:
+            for other in self.runners.values():
+                other.undo()
+            self.runners = {exact: ModelRunner(self.model, num_blocks=64, exact=exact)}
+        return self.runners[exact]
+
+    def drive(self, setting: Setting, runner: ModelRunner | None = None) -> Driver:
+        """Run the five prompts, arriving on different steps; all blocks are free again then."""
+        driver = Driver(runner or self.runner(exact=setting.exact), setting)
+        for index, prompt in enumerate(prompts()):
+            driver.add(prompt, NUM_TOKENS)
+            if index < 3:
+                driver.step()
+        driver.run()
+        assert driver.blocks.num_used == 0
+        return driver
+
+
+def make_reference(configuration: Configuration, model: nn.Module) -> Reference:
+    """Answer every prompt with mlx-lm alone."""
+    reference = Reference()
+    for prompt in prompts():
+        cache = make_prompt_cache(model)
+        if configuration.cache_window is not None:
+            for layer in cache:
+                if isinstance(layer, RotatingKVCache):
+                    layer.max_size = configuration.cache_window
+        tokens = []
+        for token, logprobs in generate_step(
+            mx.array(prompt), model, max_tokens=NUM_TOKENS, prompt_cache=cache
+        ):
+            best = mx.sort(logprobs)[-2:].tolist()
+            reference.gap = min(reference.gap, best[1] - best[0])
+            tokens.append(int(token))
+        reference.tokens.append(tokens)
+    return reference
+
+
+def make_specimen(configuration: Configuration) -> Specimen:
+    """Build a configuration's model and its reference."""
+    model = configuration.build()
+    return Specimen(configuration, model, make_reference(configuration, model))
