@@ -27,6 +27,7 @@ _FAILURES = (
     AttributeError,
     ImportError,
     LookupError,
+    NameError,
     OSError,
     RuntimeError,
     TypeError,

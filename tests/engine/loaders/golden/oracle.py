@@ -1,0 +1,128 @@
+"""Asks llama.cpp: reads a job from a JSON file, writes its answers to another.
+
+    python oracle.py JOB.json ANSWERS.json
+
+It needs llama-cpp-python and numpy only, so that it can run in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+F32 = 0
+
+
+def tokenize(model: str, texts: list[str]) -> dict[str, Any]:
+    """Ids of every text, with and without special tokens; what ends a text; a sum of all pieces.
+
+    `plain` has only those texts that differ where `<|im_end|>` is text, by their number.
+    """
+    llama = llama_cpp.Llama(model, vocab_only=True, verbose=False)
+    raw = [text.encode() for text in texts]
+    vocab = llama_cpp.llama_model_get_vocab(llama.model)
+    count = llama_cpp.llama_vocab_n_tokens(vocab)
+    buffer = ctypes.create_string_buffer(4096)
+
+    def piece(token: int) -> bytes:
+        size = llama_cpp.llama_token_to_piece(vocab, token, buffer, len(buffer), 0, True)
+        return buffer.raw[:size]
+
+    special = [llama.tokenize(text, add_bos=False, special=True) for text in raw]
+    plain = [llama.tokenize(text, add_bos=False, special=False) for text in raw]
+    answer: dict[str, Any] = {
+        "ids": special,
+        "plain": {at: ids for at, ids in enumerate(plain) if ids != special[at]},
+        "prompt": llama.tokenize(raw[-1], add_bos=True, special=True),
+        "ends": [at for at in range(count) if llama_cpp.llama_vocab_is_eog(vocab, at)],
+        "pieces": sum((at + 1) * sum(piece(at)) for at in range(count)),
+    }
+    llama.close()
+    return answer
+
+
+def logits(model: str, prompts: list[list[int]], every: int = 1, greedy: int = 0) -> dict[str, Any]:
+    """The logits behind each prompt (every so many of them), and the greedy tokens."""
+    answer: dict[str, Any] = {"logits": [], "greedy": []}
+    size = 16 + greedy + max(map(len, prompts))
+    llama = llama_cpp.Llama(
+        model,
+        n_ctx=size,
+        n_batch=size,
+        n_ubatch=size,
+        n_threads=1,
+        n_threads_batch=1,
+        logits_all=True,
+        type_k=F32,
+        type_v=F32,
+        flash_attn=False,
+        verbose=False,
+    )
+    for prompt in prompts:
+        llama.reset()
+        llama.eval(prompt)
+        row = np.array(llama.scores[len(prompt) - 1], np.float32)
+        answer["logits"].append([round(float(value), 5) for value in row[::every]])
+        tokens: list[int] = []
+        while len(tokens) < greedy:
+            tokens.append(int(np.argmax(llama.scores[llama.n_tokens - 1])))
+            llama.eval(tokens[-1:])
+        answer["greedy"].append(tokens)
+    llama.close()
+    return answer
+
+
+def quantize(source: str, target: str, type: str) -> dict[str, Any]:
+    """Write `target`, which is `source` in another file type such as Q4_K_M."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{type}")
+    params.allow_requantize = True
+    params.nthread = 2
+    code = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
+    return {"code": int(code)}
+
+
+class _TypeTraits(ctypes.Structure):
+    # ggml.h: struct ggml_type_traits.
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
+def dequantize(source: str, target: str, type: int, count: int) -> dict[str, Any]:
+    """Write `count` float32 to `target`: what ggml makes of the blocks in the file `source`."""
+    library = next(Path(llama_cpp.__file__).parent.glob("lib/*ggml-base.*"))
+    traits_of = ctypes.CDLL(os.fspath(library)).ggml_get_type_traits
+    traits_of.restype = ctypes.POINTER(_TypeTraits)
+    traits = traits_of(ctypes.c_int(type)).contents
+    blocks = np.fromfile(source, np.uint8)
+    values = np.empty(count, np.float32)
+    traits.to_float(blocks.ctypes.data, values.ctypes.data, count)
+    values.tofile(target)
+    return {"type": traits.type_name.decode()}
+
+
+TASKS = {task.__name__: task for task in (tokenize, logits, quantize, dequantize)}
+
+
+def main() -> None:
+    job, answers = map(Path, sys.argv[1:])
+    found = [TASKS[task.pop("task")](**task) for task in json.loads(job.read_text())]
+    answers.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

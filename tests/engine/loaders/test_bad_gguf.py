@@ -1,0 +1,196 @@
+"""GGUF files that are cut, lie or are of something else: an error that names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from modelpack.errors import WeightFormatError
+from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.loaders import ModelFiles, load
+from tests.engine.loaders.test_architectures import shards
+from tests.engine.loaders.tiny_models import TINY_MODELS, TinyModel, Weights
+
+LLAMA = TINY_MODELS["llama"]
+
+
+def refuse(path: Path, message: str, kind: type[Exception] = ModelLoadError) -> None:
+    with pytest.raises(kind, match=message):
+        load(ModelFiles.from_directory(path), device="cpu")
+
+
+def written(tmp_path: Path, tiny: TinyModel, change: Callable[[Weights], None]) -> Path:
+    """Write a model after `change` has been made to its tensors."""
+
+    def converted(config: Any, weights: Weights) -> Weights:
+        changed = dict(tiny.converted(config, weights))
+        change(changed)
+        return changed
+
+    return replace(tiny, converted=converted).write(tmp_path / "m.gguf")
+
+
+def test_unknown_architecture(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "mamba")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelLoadError, match="architecture 'mamba' is not supported") as caught:
+        load(ModelFiles.from_directory(path), device="cpu")
+    assert "gpt-oss, llama, phi3" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 5000, -1])
+def test_truncated(keep: int, tmp_path: Path) -> None:
+    path = LLAMA.write(tmp_path / "m.gguf")
+    path.write_bytes(path.read_bytes()[:keep])
+    refuse(path, "m.gguf", WeightFormatError)
+
+
+def test_missing_tensor(tmp_path: Path) -> None:
+    path = written(tmp_path, LLAMA, lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))
+    refuse(path, r"missing model\.layers\.1\.mlp\.up_proj\.weight")
+
+
+def test_missing_embeddings(tmp_path: Path) -> None:
+    path = written(tmp_path, LLAMA, lambda w: w.pop("model.embed_tokens.weight"))
+    refuse(path, r"'token_embd\.weight' is missing")
+
+
+def test_missing_layer(tmp_path: Path) -> None:
+    def change(weights: Weights) -> None:
+        for name in [name for name in weights if ".layers.1." in name]:
+            del weights[name]
+
+    refuse(written(tmp_path, LLAMA, change), "say 2 layers, the tensors are of 1")
+
+
+def test_extra_tensor(tmp_path: Path) -> None:
+    def change(weights: Weights) -> None:
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+
+    refuse(written(tmp_path, LLAMA, change), r"llama has no place for: blk\.0\.attn_rot_embd")
+
+
+def test_bias_that_the_class_does_not_have(tmp_path: Path) -> None:
+    def change(weights: Weights) -> None:
+        weights["model.layers.0.self_attn.o_proj.bias"] = np.ones(64, np.float32)
+
+    path = written(tmp_path, TINY_MODELS["qwen2"], change)
+    refuse(path, r"not known to the model: model\.layers\.0\.self_attn\.o_proj\.bias")
+
+
+def test_wrong_shape(tmp_path: Path) -> None:
+    def change(weights: Weights) -> None:
+        name = "model.layers.0.mlp.down_proj.weight"
+        weights[name] = np.ascontiguousarray(weights[name].T)
+
+    path = written(tmp_path, LLAMA, change)
+    refuse(path, r"down_proj\.weight has the shape \[96, 64\], expected \[64, 96\]")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 0}, "no heads or no width"),
+        ({"num_hidden_layers": 2**31}, "say 2147483648 layers, the tensors are of 2"),
+        ({"num_hidden_layers": 0}, "say 0 layers"),
+        ({"num_key_value_heads": 0}, "make no llama model|shape"),
+        ({"hidden_size": 32}, "rope on a part of the head|shape"),
+        ({"intermediate_size": 2**31}, "make no llama model|shape"),
+        ({"head_dim": 48}, "rope on a part of the head|shape"),
+    ],
+)
+def test_lying_metadata(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    def keys(writer: gguf.GGUFWriter, config: Any) -> None:
+        LLAMA.keys(writer, config)
+        for name, value in changes.items():
+            key = {
+                "num_attention_heads": "attention.head_count",
+                "num_key_value_heads": "attention.head_count_kv",
+                "num_hidden_layers": "block_count",
+                "hidden_size": "embedding_length",
+                "intermediate_size": "feed_forward_length",
+                "head_dim": "attention.key_length",
+            }[name]
+            writer.kv_data[0].pop(f"llama.{key}", None)
+            writer.add_uint32(f"llama.{key}", value)
+
+    refuse(replace(LLAMA, keys=keys).write(tmp_path / "m.gguf"), message)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("llama", "llama.expert_count", 8, "llama with experts"),
+        ("llama", "llama.rope.scaling.type", "strange", "rope scaling 'strange'"),
+        ("llama", "llama.context_length", "many", "'llama.context_length' is STRING"),
+        ("qwen3moe", "qwen3moe.rope.scaling.type", "yarn", "qwen3moe with rope scaling 'yarn'"),
+        ("gemma3", "gemma3.final_logit_softcapping", 30.0, "gemma3 with capped logits"),
+        ("gpt-oss", "gpt-oss.attention.sliding_window_pattern", 3, "another pattern"),
+        ("qwen2-yarn", "qwen2.rope.scaling.yarn_attn_factor", 2.0, "scales attention"),
+    ],
+)
+def test_variants_that_mlx_lm_does_not_have(
+    name: str, key: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    tiny = TINY_MODELS[name]
+
+    def keys(writer: gguf.GGUFWriter, config: Any) -> None:
+        tiny.keys(writer, config)
+        writer.kv_data[0].pop(key, None)
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](key, value)
+
+    refuse(replace(tiny, keys=keys).write(tmp_path / "m.gguf"), message)
+
+
+def test_half_of_the_rope_factors(tmp_path: Path) -> None:
+    tiny = TINY_MODELS["phi3"]
+
+    def keys(writer: gguf.GGUFWriter, config: Any) -> None:
+        tiny.keys(writer, config)
+        writer.add_tensor("rope_factors_long.weight", np.ones(8, np.float32))
+
+    refuse(replace(tiny, keys=keys).write(tmp_path / "m.gguf"), "long and short rope factors")
+
+
+def test_rope_factors_of_the_wrong_length(tmp_path: Path) -> None:
+    def keys(writer: gguf.GGUFWriter, config: Any) -> None:
+        LLAMA.keys(writer, config)
+        writer.add_tensor("rope_freqs.weight", np.ones(5, np.float32))
+
+    refuse(replace(LLAMA, keys=keys).write(tmp_path / "m.gguf"), "expected 8 rope factors, got 5")
+
+
+def test_missing_shard(tmp_path: Path) -> None:
+    paths = shards(TINY_MODELS["qwen2"].write(tmp_path / "m.gguf"), tmp_path, 3)
+    for given, message in ((paths[:2], "missing 3"), (paths[1:], "missing 1"), (paths[:1] * 3, "")):
+        with pytest.raises(ModelLoadError, match=f"expected shards 1 to 3.*{message}"):
+            load(ModelFiles(tuple(given), "gguf"), device="cpu")
+
+
+def test_two_models(tmp_path: Path) -> None:
+    paths = [LLAMA.write(tmp_path / name) for name in ("a.gguf", "b.gguf")]
+    with pytest.raises(ModelLoadError, match="no shards of one model"):
+        load(ModelFiles(tuple(paths), "gguf"), device="cpu")
+
+
+def test_big_endian(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refuse(path, "is big-endian")

@@ -1,0 +1,391 @@
+"""Tiny random models of every architecture: as mlx-lm has them, and as a converter writes them.
+
+The way from one to the other is llama.cpp's (conversion/*.py): its own map of names, the
+permutation of q and k for llama, 1 added to the norms of Gemma. Nothing of the loader is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from tests.engine.loaders.vocabularies import Vocabulary, finish
+
+Weights = dict[str, np.ndarray]
+
+VOCABULARY = "bpe"
+VOCABULARY_SIZE = 435
+PROMPT = [72, 300, 17, 5, 260, 41, 99, 7, 33, 280, 12, 64, 3, 310]
+
+_SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+
+
+def _keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """Write the keys that all converters write."""
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    if "rms_norm_eps" in config:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if "rope_theta" in config:
+        writer.add_rope_freq_base(config["rope_theta"])
+    if "head_dim" in config:
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+
+
+def _head_dim(config: Mapping[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _permuted(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """conversion/llama.py: LlamaModel.permute."""
+    changed = dict(weights)
+    for name, value in weights.items():
+        for part, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads")):
+            if f".{part}_proj." in name:
+                halves = value.reshape(config[heads], 2, -1, *value.shape[1:])
+                changed[name] = halves.swapaxes(1, 2).reshape(value.shape)
+    return changed
+
+
+def _shifted(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """conversion/gemma.py: data_torch + 1 for norms."""
+    return {
+        name: value + 1 if name.endswith("norm.weight") else value
+        for name, value in weights.items()
+    }
+
+
+def _experts(config: Mapping[str, Any], weights: Weights) -> Weights:
+    return {name.replace("switch_mlp", "experts"): value for name, value in weights.items()}
+
+
+def _sinks(config: Mapping[str, Any], weights: Weights) -> Weights:
+    return {f"{n}.weight" if n.endswith("sinks") else n: value for n, value in weights.items()}
+
+
+def _unchanged(config: Mapping[str, Any], weights: Weights) -> Weights:
+    return weights
+
+
+def _llama_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_rope_dimension_count(_head_dim(config))
+
+
+def _moe_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_expert_count(config["num_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+
+
+def _phi3_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    rotated = int(_head_dim(config) * config.get("partial_rotary_factor", 1))
+    writer.add_rope_dimension_count(rotated)
+    writer.add_rope_scaling_orig_ctx_len(config["original_max_position_embeddings"])
+    writer.add_sliding_window(0)
+    scaling = config.get("rope_scaling")
+    if scaling:
+        ratio = config["max_position_embeddings"] / config["original_max_position_embeddings"]
+        factor = np.sqrt(1 + np.log(ratio) / np.log(config["original_max_position_embeddings"]))
+        writer.add_rope_scaling_attn_factors(float(factor))
+        for name in ("long", "short"):
+            values = np.array(scaling[f"{name}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{name}.weight", values)
+
+
+def _gemma2_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+    writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    writer.add_sliding_window(4096)
+
+
+def _gemma3_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_sliding_window(config["sliding_window"])
+    if config["sliding_window_pattern"] != 6:
+        writer.add_uint32(
+            "gemma3.attention.sliding_window_pattern", config["sliding_window_pattern"]
+        )
+    if config.get("rope_scaling"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config["rope_scaling"]["factor"])
+
+
+def _gpt_oss_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_expert_count(config["num_local_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_feed_forward_length(config["intermediate_size"])
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    scaling = config["rope_scaling"]
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(scaling["factor"])
+    writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+
+
+def _yarn_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    scaling = config["rope_scaling"]
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(scaling["factor"])
+    writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+
+
+def _starcoder2_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_layer_norm_eps(config["norm_epsilon"])
+
+
+def _llama3_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """conversion/llama.py: generate_extra_tensors."""
+    _llama_keys(writer, config)
+    scaling, dim = config["rope_scaling"], _head_dim(config)
+    old = scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    factors = []
+    for frequency in 1.0 / config["rope_theta"] ** (np.arange(0, dim, 2) / dim):
+        length = 2 * np.pi / frequency
+        if length < old / high:
+            factors.append(1.0)
+        elif length > old / low:
+            factors.append(scaling["factor"])
+        else:
+            smooth = (old / length - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / scaling["factor"] + smooth))
+    writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A model to be: `arch` in GGUF, the config that mlx-lm takes, and how it is converted."""
+
+    arch: str
+    config: dict[str, Any]
+    keys: Callable[[gguf.GGUFWriter, Mapping[str, Any]], None] = lambda writer, config: None
+    converted: Callable[[Mapping[str, Any], Weights], Weights] = _unchanged
+    #: How far llama.cpp's logits may be off, as 1 - cosine; more where mlx-lm computes otherwise.
+    tolerance: float = 1e-6
+    seed: int = 0
+
+    def build(self) -> Any:
+        """Return mlx-lm's model with random weights that make its logits differ a lot."""
+        module = importlib.import_module(f"mlx_lm.models.{self.config['model_type']}")
+        model = module.Model(module.ModelArgs.from_dict(self.config))
+        if self.config.get("tie_word_embeddings") and hasattr(model, "sanitize"):
+            model.sanitize({})
+        model.load_weights([(n, mx.array(v)) for n, v in self.weights(model).items()])
+        model.eval()
+        mx.eval(model.parameters())
+        return model
+
+    def weights(self, model: Any) -> Weights:
+        random = np.random.default_rng(self.seed)
+        made = {}
+        for name, array in sorted(tree_flatten(model.parameters())):
+            norm = name.endswith("norm.weight") and "gemma" not in self.config["model_type"]
+            scale = 0.1 if array.ndim == 1 else 2.0 / np.sqrt(array.shape[-1])
+            values = random.standard_normal(array.shape) * scale + (1 if norm else 0)
+            made[name] = values.astype(np.float32)
+        return made
+
+    def write(self, path: Path, quantize: Callable[[str, np.ndarray], Any] | None = None) -> Path:
+        """Write the GGUF file; `quantize(name, values)` may return (bytes, type) for a tensor."""
+        model = self.build()
+        weights = self.converted(
+            self.config, {n: np.array(v) for n, v in tree_flatten(model.parameters())}
+        )
+        writer = gguf.GGUFWriter(path, self.arch)
+        _keys(writer, self.config)
+        self.keys(writer, self.config)
+        Vocabulary.read(VOCABULARY).add_to(writer, pre="gpt-2", special=("bos", "eos"))
+        arch = next(at for at, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch)
+        names = gguf.get_tensor_name_map(arch, self.config["num_hidden_layers"])
+        for name, values in weights.items():
+            new = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            assert new is not None, name
+            packed = quantize(new, values) if quantize and values.ndim > 1 else None
+            if packed is None:
+                writer.add_tensor(new, values)
+            else:
+                raw, kind = packed
+                writer.add_tensor(new, raw, raw_shape=raw.shape, raw_dtype=kind)
+        finish(writer)
+        return path
+
+    def logits(self, model: Any) -> np.ndarray:
+        """Return the logits behind `PROMPT`, of all positions."""
+        return np.array(model(mx.array([PROMPT]))[0].astype(mx.float32))
+
+
+def _model(arch: str, model_type: str, **changes: Any) -> dict[str, Any]:
+    common = {"model_type": model_type, "vocab_size": VOCABULARY_SIZE, "rope_theta": 10000.0}
+    return {**_SIZES, **common, **changes}
+
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_LONG_ROPE = {
+    "type": "longrope",
+    "long_factor": [1.0, 1.5, 2.0, 4.0],
+    "short_factor": [1.0, 1.0, 1.1, 1.2],
+}
+_GEMMA = {"head_dim": 32, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+
+TINY_MODELS: dict[str, TinyModel] = {
+    "llama": TinyModel("llama", _model("llama", "llama"), _llama_keys, _permuted),
+    "llama-tied": TinyModel(
+        "llama", _model("llama", "llama", tie_word_embeddings=True), _llama_keys, _permuted
+    ),
+    "llama-3": TinyModel(
+        "llama",
+        _model("llama", "llama", rope_theta=500000.0, rope_scaling=_LLAMA3_ROPE),
+        _llama3_keys,
+        _permuted,
+    ),
+    # Mistral NeMo: heads wider than hidden_size / heads.
+    "mistral": TinyModel(
+        "llama", _model("llama", "llama", head_dim=32, rope_theta=1e6), _llama_keys, _permuted
+    ),
+    "qwen2": TinyModel("qwen2", _model("qwen2", "qwen2", rope_theta=1e6)),
+    "qwen2-yarn": TinyModel(
+        "qwen2",
+        _model(
+            "qwen2",
+            "qwen2",
+            rope_theta=1e6,
+            rope_scaling={
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        ),
+        _yarn_keys,
+    ),
+    "qwen3": TinyModel("qwen3", _model("qwen3", "qwen3", head_dim=32, rope_theta=1e6)),
+    "qwen3moe": TinyModel(
+        "qwen3moe",
+        _model(
+            "qwen3moe",
+            "qwen3_moe",
+            head_dim=32,
+            num_experts=8,
+            num_experts_per_tok=2,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            moe_intermediate_size=32,
+            norm_topk_prob=True,
+        ),
+        _moe_keys,
+        _experts,
+    ),
+    "smollm3": TinyModel(
+        "smollm3",
+        _model("smollm3", "smollm3", num_hidden_layers=4, tie_word_embeddings=True),
+        _llama_keys,
+        _permuted,
+    ),
+    "phi3": TinyModel(
+        "phi3",
+        _model("phi3", "phi3", original_max_position_embeddings=512),
+        _phi3_keys,
+    ),
+    # Phi-4-mini: a part of the head is turned, by long factors.
+    "phi3-long": TinyModel(
+        "phi3",
+        _model(
+            "phi3",
+            "phi3",
+            original_max_position_embeddings=16,
+            partial_rotary_factor=0.5,
+            rope_scaling=_LONG_ROPE,
+            tie_word_embeddings=True,
+        ),
+        _phi3_keys,
+    ),
+    "starcoder2": TinyModel(
+        "starcoder2",
+        {
+            key: value
+            for key, value in _model("starcoder2", "starcoder2", norm_epsilon=1e-5).items()
+            if key != "rms_norm_eps"
+        },
+        _starcoder2_keys,
+        tolerance=1e-4,  # mlx-lm computes the GELU exactly, llama.cpp by tanh
+    ),
+    "gemma2": TinyModel(
+        "gemma2",
+        _model(
+            "gemma2",
+            "gemma2",
+            **_GEMMA,
+            attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0,
+            query_pre_attn_scalar=32,
+        ),
+        _gemma2_keys,
+        _shifted,
+    ),
+    "gemma3": TinyModel(
+        "gemma3",
+        _model(
+            "gemma3",
+            "gemma3_text",
+            **_GEMMA,
+            num_hidden_layers=6,
+            query_pre_attn_scalar=32,
+            sliding_window=8,
+            sliding_window_pattern=6,
+            rope_theta=1e6,
+            rope_local_base_freq=10000.0,
+            rope_scaling={"rope_type": "linear", "factor": 8.0},
+        ),
+        _gemma3_keys,
+        _shifted,
+        tolerance=1e-4,  # mlx-lm rounds the embedding's scale to bfloat16
+    ),
+    "gpt-oss": TinyModel(
+        "gpt-oss",
+        _model(
+            "gpt-oss",
+            "gpt_oss",
+            head_dim=32,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            sliding_window=8,
+            rope_theta=150000.0,
+            rope_scaling={
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "original_max_position_embeddings": 16,
+            },
+        ),
+        _gpt_oss_keys,
+        _sinks,
+        tolerance=1e-4,
+    ),
+}

@@ -1,0 +1,80 @@
+"""Small vocabularies in GGUF, for tokenisers that need no download.
+
+`golden/make.py` trained them once on a few pages of text: `bpe` has merges, `uncut` has merges
+that cross the ends of words, and `spm` has scores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+GOLDEN = Path(__file__).parent / "golden"
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+
+def golden(name: str) -> Any:
+    """Return what is recorded in `golden/<name>.json`."""
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the tokenizer part of a GGUF file holds."""
+
+    model: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str] | None = None
+    scores: list[float] | None = None
+
+    @classmethod
+    def read(cls, name: str) -> Vocabulary:
+        return cls(**golden(name))
+
+    def id(self, token: str) -> int:
+        return self.tokens.index(token)
+
+    def add_to(
+        self, writer: gguf.GGUFWriter, *, pre: str | None, special: Iterable[str] = ()
+    ) -> None:
+        """Write the vocabulary; `special` names the tokens with an id of their own (bos, eos)."""
+        writer.add_tokenizer_model(self.model)
+        if pre is not None:
+            writer.add_tokenizer_pre(pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        if self.merges is not None:
+            writer.add_token_merges(self.merges)
+        if self.scores is not None:
+            writer.add_token_scores(self.scores)
+        for name in special:
+            token = {"bos": ("<s>", "<|im_start|>"), "eos": ("</s>", "<|im_end|>")}[name]
+            found = next(at for at, text in enumerate(self.tokens) if text in token)
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", found)
+
+
+def write_vocabulary(
+    path: Path, vocabulary: Vocabulary, *, pre: str | None = "gpt-2", **flags: bool
+) -> Path:
+    """Write a GGUF file with a tokenizer and nothing else; `flags` are `tokenizer.ggml.*`."""
+    writer = gguf.GGUFWriter(path, "llama")
+    vocabulary.add_to(writer, pre=pre, special=("bos", "eos"))
+    for name, value in flags.items():
+        writer.add_bool(f"tokenizer.ggml.{name}", value)
+    finish(writer)
+    return path
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write the file and close it."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
