@@ -143,21 +143,18 @@ class Scheduler:
         submitted has changed nothing but block tables: the next call returns the same again.
         """
         preempted: list[Sequence] = []
-        while True:
-            decode = self._schedule_decode(preempted)
-            if decode is None:
-                return None
-            rows = self.config.max_num_batched_tokens - self.config.buckets.pad_rows(len(decode))
-            # Who has just given up blocks shall not have them back before they are used.
-            prefill = self._schedule_prefill(rows, admit=not preempted)
-            if decode or prefill:
-                released = self.take_released()
-                return SchedulerOutput(tuple(decode), tuple(prefill), tuple(preempted), released)
-            if self._num_inflight or not self._running:
-                return None
-            # Prompts hold all blocks, and none can go on: the youngest gives way.
-            assert len(self._running) > 1, "a sequence alone has all blocks"
-            preempted.append(self._preempt_youngest())
+        decode = self._schedule_decode(preempted)
+        if decode is None:
+            return None
+        rows = self.config.max_num_batched_tokens - self.config.buckets.pad_rows(len(decode))
+        # Who has just given up blocks shall not have them back before they are used.
+        prefill = self._schedule_prefill(rows, admit=not preempted)
+        if not decode and not prefill:
+            # Prompts are admitted only if all of them have room once nobody decodes.
+            assert self._num_inflight or not self._running, "prompts block each other"
+            return None
+        released = self.take_released()
+        return SchedulerOutput(tuple(decode), tuple(prefill), tuple(preempted), released)
 
     def _schedule_decode(self, preempted: list[Sequence]) -> list[Sequence] | None:
         """Return what decodes, each with a place for its token; None: collect first."""

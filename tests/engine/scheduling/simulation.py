@@ -219,6 +219,9 @@ class Simulation:
             assert seq.num_inflight == inflight[seq], "a token in flight is lost"
             assert seq.block_table == [] or seq in self.running
             self._check_tokens(seq)
+            if seq in self.running and self.blocks.enable_prefix_caching:
+                full = min(seq.num_computed_tokens, seq.num_known_tokens) // self.block_size
+                assert seq.num_published_blocks == full, "a full block is not to be found"
         self._check_published()
 
     def _check_tokens(self, seq: Sequence) -> None:
@@ -260,6 +263,7 @@ class Simulation:
             return None
         assert output.decode or output.prefill
         assert {*output.decode, *output.preempted} >= set(decoding), "a stream is held up"
+        assert {*output.decode} <= set(decoding), "a row for a token that nobody needs"
         if output.preempted:
             assert self.pending is None, "preempted before tokens in flight were collected"
             assert not admitted

@@ -1,0 +1,251 @@
+"""Negative controls: the other tests of this directory notice every one of these mistakes.
+
+Each row replaces a piece of a method's source. That the piece is there is asserted, so a row cannot
+outlive the code that it changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from hypothesis import Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from modelpack_engine import batch
+from modelpack_engine.block_manager import BlockManager
+from modelpack_engine.buckets import Buckets
+from modelpack_engine.scheduler import Scheduler
+from modelpack_engine.sequence import Sequence
+from tests.engine.scheduling import test_scheduler, test_sharing
+from tests.engine.scheduling.driving import drive
+from tests.engine.scheduling.test_block_manager import Blocks
+
+SEEDS = range(60)
+
+# Where, what, what instead.
+MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
+    # Blocks are leaked, freed twice, or given away while they are used or found.
+    (BlockManager.release, "self._ref_counts[block] -= 1", "pass"),
+    (BlockManager.release, "if block in self._hash_of", "if False"),
+    (BlockManager.release, "self._free.append(block)", "pass"),
+    (BlockManager.share, "self._ref_counts[block] += 1", "self._ref_counts[block] = 1"),
+    (BlockManager.share, "del self._cached[block]", "pass"),
+    (BlockManager.allocate, "del self._block_of[self._hash_of.pop(block)]", "pass"),
+    (BlockManager.__init__, "range(TRASH_BLOCK + 1, num_blocks)", "range(num_blocks)"),
+    (BlockManager.free, "reversed(sequence.block_table)", "sequence.block_table[1:]"),
+    (BlockManager.free, "sequence.block_table.clear()", "pass"),
+    (BlockManager.free, "sequence.num_published_blocks = 0", "pass"),
+    (BlockManager.grow, "if not self.can_allocate(missing)", "if False"),
+    (BlockManager.grow, "range(missing)", "range(missing and missing + 1)"),
+    # Prefixes are found that are not equal, not computed, or not to be shared.
+    (BlockManager._hash, "hashes[-1] if hashes else", ""),
+    (BlockManager._hash, "sequence.cache_salt", "b''"),
+    (BlockManager._hash, "start + self.block_size)", "start + self.block_size - 1)"),
+    (BlockManager.publish, "hash_ not in self._block_of and", ""),
+    (BlockManager.publish_prefix, "sequence.num_computed_tokens, ", "10**9, "),
+    (BlockManager.publish_prefix, ", sequence.num_known_tokens", ", sequence.num_tokens"),
+    (BlockManager.match_prefix, "sequence.num_prefill_tokens - 1", "sequence.num_prefill_tokens"),
+    (BlockManager._may_share, "and between", ""),
+    (BlockManager.share_prefix, "self.share(block)", "pass"),
+    (BlockManager.share_prefix, "sequence.num_computed_tokens += len", "len"),
+    (BlockManager.share_prefix, "sequence.num_published_blocks += len(blocks)", "pass"),
+    # Sequences lose or gain tokens.
+    (Sequence.restart, "self.num_prefill_tokens = self.num_tokens", "pass"),
+    (Sequence.restart, "self.num_computed_tokens = 0", "pass"),
+    (Sequence.ending, "> self.params.min_tokens", "> self.params.min_tokens + 1"),
+    (Sequence.ending, "self.num_known_tokens >=", "self.num_known_tokens >"),
+    (Sequence.token_ids, "if stop <= cut", "if start < cut"),
+    # The scheduler breaks a limit, an order or a promise.
+    (Scheduler.schedule, "self.take_released()", "()"),
+    (Scheduler.schedule, "- self.config.buckets.pad_rows(len(decode))", ""),
+    (Scheduler.schedule, "admit=not preempted", "admit=True"),
+    (Scheduler._schedule_decode, "if self._num_inflight:", "if False:"),
+    (Scheduler._schedule_decode, "or sequence.is_full", ""),
+    (Scheduler._schedule_decode, "sequence.num_computed_tokens + 1", "sequence.num_tokens + 1"),
+    (Scheduler._schedule_prefill, "rows -= ", "rows -= 0 * "),
+    (Scheduler._schedule_prefill, "min(rows, self._chunk_rows)", "rows"),
+    (Scheduler._prompts, "len(self._running) < self.config.max_num_seqs", "True"),
+    (Scheduler._prompts, "self._waiting[0]", "self._waiting[-1]"),
+    (Scheduler._prompts, "self._waiting.pop(0)", "self._waiting.pop()"),
+    (Scheduler._chunk, "length > (room := blocks.room_for(sequence))", "False"),
+    (Scheduler._preempt_youngest, "self._running.pop()", "self._running.pop(0)"),
+    (Scheduler._preempt_youngest, "self._blocks.free(sequence)", "sequence.block_table.clear()"),
+    (Scheduler._preempt_youngest, "self._released.append(sequence.seq_id)", "pass"),
+    (Scheduler.submitted, "if sequence.is_finished", "if False"),
+    (Scheduler.submitted, "sequence.num_inflight += 1", "pass"),
+    (Scheduler.collect, "if sequence.is_finished", "if False"),
+    (Scheduler.collect, "if ending := sequence.ending()", "if ending := None"),
+    (Scheduler.finish, "self._blocks.free(sequence)", "pass"),
+    (Scheduler.finish, "self._running.remove(sequence)", "pass"),
+    (Scheduler.finish, "self._released.append(sequence.seq_id)", "pass"),
+    # The batch has a wrong row, table or size.
+    (batch._Rows.add_decode, "sampled[sequence]", "0"),
+    (batch._Rows.add_decode, "self.positions.append(position)", "self.positions.append(0)"),
+    (batch._Rows.add_decode, "position % self._block_size", "0"),
+    (batch._Rows.add_decode, "max(map(len, tables))", "len(tables[0])"),
+    (batch._Rows.add_decode, "append(position + 1)", "append(position)"),
+    (batch._Rows.add_decode, "self._pad(padding)", "pass"),
+    (batch._Rows.add_chunk, "max(start - index * size, 0)", "0"),
+    (batch._Rows.add_chunk, "stop + padded_length - part.length", "stop"),
+    (batch._Rows._pad, "[0] * count", "[1] * count"),
+    (batch.build_batch, "chunk.row + chunk.length - 1", "chunk.row + chunk.padded_length - 1"),
+    (Buckets.fit_chunk, "<= max_rows", "<= max_rows + 3"),
+]
+
+
+# What costs only time or room, and the test that is about it.
+COSTLY: list[tuple[Callable[..., Any], str, str, Callable[[], object]]] = [
+    (
+        Scheduler._schedule_prefill,
+        "len(long_prompts) > 1",
+        "False",
+        partial(test_scheduler.test_a_short_prompt_is_not_held_up_by_long_ones, 3),
+    ),
+    (
+        Scheduler._schedule_prefill,
+        "long_prompts[1:]",
+        "()",
+        test_scheduler.test_long_prompts_share_what_nobody_else_needs,
+    ),
+    (
+        Scheduler._chunk,
+        "length -= (start + length) % block_size",
+        "pass",
+        test_scheduler.test_decode_goes_first_then_prompts_in_order,
+    ),
+    (
+        Scheduler._chunk,
+        "if blocks.next_hash(sequence) in computing",
+        "if False",
+        test_sharing.test_requests_that_arrive_together_share_a_prefix_too,
+    ),
+    (
+        Scheduler._chunk,
+        "self._share_prefix(sequence)",
+        "pass",
+        test_sharing.test_choices_follow_a_prompt_that_takes_several_steps,
+    ),
+    (
+        Scheduler._prompts,
+        "promised + lacking",
+        "lacking",
+        test_scheduler.test_nobody_is_admitted_on_room_that_another_prompt_was_promised,
+    ),
+    (
+        Scheduler.fail,
+        "self._blocks.forget_content()",
+        "pass",
+        test_scheduler.test_others_start_again_after_a_failure,
+    ),
+    (
+        Sequence.is_full.fget,  # type: ignore[attr-defined]
+        "self.num_tokens",
+        "self.num_known_tokens",
+        test_scheduler.test_an_end_by_length_wastes_no_row,
+    ),
+]
+
+# The model of the block manager notices an order as well.
+OF_BLOCKS = [
+    *(mutation for mutation in MUTATIONS if mutation[0] in vars(BlockManager).values()),
+    (BlockManager.allocate, "popitem(last=False)", "popitem()"),
+    (BlockManager.free, "reversed(sequence.block_table)", "sequence.block_table"),
+    (BlockManager.allocate, "if self._free:", "if self._free and not self._cached:"),
+]
+# But it has no generated tokens, no sequence that comes back, seldom one amid a block whose next
+# block is there already; and publishing twice does no harm.
+NOT_OF_BLOCKS = {
+    ", sequence.num_known_tokens",
+    "sequence.num_published_blocks = 0",
+    "sequence.num_published_blocks += len(blocks)",
+    "and between",
+}
+
+
+def mutated(method: Callable[..., Any], old: str, new: str) -> Callable[..., Any]:
+    """Return a method as its source would make it with `old` replaced by `new`."""
+    source = textwrap.dedent(inspect.getsource(method)).removeprefix("@property\n")
+    assert source.count(old) == 1, f"{old!r} is in {method.__qualname__} {source.count(old)} times"
+    namespace: dict[str, Any] = {}
+    exec(source.replace(old, new), sys.modules[method.__module__].__dict__, namespace)
+    return namespace[method.__name__]
+
+
+def owner(method: Callable[..., Any]) -> object:
+    """Return the class or module that a method is looked up in."""
+    found: object = sys.modules[method.__module__]
+    for name in method.__qualname__.split(".")[:-1]:
+        found = getattr(found, name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "old", "new"),
+    MUTATIONS,
+    ids=[f"{method.__qualname__}: {old}" for method, old, _ in MUTATIONS],
+)
+def test_mistakes_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, method: Callable[..., Any], old: str, new: str
+) -> None:
+    if method is batch.build_batch:
+        replacement = mutated(method, old, new)
+        monkeypatch.setattr("tests.engine.scheduling.simulation.build_batch", replacement)
+    apply(monkeypatch, method, old, new)
+    with pytest.raises(Exception):  # noqa: B017, PT011 (however it shows)
+        drive_all()
+
+
+def apply(monkeypatch: pytest.MonkeyPatch, method: Callable[..., Any], old: str, new: str) -> None:
+    replacement: object = mutated(method, old, new)
+    if isinstance(getattr(owner(method), method.__name__), property):
+        replacement = property(replacement)  # type: ignore[arg-type]
+    monkeypatch.setattr(owner(method), method.__name__, replacement)
+
+
+@pytest.mark.parametrize(
+    ("method", "old", "new", "test"),
+    COSTLY,
+    ids=[f"{method.__qualname__}: {old}" for method, old, _, _ in COSTLY],
+)
+def test_costly_mistakes_are_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+    method: Callable[..., Any],
+    old: str,
+    new: str,
+    test: Callable[[], object],
+) -> None:
+    test()
+    apply(monkeypatch, method, old, new)
+    with pytest.raises(AssertionError):
+        test()
+
+
+@pytest.mark.parametrize(
+    ("method", "old", "new"),
+    [mutation for mutation in OF_BLOCKS if mutation[1] not in NOT_OF_BLOCKS],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_the_model_of_blocks_notices(
+    monkeypatch: pytest.MonkeyPatch, method: Callable[..., Any], old: str, new: str
+) -> None:
+    apply(monkeypatch, method, old, new)
+    quick = settings(
+        max_examples=300, derandomize=True, database=None, deadline=None, phases=[Phase.generate]
+    )
+    with pytest.raises(Exception):  # noqa: B017, PT011 (however it shows)
+        run_state_machine_as_test(Blocks, settings=quick)
+
+
+def drive_all() -> None:
+    for seed in SEEDS:
+        drive(seed)
+
+
+def test_without_mistakes_nothing_is_noticed() -> None:
+    drive_all()

@@ -1,0 +1,55 @@
+"""Hashes that stand for content."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from modelpack_engine.prefix_hash import HASH_SIZE, block_hash, cache_salt, root_hash
+
+
+def test_every_part_counts() -> None:
+    hashes = [
+        root_hash(),
+        root_hash(b""),
+        root_hash(b"", b""),
+        root_hash(b"a"),
+        root_hash(b"a", b"b"),
+        root_hash(b"ab"),
+        root_hash(b"b", b"a"),
+        block_hash(root_hash(), [1, 2]),
+        block_hash(root_hash(b"a"), [1, 2]),
+        block_hash(root_hash(), [2, 1]),
+        block_hash(root_hash(), [1, 3]),
+        block_hash(root_hash(), [12]),
+        block_hash(root_hash(), [1, 2, 0]),
+        block_hash(block_hash(root_hash(), [1]), [2]),
+    ]
+    assert len(set(hashes)) == len(hashes)
+    assert {len(hash_) for hash_ in hashes} == {HASH_SIZE} == {16}
+
+
+def test_hashes_are_the_same_in_every_process() -> None:
+    root = root_hash(b"model", b"salt")
+    assert root.hex() == "941db29bb17689ffa45ec2cad68ca5f5"
+    assert block_hash(root, range(16)).hex() == "d8bfaa1d2e9d201d55a9e7c65a4d7d9b"
+
+
+def test_salts() -> None:
+    salts = [
+        cache_salt(),
+        cache_salt("a"),
+        cache_salt(media=[b"a"]),
+        cache_salt("a", [b"b"]),
+        cache_salt("a", [b"b", b"c"]),
+        cache_salt("a", [b"bc"]),
+    ]
+    assert salts[0] == b"" == cache_salt("", iter([]))
+    assert len(set(salts)) == len(salts)
+
+
+@pytest.mark.parametrize("token_id", [-1, 2**32])
+def test_ids_that_are_none(token_id: int) -> None:
+    with pytest.raises(struct.error):
+        block_hash(root_hash(), [token_id])
