@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from modelpack_engine.attention.kernels.plan import AttentionShape, DecodePlan, plan_write
+from modelpack_engine.attention.kernels.plan import (
+    MERGE_SIMDGROUPS,
+    AttentionShape,
+    DecodePlan,
+    plan_write,
+)
 from modelpack_engine.attention.kernels.sources import INPUTS, OUTPUTS, Body, text
 
 #: Element types: a template type, or C's.
@@ -55,7 +60,7 @@ def merge_instance(shape: AttentionShape, *, q: str, sinks: str = "float") -> In
     """Return the kernel that merges the parts of a split decode."""
     constants: tuple[tuple[str, int | bool], ...] = (
         ("HQ", shape.num_heads), ("DV", shape.value_dim), ("SINKS", shape.sinks),
-        ("NSG", min(4, -(-shape.value_dim // 32))),
+        ("NSG", MERGE_SIMDGROUPS),
     )  # fmt: skip
     return Instance("merge", (("T", q), ("S", sinks)), constants)
 

@@ -65,9 +65,7 @@ def test_without_a_kernel_mlx_computes_the_same(case: Case) -> None:
     assert np.max(np.abs(found - wanted)) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "name", ["window-sinks-gqa4-80", "softcap-window-sinks", "latent-two-pools", "latent-one-pool"]
-)
+@pytest.mark.parametrize("name", ["softcap-window-sinks", "latent-two-pools"])
 def test_a_decode_reaches_the_kernel(host: Host, name: str) -> None:
     case = next(case for case in CASES if case.name == name)
     found, wanted = run(case, split=1)
@@ -218,7 +216,7 @@ def wrong(body: Body, old: str, new: str) -> Any:
     ("body", "old", "new", "says"),
     [
         ("decode", "sum[g] += p;", "sum[g] += p * 1.1f;", "off by"),
-        ("merge", "o += partial", "o -= partial", "in 4 parts"),
+        ("merge", "o[i] += partial", "o[i] -= partial", "in 4 parts"),
         ("write", "slot * KN", "(slot + 1) * KN", "keys read back"),
         ("write", "slot * VN", "(slot ^ 1) * VN", "values read back"),
     ],

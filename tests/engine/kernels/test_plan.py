@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from modelpack_engine.attention.kernels.plan import (
     MAX_PARTS,
     MAX_SHARED_BYTES,
+    MERGE_SIMDGROUPS,
     AttentionShape,
     plan_decode,
     plan_write,
@@ -69,6 +70,7 @@ def test_plans_fit_into_shared_memory(shape: AttentionShape, itemsize: int) -> N
     fits = refusal(shape, itemsize) is None
     plan = plan_decode(shape, itemsize, 1, 1)
     assert fits == (plan.shared_bytes <= MAX_SHARED_BYTES)
+    assert not fits or 4 * MERGE_SIMDGROUPS * shape.value_dim <= MAX_SHARED_BYTES
     if shape.key_dim + shape.extra_dim <= 256:
         assert fits, "every usual head has a kernel"
 

@@ -87,34 +87,38 @@
         PA_UNROLL for (int i = 0; i < VN; i++) values[u][i] = keys[u][i];
       }
     }
+    float score[HEADS][STEPS];
     PA_UNROLL for (int g = 0; g < HEADS; g++) {
-      float score[STEPS];
-      PA_UNROLL for (int u = 0; u < STEPS; u++) score[u] = SOFTCAP ? 0.0f : bias[u];
+      PA_UNROLL for (int u = 0; u < STEPS; u++) score[g][u] = SOFTCAP ? 0.0f : bias[u];
       PA_UNROLL for (int i = 0; i < QN; i++) {
         const QVec piece = queries[g * QROW + i * LPT + at];
         PA_UNROLL for (int u = 0; u < STEPS; u++) {
           PA_UNROLL for (int e = 0; e < QV; e++) {
-            score[u] += piece.e[e] * float(keys[u][i * QV / VEC].e[i * QV % VEC + e]);
+            score[g][u] += piece.e[e] * float(keys[u][i * QV / VEC].e[i * QV % VEC + e]);
           }
         }
       }
+    }
+    PA_UNROLL for (int mask = LPT / 2; mask > 0; mask /= 2) {
+      PA_UNROLL for (int g = 0; g < HEADS; g++) {
+        PA_UNROLL for (int u = 0; u < STEPS; u++) score[g][u] += PA_XOR(score[g][u], mask);
+      }
+    }
+    PA_UNROLL for (int g = 0; g < HEADS; g++) {
       float top = most[g];
       PA_UNROLL for (int u = 0; u < STEPS; u++) {
-        PA_UNROLL for (int mask = LPT / 2; mask > 0; mask /= 2) {
-          score[u] += PA_XOR(score[u], mask);
-        }
         if (SOFTCAP) {  // tanh, exact at both infinities
-          const float t = 1.0f - 2.0f / (PA_EXP2(2.0f * LOG2E * score[u]) + 1.0f);
-          score[u] = t * params[2] + bias[u];
+          const float t = 1.0f - 2.0f / (PA_EXP2(2.0f * LOG2E * score[g][u]) + 1.0f);
+          score[g][u] = t * params[2] + bias[u];
         }
-        top = score[u] > top ? score[u] : top;
+        top = score[g][u] > top ? score[g][u] : top;
       }
       const float keep = PA_EXP2(most[g] - top);
       most[g] = top;
       sum[g] *= keep;
       PA_UNROLL for (int x = 0; x < VN * VEC; x++) acc[g][x] *= keep;
       PA_UNROLL for (int u = 0; u < STEPS; u++) {
-        const float p = PA_EXP2(score[u] - top);
+        const float p = PA_EXP2(score[g][u] - top);
         sum[g] += p;
         PA_UNROLL for (int i = 0; i < VN; i++) {
           PA_UNROLL for (int e = 0; e < VEC; e++) {

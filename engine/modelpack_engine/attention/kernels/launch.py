@@ -9,7 +9,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from modelpack_engine.attention.kernels.plan import AttentionShape, DecodePlan, plan_write
+from modelpack_engine.attention.kernels.plan import (
+    MERGE_SIMDGROUPS,
+    AttentionShape,
+    DecodePlan,
+    plan_write,
+)
 from modelpack_engine.attention.kernels.sources import (
     CONSTANT_BELOW,
     Backend,
@@ -123,17 +128,16 @@ def decode(
     if not split:
         return found[0]
     merge, _ = _kernel("merge", on)
-    simdgroups = min(4, -(-shape.value_dim // 32))
     constants = [
         ("HQ", shape.num_heads), ("DV", shape.value_dim), ("SINKS", shape.sinks),
-        ("NSG", simdgroups),
+        ("NSG", MERGE_SIMDGROUPS),
     ]  # fmt: skip
     inputs = [*found, sinks]
     (out,) = merge(
         inputs=inputs,
         template=_template([("T", q.dtype), ("S", sinks.dtype)], constants, inputs, on),
-        grid=(shape.num_heads * 32 * simdgroups, rows, 1),
-        threadgroup=(32 * simdgroups, 1, 1),
+        grid=(shape.num_heads * 32 * MERGE_SIMDGROUPS, rows, 1),
+        threadgroup=(32 * MERGE_SIMDGROUPS, 1, 1),
         output_shapes=[(*heads, shape.value_dim)],
         output_dtypes=[q.dtype],
     )

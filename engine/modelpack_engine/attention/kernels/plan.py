@@ -11,6 +11,8 @@ from functools import lru_cache
 
 #: Simdgroups of a threadgroup: few enough that short contexts keep all of them busy.
 SIMDGROUPS = 4
+#: Simdgroups that merge a head's parts.
+MERGE_SIMDGROUPS = 8
 #: Threadgroups that keep a large GPU busy; with fewer, contexts are split.
 TARGET_THREADGROUPS = 1024
 #: Shorter contexts are never split; a part is planned to have a quarter of this at least.
@@ -68,7 +70,8 @@ def refusal(shape: AttentionShape, itemsize: int) -> str | None:
         return "values are longer than the keys that hold them"
     if min(shape.key_dim, shape.value_dim) < 8:
         return f"heads of {shape.key_dim}/{shape.value_dim} elements are too small"
-    if plan_decode(shape, itemsize, 1, 1).shared_bytes > MAX_SHARED_BYTES:
+    merging = 4 * MERGE_SIMDGROUPS * -(-shape.value_dim // 32) * 32
+    if max(merging, plan_decode(shape, itemsize, 1, 1).shared_bytes) > MAX_SHARED_BYTES:
         return f"heads of {shape.key_dim + shape.extra_dim} elements need too much shared memory"
     return None
 
