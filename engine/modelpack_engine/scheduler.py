@@ -200,9 +200,14 @@ class Scheduler:
         return chunks
 
     def _prompts(self, admit: bool) -> Iterator[Sequence]:
-        """Yield the running sequences in prefill, then those that can be admitted, one by one."""
+        """Yield the running sequences in prefill, then those that can be admitted, one by one.
+
+        Each has been given what the prefix cache has for it by now.
+        """
         prompts = [sequence for sequence in self._running if sequence.is_prefill]
-        yield from prompts
+        for sequence in prompts:
+            self._share_prefix(sequence)
+            yield sequence
         promised = sum(map(self._num_lacking, prompts))
         while admit and self._waiting and len(self._running) < self.config.max_num_seqs:
             sequence = self._waiting[0]
@@ -241,7 +246,6 @@ class Scheduler:
         `computing`, to which its own are added): in the next step it can share that.
         """
         blocks, buckets, block_size = self._blocks, self.config.buckets, self._blocks.block_size
-        self._share_prefix(sequence)
         if blocks.next_hash(sequence) in computing:
             return None
         start, remaining = sequence.num_computed_tokens, sequence.num_remaining_tokens

@@ -28,7 +28,7 @@ def some_simulation(seed: int) -> Simulation:
 
 
 def drive(seed: int, num_actions: int = 60) -> Simulation:
-    """Let requests come, be aborted and be stopped at random; then drain."""
+    """Let requests come, be aborted, be stopped and fail at random; then drain."""
     sim = some_simulation(seed)
     rng = random.Random(seed)
     texts = [[rng.randrange(VOCAB_SIZE) for _ in range(24)] for _ in range(2)]
@@ -54,6 +54,8 @@ def drive(seed: int, num_actions: int = 60) -> Simulation:
         elif action < 0.5:
             request_id = str(rng.randint(1, num_requests + 1))
             sim.step(between=rng.choice([sim.aborting(request_id), sim.stopping(request_id)]))
+        elif action < 0.51:
+            sim.fail()
         else:
             sim.step()
     sim.drain()

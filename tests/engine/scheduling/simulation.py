@@ -137,6 +137,18 @@ class Simulation:
         assert self.blocks.num_used <= used
         self.check()
 
+    def fail(self) -> None:
+        """The step in flight fails, and the device has lost all it knew."""
+        if self.pending is None:
+            return
+        step, self.pending = self.pending, None
+        members = [*step.output.decode, *(chunk.sequence for chunk in step.output.prefill)]
+        live = [seq for seq in members if not seq.is_finished]
+        assert self.scheduler.fail(step.output) == live
+        assert {seq.finish_reason for seq in live} <= {FinishReason.ERROR}
+        self.device.memory = [None] * len(self.device.memory)
+        self.check()
+
     def aborting(self, request_id: str) -> Callable[[], None]:
         """Return an event: the client goes away."""
         return lambda: self.abort(request_id)

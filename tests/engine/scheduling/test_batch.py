@@ -9,7 +9,7 @@ from modelpack_engine.buckets import EXACT, Buckets
 from modelpack_engine.scheduler import Scheduler, SchedulerOutput
 from modelpack_engine.sequence import Sequence
 from tests.engine.scheduling.simulation import sequence
-from tests.engine.scheduling.test_scheduler import run, scheduled, scheduler
+from tests.engine.scheduling.steps import run, scheduled, scheduler
 
 PADDED = Buckets(rows=(1, 2, 4), chunk=(4,), table_width=(1, 2, 4))
 

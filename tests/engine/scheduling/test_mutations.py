@@ -22,7 +22,7 @@ from modelpack_engine.block_manager import BlockManager
 from modelpack_engine.buckets import Buckets
 from modelpack_engine.scheduler import Scheduler
 from modelpack_engine.sequence import Sequence
-from tests.engine.scheduling import test_scheduler, test_sharing
+from tests.engine.scheduling import test_ends, test_order, test_sharing
 from tests.engine.scheduling.driving import drive
 from tests.engine.scheduling.test_block_manager import Blocks
 
@@ -84,6 +84,8 @@ MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     (Scheduler.finish, "self._blocks.free(sequence)", "pass"),
     (Scheduler.finish, "self._running.remove(sequence)", "pass"),
     (Scheduler.finish, "self._released.append(sequence.seq_id)", "pass"),
+    (Scheduler.fail, "self._blocks.forget_content()", "pass"),
+    (Scheduler.fail, "sequence.num_inflight -= 1", "pass"),
     # The batch has a wrong row, table or size.
     (batch._Rows.add_decode, "sampled[sequence]", "0"),
     (batch._Rows.add_decode, "self.positions.append(position)", "self.positions.append(0)"),
@@ -105,19 +107,19 @@ COSTLY: list[tuple[Callable[..., Any], str, str, Callable[[], object]]] = [
         Scheduler._schedule_prefill,
         "len(long_prompts) > 1",
         "False",
-        partial(test_scheduler.test_a_short_prompt_is_not_held_up_by_long_ones, 3),
+        partial(test_order.test_a_short_prompt_is_not_held_up_by_long_ones, 3),
     ),
     (
         Scheduler._schedule_prefill,
         "long_prompts[1:]",
         "()",
-        test_scheduler.test_long_prompts_share_what_nobody_else_needs,
+        test_order.test_long_prompts_share_what_nobody_else_needs,
     ),
     (
         Scheduler._chunk,
         "length -= (start + length) % block_size",
         "pass",
-        test_scheduler.test_decode_goes_first_then_prompts_in_order,
+        test_order.test_decode_goes_first_then_prompts_in_order,
     ),
     (
         Scheduler._chunk,
@@ -126,7 +128,7 @@ COSTLY: list[tuple[Callable[..., Any], str, str, Callable[[], object]]] = [
         test_sharing.test_requests_that_arrive_together_share_a_prefix_too,
     ),
     (
-        Scheduler._chunk,
+        Scheduler._prompts,
         "self._share_prefix(sequence)",
         "pass",
         test_sharing.test_choices_follow_a_prompt_that_takes_several_steps,
@@ -135,19 +137,19 @@ COSTLY: list[tuple[Callable[..., Any], str, str, Callable[[], object]]] = [
         Scheduler._prompts,
         "promised + lacking",
         "lacking",
-        test_scheduler.test_nobody_is_admitted_on_room_that_another_prompt_was_promised,
+        test_order.test_nobody_is_admitted_on_room_that_another_prompt_was_promised,
     ),
     (
         Scheduler.fail,
-        "self._blocks.forget_content()",
-        "pass",
-        test_scheduler.test_others_start_again_after_a_failure,
+        "self._preempt_youngest()",
+        "break",
+        test_ends.test_others_start_again_after_a_failure,
     ),
     (
         Sequence.is_full.fget,  # type: ignore[attr-defined]
         "self.num_tokens",
         "self.num_known_tokens",
-        test_scheduler.test_an_end_by_length_wastes_no_row,
+        test_ends.test_an_end_by_length_wastes_no_row,
     ),
 ]
 

@@ -6,7 +6,7 @@ import pytest
 
 from modelpack_engine.outputs import FinishReason
 from tests.engine.scheduling.simulation import Simulation, sequence
-from tests.engine.scheduling.test_scheduler import chunks, prompt, run, scheduled, scheduler
+from tests.engine.scheduling.steps import chunks, prompt, run, scheduled, scheduler
 
 
 @pytest.mark.parametrize(("length", "shared"), [(3, 0), (4, 0), (5, 4), (8, 4), (11, 8), (100, 96)])

@@ -83,6 +83,11 @@ class Traffic(RuleBasedStateMachine):
         event = self.sim.stopping(request_id) if stop else self.sim.aborting(request_id)
         self.sim.step(between=event)
 
+    @rule(seldom=st.integers(0, 4))
+    def fail(self, seldom: int) -> None:
+        if not seldom:
+            self.sim.fail()
+
     @rule()
     def preempt_everybody(self) -> None:
         """What a full pool does to the youngest may happen to all, once nothing is in flight."""
