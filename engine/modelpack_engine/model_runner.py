@@ -13,6 +13,7 @@ A tier is left when a layer loses its handles, or when the self-test finds other
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable
 
 import mlx.core as mx
@@ -52,7 +53,8 @@ class ModelRunner:
 
     `num_blocks` blocks of `block_size` tokens are allocated at once, block 0 being trash. `dtype`
     is the type of the pools (default: that of the model's keys). `exact` shapes are for CPUs, where
-    a new shape costs nothing; the default follows MLX's default device.
+    a new shape costs nothing; the default follows MLX's default device. `paged` False asks for the
+    contiguous tier; by default, vllm-metal's VLLM_METAL_USE_PAGED_ATTENTION=0 does.
 
     `tier` and `notes` say how the model runs; `supports_prefix_cache` is False where a sequence's
     state is more than its keys and values. Raises `OutOfMemoryError` if the pools do not fit, and
@@ -69,6 +71,7 @@ class ModelRunner:
         buckets: Buckets = EXACT,
         self_test: bool = True,
         exact: bool | None = None,
+        paged: bool | None = None,
     ) -> None:
         install()
         self.model = model
@@ -81,14 +84,15 @@ class ModelRunner:
         self._step = StepInputs(block_size, exact=exact)
         self._adapted: Adapted | None = None
         self._contiguous: ContiguousRunner | None = None
+        if paged is None:
+            paged = os.environ.get("VLLM_METAL_USE_PAGED_ATTENTION") != "0"
         self.layout = self._find_layout()
-        if self.layout is not None:
+        if self.layout is not None and paged:
             if dtype is not None:
                 self.layout = self.layout.with_dtype(dtype)
             self._adapt(self.layout, self_test)
         if self._adapted is None:
             self._contiguous = ContiguousRunner(model)
-        self._allocate()
 
     # Load.
 
@@ -117,6 +121,7 @@ class ModelRunner:
                 fold=fold,
             )
             self._adapted = adapted
+            self._allocate(adapted.pools())
             problem, culprit = self._try(adapted, layout, self_test)
             if problem is None:
                 self.notes += adapted.notes()
@@ -162,8 +167,7 @@ class ModelRunner:
     def _name(self) -> str:
         return type(self.model).__module__.rpartition(".")[2]
 
-    def _allocate(self) -> None:
-        pools = self.pools()
+    def _allocate(self, pools: list[mx.array]) -> None:
         try:
             mx.eval(pools)
         except RuntimeError as error:

@@ -132,8 +132,9 @@ def _attention(
         return native_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **rest)
     if not isinstance(k, KVHandle) or not isinstance(v, KVHandle) or v.cache is not k.cache:
         raise LostHandleError("it attends to something else than its keys and values", cache=cache)
-    if k.transposed or v.transposed or k.part != "keys":
-        raise LostHandleError("it transposes its keys or values before attention", cache=cache)
+    latent = isinstance(mask, RotaryScores)
+    if k.transposed or v.transposed or k.part != "keys" or (v.part == "keys") != latent:
+        raise LostHandleError("it exchanges or transposes keys and values", cache=cache)
     window = queries = None
     if isinstance(mask, RowMask):
         window = mask.window

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from modelpack_engine.attention import gather
+from modelpack_engine.attention import gather, kernels
 from modelpack_engine.attention.handles import (
     KVHandle,
     LostHandleError,
@@ -44,6 +44,21 @@ class KVLayout:
         """Bytes of keys and values of one token in this layer."""
         elements = self.key_heads * self.key_dim + self.value_heads * self.value_dim
         return int(elements * self.dtype.size)
+
+
+#: Chunks up to this many tokens go the way of decode rows, where there is a kernel for these.
+_SHORT_CHUNK = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What a layer asks of its attention."""
+
+    scale: float
+    window: int | None
+    sinks: mx.array | None
+    softcap: float | None
+    key_dtype: mx.Dtype | None
 
 
 class PagedKV:
@@ -78,12 +93,19 @@ class PagedKV:
 
     def write(self, keys: mx.array, values: mx.array) -> None:
         """Write rows [rows, heads, 1, dim] at the step's slots."""
-        slots = self.step.slots
-        rows, layout = keys.shape[0], self.layout
-        self.keys_pool[slots] = keys.reshape(rows, layout.key_heads, layout.key_dim)
-        if layout.value_dim:
-            values = values.reshape(rows, layout.value_heads, layout.value_dim)
-            self.values_pool[slots] = values
+        slots, layout = self.step.slots, self.layout
+        keys = keys.reshape(keys.shape[0], layout.key_heads, layout.key_dim)
+        values = values.reshape(values.shape[0], layout.value_heads, layout.value_dim)
+        if self.step.exact or not layout.value_dim:
+            self.keys_pool[slots] = keys
+            if layout.value_dim:
+                self.values_pool[slots] = values
+            return
+        keys_pool, values_pool = kernels.write_kv(
+            keys, values, self.keys_pool, self.values_pool, slots
+        )
+        assert values_pool is not None
+        self.keys_pool, self.values_pool = keys_pool, values_pool
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVHandle, KVHandle]:
         """Write the step's rows and return them as handles."""
@@ -143,52 +165,90 @@ class PagedKV:
         """
         self._open = False
         step = self.step
-        window = window or self.layout.window
+        how = _How(scale, window or self.layout.window, sinks, softcap, key_dtype)
         outputs: list[mx.array] = []
-
-        def one(
-            rows: mx.array,
-            pe: mx.array | None,
-            blocks: mx.array,
-            start: int,
-            stop: int,
-            mask: mx.array | str | None,
-        ) -> mx.array:
-            keys = self._gather(self.keys_pool, blocks, start, stop, key_dtype)
-            values = self._gather(self.values_pool, blocks, start, stop, key_dtype)
-            return gather.attend(
-                rows, keys, values, mask,
-                scale=scale, sinks=sinks, softcap=softcap, query_pe=pe, fold_heads=step.exact,
-            )  # fmt: skip
-
         if step.num_decode:
-            groups, order = step.decode_groups(window)
-            for group in groups:
-                rows, pe = (
-                    None if a is None
-                    else a[: step.num_decode] if group.rows is None
-                    else a[group.rows]
-                    for a in (queries, query_pe)
-                )  # fmt: skip
-                assert rows is not None
-                outputs.append(one(rows, pe, group.tables, group.start, group.stop, group.mask))
-            if order is not None:
-                outputs = [mx.concatenate(outputs)[order]]
+            rows, pe = (_first(a, step.num_decode) for a in (queries, query_pe))
+            assert rows is not None
+            if step.exact:
+                outputs += self._decode_in_groups(rows, pe, how)
+            else:
+                outputs.append(self._decode(rows, pe, *step.decode_rows(), how))
         end = step.num_decode
         for index, chunk in enumerate(step.chunks):
             end = chunk.row + chunk.padded_length
-            rows, pe = (
-                None if a is None else a[chunk.row : end].transpose(2, 1, 0, 3)
-                for a in (queries, query_pe)
-            )
+            rows, pe = (None if a is None else a[chunk.row : end] for a in (queries, query_pe))
             assert rows is not None
-            found = step.chunk_keys(index, window)
-            out = one(rows, pe, found.blocks, found.start, found.stop, found.mask)
-            outputs.append(out.transpose(2, 1, 0, 3))
+            if not step.exact and chunk.length <= _SHORT_CHUNK:
+                outputs.append(self._decode(rows, pe, *step.chunk_rows(index), how))
+            else:
+                outputs.append(self._prefill(rows, pe, index, how))
         if end < step.num_rows:
             shape = (step.num_rows - end, *outputs[0].shape[1:])
             outputs.append(mx.zeros(shape, outputs[0].dtype))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+    def _decode(
+        self, rows: mx.array, pe: mx.array | None, tables: mx.array, lengths: mx.array, how: _How
+    ) -> mx.array:
+        """Attend by a kernel, if there is one, to the blocks where they are."""
+        output = kernels.decode_attention(
+            rows[:, :, 0],
+            self.keys_pool,
+            self.values_pool,
+            tables,
+            lengths,
+            scale=how.scale,
+            num_kv_heads=self.layout.key_heads,
+            window=how.window,
+            softcap=how.softcap,
+            sinks=how.sinks,
+            q_more=None if pe is None else pe[:, :, 0],
+            value_dim=None if pe is None else self.layout.key_dim,
+            block_size=self.step.block_size,
+        )
+        return output[:, :, None]
+
+    def _decode_in_groups(self, rows: mx.array, pe: mx.array | None, how: _How) -> list[mx.array]:
+        """Attend to gathered keys, rows of similar length together."""
+        groups, order = self.step.decode_groups(how.window)
+        outputs = []
+        for group in groups:
+            some, some_pe = (
+                a if a is None or group.rows is None else a[group.rows] for a in (rows, pe)
+            )
+            assert some is not None
+            keys = (group.tables, group.start, group.stop)
+            outputs.append(self._attend(some, some_pe, keys, group.mask, how))
+        return outputs if order is None else [mx.concatenate(outputs)[order]]
+
+    def _prefill(self, rows: mx.array, pe: mx.array | None, index: int, how: _How) -> mx.array:
+        """Attend from the rows of a chunk, as queries of one sequence."""
+        found = self.step.chunk_keys(index, how.window)
+        keys = (found.blocks, found.start, found.stop)
+        queries = rows.transpose(2, 1, 0, 3)
+        pe = None if pe is None else pe.transpose(2, 1, 0, 3)
+        return self._attend(queries, pe, keys, found.mask, how).transpose(2, 1, 0, 3)
+
+    def _attend(
+        self,
+        queries: mx.array,
+        pe: mx.array | None,
+        keys: tuple[mx.array, int, int],
+        mask: mx.array | str | None,
+        how: _How,
+    ) -> mx.array:
+        return gather.attend(
+            queries,
+            self._gather(self.keys_pool, *keys, how.key_dtype),
+            self._gather(self.values_pool, *keys, how.key_dtype),
+            mask,
+            scale=how.scale,
+            sinks=how.sinks,
+            softcap=how.softcap,
+            query_pe=pe,
+            fold_heads=self.step.exact,
+        )
 
     def _gather(
         self, pool: mx.array, blocks: mx.array, start: int, stop: int, dtype: mx.Dtype | None
@@ -198,10 +258,14 @@ class PagedKV:
         if dim == 0:
             return mx.zeros((blocks.shape[0], heads, stop - start, 0), pool.dtype)
         by_block = pool.reshape(-1, self.step.block_size * heads * dim)
-        found = by_block[blocks].reshape(blocks.shape[0], -1, heads, dim)
+        found = by_block[kernels.after(blocks, pool)].reshape(blocks.shape[0], -1, heads, dim)
         if start or stop < found.shape[1]:
             found = found[:, start:stop]
         if dtype is not None and dtype != found.dtype:
             found = found.astype(dtype)
         # Matrix products on transposed keys are several times slower on a CPU than the copy.
         return mx.contiguous(found.swapaxes(1, 2))
+
+
+def _first(array: mx.array | None, rows: int) -> mx.array | None:
+    return array if array is None or array.shape[0] == rows else array[:rows]

@@ -1,8 +1,7 @@
 """StepInputs: one step's batch on the device, shared by all layers' caches.
 
-Two ways of cutting the work. `exact` (CPU): shapes follow the data, rows of similar length are
-attended together, and nothing is masked that need not be gathered. Otherwise (GPU) shapes are the
-batch's own, which are bucketed, since a new shape is expensive there.
+Shapes are `exact` on a CPU: rows of similar length are attended together, and nothing is gathered
+that no row sees. On a GPU they are the batch's own, which are bucketed: a new shape is expensive.
 """
 
 from __future__ import annotations
@@ -108,15 +107,33 @@ class StepInputs:
         span = visible(chunk.kv_length, window, self.block_size, queries=chunk.length)
         return span, list(chunk.block_table)
 
+    def decode_rows(self) -> tuple[mx.array, mx.array]:
+        """Return block tables int32 [rows, width] and lengths int32 [rows] of all decode rows."""
+        return self.remember(
+            "rows",
+            lambda: (mx.array(self._tables, mx.int32), mx.array(self._lengths, mx.int32)),
+        )
+
+    def chunk_rows(self, index: int) -> tuple[mx.array, mx.array]:
+        """Return the same for the rows of chunk `index`, as if each of them decoded."""
+        return self.remember(("rows", index), lambda: self._chunk_rows(index))
+
+    def _chunk_rows(self, index: int) -> tuple[mx.array, mx.array]:
+        chunk = self.chunks[index]
+        start = chunk.kv_length - chunk.length
+        lengths = [start + i + 1 if i < chunk.length else 1 for i in range(chunk.padded_length)]
+        table = mx.array(chunk.block_table, mx.int32)
+        return (
+            mx.broadcast_to(table, (chunk.padded_length, table.size)),
+            mx.array(lengths, mx.int32),
+        )
+
     def decode_groups(self, window: int | None) -> tuple[list[DecodeGroup], mx.array | None]:
-        """Return the groups, and the order that sorts their concatenated outputs by row."""
+        """Return groups of similar length, and the order that sorts their outputs by row."""
         return self.remember(("decode", window), lambda: self._decode_groups(window))
 
     def _decode_groups(self, window: int | None) -> tuple[list[DecodeGroup], mx.array | None]:
-        lengths = [max(1, length) for length in self._lengths]
-        if not self.exact:
-            return [self._bucketed_group(lengths, window)], None
-        spans = [visible(length, window, self.block_size) for length in lengths]
+        spans = [visible(length, window, self.block_size) for length in self._lengths]
         groups = length_groups([span.num_blocks for span in spans])
         if len(groups) == 1:
             return [self._exact_group(groups[0], spans, whole=True)], None
@@ -139,20 +156,6 @@ class StepInputs:
             mask = _between([spans[r].start for r in rows], [spans[r].stop for r in rows], stop)
         index = None if whole else mx.array(rows, mx.int32)
         return DecodeGroup(index, mx.array(tables, mx.int32), start, stop, mask)
-
-    def _bucketed_group(self, lengths: list[int], window: int | None) -> DecodeGroup:
-        width = len(self._tables[0])
-        limit = width if window is None else min(width, -(-window // self.block_size) + 1)
-        tables, starts, stops = [], [], []
-        for table, length in zip(self._tables, lengths, strict=True):
-            span = visible(length, window, self.block_size)
-            first = min(span.first_block, width - limit)  # a table may end within the window
-            shift = (span.first_block - first) * self.block_size
-            tables.append(list(table[first : first + limit]))
-            starts.append(span.start + shift)
-            stops.append(span.stop + shift)
-        stop = limit * self.block_size
-        return DecodeGroup(None, mx.array(tables, mx.int32), 0, stop, _between(starts, stops, stop))
 
     def chunk_keys(self, index: int, window: int | None) -> ChunkKeys:
         """Return the keys of chunk `index`."""

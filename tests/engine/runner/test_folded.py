@@ -1,0 +1,37 @@
+"""Quantised layers see one matrix of all rows."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from modelpack_engine.adaptation.folded import fold_quantised
+from modelpack_engine.adaptation.swaps import ClassSwaps
+from tests.engine.runner.models import tiny_llama
+
+
+def test_folded_layers_compute_the_same_on_two_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    nn.quantize(model, group_size=32, bits=4)
+    rows = mx.array([[1], [2], [3]])
+    expected = model(rows)
+    swaps = ClassSwaps()
+    assert fold_quantised(model, swaps) == 3 * 7 + 1
+    dimensions: list[int] = []
+    native = mx.quantized_matmul
+
+    def watched(x: mx.array, *args: object, **kwargs: object) -> mx.array:
+        dimensions.append(x.ndim)
+        return native(x, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(mx, "quantized_matmul", watched)
+    found = model(rows)
+    assert found.shape == expected.shape
+    assert mx.allclose(found, expected, atol=1e-5).item()
+    assert dimensions == [2] * (3 * 7 + 1)
+
+    swaps.undo()
+    dimensions.clear()
+    model(rows)
+    assert set(dimensions) == {3}

@@ -1,0 +1,184 @@
+"""The tier that a model gets, and that each gives mlx-lm's own answers."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+from modelpack_engine.adaptation.layout import find_layout, kv_bytes_per_token
+from modelpack_engine.errors import ModelLoadError, OutOfMemoryError
+from modelpack_engine.model_runner import ModelRunner
+from tests.engine.runner.models import (
+    Attention,
+    Copying,
+    Meddling,
+    Model,
+    decode,
+    make_model,
+    prefill,
+    tiny_llama,
+    token_ids,
+)
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+def answers(runner: ModelRunner) -> list[list[float]]:
+    """Return the logits of a prompt's last token, and of one token more."""
+    found = []
+    for batch in (prefill(8, PROMPT, [2]), decode(8, 7, len(PROMPT) + 1, [2])):
+        logits = runner.forward(batch, token_ids(batch))
+        mx.eval(logits, runner.pools())
+        found += logits.tolist()
+    return found
+
+
+def expected(model: nn.Module) -> list[list[float]]:
+    logits = model(mx.array([[*PROMPT, 7]]), cache=make_prompt_cache(model))
+    return logits[0, -2:].tolist()
+
+
+def check(model: nn.Module, tier: str, **options: Any) -> ModelRunner:
+    wanted = expected(model)
+    runner = ModelRunner(model, num_blocks=8, **options)
+    assert runner.tier == tier
+    for found, row in zip(answers(runner), wanted, strict=True):
+        assert found == pytest.approx(row, abs=1e-4)
+    return runner
+
+
+def test_plain_model_runs_on_handles(caplog: pytest.LogCaptureFixture) -> None:
+    runner = check(make_model(Attention, Attention), "handles")
+    assert not caplog.messages
+    assert runner.notes == ()
+    assert runner.supports_prefix_cache
+
+
+@pytest.mark.parametrize("self_test", [True, False])
+def test_lost_handles_are_found_with_or_without_the_self_test(
+    self_test: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = check(make_model(Copying), "pieces", self_test=self_test)
+    assert any("attends to something else" in message for message in caplog.messages)
+    assert "Copying x1 sequence by sequence" in runner.notes
+    assert runner.supports_prefix_cache
+
+
+def test_only_modules_that_need_it_run_in_pieces() -> None:
+    runner = check(make_model(Attention, Copying, Attention), "pieces")
+    assert [note for note in runner.notes if "sequence by sequence" in note] == [
+        "Copying x1 sequence by sequence"
+    ]
+
+
+def test_wrong_logits_are_found_by_the_self_test(caplog: pytest.LogCaptureFixture) -> None:
+    """It keeps its handles, so that only numbers tell."""
+    runner = check(make_model(Attention, Meddling), "pieces")
+    assert any("are off by" in note for note in runner.notes)
+    assert any(record.levelno == logging.WARNING for record in caplog.records)
+
+
+class Odd(Model):
+    """Keeps a cache of its own kind."""
+
+    class Cache(KVCache):
+        pass
+
+    def make_cache(self) -> list[Any]:
+        return [self.Cache() for _ in self.layers]
+
+
+def odd_model() -> Odd:
+    model = Odd(Attention)
+    mx.eval(model.parameters())
+    return model
+
+
+def test_unknown_cache_runs_request_by_request(caplog: pytest.LogCaptureFixture) -> None:
+    runner = check(odd_model(), "contiguous")
+    assert any("in a Cache" in message for message in caplog.messages)
+    assert not runner.supports_prefix_cache
+    assert runner.bytes_per_block == 0
+
+
+def test_contiguous_tier_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    check(tiny_llama(), "contiguous", paged=False)
+    monkeypatch.setenv("VLLM_METAL_USE_PAGED_ATTENTION", "0")
+    check(tiny_llama(), "contiguous")
+    monkeypatch.setenv("VLLM_METAL_USE_PAGED_ATTENTION", "1")
+    check(tiny_llama(), "handles")
+
+
+class Keeping(Model):
+    """Its first tokens never leave its cache."""
+
+    def make_cache(self) -> list[Any]:
+        return [RotatingKVCache(32, keep=4) for _ in self.layers]
+
+
+def test_cache_that_keeps_its_first_tokens_is_not_paged() -> None:
+    check(Keeping(Attention), "contiguous")
+
+
+class Broken(Model):
+    def __call__(self, inputs: mx.array, cache: Any) -> mx.array:
+        raise ValueError("no such thing")
+
+
+def test_model_that_cannot_run_is_refused() -> None:
+    with pytest.raises(ModelLoadError, match="no such thing"):
+        ModelRunner(Broken(Attention), num_blocks=8)
+
+
+def test_model_is_as_before_when_a_runner_is_undone() -> None:
+    model = make_model(Attention, Copying)
+    kinds = [type(module) for module in model.modules()]
+    runner = ModelRunner(model, num_blocks=8)
+    assert [type(module) for module in model.modules()] != kinds
+    runner.undo()
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_adapted_model_still_answers_with_its_own_cache() -> None:
+    model = make_model(Attention, Copying)
+    before = expected(model)
+    ModelRunner(model, num_blocks=8)
+    assert expected(model) == before
+
+
+def test_too_large_a_cache_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("[malloc] Unable to allocate")
+
+    model = tiny_llama()
+    monkeypatch.setattr(mx, "eval", refuse)
+    with pytest.raises(OutOfMemoryError, match=r"8 blocks .* Unable to allocate"):
+        ModelRunner(model, num_blocks=8)
+
+
+def test_layout() -> None:
+    model = tiny_llama(
+        sliding_window=8, layer_types=["sliding_attention", "full_attention", "full_attention"]
+    )
+    layout = find_layout(model)
+    contents = [leaf.content for leaf in layout.leaves()]
+    assert [content.window for content in contents] == [8, None, None]  # type: ignore[union-attr]
+    assert layout.inner is model.model
+    assert layout.vocab_size == 64
+    assert not layout.recurrent
+    per_token = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dim, bytes
+    assert layout.bytes_per_token == kv_bytes_per_token(model) == per_token
+    assert layout.with_dtype(mx.bfloat16).bytes_per_token == per_token // 2
+
+
+def test_pools_of_another_type() -> None:
+    model = tiny_llama()
+    runner = ModelRunner(model, num_blocks=8, dtype=mx.bfloat16, self_test=False)
+    assert {pool.dtype for pool in runner.pools()} == {mx.bfloat16}
+    assert runner.bytes_per_block == 16 * kv_bytes_per_token(model) // 2
+    assert answers(runner)[0] == pytest.approx(expected(model)[0], abs=0.2)
