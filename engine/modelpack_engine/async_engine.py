@@ -268,4 +268,4 @@ def _end_streams() -> None:
     import mlx.core as mx
 
     mx.synchronize()
-    mx.clear_streams()  # type: ignore[attr-defined]
+    mx.clear_streams()

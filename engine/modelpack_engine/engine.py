@@ -220,7 +220,7 @@ class Engine:
         return _Step(output, batch, sampled, prompt_logprobs)
 
     def _submit(self, step: _Step) -> None:
-        mx.async_eval(*step.arrays(), *self._runner.pools())  # type: ignore[no-untyped-call]
+        mx.async_eval(*step.arrays(), *self._runner.pools())
         self._scheduler.submitted(step.output)
         self._pending = step
 
