@@ -6,7 +6,6 @@ The names and shapes of all tensors are compared with those of the model before 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,8 +21,8 @@ from modelpack_engine.loaders.gguf_architectures import (
     Hyperparameters,
     architecture_of,
 )
-from modelpack_engine.loaders.gguf_blocks import GROUP_SIZE
-from modelpack_engine.loaders.gguf_file import GGUFFile, GGUFTensor
+from modelpack_engine.loaders.gguf_arrays import Wanted, arrays_of, packing_of
+from modelpack_engine.loaders.gguf_file import GGUFFile
 from modelpack_engine.loaders.parameters import check_parameters, named, shapes_of
 from modelpack_engine.loaders.precision import Precision
 
@@ -49,17 +48,6 @@ class _Target:
         return f"{self.path}.{self.parameter}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Packing:
-    """How the weight of a module is quantised."""
-
-    bits: int
-    mode: str = "affine"
-
-    def options(self) -> dict[str, Any]:
-        return {"group_size": GROUP_SIZE, "bits": self.bits, "mode": self.mode}
-
-
 class GGUFLoader:
     """Loads one model. Raises `ModelLoadError` that names what is wrong with the file."""
 
@@ -82,23 +70,28 @@ class GGUFLoader:
         """Return the model with its weights, not yet evaluated where MLX is lazy."""
         model: Any = self._build()
         modules = dict(model.named_modules())
-        packings = {}
-        for name, target in self._targets.items():
-            packing = _packing(self.file[name], modules.get(target.path), precision)
-            if packing and target.parameter == "weight":
-                packings[target.path] = packing
-        if packings:
+        wanted = [
+            self._wanted(name, target, modules.get(target.path), precision)
+            for name, target in self._targets.items()
+        ]
+        packed = {item.path: item.packing for item in wanted if item.packing}
+        if packed:
             quantize(
                 model,
-                class_predicate=lambda path, _: path in packings and packings[path].options(),
+                class_predicate=lambda path, _: path in packed and packed[path].options(),
             )
-        weights: list[tuple[str, mx.array]] = []
-        for name, target in self._targets.items():
-            packing = packings.get(target.path) if target.parameter == "weight" else None
-            weights += self._arrays(self.file[name], target, packing, precision)
-        model.load_weights(weights, strict=False)  # names and shapes have been compared
+        # Names and shapes have been compared.
+        model.load_weights(list(arrays_of(wanted, precision.dtype)), strict=False)
         self._set_rope_frequencies(model)
         return cast(Module, model)
+
+    def _wanted(self, name: str, target: _Target, module: Any, precision: Precision) -> Wanted:
+        tensor = self.file[name]
+        packing = None
+        if not precision.dense and target.parameter == "weight" and hasattr(module, "to_quantized"):
+            packing = packing_of(tensor.dtype, requantize=precision.requantize)
+        shifted = self.architecture.shifted_norms and target.path.endswith("norm")
+        return Wanted(tensor, target.path, target.parameter, packing, -1.0 if shifted else 0.0)
 
     def _build(self) -> Module:
         model_type = self.config["model_type"]
@@ -178,47 +171,5 @@ class GGUFLoader:
         for layer in model.layers:
             layer.self_attn.rope._freqs = frequencies
 
-    def _arrays(
-        self, tensor: GGUFTensor, target: _Target, packing: _Packing | None, precision: Precision
-    ) -> Iterator[tuple[str, mx.array]]:
-        *rows, columns = tensor.shape if tensor.shape else (1,)
-        if packing is None:
-            values = gguf_blocks.dense(tensor)
-            if self.architecture.shifted_norms and target.path.endswith("norm"):
-                values = values - 1
-            yield target.name, mx.array(values).astype(precision.dtype)
-            return
-        prefix, groups = target.path, columns // GROUP_SIZE
-        blocks = gguf_blocks.affine_blocks(tensor)
-        if blocks is not None:
-            yield f"{prefix}.weight", mx.array(blocks.words().reshape(*rows, -1))
-            for name, values in (("scales", blocks.scales), ("biases", blocks.biases)):
-                array = mx.array(values.reshape(*rows, groups))
-                yield f"{prefix}.{name}", array.astype(precision.dtype)
-        elif packing.mode == "mxfp4":
-            words, exponents = gguf_blocks.mxfp4_blocks(tensor)
-            yield f"{prefix}.weight", mx.array(words.reshape(*rows, -1))
-            yield f"{prefix}.scales", mx.array(exponents.reshape(*rows, groups))
-        else:
-            unpacked = mx.array(gguf_blocks.dense(tensor))
-            weight, scales, biases = mx.quantize(unpacked, GROUP_SIZE, packing.bits)
-            yield f"{prefix}.weight", weight
-            yield f"{prefix}.scales", scales.astype(precision.dtype)
-            yield f"{prefix}.biases", biases.astype(precision.dtype)
-
     def _error(self, message: str, *, hint: str | None = None) -> ModelLoadError:
         return self.file.metadata.error(message, hint=hint)
-
-
-def _packing(tensor: GGUFTensor, module: Any, precision: Precision) -> _Packing | None:
-    """Return how the module is to hold the tensor packed, or None if dense."""
-    if precision.dense or module is None or not hasattr(module, "to_quantized"):
-        return None
-    if gguf_blocks.is_float(tensor.dtype):
-        return None
-    bits = gguf_blocks.affine_bits(tensor.dtype)
-    if bits is not None:
-        return _Packing(bits)
-    if tensor.dtype == "MXFP4":
-        return _Packing(4, "mxfp4")
-    return _Packing(8) if precision.requantize else None

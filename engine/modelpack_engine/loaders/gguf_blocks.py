@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -82,6 +83,11 @@ def affine_bits(dtype: str) -> int | None:
 def is_float(dtype: str) -> bool:
     """Whether the type is a plain float: nothing to dequantise."""
     return dtype in _FLOATS
+
+
+def as_stored(tensor: GGUFTensor) -> npt.NDArray[Any]:
+    """Return a tensor of plain floats as it is in the file; uint16 for BF16."""
+    return tensor.raw.view(_STORED[tensor.dtype]).reshape(tensor.shape)
 
 
 def dense(tensor: GGUFTensor) -> Floats:
@@ -215,6 +221,8 @@ _FLOATS: dict[str, Callable[[Bytes], Floats]] = {
     "F16": lambda raw: raw.view(np.float16).astype(np.float32),
     "BF16": lambda raw: (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32),
 }
+
+_STORED = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 # Dequantised by the gguf package. The ternary types and NVFP4 are left out: no tool that we could
 # compare with writes them for the architectures that load.

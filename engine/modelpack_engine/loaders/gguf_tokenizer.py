@@ -23,15 +23,20 @@ _TEMPLATE = "tokenizer.chat_template"
 # Token types of llama.cpp.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # 6 is a byte
 
-# Texts of tokens that end a text whatever the metadata say, as in llama.cpp.
+# Texts of tokens that end a text whatever the metadata say, as in llama.cpp; the last two rows are
+# padding, the next repository and the next file of fill-in-the-middle.
 _ENDS = frozenset(
     {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>"}
-    | {"<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"}
-    | {"<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "[e~["}
-    | {"<｜end▁of▁sentence｜>"}
-    # Fill-in-the-middle: padding, the next repository, the next file.
-    | {"<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"}
-    | {"<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"}
+    | {"<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>", "<end_of_utterance>"}
+    | {"<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>"}
+    | {"<|fim_pad|>", "<fim-pad>", "<fim_pad>"}
+    | {"<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<|file_sep|>"}
+)
+# Those that may be plain text: Qwen's vocabulary has </s> as HTML has it. They count where the file
+# says that they are special; llama.cpp makes them so.
+_ENDS_IF_SPECIAL = frozenset(
+    {"</s>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>", "[e~[", "<PAD>", "[PAD]", "<REPO>"}
+    | {"<reponame>"}
 )
 # Harmony: <|end|> ends a message, not the answer, where these two exist.
 _HARMONY = ("<|return|>", "<|call|>")
@@ -253,6 +258,8 @@ def _ends(metadata: Metadata, vocabulary: _Vocabulary, eos: int | None) -> froze
     found = {at for at in named if at is not None}
     ids = vocabulary.ids()
     found |= {ids[token] for token in _ENDS if token in ids}
+    special = (ids[token] for token in _ENDS_IF_SPECIAL if token in ids)
+    found |= {at for at in special if vocabulary.types[at] == _CONTROL}
     if all(token in ids for token in _HARMONY):
         found.discard(ids.get("<|end|>", -1))
     return frozenset(found)

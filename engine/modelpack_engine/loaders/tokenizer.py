@@ -144,6 +144,7 @@ class Tokenizer:
             )
         return self._chat_template.render(
             {
+                "documents": None,  # templates test for it as transformers gives it
                 **self._special_tokens,
                 **variables,
                 "messages": messages,

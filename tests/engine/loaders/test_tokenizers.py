@@ -17,7 +17,13 @@ from modelpack_engine.loaders.gguf_file import GGUFFile
 from modelpack_engine.loaders.gguf_tokenizer import tokenizer_of
 from modelpack_engine.loaders.pretokenizers import PRE_TOKENIZERS
 from tests.engine.loaders.corpus import TEXTS
-from tests.engine.loaders.vocabularies import Vocabulary, golden, write_vocabulary
+from tests.engine.loaders.vocabularies import (
+    CONTROL,
+    NORMAL,
+    Vocabulary,
+    golden,
+    write_vocabulary,
+)
 
 ANSWERS: dict[str, Any] = golden("tokens")
 BYTE_LEVEL = [name for name in ANSWERS if name in PRE_TOKENIZERS]
@@ -140,6 +146,19 @@ def test_bos_and_eos_are_added_where_the_file_says_so(tmp_path: Path) -> None:
     assert both.bos == bos
     none = read(write_vocabulary(path, vocabulary, pre="llama-bpe", add_bos_token=False))
     assert none.encode("") == []
+
+
+@pytest.mark.parametrize(("kind", "ends"), [(NORMAL, False), (CONTROL, True)])
+def test_what_looks_like_an_end_may_be_text(kind: int, ends: bool, tmp_path: Path) -> None:
+    """Qwen's vocabulary has </s> as HTML has it."""
+    fields = golden("bpe")
+    vocabulary = Vocabulary(
+        **fields | {"tokens": [*fields["tokens"], "</s>"], "types": [*fields["types"], kind]}
+    )
+    tokenizer = read(write_vocabulary(tmp_path / "v.gguf", vocabulary))
+    end = vocabulary.id("</s>")
+    assert (end in tokenizer.eos_token_ids) is ends
+    assert (end in tokenizer.encode("a</s>b")) is ends
 
 
 @pytest.mark.parametrize(
