@@ -227,12 +227,14 @@ class Engine:
     def _collect(self) -> list[RequestEvent]:
         """Read the tokens of the step in flight; return what they mean for its requests."""
         events, self._news = self._news, []
-        step, self._pending = self._pending, None
+        step = self._pending
         if step is None:
             return events
         sequences = step.batch.sample_seqs
-        self._take_prompt_logprobs(step)
+        # A step that fails is noticed here: it stays pending then, for `fail_all` to account for.
         token_ids, logprobs = _read(step)
+        self._take_prompt_logprobs(step)
+        self._pending = None
         for sequence, token_id in zip(sequences, token_ids, strict=True):
             if token_id == NO_TOKEN and sequence.seq_id in self._choices:
                 self._runner.scrub(sequence.block_table)
