@@ -132,7 +132,7 @@ class Architecture:
 
     def config(self, values: Hyperparameters) -> Config:
         """Return the config that mlx-lm's class takes; `ModelLoadError` names what is missing."""
-        if values.heads < 1 or values.integer("embedding_length") < 1:
+        if values.heads < 1 or values.head_dim < 1:
             raise values.metadata.error("the model has no heads or no width")
         embeddings = "token_embd.weight"
         if embeddings not in values.file:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
+from modelpack.errors import ModelpackError
 from modelpack_engine.loaders.chat_template import ChatTemplate
 from modelpack_engine.loaders.gguf_file import Metadata
 from modelpack_engine.loaders.pretokenizers import PRE_TOKENIZERS, PreTokenizer
@@ -57,8 +58,18 @@ class _Vocabulary:
 def tokenizer_of(metadata: Metadata, chat_template: str | None = None) -> Tokenizer:
     """Return the tokenizer in `metadata`; `chat_template` is taken instead of the file's own.
 
-    Raises `ModelLoadError` for a kind of tokenizer or a pre-tokeniser that is not known.
+    Raises `ModelLoadError` for a kind of tokenizer or a pre-tokeniser that is not known, and for
+    a vocabulary that makes no tokenizer.
     """
+    try:
+        return _tokenizer(metadata, chat_template)
+    except ModelpackError:
+        raise
+    except Exception as error:  # the library raises nothing more precise
+        raise metadata.error(f"its vocabulary makes no tokenizer: {str(error)[:500]}") from error
+
+
+def _tokenizer(metadata: Metadata, chat_template: str | None) -> Tokenizer:
     kind = metadata.text(f"{_KEY}model")
     vocabulary = _vocabulary(metadata)
     if kind == "gpt2":

@@ -103,10 +103,24 @@ def test_what_cannot_be_packed_is_held_in_8_bits_or_dense(requantize: bool, tmp_
     assert distance(tiny.logits(held.model)[-1], tiny.logits(dense.model)[-1]) < 1e-3
 
 
-def test_half_precision_is_the_default_on_a_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-oss", "qwen3moe"])
+def test_as_on_a_gpu(name: str, tmp_path: Path) -> None:
+    """Packed, with scales and all the rest in bfloat16."""
+    tiny = TINY_MODELS[name]
+    path = tiny.write(tmp_path / "m.gguf", quantizer(Q.Q8_0))
+    loaded = load_tiny(path, dense=False, dtype=mx.bfloat16)
+    held = {array.dtype for _, array in tree_flatten(loaded.model.parameters())}
+    assert held == {mx.uint32, mx.bfloat16}
+    assert distance(tiny.logits(loaded.model)[-1], tiny.logits(load_tiny(path).model)[-1]) < 0.03
+
+
+@pytest.mark.parametrize("type", [Q.F32, Q.F16, Q.BF16])
+def test_floats_of_all_kinds_become_the_dtype(type: Q, tmp_path: Path) -> None:
     tiny = TINY_MODELS["llama"]
-    loaded = load_tiny(tiny.write(tmp_path / "m.gguf"), dtype=mx.bfloat16)
+    loaded = load_tiny(tiny.write(tmp_path / "m.gguf", quantizer(type)), dtype=mx.bfloat16)
     assert {a.dtype for _, a in tree_flatten(loaded.model.parameters())} == {mx.bfloat16}
+    exact = load_tiny(tmp_path / "m.gguf")
+    assert distance(tiny.logits(loaded.model)[-1], tiny.logits(exact.model)[-1]) < 1e-2
 
 
 def test_shards_are_one_model(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import gguf
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from modelpack.errors import WeightFormatError
+from modelpack.formats.gguf import read_gguf_header
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.loaders import ModelFiles, load
 from tests.engine.loaders.test_architectures import shards
@@ -108,6 +110,7 @@ def test_wrong_shape(tmp_path: Path) -> None:
         ({"hidden_size": 32}, "rope on a part of the head|shape"),
         ({"intermediate_size": 2**31}, "make no llama model|shape"),
         ({"head_dim": 48}, "rope on a part of the head|shape"),
+        ({"head_dim": 0}, "no heads or no width"),
     ],
 )
 def test_lying_metadata(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -170,6 +173,28 @@ def test_rope_factors_of_the_wrong_length(tmp_path: Path) -> None:
         writer.add_tensor("rope_freqs.weight", np.ones(5, np.float32))
 
     refuse(replace(LLAMA, keys=keys).write(tmp_path / "m.gguf"), "expected 8 rope factors, got 5")
+
+
+@pytest.mark.parametrize("name", ["llama-3", "gemma3", "gpt-oss", "phi3-long"])
+def test_damaged_headers_are_model_errors(name: str, tmp_path: Path) -> None:
+    """Whatever a few wrong bytes make of a header, nothing but our own errors comes out."""
+    path = TINY_MODELS[name].write(tmp_path / "m.gguf")
+    raw, header = path.read_bytes(), read_gguf_header(path)
+    places = [value.offset for value in header.metadata.values()]
+    random = Random(name)
+    outcomes = set()
+    for _ in range(60):
+        damaged = bytearray(raw)
+        for _ in range(random.choice((1, 1, 3))):
+            near = random.choice((*places, *range(header.infos_end - 2000, header.infos_end, 40)))
+            at = min(near + random.randrange(40), header.infos_end - 1)
+            damaged[at] = random.choice((0, 1, 2, 0x7F, 0xFF))
+        path.write_bytes(damaged)
+        try:
+            load(ModelFiles.from_directory(path), device="cpu")
+        except (ModelLoadError, WeightFormatError) as error:
+            outcomes.add(type(error))
+    assert outcomes == {ModelLoadError, WeightFormatError}
 
 
 def test_missing_shard(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import tokenizers
 
@@ -21,6 +22,7 @@ from tests.engine.loaders.vocabularies import (
     CONTROL,
     NORMAL,
     Vocabulary,
+    finish,
     golden,
     write_vocabulary,
 )
@@ -178,6 +180,19 @@ def test_bad_vocabularies(changes: dict[str, Any], message: str, tmp_path: Path)
     vocabulary.types.extend([3, 3] if len(vocabulary.types) == 2 else [])
     path = write_vocabulary(tmp_path / "v.gguf", vocabulary, pre=changes.get("pre", "gpt-2"))
     with pytest.raises(ModelLoadError, match=message):
+        read(path)
+
+
+def test_a_library_that_gives_up_is_a_model_error(tmp_path: Path) -> None:
+    fields = golden("bpe")
+    fields["tokens"][1] = "<|im:start|>"  # cannot be written in the library's templates
+    vocabulary = Vocabulary(**fields)
+    path = tmp_path / "v.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    vocabulary.add_to(writer, pre="llama-bpe")
+    writer.add_bos_token_id(1)
+    finish(writer)
+    with pytest.raises(ModelLoadError, match="its vocabulary makes no tokenizer"):
         read(path)
 
 
