@@ -101,7 +101,7 @@ class Adapted:
 
     def pools(self) -> list[mx.array]:
         """Return what a step writes: to be evaluated with its tokens, and not to be kept."""
-        arrays = [pool for kv in self.paged for pool in (kv.keys_pool, kv.values_pool)]
+        arrays = [pool for kv in self.paged for pool in (kv.pools.keys, kv.pools.values)]
         arrays += [a for state in self.states for a in state.arrays if a is not None]
         return arrays
 
@@ -125,8 +125,7 @@ class Adapted:
         """Zero the keys and values of `blocks`."""
         slots = mx.array([b * block_size + i for b in blocks for i in range(block_size)], mx.int32)
         for kv in self.paged:
-            kv.keys_pool[slots] = mx.zeros((), kv.keys_pool.dtype)
-            kv.values_pool[slots] = mx.zeros((), kv.values_pool.dtype)
+            kv.pools.zero(slots)
 
     def notes(self) -> tuple[str, ...]:
         """Say in words what was done to run the model."""

@@ -23,7 +23,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from modelpack_engine.attention.paged import KVLayout
+from modelpack_engine.attention.pools import KVLayout
 from modelpack_engine.errors import EngineError
 
 

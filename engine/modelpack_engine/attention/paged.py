@@ -3,9 +3,6 @@
 Every scheduled token is one batch row of length 1, prefill and decode alike, so `offset` is a
 vector that rotary embeddings take per row. `update_and_fetch` writes the new rows into the pool and
 returns handles; `attend` answers when these reach the attention function.
-
-The pool has one version per layer and step: it is written once, then read. A second write, or a
-reference kept by anybody else, would make MLX copy the pool.
 """
 
 from __future__ import annotations
@@ -22,29 +19,9 @@ from modelpack_engine.attention.handles import (
     make_handle,
     make_row_mask,
 )
+from modelpack_engine.attention.keys import KeyRange
+from modelpack_engine.attention.pools import HeadMajorPools, KVLayout, Pools, TokenMajorPools
 from modelpack_engine.attention.step import StepInputs
-
-
-@dataclass(frozen=True, slots=True)
-class KVLayout:
-    """What one layer caches per token; `window` is the number of tokens it sees, or None for all.
-
-    Keys and values may differ in heads and size: latent attention keeps latents and rotary keys.
-    """
-
-    key_heads: int
-    key_dim: int
-    value_heads: int
-    value_dim: int
-    dtype: mx.Dtype
-    window: int | None = None
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of keys and values of one token in this layer."""
-        elements = self.key_heads * self.key_dim + self.value_heads * self.value_dim
-        return int(elements * self.dtype.size)
-
 
 #: Chunks up to this many tokens go the way of decode rows, where there is a kernel for these.
 _SHORT_CHUNK = 8
@@ -67,13 +44,11 @@ class PagedKV:
     def __init__(
         self, layout: KVLayout, step: StepInputs, *, num_blocks: int, name: str = "layer"
     ) -> None:
-        """Make the pools: [slots, heads, dim] each, zeros so that unwritten slots are finite."""
         self.layout = layout
         self.step = step
         self.name = name
-        slots = num_blocks * step.block_size
-        self.keys_pool = mx.zeros((slots, layout.key_heads, layout.key_dim), layout.dtype)
-        self.values_pool = mx.zeros((slots, layout.value_heads, layout.value_dim), layout.dtype)
+        kind = HeadMajorPools if step.exact else TokenMajorPools
+        self.pools: Pools = kind(layout, num_blocks, step.block_size)
         self._open = False
         self._handles: tuple[KVHandle, KVHandle] | None = None
         self.row_masks = False
@@ -93,19 +68,13 @@ class PagedKV:
 
     def write(self, keys: mx.array, values: mx.array) -> None:
         """Write rows [rows, heads, 1, dim] at the step's slots."""
-        slots, layout = self.step.slots, self.layout
-        keys = keys.reshape(keys.shape[0], layout.key_heads, layout.key_dim)
-        values = values.reshape(values.shape[0], layout.value_heads, layout.value_dim)
-        if self.step.exact or not layout.value_dim:
-            self.keys_pool[slots] = keys
-            if layout.value_dim:
-                self.values_pool[slots] = values
-            return
-        keys_pool, values_pool = kernels.write_kv(
-            keys, values, self.keys_pool, self.values_pool, slots
+        layout = self.layout
+        self.pools.write(
+            keys.reshape(keys.shape[0], layout.key_heads, layout.key_dim),
+            values.reshape(values.shape[0], layout.value_heads, layout.value_dim),
+            self.step.slots,
+            self.step.slot_runs,
         )
-        assert values_pool is not None
-        self.keys_pool, self.values_pool = keys_pool, values_pool
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVHandle, KVHandle]:
         """Write the step's rows and return them as handles."""
@@ -128,14 +97,10 @@ class PagedKV:
 
         In order, the piece's own rows last; those before the window of the last query are left out.
         """
-        step, window = self.step, self.layout.window
+        window = self.layout.window
         if chunk is None:
-            span, table = step.decode_span(row, window)
-        else:
-            span, table = step.chunk_span(chunk, window)
-        blocks = mx.array([table[span.first_block : span.first_block + span.num_blocks]], mx.int32)
-        keys = self._gather(self.keys_pool, blocks, span.start, span.stop, None)
-        return keys, self._gather(self.values_pool, blocks, span.start, span.stop, None)
+            return self.pools.read(self.step.decode_keys(row, window))
+        return self.pools.read(self.step.whole_chunk_keys(chunk, window))
 
     def close(self) -> None:
         """End the step; raise if its keys never reached the attention function."""
@@ -194,8 +159,8 @@ class PagedKV:
         """Attend by a kernel, if there is one, to the blocks where they are."""
         output = kernels.decode_attention(
             rows[:, :, 0],
-            self.keys_pool,
-            self.values_pool,
+            self.pools.keys,
+            self.pools.values,
             tables,
             lengths,
             scale=how.scale,
@@ -214,34 +179,33 @@ class PagedKV:
         groups, order = self.step.decode_groups(how.window)
         outputs = []
         for group in groups:
-            some, some_pe = (
-                a if a is None or group.rows is None else a[group.rows] for a in (rows, pe)
-            )
-            assert some is not None
-            keys = (group.tables, group.start, group.stop)
-            outputs.append(self._attend(some, some_pe, keys, group.mask, how))
+            some = rows[group.rows]
+            some_pe = None if pe is None else pe[group.rows]
+            outputs.append(self._attend(some, some_pe, group.keys, group.mask, how))
         return outputs if order is None else [mx.concatenate(outputs)[order]]
 
     def _prefill(self, rows: mx.array, pe: mx.array | None, index: int, how: _How) -> mx.array:
         """Attend from the rows of a chunk, as queries of one sequence."""
         found = self.step.chunk_keys(index, how.window)
-        keys = (found.blocks, found.start, found.stop)
         queries = rows.transpose(2, 1, 0, 3)
         pe = None if pe is None else pe.transpose(2, 1, 0, 3)
-        return self._attend(queries, pe, keys, found.mask, how).transpose(2, 1, 0, 3)
+        return self._attend(queries, pe, found.keys, found.mask, how).transpose(2, 1, 0, 3)
 
     def _attend(
         self,
         queries: mx.array,
         pe: mx.array | None,
-        keys: tuple[mx.array, int, int],
+        found: KeyRange,
         mask: mx.array | str | None,
         how: _How,
     ) -> mx.array:
+        keys, values = self.pools.read(found)
+        if how.key_dtype is not None and how.key_dtype != keys.dtype:
+            keys, values = keys.astype(how.key_dtype), values.astype(how.key_dtype)
         return gather.attend(
             queries,
-            self._gather(self.keys_pool, *keys, how.key_dtype),
-            self._gather(self.values_pool, *keys, how.key_dtype),
+            keys,
+            values,
             mask,
             scale=how.scale,
             sinks=how.sinks,
@@ -249,22 +213,6 @@ class PagedKV:
             query_pe=pe,
             fold_heads=self.step.exact,
         )
-
-    def _gather(
-        self, pool: mx.array, blocks: mx.array, start: int, stop: int, dtype: mx.Dtype | None
-    ) -> mx.array:
-        """Return keys or values [n, heads, stop - start, dim] of block tables [n, blocks]."""
-        _, heads, dim = pool.shape
-        if dim == 0:
-            return mx.zeros((blocks.shape[0], heads, stop - start, 0), pool.dtype)
-        by_block = pool.reshape(-1, self.step.block_size * heads * dim)
-        found = by_block[kernels.after(blocks, pool)].reshape(blocks.shape[0], -1, heads, dim)
-        if start or stop < found.shape[1]:
-            found = found[:, start:stop]
-        if dtype is not None and dtype != found.dtype:
-            found = found.astype(dtype)
-        # Matrix products on transposed keys are several times slower on a CPU than the copy.
-        return mx.contiguous(found.swapaxes(1, 2))
 
 
 def _first(array: mx.array | None, rows: int) -> mx.array | None:

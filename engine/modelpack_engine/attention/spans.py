@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +15,14 @@ class Span:
     num_blocks: int
     start: int
     stop: int
+
+
+class Run(NamedTuple):
+    """Rows from `row` on whose slots follow each other from `slot` on."""
+
+    row: int
+    slot: int
+    length: int
 
 
 def visible(length: int, window: int | None, block_size: int, *, queries: int = 1) -> Span:
@@ -48,3 +57,16 @@ def length_groups(lengths: Sequence[int], spread: int = 2) -> list[list[int]]:
     if len(groups) == 1:
         return [list(range(len(lengths)))]
     return groups
+
+
+def slot_runs(slots: Sequence[int], most: int) -> list[Run] | None:
+    """Return the runs that `slots` are made of, None if these are more than `most`."""
+    runs: list[Run] = []
+    for row, slot in enumerate(slots):
+        if runs and slot == runs[-1].slot + runs[-1].length:
+            runs[-1] = runs[-1]._replace(length=runs[-1].length + 1)
+        elif len(runs) == most:
+            return None
+        else:
+            runs.append(Run(row, slot, 1))
+    return runs

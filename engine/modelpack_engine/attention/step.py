@@ -12,40 +12,43 @@ from typing import TYPE_CHECKING, TypeVar
 
 import mlx.core as mx
 
-from modelpack_engine.attention.spans import Span, length_groups, visible
+from modelpack_engine.attention.keys import KeyRange, consecutive
+from modelpack_engine.attention.spans import Run, Span, length_groups, slot_runs, visible
 
 if TYPE_CHECKING:
     from modelpack_engine.batch import Chunk, StepBatch
 
 T = TypeVar("T")
 
+#: As many rows are attended one by one if their keys can be read where they lie.
+_FEW_ROWS = 2
+#: From so many blocks on, not copying keys is worth a call of its own.
+_MANY_BLOCKS = 16
+#: Up to so many runs, writing slices is faster than scattering rows.
+_FEW_RUNS = 3
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Decode rows attended in one call.
+    """Decode rows attended in one call; `mask` is bool [rows, 1, 1, keys] or None.
 
-    `rows` (int32 [n], None: all decode rows in order); `tables` int32 [n, blocks]; keys
-    [start, stop) of the gathered ones are used; `mask` bool [n, 1, 1, stop - start] or None.
+    `rows` picks them: a slice, or int32 [rows].
     """
 
-    rows: mx.array | None
-    tables: mx.array
-    start: int
-    stop: int
+    rows: slice | mx.array
+    keys: KeyRange
     mask: mx.array | None
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkKeys:
-    """Keys of one prefill chunk: `blocks` int32 [1, blocks], of which [start, stop) are used.
+    """Keys of one prefill chunk, and the mask as MLX's attention takes it.
 
-    `mask` as MLX's attention takes it: None for a single query that sees all, "causal"
-    (aligned at the bottom right), or bool [queries, keys].
+    None for a single query that sees all, "causal" (aligned at the bottom right), or bool
+    [queries, keys].
     """
 
-    blocks: mx.array
-    start: int
-    stop: int
+    keys: KeyRange
     mask: mx.array | str | None
 
 
@@ -59,6 +62,7 @@ class StepInputs:
         self.num_decode = 0
         self.decode_seq_ids: tuple[int, ...] = ()
         self.chunks: tuple[Chunk, ...] = ()
+        self.slot_runs: list[Run] | None = None
         self._tables: list[list[int]] = []
         self._lengths: list[int] = []
         self._memo: dict[object, object] = {}
@@ -77,6 +81,7 @@ class StepInputs:
         self._memo = {}
         self.positions = mx.array(batch.positions, mx.int32)
         self.slots = mx.array(batch.slots, mx.int32)
+        self.slot_runs = slot_runs(batch.slots, _FEW_RUNS) if self.exact else None
         self.sample_rows = mx.array(sample_rows, mx.int32)
         self.all_rows_sampled = sample_rows == list(range(self.num_rows))
         self.rows_taken = False
@@ -93,19 +98,11 @@ class StepInputs:
             self._memo[key] = make()
         return self._memo[key]  # type: ignore[return-value]
 
+    # Decode rows.
+
     def decode_length(self, row: int) -> int:
         """Return the length of the sequence of decode row `row`, its new token included."""
         return self._lengths[row]
-
-    def decode_span(self, row: int, window: int | None) -> tuple[Span, list[int]]:
-        """Return what decode row `row` sees, and its block table."""
-        return visible(self._lengths[row], window, self.block_size), list(self._tables[row])
-
-    def chunk_span(self, index: int, window: int | None) -> tuple[Span, list[int]]:
-        """Return what the tokens of chunk `index` see, and its block table."""
-        chunk = self.chunks[index]
-        span = visible(chunk.kv_length, window, self.block_size, queries=chunk.length)
-        return span, list(chunk.block_table)
 
     def decode_rows(self) -> tuple[mx.array, mx.array]:
         """Return block tables int32 [rows, width] and lengths int32 [rows] of all decode rows."""
@@ -114,8 +111,54 @@ class StepInputs:
             lambda: (mx.array(self._tables, mx.int32), mx.array(self._lengths, mx.int32)),
         )
 
+    def decode_keys(self, row: int, window: int | None) -> KeyRange:
+        """Return the keys that decode row `row` sees."""
+        return self._key_range(self._tables[row], self._span(row, window))
+
+    def decode_groups(self, window: int | None) -> tuple[list[DecodeGroup], mx.array | None]:
+        """Return groups of similar length, and the order that sorts their outputs by row."""
+        return self.remember(("decode", window), lambda: self._decode_groups(window))
+
+    def _decode_groups(self, window: int | None) -> tuple[list[DecodeGroup], mx.array | None]:
+        spans = [self._span(row, window) for row in range(self.num_decode)]
+        alone: list[int] = []
+        together: list[int] = []
+        for row, span in enumerate(spans):
+            few = self.num_decode <= _FEW_ROWS or span.num_blocks >= _MANY_BLOCKS
+            (alone if few and consecutive(self._seen(row, span)) else together).append(row)
+        groups = [[row] for row in alone]
+        if together:
+            found = length_groups([spans[row].num_blocks for row in together])
+            groups += [[together[i] for i in group] for group in found]
+        made = [self._decode_group(group, spans) for group in groups]
+        order = [row for group in groups for row in group]
+        if order == list(range(self.num_decode)):
+            return made, None
+        return made, mx.array(sorted(range(len(order)), key=order.__getitem__), mx.int32)
+
+    def _decode_group(self, rows: list[int], spans: list[Span]) -> DecodeGroup:
+        first = spans[rows[0]]
+        start, stop, mask = first.start, first.stop, None
+        if any(spans[row].start != start or spans[row].stop != stop for row in rows):
+            start, stop = 0, max(spans[row].stop for row in rows)
+            mask = _between([spans[r].start for r in rows], [spans[r].stop for r in rows], stop)
+        width = max(spans[row].num_blocks for row in rows)
+        tables = [self._seen(row, spans[row]) for row in rows]
+        tables = [table + [0] * (width - len(table)) for table in tables]
+        side_by_side = rows == list(range(rows[0], rows[0] + len(rows)))
+        index = slice(rows[0], rows[0] + len(rows)) if side_by_side else mx.array(rows, mx.int32)
+        return DecodeGroup(index, KeyRange(tables, start, stop), mask)
+
+    def _span(self, row: int, window: int | None) -> Span:
+        return visible(self._lengths[row], window, self.block_size)
+
+    def _seen(self, row: int, span: Span) -> list[int]:
+        return list(self._tables[row][span.first_block : span.first_block + span.num_blocks])
+
+    # Chunks.
+
     def chunk_rows(self, index: int) -> tuple[mx.array, mx.array]:
-        """Return the same for the rows of chunk `index`, as if each of them decoded."""
+        """Return tables and lengths of the rows of chunk `index`, as if each of them decoded."""
         return self.remember(("rows", index), lambda: self._chunk_rows(index))
 
     def _chunk_rows(self, index: int) -> tuple[mx.array, mx.array]:
@@ -128,58 +171,37 @@ class StepInputs:
             mx.array(lengths, mx.int32),
         )
 
-    def decode_groups(self, window: int | None) -> tuple[list[DecodeGroup], mx.array | None]:
-        """Return groups of similar length, and the order that sorts their outputs by row."""
-        return self.remember(("decode", window), lambda: self._decode_groups(window))
+    def chunk_span(self, index: int, window: int | None) -> Span:
+        """Return what the tokens of chunk `index` see."""
+        chunk = self.chunks[index]
+        return visible(chunk.kv_length, window, self.block_size, queries=chunk.length)
 
-    def _decode_groups(self, window: int | None) -> tuple[list[DecodeGroup], mx.array | None]:
-        spans = [visible(length, window, self.block_size) for length in self._lengths]
-        groups = length_groups([span.num_blocks for span in spans])
-        if len(groups) == 1:
-            return [self._exact_group(groups[0], spans, whole=True)], None
-        order = [row for group in groups for row in group]
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        made = [self._exact_group(group, spans, whole=False) for group in groups]
-        return made, mx.array(inverse, mx.int32)
-
-    def _exact_group(self, rows: list[int], spans: list[Span], *, whole: bool) -> DecodeGroup:
-        width = max(spans[row].num_blocks for row in rows)
-        tables = []
-        for row in rows:
-            span = spans[row]
-            blocks = self._tables[row][span.first_block : span.first_block + span.num_blocks]
-            tables.append(list(blocks) + [0] * (width - len(blocks)))
-        first = spans[rows[0]]
-        start, stop, mask = first.start, first.stop, None
-        if any(spans[row].start != start or spans[row].stop != stop for row in rows):
-            start, stop = 0, max(spans[row].stop for row in rows)
-            mask = _between([spans[r].start for r in rows], [spans[r].stop for r in rows], stop)
-        index = None if whole else mx.array(rows, mx.int32)
-        return DecodeGroup(index, mx.array(tables, mx.int32), start, stop, mask)
+    def whole_chunk_keys(self, index: int, window: int | None) -> KeyRange:
+        """Return the keys that the tokens of chunk `index` see, without any for padding."""
+        return self._key_range(self.chunks[index].block_table, self.chunk_span(index, window))
 
     def chunk_keys(self, index: int, window: int | None) -> ChunkKeys:
-        """Return the keys of chunk `index`."""
+        """Return the keys of chunk `index`, padding included, and what of them each row sees."""
         return self.remember(("chunk", index, window), lambda: self._chunk_keys(index, window))
 
     def _chunk_keys(self, index: int, window: int | None) -> ChunkKeys:
         chunk, size = self.chunks[index], self.block_size
-        span = visible(chunk.kv_length, window, size, queries=chunk.length)
+        span = self.chunk_span(index, window)
         padding = chunk.padded_length - chunk.length
         table = list(chunk.block_table)
-        base = span.first_block * size
         if len(table) > -(-chunk.kv_length // size) and not self.exact:
             # The table is bucketed: use all of it, and say with a mask what counts.
-            start, stop = 0, len(table) * size - base
+            start, stop = 0, (len(table) - span.first_block) * size
         else:
             start, stop = span.start, span.stop + padding
         needed = -(-stop // size)
         blocks = table[span.first_block : span.first_block + needed]
         blocks += [0] * (needed - len(blocks))
-        keys = mx.array([blocks], mx.int32)
+        keys = KeyRange([blocks], start, stop)
         aligned = stop == span.stop + padding
         unseen = window is not None and stop - start > window
         if aligned and not unseen:
-            return ChunkKeys(keys, start, stop, None if chunk.padded_length == 1 else "causal")
+            return ChunkKeys(keys, None if chunk.padded_length == 1 else "causal")
         # Positions counted from the first gathered key.
         first_query = span.stop - chunk.length
         queries = first_query + mx.arange(chunk.padded_length, dtype=mx.int32)[:, None]
@@ -188,7 +210,11 @@ class StepInputs:
         mask = positions <= queries
         if window is not None:
             mask = mask & (positions > queries - window)
-        return ChunkKeys(keys, start, stop, mask)
+        return ChunkKeys(keys, mask)
+
+    def _key_range(self, table: list[int] | tuple[int, ...], span: Span) -> KeyRange:
+        blocks = table[span.first_block : span.first_block + span.num_blocks]
+        return KeyRange([blocks], span.start, span.stop)
 
 
 def _between(starts: list[int], stops: list[int], keys: int) -> mx.array:

@@ -15,7 +15,8 @@ from modelpack_engine.attention.handles import (
     make_row_mask,
     native_attention,
 )
-from modelpack_engine.attention.paged import KVLayout, PagedKV
+from modelpack_engine.attention.paged import PagedKV
+from modelpack_engine.attention.pools import KVLayout
 from modelpack_engine.attention.step import StepInputs
 from tests.engine.runner.models import prefill
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelpack_engine.attention.paged import KVLayout, PagedKV
+from modelpack_engine.attention.paged import PagedKV
+from modelpack_engine.attention.pools import KVLayout
 from modelpack_engine.attention.step import StepInputs
 from modelpack_engine.batch import Chunk, StepBatch
 from modelpack_engine.buckets import EXACT, Buckets
@@ -121,7 +122,7 @@ def test_paged_attention(exact: bool, kind: str, case: Case, window: int) -> Non
         keys = mx.random.normal((length, layout.key_heads, DIM))
         values = mx.random.normal((length, layout.value_heads, VALUE_DIM))
         slots = mx.array([table[p // BLOCK] * BLOCK + p % BLOCK for p in range(length)])
-        paged.keys_pool[slots], paged.values_pool[slots] = keys, values
+        paged.pools.write(keys, values, slots, None)
         sequences.append((keys, values))
 
     step.begin(batch, [0])

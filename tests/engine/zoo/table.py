@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx_lm
 
 from modelpack_engine.adaptation.layout import StateLayout
-from modelpack_engine.attention.paged import KVLayout
+from modelpack_engine.attention.pools import KVLayout
 from modelpack_engine.model_runner import ModelRunner
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import Configuration

@@ -81,7 +81,7 @@ def _late(original: Any) -> Any:
 
     def begin(self: StepInputs, *args: Any) -> None:
         original(self, *args)
-        self.slots = self.slots + 1
+        self.slots, self.slot_runs = self.slots + 1, None
 
     return begin
 
