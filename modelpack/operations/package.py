@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,8 @@ from modelpack.storage import Watch
 from modelpack.stores.layout import LayoutStore
 
 _CHUNK = 1024 * 1024
+#: May be more than there are processors: a file's writes wait for the disk, not for them.
+_FILES_AT_A_TIME = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ def _take_files(
         return digest
 
     tasks = [partial(take, file) for file in files]
-    return run_all(tasks, min(os.cpu_count() or 1, 4), watch.stop)
+    return run_all(tasks, _FILES_AT_A_TIME, watch.stop)
 
 
 def _identity(path: Path) -> tuple[int, int, int, int]:

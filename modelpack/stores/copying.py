@@ -6,6 +6,7 @@ copy takes hardly longer than the hash alone.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Callable
@@ -14,16 +15,15 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 from modelpack.digest import Digest, new_hasher
-from modelpack.stores.durability import write_all
+from modelpack.stores.direct_writing import DirectWriter
 from modelpack.stores.os_errors import translating
-from modelpack.stores.write_behind import WriteBehind
 
 if TYPE_CHECKING:
     from hashlib import _Hash
     from types import TracebackType
 
-#: What is read, hashed and written at a time: it stays in a processor's cache meanwhile.
-CHUNK: Final = 256 * 1024
+#: What is read, hashed and written at a time.
+CHUNK: Final = 1024 * 1024
 #: Bytes between two progress reports.
 STEP: Final = 1024 * 1024
 _BUFFERS = 8
@@ -44,7 +44,7 @@ class Hashing:
 
     def __init__(self, hasher: _Hash, size: int) -> None:
         self._hasher = hasher
-        self._size = size
+        self.size = size
         self._free: SimpleQueue[memoryview] = SimpleQueue()
         self._filled: SimpleQueue[tuple[memoryview, int] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -53,11 +53,12 @@ class Hashing:
     def __enter__(self) -> Hashing:
         global _busy
         with _busy_mutex:
-            threaded = self._size >= _WORTH_A_THREAD and _busy + 2 <= _processors()
+            threaded = self.size >= _WORTH_A_THREAD and _busy + 2 <= _processors()
             self._share = 2 if threaded else 1
             _busy += self._share
         for _ in range(_BUFFERS if threaded else 1):
-            self._free.put(memoryview(bytearray(min(CHUNK, self._size + 1))))
+            # Whole pages, so that they can be written directly.
+            self._free.put(memoryview(mmap.mmap(-1, CHUNK)))
         if threaded:
             self._thread = threading.Thread(target=self._run, name="modelpack-hash", daemon=True)
             self._thread.start()
@@ -103,7 +104,7 @@ def copy_and_hash(
     `seen` is called with the number of bytes now and then, and may raise to end it.
     """
     total = told = 0
-    behind = WriteBehind(target, 0, drop=True)
+    writer = DirectWriter(target, hashing.size)
     with hashing:
         while True:
             buffer = hashing.buffer()
@@ -112,9 +113,8 @@ def copy_and_hash(
                 break
             hashing.update(buffer, length)
             with translating("write", path):
-                write_all(target, buffer[:length])
+                writer.write(buffer[:length])
             total += length
-            behind.written(total)
             if total - told >= STEP:
                 told = total
                 seen(total)

@@ -43,7 +43,7 @@ class Partial:
                 self.path.chmod(0o644)
                 self.file = os.open(self.path, flags)
         self._hasher = descriptor.digest.hasher()
-        self._behind = WriteBehind(self.file, 0, drop=False)
+        self._behind = WriteBehind(self.file, 0)
         self.length = 0
 
     @staticmethod
@@ -58,7 +58,7 @@ class Partial:
                 os.ftruncate(self.file, 0)
             os.lseek(self.file, 0, os.SEEK_SET)
             self.length = read_and_hash(self.file, self._hasher, seen)
-        self._behind = WriteBehind(self.file, self.length, drop=False)
+        self._behind = WriteBehind(self.file, self.length)
 
     def journal(self) -> None:
         """Say what this is, for whoever finds it; a full disk is no reason to stop here."""
@@ -98,7 +98,7 @@ class Partial:
             os.lseek(self.file, 0, os.SEEK_SET)
         self._hasher = self.wanted.digest.hasher()
         self.length = 0
-        self._behind = WriteBehind(self.file, 0, drop=False)
+        self._behind = WriteBehind(self.file, 0)
 
     def seal(self) -> None:
         """Have the content on the disk, ready to be renamed."""

@@ -17,17 +17,11 @@ _GRACE_SECONDS: Final = 0.1
 
 
 class WriteBehind:
-    """Tells the kernel about a file that is written from `start` on; only advice, never an error.
+    """Tells the kernel about a file that is written from `start` on: advice, never an error."""
 
-    `drop` also frees the memory of what reached the disk: for copies of files that are cached
-    already.
-    """
-
-    def __init__(self, file: int, start: int, *, drop: bool) -> None:
+    def __init__(self, file: int, start: int) -> None:
         self._file = file
         self._told = start
-        self._dropped = start
-        self._drop = drop
         self._patience = _GRACE_SECONDS
         self._active = hasattr(os, "posix_fadvise")
 
@@ -35,16 +29,15 @@ class WriteBehind:
         """Note that everything before `position` is written."""
         if not self._active or position - self._told < _WINDOW:
             return
-        # Of a range, the kernel starts to write what is dirty, and drops what is on the disk: that
-        # is the window before, which gets its second call.
-        begin = self._dropped if self._drop else self._told
+        # The kernel starts to write what is dirty in the range; that keeps it cached.
+        length = position - self._told
         started = time.monotonic()
         try:
-            os.posix_fadvise(self._file, begin, position - begin, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._file, self._told, length, os.POSIX_FADV_DONTNEED)
         except OSError:
             self._active = False
-        self._patience += (position - self._told) / _BYTES_PER_SECOND
+        self._patience += length / _BYTES_PER_SECOND
         self._patience -= time.monotonic() - started
         if self._patience < 0:
             self._active = False
-        self._dropped, self._told = self._told, position
+        self._told = position

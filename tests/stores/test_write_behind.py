@@ -28,17 +28,10 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def test_every_window_is_told_once_to_start_writing(told: list[tuple[int, int]]) -> None:
-    behind = WriteBehind(0, 5, drop=False)
+    behind = WriteBehind(0, 5)
     for position in range(5, 4 * WINDOW, MIB):
         behind.written(position)
     assert told == [(5 + n * WINDOW, 5 + (n + 1) * WINDOW) for n in range(3)]
-
-
-def test_to_drop_it_a_window_is_told_again(told: list[tuple[int, int]]) -> None:
-    behind = WriteBehind(0, 0, drop=True)
-    for position in range(MIB, 4 * WINDOW + 1, MIB):
-        behind.written(position)
-    assert told == [(max(0, n - 1) * WINDOW, (n + 1) * WINDOW) for n in range(4)]
 
 
 def test_a_slow_disk_is_left_alone(
@@ -46,7 +39,7 @@ def test_a_slow_disk_is_left_alone(
 ) -> None:
     clock = iter(range(100))
     monkeypatch.setattr(write_behind.time, "monotonic", lambda: next(clock))
-    behind = WriteBehind(0, 0, drop=True)
+    behind = WriteBehind(0, 0)
     for position in range(WINDOW, 5 * WINDOW, WINDOW):
         behind.written(position)
     assert len(told) == 1
@@ -55,7 +48,7 @@ def test_a_slow_disk_is_left_alone(
 def test_a_file_that_takes_no_advice_is_no_error(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     try:
-        WriteBehind(writing, 0, drop=True).written(WINDOW)
+        WriteBehind(writing, 0).written(WINDOW)
     finally:
         os.close(reading)
         os.close(writing)
