@@ -5,6 +5,7 @@ Packaging hashes and copies every byte; openssl only hashes. The page cache is w
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,6 +28,7 @@ def main() -> None:
         def package(directory: Path) -> Run:
             store = root / "store"
             shutil.rmtree(store, ignore_errors=True)
+            os.sync()  # the disk is done with what was deleted and made before
             command = [MODELPACK, "package", "-q", "--safetensors-dir", directory, "bench/m:v1"]
             return measure(command, {"MODELPACK_STORE": str(store)})
 
