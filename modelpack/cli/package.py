@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from modelpack.cli.options import Settings, common_options, model_names, remote_options
-from modelpack.cli.output import human_size, note, note_reference, show
+from modelpack.cli.output import human_size, note, note_reference, plural, show
 from modelpack.cli.progress import shown_progress
 from modelpack.errors import UsageError
 from modelpack.operations import package as packaging
@@ -107,7 +107,8 @@ def package(
         )
     done = "would package" if dry_run else "packaged and pushed" if push else "packaged"
     size = human_size(made.manifest.total_size)
-    note(settings, f"{done} {where}: {len(made.manifest.layers)} layers, {size}")
+    layers = plural(len(made.manifest.layers), "layer")
+    note(settings, f"{done} {where}: {layers}, {size}")
     if dry_run and not settings.json:
         for layer in made.manifest.layers:
             note(settings, f"  {layer.media_type}  {human_size(layer.size)}  {layer.filepath}")
