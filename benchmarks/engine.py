@@ -1,0 +1,196 @@
+"""The engine on this machine's CPU against mlx-lm, on SmolLM2-135M (float32, dense).
+
+    python benchmarks/engine.py
+
+Every measurement is a process of its own, in turn, so that each has the BLAS it is named for:
+`bundled` is MLX as pip installs it, `openblas` the BLAS that modelpack_engine loads. Both run the
+same weights, loaded by the same loader, and the same prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROUNDS = 3
+PROMPT, ANSWER, STREAMS = 64, 64, 8
+PREFIX = 460  # of a prompt of 512 tokens: 90 %
+
+
+def prompts(count: int, length: int, seed: int = 7) -> list[list[int]]:
+    """Return prompts of random tokens."""
+    generator = random.Random(seed)
+    return [[generator.randrange(1000, 40000) for _ in range(length)] for _ in range(count)]
+
+
+def load(blas: str) -> Any:
+    """Return SmolLM2, after loading the BLAS that is asked for."""
+    if blas == "openblas":
+        from modelpack_engine import blas as real
+
+        found = real.prepare()
+        assert found.kind is not real.BlasKind.BUNDLED, found.note
+    from modelpack.testing.weights import smollm2_gguf
+    from modelpack_engine.loaders import ModelFiles
+    from modelpack_engine.loaders import load as load_model
+
+    return load_model(ModelFiles.from_directory(smollm2_gguf()), device="cpu")
+
+
+def mlx_lm_single(blas: str) -> float:
+    """Tokens a second of mlx-lm's single-request path."""
+    loaded = load(blas)
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+
+    first = 0.0
+    for _ in generate_step(mx.array(prompts(1, PROMPT)[0]), loaded.model, max_tokens=ANSWER):
+        first = first or time.perf_counter()
+    return (ANSWER - 1) / (time.perf_counter() - first)
+
+
+def mlx_lm_batch(blas: str) -> float:
+    """Tokens a second of mlx-lm's BatchGenerator, all streams together, prompts included."""
+    loaded = load(blas)
+    from mlx_lm.generate import BatchGenerator
+
+    generator = BatchGenerator(
+        loaded.model, completion_batch_size=STREAMS, prefill_batch_size=STREAMS
+    )
+    generator.insert(prompts(STREAMS, PROMPT), max_tokens=[ANSWER] * STREAMS)
+    start, done, tokens = time.perf_counter(), 0, 0
+    while done < STREAMS:
+        for response in generator.next_generated():
+            tokens += 1
+            done += response.finish_reason is not None
+    elapsed = time.perf_counter() - start
+    generator.close()
+    return tokens / elapsed
+
+
+def engine_for(blas: str) -> Any:
+    """Return our engine."""
+    loaded = load(blas)
+    from modelpack_engine.config import EngineConfig
+    from modelpack_engine.engine import Engine
+
+    return Engine(loaded, EngineConfig(device="cpu", max_num_seqs=STREAMS, max_model_len=2048))
+
+
+def params(tokens: int) -> Any:
+    """Return greedy parameters for exactly so many tokens."""
+    from modelpack_engine.sampling_params import SamplingParams
+
+    return SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+
+
+def ours_single(blas: str) -> float:
+    """Tokens a second of one stream."""
+    engine = engine_for(blas)
+    engine.add_request("r", prompts(1, PROMPT)[0], params(ANSWER))
+    first, tokens = 0.0, 0
+    while engine.has_work:
+        for event in engine.step():
+            tokens += len(event.token_ids)
+            first = first or time.perf_counter()
+    return (tokens - 1) / (time.perf_counter() - first)
+
+
+def ours_batch(blas: str) -> float:
+    """Tokens a second of all streams together, prompts included."""
+    engine = engine_for(blas)
+    start = time.perf_counter()
+    answers = engine.generate(prompts(STREAMS, PROMPT), params(ANSWER))
+    tokens = sum(len(event.token_ids) for events in answers for event in events)
+    return tokens / (time.perf_counter() - start)
+
+
+def time_to_first(engine: Any, prompt: list[int], name: str) -> float:
+    """Return the seconds to the first token."""
+    start = time.perf_counter()
+    engine.add_request(name, prompt, params(1))
+    while engine.has_work:
+        engine.step()
+    return time.perf_counter() - start
+
+
+def ours_prefix(blas: str) -> float:
+    """Seconds to the first token with 90 % of the prompt cached, as a share of a cold one."""
+    engine = engine_for(blas)
+    prefix, *tails = prompts(1, PREFIX) + prompts(4, 512 - PREFIX, seed=8)
+    time_to_first(engine, prompts(1, 512, seed=9)[0], "warm-up")
+    cold = time_to_first(engine, prefix + tails[0], "cold")
+    return statistics.median(
+        time_to_first(engine, prefix + tail, f"shared-{i}") / cold
+        for i, tail in enumerate(tails[1:])
+    )
+
+
+def ours_first_token(blas: str) -> float:
+    """Seconds from an imported engine to the first token, loading included."""
+    start = time.perf_counter()
+    engine = engine_for(blas)
+    time_to_first(engine, prompts(1, 16)[0], "first")
+    return time.perf_counter() - start
+
+
+KINDS: dict[str, Callable[[str], float]] = {
+    function.__name__: function
+    for function in (
+        mlx_lm_single, mlx_lm_batch, ours_single, ours_batch, ours_prefix, ours_first_token,
+    )
+}  # fmt: skip
+
+
+def measure(kind: str, blas: str) -> float:
+    """Run one measurement in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, kind, blas], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        sys.exit(f"{kind} {blas} failed:\n{done.stderr}")
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def compare(label: str, ours: tuple[str, str], theirs: tuple[str, str], goal: float) -> None:
+    """Print the median ratio of measurements made in turn."""
+    pairs = [(measure(*ours), measure(*theirs)) for _ in range(ROUNDS)]
+    ratios = sorted(our / their for our, their in pairs)
+    print(
+        f"{label}: {statistics.median(ratios):.2f}x (min {ratios[0]:.2f}, max {ratios[-1]:.2f}, "
+        f"goal >= {goal}); ours {statistics.median(p[0] for p in pairs):.1f} tok/s, "
+        f"peer {statistics.median(p[1] for p in pairs):.1f} tok/s",
+        flush=True,
+    )
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from measuring import print_machine
+
+    print_machine()
+    ours, theirs = ("ours_single", "openblas"), "mlx_lm_single"
+    compare("one stream, mlx-lm as installed", ours, (theirs, "bundled"), 2.5)
+    compare("one stream, mlx-lm with our BLAS", ours, (theirs, "openblas"), 1.0)
+    compare(
+        f"{STREAMS} streams, BatchGenerator with our BLAS",
+        ("ours_batch", "openblas"), ("mlx_lm_batch", "openblas"), 1.2,
+    )  # fmt: skip
+    prefix = sorted(measure("ours_prefix", "openblas") for _ in range(ROUNDS))
+    print(f"time to first token, 90 % shared / cold: {prefix[ROUNDS // 2]:.2f} (goal <= 0.15)")
+    first = sorted(measure("ours_first_token", "openblas") for _ in range(ROUNDS))
+    print(f"load to first token: {first[ROUNDS // 2]:.2f} s (goal <= 3)")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        print(json.dumps(KINDS[sys.argv[1]](sys.argv[2])))
+    else:
+        main()
