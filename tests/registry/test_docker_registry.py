@@ -95,7 +95,9 @@ def test_30_a_wrong_source_leaves_nothing(client: Client) -> None:
     blob = Content(os.urandom(3_000_000))
     with pytest.raises(Exception, match="does not match its digest"):
         client.repository.write_blob(
-            blob.descriptor, Content(blob.content[:-1] + b"x"), client.watch
+            blob.descriptor,
+            Content(blob.content[:-1] + bytes([blob.content[-1] ^ 1])),
+            client.watch,
         )
     assert not client.repository.has_blob(blob.descriptor)
     assert client.repository.write_blob(blob.descriptor, blob, client.watch) is Outcome.WRITTEN

@@ -162,8 +162,8 @@ def test_a_whole_part_needs_no_source(store: LayoutStore, content: bytes, watche
 @pytest.mark.parametrize(
     ("spoil", "offsets"),
     [
-        (lambda c: b"x" + c[1:], [0]),
-        (lambda c: b"x" + c[1 : len(c) // 2], ["half", 0]),
+        (lambda c: bytes([c[0] ^ 1]) + c[1:], [0]),
+        (lambda c: bytes([c[0] ^ 1]) + c[1 : len(c) // 2], ["half", 0]),
         (lambda c: c + b"x", [0]),
         (lambda c: b"", [0]),
         (lambda c: c[: len(c) // 2], ["half"]),
