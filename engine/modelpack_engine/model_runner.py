@@ -24,7 +24,8 @@ from modelpack_engine.adaptation.adapted import Adapted
 from modelpack_engine.adaptation.contiguous import ContiguousRunner
 from modelpack_engine.adaptation.layout import ModelLayout, UnknownCacheError, find_layout
 from modelpack_engine.adaptation.warm_up import PADDING_SEQ_ID, StepShape, padding_batch
-from modelpack_engine.attention.handles import LostHandleError, install
+from modelpack_engine.attention import handles, rotations
+from modelpack_engine.attention.handles import LostHandleError
 from modelpack_engine.attention.step import StepInputs
 from modelpack_engine.batch import StepBatch
 from modelpack_engine.buckets import EXACT, Buckets
@@ -73,7 +74,8 @@ class ModelRunner:
         exact: bool | None = None,
         paged: bool | None = None,
     ) -> None:
-        install()
+        handles.install()
+        rotations.install()
         self.model = model
         self.num_blocks = num_blocks
         self.block_size = block_size

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from modelpack_engine.attention import cpu_attention
 from modelpack_engine.attention.handles import native_attention
 
 Mask = mx.array | str | None
@@ -24,21 +25,22 @@ def attend(
     sinks: mx.array | None = None,
     softcap: float | None = None,
     query_pe: mx.array | None = None,
-    fold_heads: bool = False,
+    on_cpu: bool = False,
 ) -> mx.array:
     """Return [batch, heads, queries, value dim].
 
     With `query_pe`, `keys` are latents that serve as values too, and `values` the rotary keys.
-    `fold_heads` is for single queries on a CPU: the query heads of a kv head become the rows of one
-    matrix product, which reads the keys once.
     """
     if query_pe is not None:
         return _latent(queries, keys, values, query_pe, mask, scale=scale)
     if softcap is not None:
         return _softcapped(queries, keys, values, mask, scale=scale, softcap=softcap)
+    if on_cpu and cpu_attention.worthwhile(queries, keys):
+        return cpu_attention.attend(queries, keys, values, mask, scale=scale, sinks=sinks)
     batch, heads, length, _ = queries.shape
     kv_heads = keys.shape[1]
-    if fold_heads and length == 1 and sinks is None and heads > kv_heads:
+    if on_cpu and length == 1 and sinks is None and heads > kv_heads:
+        # The query heads of a kv head become rows of one product, which reads the keys once.
         folded = queries.reshape(batch, kv_heads, heads // kv_heads, -1)
         out = native_attention(folded, keys, values, scale=scale, mask=mask)
         return out.reshape(batch, heads, 1, -1)

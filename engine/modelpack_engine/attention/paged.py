@@ -211,7 +211,7 @@ class PagedKV:
             sinks=how.sinks,
             softcap=how.softcap,
             query_pe=pe,
-            fold_heads=self.step.exact,
+            on_cpu=self.step.exact,
         )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import mlx.core as mx
 
 from modelpack_engine.attention.keys import KeyRange, consecutive
+from modelpack_engine.attention.rotations import make_positions
 from modelpack_engine.attention.spans import Run, Span, length_groups, slot_runs, visible
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class StepInputs:
         self._tables: list[list[int]] = []
         self._lengths: list[int] = []
         self._memo: dict[object, object] = {}
-        self.positions = self.slots = self.sample_rows = mx.zeros((0,), mx.int32)
+        self.positions = make_positions([], rotate=False)
+        self.slots = self.sample_rows = mx.zeros((0,), mx.int32)
         self.active = False
         self.all_rows_sampled = False
         self.rows_taken = False
@@ -79,7 +81,7 @@ class StepInputs:
         self.chunks = tuple(batch.chunks)
         self._tables, self._lengths = batch.decode_tables, batch.decode_lengths
         self._memo = {}
-        self.positions = mx.array(batch.positions, mx.int32)
+        self.positions = make_positions(batch.positions, rotate=self.exact)
         self.slots = mx.array(batch.slots, mx.int32)
         self.slot_runs = slot_runs(batch.slots, _FEW_RUNS) if self.exact else None
         self.sample_rows = mx.array(sample_rows, mx.int32)
@@ -90,6 +92,7 @@ class StepInputs:
     def end(self) -> None:
         """Drop what only building the graph needed."""
         self._memo = {}
+        self.positions.rotations = None
         self.active = False
 
     def remember(self, key: object, make: Callable[[], T]) -> T:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from modelpack_engine.attention import cpu_attention
 from modelpack_engine.attention.paged import PagedKV
 from modelpack_engine.attention.pools import KVLayout
 from modelpack_engine.attention.step import StepInputs
@@ -102,9 +104,20 @@ def expected(queries: mx.array, keys: mx.array, values: mx.array, **how: Any) ->
     return weights[..., :-1] @ values
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "bucketed"])
+@pytest.fixture(params=["native", "cpu attention", "bucketed"])
+def exact(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether shapes are exact; of these, small ones are MLX's own matter else."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "cpu attention":
+            patch.setattr(cpu_attention, "FEW_SCORES", 0)
+            patch.setattr(cpu_attention, "BLOCK", 4)
+        yield request.param != "bucketed"
+
+
 @pytest.mark.parametrize("kind", ["plain", "window", "sinks", "softcap", "latent"])
-@settings(max_examples=25, deadline=None)
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(case=CASES, window=st.integers(1, 12))
 def test_paged_attention(exact: bool, kind: str, case: Case, window: int) -> None:
     mx.random.seed(1)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import mlx.core as mx
 import pytest
 
+from modelpack_engine.attention import cpu_attention
+
 
 @pytest.fixture(scope="session")
 def rows() -> dict[str, str]:
@@ -16,7 +18,13 @@ def rows() -> dict[str, str]:
 
 @pytest.fixture(scope="package")
 def uncompiled() -> Iterator[None]:
-    """Do not fuse: g++ would compile kernels one by one, which would take most of the time."""
+    """Do not fuse: g++ would compile kernels one by one, which would take most of the time.
+
+    And attend as one does to many keys, though here are few.
+    """
     mx.disable_compile()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_attention, "FEW_SCORES", 0)
+        patch.setattr(cpu_attention, "BLOCK", 8)
+        yield
     mx.enable_compile()
