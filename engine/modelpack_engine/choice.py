@@ -18,6 +18,8 @@ class Choice:
         self.sequence = sequence
         #: Log-probabilities of the prompt so far; nothing precedes its first token.
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
+        #: What its tokens have to keep to; it has accepted all that the host has read.
+        self.mask = sequence.params.mask() if sequence.params.mask is not None else None
         self._detokenizer = Detokenizer(tokenizer, sequence.params, continues_text=continues_text)
         self._ending_ids = ending_token_ids(sequence.params, sequence.eos_token_ids)
         self._has_told = False
@@ -25,6 +27,8 @@ class Choice:
     def take(self, token_id: int, logprob: TokenLogprob | None) -> tuple[RequestEvent, str | None]:
         """Return the event of a token, and the stop string that it completes."""
         sequence = self.sequence
+        if self.mask is not None:
+            self.mask.accept(token_id)
         ends_text = sequence.finish_reason is FinishReason.STOP and token_id in self._ending_ids
         delta = self._detokenizer.push([] if ends_text else [token_id])
         event = self._event((token_id,), delta.text, logprob)

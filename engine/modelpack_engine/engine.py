@@ -2,8 +2,11 @@
 
 A step is built ahead: its graph is made while the device still works on the step before, whose
 tokens never make a detour over the host. So `step` schedules and builds step N + 1, reads the
-tokens of step N, and only then submits N + 1: what step N read is free by then, and the KV pools
-are written in place.
+tokens of step N, and only then launches N + 1: what step N read is free by then, and the KV pools
+are written in place. While the device works on N + 1, the host tells what the tokens of N mean.
+
+Masks have to see the tokens of N before they allow those of N + 1. A step with a mask in it is
+launched without its sampling, which is built last: masks are computed during the forward pass.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import logging
 from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
@@ -23,7 +26,7 @@ from modelpack_engine.batch import StepBatch, build_batch
 from modelpack_engine.block_manager import BlockManager
 from modelpack_engine.choice import Choice
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.errors import RequestError
+from modelpack_engine.errors import EngineError, RequestError
 from modelpack_engine.loaders import LoadedModel
 from modelpack_engine.logprobs import Logprobs, gather_logprobs
 from modelpack_engine.model_runner import ModelRunner
@@ -40,16 +43,29 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step whose graph is built: what was scheduled, and what it samples, if anything."""
+    """A step whose graph is built: what was scheduled, and what it samples, if anything.
+
+    `logits` are of rows that are still to be sampled, which waits for masks; else None.
+    """
 
     output: SchedulerOutput
     batch: StepBatch
+    logits: mx.array | None
     sampled: Sampled | None
     prompt_logprobs: Logprobs | None
 
     def arrays(self) -> list[mx.array]:
         parts = (self.sampled, self.prompt_logprobs)
-        return [array for part in parts if part is not None for array in part.arrays()]
+        arrays = [array for part in parts if part is not None for array in part.arrays()]
+        return arrays if self.logits is None else [*arrays, self.logits]
+
+
+class _Tokens(NamedTuple):
+    """What a step sampled, as the host reads it: an entry a row."""
+
+    step: _Step
+    token_ids: list[int]
+    logprobs: list[TokenLogprob | None]
 
 
 class Engine:
@@ -91,7 +107,6 @@ class Engine:
         self._choices: dict[int, Choice] = {}  # by seq_id, until they end
         self._sampling: set[int] = set()  # seq_ids that the sampler knows
         self._pending: _Step | None = None
-        self._news: list[RequestEvent] = []
         if self.config.warm_up and on_gpu():
             self._warm_up()
 
@@ -132,14 +147,16 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self._scheduler.has_work or self._pending is not None or bool(self._news)
+        return self._scheduler.has_work or self._pending is not None
 
     def step(self) -> list[RequestEvent]:
         """Do one step; return what is new."""
         step = self._build()
-        events = self._collect()
-        if step is not None:
-            self._submit(step)
+        tokens = self._read()
+        events = self._fail_rows(tokens)
+        self._launch(step)
+        events += self._take(tokens)
+        events += self._submit(step)
         return events
 
     def abort(self, request_id: str) -> None:
@@ -197,8 +214,6 @@ class Engine:
 
     def _build(self) -> _Step | None:
         """Schedule the next step and build its graph."""
-        if self._pending is not None and self._waits_for_tokens():
-            self._news = self._collect()
         output = self._scheduler.schedule()
         if output is None:
             self._forget(self._scheduler.take_released())
@@ -209,42 +224,55 @@ class Engine:
         previous = self._pending.batch if self._pending else None
         batch = build_batch(output, previous, self._sizes.buckets, self.config.block_size)
         logits = self._runner.forward(_with_prompt_rows(batch), self._token_ids(batch))
-        rows = [_sample_row(sequence) for sequence in batch.sample_seqs]
         num_sampled = len(batch.sample_rows)
         prompt_logprobs = None
         if batch.prompt_logprob_rows:
             stop = num_sampled + len(batch.prompt_logprob_rows)
             prompt_logprobs = _gather_prompt_logprobs(batch, logits[num_sampled:stop])
             logits = logits[:num_sampled]
-        sampled = self._sampler.sample(logits, rows) if rows else None
-        return _Step(output, batch, sampled, prompt_logprobs)
+        step = _Step(output, batch, None, None, prompt_logprobs)
+        if not batch.sample_seqs:
+            return step
+        if any(sequence.params.mask is not None for sequence in batch.sample_seqs):
+            return replace(step, logits=logits)
+        rows = [_sample_row(sequence) for sequence in batch.sample_seqs]
+        return replace(step, sampled=self._sampler.sample(logits, rows))
 
-    def _submit(self, step: _Step) -> None:
-        mx.async_eval(*step.arrays(), *self._runner.pools())
-        self._scheduler.submitted(step.output)
-        self._pending = step
-
-    def _collect(self) -> list[RequestEvent]:
-        """Read the tokens of the step in flight; return what they mean for its requests."""
-        events, self._news = self._news, []
-        step = self._pending
-        if step is None:
-            return events
-        sequences = step.batch.sample_seqs
+    def _read(self) -> _Tokens | None:
+        """Wait for the step in flight; return its tokens."""
+        if self._pending is None:
+            return None
         # A step that fails is noticed here: it stays pending then, for `fail_all` to account for.
-        token_ids, logprobs = _read(step)
-        self._take_prompt_logprobs(step)
+        tokens = _read(self._pending)
+        self._take_prompt_logprobs(self._pending)
         self._pending = None
-        for sequence, token_id in zip(sequences, token_ids, strict=True):
+        return tokens
+
+    def _fail_rows(self, tokens: _Tokens | None) -> list[RequestEvent]:
+        """End the choices that have no token; return that. What they wrote is zeroed."""
+        events: list[RequestEvent] = []
+        if tokens is None:
+            return events
+        rows = zip(tokens.step.batch.sample_seqs, tokens.token_ids, strict=True)
+        for sequence, token_id in rows:
             if token_id == NO_TOKEN and sequence.seq_id in self._choices:
                 self._runner.scrub(sequence.block_table)
-                self._scheduler.finish(sequence, FinishReason.ERROR)
                 text = "the model's logits are not numbers: no token can be chosen"
-                events.append(self._choices[sequence.seq_id].failed(text))
-                self._end(sequence)
+                events.append(self._fail(sequence, text))
+        return events
+
+    def _launch(self, step: _Step | None) -> None:
+        """Have the device compute what is built of a step."""
+        if step is not None:
+            mx.async_eval(*step.arrays(), *self._runner.pools())
+
+    def _take(self, tokens: _Tokens | None) -> list[RequestEvent]:
+        """Give tokens to the sequences of their step; return what they mean for its requests."""
+        events: list[RequestEvent] = []
+        if tokens is None:
+            return events
+        step, token_ids, logprobs = tokens
         for index, sequence in self._scheduler.collect(step.output, token_ids):
-            if sequence.params.mask is not None:
-                sequence.params.mask.accept(token_ids[index])
             choice = self._choices[sequence.seq_id]
             event, stopped_by = choice.take(token_ids[index], logprobs[index])
             if stopped_by is not None and not sequence.is_finished:
@@ -255,12 +283,41 @@ class Engine:
                 self._end(sequence)
         return events
 
+    def _submit(self, step: _Step | None) -> list[RequestEvent]:
+        """Take note that the device has a step, after having sampled it if that waits for masks.
+
+        Returns what ends here: choices whose masks fail.
+        """
+        events: list[RequestEvent] = []
+        if step is None:
+            return events
+        if step.logits is not None:
+            rows = [self._masked_row(seq, events) for seq in step.batch.sample_seqs]
+            step = replace(step, logits=None, sampled=self._sampler.sample(step.logits, rows))
+            mx.async_eval(*step.arrays())
+        self._scheduler.submitted(step.output)
+        self._pending = step
+        return events
+
     # Details
 
-    def _waits_for_tokens(self) -> bool:
-        """Whether a token in flight decides what may come next: a grammar has to see it first."""
-        assert self._pending is not None
-        return any(seq.params.mask is not None for seq in self._pending.batch.sample_seqs)
+    def _masked_row(self, sequence: Sequence, events: list[RequestEvent]) -> SampleRow:
+        """Return a row with what its mask allows, now that all tokens before it are taken."""
+        choice = self._choices.get(sequence.seq_id)
+        allowed = None
+        if choice is not None and choice.mask is not None:  # else it has ended
+            try:
+                allowed = choice.mask.allowed()
+            except EngineError as error:
+                events.append(self._fail(sequence, str(error)))
+        return replace(_sample_row(sequence), allowed=allowed)
+
+    def _fail(self, sequence: Sequence, message: str) -> RequestEvent:
+        """End one choice with an error."""
+        self._scheduler.finish(sequence, FinishReason.ERROR)
+        event = self._choices[sequence.seq_id].failed(message)
+        self._end(sequence)
+        return event
 
     def _token_ids(self, batch: StepBatch) -> mx.array:
         """Return the rows' ids, int32 [rows]; those of the step in flight stay on the device."""
@@ -343,13 +400,13 @@ def _gather_prompt_logprobs(batch: StepBatch, logits: mx.array) -> Logprobs:
     return gather_logprobs(logits, mx.array(_next_prompt_tokens(batch), mx.int32), num_top)
 
 
-def _read(step: _Step) -> tuple[list[int], list[TokenLogprob | None]]:
+def _read(step: _Step) -> _Tokens:
     """Wait for a step; return its tokens, and their log-probabilities where they are wanted."""
     if step.sampled is None:
-        return [], []
+        return _Tokens(step, [], [])
     sequences = step.batch.sample_seqs
     token_ids = cast("list[int]", step.sampled.token_ids.tolist())[: len(sequences)]
     if step.sampled.logprobs is None:
-        return token_ids, [None] * len(token_ids)
+        return _Tokens(step, token_ids, [None] * len(token_ids))
     wanted = [sequence.params.logprobs for sequence in sequences]
-    return token_ids, step.sampled.logprobs.read(token_ids, wanted)
+    return _Tokens(step, token_ids, step.sampled.logprobs.read(token_ids, wanted))

@@ -26,7 +26,7 @@ from modelpack_engine.sampling.plan import (
     make_plan,
     padded_rows,
 )
-from modelpack_engine.sampling_params import LogitsMask, SamplingParams
+from modelpack_engine.sampling_params import SamplingParams
 from modelpack_engine.stopping import ending_token_ids
 
 #: Stands for a token that could not be chosen: the row had NaN, infinity or no allowed token.
@@ -38,12 +38,14 @@ class SampleRow:
     """A row whose next token is sampled.
 
     `position` is the number of tokens before it, prompt and output; `num_output` how many of them
-    are output. Both count tokens in flight.
+    are output. Both count tokens in flight. `allowed` is what its mask allows: a bit per token id
+    (LSB first), ids past its end are not allowed; None: any token may come.
     """
 
     seq_id: int
     position: int
     num_output: int
+    allowed: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +124,12 @@ class Sampler:
         """Return the next token of `seqs`, whose logits are the first rows of `batch_logits`.
 
         `batch_logits` is [rows, vocab_size] of any float type; rows after those of `seqs` are
-        padding, whose tokens mean nothing. Nothing is evaluated. The masks of requests are asked
-        for what they allow now: whoever calls must have let them accept all tokens before.
+        padding, whose tokens mean nothing. Nothing is evaluated.
         """
         entries = [self._entries[seq.seq_id] for seq in seqs]
         plan = self._planned(entries, seqs, batch_logits.shape[0])
-        masks = [(row, e.params.mask) for row, e in enumerate(entries) if e.params.mask is not None]
-        chosen_from = self._adjust(batch_logits, plan, masks)
+        allowed = {row: seq.allowed for row, seq in enumerate(seqs) if seq.allowed is not None}
+        chosen_from = self._adjust(batch_logits, plan, allowed)
         token_ids = mx.argmax(chosen_from, axis=-1).astype(mx.int32)
         if plan.draws is not None:
             positions = np.array([seq.position for seq in seqs], dtype=np.uint64)
@@ -155,19 +156,16 @@ class Sampler:
             self._composition = composition
         return self._plan
 
-    def _adjust(
-        self, batch_logits: mx.array, plan: Plan, masks: Sequence[tuple[int, LogitsMask]]
-    ) -> mx.array:
+    def _adjust(self, batch_logits: mx.array, plan: Plan, allowed: dict[int, bytes]) -> mx.array:
         """Return the logits after biases, masks and penalties: the same array if there are none."""
-        allowed = [(row, bits) for row, m in masks if (bits := m.allowed()) is not None]
         if plan.keeps_logits and not allowed:
             return batch_logits
         adjusted = batch_logits.astype(mx.float32)
         if (edits := plan.edits) is not None:
             adjusted = adjusted.at[edits.rows, edits.token_ids].add(edits.amounts)
         if allowed:
-            rows = padded_rows([row for row, _ in allowed], batch_logits.shape[0])
-            packed = self._packed(dict(allowed), rows.tolist())
+            rows = padded_rows(list(allowed), batch_logits.shape[0])
+            packed = self._packed(allowed, rows.tolist())
             index = mx.array(rows)
             adjusted[index] = logits.mask(adjusted[index], packed)
         if (penalties := plan.penalties) is not None:

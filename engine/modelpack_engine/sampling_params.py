@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,14 +13,20 @@ MAX_STOP_STRINGS = 16
 
 
 class LogitsMask(Protocol):
-    """Which tokens may come next for one request: grammars implement this."""
+    """Which tokens may come next for one choice of a request: grammars implement this.
+
+    It outlives preemption: what was generated before is not generated again.
+    """
 
     def allowed(self) -> bytes | None:
-        """Return a bit per token id (LSB first), or None if any token may come."""
+        """Return a bit per token id (LSB first), or None if any token may come.
+
+        Raises `EngineError` if it cannot tell, which ends the choice with an error.
+        """
         ...
 
     def accept(self, token_id: int) -> None:
-        """Take notice of the token that was chosen."""
+        """Take notice of the token that was chosen; raises nothing."""
         ...
 
 
@@ -32,7 +38,9 @@ class SamplingParams:
     alternatives reported with each token (None: no log-probabilities; 0: the chosen token's only).
     `prompt_logprobs` the same for the prompt. The same `seed` gives the same text, alone and in
     any batch. `min_tokens` counts before an end of sequence or a stop string may end the text.
-    `skip_special_tokens` leaves special tokens out of the text.
+    `skip_special_tokens` leaves special tokens out of the text. `mask` makes a mask for a choice;
+    the text ends when the mask allows nothing but an end, so `min_tokens` and `ignore_eos` cannot
+    be asked for as well.
     """
 
     max_tokens: int = 16
@@ -52,7 +60,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    mask: LogitsMask | None = field(default=None, hash=False, compare=False)
+    mask: Callable[[], LogitsMask] | None = field(default=None, hash=False, compare=False)
 
     def check(self, vocab_size: int) -> None:
         """Raise `RequestError`, naming the field, if a value makes no sense."""
@@ -83,6 +91,12 @@ class SamplingParams:
             raise RequestError(
                 f"repetition_penalty is {self.repetition_penalty}, expected above 0",
                 param="repetition_penalty",
+            )
+        if self.mask is not None and (self.min_tokens or self.ignore_eos):
+            name = "ignore_eos" if self.ignore_eos else "min_tokens"
+            raise RequestError(
+                f"{name} does not go with structured output: the text ends where its grammar does",
+                param=name,
             )
         if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
             raise RequestError(

@@ -280,7 +280,7 @@ def test_a_mask_decides_every_token_in_a_mixed_batch() -> None:
     engine = tiny_engine()
     mask = OnlyLetters(b"yes")
     engine.add_request("free", prompts(4)[3], GREEDY)
-    engine.add_request("masked", prompts(3)[2], SamplingParams(max_tokens=9, mask=mask))
+    engine.add_request("masked", prompts(3)[2], SamplingParams(max_tokens=9, mask=lambda: mask))
     found = run(engine)
     assert text(found["masked", 0]) == "yes"
     assert found["masked", 0][-1].finish_reason is FinishReason.STOP
