@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +28,11 @@ MAX_FILE_BYTES = 128 * 1024 * 1024
 MAX_ARCHIVE_BYTES = 512 * 1024 * 1024
 
 CHAT_TEMPLATE = "chat_template.jinja"
+#: Where sentence-transformers lists the parts of an embedding model, each in a directory.
+MODULES = "modules.json"
 _FORMATS: tuple[WeightFormat, ...] = ("gguf", "safetensors")
 _LIMITS = TarLimits()
+_MODULE = re.compile(r"\w[\w-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +40,9 @@ class ModelFiles:
     """The files of one model. Nothing is copied: weights stay where `weights` says.
 
     `names` are the other files by their path in the model (`config.json`, `tokenizer.json`, …); a
-    chat template is there as `chat_template.jinja`, whatever it was called. `archived` holds
-    the content of small files that came inside a tar archive.
+    chat template is there as `chat_template.jinja`, whatever it was called. Among them are the
+    weights of the modules that `modules.json` puts after the model (`2_Dense/model.safetensors`).
+    `archived` holds the content of small files that came inside a tar archive.
     """
 
     weights: tuple[Path, ...]
@@ -84,11 +90,11 @@ class ModelFiles:
             paths = find_shards(root)
             root = root.parent
             found = [path for path in paths if path.parent == root]
-            others = [path for path in _files_in(root) if not _is_weight(path.name)]
         else:
-            every = _files_in(root)
-            found = [path for path in every if _is_weight(path.name)]
-            others = [path for path in every if not _is_weight(path.name)]
+            found = [path for path in _files_in(root) if _is_weight(path.name)]
+        others = [path for path in _files_in(root) if not _is_weight(path.name)]
+        for module in _module_directories(root / MODULES if root / MODULES in others else None):
+            others += _files_in(root / module) if (root / module).is_dir() else []
         weights, notes = [], []
         for path in found:
             kind = format_of("", path.name)
@@ -139,6 +145,10 @@ def _assembled(
     wanted: str,
     what: str,
 ) -> ModelFiles:
+    modules = _module_directories(names.get(MODULES))
+    for module in [entry for entry in weights if entry[1].rpartition("/")[0] in modules]:
+        weights.remove(module)
+        names[module[1]] = module[2]
     kinds = {kind for kind, _, _ in weights}
     preferred = [kind for kind in _FORMATS if kind == wanted]
     chosen = next((kind for kind in (*preferred, *_FORMATS) if kind in kinds), None)
@@ -170,6 +180,22 @@ def _indexed(weights: list[tuple[str, Path]], names: Mapping[str, Path]) -> list
             hint="the model is incomplete; pull or package it again",
         )
     return [(name, path) for name, path in weights if name.rpartition("/")[2] in wanted]
+
+
+def _module_directories(listed: Path | None) -> tuple[str, ...]:
+    """Return the directories of the modules after the model itself; none if it has none.
+
+    What is wrong with modules.json is said by who needs it: only embedding does.
+    """
+    if listed is None:
+        return ()
+    try:
+        modules = json.loads(listed.read_bytes()[: 1 << 20])
+    except (OSError, ValueError, RecursionError):
+        return ()
+    entries = modules[1:] if isinstance(modules, list) else []
+    paths = [entry.get("path") for entry in entries if isinstance(entry, dict)]
+    return tuple(path for path in paths if isinstance(path, str) and _MODULE.fullmatch(path))
 
 
 def _check_one_model(names: Iterable[str], what: str) -> None:

@@ -67,6 +67,13 @@ class Tokenizer:
         """Whether the model brings a chat template."""
         return self._chat_template is not None
 
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the model's chat template: of the one for tools, where it has two."""
+        if self._chat_template is None:
+            return None
+        return self._chat_template.tool_use or self._chat_template.source
+
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True
     ) -> list[int]:
@@ -76,13 +83,30 @@ class Tokenizer:
         of sequence). Without `parse_special` the text `<|im_end|>` is only text: use that for
         what users write.
         """
-        # Half of a surrogate pair has no UTF-8.
-        clean = text.encode("utf-8", errors="replace").decode() if _has_surrogates(text) else text
         with self._lock:  # the switch belongs to the tokenizer, not to the call
             self._backend.encode_special_tokens = not parse_special
-            encoded = self._backend.encode(clean, add_special_tokens=add_special_tokens)
+            encoded = self._backend.encode(_clean(text), add_special_tokens=add_special_tokens)
         ids: list[int] = encoded.ids
         return ids
+
+    def encode_typed(
+        self, text: str, pair: str | None = None, *, max_length: int | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Return the ids of `text`, or of `text` and `pair`, and for each the number of its part.
+
+        What encoders read. `max_length` cuts off the end of the text, or of the longer of the
+        two, so that the special tokens stay; None cuts nothing.
+        """
+        texts = [_clean(part) for part in (text, pair) if part is not None]
+        with self._lock:
+            self._backend.encode_special_tokens = False
+            if max_length is not None:
+                self._backend.enable_truncation(max_length, strategy="longest_first")
+            try:
+                encoded = self._backend.encode(*texts, add_special_tokens=True)
+            finally:
+                self._backend.no_truncation()
+        return list(encoded.ids), list(encoded.type_ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD.
@@ -166,6 +190,11 @@ class Tokenizer:
             messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
         )
         return self.encode(text, add_special_tokens=False)
+
+
+def _clean(text: str) -> str:
+    """Return the text with ? for halves of surrogate pairs, which have no UTF-8."""
+    return text.encode("utf-8", errors="replace").decode() if _has_surrogates(text) else text
 
 
 def _has_surrogates(text: str) -> bool:
