@@ -7,7 +7,10 @@ The model is an unmodified class of `mlx_lm.models`. Reading: `loading`, then `g
 `safetensors`, then `tokenizer`.
 """
 
+from modelpack_engine import lean_mlx_lm
 from modelpack_engine.loaders.files import ModelFiles as ModelFiles
 from modelpack_engine.loaders.loading import LoadedModel as LoadedModel
 from modelpack_engine.loaders.loading import load as load
 from modelpack_engine.loaders.tokenizer import Tokenizer as Tokenizer
+
+lean_mlx_lm.prepare()

@@ -17,6 +17,7 @@ from mlx.nn.layers.base import Module
 
 from modelpack.formats.safetensors import read_safetensors_header
 from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.lean_mlx_lm import kept_file_limit
 from modelpack_engine.loaders.documents import decode_object
 from modelpack_engine.loaders.files import ModelFiles
 
@@ -60,7 +61,8 @@ def load_safetensors(files: ModelFiles, config: Mapping[str, Any]) -> tuple[Modu
     are missing, unknown or of the wrong shape; `WeightFormatError` for a damaged file.
     """
     _check_headers(files)
-    from mlx_lm.utils import load_model
+    with kept_file_limit():
+        from mlx_lm.utils import load_model
 
     with tempfile.TemporaryDirectory(prefix="modelpack-") as directory:
         root = Path(directory)

@@ -1,0 +1,59 @@
+"""What importing the engine leaves as it was: transformers unloaded, the limit of open files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+LIMITS = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (700, 3000))\n"
+ENGINE = "import modelpack_engine.engine, sys\n"
+
+
+def run(code: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_engine_loads_no_transformers() -> None:
+    found = run(
+        ENGINE + "print('transformers' in sys.modules, 'mlx_lm.models.cache' in sys.modules)"
+    )
+    assert found == "False True"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import mlx_lm; mlx_lm.load",
+        "from mlx_lm import stream_generate",
+        "import mlx_lm; assert not hasattr(mlx_lm, 'nothing') and mlx_lm.__version__",
+    ],
+)
+def test_the_rest_of_mlx_lm_is_there_for_who_asks(use: str) -> None:
+    """And the limits, below those that mlx-lm sets, stay as they are."""
+    same = "print(resource.getrlimit(resource.RLIMIT_NOFILE), type(sys.modules['mlx_lm']).__name__)"
+    assert run(f"{LIMITS}{ENGINE}{use}\n{same}") == "(700, 3000) module"
+
+
+@pytest.mark.parametrize("name", ["generate", "convert"])
+def test_functions_named_as_their_submodules(name: str) -> None:
+    use = f"import mlx_lm.{name} as it; from mlx_lm import {name} as same; print(it is same, it)"
+    assert run(ENGINE + use).startswith(f"True <function {name} at")
+
+
+def test_the_loader_of_safetensors_leaves_the_limits_alone() -> None:
+    code = (
+        "from modelpack_engine.lean_mlx_lm import kept_file_limit\n"
+        "with kept_file_limit():\n    import mlx_lm.utils\n"
+        "now = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (600, 3000))\n"
+        "print(now, resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    assert run(LIMITS + ENGINE + code) == "(700, 3000) (600, 3000)"
