@@ -10,15 +10,17 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from modelpack.errors import ModelpackError
 from modelpack_engine.errors import EngineError
-from modelpack_engine.outputs import EngineStats, FinishReason, RequestEvent
+from modelpack_engine.meter import Meter
+from modelpack_engine.outputs import EngineStats, RequestEvent
+from modelpack_engine.request_stream import Abort, RequestStream
 from modelpack_engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -37,79 +39,30 @@ class EngineState(StrEnum):
     STOPPED = "stopped"
 
 
-class RequestStream:
-    """The events of one request; leaving its context aborts what has not ended."""
-
-    def __init__(self, engine: AsyncEngine, request_id: str, choices: int) -> None:
-        self.request_id = request_id
-        self._engine = engine
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[RequestEvent | Exception] = asyncio.Queue()
-        self._open_choices = choices
-
-    async def __aenter__(self) -> RequestStream:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.abort()
-
-    def __aiter__(self) -> AsyncIterator[RequestEvent]:
-        return self._read()
-
-    async def _read(self) -> AsyncIterator[RequestEvent]:
-        while self._open_choices:
-            event = await self._events.get()
-            if isinstance(event, Exception):
-                self._open_choices = 0
-                raise event
-            if event.finished:
-                self._open_choices -= 1
-            if event.finish_reason is FinishReason.ERROR:
-                raise EngineError(event.error or "the request failed")
-            yield event
-
-    async def abort(self) -> None:
-        """End the request: its blocks are free within a step. Does nothing after its end."""
-        if self._open_choices:
-            self._open_choices = 0
-            self._engine._call(_Abort(self.request_id))
-
-    def _put(self, event: RequestEvent | Exception) -> None:
-        """Hand an event over; called by the engine's thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the loop has ended: nobody listens
-            self._engine._call(_Abort(self.request_id))
-
-
 @dataclass(frozen=True, slots=True)
 class _Add:
     stream: RequestStream
     token_ids: list[int]
     params: SamplingParams
     n: int
+    continues_text: bool
     accepted: asyncio.Future[None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    request_id: str
-
-
 class AsyncEngine:
-    """Starts a thread that makes the engine with `make_engine` and then runs its steps."""
+    """Starts a thread that makes the engine with `make_engine` and then runs its steps.
 
-    def __init__(self, make_engine: Callable[[], Engine]) -> None:
+    `meter` takes the measure of its requests. `error` is what loading raised, `failure` its text.
+    """
+
+    def __init__(self, make_engine: Callable[[], Engine], meter: Meter | None = None) -> None:
         self.state = EngineState.LOADING
         self.failure = ""
+        self.error: Exception | None = None
+        self.meter = meter or Meter()
         self._make_engine = make_engine
         self._engine: Engine | None = None
-        self._calls: queue.SimpleQueue[_Add | _Abort | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[_Add | Abort | None] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}
         self._running_choices: dict[str, int] = {}
         self._numbers = itertools.count()
@@ -127,22 +80,27 @@ class AsyncEngine:
             raise EngineError(self.failure)
 
     async def submit(
-        self, token_ids: Sequence[int], params: SamplingParams, *, n: int = 1
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        continues_text: bool = False,
     ) -> RequestStream:
-        """Add a request; return its stream once it is accepted.
+        """Add a request; return its stream once it is accepted. Arguments: `Engine.add_request`.
 
         Raises `RequestError`, `QueueFullError`, or `EngineError` if the engine does not run.
         """
         if self.state is not EngineState.READY:
             raise EngineError(f"the engine is {self.state}", hint="wait until it is ready")
         request_id = f"request-{next(self._numbers)}"
-        stream = RequestStream(self, request_id, n)
+        stream = RequestStream(request_id, len(token_ids), n, self._call)
         accepted = asyncio.get_running_loop().create_future()
-        self._call(_Add(stream, list(token_ids), params, n, accepted))
+        self._call(_Add(stream, list(token_ids), params, n, continues_text, accepted))
         try:
             await accepted
         except asyncio.CancelledError:
-            self._call(_Abort(request_id))
+            self._call(Abort(request_id))
             raise
         return stream
 
@@ -170,7 +128,7 @@ class AsyncEngine:
             raise EngineError(f"the engine is {self.state}")
         return self._engine
 
-    def _call(self, call: _Add | _Abort) -> None:
+    def _call(self, call: _Add | Abort) -> None:
         self._calls.put(call)
 
     # The engine's thread
@@ -188,6 +146,7 @@ class AsyncEngine:
         except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
             _log.exception("the model could not be loaded")
             self.failure = str(error) or type(error).__name__
+            self.error = error
             self.state = EngineState.FAILED
             return
         finally:
@@ -199,11 +158,10 @@ class AsyncEngine:
             except Exception as error:  # noqa: BLE001 - the requests fail, the engine goes on
                 _log.exception("a step failed")
                 events = engine.fail_all(f"a step of the engine failed: {error}")
-            for event in events:
-                self._hand_out(event)
+            self.meter.stepped(events)
+            self._hand_out(events)
         self.state = EngineState.STOPPED
-        for event in engine.fail_all("the engine was stopped"):
-            self._hand_out(event)
+        self._hand_out(engine.fail_all("the engine was stopped"))
 
     def _take_calls(self, engine: Engine) -> bool:
         """Do what was asked for; wait for a call if there is nothing else to do."""
@@ -214,16 +172,23 @@ class AsyncEngine:
                 return True
             if call is None:
                 return False
-            if isinstance(call, _Abort):
-                engine.abort(call.request_id)
-                self._drop(call.request_id)
+            if isinstance(call, Abort):
+                aborted = engine.abort(call.request_id, call.index)
+                self.meter.stepped(aborted)
+                self._close_choices(aborted)
             else:
                 self._add(engine, call)
 
     def _add(self, engine: Engine, call: _Add) -> None:
         stream = call.stream
         try:
-            engine.add_request(stream.request_id, call.token_ids, call.params, n=call.n)
+            engine.add_request(
+                stream.request_id,
+                call.token_ids,
+                call.params,
+                n=call.n,
+                continues_text=call.continues_text,
+            )
         except ModelpackError as error:
             self._settle(call, error)
         except Exception as error:  # noqa: BLE001 - one request's trouble stays its own
@@ -232,6 +197,7 @@ class AsyncEngine:
         else:
             self._streams[stream.request_id] = stream
             self._running_choices[stream.request_id] = call.n
+            self.meter.accepted(call.params.max_tokens, call.n)
             self._settle(call, None)
 
     def _settle(self, call: _Add, error: Exception | None) -> None:
@@ -244,23 +210,40 @@ class AsyncEngine:
                 call.accepted.set_exception(error)
 
         try:
-            call.stream._loop.call_soon_threadsafe(settle)
+            call.stream.loop.call_soon_threadsafe(settle)
         except RuntimeError:  # the loop has ended
-            self._calls.put(_Abort(call.stream.request_id))
+            self._calls.put(Abort(call.stream.request_id))
 
-    def _hand_out(self, event: RequestEvent) -> None:
-        stream = self._streams.get(event.request_id)
-        if stream is None:
-            return
-        stream._put(event)
-        if event.finished:
-            self._running_choices[event.request_id] -= 1
-            if not self._running_choices[event.request_id]:
-                self._drop(event.request_id)
+    def _hand_out(self, events: Iterable[RequestEvent]) -> None:
+        """Give events to their streams: one call for each event loop, however many there are."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestEvent]]]
+        by_loop = defaultdict(list)
+        events = list(events)
+        for event in events:
+            stream = self._streams.get(event.request_id)
+            if stream is not None:
+                by_loop[stream.loop].append((stream, event))
+        for loop, batch in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, batch)
+            except RuntimeError:  # the loop has ended: nobody listens
+                for stream, _ in batch:
+                    self._call(Abort(stream.request_id))
+        self._close_choices(events)
 
-    def _drop(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
-        self._running_choices.pop(request_id, None)
+    def _close_choices(self, events: Iterable[RequestEvent]) -> None:
+        """Forget requests whose last choice has ended."""
+        for event in events:
+            if event.finished and event.request_id in self._running_choices:
+                self._running_choices[event.request_id] -= 1
+                if not self._running_choices[event.request_id]:
+                    del self._running_choices[event.request_id]
+                    self._streams.pop(event.request_id, None)
+
+
+def _deliver(batch: list[tuple[RequestStream, RequestEvent]]) -> None:
+    for stream, event in batch:
+        stream.put(event)
 
 
 def _end_streams() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 from modelpack_engine.detokenizer import Detokenizer
 from modelpack_engine.loaders.tokenizer import Tokenizer
-from modelpack_engine.outputs import FinishReason, RequestEvent, TokenLogprob, Usage
+from modelpack_engine.outputs import FinishReason, RequestEvent, Timing, TokenLogprob, Usage
 from modelpack_engine.sequence import Sequence
 from modelpack_engine.stopping import ending_token_ids
 
@@ -23,10 +24,20 @@ class Choice:
         self._detokenizer = Detokenizer(tokenizer, sequence.params, continues_text=continues_text)
         self._ending_ids = ending_token_ids(sequence.params, sequence.eos_token_ids)
         self._has_told = False
+        self._arrived = time.monotonic()
+        self._scheduled: float | None = None
+        self._first_token: float | None = None
+
+    def started(self) -> None:
+        """Take note that the sequence's first step is being built."""
+        if self._scheduled is None:
+            self._scheduled = time.monotonic()
 
     def take(self, token_id: int, logprob: TokenLogprob | None) -> tuple[RequestEvent, str | None]:
         """Return the event of a token, and the stop string that it completes."""
         sequence = self.sequence
+        if self._first_token is None:
+            self._first_token = time.monotonic()
         if self.mask is not None:
             self.mask.accept(token_id)
         ends_text = sequence.finish_reason is FinishReason.STOP and token_id in self._ending_ids
@@ -44,12 +55,23 @@ class Choice:
             finish_reason=self.sequence.finish_reason,
             stop_reason=self.sequence.stop_reason,
             usage=self._usage(),
+            timing=self._timing(),
         )
+
+    def aborted(self) -> RequestEvent:
+        """Return the event of an abort: nobody waits for its text."""
+        return self.ended(self._event((), "", None))
 
     def failed(self, message: str) -> RequestEvent:
         """Return the event of a failure."""
         event = self._event((), "", None)
-        return replace(event, finish_reason=FinishReason.ERROR, error=message, usage=self._usage())
+        return replace(
+            event,
+            finish_reason=FinishReason.ERROR,
+            error=message,
+            usage=self._usage(),
+            timing=self._timing(),
+        )
 
     def _event(
         self, token_ids: tuple[int, ...], text: str, logprob: TokenLogprob | None
@@ -74,3 +96,6 @@ class Choice:
             len(sequence.output_token_ids),
             sequence.num_cached_tokens,
         )
+
+    def _timing(self) -> Timing:
+        return Timing(self._arrived, self._scheduled, self._first_token, time.monotonic())

@@ -159,10 +159,16 @@ class Engine:
         events += self._submit(step)
         return events
 
-    def abort(self, request_id: str) -> None:
-        """End a request: its blocks are free at once. An unknown one has ended already."""
-        for sequence in self._scheduler.abort(request_id):
+    def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
+        """End a request, or one of its choices; return the last events of what was unfinished.
+
+        Its blocks are free at once. An unknown request has ended already.
+        """
+        events = []
+        for sequence in self._scheduler.abort(request_id, index):
+            events.append(self._choices[sequence.seq_id].aborted())
             self._end(sequence)
+        return events
 
     def fail_all(self, message: str) -> list[RequestEvent]:
         """End every request with an error, after a step that raised; the engine can go on."""
@@ -340,6 +346,7 @@ class Engine:
                 output_token_ids=sequence.output_token_ids,
                 index=sequence.index,
             )
+            self._choices[sequence.seq_id].started()
             self._sampling.add(sequence.seq_id)
 
     def _forget(self, seq_ids: Tokens[int]) -> None:

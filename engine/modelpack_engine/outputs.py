@@ -34,12 +34,23 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """When things happened to a choice: seconds of `time.monotonic`; None for what did not."""
+
+    arrived: float
+    scheduled: float | None
+    first_token: float | None
+    finished: float
+
+
+@dataclass(frozen=True, slots=True)
 class RequestEvent:
     """News of one request: what was generated since its last event, and perhaps its end.
 
     `index` is the choice (0 … n-1). `text` is what became final: a stop string that may still
     complete, or half a character, is held back. `prompt_logprobs` comes once, with the first event;
-    its first entry is None, since nothing precedes the first token.
+    its first entry is None, since nothing precedes the first token. `usage` and `timing` come with
+    the end.
     """
 
     request_id: str
@@ -51,6 +62,7 @@ class RequestEvent:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     usage: Usage | None = None
+    timing: Timing | None = None
     error: str | None = None
 
     @property

@@ -106,9 +106,10 @@ class Scheduler:
             self._waiting.append(sequence)
         self._requests[first.request_id] = list(sequences)
 
-    def abort(self, request_id: str) -> list[Sequence]:
-        """End all choices of a request at once; return those that were unfinished."""
-        sequences = list(self._requests.get(request_id, ()))
+    def abort(self, request_id: str, index: int | None = None) -> list[Sequence]:
+        """End a request's choices, or one of them, at once; return those that were unfinished."""
+        choices = self._requests.get(request_id, ())
+        sequences = [choice for choice in choices if index is None or choice.index == index]
         for sequence in sequences:
             self.finish(sequence, FinishReason.ABORT)
         return sequences

@@ -49,7 +49,7 @@ async def start(request: CompletionRequest, served: ServedModel) -> list[Prompt]
             prompts.append(Prompt(i * request.n, token_ids, text, stream))
     except BaseException:
         for prompt in prompts:
-            await prompt.stream.abort()
+            prompt.stream.abort()
         raise
     return prompts
 

@@ -1,0 +1,124 @@
+"""Meter: what a model's requests took, as histograms under vLLM's names and buckets.
+
+Source of names and buckets: vLLM's metrics (vllm/v1/metrics/loggers.py), which its dashboards read.
+The engine's thread writes; whoever reads may see a request half counted.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+
+from modelpack_engine.outputs import RequestEvent, Timing, Usage
+
+_FIRST_TOKEN = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40,
+                80, 160, 640, 2560)  # fmt: skip
+_BETWEEN_TOKENS = (.01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40,
+                   80)  # fmt: skip
+_REQUEST = (.3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920,
+            7680)  # fmt: skip
+_TOKENS = tuple(step * 10**power for power in range(7) for step in (1, 2, 5))
+_CHOICES = (1, 2, 5, 10, 20)
+_STEP_TOKENS = (1, 8, *(2**power for power in range(4, 15)))
+
+
+class Histogram:
+    """Counts of values by bucket; `counts` has one more entry than `bounds`, for larger values."""
+
+    __slots__ = ("bounds", "counts", "help", "total")
+
+    def __init__(self, help: str, bounds: Sequence[float]) -> None:
+        self.help = help
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count `value`."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
+
+
+class Meter:
+    """The histograms of one model, over all the times that it was loaded."""
+
+    def __init__(self) -> None:
+        self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0})
+        self.histograms = {
+            name: Histogram(text, bounds)
+            for name, text, bounds in (
+                ("time_to_first_token_seconds", "Time to the first token", _FIRST_TOKEN),
+                ("inter_token_latency_seconds", "Time between tokens", _BETWEEN_TOKENS),
+                ("request_time_per_output_token_seconds", "Mean time between a request's tokens",
+                 _BETWEEN_TOKENS),
+                ("e2e_request_latency_seconds", "Time from arrival to end", _REQUEST),
+                ("request_queue_time_seconds", "Time in the queue", _REQUEST),
+                ("request_prefill_time_seconds", "Time from queue to first token", _REQUEST),
+                ("request_decode_time_seconds", "Time from first token to end", _REQUEST),
+                ("request_inference_time_seconds", "Time from queue to end", _REQUEST),
+                ("request_prompt_tokens", "Prompt tokens of a request", _TOKENS),
+                ("request_generation_tokens", "Generated tokens of a request", _TOKENS),
+                ("request_max_num_generation_tokens", "Most tokens of a choice", _TOKENS),
+                ("request_params_max_tokens", "The limit that a request gives", _TOKENS),
+                ("request_params_n", "The choices that a request wants", _CHOICES),
+                ("iteration_tokens_total", "Tokens of a step", _STEP_TOKENS),
+            )
+        }  # fmt: skip
+        #: The deprecated name of the same, which the stock dashboards still ask for.
+        self.histograms["time_per_output_token_seconds"] = self.histograms[
+            "inter_token_latency_seconds"
+        ]
+        self._last_token: dict[tuple[str, int], float] = {}
+
+    def accepted(self, max_tokens: int, choices: int) -> None:
+        """Count a request that the engine took."""
+        self.histograms["request_params_max_tokens"].observe(max_tokens)
+        self.histograms["request_params_n"].observe(choices)
+
+    def stepped(self, events: Sequence[RequestEvent], computed_tokens: int = 0) -> None:
+        """Count what a step told; `computed_tokens` were the rows of the step."""
+        now = time.monotonic()
+        last = self._last_token
+        between = self.histograms["inter_token_latency_seconds"]
+        if computed_tokens or events:
+            self.histograms["iteration_tokens_total"].observe(computed_tokens or len(events))
+        for event in events:
+            key = (event.request_id, event.index)
+            if event.token_ids:
+                before = last.get(key)
+                if before is not None:
+                    between.observe((now - before) / len(event.token_ids), len(event.token_ids))
+                last[key] = now
+            if event.finish_reason is not None:
+                last.pop(key, None)
+                self._ended(event)
+
+    def _ended(self, event: RequestEvent) -> None:
+        self.finished[str(event.finish_reason)] += 1
+        if event.usage is not None:
+            self._count(event.usage)
+        if event.timing is not None and event.usage is not None:
+            self._time(event.timing, event.usage.completion_tokens)
+
+    def _count(self, usage: Usage) -> None:
+        self.histograms["request_prompt_tokens"].observe(usage.prompt_tokens)
+        self.histograms["request_generation_tokens"].observe(usage.completion_tokens)
+        self.histograms["request_max_num_generation_tokens"].observe(usage.completion_tokens)
+
+    def _time(self, timing: Timing, tokens: int) -> None:
+        observe = {name: histogram.observe for name, histogram in self.histograms.items()}
+        observe["e2e_request_latency_seconds"](timing.finished - timing.arrived)
+        if timing.scheduled is None:
+            return
+        observe["request_queue_time_seconds"](timing.scheduled - timing.arrived)
+        observe["request_inference_time_seconds"](timing.finished - timing.scheduled)
+        if timing.first_token is None:
+            return
+        decoding = timing.finished - timing.first_token
+        observe["time_to_first_token_seconds"](timing.first_token - timing.arrived)
+        observe["request_prefill_time_seconds"](timing.first_token - timing.scheduled)
+        observe["request_decode_time_seconds"](decoding)
+        if tokens > 1:
+            observe["request_time_per_output_token_seconds"](decoding / (tokens - 1))
