@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import signal
 import socket
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from modelpack.errors import ModelpackError, UsageError
+from modelpack.hosts import is_loopback
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -39,10 +39,14 @@ class AppServer:
         name: str,
         allow_remote: bool = False,
         grace: int = GRACE,
+        lifespan: bool = False,
     ) -> None:
-        """Raises `UsageError` for an address that is none, or not loopback unless allowed."""
+        """Raises `UsageError` for an address that is none, or not loopback unless allowed.
+
+        `lifespan`: the application is told when it starts and ends (ASGI's lifespan protocol).
+        """
         self.address = _parsed_address(address)
-        if not allow_remote and not _is_loopback(self.address[0]):
+        if not allow_remote and not is_loopback(self.address[0]):
             raise UsageError(
                 f"{address!r} is not a loopback address, and the {name} asks for no password",
                 hint="give --allow-remote (allow_remote=True) if all who reach the port may use it",
@@ -50,6 +54,7 @@ class AppServer:
         self._make_app = make_app
         self._name = name
         self._grace = grace
+        self._lifespan = lifespan
         self._socket: socket.socket | None = None
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
@@ -126,7 +131,7 @@ class AppServer:
             http="h11",
             loop="asyncio",
             ws="none",
-            lifespan="off",
+            lifespan="on" if self._lifespan else "off",
             log_config=None,
             access_log=False,
             server_header=False,
@@ -178,15 +183,6 @@ def _parsed_address(text: str) -> tuple[str, int]:
     if not colon or not bare or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise UsageError(f"{text!r} is not an address: expected HOST:PORT, like 127.0.0.1:5000")
     return bare, int(port)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _bound_socket(host: str, port: int) -> socket.socket:

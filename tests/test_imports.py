@@ -12,18 +12,20 @@ import pytest
 import modelpack
 
 PACKAGE = Path(modelpack.__file__).parent
-HEAVY = ("numpy", "mlx", "requests", "oras", "huggingface_hub", "click", "rich", "starlette")
+HTTP = ("requests", "oras", "huggingface_hub", "starlette", "httpx")
+HEAVY = ("numpy", "mlx", "click", "rich", *HTTP)
 
 # A module may import from its own row's parts and from earlier rows only.
 ROWS = (
     ("errors", "_version"),
-    ("digest", "mediatypes", "gojson", "paths", "specfiles"),
+    ("digest", "mediatypes", "gojson", "hosts", "paths", "specfiles"),
     ("progress", "reference", "descriptor", "layer_metadata"),
     ("manifest", "config"),
     ("model", "storage"),
     ("blob", "formats", "listening"),
     ("packaging", "stores", "registry", "unpacking"),
     ("server",),
+    ("gateway",),
     ("operations",),
     ("__init__",),
     ("testing", "cli", "__main__"),
@@ -88,6 +90,12 @@ def test_import_modelpack_is_light() -> None:
 @pytest.mark.parametrize("module", ["modelpack.operations.package", "modelpack.stores.layout"])
 def test_working_locally_loads_no_http_client(module: str) -> None:
     assert loaded_after(f"import {module}").isdisjoint(set(HEAVY) - {"click"})
+
+
+def test_the_gateways_checks_load_no_http_client() -> None:
+    loaded = loaded_after("import modelpack.gateway")
+    assert "modelpack" in loaded
+    assert loaded.isdisjoint(set(HEAVY) - {"starlette"})
 
 
 def test_version_command_loads_click_and_nothing_heavy() -> None:

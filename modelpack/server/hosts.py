@@ -7,12 +7,12 @@ client does either.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from modelpack.hosts import AllowedHosts
 from modelpack.server.errors import ApiError, Code
 
 _SAFE_METHODS = ("GET", "HEAD")
@@ -23,9 +23,7 @@ class HostGuard:
 
     def __init__(self, app: ASGIApp, allowed: Iterable[str] = ()) -> None:
         self._app = app
-        self._names = {host_of(name) for name in allowed}
-        # Bound to all addresses, each of them is ours; rebinding needs a name, not an address.
-        self._any_address = any(_is_unspecified(name) for name in self._names)
+        self._hosts = AllowedHosts(allowed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -38,14 +36,7 @@ class HostGuard:
 
     def allows(self, host: str) -> bool:
         """Return whether a request with this `Host` header is for us."""
-        name = host_of(host)
-        if name == "localhost" or name in self._names:
-            return True
-        try:
-            address = ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return self._any_address or address.is_loopback
+        return host in self._hosts
 
     def _problem(self, method: str, headers: Headers) -> str | None:
         host = headers.get("host", "")
@@ -54,19 +45,3 @@ class HostGuard:
         if method not in _SAFE_METHODS and "origin" in headers:
             return "this registry takes no writes from web pages"
         return None
-
-
-def host_of(text: str) -> str:
-    """Return the host in `host[:port]`, lower case and without the brackets of IPv6."""
-    text = text.strip().lower()
-    if text.startswith("["):
-        return text[1:].partition("]")[0]
-    host, colon, _ = text.rpartition(":")
-    return host if colon and ":" not in host else text
-
-
-def _is_unspecified(name: str) -> bool:
-    try:
-        return ipaddress.ip_address(name).is_unspecified
-    except ValueError:
-        return False

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from modelpack.server.hosts import HostGuard, host_of
+from modelpack.hosts import host_of
+from modelpack.server.hosts import HostGuard
 
 
 async def _app(_: Scope, __: Receive, ___: Send) -> None:

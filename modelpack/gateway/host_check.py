@@ -1,0 +1,36 @@
+"""HostCheck: a server on a loopback address answers to loopback names only (DNS rebinding)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from modelpack.gateway.families import error_response
+from modelpack.gateway.observing import family_in
+from modelpack.gateway.traces import trace_of
+from modelpack.hosts import AllowedHosts
+
+
+class HostCheck:
+    """ASGI middleware that answers 403 to requests meant for another host."""
+
+    def __init__(self, app: ASGIApp, allowed: Iterable[str] = ()) -> None:
+        """`allowed`: names and addresses besides the loopback ones."""
+        self._app = app
+        self._hosts = AllowedHosts(allowed)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            host = Headers(scope=scope).get("host", "")
+            if host not in self._hosts:
+                if trace := trace_of(scope):
+                    trace.refused = "host"
+                refusal = error_response(
+                    family_in(scope), 403, f"this server does not serve the host {host[:200]!r}",
+                    code="host_not_allowed",
+                )  # fmt: skip
+                await refusal(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

@@ -1,0 +1,62 @@
+"""protect: everything that stands before an application, in its order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp
+
+from modelpack.errors import UsageError
+from modelpack.gateway.checks import MAX_BODY, Checks
+from modelpack.gateway.cors import Cors
+from modelpack.gateway.host_check import HostCheck
+from modelpack.gateway.key_file import KeyFile
+from modelpack.gateway.limits import Limiter
+from modelpack.gateway.observing import Traced, log_request
+from modelpack.gateway.traces import Trace
+from modelpack.hosts import is_loopback
+
+
+@dataclass(frozen=True, slots=True)
+class Protection:
+    """How a server is protected.
+
+    `host` is the address it listens on, without the port; `keys` the file of its API keys, None for
+    no keys; `cors` the origins whose pages may use it; `allowed_hosts` names that requests may use
+    for it besides loopback ones, where it listens on loopback; `max_body` bytes; `report` is called
+    with the trace of each request (None: log it).
+    """
+
+    host: str = "127.0.0.1"
+    keys: KeyFile | None = None
+    cors: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    max_body: int = MAX_BODY
+    allow_anonymous: bool = False
+    report: Callable[[Trace], None] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` where others could reach the server, and no key is asked for."""
+        if not is_loopback(self.host) and self.keys is None and not self.allow_anonymous:
+            raise UsageError(
+                f"{self.host!r} is not a loopback address, and no API key would be asked for",
+                hint="give --keys FILE, or --allow-anonymous if all who reach the port may use it",
+            )
+
+
+def protect(
+    app: ASGIApp, settings: Protection, *, clock: Callable[[], float] = time.monotonic
+) -> ASGIApp:
+    """Return `app` behind request ids, traces, host and origin checks, keys and limits.
+
+    `clock` gives seconds, for limits and traces. The application finds the trace of a request by
+    `modelpack.gateway.traces.trace_of(scope)` and may add what it knows.
+    """
+    keys = settings.keys.current if settings.keys is not None else None
+    checked: ASGIApp = Checks(app, keys=keys, max_body=settings.max_body, limiter=Limiter(clock))
+    checked = Cors(checked, settings.cors)
+    if is_loopback(settings.host):
+        checked = HostCheck(checked, (settings.host, *settings.allowed_hosts))
+    return Traced(checked, settings.report or log_request, clock)
