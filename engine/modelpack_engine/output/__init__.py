@@ -1,1 +1,1 @@
-"""Tool-call and reasoning formats: what a model writes -> typed parts. Knows neither MLX nor HTTP."""
+"""Tool-call and reasoning formats: what a model writes -> typed parts. No MLX, no HTTP."""
