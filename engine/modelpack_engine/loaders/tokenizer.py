@@ -58,6 +58,12 @@ class Tokenizer:
         self._text = text
 
     @property
+    def num_ids(self) -> int:
+        """One more than the highest id: more than `vocab_size` where ids have no token."""
+        ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return max(ids.values(), default=-1) + 1
+
+    @property
     def strips_leading_space(self) -> bool:
         """Whether a text's first space is SentencePiece's own."""
         return self._strip_leading_space

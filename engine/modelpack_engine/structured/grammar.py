@@ -1,0 +1,151 @@
+"""Grammar: a compiled constraint; GrammarMask: one choice's place in it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from llguidance import LLMatcher
+from llguidance.gbnf_to_lark import any_to_lark
+
+from modelpack_engine.errors import EngineError, RequestError
+from modelpack_engine.structured.compiling import LIMITS, on_deep_stack
+from modelpack_engine.structured.constraint import Constraint, ReasoningBlock
+from modelpack_engine.structured.schemas import prepared
+from modelpack_engine.structured.vocabulary import GrammarVocabulary
+
+MAX_REGEX = 4 << 10  # characters; the cost of compiling grows with the square
+MAX_GRAMMAR = 16 << 10
+_MAX_REASON = 500
+_NAMES = {
+    "json_object": "JSON",
+    "json_schema": "the JSON schema",
+    "regex": "the regular expression",
+}
+
+
+class GrammarMask:
+    """A `LogitsMask`: what the grammar allows after the tokens of one choice.
+
+    Once the grammar can go no further, it allows the ends of a text and nothing else.
+    """
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def allowed(self) -> bytes:
+        """Return a bit per token id; raises `EngineError` if the grammar became too complex."""
+        bits = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            raise EngineError(f"the grammar cannot be followed: {_reason(self._matcher)}")
+        return bits
+
+    def accept(self, token_id: int) -> None:
+        """Go on by a token; one that is not allowed makes `allowed` raise."""
+        self._matcher.consume_token(token_id)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text may end here."""
+        return self._matcher.is_accepting()
+
+
+class Grammar:
+    """A compiled constraint, which any number of choices may follow at once."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def mask(self) -> GrammarMask:
+        """Return the mask of a choice that begins: what `SamplingParams.mask` asks for."""
+        return GrammarMask(self._matcher.deep_copy())
+
+
+def compile_constraint(
+    constraint: Constraint,
+    vocabulary: GrammarVocabulary,
+    *,
+    reasoning: ReasoningBlock | None = None,
+    param: str = "response_format",
+) -> Grammar:
+    """Compile a constraint, which takes milliseconds, and up to some seconds at worst.
+
+    `reasoning` is what may come before the constrained part. Raises `RequestError`, naming `param`
+    and with the compiler's reason, if the constraint is no such thing, is too large, or matches no
+    text at all.
+    """
+    what = _NAMES.get(constraint.kind, "the grammar")
+
+    def compiled() -> LLMatcher:
+        parts = [_body(constraint, vocabulary) | {"name": "answer"}]
+        if reasoning is not None:
+            parts.insert(0, {"lark_grammar": _around(reasoning, vocabulary)})
+        matcher = LLMatcher(
+            vocabulary.tokenizer, json.dumps({"grammars": parts}), log_level=0, limits=LIMITS
+        )
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # finds that nothing matches, and does work ahead
+        return matcher
+
+    try:
+        matcher = on_deep_stack(compiled)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RequestError):
+            raise RequestError(str(error), param=param) from error
+        raise RequestError(f"{what} cannot be compiled: {error}", param=param) from error
+    if matcher.is_error():
+        raise RequestError(f"{what} cannot be compiled: {_reason(matcher)}", param=param)
+    return Grammar(matcher)
+
+
+def _body(constraint: Constraint, vocabulary: GrammarVocabulary) -> dict[str, Any]:
+    """Return the grammar of the answer, as an entry of llguidance's list of grammars."""
+    value = constraint.value
+    if constraint.kind == "json_object":
+        return {"json_schema": prepared({"type": "object"})}
+    if constraint.kind == "json_schema":
+        return {"json_schema": prepared(value)}
+    if not isinstance(value, str):
+        raise ValueError(f"it is a {type(value).__name__}, expected text")
+    if constraint.kind == "regex":
+        _check_size(value, MAX_REGEX)
+        entry: dict[str, Any] = json.loads(LLMatcher.grammar_from_regex(value))["grammars"][0]
+        return entry
+    if constraint.markup:  # made by ourselves
+        rules = [f"{name}: {vocabulary.markup(text)}" for name, text in constraint.markup.items()]
+        return {"lark_grammar": "\n".join([value, *rules])}
+    _check_size(value, MAX_GRAMMAR)
+    return {"lark_grammar": any_to_lark(value)}
+
+
+def _around(reasoning: ReasoningBlock, vocabulary: GrammarVocabulary) -> str:
+    """Return the grammar of an answer with a block of reasoning before it.
+
+    A closing that is text may begin in any of its tokens; a special token cannot be in a text.
+    """
+    first, *others = vocabulary.markup_parts(reasoning.closing)
+    option = "" if first.startswith("<[") else "[lazy]"
+    rules = [
+        f"closed{option}: TEXT {first}",
+        "TEXT: /(.|\\n)*/",
+        " ".join(["block: closed", *others, "/[ \\n]{0,4}/"]),
+    ]
+    begin = "block"
+    if reasoning.opening is not None:
+        rules.append(f"opened: {vocabulary.markup(reasoning.opening)} block")
+        begin = "opened?"
+    answer = vocabulary.markup(reasoning.answer) if reasoning.answer else ""
+    return "\n".join([f"start: {begin} {answer} @answer", *rules])
+
+
+def _check_size(text: str, limit: int) -> None:
+    if len(text) > limit:
+        raise ValueError(f"it has {len(text)} characters, expected up to {limit}")
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """Return what the compiler says: its first lines, which name the place."""
+    text = matcher.get_error().removesuffix("<non-verbose/>").strip()
+    if "NoExtension" in text:
+        text = "no text matches"
+    return text[:_MAX_REASON]

@@ -1,0 +1,57 @@
+"""A walk through a grammar: a model whose logits are random."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+
+from modelpack_engine.loaders.tokenizer import Tokenizer
+from modelpack_engine.structured import Grammar, GrammarMask
+
+
+def bits_of(allowed: bytes) -> list[int]:
+    """The ids that a mask allows."""
+    found = np.unpackbits(np.frombuffer(allowed, np.uint8), bitorder="little")
+    ids: list[int] = found.nonzero()[0].tolist()
+    return ids
+
+
+def take(mask: GrammarMask, tokenizer: Tokenizer, text: str) -> None:
+    """Have the mask accept a text, each token of which it must allow."""
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        assert token in bits_of(mask.allowed()), tokenizer.token_bytes(token)
+        mask.accept(token)
+
+
+def accepts(grammar: Grammar, tokenizer: Tokenizer, text: str) -> bool:
+    """Whether the grammar allows a text, token by token, and then an end."""
+    mask = grammar.mask()
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        if token not in bits_of(mask.allowed()):
+            return False
+        mask.accept(token)
+    return mask.is_complete
+
+
+def walk(grammar: Grammar, tokenizer: Tokenizer, seed: int, steps: int = 400) -> str | None:
+    """Return a text that the grammar allows, chosen token by token; None if it has no end in time.
+
+    Ends are taken where they may be, and after a while whatever closes a string or a bracket.
+    """
+    chooser, mask, tokens = random.Random(seed), grammar.mask(), list[int]()
+    closing = {tokenizer.token_id(text) for text in ('"', "}", "]", '"}', '"]')}
+    for step in range(steps):
+        allowed = bits_of(mask.allowed())
+        assert allowed, "a mask that allows nothing"
+        ends = sorted(tokenizer.eos_token_ids.intersection(allowed))
+        if ends and (len(ends) == len(allowed) or chooser.random() < 0.3):
+            mask.accept(ends[0])
+            assert set(bits_of(mask.allowed())) <= tokenizer.eos_token_ids
+            return b"".join(map(tokenizer.token_bytes, tokens)).decode()
+        allowed = [token for token in allowed if token not in ends]
+        if step > 30:
+            allowed = sorted(set(allowed) & closing) or allowed
+        tokens.append(chooser.choice(allowed))
+        mask.accept(tokens[-1])
+    return None
