@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import mlx.core as mx
@@ -27,11 +27,30 @@ class Opened:
     files: ModelFiles
 
     def engine(self, config: EngineConfig | None = None) -> Engine:
-        """Load the weights and return an engine; has to run in the thread that steps it."""
+        """Load the weights and return an engine; has to run in the thread that steps it.
+
+        The context size in the model's config is the default of `max_model_len`.
+        """
         config = config or EngineConfig()
+        if config.default_model_len is None:
+            config = replace(config, default_model_len=self.model.config.context_size)
         device = choose_device(config)
         loaded = load(self.files, device=device)
         return Engine(loaded, config, model_id=str(self.model.digest))
+
+
+def load_model(
+    opened: Opened, device: EngineConfig, configure: Callable[[int, int], EngineConfig]
+) -> tuple[Engine, str]:
+    """Load the weights; return an engine and the type of its model.
+
+    `device` says where to compute, `configure` how to run, once the context that the model holds
+    (in tokens) and the bytes of its weights are known. Has to run in the thread that steps it.
+    """
+    loaded = load(opened.files, device=choose_device(device))
+    config = configure(loaded.context_length, loaded.weight_bytes)
+    engine = Engine(loaded, config, model_id=str(opened.model.digest))
+    return engine, str(loaded.config.get("model_type") or loaded.architecture)
 
 
 def open_model(

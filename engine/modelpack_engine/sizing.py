@@ -19,6 +19,7 @@ from modelpack_engine.buckets import EXACT, FEW, Buckets
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.errors import EngineError, OutOfMemoryError
 from modelpack_engine.schedule import SchedulerConfig
+from modelpack_engine.vllm_metal import memory_fraction
 
 _GPU_TOKENS = 2048
 _CPU_TOKENS = 256
@@ -67,7 +68,7 @@ def choose_sizes(layout: ModelLayout | None, context_length: int, config: Engine
             f"max_model_len is {asked}, and this model's context is {context_length}",
             hint=f"choose 2 to {context_length}",
         )
-    wanted = asked or context_length
+    wanted = asked or _default_length(context_length, config)
     per_block = layout.bytes_per_token * config.block_size if layout else 0
     useful = config.max_num_seqs * _blocks(wanted, config.block_size) + 1
     num_blocks = useful
@@ -98,37 +99,32 @@ def choose_sizes(layout: ModelLayout | None, context_length: int, config: Engine
     )
 
 
+def _default_length(context_length: int, config: EngineConfig) -> int:
+    """Return the length of a request where none is asked for: the packager's, if there is one."""
+    packaged = config.default_model_len
+    return context_length if packaged is None or packaged < 2 else min(packaged, context_length)
+
+
 def _blocks(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
 def _kv_budget(config: EngineConfig, one_context: int) -> int:
+    share = memory_fraction()
+    if share is None:
+        share = config.gpu_memory_utilization
+    if not 0 < share <= 1:
+        raise EngineError(f"gpu_memory_utilization is {share}, expected above 0, up to 1")
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes
     if not on_gpu():
-        return min(int(_available_memory() * _CPU_SHARE), max(_CPU_BYTES, one_context))
+        return min(int(available_memory() * _CPU_SHARE), max(_CPU_BYTES, one_context))
     total = int(mx.device_info()["memory_size"])
     limit = mx.device_info().get("max_recommended_working_set_size", total)
-    share = min(total, int(limit)) * _utilization(config)
-    return max(0, int(share) - mx.get_active_memory() - _RESERVE)
+    return max(0, int(min(total, int(limit)) * share) - mx.get_active_memory() - _RESERVE)
 
 
-def _utilization(config: EngineConfig) -> float:
-    text = os.environ.get("VLLM_METAL_MEMORY_FRACTION", "auto")
-    share = config.gpu_memory_utilization
-    if text != "auto":
-        try:
-            share = float(text)
-        except ValueError:
-            raise EngineError(
-                f"VLLM_METAL_MEMORY_FRACTION is {text!r}, expected 'auto' or a number"
-            ) from None
-    if not 0 < share <= 1:
-        raise EngineError(f"the share of the memory is {share}, expected above 0, up to 1")
-    return share
-
-
-def _available_memory() -> int:
+def available_memory() -> int:
     """Return the bytes that can be used without swapping."""
     try:
         with open("/proc/meminfo") as lines:

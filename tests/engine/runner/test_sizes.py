@@ -1,0 +1,93 @@
+"""How long requests may be, and the settings that the environment and a package bring."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from modelpack_engine import opening
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.errors import EngineError, OutOfMemoryError
+from modelpack_engine.loaders import ModelFiles
+from modelpack_engine.vllm_metal import memory_fraction, uses_paged_attention
+from tests.engine.serving.tiny import CONTEXT, tiny_engine, tiny_loaded
+
+FRACTION, PAGED = "VLLM_METAL_MEMORY_FRACTION", "VLLM_METAL_USE_PAGED_ATTENTION"
+
+
+@pytest.mark.parametrize(
+    ("packaged", "asked", "expected"),
+    [
+        (None, None, CONTEXT),
+        (100, None, 100),
+        (100, 50, 50),
+        (100, 200, 200),  # the user knows better than the package
+        (CONTEXT * 4, None, CONTEXT),  # the model cannot do more
+        (0, None, CONTEXT),
+        (-1, None, CONTEXT),
+    ],
+)
+def test_the_packaged_context_size_is_the_default(
+    packaged: int | None, asked: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "load", lambda files, device: tiny_loaded())
+    model: Any = SimpleNamespace(digest="sha256:0", config=SimpleNamespace(context_size=packaged))
+    opened = opening.Opened(model, ModelFiles((), "gguf"))
+    engine = opened.engine(EngineConfig(max_model_len=asked, max_num_seqs=2, device="cpu"))
+    assert engine.max_model_len == expected
+
+
+def test_a_packaged_size_beyond_the_memory_is_no_error() -> None:
+    """Only a length that the user asks for has to fit."""
+    small: dict[str, Any] = {"kv_cache_bytes": 5 * 16 * 512, "max_num_seqs": 2}
+    assert tiny_engine(default_model_len=200, **small).max_model_len < 200
+    with pytest.raises(OutOfMemoryError, match="fewer than max_model_len 200"):
+        tiny_engine(max_model_len=200, **small)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("auto", None), ("AUTO", None), ("", None), ("0.5", 0.5), (" 1 ", 1.0), ("1e-1", 0.1)],
+)
+def test_memory_fraction(
+    text: str, expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FRACTION, text)
+    assert memory_fraction() == expected
+
+
+@pytest.mark.parametrize("text", ["0", "-0.5", "1.01", "90", "nan", "inf", "half", "0,5"])
+def test_a_wrong_memory_fraction_stops_the_start(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU too, and where the KV cache has a size of its own on a GPU or not."""
+    monkeypatch.setenv(FRACTION, text)
+    with pytest.raises(EngineError, match=FRACTION):
+        tiny_engine()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(text, True) for text in ("", "1", "true", "ON", "yes")]
+    + [(text, False) for text in ("0", "false", "Off", "no")],
+)
+def test_paged_attention(text: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PAGED, text)
+    assert uses_paged_attention() is expected
+    if text in ("0", "1"):
+        assert (tiny_engine()._runner.tier != "contiguous") is expected
+
+
+@pytest.mark.parametrize("text", ["2", "-1", "paged", "auto"])
+def test_a_wrong_switch_stops_the_start(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PAGED, text)
+    with pytest.raises(EngineError, match=PAGED):
+        tiny_engine()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, float("nan")])
+def test_a_wrong_share_stops_the_start(share: float) -> None:
+    with pytest.raises(EngineError, match="gpu_memory_utilization"):
+        tiny_engine(gpu_memory_utilization=share)
