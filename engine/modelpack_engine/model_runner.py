@@ -13,7 +13,6 @@ A tier is left when a layer loses its handles, or when the self-test finds other
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable
 
 import mlx.core as mx
@@ -31,6 +30,7 @@ from modelpack_engine.batch import StepBatch
 from modelpack_engine.buckets import EXACT, Buckets
 from modelpack_engine.config import BLOCK_SIZE
 from modelpack_engine.errors import EngineError, ModelLoadError, OutOfMemoryError
+from modelpack_engine.vllm_metal import uses_paged_attention
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class ModelRunner:
         self._adapted: Adapted | None = None
         self._contiguous: ContiguousRunner | None = None
         if paged is None:
-            paged = os.environ.get("VLLM_METAL_USE_PAGED_ATTENTION") != "0"
+            paged = uses_paged_attention()
         self.layout = self._find_layout()
         if self.layout is not None and paged:
             if dtype is not None:
