@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -31,12 +32,16 @@ class Opened:
 
         The context size in the model's config is the default of `max_model_len`.
         """
-        config = config or EngineConfig()
-        if config.default_model_len is None:
-            config = replace(config, default_model_len=self.model.config.context_size)
+        config = self.with_context_size(config or EngineConfig())
         device = choose_device(config)
         loaded = load(self.files, device=device)
         return Engine(loaded, config, model_id=str(self.model.digest))
+
+    def with_context_size(self, config: EngineConfig) -> EngineConfig:
+        """Return `config` with the model's own context size as the default of `max_model_len`."""
+        if config.default_model_len is not None:
+            return config
+        return replace(config, default_model_len=self.model.config.context_size)
 
 
 def load_model(
@@ -48,7 +53,7 @@ def load_model(
     (in tokens) and the bytes of its weights are known. Has to run in the thread that steps it.
     """
     loaded = load(opened.files, device=choose_device(device))
-    config = configure(loaded.context_length, loaded.weight_bytes)
+    config = opened.with_context_size(configure(loaded.context_length, loaded.weight_bytes))
     engine = Engine(loaded, config, model_id=str(opened.model.digest))
     return engine, str(loaded.config.get("model_type") or loaded.architecture)
 
