@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.lean_mlx_lm import kept_file_limit
 from modelpack_engine.loaders.documents import decode_object
 from modelpack_engine.loaders.files import ModelFiles
+
+#: From a config to a class of mlx_lm.models and that of its arguments.
+Classes = Callable[[dict[str, Any]], tuple[type[Module], type]]
 
 _MODEL_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # What mlx-lm raises for configs and weights that it cannot make a model of.
@@ -54,8 +57,12 @@ def read_config(files: ModelFiles) -> dict[str, Any]:
     return config
 
 
-def load_safetensors(files: ModelFiles, config: Mapping[str, Any]) -> tuple[Module, dict[str, Any]]:
+def load_safetensors(
+    files: ModelFiles, config: Mapping[str, Any], *, classes: Classes | None = None
+) -> tuple[Module, dict[str, Any]]:
     """Return the model, not evaluated, and its config as mlx-lm completed it.
+
+    `classes` chooses the model's class and that of its arguments, in place of mlx-lm.
 
     Raises `ModelLoadError` for an architecture that mlx-lm does not have, and for tensors that
     are missing, unknown or of the wrong shape; `WeightFormatError` for a damaged file.
@@ -76,7 +83,8 @@ def load_safetensors(files: ModelFiles, config: Mapping[str, Any]) -> tuple[Modu
             link = root / f"model-{number:05d}-of-{count:05d}.safetensors"
             link.symlink_to(path.absolute())
         try:
-            model, completed = load_model(root, lazy=True, strict=True)
+            options: dict[str, Any] = {} if classes is None else {"get_model_classes": classes}
+            model, completed = load_model(root, lazy=True, strict=True, **options)
         except _FAILURES as error:
             raise _translated(error, str(config["model_type"])) from error
     return model, completed

@@ -103,13 +103,13 @@ class Tokenizer:
         What encoders read. `max_length` cuts off the end of the text, or of the longer of the
         two, so that the special tokens stay; None cuts nothing.
         """
-        texts = [_clean(part) for part in (text, pair) if part is not None]
+        second = None if pair is None else _clean(pair)
         with self._lock:
             self._backend.encode_special_tokens = False
             if max_length is not None:
                 self._backend.enable_truncation(max_length, strategy="longest_first")
             try:
-                encoded = self._backend.encode(*texts, add_special_tokens=True)
+                encoded = self._backend.encode(_clean(text), second, add_special_tokens=True)
             finally:
                 self._backend.no_truncation()
         return list(encoded.ids), list(encoded.type_ids)

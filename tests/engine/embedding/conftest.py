@@ -1,4 +1,4 @@
-"""Real weights, fetched once."""
+"""Real weights, fetched and loaded once."""
 
 from __future__ import annotations
 
@@ -6,10 +6,29 @@ from pathlib import Path
 
 import pytest
 
+import modelpack
+from modelpack.stores.layout import LayoutStore
 from modelpack.testing.weights import minilm_directory
+from modelpack_engine.embedding import Embedder, open_embedder
 
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The directory of all-MiniLM-L6-v2."""
     return minilm_directory()
+
+
+@pytest.fixture(scope="session")
+def minilm_store(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> LayoutStore:
+    """A store with all-MiniLM-L6-v2 as `minilm`."""
+    store = LayoutStore(tmp_path_factory.mktemp("minilm") / "store")
+    modelpack.package(
+        "minilm", modelpack.PackageRequest(safetensors_dir=minilm), store=store, link=True
+    )
+    return store
+
+
+@pytest.fixture(scope="session")
+def embedder(minilm_store: LayoutStore) -> Embedder:
+    """all-MiniLM-L6-v2, out of the store's blobs."""
+    return open_embedder("minilm", store=minilm_store, pull=False, device="cpu")

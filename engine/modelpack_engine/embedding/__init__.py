@@ -1,0 +1,55 @@
+"""Embedding: texts to vectors, and pairs of texts to scores; nothing here knows of HTTP.
+
+    embedder = open_embedder("ai/all-minilm")
+    vectors = embedder.embed(["a cat", "a feline"]).vectors
+
+Reading: `loading`, then `encoder` or `decoder`, `pooling`, `steps`, `embedder`, `async_embedder`.
+Names load when they are first used, after a BLAS for MLX's CPU backend has been chosen (`blas`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modelpack_engine.embedding.async_embedder import AsyncEmbedder as AsyncEmbedder
+    from modelpack_engine.embedding.cross_encoder import CrossEncoder as CrossEncoder
+    from modelpack_engine.embedding.cross_encoder import Scores as Scores
+    from modelpack_engine.embedding.cross_encoder import sigmoid as sigmoid
+    from modelpack_engine.embedding.embedder import Embedder as Embedder
+    from modelpack_engine.embedding.embedder import EmbedderConfig as EmbedderConfig
+    from modelpack_engine.embedding.embedder import Embeddings as Embeddings
+    from modelpack_engine.embedding.embedder import EmbedOptions as EmbedOptions
+    from modelpack_engine.embedding.loading import load_embedder as load_embedder
+    from modelpack_engine.embedding.loading import purpose_of as purpose_of
+    from modelpack_engine.embedding.opening import open_cross_encoder as open_cross_encoder
+    from modelpack_engine.embedding.opening import open_embedder as open_embedder
+
+_EXPORTS = {
+    "AsyncEmbedder": "modelpack_engine.embedding.async_embedder",
+    "CrossEncoder": "modelpack_engine.embedding.cross_encoder",
+    "Scores": "modelpack_engine.embedding.cross_encoder",
+    "sigmoid": "modelpack_engine.embedding.cross_encoder",
+    "Embedder": "modelpack_engine.embedding.embedder",
+    "EmbedderConfig": "modelpack_engine.embedding.embedder",
+    "Embeddings": "modelpack_engine.embedding.embedder",
+    "EmbedOptions": "modelpack_engine.embedding.embedder",
+    "load_embedder": "modelpack_engine.embedding.loading",
+    "purpose_of": "modelpack_engine.embedding.loading",
+    "open_cross_encoder": "modelpack_engine.embedding.opening",
+    "open_embedder": "modelpack_engine.embedding.opening",
+}
+
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from modelpack_engine import blas
+
+    blas.prepare()
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,222 @@
+"""AsyncEmbedder: an embedding model in a thread of its own, which makes every call to MLX.
+
+Requests that wait at the same time run together: each turn takes the input that has waited the
+longest and those nearest to it in length, whoever they belong to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from modelpack_engine.async_engine import EngineState
+from modelpack_engine.embedding.batching import next_batch
+from modelpack_engine.embedding.cross_encoder import CrossEncoder, Pair, Scores
+from modelpack_engine.embedding.embedder import Embedder, Embeddings, EmbedOptions
+from modelpack_engine.embedding.inputs import Input, Prepared
+from modelpack_engine.errors import EngineError, RequestError
+
+_log = logging.getLogger(__name__)
+
+#: How many waiting inputs are looked at to find those of similar length.
+_LOOK_AHEAD = 4096
+
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    prepared: Sequence[Prepared]
+    loop: asyncio.AbstractEventLoop
+    done: asyncio.Future[list[Any]]
+    results: list[Any] = field(default_factory=list)
+    missing: int = 0
+    dropped: bool = False  # nobody waits for it any more
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    request: _Request
+    place: int
+
+    @property
+    def prepared(self) -> Prepared:
+        return self.request.prepared[self.place]
+
+
+class AsyncEmbedder:
+    """Starts a thread that makes the model with `make_model` and then serves requests."""
+
+    def __init__(self, make_model: Callable[[], Embedder | CrossEncoder]) -> None:
+        self.state = EngineState.LOADING
+        self.failure = ""
+        self.error: Exception | None = None
+        self._make_model = make_model
+        self._model: Embedder | CrossEncoder | None = None
+        self._calls: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._waiting: list[_Item] = []
+        self._loaded = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="modelpack-embedder", daemon=True)
+        self._thread.start()
+
+    def wait_until_ready(self, timeout: float | None = None) -> None:
+        """Return once the model is loaded; raise `EngineError` if it cannot be."""
+        if not self._loaded.wait(timeout):
+            raise EngineError(f"the model is not loaded after {timeout} s")
+        if self.state is EngineState.FAILED:
+            raise EngineError(self.failure)
+
+    @property
+    def model(self) -> Embedder | CrossEncoder:
+        """The loaded model: its `config`, `tokenizer` and `notes` are for any thread."""
+        if self._model is None:
+            raise EngineError(f"the model is {self.state}", hint="wait until it is ready")
+        return self._model
+
+    @property
+    def ranks_pairs(self) -> bool:
+        """Whether it is a cross-encoder, which gives no vectors."""
+        return isinstance(self.model, CrossEncoder)
+
+    async def embed(
+        self, inputs: Sequence[Input], options: EmbedOptions | None = None
+    ) -> Embeddings:
+        """Return the vectors of the inputs, as `Embedder.embed` does.
+
+        Raises what it raises, and `RequestError` if the model is a cross-encoder.
+        """
+        model = self.model
+        if isinstance(model, CrossEncoder):
+            raise RequestError(
+                f"this model ({model.config.architecture}) ranks documents; it has no vectors",
+                param="model",
+            )
+        options = options or EmbedOptions()
+        prepared = await asyncio.to_thread(model.read, inputs, options)
+        vectors = await self._results(prepared)
+        return model.finish(vectors, prepared, options)
+
+    async def score(self, pairs: Sequence[Pair], *, truncate: bool = False) -> Scores:
+        """Return the logits of (query, document), as `CrossEncoder.score` does.
+
+        Raises what it raises, and `RequestError` if the model is no cross-encoder.
+        """
+        model = self.model
+        if isinstance(model, Embedder):
+            raise RequestError("this model is no cross-encoder", param="model")
+        prepared = await asyncio.to_thread(model.read, pairs, truncate=truncate)
+        return model.finish(await self._results(prepared), prepared)
+
+    def close(self) -> None:
+        """Stop the thread; requests that have not ended fail."""
+        self._calls.put(None)
+        self._thread.join()
+
+    async def _results(self, prepared: Sequence[Prepared]) -> list[Any]:
+        if not prepared:
+            return []
+        if self.state is not EngineState.READY:
+            raise EngineError(f"the model is {self.state}")
+        loop = asyncio.get_running_loop()
+        request = _Request(prepared, loop, loop.create_future())
+        request.results = [None] * len(prepared)
+        request.missing = len(prepared)
+        self._calls.put(request)
+        try:
+            return await request.done
+        finally:
+            request.dropped = True
+
+    # The model's thread
+
+    def _run(self) -> None:
+        try:
+            self._live()
+        finally:
+            import mlx.core as mx
+
+            # What MLX keeps for this thread aborts the process at its exit if left alone.
+            mx.synchronize()
+            mx.clear_streams()
+
+    def _live(self) -> None:
+        try:
+            self._model = self._make_model()
+            self.state = EngineState.READY
+        except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
+            _log.exception("the model could not be loaded")
+            self.failure = str(error) or type(error).__name__
+            self.error = error
+            self.state = EngineState.FAILED
+            return
+        finally:
+            self._loaded.set()
+        while self._take_requests():
+            if self._waiting:
+                self._turn(self._model)
+        self.state = EngineState.STOPPED
+        self._fail_all()
+
+    def _take_requests(self) -> bool:
+        """Take in what was asked for; wait if there is nothing else to do. False at the end."""
+        while True:
+            try:
+                request = self._calls.get(block=not self._waiting)
+            except queue.Empty:
+                self._waiting = [item for item in self._waiting if not item.request.dropped]
+                return True
+            if request is None:
+                return False
+            self._waiting += [_Item(request, place) for place in range(len(request.prepared))]
+
+    def _turn(self, model: Embedder | CrossEncoder) -> None:
+        """Run one batch, and hand results to the requests that are complete."""
+        lengths = [len(item.prepared) for item in self._waiting[:_LOOK_AHEAD]]
+        places = next_batch(lengths, model.limits)
+        batch = [self._waiting[place] for place in places]
+        taken = set(places)
+        self._waiting = [item for at, item in enumerate(self._waiting) if at not in taken]
+        try:
+            results: Sequence[Any] = model.run([item.prepared for item in batch])
+        except Exception as error:  # noqa: BLE001 - the requests fail, the model goes on
+            _log.exception("a batch failed")
+            for request in {item.request for item in batch}:
+                request.dropped = True
+                _settle(request, EngineError(f"the model failed: {error}"))
+            return
+        for item, result in zip(batch, results, strict=True):
+            item.request.results[item.place] = result
+            item.request.missing -= 1
+            if not item.request.missing:
+                _settle(item.request, None)
+
+    def _fail_all(self) -> None:
+        requests = {item.request for item in self._waiting}
+        while True:
+            try:
+                request = self._calls.get_nowait()
+            except queue.Empty:
+                break
+            if request is not None:
+                requests.add(request)
+        self._waiting.clear()
+        for request in requests:
+            _settle(request, EngineError("the model was stopped"))
+
+
+def _settle(request: _Request, error: Exception | None) -> None:
+    def settle() -> None:
+        if request.done.done():
+            return
+        if error is None:
+            request.done.set_result(request.results)
+        else:
+            request.done.set_exception(error)
+
+    try:
+        request.loop.call_soon_threadsafe(settle)
+    except RuntimeError:  # the loop has ended: nobody listens
+        request.dropped = True

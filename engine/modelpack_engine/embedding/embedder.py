@@ -1,0 +1,191 @@
+"""Embedder: texts to vectors, one call at a time. `AsyncEmbedder` gives it a thread of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from modelpack_engine.embedding.batching import BatchLimits, split_batches
+from modelpack_engine.embedding.inputs import Input, InputReader, Prepared, as_arrays
+from modelpack_engine.embedding.pooling import PoolingMode, pool
+from modelpack_engine.embedding.steps import Steps
+from modelpack_engine.errors import EngineError, RequestError
+
+#: float32, one dimension.
+Vector = NDArray[np.float32]
+
+_SHORTEST = 1e-12
+
+
+class Backbone(Protocol):
+    """What gives hidden states: an `Encoder` or a `Decoder`."""
+
+    def __call__(
+        self, token_ids: mx.array, lengths: mx.array, type_ids: mx.array | None = None
+    ) -> mx.array:
+        """Return hidden states [texts, tokens, size] of ids that are filled up on the right."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedderConfig:
+    """What an embedding model is, as its files say.
+
+    `dimension` is that of its vectors, `max_length` counts tokens with the special ones.
+    `prompts` are by name; none is put before a text unless it is asked for. Without
+    `pools_prompt`, a prompt's tokens are read but not pooled.
+    """
+
+    architecture: str
+    dimension: int
+    max_length: int
+    pooling: tuple[PoolingMode, ...]
+    normalize: bool
+    pools_prompt: bool = True
+    prompts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """The vectors in the order of the inputs, and how many tokens each of these had."""
+
+    vectors: tuple[Vector, ...]
+    token_counts: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of all inputs."""
+        return sum(self.token_counts)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedOptions:
+    """How a request wants its vectors.
+
+    `dimensions` keeps that many numbers of each vector and makes its length 1 again, which models
+    trained for it (Matryoshka) bear. `normalize` None is as the model's files say. `truncate`
+    cuts inputs that are too long, which are refused else. `prompt` names one of the model's.
+    """
+
+    dimensions: int | None = None
+    normalize: bool | None = None
+    truncate: bool = False
+    prompt: str | None = None
+
+
+class Embedder:
+    """Not thread-safe, but for `read`: calls to MLX have to come from the thread that loaded it."""
+
+    def __init__(
+        self,
+        config: EmbedderConfig,
+        reader: InputReader,
+        backbone: Backbone,
+        steps: Steps,
+        *,
+        limits: BatchLimits | None = None,
+        notes: tuple[str, ...] = (),
+        weight_bytes: int = 0,
+    ) -> None:
+        self.config = config
+        self.tokenizer = reader.tokenizer
+        self.limits = limits or BatchLimits()
+        self.notes = notes
+        self.weight_bytes = weight_bytes
+        self._reader = reader
+        self._backbone = backbone
+        self._steps = steps
+
+    def embed(
+        self,
+        inputs: Sequence[Input],
+        *,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        truncate: bool = False,
+        prompt: str | None = None,
+    ) -> Embeddings:
+        """Return the vectors of texts or lists of token ids. Options: `EmbedOptions`.
+
+        Raises `RequestError` for options that the model cannot fulfil and inputs that it cannot
+        read (`ContextLengthError`: too long), `EngineError` if a vector is not numbers.
+        """
+        options = EmbedOptions(dimensions, normalize, truncate, prompt)
+        prepared = self.read(inputs, options)
+        raw: list[Vector | None] = [None] * len(prepared)
+        for places in split_batches([len(each) for each in prepared], self.limits):
+            vectors = self.run([prepared[place] for place in places])
+            for place, vector in zip(places, vectors, strict=True):
+                raw[place] = vector
+        vectors = [vector for vector in raw if vector is not None]
+        return self.finish(vectors, prepared, options)
+
+    # The parts of `embed`, for who puts several requests together
+
+    def read(self, inputs: Sequence[Input], options: EmbedOptions) -> list[Prepared]:
+        """Return the inputs as tokens; any thread may call it."""
+        self._check(options)
+        prompt = self._prompt(options.prompt)
+        prepared = [
+            self._reader.read(index, given, prompt=prompt, truncate=options.truncate)
+            for index, given in enumerate(inputs)
+        ]
+        if prompt and not self.config.pools_prompt:
+            skipped = self._reader.prompt_length(prompt)
+            prepared = [
+                # A prompt that fills the whole limit leaves the last token to be pooled.
+                Prepared(each.token_ids, each.type_ids, min(skipped, len(each) - 1))
+                for each in prepared
+            ]
+        return prepared
+
+    def run(self, batch: Sequence[Prepared]) -> list[Vector]:
+        """Return the model's vectors of one batch, as its files make them."""
+        token_ids, type_ids, lengths, skipped = as_arrays(batch)
+        hidden = self._backbone(token_ids, lengths, type_ids)
+        vectors = self._steps(pool(hidden, lengths, self.config.pooling, skipped))
+        mx.eval(vectors)
+        return list(np.array(vectors, dtype=np.float32))
+
+    def finish(
+        self, vectors: Sequence[Vector], prepared: Sequence[Prepared], options: EmbedOptions
+    ) -> Embeddings:
+        """Return what a request gets of the model's vectors; any thread may call it."""
+        for index, vector in enumerate(vectors):
+            if not np.isfinite(vector).all():
+                raise EngineError(f"the vector of input {index} is not made of finite numbers")
+        if options.dimensions is not None and options.dimensions < self.config.dimension:
+            vectors = [_unit(vector[: options.dimensions]) for vector in vectors]
+        elif options.normalize and not self.config.normalize:
+            vectors = [_unit(vector) for vector in vectors]
+        return Embeddings(tuple(vectors), tuple(len(each) for each in prepared))
+
+    def _check(self, options: EmbedOptions) -> None:
+        wanted = options.dimensions
+        if wanted is not None and not 1 <= wanted <= self.config.dimension:
+            raise RequestError(
+                f"dimensions is {wanted}, the model's vectors have {self.config.dimension}",
+                param="dimensions",
+            )
+        if options.normalize is False and self.config.normalize:
+            raise RequestError("the model's vectors have length 1", param="normalize")
+
+    def _prompt(self, name: str | None) -> str:
+        if name is None:
+            return ""
+        if name not in self.config.prompts:
+            known = ", ".join(sorted(self.config.prompts)) or "none"
+            raise RequestError(
+                f"the model has no prompt {name[:100]!r}; it has {known}", param="prompt"
+            )
+        return self.config.prompts[name]
+
+
+def _unit(vector: Vector) -> Vector:
+    length = float(np.linalg.norm(vector.astype(np.float64)))
+    return (vector / max(length, _SHORTEST)).astype(np.float32)

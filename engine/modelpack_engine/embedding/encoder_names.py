@@ -1,0 +1,160 @@
+"""Names of tensors: from what checkpoints of the BERT family call them to what `Encoder` does.
+
+A checkpoint may have a prefix (`bert.`), heads that an encoder has no use for, fused projections,
+and BERT's first names of a norm's weights (`gamma`, `beta`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+from modelpack_engine.embedding.encoder_config import EncoderConfig
+from modelpack_engine.errors import ModelLoadError
+
+_Rules = tuple[tuple[str, str], ...]
+
+_PREFIX = re.compile(r"(?:bert|roberta|distilbert|mpnet|model)\.")
+#: Buffers, and heads for training: nothing that an embedding is made of.
+_UNUSED = re.compile(
+    r"embeddings\.position_ids|cls\..*|lm_head\..*|pooler\..*|vocab_(?:transform|layer_norm|projector)\..*"
+    r"|decoder\..*|head\..*|qa_outputs\..*"
+)
+_EMBEDDINGS: _Rules = (
+    (r"embeddings\.(?:word|tok)_embeddings\.", "embeddings.word."),
+    (r"embeddings\.position_embeddings\.", "embeddings.position."),
+    (r"embeddings\.token_type_embeddings\.", "embeddings.token_type."),
+    (r"(?:embeddings\.(?:LayerNorm|norm)|emb_ln)\.", "embeddings.norm."),
+)
+_BERT: _Rules = (
+    *_EMBEDDINGS,
+    (r"encoder\.layer\.(\d+)\.attention\.self\.(query|key|value)\.", r"layers.\1.attention.\2."),
+    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"layers.\1.attention.output."),
+    (r"encoder\.layer\.(\d+)\.attention\.output\.LayerNorm\.", r"layers.\1.attention_norm."),
+    (r"encoder\.layer\.(\d+)\.intermediate\.dense\.", r"layers.\1.mlp.up."),
+    (r"encoder\.layer\.(\d+)\.output\.dense\.", r"layers.\1.mlp.down."),
+    (r"encoder\.layer\.(\d+)\.output\.LayerNorm\.", r"layers.\1.mlp_norm."),
+)
+_MPNET: _Rules = (
+    *_BERT,
+    (r"encoder\.layer\.(\d+)\.attention\.attn\.q\.", r"layers.\1.attention.query."),
+    (r"encoder\.layer\.(\d+)\.attention\.attn\.k\.", r"layers.\1.attention.key."),
+    (r"encoder\.layer\.(\d+)\.attention\.attn\.v\.", r"layers.\1.attention.value."),
+    (r"encoder\.layer\.(\d+)\.attention\.attn\.o\.", r"layers.\1.attention.output."),
+    (r"encoder\.layer\.(\d+)\.attention\.LayerNorm\.", r"layers.\1.attention_norm."),
+    (r"encoder\.relative_attention_bias\.", "relative_bias."),
+)
+_DISTILBERT: _Rules = (
+    *_EMBEDDINGS,
+    (r"transformer\.layer\.(\d+)\.attention\.q_lin\.", r"layers.\1.attention.query."),
+    (r"transformer\.layer\.(\d+)\.attention\.k_lin\.", r"layers.\1.attention.key."),
+    (r"transformer\.layer\.(\d+)\.attention\.v_lin\.", r"layers.\1.attention.value."),
+    (r"transformer\.layer\.(\d+)\.attention\.out_lin\.", r"layers.\1.attention.output."),
+    (r"transformer\.layer\.(\d+)\.sa_layer_norm\.", r"layers.\1.attention_norm."),
+    (r"transformer\.layer\.(\d+)\.ffn\.lin1\.", r"layers.\1.mlp.up."),
+    (r"transformer\.layer\.(\d+)\.ffn\.lin2\.", r"layers.\1.mlp.down."),
+    (r"transformer\.layer\.(\d+)\.output_layer_norm\.", r"layers.\1.mlp_norm."),
+)
+_MODERNBERT: _Rules = (
+    *_EMBEDDINGS,
+    (r"layers\.(\d+)\.attn\.Wqkv\.", r"layers.\1.attention.query+key+value."),
+    (r"layers\.(\d+)\.attn\.Wo\.", r"layers.\1.attention.output."),
+    (r"layers\.(\d+)\.attn_norm\.", r"layers.\1.attention_norm."),
+    (r"layers\.(\d+)\.mlp\.Wi\.", r"layers.\1.mlp.gate+up."),
+    (r"layers\.(\d+)\.mlp\.Wo\.", r"layers.\1.mlp.down."),
+    (r"layers\.(\d+)\.mlp_norm\.", r"layers.\1.mlp_norm."),
+    (r"final_norm\.", "final_norm."),
+)
+_NOMIC: _Rules = (
+    *_EMBEDDINGS,
+    (r"(?:encoder\.)?layers\.(\d+)\.attn\.Wqkv\.", r"layers.\1.attention.query+key+value."),
+    (r"layers\.(\d+)\.self_attn\.q_proj\.", r"layers.\1.attention.query."),
+    (r"layers\.(\d+)\.self_attn\.k_proj\.", r"layers.\1.attention.key."),
+    (r"layers\.(\d+)\.self_attn\.v_proj\.", r"layers.\1.attention.value."),
+    (
+        r"(?:encoder\.)?layers\.(\d+)\.(?:attn\.out_proj|self_attn\.o_proj)\.",
+        r"layers.\1.attention.output.",
+    ),
+    (r"(?:encoder\.)?layers\.(\d+)\.mlp\.(?:fc12|gate_proj)\.", r"layers.\1.mlp.gate."),
+    (r"(?:encoder\.)?layers\.(\d+)\.mlp\.(?:fc11|up_proj)\.", r"layers.\1.mlp.up."),
+    (r"(?:encoder\.)?layers\.(\d+)\.mlp\.(?:fc2|down_proj)\.", r"layers.\1.mlp.down."),
+    (
+        r"(?:encoder\.)?layers\.(\d+)\.(?:norm1|post_attention_layernorm)\.",
+        r"layers.\1.attention_norm.",
+    ),
+    (r"(?:encoder\.)?layers\.(\d+)\.(?:norm2|post_mlp_layernorm)\.", r"layers.\1.mlp_norm."),
+)
+_RULES: Mapping[str, _Rules] = {
+    "bert": _BERT,
+    "camembert": _BERT,
+    "distilbert": _DISTILBERT,
+    "modernbert": _MODERNBERT,
+    "mpnet": _MPNET,
+    "nomic_bert": _NOMIC,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+}
+_ROBERTA_HEAD: _Rules = (
+    (r"classifier\.dense\.", "head.dense."),
+    (r"classifier\.out_proj\.", "head.out."),
+)
+_HEADS: Mapping[str, _Rules] = {
+    "bert": ((r"pooler\.dense\.", "head.dense."), (r"classifier\.", "head.out.")),
+    "camembert": _ROBERTA_HEAD,
+    "distilbert": ((r"pre_classifier\.", "head.dense."), (r"classifier\.", "head.out.")),
+    "modernbert": (
+        (r"head\.dense\.", "head.dense."),
+        (r"head\.norm\.", "head.norm."),
+        (r"classifier\.", "head.out."),
+    ),
+    "mpnet": _ROBERTA_HEAD,
+    "roberta": _ROBERTA_HEAD,
+    "xlm-roberta": _ROBERTA_HEAD,
+}
+
+
+def rename_tensors(config: EncoderConfig, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Return the encoder's tensors under its own names; an unknown name stays as it is.
+
+    Raises `ModelLoadError` if two tensors are the same one.
+    """
+    rules = list(_RULES[config.architecture])
+    if config.num_labels:
+        rules += _HEADS[config.architecture]
+    named: dict[str, mx.array] = {}
+    for source, tensor in tensors.items():
+        target = _renamed(source, rules)
+        if target is None:
+            continue
+        for name, part in _parts(target, tensor):
+            if name in named:
+                raise ModelLoadError(f"the weights hold {name} twice, once as {source!r}")
+            named[name] = part
+    return named
+
+
+def _renamed(source: str, rules: list[tuple[str, str]]) -> str | None:
+    """Return the name that the encoder has for a tensor, None if it has no use for it."""
+    bare = _PREFIX.sub("", source, count=1) if _PREFIX.match(source) else source
+    for pattern, target in rules:
+        match = re.match(pattern, bare)
+        if match is not None:
+            rest = {"gamma": "weight", "beta": "bias"}.get(bare[match.end() :], bare[match.end() :])
+            return match.expand(target) + rest
+    return None if _UNUSED.fullmatch(bare) else source
+
+
+def _parts(name: str, tensor: mx.array) -> list[tuple[str, mx.array]]:
+    """Take apart what is fused along the rows."""
+    head, plus, _ = name.partition("+")
+    if not plus:
+        return [(name, tensor)]
+    stem, dot, fused = name.rpartition(".")[0].rpartition(".")
+    kind = name.rpartition(".")[2]
+    names = fused.split("+")
+    if tensor.shape[0] % len(names):
+        raise ModelLoadError(f"{head}: {tensor.shape[0]} rows do not make {len(names)} parts")
+    parts = mx.split(tensor, len(names), axis=0)
+    return [(f"{stem}{dot}{own}.{kind}", part) for own, part in zip(names, parts, strict=True)]
