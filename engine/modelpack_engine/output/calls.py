@@ -100,10 +100,11 @@ class Found:
             else:
                 self._parts.append(Reasoning(kept))
 
-    def end_reasoning(self) -> None:
+    def end_reasoning(self, *, lines_follow: bool = True) -> None:
+        """End a block; `lines_follow` says that line breaks after it are layout, too."""
         self.thinking = False
         self._thought_spaces = ""
-        self._skips_newlines = True
+        self._skips_newlines = lines_follow
 
     def known(self, name: str) -> Tool:
         """Return the tool of this name; raises `NotACall` if none was offered."""

@@ -12,12 +12,12 @@ from __future__ import annotations
 import re
 
 from modelpack_engine.output.calls import Found, read_object
-from modelpack_engine.output.source import NotACall, Reading, Source, Stops
+from modelpack_engine.output.source import NotACall, Reading, Source, stops
 
 _START, _CHANNEL, _CONSTRAIN = "<|start|>", "<|channel|>", "<|constrain|>"
 _MESSAGE, _END, _CALL, _RETURN = "<|message|>", "<|end|>", "<|call|>", "<|return|>"
-_HEADER = Stops([_START, _CHANNEL, _CONSTRAIN, _MESSAGE, _END, _CALL, _RETURN])
-_BODY_ENDS = Stops([_END, _CALL, _RETURN, _START, _CHANNEL])
+_HEADER = stops(_START, _CHANNEL, _CONSTRAIN, _MESSAGE, _END, _CALL, _RETURN)
+_BODY_ENDS = stops(_END, _CALL, _RETURN, _START, _CHANNEL)
 _RECIPIENT = re.compile(r"(?:^|\s)to=([^\s<]+)")
 _HEADER_LIMIT = 1024  # characters; a header is a few words
 _BETWEEN = "\n\n"  # between two messages that a reader sees as one
@@ -126,7 +126,7 @@ class _Messages:
                 if stop not in (_START, _CHANNEL):
                     source.advance(len(stop))
                 if thinks:
-                    found.end_reasoning()
+                    found.end_reasoning(lines_follow=False)
                 return
             if not (yield from source.more()):
                 return

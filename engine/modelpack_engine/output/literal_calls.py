@@ -10,7 +10,7 @@ from typing import Any
 
 from modelpack_engine.output.calls import Found, Members, capture_value
 from modelpack_engine.output.json_calls import read_json_calls
-from modelpack_engine.output.source import MAX_HELD, Broken, NotACall, Reading, Source, Stops
+from modelpack_engine.output.source import MAX_HELD, Broken, NotACall, Reading, Source, stops
 from modelpack_engine.output.typed import (
     allowed_types,
     parameter_schema,
@@ -35,7 +35,7 @@ def read_gemma_block(quote: str, closing: str, source: Source, found: Found) -> 
     read = 0
     while True:
         yield from source.spaces()
-        if read and (yield from source.accept(closing)):
+        if read and (yield from source.close(closing)):
             return
         if not (yield from source.accept("call:")):
             if read:
@@ -76,7 +76,7 @@ def _separated(source: Source, closing: str) -> Reading[bool]:
 
 def _key(quote: str, source: Source) -> Reading[str]:
     if (yield from source.accept(quote)):
-        key, _ = yield from source.until(Stops([quote]))
+        key, _ = yield from source.until(stops(quote))
     elif (yield from source.peek()) == '"':
         key = json.loads((yield from capture_value(source, MAX_HELD)))
     else:
@@ -91,7 +91,7 @@ def _value(quote: str, source: Source, schema: Mapping[str, Any], depth: int) ->
         raise NotACall
     yield from source.spaces()
     if (yield from source.accept(quote)):
-        return (yield from source.until(Stops([quote])))[0]
+        return (yield from source.until(stops(quote)))[0]
     character = yield from source.peek()
     if character == '"':
         return json.loads((yield from capture_value(source, MAX_HELD)))
@@ -130,10 +130,10 @@ def read_python_block(closing: str, source: Source, found: Found) -> Reading[Non
         source.back_to(start)
         yield from read_json_calls(source, found)
         yield from source.spaces()
-        yield from source.accept(closing)
+        yield from source.close(closing)
         return
     source.back_to(start)
-    text, _ = yield from source.until(Stops([closing]))
+    text, _ = yield from source.until(stops(closing))
     hand_out_python(text, found)
 
 
@@ -197,7 +197,7 @@ def _balanced(source: Source) -> Reading[None]:
 
 def read_tool_code(source: Source, found: Found) -> Reading[None]:
     """Read what follows ```tool_code: calls, one a line, up to ```; print() around is dropped."""
-    text, _ = yield from source.until(Stops(["```"]))
+    text, _ = yield from source.until(stops("```"))
     lines = [line for line in text.strip().splitlines() if line.strip()]
     try:
         hand_out_python("[" + ",".join(lines) + "]", found)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from modelpack_engine.output.calls import Found
-from modelpack_engine.output.source import NotACall, Reading, Source, Stops
+from modelpack_engine.output.source import NotACall, Reading, Source, stops
 
 _PACKAGE = "modelpack_engine.output._mlx_lm_tool_parsers"
 
@@ -24,7 +24,10 @@ _PACKAGE = "modelpack_engine.output._mlx_lm_tool_parsers"
 @functools.cache
 def tool_parser(name: str) -> types.ModuleType | None:
     """Return mlx-lm's parser module of this name; None if mlx-lm does not have it (any more)."""
-    installed = importlib.util.find_spec("mlx_lm")
+    try:
+        installed = importlib.util.find_spec("mlx_lm")
+    except ValueError:  # somebody put a module in its place
+        return None
     if installed is None or not installed.submodule_search_locations:
         return None
     folder = Path(installed.submodule_search_locations[0]) / "tool_parsers"
@@ -40,7 +43,7 @@ def tool_parser(name: str) -> types.ModuleType | None:
 
 def read_mlx_lm_block(parser: str, closing: str, source: Source, found: Found) -> Reading[None]:
     """Read a block up to `closing`, and have mlx-lm's parser take it apart."""
-    text, _ = yield from source.until(Stops([closing]))
+    text, _ = yield from source.until(stops(closing))
     module = tool_parser(parser)
     if module is None:
         raise NotACall

@@ -9,7 +9,7 @@ from modelpack_engine.output.families import FAMILIES, Family, Reader
 from modelpack_engine.output.harmony import read_harmony
 from modelpack_engine.output.output_format import OutputFormat
 from modelpack_engine.output.parts import Part
-from modelpack_engine.output.source import Broken, NotACall, Reading, Source, Stops
+from modelpack_engine.output.source import Broken, NotACall, Reading, Source, Stops, stops
 from modelpack_engine.output.tools import Tool
 
 # Special tokens that end a turn. They come last, if at all: the engine stops at them.
@@ -67,7 +67,7 @@ class OutputParser:
         self._parallel = parallel
         self._markers = format.reasoning
         self._family = family
-        dropped = END_TOKENS if format.keeps_special_tokens else ()
+        dropped: tuple[str, ...] = END_TOKENS if format.keeps_special_tokens else ()
         markers = tuple(family.markers) if tools else ()
         opening: tuple[str, ...] = ()
         closing: tuple[str, ...] = ()
@@ -75,9 +75,10 @@ class OutputParser:
             dropped += self._markers.dropped
             closing = (self._markers.closing,)
             opening = (self._markers.opening,) if self._markers.anywhere else ()
-        self._stops = Stops(markers + opening + dropped)
-        self._thought_stops = Stops((markers if family.in_reasoning else ()) + closing + dropped)
-        self._broken_ends = Stops(family.ends + tuple(family.markers))
+        self._stops = stops(*markers, *opening, *dropped)
+        within = markers if family.in_reasoning else ()
+        self._thought_stops = stops(*within, *closing, *dropped)
+        self._broken_ends = stops(*family.ends, *family.markers)
         self.reasoning_tokens = 0
         self._reading: Reading[None] | None = (
             read_harmony(self._source, self._found, starts_reasoning=starts_reasoning)
@@ -187,11 +188,11 @@ class OutputParser:
             else:
                 yield from self._end_token(stop, found.reasoning)
 
-    def _hand_out(self, stops: Stops, hand_out: Callable[[str], None]) -> Reading[str | None]:
+    def _hand_out(self, ends: Stops, hand_out: Callable[[str], None]) -> Reading[str | None]:
         """Hand out text up to a stop, which stays; None if the answer ends first."""
         source = self._source
         while True:
-            at, stop = stops.find(source.rest, 0, ended=source.ended)
+            at, stop = ends.find(source.rest, 0, ended=source.ended)
             hand_out(source.rest[:at])
             source.advance(at)
             source.forget()

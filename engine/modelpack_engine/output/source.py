@@ -7,6 +7,7 @@ is read.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Generator, Iterable
 from typing import TypeVar
@@ -24,6 +25,12 @@ class NotACall(Exception):
 
 class Broken(Exception):
     """A call that has begun cannot be read to its end."""
+
+
+@functools.cache
+def stops(*strings: str) -> Stops:
+    """Return the `Stops` of these strings; made once, for they are the same for every answer."""
+    return Stops(strings)
 
 
 class Stops:
@@ -120,6 +127,15 @@ class Source:
         self._at += len(literal)
         return True
 
+    def close(self, literal: str) -> Reading[bool]:
+        """Read the marker that ends a call, or what there is of it where the answer breaks off."""
+        if (yield from self.accept(literal)):
+            return True
+        if not self.ended or not self.rest or not literal.startswith(self.rest):
+            return False
+        self._at = len(self._text)
+        return True
+
     def expect(self, literal: str) -> Reading[None]:
         """Read `literal`; raises `NotACall` if it does not come next."""
         if not (yield from self.accept(literal)):
@@ -144,7 +160,7 @@ class Source:
             raise NotACall
         return self.since(start)
 
-    def until(self, stops: Stops, limit: int = MAX_HELD) -> Reading[tuple[str, str]]:
+    def until(self, ends: Stops, limit: int = MAX_HELD) -> Reading[tuple[str, str]]:
         """Read up to and over the first stop; return what lies before it, and the stop.
 
         Raises `NotACall` if none comes within `limit` characters.
@@ -152,7 +168,7 @@ class Source:
         start = self.position
         searched = self._at
         while True:
-            at, stop = stops.find(self._text, searched, ended=self.ended)
+            at, stop = ends.find(self._text, searched, ended=self.ended)
             if stop is not None:
                 self._at = at + len(stop)
                 text = self.since(start)

@@ -6,7 +6,7 @@ import re
 
 from modelpack_engine.output.calls import Found, read_object
 from modelpack_engine.output.json_calls import read_json_calls
-from modelpack_engine.output.source import MAX_NAME, Broken, NotACall, Reading, Source, Stops
+from modelpack_engine.output.source import MAX_NAME, Broken, NotACall, Reading, Source, stops
 
 NAME = re.compile(r"[\w.\-]")
 
@@ -16,7 +16,7 @@ def read_hermes_block(source: Source, found: Found) -> Reading[None]:
     yield from source.spaces()
     yield from read_json_calls(source, found)
     yield from source.spaces()
-    yield from source.accept("</tool_call>")
+    yield from source.close("</tool_call>")
 
 
 def read_json_block(closing: str, source: Source, found: Found) -> Reading[None]:
@@ -25,7 +25,7 @@ def read_json_block(closing: str, source: Source, found: Found) -> Reading[None]
     yield from read_json_calls(source, found)
     yield from source.spaces()
     if closing:
-        yield from source.accept(closing)
+        yield from source.close(closing)
 
 
 def read_mistral_calls(source: Source, found: Found) -> Reading[None]:
@@ -62,7 +62,7 @@ def read_deepseek_calls(source: Source, found: Found) -> Reading[None]:
     read = 0
     while True:
         yield from source.spaces()
-        if read and (yield from source.accept(_CALLS_END)):
+        if read and (yield from source.close(_CALLS_END)):
             return
         if not (yield from source.accept(_CALL_BEGIN)):
             if read:
@@ -75,7 +75,7 @@ def read_deepseek_calls(source: Source, found: Found) -> Reading[None]:
 
 def read_deepseek_call(source: Source, found: Found) -> Reading[None]:
     """Read function<sep>NAME, line break, ```json {..} ``` (V3, R1), or NAME<sep>{..} (V3.1)."""
-    head = (yield from source.until(Stops([_SEPARATOR]), MAX_NAME))[0].strip()
+    head = (yield from source.until(stops(_SEPARATOR), MAX_NAME))[0].strip()
     yield from source.spaces()
     if (yield from source.peek()) == "{":
         name = head
@@ -92,7 +92,7 @@ def read_deepseek_call(source: Source, found: Found) -> Reading[None]:
     yield from source.spaces()
     yield from source.accept("```")
     yield from source.spaces()
-    yield from source.accept(_CALL_END)
+    yield from source.close(_CALL_END)
 
 
 _KIMI_ARGUMENTS = "<|tool_call_argument_begin|>"
@@ -103,13 +103,13 @@ def read_kimi_calls(source: Source, found: Found) -> Reading[None]:
     read = 0
     while True:
         yield from source.spaces()
-        if read and (yield from source.accept("<|tool_calls_section_end|>")):
+        if read and (yield from source.close("<|tool_calls_section_end|>")):
             return
         if not (yield from source.accept("<|tool_call_begin|>")):
             if read:
                 return
             raise NotACall
-        head = (yield from source.until(Stops([_KIMI_ARGUMENTS]), MAX_NAME))[0].strip()
+        head = (yield from source.until(stops(_KIMI_ARGUMENTS), MAX_NAME))[0].strip()
         name = re.sub(r":[0-9]+$", "", head).removeprefix("functions.")
         whole = re.fullmatch(r"functions\..+:[0-9]+", head)
         call_id = head if whole else f"functions.{name}:{found.calls}"
@@ -117,7 +117,7 @@ def read_kimi_calls(source: Source, found: Found) -> Reading[None]:
         if not (yield from read_object(source, found, name, call_id)):
             raise Broken
         yield from source.spaces()
-        yield from source.accept("<|tool_call_end|>")
+        yield from source.close("<|tool_call_end|>")
         source.forget()
         read += 1
 

@@ -81,6 +81,14 @@ def typed(text: str, schema: Mapping[str, Any]) -> Any:
     return value
 
 
+def json_or_text(text: str) -> Any:
+    """Return the JSON value that `text` is, or the text where it is none."""
+    try:
+        return _json_or_constant(text.strip())
+    except ValueError:
+        return text
+
+
 def literal(text: str) -> Any:
     """Read a value as JSON, else as a Python literal; raises `ValueError` for anything else.
 

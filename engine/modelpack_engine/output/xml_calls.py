@@ -11,8 +11,8 @@ import re
 
 from modelpack_engine.output.calls import Found, Members, read_object
 from modelpack_engine.output.json_calls import read_json_calls
-from modelpack_engine.output.source import Broken, NotACall, Reading, Source, Stops
-from modelpack_engine.output.typed import parameter_schema, typed
+from modelpack_engine.output.source import Broken, NotACall, Reading, Source, stops
+from modelpack_engine.output.typed import json_or_text, parameter_schema, typed
 
 NAME = re.compile(r"[^\s<>\"'{}\[\]()]")
 _GLM_NAME = re.compile(r"[^\s<>\"'{}\[\]]")
@@ -24,7 +24,7 @@ def _trimmed(value: str) -> str:
     return value.removeprefix("\n").removesuffix("\n")
 
 
-_VALUE_END = Stops(["</parameter>", "</function>"])
+_VALUE_END = stops("</parameter>", "</function>")
 
 
 def read_function_tag(source: Source, found: Found) -> Reading[None]:
@@ -38,12 +38,12 @@ def read_function_tag(source: Source, found: Found) -> Reading[None]:
         if not (yield from read_object(source, found, name)):
             raise Broken
         yield from source.spaces()
-        yield from source.accept("</function>")
+        yield from source.close("</function>")
         return
     members = Members(found, name)
     while True:
         yield from source.spaces()
-        if (yield from source.accept("</function>")):
+        if (yield from source.close("</function>")):
             members.end()
             return
         try:
@@ -82,7 +82,7 @@ def _more_functions(source: Source, found: Found) -> Reading[None]:
     while True:
         source.forget()
         yield from source.spaces()
-        if (yield from source.accept("</tool_call>")):
+        if (yield from source.close("</tool_call>")):
             return
         if not (yield from source.accept("<function=")):
             return
@@ -98,7 +98,7 @@ def read_invokes(prefix: str, closing: str, source: Source, found: Found) -> Rea
     read = 0
     while True:
         yield from source.spaces()
-        if read and (yield from source.accept(closing)):
+        if read and (yield from source.close(closing)):
             return
         if not (yield from source.accept(f"<{prefix}invoke name=")):
             if read:
@@ -115,10 +115,10 @@ def _read_invoke(prefix: str, source: Source, found: Found) -> Reading[None]:
     yield from source.spaces()
     yield from source.expect(">")
     members = Members(found, name)
-    value_end = Stops([f"</{prefix}parameter>"])
+    value_end = stops(f"</{prefix}parameter>")
     while True:
         yield from source.spaces()
-        if (yield from source.accept(f"</{prefix}invoke>")):
+        if (yield from source.close(f"</{prefix}invoke>")):
             members.end()
             return
         try:
@@ -140,8 +140,11 @@ def _read_invoke(prefix: str, source: Source, found: Found) -> Reading[None]:
             members.add(key, value, value)
         else:
             value = value if kind else _trimmed(value)
-            schema = {} if kind else parameter_schema(tool, key)
-            members.add(key, typed(value, schema), value)
+            members.add(
+                key,
+                json_or_text(value) if kind else typed(value, parameter_schema(tool, key)),
+                value,
+            )
         source.forget()
 
 
@@ -158,8 +161,8 @@ def _attribute(source: Source) -> Reading[str]:
     return (yield from source.word(NAME))
 
 
-_GLM_KEY_END = Stops(["</arg_key>"])
-_GLM_VALUE_END = Stops(["</arg_value>"])
+_GLM_KEY_END = stops("</arg_key>")
+_GLM_VALUE_END = stops("</arg_value>")
 
 
 def read_glm_block(source: Source, found: Found) -> Reading[None]:
@@ -171,14 +174,14 @@ def read_glm_block(source: Source, found: Found) -> Reading[None]:
     if (yield from source.peek()) == "{":
         yield from read_json_calls(source, found)
         yield from source.spaces()
-        yield from source.accept("</tool_call>")
+        yield from source.close("</tool_call>")
         return
     name = yield from source.word(_GLM_NAME)
     tool = found.known(name)
     members = Members(found, name)
     while True:
         yield from source.spaces()
-        if (yield from source.accept("</tool_call>")):
+        if (yield from source.close("</tool_call>")):
             members.end()
             return
         try:
