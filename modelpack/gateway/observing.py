@@ -71,10 +71,14 @@ class Traced:
 
         try:
             await self._app(scope, receive, observed)
+        except Exception:
+            trace.status = trace.status or 500
+            raise
         finally:
             trace.ended = self._clock()
-            if not complete:  # the client went away, or the reply broke off
-                trace.finish = "abort"
+            if not complete:
+                trace.finish = trace.finish or "abort"
+                trace.status = trace.status or 499  # the client went away
             self._tell(trace)
 
     def _trace(self, scope: Scope, headers: Headers) -> Trace:

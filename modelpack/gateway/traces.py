@@ -63,7 +63,9 @@ class Trace:
 
     def spent(self, prompt_estimate: int) -> int | None:
         """Return the tokens to charge; None where nothing shows how many it took."""
-        if self.status is None or self.status >= 400:
+        if self.status is None:
+            return None  # the client went away before the answer: it is charged all the same
+        if self.status >= 400:
             return 0
         if self.prompt_tokens is not None or self.completion_tokens is not None:
             return (self.prompt_tokens or 0) + (self.completion_tokens or self.counted_tokens)
