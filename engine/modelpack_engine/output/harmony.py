@@ -128,8 +128,9 @@ class _Messages:
                 if thinks:
                     found.end_reasoning(lines_follow=False)
                 return
-            if not (yield from source.more()):
+            if source.ended:
                 return
+            yield from source.more()
 
     def _skip(self) -> Reading[None]:
         """Drop what follows the arguments, up to the end of the message."""
@@ -142,5 +143,6 @@ class _Messages:
                 if stop not in (_START, _CHANNEL):
                     source.advance(len(stop))
                 return
-            if not (yield from source.more()):
+            if source.ended:
                 return
+            yield from source.more()

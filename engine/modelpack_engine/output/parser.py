@@ -196,8 +196,9 @@ class OutputParser:
             hand_out(source.rest[:at])
             source.advance(at)
             source.forget()
-            if stop is not None or not (yield from source.more()):
+            if stop is not None or source.ended:
                 return stop
+            yield from source.more()
 
     def _call(self, marker: str, hand_out: Callable[[str], None] | None = None) -> Reading[bool]:
         self._source.advance(len(marker))
@@ -230,8 +231,9 @@ class OutputParser:
                 if stop in self._family.ends:
                     source.advance(len(stop))
                 return
-            if not (yield from source.more()):
+            if source.ended:
                 return
+            yield from source.more()
 
     def _end_token(self, token: str, hand_out: Callable[[str], None]) -> Reading[None]:
         """Drop a special token that is none of the text. What looks like HTML is one at the end

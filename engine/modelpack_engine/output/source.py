@@ -174,6 +174,7 @@ class Source:
                 text = self.since(start)
                 return text[: len(text) - len(stop)], stop
             searched = at
-            if at - self._at > limit or not (yield from self.more()):
+            if at - self._at > limit or self.ended:
                 self._at = at
                 raise NotACall
+            yield from self.more()

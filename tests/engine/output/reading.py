@@ -55,7 +55,8 @@ def parts_of(
     parser = OutputParser(format, tools, starts_reasoning=starts_reasoning, parallel=parallel)
     parts = [part for piece in pieces for part in parser.feed(piece)] + parser.finish()
     assert parser.tool_calls == sum(isinstance(p, ToolStart) for p in parts)
-    assert parser.feed("more") == [] and parser.finish() == []
+    assert parser.feed("more") == []
+    assert parser.finish() == []
     return parts
 
 
@@ -70,7 +71,8 @@ def joined(parts: Iterable[Part]) -> Found:
             found.append(("call", part.name, ""))
         elif isinstance(part, ToolArguments):
             calls = [n for n, entry in enumerate(found) if entry[0] == "call"]
-            assert part.index == len(calls) - 1 and part.fragment
+            assert part.index == len(calls) - 1
+            assert part.fragment
             assert calls[-1] == len(found) - 1, "arguments after something else"
             _, name, so_far = found[-1]
             found[-1] = ("call", name, so_far + part.fragment)
@@ -89,5 +91,5 @@ def joined(parts: Iterable[Part]) -> Found:
 
 
 def read(family: str | OutputFormat, pieces: Iterable[str], **options: Any) -> Found:
-    format = family if isinstance(family, OutputFormat) else OutputFormat.named(family)
-    return joined(parts_of(format, pieces, **options))
+    chosen = family if isinstance(family, OutputFormat) else OutputFormat.named(family)
+    return joined(parts_of(chosen, pieces, **options))

@@ -7,10 +7,11 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modelpack_engine.output.families import FAMILIES
 
-from tests.engine.output.cases import CASES, Case
+from modelpack_engine.output.families import FAMILIES
+from tests.engine.output.cases import CASES
 from tests.engine.output.reading import read
+from tests.engine.output.writing import Case
 
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.family}-{case.name}")
 
