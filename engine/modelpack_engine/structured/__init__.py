@@ -5,6 +5,7 @@
 
 from modelpack_engine.structured.constraint import Constraint, ReasoningBlock
 from modelpack_engine.structured.grammar import Grammar, GrammarMask, compile_constraint
+from modelpack_engine.structured.tools import tool_grammar
 from modelpack_engine.structured.vocabulary import GrammarVocabulary, grammar_vocabulary
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "ReasoningBlock",
     "compile_constraint",
     "grammar_vocabulary",
+    "tool_grammar",
 ]

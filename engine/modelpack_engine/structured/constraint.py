@@ -16,12 +16,14 @@ class Constraint:
     GBNF for "grammar".
 
     `markup` defines further rules of a Lark grammar by their text: special tokens of the model's
-    vocabulary in it stand for themselves, all else is plain text.
+    vocabulary in it stand for themselves, all else is plain text. `until` defines rules that are
+    any text up to and including such a text. A grammar with markup brings all that an answer has.
     """
 
     kind: Literal["json_object", "json_schema", "regex", "grammar"]
     value: str | Mapping[str, Any] = ""
     markup: Mapping[str, str] = field(default_factory=dict)
+    until: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,8 @@ class ReasoningBlock:
 
     The block ends with `closing`. It may begin with `opening`, or be left out; without an `opening`
     the prompt has begun it already. `answer` is markup between it and the constrained part, which
-    is there without a block as well. Special tokens in these texts stand for themselves.
+    is there without a block as well, but not where the constraint brings its own markup. Special
+    tokens in these texts stand for themselves.
     """
 
     closing: str

@@ -17,6 +17,7 @@ from modelpack_engine.structured.vocabulary import GrammarVocabulary
 MAX_REGEX = 4 << 10  # characters; the cost of compiling grows with the square
 MAX_GRAMMAR = 16 << 10
 _MAX_REASON = 500
+_TEXT = "TEXT: /(.|\\n)*/"
 _NAMES = {
     "json_object": "JSON",
     "json_schema": "the JSON schema",
@@ -79,7 +80,8 @@ def compile_constraint(
     def compiled() -> LLMatcher:
         parts = [_body(constraint, vocabulary) | {"name": "answer"}]
         if reasoning is not None:
-            parts.insert(0, {"lark_grammar": _around(reasoning, vocabulary)})
+            answer = "" if constraint.markup else reasoning.answer
+            parts.insert(0, {"lark_grammar": _around(reasoning, answer, vocabulary)})
         matcher = LLMatcher(
             vocabulary.tokenizer, json.dumps({"grammars": parts}), log_level=0, limits=LIMITS
         )
@@ -113,29 +115,33 @@ def _body(constraint: Constraint, vocabulary: GrammarVocabulary) -> dict[str, An
         return entry
     if constraint.markup:  # made by ourselves
         rules = [f"{name}: {vocabulary.markup(text)}" for name, text in constraint.markup.items()]
-        return {"lark_grammar": "\n".join([value, *rules])}
+        for name, closing in constraint.until.items():
+            rules += _until(name, closing, vocabulary)
+        return {"lark_grammar": "\n".join([value, *rules, _TEXT])}
     _check_size(value, MAX_GRAMMAR)
     return {"lark_grammar": any_to_lark(value)}
 
 
-def _around(reasoning: ReasoningBlock, vocabulary: GrammarVocabulary) -> str:
-    """Return the grammar of an answer with a block of reasoning before it.
+def _until(name: str, closing: str, vocabulary: GrammarVocabulary) -> list[str]:
+    """Return rules, the first of which is `name`: any text up to `closing`, and that.
 
-    A closing that is text may begin in any of its tokens; a special token cannot be in a text.
+    A closing that is text may begin within a token; a special token cannot be in a text.
     """
-    first, *others = vocabulary.markup_parts(reasoning.closing)
+    first, *others = vocabulary.markup_parts(closing)
     option = "" if first.startswith("<[") else "[lazy]"
-    rules = [
-        f"closed{option}: TEXT {first}",
-        "TEXT: /(.|\\n)*/",
-        " ".join(["block: closed", *others, "/[ \\n]{0,4}/"]),
-    ]
+    return [" ".join([f"{name}: {name}_head", *others]), f"{name}_head{option}: TEXT {first}"]
+
+
+def _around(reasoning: ReasoningBlock, answer: str, vocabulary: GrammarVocabulary) -> str:
+    """Return the grammar of an answer with a block of reasoning before it."""
+    rules = [*_until("closed", reasoning.closing, vocabulary), _TEXT]
+    rules.append("block: closed /[ \\n]{0,4}/")
     begin = "block"
     if reasoning.opening is not None:
         rules.append(f"opened: {vocabulary.markup(reasoning.opening)} block")
         begin = "opened?"
-    answer = vocabulary.markup(reasoning.answer) if reasoning.answer else ""
-    return "\n".join([f"start: {begin} {answer} @answer", *rules])
+    before = vocabulary.markup(answer) if answer else ""
+    return "\n".join([f"start: {begin} {before} @answer", *rules])
 
 
 def _check_size(text: str, limit: int) -> None:

@@ -34,13 +34,17 @@ def accepts(grammar: Grammar, tokenizer: Tokenizer, text: str) -> bool:
     return mask.is_complete
 
 
-def walk(grammar: Grammar, tokenizer: Tokenizer, seed: int, steps: int = 400) -> str | None:
+def walk(
+    grammar: Grammar, tokenizer: Tokenizer, seed: int, steps: int = 400, closing: str = ""
+) -> str | None:
     """Return a text that the grammar allows, chosen token by token; None if it has no end in time.
 
-    Ends are taken where they may be, and after a while whatever closes a string or a bracket.
+    Ends are taken where they may be, and after a while whatever closes a string or a bracket, or is
+    part of `closing`.
     """
+    planned: list[int] = []
     chooser, mask, tokens = random.Random(seed), grammar.mask(), list[int]()
-    closing = {tokenizer.token_id(text) for text in ('"', "}", "]", '"}', '"]')}
+    closers = {tokenizer.token_id(text) for text in ('"', "}", "]", '"}', '"]')}
     for step in range(steps):
         allowed = bits_of(mask.allowed())
         assert allowed, "a mask that allows nothing"
@@ -51,7 +55,10 @@ def walk(grammar: Grammar, tokenizer: Tokenizer, seed: int, steps: int = 400) ->
             return b"".join(map(tokenizer.token_bytes, tokens)).decode()
         allowed = [token for token in allowed if token not in ends]
         if step > 30:
-            allowed = sorted(set(allowed) & closing) or allowed
+            planned = planned or tokenizer.encode(closing, add_special_tokens=False)
+            allowed = sorted(closers.intersection(allowed)) or allowed
+            if planned and planned[0] in allowed:
+                allowed = [planned.pop(0)]
         tokens.append(chooser.choice(allowed))
         mask.accept(tokens[-1])
     return None
