@@ -6,6 +6,7 @@ Other threads and event loops talk to it through a queue; events come back as as
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import logging
 import queue
@@ -114,14 +115,25 @@ class AsyncEngine:
         """The longest prompt and answer together, in tokens."""
         return self._ready().max_model_len
 
+    @property
+    def vocab_size(self) -> int:
+        """The number of the model's logits."""
+        return self._ready().vocab_size
+
+    @property
+    def memory_bytes(self) -> int:
+        """The bytes of its weights and its KV cache."""
+        return self._ready().memory_bytes
+
     def stats(self) -> EngineStats:
         """Return the engine's counters."""
         return EngineStats() if self._engine is None else self._engine.stats()
 
     def close(self) -> None:
-        """Stop the thread; requests that have not ended are aborted."""
+        """Stop the thread; requests that have not ended fail. Its memory is free afterwards."""
         self._calls.put(None)
         self._thread.join()
+        self._engine = None
 
     def _ready(self) -> Engine:
         if self._engine is None:
@@ -137,6 +149,7 @@ class AsyncEngine:
         try:
             self._live()
         finally:
+            self._engine = None
             _end_streams()
 
     def _live(self) -> None:
@@ -175,7 +188,7 @@ class AsyncEngine:
             if isinstance(call, Abort):
                 aborted = engine.abort(call.request_id, call.index)
                 self.meter.stepped(aborted)
-                self._close_choices(aborted)
+                self._hand_out(aborted)
             else:
                 self._add(engine, call)
 
@@ -250,5 +263,7 @@ def _end_streams() -> None:
     """End what MLX keeps for this thread; left alone, it aborts the process at its exit."""
     import mlx.core as mx
 
+    gc.collect()  # a model is full of cycles, and its memory is wanted now
     mx.synchronize()
+    mx.clear_cache()
     mx.clear_streams()

@@ -85,6 +85,11 @@ class Engine:
         self.vocab_size = layout.vocab_size if layout else int(loaded.config["vocab_size"])
         self._sizes: Sizes = choose_sizes(layout, loaded.context_length, self.config)
         self.max_model_len = self._sizes.max_model_len
+        per_token = layout.bytes_per_token if layout else 0
+        #: Bytes of the weights and the KV cache.
+        self.memory_bytes = (
+            loaded.weight_bytes + self._sizes.num_blocks * self.config.block_size * per_token
+        )
         self._runner = ModelRunner(
             loaded.model,
             num_blocks=self._sizes.num_blocks,

@@ -6,7 +6,9 @@ ModelpackError
     ├── OutOfMemoryError        the weights or the KV cache do not fit; says what would
     ├── RequestError            this request cannot be served (a ValueError); the engine goes on
     │   └── ContextLengthError  its prompt does not fit the model's context
-    └── QueueFullError          too many requests wait; try again later
+    ├── QueueFullError          too many requests wait; try again later
+    ├── LoadingError            the model is being loaded; try again later
+    └── BusyError               the model is in use and cannot be changed now
 """
 
 from __future__ import annotations
@@ -48,3 +50,19 @@ class QueueFullError(EngineError):
     def __init__(self, message: str, *, retry_after: float = 1.0, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.retry_after = retry_after
+
+
+class LoadingError(EngineError):
+    """The model is being loaded, and the caller does not wait; `retry_after` is in seconds."""
+
+    exit_code = 7
+
+    def __init__(self, message: str, *, retry_after: float = 1.0, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after = retry_after
+
+
+class BusyError(EngineError):
+    """The model is in use: it cannot be unloaded or set up anew now."""
+
+    exit_code = 7

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
 
@@ -87,3 +87,17 @@ class EngineStats:
     blocks_total: int = 0
     blocks_used: int = 0
     blocks_cached: int = 0
+
+    def after(self, past: EngineStats) -> EngineStats:
+        """Return these with the counters of `past` added; gauges stay those of this moment."""
+        return replace(
+            self, **{name: getattr(self, name) + getattr(past, name) for name in _COUNTERS}
+        )
+
+    def counters(self) -> EngineStats:
+        """Return the counters alone, the gauges at 0."""
+        return EngineStats(**{name: getattr(self, name) for name in _COUNTERS})
+
+
+_GAUGES = {"num_running", "num_waiting", "blocks_total", "blocks_used", "blocks_cached"}
+_COUNTERS = [field.name for field in fields(EngineStats) if field.name not in _GAUGES]

@@ -63,9 +63,8 @@ class RequestStream:
             self._call(Abort(self.request_id))
 
     def abort_choice(self, index: int) -> None:
-        """End one choice; no more events of it come."""
+        """End one choice; its last event still comes."""
         if index in self._open:
-            self._open.discard(index)
             self._call(Abort(self.request_id, index))
 
     def put(self, event: RequestEvent | Exception) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from modelpack.cli.engine import engine_options
-from modelpack.cli.options import Settings, common_options, model_argument, remote_options
+from modelpack.cli.engine import engine_options, parse_size
+from modelpack.cli.options import (
+    Settings,
+    common_options,
+    model_argument,
+    model_names,
+    remote_options,
+)
 from modelpack.cli.output import note, show_json
 from modelpack.cli.progress import shown_progress
 from modelpack.errors import UsageError
@@ -24,43 +31,81 @@ def _open(settings: Settings, model: str, remote: RemoteOptions) -> Any:
 
 
 @click.command()
-@model_argument()
+@click.argument("models", metavar="[MODEL]...", nargs=-1, shell_complete=model_names)
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=12434, show_default=True,
     help="The port; 0 takes a free one.",
 )  # fmt: skip
 @click.option(
-    "--served-model-name", metavar="NAME", help="What clients call the model, besides MODEL."
+    "--served-model-name", metavar="NAME", help="What clients call the first MODEL, besides MODEL."
 )
 @click.option("--allow-remote", is_flag=True, help="Allow an address that others can reach.")
+@click.option("--preset", help="Settings for a use: code, chat, creative or long-context.")
+@click.option(
+    "--keep-alive", metavar="TIME", default="5m", show_default=True,
+    help="How long a model that is not named here stays loaded after its last use; -1: for ever.",
+)  # fmt: skip
+@click.option("--memory", metavar="SIZE", help="What all models together may take, like 24GiB.")
+@click.option(
+    "--runtime-flags", metavar="FLAGS",
+    help="Flags for all models, as llama.cpp or vLLM have them: '--temp 0.7 --ctx-size 8192'.",
+)  # fmt: skip
 @engine_options
 @remote_options
 @common_options
 def serve(
     settings: Settings,
-    model: str,
+    models: tuple[str, ...],
     host: str,
     port: int,
     served_model_name: str | None,
     allow_remote: bool,
+    preset: str | None,
+    keep_alive: str,
+    memory: str | None,
+    runtime_flags: str | None,
     config: Callable[[], Any],
     remote: RemoteOptions,
 ) -> None:
-    """Serve MODEL by the OpenAI API, from its blobs in the store; print the address.
+    """Serve the models of the store, from its blobs there; print the address.
 
-    A model that is not stored is pulled first. /health says 503 while the model is being loaded.
+    Each MODEL is pulled where the store lacks it, loaded at once, and stays loaded; /health says
+    503 until all are. Any other model of the store is loaded when a request names it, and unloaded
+    when it has not been used for a while.
     """
-    opened = _open(settings, model, remote)
-    from modelpack_engine.server.model_server import ModelServer, served_names
+    if served_model_name and not models:
+        raise UsageError("--served-model-name names a MODEL, and none is given")
+    for model in models:
+        _open(settings, model, remote)
+    from modelpack_engine.pool.device_memory import device_memory
+    from modelpack_engine.pool.keep_alive import parse_keep_alive
+    from modelpack_engine.pool.pool import ModelPool
+    from modelpack_engine.pool.settings import ModelSettings
+    from modelpack_engine.pool.store_catalogue import StoreCatalogue
+    from modelpack_engine.server.model_server import ModelServer
 
-    names = served_names(model)
-    if served_model_name:
-        names = (served_model_name, *names)
-    server = ModelServer(
-        opened, names, config(), address=f"{_bracketed(host)}:{port}", allow_remote=allow_remote
-    )
-    note(settings, f"serving {names[0]}; stop with Ctrl-C")
+    engine = config()
+    chosen = ModelSettings(preset=preset, runtime_flags=tuple(shlex.split(runtime_flags or "")))
+    chosen.check()
+    seconds = parse_keep_alive(keep_alive)
+    budget = parse_size(memory) if memory else device_memory(engine)
+
+    def pool() -> ModelPool:
+        made = ModelPool(
+            StoreCatalogue(settings.store(), engine),
+            settings=chosen,
+            memory=budget,
+            keep_alive=seconds,
+        )
+        for model in models:
+            made.pin(model)
+        if served_model_name:
+            made.alias(served_model_name, models[0])
+        return made
+
+    server = ModelServer(pool, address=f"{_bracketed(host)}:{port}", allow_remote=allow_remote)
+    note(settings, f"serving {', '.join(models) or 'the store'}; stop with Ctrl-C")
     server.run(lambda: click.echo(server.url))
 
 

@@ -1,80 +1,61 @@
-"""The application: routes of the OpenAI API, health and metrics, for one model."""
+"""The application: all APIs over one pool of models."""
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Response
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
+from starlette.responses import PlainTextResponse, Response
 
-from modelpack.errors import NotFoundError
-from modelpack_engine.async_engine import EngineState
-from modelpack_engine.server import chat, completions, metrics, problems
-from modelpack_engine.server.requests import ChatRequest, CompletionRequest
-from modelpack_engine.server.serving import ServedModel
-from modelpack_engine.server.sse import EventStream
+import modelpack
+from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.server import openai, problems, system
+from modelpack_engine.server.bodies import MAX_BODY_BYTES, BodyLimit
+from modelpack_engine.server.logs import LogBuffer
+from modelpack_engine.server.problems import Shape
+from modelpack_engine.server.traces import EngineTraces
+
+# Families whose errors look different: (whether a path is theirs, what their errors look like).
+_SHAPES: Sequence[tuple[Callable[[str], bool], Shape]] = ()
 
 
-def create_app(served: ServedModel) -> FastAPI:
-    """Return the application that serves one model."""
-    app = FastAPI(title="Modelpack", docs_url="/docs", openapi_url="/openapi.json")
-    problems.install(app)
+def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+    """Return the application over `pool`, which it starts and closes (ASGI's lifespan protocol)."""
+    logs = LogBuffer()
 
-    def model_for(name: str) -> ServedModel:
-        if name not in served.names:
-            raise NotFoundError(
-                f"the model {name!r} is not served here", hint=f"there is {served.names[0]!r}"
-            )
-        return served
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loggers = [logging.getLogger(name) for name in ("modelpack", "modelpack_engine")]
+        for logger in loggers:
+            logger.addHandler(logs)
+        await pool.start()
+        try:
+            yield
+        finally:
+            await pool.close()
+            for logger in loggers:
+                logger.removeHandler(logs)
 
-    def card(name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": served.created, "owned_by": "modelpack"}
+    app = FastAPI(
+        title="Modelpack", version=modelpack.__version__, lifespan=lifespan,
+        docs_url="/docs", openapi_url="/openapi.json", redirect_slashes=False,
+    )  # fmt: skip
+    problems.install(app, _SHAPES)
 
-    def not_ready() -> Response | None:
-        state = served.engine.state
-        if state is EngineState.READY:
-            return None
-        text = "the model is being loaded"
-        if state is EngineState.FAILED:
-            text = f"the model could not be loaded: {served.engine.failure}"
-        return problems.problem(503, text, code=str(state), headers={"Retry-After": "1"})
+    @app.get("/", include_in_schema=False, response_model=None)
+    @app.head("/", include_in_schema=False, response_model=None)
+    async def root() -> Response:
+        return PlainTextResponse("Modelpack is running\n")
 
-    @app.post("/v1/chat/completions", response_model=None)
-    async def create_chat_completion(body: ChatRequest) -> Response:
-        model = model_for(body.model)
-        if refusal := not_ready():
-            return refusal
-        stream = await chat.start(body, model)
-        if body.stream:
-            return EventStream(chat.chunks(body, model, stream))
-        return JSONResponse(await chat.whole(body, model, stream))
+    app.include_router(system.router(pool, logs))
+    app.include_router(openai.router(pool))
 
-    @app.post("/v1/completions", response_model=None)
-    async def create_completion(body: CompletionRequest) -> Response:
-        model = model_for(body.model)
-        if refusal := not_ready():
-            return refusal
-        prompts = await completions.start(body, model)
-        if body.stream:
-            return EventStream(completions.chunks(body, model, prompts))
-        return JSONResponse(await completions.whole(body, model, prompts))
-
-    @app.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [card(served.names[0])]}
-
-    @app.get("/v1/models/{name:path}")
-    async def retrieve_model(name: str) -> dict[str, Any]:
-        model_for(name)
-        return card(name)
-
-    @app.get("/health", response_model=None)
-    async def health() -> Response:
-        return not_ready() or JSONResponse({"status": "ok"})
-
-    @app.get("/metrics", response_model=None)
-    async def read_metrics() -> Response:
-        text = metrics.render(served.names[0], served.engine.stats())
-        return Response(text, media_type=metrics.CONTENT_TYPE)
-
+    app.add_middleware(
+        BodyLimit,
+        limit=max_body_bytes,
+        shape_of=lambda path: problems.shape_of(path, _SHAPES),
+    )
+    app.add_middleware(EngineTraces)
     return app

@@ -1,36 +1,81 @@
-"""GET /metrics: the engine's counters in Prometheus's text format, under vLLM's names."""
+"""GET /metrics in Prometheus's text format, under vLLM's names, so that its dashboards work."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from modelpack_engine.meter import Histogram, Meter
 from modelpack_engine.outputs import EngineStats
+from modelpack_engine.pool.entry import Entry
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _SERIES = (
-    ("vllm:num_requests_running", "gauge", "Requests that are being computed", "num_running"),
-    ("vllm:num_requests_waiting", "gauge", "Requests that wait", "num_waiting"),
-    ("vllm:num_preemptions_total", "counter", "Preemptions", "num_preemptions"),
-    ("vllm:prompt_tokens_total", "counter", "Prompt tokens", "prompt_tokens"),
-    ("vllm:generation_tokens_total", "counter", "Generated tokens", "generated_tokens"),
-    ("vllm:prefix_cache_queries_total", "counter", "Prompt tokens looked up", "prompt_tokens"),
-    ("vllm:prefix_cache_hits_total", "counter", "Prompt tokens found cached", "cached_tokens"),
-    ("vllm:request_success_total", "counter", "Requests that ended", "num_finished"),
-    ("modelpack:engine_steps_total", "counter", "Steps of the engine", "num_steps"),
+    ("num_requests_running", "gauge", "Requests that are being computed", "num_running"),
+    ("num_requests_waiting", "gauge", "Requests that wait", "num_waiting"),
+    ("num_preemptions_total", "counter", "Preemptions", "num_preemptions"),
+    ("prompt_tokens_total", "counter", "Prompt tokens", "prompt_tokens"),
+    ("generation_tokens_total", "counter", "Generated tokens", "generated_tokens"),
+    ("prefix_cache_queries_total", "counter", "Prompt tokens looked up", "prompt_tokens"),
+    ("prefix_cache_hits_total", "counter", "Prompt tokens found cached", "cached_tokens"),
 )
 
 
-def render(model: str, stats: EngineStats) -> str:
-    """Return the text; `model` becomes the label `model_name`."""
-    name = model.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    label = f'{{model_name="{name}"}}'
-    used = stats.blocks_used / stats.blocks_total if stats.blocks_total else 0
-    rows = [(name, kind, text, float(getattr(stats, field))) for name, kind, text, field in _SERIES]
-    rows.append(("vllm:kv_cache_usage_perc", "gauge", "Share of KV blocks in use", used))
-    lines = []
-    for series, kind, text, value in rows:
-        lines += [
-            f"# HELP {series} {text}.",
-            f"# TYPE {series} {kind}",
-            f"{series}{label} {value:g}",
-        ]
+def render(entries: Iterable[Entry]) -> str:
+    """Return the text; a model's name becomes the label `model_name`.
+
+    All families are there before the first model is, at 0.
+    """
+    models = [(_label(e.name), e.stats(), e.meter) for e in entries]
+    if not models:
+        models = [(_label(""), EngineStats(), Meter())]
+    lines: list[str] = []
+    for name, kind, text, field in _SERIES:
+        values = [(label, float(getattr(stats, field))) for label, stats, _ in models]
+        lines += _family(f"vllm:{name}", kind, text, values)
+    for name in ("kv_cache_usage_perc", "gpu_cache_usage_perc"):
+        values = [(label, _used(stats)) for label, stats, _ in models]
+        lines += _family(f"vllm:{name}", "gauge", "Share of KV blocks in use", values)
+    lines += _family(
+        "vllm:request_success_total", "counter", "Requests that ended",
+        [(f'{label},finished_reason="{reason}"', float(count))
+         for label, _, meter in models for reason, count in meter.finished.items()],
+    )  # fmt: skip
+    lines += _family(
+        "vllm:cache_config_info", "gauge", "The KV cache",
+        [(f'{label},num_gpu_blocks="{stats.blocks_total}"', 1.0) for label, stats, _ in models],
+    )  # fmt: skip
+    for name in models[0][2].histograms:
+        lines += _histogram(name, [(label, meter.histograms[name]) for label, _, meter in models])
+    values = [(label, float(stats.num_steps)) for label, stats, _ in models]
+    lines += _family("modelpack:engine_steps_total", "counter", "Steps of the engine", values)
     return "\n".join(lines) + "\n"
+
+
+def _family(name: str, kind: str, text: str, values: list[tuple[str, float]]) -> list[str]:
+    head = [f"# HELP {name} {text}.", f"# TYPE {name} {kind}"]
+    return head + [f"{name}{{{label}}} {value:g}" for label, value in values]
+
+
+def _histogram(name: str, models: list[tuple[str, Histogram]]) -> list[str]:
+    name = f"vllm:{name}"
+    lines = [f"# HELP {name} {models[0][1].help}.", f"# TYPE {name} histogram"]
+    for label, histogram in models:
+        count = 0
+        for bound, number in zip(histogram.bounds, histogram.counts, strict=False):
+            count += number
+            lines.append(f'{name}_bucket{{{label},le="{float(bound)}"}} {count}')
+        count += histogram.counts[-1]
+        lines.append(f'{name}_bucket{{{label},le="+Inf"}} {count}')
+        lines.append(f"{name}_sum{{{label}}} {histogram.total:g}")
+        lines.append(f"{name}_count{{{label}}} {count}")
+    return lines
+
+
+def _label(name: str) -> str:
+    escaped = name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return f'model_name="{escaped}",engine="0"'
+
+
+def _used(stats: EngineStats) -> float:
+    return stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0

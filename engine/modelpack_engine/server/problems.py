@@ -1,75 +1,156 @@
-"""Errors as the OpenAI API shows them: `{"error": {"message", "type", "param", "code"}}`."""
+"""Problems: what clients are told when something goes wrong, in the words of the API they speak.
+
+A family of routes that has error bodies of its own gives `install` a Shape; all others get
+OpenAI's: `{"error": {"message", "type", "param", "code"}}`.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
-from modelpack.errors import ModelpackError, NotFoundError
-from modelpack_engine.errors import ContextLengthError, QueueFullError, RequestError
+from modelpack.errors import ModelpackError, NotFoundError, UsageError
+from modelpack_engine.errors import (
+    BusyError,
+    ContextLengthError,
+    EngineError,
+    LoadingError,
+    OutOfMemoryError,
+    QueueFullError,
+    RequestError,
+)
 
-_TYPES = {404: "invalid_request_error", 503: "service_unavailable", 429: "rate_limit_error"}
+_log = logging.getLogger(__name__)
+
+_TYPES = {404: "invalid_request_error", 503: "service_unavailable", 429: "rate_limit_error",
+          401: "authentication_error", 507: "server_error"}  # fmt: skip
+# Parts of the places of validation errors that name types, not fields.
+_TYPE_NAMES = {"body", "str", "int", "float", "bool", "list", "dict", "constrained-str",
+               "constrained-int", "function-after"}  # fmt: skip
 
 
-def problem(
-    status: int,
-    message: str,
-    *,
-    kind: str | None = None,
-    param: str | None = None,
-    code: str | None = None,
-    headers: dict[str, str] | None = None,
-) -> JSONResponse:
-    """Return an error response."""
-    kind = kind or _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return JSONResponse(error_body(message, kind, param, code), status, headers)
+class ClientGoneError(ModelpackError):
+    """The client has left; nobody reads the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What went wrong: an HTTP status, and words for it."""
+
+    status: int
+    message: str
+    kind: str = ""
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def type(self) -> str:
+        """OpenAI's type of error."""
+        if self.kind:
+            return self.kind
+        return _TYPES.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
+
+
+#: Makes the response for a problem.
+Shape = Callable[[Problem], Response]
 
 
 def error_body(
     message: str, kind: str = "server_error", param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """Return the JSON object of an error."""
+    """Return the JSON object of an error, as OpenAI has it."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def as_response(error: ModelpackError) -> JSONResponse:
-    """Return what a client is told about one of our errors."""
+def openai_shape(problem: Problem) -> Response:
+    """Return the response for a problem, as OpenAI has it."""
+    body = error_body(problem.message, problem.type, problem.param, problem.code)
+    return JSONResponse(body, problem.status, dict(problem.headers))
+
+
+def problem_of(error: Exception) -> Problem:
+    """Return what a client is told about an error."""
+    if isinstance(error, RequestValidationError):
+        return _of_validation(error)
+    if isinstance(error, HTTPException):
+        return Problem(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    if not isinstance(error, ModelpackError):
+        return Problem(500, f"unexpected {type(error).__name__}")
     text = f"{error}. {error.hint}" if error.hint else str(error)
-    if isinstance(error, QueueFullError):
-        retry = {"Retry-After": str(max(1, round(error.retry_after)))}
-        return problem(429, text, code="queue_full", headers=retry)
-    if isinstance(error, ContextLengthError):
-        return problem(400, text, param=error.param, code="context_length_exceeded")
-    if isinstance(error, RequestError):
-        return problem(400, text, param=error.param)
-    if isinstance(error, NotFoundError):
-        return problem(404, text, code="model_not_found")
-    return problem(500, text)
+    match error:
+        case QueueFullError():
+            return Problem(429, text, code="queue_full", headers=_retry(error.retry_after))
+        case LoadingError():
+            return Problem(503, text, code="model_loading", headers=_retry(error.retry_after))
+        case BusyError():
+            return Problem(409, text, code="busy")
+        case ContextLengthError():
+            return Problem(400, text, param=error.param, code="context_length_exceeded")
+        case RequestError():
+            return Problem(400, text, param=error.param)
+        case OutOfMemoryError():
+            return Problem(503, text, code="out_of_memory", headers={"x-should-retry": "false"})
+        case NotFoundError():
+            return Problem(404, text, code="model_not_found")
+        case UsageError():
+            return Problem(400, text)
+        case ClientGoneError():
+            return Problem(499, text)
+        case EngineError():
+            return Problem(500, text)
+    return Problem(500, text)
 
 
-def install(app: FastAPI) -> None:
-    """Make `app` answer every failure with an error object."""
+def install(app: FastAPI, shapes: Sequence[tuple[Callable[[str], bool], Shape]] = ()) -> None:
+    """Make `app` answer every failure in the words of the API that was called.
 
-    @app.exception_handler(ModelpackError)
-    async def ours(_: Request, error: ModelpackError) -> JSONResponse:
-        return as_response(error)
+    `shapes` are (whether a path is that family's, its shape); the first that fits counts.
+    """
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part != "body"]
-        param = ".".join(place) or None
-        message = f"{param}: {first['msg']}" if param else str(first["msg"])
-        return problem(400, message, param=param)
+    async def handle(request: Request, error: Exception) -> Response:
+        problem = problem_of(error)
+        if problem.status >= 500:
+            trace = None if isinstance(error, ModelpackError) else error
+            _log.error("%s %s: %s", request.method, request.url.path, problem.message,
+                       exc_info=trace)  # fmt: skip
+        return shape_of(request.url.path, shapes)(problem)
 
-    @app.exception_handler(HTTPException)
-    async def plain(_: Request, error: HTTPException) -> JSONResponse:
-        return problem(error.status_code, str(error.detail))
+    for kind in (ModelpackError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, handle)
 
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return problem(500, f"unexpected {type(error).__name__}")
+
+def shape_of(path: str, shapes: Sequence[tuple[Callable[[str], bool], Shape]]) -> Shape:
+    """Return the shape of errors of a path."""
+    return next((shape for fits, shape in shapes if fits(path)), openai_shape)
+
+
+def _retry(seconds: float) -> dict[str, str]:
+    return {
+        "Retry-After": str(max(1, round(seconds))),
+        "retry-after-ms": str(max(1, round(seconds * 1000))),
+    }
+
+
+def _of_validation(error: RequestValidationError) -> Problem:
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return Problem(400, f"the body is no JSON: {first.get('ctx', {}).get('error', '')}")
+    place = [str(part) for part in first["loc"] if not _names_type(str(part))]
+    param = ".".join(place) or None
+    message = f"{param}: {first['msg']}" if param else str(first["msg"])
+    return Problem(400, message, param=param)
+
+
+def _names_type(part: str) -> bool:
+    return part in _TYPE_NAMES or "[" in part or (part[:1].isupper() and part.isidentifier())

@@ -1,42 +1,102 @@
-"""Server-sent events: one `data:` line of JSON each, `[DONE]` at the end."""
+"""Server-sent events: streams that are written as they come, and end when the client leaves."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
-from fastapi.responses import StreamingResponse
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from modelpack.errors import ModelpackError
 from modelpack_engine.server.problems import error_body
 
-DONE = b"data: [DONE]\n\n"
+DONE = "data: [DONE]\n\n"
+
+_log = logging.getLogger(__name__)
 
 
-def event(value: dict[str, Any]) -> bytes:
-    """Return one event."""
-    return (
-        b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-    )
+def event(value: Any, name: str = "") -> str:
+    """Return one event, with its name where it has one."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-class EventStream(StreamingResponse):
-    """A response of events. A failure after the first byte becomes an error event."""
-
-    def __init__(self, events: AsyncIterator[dict[str, Any]]) -> None:
-        super().__init__(
-            _framed(events),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        )
+def openai_error(error: Exception) -> str:
+    """Return the event of a failure in the middle of a stream, as OpenAI's clients read it."""
+    return event(error_body(str(error)))
 
 
-async def _framed(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    try:
-        async for value in events:
-            yield event(value)
-    except ModelpackError as error:
-        yield event(error_body(str(error)))
-        return
-    yield DONE
+class LiveStream(Response):
+    """A response whose text is written as it comes; what was opened for it is closed at its end.
+
+    When the client leaves, the stream is cancelled. `failure` says an error in its own format: the
+    status was sent before.
+    """
+
+    def __init__(
+        self,
+        pieces: AsyncIterator[str],
+        opened: AsyncExitStack,
+        *,
+        media_type: str = "text/event-stream",
+        failure: Callable[[Exception], str] = openai_error,
+    ) -> None:
+        self.status_code = 200
+        self.media_type = media_type
+        self.background = None
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._pieces = pieces
+        self._opened = opened
+        self._failure = failure
+
+    def init_headers(self, headers: Any = None) -> None:
+        """Make the headers; the length is not known."""
+        self.body = b""
+        super().init_headers(headers)
+        self.raw_headers = [h for h in self.raw_headers if h[0] != b"content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writer = asyncio.ensure_future(self._write(send))
+        watcher = asyncio.ensure_future(gone(receive))
+        try:
+            await asyncio.wait({writer, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if writer.done():
+                writer.result()
+        finally:
+            for task in (writer, watcher):
+                task.cancel()
+            await asyncio.gather(writer, watcher, return_exceptions=True)
+            await self._opened.aclose()
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for piece in self._pieces:
+                await send(
+                    {"type": "http.response.body", "body": piece.encode(), "more_body": True}
+                )
+        except ModelpackError as error:
+            await send(_last(self._failure(error)))
+            return
+        except OSError:
+            raise  # the connection's
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client must hear of it
+            _log.exception("a stream failed")
+            await send(_last(self._failure(error)))
+            return
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def gone(receive: Receive) -> None:
+    """Return once the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _last(text: str) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": text.encode(), "more_body": False}

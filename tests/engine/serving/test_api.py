@@ -11,33 +11,34 @@ from typing import Any
 import pytest
 import requests
 
-from modelpack.listening import AppServer
-from modelpack_engine.async_engine import AsyncEngine, EngineState
-from modelpack_engine.loaders.chat_template import ChatTemplate
-from modelpack_engine.server.app import create_app
-from modelpack_engine.server.serving import ServedModel
-from tests.engine.serving.tiny import reference_tokens, tiny_engine
-
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+from modelpack_engine.async_engine import AsyncEngine
+from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.server.model_server import ModelServer
+from tests.engine.serving.tiny import TinyCatalogue, reference_tokens
 
 
-def chat_engine() -> Any:
-    engine = tiny_engine(max_waiting=4, max_num_seqs=4)
-    engine.tokenizer._chat_template = ChatTemplate(TEMPLATE)
-    return engine
+def pinned(catalogue: TinyCatalogue) -> ModelPool:
+    pool = ModelPool(catalogue, grace=5)
+    pool.pin("tiny")
+    return pool
+
+
+def wait_until_ready(url: str) -> None:
+    """Wait until /health says so; the test's timeout ends one that waits for ever."""
+    done = threading.Event()
+    for _ in range(3000):
+        if requests.get(f"{url}/health", timeout=10).status_code == 200:
+            return
+        done.wait(0.01)
+    pytest.fail("the server does not become ready")
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[str, AsyncEngine]]:
-    engine = AsyncEngine(chat_engine)
-    engine.wait_until_ready(60)
-    with AppServer(
-        lambda: create_app(ServedModel(("tiny", "docker.io/ai/tiny:latest"), engine)),
-        "127.0.0.1:0",
-        name="test server",
-    ) as server:
-        yield server.url, engine
-    engine.close()
+    catalogue = TinyCatalogue()
+    with ModelServer(lambda: pinned(catalogue), address="127.0.0.1:0") as server:
+        wait_until_ready(server.url)
+        yield server.url, catalogue.engines[0]
 
 
 def post(served: tuple[str, AsyncEngine], path: str, **body: Any) -> requests.Response:
@@ -87,7 +88,9 @@ def test_chat_whole_and_streamed(served: tuple[str, AsyncEngine]) -> None:
     message = whole["choices"][0]["message"]
     assert message["role"] == "assistant"
     stream = events(post(served, "/v1/chat/completions", stream=True, **CHAT))
-    assert stream[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert stream[0]["choices"][0]["delta"] == {
+        "role": "assistant", "content": "", "refusal": None,
+    }  # fmt: skip
     deltas = [event["choices"][0]["delta"].get("content", "") for event in stream]
     assert "".join(deltas) == message["content"]
     assert stream[-1]["choices"][0]["finish_reason"] == "length"
@@ -138,7 +141,7 @@ def test_models_health_and_metrics(served: tuple[str, AsyncEngine]) -> None:
     assert requests.get(f"{url}/health", timeout=10).json() == {"status": "ok"}
     post(served, "/v1/completions", prompt="abc", **GREEDY)
     text = requests.get(f"{url}/metrics", timeout=10).text
-    assert 'vllm:num_requests_running{model_name="tiny"} 0' in text
+    assert 'vllm:num_requests_running{model_name="tiny",engine="0"} 0' in text
     assert "vllm:generation_tokens_total" in text
 
 
@@ -156,7 +159,7 @@ def test_models_health_and_metrics(served: tuple[str, AsyncEngine]) -> None:
         ("/v1/completions", {"prompt": "a", "suffix": "b"}, 400, "suffix"),
         ("/v1/completions", {}, 400, "prompt"),
         ("/v1/completions", {"prompt": "a", "model": "other"}, 404, None),
-        ("/v1/completions", {"prompt": "a" * 300}, 400, "messages"),
+        ("/v1/completions", {"prompt": "a" * 300}, 400, "prompt"),
         ("/v1/chat/completions", {"messages": []}, 400, "messages"),
         ("/v1/chat/completions", CHAT | {"top_logprobs": 2}, 400, "top_logprobs"),
         (
@@ -235,19 +238,16 @@ def test_health_while_loading_and_after_a_failure() -> None:
         go.wait(30)
         raise RuntimeError("no such weights")
 
-    engine = AsyncEngine(never_loads)
-    served = ServedModel(("tiny",), engine)
-    with AppServer(lambda: create_app(served), "127.0.0.1:0", name="test server") as server:
+    with ModelServer(lambda: pinned(TinyCatalogue(never_loads)), address="127.0.0.1:0") as server:
         loading = requests.get(f"{server.url}/health", timeout=10)
         assert loading.status_code == 503
+        assert "being loaded" in loading.json()["error"]["message"]
+        go.set()
         asked = requests.post(
             f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "a"}, timeout=10
         )
-        assert asked.status_code == 503
-        go.set()
-        with pytest.raises(Exception, match="no such weights"):
-            engine.wait_until_ready(30)
+        assert asked.status_code == 500
+        assert "no such weights" in asked.json()["error"]["message"]
         failed = requests.get(f"{server.url}/health", timeout=10)
         assert failed.status_code == 503
         assert "no such weights" in failed.json()["error"]["message"]
-    assert engine.state is EngineState.FAILED

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import tokenizers
 from mlx.utils import tree_flatten
@@ -10,10 +12,16 @@ from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
 from tokenizers import decoders, models, pre_tokenizers
 
+from modelpack.errors import NotFoundError
+from modelpack_engine.async_engine import AsyncEngine
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.loaders import LoadedModel, Tokenizer
+from modelpack_engine.loaders.chat_template import ChatTemplate
 from modelpack_engine.loaders.tokenizer import TokenText
+from modelpack_engine.meter import Meter
+from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
+from modelpack_engine.pool.settings import ModelSettings
 
 EOS = 256
 VOCAB = 257
@@ -70,3 +78,45 @@ def reference_tokens(prompt: list[int], count: int) -> list[int]:
         mx.array(prompt), model, max_tokens=count, prompt_cache=make_prompt_cache(model)
     )
     return [int(token) for token, _ in steps]
+
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+def chat_engine(**settings: object) -> Engine:
+    """A tiny engine with a chat template and a short queue."""
+    engine = tiny_engine(**({"max_waiting": 4, "max_num_seqs": 4} | settings))
+    engine.tokenizer._chat_template = ChatTemplate(TEMPLATE)
+    return engine
+
+
+class TinyCatalogue:
+    """One model, "tiny", whose engine `make_engine` makes each time that it is loaded."""
+
+    NAMES = ("tiny", "docker.io/ai/tiny:latest")
+
+    def __init__(self, make_engine: Callable[[], Engine] = chat_engine) -> None:
+        self.make_engine = make_engine
+        self.engines: list[AsyncEngine] = []
+
+    def version(self) -> object:
+        return 1
+
+    def find(self, name: str) -> StoredModel:
+        if name not in self.NAMES:
+            raise NotFoundError(f"there is no model {name!r}")
+        return self.stored()[0]
+
+    def stored(self) -> list[StoredModel]:
+        return [StoredModel("sha256:tiny", self.NAMES, size=1000, context_size=CONTEXT)]
+
+    def needs(self, model: StoredModel, settings: ModelSettings) -> int:
+        return 1000
+
+    def load(
+        self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
+    ) -> LoadedEngine:
+        engine = AsyncEngine(self.make_engine, meter)
+        engine.wait_until_ready(60)
+        self.engines.append(engine)
+        return LoadedEngine(engine)

@@ -1,80 +1,70 @@
-"""Response bodies of the OpenAI API, built from the engine's events."""
+"""Response bodies of the OpenAI API."""
 
 from __future__ import annotations
 
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from typing import Any
 
-from modelpack_engine.outputs import FinishReason, RequestEvent, TokenLogprob, Usage
+from modelpack_engine.conversation.spec import ChatUsage
+from modelpack_engine.outputs import TokenLogprob, Usage
 from modelpack_engine.server.vocabulary import Vocabulary
 
-_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORT: "stop"}
 
-
-@dataclass(slots=True)
-class Choice:
-    """One choice as it grows."""
-
-    text: str = ""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    reason: str | None = None
-    usage: Usage | None = None
-
-    def add(self, event: RequestEvent) -> None:
-        """Take in an event."""
-        self.text += event.text
-        self.logprobs += event.logprobs or ()
-        if event.finish_reason is not None:
-            self.reason = finish_reason(event)
-            self.usage = event.usage
-
-
-def finish_reason(event: RequestEvent) -> str | None:
-    """Return the API's word for why a choice ended; None while it goes on."""
-    return _REASONS.get(event.finish_reason, "stop") if event.finish_reason else None
-
-
-def usage_json(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+def usage_json(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int, reasoning_tokens: int = 0
+) -> dict[str, Any]:
     """Return the token counts of a whole request."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
 
 
-def total_usage(usages: Sequence[Usage], prompts: int) -> dict[str, Any]:
+def total_usage(usages: Sequence[Usage], prompts: int = 1) -> dict[str, Any]:
     """Return the counts of several choices; a prompt that has several choices counts once."""
-    per_prompt = len(usages) // prompts if prompts else 1
+    per_prompt = max(1, len(usages) // prompts) if prompts else 1
     firsts = usages[::per_prompt]
     return usage_json(
         sum(usage.prompt_tokens for usage in firsts),
         sum(usage.completion_tokens for usage in usages),
         sum(usage.cached_tokens for usage in firsts),
+        sum(usage.reasoning_tokens for usage in usages if isinstance(usage, ChatUsage)),
     )
 
 
-class Envelope:
-    """The fields that all objects of one response share."""
+def quoted(text: str) -> str:
+    """Return text as a JSON string."""
+    return encode_basestring(text)
 
-    def __init__(self, prefix: str, kind: str, model: str) -> None:
+
+class Envelope:
+    """The fields that all objects of one response share; those of a stream are prepared once."""
+
+    def __init__(self, prefix: str, kind: str, model: str, *, chunk_kind: str = "") -> None:
         self.id = f"{prefix}-{uuid.uuid4().hex}"
         self._kind = kind
-        self._head = {"created": int(time.time()), "model": model}
+        self._model = model
+        self._created = int(time.time())
+        self._chunk_head = (
+            f'data: {{"id":"{self.id}","object":"{chunk_kind or kind}","created":{self._created},'
+            f'"model":{quoted(model)},"choices":['
+        )
 
     def body(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         """Return a whole response."""
-        return {"id": self.id, "object": self._kind, **self._head, "choices": choices,
-                "usage": usage}  # fmt: skip
+        return {"id": self.id, "object": self._kind, "created": self._created,
+                "model": self._model, "choices": choices, "usage": usage}  # fmt: skip
 
-    def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """Return one object of a stream."""
-        kind = "chat.completion.chunk" if self._kind == "chat.completion" else self._kind
-        return {"id": self.id, "object": kind, **self._head, "choices": choices, **more}
+    def chunk(self, choices: str, usage: str = "") -> str:
+        """Return an event of a stream; `choices` is JSON without its brackets, `usage` too."""
+        tail = f'],"usage":{usage}}}\n\n' if usage else "]}\n\n"
+        return self._chunk_head + choices + tail
 
 
 def chat_logprobs(logprobs: Sequence[TokenLogprob], words: Vocabulary) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""Masks for a conversation: what the tokens of an answer have to keep to, if anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from modelpack_engine.conversation.budget import ReasoningBudget
+from modelpack_engine.conversation.spec import ChatSpec
+from modelpack_engine.errors import RequestError
+from modelpack_engine.output.formats import OutputFormat
+from modelpack_engine.output.reasoning import HARMONY
+from modelpack_engine.output.tools import Tool
+from modelpack_engine.sampling_params import LogitsMask
+from modelpack_engine.structured import (
+    Constraint,
+    Grammar,
+    ReasoningBlock,
+    compile_constraint,
+    grammar_vocabulary,
+    tool_grammar,
+)
+
+if TYPE_CHECKING:
+    from modelpack_engine.conversation.served import ServedModel
+
+MakeMask = Callable[[], LogitsMask]
+
+
+def make_masks(
+    model: ServedModel,
+    spec: ChatSpec,
+    format: OutputFormat,
+    tools: Sequence[Tool],
+    *,
+    starts_reasoning: bool,
+) -> MakeMask | None:
+    """Return what makes a mask for each choice; None where any text will do.
+
+    A call that has to be made comes before `constraint`: its arguments are JSON anyway. Compiling
+    may take seconds. Raises `RequestError` if it fails, with the reason.
+    """
+    make: MakeMask | None = None
+    if spec.tool_choice.mode == "required":
+        constraint = tool_grammar(format, tools, spec.tool_choice)
+        make = _compiled(model, constraint, format, starts_reasoning, "tool_choice").mask
+    elif spec.constraint is not None:
+        make = _compiled(model, spec.constraint, format, starts_reasoning, "response_format").mask
+    budget, markers = spec.reasoning_budget, format.reasoning
+    if budget is None or markers is None:
+        return make
+    closing_ids = tuple(model.tokenizer.encode(markers.closing, add_special_tokens=False))
+
+    def budgeted() -> LogitsMask:
+        return ReasoningBudget(
+            budget,
+            model.tokenizer,
+            opening=None if starts_reasoning else markers.opening,
+            closing=markers.closing,
+            closing_ids=closing_ids,
+            inner=make() if make is not None else None,
+        )
+
+    return budgeted
+
+
+def text_mask(model: ServedModel, constraint: Constraint) -> MakeMask:
+    """Return what makes masks for a plain completion, which has no reasoning."""
+    vocabulary = grammar_vocabulary(model.tokenizer, model.vocab_size)
+    return compile_constraint(constraint, vocabulary).mask
+
+
+def _compiled(
+    model: ServedModel,
+    constraint: Constraint,
+    format: OutputFormat,
+    starts_reasoning: bool,
+    param: str,
+) -> Grammar:
+    vocabulary = grammar_vocabulary(model.tokenizer, model.vocab_size)
+    try:
+        return compile_constraint(
+            constraint, vocabulary, reasoning=_block(format, starts_reasoning), param=param
+        )
+    except RequestError as error:
+        raise RequestError(str(error), param=param, hint=error.hint) from error
+
+
+def _block(format: OutputFormat, starts_reasoning: bool) -> ReasoningBlock | None:
+    """Return what may come before the constrained part of an answer."""
+    markers = format.reasoning
+    if markers is None:
+        return None
+    opening = None if starts_reasoning else markers.opening
+    if markers is HARMONY:  # every message of an answer says who writes it, and on which channel
+        return ReasoningBlock(
+            f"{markers.closing}<|start|>assistant", opening, "<|channel|>final<|message|>"
+        )
+    return ReasoningBlock(markers.closing, opening)

@@ -1,0 +1,64 @@
+"""What a conversation asks for, and what comes back: no API's own words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from modelpack_engine.output.parts import Part
+from modelpack_engine.output.tools import Tool, ToolChoice
+from modelpack_engine.outputs import TokenLogprob, Usage
+from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.structured import Constraint
+
+Finish = Literal["stop", "length", "tool_calls", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSpec:
+    """A conversation that is to be continued.
+
+    `messages` are as chat templates take them: `role`, `content` as text, and where there are any
+    `tool_calls` (`{"id", "type", "function": {"name", "arguments"}}`, the arguments being the text
+    of a JSON object), `tool_call_id`, `reasoning_content`. The answer takes `max_tokens` at most,
+    or what the context holds; `params.max_tokens` counts for nothing. `constraint` is what the text
+    outside of reasoning keeps to. `template_options` are variables of the template; `reasoning`
+    switches thinking on or off where the model knows how (None: as it likes), and
+    `reasoning_budget` is the most tokens of it.
+    """
+
+    messages: Sequence[dict[str, Any]]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    max_tokens: int | None = None
+    n: int = 1
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
+    parallel_tool_calls: bool = True
+    constraint: Constraint | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    reasoning: bool | None = None
+    reasoning_budget: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatUsage(Usage):
+    """Token counts of one choice; `reasoning_tokens` of its completion tokens were thinking."""
+
+    reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ChatDelta:
+    """What is new of one choice: parts of its answer, and perhaps its end.
+
+    `stop_sequence` is the stop string that ended it, if one did. `usage` comes with the end.
+    """
+
+    index: int
+    parts: tuple[Part, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish: Finish | None = None
+    stop_sequence: str | None = None
+    usage: ChatUsage | None = None

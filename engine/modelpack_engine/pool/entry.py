@@ -1,0 +1,110 @@
+"""Entry: what a pool knows of one model, loaded or not."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from modelpack_engine.async_engine import EngineState
+from modelpack_engine.conversation.served import ServedModel
+from modelpack_engine.meter import Meter
+from modelpack_engine.outputs import EngineStats
+from modelpack_engine.pool.catalogue import PooledEngine, StoredModel
+from modelpack_engine.pool.settings import ModelSettings
+
+
+class ModelState(StrEnum):
+    """Where a model is."""
+
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    READY = "ready"
+    UNLOADING = "unloading"
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One model. The pool alone changes it, on its event loop."""
+
+    stored: StoredModel
+    keep_alive: float
+    settings: ModelSettings = field(default_factory=ModelSettings)
+    pinned: bool = False
+    state: ModelState = ModelState.UNLOADED
+    engine: PooledEngine | None = None
+    model: ServedModel | None = None
+    users: int = 0
+    waiting: int = 0  # those who will use it once it is loaded
+    last_used: float = 0.0
+    #: Bytes that it takes, or will take once it is loaded.
+    memory: int = 0
+    #: What the last attempt to load it raised.
+    failure: Exception | None = None
+    change: asyncio.Task[None] | None = None
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    meter: Meter = field(default_factory=Meter)
+    #: Counters of all the times it was loaded before.
+    past: EngineStats = field(default_factory=EngineStats)
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.stored.names[0] if self.stored.names else self.stored.key
+
+    def stats(self) -> EngineStats:
+        """Return its counters since the pool began, and the gauges of this moment."""
+        now = self.engine.stats() if self.engine is not None else EngineStats()
+        return now.after(self.past)
+
+    @property
+    def may_go(self) -> bool:
+        """Whether nobody would miss it: loaded, not pinned, neither in use nor about to be."""
+        used = self.users or self.waiting or self.pinned
+        return self.state is ModelState.READY and not used
+
+    def expires(self, clock: float) -> bool:
+        """Whether it has been idle for long enough to go."""
+        return self.may_go and clock - self.last_used >= self.keep_alive
+
+
+@dataclass(frozen=True, slots=True)
+class RunningModel:
+    """A model that is loaded, or is about to be or not to be; times are those of the pool's clock.
+
+    `last_used` is None while it is in use.
+    """
+
+    name: str
+    stored: StoredModel
+    state: ModelState
+    users: int
+    last_used: float | None
+    keep_alive: float
+    expires_at: float | None
+    pinned: bool
+    memory: int
+    context_size: int | None
+    settings: ModelSettings
+
+
+def shown(entry: Entry) -> RunningModel:
+    """Return what is told of an entry."""
+    idle = entry.state is ModelState.READY and not entry.users
+    stays = entry.pinned or entry.keep_alive == math.inf
+    engine = entry.engine if entry.state is ModelState.READY else None
+    ready = engine is not None and engine.state is EngineState.READY
+    return RunningModel(
+        name=entry.name,
+        stored=entry.stored,
+        state=entry.state,
+        users=entry.users,
+        last_used=entry.last_used if idle else None,
+        keep_alive=math.inf if entry.pinned else entry.keep_alive,
+        expires_at=entry.last_used + entry.keep_alive if idle and not stays else None,
+        pinned=entry.pinned,
+        memory=entry.memory,
+        context_size=engine.max_model_len if engine is not None and ready else None,
+        settings=entry.settings,
+    )

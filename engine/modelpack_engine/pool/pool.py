@@ -1,0 +1,390 @@
+"""ModelPool: models that are loaded when they are used, and go when they are not."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from modelpack_engine.async_engine import EngineState
+from modelpack_engine.conversation.served import ServedModel
+from modelpack_engine.errors import BusyError, EngineError, LoadingError, OutOfMemoryError
+from modelpack_engine.pool.catalogue import Catalogue, LoadedEngine, StoredModel
+from modelpack_engine.pool.entry import Entry, ModelState, RunningModel, shown
+from modelpack_engine.pool.keep_alive import DEFAULT_KEEP_ALIVE
+from modelpack_engine.pool.memory import MemoryBudget
+from modelpack_engine.pool.presets import PRESETS
+from modelpack_engine.pool.settings import ModelSettings
+
+_log = logging.getLogger(__name__)
+
+#: Seconds that streams get to end before the model under them goes.
+GRACE = 30.0
+
+
+@dataclass(slots=True)
+class _Pin:
+    settings: ModelSettings | None
+    entry: Entry | None = None
+    failure: Exception | None = None
+
+
+class ModelPool:
+    """The models of a catalogue, on one event loop. Whoever uses one leases it.
+
+    `memory` is the budget of all loaded models together, in bytes (None: no limit but the
+    machine's). `keep_alive` is how many seconds a model stays after its last use. `clock` gives
+    seconds that only grow. Models that are unloaded for want of memory are idle ones, the one that
+    was used longest ago first; pinned ones stay.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        *,
+        settings: ModelSettings | None = None,
+        memory: int | None = None,
+        keep_alive: float = DEFAULT_KEEP_ALIVE,
+        grace: float = GRACE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.catalogue = catalogue
+        self.clock = clock
+        self.is_closing = False
+        self._settings = settings or ModelSettings()
+        self._keep_alive = keep_alive
+        self._grace = grace
+        self._entries: dict[str, Entry] = {}
+        self._budget = MemoryBudget(memory, self._entries.values())
+        self._configured: dict[str, ModelSettings] = {}  # by key, also of what is not loaded
+        self._aliases: dict[str, str] = {}
+        self._pins: dict[str, _Pin] = {}
+        self._names: dict[str, StoredModel] = {}
+        self._version: object = None
+        self._room = asyncio.Lock()
+        self._reaper: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # Names
+
+    def alias(self, name: str, target: str) -> None:
+        """Have `name` stand for the model `target` as well."""
+        self._aliases[name] = target
+
+    async def find(self, name: str) -> StoredModel:
+        """Return the stored model that a user calls so; raise `NotFoundError`."""
+        version = self.catalogue.version()
+        if version != self._version:
+            self._names.clear()
+            self._version = version
+        found = self._names.get(name)
+        if found is None:
+            target = self._aliases.get(name, name)
+            found = await asyncio.to_thread(self.catalogue.find, target)
+            self._names[name] = found
+        return found
+
+    async def stored(self) -> Sequence[StoredModel]:
+        """Return what could be loaded."""
+        return await asyncio.to_thread(self.catalogue.stored)
+
+    # Use
+
+    @asynccontextmanager
+    async def lease(
+        self, name: str, *, keep_alive: float | None = None, wait: bool = True
+    ) -> AsyncIterator[ServedModel]:
+        """Lend a model, loading it first where it is not; it stays for as long as it is lent.
+
+        `keep_alive` replaces the seconds that it stays afterwards: 0 is not at all, `math.inf` for
+        ever. Raises `NotFoundError`, what loading raises, and `LoadingError` where it would have to
+        be waited for and `wait` is false.
+        """
+        entry = await self._entry(name)
+        entry.waiting += 1
+        try:
+            model = await self._ready(entry, wait)
+            entry.users += 1
+            entry.idle.clear()
+        finally:
+            entry.waiting -= 1
+        try:
+            yield model
+        finally:
+            self._release(entry, keep_alive)
+
+    async def preload(self, name: str, *, keep_alive: float | None = None) -> None:
+        """Load a model; raises what `lease` does."""
+        async with self.lease(name, keep_alive=keep_alive):
+            pass
+
+    def pin(self, name: str, settings: ModelSettings | None = None) -> None:
+        """Have `start` load a model that is to stay; `readiness` waits for it."""
+        self._pins[name] = _Pin(settings)
+
+    # What there is
+
+    def running(self) -> list[RunningModel]:
+        """Return the models that are loaded, being loaded or being unloaded."""
+        entries = [e for e in self._entries.values() if e.state is not ModelState.UNLOADED]
+        return [shown(entry) for entry in entries]
+
+    def entries(self) -> list[Entry]:
+        """Return all models that were ever used, for their counters."""
+        return list(self._entries.values())
+
+    def readiness(self) -> tuple[bool, str]:
+        """Return whether all models that are to stay are loaded, and if not, why."""
+        if self.is_closing:
+            return False, "the server is shutting down"
+        for name, pin in self._pins.items():
+            if pin.entry is not None and pin.entry.state is ModelState.READY:
+                continue
+            failure = pin.failure or (pin.entry.failure if pin.entry else None)
+            if failure is not None:
+                return False, f"the model {name} could not be loaded: {failure}"
+            return False, f"the model {name} is being loaded"
+        return True, ""
+
+    # Settings
+
+    async def settings(self, name: str) -> ModelSettings:
+        """Return the settings of a model: its own over those of all."""
+        stored = await self.find(name)
+        return self._settings_of(stored.key)
+
+    def configured(self) -> dict[str, ModelSettings]:
+        """Return the settings that models were given, by key."""
+        return dict(self._configured)
+
+    async def configure(self, name: str, settings: ModelSettings) -> None:
+        """Give a model settings; one that is loaded with others is unloaded.
+
+        Raises `UsageError` for settings that make no sense, and `BusyError` if the model is in use
+        with others.
+        """
+        settings.check()
+        entry = await self._entry(name)
+        key = entry.stored.key
+        if self._configured.get(key, ModelSettings()) == settings:
+            return
+        if entry.state is not ModelState.UNLOADED:
+            if entry.users or entry.waiting or entry.state is ModelState.LOADING:
+                raise BusyError(f"the model {name} is in use with other settings")
+            await self._unload(entry, grace=0)
+        self._configured[key] = settings
+        if settings.keep_alive is not None:
+            entry.keep_alive = settings.keep_alive
+
+    # Unloading
+
+    async def unload(
+        self, names: Iterable[str] | None = None, *, grace: float | None = None
+    ) -> list[str]:
+        """Unload these models, or all; return the names of those that were loaded.
+
+        Requests under way get `grace` seconds (None: the pool's), then they fail.
+        """
+        if names is None:
+            entries = list(self._entries.values())
+        else:
+            entries = [await self._entry(name) for name in names]
+        loaded = [entry for entry in entries if entry.state is not ModelState.UNLOADED]
+        limit = self._grace if grace is None else grace
+        await asyncio.gather(*(self._unload(entry, grace=limit) for entry in loaded))
+        return [entry.name for entry in loaded]
+
+    async def reap(self) -> float:
+        """Unload what has been idle for long enough; return the seconds until there may be more."""
+        now = self.clock()
+        for entry in list(self._entries.values()):
+            if entry.expires(now):
+                await self._unload(entry, grace=0)
+        waits = [
+            entry.last_used + entry.keep_alive - now
+            for entry in self._entries.values()
+            if entry.may_go
+        ]
+        return max(0.0, min(waits, default=math.inf))
+
+    # From start to end
+
+    async def start(self) -> None:
+        """Begin to load what is pinned, and to unload what is idle; returns at once."""
+        self._reaper = asyncio.create_task(self._reap_for_ever())
+        for name, pin in self._pins.items():
+            self._spawn(self._load_pinned(name, pin))
+
+    async def close(self, *, grace: float | None = None) -> None:
+        """Unload everything; requests under way get `grace` seconds (None: the pool's)."""
+        self.is_closing = True
+        tasks = [task for task in (self._reaper, *self._tasks) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.unload(grace=grace)
+
+    # Details
+
+    async def _entry(self, name: str) -> Entry:
+        stored = await self.find(name)
+        entry = self._entries.get(stored.key)
+        if entry is None:
+            kept = self._settings_of(stored.key).keep_alive
+            entry = Entry(stored, self._keep_alive if kept is None else kept)
+            entry.idle.set()
+            self._entries[stored.key] = entry
+        return entry
+
+    def _settings_of(self, key: str) -> ModelSettings:
+        return self._configured.get(key, ModelSettings()).over(self._settings)
+
+    async def _ready(self, entry: Entry, wait: bool) -> ServedModel:
+        """Return the model of an entry, once it is loaded; whoever comes shares one load."""
+        while True:
+            if entry.state is ModelState.READY:
+                assert entry.engine is not None
+                assert entry.model is not None
+                if entry.engine.state is EngineState.READY:
+                    return entry.model
+                _log.error("the engine of %s is %s", entry.name, entry.engine.state)
+                await self._unload(entry, grace=0)
+            if not wait:
+                raise LoadingError(f"the model {entry.name} is being loaded")
+            if self.is_closing:
+                raise LoadingError("the server is shutting down")
+            if entry.state is ModelState.UNLOADED:
+                entry.state = ModelState.LOADING
+                entry.change = asyncio.create_task(self._load(entry))
+            assert entry.change is not None
+            change, loads = entry.change, entry.state is ModelState.LOADING
+            with suppress(Exception):
+                await asyncio.shield(change)
+            if loads and entry.failure is not None and entry.change is change:
+                raise entry.failure
+
+    async def _load(self, entry: Entry) -> None:
+        settings = self._settings_of(entry.stored.key)
+        entry.settings = settings
+        entry.failure = None
+        try:
+            async with self._room:
+                room = await self._make_room(entry, settings)
+                loaded = await self._loaded(entry, settings, room)
+        except BaseException as error:
+            entry.state = ModelState.UNLOADED
+            entry.memory = 0
+            if isinstance(error, Exception):
+                entry.failure = error
+                _log.warning("the model %s could not be loaded: %s", entry.name, error)
+                return
+            raise
+        entry.engine = loaded.engine
+        entry.memory = loaded.engine.memory_bytes or entry.memory
+        entry.model = ServedModel(
+            entry.name,
+            loaded.engine,
+            model_type=loaded.model_type,
+            defaults=settings.sampling_defaults(loaded.defaults),
+            presets={name: preset.sampling for name, preset in PRESETS.items()},
+        )
+        entry.state = ModelState.READY
+        entry.last_used = self.clock()
+        self._wake.set()
+
+    async def _loaded(
+        self, entry: Entry, settings: ModelSettings, room: int | None
+    ) -> LoadedEngine:
+        """Load a model; idle ones give way if the engine finds that it does not fit."""
+        while True:
+            try:
+                return await asyncio.to_thread(
+                    self.catalogue.load, entry.stored, settings, entry.meter, room
+                )
+            except OutOfMemoryError:
+                victim = self._budget.victim(entry)
+                if victim is None:
+                    raise
+            await self._unload(victim, grace=0)
+            room = self._budget.free()
+
+    async def _make_room(self, entry: Entry, settings: ModelSettings) -> int | None:
+        """Unload idle models until this one fits; return the bytes that it may take."""
+        need = await asyncio.to_thread(self.catalogue.needs, entry.stored, settings)
+        while (free := self._budget.free()) is not None and need > free:
+            victim = self._budget.victim(entry)
+            if victim is None:
+                raise self._budget.too_large(entry, need)
+            await self._unload(victim, grace=0)
+        entry.memory = need
+        return free
+
+    def _release(self, entry: Entry, keep_alive: float | None) -> None:
+        entry.users -= 1
+        entry.last_used = self.clock()
+        if keep_alive is not None:
+            entry.keep_alive = keep_alive
+        if not entry.users:
+            entry.idle.set()
+            if entry.expires(entry.last_used):
+                self._spawn(self._unload(entry, grace=0, unless_used=True))
+        self._wake.set()
+
+    async def _unload(self, entry: Entry, *, grace: float, unless_used: bool = False) -> None:
+        """Unload a model, whatever it is doing; who wants it meanwhile waits and loads it anew."""
+        while entry.state in (ModelState.LOADING, ModelState.UNLOADING):
+            assert entry.change is not None
+            with suppress(Exception):
+                await asyncio.shield(entry.change)
+        if entry.state is not ModelState.READY or (unless_used and entry.users):
+            return
+        entry.state = ModelState.UNLOADING
+        entry.change = asyncio.create_task(self._take_down(entry, grace))
+        await asyncio.shield(entry.change)
+
+    async def _take_down(self, entry: Entry, grace: float) -> None:
+        engine = entry.engine
+        assert engine is not None
+        try:
+            if entry.users and grace > 0:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(entry.idle.wait(), grace)
+            await asyncio.to_thread(engine.close)
+        except EngineError as error:
+            _log.warning("unloading %s: %s", entry.name, error)
+        finally:
+            entry.past = entry.stats().counters()
+            entry.engine = entry.model = None
+            entry.memory = 0
+            entry.state = ModelState.UNLOADED
+            kept = self._settings_of(entry.stored.key).keep_alive
+            entry.keep_alive = self._keep_alive if kept is None else kept
+
+    async def _reap_for_ever(self) -> None:
+        while True:
+            self._wake.clear()
+            wait = await self.reap()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), None if wait == math.inf else wait)
+
+    async def _load_pinned(self, name: str, pin: _Pin) -> None:
+        try:
+            entry = pin.entry = await self._entry(name)
+            entry.pinned = True
+            if pin.settings is not None:
+                self._configured[entry.stored.key] = pin.settings
+            await self.preload(name)
+        except Exception as error:  # noqa: BLE001 - `readiness` tells; it is tried again at use
+            pin.failure = None if pin.entry is not None else error
+            _log.error("the model %s could not be loaded: %s", name, error)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,100 @@
+"""Runtime flags in the spelling of llama.cpp and vLLM, as Docker Compose passes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from modelpack.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedFlags:
+    """`sampling` are fields of SamplingParams, `engine` of EngineConfig."""
+
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flag:
+    names: tuple[str, ...]
+    kind: str
+    field: str
+    read: Callable[[str], Any] | None
+    value: Any = None  # of a flag that takes none
+
+
+def _size(text: str) -> int | None:
+    """Return a number of tokens; vLLM takes 8k (thousands) and 8K (1024) too."""
+    factor = {"k": 1000, "K": 1024, "m": 10**6, "M": 2**20}.get(text[-1:], 0)
+    number = int(text[:-1]) * factor if factor else int(text)
+    return number or None  # llama.cpp: 0 is what the model has
+
+
+def _count(text: str) -> int | None:
+    number = int(text)
+    return number if number >= 0 else None  # llama.cpp: -1 is without end
+
+
+def _seed(text: str) -> int | None:
+    number = int(text)
+    return number if number >= 0 else None
+
+
+_FLAGS = (
+    _Flag(("--temp", "--temperature"), "sampling", "temperature", float),
+    _Flag(("--top-p",), "sampling", "top_p", float),
+    _Flag(("--top-k",), "sampling", "top_k", int),
+    _Flag(("--min-p",), "sampling", "min_p", float),
+    _Flag(("--repeat-penalty", "--repetition-penalty"), "sampling", "repetition_penalty", float),
+    _Flag(("--presence-penalty",), "sampling", "presence_penalty", float),
+    _Flag(("--frequency-penalty",), "sampling", "frequency_penalty", float),
+    _Flag(("--seed", "-s"), "sampling", "seed", _seed),
+    _Flag(("--n-predict", "--predict", "-n"), "sampling", "max_tokens", _count),
+    _Flag(("--ignore-eos",), "sampling", "ignore_eos", None, True),
+    _Flag(("--ctx-size", "-c", "--max-model-len"), "engine", "max_model_len", _size),
+    _Flag(("--max-num-seqs", "--parallel", "-np"), "engine", "max_num_seqs", int),
+    _Flag(("--max-num-batched-tokens", "--batch-size", "-b"), "engine",
+          "max_num_batched_tokens", int),
+    _Flag(("--gpu-memory-utilization",), "engine", "gpu_memory_utilization", float),
+    _Flag(("--kv-cache-memory-bytes", "--kv-cache-bytes"), "engine", "kv_cache_bytes", int),
+    _Flag(("--block-size",), "engine", "block_size", int),
+    _Flag(("--enable-prefix-caching",), "engine", "enable_prefix_caching", None, True),
+    _Flag(("--no-enable-prefix-caching", "--no-prefix-caching"), "engine",
+          "enable_prefix_caching", None, False),
+)  # fmt: skip
+_BY_NAME = {name: flag for flag in _FLAGS for name in flag.names}
+
+
+def parse_flags(flags: Iterable[str]) -> ParsedFlags:
+    """Return what flags (`--temp 0.7`, `--temp=0.7`) ask for; of several, the last counts.
+
+    Raises `UsageError` for a flag that is not known, listing those that are, and for a value that
+    is missing or no number.
+    """
+    found: dict[str, dict[str, Any]] = {"sampling": {}, "engine": {}}
+    words = iter(flags)
+    for word in words:
+        name, equals, value = word.partition("=")
+        flag = _BY_NAME.get(name)
+        if flag is None:
+            known = ", ".join(sorted(_BY_NAME, key=lambda name: name.lstrip("-")))
+            raise UsageError(f"unknown runtime flag {name!r}", hint=f"known are {known}")
+        if flag.read is None:
+            if equals:
+                raise UsageError(f"the runtime flag {name} takes no value")
+            found[flag.kind][flag.field] = flag.value
+            continue
+        if not equals:
+            value = next(words, "")
+        try:
+            read = flag.read(value)
+        except ValueError:
+            raise UsageError(f"the runtime flag {name} needs a number, and got {value!r}") from None
+        if read is None:
+            found[flag.kind].pop(flag.field, None)
+        else:
+            found[flag.kind][flag.field] = read
+    return ParsedFlags(found["sampling"], found["engine"])

@@ -1,0 +1,149 @@
+"""StoreCatalogue: the models of the store on this machine, loaded from its blobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from modelpack.errors import InvalidReferenceError, ModelpackError, NotFoundError
+from modelpack.model import Model, Role
+from modelpack.operations.find import stored_model
+from modelpack.operations.listing import list_models
+from modelpack.stores.layout import LayoutStore
+from modelpack_engine import blas
+from modelpack_engine.async_engine import AsyncEngine
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.errors import EngineError
+from modelpack_engine.meter import Meter
+from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
+from modelpack_engine.pool.generation_config import sampling_defaults
+from modelpack_engine.pool.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from modelpack_engine.engine import Engine
+
+# What the engine takes for KV on a CPU where nothing else is said, and a step's own arrays.
+_KV_BYTES = 512 * 1024**2
+# How much larger quantised weights are once they are unpacked to float32, at the most common 4 to 5
+# bits a weight; the engine unpacks them on a CPU.
+_UNPACKED = 7
+_KV_SHARE = 0.5
+
+
+class StoreCatalogue:
+    """`config` is how engines run where a model's settings say nothing."""
+
+    def __init__(
+        self, store: LayoutStore | None = None, config: EngineConfig | None = None
+    ) -> None:
+        blas.prepare()
+        self.store = store or LayoutStore()
+        self.config = config or EngineConfig()
+
+    def version(self) -> object:
+        """Return when the store's index was last changed."""
+        try:
+            status = (self.store.root / "index.json").stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    def find(self, name: str) -> StoredModel:
+        """Return the model that a user calls so; raise `NotFoundError`."""
+        try:
+            model = stored_model(self.store, name)
+        except InvalidReferenceError as error:
+            raise NotFoundError(f"there is no model {name!r}: {error}") from error
+        return _described(model, self._names(model, name))
+
+    def stored(self) -> Sequence[StoredModel]:
+        """Return the models that can be read."""
+        return [
+            _described(listed.model, tuple(ref.familiar for ref in listed.references))
+            for listed in list_models(self.store)
+            if listed.model is not None
+        ]
+
+    def needs(self, model: StoredModel, settings: ModelSettings) -> int:
+        """Return roughly how many bytes of memory the loaded model will take."""
+        from modelpack_engine.opening import choose_device
+
+        weights = self._weight_bytes(model.key)
+        if choose_device(self.config) == "cpu" and model.format == "gguf":
+            weights *= _UNPACKED
+        return weights + (settings.engine_config(self.config).kv_cache_bytes or _KV_BYTES)
+
+    def load(
+        self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
+    ) -> LoadedEngine:
+        """Load a model; raises `EngineError`, `OutOfMemoryError` if it does not fit."""
+        from modelpack_engine.opening import load_model, open_model
+
+        opened = open_model(model.key, pull=False, store=self.store)
+        found: dict[str, str] = {}
+
+        def config(_context: int, weight_bytes: int) -> EngineConfig:
+            return _within(settings.engine_config(self.config), weight_bytes, room)
+
+        def make_engine() -> Engine:
+            engine, found["type"] = load_model(opened, self.config, config)
+            return engine
+
+        engine = AsyncEngine(make_engine, meter)
+        try:
+            engine.wait_until_ready()
+        except EngineError:
+            engine.close()
+            if isinstance(engine.error, ModelpackError):
+                raise engine.error from None
+            raise
+        defaults = sampling_defaults(opened.files.json("generation_config.json"))
+        return LoadedEngine(engine, found.get("type", ""), defaults)
+
+    def _names(self, model: Model, typed: str) -> tuple[str, ...]:
+        references = next(
+            (m.references for m in self.store.models() if m.digest == model.digest), ()
+        )
+        names = [ref.familiar for ref in references]
+        if model.reference is not None:
+            names.insert(0, model.reference.familiar)
+        return tuple(dict.fromkeys(names)) or (typed,)
+
+    def _weight_bytes(self, key: str) -> int:
+        model = stored_model(self.store, key)
+        return sum(file.descriptor.size for file in model.files() if file.role is Role.WEIGHT)
+
+
+def _described(model: Model, names: tuple[str, ...]) -> StoredModel:
+    config = model.config
+    created = 0
+    if config.created:
+        try:
+            created = int(datetime.fromisoformat(config.created).timestamp())
+        except ValueError:
+            created = 0  # whoever packaged it wrote something else
+    return StoredModel(
+        key=str(model.digest),
+        names=names,
+        size=sum(layer.size for layer in model.manifest.layers),
+        created=max(0, created),
+        context_size=config.context_size or None,
+        architecture=config.architecture,
+        parameters=config.parameters,
+        quantization=config.quantization,
+        format=config.format,
+    )
+
+
+def _within(config: EngineConfig, weight_bytes: int, room: int | None) -> EngineConfig:
+    """Return the configuration with a KV cache that fits into `room` beside the weights."""
+    if room is None or config.kv_cache_bytes is not None:
+        return config
+    from modelpack_engine.sizing import on_gpu
+
+    left = max(0, room - weight_bytes)
+    if on_gpu():  # where the engine would take nearly all: other models want some, too
+        return replace(config, kv_cache_bytes=int(left * _KV_SHARE))
+    return replace(config, kv_cache_bytes=left) if left < _KV_BYTES else config

@@ -1,0 +1,81 @@
+"""Bodies and paths as they arrive: too large ones are refused, doubled slashes cleaned."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from modelpack_engine.server.problems import Problem, Shape
+
+MAX_BODY_BYTES = 64 * 1024 * 1024
+_SLASHES = re.compile("/{2,}")
+
+
+class TooLargeError(Exception):
+    """The body has become larger than is allowed."""
+
+
+class BodyLimit:
+    """ASGI middleware: 413 for a body above `limit` bytes, said or sent; `//` in paths is `/`.
+
+    Paths for which `is_unlimited` is true may send as much as they like: uploads of models.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        limit: int,
+        shape_of: Callable[[str], Shape],
+        is_unlimited: Callable[[str], bool] = lambda path: False,
+    ) -> None:
+        self._app = app
+        self._limit = limit
+        self._shape_of = shape_of
+        self._is_unlimited = is_unlimited
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        if "//" in path:
+            path = _SLASHES.sub("/", path)
+            scope = {**scope, "path": path, "raw_path": path.encode()}
+        if scope["method"] in ("GET", "HEAD", "DELETE") or self._is_unlimited(path):
+            await self._app(scope, receive, send)
+            return
+        declared = dict(scope["headers"]).get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > self._limit:
+            await self._refuse(path, scope, receive, send)
+            return
+        received, answered = 0, False
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > self._limit:
+                    raise TooLargeError
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
+        try:
+            await self._app(scope, counted, noted)
+        except TooLargeError:
+            if answered:
+                raise
+            await self._refuse(path, scope, receive, send)
+
+    async def _refuse(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        problem = Problem(
+            413, f"the body is larger than {self._limit} bytes", code="request_too_large"
+        )
+        await self._shape_of(path)(problem)(scope, receive, send)

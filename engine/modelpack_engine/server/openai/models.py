@@ -1,0 +1,49 @@
+"""GET /v1/models: what is stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from modelpack_engine.pool.catalogue import StoredModel
+from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.server.paths import add_route
+
+
+def router(pool: ModelPool) -> APIRouter:
+    """Return the routes and their aliases."""
+    routes = APIRouter(tags=["OpenAI"])
+
+    async def list_models() -> dict[str, Any]:
+        """List the models that could be used."""
+        return {"object": "list", "data": [card(model) for model in await pool.stored()]}
+
+    async def retrieve_model(name: str) -> dict[str, Any]:
+        """Return one model, by any name that it has."""
+        return card(await pool.find(name)) | {"id": name}
+
+    add_route(routes, "/models", list_models, methods=["GET"])
+    add_route(routes, "/models/{name:path}", retrieve_model, methods=["GET"])
+    return routes
+
+
+def card(model: StoredModel) -> dict[str, Any]:
+    """Return the object of a model; `dmr` is what Docker Model Runner adds."""
+    name = model.names[0] if model.names else model.key
+    facts = {
+        "context_window": model.context_size,
+        "architecture": model.architecture,
+        "parameters": model.parameters,
+        "quantization": model.quantization,
+        "size": model.size,
+    }
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "modelpack",
+        "root": model.key,
+        "parent": None,
+        "dmr": {key: value for key, value in facts.items() if value},
+    }

@@ -1,0 +1,55 @@
+"""Paths: every route of the OpenAI family under all the prefixes that clients use.
+
+Source of the prefixes: Docker Model Runner serves `/engines/v1` and `/engines/{backend}/v1`, and
+`/v1` as well; mlx-lm's server has no prefix at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Depends
+
+from modelpack.errors import NotFoundError
+
+#: What clients may name in `/engines/{backend}/…`: there is one engine, whatever it is called.
+BACKENDS = ("llama.cpp", "vllm", "mlx", "modelpack")
+
+
+def check_backend(backend: str) -> None:
+    """Raise `NotFoundError` for a backend that does not exist."""
+    if backend not in BACKENDS:
+        raise NotFoundError(f"backend not found: {backend!r}")
+
+
+def add_route(
+    router: APIRouter,
+    tail: str,
+    endpoint: Callable[..., Any],
+    *,
+    methods: Sequence[str] = ("POST",),
+    bare: bool = False,
+    prefixes: Sequence[str] = (),
+) -> None:
+    """Add `/v1` + `tail` and its aliases; with `bare` also without a prefix.
+
+    `prefixes` are further ones. The schema shows the first alone.
+    """
+    places = ["/v1", "/engines/v1", *prefixes, *([""] if bare else [])]
+    for place in places:
+        router.add_api_route(
+            place + tail,
+            endpoint,
+            methods=list(methods),
+            response_model=None,
+            include_in_schema=place == "/v1",
+        )
+    router.add_api_route(
+        "/engines/{backend}/v1" + tail,
+        endpoint,
+        methods=list(methods),
+        response_model=None,
+        include_in_schema=False,
+        dependencies=[Depends(check_backend)],
+    )
