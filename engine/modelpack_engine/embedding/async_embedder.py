@@ -1,7 +1,8 @@
 """AsyncEmbedder: an embedding model in a thread of its own, which makes every call to MLX.
 
 Requests that wait at the same time run together: each turn takes the input that has waited the
-longest and those nearest to it in length, whoever they belong to.
+longest and those nearest to it in length, whoever they belong to. It has what a pool of models
+asks of an engine, but generates nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelpack_engine.async_engine import EngineState
 from modelpack_engine.embedding.batching import next_batch
@@ -20,6 +21,12 @@ from modelpack_engine.embedding.cross_encoder import CrossEncoder, Pair, Scores
 from modelpack_engine.embedding.embedder import Embedder, Embeddings, EmbedOptions
 from modelpack_engine.embedding.inputs import Input, Prepared
 from modelpack_engine.errors import EngineError, RequestError
+from modelpack_engine.outputs import EngineStats
+
+if TYPE_CHECKING:
+    from modelpack_engine.loaders.tokenizer import Tokenizer
+    from modelpack_engine.request_stream import RequestStream
+    from modelpack_engine.sampling_params import SamplingParams
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +82,45 @@ class AsyncEmbedder:
         if self._model is None:
             raise EngineError(f"the model is {self.state}", hint="wait until it is ready")
         return self._model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, which any thread may use."""
+        return self.model.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest input, in tokens."""
+        return self.model.config.max_length
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return self.model.vocab_size
+
+    @property
+    def memory_bytes(self) -> int:
+        """The bytes of the weights; what a batch takes comes and goes."""
+        return 0 if self._model is None else self._model.weight_bytes
+
+    def stats(self) -> EngineStats:
+        """Return an engine's counters: nothing is generated, and nothing stays cached."""
+        return EngineStats()
+
+    async def submit(
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        continues_text: bool = False,
+    ) -> RequestStream:
+        """Raise `RequestError`: there is nothing that generates text."""
+        raise RequestError(
+            f"this model ({self.model.config.architecture}) does not generate text",
+            param="model",
+            hint="use it for embeddings or ranking",
+        )
 
     @property
     def ranks_pairs(self) -> bool:

@@ -94,6 +94,7 @@ class Embedder:
     ) -> None:
         self.config = config
         self.tokenizer = reader.tokenizer
+        self.vocab_size = reader.vocab_size
         self.limits = limits or BatchLimits()
         self.notes = notes
         self.weight_bytes = weight_bytes

@@ -26,7 +26,7 @@ from modelpack_engine.embedding.steps import Steps
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.loaders import json_tokenizer
 from modelpack_engine.loaders.files import MODULES, ModelFiles
-from modelpack_engine.loaders.loading import Device
+from modelpack_engine.loaders.loading import Device, context_length_of
 from modelpack_engine.loaders.precision import evaluate, set_dtype, unpack
 from modelpack_engine.loaders.safetensors import read_config
 from modelpack_engine.loaders.tokenizer import Tokenizer
@@ -110,11 +110,11 @@ def _decoder(
     model.eval()
     weight_bytes = _evaluated(model)
     decoder = Decoder(model, completed)
-    positions = completed.get("max_position_embeddings")
+    positions, _ = context_length_of(completed)
     reader = InputReader(
         tokenizer,
         decoder.vocab_size,
-        _max_length(files, sentence, positions if isinstance(positions, int) else 2048),
+        _max_length(files, sentence, positions),
         sentence.lowers_text,
     )
     return _embedder(

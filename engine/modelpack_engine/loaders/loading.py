@@ -136,7 +136,7 @@ def _load_safetensors(
         left = unpack(model, dtype)
         if left:
             notes.append(f"{len(left)} modules stay quantised, {left[0]} for one")
-    context, known = _context_length(config)
+    context, known = context_length_of(config)
     if not known:
         notes.append(f"the config names no context length; {context} tokens are assumed")
     return _loaded(model, config, tokenizer, config["model_type"], context, notes)
@@ -165,7 +165,8 @@ def _note_density(notes: list[str], device: Device, dense: bool) -> None:
         notes.append("weights stay quantised, since memory is short: several times slower")
 
 
-def _context_length(config: Mapping[str, Any]) -> tuple[int, bool]:
+def context_length_of(config: Mapping[str, Any]) -> tuple[int, bool]:
+    """Return the context in tokens, and whether the config names it or it is assumed."""
     inner = config.get("text_config")
     for part in (config, inner if isinstance(inner, dict) else {}):
         for key in _CONTEXT_KEYS:
