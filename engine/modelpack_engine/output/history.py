@@ -23,6 +23,8 @@ _TAKES_STRING = re.compile(
     rf"|{_ARGUMENTS}\s*[+~]"
     rf"|\{{\{{-?\s*{_ARGUMENTS}\s*-?\}}\}}"
 )
+# One that asks for a mapping first does something else with a string (Gemma 4: it adds braces).
+_TAKES_MAPPING = re.compile(rf"{_ARGUMENTS}\s+is\s+mapping")
 
 
 @functools.lru_cache(maxsize=64)
@@ -32,6 +34,8 @@ def takes_argument_strings(chat_template: str) -> bool:
     The rest, most of them, dump or iterate an object: given a string, they would quote it once
     more, or fail.
     """
+    if _TAKES_MAPPING.search(chat_template):
+        return False
     return _TAKES_STRING.search(chat_template) is not None
 
 
