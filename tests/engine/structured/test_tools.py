@@ -94,7 +94,7 @@ def test_forced_calls_are_read_and_valid(
 ) -> None:
     family_format = OutputFormat.named(family)
     grammar = compile_constraint(tool_grammar(family_format, TOOLS, REQUIRED), vocabulary)
-    texts = [walk(grammar, tokenizer, seed, 120, closing_of(family)) for seed in range(3)]
+    texts = [walk(grammar, tokenizer, seed, 300, closing_of(family)) for seed in range(3)]
     found = [read(family_format, text) for text in texts if text is not None]
     assert found
     for calls in found:

@@ -56,9 +56,10 @@ def walk(
         allowed = [token for token in allowed if token not in ends]
         if step > 30:
             planned = planned or tokenizer.encode(closing, add_special_tokens=False)
-            allowed = sorted(closers.intersection(allowed)) or allowed
             if planned and planned[0] in allowed:
                 allowed = [planned.pop(0)]
+            else:
+                allowed = sorted(closers.intersection(allowed)) or allowed
         tokens.append(chooser.choice(allowed))
         mask.accept(tokens[-1])
     return None
