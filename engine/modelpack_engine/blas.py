@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def _shim() -> str | None:
     from platformdirs import user_cache_path
 
     source = _SHIM_SOURCE.read_bytes()
-    key = hashlib.sha256(source + str(library).encode()).hexdigest()[:16]
+    key = hashlib.sha256(source + f"{library} {_processor()}".encode()).hexdigest()[:16]
     target = user_cache_path("modelpack") / "blas" / f"shim-{key}.so"
     if target.exists():
         return str(target)
@@ -117,10 +118,29 @@ def _shim() -> str | None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         built = Path(scratch, "shim.so")
-        subprocess.run(
-            [compiler, "-O2", "-shared", "-fPIC", str(_SHIM_SOURCE), "-o", str(built),
-             str(library), f"-Wl,-rpath,{library.parent}"],
-            check=True, capture_output=True, timeout=60,
-        )  # fmt: skip
+        _compile(compiler, library, built)
         built.replace(target)
     return str(target)
+
+
+def _compile(compiler: str, library: Path, target: Path) -> None:
+    """Compile the shim for this processor, or for any of its kind if the compiler cannot."""
+    parts = [str(_SHIM_SOURCE), "-o", str(target), str(library), f"-Wl,-rpath,{library.parent}"]
+    for options in (["-march=native"], []):
+        command = [compiler, "-O3", "-shared", "-fPIC", *options, *parts]
+        try:
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            return
+        except subprocess.CalledProcessError:
+            if not options:
+                raise
+
+
+def _processor() -> str:
+    """Return what the shim is compiled for: a home directory may serve several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    wanted = ("model name", "flags", "CPU part", "Features")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))

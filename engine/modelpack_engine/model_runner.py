@@ -30,6 +30,7 @@ from modelpack_engine.batch import StepBatch
 from modelpack_engine.buckets import EXACT, Buckets
 from modelpack_engine.config import BLOCK_SIZE
 from modelpack_engine.errors import EngineError, ModelLoadError, OutOfMemoryError
+from modelpack_engine.malloc import keep_freed_memory
 from modelpack_engine.vllm_metal import uses_paged_attention
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ class ModelRunner:
         self.notes: tuple[str, ...] = ()
         if exact is None:
             exact = mx.default_device() == mx.Device(mx.cpu)
+        if exact:
+            keep_freed_memory()
         self._step = StepInputs(block_size, exact=exact)
         self._adapted: Adapted | None = None
         self._contiguous: ContiguousRunner | None = None

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import CacheList
 
 from modelpack_engine.adaptation.folded import fold_quantised
+from modelpack_engine.adaptation.halves import halve_linears
 from modelpack_engine.adaptation.layout import Leaf, ModelLayout, StateLayout
 from modelpack_engine.adaptation.logit_rows import take_logit_rows
 from modelpack_engine.adaptation.patches import patch_modules
@@ -54,6 +55,8 @@ class Adapted:
         if layout.inner is not None:
             take_logit_rows(layout.inner, step, self.swaps)
         self.folded = fold_quantised(model, self.swaps) if fold else 0
+        second = step.second_stream
+        self.halved = 0 if second is None else halve_linears(model, self.swaps, second)
 
     def _cache(self, entry: Leaf | tuple[Leaf, ...]) -> Any:
         if isinstance(entry, tuple):

@@ -8,6 +8,7 @@ queries, which need no keys after their own, and whose scores stay in the cache.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import mlx.core as mx
 
@@ -32,11 +33,13 @@ def attend(
     *,
     scale: float,
     sinks: mx.array | None = None,
+    second: mx.Stream | None = None,
 ) -> mx.array:
     """Return attention [batch, heads, length, value dim].
 
     `mask` is None, "causal" (aligned at the bottom right), bool [length, keys] (causal as well), or
-    bool [batch, 1, 1, keys] for single queries.
+    bool [batch, 1, 1, keys] for single queries. Every other block of queries runs on the stream
+    `second`, if there is one.
     """
     batch, heads, length, _ = queries.shape
     kv_heads, total = keys.shape[1:3]
@@ -44,7 +47,7 @@ def attend(
     queries = (queries * (scale / math.log(2))).reshape(batch, kv_heads, group, length, -1)
     if sinks is not None:
         sinks = (sinks / math.log(2)).reshape(1, kv_heads, group, 1, 1)
-    outputs = []
+    outputs: list[mx.array] = []
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
         seen = total - length + stop if length > 1 else total
@@ -55,11 +58,10 @@ def attend(
             visible = mask if mask is None else mask[:, :, None]
         else:
             visible = mask[start:stop, :seen]
-        outputs.append(
-            _attend(
-                queries[:, :, :, start:stop], keys[:, :, :seen], values[:, :, :seen], visible, sinks
-            )
-        )
+        parts = queries[:, :, :, start:stop], keys[:, :, :seen], values[:, :, :seen]
+        beside = second if len(outputs) % 2 else None
+        with nullcontext() if beside is None else mx.stream(beside):
+            outputs.append(_attend(*parts, visible, sinks))
     output = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=3)
     return output.reshape(batch, heads, length, -1)
 

@@ -26,17 +26,21 @@ def attend(
     softcap: float | None = None,
     query_pe: mx.array | None = None,
     on_cpu: bool = False,
+    second: mx.Stream | None = None,
 ) -> mx.array:
     """Return [batch, heads, queries, value dim].
 
     With `query_pe`, `keys` are latents that serve as values too, and `values` the rotary keys.
+    On a CPU, some of the work may go to the stream `second`.
     """
     if query_pe is not None:
         return _latent(queries, keys, values, query_pe, mask, scale=scale)
     if softcap is not None:
         return _softcapped(queries, keys, values, mask, scale=scale, softcap=softcap)
     if on_cpu and cpu_attention.worthwhile(queries, keys):
-        return cpu_attention.attend(queries, keys, values, mask, scale=scale, sinks=sinks)
+        return cpu_attention.attend(
+            queries, keys, values, mask, scale=scale, sinks=sinks, second=second
+        )
     batch, heads, length, _ = queries.shape
     kv_heads = keys.shape[1]
     if on_cpu and length == 1 and sinks is None and heads > kv_heads:

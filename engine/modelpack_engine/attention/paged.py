@@ -212,6 +212,7 @@ class PagedKV:
             softcap=how.softcap,
             query_pe=pe,
             on_cpu=self.step.exact,
+            second=self.step.second_stream,
         )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import mlx.core as mx
 
+from modelpack_engine.attention.cpu_streams import second_stream
 from modelpack_engine.attention.keys import KeyRange, consecutive
 from modelpack_engine.attention.rotations import make_positions
 from modelpack_engine.attention.spans import Run, Span, length_groups, slot_runs, visible
@@ -59,6 +60,7 @@ class StepInputs:
     def __init__(self, block_size: int, *, exact: bool) -> None:
         self.block_size = block_size
         self.exact = exact
+        self.second_stream = second_stream() if exact else None
         self.num_rows = 0
         self.num_decode = 0
         self.decode_seq_ids: tuple[int, ...] = ()

@@ -56,8 +56,6 @@ def run(runner: ModelRunner, *batches: object) -> mx.array:
 
 
 def test_only_sampled_rows_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_llama()
-    runner = ModelRunner(model, num_blocks=4)
     seen: list[int] = []
     head = nn.Embedding.as_linear
 
@@ -66,6 +64,8 @@ def test_only_sampled_rows_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> No
         return head(self, x)
 
     monkeypatch.setattr(nn.Embedding, "as_linear", counted)
+    runner = ModelRunner(tiny_llama(), num_blocks=4)
+    seen.clear()
     assert run(runner, prefill(1, PROMPT, [1])).shape == (1, 64)
     assert seen == [1]
 
