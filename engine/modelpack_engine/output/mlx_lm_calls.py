@@ -18,6 +18,7 @@ from typing import Any
 from modelpack_engine.output.calls import Found
 from modelpack_engine.output.source import NotACall, Reading, Source, stops
 
+_MAX_BLOCK = 1 << 15  # characters; their regular expressions take quadratic time at worst
 _PACKAGE = "modelpack_engine.output._mlx_lm_tool_parsers"
 
 
@@ -43,7 +44,7 @@ def tool_parser(name: str) -> types.ModuleType | None:
 
 def read_mlx_lm_block(parser: str, closing: str, source: Source, found: Found) -> Reading[None]:
     """Read a block up to `closing`, and have mlx-lm's parser take it apart."""
-    text, _ = yield from source.until(stops(closing))
+    text, _ = yield from source.until(stops(closing), _MAX_BLOCK)
     module = tool_parser(parser)
     if module is None:
         raise NotACall

@@ -161,6 +161,7 @@ class OutputParser:
                 break
             yield from self._thoughts()
         found.text(spaces)
+        source.forget()
         if self._family.bare is None or not found.tools or found.calls or found.any_text:
             return False
         return (yield from self._read_call(self._family.bare, found.text))

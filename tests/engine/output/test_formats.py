@@ -34,7 +34,7 @@ TEMPLATES: list[tuple[str, str, ReasoningMarkers | None]] = [
     ),
     (
         "qwen3_coder",
-        "{{- '<tool_call>\\n<function=' + call.name + '>\\n' }}{{- '<parameter=' + n + '>\\n' }}",
+        "{{- '<tool_call>\\n<function=' + f + '>\\n' }}{{- '<parameter=' + n + '>\\n' }}",
         None,
     ),
     (
