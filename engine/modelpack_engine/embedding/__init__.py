@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from modelpack_engine.embedding.loading import purpose_of as purpose_of
     from modelpack_engine.embedding.opening import open_cross_encoder as open_cross_encoder
     from modelpack_engine.embedding.opening import open_embedder as open_embedder
+    from modelpack_engine.embedding.ranking import rank_pairs as rank_pairs
 
 _EXPORTS = {
     "AsyncEmbedder": "modelpack_engine.embedding.async_embedder",
@@ -39,6 +40,7 @@ _EXPORTS = {
     "purpose_of": "modelpack_engine.embedding.loading",
     "open_cross_encoder": "modelpack_engine.embedding.opening",
     "open_embedder": "modelpack_engine.embedding.opening",
+    "rank_pairs": "modelpack_engine.embedding.ranking",
 }
 
 __all__ = list(_EXPORTS)

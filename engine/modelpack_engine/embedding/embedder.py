@@ -70,12 +70,14 @@ class EmbedOptions:
     `dimensions` keeps that many numbers of each vector and makes its length 1 again, which models
     trained for it (Matryoshka) bear. `normalize` None is as the model's files say. `truncate`
     cuts inputs that are too long, which are refused else. `prompt` names one of the model's.
+    `noun` is what errors call the inputs: the field of the request that holds them.
     """
 
     dimensions: int | None = None
     normalize: bool | None = None
     truncate: bool = False
     prompt: str | None = None
+    noun: str = "input"
 
 
 class Embedder:
@@ -133,7 +135,9 @@ class Embedder:
         self._check(options)
         prompt = self._prompt(options.prompt)
         prepared = [
-            self._reader.read(index, given, prompt=prompt, truncate=options.truncate)
+            self._reader.read(
+                index, given, noun=options.noun, prompt=prompt, truncate=options.truncate
+            )
             for index, given in enumerate(inputs)
         ]
         if prompt and not self.config.pools_prompt:

@@ -36,16 +36,23 @@ class InputReader:
     lowers_text: bool = False
 
     def read(
-        self, index: int, given: Input, *, prompt: str = "", truncate: bool = False
+        self,
+        index: int,
+        given: Input,
+        *,
+        noun: str = "input",
+        prompt: str = "",
+        truncate: bool = False,
     ) -> Prepared:
         """Return the tokens of input number `index`, `prompt` before a text.
 
+        `noun` is what errors call it, and the field that they name.
         Raises `RequestError` for one that is empty, and `ContextLengthError`, unless `truncate`
         cuts it, for one that is longer than `max_length`; both name the index.
         """
         if isinstance(given, str):
             if not given:
-                raise RequestError(f"input {index} is empty", param="input")
+                raise RequestError(f"{noun} {index} is empty", param=noun)
             ids, types = self._encode(prompt + given, None, truncate)
         else:
             ids = list(given)[: self.max_length] if truncate else list(given)
@@ -53,11 +60,11 @@ class InputReader:
             for token_id in ids:
                 if not 0 <= token_id < self.vocab_size:
                     raise RequestError(
-                        f"input {index} holds the token {token_id};"
+                        f"{noun} {index} holds the token {token_id};"
                         f" the vocabulary has {self.vocab_size}",
-                        param="input",
+                        param=noun,
                     )
-        self._check(f"input {index}", len(ids), "input")
+        self._check(f"{noun} {index}", len(ids), noun)
         return Prepared(tuple(ids), tuple(types))
 
     def read_pair(

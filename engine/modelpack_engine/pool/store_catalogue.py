@@ -22,6 +22,7 @@ from modelpack_engine.pool.generation_config import sampling_defaults
 from modelpack_engine.pool.settings import ModelSettings
 
 if TYPE_CHECKING:
+    from modelpack_engine.embedding.async_embedder import AsyncEmbedder
     from modelpack_engine.engine import Engine
 
 # What the engine takes for KV on a CPU where nothing else is said, and a step's own arrays.
@@ -79,9 +80,17 @@ class StoreCatalogue:
         self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
     ) -> LoadedEngine:
         """Load a model; raises `EngineError`, `OutOfMemoryError` if it does not fit."""
-        from modelpack_engine.opening import load_model, open_model
+        from modelpack_engine.embedding.async_embedder import AsyncEmbedder
+        from modelpack_engine.embedding.loading import load_embedder, purpose_of
+        from modelpack_engine.opening import choose_device, load_model, open_model
 
         opened = open_model(model.key, pull=False, store=self.store)
+        if settings.mode != "completion" or purpose_of(opened.files) != "generation":
+            embedder = AsyncEmbedder(
+                lambda: load_embedder(opened.files, device=choose_device(self.config))
+            )
+            _wait_until_ready(embedder)
+            return LoadedEngine(embedder, embedder.model.config.architecture)
         found: dict[str, str] = {}
 
         def config(_context: int, weight_bytes: int) -> EngineConfig:
@@ -92,13 +101,7 @@ class StoreCatalogue:
             return engine
 
         engine = AsyncEngine(make_engine, meter)
-        try:
-            engine.wait_until_ready()
-        except EngineError:
-            engine.close()
-            if isinstance(engine.error, ModelpackError):
-                raise engine.error from None
-            raise
+        _wait_until_ready(engine)
         defaults = sampling_defaults(opened.files.json("generation_config.json"))
         return LoadedEngine(engine, found.get("type", ""), defaults)
 
@@ -114,6 +117,17 @@ class StoreCatalogue:
     def _weight_bytes(self, key: str) -> int:
         model = stored_model(self.store, key)
         return sum(file.descriptor.size for file in model.files() if file.role is Role.WEIGHT)
+
+
+def _wait_until_ready(engine: AsyncEngine | AsyncEmbedder) -> None:
+    """Return once it is loaded; raise what loading it raised."""
+    try:
+        engine.wait_until_ready()
+    except EngineError:
+        engine.close()
+        if isinstance(engine.error, ModelpackError):
+            raise engine.error from None
+        raise
 
 
 def _described(model: Model, names: tuple[str, ...]) -> StoredModel:
