@@ -1,4 +1,8 @@
-"""Calls between special tokens: a name, a separator, and a JSON object that streams."""
+"""Calls between special tokens: a name, a separator, and a JSON object that streams.
+
+mlx-lm's parsers for these (json_tools, mistral, kimi_k2) take finished blocks, so that nothing
+streams; a marker in a JSON string ends a block early. Where both read a block, they agree.
+"""
 
 from __future__ import annotations
 
