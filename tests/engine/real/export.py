@@ -49,7 +49,7 @@ def write_export(directory: Path) -> Path:
     for layer in range(30):
         for part in _PARTS:
             name = f"model.layers.{layer}.{part}.weight"
-            hf[names.get_name(name, try_suffixes=(".weight",))] = name
+            hf[str(names.get_name(name, try_suffixes=(".weight",)))] = name
     weights = {}
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
