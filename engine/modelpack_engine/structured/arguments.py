@@ -53,16 +53,15 @@ def elements(rules: Rules, style: Parameters, root: Schema) -> str:
         schema = resolved(part, root)
         types = allowed_types(schema)
         is_text = not types or "string" in types
-        head = style.before + name + style.kinds[not is_text] + style.after
+        after = rules.text(style.kinds[not is_text] + style.after)
         if is_text:
             value = _text_value(rules, schema, style.closing)
         else:
             definitions = {k: root[k] for k in ("$defs", "definitions") if k in root}
             newline = rules.text("\n") if style.after.endswith("\n") else ""
             value = f"{rules.json({**schema, **definitions})} {newline} {rules.text(style.closing)}"
-        members.append(
-            (rules.rule(f"{rules.text(head)} {value} {rules.text(style.gap)}"), required)
-        )
+        head = f"{rules.text(style.before)} {rules.plain(name)} {after}"
+        members.append((rules.rule(f"{head} {value} {rules.text(style.gap)}"), required))
     return rules.members(members, "") if members else ""
 
 
@@ -73,7 +72,7 @@ def _text_value(rules: Rules, schema: Schema, closing: str) -> str:
             return rules.until(closing)
         return f"{body} {rules.text(closing)}"
     texts = [value if isinstance(value, str) else json.dumps(value) for value in choices]
-    return rules.one_of(rules.text(text + closing) for text in texts)
+    return f"{rules.one_of(rules.plain(text) for text in texts)} {rules.text(closing)}"
 
 
 def bounded(rules: Rules, schema: Schema, character: str) -> str | None:
@@ -96,9 +95,9 @@ def literals(rules: Rules, style: Literals, root: Schema) -> str:
 
     Of strings, formats are not held to.
     """
-    writer = _Literals(rules, style, root)
+    writer, assign = _Literals(rules, style, root), rules.text(style.assign)
     members = [
-        (rules.rule(f"{rules.text(name + style.assign)} {writer.value(part, 0)}"), required)
+        (rules.rule(f"{rules.plain(name)} {assign} {writer.value(part, 0)}"), required)
         for name, part, required in properties_of(resolved(root, root))
     ]
     inner = rules.members(members, rules.text(style.separator)) if members else ""
@@ -173,17 +172,16 @@ class _Literals:
 
     def _key(self, key: str) -> str:
         if self._style.quote:
-            return self._rules.text(key + self._style.assign)
-        return self._rules.text(json.dumps(key, ensure_ascii=False) + ": ")
+            return f"{self._rules.plain(key)} {self._rules.text(self._style.assign)}"
+        return self._rules.plain(json.dumps(key, ensure_ascii=False) + ": ")
 
     def _literal(self, value: Any) -> str:
+        rules, quote = self._rules, self._rules.text(self._style.quote)
         true, false, null = self._style.words
-        if isinstance(value, str):
-            quote = self._style.quote
-            quoted = f"{quote}{value}{quote}" if quote else json.dumps(value, ensure_ascii=False)
-            return self._rules.text(quoted)
+        if isinstance(value, str) and quote:
+            return f"{quote} {rules.plain(value)} {quote}"
         if value is None or isinstance(value, bool):
-            return self._rules.text(null if value is None else true if value else false)
-        if isinstance(value, int | float):
-            return self._rules.text(json.dumps(value))
+            return rules.plain(null if value is None else true if value else false)
+        if isinstance(value, str | int | float):
+            return rules.plain(json.dumps(value, ensure_ascii=False))
         raise RequestError("an enum of objects or arrays cannot be written", param="tools")

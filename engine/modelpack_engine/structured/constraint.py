@@ -12,8 +12,8 @@ class Constraint:
     """A constraint on the whole of an answer.
 
     `value` is nothing for "json_object", a JSON schema (an object or its text) for "json_schema", a
-    regular expression that the answer matches from end to end for "regex", and Lark or llama.cpp's
-    GBNF for "grammar".
+    regular expression that the answer matches from end to end for "regex" (Rust's syntax, without
+    look-around; `\\d` is 0 to 9), and Lark or llama.cpp's GBNF for "grammar".
 
     `markup` defines further rules of a Lark grammar by their text: special tokens of the model's
     vocabulary in it stand for themselves, all else is plain text. `until` defines rules that are

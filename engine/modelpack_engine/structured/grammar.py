@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from llguidance import LLMatcher
+from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
 from modelpack_engine.errors import EngineError, RequestError
@@ -111,8 +111,7 @@ def _body(constraint: Constraint, vocabulary: GrammarVocabulary) -> dict[str, An
         raise ValueError(f"it is a {type(value).__name__}, expected text")
     if constraint.kind == "regex":
         _check_size(value, MAX_REGEX)
-        entry: dict[str, Any] = json.loads(LLMatcher.grammar_from_regex(value))["grammars"][0]
-        return entry
+        return {"lark_grammar": f"start: /{regex_to_lark(value, 'd')}/"}
     if constraint.markup:  # made by ourselves
         rules = [f"{name}: {vocabulary.markup(text)}" for name, text in constraint.markup.items()]
         for name, closing in constraint.until.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 from modelpack_engine.structured.constraint import Constraint
 from modelpack_engine.structured.schemas import prepared
+from modelpack_engine.structured.vocabulary import quoted
 
 
 class Rules:
@@ -21,6 +22,10 @@ class Rules:
     def text(self, text: str) -> str:
         """This text; special tokens of the vocabulary in it stand for themselves."""
         return _name(self._markup, text, "m") if text else ""
+
+    def plain(self, text: str) -> str:
+        """This text, letter by letter: what callers name is never markup."""
+        return quoted(text)
 
     def until(self, closing: str) -> str:
         """Any text up to `closing`, and `closing`, which is markup as well."""

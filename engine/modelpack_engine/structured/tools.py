@@ -44,7 +44,7 @@ def tool_grammar(
     schemas = {tool.name: closed(tool.parameters) for tool in allowed}
     on_deep_stack(lambda: _check(schemas))
     rules = Rules()
-    calls = rules.one_of(_call(rules, markup, name, schema) for name, schema in schemas.items())
+    calls = rules.one_of(_named_call(rules, markup, tool) for tool in schemas.items())
     start = calls
     if parallel and not markup.single and len(choice.names) != 1:
         start = f"{calls} ({rules.text(markup.separator)} {calls}){{0,{MAX_CALLS - 1}}}"
@@ -104,6 +104,14 @@ def _check(schemas: Mapping[str, Mapping[str, Any]]) -> None:
         )
 
 
+def _named_call(rules: Rules, markup: ToolMarkup, tool: tuple[str, Mapping[str, Any]]) -> str:
+    """Return a tool's call; an error names the tool."""
+    try:
+        return _call(rules, markup, *tool)
+    except RequestError as error:
+        raise RequestError(f"the tool {tool[0]!r}: {error}", param="tools") from error
+
+
 def _call(rules: Rules, markup: ToolMarkup, name: str, schema: Mapping[str, Any]) -> str:
     style = markup.arguments
     quotes = markup.before.endswith('"name": "')
@@ -113,14 +121,11 @@ def _call(rules: Rules, markup: ToolMarkup, name: str, schema: Mapping[str, Any]
     elif isinstance(style, Parameters):
         arguments = elements(rules, style, schema)
     elif re.fullmatch(style.names, name) is None:
-        raise RequestError(
-            f"the tool {name!r} cannot be called: this model writes a call as code", param="tools"
-        )
+        raise RequestError("it cannot be called: this model writes calls as code", param="tools")
     else:
         arguments = literals(rules, style, schema)
+    number = ""
     if markup.numbered:
-        number = f"/[0-9]{{1,2}}/ {rules.text(markup.after)}"
-        head = f"{rules.text(markup.before + written + ':')} {number}"
-    else:
-        head = rules.text(markup.before + written + markup.after)
+        number = '":" /[0-9]{1,2}/'
+    head = f"{rules.text(markup.before)} {rules.plain(written)} {number} {rules.text(markup.after)}"
     return rules.rule(f"{head} {arguments} {rules.text(markup.tail)}")

@@ -61,6 +61,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 REGEXES = [
     r"[a-c]{2,5}-\d+",
     "(yes|no|maybe)",
+    "a\nb/c\\n?",
     "é[一-龥]{3}",
     r"a/b\"?",
     "^x{0,3}$",

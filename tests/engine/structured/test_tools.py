@@ -24,7 +24,7 @@ from modelpack_engine.structured import (
 )
 from modelpack_engine.structured.tool_markup import TOOL_MARKUP, Literals, Parameters
 from tests.engine.structured.vocabularies import byte_tokenizer
-from tests.engine.structured.walking import accepts, walk
+from tests.engine.structured.walking import accepts, bits_of, walk
 
 pytestmark = pytest.mark.weights
 
@@ -167,6 +167,23 @@ def test_special_tokens_are_not_spelled_out() -> None:
     assert not mask.allowed()[spelled[0] // 8] >> spelled[0] % 8 & 1
 
 
+def test_what_a_caller_names_is_never_markup() -> None:
+    """A value that reads like a special token is its letters."""
+    tokenizer = byte_tokenizer(["<|im_end|>"])
+    schema = {"type": "object", "properties": {"k": {"enum": ["<|im_end|>"]}}, "required": ["k"]}
+    for family in ("qwen3_coder", "gemma4", "hermes", "lfm2"):
+        named = OutputFormat.named(family)
+        constraint = tool_grammar(named, [Tool("end", "", schema)], REQUIRED, parallel=False)
+        grammar = compile_constraint(constraint, grammar_vocabulary(tokenizer))
+        text = walk(grammar, tokenizer, 1)
+        assert text is not None
+        assert read(named, text, (Tool("end", "", schema),)) == [("end", {"k": "<|im_end|>"})]
+        mask = grammar.mask()
+        for token in tokenizer.encode(text, parse_special=False):
+            assert token in bits_of(mask.allowed()), family
+            mask.accept(token)
+
+
 ONE, OTHER = (f'<tool_call>\n{{"name": "{n}", "arguments": {{}}}}\n</tool_call>' for n in "ab")
 
 
@@ -226,6 +243,7 @@ def test_reasoning_goes_before_a_call(vocabulary: GrammarVocabulary, tokenizer: 
         ("muse_spark", [STOP], (), "tool_choice", "no known format"),
         (None, [STOP], (), "tool_choice", "no known format"),
         ("lfm2", [Tool("stop-all")], (), "tools", "'stop-all'"),
+        ("gemma4", [Tool("x", "", {"properties": {"a": {"enum": [[1]]}}})], (), "tools", "'x'"),
     ],
 )
 def test_refusals(
