@@ -62,9 +62,9 @@ class Answer:
         """Return the parts of an answer that are final, up to what ends it."""
         assert self._parser is not None
         parts = self._parser.feed(event.text, event.token_ids)
+        self.is_over = self._parser.done
         if event.finish_reason is not None:
             parts = [*parts, *self._parser.finish()]
-        self.is_over = self._parser.done
         if self._stops is not None:
             parts = self._stops.pass_on(parts, may_stop=self._tokens > self._min_tokens)
             if event.finish_reason is not None:

@@ -9,6 +9,7 @@ from types import TracebackType
 
 from modelpack_engine.conversation.answer import Answer
 from modelpack_engine.conversation.masking import MakeMask, make_masks
+from modelpack_engine.conversation.plain_tools import PLAIN_FAMILY
 from modelpack_engine.conversation.rendering import render
 from modelpack_engine.conversation.served import ServedModel
 from modelpack_engine.conversation.spec import ChatDelta, ChatSpec
@@ -72,13 +73,15 @@ async def start_chat(model: ServedModel, spec: ChatSpec) -> ChatStream:
     """
     # A template may be slow, and a long text takes its time: not on the event loop.
     prompt, token_ids = await asyncio.to_thread(_prompt, model, spec)
+    tools = offered_tools(spec)
     limit = model.token_limit(len(token_ids), spec.max_tokens)
     written = model.format
+    if tools and written.family is None:
+        written = replace(written, family=PLAIN_FAMILY)
     reasons = starts_reasoning(written, prompt[-_TAIL:])
     if spec.reasoning is False and not reasons:
         written = written.without_reasoning()
-    tools = offered_tools(spec)
-    parses = written.reasoning is not None or (bool(tools) and written.family is not None)
+    parses = written.reasoning is not None or (bool(tools))
     stops = tuple(spec.params.stop)
     mask = await _masks(model, spec, written, tools, reasons)
     params = replace(
@@ -133,5 +136,5 @@ def offered_tools(spec: ChatSpec) -> tuple[Tool, ...]:
 
 def _prompt(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int]]:
     tokenizer = model.tokenizer
-    text = render(spec, tokenizer)
+    text = render(spec, tokenizer, model.format)
     return text, tokenizer.encode(text, add_special_tokens=False)

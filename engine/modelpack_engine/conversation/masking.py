@@ -42,7 +42,9 @@ def make_masks(
     """
     make: MakeMask | None = None
     if spec.tool_choice.mode == "required":
-        constraint = tool_grammar(format, tools, spec.tool_choice)
+        constraint = tool_grammar(
+            format, tools, spec.tool_choice, parallel=spec.parallel_tool_calls
+        )
         make = _compiled(model, constraint, format, starts_reasoning, "tool_choice").mask
     elif spec.constraint is not None:
         make = _compiled(model, spec.constraint, format, starts_reasoning, "response_format").mask

@@ -2,70 +2,41 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from modelpack_engine.conversation.plain_tools import describe_tools
 from modelpack_engine.conversation.spec import ChatSpec
-from modelpack_engine.errors import RequestError
 from modelpack_engine.loaders.tokenizer import Tokenizer
-
-# Templates that write arguments as JSON themselves, or go through them, want an object.
-_WANTS_OBJECT = re.compile(
-    r"arguments\s*\|\s*(?:tojson|items|dictsort)|arguments\.items|arguments\s+is\s+(?:not\s+)?"
-    r"(?:mapping|string)|in\s+[\w.]*arguments\b|_args\s*\|\s*(?:tojson|items)"
-)
+from modelpack_engine.output.formats import OutputFormat
+from modelpack_engine.output.history import template_messages
+from modelpack_engine.output.tools import Tool
 
 
-def render(spec: ChatSpec, tokenizer: Tokenizer) -> str:
-    """Return the prompt text of a conversation.
+def render(spec: ChatSpec, tokenizer: Tokenizer, written: OutputFormat) -> str:
+    """Return the prompt text of a conversation; `written` is how the model writes calls.
 
-    Tools are shown unless none may be called. Raises `RequestError`, whose text has the word
-    "template", if the template fails.
+    Tools are shown unless none may be called; a template that knows nothing of tools gets them as
+    text. Raises `RequestError`, whose text has the word "template", if the template fails.
     """
     options = dict(spec.template_options)
     if spec.reasoning is not None:  # what templates call the switch
         options.setdefault("enable_thinking", spec.reasoning)
         options.setdefault("thinking", spec.reasoning)
-    tools = None
-    if spec.tools and spec.tool_choice.mode != "none":
-        tools = [_described(tool) for tool in spec.tools]
-
-    def rendered(messages: Sequence[dict[str, Any]]) -> str:
-        return tokenizer.render_chat(messages, tools=tools, **options)
-
-    if not any(message.get("tool_calls") for message in spec.messages):
-        return rendered(spec.messages)
-    as_objects = [_with_objects(message) for message in spec.messages]
-    source = tokenizer.chat_template or ""
-    first: Sequence[dict[str, Any]] = as_objects
-    second: Sequence[dict[str, Any]] = spec.messages
-    if "arguments" in source and not _WANTS_OBJECT.search(source):
-        first, second = spec.messages, as_objects
-    try:
-        return rendered(first)
-    except RequestError:
-        return rendered(second)
+    template = tokenizer.chat_template
+    tools = spec.tools if spec.tool_choice.mode != "none" else ()
+    messages: Sequence[Mapping[str, Any]] = spec.messages
+    if written.family is None and template is not None:
+        messages = describe_tools(messages, tools)
+        tools = ()
+    return tokenizer.render_chat(
+        template_messages(messages, written, template),
+        tools=[described(tool) for tool in tools] or None,
+        **options,
+    )
 
 
-def _described(tool: Any) -> dict[str, Any]:
-    function: dict[str, Any] = {"name": tool.name, "description": tool.description}
-    function["parameters"] = dict(tool.parameters)
-    return {"type": "function", "function": function}
-
-
-def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
-    """Return the message with the arguments of its calls as objects."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return message
-    changed = []
-    for call in calls:
-        function = dict(call["function"])
-        if isinstance(function.get("arguments"), str):
-            with suppress(ValueError):  # what a model wrote once need not be JSON
-                function["arguments"] = json.loads(function["arguments"] or "{}")
-        changed.append({**call, "function": function})
-    return {**message, "tool_calls": changed}
+def described(tool: Tool) -> dict[str, Any]:
+    """Return a tool as templates take it."""
+    function = {"name": tool.name, "description": tool.description}
+    return {"type": "function", "function": function | {"parameters": dict(tool.parameters)}}

@@ -146,6 +146,9 @@ def _of_validation(error: RequestValidationError) -> Problem:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return Problem(400, f"the body is no JSON: {first.get('ctx', {}).get('error', '')}")
+    if first["loc"] == ("body",):
+        text = "the body has to be a JSON object, sent with Content-Type: application/json"
+        return Problem(400, text)
     place = [str(part) for part in first["loc"] if not _names_type(str(part))]
     param = ".".join(place) or None
     message = f"{param}: {first['msg']}" if param else str(first["msg"])

@@ -1,0 +1,95 @@
+"""A catalogue of models whose engines do nothing, and a clock that a test turns."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from modelpack.errors import NotFoundError
+from modelpack_engine.async_engine import EngineState
+from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.meter import Meter
+from modelpack_engine.outputs import EngineStats
+from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
+from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.pool.settings import ModelSettings
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class IdleEngine:
+    """An engine that is only there; `memory_bytes` are counted by its shelf until it is closed."""
+
+    def __init__(self, shelf: Shelf, key: str, memory: int, context: int) -> None:
+        self.shelf = shelf
+        self.key = key
+        self.memory_bytes = memory
+        self.max_model_len = context
+        self.vocab_size = 10
+        self.state = EngineState.READY
+        shelf.alive.append(self)
+
+    @property
+    def tokenizer(self) -> object:
+        raise AssertionError("nobody asks it anything")
+
+    async def submit(self, *arguments: object, **named: object) -> object:
+        raise AssertionError("nobody asks it anything")
+
+    def stats(self) -> EngineStats:
+        return EngineStats(num_finished=1, blocks_total=5)
+
+    def close(self) -> None:
+        self.state = EngineState.STOPPED
+        self.shelf.alive.remove(self)
+
+
+class Shelf:
+    """Models by name, with the memory that each takes. `fails` names those that do not load."""
+
+    def __init__(self, **sizes: int) -> None:
+        self.sizes = sizes
+        self.alive: list[IdleEngine] = []
+        self.loads: list[str] = []
+        self.fails: set[str] = set()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.index = 0
+
+    def version(self) -> object:
+        return self.index
+
+    def find(self, name: str) -> StoredModel:
+        name = name.removeprefix("ai/")
+        if name not in self.sizes:
+            raise NotFoundError(f"there is no model {name!r}")
+        return StoredModel(f"sha256:{name}", (name, f"ai/{name}"), size=self.sizes[name])
+
+    def stored(self) -> Sequence[StoredModel]:
+        return [self.find(name) for name in self.sizes]
+
+    def needs(self, model: StoredModel, settings: ModelSettings) -> int:
+        return model.size
+
+    def load(
+        self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
+    ) -> LoadedEngine:
+        self.gate.wait(10)
+        self.loads.append(model.names[0])
+        if model.names[0] in self.fails:
+            raise ModelLoadError(f"{model.names[0]} is damaged")
+        context = settings.context_size or 100
+        engine = IdleEngine(self, model.key, model.size, context)
+        return LoadedEngine(engine, defaults={"top_p": 0.5})  # type: ignore[arg-type]
+
+
+def pool_over(shelf: Shelf, clock: Clock | None = None, **options: object) -> ModelPool:
+    """Return a pool with no patience for streams."""
+    given = {"grace": 0.0, "keep_alive": 100.0} | options
+    return ModelPool(shelf, clock=clock or Clock(), **given)  # type: ignore[arg-type]

@@ -1,0 +1,318 @@
+"""The pool, step by step, over engines that do nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+
+from modelpack.errors import NotFoundError, UsageError
+from modelpack_engine.async_engine import EngineState
+from modelpack_engine.errors import BusyError, LoadingError, ModelLoadError, OutOfMemoryError
+from modelpack_engine.pool.entry import ModelState
+from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.pool.settings import ModelSettings
+from tests.engine.pool.shelf import Clock, Shelf, pool_over
+
+
+def loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    """Run a test on an event loop."""
+
+    def run() -> None:
+        asyncio.run(asyncio.wait_for(test(), 20))
+
+    run.__name__ = test.__name__
+    run.__doc__ = test.__doc__
+    return run
+
+
+def loaded(pool: ModelPool) -> list[str]:
+    return sorted(model.name for model in pool.running())
+
+
+async def settle(pool: ModelPool) -> None:
+    """Let what the pool does by itself be done."""
+    while pool._tasks:
+        await asyncio.gather(*pool._tasks)
+
+
+@loop
+async def test_many_who_want_a_model_share_one_load() -> None:
+    shelf = Shelf(a=1)
+    pool = pool_over(shelf)
+    shelf.gate.clear()
+
+    async def use() -> object:
+        async with pool.lease("a") as model:
+            return model
+
+    users = [asyncio.create_task(use()) for _ in range(5)]
+    await asyncio.sleep(0)
+    shelf.gate.set()
+    models = await asyncio.gather(*users)
+    assert shelf.loads == ["a"]
+    assert len(set(map(id, models))) == 1
+    [running] = pool.running()
+    assert (running.users, running.state) == (0, ModelState.READY)
+
+
+@loop
+async def test_names_are_found_and_others_are_not() -> None:
+    shelf = Shelf(a=1)
+    pool = pool_over(shelf)
+    pool.alias("gpt-4", "a")
+    for name in ("a", "ai/a", "gpt-4"):
+        async with pool.lease(name) as model:
+            assert model.name == "a"
+    assert shelf.loads == ["a"]
+    with pytest.raises(NotFoundError):
+        await pool.preload("b")
+    shelf.sizes["b"] = 1
+    shelf.index += 1
+    await pool.preload("b")
+
+
+@loop
+async def test_idle_models_go_after_their_time() -> None:
+    clock = Clock()
+    pool = pool_over(Shelf(a=1, b=1), clock)
+    await pool.preload("a")
+    clock.now += 60
+    await pool.preload("b")
+    assert await pool.reap() == 40
+    clock.now += 40
+    assert await pool.reap() == 60
+    assert loaded(pool) == ["b"]
+    clock.now += 1000
+    await pool.reap()
+    assert loaded(pool) == []
+    assert await pool.reap() == math.inf
+
+
+@loop
+async def test_a_model_in_use_does_not_go() -> None:
+    clock = Clock()
+    pool = pool_over(Shelf(a=1), clock)
+    async with pool.lease("a"):
+        clock.now += 1000
+        await pool.reap()
+        assert loaded(pool) == ["a"]
+        assert pool.running()[0].last_used is None
+    assert await pool.reap() == 100
+
+
+@loop
+async def test_requests_say_how_long_it_stays() -> None:
+    clock = Clock()
+    pool = pool_over(Shelf(a=1, b=1, c=1), clock)
+    await pool.preload("a", keep_alive=math.inf)
+    await pool.preload("b", keep_alive=10)
+    await pool.preload("c", keep_alive=0)
+    await settle(pool)
+    assert loaded(pool) == ["a", "b"]
+    clock.now += 11
+    await pool.reap()
+    assert loaded(pool) == ["a"]
+    clock.now += 10**6
+    await pool.reap()
+    assert loaded(pool) == ["a"]
+
+
+@loop
+async def test_memory_pressure_takes_the_least_recently_used() -> None:
+    clock = Clock()
+    shelf = Shelf(a=40, b=40, c=40, d=90)
+    pool = pool_over(shelf, clock, memory=100)
+    await pool.preload("a")
+    clock.now += 1
+    await pool.preload("b")
+    clock.now += 1
+    await pool.preload("a")
+    clock.now += 1
+    await pool.preload("c")
+    assert loaded(pool) == ["a", "c"]
+    await pool.preload("d")
+    assert loaded(pool) == ["d"]
+    assert sum(engine.memory_bytes for engine in shelf.alive) == 90
+
+
+@loop
+async def test_what_cannot_fit_says_what_it_needs_and_who_has_it() -> None:
+    shelf = Shelf(a=60 * 2**20, b=50 * 2**20, c=200 * 2**20)
+    pool = pool_over(shelf, memory=100 * 2**20)
+    async with pool.lease("a"):
+        with pytest.raises(OutOfMemoryError, match=r"50\.0 MiB.*40\.0 MiB.*a 60\.0 MiB \(in use"):
+            await pool.preload("b")
+        assert loaded(pool) == ["a"]
+    await pool.preload("b")
+    with pytest.raises(OutOfMemoryError, match=r"200\.0 MiB.*100\.0 MiB"):
+        await pool.preload("c")
+
+
+@loop
+async def test_a_failed_load_is_told_and_tried_again() -> None:
+    shelf = Shelf(a=1)
+    shelf.fails.add("a")
+    pool = pool_over(shelf, memory=10)
+    for _ in range(2):
+        with pytest.raises(ModelLoadError, match="damaged"):
+            await pool.preload("a")
+    shelf.fails.clear()
+    await pool.preload("a")
+    assert shelf.loads == ["a"] * 3
+
+
+@loop
+async def test_an_engine_that_died_is_replaced() -> None:
+    shelf = Shelf(a=1)
+    pool = pool_over(shelf)
+    await pool.preload("a")
+    shelf.alive[0].state = EngineState.FAILED
+    async with pool.lease("a") as model:
+        assert model.engine is shelf.alive[0]
+    assert shelf.loads == ["a", "a"]
+    assert len(shelf.alive) == 1
+
+
+@loop
+async def test_pinned_models_stay_and_make_the_pool_ready() -> None:
+    clock = Clock()
+    shelf = Shelf(a=60, b=60)
+    pool = pool_over(shelf, clock, memory=100)
+    pool.pin("a")
+    shelf.gate.clear()
+    await pool.start()
+    assert pool.readiness() == (False, "the model a is being loaded")
+    shelf.gate.set()
+    await pool.preload("a")
+    assert pool.readiness() == (True, "")
+    clock.now += 10**6
+    await pool.reap()
+    with pytest.raises(OutOfMemoryError, match="pinned"):
+        await pool.preload("b")
+    assert loaded(pool) == ["a"]
+    await pool.close()
+    assert loaded(pool) == []
+    assert not pool.readiness()[0]
+
+
+@loop
+async def test_a_pinned_model_that_fails_is_told() -> None:
+    shelf = Shelf(a=1)
+    shelf.fails.add("a")
+    pool = pool_over(shelf)
+    pool.pin("a")
+    pool.pin("missing")
+    await pool.start()
+    with pytest.raises(ModelLoadError):
+        await pool.preload("a")
+    ready, why = pool.readiness()
+    assert not ready
+    assert "damaged" in why
+    await pool.close()
+
+
+@loop
+async def test_who_will_not_wait_hears_that_it_is_loading() -> None:
+    shelf = Shelf(a=1)
+    pool = pool_over(shelf)
+    shelf.gate.clear()
+    waiting = asyncio.create_task(pool.preload("a"))
+    while not pool.running():
+        await asyncio.sleep(0)
+    with pytest.raises(LoadingError):
+        async with pool.lease("a", wait=False):
+            pass
+    shelf.gate.set()
+    await waiting
+    async with pool.lease("a", wait=False):
+        pass
+
+
+@loop
+async def test_who_leaves_while_it_loads_leaves_no_trace() -> None:
+    shelf = Shelf(a=1)
+    pool = pool_over(shelf)
+    shelf.gate.clear()
+    leaver = asyncio.create_task(pool.preload("a"))
+    while not pool.running():
+        await asyncio.sleep(0)
+    leaver.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaver
+    shelf.gate.set()
+    await pool.preload("a")
+    assert shelf.loads == ["a"]
+    assert pool.running()[0].users == 0
+
+
+@loop
+async def test_unloading_waits_for_streams_then_goes_on() -> None:
+    shelf = Shelf(a=1)
+    pool = pool_over(shelf, grace=10)
+    stack = AsyncExitStack()
+    model = await stack.enter_async_context(pool.lease("a"))
+    unloading = asyncio.create_task(pool.unload(["a"]))
+    while pool.running()[0].state is not ModelState.UNLOADING:
+        await asyncio.sleep(0)
+    again = asyncio.create_task(pool.preload("a"))
+    await asyncio.sleep(0)
+    assert model.engine is shelf.alive[0]
+    await stack.aclose()
+    assert await unloading == ["a"]
+    await again
+    assert shelf.loads == ["a", "a"]
+
+    async with pool.lease("a"):
+        await pool.unload(grace=0)
+        assert shelf.alive == []
+    assert await pool.unload() == []
+
+
+@loop
+async def test_configuring() -> None:
+    shelf = Shelf(a=1)
+    pool = pool_over(shelf, settings=ModelSettings(preset="chat"))
+    wide = ModelSettings(context_size=50, runtime_flags=("--temp", "0.3"))
+    await pool.configure("a", wide)
+    async with pool.lease("a") as model:
+        assert model.max_model_len == 50
+        params = model.sampling_params({})
+        assert (params.temperature, params.top_p, params.min_p) == (0.3, 0.9, 0.05)
+        await pool.configure("ai/a", wide)
+        with pytest.raises(BusyError):
+            await pool.configure("a", ModelSettings(context_size=60))
+    await pool.configure("a", ModelSettings(context_size=60, keep_alive=7))
+    assert shelf.alive == []
+    assert (await pool.settings("a")).context_size == 60
+    await pool.preload("a")
+    assert pool.running()[0].keep_alive == 7
+    with pytest.raises(UsageError, match="--bogus"):
+        await pool.configure("a", ModelSettings(runtime_flags=("--bogus",)))
+
+
+@loop
+async def test_counters_go_on_over_loads() -> None:
+    pool = pool_over(Shelf(a=1))
+    for expected in (1, 2):
+        await pool.preload("a")
+        [entry] = pool.entries()
+        assert entry.stats().num_finished == expected
+        await pool.unload()
+    assert entry.stats().num_finished == 2
+    assert entry.stats().blocks_total == 0
+
+
+@loop
+async def test_idle_models_go_by_themselves() -> None:
+    clock = Clock()
+    pool = pool_over(Shelf(a=1), clock)
+    await pool.start()
+    await pool.preload("a", keep_alive=0)
+    await settle(pool)
+    assert loaded(pool) == []
+    await pool.close()
