@@ -18,7 +18,6 @@ from modelpack.gateway.proxy import Proxy
 from modelpack.gateway.traces import Trace
 from modelpack.gateway.upstreams import PROBE_INTERVAL, Policy, Upstreams
 
-_CONNECT_TIMEOUT = 5.0
 _KEPT_CONNECTIONS = 100
 
 
@@ -59,12 +58,13 @@ class _Gateway:
         self._settings = settings
         self._metrics = metrics
         self._upstreams = Upstreams(settings.upstreams, policy=settings.policy)
-        self._client: httpx.AsyncClient | None = None
+        self._transport: httpx.AsyncHTTPTransport | None = None
         self._proxy = Proxy(
             self._upstreams,
-            self._open_client,
+            self._open_transport,
             keyed=settings.protection.keys is not None,
             upstream_key=settings.upstream_key,
+            timeout=settings.timeout,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,21 +77,20 @@ class _Gateway:
         else:
             await self._proxy(scope, receive, send)
 
-    def _open_client(self) -> httpx.AsyncClient:
-        assert self._client is not None, "the server did not run the lifespan protocol"
-        return self._client
+    def _open_transport(self) -> httpx.AsyncHTTPTransport:
+        assert self._transport is not None, "the server did not run the lifespan protocol"
+        return self._transport
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
-        timeout = httpx.Timeout(self._settings.timeout, connect=_CONNECT_TIMEOUT, pool=None)
         limits = httpx.Limits(
             max_connections=None, max_keepalive_connections=_KEPT_CONNECTIONS, keepalive_expiry=30
         )
         # Neither proxies nor certificates of the environment: upstreams are told, not found.
-        async with httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False) as client:
-            self._client = client
+        async with httpx.AsyncHTTPTransport(limits=limits, trust_env=False) as transport:
+            self._transport = transport
             watch = asyncio.create_task(
-                self._upstreams.watch(client, self._settings.probe_interval)
+                self._upstreams.watch(transport, self._settings.probe_interval)
             )
             await send({"type": "lifespan.startup.complete"})
             await receive()

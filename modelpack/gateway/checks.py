@@ -62,7 +62,7 @@ class Checks:
         self._app = app
         self._keys = keys
         self._max_body = max_body
-        self._limiter = limiter or Limiter()
+        self._limiter = Limiter() if limiter is None else limiter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

@@ -30,6 +30,7 @@ _NOT_FORWARDED = _HOP_BY_HOP | {
 }  # fmt: skip
 _NOT_RETURNED = _HOP_BY_HOP | {b"date"}  # our own server adds one
 _BUSY = (503, 529)
+_CONNECT_TIMEOUT = 5.0
 _UNREACHED = (httpx.ConnectError, httpx.ConnectTimeout)
 
 
@@ -39,19 +40,25 @@ class Proxy:
     Another upstream is tried only where the first has certainly not begun: it could not be reached,
     or said 503 (529) with Retry-After; and only while the body is at hand as a whole. `keyed`: the
     credentials were the gateway's own and go no further. `upstream_key` is sent to upstreams.
+    `timeout` is in seconds, between two pieces of a reply.
+
+    `transport` is httpx's, without its client: that one keeps cookies, and logs URLs with their
+    queries, in which some put keys.
     """
 
     def __init__(
         self,
         upstreams: Upstreams,
-        client: Callable[[], httpx.AsyncClient],
+        transport: Callable[[], httpx.AsyncBaseTransport],
         *,
         keyed: bool = False,
         upstream_key: str | None = None,
+        timeout: float = 600.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._upstreams = upstreams
-        self._client = client
+        self._transport = transport
+        self._timeout = httpx.Timeout(timeout, connect=_CONNECT_TIMEOUT, pool=None).as_dict()
         self._withheld = _NOT_FORWARDED | (_CREDENTIALS if keyed or upstream_key else set())
         self._upstream_key = upstream_key
         self._clock = clock
@@ -84,7 +91,7 @@ class Proxy:
             with upstream.busy():
                 try:
                     request = self._request(scope, body, upstream)
-                    response = await self._client().send(request, stream=True)
+                    response = await self._transport().handle_async_request(request)
                 except _UNREACHED as error:
                     self._upstreams.failed(upstream, type(error).__name__)
                     if body.replayable:
@@ -130,13 +137,12 @@ class Proxy:
         elif not body.whole and scope["method"] not in ("POST", "PUT", "PATCH"):
             content = None
         raw_path = scope.get("raw_path") or scope["path"].encode()
-        client_ = self._client()
         return httpx.Request(
             scope["method"],
             upstream.target(raw_path, scope["query_string"]),
             headers=headers,
             content=content,
-            extensions={"timeout": client_.timeout.as_dict()},
+            extensions={"timeout": self._timeout},
         )
 
     async def _reply(

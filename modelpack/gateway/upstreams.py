@@ -101,10 +101,16 @@ class Upstreams:
         seconds = float(retry_after) if retry_after.isascii() and retry_after.isdigit() else 1.0
         upstream.rests_until = self._clock() + min(seconds, _LONGEST_REST)
 
-    async def probe(self, client: httpx.AsyncClient, upstream: Upstream) -> None:
+    async def probe(self, transport: httpx.AsyncBaseTransport, upstream: Upstream) -> None:
         """Ask one upstream for its health; a server that has no such route is well, too."""
+        request = httpx.Request(
+            "GET",
+            upstream.target(b"/health", b""),
+            extensions={"timeout": httpx.Timeout(PROBE_TIMEOUT).as_dict()},
+        )
         try:
-            response = await client.get(upstream.target(b"/health", b""), timeout=PROBE_TIMEOUT)
+            response = await transport.handle_async_request(request)
+            await response.aclose()
         except httpx.HTTPError as error:
             self.failed(upstream, type(error).__name__)
             return
@@ -113,14 +119,16 @@ class Upstreams:
         else:
             self.answered(upstream)
 
-    async def probe_all(self, client: httpx.AsyncClient) -> None:
+    async def probe_all(self, transport: httpx.AsyncBaseTransport) -> None:
         """Ask all upstreams for their health, at once."""
-        await asyncio.gather(*(self.probe(client, upstream) for upstream in self.all))
+        await asyncio.gather(*(self.probe(transport, upstream) for upstream in self.all))
 
-    async def watch(self, client: httpx.AsyncClient, interval: float = PROBE_INTERVAL) -> None:
+    async def watch(
+        self, transport: httpx.AsyncBaseTransport, interval: float = PROBE_INTERVAL
+    ) -> None:
         """Probe for ever, every `interval` seconds."""
         while True:
-            await self.probe_all(client)
+            await self.probe_all(transport)
             await asyncio.sleep(interval)
 
 

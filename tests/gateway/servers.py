@@ -8,7 +8,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -118,11 +118,40 @@ def piece(body: bytes, more: bool = True) -> Message:
     return {"type": "http.response.body", "body": body, "more_body": more}
 
 
+class Place:
+    """A server that stays, for applications that come and go: starting one takes its time."""
+
+    free: ClassVar[list[Place]] = []
+    all: ClassVar[list[Place]] = []
+
+    def __init__(self) -> None:
+        self.app: ASGIApp | None = None
+        self.server = AppServer(lambda: self, "127.0.0.1:0", name="test server", grace=1)
+        self.server.start()
+        Place.all.append(self)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert self.app is not None, "nothing is served here now"
+        await self.app(scope, receive, send)
+
+    @classmethod
+    def close_all(cls) -> None:
+        """Stop the servers."""
+        while cls.all:
+            cls.all.pop().server.stop()
+        cls.free.clear()
+
+
 @contextmanager
 def serving(app: ASGIApp) -> Iterator[str]:
     """Serve an application; gives its address."""
-    with AppServer(lambda: app, "127.0.0.1:0", name="test server", grace=1) as server:
-        yield server.url
+    place = Place.free.pop() if Place.free else Place()
+    place.app = app
+    try:
+        yield place.server.url
+    finally:
+        place.app = None
+        Place.free.append(place)
 
 
 @dataclass

@@ -336,8 +336,8 @@ def test_probes_find_who_is_well() -> None:
         upstreams = Upstreams([ill, well, unused_url()])
 
         async def probe() -> list[bool]:
-            async with httpx.AsyncClient(trust_env=False) as client:
-                await upstreams.probe_all(client)
+            async with httpx.AsyncHTTPTransport(trust_env=False) as transport:
+                await upstreams.probe_all(transport)
                 return [upstream.healthy for upstream in upstreams.all]
 
         assert asyncio.run(probe()) == [False, True, False]
