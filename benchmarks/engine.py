@@ -1,14 +1,17 @@
-"""The engine on this machine's CPU against mlx-lm, on SmolLM2-135M (float32, dense).
+"""The engine against mlx-lm on this machine's CPU, with SmolLM2-135M (float32, dense).
 
-    python benchmarks/engine.py
+    python benchmarks/engine.py                         the comparisons with mlx-lm
+    python benchmarks/engine.py --workload load-m-32    one workload, as JSON   [--sessions 8]
 
 Every measurement is a process of its own, in turn, so that each has the BLAS it is named for:
 `bundled` is MLX as pip installs it, `openblas` the BLAS that modelpack_engine loads. Both run the
-same weights, loaded by the same loader, and the same prompts.
+same weights, loaded by the same loader, and the same prompts. The workloads are those of
+modelpack_engine.benchmarking; `gpu_engine.py` runs them on a GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import statistics
@@ -21,7 +24,7 @@ from typing import Any
 
 ROUNDS = 3
 PROMPT, ANSWER, STREAMS = 64, 64, 8
-PREFIX = 460  # of a prompt of 512 tokens: 90 %
+LONG, PREFIX = 2000, 1800  # tokens of a prompt, and of its beginning that is shared: 90 %
 
 
 def prompts(count: int, length: int, seed: int = 7) -> list[list[int]]:
@@ -124,8 +127,8 @@ def time_to_first(engine: Any, prompt: list[int], name: str) -> float:
 def ours_prefix(blas: str) -> float:
     """Seconds to the first token with 90 % of the prompt cached, as a share of a cold one."""
     engine = engine_for(blas)
-    prefix, *tails = prompts(1, PREFIX) + prompts(4, 512 - PREFIX, seed=8)
-    time_to_first(engine, prompts(1, 512, seed=9)[0], "warm-up")
+    prefix, *tails = prompts(1, PREFIX) + prompts(4, LONG - PREFIX, seed=8)
+    time_to_first(engine, prompts(1, LONG, seed=9)[0], "warm-up")
     cold = time_to_first(engine, prefix + tails[0], "cold")
     return statistics.median(
         time_to_first(engine, prefix + tail, f"shared-{i}") / cold
@@ -139,6 +142,21 @@ def ours_first_token(blas: str) -> float:
     engine = engine_for(blas)
     time_to_first(engine, prompts(1, 16)[0], "first")
     return time.perf_counter() - start
+
+
+def run_one(name: str, sessions: int | None) -> dict[str, Any]:
+    """Serve one workload; return its report."""
+    loaded = load("openblas")
+    from modelpack_engine.benchmarking.driving import run_workload
+    from modelpack_engine.benchmarking.workloads import WORKLOADS
+    from modelpack_engine.config import EngineConfig
+    from modelpack_engine.engine import Engine
+
+    workload = WORKLOADS[name]()
+    workload = workload.first(sessions) if sessions else workload
+    seqs = workload.concurrency or 64
+    config = EngineConfig(device="cpu", max_num_seqs=seqs, max_model_len=workload.longest + 1)
+    return run_workload(Engine(loaded, config), workload).to_json()
 
 
 KINDS: dict[str, Callable[[str], float]] = {
@@ -189,8 +207,20 @@ def main() -> None:
     print(f"load to first token: {first[ROUNDS // 2]:.2f} s (goal <= 3)")
 
 
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("measurement", nargs="*", help="a measurement and its BLAS (internal)")
+    parser.add_argument("--workload", help="a workload's name")
+    parser.add_argument("--sessions", type=int, help="only so many of its first sessions")
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        print(json.dumps(KINDS[sys.argv[1]](sys.argv[2])))
+    args = arguments()
+    if args.workload:
+        print(json.dumps(run_one(args.workload, args.sessions), indent=2))
+    elif args.measurement:
+        kind, blas_name = args.measurement
+        print(json.dumps(KINDS[kind](blas_name)))
     else:
         main()

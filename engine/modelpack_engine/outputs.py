@@ -87,6 +87,7 @@ class EngineStats:
     blocks_total: int = 0
     blocks_used: int = 0
     blocks_cached: int = 0
+    live_tokens: int = 0  # whose keys are in blocks of running sequences, shared ones counted twice
 
     def after(self, past: EngineStats) -> EngineStats:
         """Return these with the counters of `past` added; gauges stay those of this moment."""
@@ -99,5 +100,12 @@ class EngineStats:
         return EngineStats(**{name: getattr(self, name) for name in _COUNTERS})
 
 
-_GAUGES = {"num_running", "num_waiting", "blocks_total", "blocks_used", "blocks_cached"}
+_GAUGES = {
+    "num_running",
+    "num_waiting",
+    "blocks_total",
+    "blocks_used",
+    "blocks_cached",
+    "live_tokens",
+}
 _COUNTERS = [field.name for field in fields(EngineStats) if field.name not in _GAUGES]

@@ -352,4 +352,5 @@ class Scheduler:
             blocks_total=self._blocks.num_total,
             blocks_used=self._blocks.num_used,
             blocks_cached=self._blocks.num_cached,
+            live_tokens=sum(sequence.num_computed_tokens for sequence in self._running),
         )

@@ -1,0 +1,1 @@
+"""Loads for an engine, and what it makes of them."""

@@ -1,0 +1,127 @@
+"""Report: latencies and rates of one run, as vLLM's benchmarks name them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(slots=True)
+class Record:
+    """One turn: when it was due, and when its tokens came, in seconds since the start."""
+
+    label: str
+    due: float
+    prompt_tokens: int
+    token_times: list[float] = field(default_factory=list)
+    cached_tokens: int = 0
+
+    @property
+    def ttft(self) -> float:
+        """Seconds to the first token."""
+        return self.token_times[0] - self.due
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between one token and the next (ITL)."""
+        return [b - a for a, b in zip(self.token_times, self.token_times[1:], strict=False)]
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds per token after the first; None for a single token."""
+        count = len(self.token_times) - 1
+        return (self.token_times[-1] - self.token_times[0]) / count if count else None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run came to; durations in seconds."""
+
+    workload: str
+    duration: float
+    requests: int
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    ttft: Mapping[str, float]
+    tpot: Mapping[str, float]
+    itl: Mapping[str, float]
+    e2el: Mapping[str, float]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def output_rate(self) -> float:
+        """Tokens generated a second."""
+        return self.output_tokens / self.duration
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all figures, rates included."""
+        return {
+            "workload": self.workload,
+            "duration_s": round(self.duration, 4),
+            "requests": self.requests,
+            "requests_per_s": round(self.requests / self.duration, 3),
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+            "output_tokens_per_s": round(self.output_rate, 2),
+            "total_tokens_per_s": round(
+                (self.prompt_tokens + self.output_tokens) / self.duration, 2
+            ),
+            "cached_share": round(self.cached_tokens / max(1, self.prompt_tokens), 4),
+            "ttft_s": _rounded(self.ttft),
+            "tpot_s": _rounded(self.tpot),
+            "itl_s": _rounded(self.itl),
+            "e2el_s": _rounded(self.e2el),
+            **self.extra,
+        }
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Return the smallest value that `percent` of all do not exceed (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
+
+
+def summary(values: Iterable[float]) -> dict[str, float]:
+    """Return mean and percentiles; nothing for no values."""
+    values = list(values)
+    if not values:
+        return {}
+    found = {f"p{percent}": percentile(values, percent) for percent in PERCENTILES}
+    return {"mean": sum(values) / len(values), **found}
+
+
+def make_report(
+    workload: str, records: Sequence[Record], duration: float, extra: Mapping[str, Any]
+) -> Report:
+    """Sum up a run; sessions with labels get their own latencies beside those of all."""
+    labelled: dict[str, Any] = {}
+    labels = {record.label for record in records} - {""}
+    for label in sorted(labels):
+        some = [record for record in records if record.label == label]
+        labelled[label] = {
+            "ttft_s": _rounded(summary(r.ttft for r in some)),
+            "tpot_s": _rounded(summary(t for r in some if (t := r.tpot) is not None)),
+            "itl_s": _rounded(summary(gap for r in some for gap in r.gaps)),
+        }
+    return Report(
+        workload=workload,
+        duration=duration,
+        requests=len(records),
+        prompt_tokens=sum(record.prompt_tokens for record in records),
+        output_tokens=sum(len(record.token_times) for record in records),
+        cached_tokens=sum(record.cached_tokens for record in records),
+        ttft=summary(record.ttft for record in records),
+        tpot=summary(t for record in records if (t := record.tpot) is not None),
+        itl=summary(gap for record in records for gap in record.gaps),
+        e2el=summary(record.token_times[-1] - record.due for record in records),
+        extra={**extra, **({"labels": labelled} if labelled else {})},
+    )
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in values.items()}
