@@ -21,12 +21,14 @@ class Family:
 
     `markers` begin a call wherever they stand in the text; `bare` reads calls that have no marker,
     which count only where they begin the answer. `ends` are markers that close a call: where one
-    breaks off midway, everything up to the next of them is dropped.
+    breaks off midway, everything up to the next of them is dropped. `layout` are special tokens
+    (and what comes with them) that only structure an answer.
     """
 
     markers: Mapping[str, Reader] = field(default_factory=dict)
     bare: Reader | None = None
     ends: tuple[str, ...] = ()
+    layout: tuple[str, ...] = ()
     special_tokens: bool = False  # the markers are special tokens, which are left out of plain text
     in_reasoning: bool = False  # calls may stand inside a block of reasoning
     mistral_ids: bool = False
@@ -84,9 +86,9 @@ _DEEPSEEK = Family(
 )
 
 
-def _mlx_lm(parser: str, opening: str, closing: str) -> Family:
+def _mlx_lm(parser: str, opening: str, closing: str, layout: tuple[str, ...] = ()) -> Family:
     reader = partial(read_mlx_lm_block, parser, closing)
-    return Family({opening: reader}, ends=(closing,), special_tokens=True)
+    return Family({opening: reader}, ends=(closing,), layout=layout, special_tokens=True)
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -107,7 +109,10 @@ FAMILIES: Mapping[str, Family] = {
     "mistral_v13": _MISTRAL,  # name[ARGS]{..}
     "harmony": Family(special_tokens=True),  # read by harmony.py: everything there has a marker
     "glm": Family(
-        {"<tool_call>": xml_calls.read_glm_block}, ends=("</tool_call>",), special_tokens=True
+        {"<tool_call>": xml_calls.read_glm_block},
+        ends=("</tool_call>",),
+        layout=("<|begin_of_box|>", "<|end_of_box|>"),
+        special_tokens=True,
     ),
     "gemma4": Family(
         {
@@ -116,6 +121,7 @@ FAMILIES: Mapping[str, Family] = {
             "call:": literal_calls.read_text_call,
         },
         ends=("<tool_call|>",),
+        layout=("<|channel>response\n", "<|channel>final\n", "<|channel>response", "<channel|>"),
         special_tokens=True,
     ),
     "function_gemma": Family(
@@ -173,8 +179,17 @@ FAMILIES: Mapping[str, Family] = {
         bare=token_calls.read_functionary_turn,
         special_tokens=True,
     ),
-    "kimi_k3": _mlx_lm("kimi_k3", "<|open|>tools<|sep|>", "<|close|>tools<|sep|>"),
+    "kimi_k3": _mlx_lm(
+        "kimi_k3",
+        "<|open|>tools<|sep|>",
+        "<|close|>tools<|sep|>",
+        layout=(
+            "<|open|>response<|sep|>",
+            "<|close|>response<|sep|>",
+            "<|close|>message<|sep|>",
+            "<|end_of_msg|>",
+        ),
+    ),
     "longcat": _mlx_lm("longcat", "<longcat_tool_call>", "</longcat_tool_call>"),
     "minicpm5": _mlx_lm("minicpm5", "<function name=", "</function>"),
-    "muse_spark": _mlx_lm("muse_spark", "<atem:function_calls>", "</atem:function_calls>"),
 }

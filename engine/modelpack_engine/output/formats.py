@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from modelpack_engine.output.output_format import OutputFormat
 from modelpack_engine.output.parser import OutputParser
-from modelpack_engine.output.reasoning import GEMMA, GLM, HARMONY, LONGCAT, MISTRAL, SEED, THINK
+from modelpack_engine.output.reasoning import GEMMA, HARMONY, KIMI_K3, LONGCAT, MISTRAL, SEED, THINK
 
 __all__ = ["OutputFormat", "OutputParser", "find_format", "starts_reasoning"]
 
@@ -33,7 +33,6 @@ _FAMILY_SIGNS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("gemma4", _all("<|tool_call>", "<tool_call|>")),
     ("function_gemma", _any("<start_function_call>")),
     ("longcat", _any("<longcat_tool_call>")),
-    ("muse_spark", _any("<atem:function_calls>")),
     ("minicpm5", _all('<function name="', '<param name="')),
     ("glm", _any("<arg_key>")),
     ("lfm2", _any("<|tool_list_start|>", "<|tool_call_start|>")),
@@ -86,8 +85,8 @@ def find_format(chat_template: str | None, *, model_type: str = "") -> OutputFor
     markers = next((m for m, sign in _REASONING_SIGNS if sign in template), None)
     if family == "harmony":
         markers = HARMONY
-    elif family == "glm" and markers is THINK:
-        markers = GLM
+    elif family == "kimi_k3":  # its template puts the markers together from pieces
+        markers = KIMI_K3
     elif markers is None and family in ("deepseek_v32", "minimax_m2"):
         markers = THINK  # also where there is no template to show it
     return OutputFormat(family, markers)

@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 
 from modelpack.errors import UsageError
 from modelpack_engine.output.families import FAMILIES
-from modelpack_engine.output.reasoning import GEMMA, GLM, HARMONY, MISTRAL, THINK, ReasoningMarkers
+from modelpack_engine.output.reasoning import (
+    GEMMA,
+    HARMONY,
+    KIMI_K3,
+    LONGCAT,
+    MISTRAL,
+    THINK,
+    ReasoningMarkers,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,5 +60,6 @@ _REASONING_OF = {
     "mistral": MISTRAL,
     "mistral_v11": MISTRAL,
     "mistral_v13": MISTRAL,
-    "glm": GLM,
+    "kimi_k3": KIMI_K3,
+    "longcat": LONGCAT,
 }

@@ -67,12 +67,11 @@ class OutputParser:
         self._parallel = parallel
         self._markers = format.reasoning
         self._family = family
-        dropped: tuple[str, ...] = END_TOKENS if format.keeps_special_tokens else ()
+        dropped = family.layout + (END_TOKENS if format.keeps_special_tokens else ())
         markers = tuple(family.markers) if tools else ()
         opening: tuple[str, ...] = ()
         closing: tuple[str, ...] = ()
         if self._markers is not None:
-            dropped += self._markers.dropped
             closing = (self._markers.closing,)
             opening = (self._markers.opening,) if self._markers.anywhere else ()
         self._stops = stops(*markers, *opening, *dropped)
@@ -145,7 +144,7 @@ class OutputParser:
                 self._source.advance(len(stop))
                 yield from self._thoughts()
             else:
-                yield from self._end_token(stop, self._found.text)
+                yield from self._drop(stop, self._found.text)
                 may_open = False
 
     def _opening(self) -> Reading[bool]:
@@ -187,7 +186,7 @@ class OutputParser:
                 if (yield from self._call(stop, found.reasoning)):
                     raise Enough
             else:
-                yield from self._end_token(stop, found.reasoning)
+                yield from self._drop(stop, found.reasoning)
 
     def _hand_out(self, ends: Stops, hand_out: Callable[[str], None]) -> Reading[str | None]:
         """Hand out text up to a stop, which stays; None if the answer ends first."""
@@ -236,7 +235,7 @@ class OutputParser:
                 return
             yield from source.more()
 
-    def _end_token(self, token: str, hand_out: Callable[[str], None]) -> Reading[None]:
+    def _drop(self, token: str, hand_out: Callable[[str], None]) -> Reading[None]:
         """Drop a special token that is none of the text. What looks like HTML is one at the end
         only: in the midst of an answer, </s> is somebody's page."""
         self._source.advance(len(token))

@@ -172,12 +172,11 @@ CASES = [
         [call("get_weather", city="x")],
     ),
     Case(
-        "muse_spark",
-        "call",
-        '<atem:function_calls><atem:invoke name="get_weather"><atem:p'
-        'arameter name="days">3</atem:parameter>'
-        "</atem:invoke></atem:function_calls>",
-        [call("get_weather", days=3)],
+        "kimi_k3",
+        "answer",
+        "<|open|>think<|sep|>a<|close|>think<|sep|><|open|>response<|sep|>b<|close|>response<|sep|>"
+        "<|close|>message<|sep|><|end_of_msg|>",
+        [thought("a"), text("b")],
     ),
     Case(
         "kimi_k3",

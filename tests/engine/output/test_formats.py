@@ -9,8 +9,8 @@ from modelpack_engine.output.families import FAMILIES
 from modelpack_engine.output.formats import OutputFormat, find_format, starts_reasoning
 from modelpack_engine.output.reasoning import (
     GEMMA,
-    GLM,
     HARMONY,
+    KIMI_K3,
     LONGCAT,
     MISTRAL,
     SEED,
@@ -71,7 +71,7 @@ TEMPLATES: list[tuple[str, str, ReasoningMarkers | None]] = [
         "glm",
         "<think></think>{{ '<tool_call>' + tc.name }}{% for k, v in _args.items() %}"
         "<arg_key>{{ k }}</arg_key><arg_value>{{ v }}</arg_value>{% endfor %}</tool_call>",
-        GLM,
+        THINK,
     ),
     (
         "gemma4",
@@ -100,7 +100,7 @@ TEMPLATES: list[tuple[str, str, ReasoningMarkers | None]] = [
         THINK,
     ),
     ("kimi_k2", "<|im_assistant|>assistant<|im_middle|>", None),
-    ("kimi_k3", "<|open|>message role=assistant<|sep|>", None),
+    ("kimi_k3", "<|open|>message role=assistant<|sep|>", KIMI_K3),
     ("nemotron", "{{- '<TOOLCALL>[' -}}{{- '<think>\\n\\n' -}}", THINK),
     ("minimax_m2", "<minimax:tool_call>\n<invoke name='x'>{{ '<think>\\n' }}", THINK),
     ("granite", "{{- '<|tool_call|>' }}{{- '<|start_of_role|>' }}", None),
@@ -109,7 +109,6 @@ TEMPLATES: list[tuple[str, str, ReasoningMarkers | None]] = [
     ("functionary", "<|from|>assistant\n<|recipient|>{{ name }}\n<|content|>", None),
     ("longcat", "<longcat_tool_call>{{ name }}<longcat_think>", LONGCAT),
     ("minicpm5", '<function name="f"><param name="p">v</param></function>', None),
-    ("muse_spark", "<atem:function_calls>", None),
 ]
 
 
@@ -172,6 +171,8 @@ def test_special_tokens_are_kept_where_they_are_markers() -> None:
         ("harmony", "<|start|>assistant", False),
         ("harmony", "<|start|>assistant<|channel|>analysis<|message|>", True),
         ("mistral_v13", "[/INST][THINK]", True),
+        ("kimi_k3", '<|open|>message role="assistant"<|sep|><|open|>think<|sep|>', True),
+        ("kimi_k3", '<|open|>message role="assistant"<|sep|><|open|>response<|sep|>', False),
     ],
 )
 def test_the_prompt_may_begin_the_reasoning(family: str, tail: str, starts: bool) -> None:

@@ -170,6 +170,8 @@ def test_reasoning_begins_an_answer_or_is_text() -> None:
 def test_reasoning_that_was_switched_off_is_not_looked_for() -> None:
     off = HERMES.without_reasoning()
     assert read(off, "<think>a</think>b") == [text("<think>a</think>b")]
+    glm = OutputFormat.named("glm").without_reasoning()
+    assert read(glm, "<|begin_of_box|>4<|end_of_box|>") == [text("4")]
     harmony = OutputFormat.named("harmony")
     assert harmony.without_reasoning() == harmony
 
