@@ -22,6 +22,13 @@ WHITESPACE = r"\x20|\n[\x20\t]{0,32}"
 _FORMATS = frozenset(
     {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
 )
+# Words that the compiler does not know, with values that say nothing: zod writes the first of them.
+_IDLE: Mapping[str, tuple[Any, ...]] = {
+    "propertyNames": ({"type": "string"}, {}, True),
+    "uniqueItems": (False,),
+    "unevaluatedProperties": ({}, True),
+    "unevaluatedItems": ({}, True),
+}
 _DATA = frozenset({"const", "enum", "default", "examples", "x-guidance"})  # hold no schemas
 _BY_NAME = frozenset(
     {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
@@ -45,7 +52,7 @@ def prepared(schema: object) -> dict[str, Any]:
     try:
         size = len(json.dumps(schema, allow_nan=False))
         patterns = sum(map(len, _patterns(schema)))
-        result = _without_unknown_formats(schema)
+        result = _without_idle_words(schema)
     except (TypeError, ValueError, RecursionError) as error:
         raise _refusal(f"it is not JSON: {error}") from error
     if size > MAX_SCHEMA:
@@ -76,15 +83,19 @@ def _patterns(value: object) -> Iterator[str]:
             yield from _patterns(part)
 
 
-def _without_unknown_formats(schema: Mapping[str, Any]) -> dict[str, Any]:
+def _without_idle_words(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a schema without what constrains nothing, which the compiler would refuse."""
+
     def walk(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return _without_unknown_formats(value)
+            return _without_idle_words(value)
         return [walk(part) for part in value] if isinstance(value, list) else value
 
     result: dict[str, Any] = {}
     for key, value in schema.items():
         if key == "format" and isinstance(value, str) and value not in _FORMATS:
+            continue
+        if key in _IDLE and value in _IDLE[key]:
             continue
         if key in _BY_NAME and isinstance(value, Mapping):
             result[key] = {name: walk(part) for name, part in value.items()}

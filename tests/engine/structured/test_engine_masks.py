@@ -181,6 +181,29 @@ def test_a_mask_that_fails_ends_its_choice_only(alone: list[list[int]]) -> None:
         assert tokens(found[str(number), 0]) == expected, number
 
 
+class Raises(Breaks):
+    """A mask with a mistake in it."""
+
+    def allowed(self) -> bytes | None:
+        raise ZeroDivisionError
+
+
+def test_the_engine_goes_on_after_a_mask_that_raises(alone: list[list[int]]) -> None:
+    engine = tiny_engine()
+    engine.add_request("bad", prompt(9), SamplingParams(max_tokens=9, mask=Raises))
+    engine.add_request("other", prompt(0), FREE[0])
+    with pytest.raises(ZeroDivisionError):
+        run(engine)
+    failed = engine.fail_all("it broke")
+    assert {event.request_id for event in failed} == {"bad", "other"}
+    run(engine)
+    for number, params in enumerate(FREE + MASKED):
+        engine.add_request(str(number), prompt(number), params)
+    found = run(engine)
+    for number, expected in enumerate(alone):
+        assert tokens(found[str(number), 0]) == expected, number
+
+
 @pytest.mark.parametrize("name", ["ignore_eos", "min_tokens"])
 def test_what_keeps_a_text_from_ending_is_refused(name: str) -> None:
     value: dict[str, int] = {name: 1}

@@ -54,6 +54,14 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "pattern": {"type": "string", "pattern": "^[a-f]{3}-[0-9]{2}$"},
     "date": {"type": "string", "format": "date"},
     "unknown format": {"type": "string", "format": "x-colour", "maxLength": 3},
+    "idle words": {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "type": "object",
+        "propertyNames": {"type": "string"},
+        "properties": {"uniqueItems": {"type": "array", "uniqueItems": False, "maxItems": 0}},
+        "required": ["uniqueItems"],
+        "additionalProperties": {"type": "null"},
+    },
     "property called format": CLOSED
     | {"properties": {"format": {"enum": ["int32"]}}, "required": ["format"]},
     "tuple": {"type": "array", "prefixItems": [{"const": 1}, {"const": "b"}], "items": False},
@@ -135,6 +143,7 @@ REFUSED = [
     (schema({"type": "strin"}), "strin"),
     (schema({"allOf": [{"type": "string"}, {"type": "integer"}]}), "Unsatisfiable"),
     (schema({"not": {"type": "string"}}), "not"),
+    (schema({"uniqueItems": True, "type": "array"}), "uniqueItems"),
     (schema({"$ref": "#"}), "no text"),
     (schema({"$ref": "https://example.com/schema"}), "https://example.com/schema"),
     (schema({"$ref": "#/$defs/nothing"}), "nothing"),

@@ -16,6 +16,7 @@ from modelpack_engine.output.formats import OutputFormat, OutputParser
 from modelpack_engine.output.parts import Reasoning, Text, ToolArguments, ToolStart
 from modelpack_engine.output.tools import Tool, ToolChoice
 from modelpack_engine.structured import (
+    Constraint,
     GrammarVocabulary,
     ReasoningBlock,
     compile_constraint,
@@ -84,8 +85,8 @@ def closing_of(family: str) -> str:
 
 
 def test_the_families_are_those_that_are_read() -> None:
-    assert set(FAMILIES) - set(TOOL_MARKUP) == {"kimi_k3", "longcat", "muse_spark"}
     assert not set(TOOL_MARKUP) - set(FAMILIES)
+    assert set(FAMILIES) - set(TOOL_MARKUP) == {"kimi_k3", "longcat"}
 
 
 @pytest.mark.parametrize("family", sorted(TOOL_MARKUP))
@@ -226,6 +227,28 @@ def test_reasoning_goes_before_a_call(vocabulary: GrammarVocabulary, tokenizer: 
     assert any(isinstance(part, Reasoning) for part in parts)
 
 
+HARMONY = ["<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|constrain|>", "<|call|>"]
+FINAL = "<|channel|>final<|message|>"
+COMMENTARY = "<|channel|>commentary to=functions.stop <|constrain|>json<|message|>{}"
+ANALYSIS = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+
+
+@pytest.mark.parametrize("thought", ["", ANALYSIS])
+def test_harmony_has_a_channel_for_everything(thought: str) -> None:
+    tokenizer = byte_tokenizer(HARMONY)
+    vocabulary = grammar_vocabulary(tokenizer)
+    block = ReasoningBlock(
+        "<|end|><|start|>assistant", "<|channel|>analysis<|message|>", answer=FINAL
+    )
+    call = compile_constraint(
+        tool_grammar(OutputFormat.named("harmony"), [STOP], REQUIRED), vocabulary, reasoning=block
+    )
+    answer = compile_constraint(Constraint("regex", "yes"), vocabulary, reasoning=block)
+    texts = [thought + COMMENTARY, thought + FINAL + "yes", thought + "yes"]
+    assert [accepts(call, tokenizer, text) for text in texts] == [True, False, False]
+    assert [accepts(answer, tokenizer, text) for text in texts] == [False, True, False]
+
+
 @pytest.mark.parametrize(
     ("family", "tools", "names", "param", "reason"),
     [
@@ -240,7 +263,7 @@ def test_reasoning_goes_before_a_call(vocabulary: GrammarVocabulary, tokenizer: 
         ),
         ("hermes", [STOP], ("start",), "tool_choice", "'start'"),
         ("hermes", [], (), "tool_choice", "no tools"),
-        ("muse_spark", [STOP], (), "tool_choice", "no known format"),
+        ("kimi_k3", [STOP], (), "tool_choice", "no known format"),
         (None, [STOP], (), "tool_choice", "no known format"),
         ("lfm2", [Tool("stop-all")], (), "tools", "'stop-all'"),
         ("gemma4", [Tool("x", "", {"properties": {"a": {"enum": [[1]]}}})], (), "tools", "'x'"),
