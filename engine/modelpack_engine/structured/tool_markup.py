@@ -47,7 +47,7 @@ class Literals:
 class ToolMarkup:
     """`opening` CALL `separator` CALL … `closing`; CALL is `before` NAME `after` ARGUMENTS `tail`.
 
-    `numbered`: a colon and a number come after the name. `single`: only one call in an answer.
+    `number` comes after the name, where a number does too. `single`: only one call in an answer.
     """
 
     before: str
@@ -57,7 +57,7 @@ class ToolMarkup:
     opening: str = ""
     closing: str = ""
     arguments: Literal["json"] | Parameters | Literals = "json"
-    numbered: bool = False
+    number: str = ""
     single: bool = False
 
 
@@ -150,7 +150,15 @@ TOOL_MARKUP: Mapping[str, ToolMarkup] = {
         "<|tool_call_end|>",
         opening="<|tool_calls_section_begin|>",
         closing="<|tool_calls_section_end|>",
-        numbered=True,
+        number=":",
+    ),
+    "kimi_k3": ToolMarkup(
+        '<|open|>call tool="',
+        '"<|sep|><|open|>json type="object"<|sep|>',
+        "<|close|>json<|sep|><|close|>call<|sep|>",
+        opening="<|open|>tools<|sep|>",
+        closing="<|close|>tools<|sep|>",
+        number='" index="',
     ),
     "nemotron": _objects("<TOOLCALL>[", "]</TOOLCALL>"),
     "minimax_m2": ToolMarkup(

@@ -124,8 +124,6 @@ def _call(rules: Rules, markup: ToolMarkup, name: str, schema: Mapping[str, Any]
         raise RequestError("it cannot be called: this model writes calls as code", param="tools")
     else:
         arguments = literals(rules, style, schema)
-    number = ""
-    if markup.numbered:
-        number = '":" /[0-9]{1,2}/'
+    number = f"{rules.text(markup.number)} /[0-9]{{1,2}}/" if markup.number else ""
     head = f"{rules.text(markup.before)} {rules.plain(written)} {number} {rules.text(markup.after)}"
     return rules.rule(f"{head} {arguments} {rules.text(markup.tail)}")

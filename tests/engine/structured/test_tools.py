@@ -86,7 +86,7 @@ def closing_of(family: str) -> str:
 
 def test_the_families_are_those_that_are_read() -> None:
     assert not set(TOOL_MARKUP) - set(FAMILIES)
-    assert set(FAMILIES) - set(TOOL_MARKUP) == {"kimi_k3", "longcat"}
+    assert set(FAMILIES) - set(TOOL_MARKUP) == {"longcat"}
 
 
 @pytest.mark.parametrize("family", sorted(TOOL_MARKUP))
@@ -128,6 +128,9 @@ WRITTEN = {
     "</｜DSML｜function_calls>",
     "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.note:0"
     '<|tool_call_argument_begin|>{"text":"é"}<|tool_call_end|><|tool_calls_section_end|>',
+    "kimi_k3": '<|open|>tools<|sep|><|open|>call tool="note" index="1"<|sep|><|open|>json'
+    ' type="object"<|sep|>{"text":"é"}<|close|>json<|sep|><|close|>call<|sep|>'
+    "<|close|>tools<|sep|>",
     "nemotron": '<TOOLCALL>[{"name": "note", "arguments": {"text": "é"}}]</TOOLCALL>',
     "minimax_m2": '<minimax:tool_call>\n<invoke name="note">\n<parameter name="text">é</parameter>'
     "\n</invoke>\n</minimax:tool_call>",
@@ -263,7 +266,7 @@ def test_harmony_has_a_channel_for_everything(thought: str) -> None:
         ),
         ("hermes", [STOP], ("start",), "tool_choice", "'start'"),
         ("hermes", [], (), "tool_choice", "no tools"),
-        ("kimi_k3", [STOP], (), "tool_choice", "no known format"),
+        ("longcat", [STOP], (), "tool_choice", "no known format"),
         (None, [STOP], (), "tool_choice", "no known format"),
         ("lfm2", [Tool("stop-all")], (), "tools", "'stop-all'"),
         ("gemma4", [Tool("x", "", {"properties": {"a": {"enum": [[1]]}}})], (), "tools", "'x'"),
