@@ -51,6 +51,26 @@ class Workload:
         """Return the first `count` sessions only, for slow machines."""
         return replace(self, sessions=self.sessions[:count])
 
+    def in_other_words(self, shift: int) -> Workload:
+        """Return the same lengths and arrivals with other tokens, which no cache has seen."""
+        span = HIGHEST_ID - LOWEST_ID
+        sessions = tuple(
+            replace(
+                session,
+                turns=tuple(
+                    replace(
+                        turn,
+                        token_ids=tuple(
+                            LOWEST_ID + (i - LOWEST_ID + shift) % span for i in turn.token_ids
+                        ),
+                    )
+                    for turn in session.turns
+                ),
+            )
+            for session in self.sessions
+        )
+        return replace(self, sessions=sessions)
+
     @property
     def longest(self) -> int:
         """The most tokens that a session comes to, its answers included."""

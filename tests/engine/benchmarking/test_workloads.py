@@ -38,6 +38,17 @@ def test_the_same_every_time(name: str) -> None:
     assert max(ids) < HIGHEST_ID
 
 
+def test_other_words() -> None:
+    """Lengths, arrivals and shared prefixes stay; no token does."""
+    workload = shared_prefix(100, 0.9, 4)
+    other = workload.in_other_words(5)
+    assert other.longest == workload.longest
+    for one, two in zip(workload.sessions, other.sessions, strict=True):
+        pairs = zip(one.turns[0].token_ids, two.turns[0].token_ids, strict=True)
+        assert all(a != b and LOWEST_ID <= b < HIGHEST_ID for a, b in pairs)
+    assert len({s.turns[0].token_ids[:90] for s in other.sessions}) == 1
+
+
 def test_one_long_prompt_among_short_ones() -> None:
     sessions = poisson_with_8k().sessions
     (long,) = [session for session in sessions if session.label == "8k"]
