@@ -18,15 +18,18 @@ COMMANDS = {
     "bundle": ("find", "bundle"),
     "completion": ("completion", "completion"),
     "config": ("find", "config"),
+    "configure": ("running", "configure"),
     "copy": ("transfer", "copy"),
     "export": ("docker", "export_models"),
     "fsck": ("store", "fsck"),
+    "gateway": ("gateway", "gateway"),
     "gc": ("store", "gc"),
     "import": ("docker", "import_models"),
     "inspect": ("find", "inspect"),
     "list": ("listing", "list_models"),
     "manifest": ("find", "manifest"),
     "package": ("package", "package"),
+    "ps": ("running", "ps"),
     "pull": ("transfer", "pull"),
     "push": ("transfer", "push"),
     "registry": ("registry", "registry"),
@@ -36,6 +39,7 @@ COMMANDS = {
     "serve": ("serve", "serve"),
     "smoke": ("serve", "smoke"),
     "tag": ("store", "tag"),
+    "unload": ("running", "unload"),
 }
 
 # Words that users of docker model, kit, modctl, oras and ollama type.

@@ -55,7 +55,7 @@ class KeyFile:
         except ModelpackError as error:
             _LOG.error("keys stay as they were: %s", error)
             return
-        _LOG.warning("read %s again: %d keys", self.path, len(self._keys.keys))
+        _LOG.warning("read %s again: keys in it: %d", self.path, len(self._keys.keys))
         self._warn()
 
     def _warn(self) -> None:

@@ -1,0 +1,99 @@
+"""`modelpack gateway` and `modelpack gateway key`, as processes and in this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modelpack.gateway import KeyFile
+from modelpack.gateway.limits import Limits
+from tests.cli.running import modelpack, succeed
+from tests.gateway.servers import CHAT, COMPLETION, Upstream, new_client, serving
+
+
+def test_a_key_is_shown_once(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    made = succeed(
+        "gateway", "key", "alice", "--keys", file, "--requests-per-minute", "60",
+        "--tokens-per-minute", "1000", "--concurrency", "2", "--model", "ai/*", "--model", "x",
+    )  # fmt: skip
+    assert made.out.startswith("mp_")
+    assert made.out not in made.err
+    assert str(file) in made.err
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    key = KeyFile(file).current().find(made.out)
+    assert key is not None
+    assert (key.limits, key.models) == (Limits(60, 1000, 2), ("ai/*", "x"))
+    again = modelpack("gateway", "key", "alice", "--keys", file)
+    assert again.code == 7
+    assert "'alice' already" in again.err
+
+
+def test_a_key_as_json_in_the_usual_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    made = succeed("gateway", "key", "bob", "--json").json
+    assert KeyFile(made["file"]).current().find(made["key"]) is not None
+    assert Path(made["file"]).is_relative_to(tmp_path) or sys.platform == "darwin"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["key", "a b"], 2, "no name for a key"),
+        (["key", "a", "--concurrency", "0"], 2, "concurrency"),
+        ([], 2, "needs an upstream"),
+        (["--upstream", "x"], 2, "no URL of a server"),
+        (["--upstream", "http://h", "--host", "0.0.0.0"], 2, "--allow-anonymous"),
+        (["--upstream", "http://h", "--cors", "evil.example"], 2, "no origin"),
+        (["--upstream", "http://h", "--keys", "/nowhere"], 2, "cannot read the keys"),
+        (["--upstream", "http://h", "--host", "192.0.2.1", "--allow-remote"], 2, "cannot listen"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
+    if arguments[:1] == ["key"]:
+        arguments = [*arguments, "--keys", str(tmp_path / "keys.toml")]
+    result = modelpack("gateway", *arguments)
+    assert result.code == code
+    assert message in result.err
+
+
+def test_a_broken_file_of_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text("[keys.a]\nsha256 = 'x'")
+    result = modelpack("gateway", "--upstream", "http://127.0.0.1:1", "--keys", file)
+    assert result.code == 1
+    assert f"{file}: [keys.a] sha256: expected 64" in result.err
+
+
+def test_the_command_serves_logs_and_stops(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    secret = succeed("gateway", "key", "alice", "--keys", file).out
+    with serving(Upstream()) as upstream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "modelpack", "gateway", "--upstream", upstream,
+             "--port", "0", "--keys", str(file)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy(),
+        )  # fmt: skip
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        body = {"model": "m", "messages": [{"role": "user", "content": "top-secret"}]}
+        with new_client(url) as client:
+            assert client.get("/health").json()["status"] == "ok"
+            assert client.post(CHAT, json=body).status_code == 401
+            reply = client.post(CHAT, json=body, headers={"x-api-key": secret})
+            assert reply.json() == COMPLETION
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    traces = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
+    assert [trace["status"] for trace in traces] == [200, 401, 200]
+    assert (traces[2]["key"], traces[2]["upstream"]) == ("alice", upstream)
+    assert secret not in err
+    assert "top-secret" not in err
