@@ -6,7 +6,6 @@ import re
 import secrets
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from modelpack_engine.output.json_text import JsonScanner, dump
@@ -151,42 +150,6 @@ class Found:
         if self._thought_spaces:
             spaces, self._thought_spaces = self._thought_spaces, ""
             self._parts.append(Reasoning(spaces))
-
-
-@dataclass(slots=True)
-class Members:
-    """Arguments that come one by one; they stream as the members of an object.
-
-    `begin` is put off until the first has come whole, or the call ends: until then, what looks like
-    a call may turn out to be text.
-    """
-
-    found: Found
-    name: str
-    call_id: str | None = None
-    _count: int = 0
-    begun: bool = False
-
-    def begin(self) -> None:
-        if not self.begun:
-            self.found.start(self.name, self.call_id)
-            self.found.arguments("{")
-            self.begun = True
-
-    def add(self, key: str, value: Any, raw: str) -> None:
-        """Hand out one argument; `raw` is how the model wrote it, where JSON cannot say `value`."""
-        try:
-            spelled = dump(value)
-        except ValueError:
-            spelled = dump(raw)
-        self.begin()
-        separator = ", " if self._count else ""
-        self.found.arguments(f"{separator}{dump(key)}: {spelled}")
-        self._count += 1
-
-    def end(self) -> None:
-        self.begin()
-        self.found.arguments("}")
 
 
 def read_object(

@@ -8,11 +8,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from modelpack_engine.output.calls import Found, Members, capture_value
+from modelpack_engine.output.calls import Found, capture_value
 from modelpack_engine.output.json_calls import read_json_calls
+from modelpack_engine.output.members import Members
 from modelpack_engine.output.source import MAX_HELD, Broken, NotACall, Reading, Source, stops
 from modelpack_engine.output.typed import (
-    allowed_types,
     parameter_schema,
     parse_python,
     python_literal,
@@ -28,7 +28,7 @@ _MAX_DEPTH = 64
 def read_gemma_block(quote: str, closing: str, source: Source, found: Found) -> Reading[None]:
     """Read call:NAME{key:value,...}, any number of them, up to `closing`.
 
-    `quote` is the token around strings. Whole arguments are handed out as they end. (mlx-lm's
+    `quote` is the token around strings, which stream; other arguments come whole. (mlx-lm's
     parsers take finished blocks only; function_gemma's ends at the first brace, so that it loses
     nested values, and gemma4's refuses keys with a dash.)
     """
@@ -53,6 +53,12 @@ def read_gemma_block(quote: str, closing: str, source: Source, found: Found) -> 
                     break
                 key = yield from _key(quote, source)
                 schema = parameter_schema(tool, key)
+                yield from source.spaces()
+                if (yield from source.accept(quote)):
+                    yield from members.read_string(source, key, stops(quote))
+                    if not (yield from _separated(source, "}")):
+                        raise NotACall
+                    continue
                 value = yield from _value(quote, source, schema, 0)
                 if not (yield from _separated(source, "}")):
                     raise NotACall
@@ -119,7 +125,7 @@ def _value(quote: str, source: Source, schema: Mapping[str, Any], depth: int) ->
     atom = (yield from source.word(_ATOM, 1 << 16)).strip()
     if not atom:
         raise NotACall
-    return atom if allowed_types(schema) == {"string"} else typed(atom, schema)
+    return typed(atom, schema)
 
 
 def read_python_block(closing: str, source: Source, found: Found) -> Reading[None]:

@@ -57,6 +57,11 @@ def allowed_types(schema: Mapping[str, Any], depth: int = 8) -> frozenset[str]:
     return frozenset(types)
 
 
+def is_string(schema: Mapping[str, Any]) -> bool:
+    """Tell whether a schema admits strings, and nothing else."""
+    return allowed_types(schema) == {"string"}
+
+
 def typed(text: str, schema: Mapping[str, Any]) -> Any:
     """Return the value that `text` spells: a string where the schema says string, else JSON.
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 
-from modelpack_engine.output.calls import Found, Members, read_object
+from modelpack_engine.output.calls import Found, read_object
 from modelpack_engine.output.json_calls import read_json_calls
+from modelpack_engine.output.members import Members
 from modelpack_engine.output.source import Broken, NotACall, Reading, Source, stops
-from modelpack_engine.output.typed import json_or_text, parameter_schema, typed
+from modelpack_engine.output.typed import is_string, json_or_text, parameter_schema, typed
 
 NAME = re.compile(r"[^\s<>\"'{}\[\]()]")
 _GLM_NAME = re.compile(r"[^\s<>\"'{}\[\]]")
@@ -50,14 +51,18 @@ def read_function_tag(source: Source, found: Found) -> Reading[None]:
             yield from source.expect("<parameter=")
             key = (yield from source.word(_QUOTED_NAME)).strip()
             yield from source.expect(">")
-            value, stop = yield from source.until(_VALUE_END)
+            schema = parameter_schema(tool, key)
+            if is_string(schema):
+                stop = yield from members.read_string(source, key, _VALUE_END, trims=True)
+            else:
+                value, stop = yield from source.until(_VALUE_END)
+                value = _trimmed(value)
+                members.add(key, typed(value, schema), value)
         except NotACall:
             if not members.begun:
                 raise
             members.end()
             raise Broken from None
-        value = _trimmed(value)
-        members.add(key, typed(value, parameter_schema(tool, key)), value)
         source.forget()
         if stop == "</function>":  # the parameter was not closed
             members.end()
@@ -130,21 +135,21 @@ def _read_invoke(prefix: str, source: Source, found: Found) -> Reading[None]:
                 kind = yield from _attribute(source)
                 yield from source.spaces()
             yield from source.expect(">")
+            schema = parameter_schema(tool, key)
+            if kind == "true" or (not kind and is_string(schema)):
+                yield from members.read_string(source, key, value_end, trims=not kind)
+                continue
             value, _ = yield from source.until(value_end)
         except NotACall:
             if not members.begun:
                 raise
             members.end()
             raise Broken from None
-        if kind == "true":
-            members.add(key, value, value)
+        if kind:
+            members.add(key, json_or_text(value), value)
         else:
-            value = value if kind else _trimmed(value)
-            members.add(
-                key,
-                json_or_text(value) if kind else typed(value, parameter_schema(tool, key)),
-                value,
-            )
+            value = _trimmed(value)
+            members.add(key, typed(value, schema), value)
         source.forget()
 
 
@@ -189,11 +194,15 @@ def read_glm_block(source: Source, found: Found) -> Reading[None]:
             key = (yield from source.until(_GLM_KEY_END))[0].strip()
             yield from source.spaces()
             yield from source.expect("<arg_value>")
+            schema = parameter_schema(tool, key)
+            if is_string(schema):
+                yield from members.read_string(source, key, _GLM_VALUE_END)
+                continue
             value, _ = yield from source.until(_GLM_VALUE_END)
         except NotACall:
             if not members.begun:
                 raise
             members.end()
             raise Broken from None
-        members.add(key, typed(value, parameter_schema(tool, key)), value)
+        members.add(key, typed(value, schema), value)
         source.forget()

@@ -75,9 +75,21 @@ CASES = [
     Case("qwen3_coder", "unknown", coder("rm", path="/"), [text(coder("rm", path="/"))]),
     Case(
         "qwen3_coder",
-        "cut in the first value",
-        "<tool_call><function=get_weather><parameter=city>Par",
-        [text("<tool_call><function=get_weather><parameter=city>Par")],
+        "cut in the first string",
+        "<tool_call><function=get_weather><parameter=city>\nPar\n",
+        [call("get_weather", city="Par")],
+    ),
+    Case(
+        "qwen3_coder",
+        "cut in the first number",
+        "<tool_call><function=get_weather><parameter=days>1",
+        [text("<tool_call><function=get_weather><parameter=days>1")],
+    ),
+    Case(
+        "qwen3_coder",
+        "line breaks",
+        coder("get_weather", city="\n", note="") + coder("get_weather", city=""),
+        [call("get_weather", city="\n", note=""), call("get_weather", city="")],
     ),
     Case(
         "qwen3_coder",

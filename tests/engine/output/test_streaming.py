@@ -84,13 +84,44 @@ BY_PARAMETER = {
 
 
 @pytest.mark.parametrize("family", BY_PARAMETER)
-def test_arguments_in_tags_stream_one_by_one(family: str) -> None:
+def test_other_arguments_in_tags_come_one_by_one(family: str) -> None:
     first, second, last = BY_PARAMETER[family]
     p = parser(family)
     *_, arguments = p.feed(first)
     assert arguments == ToolArguments(0, '{"city": "Paris"')
     assert p.feed(second) == [ToolArguments(0, ', "days": 3')]
     assert p.feed(last) == [ToolArguments(0, "}")]
+
+
+STRINGS = {
+    "qwen3_coder": ("<tool_call>\n<function=get_weather>\n<parameter=city>\n", "\n</parameter>"),
+    "glm": ("<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>", "</arg_value>"),
+    "minimax_m2": (
+        '<minimax:tool_call><invoke name="get_weather"><parameter name="city">',
+        "</parameter>",
+    ),
+    "deepseek_v32": (
+        '<｜DSML｜function_calls><｜DSML｜invoke name="get_weather">'
+        '<｜DSML｜parameter name="city" string="true">',
+        "</｜DSML｜parameter>",
+    ),
+    "gemma4": ('<|tool_call>call:get_weather{city:<|"|>', '<|"|>}'),
+}
+
+
+@pytest.mark.parametrize("family", STRINGS)
+def test_strings_in_tags_stream_as_they_come(family: str) -> None:
+    opening, closing = STRINGS[family]
+    p = parser(family)
+    start, begun = p.feed(opening)
+    assert isinstance(start, ToolStart)
+    assert begun == ToolArguments(0, '{"city": "')
+    assert p.feed("a\nb") == [ToolArguments(0, "a\\nb")]
+    assert p.feed('"<') == [ToolArguments(0, '\\"')]
+    assert p.feed("b>") == [ToolArguments(0, "<b>")]
+    (end, *_) = p.feed(closing)
+    assert isinstance(end, ToolArguments)
+    assert end.fragment.startswith('"')
 
 
 def test_text_is_held_back_only_while_it_may_be_a_marker() -> None:
