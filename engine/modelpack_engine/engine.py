@@ -145,9 +145,9 @@ class Engine:
             eos_token_ids=self.tokenizer.eos_token_ids,
         )
         sequences = [first, *(first.fork(index) for index in range(1, n))]
+        choices = [Choice(sequence, self.tokenizer, continues_text) for sequence in sequences]
         self._scheduler.add(*sequences)
-        for sequence in sequences:
-            self._choices[sequence.seq_id] = Choice(sequence, self.tokenizer, continues_text)
+        self._choices |= {choice.sequence.seq_id: choice for choice in choices}
 
     @property
     def has_work(self) -> bool:
@@ -267,7 +267,7 @@ class Engine:
         rows = zip(tokens.step.batch.sample_seqs, tokens.token_ids, strict=True)
         for sequence, token_id in rows:
             if token_id == NO_TOKEN and sequence.seq_id in self._choices:
-                self._runner.scrub(sequence.block_table)
+                self._runner.scrub(self._blocks.withdraw(sequence))
                 text = "the model's logits are not numbers: no token can be chosen"
                 events.append(self._fail(sequence, text))
         return events

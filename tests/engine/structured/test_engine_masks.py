@@ -204,6 +204,17 @@ def test_the_engine_goes_on_after_a_mask_that_raises(alone: list[list[int]]) -> 
         assert tokens(found[str(number), 0]) == expected, number
 
 
+def test_a_mask_that_cannot_be_made_queues_nothing() -> None:
+    def impossible() -> LogitsMask:
+        raise RequestError("no mask")
+
+    engine = tiny_engine()
+    with pytest.raises(RequestError, match="no mask"):
+        engine.add_request("r", [1], SamplingParams(mask=impossible), n=2)
+    assert not engine.has_work
+    assert not engine.is_known("r")
+
+
 @pytest.mark.parametrize("name", ["ignore_eos", "min_tokens"])
 def test_what_keeps_a_text_from_ending_is_refused(name: str) -> None:
     value: dict[str, int] = {name: 1}
