@@ -106,6 +106,17 @@ class BlockManager:
             self._block_of[hash_] = block
             self._hash_of[block] = hash_
 
+    def withdraw(self, sequence: Sequence) -> list[int]:
+        """Let nobody find the blocks of a sequence by their hash any more: they may hold anything.
+
+        Return those that nobody else uses, which can be overwritten.
+        """
+        for block in sequence.block_table:
+            hash_ = self._hash_of.pop(block, None)
+            if hash_ is not None:
+                del self._block_of[hash_]
+        return [block for block in sequence.block_table if self._ref_counts[block] == 1]
+
     def forget_content(self) -> None:
         """Empty the prefix cache: whatever the blocks held is not to be shared any more."""
         self._free.extend(self._cached)
