@@ -48,6 +48,9 @@ class OutputParser:
     from where it is certain: its tool is known and its arguments begin. The arguments of a call
     that breaks off after that are completed to an object. Never raises, whatever the model writes.
 
+    Markers are found by their text. Those that are special tokens no tokenizer makes of a prompt's
+    words, and models do not spell them; ids would need the vocabulary of every model.
+
     `starts_reasoning` says that the prompt opened a block of reasoning: see the function of this
     name. Where thinking was switched off, pass `format.without_reasoning()`.
     Without `parallel`, nothing is read after the first call, and `done` says so.
@@ -127,7 +130,7 @@ class OutputParser:
                 self._reading = None
 
     def _answer(self, starts_reasoning: bool) -> Reading[None]:
-        if starts_reasoning:
+        if starts_reasoning and self._markers is not None:
             yield from self._thoughts()
         may_open = True
         while True:

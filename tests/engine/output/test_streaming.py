@@ -203,6 +203,7 @@ def test_reasoning_that_was_switched_off_is_not_looked_for() -> None:
     assert read(off, "<think>a</think>b") == [text("<think>a</think>b")]
     glm = OutputFormat.named("glm").without_reasoning()
     assert read(glm, "<|begin_of_box|>4<|end_of_box|>") == [text("4")]
+    assert read(off, "a</think>b", starts_reasoning=True) == [text("a</think>b")]
     harmony = OutputFormat.named("harmony")
     assert harmony.without_reasoning() == harmony
 
