@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from collections.abc import Callable
@@ -40,7 +41,17 @@ def _open(settings: Settings, model: str, remote: RemoteOptions) -> Any:
 @click.option(
     "--served-model-name", metavar="NAME", help="What clients call the first MODEL, besides MODEL."
 )
-@click.option("--allow-remote", is_flag=True, help="Allow an address that others can reach.")
+@click.option(
+    "--keys", type=click.Path(dir_okay=False), metavar="FILE",
+    help="Ask for API keys: those in FILE (see `modelpack gateway key`).",
+)  # fmt: skip
+@click.option(
+    "--allow-anonymous", "--allow-remote", is_flag=True,
+    help="Allow an address that others can reach without keys.",
+)  # fmt: skip
+@click.option(
+    "--cors", multiple=True, metavar="ORIGIN", help="A web page's origin that may use the server."
+)
 @click.option("--preset", help="Settings for a use: code, chat, creative or long-context.")
 @click.option(
     "--keep-alive", metavar="TIME", default="5m", show_default=True,
@@ -60,7 +71,9 @@ def serve(
     host: str,
     port: int,
     served_model_name: str | None,
-    allow_remote: bool,
+    keys: str | None,
+    allow_anonymous: bool,
+    cors: tuple[str, ...],
     preset: str | None,
     keep_alive: str,
     memory: str | None,
@@ -78,6 +91,8 @@ def serve(
         raise UsageError("--served-model-name names a MODEL, and none is given")
     for model in models:
         _open(settings, model, remote)
+    from modelpack.gateway.key_file import KeyFile
+    from modelpack.gateway.protecting import Protection, protect
     from modelpack_engine.pool.device_memory import device_memory
     from modelpack_engine.pool.keep_alive import parse_keep_alive
     from modelpack_engine.pool.pool import ModelPool
@@ -104,7 +119,19 @@ def serve(
             made.alias(served_model_name, models[0])
         return made
 
-    server = ModelServer(pool, address=f"{_bracketed(host)}:{port}", allow_remote=allow_remote)
+    protection = Protection(
+        host=host,
+        keys=KeyFile(keys) if keys else None,
+        cors=cors,
+        allow_anonymous=allow_anonymous,
+    )
+    _log_to_stderr(settings)
+    server = ModelServer(
+        pool,
+        address=f"{_bracketed(host)}:{port}",
+        allow_remote=keys is not None or allow_anonymous,
+        wrap=lambda app: protect(app, protection),
+    )
     note(settings, f"serving {', '.join(models) or 'the store'}; stop with Ctrl-C")
     server.run(lambda: click.echo(server.url))
 
@@ -212,6 +239,17 @@ def smoke(
     show_json(report.to_json())
     if not report.passed:
         raise SystemExit(1)
+
+
+def _log_to_stderr(settings: Settings) -> None:
+    """Show what is logged: a line for each request unless --quiet, and warnings."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name in ("modelpack", "modelpack_engine"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    handler.setLevel(logging.WARNING if settings.quiet else logging.INFO)
 
 
 def _bracketed(host: str) -> str:

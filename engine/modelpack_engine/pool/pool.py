@@ -71,6 +71,11 @@ class ModelPool:
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def memory(self) -> int | None:
+        """The budget of all models, in bytes."""
+        return self._budget.total
+
     # Names
 
     def alias(self, name: str, target: str) -> None:

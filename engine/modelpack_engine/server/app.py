@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse, Response
 
 import modelpack
 from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server import openai, problems, system
+from modelpack_engine.server import management, openai, problems, system
 from modelpack_engine.server.bodies import MAX_BODY_BYTES, BodyLimit
 from modelpack_engine.server.logs import LogBuffer
 from modelpack_engine.server.problems import Shape
@@ -50,6 +50,7 @@ def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> Fast
         return PlainTextResponse("Modelpack is running\n")
 
     app.include_router(system.router(pool, logs))
+    app.include_router(management.router(pool))
     app.include_router(openai.router(pool))
 
     app.add_middleware(

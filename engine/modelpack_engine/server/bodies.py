@@ -5,16 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from modelpack_engine.server.problems import Problem, Shape
+from modelpack_engine.server.problems import Shape, problem_of
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 _SLASHES = re.compile("/{2,}")
-
-
-class TooLargeError(Exception):
-    """The body has become larger than is allowed."""
 
 
 class BodyLimit:
@@ -33,6 +30,7 @@ class BodyLimit:
     ) -> None:
         self._app = app
         self._limit = limit
+        self._text = f"the body is larger than {limit} bytes"
         self._shape_of = shape_of
         self._is_unlimited = is_unlimited
 
@@ -51,31 +49,19 @@ class BodyLimit:
         if declared.isdigit() and int(declared) > self._limit:
             await self._refuse(path, scope, receive, send)
             return
-        received, answered = 0, False
+        received = 0
 
         async def counted() -> Message:
             nonlocal received
             message = await receive()
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
-                if received > self._limit:
-                    raise TooLargeError
+                if received > self._limit:  # frameworks let this kind pass, and answer with it
+                    raise HTTPException(413, self._text)
             return message
 
-        async def noted(message: Message) -> None:
-            nonlocal answered
-            answered = True
-            await send(message)
-
-        try:
-            await self._app(scope, counted, noted)
-        except TooLargeError:
-            if answered:
-                raise
-            await self._refuse(path, scope, receive, send)
+        await self._app(scope, counted, send)
 
     async def _refuse(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        problem = Problem(
-            413, f"the body is larger than {self._limit} bytes", code="request_too_large"
-        )
+        problem = problem_of(HTTPException(413, self._text))
         await self._shape_of(path)(problem)(scope, receive, send)

@@ -84,7 +84,9 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, RequestValidationError):
         return _of_validation(error)
     if isinstance(error, HTTPException):
-        return Problem(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+        code = "request_too_large" if error.status_code == 413 else None
+        headers = dict(error.headers or {})
+        return Problem(error.status_code, str(error.detail), code=code, headers=headers)
     if not isinstance(error, ModelpackError):
         return Problem(500, f"unexpected {type(error).__name__}")
     text = f"{error}. {error.hint}" if error.hint else str(error)

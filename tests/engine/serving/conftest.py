@@ -1,0 +1,73 @@
+"""The API over an engine that says what it was told to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from modelpack.errors import NotFoundError
+from modelpack_engine.meter import Meter
+from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
+from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.pool.settings import ModelSettings
+from modelpack_engine.server.app import create_app
+from tests.engine.scripted import ScriptedEngine
+
+
+class ScriptedCatalogue:
+    """One model, "m", also called "ai/m:v1", whose engine is given."""
+
+    def __init__(self, engine: ScriptedEngine) -> None:
+        self.engine = engine
+        self.loads = 0
+
+    def version(self) -> object:
+        return 1
+
+    def find(self, name: str) -> StoredModel:
+        if name not in ("m", "ai/m:v1"):
+            raise NotFoundError(f"there is no model {name!r}")
+        return self.stored()[0]
+
+    def stored(self) -> list[StoredModel]:
+        return [StoredModel("sha256:m", ("m", "ai/m:v1"), size=7, architecture="llama")]
+
+    def needs(self, model: StoredModel, settings: ModelSettings) -> int:
+        return 7
+
+    def load(
+        self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
+    ) -> LoadedEngine:
+        self.loads += 1
+        return LoadedEngine(self.engine)
+
+
+@dataclass
+class Scripted:
+    """A client of the API, and the engine behind it."""
+
+    http: TestClient
+    engine: ScriptedEngine
+    catalogue: ScriptedCatalogue
+
+    def chat(self, *pieces: str, **body: Any) -> Any:
+        """Ask for a chat completion that says `pieces`; return the response."""
+        if pieces:
+            self.engine.pieces = list(pieces)
+        path = body.pop("path", "/v1/chat/completions")
+        given = {"model": "m", "messages": [{"role": "user", "content": "hello"}]} | body
+        return self.http.post(path, json=given)
+
+
+@pytest.fixture
+def api() -> Iterator[Scripted]:
+    engine = ScriptedEngine()
+    catalogue = ScriptedCatalogue(engine)
+    pool = ModelPool(catalogue, memory=100, grace=0.0)
+    app = create_app(pool, max_body_bytes=20_000)
+    with TestClient(app, raise_server_exceptions=False) as http:
+        yield Scripted(http, engine, catalogue)
