@@ -17,7 +17,8 @@ _COUNT = re.compile(
     rb"|cache_read_input_tokens|cache_creation_input_tokens|prompt_eval_count|eval_count)"
     rb'"\s{0,4}:\s{0,4}(\d{1,15})'
 )
-_FINISH = re.compile(rb'"(?:finish_reason|stop_reason|done_reason)"\s{0,4}:\s{0,4}"(\w{1,24})"')
+# finish_reason, stop_reason or done_reason; a pattern that begins with a literal is found fast.
+_FINISH = re.compile(rb'_reason"\s{0,4}:\s{0,4}"(\w{1,24})"')
 _TOKEN = re.compile(
     rb'"(?:content|reasoning_content|reasoning|text|response|thinking|arguments|partial_json|delta)'
     rb'"\s{0,4}:\s{0,4}"(?!")'
@@ -41,7 +42,7 @@ class ReplyReader:
         if not self._reads or not piece:
             return
         if self._streams:
-            tokens = sum(1 for _ in _TOKEN.finditer(piece))
+            tokens = len(_TOKEN.findall(piece))
             if tokens:
                 self._trace.counted_tokens += tokens
                 self._trace.last_token_at = now

@@ -165,6 +165,8 @@ def test_a_client_that_goes_away_is_noticed_upstream(streaming: bool) -> None:
             assert arrived.wait(PATIENCE)
         assert gone.wait(PATIENCE)
         [trace] = served.traces.wait()
+        running = f'modelpack_gateway_upstream_running{{upstream="{url}"}} 0'
+        assert running in served.client.get("/metrics").text
     assert trace.finish == "abort"
     assert trace.status == (200 if streaming else 499)
 
