@@ -27,8 +27,6 @@ def load_encoder(files: ModelFiles, config: Mapping[str, Any], dtype: mx.Dtype |
     Raises `ModelLoadError` for an architecture that is not known, by its name, and for tensors
     that are missing, unknown or of another shape; `WeightFormatError` for a damaged file.
     """
-    if files.format != "safetensors":
-        raise ModelLoadError(f"an encoder in {files.format} is not supported, only in safetensors")
     parsed = parse_encoder_config(config)
     encoder = Encoder(parsed)
     tensors = rename_tensors(parsed, read_tensors(files.weights))

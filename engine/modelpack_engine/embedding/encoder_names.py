@@ -96,6 +96,25 @@ _RULES: Mapping[str, _Rules] = {
     "roberta": _BERT,
     "xlm-roberta": _BERT,
 }
+#: llama.cpp's names, the same for all architectures.
+GGUF_NAMES: _Rules = (
+    (r"token_embd\.", "embeddings.word."),
+    (r"position_embd\.", "embeddings.position."),
+    (r"token_types\.", "embeddings.token_type."),
+    (r"token_embd_norm\.", "embeddings.norm."),
+    (r"blk\.(\d+)\.attn_q\.", r"layers.\1.attention.query."),
+    (r"blk\.(\d+)\.attn_k\.", r"layers.\1.attention.key."),
+    (r"blk\.(\d+)\.attn_v\.", r"layers.\1.attention.value."),
+    (r"blk\.(\d+)\.attn_qkv\.", r"layers.\1.attention.query+key+value."),
+    (r"blk\.(\d+)\.attn_output\.", r"layers.\1.attention.output."),
+    (r"blk\.(\d+)\.attn_output_norm\.", r"layers.\1.attention_norm."),
+    (r"blk\.(\d+)\.ffn_gate\.", r"layers.\1.mlp.gate."),
+    (r"blk\.(\d+)\.ffn_up\.", r"layers.\1.mlp.up."),
+    (r"blk\.(\d+)\.ffn_down\.", r"layers.\1.mlp.down."),
+    (r"blk\.(\d+)\.layer_output_norm\.", r"layers.\1.mlp_norm."),
+    (r"cls\.output\.", "head.out."),
+    (r"cls\.", "head.dense."),
+)
 _ROBERTA_HEAD: _Rules = (
     (r"classifier\.dense\.", "head.dense."),
     (r"classifier\.out_proj\.", "head.out."),
@@ -115,13 +134,16 @@ _HEADS: Mapping[str, _Rules] = {
 }
 
 
-def rename_tensors(config: EncoderConfig, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+def rename_tensors(
+    config: EncoderConfig, tensors: Mapping[str, mx.array], names: _Rules | None = None
+) -> dict[str, mx.array]:
     """Return the encoder's tensors under its own names; an unknown name stays as it is.
 
-    Raises `ModelLoadError` if two tensors are the same one.
+    `names` are what the file calls them, in place of transformers' names. Raises
+    `ModelLoadError` if two tensors are the same one.
     """
-    rules = list(_RULES[config.architecture])
-    if config.num_labels:
+    rules = list(_RULES[config.architecture] if names is None else names)
+    if config.num_labels and names is None:
         rules += _HEADS[config.architecture]
     named: dict[str, mx.array] = {}
     for source, tensor in tensors.items():

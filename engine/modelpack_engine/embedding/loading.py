@@ -3,46 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
-from mlx.nn.layers.base import Module
 
+from modelpack_engine.embedding.assembly import (
+    assemble_cross_encoder,
+    assemble_embedder,
+    evaluated,
+    limits_of,
+)
 from modelpack_engine.embedding.batching import BatchLimits
-from modelpack_engine.embedding.cross_encoder import CrossEncoder, CrossEncoderConfig
+from modelpack_engine.embedding.cross_encoder import CrossEncoder
 from modelpack_engine.embedding.decoder import Decoder, load_decoder
-from modelpack_engine.embedding.embedder import Backbone, Embedder, EmbedderConfig
-from modelpack_engine.embedding.encoder import Encoder
+from modelpack_engine.embedding.embedder import Embedder
 from modelpack_engine.embedding.encoder_config import is_cross_encoder, is_encoder
 from modelpack_engine.embedding.encoder_loading import load_encoder
+from modelpack_engine.embedding.gguf_loading import Purpose, gguf_purpose, load_gguf_embedder
 from modelpack_engine.embedding.inputs import InputReader
 from modelpack_engine.embedding.pooling import PoolingMode
-from modelpack_engine.embedding.sentence_files import (
-    NormalizeStep,
-    SentenceFiles,
-    read_sentence_files,
-)
-from modelpack_engine.embedding.steps import Steps
+from modelpack_engine.embedding.sentence_files import SentenceFiles, read_sentence_files
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.loaders import json_tokenizer
 from modelpack_engine.loaders.files import MODULES, ModelFiles
 from modelpack_engine.loaders.loading import Device, context_length_of
-from modelpack_engine.loaders.precision import evaluate, set_dtype, unpack
+from modelpack_engine.loaders.precision import set_dtype, unpack
 from modelpack_engine.loaders.safetensors import read_config
 from modelpack_engine.loaders.tokenizer import Tokenizer
 
-#: What a model is for, as far as its files say.
-Purpose = Literal["embedding", "ranking", "generation"]
-
-_CPU_LIMITS = BatchLimits(max_texts=32, max_tokens=4096)
-_GPU_LIMITS = BatchLimits(max_texts=256, max_tokens=32768)
 _UNLIMITED = 10**9  # transformers writes 10**30 for "no limit"
 
 
 def purpose_of(files: ModelFiles) -> Purpose:
     """Return what a model is for: an encoder, or one with modules.json, does not generate."""
-    if files.format != "safetensors":
-        return "generation"
+    if files.format == "gguf":
+        return gguf_purpose(files)
     config = files.json("config.json") or {}
     if is_encoder(config):
         return "ranking" if is_cross_encoder(config) else "embedding"
@@ -60,14 +55,16 @@ def load_embedder(
     if dtype is None and device == "cpu":
         dtype = mx.float32
     with mx.stream(mx.cpu if device == "cpu" else mx.gpu):
+        if files.format == "gguf":
+            return load_gguf_embedder(files, device, dtype)
         config = read_config(files)
         sentence = read_sentence_files(files)
         tokenizer = json_tokenizer.tokenizer_of(files, config)
-        limits = _CPU_LIMITS if device == "cpu" else _GPU_LIMITS
+        limits = limits_of(device)
         if not is_encoder(config):
             return _decoder(files, config, sentence, tokenizer, limits, dtype)
         encoder = load_encoder(files, config, dtype)
-        weight_bytes = _evaluated(encoder)
+        weight_bytes = evaluated(encoder)
         parsed = encoder.config
         reader = InputReader(
             tokenizer,
@@ -76,8 +73,8 @@ def load_embedder(
             sentence.lowers_text,
         )
         if parsed.num_labels:
-            return _cross_encoder(files, encoder, reader, limits, weight_bytes)
-        return _embedder(
+            return assemble_cross_encoder(files, encoder, reader, limits, weight_bytes)
+        return assemble_embedder(
             files,
             sentence,
             reader,
@@ -108,7 +105,7 @@ def _decoder(
     if dtype == mx.float32:
         unpack(model, dtype)
     model.eval()
-    weight_bytes = _evaluated(model)
+    weight_bytes = evaluated(model)
     decoder = Decoder(model, completed)
     positions, _ = context_length_of(completed)
     reader = InputReader(
@@ -117,7 +114,7 @@ def _decoder(
         _max_length(files, sentence, positions),
         sentence.lowers_text,
     )
-    return _embedder(
+    return assemble_embedder(
         files,
         sentence,
         reader,
@@ -130,65 +127,6 @@ def _decoder(
     )
 
 
-def _embedder(
-    files: ModelFiles,
-    sentence: SentenceFiles,
-    reader: InputReader,
-    backbone: Backbone,
-    hidden_size: int,
-    usual: tuple[PoolingMode, ...],
-    architecture: str,
-    limits: BatchLimits,
-    weight_bytes: int,
-) -> Embedder:
-    notes = list(files.notes)
-    pooling, listed = sentence.pooling, sentence.steps
-    if pooling is None:
-        pooling, listed = usual, (NormalizeStep(),)
-        notes.append(f"no {MODULES}: {usual[0]} pooling and vectors of length 1 are assumed")
-    steps = Steps(files, listed, hidden_size * len(pooling))
-    config = EmbedderConfig(
-        architecture,
-        steps.dimension,
-        reader.max_length,
-        pooling,
-        steps.normalizes,
-        sentence.pools_prompt,
-        sentence.prompts,
-    )
-    return Embedder(
-        config,
-        reader,
-        backbone,
-        steps,
-        limits=limits,
-        notes=tuple(notes),
-        weight_bytes=weight_bytes,
-    )
-
-
-def _cross_encoder(
-    files: ModelFiles,
-    encoder: Encoder,
-    reader: InputReader,
-    limits: BatchLimits,
-    weight_bytes: int,
-) -> CrossEncoder:
-    if encoder.config.num_labels != 1:
-        raise ModelLoadError(
-            f"the classifier has {encoder.config.num_labels} labels;"
-            " a model that ranks documents has one"
-        )
-    return CrossEncoder(
-        CrossEncoderConfig(encoder.config.architecture, reader.max_length),
-        reader,
-        encoder,
-        limits=limits,
-        notes=files.notes,
-        weight_bytes=weight_bytes,
-    )
-
-
 def _max_length(files: ModelFiles, sentence: SentenceFiles, positions: int) -> int:
     """Return the longest input: what the files say, within what the model has positions for."""
     said = sentence.max_length
@@ -197,10 +135,3 @@ def _max_length(files: ModelFiles, sentence: SentenceFiles, positions: int) -> i
     if not isinstance(said, int) or isinstance(said, bool) or not 0 < said < _UNLIMITED:
         said = positions
     return min(said, positions)
-
-
-def _evaluated(model: Module) -> int:
-    try:
-        return evaluate(model)
-    except (RuntimeError, ValueError) as error:  # MLX reads some files only now
-        raise ModelLoadError(f"the weights cannot be read: {error}") from error

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from modelpack.errors import ModelpackError
 from modelpack_engine.loaders.chat_template import ChatTemplate
 from modelpack_engine.loaders.gguf_file import Metadata
+from modelpack_engine.loaders.gguf_wordpiece import wordpiece_of
 from modelpack_engine.loaders.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from modelpack_engine.loaders.tokenizer import Tokenizer, TokenText
 
@@ -72,6 +73,8 @@ def tokenizer_of(metadata: Metadata, chat_template: str | None = None) -> Tokeni
 def _tokenizer(metadata: Metadata, chat_template: str | None) -> Tokenizer:
     kind = metadata.text(f"{_KEY}model")
     vocabulary = _vocabulary(metadata)
+    if kind == "bert":
+        return wordpiece_of(metadata, vocabulary.tokens, vocabulary.types)
     if kind == "gpt2":
         pre_tokenizer = _pre_tokenizer(metadata)
         backend = _byte_level(metadata, vocabulary, pre_tokenizer)
@@ -82,7 +85,7 @@ def _tokenizer(metadata: Metadata, chat_template: str | None) -> Tokenizer:
         text, add_bos = TokenText.SENTENCEPIECE, True
     else:
         raise metadata.error(
-            f"the tokenizer {kind[:100]!r} is not supported, expected gpt2 or llama",
+            f"the tokenizer {kind[:100]!r} is not supported, expected gpt2, llama or bert",
             hint="package the model's tokenizer.json beside the weights",
         )
     _add_special_tokens(backend, metadata, vocabulary)

@@ -1,0 +1,64 @@
+"""MiniLM as llama.cpp's converter writes it: names from gguf-py, WordPiece with ▁ for ##.
+
+Source: llama.cpp conversion/bert.py (BertModel.set_vocab, BertModel.modify_tensors).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import mlx.core as mx
+import numpy as np
+
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def convert(source: Path, target: Path, *, half: bool = False, pooling: int = 1) -> Path:
+    """Write the BERT model in the directory `source` as a GGUF file; return `target`."""
+    config = json.loads((source / "config.json").read_text())
+    writer = gguf.GGUFWriter(str(target), "bert")
+    writer.add_name("minilm")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_causal_attention(False)
+    writer.add_pooling_type(gguf.PoolingType(pooling))
+    _add_vocabulary(writer, source)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, config["num_hidden_layers"])
+    for name, array in mx.load(str(source / "model.safetensors")).items():
+        if name.endswith("position_ids") or name.startswith("pooler."):
+            continue
+        values = np.array(array.astype(mx.float32))
+        if half and values.ndim > 1 and "position" not in name and "token_type" not in name:
+            values = values.astype(np.float16)
+        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert known is not None, name
+        writer.add_tensor(known, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, source: Path) -> None:
+    vocabulary = json.loads((source / "tokenizer.json").read_text())["model"]["vocab"]
+    pieces = sorted(vocabulary, key=vocabulary.__getitem__)
+    tokens, types = [], []
+    for piece in pieces:
+        special = piece in _SPECIAL
+        bare = piece.removeprefix("##")
+        tokens.append(piece if special else bare if bare != piece else f"▁{piece}")
+        types.append(gguf.TokenType.CONTROL if special else gguf.TokenType.NORMAL)
+    writer.add_tokenizer_model("bert")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_type_count(2)
+    for name, piece in (("pad", "[PAD]"), ("unk", "[UNK]"), ("sep", "[SEP]")):
+        getattr(writer, f"add_{name}_token_id")(vocabulary[piece])
