@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import mlx.core as mx
 import tokenizers
@@ -120,3 +122,22 @@ class TinyCatalogue:
         engine.wait_until_ready(60)
         self.engines.append(engine)
         return LoadedEngine(engine)
+
+
+def write_tiny(directory: Path, **generation: object) -> Path:
+    """Write the model as its makers would publish it, with a generation_config.json."""
+    directory.mkdir()
+    model = tiny_model()
+    mx.save_safetensors(
+        str(directory / "model.safetensors"),
+        dict(tree_flatten(model.parameters())),
+        metadata={"format": "pt"},
+    )
+    config = vars(model.args) | {"eos_token_id": EOS, "architectures": ["LlamaForCausalLM"]}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    tiny_tokenizer()._backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<eos>", "chat_template": TEMPLATE})
+    )
+    return directory

@@ -1,0 +1,96 @@
+"""The pool over a real store and real engines, with a tiny model in it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import mlx.core as mx
+import pytest
+
+import modelpack
+from modelpack.errors import NotFoundError
+from modelpack.operations.package import PackageRequest
+from modelpack.stores.layout import LayoutStore
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.conversation.chat import start_chat
+from modelpack_engine.conversation.served import ServedModel
+from modelpack_engine.conversation.spec import ChatSpec
+from modelpack_engine.errors import OutOfMemoryError
+from modelpack_engine.output.parts import Text
+from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.pool.settings import ModelSettings
+from modelpack_engine.pool.store_catalogue import StoreCatalogue
+from modelpack_engine.sampling_params import SamplingParams
+from tests.engine.serving.tiny import CONTEXT, reference_tokens, tiny_tokenizer, write_tiny
+
+CONFIG = EngineConfig(device="cpu", max_num_seqs=2, max_num_batched_tokens=32, kv_cache_bytes=2**20)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> LayoutStore:
+    """A store with a model of the whole context, and the same packaged for a smaller one."""
+    root = tmp_path_factory.mktemp("pool")
+    files = write_tiny(root / "files", temperature=0.0, top_k=5)
+    made = LayoutStore(root / "store")
+    for name, size in (("ai/tiny", None), ("team/small:v2", 100)):
+        modelpack.package(
+            name, PackageRequest(safetensors_dir=files, context_size=size), store=made
+        )
+    return made
+
+
+async def say(model: ServedModel) -> str:
+    spec = ChatSpec(
+        [{"role": "user", "content": "hello"}],
+        model.sampling_params({"ignore_eos": True}),
+        max_tokens=6,
+    )
+    async with await start_chat(model, spec) as stream:
+        deltas = [delta async for delta in stream]
+    return "".join(p.text for d in deltas for p in d.parts if isinstance(p, Text))
+
+
+def test_two_models_answer_at_once_and_go(store: LayoutStore) -> None:
+    tokenizer = tiny_tokenizer()
+    prompt = tokenizer.encode("user: hello\nassistant:")
+    expected = tokenizer.decode(reference_tokens(prompt, 6), skip_special_tokens=False)
+
+    async def run() -> None:
+        pool = ModelPool(StoreCatalogue(store, CONFIG), memory=2**30)
+        before = mx.get_active_memory()
+        async with pool.lease("tiny") as one, pool.lease("team/small:v2") as two:
+            assert (one.max_model_len, two.max_model_len) == (CONTEXT, 100)
+            assert one.sampling_params({}).temperature == 0
+            assert one.sampling_params({}).top_k == 5
+            assert await asyncio.gather(say(one), say(two)) == [expected, expected]
+        memory = [model.memory for model in pool.running()]
+        assert len(memory) == 2
+        assert all(taken >= 2**18 for taken in memory)
+        await pool.configure("tiny", ModelSettings(context_size=50, preset="creative"))
+        async with pool.lease("docker.io/ai/tiny:latest") as again:
+            assert again.max_model_len == 50
+            assert again.sampling_params({}) == SamplingParams(
+                temperature=1.0, top_p=0.98, min_p=0.02, presence_penalty=0.3, top_k=5
+            )
+        await pool.close()
+        assert pool.running() == []
+        assert mx.get_active_memory() - before < 2**20
+
+    asyncio.run(run())
+
+
+def test_what_is_not_there_or_does_not_fit(store: LayoutStore) -> None:
+    async def run() -> None:
+        pool = ModelPool(StoreCatalogue(store, CONFIG), memory=2**20)
+        for name in ("other", "..", "", "a b"):
+            with pytest.raises(NotFoundError):
+                await pool.find(name)
+        found = await pool.find("tiny")
+        assert (await pool.find(found.key)).key == found.key
+        assert found.names[0] == "tiny"
+        assert sorted(model.names[0] for model in await pool.stored()) == ["team/small:v2", "tiny"]
+        with pytest.raises(OutOfMemoryError, match=r"tiny needs about 1\.\d MiB, and of 1\.0 MiB"):
+            await pool.preload("tiny")
+        await pool.close()
+
+    asyncio.run(run())
