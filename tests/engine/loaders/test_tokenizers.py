@@ -167,7 +167,7 @@ def test_what_looks_like_an_end_may_be_text(kind: int, ends: bool, tmp_path: Pat
     ("changes", "message"),
     [
         ({"pre": "no-such-pre"}, "pre-tokeniser 'no-such-pre' is not known"),
-        ({"model": "bert"}, "tokenizer 'bert' is not supported"),
+        ({"model": "t5"}, "tokenizer 't5' is not supported"),
         ({"tokens": ["a", "a"], "types": [1, 1]}, "holds a token twice"),
         ({"types": [1]}, "435 tokens have 1 types"),
         ({"merges": ["nospace"]}, "'nospace' has no two parts"),
