@@ -79,11 +79,15 @@ def logits(model: str, prompts: list[list[int]], every: int = 1, greedy: int = 0
     return answer
 
 
-def quantize(source: str, target: str, type: str) -> dict[str, Any]:
-    """Write `target`, which is `source` in another file type such as Q4_K_M."""
+def quantize(source: str, target: str, type: str, pure: bool = False) -> dict[str, Any]:
+    """Write `target`, which is `source` in another file type such as Q4_K_M.
+
+    `pure` has every tensor in the type itself, where its rows can be: no mixture.
+    """
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{type}")
     params.allow_requantize = True
+    params.pure = pure
     params.nthread = 2
     code = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
     return {"code": int(code)}
