@@ -11,10 +11,14 @@ from collections.abc import Iterable
 
 
 class AllowedHosts:
-    """The hosts that requests may be for: loopback ones, and `names` (addresses too)."""
+    """The hosts that requests may be for: loopback ones, and `names`.
+
+    A name may be an address; one that begins with a dot stands for all names below it.
+    """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
         self._names = {host_of(name) for name in names}
+        self._endings = tuple(name for name in self._names if name.startswith("."))
         # Bound to all addresses, each of them is ours; rebinding needs a name, not an address.
         self._any_address = any(_is_unspecified(name) for name in self._names)
 
@@ -24,6 +28,8 @@ class AllowedHosts:
             return False
         name = host_of(host)
         if name == "localhost" or name in self._names:
+            return True
+        if self._endings and name.endswith(self._endings):
             return True
         try:
             address = ipaddress.ip_address(name)

@@ -12,6 +12,10 @@ from modelpack.gateway.observing import family_in
 from modelpack.gateway.traces import trace_of
 from modelpack.hosts import AllowedHosts
 
+# Names that no foreign page can have: they are not of the public DNS. (RFC 6761 section 6.3; the
+# names by which Docker's containers reach their host, see docs.docker.com on networking.)
+_OURS = (".localhost", ".docker.internal")
+
 
 class HostCheck:
     """ASGI middleware that answers 403 to requests meant for another host."""
@@ -19,7 +23,7 @@ class HostCheck:
     def __init__(self, app: ASGIApp, allowed: Iterable[str] = ()) -> None:
         """`allowed`: names and addresses besides the loopback ones."""
         self._app = app
-        self._hosts = AllowedHosts(allowed)
+        self._hosts = AllowedHosts((*_OURS, *allowed))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":

@@ -97,6 +97,9 @@ class Proxy:
                     if body.replayable:
                         continue
                     break
+                except httpx.InvalidURL:
+                    await self._fail(scope, send, 400, "the request's path is no path of a URL")
+                    return
                 except httpx.TimeoutException:
                     await self._fail(scope, send, 504, "the upstream did not answer in time")
                     return

@@ -359,6 +359,16 @@ def test_urls_that_are_none(url: str) -> None:
     assert "pw-secret" not in str(caught.value)
 
 
+def test_a_target_that_is_none() -> None:
+    upstream = Upstream()
+    with serving(upstream) as url, gateway(url) as served:
+        host, port = served.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(f"GET /a#b HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
+    assert upstream.asked == []
+
+
 def test_own_credentials_for_upstreams() -> None:
     upstream = Upstream()
     with serving(upstream) as url, gateway(url, upstream_key="mp_theirs") as served:
