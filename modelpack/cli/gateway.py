@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -54,10 +55,6 @@ def protection_options(command: F) -> F:
         "--allow-host", "hosts", metavar="NAME", multiple=True,
         help="A host name that clients may use besides the address. May be repeated.",
     )  # fmt: skip
-    @click.option(
-        "--max-body", type=click.IntRange(min=1), default=64, show_default=True, metavar="MIB",
-        help="Largest request in MiB; larger ones are answered 413.",
-    )  # fmt: skip
     @functools.wraps(command)
     def wrapped(
         *args: Any,
@@ -65,7 +62,6 @@ def protection_options(command: F) -> F:
         allow_anonymous: bool,
         origins: tuple[str, ...],
         hosts: tuple[str, ...],
-        max_body: int,
         **arguments: Any,
     ) -> Any:
         def protection(host: str) -> Protection:
@@ -77,7 +73,6 @@ def protection_options(command: F) -> F:
                 keys=KeyFile(key_file) if key_file is not None else None,
                 cors=check_origins(origins),
                 allowed_hosts=hosts,
-                max_body=max_body * _MIB,
                 allow_anonymous=allow_anonymous,
             )
 
@@ -119,6 +114,10 @@ def request_log(settings: Settings) -> Iterator[None]:
     "--timeout", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,
     help="Seconds that an upstream may take between two pieces of a reply.",
 )  # fmt: skip
+@click.option(
+    "--max-body", type=click.IntRange(min=1), default=64, show_default=True, metavar="MIB",
+    help="Largest request in MiB; larger ones are answered 413.",
+)  # fmt: skip
 @protection_options
 @common_options
 @click.pass_context
@@ -130,6 +129,7 @@ def gateway(
     port: int,
     balance: Any,
     timeout: float,
+    max_body: int,
     protection: Callable[[str], Protection],
 ) -> None:
     """Put API keys, limits, traces and failover before servers; print the address.
@@ -146,7 +146,7 @@ def gateway(
         server = GatewayServer(
             GatewaySettings(
                 upstreams=upstreams,
-                protection=protection(host),
+                protection=dataclasses.replace(protection(host), max_body=max_body * _MIB),
                 policy=balance,
                 timeout=timeout,
                 upstream_key=os.environ.get("MODELPACK_UPSTREAM_KEY") or None,

@@ -6,11 +6,12 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from modelpack.cli.engine import engine_options, parse_size
+from modelpack.cli.gateway import protection_options
 from modelpack.cli.options import (
     Settings,
     common_options,
@@ -22,6 +23,9 @@ from modelpack.cli.output import note, show_json
 from modelpack.cli.progress import shown_progress
 from modelpack.errors import UsageError
 from modelpack.operations.remote import RemoteOptions
+
+if TYPE_CHECKING:
+    from modelpack.gateway.protecting import Protection
 
 
 def _open(settings: Settings, model: str, remote: RemoteOptions) -> Any:
@@ -41,17 +45,7 @@ def _open(settings: Settings, model: str, remote: RemoteOptions) -> Any:
 @click.option(
     "--served-model-name", metavar="NAME", help="What clients call the first MODEL, besides MODEL."
 )
-@click.option(
-    "--keys", type=click.Path(dir_okay=False), metavar="FILE",
-    help="Ask for API keys: those in FILE (see `modelpack gateway key`).",
-)  # fmt: skip
-@click.option(
-    "--allow-anonymous", "--allow-remote", is_flag=True,
-    help="Allow an address that others can reach without keys.",
-)  # fmt: skip
-@click.option(
-    "--cors", multiple=True, metavar="ORIGIN", help="A web page's origin that may use the server."
-)
+@protection_options
 @click.option("--preset", help="Settings for a use: code, chat, creative or long-context.")
 @click.option(
     "--keep-alive", metavar="TIME", default="5m", show_default=True,
@@ -71,9 +65,7 @@ def serve(
     host: str,
     port: int,
     served_model_name: str | None,
-    keys: str | None,
-    allow_anonymous: bool,
-    cors: tuple[str, ...],
+    protection: Callable[[str], Protection],
     preset: str | None,
     keep_alive: str,
     memory: str | None,
@@ -89,10 +81,10 @@ def serve(
     """
     if served_model_name and not models:
         raise UsageError("--served-model-name names a MODEL, and none is given")
+    protected_by = protection(host)
     for model in models:
         _open(settings, model, remote)
-    from modelpack.gateway.key_file import KeyFile
-    from modelpack.gateway.protecting import Protection, protect
+    from modelpack.gateway.protecting import protect
     from modelpack_engine.pool.device_memory import device_memory
     from modelpack_engine.pool.keep_alive import parse_keep_alive
     from modelpack_engine.pool.pool import ModelPool
@@ -119,18 +111,12 @@ def serve(
             made.alias(served_model_name, models[0])
         return made
 
-    protection = Protection(
-        host=host,
-        keys=KeyFile(keys) if keys else None,
-        cors=cors,
-        allow_anonymous=allow_anonymous,
-    )
     _log_to_stderr(settings)
     server = ModelServer(
         pool,
         address=f"{_bracketed(host)}:{port}",
-        allow_remote=keys is not None or allow_anonymous,
-        wrap=lambda app: protect(app, protection),
+        allow_remote=True,  # `Protection` has seen to it that keys are asked for
+        wrap=lambda app: protect(app, protected_by),
     )
     note(settings, f"serving {', '.join(models) or 'the store'}; stop with Ctrl-C")
     server.run(lambda: click.echo(server.url))

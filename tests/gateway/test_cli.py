@@ -97,3 +97,18 @@ def test_the_command_serves_logs_and_stops(tmp_path: Path) -> None:
     assert (traces[2]["key"], traces[2]["upstream"]) == ("alice", upstream)
     assert secret not in err
     assert "top-secret" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "--allow-anonymous"),
+        (["--cors", "evil.example"], "no origin"),
+        (["--keys", "/nowhere"], "cannot read the keys"),
+    ],
+)
+def test_serve_asks_for_the_same(arguments: list[str], message: str) -> None:
+    pytest.importorskip("mlx_lm")
+    result = modelpack("serve", *arguments)
+    assert result.code == 2
+    assert message in result.err
