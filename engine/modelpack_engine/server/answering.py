@@ -7,7 +7,7 @@ a status of its own; and when the client leaves, at whatever stage, its work is 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any, Protocol, TypeVar
 
@@ -39,7 +39,7 @@ async def answer(
     name: str,
     start: Callable[[ServedModel], Awaitable[S]],
     whole: Callable[[ServedModel, S], Coroutine[Any, Any, Any]],
-    pieces: Callable[[ServedModel, S], AsyncIterator[str]] | None,
+    pieces: Callable[[ServedModel, S], AsyncGenerator[str, None]] | None,
     *,
     keep_alive: str | float | None = None,
     media_type: str = "text/event-stream",

@@ -20,6 +20,9 @@ from modelpack_engine.server.traces import EngineTraces
 # Families whose errors look different: (whether a path is theirs, what their errors look like).
 _SHAPES: Sequence[tuple[Callable[[str], bool], Shape]] = ()
 
+# Where models are sent: as large as they are.
+_UPLOADS = ("/models/load", "/api/blobs/")
+
 
 def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """Return the application over `pool`, which it starts and closes (ASGI's lifespan protocol)."""
@@ -57,6 +60,7 @@ def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> Fast
         BodyLimit,
         limit=max_body_bytes,
         shape_of=lambda path: problems.shape_of(path, _SHAPES),
+        is_unlimited=lambda path: path.startswith(_UPLOADS),
     )
     app.add_middleware(EngineTraces)
     return app

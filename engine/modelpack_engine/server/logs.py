@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 _LINES = 2000
 _WAITING = 10_000
@@ -36,7 +36,7 @@ class LogBuffer(logging.Handler):
         """Return the lines that are kept."""
         return "".join(self._lines)
 
-    async def follow(self) -> AsyncIterator[str]:
+    async def follow(self) -> AsyncGenerator[str, None]:
         """Yield the lines that are kept, then each one as it comes, for ever."""
         queue: asyncio.Queue[str] = asyncio.Queue(_WAITING)
         self._followers[queue] = asyncio.get_running_loop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -40,7 +40,7 @@ class LiveStream(Response):
 
     def __init__(
         self,
-        pieces: AsyncIterator[str],
+        pieces: AsyncGenerator[str, None],
         opened: AsyncExitStack,
         *,
         media_type: str = "text/event-stream",
@@ -71,6 +71,7 @@ class LiveStream(Response):
             for task in (writer, watcher):
                 task.cancel()
             await asyncio.gather(writer, watcher, return_exceptions=True)
+            await self._pieces.aclose()
             await self._opened.aclose()
 
     async def _write(self, send: Send) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -92,7 +92,9 @@ async def whole(body: ChatRequest, model: ServedModel, stream: ChatStream) -> di
     return Envelope("chatcmpl", "chat.completion", body.model).body(bodies, total_usage(usages))
 
 
-async def events(body: ChatRequest, model: ServedModel, stream: ChatStream) -> AsyncIterator[str]:
+async def events(
+    body: ChatRequest, model: ServedModel, stream: ChatStream
+) -> AsyncGenerator[str, None]:
     """Yield the response piece by piece: the role, the parts, why it ended, the token counts."""
     envelope = Envelope(
         "chatcmpl", "chat.completion", body.model, chunk_kind="chat.completion.chunk"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -154,7 +154,7 @@ async def whole(body: CompletionRequest, model: ServedModel, prompts: Prompts) -
 
 async def events(
     body: CompletionRequest, model: ServedModel, prompts: Prompts
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     """Yield the response piece by piece, prompt after prompt; all of them run meanwhile."""
     envelope = Envelope("cmpl", "text_completion", body.model)
     usage = "null" if body.include_usage else ""
