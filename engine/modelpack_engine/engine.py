@@ -14,8 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from dataclasses import replace
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
@@ -28,44 +27,24 @@ from modelpack_engine.choice import Choice
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.errors import EngineError, RequestError
 from modelpack_engine.loaders import LoadedModel
-from modelpack_engine.logprobs import Logprobs, gather_logprobs
 from modelpack_engine.model_runner import ModelRunner
-from modelpack_engine.outputs import EngineStats, FinishReason, RequestEvent, TokenLogprob
-from modelpack_engine.sampler import NO_TOKEN, Sampled, Sampler, SampleRow
+from modelpack_engine.outputs import EngineStats, FinishReason, RequestEvent
+from modelpack_engine.sampler import NO_TOKEN, Sampler, SampleRow
 from modelpack_engine.sampling_params import SamplingParams
-from modelpack_engine.schedule import SchedulerOutput
 from modelpack_engine.scheduler import Scheduler
 from modelpack_engine.sequence import Sequence
 from modelpack_engine.sizing import Sizes, choose_sizes, on_gpu
+from modelpack_engine.step import (
+    Step,
+    StepTokens,
+    gather_prompt_logprobs,
+    next_prompt_tokens,
+    read_tokens,
+    sample_row,
+    with_prompt_rows,
+)
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A step whose graph is built: what was scheduled, and what it samples, if anything.
-
-    `logits` are of rows that are still to be sampled, which waits for masks; else None.
-    """
-
-    output: SchedulerOutput
-    batch: StepBatch
-    logits: mx.array | None
-    sampled: Sampled | None
-    prompt_logprobs: Logprobs | None
-
-    def arrays(self) -> list[mx.array]:
-        parts = (self.sampled, self.prompt_logprobs)
-        arrays = [array for part in parts if part is not None for array in part.arrays()]
-        return arrays if self.logits is None else [*arrays, self.logits]
-
-
-class _Tokens(NamedTuple):
-    """What a step sampled, as the host reads it: an entry a row."""
-
-    step: _Step
-    token_ids: list[int]
-    logprobs: list[TokenLogprob | None]
 
 
 class Engine:
@@ -111,7 +90,7 @@ class Engine:
         )
         self._choices: dict[int, Choice] = {}  # by seq_id, until they end
         self._sampling: set[int] = set()  # seq_ids that the sampler knows
-        self._pending: _Step | None = None
+        self._pending: Step | None = None
         if self.config.warm_up and on_gpu():
             self._warm_up()
 
@@ -223,7 +202,7 @@ class Engine:
 
     # A step's parts
 
-    def _build(self) -> _Step | None:
+    def _build(self) -> Step | None:
         """Schedule the next step and build its graph."""
         output = self._scheduler.schedule()
         if output is None:
@@ -234,32 +213,32 @@ class Engine:
             self._introduce(chunk.sequence)
         previous = self._pending.batch if self._pending else None
         batch = build_batch(output, previous, self._sizes.buckets, self.config.block_size)
-        logits = self._runner.forward(_with_prompt_rows(batch), self._token_ids(batch))
+        logits = self._runner.forward(with_prompt_rows(batch), self._token_ids(batch))
         num_sampled = len(batch.sample_rows)
         prompt_logprobs = None
         if batch.prompt_logprob_rows:
             stop = num_sampled + len(batch.prompt_logprob_rows)
-            prompt_logprobs = _gather_prompt_logprobs(batch, logits[num_sampled:stop])
+            prompt_logprobs = gather_prompt_logprobs(batch, logits[num_sampled:stop])
             logits = logits[:num_sampled]
-        step = _Step(output, batch, None, None, prompt_logprobs)
+        step = Step(output, batch, None, None, prompt_logprobs)
         if not batch.sample_seqs:
             return step
         if any(sequence.params.mask is not None for sequence in batch.sample_seqs):
             return replace(step, logits=logits)
-        rows = [_sample_row(sequence) for sequence in batch.sample_seqs]
+        rows = [sample_row(sequence) for sequence in batch.sample_seqs]
         return replace(step, sampled=self._sampler.sample(logits, rows))
 
-    def _read(self) -> _Tokens | None:
+    def _read(self) -> StepTokens | None:
         """Wait for the step in flight; return its tokens."""
         if self._pending is None:
             return None
         # A step that fails is noticed here: it stays pending then, for `fail_all` to account for.
-        tokens = _read(self._pending)
+        tokens = read_tokens(self._pending)
         self._take_prompt_logprobs(self._pending)
         self._pending = None
         return tokens
 
-    def _fail_rows(self, tokens: _Tokens | None) -> list[RequestEvent]:
+    def _fail_rows(self, tokens: StepTokens | None) -> list[RequestEvent]:
         """End the choices that have no token; return that. What they wrote is zeroed."""
         events: list[RequestEvent] = []
         if tokens is None:
@@ -272,12 +251,12 @@ class Engine:
                 events.append(self._fail(sequence, text))
         return events
 
-    def _launch(self, step: _Step | None) -> None:
+    def _launch(self, step: Step | None) -> None:
         """Have the device compute what is built of a step."""
         if step is not None:
             mx.async_eval(*step.arrays(), *self._runner.pools())
 
-    def _take(self, tokens: _Tokens | None) -> list[RequestEvent]:
+    def _take(self, tokens: StepTokens | None) -> list[RequestEvent]:
         """Give tokens to the sequences of their step; return what they mean for its requests."""
         events: list[RequestEvent] = []
         if tokens is None:
@@ -294,7 +273,7 @@ class Engine:
                 self._end(sequence)
         return events
 
-    def _submit(self, step: _Step | None) -> list[RequestEvent]:
+    def _submit(self, step: Step | None) -> list[RequestEvent]:
         """Take note that the device has a step, after having sampled it if that waits for masks.
 
         Returns what ends here: choices whose masks fail.
@@ -321,7 +300,7 @@ class Engine:
                 allowed = choice.mask.allowed()
             except EngineError as error:
                 events.append(self._fail(sequence, str(error)))
-        return replace(_sample_row(sequence), allowed=allowed)
+        return replace(sample_row(sequence), allowed=allowed)
 
     def _fail(self, sequence: Sequence, message: str) -> RequestEvent:
         """End one choice with an error."""
@@ -365,12 +344,12 @@ class Engine:
     def _end(self, sequence: Sequence) -> None:
         self._choices.pop(sequence.seq_id, None)
 
-    def _take_prompt_logprobs(self, step: _Step) -> None:
+    def _take_prompt_logprobs(self, step: Step) -> None:
         if step.prompt_logprobs is None:
             return
         sequences = step.batch.prompt_logprob_seqs
         wanted = [sequence.params.prompt_logprobs for sequence in sequences]
-        token_ids = _next_prompt_tokens(step.batch)
+        token_ids = next_prompt_tokens(step.batch)
         for sequence, entry in zip(
             sequences, step.prompt_logprobs.read(token_ids, wanted), strict=True
         ):
@@ -385,40 +364,3 @@ def layout_of(model: Module) -> ModelLayout | None:
         return find_layout(model)
     except UnknownCacheError:
         return None
-
-
-def _sample_row(sequence: Sequence) -> SampleRow:
-    position = sequence.num_tokens
-    return SampleRow(sequence.seq_id, position, position - len(sequence.prompt_token_ids))
-
-
-def _with_prompt_rows(batch: StepBatch) -> StepBatch:
-    """Return the batch with the rows of prompts whose log-probabilities are wanted sampled too."""
-    if not batch.prompt_logprob_rows:
-        return batch
-    return replace(batch, sample_rows=batch.sample_rows + batch.prompt_logprob_rows)
-
-
-def _next_prompt_tokens(batch: StepBatch) -> list[int]:
-    """Return, for each row of a prompt that is wanted, the prompt's token after it."""
-    return [
-        sequence.prompt_token_ids[batch.positions[row] + 1]
-        for row, sequence in zip(batch.prompt_logprob_rows, batch.prompt_logprob_seqs, strict=True)
-    ]
-
-
-def _gather_prompt_logprobs(batch: StepBatch, logits: mx.array) -> Logprobs:
-    num_top = max(sequence.params.prompt_logprobs or 0 for sequence in batch.prompt_logprob_seqs)
-    return gather_logprobs(logits, mx.array(_next_prompt_tokens(batch), mx.int32), num_top)
-
-
-def _read(step: _Step) -> _Tokens:
-    """Wait for a step; return its tokens, and their log-probabilities where they are wanted."""
-    if step.sampled is None:
-        return _Tokens(step, [], [])
-    sequences = step.batch.sample_seqs
-    token_ids = cast("list[int]", step.sampled.token_ids.tolist())[: len(sequences)]
-    if step.sampled.logprobs is None:
-        return _Tokens(step, token_ids, [None] * len(token_ids))
-    wanted = [sequence.params.logprobs for sequence in sequences]
-    return _Tokens(step, token_ids, step.sampled.logprobs.read(token_ids, wanted))
