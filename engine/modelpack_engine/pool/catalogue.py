@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from modelpack.stores.layout import LayoutStore
 from modelpack_engine.async_engine import EngineState
 from modelpack_engine.conversation.served import ServingEngine
 from modelpack_engine.meter import Meter
@@ -53,7 +54,12 @@ class LoadedEngine:
 
 
 class Catalogue(Protocol):
-    """What a pool is over. `find`, `stored`, `needs` and `load` run in threads."""
+    """What a pool is over. `find`, `stored`, `needs` and `load` run in threads.
+
+    `store` is where the models are, for those who change what is there.
+    """
+
+    store: LayoutStore
 
     def version(self) -> object:
         """Return something that differs once a name may stand for another model; quick."""

@@ -40,6 +40,7 @@ class Entry:
     last_used: float = 0.0
     #: Bytes that it takes, or will take once it is loaded.
     memory: int = 0
+    was_loaded: bool = False  # at any time
     #: What the last attempt to load it raised.
     failure: Exception | None = None
     change: asyncio.Task[None] | None = None

@@ -149,8 +149,8 @@ class ModelPool:
         if self.is_closing:
             return False, "the server is shutting down"
         for name, pin in self._pins.items():
-            if pin.entry is not None and pin.entry.state is ModelState.READY:
-                continue
+            if pin.entry is not None and pin.entry.was_loaded and pin.entry.failure is None:
+                continue  # if it is gone since, somebody wanted it so
             failure = pin.failure or (pin.entry.failure if pin.entry else None)
             if failure is not None:
                 return False, f"the model {name} could not be loaded: {failure}"
@@ -300,6 +300,7 @@ class ModelPool:
             presets={name: preset.sampling for name, preset in PRESETS.items()},
         )
         entry.state = ModelState.READY
+        entry.was_loaded = True
         entry.last_used = self.clock()
         self._wake.set()
 

@@ -54,13 +54,17 @@ class ModelSettings:
         chosen = preset_named(self.preset).sampling if self.preset else {}
         return {**own, **chosen, **parse_flags(self.runtime_flags).sampling, **self.sampling}
 
+    def engine_fields(self) -> dict[str, Any]:
+        """Return the fields of EngineConfig that flags and `engine` set."""
+        return {**parse_flags(self.runtime_flags).engine, **self.engine}
+
     def engine_config(self, base: EngineConfig) -> EngineConfig:
         """Return the configuration of the engine; `base` is the server's.
 
         The context size of a preset is cut to what the model and the memory hold; one that was
         asked for and does not fit is an error of the engine's.
         """
-        given = {**parse_flags(self.runtime_flags).engine, **self.engine}
+        given = self.engine_fields()
         if self.context_size:
             given["max_model_len"] = self.context_size
         if self.preset is not None:

@@ -94,7 +94,10 @@ class StoreCatalogue:
         found: dict[str, str] = {}
 
         def config(_context: int, weight_bytes: int) -> EngineConfig:
-            return _within(settings.engine_config(self.config), weight_bytes, room)
+            chosen = settings.engine_config(self.config)
+            if "gpu_memory_utilization" in settings.engine_fields():
+                return chosen  # the share of this very model was asked for
+            return _within(chosen, weight_bytes, room)
 
         def make_engine() -> Engine:
             engine, found["type"] = load_model(opened, self.config, config)

@@ -14,7 +14,9 @@ from typing import Any, Protocol, TypeVar
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from modelpack.errors import UsageError
 from modelpack_engine.conversation.served import ServedModel
+from modelpack_engine.errors import RequestError
 from modelpack_engine.pool.keep_alive import parse_keep_alive
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.problems import ClientGoneError
@@ -50,7 +52,7 @@ async def answer(
     `start` hands the request to the engine of the leased model `name`. `media_type` and `failure`
     are the stream's. Raises what `start` and `ModelPool.lease` do.
     """
-    seconds = None if keep_alive is None else parse_keep_alive(keep_alive)
+    seconds = _seconds(keep_alive)
     async with AsyncExitStack() as opened:
 
         async def begin() -> tuple[ServedModel, S]:
@@ -65,6 +67,13 @@ async def answer(
             pieces(model, stream), opened.pop_all(), media_type=media_type, failure=failure
         )
     raise AssertionError("the exit stack swallows nothing")
+
+
+def _seconds(keep_alive: str | float | None) -> float | None:
+    try:
+        return None if keep_alive is None else parse_keep_alive(keep_alive)
+    except UsageError as error:
+        raise RequestError(str(error), param="keep_alive") from None
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

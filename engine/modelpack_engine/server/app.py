@@ -15,6 +15,7 @@ from modelpack_engine.server import management, openai, problems, system
 from modelpack_engine.server.bodies import MAX_BODY_BYTES, BodyLimit
 from modelpack_engine.server.logs import LogBuffer
 from modelpack_engine.server.problems import Shape
+from modelpack_engine.server.schema import describe
 from modelpack_engine.server.traces import EngineTraces
 
 # Families whose errors look different: (whether a path is theirs, what their errors look like).
@@ -56,6 +57,7 @@ def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> Fast
     app.include_router(management.router(pool))
     app.include_router(openai.router(pool))
 
+    describe(app)
     app.add_middleware(
         BodyLimit,
         limit=max_body_bytes,

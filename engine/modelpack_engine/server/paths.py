@@ -10,17 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Depends
-
-from modelpack.errors import NotFoundError
+from starlette.exceptions import HTTPException
 
 #: What clients may name in `/engines/{backend}/…`: there is one engine, whatever it is called.
 BACKENDS = ("llama.cpp", "vllm", "mlx", "modelpack")
 
 
 def check_backend(backend: str) -> None:
-    """Raise `NotFoundError` for a backend that does not exist."""
+    """Raise a 404 for a backend that does not exist."""
     if backend not in BACKENDS:
-        raise NotFoundError(f"backend not found: {backend!r}")
+        raise HTTPException(404, f"backend not found: {backend!r}")
 
 
 def add_route(

@@ -17,6 +17,9 @@ from modelpack_engine.server.problems import error_body
 
 DONE = "data: [DONE]\n\n"
 
+# Seconds without an event after which a comment is sent.
+_PATIENCE = 15.0
+
 _log = logging.getLogger(__name__)
 
 
@@ -53,6 +56,7 @@ class LiveStream(Response):
         self._pieces = pieces
         self._opened = opened
         self._failure = failure
+        self._sent = 0
 
     def init_headers(self, headers: Any = None) -> None:
         """Make the headers; the length is not known."""
@@ -63,21 +67,34 @@ class LiveStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = asyncio.ensure_future(self._write(send))
         watcher = asyncio.ensure_future(gone(receive))
+        beats = asyncio.ensure_future(self._keep_alive(send))
         try:
             await asyncio.wait({writer, watcher}, return_when=asyncio.FIRST_COMPLETED)
             if writer.done():
                 writer.result()
         finally:
-            for task in (writer, watcher):
+            for task in (writer, watcher, beats):
                 task.cancel()
-            await asyncio.gather(writer, watcher, return_exceptions=True)
+            await asyncio.gather(writer, watcher, beats, return_exceptions=True)
             await self._pieces.aclose()
             await self._opened.aclose()
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Send a comment where nothing else has been sent for long: a prompt may take its time,
+        and those between here and the client lose patience.
+        """
+        while self.media_type == "text/event-stream":
+            before = self._sent
+            await asyncio.sleep(_PATIENCE)
+            if 0 < self._sent == before:
+                beat = b": keepalive\n\n"
+                await send({"type": "http.response.body", "body": beat, "more_body": True})
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for piece in self._pieces:
+                self._sent += 1
                 await send(
                     {"type": "http.response.body", "body": piece.encode(), "more_body": True}
                 )

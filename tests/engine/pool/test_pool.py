@@ -195,6 +195,8 @@ async def test_pinned_models_stay_and_make_the_pool_ready() -> None:
     with pytest.raises(OutOfMemoryError, match="pinned"):
         await pool.preload("b")
     assert loaded(pool) == ["a"]
+    assert await pool.unload(["a"]) == ["a"]
+    assert pool.readiness() == (True, "")
     await pool.close()
     assert loaded(pool) == []
     assert not pool.readiness()[0]

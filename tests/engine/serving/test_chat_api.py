@@ -256,7 +256,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0]"),
         ({"messages": [ASSISTANT, {"role": "tool", "content": "x"}]},
          "messages[1].tool_call_id"),
-        ({"keep_alive": "soon"}, None),
+        ({"keep_alive": "soon"}, "keep_alive"),
     ],
 )  # fmt: skip
 def test_what_is_refused(api: Scripted, body: dict[str, Any], param: str | None) -> None:

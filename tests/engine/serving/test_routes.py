@@ -118,6 +118,9 @@ def test_what_the_server_says_of_itself(api: Scripted) -> None:
     paths = api.http.get("/openapi.json").json()["paths"]
     assert "/v1/chat/completions" in paths
     assert "/engines/v1/chat/completions" not in paths
+    responses = paths["/v1/chat/completions"]["post"]["responses"]
+    assert "422" not in responses
+    assert "400" in responses
 
 
 def test_metrics_before_and_after(api: Scripted) -> None:

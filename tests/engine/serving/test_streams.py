@@ -211,3 +211,22 @@ def test_a_client_that_leaves_while_a_model_loads() -> None:
 def test_a_served_request_is_in_the_metrics(api: Scripted) -> None:
     api.chat("a")
     assert 'modelpack:engine_steps_total{model_name="m"' in api.http.get("/metrics").text
+
+
+def test_a_slow_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        monkeypatch.setattr("modelpack_engine.server.sse._PATIENCE", 0.001)
+        engine = ScriptedEngine(["a", "b"])
+        engine.wait = asyncio.Event()
+        app = create_app(ModelPool(ScriptedCatalogue(engine)))
+        client = _Client(b'{"model":"m","messages":[{"role":"user","content":"x"}],"stream":true}')
+        serving = asyncio.create_task(app(scope(), client.receive, client.send))
+        beat = {"type": "http.response.body", "body": b": keepalive\n\n", "more_body": True}
+        while beat not in client.sent:
+            await asyncio.sleep(0.001)
+        engine.wait.set()
+        await serving
+        assert client.sent[0]["type"] == "http.response.start"
+        assert client.sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
+
+    asyncio.run(asyncio.wait_for(run(), 20))
