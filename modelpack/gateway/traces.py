@@ -91,6 +91,10 @@ class Trace:
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "completion_tokens": self.completion_tokens,
+            # Pieces of a stream that told no usage: about as many tokens.
+            "counted_tokens": (self.counted_tokens or None)
+            if self.completion_tokens is None
+            else None,
             "queue_s": _rounded(self.queue_s),
             "ttft_s": _rounded(self.ttft),
             "tpot_s": _rounded(self.tpot),

@@ -16,8 +16,9 @@ from modelpack.errors import UsageError
 
 Policy = Literal["least-busy", "round-robin"]
 
-#: Seconds between probes of GET /health, and how long one may take.
+#: Seconds between probes of GET /health, while one is down, and how long one may take.
 PROBE_INTERVAL = 5.0
+PROBE_INTERVAL_DOWN = 1.0
 PROBE_TIMEOUT = 2.0
 _LONGEST_REST = 30.0
 _LOG = logging.getLogger("modelpack.gateway")
@@ -126,10 +127,11 @@ class Upstreams:
     async def watch(
         self, transport: httpx.AsyncBaseTransport, interval: float = PROBE_INTERVAL
     ) -> None:
-        """Probe for ever, every `interval` seconds."""
+        """Probe for ever, every `interval` seconds; more often while one is down."""
         while True:
             await self.probe_all(transport)
-            await asyncio.sleep(interval)
+            well = all(upstream.healthy for upstream in self.all)
+            await asyncio.sleep(interval if well else min(interval, PROBE_INTERVAL_DOWN))
 
 
 def _parse(text: str) -> Upstream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -201,6 +202,13 @@ def gateway(*urls: str, protection: dict[str, Any] | None = None, **more: Any) -
     settings = GatewaySettings(urls, protected_by, **({"probe_interval": 3600.0} | more))
     with GatewayServer(settings, grace=1) as server, new_client(server.url) as client:
         yield Served(server.url, client, traces)
+
+
+def unused_url() -> str:
+    """An address where nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 def new_client(url: str) -> httpx.Client:

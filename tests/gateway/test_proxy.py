@@ -11,8 +11,6 @@ import httpx
 import pytest
 from starlette.types import Receive, Send
 
-from modelpack.errors import UsageError
-from modelpack.gateway.upstreams import Upstreams
 from tests.gateway.servers import (
     CHAT,
     COMPLETION,
@@ -24,17 +22,11 @@ from tests.gateway.servers import (
     piece,
     serving,
     start_stream,
+    unused_url,
     wait_for,
 )
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
-
-
-def unused_url() -> str:
-    """An address where nobody listens."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 def test_a_request_arrives_as_it_was_sent() -> None:
@@ -113,6 +105,7 @@ def test_the_first_piece_arrives_before_the_second_is_sent() -> None:
         assert b"".join(pieces).endswith(b"data: [DONE]\n\n")
         [trace] = served.traces.wait()
     assert (trace.status, trace.finish, trace.model) == (200, "stop", "m")
+    assert trace.to_json()["counted_tokens"] == 2
     assert trace.ttft is not None
     assert trace.tpot is not None
     assert trace.queue_s is not None
@@ -330,33 +323,17 @@ def test_the_one_with_the_fewest_requests_is_asked() -> None:
     assert len(first.asked) == 1
 
 
-def test_probes_find_who_is_well() -> None:
-    import asyncio
-
-    upstreams_ = Upstream(healthy=False), Upstream()
-    with serving(upstreams_[0]) as ill, serving(upstreams_[1]) as well:
-        upstreams = Upstreams([ill, well, unused_url()])
-
-        async def probe() -> list[bool]:
-            async with httpx.AsyncHTTPTransport(trust_env=False) as transport:
-                await upstreams.probe_all(transport)
-                return [upstream.healthy for upstream in upstreams.all]
-
-        assert asyncio.run(probe()) == [False, True, False]
-        chosen = upstreams.choose()
-        assert chosen is not None
-        assert chosen.name == well
-        upstreams_[0].healthy = True
-        assert asyncio.run(probe()) == [True, True, False]
-
-
-@pytest.mark.parametrize(
-    "url", ["", "x", "ftp://x", "http://", "http://h/?q=1", "http://u:pw-secret@h", "//h"]
-)
-def test_urls_that_are_none(url: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        Upstreams([url])
-    assert "pw-secret" not in str(caught.value)
+def test_an_upload_goes_to_another_upstream_while_nothing_of_it_was_sent() -> None:
+    upstream = Upstream(healthy=False)
+    pieces = (b"x" * 1000 for _ in range(3))
+    with serving(upstream) as url, gateway(unused_url(), url, policy="round-robin") as served:
+        # Once both have been probed neither is preferred, and the dead one has its turn first.
+        while served.client.get("/health").status_code == 200:
+            pass
+        assert served.client.post("/models/load", content=pieces).status_code == 200
+        [trace] = [t for t in served.traces.wait(2) if t.path == "/models/load"]
+    assert (trace.attempts, trace.upstream) == (2, url)
+    assert [asked.body for asked in upstream.asked] == [b"x" * 3000]
 
 
 def test_a_target_that_is_none() -> None:
