@@ -15,27 +15,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from modelpack_engine.embedding.async_embedder import AsyncEmbedder as AsyncEmbedder
     from modelpack_engine.embedding.cross_encoder import CrossEncoder as CrossEncoder
-    from modelpack_engine.embedding.cross_encoder import Scores as Scores
-    from modelpack_engine.embedding.cross_encoder import sigmoid as sigmoid
     from modelpack_engine.embedding.embedder import Embedder as Embedder
     from modelpack_engine.embedding.embedder import EmbedderConfig as EmbedderConfig
-    from modelpack_engine.embedding.embedder import Embeddings as Embeddings
-    from modelpack_engine.embedding.embedder import EmbedOptions as EmbedOptions
     from modelpack_engine.embedding.loading import load_embedder as load_embedder
     from modelpack_engine.embedding.loading import purpose_of as purpose_of
     from modelpack_engine.embedding.opening import open_cross_encoder as open_cross_encoder
     from modelpack_engine.embedding.opening import open_embedder as open_embedder
     from modelpack_engine.embedding.ranking import rank_pairs as rank_pairs
+    from modelpack_engine.embedding.results import Embeddings as Embeddings
+    from modelpack_engine.embedding.results import EmbedOptions as EmbedOptions
+    from modelpack_engine.embedding.results import Scores as Scores
+    from modelpack_engine.embedding.results import sigmoid as sigmoid
 
 _EXPORTS = {
     "AsyncEmbedder": "modelpack_engine.embedding.async_embedder",
     "CrossEncoder": "modelpack_engine.embedding.cross_encoder",
-    "Scores": "modelpack_engine.embedding.cross_encoder",
-    "sigmoid": "modelpack_engine.embedding.cross_encoder",
+    "Scores": "modelpack_engine.embedding.results",
+    "sigmoid": "modelpack_engine.embedding.results",
     "Embedder": "modelpack_engine.embedding.embedder",
     "EmbedderConfig": "modelpack_engine.embedding.embedder",
-    "Embeddings": "modelpack_engine.embedding.embedder",
-    "EmbedOptions": "modelpack_engine.embedding.embedder",
+    "Embeddings": "modelpack_engine.embedding.results",
+    "EmbedOptions": "modelpack_engine.embedding.results",
     "load_embedder": "modelpack_engine.embedding.loading",
     "purpose_of": "modelpack_engine.embedding.loading",
     "open_cross_encoder": "modelpack_engine.embedding.opening",

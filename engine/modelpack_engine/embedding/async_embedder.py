@@ -2,7 +2,8 @@
 
 Requests that wait at the same time run together: each turn takes the input that has waited the
 longest and those nearest to it in length, whoever they belong to. It has what a pool of models
-asks of an engine, but generates nothing.
+asks of an engine, but generates nothing. MLX is loaded by `make_model`, not by this module: a BLAS
+has to be chosen before.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from modelpack_engine.async_engine import EngineState
 from modelpack_engine.embedding.batching import next_batch
-from modelpack_engine.embedding.cross_encoder import CrossEncoder, Pair, Scores
-from modelpack_engine.embedding.embedder import Embedder, Embeddings, EmbedOptions
 from modelpack_engine.embedding.inputs import Input, Prepared
+from modelpack_engine.embedding.results import Embeddings, EmbedOptions, Pair, Scores
 from modelpack_engine.errors import EngineError, RequestError
 from modelpack_engine.outputs import EngineStats
 
 if TYPE_CHECKING:
+    from modelpack_engine.embedding.cross_encoder import CrossEncoder
+    from modelpack_engine.embedding.embedder import Embedder
     from modelpack_engine.loaders.tokenizer import Tokenizer
     from modelpack_engine.request_stream import RequestStream
     from modelpack_engine.sampling_params import SamplingParams
@@ -125,6 +127,8 @@ class AsyncEmbedder:
     @property
     def ranks_pairs(self) -> bool:
         """Whether it is a cross-encoder, which gives no vectors."""
+        from modelpack_engine.embedding.cross_encoder import CrossEncoder
+
         return isinstance(self.model, CrossEncoder)
 
     async def embed(
@@ -134,6 +138,8 @@ class AsyncEmbedder:
 
         Raises what it raises, and `RequestError` if the model is a cross-encoder.
         """
+        from modelpack_engine.embedding.cross_encoder import CrossEncoder
+
         model = self.model
         if isinstance(model, CrossEncoder):
             raise RequestError(
@@ -150,6 +156,8 @@ class AsyncEmbedder:
 
         Raises what it raises, and `RequestError` if the model is no cross-encoder.
         """
+        from modelpack_engine.embedding.embedder import Embedder
+
         model = self.model
         if isinstance(model, Embedder):
             raise RequestError("this model is no cross-encoder", param="model")

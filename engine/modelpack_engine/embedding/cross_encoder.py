@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from modelpack_engine.embedding.arrays import as_arrays
 from modelpack_engine.embedding.batching import BatchLimits, split_batches
 from modelpack_engine.embedding.encoder import Encoder
-from modelpack_engine.embedding.inputs import InputReader, Prepared, as_arrays
+from modelpack_engine.embedding.inputs import InputReader, Prepared
+from modelpack_engine.embedding.results import Pair, Scores
 from modelpack_engine.errors import EngineError
-
-Pair = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,19 +22,6 @@ class CrossEncoderConfig:
 
     architecture: str
     max_length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """One number for each pair, the higher the better, and how many tokens were read for each."""
-
-    values: tuple[float, ...]
-    token_counts: tuple[int, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """The tokens of all pairs."""
-        return sum(self.token_counts)
 
 
 class CrossEncoder:
@@ -93,8 +80,3 @@ class CrossEncoder:
             if not np.isfinite(logit):
                 raise EngineError(f"the score of document {index} is no finite number")
         return Scores(tuple(logits), tuple(len(each) for each in prepared))
-
-
-def sigmoid(logit: float) -> float:
-    """Return 1 / (1 + exp(-logit)), without overflow."""
-    return float(0.5 * (1.0 + np.tanh(0.5 * logit)))

@@ -8,16 +8,14 @@ from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
+from modelpack_engine.embedding.arrays import as_arrays
 from modelpack_engine.embedding.batching import BatchLimits, split_batches
-from modelpack_engine.embedding.inputs import Input, InputReader, Prepared, as_arrays
+from modelpack_engine.embedding.inputs import Input, InputReader, Prepared
 from modelpack_engine.embedding.pooling import PoolingMode, pool
+from modelpack_engine.embedding.results import Embeddings, EmbedOptions, Vector
 from modelpack_engine.embedding.steps import Steps
 from modelpack_engine.errors import EngineError, RequestError
-
-#: float32, one dimension.
-Vector = NDArray[np.float32]
 
 _SHORTEST = 1e-12
 
@@ -48,36 +46,6 @@ class EmbedderConfig:
     normalize: bool
     pools_prompt: bool = True
     prompts: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Embeddings:
-    """The vectors in the order of the inputs, and how many tokens each of these had."""
-
-    vectors: tuple[Vector, ...]
-    token_counts: tuple[int, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """The tokens of all inputs."""
-        return sum(self.token_counts)
-
-
-@dataclass(frozen=True, slots=True)
-class EmbedOptions:
-    """How a request wants its vectors.
-
-    `dimensions` keeps that many numbers of each vector and makes its length 1 again, which models
-    trained for it (Matryoshka) bear. `normalize` None is as the model's files say. `truncate`
-    cuts inputs that are too long, which are refused else. `prompt` names one of the model's.
-    `noun` is what errors call the inputs: the field of the request that holds them.
-    """
-
-    dimensions: int | None = None
-    normalize: bool | None = None
-    truncate: bool = False
-    prompt: str | None = None
-    noun: str = "input"
 
 
 class Embedder:

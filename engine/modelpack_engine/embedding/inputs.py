@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import mlx.core as mx
 
 from modelpack_engine.errors import ContextLengthError, RequestError
 from modelpack_engine.loaders.tokenizer import Tokenizer
@@ -95,18 +93,3 @@ class InputReader:
                 param=param,
                 hint="split the text, or ask for it to be truncated",
             )
-
-
-def as_arrays(batch: Sequence[Prepared]) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Return ids and types int32 [texts, tokens], filled up with 0; lengths and skipped [texts]."""
-    longest = max(map(len, batch))
-
-    def filled(rows: Iterable[tuple[int, ...]]) -> mx.array:
-        return mx.array([[*row, *[0] * (longest - len(row))] for row in rows], mx.int32)
-
-    return (
-        filled(each.token_ids for each in batch),
-        filled(each.type_ids for each in batch),
-        mx.array([len(each) for each in batch], mx.int32),
-        mx.array([each.skipped for each in batch], mx.int32),
-    )

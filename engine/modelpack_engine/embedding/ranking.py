@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from modelpack_engine.embedding.async_embedder import AsyncEmbedder
-from modelpack_engine.embedding.cross_encoder import Pair, sigmoid
-from modelpack_engine.embedding.embedder import EmbedOptions, Vector
+from modelpack_engine.embedding.results import EmbedOptions, Pair, Vector, sigmoid
 
 
 async def rank_pairs(

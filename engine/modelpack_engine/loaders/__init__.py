@@ -7,10 +7,13 @@ The model is an unmodified class of `mlx_lm.models`. Reading: `loading`, then `g
 `safetensors`, then `tokenizer`.
 """
 
-from modelpack_engine import lean_mlx_lm
-from modelpack_engine.loaders.files import ModelFiles as ModelFiles
-from modelpack_engine.loaders.loading import LoadedModel as LoadedModel
-from modelpack_engine.loaders.loading import load as load
-from modelpack_engine.loaders.tokenizer import Tokenizer as Tokenizer
+from modelpack_engine import blas, lean_mlx_lm
+
+blas.prepare()  # before MLX, which everything below imports: whoever comes here first
+
+from modelpack_engine.loaders.files import ModelFiles as ModelFiles  # noqa: E402
+from modelpack_engine.loaders.loading import LoadedModel as LoadedModel  # noqa: E402
+from modelpack_engine.loaders.loading import load as load  # noqa: E402
+from modelpack_engine.loaders.tokenizer import Tokenizer as Tokenizer  # noqa: E402
 
 lean_mlx_lm.prepare()

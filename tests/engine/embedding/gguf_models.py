@@ -1,4 +1,4 @@
-"""MiniLM as llama.cpp's converter writes it: names from gguf-py, WordPiece with ▁ for ##.
+"""BERT as llama.cpp's converter writes it: names from gguf-py, WordPiece with ▁ for ##.
 
 Source: llama.cpp conversion/bert.py (BertModel.set_vocab, BertModel.modify_tensors).
 """
@@ -25,7 +25,7 @@ def convert(source: Path, target: Path, *, half: bool = False, pooling: int = 1)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_layer_norm_eps(config.get("layer_norm_eps", 1e-12))
     writer.add_causal_attention(False)
     writer.add_pooling_type(gguf.PoolingType(pooling))
     _add_vocabulary(writer, source)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -199,3 +202,19 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     assert isinstance(model.error, ModelLoadError)
     assert model.state is EngineState.FAILED
     model.close()
+
+
+@pytest.mark.parametrize("module", ["server.app", "loaders"])
+def test_a_blas_is_chosen_before_mlx_is_loaded(module: str) -> None:
+    code = f"""
+import sys
+import modelpack_engine.{module}
+from modelpack_engine import blas
+assert "mlx.core" in sys.modules
+print(blas.prepare().note)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert "imported before" not in done.stdout + done.stderr

@@ -14,8 +14,8 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from modelpack_engine.embedding.async_embedder import AsyncEmbedder
-from modelpack_engine.embedding.embedder import Embeddings, EmbedOptions, Vector
 from modelpack_engine.embedding.inputs import Input
+from modelpack_engine.embedding.results import Embeddings, EmbedOptions, Vector
 from modelpack_engine.errors import RequestError
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.embedding_model import with_embedding_model

@@ -13,8 +13,8 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from modelpack_engine.embedding.async_embedder import AsyncEmbedder
-from modelpack_engine.embedding.cross_encoder import Pair
 from modelpack_engine.embedding.ranking import rank_pairs
+from modelpack_engine.embedding.results import Pair
 from modelpack_engine.errors import RequestError
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.embedding_model import with_embedding_model
