@@ -85,5 +85,6 @@ class Answer:
         reasoned = self._parser.reasoning_tokens if self._parser is not None else 0
         usage = ChatUsage(counted.prompt_tokens, self._tokens, counted.cached_tokens, reasoned)
         return ChatDelta(
-            self._index, parts, event.token_ids, event.logprobs, finish, stopped_by, usage
-        )
+            self._index, parts, event.token_ids, event.logprobs, finish, stopped_by, usage,
+            event.timing,
+        )  # fmt: skip

@@ -26,10 +26,17 @@ class ChatStream:
     """The answer to a conversation: iterate over it for deltas of all choices, as they come.
 
     Leaving its context aborts what has not ended. `starts_reasoning` says that the prompt already
-    opened a block of reasoning.
+    opened a block of reasoning; `prompt_ids` are the prompt's tokens.
     """
 
-    def __init__(self, stream: RequestStream, answers: Sequence[Answer], reasons: bool) -> None:
+    def __init__(
+        self,
+        stream: RequestStream,
+        answers: Sequence[Answer],
+        reasons: bool,
+        prompt_ids: Sequence[int] = (),
+    ) -> None:
+        self.prompt_ids = prompt_ids
         self.prompt_tokens = stream.prompt_tokens
         self.starts_reasoning = reasons
         self._stream = stream
@@ -103,7 +110,7 @@ async def start_chat(model: ServedModel, spec: ChatSpec) -> ChatStream:
 
     answers = [answer(index) for index in range(spec.n)]
     stream = await model.submit(token_ids, params, n=spec.n)
-    return ChatStream(stream, answers, reasons)
+    return ChatStream(stream, answers, reasons, token_ids)
 
 
 async def count_prompt(model: ServedModel, spec: ChatSpec) -> int:
@@ -136,5 +143,11 @@ def offered_tools(spec: ChatSpec) -> tuple[Tool, ...]:
 
 def _prompt(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int]]:
     tokenizer = model.tokenizer
+    spec = replace(spec, messages=model.preface.before(spec.messages))
     text = render(spec, tokenizer, model.format)
-    return text, tokenizer.encode(text, add_special_tokens=False)
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    if spec.earlier:
+        if token_ids[:1] == [tokenizer.bos]:
+            del token_ids[0]  # the earlier turns begin with it
+        token_ids = [*spec.earlier, *token_ids]
+    return text, token_ids

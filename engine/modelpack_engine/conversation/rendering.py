@@ -7,6 +7,7 @@ from typing import Any
 
 from modelpack_engine.conversation.plain_tools import describe_tools
 from modelpack_engine.conversation.spec import ChatSpec
+from modelpack_engine.loaders.chat_template import ChatTemplate
 from modelpack_engine.loaders.tokenizer import Tokenizer
 from modelpack_engine.output.formats import OutputFormat
 from modelpack_engine.output.history import template_messages
@@ -23,7 +24,7 @@ def render(spec: ChatSpec, tokenizer: Tokenizer, written: OutputFormat) -> str:
     if spec.reasoning is not None:  # what templates call the switch
         options.setdefault("enable_thinking", spec.reasoning)
         options.setdefault("thinking", spec.reasoning)
-    template = tokenizer.chat_template
+    template = spec.template or tokenizer.chat_template
     tools = spec.tools if spec.tool_choice.mode != "none" else ()
     messages: Sequence[Mapping[str, Any]] = spec.messages
     if written.family is None and template is not None:
@@ -32,6 +33,7 @@ def render(spec: ChatSpec, tokenizer: Tokenizer, written: OutputFormat) -> str:
     return tokenizer.render_chat(
         template_messages(messages, written, template),
         tools=[described(tool) for tool in tools] or None,
+        template=ChatTemplate(spec.template) if spec.template is not None else None,
         **options,
     )
 

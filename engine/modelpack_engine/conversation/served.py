@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from functools import cached_property
 from typing import Any, Protocol
 
+from modelpack_engine.conversation.preface import Preface
 from modelpack_engine.errors import ContextLengthError, RequestError
 from modelpack_engine.loaders.tokenizer import Tokenizer
 from modelpack_engine.output.formats import OutputFormat, find_format
@@ -50,7 +51,7 @@ class ServedModel:
     """A model that is ready to answer, under one name.
 
     `defaults` are fields of SamplingParams that count where a request says nothing, `presets` sets
-    of such fields that a request may name.
+    of such fields that a request may name. `preface` comes before every conversation.
     """
 
     def __init__(
@@ -61,10 +62,12 @@ class ServedModel:
         model_type: str = "",
         defaults: Mapping[str, Any] | None = None,
         presets: Mapping[str, Mapping[str, Any]] | None = None,
+        preface: Preface | None = None,
     ) -> None:
         self.name = name
         self.engine = engine
         self.model_type = model_type
+        self.preface = preface or Preface()
         self.created = int(time.time())
         self._defaults = dict(defaults or {})
         self._presets = presets or {}

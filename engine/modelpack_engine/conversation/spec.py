@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from modelpack_engine.output.parts import Part
 from modelpack_engine.output.tools import Tool, ToolChoice
-from modelpack_engine.outputs import TokenLogprob, Usage
+from modelpack_engine.outputs import Timing, TokenLogprob, Usage
 from modelpack_engine.sampling_params import SamplingParams
 from modelpack_engine.structured import Constraint
 
@@ -25,7 +25,9 @@ class ChatSpec:
     or what the context holds; `params.max_tokens` counts for nothing. `constraint` is what the text
     outside of reasoning keeps to. `template_options` are variables of the template; `reasoning`
     switches thinking on or off where the model knows how (None: as it likes), and
-    `reasoning_budget` is the most tokens of it.
+    `reasoning_budget` is the most tokens of it. With `continues` the last message is the beginning
+    of the answer, which goes on from there. `template` takes the place of the model's own chat
+    template, and `earlier` are token ids of turns before this one.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -39,6 +41,8 @@ class ChatSpec:
     template_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     reasoning: bool | None = None
     reasoning_budget: int | None = None
+    template: str | None = None
+    earlier: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,8 @@ class ChatUsage(Usage):
 class ChatDelta:
     """What is new of one choice: parts of its answer, and perhaps its end.
 
-    `stop_sequence` is the stop string that ended it, if one did. `usage` comes with the end.
+    `stop_sequence` is the stop string that ended it, if one did. `usage` and `timing` come with the
+    end.
     """
 
     index: int
@@ -62,3 +67,4 @@ class ChatDelta:
     finish: Finish | None = None
     stop_sequence: str | None = None
     usage: ChatUsage | None = None
+    timing: Timing | None = None

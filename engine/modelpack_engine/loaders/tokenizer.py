@@ -159,20 +159,23 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        template: ChatTemplate | None = None,
         **variables: Any,
     ) -> str:
         """Return the prompt text of a conversation.
 
-        `variables` are the template's own (`enable_thinking`, …). Raises `RequestError` if there
+        `template` takes the place of the model's own. `variables` are the template's own
+        (`enable_thinking`, …). Raises `RequestError` if there
         is no template, or if it fails, loops or misbehaves.
         """
-        if self._chat_template is None:
+        template = template or self._chat_template
+        if template is None:
             raise RequestError(
                 "this model has no chat template",
                 param="messages",
                 hint="use completions, or package the model with a chat template",
             )
-        return self._chat_template.render(
+        return template.render(
             {
                 "documents": None,  # templates test for it as transformers gives it
                 **self._special_tokens,

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from modelpack.stores.layout import LayoutStore
 from modelpack_engine.async_engine import EngineState
+from modelpack_engine.conversation.preface import Preface
 from modelpack_engine.conversation.served import ServingEngine
 from modelpack_engine.meter import Meter
 from modelpack_engine.pool.settings import ModelSettings
@@ -46,11 +47,14 @@ class PooledEngine(ServingEngine, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """What loading a model gives; `defaults` are what its makers would have it sampled with."""
+    """What loading a model gives; `defaults` are what its makers would have it sampled with, and
+    `preface` what they put before every conversation.
+    """
 
     engine: PooledEngine
     model_type: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    preface: Preface = field(default_factory=Preface)
 
 
 class Catalogue(Protocol):

@@ -298,6 +298,7 @@ class ModelPool:
             model_type=loaded.model_type,
             defaults=settings.sampling_defaults(loaded.defaults),
             presets={name: preset.sampling for name, preset in PRESETS.items()},
+            preface=loaded.preface,
         )
         entry.state = ModelState.READY
         entry.was_loaded = True

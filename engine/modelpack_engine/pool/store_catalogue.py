@@ -19,6 +19,7 @@ from modelpack_engine.errors import EngineError
 from modelpack_engine.meter import Meter
 from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
 from modelpack_engine.pool.generation_config import sampling_defaults
+from modelpack_engine.pool.model_defaults import ModelDefaults
 from modelpack_engine.pool.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -106,7 +107,10 @@ class StoreCatalogue:
         engine = AsyncEngine(make_engine, meter)
         _wait_until_ready(engine)
         defaults = sampling_defaults(opened.files.json("generation_config.json"))
-        return LoadedEngine(engine, found.get("type", ""), defaults)
+        own = ModelDefaults.of(opened.model.manifest.annotations)
+        return LoadedEngine(
+            engine, found.get("type", ""), {**defaults, **own.sampling()}, own.preface
+        )
 
     def _names(self, model: Model, typed: str) -> tuple[str, ...]:
         references = next(
