@@ -109,7 +109,7 @@ async def start_chat(model: ServedModel, spec: ChatSpec) -> ChatStream:
         return Answer(index, parser, stops, min_tokens=params.min_tokens)
 
     answers = [answer(index) for index in range(spec.n)]
-    stream = await model.submit(token_ids, params, n=spec.n)
+    stream = await model.submit(token_ids, params, n=spec.n, continues_text=spec.continues)
     return ChatStream(stream, answers, reasons, token_ids)
 
 

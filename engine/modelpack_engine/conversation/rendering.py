@@ -9,9 +9,12 @@ from modelpack_engine.conversation.plain_tools import describe_tools
 from modelpack_engine.conversation.spec import ChatSpec
 from modelpack_engine.loaders.chat_template import ChatTemplate
 from modelpack_engine.loaders.tokenizer import Tokenizer
-from modelpack_engine.output.formats import OutputFormat
+from modelpack_engine.output.formats import OutputFormat, starts_reasoning
 from modelpack_engine.output.history import template_messages
 from modelpack_engine.output.tools import Tool
+
+# Enough of a prompt's end to see whether it opens a block of reasoning.
+_TAIL = 256
 
 
 def render(spec: ChatSpec, tokenizer: Tokenizer, written: OutputFormat) -> str:
@@ -27,15 +30,23 @@ def render(spec: ChatSpec, tokenizer: Tokenizer, written: OutputFormat) -> str:
     template = spec.template or tokenizer.chat_template
     tools = spec.tools if spec.tool_choice.mode != "none" else ()
     messages: Sequence[Mapping[str, Any]] = spec.messages
+    begun = ""
+    if spec.continues:
+        begun, messages = str(messages[-1].get("content") or ""), messages[:-1]
     if written.family is None and template is not None:
         messages = describe_tools(messages, tools)
         tools = ()
-    return tokenizer.render_chat(
+    text = tokenizer.render_chat(
         template_messages(messages, written, template),
         tools=[described(tool) for tool in tools] or None,
         template=ChatTemplate(spec.template) if spec.template is not None else None,
         **options,
     )
+    if not spec.continues:
+        return text
+    if written.reasoning is not None and starts_reasoning(written, text[-_TAIL:]):
+        text += f"{written.reasoning.closing}\n\n"  # what was begun is the answer itself
+    return text + begun
 
 
 def described(tool: Tool) -> dict[str, Any]:

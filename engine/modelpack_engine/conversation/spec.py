@@ -41,6 +41,7 @@ class ChatSpec:
     template_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     reasoning: bool | None = None
     reasoning_budget: int | None = None
+    continues: bool = False
     template: str | None = None
     earlier: Sequence[int] = ()
 
