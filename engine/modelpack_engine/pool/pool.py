@@ -82,6 +82,10 @@ class ModelPool:
         """Have `name` stand for the model `target` as well."""
         self._aliases[name] = target
 
+    def aliases(self) -> tuple[str, ...]:
+        """Return the names that `alias` gave."""
+        return tuple(self._aliases)
+
     async def find(self, name: str) -> StoredModel:
         """Return the stored model that a user calls so; raise `NotFoundError`."""
         version = self.catalogue.version()

@@ -17,7 +17,9 @@ def router(pool: ModelPool) -> APIRouter:
 
     async def list_models() -> dict[str, Any]:
         """List the models that could be used."""
-        return {"object": "list", "data": [card(model) for model in await pool.stored()]}
+        cards = [card(await pool.find(alias)) | {"id": alias} for alias in pool.aliases()]
+        cards += [card(model) for model in await pool.stored()]
+        return {"object": "list", "data": cards}
 
     async def retrieve_model(name: str) -> dict[str, Any]:
         """Return one model, by any name that it has."""

@@ -1,0 +1,84 @@
+"""`modelpack serve` as a process: a store, a model, a stream, and SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+import modelpack
+from modelpack.operations.package import PackageRequest
+from modelpack.stores.layout import LayoutStore
+from tests.cli.running import modelpack as run
+from tests.engine.serving.test_api import wait_until_ready
+from tests.engine.serving.tiny import write_tiny
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    store = LayoutStore(tmp_path / "store")
+    files = write_tiny(tmp_path / "files")
+    modelpack.package("team/tiny", PackageRequest(safetensors_dir=files), store=store)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modelpack", "serve", "team/tiny", "--port", "0", "--device", "cpu",
+         "--store", str(store.root), "--served-model-name", "gpt", "--kv-cache-bytes", "2000000",
+         "--runtime-flags", "--temp 0 --n-predict 250", "--preset", "chat"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_stream_ends_before_the_server_does(
+    serving: tuple[subprocess.Popen[str], str],
+) -> None:
+    process, url = serving
+    wait_until_ready(url)
+    names = [model["id"] for model in requests.get(f"{url}/v1/models", timeout=10).json()["data"]]
+    assert names == ["gpt", "team/tiny"]
+    body = {"model": "gpt", "messages": [{"role": "user", "content": "hello"}], "stream": True,
+            "ignore_eos": True}  # fmt: skip
+    with requests.post(
+        f"{url}/v1/chat/completions", json=body, stream=True, timeout=60,
+        headers={"X-Request-ID": "drained"},
+    ) as response:  # fmt: skip
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        rest = [line.decode() for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in rest[-2]
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    traces = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
+    [trace] = [trace for trace in traces if trace["id"] == "drained"]
+    assert (trace["model"], trace["finish"]) == ("team/tiny", "length")
+    assert trace["completion_tokens"] > 100
+    assert {"queue_s", "ttft_s", "tpot_s"} <= set(trace)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--preset", "loud"], "loud"),
+        (["--runtime-flags", "--bogus 1"], "--bogus"),
+        (["--keep-alive", "soon"], "soon"),
+        (["--memory", "much"], "much"),
+        (["--served-model-name", "x"], "served-model-name"),
+        (["--host", "0.0.0.0"], "--keys"),
+    ],
+)
+def test_what_serve_refuses(tmp_path: Path, arguments: list[str], says: str) -> None:
+    result = run("serve", "--store", str(tmp_path / "store"), "--port", "0", *arguments)
+    assert result.code == 2
+    assert says in result.err
