@@ -35,11 +35,12 @@ def prompts(count: int, length: int, seed: int = 7) -> list[list[int]]:
 
 def load(blas: str) -> Any:
     """Return SmolLM2, after loading the BLAS that is asked for."""
-    if blas == "openblas":
-        from modelpack_engine import blas as real
+    from modelpack_engine import blas as real
 
-        found = real.prepare()
-        assert found.kind is not real.BlasKind.BUNDLED, found.note
+    if blas == "bundled":
+        real.leave_bundled()
+    found = real.prepare()
+    assert (found.kind is real.BlasKind.BUNDLED) == (blas == "bundled"), found.note
     from modelpack.testing.weights import smollm2_gguf
     from modelpack_engine.loaders import ModelFiles
     from modelpack_engine.loaders import load as load_model

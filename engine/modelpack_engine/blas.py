@@ -62,6 +62,12 @@ def prepare() -> Blas:
     return _prepared
 
 
+def leave_bundled() -> None:
+    """Have `prepare` load nothing, to compare with MLX as it comes."""
+    global _prepared
+    _prepared = Blas(BlasKind.BUNDLED)
+
+
 def _choose() -> Blas:
     if not sys.platform.startswith("linux"):
         return Blas(BlasKind.BUNDLED)  # macOS: MLX uses Accelerate

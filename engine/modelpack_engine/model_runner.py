@@ -18,6 +18,7 @@ from collections.abc import Iterable
 import mlx.core as mx
 import mlx.nn as nn
 
+from modelpack_engine.adaptation import cpu_activations
 from modelpack_engine.adaptation import self_test as tests
 from modelpack_engine.adaptation.adapted import Adapted
 from modelpack_engine.adaptation.contiguous import ContiguousRunner
@@ -86,6 +87,7 @@ class ModelRunner:
             exact = mx.default_device() == mx.Device(mx.cpu)
         if exact:
             keep_freed_memory()
+            cpu_activations.install(model)
         self._step = StepInputs(block_size, exact=exact)
         self._adapted: Adapted | None = None
         self._contiguous: ContiguousRunner | None = None

@@ -30,8 +30,12 @@ def _multiply(
     outputs = first.shape[1] + second.shape[1]
     if x.size < FEW_ROWS * x.shape[-1] or x.size * outputs < FEW_PRODUCTS:
         return original(module, x)
-    product = mx.concatenate([x @ first, mx.matmul(x, second, stream=stream)], axis=-1)
-    return product + module["bias"] if "bias" in module else product
+    # Folded once: a product of more than two dimensions is folded and unfolded by MLX, each half.
+    rows = x.reshape(-1, x.shape[-1])
+    product = mx.concatenate([rows @ first, mx.matmul(rows, second, stream=stream)], axis=-1)
+    if "bias" in module:
+        product = product + module["bias"]
+    return product.reshape(*x.shape[:-1], -1)
 
 
 def halve_linears(model: nn.Module, swaps: ClassSwaps, stream: mx.Stream) -> int:
