@@ -4,6 +4,7 @@ A step is built ahead: its graph is made while the device still works on the ste
 tokens never make a detour over the host. So `step` schedules and builds step N + 1, reads the
 tokens of step N, and only then launches N + 1: what step N read is free by then, and the KV pools
 are written in place. While the device works on N + 1, the host tells what the tokens of N mean.
+Where a kernel writes the pools, N + 1 is launched before N is read: the device never waits.
 
 Masks have to see the tokens of N before they allow those of N + 1. A step with a mask in it is
 launched without its sampling, which is built last: masks are computed during the forward pass.
@@ -12,9 +13,11 @@ launched without its sampling, which is built last: masks are computed during th
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
+from itertools import pairwise
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
@@ -91,6 +94,7 @@ class Engine:
         self._choices: dict[int, Choice] = {}  # by seq_id, until they end
         self._sampling: set[int] = set()  # seq_ids that the sampler knows
         self._pending: Step | None = None
+        self._seconds = (0.0, 0.0, 0.0)  # of the host: building, launching, waiting
         if self.config.warm_up and on_gpu():
             self._warm_up()
 
@@ -135,12 +139,23 @@ class Engine:
 
     def step(self) -> list[RequestEvent]:
         """Do one step; return what is new."""
+        clock = time.perf_counter
+        times = [clock()]
         step = self._build()
+        times.append(clock())
+        early = self._runner.writes_in_place
+        if early:
+            self._launch(step)
+        times.append(clock())
         tokens = self._read()
+        times.append(clock())
         events = self._fail_rows(tokens)
-        self._launch(step)
+        if not early:
+            self._launch(step)
+        times.append(clock())
         events += self._take(tokens)
         events += self._submit(step)
+        self._took(*(after - before for before, after in pairwise(times)))
         return events
 
     def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
@@ -172,7 +187,11 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return counters and gauges."""
-        return self._scheduler.stats()
+        build, launch, wait = self._seconds
+        return replace(
+            self._scheduler.stats(),
+            build_seconds=build, launch_seconds=launch, wait_seconds=wait,
+        )  # fmt: skip
 
     def generate(
         self, prompts: Iterable[str | Tokens[int]], params: SamplingParams
@@ -290,6 +309,11 @@ class Engine:
         return events
 
     # Details
+
+    def _took(self, build: float, early: float, wait: float, late: float) -> None:
+        """Add up the seconds of a step."""
+        seconds = self._seconds
+        self._seconds = (seconds[0] + build, seconds[1] + early + late, seconds[2] + wait)
 
     def _masked_row(self, sequence: Sequence, events: list[RequestEvent]) -> SampleRow:
         """Return a row with what its mask allows, now that all tokens before it are taken."""

@@ -24,7 +24,7 @@ from modelpack_engine.adaptation.adapted import Adapted
 from modelpack_engine.adaptation.contiguous import ContiguousRunner
 from modelpack_engine.adaptation.layout import ModelLayout, UnknownCacheError, find_layout
 from modelpack_engine.adaptation.warm_up import PADDING_SEQ_ID, StepShape, padding_batch
-from modelpack_engine.attention import handles, rotations
+from modelpack_engine.attention import handles, kernels, rotations
 from modelpack_engine.attention.handles import LostHandleError
 from modelpack_engine.attention.step import StepInputs
 from modelpack_engine.batch import StepBatch
@@ -199,6 +199,17 @@ class ModelRunner:
     def supports_prefix_cache(self) -> bool:
         """Whether blocks of one sequence may serve another: not with recurrent state."""
         return self._adapted is not None and not self._adapted.states
+
+    @property
+    def writes_in_place(self) -> bool:
+        """Whether a step may be launched while the one before runs, and copies no pool for it.
+
+        MLX's own updates copy what an earlier step still holds; our kernel writes to the pool.
+        """
+        adapted = self._adapted
+        if adapted is None or adapted.states or self._step.exact:
+            return False
+        return all(kernels.may_write(kv.layout.dtype, kv.layout.dtype) for kv in adapted.paged)
 
     @property
     def bytes_per_block(self) -> int:

@@ -87,6 +87,9 @@ class EngineStats:
     blocks_total: int = 0
     blocks_used: int = 0
     blocks_cached: int = 0
+    build_seconds: float = 0.0  # the host's time: schedule a step and build its graph,
+    launch_seconds: float = 0.0  # hand it to the device,
+    wait_seconds: float = 0.0  # and wait for its tokens
     live_tokens: int = 0  # whose keys are in blocks of running sequences, shared ones counted twice
 
     def after(self, past: EngineStats) -> EngineStats:

@@ -62,6 +62,15 @@ class _Run:
         after = self._engine.stats()
         extra = {
             "steps": after.num_steps - before.num_steps,
+            **{
+                f"host_{name}_ms_per_step": round(
+                    1e3
+                    * (getattr(after, f"{name}_seconds") - getattr(before, f"{name}_seconds"))
+                    / max(1, after.num_steps - before.num_steps),
+                    3,
+                )
+                for name in ("build", "launch", "wait")
+            },
             "preemptions": after.num_preemptions - before.num_preemptions,
             "kv_waste": round(sum(self._waste) / max(1, len(self._waste)), 4),
             "peak_memory_bytes": mx.get_peak_memory(),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
+import pytest
 
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.loaders import LoadedModel
+from modelpack_engine.model_runner import ModelRunner
 from modelpack_engine.outputs import FinishReason, RequestEvent
 from modelpack_engine.sampling_params import SamplingParams
 from tests.engine.serving.tiny import (
@@ -43,6 +45,13 @@ def poisoned_engine() -> Engine:
         kv_cache_bytes=8 * 16 * per_token,
     )  # fmt: skip
     return Engine(loaded, config)
+
+
+@pytest.fixture(autouse=True, params=["launched late", "launched early"])
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps as a CPU has them, and as a GPU: launched before the one before is read."""
+    early = request.param == "launched early"
+    monkeypatch.setattr(ModelRunner, "writes_in_place", property(lambda self: early))
 
 
 def test_a_poisoned_prompt_fails_alone() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import ContextLengthError, QueueFullError, RequestError
+from modelpack_engine.model_runner import ModelRunner
 from modelpack_engine.outputs import FinishReason, RequestEvent
 from modelpack_engine.sampling_params import SamplingParams
 from tests.engine.serving.tiny import (
@@ -49,6 +50,13 @@ def run(engine: Engine) -> dict[tuple[str, int], list[RequestEvent]]:
         for event in engine.step():
             found.setdefault((event.request_id, event.index), []).append(event)
     return found
+
+
+@pytest.fixture(autouse=True, params=["launched late", "launched early"])
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps as a CPU has them, and as a GPU: launched before the one before is read."""
+    early = request.param == "launched early"
+    monkeypatch.setattr(ModelRunner, "writes_in_place", property(lambda self: early))
 
 
 def test_many_at_once_are_each_what_mlx_lm_gives_alone() -> None:
