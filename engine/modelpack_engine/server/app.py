@@ -11,15 +11,18 @@ from starlette.responses import PlainTextResponse, Response
 
 import modelpack
 from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server import management, openai, problems, system
+from modelpack_engine.server import anthropic, management, openai, problems, system
+from modelpack_engine.server.anthropic import errors as anthropic_errors
 from modelpack_engine.server.bodies import MAX_BODY_BYTES, BodyLimit
 from modelpack_engine.server.logs import LogBuffer
 from modelpack_engine.server.problems import Shape
-from modelpack_engine.server.schema import describe
+from modelpack_engine.server.schema import Errors, describe
 from modelpack_engine.server.traces import EngineTraces
 
 # Families whose errors look different: (whether a path is theirs, what their errors look like).
-_SHAPES: Sequence[tuple[Callable[[str], bool], Shape]] = ()
+_SHAPES: Sequence[tuple[Callable[[str], bool], Shape]] = (
+    (anthropic_errors.is_ours, anthropic_errors.anthropic_shape),
+)
 
 # Where models are sent: as large as they are.
 _UPLOADS = ("/models/load", "/api/blobs/")
@@ -55,9 +58,12 @@ def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> Fast
 
     app.include_router(system.router(pool, logs))
     app.include_router(management.router(pool))
+    app.include_router(anthropic.router(pool))
     app.include_router(openai.router(pool))
 
-    describe(app)
+    describe(
+        app, [Errors(anthropic_errors.is_ours, "AnthropicError", anthropic_errors.ERROR_SCHEMA)]
+    )
     app.add_middleware(
         BodyLimit,
         limit=max_body_bytes,

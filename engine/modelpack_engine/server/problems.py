@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from modelpack.errors import ModelpackError, NotFoundError, UsageError
+from modelpack.gateway.traces import trace_of
 from modelpack_engine.errors import (
     BusyError,
     ContextLengthError,
@@ -43,7 +44,7 @@ class ClientGoneError(ModelpackError):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What went wrong: an HTTP status, and words for it."""
+    """What went wrong: an HTTP status, and words for it; `request_id` is the one in the logs."""
 
     status: int
     message: str
@@ -51,6 +52,7 @@ class Problem:
     param: str | None = None
     code: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    request_id: str | None = None
 
     @property
     def type(self) -> str:
@@ -122,10 +124,12 @@ def install(app: FastAPI, shapes: Sequence[tuple[Callable[[str], bool], Shape]] 
 
     async def handle(request: Request, error: Exception) -> Response:
         problem = problem_of(error)
+        if (trace := trace_of(request.scope)) is not None:
+            problem = replace(problem, request_id=trace.id)
         if problem.status >= 500:
-            trace = None if isinstance(error, ModelpackError) else error
+            cause = None if isinstance(error, ModelpackError) else error
             _log.error("%s %s: %s", request.method, request.url.path, problem.message,
-                       exc_info=trace)  # fmt: skip
+                       exc_info=cause)  # fmt: skip
         return shape_of(request.url.path, shapes)(problem)
 
     for kind in (ModelpackError, RequestValidationError, HTTPException, Exception):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
@@ -24,8 +26,23 @@ _ERROR = {
 }
 
 
-def describe(app: FastAPI) -> None:
-    """Have `app` show the document without FastAPI's own 422, which is a 400 here."""
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """What errors look like: on which paths, and the schema and its name."""
+
+    fits: Callable[[str], bool]
+    name: str
+    schema: Mapping[str, Any]
+
+
+_OPENAI = Errors(lambda path: True, "Error", _ERROR)
+
+
+def describe(app: FastAPI, families: Sequence[Errors] = ()) -> None:
+    """Have `app` show the document without FastAPI's own 422, which is a 400 here.
+
+    `families` are those whose errors look different from OpenAI's.
+    """
     make = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -36,11 +53,13 @@ def describe(app: FastAPI) -> None:
         parts = document.setdefault("components", {}).setdefault("schemas", {})
         for name in ("HTTPValidationError", "ValidationError"):
             parts.pop(name, None)
-        parts["Error"] = _ERROR
-        content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-        for path in document["paths"].values():
-            for operation in path.values():
+        parts |= {errors.name: errors.schema for errors in (*families, _OPENAI)}
+        for path, operations in document["paths"].items():
+            name = next(errors.name for errors in (*families, _OPENAI) if errors.fits(path))
+            schema = {"$ref": f"#/components/schemas/{name}"}
+            for operation in operations.values():
                 if operation["responses"].pop("422", None) is not None:
+                    content = {"application/json": {"schema": schema}}
                     refused = {"description": "The request is wrong", "content": content}
                     operation["responses"]["400"] = refused
         return document

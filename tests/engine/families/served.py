@@ -1,0 +1,85 @@
+"""A server on a port whose models say what they were told to: `PLAIN`, `CALLER` and `THINKER`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from modelpack.errors import NotFoundError
+from modelpack_engine.meter import Meter
+from modelpack_engine.outputs import FinishReason
+from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
+from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.pool.settings import ModelSettings
+from modelpack_engine.server.model_server import ModelServer
+from tests.engine.scripted import HERMES, ScriptedEngine
+from tests.engine.serving.tiny import TEMPLATE
+
+PLAIN, CALLER, THINKER = "ai/plain:v1", "ai/caller:v1", "ai/thinker:v1"
+TEMPLATES = {
+    PLAIN: TEMPLATE,
+    CALLER: HERMES,
+    THINKER: TEMPLATE
+    + "{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}"
+    + "{% if enable_thinking is not false %}<think>\n{% endif %}",
+}
+
+
+class EnginesCatalogue:
+    """Models with engines that are given."""
+
+    def __init__(self, engines: Mapping[str, ScriptedEngine]) -> None:
+        self.engines = engines
+
+    def version(self) -> object:
+        return 1
+
+    def find(self, name: str) -> StoredModel:
+        for model in self.stored():
+            if name in model.names:
+                return model
+        raise NotFoundError(f"there is no model {name!r}")
+
+    def stored(self) -> list[StoredModel]:
+        return [
+            StoredModel(name, (name,), size=7, created=1_700_000_000, context_size=4096)
+            for name in self.engines
+        ]
+
+    def needs(self, model: StoredModel, settings: ModelSettings) -> int:
+        return 7
+
+    def load(
+        self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
+    ) -> LoadedEngine:
+        return LoadedEngine(self.engines[model.key])
+
+
+@dataclass
+class Served:
+    """Its address, and the engines behind it."""
+
+    url: str
+    engines: Mapping[str, ScriptedEngine]
+
+    def says(self, name: str, *pieces: str, ends: FinishReason = FinishReason.STOP) -> str:
+        """Set what a model says from now on, and why it ends; return the model's name."""
+        self.engines[name].pieces = list(pieces)
+        self.engines[name].ends = ends
+        return name
+
+    def prompt(self, name: str) -> str:
+        """Return the prompt that a model had last."""
+        return self.engines[name].prompt
+
+
+@contextmanager
+def serving() -> Iterator[Served]:
+    """Serve the three models."""
+    engines = {name: ScriptedEngine(template=text) for name, text in TEMPLATES.items()}
+    catalogue = EnginesCatalogue(engines)
+    with ModelServer(
+        lambda: ModelPool(catalogue, memory=10_000, grace=0.0), address="127.0.0.1:0"
+    ) as server:
+        yield Served(server.url, engines)
