@@ -60,7 +60,8 @@ def test_flags_that_are_none(flags: list[str], says: str) -> None:
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("5m", 300), ("1h30m", 5400), ("90", 90), (90, 90), (0, 0), ("0", 0), ("-1", math.inf),
-     (-1, math.inf), ("-1s", math.inf), ("250ms", 0.25), ("1.5h", 5400), ("24h0m0s", 86400)],
+     (-1, math.inf), ("-1s", math.inf), ("250ms", 0.25), ("1.5h", 5400), ("24h0m0s", 86400),
+     (10**400, math.inf), ("9" * 400 + "s", math.inf), (1e300, math.inf)],
 )  # fmt: skip
 def test_keep_alive(text: str | float, seconds: float) -> None:
     assert parse_keep_alive(text) == seconds
