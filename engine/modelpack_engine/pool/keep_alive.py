@@ -23,7 +23,7 @@ def parse_keep_alive(value: str | float) -> float:
     Negative, or hundreds of years, is for ever (`math.inf`), 0 not at all. Raises `UsageError`.
     """
     if isinstance(value, (int, float)):
-        if math.isnan(value):
+        if isinstance(value, float) and math.isnan(value):
             raise UsageError("keep_alive is not a number")
         return FOREVER if value < 0 or value > _LONGEST else float(value)
     text = value.strip()
