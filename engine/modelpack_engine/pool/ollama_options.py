@@ -28,6 +28,8 @@ _FLOATS = {
     "frequency_penalty": "frequency_penalty",
 }
 _INTEGERS = ("top_k", "seed", "num_predict", "num_ctx", "repeat_last_n")
+#: All names that mean something, to Ollama at least.
+KNOWN = _IGNORED | {*_FLOATS, *_INTEGERS, "stop", "typical_p"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,121 @@
+"""POST /api/chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from modelpack_engine.conversation.chat import ChatStream, start_chat
+from modelpack_engine.conversation.served import ServedModel
+from modelpack_engine.conversation.spec import ChatSpec
+from modelpack_engine.errors import RequestError
+from modelpack_engine.output.tools import Tool
+from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.server.ollama import replies
+from modelpack_engine.server.ollama.answers import load_or_unload, reply
+from modelpack_engine.server.ollama.asking import (
+    constraint_of,
+    refuse_images,
+    sampling,
+    thinking_of,
+)
+from modelpack_engine.server.ollama.bodies import Call, ChatBody, ChatMessage, OfferedTool
+from modelpack_engine.server.ollama.ndjson import JsonRoute
+
+
+def router(pool: ModelPool) -> APIRouter:
+    """Return the route."""
+    routes = APIRouter(tags=["Ollama"], route_class=JsonRoute)
+
+    @routes.post("/api/chat", response_model=None)
+    async def chat(body: ChatBody, request: Request) -> Response:
+        """Answer a conversation, line by line or as a whole; without messages, load the model."""
+        if not body.messages:
+            return await load_or_unload(request, pool, body, replies.message)
+
+        async def start(model: ServedModel) -> ChatStream:
+            return await start_chat(model, spec_of(body, model))
+
+        return await reply(request, pool, body, replies.message, start)
+
+    return routes
+
+
+def spec_of(body: ChatBody, model: ServedModel) -> ChatSpec:
+    """Return what a request asks for, in nobody's words; raises `RequestError`."""
+    params, limit = sampling(body, model)
+    thinking = thinking_of(body, model)
+    return ChatSpec(
+        messages=template_messages(body.messages, body.model),
+        params=params,
+        max_tokens=limit,
+        tools=_tools(body.tools),
+        constraint=constraint_of(body),
+        template_options=thinking.template_options,
+        reasoning=thinking.reasoning,
+    )
+
+
+def template_messages(messages: Sequence[ChatMessage], model: str) -> list[dict[str, Any]]:
+    """Return messages as chat templates take them.
+
+    Ollama's calls need have no ids: results then belong to the calls before them, by the name of
+    the tool, else in their order. Raises `RequestError` for images.
+    """
+    found = []
+    waiting: list[tuple[str, str]] = []  # id and name of calls that have no result yet
+    numbers = iter(range(sum(len(message.tool_calls) for message in messages)))
+    for message in messages:
+        refuse_images(message.images, model)
+        role = "system" if message.role == "developer" else message.role
+        plain: dict[str, Any] = {"role": role, "content": message.content}
+        if role == "assistant":
+            if message.thinking:
+                plain["reasoning_content"] = message.thinking
+            if message.tool_calls:
+                calls = [_call(call, f"call_{next(numbers)}") for call in message.tool_calls]
+                waiting = [(call["id"], call["function"]["name"]) for call in calls]
+                plain["tool_calls"] = calls
+        elif role == "tool":
+            plain |= _answered(message, waiting)
+        found.append(plain)
+    return found
+
+
+def _call(call: Call, own_id: str) -> dict[str, Any]:
+    arguments = call.function.arguments
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id or own_id, "type": "function", "function": function}
+
+
+def _answered(message: ChatMessage, waiting: list[tuple[str, str]]) -> dict[str, str]:
+    """Return the call that a tool's result answers; it waits no longer."""
+    fits = [call for call in waiting if call[0] == message.tool_call_id]
+    fits = fits or [call for call in waiting if call[1] == message.tool_name]
+    fits = fits or waiting[:1]
+    if not fits:
+        found = {"tool_call_id": message.tool_call_id or "call_0"}
+        return found | ({"name": message.tool_name} if message.tool_name else {})
+    waiting.remove(fits[0])
+    call_id, name = fits[0]
+    return {"tool_call_id": call_id, "name": message.tool_name or name}
+
+
+def _tools(offered: Sequence[OfferedTool]) -> tuple[Tool, ...]:
+    tools = tuple(_tool(tool) for tool in offered)
+    if len({tool.name for tool in tools}) < len(tools):
+        raise RequestError("two tools have the same name", param="tools")
+    return tools
+
+
+def _tool(offered: OfferedTool) -> Tool:
+    function = offered.function
+    parameters = {"type": "object", "properties": {}} | {
+        key: value for key, value in function.parameters.items() if value is not None
+    }
+    return Tool(function.name, function.description, parameters, False)

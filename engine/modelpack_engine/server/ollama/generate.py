@@ -1,0 +1,104 @@
+"""POST /api/generate."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from modelpack_engine.conversation.answer import Answer
+from modelpack_engine.conversation.chat import ChatStream, start_chat
+from modelpack_engine.conversation.infilling import find_markers, infilling_prompt
+from modelpack_engine.conversation.masking import text_mask
+from modelpack_engine.conversation.served import ServedModel
+from modelpack_engine.conversation.spec import ChatSpec
+from modelpack_engine.errors import RequestError
+from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.server.ollama import replies
+from modelpack_engine.server.ollama.answers import load_or_unload, reply
+from modelpack_engine.server.ollama.asking import (
+    constraint_of,
+    refuse_images,
+    sampling,
+    thinking_of,
+)
+from modelpack_engine.server.ollama.bodies import GenerateBody
+from modelpack_engine.server.ollama.go_template import as_jinja
+from modelpack_engine.server.ollama.ndjson import JsonRoute
+
+
+def router(pool: ModelPool) -> APIRouter:
+    """Return the route."""
+    routes = APIRouter(tags=["Ollama"], route_class=JsonRoute)
+
+    @routes.post("/api/generate", response_model=None)
+    async def generate(body: GenerateBody, request: Request) -> Response:
+        """Answer a prompt, line by line or as a whole; without a prompt, load the model."""
+        refuse_images(body.images, body.model)
+        _check_raw(body)
+        if not body.prompt and not body.suffix:
+            return await load_or_unload(request, pool, body, replies.generated)
+
+        async def start(model: ServedModel) -> ChatStream:
+            if body.suffix:
+                return await _infill(body, model)
+            if body.raw:
+                return await _continue(body, model, await model.text_prompt(body.prompt))
+            return await start_chat(model, spec_of(body, model))
+
+        def context(stream: ChatStream, reader: replies.Reader) -> dict[str, Any]:
+            if body.raw or body.suffix:
+                return {}
+            return {"context": [*stream.prompt_ids, *reader.token_ids]}
+
+        return await reply(request, pool, body, replies.generated, start, context)
+
+    return routes
+
+
+def spec_of(body: GenerateBody, model: ServedModel) -> ChatSpec:
+    """Return what a request asks for, in nobody's words; raises `RequestError`."""
+    params, limit = sampling(body, model)
+    thinking = thinking_of(body, model)
+    system = [{"role": "system", "content": body.system}] if body.system else []
+    return ChatSpec(
+        messages=[*system, {"role": "user", "content": body.prompt}],
+        params=params,
+        max_tokens=limit,
+        constraint=constraint_of(body),
+        template_options=thinking.template_options,
+        reasoning=thinking.reasoning,
+        template=as_jinja(body.template) if body.template else None,
+        earlier=body.context,
+    )
+
+
+async def _infill(body: GenerateBody, model: ServedModel) -> ChatStream:
+    """Begin to write what belongs between the prompt and the suffix."""
+    markers = find_markers(model.tokenizer)
+    if markers is None:
+        raise RequestError(f"{body.model!r} does not support insert", param="suffix")
+    prompt = await asyncio.to_thread(
+        infilling_prompt, model.tokenizer, markers, body.prompt, body.suffix
+    )
+    return await _continue(body, model, prompt)
+
+
+async def _continue(body: GenerateBody, model: ServedModel, prompt: list[int]) -> ChatStream:
+    """Begin to go on after the tokens of a prompt, as they are."""
+    params, asked = sampling(body, model)
+    limit = model.token_limit(len(prompt), asked, param="prompt")
+    constraint = constraint_of(body)
+    mask = await asyncio.to_thread(text_mask, model, constraint) if constraint else None
+    params = replace(params, max_tokens=limit, mask=mask)
+    stream = await model.submit(prompt, params, continues_text=True)
+    return ChatStream(stream, [Answer(0)], False, prompt)
+
+
+def _check_raw(body: GenerateBody) -> None:
+    """Raise `RequestError` for what a prompt that is taken as it is cannot have."""
+    for name in ("template", "system", "context", "suffix"):
+        if body.raw and getattr(body, name):
+            raise RequestError(f"raw does not go with {name}", param=name)

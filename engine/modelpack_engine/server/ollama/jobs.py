@@ -1,0 +1,103 @@
+"""Jobs: long work in threads that several clients may wait for, and that ends with the last one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
+
+from modelpack.digest import Digest
+from modelpack.progress import Progress, ProgressCallback, Stop
+
+#: What a job does, in a thread: it reports, and looks now and then whether it is to stop.
+Work = Callable[[ProgressCallback, Stop], None]
+
+
+class Job:
+    """Work under way; all of this is for the event loop that it was made on."""
+
+    def __init__(self, work: Work, on_end: Callable[[Job], None]) -> None:
+        self._blobs: dict[Digest, Progress] = {}
+        self._changed = asyncio.Event()
+        self._stop = Stop()
+        self._watchers = 0
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.create_task(asyncio.to_thread(work, self._report, self._stop))
+        self._task.add_done_callback(lambda _: self._end(on_end))
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether nobody waited for it any more."""
+        return self._stop.is_requested()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Wait for it in the block; it is stopped once nobody does."""
+        self._watchers += 1
+        try:
+            yield
+        finally:
+            self._watchers -= 1
+            if not self._watchers:
+                self._stop.request()
+
+    async def finished(self) -> None:
+        """Return once it is done; raise what it raised."""
+        await asyncio.shield(self._task)
+
+    async def news(self) -> AsyncIterator[Progress]:
+        """Yield how far each blob is, now and whenever that changes, until the job is done.
+
+        Who reads slowly misses what was overtaken meanwhile. Raises what the job raised.
+        """
+        told: dict[Digest, int] = {}
+        while True:
+            ended = self._task.done()
+            changed = self._changed
+            for digest, blob in list(self._blobs.items()):
+                if told.get(digest) != blob.completed:
+                    told[digest] = blob.completed
+                    yield blob
+            if ended:
+                self._task.result()
+                return
+            await changed.wait()
+
+    def _report(self, progress: Progress) -> None:
+        """Take note of a report, from a thread of the job."""
+        if progress.digest is not None:
+            with suppress(RuntimeError):  # the loop has ended: nobody listens
+                self._loop.call_soon_threadsafe(self._take, progress)
+
+    def _take(self, progress: Progress) -> None:
+        assert progress.digest is not None
+        self._blobs[progress.digest] = progress
+        self._wake()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def _end(self, on_end: Callable[[Job], None]) -> None:
+        if not self._task.cancelled():
+            self._task.exception()  # whoever waits hears of it; nobody may
+        on_end(self)
+        self._wake()
+
+
+class Jobs:
+    """The jobs under way, by what they are about."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[Hashable, Job] = {}
+
+    def get(self, key: Hashable, work: Work) -> Job:
+        """Return the job under way that is about `key`, or a new one that does `work`."""
+        job = self._jobs.get(key)
+        if job is None or job.is_stopping:
+            job = self._jobs[key] = Job(work, lambda ended: self._forget(key, ended))
+        return job
+
+    def _forget(self, key: Hashable, job: Job) -> None:
+        if self._jobs.get(key) is job:
+            del self._jobs[key]
