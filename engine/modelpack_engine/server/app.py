@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse, Response
 
 import modelpack
 from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server import anthropic, management, openai, problems, system
+from modelpack_engine.server import anthropic, management, ollama, openai, problems, system
 from modelpack_engine.server.anthropic import errors as anthropic_errors
 from modelpack_engine.server.bodies import MAX_BODY_BYTES, BodyLimit
 from modelpack_engine.server.logs import LogBuffer
@@ -21,6 +21,7 @@ from modelpack_engine.server.traces import EngineTraces
 
 # Families whose errors look different: (whether a path is theirs, what their errors look like).
 _SHAPES: Sequence[tuple[Callable[[str], bool], Shape]] = (
+    (ollama.is_ours, ollama.shape),
     (anthropic_errors.is_ours, anthropic_errors.anthropic_shape),
 )
 
@@ -60,9 +61,14 @@ def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> Fast
     app.include_router(management.router(pool))
     app.include_router(anthropic.router(pool))
     app.include_router(openai.router(pool))
+    app.include_router(ollama.router(pool))
 
     describe(
-        app, [Errors(anthropic_errors.is_ours, "AnthropicError", anthropic_errors.ERROR_SCHEMA)]
+        app,
+        [
+            Errors(anthropic_errors.is_ours, "AnthropicError", anthropic_errors.ERROR_SCHEMA),
+            Errors(ollama.is_ours, "OllamaError", ollama.ERROR_SCHEMA),
+        ],
     )
     app.add_middleware(
         BodyLimit,

@@ -11,6 +11,7 @@ from modelpack_engine.server.ollama.create import router as create
 from modelpack_engine.server.ollama.embed import router as embed
 from modelpack_engine.server.ollama.generate import router as generate
 from modelpack_engine.server.ollama.models import router as models
+from modelpack_engine.server.ollama.ndjson import ERROR_SCHEMA as ERROR_SCHEMA
 from modelpack_engine.server.ollama.ndjson import is_ours as is_ours
 from modelpack_engine.server.ollama.ndjson import shape as shape
 from modelpack_engine.server.ollama.transfers import router as transfers

@@ -22,18 +22,17 @@ _PIECE = 1024 * 1024
 def router(pool: ModelPool) -> APIRouter:
     """Return the routes."""
     routes = APIRouter(tags=["Ollama"])
-    store = pool.catalogue.store
 
     @routes.head("/api/blobs/{digest}", response_model=None)
     async def has_blob(digest: str) -> Response:
         """Say whether the store has a blob: 200, or 404."""
-        there = await asyncio.to_thread(store.touch_blob, _digest(digest))
+        there = await asyncio.to_thread(pool.catalogue.store.touch_blob, _digest(digest))
         return Response(status_code=200 if there else 404)
 
     @routes.post("/api/blobs/{digest}", response_model=None)
     async def take_blob(digest: str, request: Request) -> Response:
         """Take a blob, the body as it is; 400 if it is another than its digest says."""
-        wanted = _digest(digest)
+        wanted, store = _digest(digest), pool.catalogue.store
         if await asyncio.to_thread(store.touch_blob, wanted):
             return Response(status_code=200)
         try:

@@ -47,7 +47,6 @@ _TEMPLATE = "chat_template.jinja"
 def router(pool: ModelPool) -> APIRouter:
     """Return the route."""
     routes = APIRouter(tags=["Ollama"], route_class=JsonRoute)
-    store = pool.catalogue.store
 
     @routes.post("/api/create", response_model=None)
     async def create(body: CreateBody, request: Request) -> Response:
@@ -55,7 +54,7 @@ def router(pool: ModelPool) -> APIRouter:
         recipe = recipe_of(body)
 
         def work(report: ProgressCallback, stop: Stop) -> None:
-            make(store, recipe, report, stop)
+            make(pool.catalogue.store, recipe, report, stop)
 
         job = Job(work, lambda ended: None)
         return await tell(request, job, _STEPS, stream=body.stream)

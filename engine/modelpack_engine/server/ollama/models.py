@@ -34,7 +34,6 @@ _FOREVER = timedelta(microseconds=(2**63 - 1) // 1000)
 def router(pool: ModelPool) -> APIRouter:
     """Return the routes."""
     routes = APIRouter(tags=["Ollama"], route_class=JsonRoute)
-    store = pool.catalogue.store
 
     @routes.get("/api/version")
     @routes.head("/api/version", include_in_schema=False)
@@ -46,7 +45,7 @@ def router(pool: ModelPool) -> APIRouter:
     @routes.head("/api/tags", include_in_schema=False)
     async def tags() -> dict[str, Any]:
         """List the stored models, each under all its names."""
-        models = await pool.stored()
+        models, store = await pool.stored(), pool.catalogue.store
 
         def listed() -> list[dict[str, Any]]:
             found = [_tag(name, model, modified_at(store, model))
@@ -59,7 +58,7 @@ def router(pool: ModelPool) -> APIRouter:
     async def show(body: ShowBody) -> dict[str, Any]:
         """Tell what there is to know about a stored model."""
         found = await find(pool, body.model)
-        return await asyncio.to_thread(describe, store, found, verbose=body.verbose)
+        return await asyncio.to_thread(describe, pool.catalogue.store, found, verbose=body.verbose)
 
     @routes.get("/api/ps")
     async def ps() -> dict[str, Any]:
@@ -78,7 +77,7 @@ def router(pool: ModelPool) -> APIRouter:
         if not is_model_id(name.strip()):
             name = str(Reference.parse(name))
         try:
-            await asyncio.to_thread(store.remove, name)
+            await asyncio.to_thread(pool.catalogue.store.remove, name)
         except NotFoundError:  # somebody else was quicker
             raise missing(body.model) from None
         return Response(status_code=200)
@@ -88,7 +87,7 @@ def router(pool: ModelPool) -> APIRouter:
         """Give a model another name."""
         found = await find(pool, body.source)
         target = Reference.parse(body.destination)
-        await asyncio.to_thread(store.tag, found.key, target)
+        await asyncio.to_thread(pool.catalogue.store.tag, found.key, target)
         return Response(status_code=200)
 
     return routes

@@ -16,6 +16,12 @@ from modelpack_engine.server.problems import Problem, problem_of
 MEDIA_TYPE = "application/x-ndjson"
 _PREFIX = "/api/"
 
+ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {"error": {"type": "string"}},
+}
+
 
 def line(value: Any) -> str:
     """Return a value as a line of a stream."""

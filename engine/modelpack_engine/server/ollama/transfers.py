@@ -23,12 +23,13 @@ _PUSH = Steps("retrieving manifest", "pushing", ("pushing manifest",))
 def router(pool: ModelPool) -> APIRouter:
     """Return the routes."""
     routes = APIRouter(tags=["Ollama"], route_class=JsonRoute)
-    store, jobs = pool.catalogue.store, Jobs()
+    jobs = Jobs()
 
     @routes.post("/api/pull", response_model=None)
     async def pull_model(body: TransferBody, request: Request) -> Response:
         """Fetch a model; who asks for one that is being fetched waits for the same."""
         where, remote = Reference.parse(body.model), _remote(body)
+        store = pool.catalogue.store
 
         def work(report: ProgressCallback, stop: Stop) -> None:
             pull(where, store=store, remote=remote, progress=report, stop=stop)
@@ -41,6 +42,7 @@ def router(pool: ModelPool) -> APIRouter:
         """Send a model to the registry that its name says."""
         found = await find(pool, body.model)
         where, remote = Reference.parse(body.model), _remote(body)
+        store = pool.catalogue.store
 
         def work(report: ProgressCallback, stop: Stop) -> None:
             push(found.key, to=where, store=store, remote=remote, progress=report, stop=stop)
