@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from modelpack_engine.conversation.budget import ReasoningBudget
@@ -37,8 +38,9 @@ def make_masks(
 ) -> MakeMask | None:
     """Return what makes a mask for each choice; None where any text will do.
 
-    A call that has to be made comes before `constraint`: its arguments are JSON anyway. Compiling
-    may take seconds. Raises `RequestError` if it fails, with the reason.
+    A call that has to be made comes before `constraint`: its arguments are JSON anyway. Where one
+    may be made, the answer is calls or what keeps to `constraint`. Compiling may take seconds.
+    Raises `RequestError` if it fails, with the reason.
     """
     make: MakeMask | None = None
     if spec.tool_choice.mode == "required":
@@ -47,7 +49,10 @@ def make_masks(
         )
         make = _compiled(model, constraint, format, starts_reasoning, "tool_choice").mask
     elif spec.constraint is not None:
-        make = _compiled(model, spec.constraint, format, starts_reasoning, "response_format").mask
+        calls = _possible_calls(spec, format, tools)
+        make = _compiled(
+            model, spec.constraint, format, starts_reasoning, "response_format", calls
+        ).mask
     budget, markers = spec.reasoning_budget, format.reasoning
     if budget is None or markers is None:
         return make
@@ -72,17 +77,42 @@ def text_mask(model: ServedModel, constraint: Constraint) -> MakeMask:
     return compile_constraint(constraint, vocabulary).mask
 
 
+def _possible_calls(
+    spec: ChatSpec, format: OutputFormat, tools: Sequence[Tool]
+) -> Constraint | None:
+    """Return the grammar of calls that may be made instead of a constrained answer."""
+    if not tools:
+        return None
+    choice = replace(spec.tool_choice, mode="required")
+    try:
+        return tool_grammar(format, tools, choice, parallel=spec.parallel_tool_calls)
+    except RequestError as error:
+        if error.param == "tools":
+            raise
+        raise RequestError(
+            "tools and response_format together: this model's calls have no known format, so an"
+            " answer could not be told from a call",
+            param="response_format",
+            hint='leave out one of them, or use tool_choice "none"',
+        ) from error
+
+
 def _compiled(
     model: ServedModel,
     constraint: Constraint,
     format: OutputFormat,
     starts_reasoning: bool,
     param: str,
+    calls: Constraint | None = None,
 ) -> Grammar:
     vocabulary = grammar_vocabulary(model.tokenizer, model.vocab_size)
     try:
         return compile_constraint(
-            constraint, vocabulary, reasoning=_block(format, starts_reasoning), param=param
+            constraint,
+            vocabulary,
+            reasoning=_block(format, starts_reasoning),
+            calls=calls,
+            param=param,
         )
     except RequestError as error:
         raise RequestError(str(error), param=param, hint=error.hint) from error

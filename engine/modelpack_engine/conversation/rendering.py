@@ -7,6 +7,7 @@ from typing import Any
 
 from modelpack_engine.conversation.plain_tools import describe_tools
 from modelpack_engine.conversation.spec import ChatSpec
+from modelpack_engine.conversation.tool_results import results_with_calls, wants_results_with_calls
 from modelpack_engine.loaders.chat_template import ChatTemplate
 from modelpack_engine.loaders.tokenizer import Tokenizer
 from modelpack_engine.output.formats import OutputFormat, starts_reasoning
@@ -36,8 +37,11 @@ def render(spec: ChatSpec, tokenizer: Tokenizer, written: OutputFormat) -> str:
     if written.family is None and template is not None:
         messages = describe_tools(messages, tools)
         tools = ()
+    turns = template_messages(messages, written, template)
+    if template is not None and wants_results_with_calls(template):
+        turns = results_with_calls(turns)
     text = tokenizer.render_chat(
-        template_messages(messages, written, template),
+        turns,
         tools=[described(tool) for tool in tools] or None,
         template=ChatTemplate(spec.template) if spec.template is not None else None,
         **options,

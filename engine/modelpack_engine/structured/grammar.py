@@ -67,21 +67,29 @@ def compile_constraint(
     vocabulary: GrammarVocabulary,
     *,
     reasoning: ReasoningBlock | None = None,
+    calls: Constraint | None = None,
     param: str = "response_format",
 ) -> Grammar:
     """Compile a constraint, which takes milliseconds, and up to some seconds at worst.
 
-    `reasoning` is what may come before the constrained part. Raises `RequestError`, naming `param`
-    and with the compiler's reason, if the constraint is no such thing, is too large, or matches no
-    text at all.
+    `reasoning` is what may come before the constrained part, `calls` (from `tool_grammar`) what may
+    come instead of it. Raises `RequestError`, naming `param` and with the compiler's reason, if the
+    constraint is no such thing, is too large, or matches no text at all.
     """
     what = _NAMES.get(constraint.kind, "the grammar")
 
     def compiled() -> LLMatcher:
         parts = [_body(constraint, vocabulary) | {"name": "answer"}]
+        answer = "@answer"
+        if reasoning is not None and reasoning.answer and not constraint.markup:
+            answer = f"{vocabulary.markup(reasoning.answer)} @answer"
+        if calls is not None:
+            parts.append(_body(calls, vocabulary) | {"name": "calls"})
+            answer = f"({answer} | @calls)"
         if reasoning is not None:
-            answer = "" if constraint.markup else reasoning.answer
             parts.insert(0, {"lark_grammar": _around(reasoning, answer, vocabulary)})
+        elif calls is not None:
+            parts.insert(0, {"lark_grammar": f"start: {answer}"})
         matcher = LLMatcher(
             vocabulary.tokenizer, json.dumps({"grammars": parts}), log_level=0, limits=LIMITS
         )
@@ -132,15 +140,14 @@ def _until(name: str, closing: str, vocabulary: GrammarVocabulary) -> list[str]:
 
 
 def _around(reasoning: ReasoningBlock, answer: str, vocabulary: GrammarVocabulary) -> str:
-    """Return the grammar of an answer with a block of reasoning before it."""
+    """Return the grammar of `answer` with a block of reasoning before it."""
     rules = [*_until("closed", reasoning.closing, vocabulary), _TEXT]
     rules.append("block: closed /[ \\n]{0,4}/")
     begin = "block"
     if reasoning.opening is not None:
         rules.append(f"opened: {vocabulary.markup(reasoning.opening)} block")
         begin = "opened?"
-    before = vocabulary.markup(answer) if answer else ""
-    return "\n".join([f"start: {begin} {before} @answer", *rules])
+    return "\n".join([f"start: {begin} {answer}", *rules])
 
 
 def _check_size(text: str, limit: int) -> None:

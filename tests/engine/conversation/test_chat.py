@@ -18,7 +18,7 @@ from modelpack_engine.output.parts import Reasoning, Text, ToolArguments, ToolSt
 from modelpack_engine.output.tools import Tool, ToolChoice
 from modelpack_engine.outputs import FinishReason
 from modelpack_engine.request_stream import Abort
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.sampling_params import LogitsMask, SamplingParams
 from tests.engine.scripted import HERMES, THINKING, scripted
 
 HELLO = ChatSpec([{"role": "user", "content": "hello"}], SamplingParams(max_tokens=64))
@@ -222,3 +222,49 @@ def test_defaults_presets_and_what_is_given() -> None:
     assert model.sampling_params({"temperature": 0}, preset="creative").temperature == 0
     with pytest.raises(RequestError, match="creative"):
         model.sampling_params({}, preset="loud")
+
+
+def may_say(mask: LogitsMask, model: ServedModel, text: str) -> bool:
+    """Whether a mask allows a text, token by token, and then an end."""
+    for token in [*model.tokenizer.encode(text), *model.tokenizer.eos_token_ids]:
+        allowed = mask.allowed()
+        if allowed is not None and not allowed[token // 8] >> token % 8 & 1:
+            return False
+        mask.accept(token)
+    return True
+
+
+@pytest.mark.parametrize("template", [HERMES, THINKING])
+def test_a_constrained_answer_or_a_call(template: str) -> None:
+    from modelpack_engine.structured import Constraint
+
+    model, engine = scripted("a", template=template)
+    spec = replace(HELLO, tools=(WEATHER,), constraint=Constraint("regex", "a+"))
+    call, thought = "".join(CALL), "hm</think>\n\n" if template == THINKING else ""
+    two = f"{call}\n{call}"
+
+    def allowed(spec: ChatSpec, text: str) -> bool:
+        answer(model, spec)
+        assert engine.params.mask is not None
+        return may_say(engine.params.mask(), model, thought + text)
+
+    assert [allowed(spec, text) for text in ("aa", call, two, "b", f"a{call}")] == [
+        True, True, True, False, False,
+    ]  # fmt: skip
+    single = replace(spec, parallel_tool_calls=False)
+    assert [allowed(single, text) for text in ("aa", call, two)] == [True, True, False]
+    silent = replace(spec, tool_choice=ToolChoice("none"))
+    assert [allowed(silent, text) for text in ("aa", call)] == [True, False]
+    forced = replace(spec, tool_choice=ToolChoice("required"), parallel_tool_calls=False)
+    assert [allowed(forced, text) for text in ("aa", call, two)] == [False, True, False]
+
+
+def test_a_tool_that_does_not_compile_is_named() -> None:
+    from modelpack_engine.structured import Constraint
+
+    model, _ = scripted("a", template=HERMES)
+    odd = Tool("odd", "", {"type": "object", "properties": {"x": {"type": "nothing"}}})
+    spec = replace(HELLO, tools=(odd,), constraint=Constraint("regex", "a+"))
+    with pytest.raises(RequestError, match="odd") as raised:
+        answer(model, spec)
+    assert raised.value.param == "tools"
