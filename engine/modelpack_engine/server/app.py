@@ -14,6 +14,7 @@ from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server import anthropic, management, ollama, openai, problems, system
 from modelpack_engine.server.anthropic import errors as anthropic_errors
 from modelpack_engine.server.bodies import MAX_BODY_BYTES, BodyLimit
+from modelpack_engine.server.failures import Failures
 from modelpack_engine.server.logs import LogBuffer
 from modelpack_engine.server.problems import Shape
 from modelpack_engine.server.schema import Errors, describe
@@ -77,4 +78,8 @@ def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> Fast
         is_unlimited=lambda path: path.startswith(_UPLOADS),
     )
     app.add_middleware(EngineTraces)
+    # The last is the outermost: whatever fails below is an answer.
+    app.add_middleware(
+        Failures, respond=lambda request, error: problems.respond(request, error, _SHAPES)
+    )
     return app

@@ -123,17 +123,26 @@ def install(app: FastAPI, shapes: Sequence[tuple[Callable[[str], bool], Shape]] 
     """
 
     async def handle(request: Request, error: Exception) -> Response:
-        problem = problem_of(error)
-        if (trace := trace_of(request.scope)) is not None:
-            problem = replace(problem, request_id=trace.id)
-        if problem.status >= 500:
-            cause = None if isinstance(error, ModelpackError) else error
-            _log.error("%s %s: %s", request.method, request.url.path, problem.message,
-                       exc_info=cause)  # fmt: skip
-        return shape_of(request.url.path, shapes)(problem)
+        return respond(request, error, shapes)
 
-    for kind in (ModelpackError, RequestValidationError, HTTPException, Exception):
+    for kind in (ModelpackError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
+
+
+def respond(
+    request: Request,
+    error: Exception,
+    shapes: Sequence[tuple[Callable[[str], bool], Shape]] = (),
+) -> Response:
+    """Return the response to a request that failed, and log what is our own fault."""
+    problem = problem_of(error)
+    if (trace := trace_of(request.scope)) is not None:
+        problem = replace(problem, request_id=trace.id)
+    if problem.status >= 500:
+        cause = None if isinstance(error, ModelpackError) else error
+        _log.error("%s %s: %s", request.method, request.url.path, problem.message,
+                   exc_info=cause)  # fmt: skip
+    return shape_of(request.url.path, shapes)(problem)
 
 
 def shape_of(path: str, shapes: Sequence[tuple[Callable[[str], bool], Shape]]) -> Shape:
