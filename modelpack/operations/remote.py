@@ -13,7 +13,13 @@ from modelpack.reference import Reference
 from modelpack.storage import Watch
 
 if TYPE_CHECKING:
-    from modelpack.registry import CredentialSource, Repository, RetryPolicy, Timeouts
+    from modelpack.registry import (
+        CredentialSource,
+        Repository,
+        RetryPolicy,
+        Timeouts,
+        TlsOptions,
+    )
 
 #: Blobs transferred at a time, unless the caller says otherwise.
 DEFAULT_CONCURRENCY = 4
@@ -30,6 +36,7 @@ class RemoteOptions:
     credentials: CredentialSource | None = None
     timeouts: Timeouts | None = None
     retry: RetryPolicy | None = None
+    tls: TlsOptions | None = None
     concurrency: int = DEFAULT_CONCURRENCY
 
 
@@ -38,14 +45,21 @@ def open_repository(
     reference: Reference, options: RemoteOptions, watch: Watch
 ) -> Iterator[Repository]:
     """Yield the repository that `reference` names; its connections end with the context."""
-    from modelpack.registry import Registry, RetryPolicy, Timeouts
+    from modelpack.registry import (
+        Registry,
+        RetryPolicy,
+        Timeouts,
+        TlsOptions,
+        default_credentials,
+    )
 
     with Registry(
         reference.registry,
         plain_http=options.plain_http,
-        credentials=options.credentials,
+        credentials=options.credentials or default_credentials(reference.repository),
         timeouts=options.timeouts or Timeouts(),
         retry=options.retry or RetryPolicy(),
+        tls=options.tls or TlsOptions(),
         stop=watch.stop,
         report=watch.report,
     ) as registry:

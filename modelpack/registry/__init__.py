@@ -10,27 +10,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from modelpack.registry.chain import CredentialChain as CredentialChain
+from modelpack.registry.chain import default_credentials as default_credentials
 from modelpack.registry.credentials import Credential as Credential
 from modelpack.registry.credentials import CredentialSource as CredentialSource
-from modelpack.registry.credentials import DockerConfig as DockerConfig
+from modelpack.registry.credentials import EnvironmentCredentials as EnvironmentCredentials
 from modelpack.registry.credentials import StaticCredentials as StaticCredentials
+from modelpack.registry.dockerconfig import DockerConfig as DockerConfig
 from modelpack.registry.hosts import uses_plain_http as uses_plain_http
 from modelpack.registry.registry import Registry as Registry
 from modelpack.registry.retry import RetryPolicy as RetryPolicy
 from modelpack.registry.timeouts import Timeouts as Timeouts
+from modelpack.registry.tls import TlsOptions as TlsOptions
 
 if TYPE_CHECKING:
     from modelpack.registry.repository import Repository as Repository
 
 __all__ = [
     "Credential",
+    "CredentialChain",
     "CredentialSource",
     "DockerConfig",
+    "EnvironmentCredentials",
     "Registry",
     "Repository",
     "RetryPolicy",
     "StaticCredentials",
     "Timeouts",
+    "TlsOptions",
+    "default_credentials",
     "uses_plain_http",
 ]
 

@@ -80,7 +80,7 @@ def _kind_of(
     if status in (401, 403) and not from_registry:
         return RemoteUnavailableError, None
     if status == 401:
-        return AuthError, "log in with `docker login`; a missing repository may look the same"
+        return AuthError, "log in with `modelpack login`; a missing repository may look the same"
     if status == 403:
         return DeniedError, "the account may not do this there; ask who runs the registry"
     if status == 404:
@@ -119,7 +119,13 @@ def network_error(what: str, host: str, error: Exception) -> RegistryError | Fai
             return RemoteUnavailableError(
                 f"{what}: the certificate of {host} is not trusted: {cause.verify_message}",
                 host=host,
-                hint="name the file of its authority in SSL_CERT_FILE",
+                hint="name the file of its authority with --ca-file or in SSL_CERT_FILE",
+            )
+        if isinstance(cause, ssl.SSLError) and "CERTIFICATE_REQUIRED" in (cause.reason or ""):
+            return RemoteUnavailableError(
+                f"{what}: {host} wants a client certificate",
+                host=host,
+                hint=f"give --client-cert, or have it in certs.d/{host}/client.cert",
             )
         if isinstance(cause, ssl.SSLError) and cause.reason in (
             "WRONG_VERSION_NUMBER",

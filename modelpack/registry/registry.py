@@ -7,22 +7,25 @@ from typing import TYPE_CHECKING, Final
 
 from modelpack.errors import NotFoundError, RegistryError
 from modelpack.progress import ProgressCallback, Stop, serialized, silent
-from modelpack.registry.credentials import CredentialSource, DockerConfig
+from modelpack.registry.chain import default_credentials
+from modelpack.registry.credentials import CredentialSource
 from modelpack.registry.retry import RetryPolicy
 from modelpack.registry.timeouts import Timeouts
+from modelpack.registry.tls import TlsOptions
 
 if TYPE_CHECKING:
     from modelpack.registry.repository import Repository
 
 DEFAULT_TIMEOUTS: Final = Timeouts()
 DEFAULT_RETRY: Final = RetryPolicy()
+DEFAULT_TLS: Final = TlsOptions()
 
 
 class Registry:
     """A registry, by `host[:port]`; docker.io stands for Docker Hub. Threads may share it.
 
-    `credentials` are looked up in Docker's config.json by default, and only once the registry wants
-    some. `stop` ends what is under way within two seconds, with `InterruptedTransferError`;
+    `credentials` are `default_credentials` by default, looked up only once the registry wants some.
+    `stop` ends what is under way within two seconds, with `InterruptedTransferError`;
     `report` is told of retries.
     """
 
@@ -36,6 +39,7 @@ class Registry:
         retry: RetryPolicy = DEFAULT_RETRY,
         stop: Stop | None = None,
         report: ProgressCallback = silent,
+        tls: TlsOptions = DEFAULT_TLS,
     ) -> None:
         # Here, so that naming this class does not load an HTTP client.
         from modelpack.registry.transport import Transport
@@ -44,11 +48,12 @@ class Registry:
         self._transport = Transport(
             host,
             plain_http=plain_http,
-            credentials=credentials or DockerConfig(),
+            credentials=credentials or default_credentials(),
             timeouts=timeouts,
             retry=retry,
             stop=stop or Stop(),
             report=serialized(report),
+            tls=tls,
         )
 
     def __enter__(self) -> Registry:

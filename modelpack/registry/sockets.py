@@ -8,7 +8,6 @@ urllib3 and ssl set as timeout becomes the limit. They go by the stop that their
 
 from __future__ import annotations
 
-import functools
 import os
 import socket
 import ssl
@@ -19,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import certifi
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
@@ -27,6 +25,8 @@ from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConn
 from urllib3.util import wait_for_write
 
 from modelpack.progress import Stop
+from modelpack.registry.tls import TlsContexts
+from modelpack.registry.urls import Origin
 
 #: Seconds after which a blocked call looks whether it should stop.
 SLICE = 0.25
@@ -159,23 +159,6 @@ def _addresses(host: str, port: int, limit: float | None) -> list[Any]:
     return found
 
 
-def tls_context() -> ssl.SSLContext:
-    """Return the TLS settings: the system's trusted roots and certifi's.
-
-    SSL_CERT_FILE or SSL_CERT_DIR in the environment replace both, as everywhere with OpenSSL.
-    """
-    return _tls_context(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
-
-
-@functools.cache
-def _tls_context(file: str | None, directory: str | None) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    if not file and not directory:
-        context.load_verify_locations(certifi.where())
-    context.sslsocket_class = PatientSSLSocket
-    return context
-
-
 class _Connecting(HTTPConnection):
     def _new_conn(self) -> socket.socket:
         try:
@@ -211,39 +194,51 @@ class _PlainConnection(_Connecting):
 
 
 class _TlsConnection(_Connecting, HTTPSConnection):
+    contexts: TlsContexts  # set by the adapter
+
     def connect(self) -> None:
-        self.ssl_context = tls_context()
+        host, port = self._tunnel_host or self.host, self._tunnel_port or self.port
+        context = self.contexts.context(Origin("https", host.strip("[]"), port).netloc)
+        context.sslsocket_class = PatientSSLSocket
+        self.ssl_context, self.cert_reqs = context, context.verify_mode
         super().connect()
+        # Where nothing is verified, the user has said so: no need for urllib3 to warn each time.
+        self.is_verified = True
 
 
 class _PlainPool(HTTPConnectionPool):
     ConnectionCls = _PlainConnection
 
 
-class _TlsPool(HTTPSConnectionPool):
-    ConnectionCls = _TlsConnection
+def _pools(contexts: TlsContexts) -> dict[str, type[HTTPConnectionPool]]:
+    class Connection(_TlsConnection):
+        pass
 
+    class Pool(HTTPSConnectionPool):
+        ConnectionCls = Connection
 
-_POOLS = {"http": _PlainPool, "https": _TlsPool}
+    Connection.contexts = contexts
+    return {"http": _PlainPool, "https": Pool}
 
 
 class PatientAdapter(HTTPAdapter):
     """Makes a requests session use these sockets, directly and through an HTTP proxy."""
 
-    def __init__(self) -> None:
+    def __init__(self, contexts: TlsContexts) -> None:
+        self._pools = _pools(contexts)
         super().__init__(pool_connections=POOL_SIZE, pool_maxsize=POOL_SIZE)
 
     def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
         """Make the pools, of these connections."""
         super().init_poolmanager(*arguments, **options)
-        self.poolmanager.pool_classes_by_scheme = _POOLS
+        self.poolmanager.pool_classes_by_scheme = self._pools
 
     def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
         """Return the pools that lead through `proxy`, of these connections."""
         manager = super().proxy_manager_for(proxy, **options)
         if not proxy.lower().startswith("socks"):
-            manager.pool_classes_by_scheme = _POOLS
+            manager.pool_classes_by_scheme = self._pools
         return manager
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
-        """Leave certificates to `tls_context`, which knows whom to trust."""
+        """Leave certificates to `TlsContexts`, which knows whom to trust."""

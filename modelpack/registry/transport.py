@@ -33,6 +33,7 @@ from modelpack.registry.retry import FailedTry, Retries, RetryPolicy
 from modelpack.registry.scopes import NOTHING, Scopes
 from modelpack.registry.sockets import PatientAdapter, waiting
 from modelpack.registry.timeouts import Timeouts
+from modelpack.registry.tls import TlsContexts, TlsOptions
 from modelpack.registry.urls import Origin, joined_url, origin_of
 
 MAX_REDIRECTS: Final = 10
@@ -89,21 +90,27 @@ class Transport(OrasClient):
         retry: RetryPolicy,
         stop: Stop,
         report: ProgressCallback,
+        tls: TlsOptions = TlsOptions(),  # noqa: B008 - it is immutable
     ) -> None:
         address = api_host(host)
         super().__init__(address, insecure=uses_plain_http(address, plain_http))
         self.set_header("User-Agent", f"modelpack/{__version__}")
         self.set_header("Accept-Encoding", "identity")  # a digest is of the bytes as they are
-        self._adapter = PatientAdapter()
+        self.origin: Origin = origin_of(f"{self.prefix}://{address}")
+        self._adapter = PatientAdapter(TlsContexts(tls, self.origin.netloc))
         self.session.mount("http://", self._adapter)
         self.session.mount("https://", self._adapter)
         self.timeouts = timeouts
         self.retry = retry
         self.stop = stop
         self.report = report
-        self.origin: Origin = origin_of(f"{self.prefix}://{address}")
         self.auth = Authorizer(
-            host, credentials, self._request_token, plain_http=plain_http, report=report
+            host,
+            credentials,
+            self._request_token,
+            plain_http=self.origin.scheme == "http",
+            insecure=tls.insecure,
+            report=report,
         )
 
     def close(self) -> None:

@@ -61,7 +61,7 @@ def test_no_credentials(registry: FaultyRegistry, client: Client) -> None:
     registry.auth = BasicAuth("ada", "s3cret")
     with pytest.raises(AuthError, match="there are none") as caught:
         client.repository.resolve("v1")
-    assert f"docker login {registry.host}" in str(caught.value.hint)
+    assert f"modelpack login {registry.host}" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("challenge", ["Negotiate abc", "", "%%%"])
