@@ -60,14 +60,27 @@ class Entry:
         return now.after(self.past)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether it is loaded, and neither in use nor about to be."""
+        return self.state is ModelState.READY and not self.users and not self.waiting
+
+    @property
     def may_go(self) -> bool:
-        """Whether nobody would miss it: loaded, not pinned, neither in use nor about to be."""
-        used = self.users or self.waiting or self.pinned
-        return self.state is ModelState.READY and not used
+        """Whether nobody would miss it: idle, and not pinned."""
+        return self.is_idle and not self.pinned
 
     def expires(self, clock: float) -> bool:
         """Whether it has been idle for long enough to go."""
         return self.may_go and clock - self.last_used >= self.keep_alive
+
+
+@dataclass(slots=True)
+class Pin:
+    """A model that is to stay, from the start on; `failure` is why it could not even be found."""
+
+    settings: ModelSettings | None
+    entry: Entry | None = None
+    failure: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,13 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 from modelpack_engine.async_engine import EngineState
 from modelpack_engine.conversation.served import ServedModel
 from modelpack_engine.errors import BusyError, EngineError, LoadingError, OutOfMemoryError
 from modelpack_engine.pool.catalogue import Catalogue, LoadedEngine, StoredModel
-from modelpack_engine.pool.entry import Entry, ModelState, RunningModel, shown
+from modelpack_engine.pool.entry import Entry, ModelState, Pin, RunningModel, shown
 from modelpack_engine.pool.keep_alive import DEFAULT_KEEP_ALIVE
 from modelpack_engine.pool.memory import MemoryBudget
 from modelpack_engine.pool.presets import PRESETS
@@ -25,13 +24,6 @@ _log = logging.getLogger(__name__)
 
 #: Seconds that streams get to end before the model under them goes.
 GRACE = 30.0
-
-
-@dataclass(slots=True)
-class _Pin:
-    settings: ModelSettings | None
-    entry: Entry | None = None
-    failure: Exception | None = None
 
 
 class ModelPool:
@@ -63,7 +55,7 @@ class ModelPool:
         self._budget = MemoryBudget(memory, self._entries.values())
         self._configured: dict[str, ModelSettings] = {}  # by key, also of what is not loaded
         self._aliases: dict[str, str] = {}
-        self._pins: dict[str, _Pin] = {}
+        self._pins: dict[str, Pin] = {}
         self._names: dict[str, StoredModel] = {}
         self._version: object = None
         self._room = asyncio.Lock()
@@ -135,7 +127,7 @@ class ModelPool:
 
     def pin(self, name: str, settings: ModelSettings | None = None) -> None:
         """Have `start` load a model that is to stay; `readiness` waits for it."""
-        self._pins[name] = _Pin(settings)
+        self._pins[name] = Pin(settings)
 
     # What there is
 
@@ -194,19 +186,24 @@ class ModelPool:
     # Unloading
 
     async def unload(
-        self, names: Iterable[str] | None = None, *, grace: float | None = None
+        self,
+        names: Iterable[str] | None = None,
+        *,
+        grace: float | None = None,
+        idle_only: bool = False,
     ) -> list[str]:
         """Unload these models, or all; return the names of those that were loaded.
 
-        Requests under way get `grace` seconds (None: the pool's), then they fail.
+        Requests under way get `grace` seconds (None: the pool's), then they fail; with `idle_only`,
+        models that are in use or being loaded stay, and are not among the names.
         """
-        if names is None:
-            entries = list(self._entries.values())
-        else:
-            entries = [await self._entry(name) for name in names]
-        loaded = [entry for entry in entries if entry.state is not ModelState.UNLOADED]
+        entries = self.entries() if names is None else [await self._entry(n) for n in names]
+        loaded = [e for e in entries if e.state is not ModelState.UNLOADED]
+        if idle_only:
+            loaded = [e for e in loaded if e.is_idle]
         limit = self._grace if grace is None else grace
-        await asyncio.gather(*(self._unload(entry, grace=limit) for entry in loaded))
+        unloading = (self._unload(e, grace=limit, unless_used=idle_only) for e in loaded)
+        await asyncio.gather(*unloading)
         return [entry.name for entry in loaded]
 
     async def reap(self) -> float:
@@ -384,7 +381,7 @@ class ModelPool:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), None if wait == math.inf else wait)
 
-    async def _load_pinned(self, name: str, pin: _Pin) -> None:
+    async def _load_pinned(self, name: str, pin: Pin) -> None:
         try:
             entry = pin.entry = await self._entry(name)
             entry.pinned = True

@@ -276,6 +276,24 @@ async def test_unloading_waits_for_streams_then_goes_on() -> None:
 
 
 @loop
+async def test_unloading_what_is_idle() -> None:
+    shelf = Shelf(a=1, b=1, c=1)
+    pool = pool_over(shelf)
+    await pool.preload("a")
+    async with pool.lease("b"):
+        shelf.gate.clear()
+        loading = asyncio.create_task(pool.preload("c"))
+        while len(pool.running()) < 3:
+            await asyncio.sleep(0)
+        assert await pool.unload(["b", "c"], idle_only=True) == []
+        assert await pool.unload(idle_only=True) == ["a"]
+        assert loaded(pool) == ["b", "c"]
+        shelf.gate.set()
+        await loading
+    assert sorted(await pool.unload(idle_only=True)) == ["b", "c"]
+
+
+@loop
 async def test_configuring() -> None:
     shelf = Shelf(a=1)
     pool = pool_over(shelf, settings=ModelSettings(preset="chat"))
