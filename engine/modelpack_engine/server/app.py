@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse, Response
 
 import modelpack
 from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server import anthropic, management, ollama, openai, problems, system
+from modelpack_engine.server import anthropic, management, ollama, openai, problems, runner, system
 from modelpack_engine.server.anthropic import errors as anthropic_errors
 from modelpack_engine.server.bodies import MAX_BODY_BYTES, BodyLimit
 from modelpack_engine.server.failures import Failures
@@ -22,6 +22,7 @@ from modelpack_engine.server.traces import EngineTraces
 
 # Families whose errors look different: (whether a path is theirs, what their errors look like).
 _SHAPES: Sequence[tuple[Callable[[str], bool], Shape]] = (
+    (runner.is_ours, runner.text_shape),
     (ollama.is_ours, ollama.shape),
     (anthropic_errors.is_ours, anthropic_errors.anthropic_shape),
 )
@@ -33,6 +34,7 @@ _UPLOADS = ("/models/load", "/api/blobs/")
 def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """Return the application over `pool`, which it starts and closes (ASGI's lifespan protocol)."""
     logs = LogBuffer()
+    records = runner.Records()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -62,6 +64,7 @@ def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> Fast
     app.include_router(management.router(pool))
     app.include_router(anthropic.router(pool))
     app.include_router(openai.router(pool))
+    app.include_router(runner.router(pool, records))
     app.include_router(ollama.router(pool))
 
     describe(
@@ -78,6 +81,8 @@ def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> Fast
         is_unlimited=lambda path: path.startswith(_UPLOADS),
     )
     app.add_middleware(EngineTraces)
+    app.add_middleware(runner.Recording, pool=pool, records=records)
+    app.add_middleware(runner.DesktopPrefix)
     # The last is the outermost: whatever fails below is an answer.
     app.add_middleware(
         Failures, respond=lambda request, error: problems.respond(request, error, _SHAPES)

@@ -1,0 +1,32 @@
+"""Docker Model Runner's own API: /models and /engines, as `docker model` uses them."""
+
+from __future__ import annotations
+
+import re
+
+from fastapi import APIRouter
+
+from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.server.runner import engines, models, requests
+from modelpack_engine.server.runner.answers import text_shape as text_shape
+from modelpack_engine.server.runner.prefix import DesktopPrefix as DesktopPrefix
+from modelpack_engine.server.runner.recording import Recording as Recording
+from modelpack_engine.server.runner.records import Records as Records
+
+_OURS = re.compile(
+    r"/models(?:/.*)?|/engines/(?:status|ps|df|unload|requests|(?:un)?install-backend"
+    r"|(?:[^/]+/)?_configure)"
+)
+
+
+def is_ours(path: str) -> bool:
+    """Return whether a path is one of this API, whose errors are lines of text."""
+    return _OURS.fullmatch(path) is not None
+
+
+def router(pool: ModelPool, records: Records) -> APIRouter:
+    """Return the routes; `records` are what /engines/requests shows."""
+    routes = APIRouter()
+    for part in (models.router(pool), engines.router(pool), requests.router(pool, records)):
+        routes.include_router(part)
+    return routes

@@ -1,0 +1,121 @@
+"""What `_configure` says of a model, as the pool's settings and back.
+
+Source: Docker Model Runner, pkg/inference/backend.go (BackendConfiguration) and
+pkg/inference/scheduling/scheduler.go (ConfigureRunner).
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictStr
+
+from modelpack_engine.errors import RequestError
+from modelpack_engine.pool.keep_alive import parse_keep_alive, show_keep_alive
+from modelpack_engine.pool.settings import Mode, ModelSettings
+
+_log = logging.getLogger(__name__)
+
+_UTILIZATION = "gpu_memory_utilization"
+# Of llama.cpp: what kind of model it is. Compose has no other word for it.
+_EMBEDDING_FLAGS = frozenset({"--embedding", "--embeddings"})
+_RERANKING_FLAGS = frozenset({"--rerank", "--reranking"})
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(populate_by_name=True, extra="allow")
+
+
+class VllmPart(_Part):
+    """What vLLM alone would understand."""
+
+    hf_overrides: dict[str, Any] | None = Field(None, alias="hf-overrides")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, alias="gpu-memory-utilization"
+    )
+
+
+class LlamaCppPart(_Part):
+    """What llama.cpp alone would understand."""
+
+    reasoning_budget: int | None = Field(None, alias="reasoning-budget")
+
+
+class ConfigureRequest(_Part):
+    """The body of POST /engines/_configure."""
+
+    model: StrictStr = ""
+    mode: Literal["completion", "embedding", "reranking", "image-generation"] | None = None
+    raw_runtime_flags: StrictStr = Field("", alias="raw-runtime-flags")
+    context_size: Annotated[int, Field(lt=2**31)] | None = Field(None, alias="context-size")
+    runtime_flags: list[StrictStr] | None = Field(None, alias="runtime-flags")
+    speculative: dict[str, Any] | None = None
+    keep_alive: StrictStr | None = None
+    vllm: VllmPart | None = None
+    llamacpp: LlamaCppPart | None = None
+
+    def settings(self) -> ModelSettings:
+        """Return the settings; raises `UsageError`, `RequestError` for what cannot be had."""
+        if not self.model:
+            raise RequestError("model is required", param="model")
+        if self.mode == "image-generation":
+            raise RequestError("this server makes no images", param="mode")
+        if any((self.speculative or {}).values()):
+            raise RequestError("this engine does no speculative decoding", param="speculative")
+        if self.vllm is not None and self.vllm.hf_overrides:
+            raise RequestError("a model's config cannot be overridden", param="vllm.hf-overrides")
+        budget = self.llamacpp.reasoning_budget if self.llamacpp is not None else None
+        if budget is not None and budget >= 0:
+            raise RequestError(
+                "how long a model reasons is set per request: reasoning_effort, enable_thinking, "
+                "thinking_token_budget",
+                param="llamacpp.reasoning-budget",
+            )
+        if unknown := sorted(self.model_extra or ()):
+            _log.warning("_configure for %s: ignored %s", self.model, ", ".join(unknown))
+        flags = self._flags()
+        share = self.vllm.gpu_memory_utilization if self.vllm is not None else None
+        settings = ModelSettings(
+            context_size=self.context_size if (self.context_size or 0) > 0 else None,
+            runtime_flags=tuple(f for f in flags if f not in _EMBEDDING_FLAGS | _RERANKING_FLAGS),
+            keep_alive=None if self.keep_alive is None else parse_keep_alive(self.keep_alive),
+            mode=_mode(self.mode, flags),
+            engine={} if share is None else {_UTILIZATION: share},
+        )
+        settings.check()
+        return settings
+
+    def _flags(self) -> list[str]:
+        if self.runtime_flags:
+            return self.runtime_flags
+        try:
+            return shlex.split(self.raw_runtime_flags)
+        except ValueError as error:
+            raise RequestError(
+                f"invalid runtime flags: {error}", param="raw-runtime-flags"
+            ) from None
+
+
+def _mode(asked: str | None, flags: Iterable[str]) -> Mode:
+    if asked == "embedding" or (asked is None and not _EMBEDDING_FLAGS.isdisjoint(flags)):
+        return "embedding"
+    if asked == "reranking" or (asked is None and not _RERANKING_FLAGS.isdisjoint(flags)):
+        return "reranking"
+    return "completion"
+
+
+def config_shown(settings: ModelSettings) -> dict[str, Any]:
+    """Return settings as the configuration of a backend; what is not set is left out."""
+    shown: dict[str, Any] = {}
+    if settings.context_size is not None:
+        shown["context-size"] = settings.context_size
+    if settings.runtime_flags:
+        shown["runtime-flags"] = list(settings.runtime_flags)
+    if settings.keep_alive is not None:
+        shown["keep_alive"] = show_keep_alive(settings.keep_alive)
+    if _UTILIZATION in settings.engine:
+        shown["vllm"] = {"gpu-memory-utilization": settings.engine[_UTILIZATION]}
+    return shown

@@ -1,0 +1,98 @@
+"""The API over a real store; the engine says what it was told to."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+import modelpack
+from modelpack.stores.layout import LayoutStore
+from modelpack_engine.meter import Meter
+from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
+from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.pool.settings import ModelSettings
+from modelpack_engine.pool.store_catalogue import StoreCatalogue
+from modelpack_engine.server.app import create_app
+from tests.engine.scripted import ScriptedEngine
+from tests.models import tiny_gguf
+
+
+class StoredScripts(StoreCatalogue):
+    """The models of a store; each is loaded as a scripted engine."""
+
+    def __init__(self, store: LayoutStore) -> None:
+        super().__init__(store)
+        self.engines: list[ScriptedEngine] = []
+
+    def needs(self, model: StoredModel, settings: ModelSettings) -> int:
+        return 1000
+
+    def load(
+        self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
+    ) -> LoadedEngine:
+        engine = ScriptedEngine(max_model_len=settings.context_size or 4096)
+        self.engines.append(engine)
+        return LoadedEngine(engine)
+
+
+@dataclass
+class Runner:
+    """A client of the API, and what is behind it."""
+
+    http: TestClient
+    store: LayoutStore
+    catalogue: StoredScripts
+    pool: ModelPool
+
+    def chat(self, model: str = "tiny", **body: object) -> object:
+        """Ask for a chat completion; return the response."""
+        given = {"model": model, "messages": [{"role": "user", "content": "hi"}]} | body
+        return self.http.post("/engines/v1/chat/completions", json=given)
+
+
+@pytest.fixture(scope="session")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model's file."""
+    return tiny_gguf(tmp_path_factory.mktemp("gguf"))
+
+
+@pytest.fixture(scope="session")
+def stocked(tmp_path_factory: pytest.TempPathFactory, gguf: Path) -> Path:
+    """A store with one model, ai/tiny:latest, to be copied."""
+    root = tmp_path_factory.mktemp("stocked") / "store"
+    request = modelpack.PackageRequest(gguf=gguf, created="2025-01-02T03:04:05Z")
+    modelpack.package("ai/tiny", request, store=LayoutStore(root))
+    return root
+
+
+@contextmanager
+def serving(root: Path) -> Iterator[Runner]:
+    """Serve the store in `root`."""
+    store = LayoutStore(root)
+    catalogue = StoredScripts(store)
+    pool = ModelPool(catalogue, grace=0.0)
+    with TestClient(create_app(pool), raise_server_exceptions=False) as http:
+        yield Runner(http, store, catalogue, pool)
+
+
+@pytest.fixture
+def runner(tmp_path: Path, stocked: Path) -> Iterator[Runner]:
+    """A server whose store has one model, ai/tiny:latest."""
+    shutil.copytree(stocked, tmp_path / "store", symlinks=True)
+    with serving(tmp_path / "store") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory, stocked: Path) -> Iterator[Runner]:
+    """As `runner`, for tests that change nothing."""
+    root = tmp_path_factory.mktemp("shared") / "store"
+    shutil.copytree(stocked, root, symlinks=True)
+    with serving(root) as server:
+        yield server

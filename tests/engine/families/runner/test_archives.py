@@ -1,0 +1,96 @@
+"""Models as tar archives: out, in, and what is no such archive."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import modelpack
+from modelpack.progress import Stop
+from modelpack.stores.layout import LayoutStore
+from modelpack_engine.server.runner.archives import read_archive, write_archive
+from tests.engine.families.runner.conftest import Runner
+
+
+def archive(entries: dict[str, bytes], kind: bytes = tarfile.REGTYPE) -> bytes:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        for name, content in entries.items():
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.size = kind, len(content)
+            entry.linkname = "/etc/passwd" if kind == tarfile.SYMTYPE else ""
+            tar.addfile(entry, io.BytesIO(content))
+    return made.getvalue()
+
+
+def test_what_is_exported_can_be_loaded(runner: Runner) -> None:
+    response = runner.http.get("/models/ai/tiny:latest/export")
+    assert response.headers["content-type"] == "application/x-tar"
+    assert response.headers["content-disposition"] == 'attachment; filename="ai/tiny:latest.tar"'
+    assert int(response.headers["content-length"]) == len(response.content)
+    with tarfile.open(fileobj=io.BytesIO(response.content)) as tar:
+        names = tar.getnames()
+        assert names[:2] == ["blobs", "blobs/sha256"]
+        assert names[-1] == "manifest.json"
+    removed = runner.http.delete("/models/tiny").json()
+
+    def pieces() -> Iterator[bytes]:  # chunked, in pieces that cut everything in two
+        for start in range(0, len(response.content), 700):
+            yield response.content[start : start + 700]
+
+    loaded = runner.http.post(
+        "/models/load", content=pieces(), headers={"Content-Type": "application/x-tar"}
+    )
+    assert loaded.status_code == 200
+    assert "Model loaded successfully" in loaded.text
+    [model] = runner.http.get("/models").json()
+    assert "tags" not in model
+    assert {"Deleted": model["id"]} in removed
+    again = runner.http.post("/models/load", content=response.content)
+    assert again.status_code == 200
+
+
+def test_safetensors_with_several_layers(tmp_path: Path) -> None:
+    from tests.models import tiny_safetensors
+
+    one, two = LayoutStore(tmp_path / "one"), LayoutStore(tmp_path / "two")
+    request = modelpack.PackageRequest(safetensors_dir=tiny_safetensors(tmp_path))
+    made = modelpack.package("ai/t", request, store=one)
+    size, pieces = write_archive(one, "ai/t")
+    content = b"".join(pieces)
+    assert len(content) == size
+    assert read_archive(two, io.BytesIO(content), Stop()) == made.digest
+    assert two.get(str(made.digest)).references == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "words"),
+    [
+        (b"", 400, "no tar archive"),
+        (b"not a tar at all" * 100, 400, "no tar archive"),
+        (archive({"blobs/sha256/zz": b"x"}), 400, "no blob"),
+        (archive({"blobs/sha256/" + "0" * 64: b"x"}), 400, "has other bytes for sha256:0000"),
+        (archive({"../blobs/sha256/" + "0" * 64: b"x"}), 400, "leads out"),
+        (archive({"manifest.json": b"{}"}), 400, "manifest.json"),
+        (archive({"manifest.json": b""}, tarfile.SYMTYPE), 400, "has no manifest.json"),
+        (archive({"readme/me": b"x"}), 400, "has no manifest.json"),
+    ],
+    ids=["empty", "text", "digest", "wrong", "outside", "manifest", "link", "none"],
+)
+def test_what_is_no_model(shared: Runner, content: bytes, status: int, words: str) -> None:
+    response = shared.http.post("/models/load", content=content)
+    assert response.status_code == status, response.text
+    assert words in response.text
+    assert len(shared.http.get("/models").json()) == 1
+
+
+def test_an_archive_that_is_cut_short_leaves_no_model(runner: Runner) -> None:
+    content = runner.http.get("/models/tiny/export").content
+    runner.http.delete("/models/tiny")
+    for cut in (600, len(content) // 2):
+        assert runner.http.post("/models/load", content=content[:cut]).status_code == 400
+    assert runner.http.get("/models").json() == []
