@@ -95,6 +95,12 @@ class Meter:
                 last.pop(key, None)
                 self._ended(event)
 
+    def answered(self, reason: str, prompt_tokens: int, seconds: float) -> None:
+        """Count a request that generates nothing, and why it ended."""
+        self.finished[reason] += 1
+        self.histograms["request_prompt_tokens"].observe(prompt_tokens)
+        self.histograms["e2e_request_latency_seconds"].observe(seconds)
+
     def _ended(self, event: RequestEvent) -> None:
         self.finished[str(event.finish_reason)] += 1
         if event.usage is not None:

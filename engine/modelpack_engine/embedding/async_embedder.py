@@ -12,7 +12,9 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from modelpack_engine.embedding.batching import next_batch
 from modelpack_engine.embedding.inputs import Input, Prepared
 from modelpack_engine.embedding.results import Embeddings, EmbedOptions, Pair, Scores
 from modelpack_engine.errors import EngineError, RequestError
+from modelpack_engine.meter import Meter
 from modelpack_engine.outputs import EngineStats
 
 if TYPE_CHECKING:
@@ -57,13 +60,22 @@ class _Item:
 
 
 class AsyncEmbedder:
-    """Starts a thread that makes the model with `make_model` and then serves requests."""
+    """Starts a thread that makes the model with `make_model` and then serves requests.
 
-    def __init__(self, make_model: Callable[[], Embedder | CrossEncoder]) -> None:
+    `meter` takes the measure of its requests.
+    """
+
+    def __init__(
+        self, make_model: Callable[[], Embedder | CrossEncoder], meter: Meter | None = None
+    ) -> None:
         self.state = EngineState.LOADING
         self.failure = ""
         self.error: Exception | None = None
+        self.meter = meter or Meter()
         self._make_model = make_model
+        self._running = 0
+        self._finished = 0
+        self._prompt_tokens = 0
         self._model: Embedder | CrossEncoder | None = None
         self._calls: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._waiting: list[_Item] = []
@@ -107,7 +119,11 @@ class AsyncEmbedder:
 
     def stats(self) -> EngineStats:
         """Return an engine's counters: nothing is generated, and nothing stays cached."""
-        return EngineStats()
+        return EngineStats(
+            num_running=self._running,
+            num_finished=self._finished,
+            prompt_tokens=self._prompt_tokens,
+        )
 
     async def submit(
         self,
@@ -174,6 +190,27 @@ class AsyncEmbedder:
             return []
         if self.state is not EngineState.READY:
             raise EngineError(f"the model is {self.state}")
+        with self._counted(sum(len(one) for one in prepared)):
+            return await self._answer(prepared)
+
+    @contextmanager
+    def _counted(self, tokens: int) -> Iterator[None]:
+        """Count a request and why it ended, on whose event loop it is."""
+        began, reason = time.monotonic(), "error"
+        self._running += 1
+        try:
+            yield
+            reason = "stop"
+            self._prompt_tokens += tokens
+        except asyncio.CancelledError:
+            reason = "abort"
+            raise
+        finally:
+            self._running -= 1
+            self._finished += 1
+            self.meter.answered(reason, tokens, time.monotonic() - began)
+
+    async def _answer(self, prepared: Sequence[Prepared]) -> list[Any]:
         loop = asyncio.get_running_loop()
         request = _Request(prepared, loop, loop.create_future())
         request.results = [None] * len(prepared)

@@ -25,6 +25,7 @@ from modelpack_engine.pool.settings import ModelSettings
 if TYPE_CHECKING:
     from modelpack_engine.embedding.async_embedder import AsyncEmbedder
     from modelpack_engine.engine import Engine
+    from modelpack_engine.loaders import ModelFiles
 
 # What the engine takes for KV on a CPU where nothing else is said, and a step's own arrays.
 _KV_BYTES = 512 * 1024**2
@@ -70,11 +71,14 @@ class StoreCatalogue:
 
     def needs(self, model: StoredModel, settings: ModelSettings) -> int:
         """Return roughly how many bytes of memory the loaded model will take."""
-        from modelpack_engine.opening import choose_device
+        from modelpack_engine.opening import choose_device, open_model
 
         weights = self._weight_bytes(model.key)
         if choose_device(self.config) == "cpu" and model.format == "gguf":
             weights *= _UNPACKED
+        opened = open_model(model.key, pull=False, store=self.store)
+        if not _generates(opened.files, settings):
+            return weights  # what a batch takes comes and goes
         return weights + (settings.engine_config(self.config).kv_cache_bytes or _KV_BYTES)
 
     def load(
@@ -82,13 +86,13 @@ class StoreCatalogue:
     ) -> LoadedEngine:
         """Load a model; raises `EngineError`, `OutOfMemoryError` if it does not fit."""
         from modelpack_engine.embedding.async_embedder import AsyncEmbedder
-        from modelpack_engine.embedding.loading import load_embedder, purpose_of
+        from modelpack_engine.embedding.loading import load_embedder
         from modelpack_engine.opening import choose_device, load_model, open_model
 
         opened = open_model(model.key, pull=False, store=self.store)
-        if settings.mode != "completion" or purpose_of(opened.files) != "generation":
+        if not _generates(opened.files, settings):
             embedder = AsyncEmbedder(
-                lambda: load_embedder(opened.files, device=choose_device(self.config))
+                lambda: load_embedder(opened.files, device=choose_device(self.config)), meter
             )
             _wait_until_ready(embedder)
             return LoadedEngine(embedder, embedder.model.config.architecture)
@@ -124,6 +128,12 @@ class StoreCatalogue:
     def _weight_bytes(self, key: str) -> int:
         model = stored_model(self.store, key)
         return sum(file.descriptor.size for file in model.files() if file.role is Role.WEIGHT)
+
+
+def _generates(files: ModelFiles, settings: ModelSettings) -> bool:
+    from modelpack_engine.embedding.loading import purpose_of
+
+    return settings.mode == "completion" and purpose_of(files) == "generation"
 
 
 def _wait_until_ready(engine: AsyncEngine | AsyncEmbedder) -> None:

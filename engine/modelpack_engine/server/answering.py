@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 
 from modelpack.errors import UsageError
 from modelpack_engine.conversation.served import ServedModel
+from modelpack_engine.embedding.async_embedder import AsyncEmbedder
 from modelpack_engine.errors import RequestError
 from modelpack_engine.pool.keep_alive import parse_keep_alive
 from modelpack_engine.pool.pool import ModelPool
@@ -57,6 +58,7 @@ async def answer(
 
         async def begin() -> tuple[ServedModel, S]:
             model = await opened.enter_async_context(pool.lease(name, keep_alive=seconds))
+            check_generates(model)
             return model, await start(model)
 
         model, stream = await unless_gone(request, begin())
@@ -67,6 +69,18 @@ async def answer(
             pieces(model, stream), opened.pop_all(), media_type=media_type, failure=failure
         )
     raise AssertionError("the exit stack swallows nothing")
+
+
+def check_generates(model: ServedModel) -> None:
+    """Raise `RequestError`, saying what to use instead, for a model that generates no text."""
+    if not isinstance(model.engine, AsyncEmbedder):
+        return
+    ranks = model.engine.ranks_pairs
+    raise RequestError(
+        f"{model.name} {'ranks documents' if ranks else 'gives embeddings'}, and generates no text",
+        param="model",
+        hint=f"use it with {'/v1/rerank or /v1/score' if ranks else '/v1/embeddings'}",
+    )
 
 
 def _seconds(keep_alive: str | float | None) -> float | None:

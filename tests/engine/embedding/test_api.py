@@ -19,6 +19,7 @@ from modelpack_engine.config import EngineConfig
 from modelpack_engine.embedding import CrossEncoder, Embedder, load_embedder, sigmoid
 from modelpack_engine.loaders import ModelFiles
 from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.pool.settings import ModelSettings
 from modelpack_engine.pool.store_catalogue import StoreCatalogue
 from modelpack_engine.server.model_server import ModelServer
 from tests.engine.embedding.models import golden, write_model
@@ -160,8 +161,39 @@ def test_models_that_do_something_else(url: str) -> None:
     assert (
         "no vectors" in refusal(post(url, "/v1/embeddings", model="ranker", input="w5"))["message"]
     )
-    error = refusal(post(url, "/v1/completions", model="minilm", prompt="a"))
-    assert "does not generate text" in error["message"]
+    chat = {"messages": [{"role": "user", "content": "a"}]}
+    for path, body in {"/v1/completions": {"prompt": "a"}, "/v1/chat/completions": chat}.items():
+        for model, instead in {"minilm": "/v1/embeddings", "ranker": "/v1/rerank"}.items():
+            error = refusal(post(url, path, model=model, **body))
+            assert error["param"] == "model"
+            assert "generates no text" in error["message"]
+            assert instead in error["message"]
+
+
+def test_requests_are_counted(url: str) -> None:
+    def counted(name: str) -> float:
+        lines = requests.get(f"{url}/metrics", timeout=60).text.splitlines()
+        start = f'vllm:{name}{{model_name="minilm"'
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(start))
+
+    names = ("request_success_total", "prompt_tokens_total", "request_prompt_tokens_count",
+             "e2e_request_latency_seconds_count")  # fmt: skip
+    before = [counted(name) for name in names]
+    tokens = post(url, "/v1/embeddings", model="minilm", input="a b").json()["usage"]
+    after = [counted(name) for name in names]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, tokens["total_tokens"], 1, 1]
+    assert counted("num_requests_running") == 0
+
+
+def test_no_kv_cache_is_allowed_for(minilm_store: LayoutStore, url: str) -> None:
+    catalogue = StoreCatalogue(minilm_store, EngineConfig(device="cpu"))
+    sizes = {name: catalogue.find(name) for name in ("minilm", "ranker", "generator")}
+    needs = {name: catalogue.needs(model, ModelSettings()) for name, model in sizes.items()}
+    assert needs["minilm"] < sizes["minilm"].size
+    assert needs["ranker"] < sizes["ranker"].size
+    assert needs["generator"] > 500 * 1024**2
+    embedding = ModelSettings(mode="embedding")
+    assert catalogue.needs(sizes["generator"], embedding) < sizes["generator"].size
 
 
 @pytest.mark.parametrize(
