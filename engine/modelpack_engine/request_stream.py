@@ -62,6 +62,11 @@ class RequestStream:
             self._open.clear()
             self._call(Abort(self.request_id))
 
+    def cancel(self) -> None:
+        """End all choices; their last events still come."""
+        for index in tuple(self._open):
+            self.abort_choice(index)
+
     def abort_choice(self, index: int) -> None:
         """End one choice; its last event still comes."""
         if index in self._open:

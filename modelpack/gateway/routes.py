@@ -15,7 +15,7 @@ _LISTING = re.compile(
     _PREFIX + r"/models/?|/api/(?:tags|ps|version)|/metrics"
     r"|" + _PREFIX + r"/responses/[A-Za-z0-9_.-]+(?:/input_items)?"
 )
-_RESPONSE = re.compile(_PREFIX + r"/responses/[A-Za-z0-9_.-]+(?:/cancel)?")
+_RESPONSE = re.compile(_PREFIX + r"/(?:responses|requests)/[A-Za-z0-9_.:-]+(?:/cancel)?")
 _ONE_MODEL = re.compile(r"(?:/engines(?:/[A-Za-z0-9._-]+)?|/anthropic)?/v1/models/(?P<model>.+)")
 _OPEN = frozenset(("/", "/health", "/v1/health", "/ping", "/version"))
 _UPLOADS = re.compile(r"/models/load|/api/blobs/[^/]+")

@@ -90,6 +90,7 @@ def test_options_never_reach_the_application(house: House) -> None:
         (OLLAMA, {"name": "ai/smollm2"}),
         ("/api/show", {"model": "ai/smollm2"}),
         ("/v1/responses/resp_1/cancel", {}),
+        ("/v1/requests/req_1:2/cancel", {}),
     ],
 )
 def test_a_narrow_key_uses_its_models(house: House, path: str, body: Any) -> None:

@@ -11,7 +11,16 @@ from starlette.responses import PlainTextResponse, Response
 
 import modelpack
 from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server import anthropic, management, ollama, openai, problems, runner, system
+from modelpack_engine.server import (
+    anthropic,
+    cancelling,
+    management,
+    ollama,
+    openai,
+    problems,
+    runner,
+    system,
+)
 from modelpack_engine.server.anthropic import errors as anthropic_errors
 from modelpack_engine.server.bodies import MAX_BODY_BYTES, BodyLimit
 from modelpack_engine.server.failures import Failures
@@ -34,6 +43,7 @@ _UPLOADS = ("/models/load", "/api/blobs/")
 def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """Return the application over `pool`, which it starts and closes (ASGI's lifespan protocol)."""
     logs = LogBuffer()
+    running = cancelling.RunningRequests()
     records = runner.Records()
 
     @asynccontextmanager
@@ -62,10 +72,11 @@ def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> Fast
 
     app.include_router(system.router(pool, logs))
     app.include_router(management.router(pool))
+    app.include_router(cancelling.router(running))
     app.include_router(anthropic.router(pool))
     app.include_router(openai.router(pool))
-    app.include_router(runner.router(pool, records))
     app.include_router(ollama.router(pool))
+    app.include_router(runner.router(pool, records))
 
     describe(
         app,
@@ -80,7 +91,7 @@ def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> Fast
         shape_of=lambda path: problems.shape_of(path, _SHAPES),
         is_unlimited=lambda path: path.startswith(_UPLOADS),
     )
-    app.add_middleware(EngineTraces)
+    app.add_middleware(EngineTraces, running=running)
     app.add_middleware(runner.Recording, pool=pool, records=records)
     app.add_middleware(runner.DesktopPrefix)
     # The last is the outermost: whatever fails below is an answer.

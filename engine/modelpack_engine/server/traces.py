@@ -1,39 +1,51 @@
-"""Traces: what the engine knows of a request is added to the trace of whoever logs it."""
+"""Traces: what the engine knows of a request is added to the trace of whoever logs it.
+
+What runs in an engine is noted too, so that it can be cancelled by its request's id.
+"""
 
 from __future__ import annotations
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modelpack.gateway.traces import Trace, trace_of
 from modelpack_engine.conversation.served import on_submit
 from modelpack_engine.outputs import RequestEvent
 from modelpack_engine.request_stream import RequestStream
+from modelpack_engine.server.cancelling import RunningRequests
 
 
 class EngineTraces:
-    """ASGI middleware: completes the trace in the scope, if there is one, when a request ends."""
+    """ASGI middleware: completes the trace in the scope, if there is one, when a request ends.
 
-    def __init__(self, app: ASGIApp) -> None:
+    `running` is told of every request while it is answered.
+    """
+
+    def __init__(self, app: ASGIApp, running: RunningRequests) -> None:
         self._app = app
+        self._running = running
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        trace = trace_of(scope) if scope["type"] == "http" else None
-        if trace is None:
+        if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        streams: list[RequestStream] = []
+        trace = trace_of(scope)
+        name = trace.id if trace is not None else Headers(scope=scope).get("x-request-id", "")
+        running = self._running.begin(name, trace.key if trace is not None else None)
 
         def submitted(model: str, stream: RequestStream) -> None:
-            trace.model = model
-            streams.append(stream)
+            if trace is not None:
+                trace.model = model
+            running.submitted(model, stream)
 
         token = on_submit.set(submitted)
         try:
             await self._app(scope, receive, send)
         finally:
             on_submit.reset(token)
-            if streams:
-                complete(trace, streams)
+            self._running.end(name, running)
+            if trace is not None and running.streams:
+                complete(trace, running.streams)
 
 
 def complete(trace: Trace, streams: list[RequestStream]) -> None:
