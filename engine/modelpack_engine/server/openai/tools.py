@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
@@ -52,19 +53,24 @@ def tools_of(request: ChatRequest) -> tuple[tuple[Tool, ...], ToolChoice]:
     """
     functions = [fields.function for fields in request.tools or ()] or (request.functions or [])
     tools = tuple(function.tool() for function in functions)
-    known = {tool.name for tool in tools}
-    if len(known) < len(tools):
-        raise RequestError("two tools have the same name", param="tools")
     if request.is_legacy:
         choice, param = _legacy_choice(request.function_call), "function_call"
     else:
-        choice, param = _choice(request.tool_choice), "tool_choice"
+        choice, param = choice_of(request.tool_choice), "tool_choice"
+    check_choice(tools, choice, param)
+    return tools, choice
+
+
+def check_choice(tools: Sequence[Tool], choice: ToolChoice, param: str = "tool_choice") -> None:
+    """Raise `RequestError` for tools of the same name, and a choice that names none of them."""
+    known = {tool.name for tool in tools}
+    if len(known) < len(tools):
+        raise RequestError("two tools have the same name", param="tools")
     for name in choice.names:
         if name not in known:
             raise RequestError(f"there is no tool {name!r} in tools", param=param)
     if choice.mode == "required" and not tools:
         raise RequestError(f"{param} asks for a call, and there are no tools", param=param)
-    return tools, choice
 
 
 def _legacy_choice(value: str | FunctionChoice | None) -> ToolChoice:
@@ -75,7 +81,8 @@ def _legacy_choice(value: str | FunctionChoice | None) -> ToolChoice:
     return ToolChoice("none" if value == "none" else "auto")
 
 
-def _choice(value: str | dict[str, Any] | None) -> ToolChoice:
+def choice_of(value: str | dict[str, Any] | None) -> ToolChoice:
+    """Return a `tool_choice`, also as the Responses API has it; raises `RequestError`."""
     if value is None:
         return ToolChoice()
     if isinstance(value, str):

@@ -1,0 +1,119 @@
+"""The body of POST /v1/responses. Source: OpenAI's reference, "Create a model response"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+from modelpack_engine.errors import RequestError
+from modelpack_engine.output.tools import Tool, ToolChoice
+from modelpack_engine.server.openai.requests import Effort
+from modelpack_engine.server.openai.response_format import constraint_of
+from modelpack_engine.server.openai.sampling_fields import SamplingFields
+from modelpack_engine.server.openai.tools import FunctionFields, check_choice, choice_of
+from modelpack_engine.structured import Constraint
+
+#: What `include` may ask for; what else it names is of tools that are not here.
+CARRIED_REASONING = "reasoning.encrypted_content"
+LOGPROBS = "message.output_text.logprobs"
+
+# Fields for what only a hosted service has: to ignore them would be a silent difference.
+_HOSTED = ("background", "conversation", "prompt", "moderation")
+
+
+class ToolItem(FunctionFields):
+    """A tool; only functions are."""
+
+    type: Literal["function"]
+
+
+class ReasoningFields(BaseModel):
+    """How much the model thinks, and what of it is told."""
+
+    model_config = ConfigDict(extra="ignore")
+    effort: Effort | None = None
+    summary: StrictStr | None = None
+
+
+class TextFields(BaseModel):
+    """What the text of the answer has to be."""
+
+    model_config = ConfigDict(extra="ignore")
+    format: dict[str, Any] | None = None
+    verbosity: StrictStr | None = None
+
+
+class ResponseRequest(SamplingFields):
+    """The body of POST /v1/responses."""
+
+    input: StrictStr | list[dict[str, Any]]
+    instructions: StrictStr | None = None
+    previous_response_id: StrictStr | None = None
+    store: StrictBool = True
+    max_output_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_tool_calls: Annotated[StrictInt, Field(ge=1)] | None = None
+    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tool_choice: StrictStr | dict[str, Any] = "auto"
+    parallel_tool_calls: StrictBool = True
+    text: TextFields | None = None
+    reasoning: ReasoningFields | None = None
+    reasoning_effort: Effort | None = None  # as some clients have it
+    include: list[StrictStr] = Field(default_factory=list)
+    truncation: Literal["auto", "disabled"] = "disabled"
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    background: StrictBool | None = None
+    conversation: Any = None
+    prompt: Any = None
+    moderation: Any = None
+
+    def check(self) -> None:
+        """Raise `RequestError` for what we do not do."""
+        super().check()
+        for name in _HOSTED:
+            if getattr(self, name) not in (None, False):
+                raise RequestError(f"{name} is not something a local server has", param=name)
+        if self.n != 1:
+            raise RequestError("a response has one answer", param="n")
+        if not self.input and not self.previous_response_id:
+            raise RequestError("input is empty", param="input")
+
+    @property
+    def effort(self) -> str | None:
+        """How much the model is to think."""
+        return (self.reasoning.effort if self.reasoning else None) or self.reasoning_effort
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether text comes with log-probabilities."""
+        return self.top_logprobs is not None or LOGPROBS in self.include
+
+    def tools_and_choice(self) -> tuple[tuple[Tool, ...], ToolChoice]:
+        """Return the tools and the choice among them; raises `RequestError`."""
+        tools = tuple(_tool(given, i) for i, given in enumerate(self.tools))
+        choice = choice_of(self.tool_choice)
+        check_choice(tools, choice)
+        return tools, choice
+
+    def constraint(self) -> Constraint | None:
+        """Return what the text has to be; raises `RequestError`."""
+        wanted = self.text.format if self.text is not None else None
+        if wanted is None or wanted.get("type") != "json_schema":
+            return constraint_of(wanted)
+        return constraint_of({"type": "json_schema", "json_schema": wanted})
+
+
+def _tool(given: Mapping[str, Any], index: int) -> Tool:
+    kind = given.get("type")
+    if kind != "function":
+        raise RequestError(
+            f"a tool of the type {kind!r} is not supported: this server has functions only",
+            param=f"tools[{index}].type",
+        )
+    try:
+        return ToolItem.model_validate(given).tool()
+    except ValueError as error:
+        raise RequestError(f"the function is not valid: {error}", param=f"tools[{index}]") from None
