@@ -7,7 +7,7 @@ nobody knows are ignored, as Ollama does.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +28,7 @@ _FLOATS = {
     "frequency_penalty": "frequency_penalty",
 }
 _INTEGERS = ("top_k", "seed", "num_predict", "num_ctx", "repeat_last_n")
+_MOST = sys.float_info.max
 #: All names that mean something, to Ollama at least.
 KNOWN = _IGNORED | {*_FLOATS, *_INTEGERS, "stop", "typical_p"}
 
@@ -75,7 +76,8 @@ def parse_options(options: Mapping[str, Any]) -> ParsedOptions:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not -_MOST <= value <= _MOST:  # integers may be beyond what a float holds
         raise _wrong(name, value, "a number")
     return float(value)
 
