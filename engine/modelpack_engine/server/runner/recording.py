@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from modelpack.errors import NotFoundError
+from modelpack.errors import ModelpackError
 from modelpack.gateway.traces import trace_of
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.runner.joining import joined, without_media
@@ -81,7 +81,7 @@ class Recording:
             name, request, response, error = _read(asked, said, status)
         try:
             key = (await self._pool.find(name)).key
-        except NotFoundError:
+        except ModelpackError:
             return
         trace = trace_of(scope)
         path = scope["path"]
@@ -109,10 +109,11 @@ def _read(asked: bytes, said: bytes, status: int) -> tuple[str, str, str, str]:
     request: Any
     try:
         request = json.loads(asked)
+        text = json.dumps(without_media(request), ensure_ascii=False)[:_KEPT]
     except (ValueError, RecursionError):
-        request = None
+        request, text = None, "null"
+    text = text.encode(errors="replace").decode()  # it may hold half a surrogate pair
     name = request.get("model") if isinstance(request, dict) else None
-    text = json.dumps(without_media(request), ensure_ascii=False)[:_KEPT]
     reply = said.decode(errors="replace")[:_KEPT]
     if status >= 400:
         return str(name or ""), text, "", _as_json(reply)
