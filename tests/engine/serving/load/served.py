@@ -1,0 +1,134 @@
+"""A whole server on a port, over an engine that says what it was told to and an empty store.
+
+Nothing that it does gets beyond this machine: other hosts' names do not resolve.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.types import ASGIApp
+
+from modelpack.gateway.protecting import Protection, protect
+from modelpack.stores.layout import LayoutStore
+from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.server.model_server import ModelServer
+from tests.engine.scripted import HERMES, ScriptedEngine
+from tests.engine.serving.conftest import ScriptedCatalogue
+
+# Where errors are text: Docker's command line prints what it is sent.
+_TEXT_PATHS = re.compile(
+    r"/models(/.*)?|/engines/([^/]+/)?_configure"
+    r"|/engines/(ps|df|status|unload|requests|install-backend|uninstall-backend)"
+)
+METHODS = ("get", "post", "put", "patch", "delete", "head", "options")
+
+
+class StoringCatalogue(ScriptedCatalogue):
+    """A scripted model, and a store that is there for those who change it."""
+
+    def __init__(self, engine: ScriptedEngine, store: LayoutStore) -> None:
+        super().__init__(engine)
+        self.store = store
+
+
+@dataclass(frozen=True)
+class Served:
+    """Where a server is, and what its OpenAPI document says."""
+
+    port: int
+    document: Mapping[str, Any]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def operations(self) -> list[tuple[str, str]]:
+        """(METHOD, path) of all that the document lists."""
+        return [
+            (method.upper(), path)
+            for path, item in self.document["paths"].items()
+            for method in METHODS
+            if method in item
+        ]
+
+    def posts(self, *, json_only: bool = False) -> list[str]:
+        """The paths of its posts, a name in the place of parameters; those that need JSON alone."""
+        return [
+            path.format_map(_Anything())
+            for method, path in self.operations()
+            if method == "POST" and (not json_only or self._needs_json(path))
+        ]
+
+    def connect(self) -> http.client.HTTPConnection:
+        """Open a connection; who calls closes it."""
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+
+    def _needs_json(self, path: str) -> bool:
+        body = self.document["paths"][path]["post"].get("requestBody", {})
+        return bool(body.get("required")) and "application/json" in body["content"]
+
+
+class _Anything(dict[str, str]):
+    def __missing__(self, name: str) -> str:
+        return "m"
+
+
+def is_error(path: str, content: bytes) -> bool:
+    """Whether `content` is an error as the clients of a path read it."""
+    if _TEXT_PATHS.fullmatch(path):
+        return len(content) > 1 and content.decode().endswith(("\n", "}"))
+    body = json.loads(content)
+    error = body["error"]
+    if path.startswith("/api/"):
+        return body.keys() == {"error"} and isinstance(error, str) and error != ""
+    if "/messages" in path or path.startswith("/anthropic"):
+        known = body["type"] == "error" and error.keys() == {"type", "message"}
+    else:
+        known = body.keys() == {"error"} and error.keys() == {"message", "type", "param", "code"}
+    return known and bool(error["message"]) and bool(error["type"])
+
+
+def alone(patch: pytest.MonkeyPatch) -> None:
+    """Let no name but this machine's resolve."""
+    resolve = socket.getaddrinfo
+
+    def local(host: Any, *arguments: Any, **options: Any) -> Any:
+        if host not in ("127.0.0.1", "localhost", b"localhost", None):
+            raise socket.gaierror(socket.EAI_NONAME, "no such host in tests")
+        return resolve(host, *arguments, **options)
+
+    patch.setattr(socket, "getaddrinfo", local)
+
+
+@contextmanager
+def serving(store: Path, *, protected: bool) -> Iterator[Served]:
+    """Serve everything that there is; `protected` as `modelpack serve` does."""
+    engine = ScriptedEngine(template=HERMES)
+    catalogue = StoringCatalogue(engine, LayoutStore(store))
+
+    def wrap(app: ASGIApp) -> ASGIApp:
+        return protect(app, Protection(report=lambda trace: None)) if protected else app
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        ModelServer(
+            lambda: ModelPool(catalogue, memory=100, grace=0.0), address="127.0.0.1:0", wrap=wrap
+        ) as server,
+    ):
+        alone(patch)
+        port = int(server.url.rpartition(":")[2])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("GET", "/openapi.json")
+        document = json.load(connection.getresponse())
+        connection.close()
+        yield Served(port, document)
