@@ -62,19 +62,23 @@ log: {{level: error, accesslog: {{disabled: true}}}}
 storage:
   filesystem: {{rootdirectory: {root}}}
   delete: {{enabled: true}}
-http: {{addr: "127.0.0.1:{port}", secret: test}}
+http: {{addr: "127.0.0.1:{port}", secret: test, tls: {tls}}}
 {extra}
 """
 
 
 @contextmanager
-def docker_registry(root: Path, extra: str = "") -> Iterator[str]:
-    """Run Debian's docker-registry over `root`; yield its host:port. `extra` is more YAML."""
+def docker_registry(root: Path, extra: str = "", tls: str = "{}") -> Iterator[str]:
+    """Run Debian's docker-registry over `root`; yield its host:port.
+
+    `extra` is more YAML, `tls` what its `http.tls` says.
+    """
     program = require("docker-registry")
     root.mkdir(parents=True, exist_ok=True)
     port = free_port()
     config = root / "config.yml"
-    config.write_text(_REGISTRY_CONFIG.format(root=root / "data", port=port, extra=extra))
+    settings = {"root": root / "data", "port": port, "extra": extra, "tls": tls}
+    config.write_text(_REGISTRY_CONFIG.format(**settings))
     with (root / "log").open("wb") as log:
         process = subprocess.Popen([program, "serve", config], stdout=log, stderr=log)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from modelpack.stores.layout import LayoutStore
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_PEM = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 @dataclass(slots=True)
@@ -75,10 +78,20 @@ def remote_options(command: F) -> F:
     """Add the options of commands that talk to a registry; they get them as `remote`."""
 
     @click.option(
-        "--plain-http",
-        is_flag=True,
-        help="Use http; loopback addresses always do. [env: INSECURE_REGISTRY]",
+        "--plain-http/--https",
+        default=None,
+        help="Use http, or https. [default: http for loopback addresses; env: INSECURE_REGISTRY]",
     )
+    @click.option(
+        "--insecure",
+        metavar="HOST",
+        multiple=True,
+        help="Do not check the certificate of HOST[:PORT], and send it credentials over plain http "
+        "too. May be repeated.",
+    )
+    @click.option("--ca-file", type=_PEM, help="Trust these authorities besides the system's.")
+    @click.option("--client-cert", type=_PEM, help="Show the registry this certificate.")
+    @click.option("--client-key", type=_PEM, help="Its key, if that is in another file.")
     @click.option(
         "--concurrency",
         type=click.IntRange(1, 64),
@@ -87,10 +100,26 @@ def remote_options(command: F) -> F:
         help="Blobs transferred at a time.",
     )
     @functools.wraps(command)
-    def wrapped(*args: Any, plain_http: bool, concurrency: int, **arguments: Any) -> Any:
+    def wrapped(
+        *args: Any,
+        plain_http: bool | None,
+        insecure: tuple[str, ...],
+        ca_file: Path | None,
+        client_cert: Path | None,
+        client_key: Path | None,
+        concurrency: int,
+        **arguments: Any,
+    ) -> Any:
         from modelpack.operations.remote import RemoteOptions
 
-        remote = RemoteOptions(plain_http=plain_http or None, concurrency=concurrency)
+        if client_key and not client_cert:
+            raise click.UsageError("--client-key needs --client-cert")
+        tls = None
+        if insecure or ca_file or client_cert:
+            from modelpack.registry import TlsOptions
+
+            tls = TlsOptions(ca_file, client_cert, client_key, frozenset(insecure))
+        remote = RemoteOptions(plain_http=plain_http, tls=tls, concurrency=concurrency)
         return command(*args, remote=remote, **arguments)
 
     return wrapped  # type: ignore[return-value]

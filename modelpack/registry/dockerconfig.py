@@ -167,9 +167,9 @@ def _encoded(username: str, password: str) -> str:
 
 
 def _parse_entry(entry: dict[str, Any], source: str) -> Credential | None:
-    texts = {key: value for key, value in entry.items() if isinstance(value, str) and value}
+    texts: dict[str, str] = {k: v for k, v in entry.items() if isinstance(v, str)}
     username, password = texts.get("username", ""), texts.get("password", "")
-    if "auth" in texts:
+    if texts.get("auth"):
         try:
             pair = base64.b64decode(texts["auth"], validate=True).decode()
         except (binascii.Error, UnicodeDecodeError):
@@ -177,10 +177,8 @@ def _parse_entry(entry: dict[str, Any], source: str) -> Credential | None:
         username, _, password = pair.partition(":")
         password = password.rstrip("\0")
     identity, token = texts.get("identitytoken", ""), texts.get("registrytoken", "")
-    if username == TOKEN_USER and not identity:
-        return Credential.of_pair(username, password, source)
     if username == TOKEN_USER:
-        return Credential(identity_token=identity, source=source)
+        username, password, identity = "", "", identity or password
     if not (username or password or identity or token):
         return None
     return Credential(username, password, identity, token, source)

@@ -36,6 +36,8 @@ from modelpack.registry.retry import RETRYABLE_STATUSES, FailedTry, parse_retry_
 NETWORK_ERRORS: Final = (requests.RequestException, HTTPError, OSError)
 
 MAX_ERROR_BODY = 64 * 1024
+# What a server says to a client without a certificate (TLS 1.3), or with one that it does not like.
+_CLIENT_ALERT = re.compile(r"ALERT_(CERTIFICATE|BAD_CERTIFICATE|UNSUPPORTED_CERT|UNKNOWN_CA)")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 
 
@@ -121,9 +123,9 @@ def network_error(what: str, host: str, error: Exception) -> RegistryError | Fai
                 host=host,
                 hint="name the file of its authority with --ca-file or in SSL_CERT_FILE",
             )
-        if isinstance(cause, ssl.SSLError) and "CERTIFICATE_REQUIRED" in (cause.reason or ""):
+        if isinstance(cause, ssl.SSLError) and _CLIENT_ALERT.search(cause.reason or ""):
             return RemoteUnavailableError(
-                f"{what}: {host} wants a client certificate",
+                f"{what}: {host} wants a client certificate that it trusts",
                 host=host,
                 hint=f"give --client-cert, or have it in certs.d/{host}/client.cert",
             )

@@ -194,7 +194,7 @@ class Transport(OrasClient):
             origin_of(response.url).netloc,
             self._read_error(call, response),
             self.retry.now(),
-            own=self._is_own(response.url),
+            own=call.anonymous or self._is_own(response.url),
         )
 
     def location(self, response: requests.Response, what: str) -> str:

@@ -1,0 +1,88 @@
+"""Logging in to a registry and out of it: credentials are checked, then kept in Docker's file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from modelpack.errors import UsageError
+from modelpack.registry.credentials import Credential, StaticCredentials
+from modelpack.registry.dockerconfig import DockerConfig
+from modelpack.registry.registry import Registry
+
+_MAX_SECRET: Final = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """Where a login is kept: in `helper`, or where that is None as plain text in `file`.
+
+    `checked` is false where the registry let us in before it saw the credentials.
+    """
+
+    host: str
+    helper: str | None
+    file: str
+    checked: bool
+
+
+def login_file() -> DockerConfig:
+    """Return where logins are kept: $REGISTRY_AUTH_FILE, which is read first, or Docker's file."""
+    chosen = os.environ.get("REGISTRY_AUTH_FILE")
+    return DockerConfig(Path(chosen) if chosen else None)
+
+
+def log_in(host: str, username: str, secret: str, config: DockerConfig, **options: Any) -> Login:
+    """Check the credentials against the registry `host`, and keep them in `config`.
+
+    `options` are those of `Registry`. With the user name `<token>` the secret is an identity token.
+    Raises `AuthError` where the registry refuses them, and keeps nothing then.
+    """
+    _check(host, username, secret)
+    credential = Credential.of_pair(username, secret, "what was typed")
+    source = _Asked(host, credential)
+    with Registry(host, credentials=source, **options) as registry:
+        registry.ping()
+    helper = config.store(host, credential)
+    return Login(host, helper, str(config.path), source.asked)
+
+
+def log_out(host: str, config: DockerConfig) -> bool:
+    """Forget the credentials for `host`; return whether there were any."""
+    _check_host(host)
+    return config.erase(host)
+
+
+class _Asked(StaticCredentials):
+    """Notices whether the registry wanted the credentials at all."""
+
+    def __init__(self, host: str, credential: Credential) -> None:
+        super().__init__({host: credential})
+        self.asked = False
+
+    def credential(self, host: str) -> Credential | None:
+        self.asked = True
+        return super().credential(host)
+
+
+def _check(host: str, username: str, secret: str) -> None:
+    _check_host(host)
+    if not username or ":" in username or not username.isprintable():
+        raise UsageError(
+            "a user name is printable, not empty and without a colon", hint="see --username"
+        )
+    # Neither repeats the secret.
+    if not secret:
+        raise UsageError("the password is empty")
+    if len(secret) > _MAX_SECRET or any(c in secret for c in "\0\r\n"):
+        raise UsageError(f"a password is one line of at most {_MAX_SECRET} characters")
+
+
+def _check_host(host: str) -> None:
+    if not host or any(c in host for c in "/@?#\\") or not host.isprintable() or " " in host:
+        raise UsageError(
+            f"{host[:200]!r} is no registry: expected HOST or HOST:PORT",
+            hint="leave out https:// and the name of the repository",
+        )
