@@ -27,6 +27,8 @@ COMMANDS = {
     "import": ("docker", "import_models"),
     "inspect": ("find", "inspect"),
     "list": ("listing", "list_models"),
+    "login": ("login", "login"),
+    "logout": ("login", "logout"),
     "manifest": ("find", "manifest"),
     "package": ("package", "package"),
     "ps": ("running", "ps"),
