@@ -1,0 +1,163 @@
+"""What is wrong, in Anthropic's words; the models that there are."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+from typing import Any
+
+import anthropic
+import pytest
+import requests
+
+from modelpack_engine.errors import EngineError, LoadingError, OutOfMemoryError, QueueFullError
+from modelpack_engine.server.anthropic.errors import anthropic_error, anthropic_shape
+from modelpack_engine.server.problems import problem_of
+from tests.engine.families.served import CALLER, PLAIN, THINKER, Served
+
+HELLO: Any = [{"role": "user", "content": "hello"}]
+TOOL = {"name": "t", "input_schema": {"type": "object"}}
+
+
+def post(served: Served, **body: Any) -> requests.Response:
+    given = {"model": PLAIN, "max_tokens": 9, "messages": HELLO} | body
+    return requests.post(f"{served.url}/v1/messages", json=given, timeout=60)
+
+
+def with_block(*blocks: dict[str, Any], role: str = "user") -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": list(blocks)}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": None}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+        ({"temperature": 1.5}, "temperature"),
+        ({"top_k": "x"}, "top_k"),
+        ({"stream": "yes"}, "stream"),
+        ({"stop_sequences": [""]}, "stop_sequences"),
+        (with_block({"type": "image", "source": {}}), "'image'"),
+        (with_block({"type": "hologram"}), "'hologram'"),
+        (with_block({"type": "text"}), "messages.0.content.0.text"),
+        (with_block({"type": "document", "source": {"type": "base64"}}), "'base64'"),
+        (with_block({"type": "tool_result", "content": "x"}), "tool_use_id"),
+        (with_block({"type": "tool_use", "id": "1", "name": "t", "input": "x"}, role="assistant"),
+         "input"),
+        ({"system": [{"type": "image"}]}, "'image'"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
+        ({"tools": [{"name": "t"}]}, "tools.0.input_schema"),
+        ({"tools": [TOOL, TOOL]}, "same name"),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "u"}}, "'u'"),
+        ({"tool_choice": {"type": "any"}}, "no tools"),
+        ({"thinking": {"type": "enabled"}}, "budget_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "less than max_tokens"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "schema"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(served: Served, body: dict[str, Any], words: str) -> None:
+    response = post(served, **body)
+    assert response.status_code == 400
+    error = response.json()
+    assert error["type"] == "error"
+    assert error["error"]["type"] == "invalid_request_error"
+    assert words in error["error"]["message"]
+
+
+def test_the_clients_exceptions(served: Served, client: anthropic.Anthropic) -> None:
+    with pytest.raises(anthropic.NotFoundError) as caught:
+        client.messages.create(model="nope", max_tokens=9, messages=HELLO)
+    assert caught.value.type == "not_found_error"
+    with pytest.raises(anthropic.BadRequestError):
+        client.messages.count_tokens(model=PLAIN, messages=[])
+
+
+def test_no_json(served: Served) -> None:
+    response = requests.post(f"{served.url}/anthropic/v1/messages", data="{", timeout=60)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    unknown = requests.get(f"{served.url}/anthropic/v1/nothing", timeout=60)
+    assert unknown.status_code == 404
+    assert unknown.json()["error"]["type"] == "not_found_error"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (QueueFullError("full", retry_after=2), 529, "overloaded_error"),
+        (LoadingError("loading", retry_after=2), 529, "overloaded_error"),
+        (OutOfMemoryError("too large"), 503, "api_error"),
+        (EngineError("broken"), 500, "api_error"),
+        (ValueError("broken"), 500, "api_error"),
+    ],
+)
+def test_the_servers_own_failures(error: Exception, status: int, kind: str) -> None:
+    response = anthropic_shape(problem_of(error))
+    assert response.status_code == status
+    assert json.loads(bytes(response.body))["error"]["type"] == kind
+    if status == 529:
+        assert response.headers["retry-after"] == "2"
+
+
+def test_a_failure_in_the_stream_is_an_event(served: Served, client: anthropic.Anthropic) -> None:
+    engine = served.engines[PLAIN]
+    served.says(PLAIN, "Hello", " world")
+    engine.wait = asyncio.Event()
+
+    def read() -> None:
+        with client.messages.stream(model=PLAIN, max_tokens=9, messages=HELLO) as stream:
+            for text in stream.text_stream:
+                assert text == "Hello"
+                [running] = engine._streams.values()
+                running.loop.call_soon_threadsafe(running.put, EngineError("it broke"))
+
+    try:
+        with pytest.raises(anthropic.APIStatusError, match="it broke"):
+            read()
+    finally:
+        engine.wait = None
+    assert anthropic_error(QueueFullError("full")).startswith("event: error\ndata: {")
+
+
+def test_bodies_that_are_too_large(served: Served) -> None:
+    connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=60)
+    connection.putrequest("POST", "/v1/messages")
+    connection.putheader("Content-Length", str(1 << 40))
+    connection.endheaders()
+    response = connection.getresponse()
+    assert response.status == 413
+    assert json.load(response)["error"]["type"] == "request_too_large"
+    connection.close()
+
+
+def test_models(served: Served, client: anthropic.Anthropic) -> None:
+    ids = [model.id for model in client.models.list(limit=2)]
+    assert ids == [PLAIN, CALLER, THINKER]
+    page = client.models.list(limit=2)
+    assert (page.first_id, page.last_id, page.has_more) == (PLAIN, CALLER, True)
+    assert [m.id for m in client.models.list(before_id=THINKER, limit=1)] == [CALLER, PLAIN]
+    model = client.models.retrieve(PLAIN)
+    assert (model.type, model.id, model.lifecycle) == ("model", PLAIN, "active")
+    assert model.created_at.year == 2023
+    assert model.max_input_tokens == 4096
+    with pytest.raises(anthropic.NotFoundError) as caught:
+        client.models.retrieve("nope")
+    assert caught.value.type == "not_found_error"
+
+
+def test_models_for_other_clients(served: Served) -> None:
+    listed = requests.get(f"{served.url}/v1/models", timeout=60).json()
+    assert listed["object"] == "list"
+    ours = requests.get(f"{served.url}/anthropic/v1/models", timeout=60).json()
+    assert [model["type"] for model in ours["data"]] == ["model"] * 3
+
+
+def test_errors_in_the_document(served: Served) -> None:
+    document = requests.get(f"{served.url}/openapi.json", timeout=60).json()
+    refused = document["paths"]["/v1/messages"]["post"]["responses"]["400"]
+    schema = refused["content"]["application/json"]["schema"]["$ref"]
+    assert schema.endswith("/AnthropicError")
