@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from modelpack.formats.units import format_decimal_size
 from modelpack_engine.pool.catalogue import StoredModel
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.paths import add_route
@@ -31,14 +32,17 @@ def router(pool: ModelPool) -> APIRouter:
 
 
 def card(model: StoredModel) -> dict[str, Any]:
-    """Return the object of a model; `dmr` is what Docker Model Runner adds."""
+    """Return the object of a model; `dmr` is what Docker Model Runner adds, `size` a text as there.
+
+    `docker model list --openai` refuses a number.
+    """
     name = model.names[0] if model.names else model.key
     facts = {
         "context_window": model.context_size,
         "architecture": model.architecture,
         "parameters": model.parameters,
         "quantization": model.quantization,
-        "size": model.size,
+        "size": format_decimal_size(model.size) if model.size else "",
     }
     return {
         "id": name,
