@@ -15,7 +15,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel, StrictBool, StrictStr
 
 import modelpack
-from modelpack.errors import ModelpackError, NotFoundError
+from modelpack.errors import NotFoundError
 from modelpack_engine.errors import BusyError, RequestError
 from modelpack_engine.pool.entry import ModelState, RunningModel
 from modelpack_engine.pool.keep_alive import show_keep_alive
@@ -164,7 +164,7 @@ async def _key(pool: ModelPool, name: str) -> str | None:
 async def _preload(pool: ModelPool, key: str) -> None:
     try:
         await pool.preload(key)
-    except ModelpackError as error:
+    except Exception as error:  # noqa: BLE001 - nobody waits for it; whoever asks next is told
         _log.warning("the model %s could not be loaded ahead: %s", key, error)
 
 
