@@ -147,7 +147,8 @@ def _prompt(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int]]:
     text = render(spec, tokenizer, model.format)
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     if spec.earlier:
-        if token_ids[:1] == [tokenizer.bos]:
-            del token_ids[0]  # the earlier turns begin with it
+        # The earlier turns begin with it; where it comes again, it begins every turn.
+        if token_ids[:1] == [tokenizer.bos] and token_ids.count(token_ids[0]) == 1:
+            del token_ids[0]
         token_ids = [*spec.earlier, *token_ids]
     return text, token_ids

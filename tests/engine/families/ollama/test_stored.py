@@ -1,0 +1,220 @@
+"""Models of a real store: listed, shown, loaded, unloaded, copied, deleted, embedded with."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import ollama
+import pytest
+import requests
+
+from modelpack.reference import Reference
+from tests.engine.families.ollama.conftest import Stocked
+from tests.engine.serving.tiny import CONTEXT
+
+GREEDY = {"num_predict": 4, "temperature": 0}
+
+
+def loaded(stocked: Stocked) -> list[str | None]:
+    return [model.model for model in stocked.client.ps().models]
+
+
+def engines(stocked: Stocked) -> Any:
+    return requests.get(f"{stocked.url}/pool", timeout=30).json()["models"]
+
+
+def test_scenario_27_no_validation_error(stocked: Stocked) -> None:
+    client = stocked.client
+    lines = list(client.chat("tiny", [{"role": "user", "content": "a"}], stream=True,
+                             options=GREEDY))  # fmt: skip
+    last = lines[-1]
+    assert isinstance(last.total_duration, int)
+    assert last.total_duration > 0
+    assert (last.eval_count, last.done_reason) == (4, "length")
+    assert client.generate("tiny", "a", options=GREEDY).eval_count == 4
+    assert len(client.embed("vectors", ["w4 w5", "w6"]).embeddings) == 2
+    assert client.show("tiny").modelinfo
+    assert "tiny:latest" in loaded(stocked)
+    assert {model.model for model in client.list().models} >= {"tiny:latest", "vectors:latest"}
+
+    async def run() -> None:
+        async with ollama.AsyncClient(stocked.url) as other:
+            assert (await other.generate("tiny", "a", options=GREEDY)).done
+            assert len((await other.embed("vectors", "w4")).embeddings) == 1
+            assert (await other.show("tiny")).details
+            assert (await other.ps()).models
+            assert (await other.list()).models
+            stream = await other.chat(
+                "tiny", [{"role": "user", "content": "a"}], stream=True, options=GREEDY
+            )
+            assert [line.done async for line in stream][-1] is True
+
+    asyncio.run(run())
+
+
+def test_scenario_28_load_and_unload(stocked: Stocked) -> None:
+    client = stocked.client
+    answer = requests.post(f"{stocked.url}/api/generate", json={"model": "tiny"}, timeout=60)
+    assert (answer.json()["done"], answer.json()["done_reason"]) == (True, "load")
+    assert answer.json()["response"] == ""
+    assert "tiny:latest" in loaded(stocked)
+    assert "tiny" in [model["name"] for model in engines(stocked)]
+    assert client.generate("tiny", keep_alive=0).done_reason == "unload"
+    assert "tiny:latest" not in loaded(stocked)
+    assert client.chat("tiny", []).done_reason == "load"
+    assert "tiny:latest" in loaded(stocked)
+    assert client.chat("tiny", [], keep_alive=0).done_reason == "unload"
+    assert client.generate("tiny", keep_alive=0).done_reason == "unload"
+    assert "tiny:latest" not in loaded(stocked)
+
+
+def test_an_answer_that_is_to_be_the_last(stocked: Stocked) -> None:
+    stocked.client.generate("tiny", "a", options=GREEDY, keep_alive=0)
+    assert "tiny" not in [m["name"] for m in engines(stocked) if m["state"] == "ready"]
+
+
+def test_how_long_models_stay(stocked: Stocked) -> None:
+    client = stocked.client
+    for keep_alive, seconds in (("10m", 600), (30, 30), ("1h30m", 5400)):
+        client.generate("tiny", keep_alive=keep_alive)
+        [model] = [model for model in client.ps().models if model.model == "tiny:latest"]
+        assert model.expires_at is not None
+        left = (model.expires_at - datetime.now(UTC)).total_seconds()
+        assert seconds - 20 < left <= seconds
+    client.generate("tiny", keep_alive=-1)
+    [model] = [model for model in client.ps().models if model.model == "tiny:latest"]
+    assert model.expires_at is not None
+    assert model.expires_at - datetime.now(UTC) > timedelta(days=36500)
+    assert model.size is not None
+    assert model.size > 2**18
+    assert (model.size_vram, model.context_length) == (0, CONTEXT)
+    assert model.name == "tiny:latest"
+    assert model.details is not None
+    client.generate("tiny", keep_alive=0)
+
+
+def test_what_is_listed(stocked: Stocked) -> None:
+    models = {model.model: model for model in stocked.client.list().models}
+    tiny = models["tiny:latest"]
+    assert tiny.size is not None
+    assert tiny.size > 100_000
+    assert tiny.digest is not None
+    assert len(tiny.digest) == 64
+    assert tiny.details is not None
+    assert tiny.details.format == "safetensors"
+    assert models["weights:latest"].details is not None
+    assert models["weights:latest"].details.format == "gguf"
+    assert tiny.modified_at is not None
+    assert abs((datetime.now(UTC) - tiny.modified_at).total_seconds()) < 3600
+    raw = requests.get(f"{stocked.url}/api/tags", timeout=30).json()["models"]
+    assert all(model["name"] == model["model"] for model in raw)
+    assert requests.head(f"{stocked.url}/api/tags", timeout=30).status_code == 200
+
+
+def test_what_is_shown(stocked: Stocked) -> None:
+    shown = stocked.client.show("tiny")
+    assert shown.modelinfo is not None
+    assert shown.modelinfo["general.architecture"] == "llama"
+    assert shown.modelinfo["llama.context_length"] == CONTEXT
+    assert shown.modelinfo["llama.embedding_length"] == 64
+    assert shown.template is not None
+    assert shown.template.startswith("{% for m in messages %}")
+    assert shown.capabilities == ["completion"]
+    assert shown.modelfile is not None
+    assert shown.modelfile.startswith("FROM tiny")
+    assert stocked.client.show("vectors").capabilities == ["embedding"]
+    gguf = stocked.client.show("weights:latest")
+    assert gguf.modelinfo is not None
+    assert gguf.modelinfo["general.architecture"]
+    assert gguf.modelinfo["general.parameter_count"] > 0
+    old = requests.post(
+        f"{stocked.url}/api/show", json={"name": "weights", "verbose": True}, timeout=30
+    )
+    assert old.json()["tensors"]
+
+
+def test_vectors(stocked: Stocked) -> None:
+    client = stocked.client
+    answer = client.embed("vectors", ["w4 w5 w6", "w7"])
+    for vector in answer.embeddings:
+        assert math.isclose(sum(x * x for x in vector), 1.0, rel_tol=1e-5)
+    assert answer.prompt_eval_count == 5 + 3  # each between [CLS] and [SEP]
+    assert answer.total_duration
+    short = client.embed("vectors", "w4 w5 w6", dimensions=8).embeddings
+    assert [len(vector) for vector in short] == [8]
+    old = client.embeddings("vectors", "w4 w5 w6").embedding
+    length = math.sqrt(sum(x * x for x in old))
+    same = [x / length for x in old]
+    assert same == pytest.approx(answer.embeddings[0], abs=1e-5)
+    long = " ".join(["w9"] * 500)
+    assert client.embed("vectors", long).prompt_eval_count == 160
+    with pytest.raises(ollama.ResponseError, match="502 tokens"):
+        client.embed("vectors", long, truncate=False)
+    assert client.embed("vectors", "").embeddings == []
+    assert client.embeddings("vectors", "").embedding == []
+    with pytest.raises(ollama.ResponseError, match="no embedding model") as caught:
+        client.embed("tiny", "a")
+    assert caught.value.status_code == 400
+
+
+def test_copy_and_delete(stocked: Stocked) -> None:
+    client = stocked.client
+    assert client.copy("tiny", "team/other:v2").status == "success"
+    assert "team/other:v2" in {model.model for model in client.list().models}
+    answer = client.generate("team/other:v2", "a", options=GREEDY)
+    assert answer.response == client.generate("tiny", "a", options=GREEDY).response
+    assert client.delete("team/other:v2").status == "success"
+    assert "team/other:v2" not in {model.model for model in client.list().models}
+    for call in (lambda: client.copy("nope", "x"), lambda: client.delete("team/other:v2")):
+        with pytest.raises(ollama.ResponseError, match="not found") as caught:
+            call()
+        assert caught.value.status_code == 404
+    with pytest.raises(ollama.ResponseError, match="name component is empty") as caught:
+        client.copy("tiny", "a//b")
+    assert caught.value.status_code == 400
+
+
+def test_deleting_the_last_name_unloads_the_model(stocked: Stocked) -> None:
+    client = stocked.client
+    client.create("gone", from_="tiny", system="bye")
+    client.generate("gone")
+    assert "gone:latest" in loaded(stocked)
+    client.delete("gone")
+    assert "gone:latest" not in loaded(stocked)
+    with pytest.raises(ollama.ResponseError, match="'gone' not found"):
+        client.generate("gone", "a")
+
+
+def test_num_ctx_makes_room_and_takes_none(stocked: Stocked) -> None:
+    client = stocked.client
+
+    def window() -> int | None:
+        return next(m.context_length for m in client.ps().models if m.model == "small:latest")
+
+    client.generate("small")
+    assert window() == 100
+    client.generate("small", "a", options=GREEDY | {"num_ctx": 50})
+    assert window() == 100
+    with pytest.raises(ollama.ResponseError, match="100"):
+        client.generate("small", "x" * 150, options=GREEDY)
+    client.generate("small", "x" * 150, options=GREEDY | {"num_ctx": 200})
+    assert window() == 200
+    client.generate("small", "a", options=GREEDY | {"num_ctx": 100_000})
+    assert window() == CONTEXT
+    assert client.generate("small", "x" * 150, options=GREEDY).done
+    client.generate("small", keep_alive=0)
+
+
+def test_tokens_that_are_none(stocked: Stocked) -> None:
+    with pytest.raises(ollama.ResponseError, match="99999") as caught:
+        stocked.client.generate("tiny", "a", context=[99999])
+    assert caught.value.status_code == 400
+
+
+def test_names_mean_the_latest_tag(stocked: Stocked) -> None:
+    digest = stocked.store.resolve(str(Reference.parse("tiny"))).digest
+    for name in ("tiny", "tiny:latest", "ai/tiny", "docker.io/ai/tiny:latest", str(digest)):
+        assert stocked.client.show(name).details is not None
