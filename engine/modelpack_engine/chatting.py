@@ -1,71 +1,181 @@
-"""Conversation: questions and answers with one model, for a terminal."""
+"""Chat: a conversation with one model of the store, in this process, for a terminal."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from typing import Any
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Any, TypeVar
 
-from modelpack_engine.engine import Engine
-from modelpack_engine.errors import ContextLengthError, EngineError
-from modelpack_engine.outputs import FinishReason, Usage
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack.errors import UsageError
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.conversation.chat import start_chat
+from modelpack_engine.conversation.served import ServedModel
+from modelpack_engine.conversation.spec import ChatDelta, ChatSpec
+from modelpack_engine.output.parts import Reasoning, Text
+from modelpack_engine.pool.catalogue import Catalogue
+from modelpack_engine.pool.device_memory import device_memory
+from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.pool.settings import ModelSettings
+
+T = TypeVar("T")
+
+#: Where neither the model nor the user says what it is to be.
+TEMPERATURE = 0.7
+
+# What a model without a chat template gets: the text itself, to go on with.
+_NO_TEMPLATE = "{{ bos_token or '' }}{{ messages | map(attribute='content') | join('\n\n') }}"
 
 
-class Conversation:
-    """Keeps what was said, so that each question comes after all before."""
+class LocalModels:
+    """One loaded model at a time, in a pool that nobody else uses. A context manager.
+
+    Calls come from one thread; in it runs the event loop, while a call lasts. Ctrl-C ends a call
+    with `KeyboardInterrupt`, and the next may follow.
+    """
+
+    def __init__(self, catalogue: Catalogue, config: EngineConfig | None = None) -> None:
+        self._catalogue = catalogue
+        self._config = config or EngineConfig()
+        self._runner = asyncio.Runner()
+        self._pool: ModelPool | None = None
+        self._lease = AsyncExitStack()
+        self._lent: tuple[str, ModelSettings, ServedModel] | None = None
+
+    def __enter__(self) -> LocalModels:
+        self._runner.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._runner.run(self._close())
+        finally:
+            self._runner.__exit__(kind, error, trace)
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return what `work` returns."""
+        return self._runner.run(work)
+
+    def load(self, name: str, settings: ModelSettings | None = None) -> ServedModel:
+        """Load a model of the store, after unloading the one before; raises what loading raises.
+
+        Nothing happens if it is loaded, or if there is no model of that name.
+        """
+        return self.call(self._load(name, settings or ModelSettings()))
+
+    async def _load(self, name: str, settings: ModelSettings) -> ServedModel:
+        if self._pool is None:
+            memory = await asyncio.to_thread(device_memory, self._config)
+            self._pool = ModelPool(self._catalogue, memory=memory, keep_alive=math.inf, grace=0)
+        pool = self._pool
+        key = (await pool.find(name)).key
+        if self._lent is not None:
+            if self._lent[:2] == (key, settings):
+                return self._lent[2]
+            await self._give_back()
+            await pool.unload()
+        await pool.configure(name, settings)
+        model = await self._lease.enter_async_context(pool.lease(name))
+        self._lent = key, settings, model
+        return model
+
+    async def _give_back(self) -> None:
+        self._lent = None
+        await self._lease.aclose()
+
+    async def _close(self) -> None:
+        await self._give_back()
+        if self._pool is not None:
+            await self._pool.close()
+
+
+class Chat:
+    """Keeps what was said, so that each question comes after all before.
+
+    `given` are fields of SamplingParams that win over `preset`, which wins over the model's own.
+    `max_tokens` is the most of one answer (None: what the context holds). `reasoning` switches
+    thinking on or off where the model knows how.
+    """
 
     def __init__(
         self,
-        engine: Engine,
+        model: ServedModel,
         *,
-        system: str | None = None,
-        max_tokens: int = 512,
-        temperature: float = 0.7,
-        seed: int | None = None,
+        system: str = "",
+        given: Mapping[str, Any] | None = None,
+        preset: str | None = None,
+        max_tokens: int | None = None,
+        reasoning: bool | None = None,
     ) -> None:
-        self._engine = engine
-        self._messages: list[dict[str, Any]] = []
-        if system:
-            self._messages.append({"role": "system", "content": system})
-        self._max_tokens = max_tokens
-        self._temperature = temperature
-        self._seed = seed
-        self._numbers = itertools.count()
-        self.last_usage = Usage(0, 0)
+        self.model = model
+        self.system = system
+        self.given = dict(given or {})
+        self.preset = preset
+        self.max_tokens = max_tokens
+        self.reasoning = reasoning
+        self.turns: list[dict[str, Any]] = []
 
-    def ask(self, text: str) -> Iterator[str]:
-        """Yield the answer piece by piece; it is remembered once it is complete.
+    def clear(self) -> None:
+        """Forget what was said; the settings stay."""
+        self.turns = []
 
-        Raises `ContextLengthError` if the conversation has become too long.
+    async def ask(self, text: str) -> AsyncGenerator[ChatDelta, None]:
+        """Yield the answer as it comes; what came is remembered, also if it was interrupted.
+
+        Raises what `start_chat` raises, and then remembers nothing.
         """
-        messages = [*self._messages, {"role": "user", "content": text}]
-        token_ids = self._engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        room = self._engine.max_model_len - len(token_ids)
-        if room < 1:
-            raise ContextLengthError(
-                f"the conversation has {len(token_ids)} tokens, and the context holds "
-                f"{self._engine.max_model_len}",
-                hint="start a new one",
-            )
-        params = SamplingParams(
-            max_tokens=min(self._max_tokens, room),
-            temperature=self._temperature,
-            seed=self._seed,
+        question = {"role": "user", "content": text}
+        answer: list[str] = []
+        thoughts: list[str] = []
+        stream = await start_chat(self.model, self._spec([*self.turns, question]))
+        async with stream:
+            try:
+                async for delta in stream:
+                    for part in delta.parts:
+                        if isinstance(part, Text):
+                            answer.append(part.text)
+                        elif isinstance(part, Reasoning):
+                            thoughts.append(part.text)
+                    yield delta
+            finally:
+                if answer or thoughts:
+                    turn = {"role": "assistant", "content": "".join(answer)}
+                    if thoughts:
+                        turn["reasoning_content"] = "".join(thoughts)
+                    self.turns += [question, turn]
+
+    def check(self) -> None:
+        """Raise `RequestError` if a setting makes no sense."""
+        self._spec([]).params.check(self.model.vocab_size)
+
+    def _spec(self, turns: list[dict[str, Any]]) -> ChatSpec:
+        given = dict(self.given)
+        if self.preset is None and self.model.default("temperature") is None:
+            given.setdefault("temperature", TEMPERATURE)
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        has_template = self.model.tokenizer.chat_template is not None
+        return ChatSpec(
+            [*system, *turns],
+            params=self.model.sampling_params(given, preset=self.preset),
+            max_tokens=self.max_tokens or self.model.default("max_tokens"),
+            reasoning=self.reasoning,
+            template=None if has_template else _NO_TEMPLATE,
         )
-        request_id = f"chat-{next(self._numbers)}"
-        self._engine.add_request(request_id, token_ids, params)
-        answer = ""
-        try:
-            while self._engine.has_work:
-                for event in self._engine.step():
-                    if event.finish_reason is FinishReason.ERROR:
-                        raise EngineError(event.error or "the request failed")
-                    answer += event.text
-                    if event.text:
-                        yield event.text
-                    if event.usage is not None:
-                        self.last_usage = event.usage
-        finally:
-            self._engine.abort(request_id)
-        self._messages = [*messages, {"role": "assistant", "content": answer}]
+
+
+def require_chat(model: ServedModel) -> None:
+    """Raise `UsageError` for a model that makes vectors, and no text."""
+    from modelpack_engine.embedding.async_embedder import AsyncEmbedder
+
+    if isinstance(model.engine, AsyncEmbedder):
+        raise UsageError(
+            f"{model.name} is an embedding model: it writes no text",
+            hint="`modelpack smoke` tries it, `modelpack serve` serves its vectors",
+        )

@@ -37,9 +37,9 @@ COMMANDS = {
     "registry": ("registry", "registry"),
     "resolve": ("find", "resolve"),
     "rm": ("store", "rm"),
-    "run": ("serve", "run"),
+    "run": ("run", "run"),
     "serve": ("serve", "serve"),
-    "smoke": ("serve", "smoke"),
+    "smoke": ("smoke", "smoke"),
     "tag": ("store", "tag"),
     "unload": ("running", "unload"),
 }

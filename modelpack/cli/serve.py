@@ -1,10 +1,9 @@
-"""`modelpack serve`, `run` and `smoke`: a model of the store answers."""
+"""`modelpack serve`: models of the store answer over HTTP."""
 
 from __future__ import annotations
 
 import logging
 import shlex
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,10 @@ from modelpack.cli.gateway import protection_options
 from modelpack.cli.options import (
     Settings,
     common_options,
-    model_argument,
     model_names,
     remote_options,
 )
-from modelpack.cli.output import note, show_json
+from modelpack.cli.output import note
 from modelpack.cli.progress import shown_progress
 from modelpack.errors import UsageError
 from modelpack.operations.remote import RemoteOptions
@@ -120,111 +118,6 @@ def serve(
     )
     note(settings, f"serving {', '.join(models) or 'the store'}; stop with Ctrl-C")
     server.run(lambda: click.echo(server.url))
-
-
-@click.command()
-@model_argument()
-@click.argument("prompt", nargs=-1)
-@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0, 2), default=0.7, show_default=True)
-@click.option("--seed", type=int, help="The same seed gives the same answer.")
-@click.option("--system", help="A system message.")
-@engine_options
-@remote_options
-@common_options
-def run(
-    settings: Settings,
-    model: str,
-    prompt: tuple[str, ...],
-    max_tokens: int,
-    temperature: float,
-    seed: int | None,
-    system: str | None,
-    config: Callable[[], Any],
-    remote: RemoteOptions,
-) -> None:
-    """Have MODEL answer PROMPT, or what stdin holds, or one line after the other."""
-    opened = _open(settings, model, remote)
-    from modelpack_engine.chatting import Conversation
-
-    conversation = Conversation(
-        opened.engine(config()),
-        system=system,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-    )
-    text = " ".join(prompt)
-    if not sys.stdin.isatty() and not prompt:
-        text = sys.stdin.read().strip()
-        if not text:
-            raise UsageError("nothing to answer: stdin is empty", hint="give a prompt")
-    if text:
-        _answer(settings, conversation, text)
-        return
-    note(settings, "one line, one question; end with Ctrl-D")
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            return
-        if line:
-            _answer(settings, conversation, line)
-
-
-def _answer(settings: Settings, conversation: Any, text: str) -> None:
-    if settings.json:
-        answer = "".join(conversation.ask(text))
-        usage = conversation.last_usage
-        show_json(
-            {
-                "text": answer,
-                "promptTokens": usage.prompt_tokens,
-                "completionTokens": usage.completion_tokens,
-                "cachedTokens": usage.cached_tokens,
-            }
-        )
-        return
-    for piece in conversation.ask(text):
-        click.echo(piece, nl=False)
-        sys.stdout.flush()
-    click.echo()
-
-
-@click.command()
-@model_argument()
-@click.option("--prompt", default="What is the capital of France?", show_default=True)
-@click.option("--expect", metavar="REGEX", help="What the answer has to match.")
-@click.option("--min-tps", type=click.FloatRange(min=0), help="Fewest tokens a second to pass.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@engine_options
-@remote_options
-@common_options
-def smoke(
-    settings: Settings,
-    model: str,
-    prompt: str,
-    expect: str | None,
-    min_tps: float | None,
-    max_tokens: int,
-    config: Callable[[], Any],
-    remote: RemoteOptions,
-) -> None:
-    """Load MODEL, ask it once and check the answer; print a JSON report. Exit code 1: failed."""
-    opened = _open(settings, model, remote)
-    from modelpack_engine.smoking import smoke_test
-
-    report = smoke_test(
-        opened,
-        config(),
-        prompt=prompt,
-        expect=expect,
-        min_tokens_per_second=min_tps,
-        max_tokens=max_tokens,
-    )
-    show_json(report.to_json())
-    if not report.passed:
-        raise SystemExit(1)
 
 
 def _log_to_stderr(settings: Settings) -> None:

@@ -1,0 +1,170 @@
+"""`modelpack run`: a model of the store answers, once or for as long as there are questions."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from modelpack.cli.engine import engine_options
+from modelpack.cli.options import Settings, common_options, model_argument, remote_options
+from modelpack.cli.output import note, show_json
+from modelpack.cli.progress import shown_progress
+from modelpack.cli.run_view import BareView, TerminalView, View
+from modelpack.errors import UsageError
+from modelpack.operations.remote import RemoteOptions
+
+if TYPE_CHECKING:
+    from modelpack_engine.chatting import Chat
+    from modelpack_engine.conversation.served import ServedModel
+
+
+@click.command()
+@model_argument()
+@click.argument("prompt", nargs=-1)
+@click.option("--max-tokens", type=click.IntRange(min=1), help="The most tokens of an answer.")
+@click.option(
+    "--temperature", type=click.FloatRange(0, 2),
+    help="0: always the likeliest. [default: the model's, else 0.7]",
+)  # fmt: skip
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="[default: the model's]")
+@click.option("--seed", type=int, help="The same seed gives the same answer.")
+@click.option("--system", default="", help="A system message.")
+@click.option("--preset", help="Settings for a use: code, chat, creative or long-context.")
+@click.option("--think/--no-think", default=None, help="Reason before answering, or do not.")
+@engine_options
+@remote_options
+@common_options
+def run(
+    settings: Settings,
+    model: str,
+    prompt: tuple[str, ...],
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int | None,
+    system: str,
+    preset: str | None,
+    think: bool | None,
+    config: Callable[[], Any],
+    remote: RemoteOptions,
+) -> None:
+    """Have MODEL answer PROMPT and what is piped in; without either, one question after the other.
+
+    /help lists what can be typed instead of a question.
+    """
+    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    given = {name: value for name, value in sampling.items() if value is not None}
+    text = _question(prompt)
+    store = settings.store()
+    from modelpack_engine.chatting import Chat, LocalModels, require_chat
+    from modelpack_engine.errors import RequestError
+    from modelpack_engine.pool.settings import ModelSettings
+    from modelpack_engine.pool.store_catalogue import StoreCatalogue
+
+    chosen = ModelSettings(preset=preset)
+    chosen.check()
+    engine = config()
+
+    def load(name: str) -> ServedModel:
+        from modelpack_engine import open_model
+
+        with shown_progress(settings) as progress:
+            open_model(name, store=store, remote=remote, progress=progress)
+        loaded = models.load(name, chosen)
+        require_chat(loaded)
+        return loaded
+
+    with LocalModels(StoreCatalogue(store, engine), engine) as models:
+        chat = Chat(
+            load(model), system=system, given=given, preset=preset, max_tokens=max_tokens,
+            reasoning=think,
+        )  # fmt: skip
+        try:
+            chat.check()
+        except RequestError as error:
+            raise UsageError(str(error)) from None
+
+        def ask(question: str) -> None:
+            models.call(answer(settings, chat, question))
+
+        if text:
+            ask(text)
+        else:
+            from modelpack.cli.run_loop import Loop
+
+            Loop(settings, chat, ask, load).run()
+
+
+def _question(prompt: tuple[str, ...]) -> str:
+    """Return the arguments and what is piped in, "" if the user is to be asked."""
+    text = " ".join(prompt)
+    if sys.stdin.isatty() or (text and not _is_piped()):
+        return text
+    text = "\n\n".join(piece for piece in (text, sys.stdin.read().strip()) if piece)
+    if not text:
+        raise UsageError("nothing to answer: stdin is empty", hint="give a prompt")
+    return text
+
+
+def _is_piped() -> bool:
+    """Whether stdin was given on purpose: what a service manager leaves there may never end."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):
+        return True  # not a file of the system's: who put it there means it
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+async def answer(settings: Settings, chat: Chat, question: str) -> None:
+    """Ask, and show the answer as it comes; with --json, when it is complete."""
+    from modelpack_engine.output.parts import Reasoning, Text
+
+    view = None if settings.json else _view()
+    texts, thoughts, last = [], [], None
+    try:
+        async with aclosing(chat.ask(question)) as deltas:
+            async for delta in deltas:
+                for part in delta.parts:
+                    if isinstance(part, Text):
+                        texts.append(part.text)
+                        if view is not None:
+                            view.text(part.text)
+                    elif isinstance(part, Reasoning):
+                        thoughts.append(part.text)
+                        if view is not None:
+                            view.thought(part.text)
+                last = delta if delta.finish is not None else last
+    finally:
+        if view is not None:
+            view.end()
+    finish = last.finish if last is not None else None
+    usage = last.usage if last is not None else None
+    if view is not None:
+        if finish == "length":
+            note(settings, "(cut: that is as long as an answer may be)")
+        return
+    show_json(
+        {
+            "text": "".join(texts),
+            "reasoning": "".join(thoughts) or None,
+            "finishReason": finish,
+            "promptTokens": usage.prompt_tokens if usage else 0,
+            "completionTokens": usage.completion_tokens if usage else 0,
+            "cachedTokens": usage.cached_tokens if usage else 0,
+            "reasoningTokens": usage.reasoning_tokens if usage else 0,
+        }
+    )
+
+
+def _view() -> View:
+    if not sys.stdout.isatty():
+        return BareView()
+    from rich.console import Console
+
+    return TerminalView(Console(highlight=False))

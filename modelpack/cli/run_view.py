@@ -1,0 +1,165 @@
+"""How an answer is shown while it comes: markdown on a terminal, the bare text elsewhere."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.live import Live
+
+# Seconds between two drawings: what the eye follows, at little cost.
+_FRAME = 1 / 15
+# A model may write what a terminal takes for commands; line feeds and tabs alone are text.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def visible(text: str) -> str:
+    """Return `text` with a replacement character for each control character."""
+    return _CONTROLS.sub("\ufffd", text.replace("\r\n", "\n"))
+
+
+class View(Protocol):
+    """Where the pieces of one answer go."""
+
+    def text(self, piece: str) -> None:
+        """Show a piece of the answer."""
+
+    def thought(self, piece: str) -> None:
+        """Show a piece of what the model thinks."""
+
+    def end(self) -> None:
+        """The answer is over, complete or not."""
+
+
+class BareView:
+    """Writes the answer as it is, and nothing else: for files and pipes."""
+
+    def __init__(self) -> None:
+        self._ended = True
+
+    def text(self, piece: str) -> None:
+        """Write a piece."""
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+        self._ended = piece.endswith("\n")
+
+    def thought(self, piece: str) -> None:
+        """What the model thinks is no part of its answer."""
+
+    def end(self) -> None:
+        """End the last line."""
+        if not self._ended:
+            click.echo()
+
+
+class TerminalView:
+    """Renders markdown. Blocks that are complete are printed once, and scroll away; the last one,
+    which still grows, is drawn anew in its place.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._clock = clock
+        self._live: Live | None = None
+        self._tail = _Tail("", spaced=False)
+        self._pending = ""
+        self._drawn = -1.0
+        self._printed = False  # a block of this answer
+        self._thinking = False
+
+    def text(self, piece: str) -> None:
+        """Show a piece; drawn at most every `_FRAME` seconds."""
+        if self._thinking:
+            self._thinking = False
+            self._console.print("\n")
+        self._pending += visible(piece)
+        now = self._clock()
+        if now - self._drawn >= _FRAME:
+            self._draw()
+            self._drawn = now
+
+    def thought(self, piece: str) -> None:
+        """Show a piece dimmed, as it is."""
+        if not self._thinking:
+            self.end()
+            self._thinking = True
+        self._console.print(
+            visible(piece), style="dim", end="", markup=False, highlight=False, soft_wrap=True
+        )
+
+    def end(self) -> None:
+        """Print what is left."""
+        if self._thinking:
+            self._thinking = False
+            self._console.print()
+        self._draw()
+        if self._live is not None:
+            self._tail.whole = True
+            self._live.stop()
+            self._live = None
+        self._pending, self._printed = "", False
+
+    def _draw(self) -> None:
+        from rich.live import Live
+        from rich.markdown import Markdown
+
+        if not self._pending.strip():
+            return
+        complete, self._pending = split_blocks(self._pending)
+        if self._live is None:
+            self._live = Live(
+                console=self._console, auto_refresh=False, vertical_overflow="visible",
+                redirect_stdout=False, redirect_stderr=False,
+            )  # fmt: skip
+            self._live.start()
+        if complete:
+            if self._printed:
+                self._console.print()
+            self._console.print(Markdown(complete))
+            self._printed = True
+        self._tail = _Tail(self._pending, spaced=self._printed)
+        self._live.update(self._tail, refresh=True)
+
+
+class _Tail:
+    """Markdown of which only the last lines are shown, as many as the terminal has."""
+
+    def __init__(self, text: str, *, spaced: bool) -> None:
+        self._text = text
+        self._spaced = spaced
+        self.whole = False
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.markdown import Markdown
+        from rich.segment import Segment
+
+        if not self._text.strip():
+            return
+        lines = console.render_lines(Markdown(self._text), options, pad=False)
+        if self._spaced:
+            lines.insert(0, [])
+        if not self.whole:
+            lines = lines[-max(1, console.height - 1) :]
+        for at, line in enumerate(lines):
+            yield from line
+            if at < len(lines) - 1:
+                yield Segment.line()
+
+
+def split_blocks(text: str) -> tuple[str, str]:
+    """Return the blocks of markdown that are complete, and the last one, which may still grow."""
+    from markdown_it import MarkdownIt
+
+    tokens = MarkdownIt().enable("table").parse(text)
+    starts = [token.map[0] for token in tokens if token.level == 0 and token.map is not None]
+    if len(starts) < 2:
+        return "", text
+    lines = text.splitlines(keepends=True)
+    return "".join(lines[: starts[-1]]), "".join(lines[starts[-1] :])

@@ -1,0 +1,73 @@
+"""`modelpack run` with a prompt: arguments, what is piped in, and JSON."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import pytest
+
+from modelpack.stores.layout import LayoutStore
+from tests.cli.running import Result
+from tests.cli.running import modelpack as run
+
+SMALL = ("--device", "cpu", "--kv-cache-bytes", "2000000", "--max-tokens", "4")
+
+
+def tiny(store: LayoutStore, *arguments: str) -> Result:
+    return run("run", "team/tiny", *arguments, "--store", store.root, *SMALL)
+
+
+def test_a_prompt(store: LayoutStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    result = tiny(store, "hello", "there")
+    assert result.code == 0, result.err
+    assert result.stdout.endswith(b"\n")
+    assert "(cut: " in result.err
+    assert "(cut: " not in tiny(store, "hello", "-q").err
+
+
+def test_arguments_and_what_is_piped_in_are_one_prompt(
+    store: LayoutStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = []
+    for arguments, piped in ((["ab"], ""), ([], "ab\n"), (["ab"], "cde"), (["ab", "c"], "")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(piped))
+        answer = tiny(store, *arguments, "--json").json
+        lengths.append(answer["promptTokens"])
+        assert (answer["finishReason"], answer["completionTokens"]) == ("length", 4)
+    assert [length - lengths[0] for length in lengths] == [0, 0, 5, 2]  # a byte, a token
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "stdin is empty"),
+        (["hi", "--preset", "loud"], "loud"),
+        (["hi", "--temperature", "7"], "temperature"),
+        (["hi", "--top-p", "0"], "top-p"),
+    ],
+)
+def test_wrong_usage(
+    store: LayoutStore, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    result = tiny(store, *arguments)
+    assert result.code == 2
+    assert says in result.err
+
+
+def test_a_reader_that_goes_away(store: LayoutStore) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modelpack", "run", "team/tiny", "x", "--store", str(store.root),
+         "--device", "cpu", "--kv-cache-bytes", "2000000"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    with process.stderr:
+        errors = process.stderr.read()
+    assert process.wait(60) == 1
+    assert b"error" not in errors, errors

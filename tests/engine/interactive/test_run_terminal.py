@@ -1,0 +1,96 @@
+"""`modelpack run` in a terminal, with real weights: one session, from the first prompt to /bye."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from modelpack.stores.layout import LayoutStore
+from tests.engine.interactive.terminal import Terminal
+
+PROMPT = r">>> \Z"
+
+
+@pytest.fixture
+def terminal(store: LayoutStore, tmp_path: Path) -> Iterator[Terminal]:
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    terminal = Terminal(
+        [sys.executable, "-m", "modelpack", "run", "ai/smollm2", "--store", str(store.root),
+         "--temperature", "0", "--device", "cpu", "--kv-cache-bytes", "100000000"],
+        environment,
+    )  # fmt: skip
+    yield terminal
+    terminal.kill()
+
+
+def test_a_session(terminal: Terminal, tmp_path: Path) -> None:
+    assert "/help" in terminal.until(PROMPT)
+
+    terminal.type("What is the capital of France?\r")
+    assert "Paris" in terminal.until(PROMPT)
+
+    # Settings: what is wrong is said, and changes nothing.
+    terminal.type("/set temperature hot\r")
+    assert "0 (always the likeliest) to 2" in terminal.until(PROMPT)
+    terminal.type("/set top_p 7\r")
+    assert "top_p is 7.0" in terminal.until(PROMPT)
+    terminal.type("/set max_tokens 3\r")
+    terminal.until(PROMPT)
+    terminal.type("/show\r")
+    shown = terminal.until(PROMPT)
+    for row in (r"temperature +0\.0", r"top_p +default", r"max_tokens +3", r"turns +2"):
+        assert_row(shown, row)
+
+    terminal.type("Tell me a story.\r")
+    assert "(cut: " in terminal.until(PROMPT)
+    terminal.type("/nonsense\r")
+    assert "there is no command /nonsense" in terminal.until(PROMPT)
+
+    # Several lines, by quotes and by backslashes.
+    terminal.type("/clear\r")
+    terminal.until(PROMPT)
+    terminal.type('"""What is the capital\r')
+    terminal.until(r"\.\.\. \Z")
+    terminal.type('of Italy?"""\r')
+    terminal.until(PROMPT)
+    terminal.type("Which \\\r")
+    terminal.until(r"\.\.\. \Z")
+    terminal.type("one?\r")
+    terminal.until(PROMPT)
+    terminal.type("/show\r")
+    assert_row(terminal.until(PROMPT), r"turns +4")
+
+    # Ctrl-C stops the answer, not the program.
+    terminal.type("/set max_tokens default\r")
+    terminal.until(PROMPT)
+    terminal.type("Write down all the numbers from one to a thousand in words, one a line.\r")
+    terminal.until(r"(?s)words, one a line\.\n.*?\w")
+    terminal.type("\x03")
+    assert "(stopped)" in terminal.until(PROMPT)
+    terminal.type("/show\r")
+    assert_row(terminal.until(PROMPT), r"turns +6")
+
+    # At the prompt it ends nothing either; Ctrl-D does. (Python may see the signal only when the
+    # next key comes, if it arrives before the select call that it is to interrupt.)
+    terminal.type("\x03\r")
+    terminal.until("Ctrl-D or /bye")
+    terminal.type("/show\r")
+    terminal.until("turns")
+    terminal.until(PROMPT)
+    terminal.type("\x04")
+    assert terminal.end() == 0
+
+    history = tmp_path / "modelpack" / "run-history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    assert "What is the capital of France?" in history.read_text().splitlines()
+
+
+def assert_row(shown: str, pattern: str) -> None:
+    import re
+
+    assert re.search(pattern, shown), shown
