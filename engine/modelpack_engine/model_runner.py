@@ -21,6 +21,7 @@ import mlx.nn as nn
 from modelpack_engine.adaptation import cpu_activations
 from modelpack_engine.adaptation import self_test as tests
 from modelpack_engine.adaptation.adapted import Adapted
+from modelpack_engine.adaptation.compiled import CompiledSteps
 from modelpack_engine.adaptation.contiguous import ContiguousRunner
 from modelpack_engine.adaptation.layout import ModelLayout, UnknownCacheError, find_layout
 from modelpack_engine.adaptation.warm_up import PADDING_SEQ_ID, StepShape, padding_batch
@@ -57,7 +58,8 @@ class ModelRunner:
     `num_blocks` blocks of `block_size` tokens are allocated at once, block 0 being trash. `dtype`
     is the type of the pools (default: that of the model's keys). `exact` shapes are for CPUs, where
     a new shape costs nothing; the default follows MLX's default device. `paged` False asks for the
-    contiguous tier; by default, vllm-metal's VLLM_METAL_USE_PAGED_ATTENTION=0 does.
+    contiguous tier; by default, vllm-metal's VLLM_METAL_USE_PAGED_ATTENTION=0 does. Steps are
+    `compiled` by default where a kernel writes the pools.
 
     `tier` and `notes` say how the model runs; `supports_prefix_cache` is False where a sequence's
     state is more than its keys and values. Raises `OutOfMemoryError` if the pools do not fit, and
@@ -75,6 +77,7 @@ class ModelRunner:
         self_test: bool = True,
         exact: bool | None = None,
         paged: bool | None = None,
+        compiled: bool | None = None,
     ) -> None:
         handles.install()
         rotations.install()
@@ -90,6 +93,7 @@ class ModelRunner:
             cpu_activations.install(model)
         self._step = StepInputs(block_size, exact=exact)
         self._adapted: Adapted | None = None
+        self._compiled: CompiledSteps | None = None
         self._contiguous: ContiguousRunner | None = None
         if paged is None:
             paged = uses_paged_attention()
@@ -97,7 +101,9 @@ class ModelRunner:
         if self.layout is not None and paged:
             if dtype is not None:
                 self.layout = self.layout.with_dtype(dtype)
-            self._adapt(self.layout, self_test)
+            if compiled is None:
+                compiled = not exact and kernels.available().write
+            self._adapt(self.layout, self_test, compiled)
         if self._adapted is None:
             self._contiguous = ContiguousRunner(model)
 
@@ -114,7 +120,7 @@ class ModelRunner:
                 f"mlx-lm cannot run {self._name}: {type(error).__name__}: {error}"
             ) from error
 
-    def _adapt(self, layout: ModelLayout, self_test: bool) -> None:
+    def _adapt(self, layout: ModelLayout, self_test: bool, compiled: bool) -> None:
         """Find the best tier: all on rows, then more and more attention modules in pieces."""
         in_pieces: frozenset[str] = frozenset()
         fold = mx.cuda.is_available()
@@ -129,13 +135,19 @@ class ModelRunner:
             )
             self._adapted = adapted
             self._allocate(adapted.pools())
+            if compiled and CompiledSteps.can_run(adapted):
+                self._compiled = CompiledSteps(self.model, adapted, self._step, self.buckets)
             problem, culprit = self._try(adapted, layout, self_test)
             if problem is None:
                 self.notes += adapted.notes()
                 return
+            if self._compiled is not None:
+                self._leave("compiled steps", problem)
+                compiled = False
+                self._drop(adapted)
+                continue
             every = adapted.attention_classes()
-            adapted.undo()
-            self._adapted = None
+            self._drop(adapted)
             self._leave("pieces" if in_pieces else "handles", problem)
             more = in_pieces | {culprit} if culprit else every
             if more <= in_pieces:
@@ -143,6 +155,10 @@ class ModelRunner:
             if more <= in_pieces:
                 return
             in_pieces = frozenset(more)
+
+    def _drop(self, adapted: Adapted) -> None:
+        adapted.undo()
+        self._adapted = self._compiled = None
 
     def _try(
         self, adapted: Adapted, layout: ModelLayout, self_test: bool
@@ -232,6 +248,8 @@ class ModelRunner:
         adapted = self._adapted
         assert adapted is not None
         count = len(rows)
+        if self._compiled is not None and self._compiled.takes(batch):
+            return self._compiled.forward(batch, token_ids, rows)
         padded = self.buckets.pad_rows(count) or 1
         self._step.begin(batch, rows + [0] * (padded - count))
         if adapted.states:

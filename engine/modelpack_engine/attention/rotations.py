@@ -35,6 +35,13 @@ class Positions(mx.array):
     rotations: Rotations | None
 
 
+def as_positions(positions: mx.array) -> Positions:
+    """Return positions that are on the device already, for MLX's own function."""
+    made = Positions(positions)
+    made.rotations = None
+    return made
+
+
 def make_positions(positions: list[int], *, rotate: bool) -> Positions:
     """Return `positions` on the device; `rotate` says whether to rotate by matrices."""
     made = Positions(mx.array(positions, mx.int32))

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from modelpack_engine.attention.cpu_streams import second_stream
 from modelpack_engine.attention.keys import KeyRange, consecutive
-from modelpack_engine.attention.rotations import make_positions
+from modelpack_engine.attention.rotations import as_positions, make_positions
 from modelpack_engine.attention.spans import Run, Span, length_groups, slot_runs, visible
 
 if TYPE_CHECKING:
@@ -88,6 +88,28 @@ class StepInputs:
         self.slot_runs = slot_runs(batch.slots, _FEW_RUNS) if self.exact else None
         self.sample_rows = mx.array(sample_rows, mx.int32)
         self.all_rows_sampled = sample_rows == list(range(self.num_rows))
+        self.rows_taken = False
+        self.active = True
+
+    def begin_rows(
+        self,
+        positions: mx.array,
+        slots: mx.array,
+        tables: mx.array,
+        sample_rows: mx.array | None,
+    ) -> None:
+        """Take over rows that see the blocks `tables` int32 [rows, width] up to their positions.
+
+        `sample_rows` None stands for all of them.
+        """
+        self.num_rows = self.num_decode = tables.shape[0]
+        self.decode_seq_ids, self.chunks = (), ()
+        self._tables, self._lengths = [], []
+        self._memo = {"rows": (tables, positions + 1)}
+        self.positions = as_positions(positions)
+        self.slots, self.slot_runs = slots, None
+        self.all_rows_sampled = sample_rows is None
+        self.sample_rows = mx.zeros((0,), mx.int32) if sample_rows is None else sample_rows
         self.rows_taken = False
         self.active = True
 

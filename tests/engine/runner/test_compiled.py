@@ -1,0 +1,167 @@
+"""Compiled steps give the logits of steps built anew, and are built once for each shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from modelpack_engine.adaptation import compiled
+from modelpack_engine.batch import StepBatch, build_batch
+from modelpack_engine.block_manager import BlockManager
+from modelpack_engine.buckets import FEW
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.engine import Engine
+from modelpack_engine.model_runner import ModelRunner
+from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.scheduler import Scheduler
+from modelpack_engine.sequence import Sequence
+from modelpack_engine.sizing import Sizes
+from tests.engine.runner.models import Attention, make_model, tiny_llama, token_ids
+from tests.engine.serving.tiny import reference_tokens, tiny_loaded
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], list(range(1, 41)), [7], list(range(50, 10, -1))]
+
+
+class Forgetful(Attention):
+    """Attention whose Python looks at values, which a compiled graph does not have."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        if mx.isnan(x).any().item():
+            return x
+        return super().__call__(x, mask, cache)
+
+
+def logits_of_a_run(runner: ModelRunner, steps: int = 6) -> list[mx.array]:
+    """Serve the prompts, a few more joining at each step; return each step's logits."""
+    sizes = Sizes(64, 128, 48, FEW)
+    blocks = BlockManager(64, 16)
+    scheduler = Scheduler(sizes.scheduler_config(EngineConfig(max_num_seqs=8)), blocks)
+    found = []
+    waiting = [Sequence(f"r{i}", prompt, SamplingParams(max_tokens=32)) for i, prompt in
+               enumerate(PROMPTS)]  # fmt: skip
+    for _ in range(steps):
+        if waiting:
+            scheduler.add(waiting.pop(0))
+        output = scheduler.schedule()
+        assert output is not None
+        batch = build_batch(output, None, FEW, 16)
+        logits = runner.forward(batch, token_ids(batch))
+        mx.eval(logits, runner.pools())
+        found.append(logits)
+        scheduler.submitted(output)
+        scheduler.collect(output, [(5 * len(found) + i) % 60 for i in range(len(output.sampled))])
+    return found
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_the_same_logits(windowed: bool) -> None:
+    arguments = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    runs = []
+    for choice in (False, True):
+        model = tiny_llama(**(arguments if windowed else {}))
+        runner = ModelRunner(model, num_blocks=64, buckets=FEW, exact=False, compiled=choice)
+        assert runner.tier == "handles"
+        runs.append(logits_of_a_run(runner))
+    for one, other in zip(*runs, strict=True):
+        assert mx.allclose(one, other, atol=1e-4).item()
+
+
+def test_built_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    model = tiny_llama()
+    inner = type(model.model)
+    original = inner.__call__
+
+    def counted(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        built.append(x.shape[0])
+        return original(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(inner, "__call__", counted)
+    runner = ModelRunner(model, num_blocks=64, buckets=FEW, exact=False, compiled=True)
+    logits_of_a_run(runner)
+    built.clear()
+    logits_of_a_run(runner)
+    assert built == []
+
+
+def test_long_prompts_are_not_for_single_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "LONGEST_PROMPT", 24)
+    taken: list[bool] = []
+    takes = compiled.CompiledSteps.takes
+
+    def noticed(self: compiled.CompiledSteps, batch: StepBatch) -> bool:
+        taken.append(takes(self, batch))
+        return taken[-1]
+
+    monkeypatch.setattr(compiled.CompiledSteps, "takes", noticed)
+    runs = []
+    for choice in (False, True):
+        runner = ModelRunner(tiny_llama(), num_blocks=64, buckets=FEW, exact=False, compiled=choice)
+        runs.append(logits_of_a_run(runner))
+    assert True in taken
+    assert False in taken
+    for one, other in zip(*runs, strict=True):
+        assert mx.allclose(one, other, atol=1e-4).item()
+
+
+def test_a_model_that_looks_at_values_is_built_anew() -> None:
+    runner = ModelRunner(
+        make_model(Forgetful), num_blocks=64, buckets=FEW, exact=False, compiled=True
+    )
+    assert runner.tier == "handles"
+    assert any("not in compiled steps" in note for note in runner.notes)
+
+
+def test_a_failed_trace_leaves_the_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    runner = ModelRunner(model, num_blocks=64, buckets=FEW, exact=False, compiled=True)
+    before = logits_of_a_run(runner)
+    inner = type(model.model)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ValueError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inner, "__call__", broken)
+        batch = build_batch_of_one([1] * 100)
+        with pytest.raises(ValueError, match="broken"):
+            runner.forward(batch, token_ids(batch))
+    mx.eval(runner.pools())
+    for one, other in zip(before, logits_of_a_run(runner), strict=True):
+        assert mx.allclose(one, other, atol=1e-5).item()
+
+
+def build_batch_of_one(prompt: list[int]) -> StepBatch:
+    scheduler = Scheduler(
+        Sizes(64, 256, 256, FEW).scheduler_config(EngineConfig(max_num_seqs=2)),
+        BlockManager(64, 16),
+    )
+    scheduler.add(Sequence("one", prompt, SamplingParams(max_tokens=2)))
+    output = scheduler.schedule()
+    assert output is not None
+    return build_batch(output, None, FEW, 16)
+
+
+def test_whole_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine with compiled steps gives mlx-lm's own tokens, in a batch and after preemption."""
+    initialise = ModelRunner.__init__
+
+    def as_on_a_gpu(self: ModelRunner, model: nn.Module, **given: Any) -> None:
+        given |= {"buckets": FEW, "exact": False, "compiled": True}
+        initialise(self, model, **given)
+
+    monkeypatch.setattr(ModelRunner, "__init__", as_on_a_gpu)
+    per_block = 2 * 2 * 2 * 16 * 4 * 16
+    config = EngineConfig(max_num_seqs=4, max_model_len=96, kv_cache_bytes=12 * per_block)
+    engine = Engine(tiny_loaded(), config)
+    assert engine._runner._compiled is not None
+    prompts = [[i + 1, *range(2, 2 + 7 * i)] for i in range(1, 6)]
+    params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
+    found = engine.generate(prompts, params)
+    assert engine.stats().num_preemptions > 0
+    for prompt, events in zip(prompts, found, strict=True):
+        tokens = [token for event in events for token in event.token_ids]
+        assert tokens == reference_tokens(prompt, 30)
