@@ -40,7 +40,6 @@ class Entry:
     last_used: float = 0.0
     #: Bytes that it takes, or will take once it is loaded.
     memory: int = 0
-    was_loaded: bool = False  # at any time
     #: What the last attempt to load it raised.
     failure: Exception | None = None
     change: asyncio.Task[None] | None = None
@@ -72,15 +71,6 @@ class Entry:
     def expires(self, clock: float) -> bool:
         """Whether it has been idle for long enough to go."""
         return self.may_go and clock - self.last_used >= self.keep_alive
-
-
-@dataclass(slots=True)
-class Pin:
-    """A model that is to stay, from the start on; `failure` is why it could not even be found."""
-
-    settings: ModelSettings | None
-    entry: Entry | None = None
-    failure: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)

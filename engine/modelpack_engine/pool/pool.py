@@ -10,13 +10,16 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequen
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+from modelpack.errors import ModelpackError
 from modelpack_engine.async_engine import EngineState
 from modelpack_engine.conversation.served import ServedModel
 from modelpack_engine.errors import BusyError, EngineError, LoadingError, OutOfMemoryError
 from modelpack_engine.pool.catalogue import Catalogue, LoadedEngine, StoredModel
-from modelpack_engine.pool.entry import Entry, ModelState, Pin, RunningModel, shown
+from modelpack_engine.pool.entry import Entry, ModelState, RunningModel, shown
 from modelpack_engine.pool.keep_alive import DEFAULT_KEEP_ALIVE
 from modelpack_engine.pool.memory import MemoryBudget
+from modelpack_engine.pool.names import Names
+from modelpack_engine.pool.pins import Pin, Pins
 from modelpack_engine.pool.presets import PRESETS
 from modelpack_engine.pool.settings import ModelSettings
 
@@ -24,15 +27,18 @@ _log = logging.getLogger(__name__)
 
 #: Seconds that streams get to end before the model under them goes.
 GRACE = 30.0
+#: Requests that wait for one model to be loaded.
+MAX_WAITING = 1024
 
 
 class ModelPool:
     """The models of a catalogue, on one event loop. Whoever uses one leases it.
 
     `memory` is the budget of all loaded models together, in bytes (None: no limit but the
-    machine's). `keep_alive` is how many seconds a model stays after its last use. `clock` gives
-    seconds that only grow. Models that are unloaded for want of memory are idle ones, the one that
-    was used longest ago first; pinned ones stay.
+    machine's). `keep_alive` is how many seconds a model stays after its last use, `max_waiting` how
+    many requests may wait for one to be loaded. `clock` gives seconds that only grow. Models
+    that are unloaded for want of memory are idle ones, the one that was used longest ago first;
+    pinned ones stay.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class ModelPool:
         memory: int | None = None,
         keep_alive: float = DEFAULT_KEEP_ALIVE,
         grace: float = GRACE,
+        max_waiting: int = MAX_WAITING,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.catalogue = catalogue
@@ -51,13 +58,12 @@ class ModelPool:
         self._settings = settings or ModelSettings()
         self._keep_alive = keep_alive
         self._grace = grace
+        self._max_waiting = max_waiting
         self._entries: dict[str, Entry] = {}
         self._budget = MemoryBudget(memory, self._entries.values())
         self._configured: dict[str, ModelSettings] = {}  # by key, also of what is not loaded
-        self._aliases: dict[str, str] = {}
-        self._pins: dict[str, Pin] = {}
-        self._names: dict[str, StoredModel] = {}
-        self._version: object = None
+        self._pins = Pins()
+        self._names = Names(catalogue)
         self._room = asyncio.Lock()
         self._reaper: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -72,24 +78,15 @@ class ModelPool:
 
     def alias(self, name: str, target: str) -> None:
         """Have `name` stand for the model `target` as well."""
-        self._aliases[name] = target
+        self._names.give(name, target)
 
     def aliases(self) -> tuple[str, ...]:
         """Return the names that `alias` gave."""
-        return tuple(self._aliases)
+        return self._names.given()
 
     async def find(self, name: str) -> StoredModel:
         """Return the stored model that a user calls so; raise `NotFoundError`."""
-        version = self.catalogue.version()
-        if version != self._version:
-            self._names.clear()
-            self._version = version
-        found = self._names.get(name)
-        if found is None:
-            target = self._aliases.get(name, name)
-            found = await asyncio.to_thread(self.catalogue.find, target)
-            self._names[name] = found
-        return found
+        return await self._names.find(name)
 
     async def stored(self) -> Sequence[StoredModel]:
         """Return what could be loaded."""
@@ -105,9 +102,11 @@ class ModelPool:
 
         `keep_alive` replaces the seconds that it stays afterwards: 0 is not at all, `math.inf` for
         ever. Raises `NotFoundError`, what loading raises, and `LoadingError` where it would have to
-        be waited for and `wait` is false.
+        be waited for and `wait` is false, or too many wait.
         """
         entry = await self._entry(name)
+        if entry.state is not ModelState.READY and entry.waiting >= self._max_waiting:
+            raise LoadingError(f"{entry.waiting} requests wait for the model {name}")
         entry.waiting += 1
         try:
             model = await self._ready(entry, wait)
@@ -127,7 +126,7 @@ class ModelPool:
 
     def pin(self, name: str, settings: ModelSettings | None = None) -> None:
         """Have `start` load a model that is to stay; `readiness` waits for it."""
-        self._pins[name] = Pin(settings)
+        self._pins.add(name, settings)
 
     # What there is
 
@@ -144,14 +143,7 @@ class ModelPool:
         """Return whether all models that are to stay are loaded, and if not, why."""
         if self.is_closing:
             return False, "the server is shutting down"
-        for name, pin in self._pins.items():
-            if pin.entry is not None and pin.entry.was_loaded and pin.entry.failure is None:
-                continue  # if it is gone since, somebody wanted it so
-            failure = pin.failure or (pin.entry.failure if pin.entry else None)
-            if failure is not None:
-                return False, f"the model {name} could not be loaded: {failure}"
-            return False, f"the model {name} is being loaded"
-        return True, ""
+        return self._pins.readiness()
 
     # Settings
 
@@ -182,6 +174,8 @@ class ModelPool:
         self._configured[key] = settings
         if settings.keep_alive is not None:
             entry.keep_alive = settings.keep_alive
+        if entry.pinned:
+            self._spawn(self._load_again(entry))
 
     # Unloading
 
@@ -195,12 +189,15 @@ class ModelPool:
         """Unload these models, or all; return the names of those that were loaded.
 
         Requests under way get `grace` seconds (None: the pool's), then they fail; with `idle_only`,
-        models that are in use or being loaded stay, and are not among the names.
+        models that are in use or being loaded stay, and are not among the names. Those that were
+        pinned no longer are.
         """
         entries = self.entries() if names is None else [await self._entry(n) for n in names]
-        loaded = [e for e in entries if e.state is not ModelState.UNLOADED]
         if idle_only:
-            loaded = [e for e in loaded if e.is_idle]
+            entries = [e for e in entries if e.is_idle]
+        for entry in entries:
+            self._pins.remove(entry)
+        loaded = [e for e in entries if e.state is not ModelState.UNLOADED]
         limit = self._grace if grace is None else grace
         unloading = (self._unload(e, grace=limit, unless_used=idle_only) for e in loaded)
         await asyncio.gather(*unloading)
@@ -224,7 +221,7 @@ class ModelPool:
     async def start(self) -> None:
         """Begin to load what is pinned, and to unload what is idle; returns at once."""
         self._reaper = asyncio.create_task(self._reap_for_ever())
-        for name, pin in self._pins.items():
+        for name, pin in self._pins:
             self._spawn(self._load_pinned(name, pin))
 
     async def close(self, *, grace: float | None = None) -> None:
@@ -302,7 +299,6 @@ class ModelPool:
             preface=loaded.preface,
         )
         entry.state = ModelState.READY
-        entry.was_loaded = True
         entry.last_used = self.clock()
         self._wake.set()
 
@@ -375,7 +371,7 @@ class ModelPool:
             entry.keep_alive = self._keep_alive if kept is None else kept
 
     async def _reap_for_ever(self) -> None:
-        while True:
+        while not self.is_closing:  # a cancellation may be lost: `wait_for` of 3.11 swallows some
             self._wake.clear()
             wait = await self.reap()
             with suppress(TimeoutError):
@@ -391,6 +387,10 @@ class ModelPool:
         except Exception as error:  # noqa: BLE001 - `readiness` tells; it is tried again at use
             pin.failure = None if pin.entry is not None else error
             _log.error("the model %s could not be loaded: %s", name, error)
+
+    async def _load_again(self, entry: Entry) -> None:
+        with suppress(ModelpackError):  # `readiness` tells
+            await self._ready(entry, wait=True)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

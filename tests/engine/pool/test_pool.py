@@ -195,11 +195,61 @@ async def test_pinned_models_stay_and_make_the_pool_ready() -> None:
     with pytest.raises(OutOfMemoryError, match="pinned"):
         await pool.preload("b")
     assert loaded(pool) == ["a"]
-    assert await pool.unload(["a"]) == ["a"]
-    assert pool.readiness() == (True, "")
     await pool.close()
     assert loaded(pool) == []
     assert not pool.readiness()[0]
+
+
+@loop
+async def test_a_pinned_model_that_is_unloaded_by_hand_is_pinned_no_more() -> None:
+    shelf = Shelf(a=60, b=60)
+    pool = pool_over(shelf, memory=100)
+    pool.pin("ai/a")
+    await pool.start()
+    await settle(pool)
+    assert await pool.unload(["a"]) == ["a"]
+    assert pool.readiness() == (True, "")
+    await pool.preload("a")
+    assert not pool.running()[0].pinned
+    await pool.preload("b")
+    assert loaded(pool) == ["b"]
+    await pool.close()
+
+
+@loop
+async def test_a_pinned_model_is_loaded_again_with_its_new_settings() -> None:
+    shelf = Shelf(a=1)
+    pool = pool_over(shelf)
+    pool.pin("a")
+    await pool.start()
+    await settle(pool)
+    shelf.gate.clear()
+    await pool.configure("a", ModelSettings(preset="code"))
+    assert pool.readiness() == (False, "the model a is being loaded")
+    shelf.gate.set()
+    await settle(pool)
+    assert pool.readiness() == (True, "")
+    assert [model.settings.preset for model in pool.running()] == ["code"]
+    shelf.fails.add("a")
+    await pool.configure("a", ModelSettings(preset="chat"))
+    await settle(pool)
+    assert "could not be loaded" in pool.readiness()[1]
+    await pool.close()
+
+
+@loop
+async def test_so_many_wait_for_a_model_and_no_more() -> None:
+    shelf = Shelf(a=1)
+    pool = pool_over(shelf, max_waiting=2)
+    shelf.gate.clear()
+    waiting = [asyncio.create_task(pool.preload("a")) for _ in range(2)]
+    while not pool.entries() or pool.entries()[0].waiting < 2:
+        await asyncio.sleep(0)
+    with pytest.raises(LoadingError, match="2 requests wait"):
+        await pool.preload("a")
+    shelf.gate.set()
+    await asyncio.gather(*waiting)
+    await pool.preload("a")
 
 
 @loop
