@@ -26,6 +26,7 @@ COMMANDS = {
     "gc": ("store", "gc"),
     "import": ("docker", "import_models"),
     "inspect": ("find", "inspect"),
+    "launch": ("launch", "launch"),
     "list": ("listing", "list_models"),
     "login": ("login", "login"),
     "logout": ("login", "logout"),

@@ -23,18 +23,18 @@ _DEFAULT_HOST = "http://127.0.0.1:12434"
 _TIMEOUT = (5, 600)  # connecting; unloading waits for requests
 _HEADER = ("MODEL NAME", "STATE", "REQUESTS", "CONTEXT", "MEMORY", "UNTIL")
 
-_host = click.option(
+host_option = click.option(
     "--host", metavar="URL", envvar="MODELPACK_HOST", default=_DEFAULT_HOST, show_default=True,
     help="The server. [env: MODELPACK_HOST; its key: MODELPACK_API_KEY]",
 )  # fmt: skip
 
 
 @click.command()
-@_host
+@host_option
 @common_options
 def ps(settings: Settings, host: str) -> None:
     """List the models that a server has loaded."""
-    answer = _call(host, "GET", "/pool")
+    answer = call_server(host, "GET", "/pool")
     if settings.json:
         show_json(answer)
         return
@@ -49,7 +49,7 @@ def ps(settings: Settings, host: str) -> None:
 @click.argument("models", metavar="[MODEL]...", nargs=-1, shell_complete=model_names)
 @click.option("--all", "everything", is_flag=True, help="Unload all models.")
 @click.option("--now", is_flag=True, help="Do not wait for requests under way: they fail.")
-@_host
+@host_option
 @common_options
 def unload(
     settings: Settings, models: tuple[str, ...], everything: bool, now: bool, host: str
@@ -58,7 +58,7 @@ def unload(
     if everything == bool(models):
         raise UsageError("name the models to unload, or give --all")
     body = {"models": list(models), "all": everything, "wait": not now}
-    answer = _call(host, "POST", "/pool/unload", body)
+    answer = call_server(host, "POST", "/pool/unload", body)
     show(settings, answer, "\n".join(answer["unloaded"]))
 
 
@@ -71,7 +71,7 @@ def unload(
 @click.option("--preset", help="Settings for a use: code, chat, creative or long-context.")
 @click.option("--keep-alive", metavar="TIME", help="How long it stays unused, like 5m; -1: always.")
 @click.argument("flags", metavar="[-- FLAGS...]", nargs=-1, type=click.UNPROCESSED)
-@_host
+@host_option
 @common_options
 def configure(
     settings: Settings,
@@ -86,10 +86,12 @@ def configure(
     given = {"context_size": context_size, "preset": preset, "keep_alive": keep_alive}
     body: dict[str, Any] = {"model": model, "runtime_flags": list(flags)}
     body |= {name: value for name, value in given.items() if value is not None}
-    show(settings, _call(host, "POST", "/pool/configure", body), "")
+    show(settings, call_server(host, "POST", "/pool/configure", body), "")
 
 
-def _call(host: str, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+def call_server(
+    host: str, method: str, path: str, body: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Ask the server; raise what its answer means."""
     import requests
 
