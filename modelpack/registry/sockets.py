@@ -8,6 +8,7 @@ urllib3 and ssl set as timeout becomes the limit. They go by the stop that their
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import ssl
@@ -26,6 +27,7 @@ from urllib3.util import wait_for_write
 
 from modelpack.progress import Stop
 from modelpack.registry.tls import TlsContexts
+from modelpack.registry.urllib3_log import WithoutQueries
 from modelpack.registry.urls import Origin
 
 #: Seconds after which a blocked call looks whether it should stop.
@@ -44,6 +46,11 @@ class _Waiting(threading.local):
 
 
 _waiting = _Waiting()
+
+# Whoever switches urllib3's log on sees where we go, but not what is signed there.
+logging.getLogger("urllib3.connectionpool").addFilter(
+    WithoutQueries(lambda: _waiting.stop is not None)
+)
 
 
 @contextmanager

@@ -135,10 +135,11 @@ class Tokens:
         return _Token(answer.token, started + answer.life - spare)
 
 
-class _Answer(NamedTuple):
-    token: str
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    token: str = field(repr=False)
     life: float
-    refresh_token: str | None
+    refresh_token: str | None = field(repr=False)
 
     @classmethod
     def parse(cls, raw: bytes, what: str) -> _Answer:

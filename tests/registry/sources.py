@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -85,7 +86,14 @@ def manifest_for(registry: FaultyRegistry, tag: str = "v1") -> tuple[Descriptor,
     """Have a small manifest with its blobs in `registry`."""
     from modelpack.manifest import Manifest
 
-    config = registry.put_blob(b"{}", media_type="application/vnd.docker.ai.model.config.v0.1+json")
     layer = registry.put_blob(b"weights", media_type="application/vnd.docker.ai.gguf.v3")
+    about = {
+        "config": {"format": "gguf"},
+        "descriptor": {},
+        "rootfs": {"type": "rootfs", "diff_ids": [str(layer.digest)]},
+    }
+    config = registry.put_blob(
+        json.dumps(about).encode(), media_type="application/vnd.docker.ai.model.config.v0.1+json"
+    )
     manifest = Manifest.build(config, [layer])
     return registry.put_manifest(manifest.raw, tag), manifest.raw
