@@ -40,6 +40,11 @@ _FAMILIES = (
 )
 
 
+def may_infill(vocabulary: bytes) -> bool:
+    """Return whether a vocabulary, wherever it is written down, has the markers of a family."""
+    return any(all(token.encode() in vocabulary for token in m.tokens) for m in _FAMILIES)
+
+
 def find_markers(tokenizer: Tokenizer) -> Markers | None:
     """Return the markers that a model knows; None if it cannot fill in."""
     for markers in _FAMILIES:

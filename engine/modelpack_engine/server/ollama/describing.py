@@ -14,6 +14,7 @@ from modelpack.formats.gguf_metadata import MetadataArray
 from modelpack.model import Model, Role
 from modelpack.operations.find import stored_model
 from modelpack.stores.layout import LayoutStore
+from modelpack_engine.conversation.infilling import may_infill
 from modelpack_engine.output.formats import find_format
 from modelpack_engine.pool.catalogue import StoredModel
 from modelpack_engine.pool.model_defaults import ModelDefaults
@@ -81,7 +82,7 @@ def describe(store: LayoutStore, found: StoredModel, *, verbose: bool) -> dict[s
         "template": template,
         "details": details(found),
         "model_info": _gguf_info(header, verbose) if header else _config_info(files, found),
-        "capabilities": _capabilities(files, template),
+        "capabilities": _capabilities(files, template, header),
         "modified_at": modified_at(store, found),
     }
     if licenses:
@@ -142,7 +143,7 @@ def _config_info(files: Any, found: StoredModel) -> dict[str, Any]:
     return info
 
 
-def _capabilities(files: Any, template: str) -> list[str]:
+def _capabilities(files: Any, template: str, header: GGUFHeader | None) -> list[str]:
     from modelpack_engine.embedding.loading import purpose_of
 
     purpose = purpose_of(files)
@@ -154,7 +155,17 @@ def _capabilities(files: Any, template: str) -> list[str]:
         found.append("tools")
     if written.reasoning is not None:
         found.append("thinking")
+    if may_infill(_vocabulary(files, header)):
+        found.append("insert")
     return found
+
+
+def _vocabulary(files: Any, header: GGUFHeader | None) -> bytes:
+    """Return the part of a model's files that has the texts of its tokens."""
+    if header is None:
+        return files.read("tokenizer.json") or b""
+    with open(files.weights[0], "rb") as file:
+        return file.read(header.infos_end)
 
 
 def _licenses(store: LayoutStore, model: Model) -> list[str]:

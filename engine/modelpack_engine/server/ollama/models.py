@@ -46,10 +46,11 @@ def router(pool: ModelPool) -> APIRouter:
     async def tags() -> dict[str, Any]:
         """List the stored models, each under all its names."""
         models, store = await pool.stored(), pool.catalogue.store
+        named = [(name, model) for model in models for name in model.names or (model.key,)]
+        named += [(alias, await pool.find(alias)) for alias in pool.aliases()]
 
         def listed() -> list[dict[str, Any]]:
-            found = [_tag(name, model, modified_at(store, model))
-                     for model in models for name in model.names or (model.key,)]  # fmt: skip
+            found = [_tag(name, model, modified_at(store, model)) for name, model in named]
             return sorted(found, key=lambda tag: str(tag["modified_at"]), reverse=True)
 
         return {"models": await asyncio.to_thread(listed)}

@@ -256,6 +256,8 @@ def test_system_template_raw_and_context(served: Served, client: ollama.Client) 
     assert served.prompt(PLAIN) == "system: be brief\nuser: hello\nassistant:"
     client.generate(name, "hello", template="{{ messages[0].content }}?")
     assert served.prompt(PLAIN) == "hello?"
+    client.generate(name, "hello", template="Q: {{ .Prompt }}\nA: {{ .Response }}")
+    assert served.prompt(PLAIN) == "Q: hello\nA: "
     client.generate(name, "hello", raw=True)
     assert served.prompt(PLAIN) == "hello"
     first = client.generate(name, "one")
