@@ -52,9 +52,29 @@ def test_bytes_are_bounded() -> None:
         memory.add(response(name, "y" * 300), (), own(name))
     assert 0 < len(memory) <= 3
     assert memory.find("h") is not None
+
+
+def test_what_turns_share_counts_once() -> None:
+    memory = ResponseMemory(max_bytes=1500)
+    memory.add(response("0", "y" * 1000), (), own("0"))
+    for i in range(1, 5):
+        before = memory.find(str(i - 1))
+        assert before is not None
+        memory.add(response(str(i)), before.conversation, own(str(i)))
+    assert len(memory) == 5
+    for i in range(4):
+        memory.remove(str(i))
+    memory.add(response("other", "y" * 1000), (), own("other"))
+    assert memory.find("4") is None  # it alone held the large item
+    assert memory.find("other") is not None
+
+
+def test_a_conversation_that_is_larger_than_all_is_not_remembered() -> None:
+    memory = ResponseMemory(max_bytes=1000)
+    memory.add(response("a"), (), own("a"))
     memory.add(response("large", "y" * 2000), (), own("large"))
     assert memory.find("large") is None
-    assert memory.find("h") is not None
+    assert memory.find("a") is not None
 
 
 def test_time_passes() -> None:

@@ -24,7 +24,6 @@ class Remembered:
     response: dict[str, Any]
     inputs: tuple[Item, ...]
     since: float
-    size: int
 
     @property
     def conversation(self) -> tuple[Item, ...]:
@@ -32,10 +31,20 @@ class Remembered:
         return (*self.inputs, *self.response["output"])
 
 
+@dataclass(slots=True)
+class _Held:
+    """An item, how large it is, and in how many conversations it stands."""
+
+    item: Item
+    size: int
+    count: int = 0
+
+
 class ResponseMemory:
     """Keeps the responses that were used last, in memory: so many, so large, for so long.
 
-    Items are shared between the turns of a conversation; `size` counts each turn's own.
+    The turns of a conversation share their items, which count once. A conversation that is larger
+    than all that may be kept is not remembered.
     """
 
     def __init__(
@@ -51,7 +60,8 @@ class ResponseMemory:
         self._kept_for = kept_for
         self._clock = clock
         self._kept: OrderedDict[str, Remembered] = OrderedDict()
-        self._items: dict[str, tuple[str, Item]] = {}
+        self._held: dict[int, _Held] = {}  # by identity: clients choose ids as they like
+        self._owners: dict[str, tuple[str, Item]] = {}
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -59,15 +69,19 @@ class ResponseMemory:
 
     def add(self, response: dict[str, Any], earlier: Sequence[Item], own: Sequence[Item]) -> None:
         """Remember a response to `own` input after `earlier` turns; forget what is too much."""
-        size = len(json.dumps([response, list(own)], ensure_ascii=False).encode(errors="replace"))
-        if size > self._max_bytes:
-            return
-        self.remove(response["id"])
-        kept = Remembered(response, (*earlier, *own), self._clock(), size)
-        self._kept[response["id"]] = kept
-        self._bytes += size
+        name = response["id"]
+        self.remove(name)
+        kept = self._kept[name] = Remembered(response, (*earlier, *own), self._clock())
+        for item in kept.conversation:
+            held = self._held.get(id(item))
+            if held is None:
+                held = self._held[id(item)] = _Held(item, _size(item))
+                self._bytes += held.size
+            held.count += 1
         for item in (*own, *response["output"]):
-            self._items[item["id"]] = (response["id"], item)
+            self._owners[item["id"]] = (name, item)
+        if sum(self._held[id(item)].size for item in kept.conversation) > self._max_bytes:
+            self.remove(name)
         while len(self._kept) > self._most or self._bytes > self._max_bytes:
             self.remove(next(iter(self._kept)))
 
@@ -84,7 +98,7 @@ class ResponseMemory:
 
     def item(self, name: str) -> Item | None:
         """Return the item of an id; None if it is not remembered."""
-        owner, item = self._items.get(name, ("", {}))
+        owner, item = self._owners.get(name, ("", {}))
         return item if owner and self.find(owner) is not None else None
 
     def remove(self, name: str) -> bool:
@@ -92,8 +106,16 @@ class ResponseMemory:
         kept = self._kept.pop(name, None)
         if kept is None:
             return False
-        self._bytes -= kept.size
-        for item in (*kept.inputs, *kept.response["output"]):
-            if self._items.get(item["id"], ("",))[0] == name:
-                del self._items[item["id"]]
+        for item in kept.conversation:
+            held = self._held[id(item)]
+            held.count -= 1
+            if held.count == 0:
+                self._bytes -= held.size
+                del self._held[id(item)]
+            if self._owners.get(item["id"], ("",))[0] == name:
+                del self._owners[item["id"]]
         return True
+
+
+def _size(item: Item) -> int:
+    return len(json.dumps(item, ensure_ascii=False).encode(errors="replace"))
