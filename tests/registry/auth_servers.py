@@ -45,8 +45,11 @@ class Pair:
         return [base64.b64encode(loaded.public_bytes(serialization.Encoding.DER)).decode()]
 
 
-def make_pair(folder: Path, name: str, issuer: Pair | None = None) -> Pair:
-    """Make a certificate for 127.0.0.1 and localhost: an authority, or one that `issuer` signed."""
+def make_pair(folder: Path, name: str, issuer: Pair | None = None, host: str = "") -> Pair:
+    """Make a certificate: an authority, or one that `issuer` signed.
+
+    It is for 127.0.0.1 and `host`.
+    """
     private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     signer, signed_by = private, subject
@@ -54,7 +57,10 @@ def make_pair(folder: Path, name: str, issuer: Pair | None = None) -> Pair:
         parent = x509.load_pem_x509_certificate(issuer.certificate.read_bytes())
         signer, signed_by = issuer.private, parent.subject
     now = datetime.datetime.now(datetime.UTC)
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    names = [
+        x509.DNSName(host or "models.invalid"),
+        x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+    ]
     key_id = x509.SubjectKeyIdentifier.from_public_key
     built = (
         x509.CertificateBuilder()
