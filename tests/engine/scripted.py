@@ -92,6 +92,12 @@ class ScriptedEngine:
         for stream in self._streams.values():
             stream.loop.call_soon_threadsafe(stream.put, EngineError("the engine was stopped"))
 
+    def release(self) -> None:
+        """Set `wait`, from whatever thread."""
+        assert self.wait is not None
+        for stream in self._streams.values():
+            stream.loop.call_soon_threadsafe(self.wait.set)
+
     async def _say(
         self, stream: RequestStream, prompt: int, params: SamplingParams, n: int
     ) -> None:

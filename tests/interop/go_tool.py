@@ -7,6 +7,9 @@ for a newer Go than it needs:
 
 That version is then fetched through Go's own client, compared with the sum and unpacked there with
 the `go` line of the program in place of its own. Everything else is left to `go build`.
+
+A program may also be nothing but a go.mod that names a command of somebody else's, on a line of its
+own: `tool example.com/mod/cmd/name`. That command is built then.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+_TOOL = re.compile(r"^tool (\S+)$", re.MULTILINE)
 _UNPACKED = re.compile(r"^replace (\S+) (\S+) => \./(\S+) // (h1:\S+)$", re.MULTILINE)
 
 
@@ -59,12 +63,12 @@ def build_go_tool(package_dir: Path, cache: Path) -> Path:
         work.mkdir()
         for source in sources:
             shutil.copyfile(source, work / source.name)
-        for module, version, directory, expected in _UNPACKED.findall(
-            (work / "go.mod").read_text()
-        ):
+        go_mod = (work / "go.mod").read_text()
+        for module, version, directory, expected in _UNPACKED.findall(go_mod):
             _unpack(module, version, expected, work / directory, _go_line(work))
         built = Path(scratch) / "binary"
-        _go("build", "-mod=readonly", "-trimpath", "-o", str(built), ".", cwd=work)
+        [package] = _TOOL.findall(go_mod) or ["."]
+        _go("build", "-mod=readonly", "-trimpath", "-o", str(built), package, cwd=work)
         built.replace(binary)
     return binary
 
