@@ -78,6 +78,7 @@ async def start_chat(model: ServedModel, spec: ChatSpec) -> ChatStream:
     Raises `RequestError` (its text has the word "template" where the template failed),
     `ContextLengthError`, `QueueFullError`, or `EngineError` if the engine does not run.
     """
+    spec = _completed(spec, model)
     # A template may be slow, and a long text takes its time: not on the event loop.
     prompt, token_ids = await asyncio.to_thread(_prompt, model, spec)
     tools = offered_tools(spec)
@@ -115,8 +116,18 @@ async def start_chat(model: ServedModel, spec: ChatSpec) -> ChatStream:
 
 async def count_prompt(model: ServedModel, spec: ChatSpec) -> int:
     """Return how many tokens the conversation's prompt has."""
-    _, token_ids = await asyncio.to_thread(_prompt, model, spec)
+    _, token_ids = await asyncio.to_thread(_prompt, model, _completed(spec, model))
     return len(token_ids)
+
+
+def _completed(spec: ChatSpec, model: ServedModel) -> ChatSpec:
+    """Return `spec` with the model's limit on reasoning, where it says nothing of it."""
+    budget = model.reasoning_budget
+    if budget is None or spec.reasoning is not None or spec.reasoning_budget is not None:
+        return spec
+    if budget > 0:
+        return replace(spec, reasoning_budget=budget)
+    return replace(spec, reasoning=budget < 0)
 
 
 async def _masks(

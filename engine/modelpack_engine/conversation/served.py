@@ -52,6 +52,8 @@ class ServedModel:
 
     `defaults` are fields of SamplingParams that count where a request says nothing, `presets` sets
     of such fields that a request may name. `preface` comes before every conversation.
+    `reasoning_budget` is the most tokens of reasoning where a request says nothing of it: 0 is
+    none, below 0 as many as it likes.
     """
 
     def __init__(
@@ -63,11 +65,13 @@ class ServedModel:
         defaults: Mapping[str, Any] | None = None,
         presets: Mapping[str, Mapping[str, Any]] | None = None,
         preface: Preface | None = None,
+        reasoning_budget: int | None = None,
     ) -> None:
         self.name = name
         self.engine = engine
         self.model_type = model_type
         self.preface = preface or Preface()
+        self.reasoning_budget = reasoning_budget
         self.created = int(time.time())
         self._defaults = dict(defaults or {})
         self._presets = presets or {}

@@ -297,6 +297,7 @@ class ModelPool:
             defaults=settings.sampling_defaults(loaded.defaults),
             presets={name: preset.sampling for name, preset in PRESETS.items()},
             preface=loaded.preface,
+            reasoning_budget=settings.reasoning_budget,
         )
         entry.state = ModelState.READY
         entry.last_used = self.clock()

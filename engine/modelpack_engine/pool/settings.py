@@ -19,7 +19,9 @@ class ModelSettings:
 
     `runtime_flags` are in the spelling of llama.cpp and vLLM. `sampling` are fields of
     SamplingParams, `keep_alive` is in seconds (`math.inf` for ever). `engine` overrides fields of
-    EngineConfig. Each wins over what stands before it: preset, flags, context_size, sampling.
+    EngineConfig. `reasoning_budget` is the most tokens of reasoning where a request says nothing of
+    it: 0 is none, below 0 as many as it likes. Each wins over what stands before it: preset, flags,
+    context_size, sampling.
     """
 
     context_size: int | None = None
@@ -28,6 +30,7 @@ class ModelSettings:
     sampling: Mapping[str, Any] = field(default_factory=dict, hash=False)
     keep_alive: float | None = None
     mode: Mode = "completion"
+    reasoning_budget: int | None = None
     engine: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def check(self) -> None:
@@ -46,6 +49,9 @@ class ModelSettings:
             sampling={**base.sampling, **self.sampling},
             keep_alive=base.keep_alive if self.keep_alive is None else self.keep_alive,
             mode=self.mode if self.mode != "completion" else base.mode,
+            reasoning_budget=(
+                base.reasoning_budget if self.reasoning_budget is None else self.reasoning_budget
+            ),
             engine={**base.engine, **self.engine},
         )
 

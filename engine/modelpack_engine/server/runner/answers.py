@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -84,7 +84,18 @@ async def read_body(request: Request, kind: type[M]) -> M:
 
 def documented(kind: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
     """Return what the OpenAPI document says of a body that `read_body` reads."""
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
+    schema = kind.model_json_schema()
+    schema = _inlined(schema, schema.pop("$defs", {}))
     content = {"application/json": {"schema": schema}}
     return {"requestBody": {"required": required, "content": content}}
+
+
+def _inlined(value: Any, definitions: Mapping[str, Any]) -> Any:
+    """Return a JSON Schema with the definitions in the places that refer to them."""
+    if isinstance(value, list):
+        return [_inlined(item, definitions) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "$ref" in value:
+        return _inlined(definitions[value["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(item, definitions) for key, item in value.items()}

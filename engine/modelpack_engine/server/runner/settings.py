@@ -67,22 +67,17 @@ class ConfigureRequest(_Part):
             raise RequestError("this engine does no speculative decoding", param="speculative")
         if self.vllm is not None and self.vllm.hf_overrides:
             raise RequestError("a model's config cannot be overridden", param="vllm.hf-overrides")
-        budget = self.llamacpp.reasoning_budget if self.llamacpp is not None else None
-        if budget is not None and budget >= 0:
-            raise RequestError(
-                "how long a model reasons is set per request: reasoning_effort, enable_thinking, "
-                "thinking_token_budget",
-                param="llamacpp.reasoning-budget",
-            )
         if unknown := sorted(self.model_extra or ()):
             _log.warning("_configure for %s: ignored %s", self.model, ", ".join(unknown))
         flags = self._flags()
+        budget = self.llamacpp.reasoning_budget if self.llamacpp is not None else None
         share = self.vllm.gpu_memory_utilization if self.vllm is not None else None
         settings = ModelSettings(
             context_size=self.context_size if (self.context_size or 0) > 0 else None,
             runtime_flags=tuple(f for f in flags if f not in _EMBEDDING_FLAGS | _RERANKING_FLAGS),
             keep_alive=None if self.keep_alive is None else parse_keep_alive(self.keep_alive),
             mode=_mode(self.mode, flags),
+            reasoning_budget=budget,
             engine={} if share is None else {_UTILIZATION: share},
         )
         settings.check()
@@ -118,4 +113,6 @@ def config_shown(settings: ModelSettings) -> dict[str, Any]:
         shown["keep_alive"] = show_keep_alive(settings.keep_alive)
     if _UTILIZATION in settings.engine:
         shown["vllm"] = {"gpu-memory-utilization": settings.engine[_UTILIZATION]}
+    if settings.reasoning_budget is not None:
+        shown["llamacpp"] = {"reasoning-budget": settings.reasoning_budget}
     return shown

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -20,6 +21,7 @@ from modelpack_engine.pool.settings import ModelSettings
 from modelpack_engine.pool.store_catalogue import StoreCatalogue
 from modelpack_engine.server.app import create_app
 from tests.engine.scripted import ScriptedEngine
+from tests.engine.serving.tiny import TEMPLATE
 from tests.models import tiny_gguf
 
 
@@ -29,6 +31,7 @@ class StoredScripts(StoreCatalogue):
     def __init__(self, store: LayoutStore) -> None:
         super().__init__(store)
         self.engines: list[ScriptedEngine] = []
+        self.template = TEMPLATE
 
     def needs(self, model: StoredModel, settings: ModelSettings) -> int:
         return 1000
@@ -36,7 +39,7 @@ class StoredScripts(StoreCatalogue):
     def load(
         self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
     ) -> LoadedEngine:
-        engine = ScriptedEngine(max_model_len=settings.context_size or 4096)
+        engine = ScriptedEngine(template=self.template, max_model_len=settings.context_size or 4096)
         self.engines.append(engine)
         return LoadedEngine(engine)
 
@@ -50,10 +53,11 @@ class Runner:
     catalogue: StoredScripts
     pool: ModelPool
 
-    def chat(self, model: str = "tiny", **body: object) -> object:
+    def chat(self, model: str = "tiny", **body: object) -> httpx.Response:
         """Ask for a chat completion; return the response."""
         given = {"model": model, "messages": [{"role": "user", "content": "hi"}]} | body
-        return self.http.post("/engines/v1/chat/completions", json=given)
+        response: httpx.Response = self.http.post("/engines/v1/chat/completions", json=given)
+        return response
 
 
 @pytest.fixture(scope="session")

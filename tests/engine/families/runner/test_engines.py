@@ -14,6 +14,7 @@ import modelpack
 from modelpack_engine.pool.settings import ModelSettings
 from modelpack_engine.server.runner.settings import ConfigureRequest, config_shown
 from tests.engine.families.runner.conftest import Runner
+from tests.engine.scripted import THINKING
 
 
 def ps(runner: Runner) -> list[dict[str, Any]]:
@@ -150,7 +151,12 @@ def test_installing_what_is_there(runner: Runner) -> None:
             ModelSettings(engine={"gpu_memory_utilization": 0.5}),
             {"vllm": {"gpu-memory-utilization": 0.5}},
         ),
-        ({"speculative": None, "llamacpp": {"reasoning-budget": -1}}, ModelSettings(), {}),
+        ({"speculative": None, "llamacpp": None, "vllm": None}, ModelSettings(), {}),
+        (
+            {"llamacpp": {"reasoning-budget": -1}},
+            ModelSettings(reasoning_budget=-1),
+            {"llamacpp": {"reasoning-budget": -1}},
+        ),
     ],
 )
 def test_a_configuration_there_and_back(
@@ -159,6 +165,32 @@ def test_a_configuration_there_and_back(
     made = ConfigureRequest.model_validate({"model": "m"} | body).settings()
     assert made == settings
     assert config_shown(made) == shown
+
+
+@pytest.mark.parametrize(
+    ("budget", "given", "reasons"),
+    [
+        (0, {}, False),
+        (0, {"enable_thinking": True}, True),
+        (0, {"reasoning_effort": "high"}, True),
+        (-1, {}, True),
+        (-1, {"reasoning_effort": "none"}, False),
+        (None, {}, True),
+    ],
+)
+def test_reasoning_is_set_up(
+    runner: Runner, budget: int | None, given: dict[str, Any], reasons: bool
+) -> None:
+    runner.catalogue.template = THINKING
+    body = {"model": "tiny", "llamacpp": {"reasoning-budget": budget}}
+    assert runner.http.post("/engines/_configure", json=body).status_code == 202
+    assert runner.chat(**given).status_code == 200
+    assert ("<think>" in runner.catalogue.engines[-1].prompt) is reasons
+    counted = runner.http.post(
+        "/anthropic/v1/messages/count_tokens",
+        json={"model": "tiny", "messages": [{"role": "user", "content": "hi"}]},
+    )
+    assert counted.status_code == 200
 
 
 def test_scenario_30_configure_loads_and_is_refused_while_a_stream_runs(runner: Runner) -> None:
@@ -222,5 +254,5 @@ def test_loading_ahead_that_fails_is_only_logged(
     monkeypatch.setattr(runner.catalogue, "needs", lambda model, settings: 1 / 0)
     response = runner.http.post("/engines/_configure", json={"model": "tiny"})
     assert response.status_code == 202
-    assert runner.chat().status_code == 500  # type: ignore[attr-defined]
+    assert runner.chat().status_code == 500
     assert ps(runner) == []
