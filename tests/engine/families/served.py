@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from modelpack_engine.outputs import FinishReason
 from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.pool.settings import ModelSettings
+from modelpack_engine.request_stream import RequestStream
 from modelpack_engine.server.model_server import ModelServer
 from tests.engine.scripted import HERMES, ScriptedEngine
 from tests.engine.serving.tiny import TEMPLATE
@@ -72,6 +74,24 @@ class Served:
     def prompt(self, name: str) -> str:
         """Return the prompt that a model had last."""
         return self.engines[name].prompt
+
+    @contextmanager
+    def held(self, name: str) -> Iterator[Callable[[Exception], None]]:
+        """Hold back what a model says after its first piece; yield what fails its request."""
+        engine = self.engines[name]
+        engine.wait = held = asyncio.Event()
+        streams: list[RequestStream] = []
+
+        def fail(error: Exception) -> None:
+            streams.append(list(engine._streams.values())[-1])
+            streams[-1].loop.call_soon_threadsafe(streams[-1].put, error)
+
+        try:
+            yield fail
+        finally:
+            engine.wait = None
+            for stream in streams:
+                stream.loop.call_soon_threadsafe(held.set)
 
 
 @contextmanager

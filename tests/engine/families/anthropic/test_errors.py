@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import json
+from collections.abc import Callable
 from typing import Any
 
 import anthropic
 import pytest
 import requests
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from modelpack_engine.errors import EngineError, LoadingError, OutOfMemoryError, QueueFullError
+from modelpack_engine.errors import (
+    EngineError,
+    LoadingError,
+    OutOfMemoryError,
+    QueueFullError,
+    RequestError,
+)
 from modelpack_engine.server.anthropic.errors import anthropic_error, anthropic_shape
+from modelpack_engine.server.anthropic.history import template_messages
+from modelpack_engine.server.anthropic.requests import MessageFields
 from modelpack_engine.server.problems import problem_of
 from tests.engine.families.served import CALLER, PLAIN, THINKER, Served
 
@@ -104,22 +114,16 @@ def test_the_servers_own_failures(error: Exception, status: int, kind: str) -> N
 
 
 def test_a_failure_in_the_stream_is_an_event(served: Served, client: anthropic.Anthropic) -> None:
-    engine = served.engines[PLAIN]
     served.says(PLAIN, "Hello", " world")
-    engine.wait = asyncio.Event()
 
-    def read() -> None:
+    def read(fail: Callable[[Exception], None]) -> None:
         with client.messages.stream(model=PLAIN, max_tokens=9, messages=HELLO) as stream:
             for text in stream.text_stream:
                 assert text == "Hello"
-                [running] = engine._streams.values()
-                running.loop.call_soon_threadsafe(running.put, EngineError("it broke"))
+                fail(EngineError("it broke"))
 
-    try:
-        with pytest.raises(anthropic.APIStatusError, match="it broke"):
-            read()
-    finally:
-        engine.wait = None
+    with served.held(PLAIN) as fail, pytest.raises(anthropic.APIStatusError, match="it broke"):
+        read(fail)
     assert anthropic_error(QueueFullError("full")).startswith("event: error\ndata: {")
 
 
@@ -161,3 +165,30 @@ def test_errors_in_the_document(served: Served) -> None:
     refused = document["paths"]["/v1/messages"]["post"]["responses"]["400"]
     schema = refused["content"]["application/json"]["schema"]["$ref"]
     assert schema.endswith("/AnthropicError")
+
+
+_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+_KINDS = st.sampled_from(
+    ["text", "document", "search_result", "tool_use", "tool_result", "thinking", "content", "x"]
+)
+_KEYS = st.sampled_from(
+    ["type", "text", "content", "source", "data", "title", "id", "name", "input", "tool_use_id",
+     "is_error", "thinking", "signature"]
+)  # fmt: skip
+_JSON = st.recursive(
+    _SCALARS | _KINDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=6),
+    max_leaves=12,
+)
+_BLOCKS = st.lists(st.dictionaries(_KEYS, _JSON | _KINDS, max_size=8), max_size=3)
+
+
+@given(st.sampled_from(["user", "assistant", "system"]), _BLOCKS)
+@settings(max_examples=100, deadline=None)
+def test_any_blocks_are_taken_or_refused(role: Any, blocks: list[dict[str, Any]]) -> None:
+    try:
+        messages = template_messages(None, [MessageFields(role=role, content=blocks)])
+    except RequestError:
+        return
+    for message in messages:
+        assert isinstance(message["content"], str)

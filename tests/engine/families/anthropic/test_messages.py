@@ -11,6 +11,8 @@ import pytest
 import requests
 
 from modelpack_engine.outputs import FinishReason
+from modelpack_engine.server.anthropic.history import template_messages
+from modelpack_engine.server.anthropic.requests import MessageFields
 from tests.engine.families.served import CALLER, PLAIN, THINKER, Served
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
@@ -153,9 +155,6 @@ def test_thoughts_that_are_not_shown_come_back_in_their_signature(
     asked: Any = {"thinking": {"type": "adaptive", "display": "omitted"}}
     message = create(client, model, **asked)
     assert message.content[0].thinking == ""
-    from modelpack_engine.server.anthropic.history import template_messages
-    from modelpack_engine.server.anthropic.requests import MessageFields
-
     turn = MessageFields(
         role="assistant", content=[block.model_dump() for block in message.content]
     )

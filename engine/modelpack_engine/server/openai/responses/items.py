@@ -102,7 +102,7 @@ def plain_text(content: Any, where: str) -> str:
     texts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
-        text = part.get(_TEXTS[kind]) if kind in _TEXTS else None
+        text = part.get(_TEXTS[kind]) if isinstance(kind, str) and kind in _TEXTS else None
         if not isinstance(text, str):
             raise RequestError(f"this model takes text only, not {kind!r}", param=f"{where}[{i}]")
         texts.append(text)

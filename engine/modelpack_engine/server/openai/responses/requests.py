@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
 
 from modelpack_engine.errors import RequestError
 from modelpack_engine.output.tools import Tool, ToolChoice
@@ -70,6 +80,17 @@ class ResponseRequest(SamplingFields):
     prompt: Any = None
     moderation: Any = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _can_be_told_again(cls, value: Any) -> Any:
+        """Put ? for halves of surrogate pairs, and refuse NaN: replies repeat what was asked."""
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return json.loads(text.encode(errors="replace"))
+        return value
+
     def check(self) -> None:
         """Raise `RequestError` for what we do not do."""
         super().check()
@@ -115,5 +136,7 @@ def _tool(given: Mapping[str, Any], index: int) -> Tool:
         )
     try:
         return ToolItem.model_validate(given).tool()
-    except ValueError as error:
-        raise RequestError(f"the function is not valid: {error}", param=f"tools[{index}]") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([f"tools[{index}]", *map(str, first["loc"])])
+        raise RequestError(f"{where}: {first['msg']}", param=where) from None
