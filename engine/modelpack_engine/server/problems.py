@@ -17,7 +17,14 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from modelpack.errors import ModelpackError, NotFoundError, UsageError
+from modelpack.errors import (
+    AuthError,
+    ConflictError,
+    DeniedError,
+    ModelpackError,
+    NotFoundError,
+    UsageError,
+)
 from modelpack.gateway.traces import trace_of
 from modelpack_engine.errors import (
     BusyError,
@@ -107,6 +114,10 @@ def problem_of(error: Exception) -> Problem:
             return Problem(503, text, code="out_of_memory", headers={"x-should-retry": "false"})
         case NotFoundError():
             return Problem(404, text, code="model_not_found")
+        case AuthError():  # a registry's
+            return Problem(403 if isinstance(error, DeniedError) else 401, text)
+        case ConflictError():
+            return Problem(409, text, code="conflict")
         case UsageError():
             return Problem(400, text)
         case ClientGoneError():
