@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 from modelpack.digest import Digest
@@ -11,6 +12,9 @@ from modelpack.progress import Progress, ProgressCallback, Stop
 
 #: What a job does, in a thread: it reports, and looks now and then whether it is to stop.
 Work = Callable[[ProgressCallback, Stop], None]
+
+# Not those that render templates: a download may take hours. More jobs than these wait.
+_THREADS = ThreadPoolExecutor(8, thread_name_prefix="modelpack-job")
 
 
 class Job:
@@ -22,7 +26,7 @@ class Job:
         self._stop = Stop()
         self._watchers = 0
         self._loop = asyncio.get_running_loop()
-        self._task = asyncio.create_task(asyncio.to_thread(work, self._report, self._stop))
+        self._task = self._loop.run_in_executor(_THREADS, work, self._report, self._stop)
         self._task.add_done_callback(lambda _: self._end(on_end))
 
     @property

@@ -11,7 +11,9 @@ import ollama
 import pytest
 import requests
 
+from modelpack.errors import AuthError, DeniedError
 from modelpack.reference import Reference
+from modelpack_engine.server.problems import problem_of
 from tests.engine.families.ollama.conftest import Stocked
 from tests.engine.serving.tiny import CONTEXT
 
@@ -175,6 +177,21 @@ def test_copy_and_delete(stocked: Stocked) -> None:
     with pytest.raises(ollama.ResponseError, match="name component is empty") as caught:
         client.copy("tiny", "a//b")
     assert caught.value.status_code == 400
+
+
+def test_an_id_with_several_names_is_not_deleted(stocked: Stocked) -> None:
+    client = stocked.client
+    client.copy("tiny", "twin")
+    digest = str(stocked.store.resolve(str(Reference.parse("tiny"))).digest)
+    with pytest.raises(ollama.ResponseError, match="twin") as caught:
+        client.delete(digest)
+    assert caught.value.status_code == 409
+    client.delete("twin")
+
+
+def test_what_a_registry_refuses_has_its_status() -> None:
+    assert problem_of(AuthError("who are you?")).status == 401
+    assert problem_of(DeniedError("not you")).status == 403
 
 
 def test_deleting_the_last_name_unloads_the_model(stocked: Stocked) -> None:
