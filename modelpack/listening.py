@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
@@ -40,21 +42,26 @@ class AppServer:
         allow_remote: bool = False,
         grace: int = GRACE,
         lifespan: bool = False,
+        tls: tuple[Path, Path] | None = None,
     ) -> None:
         """Raises `UsageError` for an address that is none, or not loopback unless allowed.
 
         `lifespan`: the application is told when it starts and ends (ASGI's lifespan protocol).
+        `tls`: the PEM files of a certificate and its key; without them it speaks plain http.
         """
+        if tls is not None:
+            _check_certificate(*tls)
         self.address = _parsed_address(address)
         if not allow_remote and not is_loopback(self.address[0]):
             raise UsageError(
                 f"{address!r} is not a loopback address, and the {name} asks for no password",
-                hint="give --allow-remote (allow_remote=True) if all who reach the port may use it",
+                hint="give --allow-anonymous (allow_remote=True) if all who reach it may use it",
             )
         self._make_app = make_app
         self._name = name
         self._grace = grace
         self._lifespan = lifespan
+        self._tls = tls
         self._socket: socket.socket | None = None
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
@@ -70,7 +77,7 @@ class AppServer:
     @property
     def url(self) -> str:
         """The address of the API's root, without a slash at the end."""
-        return f"http://{self.host}"
+        return f"{'https' if self._tls else 'http'}://{self.host}"
 
     def run(self, on_ready: Callable[[], None] | None = None) -> None:
         """Serve until SIGINT or SIGTERM, then let requests finish; a second SIGINT cuts them.
@@ -136,6 +143,8 @@ class AppServer:
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=self._grace,
+            ssl_certfile=self._tls[0] if self._tls else None,
+            ssl_keyfile=self._tls[1] if self._tls else None,
         )
         self._server = _Server(config, on_ready)
         return self._server
@@ -175,6 +184,20 @@ class _Server(uvicorn.Server):
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit and number == signal.SIGINT
         self.should_exit = True
+
+
+def _check_certificate(certificate: Path, key: Path) -> None:
+    def no_password() -> str:
+        raise ValueError("the key is encrypted")  # OpenSSL would ask at the terminal
+
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key, password=no_password)
+    except ssl.SSLError:
+        raise UsageError(f"{certificate} and {key} are no certificate and its key") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"{certificate} and {key} cannot be used: {why}") from None
 
 
 def _parsed_address(text: str) -> tuple[str, int]:

@@ -2,12 +2,110 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from modelpack.cli.options import Settings, common_options
 from modelpack.cli.output import note
+from modelpack.errors import UsageError
+
+if TYPE_CHECKING:
+    from modelpack.server.auth import Guard
+    from modelpack.server.limits import Limits
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_MIB = 1024 * 1024
+_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+_COUNT = click.IntRange(min=1)
+
+
+def access_options(command: F) -> F:
+    """Add the options that say who gets in; the command gets them as `guard`."""
+
+    @click.option(
+        "--htpasswd", type=_FILE, metavar="FILE",
+        help="Ask for a user and password of this file, made by `htpasswd -B`.",
+    )  # fmt: skip
+    @click.option(
+        "--token-realm", metavar="URL", help="Ask for a bearer token of the token server at URL."
+    )
+    @click.option("--token-service", metavar="NAME", help="Whom its tokens are for.")
+    @click.option("--token-issuer", metavar="NAME", help="What it calls itself in them.")
+    @click.option(
+        "--token-certificates", type=_FILE, metavar="FILE",
+        help="The certificates or public keys that it signs by.",
+    )  # fmt: skip
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        htpasswd: Path | None,
+        token_realm: str | None,
+        token_service: str | None,
+        token_issuer: str | None,
+        token_certificates: Path | None,
+        **arguments: Any,
+    ) -> Any:
+        from modelpack.server.auth import BearerTokens, Passwords
+        from modelpack.server.htpasswd import PasswordFile
+        from modelpack.server.tokens import TokenSettings
+
+        tokens = (token_realm, token_service, token_issuer, token_certificates)
+        guard: Guard | None = None
+        if any(tokens):
+            if htpasswd or not (
+                token_realm and token_service and token_issuer and token_certificates
+            ):
+                raise UsageError(
+                    "tokens need all of --token-realm, --token-service, --token-issuer and "
+                    "--token-certificates, and no --htpasswd"
+                )
+            guard = BearerTokens(
+                TokenSettings(token_realm, token_service, token_issuer, token_certificates)
+            )
+        elif htpasswd:
+            guard = Passwords(PasswordFile(htpasswd))
+        return command(*args, guard=guard, **arguments)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def limit_options(command: F) -> F:
+    """Add the options that bound what clients take; the command gets them as `limits`."""
+
+    @click.option(
+        "--max-manifest", type=click.IntRange(1, 4096), default=4096, show_default=True,
+        metavar="KIB", help="Largest manifest.",
+    )  # fmt: skip
+    @click.option("--max-upload", type=_COUNT, metavar="MIB", help="Largest blob. [default: any]")
+    @click.option(
+        "--max-sessions", type=_COUNT, default=1000, show_default=True, metavar="N",
+        help="Unfinished uploads at a time.",
+    )  # fmt: skip
+    @click.option(
+        "--keep-free", type=click.IntRange(min=0), default=0, metavar="MIB",
+        help="Take no uploads that leave less than this free on the disk.",
+    )  # fmt: skip
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        max_manifest: int,
+        max_upload: int | None,
+        max_sessions: int,
+        keep_free: int,
+        **arguments: Any,
+    ) -> Any:
+        from modelpack.server.limits import Limits
+
+        upload = max_upload * _MIB if max_upload else None
+        limits = Limits(max_manifest * 1024, upload, max_sessions, keep_free * _MIB)
+        return command(*args, limits=limits, **arguments)
+
+    return wrapped  # type: ignore[return-value]
 
 
 @click.group()
@@ -17,38 +115,42 @@ def registry() -> None:
 
 @registry.command()
 @click.option(
-    "--addr",
-    default="127.0.0.1:5000",
-    show_default=True,
-    metavar="HOST:PORT",
+    "--addr", default="127.0.0.1:5000", show_default=True, metavar="HOST:PORT",
     help="Where to listen; port 0 takes a free one.",
-)
+)  # fmt: skip
 @click.option(
-    "--root",
-    type=click.Path(path_type=Path, file_okay=False),
+    "--root", type=click.Path(path_type=Path, file_okay=False),
     help="The store to serve. [default: the local store]",
-)
+)  # fmt: skip
 @click.option("--read-only", is_flag=True, help="Refuse pushes and deletes.")
-@click.option("--allow-remote", is_flag=True, help="Allow an address that others can reach.")
 @click.option(
-    "--allow-host",
-    "hosts",
-    metavar="NAME",
-    multiple=True,
+    "--allow-anonymous", "--allow-remote", "allow_anonymous", is_flag=True,
+    help="Allow an address that others can reach, though nobody is asked who they are.",
+)  # fmt: skip
+@click.option(
+    "--allow-host", "hosts", metavar="NAME", multiple=True,
     help="A host name that clients may use besides the address. May be repeated.",
-)
+)  # fmt: skip
+@click.option("--tls-cert", type=_FILE, metavar="FILE", help="Speak https by this certificate.")
+@click.option("--tls-key", type=_FILE, metavar="FILE", help="Its key, if that is in another file.")
 @click.option(
     "--sparse", is_flag=True, help="Accept manifests whose blobs are missing, as some mirrors send."
 )
+@access_options
+@limit_options
 @common_options
 def serve(
     settings: Settings,
     addr: str,
     root: Path | None,
     read_only: bool,
-    allow_remote: bool,
+    allow_anonymous: bool,
     hosts: tuple[str, ...],
+    tls_cert: Path | None,
+    tls_key: Path | None,
     sparse: bool,
+    guard: Guard | None,
+    limits: Limits,
 ) -> None:
     """Serve a store as an OCI registry until interrupted; print its address.
 
@@ -57,14 +159,21 @@ def serve(
     from modelpack.server import RegistryServer
     from modelpack.stores.layout import LayoutStore
 
+    if tls_key and not tls_cert:
+        raise UsageError("--tls-key needs --tls-cert")
     store = LayoutStore(root) if root is not None else settings.store()
     server = RegistryServer(
         store,
         address=addr,
         read_only=read_only,
         sparse=sparse,
-        allow_remote=allow_remote,
+        allow_remote=allow_anonymous,
         allowed_hosts=hosts,
+        guard=guard,
+        tls=(tls_cert, tls_key or tls_cert) if tls_cert else None,
+        limits=limits,
     )
     note(settings, f"serving {store.root}; stop with Ctrl-C")
+    if guard is not None and tls_cert is None and not server.is_loopback:
+        note(settings, "warning: passwords and tokens come over plain http; see --tls-cert")
     server.run(on_ready=lambda: click.echo(server.host))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final
 
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
@@ -14,6 +15,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from modelpack.errors import ModelpackError
+from modelpack.server.access import needs_of
+from modelpack.server.auth import Guard
 from modelpack.server.blobs import Blobs
 from modelpack.server.content import Content
 from modelpack.server.discovery import Discovery
@@ -27,10 +30,13 @@ from modelpack.server.errors import (
     on_modelpack_error,
 )
 from modelpack.server.hosts import HostGuard
+from modelpack.server.limits import Limits
 from modelpack.server.manifests import Manifests
+from modelpack.server.metrics import Counting, Metrics
 from modelpack.server.uploads import Uploads
 from modelpack.stores.layout import LayoutStore
 
+NO_LIMITS: Final = Limits()
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -40,19 +46,27 @@ def create_app(
     read_only: bool = False,
     sparse: bool = False,
     allowed_hosts: Sequence[str] = (),
+    guard: Guard | None = None,
+    limits: Limits = NO_LIMITS,
 ) -> Starlette:
     """Return a registry (distribution-spec 1.1) that serves and fills `store`.
 
     Requests must name a loopback host or one of `allowed_hosts` in their `Host` header.
     `read_only` answers 405 to every write. `sparse` takes manifests whose blobs are not all there,
-    which are refused otherwise: a model that cannot be opened is of no use to anybody.
+    which are refused otherwise: a model that cannot be opened is of no use to anybody. `guard`
+    decides who gets in, None lets everybody.
     """
     content = Content(store, sparse=sparse)
-    middleware = [Middleware(ApiVersion), Middleware(HostGuard, allowed=tuple(allowed_hosts))]
+    metrics = Metrics()
+    middleware = [
+        Middleware(Counting, metrics=metrics),
+        Middleware(ApiVersion),
+        Middleware(HostGuard, allowed=tuple(allowed_hosts)),
+    ]
     if read_only:
         middleware.append(Middleware(ReadOnly))
     app = Starlette(
-        routes=_routes(content),
+        routes=_routes(content, limits, metrics, guard),
         middleware=middleware,
         exception_handlers={
             ApiError: on_api_error,
@@ -66,9 +80,10 @@ def create_app(
     return app
 
 
-def _routes(content: Content) -> list[Route]:
-    blobs, uploads = Blobs(content), Uploads(content)
-    manifests, discovery = Manifests(content), Discovery(content)
+def _routes(content: Content, limits: Limits, metrics: Metrics, guard: Guard | None) -> list[Route]:
+    blobs, uploads = Blobs(content), Uploads(content, limits)
+    manifests, discovery = Manifests(content, limits.manifest), Discovery(content)
+    metrics.sessions = uploads.count
     session = {
         "GET": uploads.status,
         "PATCH": uploads.append,
@@ -83,22 +98,26 @@ def _routes(content: Content) -> list[Route]:
     }
     blob = {"GET": blobs.get, "HEAD": blobs.get, "DELETE": blobs.delete}
     # A name is greedy: of `a/manifests/manifests/b` it is `a/manifests`.
-    return [
-        _resource("/v2/", {"GET": _probe, "HEAD": _probe}),
-        _resource("/v2", {"GET": _probe, "HEAD": _probe}),
-        _resource("/v2/_catalog", {"GET": discovery.catalog}),
-        _resource("/v2/{name:path}/blobs/uploads/", {"POST": uploads.start}),
-        _resource("/v2/{name:path}/blobs/uploads", {"POST": uploads.start}),
-        _resource("/v2/{name:path}/blobs/uploads/{session}", session),
-        _resource("/v2/{name:path}/blobs/{digest}", blob),
-        _resource("/v2/{name:path}/manifests/{reference}", manifest),
-        _resource("/v2/{name:path}/tags/list", {"GET": discovery.tags}),
-        _resource("/v2/{name:path}/referrers/{digest}", {"GET": discovery.referrers}),
-    ]
+    resources: dict[str, Mapping[str, Endpoint]] = {
+        "/v2/": {"GET": _probe, "HEAD": _probe},
+        "/v2": {"GET": _probe, "HEAD": _probe},
+        "/metrics": {"GET": metrics.get},
+        "/v2/_catalog": {"GET": discovery.catalog},
+        "/v2/{name:path}/blobs/uploads/": {"POST": uploads.start},
+        "/v2/{name:path}/blobs/uploads": {"POST": uploads.start},
+        "/v2/{name:path}/blobs/uploads/{session}": session,
+        "/v2/{name:path}/blobs/{digest}": blob,
+        "/v2/{name:path}/manifests/{reference}": manifest,
+        "/v2/{name:path}/tags/list": {"GET": discovery.tags},
+        "/v2/{name:path}/referrers/{digest}": {"GET": discovery.referrers},
+    }
+    return [_resource(path, methods, guard) for path, methods in resources.items()]
 
 
-def _resource(path: str, methods: Mapping[str, Endpoint]) -> Route:
+def _resource(path: str, methods: Mapping[str, Endpoint], guard: Guard | None) -> Route:
     async def endpoint(request: Request) -> Response:
+        if guard is not None:
+            await guard.check(request, needs_of(request, path))
         handler = methods.get(request.method) or methods["GET"]  # HEAD, where it needs no care
         return await handler(request)
 

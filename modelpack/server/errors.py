@@ -37,8 +37,10 @@ class Code(StrEnum):
     NAME_INVALID = "NAME_INVALID"
     NAME_UNKNOWN = "NAME_UNKNOWN"
     SIZE_INVALID = "SIZE_INVALID"
+    UNAUTHORIZED = "UNAUTHORIZED"
     DENIED = "DENIED"
     UNSUPPORTED = "UNSUPPORTED"
+    TOOMANYREQUESTS = "TOOMANYREQUESTS"
     UNKNOWN = "UNKNOWN"  # not in the specification's table: what has no code there
 
 

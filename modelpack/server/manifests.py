@@ -28,8 +28,9 @@ _ELSEWHERE = (
 class Manifests:
     """Endpoints of manifests; any image manifest or index is taken, its bytes as they came."""
 
-    def __init__(self, content: Content) -> None:
+    def __init__(self, content: Content, limit: int = MAX_DOCUMENT_BYTES) -> None:
         self._content = content
+        self._limit = limit
 
     async def get(self, request: Request) -> Response:
         """GET and HEAD, by tag or digest. `Accept` is not asked: there is one representation."""
@@ -52,7 +53,7 @@ class Manifests:
         repository = Repository.parse(name)
         target = _target(request.path_params["reference"])
         tags = _asked_tags(request, target)
-        raw = await _body(request)
+        raw = await _body(request, self._limit)
         digest = target if isinstance(target, Digest) else Digest.of(raw)
         digest.check(raw, f"the manifest pushed to {name}")
         manifest = _parsed(raw, request.headers.get("content-type"))
@@ -116,15 +117,15 @@ def _asked_tags(request: Request, target: Digest | str) -> tuple[str, ...]:
     return tags
 
 
-async def _body(request: Request) -> bytes:
+async def _body(request: Request, limit: int) -> bytes:
     length = request.headers.get("content-length", "0")
-    if int(length) > MAX_DOCUMENT_BYTES:
-        raise _too_large(length)
+    if int(length) > limit:
+        raise _too_large(length, limit)
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > MAX_DOCUMENT_BYTES:
-            raise _too_large("more")
+        if len(body) > limit:
+            raise _too_large("more", limit)
     return bytes(body)
 
 
@@ -136,8 +137,8 @@ def _parsed(raw: bytes, content_type: str | None) -> Manifest | Index:
         raise ApiError(400, Code.MANIFEST_INVALID, str(error)) from None
 
 
-def _too_large(got: str) -> ApiError:
-    message = f"the manifest has {got} bytes, at most {MAX_DOCUMENT_BYTES} fit"
+def _too_large(got: str, limit: int) -> ApiError:
+    message = f"the manifest has {got} bytes, at most {limit} fit"
     return ApiError(413, Code.SIZE_INVALID, message)
 
 

@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 class RequestRecord:
     """One finished request; `received` and `sent` are bytes of the bodies.
 
-    `status` is None where the connection ended before an answer. Header names are lower case.
+    `status` is None where the connection ended before an answer. Header names are lower case; of
+    `authorization` only the scheme is told.
     """
 
     method: str
@@ -63,6 +64,13 @@ class Recorder:
                     status,
                     received,
                     sent,
-                    dict(Headers(scope=scope)),
+                    _shown(Headers(scope=scope)),
                 )
             )
+
+
+def _shown(headers: Headers) -> dict[str, str]:
+    shown = dict(headers)
+    if "authorization" in shown:
+        shown["authorization"] = shown["authorization"].partition(" ")[0]
+    return shown

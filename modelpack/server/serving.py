@@ -7,8 +7,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from modelpack.hosts import is_loopback
 from modelpack.listening import GRACE, AppServer
-from modelpack.server.app import create_app
+from modelpack.server.app import NO_LIMITS, create_app
+from modelpack.server.auth import Guard
+from modelpack.server.limits import Limits
 from modelpack.server.recording import Recorder, RequestRecord
 from modelpack.stores.layout import LayoutStore
 
@@ -31,23 +34,34 @@ class RegistryServer:
         read_only: bool = False,
         sparse: bool = False,
         allow_remote: bool = False,
+        guard: Guard | None = None,
+        tls: tuple[Path, Path] | None = None,
+        limits: Limits = NO_LIMITS,
         allowed_hosts: Sequence[str] = (),
         grace: int = GRACE,
         on_request: Callable[[RequestRecord], None] | None = None,
     ) -> None:
         """Raises `UsageError` for an address that is none, or not a loopback one.
 
-        `allow_remote` permits other addresses: there is no access control, so whoever reaches the
-        port may read and, unless `read_only`, write. `allowed_hosts` are further names that
-        requests may use for this host. For `sparse` see `create_app`. `on_request` is called from
-        the server's thread.
+        `guard` asks who is there: `modelpack.server.auth` has `Passwords` and `BearerTokens`. With
+        one other addresses are permitted, too; `allow_remote` permits them without: whoever reaches
+        the port may then read and, unless `read_only`, write. `tls` are the PEM files of a
+        certificate and its key. `allowed_hosts` are further names that requests may use for this
+        host. For `sparse` see `create_app`. `on_request` is called from the server's thread.
         """
         self._server = AppServer(
-            self._make_app, address, name="registry", allow_remote=allow_remote, grace=grace
+            self._make_app,
+            address,
+            name="registry",
+            allow_remote=allow_remote or guard is not None,
+            grace=grace,
+            tls=tls,
         )
         self.store = root if isinstance(root, LayoutStore) else LayoutStore(root)
         self._read_only = read_only
         self._sparse = sparse
+        self._guard = guard
+        self._limits = limits
         self._allowed_hosts = (self._server.address[0], *allowed_hosts)
         self._on_request = on_request
 
@@ -60,6 +74,11 @@ class RegistryServer:
     def url(self) -> str:
         """The address of the API's root, without a slash at the end."""
         return self._server.url
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the address."""
+        return is_loopback(self._server.address[0])
 
     def run(self, on_ready: Callable[[], None] | None = None) -> None:
         """Serve until SIGINT or SIGTERM, then let requests finish; a second SIGINT cuts them.
@@ -94,5 +113,7 @@ class RegistryServer:
             read_only=self._read_only,
             sparse=self._sparse,
             allowed_hosts=self._allowed_hosts,
+            guard=self._guard,
+            limits=self._limits,
         )
         return app if self._on_request is None else Recorder(app, self._on_request)

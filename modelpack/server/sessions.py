@@ -201,6 +201,10 @@ class UploadSessions:
         self._lock = threading.Lock()
         self._swept = -_SWEEP_INTERVAL
 
+    def __len__(self) -> int:
+        """Return how many sessions this server has begun or continued, and not ended."""
+        return len(self._sessions)
+
     def create(self, repository: str, algorithm: str) -> UploadSession:
         """Return a new session; its id cannot be guessed."""
         self._sweep()

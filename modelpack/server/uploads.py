@@ -14,6 +14,7 @@ from modelpack.digest import Digest
 from modelpack.errors import NotFoundError
 from modelpack.server.content import Content
 from modelpack.server.errors import ApiError, Code
+from modelpack.server.limits import Limits
 from modelpack.server.names import Repository
 from modelpack.server.ranges import ByteRange, chunk_range
 from modelpack.server.sessions import OutOfOrder, Superseded, UploadSession, UploadSessions, Writer
@@ -26,9 +27,14 @@ PIECE = 1024 * 1024
 class Uploads:
     """Endpoints of upload sessions."""
 
-    def __init__(self, content: Content) -> None:
+    def __init__(self, content: Content, limits: Limits) -> None:
         self._content = content
+        self._limits = limits
         self._sessions = UploadSessions(content.uploads_directory)
+
+    def count(self) -> int:
+        """Return how many uploads have begun here and are not finished."""
+        return len(self._sessions)
 
     async def start(self, request: Request) -> Response:
         """POST: begin a session, or mount a blob, or take a whole blob at once."""
@@ -45,7 +51,7 @@ class Uploads:
         algorithm = request.query_params.get("digest-algorithm", "sha256")
         if algorithm not in ("sha256", "sha512"):
             raise ApiError(400, Code.DIGEST_INVALID, f"unsupported algorithm {algorithm[:80]!r}")
-        session = await run_in_threadpool(self._sessions.create, str(repository), algorithm)
+        session = await self._create(repository, algorithm)
         return Response(status_code=202, headers=self._state(request, session))
 
     async def status(self, request: Request) -> Response:
@@ -58,7 +64,7 @@ class Uploads:
         session = await self._session(request)
         claimed = _claimed_range(request)
         async with self._writing(request, session, claimed) as writer:
-            await _receive(request, writer, claimed)
+            await self._receive(request, session, writer, claimed)
         return Response(status_code=202, headers=self._state(request, session))
 
     async def finish(self, request: Request) -> Response:
@@ -67,7 +73,7 @@ class Uploads:
         session = await self._session(request)
         claimed = _claimed_range(request)
         async with self._writing(request, session, claimed, digest.algorithm) as writer:
-            await _receive(request, writer, claimed)
+            await self._receive(request, session, writer, claimed)
             await run_in_threadpool(writer.finish, digest, self._content.publish_blob)
         self._sessions.forget(session)
         return self._created(request, digest)
@@ -80,15 +86,27 @@ class Uploads:
         return Response(status_code=204)
 
     async def _whole(self, request: Request, repository: Repository, digest: Digest) -> Response:
-        session = await run_in_threadpool(self._sessions.create, str(repository), digest.algorithm)
+        session = await self._create(repository, digest.algorithm)
         try:
             async with self._writing(request, session, None, digest.algorithm) as writer:
-                await _receive(request, writer, None)
+                await self._receive(request, session, writer, None)
                 await run_in_threadpool(writer.finish, digest, self._content.publish_blob)
         finally:  # the client never learned where the session is
             await run_in_threadpool(session.cancel)
             self._sessions.forget(session)
         return self._created(request, digest)
+
+    async def _create(self, repository: Repository, algorithm: str) -> UploadSession:
+        if self._limits.sessions is not None and len(self._sessions) >= self._limits.sessions:
+            message = f"{self._limits.sessions} uploads are under way, no more are taken"
+            headers = {"Retry-After": "10"}
+            raise ApiError(429, Code.TOOMANYREQUESTS, message, headers=headers)
+        return await run_in_threadpool(self._sessions.create, str(repository), algorithm)
+
+    def _check_size(self, size: int) -> None:
+        if self._limits.upload is not None and size > self._limits.upload:
+            message = f"the blob is larger than the {self._limits.upload} bytes that are taken"
+            raise ApiError(413, Code.SIZE_INVALID, message)
 
     async def _session(self, request: Request) -> UploadSession:
         repository = Repository.parse(request.path_params["name"])
@@ -112,8 +130,8 @@ class Uploads:
             writer = await run_in_threadpool(session.writer, start, algorithm)
             try:
                 length = int(request.headers.get("content-length", "0"))
-                folder = self._content.uploads_directory
-                await run_in_threadpool(check_room, folder, length, "the upload")
+                self._check_size(session.size + length)
+                await run_in_threadpool(self._check_room, length)
                 yield writer
             finally:
                 writer.close()
@@ -126,6 +144,29 @@ class Uploads:
         except Superseded:
             message = "a later request continues this upload"
             raise ApiError(409, Code.BLOB_UPLOAD_INVALID, message) from None
+
+    def _check_room(self, length: int) -> None:
+        kept = self._limits.keep_free
+        # A stream does not say how long it is; the room to keep is looked at all the same.
+        check_room(self._content.uploads_directory, length + kept, "the upload")
+
+    async def _receive(
+        self, request: Request, session: UploadSession, writer: Writer, claimed: ByteRange | None
+    ) -> None:
+        """Append the body to the session; what arrived before a cut is kept."""
+        pieces = _Pieces(writer)
+        received, before = 0, session.size
+        try:
+            async for chunk in request.stream():
+                received += len(chunk)
+                if claimed and received > claimed.length:
+                    raise _wrong_size(claimed, "more")
+                self._check_size(before + received)
+                await pieces.add(chunk)
+        finally:
+            await pieces.flush()
+        if claimed and received < claimed.length:
+            raise _wrong_size(claimed, str(received))
 
     def _state(self, request: Request, session: UploadSession) -> dict[str, str]:
         name = request.path_params["name"]
@@ -142,22 +183,6 @@ class Uploads:
             "Docker-Content-Digest": str(digest),
         }
         return Response(status_code=201, headers=headers)
-
-
-async def _receive(request: Request, writer: Writer, claimed: ByteRange | None) -> None:
-    """Append the body to the session; what arrived before a cut is kept."""
-    pieces = _Pieces(writer)
-    received = 0
-    try:
-        async for chunk in request.stream():
-            received += len(chunk)
-            if claimed and received > claimed.length:
-                raise _wrong_size(claimed, "more")
-            await pieces.add(chunk)
-    finally:
-        await pieces.flush()
-    if claimed and received < claimed.length:
-        raise _wrong_size(claimed, str(received))
 
 
 class _Pieces:

@@ -178,7 +178,7 @@ def test_registry_serve_as_a_process(tmp_path: Path) -> None:
 def test_serving_beyond_loopback_needs_a_word(tmp_path: Path) -> None:
     result = modelpack("registry", "serve", "--addr", "0.0.0.0:0", "--root", tmp_path / "root")
     assert result.code == 2
-    assert "--allow-remote" in result.err or "allow_remote" in result.err
+    assert "--allow-anonymous" in result.err or "allow_remote" in result.err
 
 
 def test_docker_store_both_ways(tmp_path: Path) -> None:

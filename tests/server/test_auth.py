@@ -1,0 +1,372 @@
+"""Who gets into the registry: passwords, tokens, TLS, and addresses that others can reach."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import bcrypt
+import jwt
+import pytest
+import requests
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from modelpack.errors import AuthError, UsageError
+from modelpack.registry import Credential, StaticCredentials, TlsOptions
+from modelpack.server import RegistryServer, RequestRecord
+from modelpack.server.app import create_app
+from modelpack.server.auth import BearerTokens, Guard, Passwords
+from modelpack.server.htpasswd import PasswordFile
+from modelpack.server.tokens import TokenSettings
+from modelpack.storage import Outcome
+from modelpack.stores.layout import LayoutStore
+from tests.cli.running import modelpack, succeed
+from tests.models import tiny_gguf
+from tests.registry.auth_servers import (
+    HTPASSWD,
+    ISSUER,
+    PASSWORD,
+    SERVICE,
+    USER,
+    Pair,
+    TokenServer,
+    make_pair,
+    token_server,
+)
+from tests.registry.sources import Client, Content, read_all
+from tests.server.conftest import digest_of
+
+ADA = Credential(USER, PASSWORD)
+
+
+@pytest.fixture(scope="module")
+def signer(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return make_pair(tmp_path_factory.mktemp("signer"), "signer")
+
+
+@pytest.fixture
+def htpasswd(tmp_path: Path) -> Path:
+    path = tmp_path / "htpasswd"
+    path.write_text(f"# users\n\n{HTPASSWD}")
+    return path
+
+
+@contextmanager
+def serving(tmp_path: Path, guard: Guard | None, **options: Any) -> Iterator[RegistryServer]:
+    options.setdefault("address", "127.0.0.1:0")
+    with RegistryServer(tmp_path / "store", guard=guard, grace=1, **options) as server:
+        yield server
+
+
+@pytest.fixture
+def guarded(tmp_path: Path, htpasswd: Path) -> Iterator[RegistryServer]:
+    with serving(tmp_path, Passwords(PasswordFile(htpasswd))) as server:
+        yield server
+
+
+def client_of(server: RegistryServer, credential: Credential | None, **options: Any) -> Client:
+    known = {server.host: credential} if credential else {}
+    return Client(server.host, credentials=StaticCredentials(known), **options)
+
+
+def test_a_password(guarded: RegistryServer) -> None:
+    with client_of(guarded, ADA) as client:
+        assert client.write(b"weights") is Outcome.WRITTEN
+        assert read_all(client.repository, Content(b"weights").descriptor) == b"weights"
+    with (
+        client_of(guarded, Credential(USER, "wrong")) as client,
+        pytest.raises(AuthError, match="refused"),
+    ):
+        client.registry.ping()
+    with client_of(guarded, None) as client, pytest.raises(AuthError, match="there are none"):
+        client.registry.ping()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "",
+        "Basic",
+        "Basic !!!",
+        "Basic YWRh",  # no colon
+        "Basic " + "A" * 30_000,
+        "Bearer abc",
+        requests.auth._basic_auth_str("eve", PASSWORD),
+        requests.auth._basic_auth_str(USER, PASSWORD + "x"),
+        requests.auth._basic_auth_str(USER, ""),
+        requests.auth._basic_auth_str(USER, "x" * 73),
+        requests.auth._basic_auth_str(USER, PASSWORD + "\0"),
+    ],
+)
+def test_what_is_refused(guarded: RegistryServer, header: str | None) -> None:
+    headers = {} if header is None else {"Authorization": header}
+    for _ in range(2):
+        answer = requests.get(f"{guarded.url}/v2/", headers=headers, timeout=10)
+        assert answer.status_code == 401
+        assert answer.headers["WWW-Authenticate"].startswith('Basic realm="modelpack"')
+        assert answer.headers["Docker-Distribution-Api-Version"] == "registry/2.0"
+        assert answer.json()["errors"][0]["code"] == "UNAUTHORIZED"
+
+
+def test_every_endpoint_asks(tmp_path: Path, htpasswd: Path) -> None:
+    guard = Passwords(PasswordFile(htpasswd))
+    store = LayoutStore(tmp_path / "store")
+    routes = create_app(store, guard=guard).routes
+    values = {"name:path": "a/b", "session": "0", "reference": "v1", "digest": "sha256:0"}
+    asked = 0
+    with serving(tmp_path, guard) as server:
+        for route in routes:
+            path = str(getattr(route, "path", ""))
+            for name, value in values.items():
+                path = path.replace(f"{{{name}}}", value)
+            for method in getattr(route, "methods", None) or ():
+                answer = requests.request(method, server.url + path, data=b"x", timeout=10)
+                assert answer.status_code == 401, (method, path)
+                asked += 1
+    assert asked >= 20
+    assert list(store.models()) == []
+
+
+def test_the_file_is_read_again(tmp_path: Path, htpasswd: Path) -> None:
+    users = PasswordFile(htpasswd)
+    assert users.check(USER, PASSWORD)
+    assert users.check(USER, PASSWORD)
+    assert PASSWORD not in f"{users!r} {vars(users)}"
+    salted = bcrypt.hashpw(b"new", bcrypt.gensalt(4)).decode()
+    _rewrite(htpasswd, f"ada:{salted}\nbob:{salted}\n")
+    assert not users.check(USER, PASSWORD)
+    assert users.check(USER, "new")
+    assert users.check("bob", "new")
+    _rewrite(htpasswd, "broken")
+    assert users.check("bob", "new"), "a file that is being written locks nobody out"
+    htpasswd.unlink()
+    assert users.check("bob", "new")
+
+
+def _rewrite(path: Path, text: str) -> None:
+    other = path.with_suffix(".new")
+    other.write_text(text)
+    os.replace(other, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "no users"),
+        ("# nobody\n", "no users"),
+        ("ada:secret-in-the-clear\n", "line 1"),
+        (HTPASSWD + "bob:{SHA}W6ph5Mm5Pz8GgiULbPgzG37mj9g=\n", "line 2"),
+        (HTPASSWD + "bob:$apr1$x$y\n", "line 2"),
+        (":" + HTPASSWD.partition(":")[2], "line 1"),
+        ("ada:$2y$31$" + "a" * 53, "line 1"),  # would take years to compare with
+        ("\xff", "UTF-8"),
+    ],
+)
+def test_files_that_are_refused(htpasswd: Path, text: str, problem: str) -> None:
+    htpasswd.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UsageError, match=problem) as caught:
+        PasswordFile(htpasswd)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.fixture
+def tokened(tmp_path: Path, signer: Pair) -> Iterator[tuple[RegistryServer, TokenServer]]:
+    with token_server(signer) as tokens:
+        settings = TokenSettings(f"{tokens.url}/token", SERVICE, ISSUER, signer.certificate)
+        with serving(tmp_path, BearerTokens(settings)) as server:
+            yield server, tokens
+
+
+def test_tokens(tokened: tuple[RegistryServer, TokenServer]) -> None:
+    server, _ = tokened
+    with client_of(server, ADA, name="team/model") as client:
+        assert client.write(b"weights") is Outcome.WRITTEN
+        other = client.registry.repository("team/other")
+        assert other.mount_blob(Content(b"weights").descriptor, client.repository)
+        client.repository.delete_blob(Content(b"weights").descriptor.digest)
+        client.write(b"weights")
+    with client_of(server, None, name="team/model") as stranger:
+        assert read_all(stranger.repository, Content(b"weights").descriptor) == b"weights"
+        with pytest.raises(AuthError, match="there are none"):
+            stranger.write(b"other")
+    with (
+        client_of(server, Credential(identity_token="identity-token-of-ada")) as client,
+    ):
+        assert client.write(b"more") is Outcome.WRITTEN
+
+
+def ask(server: RegistryServer, token: str, path: str, method: str = "GET") -> requests.Response:
+    headers = {"Authorization": f"Bearer {token}"}
+    return requests.request(method, server.url + path, headers=headers, timeout=10)
+
+
+def test_what_a_token_allows(tokened: tuple[RegistryServer, TokenServer]) -> None:
+    server, tokens = tokened
+    pull = tokens.token(["repository:ai/smol:pull"], known=False)
+    for path, status in (
+        ("/v2/", 200),
+        ("/v2/ai/smol/manifests/v1", 404),
+        ("/v2/smol/manifests/v1", 404),  # an alias of the same repository
+        ("/v2/docker.io/ai/smol/manifests/v1", 404),
+        ("/v2/ai/other/manifests/v1", 401),
+        ("/v2/other/manifests/v1", 401),
+        ("/v2/ai/smol/blobs/uploads/0", 401),
+        ("/v2/_catalog", 401),
+        ("/metrics", 200),
+    ):
+        assert ask(server, pull, path).status_code == status, path
+    refused = ask(server, pull, "/v2/smol/blobs/uploads/?mount=x&from=team/secret", "POST")
+    assert refused.status_code == 401
+    said = refused.headers["WWW-Authenticate"]
+    assert 'error="insufficient_scope"' in said
+    assert 'scope="repository:ai/smol:pull,push repository:team/secret:pull"' in said
+    assert ask(server, pull, "/v2/ai/smol/manifests/v1", "DELETE").status_code == 401
+    catalog = tokens.token(["registry:catalog:*"], known=True)
+    assert ask(server, catalog, "/v2/_catalog").status_code == 200
+
+
+def test_tokens_that_are_none(
+    tokened: tuple[RegistryServer, TokenServer], signer: Pair, tmp_path: Path
+) -> None:
+    server, tokens = tokened
+    good = tokens.token([], known=True)
+    assert ask(server, good, "/v2/").status_code == 200
+    claims = jwt.decode(good, options={"verify_signature": False})
+    public = signer.private.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    stranger = make_pair(tmp_path, "stranger")
+
+    def made(key: Any = signer.private, algorithm: str = "RS256", **changed: Any) -> str:
+        kept = {k: v for k, v in (claims | changed).items() if v is not None}
+        return jwt.encode(kept, key, algorithm=algorithm, headers={"x5c": stranger.x5c})
+
+    assert ask(server, made(), "/v2/").status_code == 200
+    head, payload, signature = good.split(".")
+    bad = [
+        "",
+        "x",
+        "a.b.c",
+        f"{head}.{payload}.",
+        f"{head}.{payload}.{signature[:-4]}AAAA",
+        made(stranger.private),
+        made(ec.generate_private_key(ec.SECP256R1()), "ES256"),
+        made(None, "none"),
+        _signed_by_public_key(claims, public),
+        made(exp=int(time.time()) - 61),
+        made(nbf=int(time.time()) + 300),
+        made(exp=None),
+        made(iss="others"),
+        made(iss=None),
+        made(aud="others"),
+        made(aud=None),
+    ]
+    for token in bad:
+        answer = ask(server, token, "/v2/")
+        assert answer.status_code == 401, token
+        assert f'service="{SERVICE}"' in answer.headers["WWW-Authenticate"]
+
+
+def _signed_by_public_key(claims: dict[str, Any], public: bytes) -> str:
+    """Return a token for which an HMAC took the public key for a secret."""
+    import base64
+    import hashlib
+    import hmac
+    import json
+
+    def encoded(raw: bytes) -> str:
+        return base64.urlsafe_b64encode(raw).decode().rstrip("=")
+
+    head = encoded(json.dumps({"alg": "HS256", "typ": "JWT"}).encode())
+    signed = f"{head}.{encoded(json.dumps(claims).encode())}"
+    return f"{signed}.{encoded(hmac.new(public, signed.encode(), hashlib.sha256).digest())}"
+
+
+def test_other_keys(tmp_path: Path, signer: Pair) -> None:
+    private = ec.generate_private_key(ec.SECP384R1())
+    pem = private.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    bundle = tmp_path / "bundle.pem"
+    bundle.write_bytes(signer.certificate.read_bytes() + pem)
+    guard = BearerTokens(TokenSettings("https://t.example/", SERVICE, ISSUER, bundle))
+    claims = {"iss": ISSUER, "aud": SERVICE, "exp": int(time.time()) + 60}
+    with serving(tmp_path, guard) as server:
+        for key, algorithm in ((private, "ES384"), (signer.private, "PS256")):
+            token = jwt.encode(claims, key, algorithm=algorithm)
+            assert ask(server, token, "/v2/").status_code == 200
+    for content in (b"", b"text", signer.key.read_bytes()):
+        bundle.write_bytes(content)
+        with pytest.raises(UsageError, match="holds"):
+            BearerTokens(TokenSettings("https://t.example/", SERVICE, ISSUER, bundle))
+
+
+def test_tls(tmp_path: Path, htpasswd: Path, signer: Pair) -> None:
+    pair = make_pair(tmp_path, "server", signer)
+    guard = Passwords(PasswordFile(htpasswd))
+    with serving(tmp_path, guard, tls=(pair.certificate, pair.key)) as server:
+        assert server.url.startswith("https://")
+        options = {"plain_http": False, "tls": TlsOptions(signer.certificate)}
+        with client_of(server, ADA, **options) as client:
+            assert client.write(b"weights" * 1000) is Outcome.WRITTEN
+            assert read_all(client.repository, Content(b"weights" * 1000).descriptor)
+    with pytest.raises(UsageError, match="no certificate and its key"):
+        RegistryServer(tmp_path / "store", tls=(pair.certificate, signer.key))
+
+
+def test_addresses_that_others_reach(tmp_path: Path, htpasswd: Path) -> None:
+    with pytest.raises(UsageError, match="asks for no password") as caught:
+        RegistryServer(tmp_path / "store", address="0.0.0.0:0")
+    assert "--allow-anonymous" in str(caught.value.hint)
+    with serving(tmp_path, Passwords(PasswordFile(htpasswd)), address="0.0.0.0:0") as server:
+        port = server.host.rpartition(":")[2]
+        answer = requests.get(f"http://127.0.0.1:{port}/v2/", timeout=10)
+        assert answer.status_code == 401
+
+
+def test_records_show_no_passwords(tmp_path: Path, htpasswd: Path) -> None:
+    records: list[RequestRecord] = []
+    guard = Passwords(PasswordFile(htpasswd))
+    with serving(tmp_path, guard, on_request=records.append) as server:
+        requests.get(f"{server.url}/v2/", auth=(USER, PASSWORD), timeout=10)
+    assert records[0].status == 200
+    assert records[0].headers["authorization"] == "Basic"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--token-realm", "https://t.example"], "tokens need all of"),
+        (["--tls-key", __file__], "needs --tls-cert"),
+        (["--htpasswd", __file__], "is not a user with a bcrypt hash"),
+        (["--tls-cert", __file__], "no certificate"),
+        (["--addr", "0.0.0.0:0"], "--allow-anonymous"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path: Path, arguments: list[str], problem: str) -> None:
+    result = modelpack("registry", "serve", "--root", tmp_path / "store", *arguments)
+    assert result.code == 2
+    assert problem in result.err
+
+
+def test_log_in_push_and_pull(
+    guarded: RegistryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+    import sys
+
+    reference = f"{guarded.host}/team/tiny:v1"
+    succeed("package", "--gguf", tiny_gguf(tmp_path), reference)
+    assert modelpack("push", reference).code == 4
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PASSWORD))
+    succeed("login", guarded.host, "-u", USER, "--password-stdin")
+    digest = succeed("push", reference).out
+    succeed("rm", reference)
+    assert succeed("pull", reference).out == digest
+    assert digest_of(b"")[:7] == digest[:7]
