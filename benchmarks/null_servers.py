@@ -1,0 +1,266 @@
+"""Servers whose models cost nothing: all get the same tokens at the same times.
+
+    null_servers.py ours|protected|mlx-lm|mlx-lm-front STREAMS TOKENS TICK_MS
+
+Serves on a free port, prints it, waits until STREAMS requests have come, gives each a token every
+TICK_MS, TOKENS times, and prints the microseconds of processor time that the process took for each
+token, from before the first token to half a second after the last.
+
+The cut is the same for both: what schedules and computes is replaced, what turns token ids into
+bytes on sockets is not. Ours is the whole application as `modelpack serve` runs it, with its
+`AsyncEngine`, detokenizer and meters, over an `Engine` that only waits; `protected` has the gateway
+before it, as it always has there. mlx-lm's is its server, with its generation loop, detokenizer,
+queues and HTTP handler, over a `BatchGenerator` that only waits. `mlx-lm-front` goes beyond that:
+finished texts are put into its queues, so that its generation loop costs nothing either.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+#: The token that is given; no model's markup, and nothing that has to be escaped.
+TOKEN = 256
+PIECE = " word"
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+class Pace:
+    """When tokens are due, and what they took."""
+
+    def __init__(self, streams: int, tokens: int, pause: float) -> None:
+        self.streams = streams
+        self.tokens = tokens
+        self._pause = pause
+        self._began = self._due = 0.0
+        self._given = 0
+
+    def next(self) -> bool:
+        """Return when a token is due; whether it is the last."""
+        if self._given == 0:
+            time.sleep(0.5)  # all answers have begun
+            self._began = time.process_time()
+            self._due = time.monotonic()
+        time.sleep(max(0.0, self._due - time.monotonic()))
+        self._due += self._pause
+        self._given += 1
+        if self._given == self.tokens:
+            threading.Timer(0.5, self._tell).start()
+        return self._given == self.tokens
+
+    def _tell(self) -> None:
+        taken = time.process_time() - self._began
+        print(1e6 * taken / (self.streams * self.tokens), flush=True)
+
+
+def write_tokenizer(directory: Path) -> Path:
+    """Write a tokenizer of bytes and PIECE, as both load it."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġword"]
+    words = {text: number for number, text in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(models.BPE(words, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<eos>"])
+    backend.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>",
+              "chat_template": TEMPLATE}  # fmt: skip
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def serve_ours(pace: Pace, directory: Path, *, protected: bool) -> None:
+    from tokenizers import Tokenizer as Backend
+
+    from modelpack.gateway.protecting import Protection, protect
+    from modelpack_engine.async_engine import AsyncEngine
+    from modelpack_engine.detokenizer import Detokenizer
+    from modelpack_engine.loaders import Tokenizer
+    from modelpack_engine.loaders.chat_template import ChatTemplate
+    from modelpack_engine.loaders.tokenizer import TokenText
+    from modelpack_engine.meter import Meter
+    from modelpack_engine.outputs import EngineStats, FinishReason, RequestEvent, Timing, Usage
+    from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
+    from modelpack_engine.pool.pool import ModelPool
+    from modelpack_engine.sampling_params import SamplingParams
+    from modelpack_engine.server.model_server import ModelServer
+
+    backend = Backend.from_file(str(directory / "tokenizer.json"))
+
+    class NullEngine:
+        max_model_len = 4096
+        vocab_size = 258
+        memory_bytes = 1
+        tokenizer = Tokenizer(backend, text=TokenText.BYTE_LEVEL, eos_token_ids=[257])
+
+        def __init__(self) -> None:
+            self.tokenizer._chat_template = ChatTemplate(TEMPLATE)
+            self._choices: list[tuple[str, Detokenizer]] = []
+
+        def add_request(
+            self, request_id: str, ids: Sequence[int], params: SamplingParams, **options: Any
+        ) -> None:
+            self._choices.append((request_id, Detokenizer(self.tokenizer, params)))
+
+        @property
+        def has_work(self) -> bool:
+            return len(self._choices) >= pace.streams
+
+        def step(self) -> list[RequestEvent]:
+            end: dict[str, Any] = {}
+            if pace.next():
+                timing = Timing(0.0, 0.0, 0.0, time.monotonic())
+                usage = Usage(5, pace.tokens)
+                end = {"finish_reason": FinishReason.LENGTH, "usage": usage, "timing": timing}
+            events = [
+                RequestEvent(name, 0, (TOKEN,), detokenizer.push([TOKEN]).text, **end)
+                for name, detokenizer in self._choices
+            ]
+            if end:
+                self._choices.clear()
+            return events
+
+        def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
+            return []
+
+        def fail_all(self, message: str) -> list[RequestEvent]:
+            return []
+
+        def stats(self) -> EngineStats:
+            return EngineStats()
+
+    class Catalogue:
+        store: Any = None
+
+        def version(self) -> object:
+            return 1
+
+        def find(self, name: str) -> StoredModel:
+            return StoredModel("m", ("m",), size=1)
+
+        def stored(self) -> list[StoredModel]:
+            return [self.find("m")]
+
+        def needs(self, model: StoredModel, settings: object) -> int:
+            return 1
+
+        def load(
+            self, model: StoredModel, settings: object, meter: Meter, room: int | None
+        ) -> LoadedEngine:
+            engine = AsyncEngine(NullEngine, meter)  # type: ignore[arg-type]
+            engine.wait_until_ready(60)
+            return LoadedEngine(engine)
+
+    def wrap(app: Any) -> Any:
+        return protect(app, Protection(report=lambda trace: None)) if protected else app
+
+    with ModelServer(lambda: ModelPool(Catalogue()), address="127.0.0.1:0", wrap=wrap) as server:
+        print(server.url.rpartition(":")[2], flush=True)
+        sys.stdin.read()
+
+
+def serve_mlx_lm(pace: Pace, directory: Path, *, front: bool) -> None:
+    import mlx.core as mx
+    from mlx_lm import server, tokenizer_utils
+    from mlx_lm.generate import GenerationBatch
+
+    class NullBatches:
+        """Gives what `mlx_lm.generate.BatchGenerator` gives, out of nothing."""
+
+        prompt_cache_nbytes = 0
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self._uids: list[int] = []
+            self._logprobs = mx.zeros(258)
+            mx.eval(self._logprobs)
+
+        def insert_segments(self, segments: Any, **options: Any) -> tuple[int]:
+            self._uids.append(len(self._uids))
+            return (self._uids[-1],)
+
+        def next(self) -> tuple[list[Any], list[Any]]:
+            if len(self._uids) < pace.streams:
+                return [], []
+            last = pace.next()
+            responses = [
+                GenerationBatch.Response(
+                    uid, TOKEN, self._logprobs, "length" if last else None, [], [1, uid]
+                )
+                for uid in self._uids
+            ]
+            if last:
+                self._uids.clear()
+            return [], responses
+
+        def extract_cache(self, uids: Any) -> dict[int, Any]:
+            return {}
+
+        def remove(self, uids: Any) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    class FrontOnly(server.ResponseGenerator):  # type: ignore[misc]
+        def _generate(self) -> None:
+            queues = []
+            while len(queues) < pace.streams:
+                queue, _, _ = self.requests.get()
+                machine = server.make_text_state_machine(tokenizer, [])
+                queue.put(server.GenerationContext(False, False, None, machine, "normal", [1] * 5))
+                queues.append(queue)
+            last = False
+            while not last:
+                last = pace.next()
+                for queue in queues:
+                    queue.put(server.Response(PIECE, TOKEN, 0.0, "length" if last else None, ()))
+            for queue in queues:
+                queue.put(None)
+
+    class Http(server.ThreadingHTTPServer):  # type: ignore[misc,name-defined]
+        request_queue_size = 128  # its own 5 makes 64 clients wait for seconds to connect
+
+        def server_activate(self) -> None:
+            super().server_activate()
+            print(self.server_address[1], flush=True)
+
+    tokenizer = tokenizer_utils.load(directory)
+    cli = Namespace(
+        allowed_origins=["*"], max_tokens=1000, temp=0.0, top_p=1.0, top_k=0, min_p=0.0,
+        num_draft_tokens=0, model="m", chat_template_args={}, decode_concurrency=pace.streams,
+        prompt_concurrency=8, prefill_step_size=2048, prompt_cache_bytes=None, kv_bits=None,
+    )  # fmt: skip
+    provider = Namespace(
+        cli_args=cli, load_default=lambda: None, load=lambda *names: (None, tokenizer),
+        model_key=("m",), is_batchable=True, processor=None, reset=lambda: None,
+    )  # fmt: skip
+    server.BatchGenerator = NullBatches
+    kind = FrontOnly if front else server.ResponseGenerator
+    generator = kind(provider, server.LRUPromptCache(10))
+    arguments = ("127.0.0.1", 0, generator, Http)
+    threading.Thread(target=server._run_http_server, args=arguments, daemon=True).start()
+    sys.stdin.read()
+
+
+def main() -> None:
+    kind, streams, tokens, milliseconds = sys.argv[1:]
+    pace = Pace(int(streams), int(tokens), int(milliseconds) / 1000)
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = write_tokenizer(Path(scratch))
+        if kind.startswith("mlx-lm"):
+            serve_mlx_lm(pace, directory, front=kind == "mlx-lm-front")
+        else:
+            serve_ours(pace, directory, protected=kind == "protected")
+
+
+if __name__ == "__main__":
+    main()
