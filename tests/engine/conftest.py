@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
+
 from modelpack_engine import blas
 
 blas.prepare()
+
+
+@pytest.fixture(scope="session")
+def smollm2_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server whose models are SmolLM2, as "ai/smollm2", and "ai/minilm"."""
+    from tests.engine.real_server import real_server
+
+    with real_server(tmp_path_factory.mktemp("real")) as url:
+        yield url

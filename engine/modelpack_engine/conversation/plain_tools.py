@@ -24,6 +24,13 @@ For each call, answer with its name and arguments as JSON within <tool_call></to
 <tool_call>
 {{"name": "the function", "arguments": {{"the argument": "its value"}}}}
 </tool_call>"""
+# Small models repeat a result, or the call, unless they are told what it is for.
+_RESULT = """\
+The function returned this result. Answer me with it, in plain words, unless you need another \
+function.
+<tool_response>
+{result}
+</tool_response>"""
 
 
 def describe_tools(
@@ -49,8 +56,7 @@ def _without_calls(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message as one that has nothing but text."""
     changed = dict(message)
     if message.get("role") == "tool":
-        result = f"<tool_response>\n{message.get('content') or ''}\n</tool_response>"
-        return {"role": "user", "content": result}
+        return {"role": "user", "content": _RESULT.format(result=message.get("content") or "")}
     calls = changed.pop("tool_calls", None)
     if calls:
         texts = [str(message["content"])] if message.get("content") else []

@@ -105,7 +105,8 @@ def test_a_template_without_tools_gets_them_as_text() -> None:
     assert deltas[-1].finish == "tool_calls"
     assert engine.prompt.startswith("system: You may call")
     assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}' in engine.prompt
-    assert "user: <tool_response>\nrain" in engine.prompt
+    assert "user: The function returned this result." in engine.prompt
+    assert "<tool_response>\nrain\n</tool_response>" in engine.prompt
 
 
 def test_reasoning_is_apart_counted_and_not_stopped() -> None:

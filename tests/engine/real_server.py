@@ -1,0 +1,41 @@
+"""A server on a port with real weights: SmolLM2, and MiniLM for embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import modelpack
+from modelpack.packaging.request import PackageRequest
+from modelpack.stores.layout import LayoutStore
+from modelpack.testing.weights import minilm_directory, smollm2_gguf
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.pool.store_catalogue import StoreCatalogue
+from modelpack_engine.server.model_server import ModelServer
+
+SMOLLM2, MINILM = "ai/smollm2", "ai/minilm"
+# What lists and metrics call them.
+FAMILIAR = {SMOLLM2: "smollm2", MINILM: "minilm"}
+
+# Enough of a cache for prompts with tools.
+_CONFIG = EngineConfig(device="cpu", max_num_seqs=8, max_num_batched_tokens=64,
+                       kv_cache_bytes=2**27)  # fmt: skip
+
+
+@contextmanager
+def real_server(directory: Path) -> Iterator[str]:
+    """Serve both from a store below `directory`; yield the address."""
+    root = directory / "store"
+    for name, request in {
+        SMOLLM2: PackageRequest(gguf=smollm2_gguf()),
+        MINILM: PackageRequest(safetensors_dir=minilm_directory()),
+    }.items():
+        modelpack.package(name, request, store=LayoutStore(root), link=True)
+
+    def make_pool() -> ModelPool:
+        return ModelPool(StoreCatalogue(LayoutStore(root), _CONFIG))
+
+    with ModelServer(make_pool, address="127.0.0.1:0") as server:
+        yield server.url
