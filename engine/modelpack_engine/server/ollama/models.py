@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -27,8 +26,8 @@ from modelpack_engine.server.ollama.ndjson import JsonRoute, timestamp
 #: The version of Ollama whose API this is: clients ask for features by it.
 VERSION = "0.20.0"
 
-# For ever, as Go counts it: 2 ** 63 - 1 nanoseconds.
-_FOREVER = timedelta(microseconds=(2**63 - 1) // 1000)
+# Seconds that are for ever, as Go counts them: 2 ** 63 - 1 nanoseconds.
+_FOREVER = (2**63 - 1) // 10**9
 
 
 def router(pool: ModelPool) -> APIRouter:
@@ -111,12 +110,8 @@ def _named(name: str, model: StoredModel) -> dict[str, Any]:
 def _running(model: RunningModel, clock: float, on_gpu: bool) -> dict[str, Any]:
     """Return a loaded model; one in use stays for its time once it no longer is."""
     now = datetime.now(UTC)
-    if model.keep_alive == math.inf:
-        expires = now + _FOREVER
-    elif model.expires_at is None:
-        expires = now + timedelta(seconds=model.keep_alive)
-    else:
-        expires = now + timedelta(seconds=model.expires_at - clock)
+    left = model.keep_alive if model.expires_at is None else model.expires_at - clock
+    expires = now + timedelta(seconds=min(left, _FOREVER))
     return _named(model.name, model.stored) | {
         "size": model.memory,
         "size_vram": model.memory if on_gpu else 0,

@@ -98,6 +98,27 @@ def test_how_long_models_stay(stocked: Stocked) -> None:
     client.generate("tiny", keep_alive=0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 10**30}, {"seed": 10**30}, {"num_predict": 10**30}, {"num_ctx": 10**30},
+        {"temperature": 1e300}, {"temperature": 1e-300}, {"repeat_penalty": 1e300},
+        {"min_p": 1}, {"top_p": 1e-300}, {"presence_penalty": -2, "frequency_penalty": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_extreme_numbers(stocked: Stocked, options: dict[str, Any]) -> None:
+    given = {"model": "tiny", "prompt": "a", "options": {"num_predict": 2} | options}
+    answer = requests.post(
+        f"{stocked.url}/api/generate",
+        json=given | {"stream": False, "keep_alive": 1e300},
+        timeout=60,
+    )
+    assert answer.status_code in (200, 400), answer.text
+    assert requests.get(f"{stocked.url}/api/ps", timeout=30).status_code == 200
+    assert stocked.client.generate("tiny", "a", options=GREEDY).done
+
+
 def test_what_is_listed(stocked: Stocked) -> None:
     models = {model.model: model for model in stocked.client.list().models}
     tiny = models["tiny:latest"]
