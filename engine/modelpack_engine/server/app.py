@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from starlette.responses import PlainTextResponse, Response
 
 import modelpack
 from modelpack_engine.pool.pool import ModelPool
@@ -17,6 +16,7 @@ from modelpack_engine.server import (
     management,
     ollama,
     openai,
+    page,
     problems,
     runner,
     system,
@@ -65,10 +65,7 @@ def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> Fast
     )  # fmt: skip
     problems.install(app, _SHAPES)
 
-    @app.get("/", include_in_schema=False, response_model=None)
-    @app.head("/", include_in_schema=False, response_model=None)
-    async def root() -> Response:
-        return PlainTextResponse("Modelpack is running\n")
+    app.add_api_route("/", page.root, methods=["GET", "HEAD"], include_in_schema=False)
 
     app.include_router(system.router(pool, logs))
     app.include_router(management.router(pool))

@@ -1,0 +1,68 @@
+"""The chat page: one file without a build, and all that a browser may do with it."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import re
+from importlib.resources import files
+
+from fastapi import Request, Response
+from starlette.responses import HTMLResponse, PlainTextResponse
+
+_INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
+
+
+def root(request: Request) -> Response:
+    """Answer GET /: browsers get the page, all others the text by which they know us."""
+    headers = {"Vary": "Accept", "Cache-Control": "no-cache"}
+    if not _takes_html(request.headers.get("accept", "")):
+        return PlainTextResponse("Modelpack is running\n", headers=headers)
+    headers |= {
+        "Content-Security-Policy": policy(),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Opener-Policy": "same-origin",
+    }
+    return HTMLResponse(text(), headers=headers)
+
+
+@functools.cache
+def text() -> str:
+    """Return the page."""
+    return (files(__package__) / "chat.html").read_text(encoding="utf-8")
+
+
+@functools.cache
+def policy() -> str:
+    """Return the Content-Security-Policy: the page's own script and style, by their hashes, and
+    requests to this server. What a model writes could not become script even if it became HTML.
+    """
+    hashes: dict[str, list[str]] = {"script": [], "style": []}
+    for kind, content in _INLINE.findall(text()):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        hashes[kind].append(f"'sha256-{digest}'")
+    return "; ".join(
+        (
+            "default-src 'none'",
+            f"script-src {' '.join(hashes['script'])}",
+            f"style-src {' '.join(hashes['style'])}",
+            "connect-src 'self'",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+            "require-trusted-types-for 'script'",
+            "trusted-types 'none'",
+        )
+    )
+
+
+def _takes_html(accept: str) -> bool:
+    """Whether a client names text/html among what it takes; `*/*` alone is no browser."""
+    for item in accept.split(","):
+        media_type, *parameters = (part.strip().lower() for part in item.split(";"))
+        if media_type == "text/html":
+            return not any(re.fullmatch(r"q\s*=\s*0(\.0*)?", part) for part in parameters)
+    return False
