@@ -7,7 +7,6 @@ nobody knows are ignored, as Ollama does.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +27,8 @@ _FLOATS = {
     "frequency_penalty": "frequency_penalty",
 }
 _INTEGERS = ("top_k", "seed", "num_predict", "num_ctx", "repeat_last_n")
-_MOST = sys.float_info.max
+# The engine computes in float32, and squares some of it.
+_MOST = 10**9
 #: All names that mean something, to Ollama at least.
 KNOWN = _IGNORED | {*_FLOATS, *_INTEGERS, "stop", "typical_p"}
 
@@ -77,8 +77,8 @@ def parse_options(options: Mapping[str, Any]) -> ParsedOptions:
 
 def _number(name: str, value: Any) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not -_MOST <= value <= _MOST:  # integers may be beyond what a float holds
-        raise _wrong(name, value, "a number")
+    if not is_number or not -_MOST <= value <= _MOST:
+        raise _wrong(name, value, f"a number within {_MOST}")
     return float(value)
 
 
