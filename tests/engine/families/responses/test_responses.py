@@ -364,3 +364,19 @@ def test_developer_messages_are_the_systems(served: Served, client: openai.OpenA
     ]
     create(client, served.says(PLAIN, "x"), sent, instructions="I")
     assert served.prompt(PLAIN) == "system: I\n\nD\nuser: a\nassistant:"
+
+
+def test_functions_in_a_namespace(served: Served, client: openai.OpenAI) -> None:
+    group: Any = {"type": "namespace", "name": "crm", "description": "customers",
+                  "tools": [WEATHER]}  # fmt: skip
+    call = '<tool_call>{"name": "crm__weather", "arguments": {}}</tool_call>'
+    found = events(client, served.says(CALLER, call), tools=[group])
+    check_order(found)
+    assert "customers" in served.prompt(CALLER)
+    [item] = found[-1].response.output
+    assert (item.name, item.namespace) == ("weather", "crm")
+    [told] = template_messages(None, items_of([item.model_dump()], lambda name: None))
+    assert told["tool_calls"][0]["function"]["name"] == "crm__weather"
+    chosen: Any = {"type": "function", "name": "weather", "namespace": "crm"}
+    create(client, CALLER, tools=[group], tool_choice=chosen)
+    assert served.engines[CALLER].params.mask is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 from modelpack_engine.errors import RequestError
 from modelpack_engine.server.carried import carried
+from modelpack_engine.server.openai.responses.tools import joined_name
 
 Item = dict[str, Any]
 _ROLES = ("user", "assistant", "system", "developer")
@@ -38,6 +39,8 @@ def _item(given: Mapping[str, Any], where: str, find: Callable[[str], Item | Non
         case "function_call":
             texts = {key: _text_field(given, key, where) for key in ("call_id", "name")}
             call = {"arguments": _text_field(given, "arguments", where) or "{}"}
+            if isinstance(given.get("namespace"), str):
+                call["namespace"] = given["namespace"]
             return _with_id(given, "fc") | {"type": kind, **texts, **call, "status": "completed"}
         case "function_call_output":
             call_id = _text_field(given, "call_id", where)
@@ -152,7 +155,8 @@ def _add(turn: dict[str, Any], item: Item) -> None:
         case "message":
             turn["content"] += plain_text(item["content"], "input")
         case "function_call":
-            function = {"name": item["name"], "arguments": item["arguments"]}
+            name = joined_name(item.get("namespace"), item["name"])
+            function = {"name": name, "arguments": item["arguments"]}
             call = {"id": item["call_id"], "type": "function", "function": function}
             turn.setdefault("tool_calls", []).append(call)
         case "reasoning":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from modelpack_engine.conversation.spec import ChatDelta
@@ -22,10 +23,17 @@ class Output:
     it makes no message of its own.
     """
 
-    def __init__(self, words: Vocabulary | None = None, *, carries: bool = False) -> None:
+    def __init__(
+        self,
+        words: Vocabulary | None = None,
+        *,
+        carries: bool = False,
+        namespaces: Mapping[str, tuple[str, str]] | None = None,
+    ) -> None:
         self.items: list[Item] = []
         self._words = words
         self._carries = carries
+        self._namespaces = namespaces or {}
         self._open: Item | None = None
         self._pieces: list[str] = []
         self._logprobs: list[Any] = []
@@ -47,8 +55,7 @@ class Output:
                     events += self._more("response.reasoning_text.delta", part.text)
                 case ToolStart():
                     events += self.close("completed")
-                    called = {"call_id": part.id, "name": part.name, "arguments": ""}
-                    events += self._to("function_call", called)
+                    events += self._to("function_call", self._called(part))
                 case ToolArguments():
                     self._pieces.append(part.fragment)
                     kind = "response.function_call_arguments.delta"
@@ -65,6 +72,11 @@ class Output:
     def close(self, status: str) -> list[Event]:
         """Return the events that end an item, if one is open."""
         return self._close(status) if self._open is not None else []
+
+    def _called(self, part: ToolStart) -> Item:
+        namespace, name = self._namespaces.get(part.name, (None, part.name))
+        called = {"call_id": part.id, "name": name, "arguments": ""}
+        return called | ({"namespace": namespace} if namespace else {})
 
     def _text(self, text: str, logprobs: list[Any]) -> list[Event]:
         if self._open is None or self._open["type"] != "message":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from modelpack_engine.conversation.spec import ChatDelta, ChatUsage
@@ -38,10 +38,18 @@ class Reply:
         """The items that were answered so far."""
         return self._output.items
 
-    def start(self, params: SamplingParams, words: Vocabulary | None) -> None:
-        """Take in what the model makes of the request: its parameters, the words of its tokens."""
+    def start(
+        self,
+        params: SamplingParams,
+        words: Vocabulary | None,
+        namespaces: Mapping[str, tuple[str, str]],
+    ) -> None:
+        """Take in what the model makes of the request: its parameters, the words of its tokens, the
+        namespaces of functions.
+        """
         self._params = params
-        self._output = Output(words, carries=CARRIED_REASONING in self._request.include)
+        carries = CARRIED_REASONING in self._request.include
+        self._output = Output(words, carries=carries, namespaces=namespaces)
 
     def begin(self) -> str:
         """Return the events that begin the stream."""
@@ -135,4 +143,6 @@ def usage_json(usage: ChatUsage) -> dict[str, Any]:
 
 def _told(tool: dict[str, Any]) -> dict[str, Any]:
     """Return a tool with the fields that the API always has."""
+    if tool.get("type") != "function":
+        return tool
     return {"description": None, "parameters": {}, "strict": False} | tool

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -13,16 +12,14 @@ from pydantic import (
     StrictBool,
     StrictInt,
     StrictStr,
-    ValidationError,
     model_validator,
 )
 
 from modelpack_engine.errors import RequestError
-from modelpack_engine.output.tools import Tool, ToolChoice
 from modelpack_engine.server.openai.requests import Effort
 from modelpack_engine.server.openai.response_format import constraint_of
+from modelpack_engine.server.openai.responses.tools import Toolbox, toolbox_of
 from modelpack_engine.server.openai.sampling_fields import SamplingFields
-from modelpack_engine.server.openai.tools import FunctionFields, check_choice, choice_of
 from modelpack_engine.structured import Constraint
 
 #: What `include` may ask for; what else it names is of tools that are not here.
@@ -31,12 +28,6 @@ LOGPROBS = "message.output_text.logprobs"
 
 # Fields for what only a hosted service has: to ignore them would be a silent difference.
 _HOSTED = ("background", "conversation", "prompt", "moderation")
-
-
-class ToolItem(FunctionFields):
-    """A tool; only functions are."""
-
-    type: Literal["function"]
 
 
 class ReasoningFields(BaseModel):
@@ -112,12 +103,9 @@ class ResponseRequest(SamplingFields):
         """Whether text comes with log-probabilities."""
         return self.top_logprobs is not None or LOGPROBS in self.include
 
-    def tools_and_choice(self) -> tuple[tuple[Tool, ...], ToolChoice]:
+    def toolbox(self) -> Toolbox:
         """Return the tools and the choice among them; raises `RequestError`."""
-        tools = tuple(_tool(given, i) for i, given in enumerate(self.tools))
-        choice = choice_of(self.tool_choice)
-        check_choice(tools, choice)
-        return tools, choice
+        return toolbox_of(self.tools, self.tool_choice)
 
     def constraint(self) -> Constraint | None:
         """Return what the text has to be; raises `RequestError`."""
@@ -125,18 +113,3 @@ class ResponseRequest(SamplingFields):
         if wanted is None or wanted.get("type") != "json_schema":
             return constraint_of(wanted)
         return constraint_of({"type": "json_schema", "json_schema": wanted})
-
-
-def _tool(given: Mapping[str, Any], index: int) -> Tool:
-    kind = given.get("type")
-    if kind != "function":
-        raise RequestError(
-            f"a tool of the type {kind!r} is not supported: this server has functions only",
-            param=f"tools[{index}].type",
-        )
-    try:
-        return ToolItem.model_validate(given).tool()
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join([f"tools[{index}]", *map(str, first["loc"])])
-        raise RequestError(f"{where}: {first['msg']}", param=where) from None

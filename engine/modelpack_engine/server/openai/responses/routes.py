@@ -20,6 +20,7 @@ from modelpack_engine.server.openai.responses.items import Item, items_of, templ
 from modelpack_engine.server.openai.responses.memory import Remembered, ResponseMemory
 from modelpack_engine.server.openai.responses.replies import Reply
 from modelpack_engine.server.openai.responses.requests import ResponseRequest
+from modelpack_engine.server.openai.responses.tools import Toolbox
 from modelpack_engine.server.openai.responses.truncation import fitted
 from modelpack_engine.server.paths import add_route
 from modelpack_engine.server.preloading import preloadable
@@ -51,8 +52,9 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
         async def start(model: ServedModel) -> ChatStream:
             words = Vocabulary(model.tokenizer) if body.wants_logprobs else None
             with _own_words():
-                spec = spec_of(body, model, [*earlier, *own], preset)
-                reply.start(spec.params, words)
+                toolbox = body.toolbox()
+                spec = spec_of(body, toolbox, model, [*earlier, *own], preset)
+                reply.start(spec.params, words, toolbox.namespaces)
                 if body.truncation == "auto":
                     spec = await fitted(model, spec)
                 return await start_chat(model, spec)
@@ -122,10 +124,13 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
 
 
 def spec_of(
-    body: ResponseRequest, model: ServedModel, items: Sequence[Item], preset: str | None = None
+    body: ResponseRequest,
+    toolbox: Toolbox,
+    model: ServedModel,
+    items: Sequence[Item],
+    preset: str | None = None,
 ) -> ChatSpec:
     """Return what a request asks for, in nobody's words; raises `RequestError`."""
-    tools, choice = body.tools_and_choice()
     given = body.given()
     if body.wants_logprobs:
         given["logprobs"] = body.top_logprobs or 0
@@ -137,8 +142,8 @@ def spec_of(
         messages=fit_turns(messages, model.tokenizer.chat_template),
         params=model.sampling_params(given, preset=preset),
         max_tokens=body.max_output_tokens or body.max_tokens or model.default("max_tokens"),
-        tools=tools,
-        tool_choice=choice,
+        tools=toolbox.tools,
+        tool_choice=toolbox.choice,
         parallel_tool_calls=body.parallel_tool_calls,
         constraint=body.constraint(),
         template_options=options,
