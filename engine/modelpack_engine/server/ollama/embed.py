@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from collections.abc import Callable
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from modelpack_engine.embedding.async_embedder import AsyncEmbedder
 from modelpack_engine.embedding.inputs import Input
@@ -48,8 +51,8 @@ def router(pool: ModelPool) -> APIRouter:
 
         return await with_embedding_model(request, pool, name, work, keep_alive=keep_alive)
 
-    @routes.post("/api/embed")
-    async def embed(body: EmbedBody, request: Request) -> dict[str, Any]:
+    @routes.post("/api/embed", response_model=None)
+    async def embed(body: EmbedBody, request: Request) -> Response:
         """Turn texts into vectors of length 1."""
         clock = Clock()
         texts = [body.input] if isinstance(body.input, str) else body.input
@@ -60,20 +63,27 @@ def router(pool: ModelPool) -> APIRouter:
         inputs: list[Input] = [] if texts == [""] else list(texts)
         options = EmbedOptions(body.dimensions or None, True, body.truncate)
         found = await vectors(request, body.model, inputs, options, body.keep_alive, clock)
-        return {
+        facts = {
             "model": body.model,
-            "embeddings": [vector.tolist() for vector in found.vectors],
             "total_duration": clock.total,
             "load_duration": clock.load,
             "prompt_eval_count": found.num_tokens,
         }
+        return await _written(lambda: facts | {"embeddings": [v.tolist() for v in found.vectors]})
 
-    @routes.post("/api/embeddings")
-    async def embeddings(body: EmbeddingsBody, request: Request) -> dict[str, Any]:
+    @routes.post("/api/embeddings", response_model=None)
+    async def embeddings(body: EmbeddingsBody, request: Request) -> Response:
         """Turn a text into a vector, as the model has it."""
         inputs: list[Input] = [body.prompt] if body.prompt else []
         options = EmbedOptions(truncate=True, noun="prompt")
         found = await vectors(request, body.model, inputs, options, body.keep_alive, Clock())
-        return {"embedding": found.vectors[0].tolist() if found.vectors else []}
+        vector = found.vectors[0].tolist() if found.vectors else []
+        return await _written(lambda: {"embedding": vector})
 
     return routes
+
+
+async def _written(make: Callable[[], dict[str, Any]]) -> Response:
+    """Answer with what `make` returns; thousands of vectors take a while: not on the event loop."""
+    content = await asyncio.to_thread(lambda: json.dumps(make(), separators=(",", ":")))
+    return Response(content, media_type="application/json")
