@@ -74,7 +74,8 @@ def _codex(target: Target) -> Setup:
     if target.key is not None:
         provider["env_key"] = "MODELPACK_API_KEY"
         variables["MODELPACK_API_KEY"] = target.key
-    options = {"model_provider": "modelpack"}
+    # Its search runs on OpenAI's servers: a server that has none refuses the tool.
+    options = {"model_provider": "modelpack", "web_search": "disabled"}
     options |= {f"model_providers.modelpack.{name}": value for name, value in provider.items()}
     arguments = ["-m", target.model]
     for name, value in options.items():
