@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.pool.settings import ModelSettings
 from modelpack_engine.request_stream import RequestStream
+from modelpack_engine.sampling_params import SamplingParams
 from modelpack_engine.server.model_server import ModelServer
 from tests.engine.scripted import HERMES, ScriptedEngine
 from tests.engine.serving.tiny import TEMPLATE
@@ -28,10 +29,28 @@ TEMPLATES = {
 }
 
 
+class TurnsEngine(ScriptedEngine):
+    """One that may be told what to say to the next requests, one after the other."""
+
+    turns: list[list[str]]
+
+    async def submit(
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        continues_text: bool = False,
+    ) -> RequestStream:
+        if self.turns:
+            self.pieces = self.turns.pop(0)
+        return await super().submit(token_ids, params, n=n, continues_text=continues_text)
+
+
 class EnginesCatalogue:
     """Models with engines that are given."""
 
-    def __init__(self, engines: Mapping[str, ScriptedEngine]) -> None:
+    def __init__(self, engines: Mapping[str, TurnsEngine]) -> None:
         self.engines = engines
 
     def version(self) -> object:
@@ -63,10 +82,11 @@ class Served:
     """Its address, and the engines behind it."""
 
     url: str
-    engines: Mapping[str, ScriptedEngine]
+    engines: Mapping[str, TurnsEngine]
 
     def says(self, name: str, *pieces: str, ends: FinishReason = FinishReason.STOP) -> str:
         """Set what a model says from now on, and why it ends; return the model's name."""
+        self.engines[name].turns = []
         self.engines[name].pieces = list(pieces)
         self.engines[name].ends = ends
         return name
@@ -97,7 +117,9 @@ class Served:
 @contextmanager
 def serving() -> Iterator[Served]:
     """Serve the three models."""
-    engines = {name: ScriptedEngine(template=text) for name, text in TEMPLATES.items()}
+    engines = {name: TurnsEngine(template=text) for name, text in TEMPLATES.items()}
+    for engine in engines.values():
+        engine.turns = []
     catalogue = EnginesCatalogue(engines)
     with ModelServer(
         lambda: ModelPool(catalogue, memory=10_000, grace=0.0), address="127.0.0.1:0"

@@ -81,3 +81,21 @@ def test_it_counts_as_the_server_does(program: Path, large: Served, tmp_path: Pa
     total = usage["input_tokens"] + usage["cache_read_input_tokens"]
     assert total == len(large.engines[CALLER].submitted[-1][0])
     assert usage["output_tokens"] == 1
+
+
+def test_it_runs_the_tool_that_the_model_calls(
+    program: Path, large: Served, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "note.txt").write_text("the secret word is halibut\n")
+    call = {"name": "Read", "arguments": {"file_path": str(work / "note.txt")}}
+    large.says(CALLER)
+    large.engines[CALLER].turns = [
+        ["I read it. ", f"<tool_call>{json.dumps(call)}</tool_call>"],
+        ["It is halibut."],
+    ]
+    assert ask(program, large, tmp_path, "what is in note.txt?").strip() == "It is halibut."
+    prompt = large.prompt(CALLER)
+    assert "assistant: I read it." in prompt
+    assert "the secret word is halibut" in prompt[prompt.index("\ntool: ") :]
