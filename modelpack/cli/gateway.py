@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import logging
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +12,7 @@ import click
 
 from modelpack.cli.options import Settings, common_options
 from modelpack.cli.output import note, show
+from modelpack.cli.request_log import request_log
 from modelpack.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,6 +52,11 @@ def protection_options(command: F) -> F:
         "--allow-host", "hosts", metavar="NAME", multiple=True,
         help="A host name that clients may use besides the address. May be repeated.",
     )  # fmt: skip
+    @click.option(
+        "--max-body", type=click.IntRange(min=1), default=64, show_default=True, metavar="MIB",
+        help="Largest request in MiB; larger ones are answered 413. Models that are sent may be "
+        "larger.",
+    )  # fmt: skip
     @functools.wraps(command)
     def wrapped(
         *args: Any,
@@ -62,6 +64,7 @@ def protection_options(command: F) -> F:
         allow_anonymous: bool,
         origins: tuple[str, ...],
         hosts: tuple[str, ...],
+        max_body: int,
         **arguments: Any,
     ) -> Any:
         def protection(host: str) -> Protection:
@@ -73,27 +76,13 @@ def protection_options(command: F) -> F:
                 keys=KeyFile(key_file) if key_file is not None else None,
                 cors=check_origins(origins),
                 allowed_hosts=hosts,
+                max_body=max_body * _MIB,
                 allow_anonymous=allow_anonymous,
             )
 
         return command(*args, protection=protection, **arguments)
 
     return wrapped  # type: ignore[return-value]
-
-
-@contextmanager
-def request_log(settings: Settings) -> Iterator[None]:
-    """Write traces and warnings to stderr in the block; with --quiet only what is wrong."""
-    handler = logging.StreamHandler(sys.stderr)
-    logger = logging.getLogger("modelpack")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING if settings.quiet else logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 @click.group(invoke_without_command=True)
@@ -114,10 +103,6 @@ def request_log(settings: Settings) -> Iterator[None]:
     "--timeout", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,
     help="Seconds that an upstream may take between two pieces of a reply.",
 )  # fmt: skip
-@click.option(
-    "--max-body", type=click.IntRange(min=1), default=64, show_default=True, metavar="MIB",
-    help="Largest request in MiB; larger ones are answered 413.",
-)  # fmt: skip
 @protection_options
 @common_options
 @click.pass_context
@@ -129,7 +114,6 @@ def gateway(
     port: int,
     balance: Any,
     timeout: float,
-    max_body: int,
     protection: Callable[[str], Protection],
 ) -> None:
     """Put API keys, limits, traces and failover before servers; print the address.
@@ -146,7 +130,7 @@ def gateway(
         server = GatewayServer(
             GatewaySettings(
                 upstreams=upstreams,
-                protection=dataclasses.replace(protection(host), max_body=max_body * _MIB),
+                protection=protection(host),
                 policy=balance,
                 timeout=timeout,
                 upstream_key=os.environ.get("MODELPACK_UPSTREAM_KEY") or None,

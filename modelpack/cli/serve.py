@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from modelpack.cli.options import (
 )
 from modelpack.cli.output import note
 from modelpack.cli.progress import shown_progress
+from modelpack.cli.request_log import request_log
 from modelpack.errors import UsageError
 from modelpack.operations.remote import RemoteOptions
 
@@ -79,9 +79,6 @@ def serve(
     """
     if served_model_name and not models:
         raise UsageError("--served-model-name names a MODEL, and none is given")
-    protected_by = protection(host)
-    for model in models:
-        _open(settings, model, remote)
     from modelpack.gateway.protecting import protect
     from modelpack_engine.pool.device_memory import device_memory
     from modelpack_engine.pool.keep_alive import parse_keep_alive
@@ -90,11 +87,16 @@ def serve(
     from modelpack_engine.pool.store_catalogue import StoreCatalogue
     from modelpack_engine.server.model_server import ModelServer
 
-    engine = config()
-    chosen = ModelSettings(preset=preset, runtime_flags=tuple(shlex.split(runtime_flags or "")))
+    # What is wrong with the options is told before anything is pulled.
+    protected_by = protection(host)
+    chosen = ModelSettings(preset=preset, runtime_flags=_words(runtime_flags or ""))
     chosen.check()
     seconds = parse_keep_alive(keep_alive)
-    budget = parse_size(memory) if memory else device_memory(engine)
+    size = parse_size(memory) if memory else None
+    engine = config()
+    for model in models:
+        _open(settings, model, remote)
+    budget = size or device_memory(engine)
 
     def pool() -> ModelPool:
         made = ModelPool(
@@ -109,26 +111,23 @@ def serve(
             made.alias(served_model_name, models[0])
         return made
 
-    _log_to_stderr(settings)
-    server = ModelServer(
-        pool,
-        address=f"{_bracketed(host)}:{port}",
-        allow_remote=True,  # `Protection` has seen to it that keys are asked for
-        wrap=lambda app: protect(app, protected_by),
-    )
-    note(settings, f"serving {', '.join(models) or 'the store'}; stop with Ctrl-C")
-    server.run(lambda: click.echo(server.url))
+    with request_log(settings):
+        server = ModelServer(
+            pool,
+            address=f"{_bracketed(host)}:{port}",
+            allow_remote=True,  # `Protection` has seen to it that keys are asked for
+            max_body_bytes=protected_by.max_body,
+            wrap=lambda app: protect(app, protected_by),
+        )
+        note(settings, f"serving {', '.join(models) or 'the store'}; stop with Ctrl-C")
+        server.run(lambda: click.echo(server.url))
 
 
-def _log_to_stderr(settings: Settings) -> None:
-    """Show what is logged: a line for each request unless --quiet, and warnings."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    for name in ("modelpack", "modelpack_engine"):
-        logger = logging.getLogger(name)
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-    handler.setLevel(logging.WARNING if settings.quiet else logging.INFO)
+def _words(flags: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(flags))
+    except ValueError as error:
+        raise UsageError(f"--runtime-flags: {error}") from None
 
 
 def _bracketed(host: str) -> str:

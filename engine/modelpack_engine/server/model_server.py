@@ -10,13 +10,14 @@ from starlette.types import ASGIApp
 from modelpack.listening import GRACE, AppServer
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.app import create_app
+from modelpack_engine.server.bodies import MAX_BODY_BYTES
 
 
 class ModelServer:
     """Serves a pool. As a context manager it serves from a background thread; `run` in front.
 
     The socket answers while models are loaded: /health says 503 until those that are pinned are.
-    `wrap` puts an application before this one.
+    `wrap` puts an application before this one; bodies larger than `max_body_bytes` are refused.
     """
 
     def __init__(
@@ -26,11 +27,12 @@ class ModelServer:
         address: str = "127.0.0.1:12434",
         allow_remote: bool = False,
         grace: int = GRACE,
+        max_body_bytes: int = MAX_BODY_BYTES,
         wrap: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     ) -> None:
         """Raises `UsageError` for an address that is none, or not loopback unless allowed."""
         self._server = AppServer(
-            lambda: wrap(create_app(make_pool())),
+            lambda: wrap(create_app(make_pool(), max_body_bytes=max_body_bytes)),
             address,
             name="model server",
             allow_remote=allow_remote,

@@ -28,7 +28,7 @@ def serving(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     process = subprocess.Popen(
         [sys.executable, "-m", "modelpack", "serve", "team/tiny", "--port", "0", "--device", "cpu",
          "--store", str(store.root), "--served-model-name", "gpt", "--kv-cache-bytes", "2000000",
-         "--runtime-flags", "--temp 0 --n-predict 250", "--preset", "chat"],
+         "--runtime-flags", "--temp 0 --n-predict 250", "--preset", "chat", "--max-body", "1"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -46,6 +46,8 @@ def test_a_stream_ends_before_the_server_does(
     wait_until_ready(url)
     names = [model["id"] for model in requests.get(f"{url}/v1/models", timeout=10).json()["data"]]
     assert names == ["gpt", "team/tiny"]
+    refused = requests.post(f"{url}/v1/completions", json={"prompt": "x" * 2**20}, timeout=10)
+    assert refused.status_code == 413
     body = {"model": "gpt", "messages": [{"role": "user", "content": "hello"}], "stream": True,
             "ignore_eos": True}  # fmt: skip
     with requests.post(
@@ -61,6 +63,7 @@ def test_a_stream_ends_before_the_server_does(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
     traces = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
+    assert len({trace["id"] for trace in traces}) == len(traces)
     [trace] = [trace for trace in traces if trace["id"] == "drained"]
     assert (trace["model"], trace["finish"]) == ("team/tiny", "length")
     assert trace["completion_tokens"] > 100
@@ -72,6 +75,8 @@ def test_a_stream_ends_before_the_server_does(
     [
         (["--preset", "loud"], "loud"),
         (["--runtime-flags", "--bogus 1"], "--bogus"),
+        (["--runtime-flags", "--temp 'warm"], "quotation"),
+        (["--max-body", "0"], "max-body"),
         (["--keep-alive", "soon"], "soon"),
         (["--memory", "much"], "much"),
         (["--served-model-name", "x"], "served-model-name"),
@@ -79,6 +84,9 @@ def test_a_stream_ends_before_the_server_does(
     ],
 )
 def test_what_serve_refuses(tmp_path: Path, arguments: list[str], says: str) -> None:
+    """Before the model is looked for, of which nobody has heard."""
+    if arguments[0] != "--served-model-name":
+        arguments = ["missing.example/team/model", *arguments]
     result = run("serve", "--store", str(tmp_path / "store"), "--port", "0", *arguments)
     assert result.code == 2
     assert says in result.err
