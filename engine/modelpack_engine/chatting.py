@@ -19,6 +19,7 @@ from modelpack_engine.pool.catalogue import Catalogue
 from modelpack_engine.pool.device_memory import device_memory
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.pool.settings import ModelSettings
+from modelpack_engine.sampling_params import SamplingParams
 
 T = TypeVar("T")
 
@@ -153,17 +154,21 @@ class Chat:
 
     def check(self) -> None:
         """Raise `RequestError` if a setting makes no sense."""
-        self._spec([]).params.check(self.model.vocab_size)
+        self.params().check(self.model.vocab_size)
 
-    def _spec(self, turns: list[dict[str, Any]]) -> ChatSpec:
+    def params(self) -> SamplingParams:
+        """Return how answers are sampled: what was given, over the preset, over the model's own."""
         given = dict(self.given)
         if self.preset is None and self.model.default("temperature") is None:
             given.setdefault("temperature", TEMPERATURE)
+        return self.model.sampling_params(given, preset=self.preset)
+
+    def _spec(self, turns: list[dict[str, Any]]) -> ChatSpec:
         system = [{"role": "system", "content": self.system}] if self.system else []
         has_template = self.model.tokenizer.chat_template is not None
         return ChatSpec(
             [*system, *turns],
-            params=self.model.sampling_params(given, preset=self.preset),
+            params=self.params(),
             max_tokens=self.max_tokens or self.model.default("max_tokens"),
             reasoning=self.reasoning,
             template=None if has_template else _NO_TEMPLATE,

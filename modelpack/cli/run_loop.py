@@ -106,9 +106,14 @@ class Loop:
         chat = self._chat
         now: dict[str, object] = {"model": chat.model.name, "context": chat.model.max_model_len}
         now |= values(chat) | {"turns": len(chat.turns)}
-        rows = [
-            (name, DEFAULT if value in (None, "") else str(value)) for name, value in now.items()
-        ]
+        params = chat.params()
+        rows = []
+        for name, value in now.items():
+            text = str(value)
+            if value in (None, "", ()):
+                own = None if _is_ours(name) else getattr(params, name)
+                text = DEFAULT if own in (None, ()) else f"{DEFAULT} ({own})"
+            rows.append((name, text))
         show(self._settings, now, table(("NAME", "VALUE"), rows))
 
     def _system(self, rest: str) -> None:
@@ -131,3 +136,8 @@ class Loop:
     def _help(self, _rest: str) -> None:
         width = max(len(usage) for usage, _ in _HELP)
         click.echo("\n".join(f"{usage.ljust(width)}  {text}" for usage, text in _HELP))
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a row of /show is none of the sampling parameters."""
+    return name not in SETTINGS or SETTINGS[name].field is not None

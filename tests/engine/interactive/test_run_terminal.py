@@ -43,7 +43,7 @@ def test_a_session(terminal: Terminal, tmp_path: Path) -> None:
     terminal.until(PROMPT)
     terminal.type("/show\r")
     shown = terminal.until(PROMPT)
-    for row in (r"temperature +0\.0", r"top_p +default", r"max_tokens +3", r"turns +2"):
+    for row in (r"temperature +0\.0", r"top_p +default \(1\.0\)", r"max_tokens +3", r"turns +2"):
         assert_row(shown, row)
 
     terminal.type("Tell me a story.\r")

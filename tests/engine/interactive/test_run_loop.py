@@ -1,0 +1,128 @@
+"""The loop of `modelpack run`, without a terminal: what commands do; errors end nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from modelpack.cli import run_loop
+from modelpack.cli.options import Settings
+from modelpack.cli.run_loop import Loop
+from modelpack.errors import NotFoundError
+from modelpack_engine.chatting import Chat
+from modelpack_engine.conversation.served import ServedModel
+from tests.engine.scripted import scripted
+
+
+class Session:
+    """A loop over lines that are given: `types` returns what was asked, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.model, _ = scripted("Paris")
+        self.chat = Chat(self.model)
+        self.asked: list[str] = []
+        self.loaded: list[str] = []
+        self._monkeypatch = monkeypatch
+
+    def types(self, *lines: str | type[BaseException]) -> list[str]:
+        rest = iter([*lines, EOFError])
+
+        def read() -> str:
+            line = next(rest)
+            if isinstance(line, str):
+                return line
+            raise line
+
+        self._monkeypatch.setattr(run_loop, "read_question", read)
+        self._monkeypatch.setattr(run_loop, "line_editing", _no_editing)
+        Loop(Settings(), self.chat, self.asked.append, self._load).run()
+        return self.asked
+
+    def _load(self, name: str) -> ServedModel:
+        self.loaded.append(name)
+        if name == "missing":
+            raise NotFoundError("there is no model 'missing'", hint="pull it")
+        return ServedModel(name, self.model.engine)
+
+
+def _no_editing(_words: object) -> object:
+    from contextlib import nullcontext
+
+    return nullcontext()
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch) -> Session:
+    return Session(monkeypatch)
+
+
+def test_questions_are_asked_and_commands_are_not(session: Session) -> None:
+    asked = session.types("hello", "/show", "/etc/hosts holds what?", "/system", "/bye", "never")
+    assert asked == ["hello", "/etc/hosts holds what?"]
+
+
+def test_the_system_message(session: Session) -> None:
+    session.types("/system Be brief.")
+    assert session.chat.system == "Be brief."
+    session.types("/system")
+    assert session.chat.system == ""
+
+
+def test_clearing(session: Session) -> None:
+    session.chat.turns.append({"role": "user", "content": "x"})
+    session.types("/clear")
+    assert session.chat.turns == []
+
+
+def test_another_model(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    session.chat.turns.append({"role": "user", "content": "x"})
+    session.types("/load other")
+    assert (session.loaded, session.chat.model.name) == (["other"], "other")
+    assert len(session.chat.turns) == 1
+    assert "other is ready" in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_load_leaves_the_one_before(
+    session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert session.types("/load missing", "/load", "on") == ["on"]
+    assert session.loaded == ["missing", "m"]
+    assert session.chat.model.name == "m"
+    said = capsys.readouterr().err
+    assert "there is no model 'missing'" in said
+    assert "hint: pull it" in said
+    assert "/load expects" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("/help", "/set NAME VALUE"),
+        ("/?", "Ctrl-C"),
+        ("/set", "top_p"),
+        ("/show", "temperature  default (0.7)"),
+        ("/show", "top_p  default (0.5)"),
+    ],
+)
+def test_what_is_shown(
+    session: Session, capsys: pytest.CaptureFixture[str], line: str, says: str
+) -> None:
+    session.types(line)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert " ".join(says.split()) in shown
+
+
+def test_interrupts_end_nothing(
+    session: Session, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_question: str) -> None:
+        raise KeyboardInterrupt
+
+    ask: Callable[[str], None] = interrupted
+    monkeypatch.setattr(session, "asked", type("Asked", (), {"append": staticmethod(ask)})())
+    session.types("long", KeyboardInterrupt, "/show")
+    captured = capsys.readouterr()
+    assert "(stopped)" in captured.err
+    assert "/bye" in captured.err
+    assert "temperature" in captured.out
