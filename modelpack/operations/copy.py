@@ -41,7 +41,7 @@ def copy(
     watch = watching(progress, stop)
     with (
         open_repository(origin, source_options or options, watch) as reading,
-        open_repository(where, options, watch) as writing,
+        open_repository(where, options, watch, writes=True) as writing,
     ):
         descriptor, raw = fetch_referenced_manifest(reading, origin)
         done = transfer(

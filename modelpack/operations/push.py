@@ -51,7 +51,7 @@ def push_from(
     options = remote or RemoteOptions()
     descriptor = source.resolve(name)
     raw = source.fetch_manifest(descriptor)
-    with open_repository(where, options, watch) as repository:
+    with open_repository(where, options, watch, writes=True) as repository:
         done = transfer(
             source,
             repository,

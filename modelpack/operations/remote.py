@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from modelpack.descriptor import Descriptor
@@ -15,14 +15,18 @@ from modelpack.storage import Watch
 if TYPE_CHECKING:
     from modelpack.registry import (
         CredentialSource,
+        Registry,
         Repository,
         RetryPolicy,
         Timeouts,
         TlsOptions,
     )
+    from modelpack.registry.mirrors import Mirror, Mirrors
 
 #: Blobs transferred at a time, unless the caller says otherwise.
 DEFAULT_CONCURRENCY = 4
+# Another place is at hand: a mirror is not worth waiting for.
+_MIRROR_TRIES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,33 +41,57 @@ class RemoteOptions:
     timeouts: Timeouts | None = None
     retry: RetryPolicy | None = None
     tls: TlsOptions | None = None
+    mirrors: Mirrors | None = None
     concurrency: int = DEFAULT_CONCURRENCY
 
 
 @contextmanager
 def open_repository(
-    reference: Reference, options: RemoteOptions, watch: Watch
+    reference: Reference, options: RemoteOptions, watch: Watch, *, writes: bool = False
 ) -> Iterator[Repository]:
-    """Yield the repository that `reference` names; its connections end with the context."""
-    from modelpack.registry import (
-        Registry,
-        RetryPolicy,
-        Timeouts,
-        TlsOptions,
-        default_credentials,
-    )
+    """Yield the repository that `reference` names; its connections end with the context.
 
-    with Registry(
-        reference.registry,
-        plain_http=options.plain_http,
-        credentials=options.credentials or default_credentials(reference.repository),
+    Unless `writes`, it is read from its mirrors first, where it has some.
+    """
+    from modelpack.registry.mirrors import Mirror, read_mirrors
+
+    mirrors = options.mirrors or read_mirrors()
+    place = mirrors.place(reference.registry, reference.repository)
+    own = Mirror(
+        reference.registry, reference.repository, "all", options.plain_http, place.insecure
+    )
+    with ExitStack() as stack:
+        registry = stack.enter_context(_connected(own, options, watch))
+        if writes or not place.mirrors:
+            yield registry.repository(reference.repository)
+            return
+        others = []
+        for mirror in place.mirrors:
+            there = stack.enter_context(_connected(mirror, options, watch, tries=_MIRROR_TRIES))
+            others.append((mirror, there.repository(mirror.repository)))
+        yield registry.mirrored_repository(reference.repository, others)
+
+
+def _connected(
+    place: Mirror, options: RemoteOptions, watch: Watch, *, tries: int | None = None
+) -> Registry:
+    from modelpack.registry import Registry, RetryPolicy, Timeouts, TlsOptions, default_credentials
+
+    tls, retry = options.tls or TlsOptions(), options.retry or RetryPolicy()
+    if place.insecure:
+        tls = replace(tls, insecure=tls.insecure | {place.host})
+    if tries is not None:
+        retry = replace(retry, tries=min(retry.tries, tries))
+    return Registry(
+        place.host,
+        plain_http=place.plain_http,
+        credentials=options.credentials or default_credentials(place.repository),
         timeouts=options.timeouts or Timeouts(),
-        retry=options.retry or RetryPolicy(),
-        tls=options.tls or TlsOptions(),
+        retry=retry,
         stop=watch.stop,
         report=watch.report,
-    ) as registry:
-        yield registry.repository(reference.repository)
+        tls=tls,
+    )
 
 
 def fetch_referenced_manifest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
@@ -14,6 +15,7 @@ from modelpack.registry.timeouts import Timeouts
 from modelpack.registry.tls import TlsOptions
 
 if TYPE_CHECKING:
+    from modelpack.registry.mirrors import Mirror
     from modelpack.registry.repository import Repository
 
 DEFAULT_TIMEOUTS: Final = Timeouts()
@@ -76,6 +78,15 @@ class Registry:
         from modelpack.registry.repository import Repository
 
         return Repository(self, Endpoint(self._transport, self.host, name))
+
+    def mirrored_repository(
+        self, name: str, mirrors: Sequence[tuple[Mirror, Repository]]
+    ) -> Repository:
+        """Return the repository `name`, read from `mirrors` first, which outlive it."""
+        from modelpack.registry.endpoint import Endpoint
+        from modelpack.registry.mirrored import MirroredRepository
+
+        return MirroredRepository(self, Endpoint(self._transport, self.host, name), mirrors)
 
     def ping(self) -> None:
         """Raise unless the host is a registry that lets us in (distribution-spec "Probe")."""

@@ -1,0 +1,173 @@
+"""The file that says which registries have mirrors, or are not to be spoken to.
+
+The form is that of containers-registries.conf(5), version 2, as far as it is about mirrors::
+
+    [[registry]]
+    prefix = "docker.io/ai"            # or "registry.example", or "*.example"
+
+    [[registry.mirror]]
+    location = "mirror.lan:5000/hub"   # docker.io/ai/smol is mirror.lan:5000/hub/smol
+    pull-from-mirror = "digest-only"   # or "tag-only", or "all", which it is otherwise
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+from modelpack.errors import InvalidReferenceError, UsageError
+from modelpack.reference import check_repository
+
+Use = Literal["all", "digest-only", "tag-only"]
+_USES: Final = ("all", "digest-only", "tag-only")
+_MAX_BYTES: Final = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Mirror:
+    """Where a repository is, too; `plain_http` and `insecure` are for that host alone."""
+
+    host: str
+    repository: str
+    use: Use = "all"
+    plain_http: bool | None = None
+    insecure: bool = False
+
+    def serves(self, name: str) -> bool:
+        """Return whether the manifest `name`, a tag or a digest, may come from here."""
+        return self.use == "all" or (self.use == "digest-only") == (":" in name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    prefix: str
+    blocked: bool
+    insecure: bool
+    mirrors: tuple[Mirror, ...]
+
+    def rest_of(self, registry: str, repository: str) -> str | None:
+        """Return what of the name comes after the prefix, None where it does not fit."""
+        if self.prefix.startswith("*."):
+            return repository if registry.endswith(self.prefix[1:]) else None
+        name = f"{registry}/{repository}"
+        if name != self.prefix and not name.startswith(f"{self.prefix}/"):
+            return None
+        return name[len(self.prefix) + 1 :]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How a repository is reached."""
+
+    mirrors: tuple[Mirror, ...] = ()
+    insecure: bool = False
+
+
+class Mirrors:
+    """The rules of one file."""
+
+    def __init__(self, rules: Iterable[_Rule] = ()) -> None:
+        self._rules = sorted(rules, key=lambda rule: len(rule.prefix), reverse=True)
+
+    def place(self, registry: str, repository: str) -> Place:
+        """Return how `registry/repository` is reached; raise `UsageError` where it is blocked."""
+        for rule in self._rules:
+            rest = rule.rest_of(registry, repository)
+            if rest is None:
+                continue
+            if rule.blocked:
+                raise UsageError(
+                    f"{registry}/{repository} is blocked by the rule for {rule.prefix}"
+                )
+            return Place(tuple(_joined(m, rest) for m in rule.mirrors), rule.insecure)
+        return Place()
+
+
+def read_mirrors(path: Path | None = None) -> Mirrors:
+    """Return the rules in `path`, else in the user's own file, which may not exist.
+
+    That is $MODELPACK_MIRRORS, or registries.toml in the user's configuration directory. Raises
+    `UsageError`, which says what is wrong with it.
+    """
+    chosen = path or os.environ.get("MODELPACK_MIRRORS")
+    if chosen is None:
+        from platformdirs import user_config_path
+
+        path = user_config_path("modelpack") / "registries.toml"
+    else:
+        path = Path(chosen)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        if chosen is None:
+            return Mirrors()
+        raise UsageError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        if len(raw) > _MAX_BYTES:
+            raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
+        value = tomllib.loads(raw.decode())
+        return Mirrors([_rule(entry) for entry in _tables(value, "registry")])
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _rule(entry: dict[str, Any]) -> _Rule:
+    prefix = entry.get("prefix") or entry.get("location")
+    if not isinstance(prefix, str) or not prefix:
+        raise ValueError("a [[registry]] has no prefix")
+    if entry.get("location", prefix) != prefix:
+        raise ValueError(f"{prefix}: another location is not supported; give it as a mirror")
+    mirrors = tuple(_mirror(one, prefix) for one in _tables(entry, "mirror"))
+    return _Rule(
+        prefix.strip("/"),
+        _flag(entry, "blocked", prefix),
+        _flag(entry, "insecure", prefix),
+        mirrors,
+    )
+
+
+def _mirror(entry: dict[str, Any], prefix: str) -> Mirror:
+    location, use = entry.get("location"), entry.get("pull-from-mirror", "all")
+    if not isinstance(location, str) or not location:
+        raise ValueError(f"{prefix}: a [[registry.mirror]] has no location")
+    if use not in _USES:
+        raise ValueError(f"{prefix}: pull-from-mirror is {use!r}, expected one of {_USES}")
+    plain_http = None
+    for scheme, plain in (("http://", True), ("https://", False)):
+        if location.startswith(scheme):
+            location, plain_http = location.removeprefix(scheme), plain
+    host, _, path = location.strip("/").partition("/")
+    if not host or any(c in host for c in "@?#\\ "):
+        raise ValueError(f"{prefix}: a mirror's location has no usable host")
+    insecure = _flag(entry, "insecure", prefix)
+    return Mirror(host, path, cast(Use, use), plain_http, insecure)
+
+
+def _joined(mirror: Mirror, rest: str) -> Mirror:
+    name = "/".join(filter(None, [mirror.repository, rest]))
+    try:
+        check_repository(name, name)
+    except InvalidReferenceError as error:
+        raise UsageError(f"the mirror {mirror.host}: {error}") from None
+    return Mirror(mirror.host, name, mirror.use, mirror.plain_http, mirror.insecure)
+
+
+def _tables(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    found = value.get(name, [])
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise ValueError(f"{name!r} is not a list of tables")
+    return found
+
+
+def _flag(entry: dict[str, Any], name: str, prefix: str) -> bool:
+    value = entry.get(name, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{prefix}: {name!r} is neither true nor false")
+    return value
