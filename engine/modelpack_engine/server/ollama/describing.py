@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from modelpack.digest import Digest
-from modelpack.errors import ModelpackError
+from modelpack.errors import ModelpackError, WeightFormatError
 from modelpack.formats.gguf import GGUFHeader, read_gguf_header
 from modelpack.formats.gguf_metadata import MetadataArray
+from modelpack.formats.tensors import TensorInfo
 from modelpack.model import Model, Role
 from modelpack.operations.find import stored_model
 from modelpack.stores.layout import LayoutStore
 from modelpack_engine.conversation.infilling import may_infill
+from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.output.formats import find_format
 from modelpack_engine.pool.catalogue import StoredModel
 from modelpack_engine.pool.model_defaults import ModelDefaults
@@ -65,24 +68,32 @@ def modified_at(store: LayoutStore, model: StoredModel) -> str:
     return timestamp(datetime.fromtimestamp(seconds, UTC))
 
 
-def describe(store: LayoutStore, found: StoredModel, *, verbose: bool) -> dict[str, Any]:
-    """Return all that /api/show tells; raises `ModelpackError` for files that cannot be read."""
-    from modelpack_engine.loaders.files import ModelFiles
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What a model's files tell."""
 
+    info: dict[str, Any]
+    template: str = ""
+    capabilities: tuple[str, ...] = ()
+    tensors: tuple[TensorInfo, ...] = ()
+
+
+def describe(store: LayoutStore, found: StoredModel, *, verbose: bool) -> dict[str, Any]:
+    """Return all that /api/show tells; of files that the engine cannot load, what is known."""
     model = stored_model(store, found.key)
-    files = ModelFiles.from_model(model, store.blob_path)
-    header = read_gguf_header(files.weights[0]) if files.format == "gguf" else None
-    template = _template(files, header)
+    try:
+        facts = _facts(store, model, found, verbose)
+    except (ModelLoadError, WeightFormatError):
+        facts = _Facts({"general.architecture": found.architecture or "unknown"})
     defaults = ModelDefaults.of(model.manifest.annotations)
     licenses = _licenses(store, model)
-    parameters = _parameters(defaults.parameters)
     answer: dict[str, Any] = {
-        "modelfile": _modelfile(found, template, defaults, licenses),
-        "parameters": parameters,
-        "template": template,
+        "modelfile": _modelfile(found, facts.template, defaults, licenses),
+        "parameters": _parameters(defaults.parameters),
+        "template": facts.template,
         "details": details(found),
-        "model_info": _gguf_info(header, verbose) if header else _config_info(files, found),
-        "capabilities": _capabilities(files, template, header),
+        "model_info": facts.info,
+        "capabilities": facts.capabilities,
         "modified_at": modified_at(store, found),
     }
     if licenses:
@@ -91,12 +102,26 @@ def describe(store: LayoutStore, found: StoredModel, *, verbose: bool) -> dict[s
         answer["system"] = defaults.system
     if defaults.messages:
         answer["messages"] = list(defaults.messages)
-    if verbose and header:
+    if verbose:
         answer["tensors"] = [
             {"name": tensor.name, "type": tensor.dtype, "shape": tensor.shape}
-            for tensor in header.tensors
+            for tensor in facts.tensors
         ]
     return answer
+
+
+def _facts(store: LayoutStore, model: Model, found: StoredModel, verbose: bool) -> _Facts:
+    from modelpack_engine.loaders.files import ModelFiles
+
+    files = ModelFiles.from_model(model, store.blob_path)
+    header = read_gguf_header(files.weights[0]) if files.format == "gguf" else None
+    template = _template(files, header)
+    return _Facts(
+        _gguf_info(header, verbose) if header else _config_info(files, found),
+        template,
+        tuple(_capabilities(files, template, header)),
+        header.tensors if header else (),
+    )
 
 
 def _template(files: Any, header: GGUFHeader | None) -> str:

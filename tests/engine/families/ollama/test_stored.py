@@ -11,11 +11,14 @@ import ollama
 import pytest
 import requests
 
+import modelpack
 from modelpack.errors import AuthError, DeniedError
+from modelpack.packaging.request import PackageRequest
 from modelpack.reference import Reference
 from modelpack_engine.server.problems import problem_of
 from tests.engine.families.ollama.conftest import Stocked
 from tests.engine.serving.tiny import CONTEXT
+from tests.models import FIXTURES
 
 GREEDY = {"num_predict": 4, "temperature": 0}
 
@@ -157,6 +160,17 @@ def test_what_is_shown(stocked: Stocked) -> None:
         f"{stocked.url}/api/show", json={"name": "weights", "verbose": True}, timeout=30
     )
     assert old.json()["tensors"]
+
+
+def test_what_is_shown_of_a_model_that_cannot_be_loaded(stocked: Stocked) -> None:
+    path = FIXTURES / "models" / "tiny-dduf" / "tiny.dduf"
+    modelpack.package("images", PackageRequest(dduf=path), store=stocked.store)
+    shown = stocked.client.show("images")
+    assert shown.modelinfo
+    assert (shown.capabilities, shown.template) == ([], "")
+    assert shown.details is not None
+    assert shown.details.format == "dduf"
+    stocked.client.delete("images")
 
 
 def test_vectors(stocked: Stocked) -> None:
