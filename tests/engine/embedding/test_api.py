@@ -149,6 +149,24 @@ def test_too_long_unless_cut(url: str) -> None:
     assert cut.json()["usage"]["total_tokens"] == 256
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": "w5 " * 300}),
+        ("/v1/rerank", {"query": "w5", "documents": ["w7 " * 300]}),
+        ("/v1/score", {"text_1": "w5", "text_2": "w7 " * 300}),
+    ],
+)
+def test_models_stay_as_asked_and_texts_are_cut(url: str, path: str, body: dict[str, Any]) -> None:
+    assert refusal(post(url, path, model="minilm", **body))["code"] == "context_length_exceeded"
+    for keep_alive in ("7m", "9m"):
+        cut = post(url, path, model="minilm", **body, truncate=True, keep_alive=keep_alive)
+        assert cut.status_code == 200
+        models = requests.get(f"{url}/pool", timeout=120).json()["models"]
+        [kept] = [model["keep_alive"] for model in models if "minilm" in model["name"]]
+        assert kept == f"{keep_alive}0s"
+
+
 def test_models_that_do_something_else(url: str) -> None:
     missing = refusal(post(url, "/v1/embeddings", model="other", input="a"), 404)
     assert missing["code"] == "model_not_found"
