@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import builtins
 import io
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -185,6 +184,12 @@ on two lines
 print("a")
 
 # no title
+1
+2
+3
+4
+5
+6
 ```
 | a | b |
 |---|---|
@@ -194,15 +199,17 @@ The end.
 """
 
 
-def shown(view: TerminalView, out: io.StringIO, pieces: Iterator[str]) -> list[str]:
+def shown(view: TerminalView, out: io.StringIO, pieces: list[str], height: int) -> list[str]:
     for piece in pieces:
         view.text(piece)
     view.end()
-    return [line.rstrip() for line in screen(out.getvalue()) if line.strip()]
+    return [line.rstrip() for line in screen(out.getvalue(), height) if line.strip()]
 
 
-def screen(written: str) -> list[str]:
-    """Return the lines of a screen without end on which this was written, without colours."""
+def screen(written: str, height: int = 100) -> list[str]:
+    """Return all lines of a terminal on which this was written, without colours, also those that
+    have scrolled away: the cursor does not get there any more.
+    """
     import re
 
     lines, row, column = [""], 0, 0
@@ -218,8 +225,7 @@ def screen(written: str) -> list[str]:
             row, column = row + 1, 0
             lines += [""] * (row + 1 - len(lines))
         elif command == "A":
-            row -= int(argument or 1)
-            assert row >= 0
+            row = max(row - int(argument or 1), len(lines) - height, 0)
         elif command == "K":
             assert argument == "2"
             lines[row] = ""
@@ -242,7 +248,7 @@ def test_an_answer_in_pieces_looks_as_the_whole(sizes: list[int], height: int) -
     whole = io.StringIO()
     Console(file=whole, force_terminal=True, width=60, highlight=False).print(Markdown(MARKDOWN))
     expected = [line.rstrip() for line in screen(whole.getvalue()) if line.strip()]
-    assert shown(TerminalView(console, lambda: next(clock)), out, iter(pieces)) == expected
+    assert shown(TerminalView(console, lambda: next(clock)), out, pieces, height) == expected
 
 
 def test_blocks_that_are_complete_are_left_alone() -> None:
