@@ -157,7 +157,8 @@ class AsyncEngine:
             self._engine = self._make_engine()
             self.state = EngineState.READY
         except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
-            _log.exception("the model could not be loaded")
+            if not isinstance(error, ModelpackError):  # whose text says it all
+                _log.exception("the model could not be loaded")
             self.failure = str(error) or type(error).__name__
             self.error = error
             self.state = EngineState.FAILED

@@ -15,12 +15,13 @@ from modelpack.gateway.families import Family, family_of
 from modelpack.gateway.replies import ReplyReader
 from modelpack.gateway.traces import Trace, put_trace
 
-#: One INFO record for each request, whose message is `Trace.line()`.
+#: One INFO record for each request but probes', whose message is `Trace.line()`.
 REQUEST_LOG = logging.getLogger("modelpack.requests")
 _LOG = logging.getLogger("modelpack.gateway")
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _METADATA = re.compile(r"[ -~]{1,128}")  # printable ASCII
+_PROBED = frozenset(("/health", "/v1/health", "/ping", "/metrics"))
 _HEADERS = {
     "caller": "x-modelpack-caller",
     "stack": "x-modelpack-stack",
@@ -105,8 +106,9 @@ class Traced:
 
 
 def log_request(trace: Trace) -> None:
-    """Log a trace as one line of JSON."""
-    REQUEST_LOG.info("%s", trace.line())
+    """Log a trace as one line of JSON; what probes ask every few seconds only for debugging."""
+    level = logging.DEBUG if trace.path in _PROBED and not trace.refused else logging.INFO
+    REQUEST_LOG.log(level, "%s", trace.line())
 
 
 def media_type_of(headers: Headers) -> str:

@@ -93,8 +93,8 @@ def test_the_command_serves_logs_and_stops(tmp_path: Path) -> None:
         _, err = process.communicate(timeout=30)
     assert process.returncode == 0
     traces = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
-    assert [trace["status"] for trace in traces] == [200, 401, 200]
-    assert (traces[2]["key"], traces[2]["upstream"]) == ("alice", upstream)
+    assert [trace["status"] for trace in traces] == [401, 200]  # and none for the probe
+    assert (traces[1]["key"], traces[1]["upstream"]) == ("alice", upstream)
     assert secret not in err
     assert "top-secret" not in err
 

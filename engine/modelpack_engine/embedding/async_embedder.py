@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from modelpack.errors import ModelpackError
 from modelpack_engine.async_engine import EngineState
 from modelpack_engine.embedding.batching import next_batch
 from modelpack_engine.embedding.inputs import Input, Prepared
@@ -238,7 +239,8 @@ class AsyncEmbedder:
             self._model = self._make_model()
             self.state = EngineState.READY
         except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
-            _log.exception("the model could not be loaded")
+            if not isinstance(error, ModelpackError):  # whose text says it all
+                _log.exception("the model could not be loaded")
             self.failure = str(error) or type(error).__name__
             self.error = error
             self.state = EngineState.FAILED

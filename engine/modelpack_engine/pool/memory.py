@@ -35,9 +35,9 @@ class MemoryBudget:
         ]
         held = f"; held by {', '.join(holders)}" if holders else ""
         return OutOfMemoryError(
-            f"the model {entry.name} needs about {_shown(need)}, and of {_shown(self.total or 0)} "
-            f"{_shown(max(0, self.free() or 0))} are free{held}",
-            hint="unload a model, choose a smaller context, or raise --memory",
+            f"the model {entry.name} needs about {_shown(need)}; free are "
+            f"{_shown(max(0, self.free() or 0))} of {_shown(self.total or 0)}{held}",
+            hint="unload a model, give its KV cache less (--kv-cache-bytes), or raise --memory",
         )
 
 

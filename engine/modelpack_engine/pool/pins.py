@@ -44,6 +44,12 @@ class Pins:
                 continue
             failure = pin.failure or (entry.failure if entry is not None else None)
             if failure is not None:
-                return False, f"the model {name} could not be loaded: {failure}"
+                return False, f"the model {name} could not be loaded: {told(failure)}"
             return False, f"the model {name} is being loaded"
         return True, ""
+
+
+def told(failure: Exception) -> str:
+    """Return what an error says, with what to do about it where it knows."""
+    hint = getattr(failure, "hint", None)
+    return f"{failure}. {hint}" if hint else str(failure)

@@ -19,7 +19,7 @@ from modelpack_engine.pool.entry import Entry, ModelState, RunningModel, shown
 from modelpack_engine.pool.keep_alive import DEFAULT_KEEP_ALIVE
 from modelpack_engine.pool.memory import MemoryBudget
 from modelpack_engine.pool.names import Names
-from modelpack_engine.pool.pins import Pin, Pins
+from modelpack_engine.pool.pins import Pin, Pins, told
 from modelpack_engine.pool.presets import PRESETS
 from modelpack_engine.pool.settings import ModelSettings
 
@@ -285,7 +285,7 @@ class ModelPool:
             entry.memory = 0
             if isinstance(error, Exception):
                 entry.failure = error
-                _log.warning("the model %s could not be loaded: %s", entry.name, error)
+                _log.warning("the model %s could not be loaded: %s", entry.name, told(error))
                 return
             raise
         entry.engine = loaded.engine
@@ -386,8 +386,9 @@ class ModelPool:
                 self._configured[entry.stored.key] = pin.settings
             await self.preload(name)
         except Exception as error:  # noqa: BLE001 - `readiness` tells; it is tried again at use
-            pin.failure = None if pin.entry is not None else error
-            _log.error("the model %s could not be loaded: %s", name, error)
+            if pin.entry is None:  # else `_load` has told
+                pin.failure = error
+                _log.error("the model %s could not be loaded: %s", name, error)
 
     async def _load_again(self, entry: Entry) -> None:
         with suppress(ModelpackError):  # `readiness` tells

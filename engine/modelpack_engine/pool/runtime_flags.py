@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,21 @@ class _Flag:
     field: str
     read: Callable[[str], Any] | None
     value: Any = None  # of a flag that takes none
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False  # `low` itself is too low
+
+    def allows(self, number: float) -> bool:
+        """Tell whether a number makes sense; what is none does not."""
+        return self.low <= number <= self.high and not (self.above and number == self.low)
+
+    @property
+    def range(self) -> str:
+        """The numbers that do, in words."""
+        least = f"{'above' if self.above else 'at least'} {self.low:g}"
+        if self.high == math.inf:
+            return least
+        return f"{least} and at most {self.high:g}"
 
 
 def _size(text: str) -> int | None:
@@ -44,23 +60,28 @@ def _seed(text: str) -> int | None:
 
 
 _FLAGS = (
-    _Flag(("--temp", "--temperature"), "sampling", "temperature", float),
-    _Flag(("--top-p",), "sampling", "top_p", float),
-    _Flag(("--top-k",), "sampling", "top_k", int),
-    _Flag(("--min-p",), "sampling", "min_p", float),
-    _Flag(("--repeat-penalty", "--repetition-penalty"), "sampling", "repetition_penalty", float),
-    _Flag(("--presence-penalty",), "sampling", "presence_penalty", float),
-    _Flag(("--frequency-penalty",), "sampling", "frequency_penalty", float),
+    _Flag(("--temp", "--temperature"), "sampling", "temperature", float,
+          low=0, high=2),
+    _Flag(("--top-p",), "sampling", "top_p", float, low=0, high=1, above=True),
+    _Flag(("--top-k",), "sampling", "top_k", int, low=-1),
+    _Flag(("--min-p",), "sampling", "min_p", float, low=0, high=1),
+    _Flag(("--repeat-penalty", "--repetition-penalty"), "sampling", "repetition_penalty",
+          float, low=0, above=True),
+    _Flag(("--presence-penalty",), "sampling", "presence_penalty", float, low=-2, high=2),
+    _Flag(("--frequency-penalty",), "sampling", "frequency_penalty", float, low=-2, high=2),
     _Flag(("--seed", "-s"), "sampling", "seed", _seed),
     _Flag(("--n-predict", "--predict", "-n"), "sampling", "max_tokens", _count),
     _Flag(("--ignore-eos",), "sampling", "ignore_eos", None, True),
-    _Flag(("--ctx-size", "-c", "--max-model-len"), "engine", "max_model_len", _size),
-    _Flag(("--max-num-seqs", "--parallel", "-np"), "engine", "max_num_seqs", int),
+    _Flag(("--ctx-size", "-c", "--max-model-len"), "engine", "max_model_len", _size,
+          low=2),
+    _Flag(("--max-num-seqs", "--parallel", "-np"), "engine", "max_num_seqs", _count, low=1),
     _Flag(("--max-num-batched-tokens", "--batch-size", "-b"), "engine",
-          "max_num_batched_tokens", int),
-    _Flag(("--gpu-memory-utilization",), "engine", "gpu_memory_utilization", float),
-    _Flag(("--kv-cache-memory-bytes", "--kv-cache-bytes"), "engine", "kv_cache_bytes", int),
-    _Flag(("--block-size",), "engine", "block_size", int),
+          "max_num_batched_tokens", int, low=1),
+    _Flag(("--gpu-memory-utilization",), "engine", "gpu_memory_utilization", float,
+          low=0, high=1, above=True),
+    _Flag(("--kv-cache-memory-bytes", "--kv-cache-bytes"), "engine", "kv_cache_bytes", int,
+          low=1),
+    _Flag(("--block-size",), "engine", "block_size", int, low=1),
     _Flag(("--enable-prefix-caching",), "engine", "enable_prefix_caching", None, True),
     _Flag(("--no-enable-prefix-caching", "--no-prefix-caching"), "engine",
           "enable_prefix_caching", None, False),
@@ -72,7 +93,7 @@ def parse_flags(flags: Iterable[str]) -> ParsedFlags:
     """Return what flags (`--temp 0.7`, `--temp=0.7`) ask for; of several, the last counts.
 
     Raises `UsageError` for a flag that is not known, listing those that are, and for a value that
-    is missing or no number.
+    is missing, no number or none that makes sense.
     """
     found: dict[str, dict[str, Any]] = {"sampling": {}, "engine": {}}
     words = iter(flags)
@@ -93,6 +114,8 @@ def parse_flags(flags: Iterable[str]) -> ParsedFlags:
             read = flag.read(value)
         except ValueError:
             raise UsageError(f"the runtime flag {name} needs a number, and got {value!r}") from None
+        if read is not None and not flag.allows(read):
+            raise UsageError(f"the runtime flag {name} is {value}, expected {flag.range}")
         if read is None:
             found[flag.kind].pop(flag.field, None)
         else:

@@ -89,7 +89,9 @@ def test_what_is_not_there_or_does_not_fit(store: LayoutStore) -> None:
         assert (await pool.find(found.key)).key == found.key
         assert found.names[0] == "tiny"
         assert sorted(model.names[0] for model in await pool.stored()) == ["team/small:v2", "tiny"]
-        with pytest.raises(OutOfMemoryError, match=r"tiny needs about 1\.\d MiB, and of 1\.0 MiB"):
+        with pytest.raises(
+            OutOfMemoryError, match=r"tiny needs about 1\.\d MiB; free are 1\.0 MiB"
+        ):
             await pool.preload("tiny")
         await pool.close()
 
