@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
-from tests.engine.serving.conftest import Scripted
+from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.server.app import create_app
+from tests.engine.scripted import ScriptedEngine
+from tests.engine.serving.conftest import Scripted, ScriptedCatalogue
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -171,3 +175,12 @@ def test_a_model_that_does_not_fit(api: Scripted) -> None:
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "out_of_memory"
     assert response.headers["x-should-retry"] == "false"
+
+
+def test_too_many_wait_for_a_model() -> None:
+    app = create_app(ModelPool(ScriptedCatalogue(ScriptedEngine()), max_waiting=0))
+    with TestClient(app, raise_server_exceptions=False) as http:
+        reply = http.post("/v1/completions", json={"model": "m", "prompt": "a"})
+    assert reply.status_code == 503
+    assert reply.json()["error"]["type"] == "service_unavailable"
+    assert reply.headers["retry-after"] == "1"
