@@ -32,7 +32,7 @@ from modelpack_engine.server.runner.naming import (
     name_shown,
     stored_object,
 )
-from modelpack_engine.server.runner.progress import Lines
+from modelpack_engine.server.runner.progress import Lines, stoppable
 from modelpack_engine.server.runner.transfers import TransferRequest, Transfers
 from modelpack_engine.server.runner.uploads import BodyFile
 
@@ -77,7 +77,7 @@ def router(pool: ModelPool) -> APIRouter:
         return await asyncio.to_thread(listed, pool.catalogue.store)
 
     @routes.get("/models/{ref:path}", response_model=None)
-    async def get_model(ref: str, remote: Flag = "false") -> Response:
+    async def get_model(ref: str, request: Request, remote: Flag = "false") -> Response:
         """Return a model, with `remote` of its registry; with `/export` at the end, all its files
         as a tar archive.
         """
@@ -86,7 +86,9 @@ def router(pool: ModelPool) -> APIRouter:
             return await export(name)
         store = pool.catalogue.store
         if _is_set(remote):
-            found = await asyncio.to_thread(inspect, ref, from_registry=True)
+            found = await stoppable(
+                request, lambda stop: inspect(ref, from_registry=True, stop=stop)
+            )
             return JSONResponse(model_object(found))
         return JSONResponse(await asyncio.to_thread(stored_object, store, ref))
 

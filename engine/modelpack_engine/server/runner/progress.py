@@ -12,7 +12,7 @@ import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fastapi import Request, Response
 
@@ -23,8 +23,7 @@ from modelpack_engine.server.sse import LiveStream
 
 Mode = Literal["pull", "push"]
 
-#: Work in a thread: reports what it does, ends early on request, returns its last words.
-Work = Callable[[ProgressCallback, Stop], str]
+T = TypeVar("T")
 
 # A layer is told of again after that many bytes.
 _STEP = 1024 * 1024
@@ -36,7 +35,7 @@ _VERBS = {"pull": "Downloaded", "push": "Uploaded"}
 
 @dataclass(slots=True)
 class Lines:
-    """The lines of one transfer; `total` is the size of all its layers, in bytes."""
+    """The lines of one transfer; `total` is the size of all its layers, in bytes, once known."""
 
     mode: Mode
     total: int
@@ -44,9 +43,9 @@ class Lines:
     _told: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def asked_by(cls, request: Request, mode: Mode, total: int = 0) -> Lines:
+    def asked_by(cls, request: Request, mode: Mode) -> Lines:
         """Return what writes the lines as a client wants them: JSON only if it says so."""
-        return cls(mode, total, escaped=request.headers.get("accept") != "application/json")
+        return cls(mode, 0, escaped=request.headers.get("accept") != "application/json")
 
     @property
     def media_type(self) -> str:
@@ -89,15 +88,29 @@ class Lines:
         return (text.translate(_ESCAPES) if self.escaped else text) + "\n"
 
 
+#: Work in a thread: says how much there is to do, reports what it does, ends early on request,
+#: returns its last words.
+Work = Callable[[Lines, ProgressCallback, Stop], str]
+
+
+async def stoppable(request: Request, work: Callable[[Stop], T]) -> T:
+    """Do `work` in a thread; it is stopped when the client leaves."""
+    stop = Stop()
+    try:
+        return await unless_gone(request, asyncio.to_thread(work, stop))
+    finally:
+        stop.request()
+
+
 async def stream_progress(
-    request: Request, work: Work, opened: AsyncExitStack, *, mode: Mode, total: int = 0
+    request: Request, work: Work, opened: AsyncExitStack, *, mode: Mode
 ) -> Response:
     """Do `work` in a thread and stream its progress; it is stopped when the client leaves.
 
     Fails with what `work` raises as long as nothing was sent, and with a line from then on.
-    `opened` is closed at the end. `total` is the size of all layers, in bytes.
+    `opened` is closed at the end.
     """
-    lines = Lines.asked_by(request, mode, total)
+    lines = Lines.asked_by(request, mode)
     reports: asyncio.Queue[Progress | None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     stop = Stop()
@@ -106,7 +119,7 @@ async def stream_progress(
         loop.call_soon_threadsafe(reports.put_nowait, progress)
 
     async with opened.pop_all() as all_opened:
-        worker = asyncio.ensure_future(asyncio.to_thread(work, report, stop))
+        worker = asyncio.ensure_future(asyncio.to_thread(work, lines, report, stop))
         worker.add_done_callback(lambda _: reports.put_nowait(None))
 
         async def end() -> None:

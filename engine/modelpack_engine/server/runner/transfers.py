@@ -21,7 +21,7 @@ from modelpack.registry import Credential
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.answering import unless_gone
 from modelpack_engine.server.runner.naming import find_stored
-from modelpack_engine.server.runner.progress import stream_progress
+from modelpack_engine.server.runner.progress import Lines, stream_progress
 
 # As many as Docker Model Runner.
 _AT_A_TIME = 2
@@ -64,18 +64,15 @@ class Transfers:
         remote = _remote(reference, body.bearer_token)
         store = self._pool.catalogue.store
 
-        def work(report: ProgressCallback, stop: Stop) -> str:
+        def work(lines: Lines, report: ProgressCallback, stop: Stop) -> str:
+            found = inspect(str(reference), remote=remote, from_registry=True, stop=stop)
+            lines.total = _total(found)
             pull(reference, store=store, remote=remote, progress=report, stop=stop)
             return "Model pulled successfully"
 
         async with AsyncExitStack() as opened:
             await unless_gone(request, opened.enter_async_context(self._limit))
-            found = await unless_gone(
-                request,
-                asyncio.to_thread(inspect, str(reference), remote=remote, from_registry=True),
-            )
-            total = _total(found)
-            return await stream_progress(request, work, opened.pop_all(), mode="pull", total=total)
+            return await stream_progress(request, work, opened.pop_all(), mode="pull")
         raise AssertionError("the exit stack swallows nothing")
 
     async def push(self, request: Request, ref: str, body: TransferRequest) -> Response:
@@ -87,17 +84,15 @@ class Transfers:
         store = self._pool.catalogue.store
         name, stored = await asyncio.to_thread(find_stored, store, ref)
         where = reference if name == ref else Reference.parse(name)
-        found = await asyncio.to_thread(stored_model, store, str(stored.digest))
 
-        def work(report: ProgressCallback, stop: Stop) -> str:
+        def work(lines: Lines, report: ProgressCallback, stop: Stop) -> str:
+            lines.total = _total(stored_model(store, str(stored.digest)))
             push(name, to=where, store=store, remote=remote, progress=report, stop=stop)
             return "Model pushed successfully"
 
         async with AsyncExitStack() as opened:
             await unless_gone(request, opened.enter_async_context(self._limit))
-            return await stream_progress(
-                request, work, opened.pop_all(), mode="push", total=_total(found)
-            )
+            return await stream_progress(request, work, opened.pop_all(), mode="push")
         raise AssertionError("the exit stack swallows nothing")
 
 
