@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from modelpack.errors import AuthError, UsageError
+from modelpack.operations.push import push
+from modelpack.operations.remote import RemoteOptions
 from modelpack.registry import Credential, StaticCredentials, TlsOptions
 from modelpack.server import RegistryServer, RequestRecord
 from modelpack.server.app import create_app
@@ -27,6 +30,7 @@ from modelpack.storage import Outcome
 from modelpack.stores.layout import LayoutStore
 from tests.cli.running import modelpack, succeed
 from tests.models import tiny_gguf
+from tests.peers import require
 from tests.registry.auth_servers import (
     HTPASSWD,
     ISSUER,
@@ -370,3 +374,41 @@ def test_log_in_push_and_pull(
     succeed("rm", reference)
     assert succeed("pull", reference).out == digest
     assert digest_of(b"")[:7] == digest[:7]
+
+
+@pytest.mark.peer("skopeo")
+@pytest.mark.parametrize("kind", ["password", "tokens"])
+def test_skopeo_logs_in_and_copies(tmp_path: Path, htpasswd: Path, signer: Pair, kind: str) -> None:
+    skopeo = require("skopeo")
+    pair = make_pair(tmp_path / "pki", "server", signer)
+    trust = tmp_path / "trust"
+    trust.mkdir()
+    (trust / "ca.crt").write_bytes(signer.certificate.read_bytes())
+    tls = (pair.certificate, pair.key)
+    reference = "team/tiny:v1"
+    digest = succeed("package", "--gguf", tiny_gguf(tmp_path), reference).out
+    with token_server(signer, tls=pair) as tokens:
+        settings = TokenSettings(f"{tokens.url}/token", SERVICE, ISSUER, signer.certificate)
+        guard: Guard = (
+            Passwords(PasswordFile(htpasswd)) if kind == "password" else BearerTokens(settings)
+        )
+        with serving(tmp_path, guard, tls=tls) as server:
+            here = f"docker://{server.host}/{reference}"
+            source = StaticCredentials({server.host: ADA})
+            authority = TlsOptions(signer.certificate)
+            remote = RemoteOptions(plain_http=False, tls=authority, credentials=source)
+            push(reference, to=f"{server.host}/{reference}", remote=remote)
+            inspect = [skopeo, "inspect", "--raw", "--cert-dir", trust, here]
+            refused = subprocess.run(inspect, capture_output=True, text=True, timeout=60)
+            # Strangers get tokens to pull: that is the token server's business.
+            assert (refused.returncode == 0) is (kind == "tokens")
+            known = [*inspect, "--creds", f"{USER}:{PASSWORD}"]
+            shown = subprocess.run(known, capture_output=True, timeout=60)
+            assert shown.returncode == 0, shown.stderr
+            assert digest_of(shown.stdout) == digest
+            copied = f"docker://{server.host}/team/copied:v1"
+            copy = [skopeo, "copy", "--preserve-digests", "--src-cert-dir", trust]
+            copy += ["--dest-cert-dir", trust, "--dest-creds", f"{USER}:{PASSWORD}"]
+            copy += ["--src-creds", f"{USER}:{PASSWORD}", here, copied]
+            done = subprocess.run(copy, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stderr
