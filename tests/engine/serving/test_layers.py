@@ -14,6 +14,16 @@ PACKAGE = Path(next(iter(modelpack_engine.__path__)))
 LAYERS = ("output", "structured", "embedding", "conversation", "pool", "server")
 HTTP = {"fastapi", "starlette", "uvicorn", "httpx", "requests"}
 MODULES = [path for layer in LAYERS[:-1] for path in sorted((PACKAGE / layer).rglob("*.py"))]
+# The engine itself, which knows nothing of those; but what the command line runs stands above them.
+ENGINE = [
+    *(path for path in PACKAGE.glob("*.py") if path.name not in ("chatting.py", "smoking.py")),
+    *(
+        path
+        for part in ("adaptation", "attention", "benchmarking", "loaders", "sampling")
+        for path in (PACKAGE / part).rglob("*.py")
+    ),
+]
+FAMILIES = ("openai", "anthropic", "ollama", "runner", "page")
 
 
 def imports(path: Path) -> set[str]:
@@ -36,6 +46,25 @@ def test_no_http_and_nothing_from_above(path: Path) -> None:
             assert LAYERS.index(parts[1]) <= layer, f"{name} is above"
 
 
+@pytest.mark.parametrize("path", ENGINE, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_engine_knows_nothing_of_serving(path: Path) -> None:
+    for name in imports(path):
+        parts = name.split(".")
+        assert parts[0] not in HTTP, f"{name} is HTTP"
+        assert parts[0] != "modelpack_engine" or not set(parts[1:2]) & set(LAYERS), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_do_not_know_each_other(family: str) -> None:
+    others = {f"modelpack_engine.server.{other}" for other in FAMILIES if other != family}
+    found = sorted((PACKAGE / "server" / family).rglob("*.py"))
+    assert found
+    for path in found:
+        for name in imports(path):
+            assert ".".join(name.split(".")[:3]) not in others, f"{path.name} imports {name}"
+
+
 def test_there_is_something_to_look_at() -> None:
     assert len(MODULES) > 30
+    assert len(ENGINE) > 60
     assert any("conversation" in name for name in imports(PACKAGE / "pool" / "pool.py"))
