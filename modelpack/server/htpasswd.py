@@ -46,7 +46,7 @@ class PasswordFile:
         """Return whether this is a user with that password; it may take a tenth of a second."""
         users = self._current()
         encoded = password.encode()
-        if len(encoded) > _MAX_PASSWORD or "\0" in password:
+        if len(encoded) > _MAX_PASSWORD or "\0" in username + password:
             return False
         expected = users.get(username)
         digest = self._digest(username, encoded, expected or b"")

@@ -230,6 +230,15 @@ class UploadSessions:
             raise NotFoundError(f"no upload session {name} in {repository}")
         return session
 
+    def drop_idle(self, seconds: float) -> None:
+        """Cancel the sessions that have received nothing for so long."""
+        with self._lock:
+            sessions = list(self._sessions.values())
+        for session in sessions:
+            if session.idle_seconds() > seconds:
+                session.cancel()
+                self.forget(session)
+
     def forget(self, session: UploadSession) -> None:
         """Drop a session that ended."""
         with self._lock:

@@ -22,6 +22,10 @@ from modelpack.stores.disk_space import check_room
 
 #: Bytes that are hashed and written at once, off the event loop.
 PIECE = 1024 * 1024
+# Seconds after which an upload that receives nothing makes room for others, where room is short.
+_IDLE = 3600.0
+# Bytes after which a stream that does not say how long it is has the disk looked at again.
+_LOOK = 16 * PIECE
 
 
 class Uploads:
@@ -97,8 +101,11 @@ class Uploads:
         return self._created(request, digest)
 
     async def _create(self, repository: Repository, algorithm: str) -> UploadSession:
-        if self._limits.sessions is not None and len(self._sessions) >= self._limits.sessions:
-            message = f"{self._limits.sessions} uploads are under way, no more are taken"
+        limit = self._limits.sessions
+        if limit is not None and len(self._sessions) >= limit:
+            await run_in_threadpool(self._sessions.drop_idle, _IDLE)
+        if limit is not None and len(self._sessions) >= limit:
+            message = f"{limit} uploads are under way, no more are taken"
             headers = {"Retry-After": "10"}
             raise ApiError(429, Code.TOOMANYREQUESTS, message, headers=headers)
         return await run_in_threadpool(self._sessions.create, str(repository), algorithm)
@@ -147,7 +154,6 @@ class Uploads:
 
     def _check_room(self, length: int) -> None:
         kept = self._limits.keep_free
-        # A stream does not say how long it is; the room to keep is looked at all the same.
         check_room(self._content.uploads_directory, length + kept, "the upload")
 
     async def _receive(
@@ -156,12 +162,16 @@ class Uploads:
         """Append the body to the session; what arrived before a cut is kept."""
         pieces = _Pieces(writer)
         received, before = 0, session.size
+        looked = None if "content-length" in request.headers else 0
         try:
             async for chunk in request.stream():
                 received += len(chunk)
                 if claimed and received > claimed.length:
                     raise _wrong_size(claimed, "more")
                 self._check_size(before + received)
+                if looked is not None and received - looked >= _LOOK:
+                    looked = received
+                    await run_in_threadpool(self._check_room, 0)
                 await pieces.add(chunk)
         finally:
             await pieces.flush()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import requests
 
-from modelpack.errors import UsageError
+from modelpack.errors import StorageFullError, UsageError
 from modelpack.server import RegistryServer
 from modelpack.server.limits import Limits
 from tests.server.conftest import OCTETS, Client, digest_of
@@ -62,7 +62,12 @@ def test_sessions(tmp_path: Path) -> None:
         assert code_of(refused) == (429, "TOOMANYREQUESTS")
         assert int(refused.headers["Retry-After"]) > 0
         assert client.request("DELETE", first).status_code == 204
-        client.upload()
+        last = client.upload()
+        assert client.patch(last, b"x", 0).status_code == 202
+        (data,) = (d for d in tmp_path.rglob("data") if d.stat().st_size)
+        os.utime(data, (0, 0))
+        client.upload()  # the one that nobody goes on with has made room
+        assert client.request("GET", last).status_code == 404
 
 
 def test_room_to_keep(tmp_path: Path) -> None:
@@ -72,6 +77,22 @@ def test_room_to_keep(tmp_path: Path) -> None:
         answer = client.request("POST", url, data=b"x", headers=OCTETS)
         assert answer.status_code == 507
         assert list((tmp_path / "store" / "ingest" / "uploads").glob("*")) == []
+
+
+def test_room_to_keep_during_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def check_room(folder: Path, size: int, what: str) -> None:
+        asked.append(size)
+        if len(asked) > 2:
+            raise StorageFullError("no room")
+
+    monkeypatch.setattr("modelpack.server.uploads.check_room", check_room)
+    with limited(tmp_path, keep_free=5) as client:
+        pieces = (bytes(1024 * 1024) for _ in range(64))
+        answer = client.request("PATCH", client.upload(), data=pieces, headers=OCTETS)
+        assert answer.status_code == 507
+    assert asked == [5, 5, 5]
 
 
 @pytest.mark.parametrize(
