@@ -80,6 +80,7 @@ def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> Fast
         [
             Errors(anthropic_errors.is_ours, "AnthropicError", anthropic_errors.ERROR_SCHEMA),
             Errors(ollama.is_ours, "OllamaError", ollama.ERROR_SCHEMA),
+            Errors(runner.is_ours, "TextError", {"type": "string"}, "text/plain"),
         ],
     )
     app.add_middleware(

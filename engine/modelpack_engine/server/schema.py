@@ -28,11 +28,12 @@ _ERROR = {
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """What errors look like: on which paths, and the schema and its name."""
+    """What errors look like: on which paths, the schema, its name and the type of the body."""
 
     fits: Callable[[str], bool]
     name: str
     schema: Mapping[str, Any]
+    media_type: str = "application/json"
 
 
 _OPENAI = Errors(lambda path: True, "Error", _ERROR)
@@ -55,11 +56,11 @@ def describe(app: FastAPI, families: Sequence[Errors] = ()) -> None:
             parts.pop(name, None)
         parts |= {errors.name: errors.schema for errors in (*families, _OPENAI)}
         for path, operations in document["paths"].items():
-            name = next(errors.name for errors in (*families, _OPENAI) if errors.fits(path))
-            schema = {"$ref": f"#/components/schemas/{name}"}
+            errors = next(errors for errors in (*families, _OPENAI) if errors.fits(path))
+            schema = {"$ref": f"#/components/schemas/{errors.name}"}
             for operation in operations.values():
                 if operation["responses"].pop("422", None) is not None:
-                    content = {"application/json": {"schema": schema}}
+                    content = {errors.media_type: {"schema": schema}}
                     refused = {"description": "The request is wrong", "content": content}
                     operation["responses"]["400"] = refused
         return document

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr
 from modelpack_engine.errors import RequestError
 from modelpack_engine.pool.keep_alive import parse_keep_alive, show_keep_alive
 from modelpack_engine.pool.settings import Mode, ModelSettings
+from modelpack_engine.server.runner.flags import without_effect
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +70,9 @@ class ConfigureRequest(_Part):
             raise RequestError("a model's config cannot be overridden", param="vllm.hf-overrides")
         if unknown := sorted(self.model_extra or ()):
             _log.warning("_configure for %s: ignored %s", self.model, ", ".join(unknown))
-        flags = self._flags()
+        flags, dropped = without_effect(self._flags())
+        if dropped:
+            _log.warning("_configure for %s: no effect: %s", self.model, " ".join(dropped))
         budget = self.llamacpp.reasoning_budget if self.llamacpp is not None else None
         share = self.vllm.gpu_memory_utilization if self.vllm is not None else None
         settings = ModelSettings(

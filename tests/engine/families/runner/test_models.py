@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -207,5 +208,16 @@ def test_the_prefix_of_dockers_socket(shared: Runner) -> None:
 def test_the_store_is_the_pools(runner: Runner, tmp_path: Path) -> None:
     assert LayoutStore(tmp_path / "store").get("tiny").digest
     assert runner.http.get("/openai.json").status_code == 404
-    paths = runner.http.get("/openapi.json").json()["paths"]
+
+
+def test_the_document_describes_bodies_and_errors(shared: Runner) -> None:
+    document = shared.http.get("/openapi.json").json()
+    paths = document["paths"]
     assert {"/models", "/models/create", "/models/{ref}", "/engines/_configure"} <= set(paths)
+    body = paths["/engines/_configure"]["post"]["requestBody"]["content"]["application/json"]
+    assert "gpu-memory-utilization" in str(body["schema"]["properties"]["vllm"])
+    refused = paths["/models/{ref}/tag"]["post"]["responses"]["400"]["content"]
+    assert set(refused) == {"text/plain"}
+    named = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
+    assert named <= set(document["components"]["schemas"])
+    assert "#/$defs" not in json.dumps(document)
