@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from modelpack_engine.config import EngineConfig
 from modelpack_engine.conversation.chat import start_chat
 from modelpack_engine.conversation.served import ServedModel
 from modelpack_engine.conversation.spec import ChatDelta, ChatSpec
-from modelpack_engine.output.parts import Reasoning, Text
+from modelpack_engine.output.parts import Part, Reasoning, Text
 from modelpack_engine.pool.catalogue import Catalogue
 from modelpack_engine.pool.device_memory import device_memory
 from modelpack_engine.pool.pool import ModelPool
@@ -105,6 +105,9 @@ class Chat:
     thinking on or off where the model knows how.
     """
 
+    #: Whether `params` holds what the model's makers say.
+    knows_defaults = True
+
     def __init__(
         self,
         model: ServedModel,
@@ -133,24 +136,26 @@ class Chat:
         Raises what `start_chat` raises, and then remembers nothing.
         """
         question = {"role": "user", "content": text}
-        answer: list[str] = []
-        thoughts: list[str] = []
+        said: list[Part] = []
         stream = await start_chat(self.model, self._spec([*self.turns, question]))
         async with stream:
             try:
                 async for delta in stream:
-                    for part in delta.parts:
-                        if isinstance(part, Text):
-                            answer.append(part.text)
-                        elif isinstance(part, Reasoning):
-                            thoughts.append(part.text)
+                    said += delta.parts
                     yield delta
             finally:
-                if answer or thoughts:
-                    turn = {"role": "assistant", "content": "".join(answer)}
-                    if thoughts:
-                        turn["reasoning_content"] = "".join(thoughts)
-                    self.turns += [question, turn]
+                self.remember(question, said)
+
+    def remember(self, question: dict[str, Any], said: Sequence[Part]) -> None:
+        """Add a question and its answer to what was said, if there was any."""
+        answer = "".join(part.text for part in said if isinstance(part, Text))
+        thoughts = "".join(part.text for part in said if isinstance(part, Reasoning))
+        if not answer and not thoughts:
+            return
+        turn = {"role": "assistant", "content": answer}
+        if thoughts:
+            turn["reasoning_content"] = thoughts
+        self.turns += [question, turn]
 
     def check(self) -> None:
         """Raise `RequestError` if a setting makes no sense."""

@@ -177,7 +177,7 @@ def launch(
         if path is None:
             hint = f"install it: {chosen.install}" if chosen.install else None
             raise NotFoundError(f"there is no program {command[0]!r} on the PATH", hint=hint)
-    target = _target(host, model)
+    target = find_target(host, model)
     setup = chosen.setup(target)
     if command:
         command[1:1] = setup.arguments
@@ -191,7 +191,7 @@ def launch(
     os.execve(path, command, environment | setup.variables)  # noqa: S606 - the user names it
 
 
-def _target(host: str, name: str | None) -> Target:
+def find_target(host: str, name: str | None) -> Target:
     """Return the model of the server at `host`; raises what is wrong with either."""
     url = (host if "://" in host else f"http://{host}").rstrip("/")
     if name is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 @click.option("--system", default="", help="A system message.")
 @click.option("--preset", help="Settings for a use: code, chat, creative or long-context.")
 @click.option("--think/--no-think", default=None, help="Reason before answering, or do not.")
+@click.option("--host", metavar="URL", help="Have a running server answer: nothing is loaded here.")
 @engine_options
 @remote_options
 @common_options
@@ -51,6 +53,7 @@ def run(
     system: str,
     preset: str | None,
     think: bool | None,
+    host: str | None,
     config: Callable[[], Any],
     remote: RemoteOptions,
 ) -> None:
@@ -61,14 +64,30 @@ def run(
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
     given = {name: value for name, value in sampling.items() if value is not None}
     text = _question(prompt)
+    from modelpack_engine.pool.presets import preset_named
+
+    if preset is not None:
+        preset_named(preset)
+    chosen: dict[str, Any] = {
+        "system": system, "given": given, "preset": preset, "max_tokens": max_tokens,
+        "reasoning": think,
+    }  # fmt: skip
+    if host is not None:
+        from modelpack.cli.launch import find_target
+        from modelpack.cli.run_remote import RemoteChat, RemoteModel
+
+        def find(name: str) -> Any:
+            target = find_target(host, name)
+            return RemoteModel(target.url, target.model, target.context)
+
+        with asyncio.Runner() as runner:
+            _talk(settings, RemoteChat(find(model), **chosen), find, text, runner.run)
+        return
     store = settings.store()
     from modelpack_engine.chatting import Chat, LocalModels, require_chat
-    from modelpack_engine.errors import RequestError
     from modelpack_engine.pool.settings import ModelSettings
     from modelpack_engine.pool.store_catalogue import StoreCatalogue
 
-    chosen = ModelSettings(preset=preset)
-    chosen.check()
     engine = config()
 
     def load(name: str) -> ServedModel:
@@ -76,29 +95,38 @@ def run(
 
         with shown_progress(settings) as progress:
             open_model(name, store=store, remote=remote, progress=progress)
-        loaded = models.load(name, chosen)
+        loaded = models.load(name, ModelSettings(preset=preset))
         require_chat(loaded)
         return loaded
 
     with LocalModels(StoreCatalogue(store, engine), engine) as models:
-        chat = Chat(
-            load(model), system=system, given=given, preset=preset, max_tokens=max_tokens,
-            reasoning=think,
-        )  # fmt: skip
-        try:
-            chat.check()
-        except RequestError as error:
-            raise UsageError(str(error)) from None
+        _talk(settings, Chat(load(model), **chosen), load, text, models.call)
 
-        def ask(question: str) -> None:
-            models.call(answer(settings, chat, question))
 
-        if text:
-            ask(text)
-        else:
-            from modelpack.cli.run_loop import Loop
+def _talk(
+    settings: Settings,
+    chat: Chat,
+    load: Callable[[str], ServedModel],
+    text: str,
+    call: Callable[[Coroutine[Any, Any, None]], None],
+) -> None:
+    """Answer `text`, or one question after the other where there is none."""
+    from modelpack_engine.errors import RequestError
 
-            Loop(settings, chat, ask, load).run()
+    try:
+        chat.check()
+    except RequestError as error:
+        raise UsageError(str(error)) from None
+
+    def ask(question: str) -> None:
+        call(answer(settings, chat, question))
+
+    if text:
+        ask(text)
+        return
+    from modelpack.cli.run_loop import Loop
+
+    Loop(settings, chat, ask, load).run()
 
 
 def _question(prompt: tuple[str, ...]) -> str:
@@ -126,7 +154,8 @@ async def answer(settings: Settings, chat: Chat, question: str) -> None:
     from modelpack_engine.output.parts import Reasoning, Text
 
     view = None if settings.json else _view()
-    texts, thoughts, last = [], [], None
+    texts, thoughts = [], []
+    finish, usage = None, None
     try:
         async with aclosing(chat.ask(question)) as deltas:
             async for delta in deltas:
@@ -139,12 +168,11 @@ async def answer(settings: Settings, chat: Chat, question: str) -> None:
                         thoughts.append(part.text)
                         if view is not None:
                             view.thought(part.text)
-                last = delta if delta.finish is not None else last
+                finish = delta.finish or finish
+                usage = delta.usage or usage
     finally:
         if view is not None:
             view.end()
-    finish = last.finish if last is not None else None
-    usage = last.usage if last is not None else None
     if view is not None:
         if finish == "length":
             note(settings, "(cut: that is as long as an answer may be)")

@@ -111,7 +111,7 @@ class Loop:
         for name, value in now.items():
             text = str(value)
             if value in (None, "", ()):
-                own = None if _is_ours(name) else getattr(params, name)
+                own = None if _is_ours(name) or not chat.knows_defaults else getattr(params, name)
                 text = DEFAULT if own in (None, ()) else f"{DEFAULT} ({own})"
             rows.append((name, text))
         show(self._settings, now, table(("NAME", "VALUE"), rows))

@@ -112,12 +112,17 @@ def call_server(
         ) from error
     if response.ok and isinstance(answer, dict):
         return answer
+    raise problem_of(response.status_code, answer)
+
+
+def problem_of(status: int, answer: Any) -> ModelpackError:
+    """Return the error that a server's answer means."""
     detail = answer.get("error") if isinstance(answer, dict) else None
-    text = detail.get("message") if isinstance(detail, dict) else f"HTTP {response.status_code}"
+    text = detail.get("message") if isinstance(detail, dict) else f"HTTP {status}"
     kinds: dict[int, type[ModelpackError]] = {
         400: UsageError, 401: AuthError, 403: AuthError, 404: NotFoundError, 409: ConflictError,
     }  # fmt: skip
-    raise kinds.get(response.status_code, ModelpackError)(str(text))
+    return kinds.get(status, ModelpackError)(str(text))
 
 
 def _row(model: dict[str, Any]) -> tuple[str, ...]:

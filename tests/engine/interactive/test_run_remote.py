@@ -1,0 +1,124 @@
+"""`modelpack run --host`: a running server answers, and nothing is loaded here."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections.abc import Iterator
+from contextlib import aclosing
+
+import pytest
+import requests
+
+from modelpack.cli.run_remote import RemoteChat, RemoteModel
+from modelpack.errors import ModelpackError
+from modelpack_engine.conversation.spec import ChatDelta
+from modelpack_engine.output.parts import Reasoning
+from modelpack_engine.outputs import FinishReason
+from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.server.model_server import ModelServer
+from tests.cli.running import Result
+from tests.cli.running import modelpack as run
+from tests.engine.scripted import THINKING, ScriptedEngine
+from tests.engine.serving.conftest import ScriptedCatalogue
+
+
+@pytest.fixture
+def engine() -> ScriptedEngine:
+    return ScriptedEngine(["hm", "</think>", "Pa", "ris"], template=THINKING)
+
+
+@pytest.fixture
+def url(engine: ScriptedEngine) -> Iterator[str]:
+    catalogue = ScriptedCatalogue(engine)
+    with ModelServer(
+        lambda: ModelPool(catalogue, memory=100, grace=0.0), address="127.0.0.1:0"
+    ) as server:
+        yield server.url
+
+
+@pytest.fixture(autouse=True)
+def nothing_piped_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+
+
+def ask(url: str, *arguments: str) -> Result:
+    return run("run", "m", "France?", "--host", url, *arguments)
+
+
+def test_an_answer(url: str, engine: ScriptedEngine) -> None:
+    result = ask(url, "--temperature", "0.2", "--system", "Be brief.", "--max-tokens", "9")
+    assert result.out == "Paris"
+    assert engine.params.temperature == 0.2
+    assert engine.params.max_tokens == 9
+    assert engine.prompt == "system: Be brief.\nuser: France?\nassistant:<think>\n"
+    assert ask(url, "--no-think").out.endswith("Paris")
+    assert engine.prompt == "user: France?\nassistant:"
+
+
+def test_json(url: str) -> None:
+    answer = ask(url, "--json").json
+    assert (answer["text"], answer["reasoning"], answer["finishReason"]) == ("Paris", "hm", "stop")
+    assert answer["completionTokens"] == 4
+    assert answer["promptTokens"] > 4
+    assert answer["cachedTokens"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["missing", "x"], 3),
+        (["m", "x" * 5000], 2),
+        (["m", "x", "--preset", "loud"], 2),
+        (["m", "x", "--temperature", "9"], 2),
+    ],
+)
+def test_what_is_refused(url: str, arguments: list[str], code: int) -> None:
+    assert run("run", *arguments, "--host", url).code == code
+
+
+def test_no_server() -> None:
+    assert ask("http://127.0.0.1:9").code == 6
+
+
+def chat(url: str) -> RemoteChat:
+    return RemoteChat(RemoteModel(url, "m"))
+
+
+async def read(chat: RemoteChat, question: str, *, until: int | None = None) -> list[ChatDelta]:
+    deltas = []
+    async with aclosing(chat.ask(question)) as answer:
+        async for delta in answer:
+            deltas.append(delta)
+            if until is not None and sum(len(delta.parts) for delta in deltas) == until:
+                break
+    return deltas
+
+
+def test_what_was_said_is_sent_again(url: str, engine: ScriptedEngine) -> None:
+    talk = chat(url)
+    deltas = asyncio.run(read(talk, "France?"))
+    assert next(part for delta in deltas for part in delta.parts) == Reasoning("hm")
+    assert talk.turns[1]["reasoning_content"] == "hm"
+    asyncio.run(read(talk, "Italy?"))
+    assert "user: France?\nassistant: Paris\nuser: Italy?\n" in engine.prompt
+
+
+def test_an_answer_that_is_left_ends_on_the_server(url: str, engine: ScriptedEngine) -> None:
+    engine.wait = asyncio.Event()  # nobody sets it
+    engine.pieces = ["</think>begun", "never"]
+    talk = chat(url)
+    asyncio.run(read(talk, "Go on.", until=1))
+    assert talk.turns[1]["content"] == "begun"
+    deadline = time.monotonic() + 20
+    while not engine.aborted:
+        requests.get(f"{url}/version", timeout=20)
+        assert time.monotonic() < deadline
+
+
+def test_an_answer_that_fails(url: str, engine: ScriptedEngine) -> None:
+    engine.ends = FinishReason.ERROR
+    talk = chat(url)
+    with pytest.raises(ModelpackError):
+        asyncio.run(read(talk, "France?"))
