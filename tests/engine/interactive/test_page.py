@@ -104,6 +104,14 @@ class Site:
         self.gates.append(Keyed(app))
         return self.gates[-1]
 
+    def reset(self) -> None:
+        """Forget what a test said and did."""
+        self.engine.wait = None
+        self.engine.pieces = []
+        self.engine.aborted.clear()
+        self.gates[-1].required = False
+        self.problems.clear()
+
     def open(self, url: str, **options: Any) -> Page:
         page = self._browser.new_page(**options)
         page.set_default_timeout(20_000)
@@ -119,9 +127,21 @@ class Site:
             self.problems.append(message.text)
 
 
-@pytest.fixture
-def site(browser: Browser) -> Iterator[Site]:
+@pytest.fixture(scope="module")
+def served(browser: Browser) -> Iterator[tuple[Site, str]]:
     site = Site(browser)
+    catalogue = ScriptedCatalogue(site.engine)
+    server = ModelServer(
+        lambda: ModelPool(catalogue, memory=100, grace=0.0), address="127.0.0.1:0", wrap=site.gate
+    )
+    with server:
+        yield site, server.url
+
+
+@pytest.fixture
+def site(browser: Browser, served: tuple[Site, str]) -> Iterator[Site]:
+    site, _ = served
+    site.reset()
     yield site
     for context in browser.contexts:
         context.close()
@@ -129,13 +149,8 @@ def site(browser: Browser) -> Iterator[Site]:
 
 
 @pytest.fixture
-def url(site: Site) -> Iterator[str]:
-    catalogue = ScriptedCatalogue(site.engine)
-    server = ModelServer(
-        lambda: ModelPool(catalogue, memory=100, grace=0.0), address="127.0.0.1:0", wrap=site.gate
-    )
-    with server:
-        yield server.url
+def url(served: tuple[Site, str]) -> str:
+    return served[1]
 
 
 def say(site: Site, *pieces: str) -> None:
