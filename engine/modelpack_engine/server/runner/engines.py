@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,11 +16,12 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel, StrictBool, StrictStr
 
 import modelpack
-from modelpack.errors import NotFoundError
+from modelpack.errors import ModelpackError, NotFoundError
 from modelpack_engine.errors import BusyError, RequestError
 from modelpack_engine.pool.entry import ModelState, RunningModel
 from modelpack_engine.pool.keep_alive import show_keep_alive
 from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.pool.settings import ModelSettings
 from modelpack_engine.server.paths import check_backend
 from modelpack_engine.server.runner.answers import TextRoute, documented, read_body
 from modelpack_engine.server.runner.naming import find_stored, name_shown
@@ -88,7 +90,7 @@ def router(pool: ModelPool) -> APIRouter:
         if key is None:
             raise NotFoundError(f"there is no model {body.model!r} to configure")
         try:
-            await pool.configure(key, settings)
+            await _configure(pool, key, settings)
         except BusyError as error:
             raise BusyError(f"runner already active: {error}") from error
         task = asyncio.create_task(_preload(pool, key))
@@ -159,6 +161,19 @@ async def _key(pool: ModelPool, name: str) -> str | None:
     except NotFoundError:
         return None
     return str(found.digest)
+
+
+async def _configure(pool: ModelPool, key: str, settings: ModelSettings) -> None:
+    """Set a model up; while it is only being loaded, wait: that is nobody's use of it yet."""
+    try:
+        await pool.configure(key, settings)
+    except BusyError:
+        loading = {m.stored.key for m in pool.running() if m.state is ModelState.LOADING}
+        if key not in loading:
+            raise
+        with suppress(ModelpackError):
+            await pool.preload(key)
+        await pool.configure(key, settings)
 
 
 async def _preload(pool: ModelPool, key: str) -> None:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from modelpack.errors import ModelpackError
 from modelpack.gateway.traces import trace_of
 from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server.runner.joining import joined, without_media
+from modelpack_engine.server.runner.joining import without_media
 from modelpack_engine.server.runner.records import Record, Records
 
 _PATHS = re.compile(
@@ -105,7 +105,7 @@ class Recording:
 
 
 def _read(asked: bytes, said: bytes, status: int) -> tuple[str, str, str, str]:
-    """Return the model that was asked, the request, the response and the error."""
+    """Return the model that was asked, the request, the reply as it was sent and the error."""
     request: Any
     try:
         request = json.loads(asked)
@@ -117,8 +117,7 @@ def _read(asked: bytes, said: bytes, status: int) -> tuple[str, str, str, str]:
     reply = said.decode(errors="replace")[:_KEPT]
     if status >= 400:
         return str(name or ""), text, "", _as_json(reply)
-    response, error = joined(reply)
-    return str(name or ""), text, response, error
+    return str(name or ""), text, reply, ""
 
 
 def _as_json(error: str) -> str:

@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from modelpack_engine.server.runner.joining import joined
+
 # As many as Docker Model Runner keeps of a model.
 _KEPT = 10
 _WAITING = 100
@@ -21,7 +23,8 @@ _WAITING = 100
 class Record:
     """One request that has ended; `owner` is the API key that it came with, None without keys.
 
-    `request` and `response` are JSON, or `error` is in place of the response.
+    `request` is JSON, `response` the reply as it was sent, or `error` is in its place. Streams are
+    joined when they are shown: few ever are, and it takes as long as streaming them.
     """
 
     id: str
@@ -40,9 +43,10 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that clients see."""
+        response, error = joined(self.response) if self.response else ("", self.error)
         shown: dict[str, Any] = {
             "id": self.id, "model": self.model, "method": self.method, "url": self.url,
-            "request": self.request, "response": self.response, "error": self.error,
+            "request": self.request, "response": response, "error": error,
             "timestamp": self.timestamp, "status_code": self.status_code,
             "user_agent": self.user_agent, "origin": self.origin,
         }  # fmt: skip

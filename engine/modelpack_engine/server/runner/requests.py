@@ -36,7 +36,8 @@ def router(pool: ModelPool, records: Records) -> APIRouter:
         owner = trace.key if trace is not None else None
         kept = records.kept(key, owner)
         if request.headers.get("accept") != "text/event-stream":
-            return JSONResponse([_group(pool, *group) for group in kept.items()])
+            groups = await asyncio.to_thread(lambda: [_group(pool, *g) for g in kept.items()])
+            return JSONResponse(groups)
         old = kept if include_existing == "true" else {}
         coming = records.follow(key, owner)
         return LiveStream(_events(pool, old, coming), AsyncExitStack())

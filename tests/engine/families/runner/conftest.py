@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class StoredScripts(StoreCatalogue):
         super().__init__(store)
         self.engines: list[ScriptedEngine] = []
         self.template = TEMPLATE
+        self.gate = threading.Event()
+        self.gate.set()
 
     def needs(self, model: StoredModel, settings: ModelSettings) -> int:
         return 1000
@@ -39,6 +42,7 @@ class StoredScripts(StoreCatalogue):
     def load(
         self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
     ) -> LoadedEngine:
+        assert self.gate.wait(20)
         engine = ScriptedEngine(template=self.template, max_model_len=settings.context_size or 4096)
         self.engines.append(engine)
         return LoadedEngine(engine)

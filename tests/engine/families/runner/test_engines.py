@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,24 @@ async def _stream(runner: Runner, body: dict[str, Any]) -> str:
     async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
         response = await client.post("/engines/v1/chat/completions", json=body)
         return response.text
+
+
+def test_setting_up_what_is_being_loaded_waits(runner: Runner) -> None:
+    runner.catalogue.gate.clear()
+    for body in ({"context-size": 4096}, {"context-size": 4096}):
+        response = runner.http.post("/engines/_configure", json={"model": "tiny"} | body)
+        assert response.status_code == 202
+    deadline = time.monotonic() + 20
+    while not (found := ps(runner)):
+        assert time.monotonic() < deadline
+    assert found[0]["loading"] is True
+    with ThreadPoolExecutor() as threads:
+        wider = {"model": "tiny", "context-size": 8192}
+        second = threads.submit(runner.http.post, "/engines/_configure", json=wider)
+        runner.catalogue.gate.set()
+        assert second.result(20).status_code == 202
+    runner.chat()
+    assert runner.catalogue.engines[-1].max_model_len == 8192
 
 
 def test_loading_ahead_that_fails_is_only_logged(
