@@ -133,6 +133,10 @@ def test_scenario_30_configure(docker: DockerModel, tiny: str) -> None:
     [running] = docker("ps").splitlines()[1:]
     assert "minutes from now" in running
 
+    docker("configure", "--think=false", tiny)
+    [thoughtless] = json.loads(docker("configure", "show"))
+    assert thoughtless["Config"] == {"llamacpp": {"reasoning-budget": 0}}
+
     for wrong in (
         ["--", "--bogus"],
         ["--mode", "image-generation"],
@@ -229,8 +233,8 @@ def test_what_the_server_says_of_itself(docker: DockerModel, tiny: str) -> None:
     assert re.search(rf"^modelpack\s+Running\s+modelpack {modelpack.__version__}", status,
                      re.MULTILINE)  # fmt: skip
     assert json.loads(docker("status", "--json"))["running"] is True
-    docker.try_("configure", tiny, "--", "--bogus")  # makes a line
-    docker("logs")
+    docker("configure", tiny, "--", "--verbose")
+    assert "no effect: --verbose" in docker("logs")
 
 
 def test_requests_are_shown_and_followed(docker: DockerModel, tiny: str) -> None:
