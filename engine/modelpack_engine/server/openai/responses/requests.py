@@ -75,6 +75,8 @@ class ResponseRequest(SamplingFields):
     @classmethod
     def _can_be_told_again(cls, value: Any) -> Any:
         """Put ? for halves of surrogate pairs, and refuse NaN: replies repeat what was asked."""
+        if not isinstance(value, dict):  # bytes, where they were not sent as JSON
+            return value
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         try:
             text.encode()
