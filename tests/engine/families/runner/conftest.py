@@ -104,3 +104,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory, stocked: Path) -> Iterator[
     shutil.copytree(stocked, root, symlinks=True)
     with serving(root) as server:
         yield server
+
+
+@pytest.fixture
+def idle(shared: Runner) -> Iterator[Runner]:
+    """`shared`, for tests that load its model or set it up: neither lasts."""
+    yield shared
+    shared.http.post("/pool/unload", json={"all": True})
+    shared.http.post("/pool/configure", json={"model": "tiny"})
+    shared.catalogue.template = TEMPLATE

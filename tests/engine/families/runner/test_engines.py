@@ -74,11 +74,11 @@ def test_disk_usage(runner: Runner, gguf: Path) -> None:
         ({}, 0),
     ],
 )
-def test_unloading(runner: Runner, body: dict[str, Any], count: int) -> None:
-    runner.chat()
-    response = runner.http.post("/engines/unload", json=body)
+def test_unloading(idle: Runner, body: dict[str, Any], count: int) -> None:
+    idle.chat()
+    response = idle.http.post("/engines/unload", json=body)
     assert response.json() == {"unloaded_runners": count}
-    assert len(ps(runner)) == 1 - count
+    assert len(ps(idle)) == 1 - count
 
 
 @pytest.mark.parametrize(
@@ -187,14 +187,14 @@ def test_a_configuration_there_and_back(
     ],
 )
 def test_reasoning_is_set_up(
-    runner: Runner, budget: int | None, given: dict[str, Any], reasons: bool
+    idle: Runner, budget: int | None, given: dict[str, Any], reasons: bool
 ) -> None:
-    runner.catalogue.template = THINKING
+    idle.catalogue.template = THINKING
     body = {"model": "tiny", "llamacpp": {"reasoning-budget": budget}}
-    assert runner.http.post("/engines/_configure", json=body).status_code == 202
-    assert runner.chat(**given).status_code == 200
-    assert ("<think>" in runner.catalogue.engines[-1].prompt) is reasons
-    counted = runner.http.post(
+    assert idle.http.post("/engines/_configure", json=body).status_code == 202
+    assert idle.chat(**given).status_code == 200
+    assert ("<think>" in idle.catalogue.engines[-1].prompt) is reasons
+    counted = idle.http.post(
         "/anthropic/v1/messages/count_tokens",
         json={"model": "tiny", "messages": [{"role": "user", "content": "hi"}]},
     )
