@@ -31,6 +31,7 @@ from modelpack_engine.errors import (
     ContextLengthError,
     EngineError,
     LoadingError,
+    ModelLoadError,
     OutOfMemoryError,
     QueueFullError,
     RequestError,
@@ -43,6 +44,8 @@ _TYPES = {404: "invalid_request_error", 503: "service_unavailable", 429: "rate_l
 # Parts of the places of validation errors that name types, not fields.
 _TYPE_NAMES = {"body", "str", "int", "float", "bool", "list", "dict", "constrained-str",
                "constrained-int", "function-after"}  # fmt: skip
+# What has OpenAI's and Anthropic's clients not ask again.
+_IN_VAIN = {"x-should-retry": "false"}
 
 
 class ClientGoneError(ModelpackError):
@@ -111,7 +114,9 @@ def problem_of(error: Exception) -> Problem:
         case RequestError():
             return Problem(400, text, param=error.param)
         case OutOfMemoryError():
-            return Problem(503, text, code="out_of_memory", headers={"x-should-retry": "false"})
+            return Problem(503, text, code="out_of_memory", headers=_IN_VAIN)
+        case ModelLoadError():  # and will not load the next time
+            return Problem(500, text, code="model_load_failed", headers=_IN_VAIN)
         case NotFoundError():
             return Problem(404, text, code="model_not_found")
         case AuthError():  # a registry's

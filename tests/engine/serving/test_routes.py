@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.pool.catalogue import LoadedEngine
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.app import create_app
 from tests.engine.scripted import ScriptedEngine
@@ -184,3 +186,15 @@ def test_too_many_wait_for_a_model() -> None:
     assert reply.status_code == 503
     assert reply.json()["error"]["type"] == "service_unavailable"
     assert reply.headers["retry-after"] == "1"
+
+
+def test_a_model_that_does_not_load(api: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> LoadedEngine:
+        raise ModelLoadError("its tensors are missing")
+
+    monkeypatch.setattr(api.catalogue, "load", fail)
+    reply = api.http.post("/v1/completions", json={"model": "m", "prompt": "a"})
+    assert reply.status_code == 500
+    assert reply.json()["error"]["code"] == "model_load_failed"
+    assert "tensors" in reply.json()["error"]["message"]
+    assert reply.headers["x-should-retry"] == "false"

@@ -244,7 +244,7 @@ def test_scenario_10_twenty_answers_follow_a_schema(client: openai.OpenAI) -> No
         jsonschema.validate(json.loads(text or ""), SCHEMA)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def thinker() -> Iterator[openai.OpenAI]:
     """A tiny model, whose prompt opens a block of reasoning."""
 
