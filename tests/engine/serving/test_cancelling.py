@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import requests
@@ -13,6 +14,7 @@ from modelpack.gateway.protecting import Protection, protect
 from modelpack_engine.engine import Engine
 from modelpack_engine.outputs import RequestEvent
 from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.server.cancelling import RunningRequests
 from modelpack_engine.server.model_server import ModelServer
 from tests.engine.serving.tiny import TinyCatalogue, chat_engine
 
@@ -110,3 +112,20 @@ def test_a_whole_answer_ends_by_an_id_of_the_clients_own(
 def test_nothing_to_cancel(served: tuple[str, HeldCatalogue]) -> None:
     url, _ = served
     assert requests.post(f"{url}/v1/requests/none/cancel", timeout=60).status_code == 404
+
+
+def test_a_request_is_its_keys_own() -> None:
+    running = RunningRequests()
+    mine = running.begin("same", "alice")
+    running.begin("same", "bob").streams.append(Mock())
+    assert running.find("same", "alice") == []  # it has not reached an engine yet
+    mine.submitted("m", Mock())
+    assert running.find("same", "alice") == [mine]
+    assert running.find("same") == []
+    mine.cancel()
+    late = Mock()
+    mine.submitted("m", late)  # a further prompt of the same request
+    late.cancel.assert_called_once_with()
+    running.end("same", mine)
+    assert running.find("same", "alice") == []
+    assert len(running.find("same", "bob")) == 1
