@@ -24,7 +24,7 @@ class Answer:
 
     Without a parser the engine looks for stop strings itself. With one they are looked for here, in
     the text that is no reasoning and no call; `is_over` then says that the engine is to end the
-    choice.
+    choice. With `calls_only` the answer has calls and no text.
     """
 
     def __init__(
@@ -34,12 +34,14 @@ class Answer:
         stops: tuple[str, ...] = (),
         *,
         min_tokens: int = 0,
+        calls_only: bool = False,
     ) -> None:
         self._index = index
         self._parser = parser
         self._stops = TextStops(stops) if stops else None
         self._min_tokens = min_tokens
         self._tokens = 0
+        self._calls_only = calls_only
         #: Whether the answer is complete, and only the engine's last event is missing.
         self.is_over = False
 
@@ -65,6 +67,8 @@ class Answer:
         self.is_over = self._parser.done
         if event.finish_reason is not None:
             parts = [*parts, *self._parser.finish()]
+        if self._calls_only:  # the markup of a call that was cut, which nobody wants to read
+            parts = [part for part in parts if not isinstance(part, Text)]
         if self._stops is not None:
             parts = self._stops.pass_on(parts, may_stop=self._tokens > self._min_tokens)
             if event.finish_reason is not None:

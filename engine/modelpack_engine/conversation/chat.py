@@ -107,7 +107,8 @@ async def start_chat(model: ServedModel, spec: ChatSpec) -> ChatStream:
         parser = OutputParser(
             written, tools, starts_reasoning=reasons, parallel=spec.parallel_tool_calls
         )
-        return Answer(index, parser, stops, min_tokens=params.min_tokens)
+        forced = spec.tool_choice.mode == "required"
+        return Answer(index, parser, stops, min_tokens=params.min_tokens, calls_only=forced)
 
     answers = [answer(index) for index in range(spec.n)]
     stream = await model.submit(token_ids, params, n=spec.n, continues_text=spec.continues)

@@ -190,6 +190,19 @@ def test_a_required_call_and_a_constraint_make_masks() -> None:
     assert engine.params.mask is None
 
 
+def test_a_forced_call_that_is_cut_leaves_no_markup() -> None:
+    spec = replace(HELLO, tools=(WEATHER,), tool_choice=ToolChoice("required"))
+    begun = '\n<tool_call>\n{"name": "wea'
+    for pieces, calls in (((*CALL, begun), 1), ((begun,), 0)):
+        model, _ = scripted(*pieces, template=HERMES, ends=FinishReason.LENGTH)
+        deltas = answer(model, spec)
+        assert text_of(deltas) == ""
+        assert deltas[-1].finish == "length"
+        assert sum(isinstance(part, ToolStart) for d in deltas for part in d.parts) == calls
+        free = answer(model, replace(spec, tool_choice=ToolChoice()))
+        assert text_of(free).strip() == begun.strip()
+
+
 def test_a_budget_of_reasoning_forces_its_end() -> None:
     model, _ = scripted("a")
     mask = ReasoningBudget(
