@@ -8,9 +8,11 @@ named as insecure, nor into a message.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Collection
+from urllib.parse import quote
 
 from modelpack.errors import AuthError
 from modelpack.progress import Action, Progress, ProgressCallback
@@ -18,7 +20,7 @@ from modelpack.registry.challenge import parse_challenges
 from modelpack.registry.credentials import Credential, CredentialSource
 from modelpack.registry.hosts import api_host, is_loopback
 from modelpack.registry.scopes import Scopes, parse_scopes
-from modelpack.registry.tokens import TokenRequest, Tokens, TokenServer
+from modelpack.registry.tokens import TOKEN, TokenRequest, Tokens, TokenServer
 from modelpack.registry.urls import checked_url, origin_of
 
 
@@ -107,6 +109,18 @@ class Authorizer:
             hint="check the password and what the account may do there, or log in again",
         )
 
+    def scrubbed(self, said: bytes) -> bytes:
+        """Return what a server said without our secrets, which it may repeat."""
+        credential = self._credential
+        secrets = self._tokens.values()
+        if credential is not None:
+            secrets += [credential.password, credential.identity_token, credential.registry_token]
+            secrets.append(credential.basic.partition(" ")[2])
+        for secret in filter(None, secrets):
+            for form in (secret, json.dumps(secret)[1:-1], quote(secret, safe="")):
+                said = said.replace(form.encode(), b"...")
+        return said
+
     def _basic(self) -> str | None:
         credential = self._find_credential()
         # A token is no password: from one alone, Basic has nothing to send.
@@ -116,6 +130,8 @@ class Authorizer:
     def _bearer(self, server: TokenServer, scopes: Scopes, stale: str | None) -> str:
         credential = self._find_credential()
         if credential and credential.registry_token:
+            if not TOKEN.match(credential.registry_token):
+                raise AuthError(f"the token from {credential.source} is none", host=self._host)
             header = f"Bearer {credential.registry_token}"
         else:
             try:

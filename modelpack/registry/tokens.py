@@ -24,7 +24,8 @@ from modelpack.registry.urls import with_query
 
 _CLIENT_ID: Final = "modelpack"
 _DEFAULT_LIFE: Final = 60.0  # seconds, where the server names none (token specification)
-_TOKEN = re.compile(r"[\x21-\x7e]+\Z")
+#: What a header can carry of a token.
+TOKEN: Final = re.compile(r"[\x21-\x7e]+\Z")
 _FORM: Final = "application/x-www-form-urlencoded"
 
 
@@ -96,6 +97,11 @@ class Tokens:
                     self._kept = {**fresh, key: token}
             return token.header
 
+    def values(self) -> list[str]:
+        """Return the secrets that are held."""
+        with self._lock:
+            return [token.value for token in self._kept.values()] + list(self._refreshed.values())
+
     def _find(self, key: _Key) -> _Token | None:
         now = self._clock()
         with self._lock:
@@ -149,7 +155,7 @@ class _Answer:
         except ManifestError:
             raise AuthError(f"{what}: its answer is not a JSON object") from None
         token = value.get("token") or value.get("access_token")
-        if not isinstance(token, str) or not _TOKEN.match(token):
+        if not isinstance(token, str) or not TOKEN.match(token):
             raise AuthError(f"{what}: its answer holds no usable token")
         life = value.get("expires_in")
         if isinstance(life, bool) or not isinstance(life, int | float) or not 0 < life < 10**9:

@@ -293,7 +293,7 @@ class Transport(OrasClient):
             response.close()
             return b""
         try:
-            return self._read_up_to(call, response, MAX_ERROR_BODY)
+            return self.auth.scrubbed(self._read_up_to(call, response, MAX_ERROR_BODY))
         except (FailedTry, RegistryError):
             return b""
         finally:

@@ -119,6 +119,39 @@ def denied(registry: FaultyRegistry) -> dict[str, str]:
     return basic()
 
 
+def a_registry_that_repeats(registry: FaultyRegistry) -> dict[str, str]:
+    registry.auth = BearerAuth("ada", PASSWORD)
+    registry.faults.add("*", "/manifests/", repeating(403, PASSWORD), times=None)
+    return basic()
+
+
+def a_token_server_that_repeats_in_errors(registry: FaultyRegistry) -> dict[str, str]:
+    registry.auth = BearerAuth("ada", PASSWORD, identity_token=IDENTITY)
+    registry.faults.add("*", "/token", repeating(401, IDENTITY), times=None)
+    return {"identitytoken": IDENTITY}
+
+
+def repeating(status: int, secret: str) -> faults.Fault:
+    """Answer requests with what proved who asks, and with `secret`, which the client has too."""
+
+    def fault(exchange: faults.Exchange) -> None:
+        sent = exchange.headers.get("authorization", "")
+        challenge = exchange.registry.auth and exchange.registry.auth.refusal(exchange)
+        if challenge and status == 403:
+            exchange.send(challenge)
+            return
+        message = f"I know {sent} and {secret}"
+        body = json.dumps({"errors": [{"code": "DENIED", "message": message}]}).encode()
+        faults.answering(status, body)(exchange)
+
+    return fault
+
+
+def a_token_that_no_header_takes(registry: FaultyRegistry) -> dict[str, str]:
+    registry.auth = BearerAuth("ada", PASSWORD)
+    return {"registrytoken": f"secret-token-1\n{PASSWORD}"}
+
+
 def a_broken_file(registry: FaultyRegistry) -> dict[str, str]:
     registry.auth = BasicAuth("ada", PASSWORD)
     return {"auth": f"{PASSWORD}=not base64"}
@@ -140,6 +173,9 @@ def all_is_well(registry: FaultyRegistry) -> dict[str, str]:
         a_token_server_that_repeats,
         a_token_server_that_breaks,
         denied,
+        a_registry_that_repeats,
+        a_token_server_that_repeats_in_errors,
+        a_token_that_no_header_takes,
         a_broken_file,
         all_is_well,
     ],
