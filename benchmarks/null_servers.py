@@ -1,6 +1,6 @@
 """Servers whose models cost nothing: all get the same tokens at the same times.
 
-    null_servers.py ours|protected|mlx-lm|mlx-lm-front STREAMS TOKENS TICK_MS
+    null_servers.py ours|protected|mlx-lm|mlx-lm-front|vllm-mlx STREAMS TOKENS TICK_MS
 
 Serves on a free port, prints it, waits until STREAMS requests have come, gives each a token every
 TICK_MS, TOKENS times, and prints the microseconds of processor time that the process took for each
@@ -12,6 +12,8 @@ bytes on sockets is not. Ours is the whole application as `modelpack serve` runs
 before it, as it always has there. mlx-lm's is its server, with its generation loop, detokenizer,
 queues and HTTP handler, over a `BatchGenerator` that only waits. `mlx-lm-front` goes beyond that:
 finished texts are put into its queues, so that its generation loop costs nothing either.
+`vllm-mlx` is that server's application over an engine whose finished texts come from a queue for
+each stream; its scheduler and detokenizer are not charged to it either.
 """
 
 from __future__ import annotations
@@ -251,6 +253,67 @@ def serve_mlx_lm(pace: Pace, directory: Path, *, front: bool) -> None:
     sys.stdin.read()
 
 
+def serve_vllm_mlx(pace: Pace, directory: Path) -> None:
+    import asyncio
+    import socket
+
+    import uvicorn
+    from transformers import AutoTokenizer
+    from vllm_mlx import server
+    from vllm_mlx.engine.base import BaseEngine, GenerationOutput
+
+    def never(*arguments: Any, **options: Any) -> Any:
+        raise NotImplementedError
+
+    async def nothing(*arguments: Any, **options: Any) -> None:
+        pass
+
+    class NullEngine(BaseEngine):  # type: ignore[misc]
+        model_name = "m"
+        is_mllm = False
+        _loaded = True
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        generate = stream_generate = chat = never
+        start = stop = nothing
+
+        def __init__(self) -> None:
+            self._queues: list[asyncio.Queue[Any]] = []
+
+        async def stream_chat(self, messages: Any, **options: Any) -> Any:
+            queue: asyncio.Queue[Any] = asyncio.Queue()
+            self._queues.append(queue)
+            if len(self._queues) == pace.streams:
+                loop = asyncio.get_running_loop()
+                threading.Thread(target=self._give, args=(loop,), daemon=True).start()
+            finished = False
+            while not finished:
+                output = await queue.get()
+                finished = output.finished
+                yield output
+
+        def _give(self, loop: asyncio.AbstractEventLoop) -> None:
+            text = ""
+            for count in range(1, pace.tokens + 1):
+                last = pace.next()
+                text += PIECE
+                output = GenerationOutput(
+                    text=text, new_text=PIECE, tokens=[TOKEN], prompt_tokens=5,
+                    completion_tokens=count, finished=last,
+                    finish_reason="length" if last else None,
+                )  # fmt: skip
+                loop.call_soon_threadsafe(self._put, output)
+
+        def _put(self, output: Any) -> None:
+            for queue in self._queues:
+                queue.put_nowait(output)
+
+    server._engine = NullEngine()
+    server._model_name = "m"
+    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    print(listener.getsockname()[1], flush=True)
+    uvicorn.Server(uvicorn.Config(server.app, log_level="error")).run([listener])
+
+
 def main() -> None:
     kind, streams, tokens, milliseconds = sys.argv[1:]
     pace = Pace(int(streams), int(tokens), int(milliseconds) / 1000)
@@ -258,6 +321,8 @@ def main() -> None:
         directory = write_tokenizer(Path(scratch))
         if kind.startswith("mlx-lm"):
             serve_mlx_lm(pace, directory, front=kind == "mlx-lm-front")
+        elif kind == "vllm-mlx":
+            serve_vllm_mlx(pace, directory)
         else:
             serve_ours(pace, directory, protected=kind == "protected")
 
