@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 
 from modelpack.digest import SHORT_ID_LENGTH, Digest
 from modelpack.errors import InvalidDigestError, InvalidReferenceError
@@ -32,7 +33,7 @@ _COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
 _PATH = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*\Z")
 _HOST_PART = r"(?:[A-Za-z0-9]|[A-Za-z0-9][A-Za-z0-9-]*[A-Za-z0-9])"
 _REGISTRY = re.compile(
-    rf"(?:{_HOST_PART}(?:\.{_HOST_PART})*|\[[0-9A-Fa-f:]+\])(?::[0-9]{{1,5}})?\Z"
+    rf"(?:{_HOST_PART}(?:\.{_HOST_PART})*|\[(?P<v6>[0-9A-Fa-f:]+)\])(?::(?P<port>[0-9]{{1,5}}))?\Z"
 )
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
 _HEX = re.compile(r"[0-9a-f]+\Z")
@@ -191,8 +192,18 @@ def _is_host(first: str) -> bool:
     return first == "localhost" or any(c in ".:" or c.isupper() for c in first)
 
 
+def _is_registry(text: str) -> bool:
+    found = _REGISTRY.match(text)
+    if found is None or int(found["port"] or 0) > 65535:
+        return False
+    try:
+        return not found["v6"] or bool(IPv6Address(found["v6"]))
+    except ValueError:
+        return False
+
+
 def _check_registry(registry: str, text: str) -> None:
-    if not _REGISTRY.match(registry):
+    if not _is_registry(registry):
         raise InvalidReferenceError(
             f"{_shown(text)}: {registry!r} is not a registry host[:port]", reference=text
         )

@@ -198,6 +198,8 @@ def test_familiar_form_reads_back(text: str, familiar: str) -> None:
         ("exa mple.com/x", "is not a name component|not a registry"),
         ("-bad.example.com/x", "not a registry"),
         ("h.example:123456/x", "not a registry"),
+        ("h.example:65536/x", "not a registry"),
+        ("[1:2]:5000/x", "not a registry"),
         ("h.example/x@sha512:" + "0" * 64, "128"),
         ("http://h.example/x", "component|registry"),
         ("h.example/x?y=1", "not a name component"),
