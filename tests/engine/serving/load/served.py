@@ -137,8 +137,13 @@ def serving(store: Path, *, protected: bool) -> Iterator[Served]:
     ):
         alone(patch)
         port = int(server.url.rpartition(":")[2])
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-        connection.request("GET", "/openapi.json")
-        document = json.load(connection.getresponse())
-        connection.close()
-        yield Served(port, document)
+        yield Served(port, document_of(port))
+
+
+def document_of(port: int) -> dict[str, Any]:
+    """Return the OpenAPI document of a server."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("GET", "/openapi.json")
+    document: dict[str, Any] = json.load(connection.getresponse())
+    connection.close()
+    return document

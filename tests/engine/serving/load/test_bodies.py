@@ -45,7 +45,9 @@ class Asking:
             return
         self.seen.add((path, name, response.status))
         is_ours = response.status >= 500 and response.status not in UNAVAILABLE
-        is_known = response.status < 400 or method == "HEAD" or is_error(path, content)
+        is_known = (
+            response.status < 400 or method == "HEAD" or is_error(path.partition("?")[0], content)
+        )
         if response.will_close or is_ours or not is_known:
             self.faults.append((method, path, name, response.status, content[:300]))
 
