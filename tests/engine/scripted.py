@@ -89,13 +89,13 @@ class ScriptedEngine:
 
     def close(self) -> None:
         self.state = EngineState.STOPPED
-        for stream in self._streams.values():
+        for stream in list(self._streams.values()):
             stream.loop.call_soon_threadsafe(stream.put, EngineError("the engine was stopped"))
 
     def release(self) -> None:
         """Set `wait`, from whatever thread."""
         assert self.wait is not None
-        for stream in self._streams.values():
+        for stream in list(self._streams.values()):
             stream.loop.call_soon_threadsafe(self.wait.set)
 
     async def _say(

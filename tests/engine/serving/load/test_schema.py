@@ -14,7 +14,7 @@ from hypothesis.errors import Unsatisfiable
 
 from tests.engine.serving.load.served import Served, is_error
 
-EXAMPLES = int(os.environ.get("MODELPACK_FUZZ_EXAMPLES", "15"))
+EXAMPLES = int(os.environ.get("MODELPACK_FUZZ_EXAMPLES", "8"))
 #: By design: what the request takes is not there, now or here; the registry cannot be reached.
 UNAVAILABLE = (501, 503, 529)
 UNREACHABLE = b"there is no host"
