@@ -12,9 +12,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modelpack.gateway.metrics import CONTENT_TYPE, GatewayMetrics
-from modelpack.gateway.observing import log_request
 from modelpack.gateway.protecting import Protection, protect
 from modelpack.gateway.proxy import Proxy
+from modelpack.gateway.spans import default_report
 from modelpack.gateway.traces import Trace
 from modelpack.gateway.upstreams import PROBE_INTERVAL, Policy, Upstreams
 
@@ -43,7 +43,7 @@ def create_gateway(settings: GatewaySettings) -> ASGIApp:
     Raises `UsageError` for upstreams or origins that are none.
     """
     metrics = GatewayMetrics()
-    report = settings.protection.report or log_request
+    report = settings.protection.report or default_report()
 
     def told(trace: Trace) -> None:
         metrics.observe(trace)

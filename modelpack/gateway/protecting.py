@@ -14,7 +14,8 @@ from modelpack.gateway.cors import Cors
 from modelpack.gateway.host_check import HostCheck
 from modelpack.gateway.key_file import KeyFile
 from modelpack.gateway.limits import Limiter
-from modelpack.gateway.observing import Traced, log_request
+from modelpack.gateway.observing import Traced
+from modelpack.gateway.spans import default_report
 from modelpack.gateway.traces import Trace
 from modelpack.hosts import is_loopback
 
@@ -59,4 +60,4 @@ def protect(
     checked = Cors(checked, settings.cors)
     if is_loopback(settings.host):
         checked = HostCheck(checked, (settings.host, *settings.allowed_hosts))
-    return Traced(checked, settings.report or log_request, clock)
+    return Traced(checked, settings.report or default_report(), clock)
