@@ -18,7 +18,7 @@ from modelpack_engine.loaders import ModelFiles, load
 from tests.engine.real.export import write_export
 from tests.engine.real.prompts import PROMPTS
 
-NUM_TOKENS = 16
+NUM_TOKENS = 12
 
 
 def single(model: Any, prompt: list[int], count: int) -> list[int]:
