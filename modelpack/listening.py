@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import uvicorn
 
@@ -114,7 +114,7 @@ class AppServer:
         self._thread.join()
         self._clean_up()
 
-    def __enter__(self) -> AppServer:
+    def __enter__(self) -> Self:
         self.start()
         return self
 

@@ -150,7 +150,7 @@ class AsyncEngine:
             self._live()
         finally:
             self._engine = None
-            _end_streams()
+            end_streams()
 
     def _live(self) -> None:
         try:
@@ -260,7 +260,7 @@ def _deliver(batch: list[tuple[RequestStream, RequestEvent]]) -> None:
         stream.put(event)
 
 
-def _end_streams() -> None:
+def end_streams() -> None:
     """End what MLX keeps for this thread; left alone, it aborts the process at its exit."""
     import mlx.core as mx
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from functools import cached_property
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -216,7 +217,7 @@ class ModelRunner:
         """Whether blocks of one sequence may serve another: not with recurrent state."""
         return self._adapted is not None and not self._adapted.states
 
-    @property
+    @cached_property
     def writes_in_place(self) -> bool:
         """Whether a step may be launched while the one before runs, and copies no pool for it.
 

@@ -55,8 +55,8 @@ class Adapted:
         if layout.inner is not None:
             take_logit_rows(layout.inner, step, self.swaps)
         self.folded = fold_quantised(model, self.swaps) if fold else 0
-        second = step.second_stream
-        self.halved = 0 if second is None else halve_linears(model, self.swaps, second)
+        if step.second_stream is not None:
+            halve_linears(model, self.swaps, step.second_stream)
 
     def _cache(self, entry: Leaf | tuple[Leaf, ...]) -> Any:
         if isinstance(entry, tuple):

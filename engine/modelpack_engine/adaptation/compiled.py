@@ -78,19 +78,18 @@ class CompiledSteps:
     def _tables(self, batch: StepBatch, rows: int) -> mx.array:
         """Return the rows' block tables, int32 [rows, width]."""
         tables = list(batch.decode_tables)
-        of_row = list(range(len(tables)))
-        for chunk in batch.chunks:
-            of_row += [len(tables)] * chunk.length
-            of_row += [-1] * (chunk.padded_length - chunk.length)
-            tables.append(list(chunk.block_table))
-        width = max(map(len, tables))
         if not batch.chunks and len(tables) == rows:
             return mx.array(tables, mx.int32)
-        tables = [table + [TRASH_BLOCK] * (width - len(table)) for table in tables]
-        nobody = len(tables)
-        tables.append([TRASH_BLOCK] * width)
-        of_row = [nobody if index < 0 else index for index in of_row]
+        of_row = list(range(len(tables)))
+        nobody = len(tables) + len(batch.chunks)
+        for chunk in batch.chunks:
+            of_row += [len(tables)] * chunk.length
+            of_row += [nobody] * (chunk.padded_length - chunk.length)
+            tables.append(list(chunk.block_table))
         of_row += [nobody] * (rows - len(of_row))
+        tables.append([])
+        width = max(map(len, tables))
+        tables = [table + [TRASH_BLOCK] * (width - len(table)) for table in tables]
         return mx.array(tables, mx.int32)[mx.array(of_row, mx.int32)]
 
     def _trace(

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from modelpack.errors import ModelpackError
-from modelpack_engine.async_engine import EngineState
+from modelpack_engine.async_engine import EngineState, end_streams
 from modelpack_engine.embedding.batching import next_batch
 from modelpack_engine.embedding.inputs import Input, Prepared
 from modelpack_engine.embedding.results import Embeddings, EmbedOptions, Pair, Scores
@@ -228,11 +228,7 @@ class AsyncEmbedder:
         try:
             self._live()
         finally:
-            import mlx.core as mx
-
-            # What MLX keeps for this thread aborts the process at its exit if left alone.
-            mx.synchronize()
-            mx.clear_streams()
+            end_streams()
 
     def _live(self) -> None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 
 from starlette.types import ASGIApp
 
@@ -13,8 +12,8 @@ from modelpack_engine.server.app import create_app
 from modelpack_engine.server.bodies import MAX_BODY_BYTES
 
 
-class ModelServer:
-    """Serves a pool. As a context manager it serves from a background thread; `run` in front.
+class ModelServer(AppServer):
+    """Serves a pool.
 
     The socket answers while models are loaded: /health says 503 until those that are pinned are.
     `wrap` puts an application before this one; bodies larger than `max_body_bytes` are refused.
@@ -31,7 +30,7 @@ class ModelServer:
         wrap: Callable[[ASGIApp], ASGIApp] = lambda app: app,
     ) -> None:
         """Raises `UsageError` for an address that is none, or not loopback unless allowed."""
-        self._server = AppServer(
+        super().__init__(
             lambda: wrap(create_app(make_pool(), max_body_bytes=max_body_bytes)),
             address,
             name="model server",
@@ -39,24 +38,3 @@ class ModelServer:
             grace=grace,
             lifespan=True,
         )
-
-    @property
-    def url(self) -> str:
-        """The address, without a slash at the end; the real port once it is bound."""
-        return self._server.url
-
-    def run(self, on_listening: Callable[[], None] | None = None) -> None:
-        """Serve until SIGINT or SIGTERM, then let requests finish."""
-        self._server.run(on_listening)
-
-    def __enter__(self) -> ModelServer:
-        self._server.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._server.stop()

@@ -20,6 +20,10 @@ from tests.engine.scripted import HERMES, ScriptedEngine
 from tests.engine.serving.tiny import TEMPLATE
 
 PLAIN, CALLER, THINKER = "ai/plain:v1", "ai/caller:v1", "ai/thinker:v1"
+
+#: Instructions and tools of coding programs have some 80 kB, and the tiny tokenizer has a token for
+#: each byte.
+LARGE_CONTEXT = 400_000
 TEMPLATES = {
     PLAIN: TEMPLATE,
     CALLER: HERMES,

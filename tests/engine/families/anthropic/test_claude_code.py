@@ -11,16 +11,12 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.engine.families.served import CALLER, Served
 from tests.peers import REQUIRED
-
-# Its instructions and tools have some 80 kB, and the tiny tokenizer has a token for each byte.
-CONTEXT = 400_000
 
 
 @pytest.fixture
@@ -31,16 +27,6 @@ def program() -> Path:
     if found is None:
         pytest.skip("Claude Code is not installed")
     return Path(found)
-
-
-@pytest.fixture
-def large(served: Served) -> Iterator[Served]:
-    """The server, with a model of a large context."""
-    engine = served.engines[CALLER]
-    before = engine.max_model_len
-    engine.max_model_len = CONTEXT
-    yield served
-    engine.max_model_len = before
 
 
 def ask(program: Path, served: Served, home: Path, *options: str) -> str:

@@ -9,17 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from modelpack.cli.launch import PROGRAMS, Target
-from tests.engine.families.served import CALLER, Served
+from tests.engine.families.served import CALLER, LARGE_CONTEXT, Served
 from tests.peers import REQUIRED
-
-# Its instructions and tools have some 40 kB, and the tiny tokenizer has a token for each byte.
-CONTEXT = 400_000
 
 
 @pytest.fixture
@@ -32,19 +28,9 @@ def program() -> Path:
     return Path(found)
 
 
-@pytest.fixture
-def large(served: Served) -> Iterator[Served]:
-    """The server, with a model of a large context."""
-    engine = served.engines[CALLER]
-    before = engine.max_model_len
-    engine.max_model_len = CONTEXT
-    yield served
-    engine.max_model_len = before
-
-
 def test_it_prints_the_answer(program: Path, large: Served, tmp_path: Path) -> None:
     large.says(CALLER, "Hi from ", "the model.")
-    setup = PROGRAMS["codex"].setup(Target(large.url, CALLER, context=CONTEXT))
+    setup = PROGRAMS["codex"].setup(Target(large.url, CALLER, context=LARGE_CONTEXT))
     done = subprocess.run(
         [program, *setup.arguments, "exec", "--skip-git-repo-check", "say hi"],
         env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)} | setup.variables,
