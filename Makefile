@@ -1,6 +1,6 @@
 # The two commands of the README: each makes .venv itself and needs only Python >= 3.11.
 
-.PHONY: demo test check format wheel bench clean
+.PHONY: demo test test-long check docs format wheel bench clean
 
 demo: .venv/.engine
 	.venv/bin/python scripts/demo
@@ -8,12 +8,18 @@ demo: .venv/.engine
 test: .venv/.dev
 	.venv/bin/python -m pytest -n 3 --dist loadfile
 
+test-long: .venv/.dev
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m long
+
 check: .venv/.dev
 	scripts/check
 
 format: .venv/.dev
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
+
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 wheel: .venv/.dev
 	scripts/check-wheel

@@ -2,13 +2,15 @@
 
     python benchmarks/gpu_engine.py [--bits 4] [--workloads load-m-32 load-m-128 ...] [--no-peers]
 
-Prints one JSON object a measurement, and the ratios at the end. Each is done twice and the second
-time counts: the first warms up what the load-time warm-up left.
+Prints one JSON object a measurement, and the ratios at the end: of medians of three, after one that
+warms up. Loads are closed loops: so many requests at once, the next when one ends. A burst is all
+of them at once, and its times to the first token count from there, for us and for the peer.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -17,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.nn import quantize
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import llama
 
@@ -28,8 +30,9 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.loaders import LoadedModel
 from modelpack_engine.sampling_params import SamplingParams
 
-VOCABULARY, CONTEXT = 128256, 8704
-DEFAULT = ["load-m-32", "load-m-128", "shared-prefix", "multi-turn", "poisson-8k"]
+VOCABULARY, CONTEXT = 128256, 34816
+ROUNDS, KV_BYTES = 3, 16 << 30
+DEFAULT = ["load-m-32", "load-m-128"]
 
 
 class Silent:
@@ -46,10 +49,19 @@ class Silent:
 def make_model(bits: int) -> llama.Model:
     """Return the model, in bfloat16 or quantised in groups of 64."""
     arguments = llama.ModelArgs(
-        model_type="llama", hidden_size=2048, num_hidden_layers=16, intermediate_size=8192,
-        num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-5, vocab_size=VOCABULARY,
-        rope_theta=5e5, max_position_embeddings=CONTEXT, head_dim=64, tie_word_embeddings=True,
-    )  # fmt: skip
+        model_type="llama",
+        hidden_size=2048,
+        num_hidden_layers=16,
+        intermediate_size=8192,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        rms_norm_eps=1e-5,
+        vocab_size=VOCABULARY,
+        rope_theta=5e5,
+        max_position_embeddings=CONTEXT,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
     mx.random.seed(0)
     model = llama.Model(arguments)
     model.update(tree_map(lambda x: x.astype(mx.bfloat16), model.parameters()))
@@ -61,7 +73,7 @@ def make_model(bits: int) -> llama.Model:
 
 def make_engine(model: llama.Model, seqs: int) -> Engine:
     loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, Silent(), "llama", CONTEXT, (), 0)
-    config = EngineConfig(max_num_seqs=seqs, kv_cache_bytes=16 << 30, max_model_len=CONTEXT)
+    config = EngineConfig(max_num_seqs=seqs, kv_cache_bytes=KV_BYTES, max_model_len=CONTEXT)
     return Engine(loaded, config)
 
 
@@ -110,11 +122,121 @@ def peer_workload(model: llama.Model, workload: Workload) -> dict[str, Any]:
             done += response.finish_reason is not None
     elapsed = time.perf_counter() - start
     generator.close()
+    del generator
+    gc.collect()  # its caches are parts of cycles
+    mx.clear_cache()
+    return {"workload": workload.name, "output_tokens": count, **_summary(elapsed, count, firsts)}
+
+
+def burst(engine: Engine, prompts: list[list[int]], max_tokens: list[int]) -> dict[str, Any]:
+    """Submit all requests at once; return throughput, times to the first token, and the tokens."""
+    start = time.perf_counter()
+    for index, (token_ids, length) in enumerate(zip(prompts, max_tokens, strict=True)):
+        params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)
+        engine.add_request(f"burst-{start}-{index}", token_ids, params)
+    firsts: dict[str, float] = {}
+    tokens: dict[str, list[int]] = {}
+    while engine.has_work:
+        for event in engine.step():
+            firsts.setdefault(event.request_id, time.perf_counter() - start)
+            tokens.setdefault(event.request_id, []).extend(event.token_ids)
+    elapsed = time.perf_counter() - start
+    count = sum(map(len, tokens.values()))
+    return {**_summary(elapsed, count, firsts), "tokens": list(tokens.values())}
+
+
+def _summary(elapsed: float, count: int, firsts: dict[Any, float]) -> dict[str, Any]:
+    times = sorted(firsts.values())
     return {
-        "workload": workload.name, "output_tokens": count, "duration_s": round(elapsed, 3),
+        "duration_s": round(elapsed, 3),
         "output_tokens_per_s": round(count / elapsed, 1),
-        "ttft_from_start_s": {"p50": round(statistics.median(firsts.values()), 4)},
-    }  # fmt: skip
+        "ttft_from_start_s": {
+            "p50": round(statistics.median(times), 4),
+            "p99": round(times[-1 - len(times) // 100], 4),
+        },
+    }
+
+
+def shared_prefix(engine: Engine) -> None:
+    """64 requests at once: prompts of their own, and prompts with 1,024 tokens cached."""
+    lengths = [16] * 64
+    for again in range(2):
+        cold = burst(engine, [prompt(1088, 5000 * again + i) for i in range(64)], lengths)
+        prefix = prompt(1024, 777 + again)
+        shared = [prefix + prompt(64, 9000 * (again + 1) + i) for i in range(64)]
+        first = burst(engine, shared, lengths)
+        cached = burst(engine, shared, lengths)
+    same = first.pop("tokens") == cached.pop("tokens")
+    cold.pop("tokens")
+    ratio = cached["ttft_from_start_s"]["p50"] / cold["ttft_from_start_s"]["p50"]
+    show(
+        "64 prompts of 1,088 tokens at once",
+        {"cold": cold, "cached": cached, "ttft_p50_ratio": round(ratio, 3), "tokens_equal": same},
+    )
+
+
+def entering_prompt(engine: Engine) -> None:
+    """32 streams decode; a prompt of 8,192 tokens enters: how long a token of theirs takes."""
+    for again in range(2):
+        for i in range(32):
+            params = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
+            engine.add_request(f"run-{again}-{i}", prompt(256, 100 * again + i), params)
+        for _ in range(60):
+            engine.step()
+        gaps: dict[str, list[float]] = {"before": [], "while": []}
+        for kind, count in (("before", 100), ("while", 1000)):
+            if kind == "while":
+                params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+                engine.add_request(f"long-{again}", prompt(8192, 7 + again), params)
+            for _ in range(count):
+                start = time.perf_counter()
+                events = engine.step()
+                gaps[kind].append(time.perf_counter() - start)
+                if any(event.request_id.startswith("long") for event in events):
+                    break
+        while engine.has_work:
+            engine.step()
+    calm = statistics.median(gaps["before"])
+    worst = sorted(gaps["while"])[-1 - len(gaps["while"]) // 100]
+    show(
+        "a prompt of 8,192 tokens enters among 32 streams",
+        {
+            "tpot_p50_ms": round(calm * 1e3, 2),
+            "tpot_p99_while_ms": round(worst * 1e3, 2),
+            "ratio": round(worst / calm, 2),
+            "steps": len(gaps["while"]),
+        },
+    )
+
+
+def long_context(engine: Engine, model_bytes: int, tokens: int = 32768) -> None:
+    """8 streams of 32k tokens: a step's time against that of reading its bytes at 4.3 TB/s."""
+    params = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+    for i in range(8):
+        engine.add_request(f"far-{i}", prompt(tokens, 60 + i), params)
+    start = time.perf_counter()
+    firsts: set[str] = set()
+    while len(firsts) < 8:
+        firsts |= {event.request_id for event in engine.step()}
+    prefill = time.perf_counter() - start
+    for _ in range(20):
+        engine.step()
+    start = time.perf_counter()
+    for _ in range(100):
+        engine.step()
+    step = (time.perf_counter() - start) / 100
+    while engine.has_work:
+        engine.step()
+    read = 8 * (tokens + 100) * 2 * 16 * 8 * 64 * 2 + model_bytes
+    show(
+        "8 streams of 32k",
+        {
+            "prefill_tokens_per_s": round(8 * tokens / prefill),
+            "tpot_ms": round(step * 1e3, 2),
+            "bytes_at_4.3_TB_s_ms": round(read / 4.3e9, 2),
+            "ratio": round(step / (read / 4.3e12), 2),
+        },
+    )
 
 
 def show(kind: str, values: Any) -> Any:
@@ -127,6 +249,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=16, choices=(4, 8, 16))
     parser.add_argument("--workloads", nargs="*", default=DEFAULT, metavar="NAME")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="whose median counts")
+    parser.add_argument("--more", action="store_true", help="prefixes, long prompts and contexts")
     args = parser.parse_args()
     import mlx_lm
 
@@ -135,31 +259,60 @@ def main() -> None:
         "machine", {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__, "bits": args.bits, **about}
     )
     model = make_model(args.bits)
+    model_bytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     peers: dict[str, float] = {}
+    first_tokens: dict[str, float] = {}
     if not args.no_peers:
-        for _ in range(2):
-            rate = one_stream_of_peer(model)
-        peers["one-stream"] = show("generate_step", {"tokens_per_s": round(rate, 1)})[
-            "tokens_per_s"
-        ]
+        rates = [one_stream_of_peer(model) for _ in range(1 + args.rounds)][1:]
+        peers["one-stream"] = round(statistics.median(rates), 1)
+        show("generate_step", {"tokens_per_s": rates})
         for name in args.workloads:
             if name.startswith("load-m"):
-                for _ in range(2):
-                    found = peer_workload(model, WORKLOADS[name]())
-                peers[name] = show("BatchGenerator", found)["output_tokens_per_s"]
+                found = [peer_workload(model, WORKLOADS[name]()) for _ in range(args.rounds)]
+                for one in found:
+                    show("BatchGenerator", one)
+                peers[name] = statistics.median(one["output_tokens_per_s"] for one in found)
+                for key in ("p50", "p99"):
+                    first_tokens[f"{name} {key}"] = statistics.median(
+                        one["ttft_from_start_s"][key] for one in found
+                    )
     start = time.perf_counter()
+    mx.reset_peak_memory()
     engine = make_engine(model, 128)
     show("engine", {"start_s": round(time.perf_counter() - start, 1), "notes": engine.notes})
     ours = {}
-    for _ in range(2):
-        rate = one_stream(engine)
-    ours["one-stream"] = show("one stream", {"tokens_per_s": round(rate, 1)})["tokens_per_s"]
+    rates = [one_stream(engine) for _ in range(1 + args.rounds)][1:]
+    ours["one-stream"] = round(statistics.median(rates), 1)
+    show("one stream", {"tokens_per_s": rates})
     for index, name in enumerate(args.workloads):
-        for again in range(2):
+        found = []
+        for again in range(2 + args.rounds):
             # Nothing that was said before may be in the prefix cache.
-            workload = WORKLOADS[name]().in_other_words(2 * index + again)
-            report = run_workload(engine, workload).to_json()
-        ours[name] = show("ours", report)["output_tokens_per_s"]
+            workload = WORKLOADS[name]().in_other_words(10 * index + again)
+            found.append(run_workload(engine, workload).to_json())
+        for one in found[2:]:
+            show("ours", one)
+        ours[name] = statistics.median(one["output_tokens_per_s"] for one in found[2:])
+        if f"{name} p50" in first_tokens:
+            bursts = []
+            for again in range(args.rounds):
+                sessions = WORKLOADS[name]().in_other_words(100 + 10 * index + again).sessions
+                turns = [session.turns[0] for session in sessions]
+                tokens = [list(turn.token_ids) for turn in turns]
+                bursts.append(burst(engine, tokens, [turn.max_tokens for turn in turns]))
+                bursts[-1].pop("tokens")
+                show("burst", {"workload": name, **bursts[-1]})
+            for key in ("p50", "p99"):
+                value = statistics.median(one["ttft_from_start_s"][key] for one in bursts)
+                ratio = value / first_tokens[f"{name} {key}"]
+                print(f"{name}, a burst: TTFT {key} {ratio:.3f}x mlx-lm", flush=True)
+    if args.more:
+        shared_prefix(engine)
+        entering_prompt(engine)
+        long_context(engine, model_bytes)
+    plan = model_bytes + KV_BYTES
+    peak = mx.get_peak_memory()
+    show("memory", {"plan": plan, "peak": peak, "over": round(peak / plan - 1, 4)})
     for name, theirs in peers.items():
         print(f"{name}: {ours[name] / theirs:.2f}x mlx-lm", flush=True)
 

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +29,16 @@ class Run:
 
 
 def measure(command: Sequence[str | Path], env: dict[str, str] | None = None) -> Run:
-    """Run `command` to its end; fail loudly if it fails."""
+    """Run `command` to its end; fail loudly if it fails.
+
+    Python keeps its bytecode, as it does for an installed package, whatever is set here.
+    """
+    environment = {**os.environ, **(env or {})}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.NamedTemporaryFile() as figures:
         done = subprocess.run(
             [sys.executable, "-I", "-S", MEASURED, figures.name, *map(str, command)],
-            env={**os.environ, **(env or {})},
+            env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             check=False,
@@ -52,20 +57,34 @@ def compare(
     goal: float,
 ) -> None:
     """Run both in turn after a warm-up of each; print the median of the ratios pair by pair."""
+    compare_all(label, ours, {"peer": theirs}, runs=runs, goal=goal)
+
+
+def compare_all(
+    label: str,
+    ours: Callable[[], Run],
+    peers: Mapping[str, Callable[[], Run]],
+    *,
+    runs: int,
+    goal: float,
+) -> None:
+    """Run ours and all `peers` in turn after a warm-up of each; print what `compare` does."""
     ours()
-    theirs()
-    pairs = [(ours(), theirs()) for _ in range(runs)]
-    ratios = sorted(our.wall / their.wall for our, their in pairs)
-    our_wall = statistics.median(our.wall for our, _ in pairs)
-    their_wall = statistics.median(their.wall for _, their in pairs)
-    peak = max(our.peak for our, _ in pairs)
-    their_peak = max(their.peak for _, their in pairs)
-    print(
-        f"{label}: ratio {statistics.median(ratios):.2f} (min {ratios[0]:.2f}, max "
-        f"{ratios[-1]:.2f}, goal <= {goal}); ours {our_wall:.2f} s, peer {their_wall:.2f} s; "
-        f"peak RSS ours {peak / 1e6:.0f} MB, peer {their_peak / 1e6:.0f} MB",
-        flush=True,
-    )
+    for peer in peers.values():
+        peer()
+    rounds = [(ours(), {name: peer() for name, peer in peers.items()}) for _ in range(runs)]
+    our_wall = statistics.median(our.wall for our, _ in rounds)
+    peak = max(our.peak for our, _ in rounds)
+    for name in peers:
+        ratios = sorted(our.wall / theirs[name].wall for our, theirs in rounds)
+        wall = statistics.median(theirs[name].wall for _, theirs in rounds)
+        their_peak = max(theirs[name].peak for _, theirs in rounds)
+        print(
+            f"{label}: ratio {statistics.median(ratios):.2f} (min {ratios[0]:.2f}, max "
+            f"{ratios[-1]:.2f}, goal <= {goal}); ours {our_wall:.2f} s, {name} {wall:.2f} s; "
+            f"peak RSS ours {peak / 1e6:.0f} MB, {name} {their_peak / 1e6:.0f} MB",
+            flush=True,
+        )
 
 
 def random_file(path: Path, size: int) -> Path:

@@ -1,7 +1,10 @@
-"""Push and pull of 2 GiB through docker-registry, against skopeo copying the same artifact.
+"""Push and pull of 2 GiB through docker-registry, against skopeo and oras with the same artifact.
 
-Both verify what they read; the registry and its files are the same for both. A push goes to a
-repository that has nothing of the model; a pull goes to an empty directory.
+All verify what they pull; the registry and its files are the same for all. A push goes to a
+registry that has nothing of the model, from an OCI layout; a pull goes to an empty one. oras does
+not verify what it pushes, and none of the peers flushes what it pulled to the disk.
+
+    python benchmarks/transfer.py [PAIRS]
 """
 
 from __future__ import annotations
@@ -9,10 +12,12 @@ from __future__ import annotations
 import itertools
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
-from measuring import GIB, MODELPACK, Run, compare, measure, print_machine, warm, weights
+from measuring import GIB, MODELPACK, Run, compare_all, measure, print_machine, warm, weights
+from peers import only_manifest, oras_cli
 
 from tests.peers import docker_registry
 
@@ -20,8 +25,13 @@ NAME = "bench/m:v1"
 
 
 def main() -> None:
+    pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    oras = oras_cli()
     print_machine(
-        ["skopeo", "--version"], ["docker-registry", "--version"], [MODELPACK, "--version"]
+        ["skopeo", "--version"],
+        [str(oras), "version"],
+        ["docker-registry", "--version"],
+        [MODELPACK, "--version"],
     )
     with tempfile.TemporaryDirectory(prefix="modelpack-bench-") as scratch:
         root = Path(scratch)
@@ -32,6 +42,7 @@ def main() -> None:
         env = {"MODELPACK_STORE": str(store)}
         measure([MODELPACK, "package", "-q", "--safetensors-dir", model, NAME], env)
         shutil.rmtree(model)
+        from_layout = f"{store}@{only_manifest(store)}"
         layout = f"oci:{store}:docker.io/{NAME}"
         data = root / "registry"
         numbers = itertools.count()
@@ -51,8 +62,17 @@ def main() -> None:
                 target = f"docker://{host}/theirs/m:v{next(numbers)}"
                 return measure(["skopeo", "copy", "-q", "--dest-tls-verify=false", layout, target])
 
+            def oras_push() -> Run:
+                fresh_registry()
+                target = f"{host}/theirs/m:v{next(numbers)}"
+                return measure(
+                    [oras, "cp", "--from-oci-layout", from_layout, "--to-plain-http", target]
+                )
+
             warm(*store.glob("blobs/sha256/*"))
-            compare("push 2 GiB", push, skopeo_push, runs=5, goal=1.1)
+            compare_all(
+                "push 2 GiB", push, {"skopeo": skopeo_push, "oras": oras_push}, runs=pairs, goal=1.0
+            )
 
             source = f"{host}/bench/m:v1"
             first = measure([MODELPACK, "push", "-q", NAME, "--to", source], env)
@@ -72,8 +92,19 @@ def main() -> None:
                      f"oci:{root / 'skopeo'}:v1"]
                 )  # fmt: skip
 
+            def oras_pull() -> Run:
+                shutil.rmtree(root / "oras", ignore_errors=True)
+                target = f"{root / 'oras'}:v1"
+                return measure([oras, "cp", "--from-plain-http", source, "--to-oci-layout", target])
+
             warm(*(path for path in data.rglob("*") if path.is_file()))
-            compare("pull 2 GiB, verified", pull, skopeo_pull, runs=5, goal=1.0)
+            compare_all(
+                "pull 2 GiB, verified",
+                pull,
+                {"skopeo": skopeo_pull, "oras": oras_pull},
+                runs=pairs,
+                goal=1.0,
+            )
             subprocess.run(["sync"], check=False)
 
 

@@ -26,15 +26,24 @@ if TYPE_CHECKING:
     from modelpack.model import Model as Model
     from modelpack.model import ModelFile as ModelFile
     from modelpack.operations.copy import copy as copy
+    from modelpack.operations.diff import diff as diff
     from modelpack.operations.docker import export_to_docker as export_to_docker
     from modelpack.operations.docker import import_from_docker as import_from_docker
     from modelpack.operations.find import inspect as inspect
+    from modelpack.operations.headers import read_headers as read_headers
+    from modelpack.operations.lock import lock as lock
+    from modelpack.operations.lock import pull_locked as pull_locked
     from modelpack.operations.package import package as package
     from modelpack.operations.pull import pull as pull
     from modelpack.operations.push import push as push
+    from modelpack.operations.referrers import attach as attach
+    from modelpack.operations.referrers import detach as detach
+    from modelpack.operations.referrers import referrers as referrers
     from modelpack.operations.remote import RemoteOptions as RemoteOptions
+    from modelpack.operations.repair import repair as repair
     from modelpack.operations.resolve import bundle as bundle
     from modelpack.operations.resolve import resolve as resolve
+    from modelpack.operations.selection import Selection as Selection
     from modelpack.packaging.request import PackageRequest as PackageRequest
     from modelpack.progress import Progress as Progress
     from modelpack.progress import Stop as Stop
@@ -62,16 +71,25 @@ _EXPORTS = {
     "Registry": ("modelpack.registry", "Registry"),
     "RemoteOptions": ("modelpack.operations.remote", "RemoteOptions"),
     "Repository": ("modelpack.registry", "Repository"),
+    "Selection": ("modelpack.operations.selection", "Selection"),
     "Stop": ("modelpack.progress", "Stop"),
     "Store": ("modelpack.stores.layout", "LayoutStore"),
+    "attach": ("modelpack.operations.referrers", "attach"),
     "bundle": ("modelpack.operations.resolve", "bundle"),
     "copy": ("modelpack.operations.copy", "copy"),
+    "detach": ("modelpack.operations.referrers", "detach"),
+    "diff": ("modelpack.operations.diff", "diff"),
     "export_to_docker": ("modelpack.operations.docker", "export_to_docker"),
     "import_from_docker": ("modelpack.operations.docker", "import_from_docker"),
     "inspect": ("modelpack.operations.find", "inspect"),
+    "lock": ("modelpack.operations.lock", "lock"),
     "package": ("modelpack.operations.package", "package"),
     "pull": ("modelpack.operations.pull", "pull"),
+    "pull_locked": ("modelpack.operations.lock", "pull_locked"),
     "push": ("modelpack.operations.push", "push"),
+    "read_headers": ("modelpack.operations.headers", "read_headers"),
+    "referrers": ("modelpack.operations.referrers", "referrers"),
+    "repair": ("modelpack.operations.repair", "repair"),
     "resolve": ("modelpack.operations.resolve", "resolve"),
 }
 

@@ -1,5 +1,6 @@
 """ModelConfig: one view of the config blobs of Docker v0.1, Docker v0.2 and CNCF ModelPack.
 
+Those of KitOps and Ollama are read into the same view (see `kitops` and `ollama`), never written.
 Sources: Docker Model Runner pkg/distribution/types; CNCF model-spec schema/config-schema.json.
 """
 
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from modelpack import mediatypes
+from modelpack import kitops, mediatypes, ollama
 from modelpack.descriptor import parsed_annotations, parsed_digest
 from modelpack.digest import Digest
 from modelpack.errors import ManifestError, UnsupportedError
@@ -28,7 +29,8 @@ class ModelConfig:
 
     `parameters` and `size` are texts for people ("7.24B", "4.07GiB"), as Docker writes them.
     `context_size` is in tokens. `created` is RFC 3339. `cncf_descriptor` and `cncf_config` hold
-    what only CNCF knows (authors, licenses, capabilities, …), as decoded JSON.
+    what only CNCF knows (authors, licenses, capabilities, …), as decoded JSON. `layer_paths` are
+    paths that a config and not an annotation of the layer says, unchecked.
     """
 
     media_type: str
@@ -45,6 +47,7 @@ class ModelConfig:
     diff_ids: tuple[Digest, ...] = ()
     cncf_descriptor: Mapping[str, Any] = field(default_factory=dict, hash=False)
     cncf_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    layer_paths: Mapping[Digest, str] = field(default_factory=dict, hash=False)
 
     @classmethod
     def parse(cls, raw: bytes, media_type: str, what: str = "config") -> ModelConfig:
@@ -54,12 +57,23 @@ class ModelConfig:
             return _parse_docker(value, media_type, what)
         if media_type == mediatypes.CNCF_CONFIG:
             return _parse_cncf(value, what)
+        if media_type == mediatypes.CNAI_CONFIG:
+            return _parse_cncf(_renamed(value), what).with_changes(media_type=media_type)
+        if media_type == mediatypes.KITOPS_CONFIG:
+            return cls(media_type, **kitops.parse_kitfile(value, what))
+        if media_type == mediatypes.DOCKER_IMAGE_CONFIG:
+            return cls(media_type, **ollama.parse_config(value, what))
         raise UnsupportedError(f"config type {media_type!r} is not one of a model", path=what)
 
     @property
     def is_cncf(self) -> bool:
         """Whether this is (to be) a CNCF config."""
         return self.media_type == mediatypes.CNCF_CONFIG
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether this is of a format that is read only."""
+        return self.media_type in mediatypes.FOREIGN_CONFIG_TYPES
 
     def with_changes(self, **changes: Any) -> ModelConfig:
         """Return a copy with these fields replaced."""
@@ -158,6 +172,13 @@ def _parse_cncf(value: dict[str, Any], what: str) -> ModelConfig:
         cncf_descriptor={key: item for key, item in descriptor.items() if key != "createdAt"},
         cncf_config={key: item for key, item in inner.items() if key not in own},
     )
+
+
+def _renamed(value: Any) -> Any:
+    """Return a config with CNCF's names of fields in place of those that they had before."""
+    if not isinstance(value, dict):
+        return value
+    return {_CNAI_NAMES.get(key, key): _renamed(item) for key, item in value.items()}
 
 
 def _object(value: dict[str, Any], key: str, what: str, *, required: bool = True) -> dict[str, Any]:
@@ -262,6 +283,13 @@ def _any(value: Any, where: str) -> None:
     """Accept what the caller checks itself."""
 
 
+_CNAI_NAMES: Mapping[str, str] = {
+    "diff_ids": "diffIds",
+    "input_types": "inputTypes",
+    "output_types": "outputTypes",
+    "knowledge_cutoff": "knowledgeCutoff",
+    "tool_usage": "toolUsage",
+}
 # In the order of Go's structs, which is the order that `encode` writes.
 _CNCF_TOP: Mapping[str, _Check] = {"descriptor": _any, "modelfs": _any, "config": _any}
 _CNCF_MODELFS: Mapping[str, _Check] = {"type": _any, "diffIds": _any}

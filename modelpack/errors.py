@@ -12,6 +12,7 @@ ModelpackError                      1   anything else that went wrong
 │   └── StorageFullError            1   the disk or the quota has no room
 ├── RegistryError                   1   a registry answered with an error that has no better name
 │   ├── NotFoundError               3   no such model, tag, blob or file (locally too)
+│   │   └── PartialModelError       3   a stored model lacks layers that were left out of its pull
 │   ├── AuthError                   4   the registry wants other credentials
 │   │   └── DeniedError             4   the credentials are fine, the permission is missing
 │   └── RemoteUnavailableError      6   the network or the registry failed after all retries
@@ -21,6 +22,7 @@ ModelpackError                      1   anything else that went wrong
 │   ├── DigestMismatchError         5
 │   ├── SizeMismatchError           5
 │   ├── SourceChangedError          5   a file changed while it was read
+│   ├── UntrustedError              5   nobody who is trusted signed the model
 │   └── UnsafePathError             5   a path would leave its directory
 ├── ConflictError                   7   somebody else is in the way
 │   ├── LockedError                 7   another process holds what is needed
@@ -153,6 +155,16 @@ class NotFoundError(RegistryError):
     exit_code = 3
 
 
+class PartialModelError(NotFoundError):
+    """A stored model lacks layers, since it was pulled in part; `missing` are their digests."""
+
+    def __init__(
+        self, message: str, *, missing: tuple[str, ...] = (), hint: str | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.missing = missing
+
+
 class AuthError(RegistryError):
     """The registry wants credentials, or other ones."""
 
@@ -195,6 +207,10 @@ class SizeMismatchError(IntegrityError):
 
 class SourceChangedError(IntegrityError):
     """A file changed while it was being read."""
+
+
+class UntrustedError(IntegrityError):
+    """Nobody who has to have signed a model did, or a policy refuses it."""
 
 
 class UnsafePathError(IntegrityError):

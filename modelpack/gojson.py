@@ -8,7 +8,9 @@ the six characters ``\\ufffd``.
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from datetime import date
 from typing import Any, NoReturn
 
@@ -53,25 +55,33 @@ def decode(raw: bytes, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> Any:
 
     Stricter than `json.loads`: at most `limit` bytes, UTF-8 without a byte order mark, no
     duplicate keys (two readers could disagree on them), no half of a surrogate pair (it has no
-    UTF-8), no NaN, no absurd nesting.
+    UTF-8), no NaN, no number beyond a float's range, no absurd nesting.
     Raises `ManifestError`.
     """
     if len(raw) > limit:
         raise ManifestError(f"is {len(raw)} bytes, more than the limit of {limit}", path=what)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value: dict[str, Any] = {}
-        for key, item in pairs:
-            if key in value:
-                raise ManifestError(f"has the key {key!r} twice in one object", path=what)
-            value[key] = item
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            keys = [key for key, _ in pairs]
+            again = next(key for i, key in enumerate(keys) if key in keys[:i])
+            raise ManifestError(f"has the key {again!r} twice in one object", path=what)
         return value
 
     def refuse(constant: str) -> NoReturn:
         raise ManifestError(f"holds {constant}, which is not JSON", path=what)
 
+    def finite(text: str) -> float:
+        number = float(text)
+        if math.isinf(number):  # nobody could write it again
+            raise ManifestError(f"holds {text[:40]}, a number out of range", path=what)
+        return number
+
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(
+            raw.decode(), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite
+        )
         if b"\\u" in raw:  # only an escape can bring in half a pair
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -95,6 +105,18 @@ def decode_object(raw: bytes, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> 
     if not isinstance(value, dict):
         raise ManifestError(f"is {kind_of(value)}, expected an object", path=what)
     return value
+
+
+def check_spelling(value: Mapping[str, Any], known: Mapping[str, str], what: str) -> None:
+    """Raise `ManifestError` if a key is one of `known` (by case-folded name) spelled otherwise.
+
+    Go's decoder does not look at case: it would read a second `layers` where we see none.
+    """
+    for key in value:
+        meant = known.get(key.casefold(), key)
+        if meant != key:
+            message = f"has the key {key[:80]!r}, which some readers take for {meant!r}"
+            raise ManifestError(message, path=what)
 
 
 def kind_of(value: object) -> str:

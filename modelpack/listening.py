@@ -17,6 +17,7 @@ import uvicorn
 
 from modelpack.errors import ModelpackError, UsageError
 from modelpack.hosts import is_loopback
+from modelpack.http_connection import HttpConnection
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -135,7 +136,7 @@ class AppServer:
         logging.getLogger("uvicorn").addHandler(logging.NullHandler())
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=HttpConnection,
             loop="asyncio",
             ws="none",
             lifespan="on" if self._lifespan else "off",

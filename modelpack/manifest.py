@@ -14,7 +14,15 @@ from modelpack import mediatypes
 from modelpack.descriptor import Descriptor, checked_media_type, parsed_annotations
 from modelpack.digest import Digest
 from modelpack.errors import ManifestError, UnsupportedError
-from modelpack.gojson import decode_object, encode, kind_of
+from modelpack.gojson import check_spelling, decode_object, encode, kind_of
+
+_FIELDS = {
+    key.casefold(): key
+    for key in (
+        *("schemaVersion", "mediaType", "artifactType", "config", "layers", "manifests"),
+        *("annotations", "subject"),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,7 @@ class Manifest:
         for key in ("config", "layers"):
             if key not in value:
                 raise ManifestError(f"has no {key!r}", path=what)
+        _check_kind(value, ("manifests",), what)
         config = Descriptor.parse(value["config"], f"{what}: config")
         artifact_type = _artifact_type(value, what)
         if config.media_type == mediatypes.OCI_EMPTY and artifact_type is None:
@@ -62,14 +71,20 @@ class Manifest:
         layers: Sequence[Descriptor],
         *,
         artifact_type: str | None = None,
+        subject: Descriptor | None = None,
         annotations: Mapping[str, str] | None = None,
     ) -> Manifest:
-        """Return a new manifest, its bytes as Docker Model Runner writes them."""
+        """Return a new manifest, its bytes as Docker Model Runner writes them.
+
+        `subject` is the manifest that this one says something about.
+        """
         value: dict[str, Any] = {"schemaVersion": 2, "mediaType": mediatypes.OCI_MANIFEST}
         if artifact_type:
             value["artifactType"] = artifact_type
         value["config"] = config.to_json()
         value["layers"] = [layer.to_json() for layer in layers]
+        if subject is not None:
+            value["subject"] = subject.to_json()
         if annotations:
             value["annotations"] = {key: annotations[key] for key in sorted(annotations)}
         return cls.parse(encode(value))
@@ -109,13 +124,22 @@ class Manifest:
             or self.artifact_type == mediatypes.CNCF_MANIFEST
         )
 
+    @property
+    def is_ollama(self) -> bool:
+        """Whether this is a model as Ollama's registry has them."""
+        prefix = mediatypes.OLLAMA_LAYER_PREFIX
+        return self.config.media_type == mediatypes.DOCKER_IMAGE_CONFIG and any(
+            layer.media_type.startswith(prefix) for layer in self.layers
+        )
+
     def check_is_model(self, what: str) -> None:
         """Raise `UnsupportedError` unless the config's type is one of a model."""
-        if self.config.media_type not in mediatypes.MODEL_CONFIG_TYPES:
+        known = (*mediatypes.MODEL_CONFIG_TYPES, mediatypes.CNAI_CONFIG, mediatypes.KITOPS_CONFIG)
+        if self.config.media_type not in known and not self.is_ollama:
             raise UnsupportedError(
                 f"is not a model that we know: config type {self.config.media_type!r}",
                 path=what,
-                hint="expected one of " + ", ".join(mediatypes.MODEL_CONFIG_TYPES),
+                hint="expected one of " + ", ".join(known) + ", or layers of Ollama's",
             )
 
 
@@ -141,6 +165,7 @@ class Index:
             raise ManifestError(f"mediaType is {media_type!r}, expected {expected!r}", path=what)
         if "manifests" not in value:
             raise ManifestError("has no 'manifests'", path=what)
+        _check_kind(value, ("layers", "config"), what)
         return cls(
             raw,
             _descriptors(value["manifests"], f"{what}: manifests"),
@@ -149,6 +174,17 @@ class Index:
             parsed_annotations(value.get("annotations"), f"{what}: annotations"),
             _subject(value, what),
         )
+
+    @classmethod
+    def build(
+        cls, manifests: Sequence[Descriptor], *, annotations: Mapping[str, str] | None = None
+    ) -> Index:
+        """Return a new index of these manifests, in their order."""
+        value: dict[str, Any] = {"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX}
+        value["manifests"] = [manifest.to_json() for manifest in manifests]
+        if annotations:
+            value["annotations"] = {key: annotations[key] for key in sorted(annotations)}
+        return cls.parse(encode(value))
 
     @property
     def digest(self) -> Digest:
@@ -161,6 +197,23 @@ class Index:
         return Descriptor(
             self.media_type, self.digest, len(self.raw), artifact_type=self.artifact_type
         )
+
+
+def referrer_descriptor(descriptor: Descriptor, document: Manifest | Index) -> Descriptor:
+    """Return what a list of referrers says about one, by distribution-spec, "Listing Referrers".
+
+    That is the manifest's annotations and, if it has no artifact type, its config's type instead.
+    """
+    artifact_type = document.artifact_type
+    if artifact_type is None and isinstance(document, Manifest):
+        artifact_type = document.config.media_type
+    return Descriptor(
+        descriptor.media_type,
+        descriptor.digest,
+        descriptor.size,
+        document.annotations,
+        artifact_type,
+    )
 
 
 def parse_manifest_or_index(
@@ -188,6 +241,14 @@ def _check_version(value: dict[str, Any], what: str) -> None:
     version = value.get("schemaVersion")
     if type(version) is not int or version != 2:
         raise ManifestError(f"schemaVersion is {version!r}, expected 2", path=what)
+
+
+def _check_kind(value: dict[str, Any], others: tuple[str, ...], what: str) -> None:
+    """Refuse a document that another reader may take for one of the other kind (CVE-2021-41190)."""
+    check_spelling(value, _FIELDS, what)
+    for key in others:
+        if key in value:
+            raise ManifestError(f"has {key!r}, which its media type does not", path=what)
 
 
 def _descriptors(value: Any, where: str) -> tuple[Descriptor, ...]:

@@ -12,6 +12,8 @@ from typing import Final
 OCI_MANIFEST: Final = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX: Final = "application/vnd.oci.image.index.v1+json"
 OCI_EMPTY: Final = "application/vnd.oci.empty.v1+json"
+OCI_IMAGE_CONFIG: Final = "application/vnd.oci.image.config.v1+json"
+OCI_TAR_LAYER: Final = "application/vnd.oci.image.layer.v1.tar"
 DOCKER_MANIFEST: Final = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_MANIFEST_LIST: Final = "application/vnd.docker.distribution.manifest.list.v2+json"
 MANIFEST_TYPES: Final = (OCI_MANIFEST, DOCKER_MANIFEST)
@@ -43,8 +45,31 @@ CNCF_DATASET_RAW: Final = "application/vnd.cncf.model.dataset.v1.raw"
 CNCF_WEIGHT_GGUF: Final = "application/vnd.cncf.model.weight.v1.gguf"
 CNCF_WEIGHT_SAFETENSORS: Final = "application/vnd.cncf.model.weight.v1.safetensors"
 
+# CNCF ModelPack before it was that (dragonflyoss/model-spec v0.0.6), read only: modctl 0.2.2 still
+# writes it. Its layers are CNCF's under another name.
+CNAI_MANIFEST: Final = "application/vnd.cnai.model.manifest.v1+json"
+CNAI_CONFIG: Final = "application/vnd.cnai.model.config.v1+json"
+# KitOps ModelKits, read only (pkg/lib/constants/mediaType.go): the config is the Kitfile.
+KITOPS_CONFIG: Final = "application/vnd.kitops.modelkit.config.v1+json"
+# Ollama's models, read only (manifest/layer.go, server/images.go): the config's type is an
+# image's, so that the types of the layers say what it is.
+DOCKER_IMAGE_CONFIG: Final = "application/vnd.docker.container.image.v1+json"
+OLLAMA_LAYER_PREFIX: Final = "application/vnd.ollama.image."
+OLLAMA_MODEL: Final = "application/vnd.ollama.image.model"
+OLLAMA_PROJECTOR: Final = "application/vnd.ollama.image.projector"
+OLLAMA_LICENSE: Final = "application/vnd.ollama.image.license"
+OLLAMA_TEMPLATE: Final = "application/vnd.ollama.image.template"
+OLLAMA_PROMPT: Final = "application/vnd.ollama.image.prompt"  # an older name of the template
+OLLAMA_PARAMS: Final = "application/vnd.ollama.image.params"
+OLLAMA_SYSTEM: Final = "application/vnd.ollama.image.system"
+OLLAMA_MESSAGES: Final = "application/vnd.ollama.image.messages"
+OLLAMA_ADAPTER: Final = "application/vnd.ollama.image.adapter"
+OLLAMA_TENSOR: Final = "application/vnd.ollama.image.tensor"
+
 #: Config types that make a manifest a model for us.
 MODEL_CONFIG_TYPES: Final = (DOCKER_CONFIG_V01, DOCKER_CONFIG_V02, CNCF_CONFIG)
+#: Config types of other formats, which are read and converted but never written.
+FOREIGN_CONFIG_TYPES: Final = (CNAI_CONFIG, KITOPS_CONFIG, DOCKER_IMAGE_CONFIG)
 
 # Annotation keys
 FILEPATH: Final = "org.cncf.model.filepath"
@@ -53,3 +78,17 @@ FILE_METADATA: Final = "org.cncf.model.file.metadata+json"
 FILE_UNTESTED: Final = "org.cncf.model.file.mediatype.untested"
 REF_NAME: Final = "org.opencontainers.image.ref.name"
 CONTAINERD_NAME: Final = "io.containerd.image.name"
+TITLE: Final = "org.opencontainers.image.title"
+SOURCE: Final = "org.opencontainers.image.source"
+REVISION: Final = "org.opencontainers.image.revision"
+MODEL: Final = "org.modelpack.model"  # ours, on an image: the digest of the model that it holds
+# Ours, on the manifests of an index: the same model for different machines.
+VARIANT: Final = "org.modelpack.variant"  # its name
+VARIANT_FORMAT: Final = "org.modelpack.variant.format"  # gguf, safetensors, dduf, mlx
+VARIANT_QUANTIZATION: Final = "org.modelpack.variant.quantization"
+VARIANT_SIZE: Final = "org.modelpack.variant.size"  # bytes of all files, in decimal
+# Ours, on a model: how it is to be used where a request says nothing, as JSON.
+DEFAULTS: Final = "dev.modelpack.defaults+json"
+# Ours, on the entries of a store's index.json.
+PARTIAL: Final = "org.modelpack.partial"  # "true": some layers were left out on purpose
+ORIGIN: Final = "org.modelpack.origin"  # the registry/repository that the model was pulled from

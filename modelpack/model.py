@@ -25,9 +25,20 @@ from modelpack.reference import Reference
 
 # CNCF model-spec, docs/spec.md "Layer media types".
 _CNCF_LAYER = re.compile(
-    r"application/vnd\.cncf\.model\."
+    r"application/vnd\.(?:cncf|cnai)\.model\."
     r"(weight\.config|weight|doc|code|dataset)\.v1\.(raw|tar\+gzip|tar\+zstd|tar)\Z"
 )
+# KitOps, pkg/lib/constants/mediaType.go.
+_KITOPS_LAYER = re.compile(r"application/vnd\.kitops\.modelkit\.(\w+)\.v1\.(tar\+gzip|tar)\Z")
+# What Ollama's layers are called here: they have no names of their own.
+_OLLAMA_PATHS: Mapping[str, str] = {
+    mediatypes.OLLAMA_LICENSE: "LICENSE",
+    mediatypes.OLLAMA_TEMPLATE: "template.gotmpl",
+    mediatypes.OLLAMA_PROMPT: "template.gotmpl",
+    mediatypes.OLLAMA_PARAMS: "params.json",
+    mediatypes.OLLAMA_SYSTEM: "system.txt",
+    mediatypes.OLLAMA_MESSAGES: "messages.json",
+}
 _MAX_SHOWN = 50
 
 
@@ -102,16 +113,21 @@ class Model:
         )
 
     def select(
-        self, media_types: Sequence[str] = (), paths: Sequence[str] = ()
+        self,
+        media_types: Sequence[str] = (),
+        paths: Sequence[str] = (),
+        *,
+        among: Sequence[ModelFile] | None = None,
     ) -> tuple[ModelFile, ...]:
         """Return the files that match one of `media_types` and one of `paths`, in layer order.
 
         A media type is written whole, as a glob (`*gguf*`), or as one of `SHORT_NAMES`, which mean
         the same in every generation of the format. A path is a whole path, a file name or a glob.
-        An empty sequence matches every file. Raises `NotFoundError`, which lists what there is, if
-        no file has such a type, or if any one of the paths is not there.
+        An empty sequence matches every file. `among` are files to choose from in place of the
+        layers: those that were inside of them. Raises `NotFoundError`, which lists what there is,
+        if no file has such a type, or if any one of the paths is not there.
         """
-        found = files = self.files()
+        found = files = self.files() if among is None else tuple(among)
         if media_types:
             tests = [_type_test(text) for text in media_types]
             found = tuple(file for file in files if any(test(file) for test in tests))
@@ -130,6 +146,8 @@ class Model:
     def _file(self, layer: Descriptor, diff_id: Digest | None) -> ModelFile:
         archive = archive_of(layer.media_type)
         path = layer.filepath
+        if path is None:
+            path = self.config.layer_paths.get(layer.digest) or _OLLAMA_PATHS.get(layer.media_type)
         if archive and path is not None and path.rstrip("/") == ".":
             path = None  # modctl's name for the directory that it packed whole
         filepath = None if path is None else checked_path(path.rstrip("/") if archive else path)
@@ -156,7 +174,7 @@ def archive_of(media_type: str) -> Archive | None:
     """Return how a layer of this type is to be unpacked; None for one raw file."""
     if media_type in (mediatypes.DOCKER_VLLM_CONFIG_TAR, mediatypes.DOCKER_DIR_TAR):
         return Archive.TAR
-    match = _CNCF_LAYER.match(media_type)
+    match = _CNCF_LAYER.match(media_type) or _KITOPS_LAYER.match(media_type)
     return Archive(match[2]) if match and match[2] != "raw" else None
 
 
@@ -186,6 +204,17 @@ def role_of(media_type: str, path: str | None) -> Role:
             return _role_by_name(name, Role.CONFIG)
         case mediatypes.DOCKER_MODEL_FILE:
             return _role_beside_weights(name, Role.FILE)
+        case mediatypes.OLLAMA_MODEL:
+            return Role.WEIGHT
+        case mediatypes.OLLAMA_PROJECTOR:
+            return Role.PROJECTOR
+        case mediatypes.OLLAMA_LICENSE:
+            return Role.LICENSE
+        case mediatypes.OLLAMA_PARAMS | mediatypes.OLLAMA_MESSAGES | mediatypes.OLLAMA_SYSTEM:
+            return Role.CONFIG
+    kitops = _KITOPS_LAYER.match(media_type)
+    if kitops:
+        return _kitops_role(kitops[1], name)
     cncf = _CNCF_LAYER.match(media_type)
     match cncf[1] if cncf else None:
         case "weight":
@@ -210,6 +239,20 @@ def format_of(media_type: str, path: str | None) -> str:
     return extension if extension in _WEIGHT_FORMATS else ""
 
 
+def _kitops_role(kind: str, name: str) -> Role:
+    match kind:
+        case "model":
+            # Of the layer itself, which may be a directory, or of a file inside.
+            return Role.WEIGHT if not _suffix(name) else _role_by_name(name, Role.FILE)
+        case "docs":
+            return Role.LICENSE if _is_license(name) else Role.DOC
+        case "code":
+            return Role.CODE
+        case "dataset":
+            return Role.DATASET
+    return _role_beside_weights(name, Role.FILE)
+
+
 _WEIGHT_FORMATS = ("gguf", "safetensors", "dduf")
 _WEIGHT_SUFFIXES = tuple(f".{name}" for name in _WEIGHT_FORMATS)
 _FORMATS_BY_TYPE = {
@@ -219,6 +262,8 @@ _FORMATS_BY_TYPE = {
     mediatypes.DOCKER_SAFETENSORS: "safetensors",
     mediatypes.CNCF_WEIGHT_SAFETENSORS: "safetensors",
     mediatypes.DOCKER_DDUF: "dduf",
+    mediatypes.OLLAMA_MODEL: "gguf",
+    mediatypes.OLLAMA_PROJECTOR: "gguf",
 }
 _ROLES_BY_SUFFIX = {
     ".jinja": Role.CHAT_TEMPLATE,
@@ -283,7 +328,11 @@ def _has_role(*roles: Role) -> _Test:
 
 
 def _has_format(format: str) -> _Test:
-    return lambda file: file.role is Role.WEIGHT and file.format == format
+    # An archive may hold weights of any format where nothing says which.
+    return lambda file: (
+        file.role is Role.WEIGHT
+        and (file.format == format or (file.archive is not None and not file.format))
+    )
 
 
 _TESTS: Mapping[str, _Test] = {

@@ -37,6 +37,13 @@ _REGISTRY = re.compile(
 )
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
 _HEX = re.compile(r"[0-9a-f]+\Z")
+_IN_FULL = re.compile(
+    # A host with a dot or a port: without, a first part is no host.
+    r"(?P<registry>[a-z0-9]+(?:-+[a-z0-9]+)*"
+    r"(?:(?:\.[a-z0-9]+(?:-+[a-z0-9]+)*)+(?::[0-9]{1,4})?|:[0-9]{1,4}))"
+    rf"/(?P<path>{_COMPONENT}(?:/{_COMPONENT})*):(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}})\Z"
+)
+_REWRITTEN = frozenset({"index.docker.io", "registry-1.docker.io", "hf.co"})
 _HUB_ALIASES = {"index.docker.io": DEFAULT_REGISTRY, "registry-1.docker.io": DEFAULT_REGISTRY}
 
 
@@ -113,6 +120,39 @@ class Reference:
     def __str__(self) -> str:
         tag = f":{self.tag}" if self.tag else ""
         return self.name + tag + (f"@{self.digest}" if self.digest else "")
+
+
+def spelled_in_full(text: str) -> Reference | None:
+    """Return what `Reference.parse` makes of `text`, if that is certain at a glance.
+
+    It is for `registry/path:tag` in lower case where nothing is left out or stands for something
+    else. None says nothing: `parse` may still take the text.
+    """
+    match = _IN_FULL.match(text)
+    if match is None or len(match["path"]) > MAX_PATH_LENGTH:
+        return None
+    registry, path, tag = match.groups()
+    if registry in _REWRITTEN or (registry == DEFAULT_REGISTRY and "/" not in path):
+        return None
+    return Reference(registry, path, tag)
+
+
+def means_only_itself(text: str) -> bool:
+    """Return whether `text` is certain to be a reference in full, or none at all.
+
+    Then nothing but the same text names the same. Much cheaper than parsing it.
+    """
+    host, _, rest = text.partition("/")
+    return (
+        ("." in host or ":" in host)
+        and ":" in rest
+        and text[-1] != ":"
+        and "@" not in text
+        and text == text.lower()
+        and text == text.strip()
+        and host not in _REWRITTEN
+        and (host != DEFAULT_REGISTRY or "/" in rest)
+    )
 
 
 def normalized(text: str) -> str:

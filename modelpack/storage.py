@@ -7,12 +7,14 @@ digest for a repository, a full reference or a digest for a store.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 from modelpack.descriptor import Descriptor
+from modelpack.digest import Digest
 from modelpack.progress import ProgressCallback, Stop
 
 
@@ -29,6 +31,38 @@ class BlobSource(Protocol):
 
     def open(self, offset: int = 0) -> AbstractContextManager[BlobReader]:
         """Return a stream of the blob's bytes from `offset` on; it may reconnect by itself."""
+        ...
+
+
+class SegmentSink(Protocol):
+    """Where the parts of a blob go that come in any order; called by several threads at once."""
+
+    def write(self, offset: int, view: memoryview) -> None:
+        """Keep these bytes, which begin at `offset` of the blob."""
+        ...
+
+
+class SegmentsRefused(Exception):
+    """A source turns out to give a blob from its first byte on only."""
+
+
+@runtime_checkable
+class SegmentedSource(Protocol):
+    """A `BlobSource` whose parts may come over several connections at once."""
+
+    @property
+    def connections(self) -> int:
+        """How many connections it would use; with one, reading on is as good."""
+        ...
+
+    def fetch_segments(
+        self, segments: Sequence[tuple[int, int]], sink: SegmentSink, stop: Stop
+    ) -> None:
+        """Bring the bytes of all `segments` (start, end) to `sink`; they do not overlap.
+
+        Returns when all are there; raises what reading the blob raises, or `SegmentsRefused`, once
+        nothing comes any more.
+        """
         ...
 
 
@@ -62,6 +96,18 @@ class Source(Protocol):
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
         """Return the blob to read from; whether it exists shows when it is opened."""
+        ...
+
+
+@runtime_checkable
+class ReferrerSource(Source, Protocol):
+    """A source that knows what was said about a manifest: signatures, SBOMs, evaluations."""
+
+    def referrers(self, subject: Digest, artifact_type: str | None = None) -> list[Descriptor]:
+        """Return the manifests whose subject is this one, those of `artifact_type` if given.
+
+        Each descriptor has the annotations and the type of its manifest; in a fixed order.
+        """
         ...
 
 

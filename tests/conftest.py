@@ -32,11 +32,13 @@ def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any) ->
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("MODELPACK_STORE", str(home / "store"))
     for name in (
+        "COSIGN_PASSWORD",
         "DEFAULT_REGISTRY",
         "DOCKER_CONFIG",
         "INSECURE_REGISTRY",
         "MODELPACK_MIRRORS",
         "MODELPACK_PASSWORD",
+        "MODELPACK_POLICY",
         "MODELPACK_REGISTRY",
         "MODELPACK_USERNAME",
         "MODELS_PATH",

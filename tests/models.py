@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import modelpack
+
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 
@@ -20,3 +22,13 @@ def tiny_safetensors(directory: Path) -> Path:
     path = directory / "tiny-safetensors"
     shutil.copytree(FIXTURES / "models" / "tiny-safetensors", path)
     return path
+
+
+def store_of_two(directory: Path) -> modelpack.Store:
+    """Return a new store with a GGUF, x/gguf:v1, and a directory of safetensors, x/st:v1."""
+    store = modelpack.Store(directory / "store")
+    gguf = modelpack.PackageRequest(gguf=tiny_gguf(directory))
+    modelpack.package("x/gguf:v1", gguf, store=store)
+    tensors = modelpack.PackageRequest(safetensors_dir=tiny_safetensors(directory))
+    modelpack.package("x/st:v1", tensors, store=store)
+    return store

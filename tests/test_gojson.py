@@ -73,6 +73,8 @@ def test_decode_reads_what_encode_writes(value: Any) -> None:
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
         (b"9" * 5000, "out of range"),
+        (b"[1e999]", "out of range"),
+        (b"[-1e999]", "out of range"),
         (b" " * 101, "more than the limit of 100"),
     ],
 )

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from modelpack.digest import Digest
 from modelpack.errors import InvalidReferenceError
-from modelpack.reference import Reference, is_model_id, normalized
+from modelpack.reference import (
+    Reference,
+    is_model_id,
+    means_only_itself,
+    normalized,
+    spelled_in_full,
+)
 
 H64 = "0123456789abcdef" * 4
 ERROR = None
@@ -274,3 +280,34 @@ def test_any_text_parses_or_is_refused(text: str) -> None:
     except InvalidReferenceError:
         return
     assert Reference.parse(str(reference)) == reference
+
+
+_texts = st.one_of(
+    st.from_regex(
+        r"(docker\.io|index\.docker\.io|hf\.co|localhost|h|a\.b|A\.b|127\.0\.0\.1:5000|\[::1\]:5)?"
+        r"/?[a-zA-Z._-]{0,3}(/[a-z0-9:@.]{0,4}){0,2}(:[a-zA-Z0-9._-]{0,4})?[ \n]?",
+        fullmatch=True,
+    ),
+    st.text(max_size=12),
+)
+
+
+@given(_texts)
+def test_what_is_in_full_at_a_glance(text: str) -> None:
+    """The short cuts of the store's index are never wrong; they may be silent."""
+    try:
+        parsed = Reference.parse(text, default_registry="docker.io")
+    except InvalidReferenceError:
+        parsed = None
+    quick = spelled_in_full(text)
+    if quick is not None:
+        assert quick == parsed
+        assert str(quick) == text
+    if text and means_only_itself(text) and parsed is not None:
+        assert str(parsed) == text
+
+
+@pytest.mark.parametrize("text", ["a.b/c:d", "127.0.0.1:5000/ai/x:v1.0_a", "docker.io/ai/x:latest"])
+def test_usual_names_take_the_short_cut(text: str) -> None:
+    assert spelled_in_full(text) is not None
+    assert means_only_itself(text)

@@ -15,6 +15,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from modelpack_engine.command_buffers import count_operations_only
+
 if TYPE_CHECKING:
     from modelpack_engine.async_engine import AsyncEngine as AsyncEngine
     from modelpack_engine.config import EngineConfig as EngineConfig
@@ -34,6 +36,8 @@ _EXPORTS = {
 _WITHOUT_MLX = {"EngineConfig", "RequestEvent", "SamplingParams"}
 
 __all__ = list(_EXPORTS)
+
+count_operations_only()
 
 
 def __getattr__(name: str) -> Any:

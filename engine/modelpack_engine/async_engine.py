@@ -25,8 +25,8 @@ from modelpack_engine.request_stream import Abort, RequestStream
 from modelpack_engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from modelpack_engine.engine import Engine
     from modelpack_engine.loaders.tokenizer import Tokenizer
+    from modelpack_engine.stepping import SteppingEngine
 
 _log = logging.getLogger(__name__)
 
@@ -56,13 +56,15 @@ class AsyncEngine:
     `meter` takes the measure of its requests. `error` is what loading raised, `failure` its text.
     """
 
-    def __init__(self, make_engine: Callable[[], Engine], meter: Meter | None = None) -> None:
+    def __init__(
+        self, make_engine: Callable[[], SteppingEngine], meter: Meter | None = None
+    ) -> None:
         self.state = EngineState.LOADING
         self.failure = ""
         self.error: Exception | None = None
         self.meter = meter or Meter()
         self._make_engine = make_engine
-        self._engine: Engine | None = None
+        self._engine: SteppingEngine | None = None
         self._calls: queue.SimpleQueue[_Add | Abort | None] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}
         self._running_choices: dict[str, int] = {}
@@ -135,7 +137,7 @@ class AsyncEngine:
         self._thread.join()
         self._engine = None
 
-    def _ready(self) -> Engine:
+    def _ready(self) -> SteppingEngine:
         if self._engine is None:
             raise EngineError(f"the engine is {self.state}")
         return self._engine
@@ -176,8 +178,9 @@ class AsyncEngine:
             self._hand_out(events)
         self.state = EngineState.STOPPED
         self._hand_out(engine.fail_all("the engine was stopped"))
+        engine.close()
 
-    def _take_calls(self, engine: Engine) -> bool:
+    def _take_calls(self, engine: SteppingEngine) -> bool:
         """Do what was asked for; wait for a call if there is nothing else to do."""
         while True:
             try:
@@ -193,7 +196,7 @@ class AsyncEngine:
             else:
                 self._add(engine, call)
 
-    def _add(self, engine: Engine, call: _Add) -> None:
+    def _add(self, engine: SteppingEngine, call: _Add) -> None:
         stream = call.stream
         try:
             engine.add_request(

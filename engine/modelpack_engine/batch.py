@@ -1,17 +1,19 @@
 """StepBatch: a step as the device gets it. Rows, slots and tables, padded to bucketed sizes.
 
 Every token is a row. Decode rows come first, padded to a bucket, then the chunks of prompts one
-after the other, each padded to a bucket at its end. A padding row has token 0 at position 0 and
-writes to slot 0, in the trash block, where nothing that counts is ever read.
+after the other, each padded to a bucket at its end. A proposal is several decode rows, which see
+the same blocks up to their own positions; where nothing is padded it is a chunk, before those of
+prompts, whose keys are read once. A padding row has token 0 at position 0 and writes to slot 0, in
+the trash block, where nothing that counts is ever read.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from modelpack_engine.block_manager import TRASH_BLOCK
 from modelpack_engine.buckets import Buckets
-from modelpack_engine.schedule import PrefillChunk, SchedulerOutput
+from modelpack_engine.schedule import PrefillChunk, Proposal, SchedulerOutput
 from modelpack_engine.sequence import Sequence
 
 
@@ -21,6 +23,9 @@ class Chunk:
 
     Rows up to row + padded_length are padding. `block_table` is padded with the trash block to a
     bucket that has room for the padding rows' keys as well: kv_length + padded_length - length.
+
+    Of recurrent layers: `snapshot` is the state that the chunk starts from, unless it is that of
+    its sequence; `block_hash` is what a snapshot of its end goes by, if it ends with a block.
     """
 
     row: int
@@ -29,6 +34,8 @@ class Chunk:
     kv_length: int
     block_table: tuple[int, ...]
     seq_id: int
+    snapshot: object | None = None
+    block_hash: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +51,9 @@ class StepBatch:
     own token, and is 1 for padding.
 
     `sample_rows` are the rows whose next token is sampled, in ascending order, and `sample_seqs`
-    whose they are. Rows in `prompt_logprob_rows` are wanted for the log-probability of the prompt
-    token after them; `prompt_logprob_seqs` has their sequences. `released` names the sequences
-    whose state is void before this step.
+    whose they are: of a proposal all rows are, in order. Rows in `prompt_logprob_rows` are wanted
+    for the log-probability of the prompt token after them; `prompt_logprob_seqs` has their
+    sequences. `released` names the sequences whose state is void before this step.
     """
 
     token_ids: list[int]
@@ -78,14 +85,25 @@ def build_batch(
     `previous` is the batch of the step in flight, None if all tokens have been read.
     """
     rows = _Rows(buckets, block_size)
-    rows.add_decode(output.decode, previous)
-    sample_rows = list(range(len(output.decode)))
-    prompt_rows: list[tuple[int, Sequence]] = []
     chunks = []
+    if buckets.exact:
+        rows.add_decode(output.decode, previous)
+        sample_rows = list(range(len(output.decode)))
+        for proposal in output.proposals:
+            chunks.append(chunk := rows.add_proposal(proposal))
+            sample_rows += range(chunk.row, chunk.row + chunk.length)
+    else:
+        rows.add_decode(output.decode, previous, output.proposals)
+        sample_rows = list(range(len(rows.decode_seq_ids)))
+    prompt_rows: list[tuple[int, Sequence]] = []
+    sample_seqs = list(output.decode)
+    for proposal in output.proposals:
+        sample_seqs += [proposal.sequence] * (1 + len(proposal.token_ids))
     for part in output.prefill:
         chunks.append(chunk := rows.add_chunk(part))
         if part.is_last:
             sample_rows.append(chunk.row + chunk.length - 1)
+            sample_seqs.append(part.sequence)
         prompt_rows += _prompt_logprob_rows(part, chunk.row)
     return StepBatch(
         token_ids=rows.token_ids,
@@ -95,10 +113,10 @@ def build_batch(
         num_decode=rows.num_decode,
         decode_tables=rows.decode_tables,
         decode_lengths=rows.decode_lengths,
-        decode_seq_ids=tuple(sequence.seq_id for sequence in output.decode),
+        decode_seq_ids=tuple(rows.decode_seq_ids),
         chunks=tuple(chunks),
         sample_rows=tuple(sample_rows),
-        sample_seqs=output.sampled,
+        sample_seqs=tuple(sample_seqs),
         prompt_logprob_rows=tuple(row for row, _ in prompt_rows),
         prompt_logprob_seqs=tuple(sequence for _, sequence in prompt_rows),
         released=output.released,
@@ -118,52 +136,87 @@ class _Rows:
         self.num_decode = 0
         self.decode_tables: list[list[int]] = []
         self.decode_lengths: list[int] = []
+        self.decode_seq_ids: list[int] = []
 
-    def add_decode(self, sequences: tuple[Sequence, ...], previous: StepBatch | None) -> None:
-        """Add a row for the newest token of each, which may be still on the device."""
+    def add_decode(
+        self,
+        sequences: tuple[Sequence, ...],
+        previous: StepBatch | None,
+        proposals: tuple[Proposal, ...] = (),
+    ) -> None:
+        """Add a row for the newest token of each, which may be still on the device.
+
+        After these, rows for the newest token of each proposal's sequence and for what is proposed.
+        """
         sampled = {seq: i for i, seq in enumerate(previous.sample_seqs)} if previous else {}
+        tables = []
         for row, sequence in enumerate(sequences):
             position = sequence.num_computed_tokens
+            token_id = 0
             if sequence.num_inflight:
                 assert sequence.num_inflight == 1, "one step at a time is in flight"
                 self.from_previous.append((row, sampled[sequence]))
-                self.token_ids.append(0)
             else:
-                self.token_ids += sequence.token_ids(position, position + 1)
-            self.positions.append(position)
-            block = sequence.block_table[position // self._block_size]
-            self.slots.append(block * self._block_size + position % self._block_size)
-            self.decode_lengths.append(position + 1)
-        if not sequences:
+                (token_id,) = sequence.token_ids(position, position + 1)
+            tables.append(self._add_row(sequence, position, token_id))
+        for proposal in proposals:
+            start, token_ids = _rows_of(proposal)
+            for position, token_id in enumerate(token_ids, start):
+                tables.append(self._add_row(proposal.sequence, position, token_id))
+        if not tables:
             return
-        self.num_decode = self._buckets.pad_rows(len(sequences))
-        padding = self.num_decode - len(sequences)
-        tables = [
-            self._table(sequence, length)
-            for sequence, length in zip(sequences, self.decode_lengths, strict=True)
-        ]
+        self.num_decode = self._buckets.pad_rows(len(tables))
+        padding = self.num_decode - len(tables)
         width = self._buckets.pad_table_width(max(map(len, tables)))
         self._pad(padding)
         self.decode_lengths += [1] * padding
         tables += [[] for _ in range(padding)]
         self.decode_tables = [table + [TRASH_BLOCK] * (width - len(table)) for table in tables]
 
+    def _add_row(self, sequence: Sequence, position: int, token_id: int) -> list[int]:
+        """Add a decode row; return the blocks that it sees."""
+        self.token_ids.append(token_id)
+        self.positions.append(position)
+        block = sequence.block_table[position // self._block_size]
+        self.slots.append(block * self._block_size + position % self._block_size)
+        self.decode_lengths.append(position + 1)
+        self.decode_seq_ids.append(sequence.seq_id)
+        return self._table(sequence, position + 1)
+
+    def add_proposal(self, proposal: Proposal) -> Chunk:
+        """Add the rows of a proposal as a chunk."""
+        start, token_ids = _rows_of(proposal)
+        return self._add_chunk(proposal.sequence, start, token_ids)
+
     def add_chunk(self, part: PrefillChunk) -> Chunk:
         """Add the rows of a chunk, and its padding."""
-        sequence, start, stop = part.sequence, part.start, part.start + part.length
+        token_ids = part.sequence.token_ids(part.start, part.start + part.length)
+        chunk = self._add_chunk(part.sequence, part.start, token_ids)
+        full, rest = divmod(chunk.kv_length, self._block_size)
+        hashes = part.sequence.block_hashes
+        ends_block = rest == 0 and full <= len(hashes)
+        return replace(
+            chunk,
+            snapshot=part.sequence.snapshot,
+            block_hash=hashes[full - 1] if ends_block else None,
+        )
+
+    def _add_chunk(self, sequence: Sequence, start: int, token_ids: list[int]) -> Chunk:
+        length = len(token_ids)
+        stop = start + length
         row, size = len(self.token_ids), self._block_size
-        padded_length = self._buckets.pad_chunk(part.length)
-        self.token_ids += sequence.token_ids(start, stop)
+        padded_length = self._buckets.pad_chunk(length)
+        self.token_ids += token_ids
         self.positions += range(start, stop)
         table = self._table(sequence, stop)
         for index in range(start // size, len(table)):
             low, high = max(start - index * size, 0), min(stop - index * size, size)
             self.slots += range(table[index] * size + low, table[index] * size + high)
-        self._pad(padded_length - part.length)
-        num_keys = stop + padded_length - part.length
+        self._pad(padded_length - length)
+        num_keys = stop + padded_length - length
         width = self._buckets.pad_table_width(-(-num_keys // size))
         table += [TRASH_BLOCK] * (width - len(table))
-        return Chunk(row, part.length, padded_length, stop, tuple(table), sequence.seq_id)
+        return Chunk(row, length, padded_length, stop, tuple(table), sequence.seq_id)
 
     def _table(self, sequence: Sequence, num_tokens: int) -> list[int]:
         return sequence.block_table[: -(-num_tokens // self._block_size)]
@@ -171,6 +224,12 @@ class _Rows:
     def _pad(self, count: int) -> None:
         for column in (self.token_ids, self.positions, self.slots):
             column += [0] * count
+
+
+def _rows_of(proposal: Proposal) -> tuple[int, list[int]]:
+    """Return the position of a proposal's first row, and the tokens of its rows."""
+    start = proposal.sequence.num_computed_tokens
+    return start, [*proposal.sequence.token_ids(start, start + 1), *proposal.token_ids]
 
 
 def _prompt_logprob_rows(part: PrefillChunk, row: int) -> list[tuple[int, Sequence]]:

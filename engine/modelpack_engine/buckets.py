@@ -28,6 +28,11 @@ class Buckets:
             assert min(sizes, default=0) > 0, f"sizes are positive, and there are some: {sizes}"
             assert sizes == tuple(sorted(set(sizes))), f"sizes ascend: {sizes}"
 
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is ever padded."""
+        return self.rows == self.chunk == (1,)
+
     def pad_rows(self, count: int) -> int:
         """Return how many decode rows stand for `count`; 0 stays 0."""
         return round_up(count, self.rows)
@@ -80,9 +85,9 @@ def sizes_up_to(count: int, sizes: tuple[int, ...]) -> list[int]:
 #: Every size as it is: for devices where a new shape costs nothing.
 EXACT = Buckets()
 
-#: Few sizes, none more than twice what is needed below the last step.
+#: Few sizes, since each is compiled and warmed up. A table that is too wide costs next to nothing.
 FEW = Buckets(
     rows=(1, 2, 4, 8, 16, 32, 64),
     chunk=(16, 32, 64, 128),
-    table_width=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048),
+    table_width=(4, 16, 64, 256, 1024, 4096),
 )

@@ -95,6 +95,8 @@ class Choice:
             len(sequence.prompt_token_ids),
             len(sequence.output_token_ids),
             sequence.num_cached_tokens,
+            sequence.num_accepted_tokens,
+            sequence.num_proposed_tokens - sequence.num_accepted_tokens,
         )
 
     def _timing(self) -> Timing:

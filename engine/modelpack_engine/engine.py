@@ -8,44 +8,53 @@ Where a kernel writes the pools, N + 1 is launched before N is read: the device 
 
 Masks have to see the tokens of N before they allow those of N + 1. A step with a mask in it is
 launched without its sampling, which is built last: masks are computed during the forward pass.
+
+Speculation has to see the tokens of N before it proposes any for N + 1. A step that it is worth
+waiting for is built after N has been read, and so is the one after it.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
-from itertools import pairwise
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from modelpack_engine.adaptation.layout import ModelLayout, UnknownCacheError, find_layout
-from modelpack_engine.adaptation.warm_up import step_shapes
-from modelpack_engine.batch import StepBatch, build_batch
+from modelpack_engine.adaptation.cache_types import layout_with_cache_type
+from modelpack_engine.adaptation.layout import ModelLayout
+from modelpack_engine.batch import build_batch
 from modelpack_engine.block_manager import BlockManager
 from modelpack_engine.choice import Choice
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.errors import EngineError, RequestError
+from modelpack_engine.kv_types import parse_kv_cache_dtype
 from modelpack_engine.loaders import LoadedModel
 from modelpack_engine.model_runner import ModelRunner
+from modelpack_engine.offload.opening import open_offload
 from modelpack_engine.outputs import EngineStats, FinishReason, RequestEvent
-from modelpack_engine.sampler import NO_TOKEN, Sampler, SampleRow
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.sampler import NO_TOKEN, Sampled, Sampler, SampleRow
+from modelpack_engine.sampling_params import LogitsMask, SamplingParams, check_request
+from modelpack_engine.schedule import Proposal
 from modelpack_engine.scheduler import Scheduler
 from modelpack_engine.sequence import Sequence
 from modelpack_engine.sizing import Sizes, choose_sizes, on_gpu
+from modelpack_engine.speculation.making import check_draft, make_speculator
+from modelpack_engine.speculation.masks import masked_rows
 from modelpack_engine.step import (
+    NextToken,
     Step,
     StepTokens,
-    gather_prompt_logprobs,
-    next_prompt_tokens,
+    part_logits,
+    read_prompt_logprobs,
     read_tokens,
-    sample_row,
+    row_token_ids,
+    sample_rows,
     with_prompt_rows,
 )
+from modelpack_engine.step_clock import StepClock
+from modelpack_engine.stepping import run_to_end
 
 _log = logging.getLogger(__name__)
 
@@ -54,49 +63,56 @@ class Engine:
     """Serves one loaded model. Not thread-safe: `AsyncEngine` gives it a thread of its own."""
 
     def __init__(
-        self, loaded: LoadedModel, config: EngineConfig | None = None, *, model_id: str = ""
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig | None = None,
+        *,
+        model_id: str = "",
+        draft: LoadedModel | None = None,
     ) -> None:
         """Allocate the KV cache, test the model and warm it up.
 
-        `model_id` names the weights in the prefix cache. Raises `OutOfMemoryError` if the cache
-        would not hold a single prompt, saying what would fit.
+        `model_id` names the weights in the prefix cache. `draft` is the model that `config` names
+        for speculation. Raises `OutOfMemoryError`, saying what would fit, if a prompt would not.
         """
         self.config = config or EngineConfig()
         self.tokenizer = loaded.tokenizer
-        layout = layout_of(loaded.model)
+        kind = parse_kv_cache_dtype(self.config.kv_cache_dtype)
+        layout = layout_with_cache_type(loaded.model, kind)
+        drafting = check_draft(self.config, loaded, draft)
         self.vocab_size = layout.vocab_size if layout else int(loaded.config["vocab_size"])
-        self._sizes: Sizes = choose_sizes(layout, loaded.context_length, self.config)
+        beside = drafting.bytes_per_token if drafting else 0
+        self._sizes = self._choose_sizes(layout, loaded.context_length, beside)
         self.max_model_len = self._sizes.max_model_len
-        per_token = layout.bytes_per_token if layout else 0
+        per_block = ((layout.bytes_per_token if layout else 0) + beside) * self.config.block_size
+        weight_bytes = loaded.weight_bytes + (drafting.loaded.weight_bytes if drafting else 0)
         #: Bytes of the weights and the KV cache.
-        self.memory_bytes = (
-            loaded.weight_bytes + self._sizes.num_blocks * self.config.block_size * per_token
-        )
-        self._runner = ModelRunner(
-            loaded.model,
-            num_blocks=self._sizes.num_blocks,
-            block_size=self.config.block_size,
-            buckets=self._sizes.buckets,
-            self_test=self.config.self_test,
-        )
-        self.notes = (*loaded.notes, *self._runner.notes)
+        self.memory_bytes = weight_bytes + self._sizes.num_blocks * per_block
+        self._runner = self._make_runner(loaded.model)
         caching = self.config.enable_prefix_caching and self._runner.supports_prefix_cache
         self._blocks = BlockManager(
             self._sizes.num_blocks,
             self.config.block_size,
-            model_id=model_id,
+            model_id=model_id if kind == "auto" else f"{model_id} {kind}",
             enable_prefix_caching=caching,
+            snapshots=self._runner.snapshots,
+            window=layout.window if layout else None,
         )
+        self._mover = open_offload(self.config, self._runner, self._blocks, model_id)
         self._scheduler = Scheduler(self._sizes.scheduler_config(self.config), self._blocks)
-        self._sampler = Sampler(
-            self.vocab_size, self.config.max_num_seqs, self.tokenizer.eos_token_ids
+        eos_token_ids = self.tokenizer.eos_token_ids
+        self._sampler = Sampler(self.vocab_size, self.config.max_num_seqs, eos_token_ids)
+        self._speculator, notes = make_speculator(
+            self.config, drafting, self._runner, self._sampler, self._sizes, self.vocab_size
         )
+        self.notes = (*loaded.notes, *self._runner.notes, *notes)
         self._choices: dict[int, Choice] = {}  # by seq_id, until they end
         self._sampling: set[int] = set()  # seq_ids that the sampler knows
         self._pending: Step | None = None
-        self._seconds = (0.0, 0.0, 0.0)  # of the host: building, launching, waiting
+        self._clock = StepClock()
         if self.config.warm_up and on_gpu():
-            self._warm_up()
+            most = self._speculator.most_rows if self._speculator else 0
+            self._runner.warm_up(self._sizes.step_shapes(self.config, most))
 
     def add_request(
         self,
@@ -106,26 +122,20 @@ class Engine:
         *,
         n: int = 1,
         continues_text: bool = False,
+        cache_salt: bytes = b"",
     ) -> None:
-        """Queue a request with `n` choices; `continues_text` for completions, whose text goes on
-        after the prompt.
+        """Queue a request with `n` choices, which shares prefixes with those of its `cache_salt`.
 
+        `continues_text`: for completions, whose text goes on after the prompt.
         Raises `RequestError`, `ContextLengthError` or `QueueFullError`; nothing is queued then.
         """
-        params.check(self.vocab_size)
-        if n < 1:
-            raise RequestError(f"n is {n}, expected 1 or more", param="n")
-        for token_id in prompt_token_ids:
-            if not 0 <= token_id < self.vocab_size:
-                raise RequestError(
-                    f"the prompt holds the token {token_id}; the vocabulary has {self.vocab_size}",
-                    param="prompt",
-                )
+        check_request(prompt_token_ids, params, n, self.vocab_size)
         first = Sequence(
             request_id,
             list(prompt_token_ids),
             params,
             eos_token_ids=self.tokenizer.eos_token_ids,
+            cache_salt=cache_salt,
         )
         sequences = [first, *(first.fork(index) for index in range(1, n))]
         choices = [Choice(sequence, self.tokenizer, continues_text) for sequence in sequences]
@@ -139,23 +149,25 @@ class Engine:
 
     def step(self) -> list[RequestEvent]:
         """Do one step; return what is new."""
-        clock = time.perf_counter
-        times = [clock()]
+        clock = self._clock
+        clock.start()
+        events = self._read_first()
+        clock.ended("wait")
         step = self._build()
-        times.append(clock())
+        clock.ended("build")
         early = self._runner.writes_in_place
         if early:
             self._launch(step)
-        times.append(clock())
+            clock.ended("launch")
         tokens = self._read()
-        times.append(clock())
-        events = self._fail_rows(tokens)
+        clock.ended("wait")
+        self._mover.collect()
+        events += self._fail_rows(tokens)
         if not early:
             self._launch(step)
-        times.append(clock())
+            clock.ended("launch")
         events += self._take(tokens)
         events += self._submit(step)
-        self._took(*(after - before for before, after in pairwise(times)))
         return events
 
     def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
@@ -174,6 +186,7 @@ class Engine:
         pending, self._pending = self._pending, None
         if pending is not None:
             self._scheduler.fail(pending.output)
+        self._mover.forget()
         events = []
         for choice in list(self._choices.values()):
             self._scheduler.finish(choice.sequence, FinishReason.ERROR)
@@ -187,43 +200,54 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return counters and gauges."""
-        build, launch, wait = self._seconds
-        return replace(
-            self._scheduler.stats(),
-            build_seconds=build, launch_seconds=launch, wait_seconds=wait,
-        )  # fmt: skip
+        stats = self._clock.counted(self._scheduler.stats())
+        stats = replace(stats, offload=self._mover.stats())
+        return stats if self._speculator is None else self._speculator.counted(stats)
+
+    def close(self) -> None:
+        """Write the prefix cache to disk, if it is to outlive the engine."""
+        self._mover.close()
 
     def generate(
         self, prompts: Iterable[str | Tokens[int]], params: SamplingParams
     ) -> list[list[RequestEvent]]:
         """Run prompts to their end; return each one's events, in the order of the prompts."""
-        events: dict[str, list[RequestEvent]] = {}
-        for i, prompt in enumerate(prompts):
-            token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            self.add_request(f"generate-{i}", token_ids, params)
-            events[f"generate-{i}"] = []
-        while self.has_work:
-            for event in self.step():
-                events[event.request_id].append(event)
-        return list(events.values())
+        return run_to_end(self, prompts, params)
 
-    def _warm_up(self) -> None:
-        config = self._sizes.scheduler_config(self.config)
-        self._runner.warm_up(
-            step_shapes(
-                self._sizes.buckets,
-                max_num_seqs=config.max_num_seqs,
-                max_chunk=config.chunk_rows,
-                max_model_len=config.max_model_len,
-                block_size=self.config.block_size,
-            )
-        )
+    # An engine over several devices has these three otherwise.
+
+    def _choose_sizes(self, layout: ModelLayout | None, context_length: int, beside: int) -> Sizes:
+        window = None if layout is None or beside else layout.window  # a draft may see all tokens
+        return choose_sizes(layout, context_length, self.config, beside=beside, window=window)
+
+    def _make_runner(self, model: Module) -> ModelRunner:
+        return ModelRunner.sized(model, self._sizes, self.config)
+
+    def _sample(self, logits: mx.array, rows: Tokens[SampleRow]) -> Sampled:
+        return self._sampler.sample(logits, rows)
 
     # A step's parts
 
+    def _read_first(self) -> list[RequestEvent]:
+        """Take the tokens in flight before the next step is built, if speculation has to see them.
+
+        It has to if some of them were proposed: how many came true is not known before.
+        """
+        if self._speculator is None or self._pending is None:
+            return []
+        decoding = self._scheduler.decoding()
+        if not self._pending.output.proposals and not self._speculator.worth_waiting(decoding):
+            return []
+        tokens = self._read()
+        return self._fail_rows(tokens) + self._take(tokens)
+
     def _build(self) -> Step | None:
         """Schedule the next step and build its graph."""
-        output = self._scheduler.schedule()
+        proposed = None
+        if self._speculator is not None and self._pending is None:
+            proposed = self._speculator.propose(self._scheduler.decoding(), self._mask_of)
+        output = self._scheduler.schedule(proposed)
+        self._mover.move(has_step=output is not None, in_flight=self._pending is not None)
         if output is None:
             self._forget(self._scheduler.take_released())
             return None
@@ -232,20 +256,15 @@ class Engine:
             self._introduce(chunk.sequence)
         previous = self._pending.batch if self._pending else None
         batch = build_batch(output, previous, self._sizes.buckets, self.config.block_size)
-        logits = self._runner.forward(with_prompt_rows(batch), self._token_ids(batch))
-        num_sampled = len(batch.sample_rows)
-        prompt_logprobs = None
-        if batch.prompt_logprob_rows:
-            stop = num_sampled + len(batch.prompt_logprob_rows)
-            prompt_logprobs = gather_prompt_logprobs(batch, logits[num_sampled:stop])
-            logits = logits[:num_sampled]
+        token_ids = row_token_ids(batch, self._pending.sampled if self._pending else None)
+        logits = self._runner.forward(with_prompt_rows(batch), token_ids)
+        logits, prompt_logprobs = part_logits(batch, logits)
         step = Step(output, batch, None, None, prompt_logprobs)
         if not batch.sample_seqs:
             return step
         if any(sequence.params.mask is not None for sequence in batch.sample_seqs):
             return replace(step, logits=logits)
-        rows = [sample_row(sequence) for sequence in batch.sample_seqs]
-        return replace(step, sampled=self._sampler.sample(logits, rows))
+        return replace(step, sampled=self._sample(logits, sample_rows(output)))
 
     def _read(self) -> StepTokens | None:
         """Wait for the step in flight; return its tokens."""
@@ -262,12 +281,15 @@ class Engine:
         events: list[RequestEvent] = []
         if tokens is None:
             return events
-        rows = zip(tokens.step.batch.sample_seqs, tokens.token_ids, strict=True)
-        for sequence, token_id in rows:
-            if token_id == NO_TOKEN and sequence.seq_id in self._choices:
+        for sequence, taken in zip(tokens.step.output.sampled, tokens.tokens, strict=True):
+            if not taken:
+                self._blocks.withdraw(sequence)
+            elif taken[0].token_id == NO_TOKEN and sequence.seq_id in self._choices:
                 self._runner.scrub(self._blocks.withdraw(sequence))
                 text = "the model's logits are not numbers: no token can be chosen"
                 events.append(self._fail(sequence, text))
+        if tokens.broken_slots:
+            self._runner.scrub_slots(tokens.broken_slots)
         return events
 
     def _launch(self, step: Step | None) -> None:
@@ -280,29 +302,48 @@ class Engine:
         events: list[RequestEvent] = []
         if tokens is None:
             return events
-        step, token_ids, logprobs = tokens
-        for index, sequence in self._scheduler.collect(step.output, token_ids):
-            choice = self._choices[sequence.seq_id]
-            event, stopped_by = choice.take(token_ids[index], logprobs[index])
-            if stopped_by is not None and not sequence.is_finished:
-                self._scheduler.finish(sequence, FinishReason.STOP, stopped_by)
-                event = choice.ended(event)
-            events.append(event)
-            if sequence.is_finished:
-                self._end(sequence)
+        output = tokens.step.output
+        for proposal, taken in tokens.verified():
+            self._verified(proposal, taken)
+        firsts = [taken[0].token_id if taken else None for taken in tokens.tokens]
+        for index, sequence in self._scheduler.collect(output, firsts):
+            first, *more = tokens.tokens[index]
+            events.append(self._tell(sequence, first))
+            for token in more:
+                if self._scheduler.take(sequence, token.token_id):
+                    events.append(self._tell(sequence, token))
         return events
 
-    def _submit(self, step: Step | None) -> list[RequestEvent]:
-        """Take note that the device has a step, after having sampled it if that waits for masks.
+    def _verified(self, proposal: Proposal, tokens: list[NextToken]) -> None:
+        """Take note of the tokens that a sequence with a proposal goes on with."""
+        if proposal.sequence.is_finished:
+            return
+        assert self._speculator is not None
+        num_accepted = max(0, len(tokens) - 1)
+        self._scheduler.verified(proposal, num_accepted)
+        self._speculator.verified(proposal, num_accepted, spoilt=not tokens)
+        self._sampler.accept(proposal.sequence.seq_id, [token.token_id for token in tokens])
 
-        Returns what ends here: choices whose masks fail.
-        """
+    def _tell(self, sequence: Sequence, token: NextToken) -> RequestEvent:
+        """Return what a token that its sequence has taken means for its request."""
+        choice = self._choices[sequence.seq_id]
+        event, stopped_by = choice.take(token.token_id, token.logprob)
+        if stopped_by is not None and not sequence.is_finished:
+            self._scheduler.finish(sequence, FinishReason.STOP, stopped_by)
+            event = choice.ended(event)
+        if sequence.is_finished:
+            self._end(sequence)
+        return event
+
+    def _submit(self, step: Step | None) -> list[RequestEvent]:
+        """Note that the device has a step, sampled now if it waited for masks; tell whose fail."""
         events: list[RequestEvent] = []
         if step is None:
             return events
         if step.logits is not None:
-            rows = [self._masked_row(seq, events) for seq in step.batch.sample_seqs]
-            step = replace(step, logits=None, sampled=self._sampler.sample(step.logits, rows))
+            rows, failures = masked_rows(step.output, self._mask_of)
+            events += [self._fail(sequence, why) for sequence, why in failures]
+            step = replace(step, logits=None, sampled=self._sample(step.logits, rows))
             mx.async_eval(*step.arrays())
         self._scheduler.submitted(step.output)
         self._pending = step
@@ -310,21 +351,10 @@ class Engine:
 
     # Details
 
-    def _took(self, build: float, early: float, wait: float, late: float) -> None:
-        """Add up the seconds of a step."""
-        seconds = self._seconds
-        self._seconds = (seconds[0] + build, seconds[1] + early + late, seconds[2] + wait)
-
-    def _masked_row(self, sequence: Sequence, events: list[RequestEvent]) -> SampleRow:
-        """Return a row with what its mask allows, now that all tokens before it are taken."""
+    def _mask_of(self, sequence: Sequence) -> LogitsMask | None:
+        """Return a sequence's mask, None if it has none or has ended."""
         choice = self._choices.get(sequence.seq_id)
-        allowed = None
-        if choice is not None and choice.mask is not None:  # else it has ended
-            try:
-                allowed = choice.mask.allowed()
-            except EngineError as error:
-                events.append(self._fail(sequence, str(error)))
-        return replace(sample_row(sequence), allowed=allowed)
+        return None if choice is None else choice.mask
 
     def _fail(self, sequence: Sequence, message: str) -> RequestEvent:
         """End one choice with an error."""
@@ -332,18 +362,6 @@ class Engine:
         event = self._choices[sequence.seq_id].failed(message)
         self._end(sequence)
         return event
-
-    def _token_ids(self, batch: StepBatch) -> mx.array:
-        """Return the rows' ids, int32 [rows]; those of the step in flight stay on the device."""
-        token_ids = mx.array(batch.token_ids, mx.int32)
-        if batch.from_previous:
-            assert self._pending is not None
-            assert self._pending.sampled is not None
-            rows, indices = zip(*batch.from_previous, strict=True)
-            # A row that failed has no token; it runs on with any until its end is seen.
-            sampled = mx.maximum(self._pending.sampled.token_ids, 0)
-            token_ids[mx.array(rows)] = sampled[mx.array(indices)]
-        return token_ids
 
     def _introduce(self, sequence: Sequence) -> None:
         if sequence.seq_id not in self._sampling:
@@ -360,31 +378,16 @@ class Engine:
     def _forget(self, seq_ids: Tokens[int]) -> None:
         """Drop what the device knows of sequences that ended or were preempted."""
         self._runner.release(seq_ids)
-        for seq_id in seq_ids:
-            if seq_id in self._sampling:
-                self._sampling.discard(seq_id)
-                self._sampler.remove(seq_id)
+        if self._speculator is not None:
+            self._speculator.release(seq_ids)
+        for seq_id in self._sampling.intersection(seq_ids):
+            self._sampling.discard(seq_id)
+            self._sampler.remove(seq_id)
 
     def _end(self, sequence: Sequence) -> None:
         self._choices.pop(sequence.seq_id, None)
 
     def _take_prompt_logprobs(self, step: Step) -> None:
-        if step.prompt_logprobs is None:
-            return
-        sequences = step.batch.prompt_logprob_seqs
-        wanted = [sequence.params.prompt_logprobs for sequence in sequences]
-        token_ids = next_prompt_tokens(step.batch)
-        for sequence, entry in zip(
-            sequences, step.prompt_logprobs.read(token_ids, wanted), strict=True
-        ):
-            choice = self._choices.get(sequence.seq_id)
-            if choice is not None:
-                choice.prompt_logprobs.append(entry)
-
-
-def layout_of(model: Module) -> ModelLayout | None:
-    """Return what the model caches, None if it is of a kind that cannot be paged."""
-    try:
-        return find_layout(model)
-    except UnknownCacheError:
-        return None
+        for sequence, entry in read_prompt_logprobs(step):
+            if sequence.seq_id in self._choices:
+                self._choices[sequence.seq_id].prompt_logprobs.append(entry)

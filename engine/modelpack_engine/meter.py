@@ -84,15 +84,18 @@ class Meter:
         between = self.histograms["inter_token_latency_seconds"]
         if computed_tokens or events:
             self.histograms["iteration_tokens_total"].observe(computed_tokens or len(events))
+        tokens: Counter[tuple[str, int]] = Counter()  # a proposal may bring several at once
         for event in events:
-            key = (event.request_id, event.index)
-            if event.token_ids:
+            tokens[event.request_id, event.index] += len(event.token_ids)
+        for key, count in tokens.items():
+            if count:
                 before = last.get(key)
                 if before is not None:
-                    between.observe((now - before) / len(event.token_ids), len(event.token_ids))
+                    between.observe((now - before) / count, count)
                 last[key] = now
+        for event in events:
             if event.finish_reason is not None:
-                last.pop(key, None)
+                last.pop((event.request_id, event.index), None)
                 self._ended(event)
 
     def answered(self, reason: str, prompt_tokens: int, seconds: float) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,18 +23,25 @@ import mlx.nn as nn
 from modelpack_engine.adaptation import cpu_activations
 from modelpack_engine.adaptation import self_test as tests
 from modelpack_engine.adaptation.adapted import Adapted
+from modelpack_engine.adaptation.cache_types import with_cache_type
 from modelpack_engine.adaptation.compiled import CompiledSteps
 from modelpack_engine.adaptation.contiguous import ContiguousRunner
 from modelpack_engine.adaptation.layout import ModelLayout, UnknownCacheError, find_layout
 from modelpack_engine.adaptation.warm_up import PADDING_SEQ_ID, StepShape, padding_batch
 from modelpack_engine.attention import handles, kernels, rotations
+from modelpack_engine.attention.contents import BlockContents
 from modelpack_engine.attention.handles import LostHandleError
+from modelpack_engine.attention.pools import KVLayout
 from modelpack_engine.attention.step import StepInputs
 from modelpack_engine.batch import StepBatch
 from modelpack_engine.buckets import EXACT, Buckets
-from modelpack_engine.config import BLOCK_SIZE
+from modelpack_engine.config import BLOCK_SIZE, EngineConfig
 from modelpack_engine.errors import EngineError, ModelLoadError, OutOfMemoryError
+from modelpack_engine.fusion import kernels as fused_kernels
+from modelpack_engine.kv_types import KVCacheDtype, parse_kv_cache_dtype
 from modelpack_engine.malloc import keep_freed_memory
+from modelpack_engine.sizing import Sizes
+from modelpack_engine.snapshots import PrefixSnapshots
 from modelpack_engine.vllm_metal import uses_paged_attention
 
 logger = logging.getLogger(__name__)
@@ -57,14 +65,14 @@ class ModelRunner:
     """Runs one model over one pool of KV blocks.
 
     `num_blocks` blocks of `block_size` tokens are allocated at once, block 0 being trash. `dtype`
-    is the type of the pools (default: that of the model's keys). `exact` shapes are for CPUs, where
-    a new shape costs nothing; the default follows MLX's default device. `paged` False asks for the
-    contiguous tier; by default, vllm-metal's VLLM_METAL_USE_PAGED_ATTENTION=0 does. Steps are
-    `compiled` by default where a kernel writes the pools.
+    is the type of the pools (default: that of the model's keys), or `kv_cache_dtype` by its name;
+    quantised pools are put in place when the self-test has found a tier without. `exact` shapes
+    are for CPUs, where a new shape costs nothing; the default follows MLX's default device. `paged`
+    False asks for the contiguous tier; by default, vllm-metal's VLLM_METAL_USE_PAGED_ATTENTION=0
+    does. Steps are `compiled` by default where a kernel writes the pools.
 
-    `tier` and `notes` say how the model runs; `supports_prefix_cache` is False where a sequence's
-    state is more than its keys and values. Raises `OutOfMemoryError` if the pools do not fit, and
-    `ModelLoadError` if mlx-lm itself cannot run the model.
+    `tier` and `notes` say how the model runs; `supports_prefix_cache` is False in the contiguous
+    tier. Raises `OutOfMemoryError` if the pools do not fit, `ModelLoadError` if mlx-lm cannot.
     """
 
     def __init__(
@@ -79,6 +87,7 @@ class ModelRunner:
         exact: bool | None = None,
         paged: bool | None = None,
         compiled: bool | None = None,
+        kv_cache_dtype: KVCacheDtype = "auto",
     ) -> None:
         handles.install()
         rotations.install()
@@ -102,11 +111,28 @@ class ModelRunner:
         if self.layout is not None and paged:
             if dtype is not None:
                 self.layout = self.layout.with_dtype(dtype)
+            self.layout = with_cache_type(self.layout, kv_cache_dtype)
             if compiled is None:
                 compiled = not exact and kernels.available().write
             self._adapt(self.layout, self_test, compiled)
         if self._adapted is None:
+            if kv_cache_dtype != "auto":
+                self._leave(
+                    f"a KV cache of type {kv_cache_dtype}", "this model's cache is not paged"
+                )
             self._contiguous = ContiguousRunner(model)
+
+    @classmethod
+    def sized(cls, model: nn.Module, sizes: Sizes, config: EngineConfig) -> Self:
+        """Return the runner of an engine of these sizes."""
+        return cls(
+            model,
+            num_blocks=sizes.num_blocks,
+            block_size=config.block_size,
+            buckets=sizes.buckets,
+            self_test=config.self_test,
+            kv_cache_dtype=parse_kv_cache_dtype(config.kv_cache_dtype),
+        )
 
     # Load.
 
@@ -124,15 +150,19 @@ class ModelRunner:
     def _adapt(self, layout: ModelLayout, self_test: bool, compiled: bool) -> None:
         """Find the best tier: all on rows, then more and more attention modules in pieces."""
         in_pieces: frozenset[str] = frozenset()
+        quantised = layout.quantised
+        num_blocks = tests.blocks_needed(self.block_size) if quantised else self.num_blocks
         fold = mx.cuda.is_available()
+        fused = self._can_fuse(layout)
         while True:
             adapted = Adapted(
                 self.model,
-                layout,
+                layout.without_quantisation(),
                 self._step,
-                num_blocks=self.num_blocks,
+                num_blocks=num_blocks,
                 in_pieces=in_pieces,
                 fold=fold,
+                fused=fused,
             )
             self._adapted = adapted
             self._allocate(adapted.pools())
@@ -141,7 +171,14 @@ class ModelRunner:
             problem, culprit = self._try(adapted, layout, self_test)
             if problem is None:
                 self.notes += adapted.notes()
+                if quantised:
+                    self._quantise(adapted, layout, self_test)
                 return
+            if adapted.fused:
+                self._leave("fused layers", problem)
+                fused = False
+                self._drop(adapted)
+                continue
             if self._compiled is not None:
                 self._leave("compiled steps", problem)
                 compiled = False
@@ -157,12 +194,39 @@ class ModelRunner:
                 return
             in_pieces = frozenset(more)
 
+    def _quantise(self, adapted: Adapted, layout: ModelLayout, self_test: bool) -> None:
+        """Give the caches of a tier that is right the quantised pools that are wanted."""
+        adapted.replace_pools(layout, self.num_blocks)
+        self._allocate(adapted.pools())
+        bits = min(kv.layout.quantised.bits for kv in adapted.paged if kv.layout.quantised)
+        problem, _ = self._try(adapted, layout, self_test, tests.QUANTISED[bits])
+        if problem is not None:
+            note = f"quantised keys and values change what this model says: {problem}"
+            logger.warning("%s: %s", self._name, note)
+            self.notes += (note,)
+
+    def _can_fuse(self, layout: ModelLayout) -> bool:
+        """Return whether layers may run by fused kernels: on a GPU where these are right."""
+        if self._step.exact or not kernels.available().write:
+            return False
+        dtypes = {
+            leaf.content.dtype for leaf in layout.leaves() if isinstance(leaf.content, KVLayout)
+        }
+        wrong = [verdict for dtype in dtypes if (verdict := fused_kernels.verdict(dtype))]
+        if wrong:
+            self._leave("fused layers", wrong[0])
+        return not wrong
+
     def _drop(self, adapted: Adapted) -> None:
         adapted.undo()
         self._adapted = self._compiled = None
 
     def _try(
-        self, adapted: Adapted, layout: ModelLayout, self_test: bool
+        self,
+        adapted: Adapted,
+        layout: ModelLayout,
+        self_test: bool,
+        tolerance: float | None = None,
     ) -> tuple[str | None, str | None]:
         """Return what is wrong with a tier, and the class of the module at fault, if known."""
         if tests.blocks_needed(self.block_size) > self.num_blocks:
@@ -174,6 +238,7 @@ class ModelRunner:
                 block_size=self.block_size,
                 vocab_size=layout.vocab_size,
                 compute=self_test,
+                tolerance=tolerance,
             )
         except LostHandleError as error:
             return str(error), adapted.owner_class(error)
@@ -214,8 +279,18 @@ class ModelRunner:
 
     @property
     def supports_prefix_cache(self) -> bool:
-        """Whether blocks of one sequence may serve another: not with recurrent state."""
-        return self._adapted is not None and not self._adapted.states
+        """Whether blocks of one sequence may serve another, with a snapshot of recurrent state."""
+        return self._adapted is not None
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether a sequence can drop its last tokens: a recurrent state has no way back."""
+        return self._adapted is not None and self.snapshots is None
+
+    @property
+    def snapshots(self) -> PrefixSnapshots | None:
+        """Where sequences of a recurrent model may start, besides their beginning."""
+        return None if self._adapted is None else self._adapted.snapshots
 
     @cached_property
     def writes_in_place(self) -> bool:
@@ -224,9 +299,7 @@ class ModelRunner:
         MLX's own updates copy what an earlier step still holds; our kernel writes to the pool.
         """
         adapted = self._adapted
-        if adapted is None or adapted.states or self._step.exact:
-            return False
-        return all(kernels.may_write(kv.layout.dtype, kv.layout.dtype) for kv in adapted.paged)
+        return adapted is not None and not adapted.states and adapted.writes_in_place
 
     @property
     def bytes_per_block(self) -> int:
@@ -249,12 +322,11 @@ class ModelRunner:
         adapted = self._adapted
         assert adapted is not None
         count = len(rows)
-        if self._compiled is not None and self._compiled.takes(batch):
+        if self._compiled is not None and self.is_compiled(batch):
             return self._compiled.forward(batch, token_ids, rows)
         padded = self.buckets.pad_rows(count) or 1
         self._step.begin(batch, rows + [0] * (padded - count))
-        if adapted.states:
-            adapted.rows.begin(batch)
+        adapted.begin(batch)
         try:
             logits: mx.array = self.model(token_ids[:, None], cache=adapted.caches)
             adapted.close()
@@ -263,13 +335,16 @@ class ModelRunner:
             raise
         finally:
             self._step.end()
-        if adapted.states:
-            adapted.rows.finish()
+        adapted.finish(batch)
         if not self._step.rows_taken:
             logits = logits[self._step.sample_rows]
         if logits.shape[0] != padded:
             raise EngineError(f"the model made logits of {logits.shape[0]} rows, expected {padded}")
         return logits[:count, -1]
+
+    def is_compiled(self, batch: StepBatch) -> bool:
+        """Return whether a step's forward pass is one that MLX has compiled."""
+        return self._compiled is not None and self._compiled.takes(batch)
 
     def pools(self) -> list[mx.array]:
         """Return what the last step writes, to be evaluated with its logits.
@@ -296,6 +371,15 @@ class ModelRunner:
         """
         if self._adapted is not None:
             self._adapted.scrub(list(blocks), self.block_size)
+
+    def scrub_slots(self, slots: list[int]) -> None:
+        """Zero the keys and values of single tokens: those of rejected rows, if not numbers."""
+        if self._adapted is not None:
+            self._adapted.scrub_slots(slots)
+
+    def block_contents(self) -> BlockContents | None:
+        """Return the way to what blocks hold, None if there are none."""
+        return None if self._adapted is None else self._adapted.block_contents()
 
     def undo(self) -> None:
         """Give the model back as it was; the runner is of no use then."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,8 +17,13 @@ from modelpack.progress import ProgressCallback
 from modelpack.stores.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
-from modelpack_engine.errors import EngineError
+from modelpack_engine.errors import EngineError, ModelLoadError
+from modelpack_engine.llama_cpp.choosing import choose_backend
 from modelpack_engine.loaders import ModelFiles, load
+from modelpack_engine.loaders.loading import gguf_tokenizer_of
+from modelpack_engine.stepping import SteppingEngine
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +32,16 @@ class Opened:
 
     model: Model
     files: ModelFiles
+    store: LayoutStore | None = None
 
-    def engine(self, config: EngineConfig | None = None) -> Engine:
+    def engine(self, config: EngineConfig | None = None) -> SteppingEngine:
         """Load the weights and return an engine; has to run in the thread that steps it.
 
         The context size in the model's config is the default of `max_model_len`.
         """
-        config = self.with_context_size(config or EngineConfig())
-        device = choose_device(config)
-        loaded = load(self.files, device=device)
-        return Engine(loaded, config, model_id=str(self.model.digest))
+        config = config or EngineConfig()
+        draft = draft_files(config, self.store)
+        return load_model(self, config, lambda _context, _bytes: config, draft)[0]
 
     def with_context_size(self, config: EngineConfig) -> EngineConfig:
         """Return `config` with the model's own context size as the default of `max_model_len`."""
@@ -45,17 +51,45 @@ class Opened:
 
 
 def load_model(
-    opened: Opened, device: EngineConfig, configure: Callable[[int, int], EngineConfig]
-) -> tuple[Engine, str]:
+    opened: Opened,
+    device: EngineConfig,
+    configure: Callable[[int, int], EngineConfig],
+    draft: ModelFiles | None = None,
+) -> tuple[SteppingEngine, str]:
     """Load the weights; return an engine and the type of its model.
 
-    `device` says where to compute, `configure` how to run, once the context that the model holds
-    (in tokens) and the bytes of its weights are known. Has to run in the thread that steps it.
+    `device` says where and by what to compute, `configure` how to run, once the context that the
+    model holds (in tokens) and the bytes of all weights are known; `draft` are the files of a draft
+    model. Has to run in the thread that steps it.
     """
-    loaded = load(opened.files, device=choose_device(device))
-    config = opened.with_context_size(configure(loaded.context_length, loaded.weight_bytes))
-    engine = Engine(loaded, config, model_id=str(opened.model.digest))
+    where = choose_device(device)
+    if choose_backend(opened.files, device, where) == "llama.cpp":
+        try:
+            return _load_llama_cpp(opened, configure)
+        except ModelLoadError as error:
+            if device.backend != "auto":
+                raise
+            _log.warning("llama.cpp does not run the model, MLX does: %s", error)
+    loaded = load(opened.files, device=where)
+    drafting = load(draft, device=where) if draft is not None else None
+    weight_bytes = loaded.weight_bytes + (drafting.weight_bytes if drafting else 0)
+    config = opened.with_context_size(configure(loaded.context_length, weight_bytes))
+    engine = Engine(loaded, config, model_id=str(opened.model.digest), draft=drafting)
     return engine, str(loaded.config.get("model_type") or loaded.architecture)
+
+
+def _load_llama_cpp(
+    opened: Opened, configure: Callable[[int, int], EngineConfig]
+) -> tuple[SteppingEngine, str]:
+    from modelpack_engine.llama_cpp.context import LlamaModel
+    from modelpack_engine.llama_cpp.engine import LlamaCppEngine
+
+    tokenizer = gguf_tokenizer_of(opened.files)
+    model = LlamaModel(opened.files.weights)
+    config = opened.with_context_size(configure(model.context_length, model.weight_bytes))
+    engine = LlamaCppEngine(model, tokenizer, config, notes=opened.files.notes)
+    _log.info("%s: %s", opened.model.reference or opened.model.digest, engine.notes[-1])
+    return engine, model.architecture
 
 
 def open_model(
@@ -73,7 +107,19 @@ def open_model(
     """
     store = store or LayoutStore()
     model = find_model(name, store, pull=pull, remote=remote, watch=watching(progress))
-    return Opened(model, ModelFiles.from_model(model, store.blob_path))
+    return Opened(model, ModelFiles.from_store(model, store), store)
+
+
+def draft_files(config: EngineConfig, store: LayoutStore | None = None) -> ModelFiles | None:
+    """Return the files of the draft model that `config` asks for, None if it asks for none.
+
+    A name is one of the store's. Raises as `open_model` does.
+    """
+    if config.draft_model is None or config.speculation != "draft":
+        return None
+    if isinstance(config.draft_model, str):
+        return open_model(config.draft_model, pull=False, store=store).files
+    return ModelFiles.from_directory(config.draft_model)
 
 
 def choose_device(config: EngineConfig) -> Literal["cpu", "gpu"]:

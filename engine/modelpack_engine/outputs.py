@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 
 
@@ -26,11 +26,17 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts; `cached_tokens` of the prompt came from the prefix cache."""
+    """Token counts; `cached_tokens` of the prompt came from the prefix cache.
+
+    Of the tokens that speculation proposed, `accepted_tokens` were right and are in the completion;
+    `rejected_tokens` were not, and are nowhere.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    accepted_tokens: int = 0
+    rejected_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +78,37 @@ class RequestEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class OffloadStats:
+    """What became of offloaded blocks: counters since the start, and the gauges `…_bytes` at the
+    end. Hits are blocks, `restores` sequences that got any; dropped files were damaged.
+    """
+
+    restores: int = 0
+    restored_tokens: int = 0
+    memory_hits: int = 0
+    disk_hits: int = 0
+    saved_bytes: int = 0
+    restored_bytes: int = 0
+    dropped_files: int = 0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+
+    def __add__(self, past: OffloadStats) -> OffloadStats:
+        """Return these with the counters of `past` added; gauges stay."""
+        sums = {name: getattr(self, name) + getattr(past, name) for name in _OFFLOAD_COUNTERS}
+        return replace(self, **sums)
+
+    def counters(self) -> OffloadStats:
+        """Return the counters alone, the gauges at 0."""
+        return replace(self, memory_bytes=0, disk_bytes=0)
+
+
+_OFFLOAD_COUNTERS = [
+    each.name for each in fields(OffloadStats) if each.name not in {"memory_bytes", "disk_bytes"}
+]
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters since the start, and gauges of this moment."""
 
@@ -84,12 +121,16 @@ class EngineStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    num_proposals: int = 0
+    proposed_tokens: int = 0  # by speculation,
+    accepted_tokens: int = 0  # and those of them that were right
     blocks_total: int = 0
     blocks_used: int = 0
     blocks_cached: int = 0
     build_seconds: float = 0.0  # the host's time: schedule a step and build its graph,
     launch_seconds: float = 0.0  # hand it to the device,
     wait_seconds: float = 0.0  # and wait for its tokens
+    offload: OffloadStats = field(default_factory=OffloadStats)
     live_tokens: int = 0  # whose keys are in blocks of running sequences, shared ones counted twice
 
     def after(self, past: EngineStats) -> EngineStats:
@@ -100,7 +141,8 @@ class EngineStats:
 
     def counters(self) -> EngineStats:
         """Return the counters alone, the gauges at 0."""
-        return EngineStats(**{name: getattr(self, name) for name in _COUNTERS})
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        return EngineStats(**counters | {"offload": self.offload.counters()})
 
 
 _GAUGES = {
@@ -111,4 +153,4 @@ _GAUGES = {
     "blocks_cached",
     "live_tokens",
 }
-_COUNTERS = [field.name for field in fields(EngineStats) if field.name not in _GAUGES]
+_COUNTERS = [each.name for each in fields(EngineStats) if each.name not in _GAUGES]

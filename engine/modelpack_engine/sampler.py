@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Sequence
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -17,10 +20,11 @@ from numpy.typing import NDArray
 
 from modelpack_engine.logprobs import Logprobs, gather_logprobs
 from modelpack_engine.sampling import draw, logits
-from modelpack_engine.sampling.history import TokenHistory
+from modelpack_engine.sampling.history import OUTPUT, TokenHistory
 from modelpack_engine.sampling.plan import (
     Draws,
     Entry,
+    Penalties,
     Plan,
     has_penalties,
     make_plan,
@@ -33,19 +37,22 @@ from modelpack_engine.stopping import ending_token_ids
 NO_TOKEN = -1
 
 
-@dataclass(frozen=True, slots=True)
-class SampleRow:
+class SampleRow(NamedTuple):
     """A row whose next token is sampled.
 
     `position` is the number of tokens before it, prompt and output; `num_output` how many of them
     are output. Both count tokens in flight. `allowed` is what its mask allows: a bit per token id
     (LSB first), ids past its end are not allowed; None: any token may come.
+
+    `assumed` is for rows of a proposal: tokens that the row takes for output, beyond those that the
+    sampler knows. Whether the row's own token counts is not known yet: `accept` says so later.
     """
 
     seq_id: int
     position: int
     num_output: int
     allowed: bytes | None = None
+    assumed: Tokens[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +127,14 @@ class Sampler:
             self._history.close(entry.slot)
         self._composition = ()
 
+    def accept(self, seq_id: int, token_ids: Sequence[int]) -> None:
+        """Count tokens of rows with assumptions, once it is known that they are output."""
+        slot = self._entries[seq_id].slot
+        if slot is not None and token_ids:
+            amounts = mx.full((len(token_ids),), OUTPUT, mx.int32)
+            slots = mx.full((len(token_ids),), slot, mx.int32)
+            self._history.append(slots, mx.array(list(token_ids), mx.int32), amounts)
+
     def sample(self, batch_logits: mx.array, seqs: Sequence[SampleRow]) -> Sampled:
         """Return the next token of `seqs`, whose logits are the first rows of `batch_logits`.
 
@@ -129,15 +144,14 @@ class Sampler:
         entries = [self._entries[seq.seq_id] for seq in seqs]
         plan = self._planned(entries, seqs, batch_logits.shape[0])
         allowed = {row: seq.allowed for row, seq in enumerate(seqs) if seq.allowed is not None}
-        chosen_from = self._adjust(batch_logits, plan, allowed)
+        chosen_from = self._adjust(batch_logits, plan, allowed, seqs)
         token_ids = mx.argmax(chosen_from, axis=-1).astype(mx.int32)
         if plan.draws is not None:
             positions = np.array([seq.position for seq in seqs], dtype=np.uint64)
             token_ids[plan.draws.rows] = _drawn(chosen_from, plan.draws, positions)
-        usable = _has_maximum(chosen_from)
+        token_ids = _usable(token_ids, chosen_from.max(axis=-1))
         if chosen_from is not batch_logits:  # a mask may have hidden the NaN
-            usable = usable & _has_maximum(batch_logits)
-        token_ids = mx.where(usable, token_ids, NO_TOKEN)
+            token_ids = _usable(token_ids, batch_logits.max(axis=-1))
         if (penalties := plan.penalties) is not None:
             self._history.append(penalties.slots, token_ids[penalties.rows], penalties.increments)
         if plan.num_top is None:
@@ -146,17 +160,25 @@ class Sampler:
 
     def _planned(self, entries: Sequence[Entry], seqs: Sequence[SampleRow], num_rows: int) -> Plan:
         """Return the plan, which is uploaded anew only when the batch's composition changes."""
-        ends_masked = [
-            seq.num_output < entry.params.min_tokens
+        parts = [
+            (seq.seq_id, seq.num_output < entry.params.min_tokens, seq.assumed is None)
             for seq, entry in zip(seqs, entries, strict=True)
         ]
-        composition = (num_rows, *(seq.seq_id for seq in seqs), *ends_masked)
+        composition = num_rows, *parts
         if composition != self._composition:
-            self._plan = make_plan(entries, ends_masked, num_rows, self._vocab_size)
+            ends_masked = [masked for _, masked, _ in parts]
+            counted = [counts for _, _, counts in parts]
+            self._plan = make_plan(entries, ends_masked, counted, num_rows, self._vocab_size)
             self._composition = composition
         return self._plan
 
-    def _adjust(self, batch_logits: mx.array, plan: Plan, allowed: dict[int, bytes]) -> mx.array:
+    def _adjust(
+        self,
+        batch_logits: mx.array,
+        plan: Plan,
+        allowed: dict[int, bytes],
+        seqs: Sequence[SampleRow],
+    ) -> mx.array:
         """Return the logits after biases, masks and penalties: the same array if there are none."""
         if plan.keeps_logits and not allowed:
             return batch_logits
@@ -171,12 +193,25 @@ class Sampler:
         if (penalties := plan.penalties) is not None:
             adjusted[penalties.rows] = logits.penalise(
                 adjusted[penalties.rows],
-                self._history.counts(penalties.slots),
+                self._counts(penalties, seqs),
                 penalties.repetition,
                 penalties.presence,
                 penalties.frequency,
             )
         return adjusted
+
+    def _counts(self, penalties: Penalties, seqs: Sequence[SampleRow]) -> mx.array:
+        """Return the counts of penalised rows, with what they assume."""
+        counts = self._history.counts(penalties.slots)
+        assumed = [
+            (index, token_id)
+            for index, row in enumerate(penalties.batch_rows)
+            for token_id in seqs[row].assumed or ()
+        ]
+        if not assumed:
+            return counts
+        rows, token_ids = (mx.array(column, mx.int32) for column in zip(*assumed, strict=True))
+        return counts.at[rows, token_ids].add(OUTPUT)
 
     def _packed(self, allowed: dict[int, bytes], rows: Sequence[int]) -> mx.array:
         """Return a row of bits for each of `rows`; ids past the end of a mask are not allowed."""
@@ -201,6 +236,7 @@ def _drawn(batch_logits: mx.array, draws: Draws, positions: NDArray[np.uint64]) 
     return draw.draw(scaled, least, mx.array(keys))[draws.sources]
 
 
-def _has_maximum(rows: mx.array) -> mx.array:
-    """Return, bool [rows], where the maximum is finite: no NaN (max keeps it), not all -inf."""
-    return mx.isfinite(rows.max(axis=-1))
+@partial(mx.compile, shapeless=True)
+def _usable(token_ids: mx.array, maxima: mx.array) -> mx.array:
+    """Return `token_ids`, NO_TOKEN where maxima are not finite: of NaN (max keeps it), all -inf."""
+    return mx.where(mx.isfinite(maxima), token_ids, NO_TOKEN)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -114,3 +114,15 @@ class SamplingParams:
                 raise RequestError(
                     f"logit_bias holds {bias}, expected -100 to 100", param="logit_bias"
                 )
+
+
+def check_request(token_ids: Iterable[int], params: SamplingParams, n: int, size: int) -> None:
+    """Raise `RequestError` unless a model with a vocabulary of `size` can sample `n` choices."""
+    params.check(size)
+    if n < 1:
+        raise RequestError(f"n is {n}, expected 1 or more", param="n")
+    for token_id in token_ids:
+        if not 0 <= token_id < size:
+            raise RequestError(
+                f"the prompt holds the token {token_id}; the vocabulary has {size}", param="prompt"
+            )

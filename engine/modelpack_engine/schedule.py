@@ -22,6 +22,7 @@ class SchedulerConfig:
     max_model_len: int
     max_prefill_chunk: int | None = None
     max_waiting: int = 1024
+    prefill_context: int | None = None
     buckets: Buckets = EXACT
 
     def __post_init__(self) -> None:
@@ -41,6 +42,17 @@ class SchedulerConfig:
         largest = round_down(self.max_num_batched_tokens, self.buckets.chunk)
         return min(self.buckets.pad_chunk(chunk), largest)
 
+    def chunk_rows_at(self, start: int, *, alone: bool) -> int:
+        """Return the most rows of a chunk from position `start` on.
+
+        Rows take the longer the more they see: where others wait for their next token (not
+        `alone`), `prefill_context` tokens before a chunk halve it, and so on.
+        """
+        if self.prefill_context is None or alone:
+            return self.chunk_rows
+        rows = self.chunk_rows * self.prefill_context // (self.prefill_context + start)
+        return max(round_down(rows, self.buckets.chunk), self.buckets.pad_chunk(1))
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
@@ -53,8 +65,20 @@ class PrefillChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Proposal:
+    """Tokens that a sequence may go on with: a step finds out how many of them it does.
+
+    They come after its newest token, which is known, and are rows of the step as that one is.
+    """
+
+    sequence: Sequence
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step: a token of each sequence in `decode`, and the chunks in `prefill`.
+    """One step: a token of each sequence in `decode`, several of each in `proposals`, and the
+    chunks in `prefill`.
 
     `released` are ids of sequences whose state on the device is void before this step runs, because
     they finished or were preempted; of those, a preempted one may come back later.
@@ -62,15 +86,22 @@ class SchedulerOutput:
 
     decode: tuple[Sequence, ...] = ()
     prefill: tuple[PrefillChunk, ...] = ()
+    proposals: tuple[Proposal, ...] = ()
     preempted: tuple[Sequence, ...] = ()
     released: tuple[int, ...] = ()
 
     @property
+    def decoding(self) -> tuple[Sequence, ...]:
+        """The sequences that have their prompts behind them, in the order of the step's rows."""
+        return self.decode + tuple(proposal.sequence for proposal in self.proposals)
+
+    @property
     def sampled(self) -> tuple[Sequence, ...]:
-        """The sequences that the step samples a token for, in the order of its rows."""
-        return self.decode + tuple(chunk.sequence for chunk in self.prefill if chunk.is_last)
+        """The sequences that the step samples tokens for, in the order of its rows."""
+        return self.decoding + tuple(chunk.sequence for chunk in self.prefill if chunk.is_last)
 
     @property
     def num_tokens(self) -> int:
         """Rows without padding."""
-        return len(self.decode) + sum(chunk.length for chunk in self.prefill)
+        proposed = sum(len(proposal.token_ids) for proposal in self.proposals)
+        return len(self.decoding) + proposed + sum(chunk.length for chunk in self.prefill)

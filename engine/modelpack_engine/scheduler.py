@@ -22,8 +22,9 @@ from modelpack_engine.block_manager import BlockManager
 from modelpack_engine.buckets import round_down
 from modelpack_engine.errors import ContextLengthError, QueueFullError, RequestError
 from modelpack_engine.outputs import EngineStats, FinishReason
-from modelpack_engine.schedule import PrefillChunk, SchedulerConfig, SchedulerOutput
+from modelpack_engine.schedule import PrefillChunk, Proposal, SchedulerConfig, SchedulerOutput
 from modelpack_engine.sequence import Sequence, SequenceStatus
+from modelpack_engine.speculation.fitting import Proposed, fit_proposals
 
 __all__ = ["PrefillChunk", "Scheduler", "SchedulerConfig", "SchedulerOutput"]
 
@@ -71,6 +72,8 @@ class Scheduler:
         first, config = sequences[0], self.config
         num_tokens = len(first.prompt_token_ids)
         capacity = self._blocks.num_total * self._blocks.block_size
+        if self._blocks.most_held(self._chunk_rows) is not None:
+            capacity = max(capacity, config.max_model_len)
         if first.request_id in self._requests:
             raise RequestError(f"request {first.request_id!r} runs already", param="request_id")
         if num_tokens == 0:
@@ -137,25 +140,35 @@ class Scheduler:
 
     # A step.
 
-    def schedule(self) -> SchedulerOutput | None:
+    def decoding(self) -> list[Sequence]:
+        """Return the sequences that the next step would have decode, as far as is known now."""
+        return [seq for seq in self._running if not seq.is_prefill and not seq.is_full]
+
+    def schedule(self, proposed: Proposed | None = None) -> SchedulerOutput | None:
         """Return the next step, or None if nothing can be computed before `collect` is called.
 
-        None while nothing is in flight means that there is no work. An output that is never
+        It verifies what is `proposed`, as far as there is room, for sequences with nothing in
+        flight. None while nothing is in flight means that there is no work. An output that is never
         submitted has changed nothing but block tables: the next call returns the same again.
         """
         preempted: list[Sequence] = []
         decode = self._schedule_decode(preempted)
         if decode is None:
             return None
-        rows = self.config.max_num_batched_tokens - self.config.buckets.pad_rows(len(decode))
+        decode, proposals = fit_proposals(decode, proposed, self.config, self._blocks)
+        decode_rows = len(decode) + sum(1 + len(proposal.token_ids) for proposal in proposals)
+        rows = self.config.max_num_batched_tokens - self.config.buckets.pad_rows(decode_rows)
         # Who has just given up blocks shall not have them back before they are used.
-        prefill = self._schedule_prefill(rows, admit=not preempted)
-        if not decode and not prefill:
+        prefill = self._schedule_prefill(rows, admit=not preempted, alone=not decode_rows)
+        if not decode_rows and not prefill:
             # Prompts are admitted only if all of them have room once nobody decodes.
-            assert self._num_inflight or not self._running, "prompts block each other"
+            idle = self._num_inflight or not self._running or self._blocks.is_awaited
+            assert idle, "prompts block each other"
             return None
         released = self.take_released()
-        return SchedulerOutput(tuple(decode), tuple(prefill), tuple(preempted), released)
+        return SchedulerOutput(
+            tuple(decode), tuple(prefill), tuple(proposals), tuple(preempted), released
+        )
 
     def _schedule_decode(self, preempted: list[Sequence]) -> list[Sequence] | None:
         """Return what decodes, each with a place for its token; None: collect first."""
@@ -175,7 +188,7 @@ class Scheduler:
                 decode.append(sequence)
         return decode
 
-    def _schedule_prefill(self, rows: int, *, admit: bool) -> list[PrefillChunk]:
+    def _schedule_prefill(self, rows: int, *, admit: bool, alone: bool) -> list[PrefillChunk]:
         """Return chunks of prompts for at most `rows` rows; admit sequences if rows are left."""
         buckets, chunks = self.config.buckets, list[PrefillChunk]()
         smallest = buckets.pad_chunk(1)
@@ -184,7 +197,8 @@ class Scheduler:
 
         def take(sequence: Sequence) -> None:
             nonlocal rows
-            if chunk := self._chunk(sequence, min(rows, self._chunk_rows), computing):
+            most = self.config.chunk_rows_at(sequence.num_computed_tokens, alone=alone)
+            if chunk := self._chunk(sequence, min(rows, most), computing):
                 chunks.append(chunk)
                 rows -= buckets.pad_chunk(chunk.length)
 
@@ -213,17 +227,23 @@ class Scheduler:
         while admit and self._waiting and len(self._running) < self.config.max_num_seqs:
             sequence = self._waiting[0]
             matched = self._blocks.match_prefix(sequence)
-            lacking = self._num_lacking(sequence) - len(matched)
+            lacking = self._num_lacking(sequence, matched)
             if not self._blocks.can_allocate(promised + lacking + self._blocks.num_idle(matched)):
                 return  # nobody overtakes the first
             self._admit(self._waiting.pop(0))
             yield sequence
             promised += self._num_lacking(sequence)
 
-    def _num_lacking(self, sequence: Sequence) -> int:
-        """Return the blocks that a sequence still needs to sample a token and compute that."""
-        needed = self._blocks.blocks_for(sequence.num_prefill_tokens + 1)
-        return min(needed, self._blocks.num_total) - len(sequence.block_table)
+    def _num_lacking(self, sequence: Sequence, matched: list[int] | None = None) -> int:
+        """Return the blocks that a sequence still needs to sample a token and compute that.
+
+        Those that match are not among them.
+        """
+        blocks = self._blocks
+        needed = blocks.blocks_for(sequence.num_prefill_tokens + 1)
+        lacking = needed - len(sequence.block_table) - len(matched or ())
+        most = blocks.most_held(self._chunk_rows) or blocks.num_total
+        return min(lacking, most - blocks.num_held(sequence, matched))
 
     def _admit(self, sequence: Sequence) -> None:
         insort(self._running, sequence, key=_by_arrival)
@@ -243,11 +263,12 @@ class Scheduler:
     ) -> PrefillChunk | None:
         """Return what a prompt computes in this step, None if it has to wait.
 
-        It waits for blocks, and for another prompt of this step to compute what it needs next (in
-        `computing`, to which its own are added): in the next step it can share that.
+        It waits for blocks, for those on their way from the offload, and for another prompt of this
+        step to compute what it needs next (in `computing`, to which its own are added): in the next
+        step it can share that.
         """
         blocks, buckets, block_size = self._blocks, self.config.buckets, self._blocks.block_size
-        if blocks.next_hash(sequence) in computing:
+        if blocks.next_hash(sequence) in computing or blocks.awaits_blocks(sequence):
             return None
         start, remaining = sequence.num_computed_tokens, sequence.num_remaining_tokens
         length = buckets.fit_chunk(remaining, max_rows)
@@ -255,6 +276,8 @@ class Scheduler:
             length = round_down(room, buckets.chunk)
         if length < remaining and (start + length) // block_size > start // block_size:
             length -= (start + length) % block_size  # sharing goes on at a block's end only
+        if (end := blocks.next_snapshot(sequence)) is not None:
+            length = min(length, end - start)
         if length <= 0:
             return None
         grown = blocks.grow(sequence, start + length)
@@ -281,43 +304,63 @@ class Scheduler:
 
     def submitted(self, output: SchedulerOutput) -> None:
         """Take note that the device has a step: its KV counts as written, its tokens as sampled."""
-        ends = [(sequence, sequence.num_computed_tokens + 1) for sequence in output.decode]
+        ends = [(sequence, sequence.num_computed_tokens + 1) for sequence in output.decoding]
         ends += [(chunk.sequence, chunk.start + chunk.length) for chunk in output.prefill]
         for sequence, end in ends:
             if sequence.is_finished:
                 continue  # since the step was scheduled: its blocks are no longer its own
             sequence.num_computed_tokens = end
+            sequence.snapshot = None
             if sequence.wants_prompt_logprobs:
                 sequence.num_prompt_logprobs = min(end, len(sequence.prompt_token_ids) - 1)
             self._blocks.publish_prefix(sequence)
+            self._blocks.release_unseen(sequence)
         for sequence in output.sampled:
             sequence.num_inflight += 1
             self._num_inflight += 1
         self._num_steps += 1
-        self._num_mixed_steps += bool(output.decode and output.prefill)
+        self._num_mixed_steps += bool(output.decoding and output.prefill)
 
     def collect(
-        self, output: SchedulerOutput, token_ids: Iterable[int]
+        self, output: SchedulerOutput, token_ids: Iterable[int | None]
     ) -> list[tuple[int, Sequence]]:
         """Give the sequences of a submitted step the tokens that it sampled.
 
         Returns (index into `token_ids`, sequence) of each token that counts: a sequence that had
         finished before (end of sequence is seen one step late) does not. `is_finished` tells which
-        sequences this ended. Whose token is no token (NaN logits) is to be finished before.
+        sequences this ended. Whose token is no token (NaN logits) is to be finished before; one
+        that has None has its newest token computed again.
         """
         taken = []
         for index, (sequence, token_id) in enumerate(zip(output.sampled, token_ids, strict=True)):
             sequence.num_inflight -= 1
             self._num_inflight -= 1
-            if sequence.is_finished:
-                continue
-            taken.append((index, sequence))
-            sequence.output_token_ids.append(token_id)
-            self._generated_tokens += 1
-            self._blocks.publish_prefix(sequence)
-            if ending := sequence.ending():
-                self.finish(sequence, *ending)
+            if token_id is None:
+                sequence.num_computed_tokens -= 1
+            elif self.take(sequence, token_id):
+                taken.append((index, sequence))
         return taken
+
+    def take(self, sequence: Sequence, token_id: int) -> bool:
+        """Give a sequence its next token; False, and nothing done, if it has finished.
+
+        After `collect`, for what a step sampled after tokens that were proposed: of the token
+        before it, that step has computed the KV.
+        """
+        if sequence.is_finished:
+            return False
+        sequence.num_computed_tokens = max(sequence.num_computed_tokens, sequence.num_known_tokens)
+        sequence.output_token_ids.append(token_id)
+        self._generated_tokens += 1
+        self._blocks.publish_prefix(sequence)
+        if ending := sequence.ending():
+            self.finish(sequence, *ending)
+        return True
+
+    def verified(self, proposal: Proposal, num_accepted: int) -> None:
+        """Take note of how many tokens of a proposal were right, before these are taken."""
+        proposal.sequence.num_proposed_tokens += len(proposal.token_ids)
+        proposal.sequence.num_accepted_tokens += num_accepted
 
     def fail(self, output: SchedulerOutput) -> list[Sequence]:
         """Take note that a submitted step failed and its tokens will never come.
@@ -329,7 +372,7 @@ class Scheduler:
             sequence.num_inflight -= 1
             self._num_inflight -= 1
         self._blocks.forget_content()
-        members = [*output.decode, *(chunk.sequence for chunk in output.prefill)]
+        members = [*output.decoding, *(chunk.sequence for chunk in output.prefill)]
         failed = [sequence for sequence in members if not sequence.is_finished]
         for sequence in failed:
             self.finish(sequence, FinishReason.ERROR)

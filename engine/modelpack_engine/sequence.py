@@ -51,6 +51,9 @@ class Sequence:
     #: Tokens of the prompt that the prefix cache had when the sequence first ran.
     num_cached_tokens: int = field(default=0, init=False)
     num_preemptions: int = field(default=0, init=False)
+    #: Tokens that were proposed for it and verified, and those of them that were right.
+    num_proposed_tokens: int = field(default=0, init=False)
+    num_accepted_tokens: int = field(default=0, init=False)
     #: Positions of the prompt whose log-probabilities a submitted step computes.
     num_prompt_logprobs: int = field(default=0, init=False)
     #: The sequence ends when it has this many tokens; set when it is added.
@@ -62,6 +65,12 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list, init=False, repr=False)
     #: How many blocks of the table have been offered to the prefix cache, or came from it.
     num_published_blocks: int = field(default=0, init=False, repr=False)
+    #: Recurrent state to go on from, if its computed tokens end in shared ones.
+    snapshot: object | None = field(default=None, init=False, repr=False)
+    #: Where its tokens leave those whose blocks, but no snapshot, were there.
+    branch: int = field(default=0, init=False, repr=False)
+    #: How many blocks at the table's beginning are behind the window of all layers, and given up.
+    num_unseen_blocks: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.num_prefill_tokens = len(self.prompt_token_ids)

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 
-from modelpack_engine.adaptation.layout import ModelLayout
+from modelpack_engine.adaptation.warm_up import StepShape, step_shapes
+from modelpack_engine.block_manager import window_blocks
 from modelpack_engine.buckets import EXACT, FEW, Buckets
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.errors import EngineError, OutOfMemoryError
@@ -22,6 +24,10 @@ from modelpack_engine.schedule import SchedulerConfig
 from modelpack_engine.vllm_metal import memory_fraction
 
 _GPU_TOKENS = 2048
+# Of one prompt in a step: others wait for as long for their next token.
+_GPU_CHUNK = 512
+# From where attention is half of what a row of a prompt takes.
+_GPU_CONTEXT = 4096
 _CPU_TOKENS = 256
 _CPU_SHARE = 0.25
 _CPU_BYTES = 512 * 1024**2
@@ -38,6 +44,8 @@ class Sizes:
     max_model_len: int
     max_num_batched_tokens: int
     buckets: Buckets
+    max_prefill_chunk: int | None = None
+    prefill_context: int | None = None
 
     def scheduler_config(self, config: EngineConfig) -> SchedulerConfig:
         """Return the scheduler's limits."""
@@ -45,9 +53,21 @@ class Sizes:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=self.max_model_len,
-            max_prefill_chunk=config.max_prefill_chunk,
+            max_prefill_chunk=config.max_prefill_chunk or self.max_prefill_chunk,
             max_waiting=config.max_waiting,
+            prefill_context=self.prefill_context,
             buckets=self.buckets,
+        )
+
+    def step_shapes(self, config: EngineConfig, rows: int = 0) -> list[StepShape]:
+        """Return the shapes of steps of these sizes, up to `rows` decode rows if that is more."""
+        limits = self.scheduler_config(config)
+        return step_shapes(
+            self.buckets,
+            max_num_seqs=max(rows, limits.max_num_seqs),
+            max_chunk=limits.chunk_rows,
+            max_model_len=self.max_model_len,
+            block_size=config.block_size,
         )
 
 
@@ -56,8 +76,32 @@ def on_gpu() -> bool:
     return mx.default_device() != mx.Device(mx.cpu)
 
 
-def choose_sizes(layout: ModelLayout | None, context_length: int, config: EngineConfig) -> Sizes:
+class Cached(Protocol):
+    """What is known of a model's cache; `ModelLayout` is one."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What a token takes in all layers that keep keys and values."""
+        ...
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """What snapshots of recurrent state take beside that, together."""
+        ...
+
+
+def choose_sizes(
+    layout: Cached | None,
+    context_length: int,
+    config: EngineConfig,
+    *,
+    beside: int = 0,
+    window: int | None = None,
+) -> Sizes:
     """Return the sizes for a model whose caches are laid out as `layout` (None: not paged).
+
+    A token takes `beside` bytes more, in the KV cache of a draft model. Where no layer sees more
+    than the last `window` tokens, a request holds no more than these and those of a step.
 
     Raises `OutOfMemoryError`, saying what would fit, if the KV cache cannot hold a request of
     `config.max_model_len`, or of a few blocks where none is asked for.
@@ -69,12 +113,27 @@ def choose_sizes(layout: ModelLayout | None, context_length: int, config: Engine
             hint=f"choose 2 to {context_length}",
         )
     wanted = asked or _default_length(context_length, config)
-    per_block = layout.bytes_per_token * config.block_size if layout else 0
-    useful = config.max_num_seqs * _blocks(wanted, config.block_size) + 1
+    per_block = (layout.bytes_per_token + beside) * config.block_size if layout else 0
+    gpu = on_gpu()
+    buckets = FEW if gpu else EXACT
+    tokens = config.max_num_batched_tokens or (_GPU_TOKENS if gpu else _CPU_TOKENS)
+    tokens = max(tokens, 2 * config.max_num_seqs)
+
+    def held(length: int) -> int:
+        """Return the most blocks that a request of `length` tokens holds at a time."""
+        blocks = _blocks(length, config.block_size)
+        if window is None:
+            return blocks
+        chunk = SchedulerConfig(
+            config.max_num_seqs, tokens, wanted, config.max_prefill_chunk, buckets=buckets
+        ).chunk_rows
+        return min(blocks, window_blocks(window, chunk, config.block_size))
+
+    useful = config.max_num_seqs * held(wanted) + 1
     num_blocks = useful
-    if per_block:
-        one_context = (_blocks(wanted, config.block_size) + 1) * per_block
-        budget = _kv_budget(config, one_context)
+    if layout and per_block:
+        one_context = (held(wanted) + 1) * per_block
+        budget = _kv_budget(config, one_context, layout.snapshot_bytes)
         num_blocks = min(useful, budget // per_block)
         if num_blocks < _FEWEST_BLOCKS:
             raise OutOfMemoryError(
@@ -83,20 +142,16 @@ def choose_sizes(layout: ModelLayout | None, context_length: int, config: Engine
                 hint=f"give it at least {per_block * _FEWEST_BLOCKS} bytes (kv_cache_bytes)",
             )
     capacity = (num_blocks - 1) * config.block_size
+    if num_blocks - 1 >= held(wanted):
+        capacity = max(capacity, wanted)
     if asked is not None and capacity < asked:
         raise OutOfMemoryError(
             f"the KV cache holds {capacity} tokens, fewer than max_model_len {asked}",
             hint=f"lower max_model_len to {capacity}, or give the cache "
-            f"{per_block * (_blocks(asked, config.block_size) + 1)} bytes (kv_cache_bytes)",
+            f"{per_block * (held(asked) + 1)} bytes (kv_cache_bytes)",
         )
-    gpu = on_gpu()
-    tokens = config.max_num_batched_tokens or (_GPU_TOKENS if gpu else _CPU_TOKENS)
-    return Sizes(
-        num_blocks,
-        min(wanted, capacity + 1),
-        max(tokens, 2 * config.max_num_seqs),
-        FEW if gpu else EXACT,
-    )
+    limits = (_GPU_CHUNK, _GPU_CONTEXT) if gpu else (None, None)
+    return Sizes(num_blocks, min(wanted, capacity + 1), tokens, buckets, *limits)
 
 
 def _default_length(context_length: int, config: EngineConfig) -> int:
@@ -109,7 +164,8 @@ def _blocks(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-def _kv_budget(config: EngineConfig, one_context: int) -> int:
+def _kv_budget(config: EngineConfig, one_context: int, snapshots: int) -> int:
+    """Return the bytes of the KV cache: those given, or what is left beside `snapshots` bytes."""
     share = memory_fraction()
     if share is None:
         share = config.gpu_memory_utilization
@@ -121,7 +177,9 @@ def _kv_budget(config: EngineConfig, one_context: int) -> int:
         return min(int(available_memory() * _CPU_SHARE), max(_CPU_BYTES, one_context))
     total = int(mx.device_info()["memory_size"])
     limit = mx.device_info().get("max_recommended_working_set_size", total)
-    return max(0, int(min(total, int(limit)) * share) - mx.get_active_memory() - _RESERVE)
+    return max(
+        0, int(min(total, int(limit)) * share) - mx.get_active_memory() - _RESERVE - snapshots
+    )
 
 
 def available_memory() -> int:

@@ -10,9 +10,10 @@ import mlx.core as mx
 from modelpack_engine.batch import StepBatch
 from modelpack_engine.logprobs import Logprobs, gather_logprobs
 from modelpack_engine.outputs import TokenLogprob
-from modelpack_engine.sampler import Sampled, SampleRow
-from modelpack_engine.schedule import SchedulerOutput
+from modelpack_engine.sampler import NO_TOKEN, Sampled, SampleRow
+from modelpack_engine.schedule import Proposal, SchedulerOutput
 from modelpack_engine.sequence import Sequence
+from modelpack_engine.speculation.verification import verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +36,64 @@ class Step:
         return arrays if self.logits is None else [*arrays, self.logits]
 
 
+class NextToken(NamedTuple):
+    """A token of a sequence, as the host reads it."""
+
+    token_id: int
+    logprob: TokenLogprob | None
+
+
 class StepTokens(NamedTuple):
-    """What a step sampled, as the host reads it: an entry a row."""
+    """What a step sampled: for each of its sampled sequences, the tokens that count.
+
+    None at all where a proposal spoilt its step. `broken_slots` hold keys of rejected rows, which
+    may be no numbers.
+    """
 
     step: Step
-    token_ids: list[int]
-    logprobs: list[TokenLogprob | None]
+    tokens: list[list[NextToken]]
+    broken_slots: list[int]
+
+    def verified(self) -> list[tuple[Proposal, list[NextToken]]]:
+        """Return the step's proposals, and how their sequences really go on."""
+        first, proposals = len(self.step.output.decode), self.step.output.proposals
+        tokens = self.tokens[first : first + len(proposals)]
+        return list(zip(proposals, tokens, strict=True))
 
 
-def sample_row(sequence: Sequence) -> SampleRow:
-    """Return the row that samples a sequence's next token."""
-    position = sequence.num_tokens
-    return SampleRow(sequence.seq_id, position, position - len(sequence.prompt_token_ids))
+def sample_rows(output: SchedulerOutput) -> list[SampleRow]:
+    """Return the rows that sample a step's tokens, in the order of its batch."""
+    rows = [_sample_row(sequence) for sequence in output.decode]
+    for proposal in output.proposals:
+        rows += [
+            _sample_row(proposal.sequence, proposal.token_ids[:count])
+            for count in range(len(proposal.token_ids) + 1)
+        ]
+    return rows + [_sample_row(chunk.sequence) for chunk in output.prefill if chunk.is_last]
+
+
+def _sample_row(sequence: Sequence, assumed: tuple[int, ...] | None = None) -> SampleRow:
+    """Return the row that samples the token after a sequence's newest, or after what it assumes."""
+    num_output = len(sequence.output_token_ids) + sequence.num_inflight + len(assumed or ())
+    position = len(sequence.prompt_token_ids) + num_output
+    return SampleRow(sequence.seq_id, position, num_output, None, assumed)
+
+
+def row_token_ids(batch: StepBatch, previous: Sampled | None) -> mx.array:
+    """Return the rows' ids, int32 [rows]; those that `previous` sampled stay on the device."""
+    if batch.from_previous:
+        assert previous is not None
+        # A row that failed has no token; it runs on with any until its end is seen.
+        sampled = mx.maximum(previous.token_ids, 0)
+        if len(batch.from_previous) == batch.num_rows <= sampled.size and all(
+            row == index for row, index in batch.from_previous
+        ):
+            return sampled[: batch.num_rows]
+    token_ids = mx.array(batch.token_ids, mx.int32)
+    if batch.from_previous:
+        rows, indices = zip(*batch.from_previous, strict=True)
+        token_ids[mx.array(rows)] = sampled[mx.array(indices)]
+    return token_ids
 
 
 def with_prompt_rows(batch: StepBatch) -> StepBatch:
@@ -64,9 +111,28 @@ def next_prompt_tokens(batch: StepBatch) -> list[int]:
     ]
 
 
-def gather_prompt_logprobs(batch: StepBatch, logits: mx.array) -> Logprobs:
+def part_logits(batch: StepBatch, logits: mx.array) -> tuple[mx.array, Logprobs | None]:
+    """Part the logits of sampled rows, and what is wanted of those of prompts."""
+    if not batch.prompt_logprob_rows:
+        return logits, None
+    count = len(batch.sample_rows)
+    wanted = logits[count : count + len(batch.prompt_logprob_rows)]
+    return logits[:count], _gather_prompt_logprobs(batch, wanted)
+
+
+def _gather_prompt_logprobs(batch: StepBatch, logits: mx.array) -> Logprobs:
     num_top = max(sequence.params.prompt_logprobs or 0 for sequence in batch.prompt_logprob_seqs)
     return gather_logprobs(logits, mx.array(next_prompt_tokens(batch), mx.int32), num_top)
+
+
+def read_prompt_logprobs(step: Step) -> list[tuple[Sequence, TokenLogprob | None]]:
+    """Return log-probabilities of tokens of prompts, with the sequences whose they are."""
+    if step.prompt_logprobs is None:
+        return []
+    sequences = step.batch.prompt_logprob_seqs
+    wanted = [sequence.params.prompt_logprobs for sequence in sequences]
+    entries = step.prompt_logprobs.read(next_prompt_tokens(step.batch), wanted)
+    return list(zip(sequences, entries, strict=True))
 
 
 def read_tokens(step: Step) -> StepTokens:
@@ -75,7 +141,19 @@ def read_tokens(step: Step) -> StepTokens:
         return StepTokens(step, [], [])
     sequences = step.batch.sample_seqs
     token_ids = cast("list[int]", step.sampled.token_ids.tolist())[: len(sequences)]
-    if step.sampled.logprobs is None:
-        return StepTokens(step, token_ids, [None] * len(token_ids))
-    wanted = [sequence.params.logprobs for sequence in sequences]
-    return StepTokens(step, token_ids, step.sampled.logprobs.read(token_ids, wanted))
+    logprobs: list[TokenLogprob | None] = [None] * len(token_ids)
+    if step.sampled.logprobs is not None:
+        wanted = [sequence.params.logprobs for sequence in sequences]
+        logprobs = step.sampled.logprobs.read(token_ids, wanted)
+    rows = [NextToken(*row) for row in zip(token_ids, logprobs, strict=True)]
+    first = len(step.output.decode)
+    tokens, broken = [[row] for row in rows[:first]], list[int]()
+    for proposal in step.output.proposals:
+        stop = first + len(proposal.token_ids) + 1
+        verdict = verify(proposal.token_ids, token_ids[first:stop], no_token=NO_TOKEN)
+        tokens.append(rows[first : first + verdict.num_tokens])
+        if verdict.broken is not None:
+            bad = step.batch.sample_rows[first + verdict.broken : stop]
+            broken += [step.batch.slots[row] for row in bad]
+        first = stop
+    return StepTokens(step, tokens + [[row] for row in rows[first:]], broken)

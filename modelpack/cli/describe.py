@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import UTC, datetime
 from typing import Any
 
-from modelpack.cli.output import human_size
+from modelpack import mediatypes
+from modelpack.cli.output import human_size, one_line
+from modelpack.digest import Digest
 from modelpack.model import Model
 
 _STEPS = (("year", 365 * 86400), ("month", 30 * 86400), ("week", 7 * 86400), ("day", 86400),
           ("hour", 3600), ("minute", 60))  # fmt: skip
 
 
-def model_json(model: Model) -> dict[str, Any]:
-    """Return what `inspect --json` prints."""
+def model_json(model: Model, missing: Collection[Digest] = ()) -> dict[str, Any]:
+    """Return what `inspect --json` prints; `missing` are the layers that the store lacks."""
     config = model.config
     return {
         "reference": str(model.reference) if model.reference else None,
@@ -41,16 +44,20 @@ def model_json(model: Model) -> dict[str, Any]:
                 "mediaType": file.media_type,
                 "size": file.descriptor.size,
                 "digest": str(file.descriptor.digest),
+                **({"missing": True} if file.descriptor.digest in missing else {}),
             }
             for file in model.files()
         ],
     }
 
 
-def model_text(model: Model) -> str:
-    """Return what `inspect` prints."""
+def model_text(model: Model, missing: Collection[Digest] = ()) -> str:
+    """Return what `inspect` prints; `missing` are the layers that the store lacks."""
     config = model.config
-    kind = "CNCF ModelPack" if config.is_cncf else f"Docker {config.media_type[-9:-5]}"
+    kinds = {mediatypes.CNCF_CONFIG: "CNCF ModelPack", mediatypes.CNAI_CONFIG: "CNAI model",
+             mediatypes.KITOPS_CONFIG: "KitOps ModelKit",
+             mediatypes.DOCKER_IMAGE_CONFIG: "Ollama"}  # fmt: skip
+    kind = kinds.get(config.media_type) or f"Docker {config.media_type[-9:-5]}"
     context = str(config.context_size) if config.context_size is not None else ""
     lines = [
         ("Model", str(model.reference) if model.reference else model.short_id),
@@ -68,8 +75,9 @@ def model_text(model: Model) -> str:
     text.append("Files:")
     for file in model.files():
         size = human_size(file.descriptor.size)
-        text.append(f"  {file.role!s:<14}{size:>10}  {file.filepath or file.descriptor.digest}")
-    return "\n".join(text)
+        line = f"  {file.role!s:<14}{size:>10}  {file.filepath or file.descriptor.digest}"
+        text.append(line + ("  (not here)" if file.descriptor.digest in missing else ""))
+    return "\n".join(map(one_line, text))
 
 
 def age(created: str | None, now: datetime) -> str:

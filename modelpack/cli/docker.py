@@ -1,44 +1,22 @@
-"""`modelpack import` and `export`: models of other stores on this machine."""
+"""Docker Model Runner's store in `modelpack import` and `export`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import click
-
-from modelpack.cli.options import Settings, common_options, model_argument
+from modelpack.cli.options import Settings
 from modelpack.cli.output import note, plural, show
 from modelpack.cli.progress import shown_progress
 from modelpack.errors import UsageError
 from modelpack.operations import docker as exchanging
 from modelpack.stores.docker import DockerStore
 
-# The option's value may be left out; click then gives it this.
-_DEFAULT = ""
 
-DOCKER_STORE = click.option(
-    "--docker-store",
-    metavar="[DIR]",
-    is_flag=False,
-    flag_value=_DEFAULT,
-    required=True,
-    help="Docker Model Runner's store; DIR is MODELS_PATH or ~/.docker/models if left out.",
-)
-ALL = click.option("-a", "--all", "every", is_flag=True, help="All models.")
-COPY = click.option("--copy", is_flag=True, help="Copy blobs even where a hard link would do.")
-
-
-@click.command("import")
-@DOCKER_STORE
-@click.argument("models", nargs=-1)
-@ALL
-@COPY
-@common_options
-def import_models(
+def import_from_docker_store(
     settings: Settings, docker_store: str, models: tuple[str, ...], every: bool, copy: bool
 ) -> None:
-    """Take models over from Docker Model Runner's store, verified; print their digests."""
+    """Take models over, and show their digests; `docker_store` may be a model's name."""
     path, names = _arguments(docker_store, models, every)
     with shown_progress(settings) as progress:
         done = exchanging.import_from_docker(
@@ -51,16 +29,10 @@ def import_models(
     _show(settings, done, "imported")
 
 
-@click.command("export")
-@DOCKER_STORE
-@model_argument("models", nargs=-1)
-@ALL
-@COPY
-@common_options
-def export_models(
+def export_to_docker_store(
     settings: Settings, docker_store: str, models: tuple[str, ...], every: bool, copy: bool
 ) -> None:
-    """Give stored models to Docker Model Runner's store; print their digests."""
+    """Give models to it, and show their digests; `docker_store` may be a model's name."""
     path, names = _arguments(docker_store, models, every)
     with shown_progress(settings) as progress:
         done = exchanging.export_to_docker(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from modelpack.cli.sizes import parse_size
+from modelpack.cli.speculation import NAMES as SPECULATION
+from modelpack.cli.speculation import speculation_options
 from modelpack.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,20 +30,15 @@ def require_engine() -> None:
             )
 
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+def _size(_context: click.Context, _parameter: click.Parameter, text: str | None) -> int | None:
+    return None if text is None else parse_size(text)
 
 
-def parse_size(text: str) -> int:
-    """Return bytes of a size like 24GiB, 8G (1000s) or a bare number; raises `UsageError`."""
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
-        raise UsageError(f"{text!r} is no size", hint="like 24GiB")
-    number, unit, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
+def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
+    """Add the options of an engine; the command gets them as `config`, a function that makes it.
 
-
-def engine_options(command: F) -> F:
-    """Add the options of an engine; the command gets them as `config`, a function that makes it."""
+    `others` are backends that are no engine of ours; where one is asked for, `config` is None.
+    """
 
     @click.option(
         "--device",
@@ -49,6 +46,13 @@ def engine_options(command: F) -> F:
         default="auto",
         show_default=True,
         help="Where to compute.",
+    )
+    @click.option(
+        "--backend",
+        type=click.Choice(["auto", "mlx", "llama.cpp", *others]),
+        default="auto",
+        show_default=True,
+        help="What computes: auto is llama.cpp for GGUF on a CPU where it is installed, else MLX.",
     )
     @click.option("--max-model-len", type=click.IntRange(min=2), help="Longest context, in tokens.")
     @click.option(
@@ -69,19 +73,47 @@ def engine_options(command: F) -> F:
         help="Share of the GPU's memory to use.",
     )
     @click.option("--kv-cache-bytes", type=click.IntRange(min=1), help="Size of the KV cache.")
+    @click.option(
+        "--kv-cache-dtype",
+        metavar="auto|bf16|fp16|q8|q4",
+        default="auto",
+        show_default=True,
+        help="Type of the KV cache; q8 and q4 hold about 1.9 and 3.5 times the tokens of bf16.",
+    )
     @click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt anew.")
+    @click.option(
+        "--kv-offload-dir",
+        type=click.Path(file_okay=False),
+        metavar="DIR",
+        help="Keep prefixes that the KV cache has no room for in files here, for restarts too.",
+    )
+    @click.option(
+        "--kv-offload-memory",
+        metavar="SIZE",
+        callback=_size,
+        help="Host memory for them, and without a directory the only place.",
+    )
+    @click.option(
+        "--kv-offload-disk", metavar="SIZE", callback=_size, help="What the files may take."
+    )
+    @speculation_options
     @functools.wraps(command)
     def wrapped(*args: Any, no_prefix_caching: bool, **arguments: Any) -> Any:
-        require_engine()
-        names = ("device", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-                 "gpu_memory_utilization", "kv_cache_bytes")  # fmt: skip
+        if arguments["backend"] not in others:
+            require_engine()
+        names = ("device", "backend", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
+                 "gpu_memory_utilization", "kv_cache_bytes", "kv_cache_dtype", "kv_offload_dir",
+                 "kv_offload_memory", "kv_offload_disk", *SPECULATION)  # fmt: skip
         given = {name: arguments.pop(name) for name in names}
 
         def config() -> EngineConfig:
             from modelpack_engine.config import EngineConfig
+            from modelpack_engine.kv_types import parse_kv_cache_dtype
 
+            given["kv_cache_dtype"] = parse_kv_cache_dtype(given["kv_cache_dtype"])
             return EngineConfig(**given, enable_prefix_caching=not no_prefix_caching)
 
-        return command(*args, config=config, **arguments)
+        made = None if given["backend"] in others else config
+        return command(*args, config=made, **arguments)
 
     return wrapped  # type: ignore[return-value]

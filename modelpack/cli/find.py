@@ -9,7 +9,14 @@ import click
 
 from modelpack.blob import read_blob
 from modelpack.cli.describe import model_json, model_text
-from modelpack.cli.options import Settings, common_options, model_argument, remote_options
+from modelpack.cli.options import (
+    Settings,
+    common_options,
+    model_argument,
+    remote_options,
+    trust_options,
+    variant_option,
+)
 from modelpack.cli.output import note, note_reference, show, show_json
 from modelpack.cli.progress import shown_progress
 from modelpack.model import Model
@@ -17,30 +24,47 @@ from modelpack.operations import find as finding
 from modelpack.operations import resolve as resolving
 from modelpack.operations.remote import RemoteOptions
 from modelpack.reference import Reference
-from modelpack.unpacking.bundle import LinkMode
+from modelpack.unpacking.links import LinkMode
 
 REMOTE = click.option("-r", "--remote", "in_registry", is_flag=True, help="Ask the registry.")
-PULL = click.option("--pull", is_flag=True, help="Pull the model first if it is not stored.")
+PULL = click.option("--pull", is_flag=True, help="Pull first what is not stored.")
 
 
 @click.command()
 @model_argument()
+@click.option(
+    "--header", is_flag=True, help="Show what its weight files say: metadata and tensors."
+)
 @REMOTE
 @remote_options
+@variant_option
 @common_options
-def inspect(settings: Settings, model: str, in_registry: bool, remote: RemoteOptions) -> None:
-    """Show what a model is: format, size, context, layers."""
+def inspect(
+    settings: Settings, model: str, header: bool, in_registry: bool, remote: RemoteOptions
+) -> None:
+    """Show what a model is: format, size, context, layers.
+
+    Of a remote model a few small pieces are fetched, with --header too.
+    """
+    if header:
+        from modelpack.cli.headers import show_headers
+
+        show_headers(settings, model, in_registry, remote)
+        return
     found = _find(settings, model, in_registry, remote)
+    lacking = () if in_registry else settings.store().missing(found.descriptor)
+    missing = {blob.digest for blob in lacking}
     if settings.json:
-        show_json(model_json(found))
+        show_json(model_json(found, missing))
     else:
-        click.echo(model_text(found))
+        click.echo(model_text(found, missing))
 
 
 @click.command()
 @model_argument()
 @REMOTE
 @remote_options
+@variant_option
 @common_options
 def manifest(settings: Settings, model: str, in_registry: bool, remote: RemoteOptions) -> None:
     """Print the manifest, byte for byte."""
@@ -77,6 +101,8 @@ def config(settings: Settings, model: str, in_registry: bool, remote: RemoteOpti
 @click.option("--file", "files", metavar="PATH", multiple=True, help="A file path of the model.")
 @PULL
 @remote_options
+@trust_options
+@variant_option
 @common_options
 def resolve(
     settings: Settings,
@@ -86,7 +112,10 @@ def resolve(
     pull: bool,
     remote: RemoteOptions,
 ) -> None:
-    """Print the paths of a model's files in the store, a line each."""
+    """Print the paths of a model's files in the store, a line each.
+
+    With --pull, files that --media-type or --file ask for are fetched alone.
+    """
     with shown_progress(settings) as progress:
         found = resolving.resolve(
             model,
@@ -127,6 +156,8 @@ def resolve(
 @click.option("-f", "--force", is_flag=True, help="Replace what DIRECTORY holds.")
 @PULL
 @remote_options
+@trust_options
+@variant_option
 @common_options
 def bundle(
     settings: Settings,

@@ -13,6 +13,7 @@ import click
 from modelpack.cli.options import Settings, common_options
 from modelpack.cli.output import note, show
 from modelpack.cli.request_log import request_log
+from modelpack.cli.tls import tls_options
 from modelpack.errors import UsageError
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def protection_options(command: F) -> F:
     help="Seconds that an upstream may take between two pieces of a reply.",
 )  # fmt: skip
 @protection_options
+@tls_options
 @common_options
 @click.pass_context
 def gateway(
@@ -115,6 +117,7 @@ def gateway(
     balance: Any,
     timeout: float,
     protection: Callable[[str], Protection],
+    tls: tuple[Path, Path] | None,
 ) -> None:
     """Put API keys, limits, traces and failover before servers; print the address.
 
@@ -136,6 +139,7 @@ def gateway(
                 upstream_key=os.environ.get("MODELPACK_UPSTREAM_KEY") or None,
             ),
             port,
+            tls=tls,
         )
         note(settings, f"handing requests to {', '.join(upstreams)}; stop with Ctrl-C")
         server.run(lambda: click.echo(server.url))

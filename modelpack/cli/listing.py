@@ -10,8 +10,7 @@ import click
 from modelpack.cli.describe import age
 from modelpack.cli.options import Settings, common_options
 from modelpack.cli.output import human_size, note, show_json, table
-from modelpack.operations.listing import Listed
-from modelpack.operations.listing import list_models as listing
+from modelpack.operations.listing import Summarized, summarize_models
 
 _HEADER = (
     "MODEL NAME", "PARAMETERS", "QUANTIZATION", "ARCHITECTURE", "MODEL ID", "CREATED", "CONTEXT",
@@ -23,8 +22,11 @@ _HEADER = (
 @click.argument("model", required=False)
 @common_options
 def list_models(settings: Settings, model: str | None) -> None:
-    """List stored models: all, or those named MODEL. With --quiet, their ids only."""
-    found = listing(settings.store(), model)
+    """List stored models: all, or those named MODEL. With --quiet, their ids only.
+
+    Of a model that was pulled in part, the size says how much of it is here.
+    """
+    found = summarize_models(settings.store(), model)
     if settings.json:
         show_json({"models": [_json(item) for item in found]})
     elif settings.quiet:
@@ -40,36 +42,42 @@ def list_models(settings: Settings, model: str | None) -> None:
             note(settings, f"note: {item.digest.short}: {item.problem}")
 
 
-def _rows(item: Listed, now: datetime) -> list[tuple[str, ...]]:
+def _rows(item: Summarized, now: datetime) -> list[tuple[str, ...]]:
     cells = ("", "", "")
     created = context = size = ""
-    if item.model:
-        known = item.model.config
+    known = item.summary
+    if known:
         cells = (known.parameters, known.quantization, known.architecture)
         created = age(known.created, now)
         context = str(known.context_size) if known.context_size is not None else ""
-        size = human_size(item.model.manifest.total_size)
+        size = human_size(known.size)
+        if item.missing:
+            here = known.size - sum(blob.size for blob in item.missing)
+            size = f"{human_size(here)} of {size}"
     rest = (*cells, item.digest.short, created, context, size)
     names = [reference.familiar for reference in item.references] or ["<none>"]
     return [(name, *rest) for name in names]
 
 
-def _json(item: Listed) -> dict[str, Any]:
+def _json(item: Summarized) -> dict[str, Any]:
     value: dict[str, Any] = {
         "digest": str(item.digest),
         "tags": [str(reference) for reference in item.references],
     }
-    if item.model:
-        config = item.model.config
+    known = item.summary
+    if known:
         value |= {
-            "size": item.model.manifest.total_size,
-            "created": config.created,
-            "format": config.format,
-            "parameters": config.parameters,
-            "quantization": config.quantization,
-            "architecture": config.architecture,
-            "contextSize": config.context_size,
+            "size": known.size,
+            "created": known.created,
+            "format": known.format,
+            "parameters": known.parameters,
+            "quantization": known.quantization,
+            "architecture": known.architecture,
+            "contextSize": known.context_size,
         }
+    if item.missing:
+        value["missing"] = [str(blob.digest) for blob in item.missing]
+        value["missingSize"] = sum(blob.size for blob in item.missing)
     if item.problem:
         value["problem"] = item.problem
     return value

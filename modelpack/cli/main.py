@@ -11,23 +11,37 @@ import click
 
 from modelpack._version import __version__
 from modelpack.cli.options import Settings, common_options
+from modelpack.cli.output import visible
 from modelpack.errors import ModelpackError
 
 # command -> (module of modelpack.cli, attribute); imported only when used, to start fast
 COMMANDS = {
+    "attach": ("referrers", "attach"),
+    "bench": ("bench", "bench"),
     "bundle": ("find", "bundle"),
+    "catalog": ("catalog", "catalog"),
     "completion": ("completion", "completion"),
+    "compose": ("compose", "compose"),
     "config": ("find", "config"),
     "configure": ("running", "configure"),
+    "convert": ("convert", "convert"),
     "copy": ("transfer", "copy"),
-    "export": ("docker", "export_models"),
+    "detach": ("referrers", "detach"),
+    "diff": ("diff", "diff"),
+    "doctor": ("doctor", "doctor"),
+    "export": ("exporting", "export_models"),
     "fsck": ("store", "fsck"),
     "gateway": ("gateway", "gateway"),
     "gc": ("store", "gc"),
-    "import": ("docker", "import_models"),
+    "import": ("importing", "import_models"),
+    "index": ("index", "index"),
     "inspect": ("find", "inspect"),
+    "keygen": ("signing", "keygen"),
+    "k8s": ("k8s", "k8s"),
     "launch": ("launch", "launch"),
+    "lint": ("lint", "lint"),
     "list": ("listing", "list_models"),
+    "lock": ("lock", "lock"),
     "login": ("login", "login"),
     "logout": ("login", "logout"),
     "manifest": ("find", "manifest"),
@@ -35,14 +49,18 @@ COMMANDS = {
     "ps": ("running", "ps"),
     "pull": ("transfer", "pull"),
     "push": ("transfer", "push"),
+    "referrers": ("referrers", "referrers"),
     "registry": ("registry", "registry"),
     "resolve": ("find", "resolve"),
     "rm": ("store", "rm"),
     "run": ("run", "run"),
+    "sbom": ("sbom", "sbom"),
     "serve": ("serve", "serve"),
+    "sign": ("signing", "sign"),
     "smoke": ("smoke", "smoke"),
     "tag": ("store", "tag"),
     "unload": ("running", "unload"),
+    "verify": ("signing", "verify"),
 }
 
 # Words that users of docker model, kit, modctl, oras and ollama type.
@@ -56,7 +74,6 @@ ALIASES = {
     "show": "inspect",
     "remove": "rm",
     "prune": "gc",
-    "verify": "fsck",
 }
 
 EXIT_CODES = """
@@ -112,6 +129,9 @@ def cli(settings: Settings) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    # jsonschema, which oras imports, compiles a grammar of IRIs where this is installed (Jupyter
+    # brings it): a second of every command, for a format that we never check.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     sys.exit(run(args))
 
 
@@ -134,10 +154,10 @@ def run(args: list[str] | None = None) -> int:
         return 1
     except ModelpackError as error:
         _show_error(error, settings)
-        return error.exit_code
+        return settings.failure_code if error.exit_code == 1 else error.exit_code
     except Exception as error:  # noqa: BLE001 - the outermost frame: never a bare traceback
         _show_unexpected(error, settings)
-        return 1
+        return settings.failure_code
 
 
 def _show_error(error: ModelpackError, settings: Settings) -> None:
@@ -155,16 +175,17 @@ def _show_error(error: ModelpackError, settings: Settings) -> None:
             body["hint"] = error.hint
         click.echo(json.dumps({"error": body}), err=True)
         return
-    click.echo(f"error: {error}", err=True)
+    # Indented, so that no line of a message looks like one of ours.
+    click.echo(visible(f"error: {error}").replace("\n", "\n  "), err=True)
     if error.hint:
-        click.echo(f"hint: {error.hint}", err=True)
+        click.echo(visible(f"hint: {error.hint}").replace("\n", "\n  "), err=True)
 
 
 def _show_unexpected(error: Exception, settings: Settings) -> None:
     if settings.debug:
         _show_traceback(error)
     detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    click.echo(f"error: unexpected {detail}", err=True)
+    click.echo(visible(f"error: unexpected {detail}").replace("\n", "\n  "), err=True)
     if not settings.debug:
         click.echo("hint: run again with --debug to see where, and please report it", err=True)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from modelpack.cli.sizes import SIZE
+
 if TYPE_CHECKING:
+    from modelpack.operations.remote import RemoteOptions
     from modelpack.stores.layout import LayoutStore
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -27,6 +30,8 @@ class Settings:
     debug: bool = False
     quiet: bool = False
     progress: str = "auto"
+    #: The exit code of "any other failure", for a command to which 1 means something else.
+    failure_code: int = 1
 
     def store(self) -> LayoutStore:
         """Return the store to work on; it is made when it does not exist."""
@@ -99,6 +104,26 @@ def remote_options(command: F) -> F:
         show_default=True,
         help="Blobs transferred at a time.",
     )
+    @click.option(
+        "--connections",
+        type=click.IntRange(1, 32),
+        default=4,
+        show_default=True,
+        help="Connections over which a large blob is fetched, where one is slow.",
+    )
+    @click.option(
+        "--chunk-size",
+        metavar="SIZE",
+        type=SIZE,
+        help="Send blobs in chunks of SIZE, like 64MiB; otherwise each goes in one piece, unless "
+        "the registry wants chunks.",
+    )
+    @click.option(
+        "--limit-rate",
+        metavar="SIZE",
+        type=SIZE,
+        help="Send and fetch no more than SIZE a second, like 10MB.",
+    )
     @functools.wraps(command)
     def wrapped(
         *args: Any,
@@ -108,6 +133,9 @@ def remote_options(command: F) -> F:
         client_cert: Path | None,
         client_key: Path | None,
         concurrency: int,
+        connections: int,
+        chunk_size: int | None,
+        limit_rate: int | None,
         **arguments: Any,
     ) -> Any:
         from modelpack.operations.remote import RemoteOptions
@@ -119,7 +147,64 @@ def remote_options(command: F) -> F:
             from modelpack.registry import TlsOptions
 
             tls = TlsOptions(ca_file, client_cert, client_key, frozenset(insecure))
-        remote = RemoteOptions(plain_http=plain_http, tls=tls, concurrency=concurrency)
+        remote = RemoteOptions(
+            plain_http=plain_http,
+            tls=tls,
+            concurrency=concurrency,
+            connections=connections,
+            chunk_size=chunk_size,
+            limit_rate=limit_rate,
+        )
+        return command(*args, remote=remote, **arguments)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def trust_options(command: F) -> F:
+    """Add the options that say who has to have signed a model; they go into `remote`.
+
+    Stands below `remote_options`.
+    """
+
+    @click.option(
+        "--verify-key", "keys", metavar="PUB", multiple=True,
+        help="Take no model that is not signed by this public key. May be repeated: any of them.",
+    )  # fmt: skip
+    @click.option(
+        "--policy", type=_PEM, envvar="MODELPACK_POLICY", metavar="FILE", show_envvar=True,
+        help="Take no model that is not signed as this file says.",
+    )  # fmt: skip
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        keys: tuple[str, ...],
+        policy: Path | None,
+        remote: RemoteOptions,
+        **arguments: Any,
+    ) -> Any:
+        if keys or policy is not None:
+            from modelpack.supply.keys import read_public_key
+            from modelpack.supply.trust import Trust
+
+            trust = Trust.of([read_public_key(key) for key in keys], policy)
+            remote = replace(remote, trust=trust)
+        return command(*args, remote=remote, **arguments)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def variant_option(command: F) -> F:
+    """Add `--variant`; it stands right below `remote_options`, into whose result it goes."""
+
+    @click.option(
+        "--variant",
+        metavar="NAME",
+        help="Of a model in several variants, this one. [default: what this machine runs best]",
+    )
+    @functools.wraps(command)
+    def wrapped(*args: Any, variant: str | None, remote: RemoteOptions, **arguments: Any) -> Any:
+        if variant is not None:
+            remote = replace(remote, variant=variant)
         return command(*args, remote=remote, **arguments)
 
     return wrapped  # type: ignore[return-value]
@@ -138,6 +223,19 @@ def model_names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list
     names = {ref.familiar for model in models for ref in model.references}
     names |= {str(ref) for model in models for ref in model.references}
     return sorted(name for name in names if name.startswith(incomplete))
+
+
+def annotation_pairs(
+    _: click.Context, __: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str]:
+    """Return what repeated `--annotation KEY=VALUE` options say."""
+    pairs = {}
+    for value in values:
+        key, equals, text = value.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{value!r} is not KEY=VALUE")
+        pairs[key] = text
+    return pairs
 
 
 def model_argument(name: str = "model", **attributes: Any) -> Callable[[F], F]:

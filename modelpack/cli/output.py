@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +15,28 @@ from modelpack.reference import Reference
 #: Grows when a field of `--json` output changes its meaning or goes away.
 SCHEMA_VERSION = 1
 
+# What a model, a registry or a file name says may hold what a terminal takes for commands; line
+# feeds and tabs alone are text. In a line, feeds and changes of direction make it look like others.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_LINE_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Return `text` with a replacement character for each control character."""
+    return _CONTROLS.sub("\ufffd", text.replace("\r\n", "\n"))
+
+
+def one_line(text: str) -> str:
+    """Return `text` as `visible` does, and with nothing that makes another line of it."""
+    return _LINE_CONTROLS.sub("\ufffd", text)
+
 
 def show(settings: Settings, value: dict[str, Any], text: str) -> None:
     """Print a result on stdout: `value` with --json, else `text`."""
     if settings.json:
         show_json(value)
     elif text:
-        click.echo(text)
+        click.echo(visible(text))
 
 
 def show_json(value: dict[str, Any]) -> None:
@@ -31,7 +47,7 @@ def show_json(value: dict[str, Any]) -> None:
 def note(settings: Settings, message: str) -> None:
     """Tell the user something on stderr."""
     if not settings.quiet:
-        click.echo(message, err=True)
+        click.echo(one_line(message), err=True)
 
 
 def note_reference(settings: Settings, typed: str, reference: Reference) -> None:
@@ -42,6 +58,7 @@ def note_reference(settings: Settings, typed: str, reference: Reference) -> None
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return left-aligned columns, two spaces apart, as `docker model list` prints them."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

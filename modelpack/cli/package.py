@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
 
-from modelpack.cli.options import Settings, common_options, model_names, remote_options
+from modelpack.cli.options import (
+    Settings,
+    annotation_pairs,
+    common_options,
+    model_names,
+    remote_options,
+    trust_options,
+)
 from modelpack.cli.output import human_size, note, note_reference, plural, show
 from modelpack.cli.progress import shown_progress
 from modelpack.errors import UsageError
@@ -17,16 +26,6 @@ from modelpack.packaging.request import PackageRequest
 from modelpack.reference import Reference
 
 PATH = click.Path(path_type=Path)
-
-
-def _annotations(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    pairs = {}
-    for value in values:
-        key, equals, text = value.partition("=")
-        if not equals or not key:
-            raise click.BadParameter(f"{value!r} is not KEY=VALUE")
-        pairs[key] = text
-    return pairs
 
 
 @click.command()
@@ -55,7 +54,7 @@ def _annotations(_: click.Context, __: click.Parameter, values: tuple[str, ...])
     "annotations",
     metavar="KEY=VALUE",
     multiple=True,
-    callback=_annotations,
+    callback=annotation_pairs,
     help="An annotation of the manifest. May be repeated.",
 )
 @click.option(
@@ -66,15 +65,22 @@ def _annotations(_: click.Context, __: click.Parameter, values: tuple[str, ...])
 @click.option("--preserve", is_flag=True, help="Keep file modes and times: bytes as Docker's.")
 @click.option("--follow-symlinks", is_flag=True, help="Follow links that leave the directory.")
 @click.option("--allow-pickle", is_flag=True, help="Accept pickle weights, which can run code.")
+@click.option(
+    "--quantize",
+    type=click.Choice(["q4", "q8"]),
+    help="Quantise --safetensors-dir first, to 4 or 8 bits a weight, by mlx-lm's quantiser.",
+)
 @click.option("--link", is_flag=True, help="Hard-link files into the store instead of copying.")
 @click.option("--dry-run", is_flag=True, help="Say what would be packaged; store nothing.")
 @click.option("--push", is_flag=True, help="Push the model after storing it.")
 @remote_options
+@trust_options
 @common_options
 def package(
     settings: Settings,
     reference: str,
     from_model: str | None,
+    quantize: str | None,
     link: bool,
     dry_run: bool,
     push: bool,
@@ -92,8 +98,12 @@ def package(
         raise UsageError("--push and --dry-run exclude each other")
     where = Reference.parse(reference)
     note_reference(settings, reference, where)
-    request = PackageRequest(**inputs)
-    with shown_progress(settings) as progress:
+    with ExitStack() as stack:
+        if quantize is not None:
+            directory = stack.enter_context(TemporaryDirectory(prefix="modelpack-quantized-"))
+            inputs["safetensors_dir"] = _quantized(settings, inputs, quantize, Path(directory))
+        request = PackageRequest(**inputs)
+        progress = stack.enter_context(shown_progress(settings))
         made = packaging.package(
             where,
             request,
@@ -113,6 +123,29 @@ def package(
         for layer in made.manifest.layers:
             note(settings, f"  {layer.media_type}  {human_size(layer.size)}  {layer.filepath}")
     show(settings, _result(made), str(made.digest))
+
+
+def _quantized(settings: Settings, inputs: dict[str, Any], quantize: str, directory: Path) -> Path:
+    """Return the directory of the quantised model, in `directory`."""
+    source: Path | None = inputs["safetensors_dir"]
+    if source is None or inputs["gguf"] or inputs["dduf"]:
+        raise UsageError(
+            "--quantize is for --safetensors-dir", hint="GGUF: use llama-quantize of llama.cpp"
+        )
+    if not source.is_dir():
+        raise UsageError(f"--safetensors-dir {source} is no directory")
+    try:
+        from modelpack_engine.quantizing import BITS, quantize_directory
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"--quantize needs {error.name}", hint="pip install 'modelpack[engine]'"
+        ) from None
+    done = quantize_directory(
+        source, directory, bits=BITS[quantize], follow_symlinks=inputs["follow_symlinks"]
+    )
+    sizes = f"{human_size(done.before)} are {human_size(done.after)}"
+    note(settings, f"quantised {plural(done.modules, 'module')} to {done.bits} bits: {sizes}")
+    return directory
 
 
 def _result(made: packaging.Packaged) -> dict[str, Any]:

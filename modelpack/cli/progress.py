@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from modelpack.cli.options import Settings
+from modelpack.cli.output import one_line
 from modelpack.progress import Action, Progress, ProgressCallback, silent
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class LineDisplay:
         if progress.action in (Action.NOTE, Action.RETRY):
             click.echo(_message(progress), err=True)
         elif self._plain and progress.finished:
-            line = f"{_VERBS[progress.action]} {progress.name}: {progress.completed} bytes"
+            name = one_line(progress.name)
+            line = f"{_VERBS[progress.action]} {name}: {progress.completed} bytes"
             click.echo(line, err=True)
 
 
@@ -72,10 +74,10 @@ class BarDisplay:
             return
         key = str(progress.digest or progress.name)
         if key not in self._tasks:
-            self._tasks[key] = self._bars.add_task(progress.name, total=progress.total)
+            self._tasks[key] = self._bars.add_task("", total=progress.total)
         self._bars.update(
             self._tasks[key],
-            description=f"{_VERBS[progress.action]} {progress.name}",
+            description=f"{_VERBS[progress.action]} {one_line(progress.name)}",
             completed=progress.completed,
             total=progress.total,
         )
@@ -83,7 +85,7 @@ class BarDisplay:
 
 def _message(progress: Progress) -> str:
     prefix = "retry" if progress.action is Action.RETRY else "note"
-    return f"{prefix}: {progress.message or progress.name}"
+    return one_line(f"{prefix}: {progress.message or progress.name}")
 
 
 def _bars() -> Bars:

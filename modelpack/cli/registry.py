@@ -11,17 +11,21 @@ import click
 
 from modelpack.cli.options import Settings, common_options
 from modelpack.cli.output import note
+from modelpack.cli.tls import tls_options
 from modelpack.errors import UsageError
 
 if TYPE_CHECKING:
     from modelpack.server.auth import Guard
     from modelpack.server.limits import Limits
+    from modelpack.server.upstream import Upstream
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MIB = 1024 * 1024
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 _COUNT = click.IntRange(min=1)
+# Clients wait meanwhile, and try again themselves.
+_UPSTREAM_TRIES = 3
 
 
 def access_options(command: F) -> F:
@@ -118,6 +122,8 @@ def registry() -> None:
     "--addr", default="127.0.0.1:5000", show_default=True, metavar="HOST:PORT",
     help="Where to listen; port 0 takes a free one.",
 )  # fmt: skip
+@click.option("--host", metavar="HOST", help="The host of --addr alone, as for `modelpack serve`.")
+@click.option("--port", type=click.IntRange(0, 65535), metavar="PORT", help="Its port alone.")
 @click.option(
     "--root", type=click.Path(path_type=Path, file_okay=False),
     help="The store to serve. [default: the local store]",
@@ -131,24 +137,34 @@ def registry() -> None:
     "--allow-host", "hosts", metavar="NAME", multiple=True,
     help="A host name that clients may use besides the address. May be repeated.",
 )  # fmt: skip
-@click.option("--tls-cert", type=_FILE, metavar="FILE", help="Speak https by this certificate.")
-@click.option("--tls-key", type=_FILE, metavar="FILE", help="Its key, if that is in another file.")
+@tls_options
 @click.option(
     "--sparse", is_flag=True, help="Accept manifests whose blobs are missing, as some mirrors send."
 )
+@click.option(
+    "--upstream", metavar="URL",
+    help="Fetch from this registry what is not here, and keep it. Clients can only read.",
+)  # fmt: skip
+@click.option(
+    "--upstream-ttl", type=click.FloatRange(min=0), default=60, show_default=True,
+    metavar="SECONDS", help="Look a tag up there again after this time.",
+)  # fmt: skip
 @access_options
 @limit_options
 @common_options
 def serve(
     settings: Settings,
     addr: str,
+    host: str | None,
+    port: int | None,
     root: Path | None,
     read_only: bool,
     allow_anonymous: bool,
     hosts: tuple[str, ...],
-    tls_cert: Path | None,
-    tls_key: Path | None,
+    tls: tuple[Path, Path] | None,
     sparse: bool,
+    upstream: str | None,
+    upstream_ttl: float,
     guard: Guard | None,
     limits: Limits,
 ) -> None:
@@ -159,21 +175,46 @@ def serve(
     from modelpack.server import RegistryServer
     from modelpack.stores.layout import LayoutStore
 
-    if tls_key and not tls_cert:
-        raise UsageError("--tls-key needs --tls-cert")
     store = LayoutStore(root) if root is not None else settings.store()
     server = RegistryServer(
         store,
-        address=addr,
+        address=_address(addr, host, port),
         read_only=read_only,
         sparse=sparse,
         allow_remote=allow_anonymous,
         allowed_hosts=hosts,
         guard=guard,
-        tls=(tls_cert, tls_key or tls_cert) if tls_cert else None,
+        tls=tls,
         limits=limits,
+        upstream=_upstream(upstream, upstream_ttl) if upstream else None,
     )
     note(settings, f"serving {store.root}; stop with Ctrl-C")
-    if guard is not None and tls_cert is None and not server.is_loopback:
+    if guard is not None and tls is None and not server.is_loopback:
         note(settings, "warning: passwords and tokens come over plain http; see --tls-cert")
     server.run(on_ready=lambda: click.echo(server.host))
+
+
+def _address(addr: str, host: str | None, port: int | None) -> str:
+    """Return `addr` with another host or port, where these are given."""
+    its_host, _, its_port = addr.rpartition(":")
+    if host is not None and ":" in host and not host.startswith("["):
+        host = f"[{host}]"
+    return f"{host or its_host}:{its_port if port is None else port}"
+
+
+def _upstream(url: str, ttl: float) -> Upstream:
+    """Return the upstream at `URL`: a host, or https:// or http:// and a host."""
+    from modelpack.registry import Registry, RetryPolicy, Timeouts
+    from modelpack.server.upstream import Upstream
+
+    scheme, separator, host = url.rpartition("://")
+    host = host.rstrip("/")
+    if not host or "/" in host or "@" in host or (separator and scheme not in ("http", "https")):
+        raise UsageError(
+            f"--upstream is {url!r}, expected HOST[:PORT], https://HOST or http://HOST",
+            hint="log in there with `modelpack login`; the repositories are asked for by name",
+        )
+    plain_http = {"http": True, "https": False}.get(scheme)
+    retry = RetryPolicy(tries=_UPSTREAM_TRIES, max_delay=2)
+    timeouts = Timeouts(connect=5)
+    return Upstream(Registry(host, plain_http=plain_http, retry=retry, timeouts=timeouts), ttl)

@@ -13,11 +13,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelpack.cli.engine import engine_options
-from modelpack.cli.options import Settings, common_options, model_argument, remote_options
+from modelpack.cli.options import (
+    Settings,
+    common_options,
+    model_argument,
+    remote_options,
+    trust_options,
+    variant_option,
+)
 from modelpack.cli.output import note, show_json
 from modelpack.cli.progress import shown_progress
 from modelpack.cli.run_view import BareView, TerminalView, View
+from modelpack.cli.speculation import pull_draft
 from modelpack.errors import UsageError
+from modelpack.hub.reference import local_name
 from modelpack.operations.remote import RemoteOptions
 
 if TYPE_CHECKING:
@@ -41,6 +50,8 @@ if TYPE_CHECKING:
 @click.option("--host", metavar="URL", help="Have a running server answer: nothing is loaded here.")
 @engine_options
 @remote_options
+@trust_options
+@variant_option
 @common_options
 def run(
     settings: Settings,
@@ -89,17 +100,20 @@ def run(
     from modelpack_engine.pool.store_catalogue import StoreCatalogue
 
     engine = config()
+    pull_draft(engine, store, settings, remote)
 
     def load(name: str) -> ServedModel:
         from modelpack_engine import open_model
 
         with shown_progress(settings) as progress:
-            open_model(name, store=store, remote=remote, progress=progress)
+            opened = open_model(name, store=store, remote=remote, progress=progress).model
+        if store.resolve(local_name(name)).digest != opened.digest:
+            name = str(opened.digest)  # of several variants, this is the one
         loaded = models.load(name, ModelSettings(preset=preset))
         require_chat(loaded)
         return loaded
 
-    with LocalModels(StoreCatalogue(store, engine), engine) as models:
+    with LocalModels(StoreCatalogue(store, engine, remote=remote), engine) as models:
         _talk(settings, Chat(load(model), **chosen), load, text, models.call)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -10,19 +9,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 
+from modelpack.cli.output import visible
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.live import Live
 
 # Seconds between two drawings: what the eye follows, at little cost.
 _FRAME = 1 / 15
-# A model may write what a terminal takes for commands; line feeds and tabs alone are text.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def visible(text: str) -> str:
-    """Return `text` with a replacement character for each control character."""
-    return _CONTROLS.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
 class View(Protocol):

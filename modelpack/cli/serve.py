@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from modelpack.cli.engine import engine_options, parse_size
+from modelpack.cli.engine import engine_options
 from modelpack.cli.gateway import protection_options
 from modelpack.cli.options import (
     Settings,
     common_options,
     model_names,
     remote_options,
+    trust_options,
+    variant_option,
 )
 from modelpack.cli.output import note
 from modelpack.cli.progress import shown_progress
+from modelpack.cli.ranks import is_parallel, join_ranks
 from modelpack.cli.request_log import request_log
+from modelpack.cli.sizes import parse_size
+from modelpack.cli.speculation import pull_draft
+from modelpack.cli.tls import tls_options
 from modelpack.errors import UsageError
+from modelpack.hub.reference import local_name
 from modelpack.operations.remote import RemoteOptions
 
 if TYPE_CHECKING:
@@ -44,6 +54,7 @@ def _open(settings: Settings, model: str, remote: RemoteOptions) -> Any:
     "--served-model-name", metavar="NAME", help="What clients call the first MODEL, besides MODEL."
 )
 @protection_options
+@tls_options
 @click.option("--preset", help="Settings for a use: code, chat, creative or long-context.")
 @click.option(
     "--keep-alive", metavar="TIME", default="5m", show_default=True,
@@ -54,8 +65,14 @@ def _open(settings: Settings, model: str, remote: RemoteOptions) -> Any:
     "--runtime-flags", metavar="FLAGS",
     help="Flags for all models, as llama.cpp or vLLM have them: '--temp 0.7 --ctx-size 8192'.",
 )  # fmt: skip
-@engine_options
+@click.option(
+    "--tensor-parallel-size", type=click.IntRange(min=1), metavar="N",
+    help="Divide each model between N GPUs of this machine, or between the ranks of mlx.launch.",
+)  # fmt: skip
+@partial(engine_options, others=("vllm",))
 @remote_options
+@trust_options
+@variant_option
 @common_options
 def serve(
     settings: Settings,
@@ -64,13 +81,15 @@ def serve(
     port: int,
     served_model_name: str | None,
     protection: Callable[[str], Protection],
+    tls: tuple[Path, Path] | None,
     preset: str | None,
     keep_alive: str,
     memory: str | None,
     runtime_flags: str | None,
-    config: Callable[[], Any],
+    tensor_parallel_size: int | None,
+    config: Callable[[], Any] | None,
     remote: RemoteOptions,
-) -> None:
+) -> int:
     """Serve the models of the store, from its blobs there; print the address.
 
     Each MODEL is pulled where the store lacks it, loaded at once, and stays loaded; /health says
@@ -79,6 +98,20 @@ def serve(
     """
     if served_model_name and not models:
         raise UsageError("--served-model-name names a MODEL, and none is given")
+    if config is None:
+        from modelpack.cli.serve_vllm import exec_vllm
+
+        protection(host)  # an address that others can reach is a decision here, too
+        exec_vllm(
+            settings,
+            models,
+            host,
+            port,
+            served_model_name,
+            _words(runtime_flags or ""),
+            tls,
+            replace(remote, backend="vllm"),
+        )
     from modelpack.gateway.protecting import protect
     from modelpack_engine.pool.device_memory import device_memory
     from modelpack_engine.pool.keep_alive import parse_keep_alive
@@ -94,21 +127,34 @@ def serve(
     seconds = parse_keep_alive(keep_alive)
     size = parse_size(memory) if memory else None
     engine = config()
-    for model in models:
-        _open(settings, model, remote)
+    if engine.backend != "auto":
+        remote = replace(remote, backend=engine.backend)
+    # By id: the name may stand for several variants, of which this is the one.
+    opened = {local_name(model): _open(settings, model, remote).model for model in models}
+    pull_draft(engine, settings.store(), settings, remote)
+    ranks = None
+    if is_parallel(tensor_parallel_size):
+        joined = join_ranks(settings, tensor_parallel_size or 1, engine)
+        if isinstance(joined, int):
+            return joined
+        ranks = joined
     budget = size or device_memory(engine)
 
     def pool() -> ModelPool:
         made = ModelPool(
-            StoreCatalogue(settings.store(), engine),
+            StoreCatalogue(settings.store(), engine, ranks, remote),
             settings=chosen,
             memory=budget,
             keep_alive=seconds,
         )
-        for model in models:
-            made.pin(model)
+        for name, model in opened.items():
+            if settings.store().resolve(name).digest == model.digest:
+                made.pin(name)
+            else:
+                made.pin(str(model.digest))
+                made.alias(name, str(model.digest))
         if served_model_name:
-            made.alias(served_model_name, models[0])
+            made.alias(served_model_name, str(next(iter(opened.values())).digest))
         return made
 
     with request_log(settings):
@@ -118,9 +164,13 @@ def serve(
             allow_remote=True,  # `Protection` has seen to it that keys are asked for
             max_body_bytes=protected_by.max_body,
             wrap=lambda app: protect(app, protected_by),
+            tls=tls,
         )
         note(settings, f"serving {', '.join(models) or 'the store'}; stop with Ctrl-C")
         server.run(lambda: click.echo(server.url))
+    if ranks is not None:
+        ranks.close()
+    return 0
 
 
 def _words(flags: str) -> tuple[str, ...]:

@@ -11,9 +11,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelpack.cli.engine import engine_options
-from modelpack.cli.options import Settings, common_options, model_argument, remote_options
+from modelpack.cli.options import (
+    Settings,
+    common_options,
+    model_argument,
+    remote_options,
+    trust_options,
+    variant_option,
+)
 from modelpack.cli.output import show_json
 from modelpack.cli.progress import shown_progress
+from modelpack.cli.smoke_attestation import attestation_of
+from modelpack.cli.speculation import pull_draft
 from modelpack.operations.remote import RemoteOptions
 
 if TYPE_CHECKING:
@@ -32,8 +41,18 @@ if TYPE_CHECKING:
     "--junit", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
     help="Also write the checks there, as JUnit's XML.",
 )  # fmt: skip
+@click.option(
+    "--attest", is_flag=True,
+    help="Attach the report to the model in its registry, signed with --key.",
+)  # fmt: skip
+@click.option(
+    "--key", type=click.Path(path_type=Path), metavar="KEY", help="The private key for --attest."
+)
+@click.option("--local", is_flag=True, help="With --attest: in the local store.")
 @engine_options
 @remote_options
+@trust_options
+@variant_option
 @common_options
 def smoke(
     settings: Settings,
@@ -44,6 +63,9 @@ def smoke(
     max_tokens: int,
     clean: bool,
     junit: Path | None,
+    attest: bool,
+    key: Path | None,
+    local: bool,
     config: Callable[[], Any],
     remote: RemoteOptions,
 ) -> int:
@@ -51,14 +73,19 @@ def smoke(
     from modelpack_engine import open_model
     from modelpack_engine.smoking import smoke_test
 
+    # A wrong password is told before anything is loaded.
+    attestation = attestation_of(model, attest, key, local, clean)
     with _store(settings, clean) as store:
         with shown_progress(settings) as progress:
             opened = open_model(model, store=store, remote=remote, progress=progress)
+        engine = config()
+        pull_draft(engine, store, settings, remote)
+        tested = opened.model
         del opened  # found, and its files are there: what smoke_test is to load
         report = smoke_test(
             model,
             store,
-            config(),
+            engine,
             prompt=prompt,
             expect=expect,
             min_tokens_per_second=min_tps,
@@ -67,6 +94,8 @@ def smoke(
     show_json(report.to_json())
     if junit is not None:
         junit.write_bytes(junit_xml(report))
+    if attestation is not None:
+        attestation(report, tested, remote, settings)
     return 0 if report.passed else 1
 
 

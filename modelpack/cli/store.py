@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
-from modelpack.cli.options import Settings, common_options, model_argument
+from modelpack.cli.options import Settings, common_options, model_argument, remote_options
 from modelpack.cli.output import human_size, note, note_reference, plural, show
 from modelpack.cli.progress import shown_progress
-from modelpack.errors import IntegrityError
+from modelpack.errors import IntegrityError, UsageError
+from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.watching import watching
 from modelpack.reference import Reference
+from modelpack.stores.fsck import FsckReport
+
+if TYPE_CHECKING:
+    from modelpack.operations.repair import Repaired
 
 
 @click.command()
@@ -82,14 +89,41 @@ def gc(settings: Settings, dry_run: bool, grace: int) -> None:
 
 @click.command()
 @click.option("--fast", is_flag=True, help="Check presence and sizes only, hash nothing.")
+@click.option("--repair", is_flag=True, help="Fetch what is damaged or missing, and nothing else.")
+@click.option(
+    "--from",
+    "source",
+    metavar="REF",
+    help="Fetch it from this repository. [default: where the model was pulled from, or its name]",
+)
+@remote_options
 @common_options
-def fsck(settings: Settings, fast: bool) -> None:
+def fsck(
+    settings: Settings, fast: bool, repair: bool, source: str | None, remote: RemoteOptions
+) -> None:
     """Verify the whole store; put damaged blobs aside and say which models they hit."""
+    if source is not None and not repair:
+        raise UsageError("--from needs --repair")
+    store = settings.store()
     with shown_progress(settings) as progress:
-        report = settings.store().fsck(fast=fast, watch=watching(progress))
-    value = {
+        if repair:
+            from modelpack.operations import repair as repairing
+
+            done = repairing.repair(
+                store, source=source, fast=fast, remote=remote, progress=progress
+            )
+            _show_fsck(settings, done.before, done)
+            return
+        report = store.fsck(fast=fast, watch=watching(progress))
+    _show_fsck(settings, report)
+
+
+def _show_fsck(settings: Settings, report: FsckReport, done: Repaired | None = None) -> None:
+    """Print what a check found and, after a repair, what that left; raise if that is something."""
+    value: dict[str, Any] = {
         "checked": report.checked,
         "bytesChecked": report.bytes_checked,
+        "partial": list(report.partial),
         "problems": [
             {
                 "kind": str(problem.kind),
@@ -104,10 +138,23 @@ def fsck(settings: Settings, fast: bool) -> None:
         f"{problem.message}" + (f" (in {', '.join(problem.models)})" if problem.models else "")
         for problem in report.problems
     ]
+    left = report
+    if done is not None:
+        left = done.after
+        value["restored"] = [blob.to_json() for blob in done.restored]
+        value["bytesFetched"] = done.bytes_fetched
+        value["failures"] = [
+            {"digest": str(failure.digest), "message": failure.message} for failure in done.failures
+        ]
+        lines += [f"restored {blob.digest} ({human_size(blob.size)})" for blob in done.restored]
+        lines += [f"not restored: {failure.message}" for failure in done.failures]
     show(settings, value, "\n".join(lines))
     note(settings, f"checked {plural(report.checked, 'blob')}, {human_size(report.bytes_checked)}")
-    if report.problems:
+    if report.partial:
+        note(settings, f"pulled in part, which is no problem: {', '.join(report.partial)}")
+    if left.problems:
+        repairs = "pull or package the models named above again"
         raise IntegrityError(
-            f"the store {settings.store().root} has {plural(len(report.problems), 'problem')}",
-            hint="pull or package the models named above again",
+            f"the store {settings.store().root} has {plural(len(left.problems), 'problem')}",
+            hint=repairs if done else f"`modelpack fsck --repair`, or {repairs}",
         )

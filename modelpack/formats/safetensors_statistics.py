@@ -10,6 +10,7 @@ from typing import Any
 from modelpack.errors import NotFoundError
 from modelpack.formats import model_json
 from modelpack.formats.gotext import trim
+from modelpack.formats.mlx_quantization import MLXQuantization
 from modelpack.formats.model_statistics import ModelStatistics
 from modelpack.formats.safetensors import SafetensorsHeader, read_safetensors_header
 from modelpack.formats.shards import check_complete, indexed_files
@@ -22,22 +23,25 @@ MAX_TEXT = 65_536
 
 
 def safetensors_statistics(
-    paths: Sequence[str | os.PathLike[str]],
+    files: Sequence[str | os.PathLike[str] | SafetensorsHeader],
     *,
     exact: bool = False,
     config_json: str | os.PathLike[str] | None = None,
 ) -> ModelStatistics:
-    """Return the statistics of the model in the weight files `paths`, in their order.
+    """Return the statistics of the model in the weight `files`: paths, or headers read already.
 
     `config_json` is the model's configuration, by default the one beside the weights. With
     `exact`, everything is as Docker Model Runner computes it, which looks at the first file only.
     Every header is checked either way: raises `WeightFormatError`, or `PackagingError` naming
     shards that are missing.
     """
-    if not paths:
+    if not files:
         return ModelStatistics(format="safetensors")
-    check_complete(paths)
-    headers = [read_safetensors_header(path) for path in paths]
+    check_complete(file.path if isinstance(file, SafetensorsHeader) else file for file in files)
+    headers = [
+        file if isinstance(file, SafetensorsHeader) else read_safetensors_header(file)
+        for file in files
+    ]
     size = format_decimal_size(sum(header.file_size for header in headers))
     if exact:
         return _exact(headers, size)
@@ -52,10 +56,18 @@ def safetensors_statistics(
     for key in [key for key, value in metadata.items() if len(value) > MAX_TEXT]:
         notes.append(f"{key} of {len(metadata[key])} characters is left out of the config")
         del metadata[key]
+    quantized = MLXQuantization.of(config)
+    if quantized is None:
+        quantization = _quantization(tensors)
+        parameters = sum(tensor.elements for tensor in tensors)
+    else:
+        quantization = quantized.label
+        parameters = quantized.parameters(tensors)
+        metadata |= quantized.facts()
     return ModelStatistics(
         format="safetensors",
-        quantization=_quantization(tensors),
-        parameters=format_decimal_parameters(sum(tensor.elements for tensor in tensors)),
+        quantization=quantization,
+        parameters=format_decimal_parameters(parameters),
         architecture=architecture,
         size=size,
         safetensors=sorted_map({**metadata, "tensor_count": str(len(tensors))}),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modelpack.errors import PackagingError
-from modelpack.formats.dduf import read_dduf_header
+from modelpack.formats.dduf import DDUFHeader, read_dduf_header
 from modelpack.formats.detect import WeightFormat, detect_format
 from modelpack.formats.gguf_statistics import gguf_statistics as gguf_statistics
 from modelpack.formats.model_statistics import ModelStatistics as ModelStatistics
@@ -44,19 +44,20 @@ def read_statistics(
 
 
 def dduf_statistics(
-    paths: Sequence[str | os.PathLike[str]], *, exact: bool = False
+    files: Sequence[str | os.PathLike[str] | DDUFHeader], *, exact: bool = False
 ) -> ModelStatistics:
-    """Return the statistics of the model in the DDUF archives `paths`, usually one.
+    """Return the statistics of the model in the DDUF archives `files`, usually one.
 
     They are Docker Model Runner's with and without `exact`; a broken archive is a
     `WeightFormatError`.
     """
-    if not paths:
+    if not files:
         return ModelStatistics(format="dduf")
-    size = sum(read_dduf_header(path).file_size for path in paths)
+    headers = [file if isinstance(file, DDUFHeader) else read_dduf_header(file) for file in files]
+    size = sum(header.file_size for header in headers)
     return ModelStatistics(
         format="dduf",
         architecture="diffusers",
         size=format_decimal_size(size),
-        diffusers=sorted_map({"dduf_file": Path(paths[0]).name, "layout": "dduf"}),
+        diffusers=sorted_map({"dduf_file": Path(headers[0].path).name, "layout": "dduf"}),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from modelpack.gateway.app import GatewaySettings, create_gateway
 from modelpack.listening import GRACE, AppServer
 
@@ -9,7 +11,14 @@ from modelpack.listening import GRACE, AppServer
 class GatewayServer(AppServer):
     """A gateway at the address that its protection names, and `port` (0: a free one)."""
 
-    def __init__(self, settings: GatewaySettings, port: int = 0, *, grace: int = GRACE) -> None:
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        port: int = 0,
+        *,
+        grace: int = GRACE,
+        tls: tuple[Path, Path] | None = None,
+    ) -> None:
         """Raises `UsageError` for upstreams, origins or an address that are none."""
         host = settings.protection.host
         app = create_gateway(settings)
@@ -20,4 +29,5 @@ class GatewayServer(AppServer):
             allow_remote=True,  # `Protection` has seen to it that keys are asked for
             grace=grace,
             lifespan=True,
+            tls=tls,
         )

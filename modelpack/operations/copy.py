@@ -1,11 +1,14 @@
-"""Copy: a model from registry to registry, without touching the local store."""
+"""Copy: a model from a registry or the hub to a registry, without touching the local store."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from modelpack.digest import Digest
-from modelpack.operations.remote import RemoteOptions, fetch_referenced_manifest, open_repository
+from modelpack.hub.reference import HubReference
+from modelpack.operations.referrer_transfer import transfer_referrers
+from modelpack.operations.remote import RemoteOptions, open_repository
+from modelpack.operations.sources import open_source
 from modelpack.operations.transfer import Transfer, transfer
 from modelpack.operations.watching import watching
 from modelpack.progress import ProgressCallback, Stop
@@ -14,18 +17,23 @@ from modelpack.reference import Reference
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """A copied model: where from, where to, its id, and what had to be sent."""
+    """A copied model: where from, where to, its id, and what had to be sent.
+
+    `referrers` are the manifests about it that were copied too, each with what that took.
+    """
 
     source: Reference
     target: Reference
     digest: Digest
     transfer: Transfer
+    referrers: tuple[Transfer, ...] = ()
 
 
 def copy(
-    source: str | Reference,
+    source: str | Reference | HubReference,
     target: str | Reference,
     *,
+    with_referrers: bool = False,
     source_options: RemoteOptions | None = None,
     target_options: RemoteOptions | None = None,
     progress: ProgressCallback | None = None,
@@ -33,24 +41,33 @@ def copy(
 ) -> Copied:
     """Copy a model between registries, streaming; within one registry, blobs are mounted.
 
-    Every blob is hashed on its way, and an upload whose bytes turn out wrong is cancelled.
+    The source may be a model of the Hugging Face Hub, too: `hf.co/ORG/NAME[:QUANT][@REVISION]`.
+
+    Every blob is hashed on its way, and an upload whose bytes turn out wrong is cancelled. With
+    `with_referrers`, what is attached to the model comes along, and what is attached to that; the
+    tag is set last.
     """
-    origin = Reference.parse(source) if isinstance(source, str) else source
     where = Reference.parse(target) if isinstance(target, str) else target
     options = target_options or RemoteOptions()
     watch = watching(progress, stop)
     with (
-        open_repository(origin, source_options or options, watch) as reading,
+        open_source(source, source_options or options, watch) as opened,
         open_repository(where, options, watch, writes=True) as writing,
     ):
-        descriptor, raw = fetch_referenced_manifest(reading, origin)
+        reading, descriptor, raw = opened.source, opened.descriptor, opened.raw
         done = transfer(
             reading,
             writing,
             descriptor,
             raw,
-            where.tag,
+            None if with_referrers else where.tag,
             concurrency=options.concurrency,
             watch=watch,
         )
-    return Copied(origin, where, descriptor.digest, done)
+        about: tuple[Transfer, ...] = ()
+        if with_referrers:
+            about = transfer_referrers(
+                reading, writing, descriptor, raw, concurrency=options.concurrency, watch=watch
+            )
+            writing.write_manifest(descriptor, raw, where.tag)
+    return Copied(opened.local, where, descriptor.digest, done, about)

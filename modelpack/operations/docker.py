@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from modelpack import mediatypes
 from modelpack.digest import Digest
-from modelpack.errors import NotFoundError
+from modelpack.errors import NotFoundError, UnsupportedError
 from modelpack.manifest import Manifest
+from modelpack.operations.find import stored_model
 from modelpack.operations.watching import watching
-from modelpack.progress import ProgressCallback, Stop
+from modelpack.operations.wholeness import check_whole
+from modelpack.progress import Action, Progress, ProgressCallback, Stop
 from modelpack.reference import Reference
 from modelpack.storage import Watch
 from modelpack.stores.docker import DockerStore
@@ -64,6 +67,7 @@ def export_to_docker(
     docker = docker or DockerStore(create=True)
     store = store or LayoutStore()
     watch = watching(progress, stop)
+    everything = not names
     if not names:
         names = [str(ref) for model in store.models() for ref in model.references]
     exchanged = []
@@ -73,11 +77,31 @@ def export_to_docker(
         raw = store.fetch_manifest(descriptor)
         manifest = Manifest.parse(raw, name)
         manifest.check_is_model(name)
+        try:
+            check_docker_takes(manifest, name)
+        except UnsupportedError as error:
+            if not everything:
+                raise
+            watch.report(Progress(Action.NOTE, name, message=f"left out {error}"))
+            continue
+        if store.missing(name):
+            check_whole(store, stored_model(store, name))
         references = _references(store, name)
         for reference in references:
             docker.write_model(raw, lambda blob: store.blob_path(blob.digest), reference, link=link)
         exchanged.append(Exchanged(descriptor.digest, tuple(str(ref) for ref in references)))
     return tuple(exchanged)
+
+
+def check_docker_takes(manifest: Manifest, what: str) -> None:
+    """Raise `UnsupportedError` for a model of a format that `docker model` does not load."""
+    if manifest.config.media_type in mediatypes.FOREIGN_CONFIG_TYPES:
+        raise UnsupportedError(
+            f"is of another tool's format ({manifest.config.media_type}), which `docker model` "
+            "does not take",
+            path=what,
+            hint=f"`modelpack convert {what} --to docker`, and export that",
+        )
 
 
 def _import_model(

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from modelpack.blob import read_blob
 from modelpack.config import ModelConfig
-from modelpack.errors import NotFoundError
+from modelpack.errors import NotFoundError, UnsupportedError
+from modelpack.hub.origin import hub_origin
+from modelpack.hub.reference import HubReference, local_name
 from modelpack.manifest import Manifest
 from modelpack.model import Model
-from modelpack.operations.pull import pull
 from modelpack.operations.remote import RemoteOptions, fetch_referenced_manifest, open_repository
+from modelpack.operations.selection import Selection
+from modelpack.operations.sources import named, open_commit, open_source
+from modelpack.operations.variants import fetch_variant
 from modelpack.operations.watching import watching
+from modelpack.operations.wholeness import check_whole, completing_reference
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.reference import Reference, is_model_id
 from modelpack.storage import Source, Watch
 from modelpack.stores.layout import LayoutStore
+
+if TYPE_CHECKING:
+    from modelpack.registry import Repository
 
 
 def inspect(
@@ -32,49 +42,125 @@ def inspect(
     """
     watch = watching(progress, stop)
     if from_registry:
-        return remote_model(Reference.parse(name), remote, watch)
-    return find_model(name, store or LayoutStore(), pull=False, remote=remote, watch=watch)
+        return remote_model(named(name), remote, watch)
+    return stored_model(store or LayoutStore(), name)
 
 
 def find_model(
     name: str, store: LayoutStore, *, pull: bool, remote: RemoteOptions | None, watch: Watch
 ) -> Model:
-    """Return the stored model `name`; with `pull`, one that is not there is pulled first."""
+    """Return the stored model `name`, all of it.
+
+    With `pull`, what is not there is pulled first. Without, a model that was pulled in part is a
+    `PartialModelError`.
+    """
+    model = find_any_part(name, store, pull=pull, remote=remote, watch=watch)
+    if pull and store.missing(model.descriptor):
+        complete(store, model, remote=remote, watch=watch)
+    check_whole(store, model)
+    return model
+
+
+def find_any_part(
+    name: str,
+    store: LayoutStore,
+    *,
+    pull: bool,
+    remote: RemoteOptions | None,
+    watch: Watch,
+    selection: Selection | None = None,
+) -> Model:
+    """Return the stored model `name`, though layers of it may be missing.
+
+    With `pull`, a model of which nothing is there is pulled first, as far as `selection` says.
+    Where `remote` says who is trusted, the model has to be signed: raises `UntrustedError`.
+    """
     try:
-        return stored_model(store, name)
+        model = stored_model(store, name, remote)
     except NotFoundError:
         if not pull or is_model_id(name):
             raise
-    _pull_missing(name, store, remote, watch)
+    except UnsupportedError:
+        # One variant has the name here, and the store cannot tell which it is.
+        if not pull or is_model_id(name) or remote is None or remote.variant is None:
+            raise
+    else:
+        if remote is not None and remote.trust is not None:
+            from modelpack.operations.trusting import check_stored
+
+            check_stored(remote.trust, store, model, remote, watch)
+        return model
+    _pull(named(name), store, remote, watch, selection)
     return stored_model(store, name)
 
 
-def stored_model(store: Source, name: str) -> Model:
-    """Return the model `name` of a source, with its config."""
+def complete(
+    store: LayoutStore,
+    model: Model,
+    *,
+    remote: RemoteOptions | None,
+    watch: Watch,
+    selection: Selection | None = None,
+) -> None:
+    """Fetch what a partly present model lacks, or of that what `selection` says.
+
+    It comes by digest from where the model was pulled: its tag may be another model by now.
+    """
+    origin = hub_origin(model.manifest)
+    where = completing_reference(store, model)
+    if origin is not None:
+        _complete_from_hub(origin, store, model, remote or RemoteOptions(), watch, selection)
+    elif where is None:
+        check_whole(store, model)
+    else:
+        _pull(where, store, remote, watch, selection)
+
+
+def stored_model(store: Source, name: str, options: RemoteOptions | None = None) -> Model:
+    """Return the model `name` of a source, with its config; of variants, the one to take."""
+    name = local_name(name)
     descriptor = store.resolve(name)
     reference = None if is_model_id(name.strip()) else _reference(name)
     what = f"model {name}"
-    manifest = Manifest.parse(store.fetch_manifest(descriptor), what)
-    manifest.check_is_model(what)
+    raw = store.fetch_manifest(descriptor)
+    descriptor, manifest = fetch_variant(store, descriptor, raw, what, options=options)
     return Model(reference, descriptor, manifest, _read_config(store, manifest, what))
 
 
-def remote_model(reference: Reference, remote: RemoteOptions | None, watch: Watch) -> Model:
-    """Return the model `reference` of its registry: two small requests, no layer."""
-    with open_repository(reference, remote or RemoteOptions(), watch) as repository:
-        descriptor, raw = fetch_referenced_manifest(repository, reference)
-        manifest = Manifest.parse(raw, str(reference))
-        manifest.check_is_model(str(reference))
-        config = _read_config(repository, manifest, str(reference))
-    return Model(reference, descriptor, manifest, config)
+def remote_model(
+    reference: Reference | HubReference, remote: RemoteOptions | None, watch: Watch
+) -> Model:
+    """Return the model `reference` of its registry: two small requests, no layer.
+
+    Of the hub: its small files, and the headers of its weights.
+    """
+    with open_source(reference, remote or RemoteOptions(), watch) as opened:
+        descriptor, manifest = fetch_variant(
+            opened.source,
+            opened.descriptor,
+            opened.raw,
+            opened.asked,
+            options=remote,
+            report=watch.report,
+        )
+        config = _read_config(opened.source, manifest, opened.asked)
+        return Model(opened.local, descriptor, manifest, config)
+
+
+def model_in(repository: Repository, reference: Reference) -> Model:
+    """Return the model `reference` of its open repository."""
+    descriptor, raw = fetch_referenced_manifest(repository, reference)
+    descriptor, manifest = fetch_variant(repository, descriptor, raw, str(reference))
+    return Model(
+        reference, descriptor, manifest, _read_config(repository, manifest, str(reference))
+    )
 
 
 def remote_config(reference: Reference, remote: RemoteOptions | None = None) -> bytes:
     """Return the raw config blob of the model `reference` of its registry."""
     watch = watching(None)
     with open_repository(reference, remote or RemoteOptions(), watch) as repository:
-        _, raw = fetch_referenced_manifest(repository, reference)
-        return read_blob(repository, Manifest.parse(raw, str(reference)).config)
+        return read_blob(repository, model_in(repository, reference).manifest.config)
 
 
 def _read_config(source: Source, manifest: Manifest, what: str) -> ModelConfig:
@@ -82,10 +168,43 @@ def _read_config(source: Source, manifest: Manifest, what: str) -> ModelConfig:
     return ModelConfig.parse(raw, manifest.config.media_type, f"config of {what}")
 
 
-def _pull_missing(
-    name: str, store: LayoutStore, remote: RemoteOptions | None, watch: Watch
+def _complete_from_hub(
+    origin: HubReference,
+    store: LayoutStore,
+    model: Model,
+    remote: RemoteOptions,
+    watch: Watch,
+    selection: Selection | None,
 ) -> None:
-    pull(Reference.parse(name), store=store, remote=remote, progress=watch.report, stop=watch.stop)
+    """Fetch missing files from the commit that the model was made of, by their paths."""
+    wanted = {file.descriptor.digest for file in (selection or Selection()).chosen(model)}
+    missing = [blob for blob in store.missing(model.descriptor) if blob.digest in wanted]
+    with open_commit(origin, remote, watch) as repository, store.lease([model.digest]):
+        for blob in missing:
+            source = repository.blob(blob.filepath or "", blob)
+            store.write_blob(blob, source, watch)
+        store.write_manifest(
+            model.descriptor, model.manifest.raw, partial=bool(store.missing(model.descriptor))
+        )
+
+
+def _pull(
+    where: Reference | HubReference,
+    store: LayoutStore,
+    remote: RemoteOptions | None,
+    watch: Watch,
+    selection: Selection | None,
+) -> None:
+    from modelpack.operations.pull import pull
+
+    pull(
+        where,
+        selection=selection,
+        store=store,
+        remote=remote,
+        progress=watch.report,
+        stop=watch.stop,
+    )
 
 
 def _reference(name: str) -> Reference | None:

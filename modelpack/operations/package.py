@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 from modelpack.config import ModelConfig
-from modelpack.digest import Digest, new_hasher
-from modelpack.errors import PackagingError, SourceChangedError
+from modelpack.digest import Digest
+from modelpack.errors import PackagingError
 from modelpack.manifest import Manifest
 from modelpack.operations.find import find_model
-from modelpack.operations.parallel import run_all
 from modelpack.operations.push import Pushed, push_from
 from modelpack.operations.remote import RemoteOptions
+from modelpack.operations.single_files import as_single_files, is_of_single_files
+from modelpack.operations.taking import take_files
 from modelpack.operations.watching import watching
 from modelpack.packaging.build import Built, build
-from modelpack.packaging.plan import LayerFile, Skipped, plan
+from modelpack.packaging.plan import Skipped, plan
 from modelpack.packaging.repackage import plan_extras, repackage
 from modelpack.packaging.request import PackageRequest
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
 from modelpack.reference import Reference
-from modelpack.storage import Watch
 from modelpack.stores.layout import LayoutStore
-
-_CHUNK = 1024 * 1024
-#: May be more than there are processors: a file's writes wait for the disk, not for them.
-_FILES_AT_A_TIME = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +78,22 @@ def package(
         watch.report(Progress(Action.NOTE, skipped.path, message=message))
 
     def make() -> Built:
-        digests = _take_files(planned.files, None if dry_run else store, link, watch)
-        if base is not None:
-            return repackage(base.manifest, base.config, request, planned, digests)
-        return build(planned, request, digests)
+        digests = take_files(planned.files, None if dry_run else store, link, watch)
+        if base is None:
+            return build(planned, request, digests)
+        whole = base
+        if base.config.is_foreign or (request.format == "docker" and not is_of_single_files(base)):
+            whole = as_single_files(base, store, watch)
+        return repackage(whole.manifest, whole.config, request, planned, digests)
 
-    if dry_run:
+    if dry_run and (base is None or not base.config.is_foreign):
         built = make()
     else:
         # The lease keeps what is written or found in the store until the model names it.
         with store.lease(()):
             built = make()
-            _keep(store, built, where)
+            if not dry_run:
+                _keep(store, built, where)
     for note in built.notes:
         watch.report(Progress(Action.NOTE, message=note))
     pushed = None
@@ -118,49 +115,3 @@ def _keep(store: LayoutStore, built: Built, where: Reference) -> None:
     config = store.write_bytes(built.config_bytes, built.manifest.config.media_type)
     assert config.digest == built.manifest.config.digest
     store.write_manifest(built.manifest.descriptor, built.manifest.raw, str(where))
-
-
-def _take_files(
-    files: Iterable[LayerFile], store: LayoutStore | None, link: bool, watch: Watch
-) -> list[Digest]:
-    """Return each file's digest; with a store, each file is in it afterwards."""
-
-    def take(file: LayerFile) -> Digest:
-        if store is None:
-            digest = _hash(file, watch)
-            identity = _identity(file.path)
-        else:
-            imported = store.import_file(file.path, watch, link=link)
-            digest = imported.digest
-            identity = (imported.size, imported.mtime_ns, imported.device, imported.inode)
-        if identity != (file.size, file.mtime_ns, file.device, file.inode):
-            raise SourceChangedError(
-                f"{file.path}: the file changed while it was packaged",
-                hint="package again once nothing writes to it any more",
-            )
-        return digest
-
-    tasks = [partial(take, file) for file in files]
-    return run_all(tasks, _FILES_AT_A_TIME, watch.stop)
-
-
-def _identity(path: Path) -> tuple[int, int, int, int]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise PackagingError(f"{path}: cannot be read: {error.strerror}") from error
-    return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
-
-
-def _hash(file: LayerFile, watch: Watch) -> Digest:
-    hasher, buffer, done = new_hasher(), memoryview(bytearray(_CHUNK)), 0
-    try:
-        with file.path.open("rb", buffering=0) as stream:
-            while count := stream.readinto(buffer):
-                watch.stop.check()
-                hasher.update(buffer[:count])
-                done += count
-                watch.report(Progress(Action.VERIFY, file.filepath, None, done, file.size))
-    except OSError as error:
-        raise PackagingError(f"{file.path}: cannot be read: {error.strerror}") from error
-    return Digest.of_hasher(hasher)

@@ -2,65 +2,160 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from modelpack.blob import read_blob
+from modelpack.config import ModelConfig
+from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
-from modelpack.errors import UnsupportedError
-from modelpack.manifest import Index, parse_manifest_or_index
-from modelpack.operations.remote import RemoteOptions, fetch_referenced_manifest, open_repository
-from modelpack.operations.transfer import Transfer, transfer
+from modelpack.errors import UsageError
+from modelpack.hub.reference import HubReference
+from modelpack.manifest import Manifest, parse_manifest_or_index
+from modelpack.model import Model
+from modelpack.operations.referrer_transfer import transfer_referrers
+from modelpack.operations.remote import RemoteOptions
+from modelpack.operations.selection import Selection
+from modelpack.operations.sources import open_source
+from modelpack.operations.transfer import Transfer, transfer, transfer_blobs
+from modelpack.operations.variants import fetch_variant
 from modelpack.operations.watching import watching
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.reference import Reference
+from modelpack.storage import ReferrerSource, Source, Watch
 from modelpack.stores.layout import LayoutStore
+
+if TYPE_CHECKING:
+    from modelpack.supply.signatures import Signature
 
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """A pulled model: where from, its id, and what had to be fetched."""
+    """A pulled model: where from, its id, and what had to be fetched.
+
+    `missing` are the blobs that were left out and that the store does not have, `referrers` the
+    manifests about the model that were fetched too.
+    """
 
     reference: Reference
     digest: Digest
     transfer: Transfer
+    missing: tuple[Descriptor, ...] = ()
+    referrers: tuple[Transfer, ...] = ()
 
 
 def pull(
-    reference: str | Reference,
+    reference: str | Reference | HubReference,
     *,
+    to: str | Reference | None = None,
+    selection: Selection | None = None,
+    with_referrers: bool = False,
     store: LayoutStore | None = None,
     remote: RemoteOptions | None = None,
     progress: ProgressCallback | None = None,
     stop: Stop | None = None,
 ) -> Pulled:
-    """Fetch a model, verify every byte and keep it in `store` under its reference.
+    """Fetch a model, verify every byte and keep it in `store` under its reference, or as `to`.
 
-    A pull that was cut short goes on where it stopped. Raises `NotFoundError`, `AuthError`,
-    `IntegrityError`, `RemoteUnavailableError`, `StorageFullError` and `UnsupportedError`.
+    Of a model in variants, one is pulled and has the reference; see `RemoteOptions`.
+    It comes from a registry or, as `hf.co/ORG/NAME[:QUANT][@REVISION]`, from the Hugging Face Hub.
+
+    A pull that was cut short goes on where it stopped. With a `selection` only those files are
+    fetched, and the model is marked as partly present until another pull completes it. With
+    `with_referrers`, what is attached to the model comes along. Where `remote` says who is trusted,
+    the signatures are checked before any file is fetched, and kept with the model.
+
+    Raises `UntrustedError`, `NotFoundError`, `AuthError`, `IntegrityError`,
+    `RemoteUnavailableError`, `StorageFullError` and `UnsupportedError`.
     """
-    where = Reference.parse(reference) if isinstance(reference, str) else reference
     store = store or LayoutStore()
     options = remote or RemoteOptions()
     watch = watching(progress, stop)
-    with open_repository(where, options, watch) as repository:
-        descriptor, raw = fetch_referenced_manifest(repository, where)
-        document = parse_manifest_or_index(raw, str(where))
-        if isinstance(document, Index):
-            raise UnsupportedError(
-                "is an index of several models, and Modelpack cannot choose one yet",
-                path=str(where),
-                hint="pull one of its manifests by digest: "
-                + ", ".join(f"{where.name}@{m.digest}" for m in document.manifests[:8]),
-            )
-        document.check_is_model(str(where))
+    with open_source(reference, options, watch) as opened:
+        source, origin = opened.source, opened.local
+        where = origin if to is None else _target(to)
+        descriptor, document = fetch_variant(
+            source,
+            opened.descriptor,
+            opened.raw,
+            opened.asked,
+            options=options,
+            report=watch.report,
+        )
+        raw = document.raw
+        names = tuple(dict.fromkeys((origin.name, where.name)))
+        signatures = _trusted_signatures(options, source, names, document)
         name = str(where.without_digest()) if where.tag else None
         with store.lease(blob.digest for blob in (*document.blobs, descriptor)):
-            done = transfer(
-                repository,
-                store,
-                descriptor,
-                raw,
-                name,
-                concurrency=options.concurrency,
-                watch=watch,
+            blobs = document.unique_blobs
+            if selection is not None and not selection.is_everything:
+                blobs = _selected(source, document, origin, selection)
+            done = transfer_blobs(
+                source, store, descriptor, blobs, concurrency=options.concurrency, watch=watch
             )
-    return Pulled(where, descriptor.digest, done)
+            partial = len(blobs) < len(document.unique_blobs)
+            store.write_manifest(descriptor, raw, name, origin=origin.name, partial=partial)
+            _keep(signatures, source, store, watch)
+            about: tuple[Transfer, ...] = ()
+            if with_referrers:
+                about = transfer_referrers(
+                    source, store, descriptor, raw, concurrency=options.concurrency, watch=watch
+                )
+                store.note_origin([one.descriptor.digest for one in about], origin.name)
+            missing = store.missing(descriptor)
+    return Pulled(where, descriptor.digest, done, missing, about)
+
+
+def _target(to: str | Reference) -> Reference:
+    where = Reference.parse(to) if isinstance(to, str) else to
+    if where.digest is not None:
+        raise UsageError(
+            f"{where}: a digest cannot be chosen, it follows from the files",
+            hint=f"write {where.without_digest()}",
+        )
+    return where
+
+
+def _trusted_signatures(
+    options: RemoteOptions, source: ReferrerSource, names: Sequence[str], manifest: Manifest
+) -> tuple[Signature, ...]:
+    """Return the signatures that make the model trusted; raise `UntrustedError` otherwise."""
+    if options.trust is None:
+        return ()
+    from modelpack.operations.trusting import check_source
+
+    return check_source(
+        options.trust,
+        source,
+        names,
+        manifest.descriptor,
+        lambda: _model(source, manifest, None),
+    )
+
+
+def _keep(
+    signatures: Sequence[Signature], source: ReferrerSource, store: LayoutStore, watch: Watch
+) -> None:
+    """Have the signatures that are attached in the store, too: it asks no registry for them."""
+    held = {one.manifest.digest: one.manifest for one in signatures}
+    for manifest in held.values():
+        raw = source.fetch_manifest(manifest)
+        if parse_manifest_or_index(raw, str(manifest.digest)).subject is not None:
+            transfer(source, store, manifest, raw, None, concurrency=1, watch=watch)
+
+
+def _model(source: Source, manifest: Manifest, where: Reference | None) -> Model:
+    raw = read_blob(source, manifest.config)
+    what = f"config of {where or manifest.digest}"
+    config = ModelConfig.parse(raw, manifest.config.media_type, what)
+    return Model(where, manifest.descriptor, manifest, config)
+
+
+def _selected(
+    source: Source, manifest: Manifest, where: Reference, selection: Selection
+) -> tuple[Descriptor, ...]:
+    """Return the blobs of the selected files, and the config."""
+    model = _model(source, manifest, where)
+    chosen = (*(file.descriptor for file in selection.chosen(model)), manifest.config)
+    return tuple({blob.digest: blob for blob in chosen}.values())

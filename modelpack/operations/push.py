@@ -5,28 +5,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modelpack.digest import Digest
+from modelpack.operations.find import stored_model
+from modelpack.operations.referrer_transfer import transfer_referrers
 from modelpack.operations.remote import RemoteOptions, open_repository
 from modelpack.operations.transfer import Transfer, transfer
 from modelpack.operations.watching import watching
+from modelpack.operations.wholeness import check_whole
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.reference import Reference
-from modelpack.storage import Source, Watch
+from modelpack.storage import ReferrerSource, Watch
 from modelpack.stores.layout import LayoutStore
 
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """A pushed model: where to, its id, and what had to be sent."""
+    """A pushed model: where to, its id, and what had to be sent.
+
+    `referrers` are the manifests about it that were sent too.
+    """
 
     reference: Reference
     digest: Digest
     transfer: Transfer
+    referrers: tuple[Transfer, ...] = ()
 
 
 def push(
     reference: str | Reference,
     *,
     to: str | Reference | None = None,
+    with_referrers: bool = False,
     store: LayoutStore | None = None,
     remote: RemoteOptions | None = None,
     progress: ProgressCallback | None = None,
@@ -34,18 +42,28 @@ def push(
 ) -> Pushed:
     """Send the stored model `reference` to its registry, or to `to`.
 
-    What the registry has already is not sent again. Raises `NotFoundError` if the store has no
+    What the registry has already is not sent again. With `with_referrers`, what is attached to the
+    model in the store goes along, before the tag is set. Raises `NotFoundError` if the store has no
     such model, `AuthError`, `RemoteUnavailableError`, and `IntegrityError` if a stored blob is
     damaged.
     """
     store = store or LayoutStore()
     target = to if to is not None else reference
     where = Reference.parse(target) if isinstance(target, str) else target
-    return push_from(store, str(reference), where, remote, watching(progress, stop))
+    if store.missing(str(reference)):
+        check_whole(store, stored_model(store, str(reference)))
+    watch = watching(progress, stop)
+    return push_from(store, str(reference), where, remote, watch, with_referrers=with_referrers)
 
 
 def push_from(
-    source: Source, name: str, where: Reference, remote: RemoteOptions | None, watch: Watch
+    source: ReferrerSource,
+    name: str,
+    where: Reference,
+    remote: RemoteOptions | None,
+    watch: Watch,
+    *,
+    with_referrers: bool = False,
 ) -> Pushed:
     """Send the model `name` of `source` to the registry and tag that `where` names."""
     options = remote or RemoteOptions()
@@ -57,8 +75,14 @@ def push_from(
             repository,
             descriptor,
             raw,
-            where.tag,
+            None if with_referrers else where.tag,
             concurrency=options.concurrency,
             watch=watch,
         )
-    return Pushed(where, descriptor.digest, done)
+        about: tuple[Transfer, ...] = ()
+        if with_referrers:
+            about = transfer_referrers(
+                source, repository, descriptor, raw, concurrency=options.concurrency, watch=watch
+            )
+            repository.write_manifest(descriptor, raw, where.tag)
+    return Pushed(where, descriptor.digest, done, about)

@@ -21,10 +21,14 @@ if TYPE_CHECKING:
         Timeouts,
         TlsOptions,
     )
+    from modelpack.registry.blob_options import BlobOptions
     from modelpack.registry.mirrors import Mirror, Mirrors
+    from modelpack.supply.trust import Trust
 
 #: Blobs transferred at a time, unless the caller says otherwise.
 DEFAULT_CONCURRENCY = 4
+#: Connections at a time over which a large blob is fetched, unless the caller says otherwise.
+DEFAULT_CONNECTIONS = 4
 # Another place is at hand: a mirror is not worth waiting for.
 _MIRROR_TRIES = 2
 
@@ -34,6 +38,12 @@ class RemoteOptions:
     """How to talk to a registry. None stands for the default that `modelpack.registry` chooses.
 
     `plain_http`: True is http to any host, False https to any, None http to loopback hosts only.
+    `concurrency` is how many blobs are transferred at a time, `connections` over how many
+    connections at a time a large one is fetched; `chunk_size` (bytes) sends blobs in chunks, and
+    `limit_rate` holds all transfers of a registry together to so many bytes a second each way.
+    With `trust`, a model that is pulled or taken from the store has to be signed as that says.
+    Of a model that comes in variants, `variant` is the one to take, by name; None takes what this
+    machine runs best, by `backend` (`mlx`, `llama.cpp`, `vllm`) if that is given.
     """
 
     plain_http: bool | None = None
@@ -43,6 +53,12 @@ class RemoteOptions:
     tls: TlsOptions | None = None
     mirrors: Mirrors | None = None
     concurrency: int = DEFAULT_CONCURRENCY
+    connections: int = DEFAULT_CONNECTIONS
+    chunk_size: int | None = None
+    limit_rate: float | None = None
+    trust: Trust | None = None
+    variant: str | None = None
+    backend: str | None = None
 
 
 @contextmanager
@@ -53,27 +69,49 @@ def open_repository(
 
     Unless `writes`, it is read from its mirrors first, where it has some.
     """
+    from modelpack.registry.blob_options import BlobOptions
     from modelpack.registry.mirrors import Mirror, read_mirrors
+    from modelpack.registry.rate import RateLimit
 
+    rate = None if options.limit_rate is None else RateLimit(options.limit_rate)
+    blobs = BlobOptions(options.chunk_size, options.connections, rate)
     mirrors = options.mirrors or read_mirrors()
     place = mirrors.place(reference.registry, reference.repository)
     own = Mirror(
         reference.registry, reference.repository, "all", options.plain_http, place.insecure
     )
     with ExitStack() as stack:
-        registry = stack.enter_context(_connected(own, options, watch))
+        registry = stack.enter_context(_connected(own, options, watch, blobs))
         if writes or not place.mirrors:
             yield registry.repository(reference.repository)
             return
         others = []
         for mirror in place.mirrors:
-            there = stack.enter_context(_connected(mirror, options, watch, tries=_MIRROR_TRIES))
+            there = stack.enter_context(
+                _connected(mirror, options, watch, blobs, tries=_MIRROR_TRIES)
+            )
             others.append((mirror, there.repository(mirror.repository)))
         yield registry.mirrored_repository(reference.repository, others)
 
 
+@contextmanager
+def open_registry(host: str, options: RemoteOptions, watch: Watch) -> Iterator[Registry]:
+    """Yield the registry at `host` itself, not its mirrors; it ends with the context."""
+    from modelpack.registry.blob_options import BlobOptions
+    from modelpack.registry.mirrors import Mirror
+
+    own = Mirror(host, "", "all", options.plain_http, False)
+    with _connected(own, options, watch, BlobOptions()) as registry:
+        yield registry
+
+
 def _connected(
-    place: Mirror, options: RemoteOptions, watch: Watch, *, tries: int | None = None
+    place: Mirror,
+    options: RemoteOptions,
+    watch: Watch,
+    blobs: BlobOptions,
+    *,
+    tries: int | None = None,
 ) -> Registry:
     from modelpack.registry import Registry, RetryPolicy, Timeouts, TlsOptions, default_credentials
 
@@ -91,6 +129,7 @@ def _connected(
         stop=watch.stop,
         report=watch.report,
         tls=tls,
+        blobs=blobs,
     )
 
 

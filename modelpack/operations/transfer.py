@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -75,11 +76,27 @@ def _transfer_manifest(
     concurrency: int,
     watch: Watch,
 ) -> Transfer:
+    done = transfer_blobs(
+        source, target, descriptor, manifest.unique_blobs, concurrency=concurrency, watch=watch
+    )
+    target.write_manifest(descriptor, manifest.raw, name)
+    return done
+
+
+def transfer_blobs(
+    source: Source,
+    target: Target,
+    descriptor: Descriptor,
+    wanted: Iterable[Descriptor],
+    *,
+    concurrency: int,
+    watch: Watch,
+) -> Transfer:
+    """Have the `wanted` blobs of the manifest `descriptor` in `target`; return what was done."""
     # The largest first: the last to finish decides how long it all takes.
-    blobs = sorted(manifest.unique_blobs, key=lambda blob: blob.size, reverse=True)
+    blobs = sorted(wanted, key=lambda blob: blob.size, reverse=True)
     tasks = [partial(_have_blob, source, target, blob, watch) for blob in blobs]
     outcomes = run_all(tasks, concurrency, watch.stop)
-    target.write_manifest(descriptor, manifest.raw, name)
     count = Counter(outcomes)
     sizes = zip(blobs, outcomes, strict=True)
     return Transfer(

@@ -15,13 +15,15 @@ from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
 from modelpack.errors import ManifestError, PackagingError
 from modelpack.gojson import MAX_DOCUMENT_BYTES
+from modelpack.layer_metadata import LayerMetadata
 from modelpack.manifest import Manifest
 from modelpack.packaging.convert import cncf_config, cncf_layers
 from modelpack.packaging.files import LayerFile
 from modelpack.packaging.request import PackageRequest
 
 if TYPE_CHECKING:
-    from modelpack.packaging.plan import Plan
+    from modelpack.formats.statistics import ModelStatistics
+    from modelpack.packaging.planned import Plan
 
 _NO_DIGEST: Final = Digest("sha256", "0" * 64)
 
@@ -41,11 +43,39 @@ class Built:
 
 def build(plan: Plan, request: PackageRequest, digests: Sequence[Digest]) -> Built:
     """Return the model that `plan` describes; `digests` are those of its files, in their order."""
-    layers = file_layers(plan.files, digests)
-    statistics = plan.statistics
-    context_size = request.context_size
+    return described(
+        plan.statistics,
+        file_layers(plan.files, digests),
+        config_type=(
+            mediatypes.DOCKER_CONFIG_V02
+            if request.safetensors_dir
+            else mediatypes.DOCKER_CONFIG_V01
+        ),
+        created=plan.created,
+        context_size=request.context_size,
+        annotations=request.annotations,
+        cncf=request.format == "cncf",
+        notes=plan.notes,
+    )
+
+
+def described(
+    statistics: ModelStatistics,
+    layers: Sequence[Descriptor],
+    *,
+    config_type: str,
+    created: str | None,
+    context_size: int | None = None,
+    annotations: Mapping[str, str],
+    cncf: bool = False,
+    notes: tuple[str, ...] = (),
+) -> Built:
+    """Return the model of these layers, of Docker's types, whose weights say `statistics`.
+
+    `config_type` is Docker's; `context_size` takes the place of the weights' own.
+    """
     config = ModelConfig(
-        mediatypes.DOCKER_CONFIG_V02 if request.safetensors_dir else mediatypes.DOCKER_CONFIG_V01,
+        config_type,
         format=statistics.format,
         quantization=statistics.quantization,
         parameters=statistics.parameters,
@@ -55,12 +85,12 @@ def build(plan: Plan, request: PackageRequest, digests: Sequence[Digest]) -> Bui
         safetensors=statistics.safetensors,
         diffusers=statistics.diffusers,
         context_size=statistics.context_size if context_size is None else context_size,
-        created=plan.created,
-        diff_ids=tuple(digests),
+        created=created,
+        diff_ids=tuple(layer.digest for layer in layers),
     )
-    if request.format == "cncf":
+    if cncf:
         config, layers = cncf_config(config), cncf_layers(layers)
-    return assemble(config, layers, request.annotations, notes=plan.notes)
+    return assemble(config, layers, annotations, notes=notes)
 
 
 def rehearse(plan: Plan, request: PackageRequest) -> None:
@@ -74,17 +104,24 @@ def rehearse(plan: Plan, request: PackageRequest) -> None:
 def file_layers(files: Sequence[LayerFile], digests: Sequence[Digest]) -> tuple[Descriptor, ...]:
     """Return the files as layers of Docker's types, annotated as Docker Model Runner does."""
     return tuple(
-        Descriptor(
-            file.media_type,
-            digest,
-            file.size,
-            {
-                mediatypes.FILEPATH: file.filepath,
-                mediatypes.FILE_METADATA: file.metadata.encode(),
-                mediatypes.FILE_UNTESTED: "false",
-            },
-        )
+        file_layer(file.media_type, digest, file.metadata, file.filepath)
         for file, digest in zip(files, digests, strict=True)
+    )
+
+
+def file_layer(
+    media_type: str, digest: Digest, metadata: LayerMetadata, filepath: str
+) -> Descriptor:
+    """Return the layer that a file is, annotated as Docker Model Runner does."""
+    return Descriptor(
+        media_type,
+        digest,
+        metadata.size,
+        {
+            mediatypes.FILEPATH: filepath,
+            mediatypes.FILE_METADATA: metadata.encode(),
+            mediatypes.FILE_UNTESTED: "false",
+        },
     )
 
 

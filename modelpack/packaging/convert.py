@@ -106,7 +106,8 @@ def cncf_config(config: ModelConfig) -> ModelConfig:
         architecture=config.architecture,
         created=config.created,
         diff_ids=config.diff_ids,
-        cncf_descriptor=family,
+        cncf_descriptor={**config.cncf_descriptor, **family},
+        cncf_config=config.cncf_config,
     )
 
 

@@ -10,12 +10,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelpack import mediatypes
 from modelpack.errors import PackagingError, UsageError
-from modelpack.formats.statistics import ModelStatistics
 from modelpack.packaging.build import rehearse
 from modelpack.packaging.classify import MEDIA_TYPES, WEIGHT_KINDS, classify, is_pickle
 from modelpack.packaging.duplicates import without_duplicates
@@ -27,31 +25,13 @@ from modelpack.packaging.files import (
     shown,
     status_of,
 )
+from modelpack.packaging.planned import Plan
 from modelpack.packaging.request import PackageRequest, check_context_size_fits
 from modelpack.packaging.times import created_time
 from modelpack.packaging.walk import Found, Skipped, walk
 from modelpack.packaging.weights import check_projector, discovered_shards, weight_statistics
 
 __all__ = ["LayerFile", "Plan", "Skipped", "plan"]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is to be packaged: the files in the order of layers, and what is known of the model.
-
-    `skipped` was left out of a directory; `notes` are decisions that people should hear of.
-    """
-
-    files: tuple[LayerFile, ...]
-    statistics: ModelStatistics = field(default_factory=ModelStatistics)
-    created: str | None = None
-    skipped: tuple[Skipped, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def total_size(self) -> int:
-        """Bytes of all files, which is what there is to hash."""
-        return sum(file.size for file in self.files)
 
 
 def plan(request: PackageRequest, *, environ: Mapping[str, str] = os.environ) -> Plan:

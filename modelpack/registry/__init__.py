@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from modelpack.registry.blob_options import BlobOptions as BlobOptions
 from modelpack.registry.chain import CredentialChain as CredentialChain
 from modelpack.registry.chain import default_credentials as default_credentials
 from modelpack.registry.credentials import Credential as Credential
@@ -18,6 +19,7 @@ from modelpack.registry.credentials import EnvironmentCredentials as Environment
 from modelpack.registry.credentials import StaticCredentials as StaticCredentials
 from modelpack.registry.dockerconfig import DockerConfig as DockerConfig
 from modelpack.registry.hosts import uses_plain_http as uses_plain_http
+from modelpack.registry.rate import RateLimit as RateLimit
 from modelpack.registry.registry import Registry as Registry
 from modelpack.registry.retry import RetryPolicy as RetryPolicy
 from modelpack.registry.timeouts import Timeouts as Timeouts
@@ -27,11 +29,13 @@ if TYPE_CHECKING:
     from modelpack.registry.repository import Repository as Repository
 
 __all__ = [
+    "BlobOptions",
     "Credential",
     "CredentialChain",
     "CredentialSource",
     "DockerConfig",
     "EnvironmentCredentials",
+    "RateLimit",
     "Registry",
     "Repository",
     "RetryPolicy",

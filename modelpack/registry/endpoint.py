@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlencode
 
 import requests
 
@@ -43,6 +44,12 @@ class Endpoint:
     def tags_url(self) -> str:
         """Return the URL of the first page of tags."""
         return self._url(self._container.tags_url())
+
+    def referrers_url(self, subject: Digest, artifact_type: str | None) -> str:
+        """Return the URL of the manifests about `subject`, of one type if given."""
+        query = f"?{urlencode({'artifactType': artifact_type})}" if artifact_type else ""
+        base = self.manifest_url(str(subject)).rsplit("/manifests/", 1)[0]
+        return f"{base}/referrers/{subject}{query}"
 
     def blob_label(self, descriptor: Descriptor) -> str:
         """Return how errors call a blob."""

@@ -56,8 +56,8 @@ class ErrorBody(NamedTuple):
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return cls()
         return cls(
-            _shown(code, 60) if isinstance(code, str) else None,
-            _shown(message, 300) if isinstance(message, str) else "",
+            shown(code, 60) if isinstance(code, str) else None,
+            shown(message, 300) if isinstance(message, str) else "",
         )
 
 
@@ -103,12 +103,13 @@ def failed_answer(
 ) -> RegistryError | FailedTry:
     """Return what to raise for an answer that is no success: a failed try where another may help.
 
-    Storage behind a redirect that is not `own` may refuse an expired signature; asking the registry
-    again gets a new one.
+    Storage behind a redirect that is not `own` may refuse an expired signature, with 400 or 410
+    as well; asking the registry again gets a new one.
     """
     status = response.status_code
     error = answer_error(what, host, status, body, from_registry=own)
-    if status in RETRYABLE_STATUSES or (status in (401, 403) and not own):
+    expired = (400, 401, 403, 410) if response.request.method == "GET" else (401, 403)
+    if status in RETRYABLE_STATUSES or (status in expired and not own):
         return FailedTry(error, parse_retry_after(response.headers, now))
     return error
 
@@ -153,7 +154,7 @@ def network_error(what: str, host: str, error: Exception) -> RegistryError | Fai
     return FailedTry(
         RemoteUnavailableError(
             f"{what}: the connection to {proxy}{host} failed: "
-            + _shown(reason or "it was closed too early", 200),
+            + shown(reason or "it was closed too early", 200),
             host=host,
         )
     )
@@ -180,6 +181,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             todo += [cause.__cause__, cause.__context__]
 
 
-def _shown(text: str, length: int) -> str:
+def shown(text: str, length: int) -> str:
+    """Return what a server wrote, shortened and without control characters."""
     clean = _UNPRINTABLE.sub(" ", text).strip()
     return clean if len(clean) <= length else clean[:length] + "…"

@@ -6,7 +6,8 @@ are passed on as they are; what the registry says about them has to agree with t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 import requests
@@ -26,6 +27,7 @@ from modelpack.errors import (
 from modelpack.gojson import MAX_DOCUMENT_BYTES, decode_object
 from modelpack.manifest import parse_manifest_or_index
 from modelpack.registry.endpoint import Endpoint, checked_name
+from modelpack.registry.transport import Transport
 from modelpack.registry.urls import joined_url, origin_of
 
 _KNOWN: Final = (*mediatypes.MANIFEST_TYPES, *mediatypes.INDEX_TYPES)
@@ -93,8 +95,17 @@ def fetch(endpoint: Endpoint, descriptor: Descriptor) -> bytes:
     return raw
 
 
-def write(endpoint: Endpoint, descriptor: Descriptor, raw: bytes, name: str | None) -> None:
-    """Write a manifest under its digest, or under `name`."""
+def write(
+    endpoint: Endpoint,
+    descriptor: Descriptor,
+    raw: bytes,
+    name: str | None,
+    headers: Mapping[str, str] = MappingProxyType({}),
+) -> bool:
+    """Write a manifest under its digest, or under `name`.
+
+    Returns whether the registry said that it took note of the manifest's subject.
+    """
     name = checked_name(name or str(descriptor.digest))
     what = endpoint.manifest_label(name)
     _check_bytes(raw, descriptor, what)
@@ -104,12 +115,13 @@ def write(endpoint: Endpoint, descriptor: Descriptor, raw: bytes, name: str | No
         "PUT",
         what,
         endpoint.push,
-        {"Content-Type": descriptor.media_type},
+        {**headers, "Content-Type": descriptor.media_type},
         data=raw,
     )
     stated = _stated_digest(response, what)
     if stated is not None and stated.algorithm == descriptor.digest.algorithm:
         descriptor.digest.check_equal(stated, f"{what}: Docker-Content-Digest of what was pushed")
+    return "OCI-Subject" in response.headers
 
 
 def delete(endpoint: Endpoint, name: str) -> None:
@@ -134,16 +146,17 @@ def tags(endpoint: Endpoint) -> Iterator[str]:
         if not isinstance(page, list) or not all(isinstance(tag, str) for tag in page):
             raise RegistryError(f"{what}: 'tags' is not an array of strings")
         yield from page
-        url = _next_page(endpoint, response, what)
+        url = next_page(endpoint.transport, response, what)
 
 
-def _next_page(endpoint: Endpoint, response: requests.Response, what: str) -> str | None:
+def next_page(transport: Transport, response: requests.Response, what: str) -> str | None:
+    """Return the URL of the next page of a list, by its `Link`; None at the end."""
     links: list[dict[str, Any]] = parse_header_links(response.headers.get("Link", ""))
     target = next((link["url"] for link in links if link.get("rel") == "next"), None)
     if target is None:
         return None
     url = joined_url(response.url, target, f"{what}: next page")
-    if origin_of(url) != endpoint.transport.origin:
+    if origin_of(url) != transport.origin:
         raise RegistryError(f"{what}: the next page is on another host, {origin_of(url).netloc}")
     return url
 

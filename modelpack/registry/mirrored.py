@@ -8,15 +8,23 @@ from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import TypeVar
 
+from modelpack.byte_ranges import ByteRanges
 from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
 from modelpack.errors import IntegrityError, RegistryError, RemoteUnavailableError
-from modelpack.progress import Action, Progress
+from modelpack.progress import Action, Progress, Stop
 from modelpack.registry.endpoint import Endpoint
 from modelpack.registry.mirrors import Mirror
 from modelpack.registry.registry import Registry
+from modelpack.registry.remote_file import LIMIT, RemoteFile
 from modelpack.registry.repository import Repository
-from modelpack.storage import BlobReader, BlobSource
+from modelpack.storage import (
+    BlobReader,
+    BlobSource,
+    SegmentedSource,
+    SegmentSink,
+    SegmentsRefused,
+)
 
 T = TypeVar("T")
 #: What sends a reader on to the next place; all else, as a stop, ends the call.
@@ -63,6 +71,23 @@ class MirroredRepository(Repository):
         places = [r.blob(descriptor) for m, r in self._usable() if m.serves(str(descriptor.digest))]
         return _MirroredBlob(self, descriptor, [*places, super().blob(descriptor)])
 
+    def open_file(self, descriptor: Descriptor, *, limit: int = LIMIT) -> RemoteFile:
+        """Return the blob as a file, from the first place that gives its first byte."""
+
+        def opened(place: Repository) -> RemoteFile:
+            file = place.open_file(descriptor, limit=limit)
+            try:
+                file.read(1)
+                file.seek(0)
+            except BaseException:
+                file.close()
+                raise
+            return file
+
+        own = super().open_file
+        digest = str(descriptor.digest)
+        return self._first(digest, opened, lambda _: own(descriptor, limit=limit))
+
     def next_place(self, digest: Digest, count: int) -> int:
         """Return which of `count` places a blob is read from, another one whenever it starts anew.
 
@@ -72,6 +97,11 @@ class MirroredRepository(Repository):
             place = min(self._read_from.get(digest, 0), count - 1)
             self._read_from[digest] = place + 1
             return place
+
+    def current_place(self, digest: Digest) -> int:
+        """Return which place a blob was last started from."""
+        with self._mirrors_lock:
+            return max(self._read_from.get(digest, 0) - 1, 0)
 
     def note(self, error: Exception) -> None:
         """Tell that a mirror is of no help."""
@@ -96,7 +126,7 @@ class MirroredRepository(Repository):
 
 
 class _MirroredBlob:
-    """A blob in several places; fulfils `BlobSource`."""
+    """A blob in several places; fulfils `BlobSource` and `SegmentedSource`."""
 
     def __init__(
         self, repository: MirroredRepository, descriptor: Descriptor, places: Sequence[BlobSource]
@@ -111,6 +141,48 @@ class _MirroredBlob:
         if offset == 0:
             first = self._repository.next_place(self._descriptor.digest, len(self._places))
         return _MirroredStream(self._repository, self._places[first:], offset)
+
+    @property
+    def connections(self) -> int:
+        """How many connections would fetch segments, from the place that is read from."""
+        place = self._places[self._current()]
+        return place.connections if isinstance(place, SegmentedSource) else 1
+
+    def fetch_segments(
+        self, segments: Sequence[tuple[int, int]], sink: SegmentSink, stop: Stop
+    ) -> None:
+        """Bring the bytes of `segments` to `sink`; what a mirror does not give comes elsewhere."""
+        noted = _NotedSink(sink)
+        places = self._places[self._current() :]
+        for number, place in enumerate(places):
+            left = [gap for start, end in segments for gap in noted.written.missing(start, end)]
+            try:
+                if not isinstance(place, SegmentedSource):
+                    raise SegmentsRefused("a place that knows no segments")
+                place.fetch_segments(left, noted, stop)
+            except _TROUBLE as error:
+                if number == len(places) - 1:
+                    raise
+                self._repository.note(error)
+            else:
+                return
+
+    def _current(self) -> int:
+        return min(self._repository.current_place(self._descriptor.digest), len(self._places) - 1)
+
+
+class _NotedSink:
+    """Remembers what went to another sink."""
+
+    def __init__(self, sink: SegmentSink) -> None:
+        self._sink = sink
+        self._lock = threading.Lock()
+        self.written = ByteRanges()
+
+    def write(self, offset: int, view: memoryview) -> None:
+        self._sink.write(offset, view)
+        with self._lock:
+            self.written.add(offset, offset + len(view))
 
 
 class _MirroredStream:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from modelpack.errors import NotFoundError, RegistryError
 from modelpack.progress import ProgressCallback, Stop, serialized, silent
+from modelpack.registry.blob_options import BlobOptions
 from modelpack.registry.chain import default_credentials
 from modelpack.registry.credentials import CredentialSource
 from modelpack.registry.retry import RetryPolicy
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUTS: Final = Timeouts()
 DEFAULT_RETRY: Final = RetryPolicy()
 DEFAULT_TLS: Final = TlsOptions()
+DEFAULT_BLOBS: Final = BlobOptions()
 
 
 class Registry:
@@ -42,6 +44,7 @@ class Registry:
         stop: Stop | None = None,
         report: ProgressCallback = silent,
         tls: TlsOptions = DEFAULT_TLS,
+        blobs: BlobOptions = DEFAULT_BLOBS,
     ) -> None:
         # Here, so that naming this class does not load an HTTP client.
         from modelpack.registry.transport import Transport
@@ -56,6 +59,7 @@ class Registry:
             stop=stop or Stop(),
             report=serialized(report),
             tls=tls,
+            blobs=blobs,
         )
 
     def __enter__(self) -> Registry:
@@ -87,6 +91,15 @@ class Registry:
         from modelpack.registry.mirrored import MirroredRepository
 
         return MirroredRepository(self, Endpoint(self._transport, self.host, name), mirrors)
+
+    def repositories(self) -> Iterator[str]:
+        """Yield the names of the repositories, where the registry lists them (Docker's extension).
+
+        Raises `RegistryError` where it does not, `AuthError` where it lists them to others.
+        """
+        from modelpack.registry.listing import repositories
+
+        return repositories(self._transport, self.host)
 
     def ping(self) -> None:
         """Raise unless the host is a registry that lets us in (distribution-spec "Probe")."""

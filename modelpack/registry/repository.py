@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
-from modelpack.errors import RegistryError, RemoteUnavailableError
+from modelpack.errors import RegistryError, RemoteUnavailableError, UnsupportedError
+from modelpack.manifest import parse_manifest_or_index, referrer_descriptor
 from modelpack.progress import silent
-from modelpack.registry import manifests
+from modelpack.registry import manifests, referrers
 from modelpack.registry.downloads import RemoteBlob
 from modelpack.registry.endpoint import Endpoint
+from modelpack.registry.remote_file import LIMIT, RemoteFile
 from modelpack.registry.uploads import Upload
 from modelpack.storage import BlobSource, Outcome, Source, Watch
 
@@ -54,6 +56,13 @@ class Repository:
         """Return the blob to read from; whether it exists shows when it is opened."""
         return RemoteBlob(self._endpoint, descriptor)
 
+    def open_file(self, descriptor: Descriptor, *, limit: int = LIMIT) -> RemoteFile:
+        """Return the blob as a seekable file, read by ranges; not verified, `limit` bytes at most.
+
+        Whether it exists shows when it is read.
+        """
+        return RemoteFile(self._endpoint, descriptor, limit=limit)
+
     def has_blob(self, descriptor: Descriptor) -> bool:
         """Return whether the blob is there, with the right size."""
         return self._transport.retried(self._upload(descriptor).exists)
@@ -89,8 +98,38 @@ class Repository:
         return False
 
     def write_manifest(self, descriptor: Descriptor, raw: bytes, name: str | None = None) -> None:
-        """Write a manifest whose blobs are all there and, with `name`, tag it."""
-        manifests.write(self._endpoint, descriptor, raw, name)
+        """Write a manifest whose blobs are all there and, with `name`, tag it.
+
+        One with a subject is listed with it: by the registry or, where that has no referrers API,
+        under the fallback tag.
+        """
+        noted = manifests.write(self._endpoint, descriptor, raw, name)
+        document = parse_manifest_or_index(raw, str(descriptor.digest))
+        if document.subject is not None and not noted:
+            listed = referrer_descriptor(descriptor, document)
+            referrers.add(self._endpoint, document.subject.digest, listed)
+
+    def referrers(self, subject: Digest, artifact_type: str | None = None) -> list[Descriptor]:
+        """Return the manifests whose subject is this one, those of `artifact_type` if given."""
+        return referrers.listed(self._endpoint, subject, artifact_type)
+
+    def delete_referrer(self, digest: Digest) -> None:
+        """Delete a manifest that has a subject, and take it off the subject's fallback tag.
+
+        Where the registry deletes nothing, it is taken off the list if that is ours to keep.
+        Raises `NotFoundError`, and `UnsupportedError` if the manifest has no subject.
+        """
+        descriptor, raw = self.fetch_manifest_by_name(str(digest))
+        what = self._endpoint.manifest_label(str(digest))
+        subject = parse_manifest_or_index(raw, what, media_type=descriptor.media_type).subject
+        if subject is None:
+            raise UnsupportedError("has no subject, so it is attached to nothing", path=what)
+        listed = referrers.remove(self._endpoint, subject.digest, digest)
+        try:
+            self.delete_manifest(str(digest))
+        except RegistryError as error:
+            if not listed or error.status_code not in (400, 405, 501):
+                raise
 
     def tags(self) -> Iterator[str]:
         """Yield the tags as the registry orders them; pages are fetched as they are needed."""

@@ -6,6 +6,7 @@ Answers are `requests.Response`s with a success status; all else is raised as an
 from __future__ import annotations
 
 import json as json_text
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from modelpack._version import __version__
 from modelpack.errors import RegistryError
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.registry.auth import Authorizer
+from modelpack.registry.blob_options import BlobOptions
 from modelpack.registry.credentials import CredentialSource
 from modelpack.registry.failures import (
     MAX_ERROR_BODY,
@@ -91,6 +93,7 @@ class Transport(OrasClient):
         stop: Stop,
         report: ProgressCallback,
         tls: TlsOptions = TlsOptions(),  # noqa: B008 - it is immutable
+        blobs: BlobOptions = BlobOptions(),  # noqa: B008
     ) -> None:
         address = api_host(host)
         super().__init__(address, insecure=uses_plain_http(address, plain_http))
@@ -104,6 +107,9 @@ class Transport(OrasClient):
         self.retry = retry
         self.stop = stop
         self.report = report
+        self.blobs = blobs
+        #: The connections for segments of blobs, beyond the one that each blob has anyway.
+        self.lanes = threading.BoundedSemaphore(max(1, blobs.connections - 1))
         self.auth = Authorizer(
             host,
             credentials,
@@ -188,11 +194,17 @@ class Transport(OrasClient):
             if not call.stream:
                 response.raw = BytesIO(self._read(call, response))
             return response
-        raise failed_answer(
+        raise self.refusal(call, response, self._read_error(call, response))
+
+    def refusal(
+        self, call: Call, response: requests.Response, body: bytes
+    ) -> RegistryError | FailedTry:
+        """Return what to raise for an answer with this body that is no success."""
+        return failed_answer(
             call.what,
             response,
             origin_of(response.url).netloc,
-            self._read_error(call, response),
+            body,
             self.retry.now(),
             own=call.anonymous or self._is_own(response.url),
         )

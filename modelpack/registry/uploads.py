@@ -1,34 +1,36 @@
 """Uploads: a blob streamed into a registry, verified on its way.
 
-distribution-spec "Pushing blobs", in the one form that every registry takes: POST for a session,
-then one PUT with the whole content. The last bytes are only sent once all of them are known to be
-right, so a blob that differs from its digest is never completed; its session is deleted.
+distribution-spec "Pushing blobs". A blob goes in one PUT, the one form that every registry takes;
+in chunks where the caller or the registry wants them. A connection that breaks is taken up where
+the registry says that it stopped, and started again from the first byte where it does not say so.
+The last bytes are only sent once all of them are known to be right, so a blob that differs from its
+digest is never completed; its session is deleted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import suppress
 from dataclasses import replace
-from itertools import chain
 from typing import Final
 
+import requests
+
 from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
-from modelpack.errors import ModelpackError, RegistryError, SizeMismatchError
-from modelpack.progress import Action, Progress, Stop
+from modelpack.errors import AuthError, RegistryError
 from modelpack.registry.endpoint import Endpoint
-from modelpack.registry.retry import FailedTry
+from modelpack.registry.retry import FailedTry, Retries
 from modelpack.registry.stops import either
 from modelpack.registry.transport import Call
+from modelpack.registry.upload_content import ContentPart, UploadContent
+from modelpack.registry.upload_session import UploadSession
 from modelpack.registry.urls import with_query
-from modelpack.storage import BlobReader, BlobSource, Outcome, Watch
+from modelpack.storage import BlobSource, Outcome, Watch
 
-#: Bytes read, hashed and sent at a time.
-_CHUNK: Final = 1024 * 1024
-_OCTETS: Final = "application/octet-stream"
+#: The size of chunks where the registry wants chunks and the caller says nothing.
+_CHUNK: Final = 64 * 1024 * 1024
 #: What a registry says when it has lost a session; another one may be kept.
 _LOST_SESSION: Final = ("BLOB_UPLOAD_UNKNOWN", "BLOB_UPLOAD_INVALID")
+#: How often in a row a registry may refuse what it had asked for.
+_MAX_REFUSALS: Final = 2
 
 
 class Upload:
@@ -41,16 +43,32 @@ class Upload:
         self._what = f"upload of {endpoint.blob_label(descriptor)}"
         self._stop = either(watch.stop, endpoint.transport.stop)
         self._watch = watch
-        self._session = ""
+        self._session = UploadSession(endpoint, descriptor, self._what, self._stop)
+        self._begun = False  # the session may hold bytes
+        self._received = 0  # what the registry has, for all we know
+        self._refusals = 0
+        self._in_chunks = True  # where anybody wants chunks
 
     def send(self, source: BlobSource, session: str = "") -> Outcome:
         """Have the blob in the repository; `session` is one that a failed mount has opened.
 
-        A connection that breaks costs a new session from the first byte on, because registries may
-        drop what they got. Raises what `Target.write_blob` raises.
+        Raises what `Target.write_blob` raises.
         """
-        self._session = session
-        return self._transport.retried(lambda: self._try(source), self._stop)
+        self._session.location = session
+        rate = self._transport.blobs.rate
+        content = UploadContent(source, self._descriptor, self._what, self._stop, self._watch, rate)
+        retries = self._transport.retries(self._stop)
+        try:
+            while True:
+                try:
+                    return self._try(content, retries)
+                except FailedTry as failed:
+                    retries.wait_after(failed)
+        except BaseException:
+            self._session.cancel()
+            raise
+        finally:
+            content.close()
 
     def exists(self) -> bool:
         """Return whether the repository has the blob, in one try."""
@@ -79,142 +97,103 @@ class Upload:
             return None
         return self._transport.location(response, self._what)
 
-    def _try(self, source: BlobSource) -> Outcome:
+    def _try(self, content: UploadContent, retries: Retries) -> Outcome:
+        if self.exists():
+            self._session.cancel()
+            return Outcome.EXISTED
+        if self._begun:
+            self._take_up(content, retries)
+        if not self._session.location:
+            self._session.start()
+        self._begun = True
         try:
-            if self.exists():
-                self._cancel()
-                return Outcome.EXISTED
-            self._session = self._session or self._start()
-            self._put(source)
-        except BaseException:
-            self._cancel()
-            raise
-        return Outcome.WRITTEN
-
-    def _cancel(self) -> None:
-        """Tell the registry to forget the session; it would do so by itself some day.
-
-        A requested stop does not stop this, but it takes a second or two at most.
-        """
-        session, self._session = self._session, ""
-        if session:
-            call = self._call("DELETE", session)
-            with suppress(FailedTry, ModelpackError):
-                self._transport.attempt(replace(call, stop=Stop(), answer_time=1.0))
-
-    def _start(self) -> str:
-        url = self._endpoint.uploads_url()
-        algorithm = self._descriptor.digest.algorithm
-        if algorithm != "sha256":
-            url = with_query(url, **{"digest-algorithm": algorithm})
-        response = self._transport.attempt(self._call("POST", url))
-        return self._transport.location(response, self._what)
-
-    def _put(self, source: BlobSource) -> None:
-        digest = self._descriptor.digest
-        body = _CheckedBody(source, self._descriptor, self._what, self._stop, self._watch)
-        call = replace(
-            self._call("PUT", with_query(self._session, digest=str(digest))),
-            headers={"Content-Type": _OCTETS},
-            body=body,
-            answer_time=self._transport.timeouts.commit,
-        )
-        try:
-            response = self._transport.attempt(call)
+            self._send_chunks(content, retries)
+            start, size = self._received, self._descriptor.size
+            response = self._put(content.part(start, size), start)
         except (FailedTry, RegistryError) as error:
-            if body.failure not in (None, error):
-                raise body.failure from None  # not the network, though from there it looked so
-            if isinstance(error, RegistryError) and body.failure is None and _lost_session(error):
-                raise FailedTry(error) from error
+            if content.failure not in (None, error):
+                raise content.failure from None  # not the network, though from there it looked so
+            if isinstance(error, RegistryError) and content.failure is None:
+                self._after_refusal(error)
             raise
-        finally:
-            body.close()
         if response.status_code != 201 and not self.exists():
             raise RegistryError(
                 f"{self._what}: answered {response.status_code}, but the blob is not there",
                 host=self._transport.origin.netloc,
                 status_code=response.status_code,
             )
+        return Outcome.WRITTEN
+
+    def _take_up(self, content: UploadContent, retries: Retries) -> None:
+        """Find out where to go on after a failure; start again where the registry does not say."""
+        try:
+            received = self._session.status() if self._session.location else None
+        except RegistryError:
+            received = None
+        if not received or received > content.sent:  # nothing to go on from, or nothing sensible
+            self._start_again()
+            return
+        if received > self._received:
+            retries.made_progress()
+            self._refusals = 0
+        self._received = received
+
+    def _start_again(self) -> None:
+        self._session.cancel()
+        self._begun = False
+        self._received = 0
+
+    def _after_refusal(self, error: RegistryError) -> None:
+        """Raise `FailedTry` if a registry's refusal may be only of how the bytes were sent."""
+        if isinstance(error, AuthError) or self._refusals >= _MAX_REFUSALS:
+            return
+        lost = error.code in _LOST_SESSION or error.status_code == 416
+        special = self._received > 0 or self._chunk_size() is not None
+        if lost or special:
+            self._refusals += 1
+            if not lost or self._refusals == _MAX_REFUSALS:
+                self._in_chunks = False
+                self._start_again()
+            raise FailedTry(error) from error
+
+    def _chunk_size(self) -> int | None:
+        """Return the size of chunks to send, None to send everything at once."""
+        asked, minimum = self._transport.blobs.chunk_size, self._session.minimum_chunk
+        if not self._in_chunks or not (asked or minimum):
+            return None
+        return max(asked or _CHUNK, minimum)
+
+    def _send_chunks(self, content: UploadContent, retries: Retries) -> None:
+        """Send all but the last chunk, if it is to be chunks."""
+        size = self._chunk_size()
+        while size is not None and self._descriptor.size - self._received > size:
+            start, end = self._received, self._received + size
+            received = self._append(content.part(start, end), start)
+            if received not in (None, end):
+                # A registry that keeps nothing of a chunk will not keep the next one either.
+                self._in_chunks = False
+                self._start_again()
+                raise FailedTry(
+                    RegistryError(
+                        f"{self._what}: got a chunk that ends at byte {end}, "
+                        f"and says that it has {received} bytes",
+                        host=self._transport.origin.netloc,
+                    )
+                )
+            self._received = end
+            retries.made_progress()
+
+    def _append(self, part: ContentPart, start: int) -> int | None:
+        try:
+            return self._session.append(part, start)
+        finally:
+            part.close()
+
+    def _put(self, part: ContentPart, start: int) -> requests.Response:
+        try:
+            return self._session.finish(part, start)
+        finally:
+            part.close()
 
     def _call(self, method: str, url: str) -> Call:
         return Call(self._what, method, url, {}, scopes=self._endpoint.push, stop=self._stop)
-
-
-class _CheckedBody:
-    """A blob's content for a request, hashed and counted while it is sent."""
-
-    def __init__(
-        self, source: BlobSource, descriptor: Descriptor, what: str, stop: Stop, watch: Watch
-    ) -> None:
-        self._source = source
-        self._descriptor = descriptor
-        self._what = what
-        self._stop = stop
-        self._report = watch.report
-        self._name = descriptor.filepath or descriptor.digest.short
-        self._reading: Generator[memoryview, None, None] | None = None
-        #: Why the content could not be had, as opposed to sent.
-        self.failure: Exception | None = None
-
-    def __len__(self) -> int:
-        return self._descriptor.size
-
-    def __iter__(self) -> Iterator[memoryview]:
-        self.close()
-        self._reading = self._read()
-        # Read now, before the head of the request is sent: an empty blob would be done with that.
-        return chain([next(self._reading)], self._reading)
-
-    def close(self) -> None:
-        """Close the source, which a request that failed half-way leaves open."""
-        if self._reading is not None:
-            self._reading.close()
-
-    def _read(self) -> Generator[memoryview, None, None]:
-        try:
-            with self._source.open() as reader:
-                yield from self._checked(reader)
-        except Exception as error:
-            self.failure = error
-            raise
-
-    def _checked(self, reader: BlobReader) -> Generator[memoryview, None, None]:
-        size, sent = self._descriptor.size, 0
-        hasher = self._descriptor.digest.hasher()
-        buffer = memoryview(bytearray(min(_CHUNK, size)))
-        while True:
-            self._stop.check()
-            chunk = buffer[: min(_CHUNK, size - sent)]
-            count = _fill(reader, chunk)
-            hasher.update(chunk[:count])
-            sent += count
-            if count < len(chunk):
-                raise self._wrong_size(str(sent))
-            if sent == size:
-                if reader.readinto(memoryview(bytearray(1))):
-                    raise self._wrong_size(f"more than {size}")
-                self._descriptor.digest.check_equal(Digest.of_hasher(hasher), self._what)
-            yield chunk
-            self._report(Progress(Action.PUSH, self._name, self._descriptor.digest, sent, size))
-            if sent == size:
-                return
-
-    def _wrong_size(self, got: str) -> SizeMismatchError:
-        expected = str(self._descriptor.size)
-        return SizeMismatchError(
-            f"{self._what}: the source has {got} bytes, expected {expected}",
-            expected=expected,
-            got=got,
-        )
-
-
-def _lost_session(error: RegistryError) -> bool:
-    return error.code in _LOST_SESSION or error.status_code == 416
-
-
-def _fill(reader: BlobReader, buffer: memoryview) -> int:
-    """Read until `buffer` is full or the source ends; return the number of bytes."""
-    filled = 0
-    while filled < len(buffer) and (count := reader.readinto(buffer[filled:])):
-        filled += count
-    return filled

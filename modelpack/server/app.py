@@ -34,6 +34,7 @@ from modelpack.server.limits import Limits
 from modelpack.server.manifests import Manifests
 from modelpack.server.metrics import Counting, Metrics
 from modelpack.server.uploads import Uploads
+from modelpack.server.upstream import CachedContent, Upstream
 from modelpack.stores.layout import LayoutStore
 
 NO_LIMITS: Final = Limits()
@@ -48,22 +49,24 @@ def create_app(
     allowed_hosts: Sequence[str] = (),
     guard: Guard | None = None,
     limits: Limits = NO_LIMITS,
+    upstream: Upstream | None = None,
 ) -> Starlette:
     """Return a registry (distribution-spec 1.1) that serves and fills `store`.
 
     Requests must name a loopback host or one of `allowed_hosts` in their `Host` header.
     `read_only` answers 405 to every write. `sparse` takes manifests whose blobs are not all there,
     which are refused otherwise: a model that cannot be opened is of no use to anybody. `guard`
-    decides who gets in, None lets everybody.
+    decides who gets in, None lets everybody. With an `upstream` it is read-only, and what it lacks
+    is fetched from there and kept.
     """
-    content = Content(store, sparse=sparse)
+    content = CachedContent(store, upstream) if upstream else Content(store, sparse=sparse)
     metrics = Metrics()
     middleware = [
         Middleware(Counting, metrics=metrics),
         Middleware(ApiVersion),
         Middleware(HostGuard, allowed=tuple(allowed_hosts)),
     ]
-    if read_only:
+    if read_only or upstream:
         middleware.append(Middleware(ReadOnly))
     app = Starlette(
         routes=_routes(content, limits, metrics, guard),
@@ -129,7 +132,7 @@ async def _probe(_: Request) -> Response:
 
 
 class ApiVersion:
-    """ASGI middleware: the header by which old clients know a registry."""
+    """ASGI middleware: what every answer says, such as the header by which clients know us."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -137,7 +140,9 @@ class ApiVersion:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def with_version(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["Docker-Distribution-Api-Version"] = "registry/2.0"
+                headers = MutableHeaders(scope=message)
+                headers["Docker-Distribution-Api-Version"] = "registry/2.0"
+                headers["X-Content-Type-Options"] = "nosniff"  # of blobs, a browser makes no page
             await send(message)
 
         await self._app(scope, receive, with_version)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -11,13 +14,15 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from modelpack.digest import Digest
+from modelpack.http_connection import ZERO_COPY_SEND
 from modelpack.server.content import Content
 from modelpack.server.errors import ApiError, Code
+from modelpack.server.following import FollowingResponse, begun
 from modelpack.server.names import Repository
-from modelpack.server.ranges import ByteRange, UnsatisfiableRange, requested_range
+from modelpack.server.ranges import PIECE, ByteRange, UnsatisfiableRange, requested_range
 
-#: Bytes that are read and sent at once; less costs more processor time for each byte.
-PIECE = 1024 * 1024
+# Bytes of a file that one message has sent: what is counted of a download that breaks off.
+_SENT_AT_ONCE: Final = 8 * 1024 * 1024
 
 
 class Blobs:
@@ -28,18 +33,34 @@ class Blobs:
 
     async def get(self, request: Request) -> Response:
         """GET and HEAD: the blob, or a range of it."""
-        Repository.parse(request.path_params["name"])
+        repository = Repository.parse(request.path_params["name"])
         digest = Digest.parse(request.path_params["digest"])
         if request.method == "HEAD":  # who is told that it is here will not upload it
             await run_in_threadpool(self._content.touch_blob, digest)
         descriptor = await run_in_threadpool(self._content.open_blob, digest)
         if descriptor is None:
-            raise unknown_blob(digest)
+            return await self._fetched(request, repository, digest)
         try:
-            return _answer(request, digest, descriptor)
+            answer = _answer(request, digest, os.fstat(descriptor).st_size)
+            if answer.part is not None:
+                return FileResponse(descriptor, answer.part, answer.status, answer.headers)
         except BaseException:
             os.close(descriptor)
             raise
+        os.close(descriptor)
+        return Response(status_code=answer.status, headers=answer.headers)
+
+    async def _fetched(self, request: Request, repository: Repository, digest: Digest) -> Response:
+        """Answer with a blob that an upstream has, while it comes in."""
+        needed = await run_in_threadpool(self._content.needed, repository, digest)
+        if needed is None:
+            raise unknown_blob(digest)
+        answer = _answer(request, digest, needed.size)
+        if answer.part is None:
+            return Response(status_code=answer.status, headers=answer.headers)
+        fetch = await run_in_threadpool(self._content.fetch, repository, needed)
+        await begun(fetch)
+        return FollowingResponse(fetch, answer.part, answer.status, answer.headers)
 
     async def delete(self, request: Request) -> Response:
         """DELETE: remove a blob that no manifest needs."""
@@ -55,8 +76,16 @@ def unknown_blob(digest: Digest) -> ApiError:
     return ApiError(404, Code.BLOB_UNKNOWN, f"no blob {digest}", detail={"digest": str(digest)})
 
 
-def _answer(request: Request, digest: Digest, descriptor: int) -> Response:
-    size = os.fstat(descriptor).st_size
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What to answer; `part` is what to send of the blob, None where there is no body."""
+
+    status: int
+    headers: dict[str, str]
+    part: ByteRange | None = None
+
+
+def _answer(request: Request, digest: Digest, size: int) -> _Answer:
     etag = f'"{digest}"'
     headers = {
         "Accept-Ranges": "bytes",
@@ -65,25 +94,23 @@ def _answer(request: Request, digest: Digest, descriptor: int) -> Response:
         "ETag": etag,
     }
     if request.method == "HEAD":
-        os.close(descriptor)
-        return Response(headers={**headers, "Content-Length": str(size)})
+        return _Answer(200, {**headers, "Content-Length": str(size)})
     asked = request.headers.get("range")
     if request.headers.get("if-range", etag) != etag:
         asked = None
     try:
         part = requested_range(asked, size)
     except UnsatisfiableRange:
-        os.close(descriptor)
         # An empty body: a client must not take it for bytes of the blob.
-        return Response(status_code=416, headers={"Content-Range": f"bytes */{size}"})
+        return _Answer(416, {"Content-Range": f"bytes */{size}"})
     if part is None:
-        return FileResponse(descriptor, ByteRange(0, size), 200, headers)
+        return _Answer(200, headers, ByteRange(0, size))
     headers["Content-Range"] = f"bytes {part.start}-{part.last}/{size}"
-    return FileResponse(descriptor, part, 206, headers)
+    return _Answer(206, headers, part)
 
 
 class FileResponse(Response):
-    """Part of an open file, read piece by piece in worker threads; closes the file."""
+    """Part of an open file, closed in the end: by the kernel, or read in worker threads."""
 
     def __init__(
         self, descriptor: int, part: ByteRange, status: int, headers: dict[str, str]
@@ -103,10 +130,23 @@ class FileResponse(Response):
                     "headers": self.raw_headers,
                 }
             )
-            await self._send_body(send, gone)
+            if ZERO_COPY_SEND in scope.get("extensions", {}):
+                await self._have_sent(send)
+            else:
+                await self._send_body(send, gone)
         finally:
             gone.cancel()
             os.close(self._descriptor)
+
+    async def _have_sent(self, send: Send) -> None:
+        position, end = self._part.start, self._part.start + self._part.length
+        with suppress(ConnectionError):  # also for a file that was truncated meanwhile
+            while position < end:
+                count = min(_SENT_AT_ONCE, end - position)
+                part = {"file": self._descriptor, "offset": position, "count": count}
+                await send({"type": ZERO_COPY_SEND, **part, "more_body": True})
+                position += count
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_body(self, send: Send, gone: asyncio.Task[None]) -> None:
         position, end = self._part.start, self._part.start + self._part.length

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modelpack import mediatypes
 from modelpack.descriptor import Descriptor
@@ -18,7 +19,12 @@ from modelpack.errors import (
     LockedError,
     NotFoundError,
 )
-from modelpack.manifest import Index, Manifest, parse_manifest_or_index
+from modelpack.manifest import (
+    Index,
+    Manifest,
+    parse_manifest_or_index,
+    referrer_descriptor,
+)
 from modelpack.server.errors import ApiError, Code
 from modelpack.server.names import Repository
 from modelpack.server.repositories import (
@@ -32,7 +38,12 @@ from modelpack.server.repositories import (
 from modelpack.stores.index import IndexDocument
 from modelpack.stores.layout import LayoutStore
 from modelpack.stores.os_errors import translating
+from modelpack.stores.tree import Tree
 
+if TYPE_CHECKING:
+    from modelpack.server.following import Fetch
+
+_SERVED = frozenset({*mediatypes.MANIFEST_TYPES, *mediatypes.INDEX_TYPES})
 _BROKEN = (NotFoundError, IntegrityError, FormatError)
 
 
@@ -47,7 +58,7 @@ class Content:
     @property
     def uploads_directory(self) -> Path:
         """Where upload sessions live: on the file system of the blobs."""
-        return self._store.root / "ingest" / "uploads"
+        return Tree(self._store.root).uploads
 
     def open_blob(self, digest: Digest) -> int | None:
         """Return an open file, None if there is no such blob; it stays readable if deleted."""
@@ -91,7 +102,8 @@ class Content:
     ) -> tuple[Descriptor, bytes] | None:
         """Return the manifest that a tag or a digest names, and its bytes; None if there is none.
 
-        By digest, what an index of the repository lists is found too, pushed here or not.
+        By digest, what an index of the repository lists is found too, pushed here or not, as long
+        as it is a manifest: an index may call any blob whatever it likes.
         """
         members = self.repositories().find(repository)
         if members is None:
@@ -102,7 +114,7 @@ class Content:
             descriptor = members.manifests.get(target) or next(
                 (child for child in self._children(members) if child.digest == target), None
             )
-        if descriptor is None:
+        if descriptor is None or descriptor.media_type not in _SERVED:
             return None
         try:
             return descriptor, self._store.fetch_manifest(descriptor)
@@ -165,6 +177,20 @@ class Content:
                 self._store.delete_blob(target)
         return found
 
+    def tags(self, repository: Repository) -> list[str] | None:
+        """Return the tags of a repository in ASCII order, None if there is no such repository."""
+        members = self.repositories().find(repository)
+        return None if members is None else sorted(members.tags)
+
+    def needed(self, repository: Repository, digest: Digest) -> Descriptor | None:
+        """Return the descriptor of a blob that is not here and can be fetched; None if none can."""
+        del repository, digest
+        return None
+
+    def fetch(self, repository: Repository, descriptor: Descriptor) -> Fetch:
+        """Return the download of a blob that is `needed`."""
+        raise NotImplementedError
+
     def referrers(self, repository: Repository, subject: Digest) -> list[Descriptor]:
         """Return descriptors of the repository's manifests about `subject`, in a fixed order.
 
@@ -177,13 +203,7 @@ class Content:
         for descriptor in (*members.manifests.values(), *self._children(members)):
             manifest = self._parsed(descriptor)
             if manifest and manifest.subject and manifest.subject.digest == subject:
-                found[descriptor.digest] = Descriptor(
-                    descriptor.media_type,
-                    descriptor.digest,
-                    descriptor.size,
-                    manifest.annotations,
-                    _artifact_type(manifest),
-                )
+                found[descriptor.digest] = referrer_descriptor(descriptor, manifest)
         return sorted(found.values(), key=lambda one: str(one.digest))
 
     def _children(self, members: Members) -> Iterator[Descriptor]:
@@ -217,10 +237,3 @@ class Content:
             yield path
         finally:
             path.unlink(missing_ok=True)
-
-
-def _artifact_type(manifest: Manifest | Index) -> str | None:
-    """Return the type by distribution-spec, "Listing Referrers"."""
-    if manifest.artifact_type is None and isinstance(manifest, Manifest):
-        return manifest.config.media_type
-    return manifest.artifact_type

@@ -28,10 +28,10 @@ class Discovery:
         """GET the tags of a repository, in ASCII order."""
         name = request.path_params["name"]
         repository = Repository.parse(name)
-        members = (await run_in_threadpool(self._content.repositories)).find(repository)
-        if members is None:
+        tags = await run_in_threadpool(self._content.tags, repository)
+        if tags is None:
             raise ApiError(404, Code.NAME_UNKNOWN, f"no repository {repository}")
-        page, headers = _page(request, sorted(members.tags))
+        page, headers = _page(request, tags)
         return JSONResponse({"name": name, "tags": page}, headers=headers)
 
     async def referrers(self, request: Request) -> Response:

@@ -35,7 +35,11 @@ class Manifests:
     async def get(self, request: Request) -> Response:
         """GET and HEAD, by tag or digest. `Accept` is not asked: there is one representation."""
         repository = Repository.parse(request.path_params["name"])
-        target = _target(request.path_params["reference"])
+        reference = request.path_params["reference"]
+        try:
+            target = _target(reference)
+        except ApiError:  # what can be no tag is one that is not there
+            raise _unknown(repository, reference) from None
         found = await run_in_threadpool(self._content.manifest, repository, target)
         if found is None:
             raise _unknown(repository, target)
@@ -143,7 +147,8 @@ def _too_large(got: str, limit: int) -> ApiError:
 
 
 def _unknown(repository: Repository, target: Digest | str) -> ApiError:
-    shown = f"{repository}@{target}" if isinstance(target, Digest) else f"{repository}:{target}"
+    between = "@" if isinstance(target, Digest) else ":"
+    shown = f"{repository}{between}{str(target)[:140]}"
     return ApiError(404, Code.MANIFEST_UNKNOWN, f"no manifest {shown}")
 
 

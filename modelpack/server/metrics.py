@@ -10,6 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from modelpack.http_connection import body_size
+
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
 _HELP: Final = {
     "modelpack_registry_requests_total": ("counter", "Finished requests."),
@@ -66,15 +68,15 @@ class Counting:
 
         async def counted_receive() -> Message:
             message = await receive()
-            metrics.received += len(message.get("body", b""))
+            metrics.received += body_size(message)
             return message
 
         async def counted_send(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
-            if method != "HEAD":
-                metrics.sent += len(message.get("body", b""))
             await send(message)
+            if method != "HEAD":
+                metrics.sent += body_size(message)
 
         metrics.in_progress += 1
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+#: Bytes that are read and sent at once; less costs more processor time for each byte.
+PIECE = 1024 * 1024
 _RANGE = re.compile(r"bytes\s*=\s*(\d*)\s*-\s*(\d*)\s*\Z", re.IGNORECASE | re.ASCII)
 # distribution-spec "Pushing a blob in chunks": no unit, no total.
 _CHUNK_RANGE = re.compile(r"(\d+)-(\d+)\Z", re.ASCII)

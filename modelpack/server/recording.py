@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from modelpack.http_connection import body_size
+
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
@@ -43,15 +45,15 @@ class Recorder:
         async def counted_receive() -> Message:
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
+            received += body_size(message)
             return message
 
         async def counted_send(message: Message) -> None:
             nonlocal status, sent
             status = message.get("status", status)
-            if scope["method"] != "HEAD":  # such a body is never sent
-                sent += len(message.get("body", b""))
             await send(message)
+            if scope["method"] != "HEAD":  # such a body is never sent
+                sent += body_size(message)
 
         try:
             await self._app(scope, counted_receive, counted_send)

@@ -13,6 +13,7 @@ from modelpack.server.app import NO_LIMITS, create_app
 from modelpack.server.auth import Guard
 from modelpack.server.limits import Limits
 from modelpack.server.recording import Recorder, RequestRecord
+from modelpack.server.upstream import Upstream
 from modelpack.stores.layout import LayoutStore
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class RegistryServer:
         guard: Guard | None = None,
         tls: tuple[Path, Path] | None = None,
         limits: Limits = NO_LIMITS,
+        upstream: Upstream | None = None,
         allowed_hosts: Sequence[str] = (),
         grace: int = GRACE,
         on_request: Callable[[RequestRecord], None] | None = None,
@@ -47,7 +49,8 @@ class RegistryServer:
         one other addresses are permitted, too; `allow_remote` permits them without: whoever reaches
         the port may then read and, unless `read_only`, write. `tls` are the PEM files of a
         certificate and its key. `allowed_hosts` are further names that requests may use for this
-        host. For `sparse` see `create_app`. `on_request` is called from the server's thread.
+        host. For `sparse` and `upstream`, which serves one server, see `create_app`. `on_request`
+        is called from the server's thread.
         """
         self._server = AppServer(
             self._make_app,
@@ -62,6 +65,7 @@ class RegistryServer:
         self._sparse = sparse
         self._guard = guard
         self._limits = limits
+        self._upstream = upstream
         self._allowed_hosts = (self._server.address[0], *allowed_hosts)
         self._on_request = on_request
 
@@ -85,7 +89,10 @@ class RegistryServer:
 
         Runs in the main thread; `on_ready` is called once connections are accepted.
         """
-        self._server.run(on_ready)
+        try:
+            self._server.run(on_ready)
+        finally:
+            self._leave_upstream()
 
     def start(self) -> None:
         """Serve from a background thread; returns when connections are accepted."""
@@ -94,6 +101,7 @@ class RegistryServer:
     def stop(self) -> None:
         """Stop a server that `start` began; requests under way get `grace` seconds."""
         self._server.stop()
+        self._leave_upstream()
 
     def __enter__(self) -> RegistryServer:
         self.start()
@@ -107,6 +115,10 @@ class RegistryServer:
     ) -> None:
         self.stop()
 
+    def _leave_upstream(self) -> None:
+        if self._upstream is not None:
+            self._upstream.stop.request()
+
     def _make_app(self) -> ASGIApp:
         app = create_app(
             self.store,
@@ -115,5 +127,6 @@ class RegistryServer:
             allowed_hosts=self._allowed_hosts,
             guard=self._guard,
             limits=self._limits,
+            upstream=self._upstream,
         )
         return app if self._on_request is None else Recorder(app, self._on_request)

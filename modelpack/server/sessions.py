@@ -13,26 +13,27 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from modelpack.digest import Digest, new_hasher
 from modelpack.errors import DigestMismatchError, NotFoundError
+from modelpack.stores.abandoned import abandoned_uploads, idle_seconds, remove_upload
 from modelpack.stores.os_errors import translating
+from modelpack.stores.write_behind import WriteBehind
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-#: Seconds after which a session that received nothing is dropped.
-EXPIRY = 24 * 3600
 _SWEEP_INTERVAL = 600.0
 _READ_SIZE = 1024 * 1024
+# Hash a piece while it is written, one for each processor: they wait for nothing else.
+_HASHERS: Final = ThreadPoolExecutor(os.cpu_count() or 1, "modelpack-hash")
 
 #: Publishes a complete file, whose bytes have this digest, as a blob.
 Publish = Callable[[Path, Digest], None]
@@ -100,7 +101,7 @@ class UploadSession:
                 raise OutOfOrder
             if algorithm is not None and algorithm != self._algorithm:
                 self._algorithm, self._hasher = algorithm, None
-            descriptor = os.open(self._data, os.O_RDWR)
+            descriptor = self._open()
             try:
                 if self._hasher is None or os.fstat(descriptor).st_size != self.size:
                     self._rebuild(descriptor)
@@ -118,24 +119,32 @@ class UploadSession:
     def idle_seconds(self) -> float:
         """Return how long ago the last bytes came."""
         try:
-            return time.time() - self._data.stat().st_mtime
+            return idle_seconds(self._directory)
         except FileNotFoundError:
             return float("inf")
+
+    def is_over(self) -> bool:
+        """Return whether it ended, or a collection removed it."""
+        return self._closed or not self._data.exists()
+
+    def _open(self) -> int:
+        try:
+            return os.open(self._data, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise self._unknown() from None
 
     def _append(self, turn: int, descriptor: int, content: bytes | bytearray) -> None:
         with self._lock:
             self._check_turn(turn)
-            with translating("receive a blob in", self._directory):
-                try:
-                    written = 0
-                    with memoryview(content) as view:
-                        while written < len(view):
-                            written += os.pwrite(descriptor, view[written:], self.size + written)
-                except OSError:
-                    os.ftruncate(descriptor, self.size)  # the hash has not seen these bytes
-                    raise
             assert self._hasher is not None
-            self._hasher.update(content)
+            hasher = self._hasher.copy()
+            hashing = _HASHERS.submit(hasher.update, content)
+            try:
+                with translating("receive a blob in", self._directory):
+                    _write_at(descriptor, content, self.size)
+            finally:
+                hashing.result()
+            self._hasher = hasher
             self.size += len(content)
 
     def _finish(self, turn: int, digest: Digest, publish: Publish) -> None:
@@ -164,11 +173,26 @@ class UploadSession:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise NotFoundError(f"no upload session {self.id}")
+            raise self._unknown()
+
+    def _unknown(self) -> NotFoundError:
+        return NotFoundError(f"no upload session {self.id}")
 
     def _close(self) -> None:
         self._closed = True
-        shutil.rmtree(self._directory, ignore_errors=True)
+        remove_upload(self._directory)
+
+
+def _write_at(descriptor: int, content: bytes | bytearray, offset: int) -> None:
+    """Write all of `content`, or leave the file as long as it was."""
+    try:
+        position = offset
+        with memoryview(content) as view:
+            while position < offset + len(view):
+                position += os.pwrite(descriptor, view[position - offset :], position)
+    except OSError:
+        os.ftruncate(descriptor, offset)
+        raise
 
 
 class Writer:
@@ -178,10 +202,12 @@ class Writer:
         self._session = session
         self._descriptor = descriptor
         self._turn = turn
+        self._behind = WriteBehind(descriptor, session.size)
 
     def append(self, content: bytes | bytearray) -> None:
         """Write and hash `content`. Raises `Superseded`, `NotFoundError` once it is closed."""
         self._session._append(self._turn, self._descriptor, content)
+        self._behind.written(self._session.size)
 
     def finish(self, digest: Digest, publish: Publish) -> None:
         """Verify the whole and publish it; the session ends, also by `DigestMismatchError`."""
@@ -224,7 +250,7 @@ class UploadSessions:
             raise NotFoundError(f"no upload session {name[:80]!r}")
         with self._lock:
             session = self._sessions.get(name)
-            if session is None or session._closed:
+            if session is None or session.is_over():
                 session = self._sessions[name] = UploadSession.load(self._directory / name)
         if session.repository != repository:
             raise NotFoundError(f"no upload session {name} in {repository}")
@@ -251,24 +277,11 @@ class UploadSessions:
             if now - self._swept < _SWEEP_INTERVAL:
                 return
             self._swept = now
-        for path in self._directory.glob("*"):
+        for path in abandoned_uploads(self._directory):
             with self._lock:
                 session = self._sessions.get(path.name)
-            try:
-                session = session or UploadSession.load(path)
-            except NotFoundError:
-                _remove_leftover(path)
-                continue
-            if session.idle_seconds() > EXPIRY:
+            if session is None:
+                remove_upload(path)
+            else:
                 session.cancel()
                 self.forget(session)
-
-
-def _remove_leftover(path: Path) -> None:
-    """Delete what a crash left half made, unless it is being made right now."""
-    with suppress(FileNotFoundError):
-        if time.time() - path.stat().st_mtime > EXPIRY:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from starlette.concurrency import run_in_threadpool
@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from modelpack.digest import Digest
 from modelpack.errors import NotFoundError
+from modelpack.http_connection import PIECE, REUSE
 from modelpack.server.content import Content
 from modelpack.server.errors import ApiError, Code
 from modelpack.server.limits import Limits
@@ -20,8 +21,6 @@ from modelpack.server.ranges import ByteRange, chunk_range
 from modelpack.server.sessions import OutOfOrder, Superseded, UploadSession, UploadSessions, Writer
 from modelpack.stores.disk_space import check_room
 
-#: Bytes that are hashed and written at once, off the event loop.
-PIECE = 1024 * 1024
 # Seconds after which an upload that receives nothing makes room for others, where room is short.
 _IDLE = 3600.0
 # Bytes after which a stream that does not say how long it is has the disk looked at again.
@@ -160,7 +159,8 @@ class Uploads:
         self, request: Request, session: UploadSession, writer: Writer, claimed: ByteRange | None
     ) -> None:
         """Append the body to the session; what arrived before a cut is kept."""
-        pieces = _Pieces(writer)
+        reuse = request.scope.get("extensions", {}).get(REUSE)
+        pieces = _Pieces(writer, reuse["give_back"] if reuse else lambda piece: None)
         received, before = 0, session.size
         looked = None if "content-length" in request.headers else 0
         try:
@@ -196,20 +196,34 @@ class Uploads:
 
 
 class _Pieces:
-    """Hashes and writes one piece in a worker thread while the next one arrives."""
+    """Hashes and writes one piece in a worker thread while the next one arrives.
 
-    def __init__(self, writer: Writer) -> None:
+    Whole pieces are taken as they are, less is gathered. `give_back` gets what was written.
+    """
+
+    def __init__(self, writer: Writer, give_back: Callable[[bytes | bytearray], None]) -> None:
         self._writer = writer
+        self._give_back = give_back
         self._buffer = bytearray()
         self._pending: asyncio.Task[None] | None = None
 
-    async def add(self, chunk: bytes) -> None:
-        self._buffer += chunk
-        if len(self._buffer) >= PIECE:
-            await self._settle()
-            appending = run_in_threadpool(self._writer.append, self._buffer)
-            self._pending = asyncio.create_task(appending)
-            self._buffer = bytearray()
+    async def add(self, chunk: bytes | bytearray) -> None:
+        if len(chunk) >= PIECE and self._buffer:
+            await self._begin(self._buffer)
+        if len(chunk) < PIECE:
+            self._buffer += chunk
+            chunk = self._buffer
+        if len(chunk) >= PIECE:
+            await self._begin(chunk)
+
+    async def _begin(self, piece: bytes | bytearray) -> None:
+        await self._settle()
+        self._pending = asyncio.create_task(self._append(piece))
+        self._buffer = bytearray()
+
+    async def _append(self, piece: bytes | bytearray) -> None:
+        await run_in_threadpool(self._writer.append, piece)
+        self._give_back(piece)
 
     async def flush(self) -> None:
         await self._settle()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from modelpack.errors import (
 )
 from modelpack.gojson import MAX_DOCUMENT_BYTES
 from modelpack.storage import BlobReader
-from modelpack.stores.durability import flush_directory, write_durably
+from modelpack.stores.durability import flush_directory, random_name, write_durably
 from modelpack.stores.os_errors import translating
 from modelpack.stores.tree import Tree
 from modelpack.stores.trust import Trust
@@ -134,7 +133,7 @@ class Blobs:
 
     def write(self, digest: Digest, content: bytes) -> None:
         """Store a small blob, durably. The store's lock is held."""
-        staged = self._tree.ingest / f"tmp-{uuid.uuid4().hex}"
+        staged = self._tree.ingest / f"tmp-{random_name()}"
         with translating("write", staged):
             try:
                 write_durably(staged, content, mode=BLOB_MODE)

@@ -56,7 +56,7 @@ class Hashing:
             threaded = self.size >= _WORTH_A_THREAD and _busy + 2 <= _processors()
             self._share = 2 if threaded else 1
             _busy += self._share
-        for _ in range(_BUFFERS if threaded else 1):
+        for _ in range(_BUFFERS if threaded else 2):  # one may be on its way to the disk
             # Whole pages, so that they can be written directly.
             self._free.put(memoryview(mmap.mmap(-1, CHUNK)))
         if threaded:
@@ -123,11 +123,16 @@ def copy_and_hash(
     return total
 
 
-def read_and_hash(source: int, hasher: _Hash, seen: Callable[[int], None]) -> int:
-    """Feed the open file `source` to `hasher`; return its bytes. `seen` as in `copy_and_hash`."""
+def read_and_hash(
+    source: int, hasher: _Hash, seen: Callable[[int], None], most: int | None = None
+) -> int:
+    """Feed the open file `source` to `hasher`; return its bytes. `seen` as in `copy_and_hash`.
+
+    With `most`, that many bytes at most are read.
+    """
     buffer = memoryview(bytearray(CHUNK))
     total = told = 0
-    while length := os.readv(source, [buffer]):
+    while length := os.readv(source, [buffer[: CHUNK if most is None else most - total]]):
         hasher.update(buffer[:length])
         total += length
         if total - told >= STEP:

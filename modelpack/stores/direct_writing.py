@@ -35,17 +35,19 @@ class DirectWriter:
         """Write all of `view`; raises `OSError`."""
         while view:
             if self._direct and len(view) % ALIGNMENT:
-                self._give_up()
+                self.give_up()
             try:
                 view = view[os.write(self._file, view) :]
             except OSError as error:
                 if not self._direct or error.errno != errno.EINVAL:
                     raise
-                self._give_up()
+                self.give_up()
 
-    def _give_up(self) -> None:
-        self._direct = False
-        self._switch(on=False)
+    def give_up(self) -> None:
+        """Write through the cache from now on, as everybody else who uses the open file does."""
+        if self._direct:
+            self._direct = False
+            self._switch(on=False)
 
     def _switch(self, *, on: bool) -> bool:
         flags = fcntl.fcntl(self._file, fcntl.F_GETFL)

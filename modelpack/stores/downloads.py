@@ -10,8 +10,8 @@ from modelpack.errors import DigestMismatchError, SizeMismatchError, StorageFull
 from modelpack.progress import Action, Progress
 from modelpack.storage import BlobSource, Outcome, Watch
 from modelpack.stores.blobs import Blobs
-from modelpack.stores.copying import STEP
 from modelpack.stores.disk_space import check_room, no_room
+from modelpack.stores.receiving import Receiving
 from modelpack.stores.staging import Partial
 from modelpack.stores.tree import Tree
 
@@ -36,7 +36,6 @@ class Downloads:
             if self.blobs.holds(descriptor):
                 return Outcome.EXISTED
             with closing(Partial(self.tree, descriptor)) as part:
-                part.journal()
                 self._fill(part, source, watch, name)
                 part.seal()
                 with self.tree.lock().held():
@@ -49,7 +48,8 @@ class Downloads:
         A short or long body is not: it will be so again, unless a resumed part is to blame.
         """
         part.resume(lambda _: watch.stop.check())
-        resumed = part.length > 0
+        part.journal()
+        resumed = part.present > 0
         try:
             self._transfer(part, source, watch, name)
         except (DigestMismatchError, SizeMismatchError) as error:
@@ -67,32 +67,17 @@ class Downloads:
 
     def _transfer(self, part: Partial, source: BlobSource, watch: Watch, name: str) -> None:
         digest, size = part.wanted.digest, part.wanted.size
-        check_room(self.tree.ingest, size - part.length, name)
+        check_room(self.tree.ingest, size - part.present, name)
+
+        def report(completed: int) -> None:
+            watch.report(Progress(Action.FETCH, name, digest, completed, size))
+
         if part.length < size or size == 0:
             try:
-                self._receive(part, source, watch, name)
+                Receiving(part, source, report, watch.stop).run()
             except StorageFullError as error:
-                missing = size - part.path.stat().st_size
+                missing = size - part.present
                 raise no_room(self.tree.ingest, missing, error.available, name) from error
         else:
-            watch.report(Progress(Action.FETCH, name, digest, size, size))
+            report(size)
         part.check()
-
-    def _receive(self, part: Partial, source: BlobSource, watch: Watch, name: str) -> None:
-        digest, size = part.wanted.digest, part.wanted.size
-        told = part.length
-        with source.open(part.length) as reader, part.hashing() as hashing:
-            while True:
-                watch.stop.check()
-                buffer = hashing.buffer()
-                # One byte more than is missing shows a body that is too long.
-                length = reader.readinto(buffer[: size - part.length + 1])
-                if not length:
-                    break
-                hashing.update(buffer, length)
-                part.write(buffer[:length])
-                if part.length - told >= STEP:
-                    told = part.length
-                    watch.report(Progress(Action.FETCH, name, digest, told, size))
-        if told != part.length:
-            watch.report(Progress(Action.FETCH, name, digest, part.length, size))

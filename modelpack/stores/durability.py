@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import uuid
 from functools import cache
 from pathlib import Path
 
@@ -16,14 +14,28 @@ def boot_id() -> str:
 
     Where the system tells none, every process gets its own: then more is verified, never less.
     """
+    if sys.platform == "darwin":
+        return _told_by_sysctl() or f"unknown-{random_name()}"
     try:
-        if sys.platform == "darwin":
-            command = ["sysctl", "-n", "kern.bootsessionuuid"]
-            told = subprocess.run(command, capture_output=True, check=True, timeout=10).stdout
-            return told.decode().strip()
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return f"unknown-{random_name()}"
+
+
+def _told_by_sysctl() -> str:
+    import subprocess
+
+    command = ["sysctl", "-n", "kern.bootsessionuuid"]
+    try:
+        told = subprocess.run(command, capture_output=True, check=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
-        return f"unknown-{uuid.uuid4()}"
+        return ""
+    return told.decode().strip()
+
+
+def random_name() -> str:
+    """Return a text that nothing else is called."""
+    return os.urandom(16).hex()
 
 
 def flush_file(path: Path) -> None:
@@ -49,7 +61,7 @@ def write_atomically(path: Path, content: bytes, *, by_way_of: Path, mode: int =
 
     Readers see the old bytes or the new ones. `by_way_of` is a directory on the same file system.
     """
-    staged = by_way_of / f"tmp-{path.name}-{uuid.uuid4().hex}"
+    staged = by_way_of / f"tmp-{path.name}-{random_name()}"
     try:
         write_durably(staged, content, mode=mode)
         os.replace(staged, path)

@@ -10,6 +10,7 @@ from modelpack import mediatypes
 from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
 from modelpack.errors import FormatError, IntegrityError, NotFoundError, StoreError
+from modelpack.manifest import Manifest
 from modelpack.progress import Action, Progress
 from modelpack.storage import Watch
 from modelpack.stores.blobs import Blobs
@@ -47,11 +48,15 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class FsckReport:
-    """What a check found: `checked` blobs were looked at, and `bytes_checked` of them hashed."""
+    """What a check found: `checked` blobs were looked at, and `bytes_checked` of them hashed.
+
+    `partial` are the names (or ids) of models of which only a part was pulled; that is no problem.
+    """
 
     checked: int
     bytes_checked: int
     problems: tuple[Problem, ...]
+    partial: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -61,10 +66,14 @@ class FsckReport:
 
 @dataclass(slots=True)
 class _Need:
-    """A blob that the index leads to: the sizes that descriptors give it, and for which models."""
+    """A blob that the index leads to: the sizes that descriptors give it, and for which models.
+
+    `vital` are those of the models that may not lack it.
+    """
 
     sizes: set[int] = field(default_factory=set)
     models: set[str] = field(default_factory=set)
+    vital: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +103,8 @@ class Checker:
         if not fast:
             good = ((d, self.tree.blob(d)) for d in sorted(present - check.damaged))
             self.trust.settle(good, limit=_FLUSH_LIMIT)
-        return FsckReport(len(present), check.bytes_checked, tuple(check.problems))
+        partial = tuple(sorted(check.lacking))
+        return FsckReport(len(present), check.bytes_checked, tuple(check.problems), partial)
 
 
 class _Check:
@@ -107,6 +117,7 @@ class _Check:
         self.problems: list[Problem] = []
         self.intact: set[Digest] = set()
         self.damaged: set[Digest] = set()
+        self.lacking: set[str] = set()
         self.bytes_checked = 0
         self._unparsable: dict[Digest, str] = {}
 
@@ -126,7 +137,7 @@ class _Check:
                 self.add(Fault.INDEX, f"index.json: manifests[{number}] is no descriptor")
             else:
                 name = item.entry.name or item.entry.digest.short
-                self._walk(item.entry.descriptor, name)
+                self._walk(item.entry.descriptor, name, partial=item.entry.is_partial)
         return None
 
     def blob(self, digest: Digest, *, fast: bool) -> None:
@@ -156,13 +167,19 @@ class _Check:
 
     def _missing(self, digest: Digest, need: _Need) -> None:
         listed = {entry.name or entry.digest.short for entry in self._of.index.read().entries}
-        if need.models & listed:  # else it was removed while we looked
+        self.lacking |= (need.models - need.vital) & listed
+        if need.vital & listed:  # else it was removed while we looked
             self.add(Fault.MISSING, f"blob {digest} is missing", digest)
 
-    def _walk(self, descriptor: Descriptor, name: str) -> None:
+    def _walk(
+        self, descriptor: Descriptor, name: str, *, partial: bool = False, vital: bool = True
+    ) -> None:
+        """Note that the model `name` leads to a blob; a `partial` one may lack its layers."""
         digest = descriptor.digest
         need = self.needs.setdefault(digest, _Need())
         need.sizes.add(descriptor.size)
+        if vital:
+            need.vital.add(name)
         if name in need.models:
             return
         need.models.add(name)
@@ -172,8 +189,9 @@ class _Check:
         try:
             if self._hashes(digest, path):
                 manifest = read_manifest(self._of.blobs, descriptor)
+                config = manifest.config if isinstance(manifest, Manifest) else None
                 for successor in successors(manifest):
-                    self._walk(successor, name)
+                    self._walk(successor, name, vital=not partial or successor == config)
         except (FormatError, IntegrityError) as error:
             self._unparsable[digest] = f"manifest {error}"
         except NotFoundError:  # it was removed while we looked

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from modelpack.digest import Digest
 from modelpack.errors import LockedError
+from modelpack.stores.abandoned import abandoned_uploads, allocated_bytes, remove_upload
 from modelpack.stores.blobs import Blobs
 from modelpack.stores.index import IndexFile
+from modelpack.stores.kept import BUNDLES, own_bytes, remove_bundle, stale_bundles
 from modelpack.stores.leases import Leases
 from modelpack.stores.locks import FileLock
 from modelpack.stores.os_errors import translating
@@ -30,8 +32,8 @@ _FLUSH_LIMIT = 16 * 1024**3
 class GcReport:
     """What was deleted or, in a dry run, would be.
 
-    `partials` are file names in `ingest/`, `kept` unreferenced blobs that a lease or the grace
-    period protects.
+    `partials` are files and uploads in `ingest/`, and bundles that were kept; `kept` are
+    unreferenced blobs that a lease or the grace period protects.
     """
 
     dry_run: bool
@@ -74,13 +76,27 @@ class Collector:
                     self.blobs.delete(digest)
             partials = list(self._left_behind(partial_seconds, dry_run=dry_run))
             freed += sum(size for _, size in partials)
+            bundles = list(self._bundles(live | leased, grace_seconds, dry_run=dry_run))
+            freed += sum(size for _, size in bundles)
             if not dry_run:
                 for mark in self.trust.stale_marks():
                     mark.unlink(missing_ok=True)
         if not dry_run:
             self.trust.settle(((d, self.tree.blob(d)) for d in sorted(live)), limit=_FLUSH_LIMIT)
-        names = tuple(path.name for path, _ in partials)
+        names = tuple(str(path.relative_to(self.tree.ingest)) for path, _ in partials)
+        names += tuple(f"{BUNDLES}/{name}" for name, _ in bundles)
         return GcReport(dry_run, tuple(removed), names, freed, tuple(kept))
+
+    def _bundles(
+        self, live: Collection[Digest], grace_seconds: float, *, dry_run: bool
+    ) -> Iterator[tuple[str, int]]:
+        """Delete the bundles of models that have gone; tell their names and bytes."""
+        for path in stale_bundles(self.tree.root, live, grace_seconds):
+            with translating("delete", path):
+                size = own_bytes(path)
+                if not dry_run:
+                    remove_bundle(path)
+            yield path.name, size
 
     def _live(self) -> set[Digest]:
         live = reachable(self.blobs, [entry.descriptor for entry in self.index.read().entries])
@@ -101,7 +117,8 @@ class Collector:
         """Delete what no process writes any more and nobody goes on with; tell it and its bytes."""
         for path in sorted(self.tree.ingest.iterdir()):
             with translating("delete", path), suppress(FileNotFoundError, LockedError):
-                size = path.stat().st_size
+                found = path.stat()
+                size = min(found.st_size, found.st_blocks * 512)  # a download may have gaps
                 if is_staged_import(path):
                     # The importing process holds the file itself, from before we got the lock.
                     if not FileLock(path).is_free():
@@ -116,8 +133,15 @@ class Collector:
                         with lock.held(patience=0, remove=True):
                             path.unlink()
                             path.with_suffix(".json").unlink(missing_ok=True)
+                            path.with_suffix(".json.tmp").unlink(missing_ok=True)
                 else:
                     continue
+                yield path, size
+        for path in abandoned_uploads(self.tree.uploads):
+            with translating("delete", path), suppress(FileNotFoundError):
+                size = allocated_bytes(path)
+                if not dry_run:
+                    remove_upload(path)
                 yield path, size
 
     def _is_given_up(self, path: Path, partial_seconds: float) -> bool:

@@ -10,18 +10,25 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from modelpack import mediatypes
 from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
-from modelpack.errors import IntegrityError, InvalidReferenceError, ManifestError, StoreError
+from modelpack.errors import (
+    IntegrityError,
+    InvalidReferenceError,
+    ManifestError,
+    NotFoundError,
+    StoreError,
+)
 from modelpack.gojson import decode_object, encode
-from modelpack.reference import DEFAULT_REGISTRY, Reference
+from modelpack.reference import DEFAULT_REGISTRY, Reference, spelled_in_full
 from modelpack.stores.durability import write_atomically
-from modelpack.stores.lookup import Entry, Names
+from modelpack.stores.lookup import Entry, Match, Names, may_name
 from modelpack.stores.os_errors import translating
 from modelpack.stores.tree import Tree
 
@@ -30,14 +37,28 @@ _NAME_KEYS = (mediatypes.REF_NAME, mediatypes.CONTAINERD_NAME)
 # A file changed this long ago looks different after its next change; clocks of file systems tick
 # coarsely and inode numbers come again.
 _SETTLED_NS = 200_000_000
+# Names that are looked for one by one; for more, reading all entries costs less.
+_SEARCHES = 4
 
 
-@dataclass(frozen=True, slots=True)
 class Item:
-    """One element of `manifests`: as it stands there and, if we can read it, what it says."""
+    """One element of `manifests`: as it stands there and, if we can read it, what it says.
 
-    raw: Any
-    entry: Entry | None
+    It is read when somebody asks: most commands want one model of a store that may have thousands.
+    """
+
+    __slots__ = ("_entry", "raw")
+
+    def __init__(self, raw: Any) -> None:
+        self.raw = raw
+        self._entry: Entry | Literal[False] | None = False
+
+    @property
+    def entry(self) -> Entry | None:
+        """What it says; None if that is no descriptor."""
+        if self._entry is False:
+            self._entry = _entry_of(self.raw)
+        return self._entry
 
 
 @dataclass(frozen=True)
@@ -56,22 +77,38 @@ class IndexDocument:
             manifests = []
         if not isinstance(manifests, list):
             raise ManifestError("'manifests' is no array", path=what)
-        return cls(
-            value, tuple(_item(raw, f"{what}: manifests[{i}]") for i, raw in enumerate(manifests))
-        )
+        return cls(value, tuple(map(Item, manifests)))
 
     def with_elements(self, elements: Iterable[Any]) -> IndexDocument:
         """Return a document with these elements of `manifests` instead, as decoded JSON."""
-        return self._replaced(tuple(_item(raw, "index.json") for raw in elements))
+        return self._replaced(tuple(map(Item, elements)))
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
         """The entries that we can read."""
         return tuple(item.entry for item in self.items if item.entry is not None)
 
+    def find(self, text: str) -> Match:
+        """Return the manifest that `text` names; raises as `Names.find`.
+
+        Reads only the entries that may be meant, unless there is none and the error has to say
+        which names are alike, or it is asked again and again.
+        """
+        if "entries" not in self.__dict__ and len(self._searches) < _SEARCHES:
+            self._searches.append(text)
+            may_be = may_name(text)
+            found = [item.entry for item in self.items if may_be(item.raw)]
+            with suppress(NotFoundError):
+                return Names([entry for entry in found if entry is not None]).find(text)
+        return self._names.find(text)
+
     @cached_property
-    def names(self) -> Names:
-        """What a text may mean here."""
+    def _searches(self) -> list[str]:
+        """What was looked for without reading all entries."""
+        return []
+
+    @cached_property
+    def _names(self) -> Names:
         return Names(self.entries)
 
     def encoded(self) -> bytes:
@@ -81,7 +118,21 @@ class IndexDocument:
 
     def has(self, digest: Digest) -> bool:
         """Return whether an entry points at the manifest."""
-        return any(entry.digest == digest for entry in self.entries)
+        return bool(self.entries_of(digest))
+
+    def entries_of(self, digest: Digest) -> tuple[Entry, ...]:
+        """Return the entries of one manifest, without reading the others."""
+        items = self._items_by_digest.get(str(digest), ())
+        return tuple(item.entry for item in items if item.entry is not None)
+
+    @cached_property
+    def _items_by_digest(self) -> Mapping[str, list[Item]]:
+        grouped: dict[str, list[Item]] = {}
+        for item in self.items:
+            text = item.raw.get("digest") if isinstance(item.raw, dict) else None
+            if isinstance(text, str):
+                grouped.setdefault(text, []).append(item)
+        return grouped
 
     def with_manifest(self, descriptor: Descriptor) -> IndexDocument:
         """Return a document that lists the manifest, untagged unless it was there."""
@@ -93,7 +144,7 @@ class IndexDocument:
             descriptor.size,
             artifact_type=descriptor.artifact_type,
         ).to_json()
-        return self._replaced((*self.items, _item(raw, "index.json")))
+        return self._replaced((*self.items, Item(raw)))
 
     def with_tag(self, descriptor: Descriptor, reference: Reference) -> IndexDocument:
         """Return a document where `reference` names the manifest, and nothing else."""
@@ -101,7 +152,7 @@ class IndexDocument:
             return self
         document = self.with_manifest(descriptor).untagged(lambda e: e.reference == reference)
         of_model = [i for i in document.items if i.entry and i.entry.digest == descriptor.digest]
-        tagged = _item(_renamed(of_model[0].raw, str(reference)), "index.json")
+        tagged = Item(_renamed(of_model[0].raw, str(reference)))
         bare = next((item for item in of_model if item.entry and item.entry.name is None), None)
         if bare is None:
             return document._replaced((*document.items, tagged))
@@ -118,8 +169,28 @@ class IndexDocument:
                 kept.append(item)
             elif item.entry.digest not in listed:
                 listed.add(item.entry.digest)
-                kept.append(_item(_renamed(item.raw, None), "index.json"))
+                kept.append(Item(_renamed(item.raw, None)))
         return self._replaced(tuple(kept))
+
+    def annotated(
+        self, digest: Digest, key: str, value: str | None, reference: Reference | None = None
+    ) -> IndexDocument:
+        """Return a document where the entries of the manifest say `key`: `value`; None drops it.
+
+        With `reference` only the entry of that name does.
+        """
+
+        def changed(item: Item) -> Item:
+            entry = item.entry
+            if entry is None or entry.digest != digest:
+                return item
+            if reference is not None and entry.reference != reference:
+                return item
+            if entry.descriptor.annotations.get(key) == value:
+                return item
+            return Item(_with_annotation(item.raw, key, value))
+
+        return self._replaced(tuple(map(changed, self.items)))
 
     def without_manifest(self, digest: Digest) -> IndexDocument:
         """Return a document without any entry of the manifest."""
@@ -169,12 +240,11 @@ class IndexFile:
             write_atomically(self._tree.index, document.encoded(), by_way_of=self._tree.ingest)
 
 
-def _item(raw: Any, where: str) -> Item:
+def _entry_of(raw: Any) -> Entry | None:
     try:
-        descriptor = Descriptor.parse(raw, where)
+        return _entry(Descriptor.parse(raw, "index.json"))
     except (ManifestError, IntegrityError):
-        return Item(raw, None)
-    return Item(raw, _entry(descriptor))
+        return None
 
 
 def _entry(descriptor: Descriptor) -> Entry:
@@ -183,11 +253,27 @@ def _entry(descriptor: Descriptor) -> Entry:
         name = descriptor.annotations.get(key)
         try:
             if name:
-                reference = Reference.parse(name, default_registry=DEFAULT_REGISTRY)
-                return Entry(descriptor, name, reference.without_digest())
+                return Entry(descriptor, name, _reference(name))
         except InvalidReferenceError:
             continue
     return Entry(descriptor, descriptor.annotations.get(mediatypes.REF_NAME))
+
+
+def _reference(name: str) -> Reference:
+    reference = spelled_in_full(name)
+    if reference is None:
+        reference = Reference.parse(name, default_registry=DEFAULT_REGISTRY).without_digest()
+    return reference
+
+
+def _with_annotation(raw: Mapping[str, Any], key: str, value: str | None) -> dict[str, Any]:
+    annotations = {k: v for k, v in (raw.get("annotations") or {}).items() if k != key}
+    if value is not None:
+        annotations[key] = value
+    changed = {name: held for name, held in raw.items() if name != "annotations"}
+    if annotations:
+        changed["annotations"] = annotations
+    return changed
 
 
 def _renamed(raw: Mapping[str, Any], name: str | None) -> dict[str, Any]:

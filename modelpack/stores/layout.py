@@ -2,7 +2,8 @@
 
 This class only joins the parts; each has a file of its own: `tree` (directories), `blobs` (what is
 verified), `downloads` and `imports` (how blobs come in), `publishing` (when they show), `trust`
-(which need another look), `index` and `lookup` (names), `leases`, `gc`, `removal`, `fsck`.
+(which need another look), `manifests` (what models need), `index` and `lookup` (names), `leases`,
+`gc`, `removal`, `fsck`.
 """
 
 from __future__ import annotations
@@ -10,35 +11,38 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from modelpack import mediatypes
 from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
 from modelpack.errors import (
-    DigestMismatchError,
-    IntegrityError,
     NotFoundError,
-    SizeMismatchError,
     UsageError,
 )
-from modelpack.manifest import parse_manifest_or_index
 from modelpack.progress import Action, Progress
-from modelpack.reference import DEFAULT_REGISTRY, Reference
+from modelpack.reference import Reference
 from modelpack.storage import BlobSource, Outcome, Watch
 from modelpack.stores import lookup
 from modelpack.stores.blobs import Blobs, FileBlob
-from modelpack.stores.downloads import Downloads
-from modelpack.stores.fsck import Checker, FsckReport
-from modelpack.stores.gc import Collector, GcReport
-from modelpack.stores.imports import ImportedFile, Imports
 from modelpack.stores.index import IndexDocument, IndexFile
 from modelpack.stores.leases import Leases
 from modelpack.stores.lookup import StoredModel
-from modelpack.stores.publishing import Publisher
-from modelpack.stores.reachability import as_manifest, successors
-from modelpack.stores.removal import Removal, Remover
+from modelpack.stores.manifests import Manifests, check_names, check_size
 from modelpack.stores.tree import open_tree
 from modelpack.stores.trust import Trust
+
+# Most commands read, and are to start at once: what the others need is loaded when it is used.
+if TYPE_CHECKING:
+    from modelpack.stores.downloads import Downloads
+    from modelpack.stores.fsck import FsckReport
+    from modelpack.stores.gc import GcReport
+    from modelpack.stores.imports import ImportedFile, Imports
+    from modelpack.stores.listing_cache import ListingCache
+    from modelpack.stores.publishing import Publisher
+    from modelpack.stores.removal import Removal, Remover
 
 
 def default_store_root() -> Path:
@@ -70,9 +74,7 @@ class LayoutStore:
         self._blobs = Blobs(self._tree, self._trust)
         self._index = IndexFile(self._tree)
         self._leases = Leases(self._tree)
-        self._publisher = Publisher(self._tree, self._blobs, self._trust, self._leases)
-        self._downloads = Downloads(self._tree, self._blobs)
-        self._imports = Imports(self._tree)
+        self._manifests = Manifests(self._tree, self._blobs, self._index)
 
     # Source
 
@@ -83,9 +85,9 @@ class LayoutStore:
         tag and a digest in `name` disagree.
         """
         try:
-            return self._index.read().names.find(name).entry.manifest
+            return self._index.read().find(name).entry.manifest
         except NotFoundError:
-            child = self._unlisted(name)
+            child = self._manifests.unlisted(name)
             if child is None:
                 raise
             return child
@@ -93,7 +95,7 @@ class LayoutStore:
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
         """Return a manifest's bytes, checked against size and digest."""
         raw = self._blobs.read(descriptor.digest, "manifest")
-        _check_size(descriptor, len(raw), "manifest")
+        check_size(descriptor, len(raw), "manifest")
         return raw
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
@@ -120,34 +122,41 @@ class LayoutStore:
             watch.report(_skipped(descriptor))
         return outcome
 
-    def write_manifest(self, descriptor: Descriptor, raw: bytes, name: str | None = None) -> None:
+    def write_manifest(
+        self,
+        descriptor: Descriptor,
+        raw: bytes,
+        name: str | None = None,
+        *,
+        origin: str | None = None,
+        partial: bool = False,
+    ) -> None:
         """Write a manifest and, with `name`, a full reference, tag it; the index comes last.
+
+        `origin` is the repository (`registry/repository`) that it came from, to be remembered. A
+        `partial` one may lack layers, and is marked so until a call that is not.
 
         Raises `NotFoundError` if a blob of it is missing, `IntegrityError` if `raw` is not what
         the descriptor says, `ManifestError` if it does not parse.
         """
-        _check_size(descriptor, len(raw), "manifest")
-        descriptor.digest.check(raw, "manifest")
-        manifest = parse_manifest_or_index(
-            raw, str(descriptor.digest), media_type=descriptor.media_type
+        self._manifests.write(
+            self._publisher, descriptor, raw, name, origin=origin, partial=partial
         )
-        listed = Descriptor(
-            descriptor.media_type,
-            descriptor.digest,
-            descriptor.size,
-            artifact_type=manifest.artifact_type,
-        )
-        reference = _tag_named(name, descriptor.digest)
-        self._tree.prepare()
-        # Once without the lock, since a blob may need to be verified, and once with it.
-        self._check_whole(listed, successors(manifest))
-        with self._tree.lock().held():
-            self._check_whole(listed, successors(manifest))
-            self._publisher.write_locked(descriptor.digest, raw)
-            document = self._index.read().with_manifest(listed)
-            if reference is not None:
-                document = document.with_tag(listed, reference)
-            self._index.write(document)
+
+    def missing(self, model: str | Descriptor) -> tuple[Descriptor, ...]:
+        """Return the layers that a partly present model lacks; none for any other.
+
+        `model` is a name, for which it raises as `resolve`, or the manifest's descriptor.
+        """
+        descriptor = self.resolve(model) if isinstance(model, str) else model
+        return self._manifests.missing(descriptor)
+
+    def referrers(self, subject: Digest, artifact_type: str | None = None) -> list[Descriptor]:
+        """Return the listed manifests whose subject is this one, those of `artifact_type` if given.
+
+        Those with a name count if they have an artifact type: models are not all read for this.
+        """
+        return self._manifests.referrers(subject, artifact_type)
 
     # Files
 
@@ -155,9 +164,13 @@ class LayoutStore:
         """Return the path of a blob, to read only; raises `NotFoundError`."""
         return self._blobs.path(digest)
 
-    def write_bytes(self, content: bytes, media_type: str) -> Descriptor:
+    def partial_path(self, digest: Digest) -> Path:
+        """Return where a download of the blob is written, to read only: nothing is verified yet."""
+        return self._tree.partial(digest)
+
+    def write_bytes(self, content: bytes, media_type: str, algorithm: str = "sha256") -> Descriptor:
         """Store a small blob, and return its descriptor."""
-        descriptor = Descriptor(media_type, Digest.of(content), len(content))
+        descriptor = Descriptor(media_type, Digest.of(content, algorithm), len(content))
         self._tree.prepare()
         self._publisher.write(descriptor.digest, content)
         return descriptor
@@ -172,6 +185,8 @@ class LayoutStore:
         The copy is not flushed to the disk; after a power cut it is verified before its first use.
         Raises `NotFoundError`, `PackagingError`, `StorageFullError`, `SourceChangedError`.
         """
+        from modelpack.stores.imports import ImportedFile
+
         self._tree.prepare()
         with self._imports.reading(path, path.name, watch, link=link) as read:
             outcome = self._publisher.publish(read)
@@ -193,7 +208,7 @@ class LayoutStore:
             return Outcome.EXISTED
         algorithm, name = descriptor.digest.algorithm, _shown(descriptor)
         with self._imports.reading(path, name, watch, link=link, algorithm=algorithm) as read:
-            _check_size(descriptor, read.found.st_size, str(path))
+            check_size(descriptor, read.found.st_size, str(path))
             descriptor.digest.check_equal(read.digest, str(path))
             return self._publisher.publish(read)
 
@@ -211,10 +226,14 @@ class LayoutStore:
         """Return all models, by name; reads nothing but the index."""
         return lookup.models(self._index.read().entries)
 
+    def indexes(self) -> tuple[StoredModel, ...]:
+        """Return all indexes, by name: of variants of a model, or of anything else."""
+        return lookup.models(self._index.read().entries, mediatypes.INDEX_TYPES)
+
     def get(self, name: str) -> StoredModel:
         """Return the model that `name` means, with all its names; raises as `resolve`."""
         document = self._index.read()
-        return lookup.model(document.entries, document.names.find(name).entry.digest)
+        return lookup.model(document.entries, document.find(name).entry.digest)
 
     def tag(self, name: str, reference: Reference) -> Descriptor:
         """Give the model `name` another name, taking it from the model that had it.
@@ -226,8 +245,8 @@ class LayoutStore:
         self._tree.prepare()
         with self._tree.lock().held():
             document = self._index.read()
-            descriptor = document.names.find(name).entry.manifest
-            _check_same(reference, descriptor.digest)
+            descriptor = document.find(name).entry.manifest
+            check_names(reference, descriptor.digest)
             self._index.write(document.with_tag(descriptor, reference.without_digest()))
         return descriptor
 
@@ -237,7 +256,18 @@ class LayoutStore:
         Raises as `resolve`, and `ConflictError` (unless `force`) for the id of a model with
         several names, and `LockedError` for a model that a lease keeps.
         """
-        return Remover(self._tree, self._blobs, self._index, self._leases).remove(name, force=force)
+        return self._remover().remove(name, force=force)
+
+    @property
+    def listing_cache(self) -> ListingCache:
+        """What a list shows of each model, kept from one list to the next."""
+        from modelpack.stores.listing_cache import ListingCache
+
+        return ListingCache(self._tree)
+
+    def has_file(self, digest: Digest) -> bool:
+        """Return whether something has the name of the blob; whether it is good is not asked."""
+        return os.path.isfile(f"{self.root}/blobs/{digest.algorithm}/{digest.encoded}")
 
     def touch_blob(self, digest: Digest) -> bool:
         """Return whether the blob is there; a collection counts it as recent from now on."""
@@ -248,7 +278,7 @@ class LayoutStore:
 
         Raises `ConflictError` if one needs it, `LockedError` if a lease keeps it.
         """
-        return Remover(self._tree, self._blobs, self._index, self._leases).delete_blob(digest)
+        return self._remover().delete_blob(digest)
 
     def index(self) -> IndexDocument:
         """Return what `index.json` says now."""
@@ -266,6 +296,17 @@ class LayoutStore:
             if changed is not document:
                 self._index.write(changed)
 
+    def note_origin(self, digests: Iterable[Digest], origin: str) -> None:
+        """Remember the repository (`registry/repository`) that listed manifests came from."""
+        found = tuple(digests)
+
+        def change(document: IndexDocument) -> IndexDocument:
+            for digest in found:
+                document = document.annotated(digest, mediatypes.ORIGIN, origin)
+            return document
+
+        self.change_index(change)
+
     # Upkeep
 
     def lease(
@@ -280,64 +321,48 @@ class LayoutStore:
 
     def gc(self, *, dry_run: bool = False, grace_seconds: float = 3600) -> GcReport:
         """Delete the blobs that no model and no lease needs, if unused for `grace_seconds`."""
+        from modelpack.stores.gc import Collector
+
         collector = Collector(self._tree, self._blobs, self._trust, self._index, self._leases)
         return collector.collect(dry_run=dry_run, grace_seconds=grace_seconds)
+
+    def drop_quarantined(self, digest: Digest) -> None:
+        """Delete the damaged copy of a blob that is there again."""
+        self._trust.drop_quarantined(digest)
 
     def fsck(self, *, fast: bool = False, watch: Watch) -> FsckReport:
         """Check everything; `fast` looks at sizes and manifests only. Damaged blobs are set aside.
 
         The report says which models are hit.
         """
+        from modelpack.stores.fsck import Checker
+
         return Checker(self._tree, self._blobs, self._trust, self._index).check(
             fast=fast, watch=watch
         )
 
-    def _unlisted(self, name: str) -> Descriptor | None:
-        """Return a manifest that only an index leads to; such a one has no name but its digest."""
-        try:
-            digest = Digest.parse(name)
-        except IntegrityError:
-            return None
-        manifest = as_manifest(self._blobs, digest)
-        if manifest is None:
-            return None
-        return Descriptor(
-            manifest.media_type, digest, len(manifest.raw), artifact_type=manifest.artifact_type
-        )
+    @cached_property
+    def _publisher(self) -> Publisher:
+        from modelpack.stores.publishing import Publisher
 
-    def _check_whole(self, listed: Descriptor, needed: Iterable[Descriptor]) -> None:
-        for descriptor in needed:
-            if not self._blobs.holds(descriptor):
-                raise NotFoundError(
-                    f"manifest {listed.digest} needs {descriptor.digest} ({descriptor.size} bytes, "
-                    f"{descriptor.media_type}), which is not in the store {self.root}",
-                    hint="write the blobs first",
-                )
+        return Publisher(self._tree, self._blobs, self._trust, self._leases)
 
+    @cached_property
+    def _downloads(self) -> Downloads:
+        from modelpack.stores.downloads import Downloads
 
-def _check_size(descriptor: Descriptor, got: int, what: str) -> None:
-    if got != descriptor.size:
-        raise SizeMismatchError(
-            f"{what}: {descriptor.digest} should have {descriptor.size} bytes, got {got}",
-            expected=str(descriptor.size),
-            got=str(got),
-        )
+        return Downloads(self._tree, self._blobs)
 
+    @cached_property
+    def _imports(self) -> Imports:
+        from modelpack.stores.imports import Imports
 
-def _tag_named(name: str | None, digest: Digest) -> Reference | None:
-    """Return the tag to write, if `name` has one; a digest in it must be the manifest's."""
-    if name is None:
-        return None
-    reference = Reference.parse(name, default_registry=DEFAULT_REGISTRY)
-    _check_same(reference, digest)
-    return reference.without_digest() if reference.tag else None
+        return Imports(self._tree)
 
+    def _remover(self) -> Remover:
+        from modelpack.stores.removal import Remover
 
-def _check_same(reference: Reference, digest: Digest) -> None:
-    if reference.digest is not None and reference.digest != digest:
-        raise DigestMismatchError(
-            f"{reference} cannot name {digest}", expected=str(reference.digest), got=str(digest)
-        )
+        return Remover(self._tree, self._blobs, self._index, self._leases)
 
 
 def _skipped(descriptor: Descriptor) -> Progress:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from modelpack.digest import Digest
 from modelpack.errors import InvalidDigestError
-from modelpack.stores.durability import boot_id, write_all
+from modelpack.stores.durability import boot_id, random_name, write_all
 from modelpack.stores.locks import try_lock
 from modelpack.stores.os_errors import translating
 from modelpack.stores.tree import Tree
@@ -94,7 +93,7 @@ class Leases:
 
     def _create(self, digests: Iterable[Digest]) -> tuple[Path, int] | None:
         """Return a new lease and its locked file; None where nobody can delete anything."""
-        path = self._tree.leases / uuid.uuid4().hex
+        path = self._tree.leases / random_name()
         header = json.dumps({"pid": os.getpid(), "boot": boot_id()})
         text = "\n".join([header, *map(str, digests)]) + "\n"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from modelpack import mediatypes
 from modelpack.descriptor import Descriptor
@@ -16,9 +17,10 @@ from modelpack.errors import (
     InvalidReferenceError,
     NotFoundError,
 )
-from modelpack.reference import Reference
+from modelpack.reference import Reference, means_only_itself
 
 _SHORTEST_PREFIX = 4
+_NAME_KEYS = (mediatypes.REF_NAME, mediatypes.CONTAINERD_NAME)
 _HEX = re.compile(r"(?:sha256:)?([0-9a-f]{1,64})\Z")
 
 
@@ -40,6 +42,16 @@ class Entry:
         return self.descriptor.digest
 
     @property
+    def is_partial(self) -> bool:
+        """Whether layers of the manifest were left out on purpose."""
+        return self.descriptor.annotations.get(mediatypes.PARTIAL) == "true"
+
+    @property
+    def origin(self) -> str | None:
+        """The repository (`registry/repository`) that it was pulled from, where known."""
+        return self.descriptor.annotations.get(mediatypes.ORIGIN)
+
+    @property
     def manifest(self) -> Descriptor:
         """The manifest's descriptor, without the annotations that belong to the entry."""
         return Descriptor(
@@ -55,16 +67,25 @@ class StoredModel:
     """A model in a store and all its names.
 
     `names` holds the names as they are stored, also those that are no references to us.
+    `is_partial` says that layers were left out on purpose; some may have come since.
+    `origins` are the repositories (`registry/repository`) that it was pulled from, where known.
     """
 
     descriptor: Descriptor
     references: tuple[Reference, ...] = ()
     names: tuple[str, ...] = ()
+    is_partial: bool = False
+    origins: tuple[str, ...] = ()
 
     @property
     def digest(self) -> Digest:
         """The model's id: the digest of its manifest."""
         return self.descriptor.digest
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The repositories that may have it: its origins, and those of its names."""
+        return tuple(dict.fromkeys((*self.origins, *(ref.name for ref in self.references))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,19 +179,62 @@ class Names:
         return NotFoundError(f"the store has no {text}{looked_for}", hint=hint)
 
 
+def may_name(text: str) -> Callable[[Any], bool]:
+    """Return whether an element of `manifests`, not read yet, may be what `text` names.
+
+    A guess on the safe side: who is left out by it is certainly not meant.
+    """
+    text = text.strip()
+    names = {text}
+    encoded = None
+    digest = _full_digest(text)
+    try:
+        wanted = Reference.parse(text)
+    except InvalidReferenceError:
+        pass
+    else:
+        names.add(str(wanted.without_digest()))
+        digest = digest or wanted.digest
+    match = _HEX.match(text)
+    if digest is not None:
+        encoded = digest.encoded
+    elif match is not None:
+        encoded = match[1]
+
+    def may_be(raw: Any) -> bool:
+        if not isinstance(raw, dict):
+            return False
+        if encoded is not None:
+            found = raw.get("digest")
+            if isinstance(found, str) and found.partition(":")[2].startswith(encoded):
+                return True
+        annotations = raw.get("annotations") or {}
+        if not isinstance(annotations, dict):
+            return False
+        for key in _NAME_KEYS:
+            name = annotations.get(key)
+            if isinstance(name, str) and (name in names or not means_only_itself(name)):
+                return True
+        return False
+
+    return may_be
+
+
 def find(entries: Sequence[Entry], text: str) -> Match:
     """Return the manifest that `text` names among `entries`; see `Names.find`."""
     return Names(entries).find(text)
 
 
-def models(entries: Iterable[Entry]) -> tuple[StoredModel, ...]:
-    """Return the manifests among `entries` with their names, in the order of their names.
+def models(
+    entries: Iterable[Entry], types: Sequence[str] = mediatypes.MANIFEST_TYPES
+) -> tuple[StoredModel, ...]:
+    """Return the manifests of these types among `entries` with their names, in their order.
 
-    Indexes are left out, and what only says something about a model (a signature, say).
+    What only says something about a model (a signature, say) is left out.
     """
     by_digest: dict[Digest, list[Entry]] = {}
     for entry in entries:
-        if entry.descriptor.media_type in mediatypes.MANIFEST_TYPES:
+        if entry.descriptor.media_type in types:
             by_digest.setdefault(entry.digest, []).append(entry)
     found = [_model(group) for group in by_digest.values()]
     return tuple(
@@ -191,12 +255,14 @@ def _model(group: Sequence[Entry]) -> StoredModel:
         group[0].manifest,
         tuple(sorted({e.reference for e in group if e.reference}, key=str)),
         tuple(sorted({e.name for e in group if e.name})),
+        any(e.is_partial for e in group),
+        tuple(sorted({e.origin for e in group if e.origin})),
     )
 
 
 def _is_about_a_model(model: StoredModel) -> bool:
     kind = model.descriptor.artifact_type
-    known = (mediatypes.CNCF_MANIFEST, *mediatypes.MODEL_CONFIG_TYPES)
+    known = (mediatypes.CNCF_MANIFEST, mediatypes.CNAI_MANIFEST, *mediatypes.MODEL_CONFIG_TYPES)
     return not model.names and kind is not None and kind not in known
 
 

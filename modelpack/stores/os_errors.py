@@ -11,6 +11,7 @@ from modelpack.errors import StorageFullError, StoreError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
 @contextmanager
@@ -31,6 +32,9 @@ def translated(error: OSError, doing: str, path: Path | str) -> StoreError:
             hint="free some space (`modelpack gc` may help) and run the same command again",
         )
     hint = None
+    if doing == "lock" and error.errno in _NO_LOCKS:
+        why = f"its file system has no locks ({why})"
+        hint = "keep the store elsewhere, on a local disk: two processes would damage it there"
     if error.errno in _FORBIDDEN:
         hint = "check who owns the store and whether its file system is writable"
     return StoreError(f"cannot {doing} {path}: {why}", hint=hint)

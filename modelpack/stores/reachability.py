@@ -16,7 +16,11 @@ from modelpack.errors import (
     StoreError,
 )
 from modelpack.gojson import MAX_DOCUMENT_BYTES
-from modelpack.manifest import Index, Manifest, parse_manifest_or_index
+from modelpack.manifest import (
+    Index,
+    Manifest,
+    parse_manifest_or_index,
+)
 from modelpack.stores.blobs import Blobs
 from modelpack.stores.os_errors import translating
 

@@ -55,7 +55,7 @@ class Remover:
         self.tree.prepare()
         with self.tree.lock().held():
             document = self.index.read()
-            match = document.names.find(name)
+            match = document.find(name)
             model = lookup.model(document.entries, match.entry.digest)
             if match.by_name and len(model.names) > 1:
                 unwanted = match.entry.name

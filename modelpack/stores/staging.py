@@ -10,11 +10,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from modelpack.byte_ranges import ByteRanges
 from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
 from modelpack.errors import SizeMismatchError
 from modelpack.stores.blobs import BLOB_MODE
 from modelpack.stores.copying import Hashing, read_and_hash
+from modelpack.stores.direct_writing import ALIGNMENT, DirectWriter
 from modelpack.stores.durability import boot_id, write_all
 from modelpack.stores.locks import FileLock, try_lock
 from modelpack.stores.os_errors import translating
@@ -27,14 +29,17 @@ _IMPORT_PREFIX, _IMPORT_SUFFIX = "import-", ".tmp"
 class Partial:
     """A download: `ingest/<alg>-<hex>.part`, and beside it a journal that says of what.
 
-    The content that is there when it is opened is hashed again, so a part that somebody or a crash
-    spoiled shows at the end at the latest. Only the holder of its lock may open it.
+    A part is written from its first byte on, or all over at once: then the file has its full size
+    from the beginning, and the journal says which bytes of it are there (`present`). The content
+    that is there when it is opened is hashed again, so a part that somebody or a crash spoiled
+    shows at the end at the latest. Only the holder of its lock may open it.
     """
 
     def __init__(self, tree: Tree, descriptor: Descriptor) -> None:
         self.wanted = descriptor
-        self.path = tree.ingest / f"{label(descriptor.digest)}.part"
+        self.path = tree.partial(descriptor.digest)
         self._journal = self.path.with_suffix(".json")
+        self._draft = self.path.with_suffix(".json.tmp")
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         with translating("open", self.path):
             try:
@@ -44,7 +49,16 @@ class Partial:
                 self.file = os.open(self.path, flags)
         self._hasher = descriptor.digest.hasher()
         self._behind = WriteBehind(self.file, 0)
+        self._direct: DirectWriter | None = None
+        #: Bytes from the first on that are there, and hashed.
         self.length = 0
+        #: What is there of a part that is written all over; None if it is written in order.
+        self.scattered: ByteRanges | None = None
+
+    @property
+    def present(self) -> int:
+        """How many bytes are there."""
+        return self.length if self.scattered is None else self.scattered.total
 
     @staticmethod
     def lock(tree: Tree, digest: Digest) -> FileLock:
@@ -56,24 +70,68 @@ class Partial:
         with translating("read", self.path):
             if os.fstat(self.file).st_size > self.wanted.size:
                 os.ftruncate(self.file, 0)
+            self.scattered = self._read_scattered(os.fstat(self.file).st_size)
+            most = None if self.scattered is None else self.scattered.prefix
             os.lseek(self.file, 0, os.SEEK_SET)
-            self.length = read_and_hash(self.file, self._hasher, seen)
+            self.length = read_and_hash(self.file, self._hasher, seen, most)
         self._behind = WriteBehind(self.file, self.length)
+
+    def scatter(self) -> ByteRanges:
+        """Be written all over from now on; return what is there, to be added to."""
+        self._write_cached()
+        if self.scattered is None:
+            self.scattered = ByteRanges([(0, self.length)])
+        self.journal()  # before the file grows: its size says nothing any more
+        with translating("write", self.path):
+            os.ftruncate(self.file, self.wanted.size)
+        return self.scattered
+
+    def gather(self) -> None:
+        """Be written in order again; what is there after a gap is dropped."""
+        if self.scattered is not None:
+            with translating("truncate", self.path):
+                os.ftruncate(self.file, self.length)
+                os.lseek(self.file, self.length, os.SEEK_SET)
+            self.scattered = None
+            self.journal()
+
+    def write_at(self, offset: int, view: memoryview) -> None:
+        """Write bytes of a part that is written all over."""
+        if offset + len(view) > self.wanted.size:
+            raise self._wrong_size("more")
+        with translating("write", self.path):
+            while view:
+                count = os.pwrite(self.file, view, offset)
+                view, offset = view[count:], offset + count
+
+    def catch_up(self, end: int, buffer: memoryview) -> None:
+        """Hash what was written by `write_at` up to `end`, without a gap."""
+        with translating("read", self.path):
+            while self.length < end:
+                count = os.preadv(self.file, [buffer[: end - self.length]], self.length)
+                self._hasher.update(buffer[:count])
+                self.length += count
+        self._behind.written(self.length)
 
     def journal(self) -> None:
         """Say what this is, for whoever finds it; a full disk is no reason to stop here."""
-        text = {
+        text: dict[str, object] = {
             "digest": str(self.wanted.digest),
             "size": self.wanted.size,
             "mediaType": self.wanted.media_type,
             "pid": os.getpid(),
             "boot": boot_id(),
         }
+        if self.scattered is not None:
+            text["present"] = self.scattered.ranges
         with suppress(OSError):
-            self._journal.write_text(json.dumps(text))
+            self._draft.write_text(json.dumps(text))
+            self._draft.replace(self._journal)  # whole, whenever the process is killed
 
     def hashing(self) -> Hashing:
         """Return what hashes the bytes that are `write`n: every one has to go through both."""
+        if self.length % ALIGNMENT == 0:
+            self._direct = DirectWriter(self.file, self.wanted.size - self.length)
         return Hashing(self._hasher, self.wanted.size - self.length)
 
     def write(self, view: memoryview) -> None:
@@ -81,7 +139,10 @@ class Partial:
         if self.length + len(view) > self.wanted.size:
             raise self._wrong_size("more")
         with translating("write", self.path):
-            write_all(self.file, view)
+            if self._direct is not None:
+                self._direct.write(view)
+            else:
+                write_all(self.file, view)
         self.length += len(view)
         self._behind.written(self.length)
 
@@ -93,12 +154,15 @@ class Partial:
 
     def restart(self) -> None:
         """Drop all content."""
+        self._write_cached()
         with translating("truncate", self.path):
             os.ftruncate(self.file, 0)
             os.lseek(self.file, 0, os.SEEK_SET)
         self._hasher = self.wanted.digest.hasher()
         self.length = 0
         self._behind = WriteBehind(self.file, 0)
+        self.scattered = None
+        self.journal()
 
     def seal(self) -> None:
         """Have the content on the disk, ready to be renamed."""
@@ -116,6 +180,22 @@ class Partial:
         os.close(self.file)
         if not self.path.exists():
             self._journal.unlink(missing_ok=True)
+            self._draft.unlink(missing_ok=True)
+
+    def _write_cached(self) -> None:
+        if self._direct is not None:
+            self._direct.give_up()
+        self._direct = None
+
+    def _read_scattered(self, size: int) -> ByteRanges | None:
+        """Return what the journal says of a part that was written all over."""
+        try:
+            text = json.loads(self._journal.read_bytes())
+            if "present" not in text or text["digest"] != str(self.wanted.digest):
+                return None
+            return ByteRanges((min(start, size), min(end, size)) for start, end in text["present"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
 
     def _wrong_size(self, got: str) -> SizeMismatchError:
         return SizeMismatchError(

@@ -11,6 +11,7 @@ An OCI image layout (image-spec v1.1, image-layout.md) with our own files beside
     ingest/uploads/<uuid>/      an upload to the embedded registry; see `modelpack.server.sessions`
     ingest/leases/<id>          which blobs a live process needs
     ingest/unflushed/<alg>-<hex>, ingest/linked/<alg>-<hex>    see `trust`
+    ingest/listing.json         see `listing_cache`
     quarantine/<alg>-<hex>  blobs that turned out to be damaged
 """
 
@@ -71,6 +72,11 @@ class Tree:
         return self.ingest / "leases"
 
     @property
+    def uploads(self) -> Path:
+        """Uploads to the embedded registry."""
+        return self.ingest / "uploads"
+
+    @property
     def unflushed(self) -> Path:
         """Marks of blobs that may not have reached the disk."""
         return self.ingest / "unflushed"
@@ -88,6 +94,10 @@ class Tree:
     def blob(self, digest: Digest) -> Path:
         """Return where the blob belongs, whether it is there or not."""
         return self.blobs / digest.algorithm / digest.encoded
+
+    def partial(self, digest: Digest) -> Path:
+        """Return where a download of the blob is written, if there is one."""
+        return self.ingest / f"{label(digest)}.part"
 
     def lock(self) -> FileLock:
         """Return the lock of all changes: publishing, index, leases, collection."""

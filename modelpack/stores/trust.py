@@ -15,18 +15,19 @@ A blob that fails goes to `quarantine/` and counts as absent.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modelpack.digest import Digest
 from modelpack.stores.copying import hash_file
 from modelpack.stores.durability import boot_id, flush_file
 from modelpack.stores.tree import Tree, label, labelled
 
-_log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from logging import Logger
 
 
 class Trust:
@@ -75,7 +76,7 @@ class Trust:
         doubts = self._doubts(digest, path)
         if not doubts or digest in self._vouched:
             return True
-        _log.info("verifying blob %s before its first use", digest)
+        _log().info("verifying blob %s before its first use", digest)
         if hash_file(path, digest.algorithm) != digest:
             self.put_in_quarantine(digest, path)
             return False
@@ -91,7 +92,7 @@ class Trust:
 
     def put_in_quarantine(self, digest: Digest, path: Path) -> None:
         """Move a damaged blob aside."""
-        _log.warning("blob %s is damaged: moved to %s", digest, self._tree.quarantine)
+        _log().warning("blob %s is damaged: moved to %s", digest, self._tree.quarantine)
         self._tree.check_inside()
         self._tree.quarantine.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):  # somebody else was faster
@@ -101,6 +102,10 @@ class Trust:
     def was_damaged(self, digest: Digest) -> bool:
         """Return whether a damaged copy of the blob is in quarantine."""
         return (self._tree.quarantine / label(digest)).exists()
+
+    def drop_quarantined(self, digest: Digest) -> None:
+        """Delete the damaged copy of a blob."""
+        (self._tree.quarantine / label(digest)).unlink(missing_ok=True)
 
     def settle(self, blobs: Iterable[tuple[Digest, Path]], *, limit: int) -> None:
         """Flush unflushed blobs of this boot and remove their marks, `limit` bytes at most."""
@@ -148,3 +153,9 @@ class Trust:
 
 def _stamp(found: os.stat_result) -> str:
     return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def _log() -> Logger:
+    import logging  # for the few that have something to say
+
+    return logging.getLogger(__name__)

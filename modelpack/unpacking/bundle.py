@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from modelpack import mediatypes
 from modelpack.config import ModelConfig
 from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
@@ -162,7 +163,11 @@ def _bundle(
             break
     if not weights:
         raise UnsupportedError(
-            "has no weights to run", path=str(directory), hint="`modelpack inspect` lists its files"
+            "has no weights to run",
+            path=str(directory),
+            hint="a ModelKit may name another one for its model: `modelpack config` shows which"
+            if config.media_type == mediatypes.KITOPS_CONFIG
+            else "`modelpack inspect` lists its files",
         )
     template, mmproj = (
         _chosen(files, role, notes) for role in (Role.CHAT_TEMPLATE, Role.PROJECTOR)

@@ -17,6 +17,7 @@ from modelpack import mediatypes
 from modelpack.digest import Digest
 from modelpack.errors import UnsafePathError
 from modelpack.model import Model, ModelFile, Role
+from modelpack.ollama import check_usable
 from modelpack.unpacking.tree import folded
 
 _SHARD = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.[^./]+\Z")
@@ -42,9 +43,11 @@ class Arrangement:
 def arrange(model: Model) -> Arrangement:
     """Return where the files of `model` go, in layer order.
 
-    Raises `UnsafePathError` if a path is not safe, or if two different files have the same one.
+    Raises `UnsafePathError` if a path is not safe, or if two different files have the same one,
+    and `UnsupportedError` for what Ollama keeps apart from the weights that it belongs to.
     Licenses alone are renamed instead: nothing looks for them by name.
     """
+    check_usable(model.manifest.layers, str(model.reference or model.digest))
     cncf = model.manifest.is_cncf
     renames = model.config.media_type == mediatypes.DOCKER_CONFIG_V01 and not cncf
     files = model.files()

@@ -158,8 +158,8 @@ def test_nobody_listens() -> None:
 def test_registry_serve_as_a_process(tmp_path: Path) -> None:
     root = tmp_path / "root"
     process = subprocess.Popen(
-        [sys.executable, "-m", "modelpack", "registry", "serve", "--addr", "127.0.0.1:0",
-         "--root", root],
+        [sys.executable, "-m", "modelpack", "registry", "serve", "--host", "127.0.0.1",
+         "--port", "0", "--root", root],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
@@ -175,8 +175,13 @@ def test_registry_serve_as_a_process(tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
-def test_serving_beyond_loopback_needs_a_word(tmp_path: Path) -> None:
-    result = modelpack("registry", "serve", "--addr", "0.0.0.0:0", "--root", tmp_path / "root")
+@pytest.mark.parametrize(
+    "where",
+    [["--addr", "0.0.0.0:0"], ["--host", "0.0.0.0"], ["--host", "::", "--port", "0"]],
+    ids=["addr", "host", "IPv6"],
+)
+def test_serving_beyond_loopback_needs_a_word(tmp_path: Path, where: list[str]) -> None:
+    result = modelpack("registry", "serve", *where, "--root", tmp_path / "root")
     assert result.code == 2
     assert "--allow-anonymous" in result.err or "allow_remote" in result.err
 

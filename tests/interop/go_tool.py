@@ -9,7 +9,8 @@ That version is then fetched through Go's own client, compared with the sum and 
 the `go` line of the program in place of its own. Everything else is left to `go build`.
 
 A program may also be nothing but a go.mod that names a command of somebody else's, on a line of its
-own: `tool example.com/mod/cmd/name`. That command is built then.
+own: `tool example.com/mod/cmd/name`. That command is built then; with `// test` behind it, it is a
+package of tests, of which `go test -c` makes a program.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-_TOOL = re.compile(r"^tool (\S+)$", re.MULTILINE)
+_TOOL = re.compile(r"^tool (\S+)( // test)?$", re.MULTILINE)
 _UNPACKED = re.compile(r"^replace (\S+) (\S+) => \./(\S+) // (h1:\S+)$", re.MULTILINE)
 
 
@@ -67,27 +68,48 @@ def build_go_tool(package_dir: Path, cache: Path) -> Path:
         for module, version, directory, expected in _UNPACKED.findall(go_mod):
             _unpack(module, version, expected, work / directory, _go_line(work))
         built = Path(scratch) / "binary"
-        [package] = _TOOL.findall(go_mod) or ["."]
-        _go("build", "-mod=readonly", "-trimpath", "-o", str(built), package, cwd=work)
+        [(package, is_test)] = _TOOL.findall(go_mod) or [(".", "")]
+        command = ["test", "-c"] if is_test else ["build"]
+        _go(*command, "-mod=readonly", "-trimpath", "-o", str(built), package, cwd=work)
         built.replace(binary)
     return binary
 
 
+def go_module_file(module: str, version: str, expected: str, path: str) -> bytes:
+    """Return a file of a Go module, fetched through Go's own client, whose sum is `expected`.
+
+    Raises as `build_go_tool` does.
+    """
+    if shutil.which("go") is None:
+        raise GoMissingError(f"reading {module} needs Go: no `go` on PATH")
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch) / "module"
+        directory.mkdir()
+        with zipfile.ZipFile(_verified(module, version, expected, directory)) as archive:
+            return archive.read(f"{module}@{version}/{path}")
+
+
 def _unpack(module: str, version: str, expected: str, directory: Path, go_line: str) -> None:
-    download = _download(module, version, cwd=directory.parent)
-    if download.get("Sum") != expected:
-        raise GoToolError(
-            f"{module}@{version}: expected the sum {expected}, got {download.get('Sum')}: "
-            f"{download.get('Error', 'no error from go')}"
-        )
     prefix = f"{module}@{version}/"
-    with zipfile.ZipFile(download["Zip"]) as archive:
+    with zipfile.ZipFile(_verified(module, version, expected, directory)) as archive:
         for name in archive.namelist():
             # Go has checked the names and the sum of this archive.
             target = directory / name.removeprefix(prefix)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(archive.read(name))
     _go("mod", "edit", f"-go={go_line}", "go.mod", cwd=directory)
+
+
+def _verified(module: str, version: str, expected: str, directory: Path) -> str:
+    """Return the path of a module's archive."""
+    download = _download(module, version, cwd=directory.parent)
+    if download.get("Sum") != expected:
+        raise GoToolError(
+            f"{module}@{version}: expected the sum {expected}, got {download.get('Sum')}: "
+            f"{download.get('Error', 'no error from go')}"
+        )
+    archive: str = download["Zip"]
+    return archive
 
 
 def _download(module: str, version: str, cwd: Path) -> dict[str, Any]:

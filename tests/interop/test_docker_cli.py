@@ -137,11 +137,12 @@ def test_scenario_30_configure(docker: DockerModel, tiny: str) -> None:
     [thoughtless] = json.loads(docker("configure", "show"))
     assert thoughtless["Config"] == {"llamacpp": {"reasoning-budget": 0}}
 
-    for wrong in (
-        ["--", "--bogus"],
-        ["--mode", "image-generation"],
-        ["--speculative-draft-model=x"],
-    ):
+    docker("configure", "--speculative-draft-model=ai/small", "--speculative-num-tokens=3", tiny)
+    [speculating] = json.loads(docker("configure", "show"))
+    wanted = {"draft_model": "ai/small", "num_tokens": 3}
+    assert speculating["Config"]["speculative"].items() >= wanted.items()
+
+    for wrong in (["--", "--bogus"], ["--mode", "image-generation"]):
         refused = docker.try_("configure", tiny, *wrong)
         assert "400 Bad Request" in refused.stderr, refused.stderr
 

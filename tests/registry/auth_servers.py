@@ -72,6 +72,7 @@ def make_pair(folder: Path, name: str, issuer: Pair | None = None, host: str = "
         .not_valid_after(now + datetime.timedelta(days=1))
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+        .add_extension(_usage(authority=issuer is None), critical=True)
         .add_extension(key_id(private.public_key()), critical=False)
         .add_extension(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
@@ -89,6 +90,15 @@ def make_pair(folder: Path, name: str, issuer: Pair | None = None, host: str = "
         )
     )
     return pair
+
+
+def _usage(*, authority: bool) -> x509.KeyUsage:
+    """Return what RFC 5280 has a certificate say; Python 3.13 and later insist on it."""
+    return x509.KeyUsage(
+        digital_signature=True, key_encipherment=not authority, key_cert_sign=authority,
+        crl_sign=authority, content_commitment=False, data_encipherment=False,
+        key_agreement=False, encipher_only=False, decipher_only=False,
+    )  # fmt: skip
 
 
 @dataclass

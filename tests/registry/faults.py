@@ -23,13 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class Recorded:
-    """A request as it arrived; header names are in lower case, `body_size` is what was read."""
+    """A request as it arrived; header names are in lower case.
+
+    `body_size` is what was read of its body, `sent_size` what was sent of the answer's.
+    """
 
     method: str
     path: str
     query: dict[str, list[str]]
     headers: dict[str, str]
     body_size: int = 0
+    sent_size: int = 0
 
 
 class Exchange:
@@ -87,6 +91,7 @@ class Exchange:
     def write(self, content: bytes) -> None:
         """Send bytes as they are."""
         self._handler.wfile.write(content)
+        self.recorded.sent_size += len(content)
         self._handler.wfile.flush()
 
     def cut(self) -> None:
@@ -211,11 +216,47 @@ def silent_after(count: int) -> Fault:
     return stall
 
 
+def dripping(piece: int = 10, pause: float = 0.01) -> Fault:
+    """Send the body in pieces of a few bytes with a pause, in seconds, after each."""
+
+    def drip(exchange: Exchange) -> None:
+        reply = exchange.reply()
+        exchange.send_head(reply.status, {"Content-Length": str(len(reply.body)), **reply.headers})
+        for position in range(0, len(reply.body), piece):
+            exchange.write(reply.body[position : position + piece])
+            if exchange.registry.closing.wait(pause):
+                return
+
+    return drip
+
+
+def held_until(event: threading.Event) -> Fault:
+    """Answer soundly, but not before `event`."""
+
+    def hold(exchange: Exchange) -> None:
+        event.wait(timeout=60)
+        exchange.send(exchange.reply())
+
+    return hold
+
+
 def cut_upload(after: int) -> Fault:
     """Close the connection when `after` bytes of the request's body have arrived."""
 
     def cut(exchange: Exchange) -> None:
         exchange.receive(after)
+        exchange.cut()
+
+    return cut
+
+
+def kept_upload(after: int) -> Fault:
+    """Cut an upload like `cut_upload`, but keep what arrived, as good registries do."""
+
+    def cut(exchange: Exchange) -> None:
+        exchange.receive(after)
+        sessions = exchange.registry.content.sessions
+        sessions[exchange.path.rpartition("/")[2]] += exchange.body
         exchange.cut()
 
     return cut

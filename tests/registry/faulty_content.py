@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from modelpack.digest import Digest
@@ -154,7 +154,12 @@ class Content:
         if exchange.method == "DELETE":
             del self.sessions[session]
             return Reply(204)
-        content = self.sessions[session] + exchange.body
+        held = self.sessions[session]
+        claimed = exchange.headers.get("content-range", "")
+        if claimed and claimed != f"{len(held)}-{len(held) + len(exchange.body) - 1}":
+            at = {"Range": f"0-{max(len(held) - 1, 0)}"}
+            return replace(error_reply(416, "BLOB_UPLOAD_INVALID"), headers=location | at)
+        content = held + exchange.body
         self.sessions[session] = content
         written = {"Range": f"0-{max(len(content) - 1, 0)}"}
         if exchange.method == "GET":

@@ -10,6 +10,9 @@ import pytest
 
 from modelpack.digest import Digest
 from modelpack.errors import UsageError
+from modelpack.operations.remote import RemoteOptions, open_repository
+from modelpack.operations.watching import watching
+from modelpack.reference import Reference
 from modelpack.registry.mirrors import Mirror, Place, read_mirrors
 from modelpack.stores.layout import LayoutStore
 from tests.cli.running import modelpack, succeed
@@ -167,6 +170,30 @@ def test_a_mirror_that_fails_in_the_middle(mirrored: Mirrored) -> None:
     mirrored.pull()
     (request,) = mirrored.own.seen("GET", path)
     assert request.headers["range"] == "bytes=3-"
+
+
+def test_segments_that_a_mirror_fails_to_give(
+    mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The rest of them, and no more, comes from the registry itself."""
+    monkeypatch.setattr("modelpack.stores.receiving.WINDOW", 1000)
+    monkeypatch.setattr("modelpack.stores.receiving.WORTH_SEGMENTS", 1000)
+    monkeypatch.setattr("modelpack.stores.receiving.FAST", 1e15)
+    monkeypatch.setattr("modelpack.stores.scattering._SMALLEST", 100_000)
+    content = bytes(range(251)) * 8000
+    blob = mirrored.own.put_blob(content)
+    mirrored.mirror.put_blob(content)
+    path = f"/blobs/{blob.digest}"
+    for _ in range(3):
+        mirrored.mirror.faults.add("GET", path, lambda exchange: exchange.send(exchange.reply()))
+    mirrored.mirror.faults.add("GET", path, faults.answering(404), times=None)
+    watch = watching(None)
+    with open_repository(Reference.parse(mirrored.reference), RemoteOptions(), watch) as reading:
+        LayoutStore(tmp_path / "there").write_blob(blob, reading.blob(blob), watch)
+    assert LayoutStore(tmp_path / "there").has_blob(blob)
+    ranges = [request.headers["range"] for request in mirrored.own.seen("GET", path)]
+    assert mirrored.mirror.count("GET", path) >= 4
+    assert 0 < len(ranges) == len(set(ranges)) < 20
 
 
 def test_a_mirror_that_is_not_there(mirrored: Mirrored) -> None:

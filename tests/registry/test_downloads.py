@@ -22,7 +22,6 @@ from modelpack.progress import Action
 from modelpack.registry import Timeouts
 from tests.registry import faults
 from tests.registry.faulty import REPOSITORY, FaultyRegistry
-from tests.registry.faulty_content import Reply
 from tests.registry.sources import Client, Connect, read_all
 
 CONTENT = random.Random(2).randbytes(100_000)
@@ -243,16 +242,7 @@ def test_31_a_silent_server_ends_in_a_timeout(
 def test_a_server_that_drips_is_left(registry: FaultyRegistry, connect: Connect) -> None:
     client = connect(registry.host, timeouts=Timeouts(connect=1, idle=0.2, minimum_speed=1e6))
     blob = registry.put_blob(CONTENT)
-
-    def drip(exchange: faults.Exchange) -> None:
-        reply = exchange.reply()
-        exchange.send(Reply(200, {"Content-Length": str(len(reply.body))}))
-        for position in range(0, len(reply.body), 10):
-            exchange.write(reply.body[position : position + 10])
-            if exchange.registry.closing.wait(0.01):
-                return
-
-    registry.faults.add("GET", BLOBS, drip)
+    registry.faults.add("GET", BLOBS, faults.dripping())
     assert read_all(client.repository, blob) == CONTENT
     assert any("next to nothing" in report.message for report in client.reports)
 

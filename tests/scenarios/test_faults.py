@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 import modelpack
-from modelpack.digest import Digest
 from modelpack.errors import (
     DigestMismatchError,
     IntegrityError,
@@ -15,8 +12,6 @@ from modelpack.errors import (
     RemoteUnavailableError,
     SizeMismatchError,
 )
-from modelpack.manifest import Manifest
-from tests.models import tiny_gguf
 from tests.registry.faults import (
     answering,
     cut_after,
@@ -29,41 +24,9 @@ from tests.registry.faults import (
     with_headers,
 )
 from tests.registry.faulty import FaultyRegistry
+from tests.scenarios.published import Published
 
 BLOBS = "/blobs/sha256:"
-
-
-class Published:
-    """A model in a faulty registry, and an empty store to pull it into."""
-
-    def __init__(self, registry: FaultyRegistry, tmp_path: Path) -> None:
-        self.registry = registry
-        self.reference = f"{registry.host}/team/model:v1"
-        origin = modelpack.Store(tmp_path / "origin")
-        request = modelpack.PackageRequest(gguf=tiny_gguf(tmp_path))
-        made = modelpack.package(self.reference, request, push=True, store=origin)
-        self.manifest: Manifest = made.manifest
-        self.weight = made.manifest.layers[0]
-        self.path = f"/blobs/{self.weight.digest}"
-        self.store = modelpack.Store(tmp_path / "store")
-        registry.requests.clear()
-
-    def pull(self) -> Digest:
-        return modelpack.pull(self.reference, store=self.store).digest
-
-    def check_whole(self) -> None:
-        [file] = modelpack.resolve(self.reference, store=self.store).files
-        assert Digest.of(file.path.read_bytes()) == self.weight.digest
-
-    def check_nothing_shows(self) -> None:
-        assert self.store.models() == ()
-        assert not list(self.store.root.glob(f"blobs/sha256/{self.weight.digest.encoded}"))
-
-
-@pytest.fixture
-def published(tmp_path: Path) -> object:
-    with FaultyRegistry() as registry:
-        yield Published(registry, tmp_path)
 
 
 def test_02_twenty_cuts(published: Published) -> None:

@@ -179,7 +179,7 @@ def test_bad_names(server: RegistryServer, name: str) -> None:
         assert (response.status_code, errors(response)) == (400, ["NAME_INVALID"]), rest
 
 
-# Scenario 27: refused before a path is built from them.
+# Refused before a path is built from them.
 @pytest.mark.parametrize(
     "digest",
     [
@@ -194,7 +194,7 @@ def test_bad_names(server: RegistryServer, name: str) -> None:
         "sha256:" + "0" * 64 + "%00",
     ],
 )
-def test_bad_digests(server: RegistryServer, digest: str) -> None:
+def test_27_bad_digests(server: RegistryServer, digest: str) -> None:
     client = Client(server.url, "bad/digests")
     requested = [
         ("GET", f"blobs/{digest}"),
@@ -221,6 +221,10 @@ def test_bad_digests(server: RegistryServer, digest: str) -> None:
 
 @pytest.mark.parametrize("tag", [".dot", "-dash", "x" * 129, "ü", "a%20b"])
 def test_bad_tags(client: Client, tag: str) -> None:
-    for method in ("GET", "PUT", "DELETE"):
+    """They are not there; nothing can be pushed or deleted by them."""
+    response = client.request("GET", f"manifests/{tag}")
+    assert (response.status_code, errors(response)) == (404, ["MANIFEST_UNKNOWN"])
+    assert client.request("HEAD", f"manifests/{tag}").status_code == 404
+    for method in ("PUT", "DELETE"):
         response = client.request(method, f"manifests/{tag}")
         assert (response.status_code, errors(response)) == (400, ["MANIFEST_INVALID"])

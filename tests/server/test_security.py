@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 import requests
 
+from modelpack import mediatypes
 from modelpack.errors import UsageError
 from modelpack.server import RegistryServer
 from modelpack.stores.layout import LayoutStore
 from modelpack.testing import registry
-from tests.server.conftest import OCTETS, Client, digest_of, errors
+from tests.server.conftest import OCTETS, Client, digest_of, errors, index
 
 
 def raw_request(server: RegistryServer, request: str) -> tuple[int, bytes]:
@@ -140,3 +142,40 @@ def test_bound_to_all_addresses(tmp_path: Path) -> None:
         url = f"http://127.0.0.1:{server.host.rpartition(':')[2]}/v2/"
         for host, status in (("192.0.2.7:5000", 200), ("evil.example", 403)):
             assert requests.get(url, headers={"Host": host}, timeout=10).status_code == status
+
+
+def test_a_blob_is_no_page(client: Client) -> None:
+    """An index may call a blob `text/html`; nobody is served it as that."""
+    page = client.push_blob(b"<script>alert(1)</script>")
+    listed = {"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX}
+    raw = json.dumps({**listed, "manifests": [{**page, "mediaType": "text/html"}]}).encode()
+    assert client.put_manifest("v1", raw, mediatypes.OCI_INDEX).status_code == 201
+    answer = client.request("GET", f"manifests/{page['digest']}")
+    assert (answer.status_code, errors(answer)) == (404, ["MANIFEST_UNKNOWN"])
+    for path in (f"blobs/{page['digest']}", "manifests/v1"):
+        assert client.request("GET", path).headers["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    "media_type", ["text/x\r\nX-Evil: 1", "text/\u2603", "a/b\x00", "x" * 70_000, "", "a/b; c=d"]
+)
+@pytest.mark.parametrize("place", ["mediaType", "artifactType", "child"])
+def test_no_header_is_made_of_what_is_no_media_type(
+    client: Client, media_type: str, place: str
+) -> None:
+    value = json.loads(index(client.push_model(None)))
+    (value["manifests"][0] if place == "child" else value)[place.replace("child", "mediaType")] = (
+        media_type
+    )
+    answer = client.put_manifest("v1", json.dumps(value).encode(), mediatypes.OCI_INDEX)
+    assert (answer.status_code, errors(answer)) == (400, ["MANIFEST_INVALID"])
+    assert "X-Evil" not in answer.headers
+
+
+@pytest.mark.parametrize("name", ["a%0d%0aX-Evil:1", "a%0aX-Evil:%201", "a%00", "%e2%98%83"])
+def test_no_header_is_made_of_a_path(server: RegistryServer, name: str) -> None:
+    for path in (f"{name}/b/blobs/uploads/", f"a/b/manifests/{name}", f"a/b/blobs/uploads/{name}"):
+        for method in ("GET", "POST", "PUT"):
+            status, answer = raw_request(server, f"{method} /v2/{path}")
+            assert 400 <= status < 500
+            assert b"x-evil" not in answer.partition(b"\r\n\r\n")[0].lower()

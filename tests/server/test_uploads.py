@@ -202,8 +202,7 @@ def status_after_cut(client: Client, location: str, at_least: int) -> int:
     raise AssertionError(f"the bytes of the cut chunk never arrived, {staged} are there")
 
 
-# Scenario 29, our half: resumes from the status, ends with 201.
-def test_a_cut_inside_the_third_chunk(client: Client, server: RegistryServer) -> None:
+def test_29_a_cut_inside_the_third_chunk(client: Client, server: RegistryServer) -> None:
     content = CONTENT + b"cut"
     location = client.upload()
     for first in (0, CHUNK):

@@ -1,4 +1,4 @@
-"""A disk that runs full: scenario 19, on a small file system of its own."""
+"""A disk that runs full, on a small file system of its own."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "check_room", lambda *_: None)
 
 
-def test_a_download_that_cannot_fit_is_refused_at_once(
+def test_19_a_download_that_cannot_fit_is_refused_at_once(
     disk: Path, small: LayoutStore, watcher: Watcher
 ) -> None:
     fill(disk, 8 * MIB)
@@ -73,7 +73,7 @@ def test_a_download_that_cannot_fit_is_refused_at_once(
     assert len(CONTENT) < caught.value.needed < len(CONTENT) * 1.1
 
 
-def test_a_disk_that_fills_up_meanwhile_keeps_the_part_and_the_index(
+def test_19_a_disk_that_fills_up_meanwhile_keeps_the_part_and_the_index(
     disk: Path, small: LayoutStore, watcher: Watcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = (small.root / "index.json").read_bytes()

@@ -12,9 +12,10 @@ import pytest
 
 from modelpack import mediatypes
 from modelpack.digest import Digest
-from modelpack.errors import StoreError
+from modelpack.errors import NotFoundError, StoreError
 from modelpack.gojson import encode
 from modelpack.manifest import Index, Manifest
+from modelpack.server.sessions import UploadSessions
 from modelpack.stores.layout import LayoutStore
 from modelpack.stores.staging import Partial
 from tests.contract.parts import (
@@ -266,6 +267,37 @@ def test_given_up_downloads_are_reclaimed(store: LayoutStore) -> None:
     for blob in (old, done):
         stem = parts[blob.digest].stem
         assert list((store.root / "ingest").glob(f"{stem}.*")) == []
+
+
+def test_abandoned_uploads_are_reclaimed(store: LayoutStore) -> None:
+    """As the embedded registry does it: what received nothing for a day."""
+    sessions = UploadSessions(store.root / "ingest" / "uploads")
+    old, young = (sessions.create("docker.io/ai/x", "sha256") for _ in range(2))
+    for session in (old, young):
+        writer = session.writer(None)
+        writer.append(bytes(10_000))
+        writer.close()
+    uploads = store.root / "ingest" / "uploads"
+    (uploads / "half-made").mkdir()
+    (uploads / "manifest-1").write_bytes(b"{}")
+    then = time.time() - 25 * 3600
+    for path in (uploads / old.id / "data", uploads / "half-made", uploads / "manifest-1"):
+        os.utime(path, (then, then))
+
+    dry = store.gc(dry_run=True)
+    assert (uploads / old.id / "data").exists()
+    report = store.gc()
+    gone = {f"uploads/{name}" for name in (old.id, "half-made", "manifest-1")}
+    assert set(dry.partials) == set(report.partials) == gone
+    assert 12_288 <= dry.bytes_freed == report.bytes_freed
+    assert [path.name for path in uploads.iterdir()] == [young.id]
+
+    # A server that knew the session finds out.
+    assert sessions.get("docker.io/ai/x", young.id) is young
+    with pytest.raises(NotFoundError):
+        sessions.get("docker.io/ai/x", old.id)
+    with pytest.raises(NotFoundError):
+        old.writer(None)
 
 
 def test_an_empty_store_has_nothing_to_collect(store: LayoutStore) -> None:

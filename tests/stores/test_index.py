@@ -23,6 +23,7 @@ from modelpack.errors import (
 from modelpack.reference import Reference
 from modelpack.stores.index import IndexDocument
 from modelpack.stores.layout import LayoutStore
+from modelpack.stores.manifests import Manifests
 from tests.contract.parts import small_model, write_blobs, write_model
 
 X, Y = "docker.io/ai/x:latest", "docker.io/ai/y:latest"
@@ -272,14 +273,40 @@ def test_a_blob_that_goes_while_its_manifest_is_written(
 ) -> None:
     model, other = small_model(b"weights"), LayoutStore(store.root)
     write_blobs(store, model)
-    real = store._check_whole
+    real = Manifests._check_whole
 
-    def check_then_lose_one(*arguments: Any) -> None:
-        real(*arguments)
+    def check_then_lose_one(manifests: Manifests, *arguments: Any) -> None:
+        real(manifests, *arguments)
         other.delete_blob(model.manifest.layers[0].digest)
-        monkeypatch.setattr(store, "_check_whole", real)
+        monkeypatch.setattr(Manifests, "_check_whole", real)
 
-    monkeypatch.setattr(store, "_check_whole", check_then_lose_one)
+    monkeypatch.setattr(Manifests, "_check_whole", check_then_lose_one)
     with pytest.raises(NotFoundError):
         store.write_manifest(model.descriptor, model.manifest.raw, X)
     assert store.models() == ()
+
+
+def test_looking_up_every_manifest_goes_through_the_index_a_few_times() -> None:
+    class Element(dict[str, Any]):
+        looked_at = 0
+
+        def get(self, key: str, default: Any = None) -> Any:
+            Element.looked_at += 1
+            return super().get(key, default)
+
+    digests = [Digest.of(f"{number}".encode()) for number in range(300)]
+    for names in ([str(digest) for digest in digests], [f"ai/m:{n}" for n in range(300)]):
+        document = IndexDocument({}, ()).with_elements(
+            Element(
+                mediaType=mediatypes.OCI_MANIFEST,
+                size=1,
+                digest=str(digest),
+                annotations={mediatypes.REF_NAME: f"docker.io/ai/m:{number}"},
+            )
+            for number, digest in enumerate(digests)
+        )
+        Element.looked_at = 0
+        for digest, name in zip(digests, names, strict=True):
+            assert [entry.digest for entry in document.entries_of(digest)] == [digest]
+            assert document.find(name).entry.digest == digest
+        assert len(digests) <= Element.looked_at < 40 * len(digests)

@@ -13,9 +13,12 @@ from modelpack.errors import (
     AmbiguousError,
     IntegrityError,
     InvalidReferenceError,
+    ModelpackError,
     NotFoundError,
 )
+from modelpack.gojson import encode
 from modelpack.reference import Reference
+from modelpack.stores.index import IndexDocument
 from modelpack.stores.layout import LayoutStore
 from modelpack.stores.lookup import Entry, find, models
 from tests.contract.parts import small_model, write_model
@@ -166,3 +169,42 @@ def test_every_unique_beginning_finds_its_model_and_no_other_does(
     else:
         with pytest.raises(AmbiguousError):
             find(entries, prefix)
+
+
+_NAMES = (
+    "docker.io/ai/x:latest", "x", "ai/x:v1", "docker.io/x:latest", "index.docker.io/ai/x:latest",
+    "registry.example.com:5000/team/model:Q4_K_M", "hf.co/a/b:c", "no name!", "abcd0000", "",
+)  # fmt: skip
+_TEXTS = (
+    *_NAMES, str(A), A.encoded, A.encoded[:12], "abcd", "beef", f"x@{A}", f"ai/x@{B}", "dead", "y",
+    "docker.io/ai/x", "X", f"registry.example.com:5000/team/model@{C}", "sha256:abcd", " x ",
+)  # fmt: skip
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([A, B, C, D]), st.sampled_from([*_NAMES, None])), max_size=6
+    ),
+    st.sampled_from(_TEXTS),
+)
+def test_an_index_finds_the_same_without_reading_every_entry(
+    held: list[tuple[Digest, str | None]], text: str
+) -> None:
+    def outcome(document: IndexDocument) -> object:
+        try:
+            match = document.find(text)
+        except ModelpackError as error:
+            return type(error), str(error), error.hint
+        return match
+
+    elements = []
+    for digest, name in held:
+        annotations = {} if name is None else {mediatypes.REF_NAME: name}
+        elements.append(Descriptor(mediatypes.OCI_MANIFEST, digest, 100, annotations).to_json())
+    raw = encode({"schemaVersion": 2, "manifests": elements})
+    lazy, whole = IndexDocument.parse(raw, "index"), IndexDocument.parse(raw, "index")
+    assert len(whole.entries) == len(held)
+    assert outcome(lazy) == outcome(whole)
+    for digest in (A, B, C, D):
+        lazy = IndexDocument.parse(raw, "index")
+        assert lazy.entries_of(digest) == whole.entries_of(digest)

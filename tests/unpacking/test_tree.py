@@ -93,7 +93,7 @@ def test_directory_where_a_file_is(tree: Tree) -> None:
 @pytest.mark.parametrize(
     "path", ["", ".", "..", "../x", "/x", "a/../b", "a//b", "a/", "C:x", "a\\b", "a\0b", "x" * 256]
 )
-def test_unsafe_path(tree: Tree, path: str) -> None:
+def test_23_unsafe_path(tree: Tree, path: str) -> None:
     with pytest.raises(UnsafePathError):
         write(tree, path)
     with pytest.raises(UnsafePathError):
@@ -115,7 +115,7 @@ def test_a_file_that_failed_is_not_taken(tree: Tree) -> None:
 
 @pytest.mark.parametrize("planted", ["link", "file", "directory"])
 @pytest.mark.parametrize("path", ["x", "sub/x", "sub/deep/x"])
-def test_planted_before_a_file(tree: Tree, directory: Path, planted: str, path: str) -> None:
+def test_24_planted_before_a_file(tree: Tree, directory: Path, planted: str, path: str) -> None:
     """Somebody puts a link to a file outside where we are about to write."""
     write(tree, "sub/deep/ours")
     secret = directory.parent.parent / "secret"
@@ -131,7 +131,7 @@ def test_planted_before_a_file(tree: Tree, directory: Path, planted: str, path: 
 
 
 @pytest.mark.parametrize("name", ["new", "sub", "sub/deep"])
-def test_planted_in_place_of_a_directory(tree: Tree, directory: Path, name: str) -> None:
+def test_24_planted_in_place_of_a_directory(tree: Tree, directory: Path, name: str) -> None:
     """Somebody replaces a directory of ours, or one that we are about to make, by a link."""
     write(tree, "sub/deep/ours")
     outside = directory.parent.parent

@@ -15,11 +15,18 @@ from modelpack_engine.adaptation.layout import Leaf, ModelLayout, StateLayout
 from modelpack_engine.adaptation.logit_rows import take_logit_rows
 from modelpack_engine.adaptation.patches import patch_modules
 from modelpack_engine.adaptation.pieces import run_in_pieces
-from modelpack_engine.adaptation.recurrent import RecurrentState, StateRows
+from modelpack_engine.adaptation.recurrent import RecurrentState, Snapshot, StateRows
 from modelpack_engine.adaptation.swaps import ClassSwaps
+from modelpack_engine.attention import kernels
+from modelpack_engine.attention.contents import BlockContents
 from modelpack_engine.attention.handles import LostHandleError
 from modelpack_engine.attention.paged import PagedKV
+from modelpack_engine.attention.pools import KVLayout
 from modelpack_engine.attention.step import StepInputs
+from modelpack_engine.batch import StepBatch
+from modelpack_engine.fusion.layers import fuse
+from modelpack_engine.fusion.sums import Sums
+from modelpack_engine.snapshots import PrefixSnapshots
 
 
 class Adapted:
@@ -38,6 +45,7 @@ class Adapted:
         num_blocks: int,
         in_pieces: frozenset[str] = frozenset(),
         fold: bool = False,
+        fused: bool = False,
     ) -> None:
         self.model = model
         self.layout = layout
@@ -45,16 +53,23 @@ class Adapted:
         self.rows = StateRows()
         self.paged: list[PagedKV] = []
         self.states: list[RecurrentState] = []
+        self.taken: list[Snapshot] = []  # by the step that was built last
         self._owners: dict[int, nn.Module] = {}
         self._step, self._num_blocks = step, num_blocks
         self.caches = [self._cache(entry) for entry in layout.tree]
+        self.snapshots = PrefixSnapshots(layout.num_snapshots) if self.states else None
         self.patched = patch_modules(model, self.swaps)
         self.in_pieces: Counter[str] = Counter()
         self.recurrent: Counter[str] = Counter()
         self._split(in_pieces)
         if layout.inner is not None:
             take_logit_rows(layout.inner, step, self.swaps)
-        self.folded = fold_quantised(model, self.swaps) if fold else 0
+        self.sums = Sums()
+        self.fused: dict[str, int] = {}
+        if fused:
+            owners = {id(self._owners[id(kv)]): kv for kv in self.paged if id(kv) in self._owners}
+            self.fused = fuse(model, owners, self.sums, step, self.swaps)
+        self.folded = fold_quantised(model, self.swaps, dequantise=fused) if fold else 0
         if step.second_stream is not None:
             halve_linears(model, self.swaps, step.second_stream)
 
@@ -68,7 +83,13 @@ class Adapted:
             return state
         if entry.content is None:
             return None
-        paged = PagedKV(entry.content, self._step, num_blocks=self._num_blocks, name=entry.name)
+        paged = PagedKV(
+            entry.content,
+            self._step,
+            num_blocks=self._num_blocks,
+            name=entry.name,
+            gives_up=self.layout.window is not None,
+        )
         self.paged.append(paged)
         if entry.owner is not None:
             self._owners[id(paged)] = entry.owner
@@ -106,17 +127,61 @@ class Adapted:
         """Return what a step writes: to be evaluated with its tokens, and not to be kept."""
         arrays = [pool for kv in self.paged for pool in (kv.pools.keys, kv.pools.values)]
         arrays += [a for state in self.states for a in state.arrays if a is not None]
-        return arrays
+        return arrays + [snapshot.bytes for snapshot in self.taken]
+
+    def block_contents(self) -> BlockContents | None:
+        """Return the way to what blocks hold, None if no layer has any."""
+        return BlockContents(self.paged) if self.paged else None
+
+    def begin(self, batch: StepBatch) -> None:
+        """Find the states that a step starts from."""
+        if self.states:
+            self.rows.begin(batch)
+
+    def finish(self, batch: StepBatch) -> None:
+        """Adopt a step's states, once its graph is built, and keep snapshots of some.
+
+        One is of the state after a chunk that ends with a block, and goes by the block's hash.
+        """
+        if not self.states:
+            return
+        self.rows.finish()
+        self.taken = []
+        snapshots = self.snapshots
+        for chunk in batch.chunks:
+            hash_ = chunk.block_hash
+            if snapshots is not None and hash_ is not None and hash_ not in snapshots:
+                snapshot = Snapshot(self.states, self.rows.rows[chunk.seq_id])
+                snapshots.put(hash_, snapshot)
+                self.taken.append(snapshot)
 
     def close(self) -> None:
         """End a step; raise `LostHandleError` if a layer did not attend to its paged cache."""
+        self.sums.clear()
         for paged in self.paged:
             paged.close()
 
     def abandon(self) -> None:
         """End a step that failed while it was built."""
+        self.sums.clear()
         for paged in self.paged:
             paged.abandon()
+
+    @property
+    def writes_in_place(self) -> bool:
+        """Whether kernels write all keys and values, into the memory of the pools."""
+        return not self._step.exact and all(
+            kernels.may_write(kv.layout.dtype, kv.layout.pool_dtype, kv.layout.quantised)
+            for kv in self.paged
+        )
+
+    def replace_pools(self, layout: ModelLayout, num_blocks: int) -> None:
+        """Lay out the same caches as `layout` says, with `num_blocks` blocks of zeros."""
+        self.layout = layout
+        contents = [leaf.content for leaf in layout.leaves()]
+        found = [content for content in contents if isinstance(content, KVLayout)]
+        for kv, content in zip(self.paged, found, strict=True):
+            kv.replace_pools(content, num_blocks)
 
     def reset(self) -> None:
         """Forget all sequences."""
@@ -126,9 +191,12 @@ class Adapted:
 
     def scrub(self, blocks: list[int], block_size: int) -> None:
         """Zero the keys and values of `blocks`."""
-        slots = mx.array([b * block_size + i for b in blocks for i in range(block_size)], mx.int32)
+        self.scrub_slots([b * block_size + i for b in blocks for i in range(block_size)])
+
+    def scrub_slots(self, slots: list[int]) -> None:
+        """Zero the keys and values of single tokens."""
         for kv in self.paged:
-            kv.pools.zero(slots)
+            kv.pools.zero(mx.array(slots, mx.int32))
 
     def notes(self) -> tuple[str, ...]:
         """Say in words what was done to run the model."""

@@ -1,20 +1,23 @@
 """Steps whose forward pass is compiled by MLX, once for each shape. For GPUs.
 
 Building the graph of a step anew takes the host as long as the device takes to run it. Compiled, a
-graph is replayed. All rows, those of prompts too, are rows of their own then: each sees its
-sequence's blocks up to its own position, by the decode kernel. That reads keys again for every row
-of a prompt, so it is for contexts that are not long.
+graph is replayed. Decode rows come first then, and rows of prompts in tiles of 16 after them, which
+the prefill kernel attends from. Where it cannot, each row of a prompt is attended by the decode
+kernel on its own, which reads keys again for every row: that is for contexts that are not long.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
 
 from modelpack_engine.adaptation.adapted import Adapted
-from modelpack_engine.attention.kernels.order import token_of, written
+from modelpack_engine.attention.kernels import TILE_ROWS, Tiles
 from modelpack_engine.attention.step import StepInputs
 from modelpack_engine.batch import StepBatch
 from modelpack_engine.block_manager import TRASH_BLOCK
@@ -23,7 +26,24 @@ from modelpack_engine.buckets import Buckets
 #: Tokens of the longest context of a prompt whose rows are taken one by one.
 LONGEST_PROMPT = 1024
 
+#: Numbers of decode rows beside chunks, where that many are enough.
+BESIDE_CHUNKS = (8, 32)
+
 Pools = list[tuple[mx.array, mx.array]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows as the compiled graph has them: int32 arrays, decode rows first, then whole tiles.
+
+    `order` are the batch's rows, or -1 for padding; None if they come in this order already.
+    """
+
+    order: NDArray[np.int32] | None
+    padding: int
+    tables: NDArray[np.int32]
+    tile_tables: NDArray[np.int32]
+    spans: NDArray[np.int32]
 
 
 class CompiledSteps:
@@ -33,6 +53,9 @@ class CompiledSteps:
         self, model: nn.Module, adapted: Adapted, step: StepInputs, buckets: Buckets
     ) -> None:
         self._model, self._adapted, self._step, self._buckets = model, adapted, step, buckets
+        self._last: tuple[tuple[int, ...], int, int] | None = None
+        self._tables: NDArray[np.int32] = np.zeros((0, 1), np.int32)
+        self._blocks: NDArray[np.int32] = np.zeros((0,), np.int32)
         self._of_all = mx.compile(lambda *inputs: self._trace(*inputs, sample_rows=None))
         self._of_some = mx.compile(lambda rows, *inputs: self._trace(*inputs, sample_rows=rows))
 
@@ -42,55 +65,99 @@ class CompiledSteps:
         return not adapted.states and not adapted.in_pieces
 
     def takes(self, batch: StepBatch) -> bool:
-        """Return whether a step's prompts are short enough."""
-        return all(chunk.kv_length <= LONGEST_PROMPT for chunk in batch.chunks)
+        """Return whether a step's prompts are short enough, or attended by tiles."""
+        return not self._step.tiles_refused or all(
+            chunk.kv_length <= LONGEST_PROMPT for chunk in batch.chunks
+        )
 
     def forward(self, batch: StepBatch, token_ids: mx.array, sample_rows: list[int]) -> mx.array:
         """Return logits [sampled rows, vocabulary], not yet computed; pools are replaced."""
-        rows = self._buckets.pad_rows(batch.num_rows)
-        padding = [0] * (rows - batch.num_rows)
-        if padding:
-            token_ids = mx.concatenate([token_ids, mx.zeros((len(padding),), mx.int32)])
-        paged = self._adapted.paged
-        pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in paged]
-        tokens = [_token(keys) for keys, _ in pools]
+        rows = self._lay_out(batch)
+        positions = np.array(batch.positions, np.int32)
+        slots = np.array(batch.slots, np.int32)
+        if rows.order is not None:
+            token_ids = token_ids[mx.array(np.maximum(rows.order, 0))]
+            positions, slots = (
+                np.where(rows.order < 0, 0, column[np.maximum(rows.order, 0)])
+                for column in (positions, slots)
+            )
+            places = {old: new for new, old in enumerate(rows.order.tolist())}
+            sample_rows = [places[row] for row in sample_rows]
+        elif rows.padding:
+            token_ids = mx.concatenate([token_ids, mx.zeros((rows.padding,), mx.int32)])
+            positions, slots = (np.pad(column, (0, rows.padding)) for column in (positions, slots))
+        pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in self._adapted.paged]
         inputs = (
             token_ids,
-            mx.array(batch.positions + padding, mx.int32),
-            mx.array(batch.slots + padding, mx.int32),
-            self._tables(batch, rows),
+            mx.array(positions),
+            mx.array(slots),
+            mx.array(rows.tables),
+            mx.array(rows.tile_tables),
+            mx.array(rows.spans),
             pools,
-            tokens,
         )
         try:
             if batch.chunks:
                 count = self._buckets.pad_rows(len(sample_rows)) or 1
                 some = mx.array(sample_rows + [0] * (count - len(sample_rows)), mx.int32)
-                logits, pools, tokens = self._of_some(some, *inputs)
+                logits, *new = self._of_some(some, *inputs)
             else:
-                logits, pools, tokens = self._of_all(*inputs)
+                logits, *new = self._of_all(*inputs)
+            if new:
+                (pools,) = new
         finally:
             # Tracing leaves arrays in the caches that stand for any; `pools` are real ones.
-            for kv, (keys, values), token in zip(paged, pools, tokens, strict=True):
-                kv.pools.keys, kv.pools.values = written(keys, token), written(values, token)
+            for kv, (keys, values) in zip(self._adapted.paged, pools, strict=True):
+                kv.pools.keys, kv.pools.values = keys, values
         return logits[: len(sample_rows), -1]
 
-    def _tables(self, batch: StepBatch, rows: int) -> mx.array:
-        """Return the rows' block tables, int32 [rows, width]."""
-        tables = list(batch.decode_tables)
-        if not batch.chunks and len(tables) == rows:
-            return mx.array(tables, mx.int32)
-        of_row = list(range(len(tables)))
-        nobody = len(tables) + len(batch.chunks)
-        for chunk in batch.chunks:
-            of_row += [len(tables)] * chunk.length
-            of_row += [nobody] * (chunk.padded_length - chunk.length)
-            tables.append(list(chunk.block_table))
-        of_row += [nobody] * (rows - len(of_row))
-        tables.append([])
-        width = max(map(len, tables))
-        tables = [table + [TRASH_BLOCK] * (width - len(table)) for table in tables]
-        return mx.array(tables, mx.int32)[mx.array(of_row, mx.int32)]
+    def _lay_out(self, batch: StepBatch) -> _Rows:
+        """Return where the batch's rows go, and what they see."""
+        decode = self._buckets.pad_rows(batch.num_decode)
+        if batch.chunks:  # so many sizes of chunks need few sizes of what is beside them
+            decode = next((size for size in BESIDE_CHUNKS if 0 < decode <= size), decode)
+        of_chunks = [_up(chunk.padded_length) for chunk in batch.chunks]
+        count = sum(of_chunks)
+        rows = decode + (self._buckets.pad_chunk(_up(count)) if count else 0)
+        order = None
+        if decode != batch.num_decode or any(
+            chunk.padded_length != length
+            for chunk, length in zip(batch.chunks, of_chunks, strict=True)
+        ):
+            order = np.full(rows, -1, np.int32)
+            order[: batch.num_decode] = np.arange(batch.num_decode)
+        tables = self._decode_tables(batch, decode)
+        num_tiles = (rows - decode) // TILE_ROWS
+        width = _width([chunk.block_table for chunk in batch.chunks])
+        tile_tables = np.full((num_tiles, width), TRASH_BLOCK, np.int32)
+        spans = np.zeros((num_tiles, 2), np.int32)
+        row, tile = decode, 0
+        for chunk, length in zip(batch.chunks, of_chunks, strict=True):
+            if order is not None:
+                order[row : row + chunk.length] = np.arange(chunk.row, chunk.row + chunk.length)
+            some = slice(tile, tile + length // TILE_ROWS)
+            tile_tables[some, : len(chunk.block_table)] = chunk.block_table
+            before = np.arange(0, length, TILE_ROWS)
+            spans[some, 0] = chunk.kv_length - chunk.length + before
+            spans[some, 1] = np.clip(chunk.length - before, 0, TILE_ROWS)
+            row, tile = row + length, some.stop
+        return _Rows(order, rows - batch.num_rows, tables, tile_tables, spans)
+
+    def _decode_tables(self, batch: StepBatch, rows: int) -> NDArray[np.int32]:
+        """Return the decode rows' block tables; of the same rows as before, only what is new."""
+        width = _width(batch.decode_tables)
+        count = len(batch.decode_seq_ids)
+        blocks = np.array(batch.positions[:count], np.int32) // self._step.block_size
+        key = (batch.decode_seq_ids, rows, width)
+        if count and key == self._last:
+            for row in np.flatnonzero(blocks != self._blocks):
+                self._tables[row] = batch.decode_tables[row]
+        else:
+            self._tables = np.full((rows, width), TRASH_BLOCK, np.int32)
+            if batch.decode_tables:
+                self._tables[: batch.num_decode] = batch.decode_tables
+        self._last, self._blocks = key, blocks
+        return self._tables
 
     def _trace(
         self,
@@ -98,16 +165,22 @@ class CompiledSteps:
         positions: mx.array,
         slots: mx.array,
         tables: mx.array,
+        tile_tables: mx.array,
+        spans: mx.array,
         pools: Pools,
-        tokens: list[mx.array],
         *,
         sample_rows: mx.array | None,
-    ) -> tuple[mx.array, Pools, list[mx.array]]:
-        """Build the graph from arrays that stand for any of their shapes."""
+    ) -> tuple[mx.array] | tuple[mx.array, Pools]:
+        """Build the graph from arrays that stand for any of their shapes.
+
+        Pools that are written in place stay what they are: this step's readers wait for the writes
+        inside of the graph, and those of later steps come later on the same stream.
+        """
         adapted, step = self._adapted, self._step
-        for kv, (keys, values), token in zip(adapted.paged, pools, tokens, strict=True):
-            kv.pools.keys, kv.pools.values = written(keys, token), written(values, token)
-        step.begin_rows(positions, slots, tables, sample_rows)
+        for kv, (keys, values) in zip(adapted.paged, pools, strict=True):
+            kv.pools.keys, kv.pools.values = keys, values
+        tiles = Tiles(tile_tables, spans) if spans.shape[0] else None
+        step.begin_rows(positions, slots, tables, sample_rows, tiles)
         try:
             logits: Any = self._model(token_ids[:, None], cache=adapted.caches)
             adapted.close()
@@ -118,11 +191,14 @@ class CompiledSteps:
             step.end()
         if not step.rows_taken and sample_rows is not None:
             logits = logits[sample_rows]
-        new = [(kv.pools.keys, kv.pools.values) for kv in adapted.paged]
-        return logits, new, [_token(keys) for keys, _ in new]
+        if adapted.writes_in_place:
+            return (logits,)
+        return logits, [(kv.pools.keys, kv.pools.values) for kv in adapted.paged]
 
 
-def _token(pool: mx.array) -> mx.array:
-    """Return the token of the pool's last write; any other where MLX itself wrote."""
-    token = token_of(pool)
-    return mx.zeros((1,), mx.int32) if token is None else token
+def _up(rows: int) -> int:
+    return -(-rows // TILE_ROWS) * TILE_ROWS
+
+
+def _width(tables: Any) -> int:
+    return max(map(len, tables), default=1)

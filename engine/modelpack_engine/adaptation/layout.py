@@ -6,7 +6,7 @@ Nothing is computed: MLX builds a graph, whose shapes and types are known, and i
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import FrameType
@@ -25,6 +25,8 @@ from mlx_lm.models.cache import (
 
 from modelpack_engine.attention.pools import KVLayout
 from modelpack_engine.errors import EngineError
+
+_SNAPSHOT_BYTES = 256 * 1024**2
 
 
 class UnknownCacheError(EngineError):
@@ -86,6 +88,14 @@ class ModelLayout:
             else:
                 yield from entry
 
+    def with_leaves(self, change: Callable[[Leaf], Leaf]) -> ModelLayout:
+        """Return the same layout with every leaf changed."""
+        tree = tuple(
+            change(entry) if isinstance(entry, Leaf) else tuple(map(change, entry))
+            for entry in self.tree
+        )
+        return replace(self, tree=tree)
+
     def with_dtype(self, dtype: mx.Dtype) -> ModelLayout:
         """Return the same layout with keys and values of `dtype`."""
 
@@ -94,11 +104,23 @@ class ModelLayout:
                 return leaf
             return replace(leaf, content=replace(leaf.content, dtype=dtype))
 
-        tree = tuple(
-            cast(entry) if isinstance(entry, Leaf) else tuple(map(cast, entry))
-            for entry in self.tree
-        )
-        return replace(self, tree=tree)
+        return self.with_leaves(cast)
+
+    def without_quantisation(self) -> ModelLayout:
+        """Return the same layout with keys and values as they are read."""
+
+        def plain(leaf: Leaf) -> Leaf:
+            if not isinstance(leaf.content, KVLayout):
+                return leaf
+            return replace(leaf, content=replace(leaf.content, quantised=None))
+
+        return self.with_leaves(plain)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any layer's keys and values are quantised."""
+        contents = (leaf.content for leaf in self.leaves())
+        return any(isinstance(c, KVLayout) and c.quantised is not None for c in contents)
 
     @property
     def bytes_per_token(self) -> int:
@@ -107,10 +129,29 @@ class ModelLayout:
         return sum(c.bytes_per_token for c in contents if isinstance(c, KVLayout))
 
     @property
+    def window(self) -> int | None:
+        """The most tokens that any layer sees, None if one sees all."""
+        contents = [leaf.content for leaf in self.leaves() if isinstance(leaf.content, KVLayout)]
+        windows = [content.window for content in contents if content.window is not None]
+        return max(windows) if windows and len(windows) == len(contents) else None
+
+    @property
     def bytes_per_sequence(self) -> int:
         """Bytes of recurrent state that one sequence takes in all layers."""
         contents = (leaf.content for leaf in self.leaves())
         return sum(c.bytes_per_sequence for c in contents if isinstance(c, StateLayout))
+
+    @property
+    def num_snapshots(self) -> int:
+        """How many snapshots of recurrent state are kept, within 256 MiB: but never under 4."""
+        if not self.bytes_per_sequence:
+            return 0
+        return min(max(_SNAPSHOT_BYTES // self.bytes_per_sequence, 4), 256)
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes that the snapshots take together."""
+        return self.num_snapshots * self.bytes_per_sequence
 
     @property
     def recurrent(self) -> bool:
@@ -201,6 +242,14 @@ def find_layout(model: nn.Module) -> ModelLayout:
             tree.append(leaf(layer, cache))
     stacks = [record.stack for record in records.values() if record.stack]
     return ModelLayout(tuple(tree), _inner_model(stacks), logits.shape[-1])
+
+
+def layout_of(model: nn.Module) -> ModelLayout | None:
+    """Return what the model caches, None if it is of a kind that cannot be paged."""
+    try:
+        return find_layout(model)
+    except UnknownCacheError:
+        return None
 
 
 def _content(cache: Any, record: _Record) -> KVLayout | StateLayout | None:

@@ -7,6 +7,7 @@ the same, the next step takes that array as it is, with nothing gathered or scat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,19 +19,65 @@ from modelpack_engine.attention.step import StepInputs
 from modelpack_engine.errors import EngineError
 
 if TYPE_CHECKING:
-    from modelpack_engine.batch import StepBatch
+    from modelpack_engine.batch import Chunk, StepBatch
+
+
+#: Bytes; more than any type asks for.
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One array of a layer's state: where it lies in a snapshot's bytes; None if there is none."""
+
+    start: int
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+
+
+class Snapshot:
+    """The states of one sequence in all layers, in one array of bytes that shares no memory.
+
+    A state is seldom an array of its own: it is a row of all of them, or the end of what a whole
+    chunk computed, and would hold all that for as long as it is kept.
+    """
+
+    def __init__(self, states: Sequence[RecurrentState], row: int) -> None:
+        self._parts: dict[RecurrentState, list[_Part | None]] = {}
+        pieces: list[mx.array] = []
+        start = 0
+        for state in states:
+            parts = self._parts[state] = []
+            for array in state.arrays:
+                if array is None:
+                    parts.append(None)
+                    continue
+                parts.append(_Part(start, (1, *array.shape[1:]), array.dtype))
+                piece = mx.contiguous(array[row]).reshape(-1).view(mx.uint8)
+                padding = mx.zeros((-piece.size % _ALIGNMENT + _ALIGNMENT,), mx.uint8)
+                pieces += [piece, padding]
+                start += piece.size + padding.size
+        self.bytes = mx.concatenate(pieces)
+
+    def of(self, state: RecurrentState) -> list[mx.array | None]:
+        """Return the arrays of one layer, with batch size 1."""
+        return [None if part is None else self._array(part) for part in self._parts[state]]
+
+    def _array(self, part: _Part) -> mx.array:
+        stop = part.start + math.prod(part.shape) * part.dtype.size
+        return mx.contiguous(self.bytes[part.start : stop]).view(part.dtype).reshape(part.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """Where this step's states come from, as rows of the last step's arrays.
 
-    `decode`: None for "as they are"; `chunks`: None for a sequence that starts; `kept`: rows of
-    sequences that this step leaves out.
+    `decode`: None for "as they are"; `chunks`: None for a sequence that starts, a snapshot for one
+    that starts with tokens it did not compute; `kept`: rows of sequences that this step leaves out.
     """
 
     decode: list[int] | None
-    chunks: tuple[int | None, ...]
+    chunks: tuple[int | Snapshot | None, ...]
     kept: list[int]
 
 
@@ -51,10 +98,7 @@ class StateRows:
             decode.append(self._row(seq_id))
         as_is = batch.num_decode == self.total and decode == list(range(len(decode)))
         decode += [0] * (batch.num_decode - len(decode))
-        chunks = tuple(
-            None if chunk.kv_length == chunk.length else self._row(chunk.seq_id)
-            for chunk in batch.chunks
-        )
+        chunks = tuple(self._source(chunk) for chunk in batch.chunks)
         present = {*batch.decode_seq_ids, *(chunk.seq_id for chunk in batch.chunks)}
         kept = [seq_id for seq_id in self.rows if seq_id not in present]
         self.plan = _Plan(None if as_is else decode, chunks, [self.rows[seq_id] for seq_id in kept])
@@ -76,6 +120,11 @@ class StateRows:
     def clear(self) -> None:
         """Forget all sequences."""
         self.rows, self.total, self.plan = {}, 0, None
+
+    def _source(self, chunk: Chunk) -> int | Snapshot | None:
+        if isinstance(chunk.snapshot, Snapshot):
+            return chunk.snapshot
+        return None if chunk.kv_length == chunk.length else self._row(chunk.seq_id)
 
     def _row(self, seq_id: int) -> int:
         if seq_id not in self.rows:
@@ -122,7 +171,10 @@ class RecurrentState:
         """Return a cache with the state of the sequence of chunk `index`."""
         view = ArraysCache(len(self.arrays))
         row = self._plan().chunks[index]
-        if row is not None:
+        if isinstance(row, Snapshot):
+            for slot, array in enumerate(row.of(self)):
+                view[slot] = array
+        elif row is not None:
             for slot, array in enumerate(self.arrays):
                 view[slot] = None if array is None else array[row : row + 1]
         return view

@@ -21,6 +21,8 @@ _LENGTHS = {1: 3, 2: 18}
 #: How far the centred cosine of two rows of logits may be from 1. Some GPUs round products of
 #: float32 to TF32; in 16 bits, an expert of a mixture may tip over.
 _TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 2e-2}
+#: The same where keys and values have so many bits: more is worth a warning.
+QUANTISED = {8: 2e-2, 4: 0.2}
 
 
 def blocks_needed(block_size: int) -> int:
@@ -35,12 +37,13 @@ def compare(
     block_size: int,
     vocab_size: int,
     compute: bool = True,
+    tolerance: float | None = None,
 ) -> str | None:
     """Return None if `forward` agrees with mlx-lm, else what is wrong.
 
     `model` is called with mlx-lm's own cache, which swapped classes leave alone. What `forward`
     raises is passed on. Without `compute`, the steps are only built, which is enough to find layers
-    that lose their handles.
+    that lose their handles. `tolerance` is by default that of the logits' type.
     """
     tokens = {
         seq_id: [(5 * i * i + 3 * i + seq_id) % min(vocab_size, 241) for i in range(length)]
@@ -60,7 +63,7 @@ def compare(
         rows = mx.stack([expected[seq_id][position] for seq_id, position in sampled])
         if logits.shape != rows.shape:
             return f"logits have the shape {logits.shape}, expected {rows.shape}"
-        limit = _TOLERANCE.get(rows.dtype, 2e-2)
+        limit = _TOLERANCE.get(rows.dtype, 2e-2) if tolerance is None else tolerance
         distance = float(mx.max(_distance(logits, rows)))
         if not distance <= limit:
             return (

@@ -6,10 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from modelpack_engine.batch import Chunk, StepBatch
-from modelpack_engine.buckets import Buckets, sizes_up_to
+from modelpack_engine.buckets import Buckets, round_up, sizes_up_to
 
 #: A sequence that no request has.
 PADDING_SEQ_ID = -1
+
+#: What mixed steps are warmed up with: decode rows, tokens of chunks, tokens of contexts.
+_MIXED_ROWS, _MIXED_CHUNKS, _USUAL_CONTEXT = (8, 32, 64, 128), (128, 256, 512), 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,7 @@ def step_shapes(
 ) -> list[StepShape]:
     """Return the shapes that steps up to these limits have: decode alone, and a chunk alone.
 
-    Mixed steps are made of the same parts; only the number of all rows differs.
+    Mixed steps are made of the same parts, whose numbers multiply: some of these are enough.
     """
     widths = sizes_up_to(-(-max_model_len // block_size), buckets.table_width)
     shapes = [
@@ -39,6 +42,14 @@ def step_shapes(
         for length in sizes_up_to(max_chunk, buckets.chunk)
         for width in widths
         if width * block_size >= length
+    ]
+    usual = round_up(-(-min(max_model_len, _USUAL_CONTEXT) // block_size), buckets.table_width)
+    shapes += [
+        StepShape(rows, usual, length)
+        for rows in _MIXED_ROWS
+        if rows <= round_up(max_num_seqs, buckets.rows)
+        for length in _MIXED_CHUNKS
+        if length <= round_up(max_chunk, buckets.chunk)
     ]
     return shapes
 

@@ -42,16 +42,27 @@ class PagedKV:
     """Keys and values of one layer, in blocks; see the module's docstring."""
 
     def __init__(
-        self, layout: KVLayout, step: StepInputs, *, num_blocks: int, name: str = "layer"
+        self,
+        layout: KVLayout,
+        step: StepInputs,
+        *,
+        num_blocks: int,
+        name: str = "layer",
+        gives_up: bool = False,
     ) -> None:
-        self.layout = layout
         self.step = step
         self.name = name
-        kind = HeadMajorPools if step.exact else TokenMajorPools
-        self.pools: Pools = kind(layout, num_blocks, step.block_size)
+        self.gives_up = gives_up  # blocks behind the layout's window are not there any more
+        self.replace_pools(layout, num_blocks)
         self._open = False
         self._handles: tuple[KVHandle, KVHandle] | None = None
         self.row_masks = False
+
+    def replace_pools(self, layout: KVLayout, num_blocks: int) -> None:
+        """Take pools of zeros as `layout` says; what was in the old ones is lost."""
+        self.layout = layout
+        kind = HeadMajorPools if self.step.exact else TokenMajorPools
+        self.pools: Pools = kind(layout, num_blocks, self.step.block_size)
 
     @property
     def offset(self) -> mx.array:
@@ -130,7 +141,7 @@ class PagedKV:
         """
         self._open = False
         step = self.step
-        how = _How(scale, window or self.layout.window, sinks, softcap, key_dtype)
+        how = _How(scale, self._seen(window), sinks, softcap, key_dtype)
         outputs: list[mx.array] = []
         if step.num_decode:
             rows, pe = (_first(a, step.num_decode) for a in (queries, query_pe))
@@ -140,6 +151,11 @@ class PagedKV:
             else:
                 outputs.append(self._decode(rows, pe, *step.decode_rows(), how))
         end = step.num_decode
+        if step.tiles is not None:
+            rows, pe = (None if a is None else a[end:, :, 0] for a in (queries, query_pe))
+            assert rows is not None
+            outputs.append(self._attend_tiles(rows, pe, step.tiles, how)[:, :, None])
+            end = step.num_rows
         for index, chunk in enumerate(step.chunks):
             end = chunk.row + chunk.padded_length
             rows, pe = (None if a is None else a[chunk.row : end] for a in (queries, query_pe))
@@ -153,12 +169,44 @@ class PagedKV:
             outputs.append(mx.zeros(shape, outputs[0].dtype))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
+    def _seen(self, window: int | None) -> int | None:
+        """Return how many tokens a row sees where the model asks for `window`.
+
+        It may ask for more than its cache's window: a token of a prompt has more in mlx-lm, too.
+        """
+        if window is not None and not self.gives_up:
+            return window
+        return min((w for w in (window, self.layout.window) if w is not None), default=None)
+
+    def attend_rows(
+        self, queries: mx.array, *, scale: float, window: int | None = None
+    ) -> mx.array:
+        """Return [rows, heads, dim] of queries [rows, heads, dim]: `attend` in fewer operations."""
+        step = self.step
+        if step.exact or step.chunks:
+            return self.attend(queries[:, :, None], scale=scale, window=window)[:, :, 0]
+        how = _How(scale, self._seen(window), None, None, None)
+        if step.tiles is None:
+            return self._decode_rows(queries, None, *step.decode_rows(), how)
+        outputs = [self._attend_tiles(queries[step.num_decode :], None, step.tiles, how)]
+        if step.num_decode:
+            rows = queries[: step.num_decode]
+            outputs.insert(0, self._decode_rows(rows, None, *step.decode_rows(), how))
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
     def _decode(
         self, rows: mx.array, pe: mx.array | None, tables: mx.array, lengths: mx.array, how: _How
     ) -> mx.array:
-        """Attend by a kernel, if there is one, to the blocks where they are."""
-        output = kernels.decode_attention(
-            rows[:, :, 0],
+        """Attend from rows [rows, heads, 1, dim]; see `_decode_rows`."""
+        pe = None if pe is None else pe[:, :, 0]
+        return self._decode_rows(rows[:, :, 0], pe, tables, lengths, how)[:, :, None]
+
+    def _decode_rows(
+        self, rows: mx.array, pe: mx.array | None, tables: mx.array, lengths: mx.array, how: _How
+    ) -> mx.array:
+        """Attend by a kernel, if there is one, to the blocks where they are: [rows, heads, dim]."""
+        return kernels.decode_attention(
+            rows,
             self.pools.keys,
             self.pools.values,
             tables,
@@ -168,11 +216,33 @@ class PagedKV:
             window=how.window,
             softcap=how.softcap,
             sinks=how.sinks,
-            q_more=None if pe is None else pe[:, :, 0],
+            q_more=pe,
             value_dim=None if pe is None else self.layout.key_dim,
             block_size=self.step.block_size,
+            quantised=self.layout.quantised,
         )
-        return output[:, :, None]
+
+    def _attend_tiles(
+        self, rows: mx.array, pe: mx.array | None, tiles: kernels.Tiles, how: _How
+    ) -> mx.array:
+        """Attend by tiles of rows, if there is a kernel, else row by row: [rows, heads, dim]."""
+        if pe is None and self.layout.quantised is None:
+            output = kernels.prefill_attention(
+                rows,
+                self.pools.keys,
+                self.pools.values,
+                tiles,
+                scale=how.scale,
+                num_kv_heads=self.layout.key_heads,
+                window=how.window,
+                softcap=how.softcap,
+                sinks=how.sinks,
+                block_size=self.step.block_size,
+            )
+            if output is not None:
+                return output
+        self.step.tiles_refused = True
+        return self._decode_rows(rows, pe, *self.step.tile_rows(), how)
 
     def _decode_in_groups(self, rows: mx.array, pe: mx.array | None, how: _How) -> list[mx.array]:
         """Attend to gathered keys, rows of similar length together."""

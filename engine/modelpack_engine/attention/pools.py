@@ -4,6 +4,9 @@ On a GPU token by token, [slots, heads, dim], which is what the kernels take. On
 [heads, slots, dim]: matrix products want the keys of one head side by side, and there a copy that
 also transposes costs more than the attention itself.
 
+Quantised pools hold the words that `Quantisation` makes: token by token of all heads of a token in
+one, [slots, 1, words], head by head of each head alone, [heads, slots, words].
+
 A pool is written once in a step and then read. MLX writes in place only while nobody else holds the
 array, so nothing keeps a reference to one.
 """
@@ -18,6 +21,7 @@ import mlx.core as mx
 
 from modelpack_engine.attention import kernels
 from modelpack_engine.attention.keys import KeyRange
+from modelpack_engine.attention.quantised import Quantisation
 from modelpack_engine.attention.spans import Run
 
 
@@ -26,6 +30,7 @@ class KVLayout:
     """What one layer caches per token; `window` is the number of tokens it sees, or None for all.
 
     Keys and values may differ in heads and size: latent attention keeps latents and rotary keys.
+    Where they are `quantised`, `dtype` is what they are read as.
     """
 
     key_heads: int
@@ -34,12 +39,20 @@ class KVLayout:
     value_dim: int
     dtype: mx.Dtype
     window: int | None = None
+    quantised: Quantisation | None = None
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of keys and values of one token in this layer."""
-        elements = self.key_heads * self.key_dim + self.value_heads * self.value_dim
-        return int(elements * self.dtype.size)
+        widths = self.key_heads * self.key_dim, self.value_heads * self.value_dim
+        if self.quantised is not None:
+            return 4 * sum(map(self.quantised.words, widths))
+        return int(sum(widths) * self.dtype.size)
+
+    @property
+    def pool_dtype(self) -> mx.Dtype:
+        """The type of the pools' elements."""
+        return mx.uint32 if self.quantised is not None else self.dtype
 
 
 class Pools(Protocol):
@@ -62,20 +75,34 @@ class Pools(Protocol):
         """Overwrite `slots` with zeros."""
         ...
 
+    def blocks(self, indices: mx.array) -> list[mx.array]:
+        """Return all that the blocks of `indices` (int32 [n]) hold, as arrays [n, …]."""
+        ...
+
+    def set_blocks(self, indices: mx.array, contents: list[mx.array]) -> None:
+        """Have blocks hold what `blocks` returned once, of this pool or one laid out like it."""
+        ...
+
 
 class HeadMajorPools:
     """Pools [heads, slots, dim], for a CPU. Zeros at first: what is never written is finite."""
 
     def __init__(self, layout: KVLayout, num_blocks: int, block_size: int) -> None:
         self._num_blocks, self._block_size = num_blocks, block_size
+        self._layout = layout
         slots = num_blocks * block_size
-        self.keys = mx.zeros((layout.key_heads, slots, layout.key_dim), layout.dtype)
-        self.values = mx.zeros((layout.value_heads, slots, layout.value_dim), layout.dtype)
+        dims = layout.key_dim, layout.value_dim
+        if layout.quantised is not None:
+            dims = layout.quantised.words(dims[0]), layout.quantised.words(dims[1])
+        self.keys = mx.zeros((layout.key_heads, slots, dims[0]), layout.pool_dtype)
+        self.values = mx.zeros((layout.value_heads, slots, dims[1]), layout.pool_dtype)
 
     def write(
         self, keys: mx.array, values: mx.array, slots: mx.array, runs: Sequence[Run] | None
     ) -> None:
         """See `Pools`."""
+        if self._layout.quantised is not None:
+            keys, values = encode_both(self._layout.quantised, keys, values)
         for pool, rows in ((self.keys, keys), (self.values, values)):
             if rows.shape[2] == 0:
                 continue
@@ -87,8 +114,12 @@ class HeadMajorPools:
                     pool[:, slot : slot + length] = by_head[:, row : row + length]
 
     def read(self, found: KeyRange) -> tuple[mx.array, mx.array]:
-        """See `Pools`; what lies in one piece is not copied."""
-        return self._read(self.keys, found), self._read(self.values, found)
+        """See `Pools`; what lies in one piece is not copied, unless it is quantised."""
+        keys, values = self._read(self.keys, found), self._read(self.values, found)
+        if self._layout.quantised is None:
+            return keys, values
+        decode, dtype = self._layout.quantised.decode, self._layout.dtype
+        return decode(keys, dtype), decode(values, dtype)
 
     def _read(self, pool: mx.array, found: KeyRange) -> mx.array:
         if found.first is not None:
@@ -107,15 +138,39 @@ class HeadMajorPools:
         for pool in (self.keys, self.values):
             pool[:, slots] = mx.zeros((), pool.dtype)
 
+    def blocks(self, indices: mx.array) -> list[mx.array]:
+        """See `Pools`."""
+        return [self._by_block(pool)[:, indices].swapaxes(0, 1) for pool in self._filled()]
+
+    def set_blocks(self, indices: mx.array, contents: list[mx.array]) -> None:
+        """See `Pools`."""
+        for name, rows in zip(("keys", "values"), contents, strict=False):
+            shape = getattr(self, name).shape
+            pool = self._by_block(getattr(self, name))
+            setattr(self, name, None)  # MLX writes in place where nobody else holds the pool
+            pool[:, indices] = rows.swapaxes(0, 1)
+            setattr(self, name, pool.reshape(shape))
+
+    def _by_block(self, pool: mx.array) -> mx.array:
+        heads, _, dim = pool.shape
+        return pool.reshape(heads, self._num_blocks, self._block_size * dim)
+
+    def _filled(self) -> list[mx.array]:
+        return [pool for pool in (self.keys, self.values) if pool.size]
+
 
 class TokenMajorPools:
     """Pools [slots, heads, dim], for a GPU; written by a kernel where there is one."""
 
     def __init__(self, layout: KVLayout, num_blocks: int, block_size: int) -> None:
         self._block_size = block_size
+        self._layout = layout
         slots = num_blocks * block_size
-        self.keys = mx.zeros((slots, layout.key_heads, layout.key_dim), layout.dtype)
-        self.values = mx.zeros((slots, layout.value_heads, layout.value_dim), layout.dtype)
+        keys, values = (layout.key_heads, layout.key_dim), (layout.value_heads, layout.value_dim)
+        if (quantised := layout.quantised) is not None:
+            keys, values = ((1, quantised.words(heads * dim)) for heads, dim in (keys, values))
+        self.keys = mx.zeros((slots, *keys), layout.pool_dtype)
+        self.values = mx.zeros((slots, *values), layout.pool_dtype)
 
     def write(
         self, keys: mx.array, values: mx.array, slots: mx.array, runs: Sequence[Run] | None
@@ -124,13 +179,35 @@ class TokenMajorPools:
         if values.shape[2] == 0:
             self.keys, _ = kernels.write_kv(keys, None, self.keys, None, slots)
             return
-        written, values_pool = kernels.write_kv(keys, values, self.keys, self.values, slots)
+        written, values_pool = kernels.write_kv(
+            keys, values, self.keys, self.values, slots, quantised=self._layout.quantised
+        )
         assert values_pool is not None
         self.keys, self.values = written, values_pool
 
+    def last_write(self) -> mx.array:
+        """Return what orders a kernel after the last write: its token, or 0."""
+        token = kernels.token_of(self.keys)
+        return mx.zeros((1,), mx.int32) if token is None else token
+
+    def set_written(self, token: mx.array) -> None:
+        """Take note that a kernel, which put out `token`, has written rows in place."""
+        kernels.written(self.keys, token)
+        kernels.written(self.values, token)
+
     def read(self, found: KeyRange) -> tuple[mx.array, mx.array]:
         """See `Pools`."""
-        return self._read(self.keys, found), self._read(self.values, found)
+        layout = self._layout
+        keys, values = self._read(self.keys, found), self._read(self.values, found)
+        if layout.quantised is None:
+            return keys, values
+        return self._decode(keys, layout.key_heads), self._decode(values, layout.value_heads)
+
+    def _decode(self, words: mx.array, heads: int) -> mx.array:
+        """Return [sequences, heads, keys, dim] of words [sequences, 1, keys, words]."""
+        assert self._layout.quantised is not None
+        rows = self._layout.quantised.decode(words[:, 0], self._layout.dtype)
+        return rows.reshape(*rows.shape[:2], heads, -1).swapaxes(1, 2)
 
     def _read(self, pool: mx.array, found: KeyRange) -> mx.array:
         _, heads, dim = pool.shape
@@ -145,3 +222,36 @@ class TokenMajorPools:
         """See `Pools`."""
         for pool in (self.keys, self.values):
             pool[kernels.after(slots, pool)] = mx.zeros((), pool.dtype)
+
+    def blocks(self, indices: mx.array) -> list[mx.array]:
+        """See `Pools`."""
+        pools = [pool for pool in (self.keys, self.values) if pool.size]
+        return [
+            pool.reshape(-1, self._block_size, *pool.shape[1:])[kernels.after(indices, pool)]
+            for pool in pools
+        ]
+
+    def set_blocks(self, indices: mx.array, contents: list[mx.array]) -> None:
+        """See `Pools`."""
+        offsets = mx.arange(self._block_size, dtype=mx.int32)
+        slots = (indices[:, None] * self._block_size + offsets).reshape(-1)
+        rows = [part.reshape(-1, *part.shape[2:]) for part in contents]
+        if self._layout.quantised is not None:  # words as they are, for which there is no kernel
+            self.keys[kernels.after(slots, self.keys)] = rows[0]
+            self.values[kernels.after(slots, self.values)] = rows[1]
+        elif len(rows) == 1:
+            self.keys, _ = kernels.write_kv(rows[0], None, self.keys, None, slots)
+        else:
+            written, values = kernels.write_kv(rows[0], rows[1], self.keys, self.values, slots)
+            assert values is not None
+            self.keys, self.values = written, values
+
+
+def encode_both(
+    quantised: Quantisation, keys: mx.array, values: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Return both quantised: at once if they are of one shape, as few calls are what counts."""
+    if keys.shape == values.shape:
+        both = quantised.encode(mx.stack([keys, values]))
+        return both[0], both[1]
+    return quantised.encode(keys), quantised.encode(values)

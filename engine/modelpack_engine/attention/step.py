@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import mlx.core as mx
 
 from modelpack_engine.attention.cpu_streams import second_stream
+from modelpack_engine.attention.kernels import TILE_ROWS, Tiles
 from modelpack_engine.attention.keys import KeyRange, consecutive
 from modelpack_engine.attention.rotations import as_positions, make_positions
 from modelpack_engine.attention.spans import Run, Span, length_groups, slot_runs, visible
@@ -74,11 +75,15 @@ class StepInputs:
         self.active = False
         self.all_rows_sampled = False
         self.rows_taken = False
+        self.tiles: Tiles | None = None
+        #: Whether a layer has taken rows of tiles one by one.
+        self.tiles_refused = False
 
     def begin(self, batch: StepBatch, sample_rows: list[int]) -> None:
         """Take over `batch`; `sample_rows` are its sampled rows, padded to a bucket."""
         self.num_rows = len(batch.token_ids)
         self.num_decode = batch.num_decode
+        self.tiles = None
         self.decode_seq_ids = tuple(batch.decode_seq_ids)
         self.chunks = tuple(batch.chunks)
         self._tables, self._lengths = batch.decode_tables, batch.decode_lengths
@@ -97,15 +102,17 @@ class StepInputs:
         slots: mx.array,
         tables: mx.array,
         sample_rows: mx.array | None,
+        tiles: Tiles | None = None,
     ) -> None:
         """Take over rows that see the blocks `tables` int32 [rows, width] up to their positions.
 
-        `sample_rows` None stands for all of them.
+        Rows after these are those of `tiles`. `sample_rows` None stands for all rows.
         """
-        self.num_rows = self.num_decode = tables.shape[0]
+        self.num_rows, self.num_decode = positions.shape[0], tables.shape[0]
+        self.tiles = tiles
         self.decode_seq_ids, self.chunks = (), ()
         self._tables, self._lengths = [], []
-        self._memo = {"rows": (tables, positions + 1)}
+        self._memo = {"rows": (tables, positions[: self.num_decode] + 1)}
         self.positions = as_positions(positions)
         self.slots, self.slot_runs = slots, None
         self.all_rows_sampled = sample_rows is None
@@ -136,6 +143,17 @@ class StepInputs:
         return self.remember(
             "rows",
             lambda: (mx.array(self._tables, mx.int32), mx.array(self._lengths, mx.int32)),
+        )
+
+    def tile_rows(self) -> tuple[mx.array, mx.array]:
+        """Return block tables and lengths of the rows of tiles, as if each of them decoded."""
+        assert self.tiles is not None, "the step has no tiles"
+        return self.remember(
+            "tile rows",
+            lambda: (
+                mx.repeat(self.tiles.tables, TILE_ROWS, axis=0),  # type: ignore[union-attr]
+                self.positions[self.num_decode :] + 1,
+            ),
         )
 
     def decode_keys(self, row: int, window: int | None) -> KeyRange:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +13,24 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(slots=True)
 class Record:
-    """One turn: when it was due, and when its tokens came, in seconds since the start."""
+    """One turn: when it was due, and when its tokens came, in seconds since the start.
+
+    `num_tokens` is what a server says it generated, where a time may stand for several tokens;
+    None: a token for each time. `error` is why there is no complete answer.
+    """
 
     label: str
     due: float
     prompt_tokens: int
     token_times: list[float] = field(default_factory=list)
     cached_tokens: int = 0
+    num_tokens: int | None = None
+    error: str = ""
+
+    @property
+    def output_tokens(self) -> int:
+        """How many tokens were generated."""
+        return len(self.token_times) if self.num_tokens is None else self.num_tokens
 
     @property
     def ttft(self) -> float:
@@ -33,13 +45,17 @@ class Record:
     @property
     def tpot(self) -> float | None:
         """Seconds per token after the first; None for a single token."""
-        count = len(self.token_times) - 1
-        return (self.token_times[-1] - self.token_times[0]) / count if count else None
+        count = self.output_tokens - 1
+        seconds = self.token_times[-1] - self.token_times[0]
+        return seconds / count if count > 0 and len(self.token_times) > 1 else None
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a run came to; durations in seconds."""
+    """What a run came to; durations in seconds.
+
+    Requests that failed are in `requests` and, by what went wrong, in `errors`; nowhere else.
+    """
 
     workload: str
     duration: float
@@ -51,12 +67,28 @@ class Report:
     tpot: Mapping[str, float]
     itl: Mapping[str, float]
     e2el: Mapping[str, float]
+    errors: Mapping[str, int] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> int:
+        """How many requests have no complete answer."""
+        return sum(self.errors.values())
 
     @property
     def output_rate(self) -> float:
         """Tokens generated a second."""
         return self.output_tokens / self.duration
+
+    @property
+    def total_rate(self) -> float:
+        """Tokens of prompts and answers a second."""
+        return (self.prompt_tokens + self.output_tokens) / self.duration
+
+    @property
+    def request_rate(self) -> float:
+        """Complete answers a second."""
+        return (self.requests - self.failed) / self.duration
 
     def to_json(self) -> dict[str, Any]:
         """Return all figures, rates included."""
@@ -64,13 +96,12 @@ class Report:
             "workload": self.workload,
             "duration_s": round(self.duration, 4),
             "requests": self.requests,
-            "requests_per_s": round(self.requests / self.duration, 3),
+            "errors": dict(self.errors),
+            "requests_per_s": round(self.request_rate, 3),
             "prompt_tokens": self.prompt_tokens,
             "output_tokens": self.output_tokens,
             "output_tokens_per_s": round(self.output_rate, 2),
-            "total_tokens_per_s": round(
-                (self.prompt_tokens + self.output_tokens) / self.duration, 2
-            ),
+            "total_tokens_per_s": round(self.total_rate, 2),
             "cached_share": round(self.cached_tokens / max(1, self.prompt_tokens), 4),
             "ttft_s": _rounded(self.ttft),
             "tpot_s": _rounded(self.tpot),
@@ -99,6 +130,9 @@ def make_report(
     workload: str, records: Sequence[Record], duration: float, extra: Mapping[str, Any]
 ) -> Report:
     """Sum up a run; sessions with labels get their own latencies beside those of all."""
+    requests = len(records)
+    errors = Counter(record.error for record in records if record.error)
+    records = [record for record in records if not record.error]
     labelled: dict[str, Any] = {}
     labels = {record.label for record in records} - {""}
     for label in sorted(labels):
@@ -111,14 +145,15 @@ def make_report(
     return Report(
         workload=workload,
         duration=duration,
-        requests=len(records),
+        requests=requests,
         prompt_tokens=sum(record.prompt_tokens for record in records),
-        output_tokens=sum(len(record.token_times) for record in records),
+        output_tokens=sum(record.output_tokens for record in records),
         cached_tokens=sum(record.cached_tokens for record in records),
         ttft=summary(record.ttft for record in records),
         tpot=summary(t for record in records if (t := record.tpot) is not None),
         itl=summary(gap for record in records for gap in record.gaps),
         e2el=summary(record.token_times[-1] - record.due for record in records),
+        errors=dict(errors.most_common()),
         extra={**extra, **({"labels": labelled} if labelled else {})},
     )
 

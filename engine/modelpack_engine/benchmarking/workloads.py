@@ -146,6 +146,16 @@ def poisson_with_8k(rate: float = 8.0, count: int = 64) -> Workload:
     return Workload("poisson-8k", tuple(sessions))
 
 
+def poisson(rate: float, count: int, prompt: int = 128, answer: int = 64) -> Workload:
+    """`count` requests of one size at `rate` a second, as users who know nothing of each other."""
+    source = _Source(7)
+    now, sessions = 0.0, []
+    for _ in range(count):
+        now += source.random.expovariate(rate)
+        sessions.append(Session((source.turn(prompt, answer),), now))
+    return Workload(f"poisson-{rate:g}", tuple(sessions))
+
+
 def multi_turn(conversations: int = 16, turns: int = 6) -> Workload:
     """Conversations that grow: every turn sends what was said before again."""
     source = _Source(7)

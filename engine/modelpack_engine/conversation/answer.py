@@ -87,7 +87,10 @@ class Answer:
             finish = "tool_calls"
         counted = event.usage or Usage(0, 0)
         reasoned = self._parser.reasoning_tokens if self._parser is not None else 0
-        usage = ChatUsage(counted.prompt_tokens, self._tokens, counted.cached_tokens, reasoned)
+        usage = ChatUsage(
+            counted.prompt_tokens, self._tokens, counted.cached_tokens,
+            counted.accepted_tokens, counted.rejected_tokens, reasoned,
+        )  # fmt: skip
         return ChatDelta(
             self._index, parts, event.token_ids, event.logprobs, finish, stopped_by, usage,
             event.timing,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Protocol
 
-from modelpack_engine.sampling_params import LogitsMask
+from modelpack_engine.speculation.masks import CopyableMask
 
 
 class _Tokens(Protocol):
@@ -27,7 +28,7 @@ class ReasoningBudget:
         opening: str | None,
         closing: str,
         closing_ids: tuple[int, ...],
-        inner: LogitsMask | None = None,
+        inner: CopyableMask | None = None,
     ) -> None:
         self._budget = budget
         self._tokens = tokens
@@ -68,6 +69,13 @@ class ReasoningBudget:
             self._text = b""
         elif self._opening is not None and not _may_become(self._text.lstrip(), self._opening):
             self._ended = True  # the answer began without reasoning
+
+    def copy(self) -> ReasoningBudget:
+        """Return a mask at the same place."""
+        made = copy(self)
+        made._forced = self._forced.copy()
+        made._inner = self._inner.copy() if self._inner is not None else None
+        return made
 
     @property
     def _is_forced(self) -> bool:

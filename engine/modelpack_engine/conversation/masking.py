@@ -12,7 +12,7 @@ from modelpack_engine.errors import RequestError
 from modelpack_engine.output.formats import OutputFormat
 from modelpack_engine.output.reasoning import HARMONY
 from modelpack_engine.output.tools import Tool
-from modelpack_engine.sampling_params import LogitsMask
+from modelpack_engine.speculation.masks import CopyableMask
 from modelpack_engine.structured import (
     Constraint,
     Grammar,
@@ -25,7 +25,7 @@ from modelpack_engine.structured import (
 if TYPE_CHECKING:
     from modelpack_engine.conversation.served import ServedModel
 
-MakeMask = Callable[[], LogitsMask]
+MakeMask = Callable[[], CopyableMask]
 
 
 def make_masks(
@@ -58,7 +58,7 @@ def make_masks(
         return make
     closing_ids = tuple(model.tokenizer.encode(markers.closing, add_special_tokens=False))
 
-    def budgeted() -> LogitsMask:
+    def budgeted() -> CopyableMask:
         return ReasoningBudget(
             budget,
             model.tokenizer,

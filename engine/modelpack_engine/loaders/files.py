@@ -14,6 +14,10 @@ from modelpack.digest import Digest
 from modelpack.errors import IntegrityError
 from modelpack.formats.shards import INDEX_SUFFIX, find_shards, read_index, shard_set
 from modelpack.model import Model, ModelFile, Role, format_of, role_of
+from modelpack.ollama import check_usable
+from modelpack.operations.kept_bundles import has_packed_weights, unpacked_files
+from modelpack.operations.watching import watching
+from modelpack.stores.layout import LayoutStore
 from modelpack.unpacking.blobs import open_blob
 from modelpack.unpacking.content import Content, TarLimits
 from modelpack.unpacking.tarstream import TarReader
@@ -58,12 +62,24 @@ class ModelFiles:
         `LayoutStore.blob_path` is one. Raises `ModelLoadError` if there are no weights that load,
         or several models in one, and what the store raises for a blob that it lost.
         """
+        located = [(file, blob_path(file.descriptor.digest)) for file in model.files()]
+        return cls._of(model, located)
+
+    @classmethod
+    def from_store(cls, model: Model, store: LayoutStore) -> ModelFiles:
+        """Return the files of `model` as `from_model`; weights in archives are unpacked, once."""
+        if not has_packed_weights(model):
+            return cls.from_model(model, store.blob_path)
+        return cls._of(model, unpacked_files(model, store, watching(None)))
+
+    @classmethod
+    def _of(cls, model: Model, located: Iterable[tuple[ModelFile, Path]]) -> ModelFiles:
+        check_usable(model.manifest.layers, _shown(model))
         weights: list[tuple[str, str, Path]] = []
         names: dict[str, Path] = {}
         archived: dict[str, bytes] = {}
         notes: list[str] = []
-        for file in model.files():
-            path = blob_path(file.descriptor.digest)
+        for file, path in located:
             if file.archive:
                 _check_archive(file)
                 archived |= _content(file, path)

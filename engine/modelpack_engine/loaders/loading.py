@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.errors import ModelLoadError, RequestError
 from modelpack_engine.loaders import gguf_tokenizer, json_tokenizer
 from modelpack_engine.loaders.files import CHAT_TEMPLATE, ModelFiles
 from modelpack_engine.loaders.gguf import GGUFLoader
-from modelpack_engine.loaders.gguf_file import GGUFFile
+from modelpack_engine.loaders.gguf_file import GGUFFile, Metadata
+from modelpack_engine.loaders.go_template import as_jinja
 from modelpack_engine.loaders.precision import (
     Precision,
     dense_bytes,
@@ -27,6 +29,9 @@ from modelpack_engine.loaders.tokenizer import Tokenizer
 
 Device = Literal["cpu", "gpu"]
 
+#: Leaves of a model, which is not evaluated, one device's part; it gets the configuration too.
+Shard = Callable[[Module, Mapping[str, Any]], None]
+
 _CONTEXT_KEYS = (
     "max_position_embeddings",
     "n_positions",
@@ -38,6 +43,9 @@ _CONTEXT_KEYS = (
 )
 _DEFAULT_CONTEXT = 2048
 _FLOAT32_BYTES = 4
+_TEMPLATE = "tokenizer.chat_template"
+_GO_TEMPLATE = "template.gotmpl"  # what a template of Ollama's is called here
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,7 @@ def load(
     dtype: mx.Dtype | None = None,
     dense: bool | None = None,
     requantize: bool = True,
+    shard: Shard | None = None,
 ) -> LoadedModel:
     """Load the model in `files`; nothing is written to disk.
 
@@ -72,23 +81,30 @@ def load(
     is short. On a GPU weights stay packed, and the default dtype is that of the files (bfloat16
     for GGUF). `dense` decides whether quantised weights are unpacked; `requantize` whether GGUF
     types that MLX cannot pack without loss (Q6_K, Q3_K, Q2_K, IQ…) are held in 8 bits rather
-    than in `dtype`.
+    than in `dtype`. With `shard`, only what that leaves of the model is held in memory.
 
     Raises `ModelLoadError` for whatever is wrong with the files, naming it, and
     `WeightFormatError` where one is damaged.
     """
     with mx.stream(mx.cpu if device == "cpu" else mx.gpu):
         if files.format == "gguf":
-            return _load_gguf(files, device, dtype, dense, requantize)
-        return _load_safetensors(files, device, dtype, dense)
+            return _load_gguf(files, device, dtype, dense, requantize, shard)
+        return _load_safetensors(files, device, dtype, dense, shard)
 
 
 def _load_gguf(
-    files: ModelFiles, device: Device, dtype: mx.Dtype | None, dense: bool | None, requantize: bool
+    files: ModelFiles,
+    device: Device,
+    dtype: mx.Dtype | None,
+    dense: bool | None,
+    requantize: bool,
+    shard: Shard | None,
 ) -> LoadedModel:
     loader = GGUFLoader(GGUFFile.open(files.weights))
     notes = [*files.notes, *loader.architecture.notes]
-    tokenizer = _gguf_tokenizer(files, loader)  # the quicker part first, where much can be wrong
+    tokenizer = gguf_tokenizer_of(
+        files, loader.file.metadata
+    )  # the quicker part first, where much can be wrong
     if dtype is None:
         dtype = mx.float32 if device == "cpu" else mx.bfloat16
     if dense is None:
@@ -102,13 +118,18 @@ def _load_gguf(
         loader.name,
         loader.config["max_position_embeddings"],
         notes,
+        shard,
     )
 
 
-def _gguf_tokenizer(files: ModelFiles, loader: GGUFLoader) -> Tokenizer:
-    metadata = loader.file.metadata
+def gguf_tokenizer_of(files: ModelFiles, metadata: Metadata | None = None) -> Tokenizer:
+    """Return the tokenizer of a GGUF model, whose metadata are read unless they are given."""
+    if metadata is None:
+        metadata = GGUFFile.open(files.weights).metadata
     # A template that was packaged on its own was chosen by somebody.
     template = files.text(CHAT_TEMPLATE)
+    if template is None and not metadata.text(_TEMPLATE, ""):
+        template = _template_of_go(files)
     try:
         return gguf_tokenizer.tokenizer_of(metadata, template)
     except ModelLoadError:
@@ -117,8 +138,24 @@ def _gguf_tokenizer(files: ModelFiles, loader: GGUFLoader) -> Tokenizer:
     return json_tokenizer.tokenizer_of(files, {})
 
 
+def _template_of_go(files: ModelFiles) -> str | None:
+    """Return the template that Ollama put beside weights without one, as Jinja."""
+    text = files.text(_GO_TEMPLATE)
+    if text is None:
+        return None
+    try:
+        return as_jinja(text)
+    except RequestError as error:  # prompts without a template can be answered still
+        _log.warning("the chat template is left out: %s", error)
+        return None
+
+
 def _load_safetensors(
-    files: ModelFiles, device: Device, dtype: mx.Dtype | None, dense: bool | None
+    files: ModelFiles,
+    device: Device,
+    dtype: mx.Dtype | None,
+    dense: bool | None,
+    shard: Shard | None,
 ) -> LoadedModel:
     config = read_config(files)
     tokenizer = json_tokenizer.tokenizer_of(files, config)
@@ -139,7 +176,7 @@ def _load_safetensors(
     context, known = context_length_of(config)
     if not known:
         notes.append(f"the config names no context length; {context} tokens are assumed")
-    return _loaded(model, config, tokenizer, config["model_type"], context, notes)
+    return _loaded(model, config, tokenizer, config["model_type"], context, notes, shard)
 
 
 def _loaded(
@@ -149,8 +186,11 @@ def _loaded(
     architecture: str,
     context_length: int,
     notes: list[str],
+    shard: Shard | None,
 ) -> LoadedModel:
     model.eval()
+    if shard is not None:
+        shard(model, config)
     try:
         weight_bytes = evaluate(model)
     except (RuntimeError, ValueError) as error:  # MLX reads some files only now

@@ -13,6 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from modelpack import mediatypes, ollama
+from modelpack.blob import read_blob
+from modelpack.model import Model
+from modelpack.stores.layout import LayoutStore
 from modelpack_engine.conversation.preface import Preface
 from modelpack_engine.errors import RequestError
 from modelpack_engine.pool.ollama_options import parse_options
@@ -20,7 +24,7 @@ from modelpack_engine.pool.ollama_options import parse_options
 _log = logging.getLogger(__name__)
 
 #: The key of the annotation.
-ANNOTATION = "dev.modelpack.defaults+json"
+ANNOTATION = mediatypes.DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,14 @@ class ModelDefaults:
             system if isinstance(system, str) else "",
             tuple(m for m in messages if _is_message(m)) if isinstance(messages, list) else (),
         )
+
+    @classmethod
+    def of_model(cls, model: Model, store: LayoutStore) -> ModelDefaults:
+        """Return what a stored model says: in the annotation, or in layers of Ollama's."""
+        if not model.manifest.is_ollama:
+            return cls.of(model.manifest.annotations)
+        said = ollama.defaults(model.manifest.layers, lambda layer: read_blob(store, layer))
+        return cls.of({ANNOTATION: said} if said else {})
 
     def annotation(self) -> dict[str, str]:
         """Return the annotation that says this."""

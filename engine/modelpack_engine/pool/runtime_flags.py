@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from modelpack.errors import UsageError
+from modelpack_engine.config import SpeculativeMethod
+from modelpack_engine.kv_types import parse_kv_cache_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,22 @@ def _seed(text: str) -> int | None:
     return number if number >= 0 else None
 
 
+def _method(text: str) -> str:
+    if text not in get_args(SpeculativeMethod):
+        raise UsageError(
+            f"the runtime flag --speculative-method is {text!r}",
+            hint=f"known are {', '.join(get_args(SpeculativeMethod))}",
+        )
+    return text
+
+
+def _name(text: str) -> str:
+    # A model of the store: flags come over HTTP, too, and name no files.
+    if not text:
+        raise UsageError("a runtime flag that names a draft model has no name")
+    return text
+
+
 _FLAGS = (
     _Flag(("--temp", "--temperature"), "sampling", "temperature", float,
           low=0, high=2),
@@ -81,6 +99,15 @@ _FLAGS = (
           low=0, high=1, above=True),
     _Flag(("--kv-cache-memory-bytes", "--kv-cache-bytes"), "engine", "kv_cache_bytes", int,
           low=1),
+    _Flag(("--kv-cache-dtype",), "engine", "kv_cache_dtype", parse_kv_cache_dtype),
+    _Flag(("--speculative-method",), "engine", "speculative_method", _method),
+    _Flag(("--draft-model", "--model-draft", "-md"), "engine", "draft_model", _name),
+    _Flag(("--num-speculative-tokens", "--draft-max", "--draft-n", "--draft"), "engine",
+          "num_speculative_tokens", _count, low=1),
+    _Flag(("--speculative-min-acceptance", "--draft-p-min"), "engine",
+          "speculative_min_acceptance", float, low=0, high=1),
+    _Flag(("--speculative-disable-by-batch-size",), "engine",
+          "speculative_disable_by_batch_size", int, low=0),
     _Flag(("--block-size",), "engine", "block_size", int, low=1),
     _Flag(("--enable-prefix-caching",), "engine", "enable_prefix_caching", None, True),
     _Flag(("--no-enable-prefix-caching", "--no-prefix-caching"), "engine",
@@ -114,7 +141,7 @@ def parse_flags(flags: Iterable[str]) -> ParsedFlags:
             read = flag.read(value)
         except ValueError:
             raise UsageError(f"the runtime flag {name} needs a number, and got {value!r}") from None
-        if read is not None and not flag.allows(read):
+        if isinstance(read, int | float) and not flag.allows(read):
             raise UsageError(f"the runtime flag {name} is {value}, expected {flag.range}")
         if read is None:
             found[flag.kind].pop(flag.field, None)

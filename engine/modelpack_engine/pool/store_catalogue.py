@@ -11,6 +11,7 @@ from modelpack.errors import InvalidReferenceError, ModelpackError, NotFoundErro
 from modelpack.model import Model, Role
 from modelpack.operations.find import stored_model
 from modelpack.operations.listing import list_models
+from modelpack.operations.remote import RemoteOptions
 from modelpack.stores.layout import LayoutStore
 from modelpack_engine import blas
 from modelpack_engine.async_engine import AsyncEngine
@@ -24,8 +25,9 @@ from modelpack_engine.pool.settings import ModelSettings
 
 if TYPE_CHECKING:
     from modelpack_engine.embedding.async_embedder import AsyncEmbedder
-    from modelpack_engine.engine import Engine
     from modelpack_engine.loaders import ModelFiles
+    from modelpack_engine.parallel.leading import Ranks
+    from modelpack_engine.stepping import SteppingEngine
 
 # What the engine takes for KV on a CPU where nothing else is said, and a step's own arrays.
 _KV_BYTES = 512 * 1024**2
@@ -36,12 +38,23 @@ _KV_SHARE = 0.5
 
 
 class StoreCatalogue:
-    """`config` is how engines run where a model's settings say nothing."""
+    """`config` is how engines run where a model's settings say nothing.
+
+    With `ranks`, engines run on all of them: one model that generates at a time. Where `remote`
+    says who is trusted, no model is loaded that is not signed so.
+    """
 
     def __init__(
-        self, store: LayoutStore | None = None, config: EngineConfig | None = None
+        self,
+        store: LayoutStore | None = None,
+        config: EngineConfig | None = None,
+        ranks: Ranks | None = None,
+        remote: RemoteOptions | None = None,
     ) -> None:
         blas.prepare()
+        self.ranks = ranks
+        # What is loaded is named by its digest: that is one variant already.
+        self.remote = None if remote is None else replace(remote, variant=None)
         self.store = store or LayoutStore()
         self.config = config or EngineConfig()
 
@@ -71,15 +84,18 @@ class StoreCatalogue:
 
     def needs(self, model: StoredModel, settings: ModelSettings) -> int:
         """Return roughly how many bytes of memory the loaded model will take."""
-        from modelpack_engine.opening import choose_device, open_model
+        from modelpack_engine.opening import open_model
 
-        weights = self._weight_bytes(model.key)
-        if choose_device(self.config) == "cpu" and model.format == "gguf":
-            weights *= _UNPACKED
+        config = settings.engine_config(self.config)
+        weights = self._loaded_bytes(stored_model(self.store, model.key), config)
         opened = open_model(model.key, pull=False, store=self.store)
         if not _generates(opened.files, settings):
             return weights  # what a batch takes comes and goes
-        return weights + (settings.engine_config(self.config).kv_cache_bytes or _KV_BYTES)
+        if self.ranks is not None:
+            weights //= self.ranks.size
+        if config.speculation == "draft" and isinstance(config.draft_model, str):
+            weights += self._loaded_bytes(stored_model(self.store, config.draft_model), config)
+        return weights + (config.kv_cache_bytes or _KV_BYTES)
 
     def load(
         self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
@@ -87,31 +103,36 @@ class StoreCatalogue:
         """Load a model; raises `EngineError`, `OutOfMemoryError` if it does not fit."""
         from modelpack_engine.embedding.async_embedder import AsyncEmbedder
         from modelpack_engine.embedding.loading import load_embedder
-        from modelpack_engine.opening import choose_device, load_model, open_model
+        from modelpack_engine.opening import choose_device, draft_files, load_model, open_model
+        from modelpack_engine.parallel.stored import load_on_ranks
 
-        opened = open_model(model.key, pull=False, store=self.store)
+        opened = open_model(model.key, pull=False, store=self.store, remote=self.remote)
         if not _generates(opened.files, settings):
             embedder = AsyncEmbedder(
                 lambda: load_embedder(opened.files, device=choose_device(self.config)), meter
             )
             _wait_until_ready(embedder)
             return LoadedEngine(embedder, embedder.model.config.architecture)
+        chosen = settings.engine_config(self.config)
+        draft = draft_files(chosen, self.store)
         found: dict[str, str] = {}
 
         def config(_context: int, weight_bytes: int) -> EngineConfig:
-            chosen = settings.engine_config(self.config)
             if "gpu_memory_utilization" in settings.engine_fields():
                 return chosen  # the share of this very model was asked for
             return _within(chosen, weight_bytes, room)
 
-        def make_engine() -> Engine:
-            engine, found["type"] = load_model(opened, self.config, config)
+        def make_engine() -> SteppingEngine:
+            if self.ranks is None:
+                engine, found["type"] = load_model(opened, chosen, config, draft)
+            else:
+                engine, found["type"] = load_on_ranks(self.ranks, opened, self.config, config)
             return engine
 
         engine = AsyncEngine(make_engine, meter)
         _wait_until_ready(engine)
         defaults = sampling_defaults(opened.files.json("generation_config.json"))
-        own = ModelDefaults.of(opened.model.manifest.annotations)
+        own = ModelDefaults.of_model(opened.model, self.store)
         return LoadedEngine(
             engine, found.get("type", ""), {**defaults, **own.sampling()}, own.preface
         )
@@ -125,9 +146,20 @@ class StoreCatalogue:
             names.insert(0, model.reference.familiar)
         return tuple(dict.fromkeys(names)) or (typed,)
 
-    def _weight_bytes(self, key: str) -> int:
-        model = stored_model(self.store, key)
-        return sum(file.descriptor.size for file in model.files() if file.role is Role.WEIGHT)
+    def _loaded_bytes(self, model: Model, config: EngineConfig) -> int:
+        """Return roughly what the weights take in memory where an engine runs as `config` says."""
+        from modelpack_engine.llama_cpp.choosing import choose_backend
+        from modelpack_engine.loaders import ModelFiles
+        from modelpack_engine.opening import choose_device
+
+        size = sum(file.descriptor.size for file in model.files() if file.role is Role.WEIGHT)
+        device = choose_device(config)
+        if device != "cpu" or model.config.format != "gguf":
+            return size
+        files = ModelFiles.from_store(model, self.store)
+        if self.ranks is None and choose_backend(files, config, device) != "mlx":
+            return size
+        return size * _UNPACKED
 
 
 def _generates(files: ModelFiles, settings: ModelSettings) -> bool:

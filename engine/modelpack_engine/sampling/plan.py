@@ -56,9 +56,13 @@ class Edits:
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """Rows with penalties, their history slots, and the penalties (float32 [rows, 1])."""
+    """Rows with penalties, their history slots, and the penalties (float32 [rows, 1]).
+
+    `batch_rows` are the rows on the host; `increments` what their tokens add to the history.
+    """
 
     rows: mx.array
+    batch_rows: NDArray[np.int32]
     slots: mx.array
     repetition: mx.array
     presence: mx.array
@@ -109,13 +113,18 @@ class Plan:
 
 
 def make_plan(
-    entries: Sequence[Entry], ends_masked: Sequence[bool], num_rows: int, vocab_size: int
+    entries: Sequence[Entry],
+    ends_masked: Sequence[bool],
+    counted: Sequence[bool],
+    num_rows: int,
+    vocab_size: int,
 ) -> Plan:
-    """Plan for `entries`, the first of `num_rows` rows; `ends_masked` says who may not end yet."""
+    """Plan for `entries`, the first of `num_rows` rows; `ends_masked` says who may not end yet, and
+    `counted` whose token is sure to be output."""
     tops = [e.params.logprobs for e in entries if e.params.logprobs is not None]
     return Plan(
         edits=_edits(entries, ends_masked),
-        penalties=_penalties(entries, num_rows),
+        penalties=_penalties(entries, counted, num_rows),
         draws=_draws(entries, num_rows, vocab_size),
         num_top=max(tops, default=None),
     )
@@ -144,16 +153,20 @@ def _edits(entries: Sequence[Entry], ends_masked: Sequence[bool]) -> Edits | Non
     )
 
 
-def _penalties(entries: Sequence[Entry], num_rows: int) -> Penalties | None:
+def _penalties(
+    entries: Sequence[Entry], counted: Sequence[bool], num_rows: int
+) -> Penalties | None:
     wanted = [row for row, entry in enumerate(entries) if entry.slot is not None]
     if not wanted:
         return None
     rows = padded_rows(wanted, num_rows)
     params = [entries[row].params for row in rows]
     slots = np.array([entries[row].slot for row in rows], dtype=np.int32)
-    increments = np.where(np.arange(len(rows)) < len(wanted), OUTPUT, 0).astype(np.int32)
+    sure = [counted[row] for row in wanted] + [False] * (len(rows) - len(wanted))
+    increments = np.where(sure, OUTPUT, 0).astype(np.int32)
     return Penalties(
         rows=mx.array(rows),
+        batch_rows=rows,
         slots=mx.array(slots),
         repetition=_column(p.repetition_penalty for p in params),
         presence=_column(p.presence_penalty for p in params),

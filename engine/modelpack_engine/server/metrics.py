@@ -18,6 +18,26 @@ _SERIES = (
     ("generation_tokens_total", "counter", "Generated tokens", "generated_tokens"),
     ("prefix_cache_queries_total", "counter", "Prompt tokens looked up", "prompt_tokens"),
     ("prefix_cache_hits_total", "counter", "Prompt tokens found cached", "cached_tokens"),
+    ("spec_decode_num_drafts_total", "counter", "Proposals verified", "num_proposals"),
+    ("spec_decode_num_draft_tokens_total", "counter", "Tokens proposed", "proposed_tokens"),
+    (
+        "spec_decode_num_accepted_tokens_total",
+        "counter",
+        "Tokens proposed that were right",
+        "accepted_tokens",
+    ),
+)
+
+_OFFLOAD_SERIES = (
+    ("restores_total", "counter", "Requests that got offloaded blocks", "restores"),
+    ("restored_tokens_total", "counter", "Tokens of restored blocks", "restored_tokens"),
+    ("memory_hits_total", "counter", "Blocks restored from memory", "memory_hits"),
+    ("disk_hits_total", "counter", "Blocks restored from disk", "disk_hits"),
+    ("saved_bytes_total", "counter", "Bytes copied off the device", "saved_bytes"),
+    ("restored_bytes_total", "counter", "Bytes copied back", "restored_bytes"),
+    ("dropped_files_total", "counter", "Damaged files that were removed", "dropped_files"),
+    ("memory_bytes", "gauge", "Bytes of blocks in host memory", "memory_bytes"),
+    ("disk_bytes", "gauge", "Bytes of blocks on disk", "disk_bytes"),
 )
 
 
@@ -49,6 +69,9 @@ def render(entries: Iterable[Entry]) -> str:
         lines += _histogram(name, [(label, meter.histograms[name]) for label, _, meter in models])
     values = [(label, float(stats.num_steps)) for label, stats, _ in models]
     lines += _family("modelpack:engine_steps_total", "counter", "Steps of the engine", values)
+    for name, kind, text, field in _OFFLOAD_SERIES:
+        values = [(label, float(getattr(stats.offload, field))) for label, stats, _ in models]
+        lines += _family(f"modelpack:kv_offload_{name}", kind, text, values)
     return "\n".join(lines) + "\n"
 
 

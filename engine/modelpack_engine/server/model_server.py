@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from starlette.types import ASGIApp
 
@@ -28,6 +29,7 @@ class ModelServer(AppServer):
         grace: int = GRACE,
         max_body_bytes: int = MAX_BODY_BYTES,
         wrap: Callable[[ASGIApp], ASGIApp] = lambda app: app,
+        tls: tuple[Path, Path] | None = None,
     ) -> None:
         """Raises `UsageError` for an address that is none, or not loopback unless allowed."""
         super().__init__(
@@ -37,4 +39,5 @@ class ModelServer(AppServer):
             allow_remote=allow_remote,
             grace=grace,
             lifespan=True,
+            tls=tls,
         )

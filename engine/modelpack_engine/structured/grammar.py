@@ -45,6 +45,10 @@ class GrammarMask:
         """Go on by a token; one that is not allowed makes `allowed` raise."""
         self._matcher.consume_token(token_id)
 
+    def copy(self) -> GrammarMask:
+        """Return a mask at the same place of the grammar."""
+        return GrammarMask(self._matcher.deep_copy())
+
     @property
     def is_complete(self) -> bool:
         """Whether the text may end here."""

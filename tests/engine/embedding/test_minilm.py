@@ -51,7 +51,8 @@ def test_together_as_alone_and_in_order(embedder: Embedder) -> None:
 def test_token_ids_are_taken_as_they_are(embedder: Embedder) -> None:
     ids = embedder.tokenizer.encode(SENTENCES[0])
     by_ids, by_text = embedder.embed([ids, SENTENCES[0]]).vectors
-    assert np.array_equal(by_ids, by_text)
+    # Not bit for bit: rows of one product may come by different instructions.
+    assert np.abs(by_ids - by_text).max() < 1e-6
     bare = embedder.embed([ids[1:-1]])
     assert bare.num_tokens == len(ids) - 2
     assert np.abs(bare.vectors[0] - by_ids).max() > 1e-3
@@ -98,8 +99,8 @@ def test_refused(
 def test_cut_where_asked(embedder: Embedder) -> None:
     cut = embedder.embed([LONG, [7] * 300], truncate=True)
     assert cut.token_counts == (256, 256)
-    assert np.array_equal(cut.vectors[0], embedder.embed(["word " * 254]).vectors[0])
-    assert np.array_equal(cut.vectors[1], embedder.embed([[7] * 256]).vectors[0])
+    for vector, short in zip(cut.vectors, ("word " * 254, [7] * 256), strict=True):
+        assert np.abs(vector - embedder.embed([short]).vectors[0]).max() < 1e-6
 
 
 def test_nothing_gives_nothing(embedder: Embedder) -> None:

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -69,4 +70,6 @@ def _take_terminal() -> None:
     import fcntl
     import termios
 
+    # A shell's background jobs, and what they start, ignore Ctrl-C; who types here does not.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C is a signal

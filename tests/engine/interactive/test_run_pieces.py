@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.markdown import Markdown
 
+from modelpack.cli.output import visible
 from modelpack.cli.run_lines import read_question
 from modelpack.cli.run_settings import SETTINGS, set_value, values
-from modelpack.cli.run_view import TerminalView, split_blocks, visible
+from modelpack.cli.run_view import TerminalView, split_blocks
 from modelpack.errors import UsageError
 from modelpack_engine.chatting import TEMPERATURE, Chat
 from modelpack_engine.conversation.spec import ChatDelta

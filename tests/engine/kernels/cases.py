@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from modelpack_engine.attention.kernels.launch import LOG2E
 from modelpack_engine.attention.kernels.plan import AttentionShape, DecodePlan, plan_decode
+from modelpack_engine.attention.quantised import Quantisation
 from tests.engine.kernels.signatures import Instance, decode_instance, merge_instance
 
 Array = npt.NDArray[Any]
 SOFTCAP = 2.0
-ITEMSIZE = {"float": 4, "float16_t": 2, "bfloat16_t": 2}
+ITEMSIZE = {"float": 4, "float16_t": 2, "bfloat16_t": 2, "uint32_t": 4}
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ CASES = [
     Case("split-bf16-out", S(2, 1, 96, 96), (50,), pool="bfloat16_t", q="bfloat16_t", parts=2),
     Case("latent-one-pool", S(4, 1, 72, 64, latent=True)),
     Case("latent-two-pools", S(4, 1, 64, 64, 8, latent=True), pool="bfloat16_t"),
+    Case("q8", S(4, 2, 64, 64, bits=8, group=64), pool="uint32_t"),
+    Case("q4-bf16", S(4, 2, 64, 64, bits=4, group=64), pool="uint32_t", q="bfloat16_t"),
+    Case("q8-odd-rows", S(9, 3, 64, 64, sinks=True, bits=8, group=64), pool="uint32_t"),
+    Case("q4-128-window", S(4, 1, 128, 128, window=20, bits=4, group=64), pool="uint32_t"),
+    Case("q8-96-64-split", S(2, 2, 96, 64, bits=8, group=32), (1, 70), pool="uint32_t", parts=2),
     Case("latent-576", S(6, 1, 512, 512, 64, latent=True), (1, 20), pool="bfloat16_t", parts=2),
 ]  # fmt: skip
 
@@ -94,9 +101,37 @@ def typed(array: Array, c_type: str) -> Array:
 
 def plain(array: Array, c_type: str) -> Array:
     """Return the values of what `typed` made, in float64."""
+    if c_type == "uint32_t":
+        raise TypeError("words have no values of their own")
     if c_type == "bfloat16_t":
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float64)
+
+
+def packed(pool: Array, shape: AttentionShape) -> Array:
+    """Return a pool [slots, heads, dim] quantised, [slots, words]; NaN spoils its group."""
+    kind = Quantisation(shape.bits, shape.group)
+    rows = pool.reshape(len(pool), -1, shape.group)
+    # MLX's functions make the words; groups of nothing but NaN are 1 << 30 or so.
+    words = kind.encode(mx.array(np.nan_to_num(rows).reshape(len(pool), -1)))
+    found = np.array(words)
+    scales = found[:, -rows.shape[1] :]
+    scales[np.isnan(rows).any(-1)] = 0x7FC0
+    return found
+
+
+def unpacked(words: Array, shape: AttentionShape, heads: int) -> Array:
+    """Return what words stand for, [slots, heads, dim], in float64; written out, without MLX."""
+    width = words.shape[1] * 32 * shape.group // (shape.bits * shape.group + 32)
+    codes, scales = np.split(words, [width * shape.bits // 32], axis=1)
+    per_word = 32 // shape.bits
+    shifts = np.arange(per_word, dtype=np.uint32) * shape.bits
+    values = (codes[:, :, None] >> shifts) & (2**shape.bits - 1)
+    values = values.reshape(len(words), -1, shape.group).astype(np.float64)
+    step = (scales << 16).view(np.float32)[..., None].astype(np.float64)
+    bias = (scales & 0xFFFF0000).view(np.float32)[..., None].astype(np.float64)
+    found: Array = (values * step + bias).reshape(len(words), heads, -1)
+    return found
 
 
 @dataclass
@@ -134,8 +169,8 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     arrays = {
         "q": typed(rng.standard_normal((*heads, shape.key_dim)), case.q),
         "q_more": typed(rng.standard_normal((*heads, max(1, shape.extra_dim))) * scale, case.q),
-        "k_pool": typed(k_pool, case.pool),
-        "v_pool": typed(v_pool, case.pool),
+        "k_pool": packed(k_pool, shape) if shape.bits else typed(k_pool, case.pool),
+        "v_pool": packed(v_pool, shape) if shape.bits else typed(v_pool, case.pool),
         "block_tables": tables,
         "context_lens": np.array(case.context_lens, np.int32),
         "sinks": rng.standard_normal(shape.num_heads).astype(np.float32),
@@ -154,7 +189,11 @@ def expected(case: Case, inputs: Inputs) -> Array:
     shape, size = case.shape, case.shape.block_size
     arrays = inputs.arrays
     q, q_more = (plain(arrays[name], case.q) for name in ("q", "q_more"))
-    k_pool, v_pool = (plain(arrays[name], case.pool) for name in ("k_pool", "v_pool"))
+    pools = arrays["k_pool"], arrays["v_pool"]
+    if shape.bits:
+        k_pool, v_pool = (unpacked(words, shape, shape.num_kv_heads) for words in pools)
+    else:
+        k_pool, v_pool = (plain(pool, case.pool) for pool in pools)
     out = np.zeros((len(case.context_lens), shape.num_heads, shape.value_dim))
     for row, length in enumerate(case.context_lens):
         first = 0 if shape.window is None else max(0, length - shape.window)

@@ -83,7 +83,10 @@ def build(
 
 
 def _changed(body: Body) -> tuple[str, ...]:
-    return (*OUTPUTS[body], *(("k_pool", "v_pool") if body == "write" else ()))
+    return (
+        *OUTPUTS[body],
+        *(("k_pool", "v_pool") if body in ("write", "quantise", "rotate") else ()),
+    )
 
 
 def _program(instances: Sequence[Instance], edit: Edit) -> str:

@@ -16,6 +16,7 @@ import pytest
 from modelpack_engine.attention import kernels
 from modelpack_engine.attention.kernels import AttentionShape, launch, naive, probes, support
 from modelpack_engine.attention.kernels.plan import plan_decode
+from modelpack_engine.attention.quantised import Quantisation
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,6 +41,11 @@ SHAPES = {
     "block-8": S(4, 2, 64, 64, block_size=8),
     "block-32": S(4, 2, 128, 128, block_size=32, sinks=True),
     "odd": S(4, 2, 20, 12),
+    "q8-64": S(32, 8, 64, 64, bits=8, group=64),
+    "q4-128": S(32, 8, 128, 128, bits=4, group=64),
+    "q8-odd-rows": S(9, 3, 64, 64, bits=8, group=64, sinks=True),
+    "q4-96": S(8, 2, 96, 96, bits=4, group=32, window=300),
+    "q8-256": S(8, 4, 256, 256, bits=8, group=64, softcap=True),
 }
 DTYPES = {"f32": mx.float32, "f16": mx.float16, "bf16": mx.bfloat16}
 
@@ -62,7 +68,8 @@ DECODES += [
 @pytest.mark.parametrize(("name", "dtype"), DECODES)
 def test_decode_is_right(name: str, dtype: str) -> None:
     on, shape = launch.backend(), SHAPES[name]
-    assert probes.probe_decode(shape, on, DTYPES[dtype], DTYPES[dtype]) is None
+    pool = mx.uint32 if shape.bits else DTYPES[dtype]
+    assert probes.probe_decode(shape, on, DTYPES[dtype], pool) is None
 
 
 def test_pools_may_have_another_type_than_queries() -> None:
@@ -73,6 +80,12 @@ def test_pools_may_have_another_type_than_queries() -> None:
 @pytest.mark.parametrize(("rows", "kv_heads"), [("f32", "bf16"), ("bf16", "bf16"), ("f16", "f32")])
 def test_write_is_right_and_in_place(rows: str, kv_heads: str) -> None:
     assert probes.probe_write(launch.backend(), DTYPES[rows], DTYPES[kv_heads]) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [Quantisation(8, 64), Quantisation(4, 32)], ids=str)
+def test_rows_are_quantised_in_place(kind: Quantisation, dtype: str) -> None:
+    assert probes.probe_quantise(launch.backend(), DTYPES[dtype], kind) is None
 
 
 def test_the_kernels_are_available() -> None:

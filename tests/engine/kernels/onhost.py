@@ -20,7 +20,8 @@ from modelpack_engine.attention.kernels.sources import INPUTS, OUTPUTS, Backend,
 from tests.engine.kernels.emulator import Edit, Emulator, build, unchanged
 from tests.engine.kernels.signatures import Instance
 
-C_TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t"}
+C_TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t",
+           mx.uint32: "uint32_t"}  # fmt: skip
 UNSIGNED = {2: mx.uint16, 4: mx.uint32}
 
 
@@ -66,6 +67,8 @@ class Host:
             constants = tuple((n, v) for n, v in template if isinstance(v, int))
             instance = Instance(body, types, constants)
             # A pool that is not evaluated has no memory yet: MLX would run what makes it first.
+            mx.eval(*inputs)
+            inputs = [mx.contiguous(array) for array in inputs]  # as MLX does
             mx.eval(*inputs)
             outputs = [
                 mx.full(shape, 7, dtype)

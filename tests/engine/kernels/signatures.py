@@ -12,6 +12,7 @@ from modelpack_engine.attention.kernels.plan import (
     plan_write,
 )
 from modelpack_engine.attention.kernels.sources import INPUTS, OUTPUTS, Body, text
+from modelpack_engine.attention.quantised import Quantisation
 
 #: Element types: a template type, or C's.
 ELEMENTS: dict[Body, dict[str, str]] = {
@@ -25,7 +26,18 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "k": "R", "v": "R", "k_pool": "P", "v_pool": "P", "slots": "int", "previous": "int",
         "token": "int",
     },
+    "rotate": {
+        "joint": "J", "positions": "int", "slots": "int", "inverse": "float", "q_weight": "W",
+        "k_weight": "W", "params": "float", "k_pool": "P", "v_pool": "P", "previous": "int",
+        "q": "T", "token": "int",
+    },
+    "add_norm": {
+        "a": "T", "b": "B", "weight": "W", "params": "float", "total": "T", "out": "T",
+    },
+    "swiglu": {"joint": "T", "out": "T"},
+    "dequantise": {"weight": "uint32_t", "scales": "T", "biases": "T", "out": "T"},
 }  # fmt: skip
+ELEMENTS["quantise"] = ELEMENTS["write"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,17 @@ def write_instance(key_width: int, value_width: int, *, rows: str, pool: str) ->
     vector, _ = plan_write(max(size[rows], size[pool]), key_width, value_width)
     constants = (("KW", key_width), ("VW", value_width), ("VEC", vector))
     return Instance("write", (("R", rows), ("P", pool)), constants)
+
+
+def quantise_instance(
+    key_width: int, value_width: int, quantised: Quantisation, *, rows: str
+) -> Instance:
+    """Return the kernel that quantises rows of these widths."""
+    constants = (
+        ("KW", key_width), ("VW", value_width), ("BITS", quantised.bits),
+        ("GROUP", quantised.group),
+    )  # fmt: skip
+    return Instance("quantise", (("R", rows), ("P", "uint32_t")), constants)
 
 
 def names_in_use(body: Body) -> Sequence[str]:

@@ -6,15 +6,17 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from modelpack_engine.attention.kernels.plan import AttentionShape, plan_write
+from modelpack_engine.attention.kernels.plan import QUANTISED_PART, AttentionShape, plan_write
 from modelpack_engine.attention.kernels.sources import Body
+from modelpack_engine.attention.quantised import Quantisation
 from tests.engine.kernels.cases import CASES, ITEMSIZE, Case, expected, make_inputs, plain, typed
 from tests.engine.kernels.emulator import Emulator, build
-from tests.engine.kernels.signatures import write_instance
+from tests.engine.kernels.signatures import quantise_instance, write_instance
 
 Array = npt.NDArray[Any]
 
@@ -23,12 +25,17 @@ WRITES = [
     ("float", "float", 128, 128), ("float", "bfloat16_t", 64, 32),
     ("float16_t", "float16_t", 72, 0), ("bfloat16_t", "float", 20, 12),
 ]  # fmt: skip
+QUANTISED = [
+    ("float", 128, 128, Quantisation(8, 64)), ("bfloat16_t", 192, 64, Quantisation(4, 64)),
+    ("float16_t", 96, 32, Quantisation(8, 32)), ("float", 64, 96, Quantisation(4, 32)),
+]  # fmt: skip
 RACED = ("bf16", "split-sinks", "latent-two-pools", "window-sinks-gqa4-80")
 
 
 def all_instances() -> list[Any]:
     decodes = [instance for case in CASES for instance in case.instances]
-    return decodes + [write_instance(k, v, rows=r, pool=p) for r, p, k, v in WRITES]
+    writes = [write_instance(k, v, rows=r, pool=p) for r, p, k, v in WRITES]
+    return [*decodes, *writes, *(quantise_instance(k, v, q, rows=r) for r, k, v, q in QUANTISED)]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +108,53 @@ def test_write_changes_its_slots_and_nothing_else(
     assert arrays["token"] == 0
     for name, pool in wanted.items():
         assert np.array_equal(arrays[name], pool), name
+
+
+@pytest.mark.parametrize("write", QUANTISED, ids=lambda w: f"{w[0]}-{w[1]}-{w[2]}-{w[3].bits}")
+def test_quantised_rows_are_those_of_mlx_s_functions(
+    emulator: Emulator, write: tuple[str, int, int, Quantisation], tmp_path: Path
+) -> None:
+    rows_type, key_width, value_width, kind = write
+    rng = np.random.default_rng(1)
+    slots = np.array([5, -1, 0, 11, 2, 7, 8], np.int32)
+    arrays = {"slots": slots, "previous": np.zeros(1, np.int32), "token": np.ones(1, np.int32)}
+    wanted = {}
+    kept = slots >= 0
+    for rows_name, name, width in (("k", "k_pool", key_width), ("v", "v_pool", value_width)):
+        values = rng.standard_normal((len(slots), width)) * np.exp(rng.uniform(-9, 9, (7, 1)))
+        values[2] = 0.0
+        values[3] = -2.5
+        values[4, 7] = np.nan
+        values[5, 9] = -np.inf
+        rows = typed(values, rows_type)
+        arrays[rows_name] = rows
+        arrays[name] = np.full((12, kind.words(width)), 9, np.uint32)
+        words = kind.encode(mx.array(plain(rows, rows_type).astype(np.float32)))
+        wanted[name] = arrays[name].copy()
+        wanted[name][slots[kept]] = np.array(words)[kept]
+    instance = quantise_instance(key_width, value_width, kind, rows=rows_type)
+    threads = (key_width + value_width) // QUANTISED_PART
+    grid = (-(-len(slots) * threads // 32), 1, 1)
+    check(emulator.run(instance, arrays, grid, 32, tmp_path))
+    assert arrays["token"] == 0
+    for name, pool in wanted.items():
+        unwritten = np.setdiff1d(np.arange(12), slots)
+        assert np.all(arrays[name][unwritten] == 9), name
+        found, read = (
+            np.array(kind.decode(mx.array(words), mx.float32)) for words in (arrays[name], pool)
+        )
+        finite = np.isfinite(read)
+        assert np.array_equal(np.isfinite(found), finite), name
+        # Halfway between two codes either will do; apart from that, the bits are the same.
+        assert np.mean(arrays[name] == pool) > 0.9, name
+        assert np.all((found == read) | ~finite | (np.abs(found - read) <= limit(read, kind))), name
+
+
+def limit(read: Array, kind: Quantisation) -> Array:
+    """Return the step between two codes of each row, at most: the span of a row over the codes."""
+    rows = np.nan_to_num(read, nan=0.0, posinf=0.0, neginf=0.0)
+    span: Array = (rows.max(-1) - rows.min(-1))[:, None]
+    return span / (2**kind.bits - 1) * 1.02
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 from modelpack_engine.attention import kernels
 from modelpack_engine.attention.kernels import AttentionShape, launch, order, probes, support
 from modelpack_engine.attention.kernels.sources import Body
+from modelpack_engine.attention.quantised import Quantisation
 from tests.engine.kernels.cases import CASES, SOFTCAP, Case, expected, make_inputs
 from tests.engine.kernels.onhost import Host, memory
 
@@ -44,8 +45,15 @@ def host(monkeypatch: pytest.MonkeyPatch, compiled: tuple[Path, dict[Any, Any]])
 
 def run(case: Case, **more: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Return what `decode_attention` and the reference give for a case, in float32."""
-    inputs = make_inputs(Case(case.name, case.shape, case.context_lens))
     shape = case.shape
+    case = Case(case.name, shape, case.context_lens, pool="uint32_t" if shape.bits else "float")
+    inputs = make_inputs(case)
+    if shape.bits:
+        more["quantised"] = Quantisation(shape.bits, shape.group)
+        for name in ("k_pool", "v_pool"):
+            words = inputs.arrays[name]
+            words[words == 0x7FC0] = 0  # no NaN, as below
+            inputs.arrays[name] = words[:, None]
     a = {name: mx.array(np.nan_to_num(array)) for name, array in inputs.arrays.items()}
     tables = mx.where(a["block_tables"] == 1 << 30, 0, a["block_tables"])
     out = kernels.decode_attention(
@@ -56,7 +64,9 @@ def run(case: Case, **more: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         q_more=a["q_more"] if shape.extra_dim else None,
         value_dim=shape.value_dim if shape.latent else None, block_size=shape.block_size, **more,
     )  # fmt: skip
-    return np.array(out), expected(Case(case.name, shape, case.context_lens), inputs)
+    for name in ("k_pool", "v_pool") if shape.bits else ():
+        inputs.arrays[name] = inputs.arrays[name][:, 0]
+    return np.array(out), expected(case, inputs)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -65,7 +75,7 @@ def test_without_a_kernel_mlx_computes_the_same(case: Case) -> None:
     assert np.max(np.abs(found - wanted)) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["softcap-window-sinks", "latent-two-pools"])
+@pytest.mark.parametrize("name", ["softcap-window-sinks", "latent-two-pools", "q8"])
 def test_a_decode_reaches_the_kernel(host: Host, name: str) -> None:
     case = next(case for case in CASES if case.name == name)
     found, wanted = run(case, split=1)
@@ -106,6 +116,36 @@ def test_write_in_place_shares_the_pools_memory(host: Host) -> None:
         assert memory(new).ctypes.data == memory(old).ctypes.data
         assert mx.array_equal(new[mx.array([17, 4])], wanted[mx.array([0, 2])])
         assert mx.sum(new != 0).item() == 2 * wanted[0].size
+
+
+@pytest.mark.parametrize(("width", "by_kernel"), [(4, False), (8, True)])
+def test_rows_of_few_elements_are_left_to_mlx(host: Host, width: int, by_kernel: bool) -> None:
+    kernels.write_kv(rows(0, 1, 1, 8), rows(1, 1, 1, 8), mx.zeros((16, 1, 8)), mx.zeros((16, 1, 8)),
+                     mx.array([3], mx.int32))  # fmt: skip
+    count = len(host.calls)
+    v = rows(1, 1, 1, width)
+    _, new_v = kernels.write_kv(
+        rows(0, 1, 1, 8), v, mx.zeros((16, 1, 8)), mx.zeros((16, 1, width)), mx.array([3], mx.int32)
+    )
+    assert new_v is not None
+    assert mx.array_equal(new_v[3], v[0])
+    assert (len(host.calls) > count) == by_kernel
+
+
+def test_quantised_rows_reach_their_kernel(host: Host) -> None:
+    kind = Quantisation(4, 64)
+    pools = [mx.zeros((48, 1, kind.words(width)), mx.uint32) for width in (128, 64)]
+    k, v = rows(0, 3, 2, 64), rows(1, 3, 2, 32)
+    slots = mx.array([17, -1, 4], mx.int32)
+    new_k, new_v = kernels.write_kv(k, v, *pools, slots, quantised=kind)
+    assert host.calls[-1][0] == "quantise"
+    assert new_v is not None
+    assert kernels.token_of(new_k) is kernels.token_of(new_v) is not None
+    for new, old, wanted in ((new_k, pools[0], k), (new_v, pools[1], v)):
+        assert memory(new).ctypes.data == memory(old).ctypes.data
+        found = kind.decode(new[mx.array([17, 4]), 0], mx.float32)
+        assert mx.allclose(found, wanted[mx.array([0, 2])].reshape(2, -1), atol=0.3)
+        assert not mx.any(new[mx.array([0, 5, 16])]).item()
 
 
 @pytest.mark.parametrize("emulated", [True, False], ids=["kernel", "mlx"])
@@ -244,6 +284,26 @@ def test_a_failed_probe_warns_and_falls_back(
         result, wanted = run(Case("again", shape, (5, 17)))
         assert np.max(np.abs(result - wanted)) <= 1e-5
     assert len(host.calls) == count
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("* inverse + 0.5f", "* inverse + 4.5f"),
+        ("step_bits = 0x7fc00000u", "step_bits = 0"),
+        ("(size_t)slot *", "(size_t)(slot ^ 1) *"),
+        ("higher > high ? higher : high", "high"),
+    ],
+    ids=["codes", "nan", "slots", "lanes"],
+)
+def test_a_wrong_quantising_kernel_is_not_used(host: Host, old: str, new: str) -> None:
+    kind = Quantisation(8, 64)
+    assert support.may_write(mx.bfloat16, mx.uint32, kind)
+    assert {body for body, _ in host.calls} == {"quantise"}
+    support._verdicts.clear()
+    host.break_by(wrong("quantise", old, new))
+    assert not support.may_write(mx.bfloat16, mx.uint32, kind)
+    assert not support.may_write(mx.bfloat16, mx.uint32)
 
 
 def test_a_write_that_copies_fails_its_probe(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

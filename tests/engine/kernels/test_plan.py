@@ -7,10 +7,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from modelpack_engine.attention.kernels.plan import (
+    MAX_FLIGHT_BYTES,
     MAX_PARTS,
     MAX_SHARED_BYTES,
     MERGE_SIMDGROUPS,
     AttentionShape,
+    accumulators,
     plan_decode,
     plan_write,
     refusal,
@@ -75,13 +77,28 @@ def test_plans_fit_into_shared_memory(shape: AttentionShape, itemsize: int) -> N
         assert fits, "every usual head has a kernel"
 
 
+@given(shapes())
+def test_plans_for_metal_fit_into_its_registers(shape: AttentionShape) -> None:
+    """32-bit registers of a thread: accumulators, loads under way and scores, beside some more."""
+    assume(refusal(shape, 2) is None)
+    assume(min(shape.key_dim, shape.value_dim) >= 64)
+    assume(max(shape.key_dim + shape.extra_dim, shape.value_dim) <= 256)
+    plan = plan_decode(shape, 2, 1, 1, max_accumulators=accumulators("metal"))
+    c = dict(plan.constants)
+    row = -(-c["DV"] // (c["VEC"] * c["LPT"])) * c["VEC"]
+    taken = c["HEADS"] * row + MAX_FLIGHT_BYTES // 4 + c["HEADS"] * c["STEPS"]
+    assert taken + 3 * c["HEADS"] <= 128 - 24
+    assert plan.shared_bytes <= plan_decode(shape, 2, 1, 1).shared_bytes
+
+
 @pytest.mark.parametrize(
     ("rows", "kv_heads", "context", "window", "parts"),
     [
         (128, 8, 1024, None, 1),  # rows enough
-        (32, 8, 4096, None, 4),
-        (1, 8, 8192, None, 64),
-        (64, 8, 2048, None, 2),
+        (32, 8, 4096, None, 1),
+        (16, 8, 4096, None, 2),
+        (1, 8, 8192, None, 32),
+        (64, 8, 2048, None, 1),
         (1, 8, 256, None, 1),  # too short
         (1, 8, 8192, 128, 1),  # a short window
         (1, 8, 8192, 1024, 8),

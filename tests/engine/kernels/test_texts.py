@@ -14,12 +14,14 @@ from modelpack_engine.attention.kernels.sources import (
     kernel_source,
     text,
 )
+from modelpack_engine.attention.quantised import Quantisation
 from tests.engine.kernels.cases import CASES
 from tests.engine.kernels.emulator import STUBS
 from tests.engine.kernels.signatures import (
     Instance,
     argument_list,
     names_in_use,
+    quantise_instance,
     write_instance,
 )
 from tests.peers import require
@@ -32,13 +34,16 @@ ATTRIBUTES = {
     "threadgroups_per_grid": "uint3",
     "thread_position_in_grid": "uint3",
 }
-BODIES: tuple[Body, ...] = ("decode", "merge", "write")
+BODIES: tuple[Body, ...] = ("decode", "merge", "write", "quantise")
 
 
 def instances(body: Body) -> list[Instance]:
     found = {i: None for case in CASES for i in case.instances if i.body == body}
     if body == "write":
         found = {write_instance(64, 32, rows="float", pool="bfloat16_t"): None}
+    if body == "quantise":
+        kinds = [Quantisation(8, 64), Quantisation(4, 32)]
+        found = {quantise_instance(128, 64, kind, rows="bfloat16_t"): None for kind in kinds}
     return list(found)
 
 
@@ -172,5 +177,5 @@ def test_names_change_with_the_text() -> None:
         for backend in ("metal", "cuda")
         for split in ((False, True) if body == "decode" else (False,))
     ]
-    assert len(set(names)) == len(names) == 8
+    assert len(set(names)) == len(names) == 10
     assert all(re.fullmatch(r"paged_\w+_[0-9a-f]{12}", name) for name in names)

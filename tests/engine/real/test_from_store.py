@@ -80,6 +80,7 @@ def test_plain(
     assert large_files(tmp_path, Path(os.environ["HOME"])) == before
 
 
+@pytest.mark.long
 def test_four_bits_over_http(
     engine: Engine, prompts: list[list[int]], export: Path, tmp_path: Path
 ) -> None:

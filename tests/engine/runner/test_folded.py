@@ -35,3 +35,21 @@ def test_folded_layers_compute_the_same_on_two_dimensions(monkeypatch: pytest.Mo
     dimensions.clear()
     model(rows)
     assert set(dimensions) == {3}
+
+
+@pytest.mark.parametrize("dequantise", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_parts_of_a_product_are_added_up_before_the_bias(
+    dequantise: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer whose input is divided between devices; here the other has the same part."""
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda x, group: 2 * x)
+    layer = nn.QuantizedShardedToAllLinear(64, 8, bias=bias, group=mx.distributed.init())
+    if bias:
+        layer.bias = mx.arange(8) / 8
+    x = mx.random.normal((3, 1, 64))
+    expected = layer(x)
+    model = nn.Module()
+    model.layer = layer
+    assert fold_quantised(model, ClassSwaps(), dequantise=dequantise) == 1
+    assert mx.allclose(layer(x), expected, atol=1e-5).item()

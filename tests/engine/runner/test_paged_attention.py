@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -81,6 +81,22 @@ def build(case: Case, buckets: Buckets) -> tuple[StepBatch, list[list[int]]]:
     )
 
 
+def given_up(batch: StepBatch, window: int) -> StepBatch:
+    """Return the batch with the trash block in place of all that no row's window reaches."""
+
+    def without(table: list[int] | tuple[int, ...], length: int) -> list[int]:
+        unseen = max(0, length - window) // BLOCK
+        return [0] * unseen + list(table[unseen:])
+
+    lengths = batch.decode_lengths
+    tables = [without(t, n) for t, n in zip(batch.decode_tables, lengths, strict=True)]
+    chunks = [
+        replace(c, block_table=tuple(without(c.block_table, c.kv_length - c.length + 1)))
+        for c in batch.chunks
+    ]
+    return replace(batch, decode_tables=tables, chunks=tuple(chunks))
+
+
 def expected(queries: mx.array, keys: mx.array, values: mx.array, **how: Any) -> mx.array:
     """Attend from the last rows of one sequence: arrays [heads, tokens, dim]; simple, slow."""
     count, total = queries.shape[1], keys.shape[1]
@@ -138,7 +154,7 @@ def test_paged_attention(exact: bool, kind: str, case: Case, window: int) -> Non
         paged.pools.write(keys, values, slots, None)
         sequences.append((keys, values))
 
-    step.begin(batch, [0])
+    step.begin(given_up(batch, window) if kind == "window" else batch, [0])
     rows = batch.num_rows
     queries = mx.random.normal((rows, HEADS, 1, DIM))
     keys = mx.random.normal((rows, layout.key_heads, 1, DIM))

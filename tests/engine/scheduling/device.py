@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from modelpack_engine.batch import Chunk, StepBatch
 from modelpack_engine.sequence import Sequence
+from modelpack_engine.snapshots import PrefixSnapshots
 
 VOCAB_SIZE = 7
 EOS = 0
@@ -31,8 +32,13 @@ def sampled(entries: list[int], seed: int) -> int:
     return hash((*entries, seed)) % VOCAB_SIZE
 
 
-def alone(prompt: list[int], salt: bytes, seed: int, count: int) -> list[int]:
-    """Return the `count` tokens that follow a prompt, computed without any device."""
+def alone(
+    prompt: list[int], salt: bytes, seed: int, count: int, window: int | None = None
+) -> list[int]:
+    """Return the `count` tokens that follow a prompt, computed without any device.
+
+    Each sees `window` tokens (2 or more; None: all), its own included.
+    """
     entries: list[int] = []
     tokens: list[int] = []
     while len(tokens) < count:
@@ -40,7 +46,7 @@ def alone(prompt: list[int], salt: bytes, seed: int, count: int) -> list[int]:
         for position in range(len(entries), len(all_tokens)):
             before = entries[-1] if entries else root(salt)
             entries.append(written(before, position, all_tokens[position]))
-        tokens.append(sampled(entries, seed))
+        tokens.append(sampled(entries if window is None else entries[-window:], seed))
     return tokens
 
 
@@ -51,6 +57,8 @@ class FakeDevice:
     num_blocks: int
     block_size: int
     recurrent: bool = False
+    snapshots: PrefixSnapshots | None = None
+    window: int | None = None
     memory: list[tuple[int, int] | None] = field(init=False)
     sequences: dict[int, Sequence] = field(default_factory=dict)
     states: dict[int, int] = field(default_factory=dict)
@@ -75,11 +83,17 @@ class FakeDevice:
         for chunk in batch.chunks:
             if self.recurrent and chunk.kv_length == chunk.length:
                 assert chunk.seq_id not in self.states, "a sequence starts on an old state"
+                assert chunk.snapshot is None, "a sequence starts at its beginning and elsewhere"
+            if isinstance(chunk.snapshot, int):
+                self.states[chunk.seq_id] = chunk.snapshot
             for row in range(chunk.row, chunk.row + chunk.length):
                 length = batch.positions[row] + 1
                 table = chunk.block_table
                 entries[row] = self._write(batch, token_ids, row, table, length, chunk.seq_id)
             assert length == chunk.kv_length
+            if self.snapshots is not None and chunk.block_hash is not None:
+                assert length % self.block_size == 0
+                self.snapshots.put(chunk.block_hash, self.states[chunk.seq_id])
         return [
             sampled(entries[row], sequence.index)
             for row, sequence in zip(batch.sample_rows, batch.sample_seqs, strict=True)
@@ -97,11 +111,12 @@ class FakeDevice:
         """Write a row's KV and return all that the row attends to."""
         size, position = self.block_size, length - 1
         assert batch.positions[row] == position
-        slots = [table[p // size] * size + p % size for p in range(length)]
+        first = 0 if self.window is None else max(0, length - self.window)
+        slots = [table[p // size] * size + p % size for p in range(first, length)]
         assert batch.slots[row] == slots[-1]
         assert slots[-1] >= size, "a real row writes to the trash block"
         read = [self.memory[slot] for slot in slots[:-1]]
-        assert [entry and entry[0] for entry in read] == list(range(position)), (
+        assert [entry and entry[0] for entry in read] == list(range(first, position)), (
             f"{self.sequences[seq_id]} reads KV that is not its own: {read}"
         )
         entries = [entry[1] for entry in read if entry]

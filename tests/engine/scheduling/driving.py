@@ -12,7 +12,7 @@ SMALL_BUCKETS = Buckets(rows=(1, 2, 4), chunk=(4, 8), table_width=(1, 2, 4, 8))
 ODD_BUCKETS = Buckets(rows=(3,), chunk=(2, 3), table_width=(5,))
 
 
-def some_simulation(seed: int) -> Simulation:
+def some_simulation(seed: int, window: int | None = None) -> Simulation:
     """Return a simulation of random limits, most of them tight."""
     rng = random.Random(seed)
     return Simulation(
@@ -23,13 +23,14 @@ def some_simulation(seed: int) -> Simulation:
         buckets=rng.choice([EXACT, SMALL_BUCKETS, ODD_BUCKETS]),
         prefix_caching=rng.random() < 0.8,
         recurrent=rng.random() < 0.3,
+        window=window,
         mode=rng.choice(MODES),
     )
 
 
-def drive(seed: int, num_actions: int = 60) -> Simulation:
+def drive(seed: int, num_actions: int = 60, window: int | None = None) -> Simulation:
     """Let requests come, be aborted, be stopped and fail at random; then drain."""
-    sim = some_simulation(seed)
+    sim = some_simulation(seed, window)
     rng = random.Random(seed)
     texts = [[rng.randrange(VOCAB_SIZE) for _ in range(24)] for _ in range(2)]
     num_requests = 0

@@ -17,6 +17,7 @@ from modelpack_engine.outputs import FinishReason
 from modelpack_engine.sampling_params import SamplingParams
 from modelpack_engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 from modelpack_engine.sequence import Sequence, SequenceStatus
+from modelpack_engine.snapshots import PrefixSnapshots
 from tests.engine.scheduling.device import EOS, FakeDevice, alone
 
 #: When the host reads a step's tokens: at once; after the next is built, before it is submitted;
@@ -46,11 +47,15 @@ def sequence(
 
 def audit(blocks: BlockManager, sequences: list[Sequence]) -> None:
     """Count everything again from the tables of all sequences, and compare."""
-    refs = Counter(block for seq in sequences for block in seq.block_table)
+    tables = [seq.block_table[seq.num_unseen_blocks :] for seq in sequences]
+    refs = Counter(block for table in tables for block in table)
+    for seq in sequences:
+        unseen = seq.block_table[: seq.num_unseen_blocks]
+        assert set(unseen) <= {TRASH_BLOCK}, "a block is kept that nobody will see"
     everything = range(len(blocks._ref_counts))
     assert [refs[block] for block in everything] == blocks._ref_counts, "ref counts are wrong"
-    for seq in sequences:
-        assert len(set(seq.block_table)) == len(seq.block_table), "a block is twice in a table"
+    for table in tables:
+        assert len(set(table)) == len(table), "a block is twice in a table"
     places = [*blocks._free, *blocks._cached, *refs]
     assert sorted(places) == list(everything)[1:], "a block is lost, or in two places"
     assert TRASH_BLOCK not in places
@@ -84,6 +89,8 @@ class Simulation:
     buckets: Buckets = EXACT
     prefix_caching: bool = True
     recurrent: bool = False
+    num_snapshots: int = 5
+    window: int | None = None
     mode: Mode = "build-ahead"
 
     blocks: BlockManager = field(init=False)
@@ -101,7 +108,9 @@ class Simulation:
             self.num_blocks,
             self.block_size,
             model_id="model",
-            enable_prefix_caching=self.prefix_caching and not self.recurrent,
+            enable_prefix_caching=self.prefix_caching,
+            snapshots=PrefixSnapshots(self.num_snapshots) if self.recurrent else None,
+            window=self.window,
         )
         config = SchedulerConfig(
             max_num_seqs=self.max_num_seqs,
@@ -112,7 +121,9 @@ class Simulation:
             buckets=self.buckets,
         )
         self.scheduler = Scheduler(config, self.blocks)
-        self.device = FakeDevice(self.num_blocks, self.block_size, self.recurrent)
+        self.device = FakeDevice(
+            self.num_blocks, self.block_size, self.recurrent, self.blocks.snapshots, self.window
+        )
 
     # What happens to it.
 
@@ -167,7 +178,7 @@ class Simulation:
     def step(self, between: Callable[[], None] | None = None) -> bool:
         """Run a step; False if there was none. `between` happens while its graph is built."""
         output = self._schedule()
-        if output is None and self.pending is not None:
+        while output is None and (self.pending is not None or self.await_blocks()):
             self.collect()
             output = self._schedule()
         if output is None:
@@ -195,6 +206,10 @@ class Simulation:
             assert len(seq.block_table) == needed, "more than a partial block is wasted"
         self.check()
         return True
+
+    def await_blocks(self) -> bool:
+        """Let something happen that sequences wait for; whether there was any."""
+        return False
 
     def drain(self) -> None:
         """Run until nothing is left, within a bound on the number of steps."""
@@ -241,7 +256,10 @@ class Simulation:
         outputs = seq.output_token_ids
         limit = seq.max_num_tokens - len(seq.prompt_token_ids)
         assert len(outputs) <= limit
-        assert outputs == alone(seq.prompt_token_ids, seq.cache_salt, seq.index, len(outputs))
+        assert outputs == alone(
+            seq.prompt_token_ids, seq.cache_salt, seq.index, len(outputs), self.window
+        )
+        self._check_window(seq)
         ends = seq.eos_token_ids if not seq.params.ignore_eos else frozenset()
         ends = {*ends, *seq.params.stop_token_ids}
         assert not ends & set(outputs[seq.params.min_tokens : -1]), "it went on after its end"
@@ -251,6 +269,20 @@ class Simulation:
             assert outputs[-1] in ends
         if not seq.is_finished:
             assert len(outputs) < limit
+
+    def _check_window(self, seq: Sequence) -> None:
+        """What is seen has a block, and what nobody will see has none."""
+        if self.window is None:
+            assert seq.num_unseen_blocks == 0
+            return
+        if seq not in self.running:
+            return
+        unseen = max(0, seq.num_computed_tokens - self.window) // self.block_size
+        assert seq.num_unseen_blocks <= unseen, "a block is given up that may be seen"
+        assert seq.num_unseen_blocks == unseen, "a block is kept that nobody will see"
+        most = self.blocks.most_held(self.scheduler.config.chunk_rows)
+        if most is not None:
+            assert self.blocks.num_held(seq) <= most
 
     def _check_published(self) -> None:
         """Equal hashes stand for equal content, computed to the end."""
@@ -271,7 +303,8 @@ class Simulation:
         order = [seq.arrival for seq in self.admitted]
         assert order == sorted(order), "somebody was admitted before who came earlier"
         if output is None:
-            assert self.running == before or set(self.running) < set(before)
+            fewer = self.running == before or set(self.running) < set(before)
+            assert fewer or self.blocks.is_awaited
             return None
         assert output.decode or output.prefill
         assert {*output.decode, *output.preempted} >= set(decoding), "a stream is held up"

@@ -11,11 +11,14 @@ import pytest
 MODULES = (
     "sequence",
     "prefix_hash",
+    "snapshots",
     "block_manager",
     "buckets",
     "schedule",
     "scheduler",
     "batch",
+    "speculation.fitting",
+    "speculation.verification",
 )
 
 

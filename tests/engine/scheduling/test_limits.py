@@ -127,3 +127,24 @@ def test_chunk_rows(chunk: int | None, tokens: int, sizes: tuple[int, ...], rows
         buckets=Buckets(chunk=sizes),
     )
     assert config.chunk_rows == rows
+
+
+@pytest.mark.parametrize(
+    ("context", "start", "alone", "rows"),
+    [
+        (None, 100_000, False, 512),
+        (4096, 0, False, 512),
+        (4096, 4096, False, 256),
+        (4096, 4096, True, 512),
+        (4096, 8192, False, 128),
+        (4096, 10**6, False, 16),
+    ],
+)
+def test_chunks_shrink_beside_others(
+    context: int | None, start: int, alone: bool, rows: int
+) -> None:
+    config = SchedulerConfig(
+        8, 2048, 10**7, max_prefill_chunk=512, prefill_context=context,
+        buckets=Buckets(chunk=(16, 32, 64, 128)),
+    )  # fmt: skip
+    assert config.chunk_rows_at(start, alone=alone) == rows

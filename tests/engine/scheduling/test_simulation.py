@@ -29,6 +29,7 @@ class Traffic(RuleBasedStateMachine):
         buckets=st.sampled_from([EXACT, SMALL_BUCKETS, ODD_BUCKETS]),
         prefix_caching=st.sampled_from([True, True, False]),
         recurrent=st.sampled_from([False, False, True]),
+        window=st.sampled_from([None, None, 2, 5, 8, 13]),
         mode=st.sampled_from(MODES),
         texts=st.lists(st.lists(token_ids, min_size=24, max_size=24), min_size=1, max_size=2),
     )

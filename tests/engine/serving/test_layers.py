@@ -14,12 +14,22 @@ PACKAGE = Path(next(iter(modelpack_engine.__path__)))
 LAYERS = ("output", "structured", "embedding", "conversation", "pool", "server")
 HTTP = {"fastapi", "starlette", "uvicorn", "httpx", "requests"}
 MODULES = [path for layer in LAYERS[:-1] for path in sorted((PACKAGE / layer).rglob("*.py"))]
+COMMANDS = ("chatting.py", "checkup.py", "smoking.py")
 # The engine itself, which knows nothing of those; but what the command line runs stands above them.
 ENGINE = [
-    *(path for path in PACKAGE.glob("*.py") if path.name not in ("chatting.py", "smoking.py")),
+    *(path for path in PACKAGE.glob("*.py") if path.name not in COMMANDS),
     *(
         path
-        for part in ("adaptation", "attention", "benchmarking", "loaders", "sampling")
+        for part in (
+            "adaptation",
+            "attention",
+            "benchmarking",
+            "llama_cpp",
+            "loaders",
+            "parallel",
+            "sampling",
+            "speculation",
+        )
         for path in (PACKAGE / part).rglob("*.py")
     ),
 ]

@@ -102,6 +102,8 @@ def test_all_families_are_there(api: Scripted, used: bool) -> None:
         assert f"vllm:{name}{{{label}}}" in series
     for reason in ("stop", "length", "abort", "error"):
         assert f'vllm:request_success_total{{{label},finished_reason="{reason}"}}' in series
+    for name in ("restores_total", "disk_hits_total", "restored_bytes_total", "memory_bytes"):
+        assert f"modelpack:kv_offload_{name}{{{label}}}" in series
     for name in HISTOGRAMS:
         assert {f"vllm:{name}_{part}{{{label}}}" for part in ("sum", "count")} <= series
 

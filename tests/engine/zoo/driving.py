@@ -45,6 +45,7 @@ class Driver:
         self.blocks = BlockManager(
             setting.blocks,
             enable_prefix_caching=setting.prefix_cache and self.runner.supports_prefix_cache,
+            snapshots=self.runner.snapshots,
         )
         config = SchedulerConfig(
             max_num_seqs=setting.max_num_seqs,

@@ -34,8 +34,9 @@ How a model runs is found when it is loaded, and tested on its real weights:
 - **pieces**: some attention modules run sequence by sequence, on keys gathered from the pages;
 - **contiguous**: one forward per request, with mlx-lm's own cache: correct, but slow.
 
-Recurrent layers always run sequence by sequence in a prompt, and as one group when decoding. Where
-prefixes are not shared, a sequence has a state beside its keys and values.
+Recurrent layers always run sequence by sequence in a prompt, and as one group when decoding.
+Prefixes of these models are shared up to a snapshot of their state
+([how](serving.md#how-it-works)).
 
 | architecture | tier | prefixes shared | layers | |
 |---|---|---|---|---|

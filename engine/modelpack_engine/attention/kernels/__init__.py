@@ -1,6 +1,7 @@
 """Kernels over paged KV: decode attention through the block table, and writing KV rows in place.
 
-Pools are flat and token-major: [slots, KV heads, dim], slot = block * block size + offset. On Metal
+Pools are flat and token-major: [slots, KV heads, dim], slot = block * block size + offset; or
+[slots, 1, words] where they are quantised (see `attention.quantised`). On Metal
 and CUDA the two operations are kernels made of one text (see `sources`); each is probed when it is
 first needed against MLX's own functions, and where there is no GPU, no kernel for a shape, or a
 failed probe, those functions run instead.
@@ -14,10 +15,14 @@ before, not for readers: in a model its rows follow from what they read, or go t
 """
 
 from modelpack_engine.attention.kernels.operations import decode_attention as decode_attention
+from modelpack_engine.attention.kernels.operations import prefill_attention as prefill_attention
 from modelpack_engine.attention.kernels.operations import write_kv as write_kv
 from modelpack_engine.attention.kernels.order import after as after
 from modelpack_engine.attention.kernels.order import token_of as token_of
+from modelpack_engine.attention.kernels.order import written as written
 from modelpack_engine.attention.kernels.plan import AttentionShape as AttentionShape
+from modelpack_engine.attention.kernels.prefill import TILE_ROWS as TILE_ROWS
+from modelpack_engine.attention.kernels.prefill import Tiles as Tiles
 from modelpack_engine.attention.kernels.support import KernelSupport as KernelSupport
 from modelpack_engine.attention.kernels.support import available as available
 from modelpack_engine.attention.kernels.support import enable as enable

@@ -4,10 +4,55 @@ struct alignas(sizeof(E) * N) PaVec {
   E e[N];
 };
 
-#ifdef __CUDACC__
-__device__ inline float pa_exp2(float x) {
+#if defined(__CUDACC__)
+#define PA_FUNCTION __device__ inline
+#define PA_EACH _Pragma("unroll")
+PA_FUNCTION float pa_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+PA_FUNCTION float pa_float(unsigned int bits) { return __uint_as_float(bits); }
+PA_FUNCTION unsigned int pa_bits(float x) { return __float_as_uint(x); }
+#elif defined(__METAL_VERSION__)
+#define PA_FUNCTION inline
+#define PA_EACH _Pragma("clang loop unroll(full)")
+PA_FUNCTION float pa_float(unsigned int bits) { return as_type<float>(bits); }
+PA_FUNCTION unsigned int pa_bits(float x) { return as_type<unsigned int>(x); }
+#else
+#define PA_FUNCTION inline
+#define PA_EACH
+PA_FUNCTION float pa_float(unsigned int bits) { return __builtin_bit_cast(float, bits); }
+PA_FUNCTION unsigned int pa_bits(float x) { return __builtin_bit_cast(unsigned int, x); }
 #endif
+
+template <int N>
+struct PaFloats {
+  float e[N];
+};
+
+// N elements of a pool: how they lie there, and how to compute with them. Quantised, they are codes of
+// BITS bits in words, the lowest first; a word more, of their group, has a bias and a scale.
+template <typename P, int N, int BITS>
+struct PaElements {
+  typedef PaVec<P, N * BITS / 32> Packed;
+  typedef PaFloats<N> Wide;
+  static PA_FUNCTION Wide wide(Packed packed, P group) {
+    const float step = pa_float((unsigned int)(group) << 16);
+    const float bias = pa_float((unsigned int)(group) & 0xffff0000u);
+    Wide found;
+    PA_EACH for (int i = 0; i < N; i++) {
+      const unsigned int code = (unsigned int)(packed.e[i * BITS / 32]) >> (i * BITS % 32);
+      // 2^23 + code, as bits: GPUs convert integers four times slower than they subtract.
+      const float whole = pa_float(0x4b000000u | (code & ((1u << BITS) - 1u))) - 8388608.0f;
+      found.e[i] = whole * step + bias;
+    }
+    return found;
+  }
+};
+template <typename P, int N>
+struct PaElements<P, N, 0> {
+  typedef PaVec<P, N> Packed;
+  typedef PaVec<P, N> Wide;
+  static PA_FUNCTION Wide wide(Packed packed, P) { return packed; }
+};

@@ -3,6 +3,7 @@
   // In a simdgroup LPT lanes share a token, VEC elements each, so TPW tokens are read side by side,
   // STEPS times over. K and V are read once for all heads. Scores are in base 2 (log2 e is in params).
   //   q [B, HK*G, DK] T   k_pool [slots, HK, DK] P   v_pool [slots, HK, DV] P
+  //   BITS: quantised, pools are [slots, words] P: codes of all heads, then a word for each GROUP of them
   //   LATENT: V is the first DV elements of K, and keys go on with DX elements in v_pool, whose
   //   queries are q_more [B, HK*G, DX] T
   //   block_tables [B, width] int   context_lens [B] int   sinks [HK*G] S   written [1]: order only
@@ -15,7 +16,13 @@
   constexpr int QV = VEC < 4 ? VEC : 4, QN = KN * (VEC / QV), QROW = QN * LPT;
   constexpr int OROW = VN * VEC * LPT, OSUB = OROW + LPT;  // LPT more: subgroups hit other banks
   constexpr float LOWEST = -1e30f, LOG2E = 1.4426950408889634f;
-  typedef PaVec<P, VEC> Vec;
+  // Elements of P in a head of a pool's row, and in a row.
+  constexpr int KHEAD = BITS ? DK * BITS / 32 : DK, KROW = HK * KHEAD + (BITS ? HK * DK / GROUP : 0);
+  constexpr int VWIDTH = LATENT ? DX : DV, VHEAD = BITS ? VWIDTH * BITS / 32 : VWIDTH;
+  constexpr int VROW = HK * VHEAD + (BITS ? HK * VWIDTH / GROUP : 0);
+  typedef PaElements<P, VEC, BITS> Elements;
+  typedef typename Elements::Packed Vec;
+  typedef typename Elements::Wide Wide;
   typedef PaVec<float, QV> QVec;
 
   const int lane = PA_LANE, group = PA_SIMD, index = group * 32 + lane;
@@ -63,28 +70,40 @@
   for (; base < end; base += TURN) {
     const int ahead = base + TURN;
     const int next = ahead < end ? block_tables[(size_t)row * width + ahead / BLOCK] : 0;
-    Vec keys[STEPS][KN], values[STEPS][VN];
+    Vec k_read[STEPS][KN], v_read[STEPS][VN];
+    P k_group[STEPS][KN], v_group[STEPS][VN];
     float bias[STEPS];  // far below every score where there is no token to attend to
     PA_UNROLL for (int u = 0; u < STEPS; u++) {
       const int wanted = base + u * TPW + sub;
       const int token = wanted < low ? low : wanted < end ? wanted : end - 1;
       bias[u] = token == wanted ? 0.0f : 4.0f * LOWEST;
-      const size_t line = ((size_t)block * BLOCK + token % BLOCK) * HK + kv_head;
-      const PA_DEVICE Vec* k_line = (const PA_DEVICE Vec*)(k_pool + line * DK);
-      const PA_DEVICE Vec* v_line = (const PA_DEVICE Vec*)(v_pool + line * (LATENT ? DX : DV));
+      const size_t slot = (size_t)block * BLOCK + token % BLOCK;
+      const PA_DEVICE P* k_row = k_pool + slot * KROW;
+      const PA_DEVICE P* v_row = v_pool + slot * VROW;
+      const PA_DEVICE Vec* k_line = (const PA_DEVICE Vec*)(k_row + kv_head * KHEAD);
+      const PA_DEVICE Vec* v_line = (const PA_DEVICE Vec*)(v_row + kv_head * VHEAD);
       PA_UNROLL for (int i = 0; i < KN; i++) {
         const int v = i * LPT + at;
         const PA_DEVICE Vec* from = v < DK / VEC || DX == 0 ? k_line + v : v_line + v - DK / VEC;
-        keys[u][i] = v < D / VEC ? *from : *k_line;
+        k_read[u][i] = v < D / VEC ? *from : *k_line;
+        if (BITS) {
+          const int group = kv_head * (DK / GROUP) + (v < D / VEC ? v * VEC / GROUP : 0);
+          k_group[u][i] = k_row[HK * KHEAD + group];
+        }
       }
       PA_UNROLL for (int i = 0; !LATENT && i < VN; i++) {
         const int v = i * LPT + at;
-        values[u][i] = v < DV / VEC ? v_line[v] : *v_line;
+        v_read[u][i] = v < DV / VEC ? v_line[v] : *v_line;
+        if (BITS) {
+          const int group = kv_head * (DV / GROUP) + (v < DV / VEC ? v * VEC / GROUP : 0);
+          v_group[u][i] = v_row[HK * VHEAD + group];
+        }
       }
     }
-    if (LATENT) {  // V is the beginning of K: nothing more to read
-      PA_UNROLL for (int u = 0; u < STEPS; u++) {
-        PA_UNROLL for (int i = 0; i < VN; i++) values[u][i] = keys[u][i];
+    Wide keys[STEPS][KN], values[STEPS][VN];
+    PA_UNROLL for (int u = 0; u < STEPS; u++) {
+      PA_UNROLL for (int i = 0; i < KN; i++) {
+        keys[u][i] = Elements::wide(k_read[u][i], k_group[u][i]);
       }
     }
     float score[HEADS][STEPS];
@@ -102,6 +121,12 @@
     PA_UNROLL for (int mask = LPT / 2; mask > 0; mask /= 2) {
       PA_UNROLL for (int g = 0; g < HEADS; g++) {
         PA_UNROLL for (int u = 0; u < STEPS; u++) score[g][u] += PA_XOR(score[g][u], mask);
+      }
+    }
+    PA_UNROLL for (int u = 0; u < STEPS; u++) {
+      PA_UNROLL for (int i = 0; i < VN; i++) {  // LATENT: V is the beginning of K
+        if (LATENT) values[u][i] = keys[u][i];
+        if (!LATENT) values[u][i] = Elements::wide(v_read[u][i], v_group[u][i]);
       }
     }
     PA_UNROLL for (int g = 0; g < HEADS; g++) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
@@ -11,6 +12,7 @@ import mlx.core as mx
 
 from modelpack_engine.attention.kernels.plan import (
     MERGE_SIMDGROUPS,
+    QUANTISED_PART,
     AttentionShape,
     DecodePlan,
     plan_write,
@@ -20,8 +22,12 @@ from modelpack_engine.attention.kernels.sources import (
     Backend,
     Body,
     KernelSource,
+    can_include,
     kernel_source,
 )
+from modelpack_engine.attention.quantised import Quantisation
+
+logger = logging.getLogger(__name__)
 
 LOG2E = math.log2(math.e)
 Kernel = Callable[..., list[mx.array]]
@@ -37,17 +43,48 @@ def backend() -> Backend:
 
 
 @cache
-def _kernel(body: Body, on: Backend, *, split: bool = False) -> tuple[Kernel, KernelSource]:
-    found = kernel_source(body, on, split=split)
+def _includes_files() -> bool:
+    """Return whether CUDA's compiler opens the files that a kernel names: asked by making one."""
+    if not can_include():
+        return False
+    made = _made(kernel_source("swiglu", "cuda", by_path=True), "cuda")
+    try:
+        mx.eval(
+            made(
+                inputs=[mx.zeros((1, 16), mx.float32)],
+                template=[("T", mx.float32), ("N", 8), ("VEC", 4), ("SMALL", 0)],
+                grid=(256, 1, 1),
+                threadgroup=(256, 1, 1),
+                output_shapes=[(1, 8)],
+                output_dtypes=[mx.float32],
+            )
+        )
+    except RuntimeError as error:
+        logger.info("CUDA's compiler does not include files: %s", error)
+        return False
+    return True
+
+
+@cache
+def _kernel(
+    body: Body, on: Backend, *, split: bool = False, shared_bytes: int = 0
+) -> tuple[Kernel, KernelSource]:
+    found = kernel_source(body, on, split=split, by_path=on == "cuda" and _includes_files())
+    return _made(found, on, shared_bytes), found
+
+
+def _made(found: KernelSource, on: Backend, shared_bytes: int = 0) -> Kernel:
     make: Any = mx.fast.metal_kernel if on == "metal" else mx.fast.cuda_kernel
+    more = {"shared_memory": shared_bytes} if shared_bytes else {}
     made: Kernel = make(
         name=found.name,
         input_names=list(found.inputs),
         output_names=list(found.outputs),
         source=found.source,
         header=found.header,
+        **more,
     )
-    return made, found
+    return made
 
 
 @cache
@@ -56,15 +93,22 @@ def zero() -> mx.array:
     return mx.array([0], mx.int32)
 
 
+def kernel(body: Body, on: Backend, shared_bytes: int = 0) -> Kernel:
+    """Return the kernel of a body; `shared_bytes` are of what it does not declare itself (CUDA)."""
+    if shared_bytes:
+        return _kernel(body, on, shared_bytes=shared_bytes)[0]
+    return _kernel(body, on)[0]
+
+
 @lru_cache(maxsize=256)
-def _factors(scale: float, softcap: float | None) -> mx.array:
-    """Return the decode kernel's `params`: scores come out in base 2."""
+def factors(scale: float, softcap: float | None) -> mx.array:
+    """Return the attention kernels' `params`, float32 [3]: scores come out in base 2."""
     if softcap is None:
         return mx.array([scale * LOG2E, LOG2E, 0.0], mx.float32)
     return mx.array([scale / softcap, 1.0 / softcap, softcap * LOG2E], mx.float32)
 
 
-def _template(
+def template(
     types: Sequence[tuple[str, mx.Dtype]],
     constants: Sequence[tuple[str, int | bool]],
     inputs: Sequence[mx.array],
@@ -101,11 +145,11 @@ def decode(
     rows = q.shape[0]
     split = plan.parts > 1
     if sinks is None:
-        sinks = _factors(1.0, None)
+        sinks = factors(1.0, None)
     if q_more is None:
         q_more = q
     inputs = [
-        q, q_more, k_pool, v_pool, block_tables, context_lens, sinks, _factors(scale, softcap),
+        q, q_more, k_pool, v_pool, block_tables, context_lens, sinks, factors(scale, softcap),
         zero() if written is None else written,
     ]  # fmt: skip
     kernel, _ = _kernel("decode", on, split=split)
@@ -119,7 +163,7 @@ def decode(
         dtypes = [mx.float32, mx.float32]
     found = kernel(
         inputs=inputs,
-        template=_template(types, plan.constants, inputs, on),
+        template=template(types, plan.constants, inputs, on),
         grid=(shape.num_kv_heads * plan.groups * plan.threads, rows, plan.parts),
         threadgroup=(plan.threads, 1, 1),
         output_shapes=shapes,
@@ -135,7 +179,7 @@ def decode(
     inputs = [*found, sinks]
     (out,) = merge(
         inputs=inputs,
-        template=_template([("T", q.dtype), ("S", sinks.dtype)], constants, inputs, on),
+        template=template([("T", q.dtype), ("S", sinks.dtype)], constants, inputs, on),
         grid=(shape.num_heads * 32 * MERGE_SIMDGROUPS, rows, 1),
         threadgroup=(32 * MERGE_SIMDGROUPS, 1, 1),
         output_shapes=[(*heads, shape.value_dim)],
@@ -152,24 +196,26 @@ def write(
     v_pool: mx.array | None,
     slots: mx.array,
     previous: mx.array | None,
+    quantised: Quantisation | None = None,
 ) -> mx.array:
     """Write rows k [T, key width], v [T, value width] into the pools' memory; return the token."""
     (rows, key_width), value_width = k.shape, 0 if v is None else v.shape[1]
     itemsize = max(k.dtype.size, k_pool.dtype.size)
-    vector, threads = plan_write(itemsize, key_width, value_width)
+    constants: list[tuple[str, int | bool]] = [("KW", key_width), ("VW", value_width)]
+    if quantised is None:
+        vector, threads = plan_write(itemsize, key_width, value_width)
+        constants.append(("VEC", vector))
+    else:
+        threads = (key_width + value_width) // QUANTISED_PART
+        constants += [("BITS", quantised.bits), ("GROUP", quantised.group)]
     inputs = [
         k, k if v is None else v, k_pool, k_pool if v_pool is None else v_pool, slots,
         zero() if previous is None else previous,
     ]  # fmt: skip
-    kernel, _ = _kernel("write", on)
+    kernel, _ = _kernel("write" if quantised is None else "quantise", on)
     (token,) = kernel(
         inputs=inputs,
-        template=_template(
-            [("R", k.dtype), ("P", k_pool.dtype)],
-            [("KW", key_width), ("VW", value_width), ("VEC", vector)],
-            inputs,
-            on,
-        ),
+        template=template([("R", k.dtype), ("P", k_pool.dtype)], constants, inputs, on),
         grid=(rows * threads, 1, 1),
         threadgroup=(min(256, rows * threads), 1, 1),
         output_shapes=[(1,)],

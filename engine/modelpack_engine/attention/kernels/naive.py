@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from modelpack_engine.attention.quantised import Quantisation
+
 
 def decode_attention(
     q: mx.array,
@@ -23,6 +25,7 @@ def decode_attention(
     q_more: mx.array | None = None,
     value_dim: int | None = None,
     block_size: int = 16,
+    quantised: Quantisation | None = None,
 ) -> mx.array:
     """Gather, score, softmax, sum: in float32, over the whole width of the block tables."""
     rows, num_heads, _ = q.shape
@@ -30,8 +33,8 @@ def decode_attention(
     width = block_tables.shape[1] * block_size
     offsets = mx.arange(block_size, dtype=mx.int32)
     slots = (block_tables[:, :, None] * block_size + offsets).reshape(rows, width)
-    keys = k_pool[slots].astype(mx.float32)
-    values = keys[..., :value_dim] if value_dim else v_pool[slots].astype(mx.float32)
+    keys = _rows(k_pool, slots, num_kv_heads, quantised)
+    values = keys[..., :value_dim] if value_dim else _rows(v_pool, slots, num_kv_heads, quantised)
     scaled = q.astype(mx.float32) * scale
     if q_more is not None:
         keys = mx.concatenate([keys, v_pool[slots].astype(mx.float32)], axis=-1)
@@ -61,10 +64,22 @@ def decode_attention(
     return out.reshape(rows, num_heads, -1).astype(q.dtype)
 
 
-def write_rows(rows: mx.array, pool: mx.array, slots: mx.array) -> mx.array:
+def _rows(pool: mx.array, slots: mx.array, heads: int, quantised: Quantisation | None) -> mx.array:
+    """Return float32 [rows, width, heads, dim]."""
+    found = pool[slots]
+    if quantised is None:
+        return found.astype(mx.float32)
+    return quantised.decode(found[..., 0, :], mx.float32).reshape(*slots.shape, heads, -1)
+
+
+def write_rows(
+    rows: mx.array, pool: mx.array, slots: mx.array, quantised: Quantisation | None = None
+) -> mx.array:
     """Scatter `rows` into `pool` at `slots`; those below 0 go to slot 0, in the trash block.
 
     In place if nothing else holds the pool, else on a copy.
     """
+    if quantised is not None:
+        rows = quantised.encode(rows.reshape(rows.shape[0], -1))
     pool[mx.maximum(slots, 0)] = rows.reshape(-1, *pool.shape[1:]).astype(pool.dtype)
     return pool

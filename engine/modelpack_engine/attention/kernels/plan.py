@@ -14,13 +14,19 @@ SIMDGROUPS = 4
 #: Simdgroups that merge a head's parts.
 MERGE_SIMDGROUPS = 8
 #: Threadgroups that keep a large GPU busy; with fewer, contexts are split.
-TARGET_THREADGROUPS = 1024
+TARGET_THREADGROUPS = 256
 #: Shorter contexts are never split; a part is planned to have a quarter of this at least.
 SPLIT_CONTEXT = 512
 MAX_PARTS = 64
 #: Bytes of one load, float accumulators a lane keeps, and bytes it has under way in a turn.
 LOAD_BYTES = 16
+#: Quantised elements of one load, and of one thread that writes.
+MAX_QUANTISED = 16
+QUANTISED_PART = 8
 MAX_ACCUMULATORS = 64
+# The same on Metal, where a thread has 128 registers: these, up to 32 of loads under way, and up to
+# 16 scores leave some for addresses; twice as many would spill. Reckoned, not measured.
+_METAL_ACCUMULATORS = 32
 MAX_FLIGHT_BYTES = 128
 #: What Metal guarantees a threadgroup.
 MAX_SHARED_BYTES = 32 * 1024
@@ -32,6 +38,7 @@ class AttentionShape:
 
     `key_dim` and `value_dim` are the widths of the two pools' rows. `latent`: values are the first
     `value_dim` elements of the keys, and keys go on with `extra_dim` elements in the second pool.
+    With `bits` above 0 the pools are quantised, in groups of `group` elements.
     """
 
     num_heads: int
@@ -44,6 +51,8 @@ class AttentionShape:
     window: int | None = None
     softcap: bool = False
     sinks: bool = False
+    bits: int = 0
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,10 @@ def refusal(shape: AttentionShape, itemsize: int) -> str | None:
         return "keys continue in the second pool although that holds values"
     if shape.latent and shape.value_dim > shape.key_dim:
         return "values are longer than the keys that hold them"
+    if shape.bits and (
+        shape.latent or shape.key_dim % shape.group or shape.value_dim % shape.group
+    ):
+        return "quantised heads have to fall into groups, and latents are not quantised"
     if min(shape.key_dim, shape.value_dim) < 8:
         return f"heads of {shape.key_dim}/{shape.value_dim} elements are too small"
     merging = 4 * MERGE_SIMDGROUPS * -(-shape.value_dim // 32) * 32
@@ -76,10 +89,27 @@ def refusal(shape: AttentionShape, itemsize: int) -> str | None:
     return None
 
 
+def accumulators(backend: str) -> int:
+    """Return the most accumulators of a lane on a backend."""
+    return _METAL_ACCUMULATORS if backend == "metal" else MAX_ACCUMULATORS
+
+
 def vector_width(itemsize: int, *widths: int) -> int:
     """Return how many elements of `itemsize` bytes one load takes from rows of all these widths."""
     vector = LOAD_BYTES // itemsize
     while any(width % vector for width in widths):
+        vector //= 2
+    return vector
+
+
+def quantised_width(shape: AttentionShape) -> int:
+    """Return how many quantised elements one load takes, from rows of words that may be odd."""
+    vector = MAX_QUANTISED
+    pieces = [shape.group * shape.bits]  # in bits
+    for dim in (shape.key_dim, shape.value_dim):
+        groups = shape.num_kv_heads * dim // shape.group
+        pieces += [dim * shape.bits, shape.num_kv_heads * dim * shape.bits + groups * 32]
+    while any(piece % (vector * shape.bits) for piece in pieces):
         vector //= 2
     return vector
 
@@ -93,14 +123,20 @@ def plan_decode(
     split: int | None = None,
     simdgroups: int = SIMDGROUPS,
     max_steps: int = 4,
+    max_accumulators: int = MAX_ACCUMULATORS,
 ) -> DecodePlan:
     """Return the plan for `num_rows` rows whose contexts have up to `max_context` tokens.
 
-    `itemsize` is that of the pools' elements. `split` fixes the number of parts.
+    `itemsize` is that of the pools' elements, unless these are quantised. `split` fixes the number
+    of parts, `max_accumulators` bounds those of a lane.
     """
     dim = shape.key_dim + shape.extra_dim
     group = shape.num_heads // shape.num_kv_heads
-    vector = vector_width(itemsize, shape.key_dim, shape.value_dim, shape.extra_dim)
+    if shape.bits:
+        vector, width = quantised_width(shape), shape.bits
+    else:
+        vector = vector_width(itemsize, shape.key_dim, shape.value_dim, shape.extra_dim)
+        width = itemsize * 8
     # Lanes that share a token: enough to hold a key, or value, in one vector each, where 32 can.
     lanes = max(1, 32 // shape.block_size)
     while lanes < 32 and lanes * vector < max(dim, shape.value_dim):
@@ -108,11 +144,11 @@ def plan_decode(
     key_vectors = -(-dim // (vector * lanes))
     value_vectors = -(-shape.value_dim // (vector * lanes))
     abreast = 32 // lanes
-    flight = (key_vectors + (0 if shape.latent else value_vectors)) * vector * itemsize
+    flight = (key_vectors + (0 if shape.latent else value_vectors)) * vector * width // 8
     steps = max_steps
     while steps > 1 and (steps * abreast > shape.block_size or steps * flight > MAX_FLIGHT_BYTES):
         steps //= 2
-    most = max(1, min(8, MAX_ACCUMULATORS // (value_vectors * vector)))
+    most = max(1, min(8, max_accumulators // (value_vectors * vector)))
     groups = -(-group // most)
     heads = -(-group // groups)
     groups = -(-group // heads)
@@ -127,6 +163,7 @@ def plan_decode(
         ("HK", shape.num_kv_heads), ("G", group), ("HEADS", heads), ("BLOCK", shape.block_size),
         ("WINDOW", shape.window or 0), ("SOFTCAP", shape.softcap), ("SINKS", shape.sinks),
         ("SPLIT", split > 1), ("LATENT", shape.latent),
+        ("BITS", shape.bits), ("GROUP", max(1, shape.group)),
         ("NSG", simdgroups), ("VEC", vector), ("LPT", lanes), ("STEPS", steps),
     )  # fmt: skip
     return DecodePlan(constants, groups, 32 * simdgroups, split, turn, shared)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import mlx.core as mx
 
 from modelpack_engine.attention.kernels import launch, naive
-from modelpack_engine.attention.kernels.plan import AttentionShape, plan_decode
+from modelpack_engine.attention.kernels.plan import AttentionShape, accumulators, plan_decode
 from modelpack_engine.attention.kernels.sources import Backend
+from modelpack_engine.attention.quantised import Quantisation
 
 TOLERANCE = {mx.float32: 2e-4, mx.float16: 4e-3, mx.bfloat16: 3e-2}
 _BLOCKS = 41
@@ -27,9 +28,16 @@ def probe_decode(shape: AttentionShape, on: Backend, dtype: mx.Dtype, pool: mx.D
     context_lens = mx.array([1, size + 1, longest // 2 - 1, longest], mx.int32)
     rows = context_lens.size
     heads = rows, shape.num_heads
-    k_pool = mx.random.normal((*lines, shape.key_dim), key=keys[0]).astype(pool)
+    kind = mx.float32 if shape.bits else pool
+    k_pool = mx.random.normal((*lines, shape.key_dim), key=keys[0]).astype(kind)
     more = shape.extra_dim if shape.latent else shape.value_dim
-    v_pool = mx.random.normal((*lines, more), key=keys[1]).astype(pool) if more else k_pool
+    v_pool = mx.random.normal((*lines, more), key=keys[1]).astype(kind) if more else k_pool
+    quantised = Quantisation(shape.bits, shape.group) if shape.bits else None
+    if quantised is not None:
+        k_pool, v_pool = (
+            quantised.encode(mx.random.normal((lines[0], 1, lines[1] * dim), key=keys[6 + i]))
+            for i, dim in enumerate((shape.key_dim, shape.value_dim))
+        )
     q = mx.random.normal((*heads, shape.key_dim), key=keys[2]).astype(dtype)
     q_more = None
     if shape.extra_dim:
@@ -44,11 +52,14 @@ def probe_decode(shape: AttentionShape, on: Backend, dtype: mx.Dtype, pool: mx.D
             q.astype(mx.float32), k_pool, v_pool, tables, context_lens,
             scale=scale, num_kv_heads=shape.num_kv_heads, window=shape.window, softcap=softcap,
             sinks=sinks, q_more=q_more, value_dim=shape.value_dim if shape.latent else None,
-            block_size=size,
+            block_size=size, quantised=quantised,
         )  # fmt: skip
         mx.eval(expected)
     for parts in (1, 4):
-        plan = plan_decode(shape, k_pool.dtype.size, rows, _WIDTH * size, parts)
+        plan = plan_decode(
+            shape, k_pool.dtype.size, rows, _WIDTH * size, parts,
+            max_accumulators=accumulators(on),
+        )  # fmt: skip
         out = launch.decode(
             plan, shape, on, q, k_pool, v_pool, tables, context_lens,
             scale=scale, softcap=softcap, sinks=sinks, q_more=q_more,
@@ -97,4 +108,42 @@ def probe_write(on: Backend, dtype: mx.Dtype, pool: mx.Dtype) -> str | None:
         values = written[indices + order, 0].astype(dtype) + 1
     if not mx.array_equal(values, k + 8).item():
         return "a reader did not wait for the write before it"
+    return None
+
+
+def probe_quantise(on: Backend, dtype: mx.Dtype, quantised: Quantisation) -> str | None:
+    """Quantise rows into pools that others hold: the right values, no copy, nothing beside."""
+    rows, widths = 32, (512, 256)
+    keys = mx.random.split(mx.random.key(13), 4)
+    k, v = (
+        mx.random.normal((rows, width), key=key).astype(dtype) * 3
+        for width, key in zip(widths, keys, strict=False)
+    )
+    k[5, 70] = mx.nan
+    pools = [mx.full((_SLOTS, 1, quantised.words(width)), 7, mx.uint32) for width in widths]
+    slots = mx.random.permutation(_SLOTS, key=keys[3])[:rows].astype(mx.int32)
+    slots = mx.where(mx.arange(rows) == 3, -1, slots)
+    mx.eval(k, v, pools, slots)
+
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    token = launch.write(on, k, v, pools[0], pools[1], slots, None, quantised)
+    mx.eval(mx.depends(pools, token))
+    copied = mx.get_peak_memory() - before
+    if copied >= pools[0].nbytes // 2:
+        return f"it copied {copied} bytes of a pool of {pools[0].nbytes}"
+    kept = [row for row in range(rows) if row != 3]
+    for name, rows_in, written in (("keys", k, pools[0]), ("values", v, pools[1])):
+        with mx.stream(mx.cpu):
+            wanted = quantised.encode(rows_in[mx.array(kept)])
+            places = slots[mx.array(kept)]
+            found = quantised.decode(written[places, 0], mx.float32)
+            read = quantised.decode(wanted, mx.float32)
+            # A code may be one off where an element lies halfway between two.
+            far = mx.abs(found - read) > 24.0 / ((1 << quantised.bits) - 1) * 1.05
+            if mx.any(far | (mx.isnan(found) != mx.isnan(read))).item():
+                return f"the {name} read back are not those written"
+            if not mx.all(mx.sum(written != 7) <= wanted.size).item():
+                return f"it wrote {name} to slots that are not its own"
     return None

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from modelpack_engine.attention.kernels import launch, probes
+from modelpack_engine.attention.kernels import launch, prefill, probes
 from modelpack_engine.attention.kernels.plan import AttentionShape, refusal
 from modelpack_engine.attention.kernels.sources import Backend
+from modelpack_engine.attention.quantised import Quantisation
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+_QUANTISED = (mx.uint32,)
 #: What `available` probes if nothing has been probed before.
 _ANY_SHAPE = AttentionShape(num_heads=8, num_kv_heads=2, key_dim=64, value_dim=64)
 
@@ -47,7 +49,7 @@ def may_decode(shape: AttentionShape, dtype: mx.Dtype, pool: mx.Dtype) -> bool:
         return False
     key = ("decode", on, shape, dtype, pool)
     if key not in _verdicts:
-        if dtype not in _DTYPES or pool not in _DTYPES:
+        if dtype not in _DTYPES or pool not in (_QUANTISED if shape.bits else _DTYPES):
             reason: str | None = f"no kernel for {dtype} over {pool}"
         else:
             reason = refusal(shape, pool.size) or _run(
@@ -57,18 +59,37 @@ def may_decode(shape: AttentionShape, dtype: mx.Dtype, pool: mx.Dtype) -> bool:
     return _verdicts[key] is None
 
 
-def may_write(dtype: mx.Dtype, pool: mx.Dtype) -> bool:
+def may_prefill(shape: AttentionShape, dtype: mx.Dtype, pool: mx.Dtype) -> bool:
+    """Return whether the prefill kernel is right for `shape`; the first call for one probes it."""
+    on = launch.backend()
+    if on == "none" or not _enabled:
+        return False
+    key = ("prefill", on, shape, dtype, pool)
+    if key not in _verdicts:
+        refused = prefill.refusal(shape, dtype, pool)
+        if refused is not None:
+            _verdicts[key] = refused
+        else:
+            reason = _run(lambda: prefill.probe(shape, dtype))
+            _conclude(key, reason, f"prefill on {on} for {shape} in {dtype}", "gathered blocks")
+    return _verdicts[key] is None
+
+
+def may_write(dtype: mx.Dtype, pool: mx.Dtype, quantised: Quantisation | None = None) -> bool:
     """Return whether the write kernel is right for these types; the first call probes it."""
     on = launch.backend()
     if on == "none" or not _enabled:
         return False
-    key = ("write", on, dtype, pool)
+    key = ("write", on, dtype, pool, quantised)
     if key not in _verdicts:
-        if dtype not in _DTYPES or pool not in _DTYPES:
+        if dtype not in _DTYPES or pool not in (_DTYPES if quantised is None else _QUANTISED):
             reason: str | None = f"no kernel for {dtype} into {pool}"
-        else:
+        elif quantised is None:
             reason = _run(lambda: probes.probe_write(on, dtype, pool))
-        _conclude(key, reason, f"write on {on} of {dtype} into {pool}", "MLX's scatter")
+        else:
+            reason = _run(lambda: probes.probe_quantise(on, dtype, quantised))
+        into = pool if quantised is None else quantised
+        _conclude(key, reason, f"write on {on} of {dtype} into {into}", "MLX's scatter")
     return _verdicts[key] is None
 
 
@@ -93,7 +114,7 @@ def available() -> KernelSupport:
     on = launch.backend()
     if on == "none" or not _enabled:
         return KernelSupport("none", decode=False, write=False)
-    if not any(key[:2] == ("decode", on) for key in _verdicts):
+    if not all(any(key[:2] == (name, on) for key in _verdicts) for name in ("decode", "write")):
         probe([_ANY_SHAPE])
     found = {
         name: [verdict for key, verdict in _verdicts.items() if key[:2] == (name, on)]

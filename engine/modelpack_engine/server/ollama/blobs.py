@@ -12,6 +12,7 @@ from modelpack.digest import Digest, new_hasher
 from modelpack.errors import DigestMismatchError, InvalidDigestError
 from modelpack.stores.layout import LayoutStore
 from modelpack.stores.os_errors import translating
+from modelpack.stores.tree import Tree
 from modelpack_engine.errors import RequestError
 from modelpack_engine.pool.pool import ModelPool
 
@@ -79,7 +80,7 @@ async def _receive(request: Request, store: LayoutStore, wanted: Digest) -> None
 
 
 def _new_file(store: LayoutStore) -> Path:
-    directory = store.root / "ingest" / "uploads"
+    directory = Tree(store.root).uploads
     path = directory / f"ollama-{uuid.uuid4().hex}"
     with translating("make", directory):
         directory.mkdir(parents=True, exist_ok=True)

@@ -7,12 +7,9 @@ It is packaged anew: a template and licenses are layers, the rest is an annotati
 from __future__ import annotations
 
 import os
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shutil import rmtree
 
 import jinja2
 from fastapi import APIRouter, Request, Response
@@ -29,13 +26,14 @@ from modelpack.progress import ProgressCallback, Stop
 from modelpack.reference import Reference
 from modelpack.stores.layout import LayoutStore
 from modelpack.stores.os_errors import translating
+from modelpack.stores.scratch import scratch_directory
 from modelpack_engine.errors import RequestError
+from modelpack_engine.loaders.go_template import as_jinja
 from modelpack_engine.pool.model_defaults import ModelDefaults
 from modelpack_engine.pool.ollama_options import KNOWN, parse_options
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.ollama.bodies import CreateBody
 from modelpack_engine.server.ollama.chat import template_messages
-from modelpack_engine.server.ollama.go_template import as_jinja
 from modelpack_engine.server.ollama.jobs import Job
 from modelpack_engine.server.ollama.ndjson import JsonRoute
 from modelpack_engine.server.ollama.telling import Steps, tell
@@ -115,13 +113,13 @@ def make(store: LayoutStore, recipe: Recipe, report: ProgressCallback, stop: Sto
         watch = watching(report, stop)
         base = find_model(recipe.base, store, pull=True, remote=None, watch=watch)
     _check_quantization(recipe.quantize, base)
-    before = ModelDefaults.of(base.manifest.annotations) if base else ModelDefaults()
+    before = ModelDefaults.of_model(base, store) if base else ModelDefaults()
     defaults = ModelDefaults(
         {**before.parameters, **recipe.defaults.parameters},
         recipe.defaults.system or before.system,
         recipe.defaults.messages or before.messages,
     )
-    with _directory(store) as directory:
+    with scratch_directory(store, "create") as directory:
         request = PackageRequest()
         if recipe.files:
             request = _lay_out(store, recipe.files, directory / "files")
@@ -146,18 +144,6 @@ def _check_quantization(wanted: str, base: Model | None) -> None:
             param="quantize",
             hint=f"the model is {has}" if has else "quantize the weights first",
         )
-
-
-@contextmanager
-def _directory(store: LayoutStore) -> Iterator[Path]:
-    """Yield a directory beside the blobs, which is gone afterwards."""
-    path = store.root / "ingest" / "uploads" / f"create-{uuid.uuid4().hex}"
-    with translating("make", path):
-        path.mkdir(parents=True)
-    try:
-        yield path
-    finally:
-        rmtree(path, ignore_errors=True)
 
 
 def _lay_out(store: LayoutStore, files: Mapping[str, Digest], directory: Path) -> PackageRequest:

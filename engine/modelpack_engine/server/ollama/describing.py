@@ -85,7 +85,7 @@ def describe(store: LayoutStore, found: StoredModel, *, verbose: bool) -> dict[s
         facts = _facts(store, model, found, verbose)
     except (ModelLoadError, WeightFormatError):
         facts = _Facts({"general.architecture": found.architecture or "unknown"})
-    defaults = ModelDefaults.of(model.manifest.annotations)
+    defaults = ModelDefaults.of_model(model, store)
     licenses = _licenses(store, model)
     answer: dict[str, Any] = {
         "modelfile": _modelfile(found, facts.template, defaults, licenses),
@@ -113,7 +113,7 @@ def describe(store: LayoutStore, found: StoredModel, *, verbose: bool) -> dict[s
 def _facts(store: LayoutStore, model: Model, found: StoredModel, verbose: bool) -> _Facts:
     from modelpack_engine.loaders.files import ModelFiles
 
-    files = ModelFiles.from_model(model, store.blob_path)
+    files = ModelFiles.from_store(model, store)
     header = read_gguf_header(files.weights[0]) if files.format == "gguf" else None
     template = _template(files, header)
     return _Facts(

@@ -15,6 +15,7 @@ from modelpack_engine.conversation.masking import text_mask
 from modelpack_engine.conversation.served import ServedModel
 from modelpack_engine.conversation.spec import ChatSpec
 from modelpack_engine.errors import RequestError
+from modelpack_engine.loaders.go_template import as_jinja
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.ollama import replies
 from modelpack_engine.server.ollama.answers import load_or_unload, reply
@@ -25,7 +26,6 @@ from modelpack_engine.server.ollama.asking import (
     thinking_of,
 )
 from modelpack_engine.server.ollama.bodies import GenerateBody
-from modelpack_engine.server.ollama.go_template import as_jinja
 from modelpack_engine.server.ollama.ndjson import JsonRoute
 
 

@@ -14,15 +14,25 @@ from modelpack_engine.server.vocabulary import Vocabulary
 
 
 def usage_json(
-    prompt_tokens: int, completion_tokens: int, cached_tokens: int, reasoning_tokens: int = 0
+    prompt_tokens: int,
+    completion_tokens: int,
+    cached_tokens: int,
+    reasoning_tokens: int = 0,
+    predicted: tuple[int, int] = (0, 0),
 ) -> dict[str, Any]:
-    """Return the token counts of a whole request."""
+    """Return the token counts of a whole request.
+
+    `predicted` are the tokens that speculation proposed: right ones, and wrong ones.
+    """
+    details = {"reasoning_tokens": reasoning_tokens}
+    if any(predicted):
+        details["accepted_prediction_tokens"], details["rejected_prediction_tokens"] = predicted
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
+        "completion_tokens_details": details,
     }
 
 
@@ -35,6 +45,7 @@ def total_usage(usages: Sequence[Usage], prompts: int = 1) -> dict[str, Any]:
         sum(usage.completion_tokens for usage in usages),
         sum(usage.cached_tokens for usage in firsts),
         sum(usage.reasoning_tokens for usage in usages if isinstance(usage, ChatUsage)),
+        (sum(u.accepted_tokens for u in usages), sum(u.rejected_tokens for u in usages)),
     )
 
 

@@ -19,12 +19,14 @@ from modelpack.errors import (
     UnsupportedError,
     UsageError,
 )
+from modelpack.operations.archive_reading import import_archive
+from modelpack.operations.archives import archive_of
 from modelpack.operations.find import inspect
+from modelpack.operations.watching import watching
 from modelpack.reference import Reference
 from modelpack_engine.errors import RequestError
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.runner.answers import TextRoute, documented, read_body
-from modelpack_engine.server.runner.archives import read_archive, write_archive
 from modelpack_engine.server.runner.naming import (
     find_stored,
     listed,
@@ -59,11 +61,11 @@ def router(pool: ModelPool) -> APIRouter:
 
     @routes.post("/models/load", response_model=None, openapi_extra=_TAR)
     async def load(request: Request) -> Response:
-        """Keep the model of a tar archive, as `docker model package` makes it."""
+        """Keep the model of a tar archive, as `docker model package` makes it, or of a layout."""
         store, stop = pool.catalogue.store, modelpack.Stop()
         body = io.BufferedReader(BodyFile(request))
         try:
-            await asyncio.to_thread(read_archive, store, body, stop)
+            await asyncio.to_thread(import_archive, store, body, watching(None, stop))
         except UnsupportedError:
             raise
         except (FormatError, IntegrityError) as error:  # of the archive, not of the store
@@ -95,13 +97,14 @@ def router(pool: ModelPool) -> APIRouter:
     async def export(ref: str) -> Response:
         store = pool.catalogue.store
         name, _ = await asyncio.to_thread(find_stored, store, ref)
-        size, pieces = await asyncio.to_thread(write_archive, store, name)
+        watch = watching(None)
+        archive = await asyncio.to_thread(archive_of, store, [name], watch, form="docker")
         quoted = ref.replace("\\", "\\\\").replace('"', '\\"')
         headers = {
-            "Content-Length": str(size),
+            "Content-Length": str(archive.size),
             "Content-Disposition": f'attachment; filename="{quoted}.tar"',
         }
-        return StreamingResponse(pieces, media_type="application/x-tar", headers=headers)
+        return StreamingResponse(archive.pieces, media_type="application/x-tar", headers=headers)
 
     @routes.delete("/models/purge", response_model=None)
     async def purge() -> Response:

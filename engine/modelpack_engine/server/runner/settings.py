@@ -21,6 +21,12 @@ from modelpack_engine.server.runner.flags import without_effect
 _log = logging.getLogger(__name__)
 
 _UTILIZATION = "gpu_memory_utilization"
+# Fields of EngineConfig, and what Docker Model Runner calls them.
+_SPECULATIVE = {
+    "draft_model": "draft_model",
+    "num_speculative_tokens": "num_tokens",
+    "speculative_min_acceptance": "min_acceptance_rate",
+}
 # Of llama.cpp: what kind of model it is. Compose has no other word for it.
 _EMBEDDING_FLAGS = frozenset({"--embedding", "--embeddings"})
 _RERANKING_FLAGS = frozenset({"--rerank", "--reranking"})
@@ -45,6 +51,18 @@ class LlamaCppPart(_Part):
     reasoning_budget: int | None = Field(None, alias="reasoning-budget")
 
 
+class SpeculativePart(_Part):
+    """Speculation with a draft model of the store."""
+
+    draft_model: StrictStr = ""
+    num_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    min_acceptance_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    def engine(self) -> dict[str, Any]:
+        """Return the fields of EngineConfig that it sets; what is 0 or empty is not set."""
+        return {name: value for name, key in _SPECULATIVE.items() if (value := getattr(self, key))}
+
+
 class ConfigureRequest(_Part):
     """The body of POST /engines/_configure."""
 
@@ -53,7 +71,7 @@ class ConfigureRequest(_Part):
     raw_runtime_flags: StrictStr = Field("", alias="raw-runtime-flags")
     context_size: Annotated[int, Field(lt=2**31)] | None = Field(None, alias="context-size")
     runtime_flags: list[StrictStr] | None = Field(None, alias="runtime-flags")
-    speculative: dict[str, Any] | None = None
+    speculative: SpeculativePart | None = None
     keep_alive: StrictStr | None = None
     vllm: VllmPart | None = None
     llamacpp: LlamaCppPart | None = None
@@ -64,8 +82,6 @@ class ConfigureRequest(_Part):
             raise RequestError("model is required", param="model")
         if self.mode == "image-generation":
             raise RequestError("this server makes no images", param="mode")
-        if any((self.speculative or {}).values()):
-            raise RequestError("this engine does no speculative decoding", param="speculative")
         if self.vllm is not None and self.vllm.hf_overrides:
             raise RequestError("a model's config cannot be overridden", param="vllm.hf-overrides")
         if unknown := sorted(self.model_extra or ()):
@@ -75,13 +91,16 @@ class ConfigureRequest(_Part):
             _log.warning("_configure for %s: no effect: %s", self.model, " ".join(dropped))
         budget = self.llamacpp.reasoning_budget if self.llamacpp is not None else None
         share = self.vllm.gpu_memory_utilization if self.vllm is not None else None
+        engine: dict[str, Any] = {} if share is None else {_UTILIZATION: share}
+        if self.speculative is not None:
+            engine |= self.speculative.engine()
         settings = ModelSettings(
             context_size=self.context_size if (self.context_size or 0) > 0 else None,
             runtime_flags=tuple(f for f in flags if f not in _EMBEDDING_FLAGS | _RERANKING_FLAGS),
             keep_alive=None if self.keep_alive is None else parse_keep_alive(self.keep_alive),
             mode=_mode(self.mode, flags),
             reasoning_budget=budget,
-            engine={} if share is None else {_UTILIZATION: share},
+            engine=engine,
         )
         settings.check()
         return settings
@@ -116,6 +135,11 @@ def config_shown(settings: ModelSettings) -> dict[str, Any]:
         shown["keep_alive"] = show_keep_alive(settings.keep_alive)
     if _UTILIZATION in settings.engine:
         shown["vllm"] = {"gpu-memory-utilization": settings.engine[_UTILIZATION]}
+    speculative = {
+        key: settings.engine[name] for name, key in _SPECULATIVE.items() if name in settings.engine
+    }
+    if speculative:
+        shown["speculative"] = speculative
     if settings.reasoning_budget is not None:
         shown["llamacpp"] = {"reasoning-budget": settings.reasoning_budget}
     return shown

@@ -8,7 +8,7 @@ import pytest
 
 from modelpack_engine.errors import RequestError
 from modelpack_engine.loaders.chat_template import ChatTemplate
-from modelpack_engine.server.ollama.go_template import as_jinja
+from modelpack_engine.loaders.go_template import as_jinja
 
 CHATML = """{{ if .System }}<|im_start|>system
 {{ .System }}<|im_end|>

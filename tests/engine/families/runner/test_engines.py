@@ -104,7 +104,8 @@ def test_unloading(idle: Runner, body: dict[str, Any], count: int) -> None:
         ("_configure", '{"model": "tiny", "context-size": "wide"}', 400),
         ("_configure", '{"model": "tiny", "vllm": {"gpu-memory-utilization": 2}}', 400),
         ("_configure", '{"model": "tiny", "vllm": {"hf-overrides": {"a": 1}}}', 400),
-        ("_configure", '{"model": "tiny", "speculative": {"draft_model": "x"}}', 400),
+        ("_configure", '{"model": "tiny", "speculative": {"num_tokens": -1}}', 400),
+        ("_configure", '{"model": "tiny", "speculative": {"min_acceptance_rate": 2}}', 400),
     ],
 )
 def test_what_is_refused_is_a_line_of_text(
@@ -159,6 +160,18 @@ def test_installing_what_is_there(runner: Runner) -> None:
             ModelSettings(engine={"gpu_memory_utilization": 0.5}),
             {"vllm": {"gpu-memory-utilization": 0.5}},
         ),
+        (
+            {"speculative": {"draft_model": "x", "num_tokens": 3, "min_acceptance_rate": 0.5}},
+            ModelSettings(
+                engine={
+                    "draft_model": "x",
+                    "num_speculative_tokens": 3,
+                    "speculative_min_acceptance": 0.5,
+                }
+            ),
+            {"speculative": {"draft_model": "x", "num_tokens": 3, "min_acceptance_rate": 0.5}},
+        ),
+        ({"speculative": {"draft_model": "", "num_tokens": 0}}, ModelSettings(), {}),
         ({"speculative": None, "llamacpp": None, "vllm": None}, ModelSettings(), {}),
         (
             {"llamacpp": {"reasoning-budget": -1}},

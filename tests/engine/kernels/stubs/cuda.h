@@ -25,3 +25,6 @@ struct Shape {
 };
 void __syncthreads();
 float __shfl_xor_sync(unsigned, float, int);
+#include <cstdint>
+float __uint_as_float(unsigned);
+unsigned __float_as_uint(float);

@@ -2,6 +2,7 @@
 // Metal's own words can serve as a name.
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #define device
 #define constant
 #define threadgroup static
@@ -13,6 +14,9 @@
 #define bfloat _Float16
 #define sampler int
 #define vec int
+#define __METAL_VERSION__ 310
+template <typename To, typename From>
+To as_type(From);
 typedef unsigned uint;
 typedef unsigned short ushort;
 typedef _Float16 bfloat16_t;

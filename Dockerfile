@@ -1,0 +1,38 @@
+# Modelpack's command line and gateway; with EXTRAS=engine,gateway,tokens the engine too (Linux, CPU).
+#
+#   docker build -t modelpack .
+#   docker run --rm modelpack --version
+#   docker run --rm -p 12435:12435 -v ./keys.toml:/keys.toml:ro modelpack \
+#       gateway --host 0.0.0.0 --keys /keys.toml --upstream http://SERVER:12434
+#
+# BASE needs Python >= 3.11 as `python`, with venv and pip, and a shell. Nothing else of it is used.
+
+ARG BASE=python:3.13-slim
+
+FROM ${BASE} AS build
+ARG EXTRAS=gateway,tokens
+# Where pip installs from, for those who have an index of their own.
+ARG PIP_INDEX_URL
+COPY pyproject.toml README.md LICENSE /src/
+COPY spec /src/spec
+COPY modelpack /src/modelpack
+COPY engine /src/engine
+COPY scripts/documents /src/scripts/documents
+RUN python -m venv /opt/modelpack \
+    && /opt/modelpack/bin/python -m pip install --no-cache-dir --disable-pip-version-check \
+       "/src[${EXTRAS}]" \
+    && python -c "import os; os.makedirs('/state/store')"
+
+FROM ${BASE}
+COPY --from=build /opt/modelpack /opt/modelpack
+# What the user of the image may write: the store, and what else is kept in a home directory.
+COPY --from=build --chown=10001:10001 /state /var/lib/modelpack
+ENV PATH=/opt/modelpack/bin:/usr/local/bin:/usr/bin:/bin \
+    HOME=/var/lib/modelpack \
+    MODELPACK_STORE=/var/lib/modelpack/store \
+    PYTHONDONTWRITEBYTECODE=1
+USER 10001:10001
+WORKDIR /var/lib/modelpack
+VOLUME /var/lib/modelpack
+ENTRYPOINT ["modelpack"]
+CMD ["--help"]

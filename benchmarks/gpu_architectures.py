@@ -1,0 +1,241 @@
+"""Architectures other than Llama's on a GPU: our engine against BatchGenerator, 64 at once.
+
+    python benchmarks/gpu_architectures.py [NAME ...]
+
+Random bfloat16 weights of small models of each kind. 128 requests of load M's lengths (prompts of
+64-1024 tokens, answers of 32-256), 64 at once; one warming round of ours, then one of each counts.
+Prints a JSON object a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import random
+import time
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+from mlx_lm.generate import BatchGenerator
+
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.engine import Engine
+from modelpack_engine.loaders import LoadedModel
+from modelpack_engine.sampling_params import SamplingParams
+
+VOCABULARY, CONTEXT, AT_ONCE, REQUESTS = 32768, 2048, 64, 128
+COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-5}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 16,
+        "intermediate_size": 2048,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 512,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+        "norm_topk_prob": True,
+    },
+    "deepseek_v3": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 12,
+        "intermediate_size": 2048,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "moe_intermediate_size": 512,
+        "n_shared_experts": 1,
+        "n_routed_experts": 32,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "qk_nope_head_dim": 128,
+        "routed_scaling_factor": 1.0,
+        "rope_theta": 1e4,
+        "attention_bias": False,
+        "norm_topk_prob": True,
+    },
+    "gpt_oss": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 12,
+        "intermediate_size": 1024,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "rope_theta": 150000,
+        "layer_types": ["sliding_attention", "full_attention"] * 6,
+    },
+    "nemotron_h": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 16,
+        "intermediate_size": 2048,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "attention_bias": False,
+        "mamba_num_heads": 32,
+        "mamba_head_dim": 64,
+        "mamba_proj_bias": False,
+        "ssm_state_size": 128,
+        "conv_kernel": 4,
+        "n_groups": 8,
+        "time_step_limit": [0.0, 1e9],
+        "mlp_bias": False,
+        "layer_norm_epsilon": 1e-5,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "hybrid_override_pattern": ["M", "-", "M", "*"] * 4,
+    },
+    "qwen3_next": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 12,
+        "intermediate_size": 2048,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "linear_num_value_heads": 16,
+        "linear_num_key_heads": 8,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 512,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 512,
+        "rope_theta": 1e6,
+        "partial_rotary_factor": 0.25,
+        "full_attention_interval": 4,
+        "tie_word_embeddings": True,
+        "norm_topk_prob": True,
+    },
+}
+
+
+class Silent:
+    """A tokenizer for random weights, whose text nobody reads."""
+
+    eos_token_ids: frozenset[int] = frozenset()
+    special_token_ids: frozenset[int] = frozenset()
+    strips_leading_space = False
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"a"
+
+
+def make_model(name: str) -> Any:
+    """Return a model of random weights in bfloat16."""
+    module = importlib.import_module(f"mlx_lm.models.{name}")
+    mx.random.seed(0)
+    arguments = module.ModelArgs.from_dict({"model_type": name, **COMMON, **SHAPES[name]})
+    model = module.Model(arguments)
+    model.update(
+        tree_map(
+            lambda x: x.astype(mx.bfloat16) if mx.issubdtype(x.dtype, mx.floating) else x,
+            model.parameters(),
+        )
+    )
+    mx.eval(model.parameters())
+    return model
+
+
+def requests(seed: int, count: int = REQUESTS) -> list[tuple[list[int], int]]:
+    """Return prompts and lengths of answers."""
+    draw = random.Random(seed)
+    return [
+        (
+            [draw.randrange(100, VOCABULARY) for _ in range(draw.randint(64, 1024))],
+            draw.randint(32, 256),
+        )
+        for _ in range(count)
+    ]
+
+
+def ours(engine: Engine, work: list[tuple[list[int], int]], name: str) -> float:
+    """Return output tokens a second, AT_ONCE requests at once."""
+    start, count = time.perf_counter(), 0
+    waiting = list(enumerate(work))
+    running = 0
+    while waiting or engine.has_work:
+        while waiting and running < AT_ONCE:
+            index, (token_ids, length) = waiting.pop(0)
+            params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)
+            engine.add_request(f"{name}-{index}", token_ids, params)
+            running += 1
+        for event in engine.step():
+            count += len(event.token_ids)
+            running -= event.finish_reason is not None
+    return count / (time.perf_counter() - start)
+
+
+def theirs(model: Any, work: list[tuple[list[int], int]]) -> float:
+    """Return output tokens a second of BatchGenerator."""
+    generator = BatchGenerator(model, completion_batch_size=AT_ONCE, prefill_batch_size=8)
+    start, count, done = time.perf_counter(), 0, 0
+    for token_ids, length in work:
+        generator.insert([token_ids], max_tokens=[length])
+    while done < len(work):
+        for response in generator.next_generated():
+            count += 1
+            done += response.finish_reason is not None
+    elapsed = time.perf_counter() - start
+    generator.close()
+    return count / elapsed
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Return both rates for one architecture, and how ours ran."""
+    model = make_model(name)
+    peer = theirs(model, requests(7))
+    loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, Silent(), name, CONTEXT, (), 0)
+    config = EngineConfig(max_num_seqs=AT_ONCE, kv_cache_bytes=4 << 30, max_model_len=CONTEXT)
+    start = time.perf_counter()
+    engine = Engine(loaded, config)
+    up = time.perf_counter() - start
+    ours(engine, requests(8), "warm")
+    rate = ours(engine, requests(7), "counts")
+    stats = engine.stats()
+    return {
+        "architecture": name,
+        "ours": round(rate),
+        "BatchGenerator": round(peer),
+        "ratio": round(rate / peer, 2),
+        "start_s": round(up, 1),
+        "notes": engine.notes,
+        "host_s": [
+            round(x, 2) for x in (stats.build_seconds, stats.launch_seconds, stats.wait_seconds)
+        ],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=list(SHAPES))
+    for name in parser.parse_args().names:
+        try:
+            found = measure(name)
+        except Exception as error:  # one that fails does not keep the others from being measured
+            found = {"architecture": name, "error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

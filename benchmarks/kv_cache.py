@@ -1,0 +1,119 @@
+"""What a quantised KV cache costs and gains, with SmolLM2-135M: prints a table.
+
+    python benchmarks/kv_cache.py
+
+The model reads the texts of `passages.py`, token by token as they are (teacher-forced), over each
+type of cache: how often is its most likely next token the one it names over an unquantised cache,
+and how far are the distributions apart (Kullback-Leibler divergence, in nats)? Every token's keys
+and values are read back from the cache, its own included, as they are while text is generated.
+"""
+
+from __future__ import annotations
+
+# ruff: noqa: E402
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from modelpack_engine import blas
+
+blas.prepare()  # before MLX is loaded
+
+import mlx.core as mx
+from passages import PASSAGES
+
+from modelpack.testing.weights import smollm2_gguf
+from modelpack_engine.adaptation.cache_types import with_cache_type
+from modelpack_engine.adaptation.layout import find_layout
+from modelpack_engine.batch import Chunk, StepBatch
+from modelpack_engine.config import BLOCK_SIZE, EngineConfig
+from modelpack_engine.kv_types import KVCacheDtype
+from modelpack_engine.loaders import LoadedModel, ModelFiles, load
+from modelpack_engine.model_runner import ModelRunner
+from modelpack_engine.sizing import choose_sizes
+
+KINDS: tuple[KVCacheDtype, ...] = ("auto", "bf16", "fp16", "q8", "q4")
+CACHE_BYTES = 256 * 2**20
+
+
+def reading(token_ids: list[int]) -> StepBatch:
+    """Return a step that reads a text, all of its rows sampled."""
+    count = len(token_ids)
+    table = tuple(range(1, 1 + -(-count // BLOCK_SIZE)))
+    return StepBatch(
+        token_ids=token_ids,
+        positions=list(range(count)),
+        slots=[BLOCK_SIZE + position for position in range(count)],
+        from_previous=(),
+        num_decode=0,
+        decode_tables=[],
+        decode_lengths=[],
+        decode_seq_ids=(),
+        chunks=(Chunk(0, count, count, count, table, 1),),
+        sample_rows=tuple(range(count)),
+        sample_seqs=(),
+    )
+
+
+def read(loaded: LoadedModel, kind: KVCacheDtype, texts: list[list[int]]) -> list[mx.array]:
+    """Return log-probabilities [tokens, vocabulary] of each text's next tokens."""
+    runner = ModelRunner(loaded.model, num_blocks=64, kv_cache_dtype=kind)
+    found = []
+    for text in texts:
+        logits = runner.forward(reading(text), mx.array(text, mx.int32)).astype(mx.float32)
+        found.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        mx.eval(found[-1], runner.pools())
+    runner.undo()
+    return found
+
+
+def tokens_held(loaded: LoadedModel, kind: KVCacheDtype) -> int:
+    """Return how many tokens an engine's cache of `CACHE_BYTES` would hold."""
+    config = EngineConfig(kv_cache_bytes=CACHE_BYTES, max_num_seqs=4096)
+    layout = with_cache_type(find_layout(loaded.model), kind)
+    return (choose_sizes(layout, loaded.context_length, config).num_blocks - 1) * BLOCK_SIZE
+
+
+def figures(wanted: list[mx.array], found: list[mx.array], texts: list[list[int]]) -> list[str]:
+    """Return agreement, mean and highest divergence, and perplexity, as words."""
+    same: list[float] = []
+    divergence: list[float] = []
+    loss: list[float] = []
+    for plain, other, text in zip(wanted, found, texts, strict=True):
+        same += _floats(mx.argmax(plain, axis=-1) == mx.argmax(other, axis=-1))
+        divergence += _floats(mx.sum(mx.exp(plain) * (plain - other), axis=-1))
+        following = mx.array(text[1:])[:, None]
+        loss += _floats(-mx.take_along_axis(other[:-1], following, axis=-1)[:, 0])
+    perplexity = mx.exp(mx.mean(mx.array(loss))).item()
+    mean = sum(divergence) / len(divergence)
+    agreement = sum(same) / len(same)
+    return [f"{agreement:.1%}", f"{mean:.2g}", f"{max(divergence):.2g}", f"{perplexity:.2f}"]
+
+
+def _floats(array: mx.array) -> Any:
+    return array.astype(mx.float32).tolist()
+
+
+def main() -> None:
+    """Measure, and print."""
+    mx.set_default_device(mx.cpu)
+    loaded = load(ModelFiles.from_directory(smollm2_gguf()), device="cpu")
+    texts = [loaded.tokenizer.encode(text) for text in PASSAGES.values()]
+    counts = {name: len(text) for name, text in zip(PASSAGES, texts, strict=True)}
+    print(f"{platform.platform()}, Python {platform.python_version()}, MLX {version('mlx')};")
+    print(f"tokens read: {counts}\n")
+    columns = [
+        "cache", "same top token", "mean KL", "highest KL", "perplexity",
+        f"tokens in {CACHE_BYTES >> 20} MiB", "of bf16's",
+    ]  # fmt: skip
+    print("|", " | ".join(columns), "|\n|", "---|" * len(columns))
+    wanted = read(loaded, "auto", texts)
+    usual = tokens_held(loaded, "bf16")
+    for kind in KINDS:
+        row = [kind, *figures(wanted, read(loaded, kind, texts), texts)]
+        held = tokens_held(loaded, kind)
+        print("|", " | ".join([*row, str(held), f"{held / usual:.2f}"]), "|")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Speculative decoding on this machine's CPU, with SmolLM2-135M: with it and without it, in turn.
+
+    python benchmarks/speculation.py                            the tables
+    python benchmarks/speculation.py --streams 1 2 --rounds 1   some of it
+
+`copy` continues a file of Python that the prompt holds, as an edit of it would; `story` repeats
+only itself. As many streams as are asked for run at once, each with a file of its own. Times
+are the processor's, of all threads, which other work on the machine disturbs least; they are of
+decoding, prompts left out. `draft` is the model itself as its own draft model: no gain can come
+of that, but all of its guesses should be right, and it shows what drafting costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SOURCES = Path(__file__).parent.parent / "engine" / "modelpack_engine"
+TOKENS = 64  # a stream
+SHOWN = 1200  # characters of a file that a prompt holds
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: a workload, how tokens are proposed, how many streams run."""
+
+    workload: str
+    method: str | None
+    num_tokens: int
+    streams: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """Processor seconds a token, steps, and tokens proposed and right."""
+
+    seconds: float
+    steps: int
+    proposed: int
+    accepted: int
+
+
+def prompts(workload: str, streams: int) -> list[str]:
+    """Return a prompt for each stream."""
+    if workload == "story":
+        return [f"Once upon a time, in the year {1800 + i}, there was a" for i in range(streams)]
+    files = sorted(SOURCES.glob("*.py"), key=lambda path: -path.stat().st_size)[:streams]
+    texts = [path.read_text()[:SHOWN] for path in files]
+    return [f"```python\n{text}\n```\nThe same again:\n```python\n{text[:80]}" for text in texts]
+
+
+def measure(loaded: Any, case: Case) -> Result:
+    """Run one case to its end."""
+    from modelpack_engine.config import EngineConfig
+    from modelpack_engine.engine import Engine
+    from modelpack_engine.sampling_params import SamplingParams
+
+    config = EngineConfig(
+        device="cpu", max_num_seqs=16, max_model_len=2048, self_test=False,
+        speculative_method=case.method, num_speculative_tokens=case.num_tokens or None,
+        speculative_disable_by_batch_size=16,
+    )  # fmt: skip
+    engine = Engine(loaded, config, draft=loaded if case.method == "draft" else None)
+    params = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True)
+    texts = prompts(case.workload, case.streams)
+    for number, text in enumerate(texts):
+        engine.add_request(str(number), loaded.tokenizer.encode(text), params)
+    started, begun, tokens, steps = set[str](), 0.0, 0, 0
+    while engine.has_work:
+        for event in engine.step():
+            tokens += len(event.token_ids) if begun else 0
+            started.add(event.request_id)
+        if not begun and len(started) == case.streams:
+            begun, steps = time.process_time(), engine.stats().num_steps
+    seconds = time.process_time() - begun
+    stats = engine.stats()
+    return Result(
+        seconds / tokens, stats.num_steps - steps, stats.proposed_tokens, stats.accepted_tokens
+    )
+
+
+def cases(streams: list[int]) -> Iterator[list[Case]]:
+    """Yield what is measured in turn, the case without speculation first."""
+    for count in streams:
+        plain = Case("copy", None, 0, count)
+        yield [plain, *(Case("copy", "ngram", length, count) for length in (4, 8))]
+    for count in streams[:1]:
+        yield [Case("story", None, 0, count), Case("story", "ngram", 8, count)]
+        yield [Case("copy", None, 0, count), Case("copy", "draft", 4, count)]
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from measuring import print_machine
+
+    from modelpack_engine import blas
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    blas.prepare()
+    from modelpack.testing.weights import smollm2_gguf
+    from modelpack_engine.loaders import ModelFiles, load
+
+    loaded = load(ModelFiles.from_directory(smollm2_gguf()), device="cpu")
+    print_machine()
+    print("| workload | streams | proposed by | ms a token | speed-up | steps | right |")
+    print("|---|---|---|---|---|---|---|")
+    for group in cases(args.streams):
+        rounds = [[measure(loaded, case) for case in group] for _ in range(args.rounds)]
+        for index, case in enumerate(group):
+            results = [found[index] for found in rounds]
+            gains = sorted(found[0].seconds / found[index].seconds for found in rounds)
+            by = f"{case.method}, {case.num_tokens}" if case.method else "–"
+            shown = statistics.median(found.seconds for found in results)
+            some = results[0]
+            right = f"{some.accepted} of {some.proposed}" if some.proposed else "–"
+            gain = f"{statistics.median(gains):.2f} ({gains[0]:.2f} … {gains[-1]:.2f})"
+            print(
+                f"| {case.workload} | {case.streams} | {by} | {shown * 1000:.1f} | "
+                f"{gain if case.method else '–'} | {some.steps} | {right} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

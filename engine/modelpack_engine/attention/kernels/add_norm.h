@@ -1,0 +1,45 @@
+  // A residual sum and the RMS norm of it (https://arxiv.org/abs/1910.07467): a threadgroup a row.
+  //   a [rows, ..., D] T   b [PARTS, rows, D] B   weight [D] W   params [1] float: epsilon
+  //   total [rows, D] T = a + sum of b   out [rows, D] T = total / rms(total) * weight
+  constexpr int THREADS = NSG * 32, VECTORS = D / VEC, EACH = (VECTORS + THREADS - 1) / THREADS;
+  typedef PaVec<T, VEC> Vec;
+  typedef PaVec<W, VEC> Weights;
+  typedef PaVec<B, VEC> Parts;
+  const int lane = PA_LANE, group = PA_SIMD, index = group * 32 + lane;
+  const size_t first = (size_t)PA_X * VECTORS;
+  const size_t before = (size_t)a_shape[0] * VECTORS;  // vectors of a part
+  Vec kept[EACH];
+  float squares = 0.0f;
+  PA_UNROLL for (int i = 0; i < EACH; i++) {
+    const int at = i * THREADS + index;
+    if (at < VECTORS) {
+      const Vec x = ((const PA_DEVICE Vec*)a)[first + at];
+      float sum[VEC];
+      PA_UNROLL for (int e = 0; e < VEC; e++) sum[e] = 0.0f;
+      PA_UNROLL for (int part = 0; part < PARTS; part++) {
+        const Parts y = ((const PA_DEVICE Parts*)b)[part * before + first + at];
+        PA_UNROLL for (int e = 0; e < VEC; e++) sum[e] += float(y.e[e]);
+      }
+      PA_UNROLL for (int e = 0; e < VEC; e++) {
+        kept[i].e[e] = T(float(x.e[e]) + float(T(sum[e])));
+        squares += float(kept[i].e[e]) * float(kept[i].e[e]);
+      }
+      ((PA_DEVICE Vec*)total)[first + at] = kept[i];
+    }
+  }
+  PA_UNROLL for (int mask = 16; mask > 0; mask /= 2) squares += PA_XOR(squares, mask);
+  PA_SHARED(float, partial, NSG);
+  if (lane == 0) partial[group] = squares;
+  PA_SYNC();
+  squares = 0.0f;
+  PA_UNROLL for (int s = 0; s < NSG; s++) squares += partial[s];
+  const float factor = PA_RSQRT(squares / D + params[0]);
+  PA_UNROLL for (int i = 0; i < EACH; i++) {
+    const int at = i * THREADS + index;
+    if (at < VECTORS) {
+      const Weights w = ((const PA_DEVICE Weights*)weight)[at];
+      Vec y;
+      PA_UNROLL for (int e = 0; e < VEC; e++) y.e[e] = T(float(kept[i].e[e]) * factor * float(w.e[e]));
+      ((PA_DEVICE Vec*)out)[first + at] = y;
+    }
+  }

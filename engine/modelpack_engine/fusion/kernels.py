@@ -1,0 +1,209 @@
+"""The kernels of fused layers, as layers call them; their texts lie with those of attention."""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+
+import mlx.core as mx
+
+from modelpack_engine.attention.kernels import launch
+from modelpack_engine.attention.kernels.plan import vector_width
+from modelpack_engine.attention.pools import TokenMajorPools
+from modelpack_engine.fusion.rotation import Rotation
+
+_SIMDGROUPS = 4
+
+
+@lru_cache(maxsize=64)
+def _parameters(*values: float) -> mx.array:
+    return mx.array(values, mx.float32)
+
+
+def add_norm(
+    a: mx.array, parts: mx.array, count: int, weight: mx.array, epsilon: float
+) -> tuple[mx.array, mx.array]:
+    """Return a + the sum of `count` parts, and its RMS norm times `weight` [dim].
+
+    `a` is [rows, ..., dim], and so are both results, in its type; each part has as many elements.
+    """
+    dim = a.shape[-1]
+    vector = vector_width(max(a.dtype.size, parts.dtype.size), dim)
+    simdgroups = min(32, max(1, -(-dim // (vector * 32))))
+    threads = 32 * simdgroups
+    inputs = [a, parts, weight, _parameters(epsilon)]
+    total, out = launch.kernel("add_norm", launch.backend())(
+        inputs=inputs,
+        template=launch.template(
+            [("T", a.dtype), ("B", parts.dtype), ("W", weight.dtype)],
+            [("D", dim), ("VEC", vector), ("NSG", simdgroups), ("PARTS", count)],
+            inputs,
+            launch.backend(),
+        ),
+        grid=(a.size // dim * threads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[a.shape] * 2,
+        output_dtypes=[a.dtype, a.dtype],
+    )
+    return total, out
+
+
+def swiglu(joint: mx.array) -> mx.array:
+    """Return silu(gate) * up [rows, n] of gate and up side by side, [rows, 2 n]."""
+    rows, width = joint.shape[0], joint.shape[1] // 2
+    vector = vector_width(joint.dtype.size, width)
+    (out,) = launch.kernel("swiglu", launch.backend())(
+        inputs=[joint],
+        template=launch.template(
+            [("T", joint.dtype)], [("N", width), ("VEC", vector)], [joint], launch.backend()
+        ),
+        grid=(-(-rows * (width // vector) // 256) * 256, 1, 1),
+        threadgroup=(256, 1, 1),
+        output_shapes=[(rows, width)],
+        output_dtypes=[joint.dtype],
+    )
+    return out
+
+
+def rotate_and_write(
+    joint: mx.array,
+    count: int,
+    dtype: mx.Dtype,
+    pools: TokenMajorPools,
+    positions: mx.array,
+    slots: mx.array,
+    rotation: Rotation,
+    heads: tuple[int, int],
+    norms: tuple[mx.array, mx.array, float] | None,
+) -> mx.array:
+    """Return queries [rows, heads, dim] in `dtype`; write keys and values to `slots` of the pools.
+
+    `joint` [rows, (heads + 2 KV heads) * dim], `count` times, to be summed, has all three;
+    `heads` are the numbers of query and KV heads. `norms` are weights [dim] of queries and keys,
+    and epsilon.
+    """
+    query_heads, kv_heads = heads
+    rows, total = positions.shape[0], query_heads + 2 * kv_heads
+    dim = joint.shape[-1] // total
+    weights = (joint, joint) if norms is None else norms[:2]
+    inputs = [
+        joint, positions, slots, rotation.inverse, *weights,
+        _parameters(0.0 if norms is None else norms[2], rotation.factor),
+        pools.keys, pools.values, pools.last_write(),
+    ]  # fmt: skip
+    q, token = launch.kernel("rotate", launch.backend())(
+        inputs=inputs,
+        template=launch.template(
+            [("T", dtype), ("J", joint.dtype), ("P", pools.keys.dtype), ("W", weights[0].dtype)],
+            [
+                ("HQ", query_heads), ("HK", kv_heads), ("D", dim), ("DIMS", rotation.dims),
+                ("INTERLEAVED", rotation.interleaved), ("QKNORM", norms is not None),
+                ("NSG", _SIMDGROUPS), ("PARTS", count),
+            ],
+            inputs,
+            launch.backend(),
+        ),
+        grid=(-(-rows * total // _SIMDGROUPS) * _SIMDGROUPS * 32, 1, 1),
+        threadgroup=(_SIMDGROUPS * 32, 1, 1),
+        output_shapes=[(rows, query_heads, dim), (1,)],
+        output_dtypes=[dtype, mx.int32],
+    )  # fmt: skip
+    pools.set_written(token)
+    return q
+
+
+def dequantise(
+    weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> mx.array:
+    """Return affine quantised weights [out, in] in the type of `scales` [out, in / group size]."""
+    rows, columns = weight.shape[0], weight.shape[1] * 32 // bits
+    threads = 128
+    inputs = [weight, scales, biases]
+    (out,) = launch.kernel("dequantise", launch.backend())(
+        inputs=inputs,
+        template=launch.template(
+            [("T", scales.dtype)],
+            [("K", columns), ("BITS", bits), ("GROUP", group_size)],
+            inputs,
+            launch.backend(),
+        ),
+        grid=(-(-rows * columns // 8 // threads) * threads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(rows, columns)],
+        output_dtypes=[scales.dtype],
+    )
+    return out
+
+
+@cache
+def verdict(dtype: mx.Dtype) -> str | None:
+    """Return None if the kernels compute in `dtype` what MLX's own functions do, else what is off.
+
+    Small shapes of random numbers; a kernel that does not compile counts as off.
+    """
+    if launch.backend() == "none":
+        return "there is no GPU"
+    try:
+        return _compare(dtype)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"a kernel does not run: {error}"
+
+
+def _compare(dtype: mx.Dtype) -> str | None:
+    keys = mx.random.split(mx.random.key(3), 6)
+    rows, dim = 5, 320
+    a, b = (mx.random.normal((rows, dim), key=key).astype(dtype) for key in keys[:2])
+    weight = mx.random.uniform(0.5, 1.5, (dim,), key=keys[2]).astype(dtype)
+    total, normed = add_norm(a, mx.stack([b / 4, b / 4, b / 2]), 3, weight, 1e-5)
+    found = {"sum": (total, a + b), "norm": (normed, mx.fast.rms_norm(a + b, weight, 1e-5))}
+    gate, up = mx.split(a, 2, axis=1)
+    found["SwiGLU"] = swiglu(a), gate * mx.sigmoid(gate) * up
+    for bits in (4, 8):
+        packed = mx.quantize(mx.random.normal((64, 128), key=keys[3]).astype(dtype), 64, bits)
+        found[f"{bits} bits"] = (
+            dequantise(*packed, 64, bits),
+            mx.dequantize(*packed, 64, bits),
+        )
+    found |= _rotated(dtype, keys[4])
+    tolerance = 1e-3 if dtype == mx.float32 else 3e-2
+    for name, (ours, expected) in found.items():
+        error = float(mx.max(mx.abs(ours.astype(mx.float32) - expected.astype(mx.float32))))
+        if not error <= tolerance:
+            return f"{name} is off by {error:.3g}, allowed {tolerance}"
+    return None
+
+
+def _rotated(dtype: mx.Dtype, key: mx.array) -> dict[str, tuple[mx.array, mx.array]]:
+    """Return queries, keys and values of the kernel, each with what they should be."""
+    from modelpack_engine.attention.pools import KVLayout
+
+    rows, query_heads, kv_heads, dim = 5, 4, 2, 64
+    heads = query_heads + 2 * kv_heads
+    joint = mx.random.normal((rows, heads * dim), key=key).astype(dtype)
+    positions = mx.array([0, 1, 17, 1000, 5], mx.int32)
+    slots = mx.array([16, 33, 18, 40, 31], mx.int32)
+    weights = [mx.random.uniform(0.5, 1.5, (dim,), key=key).astype(dtype) for _ in range(2)]
+    inverse = mx.power(mx.array(10000.0), -mx.arange(0, dim, 2, dtype=mx.float32) / dim)
+    pools = TokenMajorPools(KVLayout(kv_heads, dim, kv_heads, dim, dtype), 3, 16)
+    mx.eval(joint, pools.keys, pools.values)
+    rotation = Rotation(inverse, dim, 1.0, False)
+    q = rotate_and_write(
+        mx.stack([joint / 2, joint / 2]), 2, dtype, pools, positions, slots, rotation,
+        (query_heads, kv_heads), (weights[0], weights[1], 1e-6),
+    )  # fmt: skip
+    parts = joint.reshape(rows, heads, 1, dim)
+
+    def rotated(part: mx.array, weight: mx.array) -> mx.array:
+        normed = mx.fast.rms_norm(part, weight, 1e-6)
+        return mx.fast.rope(
+            normed, dim, traditional=False, base=10000.0, scale=1.0, offset=positions
+        )[:, :, 0]
+
+    at = slots + pools.last_write()
+    return {
+        "queries": (q, rotated(parts[:, :query_heads], weights[0])),
+        "keys": (
+            pools.keys[at],
+            rotated(parts[:, query_heads : query_heads + kv_heads], weights[1]),
+        ),
+        "values": (pools.values[at], parts[:, query_heads + kv_heads :, 0]),
+    }

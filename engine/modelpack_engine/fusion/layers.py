@@ -1,0 +1,166 @@
+"""Fused layers: how recognised layers answer when they run on the rows of a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import deepseek_v3, llama, qwen3
+
+from modelpack_engine.adaptation.swaps import Call, ClassSwaps
+from modelpack_engine.attention.handles import RowMask
+from modelpack_engine.attention.paged import PagedKV
+from modelpack_engine.attention.pools import TokenMajorPools
+from modelpack_engine.attention.step import StepInputs
+from modelpack_engine.fusion import kernels
+from modelpack_engine.fusion.joint import can_join, join
+from modelpack_engine.fusion.products import multiply_in_parts, swiglu, weights_of
+from modelpack_engine.fusion.recognise import reads_like
+from modelpack_engine.fusion.rotation import find_rotation
+from modelpack_engine.fusion.sums import Sums
+
+_FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+
+
+def fuse(
+    model: nn.Module,
+    owners: dict[int, PagedKV],
+    sums: Sums,
+    step: StepInputs,
+    swaps: ClassSwaps,
+) -> dict[str, int]:
+    """Let the layers of `model` that are recognised answer a step's calls by fused kernels.
+
+    `owners` are the caches of attention modules, by the modules' identity. Returns how many layers
+    of what kind there are. Calls that are not part of a step are answered as before.
+    """
+    counts: dict[str, int] = {}
+
+    def count(kind: str) -> None:
+        counts[kind] = counts.get(kind, 0) + 1
+
+    blocks = False
+    for _, module in list(model.named_modules()):
+        if reads_like(module, llama.MLP) and _fuse_mlp(module, sums, step, swaps):
+            count("MLP")
+        elif id(module) in owners and _fuse_attention(module, owners[id(module)], sums, swaps):
+            count("attention")
+        elif _is_block(module):
+            _fuse_block(module, sums, step, swaps)
+            blocks = True
+            count("block")
+    if blocks:
+        for _, module in model.named_modules():
+            if type(module) is nn.RMSNorm:
+                _fuse_norm(module, sums, step, swaps)
+    return counts
+
+
+def _is_block(module: nn.Module) -> bool:
+    return reads_like(module, llama.TransformerBlock) or reads_like(
+        module, deepseek_v3.DeepseekV3DecoderLayer
+    )
+
+
+def _fuse_block(module: nn.Module, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> None:
+    def call(original: Call, block: Any, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
+        if not step.active or cache is None:
+            return original(block, x, mask, cache)
+        hidden = sums.add(x, block.self_attn(block.input_layernorm(x), mask, cache))
+        return sums.add(hidden, block.mlp(block.post_attention_layernorm(hidden)))
+
+    swaps.override(module, call)
+
+
+def _fuse_norm(module: nn.Module, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> None:
+    def call(original: Call, norm: Any, x: mx.array) -> Any:
+        terms = sums.terms(x) if step.active else None
+        if terms is None or x.dtype not in _FLOATS or terms[0].dtype != x.dtype:
+            return original(norm, sums.value(x) if step.active else x)
+        a, parts = terms
+        total, out = kernels.add_norm(a, parts.array, parts.count, norm["weight"], norm.eps)
+        sums.set_made(x, total)
+        return out
+
+    swaps.override(module, call)
+
+
+def _fuse_mlp(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> bool:
+    layers = [module.gate_proj, module.up_proj]
+    sizes = {layer["weight"].shape[0] for layer in layers}
+    if not can_join(layers) or len(sizes) != 1:
+        return False
+    joint = join(layers)
+
+    def call(original: Call, mlp: Any, x: mx.array) -> Any:
+        if not step.active:
+            return original(mlp, x)
+        found = swiglu(x, joint)
+        return _project(found, mlp.down_proj, x, sums)
+
+    swaps.override(module, call)
+    return True
+
+
+def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) -> bool:
+    norms = None
+    if reads_like(module, qwen3.Attention):
+        if type(module.q_norm) is not nn.RMSNorm or type(module.k_norm) is not nn.RMSNorm:
+            return False
+        norms = module.q_norm["weight"], module.k_norm["weight"], module.q_norm.eps
+        if module.k_norm.eps != module.q_norm.eps or norms[0].dtype != norms[1].dtype:
+            return False
+    elif not reads_like(module, llama.Attention):
+        return False
+    layers = [module.q_proj, module.k_proj, module.v_proj]
+    rotation = find_rotation(module.rope)
+    layout = paged.layout
+    dim = layout.key_dim
+    heads = module.n_heads, module.n_kv_heads
+    sizes = [layer["weight"].shape[0] for layer in layers]
+    fits = (
+        sizes == [heads[0] * dim, heads[1] * dim, heads[1] * dim]
+        and layout.value_dim == dim
+        and layout.key_heads == layout.value_heads == heads[1]
+        and dim % 32 == 0
+    )
+    if rotation is None or not fits or not can_join(layers):
+        return False
+    joint = join(layers)
+    scale = module.scale
+
+    def call(
+        original: Call, attention: Any, x: mx.array, mask: Any = None, cache: Any = None
+    ) -> Any:
+        pools = cache.pools if isinstance(cache, PagedKV) else None
+        if not isinstance(pools, TokenMajorPools) or cache.layout.quantised is not None:
+            return original(attention, x, mask, cache)
+        rows = multiply_in_parts(x, joint)
+        window = mask.window if isinstance(mask, RowMask) else None
+        step = cache.step
+        q = kernels.rotate_and_write(
+            rows.array,
+            rows.count,
+            x.dtype,
+            pools,
+            step.positions,
+            step.slots,
+            rotation,
+            heads,
+            norms,
+        )
+        out = cache.attend_rows(q, scale=scale, window=window)
+        return _project(out, attention.o_proj, x, sums)
+
+    swaps.override(module, call)
+    return True
+
+
+def _project(rows: mx.array, layer: nn.Module, like: mx.array, sums: Sums) -> mx.array:
+    """Return rows [rows, ...] projected, in the shape of `like`; parts are left to who sums."""
+    weights = weights_of(layer)
+    if weights is None:
+        return layer(rows.reshape(*like.shape[:-1], -1))  # type: ignore[no-any-return]
+    shape = (*like.shape[:-1], weights.num_outputs)
+    return sums.of_parts(multiply_in_parts(rows, weights), shape, like.dtype)

@@ -1,0 +1,226 @@
+"""Products with weights: [rows, in] times [out, in], in the way that suits the number of rows.
+
+Few rows are bound by reading the weights, which MLX's products do at half the memory's speed, and
+slowly to launch: they go to a kernel of ours, whose sums may be left in parts for the next kernel
+to add up. With many rows, quantised weights are written out first; others are MLX's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from modelpack_engine.attention.kernels import launch
+from modelpack_engine.fusion import kernels
+
+#: Up to so many rows, our kernel multiplies: measured, see benchmarks/results/engine-h200.md.
+FEW_ROWS = 128
+#: From so many rows on, quantised weights are dequantised first.
+DEQUANTISE_FROM = 129
+_OUTPUTS, _DEPTH, _THREADS = 64, 64, 128
+#: Rows that a kernel is compiled for, with its stages: few, as each takes a second or two.
+_TILES = {32: 4, 128: 3}
+#: Threadgroups that keep a large GPU busy, and the fewest tiles that each of them should have.
+_THREADGROUPS, _FEWEST_TILES, _MOST_PARTS = 192, 4, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A linear layer's parameters: `bits` is None for plain weights [out, in].
+
+    Quantised ones are packed in uint32, low bits first, with scales and biases [out, in / group].
+    """
+
+    weight: mx.array
+    scales: mx.array | None
+    biases: mx.array | None
+    bias: mx.array | None
+    bits: int | None
+    group_size: int
+    mode: str
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs."""
+        return self.weight.shape[0]
+
+    @property
+    def num_inputs(self) -> int:
+        """Inputs."""
+        return self.weight.shape[1] * (32 // self.bits if self.bits else 1)
+
+
+def weights_of(layer: nn.Module) -> Weights | None:
+    """Return the parameters of a linear layer or an embedding that serves as one; None for others.
+
+    Subclasses made for a step count as what they were made of; layers divided among devices do not.
+    """
+    if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        return quantised_weights(layer)
+    if isinstance(layer, nn.Linear | nn.Embedding):
+        return Weights(layer["weight"], None, None, layer.get("bias"), None, 0, "")
+    return None
+
+
+def quantised_weights(layer: Any) -> Weights:
+    """Return the parameters of any quantised layer."""
+    return Weights(
+        layer["weight"], layer["scales"], layer.get("biases"), layer.get("bias"),
+        layer.bits, layer.group_size, layer.mode,
+    )  # fmt: skip
+
+
+def multiply(x: mx.array, weights: Weights) -> mx.array:
+    """Return x [rows, in] times the weights, plus their bias: [rows, out] in x's type."""
+    if _takes(x, weights):
+        return _run(x, weights, 1, (x.shape[0], weights.num_outputs))
+    product = _by_mlx(x, weights)
+    if weights.bias is None or weights.bits is None:
+        return product
+    return product + weights.bias
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What is to be summed: `count` times rows of some shape, one after the other in `array`.
+
+    Several parts are float32; a single one is the sum itself, in its own type.
+    """
+
+    array: mx.array
+    count: int
+
+
+def multiply_in_parts(x: mx.array, weights: Weights) -> Parts:
+    """Return the products of rows x [rows, ...], whose elements are the inputs: rows of outputs."""
+    if not _takes(x, weights):
+        return Parts(multiply(x.reshape(x.shape[0], -1), weights), 1)
+    parts = num_parts(weights.num_outputs, weights.num_inputs)
+    shape = (x.shape[0], weights.num_outputs)
+    return Parts(_run(x, weights, parts, shape if parts == 1 else (parts, *shape)), parts)
+
+
+def swiglu(x: mx.array, weights: Weights) -> mx.array:
+    """Return silu(gate) * up [rows, n] of a joint projection of rows x [rows, ...] by [2 n, in]."""
+    width = weights.num_outputs // 2
+    if _takes(x, weights) and weights.num_outputs % 2 == 0:
+        return _run(x, weights, 1, (x.shape[0], width), swiglu=True)
+    return kernels.swiglu(multiply(x.reshape(x.shape[0], -1), weights))
+
+
+def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
+    """Multiply by MLX; the bias of quantised weights is not added."""
+    weight, bits = weights.weight, weights.bits
+    if bits is None:
+        return x @ weight.T if weights.bias is None else mx.addmm(weights.bias, x, weight.T)
+    scales, biases, group_size = weights.scales, weights.biases, weights.group_size
+    assert scales is not None
+    if biases is not None and x.shape[0] >= DEQUANTISE_FROM and _is_plain(x, weights):
+        return x @ kernels.dequantise(weight, scales, biases, group_size, bits).T
+    return mx.quantized_matmul(
+        x, weight, scales, biases,
+        transpose=True, group_size=group_size, bits=bits, mode=weights.mode,
+    )  # fmt: skip
+
+
+def _is_plain(x: mx.array, weights: Weights) -> bool:
+    """Return whether quantised weights are of the kind that our kernels know."""
+    return (
+        weights.mode == "affine"
+        and weights.bits in (4, 8)
+        and weights.group_size % 32 == 0
+        and weights.scales is not None
+        and weights.scales.dtype == x.dtype
+    )
+
+
+def _takes(x: mx.array, weights: Weights) -> bool:
+    """Return whether our kernel multiplies."""
+    return (
+        x.shape[0] <= FEW_ROWS
+        and x.dtype in (mx.float16, mx.bfloat16)
+        and launch.backend() == "cuda"
+        and weights.num_inputs % _DEPTH == 0
+        and (weights.bias is None or weights.bias.dtype == x.dtype)
+        and (_is_plain(x, weights) if weights.bits else weights.weight.dtype == x.dtype)
+        and (verdict(x.dtype, weights.bits or 16) is None)
+    )
+
+
+def num_parts(num_outputs: int, num_inputs: int) -> int:
+    """Return into how many parts the inputs are split, a power of two."""
+    tiles, groups = num_inputs // _DEPTH, -(-num_outputs // _OUTPUTS)
+    parts = 1
+    while (
+        parts < _MOST_PARTS
+        and groups * parts < _THREADGROUPS
+        and tiles % (2 * parts) == 0
+        and tiles // (2 * parts) >= _FEWEST_TILES
+    ):
+        parts *= 2
+    return parts
+
+
+def _run(
+    x: mx.array, weights: Weights, parts: int, shape: tuple[int, ...], *, swiglu: bool = False
+) -> mx.array:
+    """Return what our kernel puts out, in this shape: rows of outputs in parts, or SwiGLU's."""
+    rows, outputs = x.shape[0], weights.num_outputs
+    bits = weights.bits or 16
+    tile = next(size for size in _TILES if size >= rows)
+    stages = _TILES[tile]
+    stage = _OUTPUTS * _DEPTH * bits // 8 + tile * _DEPTH * 2
+    out_dtype = x.dtype if parts == 1 else mx.float32
+    scales = x if weights.scales is None else weights.scales
+    biases = x if weights.biases is None else weights.biases
+    (out,) = launch.kernel("product", "cuda", stages * stage)(
+        inputs=[x, weights.weight, scales, biases, x if weights.bias is None else weights.bias],
+        template=[
+            ("T", x.dtype), ("O", out_dtype), ("BITS", bits), ("GROUP", weights.group_size or 64),
+            ("BIAS", weights.bias is not None), ("MT", tile), ("STAGES", stages),
+            ("SWIGLU", swiglu),
+        ],
+        grid=(-(-outputs // _OUTPUTS) * _THREADS, 1, parts),
+        threadgroup=(_THREADS, 1, 1),
+        output_shapes=[shape],
+        output_dtypes=[out_dtype],
+    )  # fmt: skip
+    return out
+
+
+@cache
+def verdict(dtype: mx.Dtype, bits: int) -> str | None:
+    """Return None if our kernel multiplies as MLX does, else what is off."""
+    try:
+        return _compare(dtype, bits)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"a kernel does not run: {error}"
+
+
+def _compare(dtype: mx.Dtype, bits: int) -> str | None:
+    keys = mx.random.split(mx.random.key(9), 3)
+    outputs, inputs = 208, 1024
+    full = (mx.random.normal((outputs, inputs), key=keys[0]) / 32).astype(dtype)
+    bias = mx.random.normal((outputs,), key=keys[1]).astype(dtype)
+    weights = Weights(full, None, None, bias, None, 0, "")
+    if bits < 16:
+        packed = mx.quantize(full, 32, bits)
+        full = mx.dequantize(*packed, 32, bits)
+        weights = Weights(*packed, bias, bits, 32, "affine")
+    for rows in (13, 128):
+        x = mx.random.normal((rows, inputs), key=keys[2]).astype(dtype)
+        expected = x.astype(mx.float32) @ full.T.astype(mx.float32) + bias.astype(mx.float32)
+        parts = _run(x, weights, 4, (4, rows, outputs))
+        error = float(mx.max(mx.abs(parts.sum(axis=0) - expected)))
+        if not error <= 5e-2:
+            return f"{rows} rows in parts are off by {error:.3g}, allowed 0.05"
+        gate, up = mx.split(expected, 2, axis=1)
+        found = _run(x, weights, 1, (rows, outputs // 2), swiglu=True).astype(mx.float32)
+        error = float(mx.max(mx.abs(found - gate * mx.sigmoid(gate) * up)))
+        if not error <= 2e-1:
+            return f"SwiGLU of {rows} rows is off by {error:.3g}, allowed 0.2"
+    return None

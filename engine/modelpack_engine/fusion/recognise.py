@@ -1,0 +1,60 @@
+"""Whether a layer's class computes what a class of mlx-lm is known to compute.
+
+Most of mlx-lm's models define their own MLP, attention and block, word for word alike. A class is
+recognised if its `__call__` is the same code as the known one's, and the names in it mean the same.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from functools import cache
+from types import CodeType, FunctionType
+
+import mlx.nn as nn
+
+from modelpack_engine.adaptation.cpu_activations import native_swiglu, swiglu
+
+
+def reads_like(module: nn.Module, known: type[nn.Module]) -> bool:
+    """Return whether `module` answers a call with the same code as instances of `known`."""
+    one, other = type(module).__call__, known.__call__
+    if not isinstance(one, FunctionType) or not isinstance(other, FunctionType):
+        return False
+    return one is other or (
+        _text(one.__code__) is not None
+        and _text(one.__code__) == _text(other.__code__)
+        and _means_the_same(one, other)
+    )
+
+
+@cache
+def _text(code: CodeType) -> str | None:
+    """Return a function's text without annotations and docstring; None if it has none."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    definition = tree.body[0]
+    if not isinstance(definition, ast.FunctionDef):
+        return None
+    definition.returns = None
+    for argument in (*definition.args.args, *definition.args.kwonlyargs):
+        argument.annotation = None
+    if ast.get_docstring(definition) is not None:
+        del definition.body[0]
+    return ast.dump(definition)
+
+
+def _means_the_same(one: FunctionType, other: FunctionType) -> bool:
+    """Return whether both find the same objects under the global names that they use."""
+    names = [name for name in other.__code__.co_names if name in other.__globals__]
+    return all(
+        _known(one.__globals__.get(name)) is _known(other.__globals__[name]) for name in names
+    )
+
+
+def _known(meaning: object) -> object:
+    """Return what a name means, whether or not it was swapped for the same in faster."""
+    return native_swiglu if meaning is swiglu else meaning

@@ -1,0 +1,199 @@
+"""Context: a GGUF model in llama.cpp, and the cache of keys and values of up to 256 sequences."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelpack_engine.errors import EngineError, ModelLoadError
+from modelpack_engine.llama_cpp.library import bindings, num_threads
+
+_NO_ROOM = 1
+_F16_BYTES = 2
+
+
+class LlamaModel:
+    """The weights, mapped from their files, until nobody refers to it any more."""
+
+    def __init__(self, weights: Sequence[Path]) -> None:
+        """Raises `ModelLoadError` for what llama.cpp does not load or what `Context` cannot run."""
+        self.library = library = bindings()
+        parameters = library.llama_model_default_params()
+        parameters.n_gpu_layers = 0
+        paths = [os.fsencode(path) for path in weights]
+        if len(paths) == 1:
+            self.pointer = library.llama_model_load_from_file(paths[0], parameters)
+        else:
+            array = (ctypes.c_char_p * len(paths))(*paths)
+            self.pointer = library.llama_model_load_from_splits(array, len(paths), parameters)
+        if not self.pointer:
+            raise ModelLoadError(
+                f"llama.cpp cannot load {weights[0].name}",
+                hint="it may not know the architecture: --backend mlx",
+            )
+        weakref.finalize(self, library.llama_model_free, self.pointer)
+        for kind in ("recurrent", "hybrid"):
+            if getattr(library, f"llama_model_is_{kind}")(self.pointer):
+                self._refuse(f"{kind} models", weights)
+        if library.llama_model_has_encoder(self.pointer):
+            self._refuse("models with an encoder", weights)
+        self.vocab_size = int(
+            library.llama_vocab_n_tokens(library.llama_model_get_vocab(self.pointer))
+        )
+        self.context_length = int(library.llama_model_n_ctx_train(self.pointer))
+        self.weight_bytes = int(library.llama_model_size(self.pointer))
+
+    #: It keeps no snapshots: its prefixes are its own affair.
+    snapshot_bytes = 0
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What a token's keys and values take, in bytes of float16."""
+        library, model = self.library, self.pointer
+        heads = library.llama_model_n_head_kv(model)
+        per_head = library.llama_model_n_embd(model) // max(1, library.llama_model_n_head(model))
+        sizes = [self._number(f"attention.{name}_length") or per_head for name in ("key", "value")]
+        return int(library.llama_model_n_layer(model) * heads * sum(sizes) * _F16_BYTES)
+
+    @property
+    def architecture(self) -> str:
+        """What the file calls its architecture."""
+        return self.metadata("general.architecture")
+
+    def metadata(self, key: str) -> str:
+        """Return a value of the file's metadata as text, empty if it has none."""
+        buffer = ctypes.create_string_buffer(256)
+        length = self.library.llama_model_meta_val_str(
+            self.pointer, key.encode(), buffer, len(buffer)
+        )
+        return buffer.value.decode("utf-8", "replace") if length >= 0 else ""
+
+    def _number(self, key: str) -> int:
+        value = self.metadata(f"{self.architecture}.{key}")
+        return int(value) if value.isdecimal() else 0
+
+    def _refuse(self, what: str, weights: Sequence[Path]) -> None:
+        raise ModelLoadError(
+            f"{weights[0].name}: this backend does not run {what}", hint="--backend mlx"
+        )
+
+
+class Context:
+    """Computes batches of rows, each a token of a sequence at a position."""
+
+    def __init__(self, model: LlamaModel, *, num_cells: int, num_slots: int, max_rows: int) -> None:
+        """`num_cells` tokens have room in the cache, of sequences 0 to `num_slots` - 1, and
+        `max_rows` in a batch. Raises `EngineError` if llama.cpp cannot allocate them.
+        """
+        self._library = library = model.library
+        self._vocab_size = model.vocab_size
+        parameters = library.llama_context_default_params()
+        parameters.n_ctx = num_cells
+        # It tries out a batch with a row of each sequence, and aborts the process if none fits.
+        parameters.n_batch = parameters.n_ubatch = max(max_rows, num_slots)
+        parameters.n_seq_max = num_slots
+        parameters.n_threads = parameters.n_threads_batch = num_threads()
+        parameters.kv_unified = True  # sequences share cells: a prefix is copied by a mark on each
+        parameters.swa_full = True  # else a prefix could not be gone back to
+        parameters.no_perf = True
+        self._pointer = library.llama_init_from_model(model.pointer, parameters)
+        if not self._pointer:
+            raise EngineError(
+                f"llama.cpp cannot allocate a KV cache of {num_cells} tokens",
+                hint="lower max_model_len or kv_cache_bytes",
+            )
+        self.close = weakref.finalize(self, _free, library, self._pointer, model)
+        self._memory = library.llama_get_memory(self._pointer)
+        self._rows = _Rows(library, max_rows)
+
+    def compute(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        slots: Sequence[int],
+        wanted: Sequence[int],
+    ) -> NDArray[np.float32]:
+        """Write the keys and values of rows; return the logits of those `wanted`, in their order.
+
+        Logits are [len(wanted), vocab_size], and the caller's. Raises `EngineError`.
+        """
+        batch = self._rows.fill(token_ids, positions, slots, wanted)
+        failed = self._library.llama_decode(self._pointer, batch)
+        if failed == _NO_ROOM:
+            raise EngineError("the KV cache of llama.cpp has no room for a step")
+        if failed:
+            raise EngineError(f"llama.cpp could not compute a step (llama_decode: {failed})")
+        if not wanted:
+            return np.empty((0, self._vocab_size), np.float32)
+        pointer = self._library.llama_get_logits(self._pointer)
+        logits = np.ctypeslib.as_array(pointer, (len(wanted), self._vocab_size))
+        # They come in the order of the rows.
+        return logits[np.argsort(np.argsort(np.array(wanted)))]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give a sequence the first `length` tokens of another; they are shared, not copied."""
+        self._library.llama_memory_seq_cp(self._memory, source, target, 0, length)
+
+    def cut(self, slot: int, length: int) -> None:
+        """Forget what a sequence has after its first `length` tokens."""
+        if not self._library.llama_memory_seq_rm(self._memory, slot, length, -1):
+            raise EngineError("llama.cpp cannot go back within a sequence of this model")
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+        self._library.llama_memory_clear(self._memory, True)
+
+
+def _free(library: Any, pointer: Any, _model: LlamaModel) -> None:
+    """Free a context, and only then let its model go."""
+    library.llama_free(pointer)
+
+
+class _Rows:
+    """The arrays that a batch points to, filled anew for each."""
+
+    def __init__(self, library: Any, size: int) -> None:
+        self._arrays = [np.zeros(size, np.int32) for _ in range(4)]
+        self._token, self._position, self._count, self._slot = self._arrays
+        self._count[:] = 1
+        self._wanted = np.zeros(size, np.int8)
+        integers = ctypes.POINTER(ctypes.c_int32)
+        base = self._slot.ctypes.data
+        self._slots = (integers * size)(
+            *(ctypes.cast(base + 4 * row, integers) for row in range(size))
+        )
+        token, position, count = (
+            array.ctypes.data_as(integers) for array in (self._token, self._position, self._count)
+        )
+        self._batch = library.llama_batch(
+            n_tokens=0,
+            token=token,
+            embd=None,
+            pos=position,
+            n_seq_id=count,
+            seq_id=ctypes.cast(self._slots, ctypes.POINTER(integers)),
+            logits=self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def fill(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        slots: Sequence[int],
+        wanted: Sequence[int],
+    ) -> Any:
+        count = len(token_ids)
+        self._token[:count] = token_ids
+        self._position[:count] = positions
+        self._slot[:count] = slots
+        self._wanted[:count] = 0
+        self._wanted[list(wanted)] = 1
+        self._batch.n_tokens = count
+        return self._batch

@@ -1,0 +1,103 @@
+"""shard: a model's part of this rank, by mlx-lm's own division of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.distributed import AllToShardedLinear, QuantizedAllToShardedLinear
+from mlx.nn.layers.linear import Linear
+from mlx.nn.layers.quantized import QuantizedLinear
+from mlx.utils import tree_map, tree_unflatten
+
+from modelpack_engine.errors import ModelLoadError
+
+_HEADS = ("num_attention_heads", "n_heads", "n_head")
+_KV_HEADS = ("num_key_value_heads", "n_kv_heads")
+# What a model's `shard` may raise for sizes that it was not written for.
+_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+
+
+def shard(model: Module, config: Mapping[str, Any], group: mx.distributed.Group) -> None:
+    """Leave in `model` only what this rank of `group` computes; nothing is evaluated.
+
+    Raises `ModelLoadError` for an architecture that mlx-lm cannot divide, and for sizes that
+    cannot be divided by the number of ranks.
+    """
+    size = group.size()
+    name = str(config.get("model_type") or type(model).__module__.rpartition(".")[2])
+    divide = getattr(model, "shard", None)
+    if divide is None:
+        raise ModelLoadError(
+            f"mlx-lm cannot divide the architecture {name!r} between devices",
+            hint="serve it on one device, without --tensor-parallel-size",
+        )
+    check_sizes(name, config, size)
+    try:
+        divide(group)
+    except _FAILURES as error:
+        why = str(error) or type(error).__name__
+        raise ModelLoadError(
+            f"{name} cannot be divided between {size} devices: {why}",
+            hint="choose a number that divides all its layers, or one device",
+        ) from error
+    _make_plain(model)
+    # A part that is a view would keep the whole tensor in memory.
+    model.update(tree_map(mx.contiguous, model.parameters()))
+
+
+def _make_plain(model: Module) -> None:
+    """Make layers whose outputs are divided linear layers, which is what they compute.
+
+    MLX's own prepare for gradients in each call, and what makes linear layers fast (`adaptation`,
+    `fusion`) does not know them.
+    """
+    plain: list[tuple[str, Module]] = []
+    for path, module in model.named_modules():
+        made: Any
+        if isinstance(module, AllToShardedLinear):
+            made = Linear(1, 1, bias="bias" in module)
+        elif isinstance(module, QuantizedAllToShardedLinear):
+            how: Any = module
+            made = QuantizedLinear(
+                how.group_size, 1, "bias" in module, how.group_size, how.bits, how.mode
+            )
+        else:
+            continue
+        for name, value in module.items():
+            if isinstance(value, mx.array):
+                made[name] = value
+        plain.append((path, made))
+    model.update_modules(tree_unflatten(plain))
+
+
+def check_sizes(name: str, config: Mapping[str, Any], size: int) -> None:
+    """Raise `ModelLoadError` unless a model's heads can be divided by `size`."""
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, dict) else {}):
+        _check(name, "attention heads", _first(part, _HEADS), size)
+        # One latent for all heads; and where mlx-lm repeats heads that are fewer than the ranks.
+        latent = part.get("kv_lora_rank") is not None
+        kv_heads = _first(part, _KV_HEADS)
+        repeated = name.startswith("qwen3_5") and kv_heads is not None and size % kv_heads == 0
+        if not latent and not repeated:
+            _check(name, "key-value heads", kv_heads, size)
+
+
+def _check(name: str, what: str, count: int | None, size: int) -> None:
+    if count is not None and count % size:
+        fitting = [n for n in range(2, count + 1) if count % n == 0]
+        raise ModelLoadError(
+            f"{name} has {count} {what}, which {size} devices cannot share equally",
+            hint=f"choose one of {fitting}, or one device" if fitting else "use one device",
+        )
+
+
+def _first(part: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    for name in names:
+        value = part.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None

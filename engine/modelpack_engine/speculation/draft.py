@@ -1,0 +1,296 @@
+"""DraftProposer: a smaller model writes ahead, for all sequences in one batch.
+
+It draws its tokens as the large model will: by the same parameters, and with the same random noise,
+which belongs to a request's seed and a token's position. So both choose the same token wherever
+their distributions are alike (a Gumbel coupling: arXiv:2408.07978), at any temperature. Noise of
+its own would make the draft's tokens right far less often, and no more random.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any
+
+import mlx.core as mx
+
+from modelpack_engine.batch import StepBatch, build_batch
+from modelpack_engine.block_manager import BlockManager
+from modelpack_engine.logprobs import gather_logprobs
+from modelpack_engine.model_runner import ModelRunner
+from modelpack_engine.sampler import NO_TOKEN, Sampled, Sampler, SampleRow
+from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.schedule import PrefillChunk, Proposal, SchedulerOutput
+from modelpack_engine.sequence import Sequence
+from modelpack_engine.step import row_token_ids
+
+# Up to so many tokens that the draft model has yet to see are rows of their own.
+_FEW_TOKENS = 8
+
+
+@dataclass(slots=True, eq=False)
+class _Draft:
+    """What the draft model has computed of `original`.
+
+    `sequence` shares the original's tokens, and has blocks in the draft model's pool. Its computed
+    tokens are the known ones whose KV is there; after them comes the KV of `guessed`, but for the
+    last of these.
+    """
+
+    original: Sequence
+    sequence: Sequence
+    guessed: list[int] = field(default_factory=list)
+
+    @property
+    def num_missing(self) -> int:
+        """How many known tokens the draft model has yet to see."""
+        return self.sequence.num_known_tokens - self.sequence.num_computed_tokens
+
+    def settle(self) -> None:
+        """Count the KV of guesses that turned out right."""
+        sequence = self.sequence
+        start = sequence.num_computed_tokens
+        known = sequence.token_ids(start, sequence.num_known_tokens)
+        right = 0
+        for token_id, guess in zip(known, self.guessed[:-1], strict=False):  # the last was not fed
+            if token_id != guess:
+                break
+            right += 1
+        self.guessed = []
+        # The newest token is computed again, where it need not be, for its logits.
+        sequence.num_computed_tokens = min(start + right, sequence.num_known_tokens - 1)
+
+
+class DraftProposer:
+    """Proposes what `runner`'s model draws with `sampler`, which is the large model's.
+
+    `vocab_size` is the number of the large model's logits. `blocks` hands out the runner's blocks.
+    A step has at most `max_rows` rows; sequences are proposed for up to `context_length` tokens. A
+    proposal ends before the first token whose probability is below `min_probability`.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        sampler: Sampler,
+        blocks: BlockManager,
+        *,
+        vocab_size: int,
+        draft_vocab_size: int,
+        context_length: int,
+        max_rows: int,
+        min_probability: float = 0.0,
+    ) -> None:
+        self._runner, self._sampler, self._blocks = runner, sampler, blocks
+        self._vocab_size, self._draft_vocab_size = vocab_size, draft_vocab_size
+        self._context_length, self._max_rows = context_length, max_rows
+        self._least = math.log(min_probability) if min_probability > 0 else None
+        self._drafts: dict[int, _Draft] = {}  # by the original's seq_id, last used last
+
+    def expects(self, sequences: Iterable[Sequence]) -> bool:
+        """Return True: a model always has something to say."""
+        return True
+
+    def propose(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, list[int]]:
+        """Return what the draft model writes after each sequence.
+
+        A prompt that it has not seen yet takes it a step or more; until then it says nothing.
+        """
+        opened = [self._open(sequence, length) for sequence, length in lengths.items()]
+        drafts = [d for d in opened if d is not None and d.original.seq_id in self._drafts]
+        try:
+            return self._write(drafts, lengths) if drafts else {}
+        except BaseException:
+            self.release(list(self._drafts))
+            raise
+
+    def release(self, seq_ids: Iterable[int]) -> None:
+        """Give back the blocks of sequences that ended or were preempted."""
+        for seq_id in seq_ids:
+            draft = self._drafts.pop(seq_id, None)
+            if draft is not None:
+                self._blocks.free(draft.sequence)
+
+    def _open(self, original: Sequence, length: int) -> _Draft | None:
+        """Return the draft of a sequence, with room for `length` tokens; None if there is none."""
+        if original.num_known_tokens + length > self._context_length:
+            return None
+        draft = self._drafts.pop(original.seq_id, None)
+        if draft is None:
+            draft = _Draft(original, _shadow(original))
+            self._blocks.share_prefix(draft.sequence)
+        else:
+            draft.settle()
+        self._drafts[original.seq_id] = draft
+        while not self._blocks.grow(draft.sequence, original.num_known_tokens + length):
+            oldest = next(iter(self._drafts))
+            self.release([oldest])
+            if oldest == original.seq_id:
+                return None
+        return draft
+
+    # Steps of the draft model.
+
+    def _write(
+        self, drafts: list[_Draft], lengths: Mapping[Sequence, int]
+    ) -> Mapping[Sequence, list[int]]:
+        output = self._catching_up(drafts)
+        batch = build_batch(output, None, self._runner.buckets, self._blocks.block_size)
+        logits = self._forward(batch, None)
+        by_sequence = {draft.sequence: draft for draft in drafts}
+        going = [by_sequence[sequence] for sequence in output.sampled]
+        if not going:
+            self._compute([])
+            self._computed(output)
+            return {}
+        drawn = self._draw(logits[mx.array(_last_rows(output), mx.int32)], going, 0)
+        steps = [(going, drawn)]
+        self._computed(output)
+        for sequence in output.sampled:
+            sequence.num_inflight = 1
+        try:
+            for count in range(1, max(lengths[draft.original] for draft in going)):
+                batch = replace(batch, sample_seqs=tuple(draft.sequence for draft in going))
+                going = [draft for draft in going if lengths[draft.original] > count]
+                batch, drawn = self._next(going, batch, drawn, count)
+                steps.append((going, drawn))
+        finally:
+            for sequence in output.sampled:
+                sequence.num_inflight = 0
+                sequence.num_computed_tokens = sequence.num_known_tokens
+        return self._read(steps)
+
+    def _catching_up(self, drafts: list[_Draft]) -> SchedulerOutput:
+        """Return the step in which the draft model sees what it has not seen, as far as it may."""
+        decode: list[Sequence] = []
+        proposals: list[Proposal] = []
+        prefill: list[PrefillChunk] = []
+        rows = self._max_rows
+        buckets = self._runner.buckets
+        for draft in sorted(drafts, key=lambda draft: draft.num_missing):
+            sequence, missing = draft.sequence, draft.num_missing
+            start, stop = sequence.num_computed_tokens, sequence.num_known_tokens
+            if missing > _FEW_TOKENS:
+                length = buckets.fit_chunk(missing, rows)
+                if length:
+                    prefill.append(PrefillChunk(sequence, start, length, length == missing))
+                    rows -= buckets.pad_chunk(length)
+            elif missing > 1 and missing <= rows:
+                known = tuple(sequence.token_ids(start + 1, stop))
+                proposals.append(Proposal(sequence, known))
+                rows -= missing
+            elif missing == 1 and rows:
+                decode.append(sequence)
+                rows -= 1
+        return SchedulerOutput(tuple(decode), tuple(prefill), tuple(proposals))
+
+    def _computed(self, output: SchedulerOutput) -> None:
+        """Take note that a step which catches up is being computed."""
+        ends = [(sequence, sequence.num_known_tokens) for sequence in output.decoding]
+        ends += [(chunk.sequence, chunk.start + chunk.length) for chunk in output.prefill]
+        for sequence, end in ends:
+            sequence.num_computed_tokens = end
+            self._blocks.publish_prefix(sequence)
+
+    def _next(
+        self, going: list[_Draft], batch: StepBatch, drawn: _Drawn, count: int
+    ) -> tuple[StepBatch, _Drawn]:
+        """Feed the tokens that were drawn last, and draw the next: number `count` of each."""
+        decode = tuple(draft.sequence for draft in going)
+        batch = build_batch(
+            SchedulerOutput(decode), batch, self._runner.buckets, self._blocks.block_size
+        )
+        logits = self._forward(batch, drawn.sampled)
+        for sequence in decode:
+            sequence.num_computed_tokens += 1
+        return batch, self._draw(logits, going, count)
+
+    def _forward(self, batch: StepBatch, previous: Sampled | None) -> mx.array:
+        """Return logits of the batch's sampled rows, as many a row as the large model has."""
+        token_ids = row_token_ids(batch, previous)
+        # The large model may have tokens that the draft model has not.
+        token_ids = mx.where(token_ids < self._draft_vocab_size, token_ids, 0)
+        logits = self._runner.forward(batch, token_ids)
+        missing = self._vocab_size - logits.shape[-1]
+        if missing > 0:
+            logits = mx.pad(logits, [(0, 0), (0, missing)], constant_values=-math.inf)
+        return logits[:, : self._vocab_size]
+
+    def _draw(self, logits: mx.array, drafts: list[_Draft], count: int) -> _Drawn:
+        """Draw tokens as the large model would for the same positions; start computing them."""
+        rows = []
+        for draft in drafts:
+            position = draft.original.num_known_tokens + count
+            num_output = position - len(draft.original.prompt_token_ids)
+            rows.append(SampleRow(draft.original.seq_id, position, num_output, assumed=()))
+        sampled = self._sampler.sample(logits, rows)
+        logprobs = None
+        if self._least is not None:
+            logprobs = gather_logprobs(logits, mx.maximum(sampled.token_ids, 0), 0).chosen
+        drawn = _Drawn(sampled, logprobs)
+        self._compute(drawn.arrays())
+        return drawn
+
+    def _compute(self, arrays: list[mx.array]) -> None:
+        # See ModelRunner.writes_in_place: else the next step would copy the pools.
+        evaluate = mx.async_eval if self._runner.writes_in_place else mx.eval
+        evaluate(arrays, self._runner.pools())
+
+    def _read(self, steps: list[tuple[list[_Draft], _Drawn]]) -> Mapping[Sequence, list[int]]:
+        """Wait for the tokens; return proposals, cut where the draft model is not sure."""
+        found: dict[Sequence, list[int]] = {}
+        cut: set[Sequence] = set()
+        for drafts, drawn in steps:
+            token_ids: Any = drawn.sampled.token_ids.tolist()
+            logprobs: Any = drawn.logprobs.tolist() if drawn.logprobs is not None else None
+            for row, draft in enumerate(drafts):
+                token_id = token_ids[row]
+                draft.guessed.append(token_id)
+                if token_id == NO_TOKEN:
+                    self._scrap(draft)
+                unsure = logprobs is not None and logprobs[row] < self._least
+                if token_id == NO_TOKEN or unsure or draft.original in cut:
+                    cut.add(draft.original)
+                else:
+                    found.setdefault(draft.original, []).append(token_id)
+        return found
+
+    def _scrap(self, draft: _Draft) -> None:
+        """Forget a draft whose keys may be no numbers, which must not reach another's blocks."""
+        if draft.original.seq_id in self._drafts:
+            self._runner.scrub(self._blocks.withdraw(draft.sequence))
+            self.release([draft.original.seq_id])
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """What a step drew, and the log-probabilities of that if they are wanted."""
+
+    sampled: Sampled
+    logprobs: mx.array | None
+
+    def arrays(self) -> list[mx.array]:
+        return [self.sampled.token_ids, *([] if self.logprobs is None else [self.logprobs])]
+
+
+def _shadow(original: Sequence) -> Sequence:
+    """Return a sequence with the tokens of `original`, now and later, and blocks of its own."""
+    sequence = Sequence(
+        original.request_id,
+        original.prompt_token_ids,
+        SamplingParams(),
+        cache_salt=original.cache_salt,
+    )
+    sequence.output_token_ids = original.output_token_ids
+    sequence.num_prefill_tokens = original.num_known_tokens
+    return sequence
+
+
+def _last_rows(output: SchedulerOutput) -> list[int]:
+    """Return, of each sampled sequence, the last of its sampled rows."""
+    lengths = [1] * len(output.decode)
+    lengths += [1 + len(proposal.token_ids) for proposal in output.proposals]
+    lengths += [1 for chunk in output.prefill if chunk.is_last]
+    return [end - 1 for end in accumulate(lengths)]

@@ -1,0 +1,135 @@
+"""`docker modelpack`, and a `docker model` of which Compose gets what it asks for.
+
+For the top-level `models:` Compose runs docker-model itself (docker/compose v2.40.3,
+pkg/compose/model.go): `ls --json`, `pull`, `configure` and `status --json`, of which it reads
+standard output and standard error as one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+import click
+
+from modelpack._version import __version__
+from modelpack.cli.compose import compose
+from modelpack.cli.main import run
+from modelpack.errors import ModelpackError
+
+_METADATA = "docker-cli-plugin-metadata"
+#: Compose hands runtime flags only to a docker-model of 1.0.6 or later, and asks for it.
+_MODEL_VERSION = "v1.2.9"
+
+
+def docker_modelpack() -> None:
+    """Run as the plugin docker-modelpack: as `modelpack`."""
+    sys.exit(_plugin("modelpack", f"v{__version__}", run))
+
+
+def docker_model() -> None:
+    """Run as the plugin docker-model."""
+    sys.exit(_plugin("model", _MODEL_VERSION, _run_model))
+
+
+def _plugin(name: str, version: str, command: Callable[[list[str]], int]) -> int:
+    arguments = sys.argv[1:]
+    if arguments[:1] == [_METADATA]:
+        click.echo(_described(version))
+        return 0
+    # Docker repeats the plugin's name; Compose, which starts the program itself, does not.
+    return command(arguments[1:] if arguments[:1] == [name] else arguments)
+
+
+def _described(version: str) -> str:
+    return json.dumps(
+        {
+            "SchemaVersion": "0.1.0",
+            "Vendor": "Modelpack",
+            "Version": version,
+            "ShortDescription": "Models as OCI artifacts, served by modelpack",
+        }
+    )
+
+
+@click.group()
+def model() -> None:
+    """What Compose asks of Docker Model Runner, done by modelpack serve."""
+
+
+@model.command("ls")
+@click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
+def list_models(as_json: bool) -> None:
+    """List the models of the server's store."""
+    from modelpack.deployment.local_server import local_server
+
+    models = local_server().client.models()
+    if as_json:
+        click.echo(json.dumps(models))
+    else:
+        click.echo("\n".join(tag for model in models for tag in model["tags"][:1]))
+
+
+@model.command()
+@click.argument("name", metavar="MODEL")
+def pull(name: str) -> None:
+    """Have the server pull MODEL."""
+    from modelpack.deployment.local_server import local_server
+
+    local_server().client.pull(name, click.echo)
+
+
+@model.command(context_settings={"ignore_unknown_options": True})
+@click.argument("name", metavar="MODEL")
+@click.option("--context-size", type=int, help="Longest context, in tokens.")
+@click.argument("flags", metavar="[-- FLAGS...]", nargs=-1, type=click.UNPROCESSED)
+def configure(name: str, context_size: int | None, flags: tuple[str, ...]) -> None:
+    """Say how the server runs MODEL."""
+    from modelpack.deployment.local_server import local_server
+
+    local_server().client.configure(name, context_size=context_size, runtime_flags=flags)
+
+
+@model.command()
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def status(as_json: bool) -> None:
+    """Say where containers reach the server."""
+    from modelpack.deployment.local_server import local_server
+
+    server = local_server()
+    if not as_json:
+        click.echo(f"modelpack serves at {server.endpoint}")
+        return
+    answer = {
+        "running": True,
+        "backends": server.client.backends(),
+        "kind": "Modelpack",
+        "endpoint": server.endpoint,
+        "endpointHost": f"{server.client.url}/engines/v1/",
+    }
+    click.echo(json.dumps(answer))
+
+
+@model.command()
+def version() -> None:
+    """Print the version of Docker Model Runner whose commands these are, and our own."""
+    click.echo(f"Docker Model Runner version {_MODEL_VERSION} (modelpack {__version__})")
+
+
+model.add_command(compose)
+
+
+def _run_model(arguments: list[str]) -> int:
+    try:
+        result = model.main(arguments, prog_name="docker model", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except ModelpackError as error:
+        # Compose shows what `pull` prints on standard output, and nothing else.
+        click.echo(f"error: {error}")
+        if error.hint:
+            click.echo(f"hint: {error.hint}")
+        return error.exit_code

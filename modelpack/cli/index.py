@@ -1,0 +1,156 @@
+"""`modelpack index`: one reference for several variants of a model."""
+
+from __future__ import annotations
+
+import click
+
+from modelpack.cli.options import (
+    Settings,
+    annotation_pairs,
+    common_options,
+    model_argument,
+    remote_options,
+)
+from modelpack.cli.output import human_size, note, note_reference, plural, show, table
+from modelpack.cli.progress import shown_progress
+from modelpack.errors import UnsupportedError, UsageError
+from modelpack.manifest import Index, parse_manifest_or_index
+from modelpack.operations.index import NamedVariant, create_index
+from modelpack.operations.remote import RemoteOptions
+from modelpack.operations.sources import open_source
+from modelpack.operations.variants import choose_variant, variants_of
+from modelpack.operations.watching import watching
+from modelpack.reference import Reference
+
+
+@click.group()
+def index() -> None:
+    """One reference for several variants of a model: each machine takes what it runs best."""
+
+
+@index.command()
+@click.argument("reference")
+@click.option(
+    "--variant",
+    "variants",
+    metavar="NAME=REF",
+    multiple=True,
+    required=True,
+    help="A model and what it is called as a variant. May be repeated.",
+)
+@click.option(
+    "--platform",
+    "platforms",
+    metavar="NAME=OS/ARCH",
+    multiple=True,
+    help="The one platform that a variant is for, like mlx=darwin/arm64. May be repeated.",
+)
+@click.option(
+    "--annotation",
+    "annotations",
+    metavar="KEY=VALUE",
+    multiple=True,
+    callback=annotation_pairs,
+    help="An annotation of the index. May be repeated.",
+)
+@click.option("--push", is_flag=True, help="Make it in REFERENCE's registry, not in the store.")
+@remote_options
+@common_options
+def create(
+    settings: Settings,
+    reference: str,
+    variants: tuple[str, ...],
+    platforms: tuple[str, ...],
+    annotations: dict[str, str],
+    push: bool,
+    remote: RemoteOptions,
+) -> None:
+    """Make the index REFERENCE of stored models; print its digest. `push` sends it on.
+
+    With --push, models may be in registries and on the Hugging Face Hub, too: what REFERENCE's
+    registry lacks is copied there, and nothing is stored here.
+    """
+    where = Reference.parse(reference)
+    note_reference(settings, reference, where)
+    named = dict(_pair(text, "--variant", "NAME=REF") for text in variants)
+    if len(named) < len(variants):
+        raise UsageError("two variants have the same name")
+    wanted = dict(_pair(text, "--platform", "NAME=OS/ARCH") for text in platforms)
+    unknown = sorted(wanted.keys() - named.keys())
+    if unknown:
+        raise UsageError(f"--platform {unknown[0]}: there is no such --variant")
+    with shown_progress(settings) as progress:
+        made = create_index(
+            where,
+            [NamedVariant(name, model, wanted.get(name)) for name, model in named.items()],
+            annotations=annotations,
+            push=push,
+            store=settings.store(),
+            remote=remote,
+            progress=progress,
+        )
+    note(settings, f"{'pushed' if push else 'made'} {where}: {plural(len(named), 'variant')}")
+    value = {"reference": str(where), "digest": str(made.digest), "pushed": push}
+    entries = [manifest.to_json() for manifest in made.index.manifests]
+    show(settings, value | {"manifests": entries}, str(made.digest))
+
+
+@index.command("show")
+@model_argument()
+@click.option("-r", "--remote", "in_registry", is_flag=True, help="Ask the registry.")
+@remote_options
+@common_options
+def show_variants(settings: Settings, model: str, in_registry: bool, remote: RemoteOptions) -> None:
+    """List the variants of MODEL, and which of them this machine would take."""
+    if in_registry:
+        with open_source(model, remote, watching(None)) as opened:
+            descriptor, raw = opened.descriptor, opened.raw
+    else:
+        store = settings.store()
+        descriptor = store.resolve(model)
+        raw = store.fetch_manifest(descriptor)
+    document = parse_manifest_or_index(raw, model, media_type=descriptor.media_type)
+    if not isinstance(document, Index):
+        raise UnsupportedError(f"{model} is one model, not several variants")
+    chosen = None
+    try:
+        chosen = choose_variant(document, model).variant
+    except UnsupportedError as error:
+        note(settings, f"note: {error}")
+    variants = variants_of(document)
+    rows = [
+        (
+            variant.name,
+            variant.format,
+            variant.quantization,
+            "" if variant.size is None else human_size(variant.size),
+            variant.descriptor.platform or "any",
+            variant.descriptor.digest.short,
+            "chosen here" if variant is chosen or variant == chosen else "",
+        )
+        for variant in variants
+    ]
+    header = ("VARIANT", "FORMAT", "QUANTIZATION", "SIZE", "PLATFORM", "MODEL ID", "")
+    value = {
+        "digest": str(descriptor.digest),
+        "chosen": chosen.name if chosen else None,
+        "variants": [
+            {
+                "name": variant.name,
+                "digest": str(variant.descriptor.digest),
+                "format": variant.format,
+                "quantization": variant.quantization,
+                "size": variant.size,
+                "platform": variant.descriptor.platform,
+            }
+            for variant in variants
+        ],
+    }
+    show(settings, value, table(header, rows))
+
+
+def _pair(text: str, option: str, shape: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise UsageError(f"{option} {text!r}: expected {shape}")
+    return name, value

@@ -1,0 +1,118 @@
+"""`modelpack k8s`: Kubernetes objects that serve a model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from modelpack._version import __version__
+from modelpack.cli.options import Settings, common_options, remote_options
+from modelpack.cli.sizes import SIZE
+from modelpack.operations.remote import RemoteOptions
+
+_VLLM_IMAGE = "docker.io/vllm/vllm-openai:v0.33.0"
+_OWN_IMAGE = f"modelpack:{__version__}"
+
+
+@click.command()
+@click.argument("reference", metavar="REF")
+@click.option(
+    "--engine", type=click.Choice(["vllm", "modelpack"]), default="vllm", show_default=True,
+    help="What serves it.",
+)  # fmt: skip
+@click.option("--kserve", is_flag=True, help="An InferenceService in the place of a Deployment.")
+@click.option(
+    "--image", metavar="IMAGE",
+    help=f"The engine's image. [default: {_VLLM_IMAGE}, or --tool-image]",
+)  # fmt: skip
+@click.option(
+    "--tool-image", metavar="IMAGE", default=_OWN_IMAGE, show_default=True,
+    help="An image with modelpack, which pulls the model into the pod.",
+)  # fmt: skip
+@click.option(
+    "--model-image", metavar="IMAGE",
+    help="An OCI image with the model's files under /models, to mount instead of pulling.",
+)  # fmt: skip
+@click.option("--name", help="What the objects are called. [default: after REF]")
+@click.option("--namespace", help="Where they go. [default: where they are applied]")
+@click.option("--served-model-name", metavar="NAME", help="What clients call it. [default: REF]")
+@click.option("--replicas", type=click.IntRange(min=0), default=1, show_default=True)
+@click.option(
+    "--gpus", type=click.IntRange(min=0), metavar="N",
+    help="GPUs of a pod. [default: by size for vllm, none for modelpack]",
+)  # fmt: skip
+@click.option(
+    "--gpu-memory", type=SIZE, metavar="SIZE", default="80GB", show_default=True,
+    help="What one GPU has.",
+)  # fmt: skip
+@click.option(
+    "--pull-secret", metavar="NAME", help="A secret of type kubernetes.io/dockerconfigjson."
+)
+@remote_options
+@common_options
+def k8s(
+    settings: Settings,
+    reference: str,
+    engine: Any,
+    kserve: bool,
+    image: str | None,
+    tool_image: str,
+    model_image: str | None,
+    name: str | None,
+    namespace: str | None,
+    served_model_name: str | None,
+    replicas: int,
+    gpus: int | None,
+    gpu_memory: int,
+    pull_secret: str | None,
+    remote: RemoteOptions,
+) -> None:
+    """Print a Deployment and a Service, or with --kserve an InferenceService, for a model.
+
+    REF is asked of its registry, for its digest and its size: pods pull that digest, and probes,
+    memory and GPUs follow the size. `modelpack k8s REF | kubectl apply -f -` serves it.
+    """
+    import yaml
+
+    from modelpack.deployment.kserve import inference_service
+    from modelpack.deployment.kubernetes import Workload, default_name, deployment
+    from modelpack.deployment.sizing import demands_of
+    from modelpack.operations.find import inspect
+    from modelpack.reference import Reference
+
+    wanted = Reference.parse(reference)
+    model = inspect(reference, remote=remote, from_registry=True)
+    if gpus is None:
+        gpus = demands_of(model).gpus(gpu_memory) if engine == "vllm" else 0
+    workload = Workload(
+        model=model,
+        reference=wanted,
+        name=name or default_name(wanted),
+        engine=engine,
+        engine_image=image or (_VLLM_IMAGE if engine == "vllm" else tool_image),
+        tool_image=tool_image,
+        gpus=gpus,
+        served_name=served_model_name or wanted.familiar,
+        model_image=model_image,
+        namespace=namespace,
+        replicas=replicas,
+        pull_secret=pull_secret,
+        plain_http=bool(remote.plain_http),
+    )
+    objects = inference_service(workload) if kserve else deployment(workload)
+    if settings.json:
+        listed = {"apiVersion": "v1", "kind": "List", "items": objects}
+        click.echo(json.dumps(listed, indent=2))
+    else:
+        click.echo(_yaml(yaml, objects), nl=False)
+
+
+def _yaml(yaml: Any, objects: list[dict[str, Any]]) -> str:
+    class Plain(yaml.SafeDumper):  # type: ignore[misc]
+        def ignore_aliases(self, data: Any) -> bool:  # labels that are one object are written twice
+            return True
+
+    text: str = yaml.dump_all(objects, Dumper=Plain, sort_keys=False, width=100)
+    return text

@@ -1,0 +1,118 @@
+"""`modelpack attach`, `referrers` and `detach`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from modelpack.cli.options import (
+    Settings,
+    annotation_pairs,
+    common_options,
+    model_argument,
+    remote_options,
+)
+from modelpack.cli.output import human_size, note, note_reference, plural, show, table
+from modelpack.cli.progress import shown_progress
+from modelpack.operations import referrers as referring
+from modelpack.operations.referrers import DEFAULT_FILE_TYPE, AttachedFile
+from modelpack.operations.remote import RemoteOptions
+from modelpack.reference import Reference
+
+LOCAL = click.option("--local", is_flag=True, help="In the local store, not in the registry.")
+
+
+@click.command()
+@model_argument("reference")
+@click.argument("files", metavar="[FILE[:TYPE]]...", nargs=-1)
+@click.option("--artifact-type", metavar="T", required=True, help="What this is: a media type.")
+@click.option(
+    "--annotation",
+    "annotations",
+    metavar="KEY=VALUE",
+    multiple=True,
+    callback=annotation_pairs,
+    help="An annotation of what is attached. May be repeated.",
+)
+@LOCAL
+@remote_options
+@common_options
+def attach(
+    settings: Settings,
+    reference: str,
+    files: tuple[str, ...],
+    artifact_type: str,
+    annotations: dict[str, str],
+    local: bool,
+    remote: RemoteOptions,
+) -> None:
+    """Attach files to the model REFERENCE in its registry; print the digest of what was attached.
+
+    A signature, an SBOM, an evaluation. A file's media type may follow its name after a colon. The
+    same files give the same digest.
+    """
+    where = Reference.parse(reference)
+    note_reference(settings, reference, where)
+    with shown_progress(settings) as progress:
+        done = referring.attach(
+            where,
+            [_file(text) for text in files],
+            artifact_type=artifact_type,
+            annotations=annotations,
+            store=settings.store() if local else None,
+            remote=remote,
+            progress=progress,
+        )
+    note(settings, f"attached {plural(len(files), 'file')} to {where}, {done.subject.digest}")
+    value = {
+        "reference": str(where),
+        "subject": str(done.subject.digest),
+        "digest": str(done.digest),
+        "artifactType": artifact_type,
+    }
+    show(settings, value, str(done.digest))
+
+
+@click.command()
+@model_argument("reference")
+@click.option("--artifact-type", metavar="T", help="Only what is of this type.")
+@LOCAL
+@remote_options
+@common_options
+def referrers(
+    settings: Settings,
+    reference: str,
+    artifact_type: str | None,
+    local: bool,
+    remote: RemoteOptions,
+) -> None:
+    """List what is attached to the model REFERENCE in its registry."""
+    where = Reference.parse(reference)
+    note_reference(settings, reference, where)
+    store = settings.store() if local else None
+    found = referring.referrers(where, artifact_type=artifact_type, store=store, remote=remote)
+    value = {"reference": str(where), "referrers": [one.to_json() for one in found]}
+    rows = [(str(one.digest), one.artifact_type or "", human_size(one.size)) for one in found]
+    show(settings, value, table(("DIGEST", "ARTIFACT TYPE", "MANIFEST SIZE"), rows))
+
+
+@click.command()
+@click.argument("reference", metavar="REPOSITORY@DIGEST")
+@LOCAL
+@remote_options
+@common_options
+def detach(settings: Settings, reference: str, local: bool, remote: RemoteOptions) -> None:
+    """Delete what is attached to a model, by its own digest; print that."""
+    where = Reference.parse(reference)
+    store = settings.store() if local else None
+    digest = referring.detach(where, store=store, remote=remote)
+    show(settings, {"digest": str(digest)}, str(digest))
+
+
+def _file(text: str) -> AttachedFile:
+    """Return the file and its type; what is there as a whole has no type in its name."""
+    path, colon, media_type = text.rpartition(":")
+    if not colon or Path(text).exists() or "/" not in media_type:
+        return AttachedFile(Path(text), DEFAULT_FILE_TYPE)
+    return AttachedFile(Path(path), media_type)

@@ -1,0 +1,1 @@
+"""Where models run: beside Docker Compose, under vLLM, in Kubernetes."""

@@ -1,0 +1,253 @@
+"""Kubernetes objects that serve one model: a Deployment and its Service.
+
+Sources: the Kubernetes API (Deployment apps/v1, Service v1) from 1.35 on, where image volumes
+(KEP-4639) need no feature gate.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from modelpack.deployment.sizing import Demands, demands_of
+from modelpack.errors import UsageError
+from modelpack.model import Model
+from modelpack.reference import Reference
+
+Engine = Literal["vllm", "modelpack"]
+#: Where the volume with the model is mounted.
+_MOUNT = "/model"
+_SECRET = "/var/run/modelpack/docker"  # noqa: S105 - a directory
+_PORTS: dict[Engine, int] = {"vllm": 8000, "modelpack": 12434}
+_VOLUME, _SHARED, _LOGIN = "model", "shm", "login"
+_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?\Z")
+_LOCKED: dict[str, Any] = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A model, and how a cluster serves it.
+
+    `engine_image` runs it; `tool_image` has modelpack, and pulls it into the pod, unless
+    `model_image` is an OCI image with the model's files under /models, which is mounted.
+    `pull_secret` names a secret of type kubernetes.io/dockerconfigjson. `gpus` 0 is for a CPU;
+    `served_name` is what clients call the model.
+    """
+
+    model: Model
+    reference: Reference
+    name: str
+    engine: Engine
+    engine_image: str
+    tool_image: str
+    gpus: int
+    served_name: str
+    model_image: str | None = None
+    namespace: str | None = None
+    replicas: int = 1
+    pull_secret: str | None = None
+    plain_http: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` for a name that Kubernetes has not, and what does not go together."""
+        for what, text in (("name", self.name), ("namespace", self.namespace)):
+            if text is not None and (not _NAME.match(text) or len(text) > 63):
+                raise UsageError(
+                    f"{what} {text!r} is none of Kubernetes: expected a letter, then up to 62 of "
+                    "a-z, 0-9 and -"
+                )
+        if self.engine == "modelpack" and self.model_image:
+            raise UsageError(
+                "modelpack serves from its store, not from an image volume",
+                hint="leave --model-image out, or take --engine vllm",
+            )
+        if self.engine == "vllm" and not self.gpus:
+            raise UsageError("vLLM's images need a GPU", hint="take --engine modelpack for a CPU")
+
+    @property
+    def demands(self) -> Demands:
+        """What the model asks for."""
+        return demands_of(self.model)
+
+    @property
+    def pinned(self) -> str:
+        """The model by digest."""
+        return f"{self.reference.name}@{self.model.digest}"
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What its objects are found by."""
+        return {"app.kubernetes.io/name": self.name, "app.kubernetes.io/component": "model"}
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the metadata of an object of it."""
+        made: dict[str, Any] = {"name": self.name, "labels": self.labels}
+        if self.namespace:
+            made["namespace"] = self.namespace
+        made["annotations"] = {"modelpack.model": self.pinned}
+        return made
+
+
+def default_name(reference: Reference) -> str:
+    """Return what objects for a model are called: its repository's last part, made to fit."""
+    last = reference.repository.rpartition("/")[2].lower()
+    text = re.sub(r"[^a-z0-9]+", "-", last).strip("-")
+    return (text if text[:1].isalpha() else f"m-{text}")[:63].rstrip("-")
+
+
+def deployment(workload: Workload) -> list[dict[str, Any]]:
+    """Return the Deployment and the Service."""
+    spec: dict[str, Any] = {
+        "replicas": workload.replicas,
+        "selector": {"matchLabels": workload.labels},
+        # Two copies at once would need twice the GPUs, which few clusters have to spare.
+        "strategy": {"type": "Recreate"} if workload.gpus else {"type": "RollingUpdate"},
+        "progressDeadlineSeconds": workload.demands.start_seconds * 2,
+        "template": {
+            "metadata": {"labels": workload.labels},
+            "spec": pod_spec(workload),
+        },
+    }
+    service: dict[str, Any] = {
+        "selector": workload.labels,
+        "ports": [{"name": "http", "port": 80, "targetPort": "http"}],
+    }
+    return [
+        {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": workload.metadata(),
+            "spec": spec,
+        },
+        {"apiVersion": "v1", "kind": "Service", "metadata": workload.metadata(), "spec": service},
+    ]
+
+
+def pod_spec(workload: Workload, container: str = "server") -> dict[str, Any]:
+    """Return the pod: its server, called `container`, and how the model gets there."""
+    made: dict[str, Any] = {"automountServiceAccountToken": False}
+    if not workload.model_image:
+        made["initContainers"] = [_pull(workload)]
+    made["containers"] = [_server(workload, container)]
+    made["volumes"] = _volumes(workload)
+    if workload.pull_secret:
+        made["imagePullSecrets"] = [{"name": workload.pull_secret}]
+    return made
+
+
+def _server(workload: Workload, name: str) -> dict[str, Any]:
+    mounts = [{"name": _VOLUME, "mountPath": _MOUNT, "readOnly": True}]
+    if workload.engine == "modelpack":
+        del mounts[0]["readOnly"]  # the store's locks are files
+    if workload.gpus > 1:
+        mounts.append({"name": _SHARED, "mountPath": "/dev/shm"})  # noqa: S108 - the pod's own
+    made: dict[str, Any] = {
+        "name": name,
+        "image": workload.engine_image,
+        **_command(workload),
+        "ports": [{"name": "http", "containerPort": _PORTS[workload.engine]}],
+        "resources": resources(workload),
+        "volumeMounts": mounts,
+        "securityContext": _LOCKED,
+        **_probes(workload),
+    }
+    return made
+
+
+def _command(workload: Workload) -> dict[str, Any]:
+    port = str(_PORTS[workload.engine])
+    if workload.engine == "modelpack":
+        device = "gpu" if workload.gpus else "cpu"
+        command = ["modelpack", "serve", workload.pinned, "--served-model-name",
+                   workload.served_name, "--host", "0.0.0.0", "--allow-anonymous", "--port", port,  # noqa: S104
+                   "--device", device]  # fmt: skip
+        if workload.gpus > 1:
+            command += ["--tensor-parallel-size", str(workload.gpus)]
+        return {
+            "command": command,
+            "env": [{"name": "MODELPACK_STORE", "value": f"{_MOUNT}/store"}],
+        }
+    where = f"{_MOUNT}/models" if workload.model_image else f"{_MOUNT}/bundle/model"
+    return {
+        "command": ["vllm", "serve", where, "--served-model-name", workload.served_name,
+                    "--port", port, "--tensor-parallel-size", str(workload.gpus)],
+        # The files are all there: nothing is asked of the hub.
+        "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}],
+    }  # fmt: skip
+
+
+def _pull(workload: Workload) -> dict[str, Any]:
+    """The init container: it fetches by digest and verifies, and goes on where it was cut off."""
+    remote = ["--plain-http"] if workload.plain_http else []
+    command = ["modelpack", "pull", workload.pinned, *remote]
+    if workload.engine == "vllm":
+        command = ["modelpack", "bundle", "--pull", "--force", workload.pinned,
+                   f"{_MOUNT}/bundle", *remote]  # fmt: skip
+    env = [{"name": "MODELPACK_STORE", "value": f"{_MOUNT}/store"}]
+    mounts: list[dict[str, Any]] = [{"name": _VOLUME, "mountPath": _MOUNT}]
+    if workload.pull_secret:
+        env.append({"name": "DOCKER_CONFIG", "value": _SECRET})
+        mounts.append({"name": _LOGIN, "mountPath": _SECRET, "readOnly": True})
+    return {
+        "name": "pull",
+        "image": workload.tool_image,
+        "command": command,
+        "env": env,
+        "resources": {
+            "requests": {"cpu": "500m", "memory": "512Mi",
+                         "ephemeral-storage": f"{workload.demands.disk}Gi"},
+            "limits": {"memory": "1Gi"},
+        },
+        "volumeMounts": mounts,
+        "securityContext": _LOCKED,
+    }  # fmt: skip
+
+
+def _volumes(workload: Workload) -> list[dict[str, Any]]:
+    volumes: list[dict[str, Any]] = []
+    if workload.model_image:
+        image = {"reference": workload.model_image, "pullPolicy": "IfNotPresent"}
+        volumes.append({"name": _VOLUME, "image": image})
+    else:
+        limit = f"{workload.demands.disk}Gi"
+        volumes.append({"name": _VOLUME, "emptyDir": {"sizeLimit": limit}})
+    if workload.gpus > 1:
+        # NCCL and the workers speak through it; a container's own is 64 MiB.
+        volumes.append({"name": _SHARED, "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}})
+    if workload.pull_secret and not workload.model_image:
+        items = [{"key": ".dockerconfigjson", "path": "config.json"}]
+        secret = {"secretName": workload.pull_secret, "items": items}
+        volumes.append({"name": _LOGIN, "secret": secret})
+    return volumes
+
+
+def resources(workload: Workload) -> dict[str, Any]:
+    """Return the requests and limits of the server."""
+    demands = workload.demands
+    memory = f"{demands.host_memory if workload.gpus else demands.memory}Gi"
+    made = {"requests": {"cpu": "4", "memory": memory}, "limits": {"memory": memory}}
+    if workload.gpus:
+        made["limits"]["nvidia.com/gpu"] = str(workload.gpus)
+    return made
+
+
+def _probes(workload: Workload) -> dict[str, Any]:
+    period = 10
+    health = {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": period}
+    failures = -(-workload.demands.start_seconds // period)
+    return {
+        # Until it has loaded, it is left alone; then it is taken out when it says so, and started
+        # anew when it does not even listen: a busy server is no dead one.
+        "startupProbe": {**health, "failureThreshold": failures},
+        "readinessProbe": {**health, "timeoutSeconds": 5},
+        "livenessProbe": {
+            "tcpSocket": {"port": "http"},
+            "periodSeconds": 30,
+            "failureThreshold": 3,
+        },
+    }

@@ -1,0 +1,179 @@
+"""HubModel: a model of the hub as a manifest and blobs; fulfils `Source`.
+
+Nothing large is fetched to make the manifest: the hub says the SHA-256 of what it keeps in LFS or
+Xet, which is a layer's digest, and a few ranges of the weights hold their headers. Small files are
+fetched whole, verified, and kept in `directory` while the model is open. The bytes of the manifest
+follow from the commit alone, so that a pull here and a copy there agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, Final, TypeVar, cast
+
+from modelpack import mediatypes
+from modelpack.config import ModelConfig
+from modelpack.descriptor import Descriptor
+from modelpack.digest import Digest
+from modelpack.errors import NotFoundError, PackagingError, WeightFormatError
+from modelpack.formats.dduf import read_dduf_header
+from modelpack.formats.gguf import read_gguf_header
+from modelpack.formats.model_statistics import ModelStatistics
+from modelpack.formats.reading import WeightFile
+from modelpack.formats.safetensors import read_safetensors_header
+from modelpack.formats.statistics import (
+    dduf_statistics,
+    gguf_statistics,
+    safetensors_statistics,
+)
+from modelpack.hub.choice import Choice
+from modelpack.hub.origin import origin_annotations
+from modelpack.hub.reference import HubReference
+from modelpack.hub.repository import HubFile, HubRepository
+from modelpack.layer_metadata import LayerMetadata
+from modelpack.manifest import Manifest
+from modelpack.packaging.build import Built, described, file_layer
+from modelpack.packaging.classify import MEDIA_TYPES, FileKind, classify
+from modelpack.packaging.convert import docker_config_type
+from modelpack.packaging.times import EPOCH
+from modelpack.small_blobs import BytesBlob, FileBlob
+from modelpack.storage import BlobSource
+
+T = TypeVar("T")
+#: Runs independent tasks, several at a time, and returns what they return.
+RunAll = Callable[[Sequence[Callable[[], T]]], list[T]]
+
+_FILE_MODE: Final = 0o644  # git keeps no other, but for programs
+
+
+@dataclass(frozen=True, slots=True)
+class HubModel:
+    """A model at a commit. `notes` are for people: what was chosen, what was left out."""
+
+    reference: HubReference
+    manifest: Manifest
+    config: ModelConfig
+    notes: tuple[str, ...]
+    _repository: HubRepository
+    _small: Mapping[Digest, BlobSource]
+
+    @property
+    def descriptor(self) -> Descriptor:
+        """The descriptor of the manifest."""
+        return self.manifest.descriptor
+
+    def resolve(self, name: str) -> Descriptor:
+        """Return the manifest's descriptor: there is no other, whatever the name."""
+        return self.descriptor
+
+    def fetch_manifest(self, descriptor: Descriptor) -> bytes:
+        """Return the manifest's bytes; raise `NotFoundError` for any other manifest."""
+        if descriptor.digest != self.descriptor.digest:
+            raise NotFoundError(f"{self.reference} is not {descriptor.digest}")
+        return self.manifest.raw
+
+    def referrers(self, subject: Digest, artifact_type: str | None = None) -> list[Descriptor]:
+        """Return nothing: on the hub, nothing is attached to models."""
+        return []
+
+    def blob(self, descriptor: Descriptor) -> BlobSource:
+        """Return the blob to read from; a large one comes from the hub."""
+        small = self._small.get(descriptor.digest)
+        if small is not None:
+            return small
+        return self._repository.blob(descriptor.filepath or "", descriptor)
+
+
+def hub_model(
+    repository: HubRepository, choice: Choice, directory: Path, run_all: RunAll[HubFile]
+) -> HubModel:
+    """Return the model of the chosen files; small ones are kept in `directory`.
+
+    Raises `WeightFormatError` for weights that do not parse, `PackagingError` for shards that are
+    missing, and what reading from the hub raises.
+    """
+    tasks = [partial(_fetched, repository, file, directory) for file in choice.files]
+    files = {file.path: file for file in run_all(tasks)}
+    layers = [_layer(files[file.path], choice) for file in choice.files]
+    statistics = _statistics(repository, [files[f.path] for f in choice.weights], choice, directory)
+    built: Built = described(
+        statistics,
+        layers,
+        config_type=docker_config_type(layers),
+        created=EPOCH,
+        annotations=origin_annotations(repository.reference),
+        notes=(*choice.notes, *statistics.notes),
+    )
+    small: dict[Digest, BlobSource] = {
+        layer.digest: FileBlob(directory / layer.filepath)
+        for layer in layers
+        if layer.filepath and (directory / layer.filepath).exists()
+    }
+    small[built.manifest.config.digest] = BytesBlob(built.config_bytes)
+    return HubModel(
+        repository.reference, built.manifest, built.config, built.notes, repository, small
+    )
+
+
+def _fetched(repository: HubRepository, file: HubFile, directory: Path) -> HubFile:
+    """Return the file with its SHA-256, having put it into `directory` if that took all of it."""
+    place = directory / file.path
+    place.parent.mkdir(parents=True, exist_ok=True)  # where shards are looked for, too
+    if file.sha256 is not None and not _is_index(file.path):
+        return file
+    content = repository.read(file)
+    place.write_bytes(content)
+    return replace(file, sha256=Digest.of(content))
+
+
+def _is_index(path: str) -> bool:
+    """Return whether statistics need the whole file: what is in which shard, and the config."""
+    return path.endswith((".safetensors.index.json", "config.json"))
+
+
+def _layer(file: HubFile, choice: Choice) -> Descriptor:
+    assert file.sha256 is not None, f"{file.path} was fetched without its digest"
+    media_type = MEDIA_TYPES[classify(file.path)]
+    if any(file.path == projector.path for projector in choice.projectors):
+        media_type = mediatypes.DOCKER_MMPROJ
+    metadata = LayerMetadata(file.path.rpartition("/")[2], _FILE_MODE, file.size, EPOCH)
+    return file_layer(media_type, file.sha256, metadata, file.path)
+
+
+def _statistics(
+    repository: HubRepository, weights: Sequence[HubFile], choice: Choice, directory: Path
+) -> ModelStatistics:
+    try:
+        if choice.kind is FileKind.GGUF:
+            return gguf_statistics(_headers(repository, weights, directory, read_gguf_header))
+        if choice.kind is FileKind.DDUF:
+            return dduf_statistics(_headers(repository, weights, directory, read_dduf_header))
+        headers = _headers(repository, weights, directory, read_safetensors_header)
+        return safetensors_statistics(headers, config_json=directory / "config.json")
+    except PackagingError as error:  # it speaks of the directory, which nobody else knows
+        message = error.message.replace(str(directory), str(repository.reference))
+        raise PackagingError(message, hint="the repository on the hub is incomplete") from None
+    except WeightFormatError as error:
+        where = (error.path or "").replace(f"{directory}/", f"{repository.reference}: ")
+        raise WeightFormatError(error.message, path=where, offset=error.offset) from None
+
+
+def _headers(
+    repository: HubRepository,
+    files: Sequence[HubFile],
+    directory: Path,
+    read: Callable[[WeightFile], T],
+) -> list[T]:
+    found = []
+    for file in files:
+        place = directory / file.path
+        if place.exists():
+            with WeightFile.open(place) as content:
+                found.append(read(content))
+            continue
+        with repository.open_file(file) as remote:
+            found.append(read(WeightFile(cast(BinaryIO, remote), path=str(place), size=file.size)))
+    return found

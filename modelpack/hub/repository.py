@@ -1,0 +1,225 @@
+"""HubRepository: the files of one repository of the hub, at one commit.
+
+API: `/api/models/{id}/revision/{revision}` says which commit a revision is,
+`/api/models/{id}/tree/{commit}?recursive=true` lists its files over pages (`Link`), and
+`/{id}/resolve/{commit}/{path}` gives a file, for large ones by a redirect to storage. What the
+hub says of Xet, its own transfer protocol, is left alone: the same bytes come over plain HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import quote
+
+from modelpack.descriptor import Descriptor
+from modelpack.digest import Digest
+from modelpack.errors import (
+    DigestMismatchError,
+    InvalidDigestError,
+    RegistryError,
+    SizeMismatchError,
+    UnsupportedError,
+)
+from modelpack.hub.reference import HubReference
+from modelpack.hub.transport import HubTransport
+from modelpack.paths import checked_path
+from modelpack.registry.downloads import RemoteBlob
+from modelpack.registry.endpoint import Endpoint
+from modelpack.registry.remote_file import RemoteFile
+from modelpack.registry.scopes import NOTHING
+from modelpack.registry.urls import joined_url, origin_of
+
+#: The hub keeps larger files in LFS (10 MB); this leaves room for mirrors with other rules.
+MAX_PLAIN_BYTES: Final = 64 * 1024 * 1024
+#: No manifest has room for so many files.
+MAX_FILES: Final = 100_000
+_MAX_PAGE: Final = 16 * 1024 * 1024
+_NEXT: Final = re.compile(r'<([^>]*)>\s*;\s*rel="?next"?')
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a commit: `sha256` where the hub keeps it in LFS or Xet, else git's own id.
+
+    `oid` is of git's object, which for a file in LFS is the pointer. `size` is in bytes.
+    """
+
+    path: str
+    size: int
+    oid: str
+    sha256: Digest | None = None
+
+
+class _Place(Endpoint):
+    """One file of a commit; what reads a blob of a registry, by digest, reads this instead."""
+
+    def __init__(
+        self, transport: HubTransport, endpoint: str, reference: HubReference, path: str
+    ) -> None:
+        # Not the base's: repositories of the hub may be in upper case, and nothing asks for scopes.
+        self.transport = transport
+        self.name = reference.repository
+        self.label = str(reference)
+        self.pull = self.push = self.delete = NOTHING
+        self._path = path
+        self._address = (
+            f"{endpoint}/{reference.repository}/resolve/{reference.revision}/{quote(path)}"
+        )
+
+    def blob_url(self, digest: Digest) -> str:
+        return self._address
+
+    def blob_label(self, descriptor: Descriptor) -> str:
+        return f"{self._path} of {self.label}"
+
+
+class HubRepository:
+    """Files of a repository at a commit, listed and read."""
+
+    def __init__(self, transport: HubTransport, endpoint: str, reference: HubReference) -> None:
+        """`reference` is at a commit, as `resolve_commit` returns it."""
+        self.reference = reference
+        self._transport = transport
+        self._endpoint = endpoint
+
+    def files(self) -> tuple[HubFile, ...]:
+        """Return all files of the commit, in the order of the hub.
+
+        Raises `UnsafePathError` for a path that no model can hold, and what a request raises.
+        """
+        what = f"the files of {self.reference}"
+        url = (
+            f"{self._endpoint}/api/models/{self.reference.repository}/tree/"
+            f"{self.reference.revision}?recursive=true"
+        )
+        found: list[HubFile] = []
+        seen = set()
+        while url:
+            if url in seen:
+                raise RegistryError(f"{what}: the pages go round in a circle")
+            seen.add(url)
+            response = self._transport.do_request(url, what=what, limit=_MAX_PAGE)
+            entries = _decoded(response.content, list, what)
+            found += [_file(entry, what) for entry in entries if _is_file(entry, what)]
+            if len(found) > MAX_FILES:
+                raise UnsupportedError(f"more than {MAX_FILES} files", path=what)
+            match = _NEXT.search(response.headers.get("Link", ""))
+            url = joined_url(url, match[1], what) if match else ""
+            if url and origin_of(url) != self._transport.origin:
+                raise RegistryError(f"{what}: the next page is on another host")
+        return tuple(found)
+
+    def read(self, file: HubFile) -> bytes:
+        """Return the bytes of a small file, checked against what the listing says of it.
+
+        Raises `DigestMismatchError`, `SizeMismatchError`, `UnsupportedError` for one too large.
+        """
+        what = f"{file.path} of {self.reference}"
+        if file.size > MAX_PLAIN_BYTES:
+            raise UnsupportedError(
+                f"has {file.size} bytes and no SHA-256 on the hub; at most {MAX_PLAIN_BYTES} fit",
+                path=what,
+                hint="whoever owns the repository should keep it in LFS or Xet",
+            )
+        buffer = memoryview(bytearray(file.size + 1))  # one more, for the end to be seen
+        filled = 0
+        with self.blob(file.path, _unnamed(file)).open() as stream:
+            while count := stream.readinto(buffer[filled:]):
+                filled += count
+        content = bytes(buffer[:filled])
+        _check(file, content, what)
+        return content
+
+    def blob(self, path: str, descriptor: Descriptor) -> RemoteBlob:
+        """Return the file at `path` to read; its bytes are to be checked by the reader."""
+        return RemoteBlob(self._place(path), descriptor)
+
+    def open_file(self, file: HubFile) -> RemoteFile:
+        """Return a file as one that is read here and there, by ranges."""
+        return RemoteFile(self._place(file.path), _unnamed(file))
+
+    def _place(self, path: str) -> _Place:
+        return _Place(self._transport, self._endpoint, self.reference, path)
+
+
+def resolve_commit(transport: HubTransport, endpoint: str, reference: HubReference) -> HubReference:
+    """Return the same model at the commit that its revision is now.
+
+    Raises `NotFoundError` for no such repository or revision, `AuthError`, `DeniedError`.
+    """
+    url = f"{endpoint}/api/models/{reference.repository}/revision/{quote(reference.revision, '')}"
+    what = str(reference)
+    answer = _decoded(transport.do_request(url, what=what, limit=_MAX_PAGE).content, dict, what)
+    commit = answer.get("sha")
+    if not isinstance(commit, str) or not _COMMIT.match(commit):
+        raise RegistryError(f"{what}: the hub names no commit for {reference.revision!r}")
+    if reference.is_commit and commit != reference.revision:
+        raise RegistryError(f"{what}: the hub answered for the commit {commit}")
+    return reference.at(commit)
+
+
+def _unnamed(file: HubFile) -> Descriptor:
+    """Return a descriptor for reading a file of which git's id may be all that is known."""
+    digest = file.sha256 or Digest("sha256", "0" * 64)
+    return Descriptor("application/octet-stream", digest, file.size)
+
+
+def _check(file: HubFile, content: bytes, what: str) -> None:
+    if len(content) != file.size:
+        raise SizeMismatchError(
+            f"{what}: expected {file.size} bytes, got {len(content)}",
+            expected=str(file.size),
+            got=str(len(content)),
+        )
+    if file.sha256 is not None:
+        file.sha256.check(content, what)
+        return
+    # A git object: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects
+    hasher = hashlib.sha1(b"blob %d\0" % len(content), usedforsecurity=False)
+    hasher.update(content)
+    if hasher.hexdigest() != file.oid:
+        raise DigestMismatchError(
+            f"{what}: expected git's object {file.oid}, got {hasher.hexdigest()}",
+            expected=file.oid,
+            got=hasher.hexdigest(),
+        )
+
+
+def _decoded(raw: bytes, kind: type[Any], what: str) -> Any:
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, kind):
+        raise RegistryError(
+            f"{what}: the hub's answer is no JSON {'array' if kind is list else 'object'}",
+            hint="is HF_ENDPOINT the address of a hub?",
+        )
+    return value
+
+
+def _is_file(entry: Any, what: str) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+        raise RegistryError(f"{what}: an entry without a path")
+    return bool(entry.get("type") == "file")
+
+
+def _file(entry: Mapping[str, Any], what: str) -> HubFile:
+    path = checked_path(str(entry["path"]))
+    lfs = entry.get("lfs")
+    source = lfs if isinstance(lfs, dict) else entry
+    size, oid = source.get("size"), entry.get("oid")
+    if type(size) is not int or size < 0 or not isinstance(oid, str) or not _COMMIT.match(oid):
+        raise RegistryError(f"{what}: {path!r} has no size or no object id")
+    if source is entry:
+        return HubFile(path, size, oid)
+    try:
+        return HubFile(path, size, oid, Digest.parse(f"sha256:{source.get('oid')}"))
+    except InvalidDigestError as error:
+        raise RegistryError(f"{what}: {path!r}: {error}") from None

@@ -1,0 +1,154 @@
+"""HubTransport: requests to the hub, by the transport that registries have.
+
+So they are retried, bounded, interruptible and redirected like those, and storage that the hub
+redirects to never sees the token. Only proving who asks, and what a refusal means, differ: the hub
+says that in `X-Error-Code` and `X-Error-Message` (huggingface_hub.utils.hf_raise_for_status).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
+
+import requests
+
+from modelpack.errors import (
+    AuthError,
+    DeniedError,
+    NotFoundError,
+    RegistryError,
+)
+from modelpack.hub.settings import HubSettings
+from modelpack.progress import ProgressCallback, Stop
+from modelpack.registry.blob_options import BlobOptions
+from modelpack.registry.credentials import Credential
+from modelpack.registry.failures import shown
+from modelpack.registry.hosts import is_loopback
+from modelpack.registry.retry import FailedTry, RetryPolicy
+from modelpack.registry.timeouts import Timeouts
+from modelpack.registry.tls import TlsOptions
+from modelpack.registry.transport import Transport
+
+if TYPE_CHECKING:
+    from modelpack.registry.auth import Authorizer
+    from modelpack.registry.scopes import Scopes
+    from modelpack.registry.transport import Call
+
+_LOG_IN: Final = (
+    "log in with `hf auth login`, or set HF_TOKEN; a name that does not exist may look the same"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HubToken:
+    """Proves who asks: the token goes along with every request, for the hub asks for none."""
+
+    host: str
+    token: str | None = field(repr=False)
+
+    def header(self, _: Scopes) -> str | None:
+        """Return the `Authorization` header."""
+        return f"Bearer {self.token}" if self.token else None
+
+    def answer(self, _challenge: str, _sent: str | None, _scopes: Scopes) -> str:
+        """Refuse: there is nothing else to send."""
+        raise self.refused()
+
+    def refused(self, said: str = "") -> AuthError:
+        """Return the error for a token that is missing or did not do."""
+        problem = "refused the token" if self.token else "wants a token, and there is none"
+        return AuthError(
+            f"{self.host} {problem}{said}", host=self.host, status_code=401, hint=_LOG_IN
+        )
+
+    def scrubbed(self, said: bytes) -> bytes:
+        """Return what the hub said without the token."""
+        return said.replace(self.token.encode(), b"...") if self.token else said
+
+
+class _NoCredentials:
+    def credential(self, _: str) -> Credential | None:
+        return None
+
+
+class HubTransport(Transport):
+    """Requests to one hub; several threads may use it at once."""
+
+    def __init__(
+        self,
+        settings: HubSettings,
+        *,
+        timeouts: Timeouts,
+        retry: RetryPolicy,
+        stop: Stop,
+        report: ProgressCallback,
+        tls: TlsOptions,
+        blobs: BlobOptions,
+    ) -> None:
+        parts = urlsplit(settings.endpoint)
+        super().__init__(
+            parts.netloc,
+            plain_http=parts.scheme == "http",
+            credentials=_NoCredentials(),
+            timeouts=timeouts,
+            retry=retry,
+            stop=stop,
+            report=report,
+            tls=tls,
+            blobs=blobs,
+        )
+        exposed = parts.scheme == "http" and not is_loopback(parts.netloc)
+        if exposed and settings.token and parts.netloc not in tls.insecure:
+            raise AuthError(
+                f"the token of the hub is not sent to {parts.netloc} over plain http",
+                host=parts.netloc,
+                hint=f"use https in HF_ENDPOINT, or --insecure {parts.netloc}",
+            )
+        auth = HubToken(parts.netloc, settings.token)
+        self.auth: Authorizer = auth  # type: ignore[assignment]  # it is used like one
+
+    def refusal(
+        self, call: Call, response: requests.Response, body: bytes
+    ) -> RegistryError | FailedTry:
+        """Return what to raise for an answer that is no success."""
+        code = response.headers.get("X-Error-Code", "")
+        if not code and response.status_code not in (401, 403):
+            return super().refusal(call, response, body)
+        if not self._is_own(response.url):
+            return super().refusal(call, response, body)
+        said = response.headers.get("X-Error-Message", "")
+        said = shown(self.auth.scrubbed(said.encode()).decode(), 300)
+        return _error(call.what, self.origin.netloc, response.status_code, code, said)
+
+    def _is_challenge(self, response: requests.Response) -> bool:
+        return False
+
+
+def _error(what: str, host: str, status: int, code: str, said: str) -> RegistryError:
+    kind: type[RegistryError]
+    hint = None
+    if code == "GatedRepo":
+        kind = DeniedError if status == 403 else AuthError
+        hint = "the model is gated: accept its terms on its page, with the account of the token"
+        if status == 401:
+            hint += "; " + _LOG_IN
+    elif code == "RepoNotFound" and status == 401:
+        kind, hint = AuthError, _LOG_IN
+    elif code in ("RepoNotFound", "RevisionNotFound", "EntryNotFound"):
+        kind = NotFoundError
+        if code == "RevisionNotFound":
+            hint = "a revision is a branch, a tag or a commit of the repository"
+    elif status in (401, 403):
+        kind = AuthError if status == 401 else DeniedError
+        hint = _LOG_IN if status == 401 else "ask for a token that may read this repository"
+    else:
+        kind = NotFoundError if status == 404 else RegistryError
+    shown_code = f" {code}" if code else ""
+    return kind(
+        f"{what}: {host} answered {status}{shown_code}{': ' if said else ''}{said}",
+        host=host,
+        status_code=status,
+        code=code or None,
+        hint=hint,
+    )

@@ -1,0 +1,214 @@
+"""Diff: two models, layer by layer, wherever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from modelpack.config import ModelConfig
+from modelpack.digest import Digest
+from modelpack.errors import NotFoundError
+from modelpack.model import Model, ModelFile
+from modelpack.operations.find import remote_model, stored_model
+from modelpack.operations.remote import RemoteOptions
+from modelpack.operations.watching import watching
+from modelpack.progress import Stop
+from modelpack.reference import Reference, is_model_id
+from modelpack.stores.layout import LayoutStore
+
+
+class Change(StrEnum):
+    """What became of a layer from the first model to the second."""
+
+    ADDED = "added"
+    REMOVED = "removed"
+    CHANGED = "changed"  # other bytes, or the same bytes as something else, under the same path
+    RENAMED = "renamed"  # the same bytes under another path
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChange:
+    """A layer that differs: `before` is None for an added one, `after` for a removed one."""
+
+    kind: Change
+    before: ModelFile | None
+    after: ModelFile | None
+
+    @property
+    def growth(self) -> int:
+        """How many bytes the second model has more for it."""
+        sizes = [file.descriptor.size if file else 0 for file in (self.before, self.after)]
+        return sizes[1] - sizes[0]
+
+
+@dataclass(frozen=True, slots=True)
+class FieldChange:
+    """A field that differs, by its dotted name; None where it is not there."""
+
+    name: str
+    before: Any
+    after: Any
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDiff:
+    """What differs. `unchanged` layers are in both, with the same bytes, path and media type.
+
+    `config` compares what the configs say, not their spelling; `manifest` the artifact type, the
+    media types and the annotations.
+    """
+
+    before: Model
+    after: Model
+    layers: tuple[LayerChange, ...]
+    unchanged: int
+    config: tuple[FieldChange, ...]
+    manifest: tuple[FieldChange, ...]
+
+    @property
+    def identical(self) -> bool:
+        """Whether it is the same model, byte for byte."""
+        return self.before.digest == self.after.digest
+
+    @property
+    def bytes_new(self) -> int:
+        """The bytes that one who has the first model needs to have the second."""
+        held = {blob.digest for blob in self.before.manifest.blobs}
+        blobs = self.after.manifest.unique_blobs
+        return sum(blob.size for blob in blobs if blob.digest not in held)
+
+
+def diff(
+    before: str,
+    after: str | None = None,
+    *,
+    from_registry: bool = False,
+    store: LayoutStore | None = None,
+    remote: RemoteOptions | None = None,
+    stop: Stop | None = None,
+) -> ModelDiff:
+    """Compare two models: from the store if they are there, else from their registries.
+
+    Without `after`, the stored model is compared with what its registry has under that name. With
+    `from_registry`, both come from registries. No layer is read. Raises `NotFoundError`.
+    """
+    store = store or LayoutStore()
+    if after is None:
+        first = _remote(before, remote, stop) if from_registry else stored_model(store, before)
+        return compare(first, _remote(before, remote, stop))
+    found = [
+        _remote(name, remote, stop) if from_registry else _anywhere(name, store, remote, stop)
+        for name in (before, after)
+    ]
+    return compare(found[0], found[1])
+
+
+def compare(before: Model, after: Model) -> ModelDiff:
+    """Return what differs between two models."""
+    old, new = before.files(), after.files()
+    changes, unchanged = _layers(old, new)
+    return ModelDiff(
+        before,
+        after,
+        changes,
+        unchanged,
+        _fields(_facts(before.config), _facts(after.config)),
+        _fields(_manifest_facts(before), _manifest_facts(after)),
+    )
+
+
+def _anywhere(
+    name: str, store: LayoutStore, remote: RemoteOptions | None, stop: Stop | None
+) -> Model:
+    try:
+        return stored_model(store, name)
+    except NotFoundError:
+        if is_model_id(name.strip()):
+            raise
+    return _remote(name, remote, stop)
+
+
+def _remote(name: str, remote: RemoteOptions | None, stop: Stop | None) -> Model:
+    return remote_model(Reference.parse(name), remote, watching(None, stop))
+
+
+def _layers(
+    old: Iterable[ModelFile], new: Iterable[ModelFile]
+) -> tuple[tuple[LayerChange, ...], int]:
+    """Pair the layers by path, then the rest by content; return what differs, in path order."""
+    before, after = _by_path(old), _by_path(new)
+    changes: list[LayerChange] = []
+    unchanged = 0
+    for key in before.keys() & after.keys():
+        one, other = before.pop(key), after.pop(key)
+        if (one.descriptor.digest, one.media_type) == (other.descriptor.digest, other.media_type):
+            unchanged += 1
+        else:
+            changes.append(LayerChange(Change.CHANGED, one, other))
+    added: dict[Digest, list[ModelFile]] = {}
+    for file in after.values():
+        added.setdefault(file.descriptor.digest, []).append(file)
+    for file in before.values():
+        same = added.get(file.descriptor.digest)
+        if same:
+            changes.append(LayerChange(Change.RENAMED, file, same.pop(0)))
+        else:
+            changes.append(LayerChange(Change.REMOVED, file, None))
+    changes += [LayerChange(Change.ADDED, None, file) for files in added.values() for file in files]
+    return tuple(sorted(changes, key=_shown_order)), unchanged
+
+
+def _by_path(files: Iterable[ModelFile]) -> dict[tuple[str, int], ModelFile]:
+    """Return the files by path, or by type where they have none, counting what comes twice."""
+    found: dict[tuple[str, int], ModelFile] = {}
+    counts: dict[str, int] = {}
+    for file in files:
+        path = file.filepath if file.filepath is not None else f"\0{file.media_type}"
+        counts[path] = counts.get(path, 0) + 1
+        found[path, counts[path]] = file
+    return found
+
+
+def _shown_order(change: LayerChange) -> tuple[str, str]:
+    file = change.before or change.after
+    assert file is not None, "a change is of a layer"
+    return file.filepath or "", str(file.descriptor.digest)
+
+
+def _facts(config: ModelConfig) -> dict[str, Any]:
+    """Return what a config says, by dotted names; digests of layers are compared as layers."""
+    facts: dict[str, Any] = {
+        "format": config.format,
+        "quantization": config.quantization,
+        "parameters": config.parameters,
+        "architecture": config.architecture,
+        "size": config.size,
+        "contextSize": config.context_size,
+        "created": config.created,
+    }
+    for name in ("gguf", "safetensors", "diffusers", "cncf_descriptor", "cncf_config"):
+        held: Mapping[str, Any] | None = getattr(config, name)
+        for key, value in (held or {}).items():
+            facts[f"{name}.{key}"] = value
+    return {name: value for name, value in facts.items() if value not in ("", None)}
+
+
+def _manifest_facts(model: Model) -> dict[str, Any]:
+    manifest = model.manifest
+    facts: dict[str, Any] = {
+        "mediaType": manifest.media_type,
+        "artifactType": manifest.artifact_type,
+        "config.mediaType": manifest.config.media_type,
+    }
+    facts |= {f"annotations.{key}": value for key, value in manifest.annotations.items()}
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _fields(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[FieldChange, ...]:
+    return tuple(
+        FieldChange(name, before.get(name), after.get(name))
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    )

@@ -1,0 +1,192 @@
+"""Lock: pin every reference of a project to a digest, check the pins, and pull exactly those."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from modelpack.digest import Digest
+from modelpack.errors import IntegrityError, NotFoundError, StoreError, UnsupportedError
+from modelpack.hub.reference import HUB_REGISTRY
+from modelpack.lockfile import FILE_NAME, MAX_BYTES, LockFile, lockable
+from modelpack.operations.find import stored_model
+from modelpack.operations.pull import Pulled, pull
+from modelpack.operations.remote import RemoteOptions, open_repository
+from modelpack.operations.trusting import check_stored
+from modelpack.operations.watching import watching
+from modelpack.operations.wholeness import check_whole
+from modelpack.progress import ProgressCallback, Stop
+from modelpack.reference import Reference
+from modelpack.stores.layout import LayoutStore
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """A locked reference that is something else now: `found` is None where it is gone."""
+
+    reference: Reference
+    locked: Digest
+    found: Digest | None
+    message: str
+
+
+def read_lock(path: Path = Path(FILE_NAME)) -> LockFile:
+    """Return the lock file `path`; raises `NotFoundError`, `FormatError` and `StoreError`."""
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise NotFoundError(
+            f"there is no {path}", hint="`modelpack lock REF...` writes it"
+        ) from None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+    return LockFile.parse(raw, str(path))
+
+
+def write_lock(lock: LockFile, path: Path = Path(FILE_NAME)) -> bool:
+    """Write the lock file, at once; return whether that changed it. Raises `StoreError`."""
+    content = lock.encode()
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        if path.exists() and path.read_bytes() == content:
+            return False
+        staged.write_bytes(content)
+        os.replace(staged, path)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise StoreError(f"{path}: cannot be written: {error.strerror}") from error
+    return True
+
+
+def lock(
+    names: Sequence[str] = (),
+    *,
+    path: Path = Path(FILE_NAME),
+    offline: bool = False,
+    store: LayoutStore | None = None,
+    remote: RemoteOptions | None = None,
+    stop: Stop | None = None,
+) -> LockFile:
+    """Pin `names` to what they are now and keep the others; without names, pin all anew.
+
+    Their registries are asked or, `offline`, the store. Nothing is written unless all are found.
+    """
+    before = read_lock(path) if path.exists() or not names else LockFile()
+    references = [lockable(name) for name in names] or list(before.digests)
+    found = {ref: _resolve(ref, offline, store, remote, stop) for ref in references}
+    after = before.with_digests(found)
+    write_lock(after, path)
+    return after
+
+
+def unlock(names: Iterable[str], *, path: Path = Path(FILE_NAME)) -> LockFile:
+    """Take references off the lock file; raise `NotFoundError` for one that it does not have."""
+    before = read_lock(path)
+    gone = [lockable(name) for name in names]
+    for reference in gone:
+        before.digest_of(reference, str(path))
+    after = before.without(gone)
+    write_lock(after, path)
+    return after
+
+
+def check_lock(
+    names: Sequence[str] = (),
+    *,
+    path: Path = Path(FILE_NAME),
+    offline: bool = False,
+    store: LayoutStore | None = None,
+    remote: RemoteOptions | None = None,
+    stop: Stop | None = None,
+) -> tuple[Drift, ...]:
+    """Return the references that are something else than what they are locked to.
+
+    In their registries or, `offline`, in the store. Raises what the network does.
+    """
+    drifts = []
+    for reference, locked in _chosen(read_lock(path), names, path).items():
+        found: Digest | None = None
+        try:
+            found = _resolve(reference, offline, store, remote, stop)
+        except NotFoundError as error:
+            drifts.append(Drift(reference, locked, None, str(error)))
+            continue
+        if found != locked:
+            message = f"{reference} is {found}, but is locked to {locked}"
+            drifts.append(Drift(reference, locked, found, message))
+    return tuple(drifts)
+
+
+def pull_locked(
+    names: Sequence[str] = (),
+    *,
+    path: Path = Path(FILE_NAME),
+    offline: bool = False,
+    store: LayoutStore | None = None,
+    remote: RemoteOptions | None = None,
+    progress: ProgressCallback | None = None,
+    stop: Stop | None = None,
+) -> tuple[Pulled, ...]:
+    """Have the locked models in the store under their references, at their digests and no others.
+
+    All that the lock file has, or `names` of it. What is fetched is asked for by digest, whatever
+    its tag is by now. `offline`, nothing is fetched: a model that the store lacks, or has in part,
+    is `NotFoundError`. The models of a call that fails are not all there.
+    """
+    store = store or LayoutStore()
+    watch = watching(progress, stop)
+    done = []
+    for reference, digest in _chosen(read_lock(path), names, path).items():
+        watch.stop.check()
+        pinned = reference.with_digest(digest)
+        if not _is_stored(store, digest):
+            if offline:
+                raise NotFoundError(
+                    f"{reference} is locked to {digest}, which the store {store.root} lacks",
+                    hint="`modelpack pull --locked` fetches it",
+                )
+            done.append(
+                pull(pinned, store=store, remote=remote, progress=watch.report, stop=watch.stop)
+            )
+        elif remote is not None and remote.trust is not None:
+            model = replace(stored_model(store, str(digest)), reference=reference)
+            check_stored(remote.trust, store, model, remote, watch)
+        store.tag(str(digest), reference)
+    return tuple(done)
+
+
+def _is_stored(store: LayoutStore, digest: Digest) -> bool:
+    """Return whether the whole model is there; a blob that is lost or damaged counts."""
+    try:
+        model = stored_model(store, str(digest))
+        check_whole(store, model)
+    except (NotFoundError, IntegrityError):
+        return False
+    return all(store.has_blob(blob) for blob in model.manifest.unique_blobs)
+
+
+def _chosen(lock: LockFile, names: Sequence[str], path: Path) -> dict[Reference, Digest]:
+    references = [lockable(name) for name in names] or sorted(lock.digests, key=str)
+    return {reference: lock.digest_of(reference, str(path)) for reference in references}
+
+
+def _resolve(
+    reference: Reference,
+    offline: bool,
+    store: LayoutStore | None,
+    remote: RemoteOptions | None,
+    stop: Stop | None,
+) -> Digest:
+    if offline:
+        return (store or LayoutStore()).resolve(str(reference)).digest
+    if reference.registry == HUB_REGISTRY:
+        raise UnsupportedError(
+            f"{reference}: a lock is of digests, and the Hugging Face Hub knows none",
+            hint="copy the model to a registry, and lock it there",
+        )
+    with open_repository(reference, remote or RemoteOptions(), watching(None, stop)) as repository:
+        return repository.resolve(reference.target).digest

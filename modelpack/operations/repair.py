@@ -1,0 +1,195 @@
+"""Repair: fetch the blobs that a check found damaged or missing, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from modelpack import mediatypes
+from modelpack.descriptor import Descriptor
+from modelpack.digest import Digest
+from modelpack.errors import (
+    InterruptedTransferError,
+    ModelpackError,
+    NotFoundError,
+    UnsupportedError,
+)
+from modelpack.hub.reference import HUB_REGISTRY
+from modelpack.manifest import parse_manifest_or_index
+from modelpack.operations.remote import RemoteOptions, open_repository
+from modelpack.operations.watching import watching
+from modelpack.progress import Action, Progress, ProgressCallback, Stop
+from modelpack.reference import Reference
+from modelpack.storage import Watch
+from modelpack.stores.fsck import Fault, FsckReport
+from modelpack.stores.index import IndexDocument
+from modelpack.stores.layout import LayoutStore
+from modelpack.stores.reachability import successors
+
+if TYPE_CHECKING:
+    from modelpack.registry import Repository
+
+_MANIFESTS = (*mediatypes.MANIFEST_TYPES, *mediatypes.INDEX_TYPES)
+# A damaged index hides its manifests, which hide their blobs.
+_PASSES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A blob that could not be had, and why."""
+
+    digest: Digest
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """What a repair did: `before` and `after` are checks, the second one without hashing.
+
+    `restored` are the blobs that were fetched, `failures` those that no registry gave.
+    """
+
+    before: FsckReport
+    after: FsckReport
+    restored: tuple[Descriptor, ...]
+    failures: tuple[Failure, ...]
+
+    @property
+    def bytes_fetched(self) -> int:
+        """The size of all restored blobs."""
+        return sum(blob.size for blob in self.restored)
+
+
+def repair(
+    store: LayoutStore,
+    *,
+    source: str | Reference | None = None,
+    fast: bool = False,
+    remote: RemoteOptions | None = None,
+    progress: ProgressCallback | None = None,
+    stop: Stop | None = None,
+) -> Repaired:
+    """Check the store, and fetch what is damaged or missing from where its model came from.
+
+    That is the repository that a pull noted, or that a name of the model spells; with `source` it
+    is that one. What is fetched is verified; what is intact is not asked for. A blob that no
+    registry has is a `Failure`, and stays a problem.
+    """
+    watch = watching(progress, stop)
+    place = None if source is None else _name(source)
+    before = report = store.fsck(fast=fast, watch=watch)
+    restored: list[Descriptor] = []
+    failures: dict[Digest, Failure] = {}
+    with ExitStack() as stack:
+        places = _Places(stack, remote or RemoteOptions(), watch)
+        for _ in range(_PASSES):
+            bad = {p.digest for p in report.problems if p.kind in (Fault.CONTENT, Fault.MISSING)}
+            wanted = _wanted(store, {d for d in bad if d is not None and d not in failures})
+            if not wanted:
+                break
+            for want in wanted:
+                try:
+                    _restore(store, want, [place] if place else want.places, places, watch)
+                    restored.append(want.descriptor)
+                except InterruptedTransferError:
+                    raise
+                except ModelpackError as error:
+                    failures[want.descriptor.digest] = Failure(want.descriptor.digest, str(error))
+            report = store.fsck(fast=True, watch=watch)
+    after = report if report is not before else store.fsck(fast=True, watch=watch)
+    return Repaired(before, after, tuple(restored), tuple(failures.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A blob to fetch, and the repositories that may have it."""
+
+    descriptor: Descriptor
+    places: tuple[str, ...]
+
+
+class _Places:
+    """Repositories by `registry/repository`, each opened once."""
+
+    def __init__(self, stack: ExitStack, options: RemoteOptions, watch: Watch) -> None:
+        self._stack = stack
+        self._options = options
+        self._watch = watch
+        self._open: dict[str, Repository] = {}
+
+    def __getitem__(self, name: str) -> Repository:
+        if name not in self._open:
+            if name.startswith(f"{HUB_REGISTRY}/"):
+                raise UnsupportedError(
+                    f"{name} is on the Hugging Face Hub, which finds nothing by digest",
+                    hint="pull the model again",
+                )
+            opened = open_repository(Reference.parse(name), self._options, self._watch)
+            self._open[name] = self._stack.enter_context(opened)
+        return self._open[name]
+
+
+def _restore(
+    store: LayoutStore, want: _Wanted, names: Iterable[str], places: _Places, watch: Watch
+) -> None:
+    """Have the blob from the first place that gives it; raise what the last one said."""
+    descriptor = want.descriptor
+    error: ModelpackError = NotFoundError(
+        f"{descriptor.digest}: nobody knows which registry it came from",
+        hint="name one: --from REFERENCE",
+    )
+    for name in names:
+        try:
+            if descriptor.media_type in _MANIFESTS:
+                raw = places[name].fetch_manifest(descriptor)
+                store.write_bytes(raw, descriptor.media_type, descriptor.digest.algorithm)
+            else:
+                store.write_blob(descriptor, places[name].blob(descriptor), watch)
+        except InterruptedTransferError:
+            raise
+        except ModelpackError as failed:
+            watch.report(Progress(Action.NOTE, name, descriptor.digest, message=str(failed)))
+            error = failed
+        else:
+            store.drop_quarantined(descriptor.digest)
+            return
+    raise error
+
+
+def _wanted(store: LayoutStore, bad: set[Digest]) -> list[_Wanted]:
+    """Return those of the digests that the index leads to: nobody misses the others."""
+    document = store.index()
+    found: dict[Digest, _Wanted] = {}
+    seen: set[Digest] = set()
+    for entry in document.entries:
+        waiting = [entry.manifest]
+        while waiting:
+            descriptor = waiting.pop()
+            if descriptor.digest in bad and descriptor.digest not in found:
+                places = _places(document, entry.digest)
+                found[descriptor.digest] = _Wanted(descriptor, places)
+            if descriptor.media_type not in _MANIFESTS or descriptor.digest in seen:
+                continue
+            seen.add(descriptor.digest)
+            try:
+                raw = store.fetch_manifest(descriptor)
+                waiting += successors(parse_manifest_or_index(raw, str(descriptor.digest)))
+            except ModelpackError:  # it is one of the bad, or a check says what is wrong with it
+                continue
+    return list(found.values())
+
+
+def _places(document: IndexDocument, digest: Digest) -> tuple[str, ...]:
+    """Return the repositories that may have a manifest: its origins, and those of its names."""
+    found: dict[str, None] = {}
+    for entry in document.entries_of(digest):
+        for name in (entry.origin, entry.reference.name if entry.reference else None):
+            if name is not None:
+                found[name] = None
+    return tuple(found)
+
+
+def _name(source: str | Reference) -> str:
+    return (Reference.parse(source) if isinstance(source, str) else source).name

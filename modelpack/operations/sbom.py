@@ -1,0 +1,107 @@
+"""SBOM: what a model is made of, as a document, and attached to it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from modelpack.descriptor import Descriptor
+from modelpack.digest import Digest
+from modelpack.linting.description import licences
+from modelpack.linting.subject import LintSubject
+from modelpack.manifest import Manifest
+from modelpack.model import Model
+from modelpack.operations.attached_files import EMPTY, EMPTY_CONFIG
+from modelpack.operations.remote import RemoteOptions, open_repository
+from modelpack.operations.signing import put
+from modelpack.operations.subjects import open_subject
+from modelpack.operations.watching import watching
+from modelpack.progress import Stop
+from modelpack.reference import Reference
+from modelpack.stores.layout import LayoutStore
+from modelpack.supply.sbom import CYCLONEDX, BaseModel, ml_bom
+
+_CARD = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
+_CARD_BASE = re.compile(
+    r"^base_model:[ \t]*(?:[\"']?([\w./-]+)[\"']?[ \t]*$|\n((?:[ \t]*-[ \t]+\S+[ \t]*(?:\n|\Z))+))",
+    re.MULTILINE,
+)
+_HUB = "https://huggingface.co/"
+_MAX_BASES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Bom:
+    """A document about a model; `attached` is the manifest that holds it, where it was attached."""
+
+    reference: Reference | None
+    digest: Digest
+    document: bytes
+    attached: Digest | None = None
+
+
+def sbom(
+    name: str,
+    *,
+    attach: bool = False,
+    store: LayoutStore | None = None,
+    remote: RemoteOptions | None = None,
+    from_registry: bool = False,
+    stop: Stop | None = None,
+) -> Bom:
+    """Return the bill of materials of the stored model `name`, or that of its registry.
+
+    With `attach`, it is attached to the model where that was found; again changes nothing.
+    """
+    with open_subject(name, store=store, remote=remote, from_registry=from_registry, stop=stop) as (
+        model,
+        subject,
+    ):
+        known = [one or "unknown: see " + path for path, one in licences(subject).items()]
+        document = ml_bom(model, licences=known, bases=base_models(subject))
+    if not attach:
+        return Bom(model.reference, model.digest, document)
+    manifest, blobs = _manifest(document, model)
+    watch = watching(None, stop)
+    if from_registry:
+        where = Reference.parse(name)
+        with open_repository(where, remote or RemoteOptions(), watch, writes=True) as repository:
+            put(repository, manifest, blobs, None, watch)
+    else:
+        store = store or LayoutStore()
+        with store.lease(()):
+            put(store, manifest, blobs, None, watch)
+    return Bom(model.reference, model.digest, document, manifest.digest)
+
+
+def base_models(subject: LintSubject) -> tuple[BaseModel, ...]:
+    """Return what a model was made of, as its GGUF or its model card says."""
+    found = []
+    for number in range(_MAX_BASES):
+        prefix = f"general.base_model.{number}."
+        base = subject.gguf_text(prefix + "name")
+        if not base:
+            break
+        organization = subject.gguf_text(prefix + "organization")
+        full = f"{organization}/{base}" if organization else base
+        found.append(BaseModel(full, subject.gguf_text(prefix + "repo_url")))
+    if found:
+        return tuple(found)
+    readme = subject.file("readme.md")
+    card = _CARD.match(readme.text() or "") if readme is not None else None
+    stated = _CARD_BASE.search(card[1]) if card is not None else None
+    if stated is None:
+        return ()
+    names = [stated[1]] if stated[1] else re.findall(r"-[ \t]+[\"']?([\w./-]+)", stated[2])
+    return tuple(
+        BaseModel(one, _HUB + one if one.count("/") == 1 else "") for one in names[:_MAX_BASES]
+    )
+
+
+def _manifest(document: bytes, model: Model) -> tuple[Manifest, dict[Descriptor, bytes]]:
+    layer = Descriptor(CYCLONEDX, Digest.of(document), len(document))
+    subject = Descriptor(
+        model.descriptor.media_type, model.descriptor.digest, model.descriptor.size
+    )
+    manifest = Manifest.build(EMPTY_CONFIG, (layer,), artifact_type=CYCLONEDX, subject=subject)
+    return manifest, {layer: document, EMPTY_CONFIG: EMPTY}

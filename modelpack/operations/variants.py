@@ -1,0 +1,184 @@
+"""Variants: the manifests of one index that are the same model for different machines.
+
+An index is image-spec's; each of its manifests is a model as ever, which other clients pull by
+digest. Annotations of its entries say what the choice is made by, so that choosing costs no more
+requests: the variant's name, its format, its quantisation and how large it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from modelpack import mediatypes
+from modelpack.descriptor import Descriptor
+from modelpack.errors import NotFoundError, UnsupportedError
+from modelpack.formats.mlx_quantization import mlx_bits
+from modelpack.manifest import Index, Manifest, parse_manifest_or_index
+from modelpack.model import Model
+from modelpack.operations.machine import Machine
+from modelpack.operations.remote import RemoteOptions
+from modelpack.progress import Action, Progress, ProgressCallback, silent
+from modelpack.storage import Source
+
+#: Weights that mlx-lm quantised: safetensors that only MLX runs.
+MLX: Final = "mlx"
+# What runs best first. On a GPU of NVIDIA that is what both vLLM and MLX take.
+_PREFERRED: Final = {
+    "metal": (MLX, "safetensors", "gguf"),
+    "cuda": ("safetensors", "gguf", MLX),
+    "none": ("gguf", MLX, "safetensors"),
+}
+_BACKENDS: Final = {
+    "mlx": (MLX, "safetensors", "gguf", ""),
+    "llama.cpp": ("gguf", ""),
+    "vllm": ("safetensors", ""),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One entry of an index. `format` is gguf, safetensors, dduf or mlx; texts may be empty.
+
+    `size` are the bytes of all its files, None where the index does not say.
+    """
+
+    name: str
+    descriptor: Descriptor
+    format: str = ""
+    quantization: str = ""
+    size: int | None = None
+
+    @classmethod
+    def of(cls, descriptor: Descriptor, number: int) -> Variant:
+        """Return what an entry says; one without a name has its number, from 1."""
+        said = descriptor.annotations
+        size = said.get(mediatypes.VARIANT_SIZE, "")
+        return cls(
+            said.get(mediatypes.VARIANT) or str(number),
+            descriptor,
+            said.get(mediatypes.VARIANT_FORMAT, ""),
+            said.get(mediatypes.VARIANT_QUANTIZATION, ""),
+            int(size) if size.isascii() and size.isdigit() and len(size) < 20 else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenVariant:
+    """A variant and, for people, why it is the one."""
+
+    variant: Variant
+    why: str
+
+
+def variants_of(index: Index) -> tuple[Variant, ...]:
+    """Return the entries of an index that are manifests, in its order."""
+    manifests = [m for m in index.manifests if m.media_type in mediatypes.MANIFEST_TYPES]
+    return tuple(Variant.of(descriptor, at) for at, descriptor in enumerate(manifests, start=1))
+
+
+def choose_variant(
+    index: Index, what: str, *, name: str | None = None, machine: Machine | None = None
+) -> ChosenVariant:
+    """Return the variant called `name`, else the one that `machine` (this one) runs best.
+
+    That is one for its platform and its backend that fits into its memory; of those, one of the
+    format that runs best there; of those, the largest, which lost least. Where none fits, it is the
+    smallest. Raises `NotFoundError` for a name, `UnsupportedError` if there is nothing to run.
+    """
+    variants = variants_of(index)
+    if name is not None:
+        named = [variant for variant in variants if variant.name == name]
+        if not named:
+            raise NotFoundError(f"{what}: no variant {name!r}; there is: {_listed(variants)}")
+        return ChosenVariant(named[0], "as asked for")
+    machine = machine or Machine.here()
+    usable = [variant for variant in variants if _runs(variant, machine)]
+    if not usable:
+        wanted = f" by {machine.backend}" if machine.backend else ""
+        raise UnsupportedError(
+            f"{what}: no variant runs on {machine.platform}{wanted}; there is: {_listed(variants)}",
+            hint="--variant NAME takes one nevertheless",
+        )
+    room = machine.room
+    fitting = [v for v in usable if room is None or v.size is None or v.size <= room]
+    if not fitting:
+        smallest = min(usable, key=lambda variant: variant.size or 0)
+        return ChosenVariant(smallest, "the smallest, though it may not fit into memory")
+    order = _PREFERRED[machine.gpu]
+
+    def rank(variant: Variant) -> tuple[int, int]:
+        place = order.index(variant.format) if variant.format in order else len(order)
+        return place, -(variant.size or 0)
+
+    best = min(fitting, key=rank)
+    gpu = f" with {machine.gpu}" if machine.gpu != "none" else ""
+    return ChosenVariant(best, f"for {machine.platform}{gpu}")
+
+
+def fetch_variant(
+    source: Source,
+    descriptor: Descriptor,
+    raw: bytes,
+    what: str,
+    *,
+    options: RemoteOptions | None = None,
+    report: ProgressCallback = silent,
+) -> tuple[Descriptor, Manifest]:
+    """Return the manifest in `raw` or, of an index, that of the variant to take.
+
+    Raises what `choose_variant` raises; `UnsupportedError` for what is no model.
+    """
+    options = options or RemoteOptions()
+    document = parse_manifest_or_index(raw, what, media_type=descriptor.media_type)
+    if isinstance(document, Index):
+        machine = Machine.here(options.backend)
+        chosen = choose_variant(document, what, name=options.variant, machine=machine)
+        descriptor = replace(chosen.variant.descriptor, annotations={}, platform=None)
+        raw = source.fetch_manifest(descriptor)
+        note = f"{what}: the variant {chosen.variant.name}, {chosen.why}"
+        report(Progress(Action.NOTE, message=note))
+        document = Manifest.parse(raw, what)
+    elif options.variant is not None:
+        raise UnsupportedError(
+            f"{what} is one model, not several variants, so there is no {options.variant!r}",
+            hint="leave --variant out",
+        )
+    document.check_is_model(what)
+    return descriptor, document
+
+
+def described_variant(name: str, model: Model, platform: str | None) -> Descriptor:
+    """Return the entry of an index that a model is, as the variant `name`."""
+    config = model.config
+    kind = MLX if mlx_bits(config) is not None else config.format
+    said = {
+        mediatypes.VARIANT: name,
+        mediatypes.VARIANT_SIZE: str(model.manifest.total_size),
+    }
+    if kind:
+        said[mediatypes.VARIANT_FORMAT] = kind
+    if config.quantization:
+        said[mediatypes.VARIANT_QUANTIZATION] = config.quantization
+    found = model.descriptor
+    return Descriptor(
+        found.media_type, found.digest, found.size, said, model.manifest.artifact_type, platform
+    )
+
+
+def _runs(variant: Variant, machine: Machine) -> bool:
+    platform = variant.descriptor.platform
+    if platform is not None and not f"{platform}/".startswith(f"{machine.platform}/"):
+        return False
+    if machine.backend is None:
+        return True
+    return variant.format in _BACKENDS.get(machine.backend, (variant.format,))
+
+
+def _listed(variants: Iterable[Variant]) -> str:
+    shown = [
+        variant.name + (f" ({variant.descriptor.platform})" if variant.descriptor.platform else "")
+        for variant in variants
+    ]
+    return ", ".join(shown[:20]) or "nothing"

@@ -1,0 +1,195 @@
+"""Blobs on their way in from an upstream, sent on while they come.
+
+Any number of requests follow one download. The last piece is held back until the whole is verified,
+so that no client is ever sent all bytes of a blob that is not what its digest says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from modelpack.descriptor import Descriptor
+from modelpack.digest import Digest
+from modelpack.errors import ModelpackError, NotFoundError, RemoteUnavailableError
+from modelpack.progress import Action, Progress, Stop
+from modelpack.server.ranges import PIECE, ByteRange
+from modelpack.storage import BlobReader, BlobSource, Watch
+from modelpack.stores.layout import LayoutStore
+from modelpack.stores.os_errors import translating
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
+
+
+class Fetch:
+    """One download: `ready` bytes came, most of them are in the file, `ended`: it is over."""
+
+    def __init__(
+        self, store: LayoutStore, descriptor: Descriptor, source: BlobSource, stop: Stop
+    ) -> None:
+        self.descriptor = descriptor
+        self._stop = stop
+        self.ready = 0
+        self.ended = False
+        self.error: ModelpackError | None = None
+        self._store = store
+        self._source = source
+
+    def run(self) -> None:
+        """Have the blob in the store; blocks."""
+        try:
+            watch = Watch(self._report, self._stop)
+            self._store.write_blob(self.descriptor, _Counted(self._source, self), watch)
+            self.ready = self.descriptor.size
+        except ModelpackError as error:
+            self.error = error
+        except Exception as error:  # a thread has nobody to raise to
+            self.error = RemoteUnavailableError(f"the upstream failed: {type(error).__name__}")
+            raise
+        finally:
+            self.ended = True
+
+    def sendable(self) -> int:
+        """Return how many bytes may be sent by now."""
+        return self.ready if self.ended else max(0, min(self.ready, self.descriptor.size - PIECE))
+
+    def open(self) -> int:
+        """Return the open file, be it unfinished; raises `NotFoundError` if there is none yet."""
+        path = self._store.partial_path(self.descriptor.digest)
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            path = self._store.blob_path(self.descriptor.digest)
+            with translating("read", path):
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _report(self, progress: Progress) -> None:
+        if progress.action is Action.RETRY:  # what was sent may be what was wrong
+            self.error = RemoteUnavailableError("the upstream sent other bytes at first")
+
+
+class _Counted:
+    """Notes how far the reading of a source has come: what was read before is taken care of."""
+
+    def __init__(self, source: BlobSource, fetch: Fetch) -> None:
+        self._source = source
+        self._fetch = fetch
+
+    @contextmanager
+    def open(self, offset: int = 0) -> Iterator[BlobReader]:
+        with self._source.open(offset) as reader:
+            yield _CountedReader(reader, self._fetch, offset)
+
+
+class _CountedReader:
+    def __init__(self, reader: BlobReader, fetch: Fetch, position: int) -> None:
+        self._reader = reader
+        self._fetch = fetch
+        self._position = position
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        self._fetch.ready = self._position
+        count = self._reader.readinto(buffer)
+        self._position += count
+        return count
+
+
+class Fetches:
+    """The downloads under way: one for each blob, however many ask."""
+
+    def __init__(self, store: LayoutStore, stop: Stop) -> None:
+        self._store = store
+        self._stop = stop
+        self._lock = threading.Lock()
+        self._running: dict[Digest, Fetch] = {}
+
+    def of(self, descriptor: Descriptor, source: Callable[[], BlobSource]) -> Fetch:
+        """Return the download of the blob, begun now unless it is under way."""
+        with self._lock:
+            fetch = self._running.get(descriptor.digest)
+            if fetch is None:
+                fetch = Fetch(self._store, descriptor, source(), self._stop)
+                self._running[descriptor.digest] = fetch
+                name = f"upstream {descriptor.digest.short}"
+                threading.Thread(target=self._run, args=(fetch,), name=name, daemon=True).start()
+            return fetch
+
+    def _run(self, fetch: Fetch) -> None:
+        try:
+            fetch.run()
+        finally:
+            with self._lock:
+                del self._running[fetch.descriptor.digest]
+
+
+async def begun(fetch: Fetch) -> None:
+    """Return once there is something to send; raise what the download raises before that."""
+    pause = _FIRST_PAUSE
+    while not fetch.ended and not fetch.sendable() and fetch.error is None:
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+    if fetch.error is not None:
+        raise fetch.error
+
+
+class FollowingResponse(Response):
+    """Part of a blob, as far as it is here and then as it comes.
+
+    Where the download fails the connection is closed before the promised length: a client sees
+    that, and asks for the rest.
+    """
+
+    def __init__(self, fetch: Fetch, part: ByteRange, status: int, headers: dict[str, str]) -> None:
+        headers["Content-Length"] = str(part.length)
+        super().__init__(status_code=status, headers=headers)
+        self._fetch = fetch
+        self._part = part
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status_code}
+        await send({**start, "headers": self.raw_headers})
+        gone = asyncio.create_task(_wait_for_disconnect(receive))
+        descriptor = -1
+        try:
+            descriptor = await run_in_threadpool(self._fetch.open)
+            await self._send_body(send, gone, descriptor)
+        except NotFoundError:
+            return  # it was collected in between
+        finally:
+            gone.cancel()
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    async def _send_body(self, send: Send, gone: asyncio.Task[None], descriptor: int) -> None:
+        position, end = self._part.start, self._part.start + self._part.length
+        pause = _FIRST_PAUSE
+        while position < end:
+            if self._fetch.error is not None or gone.done():
+                return
+            was_all = self._fetch.ended
+            size = min(PIECE, end - position, self._fetch.sendable() - position)
+            content = b""
+            if size > 0:  # what was read is written a little later
+                content = await run_in_threadpool(os.pread, descriptor, size, position)
+            if not content and was_all:
+                return
+            if not content:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+                continue
+            pause = _FIRST_PAUSE
+            position += len(content)
+            await send({"type": "http.response.body", "body": content, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

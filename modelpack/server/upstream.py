@@ -1,0 +1,217 @@
+"""A registry that fetches what it lacks from another one, and keeps it.
+
+Everything is verified before it is kept, fetched once however many ask, and served from here when
+the upstream cannot be reached. A tag is looked up again (by HEAD) `ttl` seconds later.
+Credentials for the upstream are ours: clients neither see them nor lend theirs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from modelpack import mediatypes
+from modelpack.descriptor import Descriptor
+from modelpack.digest import Digest
+from modelpack.errors import (
+    AuthError,
+    IntegrityError,
+    ModelpackError,
+    NotFoundError,
+    RegistryError,
+    RemoteUnavailableError,
+    UnsupportedError,
+)
+from modelpack.manifest import Index, Manifest, parse_manifest_or_index
+from modelpack.progress import Stop, silent
+from modelpack.server.content import Content
+from modelpack.server.errors import ApiError, Code
+from modelpack.server.following import Fetch, Fetches
+from modelpack.server.names import Repository
+from modelpack.server.repositories import with_manifest, with_tag
+from modelpack.storage import Source, Watch
+from modelpack.stores.index import IndexDocument
+from modelpack.stores.layout import LayoutStore
+
+_log = logging.getLogger(__name__)
+_MANIFESTS: Final = frozenset({*mediatypes.MANIFEST_TYPES, *mediatypes.INDEX_TYPES})
+# Seconds for which an upstream that cannot be reached is not asked for what is here anyway.
+_REST: Final = 5.0
+_MOST_TAGS: Final = 100_000
+_DEEPEST: Final = 4
+
+
+class OriginRepository(Source, Protocol):
+    """A repository of an upstream."""
+
+    def fetch_manifest_by_name(self, name: str) -> tuple[Descriptor, bytes]:
+        """Return a manifest, by tag or digest."""
+        ...
+
+    def tags(self) -> Iterator[str]:
+        """Yield the tags."""
+        ...
+
+    def referrers(self, subject: Digest, artifact_type: str | None = None) -> list[Descriptor]:
+        """Return the manifests about `subject`."""
+        ...
+
+
+class Origin(Protocol):
+    """A registry to read from: `modelpack.registry.Registry` is one."""
+
+    def repository(self, name: str) -> OriginRepository:
+        """Return a repository, which need not exist."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """Where to fetch from, and after how many seconds a tag is looked up again.
+
+    `stop` ends the downloads that are under way; what came is kept, and the next one goes on.
+    """
+
+    origin: Origin
+    ttl: float = 60.0
+    stop: Stop = field(default_factory=Stop)
+
+
+class CachedContent(Content):
+    """The content of a store, and behind it that of an upstream; every method blocks."""
+
+    def __init__(self, store: LayoutStore, upstream: Upstream) -> None:
+        super().__init__(store, sparse=True)
+        self._upstream = upstream
+        self._fetches = Fetches(store, upstream.stop)
+        self._checked: dict[tuple[Repository, str], float] = {}
+        self._locks = [threading.Lock() for _ in range(64)]
+        self._resting_until = 0.0
+
+    def manifest(
+        self, repository: Repository, target: Digest | str
+    ) -> tuple[Descriptor, bytes] | None:
+        """Return a manifest, from here if it is here and fresh."""
+        with self._locks[hash((repository, target)) % len(self._locks)]:
+            held = super().manifest(repository, target)
+            if held is not None and self._is_fresh(repository, target):
+                return held
+            try:
+                found = self._fetched(repository, target, held)
+            except NotFoundError:
+                return None
+            except RemoteUnavailableError as error:
+                self._resting_until = time.monotonic() + _REST
+                if held is None:
+                    raise _failed(error) from error
+                _log.warning("the upstream is out of reach, %s comes from here", repository)
+                return held
+            except ModelpackError as error:
+                raise _failed(error) from error
+            if isinstance(target, str):
+                if len(self._checked) >= _MOST_TAGS:
+                    self._checked.clear()
+                self._checked[repository, target] = time.monotonic()
+            return found
+
+    def fetch(self, repository: Repository, descriptor: Descriptor) -> Fetch:
+        """Return the download of a blob: one for all who ask."""
+        return self._fetches.of(descriptor, lambda: self._origin(repository).blob(descriptor))
+
+    def tags(self, repository: Repository) -> list[str] | None:
+        """Return the upstream's tags; those that were fetched if it cannot be reached."""
+        try:
+            return sorted(self._origin(repository).tags())
+        except RemoteUnavailableError:
+            return super().tags(repository)
+        except NotFoundError:
+            return None
+        except ModelpackError as error:
+            raise _failed(error) from error
+
+    def referrers(self, repository: Repository, subject: Digest) -> list[Descriptor]:
+        """Return the upstream's list; what is here if it cannot be reached."""
+        try:
+            return self._origin(repository).referrers(subject)
+        except RemoteUnavailableError:
+            return super().referrers(repository, subject)
+        except ModelpackError as error:
+            raise _failed(error) from error
+
+    def _is_fresh(self, repository: Repository, target: Digest | str) -> bool:
+        if isinstance(target, Digest):
+            return True
+        now = time.monotonic()
+        checked = self._checked.get((repository, target))
+        fresh = checked is not None and now - checked < self._upstream.ttl
+        return fresh or now < self._resting_until
+
+    def _origin(self, repository: Repository) -> OriginRepository:
+        if repository.name is None:
+            raise NotFoundError(f"no URL can name {repository}")
+        return self._upstream.origin.repository(repository.name)
+
+    def _fetched(
+        self, repository: Repository, target: Digest | str, held: tuple[Descriptor, bytes] | None
+    ) -> tuple[Descriptor, bytes]:
+        """Return the upstream's manifest, which is kept; `held` if the tag still means that."""
+        origin = self._origin(repository)
+        if held is not None and origin.resolve(str(target)).digest == held[0].digest:
+            return held
+        descriptor, raw = origin.fetch_manifest_by_name(str(target))
+        with self._store.lease([descriptor.digest]):
+            self._keep(origin, descriptor, raw, 0)
+
+            def change(document: IndexDocument) -> IndexDocument:
+                if isinstance(target, str):
+                    document = with_tag(document, repository.tagged(target), descriptor)
+                return with_manifest(document, repository, descriptor)
+
+            self._store.change_index(change)
+        return descriptor, raw
+
+    def _keep(
+        self, origin: OriginRepository, descriptor: Descriptor, raw: bytes, deep: int
+    ) -> None:
+        """Store a manifest and what it cannot be without: its config, or its manifests."""
+        if deep > _DEEPEST:
+            raise UnsupportedError("is an index of indexes of indexes", path=str(descriptor.digest))
+        what = f"manifest {descriptor.digest}"
+        document = parse_manifest_or_index(raw, what, media_type=descriptor.media_type)
+        vital = document.manifests if isinstance(document, Index) else (document.config,)
+        watch = Watch(silent, self._upstream.stop)
+        for child in vital:
+            if isinstance(document, Index) and child.media_type in _MANIFESTS:
+                self._keep(origin, child, origin.fetch_manifest(child), deep + 1)
+            else:
+                self._store.write_blob(child, origin.blob(child), watch)
+        self._store.write_manifest(descriptor, raw, partial=True)
+
+    def needed(self, repository: Repository, digest: Digest) -> Descriptor | None:
+        """Return the descriptor that a manifest kept for the repository gives to a blob."""
+        members = self.repositories().find(repository)
+        if members is None:
+            return None
+        for descriptor in (*members.manifests.values(), *self._children(members)):
+            manifest = self._parsed(descriptor)
+            if isinstance(manifest, Manifest):
+                for blob in manifest.blobs:
+                    if blob.digest == digest:
+                        return blob
+        return None
+
+
+def _failed(error: ModelpackError) -> ApiError:
+    """Return the answer to a client for what went wrong between us and the upstream."""
+    if isinstance(error, AuthError):  # it names a user, and where his password is
+        _log.warning("the upstream does not let us in: %s", error)
+        return ApiError(502, Code.DENIED, "the upstream does not let this registry in")
+    if isinstance(error, RemoteUnavailableError):
+        return ApiError(504, Code.UNKNOWN, f"the upstream is out of reach: {error}")
+    if isinstance(error, RegistryError | IntegrityError):
+        return ApiError(502, Code.UNKNOWN, f"the upstream failed: {error}")
+    raise error

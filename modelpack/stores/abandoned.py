@@ -1,0 +1,51 @@
+"""Uploads to the embedded registry that nobody goes on with: its server and a collection drop them.
+
+What an upload is made of is told in `modelpack.server.sessions`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+#: Seconds after which an upload that received nothing is dropped.
+EXPIRY: Final = 24 * 3600
+
+
+def abandoned_uploads(directory: Path) -> Iterator[Path]:
+    """Return what is in `directory` and received nothing for `EXPIRY`: sessions, and parts of one.
+
+    A crash may have left a session half made, or a file.
+    """
+    for path in sorted(directory.glob("*")):
+        with suppress(FileNotFoundError):  # it ends just now
+            if idle_seconds(path) > EXPIRY:
+                yield path
+
+
+def idle_seconds(path: Path) -> float:
+    """Return how long ago the session at `path` last received bytes; raises `FileNotFoundError`."""
+    data = path / "data"
+    try:
+        found = data.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        found = path.stat()
+    return time.time() - found.st_mtime
+
+
+def allocated_bytes(path: Path) -> int:
+    """Return the bytes on the disk of all files of an upload."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_blocks * 512 for file in files)
+
+
+def remove_upload(path: Path) -> None:
+    """Delete the session, or what is left of one."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

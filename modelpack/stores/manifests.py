@@ -1,0 +1,158 @@
+"""The manifests of a store: writing them, and what they need, lack and refer to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from modelpack import mediatypes
+from modelpack.descriptor import Descriptor
+from modelpack.digest import Digest
+from modelpack.errors import (
+    DigestMismatchError,
+    FormatError,
+    IntegrityError,
+    NotFoundError,
+    SizeMismatchError,
+)
+from modelpack.manifest import Index, Manifest, parse_manifest_or_index, referrer_descriptor
+from modelpack.reference import DEFAULT_REGISTRY, Reference
+from modelpack.stores.blobs import Blobs
+from modelpack.stores.index import IndexFile
+from modelpack.stores.reachability import as_manifest, read_manifest, successors
+from modelpack.stores.tree import Tree
+
+if TYPE_CHECKING:
+    from modelpack.stores.publishing import Publisher
+
+
+@dataclass(frozen=True, slots=True)
+class Manifests:
+    """The manifests of one store."""
+
+    tree: Tree
+    blobs: Blobs
+    index: IndexFile
+
+    def write(
+        self,
+        publisher: Publisher,
+        descriptor: Descriptor,
+        raw: bytes,
+        name: str | None,
+        *,
+        origin: str | None,
+        partial: bool,
+    ) -> None:
+        """Do as `LayoutStore.write_manifest`."""
+        check_size(descriptor, len(raw), "manifest")
+        descriptor.digest.check(raw, "manifest")
+        manifest = parse_manifest_or_index(
+            raw, str(descriptor.digest), media_type=descriptor.media_type
+        )
+        listed = _listed(descriptor, manifest)
+        reference = _tag_named(name, descriptor.digest)
+        needed = successors(manifest)
+        vital = (manifest.config,) if partial and isinstance(manifest, Manifest) else needed
+        self.tree.prepare()
+        # Once without the lock, since a blob may need to be verified, and once with it.
+        self._check_whole(listed, vital)
+        with self.tree.lock().held():
+            self._check_whole(listed, vital)
+            publisher.write_locked(descriptor.digest, raw)
+            document = self.index.read().with_manifest(listed)
+            if reference is not None:
+                document = document.with_tag(listed, reference)
+            lacks = partial and not all(map(self.blobs.holds, needed))
+            mark = "true" if lacks else None
+            document = document.annotated(descriptor.digest, mediatypes.PARTIAL, mark)
+            if origin is not None:
+                document = document.annotated(
+                    descriptor.digest, mediatypes.ORIGIN, origin, reference
+                )
+            self.index.write(document)
+
+    def missing(self, descriptor: Descriptor) -> tuple[Descriptor, ...]:
+        """Return the layers that a partly present model lacks; none for any other."""
+        if not any(e.is_partial for e in self.index.read().entries_of(descriptor.digest)):
+            return ()
+        needed = successors(read_manifest(self.blobs, descriptor))
+        return tuple(blob for blob in needed if not self.blobs.holds(blob))
+
+    def referrers(self, subject: Digest, artifact_type: str | None) -> list[Descriptor]:
+        """Return the listed manifests that say something about `subject`, by digest."""
+        found = {}
+        for entry in self.index.read().entries:
+            if entry.name is not None and entry.descriptor.artifact_type is None:
+                continue
+            try:
+                document = read_manifest(self.blobs, entry.manifest)
+            except (NotFoundError, IntegrityError, FormatError):
+                continue
+            if document.subject is not None and document.subject.digest == subject:
+                listed = referrer_descriptor(entry.manifest, document)
+                if artifact_type in (None, listed.artifact_type):
+                    found[entry.digest] = listed
+        return [found[digest] for digest in sorted(found)]
+
+    def unlisted(self, name: str) -> Descriptor | None:
+        """Return a manifest that only an index leads to; such a one has no name but its digest."""
+        try:
+            digest = Digest.parse(name)
+        except IntegrityError:
+            return None
+        manifest = as_manifest(self.blobs, digest)
+        if manifest is None:
+            return None
+        return Descriptor(
+            manifest.media_type, digest, len(manifest.raw), artifact_type=manifest.artifact_type
+        )
+
+    def _check_whole(self, listed: Descriptor, needed: Iterable[Descriptor]) -> None:
+        for descriptor in needed:
+            if not self.blobs.holds(descriptor):
+                raise NotFoundError(
+                    f"manifest {listed.digest} needs {descriptor.digest} ({descriptor.size} bytes, "
+                    f"{descriptor.media_type}), which is not in the store {self.tree.root}",
+                    hint="write the blobs first",
+                )
+
+
+def check_size(descriptor: Descriptor, got: int, what: str) -> None:
+    """Raise `SizeMismatchError` if there are `got` bytes, and the descriptor says otherwise."""
+    if got != descriptor.size:
+        raise SizeMismatchError(
+            f"{what}: {descriptor.digest} should have {descriptor.size} bytes, got {got}",
+            expected=str(descriptor.size),
+            got=str(got),
+        )
+
+
+def check_names(reference: Reference, digest: Digest) -> None:
+    """Raise `DigestMismatchError` if a digest in `reference` is another one."""
+    if reference.digest is not None and reference.digest != digest:
+        raise DigestMismatchError(
+            f"{reference} cannot name {digest}", expected=str(reference.digest), got=str(digest)
+        )
+
+
+def _listed(descriptor: Descriptor, manifest: Manifest | Index) -> Descriptor:
+    """Return how the index lists a manifest; one about another is never taken for a model."""
+    about = manifest.subject is not None
+    shown = referrer_descriptor(descriptor, manifest) if about else manifest
+    return Descriptor(
+        descriptor.media_type,
+        descriptor.digest,
+        descriptor.size,
+        artifact_type=shown.artifact_type,
+    )
+
+
+def _tag_named(name: str | None, digest: Digest) -> Reference | None:
+    """Return the tag to write, if `name` has one; a digest in it must be the manifest's."""
+    if name is None:
+        return None
+    reference = Reference.parse(name, default_registry=DEFAULT_REGISTRY)
+    check_names(reference, digest)
+    return reference.without_digest() if reference.tag else None

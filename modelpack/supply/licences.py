@@ -1,0 +1,121 @@
+"""SPDX identifiers of licences, recognised from their texts by phrases that no other one has.
+
+What is not among them is none: a wrong identifier is worse than no identifier. Licences of models
+that SPDX does not list get a `LicenseRef-`. The GNU licences are "only": whether later versions are
+allowed is not said in their text.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+
+
+class _Text(NamedTuple):
+    identifier: str
+    phrases: tuple[str, ...]
+    without: tuple[str, ...] = ()
+
+
+_CC = "creative commons attribution{} 4.0 international public license"
+_GNU = "gnu {}general public license version {}"
+_BSD = ("redistributions of source code must retain", "redistributions in binary form must")
+
+# The first that fits counts: what holds the phrases of another one stands before it.
+_TEXTS: Final = (
+    _Text("Apache-2.0", ("apache license version 2.0, january 2004", "grant of patent license")),
+    _Text(
+        "MIT",
+        (
+            "permission is hereby granted, free of charge, to any person obtaining a copy",
+            "the above copyright notice and this permission notice shall be included in all copies",
+        ),
+        ("the software shall be used for good", "except as contained in this notice"),
+    ),
+    _Text("BSD-4-Clause", (*_BSD, "all advertising materials", "neither the name")),
+    _Text("BSD-3-Clause", (*_BSD, "neither the name")),
+    _Text("BSD-2-Clause", _BSD, ("neither the name", "may be used to endorse")),
+    _Text("ISC", ("permission to use, copy, modify, and/or distribute this software for any",
+                  "appear in all copies")),
+    _Text("Unlicense", ("this is free and unencumbered software released into the public domain",)),
+    _Text("MPL-2.0", ("mozilla public license version 2.0", "covered software")),
+    _Text("AGPL-3.0-only", (_GNU.format("affero ", "3, 19 november 2007"),)),
+    _Text("LGPL-3.0-only", (_GNU.format("lesser ", "3, 29 june 2007"),)),
+    _Text("LGPL-2.1-only", (_GNU.format("lesser ", "2.1, february 1999"),)),
+    _Text("GPL-3.0-only", (_GNU.format("", "3, 29 june 2007"),)),
+    _Text("GPL-2.0-only", (_GNU.format("", "2, june 1991"),)),
+    _Text("CC-BY-NC-SA-4.0", (_CC.format("-noncommercial-sharealike"),)),
+    _Text("CC-BY-NC-ND-4.0", (_CC.format("-noncommercial-noderivatives"),)),
+    _Text("CC-BY-NC-4.0", (_CC.format("-noncommercial"),)),
+    _Text("CC-BY-SA-4.0", (_CC.format("-sharealike"),)),
+    _Text("CC-BY-ND-4.0", (_CC.format("-noderivatives"),)),
+    _Text("CC-BY-4.0", (_CC.format(""),)),
+    _Text("CC0-1.0", ("cc0 1.0 universal", "affirmer")),
+    _Text("LicenseRef-Llama-4", ("llama 4 community license agreement",)),
+    _Text("LicenseRef-Llama-3.3", ("llama 3.3 community license agreement",)),
+    _Text("LicenseRef-Llama-3.2", ("llama 3.2 community license agreement",)),
+    _Text("LicenseRef-Llama-3.1", ("llama 3.1 community license agreement",)),
+    _Text("LicenseRef-Llama-3", ("meta llama 3 community license agreement",)),
+    _Text("LicenseRef-Llama-2", ("llama 2 community license agreement",)),
+    _Text("LicenseRef-Gemma", ("gemma terms of use", "gemma prohibited use policy")),
+    _Text("LicenseRef-Qwen-Research", ("qwen research license agreement",)),
+    _Text("LicenseRef-Qwen", ("qwen license agreement",)),
+    _Text("LicenseRef-BigScience-OpenRAIL-M", ("bigscience open rail-m license",)),
+    _Text("LicenseRef-CreativeML-OpenRAIL-M", ("creativeml open rail-m",)),
+)  # fmt: skip
+_BY_NAME = {one.identifier.lower(): one.identifier for one in _TEXTS} | {
+    "gpl-3.0": "GPL-3.0-only",
+    "gpl-2.0": "GPL-2.0-only",
+    "agpl-3.0": "AGPL-3.0-only",
+    "lgpl-3.0": "LGPL-3.0-only",
+    "llama3": "LicenseRef-Llama-3",
+    "llama3.1": "LicenseRef-Llama-3.1",
+    "llama3.2": "LicenseRef-Llama-3.2",
+    "llama3.3": "LicenseRef-Llama-3.3",
+    "llama4": "LicenseRef-Llama-4",
+    "gemma": "LicenseRef-Gemma",
+    "qwen": "LicenseRef-Qwen",
+    "qwen-research": "LicenseRef-Qwen-Research",
+}
+_TAG = re.compile(r"SPDX-License-Identifier:[ \t]*([A-Za-z0-9.+-]{2,64})[ \t]*(?:\*/|-->)?[ \t]*$",
+                  re.MULTILINE)  # fmt: skip
+_CARD = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
+_CARD_LICENSE = re.compile(
+    r"^license:[ \t]*[\"']?([A-Za-z0-9.+-]{2,64})[\"']?[ \t]*$", re.MULTILINE
+)
+
+
+def licence_of(text: str) -> str | None:
+    """Return the identifier of the licence whose text, tag or name this is; None if unknown."""
+    tag = _TAG.search(text)
+    if tag is not None:
+        return licence_named(tag[1]) or tag[1]
+    named = licence_named(text)
+    if named is not None:
+        return named
+    plain = _normalized(text)
+    for one in _TEXTS:
+        if all(phrase in plain for phrase in one.phrases) and not any(
+            phrase in plain for phrase in one.without
+        ):
+            return one.identifier
+    return None
+
+
+def licence_named(name: str) -> str | None:
+    """Return the identifier that a short name, as model cards have it, stands for."""
+    return _BY_NAME.get(name.strip().lower())
+
+
+def licence_of_card(readme: str) -> str | None:
+    """Return the licence that a model card (README.md of the Hugging Face Hub) states."""
+    card = _CARD.match(readme)
+    found = _CARD_LICENSE.search(card[1]) if card is not None else None
+    return licence_named(found[1]) if found is not None else None
+
+
+def _normalized(text: str) -> str:
+    """Return the words of a text in lower case, one blank between them, without decoration."""
+    words = re.sub(r"[\"'`“”‘’*_#=>/]+", " ", text.lower())
+    words = re.sub(r"\s+", " ", words).replace("–", "-").replace(" ,", ",")
+    return words.replace(", version ", " version ").replace("license, version", "license version")

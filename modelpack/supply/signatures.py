@@ -1,0 +1,178 @@
+"""Finding the signatures of a model where it is, and checking them with public keys.
+
+Three kinds count: cosign's under its tag, and sigstore bundles attached to the model that sign its
+manifest (as cosign) or its files (as OpenSSF model signing). A manifest holds the digests of all
+files, and whoever has the model verified those: nothing is read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from modelpack import mediatypes
+from modelpack.blob import read_blob
+from modelpack.descriptor import Descriptor
+from modelpack.errors import (
+    FormatError,
+    IntegrityError,
+    NotFoundError,
+    UntrustedError,
+)
+from modelpack.manifest import Manifest
+from modelpack.model import Model
+from modelpack.storage import ReferrerSource
+from modelpack.supply.bundles import BUNDLE_TYPES, Bundle
+from modelpack.supply.keys import PublicKey
+from modelpack.supply.model_signing import check_model
+from modelpack.supply.simple_signing import PAYLOAD, SimpleSignature, signature_tag
+from modelpack.supply.statements import COSIGN_SIGN, MODEL_SIGNING
+
+#: Whoever may write to a repository may put signatures there: there has to be an end.
+MAX_SIGNATURES: Final = 200
+# Where a registry has no referrers API, cosign lists its bundles by the type of their config.
+_LISTED_AS: Final = (*BUNDLE_TYPES, mediatypes.OCI_EMPTY, None)
+
+
+class SignatureKind(StrEnum):
+    """How a signature is written."""
+
+    COSIGN = "cosign"  # simple signing, under cosign's tag
+    BUNDLE = "bundle"  # a sigstore bundle over the manifest
+    MODEL_SIGNING = "model-signing"  # a sigstore bundle over the files, by OpenSSF
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A signature that was verified: by which key, and the manifest that holds it."""
+
+    key: PublicKey
+    kind: SignatureKind
+    manifest: Descriptor
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """The signatures by the keys that were asked for, and why others do not count."""
+
+    signatures: tuple[Signature, ...]
+    refused: tuple[str, ...]
+
+    @property
+    def keys(self) -> frozenset[PublicKey]:
+        """The keys that signed."""
+        return frozenset(one.key for one in self.signatures)
+
+
+def find_signatures(
+    source: ReferrerSource,
+    subject: Descriptor,
+    model: Callable[[], Model],
+    keys: Collection[PublicKey],
+    *,
+    tagged: bool,
+) -> Findings:
+    """Return which of `keys` signed the manifest `subject`, or the files of its `model`.
+
+    With `tagged`, cosign's tag is looked at, too. A signature that is broken, or by somebody else,
+    does not count and keeps none from counting; that the source cannot be read is an error.
+    """
+    found: list[Signature] = []
+    refused: list[str] = []
+    for manifest, kind, check in _candidates(source, subject, model, refused, tagged):
+        try:
+            by = [key for key in keys if check(key)]
+        except (FormatError, IntegrityError) as error:
+            refused.append(str(error))
+            continue
+        found += [Signature(key, kind, manifest) for key in by]
+        if not by:
+            refused.append(f"{kind} signature {manifest.digest.short}: by none of the keys")
+    return Findings(tuple(found), tuple(refused))
+
+
+_Check = Callable[[PublicKey], bool]
+
+
+def _candidates(
+    source: ReferrerSource,
+    subject: Descriptor,
+    model: Callable[[], Model],
+    refused: list[str],
+    tagged: bool,
+) -> Iterator[tuple[Descriptor, SignatureKind, _Check]]:
+    attached = [one for one in source.referrers(subject.digest) if one.artifact_type in _LISTED_AS]
+    if len(attached) > MAX_SIGNATURES:
+        raise UntrustedError(
+            f"{subject.digest}: {len(attached)} bundles are attached to it, expected at most "
+            f"{MAX_SIGNATURES}",
+            hint="somebody fills the list: see `modelpack referrers` and `detach`",
+        )
+    for referrer in attached:
+        try:
+            candidate = _bundle(source, referrer, subject, model)
+        except (FormatError, IntegrityError, NotFoundError) as error:
+            refused.append(str(error))
+            continue
+        if candidate is not None:
+            yield (referrer, *candidate)
+    if tagged:
+        for manifest, signature in _under_tag(source, subject, refused):
+            yield manifest, SignatureKind.COSIGN, signature.is_signed_by
+
+
+def _bundle(
+    source: ReferrerSource,
+    referrer: Descriptor,
+    subject: Descriptor,
+    model: Callable[[], Model],
+) -> tuple[SignatureKind, _Check] | None:
+    """Return what a bundle says; None for one that is no signature, but an attestation."""
+    what = f"bundle {referrer.digest.short}"
+    manifest = Manifest.parse(source.fetch_manifest(referrer), what)
+    if [layer.media_type in BUNDLE_TYPES for layer in manifest.layers] != [True]:
+        return None
+    bundle = Bundle.parse(read_blob(source, manifest.layers[0]), what)
+    statement = bundle.statement
+    if statement.predicate_type == COSIGN_SIGN:
+        if not statement.is_about(subject.digest):
+            raise IntegrityError(f"{what}: signs {statement.subjects[0].digest}, another manifest")
+        return SignatureKind.BUNDLE, bundle.envelope.is_signed_by
+    if statement.predicate_type != MODEL_SIGNING:
+        return None
+
+    def signs_files(key: PublicKey) -> bool:
+        if not bundle.envelope.is_signed_by(key):
+            return False
+        check_model(statement, model())
+        return True
+
+    return SignatureKind.MODEL_SIGNING, signs_files
+
+
+def _under_tag(
+    source: ReferrerSource, subject: Descriptor, refused: list[str]
+) -> Iterator[tuple[Descriptor, SimpleSignature]]:
+    tag = signature_tag(subject.digest)
+    try:
+        descriptor = source.resolve(tag)
+        manifest = Manifest.parse(source.fetch_manifest(descriptor), tag)
+    except NotFoundError:
+        return
+    except (FormatError, IntegrityError) as error:
+        refused.append(str(error))
+        return
+    for layer in manifest.layers[:MAX_SIGNATURES]:
+        if layer.media_type != PAYLOAD:
+            continue
+        what = f"cosign signature {layer.digest.short}"
+        try:
+            signature = SimpleSignature.parse(read_blob(source, layer), layer, what)
+            if signature.digest != subject.digest:
+                raise IntegrityError(f"{what}: signs {signature.digest}, another manifest")
+        except (FormatError, IntegrityError, NotFoundError) as error:
+            refused.append(str(error))
+            continue
+        yield descriptor, signature

@@ -1,0 +1,114 @@
+"""The commands of the command line, as click knows them: what manuals and reference are of.
+
+Needs no package but click: the wheel is built with this.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import click
+
+from modelpack.cli.main import ALIASES, cli
+from modelpack.cli.options import common_options, remote_options
+
+Row = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Text of a command's help; a preformatted one keeps its lines."""
+
+    text: str
+    preformatted: bool = False
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: `name` is all of it, as in "modelpack index create"."""
+
+    name: str
+    usage: str
+    paragraphs: tuple[Paragraph, ...]
+    options: tuple[Row, ...]
+    registry_options: tuple[Row, ...]
+    common_options: tuple[Row, ...]
+    subcommands: tuple[Row, ...]
+    aliases: tuple[str, ...]
+    epilog: tuple[Paragraph, ...]
+
+    @property
+    def summary(self) -> str:
+        """The first sentence, without its full stop."""
+        return self.paragraphs[0].text.partition(". ")[0].rstrip(".")
+
+    @property
+    def page(self) -> str:
+        """The name of its page of the manual."""
+        return self.name.replace(" ", "-")
+
+
+def commands() -> Iterator[Command]:
+    """All commands, each group before its own, in the order of their names."""
+    yield from _walk(cli, click.Context(cli, info_name="modelpack", **cli.context_settings))
+
+
+def _walk(command: click.Command, context: click.Context) -> Iterator[Command]:
+    context.max_content_width = context.terminal_width = 10_000  # no lines are broken here
+    below = []
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            assert child is not None
+            below.append((child, click.Context(child, info_name=name, parent=context)))
+    yield _described(command, context, [(child, where.info_name or "") for child, where in below])
+    for child, where in below:
+        yield from _walk(child, where)
+
+
+def _described(
+    command: click.Command, context: click.Context, below: list[tuple[click.Command, str]]
+) -> Command:
+    name = context.command_path
+    rows: dict[str, list[Row]] = {"own": [], "registry": [], "common": []}
+    for parameter in command.get_params(context):
+        record = parameter.get_help_record(context)
+        if record is not None and isinstance(parameter, click.Option):
+            kind = _KINDS.get(parameter.opts[0], "own")
+            rows[kind].append((record[0], " ".join(record[1].split())))
+    short = name.removeprefix("modelpack ")
+    return Command(
+        name,
+        " ".join([name, *command.collect_usage_pieces(context)]),
+        _paragraphs(command.help),
+        tuple(rows["own"]),
+        tuple(rows["registry"]),
+        tuple(rows["common"]),
+        tuple((part, child.get_short_help_str(10_000)) for child, part in below),
+        tuple(sorted(alias for alias, meant in ALIASES.items() if meant == short)),
+        _paragraphs(command.epilog),
+    )
+
+
+def _names(decorator: object) -> list[str]:
+    assert callable(decorator)
+    decorated = decorator(lambda: None)
+    return [option.opts[0] for option in decorated.__click_params__]
+
+
+_KINDS = {
+    **dict.fromkeys(_names(remote_options), "registry"),
+    **dict.fromkeys([*_names(common_options), "--help", "-h"], "common"),
+}
+
+
+def _paragraphs(text: str | None) -> tuple[Paragraph, ...]:
+    found = []
+    for part in inspect.cleandoc(text or "").split("\n\n"):
+        if part.startswith("\b\n"):
+            found.append(Paragraph(part.removeprefix("\b\n"), preformatted=True))
+        elif part.strip():
+            found.append(Paragraph(" ".join(part.split())))
+    return tuple(found)

@@ -1,0 +1,92 @@
+"""What a model says about itself is text: a terminal takes no commands from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelpack.cli.output import one_line, visible
+from tests.cli.running import Result, modelpack
+from tests.registry.faults import answering
+from tests.registry.faulty import REPOSITORY, FaultyRegistry
+
+# Sets the title, clears the screen, turns the line around, and looks like an error of ours.
+EVIL = "\x1b]0;owned\x07\x1b[2J\u202eevil\x9b2J\nerror: forged"
+DOCKER = "application/vnd.docker.ai"
+
+
+def model(registry: FaultyRegistry, *, filepath: str = "model.gguf") -> str:
+    """Publish a model whose every free text is hostile; return its reference."""
+    weight = registry.put_blob(b"weights")
+    about: dict[str, Any] = {
+        "config": {"format": "gguf", "architecture": EVIL, "parameters": EVIL, "size": EVIL,
+                   "quantization": EVIL},
+        "descriptor": {"family": EVIL, "createdAt": EVIL},
+        "rootfs": {"type": "rootfs", "diff_ids": [str(weight.digest)]},
+    }  # fmt: skip
+    config = registry.put_blob(json.dumps(about).encode())
+    raw = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": {
+            "mediaType": f"{DOCKER}.model.config.v0.1+json",
+            "digest": str(config.digest),
+            "size": config.size,
+        },
+        "layers": [
+            {
+                "mediaType": f"{DOCKER}.gguf.v3",
+                "digest": str(weight.digest),
+                "size": weight.size,
+                "annotations": {"org.cncf.model.filepath": filepath, EVIL: EVIL},
+            }
+        ],
+        "annotations": {EVIL: EVIL},
+    }
+    registry.put_manifest(json.dumps(raw).encode(), "v1")
+    return f"{registry.host}/{REPOSITORY}:v1"
+
+
+@pytest.fixture
+def registry() -> Iterator[FaultyRegistry]:
+    with FaultyRegistry() as registry:
+        yield registry
+
+
+def check(result: Result) -> None:
+    shown = result.out + result.err
+    assert not [c for c in shown if not c.isprintable() and c not in "\n\ufffd"], shown
+    assert not [line for line in shown.splitlines() if line.startswith("error: forged")]
+
+
+@pytest.mark.parametrize("filepath", ["model.gguf", EVIL, f"../{EVIL}"], ids=["fine", "evil", "up"])
+@pytest.mark.parametrize("progress", ["plain", "bars", "none"])
+def test_commands(registry: FaultyRegistry, tmp_path: Path, filepath: str, progress: str) -> None:
+    reference = model(registry, filepath=filepath)
+    store = ("--store", tmp_path / "store", "--progress", progress)
+    check(modelpack(*store, "pull", reference))
+    for words in (["list"], ["inspect", reference], ["inspect", "--remote", reference],
+                  ["resolve", reference], ["bundle", reference, tmp_path / "bundle"],
+                  ["tag", reference, f"x:{EVIL}"], ["pull", EVIL], ["fsck"],
+                  ["rm", reference]):  # fmt: skip
+        check(modelpack(*store, *words))
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 418, 500])
+def test_what_a_registry_answers(registry: FaultyRegistry, tmp_path: Path, status: int) -> None:
+    body = json.dumps({"errors": [{"code": EVIL, "message": EVIL}]}).encode()
+    odd = answering(status, body, WWW_Authenticate='Basic realm="\x1b[2J"', Retry_After="0")
+    registry.faults.add("*", "/v2/", odd, times=None)
+    failed = modelpack("--store", tmp_path / "store", "pull", f"{registry.host}/{REPOSITORY}:v1")
+    assert failed.code != 0
+    check(failed)
+
+
+def test_lines() -> None:
+    assert visible("a\tb\nc\r\nd\x1b[1m") == "a\tb\nc\nd\ufffd[1m"
+    assert one_line("a\nb\u2028c\u202ed") == "a\ufffdb\ufffdc\ufffdd"
+    assert one_line("schön 模型") == "schön 模型"

@@ -1,0 +1,225 @@
+"""vLLM's command line, and the plugin, without vLLM.
+
+tests/interop/test_vllm_source.py holds the plugin to vLLM's own source, tests/interop/test_vllm.py
+to vLLM itself.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import modelpack
+from modelpack.deployment import vllm_plugin
+from modelpack.deployment.vllm import model_directory
+from modelpack.errors import NotFoundError, UnsupportedError, UntrustedError
+from modelpack.operations.kept_bundles import kept_bundle
+from modelpack.stores.layout import LayoutStore
+from tests.models import tiny_gguf, tiny_safetensors
+
+ROOT = Path(modelpack.__file__).parents[1]
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LayoutStore:
+    """A store with team/tiny (safetensors), team/bare (without config.json) and team/gguf."""
+    made = LayoutStore(tmp_path / "store")
+    monkeypatch.setenv("MODELPACK_STORE", str(made.root))
+    files = tiny_safetensors(tmp_path)
+    (files / "config.json").write_text("{}")
+    request = modelpack.PackageRequest
+    modelpack.package("team/tiny", request(safetensors_dir=files), store=made)
+    (files / "config.json").unlink()
+    modelpack.package("team/bare", request(safetensors_dir=files), store=made)
+    modelpack.package("team/gguf", request(gguf=tiny_gguf(tmp_path)), store=made)
+    return made
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """A `vllm` that prints its arguments."""
+    path = tmp_path / "bin" / "vllm"
+    path.parent.mkdir()
+    path.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def serve(program: Path | None, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = f"{program.parent}:/usr/bin:/bin" if program else "/nowhere"
+    return subprocess.run(
+        [sys.executable, "-m", "modelpack", "serve", *arguments], capture_output=True, text=True,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def test_serve_becomes_vllm_over_the_bundle(store: LayoutStore, program: Path) -> None:
+    done = serve(
+        program, "team/tiny", "--backend", "vllm", "--tensor-parallel-size", "2", "--port", "8000",
+        "--served-model-name", "gpt", "--max-model-len", "4096", "--no-prefix-caching",
+        "--runtime-flags", "--pipeline-parallel-size 2 --dtype 'bfloat16'",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    command, directory, *rest = done.stdout.splitlines()
+    assert command == "serve"
+    assert rest == [
+        "--served-model-name", "gpt", "team/tiny", "--host", "127.0.0.1", "--port", "8000",
+        "--max-model-len", "4096", "--tensor-parallel-size", "2", "--no-enable-prefix-caching",
+        "--pipeline-parallel-size", "2", "--dtype", "bfloat16",
+    ]  # fmt: skip
+    assert Path(directory, "config.json").read_text() == "{}"
+    assert list(Path(directory).glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["team/tiny", "--keys", "FILE"], "has no --keys"),
+        (["team/tiny", "--preset", "code"], "--preset"),
+        (["team/tiny", "--kv-offload-memory", "1GiB"], "--kv-offload-memory"),
+        (["team/tiny", "team/gguf"], "one MODEL, got 2"),
+        ([], "one MODEL, got 0"),
+        (["team/gguf"], "vLLM reads safetensors, and team/gguf is gguf"),
+        (["team/bare"], "config.json"),
+        (["team/tiny", "--host", "0.0.0.0"], "not a loopback address"),
+        (["team/tiny", "--runtime-flags", "'"], "--runtime-flags"),
+    ],
+)
+def test_what_vllm_is_not_told_is_refused(
+    store: LayoutStore, program: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.touch()
+    given = [str(keys) if argument == "FILE" else argument for argument in arguments]
+    done = serve(program, *given, "--backend", "vllm")
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert words in done.stderr
+
+
+def test_without_vllm_it_says_so(store: LayoutStore) -> None:
+    done = serve(None, "team/tiny", "--backend", "vllm")
+    assert done.returncode == 2
+    assert "pip install vllm" in done.stderr
+
+
+def test_a_bundle_is_made_once_and_goes_with_its_model(store: LayoutStore) -> None:
+    _, first = kept_bundle("team/tiny", store=store)
+    before = (first / "config.json").stat().st_mtime_ns, first.stat().st_ino
+    assert kept_bundle("docker.io/team/tiny:latest", store=store)[1] == first
+    assert ((first / "config.json").stat().st_mtime_ns, first.stat().st_ino) == before
+    [blob] = [f.descriptor.digest for f in store_files(store) if f.filepath == "model.safetensors"]
+    assert (first / "model.safetensors").stat().st_ino == store.blob_path(blob).stat().st_ino
+    store.remove("team/tiny")
+    _, other = kept_bundle("team/gguf", store=store)
+    assert sorted((store.root / "bundles").iterdir()) == [other.parent]
+
+
+def store_files(store: LayoutStore) -> tuple[Any, ...]:
+    return modelpack.inspect("team/tiny", store=store).files()
+
+
+@dataclass
+class Arguments:
+    """As much of `EngineArgs` as names of models are in."""
+
+    model: str
+    tokenizer: str | None = None
+    hf_config_path: str | None = None
+    served_model_name: list[str] | None = None
+    speculative_config: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Where vLLM asks the hub."""
+
+    def create_engine_config(self) -> str:
+        return self.create_model_config()
+
+    def create_model_config(self) -> str:
+        return self.model
+
+
+@pytest.fixture
+def arg_utils(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """vLLM's module, with a class of its own for each test."""
+    package, engine = ModuleType("vllm"), ModuleType("vllm.engine")
+    module = ModuleType("vllm.engine.arg_utils")
+    made = dataclass(type("EngineArgs", (Arguments,), dict(Arguments.__dict__)))
+    module.EngineArgs = made  # type: ignore[attr-defined]
+    module.get_model_path = lambda model, revision=None: f"hub:{model}"  # type: ignore[attr-defined]
+    engine.arg_utils = module  # type: ignore[attr-defined]
+    for name, value in (("vllm", package), ("vllm.engine", engine), (module.__name__, module)):
+        monkeypatch.setitem(sys.modules, name, value)
+    return module
+
+
+def test_names_become_directories(store: LayoutStore, arg_utils: Any) -> None:
+    earlier = arg_utils.EngineArgs(model="modelpack://team/tiny")  # made before plugins were loaded
+    vllm_plugin.register()
+    vllm_plugin.register()  # vLLM loads plugins again and again
+    directory = str(model_directory("team/tiny", store=store))
+    assert earlier.create_engine_config() == directory
+    made = arg_utils.EngineArgs(
+        model="modelpack://team/tiny", tokenizer="modelpack://team/tiny",
+        speculative_config={"model": "modelpack://team/tiny", "num_speculative_tokens": 2},
+    )  # fmt: skip
+    assert (made.model, made.tokenizer) == (directory, directory)
+    assert made.speculative_config == {"model": directory, "num_speculative_tokens": 2}
+    assert made.served_model_name == ["modelpack://team/tiny"]
+    assert arg_utils.get_model_path("modelpack://team/tiny", None) == directory
+
+
+def test_a_policy_is_kept_to(
+    store: LayoutStore, program: Path, arg_utils: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    policy = tmp_path / "policy.toml"
+    policy.write_text('default = "reject"\n')
+    refused = serve(program, "team/tiny", "--backend", "vllm", "--policy", str(policy))
+    assert (refused.returncode, refused.stdout) == (5, "")
+    assert "no rule of the policy names it" in refused.stderr
+    monkeypatch.setenv("MODELPACK_POLICY", str(policy))
+    vllm_plugin.register()
+    with pytest.raises(UntrustedError):
+        arg_utils.EngineArgs(model="modelpack://team/tiny")
+
+
+def test_other_names_are_left_alone(arg_utils: Any) -> None:
+    vllm_plugin.register()
+    made = arg_utils.EngineArgs(model="Qwen/Qwen3-0.6B")
+    assert (made.create_engine_config(), made.served_model_name) == ("Qwen/Qwen3-0.6B", None)
+    assert arg_utils.get_model_path("x/y") == "hub:x/y"
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("modelpack://team/gguf", UnsupportedError),
+        ("modelpack://sha256:" + "0" * 64, NotFoundError),
+    ],
+)
+def test_a_model_that_cannot_be_served_ends_vllm(
+    store: LayoutStore, arg_utils: Any, name: str, error: type[Exception]
+) -> None:
+    vllm_plugin.register()
+    with pytest.raises(error):
+        arg_utils.EngineArgs(model=name)
+
+
+def test_a_vllm_that_is_not_known_is_not_broken(
+    arg_utils: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Other:
+        pass
+
+    arg_utils.EngineArgs = Other
+    vllm_plugin.register()
+    assert "create_engine_config" in caplog.text
+    assert not any(name.startswith("_modelpack") for name in vars(Other))

@@ -1,0 +1,66 @@
+"""What the documents call an option, a command or a variable is one, and none is left out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from modelpack.cli.main import ALIASES
+from scripts.documents.commands import commands
+from tests.docs.blocks import ROOT, pages
+
+COMMANDS = list(commands())
+NAMES = {command.name for command in COMMANDS} | {f"modelpack {alias}" for alias in ALIASES}
+OPTIONS = {
+    option
+    for command in COMMANDS
+    for names, _ in command.options + command.registry_options + command.common_options
+    for option in re.findall(r"--[\w-]+", names)
+}
+# Options of other programs, and flags of models, which are llama.cpp's and vLLM's.
+OTHERS = {
+    "cosign, model_signing": "--new-bundle-format --public_key --signature --type",
+    "docker": "--abort-on-container-exit --build --build-arg --hf_overrides --rm "
+    "--speculative-draft-model --speculative-min-acceptance-rate --speculative-num-tokens",
+    "kit, modctl": "--filter --no-creation-time --patterns",
+    "mlx.launch, ray": "--address --head --hostfile",
+    "pip": "--find-links --no-index",
+    "runtime flags": "--block-size --ctx-size --draft-max --draft-p-min --frequency-penalty "
+    "--ignore-eos --min-p --model-draft --n-predict --no-enable-prefix-caching --presence-penalty "
+    "--repeat-penalty --temp --threads --top-k --top-p --verbose",
+    "vllm": "--distributed-executor-backend --dtype --pipeline-parallel-size",
+}
+KNOWN = OPTIONS | {option for line in OTHERS.values() for option in line.split()}
+# Docker Compose runs these, and MODELPACK_LIFELINE is between a server's own processes.
+NOT_FOR_USERS = {"modelpack compose up", "modelpack compose down", "modelpack compose metadata"}
+NOT_SET_BY_USERS = {"MODELPACK_LIFELINE"}
+
+
+@pytest.mark.parametrize("page", pages())
+def test_options_and_commands_exist(page: str) -> None:
+    text = re.sub(r"<!--.*?-->", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) <= KNOWN
+    named = re.findall(r"(?:`|^)(modelpack [a-z0-9]+)\b", text, re.MULTILINE)
+    assert set(named) <= NAMES
+
+
+def test_options_of_others_are_still_named() -> None:
+    text = "".join((ROOT / page).read_text() for page in pages())
+    assert {option for option in KNOWN - OPTIONS if option not in text} == set()
+
+
+def test_the_table_has_every_command() -> None:
+    table = (ROOT / "docs" / "cli.md").read_text()
+    for name in {command.name for command in COMMANDS} - NOT_FOR_USERS - {"modelpack"}:
+        assert re.search(rf"`{name.removeprefix('modelpack ')}\b", table), name
+
+
+def test_the_table_has_every_variable() -> None:
+    files = [path for part in ("modelpack", "engine") for path in Path(ROOT, part).rglob("*.py")]
+    read = {
+        name for path in files for name in re.findall(r"\bMODELPACK_[A-Z_]+\b", path.read_text())
+    }
+    table = (ROOT / "docs" / "cli.md").read_text().partition("## Environment")[2]
+    assert {name for name in read - NOT_SET_BY_USERS if f"`{name}`" not in table} == set()

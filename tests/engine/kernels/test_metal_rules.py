@@ -1,0 +1,133 @@
+"""Address spaces and threadgroup memory of the Metal kernels, by clang: no Mac is needed."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from modelpack_engine.attention.kernels.plan import MAX_SHARED_BYTES
+from modelpack_engine.attention.kernels.sources import Body
+from modelpack_engine.attention.quantised import Quantisation
+from tests.engine.kernels.cases import CASES, Case
+from tests.engine.kernels.metal_rules import judge
+from tests.engine.kernels.signatures import Instance, quantise_instance, write_instance
+
+BF16 = (("T", "bfloat16_t"),)
+ROTATE = (("HQ", 8), ("HK", 2), ("D", 64), ("NSG", 4))
+#: The kernels of fused layers, by the constants that `fusion.kernels` gives them.
+FUSED = [
+    Instance(
+        "add_norm",
+        (*BF16, ("B", "bfloat16_t"), ("W", "float")),
+        (("D", 576), ("VEC", 4), ("NSG", 5), ("PARTS", 1)),
+    ),
+    Instance(
+        "add_norm",
+        (*BF16, ("B", "float"), ("W", "bfloat16_t")),
+        (("D", 4096), ("VEC", 4), ("NSG", 32), ("PARTS", 4)),
+    ),
+    Instance("swiglu", BF16, (("N", 1536), ("VEC", 8))),
+    *(Instance("dequantise", BF16, (("K", 576), ("BITS", bits), ("GROUP", 64))) for bits in (4, 8)),
+    *(
+        Instance(
+            "rotate",
+            (*BF16, ("J", joint), ("P", pool), ("W", "bfloat16_t")),
+            (
+                *ROTATE,
+                ("PARTS", 1 if joint == "bfloat16_t" else 4),
+                ("DIMS", dims),
+                ("INTERLEAVED", interleaved),
+                ("QKNORM", norm),
+            ),
+        )
+        for joint, pool, dims, interleaved, norm in (
+            ("bfloat16_t", "bfloat16_t", 64, False, True),
+            ("float", "float16_t", 32, True, False),
+        )
+    ),
+]
+#: Inputs that can have fewer than 8 elements: MLX puts them into `constant`, one by one.
+SMALL: dict[Body, tuple[str, ...]] = {
+    "decode": ("block_tables", "context_lens", "sinks"),
+    "merge": ("stats", "sinks"),
+    "write": ("slots",),
+    "quantise": ("slots",),
+    "rotate": ("positions", "slots", "inverse"),
+    "add_norm": (),
+    "swiglu": (),
+    "dequantise": ("scales", "biases"),
+}
+#: And those that always have.
+TINY: dict[Body, tuple[str, ...]] = {
+    "decode": ("params", "written"),
+    "write": ("previous",),
+    "quantise": ("previous",),
+    "rotate": ("params", "previous"),
+    "add_norm": ("params",),
+}
+INSTANCES = [
+    *dict.fromkeys(instance for case in CASES for instance in case.instances),
+    write_instance(64, 32, rows="float", pool="bfloat16_t"),
+    write_instance(20, 12, rows="float16_t", pool="float16_t"),
+    quantise_instance(128, 64, Quantisation(8, 32), rows="bfloat16_t"),
+    quantise_instance(64, 64, Quantisation(4, 64), rows="float"),
+    *FUSED,
+]
+
+
+@pytest.mark.parametrize(
+    "instance", INSTANCES, ids=[f"{i.body}-{index}" for index, i in enumerate(INSTANCES)]
+)
+def test_address_spaces(instance: Instance) -> None:
+    """With all that may be small in `device`, and with all of it in `constant`."""
+    for small in ((), SMALL[instance.body]):
+        verdict = judge(instance, (*TINY.get(instance.body, ()), *small))
+        assert verdict.problems == ()
+
+
+@pytest.mark.parametrize("body", SMALL)
+def test_address_spaces_of_each_input(body: Body) -> None:
+    """Every mixture, of one instance of each kernel."""
+    instance = next(found for found in INSTANCES if found.body == body)
+    for count in range(1, len(SMALL[body])):
+        for small in itertools.combinations(SMALL[body], count):
+            assert judge(instance, (*TINY.get(body, ()), *small)).problems == ()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_shared_memory_is_what_the_plan_says(case: Case) -> None:
+    decode, *merge = (judge(instance) for instance in case.instances)
+    assert decode.shared_bytes == case.plan.shared_bytes <= MAX_SHARED_BYTES
+    assert all(0 < found.shared_bytes <= MAX_SHARED_BYTES for found in merge)
+
+
+@pytest.mark.parametrize("instance", FUSED, ids=lambda i: i.body)
+def test_shared_memory_of_fused_layers(instance: Instance) -> None:
+    expected = 4 * dict(instance.constants)["NSG"] if instance.body == "add_norm" else 0
+    assert judge(instance).shared_bytes == expected
+
+
+DECODE = CASES[0].instances[0]
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (("float most[HEADS]", "PA_DEVICE float* p = queries; float most[HEADS]"), "cannot init"),
+        (("float bias[STEPS];", "PA_SHARED(float, bias, STEPS);"), "outermost scope"),
+        (("float bias[STEPS];", "float bias[parts];"), "not a constant"),
+        (("float bias[STEPS];", "float bias[STEPS]; const float* w = params;"), "cannot init"),
+        (("PA_SYNC();", "PA_SYNCS();"), "undeclared"),
+    ],
+)
+def test_what_breaks_the_rules_is_noticed(edit: tuple[str, str], says: str) -> None:
+    problems = judge(DECODE, TINY["decode"], edit=edit).problems
+    assert any(says in problem for problem in problems), problems
+
+
+def test_rows_of_fewer_than_8_elements_would_not_compile() -> None:
+    """Hence `write_kv` leaves them to MLX: see `test_operations`."""
+    instance = write_instance(4, 2, rows="float", pool="float")
+    assert judge(instance, TINY["write"]).problems == ()
+    assert judge(instance, (*TINY["write"], "k")).problems

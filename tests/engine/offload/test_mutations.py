@@ -1,0 +1,34 @@
+"""The seeded traffic notices what could go wrong between the cache and its offload."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from modelpack_engine.block_manager import BlockManager
+from modelpack_engine.offload.prefixes import PrefixOffload
+from modelpack_engine.scheduler import Scheduler
+from tests.engine.offload.test_scheduling import test_prefixes_come_back_and_others_go_on as drive
+from tests.engine.scheduling.test_mutations import apply
+
+MUTATIONS = [
+    (BlockManager.allocate, "self.offload.evict(block, hash_)", "pass"),
+    (BlockManager._restore, "offload.restore(block := self.allocate(), content)",
+     "block = self.allocate()"),
+    (PrefixOffload.fetch, "if hash_ not in load.contents:", "if not load.contents:"),
+    (PrefixOffload.take, "self._left = self.per_step", "pass"),
+    (Scheduler.schedule, "or self._blocks.is_awaited", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "old", "new"), MUTATIONS, ids=[f"{m.__qualname__}: {o}" for m, o, _ in MUTATIONS]
+)
+def test_mistakes_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, method: Callable[..., Any], old: str, new: str
+) -> None:
+    apply(monkeypatch, method, old, new)
+    with pytest.raises(Exception):  # noqa: B017, PT011 (however it shows)
+        drive()

@@ -1,0 +1,91 @@
+"""A snapshot is the state as it was, in memory of its own, and a sequence goes on from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+from modelpack_engine.adaptation.layout import Leaf, ModelLayout, StateLayout, find_layout
+from modelpack_engine.adaptation.recurrent import RecurrentState, Snapshot, StateRows
+from modelpack_engine.attention.step import StepInputs
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.engine import Engine
+from modelpack_engine.loaders import LoadedModel
+from modelpack_engine.sampling_params import SamplingParams
+from tests.engine.runner.test_step import tiny_mamba
+from tests.engine.serving.tiny import CONTEXT, tiny_model, tiny_tokenizer
+
+SHAPES = [((3, 5), mx.bfloat16), ((2, 2, 2), mx.float32), ((7,), mx.float16), None]
+
+
+def test_a_snapshot_gives_back_every_array() -> None:
+    step, rows = StepInputs(16, exact=True), StateRows()
+    states = [RecurrentState(len(SHAPES), step, rows, name="all alike") for _ in range(3)]
+    mx.random.seed(1)
+    for state in states:
+        for slot, kind in enumerate(SHAPES):
+            if kind is not None:
+                state.arrays[slot] = mx.random.normal((4, *kind[0])).astype(kind[1])
+    expected = [[a if a is None else a[2:3] for a in state.arrays] for state in states]
+    snapshot = Snapshot(states, 2)
+    for state, arrays in zip(states, expected, strict=True):
+        for array, found in zip(arrays, snapshot.of(state), strict=True):
+            assert (array is None) == (found is None)
+            if array is not None and found is not None:
+                assert (found.dtype, found.shape) == (array.dtype, array.shape)
+                assert mx.array_equal(found, array)
+
+
+def test_a_snapshot_holds_nothing_but_itself() -> None:
+    rows = StateRows()
+    state = RecurrentState(1, StepInputs(16, exact=True), rows)
+    state.arrays[0] = mx.zeros((64, 1 << 16))
+    mx.eval(state.arrays[0])
+    snapshot = Snapshot([state], 5)
+    mx.eval(snapshot.bytes)
+    before = mx.get_active_memory()
+    state.arrays[0] = None
+    freed = before - mx.get_active_memory()
+    assert freed == 64 * (1 << 18)
+    assert snapshot.bytes.nbytes < (1 << 18) + 64
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_an_engine_shares_prefixes_of_a_recurrent_model(caching: bool) -> None:
+    loaded = LoadedModel(
+        tiny_mamba(), {"vocab_size": 64}, tiny_tokenizer(), "mamba2", CONTEXT, (), 0
+    )
+    config = EngineConfig(device="cpu", max_num_seqs=4, enable_prefix_caching=caching)
+    engine = Engine(loaded, config)
+    greedy = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    system = [(7 * i + 3) % 64 for i in range(50)]
+    prompts = [system + [n] * 25 for n in range(4)]
+
+    def run(prompt: list[int]) -> tuple[list[int], int]:
+        events = engine.generate([prompt], greedy)[0]
+        usage = events[-1].usage
+        assert usage is not None
+        return [token for event in events for token in event.token_ids], usage.cached_tokens
+
+    first = [run(prompt) for prompt in prompts]
+    again = [run(prompt) for prompt in prompts]
+    assert [tokens for tokens, _ in again] == [tokens for tokens, _ in first]
+    assert len({tuple(tokens) for tokens, _ in first}) > 1
+    assert [n for _, n in first] == ([0, 0, 48, 48] if caching else [0] * 4)
+    assert [n for _, n in again] == ([64] * 4 if caching else [0] * 4)
+
+
+def test_snapshots_are_few_where_states_are_large() -> None:
+    layout = find_layout(tiny_mamba())
+    assert layout.num_snapshots == 256
+    assert layout.snapshot_bytes == 256 * layout.bytes_per_sequence
+    leaf = Leaf(0, StateLayout(((1, 1 << 24),), (mx.float32,)), None)  # 64 MiB
+    assert replace(layout, tree=(leaf,)).num_snapshots == 4
+    assert replace(layout, tree=(leaf,) * 9).num_snapshots == 4
+    assert replace(layout, tree=()).num_snapshots == layout_without_states().num_snapshots == 0
+
+
+def layout_without_states() -> ModelLayout:
+    return find_layout(tiny_model())

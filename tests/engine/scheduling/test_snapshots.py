@@ -1,0 +1,163 @@
+"""Prefixes of recurrent models: shared up to where a snapshot of the state was taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from modelpack_engine.batch import _Rows
+from modelpack_engine.block_manager import BlockManager
+from modelpack_engine.buckets import EXACT
+from modelpack_engine.scheduler import Scheduler
+from modelpack_engine.snapshots import PrefixSnapshots
+from tests.engine.scheduling.driving import ODD_BUCKETS
+from tests.engine.scheduling.simulation import MODES, Simulation, sequence
+from tests.engine.scheduling.steps import prompt
+from tests.engine.scheduling.test_mutations import apply
+
+
+def simulation(**settings: object) -> Simulation:
+    given: dict[str, object] = {
+        "num_blocks": 60, "recurrent": True, "max_num_batched_tokens": 40, "max_prefill_chunk": 40,
+    }  # fmt: skip
+    return Simulation(**given | settings)  # type: ignore[arg-type]
+
+
+def cached(sim: Simulation, *prompts: list[int]) -> list[int]:
+    """Run prompts one after the other; return how many tokens of each were cached."""
+    found = []
+    for tokens in prompts:
+        (seq,) = sim.add(sequence(tokens, 2, request_id=str(len(sim.sequences))))
+        sim.drain()
+        found.append(seq.num_cached_tokens)
+    return found
+
+
+@pytest.mark.parametrize(("length", "shared"), [(3, 0), (4, 0), (5, 4), (8, 4), (11, 8), (50, 48)])
+def test_a_prompt_is_shared_up_to_its_last_full_block(length: int, shared: int) -> None:
+    text = prompt(length)
+    longer = text + [5] * 9
+    assert cached(simulation(), text, text, longer) == [0, shared, length // 4 * 4]
+
+
+def test_where_two_prompts_part_the_third_starts() -> None:
+    """The first knew nothing of the others; the second leaves a snapshot where it leaves it."""
+    system = prompt(24)
+    prompts = [system + prompt(6, start) for start in (2, 3, 4, 5)]
+    assert cached(simulation(), *prompts) == [0, 0, 24, 24]
+
+
+def test_choices_of_one_prompt_compute_it_once() -> None:
+    sim = simulation()
+    choices = sim.add(sequence(prompt(35)), 3)
+    sim.drain()
+    assert [choice.num_cached_tokens for choice in choices] == [0, 32, 32]
+
+
+def test_a_long_prompt_leaves_a_snapshot_after_each_chunk() -> None:
+    sim = simulation(max_num_batched_tokens=12, max_prefill_chunk=12)
+    text = prompt(41)
+    assert cached(sim, text, text[:25] + [6] * 9) == [0, 24]
+    assert sim.blocks.snapshots is not None
+    assert len(sim.blocks.snapshots) == 5
+
+
+def test_few_snapshots_are_kept() -> None:
+    texts = [[n] * 14 for n in range(1, 5)]
+    assert cached(simulation(num_snapshots=2), *texts, texts[3], texts[2], texts[0]) == [
+        0, 0, 0, 0, 12, 12, 0
+    ]  # fmt: skip
+    assert cached(simulation(num_snapshots=0), texts[0], texts[0]) == [0, 0]
+    assert cached(simulation(prefix_caching=False), texts[0], texts[0]) == [0, 0]
+
+
+def test_nothing_is_shared_of_what_failed() -> None:
+    sim = simulation()
+    text = prompt(30)
+    assert cached(sim, text, text) == [0, 28]
+    (first,) = sim.add(sequence(text, request_id="fails"))
+    sim.step()
+    sim.step()
+    sim.fail()
+    assert sim.blocks.snapshots is not None
+    assert len(sim.blocks.snapshots) == 0, "it is as little to be trusted as the blocks"
+    assert cached(sim, text) == [0]
+    sim.blocks.withdraw(first)  # what it held may be no numbers
+    assert cached(sim, text) == [0]
+
+
+actions = st.lists(st.tuples(st.sampled_from("pppgd"), st.integers(0, 6)), max_size=40)
+
+
+@given(limit=st.integers(0, 4), actions=actions)
+def test_what_is_unused_goes_first(limit: int, actions: list[tuple[str, int]]) -> None:
+    snapshots = PrefixSnapshots(limit)
+    model: list[bytes] = []
+    for action, number in actions:
+        hash_ = bytes([number])
+        rest = [other for other in model if other != hash_]
+        if action == "p":
+            snapshots.put(hash_, number)
+            model = [*rest, hash_][-limit:] if limit else []
+        elif action == "d":
+            snapshots.discard([hash_])
+            model = rest
+        elif hash_ in model:
+            assert snapshots.get(hash_) == number
+            model = [*rest, hash_]
+        assert [other for other in (bytes([n]) for n in range(7)) if other in snapshots] == (
+            sorted(model)
+        )
+        assert len(snapshots) == len(model)
+
+
+def drive() -> None:
+    """Recurrent traffic of every kind, in which all of this happens."""
+    for seed in range(6):
+        sim = simulation(
+            num_blocks=(14, 40)[seed % 2], mode=MODES[seed % 3], num_snapshots=1 + 3 * (seed % 3),
+            max_num_batched_tokens=16, max_prefill_chunk=None,
+            buckets=(EXACT, ODD_BUCKETS)[seed == 5],
+        )  # fmt: skip
+        for turn in range(10):
+            text = prompt(7 + 3 * turn, seed) if turn % 3 else prompt(20, seed) + [turn] * 6
+            sim.add(sequence(text, 5, request_id=str(turn)), 1 + turn % 2)
+            sim.step()
+            if turn == 7:
+                sim.fail()
+        sim.drain()
+        assert sim.scheduler.stats().cached_tokens > 20
+
+
+def drive_all() -> None:
+    drive()
+    test_nothing_is_shared_of_what_failed()
+
+
+def test_traffic() -> None:
+    drive()
+
+
+MUTATIONS = [
+    (BlockManager._may_go_on, "self.snapshots is None or hash_ in self.snapshots", "True"),
+    (BlockManager.share_prefix, "sequence.snapshot = ", "_ = "),
+    (BlockManager.forget_content, "self.snapshots.clear()", "pass"),
+    (Scheduler.submitted, "sequence.snapshot = None", "pass"),
+    (_Rows.add_chunk, "rest == 0", "True"),
+    (_Rows.add_chunk, "hashes[full - 1]", "hashes[-1]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "old", "new"), MUTATIONS, ids=[f"{m.__qualname__}: {o}" for m, o, _ in MUTATIONS]
+)
+def test_mistakes_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, method: Callable[..., Any], old: str, new: str
+) -> None:
+    apply(monkeypatch, method, old, new)
+    with pytest.raises(Exception):  # noqa: B017, PT011 (however it shows)
+        drive_all()

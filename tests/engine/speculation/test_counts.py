@@ -1,0 +1,52 @@
+"""What usage and metrics say of proposals."""
+
+from __future__ import annotations
+
+import pytest
+
+from modelpack_engine.conversation.spec import ChatUsage
+from modelpack_engine.meter import Meter
+from modelpack_engine.outputs import RequestEvent, Usage
+from modelpack_engine.pool.catalogue import StoredModel
+from modelpack_engine.pool.entry import Entry
+from modelpack_engine.server.metrics import render
+from modelpack_engine.server.openai.replies import total_usage
+from tests.engine.serving.tiny import tiny_engine
+from tests.engine.speculation.oracle import Oracle, speculate
+from tests.engine.speculation.test_same_output import LONG, tokens
+
+
+def test_usage_of_several_choices() -> None:
+    usages = [Usage(5, 9, 0, 4, 1), ChatUsage(5, 7, 0, 2, 3, reasoning_tokens=6)]
+    details = total_usage(usages)["completion_tokens_details"]
+    assert details == {
+        "reasoning_tokens": 6,
+        "accepted_prediction_tokens": 6,
+        "rejected_prediction_tokens": 4,
+    }
+    assert total_usage([Usage(5, 9)])["completion_tokens_details"] == {"reasoning_tokens": 0}
+
+
+def test_metrics() -> None:
+    [plain] = tiny_engine().generate([[1, 2, 3]], LONG)
+    engine = tiny_engine()
+    speculate(engine, Oracle({("generate-0", 0): tokens(plain)}), num_tokens=4)
+    engine.generate([[1, 2, 3]], LONG)
+    entry = Entry(StoredModel("k", ("m",)), 1.0)
+    entry.past = engine.stats().counters()
+    shown = render([entry])
+    for name, value in (("drafts", 8), ("draft_tokens", 31), ("accepted_tokens", 31)):
+        assert f'vllm:spec_decode_num_{name}_total{{model_name="m",engine="0"}} {value}\n' in shown
+
+
+def test_tokens_that_come_together_share_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 10.0
+    monkeypatch.setattr("modelpack_engine.meter.time.monotonic", lambda: now)
+    meter = Meter()
+    meter.stepped([RequestEvent("r", token_ids=(1,))])
+    now = 10.36
+    meter.stepped([RequestEvent("r", token_ids=(token,)) for token in range(4)])
+    histogram = meter.histograms["inter_token_latency_seconds"]
+    assert histogram.total == pytest.approx(0.36)
+    assert sum(histogram.counts) == 4
+    assert histogram.counts[list(histogram.bounds).index(0.1)] == 4

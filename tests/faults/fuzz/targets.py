@@ -1,0 +1,202 @@
+"""What takes bytes from strangers, each as a function of bytes that raises nothing but our errors.
+
+Corpus files are read from `corpus/TARGET/` and from `fixtures`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelpack import mediatypes as mt
+from modelpack.config import ModelConfig
+from modelpack.descriptor import Descriptor
+from modelpack.errors import InvalidReferenceError, ModelpackError, UnsafePathError
+from modelpack.formats.dduf import read_dduf_header
+from modelpack.formats.gguf import read_gguf_header
+from modelpack.formats.gguf_statistics import gguf_statistics
+from modelpack.formats.safetensors import read_safetensors_header
+from modelpack.layer_metadata import LayerMetadata
+from modelpack.manifest import Manifest, parse_manifest_or_index
+from modelpack.paths import checked_path
+from modelpack.reference import Reference
+from modelpack.registry.challenge import parse_challenges
+from modelpack.registry.scopes import parse_scopes
+from modelpack.server.ranges import UnsatisfiableRange, chunk_range, requested_range
+from modelpack.stores.index import IndexDocument
+from modelpack.unpacking.bundle import TarLimits
+from tests.formats.builders import as_file
+from tests.unpacking.archived import GZIP, TAR, ZSTD, bundle_of
+from tests.unpacking.stored import Stored, everything
+
+HERE = Path(__file__).parent
+FIXTURES = HERE.parents[2] / "fixtures"
+_MIB = 1024 * 1024
+
+
+def manifest(raw: bytes) -> None:
+    document = parse_manifest_or_index(raw, "the manifest")
+    assert document.raw == raw
+    if isinstance(document, Manifest):
+        for blob in document.blobs:
+            with suppress(UnsafePathError):
+                assert not Path(checked_path(blob.filepath or "")).is_absolute()
+
+
+def config(raw: bytes) -> None:
+    for media_type in mt.MODEL_CONFIG_TYPES:
+        with suppress(ModelpackError):
+            parsed = ModelConfig.parse(raw, media_type)
+            again = ModelConfig.parse(parsed.encode(), media_type)
+            assert again.encode() == parsed.encode()
+
+
+def reference(raw: bytes) -> None:
+    with suppress(InvalidReferenceError):
+        parsed = Reference.parse(raw.decode("utf-8", "surrogateescape"))
+        if parsed.registry != "hf.co":  # `HF.co` stays that, as Docker has it, and becomes another
+            assert Reference.parse(str(parsed)) == parsed
+
+
+def annotations(raw: bytes) -> None:
+    """The annotations of a layer: its path, and what CNCF says about its file."""
+    text = raw.decode("utf-8", "surrogateescape")
+    for value in (text, text.upper()):
+        with suppress(ModelpackError):
+            LayerMetadata.parse(value)
+        with suppress(UnsafePathError):
+            path = Path("/target", checked_path(value))
+            assert Path("/target") in path.parents
+            assert ".." not in path.parts
+    with suppress(ValueError, RecursionError):
+        found = {mt.FILEPATH: json.loads(raw), "a": text}
+        Descriptor.parse({"annotations": found}, "it")
+
+
+def index(raw: bytes) -> None:
+    document = IndexDocument.parse(raw, "index.json")
+    for entry in document.entries:
+        with suppress(ModelpackError):
+            document.find(str(entry.digest))
+        if entry.name:
+            with suppress(ModelpackError):
+                document.find(entry.name)
+    assert IndexDocument.parse(document.encoded(), "again").encoded() == document.encoded()
+
+
+def gguf(raw: bytes) -> None:
+    header = read_gguf_header(as_file(raw))
+    assert all(header.data_offset + t.offset + t.size <= len(raw) for t in header.tensors if t.size)
+    for exact in (False, True):
+        gguf_statistics([header], exact=exact)
+
+
+def safetensors(raw: bytes) -> None:
+    header = read_safetensors_header(as_file(raw))
+    assert sum(tensor.size for tensor in header.tensors) <= len(raw)
+
+
+def dduf(raw: bytes) -> None:
+    read_dduf_header(as_file(raw))
+
+
+def tar(raw: bytes) -> None:
+    """The first byte chooses how it is packed; whatever comes out stays in the target."""
+    form = {0: TAR, 1: GZIP, 2: ZSTD}[raw[0] % 3] if raw else TAR
+    limits = TarLimits(max_bytes=_MIB, free_bytes=_MIB, ratio=1000, max_entries=100)
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        stored = Stored(root / "store")
+        inside = root / "target"
+        try:
+            bundle_of(stored, inside / "bundle", [(form, raw[1:])], limits=limits)
+        finally:
+            seen = everything(root)
+            assert {path.split("/")[0] for path in seen} <= {"store", "target"}
+            assert not [path for path, (kind, *_) in seen.items() if kind == "link"]
+            assert sum(len(content) for _, _, content in seen.values()) < 4 * _MIB
+
+
+def challenge(raw: bytes) -> None:
+    for one in parse_challenges(raw.decode("latin-1")):
+        assert one.scheme == one.scheme.lower()
+        parse_scopes(one.parameters.get("scope", ""))
+
+
+def byte_range(raw: bytes) -> None:
+    text = raw.decode("latin-1")
+    claimed = chunk_range(text)
+    assert claimed is None or claimed.length > 0
+    for size in (0, 1, 1000, 2**62):
+        with suppress(UnsatisfiableRange):
+            part = requested_range(text, size)
+            assert part is None or 0 <= part.start <= part.last < size
+
+
+@dataclass(frozen=True)
+class Target:
+    """A function of bytes, where else its corpus is, and what its inputs are made of."""
+
+    run: Callable[[bytes], None]
+    fixtures: tuple[str, ...] = ()
+    words: tuple[bytes, ...] = ()
+
+    def __call__(self, raw: bytes) -> None:
+        """Run; our own errors are what is wanted."""
+        with suppress(ModelpackError):
+            self.run(raw)
+
+
+_JSON = tuple(
+    b'{ } [ ] , : null true -1 1e999 0.5 "" "\\ud800" "\\u0000" 18446744073709551616'.split()
+)
+_OCI = (
+    *_JSON, b'"mediaType"', b'"digest"', b'"size"', b'"layers"', b'"manifests"', b'"annotations"',
+    b'"Layers"', b'"sha256:../../x"', b'"../../x"', b'"org.cncf.model.filepath"', b'"subject"',
+)  # fmt: skip
+_HEADER = (
+    b'"',
+    b"\\",
+    b",",
+    b"=",
+    b" ",
+    b"\r\n",
+    b"\t",
+    b"Bearer ",
+    b"Basic ",
+    b"realm=",
+    b"scope=",
+)
+TARGETS: dict[str, Target] = {
+    "manifest": Target(manifest, ("valid/manifest/*", "invalid/manifest/*"), _OCI),
+    "config": Target(config, ("valid/*config*/*", "invalid/*config*/*"), _JSON),
+    "reference": Target(reference, words=tuple(b": @ / .. [ ] sha256: \xff".split())),
+    "annotations": Target(
+        annotations,
+        ("valid/layer-metadata/*", "invalid/layer-metadata/*"),
+        (*_JSON, b"../", b"/", b"\\", b"C:", b"\0", b"\xff", b".", b"\xc3\xbc"),
+    ),
+    "index": Target(index, ("valid/index/*", "invalid/index/*"), _OCI),
+    "gguf": Target(gguf, ("models/*/*.gguf",), (b"\xff" * 8, bytes(8), b"\1" + bytes(7), b"GGUF")),
+    "safetensors": Target(safetensors, ("models/*/*.safetensors",), (b"\xff" * 8, *_JSON)),
+    "dduf": Target(dduf, ("models/*/*.dduf",), (b"PK\1\2", b"PK\3\4", b"PK\5\6", b"\xff" * 4)),
+    "tar": Target(
+        tar, words=(b"ustar\x0000", b"../", b"/etc/passwd", b"0000777\0", b"1", b"2", b"x", b"L")
+    ),
+    "challenge": Target(challenge, words=_HEADER),
+    "byte_range": Target(byte_range, words=(b"bytes=", b"-", b",", b"9" * 20, b"0", b" ")),
+}  # fmt: skip
+
+
+def seeds(name: str) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and the bytes of each file of a target's corpus."""
+    paths = sorted((HERE / "corpus" / name).glob("*"))
+    for pattern in TARGETS[name].fixtures:
+        paths += sorted(FIXTURES.glob(pattern))
+    for path in paths:
+        if path.is_file() and path.stat().st_size <= 64 * 1024:
+            yield path.name, path.read_bytes()

@@ -1,0 +1,155 @@
+"""The real cosign verifies what we sign, and we what it signs; keys of both serve both.
+
+Building cosign takes some six minutes of two cores, once.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import modelpack
+from modelpack.errors import UntrustedError
+from modelpack.operations import signing
+from modelpack.operations.attesting import attest
+from modelpack.operations.find import inspect
+from modelpack.supply.keys import (
+    PrivateKey,
+    PublicKey,
+    generate_key_pair,
+    read_private_key,
+    read_public_key,
+)
+from modelpack.supply.signatures import SignatureKind
+from modelpack.supply.statements import TEST_RESULT
+from modelpack.testing import registry
+from tests.conftest import ROOT
+from tests.interop.go_tool import build_go_tool
+from tests.models import tiny_gguf
+from tests.peers import docker_registry, require
+
+pytestmark = [pytest.mark.peer("go"), pytest.mark.long]
+
+PASSWORD = "secret"
+# Nothing is to be asked on the network: no transparency log, and no root of anybody's.
+OFFLINE = ("--allow-http-registry", "--insecure-ignore-tlog=true")
+KINDS = {SignatureKind.COSIGN: (), SignatureKind.BUNDLE: ("--new-bundle-format",)}
+
+
+@pytest.fixture(scope="module")
+def binary() -> Path:
+    require("go")
+    return build_go_tool(Path(__file__).parent / "cosign_cli", ROOT / ".cache")
+
+
+@dataclass
+class Cosign:
+    """Runs the program in a directory with a pair of each: cosign.key and ours.key."""
+
+    binary: Path
+    directory: Path
+
+    def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [self.binary, *arguments],
+            cwd=self.directory,
+            env={"HOME": str(self.directory), "COSIGN_PASSWORD": PASSWORD},
+            capture_output=True,
+            text=True,
+        )
+
+    def sign(self, key: str, reference: str, *more: str) -> None:
+        done = self(
+            "sign", "--key", key, "--tlog-upload=false", "--allow-http-registry", "-y", *more,
+            reference,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    def verifies(self, key: str, reference: str, *more: str) -> bool:
+        root = ("--trusted-root", "root.json") if more else ()
+        return self("verify", "--key", key, *OFFLINE, *more, *root, reference).returncode == 0
+
+    def private(self, name: str) -> PrivateKey:
+        return read_private_key(self.directory / f"{name}.key", PASSWORD.encode())
+
+    def public(self, name: str) -> PublicKey:
+        return read_public_key(self.directory / f"{name}.pub")
+
+
+@pytest.fixture
+def cosign(binary: Path, tmp_path: Path) -> Cosign:
+    made = Cosign(binary, tmp_path)
+    done = made("generate-key-pair")
+    assert done.returncode == 0, done.stderr
+    generate_key_pair(tmp_path / "ours", PASSWORD.encode())
+    root = '{"mediaType": "application/vnd.dev.sigstore.trustedroot+json;version=0.1"}'
+    (tmp_path / "root.json").write_text(root)
+    return made
+
+
+@pytest.fixture(params=["embedded", "docker-registry"])
+def reference(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A model, by digest, in a registry with the referrers API, and in one without."""
+
+    def package(host: str) -> str:
+        made = modelpack.package(
+            f"{host}/team/model:v1",
+            modelpack.PackageRequest(gguf=tiny_gguf(tmp_path)),
+            push=True,
+        )
+        return f"{host}/team/model@{made.digest}"
+
+    if request.param == "embedded":
+        with registry(tmp_path / "registry") as server:
+            yield package(server.host)
+    else:
+        with docker_registry(tmp_path / "registry") as running:
+            yield package(running)
+
+
+@pytest.mark.parametrize("name", ["cosign", "ours"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_theirs_verifies_ours(
+    cosign: Cosign, reference: str, kind: SignatureKind, name: str
+) -> None:
+    other = "ours" if name == "cosign" else "cosign"
+    assert not cosign.verifies(f"{name}.pub", reference, *KINDS[kind])
+    signing.sign(reference, cosign.private(name), kinds=[kind])
+    assert cosign.verifies(f"{name}.pub", reference, *KINDS[kind])
+    assert not cosign.verifies(f"{other}.pub", reference, *KINDS[kind])
+
+
+@pytest.mark.parametrize("name", ["cosign", "ours"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_ours_verifies_theirs(
+    cosign: Cosign, reference: str, kind: SignatureKind, name: str
+) -> None:
+    other = "ours" if name == "cosign" else "cosign"
+    cosign.sign(f"{name}.key", reference, *KINDS[kind])
+    _, found = signing.verify(reference, [cosign.public(name)])
+    assert [one.kind for one in found.signatures] == [kind]
+    with pytest.raises(UntrustedError):
+        signing.verify(reference, [cosign.public(other)])
+
+
+def test_theirs_verifies_our_attestation(cosign: Cosign, reference: str) -> None:
+    model = inspect(reference, from_registry=True)
+    attest(model, TEST_RESULT, {"result": "PASSED"}, cosign.private("ours"))
+    command = ("verify-attestation", *OFFLINE, "--new-bundle-format", "--trusted-root", "root.json")
+    for name, code in (("ours", 0), ("cosign", 1)):
+        done = cosign(*command, "--type", TEST_RESULT, "--key", f"{name}.pub", reference)
+        assert (done.returncode == 0) == (code == 0), done.stderr
+    done = cosign(*command, "--type", "slsaprovenance1", "--key", "ours.pub", reference)
+    assert done.returncode != 0
+
+
+def test_both_add_to_one_tag(cosign: Cosign, reference: str) -> None:
+    cosign.sign("cosign.key", reference)
+    signing.sign(reference, cosign.private("ours"), kinds=[SignatureKind.COSIGN])
+    signing.verify(reference, [cosign.public("ours"), cosign.public("cosign")])
+    assert cosign.verifies("cosign.pub", reference)
+    assert cosign.verifies("ours.pub", reference)

@@ -1,0 +1,93 @@
+"""The plugin, found and run by vLLM's own code."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import modelpack
+from modelpack.deployment.vllm import model_directory
+from modelpack.stores.layout import LayoutStore
+from tests.interop.vllm_source import ROOT, engine_args, method, write_runnable
+from tests.models import tiny_safetensors
+
+pytestmark = pytest.mark.long  # the wheel is fetched
+
+_RUN = """
+import json, sys
+from vllm.engine import arg_utils
+if sys.argv[1] == "serve":
+    arg_utils.AsyncEngineArgs.add_cli_args(None)
+made = arg_utils.EngineArgs("modelpack://team/tiny")
+config = made.create_engine_config()
+print(json.dumps([config.model, made.model, config.served_model_name, arg_utils.asked]))
+"""
+
+
+def write_entry_points(directory: Path) -> None:
+    """Put the metadata of an installed modelpack into `directory`, as pyproject.toml says it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    metadata = directory / "modelpack-0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: modelpack\nVersion: 0\n")
+    lines = ["[vllm.general_plugins]"]
+    lines += [f"{k} = {v}" for k, v in project["entry-points"]["vllm.general_plugins"].items()]
+    (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
+@pytest.mark.parametrize("how", ["serve", "library"])
+def test_vllm_opens_the_directory_and_never_sees_the_name(
+    tmp_path: Path, how: str, offline: bool
+) -> None:
+    store = LayoutStore(tmp_path / "store")
+    files = tiny_safetensors(tmp_path)
+    (files / "config.json").write_text("{}")
+    modelpack.package("team/tiny", modelpack.PackageRequest(safetensors_dir=files), store=store)
+    write_runnable(tmp_path / "site", offline=offline)
+    write_entry_points(tmp_path / "site")
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN, how], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}",
+             "MODELPACK_STORE": str(store.root)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    directory = str(model_directory("team/tiny", store=store))
+    model, kept, served, asked = json.loads(done.stdout)
+    assert (model, kept) == (directory, directory)
+    if how == "serve":
+        assert served == ["modelpack://team/tiny"]
+        assert set(asked) == {directory}  # the hub is asked for no name that it does not know
+    else:
+        assert asked[-1] == directory
+
+
+def test_the_fields_are_there() -> None:
+    fields = {
+        node.target.id: ast.unparse(node.annotation)
+        for node in engine_args().body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    assert fields["model"] == "str"
+    assert "list[str]" in fields["served_model_name"]
+    assert {"tokenizer", "hf_config_path", "speculative_config"} <= fields.keys()
+    for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size",
+                 "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_prefix_caching",
+                 "pipeline_parallel_size"):  # fmt: skip
+        assert name in fields, f"`modelpack serve --backend vllm` hands it {name}"
+
+
+def test_the_methods_take_what_they_took() -> None:
+    def parameters(name: str) -> list[str]:
+        return [argument.arg for argument in method(name).args.args]
+
+    assert parameters("__post_init__") == ["self"]
+    assert parameters("create_engine_config") == ["self", "usage_context", "headless"]
+    assert parameters("create_model_config") == ["self"]

@@ -1,0 +1,233 @@
+"""`modelpack lint`: each rule, on models of stores and registries and on directories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import modelpack
+from modelpack.cli.main import run
+from modelpack.config import ModelConfig
+from modelpack.errors import FormatError
+from modelpack.linting.findings import RULES, Level
+from modelpack.linting.naming import NamePattern
+from modelpack.linting.policy import LintPolicy, parse_policy
+from modelpack.linting.sarif import to_sarif
+from modelpack.operations.lint import LintReport, lint
+from modelpack.reference import Reference
+from modelpack.testing import registry
+from modelpack_engine.loaders.chat_template import ChatTemplate
+from tests.models import tiny_safetensors
+
+CONFIG = '{"max_position_embeddings":512,"model_type":"llama"}'
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A directory in which there is nothing to find."""
+    path = tiny_safetensors(tmp_path)
+    (path / "config.json").write_text(CONFIG)
+    return path
+
+
+def linted(name: Path | str, text: str = "", store: modelpack.Store | None = None) -> LintReport:
+    policy = parse_policy(text, "policy")
+    return lint(str(name), policy, lambda source, given: ChatTemplate(source).render(given),
+                store=store)  # fmt: skip
+
+
+def test_nothing_is_found(directory: Path) -> None:
+    report = linted(directory)
+    assert report.findings == ()
+    assert report.passed
+
+
+def write(name: str, content: str | bytes) -> Callable[[Path], object]:
+    raw = content.encode() if isinstance(content, str) else content
+    return lambda directory: (directory / name).write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("change", "policy", "rule", "says", "path", "line"),
+    [
+        (lambda d: (d / "LICENSE").unlink(), "", "licence", "there is no licence", None, None),
+        (write("LICENSE", "mine"), "[licence]\nallowed=['MIT']", "licence", "not recognised",
+         "LICENSE", None),
+        (write("LICENSE", "apache-2.0"), "[licence]\nallowed=['mit', 'ISC']", "licence",
+         "is Apache-2.0, allowed: mit, ISC", "LICENSE", None),
+        (write("config.json", "{}"), "", "metadata", "model's architecture", None, None),
+        (lambda d: (d / "chat_template.jinja").unlink(), "", "template", "no chat template", None,
+         None),
+        (write("chat_template.jinja", "{{ a"), "", "template", "does not render: ",
+         "chat_template.jinja", None),
+        (write("chat_template.jinja", "{% for i in range(9**9) %}x{% endfor %}"), "", "template",
+         "does not render", "chat_template.jinja", None),
+        (write("chat_template.jinja", "hello"), "", "template", "leaves out what the user says",
+         "chat_template.jinja", None),
+        (write("training_args.bin", b"x"), "", "pickle", "is named like a pickle",
+         "training_args.bin", None),
+        (write("state", b"\x80\x04\x95" + bytes(8) + b"}."), "", "pickle", "holds a pickle",
+         "state", None),
+        (write("w.dat", b"PK\x03\x04" + bytes(26) + b"archive/data.pkl" + bytes(64)), "", "pickle",
+         "holds a pickle", "w.dat", None),
+        (write("run.sh", "#!/bin/sh\nexport HF_TOKEN=hf_" + "aB" * 17 + "\n"), "", "secrets",
+         "a token of Hugging Face", "run.sh", 2),
+        (write("notes.md", "\n\n-----BEGIN OPENSSH PRIVATE KEY-----\n"), "", "secrets",
+         "a private key", "notes.md", 3),
+        (write("x.json", '{"url": "https://me:hunter22@host.example/"}'), "", "secrets",
+         "a password in an address", "x.json", 1),
+        (write("params.json", '{"_name_or_path":\n"/home/ann/llama"}'), "", "paths",
+         "holds the path /home/ann/llama", "params.json", 2),
+        (write("params.json", '{"p": "C:\\\\Users\\\\ann"}'), "", "paths", "holds the path C:",
+         "params.json", 1),
+        (lambda d: None, "[context]\nmin = 2048", "context", "is 512 tokens, expected 2048", None,
+         None),
+    ],
+)  # fmt: skip
+def test_findings(
+    directory: Path,
+    change: Callable[[Path], object],
+    policy: str,
+    rule: str,
+    says: str,
+    path: str | None,
+    line: int | None,
+) -> None:
+    change(directory)
+    report = linted(directory, policy)
+    [finding] = report.findings
+    if "context" in policy:
+        assert finding.level is Level.ERROR
+    assert (finding.rule, finding.path, finding.line) == (rule, path, line)
+    assert says in finding.message
+    assert not report.passed
+    # As a warning it is still told; switched off, it is not.
+    for level, passed, count in (("warning", True, 1), ("off", True, 0)):
+        other = linted(directory, f"{policy}\n[rules]\n{rule} = '{level}'")
+        assert (other.passed, len(other.findings)) == (passed, count)
+
+
+def test_a_secret_is_not_shown(directory: Path) -> None:
+    secret = "ghp_" + "a1B2" * 9
+    (directory / "run.sh").write_text(f"TOKEN={secret}")
+    [finding] = linted(directory).findings
+    assert secret not in str(finding) + json.dumps(finding.to_json())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "see /home page, and/home/x",
+        '{"a": "https://host.example/home/x", "b": "a/tmp/x", "c": "text/x:/nothing"}',
+        '{"merges": "C:\\n"}',
+        "https://host.example:8080/@user",
+        "sk-short, hf_transfer, AKIA",
+    ],
+)
+def test_what_is_no_path_and_no_secret(directory: Path, text: str) -> None:
+    (directory / "more.json").write_text(text)
+    assert linted(directory).findings == ()
+
+
+def test_ignored_files(directory: Path) -> None:
+    (directory / "docs").mkdir()
+    (directory / "docs" / "a.json").write_text('"/home/ann/x"')
+    assert not linted(directory).passed
+    assert linted(directory, "[files]\nignore = ['docs/*']").passed
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("smol:135M-Q4_K_M-8k", None),
+        ("smol:135m-q4_k_m-8192", None),
+        ("smol-lm2.5:0.1B-Q4_K_M-8K", "params is 0.1B, and the config says 135 M"),
+        ("smol:135M-Q8_0-8k", "quant is Q8_0, and the config says Q4_K_M"),
+        ("smol:135M-Q4_K_M-16k", "context is 16384, the config says 8192"),
+        ("smol:latest", "does not follow <family>:<params>-<quant>-<context>"),
+        ("smol:135M-Q4_K_M", "does not follow"),
+    ],
+)
+def test_names(name: str, problem: str | None) -> None:
+    pattern = NamePattern.parse("<family>:<params>-<quant>-<context>", "policy")
+    config = ModelConfig("", quantization="Q4_K_M", parameters="135 M", context_size=8192)
+    found = pattern.problems(Reference.parse(f"registry.example/ai/{name}"), config)
+    if problem is None:
+        assert found == []
+    else:
+        assert len(found) == 1
+        assert problem in found[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name = 'x'", "expected a pattern like"),
+        ("name = '<family>:<size>'", "<size> is none of"),
+        ("name = '<family>:<family>'", "once each"),
+        ("name = 3", "name is not a text"),
+        ("[rules]\nnames = 'off'", "unknown field 'names'"),
+        ("[rules]\nname = 'no'", "rules.name: is 'no'"),
+        ("[license]\nallowed = []", "unknown field 'license'"),
+        ("[licence]\nallowed = 'MIT'", "allowed is not an array of texts"),
+        ("[metadata]\nrequired = ['x']", "'x' is none of"),
+        ("[context]\nmin = 0", "context is 0 to"),
+        ("[context]\nmin = 9\nmax = 8", "context is 9 to 8"),
+        ("rules = 1", "rules is not a table"),
+        ("=", "is not TOML"),
+    ],
+)
+def test_policies_that_are_wrong(text: str, says: str) -> None:
+    with pytest.raises(FormatError) as raised:
+        parse_policy(text, "policy")
+    assert says in str(raised.value)
+
+
+def test_the_default_knows_every_rule() -> None:
+    assert {LintPolicy().level(rule) for rule in RULES} == {Level.ERROR}
+
+
+def test_a_stored_model_and_that_of_its_registry(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (directory / "generation_config.json").write_text('{"path": "/root/x"}')
+    store = modelpack.Store(tmp_path / "store")
+    policy = tmp_path / "policy.toml"
+    policy.write_text('name = "<family>:<params>"')
+    with registry(tmp_path / "registry") as server:
+        reference = f"{server.host}/team/model:v1"
+        modelpack.package(
+            reference, modelpack.PackageRequest(safetensors_dir=directory), push=True, store=store
+        )
+        for where in (["--store", str(store.root)], ["-r"]):
+            assert run(["lint", reference, "--policy", str(policy), "--json", *where]) == 1
+            found = json.loads(capsys.readouterr().out)["findings"]
+            assert [one["rule"] for one in found] == ["name", "paths"]
+    assert run(["lint", "nothing/there:v1", "--store", str(store.root)]) == 3
+    assert run(["lint", str(directory), "--format", "sarif"]) == 1
+    log = json.loads(capsys.readouterr().out)
+    [result] = log["runs"][0]["results"]
+    assert result["ruleId"] == "paths"
+    assert result["locations"][0]["physicalLocation"]["artifactLocation"] == {
+        "uri": "generation_config.json"
+    }
+
+
+def test_sarif(directory: Path) -> None:
+    (directory / "a b.json").write_text('\n"/home/ann/x"')
+    report = linted(directory)
+    log = to_sarif(report.name, report.findings)
+    [run_] = log["runs"]
+    rules = run_["tool"]["driver"]["rules"]
+    [result] = run_["results"]
+    assert log["version"] == "2.1.0"
+    assert rules[result["ruleIndex"]]["id"] == result["ruleId"] == "paths"
+    physical = result["locations"][0]["physicalLocation"]
+    assert physical == {"artifactLocation": {"uri": "a%20b.json"}, "region": {"startLine": 2}}
+
+
+def test_an_empty_directory(tmp_path: Path) -> None:
+    assert run(["lint", str(tmp_path)]) == 2

@@ -1,0 +1,1 @@
+"""The verbs, by their Python interface."""

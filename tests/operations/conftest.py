@@ -1,0 +1,88 @@
+"""A registry of ours that counts, with a model of many files in it, and an empty store."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import requests
+
+import modelpack
+from modelpack.digest import Digest
+from modelpack.manifest import Manifest
+from modelpack.server import RegistryServer, RequestRecord
+from modelpack.testing import registry
+from tests.models import tiny_safetensors
+
+
+class Records(list[RequestRecord]):
+    """The requests that a server of ours has finished, told by its thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._changed = threading.Condition()
+
+    def add(self, record: RequestRecord) -> None:
+        """Take a record; for `on_request`."""
+        with self._changed:
+            self.append(record)
+            self._changed.notify_all()
+
+    def settled(self, server: RegistryServer) -> list[RequestRecord]:
+        """Return what was asked up to now: a client may have its answer before the record is here.
+
+        The server's loop takes turns, so that of a later request comes after all of them.
+        """
+        mark = uuid.uuid4().hex
+        requests.get(f"http://{server.host}/v2/?{mark}", timeout=20)
+        with self._changed:
+            self._changed.wait_for(lambda: any(r.query == mark for r in self), timeout=20)
+            return [record for record in self if record.path != "/v2/"]
+
+
+@dataclass
+class Published:
+    """A model in a registry; `records` are the requests since the last `clear`."""
+
+    server: RegistryServer
+    reference: str
+    manifest: Manifest
+    records: Records
+    origin: modelpack.Store
+    store: modelpack.Store
+
+    @property
+    def digest(self) -> Digest:
+        return self.manifest.digest
+
+    @property
+    def by_digest(self) -> str:
+        return f"{self.reference.rpartition(':')[0]}@{self.digest}"
+
+    def blobs_fetched(self) -> set[str]:
+        """The digests of the blobs that somebody read."""
+        done = self.records.settled(self.server)
+        paths = [r.path for r in done if r.method == "GET" and r.status in (200, 206)]
+        return {path.rpartition("/")[2] for path in paths if "/blobs/" in path}
+
+    def path_digest(self, path: str) -> str:
+        [digest] = [str(blob.digest) for blob in self.manifest.layers if blob.filepath == path]
+        return digest
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Iterator[Published]:
+    records = Records()
+    with registry(tmp_path / "registry", on_request=records.add) as server:
+        reference = f"{server.host}/team/many:v1"
+        origin = modelpack.Store(tmp_path / "origin")
+        request = modelpack.PackageRequest(safetensors_dir=tiny_safetensors(tmp_path))
+        made = modelpack.package(reference, request, push=True, store=origin)
+        records.settled(server)
+        records.clear()
+        store = modelpack.Store(tmp_path / "store")
+        yield Published(server, reference, made.manifest, records, origin, store)

@@ -1,0 +1,191 @@
+"""`modelpack catalog`: what is listed, what is left out, and a page that trusts nobody."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import modelpack
+from modelpack.cli.main import run
+from modelpack.digest import Digest
+from modelpack.errors import RegistryError, UsageError
+from modelpack.operations.catalog import CatalogEntry, catalog
+from modelpack.operations.catalog_page import page, write_catalog
+from modelpack.operations.listing import Summary
+from modelpack.operations.remote import RemoteOptions
+from modelpack.operations.sbom import sbom
+from modelpack.reference import Reference
+from modelpack.registry import Registry, RetryPolicy
+from modelpack.supply.sbom import CYCLONEDX
+from modelpack.testing import registry
+from tests.models import tiny_gguf, tiny_safetensors
+from tests.operations.conftest import Records
+from tests.peers import docker_registry
+from tests.registry.faulty import FaultyRegistry
+
+ANNOTATIONS = {
+    "org.opencontainers.image.title": "A <b>model</b>",
+    "org.opencontainers.image.description": "<script>alert(1)</script> & more",
+}
+
+
+def fill(host: str, tmp_path: Path) -> modelpack.Store:
+    """Three models in two namespaces, one of them under two tags."""
+    store = modelpack.Store(tmp_path / "origin")
+    tensors = modelpack.PackageRequest(
+        safetensors_dir=tiny_safetensors(tmp_path), annotations=ANNOTATIONS
+    )
+    gguf = modelpack.PackageRequest(gguf=tiny_gguf(tmp_path))
+    for name, request in (
+        ("team/a:v2", tensors), ("team/a:v1", tensors), ("team/deep/b:v1", gguf),
+        ("teams/c:v1", gguf),
+    ):  # fmt: skip
+        modelpack.package(f"{host}/{name}", request, push=True, store=store)
+    sbom(f"{host}/team/a:v1", from_registry=True, attach=True)
+    return store
+
+
+@pytest.fixture(params=["embedded", "docker-registry"])
+def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The second keeps what is attached under a tag, which is no model."""
+    if request.param == "embedded":
+        with registry(tmp_path / "registry") as server:
+            yield server.host
+    else:
+        with docker_registry(tmp_path / "registry") as running:
+            yield running
+
+
+def names(entries: tuple[CatalogEntry, ...]) -> list[str]:
+    return [f"{one.reference.repository}:{one.reference.tag}" for one in entries]
+
+
+def test_what_is_listed(host: str, tmp_path: Path) -> None:
+    fill(host, tmp_path)
+    entries = catalog(f"{host}/team")
+    assert names(entries) == ["team/a:v1", "team/a:v2", "team/deep/b:v1"]
+    assert names(catalog(host)) == [*names(entries), "teams/c:v1"]
+    assert names(catalog(host, repositories=["teams/c", "no/such"])) == ["teams/c:v1"]
+    assert catalog(f"{host}/none") == ()
+    first, second, third = entries
+    assert first.digest == second.digest
+    assert (first.title, first.licences) == (
+        ANNOTATIONS["org.opencontainers.image.title"],
+        ("MIT",),
+    )
+    assert first.attached == (CYCLONEDX,)
+    assert third.attached == third.licences == ()
+    assert first.summary is not None
+    assert third.summary is not None
+    assert (first.summary.format, third.summary.format) == ("safetensors", "gguf")
+
+
+def test_no_weights_are_fetched(tmp_path: Path) -> None:
+    records = Records()
+    with registry(tmp_path / "registry", on_request=records.add) as server:
+        store = fill(server.host, tmp_path)
+        weights = {
+            str(file.descriptor.digest)
+            for name in ("team/a:v1", "teams/c:v1")
+            for file in modelpack.inspect(f"{server.host}/{name}", store=store).select(["weight"])
+        }
+        records.settled(server)
+        records.clear()
+        catalog(server.host)
+        fetched = {one.path.rpartition("/")[2] for one in records.settled(server)}
+    assert fetched & weights == set()
+    assert any(name.startswith("sha256:") for name in fetched)
+
+
+def test_pages_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelpack.registry.listing._PAGE", 1)
+    with registry(tmp_path / "registry") as server:
+        fill(server.host, tmp_path)
+        with Registry(server.host) as there:
+            assert list(there.repositories()) == ["team/a", "team/deep/b", "teams/c"]
+
+
+def test_a_registry_that_lists_nothing() -> None:
+    with FaultyRegistry() as server, pytest.raises(RegistryError, match="does not list its"):
+        catalog(server.host, remote=RemoteOptions(retry=RetryPolicy(tries=1)))
+
+
+@pytest.mark.parametrize("name", ["team/x", "", "UPPER CASE/x", "registry.example/Bad Name"])
+def test_names_that_are_no_registrys(name: str) -> None:
+    with pytest.raises(UsageError):
+        catalog(name)
+
+
+class Reader(HTMLParser):
+    """Collects the elements and the text of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def read(text: str) -> Reader:
+    reader = Reader()
+    reader.feed(text)
+    return reader
+
+
+def entry(**more: Any) -> CatalogEntry:
+    reference = Reference.parse("registry.example/team/a:v1")
+    return CatalogEntry(reference, Digest.of(b"x"), **more)
+
+
+def test_a_page_holds_what_models_say_as_text() -> None:
+    evil = "</td><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+    summary = Summary(5, "gguf", evil, evil, evil, 8192, None)
+    fields = {"title": evil, "description": evil, "problem": evil}
+    one = entry(summary=summary, licences=(evil,), attached=(evil,), **fields)
+    reader = read(page([one], evil))
+    kinds = [tag for tag, _ in reader.tags]
+    assert kinds.count("script") == 1
+    assert "img" not in kinds
+    assert sum(evil in text for text in reader.texts) >= 6
+    [policy] = [a["content"] for tag, a in reader.tags if a.get("http-equiv")]
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    assert not any("src" in attributes for _, attributes in reader.tags)
+
+
+def test_the_same_models_give_the_same_bytes(tmp_path: Path) -> None:
+    entries = [entry(problem="is broken"), entry(variants=(Digest.of(b"y"),))]
+    first = [p.read_bytes() for p in write_catalog(entries, tmp_path / "a", name="n")]
+    assert [p.read_bytes() for p in write_catalog(entries, tmp_path / "b", name="n")] == first
+    value = json.loads(first[1])
+    assert [one.get("problem") for one in value["models"]] == ["is broken", None]
+    assert value["models"][1]["variants"] == [str(Digest.of(b"y"))]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "site"
+    with registry(tmp_path / "registry") as server:
+        host = server.host
+        fill(host, tmp_path)
+        assert run(["catalog", f"{host}/team", "-o", str(output), "--title", "Ours"]) == 0
+        assert capsys.readouterr().out.strip() == str(output / "index.html")
+        assert run(["catalog", host]) == 0
+        listed = capsys.readouterr().out.split()
+    assert listed[0] == f"{host}/team/a:v1"
+    assert len(listed) == 4
+    value = json.loads((output / "index.json").read_text())
+    assert [one["tag"] for one in value["models"]] == ["v1", "v2", "v1"]
+    reader = read((output / "index.html").read_text())
+    assert "Ours" in reader.texts
+    assert ANNOTATIONS["org.opencontainers.image.description"] in reader.texts
+    assert run(["catalog", "team/x", "-o", str(output)]) == 2

@@ -1,0 +1,165 @@
+"""Locks: pins that are written, checked and pulled, online and not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import modelpack
+from modelpack.digest import Digest
+from modelpack.errors import FormatError, NotFoundError, StoreError
+from modelpack.lockfile import LockFile
+from modelpack.operations.lock import check_lock, lock, pull_locked, read_lock, unlock, write_lock
+from modelpack.operations.selection import Part, Selection
+from modelpack.reference import Reference
+from tests.cli.running import modelpack as command
+from tests.cli.running import succeed
+from tests.operations.conftest import Published
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "modelpack.lock"
+
+
+def move_tag(published: Published) -> Digest:
+    """Have the tag be another model in the registry."""
+    request = modelpack.PackageRequest(context_size=77)
+    return modelpack.package(
+        published.reference, request, from_model=published.reference, push=True,
+        store=published.origin,
+    ).digest  # fmt: skip
+
+
+def test_locking_is_reproducible(published: Published, path: Path) -> None:
+    other = f"{published.server.host}/a/first:v1"
+    modelpack.copy(published.reference, other)
+    lock([published.reference], path=path)
+    one = path.read_bytes()
+    lock([other], path=path)
+    both = path.read_bytes()
+    path.unlink()
+    assert len(lock([other, published.reference], path=path).digests) == 2
+    assert path.read_bytes() == both
+    assert set(read_lock(path).digests.values()) == {published.digest}
+    unlock([other], path=path)
+    assert path.read_bytes() == one
+    with pytest.raises(NotFoundError):
+        unlock([other], path=path)
+
+
+def test_locking_what_is_not_there_changes_nothing(published: Published, path: Path) -> None:
+    lock([published.reference], path=path)
+    before = path.read_bytes()
+    with pytest.raises(NotFoundError):
+        lock([f"{published.server.host}/no/such:v1"], path=path)
+    assert path.read_bytes() == before
+    assert list(path.parent.glob(".modelpack.lock*")) == []
+
+
+def test_a_tag_that_moves(published: Published, path: Path) -> None:
+    lock([published.reference], path=path)
+    assert check_lock(path=path) == ()
+    moved = move_tag(published)
+    [drift] = check_lock(path=path)
+    assert (drift.locked, drift.found) == (published.digest, moved)
+    # The pull has what was locked, under the locked name, and not what the tag is now.
+    [done] = pull_locked(path=path, store=published.store)
+    assert done.digest == published.digest
+    assert published.store.resolve(published.reference).digest == published.digest
+    assert pull_locked(path=path, store=published.store) == ()
+    # Locking anew accepts the move.
+    assert set(lock(path=path).digests.values()) == {moved}
+    pull_locked(path=path, store=published.store)
+    assert published.store.resolve(published.reference).digest == moved
+
+
+def test_a_tag_that_goes(published: Published, path: Path) -> None:
+    lock([published.reference], path=path)
+    with modelpack.Registry(published.server.host) as registry:
+        registry.repository("team/many").delete_manifest(str(published.digest))
+    [drift] = check_lock(path=path)
+    assert drift.found is None
+    with pytest.raises(NotFoundError):
+        pull_locked(path=path, store=published.store)
+
+
+def test_offline(published: Published, path: Path) -> None:
+    lock([published.reference], path=path)
+    published.records.clear()
+    with pytest.raises(NotFoundError, match="is locked to"):
+        pull_locked(path=path, offline=True, store=published.store)
+    [drift] = check_lock(path=path, offline=True, store=published.store)
+    assert drift.found is None
+    assert published.records == []
+    modelpack.pull(
+        published.reference, selection=Selection(only=Part.CONFIG), store=published.store
+    )
+    with pytest.raises(NotFoundError):
+        pull_locked(path=path, offline=True, store=published.store)
+    pull_locked(path=path, store=published.store)
+    published.records.clear()
+    assert pull_locked(path=path, offline=True, store=published.store) == ()
+    assert check_lock(path=path, offline=True, store=published.store) == ()
+    assert published.records == []
+    # A lost blob is not taken for there.
+    published.store.blob_path(Digest.parse(published.path_digest("LICENSE"))).unlink()
+    with pytest.raises(NotFoundError):
+        pull_locked(path=path, offline=True, store=published.store)
+
+
+def test_offline_puts_the_tag_back(published: Published, path: Path) -> None:
+    modelpack.pull(published.reference, store=published.store)
+    lock([published.reference], path=path, offline=True, store=published.store)
+    move_tag(published)
+    modelpack.pull(published.reference, store=published.store)
+    [drift] = check_lock(path=path, offline=True, store=published.store)
+    assert drift.found != published.digest
+    pull_locked(path=path, offline=True, store=published.store)
+    assert published.store.resolve(published.reference).digest == published.digest
+
+
+def test_names_are_chosen_from_the_lock(published: Published, path: Path) -> None:
+    lock([published.reference], path=path)
+    [done] = pull_locked([published.reference], path=path, store=published.store)
+    assert done.digest == published.digest
+    with pytest.raises(NotFoundError, match="is not in"):
+        pull_locked(["other:v1"], path=path, store=published.store)
+
+
+def test_files_that_cannot_be_used(tmp_path: Path, path: Path) -> None:
+    with pytest.raises(NotFoundError):
+        read_lock(path)
+    path.write_text("nonsense")
+    with pytest.raises(FormatError):
+        lock(["x:v1"], path=path)
+    assert path.read_text() == "nonsense"
+    with pytest.raises(StoreError):
+        read_lock(tmp_path)
+    with pytest.raises(StoreError):
+        write_lock(LockFile(), tmp_path / "no" / "such" / "modelpack.lock")
+
+
+def test_the_commands(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = published.reference
+    assert succeed("lock", name).out == f"{Reference.parse(name)} {published.digest}"
+    assert succeed("lock", "--check", "--json").json["drifts"] == []
+    assert command("pull", "--locked", "--offline").code == 3
+    assert succeed("pull", "--locked").out == str(published.digest)
+    assert succeed("pull", "--locked", "--offline", name).out == ""
+    move_tag(published)
+    drifted = command("lock", "--check")
+    assert drifted.code == 5
+    assert "is locked to" in drifted.out
+    succeed("lock", "--remove", name)
+    assert command("pull", "--locked", name).code == 3
+    for wrong in (
+        ["pull"], ["pull", "a:v1", "b:v1"], ["pull", "--offline", "a:v1"],
+        ["pull", "--locked", "--only", "config"], ["lock", "--check", "--remove", "a:v1"],
+        ["lock", "--remove"], ["lock", f"x@{published.digest}"],
+    ):  # fmt: skip
+        assert command(*wrong).code == 2, wrong

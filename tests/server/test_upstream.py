@@ -1,0 +1,324 @@
+"""A registry that fetches from another one: once, verified, and served without it afterwards."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import requests
+
+import modelpack
+from modelpack import mediatypes
+from modelpack.digest import Digest
+from modelpack.errors import ModelpackError, NotFoundError, RemoteUnavailableError
+from modelpack.manifest import Manifest
+from modelpack.operations.remote import RemoteOptions
+from modelpack.progress import Stop, silent
+from modelpack.registry import Credential, Registry, RetryPolicy, StaticCredentials, Timeouts
+from modelpack.server import RegistryServer
+from modelpack.server.upstream import Upstream
+from modelpack.storage import Watch
+from tests.cli.running import modelpack as command_line
+from tests.registry.faults import (
+    Exchange,
+    answering,
+    cut_after,
+    flipped_bit,
+    held_until,
+    replaced,
+    silent_after,
+)
+from tests.registry.faulty import FaultyRegistry
+from tests.registry.faulty_auth import BasicAuth, basic
+from tests.scenarios.processes import finish, start
+from tests.server.conftest import Client, index
+from tests.weights import write_safetensors
+
+MIB = 1024 * 1024
+WEIGHTS = random.Random(6).randbytes(3 * MIB)
+NAME = "team/model"
+QUICK = RetryPolicy(tries=2, sleep=lambda _: None)
+
+
+class Caching:
+    """An upstream with a model, and how to make registries before it."""
+
+    def __init__(self, upstream: FaultyRegistry, work: Path, stack: ExitStack) -> None:
+        self.upstream = upstream
+        self.root = work / "cache"
+        self._work = work
+        self._stack = stack
+        self.manifest = self.publish(WEIGHTS)
+        self.weight = max(self.manifest.layers, key=lambda layer: layer.size)
+        self.path = f"/blobs/{self.weight.digest}"
+        upstream.requests.clear()
+
+    def publish(self, weights: bytes, tag: str = "v1") -> Manifest:
+        files = self._work / f"files-{Digest.of(weights).short}"
+        write_safetensors(files / "model.safetensors", weights)
+        request = modelpack.PackageRequest(safetensors_dir=files)
+        store = modelpack.Store(self._work / "origin")
+        there = f"{self.upstream.host}/{NAME}:{tag}"
+        auth, self.upstream.auth = self.upstream.auth, None
+        made = modelpack.package(there, request, push=True, store=store)
+        self.upstream.auth = auth
+        return made.manifest
+
+    def cache(
+        self, ttl: float = 1000, credentials: StaticCredentials | None = None, idle: float = 20
+    ) -> str:
+        """Serve the same cache, perhaps again; return its host."""
+        origin = self._stack.enter_context(
+            Registry(
+                self.upstream.host,
+                credentials=credentials or StaticCredentials({}),
+                retry=QUICK,
+                timeouts=Timeouts(connect=2, idle=idle),
+            )
+        )
+        server = RegistryServer(
+            self.root, address="127.0.0.1:0", upstream=Upstream(origin, ttl), grace=2
+        )
+        return self._stack.enter_context(server).host
+
+    def pull(self, host: str, tag: str = "v1") -> Digest:
+        """Pull from a cache into an empty store, and look at every byte."""
+        number = len(list(self._work.glob("client-*")))
+        store = modelpack.Store(self._work / f"client-{number}-{threading.get_ident()}")
+        there = f"{host}/{NAME}:{tag}"
+        pulled = modelpack.pull(there, store=store, remote=RemoteOptions(retry=QUICK))
+        for file in modelpack.resolve(there, store=store).files:
+            assert file.path.stat().st_size > 0
+        assert store.fsck(watch=Watch(silent, Stop())).ok
+        return pulled.digest
+
+    def check(self) -> None:
+        assert modelpack.Store(self.root).fsck(watch=Watch(silent, Stop())).ok
+
+
+@pytest.fixture
+def caching(tmp_path: Path) -> Iterator[Caching]:
+    with FaultyRegistry() as upstream, ExitStack() as stack:
+        yield Caching(upstream, tmp_path, stack)
+
+
+def test_a_model_is_fetched_once(caching: Caching) -> None:
+    host = caching.cache()
+    for _ in range(3):
+        assert caching.pull(host) == caching.manifest.digest
+    for blob in caching.manifest.unique_blobs:
+        assert caching.upstream.count("GET", f"/blobs/{blob.digest}") == 1
+    assert caching.upstream.count("GET", "/manifests/") == 1
+    assert caching.upstream.count("HEAD") == 0
+    caching.check()
+
+
+def test_a_tag_is_looked_up_again_by_head(caching: Caching) -> None:
+    host = caching.cache(ttl=0)
+    for _ in range(2):
+        caching.pull(host)
+    assert caching.upstream.count("GET", "/manifests/") == 1
+    assert caching.upstream.count("HEAD", "/manifests/") >= 1
+
+
+@pytest.mark.parametrize(("ttl", "moves"), [(0, True), (1000, False)])
+def test_a_tag_that_moves(caching: Caching, ttl: float, moves: bool) -> None:
+    host = caching.cache(ttl)
+    caching.pull(host)
+    new = caching.publish(b"other weights")
+    assert caching.pull(host) == (new if moves else caching.manifest).digest
+    old = requests.get(f"http://{host}/v2/{NAME}/manifests/{caching.manifest.digest}", timeout=10)
+    assert old.content == caching.manifest.raw
+    caching.check()
+
+
+def test_a_tag_that_went(caching: Caching) -> None:
+    host = caching.cache(ttl=0)
+    caching.pull(host)
+    caching.upstream.content.tags.clear()
+    with pytest.raises(NotFoundError):
+        caching.pull(host)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["the same server", "another server"])
+def test_it_works_without_the_upstream(caching: Caching, again: bool) -> None:
+    host = caching.cache(ttl=0)
+    caching.pull(host)
+    caching.upstream.faults.add("*", "/v2/", answering(503), times=None)
+    if again:
+        host = caching.cache(ttl=0)
+    assert caching.pull(host) == caching.manifest.digest
+    url = f"http://{host}/v2/{NAME}"
+    assert requests.get(f"{url}/tags/list", timeout=10).json()["tags"] == ["v1"]
+    unknown = requests.get(f"{url}/manifests/v2", timeout=10)
+    assert unknown.status_code == 504
+    assert "out of reach" in unknown.text
+
+
+def test_many_that_want_one_blob_make_one_download(caching: Caching) -> None:
+    release = threading.Event()
+    caching.upstream.faults.add("GET", caching.path, held_until(release))
+    host = caching.cache()
+    url = f"http://{host}/v2/{NAME}"
+    requests.get(f"{url}/manifests/v1", timeout=10).raise_for_status()
+
+    def fetch(_: int) -> bytes:
+        return requests.get(f"{url}{caching.path}", timeout=30).content
+
+    with ThreadPoolExecutor(8) as pool:
+        all_of_them = [pool.submit(fetch, number) for number in range(8)]
+        release.set()
+        contents = {Digest.of(one.result()) for one in all_of_them}
+    assert contents == {caching.weight.digest}
+    assert caching.upstream.count("GET", caching.path) == 1
+
+
+def test_what_is_here_is_sent_while_the_rest_comes(caching: Caching) -> None:
+    half, release = 2 * MIB, threading.Event()
+
+    def send_in_halves(exchange: Exchange) -> None:
+        reply = exchange.reply()
+        exchange.send_head(200, {"Content-Length": str(len(reply.body))})
+        exchange.write(reply.body[:half])
+        release.wait(30)
+        exchange.write(reply.body[half:])
+
+    caching.upstream.faults.add("GET", caching.path, send_in_halves)
+    url = f"http://{caching.cache()}/v2/{NAME}"
+    requests.get(f"{url}/manifests/v1", timeout=10).raise_for_status()
+    with requests.get(url + caching.path, stream=True, timeout=30) as answer:
+        start = answer.raw.read(MIB // 2)
+        release.set()
+        assert Digest.of(start + answer.raw.read()) == caching.weight.digest
+
+
+def test_ranges_and_heads(caching: Caching) -> None:
+    url = f"http://{caching.cache()}/v2/{NAME}"
+    requests.get(f"{url}/manifests/v1", timeout=10).raise_for_status()
+    head = requests.head(url + caching.path, timeout=10)
+    assert int(head.headers["Content-Length"]) == caching.weight.size
+    assert caching.upstream.count("GET", caching.path) == 0, "asking is not fetching"
+    part = requests.get(url + caching.path, headers={"Range": "bytes=-1000"}, timeout=30)
+    assert (part.status_code, len(part.content)) == (206, 1000)
+    whole = requests.get(url + caching.path, timeout=30).content
+    assert whole[-1000:] == part.content
+    assert Digest.of(whole) == caching.weight.digest
+
+
+def test_cuts_are_mended(caching: Caching) -> None:
+    for _ in range(3):
+        caching.upstream.faults.add("GET", caching.path, cut_after(MIB // 2))
+    assert caching.pull(caching.cache()) == caching.manifest.digest
+
+
+@pytest.mark.parametrize(
+    "fault", [flipped_bit(5), flipped_bit(3 * MIB - 5), answering(404), answering(401)]
+)
+def test_a_blob_that_is_wrong_is_neither_kept_nor_sent_whole(
+    caching: Caching, fault: Callable[[Exchange], None]
+) -> None:
+    host = caching.cache()
+    caching.upstream.faults.add("GET", caching.path, fault, times=None)
+    with pytest.raises(ModelpackError):
+        caching.pull(host)
+    kept = caching.root / "blobs" / "sha256" / caching.weight.digest.encoded
+    assert not kept.exists()
+    caching.upstream.faults.clear()
+    assert caching.pull(host) == caching.manifest.digest
+    caching.check()
+
+
+def test_a_manifest_that_is_wrong_is_not_kept(caching: Caching) -> None:
+    host = caching.cache()
+    caching.upstream.faults.add("GET", "/manifests/", replaced(b'{"schemaVersion":2}'), times=None)
+    by_digest = f"http://{host}/v2/{NAME}/manifests/{caching.manifest.digest}"
+    assert requests.get(by_digest, timeout=10).status_code == 502
+    assert modelpack.Store(caching.root).models() == ()
+
+
+def test_a_silent_upstream_is_left(caching: Caching) -> None:
+    caching.upstream.faults.add("GET", "/manifests/", silent_after(3), times=None)
+    with pytest.raises(RemoteUnavailableError):
+        caching.pull(caching.cache(idle=0.3))
+
+
+def test_credentials_stay_on_their_side(caching: Caching) -> None:
+    caching.upstream.auth = BasicAuth("cache", "of-the-cache")
+    ours = StaticCredentials({caching.upstream.host: Credential("cache", "of-the-cache")})
+    url = f"http://{caching.cache(credentials=ours)}/v2/{NAME}"
+    theirs = {"Authorization": basic("client", "of-the-client")}
+    for path in ("/manifests/v1", caching.path, "/tags/list", "/manifests/none"):
+        answer = requests.get(url + path, headers=theirs, timeout=30)
+        assert answer.status_code == (404 if path.endswith("none") else 200)
+        assert "www-authenticate" not in answer.headers
+        assert b"of-the-cache" not in answer.content
+        assert basic("cache", "of-the-cache") not in str(answer.headers)
+    sent = {request.headers.get("authorization") for request in caching.upstream.requests}
+    assert sent == {None, basic("cache", "of-the-cache")}
+
+
+def test_wrong_credentials_are_our_problem(caching: Caching) -> None:
+    caching.upstream.auth = BasicAuth("cache", "of-the-cache")
+    wrong = StaticCredentials({caching.upstream.host: Credential("bob", "wr0ng", source="a-file")})
+    for known in (None, wrong):
+        host = caching.cache(credentials=known)
+        answer = requests.get(f"http://{host}/v2/{NAME}/manifests/v1", timeout=10)
+        assert answer.status_code == 502, "401 would have the client send its own"
+        for secret in ("bob", "wr0ng", "a-file"):
+            assert secret not in answer.text
+
+
+def test_nothing_is_written_through_it(caching: Caching) -> None:
+    client = Client(f"http://{caching.cache()}", NAME)
+    assert client.request("POST", "blobs/uploads/").status_code == 405
+    assert client.put_manifest("v1", caching.manifest.raw).status_code == 405
+    assert client.request("DELETE", "manifests/v1").status_code == 405
+
+
+def test_only_blobs_of_known_manifests_are_fetched(caching: Caching) -> None:
+    url = f"http://{caching.cache()}/v2/{NAME}"
+    assert requests.get(url + caching.path, timeout=10).status_code == 404
+    assert caching.upstream.requests == []
+
+
+@pytest.mark.parametrize("reference", ["all", "digest"])
+def test_an_index_comes_with_its_manifests(caching: Caching, reference: str) -> None:
+    raw = index(index(caching.manifest.raw), caching.manifest.raw)
+    inner = index(caching.manifest.raw)
+    for one, tag in ((inner, None), (raw, "all")):
+        caching.upstream.put_manifest(one, tag, media_type=mediatypes.OCI_INDEX)
+    name = str(Digest.of(raw)) if reference == "digest" else reference
+    url = f"http://{caching.cache()}/v2/{NAME}"
+    assert requests.get(f"{url}/manifests/{name}", timeout=10).content == raw
+    caching.upstream.faults.add("*", "/manifests/", answering(503), times=None)
+    for digest in (Digest.of(inner), caching.manifest.digest):
+        answer = requests.get(f"{url}/manifests/{digest}", timeout=10)
+        assert json.loads(answer.content)["schemaVersion"] == 2
+    assert Digest.of(requests.get(url + caching.path, timeout=30).content) == caching.weight.digest
+    caching.check()
+
+
+def test_the_command(caching: Caching) -> None:
+    words = ("--addr", "127.0.0.1:0", "--root", caching.root, "--upstream", caching.upstream.host)
+    process = start("registry", "serve", *words)
+    try:
+        assert process.stdout is not None
+        host = process.stdout.readline().strip()
+        assert caching.pull(host) == caching.manifest.digest
+    finally:
+        process.terminate()
+        ended = finish(process)
+    assert ended.code == 0, ended.err
+
+
+@pytest.mark.parametrize("url", ["ftp://a", "https://", "https://a/b", "user:secret@a", "a/b"])
+def test_what_is_no_upstream(url: str, tmp_path: Path) -> None:
+    failed = command_line("registry", "serve", "--root", tmp_path / "store", "--upstream", url)
+    assert failed.code == 2
+    assert "--upstream is" in failed.err

@@ -1,0 +1,74 @@
+"""OpenSSF's own `model_signing` verifies what we sign, and we what it signs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+import modelpack
+from modelpack.errors import UntrustedError
+from modelpack.operations import signing
+from modelpack.operations.find import inspect
+from modelpack.operations.remote import RemoteOptions, open_repository
+from modelpack.operations.watching import watching
+from modelpack.reference import Reference
+from modelpack.supply.bundles import bundle_manifest, signed_bundle
+from modelpack.supply.keys import PrivateKey
+from modelpack.supply.model_signing import model_statement
+from modelpack.supply.signatures import SignatureKind
+from modelpack.supply.statements import MODEL_SIGNING
+from tests.supply.conftest import Published
+
+
+@pytest.fixture
+def files(published: Published, tmp_path: Path) -> Path:
+    """The model's files as they are unpacked."""
+    laid_out = modelpack.bundle(
+        published.reference, tmp_path / "bundle", store=published.origin, links="copy"
+    )
+    return laid_out.directory / "model"
+
+
+def model_signing(verb: str, files: Path, **options: Path) -> subprocess.CompletedProcess[str]:
+    named = [f"--{name}={path}" for name, path in options.items()]
+    command = [sys.executable, "-m", "model_signing", verb, "key", str(files), *named]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_theirs_verifies_ours(
+    published: Published, files: Path, ours: PrivateKey, keys: Path, tmp_path: Path
+) -> None:
+    model = inspect(published.reference, store=published.origin)
+    signature = tmp_path / "model.sig"
+    signature.write_bytes(signed_bundle(model_statement(model, "model"), ours))
+    options = {"signature": signature, "public_key": keys / "ours.pub"}
+    done = model_signing("verify", files, **options)
+    assert done.returncode == 0, done.stderr
+    done = model_signing("verify", files, **(options | {"public_key": keys / "theirs.pub"}))
+    assert done.returncode != 0
+    (files / "config.json").write_text("{}")
+    done = model_signing("verify", files, **options)
+    assert done.returncode != 0
+
+
+def test_ours_verifies_theirs(
+    published: Published, files: Path, ours: PrivateKey, theirs: PrivateKey, tmp_path: Path
+) -> None:
+    plain = tmp_path / "key.pem"
+    plain.write_bytes(ours.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    signature = tmp_path / "model.sig"
+    done = model_signing("sign", files, signature=signature, private_key=plain)
+    assert done.returncode == 0, done.stderr
+    where = Reference.parse(published.reference)
+    with open_repository(where, RemoteOptions(), watching(None), writes=True) as repository:
+        model = inspect(published.reference, from_registry=True)
+        manifest, blobs = bundle_manifest(signature.read_bytes(), MODEL_SIGNING, model.descriptor)
+        signing.put(repository, manifest, blobs, None, watching(None))
+    _, found = signing.verify(published.reference, [ours.public])
+    assert [one.kind for one in found.signatures] == [SignatureKind.MODEL_SIGNING]
+    with pytest.raises(UntrustedError):
+        signing.verify(published.reference, [theirs.public])

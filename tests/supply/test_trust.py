@@ -1,0 +1,195 @@
+"""Who is trusted: policy files, and that pulling, resolving and locking obey them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import modelpack
+from modelpack.errors import FormatError, ModelpackError, RegistryError, UntrustedError
+from modelpack.operations import signing
+from modelpack.operations.find import find_model
+from modelpack.operations.lock import lock, pull_locked
+from modelpack.operations.remote import RemoteOptions
+from modelpack.operations.watching import watching
+from modelpack.registry import RetryPolicy
+from modelpack.supply.keys import PrivateKey
+from modelpack.supply.signatures import SignatureKind
+from modelpack.supply.trust import Trust, read_policy
+from tests.supply.conftest import Published
+
+POLICY = """
+[publishers.team]
+keys = ["ours.pub"]
+[publishers.others]
+keys = ["theirs.pub"]
+[[rules]]
+models = ["*/team/*"]
+publishers = ["team"]
+[[rules]]
+models = ["*/both/*"]
+publishers = ["team", "others"]
+threshold = 2
+[[rules]]
+models = ["localhost*"]
+accept = true
+"""
+
+
+def trusting(keys: Path, text: str) -> Trust:
+    path = keys / "policy.toml"
+    path.write_text(text)
+    trust = Trust.of(policy=path)
+    assert trust is not None
+    return trust
+
+
+def test_the_first_rule_counts(keys: Path) -> None:
+    trust = trusting(keys, POLICY)
+    [rule] = trust.rules("registry.example/team/m")
+    assert [one.name for one in rule.publishers] == ["team"]
+    [rule] = trust.rules("localhost:5000/any")
+    assert rule.threshold == 0
+    with pytest.raises(UntrustedError, match=r"registry.example/x/m: no rule of the policy"):
+        trust.rules("registry.example/x/m")
+
+
+def test_both_the_key_and_the_policy_count(keys: Path, theirs: PrivateKey) -> None:
+    path = keys / "both.toml"
+    path.write_text('default = "accept"')
+    trust = Trust.of([theirs.public], path)
+    assert trust is not None
+    assert [rule.threshold for rule in trust.rules("any/where")] == [1, 0]
+    assert Trust.of() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("rules = 1", "not an array of tables"),
+        ("[[rules]]\nmodels = []\naccept = true", "models is not an array of one text or more"),
+        ("[[rules]]\nmodels = 'x'\naccept = true", "models is not an array"),
+        ("[[rules]]\nmodels = ['x']", "publishers is not an array"),
+        ("[[rules]]\nmodels = ['x']\npublishers = ['who']", "there is no publisher 'who'"),
+        ("[[rules]]\nmodels = ['x']\naccept = 1", "accept is not true or false"),
+        ("[[rules]]\nmodel = ['x']", "unknown field 'model'"),
+        ("[[rule]]\nmodels = ['x']", "unknown field 'rule'"),
+        ("default = 'allow'", 'default is \'allow\', expected "accept" or "reject"'),
+        ("publishers = 3", "publishers: is not a table"),
+        ("[publishers.a]\nkeys = ['none.pub']", "none.pub: cannot be read"),
+        ("[publishers.a]\nkeys = ['-----BEGIN PUBLIC KEY-----']", "not a public key"),
+        ("[publishers.a]\nkeys = ['ours.key']", "is a private key"),
+        ("default = ", "is not TOML"),
+        (POLICY + "publishers = ['team']", "accepts everything, and names publishers"),
+        (POLICY.replace("threshold = 2", "threshold = 3"), "threshold is 3, expected 1 to 2"),
+        (POLICY.replace("threshold = 2", "threshold = 0"), "threshold is 0, expected 1 to 2"),
+        (POLICY.replace("threshold = 2", "threshold = true"), "threshold is True"),
+    ],
+)
+def test_policies_that_are_wrong(keys: Path, text: str, says: str) -> None:
+    path = keys / "wrong.toml"
+    path.write_text(text)
+    with pytest.raises(FormatError) as raised:
+        read_policy(path)
+    assert says in str(raised.value)
+
+
+def _options(trust: Trust) -> RemoteOptions:
+    return RemoteOptions(trust=trust, retry=RetryPolicy(tries=1))
+
+
+@pytest.mark.parametrize("kind", list(SignatureKind))
+def test_a_pull_takes_what_is_signed(
+    published: Published, keys: Path, ours: PrivateKey, kind: SignatureKind
+) -> None:
+    remote = _options(trusting(keys, POLICY))
+    with pytest.raises(UntrustedError, match="is not signed by team: it has no signatures"):
+        modelpack.pull(published.reference, store=published.store, remote=remote)
+    assert published.store.models() == ()
+    signing.sign(published.reference, ours, kinds=[kind])
+    modelpack.pull(published.reference, store=published.store, remote=remote)
+    # And what is in the store is taken, for the same reason.
+    found = modelpack.resolve(published.reference, store=published.store, remote=remote)
+    assert found.model.digest == published.digest
+
+
+def test_nothing_of_a_refused_model_is_fetched(published: Published, keys: Path) -> None:
+    with pytest.raises(UntrustedError):
+        modelpack.pull(
+            published.reference, store=published.store, remote=_options(trusting(keys, POLICY))
+        )
+    blobs = published.store.root / "blobs"
+    assert [path for path in blobs.rglob("*") if path.is_file()] == []
+
+
+def test_a_threshold(
+    published: Published, keys: Path, ours: PrivateKey, theirs: PrivateKey
+) -> None:
+    reference = published.reference.replace("/team/", "/both/")
+    modelpack.copy(published.reference, reference)
+    remote = _options(trusting(keys, POLICY))
+    signing.sign(reference, ours)
+    with pytest.raises(UntrustedError, match="not signed by 2 of team or others"):
+        modelpack.pull(reference, store=published.store, remote=remote)
+    signing.sign(reference, theirs)
+    modelpack.pull(reference, store=published.store, remote=remote)
+
+
+def test_what_is_stored_is_checked_too(published: Published, keys: Path, ours: PrivateKey) -> None:
+    """A model that came before there was a policy."""
+    remote, watch = _options(trusting(keys, POLICY)), watching(None)
+    modelpack.pull(published.reference, store=published.store)
+    store = published.store
+    for name in (published.reference, str(published.digest)):
+        with pytest.raises(UntrustedError, match="not signed by team"):
+            find_model(name, store, pull=False, remote=remote, watch=watch)
+        find_model(name, store, pull=False, remote=RemoteOptions(), watch=watch)
+    store.tag(published.reference, modelpack.Reference.parse("localhost:1/any/name:v1"))
+    find_model("localhost:1/any/name:v1", store, pull=False, remote=remote, watch=watch)
+    # By its digest it has to be trusted under every name; and that registry cannot be asked.
+    with pytest.raises(RegistryError):
+        find_model(str(published.digest), store, pull=False, remote=remote, watch=watch)
+    signing.sign(published.reference, ours, kinds=[SignatureKind.BUNDLE], store=store)
+    find_model(published.reference, store, pull=False, remote=remote, watch=watch)
+
+
+def test_a_registry_that_is_gone_is_no_reason_to_trust(
+    published: Published, keys: Path, ours: PrivateKey
+) -> None:
+    store, watch = published.store, watching(None)
+    modelpack.pull(published.reference, store=store)
+    gone = modelpack.Reference.parse("127.0.0.1:1/team/model:v1")
+    store.tag(published.reference, gone)
+    remote = _options(trusting(keys, POLICY))
+    with pytest.raises(RegistryError):
+        find_model(str(gone), store, pull=False, remote=remote, watch=watch)
+    # With its signature in the store, no registry is asked.
+    signing.sign(gone, ours, store=store)
+    find_model(str(gone), store, pull=False, remote=remote, watch=watch)
+
+
+def test_locked_models_are_checked(
+    published: Published, keys: Path, ours: PrivateKey, tmp_path: Path
+) -> None:
+    path, store = tmp_path / "models.lock", published.store
+    lock([published.reference], path=path)
+    remote = _options(trusting(keys, POLICY))
+    with pytest.raises(UntrustedError):
+        pull_locked(path=path, store=store, remote=remote)
+    pull_locked(path=path, store=store)
+    with pytest.raises(UntrustedError):  # there already, and still not signed
+        pull_locked(path=path, store=store, remote=remote)
+    signing.sign(published.reference, ours)
+    pull_locked(path=path, store=store, remote=remote)
+
+
+def test_a_flood_of_bundles_is_refused(
+    published: Published, keys: Path, ours: PrivateKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelpack.supply.signatures.MAX_SIGNATURES", 2)
+    for _ in range(3):  # each signature of ECDSA is another one
+        signing.sign(published.reference, ours, kinds=[SignatureKind.BUNDLE])
+    with pytest.raises(ModelpackError, match="3 bundles are attached"):
+        signing.verify(published.reference, [replace(ours.public, name="ours")])
