@@ -105,9 +105,13 @@ class Load:
             )
         )
 
+    def forget(self) -> None:
+        """Forget what was accepted: a new server has nothing, also one that dies before it serves."""
+        self.done, self.sent = {}, 0
+
     def run(self, host: str) -> list[ModelpackError]:
         """Push and pull everything at once; return what went wrong."""
-        self.done, self.sent = {}, 0
+        self.forget()
         errors: list[ModelpackError] = []
 
         def work(first: int) -> None:

@@ -34,6 +34,7 @@ def _kill(work: Path, times: int) -> None:
         failed = 0
         for number in range(times):
             shutil.rmtree(root)
+            load.forget()
             last = chance.randint(1, calls) if number % 2 == 0 else 0
             after = chance.uniform(0, 0.5)
             try:
