@@ -10,12 +10,15 @@ from collections import OrderedDict, deque
 
 from modelpack_engine.config import BLOCK_SIZE
 from modelpack_engine.offload.prefixes import PrefixOffload
-from modelpack_engine.prefix_hash import block_hash, root_hash
+from modelpack_engine.prefix_hash import block_hashes, root_hash
 from modelpack_engine.sequence import Sequence
 from modelpack_engine.snapshots import PrefixSnapshots
 
 #: Where padding rows write; never handed out.
 TRASH_BLOCK = 0
+
+#: Blocks of a sequence whose hashes are computed together: one by one takes several times as long.
+HASHED_AT_ONCE = 64
 
 
 def window_blocks(window: int, chunk: int, block_size: int) -> int:
@@ -231,16 +234,18 @@ class BlockManager:
             return blocks, 0
         if self.window is not None:
             return self._match_window(sequence, self.window)
-        usable = 0
+        hashes, first = sequence.block_hashes, len(sequence.block_table)
         for index in self._shareable(sequence):
-            hash_ = self._hash(sequence, index)
-            block = self._block_of.get(hash_)
+            if index == len(hashes):
+                self._hash(sequence, index)
+            block = self._block_of.get(hashes[index])
             if block is None:
                 break
             blocks.append(block)
-            if self._may_go_on(hash_):
-                usable = len(blocks)
-        return blocks[:usable], len(blocks)
+        usable = reach = len(blocks)
+        while usable and not self._may_go_on(hashes[first + usable - 1]):
+            usable -= 1
+        return blocks[:usable], reach
 
     def _match_window(self, sequence: Sequence, window: int) -> tuple[list[int], int]:
         """Return what `_match` does: up to the last place from where all that is seen is there."""
@@ -373,9 +378,11 @@ class BlockManager:
         return self.enable_prefix_caching and between and not sequence.wants_prompt_logprobs
 
     def _hash(self, sequence: Sequence, index: int) -> bytes:
-        hashes = sequence.block_hashes
-        while len(hashes) <= index:
-            start = len(hashes) * self.block_size
+        """Return the hash of a full block of known tokens."""
+        hashes, size = sequence.block_hashes, self.block_size
+        if index >= len(hashes):
+            start, known = len(hashes) * size, sequence.num_known_tokens // size * size
+            stop = max((index + 1) * size, min(start + HASHED_AT_ONCE * size, known))
             parent = hashes[-1] if hashes else root_hash(self._model_id, sequence.cache_salt)
-            hashes.append(block_hash(parent, sequence.token_ids(start, start + self.block_size)))
+            hashes += block_hashes(parent, sequence.token_ids(start, stop), size)
         return hashes[index]

@@ -106,7 +106,7 @@ class Load:
         )
 
     def forget(self) -> None:
-        """Forget what was accepted: a new server has nothing, also one that dies before it serves."""
+        """Forget what was accepted: a new server has none of it, even if it never serves."""
         self.done, self.sent = {}, 0
 
     def run(self, host: str) -> list[ModelpackError]:

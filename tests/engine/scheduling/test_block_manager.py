@@ -234,6 +234,22 @@ def test_no_hit(tokens: list[int], params: dict[str, object]) -> None:
     assert len(blocks.match_prefix(sequence([0, 1, 2, 3, 4, 5, 7]))) == 2
 
 
+def test_a_long_prefix_is_found_up_to_where_it_ends() -> None:
+    blocks = BlockManager(300, SIZE)
+    tokens = list(range(200 * SIZE))
+    filled(blocks, tokens)
+    for same in (0, 1, 63, 64, 65, 128, 199):
+        other = [*tokens[: same * SIZE], *range(1000, 1000 + 200 * SIZE)]
+        assert len(blocks.match_prefix(sequence(other))) == same
+
+
+def test_a_hash_can_be_asked_for_before_those_that_it_follows() -> None:
+    blocks = BlockManager(20, SIZE)
+    tokens = list(range(9 * SIZE))
+    in_order = blocks.hashes_between(sequence(tokens), 0, 9 * SIZE)
+    assert blocks.hashes_between(sequence(tokens), 8 * SIZE, 9 * SIZE) == in_order[8:]
+
+
 def test_blocks_of_another_model_do_not_match() -> None:
     one, other = BlockManager(9, SIZE, model_id="one"), BlockManager(9, SIZE, model_id="other")
     assert filled(one, [1, 2, 3]).block_hashes != filled(other, [1, 2, 3]).block_hashes

@@ -46,7 +46,7 @@ MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     # Prefixes are found that are not equal, not computed, or not to be shared.
     (BlockManager._hash, "hashes[-1] if hashes else", ""),
     (BlockManager._hash, "sequence.cache_salt", "b''"),
-    (BlockManager._hash, "start + self.block_size)", "start + self.block_size - 1)"),
+    (BlockManager._hash, "token_ids(start, stop)", "token_ids(start, stop - 1)"),
     (BlockManager.publish, "hash_ not in self._block_of and", ""),
     (BlockManager.publish_prefix, "sequence.num_computed_tokens, ", "10**9, "),
     (BlockManager.publish_prefix, ", sequence.num_known_tokens", ", sequence.num_tokens"),

@@ -6,7 +6,12 @@ import struct
 
 import pytest
 
-from modelpack_engine.prefix_hash import HASH_SIZE, block_hash, cache_salt, root_hash
+from modelpack_engine.prefix_hash import HASH_SIZE, block_hashes, cache_salt, root_hash
+
+
+def block_hash(parent: bytes, token_ids: list[int]) -> bytes:
+    (hash_,) = block_hashes(parent, token_ids, len(token_ids))
+    return hash_
 
 
 def test_every_part_counts() -> None:
@@ -33,7 +38,17 @@ def test_every_part_counts() -> None:
 def test_hashes_are_the_same_in_every_process() -> None:
     root = root_hash(b"model", b"salt")
     assert root.hex() == "941db29bb17689ffa45ec2cad68ca5f5"
-    assert block_hash(root, range(16)).hex() == "d8bfaa1d2e9d201d55a9e7c65a4d7d9b"
+    assert block_hash(root, list(range(16))).hex() == "d8bfaa1d2e9d201d55a9e7c65a4d7d9b"
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 7, 8, 12])
+def test_blocks_follow_one_another(count: int) -> None:
+    parent = root_hash()
+    one_by_one = []
+    for start in range(0, count - 3, 4):
+        parent = block_hash(parent, list(range(start, start + 4)))
+        one_by_one.append(parent)
+    assert block_hashes(root_hash(), range(count), 4) == one_by_one
 
 
 def test_salts() -> None:

@@ -87,7 +87,7 @@ def _late(original: Any) -> Any:
 
 
 def _blind(original: Any) -> Any:
-    return lambda parent, token_ids: original(parent, [0] * len(token_ids))
+    return lambda parent, token_ids, size: original(parent, [0] * len(token_ids), size)
 
 
 WINDOWED = ("gpt_oss", "gemma3_text", "gemma4_text", "llama: sliding windows", "exaone4")
@@ -148,6 +148,6 @@ def test_self_test_leaves_the_tier(
 def test_prefix_without_regard_to_content_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not for the self-test to see: the scheduler would share wrong blocks."""
     found = specimen("llama")
-    monkeypatch.setattr(block_manager, "block_hash", _blind(block_manager.block_hash))
+    monkeypatch.setattr(block_manager, "block_hashes", _blind(block_manager.block_hashes))
     driver: Driver = found.drive(Setting())
     assert driver.tokens != found.reference.tokens

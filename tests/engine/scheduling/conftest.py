@@ -1,0 +1,13 @@
+"""Fixtures of the scheduling tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from modelpack_engine import block_manager
+
+
+@pytest.fixture(autouse=True)
+def hashes_in_twos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute the hashes of two blocks at once: sequences here have few."""
+    monkeypatch.setattr(block_manager, "HASHED_AT_ONCE", 2)
