@@ -299,7 +299,7 @@ class ModelRunner:
         MLX's own updates copy what an earlier step still holds; our kernel writes to the pool.
         """
         adapted = self._adapted
-        return adapted is not None and not adapted.states and adapted.writes_in_place
+        return adapted is not None and adapted.writes_in_place
 
     @property
     def bytes_per_block(self) -> int:
@@ -322,13 +322,17 @@ class ModelRunner:
         adapted = self._adapted
         assert adapted is not None
         count = len(rows)
+        logits: mx.array
         if self._compiled is not None and self.is_compiled(batch):
-            return self._compiled.forward(batch, token_ids, rows)
+            adapted.begin(batch)
+            logits = self._compiled.forward(batch, token_ids, rows)
+            adapted.finish(batch)
+            return logits
         padded = self.buckets.pad_rows(count) or 1
         self._step.begin(batch, rows + [0] * (padded - count))
         adapted.begin(batch)
         try:
-            logits: mx.array = self.model(token_ids[:, None], cache=adapted.caches)
+            logits = self.model(token_ids[:, None], cache=adapted.caches)
             adapted.close()
         except BaseException:
             adapted.abandon()
@@ -387,8 +391,11 @@ class ModelRunner:
             self._adapted.undo()
 
     def warm_up(self, shapes: Iterable[StepShape]) -> None:
-        """Run steps of padding of the given shapes, which compiles what they need."""
-        for shape in shapes:
+        """Run steps of padding of the given shapes, which compiles what they need.
+
+        Chunks first: only from then on does a recurrent model have states.
+        """
+        for shape in sorted(shapes, key=lambda shape: shape.decode_rows):
             batch = padding_batch(shape, self.block_size)
             logits = self.forward(batch, mx.zeros((batch.num_rows,), mx.int32))
             mx.eval(logits, self.pools())

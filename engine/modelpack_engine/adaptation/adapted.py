@@ -61,7 +61,8 @@ class Adapted:
         self.patched = patch_modules(model, self.swaps)
         self.in_pieces: Counter[str] = Counter()
         self.recurrent: Counter[str] = Counter()
-        self._split(in_pieces)
+        #: Whether attention runs in pieces anywhere: a decode row each.
+        self.row_by_row = self._split(in_pieces)
         if layout.inner is not None:
             take_logit_rows(layout.inner, step, self.swaps)
         self.sums = Sums()
@@ -95,7 +96,8 @@ class Adapted:
             self._owners[id(paged)] = entry.owner
         return paged
 
-    def _split(self, in_pieces: frozenset[str]) -> None:
+    def _split(self, in_pieces: frozenset[str]) -> bool:
+        """Have modules run in pieces; return whether that includes any attention."""
         done: set[int] = set()
         for leaf in self.layout.leaves():
             owner = leaf.owner
@@ -110,9 +112,11 @@ class Adapted:
                 continue
             done.add(id(owner))
             run_in_pieces(owner, self.swaps)
-        if self.in_pieces or any(id(self._owners.get(id(kv))) in done for kv in self.paged):
+        attention = any(id(self._owners.get(id(kv))) in done for kv in self.paged)
+        if self.in_pieces or attention:
             for paged in self.paged:
                 paged.row_masks = True
+        return bool(self.in_pieces) or attention
 
     def owner_class(self, error: LostHandleError) -> str | None:
         """Return the class of the module that lost a handle, if it is known."""

@@ -30,6 +30,8 @@ LONGEST_PROMPT = 1024
 BESIDE_CHUNKS = (8, 32)
 
 Pools = list[tuple[mx.array, mx.array]]
+#: The arrays of each recurrent layer; those of its own that it does not use are None.
+States = list[list[mx.array | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +63,27 @@ class CompiledSteps:
 
     @staticmethod
     def can_run(adapted: Adapted) -> bool:
-        """Return whether nothing of a model runs sequence by sequence."""
-        return not adapted.states and not adapted.in_pieces
+        """Return whether no attention of a model runs sequence by sequence."""
+        return not adapted.row_by_row
 
     def takes(self, batch: StepBatch) -> bool:
-        """Return whether a step's prompts are short enough, or attended by tiles."""
+        """Return whether a step's prompts are short enough, or attended by tiles.
+
+        There are none where the model is recurrent, and the states of its rows are complete.
+        """
+        states = self._adapted.states
+        if states and (batch.chunks or any(a is None for state in states for a in state.arrays)):
+            return False
         return not self._step.tiles_refused or all(
             chunk.kv_length <= LONGEST_PROMPT for chunk in batch.chunks
         )
 
     def forward(self, batch: StepBatch, token_ids: mx.array, sample_rows: list[int]) -> mx.array:
-        """Return logits [sampled rows, vocabulary], not yet computed; pools are replaced."""
+        """Return logits [sampled rows, vocabulary], not yet computed; pools are replaced.
+
+        So are states; `adapted.begin` has planned where they come from.
+        """
+        adapted = self._adapted
         rows = self._lay_out(batch)
         positions = np.array(batch.positions, np.int32)
         slots = np.array(batch.slots, np.int32)
@@ -86,7 +98,9 @@ class CompiledSteps:
         elif rows.padding:
             token_ids = mx.concatenate([token_ids, mx.zeros((rows.padding,), mx.int32)])
             positions, slots = (np.pad(column, (0, rows.padding)) for column in (positions, slots))
-        pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in self._adapted.paged]
+        pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in adapted.paged]
+        arrays: States = [list(state.arrays) for state in adapted.states]
+        aside = adapted.rows.set_aside(adapted.states, len(rows.tables)) if arrays else []
         inputs = (
             token_ids,
             mx.array(positions),
@@ -95,20 +109,24 @@ class CompiledSteps:
             mx.array(rows.tile_tables),
             mx.array(rows.spans),
             pools,
+            [list(state.arrays) for state in adapted.states],
         )
         try:
             if batch.chunks:
                 count = self._buckets.pad_rows(len(sample_rows)) or 1
                 some = mx.array(sample_rows + [0] * (count - len(sample_rows)), mx.int32)
-                logits, *new = self._of_some(some, *inputs)
+                logits, new_pools, arrays = self._of_some(some, *inputs)
             else:
-                logits, *new = self._of_all(*inputs)
-            if new:
-                (pools,) = new
+                logits, new_pools, arrays = self._of_all(*inputs)
+            pools = new_pools or pools
         finally:
-            # Tracing leaves arrays in the caches that stand for any; `pools` are real ones.
-            for kv, (keys, values) in zip(self._adapted.paged, pools, strict=True):
+            # Tracing leaves arrays in the caches that stand for any; these are real ones.
+            for kv, (keys, values) in zip(adapted.paged, pools, strict=True):
                 kv.pools.keys, kv.pools.values = keys, values
+            for state, own in zip(adapted.states, arrays, strict=True):
+                state.arrays = list(own)
+        if aside:
+            adapted.rows.put_back(adapted.states, aside, batch.num_decode)
         return logits[: len(sample_rows), -1]
 
     def _lay_out(self, batch: StepBatch) -> _Rows:
@@ -168,17 +186,21 @@ class CompiledSteps:
         tile_tables: mx.array,
         spans: mx.array,
         pools: Pools,
+        states: States,
         *,
         sample_rows: mx.array | None,
-    ) -> tuple[mx.array] | tuple[mx.array, Pools]:
+    ) -> tuple[mx.array, Pools, States]:
         """Build the graph from arrays that stand for any of their shapes.
 
-        Pools that are written in place stay what they are: this step's readers wait for the writes
-        inside of the graph, and those of later steps come later on the same stream.
+        Returns logits, pools and states. Pools that are written in place are not among them: this
+        step's readers wait for the writes inside of the graph, and those of later steps come later
+        on the same stream.
         """
         adapted, step = self._adapted, self._step
         for kv, (keys, values) in zip(adapted.paged, pools, strict=True):
             kv.pools.keys, kv.pools.values = keys, values
+        for state, arrays in zip(adapted.states, states, strict=True):
+            state.arrays = list(arrays)
         tiles = Tiles(tile_tables, spans) if spans.shape[0] else None
         step.begin_rows(positions, slots, tables, sample_rows, tiles)
         try:
@@ -191,9 +213,10 @@ class CompiledSteps:
             step.end()
         if not step.rows_taken and sample_rows is not None:
             logits = logits[sample_rows]
+        new_states = [list(state.arrays) for state in adapted.states]
         if adapted.writes_in_place:
-            return (logits,)
-        return logits, [(kv.pools.keys, kv.pools.values) for kv in adapted.paged]
+            return logits, [], new_states
+        return logits, [(kv.pools.keys, kv.pools.values) for kv in adapted.paged], new_states
 
 
 def _up(rows: int) -> int:

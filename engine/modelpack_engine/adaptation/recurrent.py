@@ -112,6 +112,41 @@ class StateRows:
         """Adopt the rows of the step that `begin` planned."""
         self.rows, self.total, self.plan = self._next_rows, self._next_total, None
 
+    def set_aside(
+        self, states: Sequence[RecurrentState], num_rows: int
+    ) -> list[list[mx.array | None]]:
+        """Leave `num_rows` rows, padding included, that a step of decode rows starts from.
+
+        Returns each layer's rows that the step leaves out, for `put_back` once it is built.
+        """
+        plan = self.plan
+        assert plan is not None, "a step is being built"
+        assert not plan.chunks, "chunks start from states of their own"
+        decode, kept = plan.decode, mx.array(plan.kept, mx.int32)
+        if decode is None and num_rows != self.total:
+            decode = list(range(self.total))
+        if decode is not None:
+            index = mx.array(decode + [0] * (num_rows - len(decode)), mx.int32)
+        aside: list[list[mx.array | None]] = []
+        for state in states:
+            arrays = state.arrays
+            aside.append([a[kept] if plan.kept and a is not None else None for a in arrays])
+            if decode is not None:
+                state.arrays = [None if a is None else a[index] for a in arrays]
+        self.plan = _Plan(None, (), [])
+        return aside
+
+    def put_back(
+        self, states: Sequence[RecurrentState], aside: list[list[mx.array | None]], num_rows: int
+    ) -> None:
+        """Put the rows that were set aside after the first `num_rows`, which are the step's."""
+        for state, rest in zip(states, aside, strict=True):
+            for slot, (array, left_out) in enumerate(zip(state.arrays, rest, strict=True)):
+                if array is None:
+                    continue
+                own = array if array.shape[0] == num_rows else array[:num_rows]
+                state.arrays[slot] = own if left_out is None else mx.concatenate([own, left_out])
+
     def release(self, seq_ids: Iterable[int]) -> None:
         """Forget sequences; their rows go when the batch next changes."""
         for seq_id in seq_ids:

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import pytest
 
 from modelpack_engine.adaptation import compiled
+from modelpack_engine.adaptation.warm_up import step_shapes
 from modelpack_engine.batch import StepBatch, build_batch
 from modelpack_engine.block_manager import BlockManager
 from modelpack_engine.buckets import FEW
@@ -19,7 +20,15 @@ from modelpack_engine.sampling_params import SamplingParams
 from modelpack_engine.scheduler import Scheduler
 from modelpack_engine.sequence import Sequence
 from modelpack_engine.sizing import Sizes
-from tests.engine.runner.models import Attention, make_model, tiny_llama, token_ids
+from tests.engine.runner.models import (
+    Attention,
+    decode,
+    make_model,
+    prefill,
+    tiny_llama,
+    token_ids,
+)
+from tests.engine.runner.test_step import run, tiny_mamba
 from tests.engine.serving.tiny import reference_tokens, tiny_loaded
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], list(range(1, 41)), [7], list(range(50, 10, -1))]
@@ -85,6 +94,51 @@ def test_built_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     built.clear()
     logits_of_a_run(runner)
     assert built == []
+
+
+def test_states_of_recurrent_models_go_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode rows are compiled once for each shape, at warm-up; prompts between them are not."""
+    traced: list[int] = []
+    original = compiled.CompiledSteps._trace
+
+    def counted(
+        self: compiled.CompiledSteps, token_ids: mx.array, *args: Any, **kwargs: Any
+    ) -> Any:
+        traced.append(token_ids.shape[0])
+        return original(self, token_ids, *args, **kwargs)
+
+    monkeypatch.setattr(compiled.CompiledSteps, "_trace", counted)
+    runs = []
+    for choice in (False, True):
+        runner = ModelRunner(tiny_mamba(), num_blocks=64, buckets=FEW, exact=False, compiled=choice)
+        assert not any("compiled" in note for note in runner.notes)
+        runner.warm_up(
+            step_shapes(FEW, max_num_seqs=8, max_chunk=16, max_model_len=64, block_size=16)
+        )
+        assert sorted(set(traced)) == ([1, 2, 4, 8] if choice else [])
+        traced.clear()
+        runs.append(logits_of_a_run(runner, steps=12))
+    assert traced == []
+    for one, other in zip(*runs, strict=True):
+        assert mx.allclose(one, other, atol=1e-4).item()
+
+
+def test_a_failed_trace_leaves_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = ModelRunner(tiny_mamba(), num_blocks=8, exact=False, compiled=True)
+    run(runner, prefill(1, [3, 1, 4, 1, 5], [1]))
+    inner = type(runner.model.backbone)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ValueError("broken")
+
+    batch = decode(1, 5, 6, [1])
+    with monkeypatch.context() as patch:
+        patch.setattr(inner, "__call__", broken)
+        with pytest.raises(ValueError, match="broken"):
+            runner.forward(batch, token_ids(batch))
+    alone = ModelRunner(tiny_mamba(), num_blocks=8, exact=False, compiled=False)
+    expected = run(alone, prefill(1, [3, 1, 4, 1, 5], [1]), batch)
+    assert mx.allclose(run(runner, batch), expected, atol=1e-5).item()
 
 
 def test_long_prompts_are_not_for_single_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from modelpack_engine.attention.step import StepInputs
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.loaders import LoadedModel
+from modelpack_engine.model_runner import ModelRunner
 from modelpack_engine.sampling_params import SamplingParams
 from tests.engine.runner.test_step import tiny_mamba
 from tests.engine.serving.tiny import CONTEXT, tiny_model, tiny_tokenizer
@@ -52,8 +53,12 @@ def test_a_snapshot_holds_nothing_but_itself() -> None:
     assert snapshot.bytes.nbytes < (1 << 18) + 64
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["launched late", "launched early"])
 @pytest.mark.parametrize("caching", [True, False])
-def test_an_engine_shares_prefixes_of_a_recurrent_model(caching: bool) -> None:
+def test_an_engine_shares_prefixes_of_a_recurrent_model(
+    caching: bool, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelRunner, "writes_in_place", property(lambda self: early))
     loaded = LoadedModel(
         tiny_mamba(), {"vocab_size": 64}, tiny_tokenizer(), "mamba2", CONTEXT, (), 0
     )
