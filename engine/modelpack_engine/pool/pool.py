@@ -13,7 +13,13 @@ from typing import Any
 from modelpack.errors import ModelpackError
 from modelpack_engine.async_engine import EngineState
 from modelpack_engine.conversation.served import ServedModel
-from modelpack_engine.errors import BusyError, EngineError, LoadingError, OutOfMemoryError
+from modelpack_engine.errors import (
+    BusyError,
+    EngineError,
+    LoadingError,
+    ModelLoadError,
+    OutOfMemoryError,
+)
 from modelpack_engine.pool.catalogue import Catalogue, LoadedEngine, StoredModel
 from modelpack_engine.pool.entry import Entry, ModelState, RunningModel, shown
 from modelpack_engine.pool.keep_alive import DEFAULT_KEEP_ALIVE
@@ -280,6 +286,9 @@ class ModelPool:
             async with self._room:
                 room = await self._make_room(entry, settings)
                 loaded = await self._loaded(entry, settings, room)
+            if loaded.engine.state is not EngineState.READY:  # else it would be loaded for ever
+                await asyncio.to_thread(loaded.engine.close)
+                raise ModelLoadError(f"the engine of {entry.name} died as soon as it was loaded")
         except BaseException as error:
             entry.state = ModelState.UNLOADED
             entry.memory = 0

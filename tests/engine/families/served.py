@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from modelpack.errors import NotFoundError
+from modelpack_engine.async_engine import EngineState
 from modelpack_engine.meter import Meter
 from modelpack_engine.outputs import FinishReason
 from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
@@ -78,7 +79,9 @@ class EnginesCatalogue:
     def load(
         self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
     ) -> LoadedEngine:
-        return LoadedEngine(self.engines[model.key])
+        engine = self.engines[model.key]
+        engine.state = EngineState.READY  # it may have been unloaded before
+        return LoadedEngine(engine)
 
 
 @dataclass

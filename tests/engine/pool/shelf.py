@@ -51,13 +51,17 @@ class IdleEngine:
 
 
 class Shelf:
-    """Models by name, with the memory that each takes. `fails` names those that do not load."""
+    """Models by name, with the memory that each takes. `fails` names those that do not load.
+
+    The engines of those that `dies` names are dead once they are loaded.
+    """
 
     def __init__(self, **sizes: int) -> None:
         self.sizes = sizes
         self.alive: list[IdleEngine] = []
         self.loads: list[str] = []
         self.fails: set[str] = set()
+        self.dies: set[str] = set()
         self.gate = threading.Event()
         self.gate.set()
         self.index = 0
@@ -86,6 +90,8 @@ class Shelf:
             raise ModelLoadError(f"{model.names[0]} is damaged")
         context = settings.context_size or 100
         engine = IdleEngine(self, model.key, model.size, context)
+        if model.names[0] in self.dies:
+            engine.state = EngineState.FAILED
         return LoadedEngine(engine, defaults={"top_p": 0.5})  # type: ignore[arg-type]
 
 

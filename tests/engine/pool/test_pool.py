@@ -179,6 +179,20 @@ async def test_an_engine_that_died_is_replaced() -> None:
 
 
 @loop
+async def test_an_engine_that_dies_at_once_is_not_loaded_for_ever() -> None:
+    shelf = Shelf(a=1)
+    shelf.dies.add("a")
+    pool = pool_over(shelf)
+    for count in (1, 2):
+        with pytest.raises(ModelLoadError, match="the engine of a died as soon as it was loaded"):
+            await pool.preload("a")
+        assert len(shelf.loads) == count
+    assert shelf.alive == []
+    shelf.dies.clear()
+    await pool.preload("a")
+
+
+@loop
 async def test_pinned_models_stay_and_make_the_pool_ready() -> None:
     clock = Clock()
     shelf = Shelf(a=60, b=60)

@@ -10,6 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from modelpack.errors import NotFoundError
+from modelpack_engine.async_engine import EngineState
 from modelpack_engine.meter import Meter
 from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
 from modelpack_engine.pool.pool import ModelPool
@@ -43,6 +44,7 @@ class ScriptedCatalogue:
         self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
     ) -> LoadedEngine:
         self.loads += 1
+        self.engine.state = EngineState.READY  # it may have been unloaded before
         return LoadedEngine(self.engine)
 
 

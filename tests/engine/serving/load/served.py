@@ -20,11 +20,7 @@ from starlette.types import ASGIApp
 
 from modelpack.gateway.protecting import Protection, protect
 from modelpack.stores.layout import LayoutStore
-from modelpack_engine.async_engine import EngineState
-from modelpack_engine.meter import Meter
-from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
 from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.settings import ModelSettings
 from modelpack_engine.server.model_server import ModelServer
 from tests.engine.scripted import HERMES, ScriptedEngine
 from tests.engine.serving.conftest import ScriptedCatalogue
@@ -43,12 +39,6 @@ class StoringCatalogue(ScriptedCatalogue):
     def __init__(self, engine: ScriptedEngine, store: LayoutStore) -> None:
         super().__init__(engine)
         self.store = store
-
-    def load(
-        self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
-    ) -> LoadedEngine:
-        self.engine.state = EngineState.READY  # it may have been unloaded before
-        return super().load(model, settings, meter, room)
 
 
 @dataclass(frozen=True)
