@@ -43,10 +43,15 @@ class Records(list[RequestRecord]):
             self._changed.wait_for(lambda: any(r.query == mark for r in self), timeout=20)
             return [record for record in self if record.path != "/v2/"]
 
+    def forget(self, server: RegistryServer) -> None:
+        """Forget what was asked up to now."""
+        self.settled(server)
+        self.clear()
+
 
 @dataclass
 class Published:
-    """A model in a registry; `records` are the requests since the last `clear`."""
+    """A model in a registry; `records` are the requests since the last `forget`."""
 
     server: RegistryServer
     reference: str
@@ -82,7 +87,6 @@ def published(tmp_path: Path) -> Iterator[Published]:
         origin = modelpack.Store(tmp_path / "origin")
         request = modelpack.PackageRequest(safetensors_dir=tiny_safetensors(tmp_path))
         made = modelpack.package(reference, request, push=True, store=origin)
-        records.settled(server)
-        records.clear()
+        records.forget(server)
         store = modelpack.Store(tmp_path / "store")
         yield Published(server, reference, made.manifest, records, origin, store)

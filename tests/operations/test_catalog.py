@@ -94,8 +94,7 @@ def test_no_weights_are_fetched(tmp_path: Path) -> None:
             for name in ("team/a:v1", "teams/c:v1")
             for file in modelpack.inspect(f"{server.host}/{name}", store=store).select(["weight"])
         }
-        records.settled(server)
-        records.clear()
+        records.forget(server)
         catalog(server.host)
         fetched = {one.path.rpartition("/")[2] for one in records.settled(server)}
     assert fetched & weights == set()

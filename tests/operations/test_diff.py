@@ -88,7 +88,7 @@ def test_local_and_remote(published: Published, tmp_path: Path) -> None:
     copied = f"{published.server.host}/other/m:v1"
     modelpack.copy(name, copied)
     published.records.settled(published.server)
-    published.records.clear()
+    published.records.forget(published.server)
     assert diff(name, copied).identical
     assert published.blobs_fetched() == {str(published.manifest.config.digest)}
     modelpack.pull(name, store=store)

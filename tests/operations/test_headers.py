@@ -63,8 +63,7 @@ def hosted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosted]:
 
 @pytest.fixture
 def big(hosted: Hosted) -> Hosted:
-    hosted.records.settled(hosted.server)
-    hosted.records.clear()
+    hosted.records.forget(hosted.server)
     return hosted
 
 

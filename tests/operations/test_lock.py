@@ -87,22 +87,22 @@ def test_a_tag_that_goes(published: Published, path: Path) -> None:
 
 def test_offline(published: Published, path: Path) -> None:
     lock([published.reference], path=path)
-    published.records.clear()
+    published.records.forget(published.server)
     with pytest.raises(NotFoundError, match="is locked to"):
         pull_locked(path=path, offline=True, store=published.store)
     [drift] = check_lock(path=path, offline=True, store=published.store)
     assert drift.found is None
-    assert published.records == []
+    assert published.records.settled(published.server) == []
     modelpack.pull(
         published.reference, selection=Selection(only=Part.CONFIG), store=published.store
     )
     with pytest.raises(NotFoundError):
         pull_locked(path=path, offline=True, store=published.store)
     pull_locked(path=path, store=published.store)
-    published.records.clear()
+    published.records.forget(published.server)
     assert pull_locked(path=path, offline=True, store=published.store) == ()
     assert check_lock(path=path, offline=True, store=published.store) == ()
-    assert published.records == []
+    assert published.records.settled(published.server) == []
     # A lost blob is not taken for there.
     published.store.blob_path(Digest.parse(published.path_digest("LICENSE"))).unlink()
     with pytest.raises(NotFoundError):

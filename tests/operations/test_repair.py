@@ -32,7 +32,7 @@ def lose(store: modelpack.Store, digest: Digest | str) -> None:
 def pulled(published: Published) -> Published:
     modelpack.pull(published.reference, store=published.store)
     published.records.settled(published.server)
-    published.records.clear()
+    published.records.forget(published.server)
     return published
 
 

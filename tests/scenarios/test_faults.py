@@ -56,7 +56,7 @@ def test_04_a_flipped_bit_always_is_an_error(published: Published) -> None:
         published.pull()
     published.check_nothing_shows()
     assert published.registry.count("GET", published.path) == 2
-    assert not list(published.store.root.glob("ingest/**/*.part"))
+    assert not list(published.store.root.glob(f"ingest/**/*{published.weight.digest.encoded}*"))
 
 
 def test_05_a_server_that_ignores_ranges(published: Published) -> None:

@@ -40,8 +40,8 @@ FILE_TYPES = {
 }
 #: Held in the type throughout: a mixture would have no tensor of it.
 PURE = ("Q3_K_M", "Q2_K")
-#: What most files are in; the others take too long for every run.
-USUAL = ("Q8_0", "Q4_K_M")
+#: What most files are in; the others take too long for every run (`make test-long` has them).
+USUAL = ("Q4_K_M",)
 QUESTION = "The capital of France is"
 
 

@@ -226,7 +226,8 @@ def test_right_guesses_save_steps_and_are_counted() -> None:
 def test_wrong_guesses_cost_no_more_than_rows() -> None:
     [plain] = tiny_engine().generate([[1, 2, 3]], LONG)
     engine = tiny_engine()
-    speculate(engine, Oracle({}, wrong=1, wrong_tokens=[300]), num_tokens=4)
+    never = next(token for token in range(VOCAB) if token not in tokens(plain))
+    speculate(engine, Oracle({}, wrong=1, wrong_tokens=[never]), num_tokens=4)
     [found] = engine.generate([[1, 2, 3]], LONG)
     check_same(plain, found)
     stats = engine.stats()
