@@ -36,7 +36,8 @@ class Entry:
     engine: PooledEngine | None = None
     model: ServedModel | None = None
     users: int = 0
-    waiting: int = 0  # those who will use it once it is loaded
+    waiting: int = 0  # those who will use it once it is loaded,
+    preloading: int = 0  # and those who only want it to be
     last_used: float = 0.0
     #: Bytes that it takes, or will take once it is loaded.
     memory: int = 0
@@ -61,7 +62,8 @@ class Entry:
     @property
     def is_idle(self) -> bool:
         """Whether it is loaded, and neither in use nor about to be."""
-        return self.state is ModelState.READY and not self.users and not self.waiting
+        wanted = self.users or self.waiting or self.preloading
+        return self.state is ModelState.READY and not wanted
 
     @property
     def may_go(self) -> bool:

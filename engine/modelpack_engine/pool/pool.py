@@ -111,8 +111,7 @@ class ModelPool:
         be waited for and `wait` is false, or too many wait.
         """
         entry = await self._entry(name)
-        if entry.state is not ModelState.READY and entry.waiting >= self._max_waiting:
-            raise LoadingError(f"{entry.waiting} requests wait for the model {name}")
+        self._check_queue(entry)
         entry.waiting += 1
         try:
             model = await self._ready(entry, wait)
@@ -123,12 +122,19 @@ class ModelPool:
         try:
             yield model
         finally:
-            self._release(entry, keep_alive)
+            entry.users -= 1
+            self._left(entry, keep_alive)
 
     async def preload(self, name: str, *, keep_alive: float | None = None) -> None:
-        """Load a model; raises what `lease` does."""
-        async with self.lease(name, keep_alive=keep_alive):
-            pass
+        """Load a model; raises what `lease` does. It is nobody's use of it, for `configure`."""
+        entry = await self._entry(name)
+        self._check_queue(entry)
+        entry.preloading += 1
+        try:
+            await self._ready(entry, wait=True)
+        finally:
+            entry.preloading -= 1
+        self._left(entry, keep_alive)
 
     def pin(self, name: str, settings: ModelSettings | None = None) -> None:
         """Have `start` load a model that is to stay; `readiness` waits for it."""
@@ -339,8 +345,13 @@ class ModelPool:
         entry.memory = need
         return free
 
-    def _release(self, entry: Entry, keep_alive: float | None) -> None:
-        entry.users -= 1
+    def _check_queue(self, entry: Entry) -> None:
+        waiting = entry.waiting + entry.preloading
+        if entry.state is not ModelState.READY and waiting >= self._max_waiting:
+            raise LoadingError(f"{waiting} requests wait for the model {entry.name}")
+
+    def _left(self, entry: Entry, keep_alive: float | None) -> None:
+        """Take note that somebody no longer needs a model."""
         entry.last_used = self.clock()
         if keep_alive is not None:
             entry.keep_alive = keep_alive

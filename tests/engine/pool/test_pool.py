@@ -179,6 +179,21 @@ async def test_an_engine_that_died_is_replaced() -> None:
 
 
 @loop
+async def test_loading_ahead_is_no_use_that_other_settings_wait_for() -> None:
+    shelf = Shelf(a=1)
+    pool = pool_over(shelf)
+
+    async def configure() -> None:
+        await pool.preload("a")
+        await pool.configure("a", ModelSettings(context_size=50))
+
+    await asyncio.gather(configure(), pool.preload("a"), pool.preload("a"))
+    async with pool.lease("a") as model:
+        assert model.engine.max_model_len == 50
+    assert shelf.loads == ["a", "a"]
+
+
+@loop
 async def test_an_engine_that_dies_at_once_is_not_loaded_for_ever() -> None:
     shelf = Shelf(a=1)
     shelf.dies.add("a")
@@ -257,7 +272,7 @@ async def test_so_many_wait_for_a_model_and_no_more() -> None:
     pool = pool_over(shelf, max_waiting=2)
     shelf.gate.clear()
     waiting = [asyncio.create_task(pool.preload("a")) for _ in range(2)]
-    while not pool.entries() or pool.entries()[0].waiting < 2:
+    while not pool.entries() or pool.entries()[0].preloading < 2:
         await asyncio.sleep(0)
     with pytest.raises(LoadingError, match="2 requests wait"):
         await pool.preload("a")
