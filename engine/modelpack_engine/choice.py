@@ -41,7 +41,7 @@ class Choice:
         if self.mask is not None:
             self.mask.accept(token_id)
         ends_text = sequence.finish_reason is FinishReason.STOP and token_id in self._ending_ids
-        delta = self._detokenizer.push([] if ends_text else [token_id])
+        delta = self._detokenizer.push(() if ends_text else (token_id,))
         event = self._event((token_id,), delta.text, logprob)
         if sequence.is_finished:
             event = self.ended(event)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from modelpack_engine.sampling_params import SamplingParams
 from modelpack_engine.stopping import stop_strings
@@ -32,8 +31,7 @@ class TokenBytes(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(NamedTuple):
     """Text that became final, and the stop string that ended it, if one did."""
 
     text: str
@@ -73,15 +71,17 @@ class Detokenizer:
 
     def push(self, token_ids: Iterable[int]) -> TextDelta:
         """Return the text that these tokens make final; nothing once a stop string was found."""
-        pieces = []
+        text = ""
         for token_id in token_ids:
             if self._stopped_by is not None:
                 break
             data = b"" if token_id in self._skipped else self._tokenizer.token_bytes(token_id)
-            may_stop = self._tokens_before_stop <= 0
+            piece = self._utf8.decode(data)
+            if self._automaton is not None or self._strips_space:
+                piece = self._emit(piece, may_stop=self._tokens_before_stop <= 0)
             self._tokens_before_stop -= 1
-            pieces.append(self._emit(self._utf8.decode(data), may_stop=may_stop))
-        return TextDelta("".join(pieces), self._stopped_by)
+            text += piece
+        return TextDelta(text, self._stopped_by)
 
     def finish(self) -> str:
         """Return what was held back, now that no more tokens come."""
