@@ -6,7 +6,7 @@ demo: .venv/.engine
 	.venv/bin/python scripts/demo
 
 test: .venv/.dev
-	.venv/bin/python -m pytest -n 3 --dist loadfile
+	.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-long: .venv/.dev
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m long
