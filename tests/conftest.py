@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tests.peers import REQUIRED, docker_registry
+from tests.peers import REQUIRED, docker_registry, missing
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,6 +24,22 @@ os.environ.setdefault("MODELPACK_CACHE", str(ROOT / ".cache"))
 # Machines that run tests are busy; a slow example is not a wrong one.
 hypothesis.settings.register_profile("modelpack", deadline=None)
 hypothesis.settings.load_profile("modelpack")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MiB, to be filled."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "none", place], capture_output=True
+    )
+    if mounted.returncode:
+        missing(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,26 +15,9 @@ from modelpack.errors import ModelpackError
 from modelpack.server import RegistryServer
 from tests.cli.running import modelpack as command_line
 from tests.cli.running import succeed
-from tests.faults.killed import COMMANDS, MIB, NEW, OLD, SIZE, Place
+from tests.faults.killed import COMMANDS, NEW, OLD, SIZE, Place
 from tests.models import tiny_gguf
-from tests.peers import missing
 from tests.registry.faulty import FaultyRegistry
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 16 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={16 * MIB}", "none", place], capture_output=True
-    )
-    if mounted.returncode:
-        missing(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", place], check=True)
 
 
 def fill(disk: Path, leave: int) -> Path:

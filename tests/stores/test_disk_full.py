@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,28 +12,10 @@ from modelpack.errors import StorageFullError
 from modelpack.stores import disk_space, downloads, imports
 from modelpack.stores.layout import LayoutStore
 from tests.contract.parts import BytesSource, Watcher, blob_of, content_of, small_model, write_model
-from tests.peers import missing
 
 MIB = 1024 * 1024
-DISK = 16 * MIB
 CONTENT = random.Random(19).randbytes(11 * MIB)
 X = "docker.io/ai/x:latest"
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 16 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", place], capture_output=True
-    )
-    if mounted.returncode:
-        missing(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", place], check=True)
 
 
 @pytest.fixture
