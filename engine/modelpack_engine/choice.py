@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Tokens
 from dataclasses import replace
 
 from modelpack_engine.detokenizer import Detokenizer
 from modelpack_engine.loaders.tokenizer import Tokenizer
 from modelpack_engine.outputs import FinishReason, RequestEvent, Timing, TokenLogprob, Usage
+from modelpack_engine.sampling_params import SamplingParams, check_request
 from modelpack_engine.sequence import Sequence
 from modelpack_engine.stopping import ending_token_ids
+
+
+def make_choices(
+    request_id: str,
+    prompt_token_ids: Tokens[int],
+    params: SamplingParams,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    n: int,
+    continues_text: bool,
+    cache_salt: bytes,
+) -> list[Choice]:
+    """Return the `n` choices of a request, whose sequences wait; raises `RequestError`."""
+    check_request(prompt_token_ids, params, n, vocab_size)
+    first = Sequence(
+        request_id,
+        list(prompt_token_ids),
+        params,
+        eos_token_ids=tokenizer.eos_token_ids,
+        cache_salt=cache_salt,
+    )
+    sequences = [first, *(first.fork(index) for index in range(1, n))]
+    return [Choice(sequence, tokenizer, continues_text) for sequence in sequences]
 
 
 class Choice:

@@ -27,7 +27,7 @@ from modelpack_engine.adaptation.cache_types import layout_with_cache_type
 from modelpack_engine.adaptation.layout import ModelLayout
 from modelpack_engine.batch import build_batch
 from modelpack_engine.block_manager import BlockManager
-from modelpack_engine.choice import Choice
+from modelpack_engine.choice import Choice, make_choices
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.kv_types import parse_kv_cache_dtype
 from modelpack_engine.loaders import LoadedModel
@@ -35,7 +35,7 @@ from modelpack_engine.model_runner import ModelRunner
 from modelpack_engine.offload.opening import open_offload
 from modelpack_engine.outputs import EngineStats, FinishReason, RequestEvent
 from modelpack_engine.sampler import NO_TOKEN, Sampled, Sampler, SampleRow
-from modelpack_engine.sampling_params import LogitsMask, SamplingParams, check_request
+from modelpack_engine.sampling_params import LogitsMask, SamplingParams
 from modelpack_engine.schedule import Proposal
 from modelpack_engine.scheduler import Scheduler
 from modelpack_engine.sequence import Sequence
@@ -129,17 +129,17 @@ class Engine:
         `continues_text`: for completions, whose text goes on after the prompt.
         Raises `RequestError`, `ContextLengthError` or `QueueFullError`; nothing is queued then.
         """
-        check_request(prompt_token_ids, params, n, self.vocab_size)
-        first = Sequence(
+        choices = make_choices(
             request_id,
-            list(prompt_token_ids),
+            prompt_token_ids,
             params,
-            eos_token_ids=self.tokenizer.eos_token_ids,
+            self.tokenizer,
+            vocab_size=self.vocab_size,
+            n=n,
+            continues_text=continues_text,
             cache_salt=cache_salt,
         )
-        sequences = [first, *(first.fork(index) for index in range(1, n))]
-        choices = [Choice(sequence, self.tokenizer, continues_text) for sequence in sequences]
-        self._scheduler.add(*sequences)
+        self._scheduler.add(*(choice.sequence for choice in choices))
         self._choices |= {choice.sequence.seq_id: choice for choice in choices}
 
     @property

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from modelpack_engine.batch import StepBatch, build_batch
 from modelpack_engine.buckets import EXACT
-from modelpack_engine.choice import Choice
+from modelpack_engine.choice import Choice, make_choices
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.errors import EngineError
 from modelpack_engine.llama_cpp.context import Context, LlamaModel
@@ -25,7 +25,7 @@ from modelpack_engine.llama_cpp.slots import Slots
 from modelpack_engine.loaders import Tokenizer
 from modelpack_engine.outputs import EngineStats, FinishReason, RequestEvent
 from modelpack_engine.sampler import NO_TOKEN, Sampler
-from modelpack_engine.sampling_params import LogitsMask, SamplingParams, check_request
+from modelpack_engine.sampling_params import LogitsMask, SamplingParams
 from modelpack_engine.scheduler import Scheduler
 from modelpack_engine.sequence import Sequence
 from modelpack_engine.sizing import choose_sizes
@@ -106,17 +106,17 @@ class LlamaCppEngine:
         cache_salt: bytes = b"",
     ) -> None:
         """Queue a request, as `Engine.add_request` does."""
-        check_request(prompt_token_ids, params, n, self.vocab_size)
-        first = Sequence(
+        choices = make_choices(
             request_id,
-            list(prompt_token_ids),
+            prompt_token_ids,
             params,
-            eos_token_ids=self.tokenizer.eos_token_ids,
+            self.tokenizer,
+            vocab_size=self.vocab_size,
+            n=n,
+            continues_text=continues_text,
             cache_salt=cache_salt,
         )
-        sequences = [first, *(first.fork(index) for index in range(1, n))]
-        choices = [Choice(sequence, self.tokenizer, continues_text) for sequence in sequences]
-        self._scheduler.add(*sequences)
+        self._scheduler.add(*(choice.sequence for choice in choices))
         self._choices |= {choice.sequence.seq_id: choice for choice in choices}
 
     @property
