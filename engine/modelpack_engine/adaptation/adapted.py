@@ -69,7 +69,7 @@ class Adapted:
         self.fused: dict[str, int] = {}
         if fused:
             owners = {id(self._owners[id(kv)]): kv for kv in self.paged if id(kv) in self._owners}
-            self.fused = fuse(model, owners, self.sums, step, self.swaps)
+            self.fused = fuse(model, owners, self.sums, step, self.swaps, layout.inner)
         self.folded = fold_quantised(model, self.swaps, dequantise=fused) if fold else 0
         if step.second_stream is not None:
             halve_linears(model, self.swaps, step.second_stream)

@@ -120,6 +120,11 @@ class StepInputs:
         self.rows_taken = False
         self.active = True
 
+    @property
+    def samples_few(self) -> bool:
+        """Whether fewer rows are sampled, padding included, than there are."""
+        return not self.all_rows_sampled and self.sample_rows.shape[0] < self.num_rows
+
     def end(self) -> None:
         """Drop what only building the graph needed."""
         self._memo = {}

@@ -29,11 +29,13 @@ def fuse(
     sums: Sums,
     step: StepInputs,
     swaps: ClassSwaps,
+    inner: nn.Module | None = None,
 ) -> dict[str, int]:
     """Let the layers of `model` that are recognised answer a step's calls by fused kernels.
 
-    `owners` are the caches of attention modules, by the modules' identity. Returns how many layers
-    of what kind there are. Calls that are not part of a step are answered as before.
+    `owners` are the caches of attention modules, by the modules' identity; `inner` is the model
+    without its head. Returns how many layers of what kind there are. Calls that are not part of a
+    step are answered as before.
     """
     counts: dict[str, int] = {}
 
@@ -41,13 +43,14 @@ def fuse(
         counts[kind] = counts.get(kind, 0) + 1
 
     blocks = False
+    last = _last_layer(inner)
     for _, module in list(model.named_modules()):
         if reads_like(module, llama.MLP) and _fuse_mlp(module, sums, step, swaps):
             count("MLP")
         elif id(module) in owners and _fuse_attention(module, owners[id(module)], sums, swaps):
             count("attention")
         elif _is_block(module):
-            _fuse_block(module, sums, step, swaps)
+            _fuse_block(module, sums, step, swaps, is_last=module is last)
             blocks = True
             count("block")
     if blocks:
@@ -63,11 +66,24 @@ def _is_block(module: nn.Module) -> bool:
     )
 
 
-def _fuse_block(module: nn.Module, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> None:
+def _last_layer(inner: nn.Module | None) -> nn.Module | None:
+    layers = getattr(inner, "layers", None)
+    return layers[-1] if isinstance(layers, list) and layers else None
+
+
+def _fuse_block(
+    module: nn.Module, sums: Sums, step: StepInputs, swaps: ClassSwaps, *, is_last: bool
+) -> None:
+    """Fuse a block; after the last one's attention, only sampled rows go on."""
+
     def call(original: Call, block: Any, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
         if not step.active or cache is None:
             return original(block, x, mask, cache)
-        hidden = sums.add(x, block.self_attn(block.input_layernorm(x), mask, cache))
+        attended = block.self_attn(block.input_layernorm(x), mask, cache)
+        if is_last and x.shape[0] == step.num_rows and step.samples_few:
+            x, attended = (sums.take(array, step.sample_rows) for array in (x, attended))
+            step.rows_taken = True
+        hidden = sums.add(x, attended)
         return sums.add(hidden, block.mlp(block.post_attention_layernorm(hidden)))
 
     swaps.override(module, call)

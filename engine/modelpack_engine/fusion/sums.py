@@ -47,6 +47,16 @@ class Sums:
         self._sums[id(total)] = _Sum(total, a, parts)
         return total
 
+    def take(self, array: mx.array, rows: mx.array) -> mx.array:
+        """Return rows int32 [n] of `array`; where it is a sum of parts, of these."""
+        known = self._parts.get(id(array))
+        if known is None:
+            return self.value(array)[rows]
+        parts = known[1]
+        taken = parts.array[rows] if parts.count == 1 else parts.array[:, rows]
+        shape = (rows.shape[0], *array.shape[1:])
+        return self.of_parts(Parts(taken, parts.count), shape, array.dtype)
+
     def terms(self, total: mx.array) -> tuple[mx.array, Parts] | None:
         """Return a and the parts of what was summed, unless it has been made already."""
         known = self._sums.get(id(total))

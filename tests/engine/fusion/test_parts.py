@@ -106,6 +106,22 @@ def test_a_sum_of_parts_is_one_array_and_remembers_them() -> None:
     assert terms[1] is parts
 
 
+def test_rows_of_a_sum_of_parts_are_a_sum_of_parts() -> None:
+    sums, rows = Sums(), mx.array([2, 0, 0], mx.int32)
+    for count in (1, 2):
+        parts = Parts(mx.random.normal((count, 4, 2) if count > 1 else (4, 2)), count)
+        total = sums.of_parts(parts, (4, 1, 2), mx.float32)
+        taken = sums.take(total, rows)
+        np.testing.assert_array_equal(taken, total[rows])
+        terms = sums.terms(sums.add(taken, taken))
+        assert terms is not None
+        assert terms[1].count == count
+    plain = sums.add(total, mx.ones((4, 1, 2)))
+    made = total + 2
+    sums.set_made(plain, made)
+    np.testing.assert_array_equal(sums.take(plain, rows), made[rows])
+
+
 ROPES = {
     "plain": (None, False),
     "interleaved": (None, True),
