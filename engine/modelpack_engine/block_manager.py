@@ -7,6 +7,7 @@ that it can be shared again until the room is needed. Block 0 is nobody's: paddi
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 
 from modelpack_engine.config import BLOCK_SIZE
 from modelpack_engine.offload.prefixes import PrefixOffload
@@ -106,11 +107,15 @@ class BlockManager:
         self._ref_counts[block] = 1
         return block
 
-    def share(self, block: int) -> None:
-        """Count one more user of a block that is used or cached."""
-        if self._ref_counts[block] == 0:
-            del self._cached[block]
-        self._ref_counts[block] += 1
+    def share(self, blocks: Iterable[int]) -> None:
+        """Count one more user of blocks that are used or cached; the trash block counts none."""
+        counts, cached = self._ref_counts, self._cached
+        for block in blocks:
+            if block == TRASH_BLOCK:
+                continue
+            if counts[block] == 0:
+                del cached[block]
+            counts[block] += 1
 
     def release(self, block: int) -> None:
         """Count one user less; without any, the block is free, or cached if it has a hash."""
@@ -172,7 +177,7 @@ class BlockManager:
 
     def num_held(self, sequence: Sequence, matched: list[int] | None = None) -> int:
         """Return how many blocks a sequence holds, or would if it shared those that match."""
-        shared = sum(block != TRASH_BLOCK for block in matched or ())
+        shared = len(matched) - matched.count(TRASH_BLOCK) if matched else 0
         return len(sequence.block_table) - sequence.num_unseen_blocks + shared
 
     def release_unseen(self, sequence: Sequence) -> None:
@@ -234,14 +239,18 @@ class BlockManager:
             return blocks, 0
         if self.window is not None:
             return self._match_window(sequence, self.window)
-        hashes, first = sequence.block_hashes, len(sequence.block_table)
-        for index in self._shareable(sequence):
-            if index == len(hashes):
-                self._hash(sequence, index)
-            block = self._block_of.get(hashes[index])
-            if block is None:
-                break
-            blocks.append(block)
+        indices, first = self._shareable(sequence), len(sequence.block_table)
+        hashes, find = sequence.block_hashes, self._block_of.get
+        for start in range(indices.start, indices.stop, HASHED_AT_ONCE):
+            stop = min(start + HASHED_AT_ONCE, indices.stop)
+            self._hash(sequence, stop - 1)
+            for hash_ in hashes[start:stop]:
+                if (block := find(hash_)) is None:
+                    break
+                blocks.append(block)
+            else:
+                continue
+            break
         usable = reach = len(blocks)
         while usable and not self._may_go_on(hashes[first + usable - 1]):
             usable -= 1
@@ -277,9 +286,7 @@ class BlockManager:
         blocks, reach = self._match(sequence)
         if self.snapshots is not None and reach > len(blocks):
             sequence.branch = (len(sequence.block_table) + reach) * self.block_size
-        for block in blocks:
-            if block != TRASH_BLOCK:
-                self.share(block)
+        self.share(blocks)
         num_tokens = self._extend(sequence, blocks)
         if blocks and self.snapshots is not None:
             last = len(sequence.block_table) - 1
@@ -302,7 +309,7 @@ class BlockManager:
         blocks: list[int] = []
         for hash_, content in zip(hashes, offload.fetch(sequence.seq_id, hashes), strict=False):
             if hash_ in self._block_of:  # evicted in between, and computed again by another
-                self.share(block := self._block_of[hash_])
+                self.share([block := self._block_of[hash_]])
             elif self.can_allocate(1):
                 offload.restore(block := self.allocate(), content)
                 self.publish(block, hash_)
@@ -322,7 +329,8 @@ class BlockManager:
 
     def num_idle(self, blocks: list[int]) -> int:
         """Return how many of `blocks` are cached: sharing these makes fewer available."""
-        return sum(self._ref_counts[block] == 0 for block in blocks if block != TRASH_BLOCK)
+        counts = [self._ref_counts[block] for block in blocks if block != TRASH_BLOCK]
+        return counts.count(0)
 
     def next_hash(self, sequence: Sequence) -> bytes | None:
         """Return the hash of the block that the sequence computes next, if it could be shared."""

@@ -11,8 +11,12 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 HASH_SIZE = 16  # bytes
+
+#: Blocks whose hashes are remembered together, as prompts often begin alike.
+_REMEMBERED = 16
 
 _BLOCK = hashlib.blake2b(digest_size=HASH_SIZE, person=b"kv block")
 
@@ -29,12 +33,22 @@ def block_hashes(parent: bytes, token_ids: Sequence[int], block_size: int) -> li
     """Return the hashes of the full blocks of `token_ids` after `parent`; ids are below 2**32."""
     packed = struct.pack(f"<{len(token_ids)}I", *token_ids)
     size = struct.calcsize(f"<{block_size}I")
+    hashes: list[bytes] = []
+    for start in range(0, len(packed), _REMEMBERED * size):
+        run = packed[start : start + _REMEMBERED * size]
+        hashes += _hashes(hashes[-1] if hashes else parent, run, size)
+    return hashes
+
+
+@lru_cache(maxsize=4096)
+def _hashes(parent: bytes, packed: bytes, size: int) -> tuple[bytes, ...]:
+    """Return the hashes of the full blocks, of `size` bytes each, of `packed` tokens."""
     hashes = []
     for end in range(size, len(packed) + 1, size):
         block = _BLOCK.copy()  # takes half as long as a new one
         block.update(parent + packed[end - size : end])
         hashes.append(parent := block.digest())
-    return hashes
+    return tuple(hashes)
 
 
 def cache_salt(adapter: str = "", media: Iterable[bytes] = ()) -> bytes:

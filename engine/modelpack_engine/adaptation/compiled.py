@@ -134,7 +134,7 @@ class CompiledSteps:
         decode = self._buckets.pad_rows(batch.num_decode)
         if batch.chunks:  # so many sizes of chunks need few sizes of what is beside them
             decode = next((size for size in BESIDE_CHUNKS if 0 < decode <= size), decode)
-        of_chunks = [_up(chunk.padded_length) for chunk in batch.chunks]
+        of_chunks = [_up(chunk.length) for chunk in batch.chunks]
         count = sum(of_chunks)
         rows = decode + (self._buckets.pad_chunk(_up(count)) if count else 0)
         order = None
