@@ -20,6 +20,7 @@ from typing import Self
 import mlx.core as mx
 import mlx.nn as nn
 
+from modelpack_engine import recurrence
 from modelpack_engine.adaptation import cpu_activations
 from modelpack_engine.adaptation import self_test as tests
 from modelpack_engine.adaptation.adapted import Adapted
@@ -91,6 +92,7 @@ class ModelRunner:
     ) -> None:
         handles.install()
         rotations.install()
+        recurrence.install()
         self.model = model
         self.num_blocks = num_blocks
         self.block_size = block_size

@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, CacheList
 
+from modelpack_engine import recurrence
 from modelpack_engine.adaptation.kv_view import KVView
 from modelpack_engine.adaptation.recurrent import RecurrentState
 from modelpack_engine.adaptation.swaps import Call, ClassSwaps
@@ -123,7 +124,8 @@ class _Pieces:
             )
         args = [self._cut(value, piece, views) for value in self.args]
         kwargs = {name: self._cut(value, piece, views) for name, value in self.kwargs.items()}
-        return self.call(*args, **kwargs), views
+        with recurrence.in_use():
+            return self.call(*args, **kwargs), views
 
     def _cut(self, value: Any, piece: Piece, views: dict[int, Any]) -> Any:
         """Return an argument as `piece` sees it."""

@@ -36,6 +36,14 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     },
     "swiglu": {"joint": "T", "out": "T"},
     "dequantise": {"weight": "uint32_t", "scales": "T", "biases": "T", "out": "T"},
+    "state_space": {
+        "x": "T", "dt": "float", "a": "float", "b": "T", "c": "T", "d": "E", "state": "float",
+        "y": "T", "new_state": "float",
+    },
+    "delta_rule": {
+        "q": "T", "k": "T", "v": "T", "g": "float", "beta": "float", "state": "float", "y": "T",
+        "new_state": "float",
+    },
 }  # fmt: skip
 ELEMENTS["quantise"] = ELEMENTS["write"]
 

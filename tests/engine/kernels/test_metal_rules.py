@@ -47,6 +47,24 @@ FUSED = [
         )
     ),
 ]
+RECURRENT = [
+    Instance(
+        "state_space",
+        (*BF16, ("E", "bfloat16_t")),
+        (("H", 8), ("P", 64), ("G", 2), ("N", 128), ("R", 4), ("NSG", 4)),
+    ),
+    *(
+        Instance(
+            "delta_rule",
+            BF16,
+            (
+                ("HK", 2), ("HV", 4), ("DK", 64), ("DV", 64), ("R", rows), ("EVERY", every),
+                ("NSG", 4),
+            ),
+        )
+        for rows, every in ((4, False), (1, True))
+    ),
+]  # fmt: skip
 #: Inputs that can have fewer than 8 elements: MLX puts them into `constant`, one by one.
 SMALL: dict[Body, tuple[str, ...]] = {
     "decode": ("block_tables", "context_lens", "sinks"),
@@ -57,6 +75,8 @@ SMALL: dict[Body, tuple[str, ...]] = {
     "add_norm": (),
     "swiglu": (),
     "dequantise": ("scales", "biases"),
+    "state_space": ("dt", "a", "d"),
+    "delta_rule": ("g", "beta"),
 }
 #: And those that always have.
 TINY: dict[Body, tuple[str, ...]] = {
@@ -73,6 +93,7 @@ INSTANCES = [
     quantise_instance(128, 64, Quantisation(8, 32), rows="bfloat16_t"),
     quantise_instance(64, 64, Quantisation(4, 64), rows="float"),
     *FUSED,
+    *RECURRENT,
 ]
 
 

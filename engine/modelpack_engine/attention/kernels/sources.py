@@ -27,6 +27,8 @@ Body = Literal[
     "swiglu",
     "dequantise",
     "product",
+    "state_space",
+    "delta_rule",
 ]
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -46,6 +48,8 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "swiglu": ("joint",),
     "dequantise": ("weight", "scales", "biases"),
     "product": ("x", "weight", "scales", "biases", "bias"),
+    "state_space": ("x", "dt", "a", "b", "c", "d", "state"),
+    "delta_rule": ("q", "k", "v", "g", "beta", "state"),
 }  # fmt: skip
 OUTPUTS: dict[Body, tuple[str, ...]] = {
     "decode": ("out", "stats"),
@@ -58,6 +62,8 @@ OUTPUTS: dict[Body, tuple[str, ...]] = {
     "swiglu": ("out",),
     "dequantise": ("out",),
     "product": ("out",),
+    "state_space": ("y", "new_state"),
+    "delta_rule": ("y", "new_state"),
 }
 
 #: MLX binds inputs with fewer elements in Metal's constant address space.

@@ -1,0 +1,174 @@
+"""State spaces and delta rules against mlx-lm's operations; the kernels on an emulated GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models import gated_delta, ssm
+
+from modelpack_engine import recurrence
+from modelpack_engine.attention.kernels import launch
+from modelpack_engine.recurrence import delta_rule, installing, state_space
+from tests.engine.kernels.onhost import Host
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, Any]]:
+    return tmp_path_factory.mktemp("recurrence"), {}
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, compiled: tuple[Path, dict[Any, Any]]) -> Iterator[Host]:
+    found = Host(*compiled)
+    monkeypatch.setattr(launch, "_kernel", found.kernel)
+    monkeypatch.setattr(launch, "backend", lambda: "metal")
+    caches = (state_space.verdict, delta_rule.verdict)
+    for cache in caches:
+        cache.cache_clear()
+    yield found
+    for cache in caches:
+        cache.cache_clear()
+
+
+def state_space_inputs(
+    batch: int, tokens: int, heads: int, groups: int, *, started: bool
+) -> list[Any]:
+    """Return what mlx-lm's `ssm_attn` takes."""
+    keys = mx.random.split(mx.random.key(11), 7)
+    dim, size = 8, 16
+    return [
+        mx.random.normal((batch, tokens, heads, dim), key=keys[0]),
+        mx.log(mx.arange(1, heads + 1, dtype=mx.float32)),
+        mx.random.normal((batch, tokens, groups, size), key=keys[1]),
+        mx.random.normal((batch, tokens, groups, size), key=keys[2]),
+        mx.random.normal((heads,), key=keys[3]),
+        mx.random.normal((batch, tokens, heads), key=keys[4]) - 2,
+        mx.random.normal((heads,), key=keys[5]) / 4,
+        mx.random.normal((batch, heads, dim, size), key=keys[6]) if started else None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "groups", "started"),
+    [
+        (1, 1, 4, 2, True),
+        (3, 1, 4, 1, True),
+        (2, 1, 6, 3, True),
+        (1, 1, 4, 2, False),
+        (1, 7, 4, 2, False),
+        (1, 7, 4, 2, True),
+        (2, 300, 4, 2, False),  # more than a chunk
+        (2, 513, 4, 4, True),
+    ],
+)
+def test_state_spaces_are_those_of_mlx_lm(
+    monkeypatch: pytest.MonkeyPatch,
+    batch: int,
+    tokens: int,
+    heads: int,
+    groups: int,
+    started: bool,
+) -> None:
+    inputs = state_space_inputs(batch, tokens, heads, groups, started=started)
+    expected = installing.native_ssm_attn(*inputs)
+    recurrence.install()
+    monkeypatch.setattr(installing, "native_ssm_attn", None)
+    with recurrence.in_use():
+        found = ssm.ssm_attn(*inputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_padded_state_spaces_stay_with_mlx_lm() -> None:
+    inputs = [*state_space_inputs(2, 5, 4, 2, started=False), (0.001, 100.0)]
+    mask = mx.array([[True] * 5, [False] * 2 + [True] * 3])
+    recurrence.install()
+    with recurrence.in_use():
+        found = ssm.ssm_attn(*inputs, mask)
+    for ours, theirs in zip(found, installing.native_ssm_attn(*inputs, mask), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_outside_of_steps_mlx_lm_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    recurrence.install()
+    monkeypatch.setattr(installing, "native_ssm_attn", lambda *_: "mlx-lm's")
+    monkeypatch.setattr(installing, "native_gated_delta_ops", lambda *_: "mlx-lm's")
+    with recurrence.in_use():
+        pass
+    found: list[Any] = [
+        ssm.ssm_attn(*state_space_inputs(1, 1, 4, 2, started=True)),
+        gated_delta.gated_delta_ops(*delta_rule_inputs(1, every=True)),
+    ]
+    assert found == ["mlx-lm's"] * 2
+
+
+def delta_rule_inputs(tokens: int, *, every: bool, dtype: mx.Dtype = mx.float32) -> list[mx.array]:
+    keys = mx.random.split(mx.random.key(12), 6)
+    batch, key_heads, heads, key_dim, dim = 2, 2, 4, 32, 8
+    q, k = (mx.random.normal((batch, tokens, key_heads, key_dim), key=i) / 8 for i in keys[:2])
+    v = mx.random.normal((batch, tokens, heads, dim), key=keys[2])
+    shape = (batch, tokens, heads, key_dim) if every else (batch, tokens, heads)
+    g = mx.random.uniform(0.5, 1, shape, key=keys[3])
+    beta = mx.random.uniform(0, 1, (batch, tokens, heads), key=keys[4]).astype(dtype)
+    state = mx.random.normal((batch, heads, dim, key_dim), key=keys[5])
+    return [*(a.astype(dtype) for a in (q, k, v)), g, beta, state]
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_the_delta_rule_by_definition_is_that_of_mlx_lm(every: bool) -> None:
+    inputs = delta_rule_inputs(5, every=every)
+    found = delta_rule.by_definition(*inputs)
+    expected = installing.native_gated_delta_ops(*inputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_kernel_the_delta_rule_stays_with_mlx_lm() -> None:
+    inputs = delta_rule_inputs(3, every=False)
+    recurrence.install()
+    with recurrence.in_use():
+        found = gated_delta.gated_delta_ops(*inputs)
+    for ours, theirs in zip(found, installing.native_gated_delta_ops(*inputs), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_texts_compute_what_mlx_does(host: Host) -> None:
+    assert state_space.verdict(mx.float32) is None
+    assert delta_rule.verdict(mx.float32) is None
+    assert {body for body, _ in host.calls} == {"state_space", "delta_rule"}
+
+
+@pytest.mark.parametrize(
+    ("body", "wrong"),
+    [
+        ("state_space", ("inputs[r] * through", "through")),
+        ("state_space", ("s.e[e] * decay +", "s.e[e] +")),
+        ("delta_rule", ("- known[r]", "")),
+        ("delta_rule", ("head / (HV / HK)", "0")),
+        ("delta_rule", ("EVERY ? g[(at * 32 + lane) * EACH + e]", "EVERY ? g[at * DK]")),
+    ],
+)
+def test_a_wrong_text_is_found(host: Host, body: str, wrong: tuple[str, str]) -> None:
+    host.break_by(lambda name, text: text.replace(*wrong) if name == body else text)
+    module: Any = {"state_space": state_space, "delta_rule": delta_rule}[body]
+    verdict = module.verdict(mx.float32)
+    assert verdict is not None
+    assert " is off by " in verdict
+
+
+def test_a_prompt_is_as_its_tokens_one_by_one(host: Host) -> None:
+    q, k, v, g, beta, state = delta_rule_inputs(6, every=False)
+    whole, last = delta_rule.update(q, k, v, g, beta, state)
+    for t in range(6):
+        some = slice(t, t + 1)
+        y, state = delta_rule.update(
+            q[:, some], k[:, some], v[:, some], g[:, some], beta[:, some], state
+        )
+        np.testing.assert_array_equal(y, whole[:, some])
+    np.testing.assert_array_equal(state, last)
