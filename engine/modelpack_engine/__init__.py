@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from modelpack_engine.command_buffers import count_operations_only
+from modelpack_engine.command_buffers import set_limits
 
 if TYPE_CHECKING:
     from modelpack_engine.async_engine import AsyncEngine as AsyncEngine
@@ -37,7 +37,7 @@ _WITHOUT_MLX = {"EngineConfig", "RequestEvent", "SamplingParams"}
 
 __all__ = list(_EXPORTS)
 
-count_operations_only()
+set_limits()
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ the trash block, where nothing that counts is ever read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from modelpack_engine.block_manager import TRASH_BLOCK
 from modelpack_engine.buckets import Buckets
@@ -190,18 +190,23 @@ class _Rows:
 
     def add_chunk(self, part: PrefillChunk) -> Chunk:
         """Add the rows of a chunk, and its padding."""
-        token_ids = part.sequence.token_ids(part.start, part.start + part.length)
-        chunk = self._add_chunk(part.sequence, part.start, token_ids)
-        full, rest = divmod(chunk.kv_length, self._block_size)
+        stop = part.start + part.length
+        token_ids = part.sequence.token_ids(part.start, stop)
+        full, rest = divmod(stop, self._block_size)
         hashes = part.sequence.block_hashes
         ends_block = rest == 0 and full <= len(hashes)
-        return replace(
-            chunk,
-            snapshot=part.sequence.snapshot,
-            block_hash=hashes[full - 1] if ends_block else None,
-        )
+        block_hash = hashes[full - 1] if ends_block else None
+        snapshot = part.sequence.snapshot
+        return self._add_chunk(part.sequence, part.start, token_ids, snapshot, block_hash)
 
-    def _add_chunk(self, sequence: Sequence, start: int, token_ids: list[int]) -> Chunk:
+    def _add_chunk(
+        self,
+        sequence: Sequence,
+        start: int,
+        token_ids: list[int],
+        snapshot: object | None = None,
+        block_hash: bytes | None = None,
+    ) -> Chunk:
         length = len(token_ids)
         stop = start + length
         row, size = len(self.token_ids), self._block_size
@@ -216,7 +221,9 @@ class _Rows:
         num_keys = stop + padded_length - length
         width = self._buckets.pad_table_width(-(-num_keys // size))
         table += [TRASH_BLOCK] * (width - len(table))
-        return Chunk(row, length, padded_length, stop, tuple(table), sequence.seq_id)
+        return Chunk(
+            row, length, padded_length, stop, tuple(table), sequence.seq_id, snapshot, block_hash
+        )
 
     def _table(self, sequence: Sequence, num_tokens: int) -> list[int]:
         return sequence.block_table[: -(-num_tokens // self._block_size)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable
+from typing import cast
 
 from modelpack_engine.config import BLOCK_SIZE
 from modelpack_engine.offload.prefixes import PrefixOffload
@@ -244,13 +245,11 @@ class BlockManager:
         for start in range(indices.start, indices.stop, HASHED_AT_ONCE):
             stop = min(start + HASHED_AT_ONCE, indices.stop)
             self._hash(sequence, stop - 1)
-            for hash_ in hashes[start:stop]:
-                if (block := find(hash_)) is None:
-                    break
-                blocks.append(block)
-            else:
-                continue
-            break
+            found = list(map(find, hashes[start:stop]))
+            known = found.index(None) if None in found else len(found)
+            blocks += cast("list[int]", found[:known])
+            if known < len(found):
+                break
         usable = reach = len(blocks)
         while usable and not self._may_go_on(hashes[first + usable - 1]):
             usable -= 1

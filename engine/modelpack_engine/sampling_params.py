@@ -7,8 +7,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
 from modelpack_engine.errors import RequestError
 
 MAX_LOGPROBS = 20
@@ -133,6 +131,8 @@ def check_request(token_ids: Collection[int], params: SamplingParams, n: int, si
 
 def _all_below(token_ids: Collection[int], size: int) -> bool:
     """Return whether all are from 0 up to below `size`; a loop would take three times as long."""
+    import numpy as np  # here, as clients of servers have no use for it
+
     try:
         packed = array("I", token_ids)
     except OverflowError:

@@ -149,16 +149,19 @@ class CompiledSteps:
         width = _width([chunk.block_table for chunk in batch.chunks])
         tile_tables = np.full((num_tiles, width), TRASH_BLOCK, np.int32)
         spans = np.zeros((num_tiles, 2), np.int32)
-        row, tile = decode, 0
+        row, tile, size = decode, 0, self._step.block_size
+        seen: list[tuple[int, int]] = []
         for chunk, length in zip(batch.chunks, of_chunks, strict=True):
             if order is not None:
                 order[row : row + chunk.length] = np.arange(chunk.row, chunk.row + chunk.length)
-            some = slice(tile, tile + length // TILE_ROWS)
-            tile_tables[some, : len(chunk.block_table)] = chunk.block_table
-            before = np.arange(0, length, TILE_ROWS)
-            spans[some, 0] = chunk.kv_length - chunk.length + before
-            spans[some, 1] = np.clip(chunk.length - before, 0, TILE_ROWS)
-            row, tile = row + length, some.stop
+            blocks = chunk.block_table[: -(-chunk.kv_length // size)]
+            tile_tables[tile : tile + length // TILE_ROWS, : len(blocks)] = blocks
+            before = chunk.kv_length - chunk.length
+            for first in range(0, length, TILE_ROWS):
+                seen.append((before + first, min(TILE_ROWS, chunk.length - first)))
+            row, tile = row + length, tile + length // TILE_ROWS
+        if seen:
+            spans[:tile] = seen
         return _Rows(order, rows - batch.num_rows, tables, tile_tables, spans)
 
     def _decode_tables(self, batch: StepBatch, rows: int) -> NDArray[np.int32]:

@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.models import gated_delta, ssm
 
-from modelpack_engine.recurrence import delta_rule, state_space
+from modelpack_engine.recurrence import convolution, delta_rule, state_space
 
 native_ssm_attn = ssm.ssm_attn
 native_gated_delta_ops = gated_delta.gated_delta_ops
+native_conv1d = mx.conv1d
 _in_use: ContextVar[bool] = ContextVar("recurrence in use", default=False)
 
 
@@ -33,6 +35,7 @@ def install() -> None:
     """
     ssm.ssm_attn = _state_space
     gated_delta.gated_delta_ops = _delta_rule
+    mx.conv1d = _convolution
 
 
 def _state_space(
@@ -53,3 +56,9 @@ def _delta_rule(
     if not _in_use.get() or mask is not None or not delta_rule.takes(q, k, v):
         return native_gated_delta_ops(q, k, v, g, beta, state, mask)
     return delta_rule.update(q, k, v, g, beta, state)
+
+
+def _convolution(x: mx.array, weight: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+    if not _in_use.get() or not convolution.takes(x, weight, *args, **kwargs):
+        return native_conv1d(x, weight, *args, **kwargs)
+    return convolution.convolve(x, weight)

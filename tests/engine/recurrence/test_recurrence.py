@@ -37,11 +37,11 @@ def host(monkeypatch: pytest.MonkeyPatch, compiled: tuple[Path, dict[Any, Any]])
 
 def state_space_inputs(
     batch: int, tokens: int, heads: int, groups: int, *, started: bool
-) -> list[Any]:
+) -> tuple[Any, Any, Any, Any, Any, Any, Any, Any]:
     """Return what mlx-lm's `ssm_attn` takes."""
     keys = mx.random.split(mx.random.key(11), 7)
     dim, size = 8, 16
-    return [
+    return (
         mx.random.normal((batch, tokens, heads, dim), key=keys[0]),
         mx.log(mx.arange(1, heads + 1, dtype=mx.float32)),
         mx.random.normal((batch, tokens, groups, size), key=keys[1]),
@@ -50,7 +50,7 @@ def state_space_inputs(
         mx.random.normal((batch, tokens, heads), key=keys[4]) - 2,
         mx.random.normal((heads,), key=keys[5]) / 4,
         mx.random.normal((batch, heads, dim, size), key=keys[6]) if started else None,
-    ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,14 @@ def test_state_spaces_are_those_of_mlx_lm(
 
 
 def test_padded_state_spaces_stay_with_mlx_lm() -> None:
-    inputs = [*state_space_inputs(2, 5, 4, 2, started=False), (0.001, 100.0)]
+    inputs = state_space_inputs(2, 5, 4, 2, started=False)
+    limits = (0.001, 100.0)
     mask = mx.array([[True] * 5, [False] * 2 + [True] * 3])
     recurrence.install()
     with recurrence.in_use():
-        found = ssm.ssm_attn(*inputs, mask)
-    for ours, theirs in zip(found, installing.native_ssm_attn(*inputs, mask), strict=True):
+        found = ssm.ssm_attn(*inputs, limits, mask)
+    expected = installing.native_ssm_attn(*inputs, limits, mask)
+    for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -136,6 +138,49 @@ def test_without_a_kernel_the_delta_rule_stays_with_mlx_lm() -> None:
         found = gated_delta.gated_delta_ops(*inputs)
     for ours, theirs in zip(found, installing.native_gated_delta_ops(*inputs), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "length"), [(6, 4, 4), (6, 4, 11), (3, 2, 5), (1, 1, 3)]
+)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_convolutions_are_those_of_mlx(
+    monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype, channels: int, size: int, length: int
+) -> None:
+    x = mx.random.normal((2, length, channels)).astype(dtype)
+    weight = mx.random.normal((channels, size, 1)).astype(dtype)
+    expected = installing.native_conv1d(x, weight, groups=channels)
+    recurrence.install()
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
+    monkeypatch.setattr(installing, "native_conv1d", None)
+    with recurrence.in_use():
+        found = mx.conv1d(x, weight, 1, 0, 1, channels)
+    assert (found.shape, found.dtype) == (expected.shape, dtype)
+    tolerance = 1e-5 if dtype == mx.float32 else 4e-2
+    np.testing.assert_allclose(
+        found.astype(mx.float32), expected.astype(mx.float32), rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "size"),
+    [
+        ((2, 0, 1, 4), 3),
+        ((1, 1, 1, 4), 3),
+        ((1, 0, 2, 4), 3),
+        ((1, 0, 1, 2), 3),
+        ((1, 0, 1, 4), 9),
+    ],
+)
+def test_other_convolutions_stay_with_mlx(
+    monkeypatch: pytest.MonkeyPatch, how: tuple[int, int, int, int], size: int
+) -> None:
+    x, weight = mx.random.normal((1, 12, 4)), mx.random.normal((4, size, 4 // how[3]))
+    recurrence.install()
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
+    with recurrence.in_use():
+        found = mx.conv1d(x, weight, *how)
+    np.testing.assert_array_equal(found, installing.native_conv1d(x, weight, *how))
 
 
 def test_the_texts_compute_what_mlx_does(host: Host) -> None:
