@@ -395,8 +395,11 @@ class ModelRunner:
     def warm_up(self, shapes: Iterable[StepShape]) -> None:
         """Run steps of padding of the given shapes, which compiles what they need.
 
-        Chunks first: only from then on does a recurrent model have states.
+        Chunks first: only from then on does a recurrent model have states. Nothing in the
+        contiguous tier, where every length is a shape.
         """
+        if self._contiguous is not None:
+            return
         for shape in sorted(shapes, key=lambda shape: shape.decode_rows):
             batch = padding_batch(shape, self.block_size)
             logits = self.forward(batch, mx.zeros((batch.num_rows,), mx.int32))

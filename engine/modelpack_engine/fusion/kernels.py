@@ -74,19 +74,20 @@ def rotate_and_write(
     rotation: Rotation,
     heads: tuple[int, int],
     norms: tuple[mx.array, mx.array, float] | None,
+    angles: mx.array | None = None,
 ) -> mx.array:
     """Return queries [rows, heads, dim] in `dtype`; write keys and values to `slots` of the pools.
 
     `joint` [rows, (heads + 2 KV heads) * dim], `count` times, to be summed, has all three;
     `heads` are the numbers of query and KV heads. `norms` are weights [dim] of queries and keys,
-    and epsilon.
+    and epsilon. `angles` are the rows' `Rotation.angles`; without these, the kernel computes them.
     """
     query_heads, kv_heads = heads
     rows, total = positions.shape[0], query_heads + 2 * kv_heads
     dim = joint.shape[-1] // total
     weights = (joint, joint) if norms is None else norms[:2]
     inputs = [
-        joint, positions, slots, rotation.inverse, *weights,
+        joint, positions, slots, rotation.inverse if angles is None else angles, *weights,
         _parameters(0.0 if norms is None else norms[2], rotation.factor),
         pools.keys, pools.values, pools.last_write(),
     ]  # fmt: skip
@@ -97,7 +98,7 @@ def rotate_and_write(
             [
                 ("HQ", query_heads), ("HK", kv_heads), ("D", dim), ("DIMS", rotation.dims),
                 ("INTERLEAVED", rotation.interleaved), ("QKNORM", norms is not None),
-                ("NSG", _SIMDGROUPS), ("PARTS", count),
+                ("NSG", _SIMDGROUPS), ("PARTS", count), ("TABLE", angles is not None),
             ],
             inputs,
             launch.backend(),
@@ -109,6 +110,26 @@ def rotate_and_write(
     )  # fmt: skip
     pools.set_written(token)
     return q
+
+
+def take_rows(table: mx.array, index: mx.array) -> mx.array:
+    """Return rows int32 [n] of a table [rows, dim], which is [n, dim]."""
+    if launch.backend() == "none":
+        return table[index]
+    dim = table.shape[1]
+    vector = vector_width(table.dtype.size, dim)
+    inputs = [table, index]
+    (out,) = launch.kernel("rows", launch.backend())(
+        inputs=inputs,
+        template=launch.template(
+            [("T", table.dtype)], [("D", dim), ("VEC", vector)], inputs, launch.backend()
+        ),
+        grid=(-(-index.size * (dim // vector) // 256) * 256, 1, 1),
+        threadgroup=(256, 1, 1),
+        output_shapes=[(index.size, dim)],
+        output_dtypes=[table.dtype],
+    )
+    return out
 
 
 def dequantise(
@@ -163,7 +184,10 @@ def _compare(dtype: mx.Dtype) -> str | None:
             dequantise(*packed, 64, bits),
             mx.dequantize(*packed, 64, bits),
         )
-    found |= _rotated(dtype, keys[4])
+    index = mx.array([3, 0, 3], mx.int32)
+    found["rows"] = take_rows(a, index), a[index]
+    for few in (True, False):
+        found |= _rotated(dtype, keys[4], few)
     tolerance = 1e-3 if dtype == mx.float32 else 3e-2
     for name, (ours, expected) in found.items():
         error = float(mx.max(mx.abs(ours.astype(mx.float32) - expected.astype(mx.float32))))
@@ -172,7 +196,7 @@ def _compare(dtype: mx.Dtype) -> str | None:
     return None
 
 
-def _rotated(dtype: mx.Dtype, key: mx.array) -> dict[str, tuple[mx.array, mx.array]]:
+def _rotated(dtype: mx.Dtype, key: mx.array, few: bool) -> dict[str, tuple[mx.array, mx.array]]:
     """Return queries, keys and values of the kernel, each with what they should be."""
     from modelpack_engine.attention.pools import KVLayout
 
@@ -189,6 +213,7 @@ def _rotated(dtype: mx.Dtype, key: mx.array) -> dict[str, tuple[mx.array, mx.arr
     q = rotate_and_write(
         mx.stack([joint / 2, joint / 2]), 2, dtype, pools, positions, slots, rotation,
         (query_heads, kv_heads), (weights[0], weights[1], 1e-6),
+        None if few else rotation.angles(positions),
     )  # fmt: skip
     parts = joint.reshape(rows, heads, 1, dim)
 
@@ -199,11 +224,12 @@ def _rotated(dtype: mx.Dtype, key: mx.array) -> dict[str, tuple[mx.array, mx.arr
         )[:, :, 0]
 
     at = slots + pools.last_write()
+    how = "by angles" if few else "by a table"
     return {
-        "queries": (q, rotated(parts[:, :query_heads], weights[0])),
-        "keys": (
+        f"queries {how}": (q, rotated(parts[:, :query_heads], weights[0])),
+        f"keys {how}": (
             pools.keys[at],
             rotated(parts[:, query_heads : query_heads + kv_heads], weights[1]),
         ),
-        "values": (pools.values[at], parts[:, query_heads + kv_heads :, 0]),
+        f"values {how}": (pools.values[at], parts[:, query_heads + kv_heads :, 0]),
     }

@@ -15,7 +15,7 @@ from modelpack_engine.attention.pools import TokenMajorPools
 from modelpack_engine.attention.step import StepInputs
 from modelpack_engine.fusion import kernels
 from modelpack_engine.fusion.joint import can_join, join
-from modelpack_engine.fusion.products import multiply_in_parts, swiglu, weights_of
+from modelpack_engine.fusion.products import FEW_ROWS, multiply_in_parts, swiglu, weights_of
 from modelpack_engine.fusion.recognise import reads_like
 from modelpack_engine.fusion.rotation import find_rotation
 from modelpack_engine.fusion.sums import Sums
@@ -53,6 +53,8 @@ def fuse(
             _fuse_block(module, sums, step, swaps, is_last=module is last)
             blocks = True
             count("block")
+        elif type(module) is nn.Embedding:
+            _fuse_embedding(module, step, swaps)
     if blocks:
         for _, module in model.named_modules():
             if type(module) is nn.RMSNorm:
@@ -85,6 +87,16 @@ def _fuse_block(
             step.rows_taken = True
         hidden = sums.add(x, attended)
         return sums.add(hidden, block.mlp(block.post_attention_layernorm(hidden)))
+
+    swaps.override(module, call)
+
+
+def _fuse_embedding(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> None:
+    def call(original: Call, embedding: Any, x: mx.array) -> Any:
+        table = embedding["weight"]
+        if not step.active or x.dtype != mx.int32 or table.dtype not in _FLOATS:
+            return original(embedding, x)
+        return kernels.take_rows(table, x.reshape(-1)).reshape(*x.shape, -1)
 
     swaps.override(module, call)
 
@@ -155,6 +167,11 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
         rows = multiply_in_parts(x, joint)
         window = mask.window if isinstance(mask, RowMask) else None
         step = cache.step
+        angles = None
+        if x.shape[0] > FEW_ROWS:  # fewer rows are rotated sooner than a table is made
+            angles = step.remember(
+                ("angles", id(rotation)), lambda: rotation.angles(step.positions)
+            )
         q = kernels.rotate_and_write(
             rows.array,
             rows.count,
@@ -165,6 +182,7 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
             rotation,
             heads,
             norms,
+            angles,
         )
         out = cache.attend_rows(q, scale=scale, window=window)
         return _project(out, attention.o_proj, x, sums)

@@ -26,6 +26,15 @@ class Rotation:
     factor: float
     interleaved: bool
 
+    def angles(self, positions: mx.array) -> mx.array:
+        """Return cosines and sines at positions [n], times the factor: float32 [n, dims / 2, 2]."""
+        angles = positions.astype(mx.float32)[:, None] * self.inverse
+        return mx.stack([mx.cos(angles), mx.sin(angles)], axis=-1) * self.factor
+
+
+#: Those of a model's layers, which are few: equal ones are the same.
+_KNOWN: dict[tuple[object, ...], Rotation] = {}
+
 
 def find_rotation(rope: nn.Module) -> Rotation | None:
     """Return the rotation of a rotary embedding; None for kinds that are not known."""
@@ -48,4 +57,6 @@ def _rotation(inverse: mx.array, dims: int, factor: Any, interleaved: bool) -> R
     if inverse.size != dims // 2 or dims % 2:
         return None
     mx.eval(inverse)
-    return Rotation(inverse, dims, float(factor), bool(interleaved))
+    rotation = Rotation(inverse, dims, float(factor), bool(interleaved))
+    key = (str(inverse.tolist()), dims, rotation.factor, rotation.interleaved)
+    return _KNOWN.setdefault(key, rotation)

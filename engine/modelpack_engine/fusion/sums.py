@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from modelpack_engine.fusion import kernels
 from modelpack_engine.fusion.products import Parts
 
 
@@ -51,9 +52,12 @@ class Sums:
         """Return rows int32 [n] of `array`; where it is a sum of parts, of these."""
         known = self._parts.get(id(array))
         if known is None:
-            return self.value(array)[rows]
+            whole = self.value(array)
+            taken = kernels.take_rows(whole.reshape(whole.shape[0], -1), rows)
+            return taken.reshape(rows.shape[0], *whole.shape[1:])
         parts = known[1]
-        taken = parts.array[rows] if parts.count == 1 else parts.array[:, rows]
+        few = parts.count > 1
+        taken = parts.array[:, rows] if few else kernels.take_rows(parts.array, rows)
         shape = (rows.shape[0], *array.shape[1:])
         return self.of_parts(Parts(taken, parts.count), shape, array.dtype)
 

@@ -36,7 +36,13 @@ def host(monkeypatch: pytest.MonkeyPatch, compiled: tuple[Path, dict[Any, Any]])
 
 def test_the_texts_compute_what_mlx_does(host: Host) -> None:
     assert kernels.verdict(mx.float32) is None
-    assert {body for body, _ in host.calls} == {"add_norm", "swiglu", "dequantise", "rotate"}
+    assert {body for body, _ in host.calls} == {
+        "add_norm",
+        "swiglu",
+        "dequantise",
+        "rotate",
+        "rows",
+    }
 
 
 @pytest.mark.long
@@ -48,6 +54,8 @@ def test_the_texts_compute_what_mlx_does(host: Host) -> None:
         ("dequantise", ("+ bias", "- bias"), "4 bits"),
         ("rotate", ("y * c", "y * s"), "queries"),
         ("rotate", ("head - HQ - HK", "0"), "values"),
+        ("rotate", ("s = inverse[at + 1]", "s = inverse[at]"), "queries by a table"),
+        ("rows", ("index[row]", "row"), "rows"),
     ],
 )
 def test_a_wrong_text_is_found(host: Host, body: str, wrong: tuple[str, str], found: str) -> None:

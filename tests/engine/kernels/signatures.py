@@ -44,6 +44,7 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "q": "T", "k": "T", "v": "T", "g": "float", "beta": "float", "state": "float", "y": "T",
         "new_state": "float",
     },
+    "rows": {"table": "T", "index": "int", "out": "T"},
 }  # fmt: skip
 ELEMENTS["quantise"] = ELEMENTS["write"]
 

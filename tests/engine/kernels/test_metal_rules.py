@@ -28,6 +28,7 @@ FUSED = [
         (("D", 4096), ("VEC", 4), ("NSG", 32), ("PARTS", 4)),
     ),
     Instance("swiglu", BF16, (("N", 1536), ("VEC", 8))),
+    Instance("rows", BF16, (("D", 1536), ("VEC", 8))),
     *(Instance("dequantise", BF16, (("K", 576), ("BITS", bits), ("GROUP", 64))) for bits in (4, 8)),
     *(
         Instance(
@@ -39,6 +40,7 @@ FUSED = [
                 ("DIMS", dims),
                 ("INTERLEAVED", interleaved),
                 ("QKNORM", norm),
+                ("TABLE", norm),
             ),
         )
         for joint, pool, dims, interleaved, norm in (
@@ -77,6 +79,7 @@ SMALL: dict[Body, tuple[str, ...]] = {
     "dequantise": ("scales", "biases"),
     "state_space": ("dt", "a", "d"),
     "delta_rule": ("g", "beta"),
+    "rows": ("index",),
 }
 #: And those that always have.
 TINY: dict[Body, tuple[str, ...]] = {

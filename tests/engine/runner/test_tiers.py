@@ -10,7 +10,9 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from modelpack_engine.adaptation import self_test
 from modelpack_engine.adaptation.layout import find_layout, kv_bytes_per_token
+from modelpack_engine.adaptation.warm_up import StepShape
 from modelpack_engine.errors import ModelLoadError, OutOfMemoryError
 from modelpack_engine.model_runner import ModelRunner
 from tests.engine.runner.models import (
@@ -59,11 +61,11 @@ def test_plain_model_runs_on_handles(caplog: pytest.LogCaptureFixture) -> None:
     assert runner.supports_prefix_cache
 
 
-@pytest.mark.parametrize("self_test", [True, False])
+@pytest.mark.parametrize("tested", [True, False])
 def test_lost_handles_are_found_with_or_without_the_self_test(
-    self_test: bool, caplog: pytest.LogCaptureFixture
+    tested: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runner = check(make_model(Copying), "pieces", self_test=self_test)
+    runner = check(make_model(Copying), "pieces", self_test=tested)
     assert any("attends to something else" in message for message in caplog.messages)
     assert "Copying x1 sequence by sequence" in runner.notes
     assert runner.supports_prefix_cache
@@ -81,6 +83,21 @@ def test_wrong_logits_are_found_by_the_self_test(caplog: pytest.LogCaptureFixtur
     runner = check(make_model(Attention, Meddling), "pieces")
     assert any("are off by" in note for note in runner.notes)
     assert any(record.levelno == logging.WARNING for record in caplog.records)
+
+
+class Shaky(Attention):
+    """Says other things in calls of other lengths, as sums in another order do."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        return super().__call__(x, mask, cache) + 3e-3 * x.shape[1] * mx.arange(8)
+
+
+def test_a_model_may_be_as_far_as_it_is_from_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = ModelRunner(make_model(Attention, Shaky), num_blocks=8)
+    assert (runner.tier, runner.notes) == ("handles", ())
+    monkeypatch.setattr(self_test, "_NOISE", 0)
+    runner = ModelRunner(make_model(Attention, Shaky), num_blocks=8)
+    assert any("are off by" in note for note in runner.notes)
 
 
 class Odd(Model):
@@ -104,6 +121,8 @@ def test_unknown_cache_runs_request_by_request(caplog: pytest.LogCaptureFixture)
     assert any("in a Cache" in message for message in caplog.messages)
     assert not runner.supports_prefix_cache
     assert runner.bytes_per_block == 0
+    runner.warm_up([StepShape(4, 2), StepShape(0, 1, 8)])  # as GPUs are: there is nothing to do
+    assert answers(runner)
 
 
 def test_contiguous_tier_on_request(monkeypatch: pytest.MonkeyPatch) -> None:

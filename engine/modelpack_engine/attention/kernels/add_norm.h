@@ -9,10 +9,12 @@
   const size_t first = (size_t)PA_X * VECTORS;
   const size_t before = (size_t)a_shape[0] * VECTORS;  // vectors of a part
   Vec kept[EACH];
+  Weights factors[EACH];
   float squares = 0.0f;
   PA_UNROLL for (int i = 0; i < EACH; i++) {
     const int at = i * THREADS + index;
     if (at < VECTORS) {
+      factors[i] = ((const PA_DEVICE Weights*)weight)[at];  // now, as all wait for one another below
       const Vec x = ((const PA_DEVICE Vec*)a)[first + at];
       float sum[VEC];
       PA_UNROLL for (int e = 0; e < VEC; e++) sum[e] = 0.0f;
@@ -37,9 +39,8 @@
   PA_UNROLL for (int i = 0; i < EACH; i++) {
     const int at = i * THREADS + index;
     if (at < VECTORS) {
-      const Weights w = ((const PA_DEVICE Weights*)weight)[at];
       Vec y;
-      PA_UNROLL for (int e = 0; e < VEC; e++) y.e[e] = T(float(kept[i].e[e]) * factor * float(w.e[e]));
+      PA_UNROLL for (int e = 0; e < VEC; e++) y.e[e] = T(float(kept[i].e[e]) * factor * float(factors[i].e[e]));
       ((PA_DEVICE Vec*)out)[first + at] = y;
     }
   }

@@ -1,6 +1,7 @@
   // A joint projection's queries, keys and values: queries and keys normed (QKNORM) and rotated; keys
   // and values go to their slots in place, as in write.h. A simdgroup a row and head.
-  //   joint [PARTS, rows, (HQ + 2 * HK) * D] J   positions, slots [rows] int   inverse [DIMS / 2] float
+  //   joint [PARTS, rows, (HQ + 2 * HK) * D] J   positions, slots [rows] int
+  //   inverse [DIMS / 2] float, or with TABLE cosines and sines [rows, DIMS / 2, 2], factor included
   //   q_weight, k_weight [D] W: of the norms   params [2] float: epsilon, factor of rotated elements
   //   k_pool, v_pool [pool slots, HK, D] P   previous [1] int: order only
   //   q [rows, HQ, D] T   token [1] int, always 0: orders what reads the pools afterwards
@@ -51,8 +52,17 @@
           y = float(T(y * factor * float(weight[two])));
         }
         if (i < HALF) {
-          const float angle = position * inverse[i];
-          const float c = PA_COS(angle) * params[1], s = PA_SIN(angle) * params[1], before = x;
+          float c, s;
+          if (TABLE) {
+            const size_t at = ((size_t)row * HALF + i) * 2;
+            c = inverse[at];
+            s = inverse[at + 1];
+          } else {
+            const float angle = position * inverse[i];
+            c = PA_COS(angle) * params[1];
+            s = PA_SIN(angle) * params[1];
+          }
+          const float before = x;
           x = x * c - y * s;
           y = before * s + y * c;
         }

@@ -29,6 +29,7 @@ Body = Literal[
     "product",
     "state_space",
     "delta_rule",
+    "rows",
 ]
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -50,6 +51,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "product": ("x", "weight", "scales", "biases", "bias"),
     "state_space": ("x", "dt", "a", "b", "c", "d", "state"),
     "delta_rule": ("q", "k", "v", "g", "beta", "state"),
+    "rows": ("table", "index"),
 }  # fmt: skip
 OUTPUTS: dict[Body, tuple[str, ...]] = {
     "decode": ("out", "stats"),
@@ -64,6 +66,7 @@ OUTPUTS: dict[Body, tuple[str, ...]] = {
     "product": ("out",),
     "state_space": ("y", "new_state"),
     "delta_rule": ("y", "new_state"),
+    "rows": ("out",),
 }
 
 #: MLX binds inputs with fewer elements in Metal's constant address space.
