@@ -21,8 +21,8 @@ _LENGTHS = {1: 3, 2: 18}
 #: How far the centred cosine of two rows of logits may be from 1. Some GPUs round products of
 #: float32 to TF32; in 16 bits, an expert of a mixture may tip over.
 _TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 2e-2}
-#: A model that is further from itself, where it computes a prompt in two parts, may be so many times
-#: as far; but no further than this.
+#: A model that is further from itself, if it computes a prompt in two parts, may be so many
+#: times as far; but no further than this.
 _NOISE, _MOST = 4, 0.5
 #: `_TOLERANCE` where keys and values have so many bits: more is worth a warning.
 QUANTISED = {8: 2e-2, 4: 0.2}
