@@ -244,6 +244,8 @@ class BlockManager:
         hashes, find = sequence.block_hashes, self._block_of.get
         for start in range(indices.start, indices.stop, HASHED_AT_ONCE):
             stop = min(start + HASHED_AT_ONCE, indices.stop)
+            if find(self._hash(sequence, start)) is None:
+                break
             self._hash(sequence, stop - 1)
             found = list(map(find, hashes[start:stop]))
             known = found.index(None) if None in found else len(found)

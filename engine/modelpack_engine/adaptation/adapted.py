@@ -131,7 +131,7 @@ class Adapted:
         """Return what a step writes: to be evaluated with its tokens, and not to be kept."""
         arrays = [pool for kv in self.paged for pool in (kv.pools.keys, kv.pools.values)]
         arrays += [a for state in self.states for a in state.arrays if a is not None]
-        return arrays + [snapshot.bytes for snapshot in self.taken]
+        return arrays + [array for snapshot in self.taken for array in snapshot.arrays]
 
     def block_contents(self) -> BlockContents | None:
         """Return the way to what blocks hold, None if no layer has any."""

@@ -28,7 +28,7 @@ _ALIGNMENT = 16
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One array of a layer's state: where it lies in a snapshot's bytes; None if there is none."""
+    """One array of a layer's state: where it lies in a snapshot's array of its type."""
 
     start: int
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class _Part:
 
 
 class Snapshot:
-    """The states of one sequence in all layers, in one array of bytes that shares no memory.
+    """The states of one sequence in all layers, in an array of each type that shares no memory.
 
     A state is seldom an array of its own: it is a row of all of them, or the end of what a whole
     chunk computed, and would hold all that for as long as it is kept.
@@ -44,28 +44,36 @@ class Snapshot:
 
     def __init__(self, states: Sequence[RecurrentState], row: int) -> None:
         self._parts: dict[RecurrentState, list[_Part | None]] = {}
-        pieces: list[mx.array] = []
-        start = 0
+        pieces: dict[mx.Dtype, list[mx.array]] = {}
+        sizes: dict[mx.Dtype, int] = {}
         for state in states:
             parts = self._parts[state] = []
             for array in state.arrays:
                 if array is None:
                     parts.append(None)
                     continue
-                parts.append(_Part(start, (1, *array.shape[1:]), array.dtype))
-                piece = mx.contiguous(array[row]).reshape(-1).view(mx.uint8)
-                padding = mx.zeros((-piece.size % _ALIGNMENT + _ALIGNMENT,), mx.uint8)
-                pieces += [piece, padding]
-                start += piece.size + padding.size
-        self.bytes = mx.concatenate(pieces)
+                dtype, start = array.dtype, sizes.get(array.dtype, 0)
+                parts.append(_Part(start, (1, *array.shape[1:]), dtype))
+                piece = array[row].reshape(-1)
+                each = _ALIGNMENT // dtype.size
+                # Some in any case: of an array alone, there would be no copy.
+                padding = -piece.size % each + each
+                pieces.setdefault(dtype, []).extend([piece, mx.zeros((padding,), dtype)])
+                sizes[dtype] = start + piece.size + padding
+        self._arrays = {dtype: mx.concatenate(some) for dtype, some in pieces.items()}
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What the snapshot holds."""
+        return list(self._arrays.values())
 
     def of(self, state: RecurrentState) -> list[mx.array | None]:
         """Return the arrays of one layer, with batch size 1."""
         return [None if part is None else self._array(part) for part in self._parts[state]]
 
     def _array(self, part: _Part) -> mx.array:
-        stop = part.start + math.prod(part.shape) * part.dtype.size
-        return mx.contiguous(self.bytes[part.start : stop]).view(part.dtype).reshape(part.shape)
+        stop = part.start + math.prod(part.shape)
+        return mx.contiguous(self._arrays[part.dtype][part.start : stop]).reshape(part.shape)
 
 
 @dataclass(frozen=True, slots=True)
