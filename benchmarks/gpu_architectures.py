@@ -4,7 +4,7 @@
 
 Random bfloat16 weights of small models of each kind. 128 requests of load M's lengths (prompts of
 64-1024 tokens, answers of 32-256), 64 at once; one warming round of ours, then one of each counts.
-Prints a JSON object a model.
+Prints a JSON object a model, and two on the way.
 """
 
 from __future__ import annotations
@@ -205,11 +205,13 @@ def measure(name: str) -> dict[str, Any]:
     """Return both rates for one architecture, and how ours ran."""
     model = make_model(name)
     peer = theirs(model, requests(7))
+    print(json.dumps({"architecture": name, "BatchGenerator": round(peer)}), flush=True)
     loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, Silent(), name, CONTEXT, (), 0)
     config = EngineConfig(max_num_seqs=AT_ONCE, kv_cache_bytes=4 << 30, max_model_len=CONTEXT)
     start = time.perf_counter()
     engine = Engine(loaded, config)
     up = time.perf_counter() - start
+    print(json.dumps({"architecture": name, "start_s": round(up, 1)}), flush=True)
     ours(engine, requests(8), "warm")
     rate = ours(engine, requests(7), "counts")
     stats = engine.stats()
