@@ -325,7 +325,7 @@ def main() -> None:
         shared_prefix(engine, args.rounds)
         entering_prompt(engine, args.rounds)
         long_context(engine, model_bytes)
-    plan = model_bytes + KV_BYTES
+    plan = model_bytes + engine.memory_bytes  # KV cache, and steps' arrays
     peak = mx.get_peak_memory()
     show("memory", {"plan": plan, "peak": peak, "over": round(peak / plan - 1, 4)})
     for name, theirs in peers.items():

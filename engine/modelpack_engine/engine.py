@@ -23,6 +23,7 @@ from dataclasses import replace
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from modelpack_engine.adaptation.activations import step_memory
 from modelpack_engine.adaptation.cache_types import layout_with_cache_type
 from modelpack_engine.adaptation.layout import ModelLayout
 from modelpack_engine.batch import build_batch
@@ -82,12 +83,15 @@ class Engine:
         drafting = check_draft(self.config, loaded, draft)
         self.vocab_size = layout.vocab_size if layout else int(loaded.config["vocab_size"])
         beside = drafting.bytes_per_token if drafting else 0
+        self._step_memory = step_memory(loaded.model, self.vocab_size)
         self._sizes = self._choose_sizes(layout, loaded.context_length, beside)
         self.max_model_len = self._sizes.max_model_len
         per_block = ((layout.bytes_per_token if layout else 0) + beside) * self.config.block_size
         weight_bytes = loaded.weight_bytes + (drafting.loaded.weight_bytes if drafting else 0)
-        #: Bytes of the weights and the KV cache.
-        self.memory_bytes = weight_bytes + self._sizes.num_blocks * per_block
+        #: Bytes of the weights and the KV cache, and of steps' arrays where these stay for long.
+        self.memory_bytes = (
+            weight_bytes + self._sizes.num_blocks * per_block + self._sizes.step_bytes
+        )
         self._runner = self._make_runner(loaded.model)
         caching = self.config.enable_prefix_caching and self._runner.supports_prefix_cache
         self._blocks = BlockManager(
@@ -218,7 +222,14 @@ class Engine:
 
     def _choose_sizes(self, layout: ModelLayout | None, context_length: int, beside: int) -> Sizes:
         window = None if layout is None or beside else layout.window  # a draft may see all tokens
-        return choose_sizes(layout, context_length, self.config, beside=beside, window=window)
+        return choose_sizes(
+            layout,
+            context_length,
+            self.config,
+            beside=beside,
+            window=window,
+            step_memory=self._step_memory,
+        )
 
     def _make_runner(self, model: Module) -> ModelRunner:
         return ModelRunner.sized(model, self._sizes, self.config)

@@ -15,6 +15,8 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from modelpack_engine import gpu_memory
+from modelpack_engine.adaptation.activations import StepMemory
 from modelpack_engine.adaptation.warm_up import StepShape, step_shapes
 from modelpack_engine.block_manager import window_blocks
 from modelpack_engine.buckets import EXACT, FEW, Buckets
@@ -31,14 +33,19 @@ _GPU_CONTEXT = 4096
 _CPU_TOKENS = 256
 _CPU_SHARE = 0.25
 _CPU_BYTES = 512 * 1024**2
-# What a step's own arrays may take beside weights and KV cache.
+# What else is there beside weights, KV cache and steps' arrays.
 _RESERVE = 256 * 1024**2
+# Steps that the device has at a time: the next is handed over while one runs.
+_STEPS = 2
+# Of a GPU's memory, what their arrays may take, as a divisor; steps have fewer rows else, but some.
+_STEPS_SHARE = 6
+_FEWEST_ROWS = 256
 _FEWEST_BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What the engine is built with."""
+    """What the engine is built with; `step_bytes` is what steps' arrays are expected to take."""
 
     num_blocks: int
     max_model_len: int
@@ -46,6 +53,7 @@ class Sizes:
     buckets: Buckets
     max_prefill_chunk: int | None = None
     prefill_context: int | None = None
+    step_bytes: int = 0
 
     def scheduler_config(self, config: EngineConfig) -> SchedulerConfig:
         """Return the scheduler's limits."""
@@ -97,11 +105,13 @@ def choose_sizes(
     *,
     beside: int = 0,
     window: int | None = None,
+    step_memory: StepMemory = StepMemory(),  # noqa: B008  # it is frozen
 ) -> Sizes:
     """Return the sizes for a model whose caches are laid out as `layout` (None: not paged).
 
     A token takes `beside` bytes more, in the KV cache of a draft model. Where no layer sees more
-    than the last `window` tokens, a request holds no more than these and those of a step.
+    than the last `window` tokens, a request holds no more than these and those of a step. On CUDA,
+    steps' arrays take `step_memory`.
 
     Raises `OutOfMemoryError`, saying what would fit, if the KV cache cannot hold a request of
     `config.max_model_len`, or of a few blocks where none is asked for.
@@ -116,8 +126,11 @@ def choose_sizes(
     per_block = (layout.bytes_per_token + beside) * config.block_size if layout else 0
     gpu = on_gpu()
     buckets = FEW if gpu else EXACT
-    tokens = config.max_num_batched_tokens or (_GPU_TOKENS if gpu else _CPU_TOKENS)
-    tokens = max(tokens, 2 * config.max_num_seqs)
+    if not keeps_steps():
+        step_memory = StepMemory()
+    default = _rows_of_a_step(step_memory.per_row) if gpu else _CPU_TOKENS
+    tokens = max(config.max_num_batched_tokens or default, 2 * config.max_num_seqs)
+    step_bytes = _STEPS * tokens * step_memory.per_row + step_memory.per_step
 
     def held(length: int) -> int:
         """Return the most blocks that a request of `length` tokens holds at a time."""
@@ -133,7 +146,7 @@ def choose_sizes(
     num_blocks = useful
     if layout and per_block:
         one_context = (held(wanted) + 1) * per_block
-        budget = _kv_budget(config, one_context, layout.snapshot_bytes)
+        budget = _kv_budget(config, one_context, layout.snapshot_bytes + step_bytes)
         num_blocks = min(useful, budget // per_block)
         if num_blocks < _FEWEST_BLOCKS:
             raise OutOfMemoryError(
@@ -150,8 +163,15 @@ def choose_sizes(
             hint=f"lower max_model_len to {capacity}, or give the cache "
             f"{per_block * (held(asked) + 1)} bytes (kv_cache_bytes)",
         )
-    limits = (_GPU_CHUNK, _GPU_CONTEXT) if gpu else (None, None)
-    return Sizes(num_blocks, min(wanted, capacity + 1), tokens, buckets, *limits)
+    return Sizes(
+        num_blocks,
+        min(wanted, capacity + 1),
+        tokens,
+        buckets,
+        max_prefill_chunk=_GPU_CHUNK if gpu else None,
+        prefill_context=_GPU_CONTEXT if gpu else None,
+        step_bytes=step_bytes,
+    )
 
 
 def _default_length(context_length: int, config: EngineConfig) -> int:
@@ -164,8 +184,23 @@ def _blocks(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-def _kv_budget(config: EngineConfig, one_context: int, snapshots: int) -> int:
-    """Return the bytes of the KV cache: those given, or what is left beside `snapshots` bytes."""
+def keeps_steps() -> bool:
+    """Return whether MLX keeps all arrays of a step until the device is done with it: on CUDA."""
+    return on_gpu() and mx.cuda.is_available()
+
+
+def _rows_of_a_step(row_bytes: int) -> int:
+    """Return how many rows steps have by default: fewer where they would take too much memory."""
+    rows = _GPU_TOKENS
+    if row_bytes:
+        room = gpu_memory.total_memory() // _STEPS_SHARE
+        while rows > _FEWEST_ROWS and _STEPS * rows * row_bytes > room:
+            rows //= 2
+    return rows
+
+
+def _kv_budget(config: EngineConfig, one_context: int, others: int) -> int:
+    """Return the bytes of the KV cache: those given, or what is left beside `others` bytes."""
     share = memory_fraction()
     if share is None:
         share = config.gpu_memory_utilization
@@ -175,11 +210,8 @@ def _kv_budget(config: EngineConfig, one_context: int, snapshots: int) -> int:
         return config.kv_cache_bytes
     if not on_gpu():
         return min(int(available_memory() * _CPU_SHARE), max(_CPU_BYTES, one_context))
-    total = int(mx.device_info()["memory_size"])
-    limit = mx.device_info().get("max_recommended_working_set_size", total)
-    return max(
-        0, int(min(total, int(limit)) * share) - mx.get_active_memory() - _RESERVE - snapshots
-    )
+    room = int(gpu_memory.total_memory() * share) - gpu_memory.used_memory()
+    return max(0, room - _RESERVE - others)
 
 
 def available_memory() -> int:

@@ -22,6 +22,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from modelpack_engine.adaptation.activations import step_memory
 from modelpack_engine.adaptation.cache_types import layout_with_cache_type
 from modelpack_engine.adaptation.warm_up import StepShape
 from modelpack_engine.config import EngineConfig
@@ -130,6 +131,7 @@ class _Follower:
             held.loaded.context_length,
             held.config,
             window=layout.window if layout else None,
+            step_memory=step_memory(held.loaded.model, layout.vocab_size if layout else 0),
         )
         return {"num_blocks": held.sizes.num_blocks, "gpu": on_gpu()}
 

@@ -15,14 +15,10 @@ def device_memory(config: EngineConfig) -> int:
     available without swapping.
     """
     blas.prepare()
-    import mlx.core as mx
-
+    from modelpack_engine.gpu_memory import total_memory
     from modelpack_engine.opening import choose_device
     from modelpack_engine.sizing import available_memory
 
     if choose_device(config) == "cpu":
         return int(available_memory() * _CPU_SHARE)
-    info = mx.device_info()
-    total = int(info["memory_size"])
-    limit = int(info.get("max_recommended_working_set_size", total))
-    return int(min(total, limit) * config.gpu_memory_utilization)
+    return int(total_memory() * config.gpu_memory_utilization)

@@ -1,0 +1,105 @@
+"""What memory a GPU has, and what steps take of it: as CUDA and Metal tell, on any machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from modelpack_engine import gpu_memory, sizing
+from modelpack_engine.adaptation.activations import StepMemory, step_memory
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.errors import OutOfMemoryError
+from modelpack_engine.pool import device_memory
+from tests.engine.runner.models import tiny_llama
+
+GIB = 1 << 30
+LAYOUT: Any = SimpleNamespace(bytes_per_token=1 << 10, snapshot_bytes=0)
+CUDA = {"device_name": "NVIDIA H200", "total_memory": 64 * GIB, "free_memory": 60 * GIB}
+METAL = {"memory_size": 64 * GIB, "max_recommended_working_set_size": 48 * GIB}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
+    def use(info: dict[str, Any]) -> None:
+        monkeypatch.setattr(mx, "device_info", lambda: info)
+        monkeypatch.setattr(mx, "get_active_memory", lambda: GIB)
+        monkeypatch.setattr(sizing, "on_gpu", lambda: True)
+        monkeypatch.setattr(mx.cuda, "is_available", lambda: "total_memory" in info)
+        monkeypatch.setattr("modelpack_engine.opening.choose_device", lambda _: "gpu")
+
+    return use
+
+
+@pytest.mark.parametrize(
+    ("info", "total", "used"),
+    [
+        (CUDA, 64 * GIB, 4 * GIB),  # other processes take some
+        (CUDA | {"free_memory": 64 * GIB}, 64 * GIB, GIB),
+        (METAL, 48 * GIB, GIB),
+        ({"memory_size": 8 * GIB}, 8 * GIB, GIB),
+    ],
+)
+def test_what_a_gpu_has(
+    gpu: Callable[[dict[str, Any]], None], info: dict[str, Any], total: int, used: int
+) -> None:
+    gpu(info)
+    assert (gpu_memory.total_memory(), gpu_memory.used_memory()) == (total, used)
+    config = EngineConfig(gpu_memory_utilization=0.5)
+    assert device_memory.device_memory(config) == total // 2
+
+
+def test_steps_leave_less_for_the_kv_cache_on_cuda(gpu: Any) -> None:
+    config = EngineConfig(max_num_seqs=1 << 10)
+    memory = StepMemory(per_row=GIB // 2048, per_step=GIB)
+    sizes = {}
+    for name, info in (("cuda", CUDA), ("metal", METAL)):
+        gpu(info)
+        for about in (memory, StepMemory()):
+            found = sizing.choose_sizes(LAYOUT, 1 << 20, config, step_memory=about)
+            sizes[name, about] = found.num_blocks * LAYOUT.bytes_per_token * 16
+            assert found.step_bytes == (3 * GIB if (name, about) == ("cuda", memory) else 0)
+    assert sizes["cuda", StepMemory()] - sizes["cuda", memory] == 3 * GIB
+    assert sizes["metal", StepMemory()] == sizes["metal", memory]
+
+
+@pytest.mark.parametrize(
+    ("per_row", "asked", "rows"),
+    [
+        (0, None, 2048),
+        (2 << 20, None, 2048),
+        (4 << 20, None, 1024),
+        (16 << 20, None, 256),
+        (1 << 30, None, 256),  # never fewer
+        (16 << 20, 1024, 1024),  # the user knows better
+    ],
+)
+def test_steps_have_fewer_rows_where_these_take_much(
+    gpu: Any, per_row: int, asked: int | None, rows: int
+) -> None:
+    gpu(CUDA)
+    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=asked, kv_cache_bytes=GIB)
+    found = sizing.choose_sizes(LAYOUT, 4096, config, step_memory=StepMemory(per_row))
+    assert found.max_num_batched_tokens == rows
+
+
+def test_a_gpu_that_others_fill_has_no_room(gpu: Any) -> None:
+    gpu(CUDA | {"free_memory": 6 * GIB})
+    with pytest.raises(OutOfMemoryError, match="the KV cache gets 0 bytes"):
+        sizing.choose_sizes(LAYOUT, 4096, EngineConfig())
+
+
+def test_what_layers_put_out() -> None:
+    model = tiny_llama(
+        num_hidden_layers=2, tie_word_embeddings=False
+    )  # its head has 64 outputs, too
+    # Queries, keys and values, output; gate, up, down: of float32, and as much again beside them.
+    outputs = 2 * (32 + 16 + 16 + 32 + 64 + 64 + 32)
+    assert step_memory(model, 64) == StepMemory(per_row=outputs * 2 * 4)
+    nn.quantize(model, group_size=32, bits=4)
+    weights = 2 * 32 * (32 + 16 + 16 + 32 + 64 + 64 + 64)
+    assert step_memory(model, 64) == StepMemory(outputs * 2 * 4, weights * 4)
