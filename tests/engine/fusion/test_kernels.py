@@ -72,4 +72,4 @@ def test_a_model_runs_by_them(host: Host) -> None:
     assert runner.notes == ()
     assert runner._adapted is not None
     assert set(runner._adapted.fused) == {"attention", "block", "MLP"}
-    assert {"rotate", "add_norm", "swiglu", "decode"} <= {body for body, _ in host.calls}
+    assert {"rotate", "add_norm", "swiglu", "decode", "rows"} <= {body for body, _ in host.calls}
