@@ -189,6 +189,7 @@ def test_the_texts_compute_what_mlx_does(host: Host) -> None:
     assert {body for body, _ in host.calls} == {"state_space", "delta_rule"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("body", "wrong"),
     [
