@@ -31,18 +31,15 @@ def add_norm(
     simdgroups = min(32, max(1, -(-dim // (vector * 32))))
     threads = 32 * simdgroups
     inputs = [a, parts, weight, _parameters(epsilon)]
-    total, out = launch.kernel("add_norm", launch.backend())(
-        inputs=inputs,
-        template=launch.template(
-            [("T", a.dtype), ("B", parts.dtype), ("W", weight.dtype)],
-            [("D", dim), ("VEC", vector), ("NSG", simdgroups), ("PARTS", count)],
-            inputs,
-            launch.backend(),
-        ),
-        grid=(a.size // dim * threads, 1, 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[a.shape] * 2,
-        output_dtypes=[a.dtype, a.dtype],
+    total, out = launch.run(
+        "add_norm",
+        inputs,
+        [("T", a.dtype), ("B", parts.dtype), ("W", weight.dtype)],
+        [("D", dim), ("VEC", vector), ("NSG", simdgroups), ("PARTS", count)],
+        threads=a.size // dim * threads,
+        group=threads,
+        shapes=[a.shape] * 2,
+        dtypes=[a.dtype, a.dtype],
     )
     return total, out
 
@@ -51,15 +48,15 @@ def swiglu(joint: mx.array) -> mx.array:
     """Return silu(gate) * up [rows, n] of gate and up side by side, [rows, 2 n]."""
     rows, width = joint.shape[0], joint.shape[1] // 2
     vector = vector_width(joint.dtype.size, width)
-    (out,) = launch.kernel("swiglu", launch.backend())(
-        inputs=[joint],
-        template=launch.template(
-            [("T", joint.dtype)], [("N", width), ("VEC", vector)], [joint], launch.backend()
-        ),
-        grid=(-(-rows * (width // vector) // 256) * 256, 1, 1),
-        threadgroup=(256, 1, 1),
-        output_shapes=[(rows, width)],
-        output_dtypes=[joint.dtype],
+    (out,) = launch.run(
+        "swiglu",
+        [joint],
+        [("T", joint.dtype)],
+        [("N", width), ("VEC", vector)],
+        threads=rows * (width // vector),
+        group=256,
+        shapes=[(rows, width)],
+        dtypes=[joint.dtype],
     )
     return out
 
@@ -91,23 +88,26 @@ def rotate_and_write(
         _parameters(0.0 if norms is None else norms[2], rotation.factor),
         pools.keys, pools.values, pools.last_write(),
     ]  # fmt: skip
-    q, token = launch.kernel("rotate", launch.backend())(
-        inputs=inputs,
-        template=launch.template(
-            [("T", dtype), ("J", joint.dtype), ("P", pools.keys.dtype), ("W", weights[0].dtype)],
-            [
-                ("HQ", query_heads), ("HK", kv_heads), ("D", dim), ("DIMS", rotation.dims),
-                ("INTERLEAVED", rotation.interleaved), ("QKNORM", norms is not None),
-                ("NSG", _SIMDGROUPS), ("PARTS", count), ("TABLE", angles is not None),
-            ],
-            inputs,
-            launch.backend(),
-        ),
-        grid=(-(-rows * total // _SIMDGROUPS) * _SIMDGROUPS * 32, 1, 1),
-        threadgroup=(_SIMDGROUPS * 32, 1, 1),
-        output_shapes=[(rows, query_heads, dim), (1,)],
-        output_dtypes=[dtype, mx.int32],
-    )  # fmt: skip
+    q, token = launch.run(
+        "rotate",
+        inputs,
+        [("T", dtype), ("J", joint.dtype), ("P", pools.keys.dtype), ("W", weights[0].dtype)],
+        [
+            ("HQ", query_heads),
+            ("HK", kv_heads),
+            ("D", dim),
+            ("DIMS", rotation.dims),
+            ("INTERLEAVED", rotation.interleaved),
+            ("QKNORM", norms is not None),
+            ("NSG", _SIMDGROUPS),
+            ("PARTS", count),
+            ("TABLE", angles is not None),
+        ],
+        threads=rows * total * 32,
+        group=_SIMDGROUPS * 32,
+        shapes=[(rows, query_heads, dim), (1,)],
+        dtypes=[dtype, mx.int32],
+    )
     pools.set_written(token)
     return q
 
@@ -119,15 +119,15 @@ def take_rows(table: mx.array, index: mx.array) -> mx.array:
     dim = table.shape[1]
     vector = vector_width(table.dtype.size, dim)
     inputs = [table, index]
-    (out,) = launch.kernel("rows", launch.backend())(
-        inputs=inputs,
-        template=launch.template(
-            [("T", table.dtype)], [("D", dim), ("VEC", vector)], inputs, launch.backend()
-        ),
-        grid=(-(-index.size * (dim // vector) // 256) * 256, 1, 1),
-        threadgroup=(256, 1, 1),
-        output_shapes=[(index.size, dim)],
-        output_dtypes=[table.dtype],
+    (out,) = launch.run(
+        "rows",
+        inputs,
+        [("T", table.dtype)],
+        [("D", dim), ("VEC", vector)],
+        threads=index.size * (dim // vector),
+        group=256,
+        shapes=[(index.size, dim)],
+        dtypes=[table.dtype],
     )
     return out
 
@@ -137,20 +137,16 @@ def dequantise(
 ) -> mx.array:
     """Return affine quantised weights [out, in] in the type of `scales` [out, in / group size]."""
     rows, columns = weight.shape[0], weight.shape[1] * 32 // bits
-    threads = 128
     inputs = [weight, scales, biases]
-    (out,) = launch.kernel("dequantise", launch.backend())(
-        inputs=inputs,
-        template=launch.template(
-            [("T", scales.dtype)],
-            [("K", columns), ("BITS", bits), ("GROUP", group_size)],
-            inputs,
-            launch.backend(),
-        ),
-        grid=(-(-rows * columns // 8 // threads) * threads, 1, 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[(rows, columns)],
-        output_dtypes=[scales.dtype],
+    (out,) = launch.run(
+        "dequantise",
+        inputs,
+        [("T", scales.dtype)],
+        [("K", columns), ("BITS", bits), ("GROUP", group_size)],
+        threads=rows * columns // 8,
+        group=128,
+        shapes=[(rows, columns)],
+        dtypes=[scales.dtype],
     )
     return out
 
@@ -163,10 +159,7 @@ def verdict(dtype: mx.Dtype) -> str | None:
     """
     if launch.backend() == "none":
         return "there is no GPU"
-    try:
-        return _compare(dtype)
-    except (RuntimeError, ValueError, TypeError) as error:
-        return f"a kernel does not run: {error}"
+    return launch.verdict(_compare, dtype)
 
 
 def _compare(dtype: mx.Dtype) -> str | None:

@@ -45,32 +45,31 @@ def update(
         state = mx.zeros((batch, heads, dim, key_dim), mx.float32)
     rows = _ROWS if dim % _ROWS == 0 and batch * heads * dim // _ROWS >= _ENOUGH else 1
     inputs = [q, k, v, g.astype(mx.float32), beta.astype(mx.float32), state.astype(mx.float32)]
-    y, new_state = launch.kernel("delta_rule", launch.backend())(
-        inputs=inputs,
-        template=launch.template(
-            [("T", q.dtype)],
-            [
-                ("HK", key_heads), ("HV", heads), ("DK", key_dim), ("DV", dim), ("R", rows),
-                ("EVERY", g.ndim == 4), ("NSG", _SIMDGROUPS),
-            ],
-            inputs,
-            launch.backend(),
-        ),
-        grid=(-(-batch * heads * (dim // rows) // _SIMDGROUPS) * _SIMDGROUPS * 32, 1, 1),
-        threadgroup=(_SIMDGROUPS * 32, 1, 1),
-        output_shapes=[(batch, tokens, heads, dim), (batch, heads, dim, key_dim)],
-        output_dtypes=[q.dtype, mx.float32],
-    )  # fmt: skip
+    y, new_state = launch.run(
+        "delta_rule",
+        inputs,
+        [("T", q.dtype)],
+        [
+            ("HK", key_heads),
+            ("HV", heads),
+            ("DK", key_dim),
+            ("DV", dim),
+            ("R", rows),
+            ("EVERY", g.ndim == 4),
+            ("NSG", _SIMDGROUPS),
+        ],
+        threads=batch * heads * (dim // rows) * 32,
+        group=_SIMDGROUPS * 32,
+        shapes=[(batch, tokens, heads, dim), (batch, heads, dim, key_dim)],
+        dtypes=[q.dtype, mx.float32],
+    )
     return y, new_state
 
 
 @cache
 def verdict(dtype: mx.Dtype) -> str | None:
     """Return None if the kernel computes what the rule says, else what is off."""
-    try:
-        return _compare(dtype)
-    except (RuntimeError, ValueError, TypeError) as error:
-        return f"a kernel does not run: {error}"
+    return launch.verdict(_compare, dtype)
 
 
 def _compare(dtype: mx.Dtype) -> str | None:

@@ -125,6 +125,37 @@ def template(
     return [*types, *constants, ("SMALL", small)]
 
 
+def run(
+    body: Body,
+    inputs: Sequence[mx.array],
+    types: Sequence[tuple[str, mx.Dtype]],
+    constants: Sequence[tuple[str, int | bool]],
+    *,
+    threads: int,
+    group: int,
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[mx.Dtype],
+) -> list[mx.array]:
+    """Run a kernel by `threads` threads or more, in whole threadgroups of `group` of them."""
+    on = backend()
+    return kernel(body, on)(
+        inputs=list(inputs),
+        template=template(types, constants, inputs, on),
+        grid=(-(-threads // group) * group, 1, 1),
+        threadgroup=(group, 1, 1),
+        output_shapes=list(shapes),
+        output_dtypes=list(dtypes),
+    )
+
+
+def verdict(compare: Callable[..., str | None], *args: object) -> str | None:
+    """Return what `compare` finds off about kernels; one that does not compile counts as off."""
+    try:
+        return compare(*args)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"a kernel does not run: {error}"
+
+
 def decode(
     plan: DecodePlan,
     shape: AttentionShape,
