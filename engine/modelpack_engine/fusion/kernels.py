@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 
 import mlx.core as mx
 
@@ -12,11 +12,6 @@ from modelpack_engine.attention.pools import TokenMajorPools
 from modelpack_engine.fusion.rotation import Rotation
 
 _SIMDGROUPS = 4
-
-
-@lru_cache(maxsize=64)
-def _parameters(*values: float) -> mx.array:
-    return mx.array(values, mx.float32)
 
 
 def add_norm(
@@ -30,12 +25,18 @@ def add_norm(
     vector = vector_width(max(a.dtype.size, parts.dtype.size), dim)
     simdgroups = min(32, max(1, -(-dim // (vector * 32))))
     threads = 32 * simdgroups
-    inputs = [a, parts, weight, _parameters(epsilon)]
+    inputs = [a, parts, weight]
     total, out = launch.run(
         "add_norm",
         inputs,
         [("T", a.dtype), ("B", parts.dtype), ("W", weight.dtype)],
-        [("D", dim), ("VEC", vector), ("NSG", simdgroups), ("PARTS", count)],
+        [
+            ("D", dim),
+            ("VEC", vector),
+            ("NSG", simdgroups),
+            ("PARTS", count),
+            ("EPSILON", launch.bits_of(epsilon)),
+        ],
         threads=a.size // dim * threads,
         group=threads,
         shapes=[a.shape] * 2,
@@ -85,7 +86,6 @@ def rotate_and_write(
     weights = (joint, joint) if norms is None else norms[:2]
     inputs = [
         joint, positions, slots, rotation.inverse if angles is None else angles, *weights,
-        _parameters(0.0 if norms is None else norms[2], rotation.factor),
         pools.keys, pools.values, pools.last_write(),
     ]  # fmt: skip
     q, token = launch.run(
@@ -102,6 +102,8 @@ def rotate_and_write(
             ("NSG", _SIMDGROUPS),
             ("PARTS", count),
             ("TABLE", angles is not None),
+            ("EPSILON", launch.bits_of(0.0 if norms is None else norms[2])),
+            ("FACTOR", launch.bits_of(rotation.factor)),
         ],
         threads=rows * total * 32,
         group=_SIMDGROUPS * 32,

@@ -28,12 +28,10 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     },
     "rotate": {
         "joint": "J", "positions": "int", "slots": "int", "inverse": "float", "q_weight": "W",
-        "k_weight": "W", "params": "float", "k_pool": "P", "v_pool": "P", "previous": "int",
-        "q": "T", "token": "int",
+        "k_weight": "W", "k_pool": "P", "v_pool": "P", "previous": "int", "q": "T",
+        "token": "int",
     },
-    "add_norm": {
-        "a": "T", "b": "B", "weight": "W", "params": "float", "total": "T", "out": "T",
-    },
+    "add_norm": {"a": "T", "b": "B", "weight": "W", "total": "T", "out": "T"},
     "swiglu": {"joint": "T", "out": "T"},
     "dequantise": {"weight": "uint32_t", "scales": "T", "biases": "T", "out": "T"},
     "state_space": {

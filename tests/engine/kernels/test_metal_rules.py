@@ -20,12 +20,12 @@ FUSED = [
     Instance(
         "add_norm",
         (*BF16, ("B", "bfloat16_t"), ("W", "float")),
-        (("D", 576), ("VEC", 4), ("NSG", 5), ("PARTS", 1)),
+        (("D", 576), ("VEC", 4), ("NSG", 5), ("PARTS", 1), ("EPSILON", 0x3727C5AC)),
     ),
     Instance(
         "add_norm",
         (*BF16, ("B", "float"), ("W", "bfloat16_t")),
-        (("D", 4096), ("VEC", 4), ("NSG", 32), ("PARTS", 4)),
+        (("D", 4096), ("VEC", 4), ("NSG", 32), ("PARTS", 4), ("EPSILON", 0)),
     ),
     Instance("swiglu", BF16, (("N", 1536), ("VEC", 8))),
     Instance("rows", BF16, (("D", 1536), ("VEC", 8))),
@@ -41,6 +41,8 @@ FUSED = [
                 ("INTERLEAVED", interleaved),
                 ("QKNORM", norm),
                 ("TABLE", norm),
+                ("EPSILON", 0x3727C5AC),
+                ("FACTOR", 0x3F800000),
             ),
         )
         for joint, pool, dims, interleaved, norm in (
@@ -86,8 +88,7 @@ TINY: dict[Body, tuple[str, ...]] = {
     "decode": ("params", "written"),
     "write": ("previous",),
     "quantise": ("previous",),
-    "rotate": ("params", "previous"),
-    "add_norm": ("params",),
+    "rotate": ("previous",),
 }
 INSTANCES = [
     *dict.fromkeys(instance for case in CASES for instance in case.instances),

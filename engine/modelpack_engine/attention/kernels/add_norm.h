@@ -1,5 +1,5 @@
   // A residual sum and the RMS norm of it (https://arxiv.org/abs/1910.07467): a threadgroup a row.
-  //   a [rows, ..., D] T   b [PARTS, rows, D] B   weight [D] W   params [1] float: epsilon
+  //   a [rows, ..., D] T   b [PARTS, rows, D] B   weight [D] W   EPSILON: a float's bits
   //   total [rows, D] T = a + sum of b   out [rows, D] T = total / rms(total) * weight
   constexpr int THREADS = NSG * 32, VECTORS = D / VEC, EACH = (VECTORS + THREADS - 1) / THREADS;
   typedef PaVec<T, VEC> Vec;
@@ -35,7 +35,7 @@
   PA_SYNC();
   squares = 0.0f;
   PA_UNROLL for (int s = 0; s < NSG; s++) squares += partial[s];
-  const float factor = PA_RSQRT(squares / D + params[0]);
+  const float factor = PA_RSQRT(squares / D + pa_float(EPSILON));
   PA_UNROLL for (int i = 0; i < EACH; i++) {
     const int at = i * THREADS + index;
     if (at < VECTORS) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import struct
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any
@@ -106,6 +107,15 @@ def factors(scale: float, softcap: float | None) -> mx.array:
     if softcap is None:
         return mx.array([scale * LOG2E, LOG2E, 0.0], mx.float32)
     return mx.array([scale / softcap, 1.0 / softcap, softcap * LOG2E], mx.float32)
+
+
+def bits_of(value: float) -> int:
+    """Return a float32's bits: how a number gets into a kernel's text.
+
+    In an array of 8 bytes or less, it would be read from the host's memory (MLX on CUDA): 15 µs.
+    """
+    found: int = struct.unpack("<i", struct.pack("<f", value))[0]
+    return found
 
 
 def template(

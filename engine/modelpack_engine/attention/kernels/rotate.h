@@ -2,7 +2,7 @@
   // and values go to their slots in place, as in write.h. A simdgroup a row and head.
   //   joint [PARTS, rows, (HQ + 2 * HK) * D] J   positions, slots [rows] int
   //   inverse [DIMS / 2] float, or with TABLE cosines and sines [rows, DIMS / 2, 2], factor included
-  //   q_weight, k_weight [D] W: of the norms   params [2] float: epsilon, factor of rotated elements
+  //   q_weight, k_weight [D] W: of the norms   EPSILON, FACTOR (of rotated elements): floats' bits
   //   k_pool, v_pool [pool slots, HK, D] P   previous [1] int: order only
   //   q [rows, HQ, D] T   token [1] int, always 0: orders what reads the pools afterwards
   constexpr int HEADS = HQ + 2 * HK, HALF = DIMS / 2, EACH = (D + 31) / 32;
@@ -35,7 +35,7 @@
           squares += x * x;
         }
         PA_UNROLL for (int mask = 16; mask > 0; mask /= 2) squares += PA_XOR(squares, mask);
-        factor = PA_RSQRT(squares / D + params[0]);
+        factor = PA_RSQRT(squares / D + pa_float(EPSILON));
       }
       const PA_DEVICE W* weight = head < HQ ? q_weight : k_weight;
       PA_DEVICE T* to_q = q + ((size_t)row * HQ + head) * D;
@@ -59,8 +59,8 @@
             s = inverse[at + 1];
           } else {
             const float angle = position * inverse[i];
-            c = PA_COS(angle) * params[1];
-            s = PA_SIN(angle) * params[1];
+            c = PA_COS(angle) * pa_float(FACTOR);
+            s = PA_SIN(angle) * pa_float(FACTOR);
           }
           const float before = x;
           x = x * c - y * s;

@@ -42,10 +42,10 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "quantise": ("k", "v", "k_pool", "v_pool", "slots", "previous"),
     "prefill": ("q", "k_pool", "v_pool", "tables", "spans", "sinks", "params", "written"),
     "rotate": (
-        "joint", "positions", "slots", "inverse", "q_weight", "k_weight", "params", "k_pool",
-        "v_pool", "previous",
+        "joint", "positions", "slots", "inverse", "q_weight", "k_weight", "k_pool", "v_pool",
+        "previous",
     ),
-    "add_norm": ("a", "b", "weight", "params"),
+    "add_norm": ("a", "b", "weight"),
     "swiglu": ("joint",),
     "dequantise": ("weight", "scales", "biases"),
     "product": ("x", "weight", "scales", "biases", "bias"),
