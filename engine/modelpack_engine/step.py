@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, cast
 
 import mlx.core as mx
+import numpy as np
 
 from modelpack_engine.batch import StepBatch
 from modelpack_engine.logprobs import Logprobs, gather_logprobs
@@ -81,19 +83,27 @@ def _sample_row(sequence: Sequence, assumed: tuple[int, ...] | None = None) -> S
 
 def row_token_ids(batch: StepBatch, previous: Sampled | None) -> mx.array:
     """Return the rows' ids, int32 [rows]; those that `previous` sampled stay on the device."""
-    if batch.from_previous:
-        assert previous is not None
-        # A row that failed has no token; it runs on with any until its end is seen.
-        sampled = mx.maximum(previous.token_ids, 0)
-        if len(batch.from_previous) == batch.num_rows <= sampled.size and all(
-            row == index for row, index in batch.from_previous
-        ):
-            return sampled[: batch.num_rows]
-    token_ids = mx.array(batch.token_ids, mx.int32)
-    if batch.from_previous:
-        rows, indices = zip(*batch.from_previous, strict=True)
-        token_ids[mx.array(rows)] = sampled[mx.array(indices)]
-    return token_ids
+    if not batch.from_previous:
+        return mx.array(batch.token_ids, mx.int32)
+    assert previous is not None
+    # A row that failed has no token; it runs on with any until its end is seen.
+    sampled = _tokens(previous.token_ids)
+    if len(batch.from_previous) == batch.num_rows <= sampled.size and all(
+        row == index for row, index in batch.from_previous
+    ):
+        return sampled[: batch.num_rows]
+    count = batch.num_rows
+    places = np.arange(count, dtype=np.int32)
+    rows, indices = np.array(batch.from_previous, np.int32).T
+    places[rows] = count + indices
+    known = mx.array(np.concatenate([np.array(batch.token_ids, np.int32), places]))
+    return mx.concatenate([known[:count], sampled])[known[count:]]
+
+
+@partial(mx.compile, shapeless=True)
+def _tokens(token_ids: mx.array) -> mx.array:
+    """Return ids that are ids; compiled, since the 0 would be an array in the host's memory."""
+    return mx.maximum(token_ids, 0)
 
 
 def with_prompt_rows(batch: StepBatch) -> StepBatch:

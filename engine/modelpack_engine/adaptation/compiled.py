@@ -4,10 +4,15 @@ Building the graph of a step anew takes the host as long as the device takes to 
 graph is replayed. Decode rows come first then, and rows of prompts in tiles of 16 after them, which
 the prefill kernel attends from. Where it cannot, each row of a prompt is attended by the decode
 kernel on its own, which reads keys again for every row: that is for contexts that are not long.
+
+All that the host knows of a step goes to the device in one array. Each array of its own is memory
+that host and GPU take from one another, page by page (CUDA's managed memory, which MLX uses).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +32,43 @@ from modelpack_engine.buckets import Buckets
 LONGEST_PROMPT = 1024
 
 #: Numbers of decode rows beside chunks, where that many are enough.
-BESIDE_CHUNKS = (8, 32)
+BESIDE_CHUNKS = (16, 32)
 
 Pools = list[tuple[mx.array, mx.array]]
 #: The arrays of each recurrent layer; those of its own that it does not use are None.
 States = list[list[mx.array | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The sizes that a graph is compiled for.
+
+    `rows` are those of the graph, `decode` of them decode; of their block tables, `width` columns.
+    The others are `tiles`, with `tile_width` columns. `sampled` rows have logits; None: all.
+    """
+
+    rows: int
+    decode: int
+    width: int
+    tiles: int
+    tile_width: int
+    sampled: int | None
+
+    def cut(self, packed: mx.array) -> list[mx.array]:
+        """Return positions, slots, tables, tiles' tables, their spans and sampled rows."""
+        found, start = [], 0
+        for shape in (
+            (self.rows,),
+            (self.rows,),
+            (self.decode, self.width),
+            (self.tiles, self.tile_width),
+            (self.tiles, 2),
+            (self.sampled or 0,),
+        ):
+            stop = start + math.prod(shape)
+            found.append(packed[start:stop].reshape(shape))
+            start = stop
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +95,7 @@ class CompiledSteps:
         self._last: tuple[tuple[int, ...], int, int] | None = None
         self._tables: NDArray[np.int32] = np.zeros((0, 1), np.int32)
         self._blocks: NDArray[np.int32] = np.zeros((0,), np.int32)
-        self._of_all = mx.compile(lambda *inputs: self._trace(*inputs, sample_rows=None))
-        self._of_some = mx.compile(lambda rows, *inputs: self._trace(*inputs, sample_rows=rows))
+        self._graphs: dict[Layout, Callable[..., Any]] = {}
 
     @staticmethod
     def can_run(adapted: Adapted) -> bool:
@@ -88,36 +124,40 @@ class CompiledSteps:
         positions = np.array(batch.positions, np.int32)
         slots = np.array(batch.slots, np.int32)
         if rows.order is not None:
-            token_ids = token_ids[mx.array(np.maximum(rows.order, 0))]
+            order = np.maximum(rows.order, 0)
             positions, slots = (
-                np.where(rows.order < 0, 0, column[np.maximum(rows.order, 0)])
-                for column in (positions, slots)
+                np.where(rows.order < 0, 0, column[order]) for column in (positions, slots)
             )
-            places = {old: new for new, old in enumerate(rows.order.tolist())}
-            sample_rows = [places[row] for row in sample_rows]
+            places = np.zeros(batch.num_rows, np.int32)
+            places[order[::-1]] = np.arange(len(order) - 1, -1, -1, dtype=np.int32)
+            sample_rows = places[sample_rows].tolist()
         elif rows.padding:
             token_ids = mx.concatenate([token_ids, mx.zeros((rows.padding,), mx.int32)])
             positions, slots = (np.pad(column, (0, rows.padding)) for column in (positions, slots))
+        sampled = (self._buckets.pad_rows(len(sample_rows)) or 1) if batch.chunks else None
+        columns = [
+            positions,
+            slots,
+            rows.tables.ravel(),
+            rows.tile_tables.ravel(),
+            rows.spans.ravel(),
+        ]
+        if sampled is not None:
+            columns.append(np.array(sample_rows + [0] * (sampled - len(sample_rows)), np.int32))
+        length = sum(map(len, columns))
+        if rows.order is not None:
+            columns.append(order)
+        packed = mx.array(np.concatenate(columns))
+        if rows.order is not None:
+            token_ids, packed = token_ids[packed[length:]], packed[:length]
+        (decode, width), (tiles, tile_width) = rows.tables.shape, rows.tile_tables.shape
+        layout = Layout(len(positions), decode, width, tiles, tile_width, sampled)
         pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in adapted.paged]
         arrays: States = [list(state.arrays) for state in adapted.states]
         aside = adapted.rows.set_aside(adapted.states, len(rows.tables)) if arrays else []
-        inputs = (
-            token_ids,
-            mx.array(positions),
-            mx.array(slots),
-            mx.array(rows.tables),
-            mx.array(rows.tile_tables),
-            mx.array(rows.spans),
-            pools,
-            [list(state.arrays) for state in adapted.states],
-        )
+        states = [list(state.arrays) for state in adapted.states]
         try:
-            if batch.chunks:
-                count = self._buckets.pad_rows(len(sample_rows)) or 1
-                some = mx.array(sample_rows + [0] * (count - len(sample_rows)), mx.int32)
-                logits, new_pools, arrays = self._of_some(some, *inputs)
-            else:
-                logits, new_pools, arrays = self._of_all(*inputs)
+            logits, new_pools, arrays = self._graph(layout)(token_ids, packed, pools, states)
             pools = new_pools or pools
         finally:
             # Tracing leaves arrays in the caches that stand for any; these are real ones.
@@ -127,7 +167,14 @@ class CompiledSteps:
                 state.arrays = list(own)
         if aside:
             adapted.rows.put_back(adapted.states, aside, batch.num_decode)
-        return logits[: len(sample_rows), -1]
+        found: mx.array = logits[: len(sample_rows), -1]
+        return found
+
+    def _graph(self, layout: Layout) -> Callable[..., Any]:
+        """Return what runs the graph of a layout, which its first call builds."""
+        if layout not in self._graphs:
+            self._graphs[layout] = mx.compile(lambda *inputs: self._trace(layout, *inputs))
+        return self._graphs[layout]
 
     def _lay_out(self, batch: StepBatch) -> _Rows:
         """Return where the batch's rows go, and what they see."""
@@ -136,7 +183,7 @@ class CompiledSteps:
             decode = next((size for size in BESIDE_CHUNKS if 0 < decode <= size), decode)
         of_chunks = [_up(chunk.length) for chunk in batch.chunks]
         count = sum(of_chunks)
-        rows = decode + (self._buckets.pad_chunk(_up(count)) if count else 0)
+        rows = decode + self._num_tile_rows(decode, count)
         order = None
         if decode != batch.num_decode or any(
             chunk.padded_length != length
@@ -164,6 +211,12 @@ class CompiledSteps:
             spans[:tile] = seen
         return _Rows(order, rows - batch.num_rows, tables, tile_tables, spans)
 
+    def _num_tile_rows(self, decode: int, count: int) -> int:
+        """Return how many rows stand for `count` of tiles: they fill a bucket, or all rows do."""
+        alone, together = self._buckets.pad_chunk(count), self._buckets.pad_chunk(decode + count)
+        fits = count and (together - decode) % TILE_ROWS == 0
+        return min(alone, together - decode) if fits else alone
+
     def _decode_tables(self, batch: StepBatch, rows: int) -> NDArray[np.int32]:
         """Return the decode rows' block tables; of the same rows as before, only what is new."""
         width = _width(batch.decode_tables)
@@ -181,17 +234,7 @@ class CompiledSteps:
         return self._tables
 
     def _trace(
-        self,
-        token_ids: mx.array,
-        positions: mx.array,
-        slots: mx.array,
-        tables: mx.array,
-        tile_tables: mx.array,
-        spans: mx.array,
-        pools: Pools,
-        states: States,
-        *,
-        sample_rows: mx.array | None,
+        self, layout: Layout, token_ids: mx.array, packed: mx.array, pools: Pools, states: States
     ) -> tuple[mx.array, Pools, States]:
         """Build the graph from arrays that stand for any of their shapes.
 
@@ -199,13 +242,15 @@ class CompiledSteps:
         step's readers wait for the writes inside of the graph, and those of later steps come later
         on the same stream.
         """
+        positions, slots, tables, tile_tables, spans, sample_rows = layout.cut(packed)
+        some = None if layout.sampled is None else sample_rows
         adapted, step = self._adapted, self._step
         for kv, (keys, values) in zip(adapted.paged, pools, strict=True):
             kv.pools.keys, kv.pools.values = keys, values
         for state, arrays in zip(adapted.states, states, strict=True):
             state.arrays = list(arrays)
         tiles = Tiles(tile_tables, spans) if spans.shape[0] else None
-        step.begin_rows(positions, slots, tables, sample_rows, tiles)
+        step.begin_rows(positions, slots, tables, some, tiles)
         try:
             logits: Any = self._model(token_ids[:, None], cache=adapted.caches)
             adapted.close()
@@ -214,8 +259,8 @@ class CompiledSteps:
             raise
         finally:
             step.end()
-        if not step.rows_taken and sample_rows is not None:
-            logits = logits[sample_rows]
+        if not step.rows_taken and some is not None:
+            logits = logits[some]
         new_states = [list(state.arrays) for state in adapted.states]
         if adapted.writes_in_place:
             return logits, [], new_states

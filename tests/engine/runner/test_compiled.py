@@ -101,11 +101,9 @@ def test_states_of_recurrent_models_go_through(monkeypatch: pytest.MonkeyPatch) 
     traced: list[int] = []
     original = compiled.CompiledSteps._trace
 
-    def counted(
-        self: compiled.CompiledSteps, token_ids: mx.array, *args: Any, **kwargs: Any
-    ) -> Any:
-        traced.append(token_ids.shape[0])
-        return original(self, token_ids, *args, **kwargs)
+    def counted(self: compiled.CompiledSteps, layout: compiled.Layout, *inputs: Any) -> Any:
+        traced.append(layout.rows)
+        return original(self, layout, *inputs)
 
     monkeypatch.setattr(compiled.CompiledSteps, "_trace", counted)
     runs = []
