@@ -162,6 +162,7 @@ class ModelRunner:
                 layout.without_quantisation(),
                 self._step,
                 num_blocks=num_blocks,
+                buckets=self.buckets,
                 in_pieces=in_pieces,
                 fold=fold,
                 fused=fused,

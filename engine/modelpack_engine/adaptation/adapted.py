@@ -24,6 +24,7 @@ from modelpack_engine.attention.paged import PagedKV
 from modelpack_engine.attention.pools import KVLayout
 from modelpack_engine.attention.step import StepInputs
 from modelpack_engine.batch import StepBatch
+from modelpack_engine.buckets import EXACT, Buckets
 from modelpack_engine.fusion.layers import fuse
 from modelpack_engine.fusion.sums import Sums
 from modelpack_engine.snapshots import PrefixSnapshots
@@ -43,6 +44,7 @@ class Adapted:
         step: StepInputs,
         *,
         num_blocks: int,
+        buckets: Buckets = EXACT,
         in_pieces: frozenset[str] = frozenset(),
         fold: bool = False,
         fused: bool = False,
@@ -50,7 +52,7 @@ class Adapted:
         self.model = model
         self.layout = layout
         self.swaps = ClassSwaps()
-        self.rows = StateRows()
+        self.rows = StateRows(buckets.pad_rows)
         self.paged: list[PagedKV] = []
         self.states: list[RecurrentState] = []
         self.taken: list[Snapshot] = []  # by the step that was built last

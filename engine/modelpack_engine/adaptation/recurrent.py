@@ -8,7 +8,7 @@ the same, the next step takes that array as it is, with nothing gathered or scat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -91,8 +91,14 @@ class _Plan:
 
 @dataclass(slots=True)
 class StateRows:
-    """Which row of the state arrays belongs to which sequence; shared by all layers."""
+    """Which row of the state arrays belongs to which sequence; shared by all layers.
 
+    There are rows after these up to what `pad_rows` makes of their number. On a GPU that is one of
+    a few, so that MLX finds memory of the size, and steps of decode rows find as many as they pad
+    their own to: arrays of a new size cost CUDA more than a step.
+    """
+
+    pad_rows: Callable[[int], int] = int
     rows: dict[int, int] = field(default_factory=dict)
     total: int = 0
     plan: _Plan | None = None
@@ -115,6 +121,12 @@ class StateRows:
         for seq_id in [*(chunk.seq_id for chunk in batch.chunks), *kept]:
             self._next_rows[seq_id] = self._next_total
             self._next_total += 1
+        self._next_total = self.pad_rows(self._next_total)
+
+    @property
+    def next_total(self) -> int:
+        """How many rows the arrays have after the step that `begin` planned."""
+        return self._next_total
 
     def finish(self) -> None:
         """Adopt the rows of the step that `begin` planned."""
@@ -153,7 +165,8 @@ class StateRows:
                 if array is None:
                     continue
                 own = array if array.shape[0] == num_rows else array[:num_rows]
-                state.arrays[slot] = own if left_out is None else mx.concatenate([own, left_out])
+                parts = [own] if left_out is None else [own, left_out]
+                state.arrays[slot] = _joined(parts, self._next_total)
 
     def release(self, seq_ids: Iterable[int]) -> None:
         """Forget sequences; their rows go when the batch next changes."""
@@ -235,9 +248,17 @@ class RecurrentState:
             parts += [view[index] for view in chunks]
             if kept and array is not None:
                 parts.append(array[mx.array(kept, mx.int32)])
-            self.arrays[index] = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+            self.arrays[index] = _joined(parts, self.rows.next_total)
 
     def _plan(self) -> _Plan:
         plan = self.rows.plan
         assert plan is not None, "a step is being built"
         return plan
+
+
+def _joined(parts: list[mx.array], total: int) -> mx.array:
+    """Return the rows of `parts` in an array of `total` rows, of which the last mean nothing."""
+    missing = total - sum(part.shape[0] for part in parts)
+    if missing:
+        parts = [*parts, mx.broadcast_to(parts[0][:1], (missing, *parts[0].shape[1:]))]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
