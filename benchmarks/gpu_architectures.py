@@ -1,6 +1,9 @@
 """Architectures other than Llama's on a GPU: our engine against BatchGenerator, 64 at once.
 
-    python benchmarks/gpu_architectures.py [NAME ...]
+    python benchmarks/gpu_architectures.py [--peer-only] [NAME ...]
+
+A process for each. Whether MLX uses CUDA graphs is the engine's choice (`cuda_graphs`), for the
+peer as well, unless MLX_USE_CUDA_GRAPHS says it: for the peer with its own choice, set it to 1.
 
 Random bfloat16 weights of small models of each kind. 128 requests of load M's lengths (prompts of
 64-1024 tokens, answers of 32-256), 64 at once; one warming round of ours, then one of each counts.
@@ -12,7 +15,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import random
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -20,6 +26,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.generate import BatchGenerator
 
+from modelpack_engine import cuda_graphs
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.loaders import LoadedModel
@@ -147,6 +154,7 @@ def make_model(name: str) -> Any:
     mx.random.seed(0)
     arguments = module.ModelArgs.from_dict({"model_type": name, **COMMON, **SHAPES[name]})
     model = module.Model(arguments)
+    cuda_graphs.choose(model)
     model.update(
         tree_map(
             lambda x: x.astype(mx.bfloat16) if mx.issubdtype(x.dtype, mx.floating) else x,
@@ -201,11 +209,20 @@ def theirs(model: Any, work: list[tuple[list[int], int]]) -> float:
     return count / elapsed
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(name: str, *, peer_only: bool) -> dict[str, Any]:
     """Return both rates for one architecture, and how ours ran."""
     model = make_model(name)
-    peer = theirs(model, requests(7))
-    print(json.dumps({"architecture": name, "BatchGenerator": round(peer)}), flush=True)
+    found: dict[str, Any] = {"architecture": name, "graphs": os.environ.get(cuda_graphs.GRAPHS)}
+    peer = None
+    try:
+        theirs(model, requests(8, AT_ONCE))  # warms up what it can
+        peer = theirs(model, requests(7))
+        found["BatchGenerator"] = round(peer)
+    except RuntimeError as error:
+        found["BatchGenerator"] = f"fails: {error}"
+    print(json.dumps(found), flush=True)
+    if peer_only:
+        return found
     loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, Silent(), name, CONTEXT, (), 0)
     config = EngineConfig(max_num_seqs=AT_ONCE, kv_cache_bytes=4 << 30, max_model_len=CONTEXT)
     start = time.perf_counter()
@@ -216,10 +233,9 @@ def measure(name: str) -> dict[str, Any]:
     rate = ours(engine, requests(7), "counts")
     stats = engine.stats()
     return {
-        "architecture": name,
+        **found,
         "ours": round(rate),
-        "BatchGenerator": round(peer),
-        "ratio": round(rate / peer, 2),
+        "ratio": peer and round(rate / peer, 2),
         "start_s": round(up, 1),
         "notes": engine.notes,
         "host_s": [
@@ -231,12 +247,14 @@ def measure(name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=list(SHAPES))
-    for name in parser.parse_args().names:
-        try:
-            found = measure(name)
-        except Exception as error:  # one that fails does not keep the others from being measured
-            found = {"architecture": name, "error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(found), flush=True)
+    parser.add_argument("--peer-only", action="store_true")
+    args = parser.parse_args()
+    if len(args.names) > 1:
+        more = ["--peer-only"] if args.peer_only else []
+        for name in args.names:  # one that fails does not keep the others from being measured
+            subprocess.run([sys.executable, __file__, *more, name], check=False)
+        return
+    print(json.dumps(measure(args.names[0], peer_only=args.peer_only)), flush=True)
 
 
 if __name__ == "__main__":

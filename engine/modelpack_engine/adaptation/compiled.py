@@ -92,7 +92,7 @@ class CompiledSteps:
         self, model: nn.Module, adapted: Adapted, step: StepInputs, buckets: Buckets
     ) -> None:
         self._model, self._adapted, self._step, self._buckets = model, adapted, step, buckets
-        self._last: tuple[tuple[int, ...], int, int] | None = None
+        self._rows: dict[int, int] = {}  # of sequences in the tables of the last step
         self._tables: NDArray[np.int32] = np.zeros((0, 1), np.int32)
         self._blocks: NDArray[np.int32] = np.zeros((0,), np.int32)
         self._graphs: dict[Layout, Callable[..., Any]] = {}
@@ -108,11 +108,14 @@ class CompiledSteps:
         There are none where the model is recurrent, and the states of its rows are complete.
         """
         states = self._adapted.states
-        if states and (batch.chunks or any(a is None for state in states for a in state.arrays)):
-            return False
-        return not self._step.tiles_refused or all(
+        found = not self._step.tiles_refused or all(
             chunk.kv_length <= LONGEST_PROMPT for chunk in batch.chunks
         )
+        if states and (batch.chunks or any(a is None for state in states for a in state.arrays)):
+            found = False
+        if not found:
+            self._rows = {}  # what happens to sequences meanwhile is not seen here
+        return found
 
     def forward(self, batch: StepBatch, token_ids: mx.array, sample_rows: list[int]) -> mx.array:
         """Return logits [sampled rows, vocabulary], not yet computed; pools are replaced.
@@ -218,19 +221,35 @@ class CompiledSteps:
         return min(alone, together - decode) if fits else alone
 
     def _decode_tables(self, batch: StepBatch, rows: int) -> NDArray[np.int32]:
-        """Return the decode rows' block tables; of the same rows as before, only what is new."""
-        width = _width(batch.decode_tables)
-        count = len(batch.decode_seq_ids)
+        """Return the decode rows' block tables [rows, width]; rows of the last step are kept.
+
+        A sequence's table grows from step to step, and only where it does it is read again.
+        """
+        ids = batch.decode_seq_ids
+        width, count = _width(batch.decode_tables), len(ids)
         blocks = np.array(batch.positions[:count], np.int32) // self._step.block_size
-        key = (batch.decode_seq_ids, rows, width)
-        if count and key == self._last:
-            for row in np.flatnonzero(blocks != self._blocks):
-                self._tables[row] = batch.decode_tables[row]
+        known = self._rows
+        places = {seq_id: row for row, seq_id in enumerate(ids)}
+        if len(places) < count:  # proposals: rows of one sequence see more and more of it
+            known, places = {}, {}
+        if self._tables.shape == (rows, width) and known == places and count:
+            new = np.flatnonzero(blocks != self._blocks)
         else:
-            self._tables = np.full((rows, width), TRASH_BLOCK, np.int32)
-            if batch.decode_tables:
-                self._tables[: batch.num_decode] = batch.decode_tables
-        self._last, self._blocks = key, blocks
+            tables = np.full((rows, width), TRASH_BLOCK, np.int32)
+            kept = [(row, known[seq_id]) for seq_id, row in places.items() if seq_id in known]
+            new = np.ones(count, np.bool_)
+            if kept:
+                here, there = np.array(kept).T
+                columns = min(width, self._tables.shape[1])
+                tables[here, :columns] = self._tables[there, :columns]
+                new[here] = blocks[here] != self._blocks[there]
+                if width < self._tables.shape[1]:
+                    new[:] = True
+            new = np.flatnonzero(new)
+            self._tables = tables
+        for row in new.tolist():
+            self._tables[row] = batch.decode_tables[row]
+        self._rows, self._blocks = places, blocks
         return self._tables
 
     def _trace(

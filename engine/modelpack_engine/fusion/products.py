@@ -17,13 +17,12 @@ import mlx.nn as nn
 from modelpack_engine.attention.kernels import launch
 from modelpack_engine.fusion import kernels
 
-#: Up to so many rows, our kernel multiplies: measured, see benchmarks/results/engine-h200.md.
-FEW_ROWS = 128
-#: From so many rows on, quantised weights are dequantised first.
-DEQUANTISE_FROM = 129
+#: Up to so many rows, our kernel multiplies with quantised weights, and with plain ones: see
+#: benchmarks/results/engine-h200.md. For more, quantised weights are dequantised first.
+FEW_ROWS, FEW_ROWS_PLAIN = 128, 64
 _OUTPUTS, _DEPTH, _THREADS = 64, 64, 128
 #: Rows that a kernel is compiled for, with its stages: few, as each takes a second or two.
-_TILES = {32: 4, 128: 3}
+_TILES = {32: 4, 64: 4, 128: 3}
 #: Threadgroups that keep a large GPU busy, and the fewest tiles that each of them should have.
 _THREADGROUPS, _FEWEST_TILES, _MOST_PARTS = 192, 4, 8
 
@@ -119,7 +118,7 @@ def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
         return x @ weight.T if weights.bias is None else mx.addmm(weights.bias, x, weight.T)
     scales, biases, group_size = weights.scales, weights.biases, weights.group_size
     assert scales is not None
-    if biases is not None and x.shape[0] >= DEQUANTISE_FROM and _is_plain(x, weights):
+    if biases is not None and x.shape[0] > FEW_ROWS and _is_affine(x, weights):
         return x @ kernels.dequantise(weight, scales, biases, group_size, bits).T
     return mx.quantized_matmul(
         x, weight, scales, biases,
@@ -127,7 +126,7 @@ def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
     )  # fmt: skip
 
 
-def _is_plain(x: mx.array, weights: Weights) -> bool:
+def _is_affine(x: mx.array, weights: Weights) -> bool:
     """Return whether quantised weights are of the kind that our kernels know."""
     return (
         weights.mode == "affine"
@@ -141,12 +140,12 @@ def _is_plain(x: mx.array, weights: Weights) -> bool:
 def _takes(x: mx.array, weights: Weights) -> bool:
     """Return whether our kernel multiplies."""
     return (
-        x.shape[0] <= FEW_ROWS
+        x.shape[0] <= (FEW_ROWS if weights.bits else FEW_ROWS_PLAIN)
         and x.dtype in (mx.float16, mx.bfloat16)
         and launch.backend() == "cuda"
         and weights.num_inputs % _DEPTH == 0
         and (weights.bias is None or weights.bias.dtype == x.dtype)
-        and (_is_plain(x, weights) if weights.bits else weights.weight.dtype == x.dtype)
+        and (_is_affine(x, weights) if weights.bits else weights.weight.dtype == x.dtype)
         and (verdict(x.dtype, weights.bits or 16) is None)
     )
 
@@ -171,7 +170,7 @@ def _run(
     """Return what our kernel puts out, in this shape: rows of outputs in parts, or SwiGLU's."""
     rows, outputs = x.shape[0], weights.num_outputs
     bits = weights.bits or 16
-    tile = next(size for size in _TILES if size >= rows)
+    tile = next(size for size in _tiles(bits) if size >= rows)
     stages = _TILES[tile]
     stage = _OUTPUTS * _DEPTH * bits // 8 + tile * _DEPTH * 2
     out_dtype = x.dtype if parts == 1 else mx.float32
@@ -192,6 +191,12 @@ def _run(
     return out
 
 
+def _tiles(bits: int) -> list[int]:
+    """Return the numbers of rows that a kernel is compiled for."""
+    most = FEW_ROWS_PLAIN if bits == 16 else FEW_ROWS
+    return [size for size in _TILES if size == min(_TILES) or size == most]
+
+
 @cache
 def verdict(dtype: mx.Dtype, bits: int) -> str | None:
     """Return None if our kernel multiplies as MLX does, else what is off."""
@@ -208,7 +213,7 @@ def _compare(dtype: mx.Dtype, bits: int) -> str | None:
         packed = mx.quantize(full, 32, bits)
         full = mx.dequantize(*packed, 32, bits)
         weights = Weights(*packed, bias, bits, 32, "affine")
-    for rows in (13, 128):
+    for rows in (13, max(_tiles(bits))):
         x = mx.random.normal((rows, inputs), key=keys[2]).astype(dtype)
         expected = x.astype(mx.float32) @ full.T.astype(mx.float32) + bias.astype(mx.float32)
         parts = _run(x, weights, 4, (4, rows, outputs))

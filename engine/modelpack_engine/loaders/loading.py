@@ -10,6 +10,7 @@ from typing import Any, Literal
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from modelpack_engine import cuda_graphs
 from modelpack_engine.errors import ModelLoadError, RequestError
 from modelpack_engine.loaders import gguf_tokenizer, json_tokenizer
 from modelpack_engine.loaders.files import CHAT_TEMPLATE, ModelFiles
@@ -191,6 +192,8 @@ def _loaded(
     model.eval()
     if shard is not None:
         shard(model, config)
+    if note := cuda_graphs.choose(model):
+        notes = [*notes, note]
     try:
         weight_bytes = evaluate(model)
     except (RuntimeError, ValueError) as error:  # MLX reads some files only now

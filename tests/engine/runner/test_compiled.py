@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from random import Random
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from modelpack_engine.adaptation import compiled
 from modelpack_engine.adaptation.warm_up import step_shapes
@@ -217,3 +221,49 @@ def test_whole_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     for prompt, events in zip(prompts, found, strict=True):
         tokens = [token for event in events for token in event.token_ids]
         assert tokens == reference_tokens(prompt, 30)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_tables_are_those_of_the_batch(random: Random) -> None:
+    """Rows are kept from step to step: whoever joins, leaves, grows, or starts again elsewhere."""
+    runner = ModelRunner(tiny_llama(), num_blocks=8, buckets=FEW, exact=False, compiled=True)
+    steps = runner._compiled
+    assert steps is not None
+    lengths: dict[int, int] = {}
+    tables: dict[int, list[int]] = {}
+    fresh = itertools.count(1)
+    for seq_id in itertools.count():
+        if seq_id > 40:
+            break
+        for gone in [i for i in lengths if random.random() < 0.15]:
+            del lengths[gone], tables[gone]
+        if random.random() < 0.7:
+            lengths[seq_id], tables[seq_id] = random.randrange(1, 150), []
+        ids = [i for i in lengths if random.random() < 0.9]
+        random.shuffle(ids)
+        for i in ids:
+            lengths[i] += 1
+            while len(tables[i]) * 16 < lengths[i]:
+                tables[i].append(next(fresh))
+        rows, width = (
+            FEW.pad_rows(len(ids)),
+            FEW.pad_table_width(max((len(tables[i]) for i in ids), default=1)),
+        )
+        padded = [tables[i] + [0] * (width - len(tables[i])) for i in ids]
+        padded += [[0] * width] * (rows - len(ids))
+        batch = StepBatch(
+            token_ids=[0] * rows,
+            positions=[lengths[i] - 1 for i in ids] + [0] * (rows - len(ids)),
+            slots=[0] * rows,
+            from_previous=(),
+            num_decode=rows,
+            decode_tables=padded,
+            decode_lengths=[1] * rows,
+            decode_seq_ids=tuple(ids),
+            chunks=(),
+            sample_rows=tuple(range(len(ids))),
+            sample_seqs=(),
+        )
+        found = steps._decode_tables(batch, rows)
+        assert found.tolist() == (padded if rows else [])

@@ -94,11 +94,11 @@ def zero() -> mx.array:
     return mx.array([0], mx.int32)
 
 
-def kernel(body: Body, on: Backend, shared_bytes: int = 0) -> Kernel:
+def kernel(body: Body, on: Backend, shared_bytes: int = 0, *, split: bool = False) -> Kernel:
     """Return the kernel of a body; `shared_bytes` are of what it does not declare itself (CUDA)."""
     if shared_bytes:
         return _kernel(body, on, shared_bytes=shared_bytes)[0]
-    return _kernel(body, on)[0]
+    return _kernel(body, on, split=split)[0]
 
 
 @lru_cache(maxsize=256)
@@ -212,19 +212,26 @@ def decode(
     )
     if not split:
         return found[0]
-    merge, _ = _kernel("merge", on)
+    return merge(found, shape, on, q.dtype, sinks)
+
+
+def merge(
+    parts: Sequence[mx.array], shape: AttentionShape, on: Backend, dtype: mx.Dtype, sinks: mx.array
+) -> mx.array:
+    """Return attention [rows, H, Dv] of its parts [rows, H, parts, Dv] and their statistics."""
+    kernel, _ = _kernel("merge", on)
     constants = [
         ("HQ", shape.num_heads), ("DV", shape.value_dim), ("SINKS", shape.sinks),
         ("NSG", MERGE_SIMDGROUPS),
     ]  # fmt: skip
-    inputs = [*found, sinks]
-    (out,) = merge(
+    inputs, rows = [*parts, sinks], parts[0].shape[0]
+    (out,) = kernel(
         inputs=inputs,
-        template=template([("T", q.dtype), ("S", sinks.dtype)], constants, inputs, on),
+        template=template([("T", dtype), ("S", sinks.dtype)], constants, inputs, on),
         grid=(shape.num_heads * 32 * MERGE_SIMDGROUPS, rows, 1),
         threadgroup=(32 * MERGE_SIMDGROUPS, 1, 1),
-        output_shapes=[(*heads, shape.value_dim)],
-        output_dtypes=[q.dtype],
+        output_shapes=[(rows, shape.num_heads, shape.value_dim)],
+        output_dtypes=[dtype],
     )
     return out
 

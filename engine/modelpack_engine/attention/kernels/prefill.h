@@ -4,7 +4,8 @@
   //   q [rows, HK*G, D] T   k_pool, v_pool [slots, HK, D] T   tables [tiles, width] int
   //   spans [tiles, 2] int: position of the first row, number of rows   sinks [HK*G] S   written [1]
   //   params [3] float: factors of q, (unused), and of a score after tanh
-  //   out [rows, HK*G, D] T: zero for rows that a tile does not have
+  //   out [rows, HK*G, D] T: zero for rows that a tile does not have; or with SPLIT, where blocks share
+  //   the context: out [rows, HK*G, parts, D] float, not yet divided, and stats [rows, HK*G, parts, 2]
   constexpr int STEPS = D / 16, COLUMNS = D / 8, KEYS = TILE / 8, PAD = D + 8, THREADS = WARPS * 32;
   constexpr int GROUPS = (G + WARPS - 1) / WARPS, LOADS = TILE * D / 8;
   constexpr float LOWEST = -1e30f, LOG2E = 1.4426950408889634f;
@@ -15,9 +16,12 @@
   const int tile = blockIdx.y, head = kv_head * G + (g < G ? g : 0), width = tables_shape[1];
   const int first = spans[tile * 2], count = spans[tile * 2 + 1];
   const int r = lane / 4, c = lane % 4 * 2;
+  const int part = blockIdx.z, parts = gridDim.z;
   if (count <= 0) {
     for (int i = lane; i < 16 * D && g < G; i += 32) {
-      out[((size_t)(tile * 16 + i / D) * (HK * G) + head) * D + i % D] = T(0.0f);
+      const size_t at = ((size_t)(tile * 16 + i / D) * (HK * G) + head) * parts + part;
+      out[at * D + i % D] = T(0.0f);
+      if (SPLIT && i % D == 0) stats[at * 2] = LOWEST, stats[at * 2 + 1] = 0.0f;
     }
     return;
   }
@@ -25,7 +29,12 @@
   int end = first + count;
   if (end > width * BLOCK) end = width * BLOCK;
   const int low = WINDOW > 0 && first + 1 > WINDOW ? first + 1 - WINDOW : 0;
-  const int start = low / TILE * TILE;
+  int start = low / TILE * TILE, stop = end;
+  if (SPLIT) {  // equal shares of what the tile sees, in whole tiles of keys
+    const int share = ((end - start + parts - 1) / parts + TILE - 1) / TILE * TILE;
+    start += part * share;
+    if (stop > start + share) stop = start + share;
+  }
 
   unsigned queries[STEPS][4];
   PA_UNROLL for (int s = 0; s < STEPS; s++) {
@@ -48,10 +57,10 @@
     }
     asm volatile("cp.async.commit_group;");
   };
-  load(start, 0);
+  if (start < stop) load(start, 0);
   int side = 0;
-  for (int base = start; base < end; base += TILE, side ^= 1) {
-    if (base + TILE < end) {
+  for (int base = start; base < stop; base += TILE, side ^= 1) {
+    if (base + TILE < stop) {
       load(base + TILE, side ^ 1);
       asm volatile("cp.async.wait_group 1;" ::: "memory");
     } else {
@@ -124,7 +133,7 @@
   PA_UNROLL for (int h = 0; h < 2; h++) {
     sum[h] += PA_XOR(sum[h], 1);
     sum[h] += PA_XOR(sum[h], 2);
-    if (SINKS) {
+    if (SINKS && !SPLIT) {
       const float sink = float(sinks[head]) * LOG2E, most = fmaxf(top[h], sink);
       const float keep = PA_EXP2(top[h] - most);
       sum[h] = sum[h] * keep + PA_EXP2(sink - most);
@@ -134,6 +143,15 @@
       }
     }
     const int row = r + h * 8;
+    if (SPLIT) {
+      const bool real = row < count;
+      const size_t at = ((size_t)(tile * 16 + row) * (HK * G) + head) * parts + part;
+      PA_UNROLL for (int n = 0; n < COLUMNS; n++) {
+        PA_UNROLL for (int i = 0; i < 2; i++) out[at * D + c + n * 8 + i] = real ? acc[n][2 * h + i] : 0.0f;
+      }
+      if (c == 0) stats[at * 2] = real ? top[h] : LOWEST, stats[at * 2 + 1] = real ? sum[h] : 0.0f;
+      continue;
+    }
     const float factor = row < count && sum[h] > 0.0f ? 1.0f / sum[h] : 0.0f;
     unsigned* to = (unsigned*)(out + ((size_t)(tile * 16 + row) * (HK * G) + head) * D + c);
     PA_UNROLL for (int n = 0; n < COLUMNS; n++) {

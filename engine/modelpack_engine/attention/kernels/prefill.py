@@ -19,6 +19,9 @@ from modelpack_engine.attention.kernels.probes import TOLERANCE
 TILE_ROWS = 16
 _MOST_WARPS = 8
 _KEY_ELEMENTS = 4096
+#: Threadgroups that keep a large GPU busy, and the fewest tokens that a part should have.
+_THREADGROUPS, _FEWEST_TOKENS, _MOST_PARTS = 264, 1024, 8
+_ALL = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +71,12 @@ def attend(
     scale: float,
     softcap: float | None = None,
     sinks: mx.array | None = None,
+    parts: int | None = None,
 ) -> mx.array:
     """Return attention [rows, H, D] of q [rows, H, D], whose rows are those of `tiles`, in order.
 
-    Each row sees its sequence's tokens up to its own, of these the last `shape.window`.
+    Each row sees its sequence's tokens up to its own, of these the last `shape.window`. `parts`
+    fixes into how many parts contexts are split.
     """
     constants = _constants(shape)
     how = dict(constants)
@@ -83,16 +88,38 @@ def attend(
         q, k_pool, v_pool, tiles.tables, tiles.spans, factors if sinks is None else sinks, factors,
         launch.zero() if token is None else token,
     ]  # fmt: skip
-    kernel = launch.kernel("prefill", "cuda")
-    (out,) = kernel(
+    num_tiles, width = tiles.tables.shape
+    blocks = shape.num_kv_heads * groups
+    if parts is None:
+        parts = num_parts(blocks * num_tiles, min(width * shape.block_size, shape.window or _ALL))
+    split = parts > 1
+    lines: list[tuple[int, ...]] = [tuple(q.shape)]
+    if split:
+        lines = [(*q.shape[:2], parts, shape.key_dim), (*q.shape[:2], parts, 2)]
+    found = launch.kernel("prefill", "cuda", split=split)(
         inputs=inputs,
-        template=[("T", q.dtype), ("S", inputs[5].dtype), *constants],
-        grid=(shape.num_kv_heads * groups * threads, tiles.tables.shape[0], 1),
+        template=[("T", q.dtype), ("S", inputs[5].dtype), *constants, ("SPLIT", split)],
+        grid=(blocks * threads, num_tiles, parts),
         threadgroup=(threads, 1, 1),
-        output_shapes=[q.shape],
-        output_dtypes=[q.dtype],
+        output_shapes=lines,
+        output_dtypes=[mx.float32, mx.float32] if split else [q.dtype],
     )
-    return out
+    return launch.merge(found, shape, "cuda", q.dtype, inputs[5]) if split else found[0]
+
+
+def num_parts(threadgroups: int, tokens: int) -> int:
+    """Return into how many parts contexts of up to `tokens` are split: few tiles leave a GPU idle.
+
+    A power of two, as long as each part is worth the merging.
+    """
+    parts = 1
+    while (
+        parts < _MOST_PARTS
+        and 2 * parts * threadgroups <= _THREADGROUPS
+        and tokens >= 2 * parts * _FEWEST_TOKENS
+    ):
+        parts *= 2
+    return parts
 
 
 def probe(shape: AttentionShape, dtype: mx.Dtype) -> str | None:
@@ -121,12 +148,13 @@ def probe(shape: AttentionShape, dtype: mx.Dtype) -> str | None:
             window=shape.window, softcap=softcap, sinks=sinks, block_size=size,
         )  # fmt: skip
         mx.eval(expected)
-    out = attend(
-        q, k_pool, v_pool, Tiles(table, mx.array(spans, mx.int32)), shape,
-        scale=scale, softcap=softcap, sinks=sinks,
-    ).astype(mx.float32)  # fmt: skip
     real = mx.array([i < count for _, count in spans for i in range(TILE_ROWS)])[:, None, None]
-    error = float(mx.max(mx.abs(mx.where(real, out - expected, out))))
-    if not error <= TOLERANCE[dtype]:
-        return f"its output is off by {error:.3g}, allowed {TOLERANCE[dtype]}"
+    for parts in (1, 4):
+        out = attend(
+            q, k_pool, v_pool, Tiles(table, mx.array(spans, mx.int32)), shape,
+            scale=scale, softcap=softcap, sinks=sinks, parts=parts,
+        ).astype(mx.float32)  # fmt: skip
+        error = float(mx.max(mx.abs(mx.where(real, out - expected, out))))
+        if not error <= TOLERANCE[dtype]:
+            return f"in {parts} parts it is off by {error:.3g}, allowed {TOLERANCE[dtype]}"
     return None

@@ -6,7 +6,7 @@
   //   bias [N] T (BIAS)   out [parts, M, N] O: with several parts, they are still to be summed
   //   SWIGLU: the first half of weights are gates, and out [1, M, N / 2] is silu(gate) * other half
   constexpr int OUTPUTS = 64, DEPTH = 64, THREADS = 128, CHUNKS = DEPTH * BITS / 128;
-  constexpr int ACROSS = MT > 64 ? 2 : 1, DOWN = 4 / ACROSS;  // warps over rows, and over outputs
+  constexpr int ACROSS = MT > 32 ? 2 : 1, DOWN = 4 / ACROSS;  // warps over rows, and over outputs
   constexpr int TILES = MT / ACROSS / 8, STRIPS = OUTPUTS / DOWN / 16;
   constexpr int W_BYTES = OUTPUTS * DEPTH * BITS / 8, STAGE = W_BYTES + MT * DEPTH * 2;
   constexpr int W_COPIES = OUTPUTS * CHUNKS / THREADS, X_COPIES = MT * 8 / THREADS;

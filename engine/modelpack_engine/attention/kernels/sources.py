@@ -58,7 +58,7 @@ OUTPUTS: dict[Body, tuple[str, ...]] = {
     "merge": ("out",),
     "write": ("token",),
     "quantise": ("token",),
-    "prefill": ("out",),
+    "prefill": ("out", "stats"),
     "rotate": ("q", "token"),
     "add_norm": ("total", "out"),
     "swiglu": ("out",),
@@ -94,7 +94,7 @@ def text(name: str) -> str:
 def kernel_source(
     body: Body, backend: Backend, *, split: bool = False, by_path: bool = False
 ) -> KernelSource:
-    """Return `body` for `backend`; a decode that is not `split` has no statistics to give out.
+    """Return `body` for `backend`; attention that is not `split` has no statistics to give out.
 
     `by_path` names the files for the compiler to include (CUDA): MLX hashes a kernel's text at
     every call, and short ones take less time.
@@ -104,7 +104,7 @@ def kernel_source(
         headers.append("tensor_cores")
     outputs = OUTPUTS[body]
     before = ""
-    if body == "decode" and not split:
+    if body in ("decode", "prefill") and not split:
         outputs = outputs[:1]
         before = "PA_DEVICE float* stats = nullptr;\n"
     header, source = "".join(map(text, headers)), before.join(map(text, parts))
