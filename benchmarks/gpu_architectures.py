@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_architectures.py [--peer-only] [NAME ...]
 
-A process for each. Whether MLX uses CUDA graphs is the engine's choice (`cuda_graphs`), for the
-peer as well, unless MLX_USE_CUDA_GRAPHS says it: for the peer with its own choice, set it to 1.
+Whether MLX uses CUDA graphs is the engine's choice for the first of them (`cuda_graphs`), so the
+recurrent ones want processes of their own. It holds for the peer as well, unless
+MLX_USE_CUDA_GRAPHS says otherwise: for the peer with MLX's own choice, set it to 1.
 
 Random bfloat16 weights of small models of each kind. 128 requests of load M's lengths (prompts of
 64-1024 tokens, answers of 32-256), 64 at once; one warming round of ours, then one of each counts.
@@ -17,8 +18,6 @@ import importlib
 import json
 import os
 import random
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -114,9 +113,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 1024,
         "num_hidden_layers": 12,
         "intermediate_size": 2048,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
         "linear_num_value_heads": 16,
         "linear_num_key_heads": 8,
         "linear_key_head_dim": 64,
@@ -249,12 +248,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=list(SHAPES))
     parser.add_argument("--peer-only", action="store_true")
     args = parser.parse_args()
-    if len(args.names) > 1:
-        more = ["--peer-only"] if args.peer_only else []
-        for name in args.names:  # one that fails does not keep the others from being measured
-            subprocess.run([sys.executable, __file__, *more, name], check=False)
-        return
-    print(json.dumps(measure(args.names[0], peer_only=args.peer_only)), flush=True)
+    for name in args.names:
+        print(json.dumps(measure(name, peer_only=args.peer_only)), flush=True)
 
 
 if __name__ == "__main__":

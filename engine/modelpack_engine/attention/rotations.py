@@ -1,8 +1,11 @@
-"""Rotary embeddings of a step's rows, computed once for all layers. For CPUs, and few rows.
+"""Rotary embeddings of a step's rows: once for all layers on CPUs, some at a time on CUDA.
 
 `mx.fast.rope` computes sines and cosines anew for queries and keys of every layer, which on a CPU
 takes longer than attention itself. Rotating a row is a product with a matrix that depends on its
 position only: what `mx.fast.rope` makes of the unit vectors.
+
+On CUDA it cannot be launched for many rows of which few elements are rotated (MLX 0.32.4): a block
+of its threads would be deeper than CUDA's 64 (`get_block_dims` in mlx/backend/common/utils.cpp).
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ import mlx.core as mx
 
 #: With more rows, the matrices take more time to read than they save.
 FEW_ROWS = 16
+#: From so many pairs of elements on, CUDA rotates any number of rows at once. Four heads of a row
+#: share a thread, and with fewer pairs, so many of these are too many.
+_ENOUGH_PAIRS, _HEADS_OF_A_THREAD, _TOO_MANY = 16, 4, 128
 #: A model has one or two kinds of rotation. One with more makes a new one at every call.
 MOST_KINDS = 8
 
@@ -53,6 +59,8 @@ def _rope(x: mx.array, dims: int, **how: Any) -> mx.array:
     """Rotate x [rows, heads, 1, dim] by matrices if the offset's rotations are kept."""
     offset = how.get("offset")
     rotations = offset.rotations if isinstance(offset, Positions) else None
+    if x.ndim == 4 and x.shape[2] == 1 and dims < 2 * _ENOUGH_PAIRS and _on_cuda():
+        return _some_at_a_time(x, dims, how)
     if rotations is None or x.dtype != mx.float32 or x.ndim != 4 or x.shape[2] != 1:
         return native_rope(x, dims, **how)
     rows, heads, _, dim = x.shape
@@ -65,6 +73,25 @@ def _rope(x: mx.array, dims: int, **how: Any) -> mx.array:
         matrix = native_rope(unit, dims, offset=offset, **rest)[:, :, 0]
         rotations[key] = matrix, list(rest.values())
     return (x.reshape(rows, heads, dim) @ rotations[key][0])[:, :, None]
+
+
+def _on_cuda() -> bool:
+    return mx.cuda.is_available() and mx.default_device() != mx.Device(mx.cpu)
+
+
+def _some_at_a_time(x: mx.array, dims: int, how: dict[str, Any]) -> mx.array:
+    """Rotate x [rows, heads, 1, dim] in as few calls as CUDA can launch."""
+    most = max((_TOO_MANY - 1) // -(-x.shape[1] // _HEADS_OF_A_THREAD), 1)
+    if x.shape[0] <= most:
+        return native_rope(x, dims, **how)
+    parts = []
+    for start in range(0, x.shape[0], most):
+        part = slice(start, start + most)
+        offset = how.get("offset", 0)
+        if isinstance(offset, mx.array) and offset.ndim > 0:
+            offset = offset[part]
+        parts.append(native_rope(x[part], dims, **{**how, "offset": offset}))
+    return mx.concatenate(parts)
 
 
 def _identity(value: object) -> object:

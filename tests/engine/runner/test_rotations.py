@@ -94,3 +94,27 @@ def ended(x: mx.array) -> mx.array:
 def test_left_to_mlx(call: Callable[[mx.array], mx.array], natively: list[tuple[int, ...]]) -> None:
     output = call(mx.random.normal((len(POSITIONS), 1, 1, 8)))
     assert natively == [tuple(output.shape)]
+
+
+@pytest.mark.parametrize("scalar", [False, True], ids=["a position each", "one for all"])
+@pytest.mark.parametrize(("rows", "heads", "calls"), [(31, 16, 1), (64, 16, 3), (300, 3, 3)])
+def test_cuda_rotates_some_rows_at_a_time(
+    rows: int,
+    heads: int,
+    calls: int,
+    scalar: bool,
+    natively: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of few elements: a call of rows * heads / 4 from 128 on cannot be launched."""
+    monkeypatch.setattr(rotations, "_on_cuda", lambda: True)
+    x = mx.random.normal((rows, heads, 1, 64))
+    offset = mx.array(7) if scalar else mx.arange(rows, dtype=mx.int32)
+    how: dict[str, Any] = {"traditional": False, "base": 1e4, "scale": 1.0}
+    found = rotate(x, offset, 16, how)
+    assert mx.array_equal(found, native_rope(x, 16, offset=offset, **how))
+    assert len(natively) == calls
+    assert all(shape[0] * -(-heads // 4) < 128 for shape in natively)
+    natively.clear()
+    rotate(x, offset, 32, how)
+    assert len(natively) == 1

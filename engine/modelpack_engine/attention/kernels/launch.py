@@ -216,20 +216,28 @@ def decode(
 
 
 def merge(
-    parts: Sequence[mx.array], shape: AttentionShape, on: Backend, dtype: mx.Dtype, sinks: mx.array
+    parts: Sequence[mx.array],
+    shape: AttentionShape,
+    on: Backend,
+    dtype: mx.Dtype,
+    sinks: mx.array,
+    simdgroups: int = MERGE_SIMDGROUPS,
 ) -> mx.array:
-    """Return attention [rows, H, Dv] of its parts [rows, H, parts, Dv] and their statistics."""
+    """Return attention [rows, H, Dv] of its parts [rows, H, parts, Dv] and their statistics.
+
+    Each head of a row by so many `simdgroups`: few where there are many rows and few parts.
+    """
     kernel, _ = _kernel("merge", on)
     constants = [
         ("HQ", shape.num_heads), ("DV", shape.value_dim), ("SINKS", shape.sinks),
-        ("NSG", MERGE_SIMDGROUPS),
+        ("NSG", simdgroups),
     ]  # fmt: skip
     inputs, rows = [*parts, sinks], parts[0].shape[0]
     (out,) = kernel(
         inputs=inputs,
         template=template([("T", dtype), ("S", sinks.dtype)], constants, inputs, on),
-        grid=(shape.num_heads * 32 * MERGE_SIMDGROUPS, rows, 1),
-        threadgroup=(32 * MERGE_SIMDGROUPS, 1, 1),
+        grid=(shape.num_heads * 32 * simdgroups, rows, 1),
+        threadgroup=(32 * simdgroups, 1, 1),
         output_shapes=[(rows, shape.num_heads, shape.value_dim)],
         output_dtypes=[dtype],
     )

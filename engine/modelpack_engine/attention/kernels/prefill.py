@@ -104,7 +104,7 @@ def attend(
         output_shapes=lines,
         output_dtypes=[mx.float32, mx.float32] if split else [q.dtype],
     )
-    return launch.merge(found, shape, "cuda", q.dtype, inputs[5]) if split else found[0]
+    return launch.merge(found, shape, "cuda", q.dtype, inputs[5], 1) if split else found[0]
 
 
 def num_parts(threadgroups: int, tokens: int) -> int:
