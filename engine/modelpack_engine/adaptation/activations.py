@@ -8,9 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-#: What norms, sums, rotations and activations add to the outputs of the linear layers, as a factor.
-#: Measured: 1.75 for Llama-3.2-1B's shape (benchmarks/results/engine-h200.md).
-_BESIDE = 2
+#: What norms, sums, rotations and activations add to the outputs of the linear layers, as a factor,
+#: less what the GPU is done with before two steps are handed over. Measured: 1.55 for
+#: Llama-3.2-1B's shape (benchmarks/results/engine-h200.md).
+_BESIDE = 1.6
 #: Experts that a token goes to, at most: what a layer is made of does not tell.
 _MOST_EXPERTS = 8
 
@@ -27,7 +28,7 @@ def step_memory(model: nn.Module, vocab_size: int) -> StepMemory:
     """Return about how much memory steps of `model` take; the head runs on few rows.
 
     MLX gives memory back when the GPU has done what it was handed, and by then the host has handed
-    it the whole step: so all layers count. Quantised weights are written out for many rows.
+    it most of a step: so all layers count. Quantised weights are written out for many rows.
     """
     outputs = written_out = 0
     for name, module in model.named_modules():
@@ -42,7 +43,7 @@ def step_memory(model: nn.Module, vocab_size: int) -> StepMemory:
             experts, size = module["weight"].shape[:2]
             outputs += size * min(experts, _MOST_EXPERTS)
     itemsize = _itemsize(model)
-    return StepMemory(outputs * _BESIDE * itemsize, written_out * itemsize)
+    return StepMemory(int(outputs * _BESIDE) * itemsize, written_out * itemsize)
 
 
 def _itemsize(model: nn.Module) -> int:
