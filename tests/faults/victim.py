@@ -66,7 +66,10 @@ def run_command(
     code = run(list(arguments))
     sys.setprofile(None)
     threading.setprofile(None)
-    calls.write_text(str(instant.seen))
+    # A kill may still come: there is the whole number, or none.
+    part = calls.with_name(f"{calls.name}.part")
+    part.write_text(str(instant.seen))
+    part.replace(calls)
     sys.stdout.flush()
     os._exit(code)
 
