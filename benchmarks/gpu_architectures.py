@@ -7,7 +7,7 @@ recurrent ones want processes of their own. It holds for the peer as well, unles
 MLX_USE_CUDA_GRAPHS says otherwise: for the peer with MLX's own choice, set it to 1.
 
 Random bfloat16 weights of small models of each kind. 128 requests of load M's lengths (prompts of
-64-1024 tokens, answers of 32-256), 64 at once; one warming round of ours, then one of each counts.
+64-1024 tokens, answers of 32-256), 64 at once; one round of each warms up, then one of each counts.
 Prints a JSON object a model, and two on the way.
 """
 
@@ -219,9 +219,9 @@ def measure(name: str, *, peer_only: bool) -> dict[str, Any]:
         found["BatchGenerator"] = round(peer)
     except RuntimeError as error:
         found["BatchGenerator"] = f"fails: {error}"
-    print(json.dumps(found), flush=True)
     if peer_only:
         return found
+    print(json.dumps(found), flush=True)
     loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, Silent(), name, CONTEXT, (), 0)
     config = EngineConfig(max_num_seqs=AT_ONCE, kv_cache_bytes=4 << 30, max_model_len=CONTEXT)
     start = time.perf_counter()
@@ -249,7 +249,11 @@ def main() -> None:
     parser.add_argument("--peer-only", action="store_true")
     args = parser.parse_args()
     for name in args.names:
-        print(json.dumps(measure(name, peer_only=args.peer_only)), flush=True)
+        try:
+            found = measure(name, peer_only=args.peer_only)
+        except Exception as error:  # one that fails does not keep the others from being measured
+            found = {"architecture": name, "error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

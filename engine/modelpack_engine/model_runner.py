@@ -326,11 +326,13 @@ class ModelRunner:
         assert adapted is not None
         count = len(rows)
         logits: mx.array
-        if self._compiled is not None and self.is_compiled(batch):
-            adapted.begin(batch)
-            logits = self._compiled.forward(batch, token_ids, rows)
-            adapted.finish(batch)
-            return logits
+        if self._compiled is not None:
+            if self._compiled.takes(batch):
+                adapted.begin(batch)
+                logits = self._compiled.forward(batch, token_ids, rows)
+                adapted.finish(batch)
+                return logits
+            self._compiled.forget()
         padded = self.buckets.pad_rows(count) or 1
         self._step.begin(batch, rows + [0] * (padded - count))
         adapted.begin(batch)

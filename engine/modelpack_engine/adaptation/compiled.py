@@ -108,14 +108,15 @@ class CompiledSteps:
         There are none where the model is recurrent, and the states of its rows are complete.
         """
         states = self._adapted.states
-        found = not self._step.tiles_refused or all(
+        if states and (batch.chunks or any(a is None for state in states for a in state.arrays)):
+            return False
+        return not self._step.tiles_refused or all(
             chunk.kv_length <= LONGEST_PROMPT for chunk in batch.chunks
         )
-        if states and (batch.chunks or any(a is None for state in states for a in state.arrays)):
-            found = False
-        if not found:
-            self._rows = {}  # what happens to sequences meanwhile is not seen here
-        return found
+
+    def forget(self) -> None:
+        """Keep no rows: what happens to sequences in a step that is not compiled is not seen."""
+        self._rows = {}
 
     def forward(self, batch: StepBatch, token_ids: mx.array, sample_rows: list[int]) -> mx.array:
         """Return logits [sampled rows, vocabulary], not yet computed; pools are replaced.

@@ -21,8 +21,9 @@ from modelpack_engine.fusion import kernels
 #: benchmarks/results/engine-h200.md. For more, quantised weights are dequantised first.
 FEW_ROWS, FEW_ROWS_PLAIN = 128, 64
 _OUTPUTS, _DEPTH, _THREADS = 64, 64, 128
-#: Rows that a kernel is compiled for, with its stages: few, as each takes a second or two.
-_TILES = {32: 4, 64: 4, 128: 3}
+#: Rows that kernels for plain and for quantised weights are compiled for, with their stages: few,
+#: as each takes a second or two.
+_TILES_PLAIN, _TILES = {32: 4, FEW_ROWS_PLAIN: 4}, {32: 4, FEW_ROWS: 3}
 #: Threadgroups that keep a large GPU busy, and the fewest tiles that each of them should have.
 _THREADGROUPS, _FEWEST_TILES, _MOST_PARTS = 192, 4, 8
 
@@ -170,8 +171,7 @@ def _run(
     """Return what our kernel puts out, in this shape: rows of outputs in parts, or SwiGLU's."""
     rows, outputs = x.shape[0], weights.num_outputs
     bits = weights.bits or 16
-    tile = next(size for size in _tiles(bits) if size >= rows)
-    stages = _TILES[tile]
+    tile, stages = next(item for item in _tiles(bits).items() if item[0] >= rows)
     stage = _OUTPUTS * _DEPTH * bits // 8 + tile * _DEPTH * 2
     out_dtype = x.dtype if parts == 1 else mx.float32
     scales = x if weights.scales is None else weights.scales
@@ -191,10 +191,8 @@ def _run(
     return out
 
 
-def _tiles(bits: int) -> list[int]:
-    """Return the numbers of rows that a kernel is compiled for."""
-    most = FEW_ROWS_PLAIN if bits == 16 else FEW_ROWS
-    return [size for size in _TILES if size == min(_TILES) or size == most]
+def _tiles(bits: int) -> dict[int, int]:
+    return _TILES_PLAIN if bits == 16 else _TILES
 
 
 @cache

@@ -226,7 +226,7 @@ def test_whole_requests(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_tables_are_those_of_the_batch(random: Random) -> None:
-    """Rows are kept from step to step: whoever joins, leaves, grows, or starts again elsewhere."""
+    """Rows are kept from step to step: whoever joins, leaves, grows, or sits a step out."""
     runner = ModelRunner(tiny_llama(), num_blocks=8, buckets=FEW, exact=False, compiled=True)
     steps = runner._compiled
     assert steps is not None

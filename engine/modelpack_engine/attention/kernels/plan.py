@@ -169,17 +169,24 @@ def plan_decode(
     return DecodePlan(constants, groups, 32 * simdgroups, split, turn, shared)
 
 
-def num_parts(threadgroups: int, max_context: int, window: int | None) -> int:
-    """Return into how many parts contexts are split: a power of two, above 1 for few, long rows."""
+def num_parts(
+    threadgroups: int,
+    max_context: int,
+    window: int | None,
+    *,
+    enough: int = TARGET_THREADGROUPS,
+    fewest: int = SPLIT_CONTEXT // 4,
+    most: int = MAX_PARTS,
+) -> int:
+    """Return into how many parts contexts are split: a power of two, above 1 for few, long rows.
+
+    Up to `most`, as long as there are not `enough` threadgroups, and parts have `fewest` tokens.
+    """
     context = max_context if window is None else min(max_context, window)
     if context < SPLIT_CONTEXT:
         return 1
     parts = 1
-    while (
-        parts < MAX_PARTS
-        and threadgroups * parts < TARGET_THREADGROUPS
-        and context >= SPLIT_CONTEXT // 4 * (2 * parts)
-    ):
+    while parts < most and threadgroups * parts < enough and context >= fewest * (2 * parts):
         parts *= 2
     return parts
 

@@ -12,16 +12,16 @@ import mlx.core as mx
 
 from modelpack_engine.attention.kernels import launch, naive
 from modelpack_engine.attention.kernels.order import token_of
-from modelpack_engine.attention.kernels.plan import AttentionShape
+from modelpack_engine.attention.kernels.plan import AttentionShape, num_parts
 from modelpack_engine.attention.kernels.probes import TOLERANCE
 
 #: Rows of a tile: those of one sequence, one after the other.
 TILE_ROWS = 16
 _MOST_WARPS = 8
 _KEY_ELEMENTS = 4096
-#: Threadgroups that keep a large GPU busy, and the fewest tokens that a part should have.
-_THREADGROUPS, _FEWEST_TOKENS, _MOST_PARTS = 264, 1024, 8
-_ALL = 1 << 30
+#: A large GPU's processors: with so many threadgroups, contexts are still split, and not with more.
+#: Merging costs more here than for decode rows, so that parts have more tokens.
+_PROCESSORS, _FEWEST_TOKENS, _MOST_PARTS = 132, 1024, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,14 @@ def attend(
     num_tiles, width = tiles.tables.shape
     blocks = shape.num_kv_heads * groups
     if parts is None:
-        parts = num_parts(blocks * num_tiles, min(width * shape.block_size, shape.window or _ALL))
+        parts = num_parts(
+            blocks * num_tiles,
+            width * shape.block_size,
+            shape.window,
+            enough=_PROCESSORS + 1,
+            fewest=_FEWEST_TOKENS,
+            most=_MOST_PARTS,
+        )
     split = parts > 1
     lines: list[tuple[int, ...]] = [tuple(q.shape)]
     if split:
@@ -105,21 +112,6 @@ def attend(
         output_dtypes=[mx.float32, mx.float32] if split else [q.dtype],
     )
     return launch.merge(found, shape, "cuda", q.dtype, inputs[5], 1) if split else found[0]
-
-
-def num_parts(threadgroups: int, tokens: int) -> int:
-    """Return into how many parts contexts of up to `tokens` are split: few tiles leave a GPU idle.
-
-    A power of two, as long as each part is worth the merging.
-    """
-    parts = 1
-    while (
-        parts < _MOST_PARTS
-        and 2 * parts * threadgroups <= _THREADGROUPS
-        and tokens >= 2 * parts * _FEWEST_TOKENS
-    ):
-        parts *= 2
-    return parts
 
 
 def probe(shape: AttentionShape, dtype: mx.Dtype) -> str | None:
