@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelpack_engine.logprobs import Logprobs, gather_logprobs
+from modelpack_engine.managed_memory import sent
 from modelpack_engine.sampling import draw, logits
 from modelpack_engine.sampling.history import OUTPUT, TokenHistory
 from modelpack_engine.sampling.plan import (
@@ -233,7 +234,7 @@ def _drawn(batch_logits: mx.array, draws: Draws, positions: NDArray[np.uint64]) 
                 scaled[f.rows], least[f.rows], f.top_k, f.top_p, windowed=f.windowed
             )
     keys = draw.keys(draws.seeds, positions[draws.batch_rows])
-    return draw.draw(scaled, least, mx.array(keys))[draws.sources]
+    return draw.draw(scaled, least, sent(mx.array(keys)))[draws.sources]
 
 
 @partial(mx.compile, shapeless=True)

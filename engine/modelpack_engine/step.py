@@ -11,6 +11,7 @@ import numpy as np
 
 from modelpack_engine.batch import StepBatch
 from modelpack_engine.logprobs import Logprobs, gather_logprobs
+from modelpack_engine.managed_memory import sent
 from modelpack_engine.outputs import TokenLogprob
 from modelpack_engine.sampler import NO_TOKEN, Sampled, SampleRow
 from modelpack_engine.schedule import Proposal, SchedulerOutput
@@ -84,7 +85,7 @@ def _sample_row(sequence: Sequence, assumed: tuple[int, ...] | None = None) -> S
 def row_token_ids(batch: StepBatch, previous: Sampled | None) -> mx.array:
     """Return the rows' ids, int32 [rows]; those that `previous` sampled stay on the device."""
     if not batch.from_previous:
-        return mx.array(batch.token_ids, mx.int32)
+        return sent(mx.array(batch.token_ids, mx.int32))
     assert previous is not None
     # A row that failed has no token; it runs on with any until its end is seen.
     sampled = _tokens(previous.token_ids)
@@ -96,7 +97,7 @@ def row_token_ids(batch: StepBatch, previous: Sampled | None) -> mx.array:
     places = np.arange(count, dtype=np.int32)
     rows, indices = np.array(batch.from_previous, np.int32).T
     places[rows] = count + indices
-    known = mx.array(np.concatenate([np.array(batch.token_ids, np.int32), places]))
+    known = sent(mx.array(np.concatenate([np.array(batch.token_ids, np.int32), places])))
     return mx.concatenate([known[:count], sampled])[known[count:]]
 
 

@@ -27,6 +27,7 @@ from modelpack_engine.attention.step import StepInputs
 from modelpack_engine.batch import StepBatch
 from modelpack_engine.block_manager import TRASH_BLOCK
 from modelpack_engine.buckets import Buckets
+from modelpack_engine.managed_memory import sent
 
 #: Tokens of the longest context of a prompt whose rows are taken one by one.
 LONGEST_PROMPT = 1024
@@ -151,7 +152,7 @@ class CompiledSteps:
         length = sum(map(len, columns))
         if rows.order is not None:
             columns.append(order)
-        packed = mx.array(np.concatenate(columns))
+        packed = sent(mx.array(np.concatenate(columns)))
         if rows.order is not None:
             token_ids, packed = token_ids[packed[length:]], packed[:length]
         (decode, width), (tiles, tile_width) = rows.tables.shape, rows.tile_tables.shape

@@ -17,6 +17,7 @@ from modelpack_engine.attention.kernels import TILE_ROWS, Tiles
 from modelpack_engine.attention.keys import KeyRange, consecutive
 from modelpack_engine.attention.rotations import as_positions, make_positions
 from modelpack_engine.attention.spans import Run, Span, length_groups, slot_runs, visible
+from modelpack_engine.managed_memory import sent
 
 if TYPE_CHECKING:
     from modelpack_engine.batch import Chunk, StepBatch
@@ -89,7 +90,7 @@ class StepInputs:
         self._tables, self._lengths = batch.decode_tables, batch.decode_lengths
         self._memo = {}
         self.positions = make_positions(batch.positions, rotate=self.exact)
-        self.slots = mx.array(batch.slots, mx.int32)
+        self.slots = sent(mx.array(batch.slots, mx.int32))
         self.slot_runs = slot_runs(batch.slots, _FEW_RUNS) if self.exact else None
         self.sample_rows = mx.array(sample_rows, mx.int32)
         self.all_rows_sampled = sample_rows == list(range(self.num_rows))
@@ -147,7 +148,10 @@ class StepInputs:
         """Return block tables int32 [rows, width] and lengths int32 [rows] of all decode rows."""
         return self.remember(
             "rows",
-            lambda: (mx.array(self._tables, mx.int32), mx.array(self._lengths, mx.int32)),
+            lambda: (
+                sent(mx.array(self._tables, mx.int32)),
+                sent(mx.array(self._lengths, mx.int32)),
+            ),
         )
 
     def tile_rows(self) -> tuple[mx.array, mx.array]:
