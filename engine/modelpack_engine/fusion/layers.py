@@ -14,6 +14,7 @@ from modelpack_engine.attention.paged import PagedKV
 from modelpack_engine.attention.pools import TokenMajorPools
 from modelpack_engine.attention.step import StepInputs
 from modelpack_engine.fusion import kernels
+from modelpack_engine.fusion.heads import fuse_heads
 from modelpack_engine.fusion.joint import can_join, join
 from modelpack_engine.fusion.products import FEW_ROWS, multiply_in_parts, swiglu, weights_of
 from modelpack_engine.fusion.recognise import reads_like
@@ -53,6 +54,8 @@ def fuse(
             _fuse_block(module, sums, step, swaps, is_last=module is last)
             blocks = True
             count("block")
+        elif fuse_heads(module, step, swaps):
+            count("heads")
         elif type(module) is nn.Embedding:
             _fuse_embedding(module, step, swaps)
     if blocks:

@@ -1,0 +1,70 @@
+"""Products by heads, of all rows together: the same as row by row."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.models.mla import MultiLinear
+
+from modelpack_engine.adaptation.swaps import ClassSwaps
+from modelpack_engine.fusion.heads import fuse_heads
+
+HEADS, INPUTS, OUTPUTS = 3, 64, 32
+
+
+def product(bits: int | None) -> Any:
+    mx.random.seed(4)
+    layer = MultiLinear(INPUTS, OUTPUTS, HEADS)
+    mx.eval(layer.parameters())
+    return layer if bits is None else layer.to_quantized(32, bits)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("shape", [(5, HEADS, 1), (1, HEADS, 1), (5, HEADS, 2)])
+def test_rows_together_give_what_each_gives(bits: int | None, shape: tuple[int, ...]) -> None:
+    layer, swaps = product(bits), ClassSwaps()
+    x = mx.random.normal((*shape, INPUTS), key=mx.random.key(1))
+    expected = layer(x)
+    step: Any = SimpleNamespace(active=True)
+    assert fuse_heads(layer, step, swaps)
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
+    swaps.undo()
+    np.testing.assert_array_equal(layer(x), expected)
+
+
+def test_the_other_way_round() -> None:
+    layer, swaps = product(None), ClassSwaps()
+    x = mx.random.normal((5, HEADS, 1, OUTPUTS), key=mx.random.key(1))
+    expected = layer(x, transpose=False)
+    step: Any = SimpleNamespace(active=True)
+    fuse_heads(layer, step, swaps)
+    np.testing.assert_allclose(layer(x, transpose=False), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_outside_of_a_step_nothing_changes() -> None:
+    layer, swaps, seen = product(None), ClassSwaps(), list[tuple[int, ...]]()
+    kind = type(layer)
+    step: Any = SimpleNamespace(active=False)
+
+    class Watched(kind):  # type: ignore[valid-type, misc]
+        def __call__(self, x: mx.array, transpose: bool = True) -> Any:
+            seen.append(x.shape)
+            return kind.__call__(self, x, transpose)
+
+    layer.__class__ = Watched
+    fuse_heads(layer, step, swaps)
+    x = mx.random.normal((5, HEADS, 1, INPUTS))
+    layer(x)
+    step.active = True
+    layer(x)
+    assert seen == [(5, HEADS, 1, INPUTS), (HEADS, 5, INPUTS)]
+
+
+def test_other_layers_are_left_alone() -> None:
+    step: Any = SimpleNamespace(active=True)
+    assert not fuse_heads(nn.Linear(8, 8), step, ClassSwaps())
