@@ -84,6 +84,12 @@ def rotate_and_write(
     rows, total = positions.shape[0], query_heads + 2 * kv_heads
     dim = joint.shape[-1] // total
     weights = (joint, joint) if norms is None else norms[:2]
+    vector, lanes = _rotation_plan(
+        max(a.size for a in (joint.dtype, dtype, pools.keys.dtype)),
+        dim,
+        rotation.dims,
+        few=angles is None,
+    )
     inputs = [
         joint, positions, slots, rotation.inverse if angles is None else angles, *weights,
         pools.keys, pools.values, pools.last_write(),
@@ -100,18 +106,35 @@ def rotate_and_write(
             ("INTERLEAVED", rotation.interleaved),
             ("QKNORM", norms is not None),
             ("NSG", _SIMDGROUPS),
+            ("VEC", vector),
+            ("LPH", lanes),
             ("PARTS", count),
             ("TABLE", angles is not None),
             ("EPSILON", launch.bits_of(0.0 if norms is None else norms[2])),
             ("FACTOR", launch.bits_of(rotation.factor)),
         ],
-        threads=rows * total * 32,
+        threads=rows * total * lanes,
         group=_SIMDGROUPS * 32,
         shapes=[(rows, query_heads, dim), (1,)],
         dtypes=[dtype, mx.int32],
     )
     pools.set_written(token)
     return q
+
+
+def _rotation_plan(itemsize: int, dim: int, dims: int, *, few: bool) -> tuple[int, int]:
+    """Return how many pairs of elements a lane rotates at once, and how many lanes share a head.
+
+    A `few` rows are shared among as many lanes as there are pairs: each computes its angle.
+    """
+    vector = 1 if few else vector_width(itemsize, dims // 2)
+    while (dim - dims) % (2 * vector):
+        vector //= 2
+    runs = dims // 2 // vector + (dim - dims) // (2 * vector)
+    lanes = 1
+    while lanes < 32 and lanes < runs:
+        lanes *= 2
+    return vector, lanes
 
 
 def take_rows(table: mx.array, index: mx.array) -> mx.array:

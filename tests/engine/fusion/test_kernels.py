@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from modelpack_engine.attention.kernels import launch, probes, support
+from modelpack_engine.attention.pools import KVLayout, TokenMajorPools
 from modelpack_engine.fusion import kernels
+from modelpack_engine.fusion.rotation import Rotation
 from modelpack_engine.model_runner import ModelRunner
 from tests.engine.kernels.onhost import Host
 from tests.engine.runner.models import tiny_llama
@@ -45,6 +49,57 @@ def test_the_texts_compute_what_mlx_does(host: Host) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("dim", "dims", "interleaved", "normed", "parts"),
+    [
+        (64, 64, True, False, 1),
+        pytest.param(96, 96, False, True, 1, marks=pytest.mark.long),
+        pytest.param(96, 32, False, False, 2, marks=pytest.mark.long),
+        pytest.param(128, 64, True, True, 1, marks=pytest.mark.long),
+        pytest.param(256, 64, False, True, 4, marks=pytest.mark.long),
+    ],
+)
+@pytest.mark.parametrize("table", [False, True])
+def test_heads_of_any_kind_are_rotated(
+    host: Host, dim: int, dims: int, interleaved: bool, normed: bool, parts: int, table: bool
+) -> None:
+    heads, rows = (3, 2), 3
+    positions, slots = mx.array([0, 700, 31], mx.int32), mx.array([18, -1, 33], mx.int32)
+    keys = mx.random.split(mx.random.key(dim + dims), 3)
+    joint = mx.random.normal((parts, rows, (heads[0] + 2 * heads[1]) * dim), key=keys[0])
+    norms = None
+    if normed:
+        one, two = (mx.random.uniform(0.5, 1.5, (dim,), key=key) for key in keys[1:])
+        norms = one, two, 1e-6
+    inverse = mx.power(mx.array(10000.0), -mx.arange(0, dims, 2, dtype=mx.float32) / dims)
+    rotation = Rotation(inverse, dims, 1.0, interleaved)
+    pools = TokenMajorPools(KVLayout(heads[1], dim, heads[1], dim, mx.float32), 3, 16)
+    mx.eval(joint, pools.keys, pools.values)
+    q = kernels.rotate_and_write(
+        joint, parts, mx.float32, pools, positions, slots, rotation, heads, norms,
+        rotation.angles(positions) if table else None,
+    )  # fmt: skip
+    mx.eval(q)
+
+    def expected(some: mx.array, weight: mx.array | None) -> mx.array:
+        some = some if weight is None else mx.fast.rms_norm(some, weight, 1e-6)
+        return mx.fast.rope(
+            some[:, :, None], dims, traditional=interleaved, base=10000.0, scale=1.0,
+            offset=positions,
+        )[:, :, 0]  # fmt: skip
+
+    whole = joint.sum(axis=0).reshape(rows, -1, dim)
+    queries, new_keys, values = mx.split(whole, [heads[0], heads[0] + heads[1]], axis=1)
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
+    close(q, expected(queries, norms and norms[0]))
+    wanted = mx.zeros_like(pools.keys), mx.zeros_like(pools.values)
+    new_keys = expected(new_keys, norms and norms[1])
+    for row, slot in ((0, 18), (2, 33)):
+        wanted[0][slot], wanted[1][slot] = new_keys[row], values[row]
+    close(pools.keys, wanted[0])
+    close(pools.values, wanted[1])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("body", "wrong", "found"),
@@ -53,7 +108,7 @@ def test_the_texts_compute_what_mlx_does(host: Host) -> None:
         ("swiglu", ("1.44269504f", "1.5f"), "SwiGLU"),
         ("dequantise", ("+ bias", "- bias"), "4 bits"),
         ("rotate", ("y * c", "y * s"), "queries"),
-        ("rotate", ("head - HQ - HK", "0"), "values"),
+        ("rotate", ("(kind - 1) * HK", "(kind - 1)"), "values"),
         ("rotate", ("s = inverse[at + 1]", "s = inverse[at]"), "queries by a table"),
         ("rows", ("index[row]", "row"), "rows"),
     ],

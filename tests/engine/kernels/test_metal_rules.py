@@ -36,6 +36,8 @@ FUSED = [
             (*BF16, ("J", joint), ("P", pool), ("W", "bfloat16_t")),
             (
                 *ROTATE,
+                ("VEC", 8 if norm else 1),
+                ("LPH", 4 if norm else 32),
                 ("PARTS", 1 if joint == "bfloat16_t" else 4),
                 ("DIMS", dims),
                 ("INTERLEAVED", interleaved),

@@ -1,78 +1,97 @@
   // A joint projection's queries, keys and values: queries and keys normed (QKNORM) and rotated; keys
-  // and values go to their slots in place, as in write.h. A simdgroup a row and head.
+  // and values go to their slots in place, as in write.h. LPH lanes share a row's head; each takes VEC
+  // pairs of elements at a time.
   //   joint [PARTS, rows, (HQ + 2 * HK) * D] J   positions, slots [rows] int
   //   inverse [DIMS / 2] float, or with TABLE cosines and sines [rows, DIMS / 2, 2], factor included
   //   q_weight, k_weight [D] W: of the norms   EPSILON, FACTOR (of rotated elements): floats' bits
   //   k_pool, v_pool [pool slots, HK, D] P   previous [1] int: order only
   //   q [rows, HQ, D] T   token [1] int, always 0: orders what reads the pools afterwards
-  constexpr int HEADS = HQ + 2 * HK, HALF = DIMS / 2, EACH = (D + 31) / 32;
-  // Sum an element's parts, and round as the product would have been.
-  #define PA_SUM(name, at) \
-    float name = 0.0f; \
-    PA_UNROLL for (int p = 0; p < PARTS; p++) name += float(from[p * part + at]); \
-    name = float(T(name));
-  const int lane = PA_LANE, unit = PA_X * NSG + PA_SIMD;
-  const int row = unit / HEADS, head = unit % HEADS;
-  if (unit == 0 && lane == 0) token[0] = 0;
-  if (row < positions_shape[0]) {
-    const PA_DEVICE J* from = joint + (size_t)unit * D;
-    const size_t part = (size_t)positions_shape[0] * HEADS * D;
-    const int slot = slots[row];
-    if (head >= HQ + HK) {
-      if (slot >= 0) {
-        PA_DEVICE P* to = (PA_DEVICE P*)v_pool + ((size_t)slot * HK + head - HQ - HK) * D;
-        for (int d = lane; d < D; d += 32) {
-          PA_SUM(x, d)
-          to[d] = P(x);
-        }
+  constexpr int HEADS = HQ + 2 * HK, HALF = DIMS / 2;
+  // Runs of VEC pairs: those that are rotated, then those that are not, whose pairs are any.
+  constexpr int TURNED = HALF / VEC, RUNS = TURNED + (D - DIMS) / (2 * VEC);
+  constexpr int EACH = (RUNS + LPH - 1) / LPH;
+  typedef PaVec<J, VEC> From;
+  const int lane = PA_LANE % LPH, unit = (PA_X * NSG + PA_SIMD) * (32 / LPH) + PA_LANE / LPH;
+  const bool there = unit < positions_shape[0] * HEADS;
+  const int row = there ? unit / HEADS : 0, head = there ? unit % HEADS : 0;
+  if (PA_X == 0 && PA_SIMD == 0 && PA_LANE == 0) token[0] = 0;
+  const size_t part = (size_t)positions_shape[0] * HEADS * D;
+  const PA_DEVICE J* from = joint + (size_t)(there ? unit : 0) * D;
+  const int slot = slots[row], kind = head < HQ ? 0 : head < HQ + HK ? 1 : 2;  // query, key, value
+
+  // Where a run's two vectors begin; interleaved pairs are inside of these, others across them.
+  float x[EACH][2 * VEC];
+  int begin[EACH], second[EACH];
+  PA_UNROLL for (int n = 0; n < EACH; n++) {
+    const int run = n * LPH + lane;
+    const bool apart = run < TURNED && !INTERLEAVED;
+    begin[n] = apart ? run * VEC : run * 2 * VEC;
+    if (run >= RUNS) begin[n] = 0;
+    second[n] = begin[n] + (apart ? HALF : VEC);
+    PA_UNROLL for (int e = 0; e < 2 * VEC; e++) x[n][e] = 0.0f;
+    PA_UNROLL for (int p = 0; p < PARTS; p++) {
+      const From a = *(const PA_DEVICE From*)(from + p * part + begin[n]);
+      const From b = *(const PA_DEVICE From*)(from + p * part + second[n]);
+      PA_UNROLL for (int e = 0; e < VEC; e++) {
+        x[n][e] += float(a.e[e]);
+        x[n][VEC + e] += float(b.e[e]);
       }
-    } else {
-      float factor = 1.0f;
-      if (QKNORM) {
-        float squares = 0.0f;
-        for (int d = lane; d < D; d += 32) {
-          PA_SUM(x, d)
-          squares += x * x;
-        }
-        PA_UNROLL for (int mask = 16; mask > 0; mask /= 2) squares += PA_XOR(squares, mask);
-        factor = PA_RSQRT(squares / D + pa_float(EPSILON));
+    }
+    // Rounded as the product would have been.
+    PA_UNROLL for (int e = 0; e < 2 * VEC; e++) x[n][e] = run < RUNS ? float(T(x[n][e])) : 0.0f;
+  }
+  if (QKNORM) {
+    float squares = 0.0f;
+    PA_UNROLL for (int n = 0; n < EACH; n++) {
+      PA_UNROLL for (int e = 0; e < 2 * VEC; e++) squares += x[n][e] * x[n][e];
+    }
+    PA_UNROLL for (int mask = LPH / 2; mask > 0; mask /= 2) squares += PA_XOR(squares, mask);
+    const float factor = PA_RSQRT(squares / D + pa_float(EPSILON));
+    const PA_DEVICE W* weight = kind == 0 ? q_weight : k_weight;
+    PA_UNROLL for (int n = 0; n < EACH; n++) {
+      PA_UNROLL for (int e = 0; e < 2 * VEC; e++) {
+        const int at = e < VEC ? begin[n] + e : second[n] + e - VEC;
+        if (kind < 2) x[n][e] = float(T(x[n][e] * factor * float(weight[at])));
       }
-      const PA_DEVICE W* weight = head < HQ ? q_weight : k_weight;
-      PA_DEVICE T* to_q = q + ((size_t)row * HQ + head) * D;
-      PA_DEVICE P* to_k = (PA_DEVICE P*)k_pool + ((size_t)(slot < 0 ? 0 : slot) * HK + head - HQ) * D;
-      const float position = float(positions[row]);
-      for (int i = lane; i < HALF + D - DIMS; i += 32) {
-        // Pairs first, then what is not rotated, which is a pair with itself.
-        const int one = i >= HALF ? DIMS + i - HALF : INTERLEAVED ? 2 * i : i;
-        const int two = i >= HALF ? one : INTERLEAVED ? one + 1 : one + HALF;
-        PA_SUM(x, one)
-        PA_SUM(y, two)
-        if (QKNORM) {
-          x = float(T(x * factor * float(weight[one])));
-          y = float(T(y * factor * float(weight[two])));
+    }
+  }
+  const float position = float(positions[row]);
+  PA_UNROLL for (int n = 0; n < EACH; n++) {
+    const int run = n * LPH + lane;
+    PA_UNROLL for (int i = 0; i < VEC; i++) {
+      if (run < TURNED && kind < 2) {
+        float c, s;
+        if (TABLE) {
+          const size_t at = ((size_t)row * HALF + run * VEC + i) * 2;
+          c = inverse[at];
+          s = inverse[at + 1];
+        } else {
+          const float angle = position * inverse[run * VEC + i];
+          c = PA_COS(angle) * pa_float(FACTOR);
+          s = PA_SIN(angle) * pa_float(FACTOR);
         }
-        if (i < HALF) {
-          float c, s;
-          if (TABLE) {
-            const size_t at = ((size_t)row * HALF + i) * 2;
-            c = inverse[at];
-            s = inverse[at + 1];
-          } else {
-            const float angle = position * inverse[i];
-            c = PA_COS(angle) * pa_float(FACTOR);
-            s = PA_SIN(angle) * pa_float(FACTOR);
-          }
-          const float before = x;
-          x = x * c - y * s;
-          y = before * s + y * c;
-        }
-        if (head < HQ) {
-          to_q[one] = T(x);
-          to_q[two] = T(y);
-        } else if (slot >= 0) {
-          to_k[one] = P(float(T(x)));
-          to_k[two] = P(float(T(y)));
-        }
+        const int one = INTERLEAVED ? 2 * i : i, two = INTERLEAVED ? 2 * i + 1 : VEC + i;
+        const float before = x[n][one], y = x[n][two];
+        x[n][one] = before * c - y * s;
+        x[n][two] = before * s + y * c;
       }
+    }
+    if (there && run < RUNS && kind == 0) {
+      PaVec<T, VEC> a, b;
+      PA_UNROLL for (int e = 0; e < VEC; e++) a.e[e] = T(x[n][e]), b.e[e] = T(x[n][VEC + e]);
+      PA_DEVICE T* to = q + ((size_t)row * HQ + head) * D;
+      *(PA_DEVICE PaVec<T, VEC>*)(to + begin[n]) = a;
+      *(PA_DEVICE PaVec<T, VEC>*)(to + second[n]) = b;
+    }
+    if (there && run < RUNS && kind > 0 && slot >= 0) {
+      PaVec<P, VEC> a, b;
+      PA_UNROLL for (int e = 0; e < VEC; e++) {
+        a.e[e] = P(float(T(x[n][e])));
+        b.e[e] = P(float(T(x[n][VEC + e])));
+      }
+      PA_DEVICE P* pool = (PA_DEVICE P*)(kind == 1 ? k_pool : v_pool);
+      PA_DEVICE P* to = pool + ((size_t)slot * HK + head - HQ - (kind - 1) * HK) * D;
+      *(PA_DEVICE PaVec<P, VEC>*)(to + begin[n]) = a;
+      *(PA_DEVICE PaVec<P, VEC>*)(to + second[n]) = b;
     }
   }
