@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).parents[1] / "engine"))
 
 from modelpack_engine.attention import kernels
 from modelpack_engine.attention.kernels import launch, naive
-from modelpack_engine.attention.kernels.plan import AttentionShape, plan_decode
+from modelpack_engine.attention.kernels.plan import AttentionShape, DecodePlan, plan_decode
 
 BLOCK = 16
 #: Seconds after which nothing new is measured, and bytes of K and V to rotate over.
@@ -167,10 +167,15 @@ def timed(call: Call, start: mx.array, calls: int) -> float:
     return statistics.median(found[1:])
 
 
+def decode_plan(case: Case, pools: Pools, **plan: Any) -> DecodePlan:
+    """Return the plan for a case, CUDA's but for `plan`."""
+    width = pools.tables.shape[1] * BLOCK
+    return plan_decode(case.shape, 2, case.rows, width, **{"simdgroups": None, **plan})
+
+
 def decode_call(case: Case, pools: Pools, **plan: Any) -> Call:
     """Return a call of the decode kernel, planned as by default but for `plan`."""
-    width = pools.tables.shape[1] * BLOCK
-    made = plan_decode(case.shape, 2, case.rows, width, **plan)
+    made = decode_plan(case, pools, **plan)
 
     def call(q: mx.array, i: int) -> mx.array:
         i %= pools.copies
@@ -258,7 +263,7 @@ def check(case: Case, pools: Pools) -> dict[str, Any]:
 def attention(case: Case, results: Results) -> None:
     """Measure ours and what it is compared with."""
     pools = Pools(case)
-    plan = plan_decode(case.shape, 2, case.rows, pools.tables.shape[1] * BLOCK)
+    plan = decode_plan(case, pools)
     measure = partial(results.measure, case.name)
     measure("error of decode", lambda: check(case, pools))
     ours = measure("decode", lambda: speed(decode_call(case, pools), case, pools.q))
@@ -283,7 +288,7 @@ def attention(case: Case, results: Results) -> None:
 def variants(case: Case, results: Results) -> None:
     """Measure the kernel with other plans than the default."""
     pools = Pools(case)
-    parts = plan_decode(case.shape, 2, case.rows, pools.tables.shape[1] * BLOCK).parts
+    parts = decode_plan(case, pools).parts
     plans: list[dict[str, int]] = [
         {}, {"simdgroups": 8}, {"simdgroups": 2}, {"max_steps": 2},
         {"simdgroups": 8, "max_steps": 2}, {"split": 2 * parts}, {"split": 4 * parts},

@@ -44,10 +44,15 @@ def shapes(draw: st.DrawFn) -> AttentionShape:
 
 @given(
     shapes(), st.sampled_from([2, 4]), st.integers(1, 256), st.integers(1, 1 << 17),
-    st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 4, 8, None]), st.sampled_from([1, 2, 4]),
 )  # fmt: skip
 def test_plans_are_what_the_kernel_relies_on(
-    shape: AttentionShape, itemsize: int, rows: int, context: int, simdgroups: int, steps: int
+    shape: AttentionShape,
+    itemsize: int,
+    rows: int,
+    context: int,
+    simdgroups: int | None,
+    steps: int,
 ) -> None:
     assume(refusal(shape, itemsize) is None)
     plan = plan_decode(shape, itemsize, rows, context, None, simdgroups, steps)
@@ -58,7 +63,10 @@ def test_plans_are_what_the_kernel_relies_on(
     assert c["LPT"] in (1, 2, 4, 8, 16, 32)
     chunk = 32 // c["LPT"] * c["STEPS"]
     assert c["BLOCK"] % chunk == 0, "a simdgroup's chunk lies in one block"
-    assert plan.turn == simdgroups * chunk
+    assert plan.turn == c["NSG"] * chunk
+    assert simdgroups in (None, c["NSG"])
+    if simdgroups is None:
+        assert plan.shared_bytes <= MAX_SHARED_BYTES
     assert c["G"] * c["HK"] == shape.num_heads
     assert (plan.groups - 1) * c["HEADS"] < c["G"] <= plan.groups * c["HEADS"]
     assert plan.threads == 32 * c["NSG"] <= 1024
@@ -111,6 +119,30 @@ def test_only_few_long_rows_are_split(
     shape = AttentionShape(4 * kv_heads, kv_heads, 64, 64, window=window)
     assert plan_decode(shape, 2, rows, context).parts == parts
     assert plan_decode(shape, 2, rows, context, 3).parts == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "context", "window", "simdgroups", "parts"),
+    [
+        (128, 64, 544, None, 2, 1),  # as benchmarks/results/kernels-h200.md has it
+        (128, 64, 1024, None, 4, 1),
+        (64, 64, 544, None, 4, 1),
+        (32, 64, 4096, None, 8, 1),
+        (16, 64, 2048, None, 8, 2),
+        (8, 64, 32768, None, 8, 4),
+        (1, 64, 544, None, 8, 1),
+        (1, 64, 32768, None, 8, 32),
+        (1, 64, 256, None, 4, 1),
+        (1, 64, 32768, 128, 4, 1),
+        (1, 512, 4096, None, 4, 32),  # eight would need too much shared memory
+    ],
+)
+def test_cuda_has_more_simdgroups_where_there_are_few_threadgroups(
+    rows: int, dim: int, context: int, window: int | None, simdgroups: int, parts: int
+) -> None:
+    shape = AttentionShape(32, 8, dim, dim, window=window)
+    plan = plan_decode(shape, 2, rows, context, simdgroups=None)
+    assert (dict(plan.constants)["NSG"], plan.parts) == (simdgroups, parts)
 
 
 @pytest.mark.parametrize(

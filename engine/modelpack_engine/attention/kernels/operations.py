@@ -6,7 +6,12 @@ import mlx.core as mx
 
 from modelpack_engine.attention.kernels import launch, naive, prefill, support
 from modelpack_engine.attention.kernels.order import after, token_of, written
-from modelpack_engine.attention.kernels.plan import AttentionShape, accumulators, plan_decode
+from modelpack_engine.attention.kernels.plan import (
+    AttentionShape,
+    accumulators,
+    plan_decode,
+    simdgroups,
+)
 from modelpack_engine.attention.kernels.sources import CONSTANT_BELOW
 from modelpack_engine.attention.quantised import Quantisation
 
@@ -74,6 +79,7 @@ def decode_attention(
         )  # fmt: skip
     plan = plan_decode(
         shape, k_pool.dtype.size, q.shape[0], block_tables.shape[1] * block_size, split,
+        simdgroups=simdgroups(launch.backend()),
         max_accumulators=accumulators(launch.backend()),
     )  # fmt: skip
     return launch.decode(

@@ -9,13 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-#: Simdgroups of a threadgroup: few enough that short contexts keep all of them busy.
-SIMDGROUPS = 4
+#: Simdgroups of a threadgroup: few enough that short contexts keep all of them busy. On CUDA, more
+#: where there are few threadgroups, and fewer where there are many, of few tokens: measured.
+SIMDGROUPS, _MOST_SIMDGROUPS, _FEWEST_SIMDGROUPS = 4, 8, 2
+_MANY_THREADGROUPS, _FEW_TOKENS = 1024, 640
 #: Simdgroups that merge a head's parts.
 MERGE_SIMDGROUPS = 8
 #: Threadgroups that keep a large GPU busy; with fewer, contexts are split.
 TARGET_THREADGROUPS = 256
-#: Shorter contexts are never split; a part is planned to have a quarter of this at least.
+#: Shorter contexts are never split; a part is planned to have a quarter of this at least, or with
+#: the most simdgroups all of it.
 SPLIT_CONTEXT = 512
 MAX_PARTS = 64
 #: Bytes of one load, float accumulators a lane keeps, and bytes it has under way in a turn.
@@ -94,6 +97,11 @@ def accumulators(backend: str) -> int:
     return _METAL_ACCUMULATORS if backend == "metal" else MAX_ACCUMULATORS
 
 
+def simdgroups(backend: str) -> int | None:
+    """Return the simdgroups of a threadgroup on a backend, None for as many as suit the shape."""
+    return None if backend == "cuda" else SIMDGROUPS
+
+
 def vector_width(itemsize: int, *widths: int) -> int:
     """Return how many elements of `itemsize` bytes one load takes from rows of all these widths."""
     vector = LOAD_BYTES // itemsize
@@ -121,15 +129,16 @@ def plan_decode(
     num_rows: int,
     max_context: int,
     split: int | None = None,
-    simdgroups: int = SIMDGROUPS,
+    simdgroups: int | None = SIMDGROUPS,
     max_steps: int = 4,
     max_accumulators: int = MAX_ACCUMULATORS,
 ) -> DecodePlan:
     """Return the plan for `num_rows` rows whose contexts have up to `max_context` tokens.
 
     `itemsize` is that of the pools' elements, unless these are quantised. `split` fixes the number
-    of parts, `max_accumulators` bounds those of a lane.
+    of parts, `max_accumulators` bounds those of a lane; `simdgroups` None: as CUDA likes it.
     """
+    context = min(max_context, shape.window or max_context)
     dim = shape.key_dim + shape.extra_dim
     group = shape.num_heads // shape.num_kv_heads
     if shape.bits:
@@ -152,12 +161,20 @@ def plan_decode(
     groups = -(-group // most)
     heads = -(-group // groups)
     groups = -(-group // heads)
-    turn = simdgroups * abreast * steps
     threadgroups = num_rows * shape.num_kv_heads * groups
-    if split is None:
-        split = num_parts(threadgroups, max_context, shape.window)
     row = (value_vectors * vector + 1) * lanes * abreast  # a simdgroup's, padded
-    shared = 4 * (heads * key_vectors * vector * lanes + 2 * simdgroups * (row + 2))
+
+    def shared_bytes(simdgroups: int) -> int:
+        return 4 * (heads * key_vectors * vector * lanes + 2 * simdgroups * (row + 2))
+
+    if simdgroups is None:
+        simdgroups = _choose_simdgroups(threadgroups, context)
+        if shared_bytes(simdgroups) > MAX_SHARED_BYTES:
+            simdgroups = SIMDGROUPS
+    if split is None:
+        fewest = SPLIT_CONTEXT if simdgroups == _MOST_SIMDGROUPS else SPLIT_CONTEXT // 4
+        split = num_parts(threadgroups, max_context, shape.window, fewest=fewest)
+    turn = simdgroups * abreast * steps
     constants: tuple[tuple[str, int | bool], ...] = (
         ("DK", shape.key_dim), ("DX", shape.extra_dim), ("DV", shape.value_dim),
         ("HK", shape.num_kv_heads), ("G", group), ("HEADS", heads), ("BLOCK", shape.block_size),
@@ -166,7 +183,19 @@ def plan_decode(
         ("BITS", shape.bits), ("GROUP", max(1, shape.group)),
         ("NSG", simdgroups), ("VEC", vector), ("LPT", lanes), ("STEPS", steps),
     )  # fmt: skip
-    return DecodePlan(constants, groups, 32 * simdgroups, split, turn, shared)
+    return DecodePlan(constants, groups, 32 * simdgroups, split, turn, shared_bytes(simdgroups))
+
+
+def _choose_simdgroups(threadgroups: int, context: int) -> int:
+    """Return the simdgroups of so many threadgroups, for contexts of up to so many tokens.
+
+    By sweeps on an H200: benchmarks/results/kernels-h200.md.
+    """
+    if threadgroups <= TARGET_THREADGROUPS and context >= SPLIT_CONTEXT:
+        return _MOST_SIMDGROUPS
+    if threadgroups >= _MANY_THREADGROUPS and context <= _FEW_TOKENS:
+        return _FEWEST_SIMDGROUPS
+    return SIMDGROUPS
 
 
 def num_parts(

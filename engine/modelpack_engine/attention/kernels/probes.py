@@ -9,7 +9,12 @@ from __future__ import annotations
 import mlx.core as mx
 
 from modelpack_engine.attention.kernels import launch, naive
-from modelpack_engine.attention.kernels.plan import AttentionShape, accumulators, plan_decode
+from modelpack_engine.attention.kernels.plan import (
+    AttentionShape,
+    accumulators,
+    plan_decode,
+    simdgroups,
+)
 from modelpack_engine.attention.kernels.sources import Backend
 from modelpack_engine.attention.quantised import Quantisation
 
@@ -58,7 +63,7 @@ def probe_decode(shape: AttentionShape, on: Backend, dtype: mx.Dtype, pool: mx.D
     for parts in (1, 4):
         plan = plan_decode(
             shape, k_pool.dtype.size, rows, _WIDTH * size, parts,
-            max_accumulators=accumulators(on),
+            simdgroups=simdgroups(on), max_accumulators=accumulators(on),
         )  # fmt: skip
         out = launch.decode(
             plan, shape, on, q, k_pool, v_pool, tables, context_lens,
