@@ -13,12 +13,14 @@ from modelpack_engine.attention.handles import RowMask
 from modelpack_engine.attention.paged import PagedKV
 from modelpack_engine.attention.pools import TokenMajorPools
 from modelpack_engine.attention.step import StepInputs
-from modelpack_engine.fusion import kernels
+from modelpack_engine.fusion import expert_kernels, kernels
+from modelpack_engine.fusion.experts import fuse_experts
 from modelpack_engine.fusion.heads import fuse_heads
 from modelpack_engine.fusion.joint import can_join, join
 from modelpack_engine.fusion.products import FEW_ROWS, multiply_in_parts, swiglu, weights_of
 from modelpack_engine.fusion.recognise import reads_like
 from modelpack_engine.fusion.rotation import find_rotation
+from modelpack_engine.fusion.routers import fuse_router
 from modelpack_engine.fusion.sums import Sums
 
 _FLOATS = (mx.float16, mx.bfloat16, mx.float32)
@@ -44,6 +46,8 @@ def fuse(
         counts[kind] = counts.get(kind, 0) + 1
 
     blocks = False
+    dtypes = {kv.layout.dtype for kv in owners.values()}
+    mixtures = all(expert_kernels.verdict(dtype) is None for dtype in dtypes)
     last = _last_layer(inner)
     for _, module in list(model.named_modules()):
         if reads_like(module, llama.MLP) and _fuse_mlp(module, sums, step, swaps):
@@ -56,6 +60,10 @@ def fuse(
             count("block")
         elif fuse_heads(module, step, swaps):
             count("heads")
+        elif mixtures and fuse_experts(module, step, swaps):
+            count("experts")
+        elif mixtures and fuse_router(module, step, swaps):
+            count("router")
         elif type(module) is nn.Embedding:
             _fuse_embedding(module, step, swaps)
     if blocks:

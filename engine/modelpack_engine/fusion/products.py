@@ -20,7 +20,8 @@ from modelpack_engine.fusion import kernels
 #: Up to so many rows, our kernel multiplies with quantised weights, and with plain ones: see
 #: benchmarks/results/engine-h200.md. For more, quantised weights are dequantised first.
 FEW_ROWS, FEW_ROWS_PLAIN = 128, 64
-_OUTPUTS, _DEPTH, _THREADS = 64, 64, 128
+#: What a block of our kernel takes: outputs, and inputs at a time; and its threads.
+OUTPUTS, DEPTH, THREADS = 64, 64, 128
 #: Rows that kernels for plain and for quantised weights are compiled for, with their stages: few,
 #: as each takes a second or two.
 _TILES_PLAIN, _TILES = {32: 4, FEW_ROWS_PLAIN: 4}, {32: 4, FEW_ROWS: 3}
@@ -119,7 +120,7 @@ def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
         return x @ weight.T if weights.bias is None else mx.addmm(weights.bias, x, weight.T)
     scales, biases, group_size = weights.scales, weights.biases, weights.group_size
     assert scales is not None
-    if biases is not None and x.shape[0] > FEW_ROWS and _is_affine(x, weights):
+    if biases is not None and x.shape[0] > FEW_ROWS and is_affine(x, weights):
         return x @ kernels.dequantise(weight, scales, biases, group_size, bits).T
     return mx.quantized_matmul(
         x, weight, scales, biases,
@@ -127,7 +128,7 @@ def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
     )  # fmt: skip
 
 
-def _is_affine(x: mx.array, weights: Weights) -> bool:
+def is_affine(x: mx.array, weights: Weights) -> bool:
     """Return whether quantised weights are of the kind that our kernels know."""
     return (
         weights.mode == "affine"
@@ -144,16 +145,16 @@ def _takes(x: mx.array, weights: Weights) -> bool:
         x.shape[0] <= (FEW_ROWS if weights.bits else FEW_ROWS_PLAIN)
         and x.dtype in (mx.float16, mx.bfloat16)
         and launch.backend() == "cuda"
-        and weights.num_inputs % _DEPTH == 0
+        and weights.num_inputs % DEPTH == 0
         and (weights.bias is None or weights.bias.dtype == x.dtype)
-        and (_is_affine(x, weights) if weights.bits else weights.weight.dtype == x.dtype)
+        and (is_affine(x, weights) if weights.bits else weights.weight.dtype == x.dtype)
         and (verdict(x.dtype, weights.bits or 16) is None)
     )
 
 
 def num_parts(num_outputs: int, num_inputs: int) -> int:
     """Return into how many parts the inputs are split, a power of two."""
-    tiles, groups = num_inputs // _DEPTH, -(-num_outputs // _OUTPUTS)
+    tiles, groups = num_inputs // DEPTH, -(-num_outputs // OUTPUTS)
     parts = 1
     while (
         parts < _MOST_PARTS
@@ -172,7 +173,7 @@ def _run(
     rows, outputs = x.shape[0], weights.num_outputs
     bits = weights.bits or 16
     tile, stages = next(item for item in _tiles(bits).items() if item[0] >= rows)
-    stage = _OUTPUTS * _DEPTH * bits // 8 + tile * _DEPTH * 2
+    stage = OUTPUTS * DEPTH * bits // 8 + tile * DEPTH * 2
     out_dtype = x.dtype if parts == 1 else mx.float32
     scales = x if weights.scales is None else weights.scales
     biases = x if weights.biases is None else weights.biases
@@ -183,8 +184,8 @@ def _run(
             ("BIAS", weights.bias is not None), ("MT", tile), ("STAGES", stages),
             ("SWIGLU", swiglu),
         ],
-        grid=(-(-outputs // _OUTPUTS) * _THREADS, 1, parts),
-        threadgroup=(_THREADS, 1, 1),
+        grid=(-(-outputs // OUTPUTS) * THREADS, 1, parts),
+        threadgroup=(THREADS, 1, 1),
         output_shapes=[shape],
         output_dtypes=[out_dtype],
     )  # fmt: skip

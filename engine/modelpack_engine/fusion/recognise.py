@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 import textwrap
 from functools import cache
 from types import CodeType, FunctionType
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from modelpack_engine.adaptation.cpu_activations import native_swiglu, swiglu
+
+#: What `mx.compile` makes of a function: it does not know what of.
+_COMPILED = type(mx.compile(lambda x: x))
 
 
 def reads_like(module: nn.Module, known: type[nn.Module]) -> bool:
@@ -39,6 +44,10 @@ def _text(code: CodeType) -> str | None:
     definition = tree.body[0]
     if not isinstance(definition, ast.FunctionDef):
         return None
+    return _bare(definition)
+
+
+def _bare(definition: ast.FunctionDef) -> str:
     definition.returns = None
     for argument in (*definition.args.args, *definition.args.kwonlyargs):
         argument.annotation = None
@@ -50,11 +59,28 @@ def _text(code: CodeType) -> str | None:
 def _means_the_same(one: FunctionType, other: FunctionType) -> bool:
     """Return whether both find the same objects under the global names that they use."""
     names = [name for name in other.__code__.co_names if name in other.__globals__]
-    return all(
-        _known(one.__globals__.get(name)) is _known(other.__globals__[name]) for name in names
-    )
+    return all(_meaning(one, name) == _meaning(other, name) for name in names)
 
 
-def _known(meaning: object) -> object:
-    """Return what a name means, whether or not it was swapped for the same in faster."""
-    return native_swiglu if meaning is swiglu else meaning
+def _meaning(function: FunctionType, name: str) -> object:
+    """Return what a name means to a function.
+
+    Whether or not that was swapped for the same in faster; of what `mx.compile` made, the text.
+    """
+    meaning = function.__globals__.get(name)
+    if meaning is swiglu:
+        return native_swiglu
+    if type(meaning) is _COMPILED:
+        return _definition(function.__module__, name) or meaning
+    return meaning
+
+
+@cache
+def _definition(module: str, name: str) -> str | None:
+    """Return the text of a function that a module defines, None if it does not."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError, SyntaxError):
+        return None
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    return _bare(found[0]) if len(found) == 1 else None

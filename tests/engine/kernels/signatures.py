@@ -43,6 +43,12 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "new_state": "float",
     },
     "rows": {"table": "T", "index": "int", "out": "T"},
+    "route": {"logits": "T", "bias": "B", "chosen": "uint32_t", "scores": "S"},
+    "dispatch": {
+        "experts": "uint32_t", "source": "int", "place": "int", "sorted": "uint32_t",
+        "spans": "int",
+    },
+    "combine": {"given": "T", "place": "int", "scores": "S", "out": "O"},
 }  # fmt: skip
 ELEMENTS["quantise"] = ELEMENTS["write"]
 

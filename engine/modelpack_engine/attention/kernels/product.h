@@ -5,6 +5,14 @@
   //   x [M, ...] T, K elements a row   weight [N, K] T, or packed in uint   scales, biases [N, K / GROUP] T (quantised)
   //   bias [N] T (BIAS)   out [parts, M, N] O: with several parts, they are still to be summed
   //   SWIGLU: the first half of weights are gates, and out [1, M, N / 2] is silu(gate) * other half
+  // With PA_EXPERTS (experts.h), a block's rows and weights are those of one expert.
+#ifndef PA_EXPERTS
+  const int rows = x_shape[0], N = weight_shape[0], packed = weight_shape[1], width = SWIGLU ? N / 2 : N;
+  const size_t first_line = 0, first_row = 0;
+#define PA_SOURCE(row) (row)
+#define PA_OF(name, i) name
+#define PA_LINE(i) (SWIGLU ? first + (i) % 32 + (i) / 32 * (N / 2) : first + (i))
+#endif
   constexpr int OUTPUTS = 64, DEPTH = 64, THREADS = 128, CHUNKS = DEPTH * BITS / 128;
   constexpr int ACROSS = MT > 32 ? 2 : 1, DOWN = 4 / ACROSS;  // warps over rows, and over outputs
   constexpr int TILES = MT / ACROSS / 8, STRIPS = OUTPUTS / DOWN / 16;
@@ -12,13 +20,13 @@
   constexpr int W_COPIES = OUTPUTS * CHUNKS / THREADS, X_COPIES = MT * 8 / THREADS;
   extern __shared__ __align__(128) unsigned char pa_memory[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int r = lane / 4, c = lane % 4, rows = x_shape[0], N = weight_shape[0];
-  const int K = BITS == 16 ? weight_shape[1] : weight_shape[1] * (32 / (BITS % 16));
+  const int r = lane / 4, c = lane % 4, K = BITS == 16 ? packed : packed * (32 / (BITS % 16));
   const int part = blockIdx.z, steps = K / DEPTH / gridDim.z, start = part * steps, groups = K / GROUP;
   const int feature = warp % DOWN * (STRIPS * 16) + r, row0 = warp / DOWN * (TILES * 8);
   // Row of the weights that is this block's output i; with SWIGLU 32 gates, then what they are for.
   const int first = blockIdx.x * (SWIGLU ? OUTPUTS / 2 : OUTPUTS);
-  auto place = [&](int i) { return SWIGLU ? first + i % 32 + i / 32 * (N / 2) : first + i; };
+  auto place = [&](int i) { return PA_LINE(i); };
+  auto exists = [&](int i) { return first + (SWIGLU ? i % 32 : i) < width; };
 
   // Rows of a tile that a quarter of a warp reads together lie in different banks.
   auto turn = [](int row) { return BITS == 16 ? row % 2 * 4 : BITS == 8 ? row / 2 % 2 * 2 : row / 4 % 2; };
@@ -29,15 +37,15 @@
   bool w_there[W_COPIES], x_there[X_COPIES];
   PA_UNROLL for (int j = 0; j < W_COPIES; j++) {
     const int i = j * THREADS + threadIdx.x, row = i / CHUNKS, chunk = i % CHUNKS;
-    w_there[j] = place(row) < N;
-    w_from[j] = (const unsigned char*)weight
-        + (size_t)(w_there[j] ? place(row) : 0) * ((size_t)K * BITS / 8) + chunk * 16;
+    w_there[j] = exists(row);
+    w_from[j] = (const unsigned char*)PA_OF(weight, row)
+        + (first_line + (w_there[j] ? place(row) : 0)) * ((size_t)K * BITS / 8) + chunk * 16;
     w_to[j] = (row * CHUNKS + (chunk ^ turn(row))) * 16;
   }
   PA_UNROLL for (int j = 0; j < X_COPIES; j++) {
     const int i = j * THREADS + threadIdx.x, row = i / 8, chunk = i % 8;
     x_there[j] = row < rows;
-    x_from[j] = x + (size_t)(x_there[j] ? row : 0) * K + chunk * 8;
+    x_from[j] = x + (size_t)(x_there[j] ? PA_SOURCE(first_row + row) : 0) * K + chunk * 8;
     x_to[j] = W_BYTES + (row * 8 + (chunk ^ row % 2 * 4)) * 16;
   }
   auto load = [&](int step) {
@@ -55,11 +63,11 @@
   auto load_scales = [&](int step) {
     PA_UNROLL for (int h = 0; h < 2 * STRIPS; h++) {
       PA_UNROLL for (int half = 0; half < 2; half++) {
-        const int output = place(feature + h * 8);
-        const size_t at = (size_t)(output < N ? output : 0) * groups
+        const int output = feature + h * 8;
+        const size_t at = (first_line + (exists(output) ? place(output) : 0)) * groups
             + ((start + step) * DEPTH + half * 32) / GROUP;
-        scale[h][half] = float(scales[at]);
-        offset[h][half] = float(biases[at]);
+        scale[h][half] = float(PA_OF(scales, output)[at]);
+        offset[h][half] = float(PA_OF(biases, output)[at]);
       }
     }
   };
@@ -132,12 +140,15 @@
     PA_UNROLL for (int x = 0; x < STRIPS * TILES * 4; x++) {
       const int m = x / 4 / TILES, n = x / 4 % TILES, i = x % 4;
       const int row = row0 + n * 8 + c * 2 + i % 2, output = feature + m * 16 + i / 2 * 8;
-      if (output < 32 && row < rows && first + output < N / 2) {
+      if (output < 32 && row < rows && exists(output)) {
         float gate = acc[m][n][i], up = other[row * 32 + output];
-        if (BIAS) gate += float(bias[first + output]), up += float(bias[N / 2 + first + output]);
+        if (BIAS) {
+          gate += float(bias[first_line + place(output)]);
+          up += float(PA_OF(bias, 32)[first_line + place(output + 32)]);
+        }
         gate = float(T(gate));
         gate = float(T(gate / (1.0f + PA_EXP2(-1.44269504f * gate))));
-        out[(size_t)row * (N / 2) + first + output] = O(gate * float(T(up)));
+        out[(first_row + row) * width + first + output] = O(gate * float(T(up)));
       }
     }
     return;
@@ -145,9 +156,9 @@
   PA_UNROLL for (int x = 0; x < STRIPS * TILES * 4; x++) {
     const int m = x / 4 / TILES, n = x / 4 % TILES, i = x % 4;
     const int row = row0 + n * 8 + c * 2 + i % 2, output = first + feature + m * 16 + i / 2 * 8;
-    if (row < rows && output < N) {
+    if (row < rows && output < width) {
       float value = acc[m][n][i];
-      if (BIAS && part == 0) value += float(bias[output]);
-      out[((size_t)part * rows + row) * N + output] = O(value);
+      if (BIAS && part == 0) value += float(bias[first_line + output]);
+      out[((size_t)part * rows + first_row + row) * width + output] = O(value);
     }
   }

@@ -3,7 +3,7 @@
 A body uses only `PA_*` macros, C, and what all three of Metal, CUDA and C++ have. The preamble goes
 in front of it inside of the function, since MLX passes the thread attributes of Metal that it finds
 named in the function's text. The third backend is an emulator on the host, which tests run.
-`prefill` and `product` are for CUDA only.
+`prefill`, `product` and `experts` are for CUDA only.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ Body = Literal[
     "state_space",
     "delta_rule",
     "rows",
+    "experts",
+    "route",
+    "dispatch",
+    "combine",
 ]
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -52,6 +56,13 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "state_space": ("x", "dt", "a", "b", "c", "d", "state"),
     "delta_rule": ("q", "k", "v", "g", "beta", "state"),
     "rows": ("table", "index"),
+    "experts": (
+        "x", "weight", "scales", "biases", "bias", "weight_up", "scales_up", "biases_up", "bias_up",
+        "source", "spans",
+    ),
+    "route": ("logits", "bias"),
+    "dispatch": ("experts",),
+    "combine": ("given", "place", "scores"),
 }  # fmt: skip
 OUTPUTS: dict[Body, tuple[str, ...]] = {
     "decode": ("out", "stats"),
@@ -67,6 +78,10 @@ OUTPUTS: dict[Body, tuple[str, ...]] = {
     "state_space": ("y", "new_state"),
     "delta_rule": ("y", "new_state"),
     "rows": ("out",),
+    "experts": ("out",),
+    "route": ("chosen", "scores"),
+    "dispatch": ("source", "place", "sorted", "spans"),
+    "combine": ("out",),
 }
 
 #: MLX binds inputs with fewer elements in Metal's constant address space.
@@ -100,8 +115,10 @@ def kernel_source(
     every call, and short ones take less time.
     """
     headers, parts = ["common"], [backend, body]
-    if body in ("prefill", "product"):
+    if body in ("prefill", "product", "experts"):
         headers.append("tensor_cores")
+    if body == "experts":
+        parts.append("product")
     outputs = OUTPUTS[body]
     before = ""
     if body in ("decode", "prefill") and not split:

@@ -1,0 +1,41 @@
+  // Pairs of a row and one of its experts, in the order of experts. A simdgroup an expert, whose lanes
+  // take equal runs of the pairs: it counts those of experts before its own, and of its own.
+  //   experts [pairs] uint: EACH of every row   source [pairs] int: rows, by expert
+  //   place [pairs] int: where each pair is there
+  //   sorted [pairs] uint: the experts, in order
+  //   spans [SLOTS, 3] int: expert, first place, number of up to TILE pairs, 0 of slots that are free;
+  //   SLOTS is pairs / TILE + EXPERTS, so that an expert knows its slots by the pairs before its own
+  const int expert = PA_X * NSG + PA_SIMD, lane = PA_LANE, pairs = experts_shape[0];
+  const int each = (pairs + 31) / 32, from = lane * each;
+  const int to = from + each < pairs ? from + each : pairs;
+  int less = 0, total = 0, before = 0;  // of experts before, of this one, and of it in lanes before
+  for (int i = from; i < to; i++) {
+    const int e = int(experts[i]);
+    less += e < expert ? 1 : 0;
+    total += e == expert ? 1 : 0;
+  }
+  PA_UNROLL for (int mask = 1; mask < 32; mask *= 2) {
+    less += int(PA_XOR(less, mask));
+    const int other = int(PA_XOR(total, mask));
+    if (lane & mask) before += other;
+    total += other;
+  }
+  if (expert < EXPERTS) {
+    int at = less + before;
+    for (int i = from; i < to; i++) {
+      if (int(experts[i]) == expert) {
+        source[at] = i / EACH;
+        place[i] = at;
+        sorted[at] = experts[i];
+        at++;
+      }
+    }
+    const int first = less / TILE + expert;
+    const int next = expert + 1 < EXPERTS ? (less + total) / TILE + expert + 1 : pairs / TILE + EXPERTS;
+    for (int slot = first + lane; slot < next; slot += 32) {
+      const int done = (slot - first) * TILE, left = total - done;
+      spans[slot * 3] = expert;
+      spans[slot * 3 + 1] = less + done;
+      spans[slot * 3 + 2] = left <= 0 ? 0 : left < TILE ? left : TILE;
+    }
+  }

@@ -1,0 +1,176 @@
+"""Mixtures of experts by fused kernels, on an emulated GPU: as mlx-lm's models compute them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.models.deepseek_v3 import group_expert_select
+from mlx_lm.models.switch_layers import SwitchGLU
+
+from modelpack_engine.adaptation.swaps import ClassSwaps
+from modelpack_engine.attention.kernels import launch
+from modelpack_engine.fusion import expert_kernels
+from modelpack_engine.fusion.expert_kernels import Routing, route
+from modelpack_engine.fusion.experts import fuse_experts
+from modelpack_engine.fusion.routers import fuse_router
+from tests.engine.kernels.onhost import Host
+from tests.engine.zoo.catalogue import CATALOGUE
+from tests.engine.zoo.specimen import make_specimen
+
+ROWS = 9
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, Any]]:
+    return tmp_path_factory.mktemp("experts"), {}
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, compiled: tuple[Path, dict[Any, Any]]) -> Iterator[Host]:
+    found = Host(*compiled)
+    monkeypatch.setattr(launch, "_kernel", found.kernel)
+    monkeypatch.setattr(launch, "backend", lambda: "metal")
+    expert_kernels.verdict.cache_clear()
+    yield found
+    expert_kernels.verdict.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_the_texts_compute_what_mlx_does(host: Host, dtype: mx.Dtype) -> None:
+    assert expert_kernels.verdict(dtype) is None
+    assert {body for body, _ in host.calls} == {"route", "dispatch", "combine"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("body", "wrong", "found"),
+    [
+        ("route", ("value[n] >= most", "value[n] < most"), "experts by softmax are others"),
+        ("route", ("score[n] / whole", "score[n]"), "scores by softmax are others"),
+        ("route", ("+ float(bias[e])", ""), "experts by sigmoids are others"),
+        ("route", ("GROUPS - KEEP", "GROUPS - KEEP - 1"), "experts by groups are others"),
+        ("dispatch", ("at = less + before", "at = before"), "rows are sent elsewhere"),
+        ("dispatch", ("less + done", "less"), "spans leave pairs out"),
+        ("combine", ("* score", "+ score"), "sums of experts are off"),
+    ],
+)
+def test_a_wrong_text_is_found(host: Host, body: str, wrong: tuple[str, str], found: str) -> None:
+    host.break_by(lambda name, text: text.replace(*wrong) if name == body else text)
+    assert expert_kernels.verdict(mx.float32) == found
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "groups", "keep", "normed"),
+    [(8, 2, 1, 1, True), (64, 6, 8, 3, True), (33, 1, 1, 1, True), (16, 4, 4, 2, False)],
+)
+def test_sigmoids_choose_as_deepseek_does(
+    host: Host, experts: int, top_k: int, groups: int, keep: int, normed: bool
+) -> None:
+    keys = mx.random.split(mx.random.key(experts))
+    gates = mx.random.normal((ROWS, experts), mx.bfloat16, key=keys[0])
+    bias = mx.random.normal((experts,), key=keys[1])  # so low that groups left out win, too
+    chosen, scores = group_expert_select(gates, bias, top_k, groups, keep, 2.5, normed)
+    routing = Routing(top_k, normed and top_k > 1, True, groups, keep, 2.5)
+    found, found_scores = route(gates, routing, bias, mx.float32)
+    for row in range(ROWS):
+        expected = dict(zip(chosen[row].tolist(), scores[row].tolist(), strict=True))
+        actual = dict(zip(found[row].tolist(), found_scores[row].tolist(), strict=True))
+        assert actual == pytest.approx(expected, rel=1e-4)
+
+
+def test_rows_without_numbers_have_experts_all_the_same(host: Host) -> None:
+    logits = mx.full((2, 8), float("nan"))
+    for routing in (Routing(3, True), Routing(3, True, sigmoid=True)):
+        chosen, scores = route(logits, routing, mx.zeros((8,)), mx.float32)
+        for row in chosen.tolist():
+            assert len(set(row)) == 3
+            assert max(row) < 8
+        assert mx.all(mx.isnan(scores)).item()
+
+
+def mixtures(model: nn.Module) -> list[nn.Module]:
+    """Return modules that have experts."""
+    return [
+        module
+        for _, module in model.named_modules()
+        if any(type(child) is SwitchGLU for child in module.children().values())
+    ]
+
+
+NAMES = ("deepseek_v3", "qwen3_moe", "gpt_oss")
+MORE = ("qwen3_next", "glm4_moe", "mixtral", "olmoe", "ernie4_5_moe", "dots1", "hunyuan", "phimoe")
+
+
+@pytest.mark.parametrize(
+    "name", [*NAMES, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)]
+)
+def test_models_find_the_same(host: Host, name: str) -> None:
+    model = make_specimen(next(c for c in CATALOGUE if c.id == name)).model
+    (block, *_) = mixtures(model)
+    (experts,) = (m for m in block.children().values() if type(m) is SwitchGLU)
+    x = mx.random.normal((ROWS, 1, experts.gate_proj.input_dims), key=mx.random.key(5))
+    ask: Any = block
+    expected = ask(x)
+    swaps, step = ClassSwaps(), SimpleNamespace(active=True)
+    fused = [
+        fuse(module, step, swaps)  # type: ignore[arg-type]
+        for _, module in block.named_modules()
+        for fuse in (fuse_experts, fuse_router)
+    ]
+    np.testing.assert_allclose(ask(x), expected, rtol=1e-3, atol=1e-4)
+    used = {body for body, _ in host.calls}
+    assert used >= {"dispatch", "combine"}
+    assert ("route" in used) == (name in ("deepseek_v3", "qwen3_moe", "qwen3_next", "glm4_moe"))
+    assert sum(fused) == (2 if "route" in used else 1)
+    host.calls.clear()
+    step.active = False
+    np.testing.assert_array_equal(ask(x), expected)
+    assert not host.calls
+
+
+def test_other_uses_of_what_experts_gave(host: Host) -> None:
+    """Whatever a model does with it, it is an array like any other."""
+    mx.random.seed(2)
+    experts: Any = SwitchGLU(32, 16, 4)
+    x = mx.random.normal((ROWS, 1, 32))
+    chosen = mx.random.randint(0, 4, (ROWS, 1, 2)).astype(mx.uint32)
+    scores = mx.random.uniform(0, 1, (ROWS, 1, 2))
+    plain = experts(x, chosen)
+    step: Any = SimpleNamespace(active=True)
+    assert fuse_experts(experts, step, ClassSwaps())
+    given = experts(x, chosen)
+    close: Any = {"rtol": 1e-4, "atol": 1e-5}
+    np.testing.assert_allclose(given, plain, **close)
+    np.testing.assert_allclose(given * 2, plain * 2, **close)
+    weighted, wanted = scores[..., None] * given, scores[..., None] * plain
+    np.testing.assert_allclose(weighted, wanted, **close)
+    np.testing.assert_allclose(weighted.sum(axis=-1), wanted.sum(axis=-1), **close)
+    np.testing.assert_allclose(mx.sum(weighted, axis=-2), wanted.sum(axis=-2), **close)
+    kept = weighted.sum(axis=-2, keepdims=True)
+    np.testing.assert_allclose(kept, wanted.sum(axis=-2, keepdims=True), **close)
+    total = weighted.sum(axis=2)
+    np.testing.assert_allclose(total, wanted.sum(axis=-2), **close)
+    assert total.astype(mx.bfloat16).dtype == mx.bfloat16
+    assert total.astype(mx.float32).dtype == mx.float32
+    np.testing.assert_allclose(total + 1, wanted.sum(axis=-2) + 1, **close)
+
+
+def test_few_pairs_go_mlx_s_way(host: Host) -> None:
+    experts: Any = SwitchGLU(32, 16, 4)
+    step: Any = SimpleNamespace(active=True)
+    fuse_experts(experts, step, ClassSwaps())
+    experts(mx.zeros((2, 1, 32)), mx.zeros((2, 1, 2), mx.uint32))
+    assert not host.calls
+
+
+def test_other_layers_are_left_alone() -> None:
+    step: Any = SimpleNamespace(active=True)
+    assert not fuse_experts(nn.Linear(8, 8), step, ClassSwaps())
+    assert not fuse_router(nn.Linear(8, 8), step, ClassSwaps())
