@@ -267,10 +267,13 @@ class Engine:
             self._introduce(chunk.sequence)
         previous = self._pending.batch if self._pending else None
         batch = build_batch(output, previous, self._sizes.buckets, self.config.block_size)
-        token_ids = row_token_ids(batch, self._pending.sampled if self._pending else None)
+        staging = self._runner.staging
+        turn = staging.next_turn()
+        sampled = self._pending.sampled if self._pending else None
+        token_ids = row_token_ids(batch, sampled, staging)
         logits = self._runner.forward(with_prompt_rows(batch), token_ids)
         logits, prompt_logprobs = part_logits(batch, logits)
-        step = Step(output, batch, None, None, prompt_logprobs)
+        step = Step(output, batch, None, None, prompt_logprobs, turn)
         if not batch.sample_seqs:
             return step
         if any(sequence.params.mask is not None for sequence in batch.sample_seqs):
@@ -283,6 +286,8 @@ class Engine:
             return None
         # A step that fails is noticed here: it stays pending then, for `fail_all` to account for.
         tokens = read_tokens(self._pending)
+        if self._pending.sampled is not None:
+            self._runner.staging.read(self._pending.turn)
         self._take_prompt_logprobs(self._pending)
         self._pending = None
         return tokens

@@ -41,6 +41,7 @@ from modelpack_engine.errors import EngineError, ModelLoadError, OutOfMemoryErro
 from modelpack_engine.fusion import kernels as fused_kernels
 from modelpack_engine.kv_types import KVCacheDtype, parse_kv_cache_dtype
 from modelpack_engine.malloc import keep_freed_memory
+from modelpack_engine.managed_memory import Staging
 from modelpack_engine.sizing import Sizes
 from modelpack_engine.snapshots import PrefixSnapshots
 from modelpack_engine.vllm_metal import uses_paged_attention
@@ -98,12 +99,14 @@ class ModelRunner:
         self.block_size = block_size
         self.buckets = buckets
         self.notes: tuple[str, ...] = ()
+        #: Where the host puts what steps are handed over in.
+        self.staging = Staging()
         if exact is None:
             exact = mx.default_device() == mx.Device(mx.cpu)
         if exact:
             keep_freed_memory()
             cpu_activations.install(model)
-        self._step = StepInputs(block_size, exact=exact)
+        self._step = StepInputs(block_size, exact=exact, staging=self.staging)
         self._adapted: Adapted | None = None
         self._compiled: CompiledSteps | None = None
         self._contiguous: ContiguousRunner | None = None
@@ -170,7 +173,9 @@ class ModelRunner:
             self._adapted = adapted
             self._allocate(adapted.pools())
             if compiled and CompiledSteps.can_run(adapted):
-                self._compiled = CompiledSteps(self.model, adapted, self._step, self.buckets)
+                self._compiled = CompiledSteps(
+                    self.model, adapted, self._step, self.buckets, self.staging
+                )
             problem, culprit = self._try(adapted, layout, self_test)
             if problem is None:
                 self.notes += adapted.notes()

@@ -11,7 +11,7 @@ import numpy as np
 
 from modelpack_engine.batch import StepBatch
 from modelpack_engine.logprobs import Logprobs, gather_logprobs
-from modelpack_engine.managed_memory import sent
+from modelpack_engine.managed_memory import Staging
 from modelpack_engine.outputs import TokenLogprob
 from modelpack_engine.sampler import NO_TOKEN, Sampled, SampleRow
 from modelpack_engine.schedule import Proposal, SchedulerOutput
@@ -23,7 +23,8 @@ from modelpack_engine.speculation.verification import verify
 class Step:
     """A step whose graph is built: what was scheduled, and what it samples, if anything.
 
-    `logits` are of rows that are still to be sampled, which waits for masks; else None.
+    `logits` are of rows that are still to be sampled, which waits for masks; else None. `turn` is
+    that of the arrays that the host made for it.
     """
 
     output: SchedulerOutput
@@ -31,6 +32,7 @@ class Step:
     logits: mx.array | None
     sampled: Sampled | None
     prompt_logprobs: Logprobs | None
+    turn: int = 0
 
     def arrays(self) -> list[mx.array]:
         """Return what has to be evaluated, besides the pools that the step writes."""
@@ -82,10 +84,10 @@ def _sample_row(sequence: Sequence, assumed: tuple[int, ...] | None = None) -> S
     return SampleRow(sequence.seq_id, position, num_output, None, assumed)
 
 
-def row_token_ids(batch: StepBatch, previous: Sampled | None) -> mx.array:
+def row_token_ids(batch: StepBatch, previous: Sampled | None, staging: Staging) -> mx.array:
     """Return the rows' ids, int32 [rows]; those that `previous` sampled stay on the device."""
     if not batch.from_previous:
-        return sent(mx.array(batch.token_ids, mx.int32))
+        return staging.put(np.array(batch.token_ids, np.int32))[: batch.num_rows]
     assert previous is not None
     # A row that failed has no token; it runs on with any until its end is seen.
     sampled = _tokens(previous.token_ids)
@@ -97,8 +99,8 @@ def row_token_ids(batch: StepBatch, previous: Sampled | None) -> mx.array:
     places = np.arange(count, dtype=np.int32)
     rows, indices = np.array(batch.from_previous, np.int32).T
     places[rows] = count + indices
-    known = sent(mx.array(np.concatenate([np.array(batch.token_ids, np.int32), places])))
-    return mx.concatenate([known[:count], sampled])[known[count:]]
+    known = staging.put(np.concatenate([np.array(batch.token_ids, np.int32), places]))
+    return mx.concatenate([known[:count], sampled])[known[count : 2 * count]]
 
 
 @partial(mx.compile, shapeless=True)

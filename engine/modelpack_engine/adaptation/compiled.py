@@ -27,7 +27,7 @@ from modelpack_engine.attention.step import StepInputs
 from modelpack_engine.batch import StepBatch
 from modelpack_engine.block_manager import TRASH_BLOCK
 from modelpack_engine.buckets import Buckets
-from modelpack_engine.managed_memory import sent
+from modelpack_engine.managed_memory import Staging
 
 #: Tokens of the longest context of a prompt whose rows are taken one by one.
 LONGEST_PROMPT = 1024
@@ -90,8 +90,14 @@ class CompiledSteps:
     """Runs an adapted model's steps, as far as these are of the kind that it takes."""
 
     def __init__(
-        self, model: nn.Module, adapted: Adapted, step: StepInputs, buckets: Buckets
+        self,
+        model: nn.Module,
+        adapted: Adapted,
+        step: StepInputs,
+        buckets: Buckets,
+        staging: Staging,
     ) -> None:
+        self._staging = staging
         self._model, self._adapted, self._step, self._buckets = model, adapted, step, buckets
         self._rows: dict[int, int] = {}  # of sequences in the tables of the last step
         self._tables: NDArray[np.int32] = np.zeros((0, 1), np.int32)
@@ -152,9 +158,10 @@ class CompiledSteps:
         length = sum(map(len, columns))
         if rows.order is not None:
             columns.append(order)
-        packed = sent(mx.array(np.concatenate(columns)))
+        packed = self._staging.put(np.concatenate(columns))
         if rows.order is not None:
-            token_ids, packed = token_ids[packed[length:]], packed[:length]
+            token_ids = token_ids[packed[length : length + len(order)]]
+        packed = packed[:length]
         (decode, width), (tiles, tile_width) = rows.tables.shape, rows.tile_tables.shape
         layout = Layout(len(positions), decode, width, tiles, tile_width, sampled)
         pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in adapted.paged]

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import mlx.core as mx
+import numpy as np
 
 from modelpack_engine.attention.cpu_streams import second_stream
 from modelpack_engine.attention.kernels import TILE_ROWS, Tiles
 from modelpack_engine.attention.keys import KeyRange, consecutive
 from modelpack_engine.attention.rotations import as_positions, make_positions
 from modelpack_engine.attention.spans import Run, Span, length_groups, slot_runs, visible
-from modelpack_engine.managed_memory import sent
+from modelpack_engine.managed_memory import Staging
 
 if TYPE_CHECKING:
     from modelpack_engine.batch import Chunk, StepBatch
@@ -59,8 +60,9 @@ class ChunkKeys:
 class StepInputs:
     """Device arrays of the step that is being built; `begin` replaces them."""
 
-    def __init__(self, block_size: int, *, exact: bool) -> None:
+    def __init__(self, block_size: int, *, exact: bool, staging: Staging | None = None) -> None:
         self.block_size = block_size
+        self._staging = staging or Staging()
         self.exact = exact
         self.second_stream = second_stream() if exact else None
         self.num_rows = 0
@@ -89,10 +91,18 @@ class StepInputs:
         self.chunks = tuple(batch.chunks)
         self._tables, self._lengths = batch.decode_tables, batch.decode_lengths
         self._memo = {}
-        self.positions = make_positions(batch.positions, rotate=self.exact)
-        self.slots = sent(mx.array(batch.slots, mx.int32))
-        self.slot_runs = slot_runs(batch.slots, _FEW_RUNS) if self.exact else None
-        self.sample_rows = mx.array(sample_rows, mx.int32)
+        if self.exact:
+            self.positions = make_positions(batch.positions, rotate=True)
+            self.slots = mx.array(batch.slots, mx.int32)
+            self.slot_runs = slot_runs(batch.slots, _FEW_RUNS)
+            self.sample_rows = mx.array(sample_rows, mx.int32)
+        else:
+            numbers = [*batch.positions, *batch.slots, *sample_rows]
+            packed = self._staging.put(np.array(numbers, np.int32))[: len(numbers)]
+            self.positions = as_positions(packed[: self.num_rows])
+            self.slots = packed[self.num_rows : 2 * self.num_rows]
+            self.slot_runs = None
+            self.sample_rows = packed[2 * self.num_rows :]
         self.all_rows_sampled = sample_rows == list(range(self.num_rows))
         self.rows_taken = False
         self.active = True
@@ -146,13 +156,13 @@ class StepInputs:
 
     def decode_rows(self) -> tuple[mx.array, mx.array]:
         """Return block tables int32 [rows, width] and lengths int32 [rows] of all decode rows."""
-        return self.remember(
-            "rows",
-            lambda: (
-                sent(mx.array(self._tables, mx.int32)),
-                sent(mx.array(self._lengths, mx.int32)),
-            ),
-        )
+        return self.remember("rows", self._make_decode_rows)
+
+    def _make_decode_rows(self) -> tuple[mx.array, mx.array]:
+        tables = np.array(self._tables, np.int32)
+        numbers = np.concatenate([tables.ravel(), np.array(self._lengths, np.int32)])
+        packed = self._staging.put(numbers)
+        return packed[: tables.size].reshape(tables.shape), packed[tables.size : len(numbers)]
 
     def tile_rows(self) -> tuple[mx.array, mx.array]:
         """Return block tables and lengths of the rows of tiles, as if each of them decoded."""

@@ -177,7 +177,7 @@ class _Follower:
 
     def _step(self, held: _Held, runner: ModelRunner, step: RemoteStep) -> None:
         batch = step.batch
-        logits = runner.forward(batch, row_token_ids(batch, held.sampled))
+        logits = runner.forward(batch, row_token_ids(batch, held.sampled, runner.staging))
         sampled = None
         outputs = []
         if step.num_sampled:

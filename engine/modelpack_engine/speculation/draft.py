@@ -209,7 +209,7 @@ class DraftProposer:
 
     def _forward(self, batch: StepBatch, previous: Sampled | None) -> mx.array:
         """Return logits of the batch's sampled rows, as many a row as the large model has."""
-        token_ids = row_token_ids(batch, previous)
+        token_ids = row_token_ids(batch, previous, self._runner.staging)
         # The large model may have tokens that the draft model has not.
         token_ids = mx.where(token_ids < self._draft_vocab_size, token_ids, 0)
         logits = self._runner.forward(batch, token_ids)

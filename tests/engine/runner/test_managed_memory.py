@@ -9,9 +9,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from modelpack_engine import managed_memory
-from modelpack_engine.managed_memory import Prefetcher, sent
+from modelpack_engine.managed_memory import Prefetcher, Staging, sent
 
 
 def driver(
@@ -88,3 +90,63 @@ def test_nothing_is_sent_without_cuda() -> None:
     assert managed_memory._prefetcher() is None
     array = mx.array([1.0, 2.0, 3.0])
     assert sent(array) is array
+
+
+class Staged(Staging):
+    """Staging as on CUDA: here, too, an array's memory is the host's."""
+
+    def put(self, numbers: Any) -> mx.array:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(managed_memory, "_prefetcher", lambda: Prefetcher(driver([])))
+            return super().put(numbers)
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("put"), st.sampled_from([1, 255, 256, 257, 3000])),
+            st.just(("turn", 0)),
+            st.tuples(st.just("read"), st.integers(0, 3)),
+        ),
+        max_size=60,
+    )
+)
+def test_arrays_keep_their_numbers_until_their_turn_has_ended(
+    events: list[tuple[str, int]],
+) -> None:
+    staging, turn, made = Staged(), 0, 0
+    held: list[tuple[int, mx.array, int, int]] = []
+    for what, number in events:
+        if what == "turn":
+            turn = staging.next_turn()
+        elif what == "put":
+            made += 1
+            array = staging.put(np.arange(made, made + number, dtype=np.int32))
+            assert array.size >= number
+            held.append((turn, array, made, number))
+        else:
+            staging.read(turn - number)
+            held = [one for one in held if one[0] >= turn - number]
+        for _, array, first, count in held:
+            assert array[0].item() == first
+            assert array[count - 1].item() == first + count - 1
+
+
+def test_staged_memory_is_used_again_and_does_not_grow_without_end() -> None:
+    staging = Staged()
+    seen: set[int] = set()
+    for _ in range(100):
+        turn = staging.next_turn()
+        array = staging.put(np.zeros(10, np.int32))
+        seen.add(np.asarray(array).ctypes.data)
+        staging.read(turn - 1)
+    assert len(seen) <= 3
+    staging.next_turn()
+    arrays = [staging.put(np.full(10, i, np.int32)) for i in range(50)]  # nobody reads
+    assert [array[9].item() for array in arrays] == list(range(50))
+    assert {array.size for array in arrays} == {256}
+
+
+def test_without_cuda_arrays_are_as_they_were_made() -> None:
+    managed_memory._prefetcher.cache_clear()
+    assert Staging().put(np.arange(3, dtype=np.int32)).tolist() == [0, 1, 2]
