@@ -145,5 +145,5 @@ class _Slot:
         array = mx.zeros((size,), mx.int32)
         mx.eval(array)
         address = np.asarray(array).__array_interface__["data"][0]
-        memory = np.frombuffer((ctypes.c_int32 * size).from_address(address), np.int32)
+        memory = np.ctypeslib.as_array((ctypes.c_int32 * size).from_address(address))
         return cls(array, memory, address)
