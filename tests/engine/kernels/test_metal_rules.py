@@ -53,6 +53,25 @@ FUSED = [
         )
     ),
 ]
+MIXTURES = [
+    *(
+        Instance(
+            "route",
+            (*BF16, ("B", "float"), ("S", "float")),
+            (
+                ("EXPERTS", 48), ("K", 4), ("SIGMOID", sigmoid), ("GROUPS", groups), ("KEEP", 2),
+                ("NORMED", True), ("FACTOR", 0x3F800000), ("NSG", 4),
+            ),
+        )
+        for sigmoid, groups in ((False, 1), (True, 8))
+    ),
+    Instance("dispatch", (), (("EXPERTS", 48), ("EACH", 4), ("TILE", 32), ("NSG", 4))),
+    Instance(
+        "combine",
+        (*BF16, ("S", "float"), ("R", "float"), ("O", "bfloat16_t")),
+        (("D", 576), ("K", 4), ("VEC", 8)),
+    ),
+]  # fmt: skip
 RECURRENT = [
     Instance(
         "state_space",
@@ -84,6 +103,9 @@ SMALL: dict[Body, tuple[str, ...]] = {
     "state_space": ("dt", "a", "d"),
     "delta_rule": ("g", "beta"),
     "rows": ("index",),
+    "route": ("logits", "bias"),
+    "dispatch": (),
+    "combine": (),
 }
 #: And those that always have.
 TINY: dict[Body, tuple[str, ...]] = {
@@ -99,6 +121,7 @@ INSTANCES = [
     quantise_instance(128, 64, Quantisation(8, 32), rows="bfloat16_t"),
     quantise_instance(64, 64, Quantisation(4, 64), rows="float"),
     *FUSED,
+    *MIXTURES,
     *RECURRENT,
 ]
 

@@ -8,13 +8,13 @@
   constexpr float LOWEST = -1e30f, LOG2E = 1.4426950408889634f;
   const int row = PA_X * NSG + PA_SIMD, lane = PA_LANE;
   const bool there = row < logits_shape[0];
-  const PA_DEVICE T* from = logits + (size_t)(there ? row : 0) * EXPERTS;
+  const size_t from = (size_t)(there ? row : 0) * EXPERTS;
   float score[N], value[N];  // value: what is chosen by
   int position[N];
   float top = LOWEST, sum = 0.0f;
   PA_UNROLL for (int n = 0; n < N; n++) {
     const int e = n * 32 + lane;
-    score[n] = e < EXPERTS ? float(from[e]) : LOWEST;
+    score[n] = e < EXPERTS ? float(logits[from + e]) : LOWEST;
     top = score[n] > top ? score[n] : top;
     position[n] = -1;
   }
