@@ -1,0 +1,69 @@
+"""The zoo on this machine's GPU: every architecture against mlx-lm's path for a single request.
+
+    python -m tests.engine.zoo.on_gpu [NAME ...]
+
+Steps are compiled, and go through the kernels where there are any. Each model answers five requests
+that arrive on different steps, with the prefix cache and without, and one after the other. Prints a
+line a model; ends with 1 if tokens differ where mlx-lm's first choice was clear.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+from modelpack_engine.buckets import FEW
+from modelpack_engine.model_runner import ModelRunner
+from tests.engine.zoo.catalogue import CATALOGUE
+from tests.engine.zoo.configuration import Configuration
+from tests.engine.zoo.driving import Setting
+from tests.engine.zoo.specimen import make_specimen
+
+#: Differences of log-probabilities below this are another order of sums on a GPU.
+CLEAR = 1e-3
+SETTINGS = {
+    "batch": Setting(exact=False, buckets=FEW, rows=256),
+    "without prefixes": Setting(exact=False, buckets=FEW, rows=256, prefix_cache=False),
+    "alone": Setting(exact=False, buckets=FEW, rows=256, max_num_seqs=1, prefix_cache=False),
+}
+
+
+def check(configuration: Configuration) -> bool:
+    """Run one architecture; print how it went, and return whether that is right."""
+    start = time.perf_counter()
+    specimen = make_specimen(configuration)
+    wanted = specimen.reference.tokens
+    runner = ModelRunner(specimen.model, num_blocks=64, exact=False, buckets=FEW)
+    try:
+        found = {name: specimen.drive(how, runner).tokens for name, how in SETTINGS.items()}
+        wrong = {
+            name: sum(one != other for one, other in zip(tokens, wanted, strict=True))
+            for name, tokens in found.items()
+        }
+        fused = {} if runner._adapted is None else runner._adapted.fused
+    finally:
+        runner.undo()
+    equal = not any(wrong.values())
+    right = equal or specimen.reference.gap < CLEAR
+    verdict = "equal" if equal else ("WRONG" if not right else "differs, as it may")
+    details = [] if equal else [f"{count} of {len(wanted)} {name}" for name, count in wrong.items()]
+    details += [f"{kind} x{count}" for kind, count in fused.items()]
+    seconds = time.perf_counter() - start
+    print(f"{configuration.id}: {verdict}", *details, *runner.notes, f"{seconds:.1f} s", sep="; ")
+    return right
+
+
+def main(names: Sequence[str]) -> int:
+    """Check the architectures of these names, or all; return the exit status."""
+    known = {configuration.id: configuration for configuration in CATALOGUE}
+    if unknown := set(names) - set(known):
+        print("not in the zoo:", *sorted(unknown), file=sys.stderr)
+        return 2
+    verdicts = [check(known[name]) for name in names or known]
+    print(f"{sum(verdicts)} of {len(verdicts)} architectures are right")
+    return 0 if all(verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
