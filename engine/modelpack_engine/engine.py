@@ -105,7 +105,9 @@ class Engine:
         self._mover = open_offload(self.config, self._runner, self._blocks, model_id)
         self._scheduler = Scheduler(self._sizes.scheduler_config(self.config), self._blocks)
         eos_token_ids = self.tokenizer.eos_token_ids
-        self._sampler = Sampler(self.vocab_size, self.config.max_num_seqs, eos_token_ids)
+        self._sampler = Sampler(
+            self.vocab_size, self.config.max_num_seqs, eos_token_ids, self._runner.staging
+        )
         self._speculator, notes = make_speculator(
             self.config, drafting, self._runner, self._sampler, self._sizes, self.vocab_size
         )

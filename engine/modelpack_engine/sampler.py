@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelpack_engine.logprobs import Logprobs, gather_logprobs
-from modelpack_engine.managed_memory import sent
+from modelpack_engine.managed_memory import Staging
 from modelpack_engine.sampling import draw, logits
 from modelpack_engine.sampling.history import OUTPUT, TokenHistory
 from modelpack_engine.sampling.plan import (
@@ -86,7 +86,14 @@ class Sampler:
     its tokens counted.
     """
 
-    def __init__(self, vocab_size: int, max_num_seqs: int, eos_token_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        max_num_seqs: int,
+        eos_token_ids: Collection[int],
+        staging: Staging | None = None,
+    ) -> None:
+        self._staging = staging or Staging()
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < vocab_size)
         self._history = TokenHistory(vocab_size, max_num_seqs)
@@ -149,7 +156,7 @@ class Sampler:
         token_ids = mx.argmax(chosen_from, axis=-1).astype(mx.int32)
         if plan.draws is not None:
             positions = np.array([seq.position for seq in seqs], dtype=np.uint64)
-            token_ids[plan.draws.rows] = _drawn(chosen_from, plan.draws, positions)
+            token_ids[plan.draws.rows] = self._drawn(chosen_from, plan.draws, positions)
         token_ids = _usable(token_ids, chosen_from.max(axis=-1))
         if chosen_from is not batch_logits:  # a mask may have hidden the NaN
             token_ids = _usable(token_ids, batch_logits.max(axis=-1))
@@ -220,21 +227,24 @@ class Sampler:
         data = b"".join(allowed[row][:width].ljust(width, b"\0") for row in rows)
         return mx.array(np.frombuffer(data, dtype=np.uint8).reshape(len(rows), width))
 
-
-def _drawn(batch_logits: mx.array, draws: Draws, positions: NDArray[np.uint64]) -> mx.array:
-    """Draw for the rows that have a temperature: int32 tokens of `draws.rows`."""
-    scaled = batch_logits[draws.rows].astype(mx.float32) / draws.temperature
-    least = None
-    if draws.log_min_p is not None or draws.filters:
-        least = mx.full((scaled.shape[0], 1), -mx.inf)
-        if draws.log_min_p is not None:
-            least = scaled.max(axis=-1, keepdims=True) + draws.log_min_p
-        for f in draws.filters:
-            least[f.rows] = logits.cutoff(
-                scaled[f.rows], least[f.rows], f.top_k, f.top_p, windowed=f.windowed
-            )
-    keys = draw.keys(draws.seeds, positions[draws.batch_rows])
-    return draw.draw(scaled, least, sent(mx.array(keys)))[draws.sources]
+    def _drawn(
+        self, batch_logits: mx.array, draws: Draws, positions: NDArray[np.uint64]
+    ) -> mx.array:
+        """Draw for the rows that have a temperature: int32 tokens of `draws.rows`."""
+        scaled = batch_logits[draws.rows].astype(mx.float32) / draws.temperature
+        least = None
+        if draws.log_min_p is not None or draws.filters:
+            least = mx.full((scaled.shape[0], 1), -mx.inf)
+            if draws.log_min_p is not None:
+                least = scaled.max(axis=-1, keepdims=True) + draws.log_min_p
+            for f in draws.filters:
+                least[f.rows] = logits.cutoff(
+                    scaled[f.rows], least[f.rows], f.top_k, f.top_p, windowed=f.windowed
+                )
+        keys = draw.keys(draws.seeds, positions[draws.batch_rows])
+        staged = self._staging.put(keys.ravel().view(np.int32))[: keys.size]
+        row_keys = staged.view(mx.uint32).reshape(keys.shape)
+        return draw.draw(scaled, least, row_keys)[draws.sources]
 
 
 @partial(mx.compile, shapeless=True)
