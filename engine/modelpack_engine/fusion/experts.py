@@ -30,6 +30,11 @@ _FEWEST_PAIRS = 16
 _FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Return whether a model has mixtures of experts: kernels take seconds to compile."""
+    return any(type(module) is SwitchGLU for _, module in model.named_modules())
+
+
 def fuse_experts(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> bool:
     """Let experts answer a step's calls by fused kernels; return whether `module` is some."""
     if type(module) is not SwitchGLU:

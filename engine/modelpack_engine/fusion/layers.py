@@ -14,7 +14,7 @@ from modelpack_engine.attention.paged import PagedKV
 from modelpack_engine.attention.pools import TokenMajorPools
 from modelpack_engine.attention.step import StepInputs
 from modelpack_engine.fusion import expert_kernels, kernels
-from modelpack_engine.fusion.experts import fuse_experts
+from modelpack_engine.fusion.experts import fuse_experts, has_experts
 from modelpack_engine.fusion.heads import fuse_heads
 from modelpack_engine.fusion.joint import can_join, join
 from modelpack_engine.fusion.products import FEW_ROWS, multiply_in_parts, swiglu, weights_of
@@ -46,8 +46,10 @@ def fuse(
         counts[kind] = counts.get(kind, 0) + 1
 
     blocks = False
-    dtypes = {kv.layout.dtype for kv in owners.values()}
-    mixtures = all(expert_kernels.verdict(dtype) is None for dtype in dtypes)
+    mixtures = has_experts(model) and all(
+        expert_kernels.verdict(dtype) is None
+        for dtype in {kv.layout.dtype for kv in owners.values()}
+    )
     last = _last_layer(inner)
     for _, module in list(model.named_modules()):
         if reads_like(module, llama.MLP) and _fuse_mlp(module, sums, step, swaps):

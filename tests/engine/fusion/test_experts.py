@@ -18,9 +18,10 @@ from modelpack_engine.adaptation.swaps import ClassSwaps
 from modelpack_engine.attention.kernels import launch
 from modelpack_engine.fusion import expert_kernels
 from modelpack_engine.fusion.expert_kernels import Routing, route
-from modelpack_engine.fusion.experts import fuse_experts
+from modelpack_engine.fusion.experts import fuse_experts, has_experts
 from modelpack_engine.fusion.routers import fuse_router
 from tests.engine.kernels.onhost import Host
+from tests.engine.runner.models import tiny_llama
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.specimen import make_specimen
 
@@ -168,6 +169,11 @@ def test_few_pairs_go_mlx_s_way(host: Host) -> None:
     fuse_experts(experts, step, ClassSwaps())
     experts(mx.zeros((2, 1, 32)), mx.zeros((2, 1, 2), mx.uint32))
     assert not host.calls
+
+
+def test_only_models_that_have_experts_are_known_to() -> None:
+    assert not has_experts(tiny_llama())
+    assert has_experts(nn.Sequential(nn.Linear(8, 8), SwitchGLU(8, 8, 2)))
 
 
 def test_other_layers_are_left_alone() -> None:
