@@ -30,7 +30,13 @@ sys.path.append(str(Path(__file__).parents[1] / "engine"))
 
 from modelpack_engine.attention import kernels
 from modelpack_engine.attention.kernels import launch, naive
-from modelpack_engine.attention.kernels.plan import AttentionShape, DecodePlan, plan_decode
+from modelpack_engine.attention.kernels.plan import (
+    AttentionShape,
+    DecodePlan,
+    accumulators,
+    plan_decode,
+    simdgroups,
+)
 
 BLOCK = 16
 #: Seconds after which nothing new is measured, and bytes of K and V to rotate over.
@@ -168,9 +174,10 @@ def timed(call: Call, start: mx.array, calls: int) -> float:
 
 
 def decode_plan(case: Case, pools: Pools, **plan: Any) -> DecodePlan:
-    """Return the plan for a case, CUDA's but for `plan`."""
-    width = pools.tables.shape[1] * BLOCK
-    return plan_decode(case.shape, 2, case.rows, width, **{"simdgroups": None, **plan})
+    """Return the plan for a case, the engine's on this GPU but for `plan`."""
+    width, on = pools.tables.shape[1] * BLOCK, launch.backend()
+    plan = {"simdgroups": simdgroups(on), "max_accumulators": accumulators(on), **plan}
+    return plan_decode(case.shape, 2, case.rows, width, **plan)
 
 
 def decode_call(case: Case, pools: Pools, **plan: Any) -> Call:

@@ -24,8 +24,6 @@ from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
-#: Arrays up to this many bytes are in memory of another kind, which the GPU reads over the bus.
-_SMALL_BYTES = 8
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 #: Numbers that the smallest staged array holds, and how many arrays of a size there are at most.
 _FEWEST_NUMBERS, _MOST_ARRAYS = 256, 32
@@ -81,14 +79,6 @@ def _prefetcher() -> Prefetcher | None:
         return None
 
 
-def sent(array: mx.array) -> mx.array:
-    """Return an array that the host has just made, which is on its way to the GPU."""
-    prefetcher = _prefetcher()
-    if prefetcher is not None and array.nbytes > _SMALL_BYTES:
-        prefetcher.send(np.asarray(array).__array_interface__["data"][0], array.nbytes)
-    return array
-
-
 class Staging:
     """Arrays of int32 in which the host hands steps over, used again once these have ended.
 
@@ -120,13 +110,13 @@ class Staging:
             return mx.array(numbers)
         size = max(_FEWEST_NUMBERS, 1 << (len(numbers) - 1).bit_length())
         free = self._free.setdefault(size, [])
-        if not free:
-            if self._count[size] == _MOST_ARRAYS:  # as long as nobody reads what is sampled
-                return sent(mx.array(np.pad(numbers, (0, size - len(numbers)))))
-            self._count[size] += 1
-            free.append(_Slot.of(size))
-        slot = free.pop()
-        self._taken.append((self._turn, slot))
+        if free:
+            slot, is_kept = free.pop(), True
+        else:  # those over the limit are not kept: nobody reads what is sampled, or not for long
+            slot, is_kept = _Slot.of(size), self._count[size] < _MOST_ARRAYS
+            self._count[size] += is_kept
+        if is_kept:
+            self._taken.append((self._turn, slot))
         slot.memory[: len(numbers)] = numbers
         prefetcher.send(slot.address, numbers.nbytes)
         return slot.array
@@ -142,8 +132,7 @@ class _Slot:
 
     @classmethod
     def of(cls, size: int) -> _Slot:
-        array = mx.zeros((size,), mx.int32)
-        mx.eval(array)
+        array = mx.array(np.zeros(size, np.int32))
         address = np.asarray(array).__array_interface__["data"][0]
         memory = np.ctypeslib.as_array((ctypes.c_int32 * size).from_address(address))
         return cls(array, memory, address)

@@ -13,7 +13,14 @@ import mlx.core as mx
 from modelpack_engine.attention.kernels import launch
 from modelpack_engine.fusion import expert_kernels
 from modelpack_engine.fusion.expert_kernels import Dispatch
-from modelpack_engine.fusion.products import DEPTH, OUTPUTS, THREADS, Weights, is_affine
+from modelpack_engine.fusion.products import (
+    OUTPUTS,
+    THREADS,
+    Weights,
+    fits,
+    random_weights,
+    stage_bytes,
+)
 
 #: Rows of a tile that the kernel is compiled for, with their stages; and how many rows an expert
 #: has at most, on average, for it to be the faster one.
@@ -25,11 +32,7 @@ def takes(x: mx.array, weights: Weights, pairs: int, *, swiglu: bool) -> bool:
     experts = weights.weight.shape[0]
     return (
         pairs <= _MOST_ROWS * experts
-        and x.dtype in (mx.float16, mx.bfloat16)
-        and launch.backend() == "cuda"
-        and x.shape[-1] % DEPTH == 0
-        and (weights.bias is None or weights.bias.dtype == x.dtype)
-        and (is_affine(x, weights) if weights.bits else weights.weight.dtype == x.dtype)
+        and fits(x, weights)
         and verdict(x.dtype, weights.bits or 16, tile_for(pairs, experts), swiglu=swiglu) is None
     )
 
@@ -53,14 +56,13 @@ def multiply(
     gates: silu(gate) * what the others give.
     """
     bits, up = weights.bits or 16, weights if multiplied is None else multiplied
-    outputs, stages = weights.weight.shape[1], _TILES[sent.tile]
-    stage = OUTPUTS * DEPTH * bits // 8 + sent.tile * DEPTH * 2
+    outputs, stages = weights.num_outputs, _TILES[sent.tile]
     inputs = [x]
     for some in (weights, up):
         inputs.append(some.weight)
         inputs += [x if a is None else a for a in (some.scales, some.biases, some.bias)]
     across = OUTPUTS if multiplied is None else OUTPUTS // 2
-    (out,) = launch.kernel("experts", "cuda", stages * stage)(
+    (out,) = launch.kernel("experts", "cuda", stages * stage_bytes(bits, sent.tile))(
         inputs=[*inputs, sent.source, sent.spans],
         template=[
             ("T", x.dtype), ("O", x.dtype), ("BITS", bits), ("GROUP", weights.group_size or 64),
@@ -87,7 +89,8 @@ def verdict(dtype: mx.Dtype, bits: int, tile: int, *, swiglu: bool) -> str | Non
 def _compare(dtype: mx.Dtype, bits: int, tile: int, swiglu: bool) -> str | None:
     keys = mx.random.split(mx.random.key(10), 4)
     experts, outputs, inputs, rows, each = 5, 104, 256, 40, 2
-    made = [_random_weights(dtype, bits, (experts, outputs, inputs), key) for key in keys[:2]]
+    shape = (experts, outputs, inputs)
+    made = [random_weights(dtype, bits, shape, 1 / 16, key, key) for key in keys[:2]]
     x = mx.random.normal((rows, inputs), key=keys[2]).astype(dtype)
     chosen = mx.random.randint(0, experts - 1, (rows, each), mx.int32, key=keys[3])
     sent = expert_kernels.dispatch(chosen.astype(mx.uint32), experts, tile)
@@ -109,18 +112,3 @@ def _compare(dtype: mx.Dtype, bits: int, tile: int, swiglu: bool) -> str | None:
         if not error <= 2e-1:
             return f"{name} of experts are off by {error:.3g}, allowed 0.2"
     return None
-
-
-def _random_weights(
-    dtype: mx.Dtype, bits: int, shape: tuple[int, ...], key: mx.array
-) -> tuple[Weights, mx.array, mx.array]:
-    """Return weights, and the same and their bias in float32."""
-    full = (mx.random.normal(shape, key=key) / 16).astype(dtype)
-    bias = mx.random.normal(shape[:2], key=key).astype(dtype)
-    if bits == 16:
-        weights = Weights(full, None, None, bias, None, 0, "")
-    else:
-        packed = mx.quantize(full, 32, bits)
-        full = mx.dequantize(*packed, 32, bits)
-        weights = Weights(*packed, bias, bits, 32, "affine")
-    return weights, full.astype(mx.float32), bias.astype(mx.float32)

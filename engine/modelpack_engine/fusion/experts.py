@@ -83,7 +83,7 @@ def _give(experts: Any, rows: mx.array, chosen: mx.array) -> tuple[mx.array, Dis
 def _weights_of(layer: Any) -> Weights:
     if type(layer) is QuantizedSwitchLinear:
         return quantised_weights(layer)
-    return Weights(layer["weight"], None, None, layer.get("bias"), None, 0, "")
+    return Weights.plain(layer["weight"], layer.get("bias"))
 
 
 def _kind(weights: Weights) -> tuple[Any, ...]:

@@ -31,7 +31,7 @@ _THREADGROUPS, _FEWEST_TILES, _MOST_PARTS = 192, 4, 8
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A linear layer's parameters: `bits` is None for plain weights [out, in].
+    """A linear layer's parameters: `bits` is None for plain weights [out, in], or of each expert.
 
     Quantised ones are packed in uint32, low bits first, with scales and biases [out, in / group].
     """
@@ -44,15 +44,20 @@ class Weights:
     group_size: int
     mode: str
 
+    @classmethod
+    def plain(cls, weight: mx.array, bias: mx.array | None = None) -> Weights:
+        """Return weights that are not quantised."""
+        return cls(weight, None, None, bias, None, 0, "")
+
     @property
     def num_outputs(self) -> int:
         """Outputs."""
-        return self.weight.shape[0]
+        return self.weight.shape[-2]
 
     @property
     def num_inputs(self) -> int:
         """Inputs."""
-        return self.weight.shape[1] * (32 // self.bits if self.bits else 1)
+        return self.weight.shape[-1] * (32 // self.bits if self.bits else 1)
 
 
 def weights_of(layer: nn.Module) -> Weights | None:
@@ -63,7 +68,7 @@ def weights_of(layer: nn.Module) -> Weights | None:
     if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
         return quantised_weights(layer)
     if isinstance(layer, nn.Linear | nn.Embedding):
-        return Weights(layer["weight"], None, None, layer.get("bias"), None, 0, "")
+        return Weights.plain(layer["weight"], layer.get("bias"))
     return None
 
 
@@ -120,7 +125,7 @@ def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
         return x @ weight.T if weights.bias is None else mx.addmm(weights.bias, x, weight.T)
     scales, biases, group_size = weights.scales, weights.biases, weights.group_size
     assert scales is not None
-    if biases is not None and x.shape[0] > FEW_ROWS and is_affine(x, weights):
+    if biases is not None and x.shape[0] > FEW_ROWS and _is_affine(x, weights):
         return x @ kernels.dequantise(weight, scales, biases, group_size, bits).T
     return mx.quantized_matmul(
         x, weight, scales, biases,
@@ -128,7 +133,7 @@ def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
     )  # fmt: skip
 
 
-def is_affine(x: mx.array, weights: Weights) -> bool:
+def _is_affine(x: mx.array, weights: Weights) -> bool:
     """Return whether quantised weights are of the kind that our kernels know."""
     return (
         weights.mode == "affine"
@@ -143,13 +148,25 @@ def _takes(x: mx.array, weights: Weights) -> bool:
     """Return whether our kernel multiplies."""
     return (
         x.shape[0] <= (FEW_ROWS if weights.bits else FEW_ROWS_PLAIN)
-        and x.dtype in (mx.float16, mx.bfloat16)
+        and fits(x, weights)
+        and verdict(x.dtype, weights.bits or 16) is None
+    )
+
+
+def fits(x: mx.array, weights: Weights) -> bool:
+    """Return whether our kernels' text is for rows x and weights of these types and sizes."""
+    return (
+        x.dtype in (mx.float16, mx.bfloat16)
         and launch.backend() == "cuda"
         and weights.num_inputs % DEPTH == 0
         and (weights.bias is None or weights.bias.dtype == x.dtype)
-        and (is_affine(x, weights) if weights.bits else weights.weight.dtype == x.dtype)
-        and (verdict(x.dtype, weights.bits or 16) is None)
+        and (_is_affine(x, weights) if weights.bits else weights.weight.dtype == x.dtype)
     )
+
+
+def stage_bytes(bits: int, tile: int) -> int:
+    """Return the shared memory of one of our kernels' stages, for tiles of so many rows."""
+    return OUTPUTS * DEPTH * bits // 8 + tile * DEPTH * 2
 
 
 def num_parts(num_outputs: int, num_inputs: int) -> int:
@@ -173,11 +190,10 @@ def _run(
     rows, outputs = x.shape[0], weights.num_outputs
     bits = weights.bits or 16
     tile, stages = next(item for item in _tiles(bits).items() if item[0] >= rows)
-    stage = OUTPUTS * DEPTH * bits // 8 + tile * DEPTH * 2
     out_dtype = x.dtype if parts == 1 else mx.float32
     scales = x if weights.scales is None else weights.scales
     biases = x if weights.biases is None else weights.biases
-    (out,) = launch.kernel("product", "cuda", stages * stage)(
+    (out,) = launch.kernel("product", "cuda", stages * stage_bytes(bits, tile))(
         inputs=[x, weights.weight, scales, biases, x if weights.bias is None else weights.bias],
         template=[
             ("T", x.dtype), ("O", out_dtype), ("BITS", bits), ("GROUP", weights.group_size or 64),
@@ -202,19 +218,32 @@ def verdict(dtype: mx.Dtype, bits: int) -> str | None:
     return launch.verdict(_compare, dtype, bits)
 
 
-def _compare(dtype: mx.Dtype, bits: int) -> str | None:
-    keys = mx.random.split(mx.random.key(9), 3)
-    outputs, inputs = 208, 1024
-    full = (mx.random.normal((outputs, inputs), key=keys[0]) / 32).astype(dtype)
-    bias = mx.random.normal((outputs,), key=keys[1]).astype(dtype)
-    weights = Weights(full, None, None, bias, None, 0, "")
+def random_weights(
+    dtype: mx.Dtype,
+    bits: int,
+    shape: tuple[int, ...],
+    scale: float,
+    key: mx.array,
+    of_bias: mx.array,
+) -> tuple[Weights, mx.array, mx.array]:
+    """Return random weights to judge a kernel by, and the same and their bias in float32."""
+    full = (mx.random.normal(shape, key=key) * scale).astype(dtype)
+    bias = mx.random.normal(shape[:-1], key=of_bias).astype(dtype)
+    weights = Weights.plain(full, bias)
     if bits < 16:
         packed = mx.quantize(full, 32, bits)
         full = mx.dequantize(*packed, 32, bits)
         weights = Weights(*packed, bias, bits, 32, "affine")
+    return weights, full.astype(mx.float32), bias.astype(mx.float32)
+
+
+def _compare(dtype: mx.Dtype, bits: int) -> str | None:
+    keys = mx.random.split(mx.random.key(9), 3)
+    outputs, inputs = 208, 1024
+    weights, full, bias = random_weights(dtype, bits, (outputs, inputs), 1 / 32, *keys[:2])
     for rows in (13, max(_tiles(bits))):
         x = mx.random.normal((rows, inputs), key=keys[2]).astype(dtype)
-        expected = x.astype(mx.float32) @ full.T.astype(mx.float32) + bias.astype(mx.float32)
+        expected = x.astype(mx.float32) @ full.T + bias
         parts = _run(x, weights, 4, (4, rows, outputs))
         error = float(mx.max(mx.abs(parts.sum(axis=0) - expected)))
         if not error <= 5e-2:

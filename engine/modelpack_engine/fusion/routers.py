@@ -46,8 +46,9 @@ def _fuse_gate(module: Any, step: StepInputs, swaps: ClassSwaps) -> bool:
     def call(original: Call, gate: Any, x: mx.array) -> Any:
         if not step.active:
             return original(gate, x)
-        weights = Weights(gate.weight, None, None, None, None, 0, "")
-        return _routed(x, weights, routing, gate.e_score_correction_bias, mx.float32)
+        return _routed(
+            x, Weights.plain(gate.weight), routing, gate.e_score_correction_bias, mx.float32
+        )
 
     swaps.override(module, call)
     return True

@@ -15,12 +15,11 @@ from mlx_lm.models.deepseek_v3 import group_expert_select
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from modelpack_engine.adaptation.swaps import ClassSwaps
-from modelpack_engine.attention.kernels import launch
 from modelpack_engine.fusion import expert_kernels
 from modelpack_engine.fusion.expert_kernels import Routing, route
 from modelpack_engine.fusion.experts import fuse_experts, has_experts
 from modelpack_engine.fusion.routers import fuse_router
-from tests.engine.kernels.onhost import Host
+from tests.engine.kernels.onhost import Host, emulated
 from tests.engine.runner.models import tiny_llama
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.specimen import make_specimen
@@ -35,12 +34,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, 
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, compiled: tuple[Path, dict[Any, Any]]) -> Iterator[Host]:
-    found = Host(*compiled)
-    monkeypatch.setattr(launch, "_kernel", found.kernel)
-    monkeypatch.setattr(launch, "backend", lambda: "metal")
-    expert_kernels.verdict.cache_clear()
-    yield found
-    expert_kernels.verdict.cache_clear()
+    with emulated(monkeypatch, compiled, expert_kernels.verdict) as found:
+        yield found
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])

@@ -11,12 +11,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from modelpack_engine.attention.kernels import launch, probes, support
+from modelpack_engine.attention.kernels import probes, support
 from modelpack_engine.attention.pools import KVLayout, TokenMajorPools
 from modelpack_engine.fusion import kernels
 from modelpack_engine.fusion.rotation import Rotation
 from modelpack_engine.model_runner import ModelRunner
-from tests.engine.kernels.onhost import Host
+from tests.engine.kernels.onhost import Host, emulated
 from tests.engine.runner.models import tiny_llama
 
 
@@ -27,15 +27,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, 
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, compiled: tuple[Path, dict[Any, Any]]) -> Iterator[Host]:
-    found = Host(*compiled)
     monkeypatch.setattr(support, "_verdicts", {})
-    monkeypatch.setattr(launch, "_kernel", found.kernel)
-    monkeypatch.setattr(launch, "backend", lambda: "metal")
     monkeypatch.setattr(probes, "_WIDTH", 4)
     monkeypatch.setattr(probes, "_SLOTS", 256)
-    kernels.verdict.cache_clear()
-    yield found
-    kernels.verdict.cache_clear()
+    with emulated(monkeypatch, compiled, kernels.verdict) as found:
+        yield found
 
 
 def test_the_texts_compute_what_mlx_does(host: Host) -> None:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+import pytest
 
+from modelpack_engine.attention.kernels import launch
 from modelpack_engine.attention.kernels.sources import INPUTS, OUTPUTS, Backend, Body, kernel_source
 from tests.engine.kernels.emulator import Edit, Emulator, build, unchanged
 from tests.engine.kernels.signatures import Instance
@@ -33,6 +36,10 @@ def memory(array: mx.array) -> npt.NDArray[Any]:
     raw = memoryview((ctypes.c_uint8 * array.nbytes).from_address(address))
     found: npt.NDArray[Any] = np.frombuffer(raw, np.uint8)
     return found.reshape(*array.shape, array.dtype.size)
+
+
+class _Verdict(Protocol):
+    def cache_clear(self) -> None: ...
 
 
 class Host:
@@ -95,3 +102,18 @@ class Host:
             directory = Path(tempfile.mkdtemp(dir=self.directory))
             self._built[instance] = build(directory, [instance], edit=self.edit)
         return self._built[instance]
+
+
+@contextmanager
+def emulated(
+    patch: pytest.MonkeyPatch, compiled: tuple[Path, dict[Instance, Emulator]], *verdicts: _Verdict
+) -> Iterator[Host]:
+    """Have kernels run on the host; `verdicts` of others are forgotten, and then these."""
+    found = Host(*compiled)
+    patch.setattr(launch, "_kernel", found.kernel)
+    patch.setattr(launch, "backend", lambda: "metal")
+    for verdict in verdicts:
+        verdict.cache_clear()
+    yield found
+    for verdict in verdicts:
+        verdict.cache_clear()

@@ -14,7 +14,7 @@ from mlx_lm.models import gated_delta, ssm
 from modelpack_engine import recurrence
 from modelpack_engine.attention.kernels import launch
 from modelpack_engine.recurrence import delta_rule, installing, state_space
-from tests.engine.kernels.onhost import Host
+from tests.engine.kernels.onhost import Host, emulated
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +24,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, 
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, compiled: tuple[Path, dict[Any, Any]]) -> Iterator[Host]:
-    found = Host(*compiled)
-    monkeypatch.setattr(launch, "_kernel", found.kernel)
-    monkeypatch.setattr(launch, "backend", lambda: "metal")
-    caches = (state_space.verdict, delta_rule.verdict)
-    for cache in caches:
-        cache.cache_clear()
-    yield found
-    for cache in caches:
-        cache.cache_clear()
+    with emulated(monkeypatch, compiled, state_space.verdict, delta_rule.verdict) as found:
+        yield found
 
 
 def state_space_inputs(
