@@ -62,6 +62,15 @@ def test_a_page_runs(page: str, tiny: Models, tmp_path: Path) -> None:
     shell.run(runnable(page, long=False), World(tmp_path / "world", tiny))
 
 
+@pytest.mark.parametrize("page", LONG)
+def test_real_models_are_not_asked_for_endless_answers(page: str) -> None:
+    """One in ten answers of a small model, drawn at random, goes on until its context is full."""
+    for block in runnable(page, long=True):
+        for line in block.code.splitlines():
+            bounded = "--temperature 0" in line or "--max-tokens" in line
+            assert bounded or not line.startswith("modelpack run "), f"{block.place}: {line}"
+
+
 @pytest.mark.long
 @pytest.mark.weights
 @pytest.mark.parametrize("page", LONG)
