@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import Any, get_args
 
 import mlx.core as mx
 from mlx.nn import quantize
@@ -30,7 +30,7 @@ from mlx_lm.models import llama
 
 from modelpack_engine.benchmarking.driving import run_workload
 from modelpack_engine.benchmarking.workloads import WORKLOADS, Workload
-from modelpack_engine.config import EngineConfig
+from modelpack_engine.config import EngineConfig, SchedulingPolicy
 from modelpack_engine.engine import Engine
 from modelpack_engine.loaders import LoadedModel
 from modelpack_engine.sampling_params import SamplingParams
@@ -78,9 +78,16 @@ def make_model(bits: int) -> llama.Model:
     return model
 
 
-def make_engine(model: llama.Model, seqs: int) -> Engine:
+def make_engine(
+    model: llama.Model, seqs: int, policy: SchedulingPolicy = "shortest-first"
+) -> Engine:
     loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, Silent(), "llama", CONTEXT, (), 0)
-    config = EngineConfig(max_num_seqs=seqs, kv_cache_bytes=KV_BYTES, max_model_len=CONTEXT)
+    config = EngineConfig(
+        max_num_seqs=seqs,
+        kv_cache_bytes=KV_BYTES,
+        max_model_len=CONTEXT,
+        scheduling_policy=policy,
+    )
     return Engine(loaded, config)
 
 
@@ -309,14 +316,16 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--peers-only", action="store_true", help="here, with the limits there are")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="whose median counts")
+    parser.add_argument(
+        "--scheduling-policy", default="shortest-first", choices=get_args(SchedulingPolicy)
+    )
     parser.add_argument("--more", action="store_true", help="prefixes, long prompts and contexts")
     args = parser.parse_args()
     import mlx_lm
 
     about = {key: value for key, value in mx.device_info().items() if isinstance(value, str | int)}
-    show(
-        "machine", {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__, "bits": args.bits, **about}
-    )
+    versions = {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}
+    show("machine", {**versions, "bits": args.bits, "policy": args.scheduling_policy, **about})
     if args.peers_only:
         show("peer", measure_peer(make_model(args.bits), args.workloads, args.rounds))
         return
@@ -325,7 +334,7 @@ def main() -> None:
     model_bytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     start = time.perf_counter()
     mx.reset_peak_memory()
-    engine = make_engine(model, 128)
+    engine = make_engine(model, 128, args.scheduling_policy)
     show("engine", {"start_s": round(time.perf_counter() - start, 1), "notes": engine.notes})
     ours = {}
     rates = [one_stream(engine) for _ in range(1 + args.rounds)][1:]

@@ -233,6 +233,18 @@ class BlockManager:
         """
         return self._match(sequence)[0]
 
+    def num_cached_tokens(self, sequence: Sequence) -> int:
+        """Return how many tokens the prefix cache has of a sequence that has just come.
+
+        For most it has none: where all blocks are needed, the hash of the first one tells.
+        """
+        size = self.block_size
+        if self.window is None and self._shareable(sequence) and self._may_share(sequence):
+            root = root_hash(self._model_id, sequence.cache_salt)
+            if block_hashes(root, sequence.token_ids(0, size), size)[0] not in self._block_of:
+                return 0
+        return len(self.match_prefix(sequence)) * size
+
     def _match(self, sequence: Sequence) -> tuple[list[int], int]:
         """Return the blocks that a sequence can go on from, and how many are there in all."""
         blocks: list[int] = []

@@ -14,6 +14,7 @@ BLOCK_SIZE = 16
 Device = Literal["auto", "gpu", "cpu"]
 Backend = Literal["auto", "mlx", "llama.cpp"]
 SpeculativeMethod = Literal["ngram", "draft"]
+SchedulingPolicy = Literal["shortest-first", "fcfs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +25,12 @@ class EngineConfig:
 
     `max_num_batched_tokens` bounds the rows of one step (default 2048 on a GPU, 256 on a CPU),
     `max_prefill_chunk` how many of them one prompt may take, so that a long prompt cannot hold up
-    running streams. `default_model_len` is what a model's packager wants `max_model_len` to be: it
-    holds where that is None, as far as the model's context and the memory go. Memory for the KV
-    cache is `kv_cache_bytes`, or what `gpu_memory_utilization` of the device's memory leaves beside
-    the weights. `kv_cache_dtype` is the type of what it holds.
+    running streams. Of prompts that wait, the shortest is first (`scheduling_policy`); how long
+    others may overtake one is bounded by its length. "fcfs" is first come, first served.
+    `default_model_len` is what a model's packager wants `max_model_len` to be: it holds where that
+    is None, as far as the model's context and the memory go. Memory for the KV cache is
+    `kv_cache_bytes`, or what `gpu_memory_utilization` of the device's memory leaves beside the
+    weights. `kv_cache_dtype` is the type of what it holds.
 
     Speculation proposes tokens, `num_speculative_tokens` at a time, and verifies them in one step:
     by lookup in the text so far ("ngram"), or with a smaller model, `draft_model`, which is a name
@@ -49,6 +52,7 @@ class EngineConfig:
     max_model_len: int | None = None
     default_model_len: int | None = None
     max_waiting: int = 1024
+    scheduling_policy: SchedulingPolicy = "shortest-first"
     gpu_memory_utilization: float = 0.9
     kv_cache_bytes: int | None = None
     kv_cache_dtype: KVCacheDtype = "auto"

@@ -28,31 +28,34 @@ from modelpack_engine.speculation.fitting import Proposed, fit_proposals
 
 __all__ = ["PrefillChunk", "Scheduler", "SchedulerConfig", "SchedulerOutput"]
 
-_by_arrival = attrgetter("arrival")
+_by_rank = attrgetter("rank")
 
 
 class Scheduler:
     """Continuous batching over one pool of blocks.
 
     Every sequence that decodes is in every step; what is left of the step goes to prompts, in the
-    order of arrival. Among these, at most one that needs several steps goes first: the others of
+    order of admission. Among these, at most one that needs several steps goes first: the others of
     its kind take what shorter prompts leave over. So neither one long prompt nor several hold up
     streams or short prompts, and the oldest long one always moves.
 
-    When blocks run out, the youngest sequence is preempted: it gives up its blocks and is computed
-    again when there is room. First, tokens in flight are collected: some may end a sequence.
+    Those that wait are admitted by rank: short ones first, but none is overtaken for ever.
+
+    When blocks run out, the youngest sequence (admitted last) is preempted: it gives up its blocks
+    and is computed again as soon as there is room. First, tokens in flight are collected: some may
+    end a sequence.
     """
 
     def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
         self.config = config
         self._chunk_rows = config.chunk_rows
         self._blocks = blocks
-        self._waiting: list[Sequence] = []  # both lists in the order of arrival
-        self._running: list[Sequence] = []
+        self._waiting: list[Sequence] = []  # by rank
+        self._running: list[Sequence] = []  # in the order of admission
         self._requests: dict[str, list[Sequence]] = {}
         self._released: list[int] = []
         self._num_inflight = 0
-        self._num_arrived = 0
+        self._num_computed = 0
         self._num_steps = self._num_mixed_steps = self._num_preemptions = self._num_finished = 0
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
 
@@ -99,15 +102,25 @@ class Scheduler:
                 f"{len(self._waiting)} sequences wait already, of at most {config.max_waiting}",
                 hint="try again later",
             )
+        rank = self._rank(first)
         for sequence in sequences:
             # The KV of the very last token is never needed: hence the 1 over the capacity.
             sequence.max_num_tokens = min(
                 num_tokens + sequence.params.max_tokens, config.max_model_len, capacity + 1
             )
-            sequence.arrival = self._num_arrived
-            self._num_arrived += 1
-            self._waiting.append(sequence)
+            sequence.rank = rank
+            insort(self._waiting, sequence, key=_by_rank)
         self._requests[first.request_id] = list(sequences)
+
+    def _rank(self, sequence: Sequence) -> int:
+        """Return the place of a sequence that comes now, among those that wait: the least is first.
+
+        The queue's clock is how many tokens have been computed, of any sequence.
+        """
+        if not (overtaking := self.config.overtaking):
+            return self._num_computed
+        num_cached = self._blocks.num_cached_tokens(sequence)
+        return self._num_computed + overtaking * (sequence.num_remaining_tokens - num_cached)
 
     def abort(self, request_id: str, index: int | None = None) -> list[Sequence]:
         """End a request's choices, or one of them, at once; return those that were unfinished."""
@@ -246,7 +259,7 @@ class Scheduler:
         return min(lacking, most - blocks.num_held(sequence, matched))
 
     def _admit(self, sequence: Sequence) -> None:
-        insort(self._running, sequence, key=_by_arrival)
+        self._running.append(sequence)
         sequence.status = SequenceStatus.RUNNING
         if sequence.num_preemptions == 0:
             self._prompt_tokens += len(sequence.prompt_token_ids)
@@ -289,7 +302,8 @@ class Scheduler:
         sequence = self._running.pop()
         self._blocks.free(sequence)
         sequence.restart()
-        insort(self._waiting, sequence, key=_by_arrival)
+        sequence.rank = -1  # before all that have not run
+        self._waiting.insert(0, sequence)
         self._released.append(sequence.seq_id)
         self._num_preemptions += 1
         return sequence
@@ -318,6 +332,7 @@ class Scheduler:
         for sequence in output.sampled:
             sequence.num_inflight += 1
             self._num_inflight += 1
+        self._num_computed += output.num_tokens
         self._num_steps += 1
         self._num_mixed_steps += bool(output.decoding and output.prefill)
 

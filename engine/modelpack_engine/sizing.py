@@ -22,7 +22,7 @@ from modelpack_engine.block_manager import window_blocks
 from modelpack_engine.buckets import EXACT, FEW, Buckets
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.errors import EngineError, OutOfMemoryError
-from modelpack_engine.schedule import SchedulerConfig
+from modelpack_engine.schedule import OVERTAKING, SchedulerConfig
 from modelpack_engine.vllm_metal import memory_fraction
 
 _GPU_TOKENS = 2048
@@ -64,6 +64,7 @@ class Sizes:
             max_prefill_chunk=config.max_prefill_chunk or self.max_prefill_chunk,
             max_waiting=config.max_waiting,
             prefill_context=self.prefill_context,
+            overtaking=OVERTAKING if config.scheduling_policy == "shortest-first" else 0,
             buckets=self.buckets,
         )
 

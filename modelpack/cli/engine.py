@@ -66,6 +66,13 @@ def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
         "--max-num-batched-tokens", type=click.IntRange(min=1), help="Tokens of one step."
     )
     @click.option(
+        "--scheduling-policy",
+        type=click.Choice(["shortest-first", "fcfs"]),
+        default="shortest-first",
+        show_default=True,
+        help="Of prompts that wait, the shortest, within bounds, or the first.",
+    )
+    @click.option(
         "--gpu-memory-utilization",
         type=click.FloatRange(0, 1, min_open=True),
         default=0.9,
@@ -102,8 +109,9 @@ def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
         if arguments["backend"] not in others:
             require_engine()
         names = ("device", "backend", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-                 "gpu_memory_utilization", "kv_cache_bytes", "kv_cache_dtype", "kv_offload_dir",
-                 "kv_offload_memory", "kv_offload_disk", *SPECULATION)  # fmt: skip
+                 "scheduling_policy", "gpu_memory_utilization", "kv_cache_bytes", "kv_cache_dtype",
+                 "kv_offload_dir", "kv_offload_memory", "kv_offload_disk",
+                 *SPECULATION)  # fmt: skip
         given = {name: arguments.pop(name) for name in names}
 
         def config() -> EngineConfig:

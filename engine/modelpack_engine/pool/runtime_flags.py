@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from modelpack.errors import UsageError
-from modelpack_engine.config import SpeculativeMethod
+from modelpack_engine.config import SchedulingPolicy, SpeculativeMethod
 from modelpack_engine.kv_types import parse_kv_cache_dtype
 
 
@@ -61,13 +61,15 @@ def _seed(text: str) -> int | None:
     return number if number >= 0 else None
 
 
-def _method(text: str) -> str:
-    if text not in get_args(SpeculativeMethod):
-        raise UsageError(
-            f"the runtime flag --speculative-method is {text!r}",
-            hint=f"known are {', '.join(get_args(SpeculativeMethod))}",
-        )
-    return text
+def _one_of(name: str, known: tuple[str, ...]) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in known:
+            raise UsageError(
+                f"the runtime flag {name} is {text!r}", hint=f"known are {', '.join(known)}"
+            )
+        return text
+
+    return read
 
 
 def _name(text: str) -> str:
@@ -100,7 +102,10 @@ _FLAGS = (
     _Flag(("--kv-cache-memory-bytes", "--kv-cache-bytes"), "engine", "kv_cache_bytes", int,
           low=1),
     _Flag(("--kv-cache-dtype",), "engine", "kv_cache_dtype", parse_kv_cache_dtype),
-    _Flag(("--speculative-method",), "engine", "speculative_method", _method),
+    _Flag(("--scheduling-policy",), "engine", "scheduling_policy",
+          _one_of("--scheduling-policy", get_args(SchedulingPolicy))),
+    _Flag(("--speculative-method",), "engine", "speculative_method",
+          _one_of("--speculative-method", get_args(SpeculativeMethod))),
     _Flag(("--draft-model", "--model-draft", "-md"), "engine", "draft_model", _name),
     _Flag(("--num-speculative-tokens", "--draft-max", "--draft-n", "--draft"), "engine",
           "num_speculative_tokens", _count, low=1),

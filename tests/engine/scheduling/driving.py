@@ -24,6 +24,7 @@ def some_simulation(seed: int, window: int | None = None) -> Simulation:
         prefix_caching=rng.random() < 0.8,
         recurrent=rng.random() < 0.3,
         window=window,
+        overtaking=(0, 1, 3)[seed % 3],
         mode=rng.choice(MODES),
     )
 

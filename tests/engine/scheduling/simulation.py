@@ -91,6 +91,7 @@ class Simulation:
     recurrent: bool = False
     num_snapshots: int = 5
     window: int | None = None
+    overtaking: int = 0
     mode: Mode = "build-ahead"
 
     blocks: BlockManager = field(init=False)
@@ -98,7 +99,10 @@ class Simulation:
     device: FakeDevice = field(init=False)
     pending: Step | None = field(default=None, init=False)
     sequences: list[Sequence] = field(default_factory=list, init=False)
+    #: Sequences in the order of their first admission, and where the others wait.
     admitted: list[Sequence] = field(default_factory=list, init=False)
+    places: dict[int, tuple[int, int]] = field(default_factory=dict, init=False)
+    num_computed: int = field(default=0, init=False)
     content: dict[bytes, tuple[object, ...]] = field(default_factory=dict, init=False)
     outputs: list[SchedulerOutput] = field(default_factory=list, init=False)
     wasted_rows: int = field(default=0, init=False)
@@ -118,6 +122,7 @@ class Simulation:
             max_model_len=self.max_model_len,
             max_prefill_chunk=self.max_prefill_chunk,
             max_waiting=self.max_waiting,
+            overtaking=self.overtaking,
             buckets=self.buckets,
         )
         self.scheduler = Scheduler(config, self.blocks)
@@ -135,7 +140,10 @@ class Simulation:
                 self.scheduler.add(*choices)
             assert caught.value.retry_after > 0
             return []
+        cached = len(self.blocks.match_prefix(first)) * self.block_size
+        place = self.num_computed + self.overtaking * (len(first.prompt_token_ids) - cached)
         self.scheduler.add(*choices)
+        self.places |= {seq.seq_id: (place, seq.seq_id) for seq in choices}
         self.sequences += choices
         self.device.sequences |= {choice.seq_id: choice for choice in choices}
         return choices
@@ -199,6 +207,7 @@ class Simulation:
             self.collect()
         self.pending = Step(output, batch, token_ids)
         self.outputs.append(output)
+        self.num_computed += output.num_tokens
         if self.mode == "sync":
             self.collect()
         for seq in self.running:
@@ -228,7 +237,15 @@ class Simulation:
 
     @property
     def running(self) -> list[Sequence]:
-        return [seq for seq in self.sequences if seq.status is SequenceStatus.RUNNING]
+        """Return what runs, the oldest first: who was preempted is as old as before."""
+        return [seq for seq in self.admitted if seq.status is SequenceStatus.RUNNING]
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Return what waits, in the order in which it is to be admitted."""
+        preempted = [seq for seq in self.admitted if seq.status is SequenceStatus.WAITING]
+        fresh = [seq for seq in self.sequences if seq not in self.admitted and not seq.is_finished]
+        return preempted + sorted(fresh, key=lambda seq: self.places[seq.seq_id])
 
     # The rules.
 
@@ -236,11 +253,9 @@ class Simulation:
         """Hold everything to the rules that are true at any time."""
         scheduler = self.scheduler
         audit(self.blocks, self.sequences)
-        arrivals = [seq.arrival for seq in scheduler._running]
-        assert arrivals == sorted(seq.arrival for seq in self.running)
-        waiting = [seq for seq in self.sequences if seq.status is SequenceStatus.WAITING]
-        assert [seq.arrival for seq in scheduler._waiting] == sorted(s.arrival for s in waiting)
-        assert len(arrivals) <= self.max_num_seqs
+        assert scheduler._running == self.running
+        assert len(scheduler._running) <= self.max_num_seqs
+        assert scheduler._waiting == self.waiting
         inflight = Counter(self.pending.output.sampled if self.pending else ())
         for seq in self.sequences:
             assert seq.num_inflight == inflight[seq], "a token in flight is lost"
@@ -294,14 +309,12 @@ class Simulation:
         assert len(set(self.content.values())) == len(self.content)
 
     def _schedule(self) -> SchedulerOutput | None:
-        before = self.running
+        before, queue = self.running, self.waiting
         decoding = [seq for seq in before if not seq.is_prefill and not seq.is_full]
         output = self.scheduler.schedule()
-        admitted = [seq for seq in self.running if seq not in before]
-        fresh = [seq for seq in admitted if seq.num_preemptions == 0]
-        self.admitted += sorted(fresh, key=lambda seq: seq.arrival)
-        order = [seq.arrival for seq in self.admitted]
-        assert order == sorted(order), "somebody was admitted before who came earlier"
+        admitted = [seq for seq in queue if seq.status is SequenceStatus.RUNNING]
+        assert admitted == queue[: len(admitted)], "somebody was admitted out of turn"
+        self.admitted += [seq for seq in admitted if seq not in self.admitted]
         if output is None:
             fewer = self.running == before or set(self.running) < set(before)
             assert fewer or self.blocks.is_awaited
@@ -312,8 +325,7 @@ class Simulation:
         if output.preempted:
             assert self.pending is None, "preempted before tokens in flight were collected"
             assert not admitted
-            youngest = min(seq.arrival for seq in output.preempted)
-            assert youngest > max(seq.arrival for seq in self.running)
+            assert before == [*self.running, *reversed(output.preempted)], "an old one gave way"
         audit(self.blocks, self.sequences)
         return output
 

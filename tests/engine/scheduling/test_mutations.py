@@ -26,7 +26,7 @@ from tests.engine.scheduling import test_ends, test_order, test_sharing
 from tests.engine.scheduling.driving import drive
 from tests.engine.scheduling.test_block_manager import Blocks
 
-SEEDS = range(60)
+SEEDS = range(80)
 
 # Where, what, what instead.
 MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
@@ -73,9 +73,14 @@ MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     (Scheduler._prompts, "len(self._running) < self.config.max_num_seqs", "True"),
     (Scheduler._prompts, "self._waiting[0]", "self._waiting[-1]"),
     (Scheduler._prompts, "self._waiting.pop(0)", "self._waiting.pop()"),
+    (Scheduler.add, "sequence.rank = rank", "pass"),
+    (Scheduler._rank, "self._num_computed + overtaking", "overtaking"),
+    (Scheduler._rank, " - num_cached", ""),
     (Scheduler._chunk, "length > (room := blocks.room_for(sequence))", "False"),
     (Scheduler._preempt_youngest, "self._running.pop()", "self._running.pop(0)"),
     (Scheduler._preempt_youngest, "self._blocks.free(sequence)", "sequence.block_table.clear()"),
+    (Scheduler._preempt_youngest, "insert(0, sequence)", "append(sequence)"),
+    (Scheduler._preempt_youngest, "sequence.rank = -1", "pass"),
     (Scheduler._preempt_youngest, "self._released.append(sequence.seq_id)", "pass"),
     (Scheduler.submitted, "if sequence.is_finished", "if False"),
     (Scheduler.submitted, "sequence.num_inflight += 1", "pass"),

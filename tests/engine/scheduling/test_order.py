@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 
 from modelpack_engine.buckets import Buckets
+from modelpack_engine.scheduler import Scheduler
 from tests.engine.scheduling.simulation import sequence
 from tests.engine.scheduling.steps import chunks, prompt, run, scheduler
 
@@ -47,6 +48,55 @@ def test_nobody_overtakes_the_first_in_the_queue() -> None:
     assert not run(sched).prefill
     assert not run(sched).prefill  # a's last
     assert [name for name, _, _ in chunks(run(sched))] == ["b", "c"]
+
+
+def admitted(sched: Scheduler) -> list[str]:
+    """Run to the end; return whose prompts were computed, in order."""
+    names: dict[str, None] = {}
+    while sched.has_work:
+        names |= dict.fromkeys(name for name, _, _ in chunks(run(sched)))
+    return list(names)
+
+
+def test_short_prompts_are_admitted_before_long_ones() -> None:
+    sched = scheduler(max_num_seqs=1, overtaking=2)
+    for name, length in (("a", 9), ("b", 30), ("c", 5), ("d", 20), ("e", 5)):
+        sched.add(sequence(prompt(length, ord(name)), 1, request_id=name))
+    assert admitted(sched) == ["c", "e", "a", "d", "b"]
+
+
+@pytest.mark.parametrize(("computed", "first"), [(19, "short"), (20, "long"), (21, "long")])
+def test_a_prompt_is_overtaken_for_as_long_as_it_is_longer(computed: int, first: str) -> None:
+    """Ten tokens longer: while twenty are computed."""
+    sched = scheduler(max_num_seqs=1, overtaking=2)
+    sched.add(sequence(prompt(1, 1), 60, request_id="stream"))
+    run(sched)
+    sched.add(sequence(prompt(15, 2), 1, request_id="long"))
+    for _ in range(computed):
+        run(sched)
+    sched.add(sequence(prompt(5, 3), 1, request_id="short"))
+    assert admitted(sched)[0] == first
+
+
+def test_cached_tokens_make_a_prompt_no_longer() -> None:
+    sched = scheduler(max_num_seqs=1, overtaking=2)
+    sched.add(sequence(prompt(40, 1), 4, request_id="before"))
+    run(sched)
+    run(sched)
+    sched.add(sequence(prompt(10, 2), 1, request_id="new"))
+    sched.add(sequence(prompt(40, 1), 1, request_id="again"))
+    assert admitted(sched) == ["again", "new"]
+
+
+def test_the_preempted_come_before_the_shortest() -> None:
+    sched = scheduler(num_blocks=6, overtaking=2)
+    sched.add(sequence(prompt(7, 1), 9, request_id="old"))
+    sched.add(sequence(prompt(7, 2), 9, request_id="young"))
+    for _ in range(3):
+        run(sched)
+    assert sched.stats().num_preemptions == 1
+    sched.add(sequence(prompt(1, 3), 1, request_id="short"))
+    assert admitted(sched) == ["young", "short"]
 
 
 def test_nobody_is_admitted_on_room_that_another_prompt_was_promised() -> None:

@@ -30,6 +30,7 @@ class Traffic(RuleBasedStateMachine):
         prefix_caching=st.sampled_from([True, True, False]),
         recurrent=st.sampled_from([False, False, True]),
         window=st.sampled_from([None, None, 2, 5, 8, 13]),
+        overtaking=st.sampled_from([0, 1, 3]),
         mode=st.sampled_from(MODES),
         texts=st.lists(st.lists(token_ids, min_size=24, max_size=24), min_size=1, max_size=2),
     )
