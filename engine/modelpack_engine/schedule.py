@@ -8,10 +8,6 @@ from modelpack_engine.buckets import EXACT, Buckets, round_down
 from modelpack_engine.errors import EngineError
 from modelpack_engine.sequence import Sequence
 
-#: Shortest prompts first: tokens computed meanwhile that make up for one token of a prompt. More
-#: shortens the wait of most, and lengthens that of the longest.
-OVERTAKING = 16
-
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
@@ -20,8 +16,7 @@ class SchedulerConfig:
     A step has at most `max_num_batched_tokens` rows, padding included. Of one prompt it takes at
     most `max_prefill_chunk` tokens (rounded up to a bucket; default: half of a step).
 
-    A prompt that waits is overtaken by those that have fewer tokens to compute and come before
-    `overtaking` tokens have been computed for each one that they have fewer. 0: never.
+    Prompts that wait may be overtaken as `WaitingQueue` says.
     """
 
     max_num_seqs: int

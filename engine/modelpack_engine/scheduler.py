@@ -14,9 +14,7 @@ in the prefix cache, as soon as the step that last writes to them has been submi
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Iterable, Iterator
-from operator import attrgetter
 
 from modelpack_engine.block_manager import BlockManager
 from modelpack_engine.buckets import round_down
@@ -25,10 +23,9 @@ from modelpack_engine.outputs import EngineStats, FinishReason
 from modelpack_engine.schedule import PrefillChunk, Proposal, SchedulerConfig, SchedulerOutput
 from modelpack_engine.sequence import Sequence, SequenceStatus
 from modelpack_engine.speculation.fitting import Proposed, fit_proposals
+from modelpack_engine.waiting_queue import WaitingQueue
 
 __all__ = ["PrefillChunk", "Scheduler", "SchedulerConfig", "SchedulerOutput"]
-
-_by_rank = attrgetter("rank")
 
 
 class Scheduler:
@@ -39,8 +36,6 @@ class Scheduler:
     its kind take what shorter prompts leave over. So neither one long prompt nor several hold up
     streams or short prompts, and the oldest long one always moves.
 
-    Those that wait are admitted by rank: short ones first, but none is overtaken for ever.
-
     When blocks run out, the youngest sequence (admitted last) is preempted: it gives up its blocks
     and is computed again as soon as there is room. First, tokens in flight are collected: some may
     end a sequence.
@@ -50,7 +45,7 @@ class Scheduler:
         self.config = config
         self._chunk_rows = config.chunk_rows
         self._blocks = blocks
-        self._waiting: list[Sequence] = []  # by rank
+        self._waiting = WaitingQueue(config.overtaking)
         self._running: list[Sequence] = []  # in the order of admission
         self._requests: dict[str, list[Sequence]] = {}
         self._released: list[int] = []
@@ -102,25 +97,14 @@ class Scheduler:
                 f"{len(self._waiting)} sequences wait already, of at most {config.max_waiting}",
                 hint="try again later",
             )
-        rank = self._rank(first)
+        num_cached = self._blocks.num_cached_tokens(first) if config.overtaking else 0
         for sequence in sequences:
             # The KV of the very last token is never needed: hence the 1 over the capacity.
             sequence.max_num_tokens = min(
                 num_tokens + sequence.params.max_tokens, config.max_model_len, capacity + 1
             )
-            sequence.rank = rank
-            insort(self._waiting, sequence, key=_by_rank)
+            self._waiting.add(sequence, num_tokens - num_cached, self._num_computed)
         self._requests[first.request_id] = list(sequences)
-
-    def _rank(self, sequence: Sequence) -> int:
-        """Return the place of a sequence that comes now, among those that wait: the least is first.
-
-        The queue's clock is how many tokens have been computed, of any sequence.
-        """
-        if not (overtaking := self.config.overtaking):
-            return self._num_computed
-        num_cached = self._blocks.num_cached_tokens(sequence)
-        return self._num_computed + overtaking * (sequence.num_remaining_tokens - num_cached)
 
     def abort(self, request_id: str, index: int | None = None) -> list[Sequence]:
         """End a request's choices, or one of them, at once; return those that were unfinished."""
@@ -238,12 +222,12 @@ class Scheduler:
             yield sequence
         promised = sum(map(self._num_lacking, prompts))
         while admit and self._waiting and len(self._running) < self.config.max_num_seqs:
-            sequence = self._waiting[0]
+            sequence = self._waiting.first
             matched = self._blocks.match_prefix(sequence)
             lacking = self._num_lacking(sequence, matched)
             if not self._blocks.can_allocate(promised + lacking + self._blocks.num_idle(matched)):
                 return  # nobody overtakes the first
-            self._admit(self._waiting.pop(0))
+            self._admit(self._waiting.pop())
             yield sequence
             promised += self._num_lacking(sequence)
 
@@ -302,8 +286,7 @@ class Scheduler:
         sequence = self._running.pop()
         self._blocks.free(sequence)
         sequence.restart()
-        sequence.rank = -1  # before all that have not run
-        self._waiting.insert(0, sequence)
+        self._waiting.put_back(sequence)
         self._released.append(sequence.seq_id)
         self._num_preemptions += 1
         return sequence

@@ -58,8 +58,8 @@ class Sequence:
     num_prompt_logprobs: int = field(default=0, init=False)
     #: The sequence ends when it has this many tokens; set when it is added.
     max_num_tokens: int = field(default=0, init=False, repr=False)
-    #: The least of those that wait is admitted first; set when it is added or preempted.
-    rank: int = field(default=0, init=False, repr=False)
+    #: While it waits: the least is admitted first.
+    priority: int = field(default=0, init=False, repr=False)
     block_table: list[int] = field(default_factory=list, init=False, repr=False)
     #: Hashes of its full blocks, as far as they have been needed.
     block_hashes: list[bytes] = field(default_factory=list, init=False, repr=False)

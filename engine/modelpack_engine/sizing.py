@@ -22,8 +22,9 @@ from modelpack_engine.block_manager import window_blocks
 from modelpack_engine.buckets import EXACT, FEW, Buckets
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.errors import EngineError, OutOfMemoryError
-from modelpack_engine.schedule import OVERTAKING, SchedulerConfig
+from modelpack_engine.schedule import SchedulerConfig
 from modelpack_engine.vllm_metal import memory_fraction
+from modelpack_engine.waiting_queue import OVERTAKING
 
 _GPU_TOKENS = 2048
 # Of one prompt in a step: others wait for as long for their next token.

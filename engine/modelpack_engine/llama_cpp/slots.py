@@ -62,6 +62,10 @@ class Slots(BlockManager):
         """Blocks of what is left of finished requests."""
         return sum(self.blocks_for(len(tokens)) for tokens in self._left.values())
 
+    def num_cached_tokens(self, sequence: Sequence) -> int:
+        """Return how many tokens of a sequence that has just come are in a slot."""
+        return self._find(sequence)[1]
+
     def share_prefix(self, sequence: Sequence) -> int:
         """Give a sequence that begins a slot; return how many of its tokens are there already."""
         if sequence.seq_id in self._running:
@@ -108,11 +112,8 @@ class Slots(BlockManager):
 
     def _place(self, sequence: Sequence) -> tuple[int, int]:
         """Return a slot for a sequence, and how many of its first tokens it holds."""
-        wanted = sequence.token_ids(0, sequence.num_prefill_tokens)[:-1]  # the last is computed
-        source, length = None, 0
-        if not sequence.wants_prompt_logprobs:
-            source, length = self._longest(wanted, sequence.cache_salt)
-        if source is None or length < _SHORTEST:
+        source, length = self._find(sequence)
+        if source is None:
             return self._take_empty(), 0
         if source in self._left:
             tokens = self._left.pop(source)
@@ -123,6 +124,14 @@ class Slots(BlockManager):
         slot = self._take_empty(keep=source)
         self._memory.copy(source, slot, length)
         return slot, length
+
+    def _find(self, sequence: Sequence) -> tuple[int | None, int]:
+        """Return the slot that a sequence can go on from, and how many of its tokens are there."""
+        if sequence.wants_prompt_logprobs:
+            return None, 0
+        wanted = sequence.token_ids(0, sequence.num_prefill_tokens)[:-1]  # the last is computed
+        source, length = self._longest(wanted, sequence.cache_salt)
+        return (source, length) if length >= _SHORTEST else (None, 0)
 
     def _longest(self, wanted: Tokens[int], salt: bytes) -> tuple[int | None, int]:
         """Return the slot of this salt that shares most of its beginning with `wanted`, and how

@@ -47,7 +47,7 @@ def test_prefixes_under_any_load(seed: int, keep: bool) -> None:
     blocks, size, seqs = generator.choice([12, 30]), 4, 4
     cells = Cells(seqs + generator.choice([1, 3]), blocks * size)
     slots = Slots(blocks, size, num_slots=len(cells.slots), memory=cells, keep_prefixes=keep)
-    scheduler = Scheduler(SchedulerConfig(seqs, 16, 40), slots)
+    scheduler = Scheduler(SchedulerConfig(seqs, 16, 40, overtaking=seed % 3), slots)
     stems = [[generator.randrange(9) for _ in range(30)] for _ in range(3)]
     live: list[Sequence] = []
     for number in range(150):
@@ -106,6 +106,7 @@ def test_a_conversation_keeps_its_slot_and_others_copy() -> None:
     slots.free(first)
     assert slots.num_cached == 10
     follow = Sequence("b", [*range(40), 99], SamplingParams())
+    assert slots.num_cached_tokens(follow) == 40
     assert slots.share_prefix(follow) == 40
     assert slots.slot(follow.seq_id) == slot
     slots.free(follow)

@@ -255,7 +255,7 @@ class Simulation:
         audit(self.blocks, self.sequences)
         assert scheduler._running == self.running
         assert len(scheduler._running) <= self.max_num_seqs
-        assert scheduler._waiting == self.waiting
+        assert list(scheduler._waiting) == self.waiting
         inflight = Counter(self.pending.output.sampled if self.pending else ())
         for seq in self.sequences:
             assert seq.num_inflight == inflight[seq], "a token in flight is lost"

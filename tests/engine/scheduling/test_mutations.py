@@ -22,6 +22,7 @@ from modelpack_engine.block_manager import BlockManager
 from modelpack_engine.buckets import Buckets
 from modelpack_engine.scheduler import Scheduler
 from modelpack_engine.sequence import Sequence
+from modelpack_engine.waiting_queue import WaitingQueue
 from tests.engine.scheduling import test_ends, test_order, test_sharing
 from tests.engine.scheduling.driving import drive
 from tests.engine.scheduling.test_block_manager import Blocks
@@ -71,16 +72,11 @@ MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     (Scheduler._schedule_prefill, "rows -= ", "rows -= 0 * "),
     (Scheduler._schedule_prefill, "min(rows, most)", "rows"),
     (Scheduler._prompts, "len(self._running) < self.config.max_num_seqs", "True"),
-    (Scheduler._prompts, "self._waiting[0]", "self._waiting[-1]"),
-    (Scheduler._prompts, "self._waiting.pop(0)", "self._waiting.pop()"),
-    (Scheduler.add, "sequence.rank = rank", "pass"),
-    (Scheduler._rank, "self._num_computed + overtaking", "overtaking"),
-    (Scheduler._rank, " - num_cached", ""),
+    (Scheduler.add, " - num_cached", ""),
+    (Scheduler.add, "self._num_computed", "0"),
     (Scheduler._chunk, "length > (room := blocks.room_for(sequence))", "False"),
     (Scheduler._preempt_youngest, "self._running.pop()", "self._running.pop(0)"),
     (Scheduler._preempt_youngest, "self._blocks.free(sequence)", "sequence.block_table.clear()"),
-    (Scheduler._preempt_youngest, "insert(0, sequence)", "append(sequence)"),
-    (Scheduler._preempt_youngest, "sequence.rank = -1", "pass"),
     (Scheduler._preempt_youngest, "self._released.append(sequence.seq_id)", "pass"),
     (Scheduler.submitted, "if sequence.is_finished", "if False"),
     (Scheduler.submitted, "sequence.num_inflight += 1", "pass"),
@@ -91,6 +87,11 @@ MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     (Scheduler.finish, "self._released.append(sequence.seq_id)", "pass"),
     (Scheduler.fail, "self._blocks.forget_content()", "pass"),
     (Scheduler.fail, "sequence.num_inflight -= 1", "pass"),
+    (WaitingQueue.add, "sequence.priority = now +", "sequence.priority ="),
+    (WaitingQueue.add, "self._overtaking", "0"),
+    (WaitingQueue.put_back, "insert(0, sequence)", "append(sequence)"),
+    (WaitingQueue.put_back, "sequence.priority = _PREEMPTED", "pass"),
+    (WaitingQueue.pop, "pop(0)", "pop()"),
     # The batch has a wrong row, table or size.
     (batch._Rows.add_decode, "sampled[sequence]", "0"),
     (batch._Rows._add_row, "self.positions.append(position)", "self.positions.append(0)"),
