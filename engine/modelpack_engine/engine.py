@@ -118,7 +118,8 @@ class Engine:
         self._clock = StepClock()
         if self.config.warm_up and on_gpu():
             most = self._speculator.most_rows if self._speculator else 0
-            self._runner.warm_up(self._sizes.step_shapes(self.config, most))
+            dtype = self._runner.warm_up(self._sizes.step_shapes(self.config, most))
+            self._sampler.warm_up(dtype or mx.float32)
 
     def add_request(
         self,

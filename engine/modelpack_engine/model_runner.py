@@ -400,16 +400,20 @@ class ModelRunner:
         if self._adapted is not None:
             self._adapted.undo()
 
-    def warm_up(self, shapes: Iterable[StepShape]) -> None:
+    def warm_up(self, shapes: Iterable[StepShape]) -> mx.Dtype | None:
         """Run steps of padding of the given shapes, which compiles what they need.
 
         Chunks first: only from then on does a recurrent model have states. Nothing in the
-        contiguous tier, where every length is a shape.
+        contiguous tier, where every length is a shape. Returns the type of logits, if any were
+        computed.
         """
+        dtype = None
         if self._contiguous is not None:
-            return
+            return dtype
         for shape in sorted(shapes, key=lambda shape: shape.decode_rows):
             batch = padding_batch(shape, self.block_size)
             logits = self.forward(batch, mx.zeros((batch.num_rows,), mx.int32))
             mx.eval(logits, self.pools())
             self.release([PADDING_SEQ_ID])
+            dtype = logits.dtype
+        return dtype

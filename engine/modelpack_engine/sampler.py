@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from modelpack_engine.logprobs import Logprobs, gather_logprobs
 from modelpack_engine.managed_memory import Staging
 from modelpack_engine.sampling import draw, logits
+from modelpack_engine.sampling.drawing import can_draw_by_kernel, drawn
 from modelpack_engine.sampling.history import OUTPUT, TokenHistory
 from modelpack_engine.sampling.plan import (
     Draws,
@@ -101,6 +102,11 @@ class Sampler:
         self._composition: tuple[object, ...] = ()
         self._plan = Plan(edits=None, penalties=None, draws=None, num_top=None)
 
+    def warm_up(self, dtype: mx.Dtype) -> None:
+        """Compile what draws from logits of this type, and from those that are adjusted."""
+        for each in (dtype, mx.float32):
+            can_draw_by_kernel(each, self._vocab_size)
+
     def add(
         self,
         seq_id: int,
@@ -156,7 +162,8 @@ class Sampler:
         token_ids = mx.argmax(chosen_from, axis=-1).astype(mx.int32)
         if plan.draws is not None:
             positions = np.array([seq.position for seq in seqs], dtype=np.uint64)
-            token_ids[plan.draws.rows] = self._drawn(chosen_from, plan.draws, positions)
+            keys = self._keys(plan.draws, positions)
+            token_ids[plan.draws.rows] = drawn(chosen_from, plan.draws, keys)
         token_ids = _usable(token_ids, chosen_from.max(axis=-1))
         if chosen_from is not batch_logits:  # a mask may have hidden the NaN
             token_ids = _usable(token_ids, batch_logits.max(axis=-1))
@@ -227,24 +234,11 @@ class Sampler:
         data = b"".join(allowed[row][:width].ljust(width, b"\0") for row in rows)
         return mx.array(np.frombuffer(data, dtype=np.uint8).reshape(len(rows), width))
 
-    def _drawn(
-        self, batch_logits: mx.array, draws: Draws, positions: NDArray[np.uint64]
-    ) -> mx.array:
-        """Draw for the rows that have a temperature: int32 tokens of `draws.rows`."""
-        scaled = batch_logits[draws.rows].astype(mx.float32) / draws.temperature
-        least = None
-        if draws.log_min_p is not None or draws.filters:
-            least = mx.full((scaled.shape[0], 1), -mx.inf)
-            if draws.log_min_p is not None:
-                least = scaled.max(axis=-1, keepdims=True) + draws.log_min_p
-            for f in draws.filters:
-                least[f.rows] = logits.cutoff(
-                    scaled[f.rows], least[f.rows], f.top_k, f.top_p, windowed=f.windowed
-                )
+    def _keys(self, draws: Draws, positions: NDArray[np.uint64]) -> mx.array:
+        """Return the random key of each draw of a step, uint32 [rows drawn, 2]."""
         keys = draw.keys(draws.seeds, positions[draws.batch_rows])
         staged = self._staging.put(keys.ravel().view(np.int32))[: keys.size]
-        row_keys = staged.view(mx.uint32).reshape(keys.shape)
-        return draw.draw(scaled, least, row_keys)[draws.sources]
+        return staged.view(mx.uint32).reshape(keys.shape)
 
 
 @partial(mx.compile, shapeless=True)

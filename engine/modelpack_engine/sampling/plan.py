@@ -86,12 +86,14 @@ class Draws:
 
     `batch_rows` and `seeds` stay on the host, for the keys. `sources` are where in `rows` to find
     the result of each: a repeated row is drawn without its filters, which are applied once.
+    `settings` are float32 [rows, 4]: temperature, log of min-p, top-p, top-k (the vocabulary: all).
     """
 
     rows: mx.array
     sources: mx.array
     batch_rows: NDArray[np.int32]
     seeds: NDArray[np.uint64]
+    settings: mx.array
     temperature: mx.array
     log_min_p: mx.array | None
     filters: tuple[Filter, ...]
@@ -125,7 +127,7 @@ def make_plan(
     return Plan(
         edits=_edits(entries, ends_masked),
         penalties=_penalties(entries, counted, num_rows),
-        draws=_draws(entries, num_rows, vocab_size),
+        draws=plan_draws(entries, num_rows, vocab_size),
         num_top=max(tops, default=None),
     )
 
@@ -175,7 +177,8 @@ def _penalties(
     )
 
 
-def _draws(entries: Sequence[Entry], num_rows: int, vocab_size: int) -> Draws | None:
+def plan_draws(entries: Sequence[Entry], num_rows: int, vocab_size: int) -> Draws | None:
+    """Plan the draws of `entries`, the first of `num_rows` rows; None if no row is drawn."""
     wanted = [row for row, entry in enumerate(entries) if entry.is_random]
     if not wanted:
         return None
@@ -202,6 +205,15 @@ def _draws(entries: Sequence[Entry], num_rows: int, vocab_size: int) -> Draws | 
         sources=mx.array(sources, dtype=mx.int32),
         batch_rows=rows,
         seeds=draw.seeds_of([entries[row].seed for row in rows]),
+        settings=mx.array(
+            np.array(
+                [
+                    (p.temperature, least, p.top_p, p.top_k if p.top_k > 0 else vocab_size)
+                    for p, least in zip(params, log_min_p[:, 0], strict=True)
+                ],
+                dtype=np.float32,
+            )
+        ),
         temperature=_column(p.temperature for p in params),
         log_min_p=mx.array(log_min_p) if min_p.any() else None,
         filters=tuple(f for f in filters if f is not None),

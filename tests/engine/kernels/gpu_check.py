@@ -17,6 +17,7 @@ from modelpack_engine.attention import kernels
 from modelpack_engine.attention.kernels import AttentionShape, launch, naive, probes, support
 from modelpack_engine.attention.kernels.plan import plan_decode
 from modelpack_engine.attention.quantised import Quantisation
+from modelpack_engine.sampling import drawing
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,6 +87,12 @@ def test_write_is_right_and_in_place(rows: str, kv_heads: str) -> None:
 @pytest.mark.parametrize("kind", [Quantisation(8, 64), Quantisation(4, 32)], ids=str)
 def test_rows_are_quantised_in_place(kind: Quantisation, dtype: str) -> None:
     assert probes.probe_quantise(launch.backend(), DTYPES[dtype], kind) is None
+
+
+@pytest.mark.parametrize("vocab_size", [128256, 50257])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_are_drawn_as_by_functions(dtype: str, vocab_size: int) -> None:
+    assert drawing.verdict(DTYPES[dtype], vocab_size) is None
 
 
 def test_the_kernels_are_available() -> None:

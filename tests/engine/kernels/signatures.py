@@ -10,6 +10,7 @@ from modelpack_engine.attention.kernels.plan import (
     AttentionShape,
     DecodePlan,
     plan_write,
+    vector_width,
 )
 from modelpack_engine.attention.kernels.sources import INPUTS, OUTPUTS, Body, text
 from modelpack_engine.attention.quantised import Quantisation
@@ -49,6 +50,9 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "spans": "int",
     },
     "combine": {"given": "T", "place": "int", "scores": "S", "out": "O"},
+    "draw": {
+        "logits": "T", "rows": "int", "settings": "float", "keys": "uint32_t", "token": "int",
+    },
 }  # fmt: skip
 ELEMENTS["quantise"] = ELEMENTS["write"]
 
@@ -107,6 +111,14 @@ def quantise_instance(
         ("GROUP", quantised.group),
     )  # fmt: skip
     return Instance("quantise", (("R", rows), ("P", "uint32_t")), constants)
+
+
+def draw_instance(vocab_size: int) -> Instance:
+    """Return the kernel that draws tokens by logits in bfloat16."""
+    constants = (
+        ("V", vocab_size), ("VEC", vector_width(2, vocab_size)), ("SHIFT", 16), ("NSG", 16),
+    )  # fmt: skip
+    return Instance("draw", (("T", "bfloat16_t"),), constants)
 
 
 def names_in_use(body: Body) -> Sequence[str]:

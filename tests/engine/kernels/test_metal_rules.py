@@ -11,7 +11,12 @@ from modelpack_engine.attention.kernels.sources import Body
 from modelpack_engine.attention.quantised import Quantisation
 from tests.engine.kernels.cases import CASES, Case
 from tests.engine.kernels.metal_rules import judge
-from tests.engine.kernels.signatures import Instance, quantise_instance, write_instance
+from tests.engine.kernels.signatures import (
+    Instance,
+    draw_instance,
+    quantise_instance,
+    write_instance,
+)
 
 BF16 = (("T", "bfloat16_t"),)
 ROTATE = (("HQ", 8), ("HK", 2), ("D", 64), ("NSG", 4))
@@ -106,6 +111,7 @@ SMALL: dict[Body, tuple[str, ...]] = {
     "route": ("logits", "bias"),
     "dispatch": (),
     "combine": (),
+    "draw": ("rows", "settings", "keys"),
 }
 #: And those that always have.
 TINY: dict[Body, tuple[str, ...]] = {
@@ -120,6 +126,8 @@ INSTANCES = [
     write_instance(20, 12, rows="float16_t", pool="float16_t"),
     quantise_instance(128, 64, Quantisation(8, 32), rows="bfloat16_t"),
     quantise_instance(64, 64, Quantisation(4, 64), rows="float"),
+    draw_instance(128256),
+    draw_instance(50257),
     *FUSED,
     *MIXTURES,
     *RECURRENT,

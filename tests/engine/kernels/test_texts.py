@@ -20,6 +20,7 @@ from tests.engine.kernels.emulator import STUBS
 from tests.engine.kernels.signatures import (
     Instance,
     argument_list,
+    draw_instance,
     names_in_use,
     quantise_instance,
     write_instance,
@@ -34,7 +35,7 @@ ATTRIBUTES = {
     "threadgroups_per_grid": "uint3",
     "thread_position_in_grid": "uint3",
 }
-BODIES: tuple[Body, ...] = ("decode", "merge", "write", "quantise")
+BODIES: tuple[Body, ...] = ("decode", "merge", "write", "quantise", "draw")
 
 
 def instances(body: Body) -> list[Instance]:
@@ -44,6 +45,8 @@ def instances(body: Body) -> list[Instance]:
     if body == "quantise":
         kinds = [Quantisation(8, 64), Quantisation(4, 32)]
         found = {quantise_instance(128, 64, kind, rows="bfloat16_t"): None for kind in kinds}
+    if body == "draw":
+        found = {draw_instance(vocab_size): None for vocab_size in (128256, 50257)}
     return list(found)
 
 
@@ -177,5 +180,5 @@ def test_names_change_with_the_text() -> None:
         for backend in ("metal", "cuda")
         for split in ((False, True) if body == "decode" else (False,))
     ]
-    assert len(set(names)) == len(names) == 10
+    assert len(set(names)) == len(names) == 12
     assert all(re.fullmatch(r"paged_\w+_[0-9a-f]{12}", name) for name in names)

@@ -26,6 +26,16 @@ PA_FUNCTION float pa_float(unsigned int bits) { return __builtin_bit_cast(float,
 PA_FUNCTION unsigned int pa_bits(float x) { return __builtin_bit_cast(unsigned int, x); }
 #endif
 
+// Floats as integers of the same order, and back; `shift` of their last bits were dropped, as zeros.
+PA_FUNCTION unsigned int pa_ordered(float x) {
+  const unsigned int bits = pa_bits(x);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+PA_FUNCTION float pa_unordered(unsigned int order, int shift) {
+  const unsigned int bits = order << shift;
+  return pa_float(bits >> 31 ? bits & 0x7fffffffu : ~(bits | ((1u << shift) - 1u)));
+}
+
 template <int N>
 struct PaFloats {
   float e[N];

@@ -12,6 +12,7 @@
 #define PA_XOR(x, mask) __shfl_xor_sync(0xffffffffu, x, mask)
 #define PA_EXP2(x) pa_exp2(x)
 #define PA_UNROLL _Pragma("unroll")
+#define PA_LOG(x) logf(x)
 #define PA_RSQRT(x) rsqrtf(x)
 #define PA_COS(x) cosf(x)
 #define PA_SIN(x) sinf(x)

@@ -12,6 +12,7 @@
 #define PA_XOR(x, mask) simd_shuffle_xor(x, ushort(mask))
 #define PA_EXP2(x) metal::fast::exp2(x)
 #define PA_UNROLL _Pragma("clang loop unroll(full)")
+#define PA_LOG(x) metal::precise::log(x)
 #define PA_RSQRT(x) metal::precise::rsqrt(x)
 #define PA_COS(x) metal::precise::cos(x)
 #define PA_SIN(x) metal::precise::sin(x)

@@ -34,6 +34,7 @@ Body = Literal[
     "route",
     "dispatch",
     "combine",
+    "draw",
 ]
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -63,6 +64,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "route": ("logits", "bias"),
     "dispatch": ("experts",),
     "combine": ("given", "place", "scores"),
+    "draw": ("logits", "rows", "settings", "keys"),
 }  # fmt: skip
 OUTPUTS: dict[Body, tuple[str, ...]] = {
     "decode": ("out", "stats"),
@@ -82,6 +84,7 @@ OUTPUTS: dict[Body, tuple[str, ...]] = {
     "route": ("chosen", "scores"),
     "dispatch": ("source", "place", "sorted", "spans"),
     "combine": ("out",),
+    "draw": ("token",),
 }
 
 #: MLX binds inputs with fewer elements in Metal's constant address space.

@@ -31,4 +31,7 @@ namespace metal {
 namespace fast {
 float exp2(float);
 }
+namespace precise {
+float log(float);
+}
 }  // namespace metal

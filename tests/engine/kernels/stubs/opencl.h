@@ -27,6 +27,7 @@ float exp2(float);
 }
 namespace precise {
 float rsqrt(float);
+float log(float);
 float cos(float);
 float sin(float);
 }  // namespace precise
