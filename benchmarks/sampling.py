@@ -2,8 +2,8 @@
 
     python benchmarks/sampling.py [--vocabulary 128256]
 
-Logits in bfloat16; calls are chained, so that the GPU is what is measured. Prints a line for each
-number of rows and each way to choose: milliseconds of a call, medians of five chains in turn.
+Logits in bfloat16. Prints a line for each number of rows and each way to choose: milliseconds of a
+call among 16 that are evaluated together, medians of five times that, in turn.
 """
 
 from __future__ import annotations
@@ -17,40 +17,39 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
+from modelpack_engine.managed_memory import Staging
 from modelpack_engine.sampling import draw, drawing
 from modelpack_engine.sampling.plan import Draws, Entry, plan_draws
 from modelpack_engine.sampling_params import SamplingParams
 
-CALLS, CHAINS, ROWS = 16, 5, (1, 32, 128)
+CALLS, TIMES, ROWS = 16, 5, (1, 32, 128)
 WAYS = {
     "temperature": SamplingParams(temperature=0.7),
     "top-k 20, top-p 0.8": SamplingParams(temperature=0.7, top_k=20, top_p=0.8),
     "top-p 0.9": SamplingParams(temperature=0.7, top_p=0.9),
     "min-p 0.05": SamplingParams(temperature=0.7, min_p=0.05),
 }
-Way = Callable[[mx.array, Draws, mx.array], mx.array]
+Way = Callable[[mx.array, Draws, drawing.Keys, Staging], mx.array]
 
 
-def milliseconds(way: Way, logits: mx.array, draws: Draws, keys: mx.array) -> float:
-    """Return the time of a call in a chain, each of which depends on the one before."""
+def milliseconds(way: Way, logits: mx.array, draws: Draws, keys: drawing.Keys) -> float:
+    """Return the time of a call among several that are computed one after the other."""
+    staging = Staging()
     start = time.perf_counter()
-    for _ in range(CALLS):
-        token_ids = way(logits, draws, keys)
-        keys = keys + (token_ids[:1] >= 0).astype(mx.uint32)
-    mx.eval(keys)
+    mx.eval([way(logits, draws, keys, staging) for _ in range(CALLS)])
     return (time.perf_counter() - start) / CALLS * 1e3
 
 
 def compare(name: str, params: SamplingParams, rows: int, vocab_size: int) -> None:
-    """Measure both ways in turn, after one chain each to warm up; print what was found."""
+    """Measure both ways in turn, after one time each to warm up; print what was found."""
     logits = (mx.random.normal((rows, vocab_size), key=mx.random.key(1)) * 3).astype(mx.bfloat16)
     draws = plan_draws([Entry(params, seed, None, ()) for seed in range(rows)], rows, vocab_size)
     assert draws is not None, "all rows are drawn"
-    keys = mx.array(draw.keys(draws.seeds, np.zeros(rows, dtype=np.uint64)))
-    mx.eval(logits, keys)
+    keys = draw.keys(draws.seeds, np.zeros(len(draws.seeds), dtype=np.uint64))
+    mx.eval(logits)
     ways: dict[str, Way] = {"kernel": drawing.by_kernel, "functions": drawing.by_functions}
     found: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(1 + CHAINS):
+    for _ in range(1 + TIMES):
         for way, function in ways.items():
             found[way].append(milliseconds(function, logits, draws, keys))
     taken = {way: round(statistics.median(times[1:]), 4) for way, times in found.items()}

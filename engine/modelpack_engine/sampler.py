@@ -16,15 +16,13 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
 from modelpack_engine.logprobs import Logprobs, gather_logprobs
 from modelpack_engine.managed_memory import Staging
 from modelpack_engine.sampling import draw, logits
-from modelpack_engine.sampling.drawing import can_draw_by_kernel, drawn
+from modelpack_engine.sampling.drawing import can_draw_by_kernel, choose
 from modelpack_engine.sampling.history import OUTPUT, TokenHistory
 from modelpack_engine.sampling.plan import (
-    Draws,
     Entry,
     Penalties,
     Plan,
@@ -159,11 +157,12 @@ class Sampler:
         plan = self._planned(entries, seqs, batch_logits.shape[0])
         allowed = {row: seq.allowed for row, seq in enumerate(seqs) if seq.allowed is not None}
         chosen_from = self._adjust(batch_logits, plan, allowed, seqs)
-        token_ids = mx.argmax(chosen_from, axis=-1).astype(mx.int32)
-        if plan.draws is not None:
+        if (draws := plan.draws) is None:
+            token_ids = mx.argmax(chosen_from, axis=-1).astype(mx.int32)
+        else:
             positions = np.array([seq.position for seq in seqs], dtype=np.uint64)
-            keys = self._keys(plan.draws, positions)
-            token_ids[plan.draws.rows] = drawn(chosen_from, plan.draws, keys)
+            keys = draw.keys(draws.seeds, positions[draws.batch_rows])
+            token_ids = choose(chosen_from, draws, keys, self._staging)
         token_ids = _usable(token_ids, chosen_from.max(axis=-1))
         if chosen_from is not batch_logits:  # a mask may have hidden the NaN
             token_ids = _usable(token_ids, batch_logits.max(axis=-1))
@@ -233,12 +232,6 @@ class Sampler:
         width = -(-self._vocab_size // 8)
         data = b"".join(allowed[row][:width].ljust(width, b"\0") for row in rows)
         return mx.array(np.frombuffer(data, dtype=np.uint8).reshape(len(rows), width))
-
-    def _keys(self, draws: Draws, positions: NDArray[np.uint64]) -> mx.array:
-        """Return the random key of each draw of a step, uint32 [rows drawn, 2]."""
-        keys = draw.keys(draws.seeds, positions[draws.batch_rows])
-        staged = self._staging.put(keys.ravel().view(np.int32))[: keys.size]
-        return staged.view(mx.uint32).reshape(keys.shape)
 
 
 @partial(mx.compile, shapeless=True)

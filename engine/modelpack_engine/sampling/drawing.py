@@ -1,4 +1,4 @@
-"""Tokens of the rows that are drawn: by one kernel where there is a GPU, else by MLX's functions.
+"""Tokens of rows some of which are drawn: by one kernel on a GPU, else by MLX's functions.
 
 Those sort whole vocabularies for top-k and top-p, and make the noise in a dozen passes over them.
 """
@@ -9,12 +9,16 @@ from functools import cache
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from modelpack_engine.attention.kernels import launch
 from modelpack_engine.attention.kernels.plan import vector_width
+from modelpack_engine.managed_memory import Staging
 from modelpack_engine.sampling import draw, logits
 from modelpack_engine.sampling.plan import Draws, Entry, plan_draws
 from modelpack_engine.sampling_params import SamplingParams
+
+Keys = NDArray[np.uint32]
 
 _MOST_SIMDGROUPS = 16
 #: Metal has smaller inputs elsewhere.
@@ -23,14 +27,14 @@ _FEWEST = 64
 _ZEROS = {mx.float32: 0, mx.float16: 13, mx.bfloat16: 16}
 
 
-def drawn(batch_logits: mx.array, draws: Draws, row_keys: mx.array) -> mx.array:
-    """Return a token for each of `draws.rows` of logits [rows, vocab_size], as int32.
+def choose(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging) -> mx.array:
+    """Return int32 tokens of logits [rows, vocab_size]: drawn by `draws`, or the most likely.
 
-    `row_keys` are uint32 [rows drawn, 2]. A row depends on its logits, settings and key only.
+    `keys` are uint32 [rows drawn, 2]. A row depends on its logits, settings and key only.
     """
     if can_draw_by_kernel(batch_logits.dtype, batch_logits.shape[-1]):
-        return by_kernel(batch_logits, draws, row_keys)
-    return by_functions(batch_logits, draws, row_keys)
+        return by_kernel(batch_logits, draws, keys, staging)
+    return by_functions(batch_logits, draws, keys, staging)
 
 
 def can_draw_by_kernel(dtype: mx.Dtype, vocab_size: int) -> bool:
@@ -38,29 +42,37 @@ def can_draw_by_kernel(dtype: mx.Dtype, vocab_size: int) -> bool:
     return launch.backend() != "none" and verdict(dtype, vocab_size) is None
 
 
-def by_functions(batch_logits: mx.array, draws: Draws, row_keys: mx.array) -> mx.array:
-    """Return what `drawn` does, by MLX's functions."""
-    scaled = batch_logits[draws.rows].astype(mx.float32) / draws.temperature
+def by_functions(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging) -> mx.array:
+    """Return what `choose` does, by MLX's functions."""
+    arrays = draws.arrays
+    token_ids = mx.argmax(batch_logits, axis=-1).astype(mx.int32)
+    scaled = batch_logits[arrays.rows].astype(mx.float32) / arrays.temperature
     least = None
-    if draws.log_min_p is not None or draws.filters:
+    if arrays.log_min_p is not None or arrays.filters:
         least = mx.full((scaled.shape[0], 1), -mx.inf)
-        if draws.log_min_p is not None:
-            least = scaled.max(axis=-1, keepdims=True) + draws.log_min_p
-        for f in draws.filters:
+        if arrays.log_min_p is not None:
+            least = scaled.max(axis=-1, keepdims=True) + arrays.log_min_p
+        for f in arrays.filters:
             least[f.rows] = logits.cutoff(
                 scaled[f.rows], least[f.rows], f.top_k, f.top_p, windowed=f.windowed
             )
-    return draw.draw(scaled, least, row_keys)[draws.sources]
+    staged = staging.put(keys.ravel().view(np.int32))[: keys.size]
+    row_keys = staged.view(mx.uint32).reshape(keys.shape)
+    token_ids[arrays.rows] = draw.draw(scaled, least, row_keys)[arrays.sources]
+    return token_ids
 
 
-def by_kernel(batch_logits: mx.array, draws: Draws, row_keys: mx.array) -> mx.array:
-    """Return what `drawn` does, by the kernel."""
-    count, vocab_size = draws.rows.size, batch_logits.shape[-1]
+def by_kernel(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging) -> mx.array:
+    """Return what `choose` does, by the kernel."""
+    rows, vocab_size = batch_logits.shape
+    settings = draws.settings.copy()
+    distinct = slice(draws.num_drawn)
+    settings[draws.batch_rows[distinct], 4:] = keys[distinct].view(np.int32)
     vector = vector_width(batch_logits.dtype.size, vocab_size)
     simdgroups = min(_MOST_SIMDGROUPS, max(1, vocab_size // 512))
     (token_ids,) = launch.run(
         "draw",
-        [batch_logits, draws.rows, draws.settings, row_keys],
+        [batch_logits, staging.put(settings.ravel())],
         [("T", batch_logits.dtype)],
         [
             ("V", vocab_size),
@@ -68,9 +80,9 @@ def by_kernel(batch_logits: mx.array, draws: Draws, row_keys: mx.array) -> mx.ar
             ("SHIFT", _ZEROS[batch_logits.dtype]),
             ("NSG", simdgroups),
         ],
-        threads=count * simdgroups * 32,
+        threads=rows * simdgroups * 32,
         group=simdgroups * 32,
-        shapes=[(count,)],
+        shapes=[(rows,)],
         dtypes=[mx.int32],
     )
     return token_ids
@@ -87,6 +99,7 @@ def verdict(dtype: mx.Dtype, vocab_size: int) -> str | None:
 def _compare(dtype: mx.Dtype, vocab_size: int) -> str | None:
     k = max(2, vocab_size // 50)
     kinds = {
+        "none": SamplingParams(temperature=0),
         "all": SamplingParams(),
         "hot": SamplingParams(temperature=3.0),
         "top-k": SamplingParams(top_k=k),
@@ -103,9 +116,9 @@ def _compare(dtype: mx.Dtype, vocab_size: int) -> str | None:
     some = mx.random.normal((rows, vocab_size), key=mx.random.key(23))
     some[:, ::7] = -mx.inf  # what a mask hides
     positions = np.arange(len(draws.seeds), dtype=np.uint64)
-    keys = mx.array(draw.keys(draws.seeds, positions))
+    keys, staging = draw.keys(draws.seeds, positions), Staging()
     ways = by_kernel, by_functions
-    found, wanted = (np.array(way(some.astype(dtype), draws, keys)) for way in ways)
+    found, wanted = (np.array(way(some.astype(dtype), draws, keys, staging)) for way in ways)
     for name, at in zip(kinds, range(0, rows, each), strict=True):
         if (found[at : at + each] != wanted[at : at + each]).any():
             return f"tokens by {name} are others"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
@@ -81,22 +82,59 @@ class Filter:
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
-    """Rows whose token is drawn.
+class DrawArrays:
+    """What MLX's functions need to draw: temperature and log of min-p are float32 [rows, 1].
 
-    `batch_rows` and `seeds` stay on the host, for the keys. `sources` are where in `rows` to find
-    the result of each: a repeated row is drawn without its filters, which are applied once.
-    `settings` are float32 [rows, 4]: temperature, log of min-p, top-p, top-k (the vocabulary: all).
+    `sources` are where in `rows` to find the result of each: a repeated row is drawn without its
+    filters, which are applied once.
     """
 
     rows: mx.array
     sources: mx.array
-    batch_rows: NDArray[np.int32]
-    seeds: NDArray[np.uint64]
-    settings: mx.array
     temperature: mx.array
     log_min_p: mx.array | None
     filters: tuple[Filter, ...]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Rows whose token is drawn, on the host: `batch_rows`, the first `num_drawn` of them distinct.
+
+    `settings` are of all rows of the batch, int32 [rows, 6]: floats' bits (temperature, 0 where
+    nothing is drawn; log of min-p; top-p; top-k, the vocabulary's size for all), and two for a key.
+    """
+
+    batch_rows: NDArray[np.int32]
+    num_drawn: int
+    params: tuple[SamplingParams, ...]
+    seeds: NDArray[np.uint64]
+    settings: NDArray[np.int32]
+    vocab_size: int
+
+    @cached_property
+    def arrays(self) -> DrawArrays:
+        """The same for MLX's functions."""
+        params, drawn, size = self.params, self.num_drawn, self.vocab_size
+        min_p = np.array([p.min_p for p in params])
+        sources = [*range(drawn), *[0] * (len(params) - drawn)]
+
+        def is_windowed(p: SamplingParams) -> bool:
+            return 0 < p.top_k <= logits.WINDOW < size
+
+        def is_sorted(p: SamplingParams) -> bool:
+            return (0 < p.top_k < size or p.top_p < 1) and not is_windowed(p)
+
+        filters = (
+            _filter(params[:drawn], is_windowed, len(params), size, windowed=True),
+            _filter(params[:drawn], is_sorted, len(params), size, windowed=False),
+        )
+        return DrawArrays(
+            rows=mx.array(self.batch_rows),
+            sources=mx.array(sources, dtype=mx.int32),
+            temperature=_column(p.temperature for p in params),
+            log_min_p=_column(_log(min_p)) if min_p.any() else None,
+            filters=tuple(f for f in filters if f is not None),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,41 +221,27 @@ def plan_draws(entries: Sequence[Entry], num_rows: int, vocab_size: int) -> Draw
     if not wanted:
         return None
     rows = padded_rows(wanted, num_rows)
-    params = [entries[row].params for row in rows]
-    min_p = np.array([p.min_p for p in params], dtype=np.float64)
-    with np.errstate(divide="ignore"):
-        log_min_p = np.log(min_p).astype(np.float32)[:, None]
-    distinct = params[: len(wanted)]
-    sources = [*range(len(wanted)), *[0] * (len(rows) - len(wanted))]
-
-    def is_windowed(p: SamplingParams) -> bool:
-        return 0 < p.top_k <= logits.WINDOW < vocab_size
-
-    def is_sorted(p: SamplingParams) -> bool:
-        return (0 < p.top_k < vocab_size or p.top_p < 1) and not is_windowed(p)
-
-    filters = (
-        _filter(distinct, is_windowed, len(rows), vocab_size, windowed=True),
-        _filter(distinct, is_sorted, len(rows), vocab_size, windowed=False),
-    )
+    params = tuple(entries[row].params for row in rows)
+    numbers = [
+        (p.temperature, least, p.top_p, p.top_k if p.top_k > 0 else vocab_size)
+        for p, least in zip(params, _log(np.array([p.min_p for p in params])), strict=True)
+    ]
+    settings = np.zeros((num_rows, 6), dtype=np.int32)
+    settings[rows, :4] = np.array(numbers, dtype=np.float32).view(np.int32)
     return Draws(
-        rows=mx.array(rows),
-        sources=mx.array(sources, dtype=mx.int32),
         batch_rows=rows,
+        num_drawn=len(wanted),
+        params=params,
         seeds=draw.seeds_of([entries[row].seed for row in rows]),
-        settings=mx.array(
-            np.array(
-                [
-                    (p.temperature, least, p.top_p, p.top_k if p.top_k > 0 else vocab_size)
-                    for p, least in zip(params, log_min_p[:, 0], strict=True)
-                ],
-                dtype=np.float32,
-            )
-        ),
-        temperature=_column(p.temperature for p in params),
-        log_min_p=mx.array(log_min_p) if min_p.any() else None,
-        filters=tuple(f for f in filters if f is not None),
+        settings=settings,
+        vocab_size=vocab_size,
     )
+
+
+def _log(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the logarithms of numbers that may be 0."""
+    with np.errstate(divide="ignore"):
+        return np.log(numbers)
 
 
 def _filter(

@@ -50,9 +50,7 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "spans": "int",
     },
     "combine": {"given": "T", "place": "int", "scores": "S", "out": "O"},
-    "draw": {
-        "logits": "T", "rows": "int", "settings": "float", "keys": "uint32_t", "token": "int",
-    },
+    "draw": {"logits": "T", "settings": "int", "token": "int"},
 }  # fmt: skip
 ELEMENTS["quantise"] = ELEMENTS["write"]
 

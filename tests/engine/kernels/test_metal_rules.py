@@ -111,7 +111,7 @@ SMALL: dict[Body, tuple[str, ...]] = {
     "route": ("logits", "bias"),
     "dispatch": (),
     "combine": (),
-    "draw": ("rows", "settings", "keys"),
+    "draw": ("settings",),
 }
 #: And those that always have.
 TINY: dict[Body, tuple[str, ...]] = {

@@ -9,7 +9,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from modelpack_engine.managed_memory import Staging
 from modelpack_engine.sampler import NO_TOKEN, Sampler, SampleRow
 from modelpack_engine.sampling import draw, drawing
 from modelpack_engine.sampling.plan import Draws, Entry, plan_draws
@@ -60,7 +62,7 @@ def test_the_text_draws_what_mlx_does(host: Host, dtype: mx.Dtype, vocab_size: i
         ("most *= share", "most *= 0.5f", "top-p"),
         ("min_p * temperature", "min_p", "min-p"),
         ("top + min_p", "top + 0.0f * min_p", "min-p"),
-        ("sum[LIMITS] += value > least ? mass", "sum[LIMITS] += value > low ? mass", "all three"),
+        ("sum[LIMITS] += value > least ? mass", "sum[LIMITS] += value > low ? mass", "top-k and"),
     ],
 )
 def test_a_wrong_text_is_found(host: Host, old: str, new: str, found: str) -> None:
@@ -79,11 +81,14 @@ def planned(*params: SamplingParams) -> Draws:
     return draws
 
 
+def keys_of(draws: Draws) -> NDArray[np.uint32]:
+    return draw.keys(draws.seeds, np.full(len(draws.seeds), 5, dtype=np.uint64))
+
+
 def both(logits: mx.array, draws: Draws) -> tuple[list[int], list[int]]:
-    positions = np.full(len(draws.seeds), 5, dtype=np.uint64)
-    keys = mx.array(draw.keys(draws.seeds, positions))
+    keys = keys_of(draws)
     ways = drawing.by_kernel, drawing.by_functions
-    kernel, functions = (way(logits, draws, keys).tolist() for way in ways)
+    kernel, functions = (way(logits, draws, keys, Staging()).tolist() for way in ways)
     return kernel, functions
 
 
@@ -96,6 +101,7 @@ EXTREME = [
     SamplingParams(top_k=ODD - 1, top_p=0.999),
     SamplingParams(top_k=7, top_p=0.5, min_p=0.5),
     SamplingParams(top_k=ODD + 1, min_p=0.001),
+    SamplingParams(temperature=0, top_k=3),
 ]
 
 
@@ -120,10 +126,10 @@ def test_a_row_depends_on_itself_alone(host: Host) -> None:
     logits = mx.random.normal((5, ODD), key=mx.random.key(4))
     draws = planned(*[SamplingParams(top_p=0.9, temperature=1 + row / 4) for row in range(5)])
     whole, _ = both(logits, draws)
-    keys = mx.array(draw.keys(draws.seeds, np.full(len(draws.seeds), 5, dtype=np.uint64)))
     for row in range(5):
-        alone = planned(*[SamplingParams(top_p=0.9, temperature=1 + row / 4)])
-        found = drawing.by_kernel(logits[row : row + 1], alone, keys[row : row + 1])
+        alone = planned(SamplingParams(top_p=0.9, temperature=1 + row / 4))
+        key = keys_of(draws)[row : row + 1]
+        found = drawing.by_kernel(logits[row : row + 1], alone, key, Staging())
         assert found.tolist() == whole[row : row + 1]
 
 
@@ -156,5 +162,4 @@ def test_without_a_gpu_there_is_no_kernel() -> None:
     assert drawing.verdict(mx.int32, ODD) is not None
     logits = mx.random.normal((2, ODD), key=mx.random.key(7))
     draws = planned(SamplingParams(), SamplingParams())
-    keys = mx.array(draw.keys(draws.seeds, np.zeros(len(draws.seeds), dtype=np.uint64)))
-    assert drawing.drawn(logits, draws, keys).shape == (2,)
+    assert drawing.choose(logits, draws, keys_of(draws), Staging()).shape == (2,)

@@ -1,18 +1,21 @@
   // A random token of each row, of those that min-p, top-k and top-p keep. A threadgroup a row.
-  //   logits [*, V] T   rows [R] int: which of them   keys [R, 2] uint   token [R] int
-  //   settings [R, 4] float: temperature, log of min-p, top-p, top-k (V or more: all)
+  //   logits [R, V] T   token [R] int: where the temperature is 0, the most likely
+  //   settings [R, 6] int: floats' bits (temperature, log of min-p, top-p, top-k: V or more for all), and a key
   // What is kept is found by limits in the order of floats, LIMITS at a time: how many logits are above
   // each, or what mass. By Gumbel's trick, the largest sum of logit and noise is drawn; the noise is of
   // MLX's random numbers, Threefry 2x32 (https://doi.org/10.1145/2063384.2063405). Sums have one order.
   constexpr int THREADS = NSG * 32, HALF = (V + 1) / 2, LIMITS = 13, SUMS = LIMITS + 3;
   const float lowest = pa_float(0xff800000u);
-  const float temperature = settings[PA_X * 4], scale = 1.4426950408889634f / temperature;
-  const float min_p = settings[PA_X * 4 + 1], share = settings[PA_X * 4 + 2], top_k = settings[PA_X * 4 + 3];
+  float set[4];
+  PA_UNROLL for (int i = 0; i < 4; i++) set[i] = pa_float((unsigned int)settings[PA_X * 6 + i]);
+  const float temperature = set[0], min_p = set[1], share = set[2], top_k = set[3];
+  const bool draws = temperature > 0.0f;
+  const float scale = 1.4426950408889634f / (draws ? temperature : 1.0f);
   typedef PaVec<T, VEC> Vec;
   PA_SHARED(float, partial, SUMS * NSG);
   PA_SHARED(float, whole, SUMS);
   const int row = PA_X, lane = PA_LANE, group = PA_SIMD, index = group * 32 + lane;
-  const size_t from = (size_t)rows[row] * V;
+  const size_t from = (size_t)row * V;
   const PA_DEVICE Vec* vectors = (const PA_DEVICE Vec*)(logits + from);
 
   float top = lowest, low = -lowest;  // the largest, and the least that is not -infinity
@@ -40,9 +43,9 @@
   }
   PA_SYNC();
 
-  float least = top + min_p * temperature;
+  float least = draws ? top + min_p * temperature : top;
   least = least > low ? least : low;
-  for (int stage = 0; stage < 2; stage++) {  // top-k, then top-p among what that and min-p keep
+  for (int stage = draws ? 0 : 2; stage < 2; stage++) {  // top-k, then top-p among what that and min-p keep
     const bool by_mass = stage == 1;
     if (by_mass ? share >= 1.0f : top_k >= V) continue;
     // The limit looked for is `last`, or from `first` on below it.
@@ -99,7 +102,7 @@
     const bool two = at + HALF < V;
     const float values[2] = {float(logits[from + at]), two ? float(logits[from + at + HALF]) : lowest};
     if (!(values[0] >= least) && !(values[1] >= least)) continue;
-    const unsigned int key[2] = {keys[row * 2], keys[row * 2 + 1]};
+    const unsigned int key[2] = {(unsigned int)settings[row * 6 + 4], (unsigned int)settings[row * 6 + 5]};
     const unsigned int parts[3] = {key[0], key[1], key[0] ^ key[1] ^ 0x1bd11bdau};
     unsigned int random[2] = {(unsigned int)at + key[0], (two ? (unsigned int)(at + HALF) : 0u) + key[1]};
     PA_UNROLL for (int round = 0; round < 5; round++) {
@@ -119,7 +122,7 @@
       // log(1 - u), as exact near 0 as u is.
       const float rest = 1.0f - u, lost = rest - 1.0f;
       const float logarithm = lost == 0.0f ? -u : PA_LOG(rest) * (-u / lost);
-      const float sum = values[side] / temperature - PA_LOG(-logarithm);
+      const float sum = draws ? values[side] / temperature - PA_LOG(-logarithm) : values[side];
       if (sum > best) {
         best = sum;
         which = at + side * HALF;

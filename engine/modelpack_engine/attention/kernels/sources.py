@@ -64,7 +64,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "route": ("logits", "bias"),
     "dispatch": ("experts",),
     "combine": ("given", "place", "scores"),
-    "draw": ("logits", "rows", "settings", "keys"),
+    "draw": ("logits", "settings"),
 }  # fmt: skip
 OUTPUTS: dict[Body, tuple[str, ...]] = {
     "decode": ("out", "stats"),
