@@ -252,6 +252,7 @@ def wrong(body: Body, old: str, new: str) -> Any:
     return edit
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("body", "old", "new", "says"),
     [

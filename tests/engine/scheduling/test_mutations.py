@@ -193,6 +193,7 @@ def owner(method: Callable[..., Any]) -> object:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("method", "old", "new"),
     MUTATIONS,
@@ -234,6 +235,7 @@ def test_costly_mistakes_are_noticed(
         test()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("method", "old", "new"),
     [mutation for mutation in OF_BLOCKS if mutation[1] not in NOT_OF_BLOCKS],

@@ -110,6 +110,7 @@ def loaded() -> Iterator[Loaded]:
         yield Loaded(int(server.url.rpartition(":")[2]), catalogue, pools)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not PROC.exists(), reason="needs Linux's accounts of a process")
 def test_nothing_is_left_of_clients(loaded: Loaded) -> None:
     loaded.run(2, seed=1)

@@ -24,6 +24,7 @@ MAIN = ("POST /v1/chat/completions", "POST /v1/messages", "POST /api/chat")
 FILES = ("POST /models/load",)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("served", [False], indirect=True, ids=["bare"])
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
 def test_no_server_error(
