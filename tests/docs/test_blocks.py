@@ -26,8 +26,12 @@ def runnable(page: str, *, long: bool) -> list[Block]:
     ]
 
 
-SHORT = [page for page in pages() if any(b.file is None for b in runnable(page, long=False))]
 LONG = [page for page in pages() if any(block.long for block in read(page))]
+SHORT = [
+    page
+    for page in pages()
+    if page not in LONG and any(block.file is None for block in runnable(page, long=False))
+]
 
 
 @pytest.mark.parametrize("page", pages())
