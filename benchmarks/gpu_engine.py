@@ -78,9 +78,7 @@ def make_model(bits: int) -> llama.Model:
     return model
 
 
-def make_engine(
-    model: llama.Model, seqs: int, policy: SchedulingPolicy = "shortest-first"
-) -> Engine:
+def make_engine(model: llama.Model, seqs: int, policy: SchedulingPolicy) -> Engine:
     loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, Silent(), "llama", CONTEXT, (), 0)
     config = EngineConfig(
         max_num_seqs=seqs,

@@ -19,8 +19,7 @@ import numpy as np
 
 from modelpack_engine.logprobs import Logprobs, gather_logprobs
 from modelpack_engine.managed_memory import Staging
-from modelpack_engine.sampling import draw, logits
-from modelpack_engine.sampling.drawing import can_draw_by_kernel, choose
+from modelpack_engine.sampling import draw, drawing, logits
 from modelpack_engine.sampling.history import OUTPUT, TokenHistory
 from modelpack_engine.sampling.plan import (
     Entry,
@@ -103,7 +102,7 @@ class Sampler:
     def warm_up(self, dtype: mx.Dtype) -> None:
         """Compile what draws from logits of this type, and from those that are adjusted."""
         for each in (dtype, mx.float32):
-            can_draw_by_kernel(each, self._vocab_size)
+            drawing.verdict(each, self._vocab_size)
 
     def add(
         self,
@@ -162,7 +161,7 @@ class Sampler:
         else:
             positions = np.array([seq.position for seq in seqs], dtype=np.uint64)
             keys = draw.keys(draws.seeds, positions[draws.batch_rows])
-            token_ids = choose(chosen_from, draws, keys, self._staging)
+            token_ids = drawing.choose(chosen_from, draws, keys, self._staging)
         token_ids = _usable(token_ids, chosen_from.max(axis=-1))
         if chosen_from is not batch_logits:  # a mask may have hidden the NaN
             token_ids = _usable(token_ids, batch_logits.max(axis=-1))

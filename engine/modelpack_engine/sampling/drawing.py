@@ -32,14 +32,9 @@ def choose(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging) -
 
     `keys` are uint32 [rows drawn, 2]. A row depends on its logits, settings and key only.
     """
-    if can_draw_by_kernel(batch_logits.dtype, batch_logits.shape[-1]):
+    if verdict(batch_logits.dtype, batch_logits.shape[-1]) is None:
         return by_kernel(batch_logits, draws, keys, staging)
     return by_functions(batch_logits, draws, keys, staging)
-
-
-def can_draw_by_kernel(dtype: mx.Dtype, vocab_size: int) -> bool:
-    """Whether the kernel is right for such logits; the first call compiles and tests it."""
-    return launch.backend() != "none" and verdict(dtype, vocab_size) is None
 
 
 def by_functions(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging) -> mx.array:
@@ -90,7 +85,12 @@ def by_kernel(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging
 
 @cache
 def verdict(dtype: mx.Dtype, vocab_size: int) -> str | None:
-    """Return None if the kernel draws what MLX's functions do, else what is off."""
+    """Return None if the kernel draws what MLX's functions do, else what is off.
+
+    The first call for logits of a type and width compiles it.
+    """
+    if launch.backend() == "none":
+        return "there is no GPU"
     if dtype not in _ZEROS or vocab_size < _FEWEST:
         return f"there is no kernel for {vocab_size} logits in {dtype}"
     return launch.verdict(_compare, dtype, vocab_size)

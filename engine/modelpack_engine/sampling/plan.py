@@ -6,7 +6,7 @@ the first of them, so that shapes stay few; what is written back for a repeated 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -106,7 +106,6 @@ class Draws:
 
     batch_rows: NDArray[np.int32]
     num_drawn: int
-    params: tuple[SamplingParams, ...]
     seeds: NDArray[np.uint64]
     settings: NDArray[np.int32]
     vocab_size: int
@@ -114,26 +113,23 @@ class Draws:
     @cached_property
     def arrays(self) -> DrawArrays:
         """The same for MLX's functions."""
-        params, drawn, size = self.params, self.num_drawn, self.vocab_size
-        min_p = np.array([p.min_p for p in params])
-        sources = [*range(drawn), *[0] * (len(params) - drawn)]
-
-        def is_windowed(p: SamplingParams) -> bool:
-            return 0 < p.top_k <= logits.WINDOW < size
-
-        def is_sorted(p: SamplingParams) -> bool:
-            return (0 < p.top_k < size or p.top_p < 1) and not is_windowed(p)
-
-        filters = (
-            _filter(params[:drawn], is_windowed, len(params), size, windowed=True),
-            _filter(params[:drawn], is_sorted, len(params), size, windowed=False),
-        )
+        numbers = self.settings[self.batch_rows, :4].view(np.float32)
+        temperature, log_min_p, top_p, top_k = (numbers[:, [column]] for column in range(4))
+        is_windowed = (top_k <= logits.WINDOW) & (self.vocab_size > logits.WINDOW)
+        is_sorted = ((top_k < self.vocab_size) | (top_p < 1)) & ~is_windowed
+        filters = []
+        for chosen, windowed in ((is_windowed, True), (is_sorted, False)):
+            if wanted := np.flatnonzero(chosen[: self.num_drawn]).tolist():
+                rows = padded_rows(wanted, len(numbers))
+                k = mx.array(top_k[rows].astype(np.int32))
+                filters.append(Filter(mx.array(rows), k, mx.array(top_p[rows]), windowed))
+        sources = [*range(self.num_drawn), *[0] * (len(numbers) - self.num_drawn)]
         return DrawArrays(
             rows=mx.array(self.batch_rows),
             sources=mx.array(sources, dtype=mx.int32),
-            temperature=_column(p.temperature for p in params),
-            log_min_p=_column(_log(min_p)) if min_p.any() else None,
-            filters=tuple(f for f in filters if f is not None),
+            temperature=mx.array(temperature),
+            log_min_p=mx.array(log_min_p) if np.isfinite(log_min_p).any() else None,
+            filters=tuple(filters),
         )
 
 
@@ -221,47 +217,21 @@ def plan_draws(entries: Sequence[Entry], num_rows: int, vocab_size: int) -> Draw
     if not wanted:
         return None
     rows = padded_rows(wanted, num_rows)
-    params = tuple(entries[row].params for row in rows)
+    params = [entries[row].params for row in rows]
+    with np.errstate(divide="ignore"):
+        log_min_p = np.log([p.min_p for p in params])
     numbers = [
-        (p.temperature, least, p.top_p, p.top_k if p.top_k > 0 else vocab_size)
-        for p, least in zip(params, _log(np.array([p.min_p for p in params])), strict=True)
+        (p.temperature, least, p.top_p, min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size)
+        for p, least in zip(params, log_min_p, strict=True)
     ]
     settings = np.zeros((num_rows, 6), dtype=np.int32)
     settings[rows, :4] = np.array(numbers, dtype=np.float32).view(np.int32)
     return Draws(
         batch_rows=rows,
         num_drawn=len(wanted),
-        params=params,
         seeds=draw.seeds_of([entries[row].seed for row in rows]),
         settings=settings,
         vocab_size=vocab_size,
-    )
-
-
-def _log(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the logarithms of numbers that may be 0."""
-    with np.errstate(divide="ignore"):
-        return np.log(numbers)
-
-
-def _filter(
-    params: Sequence[SamplingParams],
-    wants: Callable[[SamplingParams], bool],
-    num_rows: int,
-    vocab_size: int,
-    *,
-    windowed: bool,
-) -> Filter | None:
-    wanted = [row for row, p in enumerate(params) if wants(p)]
-    if not wanted:
-        return None
-    rows = padded_rows(wanted, num_rows)
-    top_k = [params[row].top_k if params[row].top_k > 0 else vocab_size for row in rows]
-    return Filter(
-        rows=mx.array(rows),
-        top_k=mx.array(np.array(top_k, dtype=np.int32)[:, None]),
-        top_p=_column(params[row].top_p for row in rows),
-        windowed=windowed,
     )
 
 

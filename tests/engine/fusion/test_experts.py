@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +18,7 @@ from modelpack_engine.fusion import expert_kernels
 from modelpack_engine.fusion.expert_kernels import Routing, route
 from modelpack_engine.fusion.experts import fuse_experts, has_experts
 from modelpack_engine.fusion.routers import fuse_router
-from tests.engine.kernels.onhost import Host, emulated
+from tests.engine.kernels.onhost import Compiled, Host, emulated
 from tests.engine.runner.models import tiny_llama
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.specimen import make_specimen
@@ -27,13 +26,8 @@ from tests.engine.zoo.specimen import make_specimen
 ROWS = 9
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, Any]]:
-    return tmp_path_factory.mktemp("experts"), {}
-
-
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, compiled: tuple[Path, dict[Any, Any]]) -> Iterator[Host]:
+def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
     with emulated(monkeypatch, compiled, expert_kernels.verdict) as found:
         yield found
 

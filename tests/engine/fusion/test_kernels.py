@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,17 +14,12 @@ from modelpack_engine.attention.pools import KVLayout, TokenMajorPools
 from modelpack_engine.fusion import kernels
 from modelpack_engine.fusion.rotation import Rotation
 from modelpack_engine.model_runner import ModelRunner
-from tests.engine.kernels.onhost import Host, emulated
+from tests.engine.kernels.onhost import Compiled, Host, emulated
 from tests.engine.runner.models import tiny_llama
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, Any]]:
-    return tmp_path_factory.mktemp("fused"), {}
-
-
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, compiled: tuple[Path, dict[Any, Any]]) -> Iterator[Host]:
+def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
     monkeypatch.setattr(support, "_verdicts", {})
     monkeypatch.setattr(probes, "_WIDTH", 4)
     monkeypatch.setattr(probes, "_SLOTS", 256)

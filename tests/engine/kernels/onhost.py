@@ -38,6 +38,10 @@ def memory(array: mx.array) -> npt.NDArray[Any]:
     return found.reshape(*array.shape, array.dtype.size)
 
 
+#: Where to emulate, and what was compiled.
+Compiled = tuple[Path, dict[Instance, Emulator]]
+
+
 class _Verdict(Protocol):
     def cache_clear(self) -> None: ...
 
@@ -105,9 +109,7 @@ class Host:
 
 
 @contextmanager
-def emulated(
-    patch: pytest.MonkeyPatch, compiled: tuple[Path, dict[Instance, Emulator]], *verdicts: _Verdict
-) -> Iterator[Host]:
+def emulated(patch: pytest.MonkeyPatch, compiled: Compiled, *verdicts: _Verdict) -> Iterator[Host]:
     """Have kernels run on the host; `verdicts` of others are forgotten, and then these."""
     found = Host(*compiled)
     patch.setattr(launch, "_kernel", found.kernel)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +16,7 @@ from modelpack_engine.attention.kernels import AttentionShape, launch, order, pr
 from modelpack_engine.attention.kernels.sources import Body
 from modelpack_engine.attention.quantised import Quantisation
 from tests.engine.kernels.cases import CASES, SOFTCAP, Case, expected, make_inputs
-from tests.engine.kernels.onhost import Host, memory
+from tests.engine.kernels.onhost import Compiled, Host, emulated, memory
 
 FLOATS = [case for case in CASES if case.pool == case.q == "float" or case.shape.latent]
 
@@ -27,20 +26,13 @@ def _nothing_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "_verdicts", {})
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, Any]]:
-    return tmp_path_factory.mktemp("onhost"), {}
-
-
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, compiled: tuple[Path, dict[Any, Any]]) -> Host:
+def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
     """A GPU, emulated; probes are made smaller."""
-    found = Host(*compiled)
-    monkeypatch.setattr(launch, "_kernel", found.kernel)
-    monkeypatch.setattr(launch, "backend", lambda: "metal")
     monkeypatch.setattr(probes, "_WIDTH", 4)
     monkeypatch.setattr(probes, "_SLOTS", 256)
-    return found
+    with emulated(monkeypatch, compiled) as found:
+        yield found
 
 
 def run(case: Case, **more: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -14,16 +13,11 @@ from mlx_lm.models import gated_delta, ssm
 from modelpack_engine import recurrence
 from modelpack_engine.attention.kernels import launch
 from modelpack_engine.recurrence import delta_rule, installing, state_space
-from tests.engine.kernels.onhost import Host, emulated
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, Any]]:
-    return tmp_path_factory.mktemp("recurrence"), {}
+from tests.engine.kernels.onhost import Compiled, Host, emulated
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, compiled: tuple[Path, dict[Any, Any]]) -> Iterator[Host]:
+def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
     with emulated(monkeypatch, compiled, state_space.verdict, delta_rule.verdict) as found:
         yield found
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,18 +14,13 @@ from modelpack_engine.sampler import NO_TOKEN, Sampler, SampleRow
 from modelpack_engine.sampling import draw, drawing
 from modelpack_engine.sampling.plan import Draws, Entry, plan_draws
 from modelpack_engine.sampling_params import SamplingParams
-from tests.engine.kernels.onhost import Host, emulated
+from tests.engine.kernels.onhost import Compiled, Host, emulated
 
 WIDE, ODD = 1024, 301
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, Any]]:
-    return tmp_path_factory.mktemp("draws"), {}
-
-
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, compiled: tuple[Path, dict[Any, Any]]) -> Iterator[Host]:
+def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
     with emulated(monkeypatch, compiled, drawing.verdict) as found:
         yield found
 
@@ -101,6 +94,7 @@ EXTREME = [
     SamplingParams(top_k=ODD - 1, top_p=0.999),
     SamplingParams(top_k=7, top_p=0.5, min_p=0.5),
     SamplingParams(top_k=ODD + 1, min_p=0.001),
+    SamplingParams(top_k=10**12, top_p=0.9),
     SamplingParams(temperature=0, top_k=3),
 ]
 
