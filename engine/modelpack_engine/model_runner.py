@@ -71,7 +71,8 @@ class ModelRunner:
     quantised pools are put in place when the self-test has found a tier without. `exact` shapes
     are for CPUs, where a new shape costs nothing; the default follows MLX's default device. `paged`
     False asks for the contiguous tier; by default, vllm-metal's VLLM_METAL_USE_PAGED_ATTENTION=0
-    does. Steps are `compiled` by default where a kernel writes the pools.
+    does. Steps are `compiled` by default where a kernel writes the pools. On GPUs, the self-test
+    tries a `full_step`, too: prompts of so many tokens each.
 
     `tier` and `notes` say how the model runs; `supports_prefix_cache` is False in the contiguous
     tier. Raises `OutOfMemoryError` if the pools do not fit, `ModelLoadError` if mlx-lm cannot.
@@ -90,6 +91,7 @@ class ModelRunner:
         paged: bool | None = None,
         compiled: bool | None = None,
         kv_cache_dtype: KVCacheDtype = "auto",
+        full_step: tuple[int, ...] = (),
     ) -> None:
         handles.install()
         rotations.install()
@@ -119,6 +121,7 @@ class ModelRunner:
             self.layout = with_cache_type(self.layout, kv_cache_dtype)
             if compiled is None:
                 compiled = not exact and kernels.available().write
+            self._full_step = () if exact else full_step
             self._adapt(self.layout, self_test, compiled)
         if self._adapted is None:
             if kv_cache_dtype != "auto":
@@ -137,6 +140,7 @@ class ModelRunner:
             buckets=sizes.buckets,
             self_test=config.self_test,
             kv_cache_dtype=parse_kv_cache_dtype(config.kv_cache_dtype),
+            full_step=sizes.full_step(config),
         )
 
     # Load.
@@ -156,7 +160,10 @@ class ModelRunner:
         """Find the best tier: all on rows, then more and more attention modules in pieces."""
         in_pieces: frozenset[str] = frozenset()
         quantised = layout.quantised
-        num_blocks = tests.blocks_needed(self.block_size) if quantised else self.num_blocks
+        num_blocks = self.num_blocks
+        if quantised:
+            full = tests.blocks_needed(self.block_size, self._full_step)
+            num_blocks = max(tests.blocks_needed(self.block_size), full)
         fold = mx.cuda.is_available()
         fused = self._can_fuse(layout)
         while True:
@@ -247,6 +254,7 @@ class ModelRunner:
                 vocab_size=layout.vocab_size,
                 compute=self_test,
                 tolerance=tolerance,
+                full_step=self._full_step if tolerance is None else (),
             )
         except LostHandleError as error:
             return str(error), adapted.owner_class(error)

@@ -69,6 +69,17 @@ class Sizes:
             buckets=self.buckets,
         )
 
+    def full_step(self, config: EngineConfig) -> tuple[int, ...]:
+        """Return how long prompts are that fill a step, as far as blocks and requests go."""
+        length = min(self.scheduler_config(config).chunk_rows, self.max_model_len)
+        blocks = -(-length // config.block_size)
+        count = min(
+            self.max_num_batched_tokens // length,
+            (self.num_blocks - 1) // blocks,
+            config.max_num_seqs,
+        )
+        return (length,) * count
+
     def step_shapes(self, config: EngineConfig, rows: int = 0) -> list[StepShape]:
         """Return the shapes of steps of these sizes, up to `rows` decode rows if that is more."""
         limits = self.scheduler_config(config)

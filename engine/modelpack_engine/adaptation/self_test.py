@@ -3,11 +3,14 @@
 Two sequences of 21 tokens in all, their blocks out of order: a prompt in two chunks, the second one
 beside another sequence's decode row, then both decoding. The logits of every sampled row are
 compared with those of one plain forward per sequence.
+
+On a GPU, a full step of prompts is compared as well: which kernels run depends on how many rows
+there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,13 +27,18 @@ _TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 2e-2}
 #: A model that is further from itself, if it computes a prompt in two parts, may be so many
 #: times as far; but no further than this.
 _NOISE, _MOST = 4, 0.5
+#: How far the rows of a full step may be, on average; what is wrong is near 1.
+_FULL = 0.1
 #: `_TOLERANCE` where keys and values have so many bits: more is worth a warning.
 QUANTISED = {8: 2e-2, 4: 0.2}
 
 
-def blocks_needed(block_size: int) -> int:
-    """Return how many blocks the test writes to, the trash block included."""
-    return 1 + sum(-(-length // block_size) for length in _LENGTHS.values())
+def blocks_needed(block_size: int, prompts: Iterable[int] = _LENGTHS.values()) -> int:
+    """Return how many blocks sequences of these lengths take, the trash block included.
+
+    By default they are those of `compare`.
+    """
+    return 1 + sum(-(-length // block_size) for length in prompts)
 
 
 def compare(
@@ -41,17 +49,16 @@ def compare(
     vocab_size: int,
     compute: bool = True,
     tolerance: float | None = None,
+    full_step: Sequence[int] = (),
 ) -> str | None:
     """Return None if `forward` agrees with mlx-lm, else what is wrong.
 
     `model` is called with mlx-lm's own cache, which swapped classes leave alone. What `forward`
     raises is passed on. Without `compute`, the steps are only built, which is enough to find layers
-    that lose their handles. `tolerance` is by default that of the logits' type.
+    that lose their handles. `tolerance` is by default that of the logits' type. With a `full_step`,
+    one more step is compared, of prompts of these lengths.
     """
-    tokens = {
-        seq_id: [(5 * i * i + 3 * i + seq_id) % min(vocab_size, 241) for i in range(length)]
-        for seq_id, length in _LENGTHS.items()
-    }
+    tokens = _tokens(_LENGTHS, vocab_size)
     steps = _steps(tokens, block_size)
     if not compute:
         for batch, _ in steps:
@@ -76,7 +83,53 @@ def compare(
                 f"{len(batch.chunks)} chunks are off by {distance:.2g} (1 - cosine), "
                 f"expected at most {limit:.2g}"
             )
-    return None
+    if not full_step:
+        return None
+    tokens = _tokens(dict(enumerate(full_step, 1)), vocab_size)
+    return _compare_full(model, forward, tokens, block_size)
+
+
+def _compare_full(
+    model: nn.Module,
+    forward: Callable[[StepBatch, mx.array], mx.array],
+    tokens: dict[int, list[int]],
+    block_size: int,
+) -> str | None:
+    """Return what is wrong with a step of whole prompts, if anything is."""
+    blocks = list(range(1, blocks_needed(block_size, map(len, tokens.values()))))
+    chunks = [(seq_id, 0, len(ids)) for seq_id, ids in tokens.items()]
+    tables = _tables(tokens, blocks, block_size)
+    batch, _ = _step(tokens, tables, block_size, decode=[], chunks=chunks)
+    logits = forward(batch, mx.array(batch.token_ids, mx.int32))
+    distances = []
+    for row, ids in zip(logits, tokens.values(), strict=True):
+        expected = model(mx.array([ids]), cache=make_prompt_cache(model))[:, -1]
+        distances.append(float(_distance(row[None], expected)))
+    distance = sum(distances) / len(distances)
+    if distance <= _FULL:
+        return None
+    return (
+        f"logits of a step with prompts of {len(batch.token_ids)} tokens are off by {distance:.2g} "
+        f"(1 - cosine, their mean), expected at most {_FULL}"
+    )
+
+
+def _tokens(lengths: dict[int, int], vocab_size: int) -> dict[int, list[int]]:
+    """Return sequences of these lengths, by their ids."""
+    return {
+        seq_id: [(5 * i * i + 3 * i + seq_id) % min(vocab_size, 241) for i in range(length)]
+        for seq_id, length in lengths.items()
+    }
+
+
+def _tables(
+    tokens: dict[int, list[int]], blocks: list[int], block_size: int
+) -> dict[int, list[int]]:
+    """Return block tables of the sequences, of the last of `blocks` first."""
+    return {
+        seq_id: [blocks.pop() for _ in range(-(-len(ids) // block_size))]
+        for seq_id, ids in tokens.items()
+    }
 
 
 def _noise(model: nn.Module, tokens: dict[int, list[int]], expected: dict[int, mx.array]) -> float:
@@ -108,10 +161,7 @@ def _steps(
     tokens: dict[int, list[int]], block_size: int
 ) -> list[tuple[StepBatch, list[tuple[int, int]]]]:
     """Return the steps, each with what its logits are of: (sequence, position)."""
-    blocks = list(range(1, blocks_needed(block_size)))
-    tables = {}
-    for seq_id, ids in tokens.items():
-        tables[seq_id] = [blocks.pop() for _ in range(-(-len(ids) // block_size))]
+    tables = _tables(tokens, list(range(1, blocks_needed(block_size))), block_size)
     return [
         _step(tokens, tables, block_size, decode=[], chunks=[(1, 0, 1), (2, 0, 9)]),
         _step(tokens, tables, block_size, decode=[(1, 1)], chunks=[(2, 9, 17)]),

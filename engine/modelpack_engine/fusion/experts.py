@@ -65,7 +65,7 @@ def _give(experts: Any, rows: mx.array, chosen: mx.array) -> tuple[mx.array, Dis
     swiglu = type(experts.activation) is SwiGLU
     alike = _kind(gate) == _kind(up)
     if not (alike and expert_products.takes(rows, gate, pairs, swiglu=swiglu)):
-        wide = take_rows(rows, sent.source)[:, None]
+        wide = _one_by_one(take_rows(rows, sent.source))
         hidden = experts.activation(
             *(layer(wide, sent.experts, True) for layer in (experts.up_proj, experts.gate_proj))
         )[:, 0]
@@ -77,7 +77,16 @@ def _give(experts: Any, rows: mx.array, chosen: mx.array) -> tuple[mx.array, Dis
         )
     if expert_products.takes(hidden, down, pairs, swiglu=swiglu):
         return expert_products.multiply(hidden, down, sent), sent
-    return experts.down_proj(hidden[:, None], sent.experts, True)[:, 0], sent
+    return experts.down_proj(_one_by_one(hidden), sent.experts, True)[:, 0], sent
+
+
+def _one_by_one(rows: mx.array) -> mx.array:
+    """Return rows [n, dim] as [n, 1, dim].
+
+    Not by `rows[:, None]`: that axis has a stride of 1, which MLX's `gather_mm` on CUDA takes for
+    the distance of the rows, if their experts are sorted (seen with MLX 0.32.4).
+    """
+    return rows.reshape(rows.shape[0], 1, -1)
 
 
 def _weights_of(layer: Any) -> Weights:

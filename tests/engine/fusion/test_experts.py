@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models.deepseek_v3 import group_expert_select
-from mlx_lm.models.switch_layers import SwitchGLU
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from modelpack_engine.adaptation.swaps import ClassSwaps
 from modelpack_engine.fusion import expert_kernels
@@ -158,6 +158,28 @@ def test_few_pairs_go_mlx_s_way(host: Host) -> None:
     fuse_experts(experts, step, ClassSwaps())
     experts(mx.zeros((2, 1, 32)), mx.zeros((2, 1, 2), mx.uint32))
     assert not host.calls
+
+
+def test_sorted_rows_lie_as_far_apart_as_their_strides_say(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX on CUDA reads sorted rows by the stride of an axis of size 1."""
+    strides: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    original: Any = SwitchLinear.__call__
+
+    def call(layer: Any, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> Any:
+        if sorted_indices:
+            view = memoryview(x)  # type: ignore[arg-type]
+            assert view.strides is not None
+            strides.append((x.shape, tuple(n // view.itemsize for n in view.strides)))
+        return original(layer, x, indices, sorted_indices)
+
+    monkeypatch.setattr(SwitchLinear, "__call__", call)
+    experts: Any = SwitchGLU(32, 16, 4)
+    fuse_experts(experts, SimpleNamespace(active=True), ClassSwaps())  # type: ignore[arg-type]
+    experts(mx.ones((ROWS, 1, 32)), mx.zeros((ROWS, 1, 2), mx.uint32))
+    wide, narrow = ((ROWS * 2, 1, dim) for dim in (32, 16))
+    assert strides == [(shape, (shape[2], shape[2], 1)) for shape in (wide, wide, narrow)]
 
 
 def test_only_models_that_have_experts_are_known_to() -> None:

@@ -65,6 +65,14 @@ class Meddling(Attention):
         return super().__call__(x, mask, cache) + mx.arange(x.shape[0])[:, None, None]
 
 
+class Crowded(Attention):
+    """Computes something else where a step has many rows."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        found = super().__call__(x, mask, cache)
+        return found if x.shape[0] < 64 else 40 * mx.arange(8) - found
+
+
 class Model(nn.Module):
     """Layers of the given attention over a vocabulary of 32."""
 

@@ -12,6 +12,7 @@ import pytest
 
 from modelpack_engine import gpu_memory, sizing
 from modelpack_engine.adaptation.activations import StepMemory, step_memory
+from modelpack_engine.buckets import FEW
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.errors import OutOfMemoryError
 from modelpack_engine.pool import device_memory
@@ -85,6 +86,24 @@ def test_steps_have_fewer_rows_where_these_take_much(
     config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=asked, kv_cache_bytes=GIB)
     found = sizing.choose_sizes(LAYOUT, 4096, config, step_memory=StepMemory(per_row))
     assert found.max_num_batched_tokens == rows
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "max_model_len", "max_num_seqs", "expected"),
+    [
+        (1000, 4096, 64, (512,) * 4),
+        (65, 4096, 64, (512,) * 2),  # as many as the blocks hold
+        (1000, 4096, 3, (512,) * 3),
+        (1000, 100, 64, (100,) * 20),
+        (21, 300, 64, (300,)),
+        (2, 17, 64, ()),
+    ],
+)
+def test_prompts_that_fill_a_step(
+    num_blocks: int, max_model_len: int, max_num_seqs: int, expected: tuple[int, ...]
+) -> None:
+    sizes = sizing.Sizes(num_blocks, max_model_len, 2048, FEW, max_prefill_chunk=512)
+    assert sizes.full_step(EngineConfig(max_num_seqs=max_num_seqs)) == expected
 
 
 def test_a_gpu_that_others_fill_has_no_room(gpu: Any) -> None:

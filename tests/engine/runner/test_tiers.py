@@ -13,11 +13,15 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from modelpack_engine.adaptation import self_test
 from modelpack_engine.adaptation.layout import find_layout, kv_bytes_per_token
 from modelpack_engine.adaptation.warm_up import StepShape
+from modelpack_engine.buckets import FEW
+from modelpack_engine.config import EngineConfig
 from modelpack_engine.errors import ModelLoadError, OutOfMemoryError
 from modelpack_engine.model_runner import ModelRunner
+from modelpack_engine.sizing import Sizes
 from tests.engine.runner.models import (
     Attention,
     Copying,
+    Crowded,
     Meddling,
     Model,
     decode,
@@ -83,6 +87,28 @@ def test_wrong_logits_are_found_by_the_self_test(caplog: pytest.LogCaptureFixtur
     runner = check(make_model(Attention, Meddling), "pieces")
     assert any("are off by" in note for note in runner.notes)
     assert any(record.levelno == logging.WARNING for record in caplog.records)
+
+
+def test_what_is_wrong_with_many_rows_is_found_by_a_full_step() -> None:
+    options: Any = {"num_blocks": 8, "exact": False}
+    right = ModelRunner(make_model(Attention), full_step=(40, 40), **options)
+    assert (right.tier, right.notes) == ("handles", ())
+    assert ModelRunner(make_model(Crowded), full_step=(30, 30), **options).tier == "handles"
+    wrong = ModelRunner(make_model(Crowded), full_step=(40, 40), **options)
+    assert wrong.tier == "pieces"
+    assert "prompts of 80 tokens are off by" in wrong.notes[0]
+
+
+def test_an_engine_s_runner_is_asked_for_a_full_step() -> None:
+    asked: dict[str, Any] = {}
+
+    class Runner(ModelRunner):
+        def __init__(self, model: nn.Module, **options: Any) -> None:
+            asked.update(options)
+
+    sizes = Sizes(100, 200, 400, FEW, max_prefill_chunk=128)
+    Runner.sized(make_model(Attention), sizes, EngineConfig(max_num_seqs=2))
+    assert asked["full_step"] == (128, 128)
 
 
 class Shaky(Attention):
