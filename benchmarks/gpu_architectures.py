@@ -8,7 +8,9 @@ MLX_USE_CUDA_GRAPHS says otherwise: for the peer with MLX's own choice, set it t
 
 Random bfloat16 weights of small models of each kind. 128 requests of load M's lengths (prompts of
 64-1024 tokens, answers of 32-256), 64 at once; one round of each warms up, then one of each counts.
-Prints a JSON object a model, and two on the way.
+Prints a JSON object a model, and two on the way. `first_tokens_equal` is the share of 32 prompts
+after which ours chooses the token that a plain forward pass does: near 1, as some choices are close
+in bfloat16.
 """
 
 from __future__ import annotations
@@ -176,9 +178,12 @@ def requests(seed: int, count: int = REQUESTS) -> list[tuple[list[int], int]]:
     ]
 
 
-def ours(engine: Engine, work: list[tuple[list[int], int]], name: str) -> float:
-    """Return output tokens a second, AT_ONCE requests at once."""
+def ours(
+    engine: Engine, work: list[tuple[list[int], int]], name: str
+) -> tuple[float, dict[int, int]]:
+    """Return output tokens a second, AT_ONCE requests at once, and the first one of each."""
     start, count = time.perf_counter(), 0
+    first: dict[int, int] = {}
     waiting = list(enumerate(work))
     running = 0
     while waiting or engine.has_work:
@@ -190,7 +195,9 @@ def ours(engine: Engine, work: list[tuple[list[int], int]], name: str) -> float:
         for event in engine.step():
             count += len(event.token_ids)
             running -= event.finish_reason is not None
-    return count / (time.perf_counter() - start)
+            if event.token_ids:
+                first.setdefault(int(event.request_id.removeprefix(f"{name}-")), event.token_ids[0])
+    return count / (time.perf_counter() - start), first
 
 
 def theirs(model: Any, work: list[tuple[list[int], int]]) -> float:
@@ -208,6 +215,11 @@ def theirs(model: Any, work: list[tuple[list[int], int]]) -> float:
     return count / elapsed
 
 
+def alone(model: Any, work: list[tuple[list[int], int]]) -> list[int]:
+    """Return the token after each prompt, by a plain forward pass of the model."""
+    return [int(mx.argmax(model(mx.array([token_ids]))[0, -1])) for token_ids, _ in work]
+
+
 def measure(name: str, *, peer_only: bool) -> dict[str, Any]:
     """Return both rates for one architecture, and how ours ran."""
     model = make_model(name)
@@ -222,6 +234,7 @@ def measure(name: str, *, peer_only: bool) -> dict[str, Any]:
     if peer_only:
         return found
     print(json.dumps(found), flush=True)
+    wanted = alone(model, requests(7)[:32])
     loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, Silent(), name, CONTEXT, (), 0)
     config = EngineConfig(max_num_seqs=AT_ONCE, kv_cache_bytes=4 << 30, max_model_len=CONTEXT)
     start = time.perf_counter()
@@ -229,12 +242,13 @@ def measure(name: str, *, peer_only: bool) -> dict[str, Any]:
     up = time.perf_counter() - start
     print(json.dumps({"architecture": name, "start_s": round(up, 1)}), flush=True)
     ours(engine, requests(8), "warm")
-    rate = ours(engine, requests(7), "counts")
+    rate, first = ours(engine, requests(7), "counts")
     stats = engine.stats()
     return {
         **found,
         "ours": round(rate),
         "ratio": peer and round(rate / peer, 2),
+        "first_tokens_equal": sum(first[i] == token for i, token in enumerate(wanted)) / 32,
         "start_s": round(up, 1),
         "notes": engine.notes,
         "host_s": [
