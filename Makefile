@@ -1,5 +1,8 @@
 # The two commands of the README: each makes .venv itself and needs only Python >= 3.11.
 
+# What is compiled is kept, for three workers and the hundreds of processes that tests start.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-long check docs format wheel bench clean
 
 demo: .venv/.engine

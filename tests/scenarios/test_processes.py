@@ -12,6 +12,7 @@ import pytest
 import modelpack
 from modelpack.digest import Digest
 from modelpack.manifest import Manifest
+from modelpack.stores.scattering import SAVE
 from tests.models import tiny_gguf
 from tests.registry.faulty import Exchange, FaultyRegistry, Reply
 from tests.scenarios.processes import finish, run, run_measured, start, wait_until
@@ -63,6 +64,7 @@ def test_01_a_killed_pull_resumes(tmp_path: Path) -> None:
         wait_until(lambda: staged_bytes(store) > size * 55 // 100, "60 % of the blob")
         process.kill()
         assert finish(process).code == -signal.SIGKILL
+        kept = staged_bytes(store)
         assert not list(store.glob(f"blobs/sha256/{blob.digest.encoded}"))
         assert run("--store", store, "list", "-q").out == ""
 
@@ -72,7 +74,8 @@ def test_01_a_killed_pull_resumes(tmp_path: Path) -> None:
         assert again.code == 0, again.err
         rest = registry.seen("GET", path)[len(before) :]
         asked = [asked_bytes(exchange.headers["range"], blob.size) for exchange in rest]
-        assert 0 < sum(asked) < blob.size * 45 // 100
+        # Where one connection is slow there are several, and a journal of what each has brought.
+        assert 0 < sum(asked) < blob.size - kept + SAVE + MIB
     stored = store / "blobs" / "sha256" / blob.digest.encoded
     assert Digest.of(stored.read_bytes()) == blob.digest
     assert staged_bytes(store) == 0
