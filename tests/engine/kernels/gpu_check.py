@@ -14,7 +14,14 @@ import mlx.core as mx
 import pytest
 
 from modelpack_engine.attention import kernels
-from modelpack_engine.attention.kernels import AttentionShape, launch, naive, probes, support
+from modelpack_engine.attention.kernels import (
+    AttentionShape,
+    binaries,
+    launch,
+    naive,
+    probes,
+    support,
+)
 from modelpack_engine.attention.kernels.plan import plan_decode
 from modelpack_engine.attention.quantised import Quantisation
 from modelpack_engine.sampling import drawing
@@ -64,6 +71,11 @@ DECODES = [(name, "bf16") for name in SHAPES]
 DECODES += [
     (name, dtype) for name in ("llama-1b", "gemma2", "gpt-oss", "odd") for dtype in ("f16", "f32")
 ]
+
+
+@pytest.mark.skipif(launch.backend() != "cuda", reason="MLX compiles for CUDA only")
+def test_mlx_finds_what_we_compile() -> None:
+    assert binaries.found_by_mlx()
 
 
 @pytest.mark.parametrize(("name", "dtype"), DECODES)

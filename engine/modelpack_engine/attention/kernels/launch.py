@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from modelpack_engine.attention.kernels import binaries
 from modelpack_engine.attention.kernels.plan import (
     MERGE_SIMDGROUPS,
     QUANTISED_PART,
@@ -85,7 +86,7 @@ def _made(found: KernelSource, on: Backend, shared_bytes: int = 0) -> Kernel:
         header=found.header,
         **more,
     )
-    return made
+    return binaries.prepared(made, found) if on == "cuda" else made
 
 
 @cache

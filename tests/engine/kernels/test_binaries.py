@@ -1,0 +1,321 @@
+"""Binaries of our kernels for CUDA, made without a GPU: their names, and that they compile."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from modelpack_engine.attention.kernels import binaries, launch, nvrtc, prefill, probes
+from modelpack_engine.attention.kernels.binaries import compile_kernel
+from modelpack_engine.attention.kernels.generated import (
+    GeneratedKernel,
+    binaries_folder,
+    std_hash,
+)
+from modelpack_engine.attention.kernels.plan import AttentionShape
+from modelpack_engine.attention.kernels.sources import KernelSource, kernel_source
+from modelpack_engine.attention.quantised import Quantisation
+from modelpack_engine.fusion import expert_kernels, expert_products, products
+from modelpack_engine.fusion import kernels as fused
+from modelpack_engine.recurrence import delta_rule, state_space
+from modelpack_engine.sampling import drawing
+from tests.peers import require
+
+SOURCE = KernelSource("paged_x_12ab", "// ours\n", "  out[0] = a_shape[0];", ("a", "n"), ("out",))
+INPUTS = [mx.zeros((2, 3), mx.bfloat16), mx.array(1.0)]
+TEMPLATE = [("T", mx.bfloat16), ("S", mx.float32), ("SPLIT", True), ("WIDTH", 8)]
+#: What MLX 0.32.4 makes of this, without its own headers.
+TEXT = """\
+// ours
+namespace mlx::core::cu {
+
+namespace cg = cooperative_groups;
+
+__global__ void custom_kernel_paged_x_12ab_bfloat16_t_float_t_8(
+    const __nv_bfloat16* a,
+    const __grid_constant__ Shape a_shape,
+    const float* n,
+    uint32_t* out) {
+  using T = __nv_bfloat16;
+  using S = float;
+  constexpr bool SPLIT = true;
+  constexpr int WIDTH = 8;
+
+  out[0] = a_shape[0];
+}
+
+} // namespace mlx::core::cu
+"""
+
+
+HASH = """
+#include <iostream>
+#include <string>
+int main() {
+  for (std::string line; std::getline(std::cin, line);)
+    std::cout << std::hash<std::string>{}(line) << std::endl;
+}
+"""
+
+
+@dataclass
+class Compiler:
+    """Takes the place of NVRTC: the binary is the text."""
+
+    texts: list[str] = field(default_factory=list)
+    error: str = ""
+
+    def compile(self, text: str, name: str, architecture: str) -> nvrtc.Compiled:
+        self.texts.append(text)
+        if self.error:
+            raise nvrtc.CompileError(self.error)
+        return nvrtc.Compiled(f"{architecture} {name} {text}".encode(), "_Z1x")
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
+    found = Compiler()
+    monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path / "ptx"))
+    monkeypatch.setattr(nvrtc, "find", lambda: found)
+    monkeypatch.setattr(binaries, "_architecture", lambda: "sm_90a")
+    monkeypatch.setattr(binaries, "found_by_mlx", lambda: True)
+    return found
+
+
+def kernel() -> GeneratedKernel:
+    return GeneratedKernel(SOURCE, INPUTS, TEMPLATE, [mx.uint32])
+
+
+def prepare() -> None:
+    binaries.prepare(SOURCE, INPUTS, TEMPLATE, [mx.uint32])
+
+
+def test_the_text_is_mlx_s() -> None:
+    assert kernel().text == TEXT
+    assert kernel().function == "custom_kernel_paged_x_12ab_bfloat16_t_float_t_8"
+
+
+def test_the_hash_is_the_standard_library_s(tmp_path: Path) -> None:
+    program = tmp_path / "hash.cpp"
+    program.write_text(HASH)
+    subprocess.run([require("g++"), program, "-o", tmp_path / "hash"], check=True)
+    lines = ["", *(TEXT.replace("\n", " ")[:n] for n in (*range(1, 20), 64, 200)), "ä€𝄞" * 9]
+    done = subprocess.run(
+        [tmp_path / "hash"],
+        input="\n".join(lines) + "\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [std_hash(line.encode()) for line in lines] == list(map(int, done.stdout.split()))
+
+
+def test_a_binary_is_made_once(compiler: Compiler, tmp_path: Path) -> None:
+    prepare()
+    prepare()
+    (text,) = compiler.texts
+    assert text == binaries.PRELUDE + TEXT
+    code = tmp_path / "ptx" / f"{kernel().path}.ptx"
+    assert code.read_bytes().startswith(b"sm_90a mlx::core::cu::custom_kernel_paged_x_12ab_")
+    symbol, digest = code.with_suffix(".txt").read_text().splitlines()
+    assert symbol == f"mlx::core::cu::{kernel().function}\t_Z1x"
+    assert "\t" not in digest
+    assert sorted(path.suffix for path in (tmp_path / "ptx").iterdir()) == [".ptx", ".txt"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"half of", None])
+def test_a_damaged_binary_is_made_again(
+    compiler: Compiler, tmp_path: Path, damage: bytes | None
+) -> None:
+    prepare()
+    code = tmp_path / "ptx" / f"{kernel().path}.ptx"
+    whole = code.read_bytes()
+    if damage is None:
+        code.with_suffix(".txt").unlink()
+    else:
+        code.write_bytes(damage)
+    prepare()
+    assert len(compiler.texts) == 2
+    assert code.read_bytes() == whole
+
+
+def test_long_names_are_folders_as_in_mlx(compiler: Compiler, tmp_path: Path) -> None:
+    long = [*TEMPLATE, *((f"N{i}", 10**9 + i) for i in range(25))]
+    binaries.prepare(SOURCE, INPUTS, long, [mx.uint32])
+    path = GeneratedKernel(SOURCE, INPUTS, long, [mx.uint32]).path
+    assert [len(part) > 200 for part in path.parts] == [True, False]
+    assert (tmp_path / "ptx" / f"{path}.ptx").is_file()
+    binaries.prepare(SOURCE, INPUTS, long, [mx.uint32])
+    assert len(compiler.texts) == 1
+
+
+def test_what_cannot_be_made_is_left_to_mlx(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler.error = "identifier x is undefined"
+    prepare()
+    compiler.error = ""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path / "file"))
+    prepare()
+    monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path / "ptx"))
+    binaries.prepare(SOURCE, [mx.zeros((1,), mx.complex64), INPUTS[1]], TEMPLATE, [mx.uint32])
+    monkeypatch.setattr(binaries, "found_by_mlx", lambda: False)
+    prepare()
+    assert len(compiler.texts) == 1
+    assert not (tmp_path / "ptx").exists()
+
+
+def test_kernels_are_prepared_before_their_first_call(compiler: Compiler, tmp_path: Path) -> None:
+    there: list[int] = []
+
+    def run(**_: Any) -> list[mx.array]:
+        there.append(len(list((tmp_path / "ptx").glob("*.ptx"))))
+        return []
+
+    call = binaries.prepared(run, SOURCE)
+    for width in (8, 8, 9):
+        call(inputs=INPUTS, template=[("WIDTH", width)], output_dtypes=[mx.uint32], grid=(1, 1, 1))
+    call(inputs=[INPUTS[1]] * 2, template=[("WIDTH", 9)], output_dtypes=[mx.uint32])
+    assert there == [1, 1, 2, 3]
+
+
+def fake_mlx(folder: Path, looks: bool, error: str = "") -> Callable[..., Any]:
+    """Return `mx.fast.cuda_kernel` of an MLX that looks for binaries, or does not."""
+
+    def make(**_: Any) -> Any:
+        def run(**_: Any) -> list[mx.array]:
+            if error:
+                raise RuntimeError(error)
+            (code,) = folder.glob("*.ptx")
+            return [mx.array([1 if looks and b"out[0] = 1" in code.read_bytes() else 0])]
+
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("looks", "error", "found"), [(True, "", True), (False, "", False), (True, "no image", False)]
+)
+def test_whether_mlx_looks_is_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, looks: bool, error: str, found: bool
+) -> None:
+    compiler = Compiler()
+    monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "find", lambda: compiler)
+    monkeypatch.setattr(binaries, "_architecture", lambda: "sm_90a")
+    monkeypatch.setattr(mx.fast, "cuda_kernel", fake_mlx(tmp_path, looks, error))
+    binaries.found_by_mlx.cache_clear()
+    try:
+        assert binaries.found_by_mlx() is found
+        compiler.error = "there is no compiler"
+        binaries.found_by_mlx.cache_clear()
+        assert not binaries.found_by_mlx()
+    finally:
+        binaries.found_by_mlx.cache_clear()
+    assert not list(tmp_path.iterdir()), "a binary that is not the text's stays nowhere"
+
+
+def test_where_mlx_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_PTX_CACHE_DIR", "/some/where")
+    assert binaries_folder() == Path("/some/where")
+    monkeypatch.delenv("MLX_PTX_CACHE_DIR")
+    monkeypatch.setenv("TMPDIR", "/else/where")
+    assert binaries_folder() == Path("/else/where/mlx", mx.__version__, "ptx")
+
+
+# With NVIDIA's own compiler.
+
+
+class Compiling:
+    """Takes the place of `launch._kernel`: kernels are compiled, and give zeros."""
+
+    def __init__(self, architecture: str) -> None:
+        self.architecture = architecture
+        self.compiler = nvrtc.find()
+        self.done: set[Path] = set()
+
+    def kernel(
+        self, body: Any, on: Any, *, split: bool = False, shared_bytes: int = 0
+    ) -> tuple[Any, KernelSource]:
+        source = kernel_source(body, "cuda", split=split, by_path=body in ("rows", "swiglu"))
+
+        def run(
+            *,
+            inputs: Sequence[mx.array],
+            template: Any,
+            output_shapes: Sequence[tuple[int, ...]],
+            output_dtypes: Sequence[mx.Dtype],
+            **_: Any,
+        ) -> list[mx.array]:
+            found = GeneratedKernel(source, inputs, template, output_dtypes)
+            if found.path not in self.done:
+                made = compile_kernel(found, self.architecture, self.compiler)
+                assert found.function in made.symbol
+                assert made.code.startswith(b"\x7fELF")
+                self.done.add(found.path)
+            return [mx.zeros(*of) for of in zip(output_shapes, output_dtypes, strict=True)]
+
+        return run, source
+
+
+BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
+LLAMA = AttentionShape(8, 2, 64, 64)
+SINKS = AttentionShape(8, 2, 64, 64, window=128, softcap=True, sinks=True)
+LATENT = AttentionShape(16, 1, 512, 512, 64, latent=True)
+Q8 = AttentionShape(8, 2, 64, 64, bits=8, group=64)
+CALLS: dict[str, Callable[[], object]] = {
+    "decode": lambda: probes.probe_decode(LLAMA, "cuda", BF16, BF16),
+    "decode, half": lambda: probes.probe_decode(LLAMA, "cuda", F16, F16),
+    "decode, sinks": lambda: probes.probe_decode(SINKS, "cuda", F32, BF16),
+    "decode, latent": lambda: probes.probe_decode(LATENT, "cuda", BF16, BF16),
+    "decode, q8": lambda: probes.probe_decode(Q8, "cuda", BF16, mx.uint32),
+    "write": lambda: probes.probe_write("cuda", BF16, BF16),
+    "quantise": lambda: probes.probe_quantise("cuda", BF16, Quantisation(4, 64)),
+    "prefill": lambda: prefill.probe(LLAMA, BF16),
+    "prefill, sinks": lambda: prefill.probe(SINKS, F16),
+    "fused layers": lambda: fused._compare(BF16),
+    "fused layers, float32": lambda: fused._compare(F32),
+    "routes": lambda: expert_kernels._compare(BF16),
+    "products": lambda: products._compare(BF16, 16),
+    "products, 4 bits": lambda: products._compare(F16, 4),
+    "experts": lambda: expert_products._compare(BF16, 16, 32, swiglu=True),
+    "experts, 8 bits": lambda: expert_products._compare(F16, 8, 64, swiglu=False),
+    "draws": lambda: drawing._compare(BF16, 1000),
+    "delta rule": lambda: delta_rule._compare(BF16),
+    "state space": lambda: state_space._compare(BF16),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "sm_90a",
+        pytest.param("sm_80", marks=pytest.mark.long),
+        pytest.param("sm_100a", marks=pytest.mark.long),
+    ],
+)
+def test_nvidia_s_compiler_takes_the_texts(
+    monkeypatch: pytest.MonkeyPatch, name: str, architecture: str
+) -> None:
+    compiling = Compiling(architecture)
+    monkeypatch.setattr(launch, "_kernel", compiling.kernel)
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
+    CALLS[name]()  # says that the results are wrong
+    assert compiling.done
+
+
+def test_a_text_that_is_wrong_is_refused() -> None:
+    wrong = KernelSource("wrong", "", "  out[0] = a_shap[0];", ("a",), ("out",))
+    with pytest.raises(nvrtc.CompileError, match='identifier "a_shap" is undefined'):
+        compile_kernel(
+            GeneratedKernel(wrong, INPUTS[:1], [("T", F32)], [F32]), "sm_90a", nvrtc.find()
+        )
