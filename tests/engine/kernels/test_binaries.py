@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,7 @@ def test_where_mlx_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert binaries_folder() == Path("/some/where")
     monkeypatch.delenv("MLX_PTX_CACHE_DIR")
     monkeypatch.setenv("TMPDIR", "/else/where")
-    assert binaries_folder() == Path("/else/where/mlx", mx.__version__, "ptx")
+    assert binaries_folder() == Path("/else/where/mlx", version("mlx"), "ptx")
 
 
 # With NVIDIA's own compiler.

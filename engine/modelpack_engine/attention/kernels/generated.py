@@ -71,7 +71,8 @@ def binaries_folder() -> Path:
         (place for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR") if (place := os.environ.get(name))),
         "/tmp",  # noqa: S108 - where MLX looks
     )
-    return Path(temporary) / "mlx" / mx.__version__ / "ptx"
+    version: str = mx.__version__  # type: ignore[attr-defined]
+    return Path(temporary) / "mlx" / version / "ptx"
 
 
 def std_hash(data: bytes) -> int:
