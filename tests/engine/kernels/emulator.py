@@ -90,8 +90,8 @@ def _header(sanitizers: str) -> Path:
 def _compile(sanitizers: str, *arguments: str | Path) -> None:
     done = subprocess.run(
         [
-            require("g++"), "-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-pthread",
-            *(["-g1", f"-fsanitize={sanitizers}"] if sanitizers else []),
+            require("g++"), "-std=c++17", "-O0" if sanitizers else "-O1", "-Wall", "-pthread",
+            "-Wno-unknown-pragmas", *(["-g1", f"-fsanitize={sanitizers}"] if sanitizers else []),
             "-fno-sanitize-recover=all", *arguments, "-I", STUBS,
         ],
         capture_output=True, text=True, check=False,

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import pytest
 
-from modelpack_engine.buckets import Buckets
 from tests.engine.zoo import table
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.driving import Setting
-from tests.engine.zoo.specimen import NUM_TOKENS, Specimen, make_specimen
+from tests.engine.zoo.specimen import Specimen, make_specimen
 from tests.engine.zoo.table import row
 
 
@@ -34,36 +33,6 @@ def test_mixed_steps(specimen: Specimen, rows: dict[str, str]) -> None:
     assert driver.tokens == specimen.reference.tokens
     assert stats.num_mixed_steps >= 3
     assert stats.cached_tokens == (32 if runner.supports_prefix_cache else 0)
-
-
-def test_one_at_a_time(specimen: Specimen) -> None:
-    driver = specimen.drive(Setting(max_num_seqs=1, prefix_cache=False, rows=64))
-    assert driver.tokens == specimen.reference.tokens
-    assert driver.scheduler.stats().num_mixed_steps == 0
-
-
-def test_preemption(specimen: Specimen) -> None:
-    driver = specimen.drive(Setting(blocks=7))
-    assert driver.tokens == specimen.reference.tokens
-    assert driver.scheduler.stats().num_preemptions > 0
-
-
-def test_end_of_sequence_is_seen_late(specimen: Specimen) -> None:
-    tokens = specimen.reference.tokens
-    eos = tokens[1][NUM_TOKENS // 2]
-    driver = specimen.drive(Setting(eos=frozenset([eos])))
-    expected = [t[: t.index(eos) + 1] if eos in t else t for t in tokens]
-    assert driver.tokens == expected
-    assert driver.num_sampled > sum(map(len, expected)), "a step was under way when it was seen"
-
-
-def test_bucketed_without_prefix_cache(specimen: Specimen) -> None:
-    buckets = Buckets(rows=(4, 8), chunk=(8, 16), table_width=(2, 8))
-    driver = specimen.drive(Setting(buckets=buckets, prefix_cache=False, exact=False, rows=32))
-    assert driver.tokens == specimen.reference.tokens
-    stats = driver.scheduler.stats()
-    assert stats.num_mixed_steps >= 3
-    assert stats.cached_tokens == 0
 
 
 def test_committed_table_is_what_the_code_says(rows: dict[str, str]) -> None:
