@@ -130,20 +130,34 @@ def test_a_binary_is_made_once(compiler: Compiler, tmp_path: Path) -> None:
     assert sorted(path.suffix for path in (tmp_path / "ptx").iterdir()) == [".ptx", ".txt"]
 
 
-@pytest.mark.parametrize("damage", [b"", b"half of", None])
+@pytest.mark.parametrize("suffix", [".ptx", ".txt"])
+@pytest.mark.parametrize("damage", [b"", b"half of", b"\xff\n\xfe", None])
 def test_a_damaged_binary_is_made_again(
-    compiler: Compiler, tmp_path: Path, damage: bytes | None
+    compiler: Compiler, tmp_path: Path, suffix: str, damage: bytes | None
 ) -> None:
     prepare()
-    code = tmp_path / "ptx" / f"{kernel().path}.ptx"
-    whole = code.read_bytes()
+    files = sorted((tmp_path / "ptx").iterdir())
+    before = [file.read_bytes() for file in files]
+    (damaged,) = (file for file in files if file.suffix == suffix)
     if damage is None:
-        code.with_suffix(".txt").unlink()
+        damaged.unlink()
     else:
-        code.write_bytes(damage)
+        damaged.write_bytes(damage)
     prepare()
     assert len(compiler.texts) == 2
-    assert code.read_bytes() == whole
+    assert [file.read_bytes() for file in files] == before
+
+
+@pytest.mark.parametrize("what", ["_architecture", "PRELUDE"])
+def test_a_binary_for_something_else_is_replaced(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    prepare()
+    other: Any = (lambda: "sm_80") if what == "_architecture" else "// other headers"
+    monkeypatch.setattr(binaries, what, other)
+    prepare()
+    prepare()
+    assert len(compiler.texts) == 2
 
 
 def test_long_names_are_folders_as_in_mlx(compiler: Compiler, tmp_path: Path) -> None:

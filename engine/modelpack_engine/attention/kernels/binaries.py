@@ -86,7 +86,7 @@ def prepare(
         return
     try:
         kernel = GeneratedKernel(source, inputs, template, outputs)
-        binary = Binary(kernel)
+        binary = Binary(kernel, _architecture())
         if not binary.is_there:
             binary.write(compile_kernel(kernel, _architecture(), nvrtc.find()))
     except (nvrtc.CompileError, OSError, KeyError) as error:
@@ -95,19 +95,33 @@ def prepare(
 
 @cache
 def found_by_mlx() -> bool:
-    """Return whether MLX runs what lies in its folder: asked by a binary of another text."""
+    """Return whether MLX runs what lies in its folder."""
+    try:
+        found = _runs_another_text(_architecture(), nvrtc.find())
+    except (nvrtc.CompileError, OSError, KeyError, RuntimeError) as error:
+        logger.info("MLX compiles kernels itself: %s", error)
+        return False
+    if not found:
+        logger.info("MLX compiles kernels itself: it has not looked into %s", binaries_folder())
+    return found
+
+
+def _runs_another_text(architecture: str, compiler: nvrtc.Nvrtc) -> bool:
+    """Return whether MLX, given a kernel that puts out 0, runs the binary of one that does 1."""
     name = f"paged_probe_{os.getpid()}"
-    source, other = (
+    zero, one = (
         KernelSource(name, "", f"  out[0] = {value};\n", ("x",), ("out",)) for value in (0, 1)
     )
     inputs, template, dtypes = [mx.zeros((1,), mx.int32)], [("SMALL", 0)], [mx.int32]
-    binary = Binary(GeneratedKernel(source, inputs, template, dtypes))
+    compiled = compile_kernel(
+        GeneratedKernel(one, inputs, template, dtypes), architecture, compiler
+    )
+    binary = Binary(GeneratedKernel(zero, inputs, template, dtypes), architecture)
+    made: Any = mx.fast.cuda_kernel(
+        name=name, input_names=["x"], output_names=["out"], source=zero.source, header=""
+    )
     try:
-        text = GeneratedKernel(other, inputs, template, dtypes)
-        binary.write(compile_kernel(text, _architecture(), nvrtc.find()))
-        made: Any = mx.fast.cuda_kernel(
-            name=name, input_names=["x"], output_names=["out"], source=source.source, header=""
-        )
+        binary.write(compiled)
         (out,) = made(
             inputs=inputs,
             template=template,
@@ -116,42 +130,37 @@ def found_by_mlx() -> bool:
             output_shapes=[(1,)],
             output_dtypes=dtypes,
         )
-        found: bool = out.item() == 1
-    except (nvrtc.CompileError, OSError, KeyError, RuntimeError) as error:
-        logger.info("MLX compiles kernels itself: %s", error)
-        return False
+        return int(out.item()) == 1
     finally:
         with suppress(OSError):
             binary.remove()
-    if not found:
-        logger.info("MLX compiles kernels itself: it has not looked into %s", binaries_folder())
-    return found
 
 
 class Binary:
-    """What is made of a kernel, and kept in MLX's folder."""
+    """What is made of a kernel for an architecture, and kept in MLX's folder."""
 
-    def __init__(self, kernel: GeneratedKernel) -> None:
+    def __init__(self, kernel: GeneratedKernel, architecture: str) -> None:
         path = binaries_folder() / kernel.path
         self._kernel = kernel
+        self._architecture = architecture
         self._code = path.with_name(f"{path.name}.ptx")
         self._symbols = path.with_name(f"{path.name}.txt")
 
     @property
     def is_there(self) -> bool:
-        """Whether it lies there as it was written. Raises `OSError`."""
+        """Whether it lies there as it would be written. Raises `OSError`."""
         try:
-            digest = _digest(self._code.read_bytes())
-            return self._symbols.read_text().splitlines()[-1:] == [digest]
+            digest = self._digest(self._code.read_bytes())
+            return self._symbols.read_bytes().splitlines()[-1:] == [digest]
         except FileNotFoundError:
             return False
 
     def write(self, made: nvrtc.Compiled) -> None:
         """Keep what was compiled; nothing half-written is visible. Raises `OSError`."""
         # MLX reads lines that have a tab.
-        text = f"{self._kernel.name}\t{made.symbol}\n{_digest(made.code)}\n"
+        symbols = f"{self._kernel.name}\t{made.symbol}\n".encode() + self._digest(made.code)
         self._code.parent.mkdir(parents=True, exist_ok=True)
-        for target, content in ((self._symbols, text.encode()), (self._code, made.code)):
+        for target, content in ((self._symbols, symbols), (self._code, made.code)):
             _replace(target, content)
 
     def remove(self) -> None:
@@ -159,16 +168,17 @@ class Binary:
         for path in (self._code, self._symbols):
             path.unlink(missing_ok=True)
 
+    def _digest(self, code: bytes) -> bytes:
+        """Return what tells this from something else under its name: by other headers, damaged."""
+        made_by = f"{self._architecture} {PRELUDE}".encode()
+        return f"sha256 {hashlib.sha256(made_by + code).hexdigest()}".encode()
+
 
 def compile_kernel(
     kernel: GeneratedKernel, architecture: str, compiler: nvrtc.Nvrtc
 ) -> nvrtc.Compiled:
     """Compile a kernel for an architecture, without MLX's headers. Raises `CompileError`."""
     return compiler.compile(PRELUDE + kernel.text, kernel.name, architecture)
-
-
-def _digest(code: bytes) -> str:
-    return f"sha256 {hashlib.sha256(code).hexdigest()}"
 
 
 def _replace(target: Path, content: bytes) -> None:
