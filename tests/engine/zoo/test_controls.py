@@ -107,7 +107,16 @@ FAULTS = [
     Fault("states mixed up", StateRows, "finish", _mistaken, HYBRID),
     Fault("keys written late", StepInputs, "begin", _late, ("llama", "deepseek_v32")),
 ]  # fmt: skip
-CASES = [pytest.param(f, m, id=f"{f.what}-{m}") for f in FAULTS for m in f.models]
+CASES = [
+    pytest.param(
+        fault,
+        name,
+        id=f"{fault.what}-{name}",
+        marks=pytest.mark.long if fault.models[0] != name else (),
+    )
+    for fault in FAULTS
+    for name in fault.models
+]
 
 
 @cache
