@@ -126,6 +126,20 @@ def test_a_model_may_be_as_far_as_it_is_from_itself(monkeypatch: pytest.MonkeyPa
     assert any("are off by" in note for note in runner.notes)
 
 
+class Single(Attention):
+    """Says other things where it is asked for a single token that sees several."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        several = (mx.array(cache.offset) > 2).reshape(-1, 1, 1)
+        found = super().__call__(x, mask, cache)
+        return found + several * 0.02 * mx.arange(8) if x.shape[1] == 1 else found
+
+
+def test_single_tokens_may_be_computed_otherwise() -> None:
+    runner = ModelRunner(make_model(Attention, Single), num_blocks=8)
+    assert (runner.tier, runner.notes) == ("handles", ())
+
+
 class Odd(Model):
     """Keeps a cache of its own kind."""
 
