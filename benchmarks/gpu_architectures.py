@@ -248,7 +248,8 @@ def measure(name: str, *, peer_only: bool) -> dict[str, Any]:
         **found,
         "ours": round(rate),
         "ratio": peer and round(rate / peer, 2),
-        "first_tokens_equal": sum(first[i] == token for i, token in enumerate(wanted)) / 32,
+        "first_tokens_equal": sum(first[i] == token for i, token in enumerate(wanted))
+        / len(wanted),
         "start_s": round(up, 1),
         "notes": engine.notes,
         "host_s": [

@@ -160,10 +160,8 @@ class ModelRunner:
         """Find the best tier: all on rows, then more and more attention modules in pieces."""
         in_pieces: frozenset[str] = frozenset()
         quantised = layout.quantised
-        num_blocks = self.num_blocks
-        if quantised:
-            full = tests.blocks_needed(self.block_size, self._full_step)
-            num_blocks = max(tests.blocks_needed(self.block_size), full)
+        needed = tests.blocks_needed(self.block_size, self._full_step)
+        num_blocks = needed if quantised else self.num_blocks
         fold = mx.cuda.is_available()
         fused = self._can_fuse(layout)
         while True:
@@ -244,7 +242,7 @@ class ModelRunner:
         tolerance: float | None = None,
     ) -> tuple[str | None, str | None]:
         """Return what is wrong with a tier, and the class of the module at fault, if known."""
-        if tests.blocks_needed(self.block_size) > self.num_blocks:
+        if tests.blocks_needed(self.block_size, self._full_step) > self.num_blocks:
             return None, None
         try:
             problem = tests.compare(

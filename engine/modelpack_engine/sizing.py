@@ -72,10 +72,9 @@ class Sizes:
     def full_step(self, config: EngineConfig) -> tuple[int, ...]:
         """Return how long prompts are that fill a step, as far as blocks and requests go."""
         length = min(self.scheduler_config(config).chunk_rows, self.max_model_len)
-        blocks = -(-length // config.block_size)
         count = min(
             self.max_num_batched_tokens // length,
-            (self.num_blocks - 1) // blocks,
+            (self.num_blocks - 1) // _blocks(length, config.block_size),
             config.max_num_seqs,
         )
         return (length,) * count

@@ -10,7 +10,7 @@ there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,12 +33,12 @@ _FULL = 0.1
 QUANTISED = {8: 2e-2, 4: 0.2}
 
 
-def blocks_needed(block_size: int, prompts: Iterable[int] = _LENGTHS.values()) -> int:
-    """Return how many blocks sequences of these lengths take, the trash block included.
-
-    By default they are those of `compare`.
-    """
-    return 1 + sum(-(-length // block_size) for length in prompts)
+def blocks_needed(block_size: int, full_step: Sequence[int] = ()) -> int:
+    """Return how many blocks the test writes to, the trash block included."""
+    return 1 + max(
+        sum(-(-length // block_size) for length in lengths)
+        for lengths in (_LENGTHS.values(), full_step)
+    )
 
 
 def compare(
@@ -96,9 +96,8 @@ def _compare_full(
     block_size: int,
 ) -> str | None:
     """Return what is wrong with a step of whole prompts, if anything is."""
-    blocks = list(range(1, blocks_needed(block_size, map(len, tokens.values()))))
     chunks = [(seq_id, 0, len(ids)) for seq_id, ids in tokens.items()]
-    tables = _tables(tokens, blocks, block_size)
+    tables = _tables(tokens, block_size)
     batch, _ = _step(tokens, tables, block_size, decode=[], chunks=chunks)
     logits = forward(batch, mx.array(batch.token_ids, mx.int32))
     distances = []
@@ -122,10 +121,9 @@ def _tokens(lengths: dict[int, int], vocab_size: int) -> dict[int, list[int]]:
     }
 
 
-def _tables(
-    tokens: dict[int, list[int]], blocks: list[int], block_size: int
-) -> dict[int, list[int]]:
-    """Return block tables of the sequences, of the last of `blocks` first."""
+def _tables(tokens: dict[int, list[int]], block_size: int) -> dict[int, list[int]]:
+    """Return block tables of the sequences, the last blocks that they need first."""
+    blocks = list(range(1, blocks_needed(block_size, [len(ids) for ids in tokens.values()])))
     return {
         seq_id: [blocks.pop() for _ in range(-(-len(ids) // block_size))]
         for seq_id, ids in tokens.items()
@@ -165,7 +163,7 @@ def _steps(
     tokens: dict[int, list[int]], block_size: int
 ) -> list[tuple[StepBatch, list[tuple[int, int]]]]:
     """Return the steps, each with what its logits are of: (sequence, position)."""
-    tables = _tables(tokens, list(range(1, blocks_needed(block_size))), block_size)
+    tables = _tables(tokens, block_size)
     return [
         _step(tokens, tables, block_size, decode=[], chunks=[(1, 0, 1), (2, 0, 9)]),
         _step(tokens, tables, block_size, decode=[(1, 1)], chunks=[(2, 9, 17)]),

@@ -80,13 +80,20 @@ class Compiler:
 
 
 @pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
+def unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
+    """The compiler of a machine whose MLX has not been asked where it looks."""
     found = Compiler()
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path / "ptx"))
     monkeypatch.setattr(nvrtc, "find", lambda: found)
     monkeypatch.setattr(binaries, "_architecture", lambda: "sm_90a")
-    monkeypatch.setattr(binaries, "found_by_mlx", lambda: True)
     return found
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch, unasked: Compiler) -> Compiler:
+    """The compiler of a machine whose MLX finds what it made."""
+    monkeypatch.setattr(binaries, "found_by_mlx", lambda: True)
+    return unasked
 
 
 def kernel() -> GeneratedKernel:
@@ -220,22 +227,23 @@ def fake_mlx(folder: Path, looks: bool, error: str = "") -> Callable[..., Any]:
     ("looks", "error", "found"), [(True, "", True), (False, "", False), (True, "no image", False)]
 )
 def test_whether_mlx_looks_is_asked(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, looks: bool, error: str, found: bool
+    monkeypatch: pytest.MonkeyPatch,
+    unasked: Compiler,
+    tmp_path: Path,
+    looks: bool,
+    error: str,
+    found: bool,
 ) -> None:
-    compiler = Compiler()
-    monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(nvrtc, "find", lambda: compiler)
-    monkeypatch.setattr(binaries, "_architecture", lambda: "sm_90a")
-    monkeypatch.setattr(mx.fast, "cuda_kernel", fake_mlx(tmp_path, looks, error))
+    monkeypatch.setattr(mx.fast, "cuda_kernel", fake_mlx(tmp_path / "ptx", looks, error))
     binaries.found_by_mlx.cache_clear()
     try:
         assert binaries.found_by_mlx() is found
-        compiler.error = "there is no compiler"
+        unasked.error = "there is no compiler"
         binaries.found_by_mlx.cache_clear()
         assert not binaries.found_by_mlx()
     finally:
         binaries.found_by_mlx.cache_clear()
-    assert not list(tmp_path.iterdir()), "a binary that is not the text's stays nowhere"
+    assert not list((tmp_path / "ptx").iterdir()), "a binary that is not the text's stays nowhere"
 
 
 def test_where_mlx_looks(monkeypatch: pytest.MonkeyPatch) -> None:

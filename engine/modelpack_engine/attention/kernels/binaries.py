@@ -85,10 +85,10 @@ def prepare(
     if not found_by_mlx():
         return
     try:
-        kernel = GeneratedKernel(source, inputs, template, outputs)
-        binary = Binary(kernel, _architecture())
+        kernel, architecture = GeneratedKernel(source, inputs, template, outputs), _architecture()
+        binary = Binary(kernel, architecture)
         if not binary.is_there:
-            binary.write(compile_kernel(kernel, _architecture(), nvrtc.find()))
+            binary.write(compile_kernel(kernel, architecture, nvrtc.find()))
     except (nvrtc.CompileError, OSError, KeyError) as error:
         logger.info("MLX compiles %s itself: %s", source.name, error)
 
@@ -160,8 +160,11 @@ class Binary:
         # MLX reads lines that have a tab.
         symbols = f"{self._kernel.name}\t{made.symbol}\n".encode() + self._digest(made.code)
         self._code.parent.mkdir(parents=True, exist_ok=True)
-        for target, content in ((self._symbols, symbols), (self._code, made.code)):
-            _replace(target, content)
+        with tempfile.TemporaryDirectory(dir=self._code.parent) as scratch:
+            for target, content in ((self._symbols, symbols), (self._code, made.code)):
+                whole = Path(scratch, "whole")
+                whole.write_bytes(content)
+                whole.replace(target)
 
     def remove(self) -> None:
         """Have it no longer lie there."""
@@ -179,18 +182,6 @@ def compile_kernel(
 ) -> nvrtc.Compiled:
     """Compile a kernel for an architecture, without MLX's headers. Raises `CompileError`."""
     return compiler.compile(PRELUDE + kernel.text, kernel.name, architecture)
-
-
-def _replace(target: Path, content: bytes) -> None:
-    """Write a file as a whole. What a crash leaves of it is noticed by its digest."""
-    descriptor, name = tempfile.mkstemp(dir=target.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 @cache

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from modelpack_engine.errors import EngineError
+
 _SONAMES = ("libnvrtc.so.13", "libnvrtc.so.12")
 _HEADER = "cuda_fp16.h"
 
 
-class CompileError(Exception):
+class CompileError(EngineError):
     """NVRTC is not there, or does not take a text."""
 
 
