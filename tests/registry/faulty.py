@@ -91,11 +91,25 @@ class _Server(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
+        if isinstance(request, ssl.SSLSocket) and request.version() is None:
+            _linger(request)
         self.connections.discard(request)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # a connection that ended while it was read from or written to
+
+
+def _linger(refused: ssl.SSLSocket) -> None:
+    """Read what a client sends that was refused: closed before, its end would not see why.
+
+    In TLS 1.3 a client takes its certificate for accepted, and sends its request at once.
+    """
+    with contextlib.suppress(OSError):
+        refused.settimeout(5)
+        refused.shutdown(socket.SHUT_WR)
+        while refused.recv(4096):
+            pass
 
 
 @dataclass
