@@ -65,6 +65,11 @@ def run_measured(result: Path, *arguments: str | Path) -> Ended:
     return replace(ended, peak=json.loads(result.read_text())["peak"])
 
 
+def staged_bytes(store: Path) -> int:
+    """Count what is written: a file that several connections fill has its full size at once."""
+    return sum(path.stat().st_blocks * 512 for path in store.glob("ingest/**/*.part"))
+
+
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
     """Return when `condition` holds; fail if it does not within `seconds`."""
     deadline = time.monotonic() + seconds

@@ -15,7 +15,14 @@ from modelpack.manifest import Manifest
 from modelpack.stores.scattering import SAVE
 from tests.models import tiny_gguf
 from tests.registry.faulty import Exchange, FaultyRegistry, Reply
-from tests.scenarios.processes import finish, run, run_measured, start, wait_until
+from tests.scenarios.processes import (
+    finish,
+    run,
+    run_measured,
+    staged_bytes,
+    start,
+    wait_until,
+)
 from tests.weights import sparse_safetensors, write_safetensors
 
 MIB = 1024 * 1024
@@ -29,11 +36,6 @@ def publish(registry: FaultyRegistry, files: Path, tmp_path: Path) -> tuple[str,
     made = modelpack.package(reference, request, push=True, store=store)
     registry.requests.clear()
     return reference, made.manifest
-
-
-def staged_bytes(store: Path) -> int:
-    """Count what is written: a file that several connections fill has its full size at once."""
-    return sum(path.stat().st_blocks * 512 for path in store.glob("ingest/**/*.part"))
 
 
 def asked_bytes(value: str, size: int) -> int:
