@@ -48,7 +48,8 @@ class StepBatch:
 
     Rows [0, num_decode) decode; the first `len(decode_seq_ids)` of them are real. `decode_tables`
     and `decode_lengths` have an entry for each of the `num_decode` rows; a length counts the row's
-    own token, and is 1 for padding.
+    own token, and is 1 for padding. A table ends with the row's own block, or later; on the device,
+    trash blocks fill all of them up to `table_width`, or to the longest if that is more.
 
     `sample_rows` are the rows whose next token is sampled, in ascending order, and `sample_seqs`
     whose they are: of a proposal all rows are, in order. Rows in `prompt_logprob_rows` are wanted
@@ -70,11 +71,22 @@ class StepBatch:
     prompt_logprob_rows: tuple[int, ...] = ()
     prompt_logprob_seqs: tuple[Sequence, ...] = ()
     released: tuple[int, ...] = ()
+    table_width: int = 0
 
     @property
     def num_rows(self) -> int:
         """Rows, padding included."""
         return len(self.token_ids)
+
+    @property
+    def decode_width(self) -> int:
+        """Columns of the decode rows' block tables, 0 without such rows."""
+        return max(self.table_width, *map(len, self.decode_tables)) if self.decode_tables else 0
+
+    def padded_tables(self) -> list[list[int]]:
+        """Return the decode rows' block tables as the device gets them: decode_width columns."""
+        width = self.decode_width
+        return [table + [TRASH_BLOCK] * (width - len(table)) for table in self.decode_tables]
 
 
 def build_batch(
@@ -112,6 +124,7 @@ def build_batch(
         from_previous=tuple(rows.from_previous),
         num_decode=rows.num_decode,
         decode_tables=rows.decode_tables,
+        table_width=rows.table_width,
         decode_lengths=rows.decode_lengths,
         decode_seq_ids=tuple(rows.decode_seq_ids),
         chunks=tuple(chunks),
@@ -135,6 +148,7 @@ class _Rows:
         self.from_previous: list[tuple[int, int]] = []
         self.num_decode = 0
         self.decode_tables: list[list[int]] = []
+        self.table_width = 0
         self.decode_lengths: list[int] = []
         self.decode_seq_ids: list[int] = []
 
@@ -148,40 +162,53 @@ class _Rows:
 
         After these, rows for the newest token of each proposal's sequence and for what is proposed.
         """
-        sampled = {seq: i for i, seq in enumerate(previous.sample_seqs)} if previous else {}
-        tables = []
-        for row, sequence in enumerate(sequences):
-            position = sequence.num_computed_tokens
-            token_id = 0
-            if sequence.num_inflight:
-                assert sequence.num_inflight == 1, "one step at a time is in flight"
-                self.from_previous.append((row, sampled[sequence]))
-            else:
-                (token_id,) = sequence.token_ids(position, position + 1)
-            tables.append(self._add_row(sequence, position, token_id))
+        members = list(sequences)
+        positions = [sequence.num_computed_tokens for sequence in sequences]
+        self._add_newest(sequences, positions, previous)
         for proposal in proposals:
             start, token_ids = _rows_of(proposal)
-            for position, token_id in enumerate(token_ids, start):
-                tables.append(self._add_row(proposal.sequence, position, token_id))
-        if not tables:
+            members += [proposal.sequence] * len(token_ids)
+            positions += range(start, start + len(token_ids))
+            self.token_ids += token_ids
+        if not members:
             return
-        self.num_decode = self._buckets.pad_rows(len(tables))
-        padding = self.num_decode - len(tables)
-        width = self._buckets.pad_table_width(max(map(len, tables)))
+        size, tables = self._block_size, [sequence.block_table for sequence in members]
+        ends = [position // size for position in positions]  # the last block that a row sees
+        self.positions += positions
+        self.slots += [
+            table[end] * size + position % size
+            for table, end, position in zip(tables, ends, positions, strict=True)
+        ]
+        self.num_decode = self._buckets.pad_rows(len(members))
+        padding = self.num_decode - len(members)
         self._pad(padding)
-        self.decode_lengths += [1] * padding
-        tables += [[] for _ in range(padding)]
-        self.decode_tables = [table + [TRASH_BLOCK] * (width - len(table)) for table in tables]
+        self.decode_lengths = [position + 1 for position in positions] + [1] * padding
+        self.decode_seq_ids = [sequence.seq_id for sequence in members]
+        self.table_width = self._buckets.pad_table_width(max(ends) + 1)
+        self.decode_tables = [table[: end + 1] for table, end in zip(tables, ends, strict=True)]
+        self.decode_tables += [[] for _ in range(padding)]
 
-    def _add_row(self, sequence: Sequence, position: int, token_id: int) -> list[int]:
-        """Add a decode row; return the blocks that it sees."""
-        self.token_ids.append(token_id)
-        self.positions.append(position)
-        block = sequence.block_table[position // self._block_size]
-        self.slots.append(block * self._block_size + position % self._block_size)
-        self.decode_lengths.append(position + 1)
-        self.decode_seq_ids.append(sequence.seq_id)
-        return self._table(sequence, position + 1)
+    def _add_newest(
+        self,
+        sequences: tuple[Sequence, ...],
+        positions: list[int],
+        previous: StepBatch | None,
+    ) -> None:
+        """Add the newest token of each sequence, or note which one of `previous` it is."""
+        before = previous.sample_seqs if previous else ()
+        places: dict[Sequence, int] | None = None
+        for row, sequence in enumerate(sequences):
+            if not sequence.num_inflight:
+                self.token_ids += sequence.token_ids(positions[row], positions[row] + 1)
+                continue
+            assert sequence.num_inflight == 1, "one step at a time is in flight"
+            self.token_ids.append(0)
+            if row < len(before) and before[row] is sequence:  # as in most steps
+                self.from_previous.append((row, row))
+                continue
+            if places is None:
+                places = {seq: index for index, seq in enumerate(before)}
+            self.from_previous.append((row, places[sequence]))
 
     def add_proposal(self, proposal: Proposal) -> Chunk:
         """Add the rows of a proposal as a chunk."""

@@ -66,10 +66,12 @@ class Choice:
             self._first_token = time.monotonic()
         if self.mask is not None:
             self.mask.accept(token_id)
-        ends_text = sequence.finish_reason is FinishReason.STOP and token_id in self._ending_ids
-        delta = self._detokenizer.push(() if ends_text else (token_id,))
-        event = self._event((token_id,), delta.text, logprob)
-        if sequence.is_finished:
+        told, reason = (token_id,), sequence.finish_reason
+        is_end = reason is not None and token_id in self._ending_ids
+        ends_text = is_end and reason is FinishReason.STOP
+        delta = self._detokenizer.push(() if ends_text else told)
+        event = self._event(told, delta.text, logprob)
+        if reason is not None:
             event = self.ended(event)
         return event, delta.stopped_by
 
@@ -102,17 +104,15 @@ class Choice:
     def _event(
         self, token_ids: tuple[int, ...], text: str, logprob: TokenLogprob | None
     ) -> RequestEvent:
+        sequence = self.sequence
         prompt_logprobs = None
-        if not self._has_told and self.sequence.params.prompt_logprobs is not None:
-            prompt_logprobs = tuple(self.prompt_logprobs)
-        self._has_told = True
+        if not self._has_told:
+            self._has_told = True
+            if sequence.params.prompt_logprobs is not None:
+                prompt_logprobs = tuple(self.prompt_logprobs)
+        logprobs = None if logprob is None else (logprob,)
         return RequestEvent(
-            self.sequence.request_id,
-            self.sequence.index,
-            token_ids,
-            text,
-            logprobs=None if logprob is None else (logprob,),
-            prompt_logprobs=prompt_logprobs,
+            sequence.request_id, sequence.index, token_ids, text, logprobs, prompt_logprobs
         )
 
     def _usage(self) -> Usage:

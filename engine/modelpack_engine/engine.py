@@ -326,9 +326,9 @@ class Engine:
             self._verified(proposal, taken)
         firsts = [taken[0].token_id if taken else None for taken in tokens.tokens]
         for index, sequence in self._scheduler.collect(output, firsts):
-            first, *more = tokens.tokens[index]
-            events.append(self._tell(sequence, first))
-            for token in more:
+            taken = tokens.tokens[index]
+            events.append(self._tell(sequence, taken[0]))
+            for token in taken[1:]:
                 if self._scheduler.take(sequence, token.token_id):
                     events.append(self._tell(sequence, token))
         return events

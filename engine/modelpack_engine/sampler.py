@@ -96,6 +96,7 @@ class Sampler:
         self._eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < vocab_size)
         self._history = TokenHistory(vocab_size, max_num_seqs)
         self._entries: dict[int, Entry] = {}
+        self._least: dict[int, int] = {}  # tokens that those have to have, of whom any are wanted
         self._composition: tuple[object, ...] = ()
         self._plan = Plan(edits=None, penalties=None, draws=None, num_top=None)
 
@@ -130,10 +131,13 @@ class Sampler:
             slot=slot,
             ending_token_ids=tuple(sorted(ending_token_ids(params, self._eos_token_ids))),
         )
+        if params.min_tokens:
+            self._least[seq_id] = params.min_tokens
 
     def remove(self, seq_id: int) -> None:
         """Forget `seq_id`: it ended or was preempted. A step in flight may still hold it."""
         entry = self._entries.pop(seq_id)
+        self._least.pop(seq_id, None)
         if entry.slot is not None:
             self._history.close(entry.slot)
         self._composition = ()
@@ -152,8 +156,7 @@ class Sampler:
         `batch_logits` is [rows, vocab_size] of any float type; rows after those of `seqs` are
         padding, whose tokens mean nothing. Nothing is evaluated.
         """
-        entries = [self._entries[seq.seq_id] for seq in seqs]
-        plan = self._planned(entries, seqs, batch_logits.shape[0])
+        plan = self._planned(seqs, batch_logits.shape[0])
         allowed = {row: seq.allowed for row, seq in enumerate(seqs) if seq.allowed is not None}
         chosen_from = self._adjust(batch_logits, plan, allowed, seqs)
         if (draws := plan.draws) is None:
@@ -171,17 +174,16 @@ class Sampler:
             return Sampled(token_ids, None)
         return Sampled(token_ids, gather_logprobs(batch_logits, token_ids, plan.num_top))
 
-    def _planned(self, entries: Sequence[Entry], seqs: Sequence[SampleRow], num_rows: int) -> Plan:
+    def _planned(self, seqs: Sequence[SampleRow], num_rows: int) -> Plan:
         """Return the plan, which is uploaded anew only when the batch's composition changes."""
-        parts = [
-            (seq.seq_id, seq.num_output < entry.params.min_tokens, seq.assumed is None)
-            for seq, entry in zip(seqs, entries, strict=True)
-        ]
-        composition = num_rows, *parts
+        least = self._least
+        ends_masked = [seq.num_output < least.get(seq.seq_id, 0) for seq in seqs] if least else []
+        counted = [seq.assumed is None for seq in seqs]
+        composition = num_rows, [seq.seq_id for seq in seqs], ends_masked, counted
         if composition != self._composition:
-            ends_masked = [masked for _, masked, _ in parts]
-            counted = [counts for _, _, counts in parts]
-            self._plan = make_plan(entries, ends_masked, counted, num_rows, self._vocab_size)
+            entries = [self._entries[seq.seq_id] for seq in seqs]
+            masked = ends_masked or [False] * len(seqs)
+            self._plan = make_plan(entries, masked, counted, num_rows, self._vocab_size)
             self._composition = composition
         return self._plan
 

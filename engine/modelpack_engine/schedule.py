@@ -99,6 +99,11 @@ class SchedulerOutput:
         return self.decode + tuple(proposal.sequence for proposal in self.proposals)
 
     @property
+    def members(self) -> tuple[Sequence, ...]:
+        """The sequences that the step computes anything for."""
+        return self.decoding + tuple(chunk.sequence for chunk in self.prefill)
+
+    @property
     def sampled(self) -> tuple[Sequence, ...]:
         """The sequences that the step samples tokens for, in the order of its rows."""
         return self.decoding + tuple(chunk.sequence for chunk in self.prefill if chunk.is_last)

@@ -169,13 +169,17 @@ class Scheduler:
 
     def _schedule_decode(self, preempted: list[Sequence]) -> list[Sequence] | None:
         """Return what decodes, each with a place for its token; None: collect first."""
-        decode = []
+        decode, size = list[Sequence](), self._blocks.block_size
         for sequence in self._running.copy():
-            if sequence.status is not SequenceStatus.RUNNING:
+            if preempted and sequence.status is not SequenceStatus.RUNNING:
                 break  # preempted in this loop, as are all younger ones
-            if sequence.is_prefill or sequence.is_full:
+            computed = sequence.num_computed_tokens
+            if computed < sequence.num_prefill_tokens or sequence.is_full:
                 continue
-            while not self._blocks.grow(sequence, sequence.num_computed_tokens + 1):
+            if computed < len(sequence.block_table) * size:  # as in most steps
+                decode.append(sequence)
+                continue
+            while not self._blocks.grow(sequence, computed + 1):
                 if self._num_inflight:
                     return None
                 preempted.append(self._preempt_youngest())
@@ -301,20 +305,30 @@ class Scheduler:
 
     def submitted(self, output: SchedulerOutput) -> None:
         """Take note that the device has a step: its KV counts as written, its tokens as sampled."""
-        ends = [(sequence, sequence.num_computed_tokens + 1) for sequence in output.decoding]
-        ends += [(chunk.sequence, chunk.start + chunk.length) for chunk in output.prefill]
-        for sequence, end in ends:
+        blocks, size = self._blocks, self._blocks.block_size
+        for sequence in output.decoding:
             if sequence.is_finished:
                 continue  # since the step was scheduled: its blocks are no longer its own
-            sequence.num_computed_tokens = end
+            sequence.num_computed_tokens = end = sequence.num_computed_tokens + 1
+            if end % size == 0:
+                blocks.publish_prefix(sequence)
+        for chunk in output.prefill:
+            if chunk.sequence.is_finished:
+                continue
+            sequence = chunk.sequence
+            end = sequence.num_computed_tokens = chunk.start + chunk.length
             sequence.snapshot = None
             if sequence.wants_prompt_logprobs:
                 sequence.num_prompt_logprobs = min(end, len(sequence.prompt_token_ids) - 1)
-            self._blocks.publish_prefix(sequence)
-            self._blocks.release_unseen(sequence)
-        for sequence in output.sampled:
+            blocks.publish_prefix(sequence)
+        if blocks.window is not None:
+            for sequence in output.members:
+                if not sequence.is_finished:
+                    self._blocks.release_unseen(sequence)
+        sampled = output.sampled
+        for sequence in sampled:
             sequence.num_inflight += 1
-            self._num_inflight += 1
+        self._num_inflight += len(sampled)
         self._num_computed += output.num_tokens
         self._num_steps += 1
         self._num_mixed_steps += bool(output.decoding and output.prefill)
@@ -329,10 +343,10 @@ class Scheduler:
         sequences this ended. Whose token is no token (NaN logits) is to be finished before; one
         that has None has its newest token computed again.
         """
-        taken = []
-        for index, (sequence, token_id) in enumerate(zip(output.sampled, token_ids, strict=True)):
+        taken, sampled = [], output.sampled
+        self._num_inflight -= len(sampled)
+        for index, (sequence, token_id) in enumerate(zip(sampled, token_ids, strict=True)):
             sequence.num_inflight -= 1
-            self._num_inflight -= 1
             if token_id is None:
                 sequence.num_computed_tokens -= 1
             elif self.take(sequence, token_id):
@@ -347,10 +361,13 @@ class Scheduler:
         """
         if sequence.is_finished:
             return False
-        sequence.num_computed_tokens = max(sequence.num_computed_tokens, sequence.num_known_tokens)
+        known = len(sequence.prompt_token_ids) + len(sequence.output_token_ids)
+        if sequence.num_computed_tokens < known:
+            sequence.num_computed_tokens = known
         sequence.output_token_ids.append(token_id)
         self._generated_tokens += 1
-        self._blocks.publish_prefix(sequence)
+        if self._blocks.has_full(sequence):
+            self._blocks.publish_prefix(sequence)
         if ending := sequence.ending():
             self.finish(sequence, *ending)
         return True
@@ -370,8 +387,7 @@ class Scheduler:
             sequence.num_inflight -= 1
             self._num_inflight -= 1
         self._blocks.forget_content()
-        members = [*output.decoding, *(chunk.sequence for chunk in output.prefill)]
-        failed = [sequence for sequence in members if not sequence.is_finished]
+        failed = [sequence for sequence in output.members if not sequence.is_finished]
         for sequence in failed:
             self.finish(sequence, FinishReason.ERROR)
         while self._running:

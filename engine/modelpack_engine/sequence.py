@@ -20,6 +20,10 @@ class SequenceStatus(StrEnum):
     FINISHED = "finished"
 
 
+#: Asked for with every token: an enumeration's attribute takes as long as three of an object.
+_FINISHED = SequenceStatus.FINISHED
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A prompt and what has been generated for it. The scheduler owns it and alone changes it.
@@ -117,12 +121,13 @@ class Sequence:
 
     @property
     def is_finished(self) -> bool:
-        return self.status is SequenceStatus.FINISHED
+        return self.status is _FINISHED
 
     @property
     def is_full(self) -> bool:
         """Whether the tokens in flight already are its last: nothing more is to be computed."""
-        return self.num_tokens >= self.max_num_tokens
+        known = len(self.prompt_token_ids) + len(self.output_token_ids)
+        return known + self.num_inflight >= self.max_num_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -165,6 +170,6 @@ class Sequence:
                 return FinishReason.STOP, token_id
             if token_id in self.eos_token_ids and not self.params.ignore_eos:
                 return FinishReason.STOP, None
-        if self.num_known_tokens >= self.max_num_tokens:
+        if len(self.prompt_token_ids) + len(self.output_token_ids) >= self.max_num_tokens:
             return FinishReason.LENGTH, None
         return None

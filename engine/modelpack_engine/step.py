@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import NamedTuple, cast
 
 import mlx.core as mx
@@ -68,7 +69,14 @@ class StepTokens(NamedTuple):
 
 def sample_rows(output: SchedulerOutput) -> list[SampleRow]:
     """Return the rows that sample a step's tokens, in the order of its batch."""
-    rows = [_sample_row(sequence) for sequence in output.decode]
+    rows = [
+        SampleRow(
+            sequence.seq_id,
+            len(sequence.prompt_token_ids) + (count := sequence.num_output_tokens),
+            count,
+        )
+        for sequence in output.decode
+    ]
     for proposal in output.proposals:
         rows += [
             _sample_row(proposal.sequence, proposal.token_ids[:count])
@@ -79,7 +87,7 @@ def sample_rows(output: SchedulerOutput) -> list[SampleRow]:
 
 def _sample_row(sequence: Sequence, assumed: tuple[int, ...] | None = None) -> SampleRow:
     """Return the row that samples the token after a sequence's newest, or after what it assumes."""
-    num_output = len(sequence.output_token_ids) + sequence.num_inflight + len(assumed or ())
+    num_output = sequence.num_output_tokens + len(assumed or ())
     position = len(sequence.prompt_token_ids) + num_output
     return SampleRow(sequence.seq_id, position, num_output, None, assumed)
 
@@ -91,13 +99,12 @@ def row_token_ids(batch: StepBatch, previous: Sampled | None, staging: Staging) 
     assert previous is not None
     # A row that failed has no token; it runs on with any until its end is seen.
     sampled = _tokens(previous.token_ids)
-    if len(batch.from_previous) == batch.num_rows <= sampled.size and all(
-        row == index for row, index in batch.from_previous
-    ):
-        return sampled[: batch.num_rows]
-    count = batch.num_rows
+    count, num_known = batch.num_rows, len(batch.from_previous)
+    numbers = np.fromiter(chain.from_iterable(batch.from_previous), np.int32, 2 * num_known)
+    rows, indices = numbers[::2], numbers[1::2]
+    if num_known == count <= sampled.size and np.array_equal(rows, indices):
+        return sampled[:count]
     places = np.arange(count, dtype=np.int32)
-    rows, indices = np.array(batch.from_previous, np.int32).T
     places[rows] = count + indices
     known = staging.put(np.concatenate([np.array(batch.token_ids, np.int32), places]))
     return mx.concatenate([known[:count], sampled])[known[count : 2 * count]]
@@ -158,7 +165,7 @@ def read_tokens(step: Step) -> StepTokens:
     if step.sampled.logprobs is not None:
         wanted = [sequence.params.logprobs for sequence in sequences]
         logprobs = step.sampled.logprobs.read(token_ids, wanted)
-    rows = [NextToken(*row) for row in zip(token_ids, logprobs, strict=True)]
+    rows = list(map(NextToken, token_ids, logprobs))
     first = len(step.output.decode)
     tokens, broken = [[row] for row in rows[:first]], list[int]()
     for proposal in step.output.proposals:

@@ -131,8 +131,8 @@ class CompiledSteps:
         So are states; `adapted.begin` has planned where they come from.
         """
         adapted = self._adapted
-        rows = self._lay_out(batch)
         positions = np.array(batch.positions, np.int32)
+        rows = self._lay_out(batch, positions)
         slots = np.array(batch.slots, np.int32)
         if rows.order is not None:
             order = np.maximum(rows.order, 0)
@@ -188,7 +188,7 @@ class CompiledSteps:
             self._graphs[layout] = mx.compile(lambda *inputs: self._trace(layout, *inputs))
         return self._graphs[layout]
 
-    def _lay_out(self, batch: StepBatch) -> _Rows:
+    def _lay_out(self, batch: StepBatch, positions: NDArray[np.int32]) -> _Rows:
         """Return where the batch's rows go, and what they see."""
         decode = self._buckets.pad_rows(batch.num_decode)
         if batch.chunks:  # so many sizes of chunks need few sizes of what is beside them
@@ -203,9 +203,9 @@ class CompiledSteps:
         ):
             order = np.full(rows, -1, np.int32)
             order[: batch.num_decode] = np.arange(batch.num_decode)
-        tables = self._decode_tables(batch, decode)
+        tables = self._decode_tables(batch, positions, decode)
         num_tiles = (rows - decode) // TILE_ROWS
-        width = _width([chunk.block_table for chunk in batch.chunks])
+        width = max((len(chunk.block_table) for chunk in batch.chunks), default=1)
         tile_tables = np.full((num_tiles, width), TRASH_BLOCK, np.int32)
         spans = np.zeros((num_tiles, 2), np.int32)
         row, tile, size = decode, 0, self._step.block_size
@@ -229,14 +229,16 @@ class CompiledSteps:
         fits = count and (together - decode) % TILE_ROWS == 0
         return min(alone, together - decode) if fits else alone
 
-    def _decode_tables(self, batch: StepBatch, rows: int) -> NDArray[np.int32]:
+    def _decode_tables(
+        self, batch: StepBatch, positions: NDArray[np.int32], rows: int
+    ) -> NDArray[np.int32]:
         """Return the decode rows' block tables [rows, width]; rows of the last step are kept.
 
         A sequence's table grows from step to step, and only where it does it is read again.
         """
         ids = batch.decode_seq_ids
-        width, count = _width(batch.decode_tables), len(ids)
-        blocks = np.array(batch.positions[:count], np.int32) // self._step.block_size
+        width, count = max(batch.decode_width, 1), len(ids)
+        blocks = positions[:count] // self._step.block_size
         known = self._rows
         places = {seq_id: row for row, seq_id in enumerate(ids)}
         if len(places) < count:  # proposals: rows of one sequence see more and more of it
@@ -257,7 +259,8 @@ class CompiledSteps:
             new = np.flatnonzero(new)
             self._tables = tables
         for row in new.tolist():
-            self._tables[row] = batch.decode_tables[row]
+            table = batch.decode_tables[row]
+            self._tables[row, : len(table)] = table
         self._rows, self._blocks = places, blocks
         return self._tables
 
@@ -297,7 +300,3 @@ class CompiledSteps:
 
 def _up(rows: int) -> int:
     return -(-rows // TILE_ROWS) * TILE_ROWS
-
-
-def _width(tables: Any) -> int:
-    return max(map(len, tables), default=1)

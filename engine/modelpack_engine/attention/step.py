@@ -71,6 +71,7 @@ class StepInputs:
         self.chunks: tuple[Chunk, ...] = ()
         self.slot_runs: list[Run] | None = None
         self._tables: list[list[int]] = []
+        self._padded_tables: Callable[[], list[list[int]]] | None = None
         self._lengths: list[int] = []
         self._memo: dict[object, object] = {}
         self.positions = make_positions([], rotate=False)
@@ -90,6 +91,7 @@ class StepInputs:
         self.decode_seq_ids = tuple(batch.decode_seq_ids)
         self.chunks = tuple(batch.chunks)
         self._tables, self._lengths = batch.decode_tables, batch.decode_lengths
+        self._padded_tables = batch.padded_tables
         self._memo = {}
         if self.exact:
             self.positions = make_positions(batch.positions, rotate=True)
@@ -159,7 +161,8 @@ class StepInputs:
         return self.remember("rows", self._make_decode_rows)
 
     def _make_decode_rows(self) -> tuple[mx.array, mx.array]:
-        tables = np.array(self._tables, np.int32)
+        assert self._padded_tables is not None, "the step has begun by its batch"
+        tables = np.array(self._padded_tables(), np.int32)
         numbers = np.concatenate([tables.ravel(), np.array(self._lengths, np.int32)])
         packed = self._staging.put(numbers)
         return packed[: tables.size].reshape(tables.shape), packed[tables.size : len(numbers)]

@@ -15,7 +15,7 @@ from modelpack_engine.batch import Chunk, StepBatch
 from modelpack_engine.parallel.wire import WireError
 
 #: Fields of a batch that stay at rank 0: they are for sampling and for the host.
-LEFT_OUT = frozenset({"sample_seqs", "prompt_logprob_rows", "prompt_logprob_seqs"})
+LEFT_OUT = frozenset({"sample_seqs", "prompt_logprob_rows", "prompt_logprob_seqs", "table_width"})
 #: Fields of a chunk that do, too: a divided model shares no prefixes that need snapshots.
 LEFT_OUT_OF_CHUNKS = frozenset({"snapshot", "block_hash"})
 
@@ -50,14 +50,13 @@ def unpack_integers(body: bytes) -> array[int]:
 
 
 def pack_step(batch: StepBatch, num_sampled: int) -> bytes:
-    """Return a step as bytes."""
-    width = len(batch.decode_tables[0]) if batch.decode_tables else 0
+    """Return a step as bytes. Its tables are as wide as on the device."""
     counts = (
         num_sampled,
         len(batch.token_ids),
         len(batch.from_previous),
         batch.num_decode,
-        width,
+        batch.decode_width,
         len(batch.decode_seq_ids),
         len(batch.sample_rows),
         len(batch.released),
@@ -75,7 +74,7 @@ def pack_step(batch: StepBatch, num_sampled: int) -> bytes:
             batch.positions,
             batch.slots,
             chain.from_iterable(batch.from_previous),
-            chain.from_iterable(batch.decode_tables),
+            chain.from_iterable(batch.padded_tables()),
             batch.decode_lengths,
             batch.decode_seq_ids,
             batch.sample_rows,

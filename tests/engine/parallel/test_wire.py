@@ -62,6 +62,22 @@ def test_a_step_arrives_as_it_was(batch: StepBatch, data: st.DataObject) -> None
     assert step.num_sampled == num_sampled
 
 
+def test_tables_are_sent_as_wide_as_the_device_gets_them() -> None:
+    rows = {name: [0, 0, 0] for name in ("token_ids", "positions", "slots")}
+    batch = replace(
+        STEP,
+        **rows,
+        num_decode=3,
+        decode_tables=[[4], [5, 6], []],
+        decode_lengths=[1, 17, 1],
+        table_width=4,
+        chunks=(),
+    )
+    sent = unpack_step(pack_step(batch, 1)).batch
+    assert sent.decode_tables == [[4, 0, 0, 0], [5, 6, 0, 0], [0, 0, 0, 0]]
+    assert sent.decode_width == batch.decode_width == 4
+
+
 STEP = StepBatch(
     token_ids=[1, 2, 3],
     positions=[0, 1, 2],

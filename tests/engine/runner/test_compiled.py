@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -258,12 +259,13 @@ def test_tables_are_those_of_the_batch(random: Random) -> None:
             slots=[0] * rows,
             from_previous=(),
             num_decode=rows,
-            decode_tables=padded,
+            decode_tables=[list(tables[i]) for i in ids] + [[]] * (rows - len(ids)),
+            table_width=width,
             decode_lengths=[1] * rows,
             decode_seq_ids=tuple(ids),
             chunks=(),
             sample_rows=tuple(range(len(ids))),
             sample_seqs=(),
         )
-        found = steps._decode_tables(batch, rows)
+        found = steps._decode_tables(batch, np.array(batch.positions, np.int32), rows)
         assert found.tolist() == (padded if rows else [])

@@ -58,7 +58,8 @@ def test_exact_sizes() -> None:
         slots=[16, 20, 24, 25, 26, 27, 28, 29],
         from_previous=((0, 0), (1, 1)),
         num_decode=2,
-        decode_tables=[[1, 4, 0], [2, 3, 5]],
+        decode_tables=[[1, 4], [2, 3, 5]],
+        table_width=3,
         decode_lengths=[5, 9],
         decode_seq_ids=(a.seq_id, b.seq_id),
         chunks=(Chunk(2, 6, 6, 6, (6, 7), c.seq_id),),
@@ -78,7 +79,8 @@ def test_padded_sizes() -> None:
         slots=[16, 20, 21, 22, 23, 24, 25, 0, 0],
         from_previous=(),
         num_decode=1,
-        decode_tables=[[2, 3, 4, 0]],
+        decode_tables=[[2, 3, 4]],
+        table_width=4,
         decode_lengths=[9],
         decode_seq_ids=(b.seq_id,),
         chunks=(Chunk(1, 6, 8, 6, (5, 6), c.seq_id),),
@@ -97,7 +99,8 @@ def test_padded_decode_rows_stand_in_the_trash_block() -> None:
     batch = build_batch(scheduled(sched), None, PADDED, 4)
     assert (batch.num_decode, len(batch.decode_seq_ids), batch.num_rows) == (4, 3, 4)
     assert (batch.token_ids[3], batch.positions[3], batch.slots[3]) == (0, 0, 0)
-    assert (batch.decode_tables[3], batch.decode_lengths[3]) == ([0], 1)
+    assert (batch.decode_tables[3], batch.decode_lengths[3]) == ([], 1)
+    assert batch.padded_tables() == [[1], [2], [3], [0]]
     assert batch.sample_rows == (0, 1, 2)
 
 

@@ -6,8 +6,8 @@ Steps are compiled, and go through the kernels where there are any. Each model a
 that arrive on different steps, with the prefix cache and without, and one after the other. Prints a
 line a model; ends with 1 if tokens differ where mlx-lm's first choice was clear.
 
-Products of float32 are computed in float32, for mlx-lm as well: in TF32, which has ten bits, sums in
-another order choose another expert or token now and then. MLX_ENABLE_TF32=1 has it as MLX does.
+Products of float32 are computed in float32, for mlx-lm as well: in TF32, which has ten bits, sums
+in another order choose another expert or token now and then. MLX_ENABLE_TF32=1 has it as MLX does.
 """
 
 from __future__ import annotations
