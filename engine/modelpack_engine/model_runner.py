@@ -1,20 +1,11 @@
 """ModelRunner: a step's batch in, the sampled rows' logits out, for any mlx-lm model.
 
-At load it chooses the best tier in which the model answers as mlx-lm alone would:
-
-    handles     unmodified classes on rows; attention reads the paged cache
-    patched     the same, with our subclass for attention that mlx-lm computes by hand
-    pieces      some attention modules run sequence by sequence, on keys gathered from the pages
-    contiguous  one forward per request with mlx-lm's own cache: correct, slow
-
-A tier is left when a layer loses its handles, or when the self-test finds other logits.
+A model runs on pages in the best tier that is right for it, or else on mlx-lm's own caches.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
-from functools import cached_property
 from typing import Self
 
 import mlx.core as mx
@@ -22,45 +13,25 @@ import mlx.nn as nn
 
 from modelpack_engine import recurrence
 from modelpack_engine.adaptation import cpu_activations
-from modelpack_engine.adaptation import self_test as tests
-from modelpack_engine.adaptation.adapted import Adapted
 from modelpack_engine.adaptation.cache_types import with_cache_type
-from modelpack_engine.adaptation.compiled import CompiledSteps
 from modelpack_engine.adaptation.contiguous import ContiguousRunner
 from modelpack_engine.adaptation.layout import ModelLayout, UnknownCacheError, find_layout
+from modelpack_engine.adaptation.paged import PagedRunner
+from modelpack_engine.adaptation.tiers import MODEL_ERRORS, TierSearch, leave, model_name
 from modelpack_engine.adaptation.warm_up import PADDING_SEQ_ID, StepShape, padding_batch
 from modelpack_engine.attention import handles, kernels, rotations
 from modelpack_engine.attention.contents import BlockContents
-from modelpack_engine.attention.handles import LostHandleError
-from modelpack_engine.attention.pools import KVLayout
 from modelpack_engine.attention.step import StepInputs
 from modelpack_engine.batch import StepBatch
 from modelpack_engine.buckets import EXACT, Buckets
 from modelpack_engine.config import BLOCK_SIZE, EngineConfig
-from modelpack_engine.errors import EngineError, ModelLoadError, OutOfMemoryError
-from modelpack_engine.fusion import kernels as fused_kernels
+from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.kv_types import KVCacheDtype, parse_kv_cache_dtype
 from modelpack_engine.malloc import keep_freed_memory
 from modelpack_engine.managed_memory import Staging
 from modelpack_engine.sizing import Sizes
 from modelpack_engine.snapshots import PrefixSnapshots
 from modelpack_engine.vllm_metal import uses_paged_attention
-
-logger = logging.getLogger(__name__)
-
-
-#: What a model's code may raise when it is given rows or caches that it was not written for.
-MODEL_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EngineError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 class ModelRunner:
@@ -77,6 +48,9 @@ class ModelRunner:
     `tier` and `notes` say how the model runs; `supports_prefix_cache` is False in the contiguous
     tier. Raises `OutOfMemoryError` if the pools do not fit, `ModelLoadError` if mlx-lm cannot.
     """
+
+    #: What runs a model on pages.
+    pages: type[PagedRunner] = PagedRunner
 
     def __init__(
         self,
@@ -108,10 +82,7 @@ class ModelRunner:
         if exact:
             keep_freed_memory()
             cpu_activations.install(model)
-        self._step = StepInputs(block_size, exact=exact, staging=self.staging)
-        self._adapted: Adapted | None = None
-        self._compiled: CompiledSteps | None = None
-        self._contiguous: ContiguousRunner | None = None
+        self._paged: PagedRunner | None = None
         if paged is None:
             paged = uses_paged_attention()
         self.layout = self._find_layout()
@@ -121,13 +92,25 @@ class ModelRunner:
             self.layout = with_cache_type(self.layout, kv_cache_dtype)
             if compiled is None:
                 compiled = not exact and kernels.available().write
-            self._full_step = () if exact else full_step
-            self._adapt(self.layout, self_test, compiled)
-        if self._adapted is None:
+            search = TierSearch(
+                model,
+                self.layout,
+                StepInputs(block_size, exact=exact, staging=self.staging),
+                self.staging,
+                buckets,
+                num_blocks,
+                self_test,
+                compiled,
+                () if exact else full_step,
+                self.pages,
+            )
+            self._paged = search.find()
+            self.notes += tuple(search.notes)
+        self._contiguous: ContiguousRunner | None = None
+        if self._paged is None:
             if kv_cache_dtype != "auto":
-                self._leave(
-                    f"a KV cache of type {kv_cache_dtype}", "this model's cache is not paged"
-                )
+                why = "this model's cache is not paged"
+                self.notes += (leave(model, f"a KV cache of type {kv_cache_dtype}", why),)
             self._contiguous = ContiguousRunner(model)
 
     @classmethod
@@ -143,177 +126,51 @@ class ModelRunner:
             full_step=sizes.full_step(config),
         )
 
-    # Load.
-
     def _find_layout(self) -> ModelLayout | None:
         try:
             return find_layout(self.model)
         except UnknownCacheError as error:
-            self._leave("paged tiers", str(error))
+            self.notes += (leave(self.model, "paged tiers", str(error)),)
             return None
         except MODEL_ERRORS as error:
             raise ModelLoadError(
-                f"mlx-lm cannot run {self._name}: {type(error).__name__}: {error}"
-            ) from error
-
-    def _adapt(self, layout: ModelLayout, self_test: bool, compiled: bool) -> None:
-        """Find the best tier: all on rows, then more and more attention modules in pieces."""
-        in_pieces: frozenset[str] = frozenset()
-        quantised = layout.quantised
-        needed = tests.blocks_needed(self.block_size, self._full_step)
-        num_blocks = needed if quantised else self.num_blocks
-        fold = mx.cuda.is_available()
-        fused = self._can_fuse(layout)
-        while True:
-            adapted = Adapted(
-                self.model,
-                layout.without_quantisation(),
-                self._step,
-                num_blocks=num_blocks,
-                buckets=self.buckets,
-                in_pieces=in_pieces,
-                fold=fold,
-                fused=fused,
-            )
-            self._adapted = adapted
-            self._allocate(adapted.pools())
-            if compiled and CompiledSteps.can_run(adapted):
-                self._compiled = CompiledSteps(
-                    self.model, adapted, self._step, self.buckets, self.staging
-                )
-            problem, culprit = self._try(adapted, layout, self_test)
-            if problem is None:
-                self.notes += adapted.notes()
-                if quantised:
-                    self._quantise(adapted, layout, self_test)
-                return
-            if adapted.fused:
-                self._leave("fused layers", problem)
-                fused = False
-                self._drop(adapted)
-                continue
-            if self._compiled is not None:
-                self._leave("compiled steps", problem)
-                compiled = False
-                self._drop(adapted)
-                continue
-            every = adapted.attention_classes()
-            self._drop(adapted)
-            self._leave("pieces" if in_pieces else "handles", problem)
-            more = in_pieces | {culprit} if culprit else every
-            if more <= in_pieces:
-                more = every
-            if more <= in_pieces:
-                return
-            in_pieces = frozenset(more)
-
-    def _quantise(self, adapted: Adapted, layout: ModelLayout, self_test: bool) -> None:
-        """Give the caches of a tier that is right the quantised pools that are wanted."""
-        adapted.replace_pools(layout, self.num_blocks)
-        self._allocate(adapted.pools())
-        bits = min(kv.layout.quantised.bits for kv in adapted.paged if kv.layout.quantised)
-        problem, _ = self._try(adapted, layout, self_test, tests.QUANTISED[bits])
-        if problem is not None:
-            note = f"quantised keys and values change what this model says: {problem}"
-            logger.warning("%s: %s", self._name, note)
-            self.notes += (note,)
-
-    def _can_fuse(self, layout: ModelLayout) -> bool:
-        """Return whether layers may run by fused kernels: on a GPU where these are right."""
-        if self._step.exact or not kernels.available().write:
-            return False
-        dtypes = {
-            leaf.content.dtype for leaf in layout.leaves() if isinstance(leaf.content, KVLayout)
-        }
-        wrong = [verdict for dtype in dtypes if (verdict := fused_kernels.verdict(dtype))]
-        if wrong:
-            self._leave("fused layers", wrong[0])
-        return not wrong
-
-    def _drop(self, adapted: Adapted) -> None:
-        adapted.undo()
-        self._adapted = self._compiled = None
-
-    def _try(
-        self,
-        adapted: Adapted,
-        layout: ModelLayout,
-        self_test: bool,
-        tolerance: float | None = None,
-    ) -> tuple[str | None, str | None]:
-        """Return what is wrong with a tier, and the class of the module at fault, if known."""
-        if tests.blocks_needed(self.block_size, self._full_step) > self.num_blocks:
-            return None, None
-        try:
-            problem = tests.compare(
-                self.model,
-                self.forward,
-                block_size=self.block_size,
-                vocab_size=layout.vocab_size,
-                compute=self_test,
-                tolerance=tolerance,
-                full_step=self._full_step if tolerance is None else (),
-            )
-        except LostHandleError as error:
-            return str(error), adapted.owner_class(error)
-        except MODEL_ERRORS as error:
-            return f"{type(error).__name__}: {error}", None
-        finally:
-            adapted.reset()
-        return problem, None
-
-    def _leave(self, tier: str, why: str) -> None:
-        logger.warning("%s does not run in %s: %s", self._name, tier, why)
-        self.notes += (f"not in {tier}: {why}",)
-
-    @property
-    def _name(self) -> str:
-        return type(self.model).__module__.rpartition(".")[2]
-
-    def _allocate(self, pools: list[mx.array]) -> None:
-        try:
-            mx.eval(pools)
-        except RuntimeError as error:
-            size = sum(pool.nbytes for pool in pools)
-            raise OutOfMemoryError(
-                f"{self.num_blocks} blocks of the KV cache take {size} bytes: {error}",
-                hint="give the KV cache less memory",
+                f"mlx-lm cannot run {model_name(self.model)}: {type(error).__name__}: {error}"
             ) from error
 
     # What it is.
 
     @property
     def tier(self) -> str:
-        """Return "handles", "patched", "pieces" or "contiguous"; see the module's docstring."""
-        if self._adapted is None:
-            return "contiguous"
-        if self._adapted.in_pieces:
-            return "pieces"
-        return "patched" if self._adapted.patched else "handles"
+        """Return "handles", "patched", "pieces" or "contiguous"; see `adaptation.tiers`."""
+        return "contiguous" if self._paged is None else self._paged.tier
+
+    @property
+    def fused(self) -> dict[str, int]:
+        """Return how many modules of a kind run by fused kernels."""
+        return {} if self._paged is None else dict(self._paged.adapted.fused)
 
     @property
     def supports_prefix_cache(self) -> bool:
         """Whether blocks of one sequence may serve another, with a snapshot of recurrent state."""
-        return self._adapted is not None
+        return self._paged is not None
 
     @property
     def can_go_back(self) -> bool:
         """Whether a sequence can drop its last tokens: a recurrent state has no way back."""
-        return self._adapted is not None and self.snapshots is None
+        return self._paged is not None and self.snapshots is None
 
     @property
     def snapshots(self) -> PrefixSnapshots | None:
         """Where sequences of a recurrent model may start, besides their beginning."""
-        return None if self._adapted is None else self._adapted.snapshots
+        return None if self._paged is None else self._paged.adapted.snapshots
 
-    @cached_property
+    @property
     def writes_in_place(self) -> bool:
         """Whether a step may be launched while the one before runs, and copies no pool for it.
 
         MLX's own updates copy what an earlier step still holds; our kernel writes to the pool.
         """
-        adapted = self._adapted
-        return adapted is not None and adapted.writes_in_place
+        return self._paged is not None and self._paged.writes_in_place
 
     @property
     def bytes_per_block(self) -> int:
@@ -329,59 +186,32 @@ class ModelRunner:
         Evaluate the result together with `pools()`, after the step before has been read: then no
         pool is copied.
         """
-        self.release(batch.released)
-        rows = list(batch.sample_rows)
-        if self._contiguous is not None:
-            return self._contiguous.forward(batch, token_ids, rows)
-        adapted = self._adapted
-        assert adapted is not None
-        count = len(rows)
-        logits: mx.array
-        if self._compiled is not None:
-            if self._compiled.takes(batch):
-                adapted.begin(batch)
-                logits = self._compiled.forward(batch, token_ids, rows)
-                adapted.finish(batch)
-                return logits
-            self._compiled.forget()
-        padded = self.buckets.pad_rows(count) or 1
-        self._step.begin(batch, rows + [0] * (padded - count))
-        adapted.begin(batch)
-        try:
-            logits = self.model(token_ids[:, None], cache=adapted.caches)
-            adapted.close()
-        except BaseException:
-            adapted.abandon()
-            raise
-        finally:
-            self._step.end()
-        adapted.finish(batch)
-        if not self._step.rows_taken:
-            logits = logits[self._step.sample_rows]
-        if logits.shape[0] != padded:
-            raise EngineError(f"the model made logits of {logits.shape[0]} rows, expected {padded}")
-        return logits[:count, -1]
+        if self._paged is not None:
+            return self._paged.forward(batch, token_ids)
+        assert self._contiguous is not None
+        self._contiguous.release(batch.released)
+        return self._contiguous.forward(batch, token_ids, list(batch.sample_rows))
 
     def is_compiled(self, batch: StepBatch) -> bool:
         """Return whether a step's forward pass is one that MLX has compiled."""
-        return self._compiled is not None and self._compiled.takes(batch)
+        return self._paged is not None and self._paged.is_compiled(batch)
 
     def pools(self) -> list[mx.array]:
         """Return what the last step writes, to be evaluated with its logits.
 
         Keep none of these: a second reference makes the next step copy a pool.
         """
-        if self._contiguous is not None:
-            return self._contiguous.pools()
-        assert self._adapted is not None
-        return self._adapted.pools()
+        return self._runs.pools()
 
     def release(self, seq_ids: Iterable[int]) -> None:
         """Drop what is kept for sequences beside their blocks."""
-        if self._contiguous is not None:
-            self._contiguous.release(seq_ids)
-        elif self._adapted is not None:
-            self._adapted.rows.release(seq_ids)
+        self._runs.release(seq_ids)
+
+    @property
+    def _runs(self) -> PagedRunner | ContiguousRunner:
+        found = self._paged or self._contiguous
+        assert found is not None
+        return found
 
     def scrub(self, blocks: Iterable[int]) -> None:
         """Zero blocks that hold values which are not numbers.
@@ -389,22 +219,22 @@ class ModelRunner:
         Masked keys still meet a product with zero, and zero times NaN is NaN: blocks of a sequence
         whose logits were NaN have to be scrubbed before another sequence gets them.
         """
-        if self._adapted is not None:
-            self._adapted.scrub(list(blocks), self.block_size)
+        if self._paged is not None:
+            self._paged.adapted.scrub(list(blocks), self.block_size)
 
     def scrub_slots(self, slots: list[int]) -> None:
         """Zero the keys and values of single tokens: those of rejected rows, if not numbers."""
-        if self._adapted is not None:
-            self._adapted.scrub_slots(slots)
+        if self._paged is not None:
+            self._paged.adapted.scrub_slots(slots)
 
     def block_contents(self) -> BlockContents | None:
         """Return the way to what blocks hold, None if there are none."""
-        return None if self._adapted is None else self._adapted.block_contents()
+        return None if self._paged is None else self._paged.adapted.block_contents()
 
     def undo(self) -> None:
         """Give the model back as it was; the runner is of no use then."""
-        if self._adapted is not None:
-            self._adapted.undo()
+        if self._paged is not None:
+            self._paged.undo()
 
     def warm_up(self, shapes: Iterable[StepShape]) -> mx.Dtype | None:
         """Run steps of padding of the given shapes, which compiles what they need.

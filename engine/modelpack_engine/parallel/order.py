@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from modelpack_engine.adaptation.paged import PagedRunner
 from modelpack_engine.batch import StepBatch
 from modelpack_engine.model_runner import ModelRunner
 
@@ -48,8 +49,8 @@ def _ordered(collective: Callable[..., mx.array]) -> Callable[..., mx.array]:
     return call
 
 
-class OrderedRunner(ModelRunner):
-    """Runs a rank's part of a model, whose collectives are in order."""
+class _OrderedPages(PagedRunner):
+    """Runs it on pages; the self-test goes through here, too."""
 
     def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
         begin()
@@ -57,3 +58,13 @@ class OrderedRunner(ModelRunner):
         if self.is_compiled(batch):
             begin()  # what a trace leaves is no array; all that it makes hangs together anyway
         return logits
+
+
+class OrderedRunner(ModelRunner):
+    """Runs a rank's part of a model, whose collectives are in order."""
+
+    pages = _OrderedPages
+
+    def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
+        begin()  # for the contiguous tier
+        return super().forward(batch, token_ids)

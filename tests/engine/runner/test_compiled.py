@@ -214,7 +214,8 @@ def test_whole_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     per_block = 2 * 2 * 2 * 16 * 4 * 16
     config = EngineConfig(max_num_seqs=4, max_model_len=96, kv_cache_bytes=12 * per_block)
     engine = Engine(tiny_loaded(), config)
-    assert engine._runner._compiled is not None
+    assert engine._runner._paged is not None
+    assert engine._runner._paged.compiled is not None
     prompts = [[i + 1, *range(2, 2 + 7 * i)] for i in range(1, 6)]
     params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
     found = engine.generate(prompts, params)
@@ -229,7 +230,8 @@ def test_whole_requests(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tables_are_those_of_the_batch(random: Random) -> None:
     """Rows are kept from step to step: whoever joins, leaves, grows, or sits a step out."""
     runner = ModelRunner(tiny_llama(), num_blocks=8, buckets=FEW, exact=False, compiled=True)
-    steps = runner._compiled
+    assert runner._paged is not None
+    steps = runner._paged.compiled
     assert steps is not None
     lengths: dict[int, int] = {}
     tables: dict[int, list[int]] = {}

@@ -45,7 +45,7 @@ def check(configuration: Configuration) -> bool:
             name: sum(one != other for one, other in zip(tokens, wanted, strict=True))
             for name, tokens in found.items()
         }
-        fused = {} if runner._adapted is None else runner._adapted.fused
+        fused = runner.fused
     finally:
         runner.undo()
     equal = not any(wrong.values())

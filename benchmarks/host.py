@@ -1,0 +1,135 @@
+"""What of a step's time is the host's Python: measured without a GPU.
+
+    PYTHONPATH=.:engine python benchmarks/host.py [--rounds 7] [--workloads load-m-32 load-m-128]
+
+The engine schedules, lays out and reads steps as it does on a GPU, with their buckets and tables;
+the model computes nothing, and vocabulary and KV cache are small. What is left is what Python does:
+the graphs of layers are not built, and nothing is launched but a choice of tokens. Prints a JSON
+object a workload: microseconds a step, the least of all rounds, as others may use the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+from gpu_engine import Silent
+from mlx.nn.layers.base import Module
+from mlx_lm.models import llama
+
+from modelpack_engine.adaptation.compiled import Layout
+from modelpack_engine.adaptation.layout import ModelLayout
+from modelpack_engine.benchmarking.driving import run_workload
+from modelpack_engine.benchmarking.workloads import WORKLOADS
+from modelpack_engine.buckets import FEW
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.engine import Engine
+from modelpack_engine.loaders import LoadedModel
+from modelpack_engine.model_runner import ModelRunner
+from modelpack_engine.sizing import Sizes
+
+VOCABULARY, CONTEXT, DIM = 64, 2048, 64
+#: Tokens of load M are larger than the ids of so small a vocabulary; nothing looks at them.
+KNOWN = 1 << 20
+
+
+class NothingComputed:
+    """Stands for the graphs of compiled steps: logits that are there already."""
+
+    def __init__(self) -> None:
+        self._logits: dict[int, mx.array] = {}
+
+    def graph(self, layout: Layout) -> Callable[..., Any]:
+        rows = layout.sampled or layout.rows
+        if rows not in self._logits:
+            self._logits[rows] = mx.zeros((rows, 1, VOCABULARY))
+            mx.eval(self._logits[rows])
+        logits = self._logits[rows]
+        return lambda token_ids, packed, pools, states: (logits, [], states)
+
+
+class HostEngine(Engine):
+    """An engine with a GPU's sizes, whose model computes nothing."""
+
+    def _choose_sizes(self, layout: ModelLayout | None, context_length: int, beside: int) -> Sizes:
+        return replace(super()._choose_sizes(layout, context_length, beside), buckets=FEW)
+
+    def _make_runner(self, model: Module) -> ModelRunner:
+        runner = ModelRunner(
+            model,
+            num_blocks=self._sizes.num_blocks,
+            buckets=FEW,
+            exact=False,
+            compiled=True,
+            self_test=False,
+        )
+        paged = runner._paged
+        assert paged is not None
+        assert paged.compiled is not None
+        paged.compiled._graph = NothingComputed().graph  # type: ignore[method-assign]
+        paged.__dict__["writes_in_place"] = True  # as on a GPU: launched before the last is read
+        return runner
+
+
+def make_engine(seqs: int) -> HostEngine:
+    model = llama.Model(
+        llama.ModelArgs(
+            model_type="llama",
+            hidden_size=DIM,
+            num_hidden_layers=1,
+            intermediate_size=DIM,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            rms_norm_eps=1e-5,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=CONTEXT,
+            head_dim=DIM,
+            tie_word_embeddings=True,
+        )
+    )
+    mx.eval(model.parameters())
+    loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, Silent(), "llama", CONTEXT, (), 0)
+    config = EngineConfig(
+        max_num_seqs=seqs,
+        kv_cache_bytes=1 << 29,
+        max_model_len=CONTEXT,
+        max_num_batched_tokens=2048,
+    )
+    engine = HostEngine(loaded, config)
+    engine.vocab_size = KNOWN
+    return engine
+
+
+def measure(name: str, rounds: int) -> dict[str, Any]:
+    """Return the least microseconds a step of so many rounds, and of its parts."""
+    workload = WORKLOADS[name]()
+    engine = make_engine(workload.concurrency or 1)
+    least: dict[str, float] = {}
+    for again in range(1 + rounds):
+        found = run_workload(engine, workload.in_other_words(again)).to_json()
+        times = {"step": 1e6 * found["duration_s"] / found["steps"]}
+        for part in ("build", "launch", "wait"):
+            times[part] = 1e3 * found[f"host_{part}_ms_per_step"]
+        times["rest"] = times["step"] - times["build"] - times["launch"] - times["wait"]
+        for part, value in times.items():
+            least[part] = min(least.get(part, value), value)
+    return {"workload": name, "steps": found["steps"]} | {k: round(v) for k, v in least.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--workloads", nargs="*", default=["load-m-32", "load-m-128"])
+    args = parser.parse_args()
+    print(json.dumps({"mlx": mx.__version__, "python": platform.python_version()}))
+    for name in args.workloads:
+        print(json.dumps(measure(name, args.rounds)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
