@@ -225,11 +225,13 @@ def test_whole_requests(monkeypatch: pytest.MonkeyPatch) -> None:
         assert tokens == reference_tokens(prompt, 30)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_tables_are_those_of_the_batch(random: Random) -> None:
     """Rows are kept from step to step: whoever joins, leaves, grows, or sits a step out."""
-    runner = ModelRunner(tiny_llama(), num_blocks=8, buckets=FEW, exact=False, compiled=True)
+    runner = ModelRunner(
+        tiny_llama(), num_blocks=8, buckets=FEW, exact=False, compiled=True, self_test=False
+    )
     assert runner._paged is not None
     steps = runner._paged.compiled
     assert steps is not None
