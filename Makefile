@@ -1,6 +1,6 @@
 # The two commands of the README: each makes .venv itself and needs only Python >= 3.11.
 
-# What is compiled is kept, for three workers and the hundreds of processes that tests start.
+# What is compiled is kept, for four workers and the hundreds of processes that tests start.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-long check docs format wheel bench clean
@@ -9,7 +9,7 @@ demo: .venv/.engine
 	.venv/bin/python scripts/demo
 
 test: .venv/.dev
-	.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	.venv/bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test-long: .venv/.dev
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m long

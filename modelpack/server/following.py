@@ -29,7 +29,10 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 
 
 class Fetch:
-    """One download: `ready` bytes came, most of them are in the file, `ended`: it is over."""
+    """One download: `ready` bytes came, most of them are in the file, `ended`: it is over.
+
+    What came may be wrong, and is fetched once more from the start then, as another `attempt`.
+    """
 
     def __init__(
         self, store: LayoutStore, descriptor: Descriptor, source: BlobSource, stop: Stop
@@ -37,24 +40,23 @@ class Fetch:
         self.descriptor = descriptor
         self._stop = stop
         self.ready = 0
+        self.attempt = 1
         self.ended = False
         self.error: ModelpackError | None = None
         self._store = store
         self._source = source
 
     def run(self) -> None:
-        """Have the blob in the store; blocks."""
-        try:
-            watch = Watch(self._report, self._stop)
-            self._store.write_blob(self.descriptor, _Counted(self._source, self), watch)
+        """Have the blob in the store; blocks. Raises what the upstream or the store raises."""
+        watch = Watch(self._report, self._stop)
+        self._store.write_blob(self.descriptor, _Counted(self._source, self), watch)
+
+    def end(self, error: ModelpackError | None) -> None:
+        """Take note that it is over, for `error` or since all is there."""
+        self.error = error
+        if error is None:
             self.ready = self.descriptor.size
-        except ModelpackError as error:
-            self.error = error
-        except Exception as error:  # a thread has nobody to raise to
-            self.error = RemoteUnavailableError(f"the upstream failed: {type(error).__name__}")
-            raise
-        finally:
-            self.ended = True
+        self.ended = True
 
     def sendable(self) -> int:
         """Return how many bytes may be sent by now."""
@@ -72,7 +74,8 @@ class Fetch:
 
     def _report(self, progress: Progress) -> None:
         if progress.action is Action.RETRY:  # what was sent may be what was wrong
-            self.error = RemoteUnavailableError("the upstream sent other bytes at first")
+            self.attempt += 1
+            self.ready = 0
 
 
 class _Counted:
@@ -122,11 +125,18 @@ class Fetches:
             return fetch
 
     def _run(self, fetch: Fetch) -> None:
+        error: ModelpackError | None = None
         try:
             fetch.run()
+        except ModelpackError as failure:
+            error = failure
+        except Exception as failure:  # a thread has nobody to raise to
+            error = RemoteUnavailableError(f"the upstream failed: {type(failure).__name__}")
+            raise
         finally:
-            with self._lock:
+            with self._lock:  # who asks from now on begins another one
                 del self._running[fetch.descriptor.digest]
+                fetch.end(error)
 
 
 async def begun(fetch: Fetch) -> None:
@@ -142,14 +152,15 @@ async def begun(fetch: Fetch) -> None:
 class FollowingResponse(Response):
     """Part of a blob, as far as it is here and then as it comes.
 
-    Where the download fails the connection is closed before the promised length: a client sees
-    that, and asks for the rest.
+    Where the download fails, or begins again, the connection is closed before the promised length:
+    a client sees that, and asks for the rest.
     """
 
     def __init__(self, fetch: Fetch, part: ByteRange, status: int, headers: dict[str, str]) -> None:
         headers["Content-Length"] = str(part.length)
         super().__init__(status_code=status, headers=headers)
         self._fetch = fetch
+        self._attempt = fetch.attempt
         self._part = part
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -171,7 +182,8 @@ class FollowingResponse(Response):
         position, end = self._part.start, self._part.start + self._part.length
         pause = _FIRST_PAUSE
         while position < end:
-            if self._fetch.error is not None or gone.done():
+            begins_again = self._fetch.attempt != self._attempt
+            if self._fetch.error is not None or begins_again or gone.done():
                 return
             was_all = self._fetch.ended
             size = min(PIECE, end - position, self._fetch.sendable() - position)

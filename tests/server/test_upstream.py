@@ -234,6 +234,29 @@ def test_a_blob_that_is_wrong_is_neither_kept_nor_sent_whole(
     caching.check()
 
 
+def test_who_comes_while_a_blob_is_fetched_again_waits_for_it(caching: Caching) -> None:
+    arrived, release = threading.Event(), threading.Event()
+
+    def held(exchange: Exchange) -> None:
+        arrived.set()
+        assert release.wait(30), "released in the end"
+        exchange.send(exchange.reply())
+
+    caching.upstream.faults.add("GET", caching.path, flipped_bit(5))
+    caching.upstream.faults.add("GET", caching.path, held)
+    url = f"http://{caching.cache()}/v2/{NAME}"
+    requests.get(f"{url}/manifests/v1", timeout=10).raise_for_status()
+    with pytest.raises(requests.RequestException):  # cut, or it waits for the second fetch as well
+        requests.get(url + caching.path, timeout=0.5)
+    assert arrived.wait(30), "it is fetched again"
+    with pytest.raises(requests.ReadTimeout):
+        requests.get(url + caching.path, timeout=0.5)
+    release.set()
+    answer = requests.get(url + caching.path, timeout=30)
+    assert Digest.of(answer.content) == caching.weight.digest
+    caching.check()
+
+
 def test_a_manifest_that_is_wrong_is_not_kept(caching: Caching) -> None:
     host = caching.cache()
     caching.upstream.faults.add("GET", "/manifests/", replaced(b'{"schemaVersion":2}'), times=None)
