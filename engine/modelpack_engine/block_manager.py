@@ -371,14 +371,10 @@ class BlockManager:
         blocks = range(start // self.block_size, stop // self.block_size)
         return [self._hash(sequence, index) for index in blocks]
 
-    def has_full(self, sequence: Sequence) -> bool:
-        """Whether a submitted step writes a full block's last KV: perhaps it can be published."""
-        end = (sequence.num_published_blocks + 1) * self.block_size
-        return sequence.num_computed_tokens >= end
-
     def publish_prefix(self, sequence: Sequence) -> None:
         """Publish the blocks that are full of known tokens whose KV a submitted step writes."""
-        if not self.enable_prefix_caching or not self.has_full(sequence):
+        first = sequence.num_published_blocks * self.block_size
+        if not self.enable_prefix_caching or first + self.block_size > sequence.num_computed_tokens:
             return
         full = min(sequence.num_computed_tokens, sequence.num_known_tokens) // self.block_size
         for index in range(sequence.num_published_blocks, full):

@@ -67,8 +67,7 @@ class Choice:
         if self.mask is not None:
             self.mask.accept(token_id)
         told, reason = (token_id,), sequence.finish_reason
-        is_end = reason is not None and token_id in self._ending_ids
-        ends_text = is_end and reason is FinishReason.STOP
+        ends_text = token_id in self._ending_ids and reason is FinishReason.STOP
         delta = self._detokenizer.push(() if ends_text else told)
         event = self._event(told, delta.text, logprob)
         if reason is not None:

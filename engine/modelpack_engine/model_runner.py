@@ -93,16 +93,16 @@ class ModelRunner:
             if compiled is None:
                 compiled = not exact and kernels.available().write
             search = TierSearch(
-                model,
-                self.layout,
-                StepInputs(block_size, exact=exact, staging=self.staging),
-                self.staging,
-                buckets,
-                num_blocks,
-                self_test,
-                compiled,
-                () if exact else full_step,
-                self.pages,
+                model=model,
+                layout=self.layout,
+                step=StepInputs(block_size, exact=exact, staging=self.staging),
+                staging=self.staging,
+                buckets=buckets,
+                num_blocks=num_blocks,
+                self_test=self_test,
+                compiled=compiled,
+                full_step=() if exact else full_step,
+                kind=self.pages,
             )
             self._paged = search.find()
             self.notes += tuple(search.notes)

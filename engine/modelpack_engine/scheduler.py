@@ -361,13 +361,10 @@ class Scheduler:
         """
         if sequence.is_finished:
             return False
-        known = len(sequence.prompt_token_ids) + len(sequence.output_token_ids)
-        if sequence.num_computed_tokens < known:
-            sequence.num_computed_tokens = known
+        sequence.num_computed_tokens = max(sequence.num_computed_tokens, sequence.num_known_tokens)
         sequence.output_token_ids.append(token_id)
         self._generated_tokens += 1
-        if self._blocks.has_full(sequence):
-            self._blocks.publish_prefix(sequence)
+        self._blocks.publish_prefix(sequence)
         if ending := sequence.ending():
             self.finish(sequence, *ending)
         return True

@@ -170,6 +170,6 @@ class Sequence:
                 return FinishReason.STOP, token_id
             if token_id in self.eos_token_ids and not self.params.ignore_eos:
                 return FinishReason.STOP, None
-        if len(self.prompt_token_ids) + len(self.output_token_ids) >= self.max_num_tokens:
+        if self.num_known_tokens >= self.max_num_tokens:
             return FinishReason.LENGTH, None
         return None

@@ -69,14 +69,7 @@ class StepTokens(NamedTuple):
 
 def sample_rows(output: SchedulerOutput) -> list[SampleRow]:
     """Return the rows that sample a step's tokens, in the order of its batch."""
-    rows = [
-        SampleRow(
-            sequence.seq_id,
-            len(sequence.prompt_token_ids) + (count := sequence.num_output_tokens),
-            count,
-        )
-        for sequence in output.decode
-    ]
+    rows = [_sample_row(sequence) for sequence in output.decode]
     for proposal in output.proposals:
         rows += [
             _sample_row(proposal.sequence, proposal.token_ids[:count])

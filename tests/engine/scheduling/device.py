@@ -141,7 +141,7 @@ class FakeDevice:
         assert rows == len(batch.token_ids) == len(batch.positions) == len(batch.slots)
         assert rows == batch.num_rows
         assert len(batch.decode_tables) == len(batch.decode_lengths) == batch.num_decode
-        assert max(map(len, batch.decode_tables), default=0) <= batch.table_width
+        assert {len(table) for table in batch.padded_tables()} <= {batch.table_width}
         assert all(n >= 1 for n in batch.decode_lengths[len(batch.decode_seq_ids) :])
         starts = [batch.num_decode]
         for chunk in batch.chunks:

@@ -60,7 +60,7 @@ MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     (Sequence.restart, "self.num_prefill_tokens = self.num_tokens", "pass"),
     (Sequence.restart, "self.num_computed_tokens = 0", "pass"),
     (Sequence.ending, "> self.params.min_tokens", "> self.params.min_tokens + 1"),
-    (Sequence.ending, "self.output_token_ids) >= ", "self.output_token_ids) > "),
+    (Sequence.ending, "self.num_known_tokens >=", "self.num_known_tokens >"),
     (Sequence.token_ids, "if stop <= cut", "if start < cut"),
     # The scheduler breaks a limit, an order or a promise.
     (Scheduler.schedule, "self.take_released()", "()"),
