@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_Delivery = tuple[RequestStream, RequestEvent | Exception]
+
 
 class EngineState(StrEnum):
     """Where an engine is in its life."""
@@ -53,7 +55,9 @@ class _Add:
 class AsyncEngine:
     """Starts a thread that makes the engine with `make_engine` and then runs its steps.
 
-    `meter` takes the measure of its requests. `error` is what loading raised, `failure` its text.
+    `meter` takes the measure of its requests. `error` is what loading raised, `failure` its text,
+    or that of what stopped the thread later. Whatever happens to it, nobody waits for ever: streams
+    end with an error then, and so do requests that are added.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class AsyncEngine:
         self._make_engine = make_engine
         self._engine: SteppingEngine | None = None
         self._calls: queue.SimpleQueue[_Add | Abort | None] = queue.SimpleQueue()
+        self._gate = threading.Lock()  # of the queue, which nobody reads after the engine's end
         self._streams: dict[str, RequestStream] = {}
         self._running_choices: dict[str, int] = {}
         self._numbers = itertools.count()
@@ -94,12 +99,11 @@ class AsyncEngine:
 
         Raises `RequestError`, `QueueFullError`, or `EngineError` if the engine does not run.
         """
-        if self.state is not EngineState.READY:
-            raise EngineError(f"the engine is {self.state}", hint="wait until it is ready")
         request_id = f"request-{next(self._numbers)}"
         stream = RequestStream(request_id, len(token_ids), n, self._call)
         accepted = asyncio.get_running_loop().create_future()
-        self._call(_Add(stream, list(token_ids), params, n, continues_text, accepted))
+        if not self._call(_Add(stream, list(token_ids), params, n, continues_text, accepted)):
+            raise EngineError(f"the engine is {self.state}", hint="wait until it is ready")
         try:
             await accepted
         except asyncio.CancelledError:
@@ -142,8 +146,13 @@ class AsyncEngine:
             raise EngineError(f"the engine is {self.state}")
         return self._engine
 
-    def _call(self, call: _Add | Abort) -> None:
-        self._calls.put(call)
+    def _call(self, call: _Add | Abort) -> bool:
+        """Queue a call; return whether the engine runs, which will do it."""
+        with self._gate:
+            runs = self.state is EngineState.READY
+            if runs:
+                self._calls.put(call)
+        return runs
 
     # The engine's thread
 
@@ -168,17 +177,35 @@ class AsyncEngine:
         finally:
             self._loaded.set()
         engine = self._engine
-        while self._take_calls(engine):
-            try:
-                events = engine.step()
-            except Exception as error:  # noqa: BLE001 - the requests fail, the engine goes on
-                _log.exception("a step failed")
-                events = engine.fail_all(f"a step of the engine failed: {error}")
-            self.meter.stepped(events)
-            self._hand_out(events)
-        self.state = EngineState.STOPPED
-        self._hand_out(engine.fail_all("the engine was stopped"))
-        engine.close()
+        try:
+            while self._take_calls(engine):
+                try:
+                    events = engine.step()
+                except Exception as error:  # noqa: BLE001 - the requests fail, the engine goes on
+                    _log.exception("a step failed")
+                    events = engine.fail_all(f"a step of the engine failed: {error}")
+                self.meter.stepped(events)
+                self._hand_out(events)
+            self._end(EngineState.STOPPED)
+            self._hand_out(engine.fail_all("the engine was stopped"))
+            engine.close()
+        except Exception as error:  # noqa: BLE001 - it cannot go on: those who wait must hear of it
+            _log.exception("the engine failed")
+            self.failure = f"the engine failed: {error}"
+            self._end(EngineState.FAILED)
+            for stream in list(self._streams.values()):
+                self._deliver([(stream, EngineError(self.failure))])
+            self._streams.clear()
+            self._running_choices.clear()
+
+    def _end(self, state: EngineState) -> None:
+        """Take no calls any more, and refuse those that nobody has read."""
+        with self._gate:
+            self.state = state
+        while not self._calls.empty():
+            call = self._calls.get()
+            if isinstance(call, _Add):
+                self._settle(call, EngineError(self.failure or f"the engine is {state}"))
 
     def _take_calls(self, engine: SteppingEngine) -> bool:
         """Do what was asked for; wait for a call if there is nothing else to do."""
@@ -229,24 +256,27 @@ class AsyncEngine:
         try:
             call.stream.loop.call_soon_threadsafe(settle)
         except RuntimeError:  # the loop has ended
-            self._calls.put(Abort(call.stream.request_id))
+            self._call(Abort(call.stream.request_id))
 
     def _hand_out(self, events: Iterable[RequestEvent]) -> None:
         """Give events to their streams: one call for each event loop, however many there are."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestEvent]]]
-        by_loop = defaultdict(list)
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Delivery]] = defaultdict(list)
         events = list(events)
         for event in events:
             stream = self._streams.get(event.request_id)
             if stream is not None:
                 by_loop[stream.loop].append((stream, event))
-        for loop, batch in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_deliver, batch)
-            except RuntimeError:  # the loop has ended: nobody listens
-                for stream, _ in batch:
-                    self._call(Abort(stream.request_id))
+        for batch in by_loop.values():
+            self._deliver(batch)
         self._close_choices(events)
+
+    def _deliver(self, batch: list[_Delivery]) -> None:
+        """Give streams of one event loop what is new."""
+        try:
+            batch[0][0].loop.call_soon_threadsafe(_put, batch)
+        except RuntimeError:  # the loop has ended: nobody listens
+            for stream, _ in batch:
+                self._call(Abort(stream.request_id))
 
     def _close_choices(self, events: Iterable[RequestEvent]) -> None:
         """Forget requests whose last choice has ended."""
@@ -258,7 +288,7 @@ class AsyncEngine:
                     self._streams.pop(event.request_id, None)
 
 
-def _deliver(batch: list[tuple[RequestStream, RequestEvent]]) -> None:
+def _put(batch: list[_Delivery]) -> None:
     for stream, event in batch:
         stream.put(event)
 

@@ -30,7 +30,7 @@ class RequestStream:
     """
 
     def __init__(
-        self, request_id: str, prompt_tokens: int, choices: int, call: Callable[[Abort], None]
+        self, request_id: str, prompt_tokens: int, choices: int, call: Callable[[Abort], object]
     ) -> None:
         self.request_id = request_id
         self.prompt_tokens = prompt_tokens
