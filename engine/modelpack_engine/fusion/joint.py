@@ -49,4 +49,4 @@ def join(layers: Sequence[nn.Module]) -> Weights:
     return Weights(
         joint["weight"], joint.get("scales"), joint.get("biases"), joint.get("bias"),
         first.bits, first.group_size, first.mode,
-    )  # fmt: skip
+    ).ready()  # fmt: skip

@@ -17,7 +17,13 @@ from modelpack_engine.fusion import expert_kernels, kernels
 from modelpack_engine.fusion.experts import fuse_experts, has_experts
 from modelpack_engine.fusion.heads import fuse_heads
 from modelpack_engine.fusion.joint import can_join, join
-from modelpack_engine.fusion.products import FEW_ROWS, multiply_in_parts, swiglu, weights_of
+from modelpack_engine.fusion.products import (
+    FEW_ROWS,
+    Weights,
+    multiply_in_parts,
+    swiglu,
+    weights_of,
+)
 from modelpack_engine.fusion.recognise import reads_like
 from modelpack_engine.fusion.rotation import find_rotation
 from modelpack_engine.fusion.routers import fuse_router
@@ -132,13 +138,13 @@ def _fuse_mlp(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> b
     sizes = {layer["weight"].shape[0] for layer in layers}
     if not can_join(layers) or len(sizes) != 1:
         return False
-    joint = join(layers)
+    joint, down = join(layers), _ready(module.down_proj)
 
     def call(original: Call, mlp: Any, x: mx.array) -> Any:
         if not step.active:
             return original(mlp, x)
         found = swiglu(x, joint)
-        return _project(found, mlp.down_proj, x, sums)
+        return _project(found, down, x, sums)
 
     swaps.override(module, call)
     return True
@@ -168,7 +174,7 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
     )
     if rotation is None or not fits or not can_join(layers):
         return False
-    joint = join(layers)
+    joint, output = join(layers), _ready(module.o_proj)
     scale = module.scale
 
     def call(
@@ -198,16 +204,21 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
             angles,
         )
         out = cache.attend_rows(q, scale=scale, window=window)
-        return _project(out, attention.o_proj, x, sums)
+        return _project(out, output, x, sums)
 
     swaps.override(module, call)
     return True
 
 
-def _project(rows: mx.array, layer: nn.Module, like: mx.array, sums: Sums) -> mx.array:
-    """Return rows [rows, ...] projected, in the shape of `like`; parts are left to who sums."""
+def _ready(layer: nn.Module) -> Weights | nn.Module:
+    """Return a linear layer's weights, or what is no plain one as it is."""
     weights = weights_of(layer)
-    if weights is None:
-        return layer(rows.reshape(*like.shape[:-1], -1))  # type: ignore[no-any-return]
-    shape = (*like.shape[:-1], weights.num_outputs)
-    return sums.of_parts(multiply_in_parts(rows, weights), shape, like.dtype)
+    return layer if weights is None else weights.ready()
+
+
+def _project(rows: mx.array, by: Weights | nn.Module, like: mx.array, sums: Sums) -> mx.array:
+    """Return rows [rows, ...] projected, in the shape of `like`; parts are left to who sums."""
+    if not isinstance(by, Weights):
+        return by(rows.reshape(*like.shape[:-1], -1))  # type: ignore[no-any-return]
+    shape = (*like.shape[:-1], by.num_outputs)
+    return sums.of_parts(multiply_in_parts(rows, by), shape, like.dtype)

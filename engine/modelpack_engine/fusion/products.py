@@ -7,7 +7,7 @@ to add up. With many rows, quantised weights are written out first; others are M
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -34,6 +34,7 @@ class Weights:
     """A linear layer's parameters: `bits` is None for plain weights [out, in], or of each expert.
 
     Quantised ones are packed in uint32, low bits first, with scales and biases [out, in / group].
+    `transposed` is a view of plain ones, if there is one that steps need not make.
     """
 
     weight: mx.array
@@ -43,6 +44,7 @@ class Weights:
     bits: int | None
     group_size: int
     mode: str
+    transposed: mx.array | None = None
 
     @classmethod
     def plain(cls, weight: mx.array, bias: mx.array | None = None) -> Weights:
@@ -58,6 +60,14 @@ class Weights:
     def num_inputs(self) -> int:
         """Inputs."""
         return self.weight.shape[-1] * (32 // self.bits if self.bits else 1)
+
+    def ready(self) -> Weights:
+        """Return the same with what each step would make of it otherwise."""
+        if self.bits is not None:
+            return self
+        transposed = self.weight.T
+        mx.eval(transposed)
+        return replace(self, transposed=transposed)
 
 
 def weights_of(layer: nn.Module) -> Weights | None:
@@ -122,7 +132,8 @@ def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
     """Multiply by MLX; the bias of quantised weights is not added."""
     weight, bits = weights.weight, weights.bits
     if bits is None:
-        return x @ weight.T if weights.bias is None else mx.addmm(weights.bias, x, weight.T)
+        transposed = weight.T if weights.transposed is None else weights.transposed
+        return x @ transposed if weights.bias is None else mx.addmm(weights.bias, x, transposed)
     scales, biases, group_size = weights.scales, weights.biases, weights.group_size
     assert scales is not None
     if biases is not None and x.shape[0] > FEW_ROWS and _is_affine(x, weights):
