@@ -28,15 +28,16 @@ from modelpack_engine.adaptation.cache_types import layout_with_cache_type
 from modelpack_engine.adaptation.layout import ModelLayout
 from modelpack_engine.batch import build_batch
 from modelpack_engine.block_manager import BlockManager
-from modelpack_engine.choice import Choice, make_choices
+from modelpack_engine.choice import make_choices
+from modelpack_engine.choices import Choices
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.kv_types import parse_kv_cache_dtype
 from modelpack_engine.loaders import LoadedModel
 from modelpack_engine.model_runner import ModelRunner
 from modelpack_engine.offload.opening import open_offload
-from modelpack_engine.outputs import EngineStats, FinishReason, RequestEvent
+from modelpack_engine.outputs import EngineStats, RequestEvent
 from modelpack_engine.sampler import NO_TOKEN, Sampled, Sampler, SampleRow
-from modelpack_engine.sampling_params import LogitsMask, SamplingParams
+from modelpack_engine.sampling_params import SamplingParams
 from modelpack_engine.schedule import Proposal
 from modelpack_engine.scheduler import Scheduler
 from modelpack_engine.sequence import Sequence
@@ -112,7 +113,7 @@ class Engine:
             self.config, drafting, self._runner, self._sampler, self._sizes, self.vocab_size
         )
         self.notes = (*loaded.notes, *self._runner.notes, *notes)
-        self._choices: dict[int, Choice] = {}  # by seq_id, until they end
+        self._choices = Choices(self._scheduler)
         self._sampling: set[int] = set()  # seq_ids that the sampler knows
         self._pending: Step | None = None
         self._clock = StepClock()
@@ -146,8 +147,7 @@ class Engine:
             continues_text=continues_text,
             cache_salt=cache_salt,
         )
-        self._scheduler.add(*(choice.sequence for choice in choices))
-        self._choices |= {choice.sequence.seq_id: choice for choice in choices}
+        self._choices.add(choices)
 
     @property
     def has_work(self) -> bool:
@@ -158,52 +158,45 @@ class Engine:
         """Do one step; return what is new."""
         clock = self._clock
         clock.start()
-        events = self._read_first()
+        self._read_first()
         clock.ended("wait")
         step = self._build()
         clock.ended("build")
         early = self._runner.writes_in_place
         if early:
             self._launch(step)
-            clock.ended("launch")
         tokens = self._read()
         clock.ended("wait")
         self._mover.collect()
-        events += self._fail_rows(tokens)
+        self._fail_rows(tokens)
         if not early:
             self._launch(step)
-            clock.ended("launch")
-        events += self._take(tokens)
-        events += self._submit(step)
-        return events
+        self._take(tokens)
+        self._submit(step)
+        return self._choices.told()
 
     def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
         """End a request, or one of its choices; return the last events of what was unfinished.
 
         Its blocks are free at once. An unknown request has ended already.
         """
-        events = []
-        for sequence in self._scheduler.abort(request_id, index):
-            events.append(self._choices[sequence.seq_id].aborted())
-            self._end(sequence)
-        return events
+        return self._choices.abort(request_id, index)
 
     def fail_all(self, message: str) -> list[RequestEvent]:
-        """End every request with an error, after a step that raised; the engine can go on."""
+        """End every request with an error, after a step that raised; the engine can go on.
+
+        What that step had still to tell comes first.
+        """
         pending, self._pending = self._pending, None
         if pending is not None:
             self._scheduler.fail(pending.output)
         self._mover.forget()
-        events = []
-        for choice in list(self._choices.values()):
-            self._scheduler.finish(choice.sequence, FinishReason.ERROR)
-            events.append(choice.failed(message))
-            self._end(choice.sequence)
-        return events
+        self._choices.fail_all(message)
+        return self._choices.told()
 
     def is_known(self, request_id: str) -> bool:
         """Whether a choice of the request has not ended yet."""
-        return any(choice.sequence.request_id == request_id for choice in self._choices.values())
+        return self._choices.is_known(request_id)
 
     def stats(self) -> EngineStats:
         """Return counters and gauges."""
@@ -242,24 +235,25 @@ class Engine:
 
     # A step's parts
 
-    def _read_first(self) -> list[RequestEvent]:
+    def _read_first(self) -> None:
         """Take the tokens in flight before the next step is built, if speculation has to see them.
 
         It has to if some of them were proposed: how many came true is not known before.
         """
         if self._speculator is None or self._pending is None:
-            return []
+            return
         decoding = self._scheduler.decoding()
         if not self._pending.output.proposals and not self._speculator.worth_waiting(decoding):
-            return []
+            return
         tokens = self._read()
-        return self._fail_rows(tokens) + self._take(tokens)
+        self._fail_rows(tokens)
+        self._take(tokens)
 
     def _build(self) -> Step | None:
         """Schedule the next step and build its graph."""
         proposed = None
         if self._speculator is not None and self._pending is None:
-            proposed = self._speculator.propose(self._scheduler.decoding(), self._mask_of)
+            proposed = self._speculator.propose(self._scheduler.decoding(), self._choices.mask_of)
         output = self._scheduler.schedule(proposed)
         self._mover.move(has_step=output is not None, in_flight=self._pending is not None)
         if output is None:
@@ -287,51 +281,48 @@ class Engine:
         """Wait for the step in flight; return its tokens."""
         if self._pending is None:
             return None
-        # A step that fails is noticed here: it stays pending then, for `fail_all` to account for.
+        # A step that fails is noticed here. Until it is taken it stays pending, for `fail_all` to
+        # account for.
         tokens = read_tokens(self._pending)
         if self._pending.sampled is not None:
             self._runner.staging.read(self._pending.turn)
-        self._take_prompt_logprobs(self._pending)
-        self._pending = None
+        self._choices.take_prompt_logprobs(read_prompt_logprobs(self._pending))
         return tokens
 
-    def _fail_rows(self, tokens: StepTokens | None) -> list[RequestEvent]:
-        """End the choices that have no token; return that. What they wrote is zeroed."""
-        events: list[RequestEvent] = []
+    def _fail_rows(self, tokens: StepTokens | None) -> None:
+        """End the choices that have no token. What they wrote is zeroed."""
         if tokens is None:
-            return events
+            return
         for sequence, taken in zip(tokens.step.output.sampled, tokens.tokens, strict=True):
             if not taken:
                 self._blocks.withdraw(sequence)
-            elif taken[0].token_id == NO_TOKEN and sequence.seq_id in self._choices:
+            elif taken[0].token_id == NO_TOKEN and sequence in self._choices:
                 self._runner.scrub(self._blocks.withdraw(sequence))
-                text = "the model's logits are not numbers: no token can be chosen"
-                events.append(self._fail(sequence, text))
+                self._choices.fail_undecided(sequence)
         if tokens.broken_slots:
             self._runner.scrub_slots(tokens.broken_slots)
-        return events
 
     def _launch(self, step: Step | None) -> None:
         """Have the device compute what is built of a step."""
         if step is not None:
             mx.async_eval(*step.arrays(), *self._runner.pools())
+        self._clock.ended("launch")
 
-    def _take(self, tokens: StepTokens | None) -> list[RequestEvent]:
-        """Give tokens to the sequences of their step; return what they mean for its requests."""
-        events: list[RequestEvent] = []
+    def _take(self, tokens: StepTokens | None) -> None:
+        """Give tokens to the sequences of their step, and tell what they mean for its requests."""
         if tokens is None:
-            return events
+            return
+        self._pending = None
         output = tokens.step.output
         for proposal, taken in tokens.verified():
             self._verified(proposal, taken)
         firsts = [taken[0].token_id if taken else None for taken in tokens.tokens]
         for index, sequence in self._scheduler.collect(output, firsts):
             taken = tokens.tokens[index]
-            events.append(self._tell(sequence, taken[0]))
+            self._choices.tell(sequence, taken[0])
             for token in taken[1:]:
                 if self._scheduler.take(sequence, token.token_id):
-                    events.append(self._tell(sequence, token))
-        return events
+                    self._choices.tell(sequence, token)
 
     def _verified(self, proposal: Proposal, tokens: list[NextToken]) -> None:
         """Take note of the tokens that a sequence with a proposal goes on with."""
@@ -343,44 +334,20 @@ class Engine:
         self._speculator.verified(proposal, num_accepted, spoilt=not tokens)
         self._sampler.accept(proposal.sequence.seq_id, [token.token_id for token in tokens])
 
-    def _tell(self, sequence: Sequence, token: NextToken) -> RequestEvent:
-        """Return what a token that its sequence has taken means for its request."""
-        choice = self._choices[sequence.seq_id]
-        event, stopped_by = choice.take(token.token_id, token.logprob)
-        if stopped_by is not None and not sequence.is_finished:
-            self._scheduler.finish(sequence, FinishReason.STOP, stopped_by)
-            event = choice.ended(event)
-        if sequence.is_finished:
-            self._end(sequence)
-        return event
-
-    def _submit(self, step: Step | None) -> list[RequestEvent]:
-        """Note that the device has a step, sampled now if it waited for masks; tell whose fail."""
-        events: list[RequestEvent] = []
+    def _submit(self, step: Step | None) -> None:
+        """Note that the device has a step, sampled now if it waited for masks."""
         if step is None:
-            return events
+            return
         if step.logits is not None:
-            rows, failures = masked_rows(step.output, self._mask_of)
-            events += [self._fail(sequence, why) for sequence, why in failures]
+            rows, failures = masked_rows(step.output, self._choices.mask_of)
+            for sequence, why in failures:
+                self._choices.fail(sequence, why)
             step = replace(step, logits=None, sampled=self._sample(step.logits, rows))
             mx.async_eval(*step.arrays())
         self._scheduler.submitted(step.output)
         self._pending = step
-        return events
 
     # Details
-
-    def _mask_of(self, sequence: Sequence) -> LogitsMask | None:
-        """Return a sequence's mask, None if it has none or has ended."""
-        choice = self._choices.get(sequence.seq_id)
-        return None if choice is None else choice.mask
-
-    def _fail(self, sequence: Sequence, message: str) -> RequestEvent:
-        """End one choice with an error."""
-        self._scheduler.finish(sequence, FinishReason.ERROR)
-        event = self._choices[sequence.seq_id].failed(message)
-        self._end(sequence)
-        return event
 
     def _introduce(self, sequence: Sequence) -> None:
         if sequence.seq_id not in self._sampling:
@@ -391,7 +358,7 @@ class Engine:
                 output_token_ids=sequence.output_token_ids,
                 index=sequence.index,
             )
-            self._choices[sequence.seq_id].started()
+            self._choices.started(sequence)
             self._sampling.add(sequence.seq_id)
 
     def _forget(self, seq_ids: Tokens[int]) -> None:
@@ -402,11 +369,3 @@ class Engine:
         for seq_id in self._sampling.intersection(seq_ids):
             self._sampling.discard(seq_id)
             self._sampler.remove(seq_id)
-
-    def _end(self, sequence: Sequence) -> None:
-        self._choices.pop(sequence.seq_id, None)
-
-    def _take_prompt_logprobs(self, step: Step) -> None:
-        for sequence, entry in read_prompt_logprobs(step):
-            if sequence.seq_id in self._choices:
-                self._choices[sequence.seq_id].prompt_logprobs.append(entry)

@@ -59,16 +59,24 @@ class Sampled:
     """What a step sampled, as lazy device arrays.
 
     `token_ids` are int32 [rows], NO_TOKEN where the logits allow no choice: only that request has
-    failed. They may serve as the next step's ids without being read. `logprobs` is None if no row
+    failed. `next_ids` are the same for the device, with any id in place of NO_TOKEN: the next step
+    is made of these, as MLX may move the array that the host reads. `logprobs` is None if no row
     asked for them.
     """
 
     token_ids: mx.array
+    next_ids: mx.array
     logprobs: Logprobs | None
+
+    @classmethod
+    def of(cls, token_ids: mx.array) -> Sampled:
+        """Return what was sampled elsewhere."""
+        return cls(token_ids, _next(token_ids), None)
 
     def arrays(self) -> tuple[mx.array, ...]:
         """Return what has to be evaluated."""
-        return (self.token_ids, *(self.logprobs.arrays() if self.logprobs else ()))
+        logprobs = self.logprobs.arrays() if self.logprobs else ()
+        return (self.token_ids, self.next_ids, *logprobs)
 
 
 class Sampler:
@@ -165,14 +173,15 @@ class Sampler:
             positions = np.array([seq.position for seq in seqs], dtype=np.uint64)
             keys = draw.keys(draws.seeds, positions[draws.batch_rows])
             token_ids = drawing.choose(chosen_from, draws, keys, self._staging)
-        token_ids = _usable(token_ids, chosen_from.max(axis=-1))
+        token_ids, next_ids = _usable(token_ids, chosen_from.max(axis=-1))
         if chosen_from is not batch_logits:  # a mask may have hidden the NaN
-            token_ids = _usable(token_ids, batch_logits.max(axis=-1))
+            token_ids, next_ids = _usable(token_ids, batch_logits.max(axis=-1))
         if (penalties := plan.penalties) is not None:
-            self._history.append(penalties.slots, token_ids[penalties.rows], penalties.increments)
+            self._history.append(penalties.slots, next_ids[penalties.rows], penalties.increments)
         if plan.num_top is None:
-            return Sampled(token_ids, None)
-        return Sampled(token_ids, gather_logprobs(batch_logits, token_ids, plan.num_top))
+            return Sampled(token_ids, next_ids, None)
+        logprobs = gather_logprobs(batch_logits, token_ids, plan.num_top)
+        return Sampled(token_ids, next_ids, logprobs)
 
     def _planned(self, seqs: Sequence[SampleRow], num_rows: int) -> Plan:
         """Return the plan, which is uploaded anew only when the batch's composition changes."""
@@ -235,7 +244,19 @@ class Sampler:
         return mx.array(np.frombuffer(data, dtype=np.uint8).reshape(len(rows), width))
 
 
+# Compiled, since numbers would be arrays in the host's memory, which kernels read slowly.
+
+
 @partial(mx.compile, shapeless=True)
-def _usable(token_ids: mx.array, maxima: mx.array) -> mx.array:
-    """Return `token_ids`, NO_TOKEN where maxima are not finite: of NaN (max keeps it), all -inf."""
-    return mx.where(mx.isfinite(maxima), token_ids, NO_TOKEN)
+def _usable(token_ids: mx.array, maxima: mx.array) -> tuple[mx.array, mx.array]:
+    """Return `token_ids`, NO_TOKEN where maxima are not finite: of NaN (max keeps it), all -inf.
+
+    And the same as ids of a next step.
+    """
+    usable = mx.where(mx.isfinite(maxima), token_ids, NO_TOKEN)
+    return usable, mx.maximum(usable, 0)
+
+
+@partial(mx.compile, shapeless=True)
+def _next(token_ids: mx.array) -> mx.array:
+    return mx.maximum(token_ids, 0)

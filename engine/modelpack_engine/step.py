@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from typing import NamedTuple, cast
 
@@ -90,8 +89,7 @@ def row_token_ids(batch: StepBatch, previous: Sampled | None, staging: Staging) 
     if not batch.from_previous:
         return staging.put(np.array(batch.token_ids, np.int32))[: batch.num_rows]
     assert previous is not None
-    # A row that failed has no token; it runs on with any until its end is seen.
-    sampled = _tokens(previous.token_ids)
+    sampled = previous.next_ids  # a row that failed runs on with any until its end is seen
     count, num_known = batch.num_rows, len(batch.from_previous)
     numbers = np.fromiter(chain.from_iterable(batch.from_previous), np.int32, 2 * num_known)
     rows, indices = numbers[::2], numbers[1::2]
@@ -101,12 +99,6 @@ def row_token_ids(batch: StepBatch, previous: Sampled | None, staging: Staging) 
     places[rows] = count + indices
     known = staging.put(np.concatenate([np.array(batch.token_ids, np.int32), places]))
     return mx.concatenate([known[:count], sampled])[known[count : 2 * count]]
-
-
-@partial(mx.compile, shapeless=True)
-def _tokens(token_ids: mx.array) -> mx.array:
-    """Return ids that are ids; compiled, since the 0 would be an array in the host's memory."""
-    return mx.maximum(token_ids, 0)
 
 
 def with_prompt_rows(batch: StepBatch) -> StepBatch:

@@ -17,15 +17,16 @@ import mlx.core as mx
 
 from modelpack_engine.batch import StepBatch, build_batch
 from modelpack_engine.buckets import EXACT
-from modelpack_engine.choice import Choice, make_choices
+from modelpack_engine.choice import make_choices
+from modelpack_engine.choices import Choices
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.errors import EngineError
 from modelpack_engine.llama_cpp.context import Context, LlamaModel
 from modelpack_engine.llama_cpp.slots import Slots
 from modelpack_engine.loaders import Tokenizer
-from modelpack_engine.outputs import EngineStats, FinishReason, RequestEvent
+from modelpack_engine.outputs import EngineStats, RequestEvent
 from modelpack_engine.sampler import NO_TOKEN, Sampler
-from modelpack_engine.sampling_params import LogitsMask, SamplingParams
+from modelpack_engine.sampling_params import SamplingParams
 from modelpack_engine.scheduler import Scheduler
 from modelpack_engine.sequence import Sequence
 from modelpack_engine.sizing import choose_sizes
@@ -91,7 +92,7 @@ class LlamaCppEngine:
             replace(sizes.scheduler_config(config), buckets=EXACT), self._slots
         )
         self._sampler = Sampler(self.vocab_size, config.max_num_seqs, self.tokenizer.eos_token_ids)
-        self._choices: dict[int, Choice] = {}  # by seq_id, until they end
+        self._choices = Choices(self._scheduler)
         self._sampling: set[int] = set()  # seq_ids that the sampler knows
         self._clock = StepClock()  # launching is sampling, waiting is computing
 
@@ -116,8 +117,7 @@ class LlamaCppEngine:
             continues_text=continues_text,
             cache_salt=cache_salt,
         )
-        self._scheduler.add(*(choice.sequence for choice in choices))
-        self._choices |= {choice.sequence.seq_id: choice for choice in choices}
+        self._choices.add(choices)
 
     @property
     def has_work(self) -> bool:
@@ -139,37 +139,34 @@ class LlamaCppEngine:
         clock.ended("build")
         logits, prompt_logprobs = part_logits(batch, self._compute(batch))
         clock.ended("wait")
-        events: list[RequestEvent] = []
         sampled = None
         if batch.sample_seqs:
-            rows, failures = masked_rows(output, self._mask_of)
-            events += [self._fail(sequence, why) for sequence, why in failures]
+            rows, failures = masked_rows(output, self._choices.mask_of)
+            for sequence, why in failures:
+                self._choices.fail(sequence, why)
             sampled = self._sampler.sample(logits, rows)
         step = Step(output, batch, None, sampled, prompt_logprobs)
         tokens = read_tokens(step)
-        for sequence, entry in read_prompt_logprobs(step):
-            self._choices[sequence.seq_id].prompt_logprobs.append(entry)
+        self._choices.take_prompt_logprobs(read_prompt_logprobs(step))
         self._scheduler.submitted(output)  # nothing raises from here on
-        events += self._fail_rows(tokens)
-        events += self._take(tokens)
+        self._fail_rows(tokens)
+        self._take(tokens)
         clock.ended("launch")
-        return events
+        return self._choices.told()
 
     def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
         """End a request, or one of its choices; return the last events of what was unfinished."""
-        events = []
-        for sequence in self._scheduler.abort(request_id, index):
-            events.append(self._choices.pop(sequence.seq_id).aborted())
-        return events
+        return self._choices.abort(request_id, index)
 
     def fail_all(self, message: str) -> list[RequestEvent]:
         """End every request with an error, after a step that raised; the engine can go on."""
         self._slots.forget_content()
-        return [self._fail(choice.sequence, message) for choice in list(self._choices.values())]
+        self._choices.fail_all(message)
+        return self._choices.told()
 
     def is_known(self, request_id: str) -> bool:
         """Whether a choice of the request has not ended yet."""
-        return any(choice.sequence.request_id == request_id for choice in self._choices.values())
+        return self._choices.is_known(request_id)
 
     def stats(self) -> EngineStats:
         """Return counters and gauges."""
@@ -197,41 +194,21 @@ class LlamaCppEngine:
         wanted = (*batch.sample_rows, *batch.prompt_logprob_rows)
         return mx.array(self._context.compute(batch.token_ids, batch.positions, slots, wanted))
 
-    def _fail_rows(self, tokens: StepTokens) -> list[RequestEvent]:
-        """End the choices that have no token; return that. Nobody goes on from what they wrote."""
-        events = []
+    def _fail_rows(self, tokens: StepTokens) -> None:
+        """End the choices that have no token. Nobody goes on from what they wrote."""
         for sequence, [token] in zip(tokens.step.output.sampled, tokens.tokens, strict=True):
             if token.token_id == NO_TOKEN and not sequence.is_finished:
                 self._slots.withdraw(sequence)
-                text = "the model's logits are not numbers: no token can be chosen"
-                events.append(self._fail(sequence, text))
-        return events
+                self._choices.fail_undecided(sequence)
 
-    def _take(self, tokens: StepTokens) -> list[RequestEvent]:
-        """Give tokens to the sequences of their step; return what they mean for its requests."""
-        events = []
+    def _take(self, tokens: StepTokens) -> None:
+        """Give tokens to the sequences of their step, and tell what they mean for its requests."""
         found = [token for [token] in tokens.tokens]
         ids = [token.token_id for token in found]
         for index, sequence in self._scheduler.collect(tokens.step.output, ids):
-            choice = self._choices[sequence.seq_id]
-            event, stopped_by = choice.take(ids[index], found[index].logprob)
-            if stopped_by is not None and not sequence.is_finished:
-                self._scheduler.finish(sequence, FinishReason.STOP, stopped_by)
-                event = choice.ended(event)
-            events.append(event)
-            if sequence.is_finished:
-                del self._choices[sequence.seq_id]
-        return events
+            self._choices.tell(sequence, found[index])
 
     # Details
-
-    def _mask_of(self, sequence: Sequence) -> LogitsMask | None:
-        return self._choices[sequence.seq_id].mask
-
-    def _fail(self, sequence: Sequence, message: str) -> RequestEvent:
-        """End one choice with an error."""
-        self._scheduler.finish(sequence, FinishReason.ERROR)
-        return self._choices.pop(sequence.seq_id).failed(message)
 
     def _introduce(self, sequence: Sequence) -> None:
         if sequence.seq_id in self._sampling:
@@ -243,7 +220,7 @@ class LlamaCppEngine:
             output_token_ids=sequence.output_token_ids,
             index=sequence.index,
         )
-        self._choices[sequence.seq_id].started()
+        self._choices.started(sequence)
         self._sampling.add(sequence.seq_id)
 
     def _forget(self, seq_ids: Tokens[int]) -> None:

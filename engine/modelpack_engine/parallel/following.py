@@ -181,8 +181,8 @@ class _Follower:
         sampled = None
         outputs = []
         if step.num_sampled:
-            sampled = Sampled(self._group.take_tokens(step.num_sampled, logits), None)
-            outputs = [sampled.token_ids]
+            sampled = Sampled.of(self._group.take_tokens(step.num_sampled, logits))
+            outputs = list(sampled.arrays())
         elif batch.sample_rows:
             outputs = [logits]  # for the log-probabilities of a prompt
         if not runner.writes_in_place:

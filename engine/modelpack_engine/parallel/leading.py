@@ -234,7 +234,8 @@ class ParallelEngine(Engine):
 
     def _sample(self, logits: mx.array, rows: Sequence[SampleRow]) -> Sampled:
         sampled = super()._sample(logits, rows)
-        return replace(sampled, token_ids=self._ranks.group.give_tokens(sampled.token_ids))
+        given = Sampled.of(self._ranks.group.give_tokens(sampled.token_ids))
+        return replace(given, logprobs=sampled.logprobs)
 
 
 def fewer_blocks(sizes: Sizes, num_blocks: int, block_size: int) -> Sizes:

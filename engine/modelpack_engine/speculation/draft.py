@@ -228,7 +228,7 @@ class DraftProposer:
         sampled = self._sampler.sample(logits, rows)
         logprobs = None
         if self._least is not None:
-            logprobs = gather_logprobs(logits, mx.maximum(sampled.token_ids, 0), 0).chosen
+            logprobs = gather_logprobs(logits, sampled.next_ids, 0).chosen
         drawn = _Drawn(sampled, logprobs)
         self._compute(drawn.arrays())
         return drawn
@@ -272,7 +272,7 @@ class _Drawn:
     logprobs: mx.array | None
 
     def arrays(self) -> list[mx.array]:
-        return [self.sampled.token_ids, *([] if self.logprobs is None else [self.logprobs])]
+        return [*self.sampled.arrays(), *([] if self.logprobs is None else [self.logprobs])]
 
 
 def _shadow(original: Sequence) -> Sequence:

@@ -12,10 +12,10 @@ import pytest
 from modelpack_engine.async_engine import AsyncEngine
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
-from modelpack_engine.model_runner import ModelRunner
 from modelpack_engine.offload.tiers import OffloadTiers
 from modelpack_engine.outputs import EngineStats
 from modelpack_engine.sampling_params import SamplingParams
+from tests.engine.launching import WAYS, launch
 from tests.engine.serving.tiny import reference_tokens, tiny_loaded
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
@@ -29,11 +29,9 @@ EXPECTED = [reference_tokens(prompt, 6) for prompt in PROMPTS]
 Open = Callable[..., Engine]
 
 
-@pytest.fixture(autouse=True, params=["launched late", "launched early"])
+@pytest.fixture(autouse=True, params=WAYS)
 def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps as a CPU has them, and as a GPU: launched before the one before is read."""
-    early = request.param == "launched early"
-    monkeypatch.setattr(ModelRunner, "writes_in_place", property(lambda self: early))
+    launch(request.param, monkeypatch)
 
 
 @pytest.fixture

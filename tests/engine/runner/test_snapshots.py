@@ -13,8 +13,8 @@ from modelpack_engine.attention.step import StepInputs
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.loaders import LoadedModel
-from modelpack_engine.model_runner import ModelRunner
 from modelpack_engine.sampling_params import SamplingParams
+from tests.engine.launching import WAYS, launch
 from tests.engine.runner.test_step import tiny_mamba
 from tests.engine.serving.tiny import CONTEXT, tiny_model, tiny_tokenizer
 
@@ -54,12 +54,12 @@ def test_a_snapshot_holds_nothing_but_itself() -> None:
     assert array.nbytes < (1 << 18) + 64
 
 
-@pytest.mark.parametrize("early", [False, True], ids=["launched late", "launched early"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("caching", [True, False])
 def test_an_engine_shares_prefixes_of_a_recurrent_model(
-    caching: bool, early: bool, monkeypatch: pytest.MonkeyPatch
+    caching: bool, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ModelRunner, "writes_in_place", property(lambda self: early))
+    launch(way, monkeypatch)
     loaded = LoadedModel(
         tiny_mamba(), {"vocab_size": 64}, tiny_tokenizer(), "mamba2", CONTEXT, (), 0
     )

@@ -9,9 +9,9 @@ import pytest
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.loaders import LoadedModel
-from modelpack_engine.model_runner import ModelRunner
 from modelpack_engine.outputs import FinishReason, RequestEvent
 from modelpack_engine.sampling_params import SamplingParams
+from tests.engine.launching import WAYS, launch
 from tests.engine.serving.tiny import (
     CONTEXT,
     VOCAB,
@@ -47,11 +47,9 @@ def poisoned_engine() -> Engine:
     return Engine(loaded, config)
 
 
-@pytest.fixture(autouse=True, params=["launched late", "launched early"])
+@pytest.fixture(autouse=True, params=WAYS)
 def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps as a CPU has them, and as a GPU: launched before the one before is read."""
-    early = request.param == "launched early"
-    monkeypatch.setattr(ModelRunner, "writes_in_place", property(lambda self: early))
+    launch(request.param, monkeypatch)
 
 
 def test_a_poisoned_prompt_fails_alone() -> None:

@@ -7,11 +7,13 @@ import random
 import mlx.core as mx
 import pytest
 
+from modelpack_engine import engine as engine_module
+from modelpack_engine.choice import Choice
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import ContextLengthError, QueueFullError, RequestError
-from modelpack_engine.model_runner import ModelRunner
-from modelpack_engine.outputs import FinishReason, RequestEvent
+from modelpack_engine.outputs import FinishReason, RequestEvent, TokenLogprob
 from modelpack_engine.sampling_params import SamplingParams
+from tests.engine.launching import WAYS, launch
 from tests.engine.serving.tiny import (
     CONTEXT,
     EOS,
@@ -52,11 +54,9 @@ def run(engine: Engine) -> dict[tuple[str, int], list[RequestEvent]]:
     return found
 
 
-@pytest.fixture(autouse=True, params=["launched late", "launched early"])
+@pytest.fixture(autouse=True, params=WAYS)
 def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps as a CPU has them, and as a GPU: launched before the one before is read."""
-    early = request.param == "launched early"
-    monkeypatch.setattr(ModelRunner, "writes_in_place", property(lambda self: early))
+    launch(request.param, monkeypatch)
 
 
 def test_many_at_once_are_each_what_mlx_lm_gives_alone() -> None:
@@ -261,6 +261,76 @@ def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on() -> None:
     check_idle(engine)
     [after] = engine.generate([wanted[2]], GREEDY)
     assert tokens(after) == reference_tokens(wanted[2], 12)
+
+
+def test_a_launch_that_fails_ends_all_requests_and_leaves_nothing_in_flight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = tiny_engine()
+    wanted = prompts(4)
+    engine.add_request("short", wanted[0], SamplingParams(max_tokens=2, temperature=0))
+    engine.add_request("long", wanted[2], GREEDY)
+    told: list[RequestEvent] = []
+    while sum(len(event.token_ids) for event in told if event.request_id == "short") < 1:
+        told += engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_launch", broken)
+        with pytest.raises(RuntimeError, match="no memory"):
+            engine.step()
+    told += engine.fail_all("it broke")
+    ends = {event.request_id: event for event in told if event.finished}
+    assert set(ends) == {"short", "long"}
+    assert ends["long"].error == "it broke"
+    check_idle(engine)
+    [after] = engine.generate([wanted[2]], GREEDY)
+    assert tokens(after) == reference_tokens(wanted[2], 12)
+
+
+def test_what_a_step_told_before_it_raised_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request's text cannot be told, in the step that ends another."""
+    engine = tiny_engine()
+    wanted = prompts(2)
+    last = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
+    for name, prompt in zip("ab", wanted, strict=True):
+        engine.add_request(name, prompt, last)
+    told: list[RequestEvent] = []
+    while len(tokens(told)) < 2:
+        told += engine.step()
+    take = Choice.take
+
+    def takes(choice: Choice, token_id: int, logprob: TokenLogprob | None) -> object:
+        return broken() if choice.sequence.request_id == "b" else take(choice, token_id, logprob)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Choice, "take", takes)
+        with pytest.raises(RuntimeError, match="no memory"):
+            engine.step()
+    told += engine.fail_all("it broke")
+    of_a = [event for event in told if event.request_id == "a"]
+    assert tokens(of_a) == reference_tokens(wanted[0], 2)
+    assert of_a[-1].finish_reason is FinishReason.LENGTH
+    assert [event.error for event in told if event.finished and event.request_id == "b"] == [
+        "it broke"
+    ]
+    check_idle(engine)
+
+
+def test_a_step_that_cannot_be_read_fails_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine()
+    engine.add_request("a", prompts(4)[3], GREEDY)
+    while not tokens(engine.step()):
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "read_tokens", broken)
+        with pytest.raises(RuntimeError, match="no memory"):
+            engine.step()
+    [event] = engine.fail_all("it broke")
+    assert event.error == "it broke"
+    check_idle(engine)
+
+
+def broken(*args: object) -> None:
+    raise RuntimeError("no memory")
 
 
 class OnlyLetters:
