@@ -40,8 +40,6 @@ FILE_TYPES = {
 }
 #: Held in the type throughout: a mixture would have no tensor of it.
 PURE = ("Q3_K_M", "Q2_K")
-#: What most files are in; the others take too long for every run (`make test-long` has them).
-USUAL = ("Q4_K_M",)
 QUESTION = "The capital of France is"
 
 
@@ -66,10 +64,8 @@ def original(engine: Engine) -> float:
     return perplexity(engine, PARAGRAPH)
 
 
-@pytest.mark.parametrize(
-    "file_type",
-    [name if name in USUAL else pytest.param(name, marks=pytest.mark.long) for name in FILE_TYPES],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("file_type", FILE_TYPES)
 def test_quantised_by_llama_cpp(file_type: str, tmp_path: Path, original: float) -> None:
     """Every dequantised tensor is ggml's, the logits are llama.cpp's, and the engine answers."""
     path = tmp_path / "m.gguf"

@@ -48,6 +48,7 @@ def stored(name: str, directory: Path, store: Path) -> None:
     shutil.rmtree(directory)
 
 
+@pytest.mark.long
 def test_plain(
     engine: Engine,
     prompts: list[list[int]],

@@ -1,0 +1,97 @@
+"""Whose first tokens in bfloat16 are those of float32, on a GPU: ours, or mlx-lm's plain pass?
+
+    MLX_ENABLE_TF32=0 python benchmarks/first_tokens.py NAME [--prompts 24] [--longest 160]
+
+Models of random weights, as in `gpu_architectures.py`, are compared with themselves in float32: how
+many first tokens are the same, and how far log-probabilities are off on average. Those are of the
+20 tokens that ours finds most likely. Where mlx-lm is as far from float32 as ours is from mlx-lm,
+the arithmetic decides, and equal tokens say little. Prints a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+from typing import Any
+
+import mlx.core as mx
+from gpu_architectures import AT_ONCE, CONTEXT, VOCABULARY, Silent, make_model
+from mlx.utils import tree_map
+
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.engine import Engine
+from modelpack_engine.loaders import LoadedModel
+from modelpack_engine.outputs import TokenLogprob
+from modelpack_engine.sampling_params import SamplingParams
+
+PARAMS = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, logprobs=20)
+
+
+def logprobs_alone(model: Any, prompts: list[list[int]]) -> list[mx.array]:
+    """Return log-probabilities float32 [vocabulary] after each prompt, by a plain forward pass."""
+    found = []
+    for token_ids in prompts:
+        logits = model(mx.array([token_ids]))[0, -1].astype(mx.float32)
+        found.append(logits - mx.logsumexp(logits))
+        mx.eval(found[-1])
+    return found
+
+
+def in_float32(parameters: Any) -> Any:
+    return tree_map(
+        lambda x: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x, parameters
+    )
+
+
+def ours(engine: Engine, prompts: list[list[int]]) -> list[TokenLogprob]:
+    """Return the token after each prompt, all at once."""
+    found: list[TokenLogprob] = []
+    for [event] in engine.generate(prompts, PARAMS):
+        assert event.logprobs is not None
+        found.append(event.logprobs[0])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name")
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--longest", type=int, default=160)
+    args = parser.parse_args()
+    model = make_model(args.name)
+    draw = random.Random(3)
+    prompts = [
+        [draw.randrange(100, VOCABULARY) for _ in range(draw.randint(64, args.longest))]
+        for _ in range(args.prompts)
+    ]
+    theirs = logprobs_alone(model, prompts)
+    parameters = model.parameters()
+    model.update(in_float32(parameters))
+    wanted = logprobs_alone(model, prompts)
+    model.update(parameters)
+    loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, Silent(), args.name, CONTEXT, (), 0)
+    config = EngineConfig(max_num_seqs=AT_ONCE, kv_cache_bytes=4 << 30, max_model_len=CONTEXT)
+    found = ours(Engine(loaded, config), prompts)
+    best = [int(mx.argmax(logprobs)) for logprobs in wanted]
+    of_theirs = [int(mx.argmax(logprobs)) for logprobs in theirs]
+    of_ours = [token.token_id for token in found]
+    errors: dict[str, list[float]] = {"ours": [], "mlx-lm": []}
+    for token, right, other in zip(found, wanted, theirs, strict=True):
+        for token_id, logprob in token.top:
+            errors["ours"].append(abs(logprob - float(right[token_id])))
+            errors["mlx-lm"].append(abs(float(other[token_id]) - float(right[token_id])))
+    result = {
+        "architecture": args.name,
+        "prompts": len(prompts),
+        "ours_as_float32": sum(map(int.__eq__, of_ours, best)),
+        "mlx-lm_as_float32": sum(map(int.__eq__, of_theirs, best)),
+        "ours_as_mlx-lm": sum(map(int.__eq__, of_ours, of_theirs)),
+        "mean_error": {name: round(statistics.mean(each), 4) for name, each in errors.items()},
+    }
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
