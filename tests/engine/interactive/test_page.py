@@ -352,7 +352,7 @@ def test_themes(site: Site, url: str) -> None:
 def test_by_keyboard_alone_and_on_a_phone(site: Site, url: str) -> None:
     page = site.open(url, viewport={"width": 360, "height": 640})
     say(site, "wide " * 50, "\n\n```\n" + "long" * 100 + "\n```")
-    assert page.evaluate("document.activeElement.id") == "question"
+    page.locator("#question:focus").wait_for()  # as soon as it knows the models
     page.keyboard.type("one")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("two")
