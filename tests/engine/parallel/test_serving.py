@@ -118,6 +118,7 @@ def check_answers(server: Server) -> None:
         assert answer.json()["choices"][0]["text"] == expected(**params)
 
 
+@pytest.mark.long
 def test_answers_and_then_a_rank_is_killed(store: Path, tmp_path: Path) -> None:
     with serving(store, tmp_path / "err", "ai/tiny", "--tensor-parallel-size", "2") as server:
         server.wait_until_ready()
