@@ -17,12 +17,9 @@ import statistics
 from typing import Any
 
 import mlx.core as mx
-from gpu_architectures import AT_ONCE, CONTEXT, VOCABULARY, Silent, make_model
-from mlx.utils import tree_map
+from gpu_architectures import VOCABULARY, cast, make_engine, make_model
 
-from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
-from modelpack_engine.loaders import LoadedModel
 from modelpack_engine.outputs import TokenLogprob
 from modelpack_engine.sampling_params import SamplingParams
 
@@ -37,12 +34,6 @@ def logprobs_alone(model: Any, prompts: list[list[int]]) -> list[mx.array]:
         found.append(logits - mx.logsumexp(logits))
         mx.eval(found[-1])
     return found
-
-
-def in_float32(parameters: Any) -> Any:
-    return tree_map(
-        lambda x: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x, parameters
-    )
 
 
 def ours(engine: Engine, prompts: list[list[int]]) -> list[TokenLogprob]:
@@ -68,12 +59,10 @@ def main() -> None:
     ]
     theirs = logprobs_alone(model, prompts)
     parameters = model.parameters()
-    model.update(in_float32(parameters))
+    model.update(cast(parameters, mx.float32))
     wanted = logprobs_alone(model, prompts)
     model.update(parameters)
-    loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, Silent(), args.name, CONTEXT, (), 0)
-    config = EngineConfig(max_num_seqs=AT_ONCE, kv_cache_bytes=4 << 30, max_model_len=CONTEXT)
-    found = ours(Engine(loaded, config), prompts)
+    found = ours(make_engine(model, args.name), prompts)
     best = [int(mx.argmax(logprobs)) for logprobs in wanted]
     of_theirs = [int(mx.argmax(logprobs)) for logprobs in theirs]
     of_ours = [token.token_id for token in found]

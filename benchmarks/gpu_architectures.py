@@ -156,14 +156,22 @@ def make_model(name: str) -> Any:
     arguments = module.ModelArgs.from_dict({"model_type": name, **COMMON, **SHAPES[name]})
     model = module.Model(arguments)
     cuda_graphs.choose(model)
-    model.update(
-        tree_map(
-            lambda x: x.astype(mx.bfloat16) if mx.issubdtype(x.dtype, mx.floating) else x,
-            model.parameters(),
-        )
-    )
+    model.update(cast(model.parameters(), mx.bfloat16))
     mx.eval(model.parameters())
     return model
+
+
+def cast(parameters: Any, dtype: mx.Dtype) -> Any:
+    """Return parameters with those that are floating in `dtype`."""
+    return tree_map(
+        lambda x: x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) else x, parameters
+    )
+
+
+def make_engine(model: Any, name: str) -> Engine:
+    loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, Silent(), name, CONTEXT, (), 0)
+    config = EngineConfig(max_num_seqs=AT_ONCE, kv_cache_bytes=4 << 30, max_model_len=CONTEXT)
+    return Engine(loaded, config)
 
 
 def requests(seed: int, count: int = REQUESTS) -> list[tuple[list[int], int]]:
@@ -235,10 +243,8 @@ def measure(name: str, *, peer_only: bool) -> dict[str, Any]:
         return found
     print(json.dumps(found), flush=True)
     wanted = alone(model, requests(7)[:32])
-    loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, Silent(), name, CONTEXT, (), 0)
-    config = EngineConfig(max_num_seqs=AT_ONCE, kv_cache_bytes=4 << 30, max_model_len=CONTEXT)
     start = time.perf_counter()
-    engine = Engine(loaded, config)
+    engine = make_engine(model, name)
     up = time.perf_counter() - start
     print(json.dumps({"architecture": name, "start_s": round(up, 1)}), flush=True)
     ours(engine, requests(8), "warm")
