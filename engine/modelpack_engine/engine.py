@@ -114,7 +114,6 @@ class Engine:
         )
         self.notes = (*loaded.notes, *self._runner.notes, *notes)
         self._choices = Choices(self._scheduler)
-        self._sampling: set[int] = set()  # seq_ids that the sampler knows
         self._pending: Step | None = None
         self._clock = StepClock()
         if self.config.warm_up and on_gpu():
@@ -350,7 +349,7 @@ class Engine:
     # Details
 
     def _introduce(self, sequence: Sequence) -> None:
-        if sequence.seq_id not in self._sampling:
+        if sequence.seq_id not in self._sampler:
             self._sampler.add(
                 sequence.seq_id,
                 sequence.prompt_token_ids,
@@ -359,13 +358,12 @@ class Engine:
                 index=sequence.index,
             )
             self._choices.started(sequence)
-            self._sampling.add(sequence.seq_id)
 
     def _forget(self, seq_ids: Tokens[int]) -> None:
         """Drop what the device knows of sequences that ended or were preempted."""
         self._runner.release(seq_ids)
         if self._speculator is not None:
             self._speculator.release(seq_ids)
-        for seq_id in self._sampling.intersection(seq_ids):
-            self._sampling.discard(seq_id)
-            self._sampler.remove(seq_id)
+        for seq_id in seq_ids:
+            if seq_id in self._sampler:
+                self._sampler.remove(seq_id)

@@ -113,6 +113,10 @@ class Sampler:
         for each in (dtype, mx.float32):
             drawing.verdict(each, self._vocab_size)
 
+    def __contains__(self, seq_id: int) -> bool:
+        """Whether a sequence was added, and not removed since."""
+        return seq_id in self._entries
+
     def add(
         self,
         seq_id: int,

@@ -93,7 +93,6 @@ class LlamaCppEngine:
         )
         self._sampler = Sampler(self.vocab_size, config.max_num_seqs, self.tokenizer.eos_token_ids)
         self._choices = Choices(self._scheduler)
-        self._sampling: set[int] = set()  # seq_ids that the sampler knows
         self._clock = StepClock()  # launching is sampling, waiting is computing
 
     def add_request(
@@ -211,7 +210,7 @@ class LlamaCppEngine:
     # Details
 
     def _introduce(self, sequence: Sequence) -> None:
-        if sequence.seq_id in self._sampling:
+        if sequence.seq_id in self._sampler:
             return
         self._sampler.add(
             sequence.seq_id,
@@ -221,11 +220,9 @@ class LlamaCppEngine:
             index=sequence.index,
         )
         self._choices.started(sequence)
-        self._sampling.add(sequence.seq_id)
 
     def _forget(self, seq_ids: Tokens[int]) -> None:
         """Have the sampler forget sequences that ended or were preempted."""
         for seq_id in seq_ids:
-            if seq_id in self._sampling:
-                self._sampling.discard(seq_id)
+            if seq_id in self._sampler:
                 self._sampler.remove(seq_id)
