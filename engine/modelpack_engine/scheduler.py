@@ -319,7 +319,9 @@ class Scheduler:
             end = sequence.num_computed_tokens = chunk.start + chunk.length
             sequence.snapshot = None
             if sequence.wants_prompt_logprobs:
-                sequence.num_prompt_logprobs = min(end, len(sequence.prompt_token_ids) - 1)
+                known = min(end, len(sequence.prompt_token_ids) - 1)
+                # Of a prompt that was preempted, some are known from the first time.
+                sequence.num_prompt_logprobs = max(sequence.num_prompt_logprobs, known)
             blocks.publish_prefix(sequence)
         if blocks.window is not None:
             for sequence in output.members:

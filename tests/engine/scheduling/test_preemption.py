@@ -84,3 +84,17 @@ def test_prompts_get_the_room_they_were_admitted_for_once_streams_end() -> None:
     assert len(stream.output_token_ids) == 14
     assert sched.stats().num_finished == 3
     assert waited
+
+
+def test_log_probabilities_of_a_prompt_are_computed_once() -> None:
+    """Its first chunk comes again after a preemption, and what is known stays known."""
+    sched = scheduler(max_num_batched_tokens=8)
+    sched.add(wanted := sequence(prompt(20), 2, prompt_logprobs=0))
+    assert [chunks(run(sched)) for _ in range(2)] == [[("r", 0, 4)], [("r", 4, 4)]]
+    assert wanted.num_prompt_logprobs == 8
+    sched._preempt_youngest()
+    assert chunks(run(sched)) == [("r", 0, 4)]
+    assert wanted.num_prompt_logprobs == 8
+    while sched.has_work:
+        run(sched)
+    assert wanted.num_prompt_logprobs == 19
