@@ -5,7 +5,11 @@
 #   docker run --rm -p 12435:12435 -v ./keys.toml:/keys.toml:ro modelpack \
 #       gateway --host 0.0.0.0 --keys /keys.toml --upstream http://SERVER:12434
 #
+# What is installed is what requirements/image.lock has, by hash, or requirements/image-engine.lock for
+# EXTRAS=engine,gateway,tokens; other EXTRAS have no lock file and take what pyproject.toml allows.
+#
 # BASE needs Python >= 3.11 as `python`, with venv and pip, and a shell. Nothing else of it is used.
+# A tag can change: for builds that others rely on, give a digest (--build-arg BASE=python@sha256:...).
 
 ARG BASE=python:3.13-slim
 
@@ -18,9 +22,23 @@ COPY spec /src/spec
 COPY modelpack /src/modelpack
 COPY engine /src/engine
 COPY scripts/documents /src/scripts/documents
-RUN python -m venv /opt/modelpack \
-    && /opt/modelpack/bin/python -m pip install --no-cache-dir --disable-pip-version-check \
-       "/src[${EXTRAS}]" \
+COPY requirements /src/requirements
+RUN python -m venv /opt/build && python -m venv /opt/modelpack \
+    && export PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    && /opt/build/bin/python -m pip install --require-hashes --no-deps -r /src/requirements/build.lock \
+    && /opt/build/bin/python -m pip wheel --no-deps --no-build-isolation -w /opt/wheel /src \
+    && case "${EXTRAS}" in \
+         gateway,tokens) lock=image ;; \
+         engine,gateway,tokens) lock=image-engine ;; \
+         *) lock= ;; \
+       esac \
+    && if [ -n "$lock" ]; then \
+         /opt/modelpack/bin/python -m pip install --require-hashes --no-deps \
+           -r "/src/requirements/$lock.lock" \
+         && /opt/modelpack/bin/python -m pip install --no-deps /opt/wheel/*.whl; \
+       else \
+         /opt/modelpack/bin/python -m pip install "$(echo /opt/wheel/*.whl)[${EXTRAS}]"; \
+       fi \
     && python -c "import os; os.makedirs('/state/store')"
 
 FROM ${BASE}

@@ -13,7 +13,15 @@ from modelpack.cli.bench import bench
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-_PATH = re.compile(r"(?<![\w./-])((?:tests|benchmarks|scripts|engine|modelpack)/[\w./-]+)")
+_PATH = re.compile(
+    r"(?<![\w./-])((?:tests|benchmarks|scripts|engine|modelpack|requirements)/[\w./-]+)"
+)
+_USES = re.compile(r"uses: *(\S+)(?:  # (v[\d.]+))?$", re.MULTILINE)
+#: What is named by something that can change, and why.
+UNPINNED = {
+    "Dockerfile: python:3.13-slim": "a default, to be given a digest by BASE",
+    "examples/ci/modelpack.gitlab-ci.yml: python:3.13-slim": "an example, to be copied",
+}
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -22,6 +30,37 @@ def test_paths_exist(path: Path) -> None:
     assert found
     missing = [name for name in found if not (ROOT / name.rstrip("/")).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_actions_are_named_by_commit(path: Path) -> None:
+    """And the comment says which release that is."""
+    for action, release in _USES.findall(path.read_text()):
+        if action.startswith("./"):
+            assert (ROOT / action).is_file(), action
+            continue
+        assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action), action
+        assert release, action
+
+
+def test_images_are_named_by_digest_or_listed() -> None:
+    found = set()
+    for name in ("Dockerfile", "examples/ci/modelpack.gitlab-ci.yml"):
+        text = (ROOT / name).read_text()
+        images = re.findall(r"^(?:FROM|ARG BASE=| *image:) *([^\s$]+)", text, re.MULTILINE)
+        found |= {f"{name}: {image}" for image in images if "@sha256:" not in image}
+    assert found == UNPINNED.keys()
+
+
+def test_a_workflow_asks_for_few_permissions() -> None:
+    for path in WORKFLOWS:
+        assert "\npermissions:\n  contents: read\n" in path.read_text(), path.name
+
+
+def test_what_a_release_makes() -> None:
+    text = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    for step in ("attest-build-provenance@", "scripts/sbom", "--require-hashes", "audit.yml"):
+        assert step in text
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
