@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from modelpack.deployment.kubernetes import Workload, pod_spec, resources
+from modelpack.deployment.kubernetes import Workload, pod_spec, resources, vllm_flags
 
 #: The name by which KServe finds the container that answers.
 _CONTAINER = "kserve-container"
+#: Where KServe mounts the model of a `storageUri`.
+_MOUNT = "/mnt/models"
 
 
 def inference_service(workload: Workload) -> list[dict[str, Any]]:
@@ -25,13 +27,14 @@ def inference_service(workload: Workload) -> list[dict[str, Any]]:
             "modelFormat": {"name": "huggingface"},
             "storageUri": f"oci+native://{workload.model_image}",
             "args": [f"--model_name={workload.served_name}",
-                     f"--tensor-parallel-size={workload.gpus}"],
+                     f"--tensor-parallel-size={workload.gpus}",
+                     *vllm_flags(workload, _MOUNT)],
             "resources": resources(workload),
         }  # fmt: skip
         if workload.pull_secret:
             predictor["imagePullSecrets"] = [{"name": workload.pull_secret}]
     else:
-        predictor |= pod_spec(workload, _CONTAINER)
+        predictor |= pod_spec(workload, _CONTAINER, f"{workload.name}-predictor")
     metadata = workload.metadata()
     # Startup is counted in minutes: Knative, which scales by requests, would give up on it.
     metadata["annotations"]["serving.kserve.io/deploymentMode"] = "Standard"

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from modelpack.deployment.sizing import Demands, demands_of
+from modelpack.deployment.vllm_settings import VllmSettings
 from modelpack.errors import UsageError
-from modelpack.model import Model
+from modelpack.model import CHAT_TEMPLATE, Model
 from modelpack.reference import Reference
 
 Engine = Literal["vllm", "modelpack"]
@@ -20,6 +21,7 @@ Engine = Literal["vllm", "modelpack"]
 _MOUNT = "/model"
 _SECRET = "/var/run/modelpack/docker"  # noqa: S105 - a directory
 _PORTS: dict[Engine, int] = {"vllm": 8000, "modelpack": 12434}
+_NAMESPACE = "POD_NAMESPACE"
 _VOLUME, _SHARED, _LOGIN = "model", "shm", "login"
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?\Z")
 _LOCKED: dict[str, Any] = {
@@ -36,7 +38,8 @@ class Workload:
     `engine_image` runs it; `tool_image` has modelpack, and pulls it into the pod, unless
     `model_image` is an OCI image with the model's files under /models, which is mounted.
     `pull_secret` names a secret of type kubernetes.io/dockerconfigjson. `gpus` 0 is for a CPU;
-    `served_name` is what clients call the model.
+    `served_name` is what clients call the model; `hosts` are names by which they reach it besides
+    those of its Service.
     """
 
     model: Model
@@ -52,6 +55,7 @@ class Workload:
     replicas: int = 1
     pull_secret: str | None = None
     plain_http: bool = False
+    hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for a name that Kubernetes has not, and what does not go together."""
@@ -128,19 +132,24 @@ def deployment(workload: Workload) -> list[dict[str, Any]]:
     ]
 
 
-def pod_spec(workload: Workload, container: str = "server") -> dict[str, Any]:
-    """Return the pod: its server, called `container`, and how the model gets there."""
+def pod_spec(
+    workload: Workload, container: str = "server", service: str | None = None
+) -> dict[str, Any]:
+    """Return the pod: its server, called `container`, and how the model gets there.
+
+    `service` is the name of the Service before it (None: as the workload).
+    """
     made: dict[str, Any] = {"automountServiceAccountToken": False}
     if not workload.model_image:
         made["initContainers"] = [_pull(workload)]
-    made["containers"] = [_server(workload, container)]
+    made["containers"] = [_server(workload, container, service or workload.name)]
     made["volumes"] = _volumes(workload)
     if workload.pull_secret:
         made["imagePullSecrets"] = [{"name": workload.pull_secret}]
     return made
 
 
-def _server(workload: Workload, name: str) -> dict[str, Any]:
+def _server(workload: Workload, name: str, service: str) -> dict[str, Any]:
     mounts = [{"name": _VOLUME, "mountPath": _MOUNT, "readOnly": True}]
     if workload.engine == "modelpack":
         del mounts[0]["readOnly"]  # the store's locks are files
@@ -149,7 +158,7 @@ def _server(workload: Workload, name: str) -> dict[str, Any]:
     made: dict[str, Any] = {
         "name": name,
         "image": workload.engine_image,
-        **_command(workload),
+        **_command(workload, service),
         "ports": [{"name": "http", "containerPort": _PORTS[workload.engine]}],
         "resources": resources(workload),
         "volumeMounts": mounts,
@@ -159,7 +168,7 @@ def _server(workload: Workload, name: str) -> dict[str, Any]:
     return made
 
 
-def _command(workload: Workload) -> dict[str, Any]:
+def _command(workload: Workload, service: str) -> dict[str, Any]:
     port = str(_PORTS[workload.engine])
     if workload.engine == "modelpack":
         device = "gpu" if workload.gpus else "cpu"
@@ -168,17 +177,34 @@ def _command(workload: Workload) -> dict[str, Any]:
                    "--device", device]  # fmt: skip
         if workload.gpus > 1:
             command += ["--tensor-parallel-size", str(workload.gpus)]
+        # The kubelet fills in the namespace. (Kubernetes, "DNS for Services and Pods")
+        within = f"{service}.$({_NAMESPACE})"
+        names = (service, within, f"{within}.svc", f"{within}.svc.cluster.local", *workload.hosts)
+        namespace = {"fieldRef": {"fieldPath": "metadata.namespace"}}
         return {
-            "command": command,
-            "env": [{"name": "MODELPACK_STORE", "value": f"{_MOUNT}/store"}],
+            "command": [*command, *(word for name in names for word in ("--allow-host", name))],
+            "env": [
+                {"name": "MODELPACK_STORE", "value": f"{_MOUNT}/store"},
+                {"name": _NAMESPACE, "valueFrom": namespace},
+            ],
         }
     where = f"{_MOUNT}/models" if workload.model_image else f"{_MOUNT}/bundle/model"
     return {
         "command": ["vllm", "serve", where, "--served-model-name", workload.served_name,
-                    "--port", port, "--tensor-parallel-size", str(workload.gpus)],
+                    "--port", port, "--tensor-parallel-size", str(workload.gpus),
+                    *vllm_flags(workload, where)],
         # The files are all there: nothing is asked of the hub.
         "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}],
     }  # fmt: skip
+
+
+def vllm_flags(workload: Workload, directory: str) -> list[str]:
+    """Return vLLM's options for what the package says about the model, which is in `directory`."""
+    settings = VllmSettings.of(workload.model)
+    # A bundle has it under that name; in an image, files have the names of the model.
+    name = settings.chat_template if workload.model_image else CHAT_TEMPLATE
+    options = settings.options(f"{directory}/{name}")
+    return [f"--{option}={value}" for option, value in options.items()]
 
 
 def _pull(workload: Workload) -> dict[str, Any]:

@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeGuard
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from modelpack.deployment.vllm import SCHEME
 
+if TYPE_CHECKING:
+    from modelpack.deployment.vllm_settings import VllmSettings
+
+#: What the packages of models say that were opened here, by directory.
+_opened: dict[str, VllmSettings] = {}
 _log = logging.getLogger(__name__)
 _MARK = "_modelpack_resolves"
 #: Methods that read the names. Where nothing was parsed, the first of them is what calls us.
 _METHODS = ("__post_init__", "create_engine_config", "create_model_config")
+#: Keep the models of this process in the store: vLLM opens their files at any time.
+_leases = ExitStack()
 _FIELDS = ("model", "tokenizer", "hf_config_path")
 
 
@@ -54,6 +60,8 @@ def resolve(arguments: Any) -> None:
         value = getattr(arguments, field, None)
         if _is_ours(value):
             setattr(arguments, field, _directory(value))
+    if arguments.model in _opened:
+        _apply(_opened[arguments.model], arguments)
     draft = getattr(arguments, "speculative_config", None)
     if isinstance(draft, dict) and _is_ours(draft.get("model")):
         arguments.speculative_config = {**draft, "model": _directory(draft["model"])}
@@ -80,14 +88,25 @@ def _is_ours(name: object) -> TypeGuard[str]:
     return isinstance(name, str) and name.startswith(SCHEME)
 
 
+def _apply(settings: VllmSettings, arguments: Any) -> None:
+    """Set what the package of the model says and the user does not."""
+    if settings.max_model_len is not None and getattr(arguments, "max_model_len", 0) is None:
+        arguments.max_model_len = settings.max_model_len
+    given = getattr(arguments, "override_generation_config", None)
+    if settings.generation and isinstance(given, dict):
+        arguments.override_generation_config = {**settings.generation, **given}
+
+
 def _directory(name: str) -> str:
-    from modelpack.deployment.vllm import model_directory
+    from modelpack.deployment.vllm import open_model
     from modelpack.operations.remote import RemoteOptions
+    from modelpack.supply.trust import Trust
 
-    remote = RemoteOptions()
-    policy = os.environ.get("MODELPACK_POLICY")
-    if policy:  # there are no options to say it by
-        from modelpack.supply.trust import Trust
-
-        remote = RemoteOptions(trust=Trust.of([], Path(policy)))
-    return str(model_directory(name.removeprefix(SCHEME), remote=remote))
+    remote = RemoteOptions(trust=Trust.from_environment())  # there are no options to say it by
+    opened = open_model(name.removeprefix(SCHEME), remote=remote, until=_leases)
+    directory = str(opened.directory)
+    if directory not in _opened:
+        _opened[directory] = opened.settings
+        for message in opened.settings.notes:
+            _log.warning("%s", message)
+    return directory

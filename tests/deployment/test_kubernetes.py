@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import tarfile
 from collections.abc import Iterator
@@ -98,6 +99,23 @@ def test_the_pod_pulls_by_digest_and_serves_what_it_pulled(published: tuple[str,
     assert server["command"][:4] == ["vllm", "serve", "/model/bundle/model", "--served-model-name"]
     assert server["command"][4] == name
     assert server["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+@pytest.mark.parametrize(("kserve", "service"), [(False, "tiny"), (True, "tiny-predictor")])
+def test_modelpack_answers_to_the_names_of_the_service(
+    published: tuple[str, str], kserve: bool, service: str
+) -> None:
+    options = ["--engine", "modelpack", "--name", "tiny", "--allow-host", ".example.com"]
+    made = objects(published[0], *options, *(["--kserve"] if kserve else []))
+    spec = made[0]["spec"]["predictor"] if kserve else pod(made)
+    [server] = spec["containers"]
+    command = server["command"]
+    assert [name for word, name in itertools.pairwise(command) if word == "--allow-host"] == [
+        service, f"{service}.$(POD_NAMESPACE)", f"{service}.$(POD_NAMESPACE).svc",
+        f"{service}.$(POD_NAMESPACE).svc.cluster.local", ".example.com",
+    ]  # fmt: skip
+    field = {"fieldRef": {"fieldPath": "metadata.namespace"}}
+    assert {"name": "POD_NAMESPACE", "valueFrom": field} in server["env"]
 
 
 def test_the_commands_in_the_pod_are_ours(published: tuple[str, str], tmp_path: Path) -> None:

@@ -122,6 +122,16 @@ def test_a_bundle_is_made_once_and_goes_with_its_model(store: LayoutStore) -> No
     assert sorted((store.root / "bundles").iterdir()) == [other.parent]
 
 
+def test_a_model_that_vllm_runs_is_not_removed(store: LayoutStore, program: Path) -> None:
+    """The lease passes to the program that the command becomes, and ends with it."""
+    program.write_text(f'#!/bin/sh\n{sys.executable} -m modelpack rm team/tiny\necho "code $?"\n')
+    done = serve(program, "team/tiny", "--backend", "vllm")
+    assert "code 7" in done.stdout, done.stderr
+    assert "is in use by process" in done.stderr
+    assert store.remove("team/tiny").bytes_freed > 0
+    assert store.bundles.all() == {}
+
+
 def store_files(store: LayoutStore) -> tuple[Any, ...]:
     return modelpack.inspect("team/tiny", store=store).files()
 
