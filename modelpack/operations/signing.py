@@ -9,12 +9,17 @@ from dataclasses import dataclass, replace
 from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
 from modelpack.errors import NotFoundError, UntrustedError, UsageError
-from modelpack.manifest import Manifest
+from modelpack.manifest import Manifest, parse_manifest_or_index
 from modelpack.model import Model
 from modelpack.operations.attached_files import BytesSource
-from modelpack.operations.find import model_in, stored_model
-from modelpack.operations.remote import RemoteOptions, open_repository
+from modelpack.operations.find import model_in, model_of, stored_model
+from modelpack.operations.remote import (
+    RemoteOptions,
+    fetch_referenced_manifest,
+    open_repository,
+)
 from modelpack.operations.transfer import transfer
+from modelpack.operations.variants import variants_of
 from modelpack.operations.watching import watching
 from modelpack.progress import Stop
 from modelpack.reference import Reference
@@ -24,7 +29,13 @@ from modelpack.stores.layout import LayoutStore
 from modelpack.supply.bundles import bundle_manifest, signed_bundle
 from modelpack.supply.keys import PrivateKey, PublicKey
 from modelpack.supply.model_signing import model_statement
-from modelpack.supply.signatures import Findings, SignatureKind, find_signatures
+from modelpack.supply.signatures import (
+    MANIFEST_FORMATS,
+    Findings,
+    SignatureKind,
+    find_signatures,
+    is_signed_under_tag,
+)
 from modelpack.supply.simple_signing import (
     sign_simply,
     signature_tag,
@@ -38,11 +49,15 @@ DEFAULT_KINDS = (SignatureKind.COSIGN, SignatureKind.BUNDLE)
 
 @dataclass(frozen=True, slots=True)
 class Signed:
-    """A model that was signed; `manifests` hold the signatures."""
+    """A model that was signed; `manifests` hold the signatures.
+
+    Of a model in variants, `digest` is that of the index, and each of the `variants` is signed too.
+    """
 
     reference: Reference
     digest: Digest
     manifests: Mapping[SignatureKind, Digest]
+    variants: tuple[Signed, ...] = ()
 
 
 def sign(
@@ -57,7 +72,8 @@ def sign(
     """Sign the model `reference` in its registry or, with `store`, in that store.
 
     `kinds` are how; without, as cosign does, under its tag and as a bundle; a store has no place
-    for the tag. `push --with-referrers` brings bundles along. Raises what a push raises.
+    for the tag. `push --with-referrers` brings bundles along. Of a model in variants, the index and
+    each variant are signed: one is pulled and loaded by its own digest. Raises what a push raises.
     """
     where = Reference.parse(reference) if isinstance(reference, str) else reference
     wanted = tuple(dict.fromkeys(kinds or DEFAULT_KINDS))
@@ -68,23 +84,31 @@ def sign(
                 hint="sign there, or use --format bundle",
             )
         wanted = tuple(kind for kind in wanted if kind is not SignatureKind.COSIGN)
+    unknown = [kind for kind in wanted if kind not in _SIGNING]
+    if unknown:
+        raise UsageError(
+            f"signatures of the format {unknown[0]} are read, not written",
+            hint="--format model-signing covers the files and the manifest",
+        )
     watch = watching(None, stop)
-    with opened_model(where, store, remote, watch, writes=True) as (place, model):
-        done = {kind: _SIGNING[kind](place, model, where, key, watch) for kind in wanted}
-    return Signed(where, model.digest, done)
+    with _opened(where, store, remote, watch, writes=True) as place:
+        return _sign(_Signing(place, where, key, wanted, watch))
 
 
 def verify(
     reference: str | Reference,
     keys: Sequence[PublicKey],
     *,
+    formats: Sequence[SignatureKind] = (),
     store: LayoutStore | None = None,
     remote: RemoteOptions | None = None,
     stop: Stop | None = None,
 ) -> tuple[Model, Findings]:
     """Return the model `reference` and its signatures by `keys`, every one of which signed it.
 
-    Raises `UntrustedError` if one did not.
+    Signatures of the `formats` count or, if none is given, of those that cover the manifest. Of a
+    model in variants, the one for this machine is verified. Raises `UntrustedError` if a key did
+    not sign.
     """
     where = Reference.parse(reference) if isinstance(reference, str) else reference
     if not keys:
@@ -92,7 +116,14 @@ def verify(
     watch = watching(None, stop)
     with opened_model(where, store, remote, watch) as (place, model):
         tagged = store is None
-        found = find_signatures(place, model.descriptor, lambda: model, keys, tagged=tagged)
+        found = find_signatures(
+            place,
+            model.descriptor,
+            lambda: model,
+            keys,
+            tagged=tagged,
+            formats=formats or MANIFEST_FORMATS,
+        )
     lacking = [key for key in keys if key not in found.keys]
     if lacking:
         why = "; ".join(found.refused[:5]) or "it has no signatures"
@@ -108,11 +139,7 @@ def attach_statement(
     place: Target, model: Model, statement: Statement, key: PrivateKey, watch: Watch
 ) -> Digest:
     """Sign a statement and attach it to `model`; return the digest of its manifest."""
-    manifest, blobs = bundle_manifest(
-        signed_bundle(statement, key), statement.predicate_type, model.descriptor
-    )
-    put(place, manifest, blobs, None, watch)
-    return manifest.digest
+    return _attach(place, model.descriptor, statement, key, watch)
 
 
 def put(
@@ -137,45 +164,106 @@ def opened_model(
     writes: bool = False,
 ) -> Iterator[tuple[LayoutStore | Repository, Model]]:
     """Yield where a model is, its registry or `store`, and the model there."""
+    with _opened(where, store, remote, watch, writes=writes) as place:
+        if isinstance(place, LayoutStore):
+            yield place, replace(stored_model(place, str(where)), reference=where)
+        else:
+            yield place, model_in(place, where)
+
+
+@contextmanager
+def _opened(
+    where: Reference,
+    store: LayoutStore | None,
+    remote: RemoteOptions | None,
+    watch: Watch,
+    *,
+    writes: bool,
+) -> Iterator[LayoutStore | Repository]:
     if store is not None:
         with store.lease(()):
-            yield store, replace(stored_model(store, str(where)), reference=where)
+            yield store
         return
     with open_repository(where, remote or RemoteOptions(), watch, writes=writes) as repository:
-        yield repository, model_in(repository, where)
+        yield repository
 
 
-def _sign_bundle(
-    place: LayoutStore | Repository, model: Model, where: Reference, key: PrivateKey, watch: Watch
-) -> Digest:
-    statement = Statement((Subject(model.digest, where.name),), COSIGN_SIGN)
-    return attach_statement(place, model, statement, key, watch)
+@dataclass(frozen=True, slots=True)
+class _Signing:
+    """Where and how a model is to be signed."""
+
+    place: LayoutStore | Repository
+    where: Reference
+    key: PrivateKey
+    kinds: tuple[SignatureKind, ...]
+    watch: Watch
 
 
-def _sign_files(
-    place: LayoutStore | Repository, model: Model, where: Reference, key: PrivateKey, watch: Watch
-) -> Digest:
-    name = where.repository.rpartition("/")[2]
-    return attach_statement(place, model, model_statement(model, name), key, watch)
+def _sign(signing: _Signing) -> Signed:
+    """Sign what the reference names: one model, or an index and each of its variants."""
+    place, where = signing.place, signing.where
+    if isinstance(place, LayoutStore):
+        descriptor = place.resolve(str(where))
+        raw = place.fetch_manifest(descriptor)
+    else:
+        descriptor, raw = fetch_referenced_manifest(place, where)
+    document = parse_manifest_or_index(raw, str(where), media_type=descriptor.media_type)
+    if isinstance(document, Manifest):
+        return _sign_manifest(signing, model_of(place, descriptor, document, where))
+    variants = []
+    for variant in variants_of(document):
+        found = replace(variant.descriptor, annotations={}, platform=None)
+        what = f"{where}: variant {variant.name}"
+        manifest = Manifest.parse(place.fetch_manifest(found), what)
+        variants.append(_sign_manifest(signing, model_of(place, found, manifest, where)))
+    kinds = [kind for kind in signing.kinds if kind is not SignatureKind.MODEL_SIGNING]
+    done: dict[SignatureKind, Digest] = {
+        kind: _SIGNING[kind](signing, descriptor, None) for kind in kinds
+    }
+    return Signed(where, descriptor.digest, done, tuple(variants))
 
 
-def _sign_simply(
-    place: LayoutStore | Repository, model: Model, where: Reference, key: PrivateKey, watch: Watch
-) -> Digest:
+def _sign_manifest(signing: _Signing, model: Model) -> Signed:
+    done = {kind: _SIGNING[kind](signing, model.descriptor, model) for kind in signing.kinds}
+    return Signed(signing.where, model.digest, done)
+
+
+def _sign_bundle(signing: _Signing, subject: Descriptor, _model: Model | None) -> Digest:
+    statement = Statement((Subject(subject.digest, signing.where.name),), COSIGN_SIGN)
+    return _attach(signing.place, subject, statement, signing.key, signing.watch)
+
+
+def _sign_files(signing: _Signing, subject: Descriptor, model: Model | None) -> Digest:
+    assert model is not None, "an index has no files"
+    name = signing.where.repository.rpartition("/")[2]
+    statement = model_statement(model, name)
+    return _attach(signing.place, subject, statement, signing.key, signing.watch)
+
+
+def _sign_simply(signing: _Signing, subject: Descriptor, _model: Model | None) -> Digest:
     """Add a layer to what is under cosign's tag; a second one by the same key adds nothing."""
-    tag = signature_tag(model.digest)
-    layer, payload = sign_simply(where.name, model.digest, key)
+    place, key, digest = signing.place, signing.key, subject.digest
+    tag = signature_tag(digest)
+    layer, payload = sign_simply(signing.where.name, digest, key)
     try:
         before = Manifest.parse(place.fetch_manifest(place.resolve(tag)), tag)
     except NotFoundError:
         layers: tuple[Descriptor, ...] = ()
     else:
-        found = find_signatures(place, model.descriptor, lambda: model, [key.public], tagged=True)
-        if any(one.kind is SignatureKind.COSIGN for one in found.signatures):
+        if is_signed_under_tag(place, subject, key.public):
             return before.digest
         layers = before.layers
     manifest, blobs = signatures_manifest((*layers, layer))
-    put(place, manifest, {**blobs, layer: payload}, tag, watch)
+    put(place, manifest, {**blobs, layer: payload}, tag, signing.watch)
+    return manifest.digest
+
+
+def _attach(
+    place: Target, subject: Descriptor, statement: Statement, key: PrivateKey, watch: Watch
+) -> Digest:
+    bundle = signed_bundle(statement, key)
+    manifest, blobs = bundle_manifest(bundle, statement.predicate_type, subject)
+    put(place, manifest, blobs, None, watch)
     return manifest.digest
 
 

@@ -50,6 +50,9 @@ class Bundle:
         if "dsseEnvelope" not in value:
             raise FormatError("holds no DSSE envelope", path=what)
         envelope = Envelope.parse(value["dsseEnvelope"], what)
+        if len(envelope.signatures) != 1:  # the format demands it, and checking many takes long
+            count = len(envelope.signatures)
+            raise FormatError(f"has {count} signatures, expected 1", path=what)
         if envelope.payload_type != PAYLOAD_TYPE:
             raise FormatError(
                 f"its payload is {envelope.payload_type!r}, expected {PAYLOAD_TYPE}", path=what

@@ -1,8 +1,9 @@
 """Finding the signatures of a model where it is, and checking them with public keys.
 
-Three kinds count: cosign's under its tag, and sigstore bundles attached to the model that sign its
-manifest (as cosign) or its files (as OpenSSF model signing). A manifest holds the digests of all
-files, and whoever has the model verified those: nothing is read again.
+Cosign's are under its tag; sigstore bundles are attached to the model, and sign its manifest (as
+cosign) or its files (as OpenSSF model signing). A manifest holds the digests of all files, and
+whoever has the model verified those: nothing is read again. Unless the caller names other formats,
+only those count that cover the manifest: the files alone are not all of a model.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from modelpack.model import Model
 from modelpack.storage import ReferrerSource
 from modelpack.supply.bundles import BUNDLE_TYPES, Bundle
 from modelpack.supply.keys import PublicKey
-from modelpack.supply.model_signing import check_model
+from modelpack.supply.model_signing import check_model, names_manifest
 from modelpack.supply.simple_signing import PAYLOAD, SimpleSignature, signature_tag
 from modelpack.supply.statements import COSIGN_SIGN, MODEL_SIGNING
 
@@ -41,7 +42,17 @@ class SignatureKind(StrEnum):
 
     COSIGN = "cosign"  # simple signing, under cosign's tag
     BUNDLE = "bundle"  # a sigstore bundle over the manifest
-    MODEL_SIGNING = "model-signing"  # a sigstore bundle over the files, by OpenSSF
+    MODEL_SIGNING = "model-signing"  # a sigstore bundle by OpenSSF over the files, and the manifest
+    FILES = "model-signing-files"  # the same over the files alone, as OpenSSF's own tool signs
+
+
+#: The formats that cover the manifest, and with it all that a model is: what counts by default, and
+#: what can be written.
+MANIFEST_FORMATS: Final = (
+    SignatureKind.COSIGN,
+    SignatureKind.BUNDLE,
+    SignatureKind.MODEL_SIGNING,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +84,20 @@ def find_signatures(
     keys: Collection[PublicKey],
     *,
     tagged: bool,
+    formats: Collection[SignatureKind] = MANIFEST_FORMATS,
 ) -> Findings:
     """Return which of `keys` signed the manifest `subject`, or the files of its `model`.
 
-    With `tagged`, cosign's tag is looked at, too. A signature that is broken, or by somebody else,
-    does not count and keeps none from counting; that the source cannot be read is an error.
+    With `tagged`, cosign's tag is looked at, too. A signature that is broken, by somebody else or
+    of none of the `formats` does not count and keeps none from counting; that the source cannot be
+    read is an error.
     """
     found: list[Signature] = []
     refused: list[str] = []
     for manifest, kind, check in _candidates(source, subject, model, refused, tagged):
+        if kind not in formats:
+            refused.append(f"{kind} signature {manifest.digest.short}: {_not_accepted(kind)}")
+            continue
         try:
             by = [key for key in keys if check(key)]
         except (FormatError, IntegrityError) as error:
@@ -91,6 +107,17 @@ def find_signatures(
         if not by:
             refused.append(f"{kind} signature {manifest.digest.short}: by none of the keys")
     return Findings(tuple(found), tuple(refused))
+
+
+def is_signed_under_tag(source: ReferrerSource, subject: Descriptor, key: PublicKey) -> bool:
+    """Return whether there is a signature of the manifest by `key` under cosign's tag."""
+    return any(signature.is_signed_by(key) for _, signature in _under_tag(source, subject, []))
+
+
+def _not_accepted(kind: SignatureKind) -> str:
+    if kind is SignatureKind.FILES:
+        return f"covers the files and not the manifest, and the format {kind} is not accepted"
+    return "its format is not accepted"
 
 
 _Check = Callable[[PublicKey], bool]
@@ -149,7 +176,8 @@ def _bundle(
         check_model(statement, model())
         return True
 
-    return SignatureKind.MODEL_SIGNING, signs_files
+    kind = SignatureKind.MODEL_SIGNING if names_manifest(statement) else SignatureKind.FILES
+    return kind, signs_files
 
 
 def _under_tag(

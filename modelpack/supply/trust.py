@@ -6,9 +6,10 @@ default = "reject"                            # what no rule names; or "accept"
 keys = ["team.pub", "team-2027.pub"]          # files beside this one, or PEM texts
 
 [[rules]]                                     # the first that names the model counts
-models = ["registry.example/team/*"]          # patterns of registry/repository
+models = ["registry.example/team/*"]          # patterns of registry/repository, in full
 publishers = ["team"]                         # any of them,
-threshold = 1                                 # or so many
+threshold = 1                                 # or so many, who share no key
+formats = ["cosign", "bundle"]                # all that cover the manifest, if not said
 
 [[rules]]
 models = ["localhost:5000/*"]
@@ -17,15 +18,23 @@ accept = true                                 # signed or not
 
 from __future__ import annotations
 
+import os
+import re
 import tomllib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from modelpack.errors import FormatError, UntrustedError
+from modelpack.errors import FormatError, InvalidReferenceError, UntrustedError
+from modelpack.reference import Reference
 from modelpack.supply.keys import PublicKey, parse_public_key, read_public_key
+from modelpack.supply.signatures import MANIFEST_FORMATS, Signature, SignatureKind
+
+#: The variable that names a policy file.
+POLICY: Final = "MODELPACK_POLICY"
+_IPV6: Final = re.compile(r"\[[0-9a-f]*:[0-9a-f]*:[0-9a-f:]*\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +49,13 @@ class Publisher:
 class Rule:
     """Who has to have signed the models of these patterns: `threshold` of the publishers.
 
-    With a threshold of 0 nobody has to.
+    With a threshold of 0 nobody has to. Only signatures of one of the `formats` count.
     """
 
     models: tuple[str, ...]
     publishers: tuple[Publisher, ...]
     threshold: int = 1
+    formats: tuple[SignatureKind, ...] = MANIFEST_FORMATS
 
     def names(self, name: str) -> bool:
         """Return whether the rule is about the repository `name` (`registry/repository`)."""
@@ -56,10 +66,10 @@ class Rule:
         """The keys of all its publishers."""
         return frozenset(key for one in self.publishers for key in one.keys)
 
-    def is_met(self, signed_by: Collection[PublicKey]) -> bool:
+    def is_met(self, signatures: Collection[Signature]) -> bool:
         """Return whether enough publishers are among those who signed."""
-        signed = sum(1 for one in self.publishers if not one.keys.isdisjoint(signed_by))
-        return signed >= self.threshold
+        by = {one.key for one in signatures if one.kind in self.formats}
+        return sum(1 for one in self.publishers if not one.keys.isdisjoint(by)) >= self.threshold
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +79,30 @@ class Trust:
     lists: tuple[tuple[Rule, ...], ...]
 
     @classmethod
-    def of(cls, keys: Iterable[PublicKey] = (), policy: Path | None = None) -> Trust | None:
+    def of(
+        cls,
+        keys: Iterable[PublicKey] = (),
+        policy: Path | None = None,
+        formats: Sequence[SignatureKind] = (),
+    ) -> Trust | None:
         """Return the trust in any of `keys`, for every model, and what the policy says, too.
 
+        The signatures by `keys` are of one of the `formats`, or of those that cover the manifest.
         None if neither is given. Raises `FormatError`.
         """
         lists: list[tuple[Rule, ...]] = []
         if found := frozenset(keys):
-            lists.append((Rule(("*",), (Publisher("--verify-key", found),)),))
+            publisher, accepted = Publisher("--verify-key", found), tuple(formats)
+            lists.append((Rule(("*",), (publisher,), formats=accepted or MANIFEST_FORMATS),))
         if policy is not None:
             lists.append(read_policy(policy))
         return cls(tuple(lists)) if lists else None
+
+    @classmethod
+    def from_environment(cls) -> Trust | None:
+        """Return what the policy says that `MODELPACK_POLICY` names, None without one."""
+        policy = os.environ.get(POLICY)
+        return cls.of(policy=Path(policy)) if policy else None
 
     def rules(self, name: str) -> tuple[Rule, ...]:
         """Return what the repository `name` has to meet; raise `UntrustedError` if none may."""
@@ -117,6 +140,11 @@ def read_policy(path: Path) -> tuple[Rule, ...]:
     if not isinstance(entries, list):
         raise FormatError("rules is not an array of tables: write [[rules]]", path=what)
     rules = [_rule(entry, publishers, f"{what}: rules[{at}]") for at, entry in enumerate(entries)]
+    for at, rule in enumerate(rules):
+        for pattern in rule.models:
+            if problem := _problem_of(pattern):
+                where = f"{what}: rules[{at}]"
+                raise FormatError(f"{pattern!r} names no model: {problem}", path=where)
     if default == "accept":
         rules.append(Rule(("*",), (), 0))
     return tuple(rules)
@@ -135,14 +163,14 @@ def _publisher(name: str, entry: Any, path: Path) -> Publisher:
 
 
 def _rule(entry: Any, publishers: dict[str, Publisher], where: str) -> Rule:
-    _check_fields(entry, {"models", "publishers", "threshold", "accept"}, where)
+    _check_fields(entry, {"models", "publishers", "threshold", "formats", "accept"}, where)
     models = _texts(entry, "models", where)
     accept = entry.get("accept", False)
     if not isinstance(accept, bool):
         raise FormatError("accept is not true or false", path=where)
     if accept:
-        if entry.keys() & {"publishers", "threshold"}:
-            raise FormatError("accepts everything, and names publishers", path=where)
+        if entry.keys() & {"publishers", "threshold", "formats"}:
+            raise FormatError("accepts everything, and names publishers or formats", path=where)
         return Rule(models, (), 0)
     named = _texts(entry, "publishers", where)
     unknown = [name for name in named if name not in publishers]
@@ -155,7 +183,52 @@ def _rule(entry: Any, publishers: dict[str, Publisher], where: str) -> Rule:
             "are named",
             path=where,
         )
-    return Rule(models, tuple(publishers[name] for name in dict.fromkeys(named)), threshold)
+    signing = tuple(publishers[name] for name in dict.fromkeys(named))
+    if threshold > 1 and sum(len(one.keys) for one in signing) > len(
+        {key for one in signing for key in one.keys}
+    ):
+        raise FormatError(
+            f"threshold is {threshold}, and two of its publishers have a key in common: one "
+            "signature would count for both",
+            path=where,
+        )
+    return Rule(models, signing, threshold, _formats(entry, where))
+
+
+def _problem_of(pattern: str) -> str:
+    """Return why a pattern can match no name of a model, "" if it can.
+
+    Such a rule would be skipped: a later one, or the default, would count in its place.
+    """
+    host, slash, path = pattern.partition("/")
+    if pattern != pattern.lower():
+        return "names are in lower case"
+    if _IPV6.match(host):
+        return f"'[' begins a set of characters: write [[]{pattern[1:]}"
+    if ":" in path or "@" in path:
+        return "a rule is about repositories, which have no tag and no digest"
+    if not slash and "*" not in pattern:
+        return "write registry/repository"
+    if not slash or set(host) & set("*?["):
+        return ""
+    try:
+        registry = Reference.parse(f"{host}/a/a").registry
+    except InvalidReferenceError:
+        return f"{host!r} is no registry"
+    return "" if registry == host else f"names are in full, and begin with {registry}/"
+
+
+def _formats(entry: dict[str, Any], where: str) -> tuple[SignatureKind, ...]:
+    if "formats" not in entry:
+        return MANIFEST_FORMATS
+    named = _texts(entry, "formats", where)
+    unknown = [name for name in named if name not in tuple(SignatureKind)]
+    if unknown:
+        raise FormatError(
+            f"{unknown[0]!r} is not a format of signatures; expected {', '.join(SignatureKind)}",
+            path=where,
+        )
+    return tuple(SignatureKind(name) for name in named)
 
 
 def _table(value: Any, where: str) -> dict[str, Any]:

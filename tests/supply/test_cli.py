@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from modelpack.cli.main import run
+from modelpack.operations import signing
+from modelpack.operations.index import NamedVariant, create_index
+from modelpack.operations.lock import lock
+from modelpack.supply.keys import PrivateKey
 from tests.supply.conftest import Published
 
 
@@ -47,7 +51,8 @@ def test_without_a_password(
 
 
 @pytest.mark.parametrize(
-    "command", ["pull", "resolve", "bundle", "smoke", "serve", "run", "convert", "package"]
+    "command",
+    ["pull", "resolve", "bundle", "smoke", "serve", "run", "convert", "package", "bench", "k8s"],
 )
 def test_a_policy_keeps_models_out(
     published: Published,
@@ -73,6 +78,87 @@ def test_a_policy_keeps_models_out(
     }
     assert run([command, published.reference, *arguments.get(command, [])]) == 5
     assert "is not signed by us: it has no signatures" in capsys.readouterr().err
+
+
+def test_files_of_another_image_are_not_signed(
+    published: Published, keys: Path, ours: PrivateKey, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signing.sign(published.reference, ours)
+    words = ["k8s", published.reference, "--model-image", "registry.example/any:v1"]
+    assert run(words) == 0
+    assert "registry.example/any:v1" in capsys.readouterr().out
+    assert run([*words, "--verify-key", str(keys / "ours.pub")]) == 2
+    shown = capsys.readouterr()
+    assert "--model-image registry.example/any:v1" in shown.err
+    assert not shown.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export", "{model}", "-o", "{path}/out.tar"],
+        ["export", "--all", "-o", "{path}/out.tar"],
+        ["export", "{index}", "-o", "{path}/out.tar"],
+        ["export", "{model}", "--docker-store", "{path}/docker"],
+        ["export", "--all", "--docker-store", "{path}/docker"],
+        ["resolve", "{model}"],
+        ["resolve", "{digest}"],
+        ["bundle", "{model}", "{path}/out"],
+        ["package", "x/new:v1", "--from", "{model}"],
+        ["pull", "--locked", "--lock-file", "{path}/models.lock"],
+    ],
+)
+def test_what_is_stored_stays_in(
+    published: Published,
+    keys: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It came before there was a key, and goes nowhere where it could be run."""
+    store, index = published.origin, f"{published.host}/team/any:v1"
+    create_index(index, [NamedVariant("one", published.reference)], store=store)
+    lock([published.reference], path=tmp_path / "models.lock")
+    (tmp_path / "docker").mkdir()
+    given = {
+        "model": published.reference,
+        "digest": published.digest,
+        "index": index,
+        "path": tmp_path,
+    }
+    words = [word.format(**given) for word in arguments]
+    common = ["--store", str(store.root), "--verify-key", str(keys / "ours.pub")]
+    assert run([*words, *common]) == 5
+    assert "is not signed by" in capsys.readouterr().err
+    assert not (tmp_path / "out.tar").exists()
+    assert not (tmp_path / "out").exists()
+    assert not [path for path in (tmp_path / "docker").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("source", ["archive", "docker"])
+def test_an_import_asks_for_signatures(
+    published: Published, keys: Path, ours: PrivateKey, tmp_path: Path, source: str
+) -> None:
+    store = ["--store", str(published.origin.root)]
+    archive, docker = tmp_path / "out.tar", tmp_path / "docker"
+    if source == "archive":
+        assert run(["export", published.reference, "-o", str(archive), *store]) == 0
+        given = [str(archive)]
+    else:
+        docker.mkdir()
+        assert run(["export", "--all", "--docker-store", str(docker), *store]) == 0
+        given = ["--all", "--docker-store", str(docker)]
+    given += ["--store", str(published.store.root), "--verify-key", str(keys / "ours.pub")]
+    assert run(["import", *given]) == 5
+    assert published.store.models() == ()
+    signing.sign(published.reference, ours)
+    assert run(["import", *given]) == 0
+    assert [model.digest for model in published.store.models()] == [published.digest]
+
+
+def test_a_format_needs_a_key(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pull", published.reference, "--verify-format", "cosign"]) == 2
+    assert "--verify-format needs --verify-key" in capsys.readouterr().err
 
 
 def test_a_key_needs_a_password_that_somebody_gives(

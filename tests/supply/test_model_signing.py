@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ from modelpack.supply.model_signing import model_statement
 from modelpack.supply.signatures import SignatureKind
 from modelpack.supply.statements import MODEL_SIGNING
 from tests.supply.conftest import Published
+from tests.supply.test_tampering import publishing
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Iterator[Published]:
+    """A model whose config says nothing that its files do not."""
+    with publishing(tmp_path) as made:
+        yield made
 
 
 @pytest.fixture
@@ -44,13 +53,15 @@ def test_theirs_verifies_ours(
 ) -> None:
     model = inspect(published.reference, store=published.origin)
     signature = tmp_path / "model.sig"
-    signature.write_bytes(signed_bundle(model_statement(model, "model"), ours))
+    statement = model_statement(model, "model")
+    assert statement.predicate["dev.modelpack.manifest"] == str(model.digest)
+    signature.write_bytes(signed_bundle(statement, ours))
     options = {"signature": signature, "public_key": keys / "ours.pub"}
     done = model_signing("verify", files, **options)
     assert done.returncode == 0, done.stderr
     done = model_signing("verify", files, **(options | {"public_key": keys / "theirs.pub"}))
     assert done.returncode != 0
-    (files / "config.json").write_text("{}")
+    (files / "config.json").write_text('{"changed": 1}')
     done = model_signing("verify", files, **options)
     assert done.returncode != 0
 
@@ -68,7 +79,10 @@ def test_ours_verifies_theirs(
         model = inspect(published.reference, from_registry=True)
         manifest, blobs = bundle_manifest(signature.read_bytes(), MODEL_SIGNING, model.descriptor)
         signing.put(repository, manifest, blobs, None, watching(None))
-    _, found = signing.verify(published.reference, [ours.public])
-    assert [one.kind for one in found.signatures] == [SignatureKind.MODEL_SIGNING]
+    formats = [SignatureKind.FILES]
+    _, found = signing.verify(published.reference, [ours.public], formats=formats)
+    assert [one.kind for one in found.signatures] == formats
     with pytest.raises(UntrustedError):
-        signing.verify(published.reference, [theirs.public])
+        signing.verify(published.reference, [theirs.public], formats=formats)
+    with pytest.raises(UntrustedError, match="covers the files and not the manifest"):
+        signing.verify(published.reference, [ours.public])

@@ -28,13 +28,13 @@ from modelpack.reference import Reference
 from modelpack.supply.bundles import Bundle, bundle_manifest, signed_bundle
 from modelpack.supply.keys import PrivateKey
 from modelpack.supply.model_signing import check_model, model_statement
-from modelpack.supply.signatures import SignatureKind
+from modelpack.supply.signatures import MANIFEST_FORMATS, SignatureKind
 from modelpack.supply.simple_signing import signature_tag
 from modelpack.supply.statements import COSIGN_SIGN, TEST_RESULT, Statement, Subject
 from tests.models import tiny_gguf
 from tests.supply.conftest import Published
 
-KINDS = list(SignatureKind)
+KINDS = list(MANIFEST_FORMATS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,6 +147,15 @@ def test_what_is_broken_keeps_nothing_from_counting(published: Published, ours: 
     signing.sign(published.reference, ours)
     _, found = signing.verify(published.reference, [ours.public])
     assert len(found.refused) == 3
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_bundle_has_one_signature(published: Published, ours: PrivateKey, count: int) -> None:
+    """As the format demands: checking thousands would take minutes."""
+    value = json.loads(signed_bundle(Statement((Subject(published.digest),), COSIGN_SIGN), ours))
+    value["dsseEnvelope"]["signatures"] *= count
+    with pytest.raises(FormatError, match=f"has {count} signatures, expected 1"):
+        Bundle.parse(json.dumps(value).encode(), "bundle")
 
 
 def test_a_bundle_that_was_changed(published: Published, ours: PrivateKey) -> None:

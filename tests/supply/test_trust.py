@@ -11,12 +11,14 @@ import modelpack
 from modelpack.errors import FormatError, ModelpackError, RegistryError, UntrustedError
 from modelpack.operations import signing
 from modelpack.operations.find import find_model
+from modelpack.operations.index import NamedVariant, create_index
 from modelpack.operations.lock import lock, pull_locked
 from modelpack.operations.remote import RemoteOptions
+from modelpack.operations.trusting import check_names
 from modelpack.operations.watching import watching
 from modelpack.registry import RetryPolicy
 from modelpack.supply.keys import PrivateKey
-from modelpack.supply.signatures import SignatureKind
+from modelpack.supply.signatures import MANIFEST_FORMATS, SignatureKind
 from modelpack.supply.trust import Trust, read_policy
 from tests.supply.conftest import Published
 
@@ -56,6 +58,26 @@ def test_the_first_rule_counts(keys: Path) -> None:
         trust.rules("registry.example/x/m")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("*", "registry.example/m"),
+        ("localhost*", "localhost:5000/m"),
+        ("localhost/*", "localhost/m"),
+        ("registry.example:5000/team/?odel", "registry.example:5000/team/model"),
+        ("*.example/*", "registry.example/a/b"),
+        ("[a-r]*.example/m", "registry.example/m"),
+        ("[[]::1]:5000/*", "[::1]:5000/team/m"),
+        ("docker.io/ai/smollm2", "docker.io/ai/smollm2"),
+    ],
+)
+def test_patterns_that_name_models(keys: Path, pattern: str, name: str) -> None:
+    trust = trusting(keys, POLICY.replace("*/team/*", pattern))
+    assert modelpack.Reference.parse(name).name == name
+    [rule] = trust.rules(name)
+    assert [one.name for one in rule.publishers] == ["team"]
+
+
 def test_both_the_key_and_the_policy_count(keys: Path, theirs: PrivateKey) -> None:
     path = keys / "both.toml"
     path.write_text('default = "accept"')
@@ -83,9 +105,22 @@ def test_both_the_key_and_the_policy_count(keys: Path, theirs: PrivateKey) -> No
         ("[publishers.a]\nkeys = ['ours.key']", "is a private key"),
         ("default = ", "is not TOML"),
         (POLICY + "publishers = ['team']", "accepts everything, and names publishers"),
+        (POLICY + "formats = ['cosign']", "accepts everything, and names publishers or formats"),
+        (POLICY.replace("threshold = 2", "formats = ['pgp']"), "'pgp' is not a format"),
+        (POLICY.replace("threshold = 2", "formats = 'cosign'"), "formats is not an array"),
         (POLICY.replace("threshold = 2", "threshold = 3"), "threshold is 3, expected 1 to 2"),
         (POLICY.replace("threshold = 2", "threshold = 0"), "threshold is 0, expected 1 to 2"),
         (POLICY.replace("threshold = 2", "threshold = true"), "threshold is True"),
+        (POLICY.replace('"theirs.pub"', '"theirs.pub", "ours.pub"'), "have a key in common"),
+        (POLICY.replace("*/team", "Registry.example/team"), "names are in lower case"),
+        (POLICY.replace("*/team/*", "registry.example/team/m:v1"), "no tag and no digest"),
+        (POLICY.replace("*/team/*", "registry.example/team/m@sha256:*"), "no tag and no digest"),
+        (POLICY.replace("*/team/*", "hf.co/team/*"), "begin with huggingface.co/"),
+        (POLICY.replace("*/team/*", "index.docker.io/team/*"), "begin with docker.io/"),
+        (POLICY.replace("*/team/*", "team/model"), "begin with docker.io/"),
+        (POLICY.replace("*/team/*", "model"), "'model' names no model: write registry/repository"),
+        (POLICY.replace("*/team/*", "[::1]:5000/*"), "write [[]::1]:5000/*"),
+        (POLICY.replace("*/team/*", "x_y/team/*"), "begin with docker.io/"),
     ],
 )
 def test_policies_that_are_wrong(keys: Path, text: str, says: str) -> None:
@@ -100,7 +135,7 @@ def _options(trust: Trust) -> RemoteOptions:
     return RemoteOptions(trust=trust, retry=RetryPolicy(tries=1))
 
 
-@pytest.mark.parametrize("kind", list(SignatureKind))
+@pytest.mark.parametrize("kind", MANIFEST_FORMATS)
 def test_a_pull_takes_what_is_signed(
     published: Published, keys: Path, ours: PrivateKey, kind: SignatureKind
 ) -> None:
@@ -155,6 +190,45 @@ def test_what_is_stored_is_checked_too(published: Published, keys: Path, ours: P
     find_model(published.reference, store, pull=False, remote=remote, watch=watch)
 
 
+def test_the_first_digits_of_an_id_are_no_name(
+    published: Published, keys: Path, ours: PrivateKey
+) -> None:
+    """They are spelled like a model of docker.io, which a rule may accept."""
+    accepted = POLICY.replace('"localhost*"', '"docker.io/*"')
+    remote, watch = _options(trusting(keys, accepted)), watching(None)
+    store, encoded = published.store, published.digest.encoded
+    modelpack.pull(published.reference, store=store)
+    for name in (encoded[:4], encoded[:11], encoded[:13], f"sha256:{encoded[:20]}"):
+        with pytest.raises(UntrustedError, match="not signed by team"):
+            find_model(name, store, pull=False, remote=remote, watch=watch)
+        with pytest.raises(UntrustedError, match="not signed by team"):
+            check_names(store, [name], remote, watch)
+        assert modelpack.inspect(name, store=store).reference is None
+    # A model that has such a name is found by it.
+    named = modelpack.Reference.parse(encoded[:13])
+    store.tag(published.reference, named)
+    assert (
+        find_model(encoded[:13], store, pull=False, remote=remote, watch=watch).reference == named
+    )
+
+
+def test_a_variant_that_an_index_alone_names(
+    published: Published, keys: Path, ours: PrivateKey
+) -> None:
+    """A server loads it by its digest, and has to find out which rule is about it."""
+    store, index = published.origin, f"{published.host}/team/index:v1"
+    create_index(index, [NamedVariant("one", published.reference)], store=store)
+    store.remove(published.reference)
+    remote, watch = _options(trusting(keys, POLICY)), watching(None)
+    for name in (index, str(published.digest)):
+        with pytest.raises(UntrustedError, match="not signed by team"):
+            find_model(name, store, pull=False, remote=remote, watch=watch)
+    signing.sign(index, ours, store=store)
+    for name in (index, str(published.digest)):
+        found = find_model(name, store, pull=False, remote=remote, watch=watch)
+        assert found.digest == published.digest
+
+
 def test_a_registry_that_is_gone_is_no_reason_to_trust(
     published: Published, keys: Path, ours: PrivateKey
 ) -> None:
@@ -183,6 +257,23 @@ def test_locked_models_are_checked(
         pull_locked(path=path, store=store, remote=remote)
     signing.sign(published.reference, ours)
     pull_locked(path=path, store=store, remote=remote)
+
+
+def test_locked_variants_are_checked(
+    published: Published, keys: Path, ours: PrivateKey, tmp_path: Path
+) -> None:
+    """A lock pins the index; the store has the variant that was taken."""
+    path, store, index = tmp_path / "models.lock", published.store, f"{published.host}/team/all:v1"
+    create_index(
+        index, [NamedVariant("one", published.reference)], push=True, store=published.origin
+    )
+    lock([index], path=path)
+    remote = _options(trusting(keys, POLICY))
+    with pytest.raises(UntrustedError):
+        pull_locked(path=path, store=store, remote=remote)
+    signing.sign(index, ours)
+    pull_locked(path=path, store=store, remote=remote)
+    assert store.resolve(index).digest == published.digest
 
 
 def test_a_flood_of_bundles_is_refused(
