@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from datetime import date
 from typing import Any, NoReturn
@@ -64,8 +65,7 @@ def decode(raw: bytes, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) != len(pairs):
-            keys = [key for key, _ in pairs]
-            again = next(key for i, key in enumerate(keys) if key in keys[:i])
+            again = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise ManifestError(f"has the key {again!r} twice in one object", path=what)
         return value
 

@@ -1,31 +1,34 @@
-"""Which `Host` headers mean this server.
+"""Which requests of browsers a server takes: by their `Host` header, and by whose page sent them.
 
-A page whose host name is made to point at a loopback address (DNS rebinding) speaks to a server
-there with its own name in `Host`.
+A page whose host name is made to point at a server's address (DNS rebinding) speaks to that server
+with its own name in `Host`, whatever address the server listens on.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from ipaddress import IPv4Address, IPv6Address
 
 
 class AllowedHosts:
-    """The hosts that requests may be for: loopback ones, and `names`.
+    """The hosts that requests may be for: loopback ones, `names`, and the socket's own address.
 
-    A name may be an address; one that begins with a dot stands for all names below it.
+    A name may be an address; one that begins with a dot stands for all names below it. The address
+    that stands for all (`0.0.0.0`, `::`) allows every address: ports are mapped, and rebinding
+    takes a name.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
         self._names = {host_of(name) for name in names}
         self._endings = tuple(name for name in self._names if name.startswith("."))
-        # Bound to all addresses, each of them is ours; rebinding needs a name, not an address.
         self._any_address = any(_is_unspecified(name) for name in self._names)
 
-    def __contains__(self, host: object) -> bool:
-        """Return whether a request with this `Host` header is for us."""
-        if not isinstance(host, str):
-            return False
+    def allows(self, host: str, server: Sequence[object] | None = None) -> bool:
+        """Return whether a request with this `Host` header is for us.
+
+        `server` is ASGI's: the address of the socket that the request arrived at, and its port.
+        """
         name = host_of(host)
         if name == "localhost" or name in self._names:
             return True
@@ -35,7 +38,9 @@ class AllowedHosts:
             address = ipaddress.ip_address(name)
         except ValueError:
             return False
-        return self._any_address or address.is_loopback
+        if self._any_address or address.is_loopback:
+            return True
+        return server is not None and _is_address(server[0], address)
 
 
 def host_of(text: str) -> str:
@@ -57,8 +62,26 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_cross_site(headers: Mapping[str, str]) -> bool:
+    """Return whether a browser sent the request for a page of another origin.
+
+    Source: Fetch Metadata Request Headers, section 2.3: `none` is the user's own doing. What is
+    not a browser, or an old one, sends nothing.
+    """
+    return headers.get("sec-fetch-site", "none").strip().lower() in ("cross-site", "same-site")
+
+
 def _is_unspecified(name: str) -> bool:
     try:
         return ipaddress.ip_address(name).is_unspecified
     except ValueError:
         return False
+
+
+def _is_address(text: object, address: IPv4Address | IPv6Address) -> bool:
+    try:
+        own = ipaddress.ip_address(str(text).partition("%")[0])
+    except ValueError:
+        return False
+    # A socket for both families shows IPv4 addresses in IPv6's form.
+    return address in (own, own.ipv4_mapped if isinstance(own, IPv6Address) else None)

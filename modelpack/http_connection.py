@@ -3,19 +3,23 @@
 Uvicorn copies each byte of a request's body four times on its way to the application, and has no
 way to send a file but through Python. Here the socket fills pieces that become messages as they
 are, and `http.response.zerocopysend` (an ASGI extension) has the kernel send part of a file.
-Everything else, the heads and the order of things above all, is uvicorn's and h11's.
+Everything else, the heads and the order of things above all, is uvicorn's and h11's. Requests that
+h11 accepts and a proxy before us may frame differently are refused (RFC 9112 section 11.2).
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
+import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import h11
 from h11._readers import ContentLengthReader
+from h11._receivebuffer import ReceiveBuffer
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 if TYPE_CHECKING:
@@ -32,8 +36,22 @@ _WORTH_IT: Final = 64 * 1024
 # Seconds that part of a piece waits for the rest.
 _PATIENCE: Final = 0.05
 _SPARE_PIECES: Final = 3
+#: Seconds that a client has for the head of a request, from when it may send one.
+HEAD_SECONDS: Final = 30.0
 _CLOSE: Final = (b"connection", b"close")
 _READ_SIZE: Final = 256 * 1024  # what asyncio reads at once by itself
+_BARE_LF: Final = re.compile(rb"(?<!\r)\n")
+_BARE_CR: Final = re.compile(rb"\r(?!\n)")
+
+
+class _Shared(threading.local):
+    """Where the connections of a thread receive heads: each copies what it got before the next."""
+
+    def __init__(self) -> None:
+        self.buffer = memoryview(bytearray(_READ_SIZE))
+
+
+_shared = _Shared()
 
 
 class HttpConnection(H11Protocol, asyncio.BufferedProtocol):
@@ -46,9 +64,9 @@ class HttpConnection(H11Protocol, asyncio.BufferedProtocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.conn = _StrictConnection(h11.SERVER, self.config.h11_max_incomplete_event_size)
         self._application: ASGIApp = cast("ASGIApp", self.app)
         self.app = self._run
-        self._small = memoryview(bytearray(_READ_SIZE))
         self._body: ContentLengthReader | None = None
         self._piece = bytearray()
         self._filled = 0
@@ -56,6 +74,35 @@ class HttpConnection(H11Protocol, asyncio.BufferedProtocol):
         self._spare: list[bytearray] = []
         self._waiting: asyncio.TimerHandle | None = None
         self._writable: asyncio.Future[None] | None = None
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the head of a request, for a while."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    def on_response_complete(self) -> None:
+        """Wait for the head of the next request, for a while."""
+        super().on_response_complete()
+        self._expect_head()
+
+    def _expect_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._close_without, self.cycle)
+
+    def _close_without(self, last: object) -> None:
+        """Close the connection if no request began after the one of `last`."""
+        cycle = self.cycle
+        if cycle is last and (cycle is None or cycle.response_complete):
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse a request; after the start of its response all that is left is to close."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         cycle = self.cycle
@@ -102,12 +149,12 @@ class HttpConnection(H11Protocol, asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return where the socket's next bytes go; never beyond the end of a body."""
-        return self._small if self._body is None else memoryview(self._piece)[self._filled :]
+        return _shared.buffer if self._body is None else memoryview(self._piece)[self._filled :]
 
     def buffer_updated(self, nbytes: int) -> None:
         """Take `nbytes` that came into the buffer."""
         if self._body is None:
-            self.data_received(bytes(self._small[:nbytes]))
+            self.data_received(bytes(_shared.buffer[:nbytes]))
             self._begin_piece(self._large_body())
             return
         self._unset_keepalive_if_required()
@@ -129,6 +176,11 @@ class HttpConnection(H11Protocol, asyncio.BufferedProtocol):
         if self._body is not None and self._filled:
             self._deliver(self._begun())
         self._body = None
+        # The connection is part of a cycle of references: it stays until the next collection.
+        self._piece, self._filled = bytearray(), 0
+        self._spare.clear()
+        if self._head_timer is not None:
+            self._head_timer.cancel()
         super().connection_lost(exc)
         self._wake()
 
@@ -170,6 +222,7 @@ class HttpConnection(H11Protocol, asyncio.BufferedProtocol):
             isinstance(piece, bytearray)
             and len(piece) == PIECE
             and len(self._spare) < _SPARE_PIECES
+            and not self.transport.is_closing()
         ):
             self._spare.append(piece)
 
@@ -264,6 +317,57 @@ class HttpConnection(H11Protocol, asyncio.BufferedProtocol):
     def _wake(self) -> None:
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
+
+
+class _StrictConnection(h11.Connection):
+    """h11's server side, which refuses requests whose end a proxy before us may see elsewhere.
+
+    Each refusal is a `RemoteProtocolError`: uvicorn answers 400 and closes the connection, so that
+    nothing after the request is read as another one.
+    """
+
+    def __init__(self, role: type[h11.CLIENT | h11.SERVER], max_incomplete: int | None) -> None:
+        if max_incomplete is None:
+            super().__init__(role)
+        else:
+            super().__init__(role, max_incomplete)
+        self._receive_buffer = _StrictBuffer()
+
+    def next_event(self) -> Any:
+        """Return the next event; raise `RemoteProtocolError` for a request framed ambiguously."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = [name for name, _ in event.headers]
+            chunked = b"transfer-encoding" in names
+            if chunked and (b"content-length" in names or event.http_version != b"1.1"):
+                self._process_error(self.their_role)
+                raise h11.RemoteProtocolError("Transfer-Encoding with Content-Length or HTTP/1.0")
+        return event
+
+
+class _StrictBuffer(ReceiveBuffer):
+    """Lines end with CRLF alone, and no header goes on in the next line."""
+
+    def maybe_extract_next_line(self) -> bytearray | None:
+        """Return the line of a chunk's size; raise `RemoteProtocolError` for a CR or LF in it."""
+        line = super().maybe_extract_next_line()
+        if line is not None and (_BARE_LF.search(line) or _BARE_CR.search(line)):
+            raise h11.RemoteProtocolError("a chunk's line holds a CR or LF of its own")
+        return line
+
+    def maybe_extract_lines(self) -> list[bytearray] | None:
+        """Return the lines of a head; raise `RemoteProtocolError` as said above."""
+        self._head = bytearray()
+        lines = super().maybe_extract_lines()
+        if _BARE_LF.search(self._head) or _BARE_CR.search(self._head):
+            raise h11.RemoteProtocolError("a line of the head does not end with CRLF")
+        if any(line.startswith((b" ", b"\t")) for line in lines or ()):
+            raise h11.RemoteProtocolError("a header goes on in the next line")
+        return lines
+
+    def _extract(self, count: int) -> bytearray:
+        self._head = super()._extract(count)
+        return self._head
 
 
 class _Length:

@@ -6,6 +6,7 @@ import logging
 import signal
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +21,16 @@ from modelpack.hosts import is_loopback
 from modelpack.http_connection import HttpConnection
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 #: Seconds that requests under way get to finish once the server is asked to stop.
 GRACE = 30
 _BACKLOG = 128
+# Seconds for which another thread holds the interpreter once the event loop wants it: the loop
+# gives it up at every call of the system, and waits as long each time.
+_SWITCH = 0.0005
+_ANCESTORS = (b"content-security-policy", b"frame-ancestors 'none'")
+_FRAMES = (b"x-frame-options", b"DENY")
 
 
 class AppServer:
@@ -86,6 +92,7 @@ class AppServer:
         Runs in the main thread; `on_ready` is called once connections are accepted.
         """
         server = self._prepare(on_ready)
+        sys.setswitchinterval(_SWITCH)
         try:
             assert self._socket is not None
             server.run([self._socket])
@@ -130,7 +137,7 @@ class AppServer:
     def _prepare(self, on_ready: Callable[[], None] | None) -> _Server:
         if self._server is not None:
             raise UsageError(f"the {self._name} at {self.url} runs already")
-        app = self._make_app()
+        app = Unframed(self._make_app())
         self._socket = _bound_socket(*self.address)
         # A library is silent by itself: an application that wants this configures `logging`.
         logging.getLogger("uvicorn").addHandler(logging.NullHandler())
@@ -143,6 +150,7 @@ class AppServer:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # `scope["client"]` is the peer: it may be trusted
             timeout_graceful_shutdown=self._grace,
             ssl_certfile=self._tls[0] if self._tls else None,
             ssl_keyfile=self._tls[1] if self._tls else None,
@@ -154,6 +162,25 @@ class AppServer:
         if self._socket is not None:
             self._socket.close()
         self._socket = self._server = self._thread = None
+
+
+class Unframed:
+    """ASGI middleware that lets no page of another site show a response in a frame.
+
+    A policy that the application or an upstream sends stays: browsers apply all of them.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def unframed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                others = [pair for pair in message["headers"] if pair[0].lower() != _FRAMES[0]]
+                message = {**message, "headers": [*others, _FRAMES, _ANCESTORS]}
+            await send(message)
+
+        await self._app(scope, receive, unframed)
 
 
 class _Server(uvicorn.Server):

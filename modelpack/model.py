@@ -39,6 +39,8 @@ _OLLAMA_PATHS: Mapping[str, str] = {
     mediatypes.OLLAMA_SYSTEM: "system.txt",
     mediatypes.OLLAMA_MESSAGES: "messages.json",
 }
+#: The name under which transformers, vLLM and our engine look for a chat template.
+CHAT_TEMPLATE: Final = "chat_template.jinja"
 _MAX_SHOWN = 50
 
 
@@ -229,6 +231,24 @@ def role_of(media_type: str, path: str | None) -> Role:
         case "dataset":
             return Role.DATASET
     return _role_by_name(name, Role.FILE)
+
+
+def preferred_template(files: Sequence[tuple[Role, str]]) -> int | None:
+    """Return the index of the chat template to use, given all layers as (role, path) in order.
+
+    The file of `package --chat-template` wins: it follows the files of the directory, which are in
+    the order of their paths. Otherwise `chat_template.jinja` wins, then the first. A template in a
+    subdirectory serves a special purpose and is used only if there is no other.
+    """
+    templates = [at for at, (role, _) in enumerate(files) if role is Role.CHAT_TEMPLATE]
+    if not templates:
+        return None
+    least = min(files[at][1].count("/") for at in templates)
+    templates = [at for at in templates if files[at][1].count("/") == least]
+    keys = [path.encode().split(b"/") for _, path in files]
+    added = [at for at in templates if any(key > keys[at] for key in keys[:at])]
+    named = [at for at in added or templates if files[at][1] == CHAT_TEMPLATE]
+    return next(iter(named), added[-1] if added else templates[0])
 
 
 def format_of(media_type: str, path: str | None) -> str:

@@ -179,6 +179,11 @@ def is_model_id(text: str) -> bool:
     return len(encoded) == 64 or (encoded == text and len(text) == SHORT_ID_LENGTH)
 
 
+def begins_id(text: str) -> bool:
+    """Return whether `text` is spelled like a model id or the first digits of one."""
+    return _HEX.match(text.strip().removeprefix("sha256:")) is not None
+
+
 def check_repository(path: str, text: str) -> str:
     """Return `path` if it is a repository name; an error shows `text`, what the user wrote."""
     if len(path) > MAX_PATH_LENGTH:

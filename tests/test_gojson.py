@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -82,3 +84,21 @@ def test_26_refused(raw: bytes, says: str) -> None:
     limit = 100 if raw.startswith(b" ") else 4 * 1024 * 1024
     with pytest.raises(ManifestError, match=says):
         decode(raw, "the manifest", limit=limit)
+
+
+_REPEATED = """
+from modelpack.errors import ManifestError
+from modelpack.gojson import decode
+keys = ",".join(f'"{number:x}":0' for number in range(400_000))
+try:
+    decode(f'{{{keys},"61a7f":0}}'.encode(), "the manifest")
+except ManifestError as error:
+    print(error)
+"""
+
+
+def test_26_a_repeated_key_among_many_is_found_at_once() -> None:
+    """Comparing each key with all others takes half an hour for a document within the limit."""
+    command = [sys.executable, "-c", _REPEATED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "'61a7f' twice" in done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import http.client
 import queue
@@ -10,6 +11,7 @@ import random
 import socket
 import ssl
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -182,6 +184,31 @@ def test_what_came_before_a_cut_is_delivered() -> None:
         assert received.get(timeout=20) == CONTENT[:came]
 
 
+def test_closed_connections_hold_no_memory() -> None:
+    """They end as cycles of references, which nothing may collect for a long time."""
+    over: queue.Queue[None] = queue.Queue()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["type"] == "http.request":
+            pass
+        over.put(None)
+
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        with AppServer(lambda: app, "127.0.0.1:0", name="test", grace=1) as server:
+            name, _, port = server.host.rpartition(":")
+            for _ in range(10):
+                with socket.create_connection((name, int(port)), timeout=20) as connection:
+                    connection.sendall(head("POST", len(CONTENT)) + CONTENT[:PIECE])
+                over.get(timeout=20)
+        assert tracemalloc.get_traced_memory()[0] < 4 * PIECE
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+
+
 @pytest.mark.parametrize("read", [0, 1, PIECE, 2 * PIECE + 1])
 def test_an_early_answer_leaves_the_connection_usable(read: int) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -335,3 +362,33 @@ def test_stopping_cuts_who_does_not_read(tmp_path: Path) -> None:
             while chunk := connection.recv(PIECE):
                 received += len(chunk)
     assert received < 256 * PIECE
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost"])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_connection_without_a_whole_head_is_closed(
+    monkeypatch: pytest.MonkeyPatch, sent: bytes, earlier: bool
+) -> None:
+    monkeypatch.setattr(http_connection, "HEAD_SECONDS", 0.2)
+    with connected(sizes_and_digest) as connection:
+        if earlier:
+            connection.sendall(head("POST", 0))
+            assert answer(connection)[0] == 200
+        connection.sendall(sent)
+        assert connection.recv(100) == b""  # closed, before the 20 s of the test's patience
+
+
+def test_a_body_may_take_longer_than_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_connection, "HEAD_SECONDS", 0.05)
+    over = threading.Event()
+
+    async def waits(scope: Scope, receive: Receive, send: Send) -> None:
+        asyncio.get_running_loop().call_later(0.2, over.set)
+        await receive()
+        await reply(send, b"done")
+
+    with connected(waits) as connection:
+        connection.sendall(head("POST", 1))
+        assert over.wait(20)
+        connection.sendall(b"x")
+        assert answer(connection) == (200, b"done")

@@ -18,7 +18,8 @@ CLAIMS = {row["claim"]: re.findall(r"`([^`]+)`", row["tests"]) for row in _ROW.f
 @cache
 def functions(place: str) -> frozenset[str]:
     tree = ast.parse((TESTS / place).read_bytes())
-    return frozenset(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return frozenset(node.name for node in ast.walk(tree) if isinstance(node, kinds))
 
 
 def test_no_claim_is_without_a_test() -> None:

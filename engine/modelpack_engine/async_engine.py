@@ -6,6 +6,7 @@ Other threads and event loops talk to it through a queue; events come back as as
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import itertools
 import logging
@@ -49,6 +50,7 @@ class _Add:
     params: SamplingParams
     n: int
     continues_text: bool
+    cache_salt: bytes
     accepted: asyncio.Future[None]
 
 
@@ -75,7 +77,12 @@ class AsyncEngine:
         self._running_choices: dict[str, int] = {}
         self._numbers = itertools.count()
         self._loaded = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="modelpack-engine", daemon=True)
+        self._thread = threading.Thread(
+            target=contextvars.copy_context().run,  # the load's budget
+            args=(self._run,),
+            name="modelpack-engine",
+            daemon=True,
+        )
         self._thread.start()
 
     # What other threads call
@@ -94,6 +101,7 @@ class AsyncEngine:
         *,
         n: int = 1,
         continues_text: bool = False,
+        cache_salt: bytes = b"",
     ) -> RequestStream:
         """Add a request; return its stream once it is accepted. Arguments: `Engine.add_request`.
 
@@ -102,7 +110,8 @@ class AsyncEngine:
         request_id = f"request-{next(self._numbers)}"
         stream = RequestStream(request_id, len(token_ids), n, self._call)
         accepted = asyncio.get_running_loop().create_future()
-        if not self._call(_Add(stream, list(token_ids), params, n, continues_text, accepted)):
+        add = _Add(stream, list(token_ids), params, n, continues_text, cache_salt, accepted)
+        if not self._call(add):
             raise EngineError(f"the engine is {self.state}", hint="wait until it is ready")
         try:
             await accepted
@@ -167,11 +176,11 @@ class AsyncEngine:
         try:
             self._engine = self._make_engine()
             self.state = EngineState.READY
-        except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
+        except BaseException as error:  # noqa: BLE001 - whatever it is, waiting callers get it
             if not isinstance(error, ModelpackError):  # whose text says it all
                 _log.exception("the model could not be loaded")
             self.failure = str(error) or type(error).__name__
-            self.error = error
+            self.error = error if isinstance(error, Exception) else EngineError(self.failure)
             self.state = EngineState.FAILED
             return
         finally:
@@ -181,7 +190,7 @@ class AsyncEngine:
             while self._take_calls(engine):
                 try:
                     events = engine.step()
-                except Exception as error:  # noqa: BLE001 - the requests fail, the engine goes on
+                except BaseException as error:  # noqa: BLE001 - the requests fail, not the engine
                     _log.exception("a step failed")
                     events = engine.fail_all(f"a step of the engine failed: {error}")
                 self.meter.stepped(events)
@@ -189,7 +198,7 @@ class AsyncEngine:
             self._end(EngineState.STOPPED)
             self._hand_out(engine.fail_all("the engine was stopped"))
             engine.close()
-        except Exception as error:  # noqa: BLE001 - it cannot go on: those who wait must hear of it
+        except BaseException as error:  # noqa: BLE001 - it cannot go on: fail pending requests
             _log.exception("the engine failed")
             self.failure = f"the engine failed: {error}"
             self._end(EngineState.FAILED)
@@ -232,10 +241,11 @@ class AsyncEngine:
                 call.params,
                 n=call.n,
                 continues_text=call.continues_text,
+                cache_salt=call.cache_salt,
             )
         except ModelpackError as error:
             self._settle(call, error)
-        except Exception as error:  # noqa: BLE001 - one request's trouble stays its own
+        except BaseException as error:  # noqa: BLE001 - one request's trouble stays its own
             _log.exception("a request could not be added")
             self._settle(call, EngineError(f"unexpected {type(error).__name__}: {error}"))
         else:

@@ -41,6 +41,9 @@ class EngineConfig:
     Blocks that the prefix cache evicts are kept in `kv_offload_memory` bytes of host memory, and in
     files of `kv_offload_dir`, `kv_offload_disk` bytes of them. Without a directory and without
     memory, they are gone; with a directory, the defaults are 1 and 16 GiB.
+
+    A field of config.json that changes the output and that the model's class does not read is an
+    error, unless `ignore_config_fields` names it.
     """
 
     device: Device = "auto"
@@ -65,6 +68,7 @@ class EngineConfig:
     kv_offload_dir: str | None = None
     kv_offload_memory: int | None = None
     kv_offload_disk: int | None = None
+    ignore_config_fields: tuple[str, ...] = ()
     warm_up: bool = True
     self_test: bool = True
 

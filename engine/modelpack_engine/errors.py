@@ -24,6 +24,10 @@ class ModelLoadError(EngineError):
     """A model cannot be loaded: damaged, incomplete, or of an architecture that is not known."""
 
 
+class LoadCancelledError(EngineError):
+    """A load was stopped because nobody waits for the model any more."""
+
+
 class OutOfMemoryError(EngineError):
     """The weights or the KV cache do not fit into the memory budget."""
 
@@ -39,7 +43,12 @@ class RequestError(EngineError, ValueError):
 
 
 class ContextLengthError(RequestError):
-    """A prompt is longer than the context of the model, or than the whole KV cache."""
+    """A prompt is longer than the context of the model, or than the whole KV cache.
+
+    `tokens` is its length where it is known, or the least that it can be.
+    """
+
+    tokens: int | None = None
 
 
 class QueueFullError(EngineError):

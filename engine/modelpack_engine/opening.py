@@ -9,6 +9,7 @@ from typing import Literal
 
 import mlx.core as mx
 
+from modelpack.errors import UntrustedError
 from modelpack.model import Model
 from modelpack.operations.find import find_model
 from modelpack.operations.remote import RemoteOptions
@@ -28,11 +29,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A model of the store whose files are known: what is left is to load it."""
+    """A model of the store whose files are known: what is left is to load it.
+
+    `remote` says who is trusted; a draft model that is loaded with it has to be, too.
+    """
 
     model: Model
     files: ModelFiles
     store: LayoutStore | None = None
+    remote: RemoteOptions | None = None
 
     def engine(self, config: EngineConfig | None = None) -> SteppingEngine:
         """Load the weights and return an engine; has to run in the thread that steps it.
@@ -40,7 +45,7 @@ class Opened:
         The context size in the model's config is the default of `max_model_len`.
         """
         config = config or EngineConfig()
-        draft = draft_files(config, self.store)
+        draft = draft_files(config, self.store, self.remote)
         return load_model(self, config, lambda _context, _bytes: config, draft)[0]
 
     def with_context_size(self, config: EngineConfig) -> EngineConfig:
@@ -70,8 +75,11 @@ def load_model(
             if device.backend != "auto":
                 raise
             _log.warning("llama.cpp does not run the model, MLX does: %s", error)
-    loaded = load(opened.files, device=where)
-    drafting = load(draft, device=where) if draft is not None else None
+    ignored = device.ignore_config_fields
+    loaded = load(opened.files, device=where, ignored_fields=ignored)
+    drafting = None
+    if draft is not None:
+        drafting = load(draft, device=where, ignored_fields=ignored)
     weight_bytes = loaded.weight_bytes + (drafting.weight_bytes if drafting else 0)
     config = opened.with_context_size(configure(loaded.context_length, weight_bytes))
     engine = Engine(loaded, config, model_id=str(opened.model.digest), draft=drafting)
@@ -107,18 +115,27 @@ def open_model(
     """
     store = store or LayoutStore()
     model = find_model(name, store, pull=pull, remote=remote, watch=watching(progress))
-    return Opened(model, ModelFiles.from_store(model, store), store)
+    return Opened(model, ModelFiles.from_store(model, store), store, remote)
 
 
-def draft_files(config: EngineConfig, store: LayoutStore | None = None) -> ModelFiles | None:
+def draft_files(
+    config: EngineConfig, store: LayoutStore | None, remote: RemoteOptions | None
+) -> ModelFiles | None:
     """Return the files of the draft model that `config` asks for, None if it asks for none.
 
-    A name is one of the store's. Raises as `open_model` does.
+    A name is one of the store's. Raises as `open_model` does, and `UntrustedError` for a directory
+    where `remote` says who is trusted: nobody can have signed it.
     """
     if config.draft_model is None or config.speculation != "draft":
         return None
     if isinstance(config.draft_model, str):
-        return open_model(config.draft_model, pull=False, store=store).files
+        remote = None if remote is None else replace(remote, variant=None)
+        return open_model(config.draft_model, pull=False, store=store, remote=remote).files
+    if remote is not None and remote.trust is not None:
+        raise UntrustedError(
+            f"draft model {config.draft_model}: a directory has no signatures",
+            hint="package it, sign the model, and name that",
+        )
     return ModelFiles.from_directory(config.draft_model)
 
 

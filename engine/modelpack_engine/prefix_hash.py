@@ -51,8 +51,16 @@ def _hashes(parent: bytes, packed: bytes, size: int) -> tuple[bytes, ...]:
     return tuple(hashes)
 
 
-def cache_salt(adapter: str = "", media: Iterable[bytes] = ()) -> bytes:
-    """Return the salt of a sequence: its adapter's name and its media's digests, in order."""
-    if not adapter and not (media := tuple(media)):
-        return b""
-    return root_hash(adapter.encode(), *media)
+def cache_salt(
+    adapter: str = "", media: Iterable[bytes] = (), *, owner: str | None = None
+) -> bytes:
+    """Return the salt of a sequence: sequences share prefixes only if their salts are equal.
+
+    It covers the adapter's name, the digests of the media in order, and the owner of the request,
+    whose prompts others must not find in the cache. Without any of them it is empty.
+    """
+    media = tuple(media)
+    content = root_hash(adapter.encode(), *media) if adapter or media else b""
+    if owner is None:
+        return content
+    return b"owner" + root_hash(owner.encode(), content)

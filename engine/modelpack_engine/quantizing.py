@@ -60,7 +60,7 @@ def quantize_directory(
         if config.get(key):
             raise UsageError(f"{source}: config.json has {key!r}: it is quantised already")
     before = sum(path.stat().st_size for path in files.weights)
-    model, config = load_safetensors(files, config)
+    model, config, _ = load_safetensors(files, config)
     with kept_file_limit():
         from mlx_lm.utils import quantize_model, save_config
 

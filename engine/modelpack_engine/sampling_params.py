@@ -11,6 +11,10 @@ from modelpack_engine.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 4096  # of one stop string
+MAX_STOP_TOKENS = 1024
+MAX_BIASES = 1024
+REPETITION_PENALTIES = (1e-6, 1e6)  # logits that were divided by less would not be finite
 
 
 class LogitsMask(Protocol):
@@ -63,6 +67,26 @@ class SamplingParams:
     skip_special_tokens: bool = True
     mask: Callable[[], LogitsMask] | None = field(default=None, hash=False, compare=False)
 
+    def check_sizes(self) -> None:
+        """Raise `RequestError`, naming the field, if a value has too many items."""
+        if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
+            raise RequestError(
+                f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty", param="stop"
+            )
+        if any(len(text) > MAX_STOP_CHARACTERS for text in self.stop):
+            raise RequestError(
+                f"stop strings have up to {MAX_STOP_CHARACTERS} characters", param="stop"
+            )
+        sizes = (
+            ("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKENS),
+            ("logit_bias", self.logit_bias, MAX_BIASES),
+        )
+        for name, items, limit in sizes:
+            if len(items) > limit:
+                raise RequestError(
+                    f"{name} has {len(items)} items, the limit is {limit}", param=name
+                )
+
     def check(self, vocab_size: int) -> None:
         """Raise `RequestError`, naming the field, if a value makes no sense."""
         ranges = (
@@ -71,6 +95,7 @@ class SamplingParams:
             ("temperature", self.temperature, 0, None),
             ("top_k", self.top_k, -1, None),
             ("min_p", self.min_p, 0, 1),
+            ("repetition_penalty", self.repetition_penalty, *REPETITION_PENALTIES),
             ("presence_penalty", self.presence_penalty, -2, 2),
             ("frequency_penalty", self.frequency_penalty, -2, 2),
             ("logprobs", self.logprobs, 0, MAX_LOGPROBS),
@@ -88,21 +113,13 @@ class SamplingParams:
                 raise RequestError(f"{name} is {value}, expected {limits}", param=name)
         if not 0 < self.top_p <= 1:
             raise RequestError(f"top_p is {self.top_p}, expected above 0, up to 1", param="top_p")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise RequestError(
-                f"repetition_penalty is {self.repetition_penalty}, expected above 0",
-                param="repetition_penalty",
-            )
         if self.mask is not None and (self.min_tokens or self.ignore_eos):
             name = "ignore_eos" if self.ignore_eos else "min_tokens"
             raise RequestError(
                 f"{name} does not go with structured output: the text ends where its grammar does",
                 param=name,
             )
-        if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
-            raise RequestError(
-                f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty", param="stop"
-            )
+        self.check_sizes()
         for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
             for token_id in ids:
                 if not 0 <= token_id < vocab_size:

@@ -29,7 +29,8 @@ class Sequence:
     """A prompt and what has been generated for it. The scheduler owns it and alone changes it.
 
     `seq_id` is unique in the process: the key of recurrent state and of sampler rows. `cache_salt`
-    stands for all that its KV depends on besides model and tokens: adapter, media.
+    stands for all that its KV depends on besides model and tokens, adapter and media, and for its
+    owner where prefixes are not shared between owners.
 
     Tokens are in one of three places. Known: in `prompt_token_ids` and `output_token_ids`. In
     flight: sampled by a submitted step whose tokens the host has not read, `num_inflight` of them.

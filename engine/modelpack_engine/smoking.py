@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import modelpack
 from modelpack.errors import ModelpackError, UsageError
 from modelpack.operations.find import stored_model
+from modelpack.operations.remote import RemoteOptions
 from modelpack.stores.layout import LayoutStore
 from modelpack_engine.chatting import Chat, LocalModels
 from modelpack_engine.config import EngineConfig
@@ -113,8 +114,11 @@ def smoke_test(
     expect: str | None = None,
     min_tokens_per_second: float | None = None,
     max_tokens: int = 64,
+    remote: RemoteOptions | None = None,
 ) -> SmokeReport:
     """Load the model `name` of the store, ask it once, greedily, and check the answer.
+
+    Where `remote` says who is trusted, the model has to be signed.
 
     It must not be empty, hold characters that no text has, or repeat one token; it has to come to
     an end, and to match the regular expression `expect`. A model for embeddings gets the prompt as
@@ -126,7 +130,7 @@ def smoke_test(
     except re.error as error:
         raise UsageError(f"{expect!r} is not a regular expression: {error}") from None
     config = config or EngineConfig()
-    catalogue = StoreCatalogue(store, config)
+    catalogue = StoreCatalogue(store, config, remote=remote)
     from modelpack_engine.opening import choose_device  # loads MLX: after the catalogue's BLAS
 
     stored = stored_model(store, name)

@@ -188,12 +188,15 @@ def _address(settings: Settings, target: str, options: Sequence[str]) -> Iterato
         return
     require_engine()
     from modelpack.operations.find import find_model
+    from modelpack.operations.remote import RemoteOptions
     from modelpack.operations.watching import watching
+    from modelpack.supply.trust import Trust
     from modelpack_engine.server_benchmark.child import served
 
     store = settings.store()
     with shown_progress(settings) as progress:
-        find_model(target, store, pull=True, remote=None, watch=watching(progress))
+        remote = RemoteOptions(trust=Trust.from_environment())  # its server has the same policy
+        find_model(target, store, pull=True, remote=remote, watch=watching(progress))
     with served(target, ["--store", str(store.root), *options]) as url:
         yield url
 

@@ -10,19 +10,31 @@ from modelpack.cli.output import note, plural, show
 from modelpack.cli.progress import shown_progress
 from modelpack.errors import UsageError
 from modelpack.operations import docker as exchanging
+from modelpack.operations.remote import RemoteOptions
+from modelpack.operations.trusting import check_names, trusted_import
+from modelpack.operations.watching import watching
 from modelpack.stores.docker import DockerStore
 
 
 def import_from_docker_store(
-    settings: Settings, docker_store: str, models: tuple[str, ...], every: bool, copy: bool
+    settings: Settings,
+    docker_store: str,
+    models: tuple[str, ...],
+    every: bool,
+    copy: bool,
+    remote: RemoteOptions,
 ) -> None:
     """Take models over, and show their digests; `docker_store` may be a model's name."""
     path, names = _arguments(docker_store, models, every)
-    with shown_progress(settings) as progress:
+    store = settings.store()
+    with (
+        shown_progress(settings) as progress,
+        trusted_import(store, remote, watching(progress)),
+    ):
         done = exchanging.import_from_docker(
             names,
             docker=DockerStore(path),
-            store=settings.store(),
+            store=store,
             link=not copy,
             progress=progress,
         )
@@ -30,15 +42,23 @@ def import_from_docker_store(
 
 
 def export_to_docker_store(
-    settings: Settings, docker_store: str, models: tuple[str, ...], every: bool, copy: bool
+    settings: Settings,
+    docker_store: str,
+    models: tuple[str, ...],
+    every: bool,
+    copy: bool,
+    remote: RemoteOptions,
 ) -> None:
     """Give models to it, and show their digests; `docker_store` may be a model's name."""
     path, names = _arguments(docker_store, models, every)
+    store = settings.store()
+    exported = names or [str(ref) for model in store.models() for ref in model.references]
     with shown_progress(settings) as progress:
+        check_names(store, exported, remote, watching(progress))
         done = exchanging.export_to_docker(
             names,
             docker=DockerStore(path, create=True),
-            store=settings.store(),
+            store=store,
             link=not copy,
             progress=progress,
         )

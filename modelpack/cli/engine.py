@@ -87,6 +87,13 @@ def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
         show_default=True,
         help="Type of the KV cache; q8 and q4 hold about 1.9 and 3.5 times the tokens of bf16.",
     )
+    @click.option(
+        "--ignore-config-field",
+        "ignore_config_fields",
+        multiple=True,
+        metavar="NAME",
+        help="Load a model though its config.json has this field, which its class does not read.",
+    )
     @click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt anew.")
     @click.option(
         "--kv-offload-dir",
@@ -110,7 +117,7 @@ def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
             require_engine()
         names = ("device", "backend", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
                  "scheduling_policy", "gpu_memory_utilization", "kv_cache_bytes", "kv_cache_dtype",
-                 "kv_offload_dir", "kv_offload_memory", "kv_offload_disk",
+                 "kv_offload_dir", "kv_offload_memory", "kv_offload_disk", "ignore_config_fields",
                  *SPECULATION)  # fmt: skip
         given = {name: arguments.pop(name) for name in names}
 

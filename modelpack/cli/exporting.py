@@ -10,11 +10,19 @@ from pathlib import Path
 
 import click
 
-from modelpack.cli.options import Settings, common_options, model_argument
+from modelpack.cli.options import (
+    Settings,
+    common_options,
+    model_argument,
+    remote_options,
+    trust_options,
+)
 from modelpack.cli.output import human_size, note, plural, show
 from modelpack.cli.progress import shown_progress
 from modelpack.errors import ConflictError, StoreError, UsageError
 from modelpack.operations import archives
+from modelpack.operations.remote import RemoteOptions
+from modelpack.operations.trusting import check_names
 from modelpack.operations.watching import watching
 
 
@@ -42,6 +50,8 @@ from modelpack.operations.watching import watching
 )
 @click.option("-a", "--all", "every", is_flag=True, help="All models.")
 @click.option("--copy", is_flag=True, help="Copy blobs even where a hard link would do.")
+@remote_options
+@trust_options
 @common_options
 def export_models(
     settings: Settings,
@@ -52,6 +62,7 @@ def export_models(
     docker_store: str | None,
     every: bool,
     copy: bool,
+    remote: RemoteOptions,
 ) -> None:
     """Give stored models to a tar archive or to Docker Model Runner's store; print their digests.
 
@@ -62,7 +73,7 @@ def export_models(
     if docker_store is not None:
         from modelpack.cli.docker import export_to_docker_store
 
-        export_to_docker_store(settings, docker_store, models, every, copy)
+        export_to_docker_store(settings, docker_store, models, every, copy, remote)
         return
     assert output is not None, "there is no --docker-store"
     if copy:
@@ -73,6 +84,7 @@ def export_models(
     if every:
         models = tuple(str(ref) for model in store.models() for ref in model.references)
     with shown_progress(settings) as progress:
+        check_names(store, models, remote, watching(progress))
         archive = archives.archive_of(store, models, watching(progress), form=form)
         if output == "-":
             for piece in archive.pieces:

@@ -155,6 +155,10 @@ def gateway(
     "--model", "models", metavar="GLOB", multiple=True,
     help="Models that the key may use, and no management. May be repeated. [default: everything]",
 )  # fmt: skip
+@click.option(
+    "--gateway", "for_gateway", is_flag=True,
+    help="The key is a gateway's (MODELPACK_UPSTREAM_KEY), which names the callers it serves.",
+)  # fmt: skip
 @common_options
 def key(
     settings: Settings,
@@ -164,17 +168,22 @@ def key(
     tokens_per_minute: int | None,
     concurrency: int | None,
     models: tuple[str, ...],
+    for_gateway: bool,
 ) -> None:
     """Make an API key called NAME and print it, this once: the file gets its SHA-256 only."""
     from modelpack.gateway.key_file import add_key
     from modelpack.gateway.limits import Limits
 
+    if models and for_gateway:
+        raise UsageError(
+            "--gateway cannot be combined with --model", hint="give models to the gateway's keys"
+        )
     if key_file is None:
         from platformdirs import user_config_path
 
         key_file = user_config_path("modelpack") / "keys.toml"
     limits = Limits(requests_per_minute, tokens_per_minute, concurrency)
-    secret = add_key(key_file, name, limits=limits, models=models)
+    secret = add_key(key_file, name, limits=limits, models=models, gateway=for_gateway)
     show(settings, {"name": name, "key": secret, "file": str(key_file)}, secret)
     note(settings, f"added to {key_file}; it is not shown again. Serve with --keys {key_file}")
 

@@ -53,7 +53,7 @@ def import_models(
     if docker_store is not None:
         from modelpack.cli.docker import import_from_docker_store
 
-        import_from_docker_store(settings, docker_store, arguments, every, copy)
+        import_from_docker_store(settings, docker_store, arguments, every, copy, remote)
         return
     if every or copy:
         raise UsageError("--all and --copy need --docker-store")
@@ -67,7 +67,7 @@ def import_models(
             hint="`modelpack package` makes a model of them",
         )
     if name == "-" or Path(name).is_file():
-        _import_archive(settings, name, where)
+        _import_archive(settings, name, where, remote)
         return
     source = HubReference.parse(name)
     if source is None:
@@ -83,15 +83,20 @@ def import_models(
     show_pulled(settings, str(source), done)
 
 
-def _import_archive(settings: Settings, name: str, where: Reference | None) -> None:
+def _import_archive(
+    settings: Settings, name: str, where: Reference | None, remote: RemoteOptions
+) -> None:
     from modelpack.operations.archive_reading import import_archive
+    from modelpack.operations.trusting import trusted_import
 
     with shown_progress(settings) as progress, ExitStack() as stack:
         if name == "-":
             stream: IO[bytes] = sys.stdin.buffer
         else:
             stream = stack.enter_context(_opened(Path(name)))
-        done = import_archive(settings.store(), stream, watching(progress), to=where)
+        store, watch = settings.store(), watching(progress)
+        with trusted_import(store, remote, watch):
+            done = import_archive(store, stream, watch, to=where)
     models = [
         {"digest": str(one.digest), "references": [str(one.reference)] if one.reference else []}
         for one in done

@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from modelpack._version import __version__
-from modelpack.cli.options import Settings, common_options, remote_options
+from modelpack.cli.options import Settings, common_options, remote_options, trust_options
 from modelpack.cli.sizes import SIZE
+from modelpack.errors import UsageError
 from modelpack.operations.remote import RemoteOptions
 
 _VLLM_IMAGE = "docker.io/vllm/vllm-openai:v0.33.0"
@@ -50,7 +51,13 @@ _OWN_IMAGE = f"modelpack:{__version__}"
 @click.option(
     "--pull-secret", metavar="NAME", help="A secret of type kubernetes.io/dockerconfigjson."
 )
+@click.option(
+    "--allow-host", "hosts", metavar="NAME", multiple=True,
+    help="A host name that clients use besides the Service's, as an Ingress has one, for "
+    "--engine modelpack. May be repeated.",
+)  # fmt: skip
 @remote_options
+@trust_options
 @common_options
 def k8s(
     settings: Settings,
@@ -67,6 +74,7 @@ def k8s(
     gpus: int | None,
     gpu_memory: int,
     pull_secret: str | None,
+    hosts: tuple[str, ...],
     remote: RemoteOptions,
 ) -> None:
     """Print a Deployment and a Service, or with --kserve an InferenceService, for a model.
@@ -80,10 +88,19 @@ def k8s(
     from modelpack.deployment.kubernetes import Workload, default_name, deployment
     from modelpack.deployment.sizing import demands_of
     from modelpack.operations.find import inspect
+    from modelpack.operations.trusting import check_remote
+    from modelpack.operations.watching import watching
     from modelpack.reference import Reference
 
+    if model_image is not None and remote.trust is not None:
+        raise UsageError(
+            f"--model-image {model_image}: the files of an image have no signatures of a model, "
+            "and a key or a policy asks for them",
+            hint="leave it out: pods pull the signed model, by digest",
+        )
     wanted = Reference.parse(reference)
     model = inspect(reference, remote=remote, from_registry=True)
+    check_remote(model, remote, watching(None))  # pods pull this very digest
     if gpus is None:
         gpus = demands_of(model).gpus(gpu_memory) if engine == "vllm" else 0
     workload = Workload(
@@ -100,6 +117,7 @@ def k8s(
         replicas=replicas,
         pull_secret=pull_secret,
         plain_http=bool(remote.plain_http),
+        hosts=hosts,
     )
     objects = inference_service(workload) if kserve else deployment(workload)
     if settings.json:

@@ -94,6 +94,14 @@ def remote_options(command: F) -> F:
         help="Do not check the certificate of HOST[:PORT], and send it credentials over plain http "
         "too. May be repeated.",
     )
+    @click.option(
+        "--allow-private",
+        metavar="HOST",
+        multiple=True,
+        help="Let registries on public addresses lead to HOST[:PORT] on a private one, by "
+        "redirects, upload locations and token servers. May be repeated. "
+        "[env: MODELPACK_ALLOW_PRIVATE]",
+    )
     @click.option("--ca-file", type=_PEM, help="Trust these authorities besides the system's.")
     @click.option("--client-cert", type=_PEM, help="Show the registry this certificate.")
     @click.option("--client-key", type=_PEM, help="Its key, if that is in another file.")
@@ -129,6 +137,7 @@ def remote_options(command: F) -> F:
         *args: Any,
         plain_http: bool | None,
         insecure: tuple[str, ...],
+        allow_private: tuple[str, ...],
         ca_file: Path | None,
         client_cert: Path | None,
         client_key: Path | None,
@@ -143,10 +152,11 @@ def remote_options(command: F) -> F:
         if client_key and not client_cert:
             raise click.UsageError("--client-key needs --client-cert")
         tls = None
-        if insecure or ca_file or client_cert:
+        if insecure or allow_private or ca_file or client_cert:
             from modelpack.registry import TlsOptions
 
-            tls = TlsOptions(ca_file, client_cert, client_key, frozenset(insecure))
+            hosts = frozenset(insecure), frozenset(allow_private)
+            tls = TlsOptions(ca_file, client_cert, client_key, *hosts)
         remote = RemoteOptions(
             plain_http=plain_http,
             tls=tls,
@@ -171,6 +181,12 @@ def trust_options(command: F) -> F:
         help="Take no model that is not signed by this public key. May be repeated: any of them.",
     )  # fmt: skip
     @click.option(
+        "--verify-format", "formats", multiple=True,
+        type=click.Choice(["cosign", "bundle", "model-signing", "model-signing-files"]),
+        help="Of --verify-key, accept signatures of this format only. May be repeated. "
+        "[default: all that cover the manifest: not model-signing-files]",
+    )  # fmt: skip
+    @click.option(
         "--policy", type=_PEM, envvar="MODELPACK_POLICY", metavar="FILE", show_envvar=True,
         help="Take no model that is not signed as this file says.",
     )  # fmt: skip
@@ -178,15 +194,20 @@ def trust_options(command: F) -> F:
     def wrapped(
         *args: Any,
         keys: tuple[str, ...],
+        formats: tuple[str, ...],
         policy: Path | None,
         remote: RemoteOptions,
         **arguments: Any,
     ) -> Any:
+        if formats and not keys:
+            raise click.UsageError("--verify-format needs --verify-key")
         if keys or policy is not None:
             from modelpack.supply.keys import read_public_key
+            from modelpack.supply.signatures import SignatureKind
             from modelpack.supply.trust import Trust
 
-            trust = Trust.of([read_public_key(key) for key in keys], policy)
+            accepted = [SignatureKind(name) for name in formats]
+            trust = Trust.of([read_public_key(key) for key in keys], policy, accepted)
             remote = replace(remote, trust=trust)
         return command(*args, remote=remote, **arguments)
 

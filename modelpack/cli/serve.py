@@ -69,6 +69,15 @@ def _open(settings: Settings, model: str, remote: RemoteOptions) -> Any:
     "--tensor-parallel-size", type=click.IntRange(min=1), metavar="N",
     help="Divide each model between N GPUs of this machine, or between the ranks of mlx.launch.",
 )  # fmt: skip
+@click.option(
+    "--allow-request-templates", is_flag=True,
+    help="Let admins send chat templates with requests: callers with a key for all models, or on "
+    "this machine where there are no keys.",
+)  # fmt: skip
+@click.option(
+    "--share-prefix-cache", is_flag=True,
+    help="Let requests of different API keys share prefixes in the KV cache.",
+)  # fmt: skip
 @partial(engine_options, others=("vllm",))
 @remote_options
 @trust_options
@@ -87,6 +96,8 @@ def serve(
     memory: str | None,
     runtime_flags: str | None,
     tensor_parallel_size: int | None,
+    allow_request_templates: bool,
+    share_prefix_cache: bool,
     config: Callable[[], Any] | None,
     remote: RemoteOptions,
 ) -> int:
@@ -163,7 +174,9 @@ def serve(
             address=f"{_bracketed(host)}:{port}",
             allow_remote=True,  # `Protection` has seen to it that keys are asked for
             max_body_bytes=protected_by.max_body,
-            wrap=lambda app: protect(app, protected_by),
+            request_templates=allow_request_templates,
+            share_prefix_cache=share_prefix_cache,
+            wrap=lambda app: protect(app, protected_by, resolves=True),
             tls=tls,
         )
         note(settings, f"serving {', '.join(models) or 'the store'}; stop with Ctrl-C")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,8 +26,9 @@ _UNDERSTOOD = frozenset((*_SAME, "models", "host", "port", "served_model_name", 
                          "no_prefix_caching"))  # fmt: skip
 #: "keys" are those of --verify-key: a model that is not signed as asked reaches no vLLM.
 _ALWAYS = frozenset(("store", "as_json", "quiet", "progress", "debug", "plain_http", "insecure",
-                     "ca_file", "client_cert", "client_key", "concurrency", "connections",
-                     "chunk_size", "limit_rate", "keys", "policy", "variant"))  # fmt: skip
+                     "allow_private", "ca_file", "client_cert", "client_key", "concurrency",
+                     "connections", "chunk_size", "limit_rate", "keys", "formats", "policy",
+                     "variant"))  # fmt: skip
 
 
 def exec_vllm(
@@ -41,10 +43,10 @@ def exec_vllm(
 ) -> NoReturn:
     """Become `vllm serve` for the one model; returns only by raising.
 
-    Raises `UsageError` for options that vLLM would not be told of, and as `model_directory` and
+    Raises `UsageError` for options that vLLM would not be told of, and as `open_model` and
     `vllm_command` do.
     """
-    from modelpack.deployment.vllm import model_directory, vllm_command
+    from modelpack.deployment.vllm import open_model, vllm_command
 
     given = _given(click.get_current_context())
     foreign = sorted(given.keys() - _UNDERSTOOD - _ALWAYS)
@@ -71,14 +73,17 @@ def exec_vllm(
     vllm_command(
         Path(), names, options
     )  # that it is not installed is told before anything is pulled
-    with shown_progress(settings) as progress:
-        directory = model_directory(
-            models[0], store=settings.store(), remote=remote, progress=progress
-        )
-    command = vllm_command(directory, names, options, flags)
-    note(settings, " ".join(command))
-    sys.stdout.flush()
-    os.execv(command[0], command)  # noqa: S606 - its arguments are a list, and no shell is between
+    with ExitStack() as until:  # closed if this fails; vLLM inherits the lease
+        with shown_progress(settings) as progress:
+            opened = open_model(
+                models[0], store=settings.store(), remote=remote, progress=progress, until=until
+            )
+        for message in opened.settings.notes:
+            note(settings, f"warning: {message}")
+        command = vllm_command(opened.directory, names, {**opened.options(), **options}, flags)
+        note(settings, " ".join(command))
+        sys.stdout.flush()
+        os.execv(command[0], command)  # noqa: S606 - its arguments are a list; no shell is between
 
 
 def _given(ctx: click.Context) -> dict[str, Any]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 #: Where cosign, too, takes the password of a private key from.
 PASSWORD = "COSIGN_PASSWORD"  # noqa: S105 - the name of a variable
 _FORMATS = ("cosign", "bundle", "model-signing")
+_ACCEPTED = (*_FORMATS, "model-signing-files")
 
 
 def private_key(path: Path) -> PrivateKey:
@@ -72,8 +73,9 @@ def keygen(settings: Settings, prefix: str) -> None:
 )  # fmt: skip
 @click.option(
     "--format", "formats", type=click.Choice(_FORMATS), multiple=True,
-    help="How to write it: under cosign's tag, as a sigstore bundle over the manifest, or over the "
-    "files as OpenSSF model signing does. May be repeated. [default: cosign and bundle]",
+    help="How to write it: under cosign's tag, as a sigstore bundle over the manifest, or as "
+    "OpenSSF model signing does, over the files and the manifest. May be repeated. "
+    "[default: cosign and bundle]",
 )  # fmt: skip
 @LOCAL
 @remote_options
@@ -88,8 +90,9 @@ def sign(
 ) -> None:
     """Sign the model REFERENCE in its registry with a key; print the model's digest.
 
-    What is signed is its manifest, which holds the digests of all files. COSIGN_PASSWORD in the
-    environment is the password of the key.
+    What is signed is its manifest, which holds the digests of all files. Of a model in variants,
+    the index and each variant are signed. COSIGN_PASSWORD in the environment is the password of the
+    key.
     """
     from modelpack.operations import signing
     from modelpack.supply.signatures import SignatureKind
@@ -103,12 +106,15 @@ def sign(
         store=settings.store() if local else None,
         remote=remote,
     )
-    note(settings, f"signed {where}: {', '.join(done.manifests)}")
-    value = {
+    of = f" and {len(done.variants)} variants" if done.variants else ""
+    note(settings, f"signed {where}{of}: {', '.join(done.manifests or done.variants[0].manifests)}")
+    value: dict[str, Any] = {
         "reference": str(where),
         "digest": str(done.digest),
         "signatures": {str(kind): str(digest) for kind, digest in done.manifests.items()},
     }
+    if done.variants:
+        value["variants"] = [str(one.digest) for one in done.variants]
     show(settings, value, str(done.digest))
 
 
@@ -118,6 +124,11 @@ def sign(
     "--key", "keys", required=True, multiple=True, metavar="PUB",
     help="The public key of who has to have signed it. May be repeated: all of them.",
 )  # fmt: skip
+@click.option(
+    "--format", "formats", type=click.Choice(_ACCEPTED), multiple=True,
+    help="Accept signatures of this format only. May be repeated. model-signing-files are those of "
+    "OpenSSF's own tool, over the files alone. [default: all that cover the manifest]",
+)  # fmt: skip
 @LOCAL
 @remote_options
 @common_options
@@ -125,6 +136,7 @@ def verify(
     settings: Settings,
     reference: str,
     keys: tuple[str, ...],
+    formats: tuple[str, ...],
     local: bool,
     remote: RemoteOptions,
 ) -> None:
@@ -135,12 +147,14 @@ def verify(
     """
     from modelpack.operations import signing
     from modelpack.supply.keys import read_public_key
+    from modelpack.supply.signatures import SignatureKind
 
     where = Reference.parse(reference)
     note_reference(settings, reference, where)
     model, found = signing.verify(
         where,
         [read_public_key(key) for key in keys],
+        formats=[SignatureKind(name) for name in formats],
         store=settings.store() if local else None,
         remote=remote,
     )

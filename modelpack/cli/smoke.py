@@ -90,6 +90,7 @@ def smoke(
             expect=expect,
             min_tokens_per_second=min_tps,
             max_tokens=max_tokens,
+            remote=remote,
         )
     show_json(report.to_json())
     if junit is not None:

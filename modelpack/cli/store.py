@@ -13,7 +13,7 @@ from modelpack.errors import IntegrityError, UsageError
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.watching import watching
 from modelpack.reference import Reference
-from modelpack.stores.fsck import FsckReport
+from modelpack.stores.fsck import Fault, FsckReport
 
 if TYPE_CHECKING:
     from modelpack.operations.repair import Repaired
@@ -153,8 +153,11 @@ def _show_fsck(settings: Settings, report: FsckReport, done: Repaired | None = N
     if report.partial:
         note(settings, f"pulled in part, which is no problem: {', '.join(report.partial)}")
     if left.problems:
-        repairs = "pull or package the models named above again"
+        again = "pull or package the models named above again"
+        hint = again if done else f"`modelpack fsck --repair`, or {again}"
+        if all(problem.kind is Fault.BUNDLE for problem in left.problems):
+            hint = "restart the runtimes that opened these bundles: they are made again"
         raise IntegrityError(
             f"the store {settings.store().root} has {plural(len(left.problems), 'problem')}",
-            hint=repairs if done else f"`modelpack fsck --repair`, or {repairs}",
+            hint=hint,
         )

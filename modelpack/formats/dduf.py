@@ -36,6 +36,7 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX_COMMENT = 65_535
 _UINT16, _UINT32 = 0xFFFF, 0xFFFFFFFF
 _ZIP64_EXTRA = 0x0001
+_UNICODE_PATH = 0x7075
 _ENCRYPTED, _UTF8 = 0x0001, 0x0800
 
 
@@ -96,25 +97,28 @@ def _find_directory(file: WeightFile) -> _Directory:
     start = max(0, file.size - _END.size - _MAX_COMMENT)
     tail = file.read(start, file.size - start)
     at = tail.rfind(_END_SIGNATURE)
-    # The record is the last one whose comment ends with the file.
-    while at >= 0 and not _ends_file(tail, at):
-        at = tail.rfind(_END_SIGNATURE, 0, at)
-    if at < 0:
+    # Readers do not agree on which of several records counts: a comment holds no other.
+    if at < 0 or not _ends_file(tail, at):
         raise file.error(
             "no end of a ZIP archive",
             file.size,
             hint="the download or copy was probably cut short; fetch the file again",
         )
-    _, disk, first_disk, _, count, size, offset, _ = _END.unpack_from(tail, at)
     end = start + at
-    if (_UINT16 in (disk, first_disk, count) or _UINT32 in (size, offset)) and (
-        end >= _LOCATOR.size and file.read(end - _LOCATOR.size, 4) == _LOCATOR_SIGNATURE
-    ):
-        _, _, end, _ = _LOCATOR.unpack(file.read(end - _LOCATOR.size, _LOCATOR.size))
-        fields = _END64.unpack(file.read(end, _END64.size))
+    _, disk, first_disk, _, count, size, offset, _ = _END.unpack_from(tail, at)
+    if end >= _LOCATOR.size and file.read(end - _LOCATOR.size, 4) == _LOCATOR_SIGNATURE:
+        narrow = (disk, first_disk, count, size, offset)
+        _, _, at64, _ = _LOCATOR.unpack(file.read(end - _LOCATOR.size, _LOCATOR.size))
+        end -= _LOCATOR.size + _END64.size
+        # Some readers go where the locator points, others look right before it.
+        fields = _END64.unpack(file.read(end, _END64.size)) if at64 == end else (b"",)
         if fields[0] != _END64_SIGNATURE:
-            raise file.error("no ZIP64 end of the archive where its locator points", end)
+            raise file.error("no ZIP64 end of the archive where its locator points", at64)
         _, _, _, _, disk, first_disk, _, count, size, offset = fields
+        wide = (disk, first_disk, count, size, offset)
+        limits = (_UINT16, _UINT16, _UINT16, _UINT32, _UINT32)
+        if any(n not in (w, most) for n, w, most in zip(narrow, wide, limits, strict=True)):
+            raise file.error("two ends of the archive that disagree", end)
     if disk or first_disk:
         raise file.error("an archive in several parts, expected one file", end)
     if count > MAX_ENTRIES or size > MAX_DIRECTORY_BYTES:
@@ -125,6 +129,8 @@ def _find_directory(file: WeightFile) -> _Directory:
         )
     if offset + size > end:
         raise file.error("the directory lies behind the end of the archive", end)
+    if offset + size < end:  # other readers take the directory to end there
+        raise file.error("something lies between the directory and the end of the archive", end)
     return _Directory(offset, size, count)
 
 
@@ -197,14 +203,18 @@ def _wide(
     file: WeightFile, extra: bytes, values: tuple[int, ...], position: int
 ) -> tuple[int, ...]:
     """Return `values`, those of 0xffffffff replaced by what the ZIP64 field says."""
-    if _UINT32 not in values:
-        return values
     wide = b""
+    kinds = set()
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<2H", extra)
+        if kind == _UNICODE_PATH or kind in kinds:
+            raise file.error("an entry with another name, or two fields of one kind", position)
+        kinds.add(kind)
         if kind == _ZIP64_EXTRA:
             wide = extra[4 : 4 + length]
         extra = extra[4 + length :]
+    if _UINT32 not in values:
+        return values
     result: list[int] = []
     for value in values:
         if value == _UINT32:

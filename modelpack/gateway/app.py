@@ -49,7 +49,7 @@ def create_gateway(settings: GatewaySettings) -> ASGIApp:
         metrics.observe(trace)
         report(trace)
 
-    protection = dataclasses.replace(settings.protection, report=told)
+    protection = dataclasses.replace(settings.protection, report=told, forwarded_callers=False)
     return protect(_Gateway(settings, metrics), protection)
 
 

@@ -2,7 +2,8 @@
 
 A browser lets any page send some requests without asking (POST of plain text), so leaving out the
 CORS headers is not enough: a request that names a foreign `Origin` is refused. (Fetch standard,
-"HTTP extensions"; Private Network Access.)
+"HTTP extensions"; Private Network Access.) A GET without CORS has no `Origin`: Fetch metadata tell
+that another site's page sent it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from modelpack.errors import UsageError
 from modelpack.gateway.families import error_response
 from modelpack.gateway.observing import family_in
 from modelpack.gateway.traces import trace_of
+from modelpack.hosts import is_cross_site
 
 _METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE"
 _EXPOSED = "x-request-id, request-id, retry-after, retry-after-ms"
+_PAGES = frozenset(("/", "/docs"))
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/*@?#]+?(:\*|:[0-9]{1,5})?")
 
 
@@ -43,19 +46,16 @@ class Cors:
         headers = Headers(scope=scope)
         origin = headers.get("origin")
         if origin is None:
+            if is_cross_site(headers) and "*" not in self._listed and not _is_visit(scope, headers):
+                await self._refuse(scope, receive, send, "pages of other origins")
+                return
             await self._app(scope, receive, self._varying(send) if self._listed else send)
             return
         if not self.allows(origin):
             if _same_origin(origin, headers.get("host", "")):
                 await self._app(scope, receive, send)
                 return
-            if trace := trace_of(scope):
-                trace.refused = "origin"
-            refusal = error_response(
-                family_in(scope), 403, f"pages of {origin[:200]!r} may not use this server",
-                code="origin_not_allowed",
-            )  # fmt: skip
-            await refusal(scope, receive, send)
+            await self._refuse(scope, receive, send, f"pages of {origin[:200]!r}")
             return
         if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
             response = Response(status_code=204, headers=self._preflight(origin, headers))
@@ -72,6 +72,14 @@ class Cors:
             await send(message)
 
         await self._app(scope, receive, with_cors)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send, who: str) -> None:
+        if trace := trace_of(scope):
+            trace.refused = "origin"
+        refusal = error_response(
+            family_in(scope), 403, f"{who} may not use this server", code="origin_not_allowed"
+        )
+        await refusal(scope, receive, send)
 
     def allows(self, origin: str) -> bool:
         """Return whether pages of `origin` are listed."""
@@ -123,6 +131,16 @@ def check_origins(origins: Iterable[str]) -> tuple[str, ...]:
             )
         found.append(lower)
     return tuple(found)
+
+
+def _is_visit(scope: Scope, headers: Headers) -> bool:
+    """Return whether a user follows a link to one of the pages, which do nothing by themselves."""
+    return (
+        scope["method"] in ("GET", "HEAD")
+        and scope["path"] in _PAGES
+        and headers.get("sec-fetch-mode") == "navigate"
+        and headers.get("sec-fetch-dest") == "document"
+    )
 
 
 def _same_origin(origin: str, host: str) -> bool:

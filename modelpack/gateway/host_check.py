@@ -1,4 +1,4 @@
-"""HostCheck: a server on a loopback address answers to loopback names only (DNS rebinding)."""
+"""HostCheck: a server answers only to its own addresses and names (DNS rebinding)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ class HostCheck:
     """ASGI middleware that answers 403 to requests meant for another host."""
 
     def __init__(self, app: ASGIApp, allowed: Iterable[str] = ()) -> None:
-        """`allowed`: names and addresses besides the loopback ones."""
+        """`allowed`: names and addresses besides loopback ones and that of the socket."""
         self._app = app
         self._hosts = AllowedHosts((*_OURS, *allowed))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             host = Headers(scope=scope).get("host", "")
-            if host not in self._hosts:
+            if not self._hosts.allows(host, scope.get("server")):
                 if trace := trace_of(scope):
                     trace.refused = "host"
                 refusal = error_response(
-                    family_in(scope), 403, f"this server does not serve the host {host[:200]!r}",
+                    family_in(scope), 403,
+                    f"this server does not serve the host {host[:200]!r}: --allow-host allows it",
                     code="host_not_allowed",
                 )  # fmt: skip
                 await refusal(scope, receive, send)

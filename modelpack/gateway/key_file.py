@@ -73,6 +73,7 @@ def add_key(
     *,
     limits: Limits = NO_LIMITS,
     models: tuple[str, ...] = (),
+    gateway: bool = False,
 ) -> str:
     """Make a key called `name`, add its hash to the file at `path`, and return it.
 
@@ -92,19 +93,21 @@ def add_key(
         if any(key.name == name for key in parse_keys(text, str(path)).keys):
             raise ConflictError(f"{path} has a key {name!r} already", hint="choose another name")
         secret = PREFIX + secrets.token_urlsafe(32)
-        text = f"{text.rstrip()}\n\n{_table(name, secret, limits, models)}".lstrip()
+        text = f"{text.rstrip()}\n\n{_table(name, secret, limits, models, gateway)}".lstrip()
         parse_keys(text, str(path))  # what we write, we can read
         write_atomically(path, text.encode(), by_way_of=path.parent, mode=0o600)
     return secret
 
 
-def _table(name: str, secret: str, limits: Limits, models: tuple[str, ...]) -> str:
+def _table(name: str, secret: str, limits: Limits, models: tuple[str, ...], gateway: bool) -> str:
     lines = [f"[keys.{_quoted(name)}]", f'sha256 = "{hash_of(secret).hex()}"']
     for field in ("requests_per_minute", "tokens_per_minute", "concurrency"):
         if (value := getattr(limits, field)) is not None:
             lines.append(f"{field} = {value}")
     if models:
         lines.append(f"models = [{', '.join(map(_quoted, models))}]")
+    if gateway:
+        lines.append("gateway = true")
     return "\n".join(lines) + "\n"
 
 

@@ -7,6 +7,7 @@ requests_per_minute = 60               # each limit may be absent: there is none
 tokens_per_minute = 100000
 concurrency = 4
 models = ["ai/smollm2*"]               # absent: all models, and what manages models
+gateway = false                        # true: it is a gateway's, which names its callers
 
 [keys.alice.per_caller]                # of each caller that alice names (X-Modelpack-Caller)
 requests_per_minute = 10
@@ -21,10 +22,10 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, NoReturn
 
 from modelpack.errors import FormatError
+from modelpack.gateway.caller import Caller
 from modelpack.gateway.limits import NO_LIMITS, Limits
 
 #: What a key begins with, so that scanners for leaked secrets can find one.
@@ -41,7 +42,8 @@ class Key:
     """One key: what it is called in logs, the SHA-256 of the secret, and what it allows.
 
     `models` are glob patterns for the names that requests may use; None allows every name, and the
-    routes that manage models.
+    routes that manage models. `gateway`: it belongs to a gateway, which may name the caller of each
+    request (`modelpack.gateway.forwarding`).
     """
 
     name: str
@@ -49,10 +51,11 @@ class Key:
     limits: Limits = NO_LIMITS
     per_caller: Limits | None = None
     models: tuple[str, ...] | None = None
+    gateway: bool = False
 
     def allows(self, model: str) -> bool:
-        """Return whether this key may use `model`, by the name the request gives it."""
-        return self.models is None or any(fnmatchcase(model, glob) for glob in self.models)
+        """Return whether this key may use `model`; see `Caller.allows_unresolved`."""
+        return Caller(self.name, self.models).allows_unresolved(model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ def _parse_key(name: str, table: Any, path: str) -> Key:
         )
     if not isinstance(table, dict):
         fail("", f"expected a table, got {_kind(table)}")
-    known = {"sha256", "models", "per_caller", *_LIMIT_FIELDS}
+    known = {"sha256", "models", "per_caller", "gateway", *_LIMIT_FIELDS}
     for field in table:
         if field not in known:
             fail(field, f"is unknown; there are {', '.join(sorted(known))}")
@@ -123,12 +126,18 @@ def _parse_key(name: str, table: Any, path: str) -> Key:
         fail("sha256", f"expected 64 hexadecimal digits, got {_kind(digest)}")
     if not _SHA256.fullmatch(digest.lower()):
         fail("sha256", f"expected 64 hexadecimal digits, got other text of length {len(digest)}")
+    gateway = table.get("gateway", False)
+    if not isinstance(gateway, bool):
+        fail("gateway", f"expected a boolean, got {_kind(gateway)}")
+    if gateway and "models" in table:
+        fail("gateway", "cannot be combined with 'models': the gateway's keys have them")
     return Key(
         name=name,
         sha256=bytes.fromhex(digest),
         limits=_parse_limits(table, "", fail),
         per_caller=_parse_per_caller(table.get("per_caller"), fail),
         models=_parse_models(table.get("models"), fail),
+        gateway=gateway,
     )
 
 

@@ -66,11 +66,35 @@ class _Account:
 
 
 class Grant:
-    """Leave for one request to run; `finish` it once."""
+    """Leave for one request to run; it ends once, by `finish`, `refuse` or `cancel`."""
 
     def __init__(self, limiter: Limiter, taken: list[tuple[Subject, Limits, float]]) -> None:
         self._limiter = limiter
         self._taken = taken
+
+    def reserve(self, tokens: int) -> Exceeded | None:
+        """Reserve tokens once it is known how many; return the limit that is in the way."""
+        exceeded = self._limiter.reserve(self._taken, tokens)
+        if isinstance(exceeded, Exceeded):
+            return exceeded
+        self._taken = exceeded
+        return None
+
+    def refuse(self, tokens: int) -> None:
+        """Give the place back and charge `tokens` for a request that was read and then refused.
+
+        No more than a minute's worth: one mistake does not lock a key out for hours.
+        """
+        taken, self._taken = self._taken, []
+        for subject, limits, reserved in taken:
+            most = limits.tokens_per_minute or 0
+            self._limiter.settle(subject, limits, reserved, min(tokens, most))
+
+    def cancel(self) -> None:
+        """Give everything back: the limits themselves refused the request."""
+        taken, self._taken = self._taken, []
+        for subject, limits, reserved in taken:
+            self._limiter.settle(subject, limits, reserved, 0, requests=0)
 
     def finish(self, tokens: int | None) -> None:
         """Give the place back and charge `tokens`; None: what was reserved, as nobody knows."""
@@ -125,10 +149,40 @@ class Limiter:
             taken.append((subject, limits, reserved))
         return Grant(self, taken)
 
-    def settle(self, subject: Subject, limits: Limits, reserved: float, tokens: int | None) -> None:
+    def reserve(
+        self, taken: list[tuple[Subject, Limits, float]], tokens: int
+    ) -> list[tuple[Subject, Limits, float]] | Exceeded:
+        """Reserve `tokens` for a request that was admitted without; all or nothing."""
+        now = self._clock()
+        refusals = [
+            refusal
+            for subject, limits, _ in taken
+            for refusal in _token_refusals(subject, limits, self._account(subject), tokens, now)
+        ]
+        if refusals:
+            return max(refusals, key=lambda refusal: refusal.retry_after)
+        reserved = []
+        for subject, limits, before in taken:
+            most = limits.tokens_per_minute
+            more = 0 if most is None else min(tokens, most)
+            self._account(subject).tokens.level -= more
+            reserved.append((subject, limits, before + more))
+        return reserved
+
+    def settle(
+        self,
+        subject: Subject,
+        limits: Limits,
+        reserved: float,
+        tokens: int | None,
+        *,
+        requests: int = 1,
+    ) -> None:
         """End a request: charge what it used beyond its reservation, or give back the rest."""
         account = self._account(subject)
         account.running = max(0, account.running - 1)
+        if not requests and (rate := limits.requests_per_minute) is not None:
+            account.requests.level = min(rate, account.requests.level + 1)
         per_minute = limits.tokens_per_minute
         if per_minute is not None and tokens is not None:
             account.tokens.fill(self._clock(), per_minute)
@@ -157,6 +211,12 @@ def _refusals(
         account.requests.fill(now, rate)
         if wait := account.requests.wait(1, rate):
             yield Exceeded("requests_per_minute", rate, subject, wait)
+    yield from _token_refusals(subject, limits, account, tokens, now)
+
+
+def _token_refusals(
+    subject: Subject, limits: Limits, account: _Account, tokens: int, now: float
+) -> Iterator[Exceeded]:
     if (rate := limits.tokens_per_minute) is not None:
         account.tokens.fill(now, rate)
         if wait := account.tokens.wait(min(tokens, rate), rate):

@@ -15,6 +15,7 @@ from modelpack.gateway.host_check import HostCheck
 from modelpack.gateway.key_file import KeyFile
 from modelpack.gateway.limits import Limiter
 from modelpack.gateway.observing import Traced
+from modelpack.gateway.paths import CanonicalPath
 from modelpack.gateway.spans import default_report
 from modelpack.gateway.traces import Trace
 from modelpack.hosts import is_loopback
@@ -26,8 +27,9 @@ class Protection:
 
     `host` is the address it listens on, without the port; `keys` the file of its API keys, None for
     no keys; `cors` the origins whose pages may use it; `allowed_hosts` names that requests may use
-    for it besides loopback ones, where it listens on loopback; `max_body` bytes; `report` is called
-    with the trace of each request (None: log it).
+    for it, besides loopback ones and the address that they arrived at; `max_body` bytes; `report`
+    is called with the trace of each request (None: log it). `forwarded_callers`: a gateway before
+    this server may name the caller of a request.
     """
 
     host: str = "127.0.0.1"
@@ -36,6 +38,7 @@ class Protection:
     allowed_hosts: tuple[str, ...] = ()
     max_body: int = MAX_BODY
     allow_anonymous: bool = False
+    forwarded_callers: bool = True
     report: Callable[[Trace], None] | None = None
 
     def __post_init__(self) -> None:
@@ -48,16 +51,28 @@ class Protection:
 
 
 def protect(
-    app: ASGIApp, settings: Protection, *, clock: Callable[[], float] = time.monotonic
+    app: ASGIApp,
+    settings: Protection,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    resolves: bool = False,
 ) -> ASGIApp:
     """Return `app` behind request ids, traces, host and origin checks, keys and limits.
 
-    `clock` gives seconds, for limits and traces. The application finds the trace of a request by
-    `modelpack.gateway.traces.trace_of(scope)` and may add what it knows.
+    `clock` gives seconds, for limits and traces. `resolves`: the application refuses the models
+    that the caller may not use (`modelpack.gateway.caller`), by what their names stand for. The
+    application finds the trace of a request by `modelpack.gateway.traces.trace_of(scope)` and may
+    add what it knows.
     """
     keys = settings.keys.current if settings.keys is not None else None
-    checked: ASGIApp = Checks(app, keys=keys, max_body=settings.max_body, limiter=Limiter(clock))
+    checked: ASGIApp = Checks(
+        app,
+        keys=keys,
+        max_body=settings.max_body,
+        limiter=Limiter(clock),
+        forwarded_callers=settings.forwarded_callers,
+        resolves=resolves,
+    )
     checked = Cors(checked, settings.cors)
-    if is_loopback(settings.host):
-        checked = HostCheck(checked, (settings.host, *settings.allowed_hosts))
-    return Traced(checked, settings.report or default_report(), clock)
+    checked = HostCheck(checked, (settings.host, *settings.allowed_hosts))
+    return CanonicalPath(Traced(checked, settings.report or default_report(), clock))

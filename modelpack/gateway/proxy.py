@@ -10,7 +10,9 @@ from contextlib import suppress
 import httpx
 from starlette.types import Message, Receive, Scope, Send
 
+from modelpack.gateway.caller import caller_of
 from modelpack.gateway.families import error_response, stream_error
+from modelpack.gateway.forwarding import CALLER_HEADERS, caller_headers
 from modelpack.gateway.observing import family_in
 from modelpack.gateway.traces import Trace, trace_of
 from modelpack.gateway.upstreams import Upstream, Upstreams
@@ -23,11 +25,12 @@ _HOP_BY_HOP = frozenset(
      b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade")
 )  # fmt: skip
 _CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"api-key", b"cookie"))
-# The gateway has judged the origin; x-request-origin is for use inside a server only.
+# The gateway has judged the page that asks; x-request-origin is for use inside a server only.
 _NOT_FORWARDED = _HOP_BY_HOP | {
     b"host", b"expect", b"accept-encoding", b"origin", b"referer", b"forwarded",
     b"x-forwarded-for", b"x-request-origin", b"content-length",
-}  # fmt: skip
+    b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest", b"sec-fetch-user",
+} | CALLER_HEADERS  # fmt: skip
 _NOT_RETURNED = _HOP_BY_HOP | {b"date"}  # our own server adds one
 _BUSY = (503, 529)
 _CONNECT_TIMEOUT = 5.0
@@ -128,6 +131,7 @@ class Proxy:
             for name, value in _end_to_end(scope["headers"])
             if name not in self._withheld
         ]
+        headers += caller_headers(caller_of(scope))
         headers.append((b"accept-encoding", b"identity"))  # token counts are read on the way
         if client := scope.get("client"):
             headers.append((b"x-forwarded-for", client[0].encode()))

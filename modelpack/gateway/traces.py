@@ -61,15 +61,23 @@ class Trace:
             return None
         return (self.last_token_at - self.first_token_at) / (tokens - 1)
 
-    def spent(self, prompt_estimate: int) -> int | None:
-        """Return the tokens to charge; None where nothing shows how many it took."""
+    def spent(self, prompt_estimate: int, answer_estimate: int = 0) -> int | None:
+        """Return the tokens to charge; None where nothing shows how many it took.
+
+        A count that the reply did not report, or not as a number of tokens, is estimated. A refused
+        request costs what was read of it. One that a limit refused (429), or that failed for no
+        fault of the client's, costs nothing.
+        """
         if self.status is None:
             return None  # the client went away before the answer: it is charged all the same
         if self.status >= 400:
-            return 0
-        if self.prompt_tokens is not None or self.completion_tokens is not None:
-            return (self.prompt_tokens or 0) + (self.completion_tokens or self.counted_tokens)
-        return prompt_estimate + self.counted_tokens if self.counted_tokens else None
+            return prompt_estimate if self.status < 500 and self.status != 429 else 0
+        prompt, completion = self.prompt_tokens, self.completion_tokens
+        if prompt is None and completion is None and not self.counted_tokens:
+            return None
+        if not completion:
+            completion = self.counted_tokens or (answer_estimate if completion is None else 0)
+        return (prompt_estimate if prompt is None else prompt) + completion
 
     def to_json(self) -> dict[str, Any]:
         """Return the log record; what is not known is left out."""

@@ -30,16 +30,15 @@ from modelpack.hub.transport import HubTransport
 from modelpack.paths import checked_path
 from modelpack.registry.downloads import RemoteBlob
 from modelpack.registry.endpoint import Endpoint
+from modelpack.registry.manifests import Pages, next_page
 from modelpack.registry.remote_file import RemoteFile
 from modelpack.registry.scopes import NOTHING
-from modelpack.registry.urls import joined_url, origin_of
 
 #: The hub keeps larger files in LFS (10 MB); this leaves room for mirrors with other rules.
 MAX_PLAIN_BYTES: Final = 64 * 1024 * 1024
 #: No manifest has room for so many files.
 MAX_FILES: Final = 100_000
 _MAX_PAGE: Final = 16 * 1024 * 1024
-_NEXT: Final = re.compile(r'<([^>]*)>\s*;\s*rel="?next"?')
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}\Z")
 
 
@@ -99,20 +98,16 @@ class HubRepository:
             f"{self.reference.revision}?recursive=true"
         )
         found: list[HubFile] = []
-        seen = set()
+        pages = Pages(what)
         while url:
-            if url in seen:
-                raise RegistryError(f"{what}: the pages go round in a circle")
-            seen.add(url)
+            pages.check(url, len(found))
             response = self._transport.do_request(url, what=what, limit=_MAX_PAGE)
+            pages.add(response.content)
             entries = _decoded(response.content, list, what)
             found += [_file(entry, what) for entry in entries if _is_file(entry, what)]
             if len(found) > MAX_FILES:
                 raise UnsupportedError(f"more than {MAX_FILES} files", path=what)
-            match = _NEXT.search(response.headers.get("Link", ""))
-            url = joined_url(url, match[1], what) if match else ""
-            if url and origin_of(url) != self._transport.origin:
-                raise RegistryError(f"{what}: the next page is on another host")
+            url = next_page(self._transport, response, what) or ""
         return tuple(found)
 
     def read(self, file: HubFile) -> bytes:

@@ -10,15 +10,11 @@ from modelpack.linting.findings import Finding
 from modelpack.linting.policy import LintPolicy
 from modelpack.linting.subject import LintFile, LintSubject
 from modelpack.model import Role
-from modelpack.packaging.classify import PICKLE_EXTENSIONS
+from modelpack.packaging.classify import PICKLE_EXTENSIONS, PICKLE_HEAD_BYTES, holds_pickle
 
 _WEIGHTS: Final = (Role.WEIGHT, Role.PROJECTOR)
 _TEXTS: Final = (Role.CONFIG, Role.CHAT_TEMPLATE, Role.DOC, Role.CODE, Role.FILE, Role.LICENSE)
 _PICKLE_NAMES: Final = (*PICKLE_EXTENSIONS, ".joblib", ".dill")
-# PROTO of protocols 2 to 5, and what follows it; PyTorch's file is a zip with a pickle in it.
-_PICKLE = re.compile(rb"\x80[\x02-\x05](?:\x95.{8}|[\x8c\x8ac}(\]X])", re.DOTALL)
-_TORCH = re.compile(rb"PK\x03\x04.{22}..?.?.{0,200}?data\.pkl", re.DOTALL)
-_HEAD: Final = 512
 _SECRETS: Final = (
     ("a private key", re.compile(r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----")),
     ("a token of Hugging Face", re.compile(r"\b(?:hf|api_org)_[A-Za-z]{30,40}\b")),
@@ -47,10 +43,10 @@ def check_pickles(subject: LintSubject, _: LintPolicy) -> Iterator[Finding]:
     for file in subject.files:
         if file.name.endswith(_PICKLE_NAMES):
             yield Finding("pickle", "is named like a pickle", file.path)
-        elif file.role not in _WEIGHTS or file.format not in ("gguf", "safetensors"):
-            head = file.read(min(file.size, _HEAD))
-            if _PICKLE.match(head) or _TORCH.match(head):
-                yield Finding("pickle", "holds a pickle", file.path)
+            continue
+        is_parsed = file.role in _WEIGHTS and file.format in ("gguf", "safetensors")
+        if not is_parsed and holds_pickle(file.read(min(file.size, PICKLE_HEAD_BYTES))):
+            yield Finding("pickle", "holds a pickle", file.path)
 
 
 def check_secrets(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:

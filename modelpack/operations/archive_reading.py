@@ -1,12 +1,9 @@
-"""Reading models out of tar archives, as a stream: what is in them is verified as it is stored."""
+"""Import models from tar archives, read as a stream: every blob is verified as it is stored."""
 
 from __future__ import annotations
 
-import io
 import posixpath
-import tarfile
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO
 
@@ -15,10 +12,10 @@ from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
 from modelpack.errors import (
     FormatError,
-    IntegrityError,
     InvalidDigestError,
     InvalidReferenceError,
     ManifestError,
+    ModelpackError,
     NotFoundError,
     UnsafePathError,
     UnsupportedError,
@@ -27,14 +24,16 @@ from modelpack.errors import (
 from modelpack.gojson import MAX_DOCUMENT_BYTES
 from modelpack.manifest import Index, Manifest, parse_manifest_or_index
 from modelpack.operations.archives import INDEX_JSON, MANIFEST_JSON
+from modelpack.operations.transfer import MAX_DEPTH, MAX_MANIFESTS
 from modelpack.reference import Reference
-from modelpack.storage import BlobReader, Watch
+from modelpack.storage import Outcome, Watch
 from modelpack.stores.layout import LayoutStore
+from modelpack.stores.reachability import successors
+from modelpack.unpacking.tarstream import TarEntry, TarReader
 
-_CHUNK = 1024 * 1024
-#: Manifests of one archive; an index within an index is followed this deep.
-_MAX_MANIFESTS = 10_000
-_MAX_DEPTH = 4
+#: Files and directories of one archive, and the bytes of the headers of each.
+_MAX_ENTRIES = 100_000
+_MAX_HEADER_BYTES = 64 * 1024
 # Until the manifest comes, nobody knows what a blob is.
 _UNKNOWN = "application/octet-stream"
 
@@ -50,54 +49,84 @@ class Imported:
 def import_archive(
     store: LayoutStore, stream: IO[bytes], watch: Watch, *, to: str | Reference | None = None
 ) -> tuple[Imported, ...]:
-    """Keep the models of an archive: under the names that it gives, or the only one as `to`.
+    """Import the models of an archive, under the names that it gives or the only one as `to`.
 
-    Nothing shows before all of it is there and verified. Raises `FormatError` for what is no such
-    archive, `IntegrityError`, `StorageFullError`, `UnsupportedError` for what is no model.
+    The models are listed together, after everything was read and verified; if anything fails,
+    the blobs that the archive added are deleted. Raises `FormatError` for what is not such an
+    archive, `IntegrityError`, `StorageFullError`, `UnsafePathError` for links and devices,
+    `UnsupportedError` for sparse files and for what is not a model.
     """
     where = Reference.parse(to) if isinstance(to, str) else to
     if where is not None and where.digest is not None:
         raise UsageError(f"{where}: a digest cannot be chosen, it follows from the archive")
-    with store.lease(()):
-        documents = _read_blobs(store, stream, watch)
-        index, manifest = documents.get(INDEX_JSON), documents.get(MANIFEST_JSON)
-        if index is not None:
-            return _keep_layout(store, Index.parse(index, INDEX_JSON), where)
-        if manifest is None:
-            raise ManifestError(f"has no {INDEX_JSON} and no {MANIFEST_JSON}", path="archive")
-        if manifest.lstrip().startswith(b"["):
-            raise UnsupportedError(
-                f"its {MANIFEST_JSON} is one of `docker save`, which holds images",
-                path="archive",
-            )
-        document = Manifest.parse(manifest, MANIFEST_JSON)
-        document.check_is_model(MANIFEST_JSON)
-        store.write_manifest(document.descriptor, manifest, str(where) if where else None)
-        return (Imported(document.digest, where),)
-
-
-def _read_blobs(store: LayoutStore, stream: IO[bytes], watch: Watch) -> dict[str, bytes]:
-    """Store all blobs; return the documents beside them."""
-    documents: dict[str, bytes] = {}
+    added: list[Digest] = []
     try:
-        with tarfile.open(fileobj=stream, mode="r|", bufsize=_CHUNK) as archive:
-            for entry in archive:
-                watch.stop.check()
-                content = archive.extractfile(entry) if entry.isfile() else None
-                if content is None:
-                    continue
-                name = posixpath.normpath(entry.name)
-                if name in (INDEX_JSON, MANIFEST_JSON):
-                    raw = content.read(MAX_DOCUMENT_BYTES + 1)
-                    if len(raw) > MAX_DOCUMENT_BYTES:
-                        raise ManifestError(f"has more than {MAX_DOCUMENT_BYTES} bytes", path=name)
-                    documents[name] = raw
-                elif (digest := _digest_of(entry.name)) is not None:
-                    blob = Descriptor(_UNKNOWN, digest, entry.size)
-                    store.write_blob(blob, _Member(content, digest), watch)
-    except tarfile.TarError as error:
-        raise FormatError(f"is no tar archive: {error}", path="archive") from error
+        with store.lease(()):
+            return _import(store, stream, watch, where, added)
+    except BaseException:
+        with suppress(ModelpackError):  # a collection deletes them later
+            store.discard_blobs(added)
+        raise
+
+
+def _import(
+    store: LayoutStore,
+    stream: IO[bytes],
+    watch: Watch,
+    where: Reference | None,
+    added: list[Digest],
+) -> tuple[Imported, ...]:
+    documents = _read_blobs(store, stream, watch, added)
+    index, manifest = documents.get(INDEX_JSON), documents.get(MANIFEST_JSON)
+    if index is not None:
+        return _keep_layout(store, Index.parse(index, INDEX_JSON), where)
+    if manifest is None:
+        raise ManifestError(f"has no {INDEX_JSON} and no {MANIFEST_JSON}", path="archive")
+    if manifest.lstrip().startswith(b"["):
+        raise UnsupportedError(
+            f"its {MANIFEST_JSON} is one of `docker save`, which holds images",
+            path="archive",
+        )
+    document = Manifest.parse(manifest, MANIFEST_JSON)
+    document.check_is_model(MANIFEST_JSON)
+    store.write_manifest(document.descriptor, manifest, str(where) if where else None)
+    return (Imported(document.digest, where),)
+
+
+def _read_blobs(
+    store: LayoutStore, stream: IO[bytes], watch: Watch, added: list[Digest]
+) -> dict[str, bytes]:
+    """Store all blobs and return the documents; `added` lists the blobs that were not there."""
+    documents: dict[str, bytes] = {}
+    sizes: dict[Digest, int] = {}
+    reader = TarReader(stream, "archive", max_header_bytes=_MAX_HEADER_BYTES)
+    for number, entry in enumerate(reader, start=1):
+        watch.stop.check()
+        if number > _MAX_ENTRIES:
+            raise UnsupportedError(f"has more than {_MAX_ENTRIES} entries", path="archive")
+        name = _normalised(entry.name)
+        if entry.is_directory:
+            continue
+        if name in (INDEX_JSON, MANIFEST_JSON):
+            if name in documents:
+                raise FormatError(f"holds {name} twice", path="archive")
+            documents[name] = _document(name, entry, reader)
+        elif (digest := _digest_of(name)) is not None:
+            if sizes.setdefault(digest, entry.size) != entry.size:
+                raise FormatError(f"holds {name!r} twice, of different sizes", path="archive")
+            blob = Descriptor(_UNKNOWN, digest, entry.size)
+            if store.receive_blob(blob, _Member(reader), watch) is Outcome.WRITTEN:
+                added.append(digest)
     return documents
+
+
+def _document(name: str, entry: TarEntry, reader: TarReader) -> bytes:
+    if entry.size > MAX_DOCUMENT_BYTES:
+        raise ManifestError(f"has more than {MAX_DOCUMENT_BYTES} bytes", path=name)
+    pieces = []
+    while piece := reader.read(entry.size):
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 def _keep_layout(store: LayoutStore, index: Index, where: Reference | None) -> tuple[Imported, ...]:
@@ -109,29 +138,33 @@ def _keep_layout(store: LayoutStore, index: Index, where: Reference | None) -> t
             f"the archive holds {len(listed)} models, so they cannot all be {where}",
             hint="leave the reference out: they have names of their own",
         )
-    found = []
-    # Everything is looked at before anything has a name.
-    orders = [list(_in_order(store, entry, 0)) for entry in index.manifests]
-    if sum(map(len, orders)) > _MAX_MANIFESTS:
-        raise UnsupportedError(f"more than {_MAX_MANIFESTS} manifests", path=INDEX_JSON)
-    for entry, order in zip(index.manifests, orders, strict=True):
-        name = where or _name_of(entry)
-        for descriptor, raw in order:
-            top = descriptor.digest == entry.digest
-            store.write_manifest(descriptor, raw, str(name) if top and name else None)
-        found.append(Imported(entry.digest, name))
-    return tuple(found)
+    found: dict[Digest, Descriptor] = {}
+    for entry in index.manifests:
+        _collect(store, entry, 0, found)
+    named = [(entry, where or _name_of(entry)) for entry in index.manifests]
+    store.list_manifests(
+        [(descriptor, None) for descriptor in found.values()]
+        + [(found[entry.digest], str(name)) for entry, name in named if name is not None]
+    )
+    return tuple(Imported(entry.digest, name) for entry, name in named)
 
 
-def _in_order(
-    store: LayoutStore, descriptor: Descriptor, depth: int
-) -> Iterator[tuple[Descriptor, bytes]]:
-    """Yield a manifest, behind those that it lists."""
+def _collect(
+    store: LayoutStore, descriptor: Descriptor, depth: int, found: dict[Digest, Descriptor]
+) -> None:
+    """Check a manifest and those that it lists, and add them to `found`, each once.
+
+    The manifests themselves are not kept: there may be many, and each may be large.
+    """
     what = f"{descriptor.digest} in the archive"
+    if descriptor.digest in found:
+        return
     if descriptor.media_type not in (*mediatypes.MANIFEST_TYPES, *mediatypes.INDEX_TYPES):
         raise UnsupportedError(f"is a {descriptor.media_type}, expected a manifest", path=what)
-    if depth > _MAX_DEPTH:
-        raise UnsupportedError(f"indexes are nested more than {_MAX_DEPTH} deep", path=what)
+    if depth > MAX_DEPTH:
+        raise UnsupportedError(f"indexes are nested more than {MAX_DEPTH} deep", path=what)
+    if len(found) >= MAX_MANIFESTS:
+        raise UnsupportedError(f"lists more than {MAX_MANIFESTS} manifests", path=INDEX_JSON)
     own = Descriptor(
         descriptor.media_type,
         descriptor.digest,
@@ -143,12 +176,16 @@ def _in_order(
     except NotFoundError:
         raise ManifestError("is listed, but is not there", path=what) from None
     document = parse_manifest_or_index(raw, what, media_type=own.media_type)
+    if isinstance(document, Manifest):
+        if document.subject is None:
+            document.check_is_model(what)
+        for blob in successors(document):
+            if not store.has_blob(blob):
+                raise ManifestError(f"needs {blob.digest}, which is not there", path=what)
+    found[own.digest] = own
     if isinstance(document, Index):
         for child in document.manifests:
-            yield from _in_order(store, child, depth + 1)
-    elif document.subject is None:
-        document.check_is_model(what)
-    yield own, raw
+            _collect(store, child, depth + 1, found)
 
 
 def _name_of(entry: Descriptor) -> Reference | None:
@@ -166,45 +203,33 @@ def _name_of(entry: Descriptor) -> Reference | None:
     return None
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Member:
-    """A blob in an archive that is read once, from its start to its end."""
+    """The data of the entry that a reader of an archive has come to; fulfils `BlobReader`."""
 
-    stream: IO[bytes]
-    digest: Digest
-    opened: bool = False
+    reader: TarReader
 
-    def open(self, offset: int = 0) -> AbstractContextManager[BlobReader]:
-        """Return the stream at `offset`."""
-        if self.opened:
-            raise IntegrityError(f"the archive has other bytes for {self.digest}")
-        self.opened = True
-        while offset:
-            offset -= len(self.stream.read(min(offset, _CHUNK)))
-        return closing(_Reader(self.stream))
-
-
-class _Reader(io.RawIOBase):
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        piece = self._stream.read(len(buffer))
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Fill `buffer` from its start; return the number of bytes, 0 at the end."""
+        piece = self.reader.read(len(buffer))
         buffer[: len(piece)] = piece
         return len(piece)
 
 
-def _digest_of(name: str) -> Digest | None:
-    """Return the digest of a blob from its path; None for paths of nothing that is known."""
+def _normalised(name: str) -> str:
+    """Return the path of an entry without `.` and doubled slashes; raise if it leads out."""
     parts = posixpath.normpath(name).split("/")
     if ".." in parts:
-        raise UnsafePathError(f"the archive holds the path {name!r}, which leads out of it")
+        raise UnsafePathError(f"the archive holds the path {name[:200]!r}, which leads out of it")
+    return "/".join(parts)
+
+
+def _digest_of(name: str) -> Digest | None:
+    """Return the digest of a blob from its path; None for any other path."""
+    parts = name.split("/")
     if len(parts) != 3 or parts[0] not in ("blobs", "manifests"):
         return None
     try:
         return Digest.parse(f"{parts[1]}:{parts[2]}")
     except InvalidDigestError as error:
-        raise FormatError(f"{name!r} is no blob: {error}", path="archive") from error
+        raise FormatError(f"{name[:200]!r} is not a blob: {error}", path="archive") from error

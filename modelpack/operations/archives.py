@@ -25,6 +25,7 @@ from modelpack.progress import Action, Progress
 from modelpack.reference import Reference
 from modelpack.storage import Watch
 from modelpack.stores.layout import LayoutStore
+from modelpack.unpacking.blobs import open_blob
 
 Form = Literal["oci", "docker"]
 FORMS: Final[tuple[Form, ...]] = ("oci", "docker")
@@ -115,7 +116,9 @@ def _collect(
     documents: dict[Digest, _Document],
     blobs: dict[Digest, Descriptor],
 ) -> None:
-    """Note all that a manifest or an index needs."""
+    """Note all that a manifest or an index needs; what comes twice is read once."""
+    if descriptor.digest in documents:
+        return
     raw = store.fetch_manifest(descriptor)
     document = parse_manifest_or_index(raw, name, media_type=descriptor.media_type)
     documents[descriptor.digest] = _Document(descriptor, raw)
@@ -166,7 +169,7 @@ def _written(
         yield from _small(first)
         for blob in blobs:
             yield _header(_path(blob.digest), blob.size)
-            with store.blob_path(blob.digest).open("rb") as stream:
+            with open_blob(store.blob_path(blob.digest), blob) as stream:
                 done = 0
                 while piece := stream.read(_CHUNK):
                     watch.stop.check()

@@ -89,6 +89,8 @@ def export_to_docker(
         references = _references(store, name)
         for reference in references:
             docker.write_model(raw, lambda blob: store.blob_path(blob.digest), reference, link=link)
+        if link:
+            store.note_links(blob.digest for blob in manifest.blobs)
         exchanged.append(Exchanged(descriptor.digest, tuple(str(ref) for ref in references)))
     return tuple(exchanged)
 

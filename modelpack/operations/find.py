@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from modelpack.blob import read_blob
 from modelpack.config import ModelConfig
-from modelpack.errors import NotFoundError, UnsupportedError
+from modelpack.descriptor import Descriptor
+from modelpack.errors import InvalidReferenceError, NotFoundError, UnsupportedError
 from modelpack.hub.origin import hub_origin
 from modelpack.hub.reference import HubReference, local_name
 from modelpack.manifest import Manifest
@@ -18,7 +19,7 @@ from modelpack.operations.variants import fetch_variant
 from modelpack.operations.watching import watching
 from modelpack.operations.wholeness import check_whole, completing_reference
 from modelpack.progress import ProgressCallback, Stop
-from modelpack.reference import Reference, is_model_id
+from modelpack.reference import Reference, begins_id, is_model_id
 from modelpack.storage import Source, Watch
 from modelpack.stores.layout import LayoutStore
 
@@ -120,11 +121,37 @@ def stored_model(store: Source, name: str, options: RemoteOptions | None = None)
     """Return the model `name` of a source, with its config; of variants, the one to take."""
     name = local_name(name)
     descriptor = store.resolve(name)
-    reference = None if is_model_id(name.strip()) else _reference(name)
+    reference = reference_in(store, name, descriptor)
     what = f"model {name}"
     raw = store.fetch_manifest(descriptor)
     descriptor, manifest = fetch_variant(store, descriptor, raw, what, options=options)
     return Model(reference, descriptor, manifest, _read_config(store, manifest, what))
+
+
+def reference_in(source: Source, name: str, found: Descriptor) -> Reference | None:
+    """Return the reference by which `source` found the manifest; None for an id or a part of one.
+
+    The first digits of an id are spelled like a name, and a model that has no such name must not be
+    taken for one that has: a policy trusts names.
+    """
+    if is_model_id(name.strip()):
+        return None
+    try:
+        reference = Reference.parse(name)
+        if begins_id(name) and source.resolve(str(reference)).digest != found.digest:
+            return None
+    except (InvalidReferenceError, NotFoundError):
+        return None
+    return reference
+
+
+def model_of(
+    source: Source, descriptor: Descriptor, manifest: Manifest, reference: Reference | None
+) -> Model:
+    """Return the model whose manifest was read from `source`; raise `UnsupportedError` if none."""
+    what = str(reference or descriptor.digest)
+    manifest.check_is_model(what)
+    return Model(reference, descriptor, manifest, _read_config(source, manifest, what))
 
 
 def remote_model(
@@ -205,10 +232,3 @@ def _pull(
         progress=watch.report,
         stop=watch.stop,
     )
-
-
-def _reference(name: str) -> Reference | None:
-    try:
-        return Reference.parse(name)
-    except ValueError:  # a prefix of an id that is no name
-        return None

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from modelpack.errors import ConflictError
+from modelpack.digest import Digest
+from modelpack.errors import StoreError
 from modelpack.model import Model, ModelFile, Role, format_of, role_of
 from modelpack.operations.find import find_model
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.watching import watching
-from modelpack.progress import ProgressCallback
+from modelpack.progress import Action, Progress, ProgressCallback
 from modelpack.storage import Watch
-from modelpack.stores.kept import bundle_directory, remove_bundle, stale_bundles
+from modelpack.stores.kept import KeptFile
 from modelpack.stores.layout import LayoutStore
-from modelpack.unpacking.bundle import lay_out
+from modelpack.unpacking.bundle import Bundle, lay_out
+from modelpack.unpacking.links import Placement
 
 _WEIGHTS = (Role.WEIGHT, Role.PROJECTOR)
 
@@ -24,15 +27,20 @@ def kept_bundle(
     store: LayoutStore | None = None,
     remote: RemoteOptions | None = None,
     progress: ProgressCallback | None = None,
+    until: ExitStack | None = None,
 ) -> tuple[Model, Path]:
     """Return the model `name` and the directory of its files; one that is not stored is pulled.
 
-    The directory is in the store, named after the digest, and made once. Those of models that are
-    no longer stored are removed. Raises as `modelpack.pull` and `modelpack.bundle` do.
+    The directory is in the store, named after the digest, and made once; it goes with the model.
+    With `until`, no process removes the model or the directory until that is closed or this process
+    ends, whatever program it has become. Raises as `modelpack.pull` and `modelpack.bundle` do.
     """
     store = store or LayoutStore()
     watch = watching(progress)
     model = find_model(name, store, pull=True, remote=remote, watch=watch)
+    if until is not None:
+        with suppress(StoreError):  # whoever cannot write to a store can still read it
+            until.enter_context(store.lease([model.digest], growing=False, inherited=True))
     return model, kept_directory(model, store, watch) / "model"
 
 
@@ -61,17 +69,42 @@ def unpacked_files(
 
 
 def kept_directory(model: Model, store: LayoutStore, watch: Watch) -> Path:
-    """Return the kept bundle of a stored model, all of which is there; made if need be."""
-    directory = bundle_directory(store.root, model.digest)
-    _remove_old(store)
-    if not directory.is_dir():
-        directory.parent.mkdir(exist_ok=True)
-        try:
-            lay_out(model, lambda blob: store.blob_path(blob.digest), directory, watch=watch)
-        except ConflictError:
-            if not directory.is_dir():  # otherwise another process made the same just now
-                raise
+    """Return the kept bundle of a stored model, all of which is there.
+
+    It is made if need be, and made again if a file of it is no longer what was laid out: changed,
+    added, missing, or a link of a blob that was replaced since.
+    """
+    bundles, directory = store.bundles, store.bundles.directory(model.digest)
+    if bundles.check(model.digest) is None:
+        return directory
+
+    def waiting(holder: str) -> None:
+        message = f"the bundle is being made by {holder}: waiting"
+        watch.report(Progress(Action.NOTE, str(directory), model.digest, message=message))
+
+    with bundles.making(model.digest, watch.stop, waiting) as folder:
+        different = bundles.check(model.digest)
+        if different is None:
+            return directory
+        if different:
+            message = f"the bundle is made again: {different}"
+            watch.report(Progress(Action.NOTE, str(directory), model.digest, message=message))
+        needed = [model.digest, *(blob.digest for blob in model.manifest.blobs)]
+        with store.lease(needed, growing=False):
+            made = lay_out(
+                model, lambda blob: store.blob_path(blob.digest), folder / "made", watch=watch
+            )
+            bundles.publish(model.digest, made.directory, _kept_files(made))
     return directory
+
+
+def _kept_files(bundle: Bundle) -> list[KeptFile]:
+    files = [
+        KeptFile(file.path, file.content, None if file.linked is Placement.HARDLINK else "")
+        for file in bundle.files
+    ]
+    config = bundle.config.relative_to(bundle.directory).as_posix()
+    return [*files, KeptFile(config, Digest.of(bundle.config.read_bytes()), "")]
 
 
 def _holds(layer: ModelFile, name: str) -> int:
@@ -80,9 +113,3 @@ def _holds(layer: ModelFile, name: str) -> int:
     if path is None:
         return 1 if layer.archive else 0
     return 1 + len(path) if name == path or name.startswith(f"{path}/") else -1
-
-
-def _remove_old(store: LayoutStore) -> None:
-    stored = {model.descriptor.digest for model in store.models()}
-    for path in stale_bundles(store.root, stored, seconds=0):
-        remove_bundle(path)

@@ -149,9 +149,11 @@ def pull_locked(
                     f"{reference} is locked to {digest}, which the store {store.root} lacks",
                     hint="`modelpack pull --locked` fetches it",
                 )
-            done.append(
-                pull(pinned, store=store, remote=remote, progress=watch.report, stop=watch.stop)
+            pulled = pull(
+                pinned, store=store, remote=remote, progress=watch.report, stop=watch.stop
             )
+            done.append(pulled)
+            digest = pulled.digest  # of an index, that of the variant
         elif remote is not None and remote.trust is not None:
             model = replace(stored_model(store, str(digest)), reference=reference)
             check_stored(remote.trust, store, model, remote, watch)

@@ -90,7 +90,7 @@ def attach(
         )
 
     if store is not None:
-        subject = store.resolve(str(where))
+        subject = store.resolve(_subject_named(where))
         manifest = manifest_about(subject)
         with store.lease(()):
             transfer(
@@ -128,7 +128,7 @@ def referrers(
     """
     where = Reference.parse(reference) if isinstance(reference, str) else reference
     if store is not None:
-        return tuple(store.referrers(store.resolve(str(where)).digest, artifact_type))
+        return tuple(store.referrers(store.resolve(_subject_named(where)).digest, artifact_type))
     with open_repository(where, remote or RemoteOptions(), watching(None, stop)) as repository:
         descriptor, _ = fetch_referenced_manifest(repository, where)
         return tuple(repository.referrers(descriptor.digest, artifact_type))
@@ -172,3 +172,8 @@ def _check_type(media_type: str, what: str) -> None:
         raise UsageError(str(error)) from None
     if media_type == mediatypes.OCI_EMPTY:
         raise UsageError(f"{what}: {media_type} stands for nothing", hint="choose a type")
+
+
+def _subject_named(where: Reference) -> str:
+    """Return the name of a subject in a store, where what is attached has no repository."""
+    return str(where if where.tag is not None else where.digest)

@@ -112,13 +112,14 @@ def bundle(
 ) -> Bundle:
     """Lay the model out in `directory`, as links to the store, ready for a runtime to open."""
     from modelpack.unpacking.bundle import lay_out
+    from modelpack.unpacking.links import Placement
 
     store = store or LayoutStore()
     watch = watching(progress, stop)
     if directory.resolve() == store.root.resolve():
         raise UsageError(f"{directory} is the store itself", hint="choose another directory")
     model = find_model(name, store, pull=pull, remote=remote, watch=watch)
-    return lay_out(
+    made = lay_out(
         model,
         lambda descriptor: store.blob_path(descriptor.digest),
         directory,
@@ -126,3 +127,5 @@ def bundle(
         watch=watch,
         overwrite=overwrite,
     )
+    store.note_links(file.content for file in made.files if file.linked is Placement.HARDLINK)
+    return made

@@ -46,7 +46,13 @@ def as_single_files(model: Model, store: LayoutStore, watch: Watch) -> Model:
     """
     with scratch_directory(store, "files") as directory:
         laid_out = directory / "bundle"
-        bundle = lay_out(model, lambda blob: store.blob_path(blob.digest), laid_out, watch=watch)
+        bundle = lay_out(
+            model,
+            lambda blob: store.blob_path(blob.digest),
+            laid_out,
+            watch=watch,
+            runtime_names=False,
+        )
         request = _request(model, bundle, store, watch)
         planned = plan(request)
         for skipped in planned.skipped:

@@ -6,12 +6,19 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 from modelpack.descriptor import Descriptor
+from modelpack.digest import Digest
+from modelpack.errors import UnsupportedError
 from modelpack.manifest import Index, Manifest, parse_manifest_or_index
 from modelpack.operations.parallel import run_all
 from modelpack.progress import Action, Progress
 from modelpack.storage import Outcome, Source, Target, Watch
+
+#: Manifests of one index, and how deep indexes may be in it.
+MAX_MANIFESTS: Final = 1_000
+MAX_DEPTH: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +45,47 @@ def transfer(
     """Have the manifest `raw` and all it names in `target`, tagged `name`; return what was done.
 
     Blobs first, the manifest last, so that a target never shows a model with a part missing. The
-    manifests of an index are brought before the index itself.
+    manifests of an index are brought before the index itself, each once. Raises `UnsupportedError`
+    for indexes that are nested too deeply or list too much.
     """
+    return _transfer(source, target, descriptor, raw, name, concurrency, watch, 0, set())
+
+
+def _transfer(
+    source: Source,
+    target: Target,
+    descriptor: Descriptor,
+    raw: bytes,
+    name: str | None,
+    concurrency: int,
+    watch: Watch,
+    depth: int,
+    done: set[Digest],
+) -> Transfer:
+    done.add(descriptor.digest)
+    if depth > MAX_DEPTH or len(done) > MAX_MANIFESTS:
+        raise UnsupportedError(
+            f"{descriptor.digest}: an index may hold {MAX_MANIFESTS} manifests, and indexes "
+            f"{MAX_DEPTH} deep"
+        )
     document = parse_manifest_or_index(
         raw, f"manifest {descriptor.digest}", media_type=descriptor.media_type
     )
     if isinstance(document, Index):
         counts = [
-            transfer(
+            _transfer(
                 source,
                 target,
                 child,
                 source.fetch_manifest(child),
                 None,
-                concurrency=concurrency,
-                watch=watch,
+                concurrency,
+                watch,
+                depth + 1,
+                done,
             )
             for child in document.manifests
+            if child.digest not in done
         ]
         target.write_manifest(descriptor, raw, name)
         return Transfer(

@@ -6,6 +6,7 @@ included (`notice_me.py` is a license), because a layer's type is part of the ma
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
@@ -45,6 +46,17 @@ WEIGHT_TYPES: Final = tuple(MEDIA_TYPES[kind] for kind in WEIGHT_KINDS)
 
 #: Weights as Python pickles, which run code when they are loaded.
 PICKLE_EXTENSIONS: Final = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+#: How much of a file `holds_pickle` looks at.
+PICKLE_HEAD_BYTES: Final = 512
+# PROTO of protocols 2 to 5; a global, a dict or a list as protocols 0 and 1 begin; PyTorch's file
+# is a zip with a pickle in it.
+_PICKLE = re.compile(
+    rb"\x80[\x02-\x05]"
+    rb"|c[A-Za-z_][\w.]+\n[A-Za-z_]\w+\n(?:[()]|q[\x00-\x1f]|p\d+\n)"
+    rb"|\([dl]p\d+\n|[\]}]q\x00"
+    rb"|PK\x03\x04.{22}.{0,300}?data\.pkl",
+    re.DOTALL,
+)
 
 _LICENSE_WORDS = ("license", "licence", "copying", "notice")
 
@@ -67,6 +79,11 @@ def classify(path: str) -> FileKind:
 def is_pickle(path: str) -> bool:
     """Return whether the file `path` is named like a pickle of weights."""
     return lowered_name(path).endswith(PICKLE_EXTENSIONS)
+
+
+def holds_pickle(head: bytes) -> bool:
+    """Return whether a file with these first bytes is a Python pickle, whatever its name is."""
+    return _PICKLE.match(head) is not None
 
 
 def is_projector_name(path: str) -> bool:

@@ -158,6 +158,15 @@ def opened_status(path: Path, *, refuse_pointer: bool = False) -> os.stat_result
         os.close(descriptor)
 
 
+def head_of(path: Path, count: int) -> bytes:
+    """Return the first bytes of the file `path`; raise `PackagingError` if it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(count)
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
 def check_regular(path: Path, status: os.stat_result) -> None:
     """Raise `PackagingError`, saying what `path` is, unless it is a regular file."""
     if not stat.S_ISREG(status.st_mode):

@@ -14,19 +14,32 @@ from pathlib import Path
 
 from modelpack import mediatypes
 from modelpack.errors import PackagingError, UsageError
+from modelpack.model import role_of
 from modelpack.packaging.build import rehearse
-from modelpack.packaging.classify import MEDIA_TYPES, WEIGHT_KINDS, classify, is_pickle
+from modelpack.packaging.classify import (
+    MEDIA_TYPES,
+    PICKLE_HEAD_BYTES,
+    WEIGHT_KINDS,
+    classify,
+    holds_pickle,
+    is_pickle,
+)
 from modelpack.packaging.duplicates import without_duplicates
 from modelpack.packaging.files import (
     LayerFile,
     LayerFiles,
     expanded,
+    head_of,
     kind_of_file,
     shown,
     status_of,
 )
 from modelpack.packaging.planned import Plan
-from modelpack.packaging.request import PackageRequest, check_context_size_fits
+from modelpack.packaging.request import (
+    PackageRequest,
+    check_context_size_fits,
+    check_template_wins,
+)
 from modelpack.packaging.times import created_time
 from modelpack.packaging.walk import Found, Skipped, walk
 from modelpack.packaging.weights import check_projector, discovered_shards, weight_statistics
@@ -52,6 +65,7 @@ def plan(request: PackageRequest, *, environ: Mapping[str, str] = os.environ) ->
         files = _single(flag, path, maker)
     named, named_notes = named_files(request, maker)
     files, notes = _joined(files, named, request)
+    check_template_wins(request, [(role_of(f.media_type, f.filepath), f.filepath) for f in files])
     statistics, weight_notes = weight_statistics(
         files, config_json=_config_json(path, files), exact=request.preserve
     )
@@ -138,13 +152,8 @@ def _directory(
 
 
 def _check_kinds(root: Path, found: list[Found], request: PackageRequest) -> None:
-    pickles = [entry.filepath for entry in found if is_pickle(entry.filepath)]
-    if pickles and not request.allow_pickle:
-        raise PackagingError(
-            f"{shown(root)} holds files named like Python pickles, which can run code when they "
-            f"are loaded: {_listed(pickles)}",
-            hint="leave them out, convert them to safetensors, or use --allow-pickle",
-        )
+    if not request.allow_pickle:
+        _check_pickles(root, found)
     weights = {
         kind: [entry.filepath for entry in found if classify(entry.filepath) is kind]
         for kind in WEIGHT_KINDS
@@ -158,6 +167,21 @@ def _check_kinds(root: Path, found: list[Found], request: PackageRequest) -> Non
         raise PackagingError(
             f"{shown(root)} mixes formats of weights: {', '.join(formats)}",
             hint="package each format as a model of its own",
+        )
+
+
+def _check_pickles(root: Path, found: list[Found]) -> None:
+    what = "files named like Python pickles"
+    pickles = [entry.filepath for entry in found if is_pickle(entry.filepath)]
+    if not pickles:  # the parsers of weights see to it that those are none
+        what = "Python pickles"
+        others = [entry for entry in found if classify(entry.filepath) not in WEIGHT_KINDS]
+        pickles = [e.filepath for e in others if holds_pickle(head_of(e.path, PICKLE_HEAD_BYTES))]
+    if pickles:
+        raise PackagingError(
+            f"{shown(root)} holds {what}, which can run code when they are loaded: "
+            f"{_listed(pickles)}",
+            hint="leave them out, convert them to safetensors, or use --allow-pickle",
         )
 
 

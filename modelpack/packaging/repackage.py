@@ -15,6 +15,7 @@ from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
 from modelpack.errors import PackagingError, UsageError
 from modelpack.manifest import Manifest
+from modelpack.model import role_of
 from modelpack.packaging.build import Built, assemble, file_layers
 from modelpack.packaging.classify import WEIGHT_TYPES, is_projector_name
 from modelpack.packaging.convert import (
@@ -26,7 +27,11 @@ from modelpack.packaging.convert import (
 )
 from modelpack.packaging.files import LayerFiles, shown
 from modelpack.packaging.plan import Plan, named_files
-from modelpack.packaging.request import PackageRequest, check_context_size_fits
+from modelpack.packaging.request import (
+    PackageRequest,
+    check_context_size_fits,
+    check_template_wins,
+)
 from modelpack.packaging.times import created_time
 
 #: Of these a model uses one: with two, Docker Model Runner uses none.
@@ -82,6 +87,13 @@ def repackage(
     merged = _Merge(layers, config.diff_ids, config, keep_all=request.preserve)
     for layer in added:
         merged.add(layer, cncf_layers([layer])[0] if to_cncf else layer)
+    check_template_wins(
+        request,
+        [
+            (role_of(layer.media_type, layer.filepath), layer.filepath or "")
+            for layer in merged.layers
+        ],
+    )
     changes: dict[str, object] = {"diff_ids": tuple(merged.diff_ids)}
     if request.context_size is not None:
         changes["context_size"] = request.context_size

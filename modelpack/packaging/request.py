@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Final, Literal
 
-from modelpack.errors import UsageError
+from modelpack.errors import PackagingError, UsageError
+from modelpack.model import Role, preferred_template
 
 Format = Literal["docker", "cncf"]
 
@@ -72,6 +73,22 @@ def check_context_size_fits(request: PackageRequest, *, cncf: bool) -> None:
         raise UsageError(
             "a context size does not fit in the CNCF format, whose config has no field for it",
             hint="leave --context-size away, or use --format docker",
+        )
+
+
+def check_template_wins(request: PackageRequest, layers: Sequence[tuple[Role, str]]) -> None:
+    """Raise `PackagingError` if the model would use another template than --chat-template.
+
+    `layers` are all layers of the model, as `preferred_template` takes them.
+    """
+    at = preferred_template(layers)
+    if request.chat_template is None or request.preserve or at is None:
+        return
+    name, used = request.chat_template.name, layers[at][1]
+    if used != name:
+        raise PackagingError(
+            f"--chat-template {name}: the model has {used}, which runtimes would use instead",
+            hint=f"remove {used} from the directory, or replace it with {name}",
         )
 
 

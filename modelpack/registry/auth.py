@@ -42,6 +42,7 @@ class Authorizer:
         self._host = host
         self._source = credentials
         self._insecure = frozenset(insecure)
+        self._plain_http = plain_http
         self._exposed = plain_http and not self._may_overhear(api_host(host))
         self._report = report
         self._tokens = Tokens(host, request, clock)
@@ -153,7 +154,10 @@ class Authorizer:
         what = f"{self._host}: the realm of its challenge"
         url = checked_url(realm, what)
         origin = origin_of(url)
-        if origin.scheme == "http" and not (self._exposed or self._may_overhear(origin.netloc)):
+        allowed = self._exposed or origin.netloc in self._insecure
+        if origin.scheme == "http" and not (
+            allowed or (self._plain_http and is_loopback(origin.netloc))
+        ):
             raise AuthError(
                 f"{what} is plain http on {origin.netloc}; no credentials are sent there",
                 host=self._host,

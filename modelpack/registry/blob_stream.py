@@ -28,7 +28,7 @@ from modelpack.registry.endpoint import Endpoint
 from modelpack.registry.retry import FailedTry
 from modelpack.registry.speed import Speed
 from modelpack.registry.stops import either
-from modelpack.registry.transport import Call
+from modelpack.registry.transport import Call, stated_number
 from modelpack.registry.urls import origin_of
 from modelpack.storage import SegmentsRefused
 
@@ -113,7 +113,8 @@ class BlobStream:
         assert self._response is not None
         url = self._response.url
         self._stop.check()
-        with self._transport.guarded(self._what, url, self._stop), self._speed.clocked():
+        inflow = self._transport.inflow(self._step)
+        with self._transport.guarded(self._what, url, self._stop, inflow), self._speed.clocked():
             # One more byte at the end shows an answer that is too long, and frees the connection.
             data: bytes = self._response.raw.read1(min(length or 1, self._step))
         if data and not length:
@@ -154,7 +155,8 @@ class BlobStream:
                 self._response.close()
                 self._response = None
             if failed is not None:
-                if self._speed.was_fair():
+                pause = self._transport.retry.first_delay
+                if self._speed.was_fair(self._descriptor.size, pause):
                     self._retries.made_progress()
                 self._retries.wait_after(failed)
             self._speed = Speed(self._transport.timeouts)
@@ -217,9 +219,9 @@ class BlobStream:
             if match[3] not in ("*", str(size)):
                 raise self._wrong_size(match[3])
             start = position
-        length = response.headers.get("Content-Length", "")
-        if length.isdigit() and "Transfer-Encoding" not in response.headers:
-            total = start + int(length)
+        length = stated_number(response)
+        if length is not None and "Transfer-Encoding" not in response.headers:
+            total = start + length
             # A server may send less than the whole rest of a range: another request gets more.
             if total > self._end or (total < size and response.status_code != 206):
                 raise self._wrong_size(str(total))
@@ -227,7 +229,8 @@ class BlobStream:
     def _skip(self, response: requests.Response) -> None:
         """Read past what is there already: the server does not do ranges."""
         position = 0
-        with self._transport.guarded(self._what, response.url, self._stop):
+        inflow = self._transport.inflow(self._position)
+        with self._transport.guarded(self._what, response.url, self._stop, inflow):
             while position < self._position:
                 self._stop.check()
                 data = response.raw.read1(min(self._position - position, _READ_SIZE))

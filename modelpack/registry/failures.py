@@ -31,6 +31,7 @@ from modelpack.errors import (
     RemoteUnavailableError,
 )
 from modelpack.registry.retry import RETRYABLE_STATUSES, FailedTry, parse_retry_after
+from modelpack.registry.sockets import TooMuchError
 
 #: What a failing exchange may raise, for the `except` clauses of this package.
 NETWORK_ERRORS: Final = (requests.RequestException, HTTPError, OSError)
@@ -147,6 +148,10 @@ def network_error(what: str, host: str, error: Exception) -> RegistryError | Fai
                 host=host,
                 hint="check the name; a bare host name may need its domain",
             )
+    if any(isinstance(cause, TooMuchError) for cause in causes):
+        return RegistryError(
+            f"{what}: {host} sends headers, interim responses or trailers without end", host=host
+        )
     if any(_is_timeout(cause) for cause in causes):
         return FailedTry(RemoteTimeoutError(f"{what}: {host} did not answer in time", host=host))
     proxy = "the proxy before " if any(isinstance(c, ProxyError) for c in causes) else ""

@@ -10,7 +10,7 @@ from typing import Final
 
 from modelpack.errors import NotFoundError, RegistryError
 from modelpack.gojson import decode_object
-from modelpack.registry.manifests import next_page
+from modelpack.registry.manifests import Pages, next_page
 from modelpack.registry.scopes import Scopes
 from modelpack.registry.transport import Transport
 
@@ -26,12 +26,10 @@ def repositories(transport: Transport, host: str) -> Iterator[str]:
     """Yield the names, page by page, as the registry orders them; see `Registry.repositories`."""
     what = f"repositories of {host}"
     url: str | None = f"{transport.prefix}://{transport.origin.netloc}/v2/_catalog?n={_PAGE}"
-    seen: set[str] = set()
+    pages = Pages(what, MAX_REPOSITORIES)
     count = 0
     while url is not None:
-        if url in seen or count > MAX_REPOSITORIES:
-            raise RegistryError(f"{what}: the list does not end", host=host)
-        seen.add(url)
+        pages.check(url, count)
         try:
             response = transport.do_request(
                 url, "GET", headers={}, what=what, scopes=_SCOPES, limit=_MAX_PAGE_BYTES
@@ -45,6 +43,7 @@ def repositories(transport: Transport, host: str) -> Iterator[str]:
                 status_code=error.status_code,
                 hint="name them",
             ) from None
+        pages.add(response.content)
         value = decode_object(response.content, what, limit=_MAX_PAGE_BYTES)
         page = value.get("repositories") or []
         if not isinstance(page, list) or not all(isinstance(name, str) for name in page):

@@ -27,12 +27,16 @@ from modelpack.errors import (
 from modelpack.gojson import MAX_DOCUMENT_BYTES, decode_object
 from modelpack.manifest import parse_manifest_or_index
 from modelpack.registry.endpoint import Endpoint, checked_name
-from modelpack.registry.transport import Transport
+from modelpack.registry.transport import Transport, stated_number
 from modelpack.registry.urls import joined_url, origin_of
 
 _KNOWN: Final = (*mediatypes.MANIFEST_TYPES, *mediatypes.INDEX_TYPES)
 _ACCEPT: Final = {"Accept": ", ".join(_KNOWN)}
+#: More pages of a list are refused: a sound registry has a hundred entries or more on each.
+MAX_PAGES: Final = 10_000
 _MAX_PAGE_BYTES: Final = 32 * 1024 * 1024
+#: Bytes of all pages of one list: room for a million tags of the greatest length.
+MAX_LIST_BYTES: Final = 160 * 1024 * 1024
 
 
 def resolve(endpoint: Endpoint, name: str) -> Descriptor:
@@ -49,15 +53,15 @@ def resolve(endpoint: Endpoint, name: str) -> Descriptor:
         if error.status_code not in (400, 405, 501):
             raise
         return fetch_by_name(endpoint, name)[0]
-    media_type, length = _media_type(response), response.headers.get("Content-Length", "")
+    media_type, length = _media_type(response), stated_number(response)
     digest = _stated_digest(response, what)
-    if digest is None or media_type is None or not length.isdigit() or len(length) > 18:
+    if digest is None or media_type is None or length is None:
         return fetch_by_name(endpoint, name)[0]
     if ":" in name:
         Digest.parse(name).check_equal(digest, what)
     _check_known(media_type, what)
-    _check_size(int(length), what)
-    return Descriptor(media_type, digest, int(length))
+    _check_size(length, what)
+    return Descriptor(media_type, digest, length)
 
 
 def fetch_by_name(endpoint: Endpoint, name: str) -> tuple[Descriptor, bytes]:
@@ -135,18 +139,49 @@ def tags(endpoint: Endpoint) -> Iterator[str]:
     """Yield the tags, page by page, as the registry orders them."""
     url: str | None = endpoint.tags_url()
     what = f"tags of {endpoint.label}"
-    seen: set[str] = set()
+    pages = Pages(what)
+    count = 0
     while url is not None:
-        if url in seen:
-            raise RegistryError(f"{what}: a page names itself or an earlier one as the next")
-        seen.add(url)
+        pages.check(url, count)
         response = endpoint.request(url, "GET", what, endpoint.pull, {}, limit=_MAX_PAGE_BYTES)
+        pages.add(response.content)
         value = decode_object(response.content, what, limit=_MAX_PAGE_BYTES)
         page = [] if value.get("tags") is None else value["tags"]
         if not isinstance(page, list) or not all(isinstance(tag, str) for tag in page):
             raise RegistryError(f"{what}: 'tags' is not an array of strings")
+        count += len(page)
         yield from page
         url = next_page(endpoint.transport, response, what)
+
+
+class Pages:
+    """The pages of one list that were fetched, so that a server cannot lead on without end."""
+
+    def __init__(self, what: str, most: int = 1_000_000) -> None:
+        """`what` names the list in errors; `most` entries are taken."""
+        self._what = what
+        self._most = most
+        self._seen: set[str] = set()
+        self._bytes = 0
+
+    def check(self, url: str, count: int) -> None:
+        """Raise `RegistryError` if the list, of which there are `count` entries, does not end."""
+        if url in self._seen:
+            raise RegistryError(f"{self._what}: pagination loop: a page was already fetched")
+        self._seen.add(url)
+        if count > self._most or len(self._seen) > MAX_PAGES:
+            raise RegistryError(
+                f"{self._what}: the list does not end: {count} entries on {len(self._seen)} pages"
+            )
+
+    def add(self, page: bytes) -> None:
+        """Count a page that was fetched; raise `RegistryError` if all are too large together."""
+        self._bytes += len(page)
+        if self._bytes > MAX_LIST_BYTES:
+            raise RegistryError(
+                f"{self._what}: the list does not end: more than {MAX_LIST_BYTES} bytes "
+                f"on {len(self._seen)} pages"
+            )
 
 
 def next_page(transport: Transport, response: requests.Response, what: str) -> str | None:

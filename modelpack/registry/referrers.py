@@ -96,23 +96,23 @@ def _by_api(
     """Return what the registry lists; None if it has no such API."""
     what = f"referrers of {endpoint.manifest_label(str(subject))}"
     url: str | None = endpoint.referrers_url(subject, artifact_type)
-    seen: set[str] = set()
+    pages = manifests.Pages(what, MAX_REFERRERS)
+    first = url
     found: list[Descriptor] = []
     accept = {"Accept": mediatypes.OCI_INDEX}
     while url is not None:
-        if url in seen or len(found) > MAX_REFERRERS:
-            raise RegistryError(f"{what}: the list does not end")
-        seen.add(url)
+        pages.check(url, len(found))
         try:
             response = endpoint.request(url, "GET", what, endpoint.pull, accept)
         except RegistryError as error:
             no_api = isinstance(error, NotFoundError) or error.status_code in _NO_API
-            if no_api and len(seen) == 1:
+            if no_api and url == first:
                 return None
             raise
         media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
         if media_type != mediatypes.OCI_INDEX:  # some page of a proxy or a web site
             return None
+        pages.add(response.content)
         found += Index.parse(response.content, what).manifests
         url = manifests.next_page(endpoint.transport, response, what)
     return found

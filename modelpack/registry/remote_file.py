@@ -23,7 +23,7 @@ from modelpack.errors import (
 )
 from modelpack.registry.endpoint import Endpoint
 from modelpack.registry.retry import FailedTry
-from modelpack.registry.transport import Call
+from modelpack.registry.transport import Call, stated_number
 from modelpack.registry.urls import origin_of
 
 #: Bytes asked for at a time, at first: the header of most safetensors files fits.
@@ -140,9 +140,9 @@ class RemoteFile(io.RawIOBase):
             raise
         try:
             if response.status_code != 206:
-                length = response.headers.get("Content-Length", "")
-                if length.isdigit() and int(length) != self._size:
-                    raise self._wrong_size(length)
+                length = stated_number(response)
+                if length not in (None, self._size):
+                    raise self._wrong_size(str(length))
                 self._whole = response
                 return None
             self._check_range(response, start, end)
@@ -186,7 +186,8 @@ class RemoteFile(io.RawIOBase):
     def _receive(self, response: requests.Response, length: int) -> bytes:
         """Return `length` bytes of an answer, fewer if it ends."""
         content = bytearray()
-        with self._transport.guarded(self._what, response.url):
+        inflow = self._transport.inflow(length)
+        with self._transport.guarded(self._what, response.url, inflow=inflow):
             while len(content) < length:
                 self._transport.stop.check()
                 part = response.raw.read1(min(length - len(content), 512 * 1024))

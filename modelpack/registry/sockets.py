@@ -9,6 +9,7 @@ urllib3 and ssl set as timeout becomes the limit. They go by the stop that their
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import ssl
@@ -25,24 +26,80 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 from urllib3.util import wait_for_write
 
+from modelpack.errors import RegistryError
 from modelpack.progress import Stop
+from modelpack.registry.addresses import Reach
+from modelpack.registry.timeouts import Timeouts
 from modelpack.registry.tls import TlsContexts
 from modelpack.registry.urllib3_log import WithoutQueries
 from modelpack.registry.urls import Origin
 
 #: Seconds after which a blocked call looks whether it should stop.
 SLICE = 0.25
+# A name may have thousands, and each may take its time not to answer.
+_MOST_ADDRESSES = 16
 #: Connections kept for reuse, and hosts (registry, storage, token server) that they lead to.
 POOL_SIZE = 16
 
 T = TypeVar("T")
 
 
+class Inflow:
+    """What a peer may send in one go, and how slowly: bytes are counted where they are received.
+
+    It may send `max_bytes`. From the first byte on, whatever takes longer than `timeouts.idle` has
+    to come at `timeouts.minimum_speed`, and all of it within `seconds`; so a server that sends a
+    byte now and then, or interim responses without end, holds nobody.
+    """
+
+    def __init__(
+        self, timeouts: Timeouts, *, max_bytes: float = math.inf, seconds: float = math.inf
+    ) -> None:
+        self._timeouts = timeouts
+        self._left = self._max_bytes = max_bytes
+        self._seconds = seconds
+        self._began: float | None = None
+        self._window = 0.0
+        self._window_bytes = 0
+
+    def renew(self) -> None:
+        """Allow as many bytes again."""
+        self._left = self._max_bytes
+
+    def count(self, received: int) -> None:
+        """Count bytes that arrived; raise `TooMuchError`, or `TimeoutError` if too slow."""
+        self._left -= received
+        if self._left < 0:
+            raise TooMuchError
+        self._window_bytes += received
+        self.check()
+
+    def check(self) -> None:
+        """Raise `TimeoutError` if a reply that has begun is too slow."""
+        now = time.monotonic()
+        if self._began is None:
+            if self._window_bytes:
+                self._began = self._window = now
+            return
+        elapsed = now - self._window
+        if elapsed >= self._timeouts.idle:
+            if self._window_bytes < self._timeouts.minimum_speed * elapsed:
+                raise TimeoutError("timed out")
+            self._window, self._window_bytes = now, 0
+        if now - self._began >= self._seconds:
+            raise TimeoutError("timed out")
+
+
+class TooMuchError(OSError):
+    """A peer sent more than any sound one would: headers, interim responses or trailers."""
+
+
 class _Waiting(threading.local):
-    """What this thread waits for: until when, and how long a peer may take nothing from us."""
+    """What this thread's sockets heed: a stop, and limits of what a peer takes and sends."""
 
     stop: Stop | None = None
     send_limit: float | None = None
+    inflow: Inflow | None = None
 
 
 _waiting = _Waiting()
@@ -54,14 +111,17 @@ logging.getLogger("urllib3.connectionpool").addFilter(
 
 
 @contextmanager
-def waiting(stop: Stop, send_limit: float) -> Iterator[None]:
-    """Let this thread's sockets heed `stop`, and fail when nothing can be sent for so long."""
-    outer = _waiting.stop, _waiting.send_limit
-    _waiting.stop, _waiting.send_limit = stop, send_limit
+def waiting(stop: Stop, send_limit: float, inflow: Inflow | None = None) -> Iterator[None]:
+    """Let this thread's sockets heed `stop`, and fail when nothing can be sent for so long.
+
+    They fail, too, when more than `inflow` allows is received, or more slowly.
+    """
+    outer = _waiting.stop, _waiting.send_limit, _waiting.inflow
+    _waiting.stop, _waiting.send_limit, _waiting.inflow = stop, send_limit, inflow
     try:
         yield
     finally:
-        _waiting.stop, _waiting.send_limit = outer
+        _waiting.stop, _waiting.send_limit, _waiting.inflow = outer
 
 
 class PatientSocket(socket.socket):
@@ -93,8 +153,11 @@ class PatientSocket(socket.socket):
         self.settimeout(limit)
 
     def recv_into(self, *arguments: Any) -> int:
-        """Receive as ever."""
-        return self._patiently(self._limit, super().recv_into, *arguments)
+        """Receive as ever; what arrives is counted."""
+        count = self._patiently(self._limit, super().recv_into, *arguments)
+        if _waiting.inflow is not None:
+            _waiting.inflow.count(count)
+        return count
 
     def send(self, *arguments: Any) -> int:
         """Send as ever."""
@@ -139,6 +202,8 @@ def _deadline(limit: float | None) -> float:
 def _check(deadline: float) -> None:
     if _waiting.stop is not None:
         _waiting.stop.check()
+    if _waiting.inflow is not None:
+        _waiting.inflow.check()
     if time.monotonic() >= deadline:
         raise TimeoutError("timed out")
 
@@ -167,6 +232,8 @@ def _addresses(host: str, port: int, limit: float | None) -> list[Any]:
 
 
 class _Connecting(HTTPConnection):
+    reach: Reach  # set by the adapter
+
     def _new_conn(self) -> socket.socket:
         try:
             addresses = _addresses(self._dns_host.strip("[]"), self.port, self.timeout)
@@ -175,7 +242,15 @@ class _Connecting(HTTPConnection):
         except TimeoutError as error:
             raise ConnectTimeoutError(self, f"{self.host} was not found in time") from error
         failed: OSError | None = None
-        for family, kind, protocol, _, address in addresses:
+        refused: RegistryError | None = None
+        is_target = self.proxy is None  # a proxy's address is the user's choice
+        for family, kind, protocol, _, address in addresses[:_MOST_ADDRESSES]:
+            if is_target:
+                try:
+                    self.reach.check(self._dns_host, self.port, address[0])
+                except RegistryError as error:
+                    refused = error
+                    continue
             sock = PatientSocket(family, kind, protocol)
             try:
                 for option in self.socket_options or ():
@@ -189,15 +264,15 @@ class _Connecting(HTTPConnection):
                 sock.close()
                 raise
             else:
+                if is_target:
+                    self.reach.connected(self._dns_host, address[0])
                 sys.audit("http.client.connect", self, self.host, self.port)
                 return sock
+        if refused is not None and failed is None:
+            raise refused
         if isinstance(failed, TimeoutError):
             raise ConnectTimeoutError(self, f"no connection to {self.host}") from failed
         raise NewConnectionError(self, f"no connection to {self.host}: {failed}") from failed
-
-
-class _PlainConnection(_Connecting):
-    pass
 
 
 class _TlsConnection(_Connecting, HTTPSConnection):
@@ -213,26 +288,29 @@ class _TlsConnection(_Connecting, HTTPSConnection):
         self.is_verified = True
 
 
-class _PlainPool(HTTPConnectionPool):
-    ConnectionCls = _PlainConnection
-
-
-def _pools(contexts: TlsContexts) -> dict[str, type[HTTPConnectionPool]]:
-    class Connection(_TlsConnection):
+def _pools(contexts: TlsContexts, reach: Reach) -> dict[str, type[HTTPConnectionPool]]:
+    class Plain(_Connecting):
         pass
 
-    class Pool(HTTPSConnectionPool):
-        ConnectionCls = Connection
+    class Tls(_TlsConnection):
+        pass
 
-    Connection.contexts = contexts
-    return {"http": _PlainPool, "https": Pool}
+    class PlainPool(HTTPConnectionPool):
+        ConnectionCls = Plain
+
+    class TlsPool(HTTPSConnectionPool):
+        ConnectionCls = Tls
+
+    Tls.contexts = contexts
+    Plain.reach = Tls.reach = reach
+    return {"http": PlainPool, "https": TlsPool}
 
 
 class PatientAdapter(HTTPAdapter):
     """Makes a requests session use these sockets, directly and through an HTTP proxy."""
 
-    def __init__(self, contexts: TlsContexts) -> None:
-        self._pools = _pools(contexts)
+    def __init__(self, contexts: TlsContexts, reach: Reach) -> None:
+        self._pools = _pools(contexts, reach)
         super().__init__(pool_connections=POOL_SIZE, pool_maxsize=POOL_SIZE)
 
     def init_poolmanager(self, *arguments: Any, **options: Any) -> None:

@@ -41,6 +41,11 @@ class Speed:
         self._window_seconds, self._window_bytes = 0.0, 0
         return slow
 
-    def was_fair(self) -> bool:
-        """Return whether the connection brought something, and not at a crawl."""
-        return self._bytes > 0 and self._bytes >= self._minimum * self._seconds
+    def was_fair(self, size: int, pause: float) -> bool:
+        """Return whether the connection brought something of `size` bytes, and not at a crawl.
+
+        The `pause` before the next connection counts (seconds): a server that cuts each off after
+        a byte crawls as well. It does not for a connection that brought a hundredth of it all.
+        """
+        pause = 0.0 if self._bytes * 100 >= size else pause
+        return self._bytes > 0 and self._bytes >= self._minimum * (self._seconds + pause)

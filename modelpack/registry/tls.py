@@ -22,18 +22,20 @@ from modelpack.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class TlsOptions:
-    """Certificates beyond the defaults; paths are of PEM files.
+    """Whom to trust beyond the defaults; paths are of PEM files.
 
     `ca_file`: authorities that are trusted besides the system's. `client_certificate`: shown to the
     registry itself and to no other host; its key may be in the same file. `insecure`: hosts
     (`host[:port]`) whose certificate is not checked, and that get credentials over plain http where
-    they are spoken to so.
+    they are spoken to so. `allow_private`: hosts (`host` or `host:port`) that registries on public
+    addresses may lead to though theirs are not (see `addresses`).
     """
 
     ca_file: Path | None = None
     client_certificate: Path | None = None
     client_key: Path | None = None
     insecure: frozenset[str] = frozenset()
+    allow_private: frozenset[str] = frozenset()
 
 
 class TlsContexts:

@@ -6,6 +6,8 @@ Answers are `requests.Response`s with a success status; all else is raised as an
 from __future__ import annotations
 
 import json as json_text
+import math
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,11 +17,12 @@ from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import urlencode
 
 import requests
-from requests.utils import get_environ_proxies
+from requests.utils import get_environ_proxies, select_proxy
 
 from modelpack._version import __version__
 from modelpack.errors import RegistryError
 from modelpack.progress import ProgressCallback, Stop
+from modelpack.registry.addresses import Reach
 from modelpack.registry.auth import Authorizer
 from modelpack.registry.blob_options import BlobOptions
 from modelpack.registry.credentials import CredentialSource
@@ -33,7 +36,7 @@ from modelpack.registry.hosts import api_host, is_loopback, uses_plain_http
 from modelpack.registry.orasclient import OrasClient
 from modelpack.registry.retry import FailedTry, Retries, RetryPolicy
 from modelpack.registry.scopes import NOTHING, Scopes
-from modelpack.registry.sockets import PatientAdapter, waiting
+from modelpack.registry.sockets import Inflow, PatientAdapter, waiting
 from modelpack.registry.timeouts import Timeouts
 from modelpack.registry.tls import TlsContexts, TlsOptions
 from modelpack.registry.urls import Origin, joined_url, origin_of
@@ -42,7 +45,11 @@ MAX_REDIRECTS: Final = 10
 #: Bytes of an answer that is read whole; distribution-spec wants no larger manifests.
 MAX_BODY: Final = 4 * 1024 * 1024
 T = TypeVar("T")
+#: Bytes of a reply besides its body: status lines, interim ones included, headers and trailers.
+MAX_HEAD: Final = 256 * 1024
+_STEP: Final = 64 * 1024
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_NUMBER: Final = re.compile(r"[0-9]{1,18}\Z")
 
 
 class Body(Protocol):
@@ -100,7 +107,8 @@ class Transport(OrasClient):
         self.set_header("User-Agent", f"modelpack/{__version__}")
         self.set_header("Accept-Encoding", "identity")  # a digest is of the bytes as they are
         self.origin: Origin = origin_of(f"{self.prefix}://{address}")
-        self._adapter = PatientAdapter(TlsContexts(tls, self.origin.netloc))
+        self._reach = Reach(self.origin.host, tls.allow_private)
+        self._adapter = PatientAdapter(TlsContexts(tls, self.origin.netloc), self._reach)
         self.session.mount("http://", self._adapter)
         self.session.mount("https://", self._adapter)
         self.timeouts = timeouts
@@ -266,8 +274,12 @@ class Transport(OrasClient):
         # and read the body of a redirect whole.
         request = requests.PreparedRequest()
         answer_time = call.answer_time or self.timeouts.idle
-        proxies = {} if is_loopback(origin_of(url).host) else get_environ_proxies(url)
-        with self.guarded(call.what, url, call.stop):
+        origin = origin_of(url)
+        proxies = {} if is_loopback(origin.host) else get_environ_proxies(url)
+        if select_proxy(url, proxies):
+            self._reach.check_name(origin.host, origin.port)
+        inflow = Inflow(self.timeouts, max_bytes=MAX_HEAD, seconds=self.timeouts.reply)
+        with self.guarded(call.what, url, call.stop, inflow):
             request.prepare(call.method, url, headers=dict(headers))
             request.url = url  # not normalised: the query may be signed
             if call.body is not None:
@@ -281,17 +293,26 @@ class Transport(OrasClient):
             )
 
     @contextmanager
-    def guarded(self, what: str, url: str, stop: Stop | None = None) -> Iterator[None]:
-        """Talk to `url`: heed a stop, and translate the exceptions of the network."""
-        with waiting(stop or self.stop, self.timeouts.idle):
+    def guarded(
+        self, what: str, url: str, stop: Stop | None = None, inflow: Inflow | None = None
+    ) -> Iterator[None]:
+        """Talk to `url`: heed a stop, and translate the exceptions of the network.
+
+        What arrives is held to `inflow`, by default to the minimum speed.
+        """
+        with waiting(stop or self.stop, self.timeouts.idle, inflow or Inflow(self.timeouts)):
             try:
                 yield
             except NETWORK_ERRORS as error:
                 raise network_error(what, origin_of(url).netloc, error) from error
 
+    def inflow(self, length: int, seconds: float = math.inf) -> Inflow:
+        """Return what may arrive while `length` bytes of a body are read."""
+        # A chunk of one byte takes six; after the last one may be trailers.
+        return Inflow(self.timeouts, max_bytes=8 * length + MAX_HEAD, seconds=seconds)
+
     def _read(self, call: Call, response: requests.Response) -> bytes:
-        length = response.headers.get("Content-Length", "")
-        declared = int(length) if length.isdigit() and call.method != "HEAD" else 0
+        declared = (stated_number(response) or 0) if call.method != "HEAD" else 0
         body = b"" if declared > call.limit else self._read_up_to(call, response, call.limit + 1)
         if max(declared, len(body)) <= call.limit:
             return body
@@ -313,10 +334,14 @@ class Transport(OrasClient):
 
     def _read_up_to(self, call: Call, response: requests.Response, length: int) -> bytes:
         body = bytearray()
+        inflow = self.inflow(_STEP, self.timeouts.reply)
         try:
-            with self.guarded(call.what, response.url, call.stop):
-                while len(body) < length and (part := response.raw.read(length - len(body))):
+            with self.guarded(call.what, response.url, call.stop, inflow):
+                while part := response.raw.read(min(length - len(body), _STEP)):
                     body += part
+                    inflow.renew()
+                    if len(body) == length:
+                        break
         except BaseException:
             response.close()
             raise
@@ -329,6 +354,12 @@ class Transport(OrasClient):
             url, method, body, headers, what=f"token for {self.origin.netloc}", anonymous=True
         )
         return answer.content
+
+
+def stated_number(response: requests.Response, name: str = "Content-Length") -> int | None:
+    """Return the number in a header; None if it is missing or not decimal, or too large for us."""
+    value = response.headers.get(name, "")
+    return int(value) if _NUMBER.match(value) else None
 
 
 class _WholeBody:

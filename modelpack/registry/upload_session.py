@@ -18,7 +18,7 @@ from modelpack.errors import ModelpackError
 from modelpack.progress import Stop
 from modelpack.registry.endpoint import Endpoint
 from modelpack.registry.retry import FailedTry
-from modelpack.registry.transport import Body, Call
+from modelpack.registry.transport import Body, Call, stated_number
 from modelpack.registry.urls import with_query
 
 _OCTETS: Final = "application/octet-stream"
@@ -46,8 +46,7 @@ class UploadSession:
             url = with_query(url, **{"digest-algorithm": algorithm})
         response = self._transport.attempt(self._call("POST", url))
         self.location = self._transport.location(response, self._what)
-        minimum = response.headers.get("OCI-Chunk-Min-Length", "")
-        self.minimum_chunk = int(minimum) if minimum.isascii() and minimum.isdigit() else 0
+        self.minimum_chunk = stated_number(response, "OCI-Chunk-Min-Length") or 0
 
     def status(self) -> int | None:
         """Return how many bytes the registry has; None if it does not say."""

@@ -19,7 +19,7 @@ from modelpack.errors import AuthError, RegistryError
 from modelpack.registry.endpoint import Endpoint
 from modelpack.registry.retry import FailedTry, Retries
 from modelpack.registry.stops import either
-from modelpack.registry.transport import Call
+from modelpack.registry.transport import Call, stated_number
 from modelpack.registry.upload_content import ContentPart, UploadContent
 from modelpack.registry.upload_session import UploadSession
 from modelpack.registry.urls import with_query
@@ -79,8 +79,7 @@ class Upload:
             if error.status_code == 404:
                 return False
             raise
-        length = response.headers.get("Content-Length", "")
-        return not length.isdigit() or int(length) == self._descriptor.size
+        return stated_number(response) in (None, self._descriptor.size)
 
     def mount(self, other: Endpoint) -> str | None:
         """Ask the registry to link the blob from `other`.

@@ -19,7 +19,7 @@ from modelpack.errors import (
 )
 from modelpack.gojson import MAX_DOCUMENT_BYTES
 from modelpack.storage import BlobReader
-from modelpack.stores.durability import flush_directory, random_name, write_durably
+from modelpack.stores.durability import draft, flush_directory, write_durably
 from modelpack.stores.os_errors import translating
 from modelpack.stores.tree import Tree
 from modelpack.stores.trust import Trust
@@ -130,24 +130,17 @@ class Blobs:
             if flushed:
                 flush_directory(final.parent)
                 self._trust.forget(digest)
+            self._trust.drop_quarantined(digest)
 
     def write(self, digest: Digest, content: bytes) -> None:
         """Store a small blob, durably. The store's lock is held."""
-        staged = self._tree.ingest / f"tmp-{random_name()}"
+        staged = draft(self._tree.ingest, digest.encoded)
         with translating("write", staged):
             try:
                 write_durably(staged, content, mode=BLOB_MODE)
                 self.publish(staged, digest, flushed=True)
             finally:
                 staged.unlink(missing_ok=True)
-
-    def reclaimable(self, digest: Digest) -> int:
-        """Return the bytes that deleting the blob frees; a file with another name keeps them."""
-        try:
-            found = self._tree.blob(digest).lstat()
-        except FileNotFoundError:
-            return 0
-        return found.st_size if found.st_nlink == 1 else 0
 
     def delete(self, digest: Digest) -> None:
         """Delete a blob and its marks. The store's lock is held."""

@@ -97,18 +97,23 @@ class Hashing:
 
 
 def copy_and_hash(
-    source: int, target: int, path: Path, hashing: Hashing, seen: Callable[[int], None]
+    fill: Callable[[memoryview], int],
+    target: int,
+    path: Path,
+    hashing: Hashing,
+    seen: Callable[[int], None],
 ) -> int:
-    """Copy the open file `source` to `target`, whose name is `path`, hash it; return its bytes.
+    """Write what `fill` reads to the open file `target` at `path`, hash it; return the byte count.
 
-    `seen` is called with the number of bytes now and then, and may raise to end it.
+    `fill` puts bytes into a buffer and returns their number, 0 at the end. `seen` is called with
+    the number of bytes every `STEP` bytes and at the end; it may raise to end the copy.
     """
     total = told = 0
     writer = DirectWriter(target, hashing.size)
     with hashing:
         while True:
             buffer = hashing.buffer()
-            length = os.readv(source, [buffer])
+            length = fill(buffer)
             if not length:
                 break
             hashing.update(buffer, length)
@@ -121,6 +126,11 @@ def copy_and_hash(
     if told != total:
         seen(total)
     return total
+
+
+def filling(source: int) -> Callable[[memoryview], int]:
+    """Return a function that reads the open file `source` into a buffer."""
+    return lambda buffer: os.readv(source, [buffer])
 
 
 def read_and_hash(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from modelpack.errors import StorageFullError
@@ -36,6 +39,40 @@ def no_room(folder: Path, needed: int, available: int | None, what: str) -> Stor
         hint="free some space (`modelpack gc` may help) and run the same command again; "
         "what was downloaded so far is kept",
     )
+
+
+def bytes_freed(paths: Iterable[Path]) -> int:
+    """Return the bytes that deleting these files and directories frees, all together.
+
+    A file with several names is freed with the last of them, and counts once.
+    """
+    names: Counter[tuple[int, int]] = Counter()
+    found: dict[tuple[int, int], os.stat_result] = {}
+    for status in _statuses(paths):
+        key = (status.st_dev, status.st_ino)
+        names[key] += 1
+        found[key] = status
+    return sum(status.st_size for key, status in found.items() if status.st_nlink <= names[key])
+
+
+def bytes_used(*paths: Path) -> int:
+    """Return the bytes of these files and directories; a file with several names counts once."""
+    found = {(status.st_dev, status.st_ino): status.st_size for status in _statuses(paths)}
+    return sum(found.values())
+
+
+def _statuses(paths: Iterable[Path]) -> Iterator[os.stat_result]:
+    """Return the status of each file below the paths; what vanishes meanwhile is left out."""
+    for path in paths:
+        if path.is_symlink() or not path.is_dir():
+            with suppress(OSError):
+                yield os.lstat(path)
+            continue
+        for folder, directories, names in os.walk(path):
+            links = [name for name in directories if os.path.islink(os.path.join(folder, name))]
+            for name in (*names, *links):
+                with suppress(OSError):
+                    yield os.lstat(os.path.join(folder, name))
 
 
 def shown(size: int) -> str:

@@ -40,7 +40,7 @@ from modelpack.reference import Reference
 from modelpack.storage import BlobReader, BlobSource
 from modelpack.stores import lookup
 from modelpack.stores.cloning import clone
-from modelpack.stores.copying import Hashing, copy_and_hash, hash_file, read_and_hash
+from modelpack.stores.copying import Hashing, copy_and_hash, filling, hash_file, read_and_hash
 from modelpack.stores.disk_space import check_room
 from modelpack.stores.docker_index import DockerIndex, go_indented
 from modelpack.stores.durability import flush_directory, write_durably
@@ -244,7 +244,8 @@ class DockerStore:
             else:
                 check_room(self.root, descriptor.size, str(descriptor.digest))
                 hashing = Hashing(hasher, descriptor.size)
-                copy_and_hash(reader.fileno(), writer.fileno(), staged, hashing, lambda _: None)
+                fill = filling(reader.fileno())
+                copy_and_hash(fill, writer.fileno(), staged, hashing, lambda _: None)
             os.fchmod(writer.fileno(), 0o644)
             os.fsync(writer.fileno())
         return Digest.of_hasher(hasher)

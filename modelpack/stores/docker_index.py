@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from modelpack.digest import Digest
-from modelpack.errors import InvalidDigestError, InvalidReferenceError, ManifestError
+from modelpack.errors import (
+    InvalidDigestError,
+    InvalidReferenceError,
+    ManifestError,
+    StoreError,
+)
 from modelpack.gojson import decode_object
 from modelpack.reference import DEFAULT_REGISTRY, Reference
 
@@ -39,8 +44,15 @@ class DockerIndex:
         return cls(value, tuple(elements))
 
     def encoded(self) -> bytes:
-        """Return the bytes of the file."""
-        return go_indented({**self.value, "models": list(self.elements)})
+        """Return the bytes of the file; raise `StoreError` if they are more than can be read."""
+        raw = go_indented({**self.value, "models": list(self.elements)})
+        if len(raw) > _LIMIT:
+            raise StoreError(
+                f"Docker's model store is full: models.json would have {len(raw)} bytes, "
+                f"more than the limit of {_LIMIT}",
+                hint="remove models from it: docker model rm",
+            )
+        return raw
 
     def models(self) -> dict[Digest, tuple[tuple[str, Reference | None], ...]]:
         """Return each model's tags: as they are written, and what that means."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -16,6 +18,7 @@ from modelpack.storage import Watch
 from modelpack.stores.blobs import Blobs
 from modelpack.stores.copying import hash_file
 from modelpack.stores.index import IndexFile
+from modelpack.stores.kept import KeptBundles, State
 from modelpack.stores.os_errors import translating
 from modelpack.stores.reachability import read_manifest, successors
 from modelpack.stores.tree import Tree
@@ -34,6 +37,7 @@ class Fault(StrEnum):
     CONTENT = "content"  # a blob does not hash to its name; it is in quarantine now
     MANIFEST = "manifest"  # a manifest is intact but does not parse
     STRAY = "stray"  # a file under blobs/ that is no blob
+    BUNDLE = "bundle"  # a file of a bundle was not what its model says; the bundle is gone now
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +88,14 @@ class Checker:
     blobs: Blobs
     trust: Trust
     index: IndexFile
+    bundles: KeptBundles
 
     def check(self, *, fast: bool, watch: Watch) -> FsckReport:
-        """Check index, manifests and blobs; unless `fast`, hash every blob.
+        """Check index, manifests, blobs and bundles; unless `fast`, hash every blob.
 
-        Damaged blobs are moved to quarantine, nothing else is changed. A fast check hashes the
-        manifests, and those blobs that have a wrong size.
+        Damaged blobs are moved to quarantine, and bundles that are not links or copies of their
+        blobs are deleted; they are made again when they are used. A fast check hashes the
+        manifests, and what has a wrong size or, in a bundle, another time of change.
         """
         self.tree.prepare()
         check = _Check(self, watch)
@@ -100,6 +106,9 @@ class Checker:
             check.blob(digest, fast=fast)
         for path in self.blobs.strays():
             check.add(Fault.STRAY, f"{path} is no blob; some tools refuse the store for it")
+        for path, manifest in self.bundles.all().items():
+            watch.stop.check()
+            check.bundle(path, manifest, fast=fast)
         if not fast:
             good = ((d, self.tree.blob(d)) for d in sorted(present - check.damaged))
             self.trust.settle(good, limit=_FLUSH_LIMIT)
@@ -120,6 +129,7 @@ class _Check:
         self.lacking: set[str] = set()
         self.bytes_checked = 0
         self._unparsable: dict[Digest, str] = {}
+        self._successors: dict[Descriptor, tuple[Descriptor | None, tuple[Descriptor, ...]]] = {}
 
     def add(self, fault: Fault, message: str, digest: Digest | None = None) -> None:
         """Note a problem."""
@@ -147,13 +157,16 @@ class _Check:
         if path.is_symlink() and not self._of.tree.holds(path):
             return self.add(Fault.STRAY, f"{path} leads out of the store", digest)
         try:
-            size = path.stat().st_size
+            found = path.stat()
         except FileNotFoundError:
             if digest in self.damaged:
                 where = self._of.tree.quarantine
                 message = f"blob {digest} was damaged and is in {where} now"
                 return self.add(Fault.CONTENT, message, digest)
             return self._missing(digest, need)
+        if not stat.S_ISREG(found.st_mode):
+            return self.add(Fault.STRAY, f"{path} is not a file", digest)
+        size = found.st_size
         wrong = sorted(need.sizes - {size})
         if (not fast or wrong) and not self._hashes(digest, path):
             message = f"blob {digest} was damaged and is in {self._of.tree.quarantine} now"
@@ -165,37 +178,73 @@ class _Check:
             return self.add(Fault.MANIFEST, self._unparsable[digest], digest)
         return None
 
+    def bundle(self, path: Path, manifest: Digest | None, *, fast: bool) -> None:
+        """Check one bundle; delete it if it is not what its model says."""
+        if manifest is None:
+            return  # left by another version; a collection deletes it
+
+        def seen(_completed: int) -> None:
+            self._watch.stop.check()
+
+        try:
+            inode = os.lstat(path).st_ino
+            verdict = self._of.bundles.verify(
+                path, is_live=manifest in self.needs, fast=fast, seen=seen
+            )
+        except FileNotFoundError:  # it was replaced or removed while we looked
+            return
+        if verdict.state is State.SOUND:
+            return
+        with self._of.tree.lock().held():
+            dropped = self._of.bundles.drop(path, inode=inode)
+        if dropped and verdict.state is State.DAMAGED:
+            message = (
+                f"the bundle {path} differed from its model ({verdict.why}) and was deleted: "
+                "restart runtimes that opened it"
+            )
+            self.add(Fault.BUNDLE, message, manifest)
+
     def _missing(self, digest: Digest, need: _Need) -> None:
         listed = {entry.name or entry.digest.short for entry in self._of.index.read().entries}
         self.lacking |= (need.models - need.vital) & listed
         if need.vital & listed:  # else it was removed while we looked
             self.add(Fault.MISSING, f"blob {digest} is missing", digest)
 
-    def _walk(
-        self, descriptor: Descriptor, name: str, *, partial: bool = False, vital: bool = True
-    ) -> None:
-        """Note that the model `name` leads to a blob; a `partial` one may lack its layers."""
-        digest = descriptor.digest
-        need = self.needs.setdefault(digest, _Need())
-        need.sizes.add(descriptor.size)
-        if vital:
-            need.vital.add(name)
-        if name in need.models:
-            return
-        need.models.add(name)
-        path = self._of.tree.blob(digest)
+    def _walk(self, root: Descriptor, name: str, *, partial: bool) -> None:
+        """Note what the model `name` leads to; a `partial` one may lack its layers."""
+        waiting = [(root, True)]
+        while waiting:
+            descriptor, vital = waiting.pop()
+            need = self.needs.setdefault(descriptor.digest, _Need())
+            need.sizes.add(descriptor.size)
+            if vital:
+                need.vital.add(name)
+            if name in need.models:
+                continue
+            need.models.add(name)
+            if descriptor not in self._successors:
+                self._successors[descriptor] = self._successors_of(descriptor)
+            config, found = self._successors[descriptor]
+            may_lack = partial and descriptor is root
+            waiting += [(one, not may_lack or one == config) for one in found]
+
+    def _successors_of(
+        self, descriptor: Descriptor
+    ) -> tuple[Descriptor | None, tuple[Descriptor, ...]]:
+        """Return the config of a manifest, and all that it needs; nothing if it is none."""
+        path = self._of.tree.blob(descriptor.digest)
         if descriptor.media_type not in _TYPES or not path.is_file():
-            return
+            return None, ()
         try:
-            if self._hashes(digest, path):
+            if self._hashes(descriptor.digest, path):
                 manifest = read_manifest(self._of.blobs, descriptor)
                 config = manifest.config if isinstance(manifest, Manifest) else None
-                for successor in successors(manifest):
-                    self._walk(successor, name, vital=not partial or successor == config)
+                return config, successors(manifest)
         except (FormatError, IntegrityError) as error:
-            self._unparsable[digest] = f"manifest {error}"
+            self._unparsable[descriptor.digest] = f"manifest {error}"
         except NotFoundError:  # it was removed while we looked
             pass
+        return None, ()
 
     def _hashes(self, digest: Digest, path: Path) -> bool:
         """Return whether the blob is intact; if not, move it to quarantine."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -13,8 +14,10 @@ from modelpack.digest import Digest
 from modelpack.errors import LockedError
 from modelpack.stores.abandoned import abandoned_uploads, allocated_bytes, remove_upload
 from modelpack.stores.blobs import Blobs
+from modelpack.stores.disk_space import bytes_freed
+from modelpack.stores.durability import is_draft
 from modelpack.stores.index import IndexFile
-from modelpack.stores.kept import BUNDLES, own_bytes, remove_bundle, stale_bundles
+from modelpack.stores.kept import KeptBundles
 from modelpack.stores.leases import Leases
 from modelpack.stores.locks import FileLock
 from modelpack.stores.os_errors import translating
@@ -32,8 +35,9 @@ _FLUSH_LIMIT = 16 * 1024**3
 class GcReport:
     """What was deleted or, in a dry run, would be.
 
-    `partials` are files and uploads in `ingest/`, and bundles that were kept; `kept` are
-    unreferenced blobs that a lease or the grace period protects.
+    `partials` are files and uploads in `ingest/`, bundles of models that are gone, and damaged
+    copies of blobs that are there again or that no model needs. `kept` are unreferenced blobs that
+    a lease or the grace period protects. `bytes_freed` counts no file that keeps another name.
     """
 
     dry_run: bool
@@ -52,6 +56,7 @@ class Collector:
     trust: Trust
     index: IndexFile
     leases: Leases
+    bundles: KeptBundles
 
     def collect(
         self, *, dry_run: bool, grace_seconds: float, partial_seconds: float = PARTIAL_SECONDS
@@ -64,39 +69,53 @@ class Collector:
         with self.tree.lock().held():
             live = self._live()
             leased = {d for lease in self.leases.live() for d in lease.digests}
-            removed, kept, freed = [], [], 0
+            removed, kept = [], []
+            stale = self.bundles.stale(live | leased)
+            left_over = self.bundles.left_over(delete=not dry_run)
             for digest in [d for d in self.blobs.digests() if d not in live]:
                 path = self.tree.blob(digest)
+                if path.is_dir():
+                    continue  # `fsck` reports it
                 if digest in leased or self._is_recent(digest, path, grace_seconds):
                     kept.append(digest)
                     continue
                 removed.append(digest)
-                freed += self.blobs.reclaimable(digest)
-                if not dry_run:
+            damaged = list(self._unneeded_damage(live))
+            freed = bytes_freed(
+                [*stale, *left_over.values(), *damaged, *map(self.tree.blob, removed)]
+            )
+            if not dry_run:
+                for path in damaged:
+                    path.unlink(missing_ok=True)
+                for path in stale:
+                    self.bundles.drop(path)
+                for path in left_over.values():
+                    self.bundles.remove(path)
+                for digest in removed:
                     self.blobs.delete(digest)
             partials = list(self._left_behind(partial_seconds, dry_run=dry_run))
             freed += sum(size for _, size in partials)
-            bundles = list(self._bundles(live | leased, grace_seconds, dry_run=dry_run))
-            freed += sum(size for _, size in bundles)
             if not dry_run:
                 for mark in self.trust.stale_marks():
                     mark.unlink(missing_ok=True)
         if not dry_run:
             self.trust.settle(((d, self.tree.blob(d)) for d in sorted(live)), limit=_FLUSH_LIMIT)
         names = tuple(str(path.relative_to(self.tree.ingest)) for path, _ in partials)
-        names += tuple(f"{BUNDLES}/{name}" for name, _ in bundles)
+        names += tuple(f"{self.tree.quarantine.name}/{path.name}" for path in damaged)
+        names += tuple(f"{self.tree.bundling.name}/{name}" for name in left_over)
+        names += tuple(f"{self.tree.bundles.name}/{path.name}" for path in stale)
         return GcReport(dry_run, tuple(removed), names, freed, tuple(kept))
 
-    def _bundles(
-        self, live: Collection[Digest], grace_seconds: float, *, dry_run: bool
-    ) -> Iterator[tuple[str, int]]:
-        """Delete the bundles of models that have gone; tell their names and bytes."""
-        for path in stale_bundles(self.tree.root, live, grace_seconds):
-            with translating("delete", path):
-                size = own_bytes(path)
-                if not dry_run:
-                    remove_bundle(path)
-            yield path.name, size
+    def _unneeded_damage(self, live: Collection[Digest]) -> Iterator[Path]:
+        """Return the damaged blobs that are there again, and those that no model needs."""
+        if not self.tree.quarantine.is_dir():
+            return
+        for path in sorted(self.tree.quarantine.iterdir()):
+            digest = labelled(path.name)
+            if path.is_dir():
+                continue
+            if digest is not None and (digest not in live or self.tree.blob(digest).is_file()):
+                yield path
 
     def _live(self) -> set[Digest]:
         live = reachable(self.blobs, [entry.descriptor for entry in self.index.read().entries])
@@ -117,11 +136,18 @@ class Collector:
         """Delete what no process writes any more and nobody goes on with; tell it and its bytes."""
         for path in sorted(self.tree.ingest.iterdir()):
             with translating("delete", path), suppress(FileNotFoundError, LockedError):
-                found = path.stat()
+                found = path.lstat()
+                if not stat.S_ISREG(found.st_mode):
+                    continue
                 size = min(found.st_size, found.st_blocks * 512)  # a download may have gaps
                 if is_staged_import(path):
                     # The importing process holds the file itself, from before we got the lock.
                     if not FileLock(path).is_free():
+                        continue
+                    if not dry_run:
+                        path.unlink()
+                elif is_draft(path):
+                    if time.time() - found.st_mtime < partial_seconds:
                         continue
                     if not dry_run:
                         path.unlink()

@@ -1,4 +1,4 @@
-"""Files of this machine: hashed and copied into the store in one pass."""
+"""Files of this machine and members of archives: hashed and copied into the store in one pass."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest, new_hasher
 from modelpack.errors import (
     NotFoundError,
     PackagingError,
+    SizeMismatchError,
     SourceChangedError,
     StorageFullError,
 )
 from modelpack.progress import Action, Progress
-from modelpack.storage import Outcome, Watch
+from modelpack.storage import BlobReader, Outcome, Watch
 from modelpack.stores.cloning import clone, reserve
-from modelpack.stores.copying import Hashing, copy_and_hash, read_and_hash
+from modelpack.stores.copying import Hashing, copy_and_hash, filling, read_and_hash
 from modelpack.stores.disk_space import check_room, no_room
 from modelpack.stores.os_errors import translating
 from modelpack.stores.staging import StagedImport, staged_import
@@ -90,7 +92,9 @@ class Imports:
                     self._make_room(staged, found.st_size, path)
                     hashing = Hashing(hasher, found.st_size)
                     try:
-                        size = copy_and_hash(source, staged.file, staged.path, hashing, seen)
+                        size = copy_and_hash(
+                            filling(source), staged.file, staged.path, hashing, seen
+                        )
                     except StorageFullError as error:
                         raise no_room(self.tree.ingest, found.st_size, None, str(path)) from error
                 _check_unchanged(path, found, os.fstat(source), size)
@@ -99,6 +103,33 @@ class Imports:
                 yield Read(path, Digest.of_hasher(hasher), found, staged.path, linked)
         finally:
             os.close(source)
+
+    @contextmanager
+    def receiving(self, descriptor: Descriptor, stream: BlobReader, watch: Watch) -> Iterator[Read]:
+        """Read the blob from a stream that cannot be read again; it is staged in the block.
+
+        Unlike a download, nothing of it stays if this fails, and its size, which is only a claim,
+        reserves no space. Raises `DigestMismatchError`, `SizeMismatchError`, `StorageFullError`.
+        """
+        name, wanted = descriptor.filepath or descriptor.digest.short, descriptor.size
+        check_room(self.tree.ingest, wanted, name)
+        reported = _reporter(name, wanted, watch)
+
+        def seen(completed: int) -> None:
+            if completed > wanted:
+                raise _wrong_size(descriptor, f"more than {wanted}")
+            reported(completed)
+
+        with staged_import(self.tree) as staged:
+            hasher = descriptor.digest.hasher()
+            hashing = Hashing(hasher, wanted)
+            size = copy_and_hash(stream.readinto, staged.file, staged.path, hashing, seen)
+            if size != wanted:
+                raise _wrong_size(descriptor, str(size))
+            digest = Digest.of_hasher(hasher)
+            descriptor.digest.check_equal(digest, name)
+            staged.seal()
+            yield Read(staged.path, digest, os.fstat(staged.file), staged.path, linked=False)
 
     def _make_room(self, staged: StagedImport, size: int, path: Path) -> None:
         check_room(self.tree.ingest, size, str(path))
@@ -134,6 +165,14 @@ def _open(path: Path) -> int:
 def _check_regular(found: os.stat_result, path: Path) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise PackagingError(f"{path} is not a regular file")
+
+
+def _wrong_size(descriptor: Descriptor, got: str) -> SizeMismatchError:
+    return SizeMismatchError(
+        f"blob {descriptor.digest}: expected {descriptor.size} bytes, got {got}",
+        expected=str(descriptor.size),
+        got=got,
+    )
 
 
 def _reporter(name: str, size: int, watch: Watch) -> Callable[[int], None]:

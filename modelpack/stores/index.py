@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from modelpack import mediatypes
 from modelpack.descriptor import Descriptor
@@ -27,12 +27,13 @@ from modelpack.errors import (
 )
 from modelpack.gojson import decode_object, encode
 from modelpack.reference import DEFAULT_REGISTRY, Reference, spelled_in_full
-from modelpack.stores.durability import write_atomically
+from modelpack.stores.durability import open_own, write_atomically
 from modelpack.stores.lookup import Entry, Match, Names, may_name
 from modelpack.stores.os_errors import translating
 from modelpack.stores.tree import Tree
 
-_MAX_BYTES = 256 * 1024 * 1024
+#: Of the file: a larger one is neither read nor written.
+MAX_BYTES: Final = 256 * 1024 * 1024
 _NAME_KEYS = (mediatypes.REF_NAME, mediatypes.CONTAINERD_NAME)
 # A file changed this long ago looks different after its next change; clocks of file systems tick
 # coarsely and inode numbers come again.
@@ -71,7 +72,7 @@ class IndexDocument:
     @classmethod
     def parse(cls, raw: bytes, what: str) -> IndexDocument:
         """Return the document in `raw`; raises `ManifestError` if it is no index at all."""
-        value = decode_object(raw, what, limit=_MAX_BYTES)
+        value = decode_object(raw, what, limit=MAX_BYTES)
         manifests = value.get("manifests")
         if manifests is None:
             manifests = []
@@ -112,9 +113,16 @@ class IndexDocument:
         return Names(self.entries)
 
     def encoded(self) -> bytes:
-        """Return the bytes of the file."""
+        """Return the bytes of the file; raise `StoreError` if they are more than can be read."""
         manifests = [item.raw for item in self.items]
-        return encode({"schemaVersion": 2, **self.value, "manifests": manifests})
+        raw = encode({"schemaVersion": 2, **self.value, "manifests": manifests})
+        if len(raw) > MAX_BYTES:
+            raise StoreError(
+                f"the store is full: index.json would have {len(raw)} bytes, "
+                f"more than the limit of {MAX_BYTES}",
+                hint="remove models, or use another store: --store DIR",
+            )
+        return raw
 
     def has(self, digest: Digest) -> bool:
         """Return whether an entry points at the manifest."""
@@ -217,15 +225,16 @@ class IndexFile:
         path = self._tree.index
         with translating("read", path):
             try:
-                stream = path.open("rb")
+                descriptor = open_own(path, follow=True)
             except FileNotFoundError:
                 return IndexDocument({}, ())
-            with stream:
+            with open(descriptor, "rb") as stream:
                 found = os.fstat(stream.fileno())
                 stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
                 if self._seen is not None and self._seen[0] == stamp:
                     return self._seen[1]
-                raw = stream.read(_MAX_BYTES + 1)
+                # A buffer of the size asked for is allocated at once, however short the file is.
+                raw = stream.read(min(found.st_size, MAX_BYTES) + 1)
         try:
             document = IndexDocument.parse(raw, str(path))
         except ManifestError as error:

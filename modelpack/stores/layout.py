@@ -9,8 +9,8 @@ verified), `downloads` and `imports` (how blobs come in), `publishing` (when the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,11 +20,12 @@ from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
 from modelpack.errors import (
     NotFoundError,
+    StoreError,
     UsageError,
 )
 from modelpack.progress import Action, Progress
 from modelpack.reference import Reference
-from modelpack.storage import BlobSource, Outcome, Watch
+from modelpack.storage import BlobReader, BlobSource, Outcome, Watch
 from modelpack.stores import lookup
 from modelpack.stores.blobs import Blobs, FileBlob
 from modelpack.stores.index import IndexDocument, IndexFile
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from modelpack.stores.fsck import FsckReport
     from modelpack.stores.gc import GcReport
     from modelpack.stores.imports import ImportedFile, Imports
+    from modelpack.stores.kept import KeptBundles
     from modelpack.stores.listing_cache import ListingCache
     from modelpack.stores.publishing import Publisher
     from modelpack.stores.removal import Removal, Remover
@@ -121,6 +123,26 @@ class LayoutStore:
         if outcome is Outcome.EXISTED:
             watch.report(_skipped(descriptor))
         return outcome
+
+    def receive_blob(self, descriptor: Descriptor, stream: BlobReader, watch: Watch) -> Outcome:
+        """Store the blob from a stream that is read once; if that fails, nothing of it stays.
+
+        A blob that is there is not read. Raises `DigestMismatchError`, `SizeMismatchError`,
+        `StorageFullError`, or what the stream raises.
+        """
+        self._tree.prepare()
+        if self._publisher.keep(descriptor):
+            watch.report(_skipped(descriptor))
+            return Outcome.EXISTED
+        with self._imports.receiving(descriptor, stream, watch) as read:
+            return self._publisher.publish(read)
+
+    def list_manifests(self, named: Sequence[tuple[Descriptor, str | None]]) -> None:
+        """List stored manifests, each with a name or None, in one change of the index.
+
+        Raises as `write_manifest`; then nothing has changed.
+        """
+        self._manifests.list_stored(named)
 
     def write_manifest(
         self,
@@ -212,6 +234,18 @@ class LayoutStore:
             descriptor.digest.check_equal(read.digest, str(path))
             return self._publisher.publish(read)
 
+    def note_links(self, digests: Iterable[Digest]) -> None:
+        """Note that these blobs have hard links elsewhere, by which they can be changed.
+
+        From now on a change is detected at the next use, by size and time, as of `import_file`. A
+        store that cannot be written to goes without.
+        """
+        found = set(digests)
+        if found and not self._tree.is_read_only():
+            with suppress(StoreError):
+                self._tree.prepare()
+                self.bundles.note_links(found)
+
     def take_file(self, path: Path, digest: Digest) -> Outcome:
         """Move a file of the same file system into the store; the caller has verified it.
 
@@ -280,6 +314,10 @@ class LayoutStore:
         """
         return self._remover().delete_blob(digest)
 
+    def discard_blobs(self, digests: Collection[Digest]) -> None:
+        """Delete those of the blobs that no listed manifest needs and no lease keeps."""
+        self._remover().discard(digests)
+
     def index(self) -> IndexDocument:
         """Return what `index.json` says now."""
         return self._index.read()
@@ -309,21 +347,31 @@ class LayoutStore:
 
     # Upkeep
 
+    @cached_property
+    def bundles(self) -> KeptBundles:
+        """The models that are laid out in the store, for runtimes to open."""
+        from modelpack.stores.kept import KeptBundles
+
+        return KeptBundles(self._tree, self._blobs, self._trust)
+
     def lease(
-        self, digests: Iterable[Digest], *, growing: bool = True
+        self, digests: Iterable[Digest], *, growing: bool = True, inherited: bool = False
     ) -> AbstractContextManager[None]:
         """Keep these blobs from being deleted in the block, by any process.
 
         A `growing` lease also keeps what this object writes, or finds there, in the block: so the
-        parts of a model are safe until its manifest is written.
+        parts of a model are safe until its manifest is written. A lease on a manifest keeps its
+        bundle. An `inherited` lease outlives the block's process in the program that it becomes.
         """
-        return self._leases.hold(digests, growing=growing)
+        return self._leases.hold(digests, growing=growing, inherited=inherited)
 
     def gc(self, *, dry_run: bool = False, grace_seconds: float = 3600) -> GcReport:
         """Delete the blobs that no model and no lease needs, if unused for `grace_seconds`."""
         from modelpack.stores.gc import Collector
 
-        collector = Collector(self._tree, self._blobs, self._trust, self._index, self._leases)
+        collector = Collector(
+            self._tree, self._blobs, self._trust, self._index, self._leases, self.bundles
+        )
         return collector.collect(dry_run=dry_run, grace_seconds=grace_seconds)
 
     def drop_quarantined(self, digest: Digest) -> None:
@@ -331,15 +379,15 @@ class LayoutStore:
         self._trust.drop_quarantined(digest)
 
     def fsck(self, *, fast: bool = False, watch: Watch) -> FsckReport:
-        """Check everything; `fast` looks at sizes and manifests only. Damaged blobs are set aside.
+        """Check everything; `fast` looks at sizes and manifests only. Damaged blobs are set aside,
+        bundles that differ from their blobs are deleted.
 
         The report says which models are hit.
         """
         from modelpack.stores.fsck import Checker
 
-        return Checker(self._tree, self._blobs, self._trust, self._index).check(
-            fast=fast, watch=watch
-        )
+        checker = Checker(self._tree, self._blobs, self._trust, self._index, self.bundles)
+        return checker.check(fast=fast, watch=watch)
 
     @cached_property
     def _publisher(self) -> Publisher:
@@ -362,7 +410,7 @@ class LayoutStore:
     def _remover(self) -> Remover:
         from modelpack.stores.removal import Remover
 
-        return Remover(self._tree, self._blobs, self._index, self._leases)
+        return Remover(self._tree, self._blobs, self._index, self._leases, self.bundles)
 
 
 def _skipped(descriptor: Descriptor) -> Progress:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from modelpack.digest import Digest
 from modelpack.errors import InvalidDigestError
-from modelpack.stores.durability import boot_id, random_name, write_all
+from modelpack.stores.durability import boot_id, open_own, random_name, write_all
 from modelpack.stores.locks import try_lock
 from modelpack.stores.os_errors import translating
 from modelpack.stores.tree import Tree
@@ -40,13 +41,19 @@ class Leases:
         self._growing: dict[int, set[Digest]] = {}  # open files and what they list
 
     @contextmanager
-    def hold(self, digests: Iterable[Digest], *, growing: bool) -> Iterator[None]:
-        """Keep the blobs in the block; a growing lease also takes in what `note` is told."""
+    def hold(
+        self, digests: Iterable[Digest], *, growing: bool, inherited: bool = False
+    ) -> Iterator[None]:
+        """Keep the blobs in the block; a growing lease also keeps what `note` adds to it.
+
+        An `inherited` one stays when this process becomes another program, until that ends.
+        """
         wanted = set(digests)
         descriptor = self._create(wanted)
         if descriptor is None:
             yield
             return
+        os.set_inheritable(descriptor[1], inherited)
         if growing:
             with self._mutex:
                 self._growing[descriptor[1]] = wanted
@@ -79,7 +86,9 @@ class Leases:
                 return ()
             for path in sorted(self._tree.leases.iterdir()):
                 try:
-                    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    if not stat.S_ISREG(os.lstat(path).st_mode):
+                        continue  # not a lease of ours
+                    descriptor = open_own(path)
                 except FileNotFoundError:  # just given back
                     continue
                 try:

@@ -8,13 +8,12 @@ damaged or of another version counts as empty.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-from modelpack.stores.durability import write_atomically
+from modelpack.stores.durability import read_own, write_atomically
 from modelpack.stores.tree import Tree
 
 #: Grows when the facts change their meaning or their order.
@@ -31,10 +30,7 @@ class ListingCache:
     def read(self) -> dict[str, list[Any]]:
         """Return the facts by digest; who reads them checks them."""
         with suppress(OSError, ValueError, RecursionError):
-            with open(self.tree.ingest / "listing.json", "rb") as stream:
-                if os.fstat(stream.fileno()).st_size > _MAX_BYTES:
-                    return {}
-                value = json.load(stream)
+            value = json.loads(read_own(self.tree.ingest / "listing.json", _MAX_BYTES))
             if isinstance(value, dict) and value.get("version") == VERSION:
                 facts = value.get("models")
                 if isinstance(facts, dict):
@@ -44,6 +40,8 @@ class ListingCache:
     def write(self, facts: Mapping[str, list[Any]]) -> None:
         """Replace the facts; a store that cannot be written to goes without."""
         content = json.dumps({"version": VERSION, "models": facts}, separators=(",", ":")).encode()
+        if len(content) > _MAX_BYTES:
+            return
         path = self.tree.ingest / "listing.json"
         with suppress(OSError):
             write_atomically(path, content, by_way_of=self.tree.ingest)

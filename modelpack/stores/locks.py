@@ -16,11 +16,13 @@ from pathlib import Path
 
 from modelpack.errors import LockedError
 from modelpack.progress import Stop
+from modelpack.stores.durability import open_own, read_own
 from modelpack.stores.os_errors import translating
 
 _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 0.1
 _PATIENCE = 60.0
+_LONGEST_NAME = 64  # of a holder
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class FileLock:
     def is_free(self) -> bool:
         """Return whether nobody holds the lock now."""
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_own(self.path)
         except FileNotFoundError:
             return True
         try:
@@ -91,8 +93,7 @@ class FileLock:
 
     def _try(self) -> int | None:
         with translating("lock", self.path):
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-            descriptor = os.open(self.path, flags, 0o644)
+            descriptor = open_own(self.path, os.O_RDWR | os.O_CREAT)
             try:
                 if try_lock(descriptor) and self._is_current(descriptor):
                     _sign(descriptor)
@@ -113,7 +114,7 @@ class FileLock:
 
     def _holder(self) -> str:
         try:
-            pid = self.path.read_text().strip()
+            pid = read_own(self.path, _LONGEST_NAME).decode(errors="replace").strip()
         except OSError:
             pid = ""
         return f"process {pid}" if pid.isdigit() else "another process"

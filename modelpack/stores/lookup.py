@@ -106,6 +106,7 @@ class Names:
         self._by_digest = {entry.digest: entry for entry in reversed(entries)}
         self._by_name = {entry.name: entry for entry in reversed(entries) if entry.name}
         self._by_reference = {e.reference: e for e in reversed(entries) if e.reference}
+        self._entries = entries
 
     def find(self, text: str) -> Match:
         """Return the manifest that `text` names.
@@ -142,8 +143,7 @@ class Names:
             return Match(self._by_name[text], by_name=True)
         wanted = Reference.parse(text)
         if wanted.tag is None:
-            assert wanted.digest is not None, "a reference has a tag or a digest"
-            return Match(self._with_digest(wanted.digest, text), by_name=False)
+            return Match(self._in_repository(wanted, text), by_name=False)
         named = wanted.without_digest()
         entry = self._by_reference.get(named)
         if entry is None:
@@ -156,6 +156,23 @@ class Names:
                 hint=f"pull {text} to have that one, or leave out the digest",
             )
         return Match(entry, by_name=True)
+
+    def _in_repository(self, wanted: Reference, text: str) -> Entry:
+        """Return the manifest of `repository@digest`; another repository's is not meant."""
+        assert wanted.digest is not None, "a reference has a tag or a digest"
+        entry = self._with_digest(wanted.digest, text)
+        places = {
+            place
+            for same in self._entries
+            if same.digest == entry.digest
+            for place in (same.origin, same.reference and same.reference.name)
+        }
+        if wanted.name not in places:
+            raise NotFoundError(
+                f"{text}: no model of {wanted.name} in the store has this digest",
+                hint=f"pull {text}, or name the model by {wanted.digest} alone",
+            )
+        return entry
 
     def _find_prefix(self, text: str) -> Match | None:
         match = _HEX.match(text)

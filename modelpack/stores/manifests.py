@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,24 @@ class Manifests:
                 document = document.annotated(
                     descriptor.digest, mediatypes.ORIGIN, origin, reference
                 )
+            self.index.write(document)
+
+    def list_stored(self, named: Sequence[tuple[Descriptor, str | None]]) -> None:
+        """Do as `LayoutStore.list_manifests`."""
+        entries = []
+        for descriptor, name in named:
+            manifest = read_manifest(self.blobs, descriptor)
+            listed, needed = _listed(descriptor, manifest), successors(manifest)
+            self._check_whole(listed, needed)
+            entries.append((listed, needed, _tag_named(name, descriptor.digest)))
+        with self.tree.lock().held():
+            document = self.index.read()
+            for listed, needed, reference in entries:
+                self._check_whole(listed, needed)
+                document = document.with_manifest(listed)
+                if reference is not None:
+                    document = document.with_tag(listed, reference)
+                document = document.annotated(listed.digest, mediatypes.PARTIAL, None)
             self.index.write(document)
 
     def missing(self, descriptor: Descriptor) -> tuple[Descriptor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -17,7 +18,9 @@ from modelpack.errors import (
 )
 from modelpack.stores import lookup
 from modelpack.stores.blobs import Blobs
+from modelpack.stores.disk_space import bytes_freed
 from modelpack.stores.index import IndexDocument, IndexFile
+from modelpack.stores.kept import KeptBundles
 from modelpack.stores.leases import Leases
 from modelpack.stores.reachability import reachable, read_manifest
 from modelpack.stores.tree import Tree
@@ -28,7 +31,7 @@ class Removal:
     """What a removal did.
 
     `deleted` are the manifests (the model first, then what was said about it), `freed` the other
-    blobs that nothing else needed.
+    blobs that nothing else needed. `bytes_freed` counts no file that keeps another name.
     """
 
     untagged: tuple[str, ...] = ()
@@ -45,6 +48,7 @@ class Remover:
     blobs: Blobs
     index: IndexFile
     leases: Leases
+    bundles: KeptBundles
 
     def remove(self, name: str, *, force: bool) -> Removal:
         """Remove a name; with its last name, or by its id, the model goes.
@@ -95,6 +99,18 @@ class Remover:
             self.blobs.delete(digest)
         return True
 
+    def discard(self, digests: Collection[Digest]) -> None:
+        """Delete those of the blobs that nothing needs: no listed manifest and no lease."""
+        if not digests:
+            return
+        self.tree.prepare()
+        with self.tree.lock().held():
+            needed = reachable(self.blobs, [e.descriptor for e in self.index.read().entries])
+            needed |= {digest for lease in self.leases.live() for digest in lease.digests}
+            for digest in digests:
+                if digest not in needed:
+                    self.blobs.delete(digest)
+
     def _delete(
         self, document: IndexDocument, model: lookup.StoredModel, leased: set[Digest]
     ) -> Removal:
@@ -104,7 +120,10 @@ class Remover:
             document = document.without_manifest(descriptor.digest)
         # The index goes first: a model that it lists has all its blobs, at any time.
         self.index.write(document)
-        size = sum(self.blobs.reclaimable(digest) for digest in unneeded)
+        bundles = [self.bundles.directory(digest) for digest in sorted(unneeded)]
+        size = bytes_freed([*bundles, *map(self.tree.blob, unneeded)])
+        for bundle in bundles:
+            self.bundles.drop(bundle)
         for digest in sorted(unneeded):
             self.blobs.delete(digest)
         deleted = tuple(dict.fromkeys(descriptor.digest for descriptor in gone))
@@ -133,11 +152,18 @@ class Remover:
 
     def _about(self, document: IndexDocument, digest: Digest) -> list[Descriptor]:
         """Return the untagged manifests that say something about one that goes, and so on."""
-        found: list[Descriptor] = []
+        about: dict[Digest, list[Descriptor]] = {}
         for entry in document.entries:
-            if entry.name is None and entry.digest != digest and self._subject(entry) == digest:
-                found += [entry.descriptor, *self._about(document, entry.digest)]
-        return found
+            if entry.name is None and (subject := self._subject(entry)) is not None:
+                about.setdefault(subject, []).append(entry.descriptor)
+        found: dict[Digest, Descriptor] = {}
+        waiting = about.pop(digest, [])
+        while waiting:
+            descriptor = waiting.pop(0)
+            if descriptor.digest != digest:
+                found[descriptor.digest] = descriptor
+                waiting += about.pop(descriptor.digest, [])
+        return list(found.values())
 
     def _subject(self, entry: lookup.Entry) -> Digest | None:
         try:

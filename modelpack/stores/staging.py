@@ -17,12 +17,13 @@ from modelpack.errors import SizeMismatchError
 from modelpack.stores.blobs import BLOB_MODE
 from modelpack.stores.copying import Hashing, read_and_hash
 from modelpack.stores.direct_writing import ALIGNMENT, DirectWriter
-from modelpack.stores.durability import boot_id, write_all
+from modelpack.stores.durability import boot_id, read_own, write_all, write_own
 from modelpack.stores.locks import FileLock, try_lock
 from modelpack.stores.os_errors import translating
 from modelpack.stores.tree import Tree, label
 from modelpack.stores.write_behind import WriteBehind
 
+_MAX_JOURNAL_BYTES = 16 * 1024 * 1024
 _IMPORT_PREFIX, _IMPORT_SUFFIX = "import-", ".tmp"
 
 
@@ -125,7 +126,7 @@ class Partial:
         if self.scattered is not None:
             text["present"] = self.scattered.ranges
         with suppress(OSError):
-            self._draft.write_text(json.dumps(text))
+            write_own(self._draft, json.dumps(text).encode())
             self._draft.replace(self._journal)  # whole, whenever the process is killed
 
     def hashing(self) -> Hashing:
@@ -179,8 +180,9 @@ class Partial:
         """Close the file; the journal goes with the part."""
         os.close(self.file)
         if not self.path.exists():
-            self._journal.unlink(missing_ok=True)
-            self._draft.unlink(missing_ok=True)
+            for path in (self._journal, self._draft):
+                with suppress(OSError):
+                    path.unlink()
 
     def _write_cached(self) -> None:
         if self._direct is not None:
@@ -190,11 +192,12 @@ class Partial:
     def _read_scattered(self, size: int) -> ByteRanges | None:
         """Return what the journal says of a part that was written all over."""
         try:
-            text = json.loads(self._journal.read_bytes())
+            text = json.loads(read_own(self._journal, _MAX_JOURNAL_BYTES))
             if "present" not in text or text["digest"] != str(self.wanted.digest):
                 return None
-            return ByteRanges((min(start, size), min(end, size)) for start, end in text["present"])
-        except (OSError, ValueError, TypeError, KeyError):
+            ranges = [(int(start), int(end)) for start, end in text["present"]]
+            return ByteRanges((min(start, size), min(end, size)) for start, end in ranges)
+        except (OSError, ValueError, OverflowError, TypeError, KeyError, RecursionError):
             return None
 
     def _wrong_size(self, got: str) -> SizeMismatchError:

@@ -12,6 +12,8 @@ An OCI image layout (image-spec v1.1, image-layout.md) with our own files beside
     ingest/leases/<id>          which blobs a live process needs
     ingest/unflushed/<alg>-<hex>, ingest/linked/<alg>-<hex>    see `trust`
     ingest/listing.json         see `listing_cache`
+    ingest/bundles/             bundles that are being made or deleted
+    bundles/<alg>-<hex>/    models laid out for runtimes; see `kept`
     quarantine/<alg>-<hex>  blobs that turned out to be damaged
 """
 
@@ -25,12 +27,13 @@ from typing import Final
 from modelpack.digest import Digest
 from modelpack.errors import InvalidDigestError, ManifestError, StoreError, UnsafePathError
 from modelpack.gojson import decode_object, encode
-from modelpack.stores.durability import write_atomically
+from modelpack.stores.durability import read_own, write_atomically
 from modelpack.stores.locks import FileLock
 from modelpack.stores.os_errors import translating
 
 LAYOUT_VERSION: Final = "1.0.0"
 _LAYOUT_FILE = "oci-layout"
+_MAX_LAYOUT_BYTES = 64 * 1024
 _EMPTY_INDEX = {
     "schemaVersion": 2,
     "mediaType": "application/vnd.oci.image.index.v1+json",
@@ -75,6 +78,16 @@ class Tree:
     def uploads(self) -> Path:
         """Uploads to the embedded registry."""
         return self.ingest / "uploads"
+
+    @property
+    def bundles(self) -> Path:
+        """Models laid out for runtimes."""
+        return self.root / "bundles"
+
+    @property
+    def bundling(self) -> Path:
+        """Bundles that are being made or deleted."""
+        return self.ingest / "bundles"
 
     @property
     def unflushed(self) -> Path:
@@ -124,9 +137,12 @@ class Tree:
             self.blobs / "sha256",
             self.blobs / "sha512",
             self.leases,
+            self.uploads,
             self.unflushed,
             self.linked,
             self.quarantine,
+            self.bundles,
+            self.bundling,
         ):
             if not self.holds(folder):
                 raise UnsafePathError(
@@ -205,9 +221,9 @@ def _initialise(tree: Tree) -> None:
 
 def _check_version(tree: Tree) -> None:
     with translating("read", tree.layout):
-        raw = tree.layout.read_bytes()
+        raw = read_own(tree.layout, _MAX_LAYOUT_BYTES, follow=True)
     try:
-        version = decode_object(raw, str(tree.layout), limit=64 * 1024).get("imageLayoutVersion")
+        version = decode_object(raw, str(tree.layout)).get("imageLayoutVersion")
     except ManifestError as error:
         raise StoreError(f"{tree.root} is not a model store: {error}") from None
     if version != LAYOUT_VERSION:

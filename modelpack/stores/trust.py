@@ -23,11 +23,14 @@ from typing import TYPE_CHECKING
 
 from modelpack.digest import Digest
 from modelpack.stores.copying import hash_file
-from modelpack.stores.durability import boot_id, flush_file
+from modelpack.stores.durability import boot_id, flush_file, read_own, write_own
+from modelpack.stores.os_errors import translating
 from modelpack.stores.tree import Tree, label, labelled
 
 if TYPE_CHECKING:
     from logging import Logger
+
+_MAX_MARK_BYTES = 4096
 
 
 class Trust:
@@ -83,7 +86,7 @@ class Trust:
         try:
             for mark in doubts:
                 if mark.parent == self._tree.linked:
-                    mark.write_text(_stamp(path.stat()))
+                    write_own(mark, _stamp(path.stat()).encode())
                 else:
                     mark.unlink(missing_ok=True)
         except OSError:  # a store that cannot be written to can still be read
@@ -112,7 +115,7 @@ class Trust:
         for digest, path in blobs:
             mark = self._tree.unflushed / label(digest)
             with suppress(OSError):
-                if mark.read_text() != boot_id():
+                if _read(mark) != boot_id():
                     continue
                 limit -= path.stat().st_size
                 if limit < 0:
@@ -131,12 +134,14 @@ class Trust:
         ]
 
     def _mark(self, folder: Path, digest: Digest, text: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / label(digest)).write_text(text)
+        mark = folder / label(digest)
+        with translating("write", mark):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_own(mark, text.encode())
 
     def _clock(self, digest: Digest, path: Path) -> Path:
         mark = self._tree.linked / label(digest)
-        return mark if mark.exists() else path
+        return mark if mark.is_file() and not mark.is_symlink() else path
 
     def _doubts(self, digest: Digest, path: Path) -> list[Path]:
         """Return the marks that call for a look; most blobs have none, so that has to be fast."""
@@ -146,9 +151,19 @@ class Trust:
             if os.path.exists(mark):
                 with suppress(FileNotFoundError):  # settled by another process
                     settled = boot_id() if folder is self._unflushed else _stamp(path.stat())
-                    if Path(mark).read_text() != settled:
+                    if _read(mark) != settled:
                         doubts.append(Path(mark))
         return doubts
+
+
+def _read(mark: Path | str) -> str:
+    """Return the text of a mark; "" for what is none, which calls for a look."""
+    try:
+        return read_own(mark, _MAX_MARK_BYTES).decode(errors="replace")
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return ""
 
 
 def _stamp(found: os.stat_result) -> str:

@@ -23,14 +23,22 @@ from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
 from modelpack.errors import StorageFullError, StoreError, UnsupportedError
 from modelpack.gojson import decode_object, encode
-from modelpack.model import Model, ModelFile, Role, format_of, role_of
+from modelpack.model import (
+    Model,
+    ModelFile,
+    Role,
+    format_of,
+    preferred_template,
+    role_of,
+)
 from modelpack.progress import Action, Progress, Stop, silent
 from modelpack.storage import Watch
+from modelpack.unpacking.content import Allowance
 from modelpack.unpacking.content import TarLimits as TarLimits
 from modelpack.unpacking.dirfd import Folder
 from modelpack.unpacking.links import LinkMode as LinkMode
 from modelpack.unpacking.links import Placement, put, write_all
-from modelpack.unpacking.names import arrange
+from modelpack.unpacking.names import arrange, with_chat_template
 from modelpack.unpacking.publish import absolute, new_directory
 from modelpack.unpacking.tar import extract
 from modelpack.unpacking.tree import Tree
@@ -47,13 +55,15 @@ _FORMATS = ("gguf", "safetensors", "dduf")
 class BundleFile:
     """A file of a bundle; `path` is relative to its directory, with slashes.
 
-    `digest` is that of the layer: of the file's own content, or of the archive that it was in.
+    `digest` is that of the layer, `content` that of the file's bytes; they differ for a file that
+    was in an archive.
     """
 
     path: str
     role: Role
     digest: Digest
     linked: Placement
+    content: Digest
     format: str = ""
 
 
@@ -82,8 +92,13 @@ def lay_out(
     limits: TarLimits = _DEFAULT_LIMITS,
     watch: Watch | None = None,
     overwrite: bool = False,
+    runtime_names: bool = True,
 ) -> Bundle:
     """Make `directory` the bundle of `model`, whose blobs are where `blob_path` says.
+
+    With `runtime_names`, the chat template of a safetensors model is `chat_template.jinja`, the
+    name that transformers and vLLM prefer to what tokenizer_config.json says, whatever the model
+    calls it. Without, all files have the names that the model gives them.
 
     A directory that is there and not empty is refused (`ConflictError`) unless `overwrite`: then
     it is replaced, in one step where the system can. On failure there is nothing new, and what was
@@ -94,20 +109,23 @@ def lay_out(
     """
     watch = watch or Watch(silent, Stop())
     directory = absolute(directory)
-    arrangement = arrange(model)
+    arrangement = with_chat_template(arrange(model)) if runtime_names else arrange(model)
     notes = list(arrangement.notes)
     with _translating(directory), new_directory(directory, overwrite=overwrite) as folder:
         files: list[BundleFile] = []
         with folder.make(_MODEL) as inside:
             tree = Tree(inside)
             for placed in arrangement.files:
-                linked = _place(placed.path, placed.file, tree, blob_path, links, watch)
-                files.append(_bundle_file(placed.path, placed.file, linked))
+                linked = _place(placed.path, placed.file, tree, blob_path, links, watch, notes)
+                content = placed.file.descriptor.digest
+                files.append(_bundle_file(placed.path, placed.file, linked, content))
+            sizes = [archive.descriptor.size for archive in arrangement.archives]
+            allowance = Allowance(limits, sizes, others=len(tree))
             for archive in arrangement.archives:
                 what = f"layer {archive.filepath or archive.descriptor.digest.short}"
                 path = blob_path(archive.descriptor)
-                for member in extract(archive, path, tree, limits, watch, what):
-                    files.append(_bundle_file(member, archive, Placement.EXTRACTED))
+                for member, content in extract(archive, path, tree, allowance, watch, what):
+                    files.append(_bundle_file(member, archive, Placement.EXTRACTED, content))
             folder.check_holds(_MODEL, inside)
         _write(folder, _CONFIG, runtime_config(model.config))
         bundle = _bundle(directory, files, model.config, notes)
@@ -136,20 +154,21 @@ def _place(
     blob_path: Callable[[Descriptor], Path],
     links: LinkMode,
     watch: Watch,
+    notes: list[str],
 ) -> Placement:
     watch.stop.check()
     digest, size = file.descriptor.digest, file.descriptor.size
     with tree.place(path, f"layer {digest.short}") as (folder, name):
-        linked = put(file, blob_path(file.descriptor), folder, name, links, watch)
+        linked = put(file, blob_path(file.descriptor), folder, name, links, watch, notes)
     watch.report(Progress(Action.UNPACK, path, digest, size, size))
     return linked
 
 
-def _bundle_file(path: str, layer: ModelFile, linked: Placement) -> BundleFile:
+def _bundle_file(path: str, layer: ModelFile, linked: Placement, content: Digest) -> BundleFile:
     extracted = linked is Placement.EXTRACTED
     role = role_of(layer.media_type, path) if extracted else layer.role
     kind = format_of(layer.media_type, path) if extracted else layer.format
-    return BundleFile(f"{_MODEL}/{path}", role, layer.descriptor.digest, linked, kind)
+    return BundleFile(f"{_MODEL}/{path}", role, layer.descriptor.digest, linked, content, kind)
 
 
 def _bundle(
@@ -169,9 +188,7 @@ def _bundle(
             if config.media_type == mediatypes.KITOPS_CONFIG
             else "`modelpack inspect` lists its files",
         )
-    template, mmproj = (
-        _chosen(files, role, notes) for role in (Role.CHAT_TEMPLATE, Role.PROJECTOR)
-    )
+    template, mmproj = _template(files, notes), _projector(files, notes)
     return Bundle(
         directory,
         tuple(files),
@@ -183,19 +200,26 @@ def _bundle(
     )
 
 
-def _chosen(files: Sequence[BundleFile], role: Role, notes: list[str]) -> BundleFile | None:
-    found = [file for file in files if file.role is role]
+def _template(files: Sequence[BundleFile], notes: list[str]) -> BundleFile | None:
+    found = [file for file in files if file.role is Role.CHAT_TEMPLATE]
+    at = preferred_template([(file.role, file.path.removeprefix(f"{_MODEL}/")) for file in files])
+    if at is None:
+        return None
+    return _noted(files[at], found, notes)
+
+
+def _projector(files: Sequence[BundleFile], notes: list[str]) -> BundleFile | None:
+    found = [file for file in files if file.role is Role.PROJECTOR]
     if not found:
         return None
-    # The first in layer order; but what lies in a subdirectory is for something special, and
-    # chat_template.jinja is what others load.
-    first = min(
-        found,
-        key=lambda file: (file.path.count("/"), not file.path.endswith("/chat_template.jinja")),
-    )
-    if len(found) > 1:
-        notes.append(f"{first.path} is the {role.replace('_', ' ')} of {len(found)} to be used")
-    return first
+    return _noted(min(found, key=lambda file: file.path.count("/")), found, notes)
+
+
+def _noted(chosen: BundleFile, found: Sequence[BundleFile], notes: list[str]) -> BundleFile:
+    if len({file.digest for file in found}) > 1:
+        role = chosen.role.replace("_", " ")
+        notes.append(f"{chosen.path} is the {role} of {len(found)} to be used")
+    return chosen
 
 
 def _lookup_order(file: BundleFile) -> tuple[bool, bool, tuple[str, ...]]:

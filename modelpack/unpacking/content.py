@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -23,20 +23,44 @@ class TarLimits:
     """What an archive may cost; the defaults are far above what models need.
 
     An archive may expand to `ratio` times the size of its blob, or to `free_bytes` if that is
-    more, but never beyond `max_bytes`. `max_entries` counts files and directories, those too that
-    are only implied by a path. A zstd frame may ask for `max_window_bytes` of memory.
+    more, but never beyond `max_bytes`. A zstd frame may ask for `max_window_bytes` of memory.
+
+    All archives of a model together have that budget for the sum of their blobs, and share what
+    follows: `max_entries` counts files and directories, those too that are only implied by a path,
+    and `max_path_bytes` the bytes of their paths.
     """
 
     max_bytes: int = 1 << 40
     ratio: int = 200
     free_bytes: int = 64 << 20
     max_entries: int = 100_000
+    max_path_bytes: int = 8 << 20
     max_header_bytes: int = 1 << 20
     max_window_bytes: int = 128 << 20  # what the zstd program takes without being asked twice
 
     def budget(self, blob_size: int) -> int:
         """Return how many bytes a blob of this size may expand to."""
         return min(self.max_bytes, max(self.free_bytes, self.ratio * blob_size))
+
+
+class Allowance:
+    """What the archives of one model may still expand to; `sizes` are those of their blobs.
+
+    `others` files and directories of the model are not from archives.
+    """
+
+    def __init__(self, limits: TarLimits, sizes: Iterable[int], *, others: int) -> None:
+        self.limits = limits
+        self.others = others
+        self._left = max(limits.free_bytes, limits.ratio * sum(sizes))
+
+    def of(self, blob_size: int) -> int:
+        """Return how many bytes the next archive may expand to."""
+        return min(self._left, self.limits.budget(blob_size))
+
+    def spend(self, count: int) -> None:
+        """Count the bytes that an archive expanded to."""
+        self._left -= count
 
 
 class Content:
@@ -61,7 +85,8 @@ class Content:
         self._limit = limit
         self._hasher = hasher
         self._on_read = on_read
-        self._count = 0
+        #: Bytes that were read.
+        self.count = 0
 
     def read(self, size: int, /) -> bytes:
         """Return up to `size` bytes, none at the end.
@@ -70,13 +95,13 @@ class Content:
         """
         try:
             # One byte more than the limit is enough to know.
-            data = self._stream.read(min(size, self._limit - self._count + 1))
+            data = self._stream.read(min(size, self._limit - self.count + 1))
         except self._errors as error:
             raise FormatError(
-                f"does not decompress: {error}", path=self._what, offset=self._count
+                f"does not decompress: {error}", path=self._what, offset=self.count
             ) from error
-        self._count += len(data)
-        if self._count > self._limit:
+        self.count += len(data)
+        if self.count > self._limit:
             raise over_limit(self._what, f"{self._limit} bytes")
         if self._hasher:
             self._hasher.update(data)

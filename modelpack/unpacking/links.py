@@ -72,9 +72,17 @@ _ORDER = {
 
 
 def put(
-    file: ModelFile, path: Path, folder: Folder, name: str, mode: LinkMode, watch: Watch
+    file: ModelFile,
+    path: Path,
+    folder: Folder,
+    name: str,
+    mode: LinkMode,
+    watch: Watch,
+    notes: list[str] | None = None,
 ) -> Placement:
     """Make `name` in `folder` the blob at `path`; return how.
+
+    `notes` gets the reason, once, why files are copied where links were wanted.
 
     Raises `NotFoundError` or `SizeMismatchError` if the store lost or cut it, `StoreError` if the
     file system cannot do what `mode` asks for, and `DigestMismatchError` if a copy shows that the
@@ -88,8 +96,11 @@ def put(
             except OSError as error:
                 if error.errno not in _CANNOT or placement in (Placement.SYMLINK, Placement.COPY):
                     raise
-                problem = error
+                problem = problem or error
             else:
+                if problem is not None and placement is Placement.COPY and notes is not None:
+                    why = f"files are copied: hard links to the store failed ({problem.strerror})"
+                    notes += [why] if why not in notes else []
                 return placement
     raise StoreError(
         f"cannot make {folder.path}/{name} a {mode} of {path}: "

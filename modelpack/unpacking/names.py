@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 from modelpack import mediatypes
 from modelpack.digest import Digest
 from modelpack.errors import UnsafePathError
-from modelpack.model import Model, ModelFile, Role
+from modelpack.model import CHAT_TEMPLATE, Model, ModelFile, Role, preferred_template
 from modelpack.ollama import check_usable
 from modelpack.unpacking.tree import folded
 
@@ -58,6 +58,27 @@ def arrange(model: Model) -> Arrangement:
     placed = [PlacedFile(path, file) for path, file in zip(paths, plain, strict=True) if path]
     archives = tuple(file for file in files if file.archive)
     return Arrangement(tuple(placed), archives, tuple(notes))
+
+
+def with_chat_template(arrangement: Arrangement) -> Arrangement:
+    """Return the arrangement with the preferred chat template at `chat_template.jinja`, too.
+
+    Only for safetensors, whose runtimes look for that name; a template that had it gives way.
+    """
+    files = arrangement.files
+    at = preferred_template([(placed.file.role, placed.path) for placed in files])
+    is_safetensors = any(placed.file.format == "safetensors" for placed in files)
+    # An archive may hold the name, and what is inside it is not known yet.
+    if at is None or not is_safetensors or arrangement.archives:
+        return arrangement
+    if files[at].path == CHAT_TEMPLATE or "/" in files[at].path:
+        return arrangement
+    chosen, notes = files[at], list(arrangement.notes)
+    kept = [placed for placed in files if folded(placed.path) != folded(CHAT_TEMPLATE)]
+    if len(kept) < len(files):
+        notes.append(f"{CHAT_TEMPLATE} is {chosen.path}, in place of the directory's own")
+    kept.append(PlacedFile(CHAT_TEMPLATE, chosen.file))
+    return replace(arrangement, files=tuple(kept), notes=tuple(notes))
 
 
 def _wanted_paths(files: Sequence[ModelFile], renames: bool, notes: list[str]) -> list[str | None]:

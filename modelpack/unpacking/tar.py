@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from modelpack.digest import Digest
+from modelpack.digest import Digest, new_hasher
 from modelpack.errors import StorageFullError
 from modelpack.model import ModelFile
 from modelpack.paths import checked_path
 from modelpack.progress import Action, Progress
 from modelpack.storage import Watch
 from modelpack.unpacking.blobs import open_blob
-from modelpack.unpacking.content import Content, TarLimits, over_limit
+from modelpack.unpacking.content import Allowance, Content, over_limit
 from modelpack.unpacking.dirfd import EXECUTABLE_MODE, FILE_MODE
 from modelpack.unpacking.links import write_all
 from modelpack.unpacking.tarstream import TarEntry, TarReader
@@ -26,9 +26,9 @@ _RESERVE_BYTES = 64 * 1024 * 1024
 
 
 def extract(
-    layer: ModelFile, path: Path, tree: Tree, limits: TarLimits, watch: Watch, what: str
-) -> tuple[str, ...]:
-    """Unpack the archive at `path` into `tree`; return the paths of its files.
+    layer: ModelFile, path: Path, tree: Tree, allowance: Allowance, watch: Watch, what: str
+) -> tuple[tuple[str, Digest], ...]:
+    """Unpack the archive at `path` into `tree`; return its files: path and digest of the bytes.
 
     Owners, times and all permissions but the executable one are left behind. Raises `FormatError`
     if it is damaged, `UnsafePathError` for a link, a device or a path that is not safe or taken,
@@ -37,24 +37,26 @@ def extract(
     """
     assert layer.archive is not None, f"{what} is one raw file"
     hasher = layer.diff_id.hasher() if layer.diff_id else None
+    limit = allowance.of(layer.descriptor.size)
     with open_blob(path, layer.descriptor) as blob:
         content = Content(
             blob,
             layer.archive,
             what,
-            limit=limits.budget(layer.descriptor.size),
-            max_window_bytes=limits.max_window_bytes,
+            limit=limit,
+            max_window_bytes=allowance.limits.max_window_bytes,
             hasher=hasher,
             on_read=_Meter(layer, blob, watch, what).tick,
         )
-        reader = TarReader(content, what, max_header_bytes=limits.max_header_bytes)
-        paths = _unpack(reader, tree, limits, layer.descriptor.size, what)
+        reader = TarReader(content, what, max_header_bytes=allowance.limits.max_header_bytes)
+        files = _unpack(reader, tree, allowance, limit, what)
         content.drain()
+    allowance.spend(content.count)
     if layer.diff_id and hasher:
         layer.diff_id.check_equal(Digest.of_hasher(hasher), f"{what}, uncompressed")
     size = layer.descriptor.size
     watch.report(Progress(Action.UNPACK, what, layer.descriptor.digest, size, size))
-    return paths
+    return files
 
 
 class _Meter:
@@ -74,16 +76,16 @@ class _Meter:
 
 
 def _unpack(
-    reader: TarReader, tree: Tree, limits: TarLimits, blob_size: int, what: str
-) -> tuple[str, ...]:
-    paths: list[str] = []
-    before, room = len(tree), tree.free_bytes() - _RESERVE_BYTES
-    budget = limits.budget(blob_size)
+    reader: TarReader, tree: Tree, allowance: Allowance, limit: int, what: str
+) -> tuple[tuple[str, Digest], ...]:
+    files: list[tuple[str, Digest]] = []
+    limits = allowance.limits
+    budget, room = limit, tree.free_bytes() - _RESERVE_BYTES
     for number, entry in enumerate(reader, start=1):
         path = _member_path(entry)
         # The size is only a claim, but no more than it says is read.
         if entry.size > budget:
-            raise over_limit(what, f"{limits.budget(blob_size)} bytes")
+            raise over_limit(what, f"{limit} bytes")
         if entry.size > room:
             raise StorageFullError(
                 f"no room to unpack {entry.name[:200]!r} of {what}: {entry.size} bytes, "
@@ -95,13 +97,14 @@ def _unpack(
         budget -= entry.size
         room -= entry.size
         if not entry.is_directory:
-            _write_file(path, entry, reader, tree, what)
-            paths.append(path)
+            files.append((path, _write_file(path, entry, reader, tree, what)))
         elif path:
             tree.add_directory(path, what)
-        if max(number, len(tree) - before) > limits.max_entries:
+        if max(number, len(tree) - allowance.others) > limits.max_entries:
             raise over_limit(what, f"{limits.max_entries} files and directories")
-    return tuple(paths)
+        if tree.path_bytes > limits.max_path_bytes:
+            raise over_limit(what, f"{limits.max_path_bytes} bytes of paths")
+    return tuple(files)
 
 
 def _member_path(entry: TarEntry) -> str:
@@ -116,12 +119,15 @@ def _member_path(entry: TarEntry) -> str:
     return checked_path(path)
 
 
-def _write_file(path: str, entry: TarEntry, reader: TarReader, tree: Tree, what: str) -> None:
+def _write_file(path: str, entry: TarEntry, reader: TarReader, tree: Tree, what: str) -> Digest:
     mode = EXECUTABLE_MODE if entry.executable else FILE_MODE
+    hasher = new_hasher()
     with tree.place(path, what) as (folder, name):
         target = folder.create(name, mode)
         try:
             while data := reader.read(_CHUNK):
                 write_all(target, data)
+                hasher.update(data)
         finally:
             os.close(target)
+    return Digest.of_hasher(hasher)

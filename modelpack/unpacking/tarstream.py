@@ -1,10 +1,11 @@
-"""Reads a tar archive as a stream: its files and directories, and nothing else.
+"""Read a tar archive as a stream of files and directories.
 
-A strict reader of our own, because the archive comes from a stranger: `tarfile` reads extended
-headers of any length into memory, knows links, devices and sparse files, and forgives damage.
+Every archive that Modelpack reads goes through this reader: layers, image layouts and the archives
+of `docker model package`. `tarfile` is only used for writing: it reads extended headers of any
+length into memory, expands sparse files to any size and tolerates damage.
 
 Formats: POSIX.1-1988 ustar, POSIX.1-2001 pax and GNU, as tar, Go and Python write them. Links,
-devices, FIFOs and sparse files are refused by name rather than skipped.
+devices, FIFOs and sparse files are errors; they are never skipped.
 """
 
 from __future__ import annotations
@@ -33,6 +34,13 @@ _OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*\Z")
 _PAX_LENGTH = re.compile(rb"([1-9][0-9]{0,9}) ")
 _DECIMAL = re.compile(rb"[0-9]{1,19}\Z")
 _SKIP_BYTES = 256 * 1024
+# The largest size of a file that any system has: a larger one is not a size.
+_MAX_FILE_BYTES = (1 << 63) - 1
+# Extended records that change how an entry is read; the others (times, owners, comments) are not
+# kept, so that a header full of records takes no memory beyond its bytes.
+_USED_RECORDS = ("path", "size")
+# Records of sparse files: GNU tar 0.0 to 1.0, star, Solaris tar.
+_SPARSE_RECORDS = ("GNU.sparse.", "SCHILY.realsize", "SUN.holesdata")
 
 
 class Readable(Protocol):
@@ -140,6 +148,8 @@ class TarReader:
             if not _DECIMAL.match(records["size"]):
                 self._fail(f"{name!r} has the size {records['size'][:40]!r}")
             size = int(records["size"])
+        if size > _MAX_FILE_BYTES:
+            self._fail(f"{name[:200]!r} has the size {size}")
         is_directory = header.kind == _DIRECTORY or name.endswith("/")
         if is_directory and size:
             self._fail(f"the directory {name!r} has {size} bytes of data")
@@ -155,7 +165,7 @@ class TarReader:
                 expected="a file or a directory",
                 got=_REFUSED[kind],
             )
-        if kind == b"S" or any(key.startswith("GNU.sparse.") for key in records):
+        if kind == b"S" or any(key.startswith(_SPARSE_RECORDS) for key in records):
             raise UnsupportedError(f"{shown} is a sparse file", path=self._what)
         if kind not in (*_FILES, _DIRECTORY):
             raise UnsupportedError(f"{shown} has the unknown entry type {kind!r}", path=self._what)
@@ -170,14 +180,14 @@ class TarReader:
         if kind == _PAX:
             return records
         for key in records:
-            if key in ("path", "size", "linkpath") or key.startswith("GNU.sparse."):
+            if key in _USED_RECORDS or key.startswith(_SPARSE_RECORDS):
                 raise UnsupportedError(
                     f"a global header sets {key!r} for all entries", path=self._what
                 )
         return {}
 
     def _pax_records(self, payload: bytes) -> dict[str, bytes]:
-        """Return the records `"%d %s=%s\\n" % (length of all this, key, value)`."""
+        """Return the records that matter, each `"%d %s=%s\\n" % (its length, key, value)`."""
         records: dict[str, bytes] = {}
         position = 0
         while position < len(payload):
@@ -187,7 +197,9 @@ class TarReader:
             key, equals, value = record.partition(b"=")
             if not (length and key and equals and record.endswith(b"\n") and end <= len(payload)):
                 self._fail("an extended header does not parse")
-            records[self._decoded(key)] = value[:-1]
+            name = self._decoded(key)
+            if name in _USED_RECORDS or name.startswith(_SPARSE_RECORDS):
+                records[name] = value[:-1]
             position = end
         return records
 
@@ -227,7 +239,7 @@ class TarReader:
 
     def _fail(self, problem: str, *, at: int | None = None) -> NoReturn:
         offset = self._offset if at is None else at
-        raise FormatError(f"no sound tar archive: {problem}", path=self._what, offset=offset)
+        raise FormatError(f"is not a valid tar archive: {problem}", path=self._what, offset=offset)
 
 
 def _text(field: bytes) -> bytes:

@@ -38,6 +38,8 @@ class Tree:
     def __init__(self, root: Folder) -> None:
         self._root = root
         self._nodes: dict[str, _Node] = {}
+        #: Bytes of the paths of all files and directories: each is held in memory.
+        self.path_bytes = 0
 
     def __len__(self) -> int:
         """Return how many files and directories were made."""
@@ -68,7 +70,11 @@ class Tree:
             if node:
                 raise _collision(path, source, node, is_file=True)
             yield folder, name
-            self._nodes[folded(path)] = _Node(path, True, source)
+            self._note(_Node(path, True, source))
+
+    def _note(self, node: _Node) -> None:
+        self._nodes[folded(node.path)] = node
+        self.path_bytes += len(node.path.encode())
 
     def _walk(self, parts: list[str], source: str) -> Folder:
         folder = self._root.duplicate()
@@ -83,7 +89,7 @@ class Tree:
         node = self._nodes.get(folded(path))
         if node is None:
             made = folder.make(name)
-            self._nodes[folded(path)] = _Node(path, False, source)
+            self._note(_Node(path, False, source))
             return made
         if node.is_file or node.path != path:
             raise _collision(path, source, node, is_file=False)

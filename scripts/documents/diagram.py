@@ -54,6 +54,7 @@ SERVING = (
 ENGINE = (
     Layer(("engine", "async_engine", "scheduler", "block_manager"), "schedule, run, sample"),
     Layer(("loaders",), "files of a model to mlx-lm's model and a tokenizer"),
+    Layer(("templates", "worker"), "chat templates, rendered in a process with limits"),
     Layer(("attention", "adaptation", "fusion", "recurrence"), "unmodified models on rows"),
     Layer(("sampling", "speculation"), "which token comes next; several at once"),
     Layer(("offload", "parallel", "llama_cpp"), "prefixes on disk; many devices; another backend"),

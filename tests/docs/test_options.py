@@ -30,7 +30,8 @@ OTHERS = {
     "runtime flags": "--block-size --ctx-size --draft-max --draft-p-min --frequency-penalty "
     "--ignore-eos --min-p --model-draft --n-predict --no-enable-prefix-caching --presence-penalty "
     "--repeat-penalty --temp --threads --top-k --top-p --verbose",
-    "vllm": "--distributed-executor-backend --dtype --pipeline-parallel-size",
+    "vllm": "--distributed-executor-backend --dtype --override-generation-config "
+    "--pipeline-parallel-size",
 }
 KNOWN = OPTIONS | {option for line in OTHERS.values() for option in line.split()}
 # Docker Compose runs these, and MODELPACK_LIFELINE is between a server's own processes.

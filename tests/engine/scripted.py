@@ -51,6 +51,7 @@ class ScriptedEngine:
         self.state = EngineState.READY
         self.wait: asyncio.Event | None = None
         self.submitted: list[tuple[list[int], SamplingParams, int]] = []
+        self.salts: list[bytes] = []
         self.aborted: list[Abort] = []
         self.tokenizer: Tokenizer = tiny_tokenizer()
         self.tokenizer._chat_template = ChatTemplate(template)
@@ -75,9 +76,11 @@ class ScriptedEngine:
         *,
         n: int = 1,
         continues_text: bool = False,
+        cache_salt: bytes = b"",
     ) -> RequestStream:
         params.check(self.vocab_size)
         self.submitted.append((list(token_ids), params, n))
+        self.salts.append(cache_salt)
         name = f"request-{next(self._numbers)}"
         stream = RequestStream(name, len(token_ids), n, self._abort)
         self._streams[name] = stream

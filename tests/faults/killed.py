@@ -14,6 +14,8 @@ from pathlib import Path
 
 import modelpack
 from modelpack.digest import Digest
+from modelpack.operations.archives import archive_of
+from modelpack.operations.watching import watching
 from modelpack.progress import Stop, silent
 from modelpack.storage import Watch
 from tests.faults.victim import forked
@@ -244,9 +246,31 @@ class Import(Command):
         return ["import", "--copy", "--docker-store", place.root / "docker", "--all"]
 
 
+class ImportArchive(Command):
+    """What arrived of an archive that was cut off is freed by a collection."""
+
+    def prepare(self, place: Place) -> None:
+        super().prepare(place)
+        origin = modelpack.Store(place.root / "origin")
+        request = modelpack.PackageRequest(safetensors_dir=place.model("new", 2))
+        modelpack.package(NEW, request, store=origin)
+        archive = archive_of(origin, [NEW], watching(None))
+        (place.root / "new.tar").write_bytes(b"".join(archive.pieces))
+
+    def arguments(self, place: Place) -> list[str | Path]:
+        return ["import", place.root / "new.tar"]
+
+    def check_killed(self, place: Place) -> None:
+        super().check_killed(place)
+        place.store.gc(grace_seconds=0)
+        place.check()
+        if not place.whole(NEW):
+            assert place.staged() < 2 * MIB, "blobs of the archive are left"
+
+
 COMMANDS = {
     "package": Package, "pull": Pull, "pull in segments": PullInSegments, "push": Push,
-    "gc": Collect, "import": Import,
+    "gc": Collect, "import": Import, "import an archive": ImportArchive,
 }  # fmt: skip
 
 

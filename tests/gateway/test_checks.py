@@ -25,6 +25,7 @@ from tests.gateway.servers import (
     answering,
     new_client,
     protected,
+    respond,
     serving,
 )
 
@@ -99,10 +100,11 @@ def test_a_narrow_key_uses_its_models(house: House, path: str, body: Any) -> Non
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/models", "/models", "/api/tags", "/api/version", "/engines/v1/models", "/metrics",
+    ["/v1/models", "/models", "/api/tags", "/api/version", "/engines/v1/models",
      "/v1/models/ai%2Fsmollm2", "/engines/v1/models/ai/smollm2:x", "/v1/responses/resp_1"],
 )  # fmt: skip
 def test_a_narrow_key_looks_around(house: House, path: str) -> None:
+    house.app.reply = answering({"data": []})
     headers = {"x-api-key": house.secrets["narrow"]}
     assert house.served.client.get(path, headers=headers).status_code == 200
 
@@ -116,19 +118,35 @@ def test_a_narrow_key_looks_around(house: House, path: str) -> None:
         (OLLAMA, {"model": "ai/smollm2", "name": "other"}, 403, "'other'"),
         (CHAT, {"model": "ai/smollm2", "Model": "other"}, 400, "model: one name"),
         (CHAT, b'{"model": "ai/smollm2", "model": "other"}', 400, "model: one name"),
-        (CHAT, {"Model": "other"}, 403, "'other'"),
+        (CHAT, {"Model": "other"}, 400, "model: one name"),
         (CHAT, {}, 400, "model: one name"),
         (CHAT, {"model": 1}, 400, "model: one name"),
+        # vLLM ignores what is not spelled `model`, and runs its base model where that is empty.
+        (CHAT, {"name": "ai/smollm2"}, 400, "model: one name"),
+        (CHAT, {"model": "", "name": "ai/smollm2"}, 400, "model: one name"),
+        (CHAT, {"model": None, "name": "ai/smollm2"}, 400, "model: one name"),
+        (CHAT, {"model": ["other"], "name": "ai/smollm2"}, 400, "model: one name"),
+        (MESSAGES, {"name": "ai/smollm2"}, 400, "model: one name"),
+        (CHAT, {"Model": "ai/smollm2"}, 400, "model: one name"),
+        (OLLAMA, {"Name": "ai/smollm2"}, 400, "model: one name"),
+        ("/v1/responses/compact", {"model": "other"}, 403, "needs a key without 'models'"),
+        ("/v1/responses/input_tokens", BODY, 403, "needs a key without 'models'"),
+        ("/v1/requests/x", {"model": "other"}, 403, "needs a key without 'models'"),
         (CHAT, [], 400, "no JSON object"),
         (CHAT, b"{", 400, "no JSON object"),
-        (CHAT, b"[" * 9000, 400, "no JSON object"),
+        (CHAT, b"[" * 9000, 400, "nested deeper than 128"),
         (CHAT, b"", 400, "no JSON object"),
         ("/models/create", {"from": "ai/smollm2"}, 403, "needs a key without 'models'"),
         ("/api/delete", {"model": "ai/smollm2"}, 403, "needs a key without 'models'"),
         ("/models/load", b"x", 403, "needs a key without 'models'"),
         ("/engines/unload", {"all": True}, 403, "needs a key without 'models'"),
         ("/models/ai/smollm2/v1/chat/completions", BODY, 403, "needs a key without 'models'"),
-        ("/v1//chat/completions", {"model": "other"}, 403, "needs a key without 'models'"),
+        ("/v1//chat/completions", {"model": "other"}, 403, "'other'"),
+        ("/exp/vDD4.40/v1/chat/completions", {"model": "other"}, 403, "'other'"),
+        ("/v1/%63hat%2Fcompletions", {"model": "other"}, 403, "'other'"),
+        ("/exp/vDD4.40//engines/unload", {"all": True}, 403, "needs a key without 'models'"),
+        (CHAT, {"model": "ai/smollm2@sha256:" + "a" * 64}, 403, "may not use"),
+        (CHAT, {"model": "sha256:" + "a" * 64}, 403, "may not use"),
     ],
 )
 def test_a_narrow_key_is_held_to_its_models(
@@ -231,6 +249,39 @@ def test_without_keys_credentials_mean_nothing() -> None:
         reply = served.client.post(CHAT, json=BODY, headers={"authorization": "Bearer dummy"})
         assert reply.status_code == 200
         assert served.client.get("/metrics").status_code == 200
+
+
+METRICS = ["/metrics", "//metrics", "/%2fmetrics", "/%6detrics", "/metrics/", "/metrics/x",
+           "/exp/vDD4.40/metrics", "/exp/vDD4.40//exp/vDD1.1/metrics", "/METRICS"]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", METRICS)
+def test_metrics_name_all_models_so_they_need_a_key_for_all(house: House, path: str) -> None:
+    client, url = house.served.client, house.served.url + path
+    narrow, free = ({"x-api-key": house.secrets[name]} for name in ("narrow", "free"))
+    assert client.get(url).status_code == 401
+    reply = client.get(url, headers=narrow)
+    assert (reply.status_code, told(reply)[0]) == (403, "permission_error")
+    assert house.app.asked == []
+    assert client.get(url, headers=free).status_code == 200
+
+
+@pytest.mark.parametrize("path", METRICS)
+def test_metrics_without_keys_are_for_this_machine_however_they_are_spelled(path: str) -> None:
+    asked = []
+
+    async def app(scope: Scope, _: Receive, send: Send) -> None:
+        asked.append(scope["path"])
+        await respond(send, 200, {})
+
+    async def from_elsewhere(scope: Scope, receive: Receive, send: Send) -> None:
+        scope = {**scope, "client": ("192.0.2.1", 50000)}
+        await protect(app, Protection())(scope, receive, send)
+
+    with serving(from_elsewhere) as url, new_client(url) as client:
+        assert client.get(url + path).status_code == 403
+        assert asked == []
+        assert client.get("/v1/models").status_code == 200
 
 
 def test_metrics_without_keys_are_for_this_machine() -> None:

@@ -114,6 +114,21 @@ def test_finding_a_key_by_its_secret() -> None:
         (("smollm2",), "smollm2:latest", False),
         (("x", "smollm?:*"), "smollm2:latest", True),
         (("[ab]*",), "c", False),
+        # What may stand for any model has to be listed itself.
+        (("*",), f"ai/smollm2@sha256:{HASH}", False),
+        (("ai/*", f"ai/smollm2@sha256:{HASH}"), f"ai/smollm2@sha256:{HASH}", True),
+        (("*",), f"sha256:{HASH}", False),
+        (("sha256:*",), f"SHA256:{HASH}", False),
+        ((HASH,), HASH, True),
+        (("*",), HASH, False),
+        (("*",), HASH[:12], False),
+        (("*",), HASH[:4].upper(), False),
+        (("*",), f" {HASH[:4]}\n", False),
+        (("*", "beef"), "beef", True),
+        (("*",), "beef", False),
+        (("*",), "beefy", True),
+        (("*",), "beef:latest", True),
+        (None, HASH, True),
     ],
 )
 def test_globs(globs: tuple[str, ...] | None, model: str, allowed: bool) -> None:

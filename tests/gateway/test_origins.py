@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from modelpack.errors import UsageError
 from modelpack.gateway import KeyFile, add_key
 from modelpack.gateway.cors import Cors, check_origins
-from tests.gateway.servers import CHAT, Upstream, gateway, protected, serving
+from modelpack.hosts import AllowedHosts
+from tests.gateway.servers import CHAT, Upstream, gateway, protected
 
 
 @pytest.mark.parametrize(
@@ -103,13 +105,16 @@ def test_every_page_but_without_cookies() -> None:
 
 
 def test_an_upstream_does_not_see_the_page() -> None:
-    upstream = Upstream()
-    with (
-        serving(upstream) as url,
-        gateway(url, protection={"cors": ("https://app.example",)}) as served,
-    ):
-        served.client.post(CHAT, json={}, headers={"origin": "https://app.example"})
-    assert upstream.asked[0].header("origin") is None
+    app, cors = Upstream(), {"cors": ("https://app.example",)}
+    headers = {
+        "origin": "https://app.example", "sec-fetch-site": "cross-site",
+        "sec-fetch-mode": "cors", "sec-fetch-dest": "empty",
+    }  # fmt: skip
+    # The upstream refuses what other sites' pages send, unless it is allowed there too.
+    with protected(app) as upstream, gateway(upstream.url, protection=cors) as served:
+        assert served.client.post(CHAT, json={}, headers=headers).status_code == 200
+    sent = {name for name, _ in app.asked[0].headers}
+    assert not {"referer", *headers} & sent
 
 
 @pytest.mark.parametrize(
@@ -136,6 +141,95 @@ def test_hosts_on_loopback(host: str, status: int) -> None:
             assert served.client.get(path, headers={"host": host}).status_code == status
 
 
-def test_hosts_beyond_loopback_are_not_known() -> None:
-    with protected(Upstream(), host="0.0.0.0", allow_anonymous=True) as served:
-        assert served.client.get("/", headers={"host": "compose-name"}).status_code == 200
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:1", 200),
+        ("models.lan:80", 200),
+        ("x.cluster.local", 200),
+        ("192.0.2.1:12434", 200),  # a mapped port; rebinding takes a name
+        ("evil.example", 403),
+        ("compose-name", 403),
+        ("cluster.local.evil.example", 403),
+        ("", 403),
+    ],
+)
+@pytest.mark.parametrize("with_key", [False, True])
+def test_hosts_beyond_loopback(tmp_path: Path, host: str, status: int, with_key: bool) -> None:
+    file = tmp_path / "keys.toml"
+    headers = {"host": host, "x-api-key": add_key(file, "alice")}
+    more: dict[str, Any] = {"keys": KeyFile(file)} if with_key else {"allow_anonymous": True}
+    names = ("models.lan", ".cluster.local")
+    with protected(Upstream(), host="0.0.0.0", allowed_hosts=names, **more) as served:
+        for path in ("/", "/health", "/v1/models"):
+            assert served.client.get(path, headers=headers).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("bound", "server", "host", "allowed"),
+    [
+        ("10.0.0.7", "10.0.0.7", "10.0.0.7:80", True),
+        ("10.0.0.7", "10.0.0.7", "10.0.0.8", False),
+        ("models.lan", "10.0.0.7", "10.0.0.7", True),
+        ("models.lan", "10.0.0.7", "models.lan", True),
+        ("fd00::1", "fd00::1", "[fd00::1]:80", True),
+        ("fd00::1", "fd00::1", "[fd00::2]:80", False),
+        ("models.lan", "::ffff:10.0.0.7", "10.0.0.7", True),
+        ("models.lan", "fe80::1%eth0", "[fe80::1]", True),
+        ("models.lan", "fd00::1", "evil.example", False),
+        ("models.lan", None, "10.0.0.7", False),
+    ],
+)
+def test_the_address_of_the_socket_is_a_host(
+    bound: str, server: str | None, host: str, allowed: bool
+) -> None:
+    arrived_at = None if server is None else (server, 80)
+    assert AllowedHosts((bound,)).allows(host, arrived_at) is allowed
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_rebound_page_is_not_the_same_origin(host: str) -> None:
+    upstream = Upstream()
+    with protected(upstream, host=host, allow_anonymous=True) as served:
+        headers = {"host": "evil.example", "origin": "http://evil.example"}
+        assert served.client.post(CHAT, json={}, headers=headers).status_code == 403
+    assert upstream.asked == []
+
+
+_VISIT = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate",
+          "sec-fetch-dest": "document"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/models/evil.example/x?remote=true", {"sec-fetch-site": "cross-site"}, 403),
+        ("/models/evil.example/x?remote=true", {"sec-fetch-site": "same-site"}, 403),
+        ("/models/evil.example/x?remote=true", _VISIT, 403),
+        ("//models/evil.example/x?remote=true", {"sec-fetch-site": "Cross-Site"}, 403),
+        ("/models/evil.example/x?remote=true", {"sec-fetch-site": "same-origin"}, 200),
+        ("/models/evil.example/x?remote=true", {"sec-fetch-site": "none"}, 200),
+        ("/models/evil.example/x?remote=true", {}, 200),
+        ("/", _VISIT, 200),
+        ("/", _VISIT | {"sec-fetch-dest": "iframe"}, 403),
+        ("/", {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, 403),
+    ],
+)
+def test_a_page_of_another_site_reads_nothing(
+    path: str, headers: dict[str, str], status: int
+) -> None:
+    upstream = Upstream()
+    with protected(upstream) as served:
+        assert served.client.get(served.url + path, headers=headers).status_code == status
+    assert len(upstream.asked) == (status == 200)
+
+
+def test_listed_pages_may_read_across_sites() -> None:
+    headers = {"sec-fetch-site": "cross-site"}
+    with protected(Upstream(), cors=("https://app.example",)) as served:
+        assert served.client.get("/v1/models", headers=headers).status_code == 403
+        headers["origin"] = "https://app.example"
+        assert served.client.get("/v1/models", headers=headers).status_code == 200
+    with protected(Upstream(), cors=("*",)) as served:
+        del headers["origin"]
+        assert served.client.get("/v1/models", headers=headers).status_code == 200

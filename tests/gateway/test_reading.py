@@ -87,12 +87,32 @@ def test_plain_paths(path: str, plain: bool) -> None:
         ({"input": "x" * 40}, 11, 0),
         ({"prompt": "", "options": {"num_predict": 9}}, 1, 9),
         ({"prompt": "", "options": {"num_predict": -1}}, 1, 256),
-        ({"messages": [{"content": [{"image_url": {"url": "data:" + "A" * 9000}}]}]}, 1, 256),
+        (
+            {
+                "messages": [
+                    {"content": [{"image_url": {"url": "data:image/png;base64," + "A" * 9000}}]}
+                ]
+            },
+            36,
+            256,
+        ),
+        (
+            {"messages": [{"content": "x", "images": ["iVBORw0KGgo+/" + "A" * 9000 + "=="]}]},
+            36,
+            256,
+        ),
+        # Text, whatever stands between its words.
+        ({"messages": [{"content": "word\n" * 2000}], "n": -1}, 2501, 256),
+        ({"prompt": "data:" + "word." * 2000}, 2502, 256),
+        ({"prompt": "A" * 4096 + " word" * 2000}, 3525, 256),
+        ({"prompt": "\u8a5e" * 8000}, 2001, 256),
         ({"messages": [{"content": "word " * 2000}], "n": -1}, 2501, 256),
+        ({"prompt": [1] * 1000, "max_tokens": 7}, 1001, 7),
+        ({"prompt": [[1] * 1000, [2]]}, 1002, 256),
     ],
 )
 def test_estimates(body: Any, prompt: int, answer: int) -> None:
-    asked = look_into(json.dumps(body).encode())
+    _, asked = look_into(json.dumps(body).encode())
     assert (asked.prompt_tokens, asked.answer_tokens) == (prompt, answer)
 
 
@@ -167,7 +187,9 @@ def test_other_replies_are_not_read() -> None:
         (200, 5, None, 3, 8),
         (200, None, None, 3, 103),
         (200, None, None, 0, None),
-        (404, None, None, 0, 0),
+        (404, None, None, 0, 100),
+        (429, None, None, 0, 0),
+        (503, None, None, 0, 0),
         (None, None, None, 0, None),
     ],
 )

@@ -23,6 +23,7 @@ from tests.registry.faults import (
     cut_after,
     flipped_bit,
     ignoring_range,
+    redirecting,
     replaced,
     shortened,
 )
@@ -189,6 +190,15 @@ def test_refusals_say_what_to_do(
     assert (hint or "") in (caught.value.hint or "")
     assert not store.models()
     assert "hf_" not in f"{caught.value} {caught.value.hint}"
+
+
+@pytest.mark.parametrize("path", ["/revision/", "/tree/", "/resolve/"])
+def test_a_hub_leads_into_no_private_network(
+    hub: FakeHub, tiny: str, store: modelpack.Store, path: str
+) -> None:
+    hub.faults.add("GET", path, redirecting("http://169.254.169.254/latest/"), times=None)
+    with pytest.raises(errors.RegistryError, match="refused to connect"):
+        pulled(store)
 
 
 def test_limits_and_faults_are_waited_out(hub: FakeHub, tiny: str, store: modelpack.Store) -> None:

@@ -71,6 +71,8 @@ def write(name: str, content: str | bytes) -> Callable[[Path], object]:
          "training_args.bin", None),
         (write("state", b"\x80\x04\x95" + bytes(8) + b"}."), "", "pickle", "holds a pickle",
          "state", None),
+        (write("old", b"cposix\ngetcwd\np0\n(tRp1\n."), "", "pickle", "holds a pickle",
+         "old", None),
         (write("w.dat", b"PK\x03\x04" + bytes(26) + b"archive/data.pkl" + bytes(64)), "", "pickle",
          "holds a pickle", "w.dat", None),
         (write("run.sh", "#!/bin/sh\nexport HF_TOKEN=hf_" + "aB" * 17 + "\n"), "", "secrets",

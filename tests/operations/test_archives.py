@@ -125,7 +125,7 @@ def listing(**changes: object) -> bytes:
     ("change", "kind", "said"),
     [
         (lambda raw: raw[:3000], errors.ModelpackError, ""),
-        (lambda raw: b"no tar at all" * 100, errors.FormatError, "is no tar archive"),
+        (lambda raw: b"no tar at all" * 100, errors.FormatError, "not a valid tar archive"),
         (lambda raw: tar(("x", b"")), errors.ManifestError, "has no index.json and no manifest"),
         (lambda raw: tar(("index.json", b"{")), errors.ManifestError, "index.json"),
         (lambda raw: tar(("index.json", b" " * 5_000_000)), errors.ManifestError, "more than"),
@@ -136,7 +136,7 @@ def listing(**changes: object) -> bytes:
         (lambda raw: tar(("index.json", b'{"schemaVersion":2,"manifests":[]}')),
          errors.ManifestError, "lists no manifest"),
         (lambda raw: tar(("../blobs/sha256/" + "0" * 64, b"")), errors.UnsafePathError, "out"),
-        (lambda raw: tar(("blobs/sha256/xyz", b"")), errors.FormatError, "is no blob"),
+        (lambda raw: tar(("blobs/sha256/xyz", b"")), errors.FormatError, "is not a blob"),
         (lambda raw: tar(("blobs/sha256/" + "0" * 64, b"x")), errors.IntegrityError, "0000"),
     ],
 )  # fmt: skip
@@ -189,3 +189,14 @@ def test_weights_are_no_archive(tmp_path: Path) -> None:
         assert result.code == 2
         assert str(name) in result.err
         assert "modelpack package" in result.err
+
+
+@pytest.mark.parametrize("form", ["oci", "docker"])
+def test_a_blob_of_another_size_is_not_exported(store: modelpack.Store, form: Form) -> None:
+    """Its bytes would be read as the archive's next headers."""
+    weight = modelpack.inspect(GGUF, store=store).manifest.layers[0]
+    path = store.blob_path(weight.digest)
+    path.unlink()
+    path.write_bytes(b"cut")
+    with pytest.raises(errors.SizeMismatchError):
+        archived(store, GGUF, form=form)

@@ -106,11 +106,11 @@ def everything(root: Path) -> list[PackageRequest]:
         {**TINY_DIRECTORY, "sub/model-2.safetensors": TINY_DIRECTORY["model.safetensors"]},
     )
     write(root / "g", {"m.gguf": TINY, "config.json": b"{}", "mmproj-m.gguf": PROJECTOR})
-    write(root, {"m.gguf": TINY, "x.dduf": DDUF, "LICENSE": MIT, "TERMS": MIT, "t.jinja": TEMPLATE})
+    write(root, {"m.gguf": TINY, "x.dduf": DDUF, "LICENSE": MIT, "TERMS": MIT, "b.jinja": TEMPLATE})
     write(
         root, {**SHARDS, "mmproj.gguf": PROJECTOR, "vision.gguf": PROJECTOR, "p.mmproj": PROJECTOR}
     )
-    extras = {"licenses": (root / "LICENSE", root / "TERMS"), "chat_template": root / "t.jinja"}
+    extras = {"licenses": (root / "LICENSE", root / "TERMS"), "chat_template": root / "b.jinja"}
     whole = PackageRequest(gguf=root / "m.gguf")
     return [
         whole,

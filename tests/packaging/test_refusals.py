@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import socket
 import tempfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -357,6 +360,44 @@ def test_documents_beyond_the_limit_are_refused_before_hashing(tmp_path: Path) -
     annotations = {"k": "x" * 2**22}
     error = refusal(PackageRequest(gguf=tmp_path / "y" / "m.gguf", annotations=annotations))
     assert "4194304" in str(error)
+
+
+class Calls:
+    """Calls a function when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[()]]:
+        return os.getcwd, ()
+
+
+def torch_file() -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}, 2))
+    return made.getvalue()
+
+
+@pytest.mark.parametrize("name", ["state", "config.json", "weights.joblib", "w.bin "])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        *(pickle.dumps(value, n) for n in range(6) for value in (Calls(), {"a": 1}, [1])),
+        b"\x80\x04N0" + pickle.dumps(Calls(), 4)[2:],
+        torch_file(),
+    ],
+)
+def test_pickles_by_any_name(tmp_path: Path, name: str, raw: bytes) -> None:
+    write(tmp_path, {**MODEL, name: raw})
+    error = refusal(PackageRequest(safetensors_dir=tmp_path))
+    assert f"holds Python pickles, which can run code when they are loaded: {name}" in str(error)
+    package(PackageRequest(safetensors_dir=tmp_path, allow_pickle=True))
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"cat\ndog\nqueen\n", b"c\nd\n(\n", b"PK\x03\x04" + bytes(600)]
+)
+def test_what_only_begins_like_a_pickle(tmp_path: Path, raw: bytes) -> None:
+    write(tmp_path, {**MODEL, "vocab.txt": raw})
+    package(PackageRequest(safetensors_dir=tmp_path))
 
 
 def test_pickles_on_request(tmp_path: Path) -> None:

@@ -176,7 +176,8 @@ def test_a_directory_has_one_file_at_a_path(root: Path, format: str) -> None:
     assert len(replaced.manifest.layers) == count
     assert replaced.manifest.layers[-1].digest == Digest.of(b"new\n")
     assert replaced.notes
-    beside = changed(first, PackageRequest(chat_template=root / "new" / "u.jinja"))
+    write(root, {"new/b.jinja": b"b\n"})
+    beside = changed(first, PackageRequest(chat_template=root / "new" / "b.jinja"))
     assert len(beside.manifest.layers) == count + 1
 
 

@@ -67,6 +67,15 @@ def test_pages_of_a_browser_cannot_write(client: Client) -> None:
     assert client.request("GET", "/v2/", headers=origin).status_code == 200
 
 
+def test_pages_of_other_sites_have_nothing_fetched(server: RegistryServer) -> None:
+    for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 200),
+                         ("none", 200)):  # fmt: skip
+        for path in ("/v2/", "/metrics"):
+            response = requests.get(server.url + path, headers={"Sec-Fetch-Site": site}, timeout=10)
+            assert response.status_code == status
+            assert status == 200 or errors(response) == ["DENIED"]
+
+
 @pytest.mark.parametrize("path", ["../../etc", "..%2f..%2f..%2fetc", "%2e%2e/%2e%2e", "a/../../b"])
 @pytest.mark.parametrize(
     "rest", ["manifests/v1", "tags/list", f"blobs/{'sha256:' + '0' * 64}", "blobs/uploads/x"]

@@ -31,6 +31,7 @@ from tests.registry.faults import (
     cut_after,
     flipped_bit,
     held_until,
+    redirecting,
     replaced,
     silent_after,
 )
@@ -117,6 +118,19 @@ def test_a_model_is_fetched_once(caching: Caching) -> None:
     assert caching.upstream.count("GET", "/manifests/") == 1
     assert caching.upstream.count("HEAD") == 0
     caching.check()
+
+
+@pytest.mark.parametrize("path", ["/manifests/", "/blobs/", "/tags/"])
+def test_an_upstream_leads_into_no_private_network(caching: Caching, path: str) -> None:
+    host = caching.cache()
+    caching.upstream.faults.add(
+        "*", path, redirecting("http://169.254.169.254/latest/"), times=None
+    )
+    url = f"http://{host}/v2/{NAME}"
+    tail = {"/manifests/": "manifests/v1", "/blobs/": "manifests/v1", "/tags/": "tags/list"}[path]
+    answer = requests.get(f"{url}/{tail}", timeout=20)
+    assert answer.status_code == 502
+    assert "refused to connect" in answer.text
 
 
 def test_a_tag_is_looked_up_again_by_head(caching: Caching) -> None:

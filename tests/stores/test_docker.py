@@ -23,6 +23,7 @@ from modelpack.errors import (
 from modelpack.reference import Reference
 from modelpack.storage import Source
 from modelpack.stores import docker as docker_module
+from modelpack.stores import docker_index
 from modelpack.stores.docker import DockerStore, default_docker_root
 from modelpack.stores.docker_index import DockerIndex, go_indented
 from modelpack.stores.layout import LayoutStore
@@ -375,3 +376,15 @@ def test_model_runners_own_code_writes_the_same_files(tmp_path: Path) -> None:
             "registry.example.com/x:v3",
         ],
     }
+
+
+def test_an_index_too_large_to_read_is_not_written(
+    docker: DockerStore, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(docker, files, small_model(b"one"), X)
+    before = (docker.root / "models.json").read_bytes()
+    monkeypatch.setattr(docker_index, "_LIMIT", len(before))
+    with pytest.raises(StoreError, match=r"models\.json would have"):
+        write(docker, files, small_model(b"two"), Y)
+    assert (docker.root / "models.json").read_bytes() == before
+    assert tags(docker) == {str(small_model(b"one").digest): [X]}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ from modelpack.digest import Digest
 from modelpack.errors import NotFoundError, StoreError
 from modelpack.gojson import encode
 from modelpack.manifest import Index, Manifest
+from modelpack.operations.watching import watching
 from modelpack.server.sessions import UploadSessions
+from modelpack.stores.durability import draft
 from modelpack.stores.layout import LayoutStore
+from modelpack.stores.locks import FileLock
 from modelpack.stores.staging import Partial
 from tests.contract.parts import (
     BytesSource,
@@ -303,3 +308,57 @@ def test_abandoned_uploads_are_reclaimed(store: LayoutStore) -> None:
 def test_an_empty_store_has_nothing_to_collect(store: LayoutStore) -> None:
     report = store.gc(grace_seconds=0)
     assert (report.removed, report.kept, report.partials, report.bytes_freed) == ((), (), (), 0)
+
+
+def test_damaged_copies_go_when_nothing_needs_them(store: LayoutStore) -> None:
+    """Whose blob is back, and whose model is gone; the only copy of a needed blob stays."""
+    model, other = small_model(b"weights"), small_model(b"other")
+    write_model(store, model, "docker.io/ai/x:latest")
+    write_model(store, other, "docker.io/ai/y:latest")
+    for one in (model, other):
+        path = store.blob_path(one.manifest.layers[0].digest)
+        path.chmod(0o644)
+        path.write_bytes(b"?" * path.stat().st_size)
+    assert not store.fsck(watch=watching(None)).ok
+    aside = store.root / "quarantine"
+    assert len(list(aside.iterdir())) == 2
+    assert store.gc(grace_seconds=0).partials == ()
+    write_blobs(store, model)
+    assert len(list(aside.iterdir())) == 1, "a blob that is back needs no damaged copy"
+    store.remove("y")
+    planned = store.gc(grace_seconds=0, dry_run=True)
+    assert len(list(aside.iterdir())) == 1
+    report = store.gc(grace_seconds=0)
+    assert report.partials == planned.partials
+    assert report.bytes_freed == planned.bytes_freed == len(b"other")
+    assert list(aside.iterdir()) == []
+
+
+@pytest.mark.parametrize(("days", "stays"), [(6, True), (8, False)])
+def test_what_a_kill_left_of_a_small_file(store: LayoutStore, days: int, stays: bool) -> None:
+    """The list of models may have megabytes."""
+    left = draft(store.root / "ingest", "index.json")
+    left.write_bytes(bytes(5000))
+    then = time.time() - days * 24 * 3600
+    os.utime(left, (then, then))
+    report = store.gc()
+    assert left.exists() == stays
+    assert report.partials == (() if stays else (left.name,))
+
+
+def test_a_bundle_that_its_maker_deletes_meanwhile(
+    store: LayoutStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = store.root / "ingest" / "bundles" / f"sha256-{'0' * 64}"
+    left.mkdir(parents=True)
+    held = FileLock.held
+
+    @contextmanager
+    def held_late(lock: FileLock, **options: Any) -> Iterator[None]:
+        with held(lock, **options):
+            if lock.path.parent == left.parent:
+                left.rmdir()
+            yield
+
+    monkeypatch.setattr(FileLock, "held", held_late)
+    assert store.gc().partials == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from modelpack.errors import (
     UsageError,
 )
 from modelpack.reference import Reference
+from modelpack.stores import index
 from modelpack.stores.index import IndexDocument
 from modelpack.stores.layout import LayoutStore
 from modelpack.stores.manifests import Manifests
@@ -310,3 +312,40 @@ def test_looking_up_every_manifest_goes_through_the_index_a_few_times() -> None:
             assert [entry.digest for entry in document.entries_of(digest)] == [digest]
             assert document.find(name).entry.digest == digest
         assert len(digests) <= Element.looked_at < 40 * len(digests)
+
+
+def test_what_is_too_large_to_read_is_not_written(
+    store: LayoutStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit of reading and of writing is one: at the border both work, beyond it neither."""
+    path = store.root / "index.json"
+    one, two = small_model(b"one"), small_model(b"two")
+    write_model(store, one, X)
+    before = path.read_bytes()
+    write_model(store, two, Y)
+    size = len(path.read_bytes())
+    store.remove("y")
+    assert path.read_bytes() == before
+
+    monkeypatch.setattr(index, "MAX_BYTES", size - 1)
+    with pytest.raises(StoreError, match=f"the store is full: .* {size} bytes") as caught:
+        write_model(store, two, Y)
+    assert "--store" in (caught.value.hint or "")
+    assert path.read_bytes() == before
+    assert [model.names for model in LayoutStore(store.root).models()] == [(X,)]
+    monkeypatch.setattr(index, "MAX_BYTES", size)
+    write_model(store, two, Y)
+    assert len(LayoutStore(store.root).models()) == 2
+    monkeypatch.setattr(index, "MAX_BYTES", size - 1)
+    with pytest.raises(StoreError, match="damaged"):
+        LayoutStore(store.root).models()
+
+
+def test_a_small_index_is_read_in_little_memory(store: LayoutStore) -> None:
+    write_model(store, small_model(b"weights"), X)
+    tracemalloc.start()
+    try:
+        assert len(LayoutStore(store.root).models()) == 1
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()

@@ -29,8 +29,16 @@ C = Digest("sha256", "beef" + "2" * 60)
 D = Digest("sha256", "0123456789ab" + "3" * 52)
 
 
-def entry(digest: Digest, name: str | None = None, *, media_type: str | None = None) -> Entry:
-    descriptor = Descriptor(media_type or mediatypes.OCI_MANIFEST, digest, 100)
+def entry(
+    digest: Digest,
+    name: str | None = None,
+    *,
+    media_type: str | None = None,
+    origin: str | None = None,
+) -> Entry:
+    annotations = {mediatypes.ORIGIN: origin} if origin else {}
+    kind = media_type or mediatypes.OCI_MANIFEST
+    descriptor = Descriptor(kind, digest, 100, annotations=annotations)
     try:
         return Entry(descriptor, name, Reference.parse(name) if name else None)
     except InvalidReferenceError:
@@ -43,7 +51,7 @@ ENTRIES = (
     entry(B, "registry.example.com:5000/team/model:Q4_K_M"),
     entry(B, "docker.io/ai/beef:latest"),  # looks like the beginning of C
     entry(B, "docker.io/ai/0123456789ab:latest"),  # looks like the short id of D
-    entry(C),
+    entry(C, origin="docker.io/ai/pulled"),
     entry(D, "a+name--of_another.tool"),
 )
 
@@ -57,7 +65,9 @@ FOUND = [
     ("x:v1", A, True),
     (f"x:v1@{A}", A, True),
     (f"x@{A}", A, False),
-    (f"anything@{C}", C, False),
+    (f"pulled@{C}", C, False),
+    (f"beef@{B}", B, False),
+    (f"registry.example.com:5000/team/model@{B}", B, False),
     (str(A), A, False),
     (A.encoded, A, False),
     (C.short, C, False),
@@ -89,6 +99,17 @@ def test_names_that_mean_nothing(text: str) -> None:
         find(ENTRIES, text)
     assert caught.value.exit_code == 3
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"anything@{C}", f"x@{B}", f"x@{C}", f"docker.io/other/x@{A}", f"example.com/ai/x@{A}",
+     f"x@{D}", f"pulled@{A}"],
+)  # fmt: skip
+def test_a_digest_of_another_repository_is_not_found(text: str) -> None:
+    with pytest.raises(NotFoundError, match="in the store has this digest") as caught:
+        find(ENTRIES, text)
+    assert "pull" in str(caught.value.hint)
 
 
 def test_a_missing_tag_is_answered_with_the_tags_there_are() -> None:

@@ -97,7 +97,9 @@ def test_a_layout_without_index_is_empty_and_can_be_written_to(tmp_path: Path) -
     assert store.resolve("x").digest == model.digest
 
 
-@pytest.mark.parametrize("linked", ["blobs", "blobs/sha256", "ingest", "ingest/leases"])
+@pytest.mark.parametrize(
+    "linked", ["blobs", "blobs/sha256", "ingest", "ingest/leases", "bundles", "ingest/bundles"]
+)
 def test_directories_that_lead_out_are_refused(tmp_path: Path, linked: str) -> None:
     store = LayoutStore(tmp_path / "store")
     outside = tmp_path / "outside"
@@ -105,6 +107,7 @@ def test_directories_that_lead_out_are_refused(tmp_path: Path, linked: str) -> N
     precious = outside / ("0" * 64)
     precious.write_bytes(b"mine")
     folder = store.root / linked
+    folder.mkdir(exist_ok=True)
     for child in sorted(folder.rglob("*"), reverse=True):
         child.rmdir() if child.is_dir() else child.unlink()
     folder.rmdir()

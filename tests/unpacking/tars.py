@@ -115,3 +115,15 @@ def zstandard_bomb(head: bytes, zeros: int) -> bytes:
     frame += run * (zeros // block)
     frame += (0b001).to_bytes(3, "little")  # the last block: raw and empty
     return bytes(frame)
+
+
+def gnu_sparse(name: bytes, real_size: int, data: bytes = b"", *, extended: bool = False) -> bytes:
+    """Return a sparse file as GNU tar wrote them first (type S): `data`, then a hole."""
+    block = bytearray(header(name, len(data), kind=b"S", magic=b"ustar  \0"))
+    block[386:398] = b"%011o\0" % 0
+    block[398:410] = b"%011o\0" % len(data)
+    block[482] = int(extended)
+    block[483:495] = b"%011o\0" % real_size
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block) + (bytes(512) if extended else b"") + padded(data)

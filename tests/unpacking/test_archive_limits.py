@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,7 @@ LIMITED = {
     "one large file": file(b"a", bytes(100_000)),
     "many files": b"".join(file(b"%d" % i, bytes(9_000)) for i in range(10)),
     "a claim": header(b"a", 100 << 30),
-    "a larger claim": header(b"a", size_field=b"\x80" + b"\xff" * 11),
+    "a larger claim": header(b"a", size_field=b"\x80" + bytes(3) + b"\x7f" + b"\xff" * 7),
     "after the end": END + bytes(100_000),
     "an unread rest": file(b"a", b"x") + END + bytes(1 << 20),
 }
@@ -81,11 +83,10 @@ def test_too_many_entries(stored: Stored, directory: Path, data: bytes) -> None:
 
 
 def test_as_many_entries_as_may_be(stored: Stored, directory: Path) -> None:
-    data = b"".join(file(b"%d" % i) for i in range(20)) + END
-    # Each archive is counted for itself.
-    other = b"".join(file(b"x%d" % i) for i in range(20)) + END
+    data = b"".join(file(b"%d" % i) for i in range(12)) + END
+    other = b"".join(file(b"x%d" % i) for i in range(8)) + END
     bundle_of(stored, directory, [(TAR, data), (TAR, other)], limits=SMALL)
-    assert len(contents(directory / "model")) == 41
+    assert len(contents(directory / "model")) == 21, "the weight is in no archive"
 
 
 @pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
@@ -195,3 +196,30 @@ def test_25_memory_stays_flat(tmp_path: Path) -> None:
     size, growth = map(int, output[1].split())
     assert size < 4_000_000
     assert growth < 20_000_000
+
+
+SHARED: dict[str, tuple[Callable[[int], bytes], str]] = {
+    "bytes": (lambda n: file(b"%d" % n, bytes(40_000)), "expands to more than 2.... bytes"),
+    "entries": (
+        lambda n: b"".join(file(b"%d/%d" % (n, i)) for i in range(8)),
+        "20 files and directories",
+    ),
+    "paths": (
+        lambda n: b"".join(file(b"%d-%d" % (n, i) + b"p" * 90) for i in range(5)),
+        "1000 bytes of paths",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SHARED)
+def test_archives_of_one_model_share_their_limits(
+    stored: Stored, directory: Path, what: str
+) -> None:
+    """Or a model of thousands of small archives would fill the disk."""
+    made, limit = SHARED[what]
+    limits = replace(SMALL, max_path_bytes=1000)
+    archives = [(GZIP, PACK[GZIP](made(number) + END)) for number in range(3)]
+    bundle_of(stored, directory, archives[:1], limits=limits)
+    with pytest.raises(IntegrityError, match=limit):
+        bundle_of(stored, directory / "all", archives, limits=limits)
+    assert not (directory / "all").exists()

@@ -89,7 +89,10 @@ def test_the_same_bundle(peer: Path, tmp_path: Path, name: str) -> None:
     config = ModelConfig.parse(base64.b64decode(made["config"]), manifest.config.media_type)
     model = Model(None, manifest.descriptor, manifest, config)
     ours = lay_out(
-        model, lambda blob: store / "blobs/sha256" / blob.digest.encoded, tmp_path / "bundle"
+        model,
+        lambda blob: store / "blobs/sha256" / blob.digest.encoded,
+        tmp_path / "bundle",
+        runtime_names=False,  # it lays out no chat_template.jinja for vLLM
     )
 
     # It leaves out the licenses of a v0.1 model.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import tarfile
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -77,6 +78,34 @@ def test_reads_what_tar_writes(tmp_path: Path, format: str) -> None:
     option = "gnu" if format == "gnutar" and "GNU" in _tar("--version").decode() else format
     data = _tar(f"--format={option}", "-cf", "-", "-C", str(tmp_path), ".")
     assert entries(data) == {"./": b"", "./sub/": b"", "./sub/run.sh": b"#!/bin/sh\n" * 100}
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    files=st.dictionaries(
+        st.lists(
+            st.text("aé .-_~\u4e2d", min_size=1, max_size=60).filter(
+                lambda x: x not in (".", "..")
+            ),
+            min_size=1,
+            max_size=5,
+        ).map("/".join),
+        st.binary(max_size=3000),
+        max_size=6,
+    ),
+    format=st.sampled_from(["gnu", "pax"]),
+)
+def test_reads_any_tree_that_tar_writes(files: dict[str, bytes], format: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        root, written = Path(name), {}
+        for path, content in files.items():
+            with suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
+                (root / path).parent.mkdir(parents=True, exist_ok=True)
+                (root / path).write_bytes(content)
+                written[path] = content
+        option = format if "GNU" in _tar("--version").decode() else "pax"
+        found = entries(_tar(f"--format={option}", "-cf", "-", "-C", name, "."))
+    assert {k.removeprefix("./"): v for k, v in found.items() if not k.endswith("/")} == written
 
 
 def _tar(*arguments: str) -> bytes:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 from modelpack_engine.conversation.answer import Answer
 from modelpack_engine.conversation.masking import MakeMask, make_masks
@@ -16,6 +17,7 @@ from modelpack_engine.conversation.spec import ChatDelta, ChatSpec
 from modelpack_engine.output.formats import OutputFormat, starts_reasoning
 from modelpack_engine.output.parser import OutputParser
 from modelpack_engine.output.tools import Tool
+from modelpack_engine.prompt_threads import prepare
 from modelpack_engine.request_stream import RequestStream
 
 # Enough of a prompt's end to see whether it opens a block of reasoning.
@@ -80,7 +82,7 @@ async def start_chat(model: ServedModel, spec: ChatSpec) -> ChatStream:
     """
     spec = _completed(spec, model)
     # A template may be slow, and a long text takes its time: not on the event loop.
-    prompt, token_ids = await asyncio.to_thread(_prompt, model, spec)
+    prompt, token_ids = await _prepared(model, spec)
     tools = offered_tools(spec)
     limit = model.token_limit(len(token_ids), spec.max_tokens)
     written = model.format
@@ -117,7 +119,7 @@ async def start_chat(model: ServedModel, spec: ChatSpec) -> ChatStream:
 
 async def count_prompt(model: ServedModel, spec: ChatSpec) -> int:
     """Return how many tokens the conversation's prompt has."""
-    _, token_ids = await asyncio.to_thread(_prompt, model, _completed(spec, model))
+    _, token_ids = await _prepared(model, _completed(spec, model))
     return len(token_ids)
 
 
@@ -153,11 +155,26 @@ def offered_tools(spec: ChatSpec) -> tuple[Tool, ...]:
     return tuple(tool for tool in spec.tools if tool.name in spec.tool_choice.names)
 
 
+async def _prepared(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int]]:
+    """Return the text and the tokens of the prompt. Raises `ContextLengthError`.
+
+    What cannot fit is refused before it is rendered: by the characters of its messages.
+    """
+    size = sum(_characters(message) for message in spec.messages)
+    model.check_texts(size)
+    model.check_room(len(spec.earlier), param="context")
+    return await prepare(size + len(spec.earlier), lambda: _prompt(model, spec))
+
+
+def _characters(message: Mapping[str, Any]) -> int:
+    return sum(len(value) for value in message.values() if isinstance(value, str))
+
+
 def _prompt(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int]]:
     tokenizer = model.tokenizer
     spec = replace(spec, messages=model.preface.before(spec.messages))
     text = render(spec, tokenizer, model.format)
-    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    token_ids = model.encode(text, add_special_tokens=False)
     if spec.earlier:
         # The earlier turns begin with it; where it comes again, it begins every turn.
         if token_ids[:1] == [tokenizer.bos] and token_ids.count(token_ids[0]) == 1:

@@ -30,12 +30,13 @@ def results_with_calls(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     with them, which is where such a template puts it.
     """
     changed: list[dict[str, Any]] = []
+    names: dict[Any, str] = {}  # of the calls in the last turn, by their ids
     for message in messages:
         turn = dict(message)
         last = changed[-1] if changed else {}
         calls = last.get("tool_calls")
         if turn.get("role") == "tool" and calls:
-            last.setdefault("tool_responses", []).append(_result(turn, calls))
+            last.setdefault("tool_responses", []).append(_result(turn, names))
             continue
         if turn.get("tool_calls") and turn.get("content"):
             changed.append({**turn, "tool_calls": None})
@@ -44,6 +45,7 @@ def results_with_calls(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
             last["content"] = turn.get("content")
             continue
         changed.append(turn)
+        names = {c.get("id"): c["function"]["name"] for c in turn.get("tool_calls") or ()}
     return changed
 
 
@@ -53,8 +55,7 @@ def _goes_on(last: Mapping[str, Any], turn: Mapping[str, Any]) -> bool:
     return has_results and turn.get("role") == "assistant" and not turn.get("tool_calls")
 
 
-def _result(message: Mapping[str, Any], calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    names = {call.get("id"): call["function"]["name"] for call in calls}
+def _result(message: Mapping[str, Any], names: Mapping[Any, str]) -> dict[str, Any]:
     name = names.get(message.get("tool_call_id")) or message.get("name") or "unknown"
     text = str(message.get("content") or "")
     try:

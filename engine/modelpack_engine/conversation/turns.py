@@ -25,36 +25,42 @@ def fit_turns(
     Neighbours of the same role become one message, except results of tools, and what follows calls.
     """
     shown_first, shown_within = _shows_system(chat_template or "")
-    fitted: list[dict[str, Any]] = []
+    turns: list[list[dict[str, Any]]] = []  # the messages of each
+    has_text = False  # in the last turn
     for message in messages:
-        turn = dict(message)
-        first = not fitted or (len(fitted) == 1 and fitted[0]["role"] == "system")
-        if turn["role"] == "system" and not (shown_first if first else shown_within):
-            turn = {"role": "user", "content": _as_reminder(turn["content"])}
-        if fitted and _is_same_turn(fitted[-1], turn):
-            fitted[-1] = _joined(fitted[-1], turn)
+        part = dict(message)
+        first = not turns or (len(turns) == 1 and turns[0][0]["role"] == "system")
+        if part["role"] == "system" and not (shown_first if first else shown_within):
+            part = {"role": "user", "content": _as_reminder(part["content"])}
+        if turns and _is_same_turn(turns[-1][-1], part, has_text=has_text):
+            turns[-1].append(part)
         else:
-            fitted.append(turn)
-    return fitted
+            turns.append([part])
+            has_text = False
+        has_text = has_text or bool(part.get("content"))
+    return [turn[0] if len(turn) == 1 else _joined(turn) for turn in turns]
 
 
 def _as_reminder(text: str) -> str:
     return f"<system-reminder>\n{text}\n</system-reminder>"
 
 
-def _is_same_turn(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def _is_same_turn(last: Mapping[str, Any], other: Mapping[str, Any], *, has_text: bool) -> bool:
+    """Tell whether `other` goes on with the turn whose last message is `last`."""
     return (
-        one["role"] == other["role"]
-        and one["role"] != "tool"
-        and not one.get("tool_calls")
-        and not (one.get("content") and other.get("reasoning_content"))
+        last["role"] == other["role"]
+        and last["role"] != "tool"
+        and not last.get("tool_calls")
+        and not (has_text and other.get("reasoning_content"))
     )
 
 
-def _joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    texts = [text for text in (one.get("content"), other.get("content")) if text]
-    thoughts = [m["reasoning_content"] for m in (one, other) if m.get("reasoning_content")]
-    joined = {**one, **other, "content": "\n\n".join(texts)}
+def _joined(turn: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the messages of a turn as one, in time that grows with their texts."""
+    texts = [part["content"] for part in turn if part.get("content")]
+    thoughts = [part["reasoning_content"] for part in turn if part.get("reasoning_content")]
+    joined = {key: value for part in turn for key, value in part.items()}
+    joined["content"] = "\n\n".join(texts)
     return joined | ({"reasoning_content": "\n\n".join(thoughts)} if thoughts else {})
 
 

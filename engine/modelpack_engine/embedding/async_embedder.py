@@ -9,6 +9,7 @@ has to be chosen before.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import queue
 import threading
@@ -26,6 +27,7 @@ from modelpack_engine.embedding.results import Embeddings, EmbedOptions, Pair, S
 from modelpack_engine.errors import EngineError, RequestError
 from modelpack_engine.meter import Meter
 from modelpack_engine.outputs import EngineStats
+from modelpack_engine.prompt_threads import prepare
 
 if TYPE_CHECKING:
     from modelpack_engine.embedding.cross_encoder import CrossEncoder
@@ -81,7 +83,12 @@ class AsyncEmbedder:
         self._calls: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._waiting: list[_Item] = []
         self._loaded = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="modelpack-embedder", daemon=True)
+        self._thread = threading.Thread(
+            target=contextvars.copy_context().run,  # the load's budget
+            args=(self._run,),
+            name="modelpack-embedder",
+            daemon=True,
+        )
         self._thread.start()
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
@@ -133,6 +140,7 @@ class AsyncEmbedder:
         *,
         n: int = 1,
         continues_text: bool = False,
+        cache_salt: bytes = b"",
     ) -> RequestStream:
         """Raise `RequestError`: there is nothing that generates text."""
         raise RequestError(
@@ -164,7 +172,7 @@ class AsyncEmbedder:
                 param="model",
             )
         options = options or EmbedOptions()
-        prepared = await asyncio.to_thread(model.read, inputs, options)
+        prepared = await prepare(sum(map(len, inputs)), lambda: model.read(inputs, options))
         vectors = await self._results(prepared)
         return model.finish(vectors, prepared, options)
 
@@ -178,7 +186,10 @@ class AsyncEmbedder:
         model = self.model
         if isinstance(model, Embedder):
             raise RequestError("this model is no cross-encoder", param="model")
-        prepared = await asyncio.to_thread(model.read, pairs, truncate=truncate)
+        prepared = await prepare(
+            sum(len(text) for pair in pairs for text in pair),
+            lambda: model.read(pairs, truncate=truncate),
+        )
         return model.finish(await self._results(prepared), prepared)
 
     def close(self) -> None:
@@ -234,20 +245,22 @@ class AsyncEmbedder:
         try:
             self._model = self._make_model()
             self.state = EngineState.READY
-        except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
+        except BaseException as error:  # noqa: BLE001 - whatever it is, waiting callers get it
             if not isinstance(error, ModelpackError):  # whose text says it all
                 _log.exception("the model could not be loaded")
             self.failure = str(error) or type(error).__name__
-            self.error = error
+            self.error = error if isinstance(error, Exception) else EngineError(self.failure)
             self.state = EngineState.FAILED
             return
         finally:
             self._loaded.set()
-        while self._take_requests():
-            if self._waiting:
-                self._turn(self._model)
-        self.state = EngineState.STOPPED
-        self._fail_all()
+        try:
+            while self._take_requests():
+                if self._waiting:
+                    self._turn(self._model)
+        finally:
+            self.state = EngineState.STOPPED
+            self._fail_all()
 
     def _take_requests(self) -> bool:
         """Take in what was asked for; wait if there is nothing else to do. False at the end."""
@@ -270,7 +283,7 @@ class AsyncEmbedder:
         self._waiting = [item for at, item in enumerate(self._waiting) if at not in taken]
         try:
             results: Sequence[Any] = model.run([item.prepared for item in batch])
-        except Exception as error:  # noqa: BLE001 - the requests fail, the model goes on
+        except BaseException as error:  # noqa: BLE001 - the requests fail, the model goes on
             _log.exception("a batch failed")
             for request in {item.request for item in batch}:
                 request.dropped = True

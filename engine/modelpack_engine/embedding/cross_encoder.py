@@ -11,7 +11,7 @@ import numpy as np
 from modelpack_engine.embedding.arrays import as_arrays
 from modelpack_engine.embedding.batching import BatchLimits, split_batches
 from modelpack_engine.embedding.encoder import Encoder
-from modelpack_engine.embedding.inputs import InputReader, Prepared
+from modelpack_engine.embedding.inputs import InputReader, Prepared, check_total
 from modelpack_engine.embedding.results import Pair, Scores
 from modelpack_engine.errors import EngineError
 
@@ -61,10 +61,14 @@ class CrossEncoder:
 
     def read(self, pairs: Sequence[Pair], *, truncate: bool) -> list[Prepared]:
         """Return the pairs as tokens; any thread may call it."""
-        return [
-            self._reader.read_pair(index, query, document, truncate=truncate)
-            for index, (query, document) in enumerate(pairs)
-        ]
+        prepared = []
+        total = 0
+        for index, (query, document) in enumerate(pairs):
+            one = self._reader.read_pair(index, query, document, truncate=truncate)
+            total += len(one)
+            check_total(total, "documents")
+            prepared.append(one)
+        return prepared
 
     def run(self, batch: Sequence[Prepared]) -> list[float]:
         """Return the logits of one batch."""

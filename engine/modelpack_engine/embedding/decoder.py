@@ -5,13 +5,14 @@ A decoder sees what is before a token only, so places filled up on the right cha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.loaders.config_guard import Limits
 from modelpack_engine.loaders.files import ModelFiles
 from modelpack_engine.loaders.safetensors import load_safetensors
 
@@ -45,13 +46,15 @@ class Decoder:
         return cast(mx.array, self._inner(token_ids))
 
 
-def load_decoder(files: ModelFiles, config: Mapping[str, Any]) -> tuple[Module, dict[str, Any]]:
-    """Return the model of safetensors without its head, and its completed config.
+def load_decoder(
+    files: ModelFiles, config: Mapping[str, Any], ignored_fields: Collection[str] = ()
+) -> tuple[Module, dict[str, Any], Limits]:
+    """Return the model of safetensors without its head, its completed config and its limits.
 
     Checkpoints of embedding models leave out the head, and the prefix `model.` too. Raises
     `ModelLoadError` as `load_safetensors` does.
     """
-    return load_safetensors(files, config, classes=_headless)
+    return load_safetensors(files, config, classes=_headless, ignored_fields=ignored_fields)
 
 
 def _headless(config: dict[str, Any]) -> tuple[type[Module], type]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from modelpack_engine.embedding.arrays import as_arrays
 from modelpack_engine.embedding.batching import BatchLimits, split_batches
-from modelpack_engine.embedding.inputs import Input, InputReader, Prepared
+from modelpack_engine.embedding.inputs import Input, InputReader, Prepared, check_total
 from modelpack_engine.embedding.pooling import PoolingMode, pool
 from modelpack_engine.embedding.results import Embeddings, EmbedOptions, Vector
 from modelpack_engine.embedding.steps import Steps
@@ -102,12 +102,15 @@ class Embedder:
         """Return the inputs as tokens; any thread may call it."""
         self._check(options)
         prompt = self._prompt(options.prompt)
-        prepared = [
-            self._reader.read(
+        prepared = []
+        total = 0
+        for index, given in enumerate(inputs):
+            one = self._reader.read(
                 index, given, noun=options.noun, prompt=prompt, truncate=options.truncate
             )
-            for index, given in enumerate(inputs)
-        ]
+            total += len(one)
+            check_total(total, options.noun)
+            prepared.append(one)
         if prompt and not self.config.pools_prompt:
             skipped = self._reader.prompt_length(prompt)
             prepared = [

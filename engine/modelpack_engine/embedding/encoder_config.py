@@ -229,7 +229,20 @@ def _distilbert(fields: _Fields) -> EncoderConfig:
     )
 
 
+def _check_rotations(fields: _Fields) -> None:
+    """Raise `ModelLoadError` for a rotation that is not the plain one of whole heads."""
+    for name in ("rope_scaling", "rope_parameters"):
+        given = fields.config.get(name) or {}
+        if not isinstance(given, dict):
+            raise ModelLoadError(f"config.json: {name} is not an object")
+        for rope in (given, *(inner for inner in given.values() if isinstance(inner, dict))):
+            _Fields(rope).expect("rope_type", "default", None)
+            _Fields(rope).expect("type", "default", None)
+            _Fields(rope).expect("partial_rotary_factor", 1.0, None)
+
+
 def _modernbert(fields: _Fields) -> EncoderConfig:
+    _check_rotations(fields)
     layers = fields.count("num_hidden_layers", default=22)
     every = fields.count("global_attn_every_n_layers", default=3)
     kinds = fields.config.get("layer_types") or [
@@ -295,6 +308,7 @@ def _nomic(fields: _Fields) -> EncoderConfig:
         fields.expect(name, *allowed)
     if fields.num_labels():
         raise ModelLoadError("cross-encoders of nomic_bert are not supported")
+    _check_rotations(fields)
     layers = fields.count("n_layer", "num_hidden_layers")
     rope = _Fields(fields.config.get("rope_parameters") or {})
     rope.expect("rope_type", "default")

@@ -15,6 +15,7 @@ from modelpack_engine.embedding.encoder_names import rename_tensors
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.loaders.files import ModelFiles
 from modelpack_engine.loaders.parameters import check_parameters, shapes_of
+from modelpack_engine.loaders.tensor_bounds import TensorBounds
 
 _FLOATS = ("F32", "F16", "BF16")
 #: Buffers that older versions of transformers saved beside the weights.
@@ -27,8 +28,15 @@ def load_encoder(files: ModelFiles, config: Mapping[str, Any], dtype: mx.Dtype |
     Raises `ModelLoadError` for an architecture that is not known, by its name, and for tensors
     that are missing, unknown or of another shape; `WeightFormatError` for a damaged file.
     """
+    bounds = TensorBounds.of(
+        (tensor.name, tensor.shape)
+        for path in files.weights
+        for tensor in read_safetensors_header(path).tensors
+    )
+    bounds.check(config)
     parsed = parse_encoder_config(config)
-    encoder = Encoder(parsed)
+    with bounds.building("config.json"):
+        encoder = Encoder(parsed)
     tensors = rename_tensors(parsed, read_tensors(files.weights))
     got = {name: tuple(array.shape) for name, array in tensors.items()}
     check_parameters(parsed.architecture, shapes_of(encoder), got)

@@ -33,6 +33,7 @@ from modelpack_engine.loaders.gguf_arrays import Wanted, arrays_of
 from modelpack_engine.loaders.gguf_file import GGUFFile
 from modelpack_engine.loaders.loading import Device, load
 from modelpack_engine.loaders.parameters import check_parameters, shapes_of
+from modelpack_engine.loaders.tensor_bounds import TensorBounds
 from modelpack_engine.loaders.tokenizer import Tokenizer
 
 #: What a model is for, as far as its files say.
@@ -88,8 +89,11 @@ def load_gguf_embedder(
 def _load_encoder(
     files: ModelFiles, file: GGUFFile, device: Device, dtype: mx.Dtype
 ) -> Embedder | CrossEncoder:
+    bounds = TensorBounds.of((tensor.name, tensor.shape) for tensor in file)
+    _check_sizes(file, bounds)
     config = _encoder_config(file)
-    encoder = Encoder(config)
+    with bounds.building(str(file.metadata.path)):
+        encoder = Encoder(config)
     wanted = []
     for tensor in file:
         path, _, parameter = tensor.name.rpartition(".")
@@ -114,6 +118,12 @@ def _load_encoder(
         limits_of(device),
         weight_bytes,
     )
+
+
+def _check_sizes(file: GGUFFile, bounds: TensorBounds) -> None:
+    metadata, name = file.metadata, _architecture(file)
+    sizes = ("block_count", "context_length", "attention.head_count", "feed_forward_length")
+    bounds.check({key: metadata.integer(f"{name}.{key}") for key in sizes}, str(metadata.path))
 
 
 def _encoder_config(file: GGUFFile) -> EncoderConfig:

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from modelpack_engine.errors import ContextLengthError, RequestError
-from modelpack_engine.loaders.tokenizer import Tokenizer
+from modelpack_engine.loaders.tokenizer import TextTooLongError, Tokenizer
 
 #: A text, or its token ids, which are taken as they are.
 Input = str | Sequence[int]
+
+
+#: Tokens of all inputs of one request.
+MAX_REQUEST_TOKENS = 2048 * 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +55,12 @@ class InputReader:
         if isinstance(given, str):
             if not given:
                 raise RequestError(f"{noun} {index} is empty", param=noun)
+            self._check_text(f"{noun} {index}", given, noun, truncate)
             ids, types = self._encode(prompt + given, None, truncate)
         else:
-            ids = list(given)[: self.max_length] if truncate else list(given)
+            if not truncate:
+                self._check(f"{noun} {index}", max(1, len(given)), noun)
+            ids = list(given[: self.max_length]) if truncate else list(given)
             types = [0] * len(ids)
             for token_id in ids:
                 if not 0 <= token_id < self.vocab_size:
@@ -69,6 +76,8 @@ class InputReader:
         self, index: int, query: str, document: str, *, truncate: bool = False
     ) -> Prepared:
         """Return the tokens of a pair, as `read` does; the longer of the two is cut."""
+        for what, text in (("the query", query), (f"document {index}", document)):
+            self._check_text(what, text, "documents", truncate)
         ids, types = self._encode(query, document, truncate)
         self._check(f"the query with document {index}", len(ids), "documents")
         return Prepared(tuple(ids), tuple(types))
@@ -82,14 +91,39 @@ class InputReader:
         if self.lowers_text:
             text, pair = text.lower(), pair.lower() if pair is not None else None
         limit = self.max_length if truncate else None
+        if truncate:  # what follows is cut off in any case
+            most = self.tokenizer.max_text_bytes(self.max_length)
+            text, pair = text[:most], pair[:most] if pair is not None else None
         return self.tokenizer.encode_typed(text, pair, max_length=limit)
+
+    def _check_text(self, what: str, text: str, param: str, truncate: bool) -> None:
+        """Raise `ContextLengthError` for a text that is too long to be tokenised at all."""
+        if truncate:
+            return
+        try:
+            self.tokenizer.check_length(text, self.max_length)
+        except TextTooLongError as error:
+            raise self._too_long(what, f"at least {error.at_least}", param) from None
 
     def _check(self, what: str, count: int, param: str) -> None:
         if not count:
             raise RequestError(f"{what} has no tokens", param=param)
         if count > self.max_length:
-            raise ContextLengthError(
-                f"{what} has {count} tokens, the limit of the model is {self.max_length}",
-                param=param,
-                hint="split the text, or ask for it to be truncated",
-            )
+            raise self._too_long(what, str(count), param)
+
+    def _too_long(self, what: str, count: str, param: str) -> ContextLengthError:
+        return ContextLengthError(
+            f"{what} has {count} tokens, the limit of the model is {self.max_length}",
+            param=param,
+            hint="split the text, or ask for it to be truncated",
+        )
+
+
+def check_total(tokens: int, param: str) -> None:
+    """Raise `ContextLengthError` for a request whose inputs have too many tokens together."""
+    if tokens > MAX_REQUEST_TOKENS:
+        raise ContextLengthError(
+            f"the inputs have more than {MAX_REQUEST_TOKENS} tokens together",
+            param=param,
+            hint="send them in several requests",
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -45,7 +45,11 @@ def purpose_of(files: ModelFiles) -> Purpose:
 
 
 def load_embedder(
-    files: ModelFiles, *, device: Device, dtype: mx.Dtype | None = None
+    files: ModelFiles,
+    *,
+    device: Device,
+    dtype: mx.Dtype | None = None,
+    ignored_fields: Collection[str] = (),
 ) -> Embedder | CrossEncoder:
     """Load an embedding model, or a cross-encoder where the files describe one.
 
@@ -62,7 +66,7 @@ def load_embedder(
         tokenizer = json_tokenizer.tokenizer_of(files, config)
         limits = limits_of(device)
         if not is_encoder(config):
-            return _decoder(files, config, sentence, tokenizer, limits, dtype)
+            return _decoder(files, config, sentence, tokenizer, limits, dtype, ignored_fields)
         encoder = load_encoder(files, config, dtype)
         weight_bytes = evaluated(encoder)
         parsed = encoder.config
@@ -94,12 +98,13 @@ def _decoder(
     tokenizer: Tokenizer,
     limits: BatchLimits,
     dtype: mx.Dtype | None,
+    ignored_fields: Collection[str],
 ) -> Embedder:
     if is_cross_encoder(config):
         raise ModelLoadError(
             f"a cross-encoder of the architecture {config['model_type']!r} is not supported"
         )
-    model, completed = load_decoder(files, config)
+    model, completed, valid = load_decoder(files, config, ignored_fields)
     if dtype is not None:
         set_dtype(model, dtype)
     if dtype == mx.float32:
@@ -108,6 +113,7 @@ def _decoder(
     weight_bytes = evaluated(model)
     decoder = Decoder(model, completed)
     positions, _ = context_length_of(completed)
+    positions = min(positions, valid.max_length or positions)
     reader = InputReader(
         tokenizer,
         decoder.vocab_size,

@@ -1,36 +1,20 @@
 """ChatTemplate: the Jinja text with which a model writes conversations as prompts.
 
-It comes from whoever made the model, so it runs in `template_sandbox`. What templates expect is
-what transformers gives them (`apply_chat_template` there): the names, the filters, the settings.
+It comes from whoever made the model, so a worker process renders it (`modelpack_engine.worker`),
+within the budget of `modelpack_engine.templates`. What templates expect is what transformers gives
+them (`apply_chat_template` there): the names, the filters, the settings.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from datetime import datetime
-from typing import Any, NoReturn
-
-import jinja2
+from typing import Any
 
 from modelpack_engine.errors import RequestError
-from modelpack_engine.loaders.template_sandbox import TemplateEnvironment, bounded, rendering
+from modelpack_engine.worker.workers import JobFailedError, shared_workers
 
-#: Characters of a template; the longest of known models have some 20,000.
-MAX_TEMPLATE = 512 * 1024
-
-# What a template, or Python for it, raises where messages and template do not fit.
-_FAILURES = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
+#: Seconds for one rendering, compiling included.
+MAX_SECONDS = 5.0
 
 
 class ChatTemplate:
@@ -42,66 +26,36 @@ class ChatTemplate:
     def __init__(self, source: str, *, tool_use: str | None = None) -> None:
         self.source = source
         self.tool_use = tool_use
-        self._compiled: dict[str, jinja2.Template] = {}
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """Return the prompt. Raises `RequestError` if the template fails, loops or misbehaves."""
+        """Return the prompt.
+
+        Raises `RequestError` if the template fails, loops or misbehaves, and `QueueFullError` if
+        too many requests wait for a rendering.
+        """
         source = self.tool_use if self.tool_use and variables.get("tools") else self.source
-        try:
-            with rendering():
-                template = self._compiled.get(source)
-                if template is None:
-                    template = self._compiled[source] = _compile(source)
-                return template.render(**variables)
-        except _FAILURES as error:
-            raise RequestError(
-                f"the model's chat template failed: {_described(error)}", param="messages"
-            ) from error
+        job = {"kind": "render", "source": source, "variables": dict(variables)}
+        return str(_run(source, job, "the model's chat template failed", "messages"))
 
 
-def _compile(source: str) -> jinja2.Template:
-    if len(source) > MAX_TEMPLATE:
-        raise ValueError(f"it has {len(source)} characters, the limit is {MAX_TEMPLATE}")
-    environment = TemplateEnvironment()
-    environment.filters["tojson"] = bounded(_tojson)
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source)
+def check_template(source: str) -> None:
+    """Raise `RequestError` for a template that does not compile."""
+    _run(source, {"kind": "check", "source": source}, "the template is not valid", "template")
 
 
-def _described(error: Exception) -> str:
-    if isinstance(error, jinja2.TemplateSyntaxError):
-        return f"line {error.lineno}: {error.message}"
-    if isinstance(error, RecursionError):
-        return "it calls itself without end"
-    text = str(error)[:500]
-    return (
-        text
-        if isinstance(error, (jinja2.TemplateError, ValueError)) and text
-        else (f"{type(error).__name__}: {text}")
-    )
+def as_jinja(template: str) -> str:
+    """Return a template as Jinja: one of Ollama's, which are Go's, is translated.
+
+    Raises `RequestError` for one that cannot be.
+    """
+    job = {"kind": "from_go", "source": template}
+    return str(_run(template, job, "the Go template cannot be read", "template"))
 
 
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own escapes HTML characters, which no model was trained on.
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
+def _run(key: str, job: dict[str, Any], what: str, param: str) -> Any:
+    try:
+        return shared_workers().run(key, job, MAX_SECONDS)
+    except JobFailedError as error:
+        raise RequestError(f"{what}: {error}", param=param) from None
+    except (TypeError, ValueError, RecursionError) as error:  # variables that have no JSON
+        raise RequestError(f"{what}: {error}", param=param) from error

@@ -13,7 +13,15 @@ from typing import Any, Literal
 from modelpack.digest import Digest
 from modelpack.errors import IntegrityError
 from modelpack.formats.shards import INDEX_SUFFIX, find_shards, read_index, shard_set
-from modelpack.model import Model, ModelFile, Role, format_of, role_of
+from modelpack.model import (
+    CHAT_TEMPLATE,
+    Model,
+    ModelFile,
+    Role,
+    format_of,
+    preferred_template,
+    role_of,
+)
 from modelpack.ollama import check_usable
 from modelpack.operations.kept_bundles import has_packed_weights, unpacked_files
 from modelpack.operations.watching import watching
@@ -31,7 +39,6 @@ MAX_FILE_BYTES = 128 * 1024 * 1024
 #: All files of the archives of one model.
 MAX_ARCHIVE_BYTES = 512 * 1024 * 1024
 
-CHAT_TEMPLATE = "chat_template.jinja"
 #: Where sentence-transformers lists the parts of an embedding model, each in a directory.
 MODULES = "modules.json"
 _FORMATS: tuple[WeightFormat, ...] = ("gguf", "safetensors")
@@ -79,7 +86,9 @@ class ModelFiles:
         names: dict[str, Path] = {}
         archived: dict[str, bytes] = {}
         notes: list[str] = []
-        for file, path in located:
+        located = tuple(located)
+        template = preferred_template([(file.role, file.filepath or "") for file, _ in located])
+        for at, (file, path) in enumerate(located):
             if file.archive:
                 _check_archive(file)
                 archived |= _content(file, path)
@@ -87,8 +96,10 @@ class ModelFiles:
                 weights.append((file.format, file.filepath or "", path))
             elif file.role is Role.PROJECTOR:
                 notes.append("the multimodal projector is left out: text only")
+            elif at == template:
+                names[CHAT_TEMPLATE] = path
             elif file.role is Role.CHAT_TEMPLATE:
-                names.setdefault(CHAT_TEMPLATE, path)
+                notes.append(f"{file.filepath} is left out: the model has another chat template")
             elif file.filepath:
                 names[file.filepath] = path
         return _assembled(

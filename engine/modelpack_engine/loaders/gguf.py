@@ -25,6 +25,7 @@ from modelpack_engine.loaders.gguf_arrays import Wanted, arrays_of, packing_of
 from modelpack_engine.loaders.gguf_file import GGUFFile
 from modelpack_engine.loaders.parameters import check_parameters, named, shapes_of
 from modelpack_engine.loaders.precision import Precision
+from modelpack_engine.loaders.tensor_bounds import TensorBounds
 
 _MAX_LAYERS = 10_000
 # Not parameters of a model: they say how its rope turns.
@@ -96,8 +97,12 @@ class GGUFLoader:
     def _build(self) -> Module:
         model_type = self.config["model_type"]
         module = importlib.import_module(f"mlx_lm.models.{model_type}")
+        bounds = TensorBounds.of((name, self.file[name].shape) for name in self.file.names)
+        what = str(self.file.metadata.path)
+        bounds.check(self.config, what)
         try:
-            model: Module = module.Model(module.ModelArgs.from_dict(self.config))
+            with bounds.building(what):
+                model: Module = module.Model(module.ModelArgs.from_dict(self.config))
         except (ArithmeticError, IndexError, TypeError, ValueError) as error:
             raise self._error(f"its metadata make no {model_type} model: {error}") from error
         got = {target.name: target.shape for target in self._targets.values()}

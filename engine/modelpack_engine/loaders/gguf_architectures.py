@@ -120,7 +120,7 @@ class Architecture:
     """How a GGUF architecture becomes an mlx-lm model.
 
     `layer_names` maps the names of tensors inside a layer to module paths inside a layer.
-    `shifted_norms`: norms are stored as 1 + w where the class wants w. `notes` go to the user.
+    `shifted_norms`: norms are stored as 1 + w where the class wants w.
     """
 
     model_type: str
@@ -128,7 +128,6 @@ class Architecture:
     extend: Callable[[Hyperparameters, Config], None] = field(default=lambda values, config: None)
     shifted_norms: bool = False
     rope_scaling: bool = True
-    notes: tuple[str, ...] = ()
 
     def config(self, values: Hyperparameters) -> Config:
         """Return the config that mlx-lm's class takes; `ModelLoadError` names what is missing."""
@@ -247,10 +246,12 @@ def _phi3(values: Hyperparameters, config: Config) -> None:
     config["original_max_position_embeddings"] = values.integer(
         "rope.scaling.original_context_length", config["max_position_embeddings"]
     )
+    config["sliding_window"] = values.integer("attention.sliding_window", 0)
 
 
 def _starcoder2(values: Hyperparameters, config: Config) -> None:
     config["norm_epsilon"] = values.number("attention.layer_norm_epsilon")
+    config["sliding_window"] = values.integer("attention.sliding_window", 0)
 
 
 def _attention_scalar(values: Hyperparameters, deepest: int) -> float:
@@ -265,6 +266,7 @@ def _gemma2(values: Hyperparameters, config: Config) -> None:
         "query_pre_attn_scalar": _attention_scalar(values, 46),
         "attn_logit_softcapping": values.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": values.number("final_logit_softcapping", 30.0),
+        "sliding_window": values.integer("attention.sliding_window", 4096),
     }
     if not config["tie_word_embeddings"]:
         raise values.refuse("an output layer of its own")
@@ -321,7 +323,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _PHI3,
         _phi3,
         rope_scaling=False,
-        notes=("mlx-lm's phi3 uses the long rope factors at every length",),
     ),
     "starcoder2": Architecture("starcoder2", _STARCODER2, _starcoder2, rope_scaling=False),
     "gemma2": Architecture(
@@ -330,7 +331,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _gemma2,
         shifted_norms=True,
         rope_scaling=False,
-        notes=("mlx-lm's gemma2 has no sliding windows: beyond 4096 tokens its text differs",),
     ),
     "gemma3": Architecture("gemma3_text", {**_GEMMA, **_QK_NORM}, _gemma3, shifted_norms=True),
     "gpt-oss": Architecture("gpt_oss", _GPT_OSS, _gpt_oss),

@@ -18,9 +18,13 @@ from modelpack_engine.loaders.gguf_file import Metadata
 from modelpack_engine.loaders.gguf_wordpiece import wordpiece_of
 from modelpack_engine.loaders.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from modelpack_engine.loaders.tokenizer import Tokenizer, TokenText
+from modelpack_engine.panics import as_error
 
 _KEY = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
+
+# Characters of a token; those of known vocabularies have up to 512.
+_MAX_TOKEN = 4096
 
 # Token types of llama.cpp.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # 6 is a byte
@@ -66,8 +70,9 @@ def tokenizer_of(metadata: Metadata, chat_template: str | None = None) -> Tokeni
         return _tokenizer(metadata, chat_template)
     except ModelpackError:
         raise
-    except Exception as error:  # the library raises nothing more precise
-        raise metadata.error(f"its vocabulary makes no tokenizer: {str(error)[:500]}") from error
+    except BaseException as error:  # the library raises nothing more precise
+        reason = str(as_error(error, "tokenizers"))[:500]
+        raise metadata.error(f"its vocabulary makes no tokenizer: {reason}") from error
 
 
 def _tokenizer(metadata: Metadata, chat_template: str | None) -> Tokenizer:
@@ -125,6 +130,9 @@ def _vocabulary(metadata: Metadata) -> _Vocabulary:
         tokens = [
             token.encode(errors="surrogateescape").decode(errors="replace") for token in tokens
         ]
+    longest = max(map(len, tokens), default=0)
+    if longest > _MAX_TOKEN:  # all places where it may be cut are tried
+        raise metadata.error(f"a token has {longest} characters, expected at most {_MAX_TOKEN}")
     if len(set(tokens)) != len(tokens):
         raise metadata.error("the vocabulary holds a token twice")
     types: Sequence[int] = [_NORMAL] * len(tokens)

@@ -7,10 +7,13 @@ from typing import Any
 
 import tokenizers
 
+from modelpack.model import CHAT_TEMPLATE
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.loaders.chat_template import ChatTemplate
-from modelpack_engine.loaders.files import CHAT_TEMPLATE, ModelFiles
+from modelpack_engine.loaders.files import ModelFiles
 from modelpack_engine.loaders.tokenizer import Tokenizer, TokenText
+from modelpack_engine.loaders.tokenizer_check import begin_check
+from modelpack_engine.panics import as_error
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
@@ -20,17 +23,12 @@ def tokenizer_of(files: ModelFiles, config: Mapping[str, Any]) -> Tokenizer:
 
     Raises `ModelLoadError` if tokenizer.json is missing or not one.
     """
-    text = files.text("tokenizer.json")
-    if text is None:
-        raise ModelLoadError(
-            "the model has no tokenizer.json",
-            hint="package tokenizer.json beside the weights; transformers'"
-            " `AutoTokenizer.from_pretrained(…).save_pretrained(…)` writes one",
-        )
+    text = _text(files)
+    begin_check(text).result()
     try:
         backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more precise
-        raise ModelLoadError(f"tokenizer.json: {str(error)[:500]}") from error
+    except BaseException as error:  # the library raises nothing more precise
+        raise ModelLoadError(f"tokenizer.json: {as_error(error, 'it')}"[:600]) from error
     backend.no_truncation()
     backend.no_padding()
     settings = files.json("tokenizer_config.json") or {}
@@ -47,6 +45,25 @@ def tokenizer_of(files: ModelFiles, config: Mapping[str, Any]) -> Tokenizer:
         chat_template=chat_template_of(files, settings),
         strip_leading_space=strips,
     )
+
+
+def begin_checking(files: ModelFiles) -> None:
+    """Begin to try tokenizer.json out, beside other work; `tokenizer_of` waits for the result.
+
+    Raises `ModelLoadError` if it is missing.
+    """
+    begin_check(_text(files))
+
+
+def _text(files: ModelFiles) -> str:
+    text = files.text("tokenizer.json")
+    if text is None:
+        raise ModelLoadError(
+            "the model has no tokenizer.json",
+            hint="package tokenizer.json beside the weights; transformers'"
+            " `AutoTokenizer.from_pretrained(…).save_pretrained(…)` writes one",
+        )
+    return text
 
 
 def chat_template_of(

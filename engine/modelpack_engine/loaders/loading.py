@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from modelpack.model import CHAT_TEMPLATE
 from modelpack_engine import cuda_graphs
 from modelpack_engine.errors import ModelLoadError, RequestError
 from modelpack_engine.loaders import gguf_tokenizer, json_tokenizer
-from modelpack_engine.loaders.files import CHAT_TEMPLATE, ModelFiles
+from modelpack_engine.loaders.chat_template import as_jinja
+from modelpack_engine.loaders.config_guard import check_fields
+from modelpack_engine.loaders.files import ModelFiles
 from modelpack_engine.loaders.gguf import GGUFLoader
 from modelpack_engine.loaders.gguf_file import GGUFFile, Metadata
-from modelpack_engine.loaders.go_template import as_jinja
 from modelpack_engine.loaders.precision import (
     Precision,
     dense_bytes,
@@ -74,6 +76,7 @@ def load(
     dtype: mx.Dtype | None = None,
     dense: bool | None = None,
     requantize: bool = True,
+    ignored_fields: Collection[str] = (),
     shard: Shard | None = None,
 ) -> LoadedModel:
     """Load the model in `files`; nothing is written to disk.
@@ -82,7 +85,8 @@ def load(
     is short. On a GPU weights stay packed, and the default dtype is that of the files (bfloat16
     for GGUF). `dense` decides whether quantised weights are unpacked; `requantize` whether GGUF
     types that MLX cannot pack without loss (Q6_K, Q3_K, Q2_K, IQ…) are held in 8 bits rather
-    than in `dtype`. With `shard`, only what that leaves of the model is held in memory.
+    than in `dtype`. `ignored_fields` of config.json may be there though nothing reads them. With
+    `shard`, only what that leaves of the model is held in memory.
 
     Raises `ModelLoadError` for whatever is wrong with the files, naming it, and
     `WeightFormatError` where one is damaged.
@@ -90,7 +94,7 @@ def load(
     with mx.stream(mx.cpu if device == "cpu" else mx.gpu):
         if files.format == "gguf":
             return _load_gguf(files, device, dtype, dense, requantize, shard)
-        return _load_safetensors(files, device, dtype, dense, shard)
+        return _load_safetensors(files, device, dtype, dense, ignored_fields, shard)
 
 
 def _load_gguf(
@@ -102,7 +106,7 @@ def _load_gguf(
     shard: Shard | None,
 ) -> LoadedModel:
     loader = GGUFLoader(GGUFFile.open(files.weights))
-    notes = [*files.notes, *loader.architecture.notes]
+    notes = list(files.notes)
     tokenizer = gguf_tokenizer_of(
         files, loader.file.metadata
     )  # the quicker part first, where much can be wrong
@@ -112,12 +116,15 @@ def _load_gguf(
         dense = device == "cpu" and fits(loader.dense_elements * dtype.size)
         _note_density(notes, device, dense)
     model = loader.load(Precision(dtype, dense, requantize))
+    limits = check_fields(loader.config, type(model))
+    notes += limits.notes
+    context = loader.config["max_position_embeddings"]
     return _loaded(
         model,
         loader.config,
-        tokenizer,
+        lambda: tokenizer,
         loader.name,
-        loader.config["max_position_embeddings"],
+        min(context, limits.max_length or context),
         notes,
         shard,
     )
@@ -156,12 +163,15 @@ def _load_safetensors(
     device: Device,
     dtype: mx.Dtype | None,
     dense: bool | None,
+    ignored_fields: Collection[str],
     shard: Shard | None,
 ) -> LoadedModel:
     config = read_config(files)
-    tokenizer = json_tokenizer.tokenizer_of(files, config)
+    json_tokenizer.begin_checking(files)  # a process tries it out while weights are read
     notes = list(files.notes)
-    model, config = load_safetensors(files, config)
+    named = config
+    model, config, limits = load_safetensors(files, config, ignored_fields=ignored_fields)
+    notes += limits.notes
     if dtype is None and device == "cpu":
         dtype = mx.float32
     if dense is None:
@@ -177,13 +187,22 @@ def _load_safetensors(
     context, known = context_length_of(config)
     if not known:
         notes.append(f"the config names no context length; {context} tokens are assumed")
-    return _loaded(model, config, tokenizer, config["model_type"], context, notes, shard)
+    context = min(context, limits.max_length or context)
+    return _loaded(
+        model,
+        config,
+        lambda: json_tokenizer.tokenizer_of(files, named),
+        config["model_type"],
+        context,
+        notes,
+        shard,
+    )
 
 
 def _loaded(
     model: Module,
     config: Mapping[str, Any],
-    tokenizer: Tokenizer,
+    make_tokenizer: Callable[[], Tokenizer],
     architecture: str,
     context_length: int,
     notes: list[str],
@@ -199,7 +218,7 @@ def _loaded(
     except (RuntimeError, ValueError) as error:  # MLX reads some files only now
         raise ModelLoadError(f"the weights cannot be read: {error}") from error
     return LoadedModel(
-        model, config, tokenizer, architecture, context_length, tuple(notes), weight_bytes
+        model, config, make_tokenizer(), architecture, context_length, tuple(notes), weight_bytes
     )
 
 

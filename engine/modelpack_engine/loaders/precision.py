@@ -19,6 +19,7 @@ from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx.utils import tree_unflatten
 
+from modelpack_engine.load_budget import checkpoint
 from modelpack_engine.loaders.parameters import parameters_of
 
 _MEBIBYTE = 1 << 20
@@ -69,6 +70,7 @@ def evaluate(model: Module) -> int:
         batch.append(array)
         pending += array.nbytes
         if pending > 256 * _MEBIBYTE:
+            checkpoint()
             mx.eval(batch)
             batch, pending = [], 0
     mx.eval(batch)

@@ -9,34 +9,25 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from modelpack.errors import ModelpackError
 from modelpack.formats.safetensors import read_safetensors_header
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.lean_mlx_lm import kept_file_limit
+from modelpack_engine.loaders.config_guard import Limits, check_fields
+from modelpack_engine.loaders.corrections import Classes, corrected
 from modelpack_engine.loaders.documents import decode_object
 from modelpack_engine.loaders.files import ModelFiles
-
-#: From a config to a class of mlx_lm.models and that of its arguments.
-Classes = Callable[[dict[str, Any]], tuple[type[Module], type]]
+from modelpack_engine.loaders.model_config import completed, normalised, with_tied_embeddings
+from modelpack_engine.loaders.tensor_bounds import TensorBounds
 
 _MODEL_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-# What mlx-lm raises for configs and weights that it cannot make a model of.
-_FAILURES = (
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 def read_config(files: ModelFiles) -> dict[str, Any]:
@@ -58,18 +49,33 @@ def read_config(files: ModelFiles) -> dict[str, Any]:
 
 
 def load_safetensors(
-    files: ModelFiles, config: Mapping[str, Any], *, classes: Classes | None = None
-) -> tuple[Module, dict[str, Any]]:
-    """Return the model, not evaluated, and its config as mlx-lm completed it.
+    files: ModelFiles,
+    config: Mapping[str, Any],
+    *,
+    classes: Classes | None = None,
+    ignored_fields: Collection[str] = (),
+) -> tuple[Module, dict[str, Any], Limits]:
+    """Return the model, not evaluated, its config as mlx-lm completed it, and its limits.
 
-    `classes` chooses the model's class and that of its arguments, in place of mlx-lm.
+    `classes` chooses the model's class and that of its arguments, in place of mlx-lm;
+    `ignored_fields` of the config are not checked.
 
-    Raises `ModelLoadError` for an architecture that mlx-lm does not have, and for tensors that
-    are missing, unknown or of the wrong shape; `WeightFormatError` for a damaged file.
+    Raises `ModelLoadError` for an architecture that mlx-lm does not have, for a field of the config
+    that changes the output and that the class does not read, and for tensors that are missing,
+    unknown or of the wrong shape; `WeightFormatError` for a damaged file.
     """
-    _check_headers(files)
+    bounds, names = _read_headers(files)
+    bounds.check(config)
     with kept_file_limit():
-        from mlx_lm.utils import load_model
+        from mlx_lm.utils import _get_classes, load_model
+
+    config = with_tied_embeddings(normalised(config), names)
+    try:
+        _, arguments = (classes or _get_classes)(config)
+    except (Exception, SystemExit) as error:  # mlx-lm's olmo exits without a package of its own
+        raise _translated(error, str(config["model_type"])) from error
+    limits = check_fields(config, arguments, ignored_fields)
+    config = completed(config, arguments)
 
     with tempfile.TemporaryDirectory(prefix="modelpack-") as directory:
         root = Path(directory)
@@ -83,24 +89,49 @@ def load_safetensors(
             link = root / f"model-{number:05d}-of-{count:05d}.safetensors"
             link.symlink_to(path.absolute())
         try:
-            options: dict[str, Any] = {} if classes is None else {"get_model_classes": classes}
-            model, completed = load_model(root, lazy=True, strict=True, **options)
-        except _FAILURES as error:
+            with bounds.building("config.json"):
+                model, made = load_model(
+                    root,
+                    lazy=True,
+                    strict=True,
+                    get_model_classes=classes or corrected(_get_classes),
+                )
+        except ModelpackError:
+            raise
+        except (Exception, SystemExit) as error:
             raise _translated(error, str(config["model_type"])) from error
-    return model, completed
+    _check_weights(model)
+    return model, made, limits
 
 
-def _check_headers(files: ModelFiles) -> None:
-    """Read every header within limits, and refuse a tensor that two shards have."""
+def _read_headers(files: ModelFiles) -> tuple[TensorBounds, Collection[str]]:
+    """Return the tensors' bounds and names; refuse a tensor that two shards have."""
     seen: dict[str, Path] = {}
+    shapes: list[tuple[str, tuple[int, ...]]] = []
     for path in files.weights:
         for tensor in read_safetensors_header(path).tensors:
             if tensor.name in seen:
                 raise ModelLoadError(f"{path}: {tensor.name!r} is in {seen[tensor.name].name} too")
             seen[tensor.name] = path
+            shapes.append((tensor.name, tensor.shape))
+    return TensorBounds.of(shapes), seen
 
 
-def _translated(error: Exception, model_type: str) -> ModelLoadError:
+def _check_weights(model: Module) -> None:
+    """Refuse codes in place of numbers: fp8 without scales, which MLX reads as integers."""
+    for path, module in model.named_modules():
+        weight = module.get("weight")
+        if not isinstance(weight, mx.array) or mx.issubdtype(weight.dtype, mx.floating):
+            continue
+        if "scales" not in module and "weight_scale" not in module:
+            raise ModelLoadError(
+                f"{path}.weight is quantised (stored as {str(weight.dtype).rpartition('.')[2]}),"
+                " and has no scales",
+                hint="convert the model again, or use weights that are not quantised",
+            )
+
+
+def _translated(error: BaseException, model_type: str) -> ModelLoadError:
     text = " ".join(str(error).split())
     if len(text) > 600:
         text = f"{text[:600]}…"

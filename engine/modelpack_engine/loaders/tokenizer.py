@@ -6,17 +6,44 @@ so that text can be put together while it is generated, and the chat template.
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import tokenizers
 
 from modelpack_engine.errors import RequestError
 from modelpack_engine.loaders.chat_template import ChatTemplate
+from modelpack_engine.panics import no_panics
 
 Message = Mapping[str, Any]
+
+_guarded = no_panics("the tokenizer")
+
+# Requests have threads of their own; the library's pool warns of every fork, and adds nothing.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+#: Bytes of a text per token that are allowed for any tokenizer: some drop blanks, or make one token
+#: of a long word that they do not know.
+_LEAST_BYTES = 128
+# Texts of fewer bytes, or of fewer bytes per token, are encoded at once, not counted first.
+_SHORT_TEXT = 64 * 1024
+_USUAL_BYTES = 4
+# Characters that are counted at a time, and tokens that a cut between them may add.
+_PART = 8192
+_SLACK = 16
+
+
+class TextTooLongError(Exception):
+    """A text has more tokens than it may: `at_least` so many."""
+
+    def __init__(self, at_least: int) -> None:
+        super().__init__(f"at least {at_least} tokens")
+        self.at_least = at_least
 
 
 class TokenText(Enum):
@@ -33,6 +60,7 @@ class Tokenizer:
     `eos_token_ids` end a text; `bos` is the id that prompts start with, or None.
     """
 
+    @_guarded
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
@@ -45,7 +73,7 @@ class Tokenizer:
         strip_leading_space: bool = False,
     ) -> None:
         self._backend = backend
-        self._lock = threading.Lock()
+        self._mode = _Mode(backend)
         self._chat_template = chat_template
         self._special_tokens = dict(special_tokens or {})
         self._strip_leading_space = strip_leading_space
@@ -58,6 +86,7 @@ class Tokenizer:
         self._text = text
 
     @property
+    @_guarded
     def num_ids(self) -> int:
         """One more than the highest id: more than `vocab_size` where ids have no token."""
         ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
@@ -80,21 +109,60 @@ class Tokenizer:
             return None
         return self._chat_template.tool_use or self._chat_template.source
 
+    @cached_property
+    @_guarded
+    def longest_token(self) -> int:
+        """The most bytes that a token of the vocabulary stands for, or a little more."""
+        pieces = self._backend.get_vocab(with_added_tokens=True)
+        if self._text is TokenText.BYTE_LEVEL:
+            return max(map(len, pieces), default=1)
+        return max((len(piece.encode()) for piece in pieces), default=1)
+
+    def max_text_bytes(self, max_tokens: int) -> int:
+        """Return the bytes beyond which a text has more than `max_tokens` tokens for certain."""
+        return max_tokens * max(self.longest_token, _LEAST_BYTES)
+
+    @_guarded
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True
     ) -> list[int]:
-        """Return the token ids of `text`.
+        """Return the token ids of `text`; other threads run meanwhile.
 
         `add_special_tokens` puts in what the model wants around every prompt (often the beginning
         of sequence). Without `parse_special` the text `<|im_end|>` is only text: use that for
         what users write.
         """
-        with self._lock:  # the switch belongs to the tokenizer, not to the call
-            self._backend.encode_special_tokens = not parse_special
-            encoded = self._backend.encode(_clean(text), add_special_tokens=add_special_tokens)
+        with self._mode.of(parse_special):
+            # Only the calls for batches let other threads run.
+            [encoded] = self._backend.encode_batch_fast(
+                [_clean(text)], add_special_tokens=add_special_tokens
+            )
         ids: list[int] = encoded.ids
         return ids
 
+    @_guarded
+    def check_length(self, text: str, max_tokens: int) -> None:
+        """Raise `TextTooLongError` for a text that has more than `max_tokens` tokens for certain.
+
+        It takes no longer than so many tokens do, however long the text is. A text that is a few
+        tokens too long may pass.
+        """
+        size = _size(text)
+        if size <= max(_SHORT_TEXT, max_tokens * _USUAL_BYTES):
+            return
+        most = self.max_text_bytes(max_tokens)
+        if size > most:
+            raise TextTooLongError(max(max_tokens + 1, size // self.longest_token))
+        count = 0
+        for start in range(0, len(text), _PART):
+            part = _clean(text[start : start + _PART])
+            with self._mode.of(True):
+                [encoded] = self._backend.encode_batch_fast([part], add_special_tokens=False)
+            count += max(0, len(encoded) - _SLACK)
+            if count > max_tokens:
+                raise TextTooLongError(count)
+
+    @_guarded
     def encode_typed(
         self, text: str, pair: str | None = None, *, max_length: int | None = None
     ) -> tuple[list[int], list[int]]:
@@ -103,17 +171,14 @@ class Tokenizer:
         What encoders read. `max_length` cuts off the end of the text, or of the longer of the
         two, so that the special tokens stay; None cuts nothing.
         """
-        second = None if pair is None else _clean(pair)
-        with self._lock:
-            self._backend.encode_special_tokens = False
-            if max_length is not None:
-                self._backend.enable_truncation(max_length, strategy="longest_first")
-            try:
-                encoded = self._backend.encode(_clean(text), second, add_special_tokens=True)
-            finally:
-                self._backend.no_truncation()
+        given: str | tuple[str, str] = _clean(text)
+        if pair is not None:
+            given = (_clean(text), _clean(pair))
+        with self._mode.of(True, max_length):
+            [encoded] = self._backend.encode_batch_fast([given], add_special_tokens=True)
         return list(encoded.ids), list(encoded.type_ids)
 
+    @_guarded
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD.
 
@@ -125,6 +190,7 @@ class Tokenizer:
         text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self._strip_leading_space else text
 
+    @_guarded
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token stands for, b"" for an id without a token.
 
@@ -143,11 +209,13 @@ class Tokenizer:
         text: str = self._backend.decode([token_id], skip_special_tokens=False)
         return text.encode()
 
+    @_guarded
     def token_text(self, token_id: int) -> str:
         """Return how the vocabulary writes a token, "" for an id without one."""
         text: str | None = self._backend.id_to_token(token_id) if token_id >= 0 else None
         return text or ""
 
+    @_guarded
     def token_id(self, text: str) -> int | None:
         """Return the id of the token that the vocabulary writes so, or None."""
         found: int | None = self._backend.token_to_id(text)
@@ -201,13 +269,56 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False)
 
 
+class _Mode:
+    """The switches of a `tokenizers.Tokenizer`, which belong to it and not to a call.
+
+    Calls that need the same switches run at the same time, others one after another.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+        self._free = threading.Condition()
+        self._set: tuple[bool, int | None] | None = None
+        self._users = 0
+
+    @contextmanager
+    def of(self, parse_special: bool, max_length: int | None = None) -> Iterator[None]:
+        """Have the switches set so for a while."""
+        wanted = (parse_special, max_length)
+        with self._free:
+            self._free.wait_for(lambda: not self._users or self._set == wanted)
+            if self._set != wanted:
+                self._set = None  # until all of it is done
+                self._backend.encode_special_tokens = not parse_special
+                if max_length is None:
+                    self._backend.no_truncation()
+                else:
+                    self._backend.enable_truncation(max_length, strategy="longest_first")
+                self._set = wanted
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._users -= 1
+                if not self._users:
+                    self._free.notify_all()
+
+
+def _size(text: str) -> int:
+    """Return how many bytes a text has in UTF-8, or, where it is not ASCII, a few more at most."""
+    return len(text) if text.isascii() else len(text.encode(errors="replace"))
+
+
 def _clean(text: str) -> str:
     """Return the text with ? for halves of surrogate pairs, which have no UTF-8."""
-    return text.encode("utf-8", errors="replace").decode() if _has_surrogates(text) else text
-
-
-def _has_surrogates(text: str) -> bool:
-    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode(errors="replace").decode()
+    return text
 
 
 def _byte_characters() -> dict[str, int]:

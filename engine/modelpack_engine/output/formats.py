@@ -43,7 +43,7 @@ _FAMILY_SIGNS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("deepseek_v3", _all("<｜tool▁calls▁begin｜>", "```json")),
     ("deepseek_v31", _any("<｜tool▁calls▁begin｜>")),
     ("mistral_v13", _all("[TOOL_CALLS]", "[ARGS]")),
-    ("mistral", _matches(r"\[TOOL_CALLS\]\s*(?:\[|['\"][^\n]*['\"]\s*\[)")),
+    ("mistral", _matches(r"\[TOOL_CALLS\]\s{0,64}(?:\[|['\"][^\n]{0,200}['\"]\s{0,64}\[)")),
     ("mistral", _all("[TOOL_CALLS]", "[/TOOL_RESULTS]", "tool_call_id")),
     ("mistral_v11", _any("[TOOL_CALLS]")),
     ("nemotron", _any("<TOOLCALL>")),
@@ -52,7 +52,7 @@ _FAMILY_SIGNS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("llama4", _any("<|python_start|>")),
     ("llama3", _any("<|python_tag|>", '"parameters": dictionary of argument name')),
     ("hermes", _any("<tool_call>")),
-    ("xlam", _matches(r"\[\s*\{\s*\\?[\"']name\\?[\"']\s*:")),
+    ("xlam", _matches(r"\[\s{0,64}\{\s{0,64}\\?[\"']name\\?[\"']\s{0,64}:")),
     ("gemma_code", _any("tool_code")),
 )
 

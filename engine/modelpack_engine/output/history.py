@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,27 +17,33 @@ _KIMI_ID = re.compile(r"functions\..+:[0-9]+")
 _ALPHANUMERIC = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 # How a template shows that it takes arguments as a string: it asks, or it puts them among strings.
-_ARGUMENTS = r"""[\w.'"\[\]]*arguments['"]?\]?"""
+# Every repetition is bounded: templates are hostile input, and a search holds the interpreter.
+_ARGUMENTS = r"""[\w.'"\[\]]{0,60}arguments['"]?\]?"""
+_S = r"\s{0,8}"
 _TAKES_STRING = re.compile(
-    rf"{_ARGUMENTS}\s+is\s+string"
-    rf"|[+~]\s*{_ARGUMENTS}\s*(?:[+~)]|-?\}}\}})"
-    rf"|{_ARGUMENTS}\s*[+~]"
-    rf"|\{{\{{-?\s*{_ARGUMENTS}\s*-?\}}\}}"
+    rf"{_ARGUMENTS}\s{{1,8}}is\s{{1,8}}string"
+    rf"|[+~]{_S}{_ARGUMENTS}{_S}(?:[+~)]|-?\}}\}})"
+    rf"|{_ARGUMENTS}{_S}[+~]"
+    rf"|\{{\{{-?{_S}{_ARGUMENTS}{_S}-?\}}\}}"
 )
 # One that asks for a mapping first does something else with a string (Gemma 4: it adds braces).
-_TAKES_MAPPING = re.compile(rf"{_ARGUMENTS}\s+is\s+mapping")
+_TAKES_MAPPING = re.compile(rf"{_ARGUMENTS}\s{{1,8}}is\s{{1,8}}mapping")
+_BEFORE, _AFTER = 80, 48  # characters around the word that a pattern may span
+_MAX_PLACES = 200
 
 
 @functools.lru_cache(maxsize=64)
 def takes_argument_strings(chat_template: str) -> bool:
-    """Tell whether a template wants a call's arguments as JSON text, as OpenAI's API has them.
+    """Return whether a template wants a call's arguments as JSON text, as OpenAI's API has them.
 
     The rest, most of them, dump or iterate an object: given a string, they would quote it once
     more, or fail.
     """
-    if _TAKES_MAPPING.search(chat_template):
+    places = itertools.islice(re.finditer("arguments", chat_template), _MAX_PLACES)
+    texts = [chat_template[max(0, m.start() - _BEFORE) : m.end() + _AFTER] for m in places]
+    if any(map(_TAKES_MAPPING.search, texts)):
         return False
-    return _TAKES_STRING.search(chat_template) is not None
+    return any(map(_TAKES_STRING.search, texts))
 
 
 def template_messages(

@@ -87,10 +87,12 @@ class Ranks:
             raise
 
     def give_back(self) -> None:
-        """Have the followers drop the model."""
+        """Have the followers drop the model, before rank 0 can ask them to load another."""
         with self._lock:
-            self._key, self._in_step = None, False
-        self._channel.send(Kind.UNLOAD)
+            try:
+                self._channel.send(Kind.UNLOAD)
+            finally:
+                self._key, self._in_step = None, False
 
     def close(self) -> None:
         """Let the followers end."""
@@ -186,6 +188,7 @@ class ParallelEngine(Engine):
     ) -> None:
         _check_supported(config)
         self._ranks = ranks
+        self._holds_ranks = True
         super().__init__(loaded, config, model_id=model_id)
 
     def step(self) -> list[RequestEvent]:
@@ -197,9 +200,11 @@ class ParallelEngine(Engine):
             raise
 
     def close(self) -> None:
-        """Drop the model on all ranks."""
+        """Drop the model on all ranks, once: later they may hold another."""
         super().close()
-        self._ranks.give_back()
+        if self._holds_ranks:
+            self._holds_ranks = False
+            self._ranks.give_back()
 
     def _choose_sizes(self, layout: ModelLayout | None, context_length: int, beside: int) -> Sizes:
         asked = self._ranks.ask(Kind.CONFIGURE, config=asdict(self.config))

@@ -26,7 +26,12 @@ def load_on_ranks(
     """
 
     def part(shard: Shard) -> LoadedModel:
-        return load(opened.files, device=choose_device(device), shard=shard)
+        return load(
+            opened.files,
+            device=choose_device(device),
+            ignored_fields=device.ignore_config_fields,
+            shard=shard,
+        )
 
     def settings(loaded: LoadedModel) -> EngineConfig:
         chosen = configure(loaded.context_length, loaded.weight_bytes)
@@ -41,6 +46,11 @@ def parts_of(store: LayoutStore, device: EngineConfig) -> Load:
 
     def part(digest: str, shard: Shard) -> LoadedModel:
         opened = open_model(digest, pull=False, store=store)
-        return load(opened.files, device=choose_device(device), shard=shard)
+        return load(
+            opened.files,
+            device=choose_device(device),
+            ignored_fields=device.ignore_config_fields,
+            shard=shard,
+        )
 
     return part

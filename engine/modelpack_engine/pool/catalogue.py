@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from modelpack.operations.remote import RemoteOptions
 from modelpack.stores.layout import LayoutStore
 from modelpack_engine.async_engine import EngineState
 from modelpack_engine.conversation.preface import Preface
@@ -18,11 +19,13 @@ from modelpack_engine.pool.settings import ModelSettings
 class StoredModel:
     """A model that could be loaded; `key` stands for its content, whatever it is called.
 
-    `names` are what it is called, the best first. `size` is that of its files, in bytes.
+    `names` are what it is called, the best first; `origins` the repositories that it was pulled
+    from. Both are of the store, never of what a user typed. `size` is that of its files, in bytes.
     """
 
     key: str
     names: tuple[str, ...]
+    origins: tuple[str, ...] = ()
     size: int = 0
     created: int = 0
     context_size: int | None = None
@@ -60,10 +63,12 @@ class LoadedEngine:
 class Catalogue(Protocol):
     """What a pool is over. `find`, `stored`, `needs` and `load` run in threads.
 
-    `store` is where the models are, for those who change what is there.
+    `store` is where the models are, for the routes that change it. `remote` says how they reach
+    registries and who has to have signed a model; it applies to pulling and to loading.
     """
 
     store: LayoutStore
+    remote: RemoteOptions
 
     def version(self) -> object:
         """Return something that differs once a name may stand for another model; quick."""

@@ -7,19 +7,45 @@ from collections.abc import Collection
 from modelpack_engine.errors import OutOfMemoryError
 from modelpack_engine.pool.entry import Entry
 
+# How much of what is left beside its weights an engine may take for its KV cache.
+_KV_SHARE = 0.5
+
 
 class MemoryBudget:
     """`total` bytes for all of `entries`; None: no limit but the machine's."""
 
     def __init__(self, total: int | None, entries: Collection[Entry]) -> None:
         self.total = total
+        #: Bytes reserved for loads that were abandoned and whose threads still run.
+        self.abandoned = 0
         self._entries = entries
 
     def free(self) -> int | None:
-        """Return the bytes that nobody has."""
+        """Return the bytes that no model holds or has reserved."""
         if self.total is None:
             return None
-        return self.total - sum(entry.memory for entry in self._entries)
+        return self.total - self.abandoned - sum(entry.memory for entry in self._entries)
+
+    def reserve(self, entry: Entry, need: int) -> int | None:
+        """Reserve what loading may take; return the bytes that are free for it.
+
+        An engine takes a share of what is free for its KV cache; the rest is for other loads.
+        """
+        entry.memory = 0
+        room = self.free()
+        entry.memory = need
+        if room is not None:
+            entry.memory += int(max(0, room - need) * _KV_SHARE)
+        return room
+
+    def may_grow(self, but: Entry, need: int) -> bool:
+        """Whether models that are being loaded, or were just loaded, may leave `need` bytes."""
+        if self.total is None or need > self.total - self.abandoned:
+            return False
+        return any(
+            entry is not but and entry.memory and not entry.users and entry.is_wanted
+            for entry in self._entries
+        )
 
     def victim(self, but: Entry) -> Entry | None:
         """Return the idle model that was used longest ago."""

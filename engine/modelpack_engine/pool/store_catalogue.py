@@ -7,11 +7,14 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from modelpack.digest import Digest
 from modelpack.errors import InvalidReferenceError, ModelpackError, NotFoundError
+from modelpack.manifest import Index, parse_manifest_or_index
 from modelpack.model import Model, Role
 from modelpack.operations.find import stored_model
 from modelpack.operations.listing import list_models
 from modelpack.operations.remote import RemoteOptions
+from modelpack.stores import lookup
 from modelpack.stores.layout import LayoutStore
 from modelpack_engine import blas
 from modelpack_engine.async_engine import AsyncEngine
@@ -54,7 +57,7 @@ class StoreCatalogue:
         blas.prepare()
         self.ranks = ranks
         # What is loaded is named by its digest: that is one variant already.
-        self.remote = None if remote is None else replace(remote, variant=None)
+        self.remote = replace(remote or RemoteOptions(), variant=None)
         self.store = store or LayoutStore()
         self.config = config or EngineConfig()
 
@@ -72,12 +75,17 @@ class StoreCatalogue:
             model = stored_model(self.store, name)
         except InvalidReferenceError as error:
             raise NotFoundError(f"there is no model {name!r}: {error}") from error
-        return _described(model, self._names(model, name))
+        names, origins = self._names(model)
+        return replace(_described(model, names), origins=origins)
 
     def stored(self) -> Sequence[StoredModel]:
         """Return the models that can be read."""
+        origins = {model.digest: model.origins for model in self.store.models()}
         return [
-            _described(listed.model, tuple(ref.familiar for ref in listed.references))
+            replace(
+                _described(listed.model, tuple(ref.familiar for ref in listed.references)),
+                origins=origins.get(listed.model.digest, ()),
+            )
             for listed in list_models(self.store)
             if listed.model is not None
         ]
@@ -87,8 +95,8 @@ class StoreCatalogue:
         from modelpack_engine.opening import open_model
 
         config = settings.engine_config(self.config)
-        weights = self._loaded_bytes(stored_model(self.store, model.key), config)
-        opened = open_model(model.key, pull=False, store=self.store)
+        opened = open_model(model.key, pull=False, store=self.store, remote=self.remote)
+        weights = self._loaded_bytes(opened.model, config)
         if not _generates(opened.files, settings):
             return weights  # what a batch takes comes and goes
         if self.ranks is not None:
@@ -109,12 +117,17 @@ class StoreCatalogue:
         opened = open_model(model.key, pull=False, store=self.store, remote=self.remote)
         if not _generates(opened.files, settings):
             embedder = AsyncEmbedder(
-                lambda: load_embedder(opened.files, device=choose_device(self.config)), meter
+                lambda: load_embedder(
+                    opened.files,
+                    device=choose_device(self.config),
+                    ignored_fields=self.config.ignore_config_fields,
+                ),
+                meter,
             )
             _wait_until_ready(embedder)
             return LoadedEngine(embedder, embedder.model.config.architecture)
         chosen = settings.engine_config(self.config)
-        draft = draft_files(chosen, self.store)
+        draft = draft_files(chosen, self.store, self.remote)
         found: dict[str, str] = {}
 
         def config(_context: int, weight_bytes: int) -> EngineConfig:
@@ -137,14 +150,27 @@ class StoreCatalogue:
             engine, found.get("type", ""), {**defaults, **own.sampling()}, own.preface
         )
 
-    def _names(self, model: Model, typed: str) -> tuple[str, ...]:
-        references = next(
-            (m.references for m in self.store.models() if m.digest == model.digest), ()
-        )
-        names = [ref.familiar for ref in references]
-        if model.reference is not None:
-            names.insert(0, model.reference.familiar)
-        return tuple(dict.fromkeys(names)) or (typed,)
+    def _names(self, model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the names of a model in the store, what the user asked for first, and its origins.
+
+        A variant has the names of the indexes that list it, too.
+        """
+        listed = [found for found in self.store.models() if found.digest == model.digest]
+        listed += [index for index in self.store.indexes() if self._lists(index, model.digest)]
+        references = [reference for found in listed for reference in found.references]
+        references.sort(key=lambda reference: reference != model.reference)
+        origins = [origin for found in listed for origin in found.origins]
+        names = [reference.familiar for reference in references]
+        return tuple(dict.fromkeys(names)), tuple(dict.fromkeys(origins))
+
+    def _lists(self, index: lookup.StoredModel, digest: Digest) -> bool:
+        """Return whether an index of the store leads to a manifest; a damaged one does not."""
+        try:
+            raw = self.store.fetch_manifest(index.descriptor)
+            parsed = parse_manifest_or_index(raw, str(index.digest))
+        except ModelpackError:
+            return False
+        return isinstance(parsed, Index) and any(m.digest == digest for m in parsed.manifests)
 
     def _loaded_bytes(self, model: Model, config: EngineConfig) -> int:
         """Return roughly what the weights take in memory where an engine runs as `config` says."""

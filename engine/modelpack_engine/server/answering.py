@@ -58,7 +58,7 @@ async def answer(
 
         async def begin() -> tuple[ServedModel, S]:
             model = await opened.enter_async_context(pool.lease(name, keep_alive=seconds))
-            check_generates(model)
+            check_generates(model, name)
             return model, await start(model)
 
         model, stream = await unless_gone(request, begin())
@@ -71,13 +71,16 @@ async def answer(
     raise AssertionError("the exit stack swallows nothing")
 
 
-def check_generates(model: ServedModel) -> None:
-    """Raise `RequestError`, saying what to use instead, for a model that generates no text."""
+def check_generates(model: ServedModel, name: str) -> None:
+    """Raise `RequestError`, saying what to use instead, for a model that generates no text.
+
+    `name` is what the request calls the model.
+    """
     if not isinstance(model.engine, AsyncEmbedder):
         return
     ranks = model.engine.ranks_pairs
     raise RequestError(
-        f"{model.name} {'ranks documents' if ranks else 'gives embeddings'}, and generates no text",
+        f"{name} {'ranks documents' if ranks else 'gives embeddings'}, and generates no text",
         param="model",
         hint=f"use it with {'/v1/rerank or /v1/score' if ranks else '/v1/embeddings'}",
     )

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 import modelpack
+from modelpack.gateway.paths import CanonicalPath
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server import (
     anthropic,
@@ -23,6 +24,7 @@ from modelpack_engine.server import (
 )
 from modelpack_engine.server.anthropic import errors as anthropic_errors
 from modelpack_engine.server.bodies import MAX_BODY_BYTES, BodyLimit
+from modelpack_engine.server.callers import Callers
 from modelpack_engine.server.failures import Failures
 from modelpack_engine.server.logs import LogBuffer
 from modelpack_engine.server.problems import Shape
@@ -40,8 +42,18 @@ _SHAPES: Sequence[tuple[Callable[[str], bool], Shape]] = (
 _UPLOADS = ("/models/load", "/api/blobs/")
 
 
-def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
-    """Return the application over `pool`, which it starts and closes (ASGI's lifespan protocol)."""
+def create_app(
+    pool: ModelPool,
+    *,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    request_templates: bool = False,
+    share_prefix_cache: bool = False,
+) -> FastAPI:
+    """Return the application over `pool`, which it starts and closes (ASGI's lifespan protocol).
+
+    `request_templates` lets admins send chat templates with their requests. With
+    `share_prefix_cache`, prompts of all API keys share prefixes in the KV cache.
+    """
     logs = LogBuffer()
     running = cancelling.RunningRequests()
     records = runner.Records()
@@ -72,7 +84,7 @@ def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> Fast
     app.include_router(cancelling.router(running))
     app.include_router(anthropic.router(pool))
     app.include_router(openai.router(pool))
-    app.include_router(ollama.router(pool))
+    app.include_router(ollama.router(pool, request_templates=request_templates))
     app.include_router(runner.router(pool, records))
 
     describe(
@@ -89,9 +101,10 @@ def create_app(pool: ModelPool, *, max_body_bytes: int = MAX_BODY_BYTES) -> Fast
         shape_of=lambda path: problems.shape_of(path, _SHAPES),
         is_unlimited=lambda path: path.startswith(_UPLOADS),
     )
-    app.add_middleware(EngineTraces, running=running)
+    app.add_middleware(EngineTraces, running=running, share_prefix_cache=share_prefix_cache)
     app.add_middleware(runner.Recording, pool=pool, records=records)
-    app.add_middleware(runner.DesktopPrefix)
+    app.add_middleware(CanonicalPath)
+    app.add_middleware(Callers)
     # The last is the outermost: whatever fails below is an answer.
     app.add_middleware(
         Failures, respond=lambda request, error: problems.respond(request, error, _SHAPES)

@@ -1,8 +1,7 @@
-"""Bodies and paths as they arrive: too large ones are refused, doubled slashes cleaned."""
+"""BodyLimit: request bodies that are too large are refused as they arrive."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 from starlette.exceptions import HTTPException
@@ -11,11 +10,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from modelpack_engine.server.problems import Shape, problem_of
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
-_SLASHES = re.compile("/{2,}")
 
 
 class BodyLimit:
-    """ASGI middleware: 413 for a body above `limit` bytes, said or sent; `//` in paths is `/`.
+    """ASGI middleware: 413 for a body above `limit` bytes, said or sent.
 
     Paths for which `is_unlimited` is true may send as much as they like: uploads of models.
     """
@@ -39,9 +37,6 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         path = scope["path"]
-        if "//" in path:
-            path = _SLASHES.sub("/", path)
-            scope = {**scope, "path": path, "raw_path": path.encode()}
         if scope["method"] in ("GET", "HEAD", "DELETE") or self._is_unlimited(path):
             await self._app(scope, receive, send)
             return

@@ -12,15 +12,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
 
-from modelpack.gateway.traces import trace_of
+from modelpack.gateway.caller import caller_of
 from modelpack_engine.request_stream import RequestStream
 
 
 @dataclass(eq=False, slots=True)
 class RunningRequest:
-    """A request that is being answered; `key` is the API key that it came with."""
+    """A request that is being answered; `owner` is its caller's (None: no keys are asked for)."""
 
-    key: str | None = None
+    owner: str | None = None
     model: str | None = None
     streams: list[RequestStream] = field(default_factory=list)
     cancelled: bool = False
@@ -45,9 +45,9 @@ class RunningRequests:
     def __init__(self) -> None:
         self._running: dict[str, list[RunningRequest]] = {}
 
-    def begin(self, request_id: str, key: str | None = None) -> RunningRequest:
+    def begin(self, request_id: str, owner: str | None = None) -> RunningRequest:
         """Take note of a request."""
-        request = RunningRequest(key)
+        request = RunningRequest(owner)
         self._running.setdefault(request_id, []).append(request)
         return request
 
@@ -58,9 +58,9 @@ class RunningRequests:
         if not same:
             del self._running[request_id]
 
-    def find(self, request_id: str, key: str | None = None) -> list[RunningRequest]:
-        """Return the requests with this id and key that have reached an engine."""
-        return [r for r in self._running.get(request_id, ()) if r.key == key and r.streams]
+    def find(self, request_id: str, owner: str | None = None) -> list[RunningRequest]:
+        """Return an owner's requests with this id that have reached an engine."""
+        return [r for r in self._running.get(request_id, ()) if r.owner == owner and r.streams]
 
 
 def router(running: RunningRequests) -> APIRouter:
@@ -73,8 +73,7 @@ def router(running: RunningRequests) -> APIRouter:
     @routes.delete("/engines/v1/requests/{request_id}", include_in_schema=False)
     async def cancel(request_id: str, request: Request) -> dict[str, Any]:
         """End a request; its memory is free within a step. The id is its X-Request-ID."""
-        trace = trace_of(request.scope)
-        found = running.find(request_id, trace.key if trace is not None else None)
+        found = running.find(request_id, caller_of(request.scope).owner)
         if not found:
             raise HTTPException(404, f"no request {request_id!r} is being answered")
         for one in found:

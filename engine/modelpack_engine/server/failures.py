@@ -8,6 +8,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from modelpack_engine.panics import as_error
+
 
 class Failures:
     """ASGI middleware: an exception that nobody expected is an answer, and the connection lives on.
@@ -34,7 +36,8 @@ class Failures:
 
         try:
             await self._app(scope, receive, noticing)
-        except Exception as error:
+        except BaseException as error:
+            failure = as_error(error, "the request")
             if started:
                 raise
-            await self._respond(Request(scope), error)(scope, receive, send)
+            await self._respond(Request(scope), failure)(scope, receive, send)

@@ -7,16 +7,17 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
+from pydantic import ConfigDict, Field, StrictBool, StrictStr
 
 from modelpack_engine.errors import RequestError
 from modelpack_engine.pool.entry import RunningModel
 from modelpack_engine.pool.keep_alive import parse_keep_alive, show_keep_alive
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.pool.settings import ModelSettings
+from modelpack_engine.server.json_bodies import Body, BodyRoute
 
 
-class UnloadRequest(BaseModel):
+class UnloadRequest(Body):
     """Which models to unload; `wait` lets requests under way end first, for a while."""
 
     model_config = ConfigDict(extra="forbid")
@@ -25,7 +26,7 @@ class UnloadRequest(BaseModel):
     wait: StrictBool = True
 
 
-class ConfigureRequest(BaseModel):
+class ConfigureRequest(Body):
     """How a model is to run from now on; what is left out is as the server has it."""
 
     model_config = ConfigDict(extra="forbid")
@@ -38,7 +39,7 @@ class ConfigureRequest(BaseModel):
 
 def router(pool: ModelPool) -> APIRouter:
     """Return the routes."""
-    routes = APIRouter(prefix="/pool", tags=["pool"])
+    routes = APIRouter(prefix="/pool", tags=["pool"], route_class=BodyRoute)
 
     @routes.get("")
     async def running() -> dict[str, Any]:

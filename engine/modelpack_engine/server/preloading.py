@@ -6,31 +6,29 @@ with an empty list of messages.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 
 from modelpack_engine.errors import RequestError
 from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.server.json_bodies import BodyRoute, read_json
 
 _HEADER = "x-preload-only"
 
 
-def preloadable(pool: ModelPool) -> type[APIRoute]:
+def preloadable(pool: ModelPool) -> type[BodyRoute]:
     """Return a class of routes that look for the header before anything else."""
 
-    class PreloadRoute(APIRoute):
+    class PreloadRoute(BodyRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             answer = super().get_route_handler()
 
             async def handle(request: Request) -> Response:
                 if request.headers.get(_HEADER, "").lower() != "true":
                     return await answer(request)
-                await pool.preload(_model_named(await request.body()))
+                await pool.preload(await _model_named(request))
                 return Response(status_code=200)
 
             return handle
@@ -38,13 +36,8 @@ def preloadable(pool: ModelPool) -> type[APIRoute]:
     return PreloadRoute
 
 
-def _model_named(raw: bytes) -> str:
-    try:
-        body = json.loads(raw)
-    except ValueError as error:
-        raise RequestValidationError(
-            [{"loc": ("body",), "msg": f"JSON decode error: {error}", "type": "json_invalid"}]
-        ) from error
+async def _model_named(request: Request) -> str:
+    body = await read_json(request)
     name = body.get("model") if isinstance(body, dict) else None
     if not isinstance(name, str) or not name:
         raise RequestError("model is missing", param="model")

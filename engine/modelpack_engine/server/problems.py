@@ -23,6 +23,7 @@ from modelpack.errors import (
     DeniedError,
     ModelpackError,
     NotFoundError,
+    UntrustedError,
     UsageError,
 )
 from modelpack.gateway.traces import trace_of
@@ -44,6 +45,9 @@ _TYPES = {404: "invalid_request_error", 503: "service_unavailable", 429: "rate_l
 # Parts of the places of validation errors that name types, not fields.
 _TYPE_NAMES = {"body", "str", "int", "float", "bool", "list", "dict", "constrained-str",
                "constrained-int", "function-after"}  # fmt: skip
+# Characters of a message, and of a field's name, in an error: what was sent is not sent back.
+_MESSAGE = 1000
+_PARAM = 200
 # What has OpenAI's and Anthropic's clients not ask again.
 _IN_VAIN = {"x-should-retry": "false"}
 
@@ -64,6 +68,12 @@ class Problem:
     headers: Mapping[str, str] = field(default_factory=dict)
     request_id: str | None = None
 
+    def __post_init__(self) -> None:
+        """Cut what echoes a large request."""
+        object.__setattr__(self, "message", _cut(self.message, _MESSAGE))
+        if self.param is not None:
+            object.__setattr__(self, "param", _cut(self.param, _PARAM))
+
     @property
     def type(self) -> str:
         """OpenAI's type of error."""
@@ -72,6 +82,10 @@ class Problem:
         return _TYPES.get(
             self.status, "invalid_request_error" if self.status < 500 else "server_error"
         )
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 #: Makes the response for a problem.
@@ -121,6 +135,8 @@ def problem_of(error: Exception) -> Problem:
             return Problem(404, text, code="model_not_found")
         case AuthError():  # a registry's
             return Problem(403 if isinstance(error, DeniedError) else 401, text)
+        case UntrustedError():
+            return Problem(403, text, code="model_not_trusted", headers=_IN_VAIN)
         case ConflictError():
             return Problem(409, text, code="conflict")
         case UsageError():
@@ -177,7 +193,7 @@ def _of_validation(error: RequestValidationError) -> Problem:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return Problem(400, f"the body is no JSON: {first.get('ctx', {}).get('error', '')}")
-    if first["loc"] == ("body",):
+    if first["loc"] in ((), ("body",)):
         text = "the body has to be a JSON object, sent with Content-Type: application/json"
         return Problem(400, text)
     place = [str(part) for part in first["loc"] if not _names_type(str(part))]

@@ -8,9 +8,11 @@ from __future__ import annotations
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from modelpack.gateway.caller import caller_of
 from modelpack.gateway.traces import Trace, trace_of
-from modelpack_engine.conversation.served import on_submit
+from modelpack_engine.conversation.served import RequestContext, request_context
 from modelpack_engine.outputs import RequestEvent
+from modelpack_engine.prefix_hash import cache_salt
 from modelpack_engine.request_stream import RequestStream
 from modelpack_engine.server.cancelling import RunningRequests
 
@@ -18,12 +20,16 @@ from modelpack_engine.server.cancelling import RunningRequests
 class EngineTraces:
     """ASGI middleware: completes the trace in the scope, if there is one, when a request ends.
 
-    `running` is told of every request while it is answered.
+    `running` is told of every request while it is answered. Prompts of different owners share no
+    prefixes in KV caches, lest one learns what another asked, unless `share_prefix_cache` is set.
     """
 
-    def __init__(self, app: ASGIApp, running: RunningRequests) -> None:
+    def __init__(
+        self, app: ASGIApp, running: RunningRequests, *, share_prefix_cache: bool = False
+    ) -> None:
         self._app = app
         self._running = running
+        self._share_prefix_cache = share_prefix_cache
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -31,18 +37,20 @@ class EngineTraces:
             return
         trace = trace_of(scope)
         name = trace.id if trace is not None else Headers(scope=scope).get("x-request-id", "")
-        running = self._running.begin(name, trace.key if trace is not None else None)
+        owner = caller_of(scope).owner
+        running = self._running.begin(name, owner)
 
         def submitted(model: str, stream: RequestStream) -> None:
             if trace is not None:
                 trace.model = model
             running.submitted(model, stream)
 
-        token = on_submit.set(submitted)
+        salt = cache_salt(owner=None if self._share_prefix_cache else owner)
+        token = request_context.set(RequestContext(salt, submitted))
         try:
             await self._app(scope, receive, send)
         finally:
-            on_submit.reset(token)
+            request_context.reset(token)
             self._running.end(name, running)
             if trace is not None and running.streams:
                 complete(trace, running.streams)

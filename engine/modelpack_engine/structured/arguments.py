@@ -21,6 +21,7 @@ _ANY_TYPES = ("string", "number", "boolean", "null", "array", "object")
 _NUMERIC = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _DEPTH = 5  # levels of a value of which the schema says nothing
 _MAX_NESTING = 32
+_VISIT = 64  # characters that looking at a value is charged as, whatever is written of it
 _MAX_ITEMS = 64  # of a list that has no limit of its own
 
 
@@ -114,6 +115,7 @@ class _Literals:
         """Return the grammar of a value, which is `depth` levels deep."""
         if depth > _MAX_NESTING:
             raise RequestError("its schema is nested too deep", param="tools")
+        self._rules.charge(_VISIT)
         schema = resolved(part, self._root)
         choices = [schema["const"]] if "const" in schema else schema.get("enum")
         if isinstance(choices, list) and choices:

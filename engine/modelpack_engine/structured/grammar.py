@@ -9,6 +9,7 @@ from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
 from modelpack_engine.errors import EngineError, RequestError
+from modelpack_engine.panics import no_panics
 from modelpack_engine.structured.compiling import LIMITS, on_deep_stack
 from modelpack_engine.structured.constraint import Constraint, ReasoningBlock
 from modelpack_engine.structured.schemas import prepared
@@ -17,6 +18,7 @@ from modelpack_engine.structured.vocabulary import GrammarVocabulary
 MAX_REGEX = 4 << 10  # characters; the cost of compiling grows with the square
 MAX_GRAMMAR = 16 << 10
 _MAX_REASON = 500
+_guarded = no_panics("the grammar")
 _TEXT = "TEXT: /(.|\\n)*/"
 _NAMES = {
     "json_object": "JSON",
@@ -34,6 +36,7 @@ class GrammarMask:
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
 
+    @_guarded
     def allowed(self) -> bytes:
         """Return a bit per token id; raises `EngineError` if the grammar became too complex."""
         bits = self._matcher.compute_bitmask()
@@ -41,15 +44,18 @@ class GrammarMask:
             raise EngineError(f"the grammar cannot be followed: {_reason(self._matcher)}")
         return bits
 
+    @_guarded
     def accept(self, token_id: int) -> None:
         """Go on by a token; one that is not allowed makes `allowed` raise."""
         self._matcher.consume_token(token_id)
 
+    @_guarded
     def copy(self) -> GrammarMask:
         """Return a mask at the same place of the grammar."""
         return GrammarMask(self._matcher.deep_copy())
 
     @property
+    @_guarded
     def is_complete(self) -> bool:
         """Whether the text may end here."""
         return self._matcher.is_accepting()
@@ -61,6 +67,7 @@ class Grammar:
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
 
+    @_guarded
     def mask(self) -> GrammarMask:
         """Return the mask of a choice that begins: what `SamplingParams.mask` asks for."""
         return GrammarMask(self._matcher.deep_copy())

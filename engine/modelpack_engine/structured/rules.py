@@ -6,18 +6,37 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from modelpack_engine.errors import RequestError
 from modelpack_engine.structured.constraint import Constraint
 from modelpack_engine.structured.schemas import prepared
 from modelpack_engine.structured.vocabulary import quoted
 
+#: Characters of a grammar. Schemas grow as they are written: what two of their parts refer to is
+#: written twice, which doubles at each level.
+MAX_TEXT = 1 << 20
+
 
 class Rules:
-    """Collects rules; every method returns an expression that stands for what it is asked for."""
+    """Collects rules; every method returns an expression that stands for what it is asked for.
+
+    Raises `RequestError` once the grammar has more than `MAX_TEXT` characters.
+    """
 
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._markup: dict[str, str] = {}  # texts by their rules
         self._until: dict[str, str] = {}
+        self._size = 0
+
+    def charge(self, characters: int) -> None:
+        """Count what is written, and what takes as long as writing so much."""
+        self._size += characters
+        if self._size > MAX_TEXT:
+            raise RequestError(
+                f"its schema makes a grammar of more than {MAX_TEXT} characters",
+                param="tools",
+                hint="refer to fewer parts, and make properties required",
+            )
 
     def text(self, text: str) -> str:
         """This text; special tokens of the vocabulary in it stand for themselves."""
@@ -33,11 +52,13 @@ class Rules:
 
     def rule(self, expression: str) -> str:
         """A rule of its own."""
+        self.charge(len(expression))
         self._lines.append(f"r{len(self._lines)}: {expression or EMPTY}")
         return f"r{len(self._lines) - 1}"
 
     def terminal(self, expression: str) -> str:
         """A terminal of its own: regular expressions, joined by `&`."""
+        self.charge(len(expression))
         self._lines.append(f"T{len(self._lines)}: {expression}")
         return f"T{len(self._lines) - 1}"
 
@@ -65,6 +86,7 @@ class Rules:
         firsts = []
         for at, (member, required) in enumerate(members):
             firsts.append(f"{member} {rest(at + 1)}")
+            self.charge(len(firsts[-1]))
             if required:
                 break
         else:

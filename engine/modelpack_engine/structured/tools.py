@@ -12,6 +12,7 @@ from llguidance import LLMatcher
 from modelpack_engine.errors import RequestError
 from modelpack_engine.output.output_format import OutputFormat
 from modelpack_engine.output.tools import Tool, ToolChoice
+from modelpack_engine.panics import no_panics
 from modelpack_engine.structured.arguments import elements, literals
 from modelpack_engine.structured.compiling import LIMITS, on_deep_stack
 from modelpack_engine.structured.constraint import Constraint
@@ -82,6 +83,7 @@ def _allowed(tools: Sequence[Tool], choice: ToolChoice) -> list[Tool]:
     return allowed
 
 
+@no_panics("checking the schemas of tools")
 def _check(schemas: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise `RequestError` for the first schema that does not compile."""
     total = 0

@@ -11,6 +11,7 @@ from llguidance import LLTokenizer, TokenizerWrapper
 
 from modelpack_engine.errors import RequestError
 from modelpack_engine.loaders.tokenizer import Tokenizer
+from modelpack_engine.panics import no_panics
 
 _PREFIX = "\x02"  # never joined with its neighbours
 
@@ -21,6 +22,7 @@ class GrammarVocabulary:
     Ids without a token, and those past the end of the model's logits, are never allowed.
     """
 
+    @no_panics("reading the vocabulary")
     def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None) -> None:
         """Raises `RequestError` if the model has no token that ends a text."""
         size = min(tokenizer.num_ids, vocab_size or tokenizer.num_ids)

@@ -165,6 +165,24 @@ def test_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
         load_encoder(files, files.json("config.json") or {}, None)
 
 
+@pytest.mark.parametrize("name", ["modernbert", "nomic_bert"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor '0.5'"),
+        ({"rope_parameters": [1000.0]}, "rope_parameters is not an object"),
+    ],
+)
+def test_rotations_that_are_not_computed_are_refused(
+    name: str, change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    files = ModelFiles.from_directory(write_model(tmp_path, name, config=change))
+    with pytest.raises(ModelLoadError, match=said):
+        load_encoder(files, files.json("config.json") or {}, None)
+
+
 def test_tensors_are_exactly_those_of_the_model(tmp_path: Path) -> None:
     odd = {"encoder.layer.0.adapter.weight": np.zeros((2, 2), np.float32)}
     files = ModelFiles.from_directory(write_model(tmp_path, "bert", extra=odd))

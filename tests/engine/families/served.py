@@ -46,10 +46,13 @@ class TurnsEngine(ScriptedEngine):
         *,
         n: int = 1,
         continues_text: bool = False,
+        cache_salt: bytes = b"",
     ) -> RequestStream:
         if self.turns:
             self.pieces = self.turns.pop(0)
-        return await super().submit(token_ids, params, n=n, continues_text=continues_text)
+        return await super().submit(
+            token_ids, params, n=n, continues_text=continues_text, cache_salt=cache_salt
+        )
 
 
 class EnginesCatalogue:
@@ -129,6 +132,8 @@ def serving() -> Iterator[Served]:
         engine.turns = []
     catalogue = EnginesCatalogue(engines)
     with ModelServer(
-        lambda: ModelPool(catalogue, memory=10_000, grace=0.0), address="127.0.0.1:0"
+        lambda: ModelPool(catalogue, memory=10_000, grace=0.0),
+        address="127.0.0.1:0",
+        request_templates=True,
     ) as server:
         yield Served(server.url, engines)

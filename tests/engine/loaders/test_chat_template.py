@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 
+from modelpack_engine.conversation.tool_results import wants_results_with_calls
 from modelpack_engine.errors import RequestError
-from modelpack_engine.loaders import template_sandbox
 from modelpack_engine.loaders.chat_template import ChatTemplate
+from modelpack_engine.output.formats import find_format
+from modelpack_engine.output.history import takes_argument_strings
+from modelpack_engine.templates import budget
+from modelpack_engine.templates.rendering import Renderer, TemplateFailedError
 
 MESSAGES = [
     {"role": "system", "content": "Be <brief>."},
@@ -162,12 +166,13 @@ def messages_are_unchanged() -> bool:
 
 
 def test_budgets_are_per_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_sandbox, "MAX_STEPS", 1000)
-    template = ChatTemplate("{% for i in range(n) %}{% endfor %}")
+    monkeypatch.setattr(budget, "MAX_STEPS", 1000)
+    renderer = Renderer()
+    source = "{% for i in range(n) %}{% endfor %}"
     for _ in range(4):
-        assert template.render({"n": 900}) == ""
-    with pytest.raises(RequestError, match="more than 1000 steps"):
-        template.render({"n": 1001})
+        assert renderer.render(source, {"n": 900}) == ""
+    with pytest.raises(TemplateFailedError, match="more than 1000 steps"):
+        renderer.render(source, {"n": 1001})
 
 
 def test_a_failed_template_can_be_used_again() -> None:
@@ -175,3 +180,15 @@ def test_a_failed_template_can_be_used_again() -> None:
     with pytest.raises(RequestError):
         template.render({"n": 10**9})
     assert template.render({"n": 3}) == "xxx"
+
+
+@pytest.mark.parametrize(
+    "piece", ["a.", "[", "'", "arguments", "arguments ", "{{ ", "+ ", " ", "\n", "role ", '"', "[{",
+              "[TOOL_CALLS]", "[TOOL_CALLS]'", "[TOOL_CALLS] ", "name"],
+)  # fmt: skip
+def test_what_is_read_from_a_templates_text_takes_linear_time(piece: str) -> None:
+    """The server searches templates itself; quadratic time would be hours here."""
+    text = "tool_responses" + piece * (500_000 // len(piece))
+    takes_argument_strings.__wrapped__(text)
+    wants_results_with_calls.__wrapped__(text)
+    find_format(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,23 @@ def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(one.read_bytes())
     with pytest.raises(ModelLoadError, match=r"is in model-00001-of-00002\.safetensors too"):
         load_cpu(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+def test_fp8_without_scales_is_an_error(name: str, tmp_path: Path) -> None:
+    save(tmp_path, TINY.build(), TINY.config)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
+    start, end = header[name]["data_offsets"]
+    count = math.prod(header[name]["shape"])
+    added = bytes(56 for _ in range(count))  # 1.0 in fp8
+    header[name] |= {"dtype": "F8_E4M3", "data_offsets": [len(data), len(data) + count]}
+    dropped = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    header[dropped] = {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
+    raw = json.dumps(header).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data + added)
+    with pytest.raises(ModelLoadError, match=name) as caught:
+        load(ModelFiles.from_directory(tmp_path), device="cpu")
+    assert "has no scales" in str(caught.value)

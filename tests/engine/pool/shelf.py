@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Sequence
 
 from modelpack.errors import NotFoundError
 from modelpack_engine.async_engine import EngineState
-from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.errors import LoadCancelledError, ModelLoadError
+from modelpack_engine.load_budget import checkpoint
 from modelpack_engine.meter import Meter
 from modelpack_engine.outputs import EngineStats
 from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
@@ -53,7 +55,8 @@ class IdleEngine:
 class Shelf:
     """Models by name, with the memory that each takes. `fails` names those that do not load.
 
-    The engines of those that `dies` names are dead once they are loaded.
+    The engines of those that `dies` names are dead once they are loaded. A load of a model in
+    `hangs` lasts until the event is set or its budget is spent, which those in `deaf` ignore.
     """
 
     def __init__(self, **sizes: int) -> None:
@@ -62,6 +65,10 @@ class Shelf:
         self.loads: list[str] = []
         self.fails: set[str] = set()
         self.dies: set[str] = set()
+        self.hangs: dict[str, threading.Event] = {}
+        self.deaf: set[str] = set()
+        self.cancelled: list[str] = []
+        self.begun: list[str] = []
         self.gate = threading.Event()
         self.gate.set()
         self.index = 0
@@ -84,7 +91,12 @@ class Shelf:
     def load(
         self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
     ) -> LoadedEngine:
+        self.begun.append(model.names[0])
         self.gate.wait(10)
+        hang = self.hangs.get(model.names[0])
+        while hang is not None and not hang.wait(0.001):
+            if model.names[0] not in self.deaf:
+                self._check(model.names[0])
         self.loads.append(model.names[0])
         if model.names[0] in self.fails:
             raise ModelLoadError(f"{model.names[0]} is damaged")
@@ -93,6 +105,18 @@ class Shelf:
         if model.names[0] in self.dies:
             engine.state = EngineState.FAILED
         return LoadedEngine(engine, defaults={"top_p": 0.5})  # type: ignore[arg-type]
+
+    async def started(self, name: str) -> None:
+        """Return once the load of a model runs in its thread."""
+        while name not in self.begun:
+            await asyncio.sleep(0)
+
+    def _check(self, name: str) -> None:
+        try:
+            checkpoint()
+        except LoadCancelledError:
+            self.cancelled.append(name)
+            raise
 
 
 def pool_over(shelf: Shelf, clock: Clock | None = None, **options: object) -> ModelPool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
@@ -415,3 +416,94 @@ async def test_idle_models_go_by_themselves() -> None:
     await settle(pool)
     assert loaded(pool) == []
     await pool.close()
+
+
+@loop
+async def test_a_model_loads_while_the_load_of_another_hangs() -> None:
+    shelf = Shelf(a=40, b=40, c=90)
+    pool = pool_over(shelf, memory=200)
+    shelf.hangs["a"] = hang = threading.Event()
+    hanging = asyncio.create_task(pool.preload("a"))
+    await shelf.started("a")
+    await pool.preload("b")
+    async with pool.lease("b") as model:
+        assert model.name == "b"
+    assert [(m.name, m.state) for m in pool.running()] == [
+        ("a", ModelState.LOADING),
+        ("b", ModelState.READY),
+    ]
+    hang.set()
+    await hanging
+    assert loaded(pool) == ["a", "b"]
+
+
+@loop
+async def test_loads_at_the_same_time_share_the_memory() -> None:
+    """What a load may take is reserved: the other waits for what it leaves, or is refused."""
+    shelf = Shelf(a=60, b=60, c=101)
+    pool = pool_over(shelf, memory=100)
+    shelf.hangs["a"] = hang = threading.Event()
+    first = asyncio.create_task(pool.preload("a"))
+    await shelf.started("a")
+    with pytest.raises(OutOfMemoryError):
+        await pool.preload("c")
+    second = asyncio.create_task(pool.preload("b"))
+    while len(pool.running()) < 2:
+        await asyncio.sleep(0)
+    hang.set()
+    await first
+    await second  # `a` is idle by then, and gives way
+    assert loaded(pool) == ["b"]
+    assert sum(engine.memory_bytes for engine in shelf.alive) == 60
+
+
+@loop
+async def test_a_load_that_nobody_waits_for_is_cancelled() -> None:
+    shelf = Shelf(a=1)
+    pool = pool_over(shelf, memory=10)
+    shelf.hangs["a"] = threading.Event()
+    waiting = [asyncio.create_task(pool.preload("a")) for _ in range(2)]
+    await shelf.started("a")
+    waiting[0].cancel()
+    await asyncio.wait([waiting[0]])
+    [budget] = [entry.budget for entry in pool.entries()]
+    assert budget is not None
+    assert not budget.is_cancelled  # the other still waits
+    waiting[1].cancel()
+    await asyncio.wait([waiting[1]])
+    assert budget.is_cancelled
+    del shelf.hangs["a"]
+    await pool.preload("a")  # it waits for the end of the cancelled load, then loads anew
+    assert shelf.loads == ["a"]
+    assert shelf.cancelled == ["a"]
+
+
+@loop
+async def test_a_load_that_takes_too_long_is_abandoned() -> None:
+    shelf = Shelf(a=60, b=60)
+    shelf.deaf.add("a")
+    pool = pool_over(shelf, memory=100, load_seconds=0.05)
+    shelf.hangs["a"] = hang = threading.Event()
+    with pytest.raises(ModelLoadError, match="took longer than"):
+        await pool.preload("a")
+    assert loaded(pool) == []
+    with pytest.raises(OutOfMemoryError):  # the thread still runs, and what it holds is counted
+        await pool.preload("b")
+    hang.set()
+    await settle(pool)
+    assert shelf.alive == []
+    await pool.preload("b")
+    await pool.close()
+
+
+@loop
+async def test_closing_cancels_loads() -> None:
+    shelf = Shelf(a=1)
+    pool = pool_over(shelf)
+    pool.pin("a")
+    shelf.hangs["a"] = threading.Event()
+    await pool.start()
+    await shelf.started("a")
+    await pool.close()
+    assert shelf.cancelled == ["a"]
+    assert shelf.alive == []

@@ -32,7 +32,7 @@ FRACTION, PAGED = "VLLM_METAL_MEMORY_FRACTION", "VLLM_METAL_USE_PAGED_ATTENTION"
 def test_the_packaged_context_size_is_the_default(
     packaged: int | None, asked: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opening, "load", lambda files, device: tiny_loaded())
+    monkeypatch.setattr(opening, "load", lambda *_, **__: tiny_loaded())
     model: Any = SimpleNamespace(digest="sha256:0", config=SimpleNamespace(context_size=packaged))
     opened = opening.Opened(model, ModelFiles((), "gguf"))
     engine = opened.engine(EngineConfig(max_model_len=asked, max_num_seqs=2, device="cpu"))

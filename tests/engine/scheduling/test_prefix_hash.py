@@ -59,6 +59,10 @@ def test_salts() -> None:
         cache_salt("a", [b"b"]),
         cache_salt("a", [b"b", b"c"]),
         cache_salt("a", [b"bc"]),
+        cache_salt(owner=""),
+        cache_salt(owner="a"),
+        cache_salt("a", owner="a"),
+        cache_salt("a", [b"b"], owner="a"),
     ]
     assert salts[0] == b"" == cache_salt("", iter([]))
     assert len(set(salts)) == len(salts)

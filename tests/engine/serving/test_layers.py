@@ -29,6 +29,8 @@ ENGINE = [
             "parallel",
             "sampling",
             "speculation",
+            "templates",
+            "worker",
         )
         for path in (PACKAGE / part).rglob("*.py")
     ),

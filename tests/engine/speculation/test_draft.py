@@ -19,6 +19,7 @@ from modelpack_engine.loaders import LoadedModel
 from modelpack_engine.model_runner import ModelRunner
 from modelpack_engine.outputs import RequestEvent
 from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.sequence import Sequence
 from modelpack_engine.speculation.draft import DraftProposer
 from tests.engine.serving.test_bad_logits import PoisonedEmbedding
 from tests.engine.serving.tiny import VOCAB, tiny_engine, tiny_loaded
@@ -160,6 +161,24 @@ def test_a_draft_that_is_no_number_is_dropped(plain: list[list[RequestEvent]]) -
     for found, expected in zip(engine.generate(poisoned, LONG), clean, strict=True):
         check_same(expected, found)
     assert engine.stats().accepted_tokens > 0
+
+
+def test_a_draft_shares_prefixes_by_salt() -> None:
+    engine = engine_with(noisy(0))
+    blocks = proposer(engine)._blocks
+    share_prefix, shared = blocks.share_prefix, list[int]()
+
+    def noted(sequence: Sequence) -> int:
+        shared.append(share_prefix(sequence))
+        return shared[-1]
+
+    blocks.share_prefix = noted  # type: ignore[method-assign]
+    prompt = list(range(1, 50))
+    for number, salt in enumerate([b"", b"one", b"two", b"one", b""]):
+        engine.add_request(str(number), prompt, LONG, cache_salt=salt)
+        run(engine, [], {})
+    assert engine.stats().proposed_tokens > 0
+    assert shared == [0, 0, 0, 48, 48]
 
 
 def test_more_sequences_than_pay_run_without(plain: list[list[RequestEvent]]) -> None:

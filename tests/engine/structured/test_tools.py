@@ -302,3 +302,34 @@ def test_values_of_any_kind(
     found = [read(family_format, text, (FREE,)) for text in texts if text is not None]
     assert found
     assert all(name == "free" for calls in found for name, _ in calls)
+
+
+def _chain(levels: int, level: Any, last: Any) -> dict[str, Any]:
+    """Return a schema of definitions, each of which is made of the next one."""
+    refs = [{"$ref": f"#/$defs/d{i}"} for i in range(levels + 1)]
+    parts = {f"d{i}": level(refs[i + 1]) for i in range(levels)}
+    return {
+        "type": "object",
+        "properties": {"x": refs[0]},
+        "$defs": parts | {f"d{levels}": last},
+    }
+
+
+@pytest.mark.parametrize("family", ["gemma4", "lfm2"])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        _chain(28, lambda part: {"type": "object", "properties": {"a": part, "b": part}}, {}),
+        _chain(28, lambda part: {"anyOf": [part, part]}, {"type": "null"}),
+        _chain(28, lambda part: {"type": ["array", "null", "array"], "items": part}, {}),
+        {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(4000)}},
+    ],
+    ids=["properties", "alternatives", "types", "optional properties"],
+)  # fmt: skip
+def test_schemas_that_make_a_huge_grammar_are_refused(family: str, schema: dict[str, Any]) -> None:
+    """Without a limit, 28 levels of two references each would be written for days."""
+    with pytest.raises(RequestError, match="grammar of more than") as caught:
+        tool_grammar(OutputFormat(family), [Tool("f", "", schema)], REQUIRED)
+    assert caught.value.param == "tools"
+    small = _chain(5, lambda part: {"type": "object", "properties": {"a": part, "b": part}}, {})
+    assert tool_grammar(OutputFormat(family), [Tool("f", "", small)], REQUIRED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,6 +11,8 @@ import mlx_lm
 from modelpack_engine.adaptation.layout import StateLayout
 from modelpack_engine.attention.pools import KVLayout
 from modelpack_engine.model_runner import ModelRunner
+from tests.engine.oracle.answers import FIXTURES, fixture
+from tests.engine.oracle.differences import DIFFERENCES, LOAD_ERRORS, OTHER_ANSWERS
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import Configuration
 from tests.engine.zoo.excluded import EXCLUDED
@@ -49,6 +52,67 @@ Not held to mlx-lm:
 |---|---|
 """
 
+CONFIGURATIONS = """
+## Configurations
+
+config.json is read in the spellings of transformers 4 and 5: `rope_parameters` (for each type of
+layer too) or `rope_theta` and `rope_scaling`, `dtype` or `torch_dtype`, fields inside
+`text_config`. Two spellings that disagree are an error.
+
+mlx-lm's classes drop the fields that they do not know. A model is refused, and the field named, if
+its value changes what transformers computes and mlx-lm's class does not follow it: another
+activation than the class has, for one, or a rotation that it does not compute.
+`--ignore-config-field NAME` loads the model all the same. Fields that transformers does not have,
+and values that change nothing, are no reason.
+
+Where only the class's sliding window is missing (Mistral 7B v0.1, Gemma 2, Phi 3, StarCoder2, Qwen
+with `use_sliding_window`), the model runs with a context of no more than the window, for which it
+is right, and a note says so. A note also says where longrope's factors for long contexts are used
+for short ones (Phi 3).
+
+Which fields these are is measured: transformers 4 and 5 saved a tiny model of each architecture and
+answered with each field of its config changed in turn; our logits have to follow, or the model has
+to be refused ([tests/engine/oracle](../tests/engine/oracle)). Configs of encoders (BERT and
+its like) are read by classes of ours; an activation or a kind of position that they do not have is
+an error too.
+"""
+
+AGREEMENT = """
+## Agreement with transformers
+
+{kinds} model types of transformers have to answer as transformers does: tiny random models that
+{versions} saved, in float32, with a cosine of the logits of at least
+0.9999 ([tests/engine/oracle](../tests/engine/oracle)). Where mlx-lm's class computes something
+else, it is corrected when the model is loaded (ernie4_5_moe, glm, gpt_oss, granitemoehybrid, jamba,
+mamba2, recurrent_gemma).
+
+{agreeing}
+
+Those that do not agree, by the version that saved them:
+
+| model type | transformers | what happens | why |
+|---|---|---|---|
+"""
+
+
+def agreement() -> str:
+    """Return the section about transformers' logits."""
+    saved = {version: fixture(path) for version, path in FIXTURES.items()}
+    pairs = [(version, kind) for version, file in saved.items() for kind in file["models"]]
+    kinds = sorted({kind for version, kind in pairs if (version, kind) not in DIFFERENCES})
+    rows = {(kind, version): ("does not load", why) for (version, kind), why in LOAD_ERRORS.items()}
+    for (version, kind), (cosine, why) in OTHER_ANSWERS.items():
+        rows[kind, version] = (f"cosine {cosine:.2f}", why)
+    names = textwrap.fill(", ".join(kinds) + ".", 100, break_on_hyphens=False)
+    return AGREEMENT.format(
+        kinds=len(kinds),
+        versions=" and ".join(f"transformers {file['transformers']}" for file in saved.values()),
+        agreeing=names,
+    ) + "".join(
+        f"| {kind} | {saved[version]['transformers']} | {what} | {why} |\n"
+        for (kind, version), (what, why) in sorted(rows.items())
+    )
+
 
 def row(configuration: Configuration, runner: ModelRunner) -> str:
     """Return the table's line for a loaded model."""
@@ -76,7 +140,8 @@ def _layers(runner: ModelRunner) -> str:
 def render(rows: list[str]) -> str:
     """Return the whole document."""
     excluded = "".join(f"| {name} | {why} |\n" for name, why in sorted(EXCLUDED.items()))
-    return HEAD.format(version=mlx_lm.__version__) + "".join(rows) + EXCLUDED_HEAD + excluded
+    head = HEAD.format(version=mlx_lm.__version__)
+    return head + "".join(rows) + EXCLUDED_HEAD + excluded + CONFIGURATIONS + agreement()
 
 
 def main() -> None:

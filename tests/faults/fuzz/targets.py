@@ -5,12 +5,16 @@ Corpus files are read from `corpus/TARGET/` and from `fixtures`.
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
+
+import tokenizers
 
 from modelpack import mediatypes as mt
 from modelpack.config import ModelConfig
@@ -20,15 +24,28 @@ from modelpack.formats.dduf import read_dduf_header
 from modelpack.formats.gguf import read_gguf_header
 from modelpack.formats.gguf_statistics import gguf_statistics
 from modelpack.formats.safetensors import read_safetensors_header
+from modelpack.gateway import json_bodies
+from modelpack.gateway.bodies import look_into
 from modelpack.layer_metadata import LayerMetadata
 from modelpack.manifest import Manifest, parse_manifest_or_index
+from modelpack.operations.archive_reading import import_archive
+from modelpack.operations.watching import watching
 from modelpack.paths import checked_path
 from modelpack.reference import Reference
 from modelpack.registry.challenge import parse_challenges
 from modelpack.registry.scopes import parse_scopes
 from modelpack.server.ranges import UnsatisfiableRange, chunk_range, requested_range
+from modelpack.stores.disk_space import bytes_used
 from modelpack.stores.index import IndexDocument
+from modelpack.stores.layout import LayoutStore
 from modelpack.unpacking.bundle import TarLimits
+from modelpack_engine.loaders.model_config import normalised
+from modelpack_engine.loaders.tensor_bounds import TensorBounds
+from modelpack_engine.loaders.tokenizer_check import begin_check
+from modelpack_engine.templates import budget
+from modelpack_engine.templates.go_syntax import GoSyntaxError
+from modelpack_engine.templates.go_template import as_jinja
+from modelpack_engine.templates.rendering import Renderer, TemplateFailedError
 from tests.formats.builders import as_file
 from tests.unpacking.archived import GZIP, TAR, ZSTD, bundle_of
 from tests.unpacking.stored import Stored, everything
@@ -121,6 +138,41 @@ def tar(raw: bytes) -> None:
             assert sum(len(content) for _, _, content in seen.values()) < 4 * _MIB
 
 
+def archive(raw: bytes) -> None:
+    """A failed import leaves nothing; what is imported is sound, and no larger than it came."""
+    with tempfile.TemporaryDirectory() as name:
+        store = LayoutStore(Path(name) / "store")
+        before = bytes_used(store.root)
+        try:
+            import_archive(store, io.BytesIO(raw), watching(None))
+        except ModelpackError:
+            assert bytes_used(store.root) - before < 100  # the process id in the lock
+            assert not [*store.root.glob("blobs/*/*")]
+            raise
+        assert store.fsck(watch=watching(None)).ok
+        assert bytes_used(store.root / "blobs") <= len(raw)
+
+
+def body(raw: bytes) -> None:
+    """The gateway reads of a body what Python's parser, behind it, reads of it."""
+    try:
+        text = json.dumps(json.loads(raw.decode(), parse_constant=_no_json), ensure_ascii=False)
+        expected = repr(json.loads(text.encode(errors="replace")))  # ? for half of a surrogate pair
+    except (ValueError, RecursionError):
+        expected = None
+    with suppress(json_bodies.ComplexityError):
+        parsed, asked = look_into(raw)
+        assert asked.prompt_tokens >= 0
+        assert asked.answer_tokens >= 0
+        assert (None if parsed is None else repr(parsed.value)) == expected
+    with suppress(json_bodies.BodyError):
+        assert repr(json_bodies._Reader(raw).document()) == expected
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(constant)
+
+
 def challenge(raw: bytes) -> None:
     for one in parse_challenges(raw.decode("latin-1")):
         assert one.scheme == one.scheme.lower()
@@ -135,6 +187,38 @@ def byte_range(raw: bytes) -> None:
         with suppress(UnsatisfiableRange):
             part = requested_range(text, size)
             assert part is None or 0 <= part.start <= part.last < size
+
+
+def template(raw: bytes) -> None:
+    """A chat template, with a small budget: it ends, and writes no more than it may."""
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    small = {"MAX_STEPS": 2000, "MAX_VOLUME": 4 * _MIB, "MAX_SECONDS": 5.0}
+    text = raw.decode("utf-8", "replace")
+    with patch.multiple(budget, **small):
+        for make in (str, as_jinja):
+            with suppress(TemplateFailedError, GoSyntaxError, RecursionError):
+                written = Renderer().render(make(text), {"messages": messages, "tools": None})
+                assert len(written) <= budget.MAX_TEXT
+
+
+def model_config(raw: bytes) -> None:
+    """A model's config.json: brought to one spelling, which stays, and held to its tensors."""
+    with suppress(ValueError, RecursionError):
+        document = json.loads(raw.decode())
+        if isinstance(document, dict):
+            config = normalised(document)
+            assert normalised(config) == config
+            TensorBounds(layers=2, tensors=20, largest=256).check(config)
+
+
+def tokenizer(raw: bytes) -> None:
+    """A tokenizer.json that passes its check, in a process, loads and encodes here."""
+    text = raw.decode("utf-8", "surrogateescape")
+    begin_check(text).result()
+    loaded = tokenizers.Tokenizer.from_str(text)
+    for prompt in ("", "a b", "\U0001f600 <eos>\n" * 50):
+        ids = loaded.encode(prompt).ids
+        loaded.decode(ids, skip_special_tokens=False)
 
 
 @dataclass(frozen=True)
@@ -187,7 +271,26 @@ TARGETS: dict[str, Target] = {
     "tar": Target(
         tar, words=(b"ustar\x0000", b"../", b"/etc/passwd", b"0000777\0", b"1", b"2", b"x", b"L")
     ),
+    "archive": Target(
+        archive, words=(b"ustar\x0000", b"../", b"index.json", b"blobs/sha256/", b"S", b"x", b"2")
+    ),
+    "body": Target(
+        body,
+        words=(*_JSON, b'"model"', b'"Model"', b'"messages"', b'"content"', b"\xff", b"\\ud83d"),
+    ),
     "challenge": Target(challenge, words=_HEADER),
+    "model_config": Target(
+        model_config,
+        words=(*_JSON, b'"rope_parameters"', b'"rope_scaling"', b'"text_config"', b'"__float__"'),
+    ),
+    "tokenizer": Target(
+        tokenizer,
+        words=(*_JSON, b'"Sequence"', b'"Replace"', b'"Regex"', b'"Split"', b'"merges"', b"(.*)*"),
+    ),
+    "template": Target(
+        template,
+        words=(b"{{", b"}}", b"{%", b"%}", b"messages", b" | ", b"list", b"(", b"*", b"9999", b"~"),
+    ),
     "byte_range": Target(byte_range, words=(b"bytes=", b"-", b",", b"9" * 20, b"0", b" ")),
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ from modelpack_engine.server.anthropic.tools import tools_of
 from modelpack_engine.server.paths import add_route
 from modelpack_engine.server.preloading import preloadable
 from modelpack_engine.structured import Constraint
+from modelpack_engine.worker.cancelling import in_thread
 
 _PRESET = "x-modelpack-preset"
 _ANTHROPIC = ("/anthropic/v1",)
@@ -51,7 +52,7 @@ def router(pool: ModelPool) -> APIRouter:
 
         async def count() -> int:
             async with pool.lease(body.model) as model:
-                return await count_prompt(model, spec_of(body, model))
+                return await count_prompt(model, await in_thread(spec_of, body, model))
 
         return {"input_tokens": await unless_gone(request, count())}
 
@@ -92,11 +93,12 @@ def spec_of(body: PromptRequest, model: ServedModel, preset: str | None = None) 
 
 async def start(body: MessagesRequest, model: ServedModel, preset: str | None) -> ChatStream:
     """Start the answer. Raises what `start_chat` does, in words that Anthropic's clients know."""
-    spec = spec_of(body, model, preset)
+    spec = await in_thread(spec_of, body, model, preset)
     try:
         return await start_chat(model, spec)
     except ContextLengthError as error:
-        tokens, most = await count_prompt(model, spec), model.max_model_len
+        most = model.max_model_len
+        tokens = error.tokens or await count_prompt(model, spec)
         raise ContextLengthError(
             f"prompt is too long: {tokens} tokens > {most} maximum",
             param="messages",

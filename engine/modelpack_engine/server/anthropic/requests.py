@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from modelpack_engine.errors import RequestError
 from modelpack_engine.server.anthropic.tools import ChoiceFields
+from modelpack_engine.server.json_bodies import Body
 
 _Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
-class _Fields(BaseModel):
+class _Fields(Body):
     model_config = ConfigDict(extra="ignore")
 
     @model_validator(mode="before")

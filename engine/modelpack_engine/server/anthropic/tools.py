@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
+from pydantic import ConfigDict, Field, StrictBool, StrictStr, ValidationError
 
 from modelpack_engine.errors import RequestError
 from modelpack_engine.output.tools import Tool, ToolChoice
+from modelpack_engine.server.json_bodies import Body
 
 
-class ToolFields(BaseModel):
+class ToolFields(Body):
     """A tool that the caller runs."""
 
     model_config = ConfigDict(extra="ignore")
@@ -22,7 +23,7 @@ class ToolFields(BaseModel):
     strict: StrictBool | None = None
 
 
-class ChoiceFields(BaseModel):
+class ChoiceFields(Body):
     """Whether a tool is called, and which."""
 
     model_config = ConfigDict(extra="ignore")

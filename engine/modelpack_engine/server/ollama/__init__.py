@@ -17,9 +17,11 @@ from modelpack_engine.server.ollama.ndjson import shape as shape
 from modelpack_engine.server.ollama.transfers import router as transfers
 
 
-def router(pool: ModelPool) -> APIRouter:
-    """Return the routes of the Ollama API."""
+def router(pool: ModelPool, *, request_templates: bool = False) -> APIRouter:
+    """Return the routes of the Ollama API; `request_templates` lets admins send templates."""
     routes = APIRouter()
-    for part in (generate, chat, embed, models, transfers, create, blobs):
-        routes.include_router(part(pool))
+    for part in (generate, create):
+        routes.include_router(part(pool, request_templates=request_templates))
+    for other in (chat, embed, models, transfers, blobs):
+        routes.include_router(other(pool))
     return routes

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+
+from modelpack_engine.server.json_bodies import Body
 
 KeepAlive = StrictStr | StrictInt | float
 
 
-class _Body(BaseModel):
+class _Body(Body):
     model_config = ConfigDict(extra="ignore")
 
     @model_validator(mode="before")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -24,6 +25,7 @@ from modelpack_engine.server.ollama.asking import (
 )
 from modelpack_engine.server.ollama.bodies import Call, ChatBody, ChatMessage, OfferedTool
 from modelpack_engine.server.ollama.ndjson import JsonRoute
+from modelpack_engine.worker.cancelling import in_thread
 
 
 def router(pool: ModelPool) -> APIRouter:
@@ -37,7 +39,7 @@ def router(pool: ModelPool) -> APIRouter:
             return await load_or_unload(request, pool, body, replies.message)
 
         async def start(model: ServedModel) -> ChatStream:
-            return await start_chat(model, spec_of(body, model))
+            return await start_chat(model, await in_thread(spec_of, body, model))
 
         return await reply(request, pool, body, replies.message, start)
 
@@ -66,7 +68,7 @@ def template_messages(messages: Sequence[ChatMessage], model: str) -> list[dict[
     the tool, else in their order. Raises `RequestError` for images.
     """
     found = []
-    waiting: list[tuple[str, str]] = []  # id and name of calls that have no result yet
+    waiting = _Waiting()
     numbers = iter(range(sum(len(message.tool_calls) for message in messages)))
     for message in messages:
         refuse_images(message.images, model)
@@ -77,10 +79,10 @@ def template_messages(messages: Sequence[ChatMessage], model: str) -> list[dict[
                 plain["reasoning_content"] = message.thinking
             if message.tool_calls:
                 calls = [_call(call, f"call_{next(numbers)}") for call in message.tool_calls]
-                waiting = [(call["id"], call["function"]["name"]) for call in calls]
+                waiting = _Waiting(calls)
                 plain["tool_calls"] = calls
         elif role == "tool":
-            plain |= _answered(message, waiting)
+            plain |= waiting.answered(message)
         found.append(plain)
     return found
 
@@ -93,17 +95,32 @@ def _call(call: Call, own_id: str) -> dict[str, Any]:
     return {"id": call.id or own_id, "type": "function", "function": function}
 
 
-def _answered(message: ChatMessage, waiting: list[tuple[str, str]]) -> dict[str, str]:
-    """Return the call that a tool's result answers; it waits no longer."""
-    fits = [call for call in waiting if call[0] == message.tool_call_id]
-    fits = fits or [call for call in waiting if call[1] == message.tool_name]
-    fits = fits or waiting[:1]
-    if not fits:
-        found = {"tool_call_id": message.tool_call_id or "call_0"}
-        return found | ({"name": message.tool_name} if message.tool_name else {})
-    waiting.remove(fits[0])
-    call_id, name = fits[0]
-    return {"tool_call_id": call_id, "name": message.tool_name or name}
+class _Waiting:
+    """Calls that have no result yet, in their order."""
+
+    def __init__(self, calls: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._names = {call["id"]: call["function"]["name"] for call in calls}
+        self._ids: dict[str, deque[str]] = {}  # by name
+        for call_id, name in self._names.items():
+            self._ids.setdefault(name, deque()).append(call_id)
+
+    def answered(self, message: ChatMessage) -> dict[str, str]:
+        """Return the call that a tool's result answers; it waits no longer."""
+        call_id: str | None = message.tool_call_id
+        if call_id not in self._names:
+            call_id = self._first(message.tool_name) or next(iter(self._names), None)
+        if call_id is None:
+            found = {"tool_call_id": message.tool_call_id or "call_0"}
+            return found | ({"name": message.tool_name} if message.tool_name else {})
+        name = self._names.pop(call_id)
+        return {"tool_call_id": call_id, "name": message.tool_name or name}
+
+    def _first(self, name: str | None) -> str | None:
+        """Return the id of the first call of a name that still waits."""
+        ids = self._ids.get(name or "", deque())
+        while ids and ids[0] not in self._names:
+            ids.popleft()
+        return ids[0] if ids else None
 
 
 def _tools(offered: Sequence[OfferedTool]) -> tuple[Tool, ...]:

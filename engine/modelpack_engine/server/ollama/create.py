@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import jinja2
 from fastapi import APIRouter, Request, Response
 
 from modelpack.digest import Digest
@@ -19,6 +18,7 @@ from modelpack.errors import InvalidDigestError, UnsafePathError
 from modelpack.model import Model, Role
 from modelpack.operations.find import find_model
 from modelpack.operations.package import package
+from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.watching import watching
 from modelpack.packaging.request import PackageRequest
 from modelpack.paths import checked_path
@@ -28,36 +28,56 @@ from modelpack.stores.layout import LayoutStore
 from modelpack.stores.os_errors import translating
 from modelpack.stores.scratch import scratch_directory
 from modelpack_engine.errors import RequestError
-from modelpack_engine.loaders.go_template import as_jinja
+from modelpack_engine.loaders.chat_template import as_jinja, check_template
 from modelpack_engine.pool.model_defaults import ModelDefaults
 from modelpack_engine.pool.ollama_options import KNOWN, parse_options
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.ollama.bodies import CreateBody
 from modelpack_engine.server.ollama.chat import template_messages
+from modelpack_engine.server.ollama.describing import shown_template
 from modelpack_engine.server.ollama.jobs import Job
 from modelpack_engine.server.ollama.ndjson import JsonRoute
 from modelpack_engine.server.ollama.telling import Steps, tell
+from modelpack_engine.server.request_templates import check_request_template
+from modelpack_engine.worker.cancelling import in_thread
 
 _STEPS = Steps("gathering model components", "pulling", ("writing manifest",))
 _TEMPLATE = "chat_template.jinja"
 
 
-def router(pool: ModelPool) -> APIRouter:
-    """Return the route."""
+def router(pool: ModelPool, *, request_templates: bool = False) -> APIRouter:
+    """Return the route; `request_templates` lets admins send templates."""
     routes = APIRouter(tags=["Ollama"], route_class=JsonRoute)
 
     @routes.post("/api/create", response_model=None)
     async def create(body: CreateBody, request: Request) -> Response:
         """Make a model from another one, with parameters, a template and the like."""
+        body.template = await _requested_template(pool, body, request, request_templates)
         recipe = recipe_of(body)
 
         def work(report: ProgressCallback, stop: Stop) -> None:
-            make(pool.catalogue.store, recipe, report, stop)
+            make(pool.catalogue.store, recipe, report, stop, remote=pool.catalogue.remote)
 
         job = Job(work, lambda ended: None)
         return await tell(request, job, _STEPS, stream=body.stream)
 
     return routes
+
+
+async def _requested_template(
+    pool: ModelPool, body: CreateBody, request: Request, allowed: bool
+) -> str:
+    """Return the template of a request as Jinja, "" where the base model's own is kept.
+
+    Raises `DeniedError` for a template that the client may not send, `RequestError` for one that
+    does not compile.
+    """
+    if not body.template or (body.base and body.template == await shown_template(pool, body.base)):
+        return ""
+    check_request_template(request, allowed=allowed)
+    made = await in_thread(as_jinja, body.template)
+    await in_thread(check_template, made)
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +115,7 @@ def recipe_of(body: CreateBody) -> Recipe:
         Reference.parse(body.model),
         body.base,
         {_safe(name): _digest(text) for name, text in body.files.items()},
-        _checked(as_jinja(body.template)),
+        body.template,
         tuple(text for text in licenses if text),
         ModelDefaults(given, body.system, tuple(template_messages(body.messages, body.model))),
         options.context_size,
@@ -103,15 +123,23 @@ def recipe_of(body: CreateBody) -> Recipe:
     )
 
 
-def make(store: LayoutStore, recipe: Recipe, report: ProgressCallback, stop: Stop) -> None:
+def make(
+    store: LayoutStore,
+    recipe: Recipe,
+    report: ProgressCallback,
+    stop: Stop,
+    *,
+    remote: RemoteOptions,
+) -> None:
     """Make a model, pulling the one that it starts from if that is not there.
 
-    Raises what `modelpack.package` and `modelpack.pull` raise.
+    Where `remote` says who is trusted, that one has to be signed. Raises what `modelpack.package`
+    and `modelpack.pull` raise.
     """
     base: Model | None = None
     if recipe.base:
         watch = watching(report, stop)
-        base = find_model(recipe.base, store, pull=True, remote=None, watch=watch)
+        base = find_model(recipe.base, store, pull=True, remote=remote, watch=watch)
     _check_quantization(recipe.quantize, base)
     before = ModelDefaults.of_model(base, store) if base else ModelDefaults()
     defaults = ModelDefaults(
@@ -132,7 +160,7 @@ def make(store: LayoutStore, recipe: Recipe, report: ProgressCallback, stop: Sto
         )
         package(
             recipe.target, request, from_model=str(base.digest) if base else None,
-            store=store, progress=report, stop=stop,
+            store=store, remote=remote, progress=report, stop=stop,
         )  # fmt: skip
 
 
@@ -186,19 +214,6 @@ def _template(text: str, base: Model | None, directory: Path) -> Path | None:
     path = directory / name.rpartition("/")[2]
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def _checked(template: str) -> str:
-    """Return a template that can be read; raise `RequestError` for another."""
-    from modelpack_engine.loaders.template_sandbox import TemplateEnvironment
-
-    try:
-        TemplateEnvironment().parse(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise RequestError(
-            f"the template is wrong in line {error.lineno}: {error.message}", param="template"
-        ) from None
-    return template
 
 
 def _safe(name: str) -> str:

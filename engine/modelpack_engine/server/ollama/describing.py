@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.output.formats import find_format
 from modelpack_engine.pool.catalogue import StoredModel
 from modelpack_engine.pool.model_defaults import ModelDefaults
+from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.ollama.ndjson import timestamp
 
 # Arrays of metadata that are shown without being asked for.
@@ -110,6 +112,16 @@ def describe(store: LayoutStore, found: StoredModel, *, verbose: bool) -> dict[s
     return answer
 
 
+async def shown_template(pool: ModelPool, name: str) -> str:
+    """Return the chat template that /api/show gives for a model, "" if it has none."""
+    try:
+        found = await pool.find(name)
+        shown = await asyncio.to_thread(describe, pool.catalogue.store, found, verbose=False)
+    except ModelpackError:  # not here yet, or its catalogue is no store
+        return ""
+    return str(shown["template"])
+
+
 def _facts(store: LayoutStore, model: Model, found: StoredModel, verbose: bool) -> _Facts:
     from modelpack_engine.loaders.files import ModelFiles
 
@@ -126,7 +138,7 @@ def _facts(store: LayoutStore, model: Model, found: StoredModel, verbose: bool) 
 
 def _template(files: Any, header: GGUFHeader | None) -> str:
     """Return the chat template: of a file of its own, or of the weights' metadata."""
-    from modelpack_engine.loaders.files import CHAT_TEMPLATE
+    from modelpack.model import CHAT_TEMPLATE
     from modelpack_engine.loaders.json_tokenizer import chat_template_of
 
     if header is None:

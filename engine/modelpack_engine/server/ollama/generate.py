@@ -8,15 +8,17 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from modelpack.errors import DeniedError
 from modelpack_engine.conversation.answer import Answer
 from modelpack_engine.conversation.chat import ChatStream, start_chat
-from modelpack_engine.conversation.infilling import find_markers, infilling_prompt
+from modelpack_engine.conversation.infilling import Markers, find_markers, infilling_prompt
 from modelpack_engine.conversation.masking import text_mask
 from modelpack_engine.conversation.served import ServedModel
 from modelpack_engine.conversation.spec import ChatSpec
 from modelpack_engine.errors import RequestError
-from modelpack_engine.loaders.go_template import as_jinja
+from modelpack_engine.loaders.chat_template import as_jinja
 from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.prompt_threads import prepare
 from modelpack_engine.server.ollama import replies
 from modelpack_engine.server.ollama.answers import load_or_unload, reply
 from modelpack_engine.server.ollama.asking import (
@@ -26,11 +28,14 @@ from modelpack_engine.server.ollama.asking import (
     thinking_of,
 )
 from modelpack_engine.server.ollama.bodies import GenerateBody
+from modelpack_engine.server.ollama.describing import shown_template
 from modelpack_engine.server.ollama.ndjson import JsonRoute
+from modelpack_engine.server.request_templates import check_request_template
+from modelpack_engine.worker.cancelling import in_thread
 
 
-def router(pool: ModelPool) -> APIRouter:
-    """Return the route."""
+def router(pool: ModelPool, *, request_templates: bool = False) -> APIRouter:
+    """Return the route; `request_templates` lets admins send templates."""
     routes = APIRouter(tags=["Ollama"], route_class=JsonRoute)
 
     @routes.post("/api/generate", response_model=None)
@@ -46,7 +51,8 @@ def router(pool: ModelPool) -> APIRouter:
                 return await _infill(body, model)
             if body.raw:
                 return await _continue(body, model, await model.text_prompt(body.prompt))
-            return await start_chat(model, spec_of(body, model))
+            template = await _template(pool, body, model, request, request_templates)
+            return await start_chat(model, spec_of(body, model, template))
 
         def context(stream: ChatStream, reader: replies.Reader) -> dict[str, Any]:
             if body.raw or body.suffix:
@@ -58,8 +64,26 @@ def router(pool: ModelPool) -> APIRouter:
     return routes
 
 
-def spec_of(body: GenerateBody, model: ServedModel) -> ChatSpec:
-    """Return what a request asks for, in nobody's words; raises `RequestError`."""
+async def _template(
+    pool: ModelPool, body: GenerateBody, model: ServedModel, request: Request, allowed: bool
+) -> str | None:
+    """Return the template of a request as Jinja, None where the model's own is used.
+
+    Raises `DeniedError` for a template that the client may not send.
+    """
+    if not body.template or body.template == model.tokenizer.chat_template:
+        return None
+    try:
+        check_request_template(request, allowed=allowed)
+    except DeniedError:
+        if body.template == await shown_template(pool, body.model):
+            return None
+        raise
+    return await in_thread(as_jinja, body.template)
+
+
+def spec_of(body: GenerateBody, model: ServedModel, template: str | None = None) -> ChatSpec:
+    """Return the API-neutral form of a request; raises `RequestError`."""
     params, limit = sampling(body, model)
     thinking = thinking_of(body, model)
     system = [{"role": "system", "content": body.system}] if body.system else []
@@ -70,7 +94,7 @@ def spec_of(body: GenerateBody, model: ServedModel) -> ChatSpec:
         constraint=constraint_of(body),
         template_options=thinking.template_options,
         reasoning=thinking.reasoning,
-        template=as_jinja(body.template) if body.template else None,
+        template=template,
         earlier=body.context,
     )
 
@@ -80,10 +104,17 @@ async def _infill(body: GenerateBody, model: ServedModel) -> ChatStream:
     markers = find_markers(model.tokenizer)
     if markers is None:
         raise RequestError(f"{body.model!r} does not support insert", param="suffix")
-    prompt = await asyncio.to_thread(
-        infilling_prompt, model.tokenizer, markers, body.prompt, body.suffix
+    prompt = await prepare(
+        len(body.prompt) + len(body.suffix),
+        lambda: _infilling_ids(model, markers, body.prompt, body.suffix),
     )
     return await _continue(body, model, prompt)
+
+
+def _infilling_ids(model: ServedModel, markers: Markers, beginning: str, end: str) -> list[int]:
+    for text, param in ((beginning, "prompt"), (end, "suffix")):
+        model.check_text(text, param=param)
+    return infilling_prompt(model.tokenizer, markers, beginning, end)
 
 
 async def _continue(body: GenerateBody, model: ServedModel, prompt: list[int]) -> ChatStream:

@@ -46,7 +46,8 @@ def router(pool: ModelPool) -> APIRouter:
         """List the stored models, each under all its names."""
         models, store = await pool.stored(), pool.catalogue.store
         named = [(name, model) for model in models for name in model.names or (model.key,)]
-        named += [(alias, await pool.find(alias)) for alias in pool.aliases()]
+        named += (await pool.aliases()).items()
+        named = list(dict(named).items())
 
         def listed() -> list[dict[str, Any]]:
             found = [_tag(name, model, modified_at(store, model)) for name, model in named]

@@ -9,8 +9,8 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 
+from modelpack_engine.server.json_bodies import BodyRoute
 from modelpack_engine.server.problems import Problem, problem_of
 
 MEDIA_TYPE = "application/x-ndjson"
@@ -53,7 +53,7 @@ def timestamp(time: datetime) -> str:
     return time.isoformat().replace("+00:00", "Z")
 
 
-class JsonRoute(APIRoute):
+class JsonRoute(BodyRoute):
     """A route whose bodies are JSON whatever their header says: `curl -d` calls them a form.
 
     That web pages can send such bodies unasked is no danger: `Origin` is checked before.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastapi import APIRouter, Request, Response
 
 from modelpack.operations.pull import pull
@@ -28,7 +30,7 @@ def router(pool: ModelPool) -> APIRouter:
     @routes.post("/api/pull", response_model=None)
     async def pull_model(body: TransferBody, request: Request) -> Response:
         """Fetch a model; who asks for one that is being fetched waits for the same."""
-        where, remote = Reference.parse(body.model), _remote(body)
+        where, remote = Reference.parse(body.model), _remote(pool, body)
         store = pool.catalogue.store
 
         def work(report: ProgressCallback, stop: Stop) -> None:
@@ -41,7 +43,7 @@ def router(pool: ModelPool) -> APIRouter:
     async def push_model(body: TransferBody, request: Request) -> Response:
         """Send a model to the registry that its name says."""
         found = await find(pool, body.model)
-        where, remote = Reference.parse(body.model), _remote(body)
+        where, remote = Reference.parse(body.model), _remote(pool, body)
         store = pool.catalogue.store
 
         def work(report: ProgressCallback, stop: Stop) -> None:
@@ -53,6 +55,7 @@ def router(pool: ModelPool) -> APIRouter:
     return routes
 
 
-def _remote(body: TransferBody) -> RemoteOptions:
-    """Return how to reach the registry: by plain HTTP where the request says so."""
-    return RemoteOptions(plain_http=True if body.insecure else None)
+def _remote(pool: ModelPool, body: TransferBody) -> RemoteOptions:
+    """Return how to reach the registry: over plain HTTP if the request says so."""
+    remote = pool.catalogue.remote
+    return replace(remote, plain_http=True) if body.insecure else remote

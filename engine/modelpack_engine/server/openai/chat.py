@@ -22,6 +22,7 @@ from modelpack_engine.server.paths import add_route
 from modelpack_engine.server.preloading import preloadable
 from modelpack_engine.server.sse import DONE
 from modelpack_engine.server.vocabulary import Vocabulary
+from modelpack_engine.worker.cancelling import in_thread
 
 
 def router(pool: ModelPool) -> APIRouter:
@@ -33,7 +34,8 @@ def router(pool: ModelPool) -> APIRouter:
         body.check()
 
         async def start(model: ServedModel) -> ChatStream:
-            return await start_chat(model, spec_of(body, model, request.headers.get(_PRESET)))
+            preset = request.headers.get(_PRESET)
+            return await start_chat(model, await in_thread(spec_of, body, model, preset))
 
         return await answer(
             request,

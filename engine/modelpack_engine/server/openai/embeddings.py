@@ -11,7 +11,7 @@ import json
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from modelpack_engine.embedding.async_embedder import AsyncEmbedder
 from modelpack_engine.embedding.inputs import Input
@@ -19,6 +19,7 @@ from modelpack_engine.embedding.results import Embeddings, EmbedOptions, Vector
 from modelpack_engine.errors import RequestError
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.embedding_model import with_embedding_model
+from modelpack_engine.server.json_bodies import Body
 from modelpack_engine.server.paths import add_route
 from modelpack_engine.server.preloading import preloadable
 
@@ -26,7 +27,7 @@ from modelpack_engine.server.preloading import preloadable
 MAX_INPUTS = 2048
 
 
-class EmbeddingRequest(BaseModel):
+class EmbeddingRequest(Body):
     """The body of POST /v1/embeddings; `user` is accepted and of no effect."""
 
     model_config = ConfigDict(extra="ignore")

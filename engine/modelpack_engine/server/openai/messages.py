@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, StrictStr
+from pydantic import ConfigDict, StrictStr
 
 from modelpack_engine.errors import RequestError
+from modelpack_engine.server.json_bodies import Body
 
 
-class FunctionCall(BaseModel):
+class FunctionCall(Body):
     """A function and its arguments, the text of a JSON object."""
 
     model_config = ConfigDict(extra="ignore")
@@ -18,7 +19,7 @@ class FunctionCall(BaseModel):
     arguments: StrictStr = "{}"
 
 
-class ToolCall(BaseModel):
+class ToolCall(Body):
     """A call that the model made in an earlier turn."""
 
     model_config = ConfigDict(extra="ignore")
@@ -27,7 +28,7 @@ class ToolCall(BaseModel):
     function: FunctionCall
 
 
-class Message(BaseModel):
+class Message(Body):
     """A message of a conversation; what templates may want beyond these is kept."""
 
     model_config = ConfigDict(extra="allow")

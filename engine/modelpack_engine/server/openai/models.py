@@ -18,9 +18,9 @@ def router(pool: ModelPool) -> APIRouter:
 
     async def list_models() -> dict[str, Any]:
         """List the models that could be used."""
-        cards = [card(await pool.find(alias)) | {"id": alias} for alias in pool.aliases()]
+        cards = [card(model) | {"id": name} for name, model in (await pool.aliases()).items()]
         cards += [card(model) for model in await pool.stored()]
-        return {"object": "list", "data": cards}
+        return {"object": "list", "data": list({card["id"]: card for card in cards}.values())}
 
     async def retrieve_model(name: str) -> dict[str, Any]:
         """Return one model, by any name that it has."""

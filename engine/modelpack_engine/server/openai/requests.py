@@ -16,6 +16,10 @@ from modelpack_engine.server.openai.tools import FunctionChoice, FunctionFields,
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
+#: The most prompts of a request for completions.
+MAX_PROMPTS = 128
+
+
 class ChatRequest(SamplingFields):
     """The body of POST /v1/chat/completions."""
 
@@ -70,7 +74,12 @@ class ChatRequest(SamplingFields):
 class CompletionRequest(SamplingFields):
     """The body of POST /v1/completions."""
 
-    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    prompt: (
+        StrictStr
+        | Annotated[list[StrictStr], Field(max_length=MAX_PROMPTS)]
+        | list[StrictInt]
+        | Annotated[list[list[StrictInt]], Field(max_length=MAX_PROMPTS)]
+    )
     echo: StrictBool = False
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     suffix: StrictStr | None = None
@@ -94,5 +103,5 @@ class CompletionRequest(SamplingFields):
         if isinstance(prompt, str):
             return [prompt]
         if prompt and isinstance(prompt[0], int):
-            return [[token for token in prompt if isinstance(token, int)]]
+            return [prompt]
         return [item for item in prompt if not isinstance(item, int)]

@@ -10,7 +10,7 @@ import uuid
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from modelpack_engine.embedding.async_embedder import AsyncEmbedder
 from modelpack_engine.embedding.ranking import rank_pairs
@@ -18,6 +18,7 @@ from modelpack_engine.embedding.results import Pair
 from modelpack_engine.errors import RequestError
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.embedding_model import with_embedding_model
+from modelpack_engine.server.json_bodies import Body
 from modelpack_engine.server.paths import add_route, check_backend
 from modelpack_engine.server.preloading import preloadable
 
@@ -25,12 +26,12 @@ from modelpack_engine.server.preloading import preloadable
 MAX_PAIRS = 2048
 
 
-class _Document(BaseModel):
+class _Document(Body):
     model_config = ConfigDict(extra="ignore")
     text: StrictStr
 
 
-class _RankingFields(BaseModel):
+class _RankingFields(Body):
     model_config = ConfigDict(extra="ignore")
     model: Annotated[StrictStr, Field(min_length=1)]
     truncate: StrictBool | None = None

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from modelpack_engine.errors import RequestError
+from modelpack_engine.server.json_bodies import Body
 
 MAX_CHOICES = 128
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """What a stream tells besides its text."""
 
     model_config = ConfigDict(extra="ignore")
@@ -25,7 +26,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: StrictBool = False
 
 
-class SamplingFields(BaseModel):
+class SamplingFields(Body):
     """What both kinds of completion have in common."""
 
     model_config = ConfigDict(extra="ignore")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
+from pydantic import ConfigDict, Field, StrictBool, StrictStr
 
 from modelpack_engine.errors import RequestError
 from modelpack_engine.output.tools import Tool, ToolChoice
+from modelpack_engine.server.json_bodies import Body
 
 if TYPE_CHECKING:
     from modelpack_engine.server.openai.requests import ChatRequest
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 _Mode = Literal["auto", "none", "required"]
 
 
-class FunctionFields(BaseModel):
+class FunctionFields(Body):
     """A function that the model may call."""
 
     model_config = ConfigDict(extra="ignore")
@@ -31,7 +32,7 @@ class FunctionFields(BaseModel):
         return Tool(self.name, self.description or "", parameters, bool(self.strict))
 
 
-class ToolFields(BaseModel):
+class ToolFields(Body):
     """A tool; only functions are."""
 
     model_config = ConfigDict(extra="ignore")
@@ -39,7 +40,7 @@ class ToolFields(BaseModel):
     function: FunctionFields
 
 
-class FunctionChoice(BaseModel):
+class FunctionChoice(Body):
     """The function that has to be called."""
 
     model_config = ConfigDict(extra="ignore")

@@ -9,7 +9,6 @@ from fastapi import APIRouter
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.runner import engines, models, requests
 from modelpack_engine.server.runner.answers import text_shape as text_shape
-from modelpack_engine.server.runner.prefix import DesktopPrefix as DesktopPrefix
 from modelpack_engine.server.runner.recording import Recording as Recording
 from modelpack_engine.server.runner.records import Records as Records
 

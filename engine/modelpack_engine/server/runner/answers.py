@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
 from modelpack.errors import (
@@ -21,6 +20,7 @@ from modelpack.errors import (
     StorageFullError,
     UnsupportedError,
 )
+from modelpack_engine.server.json_bodies import BodyRoute, read_json
 from modelpack_engine.server.problems import Problem, problem_of
 
 _log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def described(error: Exception) -> Problem:
     return problem_of(error)
 
 
-class TextRoute(APIRoute):
+class TextRoute(BodyRoute):
     """A route whose failures are lines of text."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -77,7 +77,7 @@ async def read_body(request: Request, kind: type[M]) -> M:
     Raises `RequestValidationError`.
     """
     try:
-        return kind.model_validate_json(await request.body() or b"{}")
+        return kind.model_validate(await read_json(request) if await request.body() else {})
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
 

@@ -6,22 +6,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from pydantic import BaseModel, StrictBool, StrictStr
+from pydantic import StrictBool, StrictStr
 
 import modelpack
 from modelpack.errors import ModelpackError, NotFoundError
+from modelpack.stores.disk_space import bytes_used
 from modelpack_engine.errors import BusyError, RequestError
 from modelpack_engine.pool.entry import ModelState, RunningModel
 from modelpack_engine.pool.keep_alive import show_keep_alive
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.pool.settings import ModelSettings
+from modelpack_engine.server.json_bodies import Body
 from modelpack_engine.server.paths import check_backend
 from modelpack_engine.server.runner.answers import TextRoute, documented, read_body
 from modelpack_engine.server.runner.naming import find_stored, name_shown
@@ -34,7 +34,7 @@ BACKEND = "modelpack"
 _NEVER = "0001-01-01T00:00:00Z"
 
 
-class UnloadRequest(BaseModel):
+class UnloadRequest(Body):
     """The body of POST /engines/unload; no backend is any."""
 
     all: StrictBool = False
@@ -42,7 +42,7 @@ class UnloadRequest(BaseModel):
     models: list[StrictStr] | None = None
 
 
-class BackendRequest(BaseModel):
+class BackendRequest(Body):
     """The body of POST /engines/install-backend and uninstall-backend."""
 
     backend: StrictStr = ""
@@ -68,7 +68,7 @@ def router(pool: ModelPool) -> APIRouter:
     @routes.get("/df")
     async def disk_usage() -> dict[str, int]:
         """Return the bytes that the store takes; the engine keeps nothing beside the program."""
-        size = await asyncio.to_thread(_size_below, pool.catalogue.store.root)
+        size = await asyncio.to_thread(bytes_used, pool.catalogue.store.root)
         return {"models_disk_usage": size, "default_backend_disk_usage": 0}
 
     @routes.post("/unload", openapi_extra=documented(UnloadRequest))
@@ -201,15 +201,3 @@ def _shown(model: RunningModel, clock: float) -> dict[str, Any]:
 def _time(seconds: float) -> str:
     when = datetime.now(UTC) + timedelta(seconds=seconds)
     return when.isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-def _size_below(root: Path) -> int:
-    """Return the bytes of the files below a directory; what vanishes meanwhile counts nothing."""
-    total = 0
-    for folder, _, names in os.walk(root):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(folder, name)).st_size
-            except OSError:
-                continue
-    return total

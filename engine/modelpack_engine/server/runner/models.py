@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import Field
 from starlette.exceptions import HTTPException
 
 import modelpack
@@ -26,6 +26,7 @@ from modelpack.operations.watching import watching
 from modelpack.reference import Reference
 from modelpack_engine.errors import RequestError
 from modelpack_engine.pool.pool import ModelPool
+from modelpack_engine.server.json_bodies import Body
 from modelpack_engine.server.runner.answers import TextRoute, documented, read_body
 from modelpack_engine.server.runner.naming import (
     find_stored,
@@ -42,7 +43,7 @@ from modelpack_engine.server.runner.uploads import BodyFile
 Flag = Annotated[str, Query()]
 
 
-class RepackageRequest(BaseModel):
+class RepackageRequest(Body):
     """The body of POST /models/{ref}/repackage; `context_size` is in tokens."""
 
     target: str = ""
@@ -76,7 +77,8 @@ def router(pool: ModelPool) -> APIRouter:
     @routes.get("/models")
     async def list_models() -> list[dict[str, Any]]:
         """List the models of the store."""
-        return await asyncio.to_thread(listed, pool.catalogue.store)
+        seen = {model.key: model.names for model in await pool.stored()}
+        return await asyncio.to_thread(listed, pool.catalogue.store, seen)
 
     @routes.get("/models/{ref:path}", response_model=None)
     async def get_model(ref: str, request: Request, remote: Flag = "false") -> Response:
@@ -165,6 +167,7 @@ def router(pool: ModelPool) -> APIRouter:
             modelpack.PackageRequest(context_size=body.context_size),
             from_model=str(model.digest),
             store=store,
+            remote=pool.catalogue.remote,
         )
         said = {
             "message": f'Model repackaged successfully as "{body.target}"',

@@ -5,7 +5,7 @@ Source: Docker Model Runner, pkg/inference/models (api.go, adapter.go, http_hand
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -61,10 +61,15 @@ def name_shown(name: str) -> str:
         return name
 
 
-def listed(store: LayoutStore) -> list[dict[str, Any]]:
-    """Return the objects of all models that can be read."""
-    models = list_models(store)
-    return [model_object(m.model, m.references) for m in models if m.model is not None]
+def listed(store: LayoutStore, seen: Mapping[str, Collection[str]]) -> list[dict[str, Any]]:
+    """Return the objects of the models that can be read; `seen` has the names to show, by id."""
+    return [
+        model_object(
+            found.model, [r for r in found.references if r.familiar in seen[str(found.digest)]]
+        )
+        for found in list_models(store)
+        if found.model is not None and str(found.digest) in seen
+    ]
 
 
 def stored_object(store: LayoutStore, name: str) -> dict[str, Any]:

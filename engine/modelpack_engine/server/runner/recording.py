@@ -6,12 +6,14 @@ import asyncio
 import json
 import re
 import time
+from contextlib import suppress
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from modelpack.errors import ModelpackError
-from modelpack.gateway.traces import trace_of
+from modelpack.gateway.caller import caller_of
+from modelpack.gateway.json_bodies import BodyError, document_in, in_worker, parse
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.runner.joining import without_media
 from modelpack_engine.server.runner.records import Record, Records
@@ -20,9 +22,8 @@ _PATHS = re.compile(
     r".*/(?:v1/(?:chat/completions|completions|embeddings|messages)|responses|rerank|score"
     r"|api/(?:chat|generate|embed|embeddings))\Z"
 )
-# Characters of a request or a reply that are kept, and bytes above which a thread reads them.
+# Characters of a request or a reply that are kept.
 _KEPT = 256 * 1024
-_LARGE = 64 * 1024
 _ORIGINS = (("/messages", "anthropic/messages"), ("/api/", "ollama/completion"))
 
 
@@ -75,15 +76,17 @@ class Recording:
         status: int,
         began: float,
     ) -> None:
-        if len(asked) + len(said) > _LARGE:
-            name, request, response, error = await asyncio.to_thread(_read, asked, said, status)
-        else:
-            name, request, response, error = _read(asked, said, status)
+        document = document_in(scope)
+        if document is None and len(asked) <= _KEPT:
+            with suppress(BodyError):
+                document = (await in_worker(parse, asked)).value
+        name = document.get("model") if isinstance(document, dict) else None
+        name = name if isinstance(name, str) else ""
+        request, response, error = await asyncio.to_thread(_read, asked, document, said, status)
         try:
             key = (await self._pool.find(name)).key
         except ModelpackError:
             return
-        trace = trace_of(scope)
         path = scope["path"]
         self._records.add(
             Record(
@@ -99,25 +102,24 @@ class Recording:
                 status_code=status or 408,  # the client left before there was one
                 user_agent=headers.get(b"user-agent", ""),
                 origin=next((origin for part, origin in _ORIGINS if part in path), ""),
-                owner=trace.key if trace is not None else None,
+                owner=caller_of(scope).owner,
             )
         )
 
 
-def _read(asked: bytes, said: bytes, status: int) -> tuple[str, str, str, str]:
-    """Return the model that was asked, the request, the reply as it was sent and the error."""
-    request: Any
-    try:
-        request = json.loads(asked)
-        text = json.dumps(without_media(request), ensure_ascii=False)[:_KEPT]
-    except (ValueError, RecursionError):
-        request, text = None, "null"
-    text = text.encode(errors="replace").decode()  # it may hold half a surrogate pair
-    name = request.get("model") if isinstance(request, dict) else None
+def _read(asked: bytes, document: Any, said: bytes, status: int) -> tuple[str, str, str]:
+    """Return the request, the reply as it was sent and the error.
+
+    A large request is cut, and kept with the media in it: to write it again takes long.
+    """
+    if len(asked) > _KEPT:
+        text = asked[:_KEPT].decode(errors="replace")
+    else:
+        text = json.dumps(without_media(document), ensure_ascii=False)[:_KEPT]
     reply = said.decode(errors="replace")[:_KEPT]
     if status >= 400:
-        return str(name or ""), text, "", _as_json(reply)
-    return str(name or ""), text, reply, ""
+        return text, "", _as_json(reply)
+    return text, reply, ""
 
 
 def _as_json(error: str) -> str:

@@ -6,7 +6,7 @@ Source: Docker Model Runner, pkg/metrics/openai_recorder.go.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,12 +16,13 @@ from modelpack_engine.server.runner.joining import joined
 
 # As many as Docker Model Runner keeps of a model.
 _KEPT = 10
+_GROUPS = 256
 _WAITING = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One request that has ended; `owner` is the API key that it came with, None without keys.
+    """One request that has ended; `owner` is its caller's, None without keys.
 
     `request` is JSON, `response` the reply as it was sent, or `error` is in its place. Streams are
     joined when they are shown: few ever are, and it takes as long as streaming them.
@@ -55,33 +56,45 @@ class Record:
 
 
 class Records:
-    """The last records of each model, and those who wait for new ones; of one event loop."""
+    """The last records of each model and owner, and the followers of new ones; of one event loop.
+
+    Owners do not displace each other's records: of most groups of a model and an owner, the one
+    used least recently is dropped as a whole.
+    """
 
     def __init__(self) -> None:
-        self._models: dict[str, deque[Record]] = {}
-        self._followers: set[asyncio.Queue[Record]] = set()
+        self._groups: OrderedDict[tuple[str, str | None], deque[Record]] = OrderedDict()
+        self._followers: set[tuple[str | None, asyncio.Queue[Record]]] = set()
 
     def add(self, record: Record) -> None:
-        """Keep a record and tell it to followers."""
-        self._models.setdefault(record.key, deque(maxlen=_KEPT)).append(record)
-        for queue in self._followers:
-            with suppress(asyncio.QueueFull):  # who reads too slowly misses some
-                queue.put_nowait(record)
+        """Keep a record and pass it to its owner's followers."""
+        name = (record.key, record.owner)
+        self._groups.setdefault(name, deque(maxlen=_KEPT)).append(record)
+        self._groups.move_to_end(name)
+        if len(self._groups) > _GROUPS:
+            self._groups.popitem(last=False)
+        for owner, queue in self._followers:
+            if owner == record.owner:
+                with suppress(asyncio.QueueFull):  # who reads too slowly misses some
+                    queue.put_nowait(record)
 
     def kept(self, key: str | None, owner: str | None) -> dict[str, list[Record]]:
-        """Return the records of the model `key`, or of all, by model; only those of `owner`."""
-        keys = list(self._models) if key is None else [key]
-        mine = {k: [r for r in self._models.get(k, ()) if r.owner == owner] for k in keys}
-        return {k: records for k, records in mine.items() if records}
+        """Return an owner's records of the model `key`, or of all, by model."""
+        return {
+            model: list(records)
+            for (model, whose), records in self._groups.items()
+            if whose == owner and key in (None, model)
+        }
 
     async def follow(self, key: str | None, owner: str | None) -> AsyncGenerator[Record, None]:
-        """Yield records as they come."""
+        """Yield an owner's records as they come."""
         queue: asyncio.Queue[Record] = asyncio.Queue(_WAITING)
-        self._followers.add(queue)
+        follower = (owner, queue)
+        self._followers.add(follower)
         try:
             while True:
                 record = await queue.get()
-                if record.owner == owner and key in (None, record.key):
+                if key in (None, record.key):
                     yield record
         finally:
-            self._followers.discard(queue)
+            self._followers.discard(follower)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from modelpack.gateway.traces import trace_of
+from modelpack.gateway.caller import caller_of
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.runner.answers import TextRoute
 from modelpack_engine.server.runner.records import Record, Records
@@ -32,8 +32,7 @@ def router(pool: ModelPool, records: Records) -> APIRouter:
         those that come, after those that were where `include_existing` is true.
         """
         key = (await pool.find(model)).key if model else None
-        trace = trace_of(request.scope)
-        owner = trace.key if trace is not None else None
+        owner = caller_of(request.scope).owner
         kept = records.kept(key, owner)
         if request.headers.get("accept") != "text/event-stream":
             groups = await asyncio.to_thread(lambda: [_group(pool, *g) for g in kept.items()])

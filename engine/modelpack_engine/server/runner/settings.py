@@ -11,11 +11,12 @@ import shlex
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictStr
+from pydantic import ConfigDict, Field, StrictStr
 
 from modelpack_engine.errors import RequestError
 from modelpack_engine.pool.keep_alive import parse_keep_alive, show_keep_alive
 from modelpack_engine.pool.settings import Mode, ModelSettings
+from modelpack_engine.server.json_bodies import Body
 from modelpack_engine.server.runner.flags import without_effect
 
 _log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ _EMBEDDING_FLAGS = frozenset({"--embedding", "--embeddings"})
 _RERANKING_FLAGS = frozenset({"--rerank", "--reranking"})
 
 
-class _Part(BaseModel):
+class _Part(Body):
     model_config = ConfigDict(populate_by_name=True, extra="allow")
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from modelpack.errors import UsageError
 from modelpack.model import Model
@@ -20,6 +20,7 @@ from modelpack.reference import Reference, is_model_id
 from modelpack.registry import Credential
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.answering import unless_gone
+from modelpack_engine.server.json_bodies import Body
 from modelpack_engine.server.runner.naming import find_stored
 from modelpack_engine.server.runner.progress import Lines, stream_progress
 
@@ -27,7 +28,7 @@ from modelpack_engine.server.runner.progress import Lines, stream_progress
 _AT_A_TIME = 2
 
 
-class TransferRequest(BaseModel):
+class TransferRequest(Body):
     """The body of POST /models/create, and of a push, which names no model."""
 
     model_config = ConfigDict(populate_by_name=True)
@@ -61,7 +62,7 @@ class Transfers:
         if not body.source:
             raise UsageError("from is missing: it names the model to pull")
         reference = Reference.parse(body.source)
-        remote = _remote(reference, body.bearer_token)
+        remote = _remote(self._pool, reference, body.bearer_token)
         store = self._pool.catalogue.store
 
         def work(lines: Lines, report: ProgressCallback, stop: Stop) -> str:
@@ -80,7 +81,7 @@ class Transfers:
         if is_model_id(ref):
             raise UsageError(f"{ref} is an id, and does not say where to push: tag it first")
         reference = Reference.parse(ref)
-        remote = _remote(reference, body.bearer_token)
+        remote = _remote(self._pool, reference, body.bearer_token)
         store = self._pool.catalogue.store
         name, stored = await asyncio.to_thread(find_stored, store, ref)
         where = reference if name == ref else Reference.parse(name)
@@ -96,8 +97,12 @@ class Transfers:
         raise AssertionError("the exit stack swallows nothing")
 
 
-def _remote(reference: Reference, token: str) -> RemoteOptions | None:
-    return RemoteOptions(credentials=BearerToken(reference.registry, token)) if token else None
+def _remote(pool: ModelPool, reference: Reference, token: str) -> RemoteOptions:
+    """Return how to reach the registry: as the server does, with the token of the request."""
+    remote = pool.catalogue.remote
+    if not token:
+        return remote
+    return replace(remote, credentials=BearerToken(reference.registry, token))
 
 
 def _total(model: Model) -> int:

@@ -76,7 +76,7 @@ def serving(root: Path, config: EngineConfig = CONFIG) -> Iterator[Stocked]:
         return ModelPool(StoreCatalogue(store, config), grace=5.0)
 
     with (
-        ModelServer(pool, address="127.0.0.1:0") as server,
+        ModelServer(pool, address="127.0.0.1:0", request_templates=True) as server,
         ollama.Client(server.url) as client,
     ):
         yield Stocked(server.url, store, client)

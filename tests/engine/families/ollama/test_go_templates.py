@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from modelpack_engine.errors import RequestError
-from modelpack_engine.loaders.chat_template import ChatTemplate
-from modelpack_engine.loaders.go_template import as_jinja
+from modelpack_engine.loaders.chat_template import ChatTemplate, as_jinja
 
 CHATML = """{{ if .System }}<|im_start|>system
 {{ .System }}<|im_end|>
@@ -95,6 +94,7 @@ def test_what_it_says(template: str, messages: list[dict[str, Any]], expected: s
         ("{{ if shout .Prompt }}{{ end }}", "shout"),
         ("{{ .Prompt .System }}", "System"),
         ("{{ else }}{{ .Prompt }}", "else"),
+        ('{{ if eq .Prompt "\x01" }}{{ end }}', "cannot be read"),
         ("{{ $x := 1 }}{{ $x = 2 }}{{ .Prompt }}", "not supported"),
     ],
 )

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 import modelpack
+from modelpack.digest import Digest
 from modelpack.operations.archive_reading import import_archive
 from modelpack.operations.archives import archive_of
 from modelpack.operations.watching import watching
 from modelpack.stores.layout import LayoutStore
 from tests.engine.families.runner.conftest import Runner
+from tests.unpacking.tars import END, file, gnu_sparse
 
 
 def archive(entries: dict[str, bytes], kind: bytes = tarfile.REGTYPE) -> bytes:
@@ -73,13 +75,13 @@ def test_safetensors_with_several_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "status", "words"),
     [
-        (b"", 400, "no tar archive"),
-        (b"not a tar at all" * 100, 400, "no tar archive"),
-        (archive({"blobs/sha256/zz": b"x"}), 400, "no blob"),
-        (archive({"blobs/sha256/" + "0" * 64: b"x"}), 400, "has other bytes for sha256:0000"),
+        (b"", 400, "not a valid tar archive"),
+        (b"not a tar at all" * 100, 400, "not a valid tar archive"),
+        (archive({"blobs/sha256/zz": b"x"}), 400, "is not a blob"),
+        (archive({"blobs/sha256/" + "0" * 64: b"x"}), 400, "0000"),
         (archive({"../blobs/sha256/" + "0" * 64: b"x"}), 400, "leads out"),
         (archive({"manifest.json": b"{}"}), 400, "manifest.json"),
-        (archive({"manifest.json": b""}, tarfile.SYMTYPE), 400, "no manifest.json"),
+        (archive({"manifest.json": b""}, tarfile.SYMTYPE), 400, "a symbolic link"),
         (archive({"readme/me": b"x"}), 400, "no manifest.json"),
     ],
     ids=["empty", "text", "digest", "wrong", "outside", "manifest", "link", "none"],
@@ -97,3 +99,17 @@ def test_an_archive_that_is_cut_short_leaves_no_model(runner: Runner) -> None:
     for cut in (600, len(content) // 2):
         assert runner.http.post("/models/load", content=content[:cut]).status_code == 400
     assert runner.http.get("/models").json() == []
+
+
+def test_a_bomb_leaves_nothing(runner: Runner) -> None:
+    """2,560 bytes that stand for 3 GiB; a blob before them arrived whole."""
+    first, zeros = b"first", f"blobs/sha256/{'0' * 64}".encode()
+    blobs = runner.store.root / "blobs" / "sha256"
+    before = sorted(path.name for path in blobs.iterdir())
+    name = f"blobs/sha256/{Digest.of(first).encoded}".encode()
+    bomb = file(name, first) + gnu_sparse(zeros, 3 << 30) + END
+    response = runner.http.post("/models/load", content=bomb)
+    assert response.status_code == 422, response.text
+    assert "is a sparse file" in response.text
+    assert sorted(path.name for path in blobs.iterdir()) == before
+    assert not [*(runner.store.root / "ingest").glob("import-*")]

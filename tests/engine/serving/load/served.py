@@ -19,6 +19,7 @@ import pytest
 from starlette.types import ASGIApp
 
 from modelpack.gateway.protecting import Protection, protect
+from modelpack.operations.remote import RemoteOptions
 from modelpack.stores.layout import LayoutStore
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.model_server import ModelServer
@@ -39,6 +40,7 @@ class StoringCatalogue(ScriptedCatalogue):
     def __init__(self, engine: ScriptedEngine, store: LayoutStore) -> None:
         super().__init__(engine)
         self.store = store
+        self.remote = RemoteOptions()
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ CLIENTS = 64
 SECONDS = float(os.environ.get("MODELPACK_LOAD_SECONDS", "10"))
 PROC = Path("/proc/self")
 MIB = 2**20
+_EXECUTORS = ("asyncio_", "modelpack-json_", "modelpack-prompts_", "modelpack-rendering_")
 
 
 def cramped() -> Engine:
@@ -89,8 +90,8 @@ class Loaded:
             "metered": len(engine.meter._last_token),
             "tasks": len([t for t in asyncio.all_tasks(reaper.get_loop()) if not t.done()]),
             "files": len(os.listdir(PROC / "fd")),
-            # Those that wait for blocking work are a few, and stay.
-            "threads": len([name for name in threads if not name.startswith("asyncio_")]),
+            # Those of executors wait for blocking work: they are bounded, and stay.
+            "threads": len([name for name in threads if not name.startswith(_EXECUTORS)]),
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,13 +22,21 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{uuid.uuid4().hex}"
 
 
-def items_of(given: str | Sequence[Any], find: Callable[[str], Item | None]) -> list[Item]:
+def items_of(
+    given: str | Sequence[Mapping[str, Any]], find: Callable[[str], Item | None]
+) -> list[Item]:
     """Return the items of an `input`, each checked and with an id.
 
     `find` gives what an `item_reference` refers to. Raises `RequestError`, naming the item.
     """
     if isinstance(given, str):
         return [_message({"role": "user", "content": given}, "input")] if given else []
+    references = Counter(
+        str(item.get("id")) for item in given if item.get("type") == "item_reference"
+    )
+    for name, count in references.items():
+        if count > 1:  # small references to a large item would make a prompt without bound
+            raise RequestError(f"the item {name!r} is referred to {count} times", param="input")
     return [_item(item, f"input[{i}]", find) for i, item in enumerate(given)]
 
 
@@ -127,10 +136,19 @@ def template_messages(instructions: str | None, items: Sequence[Item]) -> list[d
             messages.append(_others(item))
             continue
         if turn is None or _is_begun(turn, item):
-            turn = {"role": "assistant", "content": ""}
+            turn = {"role": "assistant", "content": [], "reasoning_content": []}
             messages.append(turn)
         _add(turn, item)
-    return messages
+    return [_with_texts(message) for message in messages]
+
+
+def _with_texts(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with one text where its turn collected several."""
+    if not isinstance(message["content"], list):
+        return message
+    thoughts = "".join(message.pop("reasoning_content"))
+    message["content"] = "".join(message["content"])
+    return message | ({"reasoning_content": thoughts} if thoughts else {})
 
 
 def _others(item: Item) -> dict[str, Any]:
@@ -153,7 +171,8 @@ def _is_begun(turn: Mapping[str, Any], item: Item) -> bool:
 def _add(turn: dict[str, Any], item: Item) -> None:
     match item["type"]:
         case "message":
-            turn["content"] += plain_text(item["content"], "input")
+            if text := plain_text(item["content"], "input"):
+                turn["content"].append(text)
         case "function_call":
             name = joined_name(item.get("namespace"), item["name"])
             function = {"name": name, "arguments": item["arguments"]}
@@ -166,4 +185,4 @@ def _add(turn: dict[str, Any], item: Item) -> None:
                 or plain_text(item["summary"], "input")
             )
             if text:
-                turn["reasoning_content"] = turn.get("reasoning_content", "") + text
+                turn["reasoning_content"].append(text)

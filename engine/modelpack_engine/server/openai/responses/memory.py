@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -41,10 +42,14 @@ class _Held:
 
 
 class ResponseMemory:
-    """Keeps the responses that were used last, in memory: so many, so large, for so long.
+    """Keeps each owner's responses that were used last, in memory: so many, so large, for so long.
+
+    Owners are callers' (`modelpack.gateway.caller`); nobody finds or removes what another owns. The
+    bounds are for all owners together: beyond them, the owner that holds the most loses what it
+    used least recently, so no owner can crowd out the smaller share of another.
 
     The turns of a conversation share their items, which count once. A conversation that is larger
-    than all that may be kept is not remembered.
+    than all that may be kept is not remembered. Any thread may call the methods.
     """
 
     def __init__(
@@ -59,61 +64,106 @@ class ResponseMemory:
         self._max_bytes = max_bytes
         self._kept_for = kept_for
         self._clock = clock
-        self._kept: OrderedDict[str, Remembered] = OrderedDict()
-        self._held: dict[int, _Held] = {}  # by identity: clients choose ids as they like
-        self._owners: dict[str, tuple[str, Item]] = {}
-        self._bytes = 0
+        self._shares: dict[str | None, _Share] = {}  # those that are not empty
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return sum(len(share.kept) for share in self._shares.values())
 
-    def add(self, response: dict[str, Any], earlier: Sequence[Item], own: Sequence[Item]) -> None:
+    def add(
+        self,
+        owner: str | None,
+        response: dict[str, Any],
+        earlier: Sequence[Item],
+        own: Sequence[Item],
+    ) -> None:
         """Remember a response to `own` input after `earlier` turns; forget what is too much."""
-        name = response["id"]
-        self.remove(name)
-        kept = self._kept[name] = Remembered(response, (*earlier, *own), self._clock())
+        with self._lock:
+            name = response["id"]
+            self.remove(owner, name)
+            share = self._shares.setdefault(owner, _Share())
+            if (
+                share.add(Remembered(response, (*earlier, *own), self._clock()), own)
+                > self._max_bytes
+            ):
+                self.remove(owner, name)
+            while len(self) > self._most:
+                self._forget_oldest(lambda share: len(share.kept))
+            while sum(share.bytes for share in self._shares.values()) > self._max_bytes:
+                self._forget_oldest(lambda share: share.bytes)
+
+    def find(self, owner: str | None, name: str) -> Remembered | None:
+        """Return what is remembered under an id, which then counts as used; None if nothing is."""
+        with self._lock:
+            share = self._shares.get(owner)
+            kept = share.kept.get(name) if share is not None else None
+            if share is None or kept is None:
+                return None
+            if self._clock() - kept.since > self._kept_for:
+                self.remove(owner, name)
+                return None
+            share.kept.move_to_end(name)
+            return kept
+
+    def item(self, owner: str | None, name: str) -> Item | None:
+        """Return the item of an id; None if it is not remembered."""
+        with self._lock:
+            share = self._shares.get(owner)
+            response, item = share.items.get(name, ("", {})) if share is not None else ("", {})
+            return item if response and self.find(owner, response) is not None else None
+
+    def remove(self, owner: str | None, name: str) -> bool:
+        """Forget a response; False if there is none."""
+        with self._lock:
+            share = self._shares.get(owner)
+            if share is None or not share.remove(name):
+                return False
+            if not share.kept:
+                del self._shares[owner]
+            return True
+
+    def _forget_oldest(self, amount: Callable[[_Share], int]) -> None:
+        """Forget what the owner of the largest share used least recently."""
+        owner = max(self._shares, key=lambda owner: amount(self._shares[owner]))
+        self.remove(owner, next(iter(self._shares[owner].kept)))
+
+
+class _Share:
+    """The responses of one owner, least recently used first."""
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[str, Remembered] = OrderedDict()
+        self.items: dict[str, tuple[str, Item]] = {}  # by id: its response's id, and the item
+        self.bytes = 0
+        self._held: dict[int, _Held] = {}  # by identity: clients choose ids as they like
+
+    def add(self, kept: Remembered, own: Sequence[Item]) -> int:
+        """Keep a response; return the bytes of its conversation."""
+        name = kept.response["id"]
+        self.kept[name] = kept
         for item in kept.conversation:
             held = self._held.get(id(item))
             if held is None:
                 held = self._held[id(item)] = _Held(item, _size(item))
-                self._bytes += held.size
+                self.bytes += held.size
             held.count += 1
-        for item in (*own, *response["output"]):
-            self._owners[item["id"]] = (name, item)
-        if sum(self._held[id(item)].size for item in kept.conversation) > self._max_bytes:
-            self.remove(name)
-        while len(self._kept) > self._most or self._bytes > self._max_bytes:
-            self.remove(next(iter(self._kept)))
-
-    def find(self, name: str) -> Remembered | None:
-        """Return what is remembered under an id, which then counts as used; None if nothing is."""
-        kept = self._kept.get(name)
-        if kept is None:
-            return None
-        if self._clock() - kept.since > self._kept_for:
-            self.remove(name)
-            return None
-        self._kept.move_to_end(name)
-        return kept
-
-    def item(self, name: str) -> Item | None:
-        """Return the item of an id; None if it is not remembered."""
-        owner, item = self._owners.get(name, ("", {}))
-        return item if owner and self.find(owner) is not None else None
+        for item in (*own, *kept.response["output"]):
+            self.items[item["id"]] = (name, item)
+        return sum(self._held[id(item)].size for item in kept.conversation)
 
     def remove(self, name: str) -> bool:
         """Forget a response; False if there is none."""
-        kept = self._kept.pop(name, None)
+        kept = self.kept.pop(name, None)
         if kept is None:
             return False
         for item in kept.conversation:
             held = self._held[id(item)]
             held.count -= 1
             if held.count == 0:
-                self._bytes -= held.size
+                self.bytes -= held.size
                 del self._held[id(item)]
-            if self._owners.get(item["id"], ("",))[0] == name:
-                del self._owners[item["id"]]
+            if self.items.get(item["id"], ("",))[0] == name:
+                del self.items[item["id"]]
         return True
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     StrictBool,
     StrictInt,
     StrictStr,
-    model_validator,
 )
 
 from modelpack_engine.errors import RequestError
+from modelpack_engine.server.json_bodies import Body
 from modelpack_engine.server.openai.requests import Effort
 from modelpack_engine.server.openai.response_format import constraint_of
 from modelpack_engine.server.openai.responses.tools import Toolbox, toolbox_of
@@ -30,7 +28,7 @@ LOGPROBS = "message.output_text.logprobs"
 _HOSTED = ("background", "conversation", "prompt", "moderation")
 
 
-class ReasoningFields(BaseModel):
+class ReasoningFields(Body):
     """How much the model thinks, and what of it is told."""
 
     model_config = ConfigDict(extra="ignore")
@@ -38,7 +36,7 @@ class ReasoningFields(BaseModel):
     summary: StrictStr | None = None
 
 
-class TextFields(BaseModel):
+class TextFields(Body):
     """What the text of the answer has to be."""
 
     model_config = ConfigDict(extra="ignore")
@@ -70,19 +68,6 @@ class ResponseRequest(SamplingFields):
     conversation: Any = None
     prompt: Any = None
     moderation: Any = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _can_be_told_again(cls, value: Any) -> Any:
-        """Put ? for halves of surrogate pairs, and refuse NaN: replies repeat what was asked."""
-        if not isinstance(value, dict):  # bytes, where they were not sent as JSON
-            return value
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return json.loads(text.encode(errors="replace"))
-        return value
 
     def check(self) -> None:
         """Raise `RequestError` for what we do not do."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from starlette.exceptions import HTTPException
 
+from modelpack.gateway.caller import caller_of
 from modelpack_engine.conversation.chat import ChatStream, start_chat
 from modelpack_engine.conversation.served import ServedModel
 from modelpack_engine.conversation.spec import ChatSpec
@@ -25,6 +27,7 @@ from modelpack_engine.server.openai.responses.truncation import fitted
 from modelpack_engine.server.paths import add_route
 from modelpack_engine.server.preloading import preloadable
 from modelpack_engine.server.vocabulary import Vocabulary
+from modelpack_engine.worker.cancelling import in_thread
 
 _PRESET = "x-modelpack-preset"
 _PREFIXES = ("/engines",)  # Docker Model Runner's, beside those that all routes have
@@ -40,20 +43,21 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
     async def create_response(body: ResponseRequest, request: Request) -> Response:
         """Answer, as a whole or as events; remember the answer unless `store` says no."""
         body.check()
-        earlier = _earlier(kept, body.previous_response_id)
-        own = items_of(body.input, kept.item)
+        owner = caller_of(request.scope).owner
+        earlier = _earlier(kept, owner, body.previous_response_id)
+        own = await in_thread(items_of, body.input, partial(kept.item, owner))
         preset = body.preset or request.headers.get(_PRESET)
         reply = Reply(body)
 
         def remember() -> None:
             if body.store:
-                kept.add(reply.json(), earlier, own)
+                kept.add(owner, reply.json(), earlier, own)
 
         async def start(model: ServedModel) -> ChatStream:
             words = Vocabulary(model.tokenizer) if body.wants_logprobs else None
             with _own_words():
                 toolbox = body.toolbox()
-                spec = spec_of(body, toolbox, model, [*earlier, *own], preset)
+                spec = await in_thread(spec_of, body, toolbox, model, [*earlier, *own], preset)
                 reply.start(spec.params, words, toolbox.namespaces)
                 if body.truncation == "auto":
                     spec = await fitted(model, spec)
@@ -83,34 +87,37 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
             keep_alive=body.keep_alive, failure=failure,
         )  # fmt: skip
 
-    async def retrieve_response(name: str, stream: bool = False) -> dict[str, Any]:
+    async def retrieve_response(
+        name: str, request: Request, stream: bool = False
+    ) -> dict[str, Any]:
         """Return a response that is remembered."""
-        found = _found(kept, name)
+        found = _found(kept, request, name)
         if stream:
             raise RequestError(
                 "only a response in the background is streamed again", param="stream"
             )
         return found.response
 
-    async def delete_response(name: str) -> dict[str, Any]:
+    async def delete_response(name: str, request: Request) -> dict[str, Any]:
         """Forget a response."""
-        if not kept.remove(name):
+        if not kept.remove(caller_of(request.scope).owner, name):
             raise _unknown(name)
         return {"id": name, "object": "response.deleted", "deleted": True}
 
-    async def cancel_response(name: str) -> dict[str, Any]:
+    async def cancel_response(name: str, request: Request) -> dict[str, Any]:
         """Refuse: a response that is remembered has ended. Closing its stream cancels one."""
-        _found(kept, name)
+        _found(kept, request, name)
         raise RequestError("only a response in the background is cancelled", param="response_id")
 
     async def list_input_items(
         name: str,
+        request: Request,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
         after: str | None = None,
     ) -> dict[str, Any]:
         """List what a response answers, earlier turns included, a page at a time."""
-        return page(_found(kept, name).inputs, limit, order, after)
+        return page(_found(kept, request, name).inputs, limit, order, after)
 
     for tail, endpoint, method in (
         ("/responses", create_response, "POST"),
@@ -181,10 +188,10 @@ def page(
     }
 
 
-def _earlier(memory: ResponseMemory, name: str | None) -> tuple[Item, ...]:
+def _earlier(memory: ResponseMemory, owner: str | None, name: str | None) -> tuple[Item, ...]:
     if name is None:
         return ()
-    found = memory.find(name)
+    found = memory.find(owner, name)
     if found is None:
         raise RequestError(
             f"there is no response {name!r}, or it was forgotten",
@@ -194,8 +201,8 @@ def _earlier(memory: ResponseMemory, name: str | None) -> tuple[Item, ...]:
     return found.conversation
 
 
-def _found(memory: ResponseMemory, name: str) -> Remembered:
-    found = memory.find(name)
+def _found(memory: ResponseMemory, request: Request, name: str) -> Remembered:
+    found = memory.find(caller_of(request.scope).owner, name)
     if found is None:
         raise _unknown(name)
     return found

@@ -7,6 +7,7 @@ from dataclasses import replace
 from modelpack_engine.conversation.chat import count_prompt
 from modelpack_engine.conversation.served import ServedModel
 from modelpack_engine.conversation.spec import ChatSpec
+from modelpack_engine.errors import ContextLengthError
 
 # Tokens that the answer is left, where the request does not say, and no more than this part of the
 # context.
@@ -21,7 +22,7 @@ async def fitted(model: ServedModel, spec: ChatSpec) -> ChatSpec:
     """
     context = model.max_model_len
     most = context - min(spec.max_tokens or _ROOM, context // _PART)
-    if await count_prompt(model, spec) <= most:
+    if await _fits(model, spec, most):
         return spec
     messages = list(spec.messages)
     head = 1 if messages[0]["role"] == "system" else 0
@@ -32,8 +33,15 @@ async def fitted(model: ServedModel, spec: ChatSpec) -> ChatSpec:
     while low < high:
         middle = (low + high) // 2
         shorter = replace(spec, messages=messages[:head] + messages[starts[middle] :])
-        if await count_prompt(model, shorter) <= most:
+        if await _fits(model, shorter, most):
             high = middle
         else:
             low = middle + 1
     return replace(spec, messages=messages[:head] + messages[starts[low] :])
+
+
+async def _fits(model: ServedModel, spec: ChatSpec, most: int) -> bool:
+    try:
+        return await count_prompt(model, spec) <= most
+    except ContextLengthError:
+        return False

@@ -11,8 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
-from modelpack_engine.errors import RequestError
-from modelpack_engine.loaders.go_syntax import (
+from modelpack_engine.templates.go_syntax import (
     Assign,
     GoSyntaxError,
     If,
@@ -78,25 +77,19 @@ _TURNS = (
 
 
 def as_jinja(template: str) -> str:
-    """Return a template as Jinja; raises `RequestError` for one of Go's that cannot be."""
+    """Return a template as Jinja; raises `GoSyntaxError` for one of Go's that cannot be."""
     if _GO.search(template) is None:
         return template
-    try:
-        tree = parse(template)
-        words = set(_words(tree))
-        if any(word.removeprefix("$").startswith(".Messages") for word in words):
-            return _JOINED + _written(tree, (), ".")
-        if ".Response" not in words:
-            tree = [*tree, Output((".Response",))]
-        last: list[Node] = []
-        _cut(tree, last)
-        text = _TURNS.replace("LAST", _written(last, (), "."))
-        return text.replace("BODY", _written(tree, (), "."))
-    except GoSyntaxError as error:
-        raise RequestError(
-            f"the template of Go's cannot be read: {error}", param="template",
-            hint="write it in Jinja",
-        ) from None  # fmt: skip
+    tree = parse(template)
+    words = set(_words(tree))
+    if any(word.removeprefix("$").startswith(".Messages") for word in words):
+        return _JOINED + _written(tree, (), ".")
+    if ".Response" not in words:
+        tree = [*tree, Output((".Response",))]
+    last: list[Node] = []
+    _cut(tree, last)
+    text = _TURNS.replace("LAST", _written(last, (), "."))
+    return text.replace("BODY", _written(tree, (), "."))
 
 
 def _words(tree: Sequence[Node]) -> Iterator[str]:
@@ -225,7 +218,10 @@ class _Pipeline:
             self._tokens.pop(0)
             return f"({found})"
         if word[0] == '"':
-            return json.dumps(json.loads(word), ensure_ascii=False)
+            try:
+                return json.dumps(json.loads(word), ensure_ascii=False)
+            except ValueError:
+                raise GoSyntaxError(f"the string {word[:40]} cannot be read") from None
         if word[0] == "`":
             return json.dumps(word[1:-1], ensure_ascii=False)
         if word[0] in "$.":
@@ -274,7 +270,7 @@ def _called(name: str, arguments: list[str]) -> str:
         case (("print" | "printf"), [value]):
             return value
         case "eq", [value, *others] if len(others) > 1:
-            return "(" + " or ".join(f"{value} == {other}" for other in others) + ")"
+            return f"({value} in [{', '.join(others)}])"  # `value` may be long: write it once
         case _, [left, right] if name in _COMPARISONS:
             return f"({left} {_COMPARISONS[name]} {right})"
     raise GoSyntaxError(f"{name!r} with {len(arguments)} arguments is not supported")

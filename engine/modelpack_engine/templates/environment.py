@@ -1,0 +1,313 @@
+"""The Jinja environment of chat templates: no way out, and everything is charged to a budget.
+
+Jinja's sandbox keeps a template from reaching Python, but does not bound what it computes. Here
+every call, filter, test and operator goes through the environment, and expressions that Jinja
+compiles to bare Python (lists, slices, comparisons, loops) are rewritten so that they do.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any, NoReturn, cast
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.lexer import Token, TokenStream
+from jinja2.parser import Parser
+from jinja2.runtime import BlockReference, Context, LoopContext, Macro, Undefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Cycler, Joiner, Namespace
+from jinja2.visitor import NodeTransformer
+
+from modelpack_engine.templates.budget import (
+    MAX_BITS,
+    MAX_ITEMS,
+    Budget,
+    TemplateLimitError,
+    check_integer,
+    check_text,
+    too_large,
+)
+from modelpack_engine.templates.filters import bounded, bounded_filters
+from modelpack_engine.templates.operations import call_method, check_percent, joined, text_of
+
+#: Tokens of one template; the longest of known models have some 6,000.
+MAX_TOKENS = 50_000
+#: Items of one `range`.
+MAX_RANGE = 10_000
+# Arguments of Jinja's own, which it passes with those of the template.
+_SCOPES = ("_loop_vars", "_block_vars")
+# Arguments that `*` and `**` may add to a call.
+_MAX_SPREAD = 1000
+
+# Filters that the rewriting inserts. Their names cannot be written in a template.
+_TURN, _MADE, _COMPARED, _CONCAT, _SPREAD = (
+    "a turn", "a value", "a comparison", "a concatenation", "arguments",
+)  # fmt: skip
+
+
+class TemplateEnvironment(ImmutableSandboxedEnvironment):
+    """The environment of chat templates, with the settings of transformers.
+
+    `budget` is that of the rendering under way: set a new one before each.
+    """
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            finalize=self._written,
+            optimized=False,  # computes at compile time, and keeps what that makes
+            extensions=["jinja2.ext.loopcontrols", _Generation],
+        )
+        self.budget = Budget()
+        current = self._current
+        self.filters = {
+            **bounded_filters(current),
+            _TURN: self._turn,
+            _MADE: lambda value: self.budget.made(value),
+            _COMPARED: self._compared,
+            _CONCAT: lambda values: self.budget.made(joined(self.budget, values)),
+            _SPREAD: _spread,
+        }
+        self.tests = {
+            name: bounded(current, cast(Callable[..., Any], test), name)
+            for name, test in self.tests.items()
+        }
+        self._functions: tuple[Any, ...] = (
+            _range, _raise_exception, _strftime_now, dict, _Namespace, Cycler, Joiner,
+        )  # fmt: skip
+        self.globals = {
+            "range": _range,
+            "dict": dict,
+            "namespace": _Namespace,
+            "cycler": Cycler,
+            "joiner": Joiner,
+            "raise_exception": _raise_exception,
+            "strftime_now": _strftime_now,
+        }
+
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call an object for a template."""
+        budget = self.budget
+        budget.step()
+        scopes = {name: kwargs.pop(name) for name in _SCOPES if name in kwargs}
+        budget.check_arguments((*args, *kwargs.values()))
+        method = getattr(obj, "__wrapped__", obj)  # Jinja wraps str.format
+        if isinstance(method, types.BuiltinMethodType) and method.__self__ is not None:
+            return budget.made(call_method(budget, _Method(obj, method), args, kwargs))
+        if not self._is_callable(obj):
+            raise TemplateLimitError(f"a {type(obj).__name__} cannot be called")
+        return budget.made(super().call(context, obj, *args, **kwargs, **scopes))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Compute an operator that makes large values of small ones."""
+        budget = self.budget
+        budget.step()
+        _check_operands(budget, operator, left, right)
+        return budget.made(super().call_binop(context, operator, left, right))
+
+    def _current(self) -> Budget:
+        return self.budget
+
+    def _is_callable(self, obj: Any) -> bool:
+        if isinstance(obj, types.MethodType):
+            return isinstance(obj.__self__, (LoopContext, Cycler))
+        if isinstance(obj, (Macro, LoopContext, BlockReference, Joiner, Undefined)):
+            return True
+        return any(obj is function for function in self._functions)
+
+    def _turn(self, literal: int) -> bool:
+        """Charge a loop turn, or the run of a macro or block, whose text has that length."""
+        self.budget.step()
+        self.budget.write(literal)
+        return True
+
+    def _compared(self, value: Any) -> Any:
+        self.budget.check_time()
+        return value
+
+    def _written(self, value: Any) -> Any:
+        """Charge what `{{ value }}` writes."""
+        text = text_of(self.budget, value)
+        self.budget.write(len(text))
+        return text
+
+    def _tokenize(
+        self, source: str, name: str | None, filename: str | None = None, state: str | None = None
+    ) -> TokenStream:
+        stream = super()._tokenize(source, name, filename, state)
+        return TokenStream(_limited(stream), name, filename)
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = _Charging().visit(super()._parse(source, name, filename))
+        assert isinstance(tree, nodes.Template)
+        tree.set_environment(self)
+        return tree
+
+
+class _Method:
+    """A method of a built-in value, called through Jinja's wrapper where it has one."""
+
+    def __init__(self, called: Any, method: types.BuiltinMethodType) -> None:
+        self._called = called
+        self.__self__ = method.__self__
+        self.__name__ = method.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._called(*args, **kwargs)
+
+
+class _Namespace(Namespace):
+    """A namespace whose text does not write what it holds, which may hold it in turn."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
+class _Charging(NodeTransformer):
+    """Rewrites what Jinja would compile to bare Python into uses of our filters."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        body = self._charged_body(node)
+        if node.test is not None:
+            turn = _filter(_TURN, nodes.Const(0, lineno=node.lineno))
+            node.test = nodes.And(turn, node.test, lineno=node.lineno)
+        return body
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+        return self._charged_body(node)
+
+    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
+        return self._charged_body(node)
+
+    def visit_Block(self, node: nodes.Block) -> nodes.Node:
+        return self._charged_body(node)
+
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        return self._wrapped(_MADE, node)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        return self._wrapped(_MADE, node) if node.ctx == "load" else self.generic_visit(node)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        return self._wrapped(_MADE, node)
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        return self._wrapped(_COMPARED, node)
+
+    def visit_Const(self, node: nodes.Const) -> nodes.Node:
+        if isinstance(node.value, int):
+            check_integer(node.value)
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        sliced = node.ctx == "load" and isinstance(node.arg, nodes.Slice)
+        return self._wrapped(_MADE, node) if sliced else self.generic_visit(node)
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _filter(_CONCAT, nodes.List(node.nodes, lineno=node.lineno))
+
+    def visit_Call(self, node: nodes.Call) -> nodes.Node:
+        return self._spread(node)
+
+    def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
+        return self._spread(node)
+
+    def visit_Test(self, node: nodes.Test) -> nodes.Node:
+        return self._spread(node)
+
+    def visit_ScopedEvalContextModifier(self, node: nodes.Node) -> nodes.Node:
+        raise jinja2.TemplateSyntaxError("autoescape is not available", node.lineno)
+
+    def _wrapped(self, name: str, node: nodes.Expr) -> nodes.Node:
+        self.generic_visit(node)
+        return _filter(name, node)
+
+    def _spread(self, node: Any) -> nodes.Node:
+        self.generic_visit(node)
+        for name in ("dyn_args", "dyn_kwargs"):
+            if (value := getattr(node, name)) is not None:
+                setattr(node, name, _filter(_SPREAD, value))
+        assert isinstance(node, nodes.Node)
+        return node
+
+    def _charged_body(self, node: Any) -> nodes.Node:
+        literal = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
+        self.generic_visit(node)
+        charge = _filter(_TURN, nodes.Const(literal, lineno=node.lineno))
+        node.body.insert(0, nodes.ExprStmt(charge, lineno=node.lineno))
+        assert isinstance(node, nodes.Node)
+        return node
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks for training what the model wrote; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 (as in Jinja's own)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def _filter(name: str, node: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+def _limited(tokens: TokenStream) -> Iterator[Token]:
+    for count, token in enumerate(tokens):
+        if count >= MAX_TOKENS:
+            raise jinja2.TemplateSyntaxError(f"it has more than {MAX_TOKENS} tokens", token.lineno)
+        yield token
+
+
+def _check_operands(budget: Budget, operator: str, left: Any, right: Any) -> None:
+    if operator == "*":
+        for value, count in ((left, right), (right, left)):
+            if isinstance(value, str) and isinstance(count, int):
+                check_text(len(value) * count)
+            elif (
+                isinstance(value, (list, tuple))
+                and isinstance(count, int)
+                and len(value) * count > MAX_ITEMS
+            ):
+                raise too_large()
+    elif operator == "+":
+        if isinstance(left, str) and isinstance(right, str):
+            check_text(len(left) + len(right))
+    elif operator == "**":
+        if isinstance(left, int) and isinstance(right, int) and right > 0:
+            check_integer(1 << min(left.bit_length() * right, MAX_BITS + 1))
+    elif isinstance(left, str):
+        check_percent(budget, left, right)
+
+
+def _spread(values: Any) -> Any:
+    if not isinstance(values, (list, tuple, dict)) or len(values) > _MAX_SPREAD:
+        raise TemplateLimitError(f"* takes a list of at most {_MAX_SPREAD} items")
+    return values
+
+
+def _range(*args: int) -> range:
+    made = range(*args)
+    if len(made) > MAX_RANGE:
+        raise TemplateLimitError(f"a range has {len(made)} items, the limit is {MAX_RANGE}")
+    return made
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    if len(format) > 1000:
+        raise TemplateLimitError("strftime_now takes a format of at most 1000 characters")
+    return datetime.now().strftime(format)

@@ -1,0 +1,106 @@
+"""Try a tokenizer.json out: load it, encode and decode texts that differ much.
+
+Runs in a worker process: a hostile file panics, hangs, overflows the stack or takes all memory.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+#: How many times longer a normalizer or decoder may make a text.
+MAX_GROWTH = 64
+#: Tokens that may be put around every text.
+MAX_ADDED = 1000
+#: Seconds of processor time for a text of some thousand characters, which take milliseconds.
+MAX_SECONDS = 0.5
+_MAX_SPECIAL = 200
+
+_TEXTS = (
+    "",
+    " ",
+    "Hello, world! It's 12345.67 o'clock.",
+    "  leading\n\n\ttabs and \r\n breaks  " * 20,
+    "\u00fc\u00df \u4f60\u597d \u0915\u094d\u0937 \U0001f6f8 e\u0301 \u202e\ufeff\u2028",
+    "\x00\x01\x7f",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \ufdfa \u0390 \ud55c\uad6d \u2581\u2581 <0x0A>",
+    "def f(x):\n    return {'a': [1, 2]}  # <|im_start|> <s> </s>\n",
+    "a" * 4000,
+    "1" * 4000,
+    " " * 4000,
+    "\u4f60" * 2000,
+)  # fmt: skip
+
+
+class BadTokenizerError(Exception):
+    """A tokenizer.json that cannot be used; the text says why."""
+
+
+def try_tokenizer(path: str) -> None:
+    """Raise `BadTokenizerError` for a tokenizer.json that does not load or misbehaves."""
+    import tokenizers
+
+    raw = Path(path).read_bytes()
+    try:
+        backend = tokenizers.Tokenizer.from_str(raw.decode())
+        _check_growth(backend)
+        backend.no_truncation()
+        backend.no_padding()
+        added = backend.get_added_tokens_decoder()
+        texts = [*_TEXTS, *(token.content for token in list(added.values())[:_MAX_SPECIAL])]
+        for special in (True, False):
+            backend.encode_special_tokens = special
+            for text in texts:
+                began = time.process_time()
+                ids = backend.encode(text).ids
+                if (took := time.process_time() - began) > MAX_SECONDS:
+                    raise BadTokenizerError(f"{len(text)} characters take it {took:.1f} s")
+                backend.decode(ids, skip_special_tokens=special)
+                if not text and len(ids) > MAX_ADDED:
+                    raise BadTokenizerError(f"it puts {len(ids)} tokens around every text")
+        backend.encode(texts[2], texts[3])
+        top = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        for token_id in (0, top // 2, top, top + 1):
+            backend.decode([max(0, token_id)], skip_special_tokens=False)
+    except (BadTokenizerError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise BadTokenizerError(str(error)[:500] or type(error).__name__) from error
+
+
+def _check_growth(backend: Any) -> None:
+    """Refuse steps that make a long text of a short one: few texts would show that."""
+    for part in ("normalizer", "decoder"):
+        step = getattr(backend, part)
+        if step is None:
+            continue
+        growth = 1.0
+        for replace in _replacements(json.loads(step.__getstate__())):
+            growth *= _growth(replace)
+        if growth > MAX_GROWTH:
+            raise BadTokenizerError(f"its {part} may make a text {growth:.0f} times as long")
+
+
+def _replacements(step: Any) -> Iterator[dict[str, Any]]:
+    waiting = [step]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            if item.get("type") == "Replace":
+                yield item
+            else:
+                waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+
+
+def _growth(replace: dict[str, Any]) -> float:
+    length = len(str(replace.get("content", "")))
+    pattern = replace.get("pattern")
+    text = pattern.get("String") if isinstance(pattern, dict) else None
+    if isinstance(text, str) and text:
+        return max(1.0, length / len(text))
+    return 1.0 + length  # a regular expression may match nothing, between all characters

@@ -1,0 +1,160 @@
+"""WorkerProcess: one worker, from its start to its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import modelpack
+import modelpack_engine
+from modelpack_engine.worker.frames import LENGTH, MAX_FRAME
+
+#: What a worker process runs.
+PROGRAM = "modelpack_engine.worker.program"
+_CHUNK = 1 << 16
+_START_SECONDS = 60.0  # on a machine that is busy
+_START = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from {} import main; main()"
+
+
+class WorkerDiedError(Exception):
+    """The process ended before it answered."""
+
+
+class WorkerTimeoutError(Exception):
+    """The process did not answer in time."""
+
+
+class WorkerProcess:
+    """Runs `main` of the module `program` in a process of its own; one call at a time.
+
+    `memory` bounds its address space in bytes, where the system does that. One whose `purpose` is
+    "render" imports what it needs for that at once.
+    """
+
+    def __init__(self, memory: int, *, program: str = PROGRAM, purpose: str = "render") -> None:
+        # -I and -S: nothing of the environment, no site-packages hooks, a quick start.
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                "-c",
+                _START.format(program),
+                str(memory),
+                purpose,
+                _search_path(),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env=_environment(),
+            start_new_session=True,  # signals of the terminal are for the server
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
+        self._killed = False
+        self._is_ready = False
+        os.set_blocking(self._to, False)
+        os.set_blocking(self._from, False)
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the process was not ended."""
+        return not self._killed and self._process.poll() is None
+
+    def call(self, message: bytes, seconds: float) -> bytes:
+        """Send an encoded message; return the JSON of the answer.
+
+        `seconds` start once the process is ready. Raises `WorkerTimeoutError` and
+        `WorkerDiedError`; the process is of no use then.
+        """
+        if not self._is_ready:
+            self._exchange(b"", _START_SECONDS)
+            self._is_ready = True
+        return self._exchange(message, seconds)
+
+    def _exchange(self, message: bytes, seconds: float) -> bytes:
+        deadline = time.monotonic() + seconds
+        received = bytearray()
+        missing = LENGTH.size
+        size: int | None = None
+        left = memoryview(message)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._from, selectors.EVENT_READ)
+            if message:
+                selector.register(self._to, selectors.EVENT_WRITE)
+            while len(received) < missing:
+                ready = selector.select(max(0.0, deadline - time.monotonic()))
+                if not ready and time.monotonic() >= deadline:
+                    raise WorkerTimeoutError
+                for key, _ in ready:
+                    if key.fd == self._to:
+                        left = left[self._write(left) :]
+                        if not left:
+                            selector.unregister(self._to)
+                    else:
+                        received += self._read()
+                if size is None and len(received) >= LENGTH.size:
+                    (size,) = LENGTH.unpack_from(received)
+                    if size > MAX_FRAME:
+                        raise WorkerDiedError
+                    missing += size
+        return bytes(received[LENGTH.size :])
+
+    def kill(self) -> None:
+        """End the process at once; from any thread."""
+        self._killed = True
+        self._process.kill()
+
+    def close(self) -> None:
+        """End the process and free what it holds here."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def _write(self, data: memoryview) -> int:
+        try:
+            return os.write(self._to, data[:_CHUNK])
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise WorkerDiedError from error
+
+    def _read(self) -> bytes:
+        try:
+            data = os.read(self._from, _CHUNK)
+        except BlockingIOError:
+            return b""
+        if not data:
+            raise WorkerDiedError
+        return data
+
+
+def _search_path() -> str:
+    """Return where the worker finds our packages and what they need."""
+    packages = [str(Path(next(iter(p.__path__))).parent) for p in (modelpack_engine, modelpack)]
+    others = [entry for entry in sys.path if entry]
+    paths: Sequence[str] = list(dict.fromkeys([*others, *packages]))
+    return json.dumps(paths)
+
+
+def _environment() -> dict[str, str]:
+    """Return the few variables that the worker gets: no token is among them."""
+    kept = ("LANG", "LC_ALL", "TZ", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+    given = {name: os.environ[name] for name in kept if name in os.environ}
+    return given | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}

@@ -1,0 +1,161 @@
+"""Workers: a few worker processes, and who waits for one."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from modelpack_engine.errors import QueueFullError, RequestError
+from modelpack_engine.worker import cancelling
+from modelpack_engine.worker.frames import encoded
+from modelpack_engine.worker.process import WorkerDiedError, WorkerProcess, WorkerTimeoutError
+
+#: Bytes of address space of a worker that renders.
+MAX_MEMORY = 1024 * 1024 * 1024
+
+
+# A job that watches the time itself gets this much longer to say so.
+_GRACE = 0.5
+
+
+class JobFailedError(Exception):
+    """A worker's job failed; the text says why."""
+
+
+class Workers:
+    """At most `count` processes, started when they are needed and kept.
+
+    Jobs of one `key` (a template) run one after another, so that a slow one leaves workers to the
+    others. At most `waiting` jobs wait.
+    """
+
+    def __init__(self, *, count: int = 2, waiting: int = 64, memory: int = MAX_MEMORY) -> None:
+        self._count = count
+        self._waiting = waiting
+        self._memory = memory
+        self._idle: list[WorkerProcess] = []
+        self._busy: dict[str, WorkerProcess | None] = {}
+        self._waiters = 0
+        self._changed = threading.Condition()
+
+    def run(self, key: str, job: dict[str, Any], seconds: float) -> Any:
+        """Return the result of a job.
+
+        Raises `JobFailedError` for one that fails, takes longer than `seconds` or ends its process,
+        and `QueueFullError` if too many wait.
+        """
+        message = encoded({**job, "seconds": seconds})
+        cancellation = cancelling.current.get() or cancelling.Cancellation()
+        with self._worker(key, cancellation) as worker:
+            cancellation.ends_by(worker.kill)
+            try:
+                answer = json.loads(worker.call(message, seconds + _GRACE))
+            except WorkerTimeoutError:
+                worker.kill()
+                raise JobFailedError(f"it took longer than {seconds:g} s") from None
+            except WorkerDiedError:
+                worker.kill()
+                reason = "nobody waits for it" if cancellation.is_set else _DIED
+                raise JobFailedError(reason) from None
+            except BaseException:
+                worker.kill()  # it would answer the next caller
+                raise
+            finally:
+                cancellation.ends_by(None)
+            if answer["last"]:
+                worker.kill()
+        if "error" in answer:
+            raise JobFailedError(answer["error"])
+        return answer["value"]
+
+    def close(self) -> None:
+        """End all workers."""
+        with self._changed:
+            for worker in self._idle:
+                worker.close()
+            self._idle.clear()
+            for busy in self._busy.values():
+                if busy is not None:
+                    busy.kill()
+
+    @contextmanager
+    def _worker(self, key: str, cancellation: cancelling.Cancellation) -> Iterator[WorkerProcess]:
+        self._enter(key, cancellation)
+        worker = None
+        try:
+            worker = self._take()
+            with self._changed:
+                self._busy[key] = worker
+            yield worker
+        finally:
+            if worker is not None and not worker.is_usable:
+                worker.close()
+                worker = None
+            with self._changed:
+                del self._busy[key]
+                if worker is not None:
+                    self._idle.append(worker)
+                self._changed.notify_all()
+
+    def _enter(self, key: str, cancellation: cancelling.Cancellation) -> None:
+        """Wait until a worker may be taken for `key`."""
+        cancellation.ends_by(self._wake)
+        with self._changed:
+            if self._must_wait(key) and self._waiters >= self._waiting:
+                raise QueueFullError(
+                    f"{self._waiters} requests wait for their chat template to be rendered",
+                    hint="try again later",
+                )
+            self._waiters += 1
+            try:
+                while self._must_wait(key):
+                    if cancellation.is_set:
+                        raise JobFailedError("nobody waits for it")
+                    self._changed.wait()
+                self._busy[key] = None
+            finally:
+                self._waiters -= 1
+
+    def _must_wait(self, key: str) -> bool:
+        return key in self._busy or len(self._busy) >= self._count
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _take(self) -> WorkerProcess:
+        while True:
+            with self._changed:
+                worker = self._idle.pop() if self._idle else None
+            if worker is None:
+                return self._started()
+            if worker.is_usable:
+                return worker
+            worker.close()
+
+    def _started(self) -> WorkerProcess:
+        try:
+            return WorkerProcess(self._memory)
+        except OSError as error:
+            raise RequestError(f"no worker process can be started: {error.strerror}") from error
+
+
+_DIED = "its worker process ended: it takes too much memory or processor time"
+_shared: tuple[int, Workers] | None = None
+_lock = threading.Lock()
+
+
+def shared_workers() -> Workers:
+    """Return the workers of this process."""
+    global _shared
+    with _lock:
+        if _shared is None or _shared[0] != os.getpid():  # those of a parent are not ours
+            made = Workers()
+            atexit.register(made.close)
+            _shared = (os.getpid(), made)
+        return _shared[1]

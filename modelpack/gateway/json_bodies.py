@@ -1,0 +1,346 @@
+"""Parse JSON request bodies within limits, and without holding the interpreter for long.
+
+`json.loads` is one call into C: while it parses a large body, no other thread runs, the event loop
+included. Small bodies go through it. Larger ones are parsed in a worker thread by `_Reader`, which
+works in pieces of a few milliseconds and stops at the first limit that is exceeded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, NoReturn, TypeVar
+
+from starlette.types import Scope
+
+T = TypeVar("T")
+
+#: Arrays and objects inside each other.
+MAX_DEPTH = 128
+#: Arrays and objects in one body.
+MAX_CONTAINERS = 65_536
+#: Items of an array that are not numbers. Token ids may be more.
+MAX_ITEMS = 16_384
+#: Members of all objects in one body.
+MAX_MEMBERS = 131_072
+#: Values in one body, containers included: enough for the token ids of a context of a million.
+MAX_VALUES = 2 * 1024 * 1024
+#: Bytes of memory that one parsed value takes, on average, at most.
+VALUE_BYTES = 64
+CONTAINER_BYTES = 256
+
+#: Bytes of a body that is parsed on the event loop.
+INLINE = 32 * 1024
+
+_SCOPE_KEY = "modelpack.json"
+_QUICK = 1024 * 1024  # bytes, and
+_QUICK_VALUES = MAX_ITEMS  # values, that json.loads parses in about 5 ms
+_BLOCK = 1024 * 1024  # bytes counted at a time
+_DIGITS = 4300  # Python's own limit for integers
+
+_SPACE = rb"[ \t\n\r]*+"
+_SPACES = re.compile(rb"[ \t\n\r]{0,65536}+")
+_NUMBER = rb"-?(?:0|[1-9][0-9]{0,%d}+)(?:\.[0-9]{1,%d}+)?+(?:[eE][-+]?[0-9]{1,9}+)?+" % (
+    _DIGITS - 1, _DIGITS,
+)  # fmt: skip
+_SCALAR = re.compile(_NUMBER + rb"(?![0-9.])|true|false|null")
+_ITEM = (
+    rb'(?:"[^"\\\x00-\x1f]{0,128}+"|true|false|null'
+    rb"|-?(?:0|[1-9][0-9]{0,18}+)(?:\.[0-9]{1,32}+)?+(?:[eE][-+]?[0-9]{1,9}+)?+)"
+)
+#: Items of an array, each with its comma.
+_RUN = re.compile(rb"(?:" + _SPACE + _ITEM + _SPACE + rb",){1,1024}+")
+_KEY = re.compile(rb'"([^"\\\x00-\x1f]{0,256}+)"' + _SPACE + rb":")
+#: Part of a string. The two halves of a surrogate pair stay together.
+_PIECE = re.compile(
+    rb'(?:[^"\\\x00-\x1f]{1,4096}+'
+    rb"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb'|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})){1,256}+'
+)
+
+
+class BodyError(ValueError):
+    """A body is not JSON."""
+
+
+class ComplexityError(BodyError):
+    """A body exceeds a limit on what JSON may hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """A parsed body: its value, the keys of its outermost object as often as they occur, and an
+    estimate of the bytes of memory that the value takes.
+    """
+
+    value: Any
+    keys: tuple[str, ...] = ()
+    memory: int = 0
+
+
+#: One body is parsed at a time: two threads would only wait for each other.
+_WORKER = ThreadPoolExecutor(1, "modelpack-json")
+
+
+async def in_worker(work: Callable[[bytes], T], raw: bytes) -> T:
+    """Return `work(raw)`, called in the worker thread unless `raw` is small."""
+    if len(raw) <= INLINE:
+        return work(raw)
+    return await asyncio.get_running_loop().run_in_executor(_WORKER, work, raw)
+
+
+def put_document(scope: Scope, value: Any) -> None:
+    """Keep the parsed body of a request, for applications that would parse it again."""
+    scope[_SCOPE_KEY] = value
+
+
+def document_in(scope: Scope, default: Any = None) -> Any:
+    """Return the parsed body of a request, `default` where nothing parsed it."""
+    return scope.get(_SCOPE_KEY, default)
+
+
+def parse(raw: bytes) -> Parsed:
+    """Parse `raw`. Raises `BodyError`, and `ComplexityError` for what exceeds a limit."""
+    containers, commas = _count(raw)
+    memory = len(raw) + VALUE_BYTES * commas + CONTAINER_BYTES * min(containers, MAX_CONTAINERS)
+    halves = b"\\ud" in raw or b"\\uD" in raw
+    if not halves and len(raw) <= _QUICK and containers + commas <= _QUICK_VALUES:
+        value, keys = _quick(raw)
+    else:
+        reader = _Reader(raw)
+        value, keys = reader.document(), tuple(reader.keys)
+        memory = len(raw) + VALUE_BYTES * reader.values + CONTAINER_BYTES * reader.containers
+    return Parsed(value, keys, memory)
+
+
+def _count(raw: bytes) -> tuple[int, int]:
+    """Return the most containers, and the most commas between values, that `raw` can hold."""
+    containers = commas = 0
+    for start in range(0, len(raw), _BLOCK):
+        end = start + _BLOCK
+        containers += raw.count(b"[", start, end) + raw.count(b"{", start, end)
+        commas += raw.count(b",", start, end)
+    return containers, commas
+
+
+def _quick(raw: bytes) -> tuple[Any, tuple[str, ...]]:
+    last: list[tuple[str, Any]] = []
+
+    def notice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal last
+        last = pairs  # the outermost object is the last to end
+        return dict(pairs)
+
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=notice, parse_constant=_refuse)
+    except UnicodeDecodeError as error:
+        raise BodyError(f"not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError as error:
+        raise BodyError(str(error)[:200]) from None
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise _too_deep()
+        level = [
+            child for item in level for child in (item.values() if isinstance(item, dict) else item)
+        ]
+    return value, tuple(key for key, _ in last) if isinstance(value, dict) else ()
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise BodyError(f"{constant} is not JSON")
+
+
+def _too_deep() -> ComplexityError:
+    return ComplexityError(f"arrays and objects are nested deeper than {MAX_DEPTH}")
+
+
+class _Reader:
+    """Parses one document, piece by piece and without recursion."""
+
+    def __init__(self, raw: bytes) -> None:
+        self._raw = raw
+        self._at = 0
+        self._names: dict[bytes, str] = {}
+        self.values = 0
+        self.containers = 0
+        self.members = 0
+        self.keys: list[str] = []  # of the outermost object
+
+    def document(self) -> Any:
+        """Return the value of the whole text."""
+        raw = self._raw
+        around: list[tuple[Any, str]] = []  # containers around `inner`, and its key in the last
+        inner: Any = None
+        key = ""
+        expects = _Expects.VALUE
+        while True:
+            self._skip()
+            first = raw[self._at : self._at + 1]
+            if first and first in b"]}" and expects in (_Expects.FIRST, _Expects.COMMA):
+                _check_items(inner, 0)
+                if (first == b"]") is not isinstance(inner, list):
+                    raise self._error("expected ','")
+                self._at += 1
+                if not around:
+                    break
+                inner, key = around.pop()
+                expects = _Expects.COMMA
+            elif expects is _Expects.COMMA:
+                if first != b",":
+                    raise self._error("expected ','")
+                self._at += 1
+                expects = _Expects.VALUE if isinstance(inner, list) else _Expects.KEY
+            elif isinstance(inner, dict) and expects is not _Expects.VALUE:
+                key = self._key()
+                self.members += 1
+                if self.members > MAX_MEMBERS:
+                    raise ComplexityError(f"more than {MAX_MEMBERS} members of objects")
+                if not around:
+                    self.keys.append(key)
+                expects = _Expects.VALUE
+            elif isinstance(inner, list) and (items := self._run()):
+                inner += items
+                _check_items(inner, -1)
+                expects = _Expects.VALUE
+            else:
+                value = self._begun(first)
+                if isinstance(inner, list):
+                    inner.append(value)
+                    _check_items(inner, -1)
+                elif inner is not None:
+                    inner[key] = value
+                if isinstance(value, list | dict):
+                    if inner is not None:
+                        around.append((inner, key))
+                    if len(around) >= MAX_DEPTH:
+                        raise _too_deep()
+                    inner, expects = value, _Expects.FIRST
+                elif inner is None:
+                    inner = value
+                    break
+                else:
+                    expects = _Expects.COMMA
+        self._skip()
+        if self._at < len(raw):
+            raise self._error("extra data")
+        return inner
+
+    def _begun(self, first: bytes) -> Any:
+        """Return the value that begins here; an array or an object is returned empty."""
+        self._add(1)
+        if first == b'"':
+            return self._string()
+        if first and first in b"[{":
+            self.containers += 1
+            if self.containers > MAX_CONTAINERS:
+                raise ComplexityError(f"more than {MAX_CONTAINERS} arrays and objects")
+            self._at += 1
+            return [] if first == b"[" else {}
+        found = _SCALAR.match(self._raw, self._at)
+        if found is None:
+            raise self._error("expected a value")
+        self._at = found.end()
+        return self._decoded(found[0])
+
+    def _run(self) -> list[Any]:
+        """Return the short items that come next in an array, each followed by a comma."""
+        found = _RUN.match(self._raw, self._at)
+        if found is None:
+            return []
+        items: list[Any] = self._decoded(b"[" + found[0][:-1] + b"]")
+        self._add(len(items))
+        self._at = found.end()
+        return items
+
+    def _key(self) -> str:
+        found = _KEY.match(self._raw, self._at)
+        if found is not None:
+            self._at = found.end()
+            if (known := self._names.get(found[1])) is None:
+                known = self._names[found[1]] = self._text(found[1])
+            return known
+        if self._raw[self._at : self._at + 1] != b'"':
+            raise self._error("expected a key in double quotes")
+        key = self._string()
+        self._skip()
+        if self._raw[self._at : self._at + 1] != b":":
+            raise self._error("expected ':'")
+        self._at += 1
+        return key
+
+    def _string(self) -> str:
+        raw = self._raw
+        self._at += 1
+        pieces = []
+        while raw[self._at : self._at + 1] != b'"':
+            found = _PIECE.match(raw, self._at)
+            if found is None:
+                raise self._error("expected the end of a string")
+            end = found.end()
+            # A piece ends between characters, wherever the pattern stopped.
+            while end > self._at + 1 and end < len(raw) and raw[end] & 0xC0 == 0x80:
+                end -= 1
+            text = self._text(raw[self._at : end])
+            pieces.append(_unescaped(text) if "\\" in text else text)
+            self._at = end
+        self._at += 1
+        return "".join(pieces)
+
+    def _skip(self) -> None:
+        while (found := _SPACES.match(self._raw, self._at)) is not None and found[0]:
+            self._at = found.end()
+
+    def _add(self, count: int) -> None:
+        self.values += count
+        if self.values > MAX_VALUES:
+            raise ComplexityError(f"more than {MAX_VALUES} values")
+
+    def _text(self, raw: bytes) -> str:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            raise self._error("not UTF-8") from None
+
+    def _decoded(self, raw: bytes) -> Any:
+        text = self._text(raw)
+        try:
+            return json.loads(text)
+        except ValueError as error:  # an integer of too many digits
+            raise self._error(str(error)) from None
+
+    def _error(self, message: str) -> BodyError:
+        return BodyError(f"{message} at byte {self._at}")
+
+
+def _unescaped(text: str) -> str:
+    """Return the text of a string, with ? for half of a surrogate pair: it has no UTF-8."""
+    found: str = json.loads(f'"{text}"')
+    return found.encode(errors="replace").decode() if "\\u" in text else found
+
+
+def _check_items(inner: Any, first: int) -> None:
+    """Raise `ComplexityError` for a long array whose items, from number `first` on, are not all
+    numbers.
+    """
+    if isinstance(inner, list) and len(inner) > MAX_ITEMS:
+        for item in inner[first:]:
+            if type(item) is not int and type(item) is not float:
+                raise ComplexityError(f"an array has more than {MAX_ITEMS} items")
+
+
+class _Expects(Enum):
+    """What may come next."""
+
+    VALUE = auto()
+    KEY = auto()
+    COMMA = auto()  # or the end of the container
+    FIRST = auto()  # the first item or key of a container, or its end

@@ -1,0 +1,206 @@
+"""JsonFields: the values of a few named fields of JSON documents that arrive in pieces.
+
+A reply may be large, so it is neither kept nor parsed as a whole: containers that hold no wanted
+field are skipped, and keys and values are cut to a few bytes. Memory does not grow with the input.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+_LONGEST = 64  # bytes kept of a key or a value
+_MARK = re.compile(rb'["{}\[\],:]')
+_BRACKET = re.compile(rb'["{}\[\]]')  # what counts inside a skipped container
+_IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+
+
+@dataclass(slots=True)
+class _Field:
+    """A key on the way to wanted fields; `name` is its dotted path where it is wanted itself."""
+
+    name: str | None
+    inner: dict[str, _Field]
+
+
+@dataclass(slots=True)
+class _Frame:
+    """An open container; objects in an array have the fields of the array."""
+
+    field: _Field
+    is_object: bool
+    key: str | None = None
+
+    def current(self) -> _Field | None:
+        """Return the field that the next value belongs to, None for one that is not wanted."""
+        if not self.is_object:
+            return self.field
+        return None if self.key is None else self.field.inner.get(self.key)
+
+
+class JsonFields:
+    """Calls `found(path, value)` for each scalar at a wanted path and `ended()` after a document.
+
+    Paths are dotted keys, such as `choices.delta.content`; arrays on the way are not named. Strings
+    longer than 64 bytes are reported by their beginning. Documents may follow one another.
+    """
+
+    def __init__(
+        self,
+        paths: Iterable[str],
+        found: Callable[[str, Any], None],
+        ended: Callable[[], None],
+    ) -> None:
+        self._root = _Field(None, {})
+        for path in paths:
+            field = self._root
+            for key in path.split("."):
+                field = field.inner.setdefault(key, _Field(None, {}))
+            field.name = path
+        self._found = found
+        self._ended = ended
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget a document that has not ended."""
+        self._stack: list[_Frame] = []
+        self._skipped = 0  # depth within a container that holds nothing wanted
+        self._in_string = False
+        self._escaped = False
+        self._text = bytearray()
+        self._is_string = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no document is open."""
+        return not self._stack and not self._skipped and not self._in_string
+
+    def read(self, document: bytes) -> None:
+        """Read what is probably a whole document: faster than `feed` for a small one."""
+        try:
+            value = json.loads(document)
+        except (ValueError, RecursionError):
+            self.feed(document)
+            return
+        if isinstance(value, (dict, list)):
+            self._walk(self._root, value)
+            self._ended()
+
+    def feed(self, piece: bytes) -> None:
+        """Read the next piece of a document."""
+        at, end = 0, len(piece)
+        while at < end:
+            if self._escaped:
+                self._escaped = False
+                self._keep(piece[at : at + 1])
+                at += 1
+            elif self._in_string:
+                at = self._read_string(piece, at)
+            else:
+                mark = (_BRACKET if self._skipped else _MARK).search(piece, at)
+                if not self._is_string:  # only blanks follow a string
+                    self._keep(piece[at : mark.start() if mark else end])
+                if mark is None:
+                    return
+                self._take(mark[0])
+                at = mark.end()
+
+    def _walk(self, field: _Field, value: Any) -> None:
+        for item in value if isinstance(value, list) else (value,):
+            if not isinstance(item, dict):
+                continue
+            for key, inner in field.inner.items():
+                found = item.get(key, self)
+                if isinstance(found, (dict, list)):
+                    self._walk(inner, found)
+                elif found is not self and inner.name is not None:
+                    self._found(inner.name, found)
+
+    def _read_string(self, piece: bytes, at: int) -> int:
+        inside = _IN_STRING.match(piece, at)
+        assert inside is not None, "the pattern matches the empty string"
+        stop = inside.end()
+        self._keep(piece[at:stop])
+        if stop == len(piece):
+            return stop
+        if piece[stop : stop + 1] == b"\\":  # the last byte: what it escapes is in the next piece
+            self._escaped = True
+            self._keep(b"\\")
+        else:
+            self._in_string = False
+        return stop + 1
+
+    def _keep(self, content: bytes) -> None:
+        if not self._skipped and len(self._text) < _LONGEST:
+            self._text += content[: _LONGEST - len(self._text)]
+
+    def _take(self, mark: bytes) -> None:
+        """Take a character that gives a document its structure."""
+        if mark == b'"':
+            self._in_string = True
+            if not self._skipped:
+                self._is_string = True
+                self._text.clear()
+        elif self._skipped:
+            self._skipped += 1 if mark in b"{[" else -1
+        elif mark in b"{[":
+            self._open(is_object=mark == b"{")
+        elif not self._stack:
+            self._forget_text()
+        elif mark == b":":
+            self._stack[-1].key = _string(self._text) if self._is_string else None
+            self._forget_text()
+        else:
+            self._report()
+            self._stack[-1].key = None
+            if mark in b"}]":
+                self._stack.pop()
+                if not self._stack:
+                    self._ended()
+
+    def _open(self, *, is_object: bool) -> None:
+        self._forget_text()
+        if not self._stack:
+            self._stack.append(_Frame(self._root, is_object))
+            return
+        frame = self._stack[-1]
+        field = frame.current()
+        # An array in an array holds nothing wanted, so the stack is as deep as the paths at most.
+        if field is None or not field.inner or not (is_object or frame.is_object):
+            self._skipped = 1
+        else:
+            self._stack.append(_Frame(field, is_object))
+
+    def _report(self) -> None:
+        frame = self._stack[-1]
+        field = frame.current() if frame.is_object else None
+        if field is not None and field.name is not None:
+            if self._is_string:
+                self._found(field.name, _string(self._text))
+            elif text := bytes(self._text).strip():
+                self._found(field.name, _scalar(text))
+        self._forget_text()
+
+    def _forget_text(self) -> None:
+        self._text.clear()
+        self._is_string = False
+
+
+def _string(text: bytearray) -> str:
+    """Return the string of its escaped bytes, which may have been cut."""
+    try:
+        value = json.loads(b'"' + text + b'"', strict=False)
+    except ValueError:
+        return text.decode(errors="replace")
+    return str(value)
+
+
+def _scalar(text: bytes) -> Any:
+    """Return a number, a boolean or None; None also for what is not JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

@@ -1,0 +1,91 @@
+"""Bodies of requests: validated off the event loop where they are large."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from fastapi import APIRouter, FastAPI
+from fastapi.testclient import TestClient
+from pydantic import field_validator
+
+from modelpack_engine.server import problems
+from modelpack_engine.server.json_bodies import Body, BodyRoute
+
+_LARGE = 40_000
+
+
+class Words(Body):
+    """A list of words, and the threads in which lists were validated."""
+
+    words: list[str]
+    threads: int = 0
+
+    @field_validator("words")
+    @classmethod
+    def _count(cls, value: list[str]) -> list[str]:
+        THREADS.append(threading.current_thread())
+        return value
+
+
+THREADS: list[threading.Thread] = []
+
+
+@pytest.fixture
+def client() -> TestClient:
+    """A client of one route, which tells the number of words and its own thread."""
+    routes = APIRouter(route_class=BodyRoute)
+
+    @routes.post("/words")
+    async def count(body: Words) -> dict[str, int]:
+        THREADS.append(threading.current_thread())
+        return {"count": len(body.words)}
+
+    app = FastAPI()
+    problems.install(app)
+    app.include_router(routes)
+    THREADS.clear()
+    return TestClient(app)
+
+
+@pytest.mark.parametrize(("length", "on_the_loop"), [(1, True), (_LARGE, False)])
+def test_large_bodies_are_validated_in_a_thread(
+    client: TestClient, length: int, on_the_loop: bool
+) -> None:
+    reply = client.post("/words", json={"words": ["x" * length]})
+    assert reply.json() == {"count": 1}
+    *validated, loop = THREADS
+    assert len(validated) == 1  # FastAPI does not validate again
+    assert (validated[0] is loop) is on_the_loop
+
+
+@pytest.mark.parametrize("length", [1, _LARGE])
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        ({"words": [1]}, "words.0", "valid string"),
+        ({"words": "a"}, "words", "valid list"),
+        ({}, "words", "required"),
+        ([], None, "JSON object"),
+    ],
+)
+def test_errors_are_the_same(
+    client: TestClient, length: int, body: Any, param: str | None, says: str
+) -> None:
+    sent = {**body, "more": "x" * length} if isinstance(body, dict) else ["x" * length]
+    reply = client.post("/words", json=sent)
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    assert error["param"] == param
+    assert says in error["message"]
+
+
+def test_a_large_body_of_another_type_is_refused_as_a_small_one(client: TestClient) -> None:
+    for length in (1, _LARGE):
+        reply = client.post(
+            "/words", content=b'{"words": ["' + b"x" * length + b'"]}',
+            headers={"Content-Type": "text/plain"},
+        )  # fmt: skip
+        assert reply.status_code == 400
+        assert "Content-Type: application/json" in reply.json()["error"]["message"]

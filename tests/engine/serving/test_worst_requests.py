@@ -1,0 +1,112 @@
+"""A server under the requests that cost the most to read: it stays responsive and small."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import quantiles
+
+import pytest
+
+import modelpack
+from modelpack.operations.package import PackageRequest
+from modelpack.stores.layout import LayoutStore
+from tests.engine.serving.test_api import wait_until_ready
+from tests.engine.serving.tiny import write_tiny
+from tests.engine.serving.worst_requests import requests_to, send
+
+CONTEXT = 131_072
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[int, str]]:
+    """A server of a model with a long context: its process and its address."""
+    store = LayoutStore(tmp_path / "store")
+    files = write_tiny(tmp_path / "files")
+    config = json.loads((files / "config.json").read_text())
+    (files / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
+    modelpack.package("team/tiny", PackageRequest(safetensors_dir=files), store=store)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modelpack", "serve", "team/tiny", "--port", "0", "--device", "cpu",
+         "--store", str(store.root), "--kv-cache-bytes", "100000000"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        url = process.stdout.readline().strip()
+        wait_until_ready(url)
+        yield process.pid, url.removeprefix("http://")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def resident(pid: int) -> int:
+    """Return the most bytes of memory that a process has had."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def time_of_health(address: str) -> float:
+    """Return how many seconds GET /health takes, on a connection of its own."""
+    began = time.perf_counter()
+    connection = http.client.HTTPConnection(address, timeout=300)
+    connection.request("GET", "/health")
+    assert connection.getresponse().status == 200
+    connection.close()
+    return time.perf_counter() - began
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_health_answers_whatever_is_sent(server: tuple[int, str]) -> None:
+    pid, address = server
+    before = resident(pid)
+    sender = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("worst_requests.py"), address, "team/tiny", "2"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    times = []
+    try:
+        while sender.poll() is None:
+            times.append(time_of_health(address))
+            time.sleep(0.02)  # the rate of the measurements, not a wait for anything
+        assert sender.stdout is not None
+        replies = json.loads(sender.stdout.read())
+    finally:
+        sender.kill()
+        sender.communicate()
+    deciles = quantiles(times, n=10)
+    grown = resident(pid) - before
+    print(f"{len(times)} calls, median {deciles[4]:.3f} s, p90 {deciles[8]:.3f} s, "
+          f"worst {max(times):.3f} s, {grown / 2**20:.0f} MiB, {replies}")  # fmt: skip
+    assert set(replies) <= {"400", "404", "413", "503", "529"}, replies
+    assert len(times) > 20
+    assert deciles[4] < 0.1
+    assert deciles[8] < 0.5
+    assert grown < 1024 * 2**20
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_each_of_them_is_refused_at_once(server: tuple[int, str]) -> None:
+    _, address = server
+    slow = {}
+    for name, path, body in requests_to("team/tiny"):
+        content = body()
+        began = time.perf_counter()
+        status = send(address, path, content)
+        took = time.perf_counter() - began
+        print(f"{name:20} {len(content) / 2**20:6.1f} MiB {status} {took:.2f} s")
+        assert status in ("400", "404", "413"), (name, status)
+        if took > 10:
+            slow[name] = took
+    assert not slow

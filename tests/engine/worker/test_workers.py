@@ -1,0 +1,175 @@
+"""Worker processes: a job that hangs or dies fails alone, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelpack_engine.errors import QueueFullError
+from modelpack_engine.worker.cancelling import in_thread
+from modelpack_engine.worker.process import WorkerProcess
+from modelpack_engine.worker.workers import JobFailedError, Workers
+
+# One step that takes very long: only ending the process ends it.
+ENDLESS = "{{ ('a' * 8000000).rfind(('a' * 4000) ~ 'b' ~ ('a' * 2000000)) }}" * 200
+_WAIT = 60
+
+
+@pytest.fixture
+def workers() -> Iterator[Workers]:
+    made = Workers()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as made:
+        yield made
+
+
+def render(workers: Workers, source: str, seconds: float = 30.0, **variables: Any) -> str:
+    job = {"kind": "render", "source": source, "variables": variables}
+    return str(workers.run(source, job, seconds))
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Return once the condition holds; workers notify of no such thing."""
+    waiting = threading.Event()
+    for _ in range(_WAIT * 100):
+        if condition():
+            return
+        waiting.wait(0.01)
+    raise AssertionError("it does not become true")
+
+
+def busy(workers: Workers) -> list[WorkerProcess]:
+    return [worker for worker in workers._busy.values() if worker is not None]
+
+
+def test_results_and_failures(workers: Workers) -> None:
+    assert render(workers, "{{ x }}é\ud800", x="a\udfff") == "a\udfffé\ud800"
+    with pytest.raises(JobFailedError, match=r"^roles must alternate$"):
+        render(workers, "{{ raise_exception('roles must alternate') }}")
+    [worker] = workers._idle
+    assert render(workers, "{{ x }}", x=[1, None, "é"]) == "[1, None, 'é']"
+    assert workers._idle == [worker]
+
+
+def test_a_job_that_takes_too_long_is_ended(workers: Workers) -> None:
+    render(workers, "warm")
+    [first] = workers._idle
+    with pytest.raises(JobFailedError, match=r"took longer than 0\.2 s"):
+        render(workers, ENDLESS, 0.2)
+    assert first._process.wait(_WAIT) < 0
+    assert render(workers, "{{ x }}", x=1) == "1"
+
+
+def test_a_killed_worker_fails_its_own_job_only(
+    workers: Workers, threads: ThreadPoolExecutor
+) -> None:
+    slow = threads.submit(render, workers, ENDLESS)
+    until(lambda: busy(workers))
+    [worker] = busy(workers)
+    assert render(workers, "{{ x }}", x=1) == "1"
+    worker._process.kill()
+    with pytest.raises(JobFailedError, match="its worker process ended"):
+        slow.result(_WAIT)
+    assert render(workers, "{{ x }}", x=2) == "2"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no limit on address space elsewhere")
+def test_memory_beyond_the_limit_fails_the_job_only() -> None:
+    workers = Workers(memory=160 * 1024 * 1024)
+    try:
+        source = "{% set ns = namespace(l=[]) %}{% for i in range(200) %}{% set ns.l = ns.l + [(i|string) * 1000000] %}{% endfor %}"  # fmt: skip  # noqa: E501
+        with pytest.raises(JobFailedError, match="memory"):
+            render(workers, source)
+        assert render(workers, "{{ x }}", x=1) == "1"
+    finally:
+        workers.close()
+
+
+def test_one_template_leaves_a_worker_to_the_others(
+    workers: Workers, threads: ThreadPoolExecutor
+) -> None:
+    slow: list[Future[str]] = [threads.submit(render, workers, ENDLESS) for _ in range(4)]
+    until(lambda: busy(workers) and workers._waiters == 3)
+    assert render(workers, "{{ x }}", x=1) == "1"
+    assert len(busy(workers)) == 1
+
+    def ended() -> bool:
+        for worker in busy(workers):
+            worker.kill()
+        return all(future.done() for future in slow)
+
+    until(ended)
+    for future in slow:
+        with pytest.raises(JobFailedError):
+            future.result(_WAIT)
+
+
+def test_too_many_waiting_jobs_are_refused(threads: ThreadPoolExecutor) -> None:
+    workers = Workers(count=1, waiting=0)
+    try:
+        render(workers, "free")
+        slow = threads.submit(render, workers, ENDLESS)
+        until(lambda: busy(workers))
+        with pytest.raises(QueueFullError, match="wait for their chat template"):
+            render(workers, "other")
+    finally:
+        workers.close()
+    with pytest.raises(JobFailedError):
+        slow.result(_WAIT)
+
+
+def test_cancelling_ends_the_work(workers: Workers) -> None:
+    asyncio.run(cancel_running_and_waiting(workers))
+
+
+async def cancel_running_and_waiting(workers: Workers) -> None:
+    task = asyncio.create_task(in_thread(render, workers, ENDLESS))
+    await asyncio.to_thread(until, lambda: busy(workers))
+    [worker] = busy(workers)
+    waiting = asyncio.create_task(in_thread(render, workers, ENDLESS))
+    await asyncio.to_thread(until, lambda: workers._waiters)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await asyncio.to_thread(until, lambda: not workers._waiters)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await asyncio.to_thread(worker._process.wait, _WAIT) < 0
+    assert await in_thread(render, workers, "{{ x }}", x=1) == "1"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_has_no_secrets(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    render(workers, "x")
+    [worker] = workers._idle
+    assert b"hf_secret" not in Path(f"/proc/{worker.pid}/environ").read_bytes()
+    assert b"TOKENIZERS_PARALLELISM" in Path(f"/proc/{worker.pid}/environ").read_bytes()
+
+
+def test_a_worker_loads_no_array_library() -> None:
+    code = (
+        "import modelpack_engine.worker.program, modelpack_engine.templates.rendering, sys;"
+        "print(*{m.split('.')[0] for m in sys.modules})"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    ).stdout.split()
+    assert "jinja2" in loaded
+    assert not {"mlx", "mlx_lm", "numpy", "tokenizers", "fastapi"} & set(loaded)

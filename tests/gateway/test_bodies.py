@@ -1,0 +1,122 @@
+"""What bodies may take, and what requests that are refused cost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+
+import pytest
+from starlette.datastructures import Headers
+from starlette.types import Message
+
+from modelpack.gateway.bodies import (
+    FREE_BYTES,
+    SLOW_START,
+    BodyBudget,
+    BodyShare,
+    NoRoomError,
+    TooSlowError,
+    read_body,
+)
+from tests.gateway.houses import BODY, House
+from tests.gateway.servers import CHAT, answering
+
+LONG = {"model": "ai/smollm2", "prompt": "word " * 800}  # 1000 tokens, about
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{" * 3000, 400),
+        (b"x" * 20_000, 413),
+        (b"[" * 9000, 400),
+        (json.dumps(LONG | {"model": ""}).encode(), 400),
+    ],
+)
+def test_refused_requests_are_charged(house: House, body: bytes, status: int) -> None:
+    house.app.reply = answering({"error": {"message": "too long"}}, 400)
+    headers = {"x-api-key": house.secrets["terse"]}
+    reply = house.served.client.post(CHAT, content=body, headers=headers)
+    assert reply.status_code == status
+    house.served.traces.wait()
+    # The bucket of 600 tokens is empty, and not emptier than that.
+    assert house.post("terse").status_code == 429
+    house.clock.now += 30
+    assert house.post("terse", body=BODY | {"max_tokens": 400}).status_code == 429
+    house.clock.now += 15
+    assert house.post("terse", body=BODY | {"max_tokens": 400}).status_code == 400
+
+
+def test_a_refused_request_counts_as_one(house: House) -> None:
+    house.app.reply = answering({"error": {"message": "no"}}, 400)
+    for _ in range(2):
+        assert house.post("slow", body=[]).status_code == 400
+    assert house.post("slow").status_code == 429
+
+
+def test_what_a_limit_refuses_costs_nothing(house: House) -> None:
+    assert house.post("terse", body=LONG).status_code == 200
+    for _ in range(50):
+        assert house.post("terse", body=LONG).status_code == 429
+    house.clock.now += 60
+    assert house.post("terse", body=BODY).status_code == 200
+
+
+def test_bodies_in_flight_share_a_budget() -> None:
+    budget = BodyBudget(1_000_000)
+    with BodyShare(budget) as first, BodyShare(budget) as second, BodyShare(budget) as third:
+        first.add(900_000)
+        second.add(FREE_BYTES)  # small ones pass always
+        with pytest.raises(NoRoomError):
+            third.add(900_000)
+        second.add(100_000)
+    assert budget.taken == 0
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/health", "/ping", "/version"])
+def test_nobody_without_a_key_sends_a_body(house: House, path: str) -> None:
+    for content in (b"{}", iter([b"{", b"}"])):
+        reply = house.served.client.request("GET", path, content=content)
+        assert (reply.status_code, "no body" in reply.text) == (413, True)
+    assert house.app.asked == []
+    assert house.served.client.request("GET", path, content=iter([])).status_code == 200
+
+
+def test_a_body_beyond_the_budget_is_503_and_can_be_sent_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelpack.gateway.bodies.FREE_BYTES", -(10**9))
+    reply = house.post("free")
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+    assert house.app.asked == []
+    monkeypatch.undo()
+    assert house.post("free").status_code == 200
+
+
+def test_a_body_that_comes_a_byte_at_a_time_is_refused() -> None:
+    now = 0.0
+
+    async def receive() -> Message:
+        nonlocal now
+        now += 1
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def read() -> None:
+        with BodyShare(BodyBudget()) as share:
+            await read_body(receive, Headers({}), 1000, share, lambda: now)
+
+    with pytest.raises(TooSlowError) as caught:
+        asyncio.run(read())
+    assert caught.value.size == pytest.approx(SLOW_START, abs=2)
+
+
+def test_a_body_that_never_comes_is_408(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelpack.gateway.bodies.SLOW_START", 0.2)
+    host, port = house.served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(
+            f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nx-api-key: {house.secrets['free']}\r\n"
+            "Content-Length: 100\r\n\r\n{".encode()
+        )
+        assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
