@@ -105,21 +105,21 @@ class _CountedReader:
 
 
 class Fetches:
-    """The downloads under way: one for each blob, however many ask."""
+    """The downloads under way: one for each blob and size, however many ask."""
 
     def __init__(self, store: LayoutStore, stop: Stop) -> None:
         self._store = store
         self._stop = stop
         self._lock = threading.Lock()
-        self._running: dict[Digest, Fetch] = {}
+        self._running: dict[tuple[Digest, int], Fetch] = {}
 
     def of(self, descriptor: Descriptor, source: Callable[[], BlobSource]) -> Fetch:
         """Return the download of the blob, begun now unless it is under way."""
         with self._lock:
-            fetch = self._running.get(descriptor.digest)
+            fetch = self._running.get(_wanted(descriptor))
             if fetch is None:
                 fetch = Fetch(self._store, descriptor, source(), self._stop)
-                self._running[descriptor.digest] = fetch
+                self._running[_wanted(descriptor)] = fetch
                 name = f"upstream {descriptor.digest.short}"
                 threading.Thread(target=self._run, args=(fetch,), name=name, daemon=True).start()
             return fetch
@@ -135,8 +135,13 @@ class Fetches:
             raise
         finally:
             with self._lock:  # who asks from now on begins another one
-                del self._running[fetch.descriptor.digest]
+                del self._running[_wanted(fetch.descriptor)]
                 fetch.end(error)
+
+
+def _wanted(descriptor: Descriptor) -> tuple[Digest, int]:
+    # Of two sizes for one digest one is a lie: what is held back until the end goes by the size.
+    return descriptor.digest, descriptor.size
 
 
 async def begun(fetch: Fetch) -> None:

@@ -271,6 +271,35 @@ def test_who_comes_while_a_blob_is_fetched_again_waits_for_it(caching: Caching) 
     caching.check()
 
 
+def test_a_size_that_another_manifest_claims_has_no_wrong_blob_sent(caching: Caching) -> None:
+    content, raw = caching.upstream.content, json.loads(caching.manifest.raw)
+    for layer in raw["layers"]:
+        layer["size"] += 2 * MIB  # so much more to come before the end
+    liar, lie = "other/model", json.dumps(raw).encode()
+    content.manifests[liar, str(Digest.of(lie))] = caching.manifest.media_type, lie
+    content.tags[liar, "v1"] = str(Digest.of(lie))
+    content.blobs |= {(liar, digest): blob for (_, digest), blob in content.blobs.items()}
+    arrived, release = threading.Event(), threading.Event()
+
+    def wrong(exchange: Exchange) -> None:
+        exchange.send_head(200, {"Transfer-Encoding": "chunked"})
+        exchange.write(b"%x\r\n%s\r\n" % (caching.weight.size, bytes(caching.weight.size)))
+        arrived.set()
+        assert release.wait(30), "released in the end"
+
+    caching.upstream.faults.add("GET", caching.path, wrong)
+    base = f"http://{caching.cache()}/v2"
+    for name in (NAME, liar):
+        requests.get(f"{base}/{name}/manifests/v1", timeout=10).raise_for_status()
+    with requests.get(f"{base}/{liar}{caching.path}", stream=True, timeout=10):
+        assert arrived.wait(30), "the other size is being fetched"
+        with pytest.raises(requests.ReadTimeout):
+            requests.get(f"{base}/{NAME}{caching.path}", timeout=1)
+        release.set()
+    answer = requests.get(f"{base}/{NAME}{caching.path}", timeout=30)
+    assert Digest.of(answer.content) == caching.weight.digest
+
+
 def test_a_manifest_that_is_wrong_is_not_kept(caching: Caching) -> None:
     host = caching.cache()
     caching.upstream.faults.add("GET", "/manifests/", replaced(b'{"schemaVersion":2}'), times=None)
