@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from starlette.concurrency import run_in_threadpool
+
 from modelpack import mediatypes
 from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
@@ -48,7 +50,7 @@ _BROKEN = (NotFoundError, IntegrityError, FormatError)
 
 
 class Content:
-    """A store as the endpoints use it; every method blocks."""
+    """A store as the endpoints use it; every method that is not async blocks."""
 
     def __init__(self, store: LayoutStore, *, sparse: bool) -> None:
         self._store = store
@@ -97,7 +99,7 @@ class Content:
             self._seen = Repositories(document)
         return self._seen
 
-    def manifest(
+    async def manifest(
         self, repository: Repository, target: Digest | str
     ) -> tuple[Descriptor, bytes] | None:
         """Return the manifest that a tag or a digest names, and its bytes; None if there is none.
@@ -105,6 +107,20 @@ class Content:
         By digest, what an index of the repository lists is found too, pushed here or not, as long
         as it is a manifest: an index may call any blob whatever it likes.
         """
+        return await run_in_threadpool(self.stored_manifest, repository, target)
+
+    async def tags(self, repository: Repository) -> list[str] | None:
+        """Return the tags of a repository in ASCII order, None if there is no such repository."""
+        return await run_in_threadpool(self.stored_tags, repository)
+
+    async def referrers(self, repository: Repository, subject: Digest) -> list[Descriptor]:
+        """Return descriptors of the repository's manifests about `subject`, in a fixed order."""
+        return await run_in_threadpool(self.stored_referrers, repository, subject)
+
+    def stored_manifest(
+        self, repository: Repository, target: Digest | str
+    ) -> tuple[Descriptor, bytes] | None:
+        """Return what `manifest` does, of what is stored here."""
         members = self.repositories().find(repository)
         if members is None:
             return None
@@ -177,8 +193,8 @@ class Content:
                 self._store.delete_blob(target)
         return found
 
-    def tags(self, repository: Repository) -> list[str] | None:
-        """Return the tags of a repository in ASCII order, None if there is no such repository."""
+    def stored_tags(self, repository: Repository) -> list[str] | None:
+        """Return what `tags` does, of what is stored here."""
         members = self.repositories().find(repository)
         return None if members is None else sorted(members.tags)
 
@@ -191,8 +207,8 @@ class Content:
         """Return the download of a blob that is `needed`."""
         raise NotImplementedError
 
-    def referrers(self, repository: Repository, subject: Digest) -> list[Descriptor]:
-        """Return descriptors of the repository's manifests about `subject`, in a fixed order.
+    def stored_referrers(self, repository: Repository, subject: Digest) -> list[Descriptor]:
+        """Return what `referrers` does, of what is stored here.
 
         What only an index lists counts: so do the lists that clients keep under a fallback tag.
         """

@@ -28,7 +28,7 @@ class Discovery:
         """GET the tags of a repository, in ASCII order."""
         name = request.path_params["name"]
         repository = Repository.parse(name)
-        tags = await run_in_threadpool(self._content.tags, repository)
+        tags = await self._content.tags(repository)
         if tags is None:
             raise ApiError(404, Code.NAME_UNKNOWN, f"no repository {repository}")
         page, headers = _page(request, tags)
@@ -39,7 +39,7 @@ class Discovery:
         repository = Repository.parse(request.path_params["name"])
         subject = Digest.parse(request.path_params["digest"])
         wanted = request.query_params.get("artifactType")
-        found = await run_in_threadpool(self._content.referrers, repository, subject)
+        found = await self._content.referrers(repository, subject)
         headers = {"Content-Type": mediatypes.OCI_INDEX}
         if wanted is not None:
             found = [one for one in found if one.artifact_type == wanted]

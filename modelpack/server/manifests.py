@@ -40,7 +40,7 @@ class Manifests:
             target = _target(reference)
         except ApiError:  # what can be no tag is one that is not there
             raise _unknown(repository, reference) from None
-        found = await run_in_threadpool(self._content.manifest, repository, target)
+        found = await self._content.manifest(repository, target)
         if found is None:
             raise _unknown(repository, target)
         descriptor, raw = found

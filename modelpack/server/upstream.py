@@ -10,9 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
+
+import anyio.to_thread
+from anyio import CapacityLimiter
+from starlette.concurrency import run_in_threadpool
 
 from modelpack import mediatypes
 from modelpack.descriptor import Descriptor
@@ -37,12 +41,15 @@ from modelpack.storage import Source, Watch
 from modelpack.stores.index import IndexDocument
 from modelpack.stores.layout import LayoutStore
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _MANIFESTS: Final = frozenset({*mediatypes.MANIFEST_TYPES, *mediatypes.INDEX_TYPES})
 # Seconds for which an upstream that cannot be reached is not asked for what is here anyway.
 _REST: Final = 5.0
 _MOST_TAGS: Final = 100_000
 _DEEPEST: Final = 4
+#: Requests that wait for the upstream at a time, in threads that serve nothing else.
+_MOST_WAITING: Final = 40
 
 
 class OriginRepository(Source, Protocol):
@@ -82,7 +89,10 @@ class Upstream:
 
 
 class CachedContent(Content):
-    """The content of a store, and behind it that of an upstream; every method blocks."""
+    """The content of a store, and behind it that of an upstream.
+
+    What may wait for the upstream has threads of its own: what is here is served in any case.
+    """
 
     def __init__(self, store: LayoutStore, upstream: Upstream) -> None:
         super().__init__(store, sparse=True)
@@ -91,13 +101,37 @@ class CachedContent(Content):
         self._checked: dict[tuple[Repository, str], float] = {}
         self._locks = [threading.Lock() for _ in range(64)]
         self._resting_until = 0.0
+        self._waiting: CapacityLimiter | None = None
 
-    def manifest(
+    async def manifest(
         self, repository: Repository, target: Digest | str
     ) -> tuple[Descriptor, bytes] | None:
         """Return a manifest, from here if it is here and fresh."""
+        if self._is_fresh(repository, target):
+            held = await run_in_threadpool(self.stored_manifest, repository, target)
+            if held is not None:
+                return held
+        return await self._in_waiting(self._fresh_manifest, repository, target)
+
+    async def tags(self, repository: Repository) -> list[str] | None:
+        """Return the upstream's tags; those that were fetched if it cannot be reached."""
+        return await self._in_waiting(self._upstream_tags, repository)
+
+    async def referrers(self, repository: Repository, subject: Digest) -> list[Descriptor]:
+        """Return the upstream's list; what is here if it cannot be reached."""
+        return await self._in_waiting(self._upstream_referrers, repository, subject)
+
+    async def _in_waiting(self, call: Callable[..., T], *args: object) -> T:
+        """Return what `call` does, in a thread that may wait for the upstream."""
+        if self._waiting is None:
+            self._waiting = CapacityLimiter(_MOST_WAITING)
+        return await anyio.to_thread.run_sync(call, *args, limiter=self._waiting)
+
+    def _fresh_manifest(
+        self, repository: Repository, target: Digest | str
+    ) -> tuple[Descriptor, bytes] | None:
         with self._locks[hash((repository, target)) % len(self._locks)]:
-            held = super().manifest(repository, target)
+            held = self.stored_manifest(repository, target)
             if held is not None and self._is_fresh(repository, target):
                 return held
             try:
@@ -122,23 +156,21 @@ class CachedContent(Content):
         """Return the download of a blob: one for all who ask."""
         return self._fetches.of(descriptor, lambda: self._origin(repository).blob(descriptor))
 
-    def tags(self, repository: Repository) -> list[str] | None:
-        """Return the upstream's tags; those that were fetched if it cannot be reached."""
+    def _upstream_tags(self, repository: Repository) -> list[str] | None:
         try:
             return sorted(self._origin(repository).tags())
         except RemoteUnavailableError:
-            return super().tags(repository)
+            return self.stored_tags(repository)
         except NotFoundError:
             return None
         except ModelpackError as error:
             raise _failed(error) from error
 
-    def referrers(self, repository: Repository, subject: Digest) -> list[Descriptor]:
-        """Return the upstream's list; what is here if it cannot be reached."""
+    def _upstream_referrers(self, repository: Repository, subject: Digest) -> list[Descriptor]:
         try:
             return self._origin(repository).referrers(subject)
         except RemoteUnavailableError:
-            return super().referrers(repository, subject)
+            return self.stored_referrers(repository, subject)
         except ModelpackError as error:
             raise _failed(error) from error
 

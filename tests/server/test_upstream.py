@@ -22,7 +22,7 @@ from modelpack.operations.remote import RemoteOptions
 from modelpack.progress import Stop, silent
 from modelpack.registry import Credential, Registry, RetryPolicy, StaticCredentials, Timeouts
 from modelpack.server import RegistryServer
-from modelpack.server.upstream import Upstream
+from modelpack.server.upstream import _MOST_WAITING, Upstream
 from modelpack.storage import Watch
 from tests.cli.running import modelpack as command_line
 from tests.registry.faults import (
@@ -312,6 +312,37 @@ def test_a_silent_upstream_is_left(caching: Caching) -> None:
     caching.upstream.faults.add("GET", "/manifests/", silent_after(3), times=None)
     with pytest.raises(RemoteUnavailableError):
         caching.pull(caching.cache(idle=0.3))
+
+
+@pytest.mark.parametrize("path", ["manifests/another-{}", "tags/list", "referrers/{}"])
+def test_what_is_here_is_served_while_the_upstream_is_silent(caching: Caching, path: str) -> None:
+    host = caching.cache()
+    caching.pull(host)
+    url = f"http://{host}/v2/{NAME}"
+    arrived, release = threading.Semaphore(0), threading.Event()
+
+    def silent(exchange: Exchange) -> None:
+        arrived.release()
+        release.wait(60)
+        exchange.send(exchange.reply())
+
+    caching.upstream.faults.add("*", f"/{path.partition('/')[0]}/", silent, times=None)
+
+    def ask(number: int) -> int:
+        subject = Digest.of(bytes([number]))
+        name = path.format(subject if "referrers" in path else number)
+        return requests.get(f"{url}/{name}", timeout=60).status_code
+
+    with ThreadPoolExecutor(60) as pool:
+        asked = [pool.submit(ask, number) for number in range(60)]
+        try:
+            for _ in range(_MOST_WAITING):
+                assert arrived.acquire(timeout=30), "as many as there may be wait"
+            for kept in (f"manifests/{caching.manifest.digest}", caching.path.strip("/")):
+                assert requests.get(f"{url}/{kept}", timeout=10).status_code == 200
+        finally:
+            release.set()
+        assert {one.result() for one in asked} <= {200, 404}
 
 
 def test_credentials_stay_on_their_side(caching: Caching) -> None:
