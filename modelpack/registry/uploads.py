@@ -46,6 +46,7 @@ class Upload:
         self._session = UploadSession(endpoint, descriptor, self._what, self._stop)
         self._begun = False  # the session may hold bytes
         self._received = 0  # what the registry has, for all we know
+        self._farthest = 0  # the most that it ever had
         self._refusals = 0
         self._in_chunks = True  # where anybody wants chunks
 
@@ -132,10 +133,7 @@ class Upload:
         if not received or received > content.sent:  # nothing to go on from, or nothing sensible
             self._start_again()
             return
-        if received > self._received:
-            retries.made_progress()
-            self._refusals = 0
-        self._received = received
+        self._reached(received, retries)
 
     def _start_again(self) -> None:
         self._session.cancel()
@@ -179,7 +177,14 @@ class Upload:
                         host=self._transport.origin.netloc,
                     )
                 )
-            self._received = end
+            self._reached(end, retries)
+
+    def _reached(self, received: int, retries: Retries) -> None:
+        """Go on from byte `received`; what came as far before, in a session since lost, is none."""
+        self._received = received
+        if received > self._farthest:
+            self._farthest = received
+            self._refusals = 0
             retries.made_progress()
 
     def _append(self, part: ContentPart, start: int) -> int | None:

@@ -7,11 +7,12 @@ import random
 import pytest
 
 from modelpack.digest import Digest
-from modelpack.errors import DeniedError, RegistryError
+from modelpack.errors import DeniedError, RegistryError, RemoteUnavailableError
 from modelpack.registry import BlobOptions
 from modelpack.storage import Outcome
 from tests.registry import faults
 from tests.registry.faulty import FaultyRegistry
+from tests.registry.faulty_content import error_reply
 from tests.registry.sources import Client, Connect, Content
 
 CONTENT = random.Random(29).randbytes(3_000_000)
@@ -139,6 +140,24 @@ def test_chunks_that_are_out_of_order_for_ever_end(
     assert chunking.write(CONTENT) is Outcome.WRITTEN
     assert registry.count("PATCH") == 2
     assert sizes(registry, "PUT") == [3_000_000]
+
+
+def test_a_session_that_is_lost_after_each_first_chunk_ends(
+    registry: FaultyRegistry, chunking: Client
+) -> None:
+    def lose_it_at_the_second(exchange: faults.Exchange) -> None:
+        reply = exchange.reply()
+        if not exchange.headers["content-range"].startswith("0-"):
+            registry.content.sessions.clear()
+            endless = len(sizes(registry, "PATCH")) > 100
+            reply = error_reply(403, "DENIED") if endless else error_reply(503, "UNAVAILABLE")
+        exchange.send(reply)
+
+    registry.faults.add("PATCH", UPLOADS, lose_it_at_the_second, times=None)
+    source = Content(CONTENT)
+    with pytest.raises(RemoteUnavailableError, match="given up after"):
+        chunking.repository.write_blob(source.descriptor, source, chunking.watch)
+    assert len(sizes(registry, "PATCH")) <= 2 * 6
 
 
 def test_what_is_forbidden_is_not_tried_again(registry: FaultyRegistry, chunking: Client) -> None:
