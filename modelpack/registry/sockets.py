@@ -319,10 +319,20 @@ class PatientAdapter(HTTPAdapter):
         self.poolmanager.pool_classes_by_scheme = self._pools
 
     def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
-        """Return the pools that lead through `proxy`, of these connections."""
+        """Return the pools that lead through `proxy`, of these connections.
+
+        Raises `RegistryError` for one that is not HTTP's: its connections would not be these, which
+        check addresses and certificates, and limit how long a server may take.
+        """
+        scheme = proxy.partition(":")[0].lower()
+        if scheme not in ("http", "https"):
+            raise RegistryError(
+                f"cannot use the proxy of the environment: {scheme[:20]!r} is not supported, only "
+                "http and https",
+                hint="unset ALL_PROXY, HTTP_PROXY and HTTPS_PROXY, or set them to an HTTP proxy",
+            )
         manager = super().proxy_manager_for(proxy, **options)
-        if not proxy.lower().startswith("socks"):
-            manager.pool_classes_by_scheme = self._pools
+        manager.pool_classes_by_scheme = self._pools
         return manager
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:

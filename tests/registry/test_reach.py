@@ -313,3 +313,22 @@ def test_a_registry_by_https_has_no_token_realm_by_http(realm: str) -> None:
         authorizer = Authorizer(host, credentials, request, report=silent)
         with pytest.raises(AuthError, match="is plain http"):
             authorizer.answer(f'Bearer realm="{realm}"', None, NOTHING)
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h", "SOCKS4a", "ftp"])
+def test_proxies_that_go_round_the_checks_are_refused(
+    registry: FaultyRegistry,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: str,
+) -> None:
+    """A SOCKS proxy has sockets of its own: no address, certificate or time limit is checked."""
+    monkeypatch.setenv("all_proxy", f"{scheme}://user:secret@{registry.host}")
+    for name in ("no_proxy", "NO_PROXY", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    client = connect("registry.invalid", plain_http=True)
+    with pytest.raises(RegistryError, match="is not supported, only http and https") as caught:
+        client.registry.ping()
+    assert "secret" not in str(caught.value)
+    assert client.sleeps == [], "it is not tried again"
+    assert registry.requests == []
