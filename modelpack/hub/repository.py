@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -90,7 +91,8 @@ class HubRepository:
     def files(self) -> tuple[HubFile, ...]:
         """Return all files of the commit, in the order of the hub.
 
-        Raises `UnsafePathError` for a path that no model can hold, and what a request raises.
+        Raises `UnsafePathError` for a path that no model can hold, `RegistryError` for one that is
+        a file and a directory, and what a request raises.
         """
         what = f"the files of {self.reference}"
         url = (
@@ -108,6 +110,7 @@ class HubRepository:
             if len(found) > MAX_FILES:
                 raise UnsupportedError(f"more than {MAX_FILES} files", path=what)
             url = next_page(self._transport, response, what) or ""
+        _check_tree(found, what)
         return tuple(found)
 
     def read(self, file: HubFile) -> bytes:
@@ -203,6 +206,14 @@ def _is_file(entry: Any, what: str) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
         raise RegistryError(f"{what}: an entry without a path")
     return bool(entry.get("type") == "file")
+
+
+def _check_tree(files: Iterable[HubFile], what: str) -> None:
+    # What a directory holds comes right after its name: no path holds a NUL.
+    for path, following in pairwise(sorted(file.path.replace("/", "\0") for file in files)):
+        if following.startswith(f"{path}\0"):
+            shown = path.replace("\0", "/")[:300]
+            raise RegistryError(f"{what}: {shown!r} is a file and a directory")
 
 
 def _file(entry: Mapping[str, Any], what: str) -> HubFile:

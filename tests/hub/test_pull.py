@@ -298,6 +298,16 @@ def test_storage_without_ranges_will_do(hub: FakeHub, store: modelpack.Store) ->
             % (b"0" * 40),
             "'x': 'sha256:y' is not a digest",
         ),
+        (
+            "/tree/",
+            json.dumps(
+                [
+                    {"type": "file", "path": path, "size": 2, "oid": "0" * 40}
+                    for path in ("a.safetensors", "a.json/b/c.json", "a.jsonl", "a.json")
+                ]
+            ).encode(),
+            "'a.json' is a file and a directory",
+        ),
     ],
 )
 def test_answers_that_make_no_sense(
