@@ -40,12 +40,14 @@ _DESCRIPTION = "org.opencontainers.image.description"
 class CatalogEntry:
     """A tag; `summary` is None for what is no model, or cannot be read, and `problem` says why.
 
+    `digest` is None where its manifest cannot be read.
+
     `licences` are SPDX identifiers, empty where a text is not recognised; `attached` the artifact
     types of what is attached to it, `variants` the digests of the models of an index.
     """
 
     reference: Reference
-    digest: Digest
+    digest: Digest | None
     summary: Summary | None = None
     title: str = ""
     description: str = ""
@@ -60,7 +62,7 @@ class CatalogEntry:
             "reference": str(self.reference),
             "repository": self.reference.repository,
             "tag": self.reference.tag,
-            "digest": str(self.digest),
+            "digest": None if self.digest is None else str(self.digest),
         }
         if self.summary is not None:
             value |= {
@@ -133,7 +135,11 @@ def _repository(registry: Registry, name: str, stop: Stop) -> list[CatalogEntry]
         return []  # its models are all gone, or nobody could name one
     for tag in tags:
         stop.check()
-        entry = _entry(repository, Reference(registry.host, name, tag))
+        try:
+            reference = Reference(registry.host, name).with_tag(tag)
+        except InvalidReferenceError:
+            continue  # as above
+        entry = _entry(repository, reference)
         if entry is not None:
             entries.append(entry)
     return entries
@@ -145,6 +151,8 @@ def _entry(repository: Repository, reference: Reference) -> CatalogEntry | None:
         descriptor, raw = fetch_referenced_manifest(repository, reference)
     except NotFoundError:
         return None
+    except (FormatError, IntegrityError) as error:
+        return CatalogEntry(reference, None, problem=str(error))
     digest = descriptor.digest
     try:
         document = parse_manifest_or_index(raw, str(reference), media_type=descriptor.media_type)

@@ -98,7 +98,8 @@ def _row(entry: CatalogEntry) -> str:
     name = f"<strong>{escape(str(entry.reference))}</strong>"
     texts = (entry.title, entry.description, entry.problem)
     name += "".join(f"<br>{escape(text)}" for text in texts if text)
-    name += f"<br><code>{entry.digest}</code>"
+    if entry.digest is not None:
+        name += f"<br><code>{entry.digest}</code>"
     if entry.variants:
         name += f"<br>{len(entry.variants)} variants"
     context = f"{summary.context_size:,}" if summary is not None and summary.context_size else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from modelpack.testing import registry
 from tests.models import tiny_gguf, tiny_safetensors
 from tests.operations.conftest import Records
 from tests.peers import docker_registry
+from tests.registry.faults import Exchange, answering, with_headers
 from tests.registry.faulty import FaultyRegistry
 
 ANNOTATIONS = {
@@ -83,6 +84,35 @@ def test_what_is_listed(host: str, tmp_path: Path) -> None:
     assert first.summary is not None
     assert third.summary is not None
     assert (first.summary.format, third.summary.format) == ("safetensors", "gguf")
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (answering(200, b"no manifest"), "is not JSON"),
+        (
+            with_headers(Content_Type="application/vnd.docker.distribution.manifest.v1+json"),
+            "served as",
+        ),
+        (with_headers(Docker_Content_Digest=str(Digest.of(b"other"))), "does not match"),
+    ],
+)
+def test_what_cannot_be_read_keeps_nothing_else_out(
+    tmp_path: Path, fault: Callable[[Exchange], None], said: str
+) -> None:
+    with FaultyRegistry() as server:
+        request = modelpack.PackageRequest(gguf=tiny_gguf(tmp_path))
+        for name in ("team/a:v1", "team/b:v1"):
+            modelpack.package(f"{server.host}/{name}", request, push=True,
+                              store=modelpack.Store(tmp_path / "origin"))  # fmt: skip
+        server.content.tags["team/b", "no tag"] = "sha256:" + "0" * 64
+        server.faults.add("GET", "/team/a/manifests/v1", fault, times=None)
+        broken, sound = catalog(server.host, repositories=["team/a", "team/b"])
+    assert names((broken, sound)) == ["team/a:v1", "team/b:v1"]
+    assert said in broken.problem
+    assert "digest" not in broken.to_json()
+    assert "None" not in page([broken], "")
+    assert (sound.problem, sound.summary is None) == ("", False)
 
 
 def test_no_weights_are_fetched(tmp_path: Path) -> None:
