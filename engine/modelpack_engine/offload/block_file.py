@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import stat
 import struct
 from pathlib import Path
 
@@ -52,11 +53,19 @@ def read_block(path: Path, identity: bytes, hash_: bytes, length: int) -> bytes:
 
     Raises `BadBlockFileError` if it is anything else, and `OSError`.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", 0) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != HEADER_SIZE + length:
-            raise BadBlockFileError(f"{size} bytes, expected {HEADER_SIZE + length}")
-        data = file.read()
+    # A pipe would keep us waiting for a writer.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = os.open(path, flags)
+    try:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode):
+            raise BadBlockFileError("it is not a file")
+        if found.st_size != HEADER_SIZE + length:
+            raise BadBlockFileError(f"{found.st_size} bytes, expected {HEADER_SIZE + length}")
+        with open(file, "rb", 0, closefd=False) as stream:
+            data = stream.read()
+    finally:
+        os.close(file)
     expected = _HEAD.pack(MAGIC, identity, hash_, length)
     if data[: _HEAD.size] != expected:
         raise BadBlockFileError("its header is another block's")

@@ -157,6 +157,8 @@ class BlockDirectory:
                     found = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue
+                if not stat.S_ISREG(found.st_mode):
+                    continue
                 if temporary and time.time() - found.st_mtime > _ABANDONED_AFTER:
                     with contextlib.suppress(OSError):
                         Path(entry.path).unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -78,6 +79,16 @@ def test_a_link_is_not_followed(path: Path) -> None:
     link.symlink_to(path)
     with pytest.raises(OSError, match="symbolic"):
         read_block(link, IDENTITY, HASH, len(CONTENT))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_found_and_closed(path: Path, make: Callable[[Path], None]) -> None:
+    other = path.with_name("other")
+    make(other)
+    before = os.listdir("/dev/fd")
+    with pytest.raises(BadBlockFileError, match="not a file"):
+        read_block(other, IDENTITY, HASH, len(CONTENT))
+    assert len(os.listdir("/dev/fd")) == len(before)
 
 
 def test_a_write_that_fails_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

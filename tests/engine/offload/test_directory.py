@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,18 @@ def test_what_is_not_the_users_own_is_refused(tmp_path: Path, kind: str) -> None
         opened(root)
     assert str(root) in str(caught.value)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_no_block(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    directory = opened(tmp_path)
+    fill(directory, range(1))
+    make(tmp_path / IDENTITY.hex() / f"{name(1).hex()}.kv")
+    directory.refresh()
+    assert name(0) in directory
+    assert name(1) not in directory
+    assert directory.num_bytes == SIZE
+    assert directory.read(name(1)) is None, "nor is one that was planted since"
 
 
 def test_the_least_recently_used_go(tmp_path: Path) -> None:
