@@ -15,7 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from modelpack.errors import ModelpackError
 from modelpack_engine.loaders.chat_template import ChatTemplate
 from modelpack_engine.loaders.gguf_file import Metadata
-from modelpack_engine.loaders.gguf_wordpiece import wordpiece_of
+from modelpack_engine.loaders.gguf_wordpiece import check_surrounding, wordpiece_of
 from modelpack_engine.loaders.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from modelpack_engine.loaders.tokenizer import Tokenizer, TokenText
 from modelpack_engine.panics import as_error
@@ -25,6 +25,10 @@ _TEMPLATE = "tokenizer.chat_template"
 
 # Characters of a token; those of known vocabularies have up to 512.
 _MAX_TOKEN = 4096
+# Characters of all merges that a vocabulary with scores makes, and of what is looked up for them.
+# The largest has 5 million in 600,000 merges.
+_MAX_MERGED = 32 * 1024 * 1024
+_MAX_SPLIT = 512 * 1024 * 1024
 
 # Token types of llama.cpp.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # 6 is a byte
@@ -101,6 +105,7 @@ def _tokenizer(metadata: Metadata, chat_template: str | None) -> Tokenizer:
         eos = 2
     _add_surroundings(
         backend,
+        metadata,
         vocabulary,
         bos if metadata.flag(f"{_KEY}add_bos_token", add_bos) else None,
         eos if metadata.flag(f"{_KEY}add_eos_token", False) else None,
@@ -196,7 +201,7 @@ def _sentencepiece(
     unknown = _special_id(metadata, "unknown", vocabulary)
     model = models.BPE(
         vocabulary.ids(),
-        _merges_by_score(vocabulary),
+        _merges_by_score(metadata, vocabulary),
         unk_token=None if unknown is None else vocabulary.tokens[unknown],
         byte_fallback=True,
         fuse_unk=False,
@@ -212,21 +217,29 @@ def _sentencepiece(
     return backend
 
 
-def _merges_by_score(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
+def _merges_by_score(metadata: Metadata, vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     """Return every pair of tokens that makes a token, the best score first.
 
     SentencePiece joins the neighbours whose joint text has the best score; among equals the left
     ones, which the order of merges cannot say and does not need to: they have the same text.
+    Raises `ModelLoadError` for a vocabulary with far more of them than any that is known.
     """
     mergeable = (_NORMAL, _USER_DEFINED, _UNUSED)
     rows = zip(vocabulary.tokens, vocabulary.types, vocabulary.scores, strict=False)
     scores = {token: score for token, kind, score in rows if kind in mergeable}
-    merges = [
-        (-score, order, token[:at], token[at:])
-        for order, (token, score) in enumerate(scores.items())
-        for at in range(1, len(token))
-        if token[:at] in scores and token[at:] in scores
-    ]
+    if sum(len(token) ** 2 for token in scores) > _MAX_SPLIT:
+        raise metadata.error("the tokens of its vocabulary are too long to merge by score")
+    merges = []
+    characters = 0
+    for order, (token, score) in enumerate(scores.items()):
+        for at in range(1, len(token)):
+            if token[:at] in scores and token[at:] in scores:
+                merges.append((-score, order, token[:at], token[at:]))
+                characters += len(token)
+        if characters > _MAX_MERGED:
+            raise metadata.error(
+                f"its vocabulary makes more than {len(merges)} merges, of {characters} characters"
+            )
     merges.sort(key=lambda merge: merge[:2])
     return [(left, right) for _, _, left, right in merges]
 
@@ -253,11 +266,16 @@ def _add_special_tokens(
 
 
 def _add_surroundings(
-    backend: tokenizers.Tokenizer, vocabulary: _Vocabulary, bos: int | None, eos: int | None
+    backend: tokenizers.Tokenizer,
+    metadata: Metadata,
+    vocabulary: _Vocabulary,
+    bos: int | None,
+    eos: int | None,
 ) -> None:
     """Have prompts start and end with these tokens."""
     before = [] if bos is None else [vocabulary.tokens[bos]]
     after = [] if eos is None else [vocabulary.tokens[eos]]
+    check_surrounding(metadata, *before, *after)
     if before or after:
         backend.post_processor = processors.TemplateProcessing(
             single=[*before, "$A", *after],

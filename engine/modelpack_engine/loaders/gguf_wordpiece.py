@@ -32,6 +32,7 @@ def wordpiece_of(metadata: Metadata, tokens: Sequence[str], types: Sequence[int]
     # The key is misspelt in llama.cpp, and so in every file.
     last = _named(metadata, pieces, ("seperator_token_id", "eos_token_id"), "[SEP]")
     unknown = _named(metadata, pieces, ("unknown_token_id",), "[UNK]")
+    check_surrounding(metadata, first, last)
     backend = tokenizers.Tokenizer(models.WordPiece(ids, unk_token=unknown))
     # Files do not say whether a model knows case; its vocabulary does.
     lowered = not any(
@@ -47,8 +48,9 @@ def wordpiece_of(metadata: Metadata, tokens: Sequence[str], types: Sequence[int]
     ]
     backend.add_special_tokens([*dict.fromkeys((*special, first, last, unknown))])
     backend.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A {last}",
-        pair=f"{first} $A {last} $B:1 {last}:1",
+        # Lists, since a token with spaces would be several parts of a string.
+        single=[first, "$A", last],
+        pair=[first, "$A", last, "$B:1", f"{last}:1"],
         special_tokens=[(first, ids[first]), (last, ids[last])],
     )
     return Tokenizer(
@@ -58,6 +60,13 @@ def wordpiece_of(metadata: Metadata, tokens: Sequence[str], types: Sequence[int]
         bos=ids[first],
         special_tokens={"cls_token": first, "sep_token": last, "unk_token": unknown},
     )
+
+
+def check_surrounding(metadata: Metadata, *tokens: str) -> None:
+    """Raise `ModelLoadError` for a token to put around texts that would stand for the text."""
+    for token in tokens:
+        if token.startswith("$"):
+            raise metadata.error(f"the token {token[:40]!r} cannot be put around a text")
 
 
 def _piece(token: str, kind: int) -> str:

@@ -5,6 +5,7 @@ Runs in a worker process: a hostile file panics, hangs, overflows the stack or t
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ def try_tokenizer(path: str) -> None:
     try:
         backend = tokenizers.Tokenizer.from_str(raw.decode())
         _check_growth(backend)
+        _check_templates(backend)
         backend.no_truncation()
         backend.no_padding()
         added = backend.get_added_tokens_decoder()
@@ -61,6 +63,8 @@ def try_tokenizer(path: str) -> None:
                 backend.decode(ids, skip_special_tokens=special)
                 if not text and len(ids) > MAX_ADDED:
                     raise BadTokenizerError(f"it puts {len(ids)} tokens around every text")
+        if (count := len(backend.encode("", "").ids)) > MAX_ADDED:
+            raise BadTokenizerError(f"it puts {count} tokens around every pair of texts")
         backend.encode(texts[2], texts[3])
         top = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         for token_id in (0, top // 2, top, top + 1):
@@ -78,18 +82,31 @@ def _check_growth(backend: Any) -> None:
         if step is None:
             continue
         growth = 1.0
-        for replace in _replacements(json.loads(step.__getstate__())):
-            growth *= _growth(replace)
+        for change in _steps(json.loads(step.__getstate__()), ("Replace", "Precompiled")):
+            growth *= _growth(change)
         if growth > MAX_GROWTH:
             raise BadTokenizerError(f"its {part} may make a text {growth:.0f} times as long")
 
 
-def _replacements(step: Any) -> Iterator[dict[str, Any]]:
-    waiting = [step]
+def _check_templates(backend: Any) -> None:
+    """Refuse a template that writes a text more than once."""
+    if backend.post_processor is None:
+        return
+    state = json.loads(backend.post_processor.__getstate__())
+    for template in _steps(state, ("TemplateProcessing",)):
+        for name in ("single", "pair"):
+            parts = [part["Sequence"]["id"] for part in template[name] if "Sequence" in part]
+            if len(parts) != len(set(parts)):
+                raise BadTokenizerError(f"its post-processor repeats a text ({name})")
+
+
+def _steps(state: Any, kinds: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Yield the steps of these types, however deep they are."""
+    waiting = [state]
     while waiting:
         item = waiting.pop()
         if isinstance(item, dict):
-            if item.get("type") == "Replace":
+            if item.get("type") in kinds:
                 yield item
             else:
                 waiting += item.values()
@@ -97,10 +114,23 @@ def _replacements(step: Any) -> Iterator[dict[str, Any]]:
             waiting += item
 
 
-def _growth(replace: dict[str, Any]) -> float:
-    length = len(str(replace.get("content", "")))
-    pattern = replace.get("pattern")
+def _growth(step: dict[str, Any]) -> float:
+    """Return how many times longer a step may make a text, in characters."""
+    if step["type"] == "Precompiled":
+        return _longest_normalised(step["precompiled_charsmap"])
+    length = len(str(step.get("content", "")))
+    pattern = step.get("pattern")
     text = pattern.get("String") if isinstance(pattern, dict) else None
     if isinstance(text, str) and text:
         return max(1.0, length / len(text))
     return 1.0 + length  # a regular expression may match nothing, between all characters
+
+
+def _longest_normalised(charsmap: str) -> float:
+    """Return the characters of the longest text in SentencePiece's map of normalisations.
+
+    Its format is a trie, whose size in bytes is before it, and texts that end with a null.
+    """
+    raw = base64.b64decode(charsmap)
+    texts = raw[4 + int.from_bytes(raw[:4], "little") :].split(b"\0")
+    return max(1.0, *(float(len(text.decode(errors="replace"))) for text in texts))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
+import struct
 from typing import Any
 
 GOOD: dict[str, Any] = {
@@ -42,6 +44,26 @@ def _replace(pattern: dict[str, str], content: str, times: int) -> dict[str, Any
 
 def _model(**fields: Any) -> dict[str, Any]:
     return {**GOOD["model"], **fields}
+
+
+def _charsmap(character: str, text: str) -> str:
+    """Return SentencePiece's map of normalisations: a trie of one character, and its text."""
+    units = [0] * 512
+    units[0] = 256 << 10  # the root's children are from 256 on
+    leaf = 256 ^ ord(character)
+    units[leaf] = 3 << 10 | 1 << 8 | ord(character)
+    units[leaf ^ 3] = 1 << 31  # the text at 0
+    raw = struct.pack("<513I", 4 * len(units), *units) + text.encode() + b"\0"
+    return base64.b64encode(raw).decode()
+
+
+def _template(**parts: list[str]) -> dict[str, Any]:
+    """Return a post-processor that writes these texts one after another."""
+    sequences = {
+        name: [{"Sequence": {"id": part, "type_id": 0}} for part in listed]
+        for name, listed in ({"single": ["A"], "pair": ["A", "B"]} | parts).items()
+    }
+    return {"type": "TemplateProcessing", **sequences, "special_tokens": {}}
 
 
 _SEQUENCE = '{"type":"Sequence","normalizers":['
@@ -94,6 +116,35 @@ HOSTILE = {
         "1000000000 times as long",
     ),
     "growing by a pattern": (changed(normalizer=_replace({"Regex": ""}, "x" * 100, 1)), "101"),
+    "growing by a map": (
+        changed(
+            normalizer={"type": "Precompiled", "precompiled_charsmap": _charsmap("Q", "xy" * 5000)}
+        ),
+        "10000 times as long",
+    ),
+    "a text many times": (
+        changed(post_processor=_template(single=["A"] * 300)), "repeats a text (single)"
+    ),
+    "a pair many times": (
+        changed(
+            post_processor={
+                "type": "Sequence", "processors": [_template(pair=["A", *["B"] * 300])]
+            }
+        ),
+        "repeats a text (pair)",
+    ),
+    "many tokens around pairs": (
+        changed(
+            post_processor=_template() | {
+                "pair": [
+                    *_template()["pair"],
+                    *[{"SpecialToken": {"id": "</s>", "type_id": 0}}] * 5000,
+                ],
+                "special_tokens": {"</s>": {"id": "</s>", "ids": [0], "tokens": ["</s>"]}},
+            }
+        ),
+        "tokens around every pair",
+    ),
     "quadratic words": (
         changed(
             model={

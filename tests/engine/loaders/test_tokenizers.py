@@ -257,3 +257,41 @@ def test_other_decoders_give_text_too(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(backend.to_str())
     files = ModelFiles((), "safetensors", {"tokenizer.json": tmp_path / "tokenizer.json"})
     assert json_tokenizer.tokenizer_of(files, {}).token_bytes(1) == b"hel"
+
+
+def test_a_vocabulary_of_too_many_merges(tmp_path: Path) -> None:
+    """Some megabytes of tokens, each of which is two others in a thousand ways: gigabytes."""
+    tokens = ["a" * length for length in range(1, 600)]
+    many = Vocabulary("llama", tokens, [1] * len(tokens), scores=[0.0] * len(tokens))
+    path = write_vocabulary(tmp_path / "many.gguf", with_ends(many))
+    with pytest.raises(ModelLoadError, match=r"makes more than \d+ merges, of \d+ characters"):
+        read(path)
+    tokens = [f"{number:04}" + "ab" * 2000 for number in range(40)]
+    long = Vocabulary("llama", tokens, [1] * len(tokens), scores=[0.0] * len(tokens))
+    with pytest.raises(ModelLoadError, match="too long to merge by score"):
+        read(write_vocabulary(tmp_path / "long.gguf", with_ends(long)))
+
+
+def with_ends(vocabulary: Vocabulary) -> Vocabulary:
+    """Return it with tokens that begin and end a text."""
+    assert vocabulary.scores is not None
+    return Vocabulary(
+        vocabulary.model,
+        ["<s>", "</s>", *vocabulary.tokens],
+        [3, 3, *vocabulary.types],
+        scores=[0.0, 0.0, *vocabulary.scores],
+    )
+
+
+@pytest.mark.parametrize("first", ["$A $A $A $A", "$A", "$0"])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_token_is_no_part_of_the_template(kind: str, first: str, tmp_path: Path) -> None:
+    """A token to put before texts that is written as texts are: no text comes twice."""
+    tokens = [first, "[SEP]", "[UNK]", "\u2581a"]
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", kind)
+    Vocabulary(kind, tokens, [3, 3, 2, 1], scores=[0.0] * 4).add_to(writer, pre=None)
+    writer.add_uint32("tokenizer.ggml.cls_token_id", 0)
+    writer.add_uint32("tokenizer.ggml.bos_token_id", 0)
+    finish(writer)
+    with pytest.raises(ModelLoadError, match="cannot be put around a text"):
+        read(tmp_path / "v.gguf")
