@@ -33,6 +33,7 @@ from modelpack_engine.choices import Choices
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.kv_types import parse_kv_cache_dtype
 from modelpack_engine.loaders import LoadedModel
+from modelpack_engine.loaders.parameters import check_token_rows
 from modelpack_engine.model_runner import ModelRunner
 from modelpack_engine.offload.opening import open_offload
 from modelpack_engine.outputs import EngineStats, RequestEvent
@@ -83,6 +84,7 @@ class Engine:
         layout = layout_with_cache_type(loaded.model, kind)
         drafting = check_draft(self.config, loaded, draft)
         self.vocab_size = layout.vocab_size if layout else int(loaded.config["vocab_size"])
+        check_token_rows(loaded.model, self.vocab_size)
         beside = drafting.bytes_per_token if drafting else 0
         self._step_memory = step_memory(loaded.model, self.vocab_size)
         self._sizes = self._choose_sizes(layout, loaded.context_length, beside)

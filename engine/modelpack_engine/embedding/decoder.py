@@ -14,6 +14,7 @@ from mlx.nn.layers.base import Module
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.loaders.config_guard import Limits
 from modelpack_engine.loaders.files import ModelFiles
+from modelpack_engine.loaders.parameters import token_rows
 from modelpack_engine.loaders.safetensors import load_safetensors
 
 #: What mlx-lm's classes call the part that is not the head.
@@ -35,7 +36,10 @@ class Decoder:
         if inner is None:
             raise ModelLoadError(f"mlx-lm's {kind} has no part that gives hidden states")
         self._inner = inner
-        self.vocab_size = int(config["vocab_size"])
+        rows = token_rows(model)
+        if rows is None:
+            raise ModelLoadError(f"mlx-lm's {kind} has no table of tokens")
+        self.vocab_size = rows
         # Nothing is computed: the shape is known from the graph.
         self.hidden_size = int(self(mx.zeros((1, 1), mx.int32), mx.ones((1,), mx.int32)).shape[-1])
 

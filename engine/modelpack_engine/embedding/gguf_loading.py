@@ -104,7 +104,12 @@ def _load_encoder(
     encoder.load_weights(list(tensors.items()))
     encoder.eval()
     weight_bytes = evaluated(encoder)
-    reader = InputReader(_tokenizer(files, file), config.vocab_size, config.max_tokens)
+    reader = InputReader(
+        _tokenizer(files, file),
+        config.vocab_size,
+        config.max_tokens,
+        num_types=config.type_vocab_size,
+    )
     if config.num_labels:
         return assemble_cross_encoder(files, encoder, reader, limits_of(device), weight_bytes)
     return assemble_embedder(

@@ -30,12 +30,17 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class InputReader:
-    """Turns inputs into tokens. Thread-safe; makes no call to MLX."""
+    """Turns inputs into tokens. Thread-safe; makes no call to MLX.
+
+    `vocab_size` and `num_types` are the rows of the model's tables, which MLX reads past the end
+    without an error: 0 `num_types` for a model that reads no types.
+    """
 
     tokenizer: Tokenizer
     vocab_size: int
     max_length: int
     lowers_text: bool = False
+    num_types: int = 0
 
     def read(
         self,
@@ -62,15 +67,8 @@ class InputReader:
                 self._check(f"{noun} {index}", max(1, len(given)), noun)
             ids = list(given[: self.max_length]) if truncate else list(given)
             types = [0] * len(ids)
-            for token_id in ids:
-                if not 0 <= token_id < self.vocab_size:
-                    raise RequestError(
-                        f"{noun} {index} holds the token {token_id};"
-                        f" the vocabulary has {self.vocab_size}",
-                        param=noun,
-                    )
         self._check(f"{noun} {index}", len(ids), noun)
-        return Prepared(tuple(ids), tuple(types))
+        return self._prepared(f"{noun} {index}", ids, types, noun)
 
     def read_pair(
         self, index: int, query: str, document: str, *, truncate: bool = False
@@ -79,8 +77,9 @@ class InputReader:
         for what, text in (("the query", query), (f"document {index}", document)):
             self._check_text(what, text, "documents", truncate)
         ids, types = self._encode(query, document, truncate)
-        self._check(f"the query with document {index}", len(ids), "documents")
-        return Prepared(tuple(ids), tuple(types))
+        what = f"the query with document {index}"
+        self._check(what, len(ids), "documents")
+        return self._prepared(what, ids, types, "documents")
 
     def prompt_length(self, prompt: str) -> int:
         """Return how many tokens at the beginning are the prompt's."""
@@ -110,6 +109,21 @@ class InputReader:
             raise RequestError(f"{what} has no tokens", param=param)
         if count > self.max_length:
             raise self._too_long(what, str(count), param)
+
+    def _prepared(self, what: str, ids: list[int], types: list[int], param: str) -> Prepared:
+        """Return the input; raise `RequestError` for an id or a type without a row."""
+        if self.num_types <= 1:
+            types = [0] * len(ids)
+        for noun, values, table, limit in (
+            ("token", ids, "vocabulary", self.vocab_size),
+            ("token type", types, "model", max(1, self.num_types)),
+        ):
+            wrong = next((value for value in values if not 0 <= value < limit), None)
+            if wrong is not None:
+                raise RequestError(
+                    f"{what} holds the {noun} {wrong}; the {table} has {limit}", param=param
+                )
+        return Prepared(tuple(ids), tuple(types))
 
     def _too_long(self, what: str, count: str, param: str) -> ContextLengthError:
         return ContextLengthError(

@@ -27,6 +27,7 @@ from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.loaders import json_tokenizer
 from modelpack_engine.loaders.files import MODULES, ModelFiles
 from modelpack_engine.loaders.loading import Device, context_length_of
+from modelpack_engine.loaders.parameters import position_rows
 from modelpack_engine.loaders.precision import set_dtype, unpack
 from modelpack_engine.loaders.safetensors import read_config
 from modelpack_engine.loaders.tokenizer import Tokenizer
@@ -75,6 +76,7 @@ def load_embedder(
             parsed.vocab_size,
             _max_length(files, sentence, parsed.max_tokens),
             sentence.lowers_text,
+            parsed.type_vocab_size,
         )
         if parsed.num_labels:
             return assemble_cross_encoder(files, encoder, reader, limits, weight_bytes)
@@ -113,7 +115,8 @@ def _decoder(
     weight_bytes = evaluated(model)
     decoder = Decoder(model, completed)
     positions, _ = context_length_of(completed)
-    positions = min(positions, valid.max_length or positions)
+    rows = position_rows(model) or positions
+    positions = min(positions, valid.max_length or positions, rows)
     reader = InputReader(
         tokenizer,
         decoder.vocab_size,

@@ -19,6 +19,7 @@ from modelpack_engine.loaders.config_guard import check_fields
 from modelpack_engine.loaders.files import ModelFiles
 from modelpack_engine.loaders.gguf import GGUFLoader
 from modelpack_engine.loaders.gguf_file import GGUFFile, Metadata
+from modelpack_engine.loaders.parameters import position_rows
 from modelpack_engine.loaders.precision import (
     Precision,
     dense_bytes,
@@ -211,6 +212,7 @@ def _loaded(
     model.eval()
     if shard is not None:
         shard(model, config)
+    rows = position_rows(model) or context_length
     if note := cuda_graphs.choose(model):
         notes = [*notes, note]
     try:
@@ -218,7 +220,13 @@ def _loaded(
     except (RuntimeError, ValueError) as error:  # MLX reads some files only now
         raise ModelLoadError(f"the weights cannot be read: {error}") from error
     return LoadedModel(
-        model, config, make_tokenizer(), architecture, context_length, tuple(notes), weight_bytes
+        model,
+        config,
+        make_tokenizer(),
+        architecture,
+        min(context_length, rows),
+        tuple(notes),
+        weight_bytes,
     )
 
 
