@@ -89,13 +89,14 @@ class Choice:
         """Return the event of an abort: nobody waits for its text."""
         return self.ended(self._event((), "", None))
 
-    def failed(self, message: str) -> RequestEvent:
-        """Return the event of a failure."""
+    def failed(self, message: str, param: str | None = None) -> RequestEvent:
+        """Return the event of a failure, for which a field of the request may be at fault."""
         event = self._event((), "", None)
         return replace(
             event,
             finish_reason=FinishReason.ERROR,
             error=message,
+            error_param=param,
             usage=self._usage(),
             timing=self._timing(),
         )

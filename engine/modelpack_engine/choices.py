@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from modelpack_engine.choice import Choice
+from modelpack_engine.errors import EngineError, RequestError
 from modelpack_engine.outputs import FinishReason, RequestEvent, TokenLogprob
 from modelpack_engine.sampling_params import LogitsMask
 from modelpack_engine.scheduler import Scheduler
@@ -70,10 +71,16 @@ class Choices:
         sequences = self._scheduler.abort(request_id, index)
         return [self._choices.pop(sequence.seq_id).aborted() for sequence in sequences]
 
-    def fail(self, sequence: Sequence, message: str) -> None:
-        """End one choice with an error."""
+    def fail(self, sequence: Sequence, message: str, param: str | None = None) -> None:
+        """End one choice with an error; `param` is the field of its request that is at fault."""
         self._scheduler.finish(sequence, FinishReason.ERROR)
-        self._events.append(self._choices.pop(sequence.seq_id).failed(message))
+        self._events.append(self._choices.pop(sequence.seq_id).failed(message, param))
+
+    def fail_masks(self, failures: Iterable[tuple[Sequence, EngineError]]) -> None:
+        """End the choices whose masks failed."""
+        for sequence, error in failures:
+            param = error.param if isinstance(error, RequestError) else None
+            self.fail(sequence, str(error), param)
 
     def fail_undecided(self, sequence: Sequence) -> None:
         """End one whose token could not be chosen."""

@@ -341,8 +341,7 @@ class Engine:
             return
         if step.logits is not None:
             rows, failures = masked_rows(step.output, self._choices.mask_of)
-            for sequence, why in failures:
-                self._choices.fail(sequence, why)
+            self._choices.fail_masks(failures)
             step = replace(step, logits=None, sampled=self._sample(step.logits, rows))
             mx.async_eval(*step.arrays())
         self._scheduler.submitted(step.output)

@@ -56,7 +56,8 @@ class RequestEvent:
     `index` is the choice (0 … n-1). `text` is what became final: a stop string that may still
     complete, or half a character, is held back. `prompt_logprobs` comes once, with the first event;
     its first entry is None, since nothing precedes the first token. `usage` and `timing` come with
-    the end.
+    the end. `error` says why a request failed, `error_param` which of its fields is at fault: None
+    if the engine is.
     """
 
     request_id: str
@@ -70,6 +71,7 @@ class RequestEvent:
     usage: Usage | None = None
     timing: Timing | None = None
     error: str | None = None
+    error_param: str | None = None
 
     @property
     def finished(self) -> bool:

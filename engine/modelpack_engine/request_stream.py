@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
 
-from modelpack_engine.errors import EngineError
+from modelpack_engine.errors import EngineError, RequestError
 from modelpack_engine.outputs import FinishReason, RequestEvent
 
 
@@ -97,8 +97,15 @@ class RequestStream:
                     self.finals.append(event)
                     if event.finish_reason is FinishReason.ERROR:
                         self.abort()
-                        raise EngineError(event.error or "the request failed")
+                        raise _failure(event)
                 yield event
+
+
+def _failure(event: RequestEvent) -> EngineError:
+    message = event.error or "the request failed"
+    if event.error_param is not None:
+        return RequestError(message, param=event.error_param)
+    return EngineError(message)
 
 
 def _merged(events: list[RequestEvent | Exception]) -> list[RequestEvent | Exception]:

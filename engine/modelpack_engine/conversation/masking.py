@@ -47,7 +47,7 @@ def make_masks(
         constraint = tool_grammar(
             format, tools, spec.tool_choice, parallel=spec.parallel_tool_calls
         )
-        make = _compiled(model, constraint, format, starts_reasoning, "tool_choice").mask
+        make = _compiled(model, constraint, format, starts_reasoning, "tools").mask
     elif spec.constraint is not None:
         calls = _possible_calls(spec, format, tools)
         make = _compiled(

@@ -141,8 +141,7 @@ class LlamaCppEngine:
         sampled = None
         if batch.sample_seqs:
             rows, failures = masked_rows(output, self._choices.mask_of)
-            for sequence, why in failures:
-                self._choices.fail(sequence, why)
+            self._choices.fail_masks(failures)
             sampled = self._sampler.sample(logits, rows)
         step = Step(output, batch, None, sampled, prompt_logprobs)
         tokens = read_tokens(step)

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from modelpack.errors import ModelpackError
-from modelpack_engine.server.problems import error_body
+from modelpack_engine.server.problems import error_body, problem_of
 
 DONE = "data: [DONE]\n\n"
 
@@ -31,7 +31,8 @@ def event(value: Any, name: str = "") -> str:
 
 def openai_error(error: Exception) -> str:
     """Return the event of a failure in the middle of a stream, as OpenAI's clients read it."""
-    return event(error_body(str(error)))
+    problem = problem_of(error)
+    return event(error_body(problem.message, problem.type, problem.param, problem.code))
 
 
 class LiveStream(Response):

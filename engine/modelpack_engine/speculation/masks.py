@@ -67,7 +67,7 @@ def _allows(allowed: bytes | None, token_id: int) -> bool:
 def masked_rows(
     output: SchedulerOutput,
     mask_of: MaskOf,
-) -> tuple[list[SampleRow], list[tuple[Sequence, str]]]:
+) -> tuple[list[SampleRow], list[tuple[Sequence, EngineError]]]:
     """Return the rows that sample a step's tokens, with what masks allow, and whose masks failed.
 
     All tokens before the step have been taken.
@@ -84,6 +84,6 @@ def masked_rows(
                 for row, allowed in enumerate(allowed_along(mask, token_ids), first):
                     rows[row] = rows[row]._replace(allowed=allowed)
             except EngineError as error:
-                failures.append((sequence, str(error)))
+                failures.append((sequence, error))
         first += 1 + len(token_ids)
     return rows, failures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from llguidance import LLMatcher, regex_to_lark
@@ -19,6 +20,8 @@ MAX_REGEX = 4 << 10  # characters; the cost of compiling grows with the square
 MAX_GRAMMAR = 16 << 10
 _MAX_REASON = 500
 _guarded = no_panics("the grammar")
+#: What the compiler says where a limit of `LIMITS` is reached, not where it is misused.
+_LIMIT = re.compile(r"too many|; max is|fuel", re.IGNORECASE)
 _TEXT = "TEXT: /(.|\\n)*/"
 _NAMES = {
     "json_object": "JSON",
@@ -33,15 +36,25 @@ class GrammarMask:
     Once the grammar can go no further, it allows the ends of a text and nothing else.
     """
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, what: str, param: str) -> None:
         self._matcher = matcher
+        self._what = what
+        self._param = param
 
     @_guarded
     def allowed(self) -> bytes:
-        """Return a bit per token id; raises `EngineError` if the grammar became too complex."""
+        """Return a bit per token id.
+
+        Raises `RequestError`, naming the constraint and its `param`, if the constraint is too
+        complex from here on, and `EngineError` if a token was accepted that was not allowed.
+        """
         bits = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise EngineError(f"the grammar cannot be followed: {_reason(self._matcher)}")
+            reason = _reason(self._matcher)
+            if _LIMIT.search(reason):
+                text = f"{self._what} is too complex to continue the answer: {reason}"
+                raise RequestError(text, param=self._param)
+            raise EngineError(f"{self._what} cannot be followed: {reason}")
         return bits
 
     @_guarded
@@ -52,7 +65,7 @@ class GrammarMask:
     @_guarded
     def copy(self) -> GrammarMask:
         """Return a mask at the same place of the grammar."""
-        return GrammarMask(self._matcher.deep_copy())
+        return GrammarMask(self._matcher.deep_copy(), self._what, self._param)
 
     @property
     @_guarded
@@ -64,13 +77,15 @@ class GrammarMask:
 class Grammar:
     """A compiled constraint, which any number of choices may follow at once."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, what: str, param: str) -> None:
         self._matcher = matcher
+        self._what = what
+        self._param = param
 
     @_guarded
     def mask(self) -> GrammarMask:
         """Return the mask of a choice that begins: what `SamplingParams.mask` asks for."""
-        return GrammarMask(self._matcher.deep_copy())
+        return GrammarMask(self._matcher.deep_copy(), self._what, self._param)
 
 
 def compile_constraint(
@@ -88,6 +103,8 @@ def compile_constraint(
     constraint is no such thing, is too large, or matches no text at all.
     """
     what = _NAMES.get(constraint.kind, "the grammar")
+    if param == "tools":
+        what = "the schemas of the tools"
 
     def compiled() -> LLMatcher:
         parts = [_body(constraint, vocabulary) | {"name": "answer"}]
@@ -112,11 +129,11 @@ def compile_constraint(
         matcher = on_deep_stack(compiled)
     except (ValueError, RecursionError) as error:
         if isinstance(error, RequestError):
-            raise RequestError(str(error), param=param) from error
+            raise RequestError(str(error), param=param, hint=error.hint) from error
         raise RequestError(f"{what} cannot be compiled: {error}", param=param) from error
     if matcher.is_error():
         raise RequestError(f"{what} cannot be compiled: {_reason(matcher)}", param=param)
-    return Grammar(matcher)
+    return Grammar(matcher, what, param)
 
 
 def _body(constraint: Constraint, vocabulary: GrammarVocabulary) -> dict[str, Any]:

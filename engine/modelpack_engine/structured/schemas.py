@@ -16,6 +16,9 @@ from modelpack_engine.errors import RequestError
 MAX_SCHEMA = 128 << 10
 #: Characters of all patterns of a schema together: their cost grows with the square.
 MAX_PATTERNS = 8 << 10
+#: Optional properties of one object. At its start the parser has four items for each, and up to
+#: 2000 items: `LLParserLimits.max_items_in_row`. Their cost grows with the square.
+MAX_OPTIONAL = 480
 WHITESPACE = r"\x20|\n[\x20\t]{0,32}"
 
 # Formats that the compiler knows. Others are annotations (JSON Schema 2020-12, validation, 7.2.1).
@@ -53,19 +56,27 @@ def prepared(schema: object) -> dict[str, Any]:
         size = len(json.dumps(schema, allow_nan=False))
         patterns = sum(map(len, _patterns(schema)))
         result = _without_idle_words(schema)
+        optional = max(_optional(schema), default=0)
     except (TypeError, ValueError, RecursionError) as error:
         raise _refusal(f"it is not JSON: {error}") from error
     if size > MAX_SCHEMA:
         raise _refusal(f"it has {size} characters, expected up to {MAX_SCHEMA}")
     if patterns > MAX_PATTERNS:
         raise _refusal(f"its patterns have {patterns} characters, expected up to {MAX_PATTERNS}")
+    if optional > MAX_OPTIONAL:
+        raise _refusal(
+            f"an object has {optional} optional properties, expected up to {MAX_OPTIONAL}",
+            hint="list properties in `required`, or nest them in several objects",
+        )
     options = {"whitespace_pattern": WHITESPACE, "item_separator": ",", "key_separator": ":"}
     result["x-guidance"] = options
     return result
 
 
-def _refusal(reason: str) -> RequestError:
-    return RequestError(f"the JSON schema cannot be compiled: {reason}", param="response_format")
+def _refusal(reason: str, hint: str | None = None) -> RequestError:
+    return RequestError(
+        f"the JSON schema cannot be compiled: {reason}", param="response_format", hint=hint
+    )
 
 
 def _patterns(value: object) -> Iterator[str]:
@@ -81,6 +92,22 @@ def _patterns(value: object) -> Iterator[str]:
     elif isinstance(value, list):
         for part in value:
             yield from _patterns(part)
+
+
+def _optional(value: object) -> Iterator[int]:
+    """Yield the number of optional properties of each object in a schema."""
+    if isinstance(value, Mapping):
+        named, required = value.get("properties"), value.get("required")
+        if isinstance(named, Mapping):
+            patterns = value.get("patternProperties")
+            more = len(patterns) if isinstance(patterns, Mapping) else 0
+            needed = set(map(str, required)) if isinstance(required, list) else set()
+            yield len(named.keys() - needed) + more
+        for part in value.values():
+            yield from _optional(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _optional(part)
 
 
 def _without_idle_words(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,6 +88,7 @@ def _check(schemas: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise `RequestError` for the first schema that does not compile."""
     total = 0
     for name, schema in schemas.items():
+        hint = None
         try:
             ready = prepared(schema)
             total += len(json.dumps(ready))
@@ -95,10 +96,11 @@ def _check(schemas: Mapping[str, Mapping[str, Any]]) -> None:
                 LLMatcher.grammar_from_json_schema(ready), limits=LIMITS
             )
         except (ValueError, RecursionError) as error:
-            problem = str(error)
+            problem, hint = str(error), getattr(error, "hint", None)
         if problem and not problem.startswith("WARNING"):
             reason = problem.removesuffix("<non-verbose/>").strip()[:500]
-            raise RequestError(f"the parameters of the tool {name!r}: {reason}", param="tools")
+            text = f"the parameters of the tool {name!r}: {reason}"
+            raise RequestError(text, param="tools", hint=hint)
     if total > MAX_TOOLS:
         raise RequestError(
             f"the tools' schemas have {total} characters, expected up to {MAX_TOOLS}",
@@ -111,7 +113,8 @@ def _named_call(rules: Rules, markup: ToolMarkup, tool: tuple[str, Mapping[str, 
     try:
         return _call(rules, markup, *tool)
     except RequestError as error:
-        raise RequestError(f"the tool {tool[0]!r}: {error}", param="tools") from error
+        text = f"the tool {tool[0]!r}: {error}"
+        raise RequestError(text, param="tools", hint=error.hint) from error
 
 
 def _call(rules: Rules, markup: ToolMarkup, name: str, schema: Mapping[str, Any]) -> str:

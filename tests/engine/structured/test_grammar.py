@@ -19,7 +19,7 @@ from modelpack_engine.structured import (
     grammar_vocabulary,
 )
 from modelpack_engine.structured.grammar import MAX_GRAMMAR, MAX_REGEX
-from modelpack_engine.structured.schemas import MAX_PATTERNS, MAX_SCHEMA
+from modelpack_engine.structured.schemas import MAX_OPTIONAL, MAX_PATTERNS, MAX_SCHEMA
 from tests.engine.serving.tiny import tiny_tokenizer
 from tests.engine.structured.conftest import WIDTH
 from tests.engine.structured.walking import accepts, bits_of, take, walk
@@ -139,6 +139,18 @@ def test_single_bytes_make_characters(name: str) -> None:
         jsonschema.validate(json.loads(text), SCHEMAS[name])
 
 
+def optional(count: int) -> dict[str, Any]:
+    """An object with so many optional properties, one of them any that begins with an x."""
+    named = {f"p{number}": {"type": "integer"} for number in range(count - 1)}
+    required = {f"r{number}": {"type": "integer"} for number in range(600)}
+    return {
+        "type": "object",
+        "properties": required | named,
+        "required": list(required),
+        "patternProperties": {"^x": {"type": "integer"}},
+    }
+
+
 REFUSED = [
     (schema({"type": "strin"}), "strin"),
     (schema({"allOf": [{"type": "string"}, {"type": "integer"}]}), "Unsatisfiable"),
@@ -153,6 +165,8 @@ REFUSED = [
     (schema({"const": object()}), "not JSON"),
     (schema({"enum": ["x" * MAX_SCHEMA]}), "characters"),
     (schema({"pattern": "x" * (MAX_PATTERNS + 1)}), "patterns"),
+    (schema(optional(MAX_OPTIONAL + 1)), "481 optional properties"),
+    (schema({"items": {"$ref": "#/$defs/a"}, "$defs": {"a": optional(999)}}), "999 optional"),
     (schema({"type": "string", "pattern": "(?=a)b"}), "look"),
     (Constraint("regex", "a["), "unclosed"),
     (Constraint("regex", r"\bfoo"), "lookaround"),
@@ -175,6 +189,14 @@ def test_refusals_give_the_reason(
         compile_constraint(constraint, vocabulary)
     assert caught.value.param == "response_format"
     assert len(str(caught.value)) < 1000
+
+
+def test_as_many_optional_properties_as_are_allowed(
+    vocabulary: GrammarVocabulary, tokenizer: Tokenizer
+) -> None:
+    value = {f"r{number}": 1 for number in range(600)} | {"p1": 1, "p478": 2, "x": 3, "other": 4}
+    grammar = compile_constraint(schema(optional(MAX_OPTIONAL)), vocabulary)
+    assert accepts(grammar, tokenizer, json.dumps(value))
 
 
 def test_deep_json_is_refused(vocabulary: GrammarVocabulary) -> None:

@@ -322,7 +322,7 @@ def _chain(levels: int, level: Any, last: Any) -> dict[str, Any]:
         _chain(28, lambda part: {"type": "object", "properties": {"a": part, "b": part}}, {}),
         _chain(28, lambda part: {"anyOf": [part, part]}, {"type": "null"}),
         _chain(28, lambda part: {"type": ["array", "null", "array"], "items": part}, {}),
-        {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(4000)}},
+        {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(480)}},
     ],
     ids=["properties", "alternatives", "types", "optional properties"],
 )  # fmt: skip

@@ -11,6 +11,7 @@ from modelpack_engine.sampling_params import SamplingParams
 from modelpack_engine.server.openai.responses.items import Item, new_id
 from modelpack_engine.server.openai.responses.output import Output
 from modelpack_engine.server.openai.responses.requests import CARRIED_REASONING, ResponseRequest
+from modelpack_engine.server.problems import Problem
 from modelpack_engine.server.sse import event
 from modelpack_engine.server.vocabulary import Vocabulary
 
@@ -68,12 +69,13 @@ class Reply:
             events.append({"type": f"response.{self._status}", "response": self.json()})
         return self._written(events)
 
-    def fail(self, message: str) -> str:
+    def fail(self, problem: Problem) -> str:
         """Return the events of a failure in the middle of the stream."""
         self._status = "failed"
-        self._error = {"code": "server_error", "message": message}
+        code = "server_error" if problem.status >= 500 else "invalid_prompt"
+        self._error = {"code": code, "message": problem.message}
         events = self._output.close("incomplete")
-        told = {"type": "error", "code": "server_error", "message": message, "param": None}
+        told = {"type": "error", **self._error, "param": problem.param}
         events += [told, {"type": "response.failed", "response": self.json()}]
         return self._written(events)
 

@@ -26,6 +26,7 @@ from modelpack_engine.server.openai.responses.tools import Toolbox
 from modelpack_engine.server.openai.responses.truncation import fitted
 from modelpack_engine.server.paths import add_route
 from modelpack_engine.server.preloading import preloadable
+from modelpack_engine.server.problems import problem_of
 from modelpack_engine.server.vocabulary import Vocabulary
 from modelpack_engine.worker.cancelling import in_thread
 
@@ -64,21 +65,23 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
                 return await start_chat(model, spec)
 
         async def whole(_: ServedModel, stream: ChatStream) -> dict[str, Any]:
-            async for delta in stream:
-                reply.take(delta)
+            with _own_words():
+                async for delta in stream:
+                    reply.take(delta)
             remember()
             return reply.json()
 
         async def events(_: ServedModel, stream: ChatStream) -> AsyncGenerator[str, None]:
             yield reply.begin()
-            async for delta in stream:
-                text = reply.take(delta)
-                if delta.finish is not None:
-                    remember()  # before the client hears of it, and goes on
-                yield text
+            with _own_words():
+                async for delta in stream:
+                    text = reply.take(delta)
+                    if delta.finish is not None:
+                        remember()  # before the client hears of it, and goes on
+                    yield text
 
         def failure(error: Exception) -> str:
-            text = reply.fail(str(error))
+            text = reply.fail(problem_of(error))
             remember()
             return text
 
