@@ -5,12 +5,13 @@ What an upload is made of is told in `modelpack.server.sessions`.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
+
+from modelpack.stores.directories import delete_tree
 
 #: Seconds after which an upload that received nothing is dropped.
 EXPIRY: Final = 24 * 3600
@@ -46,6 +47,6 @@ def allocated_bytes(path: Path) -> int:
 def remove_upload(path: Path) -> None:
     """Delete the session, or what is left of one."""
     if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+        delete_tree(path)
     else:
         path.unlink(missing_ok=True)

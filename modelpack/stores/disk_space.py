@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from modelpack.errors import StorageFullError
+from modelpack.stores.directories import files_below
 
 _MOST_MARGIN = 64 * 1024 * 1024
 
@@ -68,11 +69,9 @@ def _statuses(paths: Iterable[Path]) -> Iterator[os.stat_result]:
             with suppress(OSError):
                 yield os.lstat(path)
             continue
-        for folder, directories, names in os.walk(path):
-            links = [name for name in directories if os.path.islink(os.path.join(folder, name))]
-            for name in (*names, *links):
-                with suppress(OSError):
-                    yield os.lstat(os.path.join(folder, name))
+        for _, entry in files_below(path, skip_unreadable=True):
+            with suppress(OSError):
+                yield entry.stat(follow_symlinks=False)
 
 
 def shown(size: int) -> str:

@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from shutil import rmtree
 from typing import Any, Final
 
 from modelpack.digest import Digest
@@ -27,6 +26,7 @@ from modelpack.errors import InvalidDigestError, LockedError
 from modelpack.progress import Stop
 from modelpack.stores.blobs import Blobs
 from modelpack.stores.copying import hash_file
+from modelpack.stores.directories import delete_tree, files_below
 from modelpack.stores.durability import boot_id, random_name, read_own, write_atomically
 from modelpack.stores.locks import FileLock
 from modelpack.stores.os_errors import translating
@@ -145,13 +145,13 @@ class KeptBundles:
             folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(folder.name + _LOCK))
         with lock.held(patience=None, stop=stop, waiting=waiting, remove=True):
-            rmtree(folder, ignore_errors=True)
+            delete_tree(folder)
             with translating("make", folder):
                 folder.mkdir()
             try:
                 yield folder
             finally:
-                rmtree(folder, ignore_errors=True)
+                delete_tree(folder)
 
     def publish(self, manifest: Digest, made: Path, files: Iterable[KeptFile]) -> None:
         """Make the directory `made` the bundle of a manifest, in place of the one that it has.
@@ -312,23 +312,13 @@ class KeptBundles:
 
 def _different_names(directory: Path, files: Collection[KeptFile]) -> str | None:
     """Return how the names below a bundle differ from its record, None if they do not."""
-    found = dict(_files(directory))
+    found = {name: entry.is_file(follow_symlinks=False) for name, entry in files_below(directory)}
     found.pop(_RECORD, None)
     expected = {file.path for file in files}
     for path in sorted(expected ^ found.keys()):
         return f"{path} is missing" if path in expected else f"{path} was added"
     other = sorted(path for path, is_file in found.items() if not is_file)
     return f"{other[0]} is not a file" if other else None
-
-
-def _files(directory: Path, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """Return the paths of all that is not a directory, and whether it is a file itself."""
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _files(Path(entry.path), f"{prefix}{entry.name}/")
-            else:
-                yield f"{prefix}{entry.name}", entry.is_file(follow_symlinks=False)
 
 
 def _is_directory(path: Path) -> bool:
@@ -349,6 +339,6 @@ def _kept_file(value: Any) -> KeptFile:
 
 def _delete(path: Path) -> None:
     if _is_directory(path):
-        rmtree(path, ignore_errors=True)
+        delete_tree(path)
     else:
         path.unlink(missing_ok=True)

@@ -450,3 +450,44 @@ def test_on_the_command_line(world: World) -> None:
 
 def weight_size(world: World) -> int:
     return (world.files / "model.safetensors").stat().st_size
+
+
+def nest(top: Path, name: str, count: int) -> None:
+    """Make `count` directories, each in the one before, and a file in the last.
+
+    They are made inside out: the path of the last may be too long for one call.
+    """
+    inner = top / "made"
+    inner.mkdir(parents=True)
+    (inner / "file").write_bytes(b"x")
+    for _ in range(count - 1):
+        outer = top / "outer"
+        outer.mkdir()
+        inner.rename(outer / name)
+        outer.rename(inner)
+    inner.rename(top / name)
+
+
+@pytest.mark.parametrize("name", ["d", "d" * 200], ids=["short", "longer than a path may be"])
+def test_deep_directories_in_a_bundle_are_reported_and_deleted(world: World, name: str) -> None:
+    world.contents(PACKED)
+    _, directory = kept_bundle(PACKED, store=world.store)
+    nest(directory, name, 1100)
+    assert [problem.kind for problem in world.fsck().problems] == [Fault.BUNDLE]
+    assert world.store.bundles.all() == {}
+    assert os.listdir(world.store.root / "ingest" / "bundles") == []
+    assert world.fsck().ok
+
+
+@pytest.mark.parametrize("name", ["d", "d" * 200], ids=["short", "longer than a path may be"])
+def test_a_collection_deletes_deep_directories(world: World, name: str) -> None:
+    """Of bundles that no model has or that a kill left, and of an abandoned upload."""
+    root = world.store.root
+    places = [root / "bundles", root / "ingest" / "bundles" / "left", root / "ingest" / "uploads"]
+    for place in places:
+        nest(place, name, 1100)
+    os.utime(root / "ingest" / "uploads" / name, (0, 0))
+    report = world.store.gc(grace_seconds=0)
+    assert {f"bundles/{name}", "bundles/left", f"uploads/{name}"} <= set(report.partials)
+    assert [path for place in places if place.exists() for path in place.iterdir()] == []
+    assert world.fsck().ok
