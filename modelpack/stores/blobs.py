@@ -19,7 +19,7 @@ from modelpack.errors import (
 )
 from modelpack.gojson import MAX_DOCUMENT_BYTES
 from modelpack.storage import BlobReader
-from modelpack.stores.durability import draft, flush_directory, write_durably
+from modelpack.stores.durability import draft, flush_directory, open_own, write_durably
 from modelpack.stores.os_errors import translating
 from modelpack.stores.tree import Tree
 from modelpack.stores.trust import Trust
@@ -93,18 +93,7 @@ class Blobs:
 
     def read(self, digest: Digest, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
         """Return the verified content of a small blob; `what` names it in errors."""
-        path = self.path(digest)
-        with translating("read", path), open(path, "rb", buffering=0) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size > limit:
-                raise SizeMismatchError(
-                    f"{what}: {path} has {size} bytes, more than the limit of {limit}",
-                    expected=str(limit),
-                    got=str(size),
-                )
-            content = stream.readall()
-        digest.check(content, f"{what} ({path})")
-        return content
+        return read_verified(self.path(digest), digest, what, limit=limit)
 
     def digests(self) -> Iterator[Digest]:
         """Return the digest of every file that is named like a blob."""
@@ -158,6 +147,26 @@ class Blobs:
                     yield from sorted(folder.iterdir())
                 else:
                     yield folder
+
+
+def read_verified(
+    path: Path, digest: Digest, what: str, *, limit: int = MAX_DOCUMENT_BYTES
+) -> bytes:
+    """Return the content of a small blob's file, verified; `what` names it in errors.
+
+    Raises `IntegrityError` if it has another digest or more than `limit` bytes: none are read then.
+    """
+    with translating("read", path), open(open_own(path, follow=True), "rb", buffering=0) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > limit:
+            raise SizeMismatchError(
+                f"{what}: {path} has {size} bytes, more than the limit of {limit}",
+                expected=str(limit),
+                got=str(size),
+            )
+        content = stream.read(size + 1) or b""
+    digest.check(content, f"{what} ({path})")
+    return content
 
 
 def _named(path: Path) -> Digest | None:

@@ -39,11 +39,12 @@ from modelpack.manifest import Manifest
 from modelpack.reference import Reference
 from modelpack.storage import BlobReader, BlobSource
 from modelpack.stores import lookup
+from modelpack.stores.blobs import read_verified
 from modelpack.stores.cloning import clone
 from modelpack.stores.copying import Hashing, copy_and_hash, filling, hash_file, read_and_hash
 from modelpack.stores.disk_space import check_room
-from modelpack.stores.docker_index import DockerIndex, go_indented
-from modelpack.stores.durability import flush_directory, write_durably
+from modelpack.stores.docker_index import MAX_BYTES, DockerIndex, go_indented
+from modelpack.stores.durability import flush_directory, read_own, write_durably
 from modelpack.stores.lookup import Entry, StoredModel
 from modelpack.stores.os_errors import translating
 
@@ -176,7 +177,9 @@ class DockerStore:
                 f"there is no Docker Model Runner store at {self.root}",
                 hint="name its directory; MODELS_PATH is used too",
             )
-        version = decode_object(path.read_bytes(), str(path)).get("version")
+        with translating("read", path):
+            raw = read_own(path, MAX_DOCUMENT_BYTES, follow=True)
+        version = decode_object(raw, str(path)).get("version")
         if version != _VERSION:
             raise StoreError(
                 f"Docker's model store {self.root} has version {version!r}, expected {_VERSION!r}"
@@ -186,7 +189,7 @@ class DockerStore:
         path = self.root / "models.json"
         with translating("read", path):
             try:
-                raw = path.read_bytes()
+                raw = read_own(path, MAX_BYTES, follow=True)
             except FileNotFoundError:
                 return DockerIndex({})
         return DockerIndex.parse(raw, str(path))
@@ -203,16 +206,9 @@ class DockerStore:
 
     def _read_manifest(self, digest: Digest) -> bytes:
         path = self._place("manifests", digest)
-        with translating("read", path):
-            try:
-                with path.open("rb") as stream:
-                    raw = stream.read(MAX_DOCUMENT_BYTES + 1)
-            except FileNotFoundError:
-                raise NotFoundError(
-                    f"manifest {digest} is not in Docker's model store {self.root}"
-                ) from None
-        digest.check(raw, f"manifest ({path})")
-        return raw
+        if not path.is_file():
+            raise NotFoundError(f"manifest {digest} is not in Docker's model store {self.root}")
+        return read_verified(path, digest, "manifest")
 
     def _place(self, kind: str, digest: Digest) -> Path:
         return self.root / kind / digest.algorithm / digest.encoded

@@ -21,7 +21,8 @@ from modelpack.errors import (
 from modelpack.gojson import decode_object
 from modelpack.reference import DEFAULT_REGISTRY, Reference
 
-_LIMIT: Final = 64 * 1024 * 1024
+#: Of the file: a larger one is neither read nor written.
+MAX_BYTES: Final = 64 * 1024 * 1024
 _GO_ESCAPES: Final = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"})
 
 
@@ -35,7 +36,7 @@ class DockerIndex:
     @classmethod
     def parse(cls, raw: bytes, what: str) -> DockerIndex:
         """Return the index in `raw`; raises `ManifestError`."""
-        value = decode_object(raw, what, limit=_LIMIT)
+        value = decode_object(raw, what, limit=MAX_BYTES)
         elements = value.get("models")
         if elements is None:
             elements = []
@@ -46,23 +47,23 @@ class DockerIndex:
     def encoded(self) -> bytes:
         """Return the bytes of the file; raise `StoreError` if they are more than can be read."""
         raw = go_indented({**self.value, "models": list(self.elements)})
-        if len(raw) > _LIMIT:
+        if len(raw) > MAX_BYTES:
             raise StoreError(
                 f"Docker's model store is full: models.json would have {len(raw)} bytes, "
-                f"more than the limit of {_LIMIT}",
+                f"more than the limit of {MAX_BYTES}",
                 hint="remove models from it: docker model rm",
             )
         return raw
 
     def models(self) -> dict[Digest, tuple[tuple[str, Reference | None], ...]]:
         """Return each model's tags: as they are written, and what that means."""
-        found: dict[Digest, tuple[tuple[str, Reference | None], ...]] = {}
+        found: dict[Digest, list[tuple[str, Reference | None]]] = {}
         for element in self.elements:
             digest = _id(element)
             if digest is not None:
-                tags = ((tag, _reference(tag)) for tag in _strings(element, "tags"))
-                found[digest] = (*found.get(digest, ()), *tags)
-        return found
+                tags = found.setdefault(digest, [])
+                tags += ((tag, _reference(tag)) for tag in _strings(element, "tags"))
+        return {digest: tuple(tags) for digest, tags in found.items()}
 
     def files(self) -> set[str]:
         """Return the digests of all blobs that a model has."""

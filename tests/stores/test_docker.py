@@ -17,6 +17,7 @@ from modelpack.errors import (
     IntegrityError,
     ManifestError,
     NotFoundError,
+    SizeMismatchError,
     StoreError,
     UnsafePathError,
 )
@@ -263,6 +264,52 @@ def test_a_damaged_manifest_hides_no_other_model(docker: DockerStore, files: Pat
         docker.fetch_manifest(one.descriptor)
 
 
+def test_files_too_large_to_read_are_not_read(docker: DockerStore) -> None:
+    """They have a terabyte, none of which is on the disk."""
+    os.truncate(docker.root / "models.json", 1 << 40)
+    with pytest.raises(StoreError, match=r"models\.json: it has more than 67108864 bytes"):
+        docker.models()
+    os.truncate(docker.root / "layout.json", 1 << 40)
+    with pytest.raises(StoreError, match=r"layout\.json: it has more than"):
+        DockerStore(docker.root)
+
+
+def test_a_manifest_too_large_to_read_hides_no_other_model(
+    docker: DockerStore, files: Path
+) -> None:
+    one, two = small_model(b"one"), small_model(b"two")
+    write(docker, files, one, X)
+    write(docker, files, two, Y)
+    os.truncate(docker.root / "manifests" / "sha256" / one.digest.encoded, 1 << 40)
+    assert [model.digest for model in docker.models()] == [two.digest]
+    with pytest.raises(SizeMismatchError, match="more than the limit"):
+        docker.fetch_manifest(one.descriptor)
+
+
+def test_a_fifo_in_place_of_a_file_is_not_waited_for(docker: DockerStore, files: Path) -> None:
+    one, two = small_model(b"one"), small_model(b"two")
+    write(docker, files, one, X)
+    write(docker, files, two, Y)
+    manifest = docker.root / "manifests" / "sha256" / one.digest.encoded
+    manifest.unlink()
+    os.mkfifo(manifest)
+    assert [model.digest for model in docker.models()] == [two.digest]
+    (docker.root / "models.json").unlink()
+    os.mkfifo(docker.root / "models.json")
+    with pytest.raises(StoreError, match="not a regular file"):
+        docker.models()
+
+
+def test_a_model_that_is_listed_30_000_times(docker: DockerStore, files: Path) -> None:
+    """Its tags are not copied for each of them, which would take minutes."""
+    model = small_model(b"a")
+    write(docker, files, model, X)
+    elements = [{"id": str(model.digest), "tags": [f"ai/x:{number}"]} for number in range(30_000)]
+    (docker.root / "models.json").write_text(json.dumps({"models": elements}))
+    [found] = docker.models()
+    assert len(found.names) == 30_000
+
+
 def test_a_blob_that_leads_out_is_not_read(docker: DockerStore, files: Path) -> None:
     (files / "secret").write_bytes(b"secret")
     digest = Digest.of(b"secret")
@@ -383,7 +430,7 @@ def test_an_index_too_large_to_read_is_not_written(
 ) -> None:
     write(docker, files, small_model(b"one"), X)
     before = (docker.root / "models.json").read_bytes()
-    monkeypatch.setattr(docker_index, "_LIMIT", len(before))
+    monkeypatch.setattr(docker_index, "MAX_BYTES", len(before))
     with pytest.raises(StoreError, match=r"models\.json would have"):
         write(docker, files, small_model(b"two"), Y)
     assert (docker.root / "models.json").read_bytes() == before
