@@ -216,8 +216,9 @@ class Content:
         if members is None:
             return []
         found = {}
+        seen: set[Digest] = set()
         for descriptor in (*members.manifests.values(), *self._children(members)):
-            manifest = self._parsed(descriptor)
+            manifest = self._parsed(descriptor, seen)
             if manifest and manifest.subject and manifest.subject.digest == subject:
                 found[descriptor.digest] = referrer_descriptor(descriptor, manifest)
         return sorted(found.values(), key=lambda one: str(one.digest))
@@ -228,15 +229,21 @@ class Content:
         waiting = list(members.manifests.values())
         while waiting:
             descriptor = waiting.pop()
-            if descriptor.media_type not in mediatypes.INDEX_TYPES or descriptor.digest in seen:
+            if descriptor.media_type not in mediatypes.INDEX_TYPES:
                 continue
-            seen.add(descriptor.digest)
-            index = self._parsed(descriptor)
+            index = self._parsed(descriptor, seen)
             if isinstance(index, Index):
                 yield from index.manifests
                 waiting.extend(index.manifests)
 
-    def _parsed(self, descriptor: Descriptor) -> Manifest | Index | None:
+    def _parsed(self, descriptor: Descriptor, seen: set[Digest]) -> Manifest | Index | None:
+        """Return the manifest, None for what is damaged, of another size, or in `seen` already.
+
+        An index may list a manifest any number of times, and give it any size.
+        """
+        if descriptor.digest in seen or not self._store.has_blob(descriptor):
+            return None
+        seen.add(descriptor.digest)
         try:
             raw = self._store.fetch_manifest(descriptor)
             return parse_manifest_or_index(raw, str(descriptor.digest))

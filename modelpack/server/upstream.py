@@ -196,7 +196,7 @@ class CachedContent(Content):
             return held
         descriptor, raw = origin.fetch_manifest_by_name(str(target))
         with self._store.lease([descriptor.digest]):
-            self._keep(origin, descriptor, raw, 0)
+            self._keep(origin, descriptor, raw, 0, set())
 
             def change(document: IndexDocument) -> IndexDocument:
                 if isinstance(target, str):
@@ -207,9 +207,17 @@ class CachedContent(Content):
         return descriptor, raw
 
     def _keep(
-        self, origin: OriginRepository, descriptor: Descriptor, raw: bytes, deep: int
+        self,
+        origin: OriginRepository,
+        descriptor: Descriptor,
+        raw: bytes,
+        deep: int,
+        kept: set[Digest],
     ) -> None:
-        """Store a manifest and what it cannot be without: its config, or its manifests."""
+        """Store a manifest and what it cannot be without: its config, or its manifests.
+
+        An index may list a manifest any number of times; those in `kept` were stored already.
+        """
         if deep > _DEEPEST:
             raise UnsupportedError("is an index of indexes of indexes", path=str(descriptor.digest))
         what = f"manifest {descriptor.digest}"
@@ -217,8 +225,11 @@ class CachedContent(Content):
         vital = document.manifests if isinstance(document, Index) else (document.config,)
         watch = Watch(silent, self._upstream.stop)
         for child in vital:
+            if child.digest in kept and self._store.has_blob(child):
+                continue
+            kept.add(child.digest)
             if isinstance(document, Index) and child.media_type in _MANIFESTS:
-                self._keep(origin, child, origin.fetch_manifest(child), deep + 1)
+                self._keep(origin, child, origin.fetch_manifest(child), deep + 1, kept)
             else:
                 self._store.write_blob(child, origin.blob(child), watch)
         self._store.write_manifest(descriptor, raw, partial=True)
@@ -228,8 +239,9 @@ class CachedContent(Content):
         members = self.repositories().find(repository)
         if members is None:
             return None
+        seen: set[Digest] = set()
         for descriptor in (*members.manifests.values(), *self._children(members)):
-            manifest = self._parsed(descriptor)
+            manifest = self._parsed(descriptor, seen)
             if isinstance(manifest, Manifest):
                 for blob in manifest.blobs:
                     if blob.digest == digest:

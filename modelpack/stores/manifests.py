@@ -26,6 +26,8 @@ from modelpack.stores.tree import Tree
 if TYPE_CHECKING:
     from modelpack.stores.publishing import Publisher
 
+_TYPES = (*mediatypes.MANIFEST_TYPES, *mediatypes.INDEX_TYPES)
+
 
 @dataclass(frozen=True, slots=True)
 class Manifests:
@@ -101,9 +103,14 @@ class Manifests:
     def referrers(self, subject: Digest, artifact_type: str | None) -> list[Descriptor]:
         """Return the listed manifests that say something about `subject`, by digest."""
         found = {}
+        seen: set[tuple[Digest, str]] = set()
         for entry in self.index.read().entries:
             if entry.name is not None and entry.descriptor.artifact_type is None:
                 continue
+            key = (entry.digest, entry.descriptor.media_type)
+            if key in seen or key[1] not in _TYPES:
+                continue
+            seen.add(key)
             try:
                 document = read_manifest(self.blobs, entry.manifest)
             except (NotFoundError, IntegrityError, FormatError):
