@@ -7,6 +7,7 @@ so that no client is ever sent all bytes of a blob that is not what its digest s
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -18,13 +19,22 @@ from starlette.types import Receive, Scope, Send
 
 from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
-from modelpack.errors import ModelpackError, NotFoundError, RemoteUnavailableError
+from modelpack.errors import (
+    AuthError,
+    IntegrityError,
+    ModelpackError,
+    NotFoundError,
+    RegistryError,
+    RemoteUnavailableError,
+)
 from modelpack.progress import Action, Progress, Stop
+from modelpack.server.errors import ApiError, Code
 from modelpack.server.ranges import PIECE, ByteRange
 from modelpack.storage import BlobReader, BlobSource, Watch
 from modelpack.stores.layout import LayoutStore
 from modelpack.stores.os_errors import translating
 
+_log = logging.getLogger(__name__)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 
 
@@ -145,13 +155,13 @@ def _wanted(descriptor: Descriptor) -> tuple[Digest, int]:
 
 
 async def begun(fetch: Fetch) -> None:
-    """Return once there is something to send; raise what the download raises before that."""
+    """Return once there is something to send; raise `ApiError` if the download fails before."""
     pause = _FIRST_PAUSE
     while not fetch.ended and not fetch.sendable() and fetch.error is None:
         await asyncio.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
     if fetch.error is not None:
-        raise fetch.error
+        raise failed(fetch.error) from fetch.error
 
 
 class FollowingResponse(Response):
@@ -210,3 +220,15 @@ class FollowingResponse(Response):
 async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def failed(error: ModelpackError) -> ApiError:
+    """Return the answer to a client for what went wrong between us and the upstream."""
+    if isinstance(error, AuthError):  # it names a user, and where his password is
+        _log.warning("the upstream does not let us in: %s", error)
+        return ApiError(502, Code.DENIED, "the upstream does not let this registry in")
+    if isinstance(error, RemoteUnavailableError):
+        return ApiError(504, Code.UNKNOWN, f"the upstream is out of reach: {error}")
+    if isinstance(error, RegistryError | IntegrityError):
+        return ApiError(502, Code.UNKNOWN, f"the upstream failed: {error}")
+    raise error

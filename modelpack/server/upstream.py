@@ -22,19 +22,15 @@ from modelpack import mediatypes
 from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
 from modelpack.errors import (
-    AuthError,
-    IntegrityError,
     ModelpackError,
     NotFoundError,
-    RegistryError,
     RemoteUnavailableError,
     UnsupportedError,
 )
 from modelpack.manifest import Index, Manifest, parse_manifest_or_index
 from modelpack.progress import Stop, silent
 from modelpack.server.content import Content
-from modelpack.server.errors import ApiError, Code
-from modelpack.server.following import Fetch, Fetches
+from modelpack.server.following import Fetch, Fetches, failed
 from modelpack.server.names import Repository
 from modelpack.server.repositories import with_manifest, with_tag
 from modelpack.storage import Source, Watch
@@ -141,11 +137,11 @@ class CachedContent(Content):
             except RemoteUnavailableError as error:
                 self._resting_until = time.monotonic() + _REST
                 if held is None:
-                    raise _failed(error) from error
+                    raise failed(error) from error
                 _log.warning("the upstream is out of reach, %s comes from here", repository)
                 return held
             except ModelpackError as error:
-                raise _failed(error) from error
+                raise failed(error) from error
             if isinstance(target, str):
                 if len(self._checked) >= _MOST_TAGS:
                     self._checked.clear()
@@ -164,7 +160,7 @@ class CachedContent(Content):
         except NotFoundError:
             return None
         except ModelpackError as error:
-            raise _failed(error) from error
+            raise failed(error) from error
 
     def _upstream_referrers(self, repository: Repository, subject: Digest) -> list[Descriptor]:
         try:
@@ -172,7 +168,7 @@ class CachedContent(Content):
         except RemoteUnavailableError:
             return self.stored_referrers(repository, subject)
         except ModelpackError as error:
-            raise _failed(error) from error
+            raise failed(error) from error
 
     def _is_fresh(self, repository: Repository, target: Digest | str) -> bool:
         if isinstance(target, Digest):
@@ -247,15 +243,3 @@ class CachedContent(Content):
                     if blob.digest == digest:
                         return blob
         return None
-
-
-def _failed(error: ModelpackError) -> ApiError:
-    """Return the answer to a client for what went wrong between us and the upstream."""
-    if isinstance(error, AuthError):  # it names a user, and where his password is
-        _log.warning("the upstream does not let us in: %s", error)
-        return ApiError(502, Code.DENIED, "the upstream does not let this registry in")
-    if isinstance(error, RemoteUnavailableError):
-        return ApiError(504, Code.UNKNOWN, f"the upstream is out of reach: {error}")
-    if isinstance(error, RegistryError | IntegrityError):
-        return ApiError(502, Code.UNKNOWN, f"the upstream failed: {error}")
-    raise error
