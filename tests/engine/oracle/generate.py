@@ -243,13 +243,19 @@ def _changed(
     """Answer as `_answer`; quicker where the tensors are those of the model `base`."""
     model = type(base)._from_config(config, attn_implementation="eager").float().eval()
     ours, theirs = model.state_dict(), base.state_dict()
-    tied = config.tie_word_embeddings != base.config.tie_word_embeddings
+    tied = _ties(config) != _ties(base.config)
     if tied or {n: t.shape for n, t in ours.items()} != {n: t.shape for n, t in theirs.items()}:
         return _answer(config)[:3]
     model.load_state_dict(theirs)
     written = json.loads(model.config.to_json_string())
     written["architectures"] = [type(model).__name__]
     return written, tensors, _logits(model)
+
+
+def _ties(config: Any) -> tuple[bool, ...]:
+    """Return `tie_word_embeddings` of the config and of its text model."""
+    parts = (config, config.get_text_config())
+    return tuple(part.tie_word_embeddings for part in parts)
 
 
 def _changes(config: Config) -> Iterator[tuple[str, str, Any, Config]]:
