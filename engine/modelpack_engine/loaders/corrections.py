@@ -205,7 +205,14 @@ def _stacked_experts(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensor
 
 
 def _experts_either_way(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors:
-    """qwen3_vl_moe: experts are published [experts, input, output]; transformers 5 turns them."""
+    """qwen3_vl_moe: experts are published [experts, input, output]; transformers 5 turns them.
+
+    mlx-lm's class asks for a head although the embeddings are tied.
+    """
+    if not any(name.endswith("lm_head.weight") for name in weights):
+        given = {f"{path}lm_head.weight": mx.zeros(()) for path in ("", "language_model.")}
+        result = _experts_either_way(model, {**weights, **given}, sanitize)
+        return {name: value for name, value in result.items() if "lm_head" not in name}
     args = model.language_model.args
     published = {
         "gate_up_proj": (args.hidden_size, 2 * args.moe_intermediate_size),

@@ -286,6 +286,10 @@ def _with_names(config: Config, outer: str) -> Config:
     elif kind == "minimax_m2" and isinstance(result.get("head_dim"), int):
         part = result.get("partial_rotary_factor") or 1.0
         result.setdefault("rotary_dim", int(result["head_dim"] * part))
+    elif kind == "minimax_m3_vl_text" and isinstance(result.get("head_dim"), int):
+        part = result.get("partial_rotary_factor")
+        if part is not None:  # transformers does not read rotary_dim
+            result["rotary_dim"] = int(result["head_dim"] * part)
     return result
 
 

@@ -93,6 +93,20 @@ def test_windows_that_no_layer_has_limit_nothing(changes: Config) -> None:
     assert guard({**WINDOWS["Qwen2 with its window on"][0], **changes}) == Limits()
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "jamba", "sliding_window": 6},
+        {
+            "model_type": "qwen3_vl_moe",
+            "text_config": {"model_type": "qwen3_vl_moe_text", "sliding_window": 6},
+        },
+    ],
+)
+def test_windows_that_transformers_does_not_read_limit_nothing(config: Config) -> None:
+    assert guard(config) == Limits()
+
+
 def test_a_window_that_the_class_has_limits_nothing() -> None:
     kinds = ["full_attention", "sliding_attention"]
     config = {"model_type": "mistral", "sliding_window": 64, "layer_types": kinds}
@@ -100,6 +114,7 @@ def test_a_window_that_the_class_has_limits_nothing() -> None:
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+TWO_EXPERTS = {"num_experts_per_tok": 2}
 REFUSED: list[tuple[Config, str]] = [
     ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act"),
     ({"model_type": "gemma", "hidden_act": "silu"}, "hidden_act"),
@@ -111,8 +126,14 @@ REFUSED: list[tuple[Config, str]] = [
     ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional"),
     ({"model_type": "glm4_moe", "num_experts_per_tok": 1}, "num_experts_per_tok"),
     ({"model_type": "mamba", "layer_norm_epsilon": 0.1}, "layer_norm_epsilon"),
-    ({"model_type": "qwen3_moe", "rope_theta": 1e6, "rope_scaling": YARN}, "rope_parameters"),
-    ({"model_type": "glm4", "rope_parameters": {**YARN, "rope_theta": 1e4}}, "rope_parameters"),
+    ({"model_type": "minicpm3", "rope_theta": 1e6, "rope_scaling": YARN}, "rope_parameters"),
+    ({"model_type": "minicpm3", "rope_parameters": {**YARN, "rope_theta": 1e4}}, "rope_parameters"),
+    ({"model_type": "glm4", "rope_scaling": {"rope_type": "longrope"}}, "rope_scaling"),
+    ({"model_type": "gpt_oss", "rope_scaling": {"rope_type": "dynamic"}}, "rope_scaling"),
+    (
+        {"model_type": "llama4", "text_config": {"model_type": "llama4_text", **TWO_EXPERTS}},
+        "text_config.num_experts_per_tok",
+    ),
     (
         {"model_type": "llama", "rope_scaling": {**YARN, "attention_factor": 1.7}},
         "rope_scaling.attention_factor",

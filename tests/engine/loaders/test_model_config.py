@@ -165,6 +165,11 @@ COMPLETED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("lfm2", {"hidden_size": 8, "block_dim": 16}, {"block_dim": 16}),
     ("mamba2", {"num_heads": 4, "head_dim": 8}, {"intermediate_size": 32}),
     ("minimax_m2", {"head_dim": 16, "partial_rotary_factor": 0.5}, {"rotary_dim": 8}),
+    (
+        "minimax_m3_vl_text",
+        {"head_dim": 16, "rotary_dim": 8, "partial_rotary_factor": 0.25},
+        {"rotary_dim": 4},
+    ),
     ("exaone_moe", {"mlp_layer_types": ["dense", "sparse"]}, {"is_moe_layer": [False, True]}),
     ("falcon_h1", {"hidden_size": 64, "num_attention_heads": 4}, {"head_dim": 16}),
 ]

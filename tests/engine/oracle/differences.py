@@ -39,14 +39,3 @@ OTHER_ANSWERS: dict[tuple[str, str], tuple[float, str]] = {
 }
 
 DIFFERENCES = {**LOAD_ERRORS, **{pair: why for pair, (_, why) in OTHER_ANSWERS.items()}}
-
-#: Changed fields that are neither followed nor refused by name yet, by version and model type.
-OPEN_FIELDS: dict[tuple[str, str], str] = {
-    ("4", "gpt_oss"): "some rotations other than the published one",
-    ("4", "jamba"): "the context is limited to a window that the tiny model has for nothing",
-    ("4", "llama4"): "num_experts_per_tok is refused without its name",
-    ("5", "gpt_oss"): "some rotations other than the published one",
-    ("5", "llama4"): "text_config.tie_word_embeddings that differs from the outer one",
-    ("5", "minimax_m3_vl"): "text_config.rope_parameters without rotary_dim",
-    ("5", "qwen3_vl_moe"): "the context is limited to a window that the tiny model has for nothing",
-}

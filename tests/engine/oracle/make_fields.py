@@ -165,7 +165,8 @@ class Fields:
         if any(never.values()):
             rules["never"] = never
         ropes: dict[str, list[str]] = defaultdict(list)
-        for layer, kind in sorted(self.bad_ropes[name] - self.good_ropes[name]):
+        wrong_ropes = self.bad_ropes[name] - self.good_ropes[name]
+        for layer, kind in sorted(wrong_ropes | ROPES_BY_HAND.get(name, set())):
             ropes[layer].append(kind)
         if ropes:
             rules["ropes"] = dict(ropes)
@@ -179,8 +180,11 @@ class Fields:
         if any("window" in field for field in read):
             return False
         kinds = known.get("layer_types") or ["full_attention"]
+        # Without either, transformers reads `sliding_window` nowhere, or it would be in `wrong`.
+        switched = "layer_types" in known or "use_sliding_window" in self.wrong[name]
         return (
             "sliding_window" in known
+            and switched
             and "layer_types" not in read
             and set(kinds) == {"full_attention"}
         )
@@ -192,6 +196,13 @@ BY_HAND = {
     "recurrent_gemma": {"partial_rotary_factor": [0.5]},
     # Its other value counts for images only.
     "gemma4_unified/gemma4_unified_text": {"use_bidirectional_attention": ["vision", False]},
+    "llama4/llama4_text": {"num_experts_per_tok": [1]},  # mlx-lm asserts it without its name
+}
+#: Rotations of layers that mlx-lm's class does not compute and that the cases do not show.
+ROPES_BY_HAND = {
+    "glm": {("", "longrope")},
+    "glm4": {("", "longrope")},
+    "gpt_oss": {("", "dynamic"), ("", "longrope")},
 }
 #: What the loader reads, whatever the class.
 LOADER = {"model_type", "architectures", "dtype", "torch_dtype", *ROPES, *TEXT_PARTS}

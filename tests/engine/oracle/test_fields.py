@@ -8,18 +8,11 @@ import pytest
 
 from modelpack_engine.errors import ModelLoadError
 from tests.engine.oracle.answers import FIXTURES, Case, answer, cases_of, cosine, fixture
-from tests.engine.oracle.differences import DIFFERENCES, OPEN_FIELDS
+from tests.engine.oracle.differences import DIFFERENCES
 from tests.engine.oracle.weights import TOKENS
 
 MODELS = [
-    pytest.param(
-        kind,
-        model,
-        id=f"{version}-{kind}",
-        marks=[pytest.mark.xfail(reason=OPEN_FIELDS[version, kind], strict=True)]
-        if (version, kind) in OPEN_FIELDS
-        else [],
-    )
+    pytest.param(kind, model, id=f"{version}-{kind}")
     for version, path in FIXTURES.items()
     for kind, model in fixture(path)["models"].items()
     if (version, kind) not in DIFFERENCES
