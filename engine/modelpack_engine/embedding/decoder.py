@@ -13,6 +13,7 @@ from mlx.nn.layers.base import Module
 
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.loaders.config_guard import Limits
+from modelpack_engine.loaders.corrections import corrected
 from modelpack_engine.loaders.files import ModelFiles
 from modelpack_engine.loaders.parameters import token_rows
 from modelpack_engine.loaders.safetensors import load_safetensors
@@ -64,7 +65,7 @@ def load_decoder(
 def _headless(config: dict[str, Any]) -> tuple[type[Module], type]:
     from mlx_lm.utils import _get_classes
 
-    base, arguments = _get_classes(config)
+    base, arguments = corrected(_get_classes)(config)
 
     class Headless(base):  # type: ignore[misc, valid-type]
         def __init__(self, args: Any) -> None:

@@ -17,6 +17,8 @@ import mlx.core as mx
 from mlx import nn
 from mlx.nn.layers.base import Module
 
+from modelpack_engine.loaders.model_config import TEXT_PARTS
+
 Config = Mapping[str, Any]
 Tensors = dict[str, mx.array]
 #: mlx-lm's own step from the tensors of a checkpoint to those of the model.
@@ -44,11 +46,17 @@ def corrected(classes: Classes) -> Classes:
     return choose
 
 
+def correct(model: Module, config: Config) -> None:
+    """Correct a model that was just made of `config`."""
+    correction = CORRECTIONS.get(str(config.get("model_type")))
+    if correction is not None and correction.model is not None:
+        correction.model(model, config)
+
+
 def _subclass(made: Any, correction: Correction, config: Config) -> type[Module]:
     def initialise(self: Any, args: Any) -> None:
         made.__init__(self, args)
-        if correction.model is not None:
-            correction.model(self, config)
+        correct(self, config)
 
     body: dict[str, Any] = {"__init__": initialise, "__module__": made.__module__}
     tensors = correction.tensors
@@ -68,11 +76,31 @@ def _override(module: Module, call: Callable[..., mx.array]) -> None:
 # Of computations.
 
 
+def _scale_rotations(model: Any, config: Config) -> None:
+    """Apply `rope_scaling` (yarn, llama3, linear, longrope), which mlx-lm's class ignores."""
+    part = next((config[name] for name in TEXT_PARTS if isinstance(config.get(name), dict)), config)
+    scaling: Config = part.get("rope_scaling") or {}  # an object, if it was normalised
+    kind = scaling.get("rope_type")
+    if kind in (None, "default", "mrope", "dynamic"):  # dynamic begins beyond the context
+        return
+    from mlx_lm.models.rope_utils import initialize_rope
+
+    context = part.get("max_position_embeddings", part.get("max_seq_len"))
+    for module in model.modules():
+        rope = module.get("rope")
+        if type(rope) is not nn.RoPE or (kind == "longrope" and rope.traditional):
+            continue  # mlx-lm's longrope is never traditional; the guard refuses it
+        module.rope = initialize_rope(
+            rope.dims, rope.base, rope.traditional, {**scaling, "type": kind}, context
+        )
+
+
 def _rotate_a_part(model: Any, config: Config) -> None:
     """glm: rotate `partial_rotary_factor` of each head, not all of it."""
     part = config.get("partial_rotary_factor", 0.5)
     for layer in model.layers:
         layer.self_attn.rope.dims = int(layer.self_attn.head_dim * part)
+    _scale_rotations(model, config)
 
 
 def _rotate_by_the_base(model: Any, config: Config) -> None:
@@ -229,9 +257,16 @@ def _without_images(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors
     return sanitize({n: value for n, value in weights.items() if not n.startswith("model.vision_")})
 
 
+# Their classes rotate without `rope_scaling`.
+_UNSCALED = """
+    cohere cohere2 dbrx ernie4_5 gemma gemma2 glm4 glm4_moe gpt_neox helium minimax_m2 mixtral phi
+    qwen2_moe qwen3_moe solar_open stablelm starcoder2
+""".split()  # noqa: SIM905 - a list of this length is easier to read so
+
 #: By the model type of config.json.
 CORRECTIONS: Mapping[str, Correction] = {
-    "ernie4_5_moe": Correction(tensors=_keep_the_routers_bias),
+    **dict.fromkeys(_UNSCALED, Correction(model=_scale_rotations)),
+    "ernie4_5_moe": Correction(model=_scale_rotations, tensors=_keep_the_routers_bias),
     "glm": Correction(model=_rotate_a_part),
     "gpt2": Correction(tensors=_without_prefix),
     "gpt_oss": Correction(model=_ramp_exactly, tensors=_transposed_experts),
@@ -240,6 +275,6 @@ CORRECTIONS: Mapping[str, Correction] = {
     "mamba2": Correction(model=_normalise_groups),
     "muse_glimmer": Correction(tensors=_without_images),
     "qwen3_5_moe": Correction(tensors=_stacked_experts),
-    "qwen3_vl_moe": Correction(tensors=_experts_either_way),
+    "qwen3_vl_moe": Correction(model=_scale_rotations, tensors=_experts_either_way),
     "recurrent_gemma": Correction(model=_rotate_by_the_base),
 }

@@ -1,4 +1,4 @@
-"""Loads GGUF files into unmodified mlx-lm models.
+"""Loads GGUF files into mlx-lm models.
 
 The names and shapes of all tensors are compared with those of the model before any data is read.
 """
@@ -16,6 +16,7 @@ from mlx.nn.layers.quantized import quantize
 
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.loaders import gguf_blocks
+from modelpack_engine.loaders.corrections import correct
 from modelpack_engine.loaders.gguf_architectures import (
     Config,
     Hyperparameters,
@@ -103,6 +104,7 @@ class GGUFLoader:
         try:
             with bounds.building(what):
                 model: Module = module.Model(module.ModelArgs.from_dict(self.config))
+                correct(model, self.config)
         except (ArithmeticError, IndexError, TypeError, ValueError) as error:
             raise self._error(f"its metadata make no {model_type} model: {error}") from error
         got = {target.name: target.shape for target in self._targets.values()}

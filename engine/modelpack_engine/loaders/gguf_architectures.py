@@ -316,7 +316,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", _LLAMA, _llama),  # Mistral, SmolLM2, … are written as llama
     "qwen2": Architecture("qwen2", _LLAMA),
     "qwen3": Architecture("qwen3", {**_LLAMA, **_QK_NORM}),
-    "qwen3moe": Architecture("qwen3_moe", _QWEN3_MOE, _qwen3_moe, rope_scaling=False),
+    "qwen3moe": Architecture("qwen3_moe", _QWEN3_MOE, _qwen3_moe),
     "smollm3": Architecture("smollm3", _LLAMA, _smollm3),
     "phi3": Architecture(
         "phi3",
@@ -324,14 +324,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _phi3,
         rope_scaling=False,
     ),
-    "starcoder2": Architecture("starcoder2", _STARCODER2, _starcoder2, rope_scaling=False),
-    "gemma2": Architecture(
-        "gemma2",
-        _GEMMA,
-        _gemma2,
-        shifted_norms=True,
-        rope_scaling=False,
-    ),
+    "starcoder2": Architecture("starcoder2", _STARCODER2, _starcoder2),
+    "gemma2": Architecture("gemma2", _GEMMA, _gemma2, shifted_norms=True),
     "gemma3": Architecture("gemma3_text", {**_GEMMA, **_QK_NORM}, _gemma3, shifted_norms=True),
     "gpt-oss": Architecture("gpt_oss", _GPT_OSS, _gpt_oss),
 }

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models.rope_utils import YarnRoPE
 from mlx_lm.utils import quantize_model
 
 from modelpack_engine.embedding import Embedder, load_embedder, purpose_of
@@ -112,6 +113,21 @@ def _options() -> Any:
     from modelpack_engine.embedding import EmbedOptions
 
     return EmbedOptions()
+
+
+def test_rotations_are_scaled_where_the_class_ignores_it(tmp_path: Path) -> None:
+    plain, root = write(tmp_path, "gemma2")
+    text = "w9 w11 w80 w33"
+    [before] = load(root).embed([text]).vectors
+    (tmp_path / "yarn").mkdir()
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    _, root = write(tmp_path / "yarn", "gemma2", rope_scaling=scaling)
+    for layer in plain.layers:
+        layer.self_attn.rope = YarnRoPE(16, False, 128, 10000.0, 4.0, 32)
+    [vector] = load(root).embed([text]).vectors
+    right = expected(plain, [9, 11, 80, 33, 2])
+    assert np.abs(vector - right).max() < 1e-5
+    assert np.abs(before - right).max() > 1e-3
 
 
 def test_mean_where_its_files_say_so(tmp_path: Path) -> None:

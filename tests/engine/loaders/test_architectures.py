@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from modelpack_engine.loaders import LoadedModel, ModelFiles, load
 from modelpack_engine.loaders.gguf_architectures import ARCHITECTURES
+from tests.engine.loaders.test_safetensors import save
 from tests.engine.loaders.tiny_models import TINY_MODELS, TinyModel
 from tests.engine.loaders.vocabularies import golden
 
@@ -61,6 +63,23 @@ def test_logits_tell_a_wrong_detail(name: str, tmp_path: Path) -> None:
     }
     other = TinyModel(tiny.arch, {**tiny.config, **changes[name]})
     assert distance(tiny.logits(other.build())[-1], golden("logits")[name]) > 10 * tiny.tolerance
+
+
+def test_yarn_of_an_architecture_whose_class_ignores_it(tmp_path: Path) -> None:
+    """The safetensors model is held to transformers by `tests/engine/oracle`."""
+    yarn, tiny = TINY_MODELS["qwen2-yarn"], TINY_MODELS["qwen3moe"]
+    config = {**tiny.config, "rope_scaling": yarn.config["rope_scaling"]}
+
+    def keys(writer: gguf.GGUFWriter, config: Any) -> None:
+        tiny.keys(writer, config)
+        yarn.keys(writer, config)
+
+    scaled = replace(tiny, config=config, keys=keys)
+    loaded = load_tiny(scaled.write(tmp_path / "m.gguf"))
+    save(tmp_path, tiny.build(), config)
+    expected = tiny.logits(load_tiny(tmp_path).model)
+    assert np.abs(tiny.logits(loaded.model) - expected).max() < 1e-4
+    assert np.abs(tiny.logits(tiny.build()) - expected).max() > 0.1
 
 
 def quantizer(type: Q) -> Callable[[str, np.ndarray], Any]:

@@ -137,7 +137,7 @@ def test_lying_metadata(changes: dict[str, Any], message: str, tmp_path: Path) -
         ("llama", "llama.expert_count", 8, "llama with experts"),
         ("llama", "llama.rope.scaling.type", "strange", "rope scaling 'strange'"),
         ("llama", "llama.context_length", "many", "'llama.context_length' is STRING"),
-        ("qwen3moe", "qwen3moe.rope.scaling.type", "yarn", "qwen3moe with rope scaling 'yarn'"),
+        ("phi3", "phi3.rope.scaling.type", "yarn", "phi3 with rope scaling 'yarn'"),
         ("gemma3", "gemma3.final_logit_softcapping", 30.0, "gemma3 with capped logits"),
         ("gpt-oss", "gpt-oss.attention.sliding_window_pattern", 3, "another pattern"),
         ("qwen2-yarn", "qwen2.rope.scaling.yarn_attn_factor", 2.0, "scales attention"),

@@ -42,6 +42,21 @@ ROTATIONS = [
 ]
 
 
+def scaled(case: Case) -> bool:
+    """Whether yarn was put in place of a plain rotation."""
+    where, _, field = case.field.rpartition(".")
+    rope: Any = (case.config[where] if where else case.config).get(field)
+    return field == "rope_parameters" and rope.get("rope_type") == "yarn" and len(rope) <= 5
+
+
+UNSCALED = [
+    (kind, case)
+    for kind in ("dbrx", "ernie4_5_moe", "glm", "phi", "qwen3_moe", "qwen3_vl_moe", "solar_open")
+    for case in cases_of(kind, MODELS["5"][kind])
+    if scaled(case)
+]
+
+
 @pytest.mark.parametrize(("version", "kind"), AGREEING)
 def test_as_transformers_saves_it(version: str, kind: str, tmp_path: Path) -> None:
     assert agrees(next(iter(cases_of(kind, MODELS[version][kind]))), tmp_path)
@@ -49,6 +64,11 @@ def test_as_transformers_saves_it(version: str, kind: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("kind", "case"), ROTATIONS, ids=[kind for kind, _ in ROTATIONS])
 def test_rotations_of_transformers_5(kind: str, case: Case, tmp_path: Path) -> None:
+    assert agrees(case, tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "case"), UNSCALED, ids=[kind for kind, _ in UNSCALED])
+def test_rotations_that_mlx_lm_does_not_scale(kind: str, case: Case, tmp_path: Path) -> None:
     assert agrees(case, tmp_path)
 
 
@@ -73,3 +93,4 @@ def test_most_models_agree() -> None:
     assert len({kind for _, kind in AGREEING}) >= 80
     assert len(AGREEING) >= 135
     assert len(ROTATIONS) >= 45
+    assert len({kind for kind, _ in UNSCALED}) == 7

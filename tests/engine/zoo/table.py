@@ -84,7 +84,8 @@ AGREEMENT = """
 {versions} saved, in float32, with a cosine of the logits of at least
 0.9999 ([tests/engine/oracle](../tests/engine/oracle)). Where mlx-lm's class computes something
 else, it is corrected when the model is loaded (ernie4_5_moe, glm, gpt_oss, granitemoehybrid, jamba,
-mamba2, recurrent_gemma).
+mamba2, recurrent_gemma). Yarn, llama3 and linear rope scaling is also applied where mlx-lm's class
+ignores it (Qwen 3 MoE, Mixtral, Gemma 2, GLM 4, StarCoder2 and others), for GGUF too.
 
 {agreeing}
 
