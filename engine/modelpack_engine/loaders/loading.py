@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -47,6 +48,7 @@ _CONTEXT_KEYS = (
 )
 _DEFAULT_CONTEXT = 2048
 _FLOAT32_BYTES = 4
+_MAX_YARN_FACTOR = 1024  # those of published models are at most 64
 _TEMPLATE = "tokenizer.chat_template"
 _GO_TEMPLATE = "template.gotmpl"  # what a template of Ollama's is called here
 _log = logging.getLogger(__name__)
@@ -236,11 +238,24 @@ def _note_density(notes: list[str], device: Device, dense: bool) -> None:
 
 
 def context_length_of(config: Mapping[str, Any]) -> tuple[int, bool]:
-    """Return the context in tokens, and whether the config names it or it is assumed."""
+    """Return the context in tokens, and whether the config names it or it is assumed.
+
+    With yarn it is at least the original length times the factor, as vLLM computes it.
+    """
     inner = config.get("text_config")
     for part in (config, inner if isinstance(inner, dict) else {}):
         for key in _CONTEXT_KEYS:
             value = part.get(key)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value, True
+                return max(value, _extended(part.get("rope_scaling"))), True
     return _DEFAULT_CONTEXT, False
+
+
+def _extended(rope: Any) -> int:
+    """Return the context length to which yarn extends a model, 0 for other rotations."""
+    if not isinstance(rope, dict) or rope.get("rope_type") != "yarn":
+        return 0
+    length, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if not isinstance(length, int) or not isinstance(factor, int | float):
+        return 0
+    return int(length * Fraction(factor)) if 1 < factor < _MAX_YARN_FACTOR else 0

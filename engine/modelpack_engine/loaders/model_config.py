@@ -18,6 +18,7 @@ Config = dict[str, Any]
 #: Parts of a config that hold a text model of their own.
 TEXT_PARTS = ("text_config", "llm_config", "language_config")
 _DEFAULT = "default"
+_ORIGINAL = "original_max_position_embeddings"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 # What classes call the base of the rotation and the part of a head that is rotated.
@@ -75,7 +76,19 @@ def _check_dtypes(config: Config) -> None:
         raise _disagreement("dtype", config["dtype"], "torch_dtype", config["torch_dtype"])
 
 
+def _fill_original_length(config: Config) -> None:
+    """Fill in the length that yarn extends, as transformers does; mlx-lm assumes 4096."""
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = config.get(name)
+        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) != "yarn":
+            continue
+        length = config.get(_ORIGINAL) or config.get("max_position_embeddings")
+        if rope.get(_ORIGINAL) is None and length is not None:
+            config[name] = {**rope, _ORIGINAL: length}
+
+
 def _normalise_rope(config: Config, where: str) -> None:
+    _fill_original_length(config)
     if config.get("rope_parameters") is None:
         _add_parameters(config, where)
     given = config.get("rope_parameters")

@@ -11,7 +11,9 @@ import pytest
 
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.loaders import ModelFiles, load
+from modelpack_engine.loaders.loading import context_length_of
 from modelpack_engine.loaders.model_config import completed, normalised, with_tied_embeddings
+from tests.engine.loaders.published_configs import PUBLISHED
 from tests.engine.loaders.test_safetensors import save
 from tests.engine.loaders.tiny_models import TINY_MODELS
 
@@ -236,3 +238,48 @@ def test_quantisation_that_cannot_be_read(
     save(tmp_path, tiny.build(), tiny.config | changes)
     with pytest.raises(ModelLoadError, match=message):
         load(ModelFiles.from_directory(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_yarn_extends_the_context_unless_it_names_another(name: str) -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    config = {"max_position_embeddings": 64, "rope_theta": 1e4, name: rope}
+    made = normalised(config)
+    assert made["rope_scaling"]["original_max_position_embeddings"] == 64
+    assert made["rope_parameters"]["original_max_position_embeddings"] == 64
+    named = normalised({**config, name: {**rope, "original_max_position_embeddings": 16}})
+    assert named["rope_parameters"]["original_max_position_embeddings"] == 16
+    assert context_length_of(made) == (256, True)
+    assert context_length_of({"text_config": made}) == (256, True)
+    assert context_length_of(named) == (64, True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_type": "linear"},
+        {"factor": 10**400},
+        {"factor": float("inf")},
+        {"factor": float("nan")},
+        {"factor": -4.0},
+        {"factor": "4"},
+        {"original_max_position_embeddings": float("inf")},
+        {"original_max_position_embeddings": -(10**400)},
+    ],
+)
+def test_rotations_that_do_not_extend_the_context(changes: dict[str, Any]) -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **changes}
+    config = {"max_position_embeddings": 64, "rope_scaling": rope}
+    assert context_length_of(config) == (64, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "context"),
+    [
+        ("Yarn-Llama-2-7b-128k", 131072),
+        ("Qwen2.5-7B-Instruct with YaRN", 131072),
+        ("Olmo-3-1025-7B", 65536),
+    ],
+)
+def test_contexts_of_published_models_with_yarn(name: str, context: int) -> None:
+    assert context_length_of(normalised(PUBLISHED[name])) == (context, True)

@@ -67,8 +67,9 @@ and values that change nothing, are no reason.
 
 Where only the class's sliding window is missing (Mistral 7B v0.1, Gemma 2, Phi 3, StarCoder2, Qwen
 with `use_sliding_window`), the model runs with a context of no more than the window, for which it
-is right, and a note says so. A note also says where longrope's factors for long contexts are used
-for short ones (Phi 3).
+is right, and a note says so. With yarn, the context is the original one times the factor, if that
+is longer than `max_position_embeddings`. A note also says where longrope's factors for long
+contexts are used for short ones (Phi 3).
 
 Which fields these are is measured: transformers 4 and 5 saved a tiny model of each architecture and
 answered with each field of its config changed in turn; our logits have to follow, or the model has
