@@ -52,7 +52,7 @@ class Allowance:
     def __init__(self, limits: TarLimits, sizes: Iterable[int], *, others: int) -> None:
         self.limits = limits
         self.others = others
-        self._left = max(limits.free_bytes, limits.ratio * sum(sizes))
+        self._left = limits.budget(sum(sizes))
 
     def of(self, blob_size: int) -> int:
         """Return how many bytes the next archive may expand to."""

@@ -27,7 +27,7 @@ from modelpack.operations.kept_bundles import has_packed_weights, unpacked_files
 from modelpack.operations.watching import watching
 from modelpack.stores.layout import LayoutStore
 from modelpack.unpacking.blobs import open_blob
-from modelpack.unpacking.content import Content, TarLimits
+from modelpack.unpacking.content import Allowance, Content, TarLimits
 from modelpack.unpacking.tarstream import TarReader
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.loaders.documents import decode_object
@@ -42,7 +42,7 @@ MAX_ARCHIVE_BYTES = 512 * 1024 * 1024
 #: Where sentence-transformers lists the parts of an embedding model, each in a directory.
 MODULES = "modules.json"
 _FORMATS: tuple[WeightFormat, ...] = ("gguf", "safetensors")
-_LIMITS = TarLimits()
+_LIMITS = TarLimits(max_bytes=MAX_ARCHIVE_BYTES)
 _MODULE = re.compile(r"\w[\w-]*")
 
 
@@ -87,11 +87,13 @@ class ModelFiles:
         archived: dict[str, bytes] = {}
         notes: list[str] = []
         located = tuple(located)
+        sizes = [file.descriptor.size for file, _ in located if file.archive]
+        allowance = Allowance(_LIMITS, sizes, others=0)
         template = preferred_template([(file.role, file.filepath or "") for file, _ in located])
         for at, (file, path) in enumerate(located):
             if file.archive:
                 _check_archive(file)
-                archived |= _content(file, path)
+                archived |= _content(file, path, allowance)
             elif file.role is Role.WEIGHT:
                 weights.append((file.format, file.filepath or "", path))
             elif file.role is Role.PROJECTOR:
@@ -244,19 +246,18 @@ def _check_archive(file: ModelFile) -> None:
         )
 
 
-def _content(layer: ModelFile, path: Path) -> dict[str, bytes]:
+def _content(layer: ModelFile, path: Path, allowance: Allowance) -> dict[str, bytes]:
     """Return the files of an archive that may matter here; documents and code are skipped."""
     if layer.role not in (Role.CONFIG, Role.FILE) or layer.archive is None:
         return {}
     what = f"layer {layer.filepath or layer.descriptor.digest.short}"
     found: dict[str, bytes] = {}
     with open_blob(path, layer.descriptor) as blob:
-        limit = min(_LIMITS.budget(layer.descriptor.size), MAX_ARCHIVE_BYTES)
         content = Content(
             blob,
             layer.archive,
             what,
-            limit=limit,
+            limit=allowance.of(layer.descriptor.size),
             max_window_bytes=_LIMITS.max_window_bytes,
             on_read=lambda: None,
         )
@@ -268,6 +269,7 @@ def _content(layer: ModelFile, path: Path) -> dict[str, bytes]:
                 continue
             name = entry.name.removeprefix("./")
             found[name] = b"".join(iter(lambda: reader.read(1 << 20), b""))
+    allowance.spend(content.count)
     return found
 
 

@@ -106,6 +106,18 @@ def test_archives_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ModelFiles.from_model(model, blobs.__getitem__)
 
 
+def test_archives_of_one_model_share_their_limits(tmp_path: Path) -> None:
+    """Each of them is small, and makes 64 MiB; all of them would make any number."""
+    blobs: dict[Digest, Path] = {}
+    kind = "application/vnd.cncf.model.weight.config.v1.tar+gzip"
+    layers = [layer(blobs, tmp_path, mediatypes.DOCKER_GGUF, None, b"GGUF")]
+    for number in range(3):
+        raw = gzip.compress(tar_of(**{f"{number}__json": bytes(40 << 20)}))
+        layers.append(layer(blobs, tmp_path, kind, f"{number}.tar.gz", raw))
+    with pytest.raises(IntegrityError, match=r"1\.tar\.gz"):
+        ModelFiles.from_model(model_of(*layers), blobs.__getitem__)
+
+
 def test_weights_in_an_archive_are_refused(tmp_path: Path) -> None:
     blobs: dict[Digest, Path] = {}
     kind = "application/vnd.cncf.model.weight.v1.tar"
