@@ -91,8 +91,10 @@ def _load_llama_cpp(
 ) -> tuple[SteppingEngine, str]:
     from modelpack_engine.llama_cpp.context import LlamaModel
     from modelpack_engine.llama_cpp.engine import LlamaCppEngine
+    from modelpack_engine.llama_cpp.trial import try_out
 
     tokenizer = gguf_tokenizer_of(opened.files)
+    try_out(opened.files.weights)
     model = LlamaModel(opened.files.weights)
     config = opened.with_context_size(configure(model.context_length, model.weight_bytes))
     engine = LlamaCppEngine(model, tokenizer, config, notes=opened.files.notes)

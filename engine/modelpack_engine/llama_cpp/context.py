@@ -22,11 +22,15 @@ _F16_BYTES = 2
 class LlamaModel:
     """The weights, mapped from their files, until nobody refers to it any more."""
 
-    def __init__(self, weights: Sequence[Path]) -> None:
-        """Raises `ModelLoadError` for what llama.cpp does not load or what `Context` cannot run."""
+    def __init__(self, weights: Sequence[Path], *, repack: bool = True) -> None:
+        """Raises `ModelLoadError` for what llama.cpp does not load or what `Context` cannot run.
+
+        Without `repack`, weights stay as they are mapped: quicker to load, slower to run.
+        """
         self.library = library = bindings()
         parameters = library.llama_model_default_params()
         parameters.n_gpu_layers = 0
+        parameters.use_extra_bufts = repack
         paths = [os.fsencode(path) for path in weights]
         if len(paths) == 1:
             self.pointer = library.llama_model_load_from_file(paths[0], parameters)

@@ -54,7 +54,7 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
-            env=_environment(),
+            env=worker_environment(),
             start_new_session=True,  # signals of the terminal are for the server
         )
         assert self._process.stdin is not None
@@ -153,8 +153,8 @@ def _search_path() -> str:
     return json.dumps(paths)
 
 
-def _environment() -> dict[str, str]:
-    """Return the few variables that the worker gets: no token is among them."""
+def worker_environment() -> dict[str, str]:
+    """Return the few variables that a worker gets: no token is among them."""
     kept = ("LANG", "LC_ALL", "TZ", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
     given = {name: os.environ[name] for name in kept if name in os.environ}
     return given | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}

@@ -6,12 +6,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
 import requests
 
+import modelpack
+from modelpack.packaging.request import PackageRequest
 from modelpack.stores.layout import LayoutStore
 from modelpack.testing.weights import smollm2_gguf
 from modelpack_engine.config import Backend, EngineConfig
@@ -21,9 +23,10 @@ from modelpack_engine.llama_cpp import choosing, library
 from modelpack_engine.llama_cpp.choosing import choose_backend
 from modelpack_engine.llama_cpp.context import Context, LlamaModel
 from modelpack_engine.llama_cpp.engine import LlamaCppEngine
+from modelpack_engine.llama_cpp.trial import try_out
 from modelpack_engine.loaders import ModelFiles, load
 from modelpack_engine.loaders.loading import gguf_tokenizer_of
-from modelpack_engine.opening import Opened
+from modelpack_engine.opening import Opened, open_model
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.pool.settings import ModelSettings
 from modelpack_engine.pool.store_catalogue import StoreCatalogue
@@ -243,3 +246,34 @@ def test_real_weights() -> None:
         entries = events[0].prompt_logprobs or ()
         found.append([entry.logprob for entry in entries if entry is not None])
     assert np.abs(np.array(found[0]) - np.array(found[1])).mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("block_count", 0), ("expert_count", 8), ("attention.layer_norm_rms_epsilon", float("nan"))],
+)
+@pytest.mark.usefixtures("llama_cpp")
+def test_what_ends_llama_cpp_ends_no_server(key: str, value: float, tmp_path: Path) -> None:
+    tiny = TINY_MODELS["llama"]
+
+    def keys(writer: Any, config: Any) -> None:
+        tiny.keys(writer, config)
+        writer.kv_data[0].pop(f"llama.{key}", None)
+        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+        add(f"llama.{key}", value)
+
+    store = LayoutStore(tmp_path / "store")
+    path = replace(tiny, keys=keys).write(tmp_path / "hostile.gguf")
+    made = modelpack.package("hostile", PackageRequest(gguf=path), store=store)
+    opened = open_model(str(made.digest), store=store, pull=False)
+    config = EngineConfig(device="cpu", backend="llama.cpp", kv_cache_bytes=2**22)
+    with pytest.raises(ModelLoadError, match=r"ended its process .* \(exit status -6\)"):
+        opened.engine(config)
+
+
+@pytest.mark.usefixtures("llama_cpp")
+def test_a_good_model_passes_its_trial(tmp_path: Path) -> None:
+    try_out([TINY_MODELS["llama"].write(tmp_path / "good.gguf")])
+    cut = tmp_path / "cut.gguf"  # refused in an orderly way, by whoever loads it
+    cut.write_bytes(b"GGUF")
+    try_out([cut])
