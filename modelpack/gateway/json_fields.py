@@ -10,11 +10,18 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 _LONGEST = 64  # bytes kept of a key or a value
 _MARK = re.compile(rb'["{}\[\],:]')
 _BRACKET = re.compile(rb'["{}\[\]]')  # what counts inside a skipped container
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_WHOLE_STRINGS = re.compile(rb'(?:[^"]++|' + _STRING.pattern + rb")*+", re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
+_DEPTHS = {byte: 1 if byte in b"{[" else -1 for byte in b"{}[]"}
+_SKIP = 16 * 1024  # bytes of a skipped container that are looked at together, at most
+_LEAST_SKIP = 512
 _IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 
 
@@ -91,8 +98,15 @@ class JsonFields:
 
     def feed(self, piece: bytes) -> None:
         """Read the next piece of a document."""
-        at, end = 0, len(piece)
+        at, end, one_by_one = 0, len(piece), 0
         while at < end:
+            if self._skipped and not self._in_string and one_by_one <= at < end - _LEAST_SKIP:
+                block = min(_SKIP, end - at)
+                at, before = self._skip(piece, at), at
+                if at < before + block // 2:  # its end is near, or a long string
+                    one_by_one = before + block
+                if at == end:
+                    return
             if self._escaped:
                 self._escaped = False
                 self._keep(piece[at : at + 1])
@@ -107,6 +121,17 @@ class JsonFields:
                     return
                 self._take(mark[0])
                 at = mark.end()
+
+    def _skip(self, piece: bytes, at: int) -> int:
+        """Return up to where a skipped container was read without reaching its end."""
+        whole = _WHOLE_STRINGS.match(piece, at, at + _SKIP)
+        assert whole is not None, "the pattern matches the empty string"
+        brackets = _STRING.sub(b"", whole[0]).translate(None, _NOT_BRACKETS)
+        depths = list(accumulate(map(_DEPTHS.__getitem__, brackets), initial=self._skipped))
+        if min(depths) <= 0:
+            return at
+        self._skipped = depths[-1]
+        return whole.end()
 
     def _walk(self, field: _Field, value: Any) -> None:
         for item in value if isinstance(value, list) else (value,):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from modelpack.gateway import json_fields
 from modelpack.gateway.families import Family
 from modelpack.gateway.json_fields import JsonFields
 from modelpack.gateway.replies import MOST_TOKENS, ReplyReader
@@ -155,6 +156,29 @@ def test_memory_does_not_grow_with_a_reply() -> None:
     assert peak < 256 * 1024
 
 
+def test_what_is_not_wanted_is_skipped_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities are megabytes of small objects, on the event loop of all clients."""
+    taken = 0
+    take = JsonFields._take
+
+    def counted(fields: JsonFields, mark: bytes) -> None:
+        nonlocal taken
+        taken += 1
+        take(fields, mark)
+
+    monkeypatch.setattr(JsonFields, "_take", counted)
+    entry = {"token": "a]", "bytes": [97], "top_logprobs": [{"token": '"', "logprob": -1.5}] * 20}
+    reply = {
+        "choices": [{"logprobs": {"content": [entry] * 1000}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 7, "completion_tokens": 9},
+    }
+    body = json.dumps(reply)
+    trace = read(JSON, body, 64 * 1024)
+    assert (trace.prompt_tokens, trace.completion_tokens, trace.finish) == (7, 9, "stop")
+    assert len(body) > 500_000
+    assert taken < 20_000  # it has 200,000 marks; blocks at the ends are read one by one
+
+
 PATHS = ("a", "a.b", "a.b.c", "d.a")
 SCALARS = st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(max_size=8)
 KEYS = st.sampled_from(["a", "b", "c", "d", 'e"', "\\", "\u00e9"])
@@ -172,13 +196,27 @@ DOCUMENTS = st.dictionaries(
 )
 
 
-@given(DOCUMENTS, st.integers(1, 40), st.booleans(), st.sampled_from([None, 1]))
-@example({"d": {"a": {"a": None}}}, 1, False, None)
-@example({"a": {"b": ""}}, 1, False, 1)
+@given(
+    DOCUMENTS,
+    st.integers(1, 200),
+    st.booleans(),
+    st.sampled_from([None, 1]),
+    st.sampled_from([4, 16, 16 * 1024]),
+)
+@example({"d": {"a": {"a": None}}}, 1, False, None, 4)
+@example({"a": {"b": ""}}, 1, False, 1, 4)
+@example({"d": {"c": [[], {"c": "\"]}"}]}, "a": 1}, 200, False, None, 4)
 def test_pieces_are_read_as_the_whole_is(
-    document: Any, size: int, ascii_only: bool, indent: int | None
+    document: Any, size: int, ascii_only: bool, indent: int | None, block: int
 ) -> None:
     """The scanner finds what the standard library's parser does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_fields, "_SKIP", block)
+        patch.setattr(json_fields, "_LEAST_SKIP", min(block, 512) // 4)
+        _read_in_pieces(document, size, ascii_only, indent)
+
+
+def _read_in_pieces(document: Any, size: int, ascii_only: bool, indent: int | None) -> None:
     text = json.dumps(document, ensure_ascii=ascii_only, indent=indent).encode()
     found: list[tuple[str, Any]] = []
     ends: list[int] = []
