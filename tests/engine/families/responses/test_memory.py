@@ -50,16 +50,16 @@ def test_what_was_used_last_stays() -> None:
 
 
 def test_bytes_are_bounded() -> None:
-    memory = ResponseMemory(max_bytes=1000)
+    memory = ResponseMemory(max_bytes=20_000)
     for name in "abcdefgh":
-        memory.add(None, response(name, "y" * 300), (), own(name))
+        memory.add(None, response(name, "y" * 5000), (), own(name))
     assert 0 < len(memory) <= 3
     assert memory.find(None, "h") is not None
 
 
 def test_what_turns_share_counts_once() -> None:
-    memory = ResponseMemory(max_bytes=1500)
-    memory.add(None, response("0", "y" * 1000), (), own("0"))
+    memory = ResponseMemory(max_bytes=45_000)
+    memory.add(None, response("0", "y" * 30_000), (), own("0"))
     for i in range(1, 5):
         before = memory.find(None, str(i - 1))
         assert before is not None
@@ -67,17 +67,38 @@ def test_what_turns_share_counts_once() -> None:
     assert len(memory) == 5
     for i in range(4):
         memory.remove(None, str(i))
-    memory.add(None, response("other", "y" * 1000), (), own("other"))
+    memory.add(None, response("other", "y" * 30_000), (), own("other"))
     assert memory.find(None, "4") is None  # it alone held the large item
     assert memory.find(None, "other") is not None
 
 
 def test_a_conversation_that_is_larger_than_all_is_not_remembered() -> None:
-    memory = ResponseMemory(max_bytes=1000)
+    memory = ResponseMemory(max_bytes=20_000)
     memory.add(None, response("a"), (), own("a"))
-    memory.add(None, response("large", "y" * 2000), (), own("large"))
+    memory.add(None, response("large", "y" * 40_000), (), own("large"))
     assert memory.find(None, "large") is None
     assert memory.find(None, "a") is not None
+
+
+def test_all_that_a_response_holds_counts() -> None:
+    """What it repeats of the request, and what small values take beyond their JSON."""
+    memory = ResponseMemory(max_bytes=100_000)
+    for number in range(20):
+        repeated = {"metadata": {"key": "y" * 10_000}}
+        memory.add(None, response(str(number)) | repeated, (), own(str(number)))
+    assert len(memory) <= 10
+    memory.add(None, response("many"), (), [{"id": "in", "content": [[] for _ in range(2000)]}])
+    assert memory.find(None, "many") is None
+
+
+def test_a_long_conversation_counts_in_each_of_its_turns() -> None:
+    memory = ResponseMemory(max_bytes=10_000_000)
+    memory.add(None, response("0"), (), [{"id": f"in_{i}"} for i in range(10_000)])
+    for number in range(100):
+        before = memory.find(None, str(number))
+        assert before is not None
+        memory.add(None, response(str(number + 1)), before.conversation, own(str(number)))
+    assert len(memory) < 60  # their places alone take 8 MB
 
 
 def test_time_passes() -> None:
@@ -127,13 +148,13 @@ def test_no_owner_crowds_out_another() -> None:
 
 
 def test_no_owner_takes_all_bytes() -> None:
-    memory = ResponseMemory(max_bytes=1000)
-    memory.add("alice", response("a", "y" * 200), (), own("a"))
+    memory = ResponseMemory(max_bytes=20_000)
+    memory.add("alice", response("a", "y" * 2000), (), own("a"))
     for number in range(20):
-        memory.add("bob", response(str(number), "y" * 300), (), own(str(number)))
+        memory.add("bob", response(str(number), "y" * 5000), (), own(str(number)))
     assert memory.find("alice", "a") is not None
     assert memory.find("bob", "19") is not None
-    memory.add("bob", response("large", "y" * 2000), (), own("large"))
+    memory.add("bob", response("large", "y" * 40_000), (), own("large"))
     assert memory.find("alice", "a") is not None
     assert memory.find("bob", "19") is not None
 

@@ -40,6 +40,9 @@ WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object
         ({"temperature": 9}, "temperature"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"n": 2}, "n"),
+        ({"metadata": {"a": "x" * 2**20}}, "metadata"),
+        ({"user": "x" * 2**20}, "metadata"),
+        ({"tools": [WEATHER | {"description": "x" * 2**20}]}, "metadata"),
     ],
 )  # fmt: skip
 def test_what_is_refused(served: Served, body: dict[str, Any], param: str) -> None:

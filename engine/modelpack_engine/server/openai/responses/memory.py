@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ MAX_RESPONSES = 1024
 MAX_BYTES = 64 * 1024 * 1024
 #: Seconds; Docker Model Runner keeps them as long.
 KEPT_FOR = 3600.0
+
+_ENTRY = 320  # bytes of what finds an item by its id and by its identity
+_REFERENCE = 8  # bytes of a place in a conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +51,9 @@ class ResponseMemory:
     bounds are for all owners together: beyond them, the owner that holds the most loses what it
     used least recently, so no owner can crowd out the smaller share of another.
 
-    The turns of a conversation share their items, which count once. A conversation that is larger
-    than all that may be kept is not remembered. Any thread may call the methods.
+    Bytes are those that the values take in memory. The turns of a conversation share their items,
+    which count once. A conversation that is larger than all that may be kept is not remembered.
+    Any thread may call the methods.
     """
 
     def __init__(
@@ -78,14 +82,14 @@ class ResponseMemory:
         own: Sequence[Item],
     ) -> None:
         """Remember a response to `own` input after `earlier` turns; forget what is too much."""
+        kept = Remembered(response, (*earlier, *own), self._clock())
+        sizes = {id(item): _item_size(item) for item in (*own, *response["output"])}
+        own_size = _size({**response, "output": None}) + _REFERENCE * len(kept.conversation)
         with self._lock:
             name = response["id"]
             self.remove(owner, name)
             share = self._shares.setdefault(owner, _Share())
-            if (
-                share.add(Remembered(response, (*earlier, *own), self._clock()), own)
-                > self._max_bytes
-            ):
+            if share.add(kept, own, own_size, sizes) > self._max_bytes:
                 self.remove(owner, name)
             while len(self) > self._most:
                 self._forget_oldest(lambda share: len(share.kept))
@@ -135,27 +139,37 @@ class _Share:
         self.kept: OrderedDict[str, Remembered] = OrderedDict()
         self.items: dict[str, tuple[str, Item]] = {}  # by id: its response's id, and the item
         self.bytes = 0
+        self._sizes: dict[str, int] = {}  # of responses without their items
         self._held: dict[int, _Held] = {}  # by identity: clients choose ids as they like
 
-    def add(self, kept: Remembered, own: Sequence[Item]) -> int:
-        """Keep a response; return the bytes of its conversation."""
+    def add(
+        self, kept: Remembered, own: Sequence[Item], own_size: int, sizes: Mapping[int, int]
+    ) -> int:
+        """Keep a response; return the bytes of its conversation.
+
+        `own_size` is that of the response without its items, `sizes` those of new items by identity.
+        """
         name = kept.response["id"]
         self.kept[name] = kept
+        self._sizes[name] = own_size
+        self.bytes += own_size
         for item in kept.conversation:
             held = self._held.get(id(item))
             if held is None:
-                held = self._held[id(item)] = _Held(item, _size(item))
+                size = sizes.get(id(item)) or _item_size(item)
+                held = self._held[id(item)] = _Held(item, size)
                 self.bytes += held.size
             held.count += 1
         for item in (*own, *kept.response["output"]):
             self.items[item["id"]] = (name, item)
-        return sum(self._held[id(item)].size for item in kept.conversation)
+        return own_size + sum(self._held[id(item)].size for item in kept.conversation)
 
     def remove(self, name: str) -> bool:
         """Forget a response; False if there is none."""
         kept = self.kept.pop(name, None)
         if kept is None:
             return False
+        self.bytes -= self._sizes.pop(name)
         for item in kept.conversation:
             held = self._held[id(item)]
             held.count -= 1
@@ -167,5 +181,19 @@ class _Share:
         return True
 
 
-def _size(item: Item) -> int:
-    return len(json.dumps(item, ensure_ascii=False).encode(errors="replace"))
+def _item_size(item: Item) -> int:
+    return _ENTRY + _size(item)
+
+
+def _size(value: Any) -> int:
+    """Return how many bytes of memory a JSON value takes; texts that it shares count each time."""
+    size, pending = 0, [value]
+    while pending:
+        value = pending.pop()
+        size += sys.getsizeof(value)
+        if isinstance(value, dict):
+            pending += value
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+    return size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -23,6 +24,10 @@ from modelpack_engine.structured import Constraint
 #: What `include` may ask for; what else it names is of tools that are not here.
 CARRIED_REASONING = "reasoning.encrypted_content"
 LOGPROBS = "message.output_text.logprobs"
+
+#: Characters of JSON in the fields that a response repeats, its events several times.
+MAX_REPEATED = 1024 * 1024
+_REPEATED = frozenset(("tools", "tool_choice", "text", "reasoning", "metadata", "user"))
 
 # Fields for what only a hosted service has: to ignore them would be a silent difference.
 _HOSTED = ("background", "conversation", "prompt", "moderation")
@@ -79,6 +84,16 @@ class ResponseRequest(SamplingFields):
             raise RequestError("a response has one answer", param="n")
         if not self.input and not self.previous_response_id:
             raise RequestError("input is empty", param="input")
+
+    def check_repeated(self) -> None:
+        """Raise `RequestError` where the response would repeat too much. Call it in a thread."""
+        size = len(json.dumps(self.model_dump(include=set(_REPEATED)), ensure_ascii=False))
+        if size > MAX_REPEATED:
+            names = ", ".join(sorted(_REPEATED))
+            raise RequestError(
+                f"{names} have {size} characters in all, the limit is {MAX_REPEATED}",
+                param="metadata",
+            )
 
     @property
     def effort(self) -> str | None:

@@ -46,6 +46,7 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
         body.check()
         owner = caller_of(request.scope).owner
         earlier = _earlier(kept, owner, body.previous_response_id)
+        await in_thread(body.check_repeated)
         own = await in_thread(items_of, body.input, partial(kept.item, owner))
         preset = body.preset or request.headers.get(_PRESET)
         reply = Reply(body)
@@ -68,7 +69,7 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
             with _own_words():
                 async for delta in stream:
                     reply.take(delta)
-            remember()
+            await in_thread(remember)
             return reply.json()
 
         async def events(_: ServedModel, stream: ChatStream) -> AsyncGenerator[str, None]:
@@ -77,7 +78,7 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
                 async for delta in stream:
                     text = reply.take(delta)
                     if delta.finish is not None:
-                        remember()  # before the client hears of it, and goes on
+                        await in_thread(remember)  # before the client hears of it, and goes on
                     yield text
 
         def failure(error: Exception) -> str:
