@@ -32,6 +32,10 @@ _NOT_FORWARDED = _HOP_BY_HOP | {
     b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest", b"sec-fetch-user",
 } | CALLER_HEADERS  # fmt: skip
 _NOT_RETURNED = _HOP_BY_HOP | {b"date"}  # our own server adds one
+# Servers that do not expect a body in other requests may read it as the next request on the
+# connection, and what they answer would go to another client. Nor is a connection used again whose
+# replies some servers frame otherwise (HEAD).
+_WITH_BODY = ("POST", "PUT", "PATCH", "DELETE")
 _BUSY = (503, 529)
 _CONNECT_TIMEOUT = 5.0
 _UNREACHED = (httpx.ConnectError, httpx.ConnectTimeout)
@@ -138,10 +142,14 @@ class Proxy:
         if self._upstream_key:
             headers.append((b"authorization", f"Bearer {self._upstream_key}".encode()))
         content: bytes | AsyncIterator[bytes] | None = body.whole
-        if body.whole is None:
+        if scope["method"] not in _WITH_BODY:
+            content = None
+            if scope["method"] != "GET":
+                headers.append((b"connection", b"close"))
+        elif body.whole is None:
             content = body.pieces()
             headers += [(n, v) for n, v in scope["headers"] if n == b"content-length"]
-        elif not body.whole and scope["method"] not in ("POST", "PUT", "PATCH"):
+        elif not body.whole and scope["method"] == "DELETE":
             content = None
         raw_path = scope.get("raw_path") or scope["path"].encode()
         return httpx.Request(

@@ -6,6 +6,7 @@ import socket
 import socketserver
 import threading
 from collections.abc import Iterator
+from typing import ClassVar
 
 import httpx
 import pytest
@@ -234,6 +235,39 @@ def test_an_upstream_that_breaks_off_before_its_answer_is_not_tried_again() -> N
     assert sorted(statuses) == [200, 502]
     assert [trace.attempts for trace in traces] == [1, 1]
     assert len(other.asked) == 1
+
+
+class Simple(socketserver.StreamRequestHandler):
+    """A server that expects no body in a request, and sends one whatever the method."""
+
+    heads: ClassVar[list[bytes]] = []
+
+    def handle(self) -> None:
+        while request := self.rfile.readline():
+            if b" /health " not in request:
+                self.heads.append(request)
+            while self.rfile.readline() not in (b"\r\n", b""):
+                pass
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "TRACE", "CONNECT", "OTHER"])
+def test_no_client_decides_what_the_next_one_is_answered(method: str) -> None:
+    """A body that the server does not expect is not sent; nor is the connection used again."""
+    Simple.heads.clear()
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Simple) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        with gateway(f"http://127.0.0.1:{server.server_address[1]}") as served:
+            hidden = b"GET /hidden HTTP/1.1\r\nHost: a\r\n\r\n"
+            served.client.request(method, "/v1/first", content=hidden)
+            second = served.client.get("/v1/second")
+        server.shutdown()
+        thread.join()
+    assert (second.status_code, second.text) == (200, "ok")
+    asked = [head.split()[1] for head in Simple.heads]
+    assert asked == [b"/v1/first", b"/v1/second"]
 
 
 @pytest.mark.parametrize(
