@@ -43,8 +43,9 @@ def render(spec: ChatSpec, tokenizer: Tokenizer, written: OutputFormat) -> str:
     text = tokenizer.render_chat(
         turns,
         tools=[described(tool) for tool in tools] or None,
+        add_generation_prompt=options.pop("add_generation_prompt", True),
         template=ChatTemplate(spec.template) if spec.template is not None else None,
-        **options,
+        variables=options,  # clients name them: a name may be that of a parameter here
     )
     if not spec.continues:
         return text

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
@@ -228,7 +229,7 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         template: ChatTemplate | None = None,
-        **variables: Any,
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """Return the prompt text of a conversation.
 
@@ -264,7 +265,10 @@ class Tokenizer:
     ) -> list[int]:
         """Return the token ids of `render_chat`; templates write special tokens themselves."""
         text = self.render_chat(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            variables=variables,
         )
         return self.encode(text, add_special_tokens=False)
 

@@ -151,6 +151,15 @@ def test_reasoning_is_switched(api: Scripted, body: dict[str, Any], prompt: str)
     assert api.engine.prompt == prompt
 
 
+@pytest.mark.parametrize("name", ["template", "tools", "messages", "self", "variables"])
+def test_template_options_are_no_arguments_of_ours(api: Scripted, name: str) -> None:
+    use(api, "{% for m in messages %}{{ m.content }}{% endfor %}{{ self is defined }}")
+    reply = api.chat("x", chat_template_kwargs={name: "y"})
+    assert reply.status_code == 200, reply.text
+    assert api.engine.prompt is not None
+    assert "y" not in api.engine.prompt
+
+
 def test_a_thought_that_is_cut(api: Scripted) -> None:
     use(api, THINKING)
     api.engine.ends = FinishReason.LENGTH
