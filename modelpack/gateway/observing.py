@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -21,6 +22,7 @@ _LOG = logging.getLogger("modelpack.gateway")
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _METADATA = re.compile(r"[ -~]{1,128}")  # printable ASCII
+_BLOCK = 64 * 1024  # bytes of a reply that are read before other requests get their turn
 _PROBED = frozenset(("/health", "/v1/health", "/ping", "/metrics"))
 _HEADERS = {
     "caller": "x-modelpack-caller",
@@ -66,7 +68,7 @@ class Traced:
                 reader = ReplyReader(trace, media_type_of(sent))
             elif message["type"] == "http.response.body":
                 if reader is not None:
-                    reader.feed(message.get("body", b""), self._clock())
+                    await _feed(reader, message.get("body", b""), self._clock())
                 complete = complete or not message.get("more_body", False)
             await send(message)
 
@@ -103,6 +105,13 @@ class Traced:
             self._report(trace)
         except Exception:  # noqa: BLE001 - a broken report must not harm the request
             _LOG.exception("a request could not be reported")
+
+
+async def _feed(reader: ReplyReader, body: bytes, now: float) -> None:
+    reader.feed(body[:_BLOCK], now)
+    for at in range(_BLOCK, len(body), _BLOCK):
+        await asyncio.sleep(0)
+        reader.feed(body[at : at + _BLOCK], now)
 
 
 def log_request(trace: Trace) -> None:

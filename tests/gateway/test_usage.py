@@ -205,7 +205,7 @@ DOCUMENTS = st.dictionaries(
 )
 @example({"d": {"a": {"a": None}}}, 1, False, None, 4)
 @example({"a": {"b": ""}}, 1, False, 1, 4)
-@example({"d": {"c": [[], {"c": "\"]}"}]}, "a": 1}, 200, False, None, 4)
+@example({"d": {"c": [[], {"c": '"]}'}]}, "a": 1}, 200, False, None, 4)
 def test_pieces_are_read_as_the_whole_is(
     document: Any, size: int, ascii_only: bool, indent: int | None, block: int
 ) -> None:

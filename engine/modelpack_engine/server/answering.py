@@ -48,7 +48,8 @@ async def answer(
     media_type: str = "text/event-stream",
     failure: Callable[[Exception], str] = openai_error,
 ) -> Response:
-    """Answer with the JSON that `whole` returns, or with the stream of `pieces` where it is given.
+    """Answer with the JSON or the response that `whole` returns, or with the stream of `pieces`
+    where it is given.
 
     `start` hands the request to the engine of the leased model `name`. `media_type` and `failure`
     are the stream's. Raises what `start` and `ModelPool.lease` do.
@@ -64,7 +65,8 @@ async def answer(
         model, stream = await unless_gone(request, begin())
         opened.callback(stream.abort)
         if pieces is None:
-            return JSONResponse(await unless_gone(request, whole(model, stream)))
+            made = await unless_gone(request, whole(model, stream))
+            return made if isinstance(made, Response) else JSONResponse(made)
         return LiveStream(
             pieces(model, stream), opened.pop_all(), media_type=media_type, failure=failure
         )

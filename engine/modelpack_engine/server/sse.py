@@ -23,10 +23,15 @@ _PATIENCE = 15.0
 _log = logging.getLogger(__name__)
 
 
-def event(value: Any, name: str = "") -> str:
-    """Return one event, with its name where it has one."""
+def dumps(value: Any) -> str:
+    """Return a value as compact JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def event(value: Any, name: str = "", write: Callable[[Any], str] = dumps) -> str:
+    """Return one event, with its name where it has one; `write` makes JSON of the value."""
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"{head}data: {write(value)}\n\n"
 
 
 def openai_error(error: Exception) -> str:

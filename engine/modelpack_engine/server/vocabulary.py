@@ -10,15 +10,20 @@ class _TokenBytes(Protocol):
 
 
 class Vocabulary:
-    """The bytes and the text of single tokens."""
+    """The bytes and the text of single tokens; the same few are asked for again and again."""
 
     def __init__(self, tokenizer: _TokenBytes) -> None:
         self._tokenizer = tokenizer
-
-    def raw(self, token_id: int) -> bytes:
-        """Return the bytes that a token stands for."""
-        return self._tokenizer.token_bytes(token_id)
+        self._known: dict[int, tuple[str, list[int]]] = {}
 
     def text(self, token_id: int) -> str:
         """Return the token as text; bytes that are no whole character are shown as such."""
-        return self.raw(token_id).decode(errors="replace")
+        return self.shown(token_id)[0]
+
+    def shown(self, token_id: int) -> tuple[str, list[int]]:
+        """Return the token as text, and its bytes."""
+        known = self._known.get(token_id)
+        if known is None:
+            raw = self._tokenizer.token_bytes(token_id)
+            known = self._known[token_id] = raw.decode(errors="replace"), list(raw)
+        return known

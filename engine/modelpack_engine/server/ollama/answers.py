@@ -16,11 +16,13 @@ from modelpack_engine.pool.entry import ModelState
 from modelpack_engine.pool.keep_alive import parse_keep_alive
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.answering import answer, unless_gone
+from modelpack_engine.server.large_json import call, large_response, written
 from modelpack_engine.server.ollama import ndjson, replies
 from modelpack_engine.server.ollama.asking import fit_context
 from modelpack_engine.server.ollama.bodies import KeepAlive, TextBody
 from modelpack_engine.server.ollama.names import find
 from modelpack_engine.server.ollama.replies import Clock, Pieces, Reader, Writer
+from modelpack_engine.server.sse import dumps
 from modelpack_engine.server.vocabulary import Vocabulary
 
 #: What else the last line says.
@@ -47,20 +49,28 @@ async def reply(
     def writer(model: ServedModel) -> Writer:
         return Writer(body.model, form, Vocabulary(model.tokenizer) if body.logprobs else None)
 
-    async def whole(model: ServedModel, stream: ChatStream) -> dict[str, Any]:
+    async def whole(model: ServedModel, stream: ChatStream) -> dict[str, Any] | Response:
         reader, pieces = Reader(logprobs=body.logprobs), Pieces()
         async for delta in stream:
             pieces.add(reader.take(delta))
         ending = replies.counts(clock, reader) | extra(stream, reader)
-        return writer(model).write(pieces, ending)
+        made = writer(model)
+        if body.logprobs:
+            return await large_response(lambda: made.write(pieces, ending))
+        return made.write(pieces, ending)
 
     async def lines(model: ServedModel, stream: ChatStream) -> AsyncGenerator[str, None]:
         reader, made = Reader(logprobs=body.logprobs), writer(model)
+        write = written if body.logprobs else dumps
+
+        def line(pieces: Pieces, ending: dict[str, Any] | None = None) -> str:
+            return write(made.write(pieces, ending)) + "\n"
+
         async for delta in stream:
             if pieces := reader.take(delta):
-                yield ndjson.line(made.write(pieces))
+                yield await call(body.logprobs, line, pieces)
         ending = replies.counts(clock, reader) | extra(stream, reader)
-        yield ndjson.line(made.write(Pieces(), ending))
+        yield line(Pieces(), ending)
 
     return await answer(
         request, pool, body.model, begin, whole, lines if body.stream else None,

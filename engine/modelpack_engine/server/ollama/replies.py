@@ -179,8 +179,8 @@ class Writer:
 
 
 def _token(token_id: int, logprob: float, words: Vocabulary) -> dict[str, Any]:
-    raw = words.raw(token_id)
-    return {"token": words.text(token_id), "logprob": logprob, "bytes": list(raw)}
+    text, raw = words.shown(token_id)
+    return {"token": text, "logprob": logprob, "bytes": raw}
 
 
 def unanswered(model: str, body: Body, reason: str, clock: Clock) -> dict[str, Any]:

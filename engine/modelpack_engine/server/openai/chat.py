@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -12,6 +12,7 @@ from modelpack_engine.conversation.served import ServedModel
 from modelpack_engine.conversation.spec import ChatSpec
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.answering import answer
+from modelpack_engine.server.large_json import call, large_response
 from modelpack_engine.server.openai.chat_replies import ChunkWriter, WholeChoice
 from modelpack_engine.server.openai.messages import template_messages
 from modelpack_engine.server.openai.replies import Envelope, total_usage
@@ -83,12 +84,22 @@ def spec_of(body: ChatRequest, model: ServedModel, preset: str | None = None) ->
     )
 
 
-async def whole(body: ChatRequest, model: ServedModel, stream: ChatStream) -> dict[str, Any]:
+async def whole(
+    body: ChatRequest, model: ServedModel, stream: ChatStream
+) -> dict[str, Any] | Response:
     """Return the response once all choices have ended."""
     choices = [WholeChoice() for _ in range(body.n)]
     async for delta in stream:
         choices[delta.index].add(delta)
-    words = Vocabulary(model.tokenizer) if body.logprobs else None
+    if body.logprobs:
+        words = Vocabulary(model.tokenizer)
+        return await large_response(lambda: _joined(body, words, choices))
+    return _joined(body, None, choices)
+
+
+def _joined(
+    body: ChatRequest, words: Vocabulary | None, choices: Sequence[WholeChoice]
+) -> dict[str, Any]:
     bodies = [choice.json(i, words, legacy=body.is_legacy) for i, choice in enumerate(choices)]
     usages = [choice.usage for choice in choices if choice.usage is not None]
     return Envelope("chatcmpl", "chat.completion", body.model).body(bodies, total_usage(usages))
@@ -106,7 +117,7 @@ async def events(
     yield "".join(writer.role(index) for index in range(body.n))
     usages = []
     async for delta in stream:
-        text = writer.events(delta)
+        text = await call(body.logprobs, writer.events, delta)
         if delta.usage is not None:
             usages.append(delta.usage)
             if len(usages) == body.n:

@@ -9,6 +9,7 @@ from typing import Any
 from modelpack_engine.conversation.spec import ChatDelta, ChatUsage
 from modelpack_engine.output.parts import Reasoning, Text, ToolArguments, ToolStart
 from modelpack_engine.outputs import TokenLogprob
+from modelpack_engine.server.large_json import written
 from modelpack_engine.server.openai.replies import Envelope, chat_logprobs, quoted, total_usage
 from modelpack_engine.server.vocabulary import Vocabulary
 
@@ -96,7 +97,7 @@ class ChunkWriter:
         """Return the events of what is new: one for each part, and one for the end."""
         logprobs = "null"
         if self._words is not None and delta.logprobs:
-            logprobs = json.dumps(chat_logprobs(delta.logprobs, self._words))
+            logprobs = written(chat_logprobs(delta.logprobs, self._words))
         if logprobs == "null" and delta.finish is None and len(delta.parts) == 1:
             return self._chunk(delta.index, self._delta(delta.parts[0]))
         events = []

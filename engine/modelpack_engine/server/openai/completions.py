@@ -16,6 +16,7 @@ from modelpack_engine.outputs import FinishReason, RequestEvent, TokenLogprob, U
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.request_stream import RequestStream
 from modelpack_engine.server.answering import answer
+from modelpack_engine.server.large_json import call, large_response, written
 from modelpack_engine.server.openai.replies import (
     Envelope,
     completion_logprobs,
@@ -110,6 +111,10 @@ class _Writer:
         self._offsets = [0] * body.n
         self._begun: set[int] = set()
 
+    def written_choice(self, event: RequestEvent) -> str:
+        """Return what an event adds to its choice, as JSON."""
+        return written(self.choice(event))
+
     def choice(self, event: RequestEvent) -> dict[str, Any]:
         """Return what an event adds to its choice."""
         text = event.text
@@ -133,15 +138,18 @@ class _Writer:
         }
 
 
-async def whole(body: CompletionRequest, model: ServedModel, prompts: Prompts) -> dict[str, Any]:
+async def whole(
+    body: CompletionRequest, model: ServedModel, prompts: Prompts
+) -> dict[str, Any] | Response:
     """Return the response once all choices of all prompts have ended."""
     bodies: dict[int, dict[str, Any]] = {}
+    large = body.logprobs is not None
     usages: dict[int, Usage] = {}
 
     async def drain(prompt: Prompt) -> None:
         writer = _Writer(body, model, prompt)
         async for event in prompt.stream:
-            piece = writer.choice(event)
+            piece = await call(large, writer.choice, event)
             _join(bodies, piece)
             if event.usage:
                 usages[piece["index"]] = event.usage
@@ -149,7 +157,8 @@ async def whole(body: CompletionRequest, model: ServedModel, prompts: Prompts) -
     await asyncio.gather(*(drain(prompt) for prompt in prompts))
     ordered = [usages[index] for index in sorted(usages)]
     envelope = Envelope("cmpl", "text_completion", body.model)
-    return envelope.body([bodies[i] for i in sorted(bodies)], total_usage(ordered, len(prompts)))
+    made = envelope.body([bodies[i] for i in sorted(bodies)], total_usage(ordered, len(prompts)))
+    return await large_response(lambda: made) if large else made
 
 
 async def events(
@@ -158,7 +167,8 @@ async def events(
     """Yield the response piece by piece, prompt after prompt; all of them run meanwhile."""
     envelope = Envelope("cmpl", "text_completion", body.model)
     usage = "null" if body.include_usage else ""
-    plain = body.logprobs is None and not body.echo
+    large = body.logprobs is not None
+    plain = not large and not body.echo
     usages = []
     for prompt in prompts:
         writer = _Writer(body, model, prompt)
@@ -172,7 +182,8 @@ async def events(
                         usage,
                     )
             elif event.text or event.token_ids or event.finished:
-                yield envelope.chunk(json.dumps(writer.choice(event), ensure_ascii=False), usage)
+                choice = await call(large, writer.written_choice, event)
+                yield envelope.chunk(choice, usage)
             if event.usage:
                 usages.append(event.usage)
     tail = envelope.chunk("", json.dumps(total_usage(usages, len(prompts))))

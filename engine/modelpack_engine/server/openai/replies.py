@@ -114,5 +114,5 @@ def completion_logprobs(
 
 
 def _entry(words: Vocabulary, token_id: int, logprob: float) -> dict[str, Any]:
-    raw = words.raw(token_id)
-    return {"token": words.text(token_id), "logprob": logprob, "bytes": list(raw)}
+    text, raw = words.shown(token_id)
+    return {"token": text, "logprob": logprob, "bytes": raw}

@@ -147,7 +147,7 @@ class _Share:
     ) -> int:
         """Keep a response; return the bytes of its conversation.
 
-        `own_size` is that of the response without its items, `sizes` those of new items by identity.
+        `own_size` is that of the response without its items, `sizes` those of new items.
         """
         name = kept.response["id"]
         self.kept[name] = kept

@@ -8,11 +8,12 @@ from typing import Any
 
 from modelpack_engine.conversation.spec import ChatDelta, ChatUsage
 from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.server.large_json import written
 from modelpack_engine.server.openai.responses.items import Item, new_id
 from modelpack_engine.server.openai.responses.output import Output
 from modelpack_engine.server.openai.responses.requests import CARRIED_REASONING, ResponseRequest
 from modelpack_engine.server.problems import Problem
-from modelpack_engine.server.sse import event
+from modelpack_engine.server.sse import dumps, event
 from modelpack_engine.server.vocabulary import Vocabulary
 
 
@@ -128,7 +129,8 @@ class Reply:
         for body in events:
             numbered = {**body, "sequence_number": self._numbers}
             self._numbers += 1
-            texts.append(event(numbered, body["type"]))
+            write = written if self._request.wants_logprobs else dumps
+            texts.append(event(numbered, body["type"], write))
         return "".join(texts)
 
 

@@ -18,6 +18,7 @@ from modelpack_engine.conversation.turns import fit_turns
 from modelpack_engine.errors import RequestError
 from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.server.answering import answer
+from modelpack_engine.server.large_json import call, large_response
 from modelpack_engine.server.openai.responses.items import Item, items_of, template_messages
 from modelpack_engine.server.openai.responses.memory import Remembered, ResponseMemory
 from modelpack_engine.server.openai.responses.replies import Reply
@@ -65,18 +66,18 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
                     spec = await fitted(model, spec)
                 return await start_chat(model, spec)
 
-        async def whole(_: ServedModel, stream: ChatStream) -> dict[str, Any]:
+        async def whole(_: ServedModel, stream: ChatStream) -> dict[str, Any] | Response:
             with _own_words():
                 async for delta in stream:
-                    reply.take(delta)
+                    await call(body.wants_logprobs, reply.take, delta)
             await in_thread(remember)
-            return reply.json()
+            return await large_response(reply.json) if body.wants_logprobs else reply.json()
 
         async def events(_: ServedModel, stream: ChatStream) -> AsyncGenerator[str, None]:
             yield reply.begin()
             with _own_words():
                 async for delta in stream:
-                    text = reply.take(delta)
+                    text = await call(body.wants_logprobs, reply.take, delta)
                     if delta.finish is not None:
                         await in_thread(remember)  # before the client hears of it, and goes on
                     yield text

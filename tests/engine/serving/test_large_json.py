@@ -1,0 +1,73 @@
+"""Log-probabilities by the thousand: made and written off the event loop."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modelpack_engine.server.large_json import written
+from modelpack_engine.server.model_server import ModelServer
+from modelpack_engine.server.vocabulary import Vocabulary
+from tests.engine.serving.test_api import pinned, wait_until_ready
+from tests.engine.serving.tiny import TinyCatalogue
+
+_SAID = [{"role": "user", "content": "hello"}]
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=5), inner),
+)  # fmt: skip
+
+
+@given(_JSON)
+def test_it_is_the_same_value(value: Any) -> None:
+    assert json.loads(written(value)) == value
+
+
+@pytest.mark.parametrize("value", [float("nan"), [[float("inf")]], {"a": [-float("inf")]}])
+def test_numbers_that_json_does_not_have(value: Any) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        written(value)
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    catalogue = TinyCatalogue()
+    with ModelServer(lambda: pinned(catalogue), address="127.0.0.1:0") as server:
+        wait_until_ready(server.url)
+        yield server.url
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": _SAID, "logprobs": True, "top_logprobs": 3}),
+        ("/v1/completions", {"prompt": "hello", "logprobs": 3, "echo": True}),
+        ("/v1/responses", {"input": "hello", "top_logprobs": 3}),
+        ("/api/chat", {"messages": _SAID, "logprobs": True, "top_logprobs": 3}),
+    ],
+)
+def test_no_route_makes_them_on_the_event_loop(
+    url: str, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    threads = set()
+    shown = Vocabulary.shown
+
+    def noted(words: Vocabulary, token_id: int) -> tuple[str, list[int]]:
+        threads.add(threading.current_thread().name)
+        return shown(words, token_id)
+
+    monkeypatch.setattr(Vocabulary, "shown", noted)
+    reply = requests.post(url + path, json={"model": "tiny", "stream": stream, **body}, timeout=60)
+    assert reply.status_code == 200, reply.text
+    assert '"logprob' in reply.text
+    assert threads
+    assert all(name.startswith("modelpack-large-json") for name in threads), threads
