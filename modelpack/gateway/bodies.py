@@ -24,7 +24,7 @@ SLOWEST_RATE = 8 * 1024
 SLOW_START = 30.0
 
 _DRAIN_SECONDS = 5.0
-_DEFAULT_ANSWER = 256  # tokens reserved where a request does not say how many it wants
+DEFAULT_ANSWER = 256  # tokens reserved where a request does not say how many it wants
 _LEAST_MEDIA = 4096  # characters of base64 that count as an image, not as text
 _DATA_URL = re.compile(r"(?:data:[^,\s]{0,256},)?")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_=-]*+")
@@ -280,9 +280,11 @@ def _answer_tokens(document: dict[str, Any]) -> int:
              ("max_tokens", "max_completion_tokens", "max_output_tokens")]  # fmt: skip
     asked.append(options.get("num_predict") if isinstance(options, dict) else None)
     limits = [value for value in asked if isinstance(value, int) and 0 < value <= 2**31]
-    count = document.get("n")
+    count, prompt = document.get("n"), document.get("prompt")
     several = count if isinstance(count, int) and 0 < count <= 1024 else 1
+    if isinstance(prompt, list) and prompt and type(prompt[0]) is not int:
+        several *= len(prompt)
     if limits:
         return max(limits) * several
     generates = any(name in document for name in ("messages", "prompt", "stream"))
-    return _DEFAULT_ANSWER * several if generates else 0
+    return DEFAULT_ANSWER * several if generates else 0

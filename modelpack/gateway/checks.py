@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modelpack.gateway.bodies import (
+    DEFAULT_ANSWER,
     MAX_IN_FLIGHT,
     Asked,
     BodyBudget,
@@ -132,6 +133,8 @@ class Checks:
             parsed, asked = await in_worker(look_into, body)
         except ComplexityError as error:
             raise TooComplexError(len(body), str(error)) from None
+        if not asked.answer_tokens and scope["path"].endswith("/responses"):
+            asked = replace(asked, answer_tokens=DEFAULT_ANSWER)  # looks like one for embeddings
         if parsed is not None:
             share.add(parsed.memory)
             put_document(scope, parsed.value)
@@ -270,7 +273,7 @@ def _settle(grant: Grant, trace: Trace | None, asked: Asked) -> None:
         grant.finish(None)
     elif trace.status == 429 and trace.refused is not None:
         grant.cancel()
-    elif trace.status is not None and trace.status >= 400:
+    elif not trace.client_left and trace.status is not None and trace.status >= 400:
         grant.refuse(trace.spent(asked.prompt_tokens) or 0)
     else:
         grant.finish(trace.spent(asked.prompt_tokens, asked.answer_tokens))

@@ -12,6 +12,9 @@ from starlette.types import Scope
 
 from modelpack.gateway.families import Family
 
+#: The status, of nginx, by which an application notes that nobody reads its answer.
+CLIENT_LEFT = 499
+
 _SCOPE_KEY = "modelpack.trace"
 
 
@@ -61,6 +64,11 @@ class Trace:
             return None
         return (self.last_token_at - self.first_token_at) / (tokens - 1)
 
+    @property
+    def client_left(self) -> bool:
+        """Whether the client went away before the answer."""
+        return self.status in (None, CLIENT_LEFT)
+
     def spent(self, prompt_estimate: int, answer_estimate: int = 0) -> int | None:
         """Return the tokens to charge; None where nothing shows how many it took.
 
@@ -68,9 +76,9 @@ class Trace:
         request costs what was read of it. One that a limit refused (429), or that failed for no
         fault of the client's, costs nothing.
         """
-        if self.status is None:
-            return None  # the client went away before the answer: it is charged all the same
-        if self.status >= 400:
+        if self.client_left and self.completion_tokens is None:
+            return None  # it is charged all the same
+        if not self.client_left and self.status is not None and self.status >= 400:
             return prompt_estimate if self.status < 500 and self.status != 429 else 0
         prompt, completion = self.prompt_tokens, self.completion_tokens
         if prompt is None and completion is None and not self.counted_tokens:

@@ -48,6 +48,23 @@ def test_refused_requests_are_charged(house: House, body: bytes, status: int) ->
     assert house.post("terse", body=BODY | {"max_tokens": 400}).status_code == 400
 
 
+def test_a_client_that_leaves_before_the_answer_is_charged(house: House) -> None:
+    house.app.reply = answering({"error": {"message": "the client has left"}}, 499)
+    assert house.post("terse", body=BODY | {"max_tokens": 400}).status_code == 499
+    house.served.traces.wait()
+    assert house.post("terse", body=BODY | {"max_tokens": 400}).status_code == 429
+
+
+def test_a_response_of_unknown_length_reserves_tokens(house: House) -> None:
+    house.app.reply = answering({"object": "response", "usage": None})
+    body = {"model": "ai/smollm2", "input": "Hi"}
+    statuses = []
+    for count in range(1, 4):
+        statuses.append(house.post("terse", "/v1/responses", body).status_code)
+        house.served.traces.wait(count)
+    assert statuses == [200, 200, 429]
+
+
 def test_a_refused_request_counts_as_one(house: House) -> None:
     house.app.reply = answering({"error": {"message": "no"}}, 400)
     for _ in range(2):

@@ -83,7 +83,7 @@ def test_plain_paths(path: str, plain: bool) -> None:
     [
         ({"messages": [{"content": "x" * 400}]}, 101, 256),
         ({"messages": [{"content": "x" * 400}], "max_tokens": 7}, 101, 7),
-        ({"prompt": ["x" * 40, "y" * 40], "max_completion_tokens": 5, "n": 3}, 21, 15),
+        ({"prompt": ["x" * 40, "y" * 40], "max_completion_tokens": 5, "n": 3}, 21, 30),
         ({"input": "x" * 40}, 11, 0),
         ({"prompt": "", "options": {"num_predict": 9}}, 1, 9),
         ({"prompt": "", "options": {"num_predict": -1}}, 1, 256),
@@ -108,7 +108,7 @@ def test_plain_paths(path: str, plain: bool) -> None:
         ({"prompt": "\u8a5e" * 8000}, 2001, 256),
         ({"messages": [{"content": "word " * 2000}], "n": -1}, 2501, 256),
         ({"prompt": [1] * 1000, "max_tokens": 7}, 1001, 7),
-        ({"prompt": [[1] * 1000, [2]]}, 1002, 256),
+        ({"prompt": [[1] * 1000, [2]]}, 1002, 512),
     ],
 )
 def test_estimates(body: Any, prompt: int, answer: int) -> None:
@@ -191,6 +191,9 @@ def test_other_replies_are_not_read() -> None:
         (429, None, None, 0, 0),
         (503, None, None, 0, 0),
         (None, None, None, 0, None),
+        (None, 5, 7, 0, 12),
+        (499, 5, 7, 0, 12),
+        (499, None, None, 0, None),
     ],
 )
 def test_what_is_charged(

@@ -26,7 +26,7 @@ from modelpack.errors import (
     UntrustedError,
     UsageError,
 )
-from modelpack.gateway.traces import trace_of
+from modelpack.gateway.traces import CLIENT_LEFT, trace_of
 from modelpack_engine.errors import (
     BusyError,
     ContextLengthError,
@@ -142,7 +142,7 @@ def problem_of(error: Exception) -> Problem:
         case UsageError():
             return Problem(400, text)
         case ClientGoneError():
-            return Problem(499, text)
+            return Problem(CLIENT_LEFT, text)
         case EngineError():
             return Problem(500, text)
     return Problem(500, text)
