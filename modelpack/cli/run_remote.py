@@ -65,7 +65,7 @@ class RemoteChat(Chat):
                     raise problem_of(response.status_code, _decoded(await response.aread()))
                 async for line in response.aiter_lines():
                     if line.startswith("data:") and (data := line[5:].strip()) != "[DONE]":
-                        delta = _delta(json.loads(data))
+                        delta = _read(data, url)
                         said += delta.parts
                         yield delta
         except httpx.HTTPError as error:
@@ -97,6 +97,13 @@ def _decoded(raw: bytes) -> Any:
         return None
 
 
+def _read(data: str, url: str) -> ChatDelta:
+    try:
+        return _delta(json.loads(data))
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise ModelpackError(f"cannot read the answer of {url}: {error}") from error
+
+
 def _delta(event: dict[str, Any]) -> ChatDelta:
     """Return what a chunk says: a piece, the end, or the counts that come after it."""
     if "error" in event:
@@ -115,8 +122,14 @@ def _delta(event: dict[str, Any]) -> ChatDelta:
         delta = choice.get("delta") or {}
         parts: list[Part] = []
         if delta.get("reasoning_content"):
-            parts.append(Reasoning(delta["reasoning_content"]))
+            parts.append(Reasoning(_text(delta["reasoning_content"])))
         if delta.get("content"):
-            parts.append(Text(delta["content"]))
+            parts.append(Text(_text(delta["content"])))
         return ChatDelta(0, tuple(parts), finish=choice.get("finish_reason"), usage=counted)
     return ChatDelta(0, usage=counted)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, got {type(value).__name__}")
+    return value

@@ -10,9 +10,11 @@ from contextlib import aclosing
 
 import pytest
 import requests
+from starlette.types import Receive, Scope, Send
 
 from modelpack.cli.run_remote import RemoteChat, RemoteModel
 from modelpack.errors import ModelpackError
+from modelpack.listening import AppServer
 from modelpack_engine.conversation.spec import ChatDelta
 from modelpack_engine.output.parts import Reasoning
 from modelpack_engine.outputs import FinishReason
@@ -122,3 +124,20 @@ def test_an_answer_that_fails(url: str, engine: ScriptedEngine) -> None:
     talk = chat(url)
     with pytest.raises(ModelpackError):
         asyncio.run(read(talk, "France?"))
+
+
+@pytest.mark.parametrize(
+    "event",
+    ["no JSON", "5", '{"error": "x"}', '{"choices": [5]}', '{"choices": null}', '{"usage": {}}',
+     '{"choices": [{"delta": {"content": 5}}]}', "[" * 100_000],
+)  # fmt: skip
+def test_a_server_that_sends_something_else(event: str) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": f"data: {event}\n\n".encode()})
+
+    with (
+        AppServer(lambda: app, "127.0.0.1:0", name="other server") as server,
+        pytest.raises(ModelpackError, match="cannot read the answer"),
+    ):
+        asyncio.run(read(chat(server.url), "France?"))
