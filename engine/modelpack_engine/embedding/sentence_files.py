@@ -11,13 +11,13 @@ Source: sentence-transformers' documentation, "Creating custom models", and its 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from modelpack_engine.embedding.pooling import PoolingMode, parse_pooling
 from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.loaders.documents import decode_json
 from modelpack_engine.loaders.files import MODULES, ModelFiles
 
 #: Where the longest input may stand; all but the first are names of the past.
@@ -119,13 +119,13 @@ def read_sentence_files(files: ModelFiles) -> SentenceFiles:
 
 def _modules(files: ModelFiles) -> list[tuple[str, str]] | None:
     """Return the class and the directory of each step; None without modules.json."""
-    text = files.text(MODULES)
-    if text is None:
+    raw = files.read(MODULES)
+    if raw is None:
         return None
+    listed = decode_json(raw, MODULES)
     try:
-        listed = json.loads(text)
         found = [(entry["type"].rpartition(".")[2], entry["path"]) for entry in listed]
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ModelLoadError(f"{MODULES}: is no list of modules: {error}") from None
     if not found or not all(isinstance(path, str) for _, path in found):
         raise ModelLoadError(f"{MODULES}: is no list of modules")

@@ -171,7 +171,7 @@ def _options(**options: Any) -> Any:
     [
         ("[]", "no list of modules"),
         ("{}", "no list of modules"),
-        ("nonsense", "no list of modules"),
+        ("nonsense", "modules.json: is not JSON"),
         ('[{"type": 3, "path": ""}]', "no list of modules"),
         ('[{"type": "a.Transformer", "path": ""}]', "no Pooling"),
         ('[{"type": "a.Transformer", "path": "0_Transformer"}]', "0_Transformer"),

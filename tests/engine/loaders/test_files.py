@@ -118,6 +118,13 @@ def test_archives_of_one_model_share_their_limits(tmp_path: Path) -> None:
         ModelFiles.from_model(model_of(*layers), blobs.__getitem__)
 
 
+def test_documents_are_bounded(tmp_path: Path) -> None:
+    """JSON takes 25 times its size, and no thread runs while it is parsed."""
+    files = ModelFiles((), "safetensors", archived={"config.json": b"[]," * 6_000_000})
+    with pytest.raises(ModelLoadError, match=r"config\.json: 18000000 bytes of JSON"):
+        files.json("config.json")
+
+
 def test_weights_in_an_archive_are_refused(tmp_path: Path) -> None:
     blobs: dict[Digest, Path] = {}
     kind = "application/vnd.cncf.model.weight.v1.tar"
