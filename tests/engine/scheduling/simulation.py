@@ -102,6 +102,7 @@ class Simulation:
     #: Sequences in the order of their first admission, and where the others wait.
     admitted: list[Sequence] = field(default_factory=list, init=False)
     places: dict[int, tuple[int, int]] = field(default_factory=dict, init=False)
+    served: set[bytes] = field(default_factory=set, init=False)  # owners, in this round
     num_computed: int = field(default=0, init=False)
     content: dict[bytes, tuple[object, ...]] = field(default_factory=dict, init=False)
     outputs: list[SchedulerOutput] = field(default_factory=list, init=False)
@@ -245,7 +246,24 @@ class Simulation:
         """Return what waits, in the order in which it is to be admitted."""
         preempted = [seq for seq in self.admitted if seq.status is SequenceStatus.WAITING]
         fresh = [seq for seq in self.sequences if seq not in self.admitted and not seq.is_finished]
-        return preempted + sorted(fresh, key=lambda seq: self.places[seq.seq_id])
+        return preempted + self._in_turns(sorted(fresh, key=lambda seq: self.places[seq.seq_id]))
+
+    def _in_turns(self, left: list[Sequence]) -> list[Sequence]:
+        """Return sequences in the order in which their owners have turns."""
+        order, served = list[Sequence](), set(self.served)
+        while left:
+            due = [seq for seq in left if seq.cache_salt not in served]
+            if not due:
+                due, served = left, set()
+            order.append(due[0])
+            served.add(due[0].cache_salt)
+            left = [seq for seq in left if seq is not due[0]]
+        return order
+
+    def _count_turn(self, seq: Sequence) -> None:
+        if seq.cache_salt in self.served:
+            self.served.clear()
+        self.served.add(seq.cache_salt)
 
     # The rules.
 
@@ -255,7 +273,11 @@ class Simulation:
         audit(self.blocks, self.sequences)
         assert scheduler._running == self.running
         assert len(scheduler._running) <= self.max_num_seqs
-        assert list(scheduler._waiting) == self.waiting
+        assert len(scheduler._waiting) == len(self.waiting)
+        if self.waiting:
+            assert scheduler._waiting.first is self.waiting[0]
+        else:
+            self.served.clear()
         inflight = Counter(self.pending.output.sampled if self.pending else ())
         for seq in self.sequences:
             assert seq.num_inflight == inflight[seq], "a token in flight is lost"
@@ -314,7 +336,10 @@ class Simulation:
         output = self.scheduler.schedule()
         admitted = [seq for seq in queue if seq.status is SequenceStatus.RUNNING]
         assert admitted == queue[: len(admitted)], "somebody was admitted out of turn"
-        self.admitted += [seq for seq in admitted if seq not in self.admitted]
+        for seq in admitted:
+            if seq not in self.admitted:
+                self.admitted.append(seq)
+                self._count_turn(seq)
         if output is None:
             fewer = self.running == before or set(self.running) < set(before)
             assert fewer or self.blocks.is_awaited
