@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import socket
@@ -93,6 +94,7 @@ class AppServer:
         """
         server = self._prepare(on_ready)
         sys.setswitchinterval(_SWITCH)
+        gc.freeze()  # a full collection of all that was imported stops every thread for 100 ms
         try:
             assert self._socket is not None
             server.run([self._socket])

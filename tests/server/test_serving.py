@@ -116,6 +116,30 @@ print("done", flush=True)
 """
 
 
+COLLECTED = """
+import gc, os, sys
+from modelpack.server import RegistryServer
+imported = len(gc.get_objects())
+def tell():
+    print(imported, len(gc.get_objects()), flush=True)
+    os._exit(0)
+RegistryServer(sys.argv[1], address="127.0.0.1:0").run(on_ready=tell)
+"""
+
+
+def test_the_garbage_collector_passes_over_what_was_imported(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECTED, str(tmp_path / "store")],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=True,
+        timeout=60,
+    )
+    imported, served = map(int, done.stdout.split())
+    assert served < imported / 4
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_let_requests_finish(tmp_path: Path, number: signal.Signals) -> None:
     content = b"x" * 3_000_000
