@@ -28,7 +28,7 @@ from modelpack.gateway.bodies import (
 from modelpack.gateway.caller import Caller, put_caller
 from modelpack.gateway.families import Family, error_response
 from modelpack.gateway.forwarding import ForwardingError, caller_for, is_direct, without_caller
-from modelpack.gateway.json_bodies import ComplexityError, in_worker, put_document
+from modelpack.gateway.json_bodies import ComplexityError, Parsed, in_worker, put_document
 from modelpack.gateway.keys import Key, Keys
 from modelpack.gateway.limits import Exceeded, Grant, Limiter, Limits, Subject
 from modelpack.gateway.lists import filtering
@@ -106,10 +106,9 @@ class Checks:
                     if _has_body(scope) and route is not Route.UPLOAD:
                         # What needs no key takes no memory from requests that do.
                         limit = 0 if route is Route.OPEN else self._max_body
-                        body = await read_body(receive, Headers(scope=scope), limit, share)
+                        pieces = await read_body(receive, Headers(scope=scope), limit, share)
+                        body, asked = await self._look_into(scope, pieces, share)
                         receive = replayed(body, receive)
-                        if body:
-                            asked = await self._look_into(scope, body, share)
                     self._check_model(scope, route, caller, asked)
                     self._reserve(grant, asked)
                     if self._hides_models(scope, route, caller):
@@ -128,17 +127,29 @@ class Checks:
             if grant is not None:
                 _settle(grant, trace_of(scope), asked)
 
-    async def _look_into(self, scope: Scope, body: bytes, share: BodyShare) -> Asked:
+    async def _look_into(
+        self, scope: Scope, pieces: list[bytes], share: BodyShare
+    ) -> tuple[bytes, Asked]:
+        """Return the body that `pieces` are, and what it says; keep its JSON in `scope`."""
+        size = sum(map(len, pieces))
+
+        def work() -> tuple[bytes, tuple[Parsed | None, Asked]]:
+            body = b"".join(pieces)
+            pieces.clear()
+            return body, look_into(body)
+
+        if not size:
+            return b"", Asked()
         try:
-            parsed, asked = await in_worker(look_into, body)
+            body, (parsed, asked) = await in_worker(size, work)
         except ComplexityError as error:
-            raise TooComplexError(len(body), str(error)) from None
+            raise TooComplexError(size, str(error)) from None
         if not asked.answer_tokens and scope["path"].endswith("/responses"):
             asked = replace(asked, answer_tokens=DEFAULT_ANSWER)  # looks like one for embeddings
         if parsed is not None:
             share.add(parsed.memory)
             put_document(scope, parsed.value)
-        return asked
+        return body, asked
 
     def _unread(self, error: ReadError, route: Route) -> _Refusal:
         """Return the refusal for a body that was not read to its end."""

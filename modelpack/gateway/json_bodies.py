@@ -87,11 +87,11 @@ class Parsed:
 _WORKER = ThreadPoolExecutor(1, "modelpack-json")
 
 
-async def in_worker(work: Callable[[bytes], T], raw: bytes) -> T:
-    """Return `work(raw)`, called in the worker thread unless `raw` is small."""
-    if len(raw) <= INLINE:
-        return work(raw)
-    return await asyncio.get_running_loop().run_in_executor(_WORKER, work, raw)
+async def in_worker(size: int, work: Callable[[], T]) -> T:
+    """Return `work()`, called in the worker thread unless the body has few bytes (`size`)."""
+    if size <= INLINE:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_WORKER, work)
 
 
 def put_document(scope: Scope, value: Any) -> None:
@@ -108,8 +108,8 @@ def parse(raw: bytes) -> Parsed:
     """Parse `raw`. Raises `BodyError`, and `ComplexityError` for what exceeds a limit."""
     containers, commas = _count(raw)
     memory = len(raw) + VALUE_BYTES * commas + CONTAINER_BYTES * min(containers, MAX_CONTAINERS)
-    halves = b"\\ud" in raw or b"\\uD" in raw
-    if not halves and len(raw) <= _QUICK and containers + commas <= _QUICK_VALUES:
+    is_short = len(raw) <= _QUICK and containers + commas <= _QUICK_VALUES
+    if is_short and b"\\ud" not in raw and b"\\uD" not in raw:  # halves of surrogate pairs
         value, keys = _quick(raw)
     else:
         reader = _Reader(raw)

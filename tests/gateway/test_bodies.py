@@ -111,6 +111,25 @@ def test_a_body_beyond_the_budget_is_503_and_can_be_sent_again(
     assert house.post("free").status_code == 200
 
 
+def test_pieces_of_a_body_are_joined_without_the_interpreter() -> None:
+    """`bytes.join` lets other threads run only where all pieces are bytes."""
+    messages: list[Message] = [
+        {"type": "http.request", "body": bytearray(b"a" * 10), "more_body": True},
+        {"type": "http.request", "body": b"b" * 10, "more_body": False},
+    ]
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    async def read() -> list[bytes]:
+        with BodyShare(BodyBudget()) as share:
+            return await read_body(receive, Headers({}), 1000, share)
+
+    pieces = asyncio.run(read())
+    assert pieces == [b"a" * 10, b"b" * 10]
+    assert [type(piece) for piece in pieces] == [bytes, bytes]
+
+
 def test_a_body_that_comes_a_byte_at_a_time_is_refused() -> None:
     now = 0.0
 

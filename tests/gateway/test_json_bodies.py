@@ -42,6 +42,17 @@ def parsed_piecewise(raw: bytes) -> Any:
     return json_bodies._Reader(raw).document()
 
 
+def test_large_bodies_are_not_searched_in_one_step() -> None:
+    class Unsearched(bytes):
+        """Bytes that refuse to be searched as a whole: that stops all threads."""
+
+        def __contains__(self, part: object) -> bool:
+            raise AssertionError(f"searched for {part!r}")
+
+    text = "x" * 2 * json_bodies._QUICK
+    assert parse(Unsearched(f'"{text}"'.encode())).value == text
+
+
 def _refuse(constant: str) -> Any:
     raise ValueError(constant)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Coroutine
+from contextlib import aclosing
 from typing import Any, get_type_hints
 
 from fastapi import Request, Response
@@ -63,6 +64,13 @@ class JsonRequest(Request):
 
     body_type: type[Body] | None = None
 
+    async def body(self) -> bytes:
+        """Return the whole body. One that comes in one piece is not copied."""
+        if not hasattr(self, "_body"):
+            async with aclosing(self.stream()) as pieces:
+                self._body = b"".join([piece async for piece in pieces if piece])
+        return self._body
+
     async def json(self) -> Any:
         """Return the parsed body.
 
@@ -80,15 +88,16 @@ class JsonRequest(Request):
 
     async def _validated(self, body_type: type[Body], value: Any) -> Any:
         """Return a large body as an instance of its type, a small one as it is."""
-        raw = await self.body()
-        if len(raw) <= INLINE:
+        size = len(await self.body())
+        if size <= INLINE:
             return value
         # One at a time, in the thread that parses: several would only wait for each other.
-        return await in_worker(lambda _: _validated(body_type, value), raw)
+        return await in_worker(size, lambda: _validated(body_type, value))
 
     async def _parsed(self) -> Any:
         try:
-            return (await in_worker(parse, await self.body())).value
+            body = await self.body()
+            return (await in_worker(len(body), lambda: parse(body))).value
         except ComplexityError as error:
             raise HTTPException(400, f"the body is too complex: {error}") from None
         except BodyError as error:

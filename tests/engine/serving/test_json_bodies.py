@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from typing import Any
 
@@ -11,7 +12,7 @@ from fastapi.testclient import TestClient
 from pydantic import field_validator
 
 from modelpack_engine.server import problems
-from modelpack_engine.server.json_bodies import Body, BodyRoute
+from modelpack_engine.server.json_bodies import Body, BodyRoute, JsonRequest
 
 _LARGE = 40_000
 
@@ -58,6 +59,18 @@ def test_large_bodies_are_validated_in_a_thread(
     *validated, loop = THREADS
     assert len(validated) == 1  # FastAPI does not validate again
     assert (validated[0] is loop) is on_the_loop
+
+
+def test_a_body_in_one_piece_is_not_copied() -> None:
+    body = bytes(_LARGE)
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Any:
+        return messages.pop()
+
+    request = JsonRequest({"type": "http"}, receive)
+    assert asyncio.run(request.body()) is body
+    assert asyncio.run(request.body()) is body
 
 
 @pytest.mark.parametrize("length", [1, _LARGE])
