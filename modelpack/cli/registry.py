@@ -92,7 +92,7 @@ def limit_options(command: F) -> F:
     )  # fmt: skip
     @click.option(
         "--keep-free", type=click.IntRange(min=0), default=0, metavar="MIB",
-        help="Take no uploads that leave less than this free on the disk.",
+        help="Take and fetch nothing that leaves less than this free on the disk.",
     )  # fmt: skip
     @functools.wraps(command)
     def wrapped(

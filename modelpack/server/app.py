@@ -59,7 +59,11 @@ def create_app(
     decides who gets in, None lets everybody. With an `upstream` it is read-only, and what it lacks
     is fetched from there and kept.
     """
-    content = CachedContent(store, upstream) if upstream else Content(store, sparse=sparse)
+    content = (
+        CachedContent(store, upstream, keep_free=limits.keep_free)
+        if upstream
+        else Content(store, sparse=sparse)
+    )
     metrics = Metrics()
     middleware = [
         Middleware(Counting, metrics=metrics),

@@ -17,7 +17,7 @@ from modelpack.digest import Digest
 from modelpack.http_connection import ZERO_COPY_SEND
 from modelpack.server.content import Content
 from modelpack.server.errors import ApiError, Code
-from modelpack.server.following import FollowingResponse, begun
+from modelpack.server.following import FollowingResponse
 from modelpack.server.names import Repository
 from modelpack.server.ranges import PIECE, ByteRange, UnsatisfiableRange, requested_range
 
@@ -59,7 +59,7 @@ class Blobs:
         if answer.part is None:
             return Response(status_code=answer.status, headers=answer.headers)
         fetch = await run_in_threadpool(self._content.fetch, repository, needed)
-        await begun(fetch)
+        await self._content.begin(fetch, request)
         return FollowingResponse(fetch, answer.part, answer.status, answer.headers)
 
     async def delete(self, request: Request) -> Response:

@@ -43,6 +43,8 @@ from modelpack.stores.os_errors import translating
 from modelpack.stores.tree import Tree
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
+
     from modelpack.server.following import Fetch
 
 _SERVED = frozenset({*mediatypes.MANIFEST_TYPES, *mediatypes.INDEX_TYPES})
@@ -204,7 +206,11 @@ class Content:
         return None
 
     def fetch(self, repository: Repository, descriptor: Descriptor) -> Fetch:
-        """Return the download of a blob that is `needed`."""
+        """Return the download of a blob that is `needed`, which the caller has to `begin`."""
+        raise NotImplementedError
+
+    async def begin(self, fetch: Fetch, request: Request) -> None:
+        """Return once a download has something to send; see `Fetches.begin`."""
         raise NotImplementedError
 
     def stored_referrers(self, repository: Repository, subject: Digest) -> list[Descriptor]:

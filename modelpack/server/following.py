@@ -10,10 +10,13 @@ import asyncio
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -35,6 +38,8 @@ from modelpack.stores.layout import LayoutStore
 from modelpack.stores.os_errors import translating
 
 _log = logging.getLogger(__name__)
+#: Downloads at a time: each has a thread, a connection and open files.
+MOST_AT_A_TIME: Final = 32
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 
 
@@ -53,6 +58,7 @@ class Fetch:
         self.attempt = 1
         self.ended = False
         self.error: ModelpackError | None = None
+        self.followers = 0  # requests that wait for its beginning
         self._store = store
         self._source = source
 
@@ -115,24 +121,69 @@ class _CountedReader:
 
 
 class Fetches:
-    """The downloads under way: one for each blob and size, however many ask."""
+    """The downloads under way: one for each blob and size, however many ask.
+
+    `MOST_AT_A_TIME` run; the others wait for their turn, as long as anybody waits for them.
+    """
 
     def __init__(self, store: LayoutStore, stop: Stop) -> None:
         self._store = store
         self._stop = stop
         self._lock = threading.Lock()
         self._running: dict[tuple[Digest, int], Fetch] = {}
+        self._waiting: deque[Fetch] = deque()
+        self._threads = 0
 
     def of(self, descriptor: Descriptor, source: Callable[[], BlobSource]) -> Fetch:
-        """Return the download of the blob, begun now unless it is under way."""
+        """Return the download of the blob, with one follower more, who has to `begin` it."""
         with self._lock:
             fetch = self._running.get(_wanted(descriptor))
             if fetch is None:
                 fetch = Fetch(self._store, descriptor, source(), self._stop)
                 self._running[_wanted(descriptor)] = fetch
-                name = f"upstream {descriptor.digest.short}"
-                threading.Thread(target=self._run, args=(fetch,), name=name, daemon=True).start()
+                self._waiting.append(fetch)
+                if self._threads < MOST_AT_A_TIME:
+                    self._threads += 1
+                    threading.Thread(target=self._work, name="upstream", daemon=True).start()
+            fetch.followers += 1
             return fetch
+
+    async def begin(self, fetch: Fetch, request: Request) -> None:
+        """Return once there is something to send; raise `ApiError` if the download fails before.
+
+        Raises `ClientDisconnect` if nobody waits for the answer any more.
+        """
+        pause = _FIRST_PAUSE
+        try:
+            while not fetch.ended and not fetch.sendable():
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+        finally:
+            with self._lock:
+                fetch.followers -= 1
+        if fetch.error is not None:
+            raise failed(fetch.error) from fetch.error
+
+    def _work(self) -> None:
+        while (fetch := self._next()) is not None:
+            self._run(fetch)
+
+    def _next(self) -> Fetch | None:
+        """Return the next download that anybody waits for; None ends the thread."""
+        with self._lock:
+            while self._waiting:
+                fetch = self._waiting.popleft()
+                if fetch.followers:
+                    return fetch
+                self._end(fetch, RemoteUnavailableError("nobody waited for the download"))
+            self._threads -= 1
+            return None
+
+    def _end(self, fetch: Fetch, error: ModelpackError | None) -> None:
+        del self._running[_wanted(fetch.descriptor)]  # who asks from now on begins another one
+        fetch.end(error)
 
     def _run(self, fetch: Fetch) -> None:
         error: ModelpackError | None = None
@@ -140,28 +191,16 @@ class Fetches:
             fetch.run()
         except ModelpackError as failure:
             error = failure
-        except Exception as failure:  # a thread has nobody to raise to
+        except Exception as failure:  # noqa: BLE001 - a thread has nobody to raise to
+            _log.exception("the download of %s failed", fetch.descriptor.digest)
             error = RemoteUnavailableError(f"the upstream failed: {type(failure).__name__}")
-            raise
-        finally:
-            with self._lock:  # who asks from now on begins another one
-                del self._running[_wanted(fetch.descriptor)]
-                fetch.end(error)
+        with self._lock:
+            self._end(fetch, error)
 
 
 def _wanted(descriptor: Descriptor) -> tuple[Digest, int]:
     # Of two sizes for one digest one is a lie: what is held back until the end goes by the size.
     return descriptor.digest, descriptor.size
-
-
-async def begun(fetch: Fetch) -> None:
-    """Return once there is something to send; raise `ApiError` if the download fails before."""
-    pause = _FIRST_PAUSE
-    while not fetch.ended and not fetch.sendable() and fetch.error is None:
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
-    if fetch.error is not None:
-        raise failed(fetch.error) from fetch.error
 
 
 class FollowingResponse(Response):

@@ -13,7 +13,7 @@ class Limits:
     """Bytes, and a number of upload sessions; None is no limit.
 
     `manifest` and `upload` are for one each, `sessions` is for all unfinished uploads together,
-    `keep_free` is what stays free on the disk whatever is uploaded.
+    `keep_free` is what stays free on the disk whatever is uploaded, or fetched from an upstream.
     """
 
     manifest: int = MAX_DOCUMENT_BYTES

@@ -11,22 +11,26 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeVar
 
 import anyio.to_thread
 from anyio import CapacityLimiter
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
 
 from modelpack import mediatypes
 from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
 from modelpack.errors import (
+    ManifestError,
     ModelpackError,
     NotFoundError,
     RemoteUnavailableError,
     UnsupportedError,
 )
+from modelpack.gojson import MAX_DOCUMENT_BYTES
 from modelpack.manifest import Index, Manifest, parse_manifest_or_index
 from modelpack.progress import Stop, silent
 from modelpack.server.content import Content
@@ -34,6 +38,7 @@ from modelpack.server.following import Fetch, Fetches, failed
 from modelpack.server.names import Repository
 from modelpack.server.repositories import with_manifest, with_tag
 from modelpack.storage import Source, Watch
+from modelpack.stores.disk_space import check_room
 from modelpack.stores.index import IndexDocument
 from modelpack.stores.layout import LayoutStore
 
@@ -90,8 +95,10 @@ class CachedContent(Content):
     What may wait for the upstream has threads of its own: what is here is served in any case.
     """
 
-    def __init__(self, store: LayoutStore, upstream: Upstream) -> None:
+    def __init__(self, store: LayoutStore, upstream: Upstream, *, keep_free: int = 0) -> None:
+        """`keep_free` bytes stay free on the disk, whatever is fetched."""
         super().__init__(store, sparse=True)
+        self._keep_free = keep_free
         self._upstream = upstream
         self._fetches = Fetches(store, upstream.stop)
         self._checked: dict[tuple[Repository, str], float] = {}
@@ -150,7 +157,19 @@ class CachedContent(Content):
 
     def fetch(self, repository: Repository, descriptor: Descriptor) -> Fetch:
         """Return the download of a blob: one for all who ask."""
+        self._check_room(descriptor)
         return self._fetches.of(descriptor, lambda: self._origin(repository).blob(descriptor))
+
+    async def begin(self, fetch: Fetch, request: Request) -> None:
+        """Return once a download has something to send; see `Fetches.begin`."""
+        await self._fetches.begin(fetch, request)
+
+    def _check_room(self, descriptor: Descriptor) -> None:
+        missing = descriptor.size
+        with suppress(FileNotFoundError):  # what an earlier download has left is on the disk
+            missing -= self._store.partial_path(descriptor.digest).stat().st_blocks * 512
+        what = f"blob {descriptor.digest.short}"
+        check_room(self._store.root, max(missing, 0) + self._keep_free, what)
 
     def _upstream_tags(self, repository: Repository) -> list[str] | None:
         try:
@@ -226,8 +245,14 @@ class CachedContent(Content):
             kept.add(child.digest)
             if isinstance(document, Index) and child.media_type in _MANIFESTS:
                 self._keep(origin, child, origin.fetch_manifest(child), deep + 1, kept)
-            else:
-                self._store.write_blob(child, origin.blob(child), watch)
+                continue
+            if child.size > MAX_DOCUMENT_BYTES:  # no reader takes such a config
+                raise ManifestError(
+                    f"has a config of {child.size} bytes, at most {MAX_DOCUMENT_BYTES} fit",
+                    path=what,
+                )
+            self._check_room(child)
+            self._store.write_blob(child, origin.blob(child), watch)
         self._store.write_manifest(descriptor, raw, partial=True)
 
     def needed(self, repository: Repository, digest: Digest) -> Descriptor | None:

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 import requests
+from starlette.requests import ClientDisconnect, Request
 
 import modelpack
 from modelpack import mediatypes
+from modelpack.descriptor import Descriptor
 from modelpack.digest import Digest
 from modelpack.errors import ModelpackError, NotFoundError, RemoteUnavailableError
+from modelpack.gojson import MAX_DOCUMENT_BYTES
 from modelpack.manifest import Manifest
 from modelpack.operations.remote import RemoteOptions
 from modelpack.progress import Stop, silent
 from modelpack.registry import Credential, Registry, RetryPolicy, StaticCredentials, Timeouts
 from modelpack.server import RegistryServer
+from modelpack.server.app import NO_LIMITS
+from modelpack.server.following import Fetches
+from modelpack.server.limits import Limits
 from modelpack.server.upstream import _MOST_WAITING, Upstream
-from modelpack.storage import Watch
+from modelpack.small_blobs import BytesBlob
+from modelpack.storage import BlobReader, Watch
 from tests.cli.running import modelpack as command_line
 from tests.registry.faults import (
     Exchange,
@@ -72,7 +82,11 @@ class Caching:
         return made.manifest
 
     def cache(
-        self, ttl: float = 1000, credentials: StaticCredentials | None = None, idle: float = 20
+        self,
+        ttl: float = 1000,
+        credentials: StaticCredentials | None = None,
+        idle: float = 20,
+        limits: Limits = NO_LIMITS,
     ) -> str:
         """Serve the same cache, perhaps again; return its host."""
         origin = self._stack.enter_context(
@@ -84,7 +98,11 @@ class Caching:
             )
         )
         server = RegistryServer(
-            self.root, address="127.0.0.1:0", upstream=Upstream(origin, ttl), grace=2
+            self.root,
+            address="127.0.0.1:0",
+            upstream=Upstream(origin, ttl),
+            grace=2,
+            limits=limits,
         )
         return self._stack.enter_context(server).host
 
@@ -286,6 +304,7 @@ def test_a_size_that_another_manifest_claims_has_no_wrong_blob_sent(caching: Cac
         exchange.write(b"%x\r\n%s\r\n" % (caching.weight.size, bytes(caching.weight.size)))
         arrived.set()
         assert release.wait(30), "released in the end"
+        exchange.write(b"0\r\n\r\n")
 
     caching.upstream.faults.add("GET", caching.path, wrong)
     base = f"http://{caching.cache()}/v2"
@@ -314,8 +333,17 @@ def test_a_silent_upstream_is_left(caching: Caching) -> None:
         caching.pull(caching.cache(idle=0.3))
 
 
-@pytest.mark.parametrize("path", ["manifests/another-{}", "tags/list", "referrers/{}"])
-def test_what_is_here_is_served_while_the_upstream_is_silent(caching: Caching, path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "arriving"),
+    [
+        ("manifests/another-{}", 10),  # some of the names share a lock
+        ("tags/list", _MOST_WAITING),
+        ("referrers/{}", _MOST_WAITING),
+    ],
+)
+def test_what_is_here_is_served_while_the_upstream_is_silent(
+    caching: Caching, path: str, arriving: int
+) -> None:
     host = caching.cache()
     caching.pull(host)
     url = f"http://{host}/v2/{NAME}"
@@ -336,8 +364,8 @@ def test_what_is_here_is_served_while_the_upstream_is_silent(caching: Caching, p
     with ThreadPoolExecutor(60) as pool:
         asked = [pool.submit(ask, number) for number in range(60)]
         try:
-            for _ in range(_MOST_WAITING):
-                assert arrived.acquire(timeout=30), "as many as there may be wait"
+            for _ in range(arriving):
+                assert arrived.acquire(timeout=30), "they wait for the upstream"
             for kept in (f"manifests/{caching.manifest.digest}", caching.path.strip("/")):
                 assert requests.get(f"{url}/{kept}", timeout=10).status_code == 200
         finally:
@@ -399,6 +427,83 @@ def test_an_index_comes_with_its_manifests(caching: Caching, reference: str) -> 
         assert json.loads(answer.content)["schemaVersion"] == 2
     assert Digest.of(requests.get(url + caching.path, timeout=30).content) == caching.weight.digest
     caching.check()
+
+
+def test_a_config_that_no_reader_takes_is_not_fetched(caching: Caching) -> None:
+    raw = json.loads(caching.manifest.raw)
+    raw["config"]["size"] = MAX_DOCUMENT_BYTES + 1
+    caching.upstream.put_manifest(json.dumps(raw).encode(), "large")
+    answer = requests.get(f"http://{caching.cache()}/v2/{NAME}/manifests/large", timeout=10)
+    assert answer.status_code == 400
+    assert "config" in answer.text
+    assert caching.upstream.count("GET", "/blobs/") == 0
+
+
+def test_room_to_keep(caching: Caching, tmp_path: Path) -> None:
+    disk = os.statvfs(tmp_path)
+    limits = Limits(keep_free=disk.f_blocks * disk.f_frsize + 1)
+    base = f"http://{caching.cache()}/v2/{NAME}"
+    requests.get(f"{base}/manifests/v1", timeout=10).raise_for_status()
+    full = f"http://{caching.cache(limits=limits)}/v2/{NAME}"
+    assert requests.get(full + caching.path, timeout=10).status_code == 507
+    caching.publish(WEIGHTS[:-1], "v2")
+    caching.upstream.requests.clear()
+    assert requests.get(f"{full}/manifests/v2", timeout=10).status_code == 507
+    assert caching.upstream.count("GET", "/blobs/") == 0
+    assert Digest.of(requests.get(base + caching.path, timeout=30).content) == caching.weight.digest
+
+
+class Waiting:
+    """A request whose client is there as long as nobody says otherwise."""
+
+    def __init__(self, *, gone: bool = False) -> None:
+        self.gone = gone
+
+    async def is_disconnected(self) -> bool:
+        return self.gone
+
+
+class Held:
+    """A blob that comes once it may."""
+
+    def __init__(self, content: bytes, may_come: threading.Event) -> None:
+        self.descriptor = Descriptor("x/y", Digest.of(content), len(content))
+        self.opened = threading.Event()
+        self._content, self._may_come = content, may_come
+
+    @contextmanager
+    def open(self, offset: int = 0) -> Iterator[BlobReader]:
+        self.opened.set()
+        assert self._may_come.wait(30), "it may come in the end"
+        with BytesBlob(self._content).open(offset) as reader:
+            yield reader
+
+
+def test_downloads_wait_for_their_turn_as_long_as_anybody_waits_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelpack.server.following.MOST_AT_A_TIME", 1)
+    may_come = threading.Event()
+    fetches = Fetches(modelpack.Store(tmp_path / "store"), Stop())
+    blobs = [Held(bytes([number]), may_come) for number in range(3)]
+    first, left, last = [fetches.of(blob.descriptor, lambda b=blob: b) for blob in blobs]
+
+    async def follow() -> None:
+        with pytest.raises(ClientDisconnect):
+            await fetches.begin(left, cast(Request, Waiting(gone=True)))
+        may_come.set()
+        for fetch in (first, last):
+            await fetches.begin(fetch, cast(Request, Waiting()))
+
+    assert blobs[0].opened.wait(30), "the first begins at once"
+    assert not any(blob.opened.is_set() for blob in blobs[1:])
+    asyncio.run(follow())
+    assert blobs[2].opened.is_set()
+    assert not blobs[1].opened.is_set()
+    assert left.error is not None
+    again = fetches.of(blobs[1].descriptor, lambda: blobs[1])
+    asyncio.run(fetches.begin(again, cast(Request, Waiting())))
+    assert blobs[1].opened.is_set()
 
 
 def test_the_command(caching: Caching) -> None:
