@@ -16,6 +16,7 @@ import click
 from modelpack._version import __version__
 from modelpack.cli.compose import compose
 from modelpack.cli.main import run
+from modelpack.cli.output import one_line, show_error
 from modelpack.errors import ModelpackError
 
 _METADATA = "docker-cli-plugin-metadata"
@@ -77,7 +78,7 @@ def pull(name: str) -> None:
     """Have the server pull MODEL."""
     from modelpack.deployment.local_server import local_server
 
-    local_server().client.pull(name, click.echo)
+    local_server().client.pull(name, lambda message: click.echo(one_line(message)))
 
 
 @model.command(context_settings={"ignore_unknown_options": True})
@@ -129,7 +130,5 @@ def _run_model(arguments: list[str]) -> int:
         return error.exit_code
     except ModelpackError as error:
         # Compose shows what `pull` prints on standard output, and nothing else.
-        click.echo(f"error: {error}")
-        if error.hint:
-            click.echo(f"hint: {error.hint}")
+        show_error(error, err=False)
         return error.exit_code

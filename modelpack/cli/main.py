@@ -11,7 +11,7 @@ import click
 
 from modelpack._version import __version__
 from modelpack.cli.options import Settings, common_options
-from modelpack.cli.output import visible
+from modelpack.cli.output import show_error, visible
 from modelpack.errors import ModelpackError
 
 # command -> (module of modelpack.cli, attribute); imported only when used, to start fast
@@ -175,10 +175,7 @@ def _show_error(error: ModelpackError, settings: Settings) -> None:
             body["hint"] = error.hint
         click.echo(json.dumps({"error": body}), err=True)
         return
-    # Indented, so that no line of a message looks like one of ours.
-    click.echo(visible(f"error: {error}").replace("\n", "\n  "), err=True)
-    if error.hint:
-        click.echo(visible(f"hint: {error.hint}").replace("\n", "\n  "), err=True)
+    show_error(error)
 
 
 def _show_unexpected(error: Exception, settings: Settings) -> None:
@@ -193,4 +190,4 @@ def _show_unexpected(error: Exception, settings: Settings) -> None:
 def _show_traceback(error: BaseException) -> None:
     import traceback
 
-    click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    click.echo(visible("".join(traceback.format_exception(error))), err=True, nl=False)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from modelpack.cli.options import Settings
+from modelpack.errors import ModelpackError
 from modelpack.reference import Reference
 
 #: Grows when a field of `--json` output changes its meaning or goes away.
@@ -42,6 +43,18 @@ def show(settings: Settings, value: dict[str, Any], text: str) -> None:
 def show_json(value: dict[str, Any]) -> None:
     """Print a JSON result, with the version of its schema."""
     click.echo(json.dumps({"schemaVersion": SCHEMA_VERSION} | value, indent=2))
+
+
+def show_error(error: ModelpackError, *, err: bool = True) -> None:
+    """Print an error and its hint, on stderr or, without `err`, on stdout."""
+    click.echo(_indented(f"error: {error}"), err=err)
+    if error.hint:
+        click.echo(_indented(f"hint: {error.hint}"), err=err)
+
+
+def _indented(text: str) -> str:
+    """Return `text` with each line but the first indented, so that none looks like one of ours."""
+    return "\n  ".join(one_line(line.expandtabs()) for line in visible(text).split("\n"))
 
 
 def note(settings: Settings, message: str) -> None:

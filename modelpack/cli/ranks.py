@@ -7,10 +7,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Literal
 
-import click
-
 from modelpack.cli.options import Settings
-from modelpack.cli.output import note
+from modelpack.cli.output import note, show_error
 from modelpack.cli.request_log import request_log
 from modelpack.errors import ModelpackError, UsageError
 
@@ -70,8 +68,6 @@ def _backend(device: str) -> Literal["ring", "nccl"]:
 
 def _end(error: ModelpackError) -> None:
     """End the process: its other threads may wait inside MLX for a rank that is gone."""
-    click.echo(f"error: {error}", err=True)
-    if error.hint:
-        click.echo(f"hint: {error.hint}", err=True)
+    show_error(error)
     sys.stdout.flush()
     os._exit(error.exit_code)

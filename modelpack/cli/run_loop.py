@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from modelpack.cli.options import Settings
-from modelpack.cli.output import note, show, table
+from modelpack.cli.output import note, show, show_error, table
 from modelpack.cli.run_lines import line_editing, read_question
 from modelpack.cli.run_settings import DEFAULT, SETTINGS, set_value, values
 from modelpack.errors import ModelpackError, UsageError
@@ -90,9 +90,7 @@ class Loop:
         except KeyboardInterrupt:
             note(self._settings, "(stopped)")
         except ModelpackError as error:
-            click.echo(f"error: {error}", err=True)
-            if error.hint:
-                click.echo(f"hint: {error.hint}", err=True)
+            show_error(error)
 
     def _set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")

@@ -12,6 +12,7 @@ from typing import Any
 
 from modelpack.deployment.local_server import LocalServer
 from modelpack.errors import UsageError
+from modelpack.registry.failures import shown
 
 #: What `metadata` says: the options that Compose takes from the file, and hands to `up`.
 METADATA: dict[str, Any] = {
@@ -41,6 +42,8 @@ METADATA: dict[str, Any] = {
     },
     "down": {"parameters": []},
 }
+# Characters of a message, which Compose shows as it is.
+_LONGEST = 2000
 
 
 class ComposeMessages:
@@ -51,7 +54,7 @@ class ComposeMessages:
 
     def info(self, message: str) -> None:
         """Show a line in Compose's progress."""
-        self._say("info", message)
+        self._say("info", shown(message, _LONGEST))
 
     def setenv(self, name: str, value: str) -> None:
         """Set NAME, with the service's name before it, for the services that depend on it."""
@@ -59,7 +62,7 @@ class ComposeMessages:
 
     def error(self, message: str) -> None:
         """Have Compose stop with this message."""
-        self._say("error", message)
+        self._say("error", shown(message, _LONGEST))
 
     def _say(self, kind: str, message: str) -> None:
         self._write(json.dumps({"type": kind, "message": message}))

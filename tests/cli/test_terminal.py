@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from modelpack.cli.docker_plugins import docker_model
 from modelpack.cli.output import one_line, visible
+from modelpack.errors import ModelpackError
 from tests.cli.running import Result, modelpack
 from tests.registry.faults import answering
 from tests.registry.faulty import REPOSITORY, FaultyRegistry
@@ -84,6 +86,44 @@ def test_what_a_registry_answers(registry: FaultyRegistry, tmp_path: Path, statu
     failed = modelpack("--store", tmp_path / "store", "pull", f"{registry.host}/{REPOSITORY}:v1")
     assert failed.code != 0
     check(failed)
+
+
+class Server:
+    """A model server that repeats what a registry told it."""
+
+    endpoint = "http://127.0.0.1:1"
+
+    @property
+    def client(self) -> Server:
+        return self
+
+    def models(self) -> list[dict[str, Any]]:
+        return []
+
+    def pull(self, name: str, tell: Callable[[str], None]) -> None:
+        tell(EVIL)
+        raise ModelpackError(EVIL, hint=EVIL)
+
+
+@pytest.mark.parametrize("words", [["pull", "m"], ["compose", "up", "--model", "m"]])
+def test_what_a_server_tells_docker(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    monkeypatch.setattr("modelpack.deployment.local_server.local_server", Server)
+    monkeypatch.setattr("sys.argv", ["docker-model", "model", *words])
+    with pytest.raises(SystemExit) as ended:
+        docker_model()
+    assert ended.value.code
+    out = capsys.readouterr().out
+    assert "owned" in out
+    shown = [json.loads(line)["message"] for line in out.splitlines()] if "up" in words else [out]
+    check(Result(1, "\n".join(shown).encode(), ""))
+
+
+def test_tracebacks(tmp_path: Path) -> None:
+    failed = modelpack("--store", tmp_path / "store", "--debug", "inspect", f"x/{EVIL}")
+    assert "Traceback" in failed.err
+    assert "\x1b" not in failed.err
 
 
 def test_lines() -> None:

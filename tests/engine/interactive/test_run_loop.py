@@ -41,6 +41,8 @@ class Session:
 
     def _load(self, name: str) -> ServedModel:
         self.loaded.append(name)
+        if name == "evil":
+            raise NotFoundError("\x1b]0;owned\x07\nerror: forged", hint="\x9b2J")
         if name == "missing":
             raise NotFoundError("there is no model 'missing'", hint="pull it")
         return ServedModel(name, self.model.engine)
@@ -93,6 +95,16 @@ def test_a_model_that_does_not_load_leaves_the_one_before(
     assert "there is no model 'missing'" in said
     assert "hint: pull it" in said
     assert "/load expects" in said
+
+
+def test_errors_hold_no_commands_for_the_terminal(
+    session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session.types("/load evil")
+    said = capsys.readouterr().err
+    assert "owned" in said
+    assert not [c for c in said if not c.isprintable() and c not in "\n\ufffd"]
+    assert "\nerror: forged" not in said
 
 
 @pytest.mark.parametrize(
