@@ -8,6 +8,7 @@ from typing import Final, Protocol
 
 import anyio.to_thread
 from anyio import CapacityLimiter
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from modelpack.server.access import Needs, spelled
@@ -39,6 +40,9 @@ class Passwords:
         """Raise the challenge unless user and password are right."""
         pair = _decoded(_proof(request, "basic"))
         if pair is not None:
+            # Those who guess passwords have to wait for each other, not those who know one.
+            if await run_in_threadpool(self._file.remembers, *pair):
+                return
             if self._limiter is None:
                 self._limiter = CapacityLimiter(_AT_A_TIME)
             right = await anyio.to_thread.run_sync(self._file.check, *pair, limiter=self._limiter)

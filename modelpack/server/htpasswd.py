@@ -42,6 +42,13 @@ class PasswordFile:
     def __repr__(self) -> str:
         return f"PasswordFile({str(self._path)!r})"
 
+    def remembers(self, username: str, password: str) -> bool:
+        """Return whether this pair was right before and still is, at once; False says nothing."""
+        expected = self._current().get(username)
+        digest = self._digest(username, password.encode(), expected or b"")
+        with self._lock:
+            return digest in self._right
+
     def check(self, username: str, password: str) -> bool:
         """Return whether this is a user with that password; it may take a tenth of a second."""
         users = self._current()

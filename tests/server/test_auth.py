@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,35 @@ def test_every_endpoint_asks(tmp_path: Path, htpasswd: Path) -> None:
                 asked += 1
     assert asked >= 20
     assert list(store.models()) == []
+
+
+def test_guesses_do_not_keep_users_out(
+    guarded: RegistryServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{guarded.url}/v2/"
+    known = (ADA.username, ADA.password)
+    assert requests.get(url, auth=known, timeout=10).status_code == 200
+    guessing, go_on = threading.Semaphore(0), threading.Event()
+
+    def slow(*_: bytes) -> bool:
+        guessing.release()
+        go_on.wait(60)
+        return False
+
+    monkeypatch.setattr("modelpack.server.htpasswd.bcrypt.checkpw", slow)
+
+    def guess(number: int) -> int:
+        return requests.get(url, auth=(ADA.username, f"{number}"), timeout=60).status_code
+
+    with ThreadPoolExecutor(60) as pool:
+        guesses = [pool.submit(guess, number) for number in range(60)]
+        try:
+            for _ in range(2):
+                assert guessing.acquire(timeout=30), "two passwords are compared"
+            assert requests.get(url, auth=known, timeout=10).status_code == 200
+        finally:
+            go_on.set()
+        assert {one.result() for one in guesses} == {401}
 
 
 def test_the_file_is_read_again(tmp_path: Path, htpasswd: Path) -> None:
