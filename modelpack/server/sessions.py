@@ -43,6 +43,10 @@ class OutOfOrder(Exception):
     """A chunk does not start where the last one ended."""
 
 
+class TooMany(Exception):
+    """There are as many sessions as there may be."""
+
+
 class Superseded(Exception):
     """A later request took the session over."""
 
@@ -231,12 +235,14 @@ class UploadSessions:
         """Return how many sessions this server has begun or continued, and not ended."""
         return len(self._sessions)
 
-    def create(self, repository: str, algorithm: str) -> UploadSession:
-        """Return a new session; its id cannot be guessed."""
+    def create(self, repository: str, algorithm: str, most: int | None = None) -> UploadSession:
+        """Return a new session, whose id cannot be guessed; raise `TooMany` if there are `most`."""
         self._sweep()
         name = str(uuid.uuid4())
-        session = UploadSession.create(self._directory / name, repository, algorithm)
-        with self._lock:
+        with self._lock:  # so that those who come together count each other
+            if most is not None and len(self._sessions) >= most:
+                raise TooMany
+            session = UploadSession.create(self._directory / name, repository, algorithm)
             self._sessions[name] = session
         return session
 

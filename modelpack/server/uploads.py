@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -18,7 +18,14 @@ from modelpack.server.errors import ApiError, Code
 from modelpack.server.limits import Limits
 from modelpack.server.names import Repository
 from modelpack.server.ranges import ByteRange, chunk_range
-from modelpack.server.sessions import OutOfOrder, Superseded, UploadSession, UploadSessions, Writer
+from modelpack.server.sessions import (
+    OutOfOrder,
+    Superseded,
+    TooMany,
+    UploadSession,
+    UploadSessions,
+    Writer,
+)
 from modelpack.stores.disk_space import check_room
 
 # Seconds after which an upload that receives nothing makes room for others, where room is short.
@@ -101,13 +108,16 @@ class Uploads:
 
     async def _create(self, repository: Repository, algorithm: str) -> UploadSession:
         limit = self._limits.sessions
-        if limit is not None and len(self._sessions) >= limit:
-            await run_in_threadpool(self._sessions.drop_idle, _IDLE)
-        if limit is not None and len(self._sessions) >= limit:
+        wanted = (str(repository), algorithm, limit)
+        with suppress(TooMany):
+            return await run_in_threadpool(self._sessions.create, *wanted)
+        await run_in_threadpool(self._sessions.drop_idle, _IDLE)
+        try:
+            return await run_in_threadpool(self._sessions.create, *wanted)
+        except TooMany:
             message = f"{limit} uploads are under way, no more are taken"
             headers = {"Retry-After": "10"}
-            raise ApiError(429, Code.TOOMANYREQUESTS, message, headers=headers)
-        return await run_in_threadpool(self._sessions.create, str(repository), algorithm)
+            raise ApiError(429, Code.TOOMANYREQUESTS, message, headers=headers) from None
 
     def _check_size(self, size: int) -> None:
         if self._limits.upload is not None and size > self._limits.upload:

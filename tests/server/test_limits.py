@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,23 @@ def test_sessions(tmp_path: Path) -> None:
         os.utime(data, (0, 0))
         client.upload()  # the one that nobody goes on with has made room
         assert client.request("GET", last).status_code == 404
+
+
+def test_sessions_that_begin_together(tmp_path: Path) -> None:
+    with limited(tmp_path, sessions=3) as client, ExitStack() as stack:
+        host, _, port = client.base.removeprefix("http://").partition(":")
+        connections = [
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
+            for _ in range(60)
+        ]
+        for connection in connections:
+            connection.sendall(
+                f"POST /v2/a/b/blobs/uploads/ HTTP/1.1\r\nHost: {host}:{port}\r\n"
+                "Content-Length: 0\r\n\r\n".encode()
+            )
+        statuses = [connection.recv(1000).split()[1] for connection in connections]
+        assert (statuses.count(b"202"), statuses.count(b"429")) == (3, 57)
+        assert len(list((tmp_path / "store" / "ingest" / "uploads").iterdir())) == 3
 
 
 def test_room_to_keep(tmp_path: Path) -> None:
