@@ -148,10 +148,10 @@ def ours_first_token(blas: str) -> float:
 def run_one(name: str, sessions: int | None) -> dict[str, Any]:
     """Serve one workload; return its report."""
     loaded = load("openblas")
-    from modelpack_engine.benchmarking.driving import run_workload
-    from modelpack_engine.benchmarking.workloads import WORKLOADS
     from modelpack_engine.config import EngineConfig
     from modelpack_engine.engine import Engine
+    from modelpack_server.bench.engine_load import run_workload
+    from modelpack_server.bench.workloads import WORKLOADS
 
     workload = WORKLOADS[name]()
     workload = workload.first(sessions) if sessions else workload

@@ -28,12 +28,12 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import llama
 
-from modelpack_engine.benchmarking.driving import run_workload
-from modelpack_engine.benchmarking.workloads import WORKLOADS, Workload
 from modelpack_engine.config import EngineConfig, SchedulingPolicy
 from modelpack_engine.engine import Engine
 from modelpack_engine.loaders import LoadedModel
 from modelpack_engine.sampling_params import SamplingParams
+from modelpack_server.bench.engine_load import run_workload
+from modelpack_server.bench.workloads import WORKLOADS, Workload
 
 VOCABULARY, CONTEXT = 128256, 34816
 ROUNDS, KV_BYTES = 3, 16 << 30

@@ -24,14 +24,14 @@ from mlx_lm.models import llama
 
 from modelpack_engine.adaptation.compiled import Layout
 from modelpack_engine.adaptation.layout import ModelLayout
-from modelpack_engine.benchmarking.driving import run_workload
-from modelpack_engine.benchmarking.workloads import WORKLOADS
 from modelpack_engine.buckets import FEW
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.loaders import LoadedModel
 from modelpack_engine.model_runner import ModelRunner
 from modelpack_engine.sizing import Sizes
+from modelpack_server.bench.engine_load import run_workload
+from modelpack_server.bench.workloads import WORKLOADS
 
 VOCABULARY, CONTEXT, DIM = 64, 2048, 64
 #: Tokens of load M are larger than the ids of so small a vocabulary; nothing looks at them.

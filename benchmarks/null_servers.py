@@ -83,7 +83,6 @@ def write_tokenizer(directory: Path) -> Path:
 def serve_ours(pace: Pace, directory: Path, *, protected: bool) -> None:
     from tokenizers import Tokenizer as Backend
 
-    from modelpack.gateway.protecting import Protection, protect
     from modelpack_engine.async_engine import AsyncEngine
     from modelpack_engine.detokenizer import Detokenizer
     from modelpack_engine.loaders import Tokenizer
@@ -91,10 +90,11 @@ def serve_ours(pace: Pace, directory: Path, *, protected: bool) -> None:
     from modelpack_engine.loaders.tokenizer import TokenText
     from modelpack_engine.meter import Meter
     from modelpack_engine.outputs import EngineStats, FinishReason, RequestEvent, Timing, Usage
-    from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
-    from modelpack_engine.pool.pool import ModelPool
     from modelpack_engine.sampling_params import SamplingParams
-    from modelpack_engine.server.model_server import ModelServer
+    from modelpack_server.api.model_server import ModelServer
+    from modelpack_server.gateway.protecting import Protection, protect
+    from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
+    from modelpack_server.pool.pool import ModelPool
 
     backend = Backend.from_file(str(directory / "tokenizer.json"))
 

@@ -18,11 +18,11 @@ from typing import get_args
 
 from modelpack.testing.weights import smollm2_gguf
 from modelpack_engine import Engine, EngineConfig
-from modelpack_engine.benchmarking.driving import run_workload
-from modelpack_engine.benchmarking.report import Report
-from modelpack_engine.benchmarking.workloads import Workload, single_turns
 from modelpack_engine.config import SchedulingPolicy
 from modelpack_engine.loaders import LoadedModel, ModelFiles, load
+from modelpack_server.bench.engine_load import run_workload
+from modelpack_server.bench.report import Report
+from modelpack_server.bench.workloads import Workload, single_turns
 
 BURST, STREAM, AT_ONCE, EVERY, LONG = 32, 48, 4, 16, 512
 PER_SECOND = 1.8

@@ -100,7 +100,7 @@ def test_working_locally_loads_no_http_client(module: str) -> None:
 
 
 def test_the_gateways_checks_load_no_http_client() -> None:
-    loaded = loaded_after("import modelpack.gateway")
+    loaded = loaded_after("import modelpack_server.gateway")
     assert "modelpack" in loaded
     assert loaded.isdisjoint(set(HEAVY) - {"starlette"})
 

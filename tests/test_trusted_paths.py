@@ -19,18 +19,18 @@ BARE = {"pull", "bundle", "resolve", "convert", "package", "complete"}
 #: Those that only Python programs call.
 PUBLIC = {"open_embedder", "model_directory"}
 #: Functions that open the files of a model that somebody else has checked.
-OPENING = {"from_store", "from_model"}
+OPENING = {"stored_files", "from_model"}
 #: Calls without `remote`, and why.
 EXCEPTIONS = {
-    ("engine/modelpack_engine/parallel/stored.py", "open_model"): "rank 0 checked that digest",
+    ("engine/modelpack_server/rank_models.py", "open_model"): "rank 0 checked that digest",
     ("modelpack/deployment/vllm_plugin.py", "resolve"): "a function of that module",
-    ("engine/modelpack_engine/server/traces.py", "complete"): "of traces",
+    ("engine/modelpack_server/api/traces.py", "complete"): "of traces",
 }
 OPENERS = {
     "engine/modelpack_engine/loaders/files.py": "itself",
-    "engine/modelpack_engine/opening.py": "after find_model",
-    "engine/modelpack_engine/pool/store_catalogue.py": "to know how large the weights are",
-    "engine/modelpack_engine/server/ollama/describing.py": "to show them",
+    "engine/modelpack_server/models.py": "after find_model",
+    "engine/modelpack_server/pool/store_catalogue.py": "to know how large the weights are",
+    "engine/modelpack_server/api/ollama/describing.py": "to show them",
 }
 
 

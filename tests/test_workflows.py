@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from modelpack.cli.bench import bench
+from modelpack_server.cli.bench import bench
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))

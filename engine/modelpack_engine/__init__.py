@@ -1,6 +1,7 @@
 """The serving engine of Modelpack: paged attention and continuous batching on MLX.
 
-    from modelpack_engine import SamplingParams, open_model
+    from modelpack_engine import SamplingParams
+    from modelpack_server import open_model
 
     engine = open_model("ai/smollm2:135m").engine()
     [events] = engine.generate(["The capital of France is"], SamplingParams(max_tokens=8))
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from modelpack_engine.async_engine import AsyncEngine as AsyncEngine
     from modelpack_engine.config import EngineConfig as EngineConfig
     from modelpack_engine.engine import Engine as Engine
-    from modelpack_engine.opening import open_model as open_model
     from modelpack_engine.outputs import RequestEvent as RequestEvent
     from modelpack_engine.sampling_params import SamplingParams as SamplingParams
 
@@ -31,7 +31,6 @@ _EXPORTS = {
     "EngineConfig": "modelpack_engine.config",
     "RequestEvent": "modelpack_engine.outputs",
     "SamplingParams": "modelpack_engine.sampling_params",
-    "open_model": "modelpack_engine.opening",
 }
 _WITHOUT_MLX = {"EngineConfig", "RequestEvent", "SamplingParams"}
 

@@ -13,6 +13,7 @@ from modelpack.cli.options import Settings, common_options, model_argument, remo
 from modelpack.cli.output import plural, show, show_json, visible
 from modelpack.errors import ModelpackError
 from modelpack.operations.remote import RemoteOptions
+from modelpack.plugins import load_function
 
 
 @click.command()
@@ -74,10 +75,11 @@ def lint(
 
 def _render(source: str, variables: Mapping[str, Any]) -> str:
     try:
-        from modelpack_engine.loaders.chat_template import ChatTemplate
-    except ImportError as error:
+        chat_template = load_function("chat_template")
+    except ModuleNotFoundError as error:
         raise ModelpackError(
             f"{error.name} is not installed, which renders chat templates",
             hint="pip install 'modelpack[engine]', or switch the rule `template` off",
         ) from None
-    return ChatTemplate(source).render(variables)
+    assert chat_template is not None, "registered by this distribution"
+    return str(chat_template(source).render(variables))

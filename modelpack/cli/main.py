@@ -9,36 +9,33 @@ from typing import Any
 
 import click
 
+from modelpack import plugins
 from modelpack._version import __version__
 from modelpack.cli.options import Settings, common_options
 from modelpack.cli.output import show_error, visible
 from modelpack.errors import ModelpackError
 
-# command -> (module of modelpack.cli, attribute); imported only when used, to start fast
+# command -> (module of modelpack.cli, attribute); imported only when used, to start fast. Commands
+# that need the engine are registered as entry points: see modelpack.plugins.
 COMMANDS = {
     "attach": ("referrers", "attach"),
-    "bench": ("bench", "bench"),
     "bundle": ("find", "bundle"),
     "catalog": ("catalog", "catalog"),
     "completion": ("completion", "completion"),
     "compose": ("compose", "compose"),
     "config": ("find", "config"),
-    "configure": ("running", "configure"),
     "convert": ("convert", "convert"),
     "copy": ("transfer", "copy"),
     "detach": ("referrers", "detach"),
     "diff": ("diff", "diff"),
-    "doctor": ("doctor", "doctor"),
     "export": ("exporting", "export_models"),
     "fsck": ("store", "fsck"),
-    "gateway": ("gateway", "gateway"),
     "gc": ("store", "gc"),
     "import": ("importing", "import_models"),
     "index": ("index", "index"),
     "inspect": ("find", "inspect"),
     "keygen": ("signing", "keygen"),
     "k8s": ("k8s", "k8s"),
-    "launch": ("launch", "launch"),
     "lint": ("lint", "lint"),
     "list": ("listing", "list_models"),
     "lock": ("lock", "lock"),
@@ -46,20 +43,15 @@ COMMANDS = {
     "logout": ("login", "logout"),
     "manifest": ("find", "manifest"),
     "package": ("package", "package"),
-    "ps": ("running", "ps"),
     "pull": ("transfer", "pull"),
     "push": ("transfer", "push"),
     "referrers": ("referrers", "referrers"),
     "registry": ("registry", "registry"),
     "resolve": ("find", "resolve"),
     "rm": ("store", "rm"),
-    "run": ("run", "run"),
     "sbom": ("sbom", "sbom"),
-    "serve": ("serve", "serve"),
     "sign": ("signing", "sign"),
-    "smoke": ("smoke", "smoke"),
     "tag": ("store", "tag"),
-    "unload": ("running", "unload"),
     "verify": ("signing", "verify"),
 }
 
@@ -96,14 +88,14 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands, without aliases."""
-        return sorted(COMMANDS)
+        return sorted({*COMMANDS, *self.commands, *plugins.command_names()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command that `cmd_name` or its alias names."""
-        entry = COMMANDS.get(ALIASES.get(cmd_name, cmd_name))
-        if entry is None:
-            return None
-        module, attribute = entry
+        name = ALIASES.get(cmd_name, cmd_name)
+        if name not in COMMANDS:
+            return self.commands.get(name) or plugins.load_command(name)
+        module, attribute = COMMANDS[name]
         command = getattr(importlib.import_module(f"modelpack.cli.{module}"), attribute)
         assert isinstance(command, click.Command)
         return command

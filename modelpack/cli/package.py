@@ -23,9 +23,12 @@ from modelpack.errors import UsageError
 from modelpack.operations import package as packaging
 from modelpack.operations.remote import RemoteOptions
 from modelpack.packaging.request import PackageRequest
+from modelpack.plugins import load_function
 from modelpack.reference import Reference
 
 PATH = click.Path(path_type=Path)
+# Bits a weight, by the value of --quantize.
+_BITS = {"q4": 4, "q8": 8}
 
 
 @click.command()
@@ -67,7 +70,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--allow-pickle", is_flag=True, help="Accept pickle weights, which can run code.")
 @click.option(
     "--quantize",
-    type=click.Choice(["q4", "q8"]),
+    type=click.Choice(list(_BITS)),
     help="Quantise --safetensors-dir first, to 4 or 8 bits a weight, by mlx-lm's quantiser.",
 )
 @click.option("--link", is_flag=True, help="Hard-link files into the store instead of copying.")
@@ -135,13 +138,14 @@ def _quantized(settings: Settings, inputs: dict[str, Any], quantize: str, direct
     if not source.is_dir():
         raise UsageError(f"--safetensors-dir {source} is no directory")
     try:
-        from modelpack_engine.quantizing import BITS, quantize_directory
+        quantize_directory = load_function("quantize_directory")
     except ModuleNotFoundError as error:
         raise UsageError(
             f"--quantize needs {error.name}", hint="pip install 'modelpack[engine]'"
         ) from None
+    assert quantize_directory is not None, "registered by this distribution"
     done = quantize_directory(
-        source, directory, bits=BITS[quantize], follow_symlinks=inputs["follow_symlinks"]
+        source, directory, bits=_BITS[quantize], follow_symlinks=inputs["follow_symlinks"]
     )
     sizes = f"{human_size(done.before)} are {human_size(done.after)}"
     note(settings, f"quantised {plural(done.modules, 'module')} to {done.bits} bits: {sizes}")

@@ -5,9 +5,13 @@ Needs no package but click: the wheel is built with this.
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 
@@ -52,7 +56,18 @@ class Command:
 
 def commands() -> Iterator[Command]:
     """All commands, each group before its own, in the order of their names."""
+    _add_entry_points()
     yield from _walk(cli, click.Context(cli, info_name="modelpack", **cli.context_settings))
+
+
+def _add_entry_points() -> None:
+    """Add the commands of pyproject.toml's entry points: a build finds no installed ones."""
+    root = Path(__file__).parents[2]
+    sys.path.append(str(root / "engine"))
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    for name, target in project["entry-points"]["modelpack.commands"].items():
+        module, _, attribute = target.partition(":")
+        cli.add_command(getattr(importlib.import_module(module), attribute), name)
 
 
 def _walk(command: click.Command, context: click.Context) -> Iterator[Command]:

@@ -14,7 +14,7 @@ import modelpack
 from modelpack.operations.checkup import Verdict, check_port, check_registry, check_store
 from modelpack.stores.layout import LayoutStore
 from modelpack.testing import registry
-from modelpack_engine.checkup import check_model
+from modelpack_server.doctor import check_model
 from tests.cli.running import modelpack as run
 from tests.cli.running import succeed
 from tests.models import tiny_gguf, tiny_safetensors
@@ -63,7 +63,7 @@ def test_what_has_failed_is_the_exit_code(store: LayoutStore) -> None:
 def test_without_an_engine_the_rest_is_checked(
     store: LayoutStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = "modelpack.cli.engine.importlib.util.find_spec"
+    find = "modelpack_server.cli.engine_options.importlib.util.find_spec"
     monkeypatch.setattr(find, lambda name: None)
     value = succeed("doctor", "--offline", "--store", store.root, "--json").json
     assert checks(value)["engine"]["hint"] == "pip install 'modelpack[engine]'"

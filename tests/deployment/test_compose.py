@@ -17,9 +17,9 @@ from modelpack.deployment.plugin_files import install_plugins
 from modelpack.errors import ConflictError, RemoteUnavailableError
 from modelpack.stores.layout import LayoutStore
 from modelpack.testing import registry
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.store_catalogue import StoreCatalogue
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.cli.running import modelpack as run
 from tests.cli.running import succeed
 from tests.interop.docker_model import CONFIG

@@ -13,6 +13,7 @@ from modelpack.operations.kept_bundles import kept_bundle
 from modelpack.stores.layout import LayoutStore
 from modelpack_engine.loaders import ModelFiles
 from modelpack_engine.loaders.json_tokenizer import chat_template_of
+from modelpack_server.models import stored_files
 from tests.models import tiny_safetensors
 
 PACKAGED, INLINE, OWN = "packaged", "inline", "own"
@@ -61,7 +62,7 @@ def test_the_packaged_template_is_used(
     assert laid_out.exists() is (used != INLINE)
     if laid_out.exists():
         assert laid_out.read_text() == used
-    opened = ModelFiles.from_store(modelpack.inspect("team/tiny", store=store), store)
+    opened = stored_files(modelpack.inspect("team/tiny", store=store), store)
     for found in (opened, ModelFiles.from_directory(bundle)):
         template = chat_template_of(found)
         assert template is not None

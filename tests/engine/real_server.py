@@ -11,9 +11,9 @@ from modelpack.packaging.request import PackageRequest
 from modelpack.stores.layout import LayoutStore
 from modelpack.testing.weights import minilm_directory, smollm2_gguf
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.store_catalogue import StoreCatalogue
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 
 SMOLLM2, MINILM = "ai/smollm2", "ai/minilm"
 # What lists and metrics call them.

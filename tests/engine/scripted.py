@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from modelpack_engine.async_engine import EngineState
-from modelpack_engine.conversation.served import ServedModel
 from modelpack_engine.errors import EngineError
 from modelpack_engine.loaders import Tokenizer
 from modelpack_engine.loaders.chat_template import ChatTemplate
@@ -22,6 +21,7 @@ from modelpack_engine.outputs import (
 )
 from modelpack_engine.request_stream import Abort, RequestStream
 from modelpack_engine.sampling_params import SamplingParams
+from modelpack_server.conversation.served import ServedModel
 from tests.engine.serving.tiny import TEMPLATE, tiny_tokenizer
 
 HERMES = TEMPLATE + "{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}"

@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 
-from modelpack.gateway import KeyFile, add_key
-from modelpack.gateway.limits import Limits
+from modelpack_server.gateway import KeyFile, add_key
+from modelpack_server.gateway.limits import Limits
 from tests.gateway.servers import (
     CHAT,
     Served,

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from modelpack.gateway import Protection, Trace, protect
-from modelpack.gateway.app import GatewaySettings
-from modelpack.gateway.serving import GatewayServer
 from modelpack.listening import AppServer
+from modelpack_server.gateway import Protection, Trace, protect
+from modelpack_server.gateway.app import GatewaySettings
+from modelpack_server.gateway.serving import GatewayServer
 
 PATIENCE = 20.0  # seconds; only a failure takes that long
 CHAT = "/v1/chat/completions"

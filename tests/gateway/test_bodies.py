@@ -10,7 +10,7 @@ import pytest
 from starlette.datastructures import Headers
 from starlette.types import Message
 
-from modelpack.gateway.bodies import (
+from modelpack_server.gateway.bodies import (
     FREE_BYTES,
     SLOW_START,
     BodyBudget,
@@ -103,7 +103,7 @@ def test_nobody_without_a_key_sends_a_body(house: House, path: str) -> None:
 def test_a_body_beyond_the_budget_is_503_and_can_be_sent_again(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelpack.gateway.bodies.FREE_BYTES", -(10**9))
+    monkeypatch.setattr("modelpack_server.gateway.bodies.FREE_BYTES", -(10**9))
     reply = house.post("free")
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
     assert house.app.asked == []
@@ -148,7 +148,7 @@ def test_a_body_that_comes_a_byte_at_a_time_is_refused() -> None:
 
 
 def test_a_body_that_never_comes_is_408(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelpack.gateway.bodies.SLOW_START", 0.2)
+    monkeypatch.setattr("modelpack_server.gateway.bodies.SLOW_START", 0.2)
     host, port = house.served.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         connection.sendall(

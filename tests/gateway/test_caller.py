@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from modelpack.gateway import KeyFile, add_key
-from modelpack.gateway.caller import ANYONE, Caller, caller_of, put_caller
+from modelpack_server.gateway import KeyFile, add_key
+from modelpack_server.gateway.caller import ANYONE, Caller, caller_of, put_caller
 from tests.gateway.servers import protected, respond
 
 

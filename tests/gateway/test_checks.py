@@ -13,9 +13,9 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from modelpack.errors import UsageError
-from modelpack.gateway import KeyFile, Protection, add_key, protect, trace_of
-from modelpack.gateway.app import GatewaySettings
-from modelpack.gateway.serving import GatewayServer
+from modelpack_server.gateway import KeyFile, Protection, add_key, protect, trace_of
+from modelpack_server.gateway.app import GatewaySettings
+from modelpack_server.gateway.serving import GatewayServer
 from tests.gateway.houses import BODY, MESSAGES, OLLAMA, House, told
 from tests.gateway.servers import (
     CHAT,

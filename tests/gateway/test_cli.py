@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.gateway import KeyFile
-from modelpack.gateway.limits import Limits
+from modelpack_server.gateway import KeyFile
+from modelpack_server.gateway.limits import Limits
 from tests.cli.running import modelpack, succeed
 from tests.gateway.servers import CHAT, COMPLETION, Upstream, new_client, serving
 

@@ -14,8 +14,8 @@ import openai
 import pytest
 from starlette.types import Receive, Send
 
-from modelpack.gateway import KeyFile, add_key
-from modelpack.gateway.limits import Limits
+from modelpack_server.gateway import KeyFile, add_key
+from modelpack_server.gateway.limits import Limits
 from tests.gateway.servers import (
     COMPLETION,
     Asked,

@@ -12,10 +12,10 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from modelpack.errors import FormatError
-from modelpack.gateway import KeyFile, add_key
-from modelpack.gateway.caller import Caller, caller_of
-from modelpack.gateway.checks import Checks
-from modelpack.gateway.keys import parse_keys
+from modelpack_server.gateway import KeyFile, add_key
+from modelpack_server.gateway.caller import Caller, caller_of
+from modelpack_server.gateway.checks import Checks
+from modelpack_server.gateway.keys import parse_keys
 from tests.gateway.servers import Upstream, gateway, protected, respond, serving
 
 OWNER, MODELS = "x-modelpack-owner", "x-modelpack-models"

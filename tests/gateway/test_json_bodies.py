@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack.gateway import json_bodies
-from modelpack.gateway.json_bodies import (
+from modelpack_server.gateway import json_bodies
+from modelpack_server.gateway.json_bodies import (
     MAX_CONTAINERS,
     MAX_DEPTH,
     MAX_ITEMS,

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from modelpack.errors import ConflictError, FormatError, UsageError
-from modelpack.gateway.key_file import KeyFile, add_key
-from modelpack.gateway.limits import Limits
+from modelpack_server.gateway.key_file import KeyFile, add_key
+from modelpack_server.gateway.limits import Limits
 
 
 def names(file: KeyFile) -> list[str]:

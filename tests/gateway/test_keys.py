@@ -7,8 +7,8 @@ import hashlib
 import pytest
 
 from modelpack.errors import FormatError
-from modelpack.gateway.keys import Key, hash_of, parse_keys
-from modelpack.gateway.limits import Limits
+from modelpack_server.gateway.keys import Key, hash_of, parse_keys
+from modelpack_server.gateway.limits import Limits
 
 HASH = hashlib.sha256(b"mp_secret").hexdigest()
 OTHER = hashlib.sha256(b"mp_other").hexdigest()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack.gateway.limits import Exceeded, Grant, Limiter, Limits
+from modelpack_server.gateway.limits import Exceeded, Grant, Limiter, Limits
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from modelpack.gateway import KeyFile, add_key
-from modelpack.gateway.lists import MAX_LIST, allowed_only
+from modelpack_server.gateway import KeyFile, add_key
+from modelpack_server.gateway.lists import MAX_LIST, allowed_only
 from tests.gateway.servers import Upstream, answering, gateway, serving
 
 PUBLIC, SECRET = {"id": "ai/public", "object": "model"}, {"id": "corp/secret", "object": "model"}

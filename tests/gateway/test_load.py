@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Send
 
-from modelpack.gateway import add_key
+from modelpack_server.gateway import add_key
 from tests.gateway.houses import BODY, MESSAGES, OLLAMA, House, told
 from tests.gateway.servers import (
     CHAT,

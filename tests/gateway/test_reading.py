@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from starlette.datastructures import Headers
 
-from modelpack.gateway.bodies import look_into
-from modelpack.gateway.families import Family, family_of
-from modelpack.gateway.metrics import GatewayMetrics
-from modelpack.gateway.replies import ReplyReader
-from modelpack.gateway.routes import Route, is_plain, route_of
-from modelpack.gateway.traces import Trace
+from modelpack_server.gateway.bodies import look_into
+from modelpack_server.gateway.families import Family, family_of
+from modelpack_server.gateway.metrics import GatewayMetrics
+from modelpack_server.gateway.replies import ReplyReader
+from modelpack_server.gateway.routes import Route, is_plain, route_of
+from modelpack_server.gateway.traces import Trace
 
 
 def new_trace(family: Family = Family.OPENAI) -> Trace:

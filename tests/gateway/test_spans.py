@@ -10,10 +10,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 
 from modelpack.errors import UsageError
-from modelpack.gateway import spans
-from modelpack.gateway.families import Family
-from modelpack.gateway.observing import log_request
-from modelpack.gateway.traces import Trace
+from modelpack_server.gateway import spans
+from modelpack_server.gateway.families import Family
+from modelpack_server.gateway.observing import log_request
+from modelpack_server.gateway.traces import Trace
 
 PATH = "/v1/chat/completions"
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-from modelpack.gateway.app import GatewaySettings
-from modelpack.gateway.protecting import Protection
-from modelpack.gateway.serving import GatewayServer
 from modelpack.listening import AppServer
 from modelpack.stores.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.store_catalogue import StoreCatalogue
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.gateway.app import GatewaySettings
+from modelpack_server.gateway.protecting import Protection
+from modelpack_server.gateway.serving import GatewayServer
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.cli.running import modelpack
 from tests.gateway.servers import unused_url
 from tests.registry.auth_servers import Pair, make_pair

@@ -13,10 +13,10 @@ from typing import IO
 
 from modelpack.stores.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.pool.catalogue import Catalogue
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.store_catalogue import StoreCatalogue
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.pool.catalogue import Catalogue
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.interop.go_tool import build_go_tool
 
 # Seconds that one command may take.

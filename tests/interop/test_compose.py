@@ -15,9 +15,9 @@ from modelpack.deployment.docker_bridge import container_host
 from modelpack.server import RegistryServer
 from modelpack.stores.layout import LayoutStore
 from modelpack.testing import registry
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.store_catalogue import StoreCatalogue
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.serving.tiny import write_tiny
 from tests.interop.compose import ROOT, Compose, build_compose, import_client_image
 from tests.interop.docker_model import CONFIG

@@ -12,12 +12,12 @@ import pytest
 
 import modelpack
 from modelpack.deployment.docker_bridge import container_host
-from modelpack.gateway.key_file import add_key
-from modelpack.gateway.limits import Limits
 from modelpack.stores.layout import LayoutStore
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.store_catalogue import StoreCatalogue
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.gateway.key_file import add_key
+from modelpack_server.gateway.limits import Limits
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.serving.tiny import write_tiny
 from tests.interop.compose import ROOT, Compose, build_compose
 from tests.interop.docker_model import CONFIG

@@ -10,7 +10,6 @@ import pytest
 import modelpack
 from modelpack.blob import read_blob
 from modelpack.cli.main import run
-from modelpack.cli.smoke_attestation import test_result as result_of
 from modelpack.errors import UntrustedError
 from modelpack.manifest import Manifest
 from modelpack.operations import signing
@@ -22,7 +21,8 @@ from modelpack.supply.bundles import BUNDLE, PREDICATE_TYPE, Bundle
 from modelpack.supply.keys import PrivateKey
 from modelpack.supply.statements import TEST_RESULT
 from modelpack.testing import registry
-from modelpack_engine.smoking import Check, SmokeReport
+from modelpack_server.cli.smoke_attestation import test_result as result_of
+from modelpack_server.smoke_test import Check, SmokeReport
 from tests.engine.embedding.models import write_model
 from tests.supply.conftest import PASSWORD
 

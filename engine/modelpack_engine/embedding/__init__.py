@@ -1,6 +1,6 @@
 """Embedding: texts to vectors, and pairs of texts to scores; nothing here knows of HTTP.
 
-    embedder = open_embedder("ai/all-minilm")
+    embedder = modelpack_server.open_embedder("ai/all-minilm")
     vectors = embedder.embed(["a cat", "a feline"]).vectors
 
 Reading: `loading`, then `encoder` or `decoder`, `pooling`, `steps`, `embedder`, `async_embedder`.
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from modelpack_engine.embedding.embedder import EmbedderConfig as EmbedderConfig
     from modelpack_engine.embedding.loading import load_embedder as load_embedder
     from modelpack_engine.embedding.loading import purpose_of as purpose_of
-    from modelpack_engine.embedding.opening import open_cross_encoder as open_cross_encoder
-    from modelpack_engine.embedding.opening import open_embedder as open_embedder
     from modelpack_engine.embedding.ranking import rank_pairs as rank_pairs
     from modelpack_engine.embedding.results import Embeddings as Embeddings
     from modelpack_engine.embedding.results import EmbedOptions as EmbedOptions
@@ -38,8 +36,6 @@ _EXPORTS = {
     "EmbedOptions": "modelpack_engine.embedding.results",
     "load_embedder": "modelpack_engine.embedding.loading",
     "purpose_of": "modelpack_engine.embedding.loading",
-    "open_cross_encoder": "modelpack_engine.embedding.opening",
-    "open_embedder": "modelpack_engine.embedding.opening",
     "rank_pairs": "modelpack_engine.embedding.ranking",
 }
 

@@ -23,9 +23,6 @@ from modelpack.model import (
     role_of,
 )
 from modelpack.ollama import check_usable
-from modelpack.operations.kept_bundles import has_packed_weights, unpacked_files
-from modelpack.operations.watching import watching
-from modelpack.stores.layout import LayoutStore
 from modelpack.unpacking.blobs import open_blob
 from modelpack.unpacking.content import Allowance, Content, TarLimits
 from modelpack.unpacking.tarstream import TarReader
@@ -70,17 +67,11 @@ class ModelFiles:
         or several models in one, and what the store raises for a blob that it lost.
         """
         located = [(file, blob_path(file.descriptor.digest)) for file in model.files()]
-        return cls._of(model, located)
+        return cls.from_located(model, located)
 
     @classmethod
-    def from_store(cls, model: Model, store: LayoutStore) -> ModelFiles:
-        """Return the files of `model` as `from_model`; weights in archives are unpacked, once."""
-        if not has_packed_weights(model):
-            return cls.from_model(model, store.blob_path)
-        return cls._of(model, unpacked_files(model, store, watching(None)))
-
-    @classmethod
-    def _of(cls, model: Model, located: Iterable[tuple[ModelFile, Path]]) -> ModelFiles:
+    def from_located(cls, model: Model, located: Iterable[tuple[ModelFile, Path]]) -> ModelFiles:
+        """Return the files of `model`, each given with its path. Raises as `from_model`."""
         check_usable(model.manifest.layers, _shown(model))
         weights: list[tuple[str, str, Path]] = []
         names: dict[str, Path] = {}

@@ -26,12 +26,12 @@ from modelpack_engine.llama_cpp.engine import LlamaCppEngine
 from modelpack_engine.llama_cpp.trial import try_out
 from modelpack_engine.loaders import ModelFiles, load
 from modelpack_engine.loaders.loading import gguf_tokenizer_of
-from modelpack_engine.opening import Opened, open_model
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.settings import ModelSettings
-from modelpack_engine.pool.store_catalogue import StoreCatalogue
 from modelpack_engine.sampling_params import SamplingParams
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.models import Opened, open_model
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.settings import ModelSettings
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.loaders.tiny_models import TINY_MODELS
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)

@@ -15,8 +15,8 @@ from modelpack.packaging.request import PackageRequest
 from modelpack.stores.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.meter import Meter
-from modelpack_engine.pool.settings import ModelSettings
-from modelpack_engine.pool.store_catalogue import StoreCatalogue
+from modelpack_server.pool.settings import ModelSettings
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.loaders.tiny_models import TINY_MODELS
 
 TEMPLATE = "{% for m in messages %}<packaged>{{ m.content }}{% endfor %}"

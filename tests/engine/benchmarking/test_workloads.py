@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from modelpack_engine.benchmarking.driving import run_workload
-from modelpack_engine.benchmarking.report import Record, make_report, percentile, summary
-from modelpack_engine.benchmarking.workloads import (
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.engine import Engine
+from modelpack_server.bench.engine_load import run_workload
+from modelpack_server.bench.report import Record, make_report, percentile, summary
+from modelpack_server.bench.workloads import (
     HIGHEST_ID,
     LOWEST_ID,
     WORKLOADS,
@@ -21,8 +23,6 @@ from modelpack_engine.benchmarking.workloads import (
     poisson_with_8k,
     shared_prefix,
 )
-from modelpack_engine.config import EngineConfig
-from modelpack_engine.engine import Engine
 from tests.engine.serving.tiny import tiny_loaded
 
 

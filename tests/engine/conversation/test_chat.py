@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from modelpack_engine.conversation.budget import ReasoningBudget
-from modelpack_engine.conversation.chat import count_prompt, start_chat
-from modelpack_engine.conversation.served import ServedModel
-from modelpack_engine.conversation.spec import ChatDelta, ChatSpec
 from modelpack_engine.errors import ContextLengthError, RequestError
-from modelpack_engine.output.parts import Reasoning, Text, ToolArguments, ToolStart
-from modelpack_engine.output.tools import Tool, ToolChoice
 from modelpack_engine.outputs import FinishReason
 from modelpack_engine.request_stream import Abort
 from modelpack_engine.sampling_params import LogitsMask, SamplingParams
+from modelpack_server.conversation.budget import ReasoningBudget
+from modelpack_server.conversation.chat import count_prompt, start_chat
+from modelpack_server.conversation.served import ServedModel
+from modelpack_server.conversation.spec import ChatDelta, ChatSpec
+from modelpack_server.tool_parsers.parts import Reasoning, Text, ToolArguments, ToolStart
+from modelpack_server.tool_parsers.tools import Tool, ToolChoice
 from tests.engine.scripted import HERMES, THINKING, scripted
 
 HELLO = ChatSpec([{"role": "user", "content": "hello"}], SamplingParams(max_tokens=64))
@@ -176,7 +176,7 @@ def test_prompts_are_counted_as_they_are_rendered() -> None:
 
 
 def test_a_required_call_and_a_constraint_make_masks() -> None:
-    from modelpack_engine.structured import Constraint
+    from modelpack_server.structured_output import Constraint
 
     model, engine = scripted("a", template=HERMES)
     required = replace(HELLO, tools=(WEATHER,), tool_choice=ToolChoice("required"))
@@ -250,7 +250,7 @@ def may_say(mask: LogitsMask, model: ServedModel, text: str) -> bool:
 
 @pytest.mark.parametrize("template", [HERMES, THINKING])
 def test_a_constrained_answer_or_a_call(template: str) -> None:
-    from modelpack_engine.structured import Constraint
+    from modelpack_server.structured_output import Constraint
 
     model, engine = scripted("a", template=template)
     spec = replace(HELLO, tools=(WEATHER,), constraint=Constraint("regex", "a+"))
@@ -274,7 +274,7 @@ def test_a_constrained_answer_or_a_call(template: str) -> None:
 
 
 def test_a_tool_that_does_not_compile_is_named() -> None:
-    from modelpack_engine.structured import Constraint
+    from modelpack_server.structured_output import Constraint
 
     model, _ = scripted("a", template=HERMES)
     odd = Tool("odd", "", {"type": "object", "properties": {"x": {"type": "nothing"}}})

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from modelpack_engine.conversation.tool_results import results_with_calls
-from modelpack_engine.conversation.turns import fit_turns
 from modelpack_engine.errors import RequestError
-from modelpack_engine.server.ollama.bodies import ChatMessage
-from modelpack_engine.server.ollama.chat import template_messages
-from modelpack_engine.server.openai.responses import items
+from modelpack_server.api.ollama.bodies import ChatMessage
+from modelpack_server.api.ollama.chat import template_messages
+from modelpack_server.api.openai.responses import items
+from modelpack_server.conversation.tool_results import results_with_calls
+from modelpack_server.conversation.turns import fit_turns
 from tests.engine.serving.tiny import TEMPLATE
 
 MOST = 16_384  # items of a list in a request

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from modelpack_engine.conversation.rendering import render
-from modelpack_engine.conversation.spec import ChatSpec
-from modelpack_engine.conversation.tool_results import wants_results_with_calls
-from modelpack_engine.output.formats import find_format
+from modelpack_server.conversation.rendering import render
+from modelpack_server.conversation.spec import ChatSpec
+from modelpack_server.conversation.tool_results import wants_results_with_calls
+from modelpack_server.tool_parsers.formats import find_format
 from tests.engine.scripted import scripted
 
 # What a template does with results, in the manner of Gemma 4's: the first, and the later ones.

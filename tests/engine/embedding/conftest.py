@@ -9,7 +9,8 @@ import pytest
 import modelpack
 from modelpack.stores.layout import LayoutStore
 from modelpack.testing.weights import minilm_directory
-from modelpack_engine.embedding import Embedder, open_embedder
+from modelpack_engine.embedding import Embedder
+from modelpack_server import open_embedder
 
 
 @pytest.fixture(scope="session")

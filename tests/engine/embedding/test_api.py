@@ -18,10 +18,10 @@ from modelpack.stores.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.embedding import CrossEncoder, Embedder, load_embedder, sigmoid
 from modelpack_engine.loaders import ModelFiles
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.settings import ModelSettings
-from modelpack_engine.pool.store_catalogue import StoreCatalogue
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.settings import ModelSettings
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.embedding.models import golden, write_model
 from tests.engine.embedding.test_decoders import write as write_decoder
 

@@ -11,12 +11,12 @@ from modelpack.errors import NotFoundError
 from modelpack_engine.async_engine import EngineState
 from modelpack_engine.meter import Meter
 from modelpack_engine.outputs import FinishReason
-from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.settings import ModelSettings
 from modelpack_engine.request_stream import RequestStream
 from modelpack_engine.sampling_params import SamplingParams
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.settings import ModelSettings
 from tests.engine.scripted import HERMES, ScriptedEngine
 from tests.engine.serving.tiny import TEMPLATE
 

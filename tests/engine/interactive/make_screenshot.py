@@ -13,9 +13,9 @@ from modelpack.operations.package import PackageRequest
 from modelpack.stores.layout import LayoutStore
 from modelpack.testing.weights import smollm2_gguf
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.store_catalogue import StoreCatalogue
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.interactive.browser import chromium
 
 TARGET = Path(__file__).parents[3] / "docs" / "chat-page.png"

@@ -13,9 +13,9 @@ import requests
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server.app import create_app
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.app import create_app
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.pool.pool import ModelPool
 from tests.engine.interactive.browser import chromium
 from tests.engine.pool.shelf import Shelf
 from tests.engine.scripted import THINKING, ScriptedEngine

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
-from modelpack.cli import run_loop
 from modelpack.cli.options import Settings
-from modelpack.cli.run_loop import Loop
 from modelpack.errors import NotFoundError
-from modelpack_engine.chatting import Chat
-from modelpack_engine.conversation.served import ServedModel
+from modelpack_server.conversation.served import ServedModel
+from modelpack_server.repl import loop as run_loop
+from modelpack_server.repl.chat import Chat
+from modelpack_server.repl.loop import Loop
 from tests.engine.scripted import scripted
 
 

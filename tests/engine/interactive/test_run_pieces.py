@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from modelpack.cli.output import visible
-from modelpack.cli.run_lines import read_question
-from modelpack.cli.run_settings import SETTINGS, set_value, values
-from modelpack.cli.run_view import TerminalView, split_blocks
 from modelpack.errors import UsageError
-from modelpack_engine.chatting import TEMPERATURE, Chat
-from modelpack_engine.conversation.spec import ChatDelta
-from modelpack_engine.output.parts import Reasoning, Text
+from modelpack_server.conversation.spec import ChatDelta
+from modelpack_server.repl.chat import TEMPERATURE, Chat
+from modelpack_server.repl.line_editor import read_question
+from modelpack_server.repl.settings import SETTINGS, set_value, values
+from modelpack_server.repl.view import TerminalView, split_blocks
+from modelpack_server.tool_parsers.parts import Reasoning, Text
 from tests.engine.scripted import THINKING, scripted
 
 

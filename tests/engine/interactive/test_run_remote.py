@@ -12,14 +12,14 @@ import pytest
 import requests
 from starlette.types import Receive, Scope, Send
 
-from modelpack.cli.run_remote import RemoteChat, RemoteModel
 from modelpack.errors import ModelpackError
 from modelpack.listening import AppServer
-from modelpack_engine.conversation.spec import ChatDelta
-from modelpack_engine.output.parts import Reasoning
 from modelpack_engine.outputs import FinishReason
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.conversation.spec import ChatDelta
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.repl.remote import RemoteChat, RemoteModel
+from modelpack_server.tool_parsers.parts import Reasoning
 from tests.cli.running import Result
 from tests.cli.running import modelpack as run
 from tests.engine.scripted import THINKING, ScriptedEngine

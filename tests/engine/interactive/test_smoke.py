@@ -9,12 +9,12 @@ from xml.etree import ElementTree
 import pytest
 
 import modelpack
-from modelpack.cli.smoke import junit_xml
 from modelpack.operations.find import stored_model
 from modelpack.operations.package import PackageRequest
 from modelpack.stores.layout import LayoutStore
 from modelpack.testing import registry
-from modelpack_engine.smoking import Check, SmokeReport, check_text, check_vector
+from modelpack_server.cli.smoke import junit_xml
+from modelpack_server.smoke_test import Check, SmokeReport, check_text, check_vector
 from tests.cli.running import modelpack as run
 from tests.cli.running import succeed
 from tests.engine.embedding.models import write_model

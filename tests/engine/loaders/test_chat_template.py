@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from modelpack_engine.conversation.tool_results import wants_results_with_calls
 from modelpack_engine.errors import RequestError
 from modelpack_engine.loaders.chat_template import ChatTemplate
-from modelpack_engine.output.formats import find_format
-from modelpack_engine.output.history import takes_argument_strings
 from modelpack_engine.templates import budget
 from modelpack_engine.templates.rendering import Renderer, TemplateFailedError
+from modelpack_server.conversation.tool_results import wants_results_with_calls
+from modelpack_server.tool_parsers.formats import find_format
+from modelpack_server.tool_parsers.history import takes_argument_strings
 
 MESSAGES = [
     {"role": "system", "content": "Be <brief>."},

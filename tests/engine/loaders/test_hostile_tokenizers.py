@@ -24,10 +24,10 @@ from modelpack_engine.errors import EngineError, ModelLoadError
 from modelpack_engine.loaders import ModelFiles, json_tokenizer, tokenizer_check
 from modelpack_engine.loaders.tokenizer import Tokenizer, TokenText
 from modelpack_engine.panics import as_error, no_panics
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.store_catalogue import StoreCatalogue
-from modelpack_engine.server.model_server import ModelServer
 from modelpack_engine.worker.process import WorkerProcess
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.loaders.hostile_tokenizers import HOSTILE, changed
 from tests.engine.serving.tiny import write_tiny
 

@@ -18,9 +18,9 @@ from mlx_lm.utils import quantize_model
 import modelpack
 from modelpack.errors import ModelpackError, UsageError
 from modelpack.formats.mlx_quantization import mlx_bits
-from modelpack_engine import quantizing
+from modelpack_engine import quantization as quantizing
 from modelpack_engine.loaders import ModelFiles, load
-from modelpack_engine.quantizing import quantize_directory
+from modelpack_engine.quantization import quantize_directory
 from tests.cli.running import modelpack as command
 from tests.cli.running import succeed
 from tests.engine.loaders.test_safetensors import save

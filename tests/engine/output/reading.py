@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from modelpack_engine.output.formats import OutputFormat, OutputParser
-from modelpack_engine.output.parts import Part, Reasoning, Text, ToolArguments, ToolStart
-from modelpack_engine.output.tools import Tool
+from modelpack_server.tool_parsers.formats import OutputFormat, OutputParser
+from modelpack_server.tool_parsers.parts import Part, Reasoning, Text, ToolArguments, ToolStart
+from modelpack_server.tool_parsers.tools import Tool
 
 WEATHER = Tool(
     "get_weather",

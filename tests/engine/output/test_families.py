@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelpack_engine.output.families import FAMILIES
+from modelpack_server.tool_parsers.families import FAMILIES
 from tests.engine.output.cases import CASES
 from tests.engine.output.reading import read
 from tests.engine.output.writing import Case

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from modelpack.errors import UsageError
-from modelpack_engine.output.families import FAMILIES
-from modelpack_engine.output.formats import OutputFormat, find_format, starts_reasoning
-from modelpack_engine.output.reasoning import (
+from modelpack_server.tool_parsers.families import FAMILIES
+from modelpack_server.tool_parsers.formats import OutputFormat, find_format, starts_reasoning
+from modelpack_server.tool_parsers.reasoning import (
     GEMMA,
     HARMONY,
     KIMI_K3,

@@ -8,8 +8,8 @@ from typing import Any
 import jinja2
 import pytest
 
-from modelpack_engine.output.formats import OutputFormat
-from modelpack_engine.output.history import (
+from modelpack_server.tool_parsers.formats import OutputFormat
+from modelpack_server.tool_parsers.history import (
     complete_object,
     takes_argument_strings,
     template_messages,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack_engine.output.json_text import MAX_DEPTH, JsonScanner, dump, load_object
+from modelpack_server.tool_parsers.json_text import MAX_DEPTH, JsonScanner, dump, load_object
 
 text = st.text(max_size=8)
 floats = st.floats(allow_nan=False, allow_infinity=False)

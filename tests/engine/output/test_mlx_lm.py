@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from modelpack_engine.output import mlx_lm_calls
-from modelpack_engine.output.mlx_lm_calls import tool_parser
+from modelpack_server.tool_parsers import mlx_lm_calls
+from modelpack_server.tool_parsers.mlx_lm_calls import tool_parser
 from tests.engine.output.cases import CASES
 from tests.engine.output.reading import TOOLS, Found, call, read, text
 from tests.engine.output.writing import Case

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from modelpack_engine.output.formats import OutputFormat, OutputParser
-from modelpack_engine.output.parts import Reasoning, Text, ToolArguments, ToolStart
-from modelpack_engine.output.tools import Tool
+from modelpack_server.tool_parsers.formats import OutputFormat, OutputParser
+from modelpack_server.tool_parsers.parts import Reasoning, Text, ToolArguments, ToolStart
+from modelpack_server.tool_parsers.tools import Tool
 from tests.engine.output.reading import TOOLS, call, joined, parts_of, read, text, thought
 
 HERMES = OutputFormat.named("hermes")

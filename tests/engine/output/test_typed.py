@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from modelpack_engine.output.tools import Tool
-from modelpack_engine.output.typed import json_or_text, literal, parameter_schema, typed
+from modelpack_server.tool_parsers.tools import Tool
+from modelpack_server.tool_parsers.typed import json_or_text, literal, parameter_schema, typed
 
 STRING = {"type": "string"}
 OR_NULL = {"anyOf": [STRING, {"type": "null"}]}

@@ -12,9 +12,9 @@ from modelpack_engine.errors import LoadCancelledError, ModelLoadError
 from modelpack_engine.load_budget import checkpoint
 from modelpack_engine.meter import Meter
 from modelpack_engine.outputs import EngineStats
-from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.settings import ModelSettings
+from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.settings import ModelSettings
 
 
 class Clock:

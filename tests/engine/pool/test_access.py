@@ -9,14 +9,14 @@ import threading
 import pytest
 
 from modelpack.errors import NotFoundError
-from modelpack.gateway.caller import ANYONE, Caller
 from modelpack_engine.errors import BusyError, LoadingError, ModelLoadError, OutOfMemoryError
-from modelpack_engine.pool import access
-from modelpack_engine.pool.catalogue import StoredModel
-from modelpack_engine.pool.names import MAX_NAME, Names
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.settings import ModelSettings
-from modelpack_engine.server.ollama.answers import unload
+from modelpack_server.api.ollama.answers import unload
+from modelpack_server.gateway.caller import ANYONE, Caller
+from modelpack_server.pool import access
+from modelpack_server.pool.catalogue import StoredModel
+from modelpack_server.pool.names import MAX_NAME, Names
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.settings import ModelSettings
 from tests.engine.pool.shelf import Clock, Shelf, pool_over
 from tests.engine.pool.test_pool import loaded, loop, settle
 

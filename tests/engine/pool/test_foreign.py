@@ -10,9 +10,9 @@ import modelpack
 from modelpack import mediatypes as mt
 from modelpack.errors import UnsupportedError
 from modelpack.operations.convert import convert
-from modelpack_engine.loaders.files import ModelFiles
 from modelpack_engine.loaders.loading import gguf_tokenizer_of
-from modelpack_engine.pool.model_defaults import ModelDefaults
+from modelpack_server.models import stored_files
+from modelpack_server.pool.model_defaults import ModelDefaults
 from tests.engine.loaders.vocabularies import Vocabulary, write_vocabulary
 from tests.operations.test_foreign import GGUF, digest_of, keep, keep_ollama, kit_of, packed
 
@@ -26,18 +26,18 @@ def test_the_weights_of_a_modelkit_are_unpacked_once(store: modelpack.Store) -> 
     layer = packed("weights/tiny.gguf")
     keep(store, kit_of({"path": "weights/tiny.gguf", **digest_of(layer)}), [layer])
     model = modelpack.inspect("x/m:v1", store=store)
-    files = ModelFiles.from_store(model, store)
+    files = stored_files(model, store)
     assert files.format == "gguf"
     assert [path.read_bytes() for path in files.weights] == [GGUF]
     before = files.weights[0].stat()
-    again = ModelFiles.from_store(model, store).weights[0].stat()
+    again = stored_files(model, store).weights[0].stat()
     assert (again.st_ino, again.st_ctime_ns) == (before.st_ino, before.st_ctime_ns)
 
 
 def test_how_a_model_of_ollama_is_to_be_used(store: modelpack.Store) -> None:
     keep_ollama(store)
     model = modelpack.inspect("x/m:v1", store=store)
-    files = ModelFiles.from_store(model, store)
+    files = stored_files(model, store)
     assert files.weights == (store.blob_path(model.files()[0].descriptor.digest),)
     defaults = ModelDefaults.of_model(model, store)
     assert defaults.system == "Be brief."
@@ -52,7 +52,7 @@ def test_how_a_model_of_ollama_is_to_be_used(store: modelpack.Store) -> None:
 def test_an_adapter_is_not_left_out_in_silence(store: modelpack.Store) -> None:
     keep_ollama(store, [(mt.OLLAMA_MODEL, GGUF), (mt.OLLAMA_ADAPTER, b"GGUF")])
     with pytest.raises(UnsupportedError, match="adapter"):
-        ModelFiles.from_store(modelpack.inspect("x/m:v1", store=store), store)
+        stored_files(modelpack.inspect("x/m:v1", store=store), store)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_template_of_go_serves_weights_without_one(
     keep_ollama(
         store, [(mt.OLLAMA_MODEL, weights.read_bytes()), (mt.OLLAMA_TEMPLATE, template.encode())]
     )
-    files = ModelFiles.from_store(modelpack.inspect("x/m:v1", store=store), store)
+    files = stored_files(modelpack.inspect("x/m:v1", store=store), store)
     tokenizer = gguf_tokenizer_of(files)
     messages = [{"role": "user", "content": "Hi"}]
     assert (tokenizer.render_chat(messages) if tokenizer.has_chat_template else None) == prompt

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from modelpack_engine.conversation.preface import Preface
-from modelpack_engine.pool.model_defaults import ANNOTATION, ModelDefaults
+from modelpack_server.conversation.preface import Preface
+from modelpack_server.pool.model_defaults import ANNOTATION, ModelDefaults
 
 USER = {"role": "user", "content": "hi"}
 SYSTEM = {"role": "system", "content": "own"}

@@ -14,9 +14,9 @@ import pytest
 from modelpack.errors import NotFoundError, UsageError
 from modelpack_engine.async_engine import EngineState
 from modelpack_engine.errors import BusyError, LoadingError, ModelLoadError, OutOfMemoryError
-from modelpack_engine.pool.entry import ModelState
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.settings import ModelSettings
+from modelpack_server.pool.entry import ModelState
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.settings import ModelSettings
 from tests.engine.pool.shelf import Clock, Shelf, pool_over
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from modelpack_engine.errors import EngineError, ModelLoadError, OutOfMemoryError
-from modelpack_engine.pool.entry import ModelState
-from modelpack_engine.pool.settings import ModelSettings
+from modelpack_server.pool.entry import ModelState
+from modelpack_server.pool.settings import ModelSettings
 from tests.engine.pool.shelf import Clock, Shelf, pool_over
 
 NAMES = st.sampled_from(["a", "b", "c", "d"])

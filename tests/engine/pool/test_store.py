@@ -12,15 +12,15 @@ from modelpack.errors import NotFoundError
 from modelpack.operations.package import PackageRequest
 from modelpack.stores.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.conversation.chat import start_chat
-from modelpack_engine.conversation.served import ServedModel
-from modelpack_engine.conversation.spec import ChatSpec
 from modelpack_engine.errors import OutOfMemoryError
-from modelpack_engine.output.parts import Text
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.settings import ModelSettings
-from modelpack_engine.pool.store_catalogue import StoreCatalogue
 from modelpack_engine.sampling_params import SamplingParams
+from modelpack_server.conversation.chat import start_chat
+from modelpack_server.conversation.served import ServedModel
+from modelpack_server.conversation.spec import ChatSpec
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.settings import ModelSettings
+from modelpack_server.pool.store_catalogue import StoreCatalogue
+from modelpack_server.tool_parsers.parts import Text
 from tests.engine.serving.tiny import CONTEXT, reference_tokens, tiny_tokenizer, write_tiny
 
 CONFIG = EngineConfig(device="cpu", max_num_seqs=2, max_num_batched_tokens=32, kv_cache_bytes=2**20)

@@ -23,11 +23,11 @@ from modelpack.supply.keys import PrivateKey, generate_key_pair, read_private_ke
 from modelpack.supply.trust import Trust
 from modelpack.testing import registry
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.loaders import ModelFiles
-from modelpack_engine.opening import open_model
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.store_catalogue import StoreCatalogue
-from modelpack_engine.server.app import create_app
+from modelpack_server import models
+from modelpack_server.api.app import create_app
+from modelpack_server.models import open_model
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.serving.tiny import write_tiny
 
 CONFIG = EngineConfig(device="cpu", max_num_seqs=2, kv_cache_bytes=2**20, self_test=False)
@@ -109,7 +109,7 @@ def test_what_is_signed_answers(world: World) -> None:
 def test_no_file_is_opened_before_the_check(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     modelpack.pull(world.evil, store=world.store)
     opened: list[str] = []
-    monkeypatch.setattr(ModelFiles, "from_store", lambda model, store: opened.append(str(model)))
+    monkeypatch.setattr(models, "stored_files", lambda model, store: opened.append(str(model)))
     monkeypatch.setattr(StoreCatalogue, "_loaded_bytes", lambda *given: opened.append(str(given)))
     assert world.refused(world.evil)
     assert not opened

@@ -15,7 +15,7 @@ from modelpack_engine.adaptation.activations import StepMemory, step_memory
 from modelpack_engine.buckets import FEW
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.errors import OutOfMemoryError
-from modelpack_engine.pool import device_memory
+from modelpack_server.pool import device_memory
 from tests.engine.runner.models import tiny_llama
 
 GIB = 1 << 30
@@ -31,7 +31,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
         monkeypatch.setattr(mx, "get_active_memory", lambda: GIB)
         monkeypatch.setattr(sizing, "on_gpu", lambda: True)
         monkeypatch.setattr(mx.cuda, "is_available", lambda: "total_memory" in info)
-        monkeypatch.setattr("modelpack_engine.opening.choose_device", lambda _: "gpu")
+        monkeypatch.setattr("modelpack_engine.platform.device.choose_device", lambda _: "gpu")
 
     return use
 

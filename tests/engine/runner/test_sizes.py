@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from modelpack_engine import opening
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.errors import EngineError, OutOfMemoryError
 from modelpack_engine.loaders import ModelFiles
 from modelpack_engine.vllm_metal import memory_fraction, uses_paged_attention
+from modelpack_server import models as opening
 from tests.engine.serving.tiny import CONTEXT, tiny_engine, tiny_loaded
 
 FRACTION, PAGED = "VLLM_METAL_MEMORY_FRACTION", "VLLM_METAL_USE_PAGED_ATTENTION"

@@ -11,8 +11,8 @@ import pytest
 import modelpack as library
 from modelpack.packaging.request import PackageRequest
 from modelpack.stores.layout import LayoutStore
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.pool.pool import ModelPool
 from tests.cli.running import modelpack, succeed
 from tests.engine.server_benchmark.misbehaving import Misbehaving, running
 from tests.engine.serving.tiny import TinyCatalogue, write_tiny

@@ -16,16 +16,16 @@ from modelpack.errors import (
     RemoteUnavailableError,
     UsageError,
 )
-from modelpack_engine.benchmarking.workloads import Session, Turn, Workload, single_turns
-from modelpack_engine.server_benchmark.load import run_load
-from modelpack_engine.server_benchmark.server import (
+from modelpack_server.bench.load import run_load
+from modelpack_server.bench.server import (
     Answer,
     AnswerError,
     OpenAIServer,
     Served,
     api_root,
 )
-from modelpack_engine.server_benchmark.words import text_of
+from modelpack_server.bench.words import text_of
+from modelpack_server.bench.workloads import Session, Turn, Workload, single_turns
 from tests.engine.server_benchmark.misbehaving import DONE, GOOD, Misbehaving, chunk, running
 
 HELLO = [{"role": "user", "content": "hello"}]

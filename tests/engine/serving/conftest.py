@@ -12,10 +12,10 @@ from starlette.testclient import TestClient
 from modelpack.errors import NotFoundError
 from modelpack_engine.async_engine import EngineState
 from modelpack_engine.meter import Meter
-from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.settings import ModelSettings
-from modelpack_engine.server.app import create_app
+from modelpack_server.api.app import create_app
+from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.settings import ModelSettings
 from tests.engine.scripted import ScriptedEngine
 
 

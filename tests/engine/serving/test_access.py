@@ -13,11 +13,11 @@ import pytest
 from starlette.testclient import TestClient
 
 import modelpack
-from modelpack.gateway import KeyFile, Protection, add_key, protect
 from modelpack.stores.layout import LayoutStore
-from modelpack_engine.pool.access import spellings
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server.app import create_app
+from modelpack_server.api.app import create_app
+from modelpack_server.gateway import KeyFile, Protection, add_key, protect
+from modelpack_server.pool.access import spellings
+from modelpack_server.pool.pool import ModelPool
 from tests.engine.families.runner.conftest import StoredScripts
 from tests.models import tiny_gguf
 

@@ -12,8 +12,8 @@ import pytest
 import requests
 
 from modelpack_engine.async_engine import AsyncEngine
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.pool.pool import ModelPool
 from tests.engine.serving.tiny import TinyCatalogue, reference_tokens
 
 

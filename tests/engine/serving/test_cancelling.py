@@ -10,12 +10,12 @@ from unittest.mock import Mock
 import pytest
 import requests
 
-from modelpack.gateway.protecting import Protection, protect
 from modelpack_engine.engine import Engine
 from modelpack_engine.outputs import RequestEvent
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server.cancelling import RunningRequests
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.cancelling import RunningRequests
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.gateway.protecting import Protection, protect
+from modelpack_server.pool.pool import ModelPool
 from tests.engine.serving.tiny import TinyCatalogue, chat_engine
 
 ENDLESS = {"messages": [{"role": "user", "content": "x"}], "model": "tiny", "ignore_eos": True,

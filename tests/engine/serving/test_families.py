@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from modelpack_engine.loaders.chat_template import ChatTemplate
-from modelpack_engine.output.families import FAMILIES
+from modelpack_server.tool_parsers.families import FAMILIES
 from tests.engine.output.cases import CASES
 from tests.engine.output.reading import TOOLS
 from tests.engine.output.test_formats import TEMPLATES

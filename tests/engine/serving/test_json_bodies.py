@@ -11,8 +11,8 @@ from fastapi import APIRouter, FastAPI
 from fastapi.testclient import TestClient
 from pydantic import field_validator
 
-from modelpack_engine.server import problems
-from modelpack_engine.server.json_bodies import Body, BodyRoute, JsonRequest
+from modelpack_server.api import problems
+from modelpack_server.api.json_bodies import Body, BodyRoute, JsonRequest
 
 _LARGE = 40_000
 

@@ -12,9 +12,9 @@ import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack_engine.server.large_json import written
-from modelpack_engine.server.model_server import ModelServer
-from modelpack_engine.server.vocabulary import Vocabulary
+from modelpack_server.api.large_json import written
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.api.vocabulary import Vocabulary
 from tests.engine.serving.test_api import pinned, wait_until_ready
 from tests.engine.serving.tiny import TinyCatalogue
 

@@ -68,7 +68,7 @@ def test_the_engine_knows_nothing_of_serving(path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_do_not_know_each_other(family: str) -> None:
-    others = {f"modelpack_engine.server.{other}" for other in FAMILIES if other != family}
+    others = {f"modelpack_server.api.{other}" for other in FAMILIES if other != family}
     found = sorted((PACKAGE / "server" / family).rglob("*.py"))
     assert found
     for path in found:

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from modelpack_engine.loaders.tokenizer import TextTooLongError, Tokenizer, TokenText
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server.app import create_app
-from modelpack_engine.server.json_bodies import Body
+from modelpack_server.api.app import create_app
+from modelpack_server.api.json_bodies import Body
+from modelpack_server.pool.pool import ModelPool
 from tests.engine.scripted import ScriptedEngine
 from tests.engine.serving.conftest import Scripted, ScriptedCatalogue
 from tests.engine.serving.tiny import tiny_tokenizer

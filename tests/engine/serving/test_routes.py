@@ -8,9 +8,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from modelpack_engine.errors import ModelLoadError
-from modelpack_engine.pool.catalogue import LoadedEngine
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server.app import create_app
+from modelpack_server.api.app import create_app
+from modelpack_server.pool.catalogue import LoadedEngine
+from modelpack_server.pool.pool import ModelPool
 from tests.engine.scripted import ScriptedEngine
 from tests.engine.serving.conftest import Scripted, ScriptedCatalogue
 

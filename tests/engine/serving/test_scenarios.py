@@ -20,8 +20,8 @@ import requests
 
 from modelpack_engine.engine import Engine
 from modelpack_engine.loaders.chat_template import ChatTemplate
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.pool.pool import ModelPool
 from tests.engine.families.served import CALLER, Served, serving
 from tests.engine.real_server import FAMILIAR, MINILM, SMOLLM2
 from tests.engine.scripted import THINKING

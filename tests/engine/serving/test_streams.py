@@ -10,15 +10,15 @@ import pytest
 from starlette.testclient import TestClient
 from starlette.types import Message
 
-from modelpack.gateway.protecting import Protection, protect
-from modelpack.gateway.traces import Trace
 from modelpack_engine.errors import EngineError
 from modelpack_engine.meter import Meter
 from modelpack_engine.outputs import FinishReason, RequestEvent, Timing, TokenLogprob, Usage
-from modelpack_engine.pool.pool import ModelPool
 from modelpack_engine.request_stream import Abort, RequestStream
-from modelpack_engine.server.app import create_app
-from modelpack_engine.server.logs import LogBuffer
+from modelpack_server.api.app import create_app
+from modelpack_server.api.logs import LogBuffer
+from modelpack_server.gateway.protecting import Protection, protect
+from modelpack_server.gateway.traces import Trace
+from modelpack_server.pool.pool import ModelPool
 from tests.engine.scripted import ScriptedEngine
 from tests.engine.serving.conftest import Scripted, ScriptedCatalogue
 
@@ -215,7 +215,7 @@ def test_a_served_request_is_in_the_metrics(api: Scripted) -> None:
 
 def test_a_slow_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
-        monkeypatch.setattr("modelpack_engine.server.sse._PATIENCE", 0.001)
+        monkeypatch.setattr("modelpack_server.api.sse._PATIENCE", 0.001)
         engine = ScriptedEngine(["a", "b"])
         engine.wait = asyncio.Event()
         app = create_app(ModelPool(ScriptedCatalogue(engine)))

@@ -22,8 +22,8 @@ from modelpack_engine.loaders import LoadedModel, Tokenizer
 from modelpack_engine.loaders.chat_template import ChatTemplate
 from modelpack_engine.loaders.tokenizer import TokenText
 from modelpack_engine.meter import Meter
-from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
-from modelpack_engine.pool.settings import ModelSettings
+from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
+from modelpack_server.pool.settings import ModelSettings
 
 EOS = 256
 VOCAB = 257

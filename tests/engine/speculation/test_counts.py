@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from modelpack_engine.conversation.spec import ChatUsage
 from modelpack_engine.meter import Meter
 from modelpack_engine.outputs import RequestEvent, Usage
-from modelpack_engine.pool.catalogue import StoredModel
-from modelpack_engine.pool.entry import Entry
-from modelpack_engine.server.metrics import render
-from modelpack_engine.server.openai.replies import total_usage
+from modelpack_server.api.metrics import render
+from modelpack_server.api.openai.replies import total_usage
+from modelpack_server.conversation.spec import ChatUsage
+from modelpack_server.pool.catalogue import StoredModel
+from modelpack_server.pool.entry import Entry
 from tests.engine.serving.tiny import tiny_engine
 from tests.engine.speculation.oracle import Oracle, speculate
 from tests.engine.speculation.test_same_output import LONG, tokens

@@ -12,10 +12,10 @@ from modelpack.operations.package import PackageRequest
 from modelpack.stores.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.meter import Meter
-from modelpack_engine.opening import open_model
-from modelpack_engine.pool.settings import ModelSettings
-from modelpack_engine.pool.store_catalogue import StoreCatalogue
 from modelpack_engine.sampling_params import SamplingParams
+from modelpack_server.models import open_model
+from modelpack_server.pool.settings import ModelSettings
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.cli.running import modelpack as run
 from tests.engine.serving.tiny import reference_tokens, write_tiny
 

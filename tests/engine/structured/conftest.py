@@ -8,7 +8,7 @@ from modelpack.testing.weights import smollm2_gguf
 from modelpack_engine.loaders.gguf_file import GGUFFile
 from modelpack_engine.loaders.gguf_tokenizer import tokenizer_of
 from modelpack_engine.loaders.tokenizer import Tokenizer
-from modelpack_engine.structured import GrammarVocabulary, grammar_vocabulary
+from modelpack_server.structured_output import GrammarVocabulary, grammar_vocabulary
 
 #: The width of the logits: more than the tokenizer has, as models are padded.
 WIDTH = 49152 + 64

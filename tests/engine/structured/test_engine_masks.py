@@ -14,7 +14,7 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError, RequestError
 from modelpack_engine.outputs import FinishReason, RequestEvent
 from modelpack_engine.sampling_params import LogitsMask, SamplingParams
-from modelpack_engine.structured import Constraint, compile_constraint, grammar_vocabulary
+from modelpack_server.structured_output import Constraint, compile_constraint, grammar_vocabulary
 from tests.engine.serving.tiny import EOS, VOCAB, tiny_engine, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -11,15 +11,15 @@ import pytest
 
 from modelpack_engine.errors import EngineError, RequestError
 from modelpack_engine.loaders.tokenizer import Tokenizer
-from modelpack_engine.structured import (
+from modelpack_server.structured_output import (
     Constraint,
     GrammarVocabulary,
     ReasoningBlock,
     compile_constraint,
     grammar_vocabulary,
 )
-from modelpack_engine.structured.grammar import MAX_GRAMMAR, MAX_REGEX
-from modelpack_engine.structured.schemas import MAX_OPTIONAL, MAX_PATTERNS, MAX_SCHEMA
+from modelpack_server.structured_output.grammar import MAX_GRAMMAR, MAX_REGEX
+from modelpack_server.structured_output.schemas import MAX_OPTIONAL, MAX_PATTERNS, MAX_SCHEMA
 from tests.engine.serving.tiny import tiny_tokenizer
 from tests.engine.structured.conftest import WIDTH
 from tests.engine.structured.walking import accepts, bits_of, take, walk

@@ -15,7 +15,7 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.loaders import ModelFiles, load
 from modelpack_engine.outputs import FinishReason, RequestEvent
 from modelpack_engine.sampling_params import SamplingParams
-from modelpack_engine.structured import Constraint, compile_constraint, grammar_vocabulary
+from modelpack_server.structured_output import Constraint, compile_constraint, grammar_vocabulary
 
 pytestmark = pytest.mark.weights
 

@@ -11,11 +11,7 @@ import pytest
 
 from modelpack_engine.errors import RequestError
 from modelpack_engine.loaders.tokenizer import Tokenizer
-from modelpack_engine.output.families import FAMILIES
-from modelpack_engine.output.formats import OutputFormat, OutputParser
-from modelpack_engine.output.parts import Reasoning, Text, ToolArguments, ToolStart
-from modelpack_engine.output.tools import Tool, ToolChoice
-from modelpack_engine.structured import (
+from modelpack_server.structured_output import (
     Constraint,
     GrammarVocabulary,
     ReasoningBlock,
@@ -23,7 +19,11 @@ from modelpack_engine.structured import (
     grammar_vocabulary,
     tool_grammar,
 )
-from modelpack_engine.structured.tool_markup import TOOL_MARKUP, Literals, Parameters
+from modelpack_server.structured_output.tool_markup import TOOL_MARKUP, Literals, Parameters
+from modelpack_server.tool_parsers.families import FAMILIES
+from modelpack_server.tool_parsers.formats import OutputFormat, OutputParser
+from modelpack_server.tool_parsers.parts import Reasoning, Text, ToolArguments, ToolStart
+from modelpack_server.tool_parsers.tools import Tool, ToolChoice
 from tests.engine.structured.vocabularies import byte_tokenizer
 from tests.engine.structured.walking import accepts, bits_of, walk
 

@@ -9,7 +9,7 @@ import pytest
 
 from modelpack_engine.errors import RequestError
 from modelpack_engine.loaders.tokenizer import Tokenizer, TokenText
-from modelpack_engine.structured import (
+from modelpack_server.structured_output import (
     Constraint,
     GrammarVocabulary,
     compile_constraint,

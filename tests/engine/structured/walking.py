@@ -7,7 +7,7 @@ import random
 import numpy as np
 
 from modelpack_engine.loaders.tokenizer import Tokenizer
-from modelpack_engine.structured import Grammar, GrammarMask
+from modelpack_server.structured_output import Grammar, GrammarMask
 
 
 def bits_of(allowed: bytes) -> list[int]:

@@ -24,8 +24,6 @@ from modelpack.formats.dduf import read_dduf_header
 from modelpack.formats.gguf import read_gguf_header
 from modelpack.formats.gguf_statistics import gguf_statistics
 from modelpack.formats.safetensors import read_safetensors_header
-from modelpack.gateway import json_bodies
-from modelpack.gateway.bodies import look_into
 from modelpack.layer_metadata import LayerMetadata
 from modelpack.manifest import Manifest, parse_manifest_or_index
 from modelpack.operations.archive_reading import import_archive
@@ -46,6 +44,8 @@ from modelpack_engine.templates import budget
 from modelpack_engine.templates.go_syntax import GoSyntaxError
 from modelpack_engine.templates.go_template import as_jinja
 from modelpack_engine.templates.rendering import Renderer, TemplateFailedError
+from modelpack_server.gateway import json_bodies
+from modelpack_server.gateway.bodies import look_into
 from tests.formats.builders import as_file
 from tests.unpacking.archived import GZIP, TAR, ZSTD, bundle_of
 from tests.unpacking.stored import Stored, everything

@@ -20,10 +20,10 @@ from modelpack_engine.errors import (
     QueueFullError,
     RequestError,
 )
-from modelpack_engine.server.anthropic.errors import anthropic_error, anthropic_shape
-from modelpack_engine.server.anthropic.history import template_messages
-from modelpack_engine.server.anthropic.requests import MessageFields
-from modelpack_engine.server.problems import problem_of
+from modelpack_server.api.anthropic.errors import anthropic_error, anthropic_shape
+from modelpack_server.api.anthropic.history import template_messages
+from modelpack_server.api.anthropic.requests import MessageFields
+from modelpack_server.api.problems import problem_of
 from tests.engine.families.served import CALLER, PLAIN, THINKER, Served
 
 HELLO: Any = [{"role": "user", "content": "hello"}]

@@ -8,9 +8,9 @@ from typing import Any
 import anthropic
 import pytest
 
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server.anthropic.content import system_text
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.anthropic.content import system_text
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.pool.pool import ModelPool
 from tests.engine.serving.tiny import TinyCatalogue
 
 BILLING = "x-anthropic-billing-header: cc_version=2.1.0; cc_entrypoint=cli; cch={};"

@@ -14,9 +14,9 @@ import modelpack
 from modelpack.packaging.request import PackageRequest
 from modelpack.stores.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.store_catalogue import StoreCatalogue
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.embedding.models import write_model
 from tests.engine.families.served import Served
 from tests.engine.serving.tiny import write_tiny

@@ -11,7 +11,7 @@ import pytest
 from modelpack.digest import Digest
 from modelpack.errors import InterruptedTransferError, NotFoundError
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
-from modelpack_engine.server.ollama.jobs import Jobs
+from modelpack_server.api.ollama.jobs import Jobs
 
 BLOB = Digest.of(b"blob")
 

@@ -10,11 +10,11 @@ import pytest
 import requests
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from modelpack.gateway.caller import Caller, put_caller
 from modelpack.stores.layout import LayoutStore
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.store_catalogue import StoreCatalogue
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.gateway.caller import Caller, put_caller
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.families.ollama.conftest import CONFIG
 
 TEMPLATE = "{{ messages[0].content }}!"

@@ -15,7 +15,7 @@ import modelpack
 from modelpack.errors import AuthError, DeniedError
 from modelpack.packaging.request import PackageRequest
 from modelpack.reference import Reference
-from modelpack_engine.server.problems import problem_of
+from modelpack_server.api.problems import problem_of
 from tests.engine.families.ollama.conftest import Stocked
 from tests.engine.serving.tiny import CONTEXT
 from tests.models import FIXTURES

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from modelpack_engine.pool.settings import ModelSettings
-from modelpack_engine.server.ollama.answers import unload
-from modelpack_engine.server.ollama.asking import fit_context
-from modelpack_engine.server.ollama.bodies import TextBody
+from modelpack_server.api.ollama.answers import unload
+from modelpack_server.api.ollama.asking import fit_context
+from modelpack_server.api.ollama.bodies import TextBody
+from modelpack_server.pool.settings import ModelSettings
 from tests.engine.pool.shelf import Shelf, pool_over
 
 

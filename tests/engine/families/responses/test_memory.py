@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from modelpack_engine.server.openai.responses.memory import ResponseMemory
+from modelpack_server.api.openai.responses.memory import ResponseMemory
 
 
 def response(name: str, text: str = "x") -> dict[str, Any]:

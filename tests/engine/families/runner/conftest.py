@@ -16,11 +16,11 @@ from starlette.testclient import TestClient
 import modelpack
 from modelpack.stores.layout import LayoutStore
 from modelpack_engine.meter import Meter
-from modelpack_engine.pool.catalogue import LoadedEngine, StoredModel
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.settings import ModelSettings
-from modelpack_engine.pool.store_catalogue import StoreCatalogue
-from modelpack_engine.server.app import create_app
+from modelpack_server.api.app import create_app
+from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.settings import ModelSettings
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.scripted import ScriptedEngine
 from tests.engine.serving.tiny import TEMPLATE
 from tests.models import tiny_gguf

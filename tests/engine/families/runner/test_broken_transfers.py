@@ -19,8 +19,8 @@ import modelpack
 from modelpack.listening import AppServer
 from modelpack.stores.layout import LayoutStore
 from modelpack.testing import registry
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.pool.pool import ModelPool
 from tests.engine.families.runner.conftest import StoredScripts
 from tests.models import tiny_safetensors
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from modelpack_engine.server.runner.joining import joined, without_media
-from modelpack_engine.server.runner.records import Record, Records
+from modelpack_server.api.runner.joining import joined, without_media
+from modelpack_server.api.runner.records import Record, Records
 from tests.engine.families.runner.conftest import Runner
 
 

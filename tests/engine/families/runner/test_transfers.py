@@ -19,8 +19,8 @@ from modelpack.reference import Reference
 from modelpack.server import RegistryServer
 from modelpack.stores.layout import LayoutStore
 from modelpack.testing import registry
-from modelpack_engine.server.runner.progress import Lines
-from modelpack_engine.server.runner.transfers import BearerToken
+from modelpack_server.api.runner.progress import Lines
+from modelpack_server.api.runner.transfers import BearerToken
 from tests.engine.families.runner.conftest import Runner
 
 LAYER = Digest.of(b"a layer")

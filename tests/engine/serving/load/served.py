@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp
 
-from modelpack.gateway.protecting import Protection, protect
 from modelpack.operations.remote import RemoteOptions
 from modelpack.stores.layout import LayoutStore
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.gateway.protecting import Protection, protect
+from modelpack_server.pool.pool import ModelPool
 from tests.engine.scripted import HERMES, ScriptedEngine
 from tests.engine.serving.conftest import ScriptedCatalogue
 

@@ -22,10 +22,10 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp
 
-from modelpack.gateway.protecting import Protection, protect
 from modelpack_engine.engine import Engine
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.gateway.protecting import Protection, protect
+from modelpack_server.pool.pool import ModelPool
 from tests.engine.serving.load.served import Served
 from tests.engine.serving.load.streams import malformed
 from tests.engine.serving.tiny import TinyCatalogue, chat_engine

@@ -11,9 +11,9 @@ import pytest
 
 from modelpack.stores.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.pool.store_catalogue import StoreCatalogue
-from modelpack_engine.server.model_server import ModelServer
+from modelpack_server.api.model_server import ModelServer
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.serving.load.served import Served, alone, document_of
 from tests.engine.serving.load.test_bodies import JSON, Asking
 

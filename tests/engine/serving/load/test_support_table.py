@@ -12,8 +12,8 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from modelpack.stores.layout import LayoutStore
-from modelpack_engine.pool.pool import ModelPool
-from modelpack_engine.server.app import create_app
+from modelpack_server.api.app import create_app
+from modelpack_server.pool.pool import ModelPool
 from tests.engine.scripted import ScriptedEngine
 from tests.engine.serving.load.served import StoringCatalogue
 from tests.engine.serving.load.support_table import (

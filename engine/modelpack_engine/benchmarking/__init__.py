@@ -1,1 +1,0 @@
-"""Loads for an engine, and what it makes of them."""

@@ -1,0 +1,1 @@
+"""What differs between Metal, CUDA and CPU: devices, allocators, BLAS, environment."""

@@ -1,1 +1,0 @@
-"""HTTP over the engine: the OpenAI API, health and metrics."""

@@ -1,5 +1,0 @@
-"""The Responses API: answers that are remembered, made of items."""
-
-from modelpack_engine.server.openai.responses.routes import router
-
-__all__ = ["router"]

@@ -1,0 +1,165 @@
+"""Request bodies of the Ollama API. Source: its docs/api.md, and the official Python client.
+
+Unknown fields are ignored, null is the same as leaving a field out, and `name` is the old name of
+`model`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+
+from modelpack_server.api.json_bodies import Body
+
+KeepAlive = StrictStr | StrictInt | float
+
+
+class _Body(Body):
+    model_config = ConfigDict(extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: item for key, item in value.items() if item is not None}
+
+
+class ModelBody(_Body):
+    """A body that names a model."""
+
+    model: Annotated[StrictStr, Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not value.get("model") and value.get("name"):
+            return {**value, "model": value["name"]}
+        return value
+
+
+class TextBody(ModelBody):
+    """What asking for text has in common."""
+
+    format: StrictStr | dict[str, Any] | None = None
+    options: dict[str, Any] = {}
+    think: StrictBool | StrictStr | None = None
+    keep_alive: KeepAlive | None = None
+    logprobs: StrictBool = False
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] = 0
+    stream: StrictBool = True
+
+
+class GenerateBody(TextBody):
+    """The body of POST /api/generate."""
+
+    prompt: StrictStr = ""
+    suffix: StrictStr = ""
+    system: StrictStr = ""
+    template: StrictStr = ""
+    context: list[StrictInt] = []
+    raw: StrictBool = False
+    images: list[Any] = []
+
+
+class CalledFunction(_Body):
+    """A function and its arguments; some clients send these as text."""
+
+    name: StrictStr
+    arguments: dict[str, Any] | StrictStr = {}
+
+
+class Call(_Body):
+    """A call that the model made."""
+
+    id: StrictStr = ""
+    function: CalledFunction
+
+
+class ChatMessage(_Body):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: StrictStr = ""
+    thinking: StrictStr = ""
+    images: list[Any] = []
+    tool_calls: list[Call] = []
+    tool_name: StrictStr = ""
+    tool_call_id: StrictStr = ""
+
+
+class OfferedFunction(_Body):
+    """A function that the model may call."""
+
+    name: Annotated[StrictStr, Field(min_length=1)]
+    description: StrictStr = ""
+    parameters: dict[str, Any] = {}
+
+
+class OfferedTool(_Body):
+    """A tool; only functions are."""
+
+    type: Literal["function"] = "function"
+    function: OfferedFunction
+
+
+class ChatBody(TextBody):
+    """The body of POST /api/chat."""
+
+    messages: list[ChatMessage] = []
+    tools: list[OfferedTool] = []
+
+
+class EmbedBody(ModelBody):
+    """The body of POST /api/embed."""
+
+    input: StrictStr | list[StrictStr] = []
+    truncate: StrictBool = True
+    dimensions: Annotated[StrictInt, Field(ge=0)] = 0
+    options: dict[str, Any] = {}
+    keep_alive: KeepAlive | None = None
+
+
+class EmbeddingsBody(ModelBody):
+    """The body of POST /api/embeddings, which is older."""
+
+    prompt: StrictStr = ""
+    options: dict[str, Any] = {}
+    keep_alive: KeepAlive | None = None
+
+
+class ShowBody(ModelBody):
+    """The body of POST /api/show."""
+
+    verbose: StrictBool = False
+
+
+class TransferBody(ModelBody):
+    """The body of POST /api/pull and /api/push."""
+
+    insecure: StrictBool = False
+    stream: StrictBool = True
+
+
+class CopyBody(_Body):
+    """The body of POST /api/copy."""
+
+    source: Annotated[StrictStr, Field(min_length=1)]
+    destination: Annotated[StrictStr, Field(min_length=1)]
+
+
+class CreateBody(ModelBody):
+    """The body of POST /api/create; `from` is `base` here."""
+
+    base: StrictStr = Field("", alias="from")
+    files: dict[str, StrictStr] = {}
+    adapters: dict[str, StrictStr] = {}
+    template: StrictStr = ""
+    license: StrictStr | list[StrictStr] = []
+    system: StrictStr = ""
+    parameters: dict[str, Any] = {}
+    messages: list[ChatMessage] = []
+    quantize: StrictStr = ""
+    modelfile: StrictStr = ""
+    stream: StrictBool = True

@@ -1,0 +1,230 @@
+"""POST /api/create: a model from another one, or from uploaded files, and how it is to be used.
+
+It is packaged anew: a template and licenses are layers, the rest is an annotation of the manifest
+(`modelpack_server.pool.model_defaults`). The weights are neither copied nor changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fastapi import APIRouter, Request, Response
+
+from modelpack.digest import Digest
+from modelpack.errors import InvalidDigestError, UnsafePathError
+from modelpack.model import Model, Role
+from modelpack.operations.find import find_model
+from modelpack.operations.package import package
+from modelpack.operations.remote import RemoteOptions
+from modelpack.operations.watching import watching
+from modelpack.packaging.request import PackageRequest
+from modelpack.paths import checked_path
+from modelpack.progress import ProgressCallback, Stop
+from modelpack.reference import Reference
+from modelpack.stores.layout import LayoutStore
+from modelpack.stores.os_errors import translating
+from modelpack.stores.scratch import scratch_directory
+from modelpack_engine.errors import RequestError
+from modelpack_engine.loaders.chat_template import as_jinja, check_template
+from modelpack_engine.worker.cancelling import in_thread
+from modelpack_server.api.ollama.bodies import CreateBody
+from modelpack_server.api.ollama.chat import template_messages
+from modelpack_server.api.ollama.describing import shown_template
+from modelpack_server.api.ollama.jobs import Job
+from modelpack_server.api.ollama.ndjson import JsonRoute
+from modelpack_server.api.ollama.telling import Steps, tell
+from modelpack_server.api.request_templates import check_request_template
+from modelpack_server.pool.model_defaults import ModelDefaults
+from modelpack_server.pool.ollama_options import KNOWN, parse_options
+from modelpack_server.pool.pool import ModelPool
+
+_STEPS = Steps("gathering model components", "pulling", ("writing manifest",))
+_TEMPLATE = "chat_template.jinja"
+
+
+def router(pool: ModelPool, *, request_templates: bool = False) -> APIRouter:
+    """Return the route; `request_templates` lets admins send templates."""
+    routes = APIRouter(tags=["Ollama"], route_class=JsonRoute)
+
+    @routes.post("/api/create", response_model=None)
+    async def create(body: CreateBody, request: Request) -> Response:
+        """Make a model from another one, with parameters, a template and the like."""
+        body.template = await _requested_template(pool, body, request, request_templates)
+        recipe = recipe_of(body)
+
+        def work(report: ProgressCallback, stop: Stop) -> None:
+            make(pool.catalogue.store, recipe, report, stop, remote=pool.catalogue.remote)
+
+        job = Job(work, lambda ended: None)
+        return await tell(request, job, _STEPS, stream=body.stream)
+
+    return routes
+
+
+async def _requested_template(
+    pool: ModelPool, body: CreateBody, request: Request, allowed: bool
+) -> str:
+    """Return the template of a request as Jinja, "" where the base model's own is kept.
+
+    Raises `DeniedError` for a template that the client may not send, `RequestError` for one that
+    does not compile.
+    """
+    if not body.template or (body.base and body.template == await shown_template(pool, body.base)):
+        return ""
+    check_request_template(request, allowed=allowed)
+    made = await in_thread(as_jinja, body.template)
+    await in_thread(check_template, made)
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What to make; either `base` or `files` is there."""
+
+    target: Reference
+    base: str
+    files: Mapping[str, Digest]
+    template: str
+    licenses: tuple[str, ...]
+    defaults: ModelDefaults
+    context_size: int | None
+    quantize: str
+
+
+def recipe_of(body: CreateBody) -> Recipe:
+    """Return what a request asks for; raises `RequestError` for what cannot be made."""
+    refused = {
+        "modelfile": (body.modelfile, "send its parts as fields: from, template, parameters"),
+        "adapters": (body.adapters, "merge the adapter into the weights first"),
+    }
+    for name, (value, hint) in refused.items():
+        if value:
+            raise RequestError(f"{name} is not supported", param=name, hint=hint)
+    if bool(body.base) == bool(body.files):
+        raise RequestError("expected one of 'from' and 'files'", param="from")
+    unknown = sorted(set(body.parameters) - KNOWN)
+    if unknown:
+        raise RequestError(f"unknown parameter {unknown[0]!r}", param="parameters")
+    given = {name: value for name, value in body.parameters.items() if value is not None}
+    options = parse_options(given)
+    licenses = [body.license] if isinstance(body.license, str) else body.license
+    return Recipe(
+        Reference.parse(body.model),
+        body.base,
+        {_safe(name): _digest(text) for name, text in body.files.items()},
+        body.template,
+        tuple(text for text in licenses if text),
+        ModelDefaults(given, body.system, tuple(template_messages(body.messages, body.model))),
+        options.context_size,
+        body.quantize,
+    )
+
+
+def make(
+    store: LayoutStore,
+    recipe: Recipe,
+    report: ProgressCallback,
+    stop: Stop,
+    *,
+    remote: RemoteOptions,
+) -> None:
+    """Make a model, pulling the one that it starts from if that is not there.
+
+    Where `remote` says who is trusted, that one has to be signed. Raises what `modelpack.package`
+    and `modelpack.pull` raise.
+    """
+    base: Model | None = None
+    if recipe.base:
+        watch = watching(report, stop)
+        base = find_model(recipe.base, store, pull=True, remote=remote, watch=watch)
+    _check_quantization(recipe.quantize, base)
+    before = ModelDefaults.of_model(base, store) if base else ModelDefaults()
+    defaults = ModelDefaults(
+        {**before.parameters, **recipe.defaults.parameters},
+        recipe.defaults.system or before.system,
+        recipe.defaults.messages or before.messages,
+    )
+    with scratch_directory(store, "create") as directory:
+        request = PackageRequest()
+        if recipe.files:
+            request = _lay_out(store, recipe.files, directory / "files")
+        request = replace(
+            request,
+            licenses=_licenses(recipe.licenses, directory),
+            chat_template=_template(recipe.template, base, directory),
+            context_size=recipe.context_size,
+            annotations=defaults.annotation(),
+        )
+        package(
+            recipe.target, request, from_model=str(base.digest) if base else None,
+            store=store, remote=remote, progress=report, stop=stop,
+        )  # fmt: skip
+
+
+def _check_quantization(wanted: str, base: Model | None) -> None:
+    has = base.config.quantization if base else ""
+    if wanted and wanted.upper() != has.upper():
+        raise RequestError(
+            f"cannot quantize to {wanted}: weights are served as they are",
+            param="quantize",
+            hint=f"the model is {has}" if has else "quantize the weights first",
+        )
+
+
+def _lay_out(store: LayoutStore, files: Mapping[str, Digest], directory: Path) -> PackageRequest:
+    """Lay uploaded files out under their names; return what packages them as a new model."""
+    for name, digest in files.items():
+        if not store.touch_blob(digest):
+            raise RequestError(
+                f"there is no blob {digest} for {name}",
+                param="files",
+                hint="send it to /api/blobs first",
+            )
+        path = directory / name
+        with translating("link", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.link(store.blob_path(digest), path)
+    names = sorted(files)
+    if all(name.lower().endswith(".gguf") for name in names):
+        return PackageRequest(gguf=directory / names[0])
+    return PackageRequest(safetensors_dir=directory)
+
+
+def _licenses(texts: tuple[str, ...], directory: Path) -> tuple[Path, ...]:
+    paths = []
+    for text in texts:
+        raw = text.encode()
+        path = directory / f"LICENSE-{Digest.of(raw).short}"
+        path.write_bytes(raw)
+        paths.append(path)
+    return tuple(paths)
+
+
+def _template(text: str, base: Model | None, directory: Path) -> Path | None:
+    """Write a template under the name of the one whose place it takes."""
+    if not text:
+        return None
+    old = (
+        [file.filepath for file in base.files() if file.role is Role.CHAT_TEMPLATE] if base else []
+    )
+    name = (old[0] if old else None) or _TEMPLATE
+    path = directory / name.rpartition("/")[2]
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _safe(name: str) -> str:
+    try:
+        return checked_path(name.removeprefix("./"))
+    except UnsafePathError as error:
+        raise RequestError(str(error), param="files") from error
+
+
+def _digest(text: str) -> Digest:
+    try:
+        return Digest.parse(text.replace("-", ":", 1))
+    except InvalidDigestError as error:
+        raise RequestError(str(error), param="files") from error

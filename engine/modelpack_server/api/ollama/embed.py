@@ -1,0 +1,89 @@
+"""POST /api/embed and /api/embeddings."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from modelpack_engine.embedding.async_embedder import AsyncEmbedder
+from modelpack_engine.embedding.inputs import Input
+from modelpack_engine.embedding.results import Embeddings, EmbedOptions
+from modelpack_engine.errors import RequestError
+from modelpack_server.api.answering import unless_gone
+from modelpack_server.api.embedding_model import with_embedding_model
+from modelpack_server.api.ollama.answers import seconds_of, unload
+from modelpack_server.api.ollama.bodies import EmbedBody, EmbeddingsBody, KeepAlive
+from modelpack_server.api.ollama.names import find
+from modelpack_server.api.ollama.ndjson import JsonRoute
+from modelpack_server.api.ollama.replies import Clock
+from modelpack_server.pool.pool import ModelPool
+
+#: The most inputs of one request.
+MAX_INPUTS = 2048
+
+
+def router(pool: ModelPool) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter(tags=["Ollama"], route_class=JsonRoute)
+
+    async def vectors(
+        request: Request, name: str, inputs: list[Input], options: EmbedOptions,
+        keep_alive: KeepAlive | None, clock: Clock,
+    ) -> Embeddings:  # fmt: skip
+        """Return the vectors; without inputs the model is loaded, or unloaded."""
+        await find(pool, name)
+        seconds = seconds_of(keep_alive)
+        if not inputs:
+            if seconds == 0:
+                await unload(pool, name)
+            else:
+                await unless_gone(request, pool.preload(name, keep_alive=seconds))
+                clock.model_is_there()
+            return Embeddings((), ())
+
+        async def work(model: AsyncEmbedder) -> Embeddings:
+            clock.model_is_there()
+            return await model.embed(inputs, options)
+
+        return await with_embedding_model(request, pool, name, work, keep_alive=keep_alive)
+
+    @routes.post("/api/embed", response_model=None)
+    async def embed(body: EmbedBody, request: Request) -> Response:
+        """Turn texts into vectors of length 1."""
+        clock = Clock()
+        texts = [body.input] if isinstance(body.input, str) else body.input
+        if len(texts) > MAX_INPUTS:
+            raise RequestError(
+                f"input has {len(texts)} items, the limit is {MAX_INPUTS}", param="input"
+            )
+        inputs: list[Input] = [] if texts == [""] else list(texts)
+        options = EmbedOptions(body.dimensions or None, True, body.truncate)
+        found = await vectors(request, body.model, inputs, options, body.keep_alive, clock)
+        facts = {
+            "model": body.model,
+            "total_duration": clock.total,
+            "load_duration": clock.load,
+            "prompt_eval_count": found.num_tokens,
+        }
+        return await _written(lambda: facts | {"embeddings": [v.tolist() for v in found.vectors]})
+
+    @routes.post("/api/embeddings", response_model=None)
+    async def embeddings(body: EmbeddingsBody, request: Request) -> Response:
+        """Turn a text into a vector, as the model has it."""
+        inputs: list[Input] = [body.prompt] if body.prompt else []
+        options = EmbedOptions(truncate=True, noun="prompt")
+        found = await vectors(request, body.model, inputs, options, body.keep_alive, Clock())
+        vector = found.vectors[0].tolist() if found.vectors else []
+        return await _written(lambda: {"embedding": vector})
+
+    return routes
+
+
+async def _written(make: Callable[[], dict[str, Any]]) -> Response:
+    """Answer with what `make` returns; thousands of vectors take a while: not on the event loop."""
+    content = await asyncio.to_thread(lambda: json.dumps(make(), separators=(",", ":")))
+    return Response(content, media_type="application/json")

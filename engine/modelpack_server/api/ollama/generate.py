@@ -1,0 +1,135 @@
+"""POST /api/generate."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from modelpack.errors import DeniedError
+from modelpack_engine.errors import RequestError
+from modelpack_engine.loaders.chat_template import as_jinja
+from modelpack_engine.prompt_threads import prepare
+from modelpack_engine.worker.cancelling import in_thread
+from modelpack_server.api.ollama import replies
+from modelpack_server.api.ollama.answers import load_or_unload, reply
+from modelpack_server.api.ollama.asking import (
+    constraint_of,
+    refuse_images,
+    sampling,
+    thinking_of,
+)
+from modelpack_server.api.ollama.bodies import GenerateBody
+from modelpack_server.api.ollama.describing import shown_template
+from modelpack_server.api.ollama.ndjson import JsonRoute
+from modelpack_server.api.request_templates import check_request_template
+from modelpack_server.conversation.answer import Answer
+from modelpack_server.conversation.chat import ChatStream, start_chat
+from modelpack_server.conversation.infilling import Markers, find_markers, infilling_prompt
+from modelpack_server.conversation.masking import text_mask
+from modelpack_server.conversation.served import ServedModel
+from modelpack_server.conversation.spec import ChatSpec
+from modelpack_server.pool.pool import ModelPool
+
+
+def router(pool: ModelPool, *, request_templates: bool = False) -> APIRouter:
+    """Return the route; `request_templates` lets admins send templates."""
+    routes = APIRouter(tags=["Ollama"], route_class=JsonRoute)
+
+    @routes.post("/api/generate", response_model=None)
+    async def generate(body: GenerateBody, request: Request) -> Response:
+        """Answer a prompt, line by line or as a whole; without a prompt, load the model."""
+        refuse_images(body.images, body.model)
+        _check_raw(body)
+        if not body.prompt and not body.suffix:
+            return await load_or_unload(request, pool, body, replies.generated)
+
+        async def start(model: ServedModel) -> ChatStream:
+            if body.suffix:
+                return await _infill(body, model)
+            if body.raw:
+                return await _continue(body, model, await model.text_prompt(body.prompt))
+            template = await _template(pool, body, model, request, request_templates)
+            return await start_chat(model, spec_of(body, model, template))
+
+        def context(stream: ChatStream, reader: replies.Reader) -> dict[str, Any]:
+            if body.raw or body.suffix:
+                return {}
+            return {"context": [*stream.prompt_ids, *reader.token_ids]}
+
+        return await reply(request, pool, body, replies.generated, start, context)
+
+    return routes
+
+
+async def _template(
+    pool: ModelPool, body: GenerateBody, model: ServedModel, request: Request, allowed: bool
+) -> str | None:
+    """Return the template of a request as Jinja, None where the model's own is used.
+
+    Raises `DeniedError` for a template that the client may not send.
+    """
+    if not body.template or body.template == model.tokenizer.chat_template:
+        return None
+    try:
+        check_request_template(request, allowed=allowed)
+    except DeniedError:
+        if body.template == await shown_template(pool, body.model):
+            return None
+        raise
+    return await in_thread(as_jinja, body.template)
+
+
+def spec_of(body: GenerateBody, model: ServedModel, template: str | None = None) -> ChatSpec:
+    """Return the API-neutral form of a request; raises `RequestError`."""
+    params, limit = sampling(body, model)
+    thinking = thinking_of(body, model)
+    system = [{"role": "system", "content": body.system}] if body.system else []
+    return ChatSpec(
+        messages=[*system, {"role": "user", "content": body.prompt}],
+        params=params,
+        max_tokens=limit,
+        constraint=constraint_of(body),
+        template_options=thinking.template_options,
+        reasoning=thinking.reasoning,
+        template=template,
+        earlier=body.context,
+    )
+
+
+async def _infill(body: GenerateBody, model: ServedModel) -> ChatStream:
+    """Begin to write what belongs between the prompt and the suffix."""
+    markers = find_markers(model.tokenizer)
+    if markers is None:
+        raise RequestError(f"{body.model!r} does not support insert", param="suffix")
+    prompt = await prepare(
+        len(body.prompt) + len(body.suffix),
+        lambda: _infilling_ids(model, markers, body.prompt, body.suffix),
+    )
+    return await _continue(body, model, prompt)
+
+
+def _infilling_ids(model: ServedModel, markers: Markers, beginning: str, end: str) -> list[int]:
+    for text, param in ((beginning, "prompt"), (end, "suffix")):
+        model.check_text(text, param=param)
+    return infilling_prompt(model.tokenizer, markers, beginning, end)
+
+
+async def _continue(body: GenerateBody, model: ServedModel, prompt: list[int]) -> ChatStream:
+    """Begin to go on after the tokens of a prompt, as they are."""
+    params, asked = sampling(body, model)
+    limit = model.token_limit(len(prompt), asked, param="prompt")
+    constraint = constraint_of(body)
+    mask = await asyncio.to_thread(text_mask, model, constraint) if constraint else None
+    params = replace(params, max_tokens=limit, mask=mask)
+    stream = await model.submit(prompt, params, continues_text=True)
+    return ChatStream(stream, [Answer(0)], False, prompt)
+
+
+def _check_raw(body: GenerateBody) -> None:
+    """Raise `RequestError` for what a prompt that is taken as it is cannot have."""
+    for name in ("template", "system", "context", "suffix"):
+        if body.raw and getattr(body, name):
+            raise RequestError(f"raw does not go with {name}", param=name)

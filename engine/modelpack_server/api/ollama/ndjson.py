@@ -1,0 +1,70 @@
+"""Newline-delimited JSON, errors as Ollama's clients read them, and bodies as they send them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from modelpack_server.api.json_bodies import BodyRoute
+from modelpack_server.api.problems import Problem, problem_of
+
+MEDIA_TYPE = "application/x-ndjson"
+_PREFIX = "/api/"
+
+ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {"error": {"type": "string"}},
+}
+
+
+def line(value: Any) -> str:
+    """Return a value as a line of a stream."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def error_line(error: Exception) -> str:
+    """Return the last line of a stream that failed."""
+    return line({"error": problem_of(error).message})
+
+
+def is_ours(path: str) -> bool:
+    """Return whether a path is of this API."""
+    return path.startswith(_PREFIX)
+
+
+def shape(problem: Problem) -> Response:
+    """Return the response for a problem, as Ollama has it."""
+    return JSONResponse({"error": problem.message}, problem.status, dict(problem.headers))
+
+
+def now() -> str:
+    """Return the time as RFC 3339, in UTC."""
+    return timestamp(datetime.now(UTC))
+
+
+def timestamp(time: datetime) -> str:
+    """Return a time in UTC as RFC 3339."""
+    return time.isoformat().replace("+00:00", "Z")
+
+
+class JsonRoute(BodyRoute):
+    """A route whose bodies are JSON whatever their header says: `curl -d` calls them a form.
+
+    That web pages can send such bodies unasked is no danger: `Origin` is checked before.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        answer = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            headers = [pair for pair in request.scope["headers"] if pair[0] != b"content-type"]
+            headers.append((b"content-type", b"application/json"))
+            return await answer(Request({**request.scope, "headers": headers}, request.receive))
+
+        return handle

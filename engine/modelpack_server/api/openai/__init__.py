@@ -1,0 +1,22 @@
+"""The OpenAI API: chat completions, completions, responses, embeddings, ranking
+and models."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from modelpack_server.api.openai.chat import router as chat
+from modelpack_server.api.openai.completions import router as completions
+from modelpack_server.api.openai.embeddings import router as embeddings
+from modelpack_server.api.openai.models import router as models
+from modelpack_server.api.openai.rerank import router as rerank
+from modelpack_server.api.openai.responses import router as responses
+from modelpack_server.pool.pool import ModelPool
+
+
+def router(pool: ModelPool) -> APIRouter:
+    """Return the routes of the OpenAI API."""
+    routes = APIRouter()
+    for part in (chat, completions, responses, embeddings, rerank, models):
+        routes.include_router(part(pool))
+    return routes

@@ -1,0 +1,55 @@
+"""GET /v1/models: what is stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from modelpack.formats.units import format_decimal_size
+from modelpack_server.api.paths import add_route
+from modelpack_server.pool.catalogue import StoredModel
+from modelpack_server.pool.pool import ModelPool
+
+
+def router(pool: ModelPool) -> APIRouter:
+    """Return the routes and their aliases."""
+    routes = APIRouter(tags=["OpenAI"])
+
+    async def list_models() -> dict[str, Any]:
+        """List the models that could be used."""
+        cards = [card(model) | {"id": name} for name, model in (await pool.aliases()).items()]
+        cards += [card(model) for model in await pool.stored()]
+        return {"object": "list", "data": list({card["id"]: card for card in cards}.values())}
+
+    async def retrieve_model(name: str) -> dict[str, Any]:
+        """Return one model, by any name that it has."""
+        return card(await pool.find(name)) | {"id": name}
+
+    add_route(routes, "/models", list_models, methods=["GET"])
+    add_route(routes, "/models/{name:path}", retrieve_model, methods=["GET"])
+    return routes
+
+
+def card(model: StoredModel) -> dict[str, Any]:
+    """Return the object of a model; `dmr` is what Docker Model Runner adds, `size` a text as there.
+
+    `docker model list --openai` refuses a number.
+    """
+    name = model.names[0] if model.names else model.key
+    facts = {
+        "context_window": model.context_size,
+        "architecture": model.architecture,
+        "parameters": model.parameters,
+        "quantization": model.quantization,
+        "size": format_decimal_size(model.size) if model.size else "",
+    }
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "modelpack",
+        "root": model.key,
+        "parent": None,
+        "dmr": {key: value for key, value in facts.items() if value},
+    }

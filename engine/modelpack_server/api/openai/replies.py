@@ -1,0 +1,118 @@
+"""Response bodies of the OpenAI API."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from json.encoder import encode_basestring
+from typing import Any
+
+from modelpack_engine.outputs import TokenLogprob, Usage
+from modelpack_server.api.vocabulary import Vocabulary
+from modelpack_server.conversation.spec import ChatUsage
+
+
+def usage_json(
+    prompt_tokens: int,
+    completion_tokens: int,
+    cached_tokens: int,
+    reasoning_tokens: int = 0,
+    predicted: tuple[int, int] = (0, 0),
+) -> dict[str, Any]:
+    """Return the token counts of a whole request.
+
+    `predicted` are the tokens that speculation proposed: right ones, and wrong ones.
+    """
+    details = {"reasoning_tokens": reasoning_tokens}
+    if any(predicted):
+        details["accepted_prediction_tokens"], details["rejected_prediction_tokens"] = predicted
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        "completion_tokens_details": details,
+    }
+
+
+def total_usage(usages: Sequence[Usage], prompts: int = 1) -> dict[str, Any]:
+    """Return the counts of several choices; a prompt that has several choices counts once."""
+    per_prompt = max(1, len(usages) // prompts) if prompts else 1
+    firsts = usages[::per_prompt]
+    return usage_json(
+        sum(usage.prompt_tokens for usage in firsts),
+        sum(usage.completion_tokens for usage in usages),
+        sum(usage.cached_tokens for usage in firsts),
+        sum(usage.reasoning_tokens for usage in usages if isinstance(usage, ChatUsage)),
+        (sum(u.accepted_tokens for u in usages), sum(u.rejected_tokens for u in usages)),
+    )
+
+
+def quoted(text: str) -> str:
+    """Return text as a JSON string."""
+    return encode_basestring(text)
+
+
+class Envelope:
+    """The fields that all objects of one response share; those of a stream are prepared once."""
+
+    def __init__(self, prefix: str, kind: str, model: str, *, chunk_kind: str = "") -> None:
+        self.id = f"{prefix}-{uuid.uuid4().hex}"
+        self._kind = kind
+        self._model = model
+        self._created = int(time.time())
+        self._chunk_head = (
+            f'data: {{"id":"{self.id}","object":"{chunk_kind or kind}","created":{self._created},'
+            f'"model":{quoted(model)},"choices":['
+        )
+
+    def body(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+        """Return a whole response."""
+        return {"id": self.id, "object": self._kind, "created": self._created,
+                "model": self._model, "choices": choices, "usage": usage}  # fmt: skip
+
+    def chunk(self, choices: str, usage: str = "") -> str:
+        """Return an event of a stream; `choices` is JSON without its brackets, `usage` too."""
+        tail = f'],"usage":{usage}}}\n\n' if usage else "]}\n\n"
+        return self._chunk_head + choices + tail
+
+
+def chat_logprobs(logprobs: Sequence[TokenLogprob], words: Vocabulary) -> dict[str, Any]:
+    """Return the log-probabilities of a chat choice."""
+    return {
+        "content": [
+            _entry(words, item.token_id, item.logprob)
+            | {"top_logprobs": [_entry(words, token, value) for token, value in item.top]}
+            for item in logprobs
+        ],
+        "refusal": None,
+    }
+
+
+def completion_logprobs(
+    logprobs: Sequence[TokenLogprob | None],
+    token_ids: Sequence[int],
+    words: Vocabulary,
+    offset: int,
+) -> dict[str, Any]:
+    """Return the log-probabilities of a text choice; `offset` is where its text begins."""
+    texts = [words.text(token) for token in token_ids]
+    offsets = []
+    for text in texts:
+        offsets.append(offset)
+        offset += len(text)
+    return {
+        "tokens": texts,
+        "token_logprobs": [item.logprob if item else None for item in logprobs],
+        "top_logprobs": [
+            {words.text(token): value for token, value in item.top} if item and item.top else None
+            for item in logprobs
+        ],
+        "text_offset": offsets,
+    }
+
+
+def _entry(words: Vocabulary, token_id: int, logprob: float) -> dict[str, Any]:
+    text, raw = words.shown(token_id)
+    return {"token": text, "logprob": logprob, "bytes": raw}

@@ -1,0 +1,199 @@
+"""ResponseMemory: what was answered, so that a conversation can go on from there."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modelpack_server.api.openai.responses.items import Item
+
+MAX_RESPONSES = 1024
+MAX_BYTES = 64 * 1024 * 1024
+#: Seconds; Docker Model Runner keeps them as long.
+KEPT_FOR = 3600.0
+
+_ENTRY = 320  # bytes of what finds an item by its id and by its identity
+_REFERENCE = 8  # bytes of a place in a conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """A response; `inputs` is all that came before its output, earlier turns included."""
+
+    response: dict[str, Any]
+    inputs: tuple[Item, ...]
+    since: float
+
+    @property
+    def conversation(self) -> tuple[Item, ...]:
+        """All that was said, the answer included; instructions are each request's own."""
+        return (*self.inputs, *self.response["output"])
+
+
+@dataclass(slots=True)
+class _Held:
+    """An item, how large it is, and in how many conversations it stands."""
+
+    item: Item
+    size: int
+    count: int = 0
+
+
+class ResponseMemory:
+    """Keeps each owner's responses that were used last, in memory: so many, so large, for so long.
+
+    Owners are callers' (`gateway.caller`); nobody finds or removes what another owns. The
+    bounds are for all owners together: beyond them, the owner that holds the most loses what it
+    used least recently, so no owner can crowd out the smaller share of another.
+
+    Bytes are those that the values take in memory. The turns of a conversation share their items,
+    which count once. A conversation that is larger than all that may be kept is not remembered.
+    Any thread may call the methods.
+    """
+
+    def __init__(
+        self,
+        *,
+        most: int = MAX_RESPONSES,
+        max_bytes: int = MAX_BYTES,
+        kept_for: float = KEPT_FOR,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._most = most
+        self._max_bytes = max_bytes
+        self._kept_for = kept_for
+        self._clock = clock
+        self._shares: dict[str | None, _Share] = {}  # those that are not empty
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return sum(len(share.kept) for share in self._shares.values())
+
+    def add(
+        self,
+        owner: str | None,
+        response: dict[str, Any],
+        earlier: Sequence[Item],
+        own: Sequence[Item],
+    ) -> None:
+        """Remember a response to `own` input after `earlier` turns; forget what is too much."""
+        kept = Remembered(response, (*earlier, *own), self._clock())
+        sizes = {id(item): _item_size(item) for item in (*own, *response["output"])}
+        own_size = _size({**response, "output": None}) + _REFERENCE * len(kept.conversation)
+        with self._lock:
+            name = response["id"]
+            self.remove(owner, name)
+            share = self._shares.setdefault(owner, _Share())
+            if share.add(kept, own, own_size, sizes) > self._max_bytes:
+                self.remove(owner, name)
+            while len(self) > self._most:
+                self._forget_oldest(lambda share: len(share.kept))
+            while sum(share.bytes for share in self._shares.values()) > self._max_bytes:
+                self._forget_oldest(lambda share: share.bytes)
+
+    def find(self, owner: str | None, name: str) -> Remembered | None:
+        """Return what is remembered under an id, which then counts as used; None if nothing is."""
+        with self._lock:
+            share = self._shares.get(owner)
+            kept = share.kept.get(name) if share is not None else None
+            if share is None or kept is None:
+                return None
+            if self._clock() - kept.since > self._kept_for:
+                self.remove(owner, name)
+                return None
+            share.kept.move_to_end(name)
+            return kept
+
+    def item(self, owner: str | None, name: str) -> Item | None:
+        """Return the item of an id; None if it is not remembered."""
+        with self._lock:
+            share = self._shares.get(owner)
+            response, item = share.items.get(name, ("", {})) if share is not None else ("", {})
+            return item if response and self.find(owner, response) is not None else None
+
+    def remove(self, owner: str | None, name: str) -> bool:
+        """Forget a response; False if there is none."""
+        with self._lock:
+            share = self._shares.get(owner)
+            if share is None or not share.remove(name):
+                return False
+            if not share.kept:
+                del self._shares[owner]
+            return True
+
+    def _forget_oldest(self, amount: Callable[[_Share], int]) -> None:
+        """Forget what the owner of the largest share used least recently."""
+        owner = max(self._shares, key=lambda owner: amount(self._shares[owner]))
+        self.remove(owner, next(iter(self._shares[owner].kept)))
+
+
+class _Share:
+    """The responses of one owner, least recently used first."""
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[str, Remembered] = OrderedDict()
+        self.items: dict[str, tuple[str, Item]] = {}  # by id: its response's id, and the item
+        self.bytes = 0
+        self._sizes: dict[str, int] = {}  # of responses without their items
+        self._held: dict[int, _Held] = {}  # by identity: clients choose ids as they like
+
+    def add(
+        self, kept: Remembered, own: Sequence[Item], own_size: int, sizes: Mapping[int, int]
+    ) -> int:
+        """Keep a response; return the bytes of its conversation.
+
+        `own_size` is that of the response without its items, `sizes` those of new items.
+        """
+        name = kept.response["id"]
+        self.kept[name] = kept
+        self._sizes[name] = own_size
+        self.bytes += own_size
+        for item in kept.conversation:
+            held = self._held.get(id(item))
+            if held is None:
+                size = sizes.get(id(item)) or _item_size(item)
+                held = self._held[id(item)] = _Held(item, size)
+                self.bytes += held.size
+            held.count += 1
+        for item in (*own, *kept.response["output"]):
+            self.items[item["id"]] = (name, item)
+        return own_size + sum(self._held[id(item)].size for item in kept.conversation)
+
+    def remove(self, name: str) -> bool:
+        """Forget a response; False if there is none."""
+        kept = self.kept.pop(name, None)
+        if kept is None:
+            return False
+        self.bytes -= self._sizes.pop(name)
+        for item in kept.conversation:
+            held = self._held[id(item)]
+            held.count -= 1
+            if held.count == 0:
+                self.bytes -= held.size
+                del self._held[id(item)]
+            if self.items.get(item["id"], ("",))[0] == name:
+                del self.items[item["id"]]
+        return True
+
+
+def _item_size(item: Item) -> int:
+    return _ENTRY + _size(item)
+
+
+def _size(value: Any) -> int:
+    """Return how many bytes of memory a JSON value takes; texts that it shares count each time."""
+    size, pending = 0, [value]
+    while pending:
+        value = pending.pop()
+        size += sys.getsizeof(value)
+        if isinstance(value, dict):
+            pending += value
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+    return size

@@ -1,0 +1,217 @@
+"""POST /v1/responses, and what was answered before."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from starlette.exceptions import HTTPException
+
+from modelpack_engine.errors import RequestError
+from modelpack_engine.worker.cancelling import in_thread
+from modelpack_server.api.answering import answer
+from modelpack_server.api.large_json import call, large_response
+from modelpack_server.api.openai.responses.items import Item, items_of, template_messages
+from modelpack_server.api.openai.responses.memory import Remembered, ResponseMemory
+from modelpack_server.api.openai.responses.replies import Reply
+from modelpack_server.api.openai.responses.requests import ResponseRequest
+from modelpack_server.api.openai.responses.tools import Toolbox
+from modelpack_server.api.openai.responses.truncation import fitted
+from modelpack_server.api.paths import add_route
+from modelpack_server.api.preloading import preloadable
+from modelpack_server.api.problems import problem_of
+from modelpack_server.api.vocabulary import Vocabulary
+from modelpack_server.conversation.chat import ChatStream, start_chat
+from modelpack_server.conversation.served import ServedModel
+from modelpack_server.conversation.spec import ChatSpec
+from modelpack_server.conversation.turns import fit_turns
+from modelpack_server.gateway.caller import caller_of
+from modelpack_server.pool.pool import ModelPool
+
+_PRESET = "x-modelpack-preset"
+_PREFIXES = ("/engines",)  # Docker Model Runner's, beside those that all routes have
+# What these fields are called in this API.
+_PARAMS = {"messages": "input", "response_format": "text.format"}
+
+
+def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
+    """Return the routes and their aliases."""
+    routes = APIRouter(tags=["OpenAI"], route_class=preloadable(pool))
+    kept = memory if memory is not None else ResponseMemory()
+
+    async def create_response(body: ResponseRequest, request: Request) -> Response:
+        """Answer, as a whole or as events; remember the answer unless `store` says no."""
+        body.check()
+        owner = caller_of(request.scope).owner
+        earlier = _earlier(kept, owner, body.previous_response_id)
+        await in_thread(body.check_repeated)
+        own = await in_thread(items_of, body.input, partial(kept.item, owner))
+        preset = body.preset or request.headers.get(_PRESET)
+        reply = Reply(body)
+
+        def remember() -> None:
+            if body.store:
+                kept.add(owner, reply.json(), earlier, own)
+
+        async def start(model: ServedModel) -> ChatStream:
+            words = Vocabulary(model.tokenizer) if body.wants_logprobs else None
+            with _own_words():
+                toolbox = body.toolbox()
+                spec = await in_thread(spec_of, body, toolbox, model, [*earlier, *own], preset)
+                reply.start(spec.params, words, toolbox.namespaces)
+                if body.truncation == "auto":
+                    spec = await fitted(model, spec)
+                return await start_chat(model, spec)
+
+        async def whole(_: ServedModel, stream: ChatStream) -> dict[str, Any] | Response:
+            with _own_words():
+                async for delta in stream:
+                    await call(body.wants_logprobs, reply.take, delta)
+            await in_thread(remember)
+            return await large_response(reply.json) if body.wants_logprobs else reply.json()
+
+        async def events(_: ServedModel, stream: ChatStream) -> AsyncGenerator[str, None]:
+            yield reply.begin()
+            with _own_words():
+                async for delta in stream:
+                    text = await call(body.wants_logprobs, reply.take, delta)
+                    if delta.finish is not None:
+                        await in_thread(remember)  # before the client hears of it, and goes on
+                    yield text
+
+        def failure(error: Exception) -> str:
+            text = reply.fail(problem_of(error))
+            remember()
+            return text
+
+        return await answer(
+            request, pool, body.model, start, whole, events if body.stream else None,
+            keep_alive=body.keep_alive, failure=failure,
+        )  # fmt: skip
+
+    async def retrieve_response(
+        name: str, request: Request, stream: bool = False
+    ) -> dict[str, Any]:
+        """Return a response that is remembered."""
+        found = _found(kept, request, name)
+        if stream:
+            raise RequestError(
+                "only a response in the background is streamed again", param="stream"
+            )
+        return found.response
+
+    async def delete_response(name: str, request: Request) -> dict[str, Any]:
+        """Forget a response."""
+        if not kept.remove(caller_of(request.scope).owner, name):
+            raise _unknown(name)
+        return {"id": name, "object": "response.deleted", "deleted": True}
+
+    async def cancel_response(name: str, request: Request) -> dict[str, Any]:
+        """Refuse: a response that is remembered has ended. Closing its stream cancels one."""
+        _found(kept, request, name)
+        raise RequestError("only a response in the background is cancelled", param="response_id")
+
+    async def list_input_items(
+        name: str,
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+        after: str | None = None,
+    ) -> dict[str, Any]:
+        """List what a response answers, earlier turns included, a page at a time."""
+        return page(_found(kept, request, name).inputs, limit, order, after)
+
+    for tail, endpoint, method in (
+        ("/responses", create_response, "POST"),
+        ("/responses/{name}", retrieve_response, "GET"),
+        ("/responses/{name}", delete_response, "DELETE"),
+        ("/responses/{name}/cancel", cancel_response, "POST"),
+        ("/responses/{name}/input_items", list_input_items, "GET"),
+    ):
+        add_route(routes, tail, endpoint, methods=[method], bare=True, prefixes=_PREFIXES)
+    return routes
+
+
+def spec_of(
+    body: ResponseRequest,
+    toolbox: Toolbox,
+    model: ServedModel,
+    items: Sequence[Item],
+    preset: str | None = None,
+) -> ChatSpec:
+    """Return what a request asks for, in nobody's words; raises `RequestError`."""
+    given = body.given()
+    if body.wants_logprobs:
+        given["logprobs"] = body.top_logprobs or 0
+    options = dict(body.chat_template_kwargs)
+    if body.effort is not None:
+        options.setdefault("reasoning_effort", body.effort)
+    messages = template_messages(body.instructions, items)
+    return ChatSpec(
+        messages=fit_turns(messages, model.tokenizer.chat_template),
+        params=model.sampling_params(given, preset=preset),
+        max_tokens=body.max_output_tokens or body.max_tokens or model.default("max_tokens"),
+        tools=toolbox.tools,
+        tool_choice=toolbox.choice,
+        parallel_tool_calls=body.parallel_tool_calls,
+        constraint=body.constraint(),
+        template_options=options,
+        reasoning=body.effort != "none" if body.effort is not None else None,
+    )
+
+
+@contextmanager
+def _own_words() -> Iterator[None]:
+    """Have errors name the fields as this API does."""
+    try:
+        yield
+    except RequestError as error:
+        first, dot, rest = (error.param or "").partition(".")
+        error.param = (_PARAMS.get(first, first) + dot + rest.removeprefix("json_schema.")) or None
+        raise
+
+
+def page(
+    inputs: Sequence[Item], limit: int, order: Literal["asc", "desc"], after: str | None
+) -> dict[str, Any]:
+    """Return a page of items. Raises `RequestError` for an id that is none of theirs."""
+    items = list(inputs) if order == "asc" else list(reversed(inputs))
+    ids = [item["id"] for item in items]
+    if after is not None and after not in ids:
+        raise RequestError(f"there is no item {after!r}", param="after")
+    rest = items[ids.index(after) + 1 :] if after is not None else items
+    shown = rest[:limit]
+    return {
+        "object": "list",
+        "data": shown,
+        "first_id": shown[0]["id"] if shown else None,
+        "last_id": shown[-1]["id"] if shown else None,
+        "has_more": len(shown) < len(rest),
+    }
+
+
+def _earlier(memory: ResponseMemory, owner: str | None, name: str | None) -> tuple[Item, ...]:
+    if name is None:
+        return ()
+    found = memory.find(owner, name)
+    if found is None:
+        raise RequestError(
+            f"there is no response {name!r}, or it was forgotten",
+            param="previous_response_id",
+            hint="send the conversation as input",
+        )
+    return found.conversation
+
+
+def _found(memory: ResponseMemory, request: Request, name: str) -> Remembered:
+    found = memory.find(caller_of(request.scope).owner, name)
+    if found is None:
+        raise _unknown(name)
+    return found
+
+
+def _unknown(name: str) -> HTTPException:
+    return HTTPException(404, f"there is no response {name!r}, or it was forgotten")

@@ -1,0 +1,126 @@
+"""Server-sent events: streams that are written as they come, and end when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from modelpack.errors import ModelpackError
+from modelpack_server.api.problems import error_body, problem_of
+
+DONE = "data: [DONE]\n\n"
+
+# Seconds without an event after which a comment is sent.
+_PATIENCE = 15.0
+
+_log = logging.getLogger(__name__)
+
+
+def dumps(value: Any) -> str:
+    """Return a value as compact JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def event(value: Any, name: str = "", write: Callable[[Any], str] = dumps) -> str:
+    """Return one event, with its name where it has one; `write` makes JSON of the value."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {write(value)}\n\n"
+
+
+def openai_error(error: Exception) -> str:
+    """Return the event of a failure in the middle of a stream, as OpenAI's clients read it."""
+    problem = problem_of(error)
+    return event(error_body(problem.message, problem.type, problem.param, problem.code))
+
+
+class LiveStream(Response):
+    """A response whose text is written as it comes; what was opened for it is closed at its end.
+
+    When the client leaves, the stream is cancelled. `failure` says an error in its own format: the
+    status was sent before.
+    """
+
+    def __init__(
+        self,
+        pieces: AsyncGenerator[str, None],
+        opened: AsyncExitStack,
+        *,
+        media_type: str = "text/event-stream",
+        failure: Callable[[Exception], str] = openai_error,
+    ) -> None:
+        self.status_code = 200
+        self.media_type = media_type
+        self.background = None
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._pieces = pieces
+        self._opened = opened
+        self._failure = failure
+        self._sent = 0
+
+    def init_headers(self, headers: Any = None) -> None:
+        """Make the headers; the length is not known."""
+        self.body = b""
+        super().init_headers(headers)
+        self.raw_headers = [h for h in self.raw_headers if h[0] != b"content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writer = asyncio.ensure_future(self._write(send))
+        watcher = asyncio.ensure_future(gone(receive))
+        beats = asyncio.ensure_future(self._keep_alive(send))
+        try:
+            await asyncio.wait({writer, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if writer.done():
+                writer.result()
+        finally:
+            for task in (writer, watcher, beats):
+                task.cancel()
+            await asyncio.gather(writer, watcher, beats, return_exceptions=True)
+            await self._pieces.aclose()
+            await self._opened.aclose()
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Send a comment where nothing else has been sent for long: a prompt may take its time,
+        and those between here and the client lose patience.
+        """
+        while self.media_type == "text/event-stream":
+            before = self._sent
+            await asyncio.sleep(_PATIENCE)
+            if 0 < self._sent == before:
+                beat = b": keepalive\n\n"
+                await send({"type": "http.response.body", "body": beat, "more_body": True})
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for piece in self._pieces:
+                self._sent += 1
+                await send(
+                    {"type": "http.response.body", "body": piece.encode(), "more_body": True}
+                )
+        except ModelpackError as error:
+            await send(_last(self._failure(error)))
+            return
+        except OSError:
+            raise  # the connection's
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client must hear of it
+            _log.exception("a stream failed")
+            await send(_last(self._failure(error)))
+            return
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def gone(receive: Receive) -> None:
+    """Return once the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _last(text: str) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": text.encode(), "more_body": False}

@@ -1,0 +1,1 @@
+"""The commands that need the engine or a running server; registered as entry points."""

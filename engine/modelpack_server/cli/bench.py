@@ -1,0 +1,268 @@
+"""`modelpack bench`: how fast does a model, or any OpenAI-compatible server, answer?"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from modelpack.cli.options import Settings, common_options, model_names
+from modelpack.cli.output import note
+from modelpack.cli.progress import shown_progress
+from modelpack.errors import UsageError
+from modelpack_server.cli.engine_options import require_engine
+
+if TYPE_CHECKING:
+    from modelpack_server.bench.benchmark import Benchmark, Measured
+    from modelpack_server.bench.plan import Plan
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_SCHEMES = ("http://", "https://")
+_TYPED = "modelpack_server.cli.bench.typed"
+
+
+class _Numbers(click.ParamType[Any]):
+    """Numbers above 0 with commas between them."""
+
+    name = "numbers"
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return them as a tuple."""
+        if not isinstance(value, str):
+            return value
+        try:
+            numbers = tuple(self._kind(part) for part in value.split(","))
+        except ValueError:
+            numbers = ()
+        if not numbers or not all(0 < number < 10_000 for number in numbers):
+            self.fail(f"{value!r} is not a list of numbers like 1,2,4 (each above 0)", param, ctx)
+        return numbers
+
+
+class _Command(click.Command):
+    """Keeps what was typed, for the report."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse as any command does."""
+        ctx.meta[_TYPED] = shlex.join(["modelpack", "bench", *args])
+        return super().parse_args(ctx, args)
+
+
+@click.command(
+    cls=_Command,
+    epilog="The default takes about a minute for each TARGET. Its table is made to be sent on: it "
+    "says what machine, versions and load its figures are of.",
+)
+@click.argument("targets", metavar="TARGET...", nargs=-1, required=True, shell_complete=model_names)
+@click.option(
+    "--concurrency",
+    metavar="N,N…",
+    type=_Numbers(int),
+    help="Clients that each ask again once answered. [default: 1,2,4,8]",
+)
+@click.option(
+    "--rate",
+    metavar="R,R…",
+    type=_Numbers(float),
+    help="Instead: requests a second, arriving as a Poisson process.",
+)
+@click.option(
+    "--workload",
+    metavar="NAME",
+    multiple=True,
+    help="Instead: a whole workload, like load-m-32 or multi-turn. May be repeated.",
+)
+@click.option("--prompt-tokens", type=click.IntRange(1, 131072), help="[default: 128]")
+@click.option("--output-tokens", type=click.IntRange(1, 32768), help="[default: 64]")
+@click.option(
+    "--requests", type=click.IntRange(min=1), help="Requests of each load, however long they take."
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=40.0,
+    show_default=True,
+    help="For all loads of one TARGET together, without --requests.",
+)
+@click.option("--model", metavar="NAME", help="Which model of servers that have several.")
+@click.option(
+    "--api-key-env",
+    metavar="VARIABLE",
+    default="MODELPACK_API_KEY",
+    show_default=True,
+    help="Where the servers' API key is.",
+)
+@click.option(
+    "--serve",
+    metavar="OPTIONS",
+    multiple=True,
+    help="Options of `modelpack serve` for a MODEL; repeated: for each TARGET its own.",
+)
+@click.option("--json-file", type=_FILE, metavar="FILE", help="Write all figures there, as JSON.")
+@click.option("--markdown", type=_FILE, metavar="FILE", help="Write the table there.")
+@click.option("--png", type=_FILE, metavar="FILE", help="Draw throughput, TTFT and TPOT there.")
+@common_options
+def bench(
+    settings: Settings,
+    targets: tuple[str, ...],
+    model: str | None,
+    api_key_env: str,
+    serve: tuple[str, ...],
+    json_file: Path | None,
+    markdown: Path | None,
+    png: Path | None,
+    **load: Any,
+) -> int:
+    """Measure latency and throughput of each TARGET: a MODEL, which is served for the while, or
+    the URL of any server with the OpenAI API. Several are compared with the first.
+    """
+    if importlib.util.find_spec("httpx") is None:
+        raise UsageError("bench needs httpx, which is not installed",
+                         hint="pip install 'modelpack[bench]'")  # fmt: skip
+    from modelpack_server.bench import machine, tables
+    from modelpack_server.bench.benchmark import Benchmark
+    from modelpack_server.bench.chart import draw, require_matplotlib
+
+    plan = _plan(**load)
+    options = _options(targets, serve)
+    if png is not None:
+        require_matplotlib()
+    for path in (json_file, markdown, png):
+        if path is not None and not path.parent.is_dir():  # told before a minute of measuring
+            raise UsageError(f"{path}: there is no directory {path.parent}")
+    typed = click.get_current_context().meta[_TYPED]
+    api_key = os.environ.get(api_key_env) or None
+    measured = []
+    for target, name, given in zip(targets, _names(targets, serve), options, strict=True):
+        is_url = target.startswith(_SCHEMES)
+        with _address(settings, target, given) as url:
+            measured.append(_measure(
+                settings, plan, url, name, model if is_url else target,
+                api_key if is_url else None, {} if is_url else machine.our_versions(),
+            ))  # fmt: skip
+    found = Benchmark(plan, machine.this_machine(), tuple(measured), typed)
+    text = tables.markdown(found)
+    click.echo(_json(found) if settings.json else text, nl=False)
+    _write(json_file, lambda path: path.write_text(_json(found), encoding="utf-8"))
+    _write(markdown, lambda path: path.write_text(text, encoding="utf-8"))
+    _write(png, lambda path: draw(found, path))
+    return 0 if found.succeeded else 1
+
+
+def _measure(
+    settings: Settings,
+    plan: Plan,
+    url: str,
+    name: str,
+    model: str | None,
+    api_key: str | None,
+    versions: dict[str, str],
+) -> Measured:
+    from modelpack_server.bench.benchmark import measure
+    from modelpack_server.bench.server import OpenAIServer
+
+    async def run() -> Measured:
+        async with OpenAIServer(url, model=model, api_key=api_key) as server:
+            return await measure(
+                server, name, plan, versions=versions, progress=lambda text: note(settings, text)
+            )
+
+    return asyncio.run(run())
+
+
+@contextmanager
+def _address(settings: Settings, target: str, options: Sequence[str]) -> Iterator[str]:
+    """Yield the address of a server, starting one for a model."""
+    if target.startswith(_SCHEMES):
+        yield target
+        return
+    require_engine()
+    from modelpack.operations.find import find_model
+    from modelpack.operations.remote import RemoteOptions
+    from modelpack.operations.watching import watching
+    from modelpack.supply.trust import Trust
+    from modelpack_server.bench.child import served
+
+    store = settings.store()
+    with shown_progress(settings) as progress:
+        remote = RemoteOptions(trust=Trust.from_environment())  # its server has the same policy
+        find_model(target, store, pull=True, remote=remote, watch=watching(progress))
+    with served(target, ["--store", str(store.root), *options]) as url:
+        yield url
+
+
+def _plan(
+    *,
+    concurrency: tuple[int, ...] | None,
+    rate: tuple[float, ...] | None,
+    workload: tuple[str, ...],
+    prompt_tokens: int | None,
+    output_tokens: int | None,
+    requests: int | None,
+    seconds: float,
+) -> Plan:
+    from modelpack_server.bench import plan
+
+    if sum(map(bool, (concurrency, rate, workload))) > 1:
+        raise UsageError("--concurrency, --rate and --workload exclude each other")
+    if workload:
+        if prompt_tokens or output_tokens:
+            raise UsageError("a --workload has lengths of its own")
+        return plan.named(workload, requests=requests)
+    sizes = {"prompt": prompt_tokens or plan.PROMPT, "answer": output_tokens or plan.ANSWER,
+             "requests": requests, "seconds": seconds}  # fmt: skip
+    if rate:
+        return plan.rates(rate, **sizes)  # type: ignore[arg-type]
+    return plan.sweep(concurrency or plan.CONCURRENCY, **sizes)  # type: ignore[arg-type]
+
+
+def _options(targets: Sequence[str], serve: Sequence[str]) -> list[list[str]]:
+    """Return the options of each target's server."""
+    if len(serve) > 1 and len(serve) != len(targets):
+        raise UsageError(f"--serve is given {len(serve)} times for {len(targets)} targets")
+    if serve and all(target.startswith(_SCHEMES) for target in targets):
+        raise UsageError("--serve is for models, and there are only addresses")
+    try:
+        found = [shlex.split(options) for options in serve]
+    except ValueError as error:
+        raise UsageError(f"--serve: {error}") from None
+    return found if len(found) > 1 else (found or [[]]) * len(targets)
+
+
+def _names(targets: Sequence[str], serve: Sequence[str]) -> list[str]:
+    """Return what to call each target; options are told where they differ."""
+    if len(serve) > 1:
+        targets = [
+            f"{target} {options}".strip() for target, options in zip(targets, serve, strict=True)
+        ]
+    seen: dict[str, int] = {}
+    names = []
+    for target in targets:
+        seen[target] = seen.get(target, 0) + 1
+        names.append(target if seen[target] == 1 else f"{target} ({seen[target]})")
+    return names
+
+
+def _json(found: Benchmark) -> str:
+    import json
+
+    return json.dumps(found.to_json(), indent=2) + "\n"
+
+
+def _write(path: Path | None, write: Callable[[Path], object]) -> None:
+    if path is None:
+        return
+    try:
+        write(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error

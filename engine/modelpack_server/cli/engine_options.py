@@ -1,0 +1,134 @@
+"""What the commands that run a model have in common: options, and the extra they need."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from modelpack.cli.sizes import parse_size
+from modelpack.errors import UsageError
+from modelpack_server.cli.speculation_options import NAMES as SPECULATION
+from modelpack_server.cli.speculation_options import speculation_options
+
+if TYPE_CHECKING:
+    from modelpack_engine.config import EngineConfig
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def require_engine() -> None:
+    """Raise `UsageError` unless the engine's extra is installed."""
+    for module in ("mlx", "mlx_lm", "fastapi"):
+        if importlib.util.find_spec(module) is None:
+            raise UsageError(
+                f"running a model needs {module}, which is not installed",
+                hint="pip install 'modelpack[engine]'",
+            )
+
+
+def _size(_context: click.Context, _parameter: click.Parameter, text: str | None) -> int | None:
+    return None if text is None else parse_size(text)
+
+
+def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
+    """Add the options of an engine; the command gets them as `config`, a function that makes it.
+
+    `others` are backends that are no engine of ours; where one is asked for, `config` is None.
+    """
+
+    @click.option(
+        "--device",
+        type=click.Choice(["auto", "gpu", "cpu"]),
+        default="auto",
+        show_default=True,
+        help="Where to compute.",
+    )
+    @click.option(
+        "--backend",
+        type=click.Choice(["auto", "mlx", "llama.cpp", *others]),
+        default="auto",
+        show_default=True,
+        help="What computes: auto is llama.cpp for GGUF on a CPU where it is installed, else MLX.",
+    )
+    @click.option("--max-model-len", type=click.IntRange(min=2), help="Longest context, in tokens.")
+    @click.option(
+        "--max-num-seqs",
+        type=click.IntRange(min=1),
+        default=64,
+        show_default=True,
+        help="Requests computed at a time.",
+    )
+    @click.option(
+        "--max-num-batched-tokens", type=click.IntRange(min=1), help="Tokens of one step."
+    )
+    @click.option(
+        "--scheduling-policy",
+        type=click.Choice(["shortest-first", "fcfs"]),
+        default="shortest-first",
+        show_default=True,
+        help="Of prompts that wait, the shortest, within bounds, or the first.",
+    )
+    @click.option(
+        "--gpu-memory-utilization",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=0.9,
+        show_default=True,
+        help="Share of the GPU's memory to use.",
+    )
+    @click.option("--kv-cache-bytes", type=click.IntRange(min=1), help="Size of the KV cache.")
+    @click.option(
+        "--kv-cache-dtype",
+        metavar="auto|bf16|fp16|q8|q4",
+        default="auto",
+        show_default=True,
+        help="Type of the KV cache; q8 and q4 hold about 1.9 and 3.5 times the tokens of bf16.",
+    )
+    @click.option(
+        "--ignore-config-field",
+        "ignore_config_fields",
+        multiple=True,
+        metavar="NAME",
+        help="Load a model though its config.json has this field, which its class does not read.",
+    )
+    @click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt anew.")
+    @click.option(
+        "--kv-offload-dir",
+        type=click.Path(file_okay=False),
+        metavar="DIR",
+        help="Keep prefixes that the KV cache has no room for in files here, for restarts too.",
+    )
+    @click.option(
+        "--kv-offload-memory",
+        metavar="SIZE",
+        callback=_size,
+        help="Host memory for them, and without a directory the only place.",
+    )
+    @click.option(
+        "--kv-offload-disk", metavar="SIZE", callback=_size, help="What the files may take."
+    )
+    @speculation_options
+    @functools.wraps(command)
+    def wrapped(*args: Any, no_prefix_caching: bool, **arguments: Any) -> Any:
+        if arguments["backend"] not in others:
+            require_engine()
+        names = ("device", "backend", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
+                 "scheduling_policy", "gpu_memory_utilization", "kv_cache_bytes", "kv_cache_dtype",
+                 "kv_offload_dir", "kv_offload_memory", "kv_offload_disk", "ignore_config_fields",
+                 *SPECULATION)  # fmt: skip
+        given = {name: arguments.pop(name) for name in names}
+
+        def config() -> EngineConfig:
+            from modelpack_engine.config import EngineConfig
+            from modelpack_engine.kv_types import parse_kv_cache_dtype
+
+            given["kv_cache_dtype"] = parse_kv_cache_dtype(given["kv_cache_dtype"])
+            return EngineConfig(**given, enable_prefix_caching=not no_prefix_caching)
+
+        made = None if given["backend"] in others else config
+        return command(*args, config=made, **arguments)
+
+    return wrapped  # type: ignore[return-value]

@@ -1,0 +1,212 @@
+"""`modelpack run`: a model of the store answers, once or for as long as there are questions."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import sys
+from collections.abc import Callable, Coroutine
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from modelpack.cli.options import (
+    Settings,
+    common_options,
+    model_argument,
+    remote_options,
+    trust_options,
+    variant_option,
+)
+from modelpack.cli.output import note, show_json
+from modelpack.cli.progress import shown_progress
+from modelpack.errors import UsageError
+from modelpack.hub.reference import local_name
+from modelpack.operations.remote import RemoteOptions
+from modelpack_server.cli.engine_options import engine_options
+from modelpack_server.cli.speculation_options import pull_draft
+from modelpack_server.repl.view import BareView, TerminalView, View
+
+if TYPE_CHECKING:
+    from modelpack_server.conversation.served import ServedModel
+    from modelpack_server.repl.chat import Chat
+
+
+@click.command()
+@model_argument()
+@click.argument("prompt", nargs=-1)
+@click.option("--max-tokens", type=click.IntRange(min=1), help="The most tokens of an answer.")
+@click.option(
+    "--temperature", type=click.FloatRange(0, 2),
+    help="0: always the likeliest. [default: the model's, else 0.7]",
+)  # fmt: skip
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="[default: the model's]")
+@click.option("--seed", type=int, help="The same seed gives the same answer.")
+@click.option("--system", default="", help="A system message.")
+@click.option("--preset", help="Settings for a use: code, chat, creative or long-context.")
+@click.option("--think/--no-think", default=None, help="Reason before answering, or do not.")
+@click.option("--host", metavar="URL", help="Have a running server answer: nothing is loaded here.")
+@engine_options
+@remote_options
+@trust_options
+@variant_option
+@common_options
+def run(
+    settings: Settings,
+    model: str,
+    prompt: tuple[str, ...],
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int | None,
+    system: str,
+    preset: str | None,
+    think: bool | None,
+    host: str | None,
+    config: Callable[[], Any],
+    remote: RemoteOptions,
+) -> None:
+    """Have MODEL answer PROMPT and what is piped in; without either, one question after the other.
+
+    /help lists what can be typed instead of a question.
+    """
+    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    given = {name: value for name, value in sampling.items() if value is not None}
+    text = _question(prompt)
+    from modelpack_server.pool.presets import preset_named
+
+    if preset is not None:
+        preset_named(preset)
+    chosen: dict[str, Any] = {
+        "system": system, "given": given, "preset": preset, "max_tokens": max_tokens,
+        "reasoning": think,
+    }  # fmt: skip
+    if host is not None:
+        from modelpack_server.cli.launch import find_target
+        from modelpack_server.repl.remote import RemoteChat, RemoteModel
+
+        def find(name: str) -> Any:
+            target = find_target(host, name)
+            return RemoteModel(target.url, target.model, target.context)
+
+        with asyncio.Runner() as runner:
+            _talk(settings, RemoteChat(find(model), **chosen), find, text, runner.run)
+        return
+    store = settings.store()
+    from modelpack_server.pool.settings import ModelSettings
+    from modelpack_server.pool.store_catalogue import StoreCatalogue
+    from modelpack_server.repl.chat import Chat, LocalModels, require_chat
+
+    engine = config()
+    pull_draft(engine, store, settings, remote)
+
+    def load(name: str) -> ServedModel:
+        from modelpack_server import open_model
+
+        with shown_progress(settings) as progress:
+            opened = open_model(name, store=store, remote=remote, progress=progress).model
+        if store.resolve(local_name(name)).digest != opened.digest:
+            name = str(opened.digest)  # of several variants, this is the one
+        loaded = models.load(name, ModelSettings(preset=preset))
+        require_chat(loaded)
+        return loaded
+
+    with LocalModels(StoreCatalogue(store, engine, remote=remote), engine) as models:
+        _talk(settings, Chat(load(model), **chosen), load, text, models.call)
+
+
+def _talk(
+    settings: Settings,
+    chat: Chat,
+    load: Callable[[str], ServedModel],
+    text: str,
+    call: Callable[[Coroutine[Any, Any, None]], None],
+) -> None:
+    """Answer `text`, or one question after the other where there is none."""
+    from modelpack_engine.errors import RequestError
+
+    try:
+        chat.check()
+    except RequestError as error:
+        raise UsageError(str(error)) from None
+
+    def ask(question: str) -> None:
+        call(answer(settings, chat, question))
+
+    if text:
+        ask(text)
+        return
+    from modelpack_server.repl.loop import Loop
+
+    Loop(settings, chat, ask, load).run()
+
+
+def _question(prompt: tuple[str, ...]) -> str:
+    """Return the arguments and what is piped in, "" if the user is to be asked."""
+    text = " ".join(prompt)
+    if sys.stdin.isatty() or (text and not _is_piped()):
+        return text
+    text = "\n\n".join(piece for piece in (text, sys.stdin.read().strip()) if piece)
+    if not text:
+        raise UsageError("nothing to answer: stdin is empty", hint="give a prompt")
+    return text
+
+
+def _is_piped() -> bool:
+    """Whether stdin was given on purpose: what a service manager leaves there may never end."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):
+        return True  # not a file of the system's: who put it there means it
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+async def answer(settings: Settings, chat: Chat, question: str) -> None:
+    """Ask, and show the answer as it comes; with --json, when it is complete."""
+    from modelpack_server.tool_parsers.parts import Reasoning, Text
+
+    view = None if settings.json else _view()
+    texts, thoughts = [], []
+    finish, usage = None, None
+    try:
+        async with aclosing(chat.ask(question)) as deltas:
+            async for delta in deltas:
+                for part in delta.parts:
+                    if isinstance(part, Text):
+                        texts.append(part.text)
+                        if view is not None:
+                            view.text(part.text)
+                    elif isinstance(part, Reasoning):
+                        thoughts.append(part.text)
+                        if view is not None:
+                            view.thought(part.text)
+                finish = delta.finish or finish
+                usage = delta.usage or usage
+    finally:
+        if view is not None:
+            view.end()
+    if view is not None:
+        if finish == "length":
+            note(settings, "(cut: that is as long as an answer may be)")
+        return
+    show_json(
+        {
+            "text": "".join(texts),
+            "reasoning": "".join(thoughts) or None,
+            "finishReason": finish,
+            "promptTokens": usage.prompt_tokens if usage else 0,
+            "completionTokens": usage.completion_tokens if usage else 0,
+            "cachedTokens": usage.cached_tokens if usage else 0,
+            "reasoningTokens": usage.reasoning_tokens if usage else 0,
+        }
+    )
+
+
+def _view() -> View:
+    if not sys.stdout.isatty():
+        return BareView()
+    from rich.console import Console
+
+    return TerminalView(Console(highlight=False))

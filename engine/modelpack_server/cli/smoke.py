@@ -1,0 +1,148 @@
+"""`modelpack smoke`: does a model load and answer, for people and for CI?"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from modelpack.cli.options import (
+    Settings,
+    common_options,
+    model_argument,
+    remote_options,
+    trust_options,
+    variant_option,
+)
+from modelpack.cli.output import show_json
+from modelpack.cli.progress import shown_progress
+from modelpack.operations.remote import RemoteOptions
+from modelpack_server.cli.engine_options import engine_options
+from modelpack_server.cli.smoke_attestation import attestation_of
+from modelpack_server.cli.speculation_options import pull_draft
+
+if TYPE_CHECKING:
+    from modelpack.stores.layout import LayoutStore
+    from modelpack_server.smoke_test import SmokeReport
+
+
+@click.command()
+@model_argument()
+@click.option("--prompt", default="What is the capital of France?", show_default=True)
+@click.option("--expect", metavar="REGEX", help="What the answer has to match.")
+@click.option("--min-tps", type=click.FloatRange(min=0), help="Fewest tokens a second to pass.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--clean", is_flag=True, help="Pull into an empty store, which goes afterwards.")
+@click.option(
+    "--junit", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    help="Also write the checks there, as JUnit's XML.",
+)  # fmt: skip
+@click.option(
+    "--attest", is_flag=True,
+    help="Attach the report to the model in its registry, signed with --key.",
+)  # fmt: skip
+@click.option(
+    "--key", type=click.Path(path_type=Path), metavar="KEY", help="The private key for --attest."
+)
+@click.option("--local", is_flag=True, help="With --attest: in the local store.")
+@engine_options
+@remote_options
+@trust_options
+@variant_option
+@common_options
+def smoke(
+    settings: Settings,
+    model: str,
+    prompt: str,
+    expect: str | None,
+    min_tps: float | None,
+    max_tokens: int,
+    clean: bool,
+    junit: Path | None,
+    attest: bool,
+    key: Path | None,
+    local: bool,
+    config: Callable[[], Any],
+    remote: RemoteOptions,
+) -> int:
+    """Load MODEL, ask it once and check the answer; print a JSON report. Exit code 1: failed."""
+    from modelpack_server import open_model
+    from modelpack_server.smoke_test import smoke_test
+
+    # A wrong password is told before anything is loaded.
+    attestation = attestation_of(model, attest, key, local, clean)
+    with _store(settings, clean) as store:
+        with shown_progress(settings) as progress:
+            opened = open_model(model, store=store, remote=remote, progress=progress)
+        engine = config()
+        pull_draft(engine, store, settings, remote)
+        tested = opened.model
+        del opened  # found, and its files are there: what smoke_test is to load
+        report = smoke_test(
+            model,
+            store,
+            engine,
+            prompt=prompt,
+            expect=expect,
+            min_tokens_per_second=min_tps,
+            max_tokens=max_tokens,
+            remote=remote,
+        )
+    show_json(report.to_json())
+    if junit is not None:
+        junit.write_bytes(junit_xml(report))
+    if attestation is not None:
+        attestation(report, tested, remote, settings)
+    return 0 if report.passed else 1
+
+
+@contextmanager
+def _store(settings: Settings, clean: bool) -> Iterator[LayoutStore]:
+    if not clean:
+        yield settings.store()
+        return
+    from modelpack.stores.layout import LayoutStore
+
+    with tempfile.TemporaryDirectory(prefix="modelpack-smoke-") as directory:
+        yield LayoutStore(directory)
+
+
+def junit_xml(report: SmokeReport) -> bytes:
+    """Return the report as JUnit's XML: a case for the loading, and one for each check."""
+    from xml.etree import ElementTree
+
+    name = report.reference or report.digest
+    failed = [check for check in report.checks if check.problem is not None]
+    suite = ElementTree.Element(
+        "testsuite",
+        name="modelpack smoke",
+        tests=str(1 + len(report.checks)),
+        failures=str(len(failed)),
+        errors=str(int(report.error is not None)),
+        skipped="0",
+    )
+
+    def case(title: str, seconds: float = 0.0) -> ElementTree.Element:
+        return ElementTree.SubElement(
+            suite, "testcase", classname=_printable(name), name=title, time=f"{seconds:.3f}"
+        )
+
+    loading = case("loads and answers", report.load_seconds)
+    if report.error is not None:
+        ElementTree.SubElement(loading, "error", message=_printable(report.error))
+    for check in report.checks:
+        element = case(check.name)
+        if check.problem is not None:
+            failure = ElementTree.SubElement(element, "failure", message=_printable(check.problem))
+            failure.text = _printable(report.answer or "")
+    text = bytes(ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))
+    return text + b"\n"
+
+
+def _printable(text: str) -> str:
+    """Return `text` without what XML cannot hold."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -1,0 +1,112 @@
+"""The gateway as an ASGI application: health, metrics, and the proxy, behind all checks."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import httpx
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from modelpack_server.gateway.metrics import CONTENT_TYPE, GatewayMetrics
+from modelpack_server.gateway.protecting import Protection, protect
+from modelpack_server.gateway.proxy import Proxy
+from modelpack_server.gateway.spans import default_report
+from modelpack_server.gateway.traces import Trace
+from modelpack_server.gateway.upstreams import PROBE_INTERVAL, Policy, Upstreams
+
+_KEPT_CONNECTIONS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """A gateway: its upstreams' URLs, whose turn it is among them, and how it is protected.
+
+    `timeout` is in seconds, between two pieces of a reply; `upstream_key` is sent to upstreams in
+    place of the clients' credentials.
+    """
+
+    upstreams: tuple[str, ...]
+    protection: Protection = field(default_factory=Protection)
+    policy: Policy = "least-busy"
+    timeout: float = 600.0
+    probe_interval: float = PROBE_INTERVAL
+    upstream_key: str | None = field(default=None, repr=False)
+
+
+def create_gateway(settings: GatewaySettings) -> ASGIApp:
+    """Return the gateway; it needs a server that runs ASGI's lifespan protocol.
+
+    Raises `UsageError` for upstreams or origins that are none.
+    """
+    metrics = GatewayMetrics()
+    report = settings.protection.report or default_report()
+
+    def told(trace: Trace) -> None:
+        metrics.observe(trace)
+        report(trace)
+
+    protection = dataclasses.replace(settings.protection, report=told, forwarded_callers=False)
+    return protect(_Gateway(settings, metrics), protection)
+
+
+class _Gateway:
+    def __init__(self, settings: GatewaySettings, metrics: GatewayMetrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._upstreams = Upstreams(settings.upstreams, policy=settings.policy)
+        self._transport: httpx.AsyncHTTPTransport | None = None
+        self._proxy = Proxy(
+            self._upstreams,
+            self._open_transport,
+            keyed=settings.protection.keys is not None,
+            upstream_key=settings.upstream_key,
+            timeout=settings.timeout,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        elif scope["path"] == "/health" and scope["method"] in ("GET", "HEAD"):
+            await self._health()(scope, receive, send)
+        elif scope["path"] == "/metrics" and scope["method"] in ("GET", "HEAD"):
+            await self._show_metrics()(scope, receive, send)
+        else:
+            await self._proxy(scope, receive, send)
+
+    def _open_transport(self) -> httpx.AsyncHTTPTransport:
+        assert self._transport is not None, "the server did not run the lifespan protocol"
+        return self._transport
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        limits = httpx.Limits(
+            max_connections=None, max_keepalive_connections=_KEPT_CONNECTIONS, keepalive_expiry=30
+        )
+        # Neither proxies nor certificates of the environment: upstreams are told, not found.
+        async with httpx.AsyncHTTPTransport(limits=limits, trust_env=False) as transport:
+            self._transport = transport
+            watch = asyncio.create_task(
+                self._upstreams.watch(transport, self._settings.probe_interval)
+            )
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await watch
+        await send({"type": "lifespan.shutdown.complete"})
+
+    def _health(self) -> Response:
+        well = [upstream.healthy for upstream in self._upstreams.all]
+        counts = {"healthy": sum(well), "total": len(well)}
+        if any(well):
+            return JSONResponse({"status": "ok", "upstreams": counts})
+        body = {"status": "no upstream can be reached", "upstreams": counts}
+        return JSONResponse(body, 503, {"Retry-After": "1"})
+
+    def _show_metrics(self) -> Response:
+        rows = [(u.name, u.healthy, u.running, u.failures) for u in self._upstreams.all]
+        return Response(self._metrics.render(rows), media_type=CONTENT_TYPE)

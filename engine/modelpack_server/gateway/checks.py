@@ -1,0 +1,321 @@
+"""Checks: who asks, for which model, how much; what fails is answered in the client's own API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from modelpack_server.gateway.bodies import (
+    DEFAULT_ANSWER,
+    MAX_IN_FLIGHT,
+    Asked,
+    BodyBudget,
+    BodyShare,
+    DisconnectedError,
+    NoRoomError,
+    ReadError,
+    TooComplexError,
+    TooSlowError,
+    look_into,
+    read_body,
+    replayed,
+    tokens_in,
+)
+from modelpack_server.gateway.caller import Caller, put_caller
+from modelpack_server.gateway.families import Family, error_response
+from modelpack_server.gateway.forwarding import (
+    ForwardingError,
+    caller_for,
+    is_direct,
+    without_caller,
+)
+from modelpack_server.gateway.json_bodies import ComplexityError, Parsed, in_worker, put_document
+from modelpack_server.gateway.keys import Key, Keys
+from modelpack_server.gateway.limits import Exceeded, Grant, Limiter, Limits, Subject
+from modelpack_server.gateway.lists import filtering
+from modelpack_server.gateway.observing import family_in
+from modelpack_server.gateway.routes import Route, is_plain, lists_models, model_in, route_of
+from modelpack_server.gateway.traces import Trace, trace_of
+
+#: 64 MiB: images come inside the JSON, in base64.
+MAX_BODY = 64 * 1024 * 1024
+
+_CREDENTIALS = ("x-api-key", "api-key")
+_WORDS = {
+    "requests_per_minute": "{} requests a minute",
+    "tokens_per_minute": "{} tokens a minute",
+    "concurrency": "{} requests at a time",
+}
+
+
+@dataclass(eq=False)
+class _Refusal(Exception):
+    status: int
+    message: str
+    code: str
+    retry_after: float | None = None
+
+
+class Checks:
+    """ASGI middleware; `protect` puts it behind what makes traces and checks hosts and origins.
+
+    `keys` gives the keys as they are now; None: everybody may ask. A body of JSON is read as a
+    whole, `max_body` bytes at most, before the application is called; uploads of files are not.
+
+    With `resolves`, the application itself refuses and hides the models that the `Caller` may not
+    use: it knows which model a name stands for. Without, names are checked as they were sent.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Callable[[], Keys] | None = None,
+        max_body: int = MAX_BODY,
+        limiter: Limiter | None = None,
+        resolves: bool = False,
+        forwarded_callers: bool = True,
+    ) -> None:
+        self._app = app
+        self._keys = keys
+        self._max_body = max_body
+        self._limiter = Limiter() if limiter is None else limiter
+        self._budget = BodyBudget(max(MAX_IN_FLIGHT, 2 * max_body))
+        self._resolves = resolves
+        self._forwarded_callers = forwarded_callers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        grant: Grant | None = None
+        asked = Asked()
+        try:
+            with BodyShare(self._budget) as share:
+                try:
+                    if scope["method"] == "OPTIONS":
+                        await Response(status_code=204)(scope, receive, send)
+                        return
+                    route = self._route(scope)
+                    key = self._authenticate(scope, route)
+                    caller = self._caller(scope, key)
+                    put_caller(scope, caller)
+                    grant = self._admit(scope, key)
+                    if _has_body(scope) and route is not Route.UPLOAD:
+                        # What needs no key takes no memory from requests that do.
+                        limit = 0 if route is Route.OPEN else self._max_body
+                        pieces = await read_body(receive, Headers(scope=scope), limit, share)
+                        body, asked = await self._look_into(scope, pieces, share)
+                        receive = replayed(body, receive)
+                    self._check_model(scope, route, caller, asked)
+                    self._reserve(grant, asked)
+                    if self._hides_models(scope, route, caller):
+                        send = filtering(scope, send, caller.allows_unresolved)
+                except _Refusal as refusal:
+                    await self._refuse(scope, receive, send, refusal)
+                    return
+                except DisconnectedError:
+                    return
+                except ReadError as error:
+                    asked = Asked(prompt_tokens=tokens_in(error.size))
+                    await self._refuse(scope, receive, send, self._unread(error, route))
+                    return
+                await self._app(scope, receive, send)
+        finally:
+            if grant is not None:
+                _settle(grant, trace_of(scope), asked)
+
+    async def _look_into(
+        self, scope: Scope, pieces: list[bytes], share: BodyShare
+    ) -> tuple[bytes, Asked]:
+        """Return the body that `pieces` are, and what it says; keep its JSON in `scope`."""
+        size = sum(map(len, pieces))
+
+        def work() -> tuple[bytes, tuple[Parsed | None, Asked]]:
+            body = b"".join(pieces)
+            pieces.clear()
+            return body, look_into(body)
+
+        if not size:
+            return b"", Asked()
+        try:
+            body, (parsed, asked) = await in_worker(size, work)
+        except ComplexityError as error:
+            raise TooComplexError(size, str(error)) from None
+        if not asked.answer_tokens and scope["path"].endswith("/responses"):
+            asked = replace(asked, answer_tokens=DEFAULT_ANSWER)  # looks like one for embeddings
+        if parsed is not None:
+            share.add(parsed.memory)
+            put_document(scope, parsed.value)
+        return body, asked
+
+    def _unread(self, error: ReadError, route: Route) -> _Refusal:
+        """Return the refusal for a body that was not read to its end."""
+        match error:
+            case NoRoomError():
+                text = "the server reads as many large requests as its memory allows"
+                return _Refusal(503, text, "bodies_in_flight", 1.0)
+            case TooComplexError():
+                text = f"the request's body is too complex: {error.why}"
+                return _Refusal(400, text, "body_too_complex")
+            case TooSlowError():
+                return _Refusal(408, "the request's body came too slowly", "body_too_slow")
+        if route is Route.OPEN:
+            return _Refusal(413, "a request for this path has no body", "body_too_large")
+        text = f"the request's body is too large: the limit is {self._max_body} bytes"
+        return _Refusal(413, text, "body_too_large")
+
+    def _route(self, scope: Scope) -> Route:
+        if not is_plain(scope["path"]):
+            raise _Refusal(400, "the path has a segment '.' or '..'", "bad_path")
+        return route_of(scope["method"], scope["path"])
+
+    def _authenticate(self, scope: Scope, route: Route) -> Key | None:
+        if self._keys is None:
+            # What a server tells of its load is nobody's business beyond the machine.
+            if route is Route.METRICS and not is_direct(scope):
+                raise _Refusal(403, "metrics are for this machine only", "metrics_not_allowed")
+            return None
+        if route is Route.OPEN:
+            return None
+        keys, given = self._keys(), False
+        for secret in _secrets(Headers(scope=scope)):
+            given = True
+            if (key := keys.find(secret)) is not None:
+                if trace := trace_of(scope):
+                    trace.key = key.name
+                return key
+        if given:
+            raise _Refusal(401, "this API key is not known", "invalid_api_key")
+        raise _Refusal(
+            401,
+            "no API key was given: send 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
+            "missing_api_key",
+        )
+
+    def _caller(self, scope: Scope, key: Key | None) -> Caller:
+        if not self._forwarded_callers:
+            scope["headers"] = without_caller(scope["headers"])
+        try:
+            return caller_for(scope, key, has_keys=self._keys is not None)
+        except ForwardingError as error:
+            raise _Refusal(error.status, error.message, "owner_not_trusted") from error
+
+    def _check_model(self, scope: Scope, route: Route, caller: Caller, asked: Asked) -> None:
+        if asked.models and (trace := trace_of(scope)):
+            trace.model = asked.models[0][:256]
+        if not caller.is_restricted or route in (Route.OPEN, Route.LISTING):
+            return
+        if route not in (Route.INFERENCE, Route.ONE_MODEL):
+            raise _Refusal(
+                403,
+                f"the key {caller.owner!r} is for using models; this needs a key without 'models'",
+                "route_not_allowed",
+            )
+        if self._resolves:
+            return
+        models = asked.models
+        if route is Route.ONE_MODEL:
+            models = (model_in(scope["path"]),)
+        elif not asked.valid:
+            raise _Refusal(400, "the request's body is no JSON object", "invalid_json")
+        elif asked.ambiguous or not asked.fields & _model_fields(scope):
+            raise _Refusal(400, "model: one name is needed", "model_required")
+        for model in models:
+            if not caller.allows_unresolved(model):
+                raise _Refusal(
+                    403,
+                    f"the key {caller.owner!r} may not use the model {model[:200]!r}",
+                    "model_not_allowed",
+                )
+
+    def _hides_models(self, scope: Scope, route: Route, caller: Caller) -> bool:
+        """Return whether the reply is a list of models to be cut to those of the caller."""
+        narrow = caller.is_restricted and not self._resolves
+        return narrow and route is Route.LISTING and lists_models(scope["path"])
+
+    def _admit(self, scope: Scope, key: Key | None) -> Grant | None:
+        """Count the request, before its body is read."""
+        if key is None:
+            return None
+        trace = trace_of(scope)
+        subjects: list[tuple[Subject, Limits]] = [((key.name, None), key.limits)]
+        if key.per_caller is not None:
+            caller = (trace.caller if trace else None) or ""
+            subjects.append(((key.name, caller), key.per_caller))
+        grant = self._limiter.admit(subjects, 0)
+        if isinstance(grant, Exceeded):
+            raise _exceeded(grant)
+        return grant
+
+    def _reserve(self, grant: Grant | None, asked: Asked) -> None:
+        """Reserve the tokens of a request, once its body says how many it may take."""
+        exceeded = grant.reserve(asked.tokens) if grant is not None else None
+        if exceeded is not None:
+            raise _exceeded(exceeded)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send, refusal: _Refusal) -> None:
+        trace = trace_of(scope)
+        if trace:
+            trace.refused = refusal.code
+        response = error_response(
+            family_in(scope),
+            refusal.status,
+            refusal.message,
+            code=refusal.code,
+            retry_after=refusal.retry_after,
+            request_id=trace.id if trace else None,
+        )
+        await response(scope, receive, send)
+
+
+def _exceeded(limit: Exceeded) -> _Refusal:
+    name, whose = limit.subject
+    who = f"the key {name!r}" + ("" if whose is None else f" and its caller {whose!r}")
+    may = _WORDS[limit.limit].format(limit.allowed)
+    return _Refusal(429, f"{who} may make {may}", f"{limit.limit}_exceeded", limit.retry_after)
+
+
+def _settle(grant: Grant, trace: Trace | None, asked: Asked) -> None:
+    """Charge a request that has ended."""
+    if trace is None:
+        grant.finish(None)
+    elif trace.status == 429 and trace.refused is not None:
+        grant.cancel()
+    elif not trace.client_left and trace.status is not None and trace.status >= 400:
+        grant.refuse(trace.spent(asked.prompt_tokens) or 0)
+    else:
+        grant.finish(trace.spent(asked.prompt_tokens, asked.answer_tokens))
+
+
+def _secrets(headers: Headers) -> Iterator[str]:
+    """Give all credentials of a request; Anthropic's client sends a key in either place."""
+    for value in headers.getlist("authorization"):
+        scheme, _, secret = value.strip().partition(" ")
+        if scheme.lower() == "bearer" and secret.strip():
+            yield secret.strip()
+    for name in _CREDENTIALS:
+        for value in headers.getlist(name):
+            if value.strip():
+                yield value.strip()
+
+
+def _model_fields(scope: Scope) -> set[str]:
+    """Return the fields of which one has to name the model of a request.
+
+    Only Ollama's API reads `name`. Servers of the other APIs ignore it, as they do `Model`, and
+    run the model that they like where nothing else names one (vLLM: its base model).
+    """
+    return {"model", "name"} if family_in(scope) is Family.OLLAMA else {"model"}
+
+
+def _has_body(scope: Scope) -> bool:
+    headers = Headers(scope=scope)
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers

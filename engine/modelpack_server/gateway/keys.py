@@ -1,0 +1,188 @@
+"""API keys: who may ask, for which models, how much. Only hashes of keys are ever stored.
+
+```toml
+[keys.alice]
+sha256 = "64 hexadecimal digits"       # of the key that alice has
+requests_per_minute = 60               # each limit may be absent: there is none then
+tokens_per_minute = 100000
+concurrency = 4
+models = ["ai/smollm2*"]               # absent: all models, and what manages models
+gateway = false                        # true: it is a gateway's, which names its callers
+
+[keys.alice.per_caller]                # of each caller that alice names (X-Modelpack-Caller)
+requests_per_minute = 10
+```
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from modelpack.errors import FormatError
+from modelpack_server.gateway.caller import Caller
+from modelpack_server.gateway.limits import NO_LIMITS, Limits
+
+#: What a key begins with, so that scanners for leaked secrets can find one.
+PREFIX = "mp_"
+KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_LIMIT_FIELDS = ("requests_per_minute", "tokens_per_minute", "concurrency")
+_MOST = 2**53
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key: what it is called in logs, the SHA-256 of the secret, and what it allows.
+
+    `models` are glob patterns for the names that requests may use; None allows every name, and the
+    routes that manage models. `gateway`: it belongs to a gateway, which may name the caller of each
+    request (`modelpack_server.gateway.forwarding`).
+    """
+
+    name: str
+    sha256: bytes
+    limits: Limits = NO_LIMITS
+    per_caller: Limits | None = None
+    models: tuple[str, ...] | None = None
+    gateway: bool = False
+
+    def allows(self, model: str) -> bool:
+        """Return whether this key may use `model`; see `Caller.allows_unresolved`."""
+        return Caller(self.name, self.models).allows_unresolved(model)
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """All keys of a file."""
+
+    keys: tuple[Key, ...] = ()
+
+    def find(self, secret: str) -> Key | None:
+        """Return the key whose secret this is; how long it takes does not depend on the secret."""
+        digest = hash_of(secret)
+        found = None
+        for key in self.keys:
+            if hmac.compare_digest(key.sha256, digest):
+                found = key
+        return found
+
+
+def hash_of(secret: str) -> bytes:
+    """Return the SHA-256 of a secret, as `Key.sha256` has it."""
+    return hashlib.sha256(secret.encode(errors="surrogateescape")).digest()
+
+
+def parse_keys(text: str, path: str) -> Keys:
+    """Return the keys that the TOML document `text` defines; `path` names it in errors.
+
+    Raises `FormatError` that names file, key and field, and never shows the value of a hash.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise FormatError(f"is not TOML: {error}", path=path) from error
+    unknown = sorted(set(document) - {"keys"})
+    if unknown:
+        raise FormatError(f"{unknown[0]!r} is unknown; keys are tables [keys.NAME]", path=path)
+    tables = document.get("keys", {})
+    if not isinstance(tables, dict):
+        raise FormatError("'keys' is no table; keys are tables [keys.NAME]", path=path)
+    keys = tuple(_parse_key(name, table, path) for name, table in tables.items())
+    owner: dict[bytes, str] = {}
+    for key in keys:
+        if other := owner.get(key.sha256):
+            raise FormatError(f"[keys.{key.name}] has the same sha256 as [keys.{other}]", path=path)
+        owner[key.sha256] = key.name
+    return Keys(keys)
+
+
+def _parse_key(name: str, table: Any, path: str) -> Key:
+    def fail(field: str, problem: str) -> NoReturn:
+        raise FormatError(f"[keys.{name}] {field}: {problem}".replace(" :", ":"), path=path)
+
+    if not KEY_NAME.fullmatch(name):
+        raise FormatError(
+            f"[keys.{name[:64]!r}]: a name has 1 to 64 letters, digits and . _ @ -, and begins "
+            "with a letter or digit",
+            path=path,
+        )
+    if not isinstance(table, dict):
+        fail("", f"expected a table, got {_kind(table)}")
+    known = {"sha256", "models", "per_caller", "gateway", *_LIMIT_FIELDS}
+    for field in table:
+        if field not in known:
+            fail(field, f"is unknown; there are {', '.join(sorted(known))}")
+    if "sha256" not in table:
+        fail("sha256", "is missing")
+    digest = table["sha256"]
+    if not isinstance(digest, str):
+        fail("sha256", f"expected 64 hexadecimal digits, got {_kind(digest)}")
+    if not _SHA256.fullmatch(digest.lower()):
+        fail("sha256", f"expected 64 hexadecimal digits, got other text of length {len(digest)}")
+    gateway = table.get("gateway", False)
+    if not isinstance(gateway, bool):
+        fail("gateway", f"expected a boolean, got {_kind(gateway)}")
+    if gateway and "models" in table:
+        fail("gateway", "cannot be combined with 'models': the gateway's keys have them")
+    return Key(
+        name=name,
+        sha256=bytes.fromhex(digest),
+        limits=_parse_limits(table, "", fail),
+        per_caller=_parse_per_caller(table.get("per_caller"), fail),
+        models=_parse_models(table.get("models"), fail),
+        gateway=gateway,
+    )
+
+
+def _parse_limits(
+    table: Mapping[str, Any], place: str, fail: Callable[[str, str], NoReturn]
+) -> Limits:
+    values: dict[str, int | None] = {}
+    for field in _LIMIT_FIELDS:
+        value = table.get(field)
+        if value is not None:
+            if not isinstance(value, int) or isinstance(value, bool):
+                fail(place + field, f"expected a whole number, got {_kind(value)}")
+            if not 1 <= value <= _MOST:
+                fail(place + field, f"expected 1 to {_MOST}, got {value}")
+        values[field] = value
+    return Limits(**values)
+
+
+def _parse_per_caller(table: Any, fail: Callable[[str, str], NoReturn]) -> Limits | None:
+    if table is None:
+        return None
+    if not isinstance(table, dict):
+        fail("per_caller", f"expected a table, got {_kind(table)}")
+    for field in table:
+        if field not in _LIMIT_FIELDS:
+            fail(f"per_caller.{field}", f"is unknown; there are {', '.join(_LIMIT_FIELDS)}")
+    return _parse_limits(table, "per_caller.", fail)
+
+
+def _parse_models(value: Any, fail: Callable[[str, str], NoReturn]) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        fail("models", f"expected a list of patterns, got {_kind(value)}")
+    for index, glob in enumerate(value):
+        if not isinstance(glob, str) or not glob:
+            fail(f"models[{index}]", f"expected a pattern, got {_kind(glob)}")
+    if not value:
+        fail("models", "is empty, so no model could be used; leave it out to allow all")
+    return tuple(value)
+
+
+def _kind(value: Any) -> str:
+    if value == "":
+        return "an empty string"
+    names = {bool: "a boolean", int: "a number", float: "a fraction", str: "a string",
+             list: "a list", dict: "a table"}  # fmt: skip
+    return names.get(type(value), "a date or time")

@@ -1,0 +1,271 @@
+"""Proxy: hands a request to an upstream, and its reply back, piece by piece as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
+
+import httpx
+from starlette.types import Message, Receive, Scope, Send
+
+from modelpack_server.gateway.caller import caller_of
+from modelpack_server.gateway.families import error_response, stream_error
+from modelpack_server.gateway.forwarding import CALLER_HEADERS, caller_headers
+from modelpack_server.gateway.observing import family_in
+from modelpack_server.gateway.traces import Trace, trace_of
+from modelpack_server.gateway.upstreams import Upstream, Upstreams
+
+Header = tuple[bytes, bytes]
+
+# RFC 9110 section 7.6.1, and what older software adds.
+_HOP_BY_HOP = frozenset(
+    (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
+     b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade")
+)  # fmt: skip
+_CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"api-key", b"cookie"))
+# The gateway has judged the page that asks; x-request-origin is for use inside a server only.
+_NOT_FORWARDED = _HOP_BY_HOP | {
+    b"host", b"expect", b"accept-encoding", b"origin", b"referer", b"forwarded",
+    b"x-forwarded-for", b"x-request-origin", b"content-length",
+    b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest", b"sec-fetch-user",
+} | CALLER_HEADERS  # fmt: skip
+_NOT_RETURNED = _HOP_BY_HOP | {b"date"}  # our own server adds one
+# Servers that do not expect a body in other requests may read it as the next request on the
+# connection, and what they answer would go to another client. Nor is a connection used again whose
+# replies some servers frame otherwise (HEAD).
+_WITH_BODY = ("POST", "PUT", "PATCH", "DELETE")
+_BUSY = (503, 529)
+_CONNECT_TIMEOUT = 5.0
+_UNREACHED = (httpx.ConnectError, httpx.ConnectTimeout)
+
+
+class Proxy:
+    """ASGI application that answers with what an upstream answers.
+
+    Another upstream is tried only where the first has certainly not begun: it could not be reached,
+    or said 503 (529) with Retry-After; and only while the body is at hand as a whole. `keyed`: the
+    credentials were the gateway's own and go no further. `upstream_key` is sent to upstreams.
+    `timeout` is in seconds, between two pieces of a reply.
+
+    `transport` is httpx's, without its client: that one keeps cookies, and logs URLs with their
+    queries, in which some put keys.
+    """
+
+    def __init__(
+        self,
+        upstreams: Upstreams,
+        transport: Callable[[], httpx.AsyncBaseTransport],
+        *,
+        keyed: bool = False,
+        upstream_key: str | None = None,
+        timeout: float = 600.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._upstreams = upstreams
+        self._transport = transport
+        self._timeout = httpx.Timeout(timeout, connect=_CONNECT_TIMEOUT, pool=None).as_dict()
+        self._withheld = _NOT_FORWARDED | (_CREDENTIALS if keyed or upstream_key else set())
+        self._upstream_key = upstream_key
+        self._clock = clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forward the request; when the client goes away, the upstream's connection is closed."""
+        body = _Body(receive)
+        await body.begin()
+        forward = asyncio.create_task(self._forward(scope, body, send))
+        gone = asyncio.create_task(body.until_gone())
+        try:
+            await asyncio.wait((forward, gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            finished = forward.done()
+            for task in (forward, gone):
+                task.cancel()
+            await asyncio.wait((forward, gone))
+        if finished and not forward.cancelled():
+            with suppress(_ClientGoneError):
+                forward.result()
+
+    async def _forward(self, scope: Scope, body: _Body, send: Send) -> None:
+        trace = trace_of(scope)
+        tried: list[str] = []
+        while (upstream := self._upstreams.choose(tried)) is not None:
+            tried.append(upstream.name)
+            if trace:
+                trace.upstream, trace.attempts = upstream.name, len(tried)
+                trace.queue_s = self._clock() - trace.started
+            with upstream.busy():
+                try:
+                    request = self._request(scope, body, upstream)
+                    response = await self._transport().handle_async_request(request)
+                except _UNREACHED as error:
+                    self._upstreams.failed(upstream, type(error).__name__)
+                    if body.replayable:
+                        continue
+                    break
+                except httpx.InvalidURL:
+                    await self._fail(scope, send, 400, "the request's path is no path of a URL")
+                    return
+                except httpx.TimeoutException:
+                    await self._fail(scope, send, 504, "the upstream did not answer in time")
+                    return
+                except httpx.HTTPError as error:
+                    self._upstreams.failed(upstream, type(error).__name__)
+                    await self._fail(scope, send, 502, "the upstream broke off before it answered")
+                    return
+                try:
+                    if self._is_spared(response, body, tried):
+                        self._upstreams.rests(upstream, response.headers["retry-after"])
+                        continue
+                    self._upstreams.answered(upstream)
+                    await self._reply(scope, response, upstream, send)
+                    return
+                finally:
+                    await response.aclose()
+        await self._fail(scope, send, 503, "no upstream can be reached", retry_after=1)
+
+    def _is_spared(self, response: httpx.Response, body: _Body, tried: list[str]) -> bool:
+        busy = response.status_code in _BUSY and "retry-after" in response.headers
+        return busy and body.replayable and len(tried) < len(self._upstreams.all)
+
+    def _request(self, scope: Scope, body: _Body, upstream: Upstream) -> httpx.Request:
+        headers = [
+            (name, value)
+            for name, value in _end_to_end(scope["headers"])
+            if name not in self._withheld
+        ]
+        headers += caller_headers(caller_of(scope))
+        headers.append((b"accept-encoding", b"identity"))  # token counts are read on the way
+        if client := scope.get("client"):
+            headers.append((b"x-forwarded-for", client[0].encode()))
+        if self._upstream_key:
+            headers.append((b"authorization", f"Bearer {self._upstream_key}".encode()))
+        content: bytes | AsyncIterator[bytes] | None = body.whole
+        if scope["method"] not in _WITH_BODY:
+            content = None
+            if scope["method"] != "GET":
+                headers.append((b"connection", b"close"))
+        elif body.whole is None:
+            content = body.pieces()
+            headers += [(n, v) for n, v in scope["headers"] if n == b"content-length"]
+        elif not body.whole and scope["method"] == "DELETE":
+            content = None
+        raw_path = scope.get("raw_path") or scope["path"].encode()
+        return httpx.Request(
+            scope["method"],
+            upstream.target(raw_path, scope["query_string"]),
+            headers=headers,
+            content=content,
+            extensions={"timeout": self._timeout},
+        )
+
+    async def _reply(
+        self, scope: Scope, response: httpx.Response, upstream: Upstream, send: Send
+    ) -> None:
+        headers = [
+            (name.lower(), value)
+            for name, value in _end_to_end(response.headers.raw)
+            if name.lower() not in _NOT_RETURNED and not name.lower().startswith(b"access-control-")
+        ]
+        status = response.status_code
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        try:
+            async for piece in response.aiter_raw():
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        except httpx.HTTPError as error:
+            self._upstreams.failed(upstream, type(error).__name__)
+            media_type = response.headers.get("content-type", "").partition(";")[0].strip()
+            ending = stream_error(family_in(scope), media_type, "the upstream broke off")
+            if trace := trace_of(scope):
+                trace.finish = "error"
+            if ending is None:
+                return  # incomplete, and seen to be so: the connection is closed
+            await send({"type": "http.response.body", "body": ending, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _fail(
+        self,
+        scope: Scope,
+        send: Send,
+        status: int,
+        message: str,
+        *,
+        retry_after: float | None = None,
+    ) -> None:
+        trace: Trace | None = trace_of(scope)
+        if trace:
+            trace.refused = "upstream"
+        response = error_response(
+            family_in(scope),
+            status,
+            message,
+            code="upstream_error",
+            retry_after=retry_after,
+            request_id=trace.id if trace else None,
+        )
+        await response(scope, _nothing, send)
+
+
+class _ClientGoneError(Exception):
+    """The client went away in the middle of its body."""
+
+
+class _Body:
+    """A request's body: `whole` where it came at once, else read piece by piece, one time."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._first = b""
+        self._begun = False
+        self._over = asyncio.Event()
+        self.whole: bytes | None = None
+
+    async def begin(self) -> None:
+        """Take the first message, which tells whether there are more."""
+        message = await self._receive()
+        self._first = message.get("body", b"")
+        if not message.get("more_body", False):
+            self.whole = self._first
+            self._over.set()
+
+    @property
+    def replayable(self) -> bool:
+        """Whether the body can be sent, or sent again."""
+        return self.whole is not None or not self._begun
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """Give the body as it comes. Raises `_ClientGoneError`."""
+        self._begun = True
+        yield self._first
+        more = True
+        while more:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise _ClientGoneError
+            more = message.get("more_body", False)
+            if piece := message.get("body", b""):
+                yield piece
+        self._over.set()
+
+    async def until_gone(self) -> None:
+        """Return when the client has gone away, after its body."""
+        await self._over.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+
+def _end_to_end(headers: Iterable[Header]) -> list[Header]:
+    """Return `headers` without those that the Connection header names."""
+    found = list(headers)
+    named = {
+        word.strip().lower()
+        for name, value in found
+        if name.lower() == b"connection"
+        for word in value.split(b",")
+    }
+    return [(name, value) for name, value in found if name.lower() not in named]
+
+
+async def _nothing() -> Message:
+    return {"type": "http.disconnect"}

@@ -1,0 +1,71 @@
+"""MemoryBudget: what loaded models may take together, and who gives way."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from modelpack_engine.errors import OutOfMemoryError
+from modelpack_server.pool.entry import Entry
+
+# How much of what is left beside its weights an engine may take for its KV cache.
+_KV_SHARE = 0.5
+
+
+class MemoryBudget:
+    """`total` bytes for all of `entries`; None: no limit but the machine's."""
+
+    def __init__(self, total: int | None, entries: Collection[Entry]) -> None:
+        self.total = total
+        #: Bytes reserved for loads that were abandoned and whose threads still run.
+        self.abandoned = 0
+        self._entries = entries
+
+    def free(self) -> int | None:
+        """Return the bytes that no model holds or has reserved."""
+        if self.total is None:
+            return None
+        return self.total - self.abandoned - sum(entry.memory for entry in self._entries)
+
+    def reserve(self, entry: Entry, need: int) -> int | None:
+        """Reserve what loading may take; return the bytes that are free for it.
+
+        An engine takes a share of what is free for its KV cache; the rest is for other loads.
+        """
+        entry.memory = 0
+        room = self.free()
+        entry.memory = need
+        if room is not None:
+            entry.memory += int(max(0, room - need) * _KV_SHARE)
+        return room
+
+    def may_grow(self, but: Entry, need: int) -> bool:
+        """Whether models that are being loaded, or were just loaded, may leave `need` bytes."""
+        if self.total is None or need > self.total - self.abandoned:
+            return False
+        return any(
+            entry is not but and entry.memory and not entry.users and entry.is_wanted
+            for entry in self._entries
+        )
+
+    def victim(self, but: Entry) -> Entry | None:
+        """Return the idle model that was used longest ago."""
+        idle = [entry for entry in self._entries if entry is not but and entry.may_go]
+        return min(idle, key=lambda entry: entry.last_used, default=None)
+
+    def too_large(self, entry: Entry, need: int) -> OutOfMemoryError:
+        """Return the error for what does not fit: what it needs, what there is, and who has it."""
+        holders = [
+            f"{other.name} {_shown(other.memory)} ({'pinned' if other.pinned else 'in use'})"
+            for other in self._entries
+            if other.memory and other is not entry
+        ]
+        held = f"; held by {', '.join(holders)}" if holders else ""
+        return OutOfMemoryError(
+            f"the model {entry.name} needs about {_shown(need)}; free are "
+            f"{_shown(max(0, self.free() or 0))} of {_shown(self.total or 0)}{held}",
+            hint="unload a model, give its KV cache less (--kv-cache-bytes), or raise --memory",
+        )
+
+
+def _shown(number: int) -> str:
+    return f"{number / 1024**3:.2f} GiB" if number >= 1024**3 else f"{number / 1024**2:.1f} MiB"

@@ -1,0 +1,239 @@
+"""StoreCatalogue: the models of the store on this machine, loaded from its blobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from modelpack.digest import Digest
+from modelpack.errors import InvalidReferenceError, ModelpackError, NotFoundError
+from modelpack.manifest import Index, parse_manifest_or_index
+from modelpack.model import Model, Role
+from modelpack.operations.find import stored_model
+from modelpack.operations.listing import list_models
+from modelpack.operations.remote import RemoteOptions
+from modelpack.stores import lookup
+from modelpack.stores.layout import LayoutStore
+from modelpack_engine import blas
+from modelpack_engine.async_engine import AsyncEngine
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.errors import EngineError
+from modelpack_engine.meter import Meter
+from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
+from modelpack_server.pool.generation_config import sampling_defaults
+from modelpack_server.pool.model_defaults import ModelDefaults
+from modelpack_server.pool.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from modelpack_engine.embedding.async_embedder import AsyncEmbedder
+    from modelpack_engine.loaders import ModelFiles
+    from modelpack_engine.parallel.leading import Ranks
+    from modelpack_engine.stepping import SteppingEngine
+
+# What the engine takes for KV on a CPU where nothing else is said, and a step's own arrays.
+_KV_BYTES = 512 * 1024**2
+# How much larger quantised weights are once they are unpacked to float32, at the most common 4 to 5
+# bits a weight; the engine unpacks them on a CPU.
+_UNPACKED = 7
+_KV_SHARE = 0.5
+
+
+class StoreCatalogue:
+    """`config` is how engines run where a model's settings say nothing.
+
+    With `ranks`, engines run on all of them: one model that generates at a time. Where `remote`
+    says who is trusted, no model is loaded that is not signed so.
+    """
+
+    def __init__(
+        self,
+        store: LayoutStore | None = None,
+        config: EngineConfig | None = None,
+        ranks: Ranks | None = None,
+        remote: RemoteOptions | None = None,
+    ) -> None:
+        blas.prepare()
+        self.ranks = ranks
+        # What is loaded is named by its digest: that is one variant already.
+        self.remote = replace(remote or RemoteOptions(), variant=None)
+        self.store = store or LayoutStore()
+        self.config = config or EngineConfig()
+
+    def version(self) -> object:
+        """Return when the store's index was last changed."""
+        try:
+            status = (self.store.root / "index.json").stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    def find(self, name: str) -> StoredModel:
+        """Return the model that a user calls so; raise `NotFoundError`."""
+        try:
+            model = stored_model(self.store, name)
+        except InvalidReferenceError as error:
+            raise NotFoundError(f"there is no model {name!r}: {error}") from error
+        names, origins = self._names(model)
+        return replace(_described(model, names), origins=origins)
+
+    def stored(self) -> Sequence[StoredModel]:
+        """Return the models that can be read."""
+        origins = {model.digest: model.origins for model in self.store.models()}
+        return [
+            replace(
+                _described(listed.model, tuple(ref.familiar for ref in listed.references)),
+                origins=origins.get(listed.model.digest, ()),
+            )
+            for listed in list_models(self.store)
+            if listed.model is not None
+        ]
+
+    def needs(self, model: StoredModel, settings: ModelSettings) -> int:
+        """Return roughly how many bytes of memory the loaded model will take."""
+        from modelpack_server.models import open_model
+
+        config = settings.engine_config(self.config)
+        opened = open_model(model.key, pull=False, store=self.store, remote=self.remote)
+        weights = self._loaded_bytes(opened.model, config)
+        if not _generates(opened.files, settings):
+            return weights  # what a batch takes comes and goes
+        if self.ranks is not None:
+            weights //= self.ranks.size
+        if config.speculation == "draft" and isinstance(config.draft_model, str):
+            weights += self._loaded_bytes(stored_model(self.store, config.draft_model), config)
+        return weights + (config.kv_cache_bytes or _KV_BYTES)
+
+    def load(
+        self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
+    ) -> LoadedEngine:
+        """Load a model; raises `EngineError`, `OutOfMemoryError` if it does not fit."""
+        from modelpack_engine.embedding.async_embedder import AsyncEmbedder
+        from modelpack_engine.embedding.loading import load_embedder
+        from modelpack_engine.platform.device import choose_device
+        from modelpack_server.models import draft_files, load_model, open_model
+        from modelpack_server.rank_models import load_on_ranks
+
+        opened = open_model(model.key, pull=False, store=self.store, remote=self.remote)
+        if not _generates(opened.files, settings):
+            embedder = AsyncEmbedder(
+                lambda: load_embedder(
+                    opened.files,
+                    device=choose_device(self.config),
+                    ignored_fields=self.config.ignore_config_fields,
+                ),
+                meter,
+            )
+            _wait_until_ready(embedder)
+            return LoadedEngine(embedder, embedder.model.config.architecture)
+        chosen = settings.engine_config(self.config)
+        draft = draft_files(chosen, self.store, self.remote)
+        found: dict[str, str] = {}
+
+        def config(_context: int, weight_bytes: int) -> EngineConfig:
+            if "gpu_memory_utilization" in settings.engine_fields():
+                return chosen  # the share of this very model was asked for
+            return _within(chosen, weight_bytes, room)
+
+        def make_engine() -> SteppingEngine:
+            if self.ranks is None:
+                engine, found["type"] = load_model(opened, chosen, config, draft)
+            else:
+                engine, found["type"] = load_on_ranks(self.ranks, opened, self.config, config)
+            return engine
+
+        engine = AsyncEngine(make_engine, meter)
+        _wait_until_ready(engine)
+        defaults = sampling_defaults(opened.files.json("generation_config.json"))
+        own = ModelDefaults.of_model(opened.model, self.store)
+        return LoadedEngine(
+            engine, found.get("type", ""), {**defaults, **own.sampling()}, own.preface
+        )
+
+    def _names(self, model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the names of a model in the store, what the user asked for first, and its origins.
+
+        A variant has the names of the indexes that list it, too.
+        """
+        listed = [found for found in self.store.models() if found.digest == model.digest]
+        listed += [index for index in self.store.indexes() if self._lists(index, model.digest)]
+        references = [reference for found in listed for reference in found.references]
+        references.sort(key=lambda reference: reference != model.reference)
+        origins = [origin for found in listed for origin in found.origins]
+        names = [reference.familiar for reference in references]
+        return tuple(dict.fromkeys(names)), tuple(dict.fromkeys(origins))
+
+    def _lists(self, index: lookup.StoredModel, digest: Digest) -> bool:
+        """Return whether an index of the store leads to a manifest; a damaged one does not."""
+        try:
+            raw = self.store.fetch_manifest(index.descriptor)
+            parsed = parse_manifest_or_index(raw, str(index.digest))
+        except ModelpackError:
+            return False
+        return isinstance(parsed, Index) and any(m.digest == digest for m in parsed.manifests)
+
+    def _loaded_bytes(self, model: Model, config: EngineConfig) -> int:
+        """Return roughly what the weights take in memory where an engine runs as `config` says."""
+        from modelpack_engine.llama_cpp.choosing import choose_backend
+        from modelpack_engine.platform.device import choose_device
+        from modelpack_server.models import stored_files
+
+        size = sum(file.descriptor.size for file in model.files() if file.role is Role.WEIGHT)
+        device = choose_device(config)
+        if device != "cpu" or model.config.format != "gguf":
+            return size
+        files = stored_files(model, self.store)
+        if self.ranks is None and choose_backend(files, config, device) != "mlx":
+            return size
+        return size * _UNPACKED
+
+
+def _generates(files: ModelFiles, settings: ModelSettings) -> bool:
+    from modelpack_engine.embedding.loading import purpose_of
+
+    return settings.mode == "completion" and purpose_of(files) == "generation"
+
+
+def _wait_until_ready(engine: AsyncEngine | AsyncEmbedder) -> None:
+    """Return once it is loaded; raise what loading it raised."""
+    try:
+        engine.wait_until_ready()
+    except EngineError:
+        engine.close()
+        if isinstance(engine.error, ModelpackError):
+            raise engine.error from None
+        raise
+
+
+def _described(model: Model, names: tuple[str, ...]) -> StoredModel:
+    config = model.config
+    created = 0
+    if config.created:
+        try:
+            created = int(datetime.fromisoformat(config.created).timestamp())
+        except ValueError:
+            created = 0  # whoever packaged it wrote something else
+    return StoredModel(
+        key=str(model.digest),
+        names=names,
+        size=sum(layer.size for layer in model.manifest.layers),
+        created=max(0, created),
+        context_size=config.context_size or None,
+        architecture=config.architecture,
+        parameters=config.parameters,
+        quantization=config.quantization,
+        format=config.format,
+    )
+
+
+def _within(config: EngineConfig, weight_bytes: int, room: int | None) -> EngineConfig:
+    """Return the configuration with a KV cache that fits into `room` beside the weights."""
+    if room is None or config.kv_cache_bytes is not None:
+        return config
+    from modelpack_engine.sizing import on_gpu
+
+    left = max(0, room - weight_bytes)
+    if on_gpu():  # where the engine would take nearly all: other models want some, too
+        return replace(config, kv_cache_bytes=int(left * _KV_SHARE))
+    return replace(config, kv_cache_bytes=left) if left < _KV_BYTES else config

@@ -1,0 +1,254 @@
+"""smoke_test: does a model load, answer sensibly, and answer fast enough?"""
+
+from __future__ import annotations
+
+import math
+import platform
+import re
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import modelpack
+from modelpack.errors import ModelpackError, UsageError
+from modelpack.operations.find import stored_model
+from modelpack.operations.remote import RemoteOptions
+from modelpack.stores.layout import LayoutStore
+from modelpack_engine.config import EngineConfig
+from modelpack_server.conversation.served import ServedModel
+from modelpack_server.conversation.spec import Finish
+from modelpack_server.pool.store_catalogue import StoreCatalogue
+from modelpack_server.repl.chat import Chat, LocalModels
+from modelpack_server.tool_parsers.parts import Reasoning, Text
+
+if TYPE_CHECKING:
+    from modelpack_engine.embedding.async_embedder import AsyncEmbedder
+
+PROMPT = "What is the capital of France?"
+
+# One token so often in a row is no language, whatever the model.
+_REPEATS = 12
+# Texts that are as short as this may be one token twice: "no, no".
+_SHORT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at; `problem` is None if it was well."""
+
+    name: str
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SmokeReport:
+    """What a smoke test saw. Times are in seconds; `error` is what kept it from an answer.
+
+    Of a model that generates text there are `answer` and what follows it, of one that embeds or
+    ranks `dimensions`, the length of its vectors.
+    """
+
+    reference: str | None
+    digest: str
+    prompt: str
+    checks: tuple[Check, ...] = ()
+    error: str | None = None
+    load_seconds: float = 0.0
+    answer: str | None = None
+    reasoning: str | None = None
+    finish: Finish | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    time_to_first_token: float = 0.0
+    tokens_per_second: float = 0.0
+    dimensions: int | None = None
+    device: str = ""
+    versions: dict[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """All that was wrong; empty if it passed."""
+        found = [check.problem for check in self.checks if check.problem is not None]
+        return (*([self.error] if self.error is not None else []), *found)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was wrong."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report for programs."""
+        report: dict[str, Any] = {
+            "passed": self.passed,
+            "problems": list(self.problems),
+            "checks": {check.name: check.problem is None for check in self.checks},
+            "reference": self.reference,
+            "digest": self.digest,
+            "prompt": self.prompt,
+            "loadSeconds": round(self.load_seconds, 3),
+            "device": self.device,
+            "versions": self.versions,
+        }
+        if self.dimensions is not None:
+            return report | {"promptTokens": self.prompt_tokens, "dimensions": self.dimensions}
+        return report | {
+            "answer": self.answer or "",
+            "reasoning": self.reasoning,
+            "finishReason": self.finish,
+            "promptTokens": self.prompt_tokens,
+            "completionTokens": self.completion_tokens,
+            "timeToFirstTokenSeconds": round(self.time_to_first_token, 3),
+            "tokensPerSecond": round(self.tokens_per_second, 2),
+        }
+
+
+def smoke_test(
+    name: str,
+    store: LayoutStore,
+    config: EngineConfig | None = None,
+    *,
+    prompt: str = PROMPT,
+    expect: str | None = None,
+    min_tokens_per_second: float | None = None,
+    max_tokens: int = 64,
+    remote: RemoteOptions | None = None,
+) -> SmokeReport:
+    """Load the model `name` of the store, ask it once, greedily, and check the answer.
+
+    Where `remote` says who is trusted, the model has to be signed.
+
+    It must not be empty, hold characters that no text has, or repeat one token; it has to come to
+    an end, and to match the regular expression `expect`. A model for embeddings gets the prompt as
+    a text. A failure to load or to answer is reported, not raised; raises `NotFoundError`, and
+    `UsageError` for an expression that is none.
+    """
+    try:
+        pattern = re.compile(expect) if expect is not None else None
+    except re.error as error:
+        raise UsageError(f"{expect!r} is not a regular expression: {error}") from None
+    config = config or EngineConfig()
+    catalogue = StoreCatalogue(store, config, remote=remote)
+    from modelpack_engine.platform.device import (
+        choose_device,  # loads MLX: after the catalogue's BLAS
+    )
+
+    stored = stored_model(store, name)
+    report = SmokeReport(
+        str(stored.reference) if stored.reference is not None else None, str(stored.digest), prompt,
+        device=choose_device(config), versions=_versions(),
+    )  # fmt: skip
+    start = time.perf_counter()
+    try:
+        with LocalModels(catalogue, config) as models:
+            model = models.load(name)
+            report = replace(report, load_seconds=time.perf_counter() - start)
+            return models.call(_try(model, report, pattern, min_tokens_per_second, max_tokens))
+    except UsageError:
+        raise
+    except ModelpackError as error:
+        return replace(report, error=str(error))
+
+
+async def _try(
+    model: ServedModel,
+    report: SmokeReport,
+    pattern: re.Pattern[str] | None,
+    min_speed: float | None,
+    max_tokens: int,
+) -> SmokeReport:
+    from modelpack_engine.embedding.async_embedder import AsyncEmbedder
+
+    if isinstance(model.engine, AsyncEmbedder):
+        if pattern is not None or min_speed is not None:
+            raise UsageError("an embedding model writes no text that could be expected or timed")
+        return await _embed(model.engine, report)
+    chat = Chat(model, given={"temperature": 0.0}, max_tokens=max_tokens)
+    start = time.perf_counter()
+    first = 0.0
+    texts, thoughts, last = [], [], None
+    tokens: list[int] = []
+    async with aclosing(chat.ask(report.prompt)) as deltas:
+        async for delta in deltas:
+            if delta.token_ids and not first:
+                first = time.perf_counter()
+            tokens += delta.token_ids
+            texts += [part.text for part in delta.parts if isinstance(part, Text)]
+            thoughts += [part.text for part in delta.parts if isinstance(part, Reasoning)]
+            last = delta
+    end = time.perf_counter()
+    # The first token's time is the prompt's; the rest is the speed of generation.
+    speed = (len(tokens) - 1) / (end - first) if len(tokens) > 1 and end > first else 0.0
+    answer, reasoning = "".join(texts), "".join(thoughts)
+    finish = last.finish if last is not None else None
+    checks = list(check_text(answer or reasoning, tokens, finish))
+    if pattern is not None:
+        found = pattern.search(answer)
+        checks.append(Check("expected", None if found else f"no match of {pattern.pattern!r}"))
+    if min_speed is not None:
+        slow = f"{speed:.1f} tokens a second, expected {min_speed} or more"
+        checks.append(Check("speed", slow if speed < min_speed else None))
+    return replace(
+        report,
+        checks=tuple(checks),
+        answer=answer,
+        reasoning=reasoning or None,
+        finish=finish,
+        prompt_tokens=last.usage.prompt_tokens if last is not None and last.usage else 0,
+        completion_tokens=len(tokens),
+        time_to_first_token=(first or end) - start,
+        tokens_per_second=speed,
+    )
+
+
+def check_text(text: str, tokens: Sequence[int], finish: Finish | None) -> tuple[Check, ...]:
+    """Return what is to be said of any answer, whatever was asked."""
+    if finish == "length":  # it may have been cut within a character
+        text = text.rstrip("\ufffd")
+    wrong = sorted({c for c in text if not c.isprintable() and not c.isspace()} | {"\ufffd"})
+    strange = [c for c in wrong if c in text]
+    longest = _longest_run(tokens)
+    repeats = longest >= _REPEATS or (len(tokens) > _SHORT and longest == len(tokens))
+    return (
+        Check("not empty", None if text.strip() else "the answer is empty"),
+        Check("printable", f"the answer holds {strange[0]!a}" if strange else None),
+        Check("varied", f"the answer is one token {longest} times in a row" if repeats else None),
+        Check("ended", None if finish in ("stop", "length") else f"the answer ended by {finish}"),
+    )
+
+
+async def _embed(engine: AsyncEmbedder, report: SmokeReport) -> SmokeReport:
+    if engine.ranks_pairs:
+        scores = await engine.score([(report.prompt, report.prompt)])
+        vector, tokens = list(scores.values), scores.num_tokens
+    else:
+        result = await engine.embed([report.prompt])
+        vector, tokens = [float(value) for value in result.vectors[0]], result.num_tokens
+    return replace(
+        report, checks=check_vector(vector), dimensions=len(vector), prompt_tokens=tokens
+    )
+
+
+def check_vector(vector: Sequence[float]) -> tuple[Check, ...]:
+    """Return what is to be said of any embedding."""
+    finite = all(map(math.isfinite, vector))
+    return (
+        Check("finite", None if finite else "the vector holds what is no number"),
+        Check("not zero", None if any(vector) else "all of the vector is zero"),
+    )
+
+
+def _longest_run(tokens: Sequence[int]) -> int:
+    longest = run = 0
+    for at, token in enumerate(tokens):
+        run = run + 1 if at and token == tokens[at - 1] else 1
+        longest = max(longest, run)
+    return longest
+
+
+def _versions() -> dict[str, str]:
+    found = {"modelpack": modelpack.__version__}
+    found |= {name: version(name) for name in ("mlx", "mlx-lm")}
+    return found | {"python": platform.python_version(), "platform": platform.platform()}

@@ -1,0 +1,195 @@
+"""The formats of tool calls: which markers begin one, and who reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from modelpack_server.tool_parsers import literal_calls, token_calls, xml_calls
+from modelpack_server.tool_parsers.calls import Found
+from modelpack_server.tool_parsers.json_calls import read_json_calls
+from modelpack_server.tool_parsers.mlx_lm_calls import read_mlx_lm_block
+from modelpack_server.tool_parsers.source import NotACall, Reading, Source
+
+Reader = Callable[[Source, Found], Reading[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How a family of models writes calls.
+
+    `markers` begin a call wherever they stand in the text; `bare` reads calls that have no marker,
+    which count only where they begin the answer. `ends` are markers that close a call: where one
+    breaks off midway, everything up to the next of them is dropped. `layout` are special tokens
+    (and what comes with them) that only structure an answer.
+    """
+
+    markers: Mapping[str, Reader] = field(default_factory=dict)
+    bare: Reader | None = None
+    ends: tuple[str, ...] = ()
+    layout: tuple[str, ...] = ()
+    special_tokens: bool = False  # the markers are special tokens, which are left out of plain text
+    in_reasoning: bool = False  # calls may stand inside a block of reasoning
+    mistral_ids: bool = False
+
+
+def _bare_json(source: Source, found: Found) -> Reading[None]:
+    if (yield from source.peek()) != "{":
+        raise NotACall
+    yield from read_json_calls(source, found)
+
+
+def _bare_list(source: Source, found: Found) -> Reading[None]:
+    """Read [{"name": ..}], in a code fence or not."""
+    fenced = yield from source.accept("```json")
+    yield from source.spaces()
+    if (yield from source.peek()) not in ("[", "{"):
+        raise NotACall
+    yield from read_json_calls(source, found)
+    yield from source.spaces()
+    if fenced:
+        yield from source.accept("```")
+
+
+def _bare_llama(source: Source, found: Found) -> Reading[None]:
+    if (yield from source.peek()) == "[":
+        yield from literal_calls.read_python_list(source, found)
+    else:
+        yield from _bare_json(source, found)
+
+
+_DSML = "｜DSML｜"
+_MISTRAL = Family(
+    {"[TOOL_CALLS]": token_calls.read_mistral_calls}, special_tokens=True, mistral_ids=True
+)
+_LLAMA = Family(
+    {
+        "<|python_tag|>": token_calls.read_python_tag,
+        "<|python_start|>": partial(literal_calls.read_python_block, "<|python_end|>"),
+        "<function=": xml_calls.read_function_tag,
+    },
+    bare=_bare_llama,
+    ends=("</function>", "<|python_end|>"),
+    special_tokens=True,
+)
+_DEEPSEEK = Family(
+    {
+        "<｜tool▁calls▁begin｜>": token_calls.read_deepseek_calls,
+        f"<{_DSML}function_calls>": partial(
+            xml_calls.read_invokes, _DSML, f"</{_DSML}function_calls>"
+        ),
+        f"<{_DSML}tool_calls>": partial(xml_calls.read_invokes, _DSML, f"</{_DSML}tool_calls>"),
+    },
+    ends=("<｜tool▁calls▁end｜>", f"</{_DSML}function_calls>", f"</{_DSML}tool_calls>"),
+    special_tokens=True,
+)
+
+
+def _mlx_lm(parser: str, opening: str, closing: str, layout: tuple[str, ...] = ()) -> Family:
+    reader = partial(read_mlx_lm_block, parser, closing)
+    return Family({opening: reader}, ends=(closing,), layout=layout, special_tokens=True)
+
+
+FAMILIES: Mapping[str, Family] = {
+    "hermes": Family(
+        {"<tool_call>": token_calls.read_hermes_block},
+        bare=_bare_json,
+        ends=("</tool_call>",),
+        special_tokens=True,  # for Hermes 2 they are, for Qwen they are not
+    ),
+    "qwen3_coder": Family(
+        {"<tool_call>": xml_calls.read_qwen_block, "<function=": xml_calls.read_bare_function},
+        ends=("</tool_call>", "</function>"),
+    ),
+    "llama3": _LLAMA,
+    "llama4": _LLAMA,
+    "mistral": _MISTRAL,  # a list
+    "mistral_v11": _MISTRAL,  # name{..}
+    "mistral_v13": _MISTRAL,  # name[ARGS]{..}
+    "harmony": Family(special_tokens=True),  # read by harmony.py: everything there has a marker
+    "glm": Family(
+        {"<tool_call>": xml_calls.read_glm_block},
+        ends=("</tool_call>",),
+        layout=("<|begin_of_box|>", "<|end_of_box|>"),
+        special_tokens=True,
+    ),
+    "gemma4": Family(
+        {
+            "<|tool_call>": partial(literal_calls.read_gemma_block, '<|"|>', "<tool_call|>"),
+            "```tool_code": literal_calls.read_tool_code,
+            "call:": literal_calls.read_text_call,
+        },
+        ends=("<tool_call|>",),
+        layout=("<|channel>response\n", "<|channel>final\n", "<|channel>response", "<channel|>"),
+        special_tokens=True,
+    ),
+    "function_gemma": Family(
+        {
+            "<start_function_call>": partial(
+                literal_calls.read_gemma_block, "<escape>", "<end_function_call>"
+            )
+        },
+        ends=("<end_function_call>",),
+        special_tokens=True,
+    ),
+    "gemma_code": Family(
+        {
+            "```tool_code": literal_calls.read_tool_code,
+            "call:": literal_calls.read_text_call,
+        }
+    ),
+    "deepseek_v3": _DEEPSEEK,
+    "deepseek_v31": _DEEPSEEK,
+    "deepseek_v32": _DEEPSEEK,
+    "kimi_k2": Family(
+        {"<|tool_calls_section_begin|>": token_calls.read_kimi_calls},
+        ends=("<|tool_calls_section_end|>",),
+        special_tokens=True,
+        in_reasoning=True,
+    ),
+    "nemotron": Family(
+        {"<TOOLCALL>": partial(token_calls.read_json_block, "</TOOLCALL>")},
+        ends=("</TOOLCALL>",),
+    ),
+    "minimax_m2": Family(
+        {"<minimax:tool_call>": partial(xml_calls.read_invokes, "", "</minimax:tool_call>")},
+        ends=("</minimax:tool_call>",),
+        in_reasoning=True,
+    ),
+    "granite": Family(
+        {
+            "<|tool_call|>": partial(token_calls.read_json_block, ""),
+            "<tool_call>": partial(token_calls.read_json_block, "</tool_call>"),
+        },
+        ends=("</tool_call>",),
+        special_tokens=True,
+    ),
+    "lfm2": Family(
+        {"<|tool_call_start|>": partial(literal_calls.read_python_block, "<|tool_call_end|>")},
+        ends=("<|tool_call_end|>",),
+        special_tokens=True,
+    ),
+    "xlam": Family(bare=_bare_list),
+    "functionary": Family(
+        {
+            "<|recipient|>": token_calls.read_functionary_turn,
+            "<|from|>assistant\n<|recipient|>": token_calls.read_functionary_turn,
+        },
+        bare=token_calls.read_functionary_turn,
+        special_tokens=True,
+    ),
+    "kimi_k3": _mlx_lm(
+        "kimi_k3",
+        "<|open|>tools<|sep|>",
+        "<|close|>tools<|sep|>",
+        layout=(
+            "<|open|>response<|sep|>",
+            "<|close|>response<|sep|>",
+            "<|close|>message<|sep|>",
+            "<|end_of_msg|>",
+        ),
+    ),
+    "longcat": _mlx_lm("longcat", "<longcat_tool_call>", "</longcat_tool_call>"),
+    "minicpm5": _mlx_lm("minicpm5", "<function name=", "</function>"),
+}

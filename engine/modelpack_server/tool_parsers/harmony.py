@@ -1,0 +1,148 @@
+"""OpenAI's harmony: messages with a channel, a recipient and a content type, all between tokens.
+
+Source: OpenAI's description of the harmony response format. A message is
+<|start|>assistant<|channel|>CHANNEL<|message|>BODY<|end|>; the prompt ends within it, mostly after
+`assistant`. A recipient, ` to=functions.NAME`, makes a message a call; it may stand in the role or
+in the channel, of which there are analysis (reasoning), commentary (calls, and text before them)
+and final. <|call|> ends a call and <|return|> the answer.
+"""
+
+from __future__ import annotations
+
+import re
+
+from modelpack_server.tool_parsers.calls import Found, read_object
+from modelpack_server.tool_parsers.source import NotACall, Reading, Source, stops
+
+_START, _CHANNEL, _CONSTRAIN = "<|start|>", "<|channel|>", "<|constrain|>"
+_MESSAGE, _END, _CALL, _RETURN = "<|message|>", "<|end|>", "<|call|>", "<|return|>"
+_HEADER = stops(_START, _CHANNEL, _CONSTRAIN, _MESSAGE, _END, _CALL, _RETURN)
+_BODY_ENDS = stops(_END, _CALL, _RETURN, _START, _CHANNEL)
+_RECIPIENT = re.compile(r"(?:^|\s)to=([^\s<]+)")
+_HEADER_LIMIT = 1024  # characters; a header is a few words
+_BETWEEN = "\n\n"  # between two messages that a reader sees as one
+
+
+def read_harmony(source: Source, found: Found, *, starts_reasoning: bool) -> Reading[None]:
+    """Read a whole answer, from wherever the prompt left off."""
+    messages = _Messages(source, found)
+    if starts_reasoning:
+        yield from messages.body("analysis")
+    while (yield from source.peek()):
+        if not (yield from _begins_with_header(source)):
+            yield from messages.body("final")
+            continue
+        try:
+            channel, recipient = yield from _header(source)
+        except NotACall:  # the header breaks off: all of it is structure
+            source.forget()
+            continue
+        if recipient:
+            yield from messages.call(recipient, channel)
+        else:
+            yield from messages.body(channel)
+        source.forget()
+
+
+def _begins_with_header(source: Source) -> Reading[bool]:
+    """Tell whether a header comes, from within or after `<|start|>assistant`; read nothing."""
+    start = source.position
+    yield from source.spaces()
+    yield from source.accept("assistant")
+    yield from source.spaces()
+    found = yield from source.accept("to=")
+    for token in () if found else (_CHANNEL, _START, _CONSTRAIN, _MESSAGE):
+        found = found or (yield from source.accept(token))
+    source.back_to(start)
+    return found
+
+
+def _header(source: Source) -> Reading[tuple[str, str]]:
+    """Read up to and over <|message|>; return the channel and the recipient, either maybe empty.
+
+    Raises `NotACall` if it does not end; what was read is then dropped, it is all structure.
+    """
+    channel = recipient = ""
+    in_channel = False
+    while True:
+        text, stop = yield from source.until(_HEADER, _HEADER_LIMIT)
+        if found := _RECIPIENT.search(text):
+            recipient = found[1]
+        if in_channel:
+            words = text.split()
+            channel = words[0] if words else ""
+        in_channel = stop == _CHANNEL
+        if stop == _MESSAGE:
+            return channel, recipient
+        if stop == _START:
+            channel = recipient = ""
+
+
+class _Messages:
+    def __init__(self, source: Source, found: Found) -> None:
+        self._source = source
+        self._found = found
+        self._spoke: set[str] = set()  # whether text, or reasoning, was handed out before
+
+    def call(self, recipient: str, channel: str) -> Reading[None]:
+        source, found = self._source, self._found
+        name = recipient if recipient in found.tools else recipient.removeprefix("functions.")
+        found.thinking = False
+        start = source.position
+        try:
+            yield from source.spaces()
+            if not name or name not in found.tools:
+                raise NotACall
+            if (yield from source.peek()) == "{":
+                yield from read_object(source, found, name)
+            else:
+                body, _ = yield from source.until(_BODY_ENDS, 16)
+                if body.strip():
+                    raise NotACall
+                found.whole(name, {})
+                return
+        except NotACall:  # a tool that nobody offered: what was said to it is shown
+            source.back_to(start)
+            yield from self.body(channel)
+            return
+        yield from self._skip()
+
+    def body(self, channel: str) -> Reading[None]:
+        """Hand out a message: reasoning if it is an analysis, else text."""
+        source, found = self._source, self._found
+        thinks = found.thinking = channel == "analysis"
+        hand_out = found.reasoning if thinks else found.text
+        kind = "reasoning" if thinks else "text"
+        separator = _BETWEEN if kind in self._spoke else ""
+        while True:
+            at, stop = _BODY_ENDS.find(source.rest, 0, ended=source.ended)
+            if at:
+                hand_out(separator + source.rest[:at])
+                separator = ""
+                self._spoke.add(kind)
+                source.advance(at)
+                source.forget()
+            if stop is not None:
+                if stop not in (_START, _CHANNEL):
+                    source.advance(len(stop))
+                if thinks:
+                    found.end_reasoning(lines_follow=False)
+                return
+            if source.ended:
+                return
+            yield from source.more()
+
+    def _skip(self) -> Reading[None]:
+        """Drop what follows the arguments, up to the end of the message."""
+        source = self._source
+        while True:
+            at, stop = _BODY_ENDS.find(source.rest, 0, ended=source.ended)
+            source.advance(at)
+            source.forget()
+            if stop is not None:
+                if stop not in (_START, _CHANNEL):
+                    source.advance(len(stop))
+                return
+            if source.ended:
+                return
+            yield from source.more()

@@ -1,0 +1,258 @@
+"""Calls that look like code: Gemma's call:NAME{...} and Python's [f(a=1)]."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from modelpack_server.tool_parsers.calls import Found, capture_value
+from modelpack_server.tool_parsers.json_calls import read_json_calls
+from modelpack_server.tool_parsers.members import Members
+from modelpack_server.tool_parsers.source import MAX_HELD, Broken, NotACall, Reading, Source, stops
+from modelpack_server.tool_parsers.typed import (
+    parameter_schema,
+    parse_python,
+    python_literal,
+    typed,
+)
+
+_CALL_NAME = re.compile(r"[\w.\-]")
+_KEY = re.compile(r"[^\s:{}\[\],<>\"']")
+_ATOM = re.compile(r"[^,{}\[\]<\n]")
+_MAX_DEPTH = 64
+
+
+def read_gemma_block(quote: str, closing: str, source: Source, found: Found) -> Reading[None]:
+    """Read call:NAME{key:value,...}, any number of them, up to `closing`.
+
+    `quote` is the token around strings, which stream; other arguments come whole. (mlx-lm's
+    parsers take finished blocks only; function_gemma's ends at the first brace, so that it loses
+    nested values, and gemma4's refuses keys with a dash.)
+    """
+    read = 0
+    while True:
+        yield from source.spaces()
+        if read and (yield from source.close(closing)):
+            return
+        if not (yield from source.accept("call:")):
+            if read:
+                return
+            raise NotACall
+        name = yield from source.word(_CALL_NAME)
+        tool = found.known(name)
+        yield from source.spaces()
+        yield from source.expect("{")
+        members = Members(found, name)
+        try:
+            while True:
+                yield from source.spaces()
+                if (yield from source.accept("}")):
+                    break
+                key = yield from _key(quote, source)
+                schema = parameter_schema(tool, key)
+                yield from source.spaces()
+                if (yield from source.accept(quote)):
+                    yield from members.read_string(source, key, stops(quote))
+                    if not (yield from _separated(source, "}")):
+                        raise NotACall
+                    continue
+                value = yield from _value(quote, source, schema, 0)
+                if not (yield from _separated(source, "}")):
+                    raise NotACall
+                members.add(key, value, str(value))
+                source.forget()
+        except NotACall:
+            if not members.begun:
+                raise
+            members.end()
+            raise Broken from None
+        members.end()
+        source.forget()
+        read += 1
+
+
+def _separated(source: Source, closing: str) -> Reading[bool]:
+    """Read a comma; True too if `closing` comes next, which stays."""
+    yield from source.spaces()
+    return (yield from source.accept(",")) or (yield from source.peek()) == closing
+
+
+def _key(quote: str, source: Source) -> Reading[str]:
+    if (yield from source.accept(quote)):
+        key, _ = yield from source.until(stops(quote))
+    elif (yield from source.peek()) == '"':
+        key = json.loads((yield from capture_value(source, MAX_HELD)))
+    else:
+        key = yield from source.word(_KEY)
+    yield from source.spaces()
+    yield from source.expect(":")
+    return key
+
+
+def _value(quote: str, source: Source, schema: Mapping[str, Any], depth: int) -> Reading[Any]:
+    if depth > _MAX_DEPTH:
+        raise NotACall
+    yield from source.spaces()
+    if (yield from source.accept(quote)):
+        return (yield from source.until(stops(quote)))[0]
+    character = yield from source.peek()
+    if character == '"':
+        return json.loads((yield from capture_value(source, MAX_HELD)))
+    if character == "{":
+        source.advance(1)
+        members: dict[str, Any] = {}
+        while True:
+            yield from source.spaces()
+            if (yield from source.accept("}")):
+                return members
+            key = yield from _key(quote, source)
+            members[key] = yield from _value(quote, source, {}, depth + 1)
+            if not (yield from _separated(source, "}")):
+                raise NotACall
+    if character == "[":
+        source.advance(1)
+        items: list[Any] = []
+        while True:
+            yield from source.spaces()
+            if (yield from source.accept("]")):
+                return items
+            items.append((yield from _value(quote, source, {}, depth + 1)))
+            if not (yield from _separated(source, "]")):
+                raise NotACall
+    atom = (yield from source.word(_ATOM, 1 << 16)).strip()
+    if not atom:
+        raise NotACall
+    return typed(atom, schema)
+
+
+def read_python_block(closing: str, source: Source, found: Found) -> Reading[None]:
+    """Read [f(a=1), g()] up to `closing`; JSON calls in its place too."""
+    yield from source.spaces()
+    start = source.position
+    if (yield from source.peek()) == "{" or (yield from _json_list(source)):
+        source.back_to(start)
+        yield from read_json_calls(source, found)
+        yield from source.spaces()
+        yield from source.close(closing)
+        return
+    source.back_to(start)
+    text, _ = yield from source.until(stops(closing))
+    hand_out_python(text, found)
+
+
+def _json_list(source: Source) -> Reading[bool]:
+    if not (yield from source.accept("[")):
+        return False
+    yield from source.spaces()
+    return (yield from source.peek()) == "{"
+
+
+def read_python_list(source: Source, found: Found) -> Reading[None]:
+    """Read a bare [f(a=1), g()]."""
+    start = source.position
+    yield from source.expect("[")
+    yield from source.spaces()
+    found.known((yield from source.word(_CALL_NAME)))
+    yield from _balanced(source)
+    yield from _until_closed(source, "]")
+    hand_out_python(source.since(start), found)
+
+
+def _until_closed(source: Source, closing: str) -> Reading[None]:
+    """Read up to and over `closing`, over strings and brackets before it."""
+    while (character := (yield from source.peek())) != closing:
+        if not character or character in ")]}":
+            raise NotACall
+        if character in "([{\"'":
+            yield from _balanced(source)
+        else:
+            source.advance(1)
+    source.advance(1)
+
+
+def _balanced(source: Source) -> Reading[None]:
+    """Read a string, or brackets and all within them; raises `NotACall` if they are not closed."""
+    start = source.position
+    depth, quote = 0, ""
+    while True:
+        character = yield from source.peek()
+        if not character or source.position - start > MAX_HELD:
+            raise NotACall
+        source.advance(1)
+        if quote:
+            if character == "\\":
+                if not (yield from source.peek()):
+                    raise NotACall
+                source.advance(1)
+            elif character == quote:
+                quote = ""
+        elif character in "\"'":
+            quote = character
+        elif character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        if depth <= 0 and not quote:
+            if depth < 0 or character not in ")]}\"'":
+                raise NotACall
+            return
+
+
+def read_tool_code(source: Source, found: Found) -> Reading[None]:
+    """Read what follows ```tool_code: calls, one a line, up to ```; print() around is dropped."""
+    text, _ = yield from source.until(stops("```"))
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    try:
+        hand_out_python("[" + ",".join(lines) + "]", found)
+    except NotACall:
+        hand_out_python(text, found)  # one call over several lines
+
+
+def read_text_call(source: Source, found: Found) -> Reading[None]:
+    """Read what follows call: in call:NAME(a="b")."""
+    start = source.position
+    found.known((yield from source.word(_CALL_NAME)))
+    if (yield from source.peek()) != "(":
+        raise NotACall
+    yield from _balanced(source)
+    hand_out_python(source.since(start), found)
+
+
+def hand_out_python(text: str, found: Found) -> None:
+    """Hand out a Python call, or a list of them; raises `NotACall` if one is no call of a tool with
+    literal keyword arguments. Nothing is evaluated."""
+    try:
+        node = parse_python(text)
+        nodes = node.elts if isinstance(node, (ast.List, ast.Tuple)) else [node]
+        calls = [_call(n) for n in nodes]
+    except ValueError:
+        raise NotACall from None
+    if not calls:
+        raise NotACall
+    for name, _ in calls:
+        found.known(name)
+    for name, arguments in calls:
+        found.whole(name, arguments)
+
+
+def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
+    if not isinstance(node, ast.Call):
+        raise ValueError("no call")
+    name = _dotted(node.func)
+    if name == "print" and len(node.args) == 1 and isinstance(node.args[0], ast.Call):
+        return _call(node.args[0])
+    if node.args or any(keyword.arg is None for keyword in node.keywords):
+        raise ValueError("an argument without a name")
+    arguments = {str(k.arg): python_literal(k.value) for k in node.keywords}
+    return name.removeprefix("default_api."), arguments
+
+
+def _dotted(node: ast.expr) -> str:
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value)}.{node.attr}"
+    raise ValueError("no name")
