@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from modelpack_engine import blas
+from modelpack_engine.platform import blas
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -52,15 +52,15 @@ def engine(backend: str) -> Any:
     from modelpack.testing.weights import smollm2_gguf
     from modelpack_engine import EngineConfig
     from modelpack_engine.engine import Engine
-    from modelpack_engine.loaders import ModelFiles, load
+    from modelpack_engine.models import ModelFiles, load
 
     files = ModelFiles.from_directory(smollm2_gguf())
     config = EngineConfig(device="cpu", max_num_seqs=MOST, max_model_len=2048)
     if backend == "mlx":
         return Engine(load(files, device="cpu"), config)
-    from modelpack_engine.llama_cpp.context import LlamaModel
     from modelpack_engine.llama_cpp.engine import LlamaCppEngine
-    from modelpack_engine.loaders.loading import gguf_tokenizer_of
+    from modelpack_engine.llama_cpp.model import LlamaModel
+    from modelpack_engine.models.loader import gguf_tokenizer_of
 
     return LlamaCppEngine(LlamaModel(files.weights), gguf_tokenizer_of(files), config)
 
@@ -85,8 +85,8 @@ def ours(backend: str) -> dict[str, tuple[float, float]]:
 def raw() -> dict[str, tuple[float, float]]:
     """The same, of llama.cpp called directly."""
     from modelpack.testing.weights import smollm2_gguf
-    from modelpack_engine.llama_cpp.context import Context, LlamaModel
-    from modelpack_engine.loaders import ModelFiles
+    from modelpack_engine.llama_cpp.model import Context, LlamaModel
+    from modelpack_engine.models import ModelFiles
 
     model = LlamaModel(ModelFiles.from_directory(smollm2_gguf()).weights)
     context = Context(model, num_cells=2048, num_slots=MOST, max_rows=256)

@@ -35,15 +35,15 @@ def prompts(count: int, length: int, seed: int = 7) -> list[list[int]]:
 
 def load(blas: str) -> Any:
     """Return SmolLM2, after loading the BLAS that is asked for."""
-    from modelpack_engine import blas as real
+    from modelpack_engine.platform import blas as real
 
     if blas == "bundled":
         real.leave_bundled()
     found = real.prepare()
     assert (found.kind is real.BlasKind.BUNDLED) == (blas == "bundled"), found.note
     from modelpack.testing.weights import smollm2_gguf
-    from modelpack_engine.loaders import ModelFiles
-    from modelpack_engine.loaders import load as load_model
+    from modelpack_engine.models import ModelFiles
+    from modelpack_engine.models import load as load_model
 
     return load_model(ModelFiles.from_directory(smollm2_gguf()), device="cpu")
 
@@ -90,7 +90,7 @@ def engine_for(blas: str) -> Any:
 
 def params(tokens: int) -> Any:
     """Return greedy parameters for exactly so many tokens."""
-    from modelpack_engine.sampling_params import SamplingParams
+    from modelpack_engine.request import SamplingParams
 
     return SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
 

@@ -21,7 +21,7 @@ from gpu_architectures import VOCABULARY, cast, make_engine, make_model
 
 from modelpack_engine.engine import Engine
 from modelpack_engine.outputs import TokenLogprob
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
 
 PARAMS = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, logprobs=20)
 

@@ -27,11 +27,11 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.generate import BatchGenerator
 
-from modelpack_engine import cuda_graphs
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
-from modelpack_engine.loaders import LoadedModel
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.models import LoadedModel
+from modelpack_engine.platform import cuda_graphs
+from modelpack_engine.request import SamplingParams
 
 VOCABULARY, CONTEXT, AT_ONCE, REQUESTS = 32768, 2048, 64, 128
 COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-5}

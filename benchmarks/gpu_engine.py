@@ -30,8 +30,8 @@ from mlx_lm.models import llama
 
 from modelpack_engine.config import EngineConfig, SchedulingPolicy
 from modelpack_engine.engine import Engine
-from modelpack_engine.loaders import LoadedModel
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.models import LoadedModel
+from modelpack_engine.request import SamplingParams
 from modelpack_server.bench.engine_load import run_workload
 from modelpack_server.bench.workloads import WORKLOADS, Workload
 

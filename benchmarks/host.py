@@ -22,14 +22,14 @@ from gpu_engine import Silent
 from mlx.nn.layers.base import Module
 from mlx_lm.models import llama
 
-from modelpack_engine.adaptation.compiled import Layout
-from modelpack_engine.adaptation.layout import ModelLayout
-from modelpack_engine.buckets import FEW
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.buckets import FEW
 from modelpack_engine.engine import Engine
-from modelpack_engine.loaders import LoadedModel
-from modelpack_engine.model_runner import ModelRunner
-from modelpack_engine.sizing import Sizes
+from modelpack_engine.models import LoadedModel
+from modelpack_engine.runner.kv_cache_size import Sizes
+from modelpack_engine.runner.model_layout import ModelLayout
+from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.paged import Layout
 from modelpack_server.bench.engine_load import run_workload
 from modelpack_server.bench.workloads import WORKLOADS
 

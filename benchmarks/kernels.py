@@ -28,9 +28,9 @@ import mlx.core as mx
 
 sys.path.append(str(Path(__file__).parents[1] / "engine"))
 
-from modelpack_engine.attention import kernels
-from modelpack_engine.attention.kernels import launch, naive
-from modelpack_engine.attention.kernels.plan import (
+from modelpack_engine import kernels
+from modelpack_engine.kernels import launch, reference
+from modelpack_engine.kernels.plan import (
     AttentionShape,
     DecodePlan,
     accumulators,
@@ -259,7 +259,7 @@ def check(case: Case, pools: Pools) -> dict[str, Any]:
     latent = case.dim if case.extra_dim else None
     more = None if pools.q_more is None else pools.q_more[:rows]
     found = decode_call(case, pools)(pools.q, 0)[:rows]
-    wanted = naive.decode_attention(
+    wanted = reference.decode_attention(
         pools.q[:rows].astype(mx.float32), pools.k[0], pools.v[0], pools.tables[:rows],
         pools.lens[:rows], scale=case.dim**-0.5, num_kv_heads=case.num_kv_heads,
         window=case.window, sinks=pools.sinks, q_more=more, value_dim=latent,

@@ -15,7 +15,7 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
-from modelpack_engine import blas
+from modelpack_engine.platform import blas
 
 blas.prepare()  # before MLX is loaded
 
@@ -23,14 +23,12 @@ import mlx.core as mx
 from passages import PASSAGES
 
 from modelpack.testing.weights import smollm2_gguf
-from modelpack_engine.adaptation.cache_types import with_cache_type
-from modelpack_engine.adaptation.layout import find_layout
-from modelpack_engine.batch import Chunk, StepBatch
-from modelpack_engine.config import BLOCK_SIZE, EngineConfig
-from modelpack_engine.kv_types import KVCacheDtype
-from modelpack_engine.loaders import LoadedModel, ModelFiles, load
-from modelpack_engine.model_runner import ModelRunner
-from modelpack_engine.sizing import choose_sizes
+from modelpack_engine.config import BLOCK_SIZE, EngineConfig, KVCacheDtype
+from modelpack_engine.core.batch import Chunk, StepBatch
+from modelpack_engine.models import LoadedModel, ModelFiles, load
+from modelpack_engine.runner.kv_cache_size import choose_sizes
+from modelpack_engine.runner.model_layout import find_layout, with_cache_type
+from modelpack_engine.runner.model_runner import ModelRunner
 
 KINDS: tuple[KVCacheDtype, ...] = ("auto", "bf16", "fp16", "q8", "q4")
 CACHE_BYTES = 256 * 2**20

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from measuring import print_machine
 
-from modelpack_engine import blas
+from modelpack_engine.platform import blas
 
 TAIL = 16
 
@@ -45,8 +45,8 @@ class Bench:
 
     def __init__(self, tokens: int, directory: Path) -> None:
         from modelpack.testing.weights import smollm2_gguf
-        from modelpack_engine.adaptation.layout import kv_bytes_per_token
-        from modelpack_engine.loaders import ModelFiles, load
+        from modelpack_engine.models import ModelFiles, load
+        from modelpack_engine.runner.model_layout import kv_bytes_per_token
 
         self.directory = directory
         self.prompt = prompt(tokens + TAIL, 1)
@@ -69,7 +69,7 @@ class Bench:
 
     def ask(self, engine, token_ids: list[int]) -> tuple[float, int, int]:  # type: ignore[no-untyped-def]
         """Return seconds to the first token, that token, and how many tokens were cached."""
-        from modelpack_engine.sampling_params import SamplingParams
+        from modelpack_engine.request import SamplingParams
 
         begin = time.perf_counter()
         events = engine.generate([token_ids], SamplingParams(max_tokens=1, temperature=0))[0]

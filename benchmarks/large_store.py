@@ -10,11 +10,11 @@ from pathlib import Path
 from measuring import MODELPACK, Run, measure, print_machine
 
 import modelpack
-from modelpack import mediatypes
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
-from modelpack.gojson import encode
-from modelpack.manifest import Manifest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.json_document import encode
+from modelpack.artifacts.manifest import Manifest
 
 TAGS = 10_000
 LAYERS = 8  # with config and manifest: 10 blobs to a tag
@@ -27,8 +27,8 @@ def fill(root: Path, tags: int) -> None:
     for number in range(tags):
         layers = []
         for layer in range(LAYERS):
-            path = {mediatypes.FILEPATH: f"model-{layer:05}.gguf"}
-            layers.append(_blob(blobs, f"{number} {layer}".encode(), mediatypes.DOCKER_GGUF, path))
+            path = {media_types.FILEPATH: f"model-{layer:05}.gguf"}
+            layers.append(_blob(blobs, f"{number} {layer}".encode(), media_types.DOCKER_GGUF, path))
         settings = {
             "format": "gguf",
             "quantization": "Q4_K_M",
@@ -42,11 +42,11 @@ def fill(root: Path, tags: int) -> None:
             "descriptor": {"created": "2025-01-02T03:04:05Z"},
             "rootfs": {"type": "rootfs", "diff_ids": [str(layer.digest) for layer in layers]},
         }
-        config = _blob(blobs, encode(value), mediatypes.DOCKER_CONFIG_V01)
+        config = _blob(blobs, encode(value), media_types.DOCKER_CONFIG_V01)
         manifest = Manifest.build(config, layers)
-        entry = _blob(blobs, manifest.raw, mediatypes.OCI_MANIFEST)
-        entries.append(entry.to_json() | {"annotations": {mediatypes.REF_NAME: name_of(number)}})
-    index = {"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX, "manifests": entries}
+        entry = _blob(blobs, manifest.raw, media_types.OCI_MANIFEST)
+        entries.append(entry.to_json() | {"annotations": {media_types.REF_NAME: name_of(number)}})
+    index = {"schemaVersion": 2, "mediaType": media_types.OCI_INDEX, "manifests": entries}
     (root / "index.json").write_bytes(encode(index))
 
 

@@ -28,7 +28,7 @@ def main() -> None:
 
     report("imported")
     from modelpack.testing.weights import smollm2_gguf
-    from modelpack_engine.loaders import ModelFiles, load
+    from modelpack_engine.models import ModelFiles, load
 
     weights = smollm2_gguf()
     loaded = load(ModelFiles.from_directory(weights), device="cpu")

@@ -84,15 +84,15 @@ def serve_ours(pace: Pace, directory: Path, *, protected: bool) -> None:
     from tokenizers import Tokenizer as Backend
 
     from modelpack_engine.async_engine import AsyncEngine
-    from modelpack_engine.detokenizer import Detokenizer
-    from modelpack_engine.loaders import Tokenizer
-    from modelpack_engine.loaders.chat_template import ChatTemplate
-    from modelpack_engine.loaders.tokenizer import TokenText
-    from modelpack_engine.meter import Meter
+    from modelpack_engine.core.detokenizer import Detokenizer
+    from modelpack_engine.core.metrics import Meter
+    from modelpack_engine.models import Tokenizer
+    from modelpack_engine.models.chat_template import ChatTemplate
+    from modelpack_engine.models.tokenizer import TokenText
     from modelpack_engine.outputs import EngineStats, FinishReason, RequestEvent, Timing, Usage
-    from modelpack_engine.sampling_params import SamplingParams
-    from modelpack_server.api.model_server import ModelServer
-    from modelpack_server.gateway.protecting import Protection, protect
+    from modelpack_engine.request import SamplingParams
+    from modelpack_server.api.app import ModelServer
+    from modelpack_server.gateway.protection import Protection, protect
     from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
     from modelpack_server.pool.pool import ModelPool
 

@@ -17,10 +17,10 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from modelpack_engine.managed_memory import Staging
-from modelpack_engine.sampling import draw, drawing
+from modelpack_engine.platform.memory import Staging
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.sampling import plan, sampler
 from modelpack_engine.sampling.plan import Draws, Entry, plan_draws
-from modelpack_engine.sampling_params import SamplingParams
 
 CALLS, TIMES, ROWS = 16, 5, (1, 32, 128)
 WAYS = {
@@ -29,10 +29,10 @@ WAYS = {
     "top-p 0.9": SamplingParams(temperature=0.7, top_p=0.9),
     "min-p 0.05": SamplingParams(temperature=0.7, min_p=0.05),
 }
-Way = Callable[[mx.array, Draws, drawing.Keys, Staging], mx.array]
+Way = Callable[[mx.array, Draws, sampler.Keys, Staging], mx.array]
 
 
-def milliseconds(way: Way, logits: mx.array, draws: Draws, keys: drawing.Keys) -> float:
+def milliseconds(way: Way, logits: mx.array, draws: Draws, keys: sampler.Keys) -> float:
     """Return the time of a call among several that are computed one after the other."""
     staging = Staging()
     start = time.perf_counter()
@@ -45,9 +45,9 @@ def compare(name: str, params: SamplingParams, rows: int, vocab_size: int) -> No
     logits = (mx.random.normal((rows, vocab_size), key=mx.random.key(1)) * 3).astype(mx.bfloat16)
     draws = plan_draws([Entry(params, seed, None, ()) for seed in range(rows)], rows, vocab_size)
     assert draws is not None, "all rows are drawn"
-    keys = draw.keys(draws.seeds, np.zeros(len(draws.seeds), dtype=np.uint64))
+    keys = plan.keys(draws.seeds, np.zeros(len(draws.seeds), dtype=np.uint64))
     mx.eval(logits)
-    ways: dict[str, Way] = {"kernel": drawing.by_kernel, "functions": drawing.by_functions}
+    ways: dict[str, Way] = {"kernel": sampler.by_kernel, "functions": sampler.by_functions}
     found: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(1 + TIMES):
         for way, function in ways.items():
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vocabulary", type=int, default=128256)
     size = parser.parse_args().vocabulary
-    found = {str(dtype): drawing.verdict(dtype, size) for dtype in (mx.bfloat16, mx.float32)}
+    found = {str(dtype): sampler.verdict(dtype, size) for dtype in (mx.bfloat16, mx.float32)}
     print(json.dumps({"mlx": mx.__version__, "verdicts": found, **mx.device_info()}), flush=True)
     for rows in ROWS:
         for name, params in WAYS.items():

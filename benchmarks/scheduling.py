@@ -19,7 +19,7 @@ from typing import get_args
 from modelpack.testing.weights import smollm2_gguf
 from modelpack_engine import Engine, EngineConfig
 from modelpack_engine.config import SchedulingPolicy
-from modelpack_engine.loaders import LoadedModel, ModelFiles, load
+from modelpack_engine.models import LoadedModel, ModelFiles, load
 from modelpack_server.bench.engine_load import run_workload
 from modelpack_server.bench.report import Report
 from modelpack_server.bench.workloads import Workload, single_turns

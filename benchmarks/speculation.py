@@ -59,7 +59,7 @@ def measure(loaded: Any, case: Case) -> Result:
     """Run one case to its end."""
     from modelpack_engine.config import EngineConfig
     from modelpack_engine.engine import Engine
-    from modelpack_engine.sampling_params import SamplingParams
+    from modelpack_engine.request import SamplingParams
 
     config = EngineConfig(
         device="cpu", max_num_seqs=16, max_model_len=2048, self_test=False,
@@ -99,7 +99,7 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     from measuring import print_machine
 
-    from modelpack_engine import blas
+    from modelpack_engine.platform import blas
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8])
@@ -107,7 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     blas.prepare()
     from modelpack.testing.weights import smollm2_gguf
-    from modelpack_engine.loaders import ModelFiles, load
+    from modelpack_engine.models import ModelFiles, load
 
     loaded = load(ModelFiles.from_directory(smollm2_gguf()), device="cpu")
     print_machine()

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from modelpack_engine import blas
+from modelpack_engine.platform import blas
 
 blas.prepare()
 
@@ -32,14 +32,17 @@ from mlx.utils import tree_map  # noqa: E402
 from mlx_lm.models import llama  # noqa: E402
 
 from modelpack_engine.config import EngineConfig  # noqa: E402
+from modelpack_engine.distributed.launch import (  # noqa: E402
+    Follower,
+    join,
+    launch,
+)
 from modelpack_engine.engine import Engine  # noqa: E402
 from modelpack_engine.errors import EngineError  # noqa: E402
-from modelpack_engine.loaders import LoadedModel  # noqa: E402
-from modelpack_engine.loaders.loading import Shard  # noqa: E402
-from modelpack_engine.loaders.precision import evaluate  # noqa: E402
-from modelpack_engine.parallel.joining import Follower, join  # noqa: E402
-from modelpack_engine.parallel.launching import launch  # noqa: E402
-from modelpack_engine.sampling_params import SamplingParams  # noqa: E402
+from modelpack_engine.models import LoadedModel  # noqa: E402
+from modelpack_engine.models.loader import Shard  # noqa: E402
+from modelpack_engine.models.precision import evaluate  # noqa: E402
+from modelpack_engine.request import SamplingParams  # noqa: E402
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {

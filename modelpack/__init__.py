@@ -18,21 +18,23 @@ from modelpack._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from modelpack import errors as errors
-    from modelpack.config import ModelConfig as ModelConfig
-    from modelpack.descriptor import Descriptor as Descriptor
-    from modelpack.digest import Digest as Digest
+    from modelpack.artifacts.config import ModelConfig as ModelConfig
+    from modelpack.artifacts.descriptor import Descriptor as Descriptor
+    from modelpack.artifacts.digest import Digest as Digest
+    from modelpack.artifacts.manifest import Manifest as Manifest
+    from modelpack.artifacts.model import Model as Model
+    from modelpack.artifacts.model import ModelFile as ModelFile
+    from modelpack.artifacts.reference import Reference as Reference
+    from modelpack.builder.request import PackageRequest as PackageRequest
     from modelpack.errors import ModelpackError as ModelpackError
-    from modelpack.manifest import Manifest as Manifest
-    from modelpack.model import Model as Model
-    from modelpack.model import ModelFile as ModelFile
     from modelpack.operations.copy import copy as copy
     from modelpack.operations.diff import diff as diff
     from modelpack.operations.docker import export_to_docker as export_to_docker
     from modelpack.operations.docker import import_from_docker as import_from_docker
-    from modelpack.operations.find import inspect as inspect
     from modelpack.operations.headers import read_headers as read_headers
     from modelpack.operations.lock import lock as lock
     from modelpack.operations.lock import pull_locked as pull_locked
+    from modelpack.operations.lookup import inspect as inspect
     from modelpack.operations.package import package as package
     from modelpack.operations.pull import pull as pull
     from modelpack.operations.push import push as push
@@ -44,36 +46,34 @@ if TYPE_CHECKING:
     from modelpack.operations.resolve import bundle as bundle
     from modelpack.operations.resolve import resolve as resolve
     from modelpack.operations.selection import Selection as Selection
-    from modelpack.packaging.request import PackageRequest as PackageRequest
     from modelpack.progress import Progress as Progress
     from modelpack.progress import Stop as Stop
-    from modelpack.reference import Reference as Reference
     from modelpack.registry import Registry as Registry
     from modelpack.registry import Repository as Repository
-    from modelpack.stores.docker import DockerStore as DockerStore
-    from modelpack.stores.layout import LayoutStore
+    from modelpack.store.docker_store import DockerStore as DockerStore
+    from modelpack.store.layout import LayoutStore
 
     Store = LayoutStore
 
 # name -> (module, attribute)
 _EXPORTS = {
-    "Descriptor": ("modelpack.descriptor", "Descriptor"),
-    "Digest": ("modelpack.digest", "Digest"),
-    "DockerStore": ("modelpack.stores.docker", "DockerStore"),
-    "Manifest": ("modelpack.manifest", "Manifest"),
-    "Model": ("modelpack.model", "Model"),
-    "ModelConfig": ("modelpack.config", "ModelConfig"),
-    "ModelFile": ("modelpack.model", "ModelFile"),
+    "Descriptor": ("modelpack.artifacts.descriptor", "Descriptor"),
+    "Digest": ("modelpack.artifacts.digest", "Digest"),
+    "DockerStore": ("modelpack.store.docker_store", "DockerStore"),
+    "Manifest": ("modelpack.artifacts.manifest", "Manifest"),
+    "Model": ("modelpack.artifacts.model", "Model"),
+    "ModelConfig": ("modelpack.artifacts.config", "ModelConfig"),
+    "ModelFile": ("modelpack.artifacts.model", "ModelFile"),
     "ModelpackError": ("modelpack.errors", "ModelpackError"),
-    "PackageRequest": ("modelpack.packaging.request", "PackageRequest"),
+    "PackageRequest": ("modelpack.builder.request", "PackageRequest"),
     "Progress": ("modelpack.progress", "Progress"),
-    "Reference": ("modelpack.reference", "Reference"),
+    "Reference": ("modelpack.artifacts.reference", "Reference"),
     "Registry": ("modelpack.registry", "Registry"),
     "RemoteOptions": ("modelpack.operations.remote", "RemoteOptions"),
     "Repository": ("modelpack.registry", "Repository"),
     "Selection": ("modelpack.operations.selection", "Selection"),
     "Stop": ("modelpack.progress", "Stop"),
-    "Store": ("modelpack.stores.layout", "LayoutStore"),
+    "Store": ("modelpack.store.layout", "LayoutStore"),
     "attach": ("modelpack.operations.referrers", "attach"),
     "bundle": ("modelpack.operations.resolve", "bundle"),
     "copy": ("modelpack.operations.copy", "copy"),
@@ -81,7 +81,7 @@ _EXPORTS = {
     "diff": ("modelpack.operations.diff", "diff"),
     "export_to_docker": ("modelpack.operations.docker", "export_to_docker"),
     "import_from_docker": ("modelpack.operations.docker", "import_from_docker"),
-    "inspect": ("modelpack.operations.find", "inspect"),
+    "inspect": ("modelpack.operations.lookup", "inspect"),
     "lock": ("modelpack.operations.lock", "lock"),
     "package": ("modelpack.operations.package", "package"),
     "pull": ("modelpack.operations.pull", "pull"),

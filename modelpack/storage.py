@@ -7,15 +7,19 @@ digest for a repository, a full reference or a digest for a store.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
-from modelpack.progress import ProgressCallback, Stop
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
+from modelpack.errors import SizeMismatchError
+from modelpack.progress import ProgressCallback, Stop, serialized
 
 
 class BlobReader(Protocol):
@@ -137,3 +141,65 @@ class Mounter(Protocol):
     def mount_blob(self, descriptor: Descriptor, source: Source) -> bool:
         """Link the blob from `source` if it lives in the same registry; return whether it did."""
         ...
+
+
+def watching(progress: ProgressCallback | None, stop: Stop | None = None) -> Watch:
+    """Return the `Watch` of one call."""
+    return Watch(serialized(progress), stop or Stop())
+
+
+@dataclass(frozen=True, slots=True)
+class BytesBlob:
+    """A blob in memory; fulfils `BlobSource`."""
+
+    content: bytes = field(repr=False)
+
+    @contextmanager
+    def open(self, offset: int = 0) -> Iterator[BlobReader]:
+        """Yield a stream of the bytes from `offset` on."""
+        yield io.BytesIO(self.content[offset:])
+
+
+@dataclass(frozen=True, slots=True)
+class FileBlob:
+    """A blob in a file; fulfils `BlobSource`."""
+
+    path: Path
+
+    @contextmanager
+    def open(self, offset: int = 0) -> Iterator[BlobReader]:
+        """Yield a stream of the bytes from `offset` on."""
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            yield file
+
+
+def read_blob(source: Source, descriptor: Descriptor, *, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
+    """Return a small blob's bytes, checked against size and digest.
+
+    Raises `SizeMismatchError` if it is larger than `limit` bytes or not as long as its descriptor
+    says, `DigestMismatchError` if it holds other bytes.
+    """
+    what = f"blob {descriptor.digest}"
+    if descriptor.size > limit:
+        raise SizeMismatchError(
+            f"{what}: {descriptor.size} bytes are more than the {limit} that fit here",
+            expected=f"at most {limit}",
+            got=str(descriptor.size),
+        )
+    content = bytearray(descriptor.size + 1)  # one more, to notice what is too long
+    filled = 0
+    with source.blob(descriptor).open() as stream:
+        view = memoryview(content)
+        while filled < len(content) and (count := stream.readinto(view[filled:])):
+            filled += count
+    if filled != descriptor.size:
+        got = f"{filled}" if filled < descriptor.size else f"more than {descriptor.size}"
+        raise SizeMismatchError(
+            f"{what}: expected {descriptor.size} bytes, got {got}",
+            expected=str(descriptor.size),
+            got=got,
+        )
+    result = bytes(content[:filled])
+    descriptor.digest.check(result, what)
+    return result

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack.byte_ranges import ByteRanges
+from modelpack.artifacts.byte_ranges import ByteRanges
 
 SIZE = 40
 RANGES = st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)).map(lambda pair: tuple(sorted(pair)))

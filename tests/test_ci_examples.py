@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import modelpack
-from modelpack.server import RegistryServer
+from modelpack.registry_server import RegistryServer
 from modelpack.testing import registry
 from tests.models import tiny_safetensors
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack.digest import Digest, digest_of_chunks
+from modelpack.artifacts.digest import Digest, digest_of_chunks
 from modelpack.errors import DigestMismatchError, IntegrityError, InvalidDigestError
 
 HEX64 = "0123456789abcdef" * 4

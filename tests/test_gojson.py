@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modelpack.artifacts.json_document import decode, encode, sorted_map
 from modelpack.errors import ManifestError
-from modelpack.gojson import decode, encode, sorted_map
 
 
 def test_the_example_of_the_fact_sheet() -> None:
@@ -88,7 +88,7 @@ def test_26_refused(raw: bytes, says: str) -> None:
 
 _REPEATED = """
 from modelpack.errors import ManifestError
-from modelpack.gojson import decode
+from modelpack.artifacts.json_document import decode
 keys = ",".join(f'"{number:x}":0' for number in range(400_000))
 try:
     decode(f'{{{keys},"61a7f":0}}'.encode(), "the manifest")

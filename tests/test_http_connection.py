@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from modelpack import http_connection
-from modelpack.http_connection import PIECE, REUSE, ZERO_COPY_SEND
-from modelpack.listening import AppServer
+from modelpack.http import connection as http_connection
+from modelpack.http.connection import PIECE, REUSE, ZERO_COPY_SEND
+from modelpack.http.listener import AppServer
 from tests.registry.auth_servers import make_pair
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.lockfile import MAX_BYTES, LockFile, lockable
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import FormatError, InvalidReferenceError, NotFoundError, UnsupportedError
-from modelpack.lockfile import MAX_BYTES, LockFile, lockable
-from modelpack.reference import Reference
 
 A, B = Digest.of(b"a"), Digest.of(b"b")
 X, Y = Reference.parse("ai/x:v1"), Reference.parse("registry.example:5000/team/y:v2")

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import pytest
 
-from modelpack import mediatypes
-from modelpack.config import ModelConfig
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types as mediatypes
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
+from modelpack.artifacts.model import SHORT_NAMES, Archive, Model, Role, archive_of, role_of
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import NotFoundError, UnsafePathError
-from modelpack.manifest import Manifest
-from modelpack.model import SHORT_NAMES, Archive, Model, Role, archive_of, role_of
-from modelpack.reference import Reference
 
 CNCF = "application/vnd.cncf.model."
 Layer = tuple[str, str | None]  # media type, file path

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modelpack.artifacts.paths import checked_path, path_problem
 from modelpack.errors import UnsafePathError
-from modelpack.paths import checked_path, path_problem
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack.digest import Digest
-from modelpack.errors import InvalidReferenceError
-from modelpack.reference import (
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.reference import (
     Reference,
     is_model_id,
     means_only_itself,
     normalized,
     spelled_in_full,
 )
+from modelpack.errors import InvalidReferenceError
 
 H64 = "0123456789abcdef" * 4
 ERROR = None

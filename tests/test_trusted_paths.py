@@ -22,15 +22,15 @@ PUBLIC = {"open_embedder", "model_directory"}
 OPENING = {"stored_files", "from_model"}
 #: Calls without `remote`, and why.
 EXCEPTIONS = {
-    ("engine/modelpack_server/rank_models.py", "open_model"): "rank 0 checked that digest",
-    ("modelpack/deployment/vllm_plugin.py", "resolve"): "a function of that module",
+    ("engine/modelpack_server/stored_models.py", "open_model"): "rank 0 checked that digest",
+    ("modelpack/deploy/vllm_plugin.py", "resolve"): "a function of that module",
     ("engine/modelpack_server/api/traces.py", "complete"): "of traces",
 }
 OPENERS = {
-    "engine/modelpack_engine/loaders/files.py": "itself",
-    "engine/modelpack_server/models.py": "after find_model",
+    "engine/modelpack_engine/models/files.py": "itself",
+    "engine/modelpack_server/stored_models.py": "after find_model",
     "engine/modelpack_server/pool/store_catalogue.py": "to know how large the weights are",
-    "engine/modelpack_server/api/ollama/describing.py": "to show them",
+    "engine/modelpack_server/api/ollama/model_card.py": "to show them",
 }
 
 

@@ -16,21 +16,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from modelpack_engine.command_buffers import set_limits
+from modelpack_engine.platform.metal import set_limits
 
 if TYPE_CHECKING:
     from modelpack_engine.async_engine import AsyncEngine as AsyncEngine
     from modelpack_engine.config import EngineConfig as EngineConfig
     from modelpack_engine.engine import Engine as Engine
     from modelpack_engine.outputs import RequestEvent as RequestEvent
-    from modelpack_engine.sampling_params import SamplingParams as SamplingParams
+    from modelpack_engine.request import SamplingParams as SamplingParams
 
 _EXPORTS = {
     "AsyncEngine": "modelpack_engine.async_engine",
     "Engine": "modelpack_engine.engine",
     "EngineConfig": "modelpack_engine.config",
     "RequestEvent": "modelpack_engine.outputs",
-    "SamplingParams": "modelpack_engine.sampling_params",
+    "SamplingParams": "modelpack_engine.request",
 }
 _WITHOUT_MLX = {"EngineConfig", "RequestEvent", "SamplingParams"}
 
@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'modelpack_engine' has no attribute {name!r}")
     if name not in _WITHOUT_MLX:
-        from modelpack_engine import blas
+        from modelpack_engine.platform import blas
 
         blas.prepare()
     value = getattr(importlib.import_module(_EXPORTS[name]), name)

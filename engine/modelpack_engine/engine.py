@@ -23,29 +23,23 @@ from dataclasses import replace
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from modelpack_engine.adaptation.activations import step_memory
-from modelpack_engine.adaptation.cache_types import layout_with_cache_type
-from modelpack_engine.adaptation.layout import ModelLayout
-from modelpack_engine.batch import build_batch
-from modelpack_engine.block_manager import BlockManager
-from modelpack_engine.choice import make_choices
-from modelpack_engine.choices import Choices
-from modelpack_engine.config import EngineConfig
-from modelpack_engine.kv_types import parse_kv_cache_dtype
-from modelpack_engine.loaders import LoadedModel
-from modelpack_engine.loaders.parameters import check_token_rows
-from modelpack_engine.model_runner import ModelRunner
-from modelpack_engine.offload.opening import open_offload
+from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
+from modelpack_engine.core.batch import build_batch
+from modelpack_engine.core.block_manager import BlockManager
+from modelpack_engine.core.metrics import StepClock
+from modelpack_engine.core.scheduler import Proposal, Scheduler
+from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.models import LoadedModel
+from modelpack_engine.models.precision import check_token_rows
 from modelpack_engine.outputs import EngineStats, RequestEvent
-from modelpack_engine.sampler import NO_TOKEN, Sampled, Sampler, SampleRow
-from modelpack_engine.sampling_params import SamplingParams
-from modelpack_engine.schedule import Proposal
-from modelpack_engine.scheduler import Scheduler
-from modelpack_engine.sequence import Sequence
-from modelpack_engine.sizing import Sizes, choose_sizes, on_gpu
-from modelpack_engine.speculation.making import check_draft, make_speculator
-from modelpack_engine.speculation.masks import masked_rows
-from modelpack_engine.step import (
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.runner.engine_protocol import run_to_end
+from modelpack_engine.runner.kv_cache_size import Sizes, choose_sizes, on_gpu
+from modelpack_engine.runner.kv_offload import open_offload
+from modelpack_engine.runner.model_layout import ModelLayout, layout_with_cache_type
+from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.output_processor import Choices, make_choices
+from modelpack_engine.runner.step import (
     NextToken,
     Step,
     StepTokens,
@@ -56,8 +50,10 @@ from modelpack_engine.step import (
     sample_rows,
     with_prompt_rows,
 )
-from modelpack_engine.step_clock import StepClock
-from modelpack_engine.stepping import run_to_end
+from modelpack_engine.runner.warm_up import step_memory
+from modelpack_engine.sampling.sampler import NO_TOKEN, Sampled, Sampler, SampleRow
+from modelpack_engine.speculation.masks import masked_rows
+from modelpack_engine.speculation.speculator import check_draft, make_speculator
 
 _log = logging.getLogger(__name__)
 

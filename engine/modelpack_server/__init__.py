@@ -8,7 +8,7 @@
 token deltas, `gateway` checks API keys and limits, `cli` registers the commands. This package may
 import `modelpack` and `modelpack_engine`; neither imports it.
 
-Names are loaded on first use, after `modelpack_engine.blas` chose a BLAS for MLX's CPU backend.
+Names load on first use, after `modelpack_engine.platform.blas` chose a BLAS for MLX's CPU backend.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from modelpack_server.embedding_models import open_cross_encoder as open_cross_encoder
-    from modelpack_server.embedding_models import open_embedder as open_embedder
-    from modelpack_server.models import open_model as open_model
+    from modelpack_server.stored_models import open_cross_encoder as open_cross_encoder
+    from modelpack_server.stored_models import open_embedder as open_embedder
+    from modelpack_server.stored_models import open_model as open_model
 
 _EXPORTS = {
-    "open_cross_encoder": "modelpack_server.embedding_models",
-    "open_embedder": "modelpack_server.embedding_models",
-    "open_model": "modelpack_server.models",
+    "open_cross_encoder": "modelpack_server.stored_models",
+    "open_embedder": "modelpack_server.stored_models",
+    "open_model": "modelpack_server.stored_models",
 }
 
 __all__ = list(_EXPORTS)
@@ -33,7 +33,7 @@ __all__ = list(_EXPORTS)
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from modelpack_engine import blas
+    from modelpack_engine.platform import blas
 
     blas.prepare()
     value = getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import modelpack
 from modelpack.errors import ModelpackError, UsageError
-from modelpack.operations.find import stored_model
+from modelpack.operations.lookup import stored_model
 from modelpack.operations.remote import RemoteOptions
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
-from modelpack_server.conversation.served import ServedModel
+from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import Finish
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from modelpack_server.repl.chat import Chat, LocalModels
@@ -131,7 +131,7 @@ def smoke_test(
         raise UsageError(f"{expect!r} is not a regular expression: {error}") from None
     config = config or EngineConfig()
     catalogue = StoreCatalogue(store, config, remote=remote)
-    from modelpack_engine.platform.device import (
+    from modelpack_engine.platform.memory import (
         choose_device,  # loads MLX: after the catalogue's BLAS
     )
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
+from modelpack.artifacts.model import ModelFile
 from modelpack.cli.options import Settings, common_options, model_argument, remote_options
 from modelpack.cli.output import human_size, one_line, plural, show
-from modelpack.model import ModelFile
 from modelpack.operations import diff as comparing
 from modelpack.operations.diff import Change, FieldChange, LayerChange, ModelDiff
 from modelpack.operations.remote import RemoteOptions

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import click
 
 from modelpack._version import __version__
-from modelpack.cli.compose import compose
+from modelpack.cli.deploy import compose
 from modelpack.cli.main import run
 from modelpack.cli.output import one_line, show_error
 from modelpack.errors import ModelpackError
@@ -63,7 +63,7 @@ def model() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
 def list_models(as_json: bool) -> None:
     """List the models of the server's store."""
-    from modelpack.deployment.local_server import local_server
+    from modelpack.deploy.local_server import local_server
 
     models = local_server().client.models()
     if as_json:
@@ -76,7 +76,7 @@ def list_models(as_json: bool) -> None:
 @click.argument("name", metavar="MODEL")
 def pull(name: str) -> None:
     """Have the server pull MODEL."""
-    from modelpack.deployment.local_server import local_server
+    from modelpack.deploy.local_server import local_server
 
     local_server().client.pull(name, lambda message: click.echo(one_line(message)))
 
@@ -87,7 +87,7 @@ def pull(name: str) -> None:
 @click.argument("flags", metavar="[-- FLAGS...]", nargs=-1, type=click.UNPROCESSED)
 def configure(name: str, context_size: int | None, flags: tuple[str, ...]) -> None:
     """Say how the server runs MODEL."""
-    from modelpack.deployment.local_server import local_server
+    from modelpack.deploy.local_server import local_server
 
     local_server().client.configure(name, context_size=context_size, runtime_flags=flags)
 
@@ -96,7 +96,7 @@ def configure(name: str, context_size: int | None, flags: tuple[str, ...]) -> No
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def status(as_json: bool) -> None:
     """Say where containers reach the server."""
-    from modelpack.deployment.local_server import local_server
+    from modelpack.deploy.local_server import local_server
 
     server = local_server()
     if not as_json:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from modelpack.artifacts.manifest import Index, parse_manifest_or_index
+from modelpack.artifacts.reference import Reference
 from modelpack.cli.options import (
     Settings,
     annotation_pairs,
@@ -11,16 +13,21 @@ from modelpack.cli.options import (
     model_argument,
     remote_options,
 )
-from modelpack.cli.output import human_size, note, note_reference, plural, show, table
-from modelpack.cli.progress import shown_progress
+from modelpack.cli.output import (
+    human_size,
+    note,
+    note_reference,
+    plural,
+    show,
+    shown_progress,
+    table,
+)
 from modelpack.errors import UnsupportedError, UsageError
-from modelpack.manifest import Index, parse_manifest_or_index
 from modelpack.operations.index import NamedVariant, create_index
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.sources import open_source
 from modelpack.operations.variants import choose_variant, variants_of
-from modelpack.operations.watching import watching
-from modelpack.reference import Reference
+from modelpack.storage import watching
 
 
 @click.group()

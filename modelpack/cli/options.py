@@ -1,8 +1,9 @@
-"""Options that commands share, and the settings they end up in."""
+"""Numbers of bytes, as people type them."""
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,11 +11,41 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from modelpack.cli.sizes import SIZE
+from modelpack.errors import UsageError
 
 if TYPE_CHECKING:
     from modelpack.operations.remote import RemoteOptions
-    from modelpack.stores.layout import LayoutStore
+    from modelpack.store.layout import LayoutStore
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Return bytes of a size like 24GiB, 8G (1000s) or a bare number; raises `UsageError`."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise UsageError(f"{text!r} is no size", hint="like 24GiB")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
+
+
+class _Size(click.ParamType[int]):
+    """A number of bytes, like 64MiB, 10MB or 4096."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            size = parse_size(value)
+        except UsageError as error:
+            self.fail(error.message, param, ctx)
+        if size < 1:
+            self.fail(f"{value!r} is nothing", param, ctx)
+        return size
+
+
+SIZE = _Size()
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,7 +66,7 @@ class Settings:
 
     def store(self) -> LayoutStore:
         """Return the store to work on; it is made when it does not exist."""
-        from modelpack.stores.layout import LayoutStore
+        from modelpack.store.layout import LayoutStore
 
         return LayoutStore(self.store_root)
 
@@ -202,9 +233,9 @@ def trust_options(command: F) -> F:
         if formats and not keys:
             raise click.UsageError("--verify-format needs --verify-key")
         if keys or policy is not None:
-            from modelpack.supply.keys import read_public_key
-            from modelpack.supply.signatures import SignatureKind
-            from modelpack.supply.trust import Trust
+            from modelpack.trust.keys import read_public_key
+            from modelpack.trust.policy import Trust
+            from modelpack.trust.signatures import SignatureKind
 
             accepted = [SignatureKind(name) for name in formats]
             trust = Trust.of([read_public_key(key) for key in keys], policy, accepted)
@@ -234,7 +265,7 @@ def variant_option(command: F) -> F:
 def model_names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
     """Return the stored models that complete what was typed, for the shell."""
     from modelpack.errors import ModelpackError
-    from modelpack.stores.layout import LayoutStore
+    from modelpack.store.layout import LayoutStore
 
     root = ctx.params.get("store") or (ctx.parent.params.get("store") if ctx.parent else None)
     try:

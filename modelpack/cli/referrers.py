@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from modelpack.artifacts.reference import Reference
 from modelpack.cli.options import (
     Settings,
     annotation_pairs,
@@ -13,12 +14,18 @@ from modelpack.cli.options import (
     model_argument,
     remote_options,
 )
-from modelpack.cli.output import human_size, note, note_reference, plural, show, table
-from modelpack.cli.progress import shown_progress
+from modelpack.cli.output import (
+    human_size,
+    note,
+    note_reference,
+    plural,
+    show,
+    shown_progress,
+    table,
+)
 from modelpack.operations import referrers as referring
 from modelpack.operations.referrers import DEFAULT_FILE_TYPE, AttachedFile
 from modelpack.operations.remote import RemoteOptions
-from modelpack.reference import Reference
 
 LOCAL = click.option("--local", is_flag=True, help="In the local store, not in the registry.")
 

@@ -1,23 +1,132 @@
-"""`modelpack registry serve`: the embedded registry."""
+"""`modelpack login` and `logout`."""
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from modelpack.cli.options import Settings, common_options
-from modelpack.cli.output import note
-from modelpack.cli.tls import tls_options
+from modelpack.cli.options import Settings, common_options, remote_options
+from modelpack.cli.output import note, plural, show
+from modelpack.cli.server_options import tls_options
 from modelpack.errors import UsageError
+from modelpack.operations.remote import RemoteOptions
 
 if TYPE_CHECKING:
-    from modelpack.server.auth import Guard
-    from modelpack.server.limits import Limits
-    from modelpack.server.upstream import Upstream
+    from modelpack.registry_server.auth import Guard
+    from modelpack.registry_server.cache import Upstream
+    from modelpack.registry_server.uploads import Limits
+
+_DOCKER_HUB = "docker.io"
+
+
+@click.command()
+@click.argument("host", default=_DOCKER_HUB)
+@click.option("-u", "--username", metavar="NAME", help="The user; asked for where it is left out.")
+@click.option("--password-stdin", is_flag=True, help="Read the password from stdin.")
+@remote_options
+@common_options
+def login(
+    settings: Settings,
+    host: str,
+    username: str | None,
+    password_stdin: bool,
+    remote: RemoteOptions,
+) -> None:
+    """Check a user's password with the registry HOST, and keep it for later.
+
+    Docker and its relatives find it, too: the credential helper that ~/.docker/config.json names
+    keeps it, else that file does, in plain text. With the user name `<token>` the password is an
+    identity token. No option takes the password: every user of a machine sees arguments.
+    """
+    from modelpack.registry.login import log_in, login_file
+
+    if password_stdin and not username:
+        raise UsageError("--password-stdin needs --username")
+    username = username or click.prompt("Username", err=True)
+    done = log_in(host, username, _password(password_stdin), login_file(), **_options(remote))
+    if not done.checked:
+        note(settings, f"{host} asked for no credentials, so they are unchecked")
+    if done.helper is None:
+        note(
+            settings,
+            f"warning: the password is in {done.file} in plain text; a credential helper "
+            "(credsStore in that file) would keep it safe",
+        )
+    where = done.helper or done.file
+    show(settings, {"host": host, "keptIn": where, "checked": done.checked}, f"logged in to {host}")
+
+
+@click.command()
+@click.argument("host", default=_DOCKER_HUB)
+@common_options
+def logout(settings: Settings, host: str) -> None:
+    """Forget the password for the registry HOST."""
+    from modelpack.registry.login import log_out, login_file
+
+    found = log_out(host, login_file())
+    text = f"logged out of {host}" if found else f"there was no login to {host}"
+    show(settings, {"host": host, "found": found}, text)
+
+
+def _password(from_stdin: bool) -> str:
+    if from_stdin:
+        return sys.stdin.read().rstrip("\r\n")
+    if not sys.stdin.isatty():
+        raise UsageError(
+            "there is no terminal to ask for the password", hint="give it with --password-stdin"
+        )
+    password: str = click.prompt("Password", hide_input=True, err=True)
+    return password
+
+
+def _options(remote: RemoteOptions) -> dict[str, Any]:
+    from modelpack.registry import TlsOptions
+
+    return {"plain_http": remote.plain_http, "tls": remote.tls or TlsOptions()}
+
+
+@click.command()
+@click.argument("name", metavar="REGISTRY[/NAMESPACE]")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+    help="Write index.html and index.json there. [default: print the list]",
+)  # fmt: skip
+@click.option("--title", default="", help="The page's title.")
+@click.option(
+    "--repository", "repositories", metavar="NAME", multiple=True,
+    help="A repository to look at, for registries that list none. May be repeated.",
+)  # fmt: skip
+@remote_options
+@common_options
+def catalog(
+    settings: Settings,
+    name: str,
+    output: Path | None,
+    title: str,
+    repositories: tuple[str, ...],
+    remote: RemoteOptions,
+) -> None:
+    """List the models of a registry, or under a name in it; no files of theirs are fetched.
+
+    The page is one file that loads nothing else; the same models give the same bytes.
+    """
+    from modelpack.operations import catalog as catalogs
+    from modelpack.operations.catalog import as_json, write_catalog
+
+    entries = catalogs.catalog(name, repositories=repositories, remote=remote)
+    note(settings, f"{name}: {plural(len(entries), 'tag')}")
+    if output is None:
+        show(settings, as_json(entries, name), "\n".join(str(one.reference) for one in entries))
+        return
+    page, listed = write_catalog(entries, output, name=name, title=title)
+    value = {"page": str(page), "list": str(listed), "count": len(entries)}
+    show(settings, value, str(page))
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,9 +163,12 @@ def access_options(command: F) -> F:
         token_certificates: Path | None,
         **arguments: Any,
     ) -> Any:
-        from modelpack.server.auth import BearerTokens, Passwords
-        from modelpack.server.htpasswd import PasswordFile
-        from modelpack.server.tokens import TokenSettings
+        from modelpack.registry_server.auth import (
+            BearerTokens,
+            PasswordFile,
+            Passwords,
+            TokenSettings,
+        )
 
         tokens = (token_realm, token_service, token_issuer, token_certificates)
         guard: Guard | None = None
@@ -103,7 +215,7 @@ def limit_options(command: F) -> F:
         keep_free: int,
         **arguments: Any,
     ) -> Any:
-        from modelpack.server.limits import Limits
+        from modelpack.registry_server.uploads import Limits
 
         upload = max_upload * _MIB if max_upload else None
         limits = Limits(max_manifest * 1024, upload, max_sessions, keep_free * _MIB)
@@ -172,8 +284,8 @@ def serve(
 
     A model pushed here can be used from the same store at once: HOST:PORT/team/m:v1 is team/m:v1.
     """
-    from modelpack.server import RegistryServer
-    from modelpack.stores.layout import LayoutStore
+    from modelpack.registry_server import RegistryServer
+    from modelpack.store.layout import LayoutStore
 
     store = LayoutStore(root) if root is not None else settings.store()
     server = RegistryServer(
@@ -205,7 +317,7 @@ def _address(addr: str, host: str | None, port: int | None) -> str:
 def _upstream(url: str, ttl: float) -> Upstream:
     """Return the upstream at `URL`: a host, or https:// or http:// and a host."""
     from modelpack.registry import Registry, RetryPolicy, Timeouts
-    from modelpack.server.upstream import Upstream
+    from modelpack.registry_server.cache import Upstream
 
     scheme, separator, host = url.rpartition("://")
     host = host.rstrip("/")

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from modelpack.artifacts.reference import Reference
 from modelpack.cli.options import Settings, common_options, model_argument, remote_options
-from modelpack.cli.output import human_size, note, note_reference, plural, show
-from modelpack.cli.progress import shown_progress
+from modelpack.cli.output import human_size, note, note_reference, plural, show, shown_progress
 from modelpack.errors import IntegrityError, UsageError
 from modelpack.operations.remote import RemoteOptions
-from modelpack.operations.watching import watching
-from modelpack.reference import Reference
-from modelpack.stores.fsck import Fault, FsckReport
+from modelpack.storage import watching
+from modelpack.store.fsck import Fault, FsckReport
 
 if TYPE_CHECKING:
     from modelpack.operations.repair import Repaired

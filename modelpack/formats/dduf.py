@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from stat import S_ISDIR, S_ISREG
 
+from modelpack.artifacts.paths import path_problem
 from modelpack.errors import WeightFormatError
-from modelpack.formats.reading import WeightFile, WeightSource, opened, quoted
-from modelpack.paths import path_problem
+from modelpack.formats.reader import WeightFile, WeightSource, opened, quoted
 
 MODEL_INDEX = "model_index.json"
 MAX_MODEL_INDEX_BYTES = 1024 * 1024

@@ -1,29 +1,383 @@
-"""GGUF: the header of a model file for ggml, read within limits.
+"""A forward cursor over the header of a GGUF file, reading it in windows.
 
-Source: docs/gguf.md in ggml, versions 1 to 3, little and big endian. Long arrays (vocabularies)
-are walked over, not kept; tensor data is never read.
+It owns the byte order and the width of lengths, which differ by version, and the limits on what
+a header may cost; the meaning of the fields is `gguf`'s business.
 """
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from types import MappingProxyType
 
-from modelpack.formats.gguf_cursor import Cursor
-from modelpack.formats.gguf_metadata import MetadataReader, MetadataValue, ValueType
-from modelpack.formats.reading import WeightFile, WeightSource, opened, quoted
-from modelpack.formats.tensor_types import TENSOR_TYPES
+from modelpack.errors import WeightFormatError
+from modelpack.formats.reader import WeightFile, WeightSource, opened, quoted
 from modelpack.formats.tensors import (
     MAX_COUNT,
     MAX_DIMENSIONS,
     MAX_TENSORS,
+    TENSOR_TYPES,
     Shapes,
     TensorInfo,
     in_data_order,
     repeated_name,
 )
+
+#: The end of the tensor descriptions lies before this byte.
+MAX_HEADER_BYTES = 128 * 1024 * 1024
+#: Strings and nested arrays that are walked over, in all arrays of one file. The largest
+#: vocabularies have 262,144 tokens and twice as many merges.
+MAX_WALKED_ITEMS = 4 * 1024 * 1024
+#: A rough count of the memory that names, values and tensor descriptions take once parsed.
+MAX_KEPT_BYTES = 40 * 1024 * 1024
+
+_WINDOW = 64 * 1024
+
+
+class Cursor:
+    """The position in `file`; every method moves it forward or raises `WeightFormatError`."""
+
+    def __init__(self, file: WeightFile, position: int, *, order: str, version: int) -> None:
+        self._file = file
+        self._base = position
+        self._at = 0
+        self._window = b""
+        self._end = min(file.size, MAX_HEADER_BYTES)
+        self._order = order
+        self._u32 = struct.Struct(order + "I")
+        self._u64 = struct.Struct(order + "Q")
+        # GGUF v1 counts with 32 bits.
+        self._length = self._u32 if version == 1 else self._u64
+        self._tails: dict[int, struct.Struct] = {}
+        #: Whether a string, key or name of no bytes was met.
+        self.empty_string = False
+        self._walked = 0
+        self._kept = 0
+
+    @property
+    def position(self) -> int:
+        """The byte of the file that is read next."""
+        return self._base + self._at
+
+    def remaining(self) -> int:
+        """Return how many bytes of the file follow."""
+        return self._file.size - self.position
+
+    def u32(self) -> int:
+        return self._unpack(self._u32)
+
+    def u64(self) -> int:
+        return self._unpack(self._u64)
+
+    def length(self) -> int:
+        """Return a count or a length: 32 bits in version 1, else 64."""
+        return self._unpack(self._length)
+
+    def unpack(self, code: str) -> tuple[int | float, ...]:
+        """Return the numbers of the `struct` format `code`."""
+        packed = struct.Struct(self._order + code)
+        return packed.unpack(self.take(packed.size))
+
+    def tensor_tail(self, dimensions: int) -> tuple[int, ...]:
+        """Return what follows the number of dimensions: each of them, the type, the offset."""
+        packed = self._tails.get(dimensions)
+        if packed is None:
+            length = "I" if self._length is self._u32 else "Q"
+            packed = struct.Struct(f"{self._order}{dimensions}{length}IQ")
+            self._tails[dimensions] = packed
+        return packed.unpack(self.take(packed.size))
+
+    def take(self, length: int) -> bytes:
+        """Return the next `length` bytes. The caller has bounded `length`."""
+        self._need(length)
+        start = self._at
+        self._at += length
+        return self._window[start : self._at]
+
+    def text(self, what: str, limit: int) -> str:
+        """Return a string of at most `limit` bytes; bytes that are not UTF-8 become surrogates."""
+        start = self.position
+        length = self.length()
+        if length > limit:
+            raise self.error(f"{what} is {length} bytes long, the limit is {limit}", start)
+        return self.kept_text(length)
+
+    def kept_text(self, length: int) -> str:
+        """Return the next `length` bytes as text, counted as memory. The caller bounded them."""
+        self.empty_string |= not length
+        self.keep(length)
+        text = self.take(length).decode(errors="surrogateescape")
+        if not text.isascii():  # one such character, and each takes up to four bytes
+            self.keep(3 * length)
+        return text
+
+    def text_at(self, offset: int, length: int) -> str:
+        """Return the string of `length` bytes at `offset`, without moving the cursor."""
+        return self._file.read(offset, length).decode(errors="surrogateescape")
+
+    def skip(self, length: int) -> None:
+        """Move over `length` bytes without reading them."""
+        start = self.position
+        self._at += length
+        if self.position > self._end:
+            raise self._beyond(start, self.position)
+
+    def skip_strings(self, count: int) -> None:
+        """Move over `count` strings. Only their lengths are looked at."""
+        self.walk(count)
+        unpack, width = self._length.unpack_from, self._length.size
+        while count:
+            self._need(width)
+            window, at, left = self._window, self._at, count
+            last = before = len(window) - width
+            for _ in range(count):
+                if at > last:
+                    break
+                before = at
+                length = unpack(window, at)[0]
+                if not length:
+                    self.empty_string = True
+                at += width + length
+                left -= 1
+            if self._base + at > self._end:
+                raise self._beyond(self._base + before, self._base + at)
+            self._at, count = at, left
+
+    def walk(self, items: int) -> None:
+        """Count `items` that have to be looked at one by one."""
+        self._walked += items
+        if self._walked > MAX_WALKED_ITEMS:
+            raise self.error(f"the metadata holds more than {MAX_WALKED_ITEMS} array items")
+
+    def keep(self, size: int) -> None:
+        """Count `size` bytes of memory that the parsed header will take."""
+        self._kept += size
+        if self._kept > MAX_KEPT_BYTES:
+            raise self.error(f"the header holds more than {MAX_KEPT_BYTES} bytes of values")
+
+    def error(self, message: str, offset: int | None = None) -> WeightFormatError:
+        """Return the error that says `message`, at `offset` or where the cursor is."""
+        return self._file.error(message, self.position if offset is None else offset)
+
+    def _unpack(self, packed: struct.Struct) -> int:
+        at = self._at
+        if at + packed.size > len(self._window):
+            self._need(packed.size)
+            at = self._at
+        self._at = at + packed.size
+        value: int = packed.unpack_from(self._window, at)[0]
+        return value
+
+    def _need(self, length: int) -> None:
+        """Have the next `length` bytes in the window."""
+        if self._at + length <= len(self._window):
+            return
+        start = self.position
+        if start + length > self._end:
+            raise self._beyond(start, start + length)
+        size = min(max(length, _WINDOW), self._end - start)
+        self._window = self._file.read(start, size)
+        self._base, self._at = start, 0
+
+    def _beyond(self, start: int, needed: int) -> WeightFormatError:
+        if needed > self._file.size:
+            return self._file.truncated(start, needed)
+        return self.error(f"the header is longer than the limit of {MAX_HEADER_BYTES} bytes", start)
+
+
+#: docs/gguf.md: a key is at most 65,535 bytes.
+MAX_KEY_BYTES = 65_535
+#: Strings longer than this are fetched only when the rest of the header has proved sound.
+LONG_STRING_BYTES = 65_536
+#: All long strings of one file together. A whole tokenizer.json inside one string is 33 MB.
+MAX_LONG_STRING_BYTES = 64 * 1024 * 1024
+#: One string in an array that is kept.
+MAX_ITEM_BYTES = 1024 * 1024
+#: Arrays up to this length are kept.
+KEPT_ARRAY_ITEMS = 256
+#: Arrays inside arrays inside arrays inside arrays.
+MAX_ARRAY_DEPTH = 4
+
+# What the objects of one pair and of one array item take, about.
+_PAIR_COST, _ITEM_COST = 300, 48
+# An array inside an array takes about as long to walk over as this many strings.
+_NESTED_ARRAY_STEPS = 32
+
+
+class ValueType(IntEnum):
+    """The type of a metadata value, with the number that files hold."""
+
+    UINT8 = 0
+    INT8 = 1
+    UINT16 = 2
+    INT16 = 3
+    UINT32 = 4
+    INT32 = 5
+    FLOAT32 = 6
+    BOOL = 7
+    STRING = 8
+    ARRAY = 9
+    UINT64 = 10
+    INT64 = 11
+    FLOAT64 = 12
+
+
+#: Types of a fixed size: their `struct` code and bytes.
+_FIXED: dict[int, tuple[str, int]] = {
+    ValueType.UINT8: ("B", 1),
+    ValueType.INT8: ("b", 1),
+    ValueType.UINT16: ("H", 2),
+    ValueType.INT16: ("h", 2),
+    ValueType.UINT32: ("I", 4),
+    ValueType.INT32: ("i", 4),
+    ValueType.FLOAT32: ("f", 4),
+    ValueType.BOOL: ("B", 1),
+    ValueType.UINT64: ("Q", 8),
+    ValueType.INT64: ("q", 8),
+    ValueType.FLOAT64: ("d", 8),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MetadataArray:
+    """An array; `items` is None where it was too long, or nested, to keep."""
+
+    element_type: ValueType
+    length: int
+    items: tuple[int | float | bool | str, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class MetadataValue:
+    """A metadata value and the byte of the file where it starts."""
+
+    type: ValueType
+    value: int | float | bool | str | MetadataArray
+    offset: int
+
+
+class MetadataReader:
+    """Reads the pairs that follow in `cursor`."""
+
+    def __init__(self, cursor: Cursor) -> None:
+        self._cursor = cursor
+        self._long: dict[str, tuple[int, int]] = {}
+
+    def read(self, count: int) -> dict[str, MetadataValue]:
+        """Return the next `count` pairs; long strings are empty until `fetch_long_strings`."""
+        cursor = self._cursor
+        metadata: dict[str, MetadataValue] = {}
+        for _ in range(count):
+            start = cursor.position
+            cursor.keep(_PAIR_COST)
+            key = cursor.text("the key", MAX_KEY_BYTES)
+            if key in metadata:
+                raise cursor.error(f"the key {quoted(key)} occurs twice", start)
+            kind = self._value_type(f"the value of {quoted(key)}")
+            metadata[key] = self._value(key, kind)
+        return metadata
+
+    def fetch_long_strings(self, metadata: dict[str, MetadataValue]) -> None:
+        """Put the long strings that `read` left out into `metadata`."""
+        total = sum(length for _, length in self._long.values())
+        if total > MAX_LONG_STRING_BYTES:
+            raise self._cursor.error(
+                f"long strings in the metadata are {total} bytes, the limit is"
+                f" {MAX_LONG_STRING_BYTES}"
+            )
+        for key, (offset, length) in self._long.items():
+            text = self._cursor.text_at(offset, length)
+            metadata[key] = MetadataValue(ValueType.STRING, text, metadata[key].offset)
+
+    def _value_type(self, what: str) -> ValueType:
+        start = self._cursor.position
+        number = self._cursor.u32()
+        if number > ValueType.FLOAT64:
+            raise self._cursor.error(f"{what} has the unknown type {number}", start)
+        return ValueType(number)
+
+    def _value(self, key: str, kind: ValueType) -> MetadataValue:
+        cursor, start = self._cursor, self._cursor.position
+        if kind is ValueType.ARRAY:
+            return MetadataValue(kind, self._array(key, 1), start)
+        if kind is ValueType.STRING:
+            return MetadataValue(kind, self._string(key), start)
+        value = cursor.unpack(_FIXED[kind][0])[0]
+        if kind is ValueType.BOOL:
+            return MetadataValue(kind, self._boolean(value, start), start)
+        return MetadataValue(kind, value, start)
+
+    def _string(self, key: str) -> str:
+        cursor, start = self._cursor, self._cursor.position
+        length = cursor.length()
+        if length <= LONG_STRING_BYTES:
+            return cursor.kept_text(length)
+        if length > MAX_LONG_STRING_BYTES:
+            raise cursor.error(
+                f"{quoted(key)} is {length} bytes long, the limit is {MAX_LONG_STRING_BYTES}", start
+            )
+        self._long[key] = (cursor.position, length)
+        cursor.skip(length)
+        return ""
+
+    def _boolean(self, byte: int | float, offset: int) -> bool:
+        if byte not in (0, 1):
+            raise self._cursor.error(f"a boolean is {byte}, expected 0 or 1", offset)
+        return byte == 1
+
+    def _array(self, key: str, depth: int) -> MetadataArray:
+        cursor = self._cursor
+        kind = self._value_type(f"the array {quoted(key)}")
+        length_at = cursor.position
+        length = cursor.length()
+        # The smallest item: an empty string of version 1, an empty array, or a number's size.
+        smallest = _FIXED[kind][1] if kind in _FIXED else 4
+        if length * smallest > cursor.remaining():
+            raise cursor.error(
+                f"the array {quoted(key)} has {length} items, which do not fit in the"
+                f" {cursor.remaining()} bytes that follow",
+                length_at,
+            )
+        if kind is ValueType.ARRAY:
+            self._skip_arrays(key, length, depth)
+            return MetadataArray(kind, length, None)
+        if length > KEPT_ARRAY_ITEMS:
+            if kind is ValueType.STRING:
+                cursor.skip_strings(length)
+            else:
+                cursor.skip(length * smallest)
+            return MetadataArray(kind, length, None)
+        cursor.keep(length * _ITEM_COST)
+        if kind is ValueType.STRING:
+            what = f"an item of {quoted(key)}"
+            texts = tuple([cursor.text(what, MAX_ITEM_BYTES) for _ in range(length)])
+            return MetadataArray(kind, length, texts)
+        start = cursor.position
+        numbers = cursor.unpack(f"{length}{_FIXED[kind][0]}")
+        if kind is ValueType.BOOL:
+            numbers = tuple(self._boolean(byte, start + at) for at, byte in enumerate(numbers))
+        return MetadataArray(kind, length, numbers)
+
+    def _skip_arrays(self, key: str, count: int, depth: int) -> None:
+        cursor = self._cursor
+        if depth >= MAX_ARRAY_DEPTH:
+            raise cursor.error(
+                f"the arrays of {quoted(key)} are nested deeper than {MAX_ARRAY_DEPTH}"
+            )
+        cursor.walk(count * _NESTED_ARRAY_STEPS)
+        for _ in range(count):
+            kind = self._value_type(f"an array in {quoted(key)}")
+            length = cursor.length()
+            if kind is ValueType.ARRAY:
+                self._skip_arrays(key, length, depth + 1)
+            elif kind is ValueType.STRING:
+                cursor.skip_strings(length)
+            else:
+                cursor.skip(length * _FIXED[kind][1])
+
 
 #: Key-value pairs; models have dozens.
 MAX_PAIRS = 16_384

@@ -13,9 +13,8 @@ from types import MappingProxyType
 from typing import Any, TypeGuard
 
 from modelpack.errors import WeightFormatError
-from modelpack.formats.gotext import any_value
-from modelpack.formats.jsontext import MAX_LONG_STRING_BYTES, JSONText, LongString
-from modelpack.formats.reading import WeightFile, WeightSource, opened, quoted
+from modelpack.formats.json_reader import MAX_LONG_STRING_BYTES, JSONText, LongString
+from modelpack.formats.reader import WeightFile, WeightSource, opened, quoted
 from modelpack.formats.tensors import (
     MAX_COUNT,
     MAX_DIMENSIONS,
@@ -25,6 +24,7 @@ from modelpack.formats.tensors import (
     in_data_order,
     repeated_name,
 )
+from modelpack.formats.units import any_value
 
 #: The crate's own limit. The header is read in windows, so its length alone costs nothing.
 MAX_HEADER_BYTES = 100_000_000

@@ -7,16 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modelpack.artifacts.json_document import sorted_map
 from modelpack.errors import NotFoundError
-from modelpack.formats import model_json
-from modelpack.formats.gotext import trim
-from modelpack.formats.mlx_quantization import MLXQuantization
-from modelpack.formats.model_statistics import ModelStatistics
+from modelpack.formats import config_json as model_json
+from modelpack.formats.config_json import MLXQuantization
 from modelpack.formats.safetensors import SafetensorsHeader, read_safetensors_header
 from modelpack.formats.shards import check_complete, indexed_files
-from modelpack.formats.tensors import TensorInfo
-from modelpack.formats.units import format_decimal_parameters, format_decimal_size
-from modelpack.gojson import sorted_map
+from modelpack.formats.tensors import ModelStatistics, TensorInfo
+from modelpack.formats.units import format_decimal_parameters, format_decimal_size, trim
 
 #: Longer metadata texts are left out of configs, but for exact ones.
 MAX_TEXT = 65_536

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from modelpack.artifacts.paths import path_problem
 from modelpack.errors import ModelpackError, NotFoundError, PackagingError
-from modelpack.formats.jsontext import JSONText
-from modelpack.formats.reading import WeightFile, quoted
-from modelpack.paths import path_problem
+from modelpack.formats.json_reader import JSONText
+from modelpack.formats.reader import WeightFile, quoted
 
 INDEX_SUFFIX = ".safetensors.index.json"
 #: Tensors in one index. The largest models have some 150,000.

@@ -1,10 +1,88 @@
-"""Counts and sizes as short text, in the number formats that Docker Model Runner writes.
+"""Values as the text that Go's `fmt` gives them, which is what configs hold.
 
-Each format has its own units and rounding; other readers compare the text, so it is kept to the
-letter. The names P, Z and S are ours.
+Go trims, rounds and spells out numbers differently from Python in the corners; a digest depends
+on every one of them.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any
+
+#: Unicode White_Space as Go's `unicode.IsSpace`. `str.strip()` would also take U+001C to U+001F.
+_SPACE = (
+    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
+
+
+def trim(text: str) -> str:
+    """Return `text` without Unicode white space at both ends, as `strings.TrimSpace`."""
+    return text.strip(_SPACE)
+
+
+def fixed(number: float) -> str:
+    """Return `number` with six decimals, as Go's `%f`."""
+    return _special(number) or f"{number:.6f}"
+
+
+def boolean(value: bool) -> str:
+    """Return `true` or `false`, as Go's `%t`."""
+    return "true" if value else "false"
+
+
+def any_value(value: Any) -> str:
+    """Return a value decoded from JSON as Go's `%v` of the same value.
+
+    Numbers are 64-bit floats there: a million is `1e+06`.
+    """
+    if value is None:
+        return "<nil>"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return boolean(value)
+    if isinstance(value, (int, float)):
+        return _shortest(float(value))
+    if isinstance(value, list):
+        return "[" + " ".join(any_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        keys = sorted(value, key=lambda key: key.encode(errors="surrogateescape"))
+        return "map[" + " ".join(f"{key}:{any_value(value[key])}" for key in keys) + "]"
+    raise TypeError(f"{type(value).__name__} does not come from JSON")
+
+
+def _shortest(number: float) -> str:
+    """Return `number` as Go's `%g` with the fewest digits that identify it."""
+    special = _special(number)
+    if special:
+        return special
+    mantissa, _, exponent_text = f"{abs(number)!r}".partition("e")
+    whole, _, fraction = mantissa.partition(".")
+    digits = (whole + fraction).lstrip("0")
+    point = len(digits) - len(fraction) + int(exponent_text or 0)
+    digits = digits.rstrip("0")
+    sign = "-" if math.copysign(1.0, number) < 0 else ""
+    if not digits:
+        return sign + "0"
+    exponent = point - 1
+    if exponent < -4 or exponent >= 6:
+        tail = f".{digits[1:]}" if len(digits) > 1 else ""
+        return f"{sign}{digits[0]}{tail}e{exponent:+03d}"
+    if point <= 0:
+        return f"{sign}0.{'0' * -point}{digits}"
+    if point >= len(digits):
+        return sign + digits + "0" * (point - len(digits))
+    return f"{sign}{digits[:point]}.{digits[point:]}"
+
+
+def _special(number: float) -> str:
+    if math.isnan(number):
+        return "NaN"
+    if math.isinf(number):
+        return "+Inf" if number > 0 else "-Inf"
+    return ""
+
 
 _P_UNITS = ((1e15, "Q"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 _Z_UNITS = (

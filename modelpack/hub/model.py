@@ -14,33 +14,31 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final, TypeVar, cast
 
-from modelpack import mediatypes
-from modelpack.config import ModelConfig
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
+from modelpack.builder.build import Built, described, file_layer
+from modelpack.builder.classify import MEDIA_TYPES, FileKind, classify
+from modelpack.builder.config import docker_config_type
+from modelpack.builder.files import LayerMetadata
+from modelpack.builder.times import EPOCH
 from modelpack.errors import NotFoundError, PackagingError, WeightFormatError
 from modelpack.formats.dduf import read_dduf_header
 from modelpack.formats.gguf import read_gguf_header
-from modelpack.formats.model_statistics import ModelStatistics
-from modelpack.formats.reading import WeightFile
+from modelpack.formats.reader import WeightFile
 from modelpack.formats.safetensors import read_safetensors_header
 from modelpack.formats.statistics import (
     dduf_statistics,
     gguf_statistics,
     safetensors_statistics,
 )
-from modelpack.hub.choice import Choice
-from modelpack.hub.origin import origin_annotations
-from modelpack.hub.reference import HubReference
+from modelpack.formats.tensors import ModelStatistics
+from modelpack.hub.reference import HubReference, origin_annotations
 from modelpack.hub.repository import HubFile, HubRepository
-from modelpack.layer_metadata import LayerMetadata
-from modelpack.manifest import Manifest
-from modelpack.packaging.build import Built, described, file_layer
-from modelpack.packaging.classify import MEDIA_TYPES, FileKind, classify
-from modelpack.packaging.convert import docker_config_type
-from modelpack.packaging.times import EPOCH
-from modelpack.small_blobs import BytesBlob, FileBlob
-from modelpack.storage import BlobSource
+from modelpack.hub.selection import Choice
+from modelpack.storage import BlobSource, BytesBlob, FileBlob
 
 T = TypeVar("T")
 #: Runs independent tasks, several at a time, and returns what they return.
@@ -138,7 +136,7 @@ def _layer(file: HubFile, choice: Choice) -> Descriptor:
     assert file.sha256 is not None, f"{file.path} was fetched without its digest"
     media_type = MEDIA_TYPES[classify(file.path)]
     if any(file.path == projector.path for projector in choice.projectors):
-        media_type = mediatypes.DOCKER_MMPROJ
+        media_type = media_types.DOCKER_MMPROJ
     metadata = LayerMetadata(file.path.rpartition("/")[2], _FILE_MODE, file.size, EPOCH)
     return file_layer(media_type, file.sha256, metadata, file.path)
 

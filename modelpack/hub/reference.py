@@ -13,9 +13,11 @@ import re
 from dataclasses import dataclass, replace
 from typing import Final
 
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
+from modelpack.artifacts.reference import DEFAULT_TAG, Reference, check_tag
 from modelpack.errors import InvalidDigestError, InvalidReferenceError
-from modelpack.reference import DEFAULT_TAG, Reference, check_tag
 
 #: The registry that the models are kept under in a store, as Docker Model Runner does.
 HUB_REGISTRY: Final = "huggingface.co"
@@ -137,3 +139,30 @@ def _invalid(text: str, problem: str) -> InvalidReferenceError:
         reference=text,
         hint="a model of the hub is hf.co/ORG/NAME[:QUANT][@REVISION]",
     )
+
+
+_HUB: Final = "https://huggingface.co/"
+
+
+def origin_annotations(reference: HubReference) -> dict[str, str]:
+    """Return the page and the commit of a model, as image-spec's annotations.
+
+    The page is the hub's own, whatever mirror was asked: the same commit is the same model.
+    """
+    return {
+        media_types.SOURCE: f"{_HUB}{reference.repository}",
+        media_types.REVISION: reference.revision,
+    }
+
+
+def hub_origin(manifest: Manifest) -> HubReference | None:
+    """Return where on the hub a model is from, at its commit; None if it is not."""
+    page = manifest.annotations.get(media_types.SOURCE, "")
+    commit = manifest.annotations.get(media_types.REVISION, "")
+    if not page.startswith(_HUB):
+        return None
+    try:
+        found = HubReference.parse(f"hf.co/{page.removeprefix(_HUB)}@{commit}")
+    except InvalidReferenceError:  # somebody else wrote these
+        return None
+    return found if found is not None and found.is_commit else None

@@ -17,8 +17,9 @@ from itertools import pairwise
 from typing import Any, Final
 from urllib.parse import quote
 
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.paths import checked_path
 from modelpack.errors import (
     DigestMismatchError,
     InvalidDigestError,
@@ -28,12 +29,11 @@ from modelpack.errors import (
 )
 from modelpack.hub.reference import HubReference
 from modelpack.hub.transport import HubTransport
-from modelpack.paths import checked_path
-from modelpack.registry.downloads import RemoteBlob
+from modelpack.registry.auth_challenge import NOTHING
+from modelpack.registry.blob_download import RemoteBlob
 from modelpack.registry.endpoint import Endpoint
 from modelpack.registry.manifests import Pages, next_page
 from modelpack.registry.remote_file import RemoteFile
-from modelpack.registry.scopes import NOTHING
 
 #: The hub keeps larger files in LFS (10 MB); this leaves room for mirrors with other rules.
 MAX_PLAIN_BYTES: Final = 64 * 1024 * 1024

@@ -1,12 +1,13 @@
-"""HubTransport: requests to the hub, by the transport that registries have.
+"""HubSettings: where the hub is, who asks it, and whether it may be asked at all.
 
-So they are retried, bounded, interruptible and redirected like those, and storage that the hub
-redirects to never sees the token. Only proving who asks, and what a refusal means, differ: the hub
-says that in `X-Error-Code` and `X-Error-Message` (huggingface_hub.utils.hf_raise_for_status).
+All of it is what huggingface_hub finds in the usual places: HF_ENDPOINT, HF_TOKEN, the file that
+`hf auth login` writes, HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
@@ -18,22 +19,67 @@ from modelpack.errors import (
     DeniedError,
     NotFoundError,
     RegistryError,
+    RemoteUnavailableError,
+    UsageError,
 )
-from modelpack.hub.settings import HubSettings
 from modelpack.progress import ProgressCallback, Stop
-from modelpack.registry.blob_options import BlobOptions
 from modelpack.registry.credentials import Credential
-from modelpack.registry.failures import shown
-from modelpack.registry.hosts import is_loopback
+from modelpack.registry.http_errors import shown
+from modelpack.registry.limits import BlobOptions, Timeouts
 from modelpack.registry.retry import FailedTry, RetryPolicy
-from modelpack.registry.timeouts import Timeouts
 from modelpack.registry.tls import TlsOptions
 from modelpack.registry.transport import Transport
+from modelpack.registry.urls import checked_url, is_loopback
 
 if TYPE_CHECKING:
     from modelpack.registry.auth import Authorizer
-    from modelpack.registry.scopes import Scopes
+    from modelpack.registry.auth_challenge import Scopes
     from modelpack.registry.transport import Call
+
+DEFAULT_ENDPOINT: Final = "https://huggingface.co"
+_TRUE: Final = frozenset({"1", "ON", "YES", "TRUE"})  # as huggingface_hub reads them
+
+
+@dataclass(frozen=True, slots=True)
+class HubSettings:
+    """`endpoint` is the address of the hub or a mirror; `token` None asks without one."""
+
+    endpoint: str = DEFAULT_ENDPOINT
+    token: str | None = field(default=None, repr=False)
+    offline: bool = False
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> HubSettings:
+        """Return what the environment says; raise `UsageError` for an endpoint that is no URL."""
+        given = environ.get("HF_ENDPOINT", "").strip().rstrip("/")
+        try:
+            endpoint = checked_url(given, "HF_ENDPOINT") if given else DEFAULT_ENDPOINT
+        except RegistryError as error:
+            raise UsageError(
+                str(error), hint="expected the address of a hub, like https://hf-mirror.example"
+            ) from None
+        offline = any(
+            environ.get(name, "").upper() in _TRUE
+            for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+        )
+        return cls(endpoint.rstrip("/"), None if offline else _token(environ), offline)
+
+    def check_online(self, what: str) -> None:
+        """Raise `RemoteUnavailableError` if nothing may be fetched."""
+        if self.offline:
+            raise RemoteUnavailableError(
+                f"{what}: is not in the store, and HF_HUB_OFFLINE forbids asking the hub",
+                hint="unset HF_HUB_OFFLINE, or name a model that is stored",
+            )
+
+
+def _token(environ: Mapping[str, str]) -> str | None:
+    if environ.get("HF_HUB_DISABLE_IMPLICIT_TOKEN", "").upper() in _TRUE:
+        return None
+    from huggingface_hub import get_token
+
+    return get_token()
+
 
 _LOG_IN: Final = (
     "log in with `hf auth login`, or set HF_TOKEN; a name that does not exist may look the same"

@@ -7,25 +7,39 @@ Runner's archive holds one without a name: `blobs/sha256/<hex>` for each layer a
 
 from __future__ import annotations
 
+import posixpath
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import IO, Final, Literal
 
-from modelpack import mediatypes
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
-from modelpack.errors import UsageError
-from modelpack.gojson import encode
-from modelpack.manifest import Index, parse_manifest_or_index
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES, encode
+from modelpack.artifacts.manifest import Index, Manifest, parse_manifest_or_index
+from modelpack.artifacts.reference import Reference
+from modelpack.bundles.links import open_blob
+from modelpack.bundles.tar_reader import TarEntry, TarReader
+from modelpack.errors import (
+    FormatError,
+    InvalidDigestError,
+    InvalidReferenceError,
+    ManifestError,
+    ModelpackError,
+    NotFoundError,
+    UnsafePathError,
+    UnsupportedError,
+    UsageError,
+)
 from modelpack.operations.docker import check_docker_takes
-from modelpack.operations.find import stored_model
-from modelpack.operations.wholeness import check_whole
+from modelpack.operations.lookup import check_whole, stored_model
+from modelpack.operations.transfer import MAX_DEPTH, MAX_MANIFESTS
 from modelpack.progress import Action, Progress
-from modelpack.reference import Reference
-from modelpack.storage import Watch
-from modelpack.stores.layout import LayoutStore
-from modelpack.unpacking.blobs import open_blob
+from modelpack.storage import Outcome, Watch
+from modelpack.store.layout import LayoutStore
+from modelpack.store.reachability import successors
 
 Form = Literal["oci", "docker"]
 FORMS: Final[tuple[Form, ...]] = ("oci", "docker")
@@ -81,7 +95,7 @@ def archive_of(
     index = encode(
         {
             "schemaVersion": 2,
-            "mediaType": mediatypes.OCI_INDEX,
+            "mediaType": media_types.OCI_INDEX,
             "manifests": [entry.to_json() for entry in entries],
         }
     )
@@ -146,7 +160,7 @@ def _is(name: str, reference: Reference) -> bool:
 
 
 def _entry(descriptor: Descriptor, name: str | None) -> Descriptor:
-    said = {} if name is None else {mediatypes.REF_NAME: name, mediatypes.CONTAINERD_NAME: name}
+    said = {} if name is None else {media_types.REF_NAME: name, media_types.CONTAINERD_NAME: name}
     return Descriptor(
         descriptor.media_type,
         descriptor.digest,
@@ -201,3 +215,207 @@ def _header(name: str, size: int, kind: bytes = tarfile.REGTYPE, mode: int = 0o6
     entry = tarfile.TarInfo(name)
     entry.size, entry.type, entry.mode = size, kind, mode
     return entry.tobuf(tarfile.GNU_FORMAT)
+
+
+#: Files and directories of one archive, and the bytes of the headers of each.
+_MAX_ENTRIES = 100_000
+_MAX_HEADER_BYTES = 64 * 1024
+# Until the manifest comes, nobody knows what a blob is.
+_UNKNOWN = "application/octet-stream"
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A model that came out of an archive, and the name that it has in the store, if any."""
+
+    digest: Digest
+    reference: Reference | None
+
+
+def import_archive(
+    store: LayoutStore, stream: IO[bytes], watch: Watch, *, to: str | Reference | None = None
+) -> tuple[Imported, ...]:
+    """Import the models of an archive, under the names that it gives or the only one as `to`.
+
+    The models are listed together, after everything was read and verified; if anything fails,
+    the blobs that the archive added are deleted. Raises `FormatError` for what is not such an
+    archive, `IntegrityError`, `StorageFullError`, `UnsafePathError` for links and devices,
+    `UnsupportedError` for sparse files and for what is not a model.
+    """
+    where = Reference.parse(to) if isinstance(to, str) else to
+    if where is not None and where.digest is not None:
+        raise UsageError(f"{where}: a digest cannot be chosen, it follows from the archive")
+    added: list[Digest] = []
+    try:
+        with store.lease(()):
+            return _import(store, stream, watch, where, added)
+    except BaseException:
+        with suppress(ModelpackError):  # a collection deletes them later
+            store.discard_blobs(added)
+        raise
+
+
+def _import(
+    store: LayoutStore,
+    stream: IO[bytes],
+    watch: Watch,
+    where: Reference | None,
+    added: list[Digest],
+) -> tuple[Imported, ...]:
+    documents = _read_blobs(store, stream, watch, added)
+    index, manifest = documents.get(INDEX_JSON), documents.get(MANIFEST_JSON)
+    if index is not None:
+        return _keep_layout(store, Index.parse(index, INDEX_JSON), where)
+    if manifest is None:
+        raise ManifestError(f"has no {INDEX_JSON} and no {MANIFEST_JSON}", path="archive")
+    if manifest.lstrip().startswith(b"["):
+        raise UnsupportedError(
+            f"its {MANIFEST_JSON} is one of `docker save`, which holds images",
+            path="archive",
+        )
+    document = Manifest.parse(manifest, MANIFEST_JSON)
+    document.check_is_model(MANIFEST_JSON)
+    store.write_manifest(document.descriptor, manifest, str(where) if where else None)
+    return (Imported(document.digest, where),)
+
+
+def _read_blobs(
+    store: LayoutStore, stream: IO[bytes], watch: Watch, added: list[Digest]
+) -> dict[str, bytes]:
+    """Store all blobs and return the documents; `added` lists the blobs that were not there."""
+    documents: dict[str, bytes] = {}
+    sizes: dict[Digest, int] = {}
+    reader = TarReader(stream, "archive", max_header_bytes=_MAX_HEADER_BYTES)
+    for number, entry in enumerate(reader, start=1):
+        watch.stop.check()
+        if number > _MAX_ENTRIES:
+            raise UnsupportedError(f"has more than {_MAX_ENTRIES} entries", path="archive")
+        name = _normalised(entry.name)
+        if entry.is_directory:
+            continue
+        if name in (INDEX_JSON, MANIFEST_JSON):
+            if name in documents:
+                raise FormatError(f"holds {name} twice", path="archive")
+            documents[name] = _document(name, entry, reader)
+        elif (digest := _digest_of(name)) is not None:
+            if sizes.setdefault(digest, entry.size) != entry.size:
+                raise FormatError(f"holds {name!r} twice, of different sizes", path="archive")
+            blob = Descriptor(_UNKNOWN, digest, entry.size)
+            if store.receive_blob(blob, _Member(reader), watch) is Outcome.WRITTEN:
+                added.append(digest)
+    return documents
+
+
+def _document(name: str, entry: TarEntry, reader: TarReader) -> bytes:
+    if entry.size > MAX_DOCUMENT_BYTES:
+        raise ManifestError(f"has more than {MAX_DOCUMENT_BYTES} bytes", path=name)
+    pieces = []
+    while piece := reader.read(entry.size):
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _keep_layout(store: LayoutStore, index: Index, where: Reference | None) -> tuple[Imported, ...]:
+    listed = {entry.digest for entry in index.manifests}
+    if not listed:
+        raise ManifestError("lists no manifest", path=INDEX_JSON)
+    if where is not None and len(listed) > 1:
+        raise UsageError(
+            f"the archive holds {len(listed)} models, so they cannot all be {where}",
+            hint="leave the reference out: they have names of their own",
+        )
+    found: dict[Digest, Descriptor] = {}
+    for entry in index.manifests:
+        _collect_members(store, entry, 0, found)
+    named = [(entry, where or _name_of(entry)) for entry in index.manifests]
+    store.list_manifests(
+        [(descriptor, None) for descriptor in found.values()]
+        + [(found[entry.digest], str(name)) for entry, name in named if name is not None]
+    )
+    return tuple(Imported(entry.digest, name) for entry, name in named)
+
+
+def _collect_members(
+    store: LayoutStore, descriptor: Descriptor, depth: int, found: dict[Digest, Descriptor]
+) -> None:
+    """Check a manifest and those that it lists, and add them to `found`, each once.
+
+    The manifests themselves are not kept: there may be many, and each may be large.
+    """
+    what = f"{descriptor.digest} in the archive"
+    if descriptor.digest in found:
+        return
+    if descriptor.media_type not in (*media_types.MANIFEST_TYPES, *media_types.INDEX_TYPES):
+        raise UnsupportedError(f"is a {descriptor.media_type}, expected a manifest", path=what)
+    if depth > MAX_DEPTH:
+        raise UnsupportedError(f"indexes are nested more than {MAX_DEPTH} deep", path=what)
+    if len(found) >= MAX_MANIFESTS:
+        raise UnsupportedError(f"lists more than {MAX_MANIFESTS} manifests", path=INDEX_JSON)
+    own = Descriptor(
+        descriptor.media_type,
+        descriptor.digest,
+        descriptor.size,
+        artifact_type=descriptor.artifact_type,
+    )
+    try:
+        raw = store.fetch_manifest(own)
+    except NotFoundError:
+        raise ManifestError("is listed, but is not there", path=what) from None
+    document = parse_manifest_or_index(raw, what, media_type=own.media_type)
+    if isinstance(document, Manifest):
+        if document.subject is None:
+            document.check_is_model(what)
+        for blob in successors(document):
+            if not store.has_blob(blob):
+                raise ManifestError(f"needs {blob.digest}, which is not there", path=what)
+    found[own.digest] = own
+    if isinstance(document, Index):
+        for child in document.manifests:
+            _collect_members(store, child, depth + 1, found)
+
+
+def _name_of(entry: Descriptor) -> Reference | None:
+    """Return the name that an archive gives; a bare tag, as others write it, is none."""
+    for key in (media_types.CONTAINERD_NAME, media_types.REF_NAME):
+        text = entry.annotations.get(key, "")
+        if "/" not in text:
+            continue
+        try:
+            found = Reference.parse(text)
+        except InvalidReferenceError:
+            continue
+        if found.digest is None:
+            return found
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """The data of the entry that a reader of an archive has come to; fulfils `BlobReader`."""
+
+    reader: TarReader
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Fill `buffer` from its start; return the number of bytes, 0 at the end."""
+        piece = self.reader.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+def _normalised(name: str) -> str:
+    """Return the path of an entry without `.` and doubled slashes; raise if it leads out."""
+    parts = posixpath.normpath(name).split("/")
+    if ".." in parts:
+        raise UnsafePathError(f"the archive holds the path {name[:200]!r}, which leads out of it")
+    return "/".join(parts)
+
+
+def _digest_of(name: str) -> Digest | None:
+    """Return the digest of a blob from its path; None for any other path."""
+    parts = name.split("/")
+    if len(parts) != 3 or parts[0] not in ("blobs", "manifests"):
+        return None
+    try:
+        return Digest.parse(f"{parts[1]}:{parts[2]}")
+    except InvalidDigestError as error:
+        raise FormatError(f"{name[:200]!r} is not a blob: {error}", path="archive") from error

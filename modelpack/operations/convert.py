@@ -1,25 +1,273 @@
-"""Convert: a model into another form, in the store or straight into a registry."""
+"""TarLayer: a tar archive of blobs that is never written down: it is read out of them.
+
+Plain GNU tar, the same bytes for the same files: no owner, no time, directories before what is in
+them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Literal
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, TypeVar
 
-from modelpack.descriptor import checked_platform
-from modelpack.digest import Digest
-from modelpack.errors import UsageError
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor, checked_platform
+from modelpack.artifacts.digest import Digest, new_hasher
+from modelpack.artifacts.json_document import encode
+from modelpack.artifacts.manifest import Index, Manifest
+from modelpack.artifacts.model import Model, ModelFile, Role
+from modelpack.artifacts.reference import Reference
+from modelpack.builder.request import PackageRequest
+from modelpack.builder.times import EPOCH
+from modelpack.bundles.names import arrange
+from modelpack.errors import NotFoundError, UnsafePathError, UnsupportedError, UsageError
 from modelpack.operations.find import find_model
-from modelpack.operations.image import PLATFORMS, image_of
-from modelpack.operations.package import package
+from modelpack.operations.package import as_single_files, is_of_single_files, package
 from modelpack.operations.remote import RemoteOptions, open_repository
-from modelpack.operations.single_files import as_single_files, is_of_single_files
 from modelpack.operations.transfer import transfer
-from modelpack.operations.watching import watching
-from modelpack.packaging.request import PackageRequest
-from modelpack.progress import ProgressCallback, Stop
-from modelpack.reference import Reference
-from modelpack.stores.layout import LayoutStore
+from modelpack.progress import Action, Progress, ProgressCallback, Stop
+from modelpack.storage import BlobReader, BlobSource, BytesBlob, Source, Watch, watching
+from modelpack.store.layout import LayoutStore
+
+_BLOCK: Final = 512
+_CHUNK: Final = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TarFile:
+    """A file of `size` bytes that is to lie at `path` in an archive."""
+
+    path: str
+    size: int
+    content: BlobSource
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    size: int
+    content: BlobSource
+
+
+@dataclass(frozen=True, slots=True)
+class TarLayer:
+    """An archive of files; fulfils `BlobSource`. `size` is in bytes."""
+
+    size: int
+    _pieces: tuple[_Piece, ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, files: Iterable[TarFile]) -> TarLayer:
+        """Return the archive of these files, in their order."""
+        pieces: list[_Piece] = []
+        made: set[str] = set()
+
+        def add(content: bytes) -> None:
+            pieces.append(_Piece(len(content), BytesBlob(content)))
+
+        for file in files:
+            for directory in _above(file.path):
+                if directory not in made:
+                    made.add(directory)
+                    add(_header(f"{directory}/", 0, tarfile.DIRTYPE, 0o755))
+            add(_header(file.path, file.size, tarfile.REGTYPE, 0o644))
+            pieces.append(_Piece(file.size, file.content))
+            add(bytes(-file.size % _BLOCK))
+        add(bytes(2 * _BLOCK))
+        return cls(sum(piece.size for piece in pieces), tuple(pieces))
+
+    @contextmanager
+    def open(self, offset: int = 0) -> Iterator[BlobReader]:
+        """Yield the archive's bytes from `offset` on."""
+        reader = _Reader(self._pieces, offset)
+        try:
+            yield reader
+        finally:
+            reader.close()
+
+    def digest(self, seen: Callable[[int], None]) -> Digest:
+        """Return the digest, having read all files; `seen` is told how many bytes were."""
+        hasher, buffer, done = new_hasher(), memoryview(bytearray(_CHUNK)), 0
+        with self.open() as reader:
+            while count := reader.readinto(buffer):
+                hasher.update(buffer[:count])
+                done += count
+                seen(done)
+        return Digest.of_hasher(hasher)
+
+
+class _Reader:
+    """Reads piece after piece; a piece that is shorter than it should be ends the archive."""
+
+    def __init__(self, pieces: Sequence[_Piece], offset: int) -> None:
+        self._left = list(reversed(pieces))
+        self._skip = offset
+        self._open = ExitStack()  # the file that is being read
+        self._reader: BlobReader | None = None
+        self._missing = 0
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Fill `buffer` from its start; return the number of bytes, 0 at the end."""
+        while self._reader is None or not self._missing:
+            if not self._next():
+                return 0
+        count = self._reader.readinto(buffer[: self._missing])
+        self._missing = self._missing - count if count else 0
+        if not count:
+            self._left.clear()
+        return count
+
+    def close(self) -> None:
+        """Close the file that is being read."""
+        self._open.close()
+        self._reader = None
+
+    def _next(self) -> bool:
+        self.close()
+        while self._left:
+            piece = self._left.pop()
+            if self._skip >= piece.size:
+                self._skip -= piece.size
+                continue
+            self._reader = self._open.enter_context(piece.content.open(self._skip))
+            self._missing, self._skip = piece.size - self._skip, 0
+            return True
+        return False
+
+
+def _above(path: str) -> list[str]:
+    parts = path.split("/")[:-1]
+    return ["/".join(parts[: count + 1]) for count in range(len(parts))]
+
+
+def _header(path: str, size: int, kind: bytes, mode: int) -> bytes:
+    entry = tarfile.TarInfo(path)
+    entry.size, entry.type, entry.mode = size, kind, mode
+    return entry.tobuf(tarfile.GNU_FORMAT)
+
+
+T = TypeVar("T")
+#: Where the files are in the image.
+DIRECTORY: Final = "models"
+#: What images are made for if nobody says: their content is the same on all.
+PLATFORMS: Final = ("linux/amd64", "linux/arm64")
+#: overlayfs takes 128 layers at most, and somebody may build on this image.
+MAX_WEIGHT_LAYERS: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """An image, or an index of one for each platform; fulfils `Source`. Layers are read anew."""
+
+    document: Manifest | Index
+    _manifests: Mapping[Digest, bytes]
+    _blobs: Mapping[Digest, BlobSource]
+
+    def resolve(self, name: str) -> Descriptor:
+        """Return the descriptor of the image, whatever the name."""
+        return self.document.descriptor
+
+    def fetch_manifest(self, descriptor: Descriptor) -> bytes:
+        """Return the bytes of the index or of a manifest; raise `NotFoundError` for others."""
+        return _found(self._manifests, descriptor)
+
+    def blob(self, descriptor: Descriptor) -> BlobSource:
+        """Return a layer or a config to read from."""
+        return _found(self._blobs, descriptor)
+
+
+def image_of(
+    model: Model,
+    source: Source,
+    watch: Watch,
+    *,
+    platforms: Sequence[str] = PLATFORMS,
+    named: Digest | None = None,
+) -> ImageSource:
+    """Return the image of a model; its files are read from `source` once, for their digests.
+
+    `named` is the digest of what it was made of, the model's own otherwise. One platform gives an
+    image, several an index of images that share all layers. Raises `UnsupportedError` for a model
+    with archives in it, `UnsafePathError` for two files of one path.
+    """
+    layers: list[Descriptor] = []
+    blobs: dict[Digest, BlobSource] = {}
+    for number, files in enumerate(_grouped(model), start=1):
+        layer = TarLayer.of(
+            TarFile(f"{DIRECTORY}/{path}", file.descriptor.size, source.blob(file.descriptor))
+            for path, file in files
+        )
+
+        def seen(done: int, name: str = f"layer {number}", size: int = layer.size) -> None:
+            watch.stop.check()
+            watch.report(Progress(Action.VERIFY, name, None, done, size))
+
+        digest = layer.digest(seen)
+        layers.append(Descriptor(media_types.OCI_TAR_LAYER, digest, layer.size))
+        blobs[digest] = layer
+    manifests: dict[Digest, bytes] = {}
+    entries = []
+    annotations = {**model.manifest.annotations, media_types.MODEL: str(named or model.digest)}
+    for platform in platforms:
+        raw = encode(_config(platform, layers))
+        config = Descriptor(media_types.OCI_IMAGE_CONFIG, Digest.of(raw), len(raw))
+        blobs[config.digest] = BytesBlob(raw)
+        manifest = Manifest.build(config, layers, annotations=annotations)
+        manifests[manifest.digest] = manifest.raw
+        own = manifest.descriptor
+        entries.append(Descriptor(own.media_type, own.digest, own.size, platform=platform))
+        document: Manifest | Index = manifest
+    if len(entries) > 1:
+        document = Index.build(entries, annotations=annotations)
+        manifests[document.digest] = document.raw
+    return ImageSource(document, manifests, blobs)
+
+
+def _grouped(model: Model) -> list[list[tuple[str, ModelFile]]]:
+    """Return the files of each layer with their paths: what is small first, then the weights."""
+    placed = [(file.filepath, file) for file in model.files()]
+    if any(file.archive for _, file in placed):
+        raise UnsupportedError(
+            "holds archives, whose files would have to be unpacked first",
+            path=str(model.reference or model.digest),
+            hint="unpack it with `modelpack bundle`, and package the files",
+        )
+    others = {item.file: item.path for item in arrange(model).files}
+    named = [(path or others.get(file), file) for path, file in placed]
+    files = [(path, file) for path, file in named if path is not None]
+    _check_distinct(files)
+    weights = [(path, file) for path, file in files if file.role in (Role.WEIGHT, Role.PROJECTOR)]
+    rest = [(path, file) for path, file in files if file.role not in (Role.WEIGHT, Role.PROJECTOR)]
+    each = -(-len(weights) // MAX_WEIGHT_LAYERS) or 1
+    groups = [weights[at : at + each] for at in range(0, len(weights), each)]
+    return [rest, *groups] if rest else groups
+
+
+def _check_distinct(files: Sequence[tuple[str, ModelFile]]) -> None:
+    seen: dict[str, Digest] = {}
+    for path, file in files:
+        if seen.setdefault(path, file.descriptor.digest) != file.descriptor.digest:
+            raise UnsafePathError(f"two different files of the model have the path {path!r}")
+
+
+def _config(platform: str, layers: Sequence[Descriptor]) -> dict[str, Any]:
+    system, architecture, *variant = platform.split("/")
+    value: dict[str, Any] = {"created": EPOCH, "architecture": architecture, "os": system}
+    if variant:
+        value["variant"] = variant[0]
+    value["config"] = {}
+    value["rootfs"] = {"type": "layers", "diff_ids": [str(layer.digest) for layer in layers]}
+    value["history"] = [{"created": EPOCH, "created_by": "modelpack convert"} for _ in layers]
+    return value
+
+
+def _found(among: Mapping[Digest, T], descriptor: Descriptor) -> T:
+    try:
+        return among[descriptor.digest]
+    except KeyError:
+        raise NotFoundError(f"the image has no {descriptor.digest}") from None
+
 
 Form = Literal["docker", "cncf", "image"]
 FORMS: Final[tuple[Form, ...]] = ("docker", "cncf", "image")

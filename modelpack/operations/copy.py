@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.reference import Reference
 from modelpack.hub.reference import HubReference
-from modelpack.operations.referrer_transfer import transfer_referrers
 from modelpack.operations.remote import RemoteOptions, open_repository
 from modelpack.operations.sources import open_source
-from modelpack.operations.transfer import Transfer, transfer
-from modelpack.operations.watching import watching
+from modelpack.operations.transfer import Transfer, transfer, transfer_referrers
 from modelpack.progress import ProgressCallback, Stop
-from modelpack.reference import Reference
+from modelpack.storage import watching
 
 
 @dataclass(frozen=True, slots=True)

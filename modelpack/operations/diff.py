@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from modelpack.config import ModelConfig
-from modelpack.digest import Digest
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.model import Model, ModelFile
+from modelpack.artifacts.reference import Reference, is_model_id
 from modelpack.errors import NotFoundError
-from modelpack.model import Model, ModelFile
-from modelpack.operations.find import remote_model, stored_model
+from modelpack.operations.lookup import remote_model, stored_model
 from modelpack.operations.remote import RemoteOptions
-from modelpack.operations.watching import watching
 from modelpack.progress import Stop
-from modelpack.reference import Reference, is_model_id
-from modelpack.stores.layout import LayoutStore
+from modelpack.storage import watching
+from modelpack.store.layout import LayoutStore
 
 
 class Change(StrEnum):

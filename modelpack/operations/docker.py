@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from modelpack import mediatypes
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import NotFoundError, UnsupportedError
-from modelpack.manifest import Manifest
-from modelpack.operations.find import stored_model
-from modelpack.operations.watching import watching
-from modelpack.operations.wholeness import check_whole
+from modelpack.operations.lookup import check_whole, stored_model
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
-from modelpack.reference import Reference
-from modelpack.storage import Watch
-from modelpack.stores.docker import DockerStore
-from modelpack.stores.layout import LayoutStore
+from modelpack.storage import Watch, watching
+from modelpack.store.docker_store import DockerStore
+from modelpack.store.layout import LayoutStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +95,7 @@ def export_to_docker(
 
 def check_docker_takes(manifest: Manifest, what: str) -> None:
     """Raise `UnsupportedError` for a model of a format that `docker model` does not load."""
-    if manifest.config.media_type in mediatypes.FOREIGN_CONFIG_TYPES:
+    if manifest.config.media_type in media_types.FOREIGN_CONFIG_TYPES:
         raise UnsupportedError(
             f"is of another tool's format ({manifest.config.media_type}), which `docker model` "
             "does not take",

@@ -1,50 +1,25 @@
-"""Find: the model that a user names, in the store or in its registry."""
+"""Models that are stored in part: what they lack, and where the rest is."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from modelpack.blob import read_blob
-from modelpack.config import ModelConfig
-from modelpack.descriptor import Descriptor
-from modelpack.errors import InvalidReferenceError, NotFoundError, UnsupportedError
-from modelpack.hub.origin import hub_origin
-from modelpack.hub.reference import HubReference, local_name
-from modelpack.manifest import Manifest
-from modelpack.model import Model
-from modelpack.operations.remote import RemoteOptions, fetch_referenced_manifest, open_repository
+from modelpack.artifacts.model import Model
+from modelpack.artifacts.reference import Reference, is_model_id
+from modelpack.errors import (
+    NotFoundError,
+    UnsupportedError,
+)
+from modelpack.hub.reference import HubReference, hub_origin
+from modelpack.operations.lookup import check_whole, completing_reference, stored_model
+from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.selection import Selection
-from modelpack.operations.sources import named, open_commit, open_source
-from modelpack.operations.variants import fetch_variant
-from modelpack.operations.watching import watching
-from modelpack.operations.wholeness import check_whole, completing_reference
-from modelpack.progress import ProgressCallback, Stop
-from modelpack.reference import Reference, begins_id, is_model_id
-from modelpack.storage import Source, Watch
-from modelpack.stores.layout import LayoutStore
+from modelpack.operations.sources import named, open_commit
+from modelpack.storage import Watch
+from modelpack.store.layout import LayoutStore
 
 if TYPE_CHECKING:
-    from modelpack.registry import Repository
-
-
-def inspect(
-    name: str,
-    *,
-    store: LayoutStore | None = None,
-    remote: RemoteOptions | None = None,
-    from_registry: bool = False,
-    progress: ProgressCallback | None = None,
-    stop: Stop | None = None,
-) -> Model:
-    """Return the model `name`: of the store, or, with `from_registry`, of its registry.
-
-    A name is a reference, a digest, a short id or a unique prefix of one. From a registry only
-    the manifest and the config are fetched. Raises `NotFoundError`.
-    """
-    watch = watching(progress, stop)
-    if from_registry:
-        return remote_model(named(name), remote, watch)
-    return stored_model(store or LayoutStore(), name)
+    pass
 
 
 def find_model(
@@ -87,7 +62,7 @@ def find_any_part(
             raise
     else:
         if remote is not None and remote.trust is not None:
-            from modelpack.operations.trusting import check_stored
+            from modelpack.operations.trust import check_stored
 
             check_stored(remote.trust, store, model, remote, watch)
         return model
@@ -115,84 +90,6 @@ def complete(
         check_whole(store, model)
     else:
         _pull(where, store, remote, watch, selection)
-
-
-def stored_model(store: Source, name: str, options: RemoteOptions | None = None) -> Model:
-    """Return the model `name` of a source, with its config; of variants, the one to take."""
-    name = local_name(name)
-    descriptor = store.resolve(name)
-    reference = reference_in(store, name, descriptor)
-    what = f"model {name}"
-    raw = store.fetch_manifest(descriptor)
-    descriptor, manifest = fetch_variant(store, descriptor, raw, what, options=options)
-    return Model(reference, descriptor, manifest, _read_config(store, manifest, what))
-
-
-def reference_in(source: Source, name: str, found: Descriptor) -> Reference | None:
-    """Return the reference by which `source` found the manifest; None for an id or a part of one.
-
-    The first digits of an id are spelled like a name, and a model that has no such name must not be
-    taken for one that has: a policy trusts names.
-    """
-    if is_model_id(name.strip()):
-        return None
-    try:
-        reference = Reference.parse(name)
-        if begins_id(name) and source.resolve(str(reference)).digest != found.digest:
-            return None
-    except (InvalidReferenceError, NotFoundError):
-        return None
-    return reference
-
-
-def model_of(
-    source: Source, descriptor: Descriptor, manifest: Manifest, reference: Reference | None
-) -> Model:
-    """Return the model whose manifest was read from `source`; raise `UnsupportedError` if none."""
-    what = str(reference or descriptor.digest)
-    manifest.check_is_model(what)
-    return Model(reference, descriptor, manifest, _read_config(source, manifest, what))
-
-
-def remote_model(
-    reference: Reference | HubReference, remote: RemoteOptions | None, watch: Watch
-) -> Model:
-    """Return the model `reference` of its registry: two small requests, no layer.
-
-    Of the hub: its small files, and the headers of its weights.
-    """
-    with open_source(reference, remote or RemoteOptions(), watch) as opened:
-        descriptor, manifest = fetch_variant(
-            opened.source,
-            opened.descriptor,
-            opened.raw,
-            opened.asked,
-            options=remote,
-            report=watch.report,
-        )
-        config = _read_config(opened.source, manifest, opened.asked)
-        return Model(opened.local, descriptor, manifest, config)
-
-
-def model_in(repository: Repository, reference: Reference) -> Model:
-    """Return the model `reference` of its open repository."""
-    descriptor, raw = fetch_referenced_manifest(repository, reference)
-    descriptor, manifest = fetch_variant(repository, descriptor, raw, str(reference))
-    return Model(
-        reference, descriptor, manifest, _read_config(repository, manifest, str(reference))
-    )
-
-
-def remote_config(reference: Reference, remote: RemoteOptions | None = None) -> bytes:
-    """Return the raw config blob of the model `reference` of its registry."""
-    watch = watching(None)
-    with open_repository(reference, remote or RemoteOptions(), watch) as repository:
-        return read_blob(repository, model_in(repository, reference).manifest.config)
-
-
-def _read_config(source: Source, manifest: Manifest, what: str) -> ModelConfig:
-    raw = read_blob(source, manifest.config)
-    return ModelConfig.parse(raw, manifest.config.media_type, f"config of {what}")
 
 
 def _complete_from_hub(

@@ -7,20 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from modelpack.artifacts.model import Model, ModelFile
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import UnsupportedError
 from modelpack.formats.gguf import GGUFHeader, read_gguf_header
-from modelpack.formats.reading import WeightFile
+from modelpack.formats.reader import WeightFile
 from modelpack.formats.safetensors import SafetensorsHeader, read_safetensors_header
-from modelpack.model import Model, ModelFile
-from modelpack.operations.find import model_in, stored_model
 from modelpack.operations.kept_bundles import has_packed_weights, unpacked_files
+from modelpack.operations.lookup import check_whole, model_in, stored_model
 from modelpack.operations.remote import RemoteOptions, open_repository
-from modelpack.operations.watching import watching
-from modelpack.operations.wholeness import check_whole
 from modelpack.progress import Stop
-from modelpack.reference import Reference
 from modelpack.registry import Repository
-from modelpack.stores.layout import LayoutStore
+from modelpack.storage import watching
+from modelpack.store.layout import LayoutStore
 
 _READERS: dict[str, Callable[[WeightFile], GGUFHeader | SafetensorsHeader]] = {
     "gguf": read_gguf_header,

@@ -6,24 +6,21 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from modelpack.blob import read_blob
-from modelpack.config import ModelConfig
-from modelpack.descriptor import checked_platform
-from modelpack.digest import Digest
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.descriptor import checked_platform
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Index
+from modelpack.artifacts.model import Model
+from modelpack.artifacts.reference import Reference, check_tag
 from modelpack.errors import NotFoundError, UsageError
-from modelpack.manifest import Index
-from modelpack.model import Model
-from modelpack.operations.find import stored_model
+from modelpack.operations.lookup import check_whole, stored_model
 from modelpack.operations.remote import RemoteOptions, open_repository
 from modelpack.operations.sources import open_source
 from modelpack.operations.transfer import Transfer, transfer
 from modelpack.operations.variants import described_variant, fetch_variant
-from modelpack.operations.watching import watching
-from modelpack.operations.wholeness import check_whole
 from modelpack.progress import ProgressCallback, Stop
-from modelpack.reference import Reference, check_tag
-from modelpack.storage import Source, Watch
-from modelpack.stores.layout import LayoutStore
+from modelpack.storage import Source, Watch, read_blob, watching
+from modelpack.store.layout import LayoutStore
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,18 +5,17 @@ from __future__ import annotations
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.model import Model, ModelFile, Role, format_of, role_of
+from modelpack.bundles.bundle import Bundle, lay_out
+from modelpack.bundles.links import Placement
 from modelpack.errors import StoreError
-from modelpack.model import Model, ModelFile, Role, format_of, role_of
 from modelpack.operations.find import find_model
 from modelpack.operations.remote import RemoteOptions
-from modelpack.operations.watching import watching
 from modelpack.progress import Action, Progress, ProgressCallback
-from modelpack.storage import Watch
-from modelpack.stores.kept import KeptFile
-from modelpack.stores.layout import LayoutStore
-from modelpack.unpacking.bundle import Bundle, lay_out
-from modelpack.unpacking.links import Placement
+from modelpack.storage import Watch, watching
+from modelpack.store.kept_bundles import KeptFile
+from modelpack.store.layout import LayoutStore
 
 _WEIGHTS = (Role.WEIGHT, Role.PROJECTOR)
 

@@ -1,18 +1,160 @@
-"""Lint: does a model, or a directory that is to become one, fit into a catalogue?"""
+"""What lint and SBOMs look at, made of models and of directories."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelpack.linting.checking import check
-from modelpack.linting.description import Render
-from modelpack.linting.findings import Finding, Level
-from modelpack.linting.policy import LintPolicy
-from modelpack.operations.remote import RemoteOptions
-from modelpack.operations.subjects import directory_subject, open_subject
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.model import Model, Role, format_of, role_of
+from modelpack.artifacts.reference import Reference
+from modelpack.builder.files import Found, walk
+from modelpack.errors import ModelpackError, UsageError
+from modelpack.formats.gguf import GGUFHeader, MetadataValue, read_gguf_header
+from modelpack.formats.reader import WeightFile
+from modelpack.formats.statistics import read_statistics
+from modelpack.lint.checks import Render, check
+from modelpack.lint.policy import LintPolicy
+from modelpack.lint.report import Finding, Level, LintFile, LintSubject
+from modelpack.operations.headers import FileHeader, read_headers
+from modelpack.operations.lookup import check_whole, model_in, stored_model
+from modelpack.operations.remote import RemoteOptions, open_repository
 from modelpack.progress import Stop
-from modelpack.stores.layout import LayoutStore
+from modelpack.storage import Source, read_blob, watching
+from modelpack.store.layout import LayoutStore
+
+
+@contextmanager
+def open_subject(
+    name: str,
+    *,
+    store: LayoutStore | None = None,
+    remote: RemoteOptions | None = None,
+    from_registry: bool = False,
+    stop: Stop | None = None,
+) -> Iterator[tuple[Model, LintSubject]]:
+    """Yield the stored model `name`, or that of its registry, and what is to be looked at."""
+    if from_registry:
+        where = Reference.parse(name)
+        with open_repository(where, remote or RemoteOptions(), watching(None, stop)) as repository:
+            model = model_in(repository, where)
+            headers = _headers(name, model, None, remote, stop)
+            yield model, model_subject(model, repository, headers)
+        return
+    store = store or LayoutStore()
+    model = stored_model(store, name)
+    check_whole(store, model)
+    yield model, model_subject(model, store, _headers(name, model, store, remote, stop))
+
+
+def _headers(
+    name: str,
+    model: Model,
+    store: LayoutStore | None,
+    remote: RemoteOptions | None,
+    stop: Stop | None,
+) -> tuple[FileHeader, ...]:
+    """Return the headers of GGUF weights; those of safetensors say nothing that is looked at."""
+    weights = [file for file in model.files() if file.role is Role.WEIGHT and file.format == "gguf"]
+    paths = [file.filepath for file in weights[:1] if file.filepath is not None]
+    if not weights:
+        return ()
+    return read_headers(
+        name, files=paths, store=store, remote=remote, from_registry=store is None, stop=stop
+    )
+
+
+def model_subject(model: Model, source: Source, headers: tuple[FileHeader, ...]) -> LintSubject:
+    """Return a model of a source, whose weight headers were read."""
+
+    def reader(descriptor: Descriptor) -> Callable[[int], bytes]:
+        return lambda count: _read(source, descriptor, count)
+
+    files = tuple(
+        LintFile(
+            file.filepath or f"layer {file.descriptor.digest.short}",
+            file.role,
+            file.descriptor.size,
+            file.format,
+            reader(file.descriptor),
+        )
+        for file in model.files()
+    )
+    return LintSubject(
+        str(model.reference or model.digest),
+        model.reference,
+        model.config,
+        files,
+        _metadata([one.header for one in headers if one.file.role is Role.WEIGHT]),
+        model.manifest.annotations,
+    )
+
+
+def _read(source: Source, descriptor: Descriptor, count: int) -> bytes:
+    """Return the first bytes of a blob, verified if they are all of it."""
+    if count >= descriptor.size:
+        return read_blob(source, descriptor, limit=descriptor.size)
+    content = bytearray(count)
+    view, filled = memoryview(content), 0
+    with source.blob(descriptor).open() as stream:
+        while filled < count and (got := stream.readinto(view[filled:])):
+            filled += got
+    return bytes(content[:filled])
+
+
+def directory_subject(root: Path) -> LintSubject:
+    """Return the files of a directory, with what a config would say of them.
+
+    Raises `PackagingError`, `WeightFormatError` for weights that do not parse, and `UsageError`.
+    """
+    found = [one for one in walk(root, follow_symlinks=False) if isinstance(one, Found)]
+    if not found:
+        raise UsageError(f"{root} holds no files")
+    files, weights = [], []
+    for one in found:
+        role = role_of("", one.filepath)
+        kind = format_of("", one.filepath) if role in (Role.WEIGHT, Role.PROJECTOR) else ""
+        if role is Role.WEIGHT:
+            weights.append((one.path, kind))
+        size = one.path.stat().st_size
+        files.append(LintFile(one.filepath, role, size, kind, _reader(one.path)))
+    statistics = read_statistics([path for path, _ in weights]) if weights else None
+    config = ModelConfig("")
+    if statistics is not None:
+        config = config.with_changes(
+            format=statistics.format,
+            quantization=statistics.quantization,
+            parameters=statistics.parameters,
+            architecture=statistics.architecture,
+            context_size=statistics.context_size,
+        )
+    headers = [_gguf_header(path) for path, kind in weights if kind == "gguf"]
+    return LintSubject(str(root), None, config, tuple(files), _metadata(headers))
+
+
+def _reader(path: Path) -> Callable[[int], bytes]:
+    def read(count: int) -> bytes:
+        try:
+            with path.open("rb") as stream:
+                return stream.read(count)
+        except OSError as error:
+            raise ModelpackError(f"{path}: cannot be read: {error.strerror}") from error
+
+    return read
+
+
+def _gguf_header(path: Path) -> GGUFHeader:
+    with WeightFile.open(path) as weights:
+        return read_gguf_header(weights)
+
+
+def _metadata(headers: Sequence[object]) -> Mapping[str, MetadataValue]:
+    """Return the metadata of the first GGUF: of shards, it has all."""
+    found = next((one for one in headers if isinstance(one, GGUFHeader)), None)
+    return found.metadata if found is not None else {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,19 +8,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.lockfile import FILE_NAME, MAX_BYTES, LockFile, lockable
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import IntegrityError, NotFoundError, StoreError, UnsupportedError
 from modelpack.hub.reference import HUB_REGISTRY
-from modelpack.lockfile import FILE_NAME, MAX_BYTES, LockFile, lockable
-from modelpack.operations.find import stored_model
+from modelpack.operations.lookup import check_whole, stored_model
 from modelpack.operations.pull import Pulled, pull
 from modelpack.operations.remote import RemoteOptions, open_repository
-from modelpack.operations.trusting import check_stored
-from modelpack.operations.watching import watching
-from modelpack.operations.wholeness import check_whole
+from modelpack.operations.trust import check_stored
 from modelpack.progress import ProgressCallback, Stop
-from modelpack.reference import Reference
-from modelpack.stores.layout import LayoutStore
+from modelpack.storage import watching
+from modelpack.store.layout import LayoutStore
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,26 +1,185 @@
-"""Package: files on disk, or a model that exists, into a new model in the store."""
+"""Room beside the blobs for what is made on the way: a directory that is gone afterwards."""
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from shutil import rmtree
+from typing import Final
 
-from modelpack.config import ModelConfig
-from modelpack.digest import Digest
-from modelpack.errors import PackagingError
-from modelpack.manifest import Manifest
+from modelpack.artifacts import foreign as ollama
+from modelpack.artifacts import media_types
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.digest import Digest, new_hasher
+from modelpack.artifacts.manifest import Manifest
+from modelpack.artifacts.model import Model, Role
+from modelpack.artifacts.reference import Reference
+from modelpack.builder.build import Built, build
+from modelpack.builder.plan import LayerFile, Skipped, plan
+from modelpack.builder.repackage import plan_extras, repackage
+from modelpack.builder.request import PackageRequest
+from modelpack.bundles.bundle import Bundle, lay_out
+from modelpack.errors import PackagingError, SourceChangedError
 from modelpack.operations.find import find_model
 from modelpack.operations.push import Pushed, push_from
 from modelpack.operations.remote import RemoteOptions
-from modelpack.operations.single_files import as_single_files, is_of_single_files
-from modelpack.operations.taking import take_files
-from modelpack.operations.watching import watching
-from modelpack.packaging.build import Built, build
-from modelpack.packaging.plan import Skipped, plan
-from modelpack.packaging.repackage import plan_extras, repackage
-from modelpack.packaging.request import PackageRequest
+from modelpack.operations.transfer import run_all
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
-from modelpack.reference import Reference
-from modelpack.stores.layout import LayoutStore
+from modelpack.storage import Watch, read_blob, watching
+from modelpack.store.filesystem import translating
+from modelpack.store.layout import LayoutStore
+from modelpack.store.tree import Tree
+
+
+@contextmanager
+def scratch_directory(store: LayoutStore, what: str) -> Iterator[Path]:
+    """Yield a new directory on the file system of the blobs; its name begins with `what`.
+
+    A collection deletes what a killed process left of it.
+    """
+    path = Tree(store.root).uploads / f"{what}-{uuid.uuid4().hex}"
+    with translating("make", path):
+        path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        rmtree(path, ignore_errors=True)
+
+
+_CHUNK: Final = 1024 * 1024
+#: May be more than there are processors: a file's writes wait for the disk, not for them.
+_FILES_AT_A_TIME: Final = 4
+
+
+def take_files(
+    files: Iterable[LayerFile], store: LayoutStore | None, link: bool, watch: Watch
+) -> list[Digest]:
+    """Return each file's digest; with a store, each file is in it afterwards."""
+
+    def take(file: LayerFile) -> Digest:
+        if store is None:
+            digest = _hash(file, watch)
+            identity = _identity(file.path)
+        else:
+            imported = store.import_file(file.path, watch, link=link)
+            digest = imported.digest
+            identity = (imported.size, imported.mtime_ns, imported.device, imported.inode)
+        if identity != (file.size, file.mtime_ns, file.device, file.inode):
+            raise SourceChangedError(
+                f"{file.path}: the file changed while it was packaged",
+                hint="package again once nothing writes to it any more",
+            )
+        return digest
+
+    tasks = [partial(take, file) for file in files]
+    return run_all(tasks, _FILES_AT_A_TIME, watch.stop)
+
+
+def _identity(path: Path) -> tuple[int, int, int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise PackagingError(f"{path}: cannot be read: {error.strerror}") from error
+    return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
+
+
+def _hash(file: LayerFile, watch: Watch) -> Digest:
+    hasher, buffer, done = new_hasher(), memoryview(bytearray(_CHUNK)), 0
+    try:
+        with file.path.open("rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                watch.stop.check()
+                hasher.update(buffer[:count])
+                done += count
+                watch.report(Progress(Action.VERIFY, file.filepath, None, done, file.size))
+    except OSError as error:
+        raise PackagingError(f"{file.path}: cannot be read: {error.strerror}") from error
+    return Digest.of_hasher(hasher)
+
+
+_BESIDE_A_GGUF = (Role.WEIGHT, Role.LICENSE, Role.CHAT_TEMPLATE, Role.PROJECTOR)
+_OPENCONTAINERS = "org.opencontainers.image."
+# How Ollama says what the annotation says here, and a template that nobody else reads.
+_OLLAMA_ONLY = (
+    media_types.OLLAMA_PARAMS,
+    media_types.OLLAMA_SYSTEM,
+    media_types.OLLAMA_MESSAGES,
+    media_types.OLLAMA_TEMPLATE,
+    media_types.OLLAMA_PROMPT,
+)
+
+
+def is_of_single_files(model: Model) -> bool:
+    """Whether every layer is one file, of a format that is written here too."""
+    return not model.config.is_foreign and not any(file.archive for file in model.files())
+
+
+def as_single_files(model: Model, store: LayoutStore, watch: Watch) -> Model:
+    """Return a stored model in Docker's format, each file a layer of its own in `store`.
+
+    The caller holds a lease: nothing names the files yet, and neither config nor manifest is
+    stored. The same model gives the same digest. Raises as `modelpack.bundle` and
+    `modelpack.package` do.
+    """
+    with scratch_directory(store, "files") as directory:
+        laid_out = directory / "bundle"
+        bundle = lay_out(
+            model,
+            lambda blob: store.blob_path(blob.digest),
+            laid_out,
+            watch=watch,
+            runtime_names=False,
+        )
+        request = _request(model, bundle, store, watch)
+        planned = plan(request)
+        for skipped in planned.skipped:
+            message = f"skipped {skipped.path}: {skipped.reason}"
+            watch.report(Progress(Action.NOTE, skipped.path, message=message))
+        digests = take_files(planned.files, store, True, watch)
+        built = build(planned, request, digests)
+    config = built.config.with_changes(
+        created=model.config.created or built.config.created,
+        cncf_descriptor={**model.config.cncf_descriptor},
+        cncf_config={**model.config.cncf_config},
+    )
+    return Model(model.reference, built.manifest.descriptor, built.manifest, config)
+
+
+def _request(model: Model, bundle: Bundle, store: LayoutStore, watch: Watch) -> PackageRequest:
+    said = model.manifest.annotations
+    if model.config.is_foreign:  # the rest is of the other tool, as its version
+        said = {key: text for key, text in said.items() if key.startswith(_OPENCONTAINERS)}
+    annotations = dict(said)
+    root = bundle.directory
+    files = bundle.files
+    if model.manifest.is_ollama:
+        usage = ollama.defaults(model.manifest.layers, lambda layer: read_blob(store, layer))
+        annotations |= {media_types.DEFAULTS: usage} if usage else {}
+        own = {x.digest for x in model.manifest.layers if x.media_type in _OLLAMA_ONLY}
+        for file in files:
+            if file.digest in own:
+                (root / file.path).unlink()
+            if file.path.endswith("template.gotmpl"):
+                why = "left out: a template of Go's; `package --chat-template` adds another"
+                watch.report(Progress(Action.NOTE, file.path, message=why))
+        files = tuple(file for file in files if file.digest not in own)
+    weights = [file for file in files if file.role is Role.WEIGHT]
+    beside = all(file.role in _BESIDE_A_GGUF and file.path.count("/") == 1 for file in files)
+    kinds = {file.format for file in weights}
+    if not beside or len(kinds) > 1 or not kinds <= {"gguf", "dduf"}:
+        return PackageRequest(safetensors_dir=root / "model", annotations=annotations)
+    return PackageRequest(
+        gguf=bundle.weight if kinds == {"gguf"} else None,
+        dduf=bundle.weight if kinds == {"dduf"} else None,
+        licenses=tuple(root / file.path for file in files if file.role is Role.LICENSE),
+        chat_template=bundle.chat_template,
+        mmproj=bundle.mmproj,
+        annotations=annotations,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,28 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from modelpack.blob import read_blob
-from modelpack.config import ModelConfig
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest, parse_manifest_or_index
+from modelpack.artifacts.model import Model
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import UsageError
 from modelpack.hub.reference import HubReference
-from modelpack.manifest import Manifest, parse_manifest_or_index
-from modelpack.model import Model
-from modelpack.operations.referrer_transfer import transfer_referrers
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.selection import Selection
 from modelpack.operations.sources import open_source
-from modelpack.operations.transfer import Transfer, transfer, transfer_blobs
+from modelpack.operations.transfer import Transfer, transfer, transfer_blobs, transfer_referrers
 from modelpack.operations.variants import fetch_variant
-from modelpack.operations.watching import watching
 from modelpack.progress import ProgressCallback, Stop
-from modelpack.reference import Reference
-from modelpack.storage import ReferrerSource, Source, Watch
-from modelpack.stores.layout import LayoutStore
+from modelpack.storage import ReferrerSource, Source, Watch, read_blob, watching
+from modelpack.store.layout import LayoutStore
 
 if TYPE_CHECKING:
-    from modelpack.supply.signatures import Signature
+    from modelpack.trust.signatures import Signature
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +120,7 @@ def _trusted_signatures(
     """Return the signatures that make the model trusted; raise `UntrustedError` otherwise."""
     if options.trust is None:
         return ()
-    from modelpack.operations.trusting import check_source
+    from modelpack.operations.trust import check_source
 
     return check_source(
         options.trust,

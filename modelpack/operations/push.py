@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modelpack.digest import Digest
-from modelpack.operations.find import stored_model
-from modelpack.operations.referrer_transfer import transfer_referrers
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.reference import Reference
+from modelpack.operations.lookup import check_whole, stored_model
 from modelpack.operations.remote import RemoteOptions, open_repository
-from modelpack.operations.transfer import Transfer, transfer
-from modelpack.operations.watching import watching
-from modelpack.operations.wholeness import check_whole
+from modelpack.operations.transfer import Transfer, transfer, transfer_referrers
 from modelpack.progress import ProgressCallback, Stop
-from modelpack.reference import Reference
-from modelpack.storage import ReferrerSource, Watch
-from modelpack.stores.layout import LayoutStore
+from modelpack.storage import ReferrerSource, Watch, watching
+from modelpack.store.layout import LayoutStore
 
 
 @dataclass(frozen=True, slots=True)

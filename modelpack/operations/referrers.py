@@ -1,31 +1,146 @@
-"""Attach, detach and list: manifests that say something about a model (OCI image-spec 1.1).
-
-A signature, an SBOM, an evaluation: each is a manifest with an artifact type, the empty config, a
-layer for each file, and the model as its subject.
-"""
+"""Files that are to be attached to a model, as a source of blobs."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modelpack import mediatypes
-from modelpack.descriptor import Descriptor, checked_media_type
-from modelpack.digest import Digest
-from modelpack.errors import ManifestError, UnsupportedError, UsageError
-from modelpack.manifest import Manifest, parse_manifest_or_index
-from modelpack.operations.attached_files import AttachedFiles
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor, checked_media_type
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest, parse_manifest_or_index
+from modelpack.artifacts.reference import Reference
+from modelpack.errors import (
+    ManifestError,
+    NotFoundError,
+    PackagingError,
+    UnsupportedError,
+    UsageError,
+)
 from modelpack.operations.remote import (
     RemoteOptions,
     fetch_referenced_manifest,
     open_repository,
 )
 from modelpack.operations.transfer import transfer
-from modelpack.operations.watching import watching
-from modelpack.progress import ProgressCallback, Stop
-from modelpack.reference import Reference
-from modelpack.stores.layout import LayoutStore
+from modelpack.progress import Action, Progress, ProgressCallback, Stop
+from modelpack.storage import BlobReader, BlobSource, Watch, watching
+from modelpack.store.file_copy import hash_file
+from modelpack.store.layout import LayoutStore
+
+#: The empty JSON object, and its descriptor as a config.
+EMPTY = b"{}"
+EMPTY_CONFIG = Descriptor(media_types.OCI_EMPTY, Digest.of(EMPTY), len(EMPTY))
+
+
+@dataclass(frozen=True, slots=True)
+class FileOnDisk:
+    """A file as a blob; whoever reads it verifies that it did not change."""
+
+    path: Path
+
+    def open(self, offset: int = 0) -> AbstractContextManager[BlobReader]:
+        """Return the open file at `offset`; raises `PackagingError`."""
+        try:
+            stream = io.FileIO(self.path)
+        except OSError as error:
+            raise PackagingError(f"{self.path}: cannot be read: {error.strerror}") from error
+        stream.seek(offset)
+        return stream
+
+
+@dataclass(frozen=True, slots=True)
+class _Bytes:
+    content: bytes
+
+    def open(self, offset: int = 0) -> AbstractContextManager[BlobReader]:
+        return io.BytesIO(self.content[offset:])
+
+
+@dataclass(frozen=True, slots=True)
+class BytesSource:
+    """Blobs that were made here; fulfils `Source` for them, and has no manifests."""
+
+    contents: Mapping[Digest, bytes]
+
+    def resolve(self, name: str) -> Descriptor:
+        """Raise `NotFoundError`: there are none."""
+        raise NotFoundError(f"there is no manifest {name} here")
+
+    def fetch_manifest(self, descriptor: Descriptor) -> bytes:
+        """Raise `NotFoundError`: there are none."""
+        raise NotFoundError(f"there is no manifest {descriptor.digest} here")
+
+    def blob(self, descriptor: Descriptor) -> BlobSource:
+        """Return the blob to read from; one that was made elsewhere has to be there already."""
+        content = self.contents.get(descriptor.digest)
+        if content is None:
+            raise NotFoundError(f"blob {descriptor.digest} is gone")
+        return _Bytes(content)
+
+
+@dataclass(frozen=True, slots=True)
+class AttachedFiles:
+    """The layers that files become, and the empty config (image-spec 1.1, "Guidance for an Empty
+    Descriptor"); fulfils `Source` for their blobs, and has no manifests.
+    """
+
+    layers: tuple[Descriptor, ...]
+    paths: dict[Digest, Path]
+
+    @classmethod
+    def read(cls, files: Sequence[tuple[Path, str]], watch: Watch) -> AttachedFiles:
+        """Hash the files, which come with their media types.
+
+        Raises `PackagingError`, and `UsageError` for two files of one name.
+        """
+        layers, paths = [], {}
+        for path, media_type in files:
+            digest, size = _hashed(path, watch)
+            layers.append(Descriptor(media_type, digest, size, {media_types.TITLE: path.name}))
+            paths[digest] = path
+        names = [layer.annotations[media_types.TITLE] for layer in layers]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UsageError(f"two files are called {twice!r}", hint="rename one of them")
+        return cls(tuple(layers), paths)
+
+    @property
+    def empty(self) -> Descriptor:
+        """The descriptor of the empty JSON object."""
+        return EMPTY_CONFIG
+
+    def resolve(self, name: str) -> Descriptor:
+        """Raise `NotFoundError`: files are no manifests."""
+        raise NotFoundError(f"there is no manifest {name} among files")
+
+    def fetch_manifest(self, descriptor: Descriptor) -> bytes:
+        """Raise `NotFoundError`: files are no manifests."""
+        raise NotFoundError(f"there is no manifest {descriptor.digest} among files")
+
+    def blob(self, descriptor: Descriptor) -> BlobSource:
+        """Return the file to read from."""
+        path = self.paths.get(descriptor.digest)
+        return FileOnDisk(path) if path is not None else _Bytes(EMPTY)
+
+
+def _hashed(path: Path, watch: Watch) -> tuple[Digest, int]:
+    try:
+        if not path.is_file():
+            raise PackagingError(f"{path}: is no file", hint="only files can be attached")
+        size = path.stat().st_size
+
+        def seen(completed: int) -> None:
+            watch.stop.check()
+            watch.report(Progress(Action.VERIFY, path.name, None, completed, size))
+
+        return hash_file(path, "sha256", seen), size
+    except OSError as error:
+        raise PackagingError(f"{path}: cannot be read: {error.strerror}") from error
+
 
 #: The type of a file's layer, unless the caller says better.
 DEFAULT_FILE_TYPE = "application/octet-stream"
@@ -170,7 +285,7 @@ def _check_type(media_type: str, what: str) -> None:
         checked_media_type(media_type, what)
     except ManifestError as error:
         raise UsageError(str(error)) from None
-    if media_type == mediatypes.OCI_EMPTY:
+    if media_type == media_types.OCI_EMPTY:
         raise UsageError(f"{what}: {media_type} stands for nothing", hint="choose a type")
 
 

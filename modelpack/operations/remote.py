@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from modelpack.descriptor import Descriptor
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import IntegrityError
-from modelpack.reference import Reference
 from modelpack.storage import Watch
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
         Timeouts,
         TlsOptions,
     )
-    from modelpack.registry.blob_options import BlobOptions
+    from modelpack.registry.limits import BlobOptions
     from modelpack.registry.mirrors import Mirror, Mirrors
-    from modelpack.supply.trust import Trust
+    from modelpack.trust.policy import Trust
 
 #: Blobs transferred at a time, unless the caller says otherwise.
 DEFAULT_CONCURRENCY = 4
@@ -69,9 +69,8 @@ def open_repository(
 
     Unless `writes`, it is read from its mirrors first, where it has some.
     """
-    from modelpack.registry.blob_options import BlobOptions
+    from modelpack.registry.limits import BlobOptions, RateLimit
     from modelpack.registry.mirrors import Mirror, read_mirrors
-    from modelpack.registry.rate import RateLimit
 
     rate = None if options.limit_rate is None else RateLimit(options.limit_rate)
     blobs = BlobOptions(options.chunk_size, options.connections, rate)
@@ -97,7 +96,7 @@ def open_repository(
 @contextmanager
 def open_registry(host: str, options: RemoteOptions, watch: Watch) -> Iterator[Registry]:
     """Yield the registry at `host` itself, not its mirrors; it ends with the context."""
-    from modelpack.registry.blob_options import BlobOptions
+    from modelpack.registry.limits import BlobOptions
     from modelpack.registry.mirrors import Mirror
 
     own = Mirror(host, "", "all", options.plain_http, False)

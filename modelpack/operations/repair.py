@@ -7,9 +7,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from modelpack import mediatypes
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import parse_manifest_or_index
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import (
     InterruptedTransferError,
     ModelpackError,
@@ -17,21 +19,18 @@ from modelpack.errors import (
     UnsupportedError,
 )
 from modelpack.hub.reference import HUB_REGISTRY
-from modelpack.manifest import parse_manifest_or_index
 from modelpack.operations.remote import RemoteOptions, open_repository
-from modelpack.operations.watching import watching
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
-from modelpack.reference import Reference
-from modelpack.storage import Watch
-from modelpack.stores.fsck import Fault, FsckReport
-from modelpack.stores.index import IndexDocument
-from modelpack.stores.layout import LayoutStore
-from modelpack.stores.reachability import successors
+from modelpack.storage import Watch, watching
+from modelpack.store.fsck import Fault, FsckReport
+from modelpack.store.index import IndexDocument
+from modelpack.store.layout import LayoutStore
+from modelpack.store.reachability import successors
 
 if TYPE_CHECKING:
     from modelpack.registry import Repository
 
-_MANIFESTS = (*mediatypes.MANIFEST_TYPES, *mediatypes.INDEX_TYPES)
+_MANIFESTS = (*media_types.MANIFEST_TYPES, *media_types.INDEX_TYPES)
 # A damaged index hides its manifests, which hide their blobs.
 _PASSES = 4
 

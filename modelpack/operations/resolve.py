@@ -7,21 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modelpack.artifacts.model import Model, ModelFile
+from modelpack.bundles.links import LinkMode
 from modelpack.errors import UsageError
-from modelpack.model import Model, ModelFile
 from modelpack.operations.find import complete, find_any_part, find_model
 from modelpack.operations.kept_bundles import has_packed_weights, unpacked_files
+from modelpack.operations.lookup import check_whole
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.selection import Selection
-from modelpack.operations.watching import watching
-from modelpack.operations.wholeness import check_whole
 from modelpack.progress import ProgressCallback, Stop
-from modelpack.storage import Watch
-from modelpack.stores.layout import LayoutStore
-from modelpack.unpacking.links import LinkMode
+from modelpack.storage import Watch, watching
+from modelpack.store.layout import LayoutStore
 
 if TYPE_CHECKING:
-    from modelpack.unpacking.bundle import Bundle
+    from modelpack.bundles.bundle import Bundle
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +110,8 @@ def bundle(
     stop: Stop | None = None,
 ) -> Bundle:
     """Lay the model out in `directory`, as links to the store, ready for a runtime to open."""
-    from modelpack.unpacking.bundle import lay_out
-    from modelpack.unpacking.links import Placement
+    from modelpack.bundles.bundle import lay_out
+    from modelpack.bundles.links import Placement
 
     store = store or LayoutStore()
     watch = watching(progress, stop)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
-from modelpack.linting.description import licences
-from modelpack.linting.subject import LintSubject
-from modelpack.manifest import Manifest
-from modelpack.model import Model
-from modelpack.operations.attached_files import EMPTY, EMPTY_CONFIG
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
+from modelpack.artifacts.model import Model
+from modelpack.artifacts.reference import Reference
+from modelpack.lint.checks import licences
+from modelpack.lint.report import LintSubject
+from modelpack.operations.lint import open_subject
+from modelpack.operations.referrers import EMPTY, EMPTY_CONFIG
 from modelpack.operations.remote import RemoteOptions, open_repository
-from modelpack.operations.signing import put
-from modelpack.operations.subjects import open_subject
-from modelpack.operations.watching import watching
+from modelpack.operations.signatures import put
 from modelpack.progress import Stop
-from modelpack.reference import Reference
-from modelpack.stores.layout import LayoutStore
-from modelpack.supply.sbom import CYCLONEDX, BaseModel, ml_bom
+from modelpack.storage import watching
+from modelpack.store.layout import LayoutStore
+from modelpack.trust.sbom import CYCLONEDX, BaseModel, ml_bom
 
 _CARD = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 _CARD_BASE = re.compile(

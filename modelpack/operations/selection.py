@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
 
+from modelpack.artifacts.model import Model, ModelFile, Role
 from modelpack.errors import NotFoundError
-from modelpack.model import Model, ModelFile, Role
 
 
 class Part(StrEnum):

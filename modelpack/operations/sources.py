@@ -9,20 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modelpack.descriptor import Descriptor
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import UnsupportedError
 from modelpack.hub.reference import HUB_REGISTRY, HubReference
-from modelpack.operations.parallel import run_all
 from modelpack.operations.remote import RemoteOptions, fetch_referenced_manifest, open_repository
+from modelpack.operations.transfer import run_all
 from modelpack.progress import Action, Progress
-from modelpack.reference import Reference
 from modelpack.storage import ReferrerSource, Watch
 
 if TYPE_CHECKING:
     from modelpack.hub.model import HubModel
     from modelpack.hub.repository import HubFile, HubRepository
-    from modelpack.hub.settings import HubSettings
-    from modelpack.hub.transport import HubTransport
+    from modelpack.hub.transport import HubSettings, HubTransport
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +87,8 @@ def open_hub_model(
     Raises `NotFoundError`, `AuthError` for one that is gated or private, `DeniedError`,
     `RemoteUnavailableError`, `PackagingError` for a repository that holds no model.
     """
-    from modelpack.hub.choice import choose
     from modelpack.hub.model import hub_model
+    from modelpack.hub.selection import choose
 
     with ExitStack() as stack:
         repository = stack.enter_context(_open_repository(reference, options, watch))
@@ -131,11 +130,9 @@ def _open_repository(
 def _transport_to_hub(
     what: str, options: RemoteOptions, watch: Watch
 ) -> Iterator[tuple[HubSettings, HubTransport]]:
-    from modelpack.hub.settings import HubSettings
-    from modelpack.hub.transport import HubTransport
+    from modelpack.hub.transport import HubSettings, HubTransport
     from modelpack.registry import RetryPolicy, Timeouts, TlsOptions
-    from modelpack.registry.blob_options import BlobOptions
-    from modelpack.registry.rate import RateLimit
+    from modelpack.registry.limits import BlobOptions, RateLimit
 
     settings = HubSettings.from_environment()
     settings.check_online(what)

@@ -1,20 +1,48 @@
-"""Transfer: bring a model from any source to any target, verified, several blobs at a time."""
+"""Run the independent parts of one call side by side, and stop them together."""
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Index, Manifest, parse_manifest_or_index
 from modelpack.errors import UnsupportedError
-from modelpack.manifest import Index, Manifest, parse_manifest_or_index
-from modelpack.operations.parallel import run_all
-from modelpack.progress import Action, Progress
-from modelpack.storage import Outcome, Source, Target, Watch
+from modelpack.progress import Action, Progress, Stop
+from modelpack.storage import Outcome, ReferrerSource, Source, Target, Watch
+
+T = TypeVar("T")
+
+
+def run_all(tasks: Sequence[Callable[[], T]], workers: int, stop: Stop) -> list[T]:
+    """Return the results of `tasks`, in their order, run by up to `workers` threads.
+
+    The first failure asks the others to stop and is raised once all of them have ended, so that
+    nothing goes on in the background after an error. Ctrl-C does the same.
+    """
+    if len(tasks) <= 1 or workers <= 1:
+        return [task() for task in tasks]
+    with concurrent.futures.ThreadPoolExecutor(min(workers, len(tasks)), "modelpack") as executor:
+        futures = [executor.submit(task) for task in tasks]
+        try:
+            done, _ = concurrent.futures.wait(
+                futures, return_when=concurrent.futures.FIRST_EXCEPTION
+            )
+            failed = next((f for f in futures if f in done and f.exception() is not None), None)
+            if failed is not None:
+                failed.result()
+            return [future.result() for future in futures]
+        except BaseException:
+            stop.request()
+            for future in futures:
+                future.cancel()
+            raise
+
 
 #: Manifests of one index, and how deep indexes may be in it.
 MAX_MANIFESTS: Final = 1_000
@@ -150,3 +178,56 @@ def _have_blob(source: Source, target: Target, blob: Descriptor, watch: Watch) -
         watch.report(Progress(Action.MOUNT, name, blob.digest, blob.size, blob.size))
         return Outcome.MOUNTED
     return target.write_blob(blob, source.blob(blob), watch)
+
+
+#: Whoever may write to a repository may attach things to a model in it: there has to be an end.
+MAX_REFERRERS = 10_000
+
+
+def transfer_referrers(
+    source: ReferrerSource,
+    target: Target,
+    descriptor: Descriptor,
+    raw: bytes,
+    *,
+    concurrency: int,
+    watch: Watch,
+) -> tuple[Transfer, ...]:
+    """Have in `target` all that is about the manifest `raw`, directly or not; it is there already.
+
+    What is about the manifests of an index counts. Each subject comes before what is about it.
+    Raises `UnsupportedError` for more than `MAX_REFERRERS` manifests.
+    """
+    done: list[Transfer] = []
+    seen: set[Digest] = set()
+    waiting = _subjects(descriptor, raw)
+    while waiting:
+        subject = waiting.pop(0)
+        for referrer in source.referrers(subject):
+            watch.stop.check()
+            if referrer.digest in seen:
+                continue
+            seen.add(referrer.digest)
+            if len(seen) > MAX_REFERRERS:
+                raise UnsupportedError(
+                    f"more than {MAX_REFERRERS} manifests are attached to it",
+                    path=str(descriptor.digest),
+                    hint="copy the model without them",
+                )
+            content = source.fetch_manifest(referrer)
+            done.append(
+                transfer(
+                    source, target, referrer, content, None, concurrency=concurrency, watch=watch
+                )
+            )
+            waiting += _subjects(referrer, content)
+    return tuple(done)
+
+
+def _subjects(descriptor: Descriptor, raw: bytes) -> list[Digest]:
+    """Return what others may be about: the manifest, and those that it lists if it is an index."""
+    document = parse_manifest_or_index(
+        raw, f"manifest {descriptor.digest}", media_type=descriptor.media_type
+    )
+    children = [child.digest for child in document.manifests] if isinstance(document, Index) else []
+    return [descriptor.digest, *children]

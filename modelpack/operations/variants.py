@@ -1,26 +1,93 @@
-"""Variants: the manifests of one index that are the same model for different machines.
-
-An index is image-spec's; each of its manifests is a model as ever, which other clients pull by
-digest. Annotations of its entries say what the choice is made by, so that choosing costs no more
-requests: the variant's name, its format, its quantisation and how large it is.
-"""
+"""Machine: what of this computer decides which variant of a model it runs best."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Final
+from pathlib import Path
+from typing import Final, Literal
 
-from modelpack import mediatypes
-from modelpack.descriptor import Descriptor
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.manifest import Index, Manifest, parse_manifest_or_index
+from modelpack.artifacts.model import Model
 from modelpack.errors import NotFoundError, UnsupportedError
-from modelpack.formats.mlx_quantization import mlx_bits
-from modelpack.manifest import Index, Manifest, parse_manifest_or_index
-from modelpack.model import Model
-from modelpack.operations.machine import Machine
+from modelpack.formats.config_json import mlx_bits
 from modelpack.operations.remote import RemoteOptions
 from modelpack.progress import Action, Progress, ProgressCallback, silent
 from modelpack.storage import Source
+
+GPU = Literal["metal", "cuda", "none"]
+
+#: Share of the memory that weights may take: keys and values, and everything else, need the rest.
+WEIGHTS_SHARE: Final = 0.75
+# image-spec names processors as Go does (GOARCH).
+_ARCHITECTURES: Final = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
+_NVIDIA: Final = Path("/proc/driver/nvidia/version")
+_CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """`platform` is os/architecture as image-spec spells them; `memory` are bytes, None unknown.
+
+    With a GPU of its own memory, that is meant. `backend` is what was asked to run the model with:
+    `mlx`, `llama.cpp` or `vllm`; None leaves it open.
+    """
+
+    platform: str
+    gpu: GPU = "none"
+    memory: int | None = None
+    backend: str | None = None
+
+    @classmethod
+    def here(cls, backend: str | None = None) -> Machine:
+        """Return this machine."""
+        system = "darwin" if sys.platform == "darwin" else sys.platform
+        machine = platform.machine().lower()
+        name = f"{system}/{_ARCHITECTURES.get(machine, machine)}"
+        if name == "darwin/arm64":
+            return cls(name, "metal", _physical_memory(), backend)
+        if _NVIDIA.exists():
+            return cls(name, "cuda", _nvidia_memory(), backend)
+        return cls(name, "none", _memory_limit(), backend)
+
+    @property
+    def room(self) -> int | None:
+        """Bytes that weights may take; None if that is unknown."""
+        return None if self.memory is None else int(self.memory * WEIGHTS_SHARE)
+
+
+def _physical_memory() -> int | None:
+    with suppress(OSError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _memory_limit() -> int | None:
+    """Return the memory of the machine, or of the container that this is."""
+    limits = [_physical_memory()]
+    with suppress(OSError, ValueError):
+        limits.append(int(_CGROUP_LIMIT.read_text()))
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def _nvidia_memory(
+    run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run,
+) -> int | None:
+    """Return the bytes of the first GPU, if its driver's own program says."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    with suppress(OSError, ValueError, IndexError, subprocess.SubprocessError):
+        done = run(command, capture_output=True, text=True, check=True, timeout=10)
+        return int(done.stdout.split()[0]) * 1024**2
+    return None
+
 
 #: Weights that mlx-lm quantised: safetensors that only MLX runs.
 MLX: Final = "mlx"
@@ -54,12 +121,12 @@ class Variant:
     def of(cls, descriptor: Descriptor, number: int) -> Variant:
         """Return what an entry says; one without a name has its number, from 1."""
         said = descriptor.annotations
-        size = said.get(mediatypes.VARIANT_SIZE, "")
+        size = said.get(media_types.VARIANT_SIZE, "")
         return cls(
-            said.get(mediatypes.VARIANT) or str(number),
+            said.get(media_types.VARIANT) or str(number),
             descriptor,
-            said.get(mediatypes.VARIANT_FORMAT, ""),
-            said.get(mediatypes.VARIANT_QUANTIZATION, ""),
+            said.get(media_types.VARIANT_FORMAT, ""),
+            said.get(media_types.VARIANT_QUANTIZATION, ""),
             int(size) if size.isascii() and size.isdigit() and len(size) < 20 else None,
         )
 
@@ -74,7 +141,7 @@ class ChosenVariant:
 
 def variants_of(index: Index) -> tuple[Variant, ...]:
     """Return the entries of an index that are manifests, in its order."""
-    manifests = [m for m in index.manifests if m.media_type in mediatypes.MANIFEST_TYPES]
+    manifests = [m for m in index.manifests if m.media_type in media_types.MANIFEST_TYPES]
     return tuple(Variant.of(descriptor, at) for at, descriptor in enumerate(manifests, start=1))
 
 
@@ -154,13 +221,13 @@ def described_variant(name: str, model: Model, platform: str | None) -> Descript
     config = model.config
     kind = MLX if mlx_bits(config) is not None else config.format
     said = {
-        mediatypes.VARIANT: name,
-        mediatypes.VARIANT_SIZE: str(model.manifest.total_size),
+        media_types.VARIANT: name,
+        media_types.VARIANT_SIZE: str(model.manifest.total_size),
     }
     if kind:
-        said[mediatypes.VARIANT_FORMAT] = kind
+        said[media_types.VARIANT_FORMAT] = kind
     if config.quantization:
-        said[mediatypes.VARIANT_QUANTIZATION] = config.quantization
+        said[media_types.VARIANT_QUANTIZATION] = config.quantization
     found = model.descriptor
     return Descriptor(
         found.media_type, found.digest, found.size, said, model.manifest.artifact_type, platform

@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import Final
 
 from modelpack.errors import RegistryError
-from modelpack.registry.hosts import is_loopback
+from modelpack.registry.urls import is_loopback
 
 #: Hosts that any registry may lead to, with commas between them: `storage.lan,10.0.0.7:9000`.
 ALLOW_PRIVATE: Final = "MODELPACK_ALLOW_PRIVATE"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from modelpack.errors import AuthError
-from modelpack.registry.hosts import HUB_NAMES
+from modelpack.registry.urls import HUB_NAMES
 
 #: As a user name: what comes with it is an identity token, not a password.
 TOKEN_USER: Final[str] = "<token>"  # noqa: S105

@@ -8,12 +8,12 @@ from urllib.parse import urlencode
 
 import requests
 
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.reference import check_repository, check_tag
 from modelpack.errors import InvalidReferenceError
-from modelpack.reference import check_repository, check_tag
-from modelpack.registry.orasclient import container
-from modelpack.registry.scopes import Scopes, repository_scopes
+from modelpack.registry.auth_challenge import Scopes, repository_scopes
+from modelpack.registry.oras_client import container
 from modelpack.registry.transport import Transport
 
 

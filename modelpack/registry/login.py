@@ -1,4 +1,4 @@
-"""Logging in to a registry and out of it: credentials are checked, then kept in Docker's file."""
+"""Log in to a registry: check a password there and keep it in Docker's config file."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from modelpack.errors import UsageError
-from modelpack.registry.credentials import Credential, StaticCredentials
-from modelpack.registry.dockerconfig import DockerConfig
-from modelpack.registry.registry import Registry
+from modelpack.registry.credentials import (
+    Credential,
+    StaticCredentials,
+)
+from modelpack.registry.docker_config import DockerConfig
+from modelpack.registry.repository import Registry
 
 _MAX_SECRET: Final = 64 * 1024
 

@@ -13,9 +13,11 @@ from typing import Any, Final
 import requests
 from requests.utils import parse_header_links
 
-from modelpack import mediatypes
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES, decode_object
+from modelpack.artifacts.manifest import parse_manifest_or_index
 from modelpack.errors import (
     InvalidDigestError,
     ManifestError,
@@ -24,13 +26,11 @@ from modelpack.errors import (
     SizeMismatchError,
     UnsupportedError,
 )
-from modelpack.gojson import MAX_DOCUMENT_BYTES, decode_object
-from modelpack.manifest import parse_manifest_or_index
 from modelpack.registry.endpoint import Endpoint, checked_name
 from modelpack.registry.transport import Transport, stated_number
 from modelpack.registry.urls import joined_url, origin_of
 
-_KNOWN: Final = (*mediatypes.MANIFEST_TYPES, *mediatypes.INDEX_TYPES)
+_KNOWN: Final = (*media_types.MANIFEST_TYPES, *media_types.INDEX_TYPES)
 _ACCEPT: Final = {"Accept": ", ".join(_KNOWN)}
 #: More pages of a list are refused: a sound registry has a hundred entries or more on each.
 MAX_PAGES: Final = 10_000
@@ -232,7 +232,9 @@ def _checked_media_type(response: requests.Response, raw: bytes, what: str) -> s
     if own is not None and served is not None and own != served:
         raise ManifestError(f"its mediaType is {own!r}, but it was served as {served!r}", path=what)
     media_type = (
-        own or served or (mediatypes.OCI_INDEX if "manifests" in value else mediatypes.OCI_MANIFEST)
+        own
+        or served
+        or (media_types.OCI_INDEX if "manifests" in value else media_types.OCI_MANIFEST)
     )
     _check_known(media_type, what)
     return str(media_type)

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
+from modelpack.artifacts.reference import check_repository
 from modelpack.errors import InvalidReferenceError, UsageError
-from modelpack.reference import check_repository
 
 Use = Literal["all", "digest-only", "tag-only"]
 _USES: Final = ("all", "digest-only", "tag-only")

@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
-from modelpack import mediatypes
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.json_document import encode
+from modelpack.artifacts.manifest import Index
 from modelpack.errors import ConflictError, NotFoundError, RegistryError, UnsupportedError
-from modelpack.gojson import encode
-from modelpack.manifest import Index
 from modelpack.registry import manifests
 from modelpack.registry.endpoint import Endpoint
 
@@ -99,7 +99,7 @@ def _by_api(
     pages = manifests.Pages(what, MAX_REFERRERS)
     first = url
     found: list[Descriptor] = []
-    accept = {"Accept": mediatypes.OCI_INDEX}
+    accept = {"Accept": media_types.OCI_INDEX}
     while url is not None:
         pages.check(url, len(found))
         try:
@@ -110,7 +110,7 @@ def _by_api(
                 return None
             raise
         media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
-        if media_type != mediatypes.OCI_INDEX:  # some page of a proxy or a web site
+        if media_type != media_types.OCI_INDEX:  # some page of a proxy or a web site
             return None
         pages.add(response.content)
         found += Index.parse(response.content, what).manifests
@@ -146,13 +146,13 @@ def _read(endpoint: Endpoint, subject: Digest) -> _Listed:
     """Return what the fallback tag lists; nothing if there is none."""
     tag = fallback_tag(subject)
     what = endpoint.manifest_label(tag)
-    accept = {"Accept": ", ".join((*mediatypes.INDEX_TYPES, *mediatypes.MANIFEST_TYPES))}
+    accept = {"Accept": ", ".join((*media_types.INDEX_TYPES, *media_types.MANIFEST_TYPES))}
     try:
         response = endpoint.request(endpoint.manifest_url(tag), "GET", what, endpoint.pull, accept)
     except NotFoundError:
         return _Listed(())
     media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
-    if media_type != mediatypes.OCI_INDEX:
+    if media_type != media_types.OCI_INDEX:
         raise UnsupportedError(
             f"is {media_type!r}, expected the index of referrers that belongs under this tag",
             path=what,
@@ -165,11 +165,11 @@ def _read(endpoint: Endpoint, subject: Digest) -> _Listed:
 def _write(endpoint: Endpoint, tag: str, entries: Sequence[Descriptor], etag: str) -> None:
     value = {
         "schemaVersion": 2,
-        "mediaType": mediatypes.OCI_INDEX,
+        "mediaType": media_types.OCI_INDEX,
         "manifests": [entry.to_json() for entry in entries],
     }
     raw = encode(value)
-    descriptor = Descriptor(mediatypes.OCI_INDEX, Digest.of(raw), len(raw))
+    descriptor = Descriptor(media_types.OCI_INDEX, Digest.of(raw), len(raw))
     headers = {"If-Match": etag} if etag else {}
     try:
         manifests.write(endpoint, descriptor, raw, tag, headers)

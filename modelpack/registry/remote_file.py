@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import requests
 
-from modelpack.descriptor import Descriptor
+from modelpack.artifacts.descriptor import Descriptor
 from modelpack.errors import (
     RegistryError,
     RemoteUnavailableError,

@@ -1,10 +1,4 @@
-"""Sockets that notice a request to stop, and HTTP connections made of them.
-
-A blocked system call cannot be told to stop, so none of these blocks for longer than `SLICE`: a
-call that would is repeated until its time limit, and a requested stop ends it in between. What
-urllib3 and ssl set as timeout becomes the limit. They go by the stop that their thread is
-`waiting` with, because a pooled socket serves many calls.
-"""
+"""urllib3's own log, without what a query may hold: a signature, or the state of an upload."""
 
 from __future__ import annotations
 
@@ -29,10 +23,27 @@ from urllib3.util import wait_for_write
 from modelpack.errors import RegistryError
 from modelpack.progress import Stop
 from modelpack.registry.addresses import Reach
-from modelpack.registry.timeouts import Timeouts
+from modelpack.registry.limits import Timeouts
 from modelpack.registry.tls import TlsContexts
-from modelpack.registry.urllib3_log import WithoutQueries
 from modelpack.registry.urls import Origin
+
+
+class WithoutQueries(logging.Filter):
+    """Cuts the queries of URLs out of records, of the requests that are `ours` only."""
+
+    def __init__(self, ours: Callable[[], bool]) -> None:
+        super().__init__()
+        self._ours = ours
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the record where it has to be; every record passes."""
+        if isinstance(record.args, tuple) and self._ours():
+            record.args = tuple(
+                value.partition("?")[0] if isinstance(value, str) else value
+                for value in record.args
+            )
+        return True
+
 
 #: Seconds after which a blocked call looks whether it should stop.
 SLICE = 0.25

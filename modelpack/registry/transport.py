@@ -24,22 +24,27 @@ from modelpack.errors import RegistryError
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.registry.addresses import Reach
 from modelpack.registry.auth import Authorizer
-from modelpack.registry.blob_options import BlobOptions
+from modelpack.registry.auth_challenge import NOTHING, Scopes
 from modelpack.registry.credentials import CredentialSource
-from modelpack.registry.failures import (
+from modelpack.registry.http_errors import (
     MAX_ERROR_BODY,
     NETWORK_ERRORS,
     failed_answer,
     network_error,
 )
-from modelpack.registry.hosts import api_host, is_loopback, uses_plain_http
-from modelpack.registry.orasclient import OrasClient
+from modelpack.registry.limits import BlobOptions, Timeouts
+from modelpack.registry.oras_client import OrasClient
 from modelpack.registry.retry import FailedTry, Retries, RetryPolicy
-from modelpack.registry.scopes import NOTHING, Scopes
 from modelpack.registry.sockets import Inflow, PatientAdapter, waiting
-from modelpack.registry.timeouts import Timeouts
 from modelpack.registry.tls import TlsContexts, TlsOptions
-from modelpack.registry.urls import Origin, joined_url, origin_of
+from modelpack.registry.urls import (
+    Origin,
+    api_host,
+    is_loopback,
+    joined_url,
+    origin_of,
+    uses_plain_http,
+)
 
 MAX_REDIRECTS: Final = 10
 #: Bytes of an answer that is read whole; distribution-spec wants no larger manifests.

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from modelpack.server import RegistryServer, RequestRecord
+from modelpack.registry_server import RegistryServer, RequestRecord
 
 __all__ = ["registry"]
 

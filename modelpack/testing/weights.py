@@ -23,9 +23,9 @@ from pathlib import Path
 
 import platformdirs
 
-from modelpack.digest import Digest, digest_of_chunks
+from modelpack.artifacts.digest import Digest, digest_of_chunks
 from modelpack.errors import ModelpackError, RemoteUnavailableError
-from modelpack.stores.locks import FileLock
+from modelpack.store.locks import FileLock
 
 __all__ = ["minilm_directory", "smollm2_gguf", "smollm2_license"]
 

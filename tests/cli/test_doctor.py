@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import modelpack
-from modelpack.operations.checkup import Verdict, check_port, check_registry, check_store
-from modelpack.stores.layout import LayoutStore
+from modelpack.operations.doctor import Verdict, check_port, check_registry, check_store
+from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
-from modelpack_server.doctor import check_model
+from modelpack_server.cli.doctor import check_model
 from tests.cli.running import modelpack as run
 from tests.cli.running import succeed
 from tests.models import tiny_gguf, tiny_safetensors
@@ -32,7 +32,7 @@ def checks(value: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def test_a_machine_that_is_well(store: LayoutStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelpack_engine.llama_cpp.choosing.is_installed", lambda: True)
+    monkeypatch.setattr("modelpack_engine.llama_cpp.library.is_installed", lambda: True)
     with registry() as server:
         host = server.host
         value = succeed(

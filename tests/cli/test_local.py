@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
 from tests.cli.running import modelpack, succeed
 from tests.models import tiny_gguf, tiny_safetensors
 

@@ -39,7 +39,7 @@ def test_a_part_shows_everywhere(published: Published, tmp_path: Path) -> None:
 
 
 def test_a_part_is_not_served(published: Published) -> None:
-    opening = pytest.importorskip("modelpack_server.models")
+    opening = pytest.importorskip("modelpack_server.stored_models")
     pull_config(published)
     with pytest.raises(PartialModelError, match="is stored in part"):
         opening.open_model(published.reference, pull=False, store=published.store)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.server import RegistryServer
+from modelpack.registry_server import RegistryServer
 from modelpack.testing import registry
 from tests.cli.running import modelpack, succeed
 from tests.models import tiny_gguf, tiny_safetensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import pytest
 
-from modelpack.cli.sizes import SIZE
+from modelpack.cli.options import SIZE
 from tests.cli.running import modelpack
 
 

@@ -109,7 +109,7 @@ class Server:
 def test_what_a_server_tells_docker(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
-    monkeypatch.setattr("modelpack.deployment.local_server.local_server", Server)
+    monkeypatch.setattr("modelpack.deploy.local_server.local_server", Server)
     monkeypatch.setattr("sys.argv", ["docker-model", "model", *words])
     with pytest.raises(SystemExit) as ended:
         docker_model()

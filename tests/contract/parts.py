@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from modelpack import mediatypes
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
-from modelpack.gojson import encode
-from modelpack.manifest import Manifest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.json_document import encode
+from modelpack.artifacts.manifest import Manifest
 from modelpack.progress import Progress, Stop
 from modelpack.storage import BlobReader, Target, Watch
 
@@ -44,7 +44,7 @@ class Watcher:
         return [report for report in self.reports if report.action == action]
 
 
-def blob_of(content: bytes, media_type: str = mediatypes.DOCKER_GGUF) -> Descriptor:
+def blob_of(content: bytes, media_type: str = media_types.DOCKER_GGUF) -> Descriptor:
     """Return the descriptor of `content`."""
     return Descriptor(media_type, Digest.of(content), len(content))
 
@@ -69,7 +69,7 @@ def small_model(*layers: bytes, artifact_type: str | None = None) -> SmallModel:
     """Return a model with these layers, and a config that is its own."""
     descriptors = [blob_of(layer) for layer in layers]
     config = encode({"config": {"format": "gguf"}, "of": [str(d.digest) for d in descriptors]})
-    config_blob = blob_of(config, mediatypes.DOCKER_CONFIG_V01)
+    config_blob = blob_of(config, media_types.DOCKER_CONFIG_V01)
     manifest = Manifest.build(config_blob, descriptors, artifact_type=artifact_type)
     contents = {d.digest: layer for d, layer in zip(descriptors, layers, strict=True)}
     return SmallModel(manifest, {**contents, config_blob.digest: config})

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from modelpack.registry import Registry
 from modelpack.storage import Target
-from modelpack.stores.layout import LayoutStore
-from modelpack.stores.memory import MemoryStore
+from modelpack.store.layout import LayoutStore
+from modelpack.store.memory import MemoryStore
 from tests.peers import docker_registry
 from tests.registry.faulty import FaultyRegistry
 

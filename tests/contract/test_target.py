@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from modelpack import mediatypes
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.json_document import encode
+from modelpack.artifacts.manifest import Index
 from modelpack.errors import (
     DigestMismatchError,
     FormatError,
@@ -22,8 +24,6 @@ from modelpack.errors import (
     NotFoundError,
     SizeMismatchError,
 )
-from modelpack.gojson import encode
-from modelpack.manifest import Index
 from modelpack.storage import Outcome, Source, Target
 from tests.contract.parts import (
     BytesSource,
@@ -198,7 +198,7 @@ def test_a_model_comes_back_by_name_and_by_digest(subject: Subject) -> None:
         found = target.resolve(name)
         assert found.digest == model.digest
         assert found.size == len(model.manifest.raw)
-        assert found.media_type == mediatypes.OCI_MANIFEST
+        assert found.media_type == media_types.OCI_MANIFEST
         assert target.fetch_manifest(found) == model.manifest.raw
 
 
@@ -280,7 +280,7 @@ def test_a_manifest_that_is_not_its_descriptor_is_refused(subject: Subject) -> N
 
 @pytest.mark.parametrize("raw", [b"", b"{}", b"[]", b"not JSON", b'{"schemaVersion":1}'])
 def test_a_manifest_that_does_not_parse_is_refused(subject: Subject, raw: bytes) -> None:
-    descriptor = Descriptor(mediatypes.OCI_MANIFEST, Digest.of(raw), len(raw))
+    descriptor = Descriptor(media_types.OCI_MANIFEST, Digest.of(raw), len(raw))
     with pytest.raises(FormatError):
         subject.target.write_manifest(descriptor, raw, subject.name("v1"))
     with pytest.raises(NotFoundError):
@@ -301,7 +301,7 @@ def test_an_index_of_models_comes_back(subject: Subject) -> None:
     raw = encode(
         {
             "schemaVersion": 2,
-            "mediaType": mediatypes.OCI_INDEX,
+            "mediaType": media_types.OCI_INDEX,
             "manifests": [model.descriptor.to_json() for model in models],
         }
     )
@@ -310,5 +310,5 @@ def test_an_index_of_models_comes_back(subject: Subject) -> None:
 
     found = target.resolve(subject.name("all"))
     assert found.digest == index.digest
-    assert found.media_type == mediatypes.OCI_INDEX
+    assert found.media_type == media_types.OCI_INDEX
     assert Index.parse(target.fetch_manifest(found)) == index

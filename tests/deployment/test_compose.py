@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack.deployment.local_server import local_server
-from modelpack.deployment.plugin_files import install_plugins
+from modelpack.deploy.compose import install_plugins
+from modelpack.deploy.local_server import local_server
 from modelpack.errors import ConflictError, RemoteUnavailableError
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
-from modelpack_server.api.model_server import ModelServer
+from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.cli.running import modelpack as run

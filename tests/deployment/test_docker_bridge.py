@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.deployment.docker_bridge import DESKTOP, container_host
+from modelpack.deploy.local_server import DESKTOP, container_host
 from modelpack.errors import ModelpackError
 
 

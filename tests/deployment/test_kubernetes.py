@@ -19,10 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import modelpack
-from modelpack.deployment.kubernetes import default_name
-from modelpack.deployment.sizing import GIB, Demands
-from modelpack.reference import Reference
-from modelpack.stores.layout import LayoutStore
+from modelpack.artifacts.reference import Reference
+from modelpack.deploy.kubernetes import GIB, Demands, default_name
+from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
 from tests.cli.running import modelpack as run
 from tests.cli.running import succeed

@@ -9,16 +9,14 @@ from typing import Any
 import pytest
 
 import modelpack
-from modelpack import mediatypes
-from modelpack.deployment import vllm_plugin
-from modelpack.deployment.kserve import inference_service
-from modelpack.deployment.kubernetes import Workload, deployment
-from modelpack.deployment.vllm import open_model
-from modelpack.deployment.vllm_settings import VllmSettings
+from modelpack.artifacts import media_types
+from modelpack.artifacts.reference import Reference
+from modelpack.deploy import vllm_plugin
+from modelpack.deploy.kubernetes import Workload, deployment, inference_service
+from modelpack.deploy.vllm import VllmSettings, open_model
 from modelpack.errors import UnsupportedError
 from modelpack.operations.kept_bundles import kept_bundle
-from modelpack.reference import Reference
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from tests.deployment.test_vllm import Arguments, arg_utils, program, serve
 from tests.models import tiny_gguf, tiny_safetensors
 from tests.registry.faulty import FaultyRegistry
@@ -46,7 +44,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LayoutStore:
     defaults = json.dumps({"parameters": PARAMETERS, "system": "Be brief."})
     request = modelpack.PackageRequest(
         safetensors_dir=files, chat_template=template, context_size=1024,
-        annotations={mediatypes.DEFAULTS: defaults},
+        annotations={media_types.DEFAULTS: defaults},
     )  # fmt: skip
     modelpack.package("team/set", request, store=made)
     return made
@@ -164,14 +162,14 @@ def test_a_model_that_vllm_cannot_read_is_not_pulled(tmp_path: Path) -> None:
 )
 def test_defaults_that_make_no_sense_are_left_out(store: LayoutStore, defaults: str) -> None:
     model = modelpack.inspect("team/set", store=store)
-    model.manifest.annotations[mediatypes.DEFAULTS] = defaults  # type: ignore[index]
+    model.manifest.annotations[media_types.DEFAULTS] = defaults  # type: ignore[index]
     assert VllmSettings.of(model).generation == {}
 
 
 def test_a_greedy_default_is_said_vllms_way(store: LayoutStore) -> None:
     model = modelpack.inspect("team/set", store=store)
     said = json.dumps({"parameters": {"top_p": 0, "num_predict": -1}})
-    model.manifest.annotations[mediatypes.DEFAULTS] = said  # type: ignore[index]
+    model.manifest.annotations[media_types.DEFAULTS] = said  # type: ignore[index]
     assert VllmSettings.of(model).generation == {"top_k": 1, "top_p": 1.0}
 
 

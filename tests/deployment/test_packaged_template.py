@@ -10,10 +10,10 @@ import pytest
 import modelpack
 from modelpack.errors import PackagingError
 from modelpack.operations.kept_bundles import kept_bundle
-from modelpack.stores.layout import LayoutStore
-from modelpack_engine.loaders import ModelFiles
-from modelpack_engine.loaders.json_tokenizer import chat_template_of
-from modelpack_server.models import stored_files
+from modelpack.store.layout import LayoutStore
+from modelpack_engine.models import ModelFiles
+from modelpack_engine.models.json_tokenizer import chat_template_of
+from modelpack_server.stored_models import stored_files
 from tests.models import tiny_safetensors
 
 PACKAGED, INLINE, OWN = "packaged", "inline", "own"

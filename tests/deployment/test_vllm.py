@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 import modelpack
-from modelpack.deployment import vllm_plugin
-from modelpack.deployment.vllm import model_directory
+from modelpack.deploy import vllm_plugin
+from modelpack.deploy.vllm import model_directory
 from modelpack.errors import NotFoundError, UnsupportedError, UntrustedError
 from modelpack.operations.kept_bundles import kept_bundle
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from tests.models import tiny_gguf, tiny_safetensors
 
 ROOT = Path(modelpack.__file__).parents[1]

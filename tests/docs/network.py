@@ -15,7 +15,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from modelpack.server import RegistryServer
+from modelpack.registry_server import RegistryServer
 from tests.docs.world import REGISTRIES
 from tests.hub.hub import FakeHub
 

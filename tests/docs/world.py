@@ -15,7 +15,7 @@ from typing import Any
 
 import modelpack
 from modelpack import PackageRequest
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from tests.models import FIXTURES
 from tests.registry.auth_servers import make_pair
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from modelpack_engine import blas
+from modelpack_engine.platform import blas
 
 blas.prepare()
 

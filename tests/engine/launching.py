@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modelpack_engine.model_runner import ModelRunner
+from modelpack_engine.runner.model_runner import ModelRunner
 
 #: After the step before has been read, and before.
 WAYS = ("launched late", "launched early")

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import modelpack
-from modelpack.packaging.request import PackageRequest
-from modelpack.stores.layout import LayoutStore
+from modelpack.builder.request import PackageRequest
+from modelpack.store.layout import LayoutStore
 from modelpack.testing.weights import minilm_directory, smollm2_gguf
 from modelpack_engine.config import EngineConfig
-from modelpack_server.api.model_server import ModelServer
+from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 

@@ -7,10 +7,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from modelpack_engine.async_engine import EngineState
+from modelpack_engine.async_engine import Abort, EngineState, RequestStream
 from modelpack_engine.errors import EngineError
-from modelpack_engine.loaders import Tokenizer
-from modelpack_engine.loaders.chat_template import ChatTemplate
+from modelpack_engine.models import Tokenizer
+from modelpack_engine.models.chat_template import ChatTemplate
 from modelpack_engine.outputs import (
     EngineStats,
     FinishReason,
@@ -19,9 +19,8 @@ from modelpack_engine.outputs import (
     TokenLogprob,
     Usage,
 )
-from modelpack_engine.request_stream import Abort, RequestStream
-from modelpack_engine.sampling_params import SamplingParams
-from modelpack_server.conversation.served import ServedModel
+from modelpack_engine.request import SamplingParams
+from modelpack_server.conversation.served_model import ServedModel
 from tests.engine.serving.tiny import TEMPLATE, tiny_tokenizer
 
 HERMES = TEMPLATE + "{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}"

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import modelpack
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
 from modelpack.operations.archives import archive_of
-from modelpack.operations.watching import watching
 from modelpack.progress import Stop, silent
-from modelpack.storage import Watch
+from modelpack.storage import Watch, watching
 from tests.faults.victim import forked
 from tests.registry.faults import dripping
 from tests.registry.faulty import FaultyRegistry

@@ -12,7 +12,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import modelpack
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import ModelpackError
 from modelpack.operations.remote import RemoteOptions
 from modelpack.registry import RetryPolicy, Timeouts

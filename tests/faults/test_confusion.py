@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import modelpack
-from modelpack import mediatypes
+from modelpack.artifacts import media_types
+from modelpack.artifacts.manifest import parse_manifest_or_index
 from modelpack.errors import ManifestError, ModelpackError
-from modelpack.manifest import parse_manifest_or_index
 from tests.registry.faulty import REPOSITORY, FaultyRegistry
 
 DOCKER = "application/vnd.docker.ai"
@@ -44,7 +44,7 @@ def sound(registry: FaultyRegistry) -> Value:
     }
     return {
         "schemaVersion": 2,
-        "mediaType": mediatypes.OCI_MANIFEST,
+        "mediaType": media_types.OCI_MANIFEST,
         "config": described(registry, json.dumps(about).encode(), CONFIG),
         "layers": [weight],
     }
@@ -85,7 +85,7 @@ CHANGES: dict[str, Callable[[Value], None]] = {
     "no digest": layer(digest=None),
     "sha512 of something else": layer(digest=sha512_of(b"others!")),
     "a manifest with manifests": top(manifests=[]),
-    "a manifest that says it is an index": top(mediaType=mediatypes.OCI_INDEX),
+    "a manifest that says it is an index": top(mediaType=media_types.OCI_INDEX),
     "a manifest of schema 1": top(schemaVersion=1),
     "layers that are no list": lambda value: value.update(layers=value["layers"][0]),
     "a layer that is null": lambda value: value["layers"].append(None),
@@ -154,7 +154,7 @@ def test_a_config_that_is_a_layer_opens_nothing(registry: FaultyRegistry, tmp_pa
 
 @pytest.mark.parametrize("key", ["layers", "config"])
 def test_an_index_that_is_a_manifest_too(key: str) -> None:
-    value = {"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX, "manifests": [], key: []}
+    value = {"schemaVersion": 2, "mediaType": media_types.OCI_INDEX, "manifests": [], key: []}
     with pytest.raises(ManifestError, match=f"has '{key}'"):
         parse_manifest_or_index(json.dumps(value).encode(), "it")
 

@@ -12,7 +12,7 @@ import pytest
 
 import modelpack
 from modelpack.errors import ModelpackError
-from modelpack.server import RegistryServer
+from modelpack.registry_server import RegistryServer
 from tests.cli.running import modelpack as command_line
 from tests.cli.running import succeed
 from tests.faults.killed import COMMANDS, NEW, OLD, SIZE, Place

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack import mediatypes
-from modelpack.manifest import Manifest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.manifest import Manifest
 from modelpack.operations.kept_bundles import kept_bundle
 from modelpack.progress import Stop, silent
 from modelpack.storage import Watch
-from modelpack.stores.disk_space import bytes_used
+from modelpack.store.filesystem import bytes_used
 from tests.faults.instants import kills, seeded
 from tests.faults.killed import MIB, NEW, Place, died, unchanged
 from tests.registry.faulty import FaultyRegistry
@@ -33,7 +33,7 @@ def packed(place: Place) -> None:
     store = place.store
     config = store.write_bytes(
         json.dumps({"manifestVersion": "1.0", "model": {"path": "."}}).encode(),
-        mediatypes.KITOPS_CONFIG,
+        media_types.KITOPS_CONFIG,
     )
     layer = store.write_bytes(by_tarfile(content), KIT_TAR)
     manifest = Manifest.build(config, [layer])

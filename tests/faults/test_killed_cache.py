@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import ModelpackError
 from modelpack.progress import Stop, silent
 from modelpack.storage import Watch

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from modelpack.formats.gguf_metadata import ValueType
-from modelpack.formats.reading import WeightFile
-from modelpack.formats.tensor_types import TENSOR_TYPES
+from modelpack.formats.gguf import ValueType
+from modelpack.formats.reader import WeightFile
+from modelpack.formats.tensors import TENSOR_TYPES
 
 CODES = {
     ValueType.UINT8: "B",

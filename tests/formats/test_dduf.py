@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from modelpack.errors import WeightFormatError
-from modelpack.formats import dduf as dduf_module
+from modelpack.formats import dduf
 from modelpack.formats.dduf import DDUFEntry, read_dduf_header
 from tests.formats.builders import as_file
 
@@ -213,7 +213,7 @@ def test_entries_over_each_other() -> None:
 
 
 def test_a_large_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dduf_module, "MAX_MODEL_INDEX_BYTES", 10)
+    monkeypatch.setattr(dduf, "MAX_MODEL_INDEX_BYTES", 10)
     with pytest.raises(WeightFormatError, match=r"model_index\.json is 22 bytes long"):
         read_dduf_header(as_file(archive(*FILES)))
 

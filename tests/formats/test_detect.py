@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from modelpack.errors import WeightFormatError
-from modelpack.formats.detect import WeightFormat, detect_format, format_of_name
+from modelpack.formats.statistics import WeightFormat, detect_format, format_of_name
 from tests.formats.builders import as_file
 from tests.formats.vectors import MODEL_SAFETENSORS, TINY_GGUF, put
 

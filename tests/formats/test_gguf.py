@@ -10,10 +10,8 @@ import numpy
 import pytest
 
 from modelpack.errors import WeightFormatError
-from modelpack.formats.gguf import read_gguf_header
-from modelpack.formats.gguf_metadata import MetadataArray, ValueType
-from modelpack.formats.tensor_types import TENSOR_TYPES
-from modelpack.formats.tensors import TensorInfo
+from modelpack.formats.gguf import MetadataArray, ValueType, read_gguf_header
+from modelpack.formats.tensors import TENSOR_TYPES, TensorInfo
 from tests.formats.builders import GGUF, Pair, Tensor, array_pair, as_file, text_pair
 from tests.formats.vectors import TINY_GGUF
 

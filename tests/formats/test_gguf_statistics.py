@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from modelpack.errors import PackagingError, WeightFormatError
-from modelpack.formats.gguf_metadata import ValueType
+from modelpack.formats.gguf import ValueType
 from modelpack.formats.statistics import gguf_statistics
 from tests.formats.builders import GGUF, Pair, Tensor, array_pair, text_pair
 from tests.formats.vectors import TINY_GGUF, VECTOR_A, as_config, put

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from modelpack.formats.gotext import any_value, fixed, trim
+from modelpack.formats.units import any_value, fixed, trim
 
 # Each right side is what Go 1.26 printed for the left one.
 ANY = [

@@ -9,11 +9,12 @@ from collections.abc import Callable
 import pytest
 
 from modelpack.errors import WeightFormatError
-from modelpack.formats import dduf, gguf_cursor, gguf_metadata, jsontext, safetensors
+from modelpack.formats import dduf, json_reader, safetensors
+from modelpack.formats import gguf as gguf_cursor
+from modelpack.formats import gguf as gguf_metadata
 from modelpack.formats.dduf import read_dduf_header
-from modelpack.formats.gguf import MAX_PAIRS, read_gguf_header
-from modelpack.formats.gguf_metadata import ValueType
-from modelpack.formats.reading import WeightFile
+from modelpack.formats.gguf import MAX_PAIRS, ValueType, read_gguf_header
+from modelpack.formats.reader import WeightFile
 from modelpack.formats.safetensors import MAX_METADATA, read_safetensors_header
 from modelpack.formats.tensors import MAX_TENSORS
 from tests.formats.builders import GGUF, array_pair, as_file
@@ -218,7 +219,7 @@ def test_the_length_of_a_header_alone_costs_nothing() -> None:
 
 def test_limits_are_below_fifty_megabytes() -> None:
     assert gguf_cursor.MAX_KEPT_BYTES < 45 * MB
-    assert jsontext.MAX_STRING_BYTES + jsontext.MAX_VALUE_BYTES < MB
+    assert json_reader.MAX_STRING_BYTES + json_reader.MAX_VALUE_BYTES < MB
 
 
 def test_a_dduf_directory_that_claims_to_be_large() -> None:

@@ -11,9 +11,9 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from modelpack import mediatypes
-from modelpack.config import ModelConfig
-from modelpack.formats.mlx_quantization import MLXQuantization, mlx_bits
+from modelpack.artifacts import media_types
+from modelpack.artifacts.config import ModelConfig
+from modelpack.formats.config_json import MLXQuantization, mlx_bits
 from modelpack.formats.statistics import safetensors_statistics
 from modelpack.formats.units import format_decimal_parameters
 
@@ -88,5 +88,5 @@ def test_packed_weights_count_as_what_they_were(
      ({"quantization.bits": "four"}, None), ({"quantization.bits": "9" * 5000}, None)],
 )  # fmt: skip
 def test_what_a_packaged_model_says(facts: dict[str, str] | None, bits: int | None) -> None:
-    config = ModelConfig(mediatypes.DOCKER_CONFIG_V02, format="safetensors", safetensors=facts)
+    config = ModelConfig(media_types.DOCKER_CONFIG_V02, format="safetensors", safetensors=facts)
     assert mlx_bits(config) == bits

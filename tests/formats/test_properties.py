@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelpack.errors import WeightFormatError
-from modelpack.formats.gguf import read_gguf_header
-from modelpack.formats.gguf_metadata import KEPT_ARRAY_ITEMS, MetadataArray, ValueType
+from modelpack.formats.gguf import KEPT_ARRAY_ITEMS, MetadataArray, ValueType, read_gguf_header
 from modelpack.formats.gguf_statistics import gguf_statistics
 from modelpack.formats.safetensors import DTYPE_BITS, read_safetensors_header
-from modelpack.formats.tensor_types import TENSOR_TYPES
+from modelpack.formats.tensors import TENSOR_TYPES
 from tests.formats.builders import GGUF, Pair, Tensor, as_file, safetensors_text
 from tests.formats.builders import safetensors as build
 

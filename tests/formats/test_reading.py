@@ -8,7 +8,7 @@ import pytest
 
 from modelpack.errors import ModelpackError, NotFoundError, SourceChangedError, WeightFormatError
 from modelpack.formats.gguf import read_gguf_header
-from modelpack.formats.reading import WeightFile, quoted
+from modelpack.formats.reader import WeightFile, quoted
 from modelpack.formats.safetensors import read_safetensors_header
 from tests.formats.builders import as_file
 from tests.formats.vectors import TINY_GGUF, put

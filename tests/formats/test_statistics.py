@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from modelpack.errors import PackagingError, WeightFormatError
-from modelpack.formats.gguf import read_gguf_header
-from modelpack.formats.gguf_metadata import ValueType
+from modelpack.formats.gguf import ValueType, read_gguf_header
 from modelpack.formats.statistics import (
     dduf_statistics,
     gguf_statistics,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-from modelpack.formats.tensor_types import FILE_TYPES, TENSOR_TYPES
+from modelpack.formats.tensors import FILE_TYPES, TENSOR_TYPES
 
 # The gguf package counts 8 bytes of scale and sum for Q8_1; ggml stores two halves.
 SIZE_OF_Q8_1 = (32, 36)

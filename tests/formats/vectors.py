@@ -7,8 +7,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from modelpack.artifacts.json_document import encode
 from modelpack.formats.statistics import ModelStatistics
-from modelpack.gojson import encode
 
 TINY_GGUF = b64decode(
     "R0dVRgMAAAABAAAAAAAAAAMAAAAAAAAAFAAAAAAAAABnZW5lcmFsLmFyY2hpdGVjdHVyZQgAAAAFAAAAAAAAAGxsYW1h"

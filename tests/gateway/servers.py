@@ -14,10 +14,9 @@ from typing import Any, ClassVar
 import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from modelpack.listening import AppServer
+from modelpack.http.listener import AppServer
 from modelpack_server.gateway import Protection, Trace, protect
-from modelpack_server.gateway.app import GatewaySettings
-from modelpack_server.gateway.serving import GatewayServer
+from modelpack_server.gateway.app import GatewayServer, GatewaySettings
 
 PATIENCE = 20.0  # seconds; only a failure takes that long
 CHAT = "/v1/chat/completions"

@@ -14,8 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from modelpack.errors import UsageError
 from modelpack_server.gateway import KeyFile, Protection, add_key, protect, trace_of
-from modelpack_server.gateway.app import GatewaySettings
-from modelpack_server.gateway.serving import GatewayServer
+from modelpack_server.gateway.app import GatewayServer, GatewaySettings
 from tests.gateway.houses import BODY, MESSAGES, OLLAMA, House, told
 from tests.gateway.servers import (
     CHAT,

@@ -178,7 +178,7 @@ def test_nobody_chooses_the_address_that_a_server_sees(
         await respond(send, 200, {"object": "list", "data": []})
 
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
-    from modelpack.listening import AppServer
+    from modelpack.http.listener import AppServer
 
     with AppServer(lambda: app, "127.0.0.1:0", name="test server", grace=1) as server:
         httpx.get(server.url, headers={"x-forwarded-for": "10.9.9.9"}, trust_env=False)

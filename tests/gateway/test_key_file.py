@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from modelpack.errors import ConflictError, FormatError, UsageError
-from modelpack_server.gateway.key_file import KeyFile, add_key
+from modelpack_server.gateway.keys import KeyFile, add_key
 from modelpack_server.gateway.limits import Limits
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from modelpack.errors import UsageError
-from modelpack.hosts import AllowedHosts
+from modelpack.http.hosts import AllowedHosts
 from modelpack_server.gateway import KeyFile, add_key
-from modelpack_server.gateway.cors import Cors, check_origins
+from modelpack_server.gateway.protection import Cors, check_origins
 from tests.gateway.servers import CHAT, Upstream, gateway, protected
 
 

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from modelpack_server.gateway.paths import CanonicalPath
+from modelpack_server.gateway.protection import CanonicalPath
 
 
 def seen(raw: str) -> tuple[str, str]:

@@ -9,11 +9,11 @@ import pytest
 from starlette.datastructures import Headers
 
 from modelpack_server.gateway.bodies import look_into
+from modelpack_server.gateway.checks import Route, is_plain, route_of
 from modelpack_server.gateway.families import Family, family_of
 from modelpack_server.gateway.metrics import GatewayMetrics
-from modelpack_server.gateway.replies import ReplyReader
-from modelpack_server.gateway.routes import Route, is_plain, route_of
 from modelpack_server.gateway.traces import Trace
+from modelpack_server.gateway.usage import ReplyReader
 
 
 def new_trace(family: Family = Family.OPENAI) -> Trace:

@@ -10,9 +10,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 
 from modelpack.errors import UsageError
-from modelpack_server.gateway import spans
+from modelpack_server.gateway import trace_spans
 from modelpack_server.gateway.families import Family
-from modelpack_server.gateway.observing import log_request
+from modelpack_server.gateway.trace_spans import log_request
 from modelpack_server.gateway.traces import Trace
 
 PATH = "/v1/chat/completions"
@@ -25,7 +25,7 @@ def traced(**known: Any) -> Trace:
 
 def exported(*traces: Trace) -> list[Any]:
     exporter, providers = InMemorySpanExporter(), list[Any]()
-    report = spans.span_report(exporter, providers.append)
+    report = trace_spans.span_report(exporter, providers.append)
     for trace in traces:
         report(trace)
     assert providers[0].force_flush()
@@ -68,17 +68,17 @@ def test_server_errors_are_errors(status: int | None, code: str) -> None:
 
 
 def test_without_a_collector_requests_are_only_logged() -> None:
-    assert spans.default_report({}) is log_request
-    assert spans.default_report({spans.ENDPOINTS[1]: ""}) is log_request
+    assert trace_spans.default_report({}) is log_request
+    assert trace_spans.default_report({trace_spans.ENDPOINTS[1]: ""}) is log_request
 
 
-@pytest.mark.parametrize("name", spans.ENDPOINTS)
+@pytest.mark.parametrize("name", trace_spans.ENDPOINTS)
 def test_the_environment_names_a_collector(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     seen: list[Trace] = []
-    monkeypatch.setattr(spans, "span_report", lambda _: seen.append)
-    report = spans.default_report({name: "http://127.0.0.1:9"})
+    monkeypatch.setattr(trace_spans, "span_report", lambda _: seen.append)
+    report = trace_spans.default_report({name: "http://127.0.0.1:9"})
     trace = traced()
     with caplog.at_level("INFO", "modelpack"):
         report(trace)
@@ -90,4 +90,4 @@ def test_the_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UsageError, match="OpenTelemetry is not installed"):
-        spans.default_report({spans.ENDPOINTS[1]: "http://127.0.0.1:9"})
+        trace_spans.default_report({trace_spans.ENDPOINTS[1]: "http://127.0.0.1:9"})

@@ -8,13 +8,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from modelpack.listening import AppServer
-from modelpack.stores.layout import LayoutStore
+from modelpack.http.listener import AppServer
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
-from modelpack_server.api.model_server import ModelServer
-from modelpack_server.gateway.app import GatewaySettings
-from modelpack_server.gateway.protecting import Protection
-from modelpack_server.gateway.serving import GatewayServer
+from modelpack_server.api.app import ModelServer
+from modelpack_server.gateway.app import GatewayServer, GatewaySettings
+from modelpack_server.gateway.protection import Protection
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.cli.running import modelpack

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from modelpack.errors import UsageError
-from modelpack_server.gateway.upstreams import Upstreams
+from modelpack_server.gateway.proxy import Upstreams
 from tests.gateway.servers import PATIENCE, Upstream, serving, unused_url
 
 

@@ -9,11 +9,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from modelpack_server.gateway import json_fields
+from modelpack_server.gateway import usage as json_fields
 from modelpack_server.gateway.families import Family
-from modelpack_server.gateway.json_fields import JsonFields
-from modelpack_server.gateway.replies import MOST_TOKENS, ReplyReader
 from modelpack_server.gateway.traces import Trace
+from modelpack_server.gateway.usage import MOST_TOKENS, JsonFields, ReplyReader
 
 JSON, SSE, NDJSON = "application/json", "text/event-stream", "application/x-ndjson"
 #: What a client would like to be charged: it has the upstream repeat this.

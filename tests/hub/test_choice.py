@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from modelpack.errors import AmbiguousError, ModelpackError, NotFoundError, PackagingError
-from modelpack.hub.choice import choose
-from modelpack.hub.quantization import is_quantization, quantization_of
 from modelpack.hub.reference import HubReference
 from modelpack.hub.repository import HubFile
+from modelpack.hub.selection import choose, is_quantization, quantization_of
 
 
 def chosen(paths: str, quantization: str | None = None) -> str:

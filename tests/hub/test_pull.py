@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack import errors, mediatypes
+from modelpack import errors
+from modelpack.artifacts import media_types
 from modelpack.operations.find import find_model
 from modelpack.operations.selection import Part, Selection
-from modelpack.operations.watching import watching
+from modelpack.storage import watching
 from modelpack.testing import registry
 from tests.cli.running import modelpack as command
 from tests.cli.running import succeed
@@ -58,8 +59,8 @@ def test_a_model_is_all_its_files_verified_and_pinned(
     assert list(contents) == sorted(expected)  # flat: the order of a walk
     assert model.config.format == "safetensors"
     assert model.manifest.annotations == {
-        mediatypes.SOURCE: "https://huggingface.co/Org/Tiny",
-        mediatypes.REVISION: tiny,
+        media_types.SOURCE: "https://huggingface.co/Org/Tiny",
+        media_types.REVISION: tiny,
     }
     assert [str(r) for m in store.models() for r in m.references] == [
         "huggingface.co/org/tiny:latest"
@@ -126,7 +127,7 @@ def test_a_quantisation_comes_with_its_projector_and_papers(
         "LICENSE", "README.md", "m-Q4_K.gguf", "mmproj-m-f16.gguf"
     ]  # fmt: skip
     projector = model.select(["mmproj"])[0]
-    assert projector.media_type == mediatypes.DOCKER_MMPROJ
+    assert projector.media_type == media_types.DOCKER_MMPROJ
     assert [f.filepath for f in model.select(["gguf"])] == ["m-Q4_K.gguf"]
     assert hub.count("GET", "Q8_0") == 0
     assert str(store.models()[0].references[0]) == "huggingface.co/org/tiny:Q4_K"
@@ -139,7 +140,7 @@ def test_other_formats(hub: FakeHub, store: modelpack.Store, name: str) -> None:
     hub.put(NAME, files)
     model = pulled(store)
     assert {f.filepath for f in model.files()} == set(files)
-    assert model.config.media_type == mediatypes.DOCKER_CONFIG_V01
+    assert model.config.media_type == media_types.DOCKER_CONFIG_V01
     modelpack.bundle(str(model.digest), store.root.parent / "bundle", store=store)
 
 

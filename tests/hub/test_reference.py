@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import InvalidReferenceError
 from modelpack.hub.reference import HubReference, local_name
-from modelpack.reference import Reference
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

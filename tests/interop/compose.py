@@ -10,7 +10,7 @@ import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modelpack.deployment.plugin_files import install_plugins
+from modelpack.deploy.compose import install_plugins
 from tests.interop.go_tool import build_go_tool
 from tests.peers import require
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack.deployment.docker_bridge import container_host
-from modelpack.server import RegistryServer
-from modelpack.stores.layout import LayoutStore
+from modelpack.deploy.local_server import container_host
+from modelpack.registry_server import RegistryServer
+from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
-from modelpack_server.api.model_server import ModelServer
+from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.serving.tiny import write_tiny

@@ -14,19 +14,19 @@ import pytest
 
 import modelpack
 from modelpack.errors import UntrustedError
-from modelpack.operations import signing
-from modelpack.operations.attesting import attest
-from modelpack.operations.find import inspect
-from modelpack.supply.keys import (
+from modelpack.operations import signatures
+from modelpack.operations.lookup import inspect
+from modelpack.operations.signatures import attest
+from modelpack.testing import registry
+from modelpack.trust.keys import (
     PrivateKey,
     PublicKey,
     generate_key_pair,
     read_private_key,
     read_public_key,
 )
-from modelpack.supply.signatures import SignatureKind
-from modelpack.supply.statements import TEST_RESULT
-from modelpack.testing import registry
+from modelpack.trust.signatures import SignatureKind
+from modelpack.trust.sigstore_bundle import TEST_RESULT
 from tests.conftest import ROOT
 from tests.interop.go_tool import build_go_tool
 from tests.models import tiny_gguf
@@ -118,7 +118,7 @@ def test_theirs_verifies_ours(
 ) -> None:
     other = "ours" if name == "cosign" else "cosign"
     assert not cosign.verifies(f"{name}.pub", reference, *KINDS[kind])
-    signing.sign(reference, cosign.private(name), kinds=[kind])
+    signatures.sign(reference, cosign.private(name), kinds=[kind])
     assert cosign.verifies(f"{name}.pub", reference, *KINDS[kind])
     assert not cosign.verifies(f"{other}.pub", reference, *KINDS[kind])
 
@@ -130,10 +130,10 @@ def test_ours_verifies_theirs(
 ) -> None:
     other = "ours" if name == "cosign" else "cosign"
     cosign.sign(f"{name}.key", reference, *KINDS[kind])
-    _, found = signing.verify(reference, [cosign.public(name)])
+    _, found = signatures.verify(reference, [cosign.public(name)])
     assert [one.kind for one in found.signatures] == [kind]
     with pytest.raises(UntrustedError):
-        signing.verify(reference, [cosign.public(other)])
+        signatures.verify(reference, [cosign.public(other)])
 
 
 def test_theirs_verifies_our_attestation(cosign: Cosign, reference: str) -> None:
@@ -149,7 +149,7 @@ def test_theirs_verifies_our_attestation(cosign: Cosign, reference: str) -> None
 
 def test_both_add_to_one_tag(cosign: Cosign, reference: str) -> None:
     cosign.sign("cosign.key", reference)
-    signing.sign(reference, cosign.private("ours"), kinds=[SignatureKind.COSIGN])
-    signing.verify(reference, [cosign.public("ours"), cosign.public("cosign")])
+    signatures.sign(reference, cosign.private("ours"), kinds=[SignatureKind.COSIGN])
+    signatures.verify(reference, [cosign.public("ours"), cosign.public("cosign")])
     assert cosign.verifies("cosign.pub", reference)
     assert cosign.verifies("ours.pub", reference)

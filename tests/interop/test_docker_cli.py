@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 import modelpack
-from modelpack.server import RegistryServer
-from modelpack.stores.layout import LayoutStore
+from modelpack.registry_server import RegistryServer
+from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
 from tests.engine.families.runner.conftest import StoredScripts
 from tests.engine.serving.tiny import write_tiny

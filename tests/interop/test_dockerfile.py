@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack.deployment.docker_bridge import container_host
-from modelpack.stores.layout import LayoutStore
-from modelpack_server.api.model_server import ModelServer
-from modelpack_server.gateway.key_file import add_key
+from modelpack.deploy.local_server import container_host
+from modelpack.store.layout import LayoutStore
+from modelpack_server.api.app import ModelServer
+from modelpack_server.gateway.keys import add_key
 from modelpack_server.gateway.limits import Limits
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import modelpack
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
 from tests.cli.running import succeed
 from tests.models import tiny_safetensors

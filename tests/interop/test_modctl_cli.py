@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack import mediatypes
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types as mediatypes
+from modelpack.artifacts.digest import Digest
 from modelpack.operations.convert import convert
 from modelpack.testing import registry
 from tests.conftest import ROOT

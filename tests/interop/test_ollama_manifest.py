@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack import mediatypes
-from modelpack.manifest import Manifest
+from modelpack.artifacts import media_types as mediatypes
+from modelpack.artifacts.manifest import Manifest
 from modelpack.operations.convert import convert
-from modelpack.operations.watching import watching
+from modelpack.storage import watching
 from modelpack.testing import registry
 from tests.conftest import ROOT
 from tests.interop.go_tool import build_go_tool

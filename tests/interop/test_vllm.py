@@ -16,7 +16,7 @@ import pytest
 import requests
 
 import modelpack
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from tests.peers import free_port, wait_for_port
 
 pytestmark = pytest.mark.vllm

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack.deployment.vllm import model_directory
-from modelpack.stores.layout import LayoutStore
+from modelpack.deploy.vllm import model_directory
+from modelpack.store.layout import LayoutStore
 from tests.interop.vllm_source import ROOT, engine_args, method, write_runnable
 from tests.models import tiny_safetensors
 

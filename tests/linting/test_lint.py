@@ -9,17 +9,15 @@ from pathlib import Path
 import pytest
 
 import modelpack
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.reference import Reference
 from modelpack.cli.main import run
-from modelpack.config import ModelConfig
 from modelpack.errors import FormatError
-from modelpack.linting.findings import RULES, Level
-from modelpack.linting.naming import NamePattern
-from modelpack.linting.policy import LintPolicy, parse_policy
-from modelpack.linting.sarif import to_sarif
+from modelpack.lint.policy import LintPolicy, NamePattern, parse_policy
+from modelpack.lint.report import RULES, Level, to_sarif
 from modelpack.operations.lint import LintReport, lint
-from modelpack.reference import Reference
 from modelpack.testing import registry
-from modelpack_engine.loaders.chat_template import ChatTemplate
+from modelpack_engine.models.chat_template import ChatTemplate
 from tests.models import tiny_safetensors
 
 CONFIG = '{"max_position_embeddings":512,"model_type":"llama"}'

@@ -12,9 +12,9 @@ import pytest
 import requests
 
 import modelpack
-from modelpack.digest import Digest
-from modelpack.manifest import Manifest
-from modelpack.server import RegistryServer, RequestRecord
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
+from modelpack.registry_server import RegistryServer, RequestRecord
 from modelpack.testing import registry
 from tests.models import tiny_safetensors
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack import errors, mediatypes
-from modelpack.operations.archive_reading import import_archive
-from modelpack.operations.archives import Form, archive_of
+from modelpack import errors
+from modelpack.artifacts import media_types
+from modelpack.operations.archives import Form, archive_of, import_archive
 from modelpack.operations.index import NamedVariant, create_index
-from modelpack.operations.watching import watching
+from modelpack.storage import watching
 from tests.cli.running import modelpack as command
 from tests.cli.running import succeed
 from tests.models import store_of_two, tiny_gguf
@@ -116,7 +116,7 @@ def tar(*files: tuple[str, bytes]) -> bytes:
 
 
 def listing(**changes: object) -> bytes:
-    entry = {"mediaType": mediatypes.OCI_MANIFEST, "digest": "sha256:" + "0" * 64, "size": 2}
+    entry = {"mediaType": media_types.OCI_MANIFEST, "digest": "sha256:" + "0" * 64, "size": 2}
     value = {"schemaVersion": 2, "manifests": [entry | changes]}
     return json.dumps(value).encode()
 

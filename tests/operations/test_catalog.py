@@ -11,18 +11,17 @@ from typing import Any
 import pytest
 
 import modelpack
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.reference import Reference
 from modelpack.cli.main import run
-from modelpack.digest import Digest
 from modelpack.errors import RegistryError, UsageError
-from modelpack.operations.catalog import CatalogEntry, catalog
-from modelpack.operations.catalog_page import page, write_catalog
-from modelpack.operations.listing import Summary
+from modelpack.operations.catalog import CatalogEntry, catalog, page, write_catalog
+from modelpack.operations.model_list import Summary
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.sbom import sbom
-from modelpack.reference import Reference
 from modelpack.registry import Registry, RetryPolicy
-from modelpack.supply.sbom import CYCLONEDX
 from modelpack.testing import registry
+from modelpack.trust.sbom import CYCLONEDX
 from tests.models import tiny_gguf, tiny_safetensors
 from tests.operations.conftest import Records
 from tests.peers import docker_registry
@@ -132,7 +131,7 @@ def test_no_weights_are_fetched(tmp_path: Path) -> None:
 
 
 def test_pages_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelpack.registry.listing._PAGE", 1)
+    monkeypatch.setattr("modelpack.registry.repository._PAGE", 1)
     with registry(tmp_path / "registry") as server:
         fill(server.host, tmp_path)
         with Registry(server.host) as there:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack import mediatypes
-from modelpack.blob import read_blob
-from modelpack.manifest import Index, Manifest
-from modelpack.operations import image as imaging
+from modelpack.artifacts import media_types
+from modelpack.artifacts.manifest import Index, Manifest
+from modelpack.operations import convert as imaging
 from modelpack.operations.convert import convert
+from modelpack.storage import read_blob
 from modelpack.testing import registry
 from tests.cli.running import modelpack as command
 from tests.cli.running import succeed
@@ -72,12 +72,12 @@ def test_an_image_holds_the_files_under_models(store: modelpack.Store, tmp_path:
     manifests = [Manifest.parse(store.fetch_manifest(m)) for m in index.manifests]
     assert manifests[0].layers == manifests[1].layers
     for manifest, platform in zip(manifests, ("amd64", "arm64"), strict=True):
-        assert {layer.media_type for layer in manifest.layers} == {mediatypes.OCI_TAR_LAYER}
+        assert {layer.media_type for layer in manifest.layers} == {media_types.OCI_TAR_LAYER}
         config = json.loads(read_blob(store, manifest.config))
         assert (config["os"], config["architecture"]) == ("linux", platform)
         assert config["rootfs"]["diff_ids"] == [str(layer.digest) for layer in manifest.layers]
     model = modelpack.inspect("x/st:v1", store=store)
-    assert index.annotations[mediatypes.MODEL] == str(model.digest)
+    assert index.annotations[media_types.MODEL] == str(model.digest)
     # It is no model, and nobody takes it for one.
     listed = succeed("list", "--json", "--store", store.root)
     assert [item["tags"] for item in listed.json["models"]] == [

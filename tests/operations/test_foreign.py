@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 import modelpack
-from modelpack import mediatypes as mt
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types as mt
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
+from modelpack.artifacts.model import Role
 from modelpack.errors import (
     DigestMismatchError,
     InvalidDigestError,
@@ -23,17 +25,14 @@ from modelpack.errors import (
     UnsafePathError,
     UnsupportedError,
 )
-from modelpack.manifest import Manifest
-from modelpack.model import Role
-from modelpack.operations.archive_reading import import_archive
-from modelpack.operations.archives import archive_of
+from modelpack.operations.archives import archive_of, import_archive
 from modelpack.operations.convert import convert
 from modelpack.operations.docker import export_to_docker
 from modelpack.operations.headers import read_headers
 from modelpack.operations.selection import Selection
-from modelpack.operations.watching import watching
-from modelpack.stores.disk_space import bytes_used
-from modelpack.stores.docker import DockerStore
+from modelpack.storage import watching
+from modelpack.store.docker_store import DockerStore
+from modelpack.store.filesystem import bytes_used
 from modelpack.testing import registry
 from tests.cli.running import succeed
 from tests.conftest import ROOT

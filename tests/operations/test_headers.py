@@ -14,7 +14,7 @@ from modelpack.formats.gguf import GGUFHeader
 from modelpack.formats.safetensors import SafetensorsHeader
 from modelpack.operations.headers import read_headers
 from modelpack.operations.selection import Part, Selection
-from modelpack.server import RegistryServer, RequestRecord
+from modelpack.registry_server import RegistryServer, RequestRecord
 from modelpack.testing import registry
 from tests.cli.running import succeed
 from tests.models import tiny_gguf

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack import errors, mediatypes
-from modelpack.digest import Digest
+from modelpack import errors
+from modelpack.artifacts import media_types
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import FormatError, ManifestError, UnsafePathError, UnsupportedError
-from modelpack.operations import archive_reading
-from modelpack.operations.archive_reading import import_archive
-from modelpack.operations.archives import archive_of
-from modelpack.operations.watching import watching
+from modelpack.operations import archives as archive_reading
+from modelpack.operations.archives import archive_of, import_archive
+from modelpack.storage import watching
 from tests.cli.running import modelpack as command
 from tests.models import store_of_two
 from tests.unpacking.tars import (
@@ -51,18 +51,18 @@ def big(size: int) -> bytes:
     return b"\x80" + size.to_bytes(11, "big")
 
 
-def entry(content: bytes, media_type: str = mediatypes.OCI_INDEX) -> dict[str, object]:
+def entry(content: bytes, media_type: str = media_types.OCI_INDEX) -> dict[str, object]:
     return {"mediaType": media_type, "digest": str(Digest.of(content)), "size": len(content)}
 
 
 def index(*entries: Mapping[str, object]) -> bytes:
-    value = {"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX, "manifests": entries}
+    value = {"schemaVersion": 2, "mediaType": media_types.OCI_INDEX, "manifests": entries}
     return json.dumps(value).encode()
 
 
 def nested_indexes(width: int, depth: int) -> bytes:
     """Return a layout whose indexes list the next one `width` times: width ** depth manifests."""
-    document = index(entry(b"nothing", mediatypes.OCI_MANIFEST))
+    document = index(entry(b"nothing", media_types.OCI_MANIFEST))
     blobs = [blob(document)]
     for _ in range(depth):
         document = index(*[entry(document)] * width)
@@ -198,7 +198,7 @@ def test_hostile(store: modelpack.Store, name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in TABLE if "sparse" in name])
 def test_sparse_layers(tmp_path: Path, name: str) -> None:
-    from modelpack.unpacking.tarstream import TarReader
+    from modelpack.bundles.tar_reader import TarReader
 
     reader = TarReader(io.BytesIO(TABLE[name][0] + END), "layer x", max_header_bytes=1 << 20)
     with pytest.raises(UnsupportedError, match="layer x"):

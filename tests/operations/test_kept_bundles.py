@@ -17,11 +17,11 @@ import modelpack
 from modelpack.errors import LockedError, NotFoundError
 from modelpack.operations.index import NamedVariant, create_index
 from modelpack.operations.kept_bundles import kept_bundle
-from modelpack.operations.watching import watching
 from modelpack.progress import Action, Progress
-from modelpack.stores import kept
-from modelpack.stores.disk_space import bytes_used
-from modelpack.stores.fsck import Fault, FsckReport
+from modelpack.storage import watching
+from modelpack.store import kept_bundles
+from modelpack.store.filesystem import bytes_used
+from modelpack.store.fsck import Fault, FsckReport
 from tests.cli.running import modelpack as command
 from tests.cli.running import succeed
 from tests.models import tiny_gguf, tiny_safetensors
@@ -250,7 +250,7 @@ def test_a_sound_bundle_is_not_hashed(world: World, monkeypatch: pytest.MonkeyPa
     def fail(*_arguments: object) -> None:
         raise AssertionError("hashed")
 
-    monkeypatch.setattr(kept, "hash_file", fail)
+    monkeypatch.setattr(kept_bundles, "hash_file", fail)
     assert (world.contents(LINKED), world.contents(PACKED)) == before
     assert [os.lstat(path).st_ino for path in world.store.bundles.all()] == inodes
 
@@ -265,15 +265,15 @@ def test_a_copy_in_doubt_is_hashed_once(
     if event == "touched":
         os.utime(directory / "model/weights/tiny.gguf")
     else:
-        monkeypatch.setattr(kept, "boot_id", lambda: "another")
+        monkeypatch.setattr(kept_bundles, "boot_id", lambda: "another")
     hashed: list[Path] = []
-    hash_file = kept.hash_file
+    hash_file = kept_bundles.hash_file
 
-    def counting(path: Path, algorithm: str = "sha256") -> modelpack.digest.Digest:
+    def counting(path: Path, algorithm: str = "sha256") -> modelpack.artifacts.digest.Digest:
         hashed.append(path)
         return hash_file(path, algorithm)
 
-    monkeypatch.setattr(kept, "hash_file", counting)
+    monkeypatch.setattr(kept_bundles, "hash_file", counting)
     assert world.contents(PACKED) == sound
     assert len(hashed) == (1 if event == "touched" else 3)
     assert world.contents(PACKED) == sound

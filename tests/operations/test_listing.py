@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import modelpack
-from modelpack.digest import Digest
-from modelpack.operations.listing import Summary, summarize_models
-from modelpack.stores.listing_cache import VERSION
+from modelpack.artifacts.digest import Digest
+from modelpack.operations.model_list import Summary, summarize_models
+from modelpack.store.layout import VERSION
 from tests.models import tiny_gguf
 
 

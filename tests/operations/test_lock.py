@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.lockfile import LockFile
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import FormatError, NotFoundError, StoreError
-from modelpack.lockfile import LockFile
 from modelpack.operations.lock import check_lock, lock, pull_locked, read_lock, unlock, write_lock
 from modelpack.operations.selection import Part, Selection
-from modelpack.reference import Reference
 from tests.cli.running import modelpack as command
 from tests.cli.running import succeed
 from tests.operations.conftest import Published

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from modelpack import mediatypes
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import UnsupportedError
 from modelpack.operations.archives import archive_of
 from modelpack.operations.transfer import transfer
-from modelpack.stores import reachability
-from modelpack.stores.layout import LayoutStore
+from modelpack.store import reachability
+from modelpack.store.layout import LayoutStore
 from tests.contract.parts import Watcher, small_model, write_model
 
 NAME = "docker.io/x/nested:v1"
@@ -28,12 +28,12 @@ def nested(store: LayoutStore, depth: int, *, times: int) -> Descriptor:
     for level in range(depth):
         value = {
             "schemaVersion": 2,
-            "mediaType": mediatypes.OCI_INDEX,
+            "mediaType": media_types.OCI_INDEX,
             "manifests": [inner.to_json()] * times,
             "annotations": {"level": str(level)},
         }
         raw = json.dumps(value).encode()
-        inner = Descriptor(mediatypes.OCI_INDEX, Digest.of(raw), len(raw))
+        inner = Descriptor(media_types.OCI_INDEX, Digest.of(raw), len(raw))
         store.write_manifest(inner, raw, NAME if level == depth - 1 else None)
     return inner
 
@@ -81,7 +81,7 @@ def test_a_removal_reads_each_manifest_about_another_once(
     for number in range(30):
         value = {
             "schemaVersion": 2,
-            "mediaType": mediatypes.OCI_MANIFEST,
+            "mediaType": media_types.OCI_MANIFEST,
             "artifactType": "application/x.test",
             "config": config.to_json(),
             "layers": [config.to_json()],
@@ -89,7 +89,7 @@ def test_a_removal_reads_each_manifest_about_another_once(
             "annotations": {"number": str(number)},
         }
         raw = json.dumps(value).encode()
-        written = Descriptor(mediatypes.OCI_MANIFEST, Digest.of(raw), len(raw))
+        written = Descriptor(media_types.OCI_MANIFEST, Digest.of(raw), len(raw))
         store.write_manifest(written, raw)
         about.append(written.digest)
         subject = written if number % 2 else model.descriptor

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import ModelpackError, UnsupportedError
-from modelpack.operations import referrer_transfer
+from modelpack.operations import transfer
 from modelpack.operations.referrers import attach, referrers
 from modelpack.testing import registry
 from tests.contract.parts import Watcher
@@ -127,7 +127,7 @@ def test_there_is_a_limit(
     hosts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signed = publish(hosts["api"], tmp_path)
-    monkeypatch.setattr(referrer_transfer, "MAX_REFERRERS", 2)
+    monkeypatch.setattr(transfer, "MAX_REFERRERS", 2)
     store = modelpack.Store(tmp_path / "store")
     watcher = Watcher()
     with pytest.raises(UnsupportedError, match="more than 2 manifests"):

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack import mediatypes
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.json_document import encode
+from modelpack.artifacts.manifest import Manifest
 from modelpack.errors import (
     DigestMismatchError,
     NotFoundError,
@@ -20,8 +22,6 @@ from modelpack.errors import (
     UnsupportedError,
     UsageError,
 )
-from modelpack.gojson import encode
-from modelpack.manifest import Manifest
 from modelpack.operations.referrers import AttachedFile, attach, detach, referrers
 from modelpack.registry import Registry
 from modelpack.registry.referrers import fallback_tag
@@ -122,14 +122,14 @@ def test_what_is_attached_is_as_the_specification_says(place: Place, sbom: Path)
     assert layer["mediaType"] == SBOM
     assert layer["annotations"] == {"org.opencontainers.image.title": "sbom.spdx.json"}
     assert value["subject"]["digest"] == str(place.digest)
-    assert value["subject"]["mediaType"] == mediatypes.OCI_MANIFEST
+    assert value["subject"]["mediaType"] == media_types.OCI_MANIFEST
     assert value["annotations"] == {"note": "n"}
 
 
 def test_annotations_alone_can_be_attached(place: Place) -> None:
     digest = place.attach(kind="application/x-note", score="0.9")
     [layer] = _manifest(place, digest).layers
-    assert layer.media_type == mediatypes.OCI_EMPTY
+    assert layer.media_type == media_types.OCI_EMPTY
     assert place.listed() == [digest]
 
 
@@ -161,7 +161,7 @@ def test_32_the_fallback_tag_is_used_where_the_api_is_missing(place: Place, sbom
         (["missing"], SBOM, {}, PackagingError),
         (["."], SBOM, {}, PackagingError),
         (["sbom.spdx.json"], "no type", {}, UsageError),
-        (["sbom.spdx.json"], mediatypes.OCI_EMPTY, {}, UsageError),
+        (["sbom.spdx.json"], media_types.OCI_EMPTY, {}, UsageError),
         (["sbom.spdx.json:bad type"], SBOM, {}, PackagingError),
     ],
 )
@@ -227,7 +227,7 @@ def test_a_signature_without_artifact_type_is_no_model(tmp_path: Path) -> None:
     config = store.write_bytes(b'{"a":1}', "application/vnd.example.config+json")
     value = {
         "schemaVersion": 2,
-        "mediaType": mediatypes.OCI_MANIFEST,
+        "mediaType": media_types.OCI_MANIFEST,
         "config": config.to_json(),
         "layers": [],
         "subject": made.manifest.descriptor.to_json(),

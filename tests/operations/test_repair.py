@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
 from modelpack.operations.referrers import attach
 from modelpack.operations.repair import repair
 from modelpack.registry import RetryPolicy

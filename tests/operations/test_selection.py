@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack import mediatypes
+from modelpack.artifacts import media_types as mediatypes
 from modelpack.errors import NotFoundError, PartialModelError
-from modelpack.operations.listing import summarize_models
+from modelpack.operations.model_list import summarize_models
 from modelpack.operations.selection import Part, Selection
 from tests.contract.parts import Watcher
 from tests.operations.conftest import Published

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 import modelpack
-from modelpack import errors, mediatypes
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
-from modelpack.manifest import Index, Manifest
-from modelpack.operations import machine as machines
+from modelpack import errors
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Index, Manifest
+from modelpack.operations import variants as machines
 from modelpack.operations.index import NamedVariant, create_index
-from modelpack.operations.machine import GPU, Machine
 from modelpack.operations.remote import RemoteOptions
-from modelpack.operations.variants import choose_variant
+from modelpack.operations.variants import GPU, Machine, choose_variant
 from modelpack.testing import registry
 from tests.cli.running import modelpack as command
 from tests.cli.running import succeed
@@ -32,12 +32,12 @@ CPU = Machine("linux/amd64", "none", 16 * GB)
 
 def entry(name: str, kind: str, size: float, platform: str | None = None) -> Descriptor:
     said = {
-        mediatypes.VARIANT: name,
-        mediatypes.VARIANT_FORMAT: kind,
-        mediatypes.VARIANT_SIZE: str(int(size * GB)),
+        media_types.VARIANT: name,
+        media_types.VARIANT_FORMAT: kind,
+        media_types.VARIANT_SIZE: str(int(size * GB)),
     }
     digest = Digest.of(f"{name}{kind}{size}".encode())
-    return Descriptor(mediatypes.OCI_MANIFEST, digest, 500, said, platform=platform)
+    return Descriptor(media_types.OCI_MANIFEST, digest, 500, said, platform=platform)
 
 
 ALL = (
@@ -65,7 +65,7 @@ BOUND = (entry("mac", "mlx", 4, "darwin/arm64"), entry("intel", "gguf", 4, "linu
         (BOUND, MAC, "mac"),
         (BOUND, CPU, "intel"),
         ((*BOUND, entry("any", "safetensors", 1)), Machine("linux/arm64"), "any"),
-        ((Descriptor(mediatypes.OCI_MANIFEST, Digest.of(b"x"), 5),), CPU, "1"),
+        ((Descriptor(media_types.OCI_MANIFEST, Digest.of(b"x"), 5),), CPU, "1"),
     ],
 )
 def test_what_a_machine_takes(
@@ -106,7 +106,7 @@ def test_a_name_wins_over_the_machine() -> None:
     ],
 )
 def test_platforms_that_are_none(platform: Any, problem: str) -> None:
-    value = {"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX,
+    value = {"schemaVersion": 2, "mediaType": media_types.OCI_INDEX,
              "manifests": [ALL[0].to_json() | {"platform": platform}]}  # fmt: skip
     with pytest.raises(errors.ManifestError) as caught:
         Index.parse(json.dumps(value).encode())
@@ -240,8 +240,8 @@ def test_an_index_of_one_quantised_model_says_mlx(tmp_path: Path) -> None:
     store = modelpack.Store(tmp_path / "store")
     modelpack.package("x/q", modelpack.PackageRequest(safetensors_dir=directory), store=store)
     made = create_index("x/all", [NamedVariant("a", "x/q")], store=store)
-    assert made.index.manifests[0].annotations[mediatypes.VARIANT_FORMAT] == "mlx"
-    assert made.index.manifests[0].annotations[mediatypes.VARIANT_QUANTIZATION] == "4bit"
+    assert made.index.manifests[0].annotations[media_types.VARIANT_FORMAT] == "mlx"
+    assert made.index.manifests[0].annotations[media_types.VARIANT_QUANTIZATION] == "4bit"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modelpack.packaging.classify import FileKind, classify, is_pickle
+from modelpack.builder.classify import FileKind, classify, is_pickle
 
 
 @pytest.mark.parametrize(

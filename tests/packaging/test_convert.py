@@ -9,22 +9,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelpack import mediatypes as m
-from modelpack.config import ModelConfig
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
-from modelpack.errors import UnsupportedError
-from modelpack.manifest import Manifest
-from modelpack.packaging.build import Built, assemble
-from modelpack.packaging.convert import (
+from modelpack.artifacts import media_types
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
+from modelpack.builder.build import Built, assemble
+from modelpack.builder.config import (
     cncf_config,
     cncf_layers,
     cncf_media_type,
     docker_config_type,
     docker_layers,
 )
-from modelpack.packaging.repackage import repackage
-from modelpack.packaging.request import Format, PackageRequest
+from modelpack.builder.repackage import repackage
+from modelpack.builder.request import Format, PackageRequest
+from modelpack.errors import UnsupportedError
 from tests.packaging.trees import (
     DDUF,
     MIT,
@@ -49,36 +49,36 @@ def converted(built: Built, format: Format) -> Built:
 
 def layer(media_type: str, filepath: str | None = None, content: str = "") -> Descriptor:
     digest = Digest.of(f"{filepath}{content}".encode())
-    return Descriptor(media_type, digest, 1, {m.FILEPATH: filepath} if filepath else {})
+    return Descriptor(media_type, digest, 1, {media_types.FILEPATH: filepath} if filepath else {})
 
 
 # Docker Model Runner's table.
 @pytest.mark.parametrize(
     ("given_type", "filepath", "expected"),
     [
-        (m.DOCKER_GGUF, "m.gguf", m.CNCF_WEIGHT_RAW),
-        (m.DOCKER_GGUF, None, m.CNCF_WEIGHT_RAW),
-        (m.DOCKER_SAFETENSORS, "LICENSE", m.CNCF_WEIGHT_RAW),
-        (m.DOCKER_DDUF, "x.dduf", m.CNCF_WEIGHT_RAW),
-        (m.DOCKER_MMPROJ, "mmproj.gguf", m.CNCF_WEIGHT_RAW),
-        (m.CNCF_WEIGHT_GGUF, None, m.CNCF_WEIGHT_RAW),
-        (m.CNCF_WEIGHT_SAFETENSORS, None, m.CNCF_WEIGHT_RAW),
-        (m.CNCF_WEIGHT_RAW, "README.md", m.CNCF_WEIGHT_RAW),
-        (m.DOCKER_LICENSE, "m.gguf", m.CNCF_DOC_RAW),
-        (m.CNCF_DOC_RAW, None, m.CNCF_DOC_RAW),
-        (m.DOCKER_CHAT_TEMPLATE, "t.jinja", m.CNCF_WEIGHT_CONFIG_RAW),
-        (m.DOCKER_MODEL_FILE, "README.md", m.CNCF_WEIGHT_CONFIG_RAW),
-        (m.DOCKER_MODEL_FILE, "m.gguf", m.CNCF_WEIGHT_CONFIG_RAW),
-        (m.DOCKER_VLLM_CONFIG_TAR, None, m.CNCF_WEIGHT_CONFIG_RAW),
-        (m.CNCF_WEIGHT_CONFIG_RAW, None, m.CNCF_WEIGHT_CONFIG_RAW),
-        ("application/x-other", None, m.CNCF_WEIGHT_CONFIG_RAW),
-        ("application/x-other", "a/m.GGUF", m.CNCF_WEIGHT_RAW),
-        ("application/x-other", "README.md", m.CNCF_DOC_RAW),
-        ("application/x-other", "README.txt", m.CNCF_WEIGHT_CONFIG_RAW),
-        ("application/x-other", "COPYING", m.CNCF_DOC_RAW),
-        ("application/x-other", "chat_template.md", m.CNCF_WEIGHT_CONFIG_RAW),
-        ("application/x-other", "x.py", m.CNCF_WEIGHT_CONFIG_RAW),
-        (m.DOCKER_DIR_TAR, "docs.md", m.CNCF_DOC_RAW),
+        (media_types.DOCKER_GGUF, "m.gguf", media_types.CNCF_WEIGHT_RAW),
+        (media_types.DOCKER_GGUF, None, media_types.CNCF_WEIGHT_RAW),
+        (media_types.DOCKER_SAFETENSORS, "LICENSE", media_types.CNCF_WEIGHT_RAW),
+        (media_types.DOCKER_DDUF, "x.dduf", media_types.CNCF_WEIGHT_RAW),
+        (media_types.DOCKER_MMPROJ, "mmproj.gguf", media_types.CNCF_WEIGHT_RAW),
+        (media_types.CNCF_WEIGHT_GGUF, None, media_types.CNCF_WEIGHT_RAW),
+        (media_types.CNCF_WEIGHT_SAFETENSORS, None, media_types.CNCF_WEIGHT_RAW),
+        (media_types.CNCF_WEIGHT_RAW, "README.md", media_types.CNCF_WEIGHT_RAW),
+        (media_types.DOCKER_LICENSE, "m.gguf", media_types.CNCF_DOC_RAW),
+        (media_types.CNCF_DOC_RAW, None, media_types.CNCF_DOC_RAW),
+        (media_types.DOCKER_CHAT_TEMPLATE, "t.jinja", media_types.CNCF_WEIGHT_CONFIG_RAW),
+        (media_types.DOCKER_MODEL_FILE, "README.md", media_types.CNCF_WEIGHT_CONFIG_RAW),
+        (media_types.DOCKER_MODEL_FILE, "m.gguf", media_types.CNCF_WEIGHT_CONFIG_RAW),
+        (media_types.DOCKER_VLLM_CONFIG_TAR, None, media_types.CNCF_WEIGHT_CONFIG_RAW),
+        (media_types.CNCF_WEIGHT_CONFIG_RAW, None, media_types.CNCF_WEIGHT_CONFIG_RAW),
+        ("application/x-other", None, media_types.CNCF_WEIGHT_CONFIG_RAW),
+        ("application/x-other", "a/m.GGUF", media_types.CNCF_WEIGHT_RAW),
+        ("application/x-other", "README.md", media_types.CNCF_DOC_RAW),
+        ("application/x-other", "README.txt", media_types.CNCF_WEIGHT_CONFIG_RAW),
+        ("application/x-other", "COPYING", media_types.CNCF_DOC_RAW),
+        ("application/x-other", "chat_template.md", media_types.CNCF_WEIGHT_CONFIG_RAW),
+        ("application/x-other", "x.py", media_types.CNCF_WEIGHT_CONFIG_RAW),
+        (media_types.DOCKER_DIR_TAR, "docs.md", media_types.CNCF_DOC_RAW),
     ],
 )
 def test_cncf_types(given_type: str, filepath: str | None, expected: str) -> None:
@@ -152,7 +152,7 @@ def test_a_model_in_its_own_format_stays(tmp_path: Path, format: Format) -> None
 
 
 FULL_CNCF = ModelConfig(
-    m.CNCF_CONFIG,
+    media_types.CNCF_CONFIG,
     format="safetensors",
     quantization="q4",
     parameters="8b",
@@ -170,28 +170,28 @@ def foreign(*layers: Descriptor, config: ModelConfig = FULL_CNCF) -> Built:
 
 def test_a_model_of_another_tool() -> None:
     first = foreign(
-        layer(m.CNCF_WEIGHT_RAW, "model-00001-of-00001.safetensors"),
-        layer(m.CNCF_WEIGHT_CONFIG_RAW, "config.json"),
-        layer(m.CNCF_WEIGHT_CONFIG_RAW, "chat_template.jinja"),
-        layer(m.CNCF_DOC_RAW, "README.md"),
-        layer(m.CNCF_DOC_RAW, "LICENSE"),
-        layer(m.CNCF_CODE_RAW, "modeling.py"),
-        layer(m.CNCF_DATASET_RAW, "data/license.gguf"),
+        layer(media_types.CNCF_WEIGHT_RAW, "model-00001-of-00001.safetensors"),
+        layer(media_types.CNCF_WEIGHT_CONFIG_RAW, "config.json"),
+        layer(media_types.CNCF_WEIGHT_CONFIG_RAW, "chat_template.jinja"),
+        layer(media_types.CNCF_DOC_RAW, "README.md"),
+        layer(media_types.CNCF_DOC_RAW, "LICENSE"),
+        layer(media_types.CNCF_CODE_RAW, "modeling.py"),
+        layer(media_types.CNCF_DATASET_RAW, "data/license.gguf"),
     )
     back = converted(first, "docker")
     assert [x.media_type for x in back.manifest.layers] == [
-        m.DOCKER_SAFETENSORS,
-        m.DOCKER_MODEL_FILE,
-        m.DOCKER_CHAT_TEMPLATE,
-        m.DOCKER_MODEL_FILE,
-        m.DOCKER_LICENSE,
-        m.DOCKER_MODEL_FILE,
-        m.DOCKER_MODEL_FILE,
+        media_types.DOCKER_SAFETENSORS,
+        media_types.DOCKER_MODEL_FILE,
+        media_types.DOCKER_CHAT_TEMPLATE,
+        media_types.DOCKER_MODEL_FILE,
+        media_types.DOCKER_LICENSE,
+        media_types.DOCKER_MODEL_FILE,
+        media_types.DOCKER_MODEL_FILE,
     ]
-    assert back.manifest.config.media_type == m.DOCKER_CONFIG_V02
+    assert back.manifest.config.media_type == media_types.DOCKER_CONFIG_V02
     assert back.manifest.annotations == {"org.example.k": "v"}
     assert back.config.with_changes(diff_ids=()) == ModelConfig(
-        m.DOCKER_CONFIG_V02,
+        media_types.DOCKER_CONFIG_V02,
         format="safetensors",
         quantization="q4",
         parameters="8b",
@@ -203,36 +203,40 @@ def test_a_model_of_another_tool() -> None:
 
 def test_architecture_falls_back_to_the_family() -> None:
     config = FULL_CNCF.with_changes(architecture="")
-    back = converted(foreign(layer(m.CNCF_WEIGHT_RAW, "m.gguf"), config=config), "docker")
+    back = converted(foreign(layer(media_types.CNCF_WEIGHT_RAW, "m.gguf"), config=config), "docker")
     assert back.config.architecture == "llama"
 
 
 @pytest.mark.parametrize(
     ("given_layer", "format", "expected"),
     [
-        (layer(m.CNCF_WEIGHT_RAW, "x.gguf"), "", m.DOCKER_GGUF),
-        (layer(m.CNCF_WEIGHT_RAW, "x.GGUF"), "gguf", m.DOCKER_GGUF),
-        (layer(m.CNCF_WEIGHT_RAW, "x.gguf"), "safetensors", m.DOCKER_MMPROJ),
-        (layer(m.CNCF_WEIGHT_RAW, "weights"), "gguf", m.DOCKER_GGUF),
-        (layer(m.CNCF_WEIGHT_RAW, "weights"), "safetensors", m.DOCKER_SAFETENSORS),
-        (layer(m.CNCF_WEIGHT_RAW, "weights"), "diffusers", m.DOCKER_DDUF),
-        (layer(m.CNCF_WEIGHT_RAW), "gguf", m.DOCKER_GGUF),
-        (layer(m.CNCF_WEIGHT_GGUF), "", m.DOCKER_GGUF),
-        (layer(m.CNCF_WEIGHT_SAFETENSORS, "x"), "", m.DOCKER_SAFETENSORS),
-        (layer(m.CNCF_DOC_RAW, "TERMS"), "gguf", m.DOCKER_LICENSE),
-        (layer(m.CNCF_DOC_RAW, "terms.txt"), "gguf", m.DOCKER_LICENSE),
-        (layer(m.CNCF_DOC_RAW), "gguf", m.DOCKER_LICENSE),
-        (layer(m.CNCF_DOC_RAW, "license.md"), "gguf", m.DOCKER_LICENSE),
-        (layer(m.CNCF_DOC_RAW, "paper.PDF"), "gguf", m.DOCKER_MODEL_FILE),
-        (layer(m.DOCKER_LICENSE, "x.md"), "gguf", m.DOCKER_LICENSE),
-        (layer("application/x-other", "x.jinja"), "gguf", m.DOCKER_CHAT_TEMPLATE),
-        (layer("application/x-other", "x.gguf"), "gguf", m.DOCKER_MODEL_FILE),
+        (layer(media_types.CNCF_WEIGHT_RAW, "x.gguf"), "", media_types.DOCKER_GGUF),
+        (layer(media_types.CNCF_WEIGHT_RAW, "x.GGUF"), "gguf", media_types.DOCKER_GGUF),
+        (layer(media_types.CNCF_WEIGHT_RAW, "x.gguf"), "safetensors", media_types.DOCKER_MMPROJ),
+        (layer(media_types.CNCF_WEIGHT_RAW, "weights"), "gguf", media_types.DOCKER_GGUF),
+        (
+            layer(media_types.CNCF_WEIGHT_RAW, "weights"),
+            "safetensors",
+            media_types.DOCKER_SAFETENSORS,
+        ),
+        (layer(media_types.CNCF_WEIGHT_RAW, "weights"), "diffusers", media_types.DOCKER_DDUF),
+        (layer(media_types.CNCF_WEIGHT_RAW), "gguf", media_types.DOCKER_GGUF),
+        (layer(media_types.CNCF_WEIGHT_GGUF), "", media_types.DOCKER_GGUF),
+        (layer(media_types.CNCF_WEIGHT_SAFETENSORS, "x"), "", media_types.DOCKER_SAFETENSORS),
+        (layer(media_types.CNCF_DOC_RAW, "TERMS"), "gguf", media_types.DOCKER_LICENSE),
+        (layer(media_types.CNCF_DOC_RAW, "terms.txt"), "gguf", media_types.DOCKER_LICENSE),
+        (layer(media_types.CNCF_DOC_RAW), "gguf", media_types.DOCKER_LICENSE),
+        (layer(media_types.CNCF_DOC_RAW, "license.md"), "gguf", media_types.DOCKER_LICENSE),
+        (layer(media_types.CNCF_DOC_RAW, "paper.PDF"), "gguf", media_types.DOCKER_MODEL_FILE),
+        (layer(media_types.DOCKER_LICENSE, "x.md"), "gguf", media_types.DOCKER_LICENSE),
+        (layer("application/x-other", "x.jinja"), "gguf", media_types.DOCKER_CHAT_TEMPLATE),
+        (layer("application/x-other", "x.gguf"), "gguf", media_types.DOCKER_MODEL_FILE),
     ],
 )
 def test_docker_types(given_layer: Descriptor, format: str, expected: str) -> None:
     # Beside a plain file, so that the model is not a single-file one.
     config = FULL_CNCF.with_changes(format=format)
-    beside = layer(m.CNCF_CODE_RAW, "dir/x.py")
+    beside = layer(media_types.CNCF_CODE_RAW, "dir/x.py")
     first, _ = docker_layers([given_layer, beside], config)
     assert first == replace(given_layer, media_type=expected)
 
@@ -255,29 +259,40 @@ def test_archives_have_no_counterpart(given_type: str) -> None:
 
 def test_a_weight_of_unknown_format() -> None:
     with pytest.raises(UnsupportedError, match="'onnx'"):
-        docker_layers([layer(m.CNCF_WEIGHT_RAW, "m.onnx")], FULL_CNCF.with_changes(format="onnx"))
+        docker_layers(
+            [layer(media_types.CNCF_WEIGHT_RAW, "m.onnx")], FULL_CNCF.with_changes(format="onnx")
+        )
 
 
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
-        ([layer(m.DOCKER_GGUF, "m.gguf")], m.DOCKER_CONFIG_V01),
-        ([layer(m.DOCKER_GGUF)], m.DOCKER_CONFIG_V01),
-        ([layer(m.DOCKER_SAFETENSORS), layer(m.DOCKER_MODEL_FILE, "a/b")], m.DOCKER_CONFIG_V01),
-        ([layer(m.DOCKER_GGUF, "a/m.gguf")], m.DOCKER_CONFIG_V02),
-        ([layer(m.DOCKER_SAFETENSORS, "m.safetensors")], m.DOCKER_CONFIG_V02),
-        ([layer(m.DOCKER_GGUF, "m.gguf"), layer(m.DOCKER_MODEL_FILE, "x")], m.DOCKER_CONFIG_V02),
+        ([layer(media_types.DOCKER_GGUF, "m.gguf")], media_types.DOCKER_CONFIG_V01),
+        ([layer(media_types.DOCKER_GGUF)], media_types.DOCKER_CONFIG_V01),
         (
-            [layer(m.DOCKER_GGUF, "m.gguf"), layer(m.DOCKER_CHAT_TEMPLATE, "t.jinja")],
-            m.DOCKER_CONFIG_V01,
+            [layer(media_types.DOCKER_SAFETENSORS), layer(media_types.DOCKER_MODEL_FILE, "a/b")],
+            media_types.DOCKER_CONFIG_V01,
+        ),
+        ([layer(media_types.DOCKER_GGUF, "a/m.gguf")], media_types.DOCKER_CONFIG_V02),
+        ([layer(media_types.DOCKER_SAFETENSORS, "m.safetensors")], media_types.DOCKER_CONFIG_V02),
+        (
+            [layer(media_types.DOCKER_GGUF, "m.gguf"), layer(media_types.DOCKER_MODEL_FILE, "x")],
+            media_types.DOCKER_CONFIG_V02,
         ),
         (
             [
-                layer(m.DOCKER_GGUF, "m.gguf"),
-                layer(m.DOCKER_CHAT_TEMPLATE, "a.jinja"),
-                layer(m.DOCKER_CHAT_TEMPLATE, "b.jinja"),
+                layer(media_types.DOCKER_GGUF, "m.gguf"),
+                layer(media_types.DOCKER_CHAT_TEMPLATE, "t.jinja"),
             ],
-            m.DOCKER_CONFIG_V02,
+            media_types.DOCKER_CONFIG_V01,
+        ),
+        (
+            [
+                layer(media_types.DOCKER_GGUF, "m.gguf"),
+                layer(media_types.DOCKER_CHAT_TEMPLATE, "a.jinja"),
+                layer(media_types.DOCKER_CHAT_TEMPLATE, "b.jinja"),
+            ],
+            media_types.DOCKER_CONFIG_V02,
         ),
     ],
 )
@@ -286,8 +301,8 @@ def test_config_types(layers: list[Descriptor], expected: str) -> None:
 
 
 def test_shards_without_paths_stay_weights() -> None:
-    shards = [layer(m.CNCF_WEIGHT_GGUF, content=str(i)) for i in range(3)]
-    assert [x.media_type for x in docker_layers(shards, FULL_CNCF)] == [m.DOCKER_GGUF] * 3
+    shards = [layer(media_types.CNCF_WEIGHT_GGUF, content=str(i)) for i in range(3)]
+    assert [x.media_type for x in docker_layers(shards, FULL_CNCF)] == [media_types.DOCKER_GGUF] * 3
 
 
 names = st.text("aL.-_é/", min_size=1, max_size=6)
@@ -309,7 +324,12 @@ any_layers = st.lists(
     st.builds(
         layer,
         st.sampled_from(
-            [m.CNCF_WEIGHT_RAW, m.CNCF_WEIGHT_CONFIG_RAW, m.CNCF_DOC_RAW, m.CNCF_CODE_RAW]
+            [
+                media_types.CNCF_WEIGHT_RAW,
+                media_types.CNCF_WEIGHT_CONFIG_RAW,
+                media_types.CNCF_DOC_RAW,
+                media_types.CNCF_CODE_RAW,
+            ]
         ),
         st.none() | st.builds(str.__add__, names, endings),
     ),
@@ -327,9 +347,9 @@ def test_conversion_changes_types_only_and_settles(layers: list[Descriptor], for
         replace(x, media_type="a/b") for x in layers
     ]
     assert all(x.media_type.startswith("application/vnd.docker.ai.") for x in once)
-    weights = [i for i, x in enumerate(layers) if x.media_type == m.CNCF_WEIGHT_RAW]
+    weights = [i for i, x in enumerate(layers) if x.media_type == media_types.CNCF_WEIGHT_RAW]
     assert [
-        i for i, x in enumerate(cncf_layers(once)) if x.media_type == m.CNCF_WEIGHT_RAW
+        i for i, x in enumerate(cncf_layers(once)) if x.media_type == media_types.CNCF_WEIGHT_RAW
     ] == weights
     again = docker_layers(cncf_layers(once), config)
     assert cncf_layers(again) == cncf_layers(once)
@@ -337,12 +357,13 @@ def test_conversion_changes_types_only_and_settles(layers: list[Descriptor], for
 
 def test_cncf_configs_keep_what_fits() -> None:
     docker = ModelConfig(
-        m.DOCKER_CONFIG_V01, format="gguf", quantization="Q", parameters="8", architecture="llama",
-        size="32B", gguf={"a": "b"}, context_size=5, created="2025-01-02T03:04:05Z",
+        media_types.DOCKER_CONFIG_V01, format="gguf", quantization="Q", parameters="8",
+        architecture="llama", size="32B", gguf={"a": "b"}, context_size=5,
+        created="2025-01-02T03:04:05Z",
     )  # fmt: skip
     assert cncf_config(docker) == ModelConfig(
-        m.CNCF_CONFIG, format="gguf", quantization="Q", parameters="8", architecture="llama",
-        created="2025-01-02T03:04:05Z", cncf_descriptor={"family": "llama"},
+        media_types.CNCF_CONFIG, format="gguf", quantization="Q", parameters="8",
+        architecture="llama", created="2025-01-02T03:04:05Z", cncf_descriptor={"family": "llama"},
     )  # fmt: skip
     assert cncf_config(docker.with_changes(architecture="")).cncf_descriptor == {}
     assert cncf_config(FULL_CNCF) is FULL_CNCF

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from modelpack.config import ModelConfig
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.manifest import Manifest
+from modelpack.builder.request import PackageRequest
 from modelpack.errors import ModelpackError, WeightFormatError
-from modelpack.manifest import Manifest
-from modelpack.packaging.request import PackageRequest
 from tests.packaging.trees import package
 
 VECTORS = Path(__file__).resolve().parents[2] / "fixtures" / "vectors" / "model_runner.json"

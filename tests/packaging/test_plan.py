@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from modelpack import mediatypes
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.digest import Digest
+from modelpack.builder.build import build
+from modelpack.builder.plan import plan
+from modelpack.builder.request import PackageRequest
 from modelpack.errors import WeightFormatError
-from modelpack.packaging.build import build
-from modelpack.packaging.plan import plan
-from modelpack.packaging.request import PackageRequest
 from tests.packaging.trees import (
     DDUF,
     MIT,
@@ -54,14 +54,14 @@ def test_order_and_types_of_all_flags(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "name", "version", "format"),
     [
-        ({"gguf": "x.gguf"}, "x.gguf", mediatypes.DOCKER_CONFIG_V01, "gguf"),
-        ({"gguf": "X.GGUF"}, "X.GGUF", mediatypes.DOCKER_CONFIG_V01, "gguf"),
-        ({"gguf": "x.safetensors"}, "x.safetensors", mediatypes.DOCKER_CONFIG_V01, "safetensors"),
-        ({"dduf": "x.dduf"}, "x.dduf", mediatypes.DOCKER_CONFIG_V01, "dduf"),
-        ({"gguf": "x.dduf"}, "x.dduf", mediatypes.DOCKER_CONFIG_V01, "dduf"),
-        ({"safetensors_dir": "."}, "x.gguf", mediatypes.DOCKER_CONFIG_V02, "gguf"),
-        ({"safetensors_dir": "."}, "x.safetensors", mediatypes.DOCKER_CONFIG_V02, "safetensors"),
-        ({"safetensors_dir": "."}, "x.dduf", mediatypes.DOCKER_CONFIG_V02, "dduf"),
+        ({"gguf": "x.gguf"}, "x.gguf", media_types.DOCKER_CONFIG_V01, "gguf"),
+        ({"gguf": "X.GGUF"}, "X.GGUF", media_types.DOCKER_CONFIG_V01, "gguf"),
+        ({"gguf": "x.safetensors"}, "x.safetensors", media_types.DOCKER_CONFIG_V01, "safetensors"),
+        ({"dduf": "x.dduf"}, "x.dduf", media_types.DOCKER_CONFIG_V01, "dduf"),
+        ({"gguf": "x.dduf"}, "x.dduf", media_types.DOCKER_CONFIG_V01, "dduf"),
+        ({"safetensors_dir": "."}, "x.gguf", media_types.DOCKER_CONFIG_V02, "gguf"),
+        ({"safetensors_dir": "."}, "x.safetensors", media_types.DOCKER_CONFIG_V02, "safetensors"),
+        ({"safetensors_dir": "."}, "x.dduf", media_types.DOCKER_CONFIG_V02, "dduf"),
     ],
 )
 def test_config_versions(
@@ -83,7 +83,7 @@ def test_sharded_safetensors_by_any_shard() -> None:
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
     ]
-    assert built.manifest.config.media_type == mediatypes.DOCKER_CONFIG_V01
+    assert built.manifest.config.media_type == media_types.DOCKER_CONFIG_V01
 
 
 def test_statistics_cover_all_shards_and_the_text_config() -> None:

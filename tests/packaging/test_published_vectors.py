@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from modelpack.digest import Digest
-from modelpack.packaging.request import PackageRequest
+from modelpack.artifacts.digest import Digest
+from modelpack.builder.request import PackageRequest
 from tests.packaging.trees import ALIGNED, CREATED, MIT, TINY, TINY_DIRECTORY, package, write
 
 PRESERVED = PackageRequest(created=CREATED, preserve=True)

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from modelpack.builder.plan import plan
+from modelpack.builder.repackage import plan_extras
+from modelpack.builder.request import PackageRequest
 from modelpack.errors import ModelpackError, PackagingError, UsageError, WeightFormatError
-from modelpack.packaging.plan import plan
-from modelpack.packaging.repackage import plan_extras
-from modelpack.packaging.request import PackageRequest
 from tests.packaging.trees import (
     DDUF,
     MIT,

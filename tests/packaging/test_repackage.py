@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from modelpack import mediatypes as m
-from modelpack.config import ModelConfig
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
+from modelpack.builder.build import Built, assemble
+from modelpack.builder.repackage import plan_extras, repackage
+from modelpack.builder.request import PackageRequest
 from modelpack.errors import PackagingError, UsageError
-from modelpack.manifest import Manifest
-from modelpack.packaging.build import Built, assemble
-from modelpack.packaging.repackage import plan_extras, repackage
-from modelpack.packaging.request import PackageRequest
 from tests.packaging.trees import (
     MIT,
     PROJECTOR,
@@ -83,7 +83,9 @@ def test_format_and_config_version_stay(root: Path, source: str, format: str) ->
     assert later.manifest.artifact_type == first.manifest.artifact_type
     assert later.manifest.layers[:-1] == first.manifest.layers
     added = later.manifest.layers[-1]
-    assert added.media_type == (m.CNCF_DOC_RAW if format == "cncf" else m.DOCKER_LICENSE)
+    assert added.media_type == (
+        media_types.CNCF_DOC_RAW if format == "cncf" else media_types.DOCKER_LICENSE
+    )
     assert later.config == first.config.with_changes(
         diff_ids=(*first.config.diff_ids, Digest.of(b"n"))
     )
@@ -124,7 +126,7 @@ def test_times(root: Path) -> None:
     environ = {"SOURCE_DATE_EPOCH": "1000000000"}
     later = changed(first, PackageRequest(licenses=(root / "LICENSE",)), environ)
     assert later.config.created == "2020-02-02T02:02:02Z"
-    metadata = json.loads(later.manifest.layers[-1].annotations[m.FILE_METADATA])
+    metadata = json.loads(later.manifest.layers[-1].annotations[media_types.FILE_METADATA])
     assert metadata["mtime"] == "2001-09-09T01:46:40Z"
     later = changed(first, PackageRequest(created="2021-01-01T00:00:00+02:00"))
     assert later.config.created == "2021-01-01T00:00:00+02:00"
@@ -201,8 +203,10 @@ def test_a_projector_of_a_directory_gets_its_type(root: Path) -> None:
 
 def test_what_others_wrote_is_kept() -> None:
     odd = Descriptor("application/x-odd", Digest.of(b"odd"), 3, {"org.example.k": "v"})
-    weight = Descriptor(m.DOCKER_GGUF, Digest.of(b"w"), 1)
-    config = ModelConfig(m.DOCKER_CONFIG_V01, format="gguf", diff_ids=(Digest.of(b"unpacked"),))
+    weight = Descriptor(media_types.DOCKER_GGUF, Digest.of(b"w"), 1)
+    config = ModelConfig(
+        media_types.DOCKER_CONFIG_V01, format="gguf", diff_ids=(Digest.of(b"unpacked"),)
+    )
     first = assemble(config, [weight, odd], {}, artifact_type="application/x-model")
     later = changed(first, PackageRequest(context_size=1))
     assert later.manifest.layers == (weight, odd)

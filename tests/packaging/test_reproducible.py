@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelpack import mediatypes
-from modelpack.layer_metadata import LayerMetadata
-from modelpack.packaging.request import PackageRequest
+from modelpack.artifacts import media_types
+from modelpack.builder.files import LayerMetadata
+from modelpack.builder.request import PackageRequest
 from tests.packaging.trees import MIT, PAIR, SHARDS, TINY, TINY_DIRECTORY, package, write
 
 FILES = {**TINY_DIRECTORY, "a-b.txt": b"1", "a/x.txt": b"2", "a.txt": b"3", "run.sh": b"4"}
@@ -89,7 +89,7 @@ def test_modes(tmp_path: Path, mode: int, written: int) -> None:
     for preserve, expected in ((False, written), (True, mode & 0o777)):
         built = package(PackageRequest(gguf=tmp_path / "tiny.gguf", preserve=preserve))
         metadata = LayerMetadata.parse(
-            built.manifest.layers[0].annotations[mediatypes.FILE_METADATA]
+            built.manifest.layers[0].annotations[media_types.FILE_METADATA]
         )
         assert metadata.mode == expected
 
@@ -98,7 +98,7 @@ def times_of(request: PackageRequest, environ: dict[str, str]) -> tuple[str | No
     built = package(request, environ)
     layer = built.manifest.layers[0]
     created = json.loads(built.config_bytes)["descriptor"].get("created")
-    return created, LayerMetadata.parse(layer.annotations[mediatypes.FILE_METADATA]).mtime
+    return created, LayerMetadata.parse(layer.annotations[media_types.FILE_METADATA]).mtime
 
 
 def test_times_come_from_the_environment_or_the_epoch(tmp_path: Path) -> None:

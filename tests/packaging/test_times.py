@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modelpack.artifacts.json_document import checked_time
+from modelpack.builder.times import EPOCH, created_time, local_time, source_time
 from modelpack.errors import UsageError
-from modelpack.gojson import checked_time
-from modelpack.packaging.times import EPOCH, created_time, local_time, source_time
 
 T = "2025-01-02T03:04:05"
 

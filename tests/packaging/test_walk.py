@@ -15,10 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modelpack.builder import files
+from modelpack.builder.files import Found, Skipped, hub_blobs, walk
 from modelpack.errors import PackagingError
-from modelpack.packaging import walk as walk_module
-from modelpack.packaging.symlinks import hub_blobs
-from modelpack.packaging.walk import Found, Skipped, walk
 from tests.packaging.trees import as_nobody, write
 
 
@@ -278,7 +277,7 @@ def test_deep_directories_do_not_exhaust_the_stack(tmp_path: Path) -> None:
 
 
 def test_links_cannot_multiply_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walk_module, "MAX_ENTRIES", 50)
+    monkeypatch.setattr(files, "MAX_ENTRIES", 50)
     for i in range(9):
         (tmp_path / f"d{i}").mkdir()
         for name in "ab":

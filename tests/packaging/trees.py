@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from modelpack.digest import Digest
-from modelpack.packaging.build import Built, build
-from modelpack.packaging.plan import Plan, plan
-from modelpack.packaging.request import PackageRequest
+from modelpack.artifacts.digest import Digest
+from modelpack.builder.build import Built, build
+from modelpack.builder.plan import Plan, plan
+from modelpack.builder.request import PackageRequest
 
 MODELS = Path(__file__).resolve().parents[2] / "fixtures" / "models"
 TINY = (MODELS / "tiny-gguf" / "tiny.gguf").read_bytes()

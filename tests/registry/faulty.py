@@ -31,9 +31,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Protocol
 
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
-from modelpack.mediatypes import OCI_MANIFEST
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.media_types import OCI_MANIFEST
 from tests.registry.faults import Exchange, Faults, Recorded
 from tests.registry.faulty_content import Content, Reply
 

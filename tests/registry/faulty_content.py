@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import InvalidDigestError
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
 from modelpack.progress import Progress, Stop
 from modelpack.registry import Registry, Repository, RetryPolicy, StaticCredentials
 from modelpack.storage import Outcome, Watch
@@ -84,7 +84,7 @@ def read_all(
 
 def manifest_for(registry: FaultyRegistry, tag: str = "v1") -> tuple[Descriptor, bytes]:
     """Have a small manifest with its blobs in `registry`."""
-    from modelpack.manifest import Manifest
+    from modelpack.artifacts.manifest import Manifest
 
     layer = registry.put_blob(b"weights", media_type="application/vnd.docker.ai.gguf.v3")
     about = {

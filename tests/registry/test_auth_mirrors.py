@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import UsageError
 from modelpack.operations.remote import RemoteOptions, open_repository
-from modelpack.operations.watching import watching
-from modelpack.reference import Reference
 from modelpack.registry.mirrors import Mirror, Place, read_mirrors
-from modelpack.stores.layout import LayoutStore
+from modelpack.storage import watching
+from modelpack.store.layout import LayoutStore
 from tests.cli.running import modelpack, succeed
 from tests.peers import free_port
 from tests.registry import faults
@@ -176,10 +176,10 @@ def test_segments_that_a_mirror_fails_to_give(
     mirrored: Mirrored, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The rest of them, and no more, comes from the registry itself."""
-    monkeypatch.setattr("modelpack.stores.receiving.WINDOW", 1000)
-    monkeypatch.setattr("modelpack.stores.receiving.WORTH_SEGMENTS", 1000)
-    monkeypatch.setattr("modelpack.stores.receiving.FAST", 1e15)
-    monkeypatch.setattr("modelpack.stores.scattering._SMALLEST", 100_000)
+    monkeypatch.setattr("modelpack.store.downloads.WINDOW", 1000)
+    monkeypatch.setattr("modelpack.store.downloads.WORTH_SEGMENTS", 1000)
+    monkeypatch.setattr("modelpack.store.downloads.FAST", 1e15)
+    monkeypatch.setattr("modelpack.store.downloads._SMALLEST", 100_000)
     content = bytes(range(251)) * 8000
     blob = mirrored.own.put_blob(content)
     mirrored.mirror.put_blob(content)

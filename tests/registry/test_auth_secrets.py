@@ -18,7 +18,7 @@ from urllib.parse import quote
 import pytest
 
 from modelpack.registry import Credential, DockerConfig, Registry, StaticCredentials
-from modelpack.registry.tokens import Tokens, TokenServer
+from modelpack.registry.auth import Tokens, TokenServer
 from tests.cli.running import modelpack
 from tests.registry import faults
 from tests.registry.faulty import FaultyRegistry

@@ -11,9 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelpack.errors import RegistryError
-from modelpack.registry.challenge import Challenge, parse_challenges
+from modelpack.registry.auth_challenge import (
+    Challenge,
+    parse_challenges,
+    parse_scopes,
+    repository_scopes,
+    spelled,
+)
 from modelpack.registry.retry import parse_retry_after
-from modelpack.registry.scopes import parse_scopes, repository_scopes, spelled
 from modelpack.registry.urls import (
     checked_url,
     joined_url,

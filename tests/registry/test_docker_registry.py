@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.blob import read_blob
-from modelpack.descriptor import Descriptor
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.manifest import Manifest
 from modelpack.errors import AuthError, NotFoundError, RegistryError
-from modelpack.manifest import Manifest
 from modelpack.registry import Credential, StaticCredentials
-from modelpack.storage import Outcome
+from modelpack.storage import Outcome, read_blob
 from tests.peers import docker_registry
 from tests.registry.sources import Client, Connect, Content, read_all
 

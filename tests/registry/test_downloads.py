@@ -7,9 +7,8 @@ import time
 
 import pytest
 
-from modelpack.blob import read_blob
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import (
     DigestMismatchError,
     NotFoundError,
@@ -20,6 +19,7 @@ from modelpack.errors import (
 )
 from modelpack.progress import Action
 from modelpack.registry import Timeouts
+from modelpack.storage import read_blob
 from tests.registry import faults
 from tests.registry.faulty import REPOSITORY, FaultyRegistry
 from tests.registry.sources import Client, Connect, read_all

@@ -7,8 +7,9 @@ import tracemalloc
 
 import pytest
 
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.media_types import DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
 from modelpack.errors import (
     DigestMismatchError,
     InvalidDigestError,
@@ -20,7 +21,6 @@ from modelpack.errors import (
     SizeMismatchError,
     UnsupportedError,
 )
-from modelpack.mediatypes import DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
 from tests.registry import faults
 from tests.registry.faulty import REPOSITORY, FaultyRegistry
 from tests.registry.sources import Client, manifest_for

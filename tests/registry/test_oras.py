@@ -13,8 +13,8 @@ from urllib3.connectionpool import HTTPConnectionPool
 from urllib3.poolmanager import PoolManager, ProxyManager
 from urllib3.response import HTTPResponse
 
-from modelpack.registry import Registry, orasclient
-from modelpack.registry.orasclient import KEPT, REPLACED, SWITCHED_OFF
+from modelpack.registry import Registry, oras_client
+from modelpack.registry.oras_client import KEPT, REPLACED, SWITCHED_OFF
 from modelpack.registry.transport import Transport
 
 #: Of oras 0.2.43: name -> parameters after self.
@@ -79,7 +79,7 @@ def test_what_is_kept_works() -> None:
 
 
 def test_container_urls_are_those_of_the_specification() -> None:
-    made = orasclient.container("h:1", "a/b")
+    made = oras_client.container("h:1", "a/b")
     assert made.manifest_url("v1") == "h:1/v2/a/b/manifests/v1"
     assert made.get_blob_url("sha256:x") == "h:1/v2/a/b/blobs/sha256:x"
     assert made.upload_blob_url() == "h:1/v2/a/b/blobs/uploads/"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import (
     AuthError,
     ModelpackError,

@@ -14,8 +14,8 @@ from modelpack.progress import silent
 from modelpack.registry import StaticCredentials, TlsOptions
 from modelpack.registry.addresses import ALLOW_PRIVATE, Scope, literal_scope, scope_of
 from modelpack.registry.auth import Authorizer
+from modelpack.registry.auth_challenge import NOTHING
 from modelpack.registry.credentials import Credential
-from modelpack.registry.scopes import NOTHING
 from modelpack.registry.sockets import PatientSocket
 from tests.registry import faults
 from tests.registry.faulty import FaultyRegistry

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from modelpack import mediatypes
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.json_document import encode
+from modelpack.artifacts.manifest import Manifest
 from modelpack.errors import ConflictError, DeniedError, RegistryError, UnsupportedError
-from modelpack.gojson import encode
-from modelpack.manifest import Manifest
 from modelpack.registry import Registry
 from modelpack.registry.referrers import fallback_tag
 from tests.peers import docker_registry
@@ -22,8 +22,8 @@ from tests.registry.faulty import REPOSITORY, FaultyRegistry
 from tests.registry.faulty_content import Reply
 from tests.registry.sources import Client, Content
 
-EMPTY = Descriptor(mediatypes.OCI_EMPTY, Digest.of(b"{}"), 2)
-SUBJECT = Descriptor(mediatypes.OCI_MANIFEST, Digest.of(b"a model"), 7)
+EMPTY = Descriptor(media_types.OCI_EMPTY, Digest.of(b"{}"), 2)
+SUBJECT = Descriptor(media_types.OCI_MANIFEST, Digest.of(b"a model"), 7)
 TAG = fallback_tag(SUBJECT.digest)
 
 
@@ -44,7 +44,7 @@ def listed(client: Client) -> set[Digest]:
 
 def index_of(*manifests: Manifest) -> bytes:
     entries = [manifest.descriptor.to_json() for manifest in manifests]
-    return encode({"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX, "manifests": entries})
+    return encode({"schemaVersion": 2, "mediaType": media_types.OCI_INDEX, "manifests": entries})
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_pages_and_filters_of_the_api(ready: FaultyRegistry, client: Client) -> 
 
     def page(exchange: Exchange) -> None:
         last = "last" in exchange.query
-        headers = {"Content-Type": mediatypes.OCI_INDEX}
+        headers = {"Content-Type": media_types.OCI_INDEX}
         if not last:
             headers["Link"] = f'<{url}?last=x>; rel="next"'
         exchange.send(Reply(200, headers, index_of(*(made[2:] if last else made[:2]))))
@@ -134,7 +134,7 @@ def test_pages_and_filters_of_the_api(ready: FaultyRegistry, client: Client) -> 
 
 def test_a_list_without_end_is_refused(ready: FaultyRegistry, client: Client) -> None:
     url = f"/v2/{REPOSITORY}/referrers/{SUBJECT.digest}"
-    headers = {"Content-Type": mediatypes.OCI_INDEX, "Link": f'<{url}>; rel="next"'}
+    headers = {"Content-Type": media_types.OCI_INDEX, "Link": f'<{url}>; rel="next"'}
 
     def page(exchange: Exchange) -> None:
         exchange.send(Reply(200, headers, index_of(about(1))))
@@ -158,7 +158,7 @@ def test_another_writer_in_between_loses_nothing(ready: FaultyRegistry, client: 
 
     def overwritten(exchange: Exchange) -> None:
         reply = exchange.reply()
-        ready.put_manifest(index_of(about(0), about(7)), tag=TAG, media_type=mediatypes.OCI_INDEX)
+        ready.put_manifest(index_of(about(0), about(7)), tag=TAG, media_type=media_types.OCI_INDEX)
         exchange.send(reply)
 
     ready.faults.add("PUT", TAG, overwritten)

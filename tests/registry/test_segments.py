@@ -16,7 +16,7 @@ from modelpack.errors import (
 )
 from modelpack.progress import Stop
 from modelpack.registry import BlobOptions, Credential, RateLimit, StaticCredentials
-from modelpack.registry.downloads import RemoteBlob
+from modelpack.registry.blob_download import RemoteBlob
 from modelpack.storage import SegmentedSource, SegmentsRefused
 from tests.registry import faults
 from tests.registry.faulty import FaultyRegistry

@@ -20,10 +20,10 @@ from modelpack.errors import (
 )
 from modelpack.progress import Action, Stop
 from modelpack.registry import Registry, RetryPolicy, uses_plain_http
-from modelpack.registry.failures import ErrorBody, network_error
-from modelpack.registry.hosts import api_host
+from modelpack.registry.http_errors import ErrorBody, network_error
+from modelpack.registry.limits import either
 from modelpack.registry.retry import FailedTry
-from modelpack.registry.stops import either
+from modelpack.registry.urls import api_host
 from tests.registry import faults
 from tests.registry.faulty import FaultyRegistry
 from tests.registry.sources import Client, Connect, manifest_for, read_all

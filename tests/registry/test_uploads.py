@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import (
     NotFoundError,
     RegistryError,

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import DeniedError, RegistryError, RemoteUnavailableError
 from modelpack.registry import BlobOptions
 from modelpack.storage import Outcome
@@ -75,7 +75,7 @@ def test_chunks_that_the_registry_wants(
 def test_a_large_blob_goes_in_chunks_where_the_registry_says_how_large_they_are(
     registry: FaultyRegistry, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelpack.registry.uploads._CHUNK", 1_500_000)
+    monkeypatch.setattr("modelpack.registry.blob_upload._CHUNK", 1_500_000)
     registry.faults.add("POST", UPLOADS, faults.with_headers(OCI_Chunk_Min_Length="1000"))
     assert client.write(CONTENT) is Outcome.WRITTEN
     assert sizes(registry, "PATCH") == [1_500_000]

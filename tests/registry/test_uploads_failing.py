@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import (
     DigestMismatchError,
     InterruptedTransferError,

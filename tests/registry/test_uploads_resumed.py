@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import DigestMismatchError, RemoteUnavailableError, SizeMismatchError
-from modelpack.registry import Credential, StaticCredentials, upload_content
+from modelpack.registry import Credential, StaticCredentials, blob_upload
 from modelpack.storage import Outcome
 from tests.registry import faults
 from tests.registry.faulty import FaultyRegistry
@@ -71,7 +71,7 @@ def test_only_what_came_after_the_last_checkpoint_is_read_again(
     registry: FaultyRegistry, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A copy reads from another registry: its bytes are not for the asking."""
-    monkeypatch.setattr(upload_content, "CHECKPOINT", 1024 * 1024)
+    monkeypatch.setattr(blob_upload, "CHECKPOINT", 1024 * 1024)
     registry.faults.add("PUT", UPLOADS, faults.kept_upload(2_500_000))
     offsets: list[int] = []
 

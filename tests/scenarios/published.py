@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import modelpack
-from modelpack.digest import Digest
-from modelpack.manifest import Manifest
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
 from modelpack.operations.remote import RemoteOptions
 from tests.models import tiny_gguf
 from tests.registry.faulty import FaultyRegistry

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
 from tests.registry import faults
 from tests.registry.faulty import FaultyRegistry
 from tests.weights import write_safetensors
@@ -18,7 +18,7 @@ SIZE = 6_000_000
 
 def test_a_copy_goes_on_on_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the target has is not sent again; what came since a checkpoint is read again."""
-    monkeypatch.setattr("modelpack.registry.upload_content.CHECKPOINT", 1024 * 1024)
+    monkeypatch.setattr("modelpack.registry.blob_upload.CHECKPOINT", 1024 * 1024)
     write_safetensors(tmp_path / "model" / "model.safetensors", os.urandom(SIZE))
     with FaultyRegistry() as origin, FaultyRegistry() as target:
         source, copied = f"{origin.host}/team/model:v1", f"{target.host}/other/model:v2"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack.digest import Digest
-from modelpack.manifest import Manifest
-from modelpack.stores.scattering import SAVE
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
+from modelpack.store.downloads import SAVE
 from tests.models import tiny_gguf
 from tests.registry.faulty import Exchange, FaultyRegistry, Reply
 from tests.scenarios.processes import (
@@ -174,18 +174,18 @@ def test_30_a_file_that_changes_is_not_packaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that grows after its header was read is refused, and no model appears."""
-    from modelpack.operations import package as operation
+    from modelpack.operations import package
 
     gguf = tiny_gguf(tmp_path)
     store = modelpack.Store(tmp_path / "store")
-    planned = operation.plan
+    planned = package.plan
 
     def plan_then_change(request: modelpack.PackageRequest) -> object:
         made = planned(request)
         gguf.write_bytes(gguf.read_bytes() + b"\0" * 32)
         return made
 
-    monkeypatch.setattr(operation, "plan", plan_then_change)
+    monkeypatch.setattr(package, "plan", plan_then_change)
     with pytest.raises(modelpack.errors.SourceChangedError, match=r"tiny\.gguf"):
         modelpack.package("team/tiny:v1", modelpack.PackageRequest(gguf=gguf), store=store)
     assert store.models() == ()

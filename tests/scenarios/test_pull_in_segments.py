@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
 from tests.registry import faults
 from tests.registry.faulty import FaultyRegistry
 from tests.scenarios.processes import Ended, finish, run, staged_bytes, start, wait_until

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import requests
 
-from modelpack import mediatypes
-from modelpack.server import RegistryServer
+from modelpack.artifacts import media_types
+from modelpack.registry_server import RegistryServer
 from modelpack.testing import registry
 
 OCTETS = {"Content-Type": "application/octet-stream"}
@@ -62,7 +62,7 @@ class Client:
         return {"mediaType": "application/x.test", "size": len(content), "digest": digest}
 
     def put_manifest(
-        self, reference: str, raw: bytes, media_type: str = mediatypes.OCI_MANIFEST
+        self, reference: str, raw: bytes, media_type: str = media_types.OCI_MANIFEST
     ) -> requests.Response:
         headers = {"Content-Type": media_type}
         return self.request("PUT", f"manifests/{reference}", data=raw, headers=headers)
@@ -78,7 +78,7 @@ class Client:
 def manifest(config: dict[str, Any], layers: list[dict[str, Any]], **more: Any) -> bytes:
     value = {
         "schemaVersion": 2,
-        "mediaType": mediatypes.OCI_MANIFEST,
+        "mediaType": media_types.OCI_MANIFEST,
         "config": config,
         "layers": layers,
     }
@@ -95,7 +95,7 @@ def index(*manifests: bytes, **more: Any) -> bytes:
         }
         for raw in manifests
     ]
-    value = {"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX, "manifests": entries}
+    value = {"schemaVersion": 2, "mediaType": media_types.OCI_INDEX, "manifests": entries}
     return json.dumps({**value, **more}).encode()
 
 

@@ -19,13 +19,17 @@ from modelpack.errors import AuthError, UsageError
 from modelpack.operations.push import push
 from modelpack.operations.remote import RemoteOptions
 from modelpack.registry import Credential, StaticCredentials, TlsOptions
-from modelpack.server import RegistryServer, RequestRecord
-from modelpack.server.app import create_app
-from modelpack.server.auth import BearerTokens, Guard, Passwords
-from modelpack.server.htpasswd import PasswordFile
-from modelpack.server.tokens import TokenSettings
+from modelpack.registry_server import RegistryServer, RequestRecord
+from modelpack.registry_server.app import create_app
+from modelpack.registry_server.auth import (
+    BearerTokens,
+    Guard,
+    PasswordFile,
+    Passwords,
+    TokenSettings,
+)
 from modelpack.storage import Outcome
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from tests.cli.running import modelpack, succeed
 from tests.models import tiny_gguf
 from tests.peers import require
@@ -147,7 +151,7 @@ def test_guesses_do_not_keep_users_out(
         go_on.wait(60)
         return False
 
-    monkeypatch.setattr("modelpack.server.htpasswd.bcrypt.checkpw", slow)
+    monkeypatch.setattr("modelpack.registry_server.auth.bcrypt.checkpw", slow)
 
     def guess(number: int) -> int:
         return requests.get(url, auth=(ADA.username, f"{number}"), timeout=60).status_code

@@ -19,9 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from modelpack.errors import AuthError, UsageError
 from modelpack.registry import Credential
-from modelpack.server import RegistryServer
-from modelpack.server.auth import BearerTokens
-from modelpack.server.tokens import TokenSettings
+from modelpack.registry_server import RegistryServer
+from modelpack.registry_server.auth import BearerTokens, TokenSettings
 from modelpack.storage import Outcome
 from tests.registry.auth_servers import (
     ISSUER,

@@ -18,8 +18,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from modelpack import mediatypes
-from modelpack.server import RegistryServer
+from modelpack.artifacts import media_types
+from modelpack.registry_server import RegistryServer
 from tests.conftest import ROOT
 from tests.interop.go_tool import build_go_tool
 from tests.peers import REQUIRED, require
@@ -157,7 +157,7 @@ def held_elsewhere(client: Client) -> bytes:
 
 def about_nothing(client: Client) -> bytes:
     """Its subject is not there, and may come later."""
-    subject = {"mediaType": mediatypes.OCI_MANIFEST, "size": 1, "digest": digest_of(b"not there")}
+    subject = {"mediaType": media_types.OCI_MANIFEST, "size": 1, "digest": digest_of(b"not there")}
     return manifest(client.push_blob(client.name.encode()), [], subject=subject)
 
 
@@ -167,7 +167,7 @@ def list_of_images(client: Client) -> bytes:
 
 def list_of_lists(client: Client) -> bytes:
     inner = list_of_images(client)
-    assert client.put_manifest(digest_of(inner), inner, mediatypes.OCI_INDEX).status_code == 201
+    assert client.put_manifest(digest_of(inner), inner, media_types.OCI_INDEX).status_code == 201
     return index(inner)
 
 
@@ -218,7 +218,7 @@ def test_34_referrers(client: Client, algorithm: str) -> None:
     raw = image(client)
     digest = digest_of(raw, algorithm)
     assert client.put_manifest(digest, raw).status_code == 201
-    about = {"mediaType": mediatypes.OCI_MANIFEST, "size": len(raw), "digest": digest}
+    about = {"mediaType": media_types.OCI_MANIFEST, "size": len(raw), "digest": digest}
     config = client.push_blob(b"{}")
     kinds = {"a/b": {"artifactType": "a/b"}, config["mediaType"]: {}}
     pushed = {}
@@ -228,7 +228,7 @@ def test_34_referrers(client: Client, algorithm: str) -> None:
         answer = client.put_manifest(pushed[kind], one)
         assert answer.headers["OCI-Subject"] == digest
     listed = client.request("GET", f"referrers/{digest}")  # end-12a
-    assert (listed.status_code, listed.headers["Content-Type"]) == (200, mediatypes.OCI_INDEX)
+    assert (listed.status_code, listed.headers["Content-Type"]) == (200, media_types.OCI_INDEX)
     entries = {entry["digest"]: entry for entry in listed.json()["manifests"]}
     assert set(entries) == set(pushed.values())
     for kind, its in pushed.items():

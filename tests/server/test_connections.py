@@ -18,8 +18,8 @@ from typing import IO
 import pytest
 import requests
 
-from modelpack.server import RegistryServer
-from modelpack.server.limits import Limits
+from modelpack.registry_server import RegistryServer
+from modelpack.registry_server.uploads import Limits
 from tests.registry.auth_servers import make_pair
 from tests.server.conftest import Client, digest_of
 

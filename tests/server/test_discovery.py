@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import requests
 
-from modelpack import mediatypes
-from modelpack.server import RegistryServer
+from modelpack.artifacts import media_types
+from modelpack.registry_server import RegistryServer
 from modelpack.testing import registry
 from tests.server.conftest import Client, digest_of, index, manifest
 
@@ -83,9 +83,9 @@ def test_a_repository_without_tags(client: Client) -> None:
 def referrers(client: Client, subject: bytes, query: str = "") -> list[dict[str, object]]:
     response = client.request("GET", f"referrers/{digest_of(subject)}{query}")
     assert response.status_code == 200
-    assert response.headers["Content-Type"] == mediatypes.OCI_INDEX
+    assert response.headers["Content-Type"] == media_types.OCI_INDEX
     value = response.json()
-    assert (value["schemaVersion"], value["mediaType"]) == (2, mediatypes.OCI_INDEX)
+    assert (value["schemaVersion"], value["mediaType"]) == (2, media_types.OCI_INDEX)
     found: list[dict[str, object]] = value["manifests"]
     return found
 
@@ -101,7 +101,7 @@ def test_referrers(client: Client) -> None:
     about = subject_of(subject)
     plain = manifest(config, [], subject=about)
     typed = manifest(
-        {**config, "mediaType": mediatypes.OCI_EMPTY},
+        {**config, "mediaType": media_types.OCI_EMPTY},
         [],
         subject=about,
         artifactType="application/x.sbom",
@@ -112,8 +112,8 @@ def test_referrers(client: Client) -> None:
     # Any order will do: the subject comes last.
     client.put_manifest(digest_of(plain), plain)
     client.put_manifest("signed", typed)
-    client.put_manifest(digest_of(untyped_index), untyped_index, mediatypes.OCI_INDEX)
-    client.put_manifest(digest_of(typed_index), typed_index, mediatypes.OCI_INDEX)
+    client.put_manifest(digest_of(untyped_index), untyped_index, media_types.OCI_INDEX)
+    client.put_manifest(digest_of(typed_index), typed_index, media_types.OCI_INDEX)
     client.put_manifest("v1", subject)
 
     expected = [
@@ -154,7 +154,7 @@ def test_referrers_that_a_client_listed_under_the_fallback_tag(client: Client) -
     raw = manifest(client.push_blob(b"{}"), [], subject=subject_of(subject))
     client.put_manifest(digest_of(raw), raw)
     tag = digest_of(subject).replace(":", "-")
-    client.put_manifest(tag, index(raw), mediatypes.OCI_INDEX)
+    client.put_manifest(tag, index(raw), media_types.OCI_INDEX)
     assert [one["digest"] for one in referrers(client, subject)] == [digest_of(raw)]
 
 

@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from modelpack.server import RegistryServer
+from modelpack.registry_server import RegistryServer
 from tests.server.conftest import Client, digest_of
 
 CONTENT = random.Random(2).randbytes(3_000_001)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 import requests
 
-from modelpack import mediatypes
-from modelpack.server import RegistryServer
+from modelpack.artifacts import media_types
+from modelpack.registry_server import RegistryServer
 from tests.server.conftest import Client, digest_of, errors
 
 BLOB = b"weights"
@@ -97,11 +97,11 @@ ROWS = [
     Row("POST", f"blobs/uploads/?mount={ABSENT}&from=rows/m", 202, SESSION),
     Row("POST", "blobs/uploads/?mount=sha256:x&from=rows/m", 400, code="DIGEST_INVALID"),
     # end-12a, 12b
-    Row("GET", f"referrers/{ABSENT}", 200, {"Content-Type": mediatypes.OCI_INDEX}),
+    Row("GET", f"referrers/{ABSENT}", 200, {"Content-Type": media_types.OCI_INDEX}),
     Row(
         "GET", f"referrers/{ABSENT}?artifactType=a/b", 200, {"OCI-Filters-Applied": "artifactType"}
     ),
-    Row("GET", f"/v2/rows/other/referrers/{ABSENT}", 200, {"Content-Type": mediatypes.OCI_INDEX}),
+    Row("GET", f"/v2/rows/other/referrers/{ABSENT}", 200, {"Content-Type": media_types.OCI_INDEX}),
     Row("GET", "referrers/sha256:x", 400, code="DIGEST_INVALID"),
     # Docker's extension
     Row("GET", "/v2/_catalog", 200, {"Content-Type": "application/json"}),
@@ -127,7 +127,7 @@ def test_row(server: RegistryServer, model: bytes, row: Row) -> None:
     response = client.request(row.method, path, data=row.data, headers=row.sent)
     assert response.status_code == row.status, response.text
     known = {
-        "MANIFEST": mediatypes.OCI_MANIFEST,
+        "MANIFEST": media_types.OCI_MANIFEST,
         "SIZE": str(len(model)),
         "DIGEST": digest_of(model),
     }

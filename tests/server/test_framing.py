@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 
-from modelpack.server import RegistryServer
+from modelpack.registry_server import RegistryServer
 
 SECOND = b"GET /v2/second HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 POST = "POST /v2/x/blobs/uploads/ HTTP/1.1\r\nHost: 127.0.0.1\r\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modelpack.hosts import AllowedHosts, host_of
+from modelpack.http.hosts import AllowedHosts, host_of
 
 
 @pytest.mark.parametrize(

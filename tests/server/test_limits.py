@@ -13,8 +13,8 @@ import pytest
 import requests
 
 from modelpack.errors import StorageFullError, UsageError
-from modelpack.server import RegistryServer
-from modelpack.server.limits import Limits
+from modelpack.registry_server import RegistryServer
+from modelpack.registry_server.uploads import Limits
 from tests.server.conftest import OCTETS, Client, digest_of
 
 
@@ -105,7 +105,7 @@ def test_room_to_keep_during_a_stream(tmp_path: Path, monkeypatch: pytest.Monkey
         if len(asked) > 2:
             raise StorageFullError("no room")
 
-    monkeypatch.setattr("modelpack.server.uploads.check_room", check_room)
+    monkeypatch.setattr("modelpack.registry_server.uploads.check_room", check_room)
     with limited(tmp_path, keep_free=5) as client:
         pieces = (bytes(1024 * 1024) for _ in range(64))
         answer = client.request("PATCH", client.upload(), data=pieces, headers=OCTETS)

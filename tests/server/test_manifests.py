@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from modelpack import mediatypes
-from modelpack.server import RegistryServer
+from modelpack.artifacts import media_types
+from modelpack.registry_server import RegistryServer
 from modelpack.testing import registry
 from tests.server.conftest import Client, digest_of, errors, index, manifest
 
@@ -24,13 +24,13 @@ def test_bytes_are_kept_as_they_came(client: Client) -> None:
     for reference in ("v1", digest_of(raw)):
         got = client.request("GET", f"manifests/{reference}")
         assert got.content == raw
-        assert got.headers["Content-Type"] == mediatypes.OCI_MANIFEST
+        assert got.headers["Content-Type"] == media_types.OCI_MANIFEST
         assert got.headers["Docker-Content-Digest"] == digest_of(raw)
     location = client.request("GET", response.headers["Location"])
     assert location.content == raw
 
 
-@pytest.mark.parametrize("accept", [None, "*/*", "text/html", mediatypes.OCI_INDEX])
+@pytest.mark.parametrize("accept", [None, "*/*", "text/html", media_types.OCI_INDEX])
 def test_what_a_client_accepts_changes_nothing(client: Client, accept: str | None) -> None:
     raw = client.push_model("v1")
     response = client.request("GET", "manifests/v1", headers={"Accept": accept})
@@ -39,10 +39,10 @@ def test_what_a_client_accepts_changes_nothing(client: Client, accept: str | Non
 
 def test_many_kinds(client: Client) -> None:
     config, layer = client.push_blob(b"{}"), client.push_blob(b"w")
-    docker = manifest(config, [layer], mediaType=mediatypes.DOCKER_MANIFEST)
+    docker = manifest(config, [layer], mediaType=media_types.DOCKER_MANIFEST)
     no_layers = manifest(config, [])
     artifact = manifest(
-        {**config, "mediaType": mediatypes.OCI_EMPTY}, [layer], artifactType="application/x.test"
+        {**config, "mediaType": media_types.OCI_EMPTY}, [layer], artifactType="application/x.test"
     )
     untyped = json.loads(manifest(config, [layer]))
     del untyped["mediaType"]
@@ -50,14 +50,17 @@ def test_many_kinds(client: Client) -> None:
     listed = index(docker, no_layers, artifact)
     nested = index(listed, index())
     kinds = [
-        (docker, mediatypes.DOCKER_MANIFEST),
-        (no_layers, mediatypes.OCI_MANIFEST),
-        (artifact, mediatypes.OCI_MANIFEST + "; charset=utf-8"),
-        (plain, mediatypes.OCI_MANIFEST),
-        (listed, mediatypes.OCI_INDEX),
-        (index(), mediatypes.OCI_INDEX),
-        (nested, mediatypes.OCI_INDEX),
-        (index(docker, mediaType=mediatypes.DOCKER_MANIFEST_LIST), mediatypes.DOCKER_MANIFEST_LIST),
+        (docker, media_types.DOCKER_MANIFEST),
+        (no_layers, media_types.OCI_MANIFEST),
+        (artifact, media_types.OCI_MANIFEST + "; charset=utf-8"),
+        (plain, media_types.OCI_MANIFEST),
+        (listed, media_types.OCI_INDEX),
+        (index(), media_types.OCI_INDEX),
+        (nested, media_types.OCI_INDEX),
+        (
+            index(docker, mediaType=media_types.DOCKER_MANIFEST_LIST),
+            media_types.DOCKER_MANIFEST_LIST,
+        ),
     ]
     for algorithm in ("sha256", "sha512"):
         for raw, media_type in kinds:
@@ -76,24 +79,24 @@ def test_a_manifest_without_a_content_type(client: Client) -> None:
     response = client.request("PUT", "manifests/v2", data=raw)
     assert response.status_code == 201
     got = client.request("HEAD", "manifests/v2")
-    assert got.headers["Content-Type"] == mediatypes.OCI_MANIFEST
+    assert got.headers["Content-Type"] == media_types.OCI_MANIFEST
 
 
 @pytest.mark.parametrize(
     ("raw", "media_type"),
     [
-        (b"", mediatypes.OCI_MANIFEST),
-        (b"not json", mediatypes.OCI_MANIFEST),
-        (b"[]", mediatypes.OCI_MANIFEST),
-        (b'{"schemaVersion":1}', mediatypes.OCI_MANIFEST),
-        (b'{"schemaVersion":2,"layers":[]}', mediatypes.OCI_MANIFEST),
-        (b"[" * 100_000, mediatypes.OCI_MANIFEST),
-        (index(), mediatypes.OCI_MANIFEST),
+        (b"", media_types.OCI_MANIFEST),
+        (b"not json", media_types.OCI_MANIFEST),
+        (b"[]", media_types.OCI_MANIFEST),
+        (b'{"schemaVersion":1}', media_types.OCI_MANIFEST),
+        (b'{"schemaVersion":2,"layers":[]}', media_types.OCI_MANIFEST),
+        (b"[" * 100_000, media_types.OCI_MANIFEST),
+        (index(), media_types.OCI_MANIFEST),
         (index(), "application/json"),
         (manifest({"mediaType": "a/b", "size": 1, "digest": "sha256:../x"}, []),
-         mediatypes.OCI_MANIFEST),
+         media_types.OCI_MANIFEST),
         (manifest({"mediaType": "a/b", "size": -1, "digest": digest_of(b"")}, []),
-         mediatypes.OCI_MANIFEST),
+         media_types.OCI_MANIFEST),
     ],
 )  # fmt: skip
 def test_what_is_no_manifest(client: Client, raw: bytes, media_type: str) -> None:
@@ -132,7 +135,7 @@ def test_missing_blobs(client: Client) -> None:
     assert errors(response) == ["MANIFEST_BLOB_UNKNOWN"] * 3
     details = [problem["detail"] for problem in response.json()["errors"]]
     assert details == [{"digest": one["digest"], "size": one["size"]} for one in lost]
-    response = client.put_manifest("v1", index(b'{"mediaType":"a/b"}'), mediatypes.OCI_INDEX)
+    response = client.put_manifest("v1", index(b'{"mediaType":"a/b"}'), media_types.OCI_INDEX)
     assert (response.status_code, errors(response)) == (404, ["MANIFEST_BLOB_UNKNOWN"])
     assert client.request("GET", "tags/list").status_code == 404
 
@@ -152,7 +155,7 @@ def test_layers_that_live_elsewhere(client: Client, media_type: str) -> None:
 
 
 def test_a_sparse_registry_takes_manifests_without_their_blobs() -> None:
-    from modelpack.server import RegistryServer
+    from modelpack.registry_server import RegistryServer
 
     absent = {"mediaType": "a/b", "size": 5, "digest": digest_of(b"absent")}
     raw = manifest(absent, [])
@@ -164,7 +167,7 @@ def test_a_sparse_registry_takes_manifests_without_their_blobs() -> None:
 
 
 def test_subject(client: Client) -> None:
-    subject = {"mediaType": mediatypes.OCI_MANIFEST, "size": 9, "digest": digest_of(b"later")}
+    subject = {"mediaType": media_types.OCI_MANIFEST, "size": 9, "digest": digest_of(b"later")}
     config = client.push_blob(b"{}")
     raw = manifest(config, [], subject=subject)
     response = client.put_manifest("v1", raw)
@@ -223,7 +226,7 @@ def test_deleting_a_digest_deletes_its_tags(client: Client, server: RegistryServ
 def test_a_part_of_an_index_goes_after_it(client: Client) -> None:
     part = client.push_model(None)
     whole = index(part)
-    client.put_manifest("all", whole, mediatypes.OCI_INDEX)
+    client.put_manifest("all", whole, media_types.OCI_INDEX)
     response = client.request("DELETE", f"manifests/{digest_of(part)}")
     assert (response.status_code, errors(response)) == (405, ["DENIED"])
     assert client.request("DELETE", f"manifests/{digest_of(whole)}").status_code == 202

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import InvalidReferenceError
-from modelpack.reference import Reference
-from modelpack.server.names import Repository
+from modelpack.registry_server.names import Repository
 
 COMPONENT = st.from_regex(r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*", fullmatch=True)
 NAMES = st.lists(COMPONENT, min_size=1, max_size=4).map("/".join).filter(lambda n: len(n) < 200)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from modelpack.server import RegistryServer
+from modelpack.registry_server import RegistryServer
 from tests.peers import require
 from tests.server.conftest import Client, digest_of, index
 

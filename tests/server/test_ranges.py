@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack.server.ranges import ByteRange, UnsatisfiableRange, chunk_range, requested_range
+from modelpack.registry_server.blob_fetch import (
+    ByteRange,
+    UnsatisfiableRange,
+    chunk_range,
+    requested_range,
+)
 
 SIZE = 2048
 

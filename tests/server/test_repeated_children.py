@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from modelpack import mediatypes
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.digest import Digest
 from modelpack.registry import Registry, StaticCredentials
-from modelpack.server import RegistryServer
-from modelpack.server.upstream import Upstream
-from modelpack.stores.blobs import Blobs
-from modelpack.stores.layout import LayoutStore
+from modelpack.registry_server import RegistryServer
+from modelpack.registry_server.cache import Upstream
+from modelpack.store.blobs import Blobs
+from modelpack.store.layout import LayoutStore
 from tests.server.conftest import Client, digest_of, index, manifest
 
 TIMES = 20_000
@@ -46,7 +46,7 @@ def server(tmp_path: Path) -> Iterator[RegistryServer]:
 
 def about(client: Client, subject: bytes) -> bytes:
     described = {
-        "mediaType": mediatypes.OCI_MANIFEST, "size": len(subject), "digest": digest_of(subject),
+        "mediaType": media_types.OCI_MANIFEST, "size": len(subject), "digest": digest_of(subject),
     }  # fmt: skip
     return manifest(client.push_blob(b"{}"), [], subject=described)
 
@@ -70,7 +70,7 @@ def test_referrers_of_a_registry(server: RegistryServer, reads: Reads, sizes: in
     assert client.request("DELETE", f"manifests/{digest_of(child)}").status_code == 202
     client.request("POST", f"blobs/uploads/?digest={digest_of(child)}", data=child)
     raw = repeated(child, sizes=sizes)
-    assert client.put_manifest("many", raw, mediatypes.OCI_INDEX).status_code == 201
+    assert client.put_manifest("many", raw, media_types.OCI_INDEX).status_code == 201
     reads.clear()
     response = client.request("GET", f"referrers/{digest_of(subject)}")
     assert [one["digest"] for one in response.json()["manifests"]] == [digest_of(child)]
@@ -83,7 +83,7 @@ def test_a_cache_fetches_each_child_once(
 ) -> None:
     client = Client(server.url, "team/model")
     child = client.push_model(None)
-    assert client.put_manifest("many", repeated(child), mediatypes.OCI_INDEX).status_code == 201
+    assert client.put_manifest("many", repeated(child), media_types.OCI_INDEX).status_code == 201
     with ExitStack() as stack:
         origin = stack.enter_context(Registry(server.host, credentials=StaticCredentials({})))
         cache = stack.enter_context(

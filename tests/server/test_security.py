@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import requests
 
-from modelpack import mediatypes
+from modelpack.artifacts import media_types
 from modelpack.errors import UsageError
-from modelpack.server import RegistryServer
-from modelpack.stores.layout import LayoutStore
+from modelpack.registry_server import RegistryServer
+from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
 from tests.server.conftest import OCTETS, Client, digest_of, errors, index
 
@@ -156,9 +156,9 @@ def test_bound_to_all_addresses(tmp_path: Path) -> None:
 def test_a_blob_is_no_page(client: Client) -> None:
     """An index may call a blob `text/html`; nobody is served it as that."""
     page = client.push_blob(b"<script>alert(1)</script>")
-    listed = {"schemaVersion": 2, "mediaType": mediatypes.OCI_INDEX}
+    listed = {"schemaVersion": 2, "mediaType": media_types.OCI_INDEX}
     raw = json.dumps({**listed, "manifests": [{**page, "mediaType": "text/html"}]}).encode()
-    assert client.put_manifest("v1", raw, mediatypes.OCI_INDEX).status_code == 201
+    assert client.put_manifest("v1", raw, media_types.OCI_INDEX).status_code == 201
     answer = client.request("GET", f"manifests/{page['digest']}")
     assert (answer.status_code, errors(answer)) == (404, ["MANIFEST_UNKNOWN"])
     for path in (f"blobs/{page['digest']}", "manifests/v1"):
@@ -176,7 +176,7 @@ def test_no_header_is_made_of_what_is_no_media_type(
     (value["manifests"][0] if place == "child" else value)[place.replace("child", "mediaType")] = (
         media_type
     )
-    answer = client.put_manifest("v1", json.dumps(value).encode(), mediatypes.OCI_INDEX)
+    answer = client.put_manifest("v1", json.dumps(value).encode(), media_types.OCI_INDEX)
     assert (answer.status_code, errors(answer)) == (400, ["MANIFEST_INVALID"])
     assert "X-Evil" not in answer.headers
 

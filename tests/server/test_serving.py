@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import requests
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import StoreError, UsageError
-from modelpack.server import RegistryServer, RequestRecord
-from modelpack.stores.layout import LayoutStore
+from modelpack.registry_server import RegistryServer, RequestRecord
+from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
 from tests.server.conftest import Client, digest_of
 
@@ -109,7 +109,7 @@ def test_records() -> None:
 
 SERVE = """
 import sys
-from modelpack.server import RegistryServer
+from modelpack.registry_server import RegistryServer
 server = RegistryServer(sys.argv[1], address="127.0.0.1:0")
 server.run(on_ready=lambda: print(server.host, flush=True))
 print("done", flush=True)
@@ -118,7 +118,7 @@ print("done", flush=True)
 
 COLLECTED = """
 import gc, os, sys
-from modelpack.server import RegistryServer
+from modelpack.registry_server import RegistryServer
 imported = len(gc.get_objects())
 def tell():
     print(imported, len(gc.get_objects()), flush=True)

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import DigestMismatchError, NotFoundError, StorageFullError
-from modelpack.server.sessions import (
+from modelpack.registry_server.uploads import (
     OutOfOrder,
     Superseded,
     UploadSession,

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from modelpack import mediatypes
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import NotFoundError
-from modelpack.manifest import Manifest
-from modelpack.reference import Reference
-from modelpack.server import RegistryServer
-from modelpack.stores.layout import LayoutStore
+from modelpack.registry_server import RegistryServer
+from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
 from tests.server.conftest import Client, digest_of, index, manifest
 
@@ -34,8 +34,8 @@ def entry_annotations(server: RegistryServer) -> list[dict[str, str]]:
 
 def model(store: LayoutStore, name: str) -> Manifest:
     """Write a small model into the store, not over HTTP."""
-    config = store.write_bytes(b"{}", mediatypes.DOCKER_CONFIG_V01)
-    layer = store.write_bytes(name.encode(), mediatypes.DOCKER_GGUF)
+    config = store.write_bytes(b"{}", media_types.DOCKER_CONFIG_V01)
+    layer = store.write_bytes(name.encode(), media_types.DOCKER_GGUF)
     built = Manifest.build(config, [layer])
     store.write_manifest(built.descriptor, built.raw, name)
     return built
@@ -49,7 +49,7 @@ def test_a_pushed_model_is_in_the_store() -> None:
                 assert str(store.resolve(name).digest) == digest_of(raw)
             layer = Digest.parse(digest_of(b"weights"))
             assert store.blob_path(layer).read_bytes() == b"weights"
-        assert entry_annotations(server) == [{mediatypes.REF_NAME: "docker.io/ai/smol:v1"}]
+        assert entry_annotations(server) == [{media_types.REF_NAME: "docker.io/ai/smol:v1"}]
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,13 @@ def test_the_parts_of_a_stored_index_can_be_pulled_by_digest(tmp_path: Path) -> 
     outer = index(inner)
     for raw, name in ((inner, None), (outer, "docker.io/other/all:v1")):
         digest = Digest.parse(digest_of(raw))
-        store.write_manifest(Descriptor(mediatypes.OCI_INDEX, digest, len(raw)), raw, name)
+        store.write_manifest(Descriptor(media_types.OCI_INDEX, digest, len(raw)), raw, name)
     with RegistryServer(store, address="127.0.0.1:0", grace=1) as server:
         client = Client(server.url, "other/all")
         for raw in (part.raw, inner, outer):
             got = client.request("GET", f"manifests/{digest_of(raw)}")
             assert (got.status_code, got.content) == (200, raw)
-        assert got.headers["Content-Type"] == mediatypes.OCI_INDEX
+        assert got.headers["Content-Type"] == media_types.OCI_INDEX
         stranger = Client(server.url, "other/none")
         assert stranger.request("GET", f"manifests/{digest_of(part.raw)}").status_code == 404
 
@@ -110,7 +110,7 @@ def test_a_manifest_pushed_by_digest_is_kept() -> None:
         assert client.request("GET", f"manifests/{digest_of(raw)}").content == raw
         # A tag takes the entry over, and gives it back.
         client.put_manifest("v1", raw)
-        assert [one[mediatypes.REF_NAME] for one in entry_annotations(server)] == [
+        assert [one[media_types.REF_NAME] for one in entry_annotations(server)] == [
             "docker.io/ai/smol:v1"
         ]
         client.request("DELETE", "manifests/v1")
@@ -138,7 +138,7 @@ def test_deleting_frees_the_space() -> None:
     with registry() as server:
         client = Client(server.url, "a/b")
         subject = client.push_model("v1", b"subject")
-        about = {"mediaType": mediatypes.OCI_MANIFEST, "size": 1, "digest": digest_of(subject)}
+        about = {"mediaType": media_types.OCI_MANIFEST, "size": 1, "digest": digest_of(subject)}
         referrer = manifest(client.push_blob(b"{}"), [client.push_blob(b"sbom")], subject=about)
         client.put_manifest(digest_of(referrer), referrer)
         client.request("DELETE", f"manifests/{digest_of(referrer)}")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.server import RegistryServer
+from modelpack.registry_server import RegistryServer
 from modelpack.testing import registry
 from tests.server.conftest import OCTETS, Client, digest_of, errors
 

@@ -18,22 +18,21 @@ import requests
 from starlette.requests import ClientDisconnect, Request
 
 import modelpack
-from modelpack import mediatypes
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
+from modelpack.artifacts.manifest import Manifest
 from modelpack.errors import ModelpackError, NotFoundError, RemoteUnavailableError
-from modelpack.gojson import MAX_DOCUMENT_BYTES
-from modelpack.manifest import Manifest
 from modelpack.operations.remote import RemoteOptions
 from modelpack.progress import Stop, silent
 from modelpack.registry import Credential, Registry, RetryPolicy, StaticCredentials, Timeouts
-from modelpack.server import RegistryServer
-from modelpack.server.app import NO_LIMITS
-from modelpack.server.following import Fetches
-from modelpack.server.limits import Limits
-from modelpack.server.upstream import _MOST_WAITING, Upstream
-from modelpack.small_blobs import BytesBlob
-from modelpack.storage import BlobReader, Watch
+from modelpack.registry_server import RegistryServer
+from modelpack.registry_server.app import NO_LIMITS
+from modelpack.registry_server.blob_fetch import Fetches
+from modelpack.registry_server.cache import _MOST_WAITING, Upstream
+from modelpack.registry_server.uploads import Limits
+from modelpack.storage import BlobReader, BytesBlob, Watch
 from tests.cli.running import modelpack as command_line
 from tests.registry.faults import (
     Exchange,
@@ -417,7 +416,7 @@ def test_an_index_comes_with_its_manifests(caching: Caching, reference: str) -> 
     raw = index(index(caching.manifest.raw), caching.manifest.raw)
     inner = index(caching.manifest.raw)
     for one, tag in ((inner, None), (raw, "all")):
-        caching.upstream.put_manifest(one, tag, media_type=mediatypes.OCI_INDEX)
+        caching.upstream.put_manifest(one, tag, media_type=media_types.OCI_INDEX)
     name = str(Digest.of(raw)) if reference == "digest" else reference
     url = f"http://{caching.cache()}/v2/{NAME}"
     assert requests.get(f"{url}/manifests/{name}", timeout=10).content == raw
@@ -482,7 +481,7 @@ class Held:
 def test_downloads_wait_for_their_turn_as_long_as_anybody_waits_for_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelpack.server.following.MOST_AT_A_TIME", 1)
+    monkeypatch.setattr("modelpack.registry_server.blob_fetch.MOST_AT_A_TIME", 1)
     may_come = threading.Event()
     fetches = Fetches(modelpack.Store(tmp_path / "store"), Stop())
     blobs = [Held(bytes([number]), may_come) for number in range(3)]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from modelpack.registry import Registry, RetryPolicy, StaticCredentials
-from modelpack.server import RegistryServer
-from modelpack.server.upstream import Upstream
+from modelpack.registry_server import RegistryServer
+from modelpack.registry_server.cache import Upstream
 from tests.server.conftest import Client, manifest
 
 WEIGHTS = os.urandom(3 << 20)

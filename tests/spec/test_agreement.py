@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelpack import mediatypes, specfiles
-from modelpack.config import ModelConfig
+from modelpack import specfiles
+from modelpack.artifacts import media_types
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.manifest import Index, Manifest
+from modelpack.artifacts.model import Model
+from modelpack.builder.files import LayerMetadata
 from modelpack.errors import ModelpackError
-from modelpack.layer_metadata import LayerMetadata
-from modelpack.manifest import Index, Manifest
-from modelpack.model import Model
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 
@@ -35,9 +36,9 @@ def parse_config(media_type: str) -> Callable[[bytes], object]:
 LIBRARY: dict[str, Callable[[bytes], object]] = {
     "manifest": parse_manifest,
     "index": Index.parse,
-    "docker-config-v0.1": parse_config(mediatypes.DOCKER_CONFIG_V01),
-    "docker-config-v0.2": parse_config(mediatypes.DOCKER_CONFIG_V02),
-    "cncf-config": parse_config(mediatypes.CNCF_CONFIG),
+    "docker-config-v0.1": parse_config(media_types.DOCKER_CONFIG_V01),
+    "docker-config-v0.2": parse_config(media_types.DOCKER_CONFIG_V02),
+    "cncf-config": parse_config(media_types.CNCF_CONFIG),
     "layer-metadata": lambda raw: LayerMetadata.parse(raw.decode(errors="surrogateescape")),
 }
 VALIDATORS = {name: specfiles.validator(name) for name in LIBRARY}
@@ -130,7 +131,7 @@ JUNK: list[Any] = [
     *SCALARS,
     [], [[]], [None], [1], ["text"], ["sha256:" + "0" * 64],
     {}, {"": ""}, {"x": None}, {"x": 1}, {"x": "y"}, {"type": "rootfs"}, {"size": 1},
-    {mediatypes.FILEPATH: "../x"}, {mediatypes.FILEPATH_ALIAS: "../x"},
+    {media_types.FILEPATH: "../x"}, {media_types.FILEPATH_ALIAS: "../x"},
 ]  # fmt: skip
 
 
@@ -195,7 +196,7 @@ DOCUMENTS = [
     for path in sorted((FIXTURES / "valid").glob("*/*.json"))
 ]
 NAMES = st.sampled_from(
-    ["mediaType", "size", "type", "x", "", "artifactType", mediatypes.FILEPATH, "format"]
+    ["mediaType", "size", "type", "x", "", "artifactType", media_types.FILEPATH, "format"]
 )
 VALUES = st.one_of(
     st.sampled_from(JUNK),

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from modelpack import mediatypes, specfiles
+from modelpack import specfiles
+from modelpack.artifacts import media_types
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import InvalidReferenceError
-from modelpack.reference import Reference
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMAS = specfiles.schema_names()
@@ -73,7 +74,7 @@ def test_patterns_mean_the_same_to_every_engine(name: str) -> None:
 def test_the_schemas_know_the_media_types_of_the_library() -> None:
     text = json.dumps([specfiles.schema(name) for name in SCHEMAS])
     known = set(re.findall(r'"(application/vnd\.[^"^]+)"', text))
-    library = {value for value in vars(mediatypes).values() if isinstance(value, str)}
+    library = {value for value in vars(media_types).values() if isinstance(value, str)}
     assert len(known) >= 15
     assert known <= library
 
@@ -193,9 +194,9 @@ def test_the_file_metadata_in_valid_manifests_is_valid() -> None:
 
 VECTORS = json.loads((ROOT / "fixtures" / "vectors" / "model_runner.json").read_bytes())["vectors"]
 CONFIGS = {
-    mediatypes.DOCKER_CONFIG_V01: "docker-config-v0.1",
-    mediatypes.DOCKER_CONFIG_V02: "docker-config-v0.2",
-    mediatypes.CNCF_CONFIG: "cncf-config",
+    media_types.DOCKER_CONFIG_V01: "docker-config-v0.1",
+    media_types.DOCKER_CONFIG_V02: "docker-config-v0.2",
+    media_types.CNCF_CONFIG: "cncf-config",
 }
 
 
@@ -205,9 +206,9 @@ def test_what_docker_model_runner_writes_is_valid(vector: dict[str, Any]) -> Non
     config = json.loads(base64.b64decode(vector["config"]))
     # It packages names that no reader should unpack; the schema refuses those and nothing else.
     unsafe = [
-        f"$.layers[{i}].annotations['{mediatypes.FILEPATH}']"
+        f"$.layers[{i}].annotations['{media_types.FILEPATH}']"
         for i, layer in enumerate(manifest["layers"])
-        if re.search(r"[\\\x00-\x1f\x7f]", layer["annotations"][mediatypes.FILEPATH])
+        if re.search(r"[\\\x00-\x1f\x7f]", layer["annotations"][media_types.FILEPATH])
     ]
     refused = [complaint.split(": ")[0] for complaint in complaints("model-manifest", manifest)]
     assert refused == unsafe

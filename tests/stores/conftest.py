@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from tests.contract.parts import Watcher
 from tests.stores.workers import Worker
 

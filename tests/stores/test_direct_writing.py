@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.stores import direct_writing
-from modelpack.stores.direct_writing import ALIGNMENT, DirectWriter
+from modelpack.store import file_copy
+from modelpack.store.file_copy import ALIGNMENT, DirectWriter
 
 MIB = 1024 * 1024
 
@@ -65,7 +65,7 @@ def test_a_file_system_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     file = os.open(tmp_path / "file", os.O_CREAT | os.O_WRONLY)
     try:
         with monkeypatch.context() as patched:
-            patched.setattr(direct_writing.DirectWriter, "_switch", lambda *_, on: False)
+            patched.setattr(file_copy.DirectWriter, "_switch", lambda *_, on: False)
             writer = DirectWriter(file, 8 * MIB)
         writer.write(pages(b"b" * ALIGNMENT))
     finally:

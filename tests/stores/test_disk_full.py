@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from modelpack.errors import StorageFullError
-from modelpack.stores import disk_space, downloads, imports
-from modelpack.stores.layout import LayoutStore
+from modelpack.store import downloads, imports
+from modelpack.store import filesystem as disk_space
+from modelpack.store.layout import LayoutStore
 from tests.contract.parts import BytesSource, Watcher, blob_of, content_of, small_model, write_model
 
 MIB = 1024 * 1024

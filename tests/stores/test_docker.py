@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import (
     DigestMismatchError,
     IntegrityError,
@@ -21,13 +22,11 @@ from modelpack.errors import (
     StoreError,
     UnsafePathError,
 )
-from modelpack.reference import Reference
 from modelpack.storage import Source
-from modelpack.stores import docker as docker_module
-from modelpack.stores import docker_index
-from modelpack.stores.docker import DockerStore, default_docker_root
-from modelpack.stores.docker_index import DockerIndex, go_indented
-from modelpack.stores.layout import LayoutStore
+from modelpack.store import docker_store as docker_index
+from modelpack.store import docker_store as docker_module
+from modelpack.store.docker_store import DockerIndex, DockerStore, default_docker_root, go_indented
+from modelpack.store.layout import LayoutStore
 from tests.contract.parts import SmallModel, Watcher, content_of, small_model, write_model
 from tests.interop.go_tool import build_go_tool
 from tests.models import tiny_gguf

@@ -22,9 +22,9 @@ from modelpack.errors import (
 )
 from modelpack.progress import Action
 from modelpack.storage import BlobReader, Outcome
-from modelpack.stores import disk_space
-from modelpack.stores.layout import LayoutStore
-from modelpack.stores.staging import Partial
+from modelpack.store import filesystem as disk_space
+from modelpack.store.layout import LayoutStore
+from modelpack.store.staging import Partial
 from tests.contract.parts import BytesSource, Watcher, blob_of, content_of
 
 MIB = 1024 * 1024

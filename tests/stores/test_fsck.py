@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from modelpack import mediatypes
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.json_document import encode
+from modelpack.artifacts.manifest import Manifest
 from modelpack.errors import InterruptedTransferError
-from modelpack.gojson import encode
-from modelpack.manifest import Manifest
-from modelpack.stores.fsck import Fault, Problem
-from modelpack.stores.layout import LayoutStore
-from modelpack.stores.tree import label
+from modelpack.store.fsck import Fault, Problem
+from modelpack.store.layout import LayoutStore
+from modelpack.store.tree import label
 from tests.contract.parts import SmallModel, Watcher, blob_of, small_model, write_blobs, write_model
 
 X, Y = "docker.io/ai/x:latest", "docker.io/ai/y:latest"
@@ -105,7 +105,7 @@ def test_a_descriptor_that_lies_is_no_reason_for_quarantine(store: LayoutStore) 
     value["layers"][0]["size"] = 8
     raw = encode(value)
     write_blobs(store, model)
-    listed = store.write_bytes(raw, mediatypes.OCI_MANIFEST)
+    listed = store.write_bytes(raw, media_types.OCI_MANIFEST)
     store.change_index(lambda document: document.with_manifest(listed))
     (problem,) = problems(store, fast=True)
     assert (problem.kind, problem.digest) == (Fault.SIZE, model.manifest.layers[0].digest)
@@ -114,7 +114,7 @@ def test_a_descriptor_that_lies_is_no_reason_for_quarantine(store: LayoutStore) 
 
 
 def test_a_manifest_that_does_not_parse(store: LayoutStore) -> None:
-    listed = store.write_bytes(b'{"schemaVersion":1}', mediatypes.OCI_MANIFEST)
+    listed = store.write_bytes(b'{"schemaVersion":1}', media_types.OCI_MANIFEST)
     store.change_index(lambda document: document.with_manifest(listed))
     for fast in (True, False):
         (problem,) = problems(store, fast=fast)

@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from modelpack import mediatypes
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.json_document import encode
+from modelpack.artifacts.manifest import Index, Manifest
 from modelpack.errors import NotFoundError, StoreError
-from modelpack.gojson import encode
-from modelpack.manifest import Index, Manifest
-from modelpack.operations.watching import watching
-from modelpack.server.sessions import UploadSessions
-from modelpack.stores.durability import draft
-from modelpack.stores.layout import LayoutStore
-from modelpack.stores.locks import FileLock
-from modelpack.stores.staging import Partial
+from modelpack.registry_server.uploads import UploadSessions
+from modelpack.storage import watching
+from modelpack.store.filesystem import draft
+from modelpack.store.layout import LayoutStore
+from modelpack.store.locks import FileLock
+from modelpack.store.staging import Partial
 from tests.contract.parts import (
     BytesSource,
     SmallModel,
@@ -172,7 +172,7 @@ def test_the_children_of_an_index_stay(store: LayoutStore) -> None:
     raw = encode(
         {
             "schemaVersion": 2,
-            "mediaType": mediatypes.OCI_INDEX,
+            "mediaType": media_types.OCI_INDEX,
             "manifests": [child.descriptor.to_json()],
         }
     )
@@ -228,7 +228,7 @@ def test_a_manifest_that_only_others_understand_keeps_all_that_it_mentions(
 ) -> None:
     layer = store.write_bytes(b"layer", "text/plain")
     raw = encode({"schemaVersion": 1, "fsLayers": [{"blobSum": str(layer.digest)}]})
-    manifest = store.write_bytes(raw, mediatypes.DOCKER_MANIFEST)
+    manifest = store.write_bytes(raw, media_types.DOCKER_MANIFEST)
     store.change_index(lambda document: document.with_manifest(manifest))
     assert store.gc(grace_seconds=0).removed == ()
 

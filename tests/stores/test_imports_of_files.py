@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import (
     DigestMismatchError,
     InterruptedTransferError,
@@ -22,8 +22,11 @@ from modelpack.errors import (
 )
 from modelpack.progress import Progress, Stop
 from modelpack.storage import Outcome, Watch
-from modelpack.stores import cloning, copying, disk_space, imports
-from modelpack.stores.layout import LayoutStore
+from modelpack.store import file_copy as cloning
+from modelpack.store import file_copy as copying
+from modelpack.store import filesystem as disk_space
+from modelpack.store import imports
+from modelpack.store.layout import LayoutStore
 from tests.contract.parts import Watcher, blob_of, content_of
 
 MIB = 1024 * 1024

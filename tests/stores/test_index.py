@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack import mediatypes
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import (
     AmbiguousError,
     DigestMismatchError,
@@ -21,11 +22,10 @@ from modelpack.errors import (
     StoreError,
     UsageError,
 )
-from modelpack.reference import Reference
-from modelpack.stores import index
-from modelpack.stores.index import IndexDocument
-from modelpack.stores.layout import LayoutStore
-from modelpack.stores.manifests import Manifests
+from modelpack.store import index
+from modelpack.store.index import IndexDocument
+from modelpack.store.layout import LayoutStore
+from modelpack.store.manifests import Manifests
 from tests.contract.parts import small_model, write_blobs, write_model
 
 X, Y = "docker.io/ai/x:latest", "docker.io/ai/y:latest"
@@ -42,22 +42,22 @@ def add_to_index(store: LayoutStore, *entries: Any, **fields: Any) -> None:
 
 
 def test_an_entry_holds_the_full_reference_and_the_artifact_type(store: LayoutStore) -> None:
-    model = small_model(b"weights", artifact_type=mediatypes.CNCF_MANIFEST)
+    model = small_model(b"weights", artifact_type=media_types.CNCF_MANIFEST)
     write_model(store, model, X)
     assert index_of(store) == {
         "schemaVersion": 2,
-        "mediaType": mediatypes.OCI_INDEX,
+        "mediaType": media_types.OCI_INDEX,
         "manifests": [
             {
-                "mediaType": mediatypes.OCI_MANIFEST,
+                "mediaType": media_types.OCI_MANIFEST,
                 "size": len(model.manifest.raw),
                 "digest": str(model.digest),
-                "annotations": {mediatypes.REF_NAME: X},
-                "artifactType": mediatypes.CNCF_MANIFEST,
+                "annotations": {media_types.REF_NAME: X},
+                "artifactType": media_types.CNCF_MANIFEST,
             }
         ],
     }
-    assert store.resolve("x").artifact_type == mediatypes.CNCF_MANIFEST
+    assert store.resolve("x").artifact_type == media_types.CNCF_MANIFEST
     assert store.resolve("x").annotations == {}
 
 
@@ -74,8 +74,8 @@ def test_one_entry_for_each_tag_and_one_without_when_there_is_none(store: Layout
 
     assert [e.get("annotations") for e in index_of(store)["manifests"]] == [
         None,
-        {mediatypes.REF_NAME: X},
-        {mediatypes.REF_NAME: Y},
+        {media_types.REF_NAME: X},
+        {media_types.REF_NAME: Y},
     ]
     assert store.get(str(model.digest)).names == ()
     assert store.get("x").names == (X, Y)
@@ -86,11 +86,11 @@ def test_what_other_tools_wrote_stays(store: LayoutStore) -> None:
         {"mediaType": "application/x-unknown", "digest": "md5:0", "size": 1, "annotations": {}},
         "not even an object",
         {
-            "mediaType": mediatypes.OCI_INDEX,
+            "mediaType": media_types.OCI_INDEX,
             "digest": "sha256:" + "5" * 64,
             "size": 7,
             "platform": {"architecture": "arm64", "os": "linux"},
-            "annotations": {mediatypes.REF_NAME: "v1", "x": "<&>"},
+            "annotations": {media_types.REF_NAME: "v1", "x": "<&>"},
             "extra": [1.5, None],
         },
     ]
@@ -110,7 +110,7 @@ def test_short_names_of_other_tools_are_found(store: LayoutStore) -> None:
     model = small_model(b"weights")
     write_model(store, model)
     value = index_of(store)
-    value["manifests"][0]["annotations"] = {mediatypes.REF_NAME: "v1"}
+    value["manifests"][0]["annotations"] = {media_types.REF_NAME: "v1"}
     (store.root / "index.json").write_text(json.dumps(value))
     assert store.resolve("v1").digest == model.digest
     store.tag("v1", Reference.parse("x"))
@@ -125,13 +125,13 @@ def test_dockers_full_name_counts_before_its_bare_tag(store: LayoutStore) -> Non
         write_model(store, model)
     value = index_of(store)
     for entry, name in zip(value["manifests"], (X, Y), strict=True):
-        entry["annotations"] = {mediatypes.REF_NAME: "latest", mediatypes.CONTAINERD_NAME: name}
+        entry["annotations"] = {media_types.REF_NAME: "latest", media_types.CONTAINERD_NAME: name}
     (store.root / "index.json").write_text(json.dumps(value))
     assert store.resolve("x").digest == one.digest
     assert store.resolve("y").digest == two.digest
     store.tag("x", Reference.parse("y"))
     assert store.get(str(two.digest)).names == ()
-    assert mediatypes.CONTAINERD_NAME not in json.dumps(index_of(store)["manifests"][1])
+    assert media_types.CONTAINERD_NAME not in json.dumps(index_of(store)["manifests"][1])
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_any_series_of_changes(series: list[tuple[Any, ...]]) -> None:
     tags: dict[Reference, Digest] = {}
     for change in series:
         if change[0] in ("add", "tag"):
-            descriptor = Descriptor(mediatypes.OCI_MANIFEST, change[1], 5)
+            descriptor = Descriptor(media_types.OCI_MANIFEST, change[1], 5)
             present.add(change[1])
             if change[0] == "add":
                 document = document.with_manifest(descriptor)
@@ -249,8 +249,8 @@ def test_ambiguous_and_missing_ids_say_so(store: LayoutStore) -> None:
     write_model(store, small_model(b"weights"), X)
     add_to_index(
         store,
-        {"mediaType": mediatypes.OCI_MANIFEST, "digest": "sha256:aaaa" + "0" * 60, "size": 1},
-        {"mediaType": mediatypes.OCI_MANIFEST, "digest": "sha256:aaaa" + "1" * 60, "size": 1},
+        {"mediaType": media_types.OCI_MANIFEST, "digest": "sha256:aaaa" + "0" * 60, "size": 1},
+        {"mediaType": media_types.OCI_MANIFEST, "digest": "sha256:aaaa" + "1" * 60, "size": 1},
     )
     with pytest.raises(AmbiguousError):
         store.remove("aaaa")
@@ -300,10 +300,10 @@ def test_looking_up_every_manifest_goes_through_the_index_a_few_times() -> None:
     for names in ([str(digest) for digest in digests], [f"ai/m:{n}" for n in range(300)]):
         document = IndexDocument({}, ()).with_elements(
             Element(
-                mediaType=mediatypes.OCI_MANIFEST,
+                mediaType=media_types.OCI_MANIFEST,
                 size=1,
                 digest=str(digest),
-                annotations={mediatypes.REF_NAME: f"docker.io/ai/m:{number}"},
+                annotations={media_types.REF_NAME: f"docker.io/ai/m:{number}"},
             )
             for number, digest in enumerate(digests)
         )

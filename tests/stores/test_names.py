@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack import mediatypes
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.json_document import encode
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import (
     AmbiguousError,
     IntegrityError,
@@ -16,11 +18,9 @@ from modelpack.errors import (
     ModelpackError,
     NotFoundError,
 )
-from modelpack.gojson import encode
-from modelpack.reference import Reference
-from modelpack.stores.index import IndexDocument
-from modelpack.stores.layout import LayoutStore
-from modelpack.stores.lookup import Entry, find, models
+from modelpack.store.index import IndexDocument
+from modelpack.store.layout import LayoutStore
+from modelpack.store.lookup import Entry, find, models
 from tests.contract.parts import small_model, write_model
 
 A = Digest("sha256", "abcd" + "0" * 60)
@@ -36,8 +36,8 @@ def entry(
     media_type: str | None = None,
     origin: str | None = None,
 ) -> Entry:
-    annotations = {mediatypes.ORIGIN: origin} if origin else {}
-    kind = media_type or mediatypes.OCI_MANIFEST
+    annotations = {media_types.ORIGIN: origin} if origin else {}
+    kind = media_type or media_types.OCI_MANIFEST
     descriptor = Descriptor(kind, digest, 100, annotations=annotations)
     try:
         return Entry(descriptor, name, Reference.parse(name) if name else None)
@@ -164,10 +164,12 @@ def test_models_are_listed_once_with_all_names_in_order() -> None:
 
 def test_what_is_no_model_is_not_listed() -> None:
     signature = Entry(
-        Descriptor(mediatypes.OCI_MANIFEST, A, 9, artifact_type="application/vnd.example.sig")
+        Descriptor(media_types.OCI_MANIFEST, A, 9, artifact_type="application/vnd.example.sig")
     )
-    cncf = Entry(Descriptor(mediatypes.OCI_MANIFEST, B, 9, artifact_type=mediatypes.CNCF_MANIFEST))
-    index = entry(C, "docker.io/ai/all:latest", media_type=mediatypes.OCI_INDEX)
+    cncf = Entry(
+        Descriptor(media_types.OCI_MANIFEST, B, 9, artifact_type=media_types.CNCF_MANIFEST)
+    )
+    index = entry(C, "docker.io/ai/all:latest", media_type=media_types.OCI_INDEX)
     assert [model.digest for model in models((signature, cncf, index))] == [B]
     assert find((signature, cncf, index), str(A)).entry is signature
     assert find((signature, cncf, index), "all").entry is index
@@ -220,8 +222,8 @@ def test_an_index_finds_the_same_without_reading_every_entry(
 
     elements = []
     for digest, name in held:
-        annotations = {} if name is None else {mediatypes.REF_NAME: name}
-        elements.append(Descriptor(mediatypes.OCI_MANIFEST, digest, 100, annotations).to_json())
+        annotations = {} if name is None else {media_types.REF_NAME: name}
+        elements.append(Descriptor(media_types.OCI_MANIFEST, digest, 100, annotations).to_json())
     raw = encode({"schemaVersion": 2, "manifests": elements})
     lazy, whole = IndexDocument.parse(raw, "index"), IndexDocument.parse(raw, "index")
     assert len(whole.entries) == len(held)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import StoreError, UnsafePathError
-from modelpack.stores.layout import LayoutStore, default_store_root
+from modelpack.store.layout import LayoutStore, default_store_root
 from tests.contract.parts import Watcher, blob_of, small_model, write_model
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from oras.layout import Layout
 
-from modelpack import mediatypes
-from modelpack.stores.layout import LayoutStore
+from modelpack.artifacts import media_types
+from modelpack.store.layout import LayoutStore
 from tests.contract.parts import (
     SmallModel,
     Watcher,
@@ -26,7 +26,7 @@ NAME = "docker.io/ai/x:latest"
 
 MODELS = {
     "docker": lambda: small_model(b"weights", b"license"),
-    "cncf": lambda: small_model(b"weights", artifact_type=mediatypes.CNCF_MANIFEST),
+    "cncf": lambda: small_model(b"weights", artifact_type=media_types.CNCF_MANIFEST),
 }
 
 
@@ -137,7 +137,7 @@ def test_a_store_that_umoci_made_opens_in_ours(tmp_path: Path, model: SmallModel
     umoci("init", "--layout", made)
     umoci("new", "--image", f"{made}:base")
     theirs = LayoutStore(made)
-    assert theirs.resolve("base").media_type == mediatypes.OCI_MANIFEST
+    assert theirs.resolve("base").media_type == media_types.OCI_MANIFEST
     assert theirs.fsck(watch=Watcher().watch).ok
     write_model(theirs, model, NAME)
     assert sorted(umoci("ls", "--layout", made).split()) == ["base", NAME]

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import InterruptedTransferError, LockedError, NotFoundError
 from modelpack.progress import Action, Progress
-from modelpack.reference import Reference
 from modelpack.storage import Outcome, Watch
-from modelpack.stores.layout import LayoutStore
-from modelpack.stores.locks import FileLock
+from modelpack.store.layout import LayoutStore
+from modelpack.store.locks import FileLock
 from tests.contract.parts import BytesSource, Watcher, blob_of, content_of, small_model, write_model
 from tests.stores.workers import Worker
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import ConflictError, LockedError, NotFoundError
-from modelpack.reference import Reference
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from tests.contract.parts import BytesSource, Watcher, small_model, write_model
 from tests.stores.test_gc import about, blobs_of, everything_of
 

@@ -14,9 +14,10 @@ import pytest
 from modelpack.errors import DigestMismatchError, RemoteUnavailableError, StorageFullError
 from modelpack.progress import Stop
 from modelpack.storage import Outcome, SegmentSink, SegmentsRefused
-from modelpack.stores import receiving, scattering
-from modelpack.stores.layout import LayoutStore
-from modelpack.stores.staging import Partial
+from modelpack.store import downloads as receiving
+from modelpack.store import downloads as scattering
+from modelpack.store.layout import LayoutStore
+from modelpack.store.staging import Partial
 from tests.contract.parts import BytesSource, Watcher, blob_of, content_of
 
 MIB = 1024 * 1024

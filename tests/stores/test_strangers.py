@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from modelpack.errors import ModelpackError, NotFoundError, StoreError, UnsafePathError
-from modelpack.stores.fsck import Fault
-from modelpack.stores.layout import LayoutStore
-from modelpack.stores.tree import label
+from modelpack.store.fsck import Fault
+from modelpack.store.layout import LayoutStore
+from modelpack.store.tree import label
 from tests.contract.parts import BytesSource, Watcher, blob_of, small_model, write_model
 
 NAME = "docker.io/ai/x:latest"

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import NotFoundError
 from modelpack.storage import Outcome
-from modelpack.stores import durability, trust
-from modelpack.stores.layout import LayoutStore
-from modelpack.stores.tree import label
+from modelpack.store import filesystem as durability
+from modelpack.store import verified_marks
+from modelpack.store.layout import LayoutStore
+from modelpack.store.tree import label
 from tests.contract.parts import Watcher, blob_of
 
 
@@ -32,13 +33,13 @@ def imported(store: LayoutStore, source: Path) -> Digest:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The blobs that were hashed because there was doubt."""
     seen: list[Path] = []
-    real = trust.hash_file
+    real = verified_marks.hash_file
 
     def hash_file(path: Path, algorithm: str) -> Digest:
         seen.append(path)
         return real(path, algorithm)
 
-    monkeypatch.setattr(trust, "hash_file", hash_file)
+    monkeypatch.setattr(verified_marks, "hash_file", hash_file)
     return seen
 
 
@@ -125,7 +126,7 @@ def test_upkeep_flushes_what_is_not_yet_on_the_disk(
     store: LayoutStore, imported: Digest, monkeypatch: pytest.MonkeyPatch, clean: str
 ) -> None:
     flushed: list[Path] = []
-    monkeypatch.setattr(trust, "flush_file", flushed.append)
+    monkeypatch.setattr(verified_marks, "flush_file", flushed.append)
     with store.lease([imported]):
         if clean == "gc":
             store.change_index(lambda d: d.with_manifest(blob_of(b"weights" * 1000, "text/plain")))

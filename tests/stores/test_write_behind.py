@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.stores import write_behind
-from modelpack.stores.write_behind import WriteBehind
+from modelpack.store import staging
+from modelpack.store.staging import WriteBehind
 
 MIB = 1024 * 1024
-WINDOW = write_behind._WINDOW
+WINDOW = staging._WINDOW
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_slow_disk_is_left_alone(
     told: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(100))
-    monkeypatch.setattr(write_behind.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(staging.time, "monotonic", lambda: next(clock))
     behind = WriteBehind(0, 0)
     for position in range(WINDOW, 5 * WINDOW, WINDOW):
         behind.written(position)

@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.reference import Reference
 from modelpack.progress import Action, Progress, Stop
-from modelpack.reference import Reference
 from modelpack.storage import BlobReader, Watch
-from modelpack.stores.layout import LayoutStore
-from modelpack.stores.locks import FileLock
+from modelpack.store.layout import LayoutStore
+from modelpack.store.locks import FileLock
 from tests.contract.parts import BytesSource, blob_of, small_model
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack.digest import Digest
-from modelpack.supply.keys import PrivateKey, generate_key_pair, read_private_key
+from modelpack.artifacts.digest import Digest
 from modelpack.testing import registry
+from modelpack.trust.keys import PrivateKey, generate_key_pair, read_private_key
 from tests.models import tiny_safetensors
 
 PASSWORD = b"a password"

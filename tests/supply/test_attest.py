@@ -8,20 +8,17 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack.blob import read_blob
+from modelpack.artifacts.manifest import Manifest
+from modelpack.artifacts.reference import Reference
 from modelpack.cli.main import run
 from modelpack.errors import UntrustedError
-from modelpack.manifest import Manifest
-from modelpack.operations import signing
+from modelpack.operations import signatures as signing
 from modelpack.operations.remote import RemoteOptions, open_repository
-from modelpack.operations.watching import watching
-from modelpack.reference import Reference
-from modelpack.storage import ReferrerSource
-from modelpack.supply.bundles import BUNDLE, PREDICATE_TYPE, Bundle
-from modelpack.supply.keys import PrivateKey
-from modelpack.supply.statements import TEST_RESULT
+from modelpack.storage import ReferrerSource, read_blob, watching
 from modelpack.testing import registry
-from modelpack_server.cli.smoke_attestation import test_result as result_of
+from modelpack.trust.keys import PrivateKey
+from modelpack.trust.sigstore_bundle import BUNDLE, PREDICATE_TYPE, TEST_RESULT, Bundle
+from modelpack_server.cli.smoke import test_result as result_of
 from modelpack_server.smoke_test import Check, SmokeReport
 from tests.engine.embedding.models import write_model
 from tests.supply.conftest import PASSWORD

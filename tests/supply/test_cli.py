@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from modelpack.cli.main import run
-from modelpack.operations import signing
+from modelpack.operations import signatures as signing
 from modelpack.operations.index import NamedVariant, create_index
 from modelpack.operations.lock import lock
-from modelpack.supply.keys import PrivateKey
+from modelpack.trust.keys import PrivateKey
 from tests.supply.conftest import Published
 
 

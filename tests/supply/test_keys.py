@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from modelpack.errors import ConflictError, FormatError, UnsupportedError
-from modelpack.supply.keys import (
+from modelpack.trust.keys import (
     PasswordNeededError,
     generate_key_pair,
     parse_public_key,

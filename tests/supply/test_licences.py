@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.supply.licences import licence_of, licence_of_card
+from modelpack.trust.licences import licence_of, licence_of_card
 from tests.conftest import ROOT
 
 DEBIAN = Path("/usr/share/common-licenses")

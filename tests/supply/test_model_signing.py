@@ -11,17 +11,16 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 import modelpack
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import UntrustedError
-from modelpack.operations import signing
-from modelpack.operations.find import inspect
+from modelpack.operations import signatures
+from modelpack.operations.lookup import inspect
 from modelpack.operations.remote import RemoteOptions, open_repository
-from modelpack.operations.watching import watching
-from modelpack.reference import Reference
-from modelpack.supply.bundles import bundle_manifest, signed_bundle
-from modelpack.supply.keys import PrivateKey
-from modelpack.supply.model_signing import model_statement
-from modelpack.supply.signatures import SignatureKind
-from modelpack.supply.statements import MODEL_SIGNING
+from modelpack.storage import watching
+from modelpack.trust.keys import PrivateKey
+from modelpack.trust.model_signing import model_statement
+from modelpack.trust.signatures import SignatureKind
+from modelpack.trust.sigstore_bundle import MODEL_SIGNING, bundle_manifest, signed_bundle
 from tests.supply.conftest import Published
 from tests.supply.test_tampering import publishing
 
@@ -78,11 +77,11 @@ def test_ours_verifies_theirs(
     with open_repository(where, RemoteOptions(), watching(None), writes=True) as repository:
         model = inspect(published.reference, from_registry=True)
         manifest, blobs = bundle_manifest(signature.read_bytes(), MODEL_SIGNING, model.descriptor)
-        signing.put(repository, manifest, blobs, None, watching(None))
+        signatures.put(repository, manifest, blobs, None, watching(None))
     formats = [SignatureKind.FILES]
-    _, found = signing.verify(published.reference, [ours.public], formats=formats)
+    _, found = signatures.verify(published.reference, [ours.public], formats=formats)
     assert [one.kind for one in found.signatures] == formats
     with pytest.raises(UntrustedError):
-        signing.verify(published.reference, [theirs.public], formats=formats)
+        signatures.verify(published.reference, [theirs.public], formats=formats)
     with pytest.raises(UntrustedError, match="covers the files and not the manifest"):
-        signing.verify(published.reference, [ours.public])
+        signatures.verify(published.reference, [ours.public])

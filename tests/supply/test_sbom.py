@@ -12,10 +12,10 @@ from cyclonedx.validation.json import JsonStrictValidator
 
 import modelpack
 from modelpack.cli.main import run
-from modelpack.operations.find import inspect
+from modelpack.operations.lookup import inspect
 from modelpack.operations.referrers import referrers
 from modelpack.operations.sbom import sbom
-from modelpack.supply.sbom import CYCLONEDX, BaseModel, ml_bom
+from modelpack.trust.sbom import CYCLONEDX, BaseModel, ml_bom
 from tests.models import tiny_gguf, tiny_safetensors
 from tests.supply.conftest import Published
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack import mediatypes
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import (
     FormatError,
     IntegrityError,
@@ -19,18 +21,23 @@ from modelpack.errors import (
     UntrustedError,
     UsageError,
 )
-from modelpack.manifest import Manifest
-from modelpack.operations import signing
-from modelpack.operations.find import inspect, model_in
+from modelpack.operations import signatures as signing
+from modelpack.operations.lookup import inspect, model_in
 from modelpack.operations.remote import RemoteOptions, open_repository
-from modelpack.operations.watching import watching
-from modelpack.reference import Reference
-from modelpack.supply.bundles import Bundle, bundle_manifest, signed_bundle
-from modelpack.supply.keys import PrivateKey
-from modelpack.supply.model_signing import check_model, model_statement
-from modelpack.supply.signatures import MANIFEST_FORMATS, SignatureKind
-from modelpack.supply.simple_signing import signature_tag
-from modelpack.supply.statements import COSIGN_SIGN, TEST_RESULT, Statement, Subject
+from modelpack.storage import watching
+from modelpack.trust.keys import PrivateKey
+from modelpack.trust.model_signing import check_model, model_statement
+from modelpack.trust.signatures import MANIFEST_FORMATS, SignatureKind
+from modelpack.trust.sigstore_bundle import (
+    COSIGN_SIGN,
+    TEST_RESULT,
+    Bundle,
+    Statement,
+    Subject,
+    bundle_manifest,
+    signed_bundle,
+)
+from modelpack.trust.simple_signing import signature_tag
 from tests.models import tiny_gguf
 from tests.supply.conftest import Published
 
@@ -197,7 +204,7 @@ def test_files_are_compared_by_name_and_digest(published: Published) -> None:
 
 def test_archives_have_no_digests_of_files(published: Published) -> None:
     model = inspect(published.reference, store=published.origin)
-    tar = Descriptor(mediatypes.DOCKER_DIR_TAR, Digest.of(b""), 0, {mediatypes.FILEPATH: "more"})
+    tar = Descriptor(media_types.DOCKER_DIR_TAR, Digest.of(b""), 0, {media_types.FILEPATH: "more"})
     manifest = Manifest.build(model.manifest.config, (*model.manifest.layers, tar))
     with pytest.raises(UnsupportedError, match="archives"):
         model_statement(replace(model, manifest=manifest), "tar")

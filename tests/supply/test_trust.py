@@ -9,17 +9,17 @@ import pytest
 
 import modelpack
 from modelpack.errors import FormatError, ModelpackError, RegistryError, UntrustedError
-from modelpack.operations import signing
+from modelpack.operations import signatures as signing
 from modelpack.operations.find import find_model
 from modelpack.operations.index import NamedVariant, create_index
 from modelpack.operations.lock import lock, pull_locked
 from modelpack.operations.remote import RemoteOptions
-from modelpack.operations.trusting import check_names
-from modelpack.operations.watching import watching
+from modelpack.operations.trust import check_names
 from modelpack.registry import RetryPolicy
-from modelpack.supply.keys import PrivateKey
-from modelpack.supply.signatures import MANIFEST_FORMATS, SignatureKind
-from modelpack.supply.trust import Trust, read_policy
+from modelpack.storage import watching
+from modelpack.trust.keys import PrivateKey
+from modelpack.trust.policy import Trust, read_policy
+from modelpack.trust.signatures import MANIFEST_FORMATS, SignatureKind
 from tests.supply.conftest import Published
 
 POLICY = """
@@ -279,7 +279,7 @@ def test_locked_variants_are_checked(
 def test_a_flood_of_bundles_is_refused(
     published: Published, keys: Path, ours: PrivateKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelpack.supply.signatures.MAX_SIGNATURES", 2)
+    monkeypatch.setattr("modelpack.trust.signatures.MAX_SIGNATURES", 2)
     for _ in range(3):  # each signature of ECDSA is another one
         signing.sign(published.reference, ours, kinds=[SignatureKind.BUNDLE])
     with pytest.raises(ModelpackError, match="3 bundles are attached"):

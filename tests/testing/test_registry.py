@@ -10,7 +10,7 @@ import pytest
 import requests
 
 import modelpack.testing
-from modelpack.server import RequestRecord
+from modelpack.registry_server import RequestRecord
 
 
 def test_a_registry_for_the_length_of_a_block() -> None:

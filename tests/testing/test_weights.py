@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import DigestMismatchError, ModelpackError, RemoteUnavailableError
 from modelpack.testing import weights
 

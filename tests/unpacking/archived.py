@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelpack import mediatypes as mt
-from modelpack.unpacking.bundle import Bundle, lay_out
+from modelpack.artifacts import media_types
+from modelpack.bundles.bundle import Bundle, lay_out
 from tests.unpacking.stored import CNCF, Layer, Stored
 from tests.unpacking.tars import gzipped, zstandard_of
 
-WEIGHT: Layer = (mt.CNCF_WEIGHT_RAW, "tiny.gguf", b"weights")
+WEIGHT: Layer = (media_types.CNCF_WEIGHT_RAW, "tiny.gguf", b"weights")
 TAR, GZIP, ZSTD = (f"{CNCF}weight.config.v1.{form}" for form in ("tar", "tar+gzip", "tar+zstd"))
 PACK: dict[str, Callable[[bytes], bytes]] = {TAR: bytes, GZIP: gzipped, ZSTD: zstandard_of}
 
@@ -25,5 +25,5 @@ def bundle_of(
     **options: Any,
 ) -> Bundle:
     layers = [WEIGHT, *((media_type, None, blob) for media_type, blob in archives)]
-    model = stored.model(layers, mt.CNCF_CONFIG, diff_ids=diff_ids)
+    model = stored.model(layers, media_types.CNCF_CONFIG, diff_ids=diff_ids)
     return lay_out(model, stored.path, directory, **options)

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modelpack import mediatypes as mt
-from modelpack.config import ModelConfig
-from modelpack.unpacking.bundle import Bundle, lay_out
+from modelpack.artifacts import media_types
+from modelpack.artifacts.config import ModelConfig
+from modelpack.bundles.bundle import Bundle, lay_out
 from tests.unpacking.stored import Layer, Stored
 
-WEIGHT: Layer = (mt.DOCKER_GGUF, "tiny.gguf", b"weights")
+WEIGHT: Layer = (media_types.DOCKER_GGUF, "tiny.gguf", b"weights")
 DIRECTORY: list[Layer] = [
-    (mt.DOCKER_LICENSE, "LICENSE", b"MIT\n"),
-    (mt.DOCKER_CHAT_TEMPLATE, "chat_template.jinja", b"{{ messages }}\n"),
-    (mt.DOCKER_MODEL_FILE, "config.json", b'{"max_position_embeddings":512}'),
-    (mt.DOCKER_SAFETENSORS, "model.safetensors", b"weights"),
-    (mt.DOCKER_MODEL_FILE, "sub/README.md", b"# tiny\n"),
+    (media_types.DOCKER_LICENSE, "LICENSE", b"MIT\n"),
+    (media_types.DOCKER_CHAT_TEMPLATE, "chat_template.jinja", b"{{ messages }}\n"),
+    (media_types.DOCKER_MODEL_FILE, "config.json", b'{"max_position_embeddings":512}'),
+    (media_types.DOCKER_SAFETENSORS, "model.safetensors", b"weights"),
+    (media_types.DOCKER_MODEL_FILE, "sub/README.md", b"# tiny\n"),
 ]
 
 
@@ -25,7 +25,7 @@ def bundle_of(
     stored: Stored,
     directory: Path,
     layers: Sequence[Layer],
-    config: ModelConfig | str = mt.DOCKER_CONFIG_V02,
+    config: ModelConfig | str = media_types.DOCKER_CONFIG_V02,
     **options: Any,
 ) -> Bundle:
     return lay_out(stored.model(layers, config), stored.path, directory, **options)

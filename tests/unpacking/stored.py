@@ -7,12 +7,12 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from modelpack import mediatypes
-from modelpack.config import ModelConfig
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
-from modelpack.manifest import Manifest
-from modelpack.model import Model
+from modelpack.artifacts import media_types
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
+from modelpack.artifacts.model import Model
 
 CNCF = "application/vnd.cncf.model."
 Layer = tuple[str, str | None, bytes]  # media type, file path, the blob's bytes
@@ -29,7 +29,7 @@ class Stored:
         return self.root / descriptor.digest.encoded
 
     def add(self, media_type: str, path: str | None, content: bytes) -> Descriptor:
-        annotations = {} if path is None else {mediatypes.FILEPATH: path}
+        annotations = {} if path is None else {media_types.FILEPATH: path}
         descriptor = Descriptor(media_type, Digest.of(content), len(content), annotations)
         blob = self.path(descriptor)
         if not blob.exists():
@@ -40,7 +40,7 @@ class Stored:
     def model(
         self,
         layers: Sequence[Layer],
-        config: ModelConfig | str = mediatypes.DOCKER_CONFIG_V02,
+        config: ModelConfig | str = media_types.DOCKER_CONFIG_V02,
         *,
         diff_ids: Sequence[bytes] = (),
         artifact_type: str | None = None,

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from modelpack import mediatypes as mt
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.digest import Digest
+from modelpack.bundles.bundle import TarLimits, lay_out
+from modelpack.bundles.directory import Tree
 from modelpack.errors import (
     FormatError,
     IntegrityError,
@@ -24,8 +26,6 @@ from modelpack.errors import (
 )
 from modelpack.progress import Action, Progress, Stop
 from modelpack.storage import Watch
-from modelpack.unpacking.bundle import TarLimits, lay_out
-from modelpack.unpacking.tree import Tree
 from tests.unpacking.archived import GZIP, PACK, TAR, WEIGHT, ZSTD, bundle_of
 from tests.unpacking.stored import Stored, contents
 from tests.unpacking.tars import END, by_tarfile, file, folder, gzipped, header, zstandard_bomb
@@ -121,7 +121,7 @@ def test_no_room(stored: Stored, directory: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_lost_and_cut_archives(stored: Stored, directory: Path) -> None:
     data = by_tarfile(FILES)
-    model = stored.model([WEIGHT, (TAR, None, data)], mt.CNCF_CONFIG, diff_ids=[b"x"])
+    model = stored.model([WEIGHT, (TAR, None, data)], media_types.CNCF_CONFIG, diff_ids=[b"x"])
     blob = stored.path(model.manifest.layers[1])
     blob.unlink()
     with pytest.raises(NotFoundError):
@@ -154,11 +154,11 @@ MEASURED = """
 import resource, sys
 from pathlib import Path
 from modelpack.errors import IntegrityError
-from modelpack.unpacking.bundle import TarLimits, lay_out
+from modelpack.bundles.bundle import TarLimits, lay_out
 from tests.unpacking.stored import Stored
 from tests.unpacking.archived import WEIGHT, ZSTD
 from tests.unpacking.tars import file, zstandard_bomb, zstandard_of
-from modelpack import mediatypes as mt
+from modelpack.artifacts import media_types
 
 def peak():
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -168,7 +168,7 @@ root = Path(sys.argv[1])
 stored = Stored(root / "store")
 def lay(number, blob, **limits):
     layers = [WEIGHT, (ZSTD, None, blob)]
-    model = stored.model(layers, mt.CNCF_CONFIG, diff_ids=[b"x"])
+    model = stored.model(layers, media_types.CNCF_CONFIG, diff_ids=[b"x"])
     try:
         lay_out(model, stored.path, root / str(number), limits=TarLimits(**limits))
     except IntegrityError as error:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from modelpack import mediatypes as mt
-from modelpack.config import ModelConfig
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.model import Role
+from modelpack.bundles.bundle import lay_out
+from modelpack.bundles.links import Placement
 from modelpack.errors import (
     DigestMismatchError,
     FormatError,
@@ -16,9 +19,6 @@ from modelpack.errors import (
     UnsafePathError,
     UnsupportedError,
 )
-from modelpack.model import Role
-from modelpack.unpacking.bundle import lay_out
-from modelpack.unpacking.links import Placement
 from tests.unpacking.archived import GZIP, PACK, TAR, ZSTD, bundle_of
 from tests.unpacking.stored import CNCF, Layer, Stored, contents, everything
 from tests.unpacking.tars import (
@@ -66,7 +66,7 @@ def test_a_model_of_archives_alone(stored: Stored, directory: Path, form: str) -
         (f"{CNCF}code.v1.{form}", None, pack(by_tarfile({"src/x.py": b""}))),
         (f"{CNCF}dataset.v1.{form}", None, pack(by_tarfile({"data/x.csv": b","}))),
     ]
-    model = stored.model(layers, mt.CNCF_CONFIG, diff_ids=[b"x"])
+    model = stored.model(layers, media_types.CNCF_CONFIG, diff_ids=[b"x"])
     bundle = lay_out(model, stored.path, directory)
     assert bundle.weight == directory / "model/t-00001-of-00002.safetensors"
     assert bundle.weight.read_bytes() == b"w1"
@@ -86,12 +86,16 @@ def test_a_model_of_archives_alone(stored: Stored, directory: Path, form: str) -
 
 def test_dockers_older_archives(stored: Stored, directory: Path) -> None:
     layers: list[Layer] = [
-        (mt.DOCKER_SAFETENSORS, None, b"weights"),
-        (mt.DOCKER_VLLM_CONFIG_TAR, None, by_tarfile({"config.json": b"{}", "t.jinja": b"{{}}"})),
-        (mt.DOCKER_DIR_TAR, None, by_tarfile({"sub/": b"", "sub/a": b"a"})),
-        (mt.DOCKER_DIR_TAR, None, by_tarfile({"sub/": b"", "sub/b": b"b"})),
+        (media_types.DOCKER_SAFETENSORS, None, b"weights"),
+        (
+            media_types.DOCKER_VLLM_CONFIG_TAR,
+            None,
+            by_tarfile({"config.json": b"{}", "t.jinja": b"{{}}"}),
+        ),
+        (media_types.DOCKER_DIR_TAR, None, by_tarfile({"sub/": b"", "sub/a": b"a"})),
+        (media_types.DOCKER_DIR_TAR, None, by_tarfile({"sub/": b"", "sub/b": b"b"})),
     ]
-    model = stored.model(layers, ModelConfig(mt.DOCKER_CONFIG_V01, format="safetensors"))
+    model = stored.model(layers, ModelConfig(media_types.DOCKER_CONFIG_V01, format="safetensors"))
     bundle = lay_out(model, stored.path, directory)
     assert contents(directory) == {
         "config.json": b'{"format":"safetensors"}\n',

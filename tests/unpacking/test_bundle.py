@@ -7,28 +7,32 @@ from pathlib import Path
 
 import pytest
 
-from modelpack import mediatypes as mt
-from modelpack.config import ModelConfig
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.model import Role
+from modelpack.bundles.bundle import LinkMode, runtime_config
+from modelpack.bundles.links import Placement
 from modelpack.errors import UnsupportedError
-from modelpack.model import Role
 from modelpack.progress import Action, Progress, Stop
 from modelpack.storage import Watch
-from modelpack.unpacking.bundle import LinkMode, runtime_config
-from modelpack.unpacking.links import Placement
 from tests.unpacking.laid_out import DIRECTORY, WEIGHT, bundle_of
 from tests.unpacking.stored import Layer, Stored, contents, everything
 
-V01, V02, CNCF = mt.DOCKER_CONFIG_V01, mt.DOCKER_CONFIG_V02, mt.CNCF_CONFIG
+V01, V02, CNCF = (
+    media_types.DOCKER_CONFIG_V01,
+    media_types.DOCKER_CONFIG_V02,
+    media_types.CNCF_CONFIG,
+)
 
 
 def test_docker_v01(stored: Stored, directory: Path) -> None:
     layers = [
         WEIGHT,
-        (mt.DOCKER_LICENSE, "LICENSE.txt", b"MIT"),
-        (mt.DOCKER_CHAT_TEMPLATE, "chat_template.jinja", b"{{ messages }}"),
-        (mt.DOCKER_MMPROJ, "mmproj-f16.gguf", b"projector"),
-        (mt.DOCKER_MODEL_FILE, "sub/params.json", b"{}"),
+        (media_types.DOCKER_LICENSE, "LICENSE.txt", b"MIT"),
+        (media_types.DOCKER_CHAT_TEMPLATE, "chat_template.jinja", b"{{ messages }}"),
+        (media_types.DOCKER_MMPROJ, "mmproj-f16.gguf", b"projector"),
+        (media_types.DOCKER_MODEL_FILE, "sub/params.json", b"{}"),
     ]
     bundle = bundle_of(stored, directory, layers, ModelConfig(V01, format="gguf"))
     assert contents(directory) == {
@@ -64,11 +68,11 @@ AS_CNCF = [
     (type_, path, content)
     for type_, (_, path, content) in zip(
         (
-            mt.CNCF_DOC_RAW,
-            mt.CNCF_WEIGHT_CONFIG_RAW,
-            mt.CNCF_WEIGHT_CONFIG_RAW,
-            mt.CNCF_WEIGHT_RAW,
-            mt.CNCF_WEIGHT_CONFIG_RAW,
+            media_types.CNCF_DOC_RAW,
+            media_types.CNCF_WEIGHT_CONFIG_RAW,
+            media_types.CNCF_WEIGHT_CONFIG_RAW,
+            media_types.CNCF_WEIGHT_RAW,
+            media_types.CNCF_WEIGHT_CONFIG_RAW,
         ),
         DIRECTORY,
         strict=True,
@@ -160,24 +164,27 @@ def test_runtime_config(config: ModelConfig, expected: bytes) -> None:
     [
         (
             ModelConfig(V01, format="gguf"),
-            [(mt.DOCKER_GGUF, f"t-0000{n}-of-00003.gguf", b"w%d" % n) for n in (3, 1, 2)],
+            [(media_types.DOCKER_GGUF, f"t-0000{n}-of-00003.gguf", b"w%d" % n) for n in (3, 1, 2)],
             "model-00001-of-00003.gguf",
         ),
         (
             V02,
-            [(mt.DOCKER_GGUF, f"t-0000{n}-of-00003.gguf", b"w%d" % n) for n in (3, 2, 1)],
+            [(media_types.DOCKER_GGUF, f"t-0000{n}-of-00003.gguf", b"w%d" % n) for n in (3, 2, 1)],
             "t-00001-of-00003.gguf",
         ),
         (  # the top level comes first
             V02,
-            [(mt.DOCKER_SAFETENSORS, f"{n}.safetensors", b"%d" % i) for i, n in enumerate("ab")]
-            + [(mt.DOCKER_SAFETENSORS, "A/a.safetensors", b"9")],
+            [
+                (media_types.DOCKER_SAFETENSORS, f"{n}.safetensors", b"%d" % i)
+                for i, n in enumerate("ab")
+            ]
+            + [(media_types.DOCKER_SAFETENSORS, "A/a.safetensors", b"9")],
             "a.safetensors",
         ),
         (  # then each directory, as a walk goes
             V02,
             [
-                (mt.DOCKER_SAFETENSORS, name, name.encode())
+                (media_types.DOCKER_SAFETENSORS, name, name.encode())
                 for name in ("vae/m.safetensors", "unet/m.safetensors", "unet-b/m.safetensors")
             ],
             "unet/m.safetensors",
@@ -185,29 +192,35 @@ def test_runtime_config(config: ModelConfig, expected: bytes) -> None:
         (  # a hidden file is no runtime's choice, and a projector no weight
             V02,
             [
-                (mt.DOCKER_GGUF, ".a.gguf", b"1"),
-                (mt.DOCKER_GGUF, "a-mmproj.gguf", b"2"),
-                (mt.DOCKER_GGUF, "b.gguf", b"3"),
+                (media_types.DOCKER_GGUF, ".a.gguf", b"1"),
+                (media_types.DOCKER_GGUF, "a-mmproj.gguf", b"2"),
+                (media_types.DOCKER_GGUF, "b.gguf", b"3"),
             ],
             "b.gguf",
         ),
         (  # what the config says, else GGUF before the others
             ModelConfig(V02, format="safetensors"),
-            [WEIGHT, (mt.DOCKER_SAFETENSORS, "x.safetensors", b"s")],
+            [WEIGHT, (media_types.DOCKER_SAFETENSORS, "x.safetensors", b"s")],
             "x.safetensors",
         ),
-        (V02, [(mt.DOCKER_SAFETENSORS, "x.safetensors", b"s"), WEIGHT], "tiny.gguf"),
+        (V02, [(media_types.DOCKER_SAFETENSORS, "x.safetensors", b"s"), WEIGHT], "tiny.gguf"),
         (
             ModelConfig(V02, format="gguf"),
-            [(mt.DOCKER_SAFETENSORS, "x.safetensors", b"s"), (mt.DOCKER_DDUF, "x.dduf", b"d")],
+            [
+                (media_types.DOCKER_SAFETENSORS, "x.safetensors", b"s"),
+                (media_types.DOCKER_DDUF, "x.dduf", b"d"),
+            ],
             "x.safetensors",
         ),
         (
             ModelConfig(V01, format="diffusers"),
-            [(mt.DOCKER_SAFETENSORS, "x.safetensors", b"s"), (mt.DOCKER_DDUF, None, b"d")],
+            [
+                (media_types.DOCKER_SAFETENSORS, "x.safetensors", b"s"),
+                (media_types.DOCKER_DDUF, None, b"d"),
+            ],
             f"{Digest.of(b'd').encoded}.dduf",
         ),
-        (CNCF, [(mt.CNCF_WEIGHT_RAW, "pytorch_model.bin", b"w")], "pytorch_model.bin"),
+        (CNCF, [(media_types.CNCF_WEIGHT_RAW, "pytorch_model.bin", b"w")], "pytorch_model.bin"),
     ],
 )
 def test_weight(
@@ -225,7 +238,12 @@ def test_weight(
 
 
 @pytest.mark.parametrize(
-    "layers", [[], [(mt.DOCKER_LICENSE, "LICENSE", b"MIT")], [(mt.DOCKER_MMPROJ, "p.gguf", b"p")]]
+    "layers",
+    [
+        [],
+        [(media_types.DOCKER_LICENSE, "LICENSE", b"MIT")],
+        [(media_types.DOCKER_MMPROJ, "p.gguf", b"p")],
+    ],
 )
 def test_nothing_to_run(stored: Stored, directory: Path, layers: list[Layer]) -> None:
     with pytest.raises(UnsupportedError, match="no weights"):
@@ -236,11 +254,11 @@ def test_nothing_to_run(stored: Stored, directory: Path, layers: list[Layer]) ->
 def test_several_templates_and_projectors(stored: Stored, directory: Path) -> None:
     layers = [
         WEIGHT,
-        (mt.DOCKER_CHAT_TEMPLATE, "additional_chat_templates/tool_use.jinja", b"1"),
-        (mt.DOCKER_CHAT_TEMPLATE, "another.jinja", b"3"),
-        (mt.DOCKER_CHAT_TEMPLATE, "chat_template.jinja", b"2"),
-        (mt.DOCKER_MMPROJ, "b.mmproj", b"4"),
-        (mt.DOCKER_MMPROJ, "a.mmproj", b"5"),
+        (media_types.DOCKER_CHAT_TEMPLATE, "additional_chat_templates/tool_use.jinja", b"1"),
+        (media_types.DOCKER_CHAT_TEMPLATE, "another.jinja", b"3"),
+        (media_types.DOCKER_CHAT_TEMPLATE, "chat_template.jinja", b"2"),
+        (media_types.DOCKER_MMPROJ, "b.mmproj", b"4"),
+        (media_types.DOCKER_MMPROJ, "a.mmproj", b"5"),
     ]
     reports: list[Progress] = []
     bundle = bundle_of(stored, directory, layers, watch=Watch(reports.append, Stop()))

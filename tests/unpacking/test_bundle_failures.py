@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
-from modelpack import mediatypes as mt
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.model import Model
+from modelpack.bundles import bundle as bundling
+from modelpack.bundles.bundle import Bundle, lay_out
 from modelpack.errors import (
     ConflictError,
     InterruptedTransferError,
@@ -22,15 +25,12 @@ from modelpack.errors import (
     UnsafePathError,
     UsageError,
 )
-from modelpack.model import Model
 from modelpack.progress import Progress, Stop, silent
 from modelpack.storage import Watch
-from modelpack.unpacking import bundle as bundling
-from modelpack.unpacking.bundle import Bundle, lay_out
 from tests.unpacking.laid_out import DIRECTORY, WEIGHT, bundle_of
 from tests.unpacking.stored import Stored, contents
 
-V01, V02 = mt.DOCKER_CONFIG_V01, mt.DOCKER_CONFIG_V02
+V01, V02 = media_types.DOCKER_CONFIG_V01, media_types.DOCKER_CONFIG_V02
 
 
 def test_stop(stored: Stored, directory: Path) -> None:
@@ -89,7 +89,7 @@ def test_24_links_planted_while_we_work_are_not_followed(
             (work / planted).rename(outside.parent / "moved")
         (work / planted).symlink_to(target)
 
-    layers = [WEIGHT, (mt.DOCKER_MODEL_FILE, "sub/first", b"1"), DIRECTORY[-1]]
+    layers = [WEIGHT, (media_types.DOCKER_MODEL_FILE, "sub/first", b"1"), DIRECTORY[-1]]
     with pytest.raises(UnsafePathError, match="somebody else"):
         bundle_of(stored, directory, layers, watch=Watch(plant, Stop()))
     assert planting
@@ -102,7 +102,7 @@ def test_24_links_planted_while_we_work_are_not_followed(
 @pytest.mark.parametrize("config", [V01, V02])
 def test_23_unsafe_paths(stored: Stored, directory: Path, config: str, path: str) -> None:
     with pytest.raises(UnsafePathError):
-        bundle_of(stored, directory, [WEIGHT, (mt.DOCKER_MODEL_FILE, path, b"x")], config)
+        bundle_of(stored, directory, [WEIGHT, (media_types.DOCKER_MODEL_FILE, path, b"x")], config)
     assert not directory.exists()
 
 
@@ -112,8 +112,8 @@ def test_23_unsafe_paths(stored: Stored, directory: Path, config: str, path: str
 def test_clashing_paths(stored: Stored, directory: Path, first: str, second: str) -> None:
     layers = [
         WEIGHT,
-        (mt.DOCKER_MODEL_FILE, first, b"1"),
-        (mt.DOCKER_MODEL_FILE, second, b"2"),
+        (media_types.DOCKER_MODEL_FILE, first, b"1"),
+        (media_types.DOCKER_MODEL_FILE, second, b"2"),
     ]
     with pytest.raises(UnsafePathError):
         bundle_of(stored, directory, layers)
@@ -200,7 +200,7 @@ def test_blobs_may_be_asked_for_more_than_once(stored: Stored, directory: Path) 
         asked.append(descriptor.digest)
         return stored.path(descriptor)
 
-    layers = [(mt.DOCKER_SAFETENSORS, f"{name}.safetensors", b"same") for name in "ab"]
+    layers = [(media_types.DOCKER_SAFETENSORS, f"{name}.safetensors", b"same") for name in "ab"]
     lay: Callable[..., Bundle] = lay_out
     lay(stored.model(layers), path, directory, watch=Watch(silent, Stop()))
     assert set(contents(directory / "model")) == {"a.safetensors", "b.safetensors"}

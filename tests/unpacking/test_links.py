@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
-from modelpack import mediatypes
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.model import ModelFile
+from modelpack.bundles.directory import Folder
+from modelpack.bundles.links import LinkMode, Placement, put
 from modelpack.errors import (
     DigestMismatchError,
     InterruptedTransferError,
@@ -19,11 +22,8 @@ from modelpack.errors import (
     SizeMismatchError,
     StoreError,
 )
-from modelpack.model import ModelFile
 from modelpack.progress import Progress, Stop, silent
 from modelpack.storage import Watch
-from modelpack.unpacking.dirfd import Folder
-from modelpack.unpacking.links import LinkMode, Placement, put
 from tests.unpacking.stored import Stored
 
 CONTENT = b"weights" * 1000
@@ -31,7 +31,7 @@ CONTENT = b"weights" * 1000
 
 @pytest.fixture
 def file(stored: Stored) -> ModelFile:
-    return stored.model([(mediatypes.DOCKER_GGUF, "x.gguf", CONTENT)]).files()[0]
+    return stored.model([(media_types.DOCKER_GGUF, "x.gguf", CONTENT)]).files()[0]
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from modelpack.config import ModelConfig
-from modelpack.manifest import Manifest
-from modelpack.model import Model, Role
-from modelpack.unpacking.bundle import lay_out
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.manifest import Manifest
+from modelpack.artifacts.model import Model, Role
+from modelpack.bundles.bundle import lay_out
 from tests.interop.go_tool import build_go_tool
 from tests.peers import require
 
@@ -26,7 +26,7 @@ VECTORS = {
     if vector["name"].partition("-")[0]
     in {"A", "B", "C", "D", "E", "F", "flags", "shards", "directory", "dduf"}
 }
-# Paths that we refuse on purpose: see `modelpack.paths` and `modelpack.unpacking.tree`.
+# Paths that we refuse on purpose: see `artifacts.paths` and `bundles.directory`.
 REFUSED = {
     "directory-order": "A.txt and a.txt are one file on macOS",
     "directory-names": "a backslash",

@@ -6,15 +6,19 @@ from collections.abc import Sequence
 
 import pytest
 
-from modelpack import mediatypes as mt
-from modelpack.config import ModelConfig
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.digest import Digest
+from modelpack.bundles.names import Arrangement, arrange
 from modelpack.errors import UnsafePathError
-from modelpack.unpacking.names import Arrangement, arrange
 from tests.unpacking.stored import CNCF, Layer, Stored
 
-V01, V02 = mt.DOCKER_CONFIG_V01, mt.DOCKER_CONFIG_V02
-RAW, CONFIG_RAW, DOC_RAW = mt.CNCF_WEIGHT_RAW, mt.CNCF_WEIGHT_CONFIG_RAW, mt.CNCF_DOC_RAW
+V01, V02 = media_types.DOCKER_CONFIG_V01, media_types.DOCKER_CONFIG_V02
+RAW, CONFIG_RAW, DOC_RAW = (
+    media_types.CNCF_WEIGHT_RAW,
+    media_types.CNCF_WEIGHT_CONFIG_RAW,
+    media_types.CNCF_DOC_RAW,
+)
 
 
 def hexes(content: bytes) -> str:
@@ -24,7 +28,7 @@ def hexes(content: bytes) -> str:
 def arranged(
     stored: Stored, config_type: str, layers: Sequence[Layer], *, format: str = ""
 ) -> Arrangement:
-    kind = mt.CNCF_MANIFEST if config_type == mt.CNCF_CONFIG else None
+    kind = media_types.CNCF_MANIFEST if config_type == media_types.CNCF_CONFIG else None
     config = ModelConfig(config_type, format=format)
     return arrange(stored.model(layers, config, artifact_type=kind))
 
@@ -36,55 +40,67 @@ def paths(arrangement: Arrangement) -> list[str]:
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
-        ([(mt.DOCKER_GGUF, "tiny.gguf", b"w")], ["model.gguf"]),
-        ([(mt.DOCKER_GGUF, None, b"w")], ["model.gguf"]),
-        ([(mt.CNCF_WEIGHT_GGUF, "sub/tiny.gguf", b"w")], ["model.gguf"]),
+        ([(media_types.DOCKER_GGUF, "tiny.gguf", b"w")], ["model.gguf"]),
+        ([(media_types.DOCKER_GGUF, None, b"w")], ["model.gguf"]),
+        ([(media_types.CNCF_WEIGHT_GGUF, "sub/tiny.gguf", b"w")], ["model.gguf"]),
         (
-            [(mt.DOCKER_GGUF, f"{n}.gguf", b"w%d" % n) for n in (1, 2, 3)],
+            [(media_types.DOCKER_GGUF, f"{n}.gguf", b"w%d" % n) for n in (1, 2, 3)],
             [f"model-0000{n}-of-00003.gguf" for n in (1, 2, 3)],
         ),
         (  # the names of a whole set count more than its order
-            [(mt.DOCKER_GGUF, f"t-0000{n}-of-00003.gguf", b"w%d" % n) for n in (2, 3, 1)],
+            [(media_types.DOCKER_GGUF, f"t-0000{n}-of-00003.gguf", b"w%d" % n) for n in (2, 3, 1)],
             [f"model-0000{n}-of-00003.gguf" for n in (2, 3, 1)],
         ),
         (  # but those of half a set do not
-            [(mt.DOCKER_GGUF, f"t-0000{n}-of-00003.gguf", b"w%d" % n) for n in (3, 1)],
+            [(media_types.DOCKER_GGUF, f"t-0000{n}-of-00003.gguf", b"w%d" % n) for n in (3, 1)],
             ["model-00001-of-00002.gguf", "model-00002-of-00002.gguf"],
         ),
         (  # nor those of two sets
             [
-                (mt.DOCKER_GGUF, "t-00002-of-00002.gguf", b"w1"),
-                (mt.DOCKER_GGUF, "u-00002-of-00002.gguf", b"w2"),
+                (media_types.DOCKER_GGUF, "t-00002-of-00002.gguf", b"w1"),
+                (media_types.DOCKER_GGUF, "u-00002-of-00002.gguf", b"w2"),
             ],
             ["model-00001-of-00002.gguf", "model-00002-of-00002.gguf"],
         ),
         (
             [
-                (mt.DOCKER_GGUF, "tiny.gguf", b"w"),
-                (mt.DOCKER_LICENSE, "LICENSE.txt", b"MIT"),
-                (mt.DOCKER_CHAT_TEMPLATE, "chat_template.jinja", b"{{}}"),
-                (mt.DOCKER_MMPROJ, "mmproj-f16.gguf", b"p"),
-                (mt.DOCKER_MODEL_FILE, "sub/params.json", b"{}"),
+                (media_types.DOCKER_GGUF, "tiny.gguf", b"w"),
+                (media_types.DOCKER_LICENSE, "LICENSE.txt", b"MIT"),
+                (media_types.DOCKER_CHAT_TEMPLATE, "chat_template.jinja", b"{{}}"),
+                (media_types.DOCKER_MMPROJ, "mmproj-f16.gguf", b"p"),
+                (media_types.DOCKER_MODEL_FILE, "sub/params.json", b"{}"),
             ],
             ["model.gguf", "LICENSE.txt", "template.jinja", "model.mmproj", "sub/params.json"],
         ),
         (  # a directory may have typed the projector as a weight
-            [(mt.DOCKER_GGUF, "a.gguf", b"w"), (mt.DOCKER_GGUF, "mmproj-a.gguf", b"p")],
+            [
+                (media_types.DOCKER_GGUF, "a.gguf", b"w"),
+                (media_types.DOCKER_GGUF, "mmproj-a.gguf", b"p"),
+            ],
             ["model.gguf", "model.mmproj"],
         ),
-        ([(mt.DOCKER_SAFETENSORS, "sub/x.safetensors", b"w")], ["sub/x.safetensors"]),
-        ([(mt.DOCKER_SAFETENSORS, None, b"w")], ["model.safetensors"]),
+        ([(media_types.DOCKER_SAFETENSORS, "sub/x.safetensors", b"w")], ["sub/x.safetensors"]),
+        ([(media_types.DOCKER_SAFETENSORS, None, b"w")], ["model.safetensors"]),
         (
-            [(mt.DOCKER_SAFETENSORS, None, b"w1"), (mt.DOCKER_SAFETENSORS, None, b"w2")],
+            [
+                (media_types.DOCKER_SAFETENSORS, None, b"w1"),
+                (media_types.DOCKER_SAFETENSORS, None, b"w2"),
+            ],
             ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
         ),
         (
-            [(mt.DOCKER_SAFETENSORS, "a.safetensors", b"w1"), (mt.DOCKER_SAFETENSORS, None, b"w2")],
+            [
+                (media_types.DOCKER_SAFETENSORS, "a.safetensors", b"w1"),
+                (media_types.DOCKER_SAFETENSORS, None, b"w2"),
+            ],
             ["a.safetensors", "model-00002-of-00002.safetensors"],
         ),
-        ([(mt.DOCKER_DDUF, "tiny.dduf", b"w")], [f"{hexes(b'w')}.dduf"]),
+        ([(media_types.DOCKER_DDUF, "tiny.dduf", b"w")], [f"{hexes(b'w')}.dduf"]),
         (
-            [(mt.DOCKER_SAFETENSORS, "x", b"w"), (mt.DOCKER_CHAT_TEMPLATE, "c.json", b"{}")],
+            [
+                (media_types.DOCKER_SAFETENSORS, "x", b"w"),
+                (media_types.DOCKER_CHAT_TEMPLATE, "c.json", b"{}"),
+            ],
             ["x", "c.json"],  # chat_template.json is no Jinja, so it is not renamed to one
         ),
     ],
@@ -95,18 +111,18 @@ def test_docker_v01(stored: Stored, layers: list[Layer], expected: list[str]) ->
     assert arrangement.notes == ()
 
 
-@pytest.mark.parametrize("config_type", [V02, mt.CNCF_CONFIG])
+@pytest.mark.parametrize("config_type", [V02, media_types.CNCF_CONFIG])
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
         (
             [
-                (mt.DOCKER_GGUF, "tiny.gguf", b"w"),
-                (mt.DOCKER_LICENSE, "LICENSE", b"MIT"),
-                (mt.DOCKER_CHAT_TEMPLATE, "sub/chat_template.jinja", b"{{}}"),
-                (mt.DOCKER_MMPROJ, "mmproj-f16.gguf", b"p"),
-                (mt.DOCKER_DDUF, "x.dduf", b"d"),
-                (mt.DOCKER_MODEL_FILE, "config.json", b"{}"),
+                (media_types.DOCKER_GGUF, "tiny.gguf", b"w"),
+                (media_types.DOCKER_LICENSE, "LICENSE", b"MIT"),
+                (media_types.DOCKER_CHAT_TEMPLATE, "sub/chat_template.jinja", b"{{}}"),
+                (media_types.DOCKER_MMPROJ, "mmproj-f16.gguf", b"p"),
+                (media_types.DOCKER_DDUF, "x.dduf", b"d"),
+                (media_types.DOCKER_MODEL_FILE, "config.json", b"{}"),
             ],
             [
                 "tiny.gguf",
@@ -139,11 +155,11 @@ def test_docker_v01(stored: Stored, layers: list[Layer], expected: list[str]) ->
         ),
         (  # no paths: the names that runtimes look for
             [
-                (mt.CNCF_WEIGHT_GGUF, None, b"w"),
-                (mt.CNCF_WEIGHT_SAFETENSORS, None, b"s"),
-                (mt.DOCKER_DDUF, None, b"d"),
-                (mt.DOCKER_MMPROJ, None, b"p"),
-                (mt.DOCKER_CHAT_TEMPLATE, None, b"{{}}"),
+                (media_types.CNCF_WEIGHT_GGUF, None, b"w"),
+                (media_types.CNCF_WEIGHT_SAFETENSORS, None, b"s"),
+                (media_types.DOCKER_DDUF, None, b"d"),
+                (media_types.DOCKER_MMPROJ, None, b"p"),
+                (media_types.DOCKER_CHAT_TEMPLATE, None, b"{{}}"),
             ],
             [
                 "model.gguf",
@@ -155,10 +171,10 @@ def test_docker_v01(stored: Stored, layers: list[Layer], expected: list[str]) ->
         ),
         (  # two templates and two projectors keep their paths
             [
-                (mt.DOCKER_CHAT_TEMPLATE, "a.jinja", b"1"),
-                (mt.DOCKER_CHAT_TEMPLATE, "b.jinja", b"2"),
-                (mt.DOCKER_MMPROJ, "a.mmproj", b"3"),
-                (mt.DOCKER_MMPROJ, "b.mmproj", b"4"),
+                (media_types.DOCKER_CHAT_TEMPLATE, "a.jinja", b"1"),
+                (media_types.DOCKER_CHAT_TEMPLATE, "b.jinja", b"2"),
+                (media_types.DOCKER_MMPROJ, "a.mmproj", b"3"),
+                (media_types.DOCKER_MMPROJ, "b.mmproj", b"4"),
             ],
             ["a.jinja", "b.jinja", "a.mmproj", "b.mmproj"],
         ),
@@ -173,21 +189,21 @@ def test_by_path(
 
 
 def test_older_key_of_the_path(stored: Stored) -> None:
-    model = stored.model([(RAW, None, b"w")], mt.CNCF_CONFIG)
+    model = stored.model([(RAW, None, b"w")], media_types.CNCF_CONFIG)
     model.manifest.layers[0].annotations["org.cnai.model.filepath"] = "old.gguf"  # type: ignore[index]
     assert paths(arrange(model)) == ["old.gguf"]
 
 
 def test_a_cncf_manifest_with_dockers_config_keeps_its_paths(stored: Stored) -> None:
     """Docker Model Runner decides by the manifest's artifact type too."""
-    layers = [(mt.DOCKER_GGUF, "tiny.gguf", b"w")]
-    model = stored.model(layers, V01, artifact_type=mt.CNCF_MANIFEST)
+    layers = [(media_types.DOCKER_GGUF, "tiny.gguf", b"w")]
+    model = stored.model(layers, V01, artifact_type=media_types.CNCF_MANIFEST)
     assert paths(arrange(model)) == ["tiny.gguf"]
 
 
 @pytest.mark.parametrize("format", ["gguf", "GGUF"])
 def test_coarse_weight_without_a_path_is_named_by_the_config(stored: Stored, format: str) -> None:
-    assert paths(arranged(stored, mt.CNCF_CONFIG, [(RAW, None, b"w")], format=format)) == [
+    assert paths(arranged(stored, media_types.CNCF_CONFIG, [(RAW, None, b"w")], format=format)) == [
         "model.gguf"
     ]
 
@@ -198,32 +214,34 @@ def test_coarse_weight_without_a_path_is_named_by_the_config(stored: Stored, for
         (
             V01,
             [
-                (mt.DOCKER_CHAT_TEMPLATE, "a.jinja", b"1"),
-                (mt.DOCKER_CHAT_TEMPLATE, "b.jinja", b"2"),
+                (media_types.DOCKER_CHAT_TEMPLATE, "a.jinja", b"1"),
+                (media_types.DOCKER_CHAT_TEMPLATE, "b.jinja", b"2"),
             ],
             ["template.jinja"],
             ["b.jinja is left out: a runtime takes one chat template"],
         ),
         (
             V01,
-            [(mt.DOCKER_MMPROJ, "a.gguf", b"1"), (mt.DOCKER_MMPROJ, None, b"2")],
+            [(media_types.DOCKER_MMPROJ, "a.gguf", b"1"), (media_types.DOCKER_MMPROJ, None, b"2")],
             ["model.mmproj"],
             [
-                f"layer {hexes(b'2')[:12]} ({mt.DOCKER_MMPROJ}) is left out: "
+                f"layer {hexes(b'2')[:12]} ({media_types.DOCKER_MMPROJ}) is left out: "
                 "a runtime takes one projector"
             ],
         ),
         (
             V02,
-            [(mt.DOCKER_MODEL_FILE, None, b"1"), (mt.DOCKER_LICENSE, None, b"2")],
+            [(media_types.DOCKER_MODEL_FILE, None, b"1"), (media_types.DOCKER_LICENSE, None, b"2")],
             [],
             [
-                f"layer {hexes(b'1')[:12]} ({mt.DOCKER_MODEL_FILE}) is left out: it names no file",
-                f"layer {hexes(b'2')[:12]} ({mt.DOCKER_LICENSE}) is left out: it names no file",
+                f"layer {hexes(b'1')[:12]} ({media_types.DOCKER_MODEL_FILE}) is left out: "
+                "it names no file",
+                f"layer {hexes(b'2')[:12]} ({media_types.DOCKER_LICENSE}) is left out: "
+                "it names no file",
             ],
         ),
         (
-            mt.CNCF_CONFIG,
+            media_types.CNCF_CONFIG,
             [(RAW, None, b"w")],
             [],
             [f"layer {hexes(b'w')[:12]} ({RAW}) is left out: it names no file"],
@@ -231,11 +249,11 @@ def test_coarse_weight_without_a_path_is_named_by_the_config(stored: Stored, for
         (  # two licenses of one name; files of other kinds come first
             V01,
             [
-                (mt.DOCKER_LICENSE, "LICENSE", b"1"),
-                (mt.DOCKER_LICENSE, "LICENSE", b"2"),
-                (mt.DOCKER_LICENSE, "sub/license.txt", b"3"),
-                (mt.DOCKER_LICENSE, "sub/LICENSE.txt", b"4"),
-                (mt.DOCKER_LICENSE, "sub/LICENSE.txt", b"5"),
+                (media_types.DOCKER_LICENSE, "LICENSE", b"1"),
+                (media_types.DOCKER_LICENSE, "LICENSE", b"2"),
+                (media_types.DOCKER_LICENSE, "sub/license.txt", b"3"),
+                (media_types.DOCKER_LICENSE, "sub/LICENSE.txt", b"4"),
+                (media_types.DOCKER_LICENSE, "sub/LICENSE.txt", b"5"),
                 (f"{CNCF}code.v1.raw", "LICENSE", b"6"),
             ],
             [
@@ -269,13 +287,13 @@ def test_notes(
     assert list(arrangement.notes) == notes
 
 
-@pytest.mark.parametrize("config_type", [V01, V02, mt.CNCF_CONFIG])
+@pytest.mark.parametrize("config_type", [V01, V02, media_types.CNCF_CONFIG])
 def test_the_same_file_twice_is_one(stored: Stored, config_type: str) -> None:
     layers = [
-        (mt.DOCKER_MODEL_FILE, "a.json", b"{}"),
-        (mt.DOCKER_MODEL_FILE, "a.json", b"{}"),
-        (mt.DOCKER_LICENSE, "LICENSE", b"MIT"),
-        (mt.DOCKER_LICENSE, "LICENSE", b"MIT"),
+        (media_types.DOCKER_MODEL_FILE, "a.json", b"{}"),
+        (media_types.DOCKER_MODEL_FILE, "a.json", b"{}"),
+        (media_types.DOCKER_LICENSE, "LICENSE", b"MIT"),
+        (media_types.DOCKER_LICENSE, "LICENSE", b"MIT"),
     ]
     arrangement = arranged(stored, config_type, layers)
     assert paths(arrangement) == ["a.json", "LICENSE"]
@@ -283,19 +301,45 @@ def test_the_same_file_twice_is_one(stored: Stored, config_type: str) -> None:
 
 
 def test_the_same_content_on_two_paths_is_two_files(stored: Stored) -> None:
-    layers = [(mt.DOCKER_SAFETENSORS, name, b"w") for name in ("a.safetensors", "b.safetensors")]
+    layers = [
+        (media_types.DOCKER_SAFETENSORS, name, b"w") for name in ("a.safetensors", "b.safetensors")
+    ]
     assert paths(arranged(stored, V01, layers)) == ["a.safetensors", "b.safetensors"]
 
 
 @pytest.mark.parametrize(
     ("config_type", "layers"),
     [
-        (V02, [(mt.DOCKER_MODEL_FILE, "a", b"1"), (mt.DOCKER_MODEL_FILE, "a", b"2")]),
-        (V02, [(mt.DOCKER_MODEL_FILE, "a", b"1"), (mt.DOCKER_MODEL_FILE, "A", b"2")]),
-        (V02, [(mt.DOCKER_MODEL_FILE, "a", b"1"), (mt.DOCKER_MODEL_FILE, "A", b"1")]),
-        (V02, [(mt.DOCKER_MODEL_FILE, "e\u0301", b"1"), (RAW, "\u00e9", b"2")]),
-        (mt.CNCF_CONFIG, [(RAW, "x.gguf", b"1"), (RAW, "x.gguf", b"2")]),
-        (V01, [(mt.DOCKER_GGUF, "x.gguf", b"1"), (mt.DOCKER_MODEL_FILE, "model.gguf", b"2")]),
+        (
+            V02,
+            [
+                (media_types.DOCKER_MODEL_FILE, "a", b"1"),
+                (media_types.DOCKER_MODEL_FILE, "a", b"2"),
+            ],
+        ),
+        (
+            V02,
+            [
+                (media_types.DOCKER_MODEL_FILE, "a", b"1"),
+                (media_types.DOCKER_MODEL_FILE, "A", b"2"),
+            ],
+        ),
+        (
+            V02,
+            [
+                (media_types.DOCKER_MODEL_FILE, "a", b"1"),
+                (media_types.DOCKER_MODEL_FILE, "A", b"1"),
+            ],
+        ),
+        (V02, [(media_types.DOCKER_MODEL_FILE, "e\u0301", b"1"), (RAW, "\u00e9", b"2")]),
+        (media_types.CNCF_CONFIG, [(RAW, "x.gguf", b"1"), (RAW, "x.gguf", b"2")]),
+        (
+            V01,
+            [
+                (media_types.DOCKER_GGUF, "x.gguf", b"1"),
+                (media_types.DOCKER_MODEL_FILE, "model.gguf", b"2"),
+            ],
+        ),
     ],
 )
 def test_two_files_on_one_path_are_refused(
@@ -307,10 +351,16 @@ def test_two_files_on_one_path_are_refused(
     assert hexes(layers[1][2]) in str(caught.value)
 
 
-@pytest.mark.parametrize("config_type", [V01, V02, mt.CNCF_CONFIG])
+@pytest.mark.parametrize("config_type", [V01, V02, media_types.CNCF_CONFIG])
 @pytest.mark.parametrize(
     "media_type",
-    [mt.DOCKER_GGUF, mt.DOCKER_LICENSE, mt.DOCKER_MODEL_FILE, mt.DOCKER_DIR_TAR, RAW],
+    [
+        media_types.DOCKER_GGUF,
+        media_types.DOCKER_LICENSE,
+        media_types.DOCKER_MODEL_FILE,
+        media_types.DOCKER_DIR_TAR,
+        RAW,
+    ],
 )
 @pytest.mark.parametrize("path", ["../../x", "/abs", "a\0b", "C:\\x", "", ".."])
 def test_unsafe_path_is_refused_even_if_it_would_not_be_used(
@@ -322,9 +372,9 @@ def test_unsafe_path_is_refused_even_if_it_would_not_be_used(
 
 def test_archives_are_kept_apart(stored: Stored) -> None:
     layers = [
-        (mt.DOCKER_SAFETENSORS, "x.safetensors", b"w"),
-        (mt.DOCKER_VLLM_CONFIG_TAR, None, b"1"),
-        (mt.DOCKER_DIR_TAR, None, b"2"),
+        (media_types.DOCKER_SAFETENSORS, "x.safetensors", b"w"),
+        (media_types.DOCKER_VLLM_CONFIG_TAR, None, b"1"),
+        (media_types.DOCKER_DIR_TAR, None, b"2"),
         (f"{CNCF}weight.config.v1.tar+gzip", "sub", b"3"),
     ]
     arrangement = arranged(stored, V01, layers)

@@ -12,14 +12,14 @@ from pathlib import Path
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from modelpack import mediatypes as mt
+from modelpack.artifacts import media_types
+from modelpack.artifacts.paths import path_problem
+from modelpack.bundles.bundle import lay_out
 from modelpack.errors import FormatError, ModelpackError, UnsafePathError
-from modelpack.paths import path_problem
-from modelpack.unpacking.bundle import lay_out
 from tests.unpacking.stored import Layer, Stored, contents, everything
 from tests.unpacking.tars import END, file, header, padded, pax
 
-WEIGHT: Layer = (mt.DOCKER_GGUF, "model.gguf", b"weights")
+WEIGHT: Layer = (media_types.DOCKER_GGUF, "model.gguf", b"weights")
 COMPONENTS = (
     *("a", "A", "b", "c", "sub", "model", "caf\u00e9", "cafe\u0301", "model.gguf", " ", "~", "x y"),
     *("config.json", "$HOME", "-rf", "...", "\u2024\u2024", "\ufeff", "x" * 255, "\U0001f600"),
@@ -47,10 +47,10 @@ def check(plain: Sequence[str], archived: Sequence[str]) -> None:
     """Lay out these paths, as layers of their own and in one archive, and look around."""
     layers, archive = [WEIGHT], b""
     for i, path in enumerate(plain):
-        layers.append((mt.DOCKER_MODEL_FILE, path, b"%d" % i))
+        layers.append((media_types.DOCKER_MODEL_FILE, path, b"%d" % i))
     for i, path in enumerate(archived, start=len(plain)):
         archive += pax({b"path": path.encode()}) + file(b"x", b"%d" % i)
-    layers.append((mt.DOCKER_DIR_TAR, None, archive + END))
+    layers.append((media_types.DOCKER_DIR_TAR, None, archive + END))
     wanted = expected([*plain, *(re.sub(r"\A(\./)+", "", path) for path in archived)])
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
@@ -104,7 +104,7 @@ def test_any_archive(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         stored = Stored(root / "store")
-        model = stored.model([WEIGHT, (mt.DOCKER_DIR_TAR, None, archive + END)])
+        model = stored.model([WEIGHT, (media_types.DOCKER_DIR_TAR, None, archive + END)])
         before = everything(root)
         with suppress(ModelpackError):
             lay_out(model, stored.path, root / "sub" / "bundle")

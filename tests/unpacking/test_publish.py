@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from modelpack.bundles import bundle
+from modelpack.bundles.bundle import new_directory
+from modelpack.bundles.directory import Folder
 from modelpack.errors import ConflictError, UsageError
-from modelpack.unpacking import publish
-from modelpack.unpacking.dirfd import Folder
-from modelpack.unpacking.publish import new_directory
 
 
 def nothing() -> None:
@@ -127,7 +127,7 @@ def test_what_is_no_directory_is_refused(
 @pytest.mark.parametrize("exchange", [True, False], ids=["one step", "two steps"])
 def test_overwrite(directory: Path, monkeypatch: Any, exchange: bool) -> None:
     if not exchange:
-        monkeypatch.setattr(publish, "_EXCHANGE", {})
+        monkeypatch.setattr(bundle, "_EXCHANGE", {})
     make(directory, name="old")
     (directory / "link").symlink_to(directory.parent.parent / "secret")
     make(directory, overwrite=True)
@@ -150,8 +150,8 @@ def test_failed_overwrite_keeps_the_old(directory: Path) -> None:
 
 def test_failed_second_step_keeps_the_old(directory: Path, monkeypatch: Any) -> None:
     make(directory, name="old")
-    monkeypatch.setattr(publish, "_EXCHANGE", {})
-    rename, calls = publish._rename, []
+    monkeypatch.setattr(bundle, "_EXCHANGE", {})
+    rename, calls = bundle._rename, []
 
     def fail_second(parent: Folder, old: str, new: str) -> None:
         calls.append(new)
@@ -159,7 +159,7 @@ def test_failed_second_step_keeps_the_old(directory: Path, monkeypatch: Any) -> 
             raise PermissionError(13, "no")
         rename(parent, old, new)
 
-    monkeypatch.setattr(publish, "_rename", fail_second)
+    monkeypatch.setattr(bundle, "_rename", fail_second)
     with pytest.raises(PermissionError):
         make(directory, overwrite=True)
     assert sorted(os.listdir(directory)) == ["old", "sub"]

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack.small_blobs import BytesBlob
-from modelpack.unpacking.tar_layer import TarFile, TarLayer
+from modelpack.operations.convert import TarFile, TarLayer
+from modelpack.storage import BytesBlob
 
 
 def content_of(layer: TarLayer, offset: int = 0, step: int = 1000) -> bytes:

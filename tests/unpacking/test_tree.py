@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from modelpack.bundles.directory import MAX_DEPTH, Folder, Tree, folded
 from modelpack.errors import UnsafePathError
-from modelpack.unpacking.dirfd import Folder
-from modelpack.unpacking.tree import MAX_DEPTH, Tree, folded
 
 
 @pytest.fixture

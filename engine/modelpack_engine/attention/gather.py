@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from modelpack_engine.attention import cpu_attention
-from modelpack_engine.attention.handles import native_attention
+from modelpack_engine.attention import cpu
+from modelpack_engine.attention.cache_handle import native_attention
 
 Mask = mx.array | str | None
 
@@ -37,10 +37,8 @@ def attend(
         return _latent(queries, keys, values, query_pe, mask, scale=scale)
     if softcap is not None:
         return _softcapped(queries, keys, values, mask, scale=scale, softcap=softcap)
-    if on_cpu and cpu_attention.worthwhile(queries, keys):
-        return cpu_attention.attend(
-            queries, keys, values, mask, scale=scale, sinks=sinks, second=second
-        )
+    if on_cpu and cpu.worthwhile(queries, keys):
+        return cpu.attend(queries, keys, values, mask, scale=scale, sinks=sinks, second=second)
     batch, heads, length, _ = queries.shape
     kv_heads = keys.shape[1]
     if on_cpu and length == 1 and sinks is None and heads > kv_heads:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modelpack_engine.embedding.async_embedder import AsyncEmbedder as AsyncEmbedder
-    from modelpack_engine.embedding.cross_encoder import CrossEncoder as CrossEncoder
+    from modelpack_engine.embedding.async_embedder import rank_pairs as rank_pairs
+    from modelpack_engine.embedding.embedder import CrossEncoder as CrossEncoder
     from modelpack_engine.embedding.embedder import Embedder as Embedder
     from modelpack_engine.embedding.embedder import EmbedderConfig as EmbedderConfig
-    from modelpack_engine.embedding.loading import load_embedder as load_embedder
-    from modelpack_engine.embedding.loading import purpose_of as purpose_of
-    from modelpack_engine.embedding.ranking import rank_pairs as rank_pairs
+    from modelpack_engine.embedding.loader import load_embedder as load_embedder
+    from modelpack_engine.embedding.loader import purpose_of as purpose_of
     from modelpack_engine.embedding.results import Embeddings as Embeddings
     from modelpack_engine.embedding.results import EmbedOptions as EmbedOptions
     from modelpack_engine.embedding.results import Scores as Scores
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "AsyncEmbedder": "modelpack_engine.embedding.async_embedder",
-    "CrossEncoder": "modelpack_engine.embedding.cross_encoder",
+    "CrossEncoder": "modelpack_engine.embedding.embedder",
     "Scores": "modelpack_engine.embedding.results",
     "sigmoid": "modelpack_engine.embedding.results",
     "Embedder": "modelpack_engine.embedding.embedder",
     "EmbedderConfig": "modelpack_engine.embedding.embedder",
     "Embeddings": "modelpack_engine.embedding.results",
     "EmbedOptions": "modelpack_engine.embedding.results",
-    "load_embedder": "modelpack_engine.embedding.loading",
-    "purpose_of": "modelpack_engine.embedding.loading",
-    "rank_pairs": "modelpack_engine.embedding.ranking",
+    "load_embedder": "modelpack_engine.embedding.loader",
+    "purpose_of": "modelpack_engine.embedding.loader",
+    "rank_pairs": "modelpack_engine.embedding.async_embedder",
 }
 
 __all__ = list(_EXPORTS)
@@ -45,7 +45,7 @@ __all__ = list(_EXPORTS)
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from modelpack_engine import blas
+    from modelpack_engine.platform import blas
 
     blas.prepare()
     value = getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -19,22 +19,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from modelpack.errors import ModelpackError
 from modelpack_engine.async_engine import EngineState, end_streams
-from modelpack_engine.embedding.batching import next_batch
-from modelpack_engine.embedding.inputs import Input, Prepared
-from modelpack_engine.embedding.results import Embeddings, EmbedOptions, Pair, Scores
+from modelpack_engine.core.metrics import Meter
+from modelpack_engine.embedding.inputs import Input, Prepared, next_batch
+from modelpack_engine.embedding.results import (
+    Embeddings,
+    EmbedOptions,
+    Pair,
+    Scores,
+    Vector,
+    sigmoid,
+)
 from modelpack_engine.errors import EngineError, RequestError
-from modelpack_engine.meter import Meter
 from modelpack_engine.outputs import EngineStats
-from modelpack_engine.prompt_threads import prepare
+from modelpack_engine.worker.threads import prepare
 
 if TYPE_CHECKING:
-    from modelpack_engine.embedding.cross_encoder import CrossEncoder
-    from modelpack_engine.embedding.embedder import Embedder
-    from modelpack_engine.loaders.tokenizer import Tokenizer
-    from modelpack_engine.request_stream import RequestStream
-    from modelpack_engine.sampling_params import SamplingParams
+    from modelpack_engine.async_engine import RequestStream
+    from modelpack_engine.embedding.embedder import CrossEncoder, Embedder
+    from modelpack_engine.models.tokenizer import Tokenizer
+    from modelpack_engine.request import SamplingParams
 
 _log = logging.getLogger(__name__)
 
@@ -152,7 +159,7 @@ class AsyncEmbedder:
     @property
     def ranks_pairs(self) -> bool:
         """Whether it is a cross-encoder, which gives no vectors."""
-        from modelpack_engine.embedding.cross_encoder import CrossEncoder
+        from modelpack_engine.embedding.embedder import CrossEncoder
 
         return isinstance(self.model, CrossEncoder)
 
@@ -163,7 +170,7 @@ class AsyncEmbedder:
 
         Raises what it raises, and `RequestError` if the model is a cross-encoder.
         """
-        from modelpack_engine.embedding.cross_encoder import CrossEncoder
+        from modelpack_engine.embedding.embedder import CrossEncoder
 
         model = self.model
         if isinstance(model, CrossEncoder):
@@ -322,3 +329,38 @@ def _settle(request: _Request, error: Exception | None) -> None:
         request.loop.call_soon_threadsafe(settle)
     except RuntimeError:  # the loop has ended: nobody listens
         request.dropped = True
+
+
+async def rank_pairs(
+    model: AsyncEmbedder,
+    pairs: Sequence[Pair],
+    *,
+    truncate: bool = False,
+    nouns: tuple[str, str] = ("query", "documents"),
+) -> tuple[list[float], int]:
+    """Return a score for each (query, document), the higher the better, and the tokens read.
+
+    A cross-encoder's score is the sigmoid of its logit, between 0 and 1; an embedding model's is
+    the cosine of the two vectors, between -1 and 1. `nouns` are what errors call the texts. Raises
+    what `AsyncEmbedder.embed` and `AsyncEmbedder.score` raise.
+    """
+    if model.ranks_pairs:
+        scores = await model.score(pairs, truncate=truncate)
+        return [sigmoid(logit) for logit in scores.values], scores.num_tokens
+    # Each text is embedded once, however many pairs it is part of.
+    first, second = (list(dict.fromkeys(texts)) for texts in zip(*pairs, strict=True))
+    left, right = await asyncio.gather(
+        *(
+            model.embed(texts, EmbedOptions(truncate=truncate, noun=noun))
+            for texts, noun in zip((first, second), nouns, strict=True)
+        )
+    )
+    queries = dict(zip(first, left.vectors, strict=True))
+    documents = dict(zip(second, right.vectors, strict=True))
+    values = [_cosine(queries[query], documents[document]) for query, document in pairs]
+    return values, left.num_tokens + right.num_tokens
+
+
+def _cosine(left: Vector, right: Vector) -> float:
+    lengths = float(np.linalg.norm(left)) * float(np.linalg.norm(right))
+    return float(np.dot(left, right)) / lengths if lengths else 0.0

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modelpack_engine.errors import EngineError, ModelLoadError
-from modelpack_engine.load_budget import LOAD_SECONDS
+from modelpack_engine.models.load_budget import LOAD_SECONDS
 from modelpack_engine.worker.process import worker_environment
 
 _PROGRAM = (
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     """Load the files and compute two tokens."""
     import resource
 
-    from modelpack_engine.llama_cpp.context import Context, LlamaModel
+    from modelpack_engine.llama_cpp.model import Context, LlamaModel
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:

@@ -1,7 +1,9 @@
-"""Plan: what a batch of given composition needs at each stage, as small arrays on the device.
+"""Random draws that depend on a request's seed and the token's position, and on nothing else.
 
-Each stage works on the rows that ask for it. Their number is padded to a power of two by repeating
-the first of them, so that shapes stay few; what is written back for a repeated row is the same.
+A token is drawn by the Gumbel-max trick: each token of the vocabulary gets noise of its own, and
+the largest sum of logit and noise wins. The noise belongs to the token rather than to its rank or
+to a point of the cumulative distribution, so that a logit that differs in its last bit, as it does
+between batches of different shapes, all but never changes the draw.
 """
 
 from __future__ import annotations
@@ -14,9 +16,176 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from modelpack_engine.sampling import draw, logits
-from modelpack_engine.sampling.history import OUTPUT
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
+
+_LEAST = 2.0**-33  # below the least positive uniform number, 2 ** -32
+
+
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scramble 64-bit numbers, one to one: a step of SplitMix64 (doi:10.1145/2660193.2660195)."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def seeds_of(numbers: list[int]) -> NDArray[np.uint64]:
+    """Fold any integers to 64 bits; -1 and 2 ** 64 - 1 are the same seed."""
+    return np.array([number & 0xFFFFFFFFFFFFFFFF for number in numbers], dtype=np.uint64)
+
+
+def keys(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.uint32]:
+    """Return the random key of each draw, uint32 [rows, 2]: its seed folded with its position.
+
+    The seed is scrambled first, since people count seeds up as positions are.
+    """
+    folded = mix(mix(seeds) + positions)
+    return np.stack([folded >> np.uint64(32), folded], axis=-1).astype(np.uint32)
+
+
+def gumbel(row_keys: mx.array, vocab_size: int) -> mx.array:
+    """Return Gumbel noise, float32 [rows, vocab_size]; a row depends on its key only.
+
+    -log1p(-u) rather than -log(u): the noise that wins comes from the smallest exponentials, and
+    float32 resolves numbers near 0 far better than near 1.
+    """
+
+    def uniform(key: mx.array) -> mx.array:
+        return mx.random.uniform(shape=(vocab_size,), key=key)
+
+    u = mx.maximum(mx.vmap(uniform)(row_keys), _LEAST)
+    return -mx.log(-mx.log1p(-u))
+
+
+def draw(logits: mx.array, least: mx.array | None, row_keys: mx.array) -> mx.array:
+    """Draw a token of each row by softmax over the logits that are `least` ([rows, 1]) or more."""
+    if least is not None:
+        logits = mx.where(logits >= least, logits, -mx.inf)
+    return mx.argmax(logits + gumbel(row_keys, logits.shape[-1]), axis=-1).astype(mx.int32)
+
+
+#: Each output token adds this; the lowest bit says whether the prompt holds the token.
+OUTPUT = 2
+
+_FIRST_CAPACITY = 8
+
+
+class TokenHistory:
+    """Counts of the tokens of penalised sequences, a row of int32 [vocab_size] for each.
+
+    A count is twice the number of times that the output holds the token, plus one if the prompt
+    holds it. The rows exist from the first penalised sequence on (`vocab_size` * 4 bytes each, in
+    powers of two) and are reused afterwards.
+
+    The in-flight rule: `append` extends the graph that the next `counts` reads, so the token
+    sampled at step N is counted at step N + 1 although the host has not seen it. Nothing here needs
+    an evaluation of its own: evaluating the tokens of a step brings the counts up to date, and at
+    most one step's append is pending. The pool is updated in place as long as the step that reads
+    it is evaluated before the one that appends to it is submitted.
+    """
+
+    def __init__(self, vocab_size: int, max_num_seqs: int) -> None:
+        self._vocab_size = vocab_size
+        self._first_capacity = min(_FIRST_CAPACITY, max_num_seqs)
+        self._counts: mx.array | None = None
+        self._free: list[int] = []
+
+    def open(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int]) -> int:
+        """Return a slot that holds these tokens, until it is closed."""
+        if self._counts is None or not self._free:
+            self._grow()
+        assert self._counts is not None
+        slot = self._free.pop()
+        self._counts[slot] = mx.array(self._count(prompt_token_ids, output_token_ids))
+        return slot
+
+    def close(self, slot: int) -> None:
+        """Give the slot back."""
+        self._free.append(slot)
+
+    def counts(self, slots: mx.array) -> mx.array:
+        """Return the counts of `slots` (int32 [rows]) as int32 [rows, vocab_size]."""
+        assert self._counts is not None, "a slot was opened"
+        return self._counts[slots]
+
+    def append(self, slots: mx.array, token_ids: mx.array, amounts: mx.array) -> None:
+        """Add `amounts` to one token of each slot (all int32 [rows]): OUTPUT, or 0 for padding."""
+        assert self._counts is not None, "a slot was opened"
+        self._counts = self._counts.at[slots, token_ids].add(amounts)
+
+    def _count(self, prompt: Sequence[int], output: Sequence[int]) -> NDArray[np.int32]:
+        row = np.zeros(self._vocab_size, dtype=np.int32)
+        np.add.at(row, np.asarray(output, dtype=np.int64), OUTPUT)
+        row[np.asarray(prompt, dtype=np.int64)] |= 1
+        return row
+
+    def _grow(self) -> None:
+        more = self._first_capacity if self._counts is None else self._counts.shape[0]
+        empty = mx.zeros((more, self._vocab_size), dtype=mx.int32)
+        if self._counts is None:
+            self._counts, first = empty, 0
+        else:
+            first = self._counts.shape[0]
+            self._counts = mx.concatenate([self._counts, empty])
+        self._free.extend(range(first + more - 1, first - 1, -1))
+
+
+#: A top-k up to this sorts that many of the most likely tokens; a larger one the vocabulary.
+WINDOW = 1024
+
+
+def mask(logits: mx.array, allowed: mx.array) -> mx.array:
+    """Keep the tokens whose bit is set in `allowed`.
+
+    That is uint8 [rows, ceil(vocab_size / 8)], a bit for each token, the least significant first.
+    """
+    vocab_size = logits.shape[-1]
+    bits = (allowed[:, :, None] >> mx.arange(8, dtype=mx.uint8)) & 1
+    keep = bits.reshape(allowed.shape[0], -1)[:, :vocab_size]
+    return mx.where(keep, logits, -mx.inf)
+
+
+def penalise(
+    logits: mx.array,
+    counts: mx.array,
+    repetition: mx.array,
+    presence: mx.array,
+    frequency: mx.array,
+) -> mx.array:
+    """Make tokens that occurred less likely; the penalties are float32 [rows, 1].
+
+    `counts` is TokenHistory's. Repetition (CTRL, arXiv:1909.05858) counts prompt and output;
+    presence and frequency (OpenAI) count the output only. The order is vLLM's.
+    """
+    repeated = mx.where(logits > 0, logits / repetition, logits * repetition)
+    logits = mx.where(counts > 0, repeated, logits)
+    outputs = (counts >> 1).astype(mx.float32)
+    return logits - frequency * outputs - presence * (outputs > 0)
+
+
+def cutoff(
+    logits: mx.array, floor: mx.array, top_k: mx.array, top_p: mx.array, *, windowed: bool
+) -> mx.array:
+    """Return the least logit that top-k and top-p keep, float32 [rows, 1], by one sort.
+
+    `floor` (float32) is the least that min-p keeps, `top_k` is int32 from 1 to vocab_size, `top_p`
+    float32; all are [rows, 1]. Top-p is the smallest set of the most likely tokens, among those
+    that top-k and min-p keep, that holds `top_p` of their probability. Since the answer is a value,
+    tokens that tie with the last one kept are kept as well, whatever their order.
+
+    `windowed` promises that every top-k is at most WINDOW.
+    """
+    if windowed:
+        logits = mx.topk(logits, WINDOW, axis=-1)
+    ascending = mx.sort(logits, axis=-1)
+    rank = mx.arange(ascending.shape[-1] - 1, -1, -1)
+    kept = (rank < top_k) & (ascending >= floor)
+    mass = mx.where(kept, mx.exp(ascending - ascending[:, -1:]), 0)
+    above = mx.cumsum(mass, axis=-1, reverse=True, inclusive=False)
+    total = above[:, :1] + mass[:, :1]
+    kept = kept & ((above < top_p * total) | (top_p >= 1))
+    return mx.where(kept, ascending, mx.inf).min(axis=-1, keepdims=True)
+
 
 #: Temperatures below this are greedy: dividing by them would overflow (vLLM's limit).
 GREEDY_BELOW = 1e-5
@@ -115,7 +284,7 @@ class Draws:
         """The same for MLX's functions."""
         numbers = self.settings[self.batch_rows, :4].view(np.float32)
         temperature, log_min_p, top_p, top_k = (numbers[:, [column]] for column in range(4))
-        is_windowed = (top_k <= logits.WINDOW) & (self.vocab_size > logits.WINDOW)
+        is_windowed = (top_k <= WINDOW) & (self.vocab_size > WINDOW)
         is_sorted = ((top_k < self.vocab_size) | (top_p < 1)) & ~is_windowed
         filters = []
         for chosen, windowed in ((is_windowed, True), (is_sorted, False)):
@@ -229,7 +398,7 @@ def plan_draws(entries: Sequence[Entry], num_rows: int, vocab_size: int) -> Draw
     return Draws(
         batch_rows=rows,
         num_drawn=len(wanted),
-        seeds=draw.seeds_of([entries[row].seed for row in rows]),
+        seeds=seeds_of([entries[row].seed for row in rows]),
         settings=settings,
         vocab_size=vocab_size,
     )

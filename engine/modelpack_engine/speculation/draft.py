@@ -16,15 +16,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from modelpack_engine.batch import StepBatch, build_batch
-from modelpack_engine.block_manager import BlockManager
-from modelpack_engine.logprobs import gather_logprobs
-from modelpack_engine.model_runner import ModelRunner
-from modelpack_engine.sampler import NO_TOKEN, Sampled, Sampler, SampleRow
-from modelpack_engine.sampling_params import SamplingParams
-from modelpack_engine.schedule import PrefillChunk, Proposal, SchedulerOutput
-from modelpack_engine.sequence import Sequence
-from modelpack_engine.step import row_token_ids
+from modelpack_engine.core.batch import StepBatch, build_batch
+from modelpack_engine.core.block_manager import BlockManager
+from modelpack_engine.core.scheduler import PrefillChunk, Proposal, SchedulerOutput
+from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.step import row_token_ids
+from modelpack_engine.sampling.sampler import NO_TOKEN, Sampled, Sampler, SampleRow, gather_logprobs
 
 # Up to so many tokens that the draft model has yet to see are rows of their own.
 _FEW_TOKENS = 8

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from typing import Protocol, Self, runtime_checkable
 
+from modelpack_engine.core.scheduler import SchedulerOutput
+from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.errors import EngineError
-from modelpack_engine.sampler import SampleRow
-from modelpack_engine.sampling_params import LogitsMask
-from modelpack_engine.schedule import SchedulerOutput
-from modelpack_engine.sequence import Sequence
-from modelpack_engine.step import sample_rows
+from modelpack_engine.request import LogitsMask
+from modelpack_engine.runner.step import sample_rows
+from modelpack_engine.sampling.sampler import SampleRow
 
 _NOTHING = b""
 

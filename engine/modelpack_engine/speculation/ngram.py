@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from modelpack_engine.sequence import Sequence
+from modelpack_engine.core.sequence import Sequence
 
 #: Tokens that have to be equal before a place counts as the same.
 MIN_MATCH = 3

@@ -1,19 +1,300 @@
-"""The filters of chat templates: those of Jinja that can be bounded, and our own for the others.
+"""What templates may do to text: filters and methods, bounded before they run.
 
-A filter that is not in these tables does not exist.
+An operation that can make a large text of small ones computes the length of its result first.
+Methods that are not listed here cannot be called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from string import Formatter
 from typing import Any
 
+import jinja2
 import markupsafe
 from jinja2.filters import FILTERS, make_attrgetter
 from jinja2.utils import pass_environment
 
-from modelpack_engine.templates import operations
-from modelpack_engine.templates.budget import MAX_ITEMS, Budget, TemplateLimitError, check_text
+from modelpack_engine.templates.budget import (
+    MAX_ITEMS,
+    MAX_PRINTED,
+    MAX_TEXT,
+    Budget,
+    TemplateLimitError,
+    check_integer,
+    check_text,
+    too_large,
+)
+
+# Methods whose result is at most three times as long as the text (`upper` of "ΐ").
+_PLAIN_METHODS = frozenset(
+    {
+        "upper",
+        "lower",
+        "strip",
+        "lstrip",
+        "rstrip",
+        "capitalize",
+        "casefold",
+        "swapcase",
+        "startswith",
+        "endswith",
+        "find",
+        "rfind",
+        "index",
+        "rindex",
+        "count",
+        "isdigit",
+        "isalpha",
+        "isalnum",
+        "isspace",
+        "isupper",
+        "islower",
+        "isnumeric",
+        "isdecimal",
+        "istitle",
+        "isidentifier",
+        "isascii",
+        "isprintable",
+        "removeprefix",
+        "removesuffix",
+        "partition",
+        "rpartition",
+    }
+)
+# Methods of other values.
+_METHODS: Mapping[type, frozenset[str]] = {
+    dict: frozenset({"get", "items", "keys", "values", "copy"}),
+    list: frozenset({"index", "count", "copy"}),
+    tuple: frozenset({"index", "count"}),
+    float: frozenset({"is_integer"}),
+    int: frozenset({"is_integer"}),
+}
+_BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+_WIDE = re.compile(r"\d{5,}")
+_STAR = re.compile(r"%(?:\([^)]*\))?[-#0 +]*[\d.]*\*")
+_ESCAPED_SIZE = 12  # characters that JSON or `repr` write for one, at most
+_MAX_INDENT = 16
+_MAX_STRIPPED = 1000  # characters that `strip` looks for: each is compared with each of the text
+#: Up to this size `tojson` runs without counting its output piece by piece.
+_SMALL_JSON = 1024 * 1024
+
+
+def call_method(budget: Budget, method: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Call a method of a built-in type; raise `TemplateLimitError` for one that is not allowed."""
+    owner, name = method.__self__, method.__name__
+    if isinstance(owner, str):
+        if name in _PLAIN_METHODS:
+            if name.endswith("strip") and any(isinstance(a, str) for a in args):
+                check_text(sum(map(len, args)) * (MAX_TEXT // _MAX_STRIPPED))
+            return method(*args, **kwargs)
+        if name == "format":
+            check_format(budget, owner, args, kwargs)
+            return method(*args, **kwargs)
+        bounded = _TEXT_METHODS.get(name)
+        if bounded is not None:
+            return bounded(budget, owner, *args, **kwargs)
+    elif name in _METHODS.get(type(owner), ()):
+        return method(*args, **kwargs)
+    raise TemplateLimitError(f"{type(owner).__name__}.{name}() is not available in templates")
+
+
+def text_of(budget: Budget, value: Any) -> str:
+    """Return a value as `{{ value }}` writes it."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        check_integer(value)
+    elif budget.size_of(value) > MAX_PRINTED:
+        raise too_large()
+    text = str(value)
+    if isinstance(value, (list, tuple, dict)):
+        budget.made(text)
+    return text
+
+
+def joined(budget: Budget, values: Iterable[Any], separator: Any = "") -> str:
+    """Return the texts of `values` with `separator` between them."""
+    between = text_of(budget, separator)
+    parts = []
+    length = 0
+    for value in budget.each(values):
+        part = text_of(budget, value)
+        length += len(part) + len(between)
+        check_text(length - len(between))
+        parts.append(part)
+    return between.join(parts)
+
+
+def replaced(budget: Budget, text: Any, old: Any, new: Any, count: int | None = None) -> str:
+    """Return `text` with `new` for `old`, `count` times at most."""
+    text, old, new = (text_of(budget, value) for value in (text, old, new))
+    found = text.count(old)
+    check_text(len(text) + found * max(0, len(new) - len(old)))
+    return str(text.replace(old, new, -1 if count is None else count))
+
+
+def indented(
+    budget: Budget, text: Any, width: int | str = 4, first: bool = False, blank: bool = False
+) -> str:
+    """Return `text` with its lines indented, as Jinja's filter."""
+    text = text_of(budget, text)
+    check_text(width if isinstance(width, int) else len(width))
+    space = " " * width if isinstance(width, int) else width
+    lines = _lines(budget, text + "\n")
+    check_text(len(text) + len(space) * (len(lines) + 1))
+    begun = space if first else ""
+    if blank:
+        return begun + f"\n{space}".join(lines)
+    rest = (f"\n{space}{line}" if line else "\n" for line in lines[1:])
+    return begun + "".join([*lines[:1], *rest])
+
+
+def formatted(budget: Budget, text: Any, *args: Any, **kwargs: Any) -> str:
+    """Return `text % args`, as Jinja's filter."""
+    if args and kwargs:
+        raise jinja2.TemplateRuntimeError("format takes arguments by place or by name, not both")
+    text = text_of(budget, text)
+    values = kwargs or args
+    check_percent(budget, text, values)
+    return str(text % values)
+
+
+def as_json(
+    budget: Budget,
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Return JSON as transformers writes it: without Jinja's HTML escapes."""
+    size = budget.size_of(value)
+    if isinstance(indent, int):
+        check_text(indent * (MAX_TEXT // _MAX_INDENT))
+    for text in (indent, *(separators or ())):
+        if isinstance(text, str) and len(text) > _MAX_INDENT:
+            raise TemplateLimitError(f"tojson writes at most {_MAX_INDENT} characters per level")
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+    if size <= _SMALL_JSON:
+        return encoder.encode(value)
+    parts = []
+    length = 0
+    for part in encoder.iterencode(value):
+        length += len(part)
+        check_text(length)
+        parts.append(part)
+    return "".join(parts)
+
+
+def check_format(
+    budget: Budget, pattern: str, args: Iterable[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse a `str.format` whose fields may be wide; each may write the largest argument."""
+    fields = 0
+    for _, name, spec, _ in Formatter().parse(pattern):
+        if name is None:
+            continue
+        fields += 1
+        if spec and ("{" in spec or _WIDE.search(spec)):
+            raise TemplateLimitError("a format asks for a wide or computed field")
+    _check_fields(budget, fields, [*args, *kwargs.values()])
+
+
+def check_percent(budget: Budget, pattern: str, values: Any) -> None:
+    """Refuse `pattern % values` whose fields may be wide."""
+    if _WIDE.search(pattern) or _STAR.search(pattern):
+        raise TemplateLimitError("a format asks for a wide or computed field")
+    if isinstance(values, dict):
+        values = tuple(values.values())
+    _check_fields(budget, pattern.count("%"), values if isinstance(values, tuple) else (values,))
+
+
+def _check_fields(budget: Budget, fields: int, values: Iterable[Any]) -> None:
+    sizes = [
+        len(value) if isinstance(value, str) else _ESCAPED_SIZE * budget.size_of(value)
+        for value in values
+    ]
+    check_text(fields * max([10_000 if fields > 800 else 0, *sizes]))
+
+
+def _lines(budget: Budget, text: str, keepends: bool = False) -> list[str]:
+    _check_pieces(sum(map(text.count, _BREAKS)))
+    return text.splitlines(keepends)
+
+
+def _split(budget: Budget, text: str, sep: Any = None, maxsplit: int = -1) -> list[str]:
+    _check_separator(text, sep, maxsplit)
+    return text.split(sep, maxsplit)
+
+
+def _rsplit(budget: Budget, text: str, sep: Any = None, maxsplit: int = -1) -> list[str]:
+    _check_separator(text, sep, maxsplit)
+    return text.rsplit(sep, maxsplit)
+
+
+def _check_separator(text: str, separator: Any, most: int) -> None:
+    if 0 <= most <= MAX_ITEMS:
+        return
+    if separator is None:
+        _check_pieces(len(text) // 2 if len(text) < 2 * MAX_ITEMS else _words(text))
+    else:
+        _check_pieces(text.count(separator))
+
+
+def _words(text: str) -> int:
+    return sum(map(text.count, " \t\u3000\xa0" + _BREAKS))
+
+
+def _check_pieces(pieces: int) -> None:
+    if pieces > MAX_ITEMS:
+        raise too_large()
+
+
+def trimmed(budget: Budget, value: Any, chars: str | None = None) -> str:
+    """Return the text without white space, or `chars`, around it."""
+    check_text(len(chars or "") * (MAX_TEXT // _MAX_STRIPPED))
+    return text_of(budget, value).strip(chars)
+
+
+def _title(budget: Budget, text: str) -> str:
+    return text.title()
+
+
+def _padded(name: str) -> Callable[..., str]:
+    def padded(budget: Budget, text: str, width: int, *fill: Any) -> str:
+        check_text(width)
+        return str(getattr(text, name)(width, *fill))
+
+    return padded
+
+
+def _expanded(budget: Budget, text: str, tabsize: int = 8) -> str:
+    check_text(len(text) + text.count("\t") * max(0, tabsize))
+    return text.expandtabs(tabsize)
+
+
+def _joined_by(budget: Budget, separator: str, values: Any) -> str:
+    if not all(isinstance(value, str) for value in budget.each(values)):
+        raise TypeError("join takes texts")
+    return joined(budget, values, separator)
+
+
+_TEXT_METHODS: Mapping[str, Callable[..., Any]] = {
+    "split": _split,
+    "rsplit": _rsplit,
+    "splitlines": _lines,
+    "title": _title,
+    "join": _joined_by,
+    "replace": replaced,
+    "expandtabs": _expanded,
+    **{name: _padded(name) for name in ("ljust", "rjust", "center", "zfill")},
+}
+
 
 # They read their first argument item by item; the result is made of these items.
 _OF_ITEMS = frozenset(
@@ -70,13 +351,13 @@ def bounded_filters(budget: Callable[[], Budget]) -> dict[str, Bounded]:
     """Return all filters by name, each charged to what `budget` returns."""
     own: Mapping[str, Bounded] = {
         "join": _join,
-        "replace": operations.replaced,
-        "indent": operations.indented,
-        "format": operations.formatted,
-        "string": operations.text_of,
-        "safe": operations.text_of,
-        "tojson": operations.as_json,
-        "trim": operations.trimmed,
+        "replace": replaced,
+        "indent": indented,
+        "format": formatted,
+        "string": text_of,
+        "safe": text_of,
+        "tojson": as_json,
+        "trim": trimmed,
         "sum": _sum,
         **dict.fromkeys(("e", "escape", "forceescape"), _escape),
     }
@@ -132,7 +413,7 @@ def _with_budget(budget: Callable[[], Budget], function: Bounded) -> Bounded:
 def _join(environment: Any, budget: Budget, values: Any, d: Any = "", attribute: Any = None) -> str:
     if attribute is not None:
         values = map(make_attrgetter(environment, attribute), values)
-    return operations.joined(budget, values, d)
+    return joined(budget, values, d)
 
 
 @pass_environment
@@ -150,6 +431,6 @@ def _sum(
 
 
 def _escape(budget: Budget, value: Any) -> str:
-    text = operations.text_of(budget, value)
+    text = text_of(budget, value)
     check_text(5 * len(text))
     return str(markupsafe.escape(text))

@@ -1,22 +1,150 @@
-"""What runs in a worker process: jobs from standard input, results to standard output.
+"""Try a tokenizer.json out: load it, encode and decode texts that differ much.
 
-A job that exceeds a limit of the operating system ends the process; the server starts another one.
+Runs in a worker process: a hostile file panics, hangs, overflows the stack or takes all memory.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import resource
 import signal
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelpack_engine.worker import frames
+from modelpack_engine.worker import process as frames
 
 if TYPE_CHECKING:
-    from modelpack_engine.templates.rendering import Renderer
+    from modelpack_engine.templates.environment import Renderer
+
+#: How many times longer a normalizer or decoder may make a text.
+MAX_GROWTH = 64
+#: Tokens that may be put around every text.
+MAX_ADDED = 1000
+#: Seconds of processor time for a text of some thousand characters, which take milliseconds.
+MAX_SECONDS = 0.5
+_MAX_SPECIAL = 200
+
+_TEXTS = (
+    "",
+    " ",
+    "Hello, world! It's 12345.67 o'clock.",
+    "  leading\n\n\ttabs and \r\n breaks  " * 20,
+    "\u00fc\u00df \u4f60\u597d \u0915\u094d\u0937 \U0001f6f8 e\u0301 \u202e\ufeff\u2028",
+    "\x00\x01\x7f",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \ufdfa \u0390 \ud55c\uad6d \u2581\u2581 <0x0A>",
+    "def f(x):\n    return {'a': [1, 2]}  # <|im_start|> <s> </s>\n",
+    "a" * 4000,
+    "1" * 4000,
+    " " * 4000,
+    "\u4f60" * 2000,
+)  # fmt: skip
+
+
+class BadTokenizerError(Exception):
+    """A tokenizer.json that cannot be used; the text says why."""
+
+
+def try_tokenizer(path: str) -> None:
+    """Raise `BadTokenizerError` for a tokenizer.json that does not load or misbehaves."""
+    import tokenizers
+
+    raw = Path(path).read_bytes()
+    try:
+        backend = tokenizers.Tokenizer.from_str(raw.decode())
+        _check_growth(backend)
+        _check_templates(backend)
+        backend.no_truncation()
+        backend.no_padding()
+        added = backend.get_added_tokens_decoder()
+        texts = [*_TEXTS, *(token.content for token in list(added.values())[:_MAX_SPECIAL])]
+        for special in (True, False):
+            backend.encode_special_tokens = special
+            for text in texts:
+                began = time.process_time()
+                ids = backend.encode(text).ids
+                if (took := time.process_time() - began) > MAX_SECONDS:
+                    raise BadTokenizerError(f"{len(text)} characters take it {took:.1f} s")
+                backend.decode(ids, skip_special_tokens=special)
+                if not text and len(ids) > MAX_ADDED:
+                    raise BadTokenizerError(f"it puts {len(ids)} tokens around every text")
+        if (count := len(backend.encode("", "").ids)) > MAX_ADDED:
+            raise BadTokenizerError(f"it puts {count} tokens around every pair of texts")
+        backend.encode(texts[2], texts[3])
+        top = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        for token_id in (0, top // 2, top, top + 1):
+            backend.decode([max(0, token_id)], skip_special_tokens=False)
+    except (BadTokenizerError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise BadTokenizerError(str(error)[:500] or type(error).__name__) from error
+
+
+def _check_growth(backend: Any) -> None:
+    """Refuse steps that make a long text of a short one: few texts would show that."""
+    for part in ("normalizer", "decoder"):
+        step = getattr(backend, part)
+        if step is None:
+            continue
+        growth = 1.0
+        for change in _steps(json.loads(step.__getstate__()), ("Replace", "Precompiled")):
+            growth *= _growth(change)
+        if growth > MAX_GROWTH:
+            raise BadTokenizerError(f"its {part} may make a text {growth:.0f} times as long")
+
+
+def _check_templates(backend: Any) -> None:
+    """Refuse a template that writes a text more than once."""
+    if backend.post_processor is None:
+        return
+    state = json.loads(backend.post_processor.__getstate__())
+    for template in _steps(state, ("TemplateProcessing",)):
+        for name in ("single", "pair"):
+            parts = [part["Sequence"]["id"] for part in template[name] if "Sequence" in part]
+            if len(parts) != len(set(parts)):
+                raise BadTokenizerError(f"its post-processor repeats a text ({name})")
+
+
+def _steps(state: Any, kinds: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Yield the steps of these types, however deep they are."""
+    waiting = [state]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            if item.get("type") in kinds:
+                yield item
+            else:
+                waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+
+
+def _growth(step: dict[str, Any]) -> float:
+    """Return how many times longer a step may make a text, in characters."""
+    if step["type"] == "Precompiled":
+        return _longest_normalised(step["precompiled_charsmap"])
+    length = len(str(step.get("content", "")))
+    pattern = step.get("pattern")
+    text = pattern.get("String") if isinstance(pattern, dict) else None
+    if isinstance(text, str) and text:
+        return max(1.0, length / len(text))
+    return 1.0 + length  # a regular expression may match nothing, between all characters
+
+
+def _longest_normalised(charsmap: str) -> float:
+    """Return the characters of the longest text in SentencePiece's map of normalisations.
+
+    Its format is a trie, whose size in bytes is before it, and texts that end with a null.
+    """
+    raw = base64.b64decode(charsmap)
+    texts = raw[4 + int.from_bytes(raw[:4], "little") :].split(b"\0")
+    return max(1.0, *(float(len(text.decode(errors="replace"))) for text in texts))
+
 
 # A worker that holds this much is replaced: Python seldom gives memory back.
 _MAX_RESIDENT = 384 * 1024 * 1024
@@ -50,7 +178,7 @@ def main() -> None:
 class _Jobs:
     @cached_property
     def _renderer(self) -> Renderer:
-        from modelpack_engine.templates.rendering import Renderer
+        from modelpack_engine.templates.environment import Renderer
 
         return Renderer()
 
@@ -61,8 +189,8 @@ class _Jobs:
     def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
         if job["kind"] == "tokenizer":
             return _try_tokenizer(job["path"])
-        from modelpack_engine.templates.go_syntax import GoSyntaxError
-        from modelpack_engine.templates.rendering import TemplateFailedError
+        from modelpack_engine.templates.environment import TemplateFailedError
+        from modelpack_engine.templates.go_template import GoSyntaxError
 
         try:
             return {"value": self._do(job)}
@@ -87,7 +215,6 @@ class _Jobs:
 
 
 def _try_tokenizer(path: str) -> dict[str, Any]:
-    from modelpack_engine.worker.probing import BadTokenizerError, try_tokenizer
 
     try:
         try_tokenizer(path)

@@ -11,9 +11,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from modelpack_engine.errors import QueueFullError, RequestError
-from modelpack_engine.worker import cancelling
-from modelpack_engine.worker.frames import encoded
-from modelpack_engine.worker.process import WorkerDiedError, WorkerProcess, WorkerTimeoutError
+from modelpack_engine.worker import threads as cancelling
+from modelpack_engine.worker.process import (
+    WorkerDiedError,
+    WorkerProcess,
+    WorkerTimeoutError,
+    encoded,
+)
 
 #: Bytes of address space of a worker that renders.
 MAX_MEMORY = 1024 * 1024 * 1024

@@ -1,13 +1,155 @@
-"""BodyLimit: request bodies that are too large are refused as they arrive."""
+"""JSON bodies of requests: parsed and validated off the event loop, within limits, up to an error.
+
+Routes that take JSON are `BodyRoute`s, and their bodies are `Body`s.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Coroutine
+from contextlib import aclosing
+from typing import Any, get_type_hints
 
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from modelpack_server.api.problems import Shape, problem_of
+from modelpack_server.api.errors import Shape, problem_of
+from modelpack_server.gateway.json_bodies import (
+    INLINE,
+    BodyError,
+    ComplexityError,
+    document_in,
+    in_worker,
+    parse,
+)
+
+_UNPARSED = object()
+
+
+def _fail_fast(schema: Any) -> None:
+    if isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        for part in schema.values():
+            _fail_fast(part)
+    elif isinstance(schema, list | tuple):
+        for part in schema:
+            _fail_fast(part)
+
+
+class Body(BaseModel):
+    """The base of request bodies. A list is validated up to its first bad item.
+
+    Otherwise a million bad items would make a million errors, on the event loop.
+    """
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: type[BaseModel], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
+
+
+class JsonRequest(Request):
+    """A request whose JSON is parsed once, by the gateway's checks or here.
+
+    With a `body_type`, `json` gives large bodies as its instances, which FastAPI takes as they are:
+    its own validation would hold the event loop.
+    """
+
+    body_type: type[Body] | None = None
+
+    async def body(self) -> bytes:
+        """Return the whole body. One that comes in one piece is not copied."""
+        if not hasattr(self, "_body"):
+            async with aclosing(self.stream()) as pieces:
+                self._body = b"".join([piece async for piece in pieces if piece])
+        return self._body
+
+    async def json(self) -> Any:
+        """Return the parsed body.
+
+        Raises `json.JSONDecodeError`, `RequestValidationError`, and `HTTPException` (400) for JSON
+        that exceeds a limit.
+        """
+        if not hasattr(self, "_json"):
+            value = document_in(self.scope, _UNPARSED)
+            if value is _UNPARSED:
+                value = await self._parsed()
+            if self.body_type is not None:
+                value = await self._validated(self.body_type, value)
+            self._json = value
+        return self._json
+
+    async def _validated(self, body_type: type[Body], value: Any) -> Any:
+        """Return a large body as an instance of its type, a small one as it is."""
+        size = len(await self.body())
+        if size <= INLINE:
+            return value
+        # One at a time, in the thread that parses: several would only wait for each other.
+        return await in_worker(size, lambda: _validated(body_type, value))
+
+    async def _parsed(self) -> Any:
+        try:
+            body = await self.body()
+            return (await in_worker(len(body), lambda: parse(body))).value
+        except ComplexityError as error:
+            raise HTTPException(400, f"the body is too complex: {error}") from None
+        except BodyError as error:
+            raise json.JSONDecodeError(str(error), "", 0) from None
+
+
+def _validated(body_type: type[Body], value: Any) -> Body:
+    try:
+        return body_type.model_validate(value)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        raise RequestValidationError(
+            [{**one, "loc": ("body", *one["loc"])} for one in errors]
+        ) from None
+
+
+async def read_json(request: Request) -> Any:
+    """Return the parsed body of a request. Raises `RequestValidationError`, `HTTPException`."""
+    if not isinstance(request, JsonRequest):
+        request = JsonRequest(request.scope, request.receive)
+    try:
+        return await request.json()
+    except json.JSONDecodeError as error:
+        raise RequestValidationError(
+            [{"loc": ("body",), "type": "json_invalid", "ctx": {"error": error.msg}}]
+        ) from None
+
+
+class BodyRoute(APIRoute):
+    """A route whose JSON bodies are parsed by `JsonRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return the handler of the route."""
+        answer = super().get_route_handler()
+        hints = get_type_hints(self.endpoint).values()
+        bodies = [hint for hint in hints if isinstance(hint, type) and issubclass(hint, Body)]
+        body_type = bodies[0] if len(bodies) == 1 else None
+
+        async def handle(request: Request) -> Response:
+            parsed = JsonRequest(request.scope, request.receive)
+            parsed.body_type = body_type
+            try:
+                return await answer(parsed)
+            except HTTPException as error:  # FastAPI's, for whatever `JsonRequest.json` raises
+                if isinstance(error.__cause__, RequestValidationError):
+                    raise error.__cause__ from None
+                raise
+
+        return handle
+
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from starlette.responses import Response
 
-from modelpack_engine.worker.cancelling import in_executor
+from modelpack_engine.worker.threads import in_executor
 
 P = ParamSpec("P")
 T = TypeVar("T")

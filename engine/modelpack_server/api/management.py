@@ -10,11 +10,10 @@ from fastapi import APIRouter
 from pydantic import ConfigDict, Field, StrictBool, StrictStr
 
 from modelpack_engine.errors import RequestError
-from modelpack_server.api.json_bodies import Body, BodyRoute
+from modelpack_server.api.bodies import Body, BodyRoute
 from modelpack_server.pool.entry import RunningModel
-from modelpack_server.pool.keep_alive import parse_keep_alive, show_keep_alive
 from modelpack_server.pool.pool import ModelPool
-from modelpack_server.pool.settings import ModelSettings
+from modelpack_server.pool.settings import ModelSettings, parse_keep_alive, show_keep_alive
 
 
 class UnloadRequest(Body):

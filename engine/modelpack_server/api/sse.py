@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from modelpack.errors import ModelpackError
-from modelpack_server.api.problems import error_body, problem_of
+from modelpack_server.api.errors import error_body, problem_of
 
 DONE = "data: [DONE]\n\n"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from modelpack_engine.engine import Engine
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
 from modelpack_server.bench.report import Record, Report, make_report
 from modelpack_server.bench.workloads import Session, Workload
 

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelpack.cli.options import Settings, common_options, model_names
-from modelpack.cli.output import note
-from modelpack.cli.progress import shown_progress
+from modelpack.cli.output import note, shown_progress
 from modelpack.errors import UsageError
 from modelpack_server.cli.engine_options import require_engine
 
 if TYPE_CHECKING:
-    from modelpack_server.bench.benchmark import Benchmark, Measured
-    from modelpack_server.bench.plan import Plan
+    from modelpack_server.bench.benchmark import Benchmark, Measured, Plan
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _SCHEMES = ("http://", "https://")
@@ -131,7 +129,7 @@ def bench(
                          hint="pip install 'modelpack[bench]'")  # fmt: skip
     from modelpack_server.bench import machine, tables
     from modelpack_server.bench.benchmark import Benchmark
-    from modelpack_server.bench.chart import draw, require_matplotlib
+    from modelpack_server.bench.tables import draw, require_matplotlib
 
     plan = _plan(**load)
     options = _options(targets, serve)
@@ -189,9 +187,9 @@ def _address(settings: Settings, target: str, options: Sequence[str]) -> Iterato
     require_engine()
     from modelpack.operations.find import find_model
     from modelpack.operations.remote import RemoteOptions
-    from modelpack.operations.watching import watching
-    from modelpack.supply.trust import Trust
-    from modelpack_server.bench.child import served
+    from modelpack.storage import watching
+    from modelpack.trust.policy import Trust
+    from modelpack_server.bench.server import served
 
     store = settings.store()
     with shown_progress(settings) as progress:
@@ -211,7 +209,7 @@ def _plan(
     requests: int | None,
     seconds: float,
 ) -> Plan:
-    from modelpack_server.bench import plan
+    from modelpack_server.bench import benchmark as plan
 
     if sum(map(bool, (concurrency, rate, workload))) > 1:
         raise UsageError("--concurrency, --rate and --workload exclude each other")

@@ -1,20 +1,160 @@
-"""`modelpack doctor`: what this machine can run, and by what."""
+"""What this machine runs models by: device, memory, backends, and which of them is chosen."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
+from modelpack.artifacts.model import Model
 from modelpack.cli.options import Settings, common_options, model_names, remote_options
 from modelpack.cli.output import show, table
 from modelpack.errors import ModelpackError, UsageError
+from modelpack.operations.doctor import Check, Verdict
 from modelpack.operations.remote import RemoteOptions
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.platform import blas
 from modelpack_server.cli.engine_options import require_engine
 
 if TYPE_CHECKING:
-    from modelpack.operations.checkup import Check
+    from modelpack.operations.doctor import Check
+
+_FORMATS = ("gguf", "safetensors")
+#: What a context and a step's arrays take beside the weights, at the least.
+_BESIDE_WEIGHTS = 512 * 1024**2
+Device = Literal["cpu", "gpu"]
+
+
+def check_device() -> tuple[Check, Device]:
+    """Look where models are computed."""
+    blas.prepare()  # before MLX
+    cores = os.cpu_count() or 1
+    machine = f"{platform.system()} {platform.machine()}, {cores} cores"
+    from modelpack_engine.platform.memory import choose_device
+
+    device = choose_device(EngineConfig())
+    details = {"device": device, "system": platform.system(), "machine": platform.machine(),
+               "cores": cores}  # fmt: skip
+    if device == "gpu":
+        import mlx.core as mx
+
+        kind = "Metal" if mx.metal.is_available() else "CUDA"
+        name = mx.device_info().get("device_name", "a GPU")
+        return Check("device", Verdict.OK, f"{name} by {kind}; {machine}", details=details), device
+    idle = shutil.which("nvidia-smi") is not None
+    if idle:
+        return (
+            Check(
+                "device", Verdict.WARNING, f"CPU; {machine}; an NVIDIA GPU is not used",
+                hint="pip install 'mlx[cuda]'", details=details,
+            ),
+            device,
+        )  # fmt: skip
+    return Check("device", Verdict.OK, f"CPU; {machine}; no GPU", details=details), device
+
+
+def check_memory() -> Check:
+    """Look how much models may take."""
+    from modelpack_server.pool.memory import device_memory
+
+    size = device_memory(EngineConfig())
+    return Check(
+        "memory", Verdict.OK, f"{size / 1e9:.1f} GB for models", details={"available": size}
+    )
+
+
+def check_backends() -> list[Check]:
+    """Look which backends are installed."""
+    from modelpack_engine.llama_cpp import library
+
+    checks = [
+        Check("backend mlx", Verdict.OK, f"mlx {_version('mlx')}, mlx-lm {_version('mlx-lm')}")
+    ]
+    found = _version("llama-cpp-python")
+    if library.is_installed():
+        checks.append(Check("backend llama.cpp", Verdict.OK, f"llama-cpp-python {found}"))
+    elif importlib.util.find_spec("llama_cpp") is not None:
+        checks.append(
+            Check(
+                "backend llama.cpp", Verdict.WARNING,
+                f"llama-cpp-python {found}, expected {library.VERSION}",
+                hint="pip install 'modelpack[llama-cpp]'",
+            )
+        )  # fmt: skip
+    else:
+        checks.append(
+            Check(
+                "backend llama.cpp", Verdict.OK, "not installed; it is for GGUF on a CPU",
+                hint="pip install 'modelpack[llama-cpp]'",
+            )
+        )  # fmt: skip
+    where = shutil.which("vllm") or (importlib.util.find_spec("vllm") and "in this environment")
+    told = f"vLLM {_version('vllm') or ''} {where}".replace("  ", " ")
+    checks.append(
+        Check(
+            "backend vllm", Verdict.OK, told if where else "not installed; --backend vllm needs it"
+        )
+    )
+    return checks
+
+
+def check_choices(device: Device) -> list[Check]:
+    """Say which backend `auto` is for each format."""
+    from modelpack_engine.llama_cpp.library import automatic_backend
+
+    checks = []
+    for kind in _FORMATS:
+        backend = automatic_backend(kind, device)
+        checks.append(
+            Check(
+                f"{kind} files", Verdict.OK, f"run by {backend} on the {device}",
+                details={"format": kind, "backend": backend, "device": device},
+            )
+        )  # fmt: skip
+    return checks
+
+
+def check_model(model: Model, device: Device, available: int) -> Check:
+    """Say by what a model is run, and whether it has room in `available` bytes."""
+    from modelpack_engine.llama_cpp.library import automatic_backend
+
+    name = f"model {model.reference or model.short_id}"
+    weights = [file for file in model.files() if file.format in _FORMATS]
+    if not weights:
+        formats = ", ".join(sorted({file.format for file in model.files() if file.format}))
+        return Check(name, Verdict.FAILED, f"no backend runs {formats or 'it'}: it has no weights "
+                     "that are GGUF or safetensors")  # fmt: skip
+    size = sum(file.descriptor.size for file in weights)
+    kind = weights[0].format
+    backend = automatic_backend(kind, device)
+    details = {"format": kind, "backend": backend, "device": device, "weights": size}
+    said = f"{kind}, {size / 1e9:.1f} GB: run by {backend} on the {device}"
+    if size + _BESIDE_WEIGHTS > available:
+        return Check(
+            name, Verdict.FAILED, f"{said}, which has {available / 1e9:.1f} GB",
+            hint="take a quantised build of it, or --backend vllm with --tensor-parallel-size",
+            details=details,
+        )  # fmt: skip
+    return Check(name, Verdict.OK, said, details=details)
+
+
+def failed(name: str, error: ModelpackError) -> Check:
+    """Return what became of a check that could not be made."""
+    return Check(name, Verdict.FAILED, str(error), hint=error.hint)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
 
 #: The ports that our servers take where none is named.
 _PORTS = ((12434, "serve"), (12435, "gateway"), (5000, "registry serve"))
@@ -43,8 +183,8 @@ def doctor(
     import os
 
     from modelpack._version import __version__
-    from modelpack.operations.checkup import Verdict, check_port, check_registry, check_store, worst
-    from modelpack.reference import DEFAULT_REGISTRY
+    from modelpack.artifacts.reference import DEFAULT_REGISTRY
+    from modelpack.operations.doctor import Verdict, check_port, check_registry, check_store, worst
 
     checks = _engine_checks(settings, models)
     checks.append(check_store(settings.store_root))
@@ -66,8 +206,8 @@ def doctor(
 
 
 def _engine_checks(settings: Settings, models: tuple[str, ...]) -> list[Check]:
-    from modelpack.operations.checkup import Check, Verdict
-    from modelpack.operations.find import inspect
+    from modelpack.operations.doctor import Check, Verdict
+    from modelpack.operations.lookup import inspect
 
     try:
         require_engine()
@@ -75,19 +215,19 @@ def _engine_checks(settings: Settings, models: tuple[str, ...]) -> list[Check]:
         # Packing and moving models needs none of it.
         verdict = Verdict.FAILED if models else Verdict.WARNING
         return [Check("engine", verdict, str(error), hint=error.hint)]
-    from modelpack_server import doctor as checkup
+    pass  # noqa
 
-    device, where = checkup.check_device()
-    memory = checkup.check_memory()
-    checks = [device, memory, *checkup.check_backends(), *checkup.check_choices(where)]
+    device, where = check_device()
+    memory = check_memory()
+    checks = [device, memory, *check_backends(), *check_choices(where)]
     available = (memory.details or {}).get("available", 0)
     for name in models:
         try:
             model = inspect(name, store=settings.store())
         except ModelpackError as error:
-            checks.append(checkup.failed(f"model {name}", error))
+            checks.append(failed(f"model {name}", error))
         else:
-            checks.append(checkup.check_model(model, where, available))
+            checks.append(check_model(model, where, available))
     return checks
 
 

@@ -12,12 +12,11 @@ import click
 
 from modelpack.cli.options import Settings, common_options
 from modelpack.cli.output import note, show
-from modelpack.cli.request_log import request_log
-from modelpack.cli.tls import tls_options
+from modelpack.cli.server_options import request_log, tls_options
 from modelpack.errors import UsageError
 
 if TYPE_CHECKING:
-    from modelpack_server.gateway.protecting import Protection
+    from modelpack_server.gateway.protection import Protection
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -70,7 +69,7 @@ def protection_options(command: F) -> F:
     ) -> Any:
         def protection(host: str) -> Protection:
             from modelpack_server.gateway import KeyFile, Protection
-            from modelpack_server.gateway.cors import check_origins
+            from modelpack_server.gateway.protection import check_origins
 
             return Protection(
                 host=host,
@@ -126,8 +125,7 @@ def gateway(
     if ctx.invoked_subcommand is not None:
         return
     _require_httpx()
-    from modelpack_server.gateway.app import GatewaySettings
-    from modelpack_server.gateway.serving import GatewayServer
+    from modelpack_server.gateway.app import GatewayServer, GatewaySettings
 
     with request_log(settings):
         server = GatewayServer(
@@ -171,7 +169,7 @@ def key(
     for_gateway: bool,
 ) -> None:
     """Make an API key called NAME and print it, this once: the file gets its SHA-256 only."""
-    from modelpack_server.gateway.key_file import add_key
+    from modelpack_server.gateway.keys import add_key
     from modelpack_server.gateway.limits import Limits
 
     if models and for_gateway:

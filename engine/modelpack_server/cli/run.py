@@ -20,17 +20,15 @@ from modelpack.cli.options import (
     trust_options,
     variant_option,
 )
-from modelpack.cli.output import note, show_json
-from modelpack.cli.progress import shown_progress
+from modelpack.cli.output import note, show_json, shown_progress
 from modelpack.errors import UsageError
 from modelpack.hub.reference import local_name
 from modelpack.operations.remote import RemoteOptions
-from modelpack_server.cli.engine_options import engine_options
-from modelpack_server.cli.speculation_options import pull_draft
+from modelpack_server.cli.engine_options import engine_options, pull_draft
 from modelpack_server.repl.view import BareView, TerminalView, View
 
 if TYPE_CHECKING:
-    from modelpack_server.conversation.served import ServedModel
+    from modelpack_server.conversation.served_model import ServedModel
     from modelpack_server.repl.chat import Chat
 
 
@@ -75,7 +73,7 @@ def run(
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
     given = {name: value for name, value in sampling.items() if value is not None}
     text = _question(prompt)
-    from modelpack_server.pool.presets import preset_named
+    from modelpack_server.pool.settings import preset_named
 
     if preset is not None:
         preset_named(preset)
@@ -84,7 +82,7 @@ def run(
         "reasoning": think,
     }  # fmt: skip
     if host is not None:
-        from modelpack_server.cli.launch import find_target
+        from modelpack_server.cli.server_client import find_target
         from modelpack_server.repl.remote import RemoteChat, RemoteModel
 
         def find(name: str) -> Any:

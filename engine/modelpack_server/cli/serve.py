@@ -1,39 +1,175 @@
-"""`modelpack serve`: models of the store answer over HTTP."""
+"""The ranks of `modelpack serve --tensor-parallel-size`: started, led, or followed."""
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from modelpack.cli.options import (
     Settings,
     common_options,
     model_names,
+    parse_size,
     remote_options,
     trust_options,
     variant_option,
 )
-from modelpack.cli.output import note
-from modelpack.cli.progress import shown_progress
-from modelpack.cli.request_log import request_log
-from modelpack.cli.sizes import parse_size
-from modelpack.cli.tls import tls_options
-from modelpack.errors import UsageError
+from modelpack.cli.output import note, show_error, shown_progress
+from modelpack.cli.server_options import request_log, tls_options
+from modelpack.errors import ModelpackError, UsageError
 from modelpack.hub.reference import local_name
 from modelpack.operations.remote import RemoteOptions
-from modelpack_server.cli.engine_options import engine_options
+from modelpack_server.cli.engine_options import engine_options, pull_draft
 from modelpack_server.cli.gateway import protection_options
-from modelpack_server.cli.ranks import is_parallel, join_ranks
-from modelpack_server.cli.speculation_options import pull_draft
 
 if TYPE_CHECKING:
-    from modelpack_server.gateway.protecting import Protection
+    from modelpack_engine.config import EngineConfig
+    from modelpack_engine.distributed.leader import Ranks
+    from modelpack_server.gateway.protection import Protection
+
+
+def is_parallel(size: int | None) -> bool:
+    """Return whether models are to be divided; raise `UsageError` if ranks would not know it."""
+    if size is None and os.environ.get("MLX_RANK", "0") != "0":
+        raise UsageError(
+            f"this is rank {os.environ['MLX_RANK']} of several (MLX_RANK)",
+            hint="give --tensor-parallel-size, or start one process without mlx.launch",
+        )
+    return size is not None and size > 1
+
+
+def join_ranks(settings: Settings, size: int, config: EngineConfig) -> Ranks | int:
+    """Return the ranks for rank 0 to lead.
+
+    Returns the exit code where there is nothing to lead: once all ranks that were started from here
+    have ended, or, in any rank but 0, once rank 0 is done.
+    """
+    from modelpack_engine.platform import blas
+
+    blas.prepare()  # before MLX
+    from modelpack_engine.distributed.group import find_place
+    from modelpack_engine.distributed.launch import Follower, join, launch
+    from modelpack_engine.platform.memory import choose_device
+    from modelpack_server.stored_models import parts_of
+
+    device = choose_device(config)
+    if find_place() is None:
+        command = [sys.executable, "-m", "modelpack", *sys.argv[1:]]
+        outcome = launch(command, size, backend=_backend(device))
+        if outcome.failure:
+            raise ModelpackError(outcome.failure)
+        return outcome.code
+    joined = join(size, _end)
+    if not isinstance(joined, Follower):
+        note(settings, f"{size} ranks have joined")
+        return joined
+    # Ctrl-C in a terminal reaches all ranks; rank 0 lets this one go when its requests are done.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with request_log(settings):
+        joined.follow(parts_of(settings.store(), config))
+    return 0
+
+
+def _backend(device: str) -> Literal["ring", "nccl"]:
+    import mlx.core as mx
+
+    return "nccl" if device == "gpu" and mx.cuda.is_available() else "ring"
+
+
+def _end(error: ModelpackError) -> None:
+    """End the process: its other threads may wait inside MLX for a rank that is gone."""
+    show_error(error)
+    sys.stdout.flush()
+    os._exit(error.exit_code)
+
+
+#: Our options that are vLLM's under the same names.
+_SAME = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization",
+         "tensor_parallel_size")  # fmt: skip
+#: Those that say something here, too. The others are of our own server.
+_UNDERSTOOD = frozenset((*_SAME, "models", "host", "port", "served_model_name", "runtime_flags",
+                         "backend", "allow_anonymous", "tls_cert", "tls_key", "kv_cache_bytes",
+                         "no_prefix_caching"))  # fmt: skip
+#: "keys" are those of --verify-key: a model that is not signed as asked reaches no vLLM.
+_ALWAYS = frozenset(("store", "as_json", "quiet", "progress", "debug", "plain_http", "insecure",
+                     "allow_private", "ca_file", "client_cert", "client_key", "concurrency",
+                     "connections", "chunk_size", "limit_rate", "keys", "formats", "policy",
+                     "variant"))  # fmt: skip
+
+
+def exec_vllm(
+    settings: Settings,
+    models: tuple[str, ...],
+    host: str,
+    port: int,
+    served_model_name: str | None,
+    flags: tuple[str, ...],
+    tls: tuple[Path, Path] | None,
+    remote: RemoteOptions,
+) -> NoReturn:
+    """Become `vllm serve` for the one model; returns only by raising.
+
+    Raises `UsageError` for options that vLLM would not be told of, and as `open_model` and
+    `vllm_command` do.
+    """
+    from modelpack.deploy.vllm import open_model, vllm_command
+
+    given = _given(click.get_current_context())
+    foreign = sorted(given.keys() - _UNDERSTOOD - _ALWAYS)
+    if foreign:
+        options_of = {
+            param.name: param.opts[0] for param in click.get_current_context().command.params
+        }
+        raise UsageError(
+            f"--backend vllm has no {', '.join(options_of[name] for name in foreign)}",
+            hint="keys, limits and traces: put `modelpack gateway` before it; vLLM's own options: "
+            "--runtime-flags '--dtype bfloat16'",
+        )
+    if len(models) != 1:
+        raise UsageError(f"--backend vllm serves one MODEL, got {len(models)}")
+    options: dict[str, object] = {"host": host, "port": port}
+    options |= {name.replace("_", "-"): given[name] for name in _SAME if name in given}
+    if "kv_cache_bytes" in given:
+        options["kv-cache-memory-bytes"] = given["kv_cache_bytes"]
+    if "no_prefix_caching" in given:
+        options["no-enable-prefix-caching"] = True
+    if tls is not None:
+        options |= {"ssl-certfile": tls[0], "ssl-keyfile": tls[1]}
+    names = [name for name in (served_model_name, models[0]) if name]
+    vllm_command(
+        Path(), names, options
+    )  # that it is not installed is told before anything is pulled
+    with ExitStack() as until:  # closed if this fails; vLLM inherits the lease
+        with shown_progress(settings) as progress:
+            opened = open_model(
+                models[0], store=settings.store(), remote=remote, progress=progress, until=until
+            )
+        for message in opened.settings.notes:
+            note(settings, f"warning: {message}")
+        command = vllm_command(opened.directory, names, {**opened.options(), **options}, flags)
+        note(settings, " ".join(command))
+        sys.stdout.flush()
+        os.execv(command[0], command)  # noqa: S606 - its arguments are a list; no shell is between
+
+
+def _given(ctx: click.Context) -> dict[str, Any]:
+    """Return the options that the user gave, by the environment or by hand."""
+    chosen = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    return {
+        name: value for name, value in ctx.params.items()
+        if ctx.get_parameter_source(name) in chosen and value is not None
+    }  # fmt: skip
 
 
 def _open(settings: Settings, model: str, remote: RemoteOptions) -> Any:
@@ -110,8 +246,6 @@ def serve(
     if served_model_name and not models:
         raise UsageError("--served-model-name names a MODEL, and none is given")
     if config is None:
-        from modelpack_server.cli.serve_vllm import exec_vllm
-
         protection(host)  # an address that others can reach is a decision here, too
         exec_vllm(
             settings,
@@ -123,12 +257,11 @@ def serve(
             tls,
             replace(remote, backend="vllm"),
         )
-    from modelpack_server.api.model_server import ModelServer
-    from modelpack_server.gateway.protecting import protect
-    from modelpack_server.pool.device_memory import device_memory
-    from modelpack_server.pool.keep_alive import parse_keep_alive
+    from modelpack_server.api.app import ModelServer
+    from modelpack_server.gateway.protection import protect
+    from modelpack_server.pool.memory import device_memory
     from modelpack_server.pool.pool import ModelPool
-    from modelpack_server.pool.settings import ModelSettings
+    from modelpack_server.pool.settings import ModelSettings, parse_keep_alive
     from modelpack_server.pool.store_catalogue import StoreCatalogue
 
     # What is wrong with the options is told before anything is pulled.

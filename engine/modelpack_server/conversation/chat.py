@@ -8,17 +8,16 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from modelpack_engine.prompt_threads import prepare
-from modelpack_engine.request_stream import RequestStream
+from modelpack_engine.async_engine import RequestStream
+from modelpack_engine.worker.threads import prepare
 from modelpack_server.conversation.answer import Answer
-from modelpack_server.conversation.masking import MakeMask, make_masks
-from modelpack_server.conversation.plain_tools import PLAIN_FAMILY
-from modelpack_server.conversation.rendering import render
-from modelpack_server.conversation.served import ServedModel
+from modelpack_server.conversation.masks import MakeMask, make_masks
+from modelpack_server.conversation.prompt import PLAIN_FAMILY, render
+from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatDelta, ChatSpec
 from modelpack_server.tool_parsers.formats import OutputFormat, starts_reasoning
 from modelpack_server.tool_parsers.parser import OutputParser
-from modelpack_server.tool_parsers.tools import Tool
+from modelpack_server.tool_parsers.parts import Tool
 
 # Enough of a prompt's end to see whether it opens a block of reasoning.
 _TAIL = 256

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from modelpack_engine.outputs import Timing, TokenLogprob, Usage
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
 from modelpack_server.structured_output import Constraint
-from modelpack_server.tool_parsers.parts import Part
-from modelpack_server.tool_parsers.tools import Tool, ToolChoice
+from modelpack_server.tool_parsers.parts import Part, Tool, ToolChoice
 
 Finish = Literal["stop", "length", "tool_calls", "abort"]
 

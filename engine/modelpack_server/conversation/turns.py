@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modelpack_engine.errors import RequestError
-from modelpack_engine.loaders.chat_template import ChatTemplate
+from modelpack_engine.models.chat_template import ChatTemplate
 
 _MARK = "0d9b4e1c"
 

@@ -4,8 +4,8 @@
 application; `modelpack gateway` is that and a proxy for several servers.
 """
 
-from modelpack_server.gateway.key_file import KeyFile, add_key
-from modelpack_server.gateway.protecting import Protection, protect
+from modelpack_server.gateway.keys import KeyFile, add_key
+from modelpack_server.gateway.protection import Protection, protect
 from modelpack_server.gateway.traces import Trace, trace_of
 
 __all__ = ["KeyFile", "Protection", "Trace", "add_key", "protect", "trace_of"]

@@ -6,17 +6,18 @@ import asyncio
 import dataclasses
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from modelpack.http.listener import GRACE, AppServer
 from modelpack_server.gateway.metrics import CONTENT_TYPE, GatewayMetrics
-from modelpack_server.gateway.protecting import Protection, protect
-from modelpack_server.gateway.proxy import Proxy
-from modelpack_server.gateway.spans import default_report
+from modelpack_server.gateway.protection import Protection, protect
+from modelpack_server.gateway.proxy import PROBE_INTERVAL, Policy, Proxy, Upstreams
+from modelpack_server.gateway.trace_spans import default_report
 from modelpack_server.gateway.traces import Trace
-from modelpack_server.gateway.upstreams import PROBE_INTERVAL, Policy, Upstreams
 
 _KEPT_CONNECTIONS = 100
 
@@ -110,3 +111,28 @@ class _Gateway:
     def _show_metrics(self) -> Response:
         rows = [(u.name, u.healthy, u.running, u.failures) for u in self._upstreams.all]
         return Response(self._metrics.render(rows), media_type=CONTENT_TYPE)
+
+
+class GatewayServer(AppServer):
+    """A gateway at the address that its protection names, and `port` (0: a free one)."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        port: int = 0,
+        *,
+        grace: int = GRACE,
+        tls: tuple[Path, Path] | None = None,
+    ) -> None:
+        """Raises `UsageError` for upstreams, origins or an address that are none."""
+        host = settings.protection.host
+        app = create_gateway(settings)
+        super().__init__(
+            lambda: app,
+            f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            name="gateway",
+            allow_remote=True,  # `Protection` has seen to it that keys are asked for
+            grace=grace,
+            lifespan=True,
+            tls=tls,
+        )

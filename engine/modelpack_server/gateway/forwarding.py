@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from modelpack.hosts import is_loopback
+from modelpack.http.hosts import is_loopback
 from modelpack_server.gateway.caller import ANYONE, Caller
 from modelpack_server.gateway.keys import Key
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from modelpack.operations.remote import RemoteOptions
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.async_engine import EngineState
-from modelpack_engine.meter import Meter
-from modelpack_server.conversation.preface import Preface
-from modelpack_server.conversation.served import ServingEngine
+from modelpack_engine.core.metrics import Meter
+from modelpack_server.conversation.served_model import Preface, ServingEngine
 from modelpack_server.pool.settings import ModelSettings
 
 

@@ -1,11 +1,31 @@
-"""MemoryBudget: what loaded models may take together, and who gives way."""
+"""How much memory there is for models on this machine."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+from modelpack_engine.config import EngineConfig
 from modelpack_engine.errors import OutOfMemoryError
+from modelpack_engine.platform import blas
 from modelpack_server.pool.entry import Entry
+
+_CPU_SHARE = 0.8
+
+
+def device_memory(config: EngineConfig) -> int:
+    """Return the bytes that all models together may take.
+
+    On a GPU, `gpu_memory_utilization` of what it recommends; on a CPU, four fifths of what is
+    available without swapping.
+    """
+    blas.prepare()
+    from modelpack_engine.platform.memory import choose_device, total_memory
+    from modelpack_engine.runner.kv_cache_size import available_memory
+
+    if choose_device(config) == "cpu":
+        return int(available_memory() * _CPU_SHARE)
+    return int(total_memory() * config.gpu_memory_utilization)
+
 
 # How much of what is left beside its weights an engine may take for its KV cache.
 _KV_SHARE = 0.5

@@ -1,9 +1,4 @@
-"""ModelDefaults: how a package says that its model is to be used, where a request says nothing.
-
-It is an annotation of the manifest, so it goes wherever the model goes, and a store that is opened
-again has it. Its value is JSON: `{"parameters": {...}, "system": "...", "messages": [...]}`, the
-parameters in Ollama's spelling.
-"""
+"""generation_config.json: how a model's makers would have it sampled."""
 
 from __future__ import annotations
 
@@ -13,18 +8,133 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from modelpack import mediatypes, ollama
-from modelpack.blob import read_blob
-from modelpack.model import Model
-from modelpack.stores.layout import LayoutStore
+from modelpack.artifacts import foreign as ollama
+from modelpack.artifacts import media_types
+from modelpack.artifacts.model import Model
+from modelpack.storage import read_blob
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.errors import RequestError
-from modelpack_server.conversation.preface import Preface
-from modelpack_server.pool.ollama_options import parse_options
+from modelpack_server.conversation.served_model import Preface
+
+# The file's name of a field, SamplingParams' name, and what is no sensible value of it.
+_FIELDS = (
+    ("temperature", "temperature", (0, 2)),
+    ("top_p", "top_p", (0, 1)),
+    ("top_k", "top_k", (-1, 1 << 30)),
+    ("min_p", "min_p", (0, 1)),
+    ("repetition_penalty", "repetition_penalty", (0.01, 100)),
+)
+
+
+def sampling_defaults(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the fields of SamplingParams that the file sets to something sensible."""
+    found: dict[str, Any] = {}
+    for name, parameter, (low, high) in _FIELDS:
+        value = (config or {}).get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if low <= value <= high and not (parameter == "top_p" and value == 0):
+            found[parameter] = int(value) if parameter == "top_k" else value
+    if (config or {}).get("do_sample") is False:
+        found.pop("temperature", None)
+        found["temperature"] = 0.0
+    return found
+
+
+_IGNORED = frozenset((
+    "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "numa", "low_vram", "f16_kv",
+    "logits_all", "vocab_only", "use_mmap", "use_mlock", "embedding_only", "penalize_newline",
+    "mirostat", "mirostat_tau", "mirostat_eta", "tfs_z", "draft_num_predict",
+))  # fmt: skip
+_FLOATS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repeat_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+}
+_INTEGERS = ("top_k", "seed", "num_predict", "num_ctx", "repeat_last_n")
+# The engine computes in float32, and squares some of it.
+_MOST = 10**9
+#: All names that mean something, to Ollama at least.
+KNOWN = _IGNORED | {*_FLOATS, *_INTEGERS, "stop", "typical_p"}
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedOptions:
+    """`sampling` are fields of SamplingParams, `context_size` is in tokens."""
+
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    context_size: int | None = None
+
+
+def parse_options(options: Mapping[str, Any]) -> ParsedOptions:
+    """Return what options ask for; null is the same as leaving one out.
+
+    A limit of tokens that is not above 0 is none. `repeat_last_n` 0 switches the penalty off; any
+    other window is the whole text here. Raises `RequestError`, naming the option, for a value of
+    a wrong type, and for `typical_p`, which the engine has not.
+    """
+    found: dict[str, Any] = {}
+    numbers: dict[str, int] = {}
+    for name, value in options.items():
+        if value is None or name in _IGNORED:
+            continue
+        if name in _FLOATS:
+            found[_FLOATS[name]] = _number(name, value)
+        elif name in _INTEGERS:
+            numbers[name] = _integer(name, value)
+        elif name == "stop":
+            found["stop"] = _texts(name, value)
+        elif name == "typical_p" and _number(name, value) not in (0, 1):
+            raise RequestError("typical_p is not supported here", param="options.typical_p")
+    if found.get("top_p") == 0:  # the likeliest token alone
+        found["top_p"], numbers["top_k"] = 1.0, 1
+    if "top_k" in numbers:
+        found["top_k"] = max(0, numbers["top_k"])
+    if numbers.get("seed", -1) >= 0:
+        found["seed"] = numbers["seed"]
+    if numbers.get("num_predict", 0) > 0:
+        found["max_tokens"] = numbers["num_predict"]
+    if numbers.get("repeat_last_n") == 0:
+        found["repetition_penalty"] = 1.0
+    context_size = numbers.get("num_ctx", 0)
+    return ParsedOptions(found, context_size if context_size > 0 else None)
+
+
+def _number(name: str, value: Any) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not -_MOST <= value <= _MOST:
+        raise _wrong(name, value, f"a number within {_MOST}")
+    return float(value)
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # clients in JavaScript write 1e3
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _wrong(name, value, "a whole number")
+    return int(value)
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise _wrong(name, value, "a string or strings")
+    return tuple(text for text in texts if text)
+
+
+def _wrong(name: str, value: Any, expected: str) -> RequestError:
+    return RequestError(
+        f"the option {name} is {str(value)[:100]!r}, expected {expected}", param=f"options.{name}"
+    )
+
 
 _log = logging.getLogger(__name__)
 
 #: The key of the annotation.
-ANNOTATION = mediatypes.DEFAULTS
+ANNOTATION = media_types.DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,19 +19,25 @@ from modelpack_engine.errors import (
     LoadingError,
     ModelLoadError,
     OutOfMemoryError,
+    as_error,
 )
-from modelpack_engine.load_budget import LOAD_SECONDS, LoadBudget, applied
-from modelpack_engine.panics import as_error
-from modelpack_server.conversation.served import ServedModel
-from modelpack_server.pool import access
+from modelpack_engine.models.load_budget import LOAD_SECONDS, LoadBudget, applied
+from modelpack_server.conversation.served_model import ServedModel
+from modelpack_server.pool import names as access
 from modelpack_server.pool.catalogue import Catalogue, LoadedEngine, StoredModel
-from modelpack_server.pool.entry import Entry, Hold, ModelState, RunningModel, shown
-from modelpack_server.pool.keep_alive import DEFAULT_KEEP_ALIVE
+from modelpack_server.pool.entry import (
+    Entry,
+    Hold,
+    ModelState,
+    Pin,
+    Pins,
+    RunningModel,
+    shown,
+    told,
+)
 from modelpack_server.pool.memory import MemoryBudget
 from modelpack_server.pool.names import Names
-from modelpack_server.pool.pins import Pin, Pins, told
-from modelpack_server.pool.presets import PRESETS
-from modelpack_server.pool.settings import ModelSettings
+from modelpack_server.pool.settings import DEFAULT_KEEP_ALIVE, PRESETS, ModelSettings
 
 _log = logging.getLogger(__name__)
 

@@ -7,30 +7,29 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Index, parse_manifest_or_index
+from modelpack.artifacts.model import Model, Role
 from modelpack.errors import InvalidReferenceError, ModelpackError, NotFoundError
-from modelpack.manifest import Index, parse_manifest_or_index
-from modelpack.model import Model, Role
-from modelpack.operations.find import stored_model
-from modelpack.operations.listing import list_models
+from modelpack.operations.lookup import stored_model
+from modelpack.operations.model_list import list_models
 from modelpack.operations.remote import RemoteOptions
-from modelpack.stores import lookup
-from modelpack.stores.layout import LayoutStore
-from modelpack_engine import blas
+from modelpack.store import lookup
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.async_engine import AsyncEngine
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.metrics import Meter
 from modelpack_engine.errors import EngineError
-from modelpack_engine.meter import Meter
+from modelpack_engine.platform import blas
 from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
-from modelpack_server.pool.generation_config import sampling_defaults
-from modelpack_server.pool.model_defaults import ModelDefaults
+from modelpack_server.pool.model_defaults import ModelDefaults, sampling_defaults
 from modelpack_server.pool.settings import ModelSettings
 
 if TYPE_CHECKING:
+    from modelpack_engine.distributed.leader import Ranks
     from modelpack_engine.embedding.async_embedder import AsyncEmbedder
-    from modelpack_engine.loaders import ModelFiles
-    from modelpack_engine.parallel.leading import Ranks
-    from modelpack_engine.stepping import SteppingEngine
+    from modelpack_engine.models import ModelFiles
+    from modelpack_engine.runner.engine_protocol import SteppingEngine
 
 # What the engine takes for KV on a CPU where nothing else is said, and a step's own arrays.
 _KV_BYTES = 512 * 1024**2
@@ -92,7 +91,7 @@ class StoreCatalogue:
 
     def needs(self, model: StoredModel, settings: ModelSettings) -> int:
         """Return roughly how many bytes of memory the loaded model will take."""
-        from modelpack_server.models import open_model
+        from modelpack_server.stored_models import open_model
 
         config = settings.engine_config(self.config)
         opened = open_model(model.key, pull=False, store=self.store, remote=self.remote)
@@ -110,10 +109,14 @@ class StoreCatalogue:
     ) -> LoadedEngine:
         """Load a model; raises `EngineError`, `OutOfMemoryError` if it does not fit."""
         from modelpack_engine.embedding.async_embedder import AsyncEmbedder
-        from modelpack_engine.embedding.loading import load_embedder
-        from modelpack_engine.platform.device import choose_device
-        from modelpack_server.models import draft_files, load_model, open_model
-        from modelpack_server.rank_models import load_on_ranks
+        from modelpack_engine.embedding.loader import load_embedder
+        from modelpack_engine.platform.memory import choose_device
+        from modelpack_server.stored_models import (
+            draft_files,
+            load_model,
+            load_on_ranks,
+            open_model,
+        )
 
         opened = open_model(model.key, pull=False, store=self.store, remote=self.remote)
         if not _generates(opened.files, settings):
@@ -175,9 +178,9 @@ class StoreCatalogue:
 
     def _loaded_bytes(self, model: Model, config: EngineConfig) -> int:
         """Return roughly what the weights take in memory where an engine runs as `config` says."""
-        from modelpack_engine.llama_cpp.choosing import choose_backend
-        from modelpack_engine.platform.device import choose_device
-        from modelpack_server.models import stored_files
+        from modelpack_engine.llama_cpp.library import choose_backend
+        from modelpack_engine.platform.memory import choose_device
+        from modelpack_server.stored_models import stored_files
 
         size = sum(file.descriptor.size for file in model.files() if file.role is Role.WEIGHT)
         device = choose_device(config)
@@ -190,7 +193,7 @@ class StoreCatalogue:
 
 
 def _generates(files: ModelFiles, settings: ModelSettings) -> bool:
-    from modelpack_engine.embedding.loading import purpose_of
+    from modelpack_engine.embedding.loader import purpose_of
 
     return settings.mode == "completion" and purpose_of(files) == "generation"
 
@@ -231,7 +234,7 @@ def _within(config: EngineConfig, weight_bytes: int, room: int | None) -> Engine
     """Return the configuration with a KV cache that fits into `room` beside the weights."""
     if room is None or config.kv_cache_bytes is not None:
         return config
-    from modelpack_engine.sizing import on_gpu
+    from modelpack_engine.runner.kv_cache_size import on_gpu
 
     left = max(0, room - weight_bytes)
     if on_gpu():  # where the engine would take nearly all: other models want some, too

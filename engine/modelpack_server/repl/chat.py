@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 from modelpack.errors import UsageError
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
 from modelpack_server.conversation.chat import start_chat
-from modelpack_server.conversation.served import ServedModel
+from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatDelta, ChatSpec
 from modelpack_server.pool.catalogue import Catalogue
-from modelpack_server.pool.device_memory import device_memory
+from modelpack_server.pool.memory import device_memory
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.settings import ModelSettings
 from modelpack_server.tool_parsers.parts import Part, Reasoning, Text

@@ -1,22 +1,176 @@
-"""The loop of `modelpack run`: questions, and commands that begin with a slash."""
+"""Lines that a user types: with a history that outlives the process, and over several lines."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+import platformdirs
 
 from modelpack.cli.options import Settings
 from modelpack.cli.output import note, show, show_error, table
 from modelpack.errors import ModelpackError, UsageError
-from modelpack_server.repl.line_editor import line_editing, read_question
-from modelpack_server.repl.settings import DEFAULT, SETTINGS, set_value, values
 
 if TYPE_CHECKING:
-    from modelpack_server.conversation.served import ServedModel
+    from modelpack_server.conversation.served_model import ServedModel
     from modelpack_server.repl.chat import Chat
+
+_QUOTES = '"""'
+_KEPT = 1000  # lines of history
+_FIRST, _MORE = ">>> ", "... "
+
+
+def read_question() -> str:
+    """Return what the user asks: a line, lines that end in a backslash and the one after them, or
+    all between two triple quotes.
+
+    Raises `EOFError` at the end of input, `KeyboardInterrupt` for Ctrl-C.
+    """
+    line = input(_FIRST)
+    if line.lstrip().startswith(_QUOTES):
+        return _quoted(line.lstrip()[len(_QUOTES) :])
+    lines = [line]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(input(_MORE))
+    return "\n".join(lines).strip()
+
+
+def _quoted(line: str) -> str:
+    lines = []
+    while not line.rstrip().endswith(_QUOTES):
+        lines.append(line)
+        line = input(_MORE)
+    lines.append(line.rstrip()[: -len(_QUOTES)])
+    return "\n".join(lines).strip("\n")
+
+
+@contextmanager
+def line_editing(words: Sequence[str], path: Path | None = None) -> Iterator[None]:
+    """Let lines be edited, recalled and completed with `words`, where Python can.
+
+    What is typed is kept in `path`, which only its owner may read.
+    """
+    try:
+        import readline
+    except ImportError:  # a Python without it: lines are read all the same
+        yield
+        return
+    path = path or Path(platformdirs.user_state_dir("modelpack")) / "run-history"
+
+    def complete(typed: str, at: int) -> str | None:
+        found = [word for word in words if word.startswith(typed)] if typed else []
+        return found[at] if at < len(found) else None
+
+    readline.set_completer(complete)
+    readline.set_completer_delims(" \t\n")
+    readline.parse_and_bind("tab: complete")
+    readline.set_history_length(_KEPT)
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        # A history that cannot be written is no reason to fail.
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+            path.chmod(0o600)
+            readline.write_history_file(path)
+            path.chmod(0o600)
+        readline.set_completer(None)
+        readline.clear_history()
+
+
+#: What takes a setting back to what the model or the preset has.
+DEFAULT = "default"
+
+_SWITCH = {"on": True, "off": False}
+
+
+def _switch(text: str) -> bool:
+    if text not in _SWITCH:
+        raise ValueError
+    return _SWITCH[text]
+
+
+def _count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise ValueError
+    return count
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """`field` is an attribute of `Chat`, or None for one of its `given` sampling fields."""
+
+    parse: Callable[[str], Any]
+    expects: str
+    field: str | None = None
+    default: Any = None
+
+
+SETTINGS: dict[str, Setting] = {
+    "temperature": Setting(float, "0 (always the likeliest) to 2"),
+    "top_p": Setting(float, "above 0, up to 1"),
+    "top_k": Setting(int, "a count; 0: all"),
+    "min_p": Setting(float, "0 to 1"),
+    "repetition_penalty": Setting(float, "above 0; 1: none"),
+    "presence_penalty": Setting(float, "-2 to 2"),
+    "frequency_penalty": Setting(float, "-2 to 2"),
+    "seed": Setting(int, "a whole number"),
+    "stop": Setting(lambda text: tuple(shlex.split(text)), 'strings, like "###" END'),
+    "max_tokens": Setting(_count, "the most tokens of an answer", "max_tokens"),
+    "preset": Setting(str, "code, chat, creative or long-context", "preset"),
+    "system": Setting(str, "the system message", "system", ""),
+    "think": Setting(_switch, "on or off", "reasoning"),
+}
+
+
+def set_value(chat: Chat, name: str, text: str) -> None:
+    """Set `name` to what `text` says; raises `UsageError`, and then nothing has changed."""
+    setting = SETTINGS.get(name)
+    if setting is None:
+        raise UsageError(f"there is no setting {name!r}", hint=f"there are {', '.join(SETTINGS)}")
+    if not text:
+        raise UsageError(f"/set {name} expects {setting.expects}, or {DEFAULT}")
+    try:
+        value = setting.default if text == DEFAULT else setting.parse(text)
+    except ValueError:
+        raise UsageError(f"{name} is {text!r}, expected {setting.expects}") from None
+    from modelpack_engine.errors import RequestError
+
+    given, kept = chat.given, getattr(chat, setting.field) if setting.field else None
+    if setting.field:
+        setattr(chat, setting.field, value)
+    else:
+        chat.given = {key: old for key, old in given.items() if key != name}
+        if text != DEFAULT:
+            chat.given[name] = value
+    try:
+        chat.check()
+    except RequestError as error:
+        chat.given = given
+        if setting.field:
+            setattr(chat, setting.field, kept)
+        raise UsageError(str(error)) from None
+
+
+def values(chat: Chat) -> dict[str, Any]:
+    """Return all settings; None is what the model or the preset has."""
+    return {
+        name: getattr(chat, setting.field) if setting.field else chat.given.get(name)
+        for name, setting in SETTINGS.items()
+    }
+
 
 # A slash and a word: a question may begin with a path.
 _COMMAND = re.compile(r"/([a-z?]+)(?:\s+(.*))?", re.DOTALL)

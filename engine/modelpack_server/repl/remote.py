@@ -11,11 +11,11 @@ from typing import Any
 import httpx
 
 from modelpack.errors import ModelpackError, RemoteUnavailableError
-from modelpack_engine.sampling_params import SamplingParams
-from modelpack_server.cli.running import problem_of
+from modelpack_engine.request import SamplingParams
 from modelpack_server.conversation.spec import ChatDelta, ChatUsage
-from modelpack_server.pool.presets import preset_named
+from modelpack_server.pool.settings import preset_named
 from modelpack_server.repl.chat import Chat
+from modelpack_server.server_client import problem_of
 from modelpack_server.tool_parsers.parts import Part, Reasoning, Text
 
 # Connecting; a model that is loaded first takes its time before the first byte.

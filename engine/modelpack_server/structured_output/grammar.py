@@ -1,20 +1,191 @@
-"""Grammar: a compiled constraint; GrammarMask: one choice's place in it."""
+"""What a text has to follow, as a request says it."""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
-from llguidance import LLMatcher, regex_to_lark
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
-from modelpack_engine.errors import EngineError, RequestError
-from modelpack_engine.panics import no_panics
-from modelpack_server.structured_output.compiling import LIMITS, on_deep_stack
-from modelpack_server.structured_output.constraint import Constraint, ReasoningBlock
+from modelpack_engine.errors import EngineError, QueueFullError, RequestError, as_error, no_panics
+from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_server.structured_output.schemas import prepared
-from modelpack_server.structured_output.vocabulary import GrammarVocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """A constraint on the whole of an answer.
+
+    `value` is nothing for "json_object", a JSON schema (an object or its text) for "json_schema", a
+    regular expression that the answer matches from end to end for "regex" (Rust's syntax, without
+    look-around; `\\d` is 0 to 9), and Lark or llama.cpp's GBNF for "grammar".
+
+    `markup` defines further rules of a Lark grammar by their text: special tokens of the model's
+    vocabulary in it stand for themselves, all else is plain text. `until` defines rules that are
+    any text up to and including such a text. A grammar with markup brings all that an answer has.
+    """
+
+    kind: Literal["json_object", "json_schema", "regex", "grammar"]
+    value: str | Mapping[str, Any] = ""
+    markup: Mapping[str, str] = field(default_factory=dict)
+    until: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningBlock:
+    """What may come before the part of an answer that is constrained.
+
+    The block ends with `closing`. It may begin with `opening`, or be left out; without an `opening`
+    the prompt has begun it already. `answer` is markup between it and the constrained part, which
+    is there without a block as well, but not where the constraint brings its own markup. Special
+    tokens in these texts stand for themselves.
+    """
+
+    closing: str
+    opening: str | None = None
+    answer: str = ""
+
+
+T = TypeVar("T")
+
+LIMITS = LLParserLimits(verbose_errors=False)
+_STACK = 512 << 20  # of address space: memory is taken as it is used
+_one_at_a_time = threading.Lock()
+
+
+def on_deep_stack(work: Callable[[], T]) -> T:
+    """Return what `work` returns, or raise what it raises; it runs on a thread of its own.
+
+    Raises `QueueFullError` if the system has no memory for the thread's stack.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="grammar-compiler", daemon=True)
+    with _one_at_a_time:
+        before = threading.stack_size(_STACK)  # also that of threads that others start now
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise QueueFullError(
+                f"compiling the grammar failed: no memory for a stack of {_STACK >> 20} MiB"
+            ) from error
+        finally:
+            threading.stack_size(before)
+        thread.join()
+    if errors:
+        raise as_error(errors[0], "compiling the grammar") from errors[0]
+    return results[0]
+
+
+_PREFIX = "\x02"  # never joined with its neighbours
+
+
+class GrammarVocabulary:
+    """The tokens that grammars choose from; make it with `grammar_vocabulary`.
+
+    Ids without a token, and those past the end of the model's logits, are never allowed.
+    """
+
+    @no_panics("reading the vocabulary")
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None) -> None:
+        """Raises `RequestError` if the model has no token that ends a text."""
+        size = min(tokenizer.num_ids, vocab_size or tokenizer.num_ids)
+        ends = sorted(at for at in tokenizer.eos_token_ids if 0 <= at < size)
+        if not ends:
+            raise RequestError(
+                "structured output needs a token that ends a text, and the model names none",
+                param="response_format",
+            )
+        special = sorted(at for at in tokenizer.special_token_ids if at < size)
+        self._special = {tokenizer.token_text(at): at for at in special}
+        texts = sorted(self._special, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
+        source = _Source(tokenizer, size, ends[0], special)
+        self.tokenizer = LLTokenizer(TokenizerWrapper(source), n_vocab=size, eos_token=ends)
+
+    def special_token(self, text: str) -> int | None:
+        """Return the id of the special token with this text, if there is one."""
+        return self._special.get(text)
+
+    def markup(self, text: str) -> str:
+        """Return a Lark expression for `text`, in which special tokens stand for themselves."""
+        return " ".join(self.markup_parts(text)) or '""'
+
+    def markup_parts(self, text: str) -> list[str]:
+        """Return the terms of that expression: special tokens, and strings between them."""
+        parts, at = [], 0
+        for found in self._pattern.finditer(text) if self._pattern else ():
+            parts += [quoted(text[at : found.start()]), f"<[{self._special[found[0]]}]>"]
+            at = found.end()
+        return [part for part in [*parts, quoted(text[at:])] if part]
+
+
+def quoted(text: str) -> str:
+    """Return text as a Lark string; "" for no text."""
+    return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+class _Source:
+    """What llguidance asks of a tokenizer: the bytes of its tokens, and how it cuts a text.
+
+    It must not keep the tokenizer alive, which keeps this alive.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, size: int, eos: int, special: list[int]) -> None:
+        self._tokenizer = weakref.ref(tokenizer)
+        self.eos_token_id = eos
+        self.bos_token_id = tokenizer.bos
+        self.special_token_ids = special
+        self.tokens = [tokenizer.token_bytes(at) for at in range(size)]
+
+    def __call__(self, data: bytes) -> list[int]:
+        """Return the tokens of a text that goes on after another.
+
+        SentencePiece puts a space before texts: there, a character before it is cut off again.
+        """
+        text = data.decode(errors="replace")
+        tokenizer = self._tokenizer()
+        assert tokenizer is not None, "the model was unloaded while a grammar runs"
+        if not tokenizer.strips_leading_space:
+            return tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+        ids = tokenizer.encode(_PREFIX + text, add_special_tokens=False, parse_special=False)
+        prefix = b""
+        while ids and not prefix.endswith(_PREFIX.encode()):
+            prefix += tokenizer.token_bytes(ids.pop(0))
+        return ids
+
+
+_known: weakref.WeakKeyDictionary[Tokenizer, dict[int | None, GrammarVocabulary]] = (
+    weakref.WeakKeyDictionary()
+)
+_lock = threading.Lock()
+
+
+def grammar_vocabulary(tokenizer: Tokenizer, vocab_size: int | None = None) -> GrammarVocabulary:
+    """Return the vocabulary of a tokenizer; the first call takes a second for a large one.
+
+    `vocab_size` is the width of the model's logits, which may be more or less than the tokenizer
+    has. Raises `RequestError` if no token ends a text.
+    """
+    with _lock:
+        made = _known.setdefault(tokenizer, {})
+        if vocab_size not in made:
+            made[vocab_size] = GrammarVocabulary(tokenizer, vocab_size)
+        return made[vocab_size]
+
 
 MAX_REGEX = 4 << 10  # characters; the cost of compiling grows with the square
 MAX_GRAMMAR = 16 << 10

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
-from modelpack_server.tool_parsers import literal_calls, token_calls, xml_calls
+from modelpack.errors import UsageError
+from modelpack_server.tool_parsers import json_calls, literal_calls, xml_calls
 from modelpack_server.tool_parsers.calls import Found
-from modelpack_server.tool_parsers.json_calls import read_json_calls
-from modelpack_server.tool_parsers.mlx_lm_calls import read_mlx_lm_block
+from modelpack_server.tool_parsers.json_calls import read_json_calls, read_mlx_lm_block
+from modelpack_server.tool_parsers.parts import (
+    GEMMA,
+    HARMONY,
+    KIMI_K3,
+    LONGCAT,
+    MISTRAL,
+    THINK,
+    ReasoningMarkers,
+)
 from modelpack_server.tool_parsers.source import NotACall, Reading, Source
 
 Reader = Callable[[Source, Found], Reading[None]]
@@ -61,11 +70,11 @@ def _bare_llama(source: Source, found: Found) -> Reading[None]:
 
 _DSML = "｜DSML｜"
 _MISTRAL = Family(
-    {"[TOOL_CALLS]": token_calls.read_mistral_calls}, special_tokens=True, mistral_ids=True
+    {"[TOOL_CALLS]": json_calls.read_mistral_calls}, special_tokens=True, mistral_ids=True
 )
 _LLAMA = Family(
     {
-        "<|python_tag|>": token_calls.read_python_tag,
+        "<|python_tag|>": json_calls.read_python_tag,
         "<|python_start|>": partial(literal_calls.read_python_block, "<|python_end|>"),
         "<function=": xml_calls.read_function_tag,
     },
@@ -75,7 +84,7 @@ _LLAMA = Family(
 )
 _DEEPSEEK = Family(
     {
-        "<｜tool▁calls▁begin｜>": token_calls.read_deepseek_calls,
+        "<｜tool▁calls▁begin｜>": json_calls.read_deepseek_calls,
         f"<{_DSML}function_calls>": partial(
             xml_calls.read_invokes, _DSML, f"</{_DSML}function_calls>"
         ),
@@ -93,7 +102,7 @@ def _mlx_lm(parser: str, opening: str, closing: str, layout: tuple[str, ...] = (
 
 FAMILIES: Mapping[str, Family] = {
     "hermes": Family(
-        {"<tool_call>": token_calls.read_hermes_block},
+        {"<tool_call>": json_calls.read_hermes_block},
         bare=_bare_json,
         ends=("</tool_call>",),
         special_tokens=True,  # for Hermes 2 they are, for Qwen they are not
@@ -143,13 +152,13 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v31": _DEEPSEEK,
     "deepseek_v32": _DEEPSEEK,
     "kimi_k2": Family(
-        {"<|tool_calls_section_begin|>": token_calls.read_kimi_calls},
+        {"<|tool_calls_section_begin|>": json_calls.read_kimi_calls},
         ends=("<|tool_calls_section_end|>",),
         special_tokens=True,
         in_reasoning=True,
     ),
     "nemotron": Family(
-        {"<TOOLCALL>": partial(token_calls.read_json_block, "</TOOLCALL>")},
+        {"<TOOLCALL>": partial(json_calls.read_json_block, "</TOOLCALL>")},
         ends=("</TOOLCALL>",),
     ),
     "minimax_m2": Family(
@@ -159,8 +168,8 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "granite": Family(
         {
-            "<|tool_call|>": partial(token_calls.read_json_block, ""),
-            "<tool_call>": partial(token_calls.read_json_block, "</tool_call>"),
+            "<|tool_call|>": partial(json_calls.read_json_block, ""),
+            "<tool_call>": partial(json_calls.read_json_block, "</tool_call>"),
         },
         ends=("</tool_call>",),
         special_tokens=True,
@@ -173,10 +182,10 @@ FAMILIES: Mapping[str, Family] = {
     "xlam": Family(bare=_bare_list),
     "functionary": Family(
         {
-            "<|recipient|>": token_calls.read_functionary_turn,
-            "<|from|>assistant\n<|recipient|>": token_calls.read_functionary_turn,
+            "<|recipient|>": json_calls.read_functionary_turn,
+            "<|from|>assistant\n<|recipient|>": json_calls.read_functionary_turn,
         },
-        bare=token_calls.read_functionary_turn,
+        bare=json_calls.read_functionary_turn,
         special_tokens=True,
     ),
     "kimi_k3": _mlx_lm(
@@ -192,4 +201,52 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "longcat": _mlx_lm("longcat", "<longcat_tool_call>", "</longcat_tool_call>"),
     "minicpm5": _mlx_lm("minicpm5", "<function name=", "</function>"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFormat:
+    """How a model writes calls (`family`, a name of `FAMILIES`) and reasoning; None: it does not.
+
+    `keeps_special_tokens`: the markers may be special tokens, so that the engine must not leave
+    those out of the text (`SamplingParams.skip_special_tokens`); the parser takes them out.
+    """
+
+    family: str | None = None
+    reasoning: ReasoningMarkers | None = None
+
+    @property
+    def keeps_special_tokens(self) -> bool:
+        special = self.family is not None and FAMILIES[self.family].special_tokens
+        return special or (self.reasoning is not None and self.reasoning.anywhere)
+
+    @classmethod
+    def named(cls, family: str, *, reasoning: ReasoningMarkers | None = THINK) -> OutputFormat:
+        """Return the format of this name, for a template that does not show it.
+
+        Raises `UsageError` with the names there are.
+        """
+        if family not in FAMILIES:
+            raise UsageError(
+                f"there is no tool-call format named {family!r}",
+                hint=f"one of {', '.join(sorted(FAMILIES))}",
+            )
+        return cls(family, _REASONING_OF.get(family, reasoning))
+
+    def without_reasoning(self) -> OutputFormat:
+        """Return the format of an answer for which thinking was switched off.
+
+        Harmony keeps its channels: without them nothing of it can be read.
+        """
+        return self if self.family == "harmony" else replace(self, reasoning=None)
+
+
+_REASONING_OF = {
+    "harmony": HARMONY,
+    "gemma4": GEMMA,
+    "mistral": MISTRAL,
+    "mistral_v11": MISTRAL,
+    "mistral_v13": MISTRAL,
+    "kimi_k3": KIMI_K3,
+    "longcat": LONGCAT,
 }

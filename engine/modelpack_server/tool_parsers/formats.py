@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from modelpack_server.tool_parsers.output_format import OutputFormat
+from modelpack_server.tool_parsers.families import OutputFormat
 from modelpack_server.tool_parsers.parser import OutputParser
-from modelpack_server.tool_parsers.reasoning import (
+from modelpack_server.tool_parsers.parts import (
     GEMMA,
     HARMONY,
     KIMI_K3,

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modelpack_server.tool_parsers.calls import is_mistral_id
+from modelpack_server.tool_parsers.families import OutputFormat
 from modelpack_server.tool_parsers.json_text import JsonScanner, load_object
-from modelpack_server.tool_parsers.output_format import OutputFormat
 
 _KIMI_ID = re.compile(r"functions\..+:[0-9]+")
 _ALPHANUMERIC = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"

@@ -8,11 +8,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from modelpack_server.tool_parsers.calls import Found, capture_value
+from modelpack_server.tool_parsers.calls import Found, Members, capture_value
 from modelpack_server.tool_parsers.json_calls import read_json_calls
-from modelpack_server.tool_parsers.members import Members
 from modelpack_server.tool_parsers.source import MAX_HELD, Broken, NotACall, Reading, Source, stops
-from modelpack_server.tool_parsers.typed import (
+from modelpack_server.tool_parsers.typed_values import (
     parameter_schema,
     parse_python,
     python_literal,

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from modelpack_server.tool_parsers.calls import Enough, Found
-from modelpack_server.tool_parsers.families import FAMILIES, Family, Reader
+from modelpack_server.tool_parsers.families import FAMILIES, Family, OutputFormat, Reader
 from modelpack_server.tool_parsers.harmony import read_harmony
-from modelpack_server.tool_parsers.output_format import OutputFormat
-from modelpack_server.tool_parsers.parts import Part
+from modelpack_server.tool_parsers.parts import Part, Tool
 from modelpack_server.tool_parsers.source import Broken, NotACall, Reading, Source, Stops, stops
-from modelpack_server.tool_parsers.tools import Tool
 
 # Special tokens that end a turn. They come last, if at all: the engine stops at them.
 END_TOKENS = (

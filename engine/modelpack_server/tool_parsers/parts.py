@@ -1,8 +1,51 @@
-"""What a model's output consists of, piece by piece."""
+"""What a model may call, and whether it must."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the caller offers; `parameters` is the JSON schema of its arguments."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """`names` narrows what may be called: one for a named tool, several for allowed tools."""
+
+    mode: Literal["auto", "none", "required"] = "auto"
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningMarkers:
+    """`opening` and `closing` enclose reasoning.
+
+    `anywhere`: the opening is a special token, which no model writes by accident, so it counts
+    wherever it stands. Otherwise it counts only where a block can begin: at the beginning, after
+    another block, and after calls. A model that explains the tag in its answer keeps it.
+    """
+
+    opening: str
+    closing: str
+    anywhere: bool = False
+
+
+THINK = ReasoningMarkers("<think>", "</think>")
+MISTRAL = ReasoningMarkers("[THINK]", "[/THINK]", anywhere=True)
+GEMMA = ReasoningMarkers("<|channel>thought", "<channel|>", anywhere=True)
+KIMI_K3 = ReasoningMarkers("<|open|>think<|sep|>", "<|close|>think<|sep|>", anywhere=True)
+LONGCAT = ReasoningMarkers("<longcat_think>", "</longcat_think>")
+SEED = ReasoningMarkers("<seed:think>", "</seed:think>")
+HARMONY = ReasoningMarkers("<|channel|>analysis<|message|>", "<|end|>", anywhere=True)
 
 
 @dataclass(frozen=True, slots=True)

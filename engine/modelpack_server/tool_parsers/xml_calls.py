@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import re
 
-from modelpack_server.tool_parsers.calls import Found, read_object
+from modelpack_server.tool_parsers.calls import Found, Members, read_object
 from modelpack_server.tool_parsers.json_calls import read_json_calls
-from modelpack_server.tool_parsers.members import Members
 from modelpack_server.tool_parsers.source import Broken, NotACall, Reading, Source, stops
-from modelpack_server.tool_parsers.typed import is_string, json_or_text, parameter_schema, typed
+from modelpack_server.tool_parsers.typed_values import (
+    is_string,
+    json_or_text,
+    parameter_schema,
+    typed,
+)
 
 NAME = re.compile(r"[^\s<>\"'{}\[\]()]")
 _GLM_NAME = re.compile(r"[^\s<>\"'{}\[\]]")

@@ -12,12 +12,12 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from modelpack.model import Model
-from modelpack.packaging.request import PackageRequest
-from modelpack.stores.layout import LayoutStore
+from modelpack.artifacts.model import Model
+from modelpack.builder.request import PackageRequest
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.stepping import SteppingEngine
-from modelpack_server.models import Opened, open_model
+from modelpack_engine.runner.engine_protocol import SteppingEngine
+from modelpack_server.stored_models import Opened, open_model
 from tests.engine.loaders.llama_cpp_peer import python_with_llama_cpp
 from tests.engine.loaders.tiny_models import TINY_MODELS
 from tests.peers import missing

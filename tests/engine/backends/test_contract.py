@@ -11,8 +11,8 @@ import pytest
 from modelpack_engine.async_engine import AsyncEngine
 from modelpack_engine.errors import ContextLengthError, EngineError, QueueFullError, RequestError
 from modelpack_engine.outputs import FinishReason, RequestEvent
-from modelpack_engine.sampling_params import SamplingParams
-from modelpack_engine.stepping import SteppingEngine
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.runner.engine_protocol import SteppingEngine
 from tests.engine.backends.conftest import MakeEngine
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)

@@ -13,25 +13,26 @@ import pytest
 import requests
 
 import modelpack
-from modelpack.packaging.request import PackageRequest
-from modelpack.stores.layout import LayoutStore
+from modelpack.builder.request import PackageRequest
+from modelpack.store.layout import LayoutStore
 from modelpack.testing.weights import smollm2_gguf
 from modelpack_engine.config import Backend, EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError, ModelLoadError, OutOfMemoryError
-from modelpack_engine.llama_cpp import choosing, library
-from modelpack_engine.llama_cpp.choosing import choose_backend
-from modelpack_engine.llama_cpp.context import Context, LlamaModel
+from modelpack_engine.llama_cpp import library
+from modelpack_engine.llama_cpp import library as choosing
 from modelpack_engine.llama_cpp.engine import LlamaCppEngine
+from modelpack_engine.llama_cpp.library import choose_backend
+from modelpack_engine.llama_cpp.model import Context, LlamaModel
 from modelpack_engine.llama_cpp.trial import try_out
-from modelpack_engine.loaders import ModelFiles, load
-from modelpack_engine.loaders.loading import gguf_tokenizer_of
-from modelpack_engine.sampling_params import SamplingParams
-from modelpack_server.api.model_server import ModelServer
-from modelpack_server.models import Opened, open_model
+from modelpack_engine.models import ModelFiles, load
+from modelpack_engine.models.loader import gguf_tokenizer_of
+from modelpack_engine.request import SamplingParams
+from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.settings import ModelSettings
 from modelpack_server.pool.store_catalogue import StoreCatalogue
+from modelpack_server.stored_models import Opened, open_model
 from tests.engine.loaders.tiny_models import TINY_MODELS
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
@@ -138,7 +139,7 @@ def test_what_it_cannot_load_mlx_is_asked_for(
     def refuse(weights: Sequence[Path]) -> None:
         raise ModelLoadError("no such architecture")
 
-    monkeypatch.setattr("modelpack_engine.llama_cpp.context.LlamaModel", refuse)
+    monkeypatch.setattr("modelpack_engine.llama_cpp.model.LlamaModel", refuse)
     with caplog.at_level(logging.WARNING):
         engine = opened.engine(EngineConfig(device="cpu", max_num_seqs=2))
     assert isinstance(engine, Engine)

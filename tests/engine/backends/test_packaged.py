@@ -10,11 +10,11 @@ import mlx.core as mx
 import pytest
 
 import modelpack
-from modelpack import mediatypes
-from modelpack.packaging.request import PackageRequest
-from modelpack.stores.layout import LayoutStore
+from modelpack.artifacts import media_types
+from modelpack.builder.request import PackageRequest
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.meter import Meter
+from modelpack_engine.core.metrics import Meter
 from modelpack_server.pool.settings import ModelSettings
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.loaders.tiny_models import TINY_MODELS
@@ -37,7 +37,7 @@ def test_a_package_says_how_its_model_answers(
         gguf=TINY_MODELS["llama"].write(tmp_path / "small.gguf"),
         chat_template=template,
         context_size=48,
-        annotations={mediatypes.DEFAULTS: json.dumps(DEFAULTS)},
+        annotations={media_types.DEFAULTS: json.dumps(DEFAULTS)},
     )
     modelpack.package("team/small", packaged, store=store)
     config = EngineConfig(

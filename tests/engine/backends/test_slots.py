@@ -6,11 +6,10 @@ import random
 
 import pytest
 
-from modelpack_engine.llama_cpp.slots import Slots
-from modelpack_engine.sampling_params import SamplingParams
-from modelpack_engine.schedule import SchedulerConfig
-from modelpack_engine.scheduler import Scheduler
-from modelpack_engine.sequence import Sequence
+from modelpack_engine.core.scheduler import Scheduler, SchedulerConfig
+from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.llama_cpp.engine import Slots
+from modelpack_engine.request import SamplingParams
 
 
 class Cells:

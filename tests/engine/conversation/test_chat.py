@@ -9,16 +9,22 @@ from typing import Any
 
 import pytest
 
+from modelpack_engine.async_engine import Abort
 from modelpack_engine.errors import ContextLengthError, RequestError
 from modelpack_engine.outputs import FinishReason
-from modelpack_engine.request_stream import Abort
-from modelpack_engine.sampling_params import LogitsMask, SamplingParams
-from modelpack_server.conversation.budget import ReasoningBudget
+from modelpack_engine.request import LogitsMask, SamplingParams
 from modelpack_server.conversation.chat import count_prompt, start_chat
-from modelpack_server.conversation.served import ServedModel
+from modelpack_server.conversation.masks import ReasoningBudget
+from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatDelta, ChatSpec
-from modelpack_server.tool_parsers.parts import Reasoning, Text, ToolArguments, ToolStart
-from modelpack_server.tool_parsers.tools import Tool, ToolChoice
+from modelpack_server.tool_parsers.parts import (
+    Reasoning,
+    Text,
+    Tool,
+    ToolArguments,
+    ToolChoice,
+    ToolStart,
+)
 from tests.engine.scripted import HERMES, THINKING, scripted
 
 HELLO = ChatSpec([{"role": "user", "content": "hello"}], SamplingParams(max_tokens=64))

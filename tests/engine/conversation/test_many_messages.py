@@ -12,7 +12,7 @@ from modelpack_engine.errors import RequestError
 from modelpack_server.api.ollama.bodies import ChatMessage
 from modelpack_server.api.ollama.chat import template_messages
 from modelpack_server.api.openai.responses import items
-from modelpack_server.conversation.tool_results import results_with_calls
+from modelpack_server.conversation.prompt import results_with_calls
 from modelpack_server.conversation.turns import fit_turns
 from tests.engine.serving.tiny import TEMPLATE
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from modelpack_server.conversation.rendering import render
+from modelpack_server.conversation.prompt import render, wants_results_with_calls
 from modelpack_server.conversation.spec import ChatSpec
-from modelpack_server.conversation.tool_results import wants_results_with_calls
 from modelpack_server.tool_parsers.formats import find_format
 from tests.engine.scripted import scripted
 

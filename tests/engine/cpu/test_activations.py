@@ -6,8 +6,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
 
-from modelpack_engine.adaptation import cpu_activations
-from modelpack_engine.adaptation.cpu_activations import native_swiglu, swiglu
+from modelpack_engine.layers import recognition
+from modelpack_engine.layers.recognition import native_swiglu, swiglu
 from tests.engine.runner.models import tiny_llama
 
 
@@ -25,6 +25,6 @@ def test_other_types_are_mlx_lms_matter(kind: mx.Dtype) -> None:
 
 
 def test_install() -> None:
-    assert cpu_activations.install(tiny_llama()) == 1
+    assert recognition.install(tiny_llama()) == 1
     assert llama.swiglu is swiglu
-    assert cpu_activations.install(tiny_llama()) == 1, "a second time changes nothing"
+    assert recognition.install(tiny_llama()) == 1, "a second time changes nothing"

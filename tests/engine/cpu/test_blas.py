@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelpack_engine import blas
+from modelpack_engine.platform import blas
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="macOS has Accelerate")
 
@@ -131,7 +131,8 @@ def run(code: str, **environment: str) -> str:
 
 
 CHOSEN = (
-    "from modelpack_engine import blas; found = blas.prepare(); print(found.kind.name, found.note)"
+    "from modelpack_engine.platform import blas; found = blas.prepare();"
+    " print(found.kind.name, found.note)"
 )
 
 
@@ -144,7 +145,7 @@ def test_the_shim_is_built_once(tmp_path: Path) -> None:
 
 
 def test_without_a_compiler(tmp_path: Path) -> None:
-    code = "from modelpack_engine import blas; blas._SYSTEM_NAMES = ()\n" + CHOSEN
+    code = "from modelpack_engine.platform import blas; blas._SYSTEM_NAMES = ()\n" + CHOSEN
     said = run(code, XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path))
     assert said.startswith("BUNDLED no OpenBLAS")
     assert "C compiler" in said
@@ -152,7 +153,9 @@ def test_without_a_compiler(tmp_path: Path) -> None:
 
 def test_another_processor_gets_a_shim_of_its_own(tmp_path: Path) -> None:
     assert run(CHOSEN, XDG_CACHE_HOME=str(tmp_path)) == "SHIM"
-    code = "from modelpack_engine import blas; blas._processor = lambda: 'another'\n" + CHOSEN
+    code = (
+        "from modelpack_engine.platform import blas; blas._processor = lambda: 'another'\n" + CHOSEN
+    )
     assert run(code, XDG_CACHE_HOME=str(tmp_path)) == "SHIM"
     assert len(list(tmp_path.rglob("shim-*.so"))) == 2
 

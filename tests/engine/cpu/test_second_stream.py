@@ -9,11 +9,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from modelpack_engine.adaptation import halves
-from modelpack_engine.adaptation.swaps import ClassSwaps
-from modelpack_engine.attention import cpu_attention, cpu_streams
-from modelpack_engine.attention.step import StepInputs
-from modelpack_engine.malloc import keep_freed_memory
+from modelpack_engine.attention import cpu, metadata
+from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.layers.swap import ClassSwaps
+from modelpack_engine.patches import layers
+from modelpack_engine.platform.memory import keep_freed_memory
 
 
 class Layers(nn.Module):
@@ -34,12 +34,12 @@ class Layers(nn.Module):
 @pytest.mark.parametrize("rows", [1, 3, 4, 20])
 def test_halves(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     mx.random.seed(0)
-    monkeypatch.setattr(halves, "FEW_PRODUCTS", 0)
+    monkeypatch.setattr(layers, "FEW_PRODUCTS", 0)
     model, swaps = Layers(), ClassSwaps()
     tokens = mx.arange(rows)[:, None]
     expected = model(tokens)
     stream = mx.new_stream(mx.cpu)
-    assert halves.halve_linears(model, swaps, stream) == 3
+    assert layers.halve_linears(model, swaps, stream) == 3
     assert mx.allclose(model(tokens), expected, atol=1e-6).item()
     swaps.undo()
     assert type(model.biased) is nn.Linear
@@ -48,7 +48,7 @@ def test_halves(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_halves_are_computed_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second half is the second stream's, unless there is too little to do."""
-    monkeypatch.setattr(halves, "FEW_PRODUCTS", 0)
+    monkeypatch.setattr(layers, "FEW_PRODUCTS", 0)
     model, swaps = Layers(), ClassSwaps()
     stream, used = mx.new_stream(mx.cpu), []
     matmul = mx.matmul
@@ -58,32 +58,30 @@ def test_halves_are_computed_beside_each_other(monkeypatch: pytest.MonkeyPatch) 
         return matmul(*args, stream=stream)
 
     monkeypatch.setattr(mx, "matmul", noticed)
-    halves.halve_linears(model, swaps, stream)
-    mx.eval(model(mx.arange(halves.FEW_ROWS - 1)[:, None]))
+    layers.halve_linears(model, swaps, stream)
+    mx.eval(model(mx.arange(layers.FEW_ROWS - 1)[:, None]))
     assert used == []
-    mx.eval(model(mx.arange(halves.FEW_ROWS)[:, None]))
+    mx.eval(model(mx.arange(layers.FEW_ROWS)[:, None]))
     assert used == [stream] * 3
 
 
-@pytest.mark.parametrize("length", [1, cpu_attention.BLOCK, 3 * cpu_attention.BLOCK + 5])
+@pytest.mark.parametrize("length", [1, cpu.BLOCK, 3 * cpu.BLOCK + 5])
 def test_attention(length: int) -> None:
     mx.random.seed(0)
     queries = mx.random.normal((1, 4, length, 8))
     keys, values = mx.random.normal((2, 1, 2, length + 7, 8))
     mask = None if length == 1 else "causal"
-    alone = cpu_attention.attend(queries, keys, values, mask, scale=0.3)
-    beside = cpu_attention.attend(
-        queries, keys, values, mask, scale=0.3, second=mx.new_stream(mx.cpu)
-    )
+    alone = cpu.attend(queries, keys, values, mask, scale=0.3)
+    beside = cpu.attend(queries, keys, values, mask, scale=0.3, second=mx.new_stream(mx.cpu))
     assert mx.array_equal(alone, beside).item()
     native = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3, mask=mask)
     assert mx.allclose(beside, native, atol=1e-5).item()
 
 
 def test_one_processor_has_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_streams, "usable_processors", lambda: 1)
+    monkeypatch.setattr(metadata, "usable_processors", lambda: 1)
     assert StepInputs(16, exact=True).second_stream is None
-    monkeypatch.setattr(cpu_streams, "usable_processors", lambda: 2)
+    monkeypatch.setattr(metadata, "usable_processors", lambda: 2)
     assert StepInputs(16, exact=True).second_stream is not None
     assert StepInputs(16, exact=False).second_stream is None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from modelpack.testing.weights import minilm_directory
 from modelpack_engine.embedding import Embedder
 from modelpack_server import open_embedder

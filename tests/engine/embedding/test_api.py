@@ -14,11 +14,11 @@ import pytest
 import requests
 
 import modelpack
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.embedding import CrossEncoder, Embedder, load_embedder, sigmoid
-from modelpack_engine.loaders import ModelFiles
-from modelpack_server.api.model_server import ModelServer
+from modelpack_engine.models import ModelFiles
+from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.settings import ModelSettings
 from modelpack_server.pool.store_catalogue import StoreCatalogue

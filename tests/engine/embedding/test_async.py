@@ -19,7 +19,7 @@ from modelpack_engine.async_engine import EngineState
 from modelpack_engine.embedding import AsyncEmbedder, CrossEncoder, Embedder, load_embedder
 from modelpack_engine.embedding.inputs import Prepared
 from modelpack_engine.errors import ContextLengthError, EngineError, ModelLoadError, RequestError
-from modelpack_engine.loaders import ModelFiles
+from modelpack_engine.models import ModelFiles
 from tests.engine.embedding.models import write_model
 
 Make = Callable[[], Embedder | CrossEncoder]
@@ -204,12 +204,12 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     model.close()
 
 
-@pytest.mark.parametrize("module", ["server.app", "loaders"])
+@pytest.mark.parametrize("module", ["modelpack_server.api.app", "modelpack_engine.models"])
 def test_a_blas_is_chosen_before_mlx_is_loaded(module: str) -> None:
     code = f"""
 import sys
-import modelpack_engine.{module}
-from modelpack_engine import blas
+import {module}
+from modelpack_engine.platform import blas
 assert "mlx.core" in sys.modules
 print(blas.prepare().note)
 """

@@ -16,7 +16,7 @@ from mlx_lm.utils import quantize_model
 
 from modelpack_engine.embedding import Embedder, load_embedder, purpose_of
 from modelpack_engine.errors import ModelLoadError
-from modelpack_engine.loaders import ModelFiles
+from modelpack_engine.models import ModelFiles
 from tests.engine.embedding.models import write_modules, write_tokenizer
 
 _SIZES = {

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from modelpack_engine.embedding import load_embedder, purpose_of
-from modelpack_engine.embedding.encoder_loading import load_encoder
+from modelpack_engine.embedding.encoder_weights import load_encoder
 from modelpack_engine.errors import ModelLoadError
-from modelpack_engine.loaders import ModelFiles
+from modelpack_engine.models import ModelFiles
 from tests.engine.embedding import tiny
 from tests.engine.embedding.models import golden, write_model
 

@@ -9,9 +9,9 @@ import mlx.core as mx
 import pytest
 
 import modelpack
-from modelpack.stores.layout import LayoutStore
-from modelpack_engine.loaders import ModelFiles
-from modelpack_engine.loaders.json_tokenizer import tokenizer_of
+from modelpack.store.layout import LayoutStore
+from modelpack_engine.models import ModelFiles
+from modelpack_engine.models.json_tokenizer import tokenizer_of
 
 MODULES = [
     {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},

@@ -14,9 +14,9 @@ import pytest
 
 from modelpack_engine.embedding import CrossEncoder, Embedder, load_embedder, purpose_of
 from modelpack_engine.errors import ModelLoadError
-from modelpack_engine.loaders import ModelFiles
-from modelpack_engine.loaders.gguf_file import GGUFFile
-from modelpack_engine.loaders.gguf_tokenizer import tokenizer_of
+from modelpack_engine.models import ModelFiles
+from modelpack_engine.models.gguf_file import GGUFFile
+from modelpack_engine.models.gguf_tokenizer import tokenizer_of
 from tests.engine.embedding.gguf_models import convert
 from tests.engine.embedding.models import golden, write_model
 from tests.engine.loaders.tiny_models import PROMPT, TINY_MODELS

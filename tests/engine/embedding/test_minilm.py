@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from modelpack.errors import NotFoundError
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.embedding import Embedder
-from modelpack_engine.embedding.batching import BatchLimits, next_batch, split_batches
-from modelpack_engine.embedding.steps import Steps
+from modelpack_engine.embedding.inputs import BatchLimits, next_batch, split_batches
+from modelpack_engine.embedding.sentence_transformers import Steps
 from modelpack_engine.errors import ContextLengthError, EngineError, ModelLoadError, RequestError
 from modelpack_server import open_cross_encoder, open_embedder
 from tests.engine.embedding.models import golden

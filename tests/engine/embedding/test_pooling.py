@@ -12,9 +12,9 @@ import pytest
 
 from modelpack_engine.embedding import load_embedder
 from modelpack_engine.embedding.pooling import PoolingMode, parse_pooling, pool
-from modelpack_engine.embedding.sentence_files import read_sentence_files
+from modelpack_engine.embedding.sentence_transformers import read_sentence_files
 from modelpack_engine.errors import ModelLoadError, RequestError
-from modelpack_engine.loaders import ModelFiles
+from modelpack_engine.models import ModelFiles
 from tests.engine.embedding import tiny
 from tests.engine.embedding.models import golden, write_model, write_modules
 

@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from modelpack.errors import NotFoundError
-from modelpack_engine.async_engine import EngineState
-from modelpack_engine.meter import Meter
+from modelpack_engine.async_engine import EngineState, RequestStream
+from modelpack_engine.core.metrics import Meter
 from modelpack_engine.outputs import FinishReason
-from modelpack_engine.request_stream import RequestStream
-from modelpack_engine.sampling_params import SamplingParams
-from modelpack_server.api.model_server import ModelServer
+from modelpack_engine.request import SamplingParams
+from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.settings import ModelSettings

@@ -13,11 +13,10 @@ import pytest
 from mlx_lm.models.deepseek_v3 import group_expert_select
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
-from modelpack_engine.adaptation.swaps import ClassSwaps
-from modelpack_engine.fusion import expert_kernels
-from modelpack_engine.fusion.expert_kernels import Routing, route
-from modelpack_engine.fusion.experts import fuse_experts, has_experts
-from modelpack_engine.fusion.routers import fuse_router
+from modelpack_engine.layers import expert_kernels
+from modelpack_engine.layers.expert_kernels import Routing, route
+from modelpack_engine.layers.experts import fuse_experts, fuse_router, has_experts
+from modelpack_engine.layers.swap import ClassSwaps
 from tests.engine.kernels.onhost import Compiled, Host, emulated
 from tests.engine.runner.models import tiny_llama
 from tests.engine.zoo.catalogue import CATALOGUE

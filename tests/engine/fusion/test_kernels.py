@@ -9,18 +9,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from modelpack_engine.attention.kernels import probes, support
-from modelpack_engine.attention.pools import KVLayout, TokenMajorPools
-from modelpack_engine.fusion import kernels
-from modelpack_engine.fusion.rotation import Rotation
-from modelpack_engine.model_runner import ModelRunner
+from modelpack_engine.attention.kv_pools import KVLayout, TokenMajorPools
+from modelpack_engine.kernels import operations, probes
+from modelpack_engine.layers import kernels
+from modelpack_engine.layers.kernels import Rotation
+from modelpack_engine.runner.model_runner import ModelRunner
 from tests.engine.kernels.onhost import Compiled, Host, emulated
 from tests.engine.runner.models import tiny_llama
 
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
-    monkeypatch.setattr(support, "_verdicts", {})
+    monkeypatch.setattr(operations, "_verdicts", {})
     monkeypatch.setattr(probes, "_WIDTH", 4)
     monkeypatch.setattr(probes, "_SLOTS", 256)
     with emulated(monkeypatch, compiled, kernels.verdict) as found:

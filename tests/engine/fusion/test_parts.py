@@ -12,16 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models.rope_utils import initialize_rope
 
-from modelpack_engine.fusion.joint import can_join, join
-from modelpack_engine.fusion.products import (
+from modelpack_engine.layers.add_norm import Sums
+from modelpack_engine.layers.kernels import find_rotation
+from modelpack_engine.layers.matmul import (
     Parts,
+    can_join,
+    join,
     multiply,
     multiply_in_parts,
     num_parts,
     weights_of,
 )
-from modelpack_engine.fusion.rotation import find_rotation
-from modelpack_engine.fusion.sums import Sums
 
 
 def layers(bits: int | None = None, *, bias: bool = False) -> list[nn.Module]:

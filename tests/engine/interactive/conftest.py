@@ -6,7 +6,7 @@ import pytest
 
 import modelpack
 from modelpack.operations.package import PackageRequest
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from modelpack.testing.weights import smollm2_gguf
 from tests.engine.serving.tiny import write_tiny
 

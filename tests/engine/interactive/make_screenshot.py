@@ -10,10 +10,10 @@ from pathlib import Path
 
 import modelpack
 from modelpack.operations.package import PackageRequest
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from modelpack.testing.weights import smollm2_gguf
 from modelpack_engine.config import EngineConfig
-from modelpack_server.api.model_server import ModelServer
+from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.interactive.browser import chromium

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from modelpack_server.api.model_server import ModelServer
+from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.scripted import HERMES, ScriptedEngine
 from tests.engine.serving.conftest import ScriptedCatalogue

@@ -13,8 +13,7 @@ import requests
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from modelpack_server.api.app import create_app
-from modelpack_server.api.model_server import ModelServer
+from modelpack_server.api.app import ModelServer, create_app
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.interactive.browser import chromium
 from tests.engine.pool.shelf import Shelf

@@ -8,8 +8,8 @@ import pytest
 
 from modelpack.cli.options import Settings
 from modelpack.errors import NotFoundError
-from modelpack_server.conversation.served import ServedModel
-from modelpack_server.repl import loop as run_loop
+from modelpack_server.conversation.served_model import ServedModel
+from modelpack_server.repl import loop
 from modelpack_server.repl.chat import Chat
 from modelpack_server.repl.loop import Loop
 from tests.engine.scripted import scripted
@@ -34,8 +34,8 @@ class Session:
                 return line
             raise line
 
-        self._monkeypatch.setattr(run_loop, "read_question", read)
-        self._monkeypatch.setattr(run_loop, "line_editing", _no_editing)
+        self._monkeypatch.setattr(loop, "read_question", read)
+        self._monkeypatch.setattr(loop, "line_editing", _no_editing)
         Loop(Settings(), self.chat, self.asked.append, self._load).run()
         return self.asked
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from tests.cli.running import Result
 from tests.cli.running import modelpack as run
 

@@ -16,8 +16,7 @@ from modelpack.cli.output import visible
 from modelpack.errors import UsageError
 from modelpack_server.conversation.spec import ChatDelta
 from modelpack_server.repl.chat import TEMPERATURE, Chat
-from modelpack_server.repl.line_editor import read_question
-from modelpack_server.repl.settings import SETTINGS, set_value, values
+from modelpack_server.repl.loop import SETTINGS, read_question, set_value, values
 from modelpack_server.repl.view import TerminalView, split_blocks
 from modelpack_server.tool_parsers.parts import Reasoning, Text
 from tests.engine.scripted import THINKING, scripted

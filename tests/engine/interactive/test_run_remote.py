@@ -13,9 +13,9 @@ import requests
 from starlette.types import Receive, Scope, Send
 
 from modelpack.errors import ModelpackError
-from modelpack.listening import AppServer
+from modelpack.http.listener import AppServer
 from modelpack_engine.outputs import FinishReason
-from modelpack_server.api.model_server import ModelServer
+from modelpack_server.api.app import ModelServer
 from modelpack_server.conversation.spec import ChatDelta
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.repl.remote import RemoteChat, RemoteModel

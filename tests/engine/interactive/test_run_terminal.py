@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from tests.engine.interactive.terminal import Terminal
 
 PROMPT = r">>> \Z"

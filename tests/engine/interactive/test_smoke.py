@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 import pytest
 
 import modelpack
-from modelpack.operations.find import stored_model
+from modelpack.operations.lookup import stored_model
 from modelpack.operations.package import PackageRequest
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
 from modelpack_server.cli.smoke import junit_xml
 from modelpack_server.smoke_test import Check, SmokeReport, check_text, check_vector

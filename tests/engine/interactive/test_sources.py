@@ -10,7 +10,7 @@ import pytest
 import modelpack
 from modelpack.operations.index import NamedVariant, create_index
 from modelpack.operations.package import PackageRequest
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from tests.cli.running import succeed
 from tests.engine.serving.tiny import write_tiny
 from tests.hub.conftest import hub as hub  # a fixture

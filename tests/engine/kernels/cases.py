@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from modelpack_engine.attention.kernels.launch import LOG2E
-from modelpack_engine.attention.kernels.plan import AttentionShape, DecodePlan, plan_decode
-from modelpack_engine.attention.quantised import Quantisation
+from modelpack_engine.kernels.launch import LOG2E
+from modelpack_engine.kernels.plan import AttentionShape, DecodePlan, plan_decode
+from modelpack_engine.kernels.quantised import Quantisation
 from tests.engine.kernels.signatures import Instance, decode_instance, merge_instance
 
 Array = npt.NDArray[Any]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelpack_engine.attention.kernels.sources import INPUTS, OUTPUTS, Body, text
+from modelpack_engine.kernels.sources import INPUTS, OUTPUTS, Body, text
 from tests.engine.kernels.signatures import ELEMENTS, Instance, argument_list, names_in_use
 from tests.peers import require
 

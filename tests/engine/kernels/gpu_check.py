@@ -13,18 +13,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from modelpack_engine.attention import kernels
-from modelpack_engine.attention.kernels import (
-    AttentionShape,
-    binaries,
-    launch,
-    naive,
-    probes,
-    support,
-)
-from modelpack_engine.attention.kernels.plan import plan_decode
-from modelpack_engine.attention.quantised import Quantisation
-from modelpack_engine.sampling import drawing
+from modelpack_engine import kernels
+from modelpack_engine.kernels import AttentionShape, cuda, launch, operations, probes, reference
+from modelpack_engine.kernels.plan import plan_decode
+from modelpack_engine.kernels.quantised import Quantisation
+from modelpack_engine.sampling import sampler
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,7 +68,7 @@ DECODES += [
 
 @pytest.mark.skipif(launch.backend() != "cuda", reason="MLX compiles for CUDA only")
 def test_mlx_finds_what_we_compile() -> None:
-    assert binaries.found_by_mlx()
+    assert cuda.found_by_mlx()
 
 
 @pytest.mark.parametrize(("name", "dtype"), DECODES)
@@ -104,7 +97,7 @@ def test_rows_are_quantised_in_place(kind: Quantisation, dtype: str) -> None:
 @pytest.mark.parametrize("vocab_size", [128256, 50257])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tokens_are_drawn_as_by_functions(dtype: str, vocab_size: int) -> None:
-    assert drawing.verdict(DTYPES[dtype], vocab_size) is None
+    assert sampler.verdict(DTYPES[dtype], vocab_size) is None
 
 
 def test_the_kernels_are_available() -> None:
@@ -139,7 +132,7 @@ class Layer:
 
     def naively(self, k: mx.array, v: mx.array, q: mx.array) -> mx.array:
         with mx.stream(mx.cpu):
-            found = naive.decode_attention(
+            found = reference.decode_attention(
                 q.astype(mx.float32), k, v, self.tables, self.lens,
                 scale=self.shape.key_dim**-0.5, num_kv_heads=self.shape.num_kv_heads,
             )  # fmt: skip
@@ -253,7 +246,7 @@ def test_a_pool_that_others_hold_is_written_without_a_copy() -> None:
     k, v = pools
     rows = mx.ones((32, 8, 64), mx.bfloat16)
     slots = mx.arange(100, 132, dtype=mx.int32)
-    assert support.may_write(mx.bfloat16, mx.bfloat16)
+    assert operations.may_write(mx.bfloat16, mx.bfloat16)
     mx.eval(kernels.write_kv(rows, rows, k, v, slots))
     mx.synchronize()
     before = mx.get_active_memory()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from modelpack_engine.attention.kernels.sources import kernel_source
+from modelpack_engine.kernels.sources import kernel_source
 from tests.engine.kernels.emulator import STUBS
 from tests.engine.kernels.signatures import Instance, argument_list
 

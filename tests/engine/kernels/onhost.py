@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from modelpack_engine.attention.kernels import launch
-from modelpack_engine.attention.kernels.sources import INPUTS, OUTPUTS, Backend, Body, kernel_source
+from modelpack_engine.kernels import launch
+from modelpack_engine.kernels.sources import INPUTS, OUTPUTS, Backend, Body, kernel_source
 from tests.engine.kernels.emulator import Edit, Emulator, build, unchanged
 from tests.engine.kernels.signatures import Instance
 

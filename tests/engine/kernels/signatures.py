@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from modelpack_engine.attention.kernels.plan import (
+from modelpack_engine.kernels.plan import (
     MERGE_SIMDGROUPS,
     AttentionShape,
     DecodePlan,
     plan_write,
     vector_width,
 )
-from modelpack_engine.attention.kernels.sources import INPUTS, OUTPUTS, Body, text
-from modelpack_engine.attention.quantised import Quantisation
+from modelpack_engine.kernels.quantised import Quantisation
+from modelpack_engine.kernels.sources import INPUTS, OUTPUTS, Body, text
 
 #: Element types: a template type, or C's.
 ELEMENTS: dict[Body, dict[str, str]] = {

@@ -12,20 +12,27 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from modelpack_engine.attention.kernels import binaries, launch, nvrtc, prefill, probes
-from modelpack_engine.attention.kernels.binaries import compile_kernel
-from modelpack_engine.attention.kernels.generated import (
+from modelpack_engine.kernels import cuda as binaries
+from modelpack_engine.kernels import cuda as nvrtc
+from modelpack_engine.kernels import launch, prefill, probes
+from modelpack_engine.kernels.cuda import (
     GeneratedKernel,
     binaries_folder,
+    compile_kernel,
     std_hash,
 )
-from modelpack_engine.attention.kernels.plan import AttentionShape
-from modelpack_engine.attention.kernels.sources import KernelSource, kernel_source
-from modelpack_engine.attention.quantised import Quantisation
-from modelpack_engine.fusion import expert_kernels, expert_products, products
-from modelpack_engine.fusion import kernels as fused
-from modelpack_engine.recurrence import delta_rule, state_space
-from modelpack_engine.sampling import drawing
+from modelpack_engine.kernels.plan import AttentionShape
+from modelpack_engine.kernels.quantised import Quantisation
+from modelpack_engine.kernels.sources import KernelSource, kernel_source
+from modelpack_engine.layers import (
+    delta_rule,
+    expert_kernels,
+    expert_matmul,
+    kernels,
+    matmul,
+    state_space,
+)
+from modelpack_engine.sampling import sampler
 from tests.peers import require
 
 SOURCE = KernelSource("paged_x_12ab", "// ours\n", "  out[0] = a_shape[0];", ("a", "n"), ("out",))
@@ -304,14 +311,14 @@ CALLS: dict[str, Callable[[], object]] = {
     "quantise": lambda: probes.probe_quantise("cuda", BF16, Quantisation(4, 64)),
     "prefill": lambda: prefill.probe(LLAMA, BF16),
     "prefill, sinks": lambda: prefill.probe(SINKS, F16),
-    "fused layers": lambda: fused._compare(BF16),
-    "fused layers, float32": lambda: fused._compare(F32),
+    "fused layers": lambda: kernels._compare(BF16),
+    "fused layers, float32": lambda: kernels._compare(F32),
     "routes": lambda: expert_kernels._compare(BF16),
-    "products": lambda: products._compare(BF16, 16),
-    "products, 4 bits": lambda: products._compare(F16, 4),
-    "experts": lambda: expert_products._compare(BF16, 16, 32, swiglu=True),
-    "experts, 8 bits": lambda: expert_products._compare(F16, 8, 64, swiglu=False),
-    "draws": lambda: drawing._compare(BF16, 1000),
+    "products": lambda: matmul._compare(BF16, 16),
+    "products, 4 bits": lambda: matmul._compare(F16, 4),
+    "experts": lambda: expert_matmul._compare(BF16, 16, 32, swiglu=True),
+    "experts, 8 bits": lambda: expert_matmul._compare(F16, 8, 64, swiglu=False),
+    "draws": lambda: sampler._compare(BF16, 1000),
     "delta rule": lambda: delta_rule._compare(BF16),
     "state space": lambda: state_space._compare(BF16),
 }

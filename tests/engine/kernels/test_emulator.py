@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from modelpack_engine.attention.kernels.plan import QUANTISED_PART, AttentionShape, plan_write
-from modelpack_engine.attention.kernels.sources import Body
-from modelpack_engine.attention.quantised import Quantisation
+from modelpack_engine.kernels.plan import QUANTISED_PART, AttentionShape, plan_write
+from modelpack_engine.kernels.quantised import Quantisation
+from modelpack_engine.kernels.sources import Body
 from tests.engine.kernels.cases import CASES, ITEMSIZE, Case, expected, make_inputs, plain, typed
 from tests.engine.kernels.emulator import Emulator, build
 from tests.engine.kernels.signatures import quantise_instance, write_instance

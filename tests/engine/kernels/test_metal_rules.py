@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 
-from modelpack_engine.attention.kernels.plan import MAX_SHARED_BYTES
-from modelpack_engine.attention.kernels.sources import Body
-from modelpack_engine.attention.quantised import Quantisation
+from modelpack_engine.kernels.plan import MAX_SHARED_BYTES
+from modelpack_engine.kernels.quantised import Quantisation
+from modelpack_engine.kernels.sources import Body
 from tests.engine.kernels.cases import CASES, Case
 from tests.engine.kernels.metal_rules import judge
 from tests.engine.kernels.signatures import (

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from modelpack_engine.attention import kernels
-from modelpack_engine.attention.kernels import AttentionShape, launch, order, probes, support
-from modelpack_engine.attention.kernels.sources import Body
-from modelpack_engine.attention.quantised import Quantisation
+from modelpack_engine import kernels
+from modelpack_engine.kernels import AttentionShape, launch, operations, plan, probes
+from modelpack_engine.kernels.quantised import Quantisation
+from modelpack_engine.kernels.sources import Body
 from tests.engine.kernels.cases import CASES, SOFTCAP, Case, expected, make_inputs
 from tests.engine.kernels.onhost import Compiled, Host, emulated, memory
 
@@ -23,7 +23,7 @@ FLOATS = [case for case in CASES if case.pool == case.q == "float" or case.shape
 
 @pytest.fixture(autouse=True)
 def _nothing_probed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(support, "_verdicts", {})
+    monkeypatch.setattr(operations, "_verdicts", {})
 
 
 @pytest.fixture
@@ -168,9 +168,9 @@ def test_readers_and_the_next_write_take_the_token(
         return spied, source
 
     monkeypatch.setattr(launch, "_kernel", spy)
-    assert support.may_write(mx.float32, mx.float32)
+    assert operations.may_write(mx.float32, mx.float32)
     shape = AttentionShape(2, 1, 64, 64)
-    assert support.may_decode(shape, mx.float32, mx.float32)
+    assert operations.may_decode(shape, mx.float32, mx.float32)
     pools = mx.zeros((32, 1, 64)), mx.zeros((32, 1, 64))
     slots = mx.array([16, 17], mx.int32)
     first = kernels.write_kv(rows(0, 2, 1, 64), rows(1, 2, 1, 64), *pools, slots)
@@ -187,15 +187,15 @@ def test_readers_and_the_next_write_take_the_token(
 
 def test_tokens_are_forgotten_with_their_pools() -> None:
     pool, token = mx.zeros((4, 1, 8)), mx.zeros((1,), mx.int32)
-    assert order.written(pool, token) is pool
+    assert plan.written(pool, token) is pool
     assert kernels.token_of(pool) is token
     newer = mx.zeros((1,), mx.int32)
-    order.written(pool, newer)
+    plan.written(pool, newer)
     assert kernels.token_of(pool) is newer
     key = id(pool)
-    assert key in order._tokens
+    assert key in plan._tokens
     del pool
-    assert key not in order._tokens
+    assert key not in plan._tokens
     assert kernels.token_of(None) is None
 
 
@@ -291,12 +291,12 @@ def test_a_failed_probe_warns_and_falls_back(
 )
 def test_a_wrong_quantising_kernel_is_not_used(host: Host, old: str, new: str) -> None:
     kind = Quantisation(8, 64)
-    assert support.may_write(mx.bfloat16, mx.uint32, kind)
+    assert operations.may_write(mx.bfloat16, mx.uint32, kind)
     assert {body for body, _ in host.calls} == {"quantise"}
-    support._verdicts.clear()
+    operations._verdicts.clear()
     host.break_by(wrong("quantise", old, new))
-    assert not support.may_write(mx.bfloat16, mx.uint32, kind)
-    assert not support.may_write(mx.bfloat16, mx.uint32)
+    assert not operations.may_write(mx.bfloat16, mx.uint32, kind)
+    assert not operations.may_write(mx.bfloat16, mx.uint32)
 
 
 def test_a_write_that_copies_fails_its_probe(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +328,7 @@ def test_a_kernel_that_does_not_compile_falls_back(
 @pytest.mark.parametrize("dtype", [mx.float16, mx.int32])
 def test_a_shape_without_a_kernel_falls_back(host: Host, dtype: mx.Dtype) -> None:
     odd = AttentionShape(4, 2, 4, 4)
-    assert not support.may_decode(odd, mx.float16, dtype)
+    assert not operations.may_decode(odd, mx.float16, dtype)
     assert not host.calls
     assert kernels.available().failures
 

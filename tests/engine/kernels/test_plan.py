@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from modelpack_engine.attention.kernels.plan import (
+from modelpack_engine.kernels.plan import (
     MAX_FLIGHT_BYTES,
     MAX_PARTS,
     MAX_SHARED_BYTES,

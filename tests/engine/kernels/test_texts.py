@@ -7,14 +7,14 @@ import subprocess
 
 import pytest
 
-from modelpack_engine.attention.kernels.sources import (
+from modelpack_engine.kernels.quantised import Quantisation
+from modelpack_engine.kernels.sources import (
     INPUTS,
     Backend,
     Body,
     kernel_source,
     text,
 )
-from modelpack_engine.attention.quantised import Quantisation
 from tests.engine.kernels.cases import CASES
 from tests.engine.kernels.emulator import STUBS
 from tests.engine.kernels.signatures import (

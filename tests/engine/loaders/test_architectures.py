@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from modelpack_engine.loaders import LoadedModel, ModelFiles, load
-from modelpack_engine.loaders.gguf_architectures import ARCHITECTURES
+from modelpack_engine.models import LoadedModel, ModelFiles, load
+from modelpack_engine.models.gguf_architectures import ARCHITECTURES
 from tests.engine.loaders.test_safetensors import save
 from tests.engine.loaders.tiny_models import TINY_MODELS, TinyModel
 from tests.engine.loaders.vocabularies import golden

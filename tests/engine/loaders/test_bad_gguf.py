@@ -15,7 +15,7 @@ import pytest
 from modelpack.errors import WeightFormatError
 from modelpack.formats.gguf import read_gguf_header
 from modelpack_engine.errors import ModelLoadError
-from modelpack_engine.loaders import ModelFiles, load
+from modelpack_engine.models import ModelFiles, load
 from tests.engine.loaders.test_architectures import shards
 from tests.engine.loaders.tiny_models import TINY_MODELS, TinyModel, Weights
 

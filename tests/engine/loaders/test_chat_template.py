@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from modelpack_engine.errors import RequestError
-from modelpack_engine.loaders.chat_template import ChatTemplate
+from modelpack_engine.models.chat_template import ChatTemplate
 from modelpack_engine.templates import budget
-from modelpack_engine.templates.rendering import Renderer, TemplateFailedError
-from modelpack_server.conversation.tool_results import wants_results_with_calls
+from modelpack_engine.templates.environment import Renderer, TemplateFailedError
+from modelpack_server.conversation.prompt import wants_results_with_calls
 from modelpack_server.tool_parsers.formats import find_format
 from modelpack_server.tool_parsers.history import takes_argument_strings
 

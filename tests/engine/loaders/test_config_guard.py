@@ -11,9 +11,9 @@ import pytest
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError, ModelLoadError
-from modelpack_engine.loaders import ModelFiles, load
-from modelpack_engine.loaders.config_guard import Limits, check_fields
-from modelpack_engine.loaders.model_config import normalised
+from modelpack_engine.models import ModelFiles, load
+from modelpack_engine.models.config_guard import Limits, check_fields
+from modelpack_engine.models.model_config import normalised
 from tests.engine.loaders.published_configs import PUBLISHED, WINDOWS
 from tests.engine.loaders.test_safetensors import save
 from tests.engine.loaders.tiny_models import TINY_MODELS

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack import mediatypes
-from modelpack.config import ModelConfig
-from modelpack.descriptor import Descriptor
-from modelpack.digest import Digest
+from modelpack.artifacts import media_types
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
+from modelpack.artifacts.model import Model
 from modelpack.errors import IntegrityError
-from modelpack.manifest import Manifest
-from modelpack.model import Model
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.errors import ModelLoadError
-from modelpack_engine.loaders import ModelFiles
+from modelpack_engine.models import ModelFiles
 from tests.weights import write_safetensors
 
 
@@ -30,15 +30,15 @@ def layer(
     digest = Digest.of(raw)
     blobs[digest] = root / digest.encoded
     blobs[digest].write_bytes(raw)
-    annotations = {} if path is None else {mediatypes.FILEPATH: path}
+    annotations = {} if path is None else {media_types.FILEPATH: path}
     return Descriptor(kind, digest, len(raw), annotations=annotations)
 
 
 def model_of(*layers: Descriptor, format: str = "") -> Model:
-    config = ModelConfig(mediatypes.DOCKER_CONFIG_V02, format=format)
+    config = ModelConfig(media_types.DOCKER_CONFIG_V02, format=format)
     raw = config.encode()
     manifest = Manifest.build(
-        config=Descriptor(mediatypes.DOCKER_CONFIG_V02, Digest.of(raw), len(raw)), layers=layers
+        config=Descriptor(media_types.DOCKER_CONFIG_V02, Digest.of(raw), len(raw)), layers=layers
     )
     return Model(None, manifest.descriptor, manifest, config)
 
@@ -79,11 +79,11 @@ def test_roles_of_layers(tmp_path: Path) -> None:
 
     archive = tar_of(config__json=b'{"a": 1}', tokenizer__json=b"{}")
     model = model_of(
-        add(mediatypes.DOCKER_GGUF, None, b"GGUF"),
-        add(mediatypes.DOCKER_MMPROJ, "mmproj.gguf", b"GGUF2"),
-        add(mediatypes.DOCKER_CHAT_TEMPLATE, "template.txt", b"first"),
-        add(mediatypes.DOCKER_LICENSE, "LICENSE", b"free"),
-        add(mediatypes.DOCKER_VLLM_CONFIG_TAR, "vllm.tar", archive),
+        add(media_types.DOCKER_GGUF, None, b"GGUF"),
+        add(media_types.DOCKER_MMPROJ, "mmproj.gguf", b"GGUF2"),
+        add(media_types.DOCKER_CHAT_TEMPLATE, "template.txt", b"first"),
+        add(media_types.DOCKER_LICENSE, "LICENSE", b"free"),
+        add(media_types.DOCKER_VLLM_CONFIG_TAR, "vllm.tar", archive),
         format="gguf",
     )
     files = ModelFiles.from_model(model, blobs.__getitem__)
@@ -94,12 +94,12 @@ def test_roles_of_layers(tmp_path: Path) -> None:
 
 
 def test_archives_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelpack_engine.loaders.files.MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr("modelpack_engine.models.files.MAX_FILE_BYTES", 1000)
     blobs: dict[Digest, Path] = {}
     raw = gzip.compress(tar_of(config__json=b" " * 2000))
     kind = "application/vnd.cncf.model.weight.config.v1.tar+gzip"
     model = model_of(
-        layer(blobs, tmp_path, mediatypes.DOCKER_GGUF, None, b"GGUF"),
+        layer(blobs, tmp_path, media_types.DOCKER_GGUF, None, b"GGUF"),
         layer(blobs, tmp_path, kind, "config.tar.gz", raw),
     )
     with pytest.raises(IntegrityError, match="too much"):
@@ -110,7 +110,7 @@ def test_archives_of_one_model_share_their_limits(tmp_path: Path) -> None:
     """Each of them is small, and makes 64 MiB; all of them would make any number."""
     blobs: dict[Digest, Path] = {}
     kind = "application/vnd.cncf.model.weight.config.v1.tar+gzip"
-    layers = [layer(blobs, tmp_path, mediatypes.DOCKER_GGUF, None, b"GGUF")]
+    layers = [layer(blobs, tmp_path, media_types.DOCKER_GGUF, None, b"GGUF")]
     for number in range(3):
         raw = gzip.compress(tar_of(**{f"{number}__json": bytes(40 << 20)}))
         layers.append(layer(blobs, tmp_path, kind, f"{number}.tar.gz", raw))
@@ -192,6 +192,6 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path.write_bytes(b"\xff12")
     with pytest.raises(ModelLoadError, match="a: is not UTF-8 at byte 0"):
         files.text("a")
-    monkeypatch.setattr("modelpack_engine.loaders.files.MAX_FILE_BYTES", 2)
+    monkeypatch.setattr("modelpack_engine.models.files.MAX_FILE_BYTES", 2)
     with pytest.raises(ModelLoadError, match="a: 3 bytes, the limit is 2"):
         files.read("a")

@@ -12,12 +12,11 @@ import pytest
 from mlx.nn.layers.base import Module
 
 from modelpack.errors import ModelpackError
-from modelpack_engine.embedding.loading import load_embedder
+from modelpack_engine.embedding.loader import load_embedder
 from modelpack_engine.errors import LoadCancelledError, ModelLoadError
-from modelpack_engine.load_budget import LoadBudget, applied, count_modules
-from modelpack_engine.loaders import ModelFiles, load
-from modelpack_engine.loaders.precision import evaluate
-from modelpack_engine.loaders.tensor_bounds import TensorBounds
+from modelpack_engine.models import ModelFiles, load
+from modelpack_engine.models.load_budget import LoadBudget, TensorBounds, applied, count_modules
+from modelpack_engine.models.precision import evaluate
 from tests.engine.embedding.models import write_model
 from tests.engine.loaders.test_safetensors import save
 from tests.engine.loaders.tiny_models import TINY_MODELS
@@ -158,7 +157,7 @@ def test_a_load_stops_at_its_deadline() -> None:
 
 
 def test_a_cancelled_load_stops_between_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelpack_engine.loaders.precision._MEBIBYTE", 1)
+    monkeypatch.setattr("modelpack_engine.models.precision._MEBIBYTE", 1)
     budget = LoadBudget()
     budget.cancel()
     model = Module()

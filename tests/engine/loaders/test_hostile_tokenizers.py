@@ -15,17 +15,17 @@ import requests
 import tokenizers
 
 import modelpack
-from modelpack.packaging.request import PackageRequest
-from modelpack.stores.layout import LayoutStore
+from modelpack.builder.request import PackageRequest
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.async_engine import AsyncEngine, EngineState
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.embedding.async_embedder import AsyncEmbedder
-from modelpack_engine.errors import EngineError, ModelLoadError
-from modelpack_engine.loaders import ModelFiles, json_tokenizer, tokenizer_check
-from modelpack_engine.loaders.tokenizer import Tokenizer, TokenText
-from modelpack_engine.panics import as_error, no_panics
+from modelpack_engine.errors import EngineError, ModelLoadError, as_error, no_panics
+from modelpack_engine.models import ModelFiles, json_tokenizer
+from modelpack_engine.models import json_tokenizer as tokenizer_check
+from modelpack_engine.models.tokenizer import Tokenizer, TokenText
 from modelpack_engine.worker.process import WorkerProcess
-from modelpack_server.api.model_server import ModelServer
+from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.loaders.hostile_tokenizers import HOSTILE, changed
@@ -151,7 +151,7 @@ def test_a_server_with_a_hostile_model_serves_the_others(tmp_path: Path) -> None
 
 
 def test_the_worker_loads_no_array_library() -> None:
-    code = "import modelpack_engine.worker.probing, sys; print(*sys.modules)"
+    code = "import modelpack_engine.worker.program, sys; print(*sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment

@@ -50,7 +50,7 @@ def test_functions_named_as_their_submodules(name: str) -> None:
 
 def test_the_loader_of_safetensors_leaves_the_limits_alone() -> None:
     code = (
-        "from modelpack_engine.lean_mlx_lm import kept_file_limit\n"
+        "from modelpack_engine.patches.mlx_lm_imports import kept_file_limit\n"
         "with kept_file_limit():\n    import mlx_lm.utils\n"
         "now = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (600, 3000))\n"

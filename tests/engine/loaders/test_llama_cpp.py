@@ -8,8 +8,8 @@ import gguf
 import numpy as np
 import pytest
 
-from modelpack_engine.loaders import gguf_blocks
-from modelpack_engine.loaders.gguf_file import GGUFTensor
+from modelpack_engine.models import gguf_blocks
+from modelpack_engine.models.gguf_file import GGUFTensor
 from tests.engine.loaders.blocks import random_blocks
 from tests.engine.loaders.corpus import TEXTS
 from tests.engine.loaders.llama_cpp_peer import ask

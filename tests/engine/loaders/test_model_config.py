@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from modelpack_engine.errors import ModelLoadError
-from modelpack_engine.loaders import ModelFiles, load
-from modelpack_engine.loaders.loading import context_length_of
-from modelpack_engine.loaders.model_config import completed, normalised, with_tied_embeddings
+from modelpack_engine.models import ModelFiles, load
+from modelpack_engine.models.loader import context_length_of
+from modelpack_engine.models.model_config import completed, normalised, with_tied_embeddings
 from tests.engine.loaders.published_configs import PUBLISHED
 from tests.engine.loaders.test_safetensors import save
 from tests.engine.loaders.tiny_models import TINY_MODELS

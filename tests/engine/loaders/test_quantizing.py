@@ -17,10 +17,10 @@ from mlx_lm.utils import quantize_model
 
 import modelpack
 from modelpack.errors import ModelpackError, UsageError
-from modelpack.formats.mlx_quantization import mlx_bits
-from modelpack_engine import quantization as quantizing
-from modelpack_engine.loaders import ModelFiles, load
-from modelpack_engine.quantization import quantize_directory
+from modelpack.formats.config_json import mlx_bits
+from modelpack_engine.models import ModelFiles, load
+from modelpack_engine.models import quantization as quantizing
+from modelpack_engine.models.quantization import quantize_directory
 from tests.cli.running import modelpack as command
 from tests.cli.running import succeed
 from tests.engine.loaders.test_safetensors import save

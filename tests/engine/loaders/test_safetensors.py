@@ -16,10 +16,10 @@ from mlx_lm.utils import quantize_model
 
 import modelpack
 from modelpack.errors import WeightFormatError
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.errors import ModelLoadError
-from modelpack_engine.loaders import LoadedModel, ModelFiles, load
-from modelpack_engine.loaders.precision import fits
+from modelpack_engine.models import LoadedModel, ModelFiles, load
+from modelpack_engine.models.precision import fits
 from tests.engine.loaders.test_tokenizers import small
 from tests.engine.loaders.tiny_models import TINY_MODELS, TinyModel
 
@@ -143,14 +143,14 @@ def test_half_precision_becomes_float32_on_a_cpu(tmp_path: Path) -> None:
 def test_short_memory_keeps_weights_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = quantize_model(TINY.build(), copy.deepcopy(TINY.config), 32, 4)
     save(tmp_path, model, config)
-    monkeypatch.setattr("modelpack_engine.loaders.precision.available_memory", lambda: 1000)
+    monkeypatch.setattr("modelpack_engine.models.precision.available_memory", lambda: 1000)
     loaded = load_cpu(tmp_path)
     assert dtypes(loaded.model) == {mx.uint32, mx.float32}
     assert "memory is short" in loaded.notes[0]
 
 
 def test_memory_that_nobody_knows_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelpack_engine.loaders.precision.available_memory", lambda: None)
+    monkeypatch.setattr("modelpack_engine.models.precision.available_memory", lambda: None)
     assert fits(10**18)
 
 

@@ -10,7 +10,7 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from modelpack.testing.weights import smollm2_gguf
-from modelpack_engine.loaders import LoadedModel, ModelFiles, load
+from modelpack_engine.models import LoadedModel, ModelFiles, load
 from tests.engine.loaders.corpus import PROMPTS
 from tests.engine.loaders.test_architectures import distance
 from tests.engine.loaders.test_tokenizers import ANSWERS, check

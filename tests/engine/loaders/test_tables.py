@@ -12,13 +12,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.embedding.cross_encoder import CrossEncoder
-from modelpack_engine.embedding.decoder import Decoder
-from modelpack_engine.embedding.embedder import Embedder
-from modelpack_engine.embedding.loading import load_embedder
+from modelpack_engine.embedding.embedder import CrossEncoder, Embedder
+from modelpack_engine.embedding.loader import Decoder, load_embedder
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import ModelLoadError, RequestError
-from modelpack_engine.loaders import ModelFiles
+from modelpack_engine.models import ModelFiles
 from tests.engine.embedding.models import write_model
 from tests.engine.loaders.test_safetensors import load_cpu, save
 from tests.engine.loaders.tiny_models import TINY_MODELS

@@ -13,10 +13,9 @@ import pytest
 import tokenizers
 
 from modelpack_engine.errors import ModelLoadError
-from modelpack_engine.loaders import ModelFiles, Tokenizer, json_tokenizer
-from modelpack_engine.loaders.gguf_file import GGUFFile
-from modelpack_engine.loaders.gguf_tokenizer import tokenizer_of
-from modelpack_engine.loaders.pretokenizers import PRE_TOKENIZERS
+from modelpack_engine.models import ModelFiles, Tokenizer, json_tokenizer
+from modelpack_engine.models.gguf_file import GGUFFile
+from modelpack_engine.models.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_of
 from tests.engine.loaders.corpus import TEXTS
 from tests.engine.loaders.vocabularies import (
     CONTROL,

@@ -10,10 +10,9 @@ import ast
 import random
 from dataclasses import dataclass, field
 
-from modelpack_engine.offload.memory import BlockMemory
+from modelpack_engine.core.scheduler import SchedulerOutput
 from modelpack_engine.offload.prefixes import PrefixOffload
-from modelpack_engine.offload.tiers import Load, OffloadTiers
-from modelpack_engine.schedule import SchedulerOutput
+from modelpack_engine.offload.tiers import BlockMemory, Load, OffloadTiers
 from tests.engine.scheduling.simulation import Simulation
 
 

@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from modelpack_engine.offload.block_file import (
+from modelpack_engine.offload.directory import (
     HEADER_SIZE,
     BadBlockFileError,
     read_block,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from modelpack_engine.attention.contents import BlockContents
-from modelpack_engine.attention.paged import PagedKV
-from modelpack_engine.attention.pools import KVLayout
-from modelpack_engine.attention.quantised import Quantisation
-from modelpack_engine.attention.step import StepInputs
+from modelpack_engine.attention.kv_pools import KVLayout
+from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.attention.paged import BlockContents, PagedKV
+from modelpack_engine.kernels.quantised import Quantisation
 
 SIZE = 4  # tokens of a block
 LAYOUTS = {

@@ -15,8 +15,7 @@ import pytest
 
 from modelpack_engine.errors import EngineError
 from modelpack_engine.offload import directory as module
-from modelpack_engine.offload.block_file import HEADER_SIZE
-from modelpack_engine.offload.directory import BlockDirectory
+from modelpack_engine.offload.directory import HEADER_SIZE, BlockDirectory
 
 IDENTITY, OTHER = bytes(16), bytes(range(16))
 LENGTH = 1000

@@ -14,7 +14,7 @@ from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.offload.tiers import OffloadTiers
 from modelpack_engine.outputs import EngineStats
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
 from tests.engine.launching import WAYS, launch
 from tests.engine.serving.tiny import reference_tokens, tiny_loaded
 

@@ -11,8 +11,8 @@ import pytest
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError
-from modelpack_engine.model_runner import ModelRunner
-from modelpack_engine.offload.identity import IDENTITY_SIZE, cache_identity
+from modelpack_engine.runner.kv_offload import IDENTITY_SIZE, cache_identity
+from modelpack_engine.runner.model_runner import ModelRunner
 from tests.engine.serving.tiny import tiny_loaded, tiny_model
 
 IDENTITIES = {

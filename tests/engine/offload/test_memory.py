@@ -5,7 +5,7 @@ from __future__ import annotations
 import hypothesis.strategies as st
 from hypothesis import given
 
-from modelpack_engine.offload.memory import BlockMemory
+from modelpack_engine.offload.tiers import BlockMemory
 
 actions = st.lists(
     st.tuples(st.sampled_from(["put", "put", "get", "discard"]), st.integers(0, 5),

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import initialize
 
-from modelpack_engine.buckets import EXACT, FEW
+from modelpack_engine.core.buckets import EXACT, FEW
 from tests.engine.offload.simulation import OffloadSimulation
 from tests.engine.scheduling.simulation import MODES, sequence
 from tests.engine.scheduling.test_simulation import Traffic, token_ids

@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 
 from modelpack_engine.offload import tiers as module
-from modelpack_engine.offload.block_file import HEADER_SIZE
-from modelpack_engine.offload.directory import BlockDirectory
-from modelpack_engine.offload.memory import BlockMemory
-from modelpack_engine.offload.tiers import Load, OffloadTiers
+from modelpack_engine.offload.directory import HEADER_SIZE, BlockDirectory
+from modelpack_engine.offload.tiers import BlockMemory, Load, OffloadTiers
 from tests.engine.offload.test_directory import IDENTITY, LENGTH, block, name
 
 SECONDS = 30.0

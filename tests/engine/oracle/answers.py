@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from modelpack_engine.loaders.files import ModelFiles
-from modelpack_engine.loaders.precision import set_dtype
-from modelpack_engine.loaders.safetensors import load_safetensors, read_config
+from modelpack_engine.models.files import ModelFiles
+from modelpack_engine.models.precision import set_dtype
+from modelpack_engine.models.safetensors import load_safetensors, read_config
 from tests.engine.oracle.weights import POSITIONS, TOKENS, weight
 
 FIXTURES = {

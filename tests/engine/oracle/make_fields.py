@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from modelpack_engine.loaders import config_guard
-from modelpack_engine.loaders.model_config import TEXT_PARTS, without_tags
+from modelpack_engine.models import config_guard
+from modelpack_engine.models.model_config import TEXT_PARTS, without_tags
 from tests.engine.oracle.answers import FIXTURES, Case, answer, cases_of, cosine, fixture
 
 PATH = Path(config_guard.__file__).with_name("config_fields.json")

@@ -7,8 +7,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from modelpack_server.tool_parsers.formats import OutputFormat, OutputParser
-from modelpack_server.tool_parsers.parts import Part, Reasoning, Text, ToolArguments, ToolStart
-from modelpack_server.tool_parsers.tools import Tool
+from modelpack_server.tool_parsers.parts import (
+    Part,
+    Reasoning,
+    Text,
+    Tool,
+    ToolArguments,
+    ToolStart,
+)
 
 WEATHER = Tool(
     "get_weather",

@@ -7,7 +7,7 @@ import pytest
 from modelpack.errors import UsageError
 from modelpack_server.tool_parsers.families import FAMILIES
 from modelpack_server.tool_parsers.formats import OutputFormat, find_format, starts_reasoning
-from modelpack_server.tool_parsers.reasoning import (
+from modelpack_server.tool_parsers.parts import (
     GEMMA,
     HARMONY,
     KIMI_K3,

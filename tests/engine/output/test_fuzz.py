@@ -88,7 +88,7 @@ def test_reading_needs_neither_mlx_nor_transformers() -> None:
     code = """
 import sys
 from modelpack_server.tool_parsers.formats import OutputFormat, OutputParser
-from modelpack_server.tool_parsers.tools import Tool
+from modelpack_server.tool_parsers.parts import Tool
 parser = OutputParser(OutputFormat.named("longcat"), [Tool("f")], starts_reasoning=False)
 parts = parser.feed("<longcat_tool_call>f\\n<longcat_arg_key>a</longcat_arg_key>"
                     "<longcat_arg_value>1</longcat_arg_value></longcat_tool_call>")

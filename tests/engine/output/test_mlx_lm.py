@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from modelpack_server.tool_parsers import mlx_lm_calls
-from modelpack_server.tool_parsers.mlx_lm_calls import tool_parser
+from modelpack_server.tool_parsers import json_calls
+from modelpack_server.tool_parsers.json_calls import tool_parser
 from tests.engine.output.cases import CASES
 from tests.engine.output.reading import TOOLS, Found, call, read, text
 from tests.engine.output.writing import Case
@@ -85,14 +85,14 @@ class Stub:
 def test_what_their_parser_cannot_read_is_text(
     result: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlx_lm_calls, "tool_parser", lambda name: Stub(result))
+    monkeypatch.setattr(json_calls, "tool_parser", lambda name: Stub(result))
     assert read("longcat", [WRITTEN]) == [text(WRITTEN)]
     good = {"name": "get_weather", "arguments": {"city": "x"}}
-    monkeypatch.setattr(mlx_lm_calls, "tool_parser", lambda name: Stub([good, good]))
+    monkeypatch.setattr(json_calls, "tool_parser", lambda name: Stub([good, good]))
     assert read("longcat", [WRITTEN]) == [call("get_weather", city="x")] * 2
 
 
 def test_a_parser_that_mlx_lm_lacks_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tool_parser("no_such_format") is None
-    monkeypatch.setattr(mlx_lm_calls, "tool_parser", lambda name: None)
+    monkeypatch.setattr(json_calls, "tool_parser", lambda name: None)
     assert read("longcat", [WRITTEN]) == [text(WRITTEN)]

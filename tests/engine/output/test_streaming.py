@@ -7,8 +7,7 @@ import re
 import pytest
 
 from modelpack_server.tool_parsers.formats import OutputFormat, OutputParser
-from modelpack_server.tool_parsers.parts import Reasoning, Text, ToolArguments, ToolStart
-from modelpack_server.tool_parsers.tools import Tool
+from modelpack_server.tool_parsers.parts import Reasoning, Text, Tool, ToolArguments, ToolStart
 from tests.engine.output.reading import TOOLS, call, joined, parts_of, read, text, thought
 
 HERMES = OutputFormat.named("hermes")

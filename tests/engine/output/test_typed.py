@@ -6,8 +6,13 @@ from typing import Any
 
 import pytest
 
-from modelpack_server.tool_parsers.tools import Tool
-from modelpack_server.tool_parsers.typed import json_or_text, literal, parameter_schema, typed
+from modelpack_server.tool_parsers.parts import Tool
+from modelpack_server.tool_parsers.typed_values import (
+    json_or_text,
+    literal,
+    parameter_schema,
+    typed,
+)
 
 STRING = {"type": "string"}
 OR_NULL = {"anyOf": [STRING, {"type": "null"}]}

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from modelpack_engine.adaptation.warm_up import StepShape
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import OutOfMemoryError
 from modelpack_engine.outputs import RequestEvent
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.runner.warm_up import StepShape
 from tests.engine.serving.tiny import CONTEXT, VOCAB
 
 #: Makes an engine over the tiny model.

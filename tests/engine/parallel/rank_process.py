@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from modelpack_engine import blas
+from modelpack_engine.platform import blas
 
 blas.prepare()
 
@@ -22,14 +22,14 @@ from mlx.nn import quantize  # noqa: E402
 
 from modelpack.testing.weights import smollm2_gguf  # noqa: E402
 from modelpack_engine.config import EngineConfig  # noqa: E402
+from modelpack_engine.distributed.launch import Follower, join  # noqa: E402
+from modelpack_engine.distributed.leader import Ranks  # noqa: E402
 from modelpack_engine.engine import Engine  # noqa: E402
 from modelpack_engine.errors import EngineError  # noqa: E402
-from modelpack_engine.loaders import LoadedModel, ModelFiles  # noqa: E402
-from modelpack_engine.loaders import load as load_files  # noqa: E402
-from modelpack_engine.loaders.loading import Shard  # noqa: E402
-from modelpack_engine.loaders.precision import evaluate  # noqa: E402
-from modelpack_engine.parallel.joining import Follower, join  # noqa: E402
-from modelpack_engine.parallel.leading import Ranks  # noqa: E402
+from modelpack_engine.models import LoadedModel, ModelFiles  # noqa: E402
+from modelpack_engine.models import load as load_files  # noqa: E402
+from modelpack_engine.models.loader import Shard  # noqa: E402
+from modelpack_engine.models.precision import evaluate  # noqa: E402
 from tests.engine.parallel import playing  # noqa: E402
 from tests.engine.runner.models import tiny_llama  # noqa: E402
 from tests.engine.serving.tiny import tiny_loaded  # noqa: E402

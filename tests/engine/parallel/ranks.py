@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from modelpack_engine.parallel.launching import Outcome, launch
+from modelpack_engine.distributed.launch import Outcome, launch
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
+from modelpack_engine.distributed import channel
+from modelpack_engine.distributed.channel import FollowerChannel, Kind, LeaderChannel, encode
 from modelpack_engine.errors import EngineError, ModelLoadError
-from modelpack_engine.parallel import channel
-from modelpack_engine.parallel.channel import FollowerChannel, LeaderChannel
-from modelpack_engine.parallel.wire import Kind, encode
 
 Failures = queue.SimpleQueue[EngineError]
 HOST = "127.0.0.1"

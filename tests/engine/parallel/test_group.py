@@ -8,10 +8,10 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from modelpack_engine.distributed import group
+from modelpack_engine.distributed import group as order
+from modelpack_engine.distributed.group import Group, Place
 from modelpack_engine.errors import EngineError
-from modelpack_engine.parallel import group, order
-from modelpack_engine.parallel.group import Group
-from modelpack_engine.parallel.place import Place
 from tests.engine.parallel.test_sharding import Ranks
 
 PLACE = Place(1, "ring", "127.0.0.1")

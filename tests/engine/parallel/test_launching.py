@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from modelpack_engine.distributed import launch as launching
+from modelpack_engine.distributed.launch import LIFELINE, Outcome, launch, visible_gpus
 from modelpack_engine.errors import EngineError
-from modelpack_engine.parallel import launching
-from modelpack_engine.parallel.launching import LIFELINE, Outcome, launch, visible_gpus
 from tests.engine.parallel.ranks import ENVIRONMENT
 
 RANK = "import os, sys, time, pathlib; rank = os.environ['MLX_RANK']; "
@@ -82,7 +82,7 @@ def test_signals_go_to_rank_0_alone(tmp_path: Path) -> None:
         "time.sleep(60)"
     )
     code = (
-        "import sys; from modelpack_engine.parallel.launching import launch; "
+        "import sys; from modelpack_engine.distributed.launch import launch; "
         f"sys.exit(launch([sys.executable, '-c', {rank!r}], 2, backend='ring').code)"
     )
     process = subprocess.Popen(

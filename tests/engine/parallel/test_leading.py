@@ -7,13 +7,12 @@ from typing import Any, cast
 
 import pytest
 
-from modelpack_engine.buckets import EXACT
+from modelpack_engine.core.buckets import EXACT
+from modelpack_engine.distributed.channel import Kind, LeaderChannel
+from modelpack_engine.distributed.group import Group
+from modelpack_engine.distributed.leader import ParallelEngine, Ranks, fewer_blocks
 from modelpack_engine.errors import EngineError, OutOfMemoryError
-from modelpack_engine.parallel.channel import LeaderChannel
-from modelpack_engine.parallel.group import Group
-from modelpack_engine.parallel.leading import ParallelEngine, Ranks, fewer_blocks
-from modelpack_engine.parallel.wire import Kind
-from modelpack_engine.sizing import Sizes
+from modelpack_engine.runner.kv_cache_size import Sizes
 from tests.engine.parallel import playing
 from tests.engine.serving.tiny import tiny_loaded
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import platformdirs
 import pytest
 
+from modelpack_engine.distributed.group import Place, find_place
+from modelpack_engine.distributed.launch import PTX_DIRECTORY, separate
 from modelpack_engine.errors import EngineError
-from modelpack_engine.parallel.kernel_files import PTX_DIRECTORY, separate
-from modelpack_engine.parallel.place import Place, find_place
 
 
 def test_no_launcher() -> None:

@@ -20,9 +20,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 import modelpack
-from modelpack.packaging.request import PackageRequest
-from modelpack.stores.layout import LayoutStore
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack.builder.request import PackageRequest
+from modelpack.store.layout import LayoutStore
+from modelpack_engine.request import SamplingParams
 from tests.engine.parallel.ranks import ENVIRONMENT
 from tests.engine.serving.tiny import tiny_engine, write_tiny
 from tests.engine.zoo.catalogue import CATALOGUE

@@ -11,10 +11,10 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import gpt2, llama
 
+from modelpack_engine.distributed.sharding import check_sizes, shard
 from modelpack_engine.errors import ModelLoadError
-from modelpack_engine.loaders import ModelFiles, load
-from modelpack_engine.loaders.files import ModelFiles as Files
-from modelpack_engine.parallel.sharding import check_sizes, shard
+from modelpack_engine.models import ModelFiles, load
+from modelpack_engine.models.files import ModelFiles as Files
 from tests.engine.serving.tiny import tiny_model, tiny_tokenizer
 
 

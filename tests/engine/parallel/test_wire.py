@@ -10,16 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack_engine.batch import Chunk, StepBatch
-from modelpack_engine.parallel.steps import (
+from modelpack_engine.core.batch import Chunk, StepBatch
+from modelpack_engine.distributed.channel import (
     LEFT_OUT,
     LEFT_OUT_OF_CHUNKS,
+    Kind,
+    WireError,
+    encode,
     pack_integers,
     pack_step,
+    receive,
     unpack_step,
 )
-from modelpack_engine.parallel.wire import Kind, WireError, encode, receive
-from modelpack_engine.parallel.wire import fields as read_fields
+from modelpack_engine.distributed.channel import fields as read_fields
 
 numbers = st.integers(-(2**31), 2**31 - 1)
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from modelpack.errors import NotFoundError
 from modelpack_engine.async_engine import EngineState
+from modelpack_engine.core.metrics import Meter
 from modelpack_engine.errors import LoadCancelledError, ModelLoadError
-from modelpack_engine.load_budget import checkpoint
-from modelpack_engine.meter import Meter
+from modelpack_engine.models.load_budget import checkpoint
 from modelpack_engine.outputs import EngineStats
 from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
 from modelpack_server.pool.pool import ModelPool

@@ -10,9 +10,9 @@ import pytest
 
 from modelpack.errors import NotFoundError
 from modelpack_engine.errors import BusyError, LoadingError, ModelLoadError, OutOfMemoryError
-from modelpack_server.api.ollama.answers import unload
+from modelpack_server.api.ollama.chat import unload
 from modelpack_server.gateway.caller import ANYONE, Caller
-from modelpack_server.pool import access
+from modelpack_server.pool import names as access
 from modelpack_server.pool.catalogue import StoredModel
 from modelpack_server.pool.names import MAX_NAME, Names
 from modelpack_server.pool.pool import ModelPool

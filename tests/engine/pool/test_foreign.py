@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack import mediatypes as mt
+from modelpack.artifacts import media_types
 from modelpack.errors import UnsupportedError
 from modelpack.operations.convert import convert
-from modelpack_engine.loaders.loading import gguf_tokenizer_of
-from modelpack_server.models import stored_files
+from modelpack_engine.models.loader import gguf_tokenizer_of
 from modelpack_server.pool.model_defaults import ModelDefaults
+from modelpack_server.stored_models import stored_files
 from tests.engine.loaders.vocabularies import Vocabulary, write_vocabulary
 from tests.operations.test_foreign import GGUF, digest_of, keep, keep_ollama, kit_of, packed
 
@@ -50,7 +50,7 @@ def test_how_a_model_of_ollama_is_to_be_used(store: modelpack.Store) -> None:
 
 
 def test_an_adapter_is_not_left_out_in_silence(store: modelpack.Store) -> None:
-    keep_ollama(store, [(mt.OLLAMA_MODEL, GGUF), (mt.OLLAMA_ADAPTER, b"GGUF")])
+    keep_ollama(store, [(media_types.OLLAMA_MODEL, GGUF), (media_types.OLLAMA_ADAPTER, b"GGUF")])
     with pytest.raises(UnsupportedError, match="adapter"):
         stored_files(modelpack.inspect("x/m:v1", store=store), store)
 
@@ -67,7 +67,11 @@ def test_a_template_of_go_serves_weights_without_one(
 ) -> None:
     weights = write_vocabulary(tmp_path / "v.gguf", Vocabulary.read("spm"), pre="default")
     keep_ollama(
-        store, [(mt.OLLAMA_MODEL, weights.read_bytes()), (mt.OLLAMA_TEMPLATE, template.encode())]
+        store,
+        [
+            (media_types.OLLAMA_MODEL, weights.read_bytes()),
+            (media_types.OLLAMA_TEMPLATE, template.encode()),
+        ],
     )
     files = stored_files(modelpack.inspect("x/m:v1", store=store), store)
     tokenizer = gguf_tokenizer_of(files)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modelpack_server.conversation.preface import Preface
+from modelpack_server.conversation.served_model import Preface
 from modelpack_server.pool.model_defaults import ANNOTATION, ModelDefaults
 
 USER = {"role": "user", "content": "hi"}

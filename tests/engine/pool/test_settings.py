@@ -8,12 +8,16 @@ import pytest
 
 from modelpack.errors import UsageError
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.sampling_params import SamplingParams
-from modelpack_server.pool.generation_config import sampling_defaults
-from modelpack_server.pool.keep_alive import parse_keep_alive, show_keep_alive
-from modelpack_server.pool.presets import PRESETS, WHOLE_CONTEXT
-from modelpack_server.pool.runtime_flags import parse_flags
-from modelpack_server.pool.settings import ModelSettings
+from modelpack_engine.request import SamplingParams
+from modelpack_server.pool.model_defaults import sampling_defaults
+from modelpack_server.pool.settings import (
+    PRESETS,
+    WHOLE_CONTEXT,
+    ModelSettings,
+    parse_flags,
+    parse_keep_alive,
+    show_keep_alive,
+)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ import pytest
 import modelpack
 from modelpack.errors import NotFoundError
 from modelpack.operations.package import PackageRequest
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.errors import OutOfMemoryError
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
 from modelpack_server.conversation.chat import start_chat
-from modelpack_server.conversation.served import ServedModel
+from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatSpec
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.settings import ModelSettings

@@ -12,22 +12,22 @@ import pytest
 from starlette.testclient import TestClient
 
 import modelpack
-from modelpack.operations import archives, signing
-from modelpack.operations.archive_reading import import_archive
+from modelpack.operations import archives, signatures
+from modelpack.operations.archives import import_archive
 from modelpack.operations.remote import RemoteOptions
-from modelpack.operations.trusting import trusted_import
-from modelpack.operations.watching import watching
+from modelpack.operations.trust import trusted_import
 from modelpack.registry import RetryPolicy
-from modelpack.stores.layout import LayoutStore
-from modelpack.supply.keys import PrivateKey, generate_key_pair, read_private_key
-from modelpack.supply.trust import Trust
+from modelpack.storage import watching
+from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
+from modelpack.trust.keys import PrivateKey, generate_key_pair, read_private_key
+from modelpack.trust.policy import Trust
 from modelpack_engine.config import EngineConfig
-from modelpack_server import models
+from modelpack_server import stored_models
 from modelpack_server.api.app import create_app
-from modelpack_server.models import open_model
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
+from modelpack_server.stored_models import open_model
 from tests.engine.serving.tiny import write_tiny
 
 CONFIG = EngineConfig(device="cpu", max_num_seqs=2, kv_cache_bytes=2**20, self_test=False)
@@ -83,7 +83,7 @@ def world(tmp_path: Path, key: PrivateKey, files: Path) -> Iterator[World]:
         for name, context in (("good", 32), ("evil", 31)):
             request = modelpack.PackageRequest(safetensors_dir=files, context_size=context)
             modelpack.package(f"{server.host}/team/{name}:v1", request, push=True, store=origin)
-        signing.sign(f"{server.host}/team/good:v1", key)
+        signatures.sign(f"{server.host}/team/good:v1", key)
         store = LayoutStore(tmp_path / "store")
         trust = Trust.of([key.public])
         remote = RemoteOptions(trust=trust, retry=RetryPolicy(tries=1))
@@ -109,7 +109,9 @@ def test_what_is_signed_answers(world: World) -> None:
 def test_no_file_is_opened_before_the_check(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     modelpack.pull(world.evil, store=world.store)
     opened: list[str] = []
-    monkeypatch.setattr(models, "stored_files", lambda model, store: opened.append(str(model)))
+    monkeypatch.setattr(
+        stored_models, "stored_files", lambda model, store: opened.append(str(model))
+    )
     monkeypatch.setattr(StoreCatalogue, "_loaded_bytes", lambda *given: opened.append(str(given)))
     assert world.refused(world.evil)
     assert not opened

@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model
 from modelpack.testing.weights import smollm2_gguf
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
-from modelpack_engine.loaders import ModelFiles, load
+from modelpack_engine.models import ModelFiles, load
 from tests.engine.real.export import write_export
 from tests.engine.real.prompts import PROMPTS
 

@@ -9,7 +9,7 @@ import gguf
 import mlx.core as mx
 
 from modelpack.testing.weights import smollm2_gguf
-from modelpack_engine.loaders import Tokenizer
+from modelpack_engine.models import Tokenizer
 
 CONFIG = {
     "model_type": "llama",

@@ -14,9 +14,9 @@ import pytest
 from modelpack.testing.weights import smollm2_gguf
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
-from modelpack_engine.loaders import ModelFiles, gguf_blocks, load
-from modelpack_engine.loaders.gguf_file import GGUFFile, GGUFTensor
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.models import ModelFiles, gguf_blocks, load
+from modelpack_engine.models.gguf_file import GGUFFile, GGUFTensor
+from modelpack_engine.request import SamplingParams
 from tests.engine.loaders.llama_cpp_peer import ask
 from tests.engine.loaders.test_architectures import distance
 from tests.engine.real.prompts import PARAGRAPH

@@ -17,10 +17,10 @@ import pytest
 import requests
 from mlx_lm.utils import load_model, quantize_model, save_model
 
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
 from modelpack_server import open_model
 from tests.cli.running import succeed
 from tests.engine.real.conftest import single

@@ -12,9 +12,9 @@ import mlx.core as mx
 import pytest
 
 from modelpack.testing.weights import smollm2_gguf
-from modelpack_engine.kv_types import KVCacheDtype
-from modelpack_engine.loaders import ModelFiles, load
-from modelpack_engine.model_runner import ModelRunner
+from modelpack_engine.config import KVCacheDtype
+from modelpack_engine.models import ModelFiles, load
+from modelpack_engine.runner.model_runner import ModelRunner
 from tests.engine.real.prompts import PROMPTS
 from tests.engine.runner.models import prefill, token_ids
 

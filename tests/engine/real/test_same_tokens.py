@@ -6,7 +6,7 @@ import pytest
 
 from modelpack_engine.engine import Engine
 from modelpack_engine.outputs import RequestEvent
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
 from tests.engine.real.conftest import NUM_TOKENS
 from tests.engine.real.prompts import PROMPTS
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from mlx_lm.models import gated_delta, ssm
 
-from modelpack_engine import recurrence
-from modelpack_engine.attention.kernels import launch
-from modelpack_engine.recurrence import delta_rule, installing, state_space
+from modelpack_engine.kernels import launch
+from modelpack_engine.layers import delta_rule, state_space
+from modelpack_engine.patches import recurrence
+from modelpack_engine.patches import recurrence as installing
 from tests.engine.kernels.onhost import Compiled, Host, emulated
 
 

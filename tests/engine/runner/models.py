@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.models import llama
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 
-from modelpack_engine.batch import Chunk, StepBatch
+from modelpack_engine.core.batch import Chunk, StepBatch
 
 
 def tiny_llama(**args: Any) -> nn.Module:

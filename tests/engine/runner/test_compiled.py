@@ -13,18 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelpack_engine.adaptation import compiled
-from modelpack_engine.adaptation.warm_up import step_shapes
-from modelpack_engine.batch import StepBatch, build_batch
-from modelpack_engine.block_manager import BlockManager
-from modelpack_engine.buckets import FEW
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.batch import StepBatch, build_batch
+from modelpack_engine.core.block_manager import BlockManager
+from modelpack_engine.core.buckets import FEW
+from modelpack_engine.core.scheduler import Scheduler
+from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
-from modelpack_engine.model_runner import ModelRunner
-from modelpack_engine.sampling_params import SamplingParams
-from modelpack_engine.scheduler import Scheduler
-from modelpack_engine.sequence import Sequence
-from modelpack_engine.sizing import Sizes
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.runner import paged
+from modelpack_engine.runner.kv_cache_size import Sizes
+from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.warm_up import step_shapes
 from tests.engine.runner.models import (
     Attention,
     decode,
@@ -104,13 +104,13 @@ def test_built_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_states_of_recurrent_models_go_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decode rows are compiled once for each shape, at warm-up; prompts between them are not."""
     traced: list[int] = []
-    original = compiled.CompiledSteps._trace
+    original = paged.CompiledSteps._trace
 
-    def counted(self: compiled.CompiledSteps, layout: compiled.Layout, *inputs: Any) -> Any:
+    def counted(self: paged.CompiledSteps, layout: paged.Layout, *inputs: Any) -> Any:
         traced.append(layout.rows)
         return original(self, layout, *inputs)
 
-    monkeypatch.setattr(compiled.CompiledSteps, "_trace", counted)
+    monkeypatch.setattr(paged.CompiledSteps, "_trace", counted)
     runs = []
     for choice in (False, True):
         runner = ModelRunner(tiny_mamba(), num_blocks=64, buckets=FEW, exact=False, compiled=choice)
@@ -145,15 +145,15 @@ def test_a_failed_trace_leaves_the_states(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_long_prompts_are_not_for_single_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "LONGEST_PROMPT", 24)
+    monkeypatch.setattr(paged, "LONGEST_PROMPT", 24)
     taken: list[bool] = []
-    takes = compiled.CompiledSteps.takes
+    takes = paged.CompiledSteps.takes
 
-    def noticed(self: compiled.CompiledSteps, batch: StepBatch) -> bool:
+    def noticed(self: paged.CompiledSteps, batch: StepBatch) -> bool:
         taken.append(takes(self, batch))
         return taken[-1]
 
-    monkeypatch.setattr(compiled.CompiledSteps, "takes", noticed)
+    monkeypatch.setattr(paged.CompiledSteps, "takes", noticed)
     runs = []
     for choice in (False, True):
         runner = ModelRunner(tiny_llama(), num_blocks=64, buckets=FEW, exact=False, compiled=choice)

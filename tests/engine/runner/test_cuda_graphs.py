@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from modelpack_engine import cuda_graphs
+from modelpack_engine.platform import cuda_graphs
 from tests.engine.runner.models import tiny_llama
 from tests.engine.runner.test_step import tiny_mamba
 

@@ -8,16 +8,16 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.base import scaled_dot_product_attention
 
-from modelpack_engine.attention.handles import (
+from modelpack_engine.attention.cache_handle import (
     KVHandle,
     LostHandleError,
     install,
     make_row_mask,
     native_attention,
 )
+from modelpack_engine.attention.kv_pools import KVLayout
+from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
-from modelpack_engine.attention.pools import KVLayout
-from modelpack_engine.attention.step import StepInputs
 from tests.engine.runner.models import prefill
 
 LAYOUT = KVLayout(1, 8, 1, 8, mx.float32)

@@ -10,12 +10,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from modelpack_engine import gpu_memory, sizing
-from modelpack_engine.adaptation.activations import StepMemory, step_memory
-from modelpack_engine.buckets import FEW
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.buckets import FEW
 from modelpack_engine.errors import OutOfMemoryError
-from modelpack_server.pool import device_memory
+from modelpack_engine.platform import memory as gpu_memory
+from modelpack_engine.runner import kv_cache_size
+from modelpack_engine.runner.warm_up import StepMemory, step_memory
+from modelpack_server.pool import memory as device_memory
 from tests.engine.runner.models import tiny_llama
 
 GIB = 1 << 30
@@ -29,9 +30,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
     def use(info: dict[str, Any]) -> None:
         monkeypatch.setattr(mx, "device_info", lambda: info)
         monkeypatch.setattr(mx, "get_active_memory", lambda: GIB)
-        monkeypatch.setattr(sizing, "on_gpu", lambda: True)
+        monkeypatch.setattr(kv_cache_size, "on_gpu", lambda: True)
         monkeypatch.setattr(mx.cuda, "is_available", lambda: "total_memory" in info)
-        monkeypatch.setattr("modelpack_engine.platform.device.choose_device", lambda _: "gpu")
+        monkeypatch.setattr("modelpack_engine.platform.memory.choose_device", lambda _: "gpu")
 
     return use
 
@@ -61,7 +62,7 @@ def test_steps_leave_less_for_the_kv_cache_on_cuda(gpu: Any) -> None:
     for name, info in (("cuda", CUDA), ("metal", METAL)):
         gpu(info)
         for about in (memory, StepMemory()):
-            found = sizing.choose_sizes(LAYOUT, 1 << 20, config, step_memory=about)
+            found = kv_cache_size.choose_sizes(LAYOUT, 1 << 20, config, step_memory=about)
             sizes[name, about] = found.num_blocks * LAYOUT.bytes_per_token * 16
             assert found.step_bytes == (3 * GIB if (name, about) == ("cuda", memory) else 0)
     assert sizes["cuda", StepMemory()] - sizes["cuda", memory] == 3 * GIB
@@ -84,7 +85,7 @@ def test_steps_have_fewer_rows_where_these_take_much(
 ) -> None:
     gpu(CUDA)
     config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=asked, kv_cache_bytes=GIB)
-    found = sizing.choose_sizes(LAYOUT, 4096, config, step_memory=StepMemory(per_row))
+    found = kv_cache_size.choose_sizes(LAYOUT, 4096, config, step_memory=StepMemory(per_row))
     assert found.max_num_batched_tokens == rows
 
 
@@ -102,14 +103,14 @@ def test_steps_have_fewer_rows_where_these_take_much(
 def test_prompts_that_fill_a_step(
     num_blocks: int, max_model_len: int, max_num_seqs: int, expected: tuple[int, ...]
 ) -> None:
-    sizes = sizing.Sizes(num_blocks, max_model_len, 2048, FEW, max_prefill_chunk=512)
+    sizes = kv_cache_size.Sizes(num_blocks, max_model_len, 2048, FEW, max_prefill_chunk=512)
     assert sizes.full_step(EngineConfig(max_num_seqs=max_num_seqs)) == expected
 
 
 def test_a_gpu_that_others_fill_has_no_room(gpu: Any) -> None:
     gpu(CUDA | {"free_memory": 6 * GIB})
     with pytest.raises(OutOfMemoryError, match="the KV cache gets 0 bytes"):
-        sizing.choose_sizes(LAYOUT, 4096, EngineConfig())
+        kv_cache_size.choose_sizes(LAYOUT, 4096, EngineConfig())
 
 
 def test_what_layers_put_out() -> None:

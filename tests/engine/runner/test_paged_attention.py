@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modelpack_engine.attention import cpu_attention
+from modelpack_engine.attention import cpu
+from modelpack_engine.attention.kv_pools import KVLayout
+from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
-from modelpack_engine.attention.pools import KVLayout
-from modelpack_engine.attention.step import StepInputs
-from modelpack_engine.batch import Chunk, StepBatch
-from modelpack_engine.buckets import EXACT, Buckets
+from modelpack_engine.core.batch import Chunk, StepBatch
+from modelpack_engine.core.buckets import EXACT, Buckets
 
 BLOCK = 4
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 8, 6
@@ -125,8 +125,8 @@ def exact(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Whether shapes are exact; of these, small ones are MLX's own matter else."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "cpu attention":
-            patch.setattr(cpu_attention, "FEW_SCORES", 0)
-            patch.setattr(cpu_attention, "BLOCK", 4)
+            patch.setattr(cpu, "FEW_SCORES", 0)
+            patch.setattr(cpu, "BLOCK", 4)
         yield request.param != "bucketed"
 
 

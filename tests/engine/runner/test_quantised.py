@@ -12,19 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelpack.errors import UsageError
-from modelpack_engine.adaptation.cache_types import with_cache_type
-from modelpack_engine.adaptation.layout import find_layout
+from modelpack_engine.attention.kv_pools import KVLayout
+from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
-from modelpack_engine.attention.pools import KVLayout
-from modelpack_engine.attention.quantised import GROUPS, Quantisation
-from modelpack_engine.attention.step import StepInputs
-from modelpack_engine.buckets import EXACT
-from modelpack_engine.config import EngineConfig
+from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
+from modelpack_engine.core.buckets import EXACT
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError
-from modelpack_engine.kv_types import parse_kv_cache_dtype
-from modelpack_engine.model_runner import ModelRunner
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.kernels.quantised import GROUPS, Quantisation
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.runner.model_layout import find_layout, with_cache_type
+from modelpack_engine.runner.model_runner import ModelRunner
 from tests.engine.runner.models import Attention as Narrow
 from tests.engine.runner.models import decode, make_model, prefill, tiny_llama, token_ids
 from tests.engine.runner.test_paged_attention import BLOCK, BUCKETS, CASES, Case, build, expected

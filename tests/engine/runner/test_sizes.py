@@ -9,9 +9,9 @@ import pytest
 
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.errors import EngineError, OutOfMemoryError
-from modelpack_engine.loaders import ModelFiles
-from modelpack_engine.vllm_metal import memory_fraction, uses_paged_attention
-from modelpack_server import models as opening
+from modelpack_engine.models import ModelFiles
+from modelpack_engine.platform.metal import memory_fraction, uses_paged_attention
+from modelpack_server import stored_models
 from tests.engine.serving.tiny import CONTEXT, tiny_engine, tiny_loaded
 
 FRACTION, PAGED = "VLLM_METAL_MEMORY_FRACTION", "VLLM_METAL_USE_PAGED_ATTENTION"
@@ -32,9 +32,9 @@ FRACTION, PAGED = "VLLM_METAL_MEMORY_FRACTION", "VLLM_METAL_USE_PAGED_ATTENTION"
 def test_the_packaged_context_size_is_the_default(
     packaged: int | None, asked: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opening, "load", lambda *_, **__: tiny_loaded())
+    monkeypatch.setattr(stored_models, "load", lambda *_, **__: tiny_loaded())
     model: Any = SimpleNamespace(digest="sha256:0", config=SimpleNamespace(context_size=packaged))
-    opened = opening.Opened(model, ModelFiles((), "gguf"))
+    opened = stored_models.Opened(model, ModelFiles((), "gguf"))
     engine = opened.engine(EngineConfig(max_model_len=asked, max_num_seqs=2, device="cpu"))
     assert engine.max_model_len == expected
 

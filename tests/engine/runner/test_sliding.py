@@ -11,11 +11,11 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from modelpack_engine.adaptation.layout import find_layout
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import OutOfMemoryError
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.runner.model_layout import find_layout
 from tests.engine.runner.models import Attention, Model
 from tests.engine.serving.tiny import tiny_loaded
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from modelpack_engine.adaptation.layout import Leaf, ModelLayout, StateLayout, find_layout
-from modelpack_engine.adaptation.recurrent import RecurrentState, Snapshot, StateRows
-from modelpack_engine.attention.step import StepInputs
+from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
-from modelpack_engine.loaders import LoadedModel
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.models import LoadedModel
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.runner.model_layout import Leaf, ModelLayout, StateLayout, find_layout
+from modelpack_engine.runner.recurrent import RecurrentState, Snapshot, StateRows
 from tests.engine.launching import WAYS, launch
 from tests.engine.runner.test_step import tiny_mamba
 from tests.engine.serving.tiny import CONTEXT, tiny_model, tiny_tokenizer

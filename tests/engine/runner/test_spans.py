@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack_engine.attention.spans import Span, length_groups, visible
+from modelpack_engine.attention.kv_pools import Span, length_groups, visible
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from modelpack_engine.adaptation import self_test
-from modelpack_engine.adaptation.layout import find_layout, kv_bytes_per_token
-from modelpack_engine.adaptation.warm_up import StepShape
-from modelpack_engine.buckets import FEW
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.buckets import FEW
 from modelpack_engine.errors import ModelLoadError, OutOfMemoryError
-from modelpack_engine.model_runner import ModelRunner
-from modelpack_engine.sizing import Sizes
+from modelpack_engine.runner import tiers
+from modelpack_engine.runner.kv_cache_size import Sizes
+from modelpack_engine.runner.model_layout import find_layout, kv_bytes_per_token
+from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.warm_up import StepShape
 from tests.engine.runner.models import (
     Attention,
     Copying,
@@ -121,7 +121,7 @@ class Shaky(Attention):
 def test_a_model_may_be_as_far_as_it_is_from_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = ModelRunner(make_model(Attention, Shaky), num_blocks=8)
     assert (runner.tier, runner.notes) == ("handles", ())
-    monkeypatch.setattr(self_test, "_NOISE", 0)
+    monkeypatch.setattr(tiers, "_NOISE", 0)
     runner = ModelRunner(make_model(Attention, Shaky), num_blocks=8)
     assert any("are off by" in note for note in runner.notes)
 

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from modelpack.testing import weights
-from modelpack_engine.detokenizer import Detokenizer
-from modelpack_engine.loaders.gguf_file import GGUFFile
-from modelpack_engine.loaders.gguf_tokenizer import tokenizer_of
-from modelpack_engine.sampling_params import SamplingParams
-from modelpack_engine.stopping import StopStrings, ending_token_ids
+from modelpack_engine.core.detokenizer import Detokenizer, StopStrings, ending_token_ids
+from modelpack_engine.models.gguf_file import GGUFFile
+from modelpack_engine.models.gguf_tokenizer import tokenizer_of
+from modelpack_engine.request import SamplingParams
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Draws by the kernel, on an emulated GPU: the tokens that MLX's functions draw."""
+"""Draws by the kernel, on an emulated GPU: the tokens that MLX's functions plan."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from modelpack_engine.managed_memory import Staging
-from modelpack_engine.sampler import NO_TOKEN, Sampler, SampleRow
-from modelpack_engine.sampling import draw, drawing
+from modelpack_engine.platform.memory import Staging
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.sampling import plan
+from modelpack_engine.sampling import sampler as drawing
 from modelpack_engine.sampling.plan import Draws, Entry, plan_draws
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.sampling.sampler import NO_TOKEN, Sampler, SampleRow
 from tests.engine.kernels.onhost import Compiled, Host, emulated
 
 WIDE, ODD = 1024, 301
@@ -75,7 +76,7 @@ def planned(*params: SamplingParams) -> Draws:
 
 
 def keys_of(draws: Draws) -> NDArray[np.uint32]:
-    return draw.keys(draws.seeds, np.full(len(draws.seeds), 5, dtype=np.uint64))
+    return plan.keys(draws.seeds, np.full(len(draws.seeds), 5, dtype=np.uint64))
 
 
 def both(logits: mx.array, draws: Draws) -> tuple[list[int], list[int]]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack_engine.sampling import logits as stages
+from modelpack_engine.sampling import plan
 from tests.engine.sampling import oracle
 
 
@@ -22,7 +22,7 @@ def keeps(
     k = np.array([v if v > 0 else rows.shape[1] for v in top_k], dtype=np.int32)[:, None]
     p = np.array(top_p, dtype=np.float32)[:, None]
     windowed = kw.get("windowed", False)
-    least = stages.cutoff(x, floor, mx.array(k), mx.array(p), windowed=windowed)
+    least = plan.cutoff(x, floor, mx.array(k), mx.array(p), windowed=windowed)
     return np.array(x >= least)
 
 
@@ -75,9 +75,9 @@ def test_each_row_has_its_own_setting() -> None:
     assert got[2].sum() == 7
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 50, stages.WINDOW])
+@pytest.mark.parametrize("top_k", [1, 2, 50, plan.WINDOW])
 def test_the_window_keeps_what_the_whole_sort_keeps(top_k: int) -> None:
-    rows = np.random.default_rng(3).normal(size=(4, 3 * stages.WINDOW)) * 3
+    rows = np.random.default_rng(3).normal(size=(4, 3 * plan.WINDOW)) * 3
     settings = ([top_k] * 4, [1.0, 0.9, 0.5, 0.99], [0.0, 0.0, 0.01, 0.0])
     whole = keeps(rows, *settings)
     assert (keeps(rows, *settings, windowed=True) == whole).all()
@@ -92,9 +92,9 @@ def test_ties_of_the_last_token_are_kept_in_any_order() -> None:
 
 
 def test_ties_beyond_the_window_are_kept() -> None:
-    row = np.zeros((1, 2 * stages.WINDOW))
+    row = np.zeros((1, 2 * plan.WINDOW))
     row[0, :10] = 1
-    assert keeps(row, [stages.WINDOW], [1.0], [0.0], windowed=True).all()
+    assert keeps(row, [plan.WINDOW], [1.0], [0.0], windowed=True).all()
     assert keeps(row, [10], [1.0], [0.0], windowed=True).sum() == 10
 
 
@@ -127,6 +127,6 @@ def test_tied_logits(row: list[float], setting: tuple[int, float, float]) -> Non
 def test_mask_reads_bits_from_the_least_significant() -> None:
     x = mx.zeros((2, 11))
     allowed = mx.array(np.array([[0b0000_0101, 0b0000_0100], [0xFF, 0xFF]], dtype=np.uint8))
-    got = np.isfinite(np.array(stages.mask(x, allowed)))
+    got = np.isfinite(np.array(plan.mask(x, allowed)))
     assert np.flatnonzero(got[0]).tolist() == [0, 2, 10]
     assert got[1].all()

@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from modelpack_engine.logprobs import gather_logprobs
-from modelpack_engine.sampling_params import MAX_LOGPROBS
+from modelpack_engine.request import MAX_LOGPROBS
+from modelpack_engine.sampling.sampler import gather_logprobs
 from tests.engine.sampling import oracle
 
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelpack_engine.sampler import NO_TOKEN, Sampler, SampleRow
-from modelpack_engine.sampling.history import OUTPUT, TokenHistory
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.sampling.plan import OUTPUT, TokenHistory
+from modelpack_engine.sampling.sampler import NO_TOKEN, Sampler, SampleRow
 from tests.engine.sampling import oracle
 
 VOCAB = 12

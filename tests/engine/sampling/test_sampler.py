@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelpack_engine.sampler import NO_TOKEN, Sampled, Sampler, SampleRow
-from modelpack_engine.sampling.logits import WINDOW
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.sampling.plan import WINDOW
+from modelpack_engine.sampling.sampler import NO_TOKEN, Sampled, Sampler, SampleRow
 from tests.engine.sampling import oracle
 
 VOCAB = 50

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modelpack_engine import block_manager
+from modelpack_engine.core import block_manager
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from modelpack_engine.batch import Chunk, StepBatch
-from modelpack_engine.sequence import Sequence
-from modelpack_engine.snapshots import PrefixSnapshots
+from modelpack_engine.core.batch import Chunk, StepBatch
+from modelpack_engine.core.block_manager import PrefixSnapshots
+from modelpack_engine.core.sequence import Sequence
 
 VOCAB_SIZE = 7
 EOS = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from modelpack_engine.buckets import EXACT, Buckets
+from modelpack_engine.core.buckets import EXACT, Buckets
 from tests.engine.scheduling.device import VOCAB_SIZE
 from tests.engine.scheduling.simulation import MODES, Simulation, sequence
 

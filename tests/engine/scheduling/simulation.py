@@ -9,15 +9,14 @@ from typing import Literal
 
 import pytest
 
-from modelpack_engine.batch import StepBatch, build_batch
-from modelpack_engine.block_manager import TRASH_BLOCK, BlockManager
-from modelpack_engine.buckets import EXACT, Buckets
+from modelpack_engine.core.batch import StepBatch, build_batch
+from modelpack_engine.core.block_manager import TRASH_BLOCK, BlockManager, PrefixSnapshots
+from modelpack_engine.core.buckets import EXACT, Buckets
+from modelpack_engine.core.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
+from modelpack_engine.core.sequence import Sequence, SequenceStatus
 from modelpack_engine.errors import QueueFullError
 from modelpack_engine.outputs import FinishReason
-from modelpack_engine.sampling_params import SamplingParams
-from modelpack_engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
-from modelpack_engine.sequence import Sequence, SequenceStatus
-from modelpack_engine.snapshots import PrefixSnapshots
+from modelpack_engine.request import SamplingParams
 from tests.engine.scheduling.device import EOS, FakeDevice, alone
 
 #: When the host reads a step's tokens: at once; after the next is built, before it is submitted;

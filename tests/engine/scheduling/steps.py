@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from modelpack_engine.block_manager import BlockManager
-from modelpack_engine.buckets import Buckets
-from modelpack_engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
+from modelpack_engine.core.block_manager import BlockManager
+from modelpack_engine.core.buckets import Buckets
+from modelpack_engine.core.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 
 
 def scheduler(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from modelpack_engine.batch import Chunk, StepBatch, build_batch
-from modelpack_engine.buckets import EXACT, Buckets
-from modelpack_engine.scheduler import Scheduler, SchedulerOutput
-from modelpack_engine.sequence import Sequence
+from modelpack_engine.core.batch import Chunk, StepBatch, build_batch
+from modelpack_engine.core.buckets import EXACT, Buckets
+from modelpack_engine.core.scheduler import Scheduler, SchedulerOutput
+from modelpack_engine.core.sequence import Sequence
 from tests.engine.scheduling.simulation import sequence
 from tests.engine.scheduling.steps import run, scheduled, scheduler
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from modelpack_engine.block_manager import TRASH_BLOCK, BlockManager
-from modelpack_engine.sequence import Sequence
+from modelpack_engine.core.block_manager import TRASH_BLOCK, BlockManager
+from modelpack_engine.core.sequence import Sequence
 from tests.engine.scheduling.simulation import audit, sequence
 
 SIZE = 3

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from modelpack_engine.buckets import EXACT, FEW, Buckets, round_down, round_up, sizes_up_to
+from modelpack_engine.core.buckets import EXACT, FEW, Buckets, round_down, round_up, sizes_up_to
 
 ladders = st.sets(st.integers(1, 40), min_size=1, max_size=5).map(lambda s: tuple(sorted(s)))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from modelpack_engine.core.sequence import SequenceStatus
 from modelpack_engine.outputs import FinishReason
-from modelpack_engine.sequence import SequenceStatus
 from tests.engine.scheduling.simulation import MODES, Mode, Simulation, sequence
 from tests.engine.scheduling.steps import chunks, prompt, run, scheduled, scheduler
 

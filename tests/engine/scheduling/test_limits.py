@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from modelpack_engine.buckets import Buckets
+from modelpack_engine.core.buckets import Buckets
+from modelpack_engine.core.scheduler import SchedulerConfig
 from modelpack_engine.errors import ContextLengthError, EngineError, QueueFullError, RequestError
 from modelpack_engine.outputs import FinishReason
-from modelpack_engine.scheduler import SchedulerConfig
 from tests.engine.scheduling.simulation import sequence
 from tests.engine.scheduling.steps import prompt, run, scheduler
 

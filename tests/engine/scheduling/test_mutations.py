@@ -17,12 +17,11 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from modelpack_engine import batch
-from modelpack_engine.block_manager import BlockManager
-from modelpack_engine.buckets import Buckets
-from modelpack_engine.scheduler import Scheduler
-from modelpack_engine.sequence import Sequence
-from modelpack_engine.waiting_queue import WaitingQueue
+from modelpack_engine.core import batch
+from modelpack_engine.core.block_manager import BlockManager
+from modelpack_engine.core.buckets import Buckets
+from modelpack_engine.core.scheduler import Scheduler, WaitingQueue
+from modelpack_engine.core.sequence import Sequence
 from tests.engine.scheduling import test_ends, test_order, test_sharing
 from tests.engine.scheduling.driving import drive
 from tests.engine.scheduling.test_block_manager import Blocks

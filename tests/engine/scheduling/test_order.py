@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from modelpack_engine.buckets import Buckets
-from modelpack_engine.scheduler import Scheduler
+from modelpack_engine.core.buckets import Buckets
+from modelpack_engine.core.scheduler import Scheduler
 from tests.engine.scheduling.simulation import sequence
 from tests.engine.scheduling.steps import chunks, prompt, run, scheduler
 

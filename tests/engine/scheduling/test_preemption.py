@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from modelpack_engine.core.scheduler import Scheduler
+from modelpack_engine.core.sequence import Sequence, SequenceStatus
 from modelpack_engine.outputs import FinishReason
-from modelpack_engine.scheduler import Scheduler
-from modelpack_engine.sequence import Sequence, SequenceStatus
 from tests.engine.scheduling.simulation import sequence
 from tests.engine.scheduling.steps import chunks, prompt, run, scheduled, scheduler
 

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from modelpack_engine.buckets import EXACT, FEW
+from modelpack_engine.core.buckets import EXACT, FEW
 from tests.engine.scheduling.device import VOCAB_SIZE
 from tests.engine.scheduling.driving import ODD_BUCKETS, SMALL_BUCKETS, drive
 from tests.engine.scheduling.simulation import MODES, Simulation, sequence

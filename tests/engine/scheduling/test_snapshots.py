@@ -9,11 +9,10 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from modelpack_engine.batch import _Rows
-from modelpack_engine.block_manager import BlockManager
-from modelpack_engine.buckets import EXACT
-from modelpack_engine.scheduler import Scheduler
-from modelpack_engine.snapshots import PrefixSnapshots
+from modelpack_engine.core.batch import _Rows
+from modelpack_engine.core.block_manager import BlockManager, PrefixSnapshots
+from modelpack_engine.core.buckets import EXACT
+from modelpack_engine.core.scheduler import Scheduler
 from tests.engine.scheduling.driving import ODD_BUCKETS
 from tests.engine.scheduling.simulation import MODES, Simulation, sequence
 from tests.engine.scheduling.steps import prompt

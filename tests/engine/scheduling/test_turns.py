@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack_engine.sequence import Sequence
-from modelpack_engine.waiting_queue import ROUND, WaitingQueue
+from modelpack_engine.core.scheduler import ROUND, WaitingQueue
+from modelpack_engine.core.sequence import Sequence
 from tests.engine.scheduling.simulation import sequence
 from tests.engine.scheduling.steps import chunks, prompt, run, scheduler
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from modelpack_engine.block_manager import TRASH_BLOCK, BlockManager, window_blocks
-from modelpack_engine.scheduler import Scheduler
+from modelpack_engine.core.block_manager import TRASH_BLOCK, BlockManager, window_blocks
+from modelpack_engine.core.scheduler import Scheduler
 from tests.engine.scheduling.driving import drive
 from tests.engine.scheduling.simulation import Simulation, sequence
 from tests.engine.scheduling.test_mutations import apply

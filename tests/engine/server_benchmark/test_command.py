@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import modelpack as library
-from modelpack.packaging.request import PackageRequest
-from modelpack.stores.layout import LayoutStore
-from modelpack_server.api.model_server import ModelServer
+from modelpack.builder.request import PackageRequest
+from modelpack.store.layout import LayoutStore
+from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from tests.cli.running import modelpack, succeed
 from tests.engine.server_benchmark.misbehaving import Misbehaving, running

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 from modelpack.errors import UsageError
-from modelpack_server.bench import plan
+from modelpack_server.bench import benchmark as plan
 from modelpack_server.bench.benchmark import Benchmark, Measured, Run
-from modelpack_server.bench.chart import draw
 from modelpack_server.bench.machine import Machine, this_machine
 from modelpack_server.bench.report import Record, make_report
 from modelpack_server.bench.server import Served
-from modelpack_server.bench.tables import markdown
+from modelpack_server.bench.tables import draw, markdown
 from modelpack_server.bench.workloads import WORKLOADS
 
 EXPECTED = Path(__file__).with_name("expected")

@@ -16,15 +16,15 @@ from modelpack.errors import (
     RemoteUnavailableError,
     UsageError,
 )
-from modelpack_server.bench.load import run_load
+from modelpack_server.bench.benchmark import run_load
 from modelpack_server.bench.server import (
     Answer,
     AnswerError,
     OpenAIServer,
     Served,
     api_root,
+    text_of,
 )
-from modelpack_server.bench.words import text_of
 from modelpack_server.bench.workloads import Session, Turn, Workload, single_turns
 from tests.engine.server_benchmark.misbehaving import DONE, GOOD, Misbehaving, chunk, running
 

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from modelpack.errors import NotFoundError
 from modelpack_engine.async_engine import EngineState
-from modelpack_engine.meter import Meter
+from modelpack_engine.core.metrics import Meter
 from modelpack_server.api.app import create_app
 from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
 from modelpack_server.pool.pool import ModelPool

@@ -9,7 +9,7 @@ import random
 import pytest
 
 from modelpack_engine.async_engine import AsyncEngine
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
 from tests.engine.serving.tiny import reference_tokens, tiny_engine
 
 CLIENTS = 32

@@ -13,10 +13,10 @@ import pytest
 from starlette.testclient import TestClient
 
 import modelpack
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from modelpack_server.api.app import create_app
 from modelpack_server.gateway import KeyFile, Protection, add_key, protect
-from modelpack_server.pool.access import spellings
+from modelpack_server.pool.names import spellings
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.families.runner.conftest import StoredScripts
 from tests.models import tiny_gguf

@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from modelpack_engine.async_engine import AsyncEngine
-from modelpack_server.api.model_server import ModelServer
+from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.serving.tiny import TinyCatalogue, reference_tokens
 

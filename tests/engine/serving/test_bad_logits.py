@@ -8,9 +8,9 @@ import pytest
 
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
-from modelpack_engine.loaders import LoadedModel
+from modelpack_engine.models import LoadedModel
 from modelpack_engine.outputs import FinishReason, RequestEvent
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
 from tests.engine.launching import WAYS, launch
 from tests.engine.serving.tiny import (
     CONTEXT,

@@ -12,9 +12,9 @@ import requests
 
 from modelpack_engine.engine import Engine
 from modelpack_engine.outputs import RequestEvent
-from modelpack_server.api.cancelling import RunningRequests
-from modelpack_server.api.model_server import ModelServer
-from modelpack_server.gateway.protecting import Protection, protect
+from modelpack_server.api.app import ModelServer
+from modelpack_server.api.traces import RunningRequests
+from modelpack_server.gateway.protection import Protection, protect
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.serving.tiny import TinyCatalogue, chat_engine
 

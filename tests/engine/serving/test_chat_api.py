@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from modelpack_engine.loaders.chat_template import ChatTemplate
+from modelpack_engine.models.chat_template import ChatTemplate
 from modelpack_engine.outputs import FinishReason
 from tests.engine.scripted import HERMES, THINKING
 from tests.engine.serving.conftest import Scripted

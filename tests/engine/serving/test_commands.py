@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from modelpack_server.api.model_server import ModelServer
+from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from tests.cli.running import modelpack, succeed
 from tests.engine.pool.shelf import Shelf

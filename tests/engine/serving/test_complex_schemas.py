@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from modelpack_engine.engine import Engine
-from modelpack_engine.loaders.chat_template import ChatTemplate
-from modelpack_server.api.model_server import ModelServer
+from modelpack_engine.models.chat_template import ChatTemplate
+from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.structured_output.schemas import MAX_OPTIONAL
 from tests.engine.serving.tiny import TEMPLATE, TinyCatalogue, chat_engine

@@ -8,11 +8,11 @@ import mlx.core as mx
 import pytest
 
 from modelpack_engine import engine as engine_module
-from modelpack_engine.choice import Choice
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import ContextLengthError, QueueFullError, RequestError
 from modelpack_engine.outputs import FinishReason, RequestEvent, TokenLogprob
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.runner.output_processor import Choice
 from tests.engine.launching import WAYS, launch
 from tests.engine.serving.tiny import (
     CONTEXT,

@@ -11,7 +11,7 @@ from modelpack_engine.async_engine import AsyncEngine, EngineState
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError
 from modelpack_engine.outputs import FinishReason, RequestEvent
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
 from tests.engine.serving.tiny import tiny_engine
 
 LONG = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)

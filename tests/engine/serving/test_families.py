@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from modelpack_engine.loaders.chat_template import ChatTemplate
+from modelpack_engine.models.chat_template import ChatTemplate
 from modelpack_server.tool_parsers.families import FAMILIES
 from tests.engine.output.cases import CASES
 from tests.engine.output.reading import TOOLS

@@ -12,14 +12,12 @@ from fastapi import FastAPI
 from starlette.responses import HTMLResponse
 from starlette.types import Receive, Scope, Send
 
-from modelpack.listening import AppServer
-from modelpack.stores.layout import LayoutStore
+from modelpack.http.listener import AppServer
+from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
 from modelpack_engine.config import EngineConfig
-from modelpack_server.api.app import create_app
-from modelpack_server.api.model_server import ModelServer
-from modelpack_server.gateway.app import GatewaySettings
-from modelpack_server.gateway.serving import GatewayServer
+from modelpack_server.api.app import ModelServer, create_app
+from modelpack_server.gateway.app import GatewayServer, GatewaySettings
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 

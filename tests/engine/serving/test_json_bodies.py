@@ -11,8 +11,8 @@ from fastapi import APIRouter, FastAPI
 from fastapi.testclient import TestClient
 from pydantic import field_validator
 
-from modelpack_server.api import problems
-from modelpack_server.api.json_bodies import Body, BodyRoute, JsonRequest
+from modelpack_server.api import errors
+from modelpack_server.api.bodies import Body, BodyRoute, JsonRequest
 
 _LARGE = 40_000
 
@@ -44,7 +44,7 @@ def client() -> TestClient:
         return {"count": len(body.words)}
 
     app = FastAPI()
-    problems.install(app)
+    errors.install(app)
     app.include_router(routes)
     THREADS.clear()
     return TestClient(app)

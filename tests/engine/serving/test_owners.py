@@ -18,10 +18,9 @@ import pytest
 
 from modelpack_engine.engine import Engine
 from modelpack_engine.outputs import RequestEvent
-from modelpack_server.api.model_server import ModelServer
+from modelpack_server.api.app import ModelServer
 from modelpack_server.gateway import KeyFile, Protection, add_key, protect
-from modelpack_server.gateway.app import GatewaySettings
-from modelpack_server.gateway.serving import GatewayServer
+from modelpack_server.gateway.app import GatewayServer, GatewaySettings
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.serving.tiny import TinyCatalogue, chat_engine
 from tests.scenarios.processes import wait_until

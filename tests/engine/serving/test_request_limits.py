@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from modelpack_engine.loaders.tokenizer import TextTooLongError, Tokenizer, TokenText
+from modelpack_engine.models.tokenizer import TextTooLongError, Tokenizer, TokenText
 from modelpack_server.api.app import create_app
-from modelpack_server.api.json_bodies import Body
+from modelpack_server.api.bodies import Body
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.scripted import ScriptedEngine
 from tests.engine.serving.conftest import Scripted, ScriptedCatalogue

@@ -19,8 +19,8 @@ import pytest
 import requests
 
 from modelpack_engine.engine import Engine
-from modelpack_engine.loaders.chat_template import ChatTemplate
-from modelpack_server.api.model_server import ModelServer
+from modelpack_engine.models.chat_template import ChatTemplate
+from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.families.served import CALLER, Served, serving
 from tests.engine.real_server import FAMILIAR, MINILM, SMOLLM2

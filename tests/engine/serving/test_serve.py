@@ -14,7 +14,7 @@ import requests
 
 import modelpack
 from modelpack.operations.package import PackageRequest
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from tests.cli.running import modelpack as run
 from tests.engine.serving.test_api import wait_until_ready
 from tests.engine.serving.tiny import write_tiny

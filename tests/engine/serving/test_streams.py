@@ -10,13 +10,13 @@ import pytest
 from starlette.testclient import TestClient
 from starlette.types import Message
 
+from modelpack_engine.async_engine import Abort, RequestStream
+from modelpack_engine.core.metrics import Meter
 from modelpack_engine.errors import EngineError
-from modelpack_engine.meter import Meter
 from modelpack_engine.outputs import FinishReason, RequestEvent, Timing, TokenLogprob, Usage
-from modelpack_engine.request_stream import Abort, RequestStream
 from modelpack_server.api.app import create_app
-from modelpack_server.api.logs import LogBuffer
-from modelpack_server.gateway.protecting import Protection, protect
+from modelpack_server.api.system import LogBuffer
+from modelpack_server.gateway.protection import Protection, protect
 from modelpack_server.gateway.traces import Trace
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.scripted import ScriptedEngine

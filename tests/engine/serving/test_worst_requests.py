@@ -16,7 +16,7 @@ import pytest
 
 import modelpack
 from modelpack.operations.package import PackageRequest
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from tests.engine.serving.test_api import wait_until_ready
 from tests.engine.serving.tiny import write_tiny
 from tests.engine.serving.worst_requests import requests_to, send

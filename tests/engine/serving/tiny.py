@@ -17,11 +17,11 @@ from tokenizers import decoders, models, pre_tokenizers
 from modelpack.errors import NotFoundError
 from modelpack_engine.async_engine import AsyncEngine
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.metrics import Meter
 from modelpack_engine.engine import Engine
-from modelpack_engine.loaders import LoadedModel, Tokenizer
-from modelpack_engine.loaders.chat_template import ChatTemplate
-from modelpack_engine.loaders.tokenizer import TokenText
-from modelpack_engine.meter import Meter
+from modelpack_engine.models import LoadedModel, Tokenizer
+from modelpack_engine.models.chat_template import ChatTemplate
+from modelpack_engine.models.tokenizer import TokenText
 from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
 from modelpack_server.pool.settings import ModelSettings
 

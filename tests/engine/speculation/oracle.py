@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping
 
+from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
-from modelpack_engine.sequence import Sequence
 from modelpack_engine.speculation.speculator import Speculator
 from tests.engine.serving.tiny import VOCAB
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from modelpack_engine.meter import Meter
+from modelpack_engine.core.metrics import Meter
 from modelpack_engine.outputs import RequestEvent, Usage
-from modelpack_server.api.metrics import render
 from modelpack_server.api.openai.replies import total_usage
+from modelpack_server.api.system import render
 from modelpack_server.conversation.spec import ChatUsage
 from modelpack_server.pool.catalogue import StoredModel
 from modelpack_server.pool.entry import Entry
@@ -41,7 +41,7 @@ def test_metrics() -> None:
 
 def test_tokens_that_come_together_share_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 10.0
-    monkeypatch.setattr("modelpack_engine.meter.time.monotonic", lambda: now)
+    monkeypatch.setattr("modelpack_engine.core.metrics.time.monotonic", lambda: now)
     meter = Meter()
     meter.stepped([RequestEvent("r", token_ids=(1,))])
     now = 10.36

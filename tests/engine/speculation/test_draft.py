@@ -10,16 +10,16 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_map
 
-from modelpack_engine import sizing
-from modelpack_engine.buckets import FEW
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.buckets import FEW
+from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError
-from modelpack_engine.loaders import LoadedModel
-from modelpack_engine.model_runner import ModelRunner
+from modelpack_engine.models import LoadedModel
 from modelpack_engine.outputs import RequestEvent
-from modelpack_engine.sampling_params import SamplingParams
-from modelpack_engine.sequence import Sequence
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.runner import kv_cache_size
+from modelpack_engine.runner.model_runner import ModelRunner
 from modelpack_engine.speculation.draft import DraftProposer
 from tests.engine.serving.test_bad_logits import PoisonedEmbedding
 from tests.engine.serving.tiny import VOCAB, tiny_engine, tiny_loaded
@@ -84,7 +84,7 @@ def plain() -> list[list[RequestEvent]]:
 @pytest.fixture(params=["exact", "bucketed"])
 def shapes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "bucketed":
-        monkeypatch.setattr(sizing, "EXACT", FEW)
+        monkeypatch.setattr(kv_cache_size, "EXACT", FEW)
         monkeypatch.setattr(ModelRunner, "writes_in_place", property(lambda self: True))
 
 
@@ -192,8 +192,8 @@ def other_words(letters: str) -> LoadedModel:
     """A draft model whose tokenizer has other tokens."""
     import tokenizers
 
-    from modelpack_engine.loaders import Tokenizer
-    from modelpack_engine.loaders.tokenizer import TokenText
+    from modelpack_engine.models import Tokenizer
+    from modelpack_engine.models.tokenizer import TokenText
 
     backend = tokenizers.Tokenizer(
         tokenizers.models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])

@@ -9,13 +9,13 @@ import pytest
 import modelpack
 from modelpack.errors import NotFoundError
 from modelpack.operations.package import PackageRequest
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.meter import Meter
-from modelpack_engine.sampling_params import SamplingParams
-from modelpack_server.models import open_model
+from modelpack_engine.core.metrics import Meter
+from modelpack_engine.request import SamplingParams
 from modelpack_server.pool.settings import ModelSettings
 from modelpack_server.pool.store_catalogue import StoreCatalogue
+from modelpack_server.stored_models import open_model
 from tests.cli.running import modelpack as run
 from tests.engine.serving.tiny import reference_tokens, write_tiny
 

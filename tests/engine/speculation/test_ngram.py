@@ -6,8 +6,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from modelpack_engine.sampling_params import SamplingParams
-from modelpack_engine.sequence import Sequence
+from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.request import SamplingParams
 from modelpack_engine.speculation.ngram import NgramIndex, NgramProposer
 
 

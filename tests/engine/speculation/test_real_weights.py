@@ -7,9 +7,9 @@ import pytest
 from modelpack.testing.weights import smollm2_gguf
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
-from modelpack_engine.loaders import ModelFiles, load
+from modelpack_engine.models import ModelFiles, load
 from modelpack_engine.outputs import RequestEvent
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
 
 pytestmark = [pytest.mark.weights, pytest.mark.long]
 

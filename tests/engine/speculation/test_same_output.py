@@ -10,14 +10,14 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from modelpack_engine import sizing
-from modelpack_engine.block_manager import BlockManager
-from modelpack_engine.buckets import FEW
+from modelpack_engine.core.block_manager import BlockManager
+from modelpack_engine.core.buckets import FEW
+from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
-from modelpack_engine.model_runner import ModelRunner
 from modelpack_engine.outputs import FinishReason, RequestEvent
-from modelpack_engine.sampling_params import SamplingParams
-from modelpack_engine.sequence import Sequence
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.runner import kv_cache_size
+from modelpack_engine.runner.model_runner import ModelRunner
 from tests.engine.serving.test_bad_logits import POISON, poisoned_engine
 from tests.engine.serving.tiny import VOCAB, tiny_engine
 from tests.engine.speculation.oracle import Oracle, speculate
@@ -136,7 +136,7 @@ def shapes(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         bucketed = request.param == "bucketed"
         if bucketed:
-            patch.setattr(sizing, "EXACT", FEW)
+            patch.setattr(kv_cache_size, "EXACT", FEW)
         patch.setattr(ModelRunner, "writes_in_place", property(lambda self: bucketed))
         published = BlockManager.publish_prefix
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from modelpack_engine.block_manager import BlockManager
-from modelpack_engine.buckets import EXACT, Buckets
-from modelpack_engine.sampling_params import SamplingParams
-from modelpack_engine.schedule import SchedulerConfig
-from modelpack_engine.sequence import Sequence
-from modelpack_engine.speculation.fitting import fit_proposals
-from modelpack_engine.speculation.verification import Verdict, verify
+from modelpack_engine.core.block_manager import BlockManager
+from modelpack_engine.core.buckets import EXACT, Buckets
+from modelpack_engine.core.scheduler import SchedulerConfig, fit_proposals
+from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.runner.step import Verdict, verify
 
 PADDED = Buckets(rows=(1, 2, 4, 8, 16), chunk=(2, 4))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from modelpack.testing.weights import smollm2_gguf
-from modelpack_engine.loaders.gguf_file import GGUFFile
-from modelpack_engine.loaders.gguf_tokenizer import tokenizer_of
-from modelpack_engine.loaders.tokenizer import Tokenizer
+from modelpack_engine.models.gguf_file import GGUFFile
+from modelpack_engine.models.gguf_tokenizer import tokenizer_of
+from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_server.structured_output import GrammarVocabulary, grammar_vocabulary
 
 #: The width of the logits: more than the tokenizer has, as models are padded.

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from modelpack_engine.errors import QueueFullError
-from modelpack_server.structured_output.compiling import on_deep_stack
+from modelpack_server.structured_output.grammar import on_deep_stack
 
 
 def test_one_grammar_is_compiled_at_a_time() -> None:

@@ -13,7 +13,7 @@ import pytest
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError, RequestError
 from modelpack_engine.outputs import FinishReason, RequestEvent
-from modelpack_engine.sampling_params import LogitsMask, SamplingParams
+from modelpack_engine.request import LogitsMask, SamplingParams
 from modelpack_server.structured_output import Constraint, compile_constraint, grammar_vocabulary
 from tests.engine.serving.tiny import EOS, VOCAB, tiny_engine, tiny_tokenizer
 

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from modelpack_engine.errors import EngineError, RequestError
-from modelpack_engine.loaders.tokenizer import Tokenizer
+from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_server.structured_output import (
     Constraint,
     GrammarVocabulary,

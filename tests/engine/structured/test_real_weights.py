@@ -12,9 +12,9 @@ import pytest
 from modelpack.testing.weights import smollm2_gguf
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
-from modelpack_engine.loaders import ModelFiles, load
+from modelpack_engine.models import ModelFiles, load
 from modelpack_engine.outputs import FinishReason, RequestEvent
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
 from modelpack_server.structured_output import Constraint, compile_constraint, grammar_vocabulary
 
 pytestmark = pytest.mark.weights

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from modelpack_engine.errors import RequestError
-from modelpack_engine.loaders.tokenizer import Tokenizer
+from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_server.structured_output import (
     Constraint,
     GrammarVocabulary,
@@ -22,8 +22,14 @@ from modelpack_server.structured_output import (
 from modelpack_server.structured_output.tool_markup import TOOL_MARKUP, Literals, Parameters
 from modelpack_server.tool_parsers.families import FAMILIES
 from modelpack_server.tool_parsers.formats import OutputFormat, OutputParser
-from modelpack_server.tool_parsers.parts import Reasoning, Text, ToolArguments, ToolStart
-from modelpack_server.tool_parsers.tools import Tool, ToolChoice
+from modelpack_server.tool_parsers.parts import (
+    Reasoning,
+    Text,
+    Tool,
+    ToolArguments,
+    ToolChoice,
+    ToolStart,
+)
 from tests.engine.structured.vocabularies import byte_tokenizer
 from tests.engine.structured.walking import accepts, bits_of, walk
 

@@ -8,7 +8,7 @@ import weakref
 import pytest
 
 from modelpack_engine.errors import RequestError
-from modelpack_engine.loaders.tokenizer import Tokenizer, TokenText
+from modelpack_engine.models.tokenizer import Tokenizer, TokenText
 from modelpack_server.structured_output import (
     Constraint,
     GrammarVocabulary,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from modelpack_engine.loaders.tokenizer import Tokenizer, TokenText
+from modelpack_engine.models.tokenizer import Tokenizer, TokenText
 
 
 def byte_tokenizer(special: Sequence[str], added: Sequence[str] = ()) -> Tokenizer:

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 
-from modelpack_engine.loaders.tokenizer import Tokenizer
+from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_server.structured_output import Grammar, GrammarMask
 
 

@@ -13,9 +13,8 @@ import pytest
 
 from modelpack_engine.templates import budget
 from modelpack_engine.templates.budget import Budget
-from modelpack_engine.templates.rendering import Renderer, TemplateFailedError
-from modelpack_engine.worker.frames import encoded
-from modelpack_engine.worker.process import WorkerProcess
+from modelpack_engine.templates.environment import Renderer, TemplateFailedError
+from modelpack_engine.worker.process import WorkerProcess, encoded
 from tests.engine.templates.hostile import FAST, SLOW
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]

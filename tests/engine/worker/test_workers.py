@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from modelpack_engine.errors import QueueFullError
-from modelpack_engine.worker.cancelling import in_thread
 from modelpack_engine.worker.process import WorkerProcess
+from modelpack_engine.worker.threads import in_thread
 from modelpack_engine.worker.workers import JobFailedError, Workers
 
 # One step that takes very long: only ending the process ends it.
@@ -164,7 +164,7 @@ def test_a_worker_has_no_secrets(workers: Workers, monkeypatch: pytest.MonkeyPat
 
 def test_a_worker_loads_no_array_library() -> None:
     code = (
-        "import modelpack_engine.worker.program, modelpack_engine.templates.rendering, sys;"
+        "import modelpack_engine.worker.program, modelpack_engine.templates.environment, sys;"
         "print(*{m.split('.')[0] for m in sys.modules})"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from modelpack_engine.batch import StepBatch, build_batch
-from modelpack_engine.block_manager import BlockManager
-from modelpack_engine.buckets import EXACT, Buckets
-from modelpack_engine.model_runner import ModelRunner
-from modelpack_engine.sampling_params import SamplingParams
-from modelpack_engine.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
-from modelpack_engine.sequence import Sequence
+from modelpack_engine.core.batch import StepBatch, build_batch
+from modelpack_engine.core.block_manager import BlockManager
+from modelpack_engine.core.buckets import EXACT, Buckets
+from modelpack_engine.core.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
+from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.runner.model_runner import ModelRunner
 
 
 @dataclass(frozen=True)

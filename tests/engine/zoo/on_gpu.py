@@ -17,8 +17,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from modelpack_engine.buckets import FEW
-from modelpack_engine.model_runner import ModelRunner
+from modelpack_engine.core.buckets import FEW
+from modelpack_engine.runner.model_runner import ModelRunner
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import Configuration
 from tests.engine.zoo.driving import Setting

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
-from modelpack_engine.model_runner import ModelRunner
+from modelpack_engine.runner.model_runner import ModelRunner
 from tests.engine.zoo.configuration import Configuration, prompts
 from tests.engine.zoo.driving import Driver, Setting
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 
-from modelpack_engine.adaptation.layout import StateLayout
-from modelpack_engine.attention.pools import KVLayout
-from modelpack_engine.model_runner import ModelRunner
+from modelpack_engine.attention.kv_pools import KVLayout
+from modelpack_engine.runner.model_layout import StateLayout
+from modelpack_engine.runner.model_runner import ModelRunner
 from tests.engine.oracle.answers import FIXTURES, fixture
 from tests.engine.oracle.differences import DIFFERENCES, LOAD_ERRORS, OTHER_ANSWERS
 from tests.engine.zoo.catalogue import CATALOGUE

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from modelpack_engine.buckets import Buckets
+from modelpack_engine.core.buckets import Buckets
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.driving import Setting
 from tests.engine.zoo.specimen import NUM_TOKENS, Specimen, make_specimen

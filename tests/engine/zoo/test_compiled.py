@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from modelpack_engine.adaptation.compiled import CompiledSteps
-from modelpack_engine.buckets import Buckets
-from modelpack_engine.model_runner import ModelRunner
+from modelpack_engine.core.buckets import Buckets
+from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.paged import CompiledSteps
 from tests.engine.zoo.configuration import Configuration
 from tests.engine.zoo.driving import Setting
 from tests.engine.zoo.recurrent import RECURRENT

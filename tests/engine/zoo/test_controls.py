@@ -13,11 +13,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from modelpack_engine import block_manager
-from modelpack_engine.adaptation.recurrent import RecurrentState, StateRows
+from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
-from modelpack_engine.attention.step import StepInputs
-from modelpack_engine.model_runner import ModelRunner
+from modelpack_engine.core import block_manager
+from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.recurrent import RecurrentState, StateRows
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.driving import Driver, Setting
 from tests.engine.zoo.specimen import Specimen, make_specimen

@@ -27,7 +27,7 @@ def test_what_is_wrong_is_noticed(
 
 
 def _untested(*args: object, **kwargs: object) -> object:
-    from modelpack_engine.model_runner import ModelRunner
+    from modelpack_engine.runner.model_runner import ModelRunner
 
     return ModelRunner(*args, **kwargs, self_test=False)  # type: ignore[arg-type]
 

@@ -16,34 +16,32 @@ from unittest.mock import patch
 
 import tokenizers
 
-from modelpack import mediatypes as mt
-from modelpack.config import ModelConfig
-from modelpack.descriptor import Descriptor
+from modelpack.artifacts import media_types
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.manifest import Manifest, parse_manifest_or_index
+from modelpack.artifacts.paths import checked_path
+from modelpack.artifacts.reference import Reference
+from modelpack.builder.files import LayerMetadata
+from modelpack.bundles.bundle import TarLimits
 from modelpack.errors import InvalidReferenceError, ModelpackError, UnsafePathError
 from modelpack.formats.dduf import read_dduf_header
 from modelpack.formats.gguf import read_gguf_header
 from modelpack.formats.gguf_statistics import gguf_statistics
 from modelpack.formats.safetensors import read_safetensors_header
-from modelpack.layer_metadata import LayerMetadata
-from modelpack.manifest import Manifest, parse_manifest_or_index
-from modelpack.operations.archive_reading import import_archive
-from modelpack.operations.watching import watching
-from modelpack.paths import checked_path
-from modelpack.reference import Reference
-from modelpack.registry.challenge import parse_challenges
-from modelpack.registry.scopes import parse_scopes
-from modelpack.server.ranges import UnsatisfiableRange, chunk_range, requested_range
-from modelpack.stores.disk_space import bytes_used
-from modelpack.stores.index import IndexDocument
-from modelpack.stores.layout import LayoutStore
-from modelpack.unpacking.bundle import TarLimits
-from modelpack_engine.loaders.model_config import normalised
-from modelpack_engine.loaders.tensor_bounds import TensorBounds
-from modelpack_engine.loaders.tokenizer_check import begin_check
+from modelpack.operations.archives import import_archive
+from modelpack.registry.auth_challenge import parse_challenges, parse_scopes
+from modelpack.registry_server.blob_fetch import UnsatisfiableRange, chunk_range, requested_range
+from modelpack.storage import watching
+from modelpack.store.filesystem import bytes_used
+from modelpack.store.index import IndexDocument
+from modelpack.store.layout import LayoutStore
+from modelpack_engine.models.json_tokenizer import begin_check
+from modelpack_engine.models.load_budget import TensorBounds
+from modelpack_engine.models.model_config import normalised
 from modelpack_engine.templates import budget
-from modelpack_engine.templates.go_syntax import GoSyntaxError
-from modelpack_engine.templates.go_template import as_jinja
-from modelpack_engine.templates.rendering import Renderer, TemplateFailedError
+from modelpack_engine.templates.environment import Renderer, TemplateFailedError
+from modelpack_engine.templates.go_template import GoSyntaxError, as_jinja
 from modelpack_server.gateway import json_bodies
 from modelpack_server.gateway.bodies import look_into
 from tests.formats.builders import as_file
@@ -65,7 +63,7 @@ def manifest(raw: bytes) -> None:
 
 
 def config(raw: bytes) -> None:
-    for media_type in mt.MODEL_CONFIG_TYPES:
+    for media_type in media_types.MODEL_CONFIG_TYPES:
         with suppress(ModelpackError):
             parsed = ModelConfig.parse(raw, media_type)
             again = ModelConfig.parse(parsed.encode(), media_type)
@@ -90,7 +88,7 @@ def annotations(raw: bytes) -> None:
             assert Path("/target") in path.parents
             assert ".." not in path.parts
     with suppress(ValueError, RecursionError):
-        found = {mt.FILEPATH: json.loads(raw), "a": text}
+        found = {media_types.FILEPATH: json.loads(raw), "a": text}
         Descriptor.parse({"annotations": found}, "it")
 
 

@@ -6,7 +6,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.responses import Response
 
-from modelpack_server.api.problems import Problem, problem_of
+from modelpack_server.api.errors import Problem, problem_of
 from modelpack_server.api.sse import event
 from modelpack_server.gateway.families import Family, error_body, family_of
 

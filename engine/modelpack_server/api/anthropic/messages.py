@@ -8,17 +8,15 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from modelpack_engine.errors import ContextLengthError
-from modelpack_engine.worker.cancelling import in_thread
-from modelpack_server.api.answering import answer, unless_gone
+from modelpack_engine.worker.threads import in_thread
 from modelpack_server.api.anthropic.errors import anthropic_error
 from modelpack_server.api.anthropic.history import template_messages
 from modelpack_server.api.anthropic.replies import PING, Reply
-from modelpack_server.api.anthropic.requests import MessagesRequest, PromptRequest
-from modelpack_server.api.anthropic.tools import tools_of
+from modelpack_server.api.anthropic.requests import MessagesRequest, PromptRequest, tools_of
+from modelpack_server.api.model_use import answer, preloadable, unless_gone
 from modelpack_server.api.paths import add_route
-from modelpack_server.api.preloading import preloadable
 from modelpack_server.conversation.chat import ChatStream, count_prompt, start_chat
-from modelpack_server.conversation.served import ServedModel
+from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatSpec
 from modelpack_server.conversation.turns import fit_turns
 from modelpack_server.pool.pool import ModelPool

@@ -14,7 +14,7 @@ from starlette.types import Scope
 from modelpack.errors import ModelpackError
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.anthropic.errors import anthropic_shape
-from modelpack_server.api.problems import problem_of
+from modelpack_server.api.errors import problem_of
 from modelpack_server.pool.catalogue import StoredModel
 from modelpack_server.pool.pool import ModelPool
 

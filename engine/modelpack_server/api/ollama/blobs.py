@@ -8,11 +8,11 @@ from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 
-from modelpack.digest import Digest, new_hasher
+from modelpack.artifacts.digest import Digest, new_hasher
 from modelpack.errors import DigestMismatchError, InvalidDigestError
-from modelpack.stores.layout import LayoutStore
-from modelpack.stores.os_errors import translating
-from modelpack.stores.tree import Tree
+from modelpack.store.filesystem import translating
+from modelpack.store.layout import LayoutStore
+from modelpack.store.tree import Tree
 from modelpack_engine.errors import RequestError
 from modelpack_server.pool.pool import ModelPool
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
-from modelpack_server.api.json_bodies import Body
+from modelpack_server.api.bodies import Body
 
 KeepAlive = StrictStr | StrictInt | float
 

@@ -1,31 +1,215 @@
-"""POST /api/chat."""
+"""What /api/generate and /api/chat have in common: a request's fields in the engine's words."""
 
 from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 
-from modelpack_engine.errors import RequestError
-from modelpack_engine.worker.cancelling import in_thread
-from modelpack_server.api.ollama import replies
-from modelpack_server.api.ollama.answers import load_or_unload, reply
-from modelpack_server.api.ollama.asking import (
-    constraint_of,
-    refuse_images,
-    sampling,
-    thinking_of,
+from modelpack.errors import UsageError
+from modelpack_engine.errors import BusyError, RequestError
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.worker.threads import in_thread
+from modelpack_server.api.large_json import call, large_response, written
+from modelpack_server.api.model_use import answer, unless_gone
+from modelpack_server.api.ollama import ndjson, replies
+from modelpack_server.api.ollama.bodies import (
+    Call,
+    ChatBody,
+    ChatMessage,
+    KeepAlive,
+    OfferedTool,
+    TextBody,
 )
-from modelpack_server.api.ollama.bodies import Call, ChatBody, ChatMessage, OfferedTool
-from modelpack_server.api.ollama.ndjson import JsonRoute
+from modelpack_server.api.ollama.ndjson import JsonRoute, find
+from modelpack_server.api.ollama.replies import Clock, Pieces, Reader, Writer
+from modelpack_server.api.sse import dumps
+from modelpack_server.api.vocabulary import Vocabulary
 from modelpack_server.conversation.chat import ChatStream, start_chat
-from modelpack_server.conversation.served import ServedModel
+from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatSpec
+from modelpack_server.pool.entry import ModelState
+from modelpack_server.pool.model_defaults import parse_options
 from modelpack_server.pool.pool import ModelPool
-from modelpack_server.tool_parsers.tools import Tool
+from modelpack_server.pool.settings import ModelSettings, parse_keep_alive, preset_named
+from modelpack_server.structured_output import Constraint
+from modelpack_server.tool_parsers.parts import Tool
+
+_EFFORTS = ("minimal", "low", "medium", "high", "max")
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """Whether to think (None: as the model likes), and what to tell its template."""
+
+    reasoning: bool | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def sampling(body: TextBody, model: ServedModel) -> tuple[SamplingParams, int | None]:
+    """Return how to sample, and the most tokens; raises `RequestError`."""
+    given = dict(parse_options(body.options).sampling)
+    if body.logprobs:
+        given["logprobs"] = body.top_logprobs
+    limit = given.pop("max_tokens", None)
+    if limit is None and "num_predict" not in body.options:
+        limit = model.default("max_tokens")
+    return model.sampling_params(given), limit
+
+
+def constraint_of(body: TextBody) -> Constraint | None:
+    """Return what the text has to be; raises `RequestError`."""
+    match body.format:
+        case None | "":
+            return None
+        case "json":
+            return Constraint("json_object", "")
+        case dict():
+            return Constraint("json_schema", body.format)
+    raise RequestError(f"format is {body.format!r}, expected json or a JSON schema", param="format")
+
+
+def thinking_of(body: TextBody, model: ServedModel) -> Thinking:
+    """Return what `think` asks for; raises `RequestError` for a model that cannot."""
+    think = body.think
+    if isinstance(think, str) and think not in _EFFORTS:
+        raise RequestError(
+            f"think is {think!r}, expected true, false, low, medium or high", param="think"
+        )
+    if think and model.format.reasoning is None:
+        raise RequestError(f"{body.model!r} does not support thinking", param="think")
+    if isinstance(think, str):
+        return Thinking(True, {"reasoning_effort": think})
+    return Thinking(think)
+
+
+def refuse_images(images: list[Any], model: str) -> None:
+    """Raise `RequestError` if there are images."""
+    if images:
+        raise RequestError(f"{model!r} does not support images: text only", param="images")
+
+
+async def fit_context(pool: ModelPool, body: TextBody) -> None:
+    """Have the model loaded with a context of `num_ctx` tokens where its default is a smaller one.
+
+    It is never made smaller, what an operator chose is left alone, and a model that is in use stays
+    as it is: prompts that do not fit are then refused. More than the model or the memory holds is
+    cut to what they do.
+    """
+    asked = parse_options(body.options).context_size
+    if asked is None:
+        return
+    stored = await pool.find(body.model)
+    settings = await pool.settings(body.model)
+    fields = settings.engine_fields()
+    if settings.context_size or fields.get("max_model_len"):
+        return
+    preset = preset_named(settings.preset).context_size if settings.preset else None
+    limit = fields.get("default_model_len") or preset or stored.context_size
+    if limit is None or limit >= asked:
+        return
+    own = pool.configured().get(stored.key, ModelSettings())
+    larger = replace(own, engine={**own.engine, "default_model_len": asked})
+    with suppress(BusyError):
+        await pool.configure(body.model, larger)
+
+
+#: What else the last line says.
+Extra = Callable[[ChatStream, Reader], dict[str, Any]]
+
+
+async def reply(
+    request: Request,
+    pool: ModelPool,
+    body: TextBody,
+    form: replies.Body,
+    start: Callable[[ServedModel], Awaitable[ChatStream]],
+    extra: Extra = lambda stream, reader: {},
+) -> Response:
+    """Answer with what `start` begins; `form` names its pieces. Raises what `answer` does."""
+    clock = Clock()
+    await find(pool, body.model)
+    await fit_context(pool, body)
+
+    async def begin(model: ServedModel) -> ChatStream:
+        clock.model_is_there()
+        return await start(model)
+
+    def writer(model: ServedModel) -> Writer:
+        return Writer(body.model, form, Vocabulary(model.tokenizer) if body.logprobs else None)
+
+    async def whole(model: ServedModel, stream: ChatStream) -> dict[str, Any] | Response:
+        reader, pieces = Reader(logprobs=body.logprobs), Pieces()
+        async for delta in stream:
+            pieces.add(reader.take(delta))
+        ending = replies.counts(clock, reader) | extra(stream, reader)
+        made = writer(model)
+        if body.logprobs:
+            return await large_response(lambda: made.write(pieces, ending))
+        return made.write(pieces, ending)
+
+    async def lines(model: ServedModel, stream: ChatStream) -> AsyncGenerator[str, None]:
+        reader, made = Reader(logprobs=body.logprobs), writer(model)
+        write = written if body.logprobs else dumps
+
+        def line(pieces: Pieces, ending: dict[str, Any] | None = None) -> str:
+            return write(made.write(pieces, ending)) + "\n"
+
+        async for delta in stream:
+            if pieces := reader.take(delta):
+                yield await call(body.logprobs, line, pieces)
+        ending = replies.counts(clock, reader) | extra(stream, reader)
+        yield line(Pieces(), ending)
+
+    return await answer(
+        request, pool, body.model, begin, whole, lines if body.stream else None,
+        keep_alive=body.keep_alive, media_type=ndjson.MEDIA_TYPE, failure=ndjson.error_line,
+    )  # fmt: skip
+
+
+async def load_or_unload(
+    request: Request, pool: ModelPool, body: TextBody, form: replies.Body
+) -> Response:
+    """Answer a request that has nothing to answer: load its model, or unload it if it is to be
+    kept for no time.
+    """
+    clock = Clock()
+    await find(pool, body.model)
+    reason = "unload" if seconds_of(body.keep_alive) == 0 else "load"
+    if reason == "unload":
+        await unload(pool, body.model)
+    else:
+        await fit_context(pool, body)
+        kept = seconds_of(body.keep_alive)
+        await unless_gone(request, pool.preload(body.model, keep_alive=kept))
+        clock.model_is_there()
+    return JSONResponse(replies.unanswered(body.model, form, reason, clock))
+
+
+async def unload(pool: ModelPool, name: str) -> None:
+    """Unload a model; one that is in use goes once it no longer is."""
+    key = (await pool.find(name)).key
+    running = next((model for model in pool.running() if model.stored.key == key), None)
+    if running is None:
+        return
+    if running.state is ModelState.READY and running.users:
+        async with pool.lease(name, keep_alive=0.0):
+            return
+    await pool.unload([name])
+
+
+def seconds_of(keep_alive: KeepAlive | None) -> float | None:
+    """Return how long a model is to be kept, in seconds; raises `RequestError`."""
+    try:
+        return None if keep_alive is None else parse_keep_alive(keep_alive)
+    except UsageError as error:
+        raise RequestError(str(error), param="keep_alive") from None
 
 
 def router(pool: ModelPool) -> APIRouter:

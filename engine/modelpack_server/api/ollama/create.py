@@ -13,32 +13,29 @@ from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.model import Model, Role
+from modelpack.artifacts.paths import checked_path
+from modelpack.artifacts.reference import Reference
+from modelpack.builder.request import PackageRequest
 from modelpack.errors import InvalidDigestError, UnsafePathError
-from modelpack.model import Model, Role
 from modelpack.operations.find import find_model
-from modelpack.operations.package import package
+from modelpack.operations.package import package, scratch_directory
 from modelpack.operations.remote import RemoteOptions
-from modelpack.operations.watching import watching
-from modelpack.packaging.request import PackageRequest
-from modelpack.paths import checked_path
 from modelpack.progress import ProgressCallback, Stop
-from modelpack.reference import Reference
-from modelpack.stores.layout import LayoutStore
-from modelpack.stores.os_errors import translating
-from modelpack.stores.scratch import scratch_directory
+from modelpack.storage import watching
+from modelpack.store.filesystem import translating
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.errors import RequestError
-from modelpack_engine.loaders.chat_template import as_jinja, check_template
-from modelpack_engine.worker.cancelling import in_thread
+from modelpack_engine.models.chat_template import as_jinja, check_template
+from modelpack_engine.worker.threads import in_thread
 from modelpack_server.api.ollama.bodies import CreateBody
 from modelpack_server.api.ollama.chat import template_messages
-from modelpack_server.api.ollama.describing import shown_template
-from modelpack_server.api.ollama.jobs import Job
+from modelpack_server.api.ollama.jobs import Job, Steps, tell
+from modelpack_server.api.ollama.model_card import shown_template
 from modelpack_server.api.ollama.ndjson import JsonRoute
-from modelpack_server.api.ollama.telling import Steps, tell
 from modelpack_server.api.request_templates import check_request_template
-from modelpack_server.pool.model_defaults import ModelDefaults
-from modelpack_server.pool.ollama_options import KNOWN, parse_options
+from modelpack_server.pool.model_defaults import KNOWN, ModelDefaults, parse_options
 from modelpack_server.pool.pool import ModelPool
 
 _STEPS = Steps("gathering model components", "pulling", ("writing manifest",))

@@ -13,12 +13,10 @@ from modelpack_engine.embedding.async_embedder import AsyncEmbedder
 from modelpack_engine.embedding.inputs import Input
 from modelpack_engine.embedding.results import Embeddings, EmbedOptions
 from modelpack_engine.errors import RequestError
-from modelpack_server.api.answering import unless_gone
-from modelpack_server.api.embedding_model import with_embedding_model
-from modelpack_server.api.ollama.answers import seconds_of, unload
+from modelpack_server.api.model_use import unless_gone, with_embedding_model
 from modelpack_server.api.ollama.bodies import EmbedBody, EmbeddingsBody, KeepAlive
-from modelpack_server.api.ollama.names import find
-from modelpack_server.api.ollama.ndjson import JsonRoute
+from modelpack_server.api.ollama.chat import seconds_of, unload
+from modelpack_server.api.ollama.ndjson import JsonRoute, find
 from modelpack_server.api.ollama.replies import Clock
 from modelpack_server.pool.pool import ModelPool
 

@@ -10,26 +10,26 @@ from fastapi import APIRouter, Request, Response
 
 from modelpack.errors import DeniedError
 from modelpack_engine.errors import RequestError
-from modelpack_engine.loaders.chat_template import as_jinja
-from modelpack_engine.prompt_threads import prepare
-from modelpack_engine.worker.cancelling import in_thread
+from modelpack_engine.models.chat_template import as_jinja
+from modelpack_engine.worker.threads import in_thread, prepare
 from modelpack_server.api.ollama import replies
-from modelpack_server.api.ollama.answers import load_or_unload, reply
-from modelpack_server.api.ollama.asking import (
+from modelpack_server.api.ollama.bodies import GenerateBody
+from modelpack_server.api.ollama.chat import (
     constraint_of,
+    load_or_unload,
     refuse_images,
+    reply,
     sampling,
     thinking_of,
 )
-from modelpack_server.api.ollama.bodies import GenerateBody
-from modelpack_server.api.ollama.describing import shown_template
+from modelpack_server.api.ollama.model_card import shown_template
 from modelpack_server.api.ollama.ndjson import JsonRoute
 from modelpack_server.api.request_templates import check_request_template
 from modelpack_server.conversation.answer import Answer
 from modelpack_server.conversation.chat import ChatStream, start_chat
-from modelpack_server.conversation.infilling import Markers, find_markers, infilling_prompt
-from modelpack_server.conversation.masking import text_mask
-from modelpack_server.conversation.served import ServedModel
+from modelpack_server.conversation.infill import Markers, find_markers, infilling_prompt
+from modelpack_server.conversation.masks import text_mask
+from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatSpec
 from modelpack_server.pool.pool import ModelPool
 

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
 
-from modelpack.digest import Digest
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.reference import Reference
+from modelpack.operations.pull import pull
+from modelpack.operations.push import push
+from modelpack.operations.remote import RemoteOptions
 from modelpack.progress import Progress, ProgressCallback, Stop
+from modelpack_server.api.model_use import unless_gone
+from modelpack_server.api.ollama import ndjson
+from modelpack_server.api.ollama.bodies import TransferBody
+from modelpack_server.api.ollama.ndjson import JsonRoute, find
+from modelpack_server.api.sse import LiveStream
+from modelpack_server.pool.pool import ModelPool
 
 #: What a job does, in a thread: it reports, and looks now and then whether it is to stop.
 Work = Callable[[ProgressCallback, Stop], None]
@@ -105,3 +120,90 @@ class Jobs:
     def _forget(self, key: Hashable, job: Job) -> None:
         if self._jobs.get(key) is job:
             del self._jobs[key]
+
+
+_SUCCESS = {"status": "success"}
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What the steps of a job are called: its first, what it does with blobs, and its last."""
+
+    first: str
+    verb: str
+    last: tuple[str, ...]
+
+
+async def tell(request: Request, job: Job, steps: Steps, *, stream: bool) -> Response:
+    """Answer with how a job goes on, or with its end alone; raises what it raised.
+
+    The job ends when nobody waits for it any more.
+    """
+    if not stream:
+        with job.watching():
+            await unless_gone(request, job.finished())
+        return JSONResponse(_SUCCESS)
+    opened = AsyncExitStack()
+    opened.enter_context(job.watching())
+    return LiveStream(
+        _lines(job, steps), opened, media_type=ndjson.MEDIA_TYPE, failure=ndjson.error_line
+    )
+
+
+async def _lines(job: Job, steps: Steps) -> AsyncGenerator[str, None]:
+    yield ndjson.line({"status": steps.first})
+    async for blob in job.news():
+        yield ndjson.line(_blob(blob, steps.verb))
+    for status in steps.last:
+        yield ndjson.line({"status": status})
+    yield ndjson.line(_SUCCESS)
+
+
+def _blob(blob: Progress, verb: str) -> dict[str, Any]:
+    digest = str(blob.digest)
+    name = digest.partition(":")[2][:12]
+    body: dict[str, Any] = {"status": f"{verb} {name}", "digest": digest, "total": blob.total or 0}
+    return body | ({"completed": blob.completed} if blob.completed else {})
+
+
+_PULL = Steps("pulling manifest", "pulling", ("verifying sha256 digest", "writing manifest"))
+_PUSH = Steps("retrieving manifest", "pushing", ("pushing manifest",))
+
+
+def router(pool: ModelPool) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter(tags=["Ollama"], route_class=JsonRoute)
+    jobs = Jobs()
+
+    @routes.post("/api/pull", response_model=None)
+    async def pull_model(body: TransferBody, request: Request) -> Response:
+        """Fetch a model; who asks for one that is being fetched waits for the same."""
+        where, remote = Reference.parse(body.model), _remote(pool, body)
+        store = pool.catalogue.store
+
+        def work(report: ProgressCallback, stop: Stop) -> None:
+            pull(where, store=store, remote=remote, progress=report, stop=stop)
+
+        job = jobs.get(("pull", str(where), body.insecure), work)
+        return await tell(request, job, _PULL, stream=body.stream)
+
+    @routes.post("/api/push", response_model=None)
+    async def push_model(body: TransferBody, request: Request) -> Response:
+        """Send a model to the registry that its name says."""
+        found = await find(pool, body.model)
+        where, remote = Reference.parse(body.model), _remote(pool, body)
+        store = pool.catalogue.store
+
+        def work(report: ProgressCallback, stop: Stop) -> None:
+            push(found.key, to=where, store=store, remote=remote, progress=report, stop=stop)
+
+        job = jobs.get(("push", str(where), body.insecure), work)
+        return await tell(request, job, _PUSH, stream=body.stream)
+
+    return routes
+
+
+def _remote(pool: ModelPool, body: TransferBody) -> RemoteOptions:
+    """Return how to reach the registry: over plain HTTP if the request says so."""
+    remote = pool.catalogue.remote
+    return replace(remote, plain_http=True) if body.insecure else remote

@@ -8,17 +8,16 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
+from modelpack.artifacts.reference import Reference, is_model_id
 from modelpack.errors import NotFoundError
-from modelpack.reference import Reference, is_model_id
 from modelpack_server.api.ollama.bodies import CopyBody, ModelBody, ShowBody
-from modelpack_server.api.ollama.describing import (
+from modelpack_server.api.ollama.model_card import (
     describe,
     details,
     digest_of,
     modified_at,
 )
-from modelpack_server.api.ollama.names import find, missing, shown
-from modelpack_server.api.ollama.ndjson import JsonRoute, timestamp
+from modelpack_server.api.ollama.ndjson import JsonRoute, find, missing, shown, timestamp
 from modelpack_server.pool.catalogue import StoredModel
 from modelpack_server.pool.entry import ModelState, RunningModel
 from modelpack_server.pool.pool import ModelPool
@@ -122,6 +121,6 @@ def _running(model: RunningModel, clock: float, on_gpu: bool) -> dict[str, Any]:
 
 
 def _on_gpu() -> bool:
-    from modelpack_engine.sizing import on_gpu
+    from modelpack_engine.runner.kv_cache_size import on_gpu
 
     return on_gpu()

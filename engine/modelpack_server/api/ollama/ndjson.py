@@ -10,8 +10,11 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from modelpack_server.api.json_bodies import BodyRoute
-from modelpack_server.api.problems import Problem, problem_of
+from modelpack.errors import NotFoundError
+from modelpack_server.api.bodies import BodyRoute
+from modelpack_server.api.errors import Problem, problem_of
+from modelpack_server.pool.catalogue import StoredModel
+from modelpack_server.pool.pool import ModelPool
 
 MEDIA_TYPE = "application/x-ndjson"
 _PREFIX = "/api/"
@@ -68,3 +71,22 @@ class JsonRoute(BodyRoute):
             return await answer(Request({**request.scope, "headers": headers}, request.receive))
 
         return handle
+
+
+def shown(name: str) -> str:
+    """Return a name with its tag."""
+    has_tag = "@" in name or ":" in name.rpartition("/")[2]
+    return name if has_tag else f"{name}:latest"
+
+
+def missing(name: str) -> NotFoundError:
+    """Return the error for a model that is not there, in the words that clients look for."""
+    return NotFoundError(f"model '{name}' not found", hint="pull it first")
+
+
+async def find(pool: ModelPool, name: str) -> StoredModel:
+    """Return the stored model that a user calls so; raise `NotFoundError`."""
+    try:
+        return await pool.find(name)
+    except NotFoundError:
+        raise missing(name) from None

@@ -9,25 +9,23 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from modelpack_engine.async_engine import RequestStream
 from modelpack_engine.errors import RequestError
 from modelpack_engine.outputs import FinishReason, RequestEvent, TokenLogprob, Usage
-from modelpack_engine.request_stream import RequestStream
-from modelpack_server.api.answering import answer
 from modelpack_server.api.large_json import call, large_response, written
+from modelpack_server.api.model_use import answer, preloadable
 from modelpack_server.api.openai.replies import (
     Envelope,
     completion_logprobs,
     quoted,
     total_usage,
 )
-from modelpack_server.api.openai.requests import CompletionRequest
-from modelpack_server.api.openai.response_format import constraint_of
+from modelpack_server.api.openai.requests import CompletionRequest, constraint_of
 from modelpack_server.api.paths import add_route
-from modelpack_server.api.preloading import preloadable
 from modelpack_server.api.sse import DONE
 from modelpack_server.api.vocabulary import Vocabulary
-from modelpack_server.conversation.masking import text_mask
-from modelpack_server.conversation.served import ServedModel
+from modelpack_server.conversation.masks import text_mask
+from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.pool.pool import ModelPool
 
 _DEFAULT_MAX_TOKENS = 16

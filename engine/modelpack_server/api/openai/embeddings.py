@@ -17,10 +17,9 @@ from modelpack_engine.embedding.async_embedder import AsyncEmbedder
 from modelpack_engine.embedding.inputs import Input
 from modelpack_engine.embedding.results import Embeddings, EmbedOptions, Vector
 from modelpack_engine.errors import RequestError
-from modelpack_server.api.embedding_model import with_embedding_model
-from modelpack_server.api.json_bodies import Body
+from modelpack_server.api.bodies import Body
+from modelpack_server.api.model_use import preloadable, with_embedding_model
 from modelpack_server.api.paths import add_route
-from modelpack_server.api.preloading import preloadable
 from modelpack_server.pool.pool import ModelPool
 
 #: The most inputs of one request, as OpenAI has it.

@@ -1,17 +1,296 @@
-"""Request bodies of the OpenAI API. Source: its reference, "Create chat completion" and
-"Create completion".
-"""
+"""Messages of the chat completions API, and what chat templates take in their place."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from modelpack_engine.errors import RequestError
-from modelpack_server.api.openai.messages import Message
-from modelpack_server.api.openai.sampling_fields import SamplingFields
-from modelpack_server.api.openai.tools import FunctionChoice, FunctionFields, ToolFields
+from modelpack_server.api.bodies import Body
+from modelpack_server.structured_output import Constraint
+from modelpack_server.tool_parsers.parts import Tool, ToolChoice
+
+
+class FunctionCall(Body):
+    """A function and its arguments, the text of a JSON object."""
+
+    model_config = ConfigDict(extra="ignore")
+    name: StrictStr
+    arguments: StrictStr = "{}"
+
+
+class ToolCall(Body):
+    """A call that the model made in an earlier turn."""
+
+    model_config = ConfigDict(extra="ignore")
+    id: StrictStr = ""
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Body):
+    """A message of a conversation; what templates may want beyond these is kept."""
+
+    model_config = ConfigDict(extra="allow")
+    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
+    content: StrictStr | list[dict[str, Any]] | None = None
+    name: StrictStr | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: StrictStr | None = None
+    function_call: FunctionCall | None = None
+    reasoning_content: StrictStr | None = None
+    reasoning: StrictStr | None = None
+    refusal: StrictStr | None = None
+
+
+def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return messages as chat templates take them: plain texts, tools in today's form.
+
+    Raises `RequestError`, naming the message, for what cannot be shown to the model.
+    """
+    return [_plain(message, i) for i, message in enumerate(messages)]
+
+
+def _plain(message: Message, index: int) -> dict[str, Any]:
+    where = f"messages[{index}]"
+    plain: dict[str, Any] = dict(message.model_extra or {})
+    plain["role"] = {"developer": "system", "function": "tool"}.get(message.role, message.role)
+    plain["content"] = _text(message.content, where)
+    if message.refusal and not plain["content"]:
+        plain["content"] = message.refusal
+    if message.name is not None:
+        plain["name"] = message.name
+    if message.role == "tool":
+        if not message.tool_call_id:
+            raise RequestError(
+                "a tool message says which call it answers", param=f"{where}.tool_call_id"
+            )
+        plain["tool_call_id"] = message.tool_call_id
+    elif message.role == "function":
+        if not message.name:
+            raise RequestError("a function message has a name", param=f"{where}.name")
+        plain["tool_call_id"] = f"call_{message.name}"
+    elif message.role == "assistant":
+        calls = list(message.tool_calls or ())
+        if message.function_call is not None:
+            call = message.function_call
+            calls.append(ToolCall(id=f"call_{call.name}", function=call))
+        if calls:
+            plain["tool_calls"] = [call.model_dump() for call in calls]
+        reasoning = message.reasoning_content or message.reasoning
+        if reasoning:
+            plain["reasoning_content"] = reasoning
+    return plain
+
+
+def _text(content: str | list[dict[str, Any]] | None, where: str) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for i, part in enumerate(content):
+        kind = part.get("type")
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if kind not in ("text", "refusal") or not isinstance(text, str):
+            raise RequestError(
+                f"this model takes text only, not {kind!r}", param=f"{where}.content[{i}]"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+MAX_CHOICES = 128
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class StreamOptions(Body):
+    """What a stream tells besides its text."""
+
+    model_config = ConfigDict(extra="ignore")
+    include_usage: StrictBool = False
+    include_obfuscation: StrictBool = False
+
+
+class SamplingFields(Body):
+    """What both kinds of completion have in common."""
+
+    model_config = ConfigDict(extra="ignore")
+    model: Annotated[StrictStr, Field(min_length=1)]
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
+    logit_bias: dict[str, Number] | None = None
+    seed: StrictInt | None = None
+    stop: StrictStr | list[StrictStr] | None = None
+    stop_token_ids: list[StrictInt] | None = None
+    min_tokens: Annotated[StrictInt, Field(ge=0)] = 0
+    ignore_eos: StrictBool = False
+    stream: StrictBool = False
+    stream_options: StreamOptions | None = None
+    user: StrictStr | None = None
+    preset: StrictStr | None = None
+    keep_alive: StrictStr | StrictInt | Number | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: item for key, item in value.items() if item is not None}
+
+    def check(self) -> None:
+        """Raise `RequestError` for fields that contradict each other."""
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream: true", param="stream_options")
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def given(self) -> dict[str, Any]:
+        """Return the fields of SamplingParams that the request gives."""
+        names = (
+            "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+            "repetition_penalty", "seed",
+        )  # fmt: skip
+        given = {name: getattr(self, name) for name in names}
+        found = {name: value for name, value in given.items() if value is not None}
+        if self.logit_bias:
+            found["logit_bias"] = _token_ids(self.logit_bias)
+        if self.stop:
+            found["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if self.stop_token_ids:
+            found["stop_token_ids"] = tuple(self.stop_token_ids)
+        if self.min_tokens:
+            found["min_tokens"] = self.min_tokens
+        if self.ignore_eos:
+            found["ignore_eos"] = True
+        return found
+
+
+def _token_ids(bias: dict[str, float]) -> dict[int, float]:
+    try:
+        return {int(key): value for key, value in bias.items()}
+    except ValueError:
+        raise RequestError(
+            f"logit_bias has keys that are no token ids: {sorted(bias)[:5]}", param="logit_bias"
+        ) from None
+
+
+_Mode = Literal["auto", "none", "required"]
+
+
+class FunctionFields(Body):
+    """A function that the model may call."""
+
+    model_config = ConfigDict(extra="ignore")
+    name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: StrictStr | None = None
+    parameters: dict[str, Any] | None = None
+    strict: StrictBool | None = None
+
+    def tool(self) -> Tool:
+        """Return the tool."""
+        parameters = self.parameters or {"type": "object", "properties": {}}
+        return Tool(self.name, self.description or "", parameters, bool(self.strict))
+
+
+class ToolFields(Body):
+    """A tool; only functions are."""
+
+    model_config = ConfigDict(extra="ignore")
+    type: Literal["function"]
+    function: FunctionFields
+
+
+class FunctionChoice(Body):
+    """The function that has to be called."""
+
+    model_config = ConfigDict(extra="ignore")
+    name: StrictStr
+
+
+def tools_of(request: ChatRequest) -> tuple[tuple[Tool, ...], ToolChoice]:
+    """Return the tools of a request and the choice among them.
+
+    Raises `RequestError` for a choice that names no tool of the request.
+    """
+    functions = [fields.function for fields in request.tools or ()] or (request.functions or [])
+    tools = tuple(function.tool() for function in functions)
+    if request.is_legacy:
+        choice, param = _legacy_choice(request.function_call), "function_call"
+    else:
+        choice, param = choice_of(request.tool_choice), "tool_choice"
+    check_choice(tools, choice, param)
+    return tools, choice
+
+
+def check_choice(tools: Sequence[Tool], choice: ToolChoice, param: str = "tool_choice") -> None:
+    """Raise `RequestError` for tools of the same name, and a choice that names none of them."""
+    known = {tool.name for tool in tools}
+    if len(known) < len(tools):
+        raise RequestError("two tools have the same name", param="tools")
+    for name in choice.names:
+        if name not in known:
+            raise RequestError(f"there is no tool {name!r} in tools", param=param)
+    if choice.mode == "required" and not tools:
+        raise RequestError(f"{param} asks for a call, and there are no tools", param=param)
+
+
+def _legacy_choice(value: str | FunctionChoice | None) -> ToolChoice:
+    if isinstance(value, FunctionChoice):
+        return ToolChoice("required", (value.name,))
+    if value not in (None, "auto", "none"):
+        raise RequestError(f"function_call is {value!r}", param="function_call")
+    return ToolChoice("none" if value == "none" else "auto")
+
+
+def choice_of(value: str | dict[str, Any] | None) -> ToolChoice:
+    """Return a `tool_choice`, also as the Responses API has it; raises `RequestError`."""
+    if value is None:
+        return ToolChoice()
+    if isinstance(value, str):
+        return ToolChoice(_mode(value))
+    kind = value.get("type")
+    if kind == "function":
+        return ToolChoice("required", (_name(value),))
+    if kind == "allowed_tools":
+        allowed = value.get("allowed_tools")
+        inner = allowed if isinstance(allowed, dict) else value
+        listed = inner.get("tools")
+        if not isinstance(listed, list) or not listed:
+            raise RequestError("allowed_tools lists no tools", param="tool_choice")
+        names = tuple(_name(tool if isinstance(tool, dict) else {}) for tool in listed)
+        return ToolChoice(_mode(inner.get("mode", "auto")), names)
+    raise RequestError(f"tool_choice of the type {kind!r} is not supported", param="tool_choice")
+
+
+def _mode(value: Any) -> _Mode:
+    for mode in get_args(_Mode):
+        if value == mode:
+            found: _Mode = mode
+            return found
+    raise RequestError(
+        f"tool_choice is {value!r}, expected auto, none, required or a function",
+        param="tool_choice",
+    )
+
+
+def _name(value: dict[str, Any]) -> str:
+    function = value.get("function")
+    name = function.get("name") if isinstance(function, dict) else value.get("name")
+    if not isinstance(name, str):
+        raise RequestError("tool_choice names no function", param="tool_choice")
+    return name
+
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -105,3 +384,41 @@ class CompletionRequest(SamplingFields):
         if prompt and isinstance(prompt[0], int):
             return [prompt]
         return [item for item in prompt if not isinstance(item, int)]
+
+
+_PARAM = "response_format"
+
+
+def constraint_of(value: Mapping[str, Any] | None) -> Constraint | None:
+    """Return the constraint; None for plain text. Raises `RequestError` for what is no format.
+
+    Besides OpenAI's three there are `regex` and `grammar` (as vLLM has them), each with a field of
+    its own name.
+    """
+    if value is None:
+        return None
+    kind = value.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        schema = value.get("schema")  # llama.cpp's way
+        if isinstance(schema, dict):
+            return Constraint("json_schema", schema)
+        return Constraint("json_object", "")
+    if kind == "json_schema":
+        inner = value.get("json_schema")
+        if not isinstance(inner, dict):
+            raise RequestError("json_schema is missing", param=f"{_PARAM}.json_schema")
+        schema = inner.get("schema", {})
+        if not isinstance(schema, dict):
+            raise RequestError("the schema is no object", param=f"{_PARAM}.json_schema.schema")
+        return Constraint("json_schema", schema)
+    if kind in ("regex", "grammar"):
+        text = value.get(kind)
+        if not isinstance(text, str):
+            raise RequestError(f"{kind} is missing", param=f"{_PARAM}.{kind}")
+        return Constraint(kind, text)
+    raise RequestError(
+        f"the type {kind!r} is none of text, json_object, json_schema, regex, grammar",
+        param=f"{_PARAM}.type",
+    )

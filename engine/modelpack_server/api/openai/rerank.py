@@ -12,14 +12,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
-from modelpack_engine.embedding.async_embedder import AsyncEmbedder
-from modelpack_engine.embedding.ranking import rank_pairs
+from modelpack_engine.embedding.async_embedder import AsyncEmbedder, rank_pairs
 from modelpack_engine.embedding.results import Pair
 from modelpack_engine.errors import RequestError
-from modelpack_server.api.embedding_model import with_embedding_model
-from modelpack_server.api.json_bodies import Body
+from modelpack_server.api.bodies import Body
+from modelpack_server.api.model_use import preloadable, with_embedding_model
 from modelpack_server.api.paths import add_route, check_backend
-from modelpack_server.api.preloading import preloadable
 from modelpack_server.pool.pool import ModelPool
 
 #: The most pairs of one request.

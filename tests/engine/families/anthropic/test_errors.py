@@ -23,7 +23,7 @@ from modelpack_engine.errors import (
 from modelpack_server.api.anthropic.errors import anthropic_error, anthropic_shape
 from modelpack_server.api.anthropic.history import template_messages
 from modelpack_server.api.anthropic.requests import MessageFields
-from modelpack_server.api.problems import problem_of
+from modelpack_server.api.errors import problem_of
 from tests.engine.families.served import CALLER, PLAIN, THINKER, Served
 
 HELLO: Any = [{"role": "user", "content": "hello"}]

@@ -11,10 +11,10 @@ import ollama
 import pytest
 
 import modelpack
-from modelpack.packaging.request import PackageRequest
-from modelpack.stores.layout import LayoutStore
+from modelpack.builder.request import PackageRequest
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
-from modelpack_server.api.model_server import ModelServer
+from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.embedding.models import write_model

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from modelpack_engine.errors import RequestError
-from modelpack_engine.loaders.chat_template import ChatTemplate, as_jinja
+from modelpack_engine.models.chat_template import ChatTemplate, as_jinja
 
 CHATML = """{{ if .System }}<|im_start|>system
 {{ .System }}<|im_end|>

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import InterruptedTransferError, NotFoundError
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
 from modelpack_server.api.ollama.jobs import Jobs

@@ -12,7 +12,7 @@ import ollama
 import pytest
 import requests
 
-from modelpack.reference import Reference
+from modelpack.artifacts.reference import Reference
 from tests.engine.families.ollama.conftest import Stocked, serving
 from tests.engine.serving.tiny import write_tiny
 from tests.models import tiny_gguf

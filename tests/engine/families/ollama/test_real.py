@@ -8,8 +8,8 @@ import ollama
 import pytest
 
 import modelpack
-from modelpack.packaging.request import PackageRequest
-from modelpack.stores.layout import LayoutStore
+from modelpack.builder.request import PackageRequest
+from modelpack.store.layout import LayoutStore
 from modelpack.testing.weights import smollm2_gguf
 from modelpack_engine.config import EngineConfig
 from tests.engine.families.ollama.conftest import Stocked, serving

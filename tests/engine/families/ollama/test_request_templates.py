@@ -10,8 +10,8 @@ import pytest
 import requests
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from modelpack.stores.layout import LayoutStore
-from modelpack_server.api.model_server import ModelServer
+from modelpack.store.layout import LayoutStore
+from modelpack_server.api.app import ModelServer
 from modelpack_server.gateway.caller import Caller, put_caller
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue

@@ -12,10 +12,10 @@ import pytest
 import requests
 
 import modelpack
+from modelpack.artifacts.reference import Reference
+from modelpack.builder.request import PackageRequest
 from modelpack.errors import AuthError, DeniedError
-from modelpack.packaging.request import PackageRequest
-from modelpack.reference import Reference
-from modelpack_server.api.problems import problem_of
+from modelpack_server.api.errors import problem_of
 from tests.engine.families.ollama.conftest import Stocked
 from tests.engine.serving.tiny import CONTEXT
 from tests.models import FIXTURES

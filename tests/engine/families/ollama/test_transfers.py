@@ -11,7 +11,7 @@ import ollama
 import pytest
 
 import modelpack.testing
-from modelpack.server import RegistryServer, RequestRecord
+from modelpack.registry_server import RegistryServer, RequestRecord
 from tests.engine.families.ollama.conftest import Stocked, serving
 
 

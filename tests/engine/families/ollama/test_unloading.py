@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from modelpack_server.api.ollama.answers import unload
-from modelpack_server.api.ollama.asking import fit_context
 from modelpack_server.api.ollama.bodies import TextBody
+from modelpack_server.api.ollama.chat import fit_context, unload
 from modelpack_server.pool.settings import ModelSettings
 from tests.engine.pool.shelf import Shelf, pool_over
 

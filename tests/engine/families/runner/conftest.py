@@ -14,8 +14,8 @@ import pytest
 from starlette.testclient import TestClient
 
 import modelpack
-from modelpack.stores.layout import LayoutStore
-from modelpack_engine.meter import Meter
+from modelpack.store.layout import LayoutStore
+from modelpack_engine.core.metrics import Meter
 from modelpack_server.api.app import create_app
 from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
 from modelpack_server.pool.pool import ModelPool

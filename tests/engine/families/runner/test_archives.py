@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack.digest import Digest
-from modelpack.operations.archive_reading import import_archive
-from modelpack.operations.archives import archive_of
-from modelpack.operations.watching import watching
-from modelpack.stores.layout import LayoutStore
+from modelpack.artifacts.digest import Digest
+from modelpack.operations.archives import archive_of, import_archive
+from modelpack.storage import watching
+from modelpack.store.layout import LayoutStore
 from tests.engine.families.runner.conftest import Runner
 from tests.unpacking.tars import END, file, gnu_sparse
 

@@ -16,10 +16,10 @@ import httpx
 import pytest
 
 import modelpack
-from modelpack.listening import AppServer
-from modelpack.stores.layout import LayoutStore
+from modelpack.http.listener import AppServer
+from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
-from modelpack_server.api.model_server import ModelServer
+from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.families.runner.conftest import StoredScripts
 from tests.models import tiny_safetensors

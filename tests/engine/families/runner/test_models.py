@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import modelpack
-from modelpack.reference import Reference
-from modelpack.stores.layout import LayoutStore
+from modelpack.artifacts.reference import Reference
+from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
-from modelpack_server.api.runner.naming import tag_shown
+from modelpack_server.api.model_runner.names import tag_shown
 from tests.engine.families.runner.conftest import Runner
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from modelpack_server.api.runner.joining import joined, without_media
-from modelpack_server.api.runner.records import Record, Records
+from modelpack_server.api.model_runner.records import Record, Records, joined, without_media
 from tests.engine.families.runner.conftest import Runner
 
 

@@ -12,15 +12,14 @@ import httpx
 import pytest
 
 import modelpack
-from modelpack.digest import Digest
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.reference import Reference
 from modelpack.errors import RegistryError
 from modelpack.progress import Action, Progress
-from modelpack.reference import Reference
-from modelpack.server import RegistryServer
-from modelpack.stores.layout import LayoutStore
+from modelpack.registry_server import RegistryServer
+from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
-from modelpack_server.api.runner.progress import Lines
-from modelpack_server.api.runner.transfers import BearerToken
+from modelpack_server.api.model_runner.progress import BearerToken, Lines
 from tests.engine.families.runner.conftest import Runner
 
 LAYER = Digest.of(b"a layer")
@@ -161,7 +160,7 @@ def test_a_registry_that_wants_credentials(runner: Runner, gguf: Path) -> None:
         await send({"type": "http.response.start", "status": 401, "headers": start})
         await send({"type": "http.response.body", "body": b""})
 
-    from modelpack.listening import AppServer
+    from modelpack.http.listener import AppServer
 
     server = AppServer(lambda: refuse, "127.0.0.1:0", name="registry")
     server.start()

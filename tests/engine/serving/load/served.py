@@ -19,9 +19,9 @@ import pytest
 from starlette.types import ASGIApp
 
 from modelpack.operations.remote import RemoteOptions
-from modelpack.stores.layout import LayoutStore
-from modelpack_server.api.model_server import ModelServer
-from modelpack_server.gateway.protecting import Protection, protect
+from modelpack.store.layout import LayoutStore
+from modelpack_server.api.app import ModelServer
+from modelpack_server.gateway.protection import Protection, protect
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.scripted import HERMES, ScriptedEngine
 from tests.engine.serving.conftest import ScriptedCatalogue

@@ -23,8 +23,8 @@ import pytest
 from starlette.types import ASGIApp
 
 from modelpack_engine.engine import Engine
-from modelpack_server.api.model_server import ModelServer
-from modelpack_server.gateway.protecting import Protection, protect
+from modelpack_server.api.app import ModelServer
+from modelpack_server.gateway.protection import Protection, protect
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.serving.load.served import Served
 from tests.engine.serving.load.streams import malformed

@@ -9,9 +9,9 @@ from urllib.parse import quote
 
 import pytest
 
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from modelpack_engine.config import EngineConfig
-from modelpack_server.api.model_server import ModelServer
+from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.engine.serving.load.served import Served, alone, document_of

@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from modelpack.stores.layout import LayoutStore
+from modelpack.store.layout import LayoutStore
 from modelpack_server.api.app import create_app
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.scripted import ScriptedEngine

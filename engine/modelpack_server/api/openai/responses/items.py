@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from modelpack_engine.errors import RequestError
-from modelpack_server.api.carried import carried
-from modelpack_server.api.openai.responses.tools import joined_name
+from modelpack_server.api.continuation import carried
+from modelpack_server.api.openai.responses.requests import joined_name
 
 Item = dict[str, Any]
 _ROLES = ("user", "assistant", "system", "developer")

@@ -1,4 +1,4 @@
-"""Reply: one response, as an object and as events."""
+"""Output: the parts of an answer as items, one after the other, and their events."""
 
 from __future__ import annotations
 
@@ -6,15 +6,158 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from modelpack_engine.sampling_params import SamplingParams
+from modelpack_engine.request import SamplingParams
+from modelpack_server.api.continuation import carry
+from modelpack_server.api.errors import Problem
 from modelpack_server.api.large_json import written
+from modelpack_server.api.openai.replies import chat_logprobs
 from modelpack_server.api.openai.responses.items import Item, new_id
-from modelpack_server.api.openai.responses.output import Output
 from modelpack_server.api.openai.responses.requests import CARRIED_REASONING, ResponseRequest
-from modelpack_server.api.problems import Problem
 from modelpack_server.api.sse import dumps, event
 from modelpack_server.api.vocabulary import Vocabulary
 from modelpack_server.conversation.spec import ChatDelta, ChatUsage
+from modelpack_server.tool_parsers.parts import Reasoning, Text, ToolArguments, ToolStart
+
+Event = dict[str, Any]
+
+
+class Output:
+    """`take` and `end` return the events of what is new; `items` has the items that are over.
+
+    With `words` text comes with its log-probabilities; with `carries` clients that have nothing
+    stored here can send thoughts back. Space before a text is held back: between thoughts and calls
+    it makes no message of its own.
+    """
+
+    def __init__(
+        self,
+        words: Vocabulary | None = None,
+        *,
+        carries: bool = False,
+        namespaces: Mapping[str, tuple[str, str]] | None = None,
+    ) -> None:
+        self.items: list[Item] = []
+        self._words = words
+        self._carries = carries
+        self._namespaces = namespaces or {}
+        self._open: Item | None = None
+        self._pieces: list[str] = []
+        self._logprobs: list[Any] = []
+        self._space = ""
+
+    def take(self, delta: ChatDelta) -> list[Event]:
+        """Return the events of what a delta brings."""
+        events: list[Event] = []
+        logprobs: list[Any] = []
+        if self._words is not None and delta.logprobs:
+            logprobs = chat_logprobs(delta.logprobs, self._words)["content"]
+        for part in delta.parts:
+            match part:
+                case Text():
+                    events += self._text(part.text, logprobs)
+                    logprobs = []
+                case Reasoning():
+                    events += self._to("reasoning", {"summary": [], "content": []})
+                    events += self._more("response.reasoning_text.delta", part.text)
+                case ToolStart():
+                    events += self.close("completed")
+                    events += self._to("function_call", self._called(part))
+                case ToolArguments():
+                    self._pieces.append(part.fragment)
+                    kind = "response.function_call_arguments.delta"
+                    events.append(self._event(kind, delta=part.fragment))
+        return events
+
+    def end(self, status: str) -> list[Event]:
+        """Return the events of the end; `status` is what becomes of an item that is open."""
+        events: list[Event] = []
+        if not self.items and self._open is None:
+            events += self._say(self._space, [])  # an answer has a message, if an empty one
+        return events + self.close(status)
+
+    def close(self, status: str) -> list[Event]:
+        """Return the events that end an item, if one is open."""
+        return self._close(status) if self._open is not None else []
+
+    def _called(self, part: ToolStart) -> Item:
+        namespace, name = self._namespaces.get(part.name, (None, part.name))
+        called = {"call_id": part.id, "name": name, "arguments": ""}
+        return called | ({"namespace": namespace} if namespace else {})
+
+    def _text(self, text: str, logprobs: list[Any]) -> list[Event]:
+        if self._open is None or self._open["type"] != "message":
+            text = self._space + text
+            if not text.strip():
+                self._space = text
+                return []
+        return self._say(text, logprobs)
+
+    def _say(self, text: str, logprobs: list[Any]) -> list[Event]:
+        events = self._to("message", {"role": "assistant", "content": []})
+        self._logprobs += logprobs
+        if not text:
+            return events
+        return events + self._more("response.output_text.delta", text, logprobs=logprobs)
+
+    def _more(self, kind: str, text: str, **fields: Any) -> list[Event]:
+        self._pieces.append(text)
+        return [self._event(kind, content_index=0, delta=text, **fields)]
+
+    def _to(self, kind: str, fields: Item) -> list[Event]:
+        """Open an item, unless one of its kind is open."""
+        if self._open is not None and self._open["type"] == kind:
+            return []
+        events = self.close("completed")
+        self._space = ""
+        prefix = {"message": "msg", "reasoning": "rs", "function_call": "fc"}[kind]
+        self._open = {"id": new_id(prefix), "type": kind, "status": "in_progress", **fields}
+        events.append(self._item_event("response.output_item.added"))
+        if kind != "function_call":
+            added = "response.content_part.added"
+            events.append(self._event(added, content_index=0, part=self._part("")))
+        return events
+
+    def _close(self, status: str) -> list[Event]:
+        item = self._open
+        assert item is not None
+        text = "".join(self._pieces)
+        if item["type"] == "function_call":
+            item["arguments"] = text or "{}"
+            done = "response.function_call_arguments.done"
+            events = [self._event(done, name=item["name"], arguments=item["arguments"])]
+        else:
+            part = self._part(text)
+            item["content"] = [part]
+            is_text = item["type"] == "message"
+            fields: dict[str, Any] = {"logprobs": self._logprobs} if is_text else {}
+            kind = "response.output_text.done" if is_text else "response.reasoning_text.done"
+            events = [
+                self._event(kind, content_index=0, text=text, **fields),
+                self._event("response.content_part.done", content_index=0, part=part),
+            ]
+            if self._carries and not is_text:
+                item["encrypted_content"] = carry(text)
+        item["status"] = status
+        events.append(self._item_event("response.output_item.done"))
+        self.items.append(item)
+        self._open, self._pieces, self._logprobs = None, [], []
+        return events
+
+    def _part(self, text: str) -> Item:
+        assert self._open is not None
+        if self._open["type"] == "reasoning":
+            return {"type": "reasoning_text", "text": text}
+        logprobs = self._logprobs if text else []
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+
+    def _event(self, kind: str, **fields: Any) -> Event:
+        assert self._open is not None
+        return {"type": kind, "item_id": self._open["id"], "output_index": len(self.items),
+                **fields}  # fmt: skip
+
+    def _item_event(self, kind: str) -> Event:
+        assert self._open is not None
+        return {"type": kind, "output_index": len(self.items), "item": dict(self._open)}
 
 
 class Reply:

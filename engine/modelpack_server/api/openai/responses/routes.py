@@ -1,35 +1,71 @@
-"""POST /v1/responses, and what was answered before."""
+"""Truncation: conversations that are longer than the context lose their oldest turns."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from starlette.exceptions import HTTPException
 
-from modelpack_engine.errors import RequestError
-from modelpack_engine.worker.cancelling import in_thread
-from modelpack_server.api.answering import answer
+from modelpack_engine.errors import ContextLengthError, RequestError
+from modelpack_engine.worker.threads import in_thread
+from modelpack_server.api.errors import problem_of
 from modelpack_server.api.large_json import call, large_response
+from modelpack_server.api.model_use import answer, preloadable
 from modelpack_server.api.openai.responses.items import Item, items_of, template_messages
 from modelpack_server.api.openai.responses.memory import Remembered, ResponseMemory
 from modelpack_server.api.openai.responses.replies import Reply
-from modelpack_server.api.openai.responses.requests import ResponseRequest
-from modelpack_server.api.openai.responses.tools import Toolbox
-from modelpack_server.api.openai.responses.truncation import fitted
+from modelpack_server.api.openai.responses.requests import ResponseRequest, Toolbox
 from modelpack_server.api.paths import add_route
-from modelpack_server.api.preloading import preloadable
-from modelpack_server.api.problems import problem_of
 from modelpack_server.api.vocabulary import Vocabulary
-from modelpack_server.conversation.chat import ChatStream, start_chat
-from modelpack_server.conversation.served import ServedModel
+from modelpack_server.conversation.chat import ChatStream, count_prompt, start_chat
+from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatSpec
 from modelpack_server.conversation.turns import fit_turns
 from modelpack_server.gateway.caller import caller_of
 from modelpack_server.pool.pool import ModelPool
+
+# Tokens that the answer is left, where the request does not say, and no more than this part of the
+# context.
+_ROOM = 1024
+_PART = 4
+
+
+async def fitted(model: ServedModel, spec: ChatSpec) -> ChatSpec:
+    """Return `spec` without as many of its oldest turns as do not fit; instructions stay.
+
+    Turns begin with the user: no result is left without its call. The last one always stays.
+    """
+    context = model.max_model_len
+    most = context - min(spec.max_tokens or _ROOM, context // _PART)
+    if await _fits(model, spec, most):
+        return spec
+    messages = list(spec.messages)
+    head = 1 if messages[0]["role"] == "system" else 0
+    starts = [i for i in range(head, len(messages)) if messages[i]["role"] == "user"]
+    if not starts:
+        return spec
+    low, high = 0, len(starts) - 1
+    while low < high:
+        middle = (low + high) // 2
+        shorter = replace(spec, messages=messages[:head] + messages[starts[middle] :])
+        if await _fits(model, shorter, most):
+            high = middle
+        else:
+            low = middle + 1
+    return replace(spec, messages=messages[:head] + messages[starts[low] :])
+
+
+async def _fits(model: ServedModel, spec: ChatSpec, most: int) -> bool:
+    try:
+        return await count_prompt(model, spec) <= most
+    except ContextLengthError:
+        return False
+
 
 _PRESET = "x-modelpack-preset"
 _PREFIXES = ("/engines",)  # Docker Model Runner's, beside those that all routes have

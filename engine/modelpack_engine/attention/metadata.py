@@ -1,0 +1,401 @@
+"""A second stream of the CPU, for work that divides in two.
+
+MLX runs the operations of a CPU stream one after the other, in one thread. What may run beside them
+goes to a stream of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from modelpack_engine.attention.kv_pools import (
+    KeyRange,
+    Run,
+    Span,
+    consecutive,
+    length_groups,
+    slot_runs,
+    visible,
+)
+from modelpack_engine.kernels import TILE_ROWS, Tiles
+from modelpack_engine.platform.memory import Staging
+
+if TYPE_CHECKING:
+    from modelpack_engine.core.batch import Chunk, StepBatch
+
+
+def usable_processors() -> int:
+    """Return how many processors this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def second_stream() -> mx.Stream | None:
+    """Return a new stream of the calling thread, None where there is no processor for it."""
+    return mx.new_stream(mx.cpu) if usable_processors() > 1 else None
+
+
+#: With more rows, the matrices take more time to read than they save.
+FEW_ROWS = 16
+#: From so many pairs of elements on, CUDA rotates any number of rows at once. Four heads of a row
+#: share a thread, and with fewer pairs, so many of these are too many.
+_ENOUGH_PAIRS, _HEADS_OF_A_THREAD, _TOO_MANY = 16, 4, 128
+#: A model has one or two kinds of rotation. One with more makes a new one at every call.
+MOST_KINDS = 8
+
+#: MLX's own function, whatever is installed over it.
+native_rope: Callable[..., mx.array] = mx.fast.rope
+
+
+#: Matrices [rows, dim, dim] by all arguments but rows and offset. Arrays among these go by identity
+#: and are kept beside the matrix: another one might else come to have the same.
+Rotations = dict[tuple[object, ...], tuple[mx.array, list[object]]]
+
+
+class Positions(mx.array):
+    """Positions of a step's rows, int32 [rows], with the rotations that were made for them.
+
+    `rotations` is None where rows are rotated by MLX's own function.
+    """
+
+    rotations: Rotations | None
+
+
+def as_positions(positions: mx.array) -> Positions:
+    """Return positions that are on the device already, for MLX's own function."""
+    made = Positions(positions)
+    made.rotations = None
+    return made
+
+
+def make_positions(positions: list[int], *, rotate: bool) -> Positions:
+    """Return `positions` on the device; `rotate` says whether to rotate by matrices."""
+    made = Positions(mx.array(positions, mx.int32))
+    made.rotations = {} if rotate and len(positions) <= FEW_ROWS else None
+    return made
+
+
+def _rope(x: mx.array, dims: int, **how: Any) -> mx.array:
+    """Rotate x [rows, heads, 1, dim] by matrices if the offset's rotations are kept."""
+    offset = how.get("offset")
+    rotations = offset.rotations if isinstance(offset, Positions) else None
+    if x.ndim == 4 and x.shape[2] == 1 and dims < 2 * _ENOUGH_PAIRS and _on_cuda():
+        return _some_at_a_time(x, dims, how)
+    if rotations is None or x.dtype != mx.float32 or x.ndim != 4 or x.shape[2] != 1:
+        return native_rope(x, dims, **how)
+    rows, heads, _, dim = x.shape
+    rest = {name: value for name, value in how.items() if name != "offset"}
+    key = (dim, dims, *((name, _identity(value)) for name, value in rest.items()))
+    if key not in rotations:
+        if len(rotations) == MOST_KINDS:
+            return native_rope(x, dims, **how)
+        unit = mx.broadcast_to(mx.eye(dim)[None, :, None, :], (rows, dim, 1, dim))
+        matrix = native_rope(unit, dims, offset=offset, **rest)[:, :, 0]
+        rotations[key] = matrix, list(rest.values())
+    return (x.reshape(rows, heads, dim) @ rotations[key][0])[:, :, None]
+
+
+def _on_cuda() -> bool:
+    return mx.cuda.is_available() and mx.default_device() != mx.Device(mx.cpu)
+
+
+def _some_at_a_time(x: mx.array, dims: int, how: dict[str, Any]) -> mx.array:
+    """Rotate x [rows, heads, 1, dim] in as few calls as CUDA can launch."""
+    most = max((_TOO_MANY - 1) // -(-x.shape[1] // _HEADS_OF_A_THREAD), 1)
+    if x.shape[0] <= most:
+        return native_rope(x, dims, **how)
+    parts = []
+    for start in range(0, x.shape[0], most):
+        part = slice(start, start + most)
+        offset = how.get("offset", 0)
+        if isinstance(offset, mx.array) and offset.ndim > 0:
+            offset = offset[part]
+        parts.append(native_rope(x[part], dims, **{**how, "offset": offset}))
+    return mx.concatenate(parts)
+
+
+def _identity(value: object) -> object:
+    """Return what tells arguments apart: arrays (frequencies of a layer) by identity."""
+    return id(value) if isinstance(value, mx.array) else value
+
+
+def install() -> None:
+    """Wrap `mx.fast.rope`, once for the process; calls with other offsets behave as before."""
+    mx.fast.rope = _rope  # type: ignore[assignment]
+
+
+T = TypeVar("T")
+
+#: As many rows are attended one by one if their keys can be read where they lie.
+_FEW_ROWS = 2
+#: From so many blocks on, not copying keys is worth a call of its own.
+_MANY_BLOCKS = 16
+#: Up to so many runs, writing slices is faster than scattering rows.
+_FEW_RUNS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Decode rows attended in one call; `mask` is bool [rows, 1, 1, keys] or None.
+
+    `rows` picks them: a slice, or int32 [rows].
+    """
+
+    rows: slice | mx.array
+    keys: KeyRange
+    mask: mx.array | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkKeys:
+    """Keys of one prefill chunk, and the mask as MLX's attention takes it.
+
+    None for a single query that sees all, "causal" (aligned at the bottom right), or bool
+    [queries, keys].
+    """
+
+    keys: KeyRange
+    mask: mx.array | str | None
+
+
+class StepInputs:
+    """Device arrays of the step that is being built; `begin` replaces them."""
+
+    def __init__(self, block_size: int, *, exact: bool, staging: Staging | None = None) -> None:
+        self.block_size = block_size
+        self._staging = staging or Staging()
+        self.exact = exact
+        self.second_stream = second_stream() if exact else None
+        self.num_rows = 0
+        self.num_decode = 0
+        self.decode_seq_ids: tuple[int, ...] = ()
+        self.chunks: tuple[Chunk, ...] = ()
+        self.slot_runs: list[Run] | None = None
+        self._tables: list[list[int]] = []
+        self._padded_tables: Callable[[], list[list[int]]] | None = None
+        self._lengths: list[int] = []
+        self._memo: dict[object, object] = {}
+        self.positions = make_positions([], rotate=False)
+        self.slots = self.sample_rows = mx.zeros((0,), mx.int32)
+        self.active = False
+        self.all_rows_sampled = False
+        self.rows_taken = False
+        self.tiles: Tiles | None = None
+        #: Whether a layer has taken rows of tiles one by one.
+        self.tiles_refused = False
+
+    def begin(self, batch: StepBatch, sample_rows: list[int]) -> None:
+        """Take over `batch`; `sample_rows` are its sampled rows, padded to a bucket."""
+        self.num_rows = len(batch.token_ids)
+        self.num_decode = batch.num_decode
+        self.tiles = None
+        self.decode_seq_ids = tuple(batch.decode_seq_ids)
+        self.chunks = tuple(batch.chunks)
+        self._tables, self._lengths = batch.decode_tables, batch.decode_lengths
+        self._padded_tables = batch.padded_tables
+        self._memo = {}
+        if self.exact:
+            self.positions = make_positions(batch.positions, rotate=True)
+            self.slots = mx.array(batch.slots, mx.int32)
+            self.slot_runs = slot_runs(batch.slots, _FEW_RUNS)
+            self.sample_rows = mx.array(sample_rows, mx.int32)
+        else:
+            numbers = [*batch.positions, *batch.slots, *sample_rows]
+            packed = self._staging.put(np.array(numbers, np.int32))[: len(numbers)]
+            self.positions = as_positions(packed[: self.num_rows])
+            self.slots = packed[self.num_rows : 2 * self.num_rows]
+            self.slot_runs = None
+            self.sample_rows = packed[2 * self.num_rows :]
+        self.all_rows_sampled = sample_rows == list(range(self.num_rows))
+        self.rows_taken = False
+        self.active = True
+
+    def begin_rows(
+        self,
+        positions: mx.array,
+        slots: mx.array,
+        tables: mx.array,
+        sample_rows: mx.array | None,
+        tiles: Tiles | None = None,
+    ) -> None:
+        """Take over rows that see the blocks `tables` int32 [rows, width] up to their positions.
+
+        Rows after these are those of `tiles`. `sample_rows` None stands for all rows.
+        """
+        self.num_rows, self.num_decode = positions.shape[0], tables.shape[0]
+        self.tiles = tiles
+        self.decode_seq_ids, self.chunks = (), ()
+        self._tables, self._lengths = [], []
+        self._memo = {"rows": (tables, positions[: self.num_decode] + 1)}
+        self.positions = as_positions(positions)
+        self.slots, self.slot_runs = slots, None
+        self.all_rows_sampled = sample_rows is None
+        self.sample_rows = mx.zeros((0,), mx.int32) if sample_rows is None else sample_rows
+        self.rows_taken = False
+        self.active = True
+
+    @property
+    def samples_few(self) -> bool:
+        """Whether fewer rows are sampled, padding included, than there are."""
+        return not self.all_rows_sampled and self.sample_rows.shape[0] < self.num_rows
+
+    def end(self) -> None:
+        """Drop what only building the graph needed."""
+        self._memo = {}
+        self.positions.rotations = None
+        self.active = False
+
+    def remember(self, key: object, make: Callable[[], T]) -> T:
+        """Return what `make` made for `key` in this step."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]  # type: ignore[return-value]
+
+    # Decode rows.
+
+    def decode_length(self, row: int) -> int:
+        """Return the length of the sequence of decode row `row`, its new token included."""
+        return self._lengths[row]
+
+    def decode_rows(self) -> tuple[mx.array, mx.array]:
+        """Return block tables int32 [rows, width] and lengths int32 [rows] of all decode rows."""
+        return self.remember("rows", self._make_decode_rows)
+
+    def _make_decode_rows(self) -> tuple[mx.array, mx.array]:
+        assert self._padded_tables is not None, "the step has begun by its batch"
+        tables = np.array(self._padded_tables(), np.int32)
+        numbers = np.concatenate([tables.ravel(), np.array(self._lengths, np.int32)])
+        packed = self._staging.put(numbers)
+        return packed[: tables.size].reshape(tables.shape), packed[tables.size : len(numbers)]
+
+    def tile_rows(self) -> tuple[mx.array, mx.array]:
+        """Return block tables and lengths of the rows of tiles, as if each of them decoded."""
+        assert self.tiles is not None, "the step has no tiles"
+        return self.remember(
+            "tile rows",
+            lambda: (
+                mx.repeat(self.tiles.tables, TILE_ROWS, axis=0),  # type: ignore[union-attr]
+                self.positions[self.num_decode :] + 1,
+            ),
+        )
+
+    def decode_keys(self, row: int, window: int | None) -> KeyRange:
+        """Return the keys that decode row `row` sees."""
+        return self._key_range(self._tables[row], self._span(row, window))
+
+    def decode_groups(self, window: int | None) -> tuple[list[DecodeGroup], mx.array | None]:
+        """Return groups of similar length, and the order that sorts their outputs by row."""
+        return self.remember(("decode", window), lambda: self._decode_groups(window))
+
+    def _decode_groups(self, window: int | None) -> tuple[list[DecodeGroup], mx.array | None]:
+        spans = [self._span(row, window) for row in range(self.num_decode)]
+        alone: list[int] = []
+        together: list[int] = []
+        for row, span in enumerate(spans):
+            few = self.num_decode <= _FEW_ROWS or span.num_blocks >= _MANY_BLOCKS
+            (alone if few and consecutive(self._seen(row, span)) else together).append(row)
+        groups = [[row] for row in alone]
+        if together:
+            found = length_groups([spans[row].num_blocks for row in together])
+            groups += [[together[i] for i in group] for group in found]
+        made = [self._decode_group(group, spans) for group in groups]
+        order = [row for group in groups for row in group]
+        if order == list(range(self.num_decode)):
+            return made, None
+        return made, mx.array(sorted(range(len(order)), key=order.__getitem__), mx.int32)
+
+    def _decode_group(self, rows: list[int], spans: list[Span]) -> DecodeGroup:
+        first = spans[rows[0]]
+        start, stop, mask = first.start, first.stop, None
+        if any(spans[row].start != start or spans[row].stop != stop for row in rows):
+            start, stop = 0, max(spans[row].stop for row in rows)
+            mask = _between([spans[r].start for r in rows], [spans[r].stop for r in rows], stop)
+        width = max(spans[row].num_blocks for row in rows)
+        tables = [self._seen(row, spans[row]) for row in rows]
+        tables = [table + [0] * (width - len(table)) for table in tables]
+        side_by_side = rows == list(range(rows[0], rows[0] + len(rows)))
+        index = slice(rows[0], rows[0] + len(rows)) if side_by_side else mx.array(rows, mx.int32)
+        return DecodeGroup(index, KeyRange(tables, start, stop), mask)
+
+    def _span(self, row: int, window: int | None) -> Span:
+        return visible(self._lengths[row], window, self.block_size)
+
+    def _seen(self, row: int, span: Span) -> list[int]:
+        return list(self._tables[row][span.first_block : span.first_block + span.num_blocks])
+
+    # Chunks.
+
+    def chunk_rows(self, index: int) -> tuple[mx.array, mx.array]:
+        """Return tables and lengths of the rows of chunk `index`, as if each of them decoded."""
+        return self.remember(("rows", index), lambda: self._chunk_rows(index))
+
+    def _chunk_rows(self, index: int) -> tuple[mx.array, mx.array]:
+        chunk = self.chunks[index]
+        start = chunk.kv_length - chunk.length
+        lengths = [start + i + 1 if i < chunk.length else 1 for i in range(chunk.padded_length)]
+        table = mx.array(chunk.block_table, mx.int32)
+        return (
+            mx.broadcast_to(table, (chunk.padded_length, table.size)),
+            mx.array(lengths, mx.int32),
+        )
+
+    def chunk_span(self, index: int, window: int | None) -> Span:
+        """Return what the tokens of chunk `index` see."""
+        chunk = self.chunks[index]
+        return visible(chunk.kv_length, window, self.block_size, queries=chunk.length)
+
+    def whole_chunk_keys(self, index: int, window: int | None) -> KeyRange:
+        """Return the keys that the tokens of chunk `index` see, without any for padding."""
+        return self._key_range(self.chunks[index].block_table, self.chunk_span(index, window))
+
+    def chunk_keys(self, index: int, window: int | None) -> ChunkKeys:
+        """Return the keys of chunk `index`, padding included, and what of them each row sees."""
+        return self.remember(("chunk", index, window), lambda: self._chunk_keys(index, window))
+
+    def _chunk_keys(self, index: int, window: int | None) -> ChunkKeys:
+        chunk, size = self.chunks[index], self.block_size
+        span = self.chunk_span(index, window)
+        padding = chunk.padded_length - chunk.length
+        table = list(chunk.block_table)
+        if len(table) > -(-chunk.kv_length // size) and not self.exact:
+            # The table is bucketed: use all of it, and say with a mask what counts.
+            start, stop = 0, (len(table) - span.first_block) * size
+        else:
+            start, stop = span.start, span.stop + padding
+        needed = -(-stop // size)
+        blocks = table[span.first_block : span.first_block + needed]
+        blocks += [0] * (needed - len(blocks))
+        keys = KeyRange([blocks], start, stop)
+        aligned = stop == span.stop + padding
+        unseen = window is not None and stop - start > window
+        if aligned and not unseen:
+            return ChunkKeys(keys, None if chunk.padded_length == 1 else "causal")
+        # Positions counted from the first gathered key.
+        first_query = span.stop - chunk.length
+        queries = first_query + mx.arange(chunk.padded_length, dtype=mx.int32)[:, None]
+        queries = mx.minimum(queries, stop - 1)  # padding, too, has to see something
+        positions = mx.arange(start, stop, dtype=mx.int32)[None]
+        mask = positions <= queries
+        if window is not None:
+            mask = mask & (positions > queries - window)
+        return ChunkKeys(keys, mask)
+
+    def _key_range(self, table: list[int] | tuple[int, ...], span: Span) -> KeyRange:
+        blocks = table[span.first_block : span.first_block + span.num_blocks]
+        return KeyRange([blocks], span.start, span.stop)
+
+
+def _between(starts: list[int], stops: list[int], keys: int) -> mx.array:
+    """Return bool [rows, 1, 1, keys]: whether starts <= key < stops."""
+    index = mx.arange(keys, dtype=mx.int32)[None]
+    mask = index < mx.array(stops, mx.int32)[:, None]
+    if any(starts):
+        mask = mask & (index >= mx.array(starts, mx.int32)[:, None])
+    return mask[:, None, None, :]

@@ -1,0 +1,276 @@
+"""StepBatch: a step as the device gets it. Rows, slots and tables, padded to bucketed sizes.
+
+Every token is a row. Decode rows come first, padded to a bucket, then the chunks of prompts one
+after the other, each padded to a bucket at its end. A proposal is several decode rows, which see
+the same blocks up to their own positions; where nothing is padded it is a chunk, before those of
+prompts, whose keys are read once. A padding row has token 0 at position 0 and writes to slot 0, in
+the trash block, where nothing that counts is ever read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modelpack_engine.core.block_manager import TRASH_BLOCK
+from modelpack_engine.core.buckets import Buckets
+from modelpack_engine.core.scheduler import PrefillChunk, Proposal, SchedulerOutput
+from modelpack_engine.core.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows [row, row + length) hold the last `length` of a sequence's `kv_length` tokens so far.
+
+    Rows up to row + padded_length are padding. `block_table` is padded with the trash block to a
+    bucket that has room for the padding rows' keys as well: kv_length + padded_length - length.
+
+    Of recurrent layers: `snapshot` is the state that the chunk starts from, unless it is that of
+    its sequence; `block_hash` is what a snapshot of its end goes by, if it ends with a block.
+    """
+
+    row: int
+    length: int
+    padded_length: int
+    kv_length: int
+    block_table: tuple[int, ...]
+    seq_id: int
+    snapshot: object | None = None
+    block_hash: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One step's inputs, as plain integers.
+
+    `token_ids`, `positions` and `slots` (block * block_size + offset) have an entry a row.
+    `from_previous` are pairs (row, index into the tokens that the previous step samples): the ids
+    of these rows never leave the device, and `token_ids` has 0 there.
+
+    Rows [0, num_decode) decode; the first `len(decode_seq_ids)` of them are real. `decode_tables`
+    and `decode_lengths` have an entry for each of the `num_decode` rows; a length counts the row's
+    own token, and is 1 for padding. A table ends with the row's own block, or later; on the device,
+    trash blocks fill all of them up to `table_width`, or to the longest if that is more.
+
+    `sample_rows` are the rows whose next token is sampled, in ascending order, and `sample_seqs`
+    whose they are: of a proposal all rows are, in order. Rows in `prompt_logprob_rows` are wanted
+    for the log-probability of the prompt token after them; `prompt_logprob_seqs` has their
+    sequences. `released` names the sequences whose state is void before this step.
+    """
+
+    token_ids: list[int]
+    positions: list[int]
+    slots: list[int]
+    from_previous: tuple[tuple[int, int], ...]
+    num_decode: int
+    decode_tables: list[list[int]]
+    decode_lengths: list[int]
+    decode_seq_ids: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    sample_rows: tuple[int, ...]
+    sample_seqs: tuple[Sequence, ...]
+    prompt_logprob_rows: tuple[int, ...] = ()
+    prompt_logprob_seqs: tuple[Sequence, ...] = ()
+    released: tuple[int, ...] = ()
+    table_width: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, padding included."""
+        return len(self.token_ids)
+
+    @property
+    def decode_width(self) -> int:
+        """Columns of the decode rows' block tables, 0 without such rows."""
+        return max(self.table_width, *map(len, self.decode_tables)) if self.decode_tables else 0
+
+    def padded_tables(self) -> list[list[int]]:
+        """Return the decode rows' block tables as the device gets them: decode_width columns."""
+        width = self.decode_width
+        return [table + [TRASH_BLOCK] * (width - len(table)) for table in self.decode_tables]
+
+
+def build_batch(
+    output: SchedulerOutput, previous: StepBatch | None, buckets: Buckets, block_size: int
+) -> StepBatch:
+    """Return the batch of a step that has just been scheduled, and not been submitted.
+
+    `previous` is the batch of the step in flight, None if all tokens have been read.
+    """
+    rows = _Rows(buckets, block_size)
+    chunks = []
+    if buckets.exact:
+        rows.add_decode(output.decode, previous)
+        sample_rows = list(range(len(output.decode)))
+        for proposal in output.proposals:
+            chunks.append(chunk := rows.add_proposal(proposal))
+            sample_rows += range(chunk.row, chunk.row + chunk.length)
+    else:
+        rows.add_decode(output.decode, previous, output.proposals)
+        sample_rows = list(range(len(rows.decode_seq_ids)))
+    prompt_rows: list[tuple[int, Sequence]] = []
+    sample_seqs = list(output.decode)
+    for proposal in output.proposals:
+        sample_seqs += [proposal.sequence] * (1 + len(proposal.token_ids))
+    for part in output.prefill:
+        chunks.append(chunk := rows.add_chunk(part))
+        if part.is_last:
+            sample_rows.append(chunk.row + chunk.length - 1)
+            sample_seqs.append(part.sequence)
+        prompt_rows += _prompt_logprob_rows(part, chunk.row)
+    return StepBatch(
+        token_ids=rows.token_ids,
+        positions=rows.positions,
+        slots=rows.slots,
+        from_previous=tuple(rows.from_previous),
+        num_decode=rows.num_decode,
+        decode_tables=rows.decode_tables,
+        table_width=rows.table_width,
+        decode_lengths=rows.decode_lengths,
+        decode_seq_ids=tuple(rows.decode_seq_ids),
+        chunks=tuple(chunks),
+        sample_rows=tuple(sample_rows),
+        sample_seqs=tuple(sample_seqs),
+        prompt_logprob_rows=tuple(row for row, _ in prompt_rows),
+        prompt_logprob_seqs=tuple(sequence for _, sequence in prompt_rows),
+        released=output.released,
+    )
+
+
+class _Rows:
+    """The rows of a batch while they are added."""
+
+    def __init__(self, buckets: Buckets, block_size: int) -> None:
+        self._buckets = buckets
+        self._block_size = block_size
+        self.token_ids: list[int] = []
+        self.positions: list[int] = []
+        self.slots: list[int] = []
+        self.from_previous: list[tuple[int, int]] = []
+        self.num_decode = 0
+        self.decode_tables: list[list[int]] = []
+        self.table_width = 0
+        self.decode_lengths: list[int] = []
+        self.decode_seq_ids: list[int] = []
+
+    def add_decode(
+        self,
+        sequences: tuple[Sequence, ...],
+        previous: StepBatch | None,
+        proposals: tuple[Proposal, ...] = (),
+    ) -> None:
+        """Add a row for the newest token of each, which may be still on the device.
+
+        After these, rows for the newest token of each proposal's sequence and for what is proposed.
+        """
+        members = list(sequences)
+        positions = [sequence.num_computed_tokens for sequence in sequences]
+        self._add_newest(sequences, positions, previous)
+        for proposal in proposals:
+            start, token_ids = _rows_of(proposal)
+            members += [proposal.sequence] * len(token_ids)
+            positions += range(start, start + len(token_ids))
+            self.token_ids += token_ids
+        if not members:
+            return
+        size, tables = self._block_size, [sequence.block_table for sequence in members]
+        ends = [position // size for position in positions]  # the last block that a row sees
+        self.positions += positions
+        self.slots += [
+            table[end] * size + position % size
+            for table, end, position in zip(tables, ends, positions, strict=True)
+        ]
+        self.num_decode = self._buckets.pad_rows(len(members))
+        padding = self.num_decode - len(members)
+        self._pad(padding)
+        self.decode_lengths = [position + 1 for position in positions] + [1] * padding
+        self.decode_seq_ids = [sequence.seq_id for sequence in members]
+        self.table_width = self._buckets.pad_table_width(max(ends) + 1)
+        self.decode_tables = [table[: end + 1] for table, end in zip(tables, ends, strict=True)]
+        self.decode_tables += [[] for _ in range(padding)]
+
+    def _add_newest(
+        self,
+        sequences: tuple[Sequence, ...],
+        positions: list[int],
+        previous: StepBatch | None,
+    ) -> None:
+        """Add the newest token of each sequence, or note which one of `previous` it is."""
+        before = previous.sample_seqs if previous else ()
+        places: dict[Sequence, int] | None = None
+        for row, sequence in enumerate(sequences):
+            if not sequence.num_inflight:
+                self.token_ids += sequence.token_ids(positions[row], positions[row] + 1)
+                continue
+            assert sequence.num_inflight == 1, "one step at a time is in flight"
+            self.token_ids.append(0)
+            if row < len(before) and before[row] is sequence:  # as in most steps
+                self.from_previous.append((row, row))
+                continue
+            if places is None:
+                places = {seq: index for index, seq in enumerate(before)}
+            self.from_previous.append((row, places[sequence]))
+
+    def add_proposal(self, proposal: Proposal) -> Chunk:
+        """Add the rows of a proposal as a chunk."""
+        start, token_ids = _rows_of(proposal)
+        return self._add_chunk(proposal.sequence, start, token_ids)
+
+    def add_chunk(self, part: PrefillChunk) -> Chunk:
+        """Add the rows of a chunk, and its padding."""
+        stop = part.start + part.length
+        token_ids = part.sequence.token_ids(part.start, stop)
+        full, rest = divmod(stop, self._block_size)
+        hashes = part.sequence.block_hashes
+        ends_block = rest == 0 and full <= len(hashes)
+        block_hash = hashes[full - 1] if ends_block else None
+        snapshot = part.sequence.snapshot
+        return self._add_chunk(part.sequence, part.start, token_ids, snapshot, block_hash)
+
+    def _add_chunk(
+        self,
+        sequence: Sequence,
+        start: int,
+        token_ids: list[int],
+        snapshot: object | None = None,
+        block_hash: bytes | None = None,
+    ) -> Chunk:
+        length = len(token_ids)
+        stop = start + length
+        row, size = len(self.token_ids), self._block_size
+        padded_length = self._buckets.pad_chunk(length)
+        self.token_ids += token_ids
+        self.positions += range(start, stop)
+        table = self._table(sequence, stop)
+        for index in range(start // size, len(table)):
+            low, high = max(start - index * size, 0), min(stop - index * size, size)
+            self.slots += range(table[index] * size + low, table[index] * size + high)
+        self._pad(padded_length - length)
+        num_keys = stop + padded_length - length
+        width = self._buckets.pad_table_width(-(-num_keys // size))
+        table += [TRASH_BLOCK] * (width - len(table))
+        return Chunk(
+            row, length, padded_length, stop, tuple(table), sequence.seq_id, snapshot, block_hash
+        )
+
+    def _table(self, sequence: Sequence, num_tokens: int) -> list[int]:
+        return sequence.block_table[: -(-num_tokens // self._block_size)]
+
+    def _pad(self, count: int) -> None:
+        for column in (self.token_ids, self.positions, self.slots):
+            column += [0] * count
+
+
+def _rows_of(proposal: Proposal) -> tuple[int, list[int]]:
+    """Return the position of a proposal's first row, and the tokens of its rows."""
+    start = proposal.sequence.num_computed_tokens
+    return start, [*proposal.sequence.token_ids(start, start + 1), *proposal.token_ids]
+
+
+def _prompt_logprob_rows(part: PrefillChunk, row: int) -> list[tuple[int, Sequence]]:
+    """Return the rows of a chunk, which starts at `row`, whose log-probabilities are wanted."""
+    sequence = part.sequence
+    if not sequence.wants_prompt_logprobs:
+        return []
+    start = max(part.start, sequence.num_prompt_logprobs)
+    stop = min(part.start + part.length, len(sequence.prompt_token_ids) - 1)
+    return [(row + position - part.start, sequence) for position in range(start, stop)]

@@ -1,0 +1,450 @@
+"""PrefixSnapshots: recurrent state as it was at the end of some prefixes.
+
+A recurrent layer cannot go on from keys and values alone, so a prefix of such a model is shared up
+to the last block whose end has a snapshot. Snapshots are taken where a chunk of a prompt ends at
+the end of a block: the bounded number of places at which the state is there to be copied.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from typing import cast
+
+from modelpack_engine.config import BLOCK_SIZE
+from modelpack_engine.core.prefix_hash import block_hashes, root_hash
+from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.offload.prefixes import PrefixOffload
+
+
+class PrefixSnapshots:
+    """At most `limit` states by the hash of the block they come after; what is unused goes first.
+
+    What a state is only the runner knows: to it, and not to the block manager, they are arrays.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._states: OrderedDict[bytes, object] = OrderedDict()
+
+    def __contains__(self, hash_: bytes) -> bool:
+        return hash_ in self._states
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def put(self, hash_: bytes, state: object) -> None:
+        """Keep a state; the least recently used one goes if there are too many."""
+        if not self.limit:
+            return
+        self._states[hash_] = state
+        self._states.move_to_end(hash_)
+        if len(self._states) > self.limit:
+            self._states.popitem(last=False)
+
+    def get(self, hash_: bytes) -> object:
+        """Return a state that is there, which counts as its use."""
+        self._states.move_to_end(hash_)
+        return self._states[hash_]
+
+    def discard(self, hashes: Iterable[bytes]) -> None:
+        """Drop states that turned out to be wrong."""
+        for hash_ in hashes:
+            self._states.pop(hash_, None)
+
+    def clear(self) -> None:
+        """Drop all."""
+        self._states.clear()
+
+
+#: Where padding rows write; never handed out.
+TRASH_BLOCK = 0
+
+#: Blocks of a sequence whose hashes are computed together: one by one takes several times as long.
+HASHED_AT_ONCE = 64
+
+
+def window_blocks(window: int, chunk: int, block_size: int) -> int:
+    """Return the most blocks that hold `window` tokens and up to `chunk` that see them."""
+    return -(-(window + chunk + block_size - 1) // block_size)
+
+
+class BlockManager:
+    """Hands out `num_blocks` blocks (one of them trash) of `block_size` tokens each.
+
+    `model_id` names the weights: KV of another model never matches. Without prefix caching every
+    sequence has all its blocks to itself. With an `offload`, what is evicted may come back. With
+    `snapshots`, prefixes are shared up to blocks that have one.
+
+    Where no layer sees more than the last `window` tokens, blocks behind them are released while
+    their sequence runs: its table names the trash block in their place.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int = BLOCK_SIZE,
+        *,
+        model_id: str = "",
+        enable_prefix_caching: bool = True,
+        snapshots: PrefixSnapshots | None = None,
+        window: int | None = None,
+    ) -> None:
+        assert num_blocks > 1, "one block is trash, so there are at least two"
+        assert block_size > 0
+        assert window is None or window > 0
+        self.window = window
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._model_id = model_id.encode()
+        self._ref_counts = [0] * num_blocks
+        self._free = deque(range(TRASH_BLOCK + 1, num_blocks))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+        self.offload: PrefixOffload | None = None
+        self.snapshots = snapshots if enable_prefix_caching else None
+
+    # Counts, in blocks.
+
+    @property
+    def num_total(self) -> int:
+        """All that can be handed out."""
+        return len(self._ref_counts) - 1
+
+    @property
+    def num_available(self) -> int:
+        """Free ones, and cached ones that would be evicted."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_total - self.num_available
+
+    @property
+    def num_cached(self) -> int:
+        """Used by nobody, kept for their content."""
+        return len(self._cached)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Return how many blocks hold `num_tokens`."""
+        return -(-num_tokens // self.block_size)
+
+    def can_allocate(self, num_blocks: int) -> bool:
+        return num_blocks <= self.num_available
+
+    # One block.
+
+    def allocate(self) -> int:
+        """Return a block of unknown content, evicting the least recently used if none is free."""
+        if self._free:
+            block = self._free.popleft()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            hash_ = self._hash_of.pop(block)
+            del self._block_of[hash_]
+            if self.offload is not None:
+                self.offload.evict(block, hash_)
+        assert self._ref_counts[block] == 0
+        self._ref_counts[block] = 1
+        return block
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Count one more user of blocks that are used or cached; the trash block counts none."""
+        counts, cached = self._ref_counts, self._cached
+        for block in blocks:
+            if block == TRASH_BLOCK:
+                continue
+            if counts[block] == 0:
+                del cached[block]
+            counts[block] += 1
+
+    def release(self, block: int) -> None:
+        """Count one user less; without any, the block is free, or cached if it has a hash."""
+        assert self._ref_counts[block] > 0, f"block {block} is released once too often"
+        self._ref_counts[block] -= 1
+        if self._ref_counts[block] == 0:
+            if block in self._hash_of:
+                self._cached[block] = None
+            else:
+                self._free.append(block)
+
+    def publish(self, block: int, hash_: bytes) -> None:
+        """Let a used, full block be found by its hash, unless another block of the hash is."""
+        assert self._ref_counts[block] > 0, f"block {block} is nobody's"
+        if hash_ not in self._block_of and block not in self._hash_of:
+            self._block_of[hash_] = block
+            self._hash_of[block] = hash_
+
+    def withdraw(self, sequence: Sequence) -> list[int]:
+        """Let nobody find the blocks of a sequence by their hash any more: they may hold anything.
+
+        Return those that nobody else uses, which can be overwritten.
+        """
+        for block in sequence.block_table:
+            hash_ = self._hash_of.pop(block, None)
+            if hash_ is not None:
+                del self._block_of[hash_]
+        if self.offload is not None:
+            self.offload.distrust(sequence.block_hashes)
+        if self.snapshots is not None:
+            self.snapshots.discard(sequence.block_hashes)
+        return [block for block in sequence.block_table if self._ref_counts[block] == 1]
+
+    def published(self) -> list[tuple[int, bytes]]:
+        """Return blocks and their hashes, those that would be evicted last first."""
+        idle = [(block, self._hash_of[block]) for block in reversed(self._cached)]
+        return [item for item in self._hash_of.items() if item[0] not in self._cached] + idle
+
+    def forget_content(self) -> None:
+        """Empty the prefix cache: whatever the blocks held is not to be shared any more."""
+        self._free.extend(self._cached)
+        self._cached.clear()
+        self._block_of.clear()
+        self._hash_of.clear()
+        if self.snapshots is not None:
+            self.snapshots.clear()
+
+    # A sequence's table.
+
+    def most_held(self, chunk: int) -> int | None:
+        """Return the most blocks that a sequence holds at a time, whatever its length.
+
+        It computes up to `chunk` tokens a step. None if that depends on its length.
+        """
+        if self.window is None:
+            return None
+        held = window_blocks(self.window, chunk, self.block_size)
+        return held if held <= self.num_total else None
+
+    def num_held(self, sequence: Sequence, matched: list[int] | None = None) -> int:
+        """Return how many blocks a sequence holds, or would if it shared those that match."""
+        shared = len(matched) - matched.count(TRASH_BLOCK) if matched else 0
+        return len(sequence.block_table) - sequence.num_unseen_blocks + shared
+
+    def release_unseen(self, sequence: Sequence) -> None:
+        """Release the blocks that no token to come will see; to be called for submitted steps.
+
+        One token more is kept than the next one sees: the newest may have to be computed again.
+        """
+        if self.window is None:
+            return
+        unseen = max(0, sequence.num_computed_tokens - self.window) // self.block_size
+        table = sequence.block_table
+        for index in range(sequence.num_unseen_blocks, unseen):
+            if table[index] != TRASH_BLOCK:
+                self.release(table[index])
+                table[index] = TRASH_BLOCK
+        sequence.num_unseen_blocks = max(sequence.num_unseen_blocks, unseen)
+
+    def room_for(self, sequence: Sequence) -> int:
+        """Return how many tokens more a sequence could compute if it got every available block."""
+        blocks = len(sequence.block_table) + self.num_available
+        return blocks * self.block_size - sequence.num_computed_tokens
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Make its table hold `num_tokens`; False, and nothing done, if blocks are lacking."""
+        missing = self.blocks_for(num_tokens) - len(sequence.block_table)
+        if missing <= 0:
+            return True
+        if not self.can_allocate(missing):
+            return False
+        sequence.block_table.extend(self.allocate() for _ in range(missing))
+        return True
+
+    def free(self, sequence: Sequence) -> None:
+        """Release its whole table, the tail first: a prefix is evicted after what follows it."""
+        for block in reversed(sequence.block_table):
+            if block != TRASH_BLOCK:
+                self.release(block)
+        sequence.block_table.clear()
+        sequence.num_published_blocks = 0
+        sequence.snapshot = None
+        sequence.num_unseen_blocks = 0
+        if self.offload is not None:
+            self.offload.drop(sequence.seq_id)
+
+    # A sequence's prefix.
+
+    def match_prefix(self, sequence: Sequence) -> list[int]:
+        """Return the blocks that hold what the sequence is to compute next, as far as any do.
+
+        The last token is never among them, since its logits are needed. Those behind the window
+        need not be there: they are the trash block.
+        """
+        return self._match(sequence)[0]
+
+    def num_cached_tokens(self, sequence: Sequence) -> int:
+        """Return how many tokens the prefix cache has of a sequence that has just come.
+
+        For most it has none: where all blocks are needed, the hash of the first one tells.
+        """
+        size = self.block_size
+        if self.window is None and self._shareable(sequence) and self._may_share(sequence):
+            root = root_hash(self._model_id, sequence.cache_salt)
+            if block_hashes(root, sequence.token_ids(0, size), size)[0] not in self._block_of:
+                return 0
+        return len(self.match_prefix(sequence)) * size
+
+    def _match(self, sequence: Sequence) -> tuple[list[int], int]:
+        """Return the blocks that a sequence can go on from, and how many are there in all."""
+        blocks: list[int] = []
+        if not self._may_share(sequence):
+            return blocks, 0
+        if self.window is not None:
+            return self._match_window(sequence, self.window)
+        indices, first = self._shareable(sequence), len(sequence.block_table)
+        hashes, find = sequence.block_hashes, self._block_of.get
+        for start in range(indices.start, indices.stop, HASHED_AT_ONCE):
+            stop = min(start + HASHED_AT_ONCE, indices.stop)
+            if find(self._hash(sequence, start)) is None:
+                break
+            self._hash(sequence, stop - 1)
+            found = list(map(find, hashes[start:stop]))
+            known = found.index(None) if None in found else len(found)
+            blocks += cast("list[int]", found[:known])
+            if known < len(found):
+                break
+        usable = reach = len(blocks)
+        while usable and not self._may_go_on(hashes[first + usable - 1]):
+            usable -= 1
+        return blocks[:usable], reach
+
+    def _match_window(self, sequence: Sequence, window: int) -> tuple[list[int], int]:
+        """Return what `_match` does: up to the last place from where all that is seen is there."""
+        indices = self._shareable(sequence)
+        hashes = [self._hash(sequence, index) for index in indices]
+        found = [self._block_of.get(hash_) for hash_ in hashes]
+        best, first_seen, reach, run = 0, 0, 0, 0
+        for count, block in enumerate(found, 1):
+            run = 0 if block is None else run + 1
+            tokens = (indices.start + count) * self.block_size
+            unseen = max(0, tokens - window) // self.block_size
+            seen = min(count, indices.start + count - unseen)
+            if block is not None and run >= seen:
+                reach = count
+                if self._may_go_on(hashes[count - 1]):
+                    best, first_seen = count, count - seen
+        seen_blocks = [block for block in found[first_seen:best] if block is not None]
+        return [TRASH_BLOCK] * first_seen + seen_blocks, reach
+
+    def _may_go_on(self, hash_: bytes) -> bool:
+        """Whether a sequence may go on after a block that is there: recurrent ones need a state."""
+        return self.snapshots is None or hash_ in self.snapshots
+
+    def share_prefix(self, sequence: Sequence) -> int:
+        """Give a sequence the blocks that match; return how many tokens that makes.
+
+        Blocks that were offloaded come back into fresh ones, as far as they have been fetched.
+        """
+        blocks, reach = self._match(sequence)
+        if self.snapshots is not None and reach > len(blocks):
+            sequence.branch = (len(sequence.block_table) + reach) * self.block_size
+        self.share(blocks)
+        num_tokens = self._extend(sequence, blocks)
+        if blocks and self.snapshots is not None:
+            last = len(sequence.block_table) - 1
+            sequence.snapshot = self.snapshots.get(self._hash(sequence, last))
+        if self.offload is not None:
+            num_tokens += self._extend(sequence, self._restore(sequence, self.offload))
+        return num_tokens
+
+    def _extend(self, sequence: Sequence, blocks: list[int]) -> int:
+        """Append blocks whose content is known; return how many tokens that makes."""
+        sequence.block_table.extend(blocks)
+        sequence.num_published_blocks += len(blocks)
+        sequence.num_computed_tokens += len(blocks) * self.block_size
+        self.release_unseen(sequence)
+        return len(blocks) * self.block_size
+
+    def _restore(self, sequence: Sequence, offload: PrefixOffload) -> list[int]:
+        """Return fresh blocks that are to hold what was offloaded, each found by its hash."""
+        hashes = self._wanted(sequence)
+        blocks: list[int] = []
+        for hash_, content in zip(hashes, offload.fetch(sequence.seq_id, hashes), strict=False):
+            if hash_ in self._block_of:  # evicted in between, and computed again by another
+                self.share([block := self._block_of[hash_]])
+            elif self.can_allocate(1):
+                offload.restore(block := self.allocate(), content)
+                self.publish(block, hash_)
+            else:
+                break
+            blocks.append(block)
+        return blocks
+
+    def awaits_blocks(self, sequence: Sequence) -> bool:
+        """Whether what a sequence computes next is about to come back from the offload."""
+        return self.offload is not None and self.offload.awaits(sequence.seq_id)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether any sequence awaits blocks."""
+        return self.offload is not None and self.offload.is_awaited
+
+    def num_idle(self, blocks: list[int]) -> int:
+        """Return how many of `blocks` are cached: sharing these makes fewer available."""
+        counts = [self._ref_counts[block] for block in blocks if block != TRASH_BLOCK]
+        return counts.count(0)
+
+    def next_hash(self, sequence: Sequence) -> bytes | None:
+        """Return the hash of the block that the sequence computes next, if it could be shared."""
+        indices = self._shareable(sequence)
+        if not indices or not self._may_share(sequence):
+            return None
+        return self._hash(sequence, indices[0])
+
+    def next_snapshot(self, sequence: Sequence) -> int | None:
+        """Return the position at which a chunk has to end, since a snapshot is wanted there.
+
+        Where its last full block ends, for who asks the same or goes on from it; and before that
+        where it leaves a prefix whose blocks are there without a snapshot, for who does so next.
+        """
+        if self.snapshots is None:
+            return None
+        last = self._shareable(sequence).stop * self.block_size
+        start = sequence.num_computed_tokens
+        return min((end for end in (sequence.branch, last) if end > start), default=None)
+
+    def hashes_between(self, sequence: Sequence, start: int, stop: int) -> list[bytes]:
+        """Return the hashes of the blocks that tokens `start` to `stop` complete."""
+        if not self.enable_prefix_caching:
+            return []
+        blocks = range(start // self.block_size, stop // self.block_size)
+        return [self._hash(sequence, index) for index in blocks]
+
+    def publish_prefix(self, sequence: Sequence) -> None:
+        """Publish the blocks that are full of known tokens whose KV a submitted step writes."""
+        first = sequence.num_published_blocks * self.block_size
+        if not self.enable_prefix_caching or first + self.block_size > sequence.num_computed_tokens:
+            return
+        full = min(sequence.num_computed_tokens, sequence.num_known_tokens) // self.block_size
+        for index in range(sequence.num_published_blocks, full):
+            self.publish(sequence.block_table[index], self._hash(sequence, index))
+            sequence.num_published_blocks = index + 1
+
+    def _wanted(self, sequence: Sequence) -> list[bytes]:
+        """Return the hashes of all blocks that the sequence has yet to get and could share."""
+        if not self._may_share(sequence):
+            return []
+        return [self._hash(sequence, index) for index in self._shareable(sequence)]
+
+    def _shareable(self, sequence: Sequence) -> range:
+        # The block of the last token is not among them: its logits are needed.
+        last = (sequence.num_prefill_tokens - 1) // self.block_size
+        return range(len(sequence.block_table), last)
+
+    def _may_share(self, sequence: Sequence) -> bool:
+        # Blocks are shared whole, so only where the sequence stands between two of them; and who
+        # wants log-probabilities of the prompt needs its logits.
+        between = sequence.num_computed_tokens == len(sequence.block_table) * self.block_size
+        return self.enable_prefix_caching and between and not sequence.wants_prompt_logprobs
+
+    def _hash(self, sequence: Sequence, index: int) -> bytes:
+        """Return the hash of a full block of known tokens."""
+        hashes, size = sequence.block_hashes, self.block_size
+        if index >= len(hashes):
+            start, known = len(hashes) * size, sequence.num_known_tokens // size * size
+            stop = max((index + 1) * size, min(start + HASHED_AT_ONCE * size, known))
+            parent = hashes[-1] if hashes else root_hash(self._model_id, sequence.cache_salt)
+            hashes += block_hashes(parent, sequence.token_ids(start, stop), size)
+        return hashes[index]

@@ -1,0 +1,195 @@
+"""What ends a text besides its length: tokens, and strings that may span tokens."""
+
+from __future__ import annotations
+
+import codecs
+from collections import deque
+from collections.abc import Collection, Container, Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+from modelpack_engine.request import SamplingParams
+
+
+def ending_token_ids(params: SamplingParams, eos_token_ids: Collection[int]) -> frozenset[int]:
+    """Return the tokens that end a request's text once `min_tokens` others have come.
+
+    The sampler does not choose them before that; whoever collects tokens ends the text at the
+    first one, and does not pass it to the Detokenizer.
+    """
+    eos = () if params.ignore_eos else eos_token_ids
+    return frozenset(params.stop_token_ids).union(eos)
+
+
+class StopStrings:
+    """An automaton that finds any of some strings in a text given piece by piece.
+
+    Aho and Corasick's (doi:10.1145/360825.360855): a character costs constant time on average, and
+    the state's depth is the number of last characters that may yet begin a match: just so many have
+    to be held back. The automaton holds no text, so that requests can share it.
+    """
+
+    __slots__ = ("_depth", "_fall_back", "_found", "_next")
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._next: list[dict[str, int]] = [{}]
+        self._depth = [0]
+        self._fall_back = [0]
+        self._found: list[str | None] = [None]  # the longest string that ends in this state
+        for string in strings:
+            self._insert(string)
+        self._link()
+
+    def step(self, state: int, character: str) -> int:
+        """Return the state after one more character; the first state is 0."""
+        while character not in self._next[state]:
+            if state == 0:
+                return 0
+            state = self._fall_back[state]
+        return self._next[state][character]
+
+    def depth(self, state: int) -> int:
+        """Return how many of the last characters may be the beginning of a match."""
+        return self._depth[state]
+
+    def found(self, state: int) -> str | None:
+        """Return the longest of the strings that the text ends with, if any."""
+        return self._found[state]
+
+    def _insert(self, string: str) -> None:
+        state = 0
+        for depth, character in enumerate(string, 1):
+            following = self._next[state].get(character)
+            if following is None:
+                following = self._next[state][character] = len(self._next)
+                self._next.append({})
+                self._depth.append(depth)
+                self._fall_back.append(0)
+                self._found.append(None)
+            state = following
+        self._found[state] = string
+
+    def _link(self) -> None:
+        """Breadth first, let each state fall back to its longest proper suffix that is a state."""
+        queue = deque(self._next[0].values())
+        while queue:
+            state = queue.popleft()
+            for character, following in self._next[state].items():
+                self._fall_back[following] = self.step(self._fall_back[state], character)
+                queue.append(following)
+            shorter = self._fall_back[state]
+            if self._found[state] is None:
+                self._found[state] = self._found[shorter]
+            if not self._next[state]:  # nothing longer can come of it: a match that was let pass
+                self._depth[state] = self._depth[shorter]
+
+
+@lru_cache(maxsize=256)
+def stop_strings(strings: tuple[str, ...]) -> StopStrings:
+    """Return the automaton of `strings`, shared by the choices of a request."""
+    return StopStrings(strings)
+
+
+class TokenBytes(Protocol):
+    """What a Detokenizer needs to know of a tokenizer."""
+
+    @property
+    def special_token_ids(self) -> Container[int]:
+        """Tokens that are no text: begin and end of sequence, roles of a chat template."""
+        ...
+
+    @property
+    def strips_leading_space(self) -> bool:
+        """Whether a text's first space is the tokenizer's own (SentencePiece's dummy prefix)."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of a token's text, for a special one too; none for an unused id.
+
+        A token may be a part of a character (byte-level BPE, byte fallback).
+        """
+        ...
+
+
+class TextDelta(NamedTuple):
+    """Text that became final, and the stop string that ended it, if one did."""
+
+    text: str
+    stopped_by: str | None = None
+
+
+class Detokenizer:
+    """Turns one choice's output tokens into text that never has to be taken back.
+
+    All deltas and `finish()` together are the tokens' bytes, decoded as UTF-8 with U+FFFD for what
+    is not, up to the first stop string. Where a text holds several, the one that ends first counts;
+    of those that end together, the longest. How the tokens are cut into calls of `push` makes no
+    difference, nor (but for `min_tokens`) how the text is cut into tokens.
+
+    Held back are half a character and what may become a stop string; no more than that. A stop
+    string counts if it ends after the first `min_tokens` tokens.
+
+    `continues_text` says that the text goes on after a prompt (a completion): then SentencePiece's
+    leading space is text. Otherwise (a chat's answer) it is stripped, as decoding the output alone
+    does.
+    """
+
+    def __init__(
+        self, tokenizer: TokenBytes, params: SamplingParams, *, continues_text: bool = False
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skipped: Container[int] = (
+            tokenizer.special_token_ids if params.skip_special_tokens else ()
+        )
+        self._strips_space = tokenizer.strips_leading_space and not continues_text
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._automaton = stop_strings(tuple(params.stop)) if params.stop else None
+        self._state = 0
+        self._held = ""
+        self._tokens_before_stop = params.min_tokens
+        self._stopped_by: str | None = None
+
+    def push(self, token_ids: Iterable[int]) -> TextDelta:
+        """Return the text that these tokens make final; nothing once a stop string was found."""
+        text = ""
+        for token_id in token_ids:
+            if self._stopped_by is not None:
+                break
+            data = b"" if token_id in self._skipped else self._tokenizer.token_bytes(token_id)
+            piece = self._utf8.decode(data)
+            if self._automaton is not None or self._strips_space:
+                piece = self._emit(piece, may_stop=self._tokens_before_stop <= 0)
+            self._tokens_before_stop -= 1
+            text += piece
+        return TextDelta(text, self._stopped_by)
+
+    def finish(self) -> str:
+        """Return what was held back, now that no more tokens come."""
+        if self._stopped_by is not None:
+            return ""
+        rest = self._emit(self._utf8.decode(b"", final=True), may_stop=self._tokens_before_stop < 0)
+        rest, self._held = rest + self._held, ""
+        return rest
+
+    def _emit(self, text: str, *, may_stop: bool) -> str:
+        """Return the part of what was held and `text` that is final now."""
+        if self._strips_space and text:
+            self._strips_space = False
+            text = text.removeprefix(" ")
+        if self._automaton is None:
+            return text
+        automaton, state = self._automaton, self._state
+        for end, character in enumerate(text, 1):
+            state = automaton.step(state, character)
+            if may_stop and (found := automaton.found(state)) is not None:
+                self._stopped_by = found
+                kept = self._held + text[:end]
+                self._held = ""
+                return kept[: len(kept) - len(found)]
+        self._state = state
+        return self._release(self._held + text, automaton.depth(state))
+
+    def _release(self, text: str, held: int) -> str:
+        final = len(text) - held
+        self._held = text[final:]
+        return text[:final]

@@ -1,0 +1,192 @@
+"""Collectives in one order on all ranks: that in which the model's code calls for them.
+
+MLX computes what does not depend on each other in any order, and a graph that differs a little
+(rank 0 samples, the others do not) may be walked in another one. In most models every sum needs the
+one before it. But where sequences are computed one by one, their sums are independent of each
+other: two ranks that come by them in a different order add up parts of different sequences, and
+nothing says so. Hence each collective is made to depend on the one before it in its step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mlx.core as mx
+
+from modelpack_engine.core.batch import StepBatch
+from modelpack_engine.errors import EngineError
+from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.paged import PagedRunner
+
+_COLLECTIVES = ("all_sum", "all_gather")
+#: What the last collective of the step returned.
+_last: mx.array | None = None
+_installed: set[str] = set()
+
+
+def install() -> None:
+    """Order the collectives of this process, which is a rank: of its threads one computes."""
+    for name in _COLLECTIVES:
+        if name not in _installed:
+            setattr(mx.distributed, name, _ordered(getattr(mx.distributed, name)))
+            _installed.add(name)
+
+
+def begin() -> None:
+    """Begin a step: steps are ordered by being launched one after the other."""
+    global _last
+    _last = None
+
+
+def _ordered(collective: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    def call(x: mx.array, **arguments: Any) -> mx.array:
+        global _last
+        if _last is not None:
+            x = mx.depends([x], [_last])[0]
+        _last = collective(x, **arguments)
+        return _last
+
+    return call
+
+
+class _OrderedPages(PagedRunner):
+    """Runs it on pages; the self-test goes through here, too."""
+
+    def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
+        begin()
+        logits = super().forward(batch, token_ids)
+        if self.is_compiled(batch):
+            begin()  # what a trace leaves is no array; all that it makes hangs together anyway
+        return logits
+
+
+class OrderedRunner(ModelRunner):
+    """Runs a rank's part of a model, whose collectives are in order."""
+
+    pages = _OrderedPages
+
+    def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
+        begin()  # for the contiguous tier
+        return super().forward(batch, token_ids)
+
+
+Backend = Literal["ring", "nccl", "jaccl"]
+
+#: Where rank 0 listens for the others, where its address in the group is not the right one.
+CHANNEL_HOST = "MODELPACK_CHANNEL_HOST"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A rank of a group that MLX connects by `backend`; `host` is rank 0's address."""
+
+    rank: int
+    backend: Backend
+    host: str
+
+
+def find_place(environ: Mapping[str, str] = os.environ) -> Place | None:
+    """Return the place that MLX's variables give this process; None if nothing launched it so.
+
+    Raises `EngineError` where they make no sense. Source: MLX's documentation, "Distributed
+    Communication", section "Distributed Without mlx.launch".
+    """
+    rank = environ.get("MLX_RANK")
+    if rank is None:
+        return None
+    if not rank.isascii() or not rank.isdigit():
+        raise EngineError(f"MLX_RANK is {rank!r}, expected a number from 0")
+    backend, host = _backend(environ)
+    return Place(int(rank), backend, environ.get(CHANNEL_HOST) or host)
+
+
+def _backend(environ: Mapping[str, str]) -> tuple[Backend, str]:
+    if host := environ.get("NCCL_HOST_IP"):
+        return "nccl", host
+    if coordinator := environ.get("MLX_JACCL_COORDINATOR"):
+        return "jaccl", _host_of(coordinator)
+    if path := environ.get("MLX_HOSTFILE"):
+        return "ring", _host_of(_first_address(path))
+    raise EngineError(
+        "MLX_RANK is set, but neither MLX_HOSTFILE (ring), NCCL_HOST_IP (NCCL) nor "
+        "MLX_JACCL_COORDINATOR (JACCL)",
+        hint="start the ranks with mlx.launch, or leave MLX_RANK out: then they are started here",
+    )
+
+
+def _first_address(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            address = json.load(file)[0][0]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise EngineError(
+            f"MLX_HOSTFILE {path}: no list of the ranks' addresses: {error}"
+        ) from None
+    return str(address)
+
+
+def _host_of(address: str) -> str:
+    return address.rpartition(":")[0] or address
+
+
+#: Seconds that a rank may start later than another; MLX itself gives up after 15.
+_JOINING = 60.0
+# Integers that the address of the channel is sent in: a length, then a byte each.
+_ADDRESS = 256
+
+
+class Group:
+    """The ranks that MLX has connected; `mlx` is its own group."""
+
+    def __init__(self, place: Place, size: int) -> None:
+        """Connect, which waits for all ranks; raises `EngineError`."""
+        install()
+        self.mlx = _join(place)
+        self.rank: int = self.mlx.rank()
+        self.size: int = self.mlx.size()
+        if self.size != size:
+            raise EngineError(
+                f"{self.size} ranks were started, and the tensor parallel size is {size}",
+                hint=f"start as many ranks, or give --tensor-parallel-size {self.size}",
+            )
+
+    def broadcast(self, data: bytes) -> bytes:
+        """Return rank 0's `data`, at most 255 bytes, on every rank; theirs are ignored."""
+        numbers = [0] * _ADDRESS
+        if self.rank == 0:
+            assert len(data) < _ADDRESS
+            numbers[: len(data) + 1] = [len(data), *data]
+        total: list[int] = mx.distributed.all_sum(
+            mx.array(numbers, mx.int32), group=self.mlx
+        ).tolist()  # type: ignore[assignment]
+        return bytes(total[1 : total[0] + 1])
+
+    def give_tokens(self, token_ids: mx.array) -> mx.array:
+        """Rank 0: return the tokens, int32 [rows], as every rank gets them."""
+        return mx.distributed.all_sum(token_ids, group=self.mlx)
+
+    def take_tokens(self, count: int, logits: mx.array) -> mx.array:
+        """Any other rank: return the tokens that rank 0 samples, int32 [count].
+
+        `logits` come first, as at rank 0: the ranks have to come by all sums in one order.
+        """
+        zeros = mx.depends([mx.zeros((count,), mx.int32)], [logits])[0]
+        return mx.distributed.all_sum(zeros, group=self.mlx)
+
+
+def _join(place: Place) -> mx.distributed.Group:
+    """Return MLX's group; a rank that is not there yet is tried again, as it may start slowly."""
+    deadline = time.monotonic() + _JOINING
+    while True:
+        try:
+            return mx.distributed.init(strict=True, backend=place.backend)
+        except (RuntimeError, ValueError) as error:
+            if "connect" not in str(error) or time.monotonic() > deadline:
+                raise EngineError(
+                    f"rank {place.rank} cannot join the others by {place.backend}: {error}"
+                ) from error

@@ -1,0 +1,266 @@
+"""Rank 0: an engine as on one device, whose followers run every step that it runs.
+
+The scheduler, the requests and the sampling are rank 0's alone. A step goes out before its graph is
+built here, so that all ranks build at the same time; from then on each rank has to compute it, as
+the others wait inside its sums. Whatever goes wrong from there ends the whole group.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.batch import StepBatch
+from modelpack_engine.distributed.channel import Kind, LeaderChannel, pack_step
+from modelpack_engine.distributed.group import Group, OrderedRunner
+from modelpack_engine.distributed.sharding import shard
+from modelpack_engine.engine import Engine
+from modelpack_engine.errors import EngineError, OutOfMemoryError
+from modelpack_engine.models import LoadedModel
+from modelpack_engine.models.loader import Shard
+from modelpack_engine.outputs import RequestEvent
+from modelpack_engine.runner.kv_cache_size import Sizes, on_gpu
+from modelpack_engine.runner.model_layout import ModelLayout
+from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.warm_up import StepShape
+from modelpack_engine.sampling.sampler import Sampled, SampleRow
+
+
+class Ranks:
+    """The ranks as rank 0 has them. They hold one model at a time."""
+
+    def __init__(self, group: Group, channel: LeaderChannel) -> None:
+        self.group = group
+        self._channel = channel
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._key: str | None = None
+        self._in_step = False
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are, this one included."""
+        return self.group.size
+
+    def shard(self, model: Module, config: Mapping[str, Any]) -> None:
+        """Leave this rank's part in a model."""
+        shard(model, config, self.group.mlx)
+
+    def engine(
+        self,
+        key: str,
+        load: Callable[[Shard], LoadedModel],
+        configure: Callable[[LoadedModel], EngineConfig],
+    ) -> tuple[ParallelEngine, LoadedModel]:
+        """Load the model `key` on all ranks, here by `load`; return an engine over them.
+
+        Has to run in the thread that steps the engine. Raises `OutOfMemoryError` while the ranks
+        hold another model, and whatever a rank has to say that cannot load its part.
+        """
+        with self._lock:
+            if self._key is not None:
+                raise OutOfMemoryError(
+                    f"the {self.size} ranks hold another model ({self._key}), and one at a time",
+                    hint="unload it first",
+                )
+            self._key = key
+        try:
+            asked = self.ask(Kind.LOAD, key=key)
+            loaded = load(self.shard)
+            self.gather(asked)
+            return ParallelEngine(loaded, configure(loaded), model_id=key, ranks=self), loaded
+        except Exception as error:
+            if self._in_step:
+                self.fail(error)
+            self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        """Have the followers drop the model, before rank 0 can ask them to load another."""
+        with self._lock:
+            try:
+                self._channel.send(Kind.UNLOAD)
+            finally:
+                self._key, self._in_step = None, False
+
+    def close(self) -> None:
+        """Let the followers end."""
+        self._channel.close()
+
+    def fail(self, error: Exception) -> None:
+        """Give the group up: this rank is not where the others are."""
+        text = f"rank 0 of {self.size} failed: {error or type(error).__name__}"
+        self._channel.fail(EngineError(text, hint="start the ranks again"))
+
+    # For the engine.
+
+    def ask(self, kind: Kind, **body: Any) -> int:
+        """Ask every follower; return the number of the question."""
+        number = next(self._numbers)
+        if kind is Kind.BUILD:
+            self._in_step = True
+        self._channel.send(kind, {"number": number, **body})
+        return number
+
+    def gather(self, number: int, **types: type) -> list[dict[str, Any]]:
+        """Return the answers to a question; raises what a rank refuses it with."""
+        return self._channel.gather(number, **types)
+
+    def send_step(self, batch: StepBatch, num_sampled: int) -> None:
+        """Have every follower run a step."""
+        self._channel.send(Kind.STEP, pack_step(batch, num_sampled))
+
+    def send_integers(self, kind: Kind, numbers: Iterable[int]) -> None:
+        """Tell every follower of sequences or blocks."""
+        self._channel.send_integers(kind, numbers)
+
+
+class LeadingRunner(OrderedRunner):
+    """Runs rank 0's part of a model, and has the others run theirs once `ranks` is given.
+
+    Until then, for the self-test, all ranks do the same by themselves.
+    """
+
+    ranks: Ranks | None = None
+
+    @property
+    def supports_prefix_cache(self) -> bool:
+        """Not with recurrent state: snapshots of it stay where they are taken."""
+        return self.can_go_back
+
+    def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
+        if self.ranks is None:
+            return super().forward(batch, token_ids)
+        self.ranks.send_step(batch, len(batch.sample_seqs))
+        with self._alone():  # what a step releases goes with it
+            return super().forward(batch, token_ids)
+
+    def release(self, seq_ids: Iterable[int]) -> None:
+        seq_ids = tuple(seq_ids)
+        if self.ranks is not None and seq_ids:
+            self.ranks.send_integers(Kind.RELEASE, seq_ids)
+        super().release(seq_ids)
+
+    def scrub(self, blocks: Iterable[int]) -> None:
+        blocks = tuple(blocks)
+        if self.ranks is not None:
+            self.ranks.send_integers(Kind.SCRUB, blocks)
+        super().scrub(blocks)
+
+    def scrub_slots(self, slots: list[int]) -> None:
+        if self.ranks is not None:
+            self.ranks.send_integers(Kind.SCRUB_SLOTS, slots)
+        super().scrub_slots(slots)
+
+    def warm_up(self, shapes: Iterable[StepShape]) -> None:
+        shapes = list(shapes)
+        if self.ranks is not None:
+            numbers = ((s.decode_rows, s.table_width, s.chunk_length) for s in shapes)
+            self.ranks.send_integers(Kind.WARM_UP, itertools.chain.from_iterable(numbers))
+        with self._alone():
+            super().warm_up(shapes)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        ranks, self.ranks = self.ranks, None
+        try:
+            yield
+        finally:
+            self.ranks = ranks
+
+
+class ParallelEngine(Engine):
+    """An engine over all ranks; sizes are the smallest that any of them has room for."""
+
+    def __init__(
+        self, loaded: LoadedModel, config: EngineConfig, *, model_id: str, ranks: Ranks
+    ) -> None:
+        _check_supported(config)
+        self._ranks = ranks
+        self._holds_ranks = True
+        super().__init__(loaded, config, model_id=model_id)
+
+    def step(self) -> list[RequestEvent]:
+        """Do one step. What it raises ends the group: the others may be inside another."""
+        try:
+            return super().step()
+        except Exception as error:
+            self._ranks.fail(error)
+            raise
+
+    def close(self) -> None:
+        """Drop the model on all ranks, once: later they may hold another."""
+        super().close()
+        if self._holds_ranks:
+            self._holds_ranks = False
+            self._ranks.give_back()
+
+    def _choose_sizes(self, layout: ModelLayout | None, context_length: int, beside: int) -> Sizes:
+        asked = self._ranks.ask(Kind.CONFIGURE, config=asdict(self.config))
+        own = super()._choose_sizes(layout, context_length, beside)
+        found = [own.num_blocks]
+        for rank, answer in enumerate(self._ranks.gather(asked, num_blocks=int, gpu=bool), start=1):
+            if answer["gpu"] != on_gpu():
+                raise EngineError(
+                    f"rank {rank} and rank 0 do not compute on the same kind of device",
+                    hint="choose one for all: --device gpu or --device cpu",
+                )
+            found.append(answer["num_blocks"])
+        return fewer_blocks(own, min(found), self.config.block_size)
+
+    def _make_runner(self, model: Module) -> ModelRunner:
+        sizes = self._sizes
+        asked = self._ranks.ask(
+            Kind.BUILD,
+            num_blocks=sizes.num_blocks,
+            max_model_len=sizes.max_model_len,
+            max_num_batched_tokens=sizes.max_num_batched_tokens,
+        )
+        runner = LeadingRunner.sized(model, sizes, self.config)
+        for rank, answer in enumerate(self._ranks.gather(asked, tier=str), start=1):
+            if answer["tier"] != runner.tier:
+                raise EngineError(
+                    f"rank {rank} runs the model in the tier {answer['tier']!r}, and rank 0 in "
+                    f"{runner.tier!r}"
+                )
+        runner.ranks = self._ranks
+        return runner
+
+    def _sample(self, logits: mx.array, rows: Sequence[SampleRow]) -> Sampled:
+        sampled = super()._sample(logits, rows)
+        given = Sampled.of(self._ranks.group.give_tokens(sampled.token_ids))
+        return replace(given, logprobs=sampled.logprobs)
+
+
+def fewer_blocks(sizes: Sizes, num_blocks: int, block_size: int) -> Sizes:
+    """Return `sizes` with at most `num_blocks` blocks, and requests that these hold."""
+    num_blocks = min(sizes.num_blocks, num_blocks)
+    capacity = (num_blocks - 1) * block_size
+    return replace(
+        sizes, num_blocks=num_blocks, max_model_len=min(sizes.max_model_len, capacity + 1)
+    )
+
+
+def _check_supported(config: EngineConfig) -> None:
+    """Raise `EngineError` for what only one device does."""
+    unsupported = {
+        "llama.cpp": config.backend == "llama.cpp",
+        "a draft model": config.speculation == "draft",
+        "keeping evicted prefixes (kv_offload_dir, kv_offload_memory)": (
+            config.kv_offload_dir is not None or bool(config.kv_offload_memory)
+        ),
+    }
+    for what, wanted in unsupported.items():
+        if wanted:
+            raise EngineError(
+                f"{what} is not supported where a model is divided between devices",
+                hint="leave it out, or use one device",
+            )

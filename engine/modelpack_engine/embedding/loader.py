@@ -1,0 +1,477 @@
+"""The parts of a model put together: an `Embedder`, or a `CrossEncoder`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from modelpack_engine.embedding.embedder import (
+    Backbone,
+    CrossEncoder,
+    CrossEncoderConfig,
+    Embedder,
+    EmbedderConfig,
+)
+from modelpack_engine.embedding.encoder import Encoder
+from modelpack_engine.embedding.encoder_config import EncoderConfig, is_cross_encoder, is_encoder
+from modelpack_engine.embedding.encoder_weights import GGUF_NAMES, load_encoder, rename_tensors
+from modelpack_engine.embedding.inputs import BatchLimits, InputReader
+from modelpack_engine.embedding.pooling import PoolingMode
+from modelpack_engine.embedding.sentence_transformers import (
+    NormalizeStep,
+    SentenceFiles,
+    Steps,
+    read_sentence_files,
+)
+from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.models import gguf_tokenizer, json_tokenizer
+from modelpack_engine.models.config_guard import Limits
+from modelpack_engine.models.corrections import corrected
+from modelpack_engine.models.files import MODULES, ModelFiles
+from modelpack_engine.models.gguf import Wanted, arrays_of
+from modelpack_engine.models.gguf_file import GGUFFile
+from modelpack_engine.models.load_budget import TensorBounds
+from modelpack_engine.models.loader import Device, context_length_of, load
+from modelpack_engine.models.precision import (
+    check_parameters,
+    evaluate,
+    position_rows,
+    set_dtype,
+    shapes_of,
+    token_rows,
+    unpack,
+)
+from modelpack_engine.models.safetensors import load_safetensors, read_config
+from modelpack_engine.models.tokenizer import Tokenizer
+
+_CPU_LIMITS = BatchLimits(max_texts=32, max_tokens=4096)
+_GPU_LIMITS = BatchLimits(max_texts=256, max_tokens=32768)
+
+
+def limits_of(device: Device) -> BatchLimits:
+    """Return how much runs at once."""
+    return _CPU_LIMITS if device == "cpu" else _GPU_LIMITS
+
+
+def assemble_embedder(
+    files: ModelFiles,
+    sentence: SentenceFiles,
+    reader: InputReader,
+    backbone: Backbone,
+    hidden_size: int,
+    usual: tuple[PoolingMode, ...],
+    architecture: str,
+    limits: BatchLimits,
+    weight_bytes: int,
+) -> Embedder:
+    """Return the embedder; `usual` is how tokens are pooled where the files do not say."""
+    notes = list(files.notes)
+    pooling, listed = sentence.pooling, sentence.steps
+    if pooling is None:
+        pooling, listed = usual, (NormalizeStep(),)
+        notes.append(f"no {MODULES}: {usual[0]} pooling and vectors of length 1 are assumed")
+    steps = Steps(files, listed, hidden_size * len(pooling))
+    config = EmbedderConfig(
+        architecture,
+        steps.dimension,
+        reader.max_length,
+        pooling,
+        steps.normalizes,
+        sentence.pools_prompt,
+        sentence.prompts,
+    )
+    return Embedder(
+        config,
+        reader,
+        backbone,
+        steps,
+        limits=limits,
+        notes=tuple(notes),
+        weight_bytes=weight_bytes,
+    )
+
+
+def assemble_cross_encoder(
+    files: ModelFiles,
+    encoder: Encoder,
+    reader: InputReader,
+    limits: BatchLimits,
+    weight_bytes: int,
+) -> CrossEncoder:
+    """Return the cross-encoder; raise `ModelLoadError` unless its classifier has one label."""
+    if encoder.config.num_labels != 1:
+        raise ModelLoadError(
+            f"the classifier has {encoder.config.num_labels} labels;"
+            " a model that ranks documents has one"
+        )
+    return CrossEncoder(
+        CrossEncoderConfig(encoder.config.architecture, reader.max_length),
+        reader,
+        encoder,
+        limits=limits,
+        notes=files.notes,
+        weight_bytes=weight_bytes,
+    )
+
+
+def evaluated(model: Module) -> int:
+    """Read all weights; return their bytes."""
+    try:
+        return evaluate(model)
+    except (RuntimeError, ValueError) as error:  # MLX reads some files only now
+        raise ModelLoadError(f"the weights cannot be read: {error}") from error
+
+
+#: What mlx-lm's classes call the part that is not the head.
+_INNER = ("model", "transformer", "backbone")
+_HEAD = "lm_head"
+
+
+class Decoder:
+    """The inner model of an mlx-lm model."""
+
+    def __init__(self, model: Module, config: Mapping[str, Any]) -> None:
+        """Raise `ModelLoadError` if the model has no inner one, or would have to see both sides."""
+        kind = str(config.get("model_type"))
+        for key, value in (("use_bidirectional_attention", True), ("is_causal", False)):
+            if config.get(key) is value:
+                raise ModelLoadError(f"{kind} with {key} {str(value).lower()} is not supported")
+        self.module = model
+        inner = next((model[name] for name in _INNER if name in model), None)
+        if inner is None:
+            raise ModelLoadError(f"mlx-lm's {kind} has no part that gives hidden states")
+        self._inner = inner
+        rows = token_rows(model)
+        if rows is None:
+            raise ModelLoadError(f"mlx-lm's {kind} has no table of tokens")
+        self.vocab_size = rows
+        # Nothing is computed: the shape is known from the graph.
+        self.hidden_size = int(self(mx.zeros((1, 1), mx.int32), mx.ones((1,), mx.int32)).shape[-1])
+
+    def __call__(
+        self, token_ids: mx.array, lengths: mx.array, type_ids: mx.array | None = None
+    ) -> mx.array:
+        """Return hidden states [texts, tokens, hidden_size], as `Encoder` does."""
+        return cast(mx.array, self._inner(token_ids))
+
+
+def load_decoder(
+    files: ModelFiles, config: Mapping[str, Any], ignored_fields: Collection[str] = ()
+) -> tuple[Module, dict[str, Any], Limits]:
+    """Return the model of safetensors without its head, its completed config and its limits.
+
+    Checkpoints of embedding models leave out the head, and the prefix `model.` too. Raises
+    `ModelLoadError` as `load_safetensors` does.
+    """
+    return load_safetensors(files, config, classes=_headless, ignored_fields=ignored_fields)
+
+
+def _headless(config: dict[str, Any]) -> tuple[type[Module], type]:
+    from mlx_lm.utils import _get_classes
+
+    base, arguments = corrected(_get_classes)(config)
+
+    class Headless(base):  # type: ignore[misc, valid-type]
+        def __init__(self, args: Any) -> None:
+            super().__init__(args)
+            self.pop(_HEAD, None)
+
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            if "model" in self and not any(name.startswith("model.") for name in weights):
+                weights = {f"model.{name}": array for name, array in weights.items()}
+            if hasattr(base, "sanitize"):
+                weights = super().sanitize(weights)
+            return {
+                name: array for name, array in weights.items() if not name.startswith(f"{_HEAD}.")
+            }
+
+    return Headless, arguments
+
+
+#: What a model is for, as far as its files say.
+Purpose = Literal["embedding", "ranking", "generation"]
+
+#: llama.cpp's architectures to ours. RoBERTa is a `bert` there: its positions start at 0.
+_ENCODERS: Mapping[str, Literal["bert", "nomic_bert"]] = {
+    "bert": "bert",
+    "nomic-bert": "nomic_bert",
+}
+_NONE, _RANK = 0, 4
+_POOLING: Mapping[int, PoolingMode] = {
+    1: PoolingMode.MEAN,
+    2: PoolingMode.CLS,
+    3: PoolingMode.LAST,
+}
+
+
+def gguf_purpose(files: ModelFiles) -> Purpose:
+    """Return what a model in GGUF is for: `pooling_type` makes a decoder an embedding model."""
+    file = GGUFFile.open(files.weights)
+    kind = _pooling_type(file)
+    if kind == _RANK:
+        return "ranking"
+    return "embedding" if kind != _NONE or _architecture(file) in _ENCODERS else "generation"
+
+
+def load_gguf_embedder(
+    files: ModelFiles, device: Device, dtype: mx.Dtype | None
+) -> Embedder | CrossEncoder:
+    """Load an embedding model. Raises `ModelLoadError` for what is wrong or not supported."""
+    file = GGUFFile.open(files.weights)
+    if _architecture(file) in _ENCODERS:
+        return _load_encoder(files, file, device, dtype or mx.float16)
+    if _pooling_type(file) == _RANK:
+        raise file.metadata.error(f"a cross-encoder of {_architecture(file)} is not supported")
+    loaded = load(files, device=device, dtype=dtype)
+    decoder = Decoder(loaded.model, loaded.config)
+    reader = InputReader(loaded.tokenizer, decoder.vocab_size, loaded.context_length)
+    return assemble_embedder(
+        files,
+        _sentence(file, PoolingMode.LAST),
+        reader,
+        decoder,
+        decoder.hidden_size,
+        (PoolingMode.LAST,),
+        loaded.architecture,
+        limits_of(device),
+        loaded.weight_bytes,
+    )
+
+
+def _load_encoder(
+    files: ModelFiles, file: GGUFFile, device: Device, dtype: mx.Dtype
+) -> Embedder | CrossEncoder:
+    bounds = TensorBounds.of((tensor.name, tensor.shape) for tensor in file)
+    _check_sizes(file, bounds)
+    config = _encoder_config(file)
+    with bounds.building(str(file.metadata.path)):
+        encoder = Encoder(config)
+    wanted = []
+    for tensor in file:
+        path, _, parameter = tensor.name.rpartition(".")
+        wanted.append(Wanted(tensor, path, parameter))
+    tensors = rename_tensors(config, dict(arrays_of(wanted, dtype)), GGUF_NAMES)
+    got = {name: tuple(array.shape) for name, array in tensors.items()}
+    check_parameters(file.metadata.path, shapes_of(encoder), got)
+    encoder.load_weights(list(tensors.items()))
+    encoder.eval()
+    weight_bytes = evaluated(encoder)
+    reader = InputReader(
+        _tokenizer(files, file),
+        config.vocab_size,
+        config.max_tokens,
+        num_types=config.type_vocab_size,
+    )
+    if config.num_labels:
+        return assemble_cross_encoder(files, encoder, reader, limits_of(device), weight_bytes)
+    return assemble_embedder(
+        files,
+        _sentence(file, PoolingMode.MEAN),
+        reader,
+        encoder,
+        config.hidden_size,
+        (PoolingMode.MEAN,),
+        config.architecture,
+        limits_of(device),
+        weight_bytes,
+    )
+
+
+def _check_sizes(file: GGUFFile, bounds: TensorBounds) -> None:
+    metadata, name = file.metadata, _architecture(file)
+    sizes = ("block_count", "context_length", "attention.head_count", "feed_forward_length")
+    bounds.check({key: metadata.integer(f"{name}.{key}") for key in sizes}, str(metadata.path))
+
+
+def _encoder_config(file: GGUFFile) -> EncoderConfig:
+    metadata, name = file.metadata, _architecture(file)
+    architecture = _ENCODERS[name]
+    if metadata.flag(f"{name}.attention.causal", False):
+        raise metadata.error(f"{name} with causal attention is not supported")
+    for needed in ("token_embd.weight", "token_embd_norm.weight"):
+        if needed not in file:
+            raise metadata.error(f"has no {needed}")
+    rotary = architecture == "nomic_bert"
+    if not rotary and "position_embd.weight" not in file:
+        raise metadata.error("has no position_embd.weight")
+    if "blk.0.ffn_gate.weight" not in file and rotary:
+        raise metadata.error("an MLP without a gate, or with experts, is not supported here")
+    layers = metadata.integer(f"{name}.block_count")
+    vocab_size, hidden_size = file["token_embd.weight"].shape
+    context = metadata.integer(f"{name}.context_length")
+    table = 0 if rotary else file["position_embd.weight"].shape[0]
+    labels = file["cls.output.weight"].shape[0] if "cls.output.weight" in file else 0
+    if _pooling_type(file) == _RANK and not labels:
+        raise metadata.error("ranks, but has no cls.output.weight")
+    base = metadata.number(f"{name}.rope.freq_base", 10_000.0) if rotary else None
+    return EncoderConfig(
+        architecture=architecture,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=layers,
+        num_heads=metadata.integer(f"{name}.attention.head_count"),
+        intermediate_size=metadata.integer(f"{name}.feed_forward_length"),
+        activation="silu" if rotary else "gelu",
+        norm_eps=metadata.number(f"{name}.attention.layer_norm_epsilon"),
+        max_tokens=min(context, table) if table else context,
+        position_table=table,
+        position_offset=0,
+        pad_token_id=0,
+        type_vocab_size=_rows(file, "token_types.weight"),
+        rope_bases=(base,) * layers,
+        windows=(None,) * layers,
+        gated=rotary,
+        attention_bias="blk.0.attn_output.bias" in file,
+        mlp_bias="blk.0.ffn_up.bias" in file,
+        num_labels=labels,
+    )
+
+
+def _tokenizer(files: ModelFiles, file: GGUFFile) -> Tokenizer:
+    try:
+        return gguf_tokenizer.tokenizer_of(file.metadata)
+    except ModelLoadError:
+        if files.text("tokenizer.json") is None:
+            raise
+    return json_tokenizer.tokenizer_of(files, {})
+
+
+def _sentence(file: GGUFFile, usual: PoolingMode) -> SentenceFiles:
+    kind = _pooling_type(file)
+    if kind == _NONE:
+        return SentenceFiles((usual,), (NormalizeStep(),))
+    if kind not in _POOLING:
+        raise file.metadata.error(f"the pooling type {kind} is not known")
+    return SentenceFiles((_POOLING[kind],), (NormalizeStep(),))
+
+
+def _rows(file: GGUFFile, name: str) -> int:
+    if name not in file:
+        return 0
+    shape = file[name].shape
+    return shape[0] if len(shape) > 1 else 1
+
+
+def _architecture(file: GGUFFile) -> str:
+    return file.metadata.text("general.architecture")
+
+
+def _pooling_type(file: GGUFFile) -> int:
+    return file.metadata.integer(f"{_architecture(file)}.pooling_type", _NONE)
+
+
+_UNLIMITED = 10**9  # transformers writes 10**30 for "no limit"
+
+
+def purpose_of(files: ModelFiles) -> Purpose:
+    """Return what a model is for: an encoder, or one with modules.json, does not generate."""
+    if files.format == "gguf":
+        return gguf_purpose(files)
+    config = files.json("config.json") or {}
+    if is_encoder(config):
+        return "ranking" if is_cross_encoder(config) else "embedding"
+    return "embedding" if files.read(MODULES) is not None else "generation"
+
+
+def load_embedder(
+    files: ModelFiles,
+    *,
+    device: Device,
+    dtype: mx.Dtype | None = None,
+    ignored_fields: Collection[str] = (),
+) -> Embedder | CrossEncoder:
+    """Load an embedding model, or a cross-encoder where the files describe one.
+
+    On a CPU all is float32, on a GPU as in the files, unless `dtype` says otherwise. Raises
+    `ModelLoadError` for whatever is wrong with the files or not supported, naming it.
+    """
+    if dtype is None and device == "cpu":
+        dtype = mx.float32
+    with mx.stream(mx.cpu if device == "cpu" else mx.gpu):
+        if files.format == "gguf":
+            return load_gguf_embedder(files, device, dtype)
+        config = read_config(files)
+        sentence = read_sentence_files(files)
+        tokenizer = json_tokenizer.tokenizer_of(files, config)
+        limits = limits_of(device)
+        if not is_encoder(config):
+            return _decoder(files, config, sentence, tokenizer, limits, dtype, ignored_fields)
+        encoder = load_encoder(files, config, dtype)
+        weight_bytes = evaluated(encoder)
+        parsed = encoder.config
+        reader = InputReader(
+            tokenizer,
+            parsed.vocab_size,
+            _max_length(files, sentence, parsed.max_tokens),
+            sentence.lowers_text,
+            parsed.type_vocab_size,
+        )
+        if parsed.num_labels:
+            return assemble_cross_encoder(files, encoder, reader, limits, weight_bytes)
+        return assemble_embedder(
+            files,
+            sentence,
+            reader,
+            encoder,
+            parsed.hidden_size,
+            (PoolingMode.MEAN,),
+            parsed.architecture,
+            limits,
+            weight_bytes,
+        )
+
+
+def _decoder(
+    files: ModelFiles,
+    config: Mapping[str, Any],
+    sentence: SentenceFiles,
+    tokenizer: Tokenizer,
+    limits: BatchLimits,
+    dtype: mx.Dtype | None,
+    ignored_fields: Collection[str],
+) -> Embedder:
+    if is_cross_encoder(config):
+        raise ModelLoadError(
+            f"a cross-encoder of the architecture {config['model_type']!r} is not supported"
+        )
+    model, completed, valid = load_decoder(files, config, ignored_fields)
+    if dtype is not None:
+        set_dtype(model, dtype)
+    if dtype == mx.float32:
+        unpack(model, dtype)
+    model.eval()
+    weight_bytes = evaluated(model)
+    decoder = Decoder(model, completed)
+    positions, _ = context_length_of(completed)
+    rows = position_rows(model) or positions
+    positions = min(positions, valid.max_length or positions, rows)
+    reader = InputReader(
+        tokenizer,
+        decoder.vocab_size,
+        _max_length(files, sentence, positions),
+        sentence.lowers_text,
+    )
+    return assemble_embedder(
+        files,
+        sentence,
+        reader,
+        decoder,
+        decoder.hidden_size,
+        (PoolingMode.LAST,),
+        str(completed["model_type"]),
+        limits,
+        weight_bytes,
+    )
+
+
+def _max_length(files: ModelFiles, sentence: SentenceFiles, positions: int) -> int:
+    """Return the longest input: what the files say, within what the model has positions for."""
+    said = sentence.max_length
+    if said is None:
+        said = (files.json("tokenizer_config.json") or {}).get("model_max_length")
+    if not isinstance(said, int) or isinstance(said, bool) or not 0 < said < _UNLIMITED:
+        said = positions
+    return min(said, positions)

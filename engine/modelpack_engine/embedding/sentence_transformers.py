@@ -1,0 +1,298 @@
+"""SentenceFiles: what sentence-transformers' files say is done around a model.
+
+    modules.json                        the steps in their order, each with a directory
+    1_Pooling/config.json               how tokens become one vector
+    2_Dense/config.json, …              a projection of it, with weights of its own
+    sentence_bert_config.json           the longest input, and whether text is lowered
+    config_sentence_transformers.json   prompts by name
+
+Source: sentence-transformers' documentation, "Creating custom models", and its module classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from modelpack_engine.embedding.encoder_weights import read_tensors
+from modelpack_engine.embedding.pooling import PoolingMode, parse_pooling
+from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.models.files import MODULES, ModelFiles, decode_json
+from modelpack_engine.models.precision import check_parameters
+
+#: Where the longest input may stand; all but the first are names of the past.
+_TRANSFORMER_CONFIGS = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+_CONFIG = "config_sentence_transformers.json"
+
+
+@dataclass(frozen=True, slots=True)
+class DenseStep:
+    """A linear projection; its weights are in `directory`."""
+
+    directory: str
+    in_features: int
+    out_features: int
+    bias: bool
+    activation: str  # the name of torch's class
+    residual: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNormStep:
+    """A norm over the vector; its weights are in `directory`."""
+
+    directory: str
+    dimension: int
+
+
+@dataclass(frozen=True, slots=True)
+class NormalizeStep:
+    """The vector gets length 1."""
+
+
+Step = DenseStep | LayerNormStep | NormalizeStep
+
+
+@dataclass(frozen=True, slots=True)
+class SentenceFiles:
+    """`pooling` is None where the files do not say; then nothing else is known of steps either.
+
+    `max_length` counts tokens with the special ones. Without `pools_prompt`, a prompt's tokens
+    are read but left out of the pooling.
+    """
+
+    pooling: tuple[PoolingMode, ...] | None
+    steps: tuple[Step, ...] = ()
+    max_length: int | None = None
+    lowers_text: bool = False
+    pools_prompt: bool = True
+    prompts: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_sentence_files(files: ModelFiles) -> SentenceFiles:
+    """Read them. Raises `ModelLoadError`, naming the file, for what is wrong or not supported."""
+    max_length, lowers = _transformer_settings(files)
+    prompts = _prompts(files)
+    modules = _modules(files)
+    if modules is None:
+        return SentenceFiles(None, max_length=max_length, lowers_text=lowers, prompts=prompts)
+    pooling: tuple[PoolingMode, ...] | None = None
+    pools_prompt = True
+    steps: list[Step] = []
+    for number, (kind, directory) in enumerate(modules):
+        what = f"{directory}/config.json"
+        if (number == 0) != (kind == "Transformer") or (number == 1) != (kind == "Pooling"):
+            raise ModelLoadError(
+                f"{MODULES}: step {number + 1} is a {kind[:50]};"
+                " expected a Transformer, a Pooling, and what follows them"
+            )
+        match kind:
+            case "Transformer":
+                if directory:
+                    raise ModelLoadError(
+                        f"{MODULES}: the model is in {directory[:100]!r}, expected beside it",
+                        hint="save the model again with a newer sentence-transformers",
+                    )
+            case "Pooling":
+                config = _config(files, what)
+                pooling = parse_pooling(config, what)
+                pools_prompt = config.get("include_prompt", True) is not False
+            case "Dense":
+                steps.append(_dense(_config(files, what), directory, what))
+            case "LayerNorm":
+                steps.append(
+                    LayerNormStep(directory, _count(_config(files, what), "dimension", what))
+                )
+            case "Normalize":
+                steps.append(NormalizeStep())
+            case "Dropout":
+                pass  # for training
+            case _:
+                raise ModelLoadError(f"{MODULES}: the step {kind[:100]!r} is not supported")
+    if pooling is None:
+        raise ModelLoadError(f"{MODULES}: there is no Pooling")
+    return SentenceFiles(pooling, tuple(steps), max_length, lowers, pools_prompt, prompts)
+
+
+def _modules(files: ModelFiles) -> list[tuple[str, str]] | None:
+    """Return the class and the directory of each step; None without modules.json."""
+    raw = files.read(MODULES)
+    if raw is None:
+        return None
+    listed = decode_json(raw, MODULES)
+    try:
+        found = [(entry["type"].rpartition(".")[2], entry["path"]) for entry in listed]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ModelLoadError(f"{MODULES}: is no list of modules: {error}") from None
+    if not found or not all(isinstance(path, str) for _, path in found):
+        raise ModelLoadError(f"{MODULES}: is no list of modules")
+    return [(kind, path.rstrip("/")) for kind, path in found]
+
+
+def _config(files: ModelFiles, what: str) -> dict[str, Any]:
+    config = files.json(what)
+    if config is None:
+        raise ModelLoadError(
+            f"{what} is missing, which {MODULES} names",
+            hint="package the whole directory, its sub-directories too",
+        )
+    return config
+
+
+def _count(config: Mapping[str, Any], name: str, what: str) -> int:
+    value = config.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelLoadError(f"{what}: {name} is {str(value)[:50]!r}, expected a number")
+    return value
+
+
+def _dense(config: Mapping[str, Any], directory: str, what: str) -> DenseStep:
+    for name in ("module_input_name", "module_output_name"):
+        if config.get(name, "sentence_embedding") not in (None, "sentence_embedding"):
+            raise ModelLoadError(f"{what}: {name} {str(config[name])[:50]!r} is not supported")
+    activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+    return DenseStep(
+        directory,
+        _count(config, "in_features", what),
+        _count(config, "out_features", what),
+        bool(config.get("bias", True)),
+        "Identity" if activation is None else str(activation).rpartition(".")[2],
+        bool(config.get("use_residual", False)),
+    )
+
+
+def _transformer_settings(files: ModelFiles) -> tuple[int | None, bool]:
+    for name in _TRANSFORMER_CONFIGS:
+        config = files.json(name)
+        if config is None:
+            continue
+        length = config.get("max_seq_length")
+        if length is not None:
+            length = _count(config, "max_seq_length", name)
+        return length, config.get("do_lower_case") is True
+    return None, False
+
+
+def _prompts(files: ModelFiles) -> dict[str, str]:
+    prompts = (files.json(_CONFIG) or {}).get("prompts") or {}
+    if not isinstance(prompts, dict):
+        raise ModelLoadError(f"{_CONFIG}: prompts are no object")
+    return {str(name): text for name, text in prompts.items() if isinstance(text, str)}
+
+
+Apply = Callable[[mx.array], mx.array]
+
+_WEIGHTS = "model.safetensors"
+#: torch divides by no less than this (torch.nn.functional.normalize).
+_SHORTEST = 1e-12
+_NORM_EPS = 1e-5  # torch.nn.LayerNorm's
+
+_ACTIVATIONS: Mapping[str, Apply] = {
+    "Identity": lambda vectors: vectors,
+    "Tanh": mx.tanh,
+    "ReLU": nn.relu,
+    "GELU": nn.gelu,
+    "SiLU": nn.silu,
+    "Sigmoid": mx.sigmoid,
+}
+
+
+class Steps:
+    """Applies steps in their order; `dimension` is that of the vectors that come out."""
+
+    def __init__(self, files: ModelFiles, steps: Sequence[Step], dimension: int) -> None:
+        """Load what the steps need; `dimension` is that of the vectors that go in.
+
+        Raises `ModelLoadError` for weights that are missing or do not fit.
+        """
+        self._applied: list[Apply] = []
+        self.normalizes = bool(steps) and isinstance(steps[-1], NormalizeStep)
+        for step in steps:
+            match step:
+                case DenseStep():
+                    _check_width(step.directory, step.in_features, dimension)
+                    self._applied.append(_dense_step(files, step))
+                    dimension = step.out_features
+                case LayerNormStep():
+                    _check_width(step.directory, step.dimension, dimension)
+                    self._applied.append(_layer_norm(files, step))
+                case NormalizeStep():
+                    self._applied.append(normalize)
+        self.dimension = dimension
+
+    def __call__(self, vectors: mx.array) -> mx.array:
+        """Return what becomes of float32 vectors [texts, size]."""
+        for apply in self._applied:
+            vectors = apply(vectors)
+        return vectors
+
+
+def normalize(vectors: mx.array) -> mx.array:
+    """Return the vectors with length 1; zero stays zero."""
+    return vectors / mx.maximum(mx.linalg.norm(vectors, axis=-1, keepdims=True), _SHORTEST)
+
+
+def _dense_step(files: ModelFiles, step: DenseStep) -> Apply:
+    activation = _ACTIVATIONS.get(step.activation)
+    if activation is None:
+        raise ModelLoadError(
+            f"{step.directory}/config.json: the activation {step.activation[:50]!r} is not known"
+        )
+    shape = (step.out_features, step.in_features)
+    shapes: dict[str, tuple[int, ...]] = {"linear.weight": shape}
+    if step.bias:
+        shapes["linear.bias"] = (step.out_features,)
+    if step.residual and step.in_features != step.out_features:
+        shapes["residual.weight"] = shape
+    tensors = _tensors(files, step.directory, shapes)
+
+    def apply(vectors: mx.array) -> mx.array:
+        projected = vectors @ tensors["linear.weight"].T
+        if "linear.bias" in tensors:
+            projected = projected + tensors["linear.bias"]
+        projected = activation(projected)
+        if step.residual:
+            beside = tensors.get("residual.weight")
+            projected = projected + (vectors if beside is None else vectors @ beside.T)
+        return projected
+
+    return apply
+
+
+def _layer_norm(files: ModelFiles, step: LayerNormStep) -> Apply:
+    shape = (step.dimension,)
+    tensors = _tensors(files, step.directory, {"norm.weight": shape, "norm.bias": shape})
+    return lambda vectors: mx.fast.layer_norm(
+        vectors, tensors["norm.weight"], tensors["norm.bias"], _NORM_EPS
+    )
+
+
+def _tensors(
+    files: ModelFiles, directory: str, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, mx.array]:
+    path: Path | None = files.names.get(f"{directory}/{_WEIGHTS}")
+    if path is None:
+        raise ModelLoadError(
+            f"{directory}/{_WEIGHTS} is missing",
+            hint="weights in pytorch_model.bin are not read: they can run code."
+            " sentence-transformers saves safetensors",
+        )
+    tensors = read_tensors([path])
+    got = {name: tuple(array.shape) for name, array in tensors.items()}
+    check_parameters(f"{directory}/{_WEIGHTS}", shapes, got)
+    loaded = {name: array.astype(mx.float32) for name, array in tensors.items()}
+    mx.eval(loaded)
+    return loaded
+
+
+def _check_width(directory: str, wanted: int, got: int) -> None:
+    if wanted != got:
+        raise ModelLoadError(f"{directory}: takes vectors of {wanted}, but gets {got}")

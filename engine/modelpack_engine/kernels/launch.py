@@ -1,0 +1,281 @@
+"""From a plan to a call of MLX: kernels made once, template arguments, grids."""
+
+from __future__ import annotations
+
+import logging
+import math
+import struct
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import mlx.core as mx
+
+from modelpack_engine.kernels import cuda
+from modelpack_engine.kernels.plan import (
+    MERGE_SIMDGROUPS,
+    QUANTISED_PART,
+    AttentionShape,
+    DecodePlan,
+    plan_write,
+)
+from modelpack_engine.kernels.quantised import Quantisation
+from modelpack_engine.kernels.sources import (
+    CONSTANT_BELOW,
+    Backend,
+    Body,
+    KernelSource,
+    can_include,
+    kernel_source,
+)
+
+logger = logging.getLogger(__name__)
+
+LOG2E = math.log2(math.e)
+Kernel = Callable[..., list[mx.array]]
+
+
+def backend() -> Backend:
+    """Return the backend that kernels would run on: that of the default device."""
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return "none"
+    if mx.metal.is_available():
+        return "metal"
+    return "cuda" if mx.cuda.is_available() else "none"
+
+
+@cache
+def _includes_files() -> bool:
+    """Return whether CUDA's compiler opens the files that a kernel names: asked by making one."""
+    if not can_include():
+        return False
+    made = _made(kernel_source("swiglu", "cuda", by_path=True), "cuda")
+    try:
+        mx.eval(
+            made(
+                inputs=[mx.zeros((1, 16), mx.float32)],
+                template=[("T", mx.float32), ("N", 8), ("VEC", 4), ("SMALL", 0)],
+                grid=(256, 1, 1),
+                threadgroup=(256, 1, 1),
+                output_shapes=[(1, 8)],
+                output_dtypes=[mx.float32],
+            )
+        )
+    except RuntimeError as error:
+        logger.info("CUDA's compiler does not include files: %s", error)
+        return False
+    return True
+
+
+@cache
+def _kernel(
+    body: Body, on: Backend, *, split: bool = False, shared_bytes: int = 0
+) -> tuple[Kernel, KernelSource]:
+    found = kernel_source(body, on, split=split, by_path=on == "cuda" and _includes_files())
+    return _made(found, on, shared_bytes), found
+
+
+def _made(found: KernelSource, on: Backend, shared_bytes: int = 0) -> Kernel:
+    make: Any = mx.fast.metal_kernel if on == "metal" else mx.fast.cuda_kernel
+    more = {"shared_memory": shared_bytes} if shared_bytes else {}
+    made: Kernel = make(
+        name=found.name,
+        input_names=list(found.inputs),
+        output_names=list(found.outputs),
+        source=found.source,
+        header=found.header,
+        **more,
+    )
+    return cuda.prepared(made, found) if on == "cuda" else made
+
+
+@cache
+def zero() -> mx.array:
+    """Return int32 [1] of 0: a token that orders nothing, and what stands for absent inputs."""
+    return mx.array([0], mx.int32)
+
+
+def kernel(body: Body, on: Backend, shared_bytes: int = 0, *, split: bool = False) -> Kernel:
+    """Return the kernel of a body; `shared_bytes` are of what it does not declare itself (CUDA)."""
+    if shared_bytes:
+        return _kernel(body, on, shared_bytes=shared_bytes)[0]
+    return _kernel(body, on, split=split)[0]
+
+
+@lru_cache(maxsize=256)
+def factors(scale: float, softcap: float | None) -> mx.array:
+    """Return the attention kernels' `params`, float32 [3]: scores come out in base 2."""
+    if softcap is None:
+        return mx.array([scale * LOG2E, LOG2E, 0.0], mx.float32)
+    return mx.array([scale / softcap, 1.0 / softcap, softcap * LOG2E], mx.float32)
+
+
+def bits_of(value: float) -> int:
+    """Return a float32's bits: how a number gets into a kernel's text.
+
+    In an array of 8 bytes or less, it would be read from the host's memory (MLX on CUDA): 15 µs.
+    """
+    found: int = struct.unpack("<i", struct.pack("<f", value))[0]
+    return found
+
+
+def template(
+    types: Sequence[tuple[str, mx.Dtype]],
+    constants: Sequence[tuple[str, int | bool]],
+    inputs: Sequence[mx.array],
+    on: Backend,
+) -> list[tuple[str, Any]]:
+    """Return template arguments that tell apart all calls whose generated text differs.
+
+    MLX caches compiled kernels by name and template arguments. On Metal the address space of an
+    input depends on its size, and a text that keeps changing would be compiled each time.
+    """
+    small = 0
+    if on == "metal":
+        small = sum(1 << i for i, a in enumerate(inputs) if a.size < CONSTANT_BELOW)
+    return [*types, *constants, ("SMALL", small)]
+
+
+def run(
+    body: Body,
+    inputs: Sequence[mx.array],
+    types: Sequence[tuple[str, mx.Dtype]],
+    constants: Sequence[tuple[str, int | bool]],
+    *,
+    threads: int,
+    group: int,
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[mx.Dtype],
+) -> list[mx.array]:
+    """Run a kernel by `threads` threads or more, in whole threadgroups of `group` of them."""
+    on = backend()
+    return kernel(body, on)(
+        inputs=list(inputs),
+        template=template(types, constants, inputs, on),
+        grid=(-(-threads // group) * group, 1, 1),
+        threadgroup=(group, 1, 1),
+        output_shapes=list(shapes),
+        output_dtypes=list(dtypes),
+    )
+
+
+def verdict(compare: Callable[..., str | None], *args: object) -> str | None:
+    """Return what `compare` finds off about kernels; one that does not compile counts as off."""
+    try:
+        return compare(*args)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"a kernel does not run: {error}"
+
+
+def decode(
+    plan: DecodePlan,
+    shape: AttentionShape,
+    on: Backend,
+    q: mx.array,
+    k_pool: mx.array,
+    v_pool: mx.array,
+    block_tables: mx.array,
+    context_lens: mx.array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: mx.array | None = None,
+    q_more: mx.array | None = None,
+    written: mx.array | None = None,
+) -> mx.array:
+    """Run the decode kernel by `plan`, and the merge kernel if it splits; return [B, H, Dv]."""
+    rows = q.shape[0]
+    split = plan.parts > 1
+    if sinks is None:
+        sinks = factors(1.0, None)
+    if q_more is None:
+        q_more = q
+    inputs = [
+        q, q_more, k_pool, v_pool, block_tables, context_lens, sinks, factors(scale, softcap),
+        zero() if written is None else written,
+    ]  # fmt: skip
+    kernel, _ = _kernel("decode", on, split=split)
+    out_dtype = mx.float32 if split else q.dtype
+    types = [("T", q.dtype), ("P", k_pool.dtype), ("S", sinks.dtype), ("O", out_dtype)]
+    heads = (rows, shape.num_heads)
+    shapes: list[tuple[int, ...]] = [(*heads, shape.value_dim)]
+    dtypes = [out_dtype]
+    if split:
+        shapes = [(*heads, plan.parts, shape.value_dim), (*heads, plan.parts, 2)]
+        dtypes = [mx.float32, mx.float32]
+    found = kernel(
+        inputs=inputs,
+        template=template(types, plan.constants, inputs, on),
+        grid=(shape.num_kv_heads * plan.groups * plan.threads, rows, plan.parts),
+        threadgroup=(plan.threads, 1, 1),
+        output_shapes=shapes,
+        output_dtypes=dtypes,
+    )
+    if not split:
+        return found[0]
+    return merge(found, shape, on, q.dtype, sinks)
+
+
+def merge(
+    parts: Sequence[mx.array],
+    shape: AttentionShape,
+    on: Backend,
+    dtype: mx.Dtype,
+    sinks: mx.array,
+    simdgroups: int = MERGE_SIMDGROUPS,
+) -> mx.array:
+    """Return attention [rows, H, Dv] of its parts [rows, H, parts, Dv] and their statistics.
+
+    Each head of a row by so many `simdgroups`: few where there are many rows and few parts.
+    """
+    kernel, _ = _kernel("merge", on)
+    constants = [
+        ("HQ", shape.num_heads), ("DV", shape.value_dim), ("SINKS", shape.sinks),
+        ("NSG", simdgroups),
+    ]  # fmt: skip
+    inputs, rows = [*parts, sinks], parts[0].shape[0]
+    (out,) = kernel(
+        inputs=inputs,
+        template=template([("T", dtype), ("S", sinks.dtype)], constants, inputs, on),
+        grid=(shape.num_heads * 32 * simdgroups, rows, 1),
+        threadgroup=(32 * simdgroups, 1, 1),
+        output_shapes=[(rows, shape.num_heads, shape.value_dim)],
+        output_dtypes=[dtype],
+    )
+    return out
+
+
+def write(
+    on: Backend,
+    k: mx.array,
+    v: mx.array | None,
+    k_pool: mx.array,
+    v_pool: mx.array | None,
+    slots: mx.array,
+    previous: mx.array | None,
+    quantised: Quantisation | None = None,
+) -> mx.array:
+    """Write rows k [T, key width], v [T, value width] into the pools' memory; return the token."""
+    (rows, key_width), value_width = k.shape, 0 if v is None else v.shape[1]
+    itemsize = max(k.dtype.size, k_pool.dtype.size)
+    constants: list[tuple[str, int | bool]] = [("KW", key_width), ("VW", value_width)]
+    if quantised is None:
+        vector, threads = plan_write(itemsize, key_width, value_width)
+        constants.append(("VEC", vector))
+    else:
+        threads = (key_width + value_width) // QUANTISED_PART
+        constants += [("BITS", quantised.bits), ("GROUP", quantised.group)]
+    inputs = [
+        k, k if v is None else v, k_pool, k_pool if v_pool is None else v_pool, slots,
+        zero() if previous is None else previous,
+    ]  # fmt: skip
+    kernel, _ = _kernel("write" if quantised is None else "quantise", on)
+    (token,) = kernel(
+        inputs=inputs,
+        template=template([("R", k.dtype), ("P", k_pool.dtype)], constants, inputs, on),
+        grid=(rows * threads, 1, 1),
+        threadgroup=(min(256, rows * threads), 1, 1),
+        output_shapes=[(1,)],
+        output_dtypes=[mx.int32],
+    )
+    return token

@@ -1,0 +1,295 @@
+"""Which kernels may run here: what backend there is, and what the probes have found."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from modelpack_engine.kernels import launch, prefill, probes, reference
+from modelpack_engine.kernels.plan import (
+    AttentionShape,
+    accumulators,
+    after,
+    plan_decode,
+    refusal,
+    simdgroups,
+    token_of,
+    written,
+)
+from modelpack_engine.kernels.quantised import Quantisation
+from modelpack_engine.kernels.sources import CONSTANT_BELOW, Backend
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+_QUANTISED = (mx.uint32,)
+#: What `available` probes if nothing has been probed before.
+_ANY_SHAPE = AttentionShape(num_heads=8, num_kv_heads=2, key_dim=64, value_dim=64)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSupport:
+    """The backend, whether each kernel passed all of its probes, and what failed."""
+
+    backend: Backend
+    decode: bool
+    write: bool
+    failures: tuple[str, ...] = ()
+
+
+#: What was found, by kernel, device and types: None, or why the kernel is not used.
+_verdicts: dict[tuple[object, ...], str | None] = {}
+_enabled = True
+
+
+def enable(enabled: bool) -> None:
+    """Let kernels run, or use MLX's own functions only, from now on."""
+    global _enabled
+    _enabled = enabled
+
+
+def may_decode(shape: AttentionShape, dtype: mx.Dtype, pool: mx.Dtype) -> bool:
+    """Return whether the decode kernel is right for `shape`; the first call for one probes it."""
+    on = launch.backend()
+    if on == "none" or not _enabled:
+        return False
+    key = ("decode", on, shape, dtype, pool)
+    if key not in _verdicts:
+        if dtype not in _DTYPES or pool not in (_QUANTISED if shape.bits else _DTYPES):
+            reason: str | None = f"no kernel for {dtype} over {pool}"
+        else:
+            reason = refusal(shape, pool.size) or _run(
+                lambda: probes.probe_decode(shape, on, dtype, pool)
+            )
+        _conclude(key, reason, f"decode on {on} for {shape} in {dtype}", "gathered blocks")
+    return _verdicts[key] is None
+
+
+def may_prefill(shape: AttentionShape, dtype: mx.Dtype, pool: mx.Dtype) -> bool:
+    """Return whether the prefill kernel is right for `shape`; the first call for one probes it."""
+    on = launch.backend()
+    if on == "none" or not _enabled:
+        return False
+    key = ("prefill", on, shape, dtype, pool)
+    if key not in _verdicts:
+        refused = prefill.refusal(shape, dtype, pool)
+        if refused is not None:
+            _verdicts[key] = refused
+        else:
+            reason = _run(lambda: prefill.probe(shape, dtype))
+            _conclude(key, reason, f"prefill on {on} for {shape} in {dtype}", "gathered blocks")
+    return _verdicts[key] is None
+
+
+def may_write(dtype: mx.Dtype, pool: mx.Dtype, quantised: Quantisation | None = None) -> bool:
+    """Return whether the write kernel is right for these types; the first call probes it."""
+    on = launch.backend()
+    if on == "none" or not _enabled:
+        return False
+    key = ("write", on, dtype, pool, quantised)
+    if key not in _verdicts:
+        if dtype not in _DTYPES or pool not in (_DTYPES if quantised is None else _QUANTISED):
+            reason: str | None = f"no kernel for {dtype} into {pool}"
+        elif quantised is None:
+            reason = _run(lambda: probes.probe_write(on, dtype, pool))
+        else:
+            reason = _run(lambda: probes.probe_quantise(on, dtype, quantised))
+        into = pool if quantised is None else quantised
+        _conclude(key, reason, f"write on {on} of {dtype} into {into}", "MLX's scatter")
+    return _verdicts[key] is None
+
+
+def probe(
+    shapes: Iterable[AttentionShape],
+    dtype: mx.Dtype = mx.bfloat16,
+    pool_dtype: mx.Dtype | None = None,
+) -> KernelSupport:
+    """Probe both kernels for a model's attention shapes and types; say by a warning what fails.
+
+    To be called while a model loads: a kernel that was not probed is so at its first use.
+    """
+    pool = pool_dtype or dtype
+    for shape in shapes:
+        may_decode(shape, dtype, pool)
+    may_write(dtype, pool)
+    return available()
+
+
+def available() -> KernelSupport:
+    """Return what kernels there are on the default device, by all probes so far."""
+    on = launch.backend()
+    if on == "none" or not _enabled:
+        return KernelSupport("none", decode=False, write=False)
+    if not all(any(key[:2] == (name, on) for key in _verdicts) for name in ("decode", "write")):
+        probe([_ANY_SHAPE])
+    found = {
+        name: [verdict for key, verdict in _verdicts.items() if key[:2] == (name, on)]
+        for name in ("decode", "write")
+    }
+    failures = tuple(verdict for name in found for verdict in found[name] if verdict is not None)
+    good = {name: bool(found[name]) and not any(found[name]) for name in found}
+    return KernelSupport(on, good["decode"], good["write"], failures)
+
+
+def _run(check: Callable[[], str | None]) -> str | None:
+    """Return what `check` finds; a kernel that cannot be compiled or launched is one that fails."""
+    try:
+        return check()
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"it does not run: {error}"
+
+
+def _conclude(key: tuple[object, ...], reason: str | None, kernel: str, instead: str) -> None:
+    if reason is not None:
+        logger.warning("The kernel to %s is not used: %s. Using %s.", kernel, reason, instead)
+    _verdicts[key] = reason
+
+
+def decode_attention(
+    q: mx.array,
+    k_pool: mx.array,
+    v_pool: mx.array | None,
+    block_tables: mx.array,
+    context_lens: mx.array,
+    *,
+    scale: float,
+    num_kv_heads: int,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: mx.array | None = None,
+    q_more: mx.array | None = None,
+    value_dim: int | None = None,
+    block_size: int = 16,
+    split: int | None = None,
+    quantised: Quantisation | None = None,
+) -> mx.array:
+    """Return attention [B, H, Dv] in q's dtype, of q [B, H, D], one row a sequence.
+
+    Row b sees the last `window` (None: all) of its first `context_lens[b]` tokens, in the blocks
+    `block_tables[b]` (int32 [B, width]). `sinks` [H] join the softmax's denominator only; `softcap`
+    c squashes scores to c * tanh(score / c). `split` fixes into how many parts contexts are split.
+
+    Latent attention keeps values in the keys: `value_dim` says that values are the first elements
+    of k_pool's rows, and v_pool is None, or [slots, Hkv, Dx] and goes on with the keys where k_pool
+    ends; `q_more` [B, H, Dx] then goes on with the queries, scaled already as the models do it.
+
+    Pools that are `quantised` are uint32 [slots, 1, words], and neither is for latents.
+    """
+    pools = (k_pool, k_pool if v_pool is None else v_pool)
+    dims = [pool.shape[-1] for pool in pools]
+    if quantised is not None:
+        assert value_dim is None, "latents are not quantised"
+        dims = [quantised.width(words) // num_kv_heads for words in dims]
+    shape = AttentionShape(
+        num_heads=q.shape[1],
+        num_kv_heads=num_kv_heads,
+        key_dim=dims[0],
+        value_dim=value_dim or dims[1],
+        extra_dim=0 if q_more is None else q_more.shape[-1],
+        latent=value_dim is not None,
+        block_size=block_size,
+        window=window,
+        softcap=softcap is not None,
+        sinks=sinks is not None,
+        bits=0 if quantised is None else quantised.bits,
+        group=0 if quantised is None else quantised.group,
+    )
+    assert q.shape[-1] == shape.key_dim, (q.shape, k_pool.shape)
+    assert shape.latent or v_pool is not None, "values are in neither pool"
+    assert (q_more is None) == (not shape.latent or v_pool is None), "queries and keys differ"
+    token = token_of(k_pool)
+    if v_pool is None:
+        v_pool = k_pool
+    if not may_decode(shape, q.dtype, k_pool.dtype):
+        return reference.decode_attention(
+            q, k_pool, v_pool, after(block_tables, k_pool, v_pool), context_lens,
+            scale=scale, num_kv_heads=num_kv_heads, window=window, softcap=softcap, sinks=sinks,
+            q_more=q_more, value_dim=value_dim, block_size=block_size, quantised=quantised,
+        )  # fmt: skip
+    plan = plan_decode(
+        shape, k_pool.dtype.size, q.shape[0], block_tables.shape[1] * block_size, split,
+        simdgroups=simdgroups(launch.backend()),
+        max_accumulators=accumulators(launch.backend()),
+    )  # fmt: skip
+    return launch.decode(
+        plan, shape, launch.backend(), q, k_pool, v_pool,
+        block_tables.astype(mx.int32), context_lens.astype(mx.int32),
+        scale=scale, softcap=softcap, sinks=sinks, q_more=q_more, written=token,
+    )  # fmt: skip
+
+
+def prefill_attention(
+    q: mx.array,
+    k_pool: mx.array,
+    v_pool: mx.array,
+    tiles: prefill.Tiles,
+    *,
+    scale: float,
+    num_kv_heads: int,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: mx.array | None = None,
+    block_size: int = 16,
+) -> mx.array | None:
+    """Return attention [rows, H, D] of the rows of `tiles`, or None where there is no kernel."""
+    shape = AttentionShape(
+        num_heads=q.shape[1],
+        num_kv_heads=num_kv_heads,
+        key_dim=k_pool.shape[-1],
+        value_dim=v_pool.shape[-1],
+        block_size=block_size,
+        window=window,
+        softcap=softcap is not None,
+        sinks=sinks is not None,
+    )
+    if not may_prefill(shape, q.dtype, k_pool.dtype):
+        return None
+    return prefill.attend(
+        q, k_pool, v_pool, tiles, shape, scale=scale, softcap=softcap, sinks=sinks
+    )
+
+
+def write_kv(
+    k: mx.array,
+    v: mx.array | None,
+    k_pool: mx.array,
+    v_pool: mx.array | None,
+    slots: mx.array,
+    previous_token: mx.array | None = None,
+    *,
+    quantised: Quantisation | None = None,
+) -> tuple[mx.array, mx.array | None]:
+    """Write rows k [T, Hkv, D] and v [T, Hkv, Dv] to `slots` (int32 [T]); return the pools.
+
+    Use the returned pools from then on, and drop the ones passed in. With the kernel they share the
+    memory of the latter and nothing is copied, whoever else holds them. Rows of negative slots are
+    dropped. `previous_token` orders this write after another one; by default, the pools' last.
+    Pools that are `quantised` are uint32 [slots, 1, words], and both of them are needed.
+    """
+    assert (v is None) == (v_pool is None), "values have no pool, or a pool no values"
+    # Metal has fewer elements in `constant`, where the kernel does not read vectors.
+    tiny = min(k.size, k.size if v is None else v.size) < CONSTANT_BELOW
+    if tiny or not may_write(k.dtype, k_pool.dtype, quantised):
+        slots = after(slots, k_pool, v_pool)
+        k_pool = reference.write_rows(k, k_pool, slots, quantised)
+        if v is None or v_pool is None:
+            return k_pool, None
+        return k_pool, reference.write_rows(v, v_pool, slots, quantised)
+    rows = k.shape[0]
+    token = launch.write(
+        launch.backend(),
+        k.reshape(rows, -1),
+        None if v is None else v.reshape(rows, -1).astype(k.dtype),
+        k_pool,
+        v_pool,
+        slots.astype(mx.int32),
+        token_of(k_pool) if previous_token is None else previous_token,
+        quantised,
+    )
+    if v_pool is None:
+        return written(mx.depends(k_pool, token), token), None
+    pools = mx.depends([k_pool, v_pool], token)
+    return written(pools[0], token), written(pools[1], token)

@@ -1,0 +1,264 @@
+"""Which write a pool's contents come from, so that readers can be ordered after it.
+
+A write in place puts out a token (int32 [1], 0) and no pool. The pools that `write_kv` returns are
+remembered here together with it, for as long as they live.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from weakref import ref
+
+import mlx.core as mx
+
+_tokens: dict[int, tuple[ref[mx.array], mx.array]] = {}
+
+
+def written(pool: mx.array, token: mx.array) -> mx.array:
+    """Return `pool`, which `token` came with."""
+    key = id(pool)
+
+    def forget(gone: ref[mx.array]) -> None:
+        if key in _tokens and _tokens[key][0] is gone:
+            del _tokens[key]
+
+    _tokens[key] = ref(pool, forget), token
+    return pool
+
+
+def token_of(pool: mx.array | None) -> mx.array | None:
+    """Return the token of the last write to `pool`, or None if MLX itself made its contents."""
+    found = _tokens.get(id(pool))
+    return found[1] if found is not None and found[0]() is pool else None
+
+
+def after(indices: mx.array, *pools: mx.array | None) -> mx.array:
+    """Return `indices` (int32), ordered after the writes to `pools`.
+
+    Whatever gathers from a pool with MLX's functions has to use such indices; see the package.
+    """
+    tokens = {id(token): token for pool in pools if (token := token_of(pool)) is not None}
+    for token in tokens.values():
+        indices = indices + token
+    return indices
+
+
+#: Simdgroups of a threadgroup: few enough that short contexts keep all of them busy. On CUDA, more
+#: where there are few threadgroups, and fewer where there are many, of few tokens: measured.
+SIMDGROUPS, _MOST_SIMDGROUPS, _FEWEST_SIMDGROUPS = 4, 8, 2
+_MANY_THREADGROUPS, _FEW_TOKENS = 1024, 640
+#: Simdgroups that merge a head's parts.
+MERGE_SIMDGROUPS = 8
+#: Threadgroups that keep a large GPU busy; with fewer, contexts are split.
+TARGET_THREADGROUPS = 256
+#: Shorter contexts are never split; a part is planned to have a quarter of this at least, or with
+#: the most simdgroups all of it.
+SPLIT_CONTEXT = 512
+MAX_PARTS = 64
+#: Bytes of one load, float accumulators a lane keeps, and bytes it has under way in a turn.
+LOAD_BYTES = 16
+#: Quantised elements of one load, and of one thread that writes.
+MAX_QUANTISED = 16
+QUANTISED_PART = 8
+MAX_ACCUMULATORS = 64
+# The same on Metal, where a thread has 128 registers: these, up to 32 of loads under way, and up to
+# 16 scores leave some for addresses; twice as many would spill. Reckoned, not measured.
+_METAL_ACCUMULATORS = 32
+MAX_FLIGHT_BYTES = 128
+#: What Metal guarantees a threadgroup.
+MAX_SHARED_BYTES = 32 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What of a layer's attention is compiled into a kernel.
+
+    `key_dim` and `value_dim` are the widths of the two pools' rows. `latent`: values are the first
+    `value_dim` elements of the keys, and keys go on with `extra_dim` elements in the second pool.
+    With `bits` above 0 the pools are quantised, in groups of `group` elements.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    extra_dim: int = 0
+    latent: bool = False
+    block_size: int = 16
+    window: int | None = None
+    softcap: bool = False
+    sinks: bool = False
+    bits: int = 0
+    group: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """The decode kernel's template constants and grid; `parts` is 1 for a decode in one piece."""
+
+    constants: tuple[tuple[str, int | bool], ...]
+    groups: int
+    threads: int
+    parts: int
+    turn: int
+    shared_bytes: int
+
+
+def refusal(shape: AttentionShape, itemsize: int) -> str | None:
+    """Return why there is no kernel for `shape` with pool elements of `itemsize` bytes, or None."""
+    if shape.num_heads % shape.num_kv_heads:
+        return f"{shape.num_heads} heads do not share {shape.num_kv_heads} KV heads evenly"
+    if shape.block_size not in (8, 16, 32):
+        return f"block size {shape.block_size} is none of 8, 16, 32"
+    if not shape.latent and shape.extra_dim:
+        return "keys continue in the second pool although that holds values"
+    if shape.latent and shape.value_dim > shape.key_dim:
+        return "values are longer than the keys that hold them"
+    if shape.bits and (
+        shape.latent or shape.key_dim % shape.group or shape.value_dim % shape.group
+    ):
+        return "quantised heads have to fall into groups, and latents are not quantised"
+    if min(shape.key_dim, shape.value_dim) < 8:
+        return f"heads of {shape.key_dim}/{shape.value_dim} elements are too small"
+    merging = 4 * MERGE_SIMDGROUPS * -(-shape.value_dim // 32) * 32
+    if max(merging, plan_decode(shape, itemsize, 1, 1).shared_bytes) > MAX_SHARED_BYTES:
+        return f"heads of {shape.key_dim + shape.extra_dim} elements need too much shared memory"
+    return None
+
+
+def accumulators(backend: str) -> int:
+    """Return the most accumulators of a lane on a backend."""
+    return _METAL_ACCUMULATORS if backend == "metal" else MAX_ACCUMULATORS
+
+
+def simdgroups(backend: str) -> int | None:
+    """Return the simdgroups of a threadgroup on a backend, None for as many as suit the shape."""
+    return None if backend == "cuda" else SIMDGROUPS
+
+
+def vector_width(itemsize: int, *widths: int) -> int:
+    """Return how many elements of `itemsize` bytes one load takes from rows of all these widths."""
+    vector = LOAD_BYTES // itemsize
+    while any(width % vector for width in widths):
+        vector //= 2
+    return vector
+
+
+def quantised_width(shape: AttentionShape) -> int:
+    """Return how many quantised elements one load takes, from rows of words that may be odd."""
+    vector = MAX_QUANTISED
+    pieces = [shape.group * shape.bits]  # in bits
+    for dim in (shape.key_dim, shape.value_dim):
+        groups = shape.num_kv_heads * dim // shape.group
+        pieces += [dim * shape.bits, shape.num_kv_heads * dim * shape.bits + groups * 32]
+    while any(piece % (vector * shape.bits) for piece in pieces):
+        vector //= 2
+    return vector
+
+
+@lru_cache(maxsize=1024)
+def plan_decode(
+    shape: AttentionShape,
+    itemsize: int,
+    num_rows: int,
+    max_context: int,
+    split: int | None = None,
+    simdgroups: int | None = SIMDGROUPS,
+    max_steps: int = 4,
+    max_accumulators: int = MAX_ACCUMULATORS,
+) -> DecodePlan:
+    """Return the plan for `num_rows` rows whose contexts have up to `max_context` tokens.
+
+    `itemsize` is that of the pools' elements, unless these are quantised. `split` fixes the number
+    of parts, `max_accumulators` bounds those of a lane; `simdgroups` None: as CUDA likes it.
+    """
+    context = min(max_context, shape.window or max_context)
+    dim = shape.key_dim + shape.extra_dim
+    group = shape.num_heads // shape.num_kv_heads
+    if shape.bits:
+        vector, width = quantised_width(shape), shape.bits
+    else:
+        vector = vector_width(itemsize, shape.key_dim, shape.value_dim, shape.extra_dim)
+        width = itemsize * 8
+    # Lanes that share a token: enough to hold a key, or value, in one vector each, where 32 can.
+    lanes = max(1, 32 // shape.block_size)
+    while lanes < 32 and lanes * vector < max(dim, shape.value_dim):
+        lanes *= 2
+    key_vectors = -(-dim // (vector * lanes))
+    value_vectors = -(-shape.value_dim // (vector * lanes))
+    abreast = 32 // lanes
+    flight = (key_vectors + (0 if shape.latent else value_vectors)) * vector * width // 8
+    steps = max_steps
+    while steps > 1 and (steps * abreast > shape.block_size or steps * flight > MAX_FLIGHT_BYTES):
+        steps //= 2
+    most = max(1, min(8, max_accumulators // (value_vectors * vector)))
+    groups = -(-group // most)
+    heads = -(-group // groups)
+    groups = -(-group // heads)
+    threadgroups = num_rows * shape.num_kv_heads * groups
+    row = (value_vectors * vector + 1) * lanes * abreast  # a simdgroup's, padded
+
+    def shared_bytes(simdgroups: int) -> int:
+        return 4 * (heads * key_vectors * vector * lanes + 2 * simdgroups * (row + 2))
+
+    if simdgroups is None:
+        simdgroups = _choose_simdgroups(threadgroups, context)
+        if shared_bytes(simdgroups) > MAX_SHARED_BYTES:
+            simdgroups = SIMDGROUPS
+    if split is None:
+        fewest = SPLIT_CONTEXT if simdgroups == _MOST_SIMDGROUPS else SPLIT_CONTEXT // 4
+        split = num_parts(threadgroups, max_context, shape.window, fewest=fewest)
+    turn = simdgroups * abreast * steps
+    constants: tuple[tuple[str, int | bool], ...] = (
+        ("DK", shape.key_dim), ("DX", shape.extra_dim), ("DV", shape.value_dim),
+        ("HK", shape.num_kv_heads), ("G", group), ("HEADS", heads), ("BLOCK", shape.block_size),
+        ("WINDOW", shape.window or 0), ("SOFTCAP", shape.softcap), ("SINKS", shape.sinks),
+        ("SPLIT", split > 1), ("LATENT", shape.latent),
+        ("BITS", shape.bits), ("GROUP", max(1, shape.group)),
+        ("NSG", simdgroups), ("VEC", vector), ("LPT", lanes), ("STEPS", steps),
+    )  # fmt: skip
+    return DecodePlan(constants, groups, 32 * simdgroups, split, turn, shared_bytes(simdgroups))
+
+
+def _choose_simdgroups(threadgroups: int, context: int) -> int:
+    """Return the simdgroups of so many threadgroups, for contexts of up to so many tokens.
+
+    By sweeps on an H200: benchmarks/results/kernels-h200.md.
+    """
+    if threadgroups <= TARGET_THREADGROUPS and context >= SPLIT_CONTEXT:
+        return _MOST_SIMDGROUPS
+    if threadgroups >= _MANY_THREADGROUPS and context <= _FEW_TOKENS:
+        return _FEWEST_SIMDGROUPS
+    return SIMDGROUPS
+
+
+def num_parts(
+    threadgroups: int,
+    max_context: int,
+    window: int | None,
+    *,
+    enough: int = TARGET_THREADGROUPS,
+    fewest: int = SPLIT_CONTEXT // 4,
+    most: int = MAX_PARTS,
+) -> int:
+    """Return into how many parts contexts are split: a power of two, above 1 for few, long rows.
+
+    Up to `most`, as long as there are not `enough` threadgroups, and parts have `fewest` tokens.
+    """
+    context = max_context if window is None else min(max_context, window)
+    if context < SPLIT_CONTEXT:
+        return 1
+    parts = 1
+    while parts < most and threadgroups * parts < enough and context >= fewest * (2 * parts):
+        parts *= 2
+    return parts
+
+
+def plan_write(itemsize: int, key_width: int, value_width: int) -> tuple[int, int]:
+    """Return (elements a thread copies, threads a row) for rows of these widths; 0 means none.
+
+    `itemsize` is the larger one of rows and pools.
+    """
+    vector = vector_width(itemsize, key_width, value_width)
+    return vector, max(key_width, value_width) // vector

@@ -1,0 +1,110 @@
+"""The gated delta rule by a kernel (https://arxiv.org/abs/2412.06464), for CUDA."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import mlx.core as mx
+
+from modelpack_engine.kernels import launch
+
+_SIMDGROUPS = 4
+#: Rows of the state that a simdgroup takes, where there are enough of them to keep a GPU busy.
+_ROWS, _ENOUGH = 4, 1024
+
+
+def takes(q: mx.array, k: mx.array, v: mx.array) -> bool:
+    """Return whether the kernel is for this device and these shapes, and right there."""
+    return (
+        launch.backend() == "cuda"
+        and q.dtype == k.dtype == v.dtype
+        and k.shape[-1] % 32 == 0
+        and k.shape[-1] <= 256
+        and v.shape[2] % k.shape[2] == 0
+        and verdict(q.dtype) is None
+    )
+
+
+def update(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    beta: mx.array,
+    state: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Return what is read at each token, [batch, tokens, HV, DV], and the state after the last.
+
+    Queries and keys are [batch, tokens, HK, DK], values [batch, tokens, HV, DV], `beta` is
+    [batch, tokens, HV], and `g`, by what the state decays before a token, the same or
+    [batch, tokens, HV, DK]. The state is float32 [batch, HV, DV, DK]; None for zeros.
+    """
+    batch, tokens, key_heads, key_dim = k.shape
+    heads, dim = v.shape[2:]
+    if state is None:
+        state = mx.zeros((batch, heads, dim, key_dim), mx.float32)
+    rows = _ROWS if dim % _ROWS == 0 and batch * heads * dim // _ROWS >= _ENOUGH else 1
+    inputs = [q, k, v, g.astype(mx.float32), beta.astype(mx.float32), state.astype(mx.float32)]
+    y, new_state = launch.run(
+        "delta_rule",
+        inputs,
+        [("T", q.dtype)],
+        [
+            ("HK", key_heads),
+            ("HV", heads),
+            ("DK", key_dim),
+            ("DV", dim),
+            ("R", rows),
+            ("EVERY", g.ndim == 4),
+            ("NSG", _SIMDGROUPS),
+        ],
+        threads=batch * heads * (dim // rows) * 32,
+        group=_SIMDGROUPS * 32,
+        shapes=[(batch, tokens, heads, dim), (batch, heads, dim, key_dim)],
+        dtypes=[q.dtype, mx.float32],
+    )
+    return y, new_state
+
+
+@cache
+def verdict(dtype: mx.Dtype) -> str | None:
+    """Return None if the kernel computes what the rule says, else what is off."""
+    return launch.verdict(_compare, dtype)
+
+
+def _compare(dtype: mx.Dtype) -> str | None:
+    keys = mx.random.split(mx.random.key(6), 6)
+    batch, tokens, key_heads, heads, key_dim, dim = 2, 3, 2, 4, 64, 8
+    q, k = (mx.random.normal((batch, tokens, key_heads, key_dim), key=i) / 8 for i in keys[:2])
+    v = mx.random.normal((batch, tokens, heads, dim), key=keys[2])
+    beta = mx.random.uniform(0, 1, (batch, tokens, heads), key=keys[3])
+    state = mx.random.normal((batch, heads, dim, key_dim), key=keys[4])
+    q, k, v = (a.astype(dtype) for a in (q, k, v))
+    tolerance = 1e-4 if dtype == mx.float32 else 3e-2
+    for shape in ((batch, tokens, heads), (batch, tokens, heads, key_dim)):
+        g = mx.random.uniform(0.5, 1, shape, key=keys[5])
+        found = update(q, k, v, g, beta, state)
+        for name, ours, expected in zip(
+            ("output", "state"), found, by_definition(q, k, v, g, beta, state), strict=True
+        ):
+            error = float(mx.max(mx.abs(ours.astype(mx.float32) - expected)))
+            if not error <= tolerance:
+                return f"{name} is off by {error:.3g}, allowed {tolerance}"
+    return None
+
+
+def by_definition(
+    q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Return what `update` does, in float32, an operation after the other."""
+    repeats = v.shape[2] // k.shape[2]
+    q, k = (mx.repeat(a.astype(mx.float32), repeats, axis=2) for a in (q, k))
+    outputs = []
+    for t in range(v.shape[1]):
+        decay = g[:, t, :, None, None] if g.ndim == 3 else g[:, t, :, None, :]
+        state = state * decay
+        key = k[:, t, :, None, :]
+        change = (v[:, t].astype(mx.float32) - (state * key).sum(axis=-1)) * beta[:, t, :, None]
+        state = state + key * change[..., None]
+        outputs.append((state * q[:, t, :, None, :]).sum(axis=-1))
+    return mx.stack(outputs, axis=1), state

@@ -1,0 +1,180 @@
+"""The kernels of mixtures of experts: which experts a row goes to, in what order, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+
+from modelpack_engine.kernels import launch
+from modelpack_engine.kernels.plan import vector_width
+
+_SIMDGROUPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How a router chooses `top_k` experts of a row by its logits.
+
+    `sigmoid`: by sigmoids and a bias, among the `keep` best of `groups`; scores are times `factor`.
+    Else by softmax. `normed`: scores are divided by their sum.
+    """
+
+    top_k: int
+    normed: bool
+    sigmoid: bool = False
+    groups: int = 1
+    keep: int = 1
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Pairs of a row and an expert, in the order of experts.
+
+    `source` int32 [pairs] are their rows, `experts` uint32 [pairs] where they go; `place` int32
+    [pairs] says where the pairs of the rows, in the rows' order, are among them. `spans` int32
+    [slots, 3] are up to `tile` pairs of an expert each: the expert, the first, and how many.
+    """
+
+    source: mx.array
+    experts: mx.array
+    place: mx.array
+    spans: mx.array
+    tile: int
+
+
+def route(
+    logits: mx.array, routing: Routing, bias: mx.array | None, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array]:
+    """Return the experts, uint32 [rows, top_k], and scores in `dtype`, of logits [rows, experts].
+
+    They come in the order in which MLX's sorts leave them: by sigmoids the best first, by softmax
+    last; of equal ones the first, or the last.
+    """
+    rows, experts = logits.shape
+    found = launch.run(
+        "route",
+        [logits, logits if bias is None else bias],
+        [("T", logits.dtype), ("B", logits.dtype if bias is None else bias.dtype), ("S", dtype)],
+        [
+            ("EXPERTS", experts),
+            ("K", routing.top_k),
+            ("SIGMOID", routing.sigmoid),
+            ("GROUPS", routing.groups),
+            ("KEEP", routing.keep),
+            ("NORMED", routing.normed),
+            ("FACTOR", launch.bits_of(routing.factor)),
+            ("NSG", _SIMDGROUPS),
+        ],
+        threads=rows * 32,
+        group=_SIMDGROUPS * 32,
+        shapes=[(rows, routing.top_k)] * 2,
+        dtypes=[mx.uint32, dtype],
+    )
+    return found[0], found[1]
+
+
+def dispatch(experts: mx.array, num_experts: int, tile: int) -> Dispatch:
+    """Return the pairs of rows and `experts`, uint32 [rows, each], in the order of experts."""
+    rows, each = experts.shape
+    pairs = rows * each
+    source, place, ordered, spans = launch.run(
+        "dispatch",
+        [experts.reshape(-1)],
+        [],
+        [("EXPERTS", num_experts), ("EACH", each), ("TILE", tile), ("NSG", _SIMDGROUPS)],
+        threads=num_experts * 32,
+        group=_SIMDGROUPS * 32,
+        shapes=[(pairs,)] * 3 + [(pairs // tile + num_experts, 3)],
+        dtypes=[mx.int32, mx.int32, mx.uint32, mx.int32],
+    )
+    return Dispatch(source, ordered, place, spans, tile)
+
+
+def combine(given: mx.array, place: mx.array, scores: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Return sums of what rows' experts gave times `scores` [rows, each]: [rows, dim] in `dtype`.
+
+    `given` [pairs, dim] is in the order of experts, where `place` int32 [pairs] finds rows' pairs.
+    """
+    (rows, each), dim = scores.shape, given.shape[-1]
+    product = mx.result_type(given, scores)
+    vector = vector_width(max(given.dtype.size, dtype.size), dim)
+    (out,) = launch.run(
+        "combine",
+        [given, place, scores],
+        [("T", given.dtype), ("S", scores.dtype), ("R", product), ("O", dtype)],
+        [("D", dim), ("K", each), ("VEC", vector)],
+        threads=rows * (dim // vector),
+        group=256,
+        shapes=[(rows, dim)],
+        dtypes=[dtype],
+    )
+    return out
+
+
+@cache
+def verdict(dtype: mx.Dtype) -> str | None:
+    """Return None if the kernels find what MLX's own functions do, else what is off."""
+    if launch.backend() == "none":
+        return "there is no GPU"
+    return launch.verdict(_compare, dtype)
+
+
+def _compare(dtype: mx.Dtype) -> str | None:
+    rows, experts, each, dim = 9, 40, 3, 64
+    keys = mx.random.split(mx.random.key(21), 4)
+    logits = mx.random.normal((rows, experts), key=keys[0])
+    bias = mx.random.normal((experts,), key=keys[1]) / 8
+    choices = {
+        "softmax": (Routing(each, True), None),
+        "sigmoids": (Routing(each, True, sigmoid=True, factor=2.5), bias),
+        "groups": (Routing(each, False, sigmoid=True, groups=8, keep=2), bias),
+    }
+    for name, (routing, some_bias) in choices.items():
+        chosen, scores = route(logits, routing, some_bias, mx.float32)
+        experts_of, scores_of = _routed(logits, routing, some_bias)
+        if chosen.tolist() != experts_of.tolist():
+            return f"experts by {name} are others"
+        if not mx.allclose(scores, scores_of, 1e-3, 1e-3).item():
+            return f"scores by {name} are others"
+    # Some experts have more than a span, and most have none.
+    few = mx.random.randint(0, 4, (rows, each), mx.int32, key=keys[2])
+    chosen = (few * (experts - 1) // 3).astype(mx.uint32)
+    sent = dispatch(chosen, experts, 4)
+    pairs = mx.arange(rows * each)
+    found = [sent.experts, sent.experts[sent.place], sent.source[sent.place], mx.sort(sent.place)]
+    wanted = [mx.sort(chosen.reshape(-1)), chosen.reshape(-1), pairs // each, pairs]
+    if [a.tolist() for a in found] != [a.tolist() for a in wanted]:
+        return "rows are sent elsewhere"
+    firsts, counts = (np.array(sent.spans)[:, column] for column in (1, 2))
+    runs = [first + i for first, count in zip(firsts, counts, strict=True) for i in range(count)]
+    if sorted(runs) != list(range(rows * each)):
+        return "spans leave pairs out"
+    given = mx.random.normal((rows * each, dim), key=keys[3]).astype(dtype)
+    scores = mx.random.uniform(0, 1, (rows, each), key=keys[0])
+    back = given[sent.place].reshape(rows, each, dim) * scores[..., None]
+    total = combine(given, sent.place, scores, mx.float32)
+    right = mx.allclose(total, back.sum(axis=1), 1e-3, 1e-3).item()
+    return None if right else "sums of experts are off"
+
+
+def _routed(logits: mx.array, routing: Routing, bias: mx.array | None) -> tuple[mx.array, mx.array]:
+    """Return what a router finds by MLX's functions, for logits float32 [rows, experts]."""
+    if bias is None:
+        scores = mx.softmax(logits, axis=-1)
+        chosen = mx.argsort(scores, axis=-1)[:, -routing.top_k :]
+    else:
+        scores = mx.sigmoid(logits)
+        value = (scores + bias).reshape(logits.shape[0], routing.groups, -1)
+        best = mx.sort(value, axis=-1)[..., -2:].sum(axis=-1)
+        rank = mx.argsort(mx.argsort(best, axis=-1), axis=-1)
+        kept = rank >= routing.groups - routing.keep
+        value = mx.where(kept[..., None], value, 0.0).reshape(logits.shape)
+        chosen = mx.argsort(-value, axis=-1)[:, : routing.top_k]
+    scores = mx.take_along_axis(scores, chosen, axis=-1)
+    if routing.normed:
+        scores = scores / scores.sum(axis=-1, keepdims=True)
+    return chosen, scores * routing.factor

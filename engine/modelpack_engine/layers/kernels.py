@@ -1,0 +1,309 @@
+"""Rotation: what of a model's rotary embedding the kernel has to know.
+
+As `mx.fast.rope` computes it: an element pair i of a head is turned by position * scale * inverse
+frequency i (RoFormer, https://arxiv.org/abs/2104.09864).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
+
+from modelpack_engine.attention.kv_pools import TokenMajorPools
+from modelpack_engine.kernels import launch
+from modelpack_engine.kernels.plan import vector_width
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """`inverse` float32 [dims / 2], the scale of positions included; `factor` of the elements.
+
+    `interleaved` pairs are neighbours, else halves of the first `dims` elements.
+    """
+
+    inverse: mx.array
+    dims: int
+    factor: float
+    interleaved: bool
+
+    def angles(self, positions: mx.array) -> mx.array:
+        """Return cosines and sines at positions [n], times the factor: float32 [n, dims / 2, 2]."""
+        angles = positions.astype(mx.float32)[:, None] * self.inverse
+        return mx.stack([mx.cos(angles), mx.sin(angles)], axis=-1) * self.factor
+
+
+#: Those of a model's layers, which are few: equal ones are the same.
+_KNOWN: dict[tuple[object, ...], Rotation] = {}
+
+
+def find_rotation(rope: nn.Module) -> Rotation | None:
+    """Return the rotation of a rotary embedding; None for kinds that are not known."""
+    found: Any = rope
+    if type(rope) is nn.RoPE:
+        exponents = mx.arange(0, found.dims, 2, dtype=mx.float32) / found.dims
+        inverse = mx.power(mx.array(found.base, mx.float32), -exponents) * found.scale
+        return _rotation(inverse, found.dims, 1.0, found.traditional)
+    if type(rope) is Llama3RoPE:
+        return _rotation(1 / found._freqs, found.dims, 1.0, found.traditional)
+    if type(rope) is YarnRoPE:
+        return _rotation(1 / found._freqs, found.dims, found.mscale, found.traditional)
+    if type(rope) is SuScaledRoPE:
+        return _rotation(1 / found._freqs, found.dim, found._scale, False)
+    return None
+
+
+def _rotation(inverse: mx.array, dims: int, factor: Any, interleaved: bool) -> Rotation | None:
+    inverse = inverse.astype(mx.float32).reshape(-1)
+    if inverse.size != dims // 2 or dims % 2:
+        return None
+    mx.eval(inverse)
+    rotation = Rotation(inverse, dims, float(factor), bool(interleaved))
+    key = (str(inverse.tolist()), dims, rotation.factor, rotation.interleaved)
+    return _KNOWN.setdefault(key, rotation)
+
+
+_SIMDGROUPS = 4
+
+
+def add_norm(
+    a: mx.array, parts: mx.array, count: int, weight: mx.array, epsilon: float
+) -> tuple[mx.array, mx.array]:
+    """Return a + the sum of `count` parts, and its RMS norm times `weight` [dim].
+
+    `a` is [rows, ..., dim], and so are both results, in its type; each part has as many elements.
+    """
+    dim = a.shape[-1]
+    vector = vector_width(max(a.dtype.size, parts.dtype.size), dim)
+    simdgroups = min(32, max(1, -(-dim // (vector * 32))))
+    threads = 32 * simdgroups
+    inputs = [a, parts, weight]
+    total, out = launch.run(
+        "add_norm",
+        inputs,
+        [("T", a.dtype), ("B", parts.dtype), ("W", weight.dtype)],
+        [
+            ("D", dim),
+            ("VEC", vector),
+            ("NSG", simdgroups),
+            ("PARTS", count),
+            ("EPSILON", launch.bits_of(epsilon)),
+        ],
+        threads=a.size // dim * threads,
+        group=threads,
+        shapes=[a.shape] * 2,
+        dtypes=[a.dtype, a.dtype],
+    )
+    return total, out
+
+
+def swiglu(joint: mx.array) -> mx.array:
+    """Return silu(gate) * up [rows, n] of gate and up side by side, [rows, 2 n]."""
+    rows, width = joint.shape[0], joint.shape[1] // 2
+    vector = vector_width(joint.dtype.size, width)
+    (out,) = launch.run(
+        "swiglu",
+        [joint],
+        [("T", joint.dtype)],
+        [("N", width), ("VEC", vector)],
+        threads=rows * (width // vector),
+        group=256,
+        shapes=[(rows, width)],
+        dtypes=[joint.dtype],
+    )
+    return out
+
+
+def rotate_and_write(
+    joint: mx.array,
+    count: int,
+    dtype: mx.Dtype,
+    pools: TokenMajorPools,
+    positions: mx.array,
+    slots: mx.array,
+    rotation: Rotation,
+    heads: tuple[int, int],
+    norms: tuple[mx.array, mx.array, float] | None,
+    angles: mx.array | None = None,
+) -> mx.array:
+    """Return queries [rows, heads, dim] in `dtype`; write keys and values to `slots` of the pools.
+
+    `joint` [rows, (heads + 2 KV heads) * dim], `count` times, to be summed, has all three;
+    `heads` are the numbers of query and KV heads. `norms` are weights [dim] of queries and keys,
+    and epsilon. `angles` are the rows' `Rotation.angles`; without these, the kernel computes them.
+    """
+    query_heads, kv_heads = heads
+    rows, total = positions.shape[0], query_heads + 2 * kv_heads
+    dim = joint.shape[-1] // total
+    weights = (joint, joint) if norms is None else norms[:2]
+    vector, lanes = _rotation_plan(
+        max(a.size for a in (joint.dtype, dtype, pools.keys.dtype)),
+        dim,
+        rotation.dims,
+        few=angles is None,
+    )
+    inputs = [
+        joint, positions, slots, rotation.inverse if angles is None else angles, *weights,
+        pools.keys, pools.values, pools.last_write(),
+    ]  # fmt: skip
+    q, token = launch.run(
+        "rotate",
+        inputs,
+        [("T", dtype), ("J", joint.dtype), ("P", pools.keys.dtype), ("W", weights[0].dtype)],
+        [
+            ("HQ", query_heads),
+            ("HK", kv_heads),
+            ("D", dim),
+            ("DIMS", rotation.dims),
+            ("INTERLEAVED", rotation.interleaved),
+            ("QKNORM", norms is not None),
+            ("NSG", _SIMDGROUPS),
+            ("VEC", vector),
+            ("LPH", lanes),
+            ("PARTS", count),
+            ("TABLE", angles is not None),
+            ("EPSILON", launch.bits_of(0.0 if norms is None else norms[2])),
+            ("FACTOR", launch.bits_of(rotation.factor)),
+        ],
+        threads=rows * total * lanes,
+        group=_SIMDGROUPS * 32,
+        shapes=[(rows, query_heads, dim), (1,)],
+        dtypes=[dtype, mx.int32],
+    )
+    pools.set_written(token)
+    return q
+
+
+def _rotation_plan(itemsize: int, dim: int, dims: int, *, few: bool) -> tuple[int, int]:
+    """Return how many pairs of elements a lane rotates at once, and how many lanes share a head.
+
+    A `few` rows are shared among as many lanes as there are pairs: each computes its angle.
+    """
+    vector = 1 if few else vector_width(itemsize, dims // 2)
+    while (dim - dims) % (2 * vector):
+        vector //= 2
+    runs = dims // 2 // vector + (dim - dims) // (2 * vector)
+    lanes = 1
+    while lanes < 32 and lanes < runs:
+        lanes *= 2
+    return vector, lanes
+
+
+def take_rows(table: mx.array, index: mx.array) -> mx.array:
+    """Return rows int32 [n] of a table [rows, dim], which is [n, dim]."""
+    if launch.backend() == "none":
+        return table[index]
+    dim = table.shape[1]
+    vector = vector_width(table.dtype.size, dim)
+    inputs = [table, index]
+    (out,) = launch.run(
+        "rows",
+        inputs,
+        [("T", table.dtype)],
+        [("D", dim), ("VEC", vector)],
+        threads=index.size * (dim // vector),
+        group=256,
+        shapes=[(index.size, dim)],
+        dtypes=[table.dtype],
+    )
+    return out
+
+
+def dequantise(
+    weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> mx.array:
+    """Return affine quantised weights [out, in] in the type of `scales` [out, in / group size]."""
+    rows, columns = weight.shape[0], weight.shape[1] * 32 // bits
+    inputs = [weight, scales, biases]
+    (out,) = launch.run(
+        "dequantise",
+        inputs,
+        [("T", scales.dtype)],
+        [("K", columns), ("BITS", bits), ("GROUP", group_size)],
+        threads=rows * columns // 8,
+        group=128,
+        shapes=[(rows, columns)],
+        dtypes=[scales.dtype],
+    )
+    return out
+
+
+@cache
+def verdict(dtype: mx.Dtype) -> str | None:
+    """Return None if the kernels compute in `dtype` what MLX's own functions do, else what is off.
+
+    Small shapes of random numbers; a kernel that does not compile counts as off.
+    """
+    if launch.backend() == "none":
+        return "there is no GPU"
+    return launch.verdict(_compare, dtype)
+
+
+def _compare(dtype: mx.Dtype) -> str | None:
+    keys = mx.random.split(mx.random.key(3), 6)
+    rows, dim = 5, 320
+    a, b = (mx.random.normal((rows, dim), key=key).astype(dtype) for key in keys[:2])
+    weight = mx.random.uniform(0.5, 1.5, (dim,), key=keys[2]).astype(dtype)
+    total, normed = add_norm(a, mx.stack([b / 4, b / 4, b / 2]), 3, weight, 1e-5)
+    found = {"sum": (total, a + b), "norm": (normed, mx.fast.rms_norm(a + b, weight, 1e-5))}
+    gate, up = mx.split(a, 2, axis=1)
+    found["SwiGLU"] = swiglu(a), gate * mx.sigmoid(gate) * up
+    for bits in (4, 8):
+        packed = mx.quantize(mx.random.normal((64, 128), key=keys[3]).astype(dtype), 64, bits)
+        found[f"{bits} bits"] = (
+            dequantise(*packed, 64, bits),
+            mx.dequantize(*packed, 64, bits),
+        )
+    index = mx.array([3, 0, 3], mx.int32)
+    found["rows"] = take_rows(a, index), a[index]
+    for few in (True, False):
+        found |= _rotated(dtype, keys[4], few)
+    tolerance = 1e-3 if dtype == mx.float32 else 3e-2
+    for name, (ours, expected) in found.items():
+        error = float(mx.max(mx.abs(ours.astype(mx.float32) - expected.astype(mx.float32))))
+        if not error <= tolerance:
+            return f"{name} is off by {error:.3g}, allowed {tolerance}"
+    return None
+
+
+def _rotated(dtype: mx.Dtype, key: mx.array, few: bool) -> dict[str, tuple[mx.array, mx.array]]:
+    """Return queries, keys and values of the kernel, each with what they should be."""
+    from modelpack_engine.attention.kv_pools import KVLayout
+
+    rows, query_heads, kv_heads, dim = 5, 4, 2, 64
+    heads = query_heads + 2 * kv_heads
+    joint = mx.random.normal((rows, heads * dim), key=key).astype(dtype)
+    positions = mx.array([0, 1, 17, 1000, 5], mx.int32)
+    slots = mx.array([16, 33, 18, 40, 31], mx.int32)
+    weights = [mx.random.uniform(0.5, 1.5, (dim,), key=key).astype(dtype) for _ in range(2)]
+    inverse = mx.power(mx.array(10000.0), -mx.arange(0, dim, 2, dtype=mx.float32) / dim)
+    pools = TokenMajorPools(KVLayout(kv_heads, dim, kv_heads, dim, dtype), 3, 16)
+    mx.eval(joint, pools.keys, pools.values)
+    rotation = Rotation(inverse, dim, 1.0, False)
+    q = rotate_and_write(
+        mx.stack([joint / 2, joint / 2]), 2, dtype, pools, positions, slots, rotation,
+        (query_heads, kv_heads), (weights[0], weights[1], 1e-6),
+        None if few else rotation.angles(positions),
+    )  # fmt: skip
+    parts = joint.reshape(rows, heads, 1, dim)
+
+    def rotated(part: mx.array, weight: mx.array) -> mx.array:
+        normed = mx.fast.rms_norm(part, weight, 1e-6)
+        return mx.fast.rope(
+            normed, dim, traditional=False, base=10000.0, scale=1.0, offset=positions
+        )[:, :, 0]
+
+    at = slots + pools.last_write()
+    how = "by angles" if few else "by a table"
+    return {
+        f"queries {how}": (q, rotated(parts[:, :query_heads], weights[0])),
+        f"keys {how}": (
+            pools.keys[at],
+            rotated(parts[:, query_heads : query_heads + kv_heads], weights[1]),
+        ),
+        f"values {how}": (pools.values[at], parts[:, query_heads + kv_heads :, 0]),
+    }

@@ -1,0 +1,311 @@
+"""Products with weights: [rows, in] times [out, in], in the way that suits the number of rows.
+
+Few rows are bound by reading the weights, which MLX's products do at half the memory's speed, and
+slowly to launch: they go to a kernel of ours, whose sums may be left in parts for the next kernel
+to add up. With many rows, quantised weights are written out first; others are MLX's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from modelpack_engine.kernels import launch
+from modelpack_engine.layers import kernels
+
+#: Up to so many rows, our kernel multiplies with quantised weights, and with plain ones: see
+#: benchmarks/results/engine-h200.md. For more, quantised weights are dequantised first.
+FEW_ROWS, FEW_ROWS_PLAIN = 128, 64
+#: What a block of our kernel takes: outputs, and inputs at a time; and its threads.
+OUTPUTS, DEPTH, THREADS = 64, 64, 128
+#: Rows that kernels for plain and for quantised weights are compiled for, with their stages: few,
+#: as each takes a second or two.
+_TILES_PLAIN, _TILES = {32: 4, FEW_ROWS_PLAIN: 4}, {32: 4, FEW_ROWS: 3}
+#: Threadgroups that keep a large GPU busy, and the fewest tiles that each of them should have.
+_THREADGROUPS, _FEWEST_TILES, _MOST_PARTS = 192, 4, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A linear layer's parameters: `bits` is None for plain weights [out, in], or of each expert.
+
+    Quantised ones are packed in uint32, low bits first, with scales and biases [out, in / group].
+    `transposed` is a view of plain ones, if there is one that steps need not make.
+    """
+
+    weight: mx.array
+    scales: mx.array | None
+    biases: mx.array | None
+    bias: mx.array | None
+    bits: int | None
+    group_size: int
+    mode: str
+    transposed: mx.array | None = None
+
+    @classmethod
+    def plain(cls, weight: mx.array, bias: mx.array | None = None) -> Weights:
+        """Return weights that are not quantised."""
+        return cls(weight, None, None, bias, None, 0, "")
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs."""
+        return self.weight.shape[-2]
+
+    @property
+    def num_inputs(self) -> int:
+        """Inputs."""
+        return self.weight.shape[-1] * (32 // self.bits if self.bits else 1)
+
+    def ready(self) -> Weights:
+        """Return the same with what each step would make of it otherwise."""
+        if self.bits is not None:
+            return self
+        transposed = self.weight.T
+        mx.eval(transposed)
+        return replace(self, transposed=transposed)
+
+
+def weights_of(layer: nn.Module) -> Weights | None:
+    """Return the parameters of a linear layer or an embedding that serves as one; None for others.
+
+    Subclasses made for a step count as what they were made of; layers divided among devices do not.
+    """
+    if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        return quantised_weights(layer)
+    if isinstance(layer, nn.Linear | nn.Embedding):
+        return Weights.plain(layer["weight"], layer.get("bias"))
+    return None
+
+
+def quantised_weights(layer: Any) -> Weights:
+    """Return the parameters of any quantised layer."""
+    return Weights(
+        layer["weight"], layer["scales"], layer.get("biases"), layer.get("bias"),
+        layer.bits, layer.group_size, layer.mode,
+    )  # fmt: skip
+
+
+def multiply(x: mx.array, weights: Weights) -> mx.array:
+    """Return x [rows, in] times the weights, plus their bias: [rows, out] in x's type."""
+    if _takes(x, weights):
+        return _run(x, weights, 1, (x.shape[0], weights.num_outputs))
+    product = _by_mlx(x, weights)
+    if weights.bias is None or weights.bits is None:
+        return product
+    return product + weights.bias
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What is to be summed: `count` times rows of some shape, one after the other in `array`.
+
+    Several parts are float32; a single one is the sum itself, in its own type.
+    """
+
+    array: mx.array
+    count: int
+
+
+def multiply_in_parts(x: mx.array, weights: Weights) -> Parts:
+    """Return the products of rows x [rows, ...], whose elements are the inputs: rows of outputs."""
+    if not _takes(x, weights):
+        return Parts(multiply(x.reshape(x.shape[0], -1), weights), 1)
+    parts = num_parts(weights.num_outputs, weights.num_inputs)
+    shape = (x.shape[0], weights.num_outputs)
+    return Parts(_run(x, weights, parts, shape if parts == 1 else (parts, *shape)), parts)
+
+
+def swiglu(x: mx.array, weights: Weights) -> mx.array:
+    """Return silu(gate) * up [rows, n] of a joint projection of rows x [rows, ...] by [2 n, in]."""
+    width = weights.num_outputs // 2
+    if _takes(x, weights) and weights.num_outputs % 2 == 0:
+        return _run(x, weights, 1, (x.shape[0], width), swiglu=True)
+    return kernels.swiglu(multiply(x.reshape(x.shape[0], -1), weights))
+
+
+def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
+    """Multiply by MLX; the bias of quantised weights is not added."""
+    weight, bits = weights.weight, weights.bits
+    if bits is None:
+        transposed = weight.T if weights.transposed is None else weights.transposed
+        return x @ transposed if weights.bias is None else mx.addmm(weights.bias, x, transposed)
+    scales, biases, group_size = weights.scales, weights.biases, weights.group_size
+    assert scales is not None
+    if biases is not None and x.shape[0] > FEW_ROWS and _is_affine(x, weights):
+        return x @ kernels.dequantise(weight, scales, biases, group_size, bits).T
+    return mx.quantized_matmul(
+        x, weight, scales, biases,
+        transpose=True, group_size=group_size, bits=bits, mode=weights.mode,
+    )  # fmt: skip
+
+
+def _is_affine(x: mx.array, weights: Weights) -> bool:
+    """Return whether quantised weights are of the kind that our kernels know."""
+    return (
+        weights.mode == "affine"
+        and weights.bits in (4, 8)
+        and weights.group_size % 32 == 0
+        and weights.scales is not None
+        and weights.scales.dtype == x.dtype
+    )
+
+
+def _takes(x: mx.array, weights: Weights) -> bool:
+    """Return whether our kernel multiplies."""
+    return (
+        x.shape[0] <= (FEW_ROWS if weights.bits else FEW_ROWS_PLAIN)
+        and fits(x, weights)
+        and verdict(x.dtype, weights.bits or 16) is None
+    )
+
+
+def fits(x: mx.array, weights: Weights) -> bool:
+    """Return whether our kernels' text is for rows x and weights of these types and sizes."""
+    return (
+        x.dtype in (mx.float16, mx.bfloat16)
+        and launch.backend() == "cuda"
+        and weights.num_inputs % DEPTH == 0
+        and (weights.bias is None or weights.bias.dtype == x.dtype)
+        and (_is_affine(x, weights) if weights.bits else weights.weight.dtype == x.dtype)
+    )
+
+
+def stage_bytes(bits: int, tile: int) -> int:
+    """Return the shared memory of one of our kernels' stages, for tiles of so many rows."""
+    return OUTPUTS * DEPTH * bits // 8 + tile * DEPTH * 2
+
+
+def num_parts(num_outputs: int, num_inputs: int) -> int:
+    """Return into how many parts the inputs are split, a power of two."""
+    tiles, groups = num_inputs // DEPTH, -(-num_outputs // OUTPUTS)
+    parts = 1
+    while (
+        parts < _MOST_PARTS
+        and groups * parts < _THREADGROUPS
+        and tiles % (2 * parts) == 0
+        and tiles // (2 * parts) >= _FEWEST_TILES
+    ):
+        parts *= 2
+    return parts
+
+
+def _run(
+    x: mx.array, weights: Weights, parts: int, shape: tuple[int, ...], *, swiglu: bool = False
+) -> mx.array:
+    """Return what our kernel puts out, in this shape: rows of outputs in parts, or SwiGLU's."""
+    rows, outputs = x.shape[0], weights.num_outputs
+    bits = weights.bits or 16
+    tile, stages = next(item for item in _tiles(bits).items() if item[0] >= rows)
+    out_dtype = x.dtype if parts == 1 else mx.float32
+    scales = x if weights.scales is None else weights.scales
+    biases = x if weights.biases is None else weights.biases
+    (out,) = launch.kernel("product", "cuda", stages * stage_bytes(bits, tile))(
+        inputs=[x, weights.weight, scales, biases, x if weights.bias is None else weights.bias],
+        template=[
+            ("T", x.dtype), ("O", out_dtype), ("BITS", bits), ("GROUP", weights.group_size or 64),
+            ("BIAS", weights.bias is not None), ("MT", tile), ("STAGES", stages),
+            ("SWIGLU", swiglu),
+        ],
+        grid=(-(-outputs // OUTPUTS) * THREADS, 1, parts),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[shape],
+        output_dtypes=[out_dtype],
+    )  # fmt: skip
+    return out
+
+
+def _tiles(bits: int) -> dict[int, int]:
+    return _TILES_PLAIN if bits == 16 else _TILES
+
+
+@cache
+def verdict(dtype: mx.Dtype, bits: int) -> str | None:
+    """Return None if our kernel multiplies as MLX does, else what is off."""
+    return launch.verdict(_compare, dtype, bits)
+
+
+def random_weights(
+    dtype: mx.Dtype,
+    bits: int,
+    shape: tuple[int, ...],
+    scale: float,
+    key: mx.array,
+    of_bias: mx.array,
+) -> tuple[Weights, mx.array, mx.array]:
+    """Return random weights to judge a kernel by, and the same and their bias in float32."""
+    full = (mx.random.normal(shape, key=key) * scale).astype(dtype)
+    bias = mx.random.normal(shape[:-1], key=of_bias).astype(dtype)
+    weights = Weights.plain(full, bias)
+    if bits < 16:
+        packed = mx.quantize(full, 32, bits)
+        full = mx.dequantize(*packed, 32, bits)
+        weights = Weights(*packed, bias, bits, 32, "affine")
+    return weights, full.astype(mx.float32), bias.astype(mx.float32)
+
+
+def _compare(dtype: mx.Dtype, bits: int) -> str | None:
+    keys = mx.random.split(mx.random.key(9), 3)
+    outputs, inputs = 208, 1024
+    weights, full, bias = random_weights(dtype, bits, (outputs, inputs), 1 / 32, *keys[:2])
+    for rows in (13, max(_tiles(bits))):
+        x = mx.random.normal((rows, inputs), key=keys[2]).astype(dtype)
+        expected = x.astype(mx.float32) @ full.T + bias
+        parts = _run(x, weights, 4, (4, rows, outputs))
+        error = float(mx.max(mx.abs(parts.sum(axis=0) - expected)))
+        if not error <= 5e-2:
+            return f"{rows} rows in parts are off by {error:.3g}, allowed 0.05"
+        gate, up = mx.split(expected, 2, axis=1)
+        found = _run(x, weights, 1, (rows, outputs // 2), swiglu=True).astype(mx.float32)
+        error = float(mx.max(mx.abs(found - gate * mx.sigmoid(gate) * up)))
+        if not error <= 2e-1:
+            return f"SwiGLU of {rows} rows is off by {error:.3g}, allowed 0.2"
+    return None
+
+
+_PARAMETERS = ("weight", "scales", "biases", "bias")
+
+
+def can_join(layers: Sequence[nn.Module]) -> bool:
+    """Return whether layers are plain ones, of one kind and one input."""
+    kinds = {type(layer) for layer in layers}
+    if kinds not in ({nn.Linear}, {nn.QuantizedLinear}):
+        return False
+    names = {tuple(sorted(layer)) for layer in layers}
+    widths = {layer["weight"].shape[1] for layer in layers}
+    dtypes = {tuple(layer[name].dtype for name in sorted(layer)) for layer in layers}
+    how = {
+        tuple(getattr(layer, name, None) for name in ("group_size", "bits", "mode"))
+        for layer in layers
+    }
+    return all(len(values) == 1 for values in (names, widths, dtypes, how))
+
+
+def join(layers: Sequence[nn.Module]) -> Weights:
+    """Return the weights of layers that `can_join`: their outputs come one after the other.
+
+    The layers' parameters become views of the joint ones, so that nothing is kept twice.
+    """
+    joint: dict[str, mx.array] = {}
+    for name in _PARAMETERS:
+        if name not in layers[0]:
+            continue
+        joint[name] = mx.concatenate([layer[name] for layer in layers])
+        mx.eval(joint[name])
+        start = 0
+        for layer in layers:
+            size = layer[name].shape[0]
+            layer[name] = joint[name][start : start + size]
+            start += size
+        mx.eval([layer[name] for layer in layers])
+    first = weights_of(layers[0])
+    assert first is not None, "plain layers have weights"
+    return Weights(
+        joint["weight"], joint.get("scales"), joint.get("biases"), joint.get("bias"),
+        first.bits, first.group_size, first.mode,
+    ).ready()  # fmt: skip

@@ -1,0 +1,280 @@
+"""Corrections of mlx-lm's classes where they compute or read something else than transformers' do.
+
+A correction changes the model right after it is made, or the tensors before mlx-lm's class renames
+them. `tests/engine/oracle` compares the results with transformers'.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.nn.layers.base import Module
+
+from modelpack_engine.models.model_config import TEXT_PARTS
+
+Config = Mapping[str, Any]
+Tensors = dict[str, mx.array]
+#: mlx-lm's own step from the tensors of a checkpoint to those of the model.
+Sanitize = Callable[[Tensors], Tensors]
+#: From a config to a class of mlx_lm.models and that of its arguments.
+Classes = Callable[[dict[str, Any]], tuple[type[Module], type]]
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """What to do with a model that was made for a config, and in place of its `sanitize`."""
+
+    model: Callable[[Any, Config], None] | None = None
+    tensors: Callable[[Any, Tensors, Sanitize], Tensors] | None = None
+
+
+def corrected(classes: Classes) -> Classes:
+    """Return `classes` with the corrections of their model type, if there are any."""
+
+    def choose(config: dict[str, Any]) -> tuple[type[Module], type]:
+        made, arguments = classes(config)
+        correction = CORRECTIONS.get(str(config.get("model_type")))
+        return made if correction is None else _subclass(made, correction, config), arguments
+
+    return choose
+
+
+def correct(model: Module, config: Config) -> None:
+    """Correct a model that was just made of `config`."""
+    correction = CORRECTIONS.get(str(config.get("model_type")))
+    if correction is not None and correction.model is not None:
+        correction.model(model, config)
+
+
+def _subclass(made: Any, correction: Correction, config: Config) -> type[Module]:
+    def initialise(self: Any, args: Any) -> None:
+        made.__init__(self, args)
+        correct(self, config)
+
+    body: dict[str, Any] = {"__init__": initialise, "__module__": made.__module__}
+    tensors = correction.tensors
+    if tensors is not None:
+        body["sanitize"] = lambda self, weights: tensors(
+            self, weights, partial(made.sanitize, self)
+        )
+    return type(made.__name__, (made,), body)
+
+
+def _override(module: Module, call: Callable[..., mx.array]) -> None:
+    """Have one module compute `call`; no patch by the name of its class applies to it."""
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": __name__})
+
+
+# Of computations.
+
+
+def _scale_rotations(model: Any, config: Config) -> None:
+    """Apply `rope_scaling` (yarn, llama3, linear, longrope), which mlx-lm's class ignores."""
+    part = next((config[name] for name in TEXT_PARTS if isinstance(config.get(name), dict)), config)
+    scaling: Config = part.get("rope_scaling") or {}  # an object, if it was normalised
+    kind = scaling.get("rope_type")
+    if kind in (None, "default", "mrope", "dynamic"):  # dynamic begins beyond the context
+        return
+    from mlx_lm.models.rope_utils import initialize_rope
+
+    context = part.get("max_position_embeddings", part.get("max_seq_len"))
+    for module in model.modules():
+        rope = module.get("rope")
+        if type(rope) is not nn.RoPE or (kind == "longrope" and rope.traditional):
+            continue  # mlx-lm's longrope is never traditional; the guard refuses it
+        module.rope = initialize_rope(
+            rope.dims, rope.base, rope.traditional, {**scaling, "type": kind}, context
+        )
+
+
+def _rotate_a_part(model: Any, config: Config) -> None:
+    """glm: rotate `partial_rotary_factor` of each head, not all of it."""
+    part = config.get("partial_rotary_factor", 0.5)
+    for layer in model.layers:
+        layer.self_attn.rope.dims = int(layer.self_attn.head_dim * part)
+    _scale_rotations(model, config)
+
+
+def _rotate_by_the_base(model: Any, config: Config) -> None:
+    """recurrent_gemma: rotate by `rope_theta`, not always by 10000."""
+    for layer in model.layers:
+        rope = getattr(layer.temporal_block, "rope", None)
+        if rope is not None:
+            rope.base = config.get("rope_theta", 10000.0)
+
+
+def _weigh_before_choosing(model: Any, config: Config) -> None:
+    """jamba: weigh experts by the softmax over all of them, not over the chosen ones."""
+
+    def call(self: Any, x: mx.array) -> mx.array:
+        scores = mx.softmax(self.router(x), axis=-1, precise=True)
+        k = self.num_experts_per_tok
+        chosen = mx.argpartition(-scores, kth=k - 1, axis=-1)[..., :k]
+        scores = mx.take_along_axis(scores, chosen, axis=-1)
+        result: mx.array = (self.switch_mlp(x, chosen) * scores[..., None]).sum(axis=-2)
+        return result
+
+    for layer in model.layers:
+        if hasattr(layer.feed_forward, "router"):
+            _override(layer.feed_forward, call)
+
+
+def _normalise_groups(model: Any, config: Config) -> None:
+    """mamba2, granitemoehybrid: normalise the output of each group of heads by itself."""
+    groups = config.get("n_groups", config.get("mamba_n_groups"))
+    if not isinstance(groups, int) or groups <= 1:
+        return
+
+    def call(self: Any, x: mx.array, gate: mx.array | None = None) -> mx.array:
+        if gate is not None:
+            x = nn.silu(gate) * x
+        grouped = x.reshape(*x.shape[:-1], groups, -1)
+        result: mx.array = self.weight * mx.fast.rms_norm(grouped, None, self.eps).reshape(x.shape)
+        return result
+
+    for layer in model.layers:
+        mixer = getattr(layer, "mixer", None) or getattr(layer, "mamba", None)
+        if mixer is not None:
+            _override(mixer.norm, call)
+
+
+def _ramp_exactly(model: Any, config: Config) -> None:
+    """gpt_oss: with `truncate` false, yarn's ramp begins and ends between two frequencies."""
+    rope = config.get("rope_scaling")
+    if not isinstance(rope, dict) or rope.get("truncate") is not False:
+        return
+    base, length = config["rope_theta"], rope["original_max_position_embeddings"]
+    factor = rope["factor"]
+    for layer in model.layers:
+        rotation = layer.self_attn.rope
+        dims = rotation.dims
+        first, last = (
+            dims * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+            for turns in (rope.get("beta_fast", 32.0), rope.get("beta_slow", 1.0))
+        )
+        first, last = max(first, 0.0), min(last, dims - 1.0)
+        numbers = mx.arange(dims // 2, dtype=mx.float32)
+        ramp = mx.clip((numbers - first) / max(last - first, 0.001), 0, 1)
+        wavelengths = base ** (2 * numbers / dims)
+        rotation._freqs = wavelengths / (1 - ramp + ramp / factor)
+
+
+# Of tensors.
+
+_BIAS = re.compile(r"model\.layers\.(\d+)\.mlp\.moe_statics\.e_score_correction_bias")
+
+
+def _keep_the_routers_bias(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors:
+    """ernie4_5_moe: choose experts by their score and a bias, which mlx-lm leaves out."""
+
+    def call(self: Any, x: mx.array) -> mx.array:
+        scores = self.gate_act(self.gate(x).astype(mx.float32))
+        k = self.k
+        biased = scores + self.moe_statics.e_score_correction_bias.reshape(-1)
+        chosen = mx.argpartition(-biased, kth=k - 1, axis=-1)[..., :k]
+        scores = mx.take_along_axis(scores, chosen, axis=-1)
+        scores = scores / mx.maximum(scores.sum(axis=-1, keepdims=True), 1e-12)
+        y = self.switch_mlp(x, chosen)
+        y = (y * scores[..., None]).sum(axis=-2).astype(y.dtype)
+        result: mx.array = y if self.shared_experts is None else y + self.shared_experts(x)
+        return result
+
+    biases: Tensors = {}
+    for name, value in weights.items():
+        found = _BIAS.fullmatch(name)
+        if found is None or int(found[1]) >= len(model.layers):
+            continue
+        block = model.layers[int(found[1])].mlp
+        if not hasattr(block, "switch_mlp"):
+            continue
+        block.moe_statics = Module()
+        block.moe_statics.e_score_correction_bias = mx.zeros(value.shape)
+        _override(block, call)
+        biases[name] = value
+    return {**sanitize(weights), **biases}
+
+
+def _without_prefix(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors:
+    """gpt2: transformers saves the model as a part of the one with a head."""
+    return sanitize({name.removeprefix("transformer."): value for name, value in weights.items()})
+
+
+def _transposed_experts(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors:
+    """gpt_oss: experts that are not quantised are saved [experts, input, output]."""
+    result: Tensors = {}
+    for name, value in weights.items():
+        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            result[f"{name}.weight"] = value.swapaxes(-1, -2)
+        else:
+            result[name] = value
+    return sanitize(result)
+
+
+def _stacked_experts(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors:
+    """qwen3_5_moe: transformers 5 saves each expert by itself."""
+    result = dict(weights)
+    for name in weights:
+        path, found, projection = name.partition(".experts.0.")
+        if not found or "language_model." not in path:
+            continue
+        experts: list[mx.array] = []
+        while (expert := f"{path}.experts.{len(experts)}.{projection}") in result:
+            experts.append(result.pop(expert))
+        result[f"{path}.switch_mlp.{projection}"] = mx.stack(experts)
+    return sanitize(result)
+
+
+def _experts_either_way(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors:
+    """qwen3_vl_moe: experts are published [experts, input, output]; transformers 5 turns them.
+
+    mlx-lm's class asks for a head although the embeddings are tied.
+    """
+    if not any(name.endswith("lm_head.weight") for name in weights):
+        given = {f"{path}lm_head.weight": mx.zeros(()) for path in ("", "language_model.")}
+        result = _experts_either_way(model, {**weights, **given}, sanitize)
+        return {name: value for name, value in result.items() if "lm_head" not in name}
+    args = model.language_model.args
+    published = {
+        "gate_up_proj": (args.hidden_size, 2 * args.moe_intermediate_size),
+        "down_proj": (args.moe_intermediate_size, args.hidden_size),
+    }
+    experts = [name for name in weights if re.search(r"\.experts\.(gate_up_proj|down_proj)$", name)]
+    if all(weights[name].shape[1:] == published[name.rpartition(".")[2]] for name in experts):
+        return sanitize(weights)
+    return sanitize({**weights, **{name: weights[name].swapaxes(-1, -2) for name in experts}})
+
+
+def _without_images(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors:
+    """muse_glimmer: transformers has the encoder of images under `model`."""
+    return sanitize({n: value for n, value in weights.items() if not n.startswith("model.vision_")})
+
+
+# Their classes rotate without `rope_scaling`.
+_UNSCALED = """
+    cohere cohere2 dbrx ernie4_5 gemma gemma2 glm4 glm4_moe gpt_neox helium minimax_m2 mixtral phi
+    qwen2_moe qwen3_moe solar_open stablelm starcoder2
+""".split()  # noqa: SIM905 - a list of this length is easier to read so
+
+#: By the model type of config.json.
+CORRECTIONS: Mapping[str, Correction] = {
+    **dict.fromkeys(_UNSCALED, Correction(model=_scale_rotations)),
+    "ernie4_5_moe": Correction(model=_scale_rotations, tensors=_keep_the_routers_bias),
+    "glm": Correction(model=_rotate_a_part),
+    "gpt2": Correction(tensors=_without_prefix),
+    "gpt_oss": Correction(model=_ramp_exactly, tensors=_transposed_experts),
+    "granitemoehybrid": Correction(model=_normalise_groups),
+    "jamba": Correction(model=_weigh_before_choosing),
+    "mamba2": Correction(model=_normalise_groups),
+    "muse_glimmer": Correction(tensors=_without_images),
+    "qwen3_5_moe": Correction(tensors=_stacked_experts),
+    "qwen3_vl_moe": Correction(model=_scale_rotations, tensors=_experts_either_way),
+    "recurrent_gemma": Correction(model=_rotate_by_the_base),
+}

@@ -1,0 +1,303 @@
+"""JSON documents of models: config.json, tokenizer_config.json and the like."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.foreign import check_usable
+from modelpack.artifacts.model import (
+    CHAT_TEMPLATE,
+    Model,
+    ModelFile,
+    Role,
+    format_of,
+    preferred_template,
+    role_of,
+)
+from modelpack.bundles.links import open_blob
+from modelpack.bundles.tar_reader import Allowance, Content, TarLimits, TarReader
+from modelpack.errors import IntegrityError
+from modelpack.formats.shards import INDEX_SUFFIX, find_shards, read_index, shard_set
+from modelpack_engine.errors import ModelLoadError
+
+#: Bytes of one document. Parsed, it takes 25 times as much memory, and stops all threads meanwhile;
+#: tokenizer_config.json of models that speak has 12 MB.
+MAX_BYTES = 16 * 1024 * 1024
+
+
+def decode_json(raw: bytes, what: str) -> Any:
+    """Return the value of the JSON document `raw`; `what` names it in the `ModelLoadError`."""
+    if len(raw) > MAX_BYTES:
+        raise ModelLoadError(f"{what}: {len(raw)} bytes of JSON, the limit is {MAX_BYTES}")
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ModelLoadError(f"{what}: is not JSON: {error}") from None
+
+
+def decode_object(raw: bytes, what: str) -> dict[str, Any]:
+    """Return the JSON object `raw`; `what` names it in the `ModelLoadError` otherwise.
+
+    Infinity and NaN are taken, as configs of some models hold them.
+    """
+    value = decode_json(raw, what)
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{what}: is no JSON object")
+    return value
+
+
+WeightFormat = Literal["safetensors", "gguf"]
+
+#: Any one file beside the weights. The largest vocabularies are 35 MB of JSON.
+MAX_FILE_BYTES = 128 * 1024 * 1024
+#: All files of the archives of one model.
+MAX_ARCHIVE_BYTES = 512 * 1024 * 1024
+
+#: Where sentence-transformers lists the parts of an embedding model, each in a directory.
+MODULES = "modules.json"
+_FORMATS: tuple[WeightFormat, ...] = ("gguf", "safetensors")
+_LIMITS = TarLimits(max_bytes=MAX_ARCHIVE_BYTES)
+_MODULE = re.compile(r"\w[\w-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """The files of one model. Nothing is copied: weights stay where `weights` says.
+
+    `names` are the other files by their path in the model (`config.json`, `tokenizer.json`, …); a
+    chat template is there as `chat_template.jinja`, whatever it was called. Among them are the
+    weights of the modules that `modules.json` puts after the model (`2_Dense/model.safetensors`).
+    `archived` holds the content of small files that came inside a tar archive.
+    """
+
+    weights: tuple[Path, ...]
+    format: WeightFormat
+    names: Mapping[str, Path] = field(default_factory=dict)
+    archived: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_model(cls, model: Model, blob_path: Callable[[Digest], Path]) -> ModelFiles:
+        """Return the files of `model`, whose blobs are where `blob_path` says.
+
+        `LayoutStore.blob_path` is one. Raises `ModelLoadError` if there are no weights that load,
+        or several models in one, and what the store raises for a blob that it lost.
+        """
+        located = [(file, blob_path(file.descriptor.digest)) for file in model.files()]
+        return cls.from_located(model, located)
+
+    @classmethod
+    def from_located(cls, model: Model, located: Iterable[tuple[ModelFile, Path]]) -> ModelFiles:
+        """Return the files of `model`, each given with its path. Raises as `from_model`."""
+        check_usable(model.manifest.layers, _shown(model))
+        weights: list[tuple[str, str, Path]] = []
+        names: dict[str, Path] = {}
+        archived: dict[str, bytes] = {}
+        notes: list[str] = []
+        located = tuple(located)
+        sizes = [file.descriptor.size for file, _ in located if file.archive]
+        allowance = Allowance(_LIMITS, sizes, others=0)
+        template = preferred_template([(file.role, file.filepath or "") for file, _ in located])
+        for at, (file, path) in enumerate(located):
+            if file.archive:
+                _check_archive(file)
+                archived |= _content(file, path, allowance)
+            elif file.role is Role.WEIGHT:
+                weights.append((file.format, file.filepath or "", path))
+            elif file.role is Role.PROJECTOR:
+                notes.append("the multimodal projector is left out: text only")
+            elif at == template:
+                names[CHAT_TEMPLATE] = path
+            elif file.role is Role.CHAT_TEMPLATE:
+                notes.append(f"{file.filepath} is left out: the model has another chat template")
+            elif file.filepath:
+                names[file.filepath] = path
+        return _assembled(
+            weights, names, archived, notes, model.config.format.lower(), _shown(model)
+        )
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike[str]) -> ModelFiles:
+        """Return the files of the model in `directory`, or of the one weight file given.
+
+        Raises `ModelLoadError` if there are no weights, or several models in one.
+        """
+        root = Path(directory)
+        if root.is_file():
+            paths = find_shards(root)
+            root = root.parent
+            found = [path for path in paths if path.parent == root]
+        else:
+            found = [path for path in _files_in(root) if _is_weight(path.name)]
+        others = [path for path in _files_in(root) if not _is_weight(path.name)]
+        for module in _module_directories(root / MODULES if root / MODULES in others else None):
+            others += _files_in(root / module) if (root / module).is_dir() else []
+        weights, notes = [], []
+        for path in found:
+            kind = format_of("", path.name)
+            if role_of("", path.name) is Role.PROJECTOR:
+                notes.append(f"{path.name} is left out: text only")
+            else:
+                weights.append((kind, path.name, path))
+        names = {path.relative_to(root).as_posix(): path for path in others}
+        for name in sorted(names):
+            if name.endswith(".jinja") and "/" not in name:
+                names.setdefault(CHAT_TEMPLATE, names[name])
+        return _assembled(weights, names, {}, notes, "", str(directory))
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a file that is no weight; None if the model has none."""
+        if name in self.archived:
+            return self.archived[name]
+        path = self.names.get(name)
+        if path is None:
+            return None
+        try:
+            size = path.stat().st_size
+            if size > MAX_FILE_BYTES:
+                raise ModelLoadError(f"{name}: {size} bytes, the limit is {MAX_FILE_BYTES}")
+            return path.read_bytes()
+        except OSError as error:
+            raise ModelLoadError(f"{name}: cannot be read: {error.strerror}") from error
+
+    def text(self, name: str) -> str | None:
+        """Return the text of a file; None if the model has none."""
+        raw = self.read(name)
+        try:
+            return None if raw is None else raw.decode()
+        except UnicodeDecodeError as error:
+            raise ModelLoadError(f"{name}: is not UTF-8 at byte {error.start}") from None
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """Return the JSON object in a file; None if the model has none."""
+        raw = self.read(name)
+        return None if raw is None else decode_object(raw, name)
+
+
+def _assembled(
+    weights: list[tuple[str, str, Path]],
+    names: dict[str, Path],
+    archived: dict[str, bytes],
+    notes: list[str],
+    wanted: str,
+    what: str,
+) -> ModelFiles:
+    modules = _module_directories(names.get(MODULES))
+    for module in [entry for entry in weights if entry[1].rpartition("/")[0] in modules]:
+        weights.remove(module)
+        names[module[1]] = module[2]
+    kinds = {kind for kind, _, _ in weights}
+    preferred = [kind for kind in _FORMATS if kind == wanted]
+    chosen = next((kind for kind in (*preferred, *_FORMATS) if kind in kinds), None)
+    if chosen is None:
+        has = f"has {', '.join(sorted(kinds - {''}))} only" if kinds - {""} else "has no weights"
+        raise ModelLoadError(f"{what}: {has}, expected GGUF or safetensors")
+    if len(kinds) > 1:
+        notes.append(f"of several formats, {chosen} is loaded")
+    of_kind = [(name, path) for kind, name, path in weights if kind == chosen]
+    if chosen == "safetensors":
+        of_kind = _indexed(of_kind, names)
+    else:
+        _check_one_model([name for name, _ in of_kind], what)
+    paths = tuple(path for _, path in of_kind)
+    return ModelFiles(paths, chosen, names, archived, tuple(notes))
+
+
+def _indexed(weights: list[tuple[str, Path]], names: Mapping[str, Path]) -> list[tuple[str, Path]]:
+    """Leave out what an index does not name: the same weights again, in another layout."""
+    indexes = [path for name, path in names.items() if name.endswith(INDEX_SUFFIX)]
+    if not indexes or not all(name for name, _ in weights):
+        return weights
+    wanted = frozenset().union(*(read_index(path) for path in indexes))
+    present = {name.rpartition("/")[2] for name, _ in weights}
+    if missing := sorted(wanted - present):
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ModelLoadError(
+            f"missing {', '.join(missing[:5])}{more}, which the index of the weights names",
+            hint="the model is incomplete; pull or package it again",
+        )
+    return [(name, path) for name, path in weights if name.rpartition("/")[2] in wanted]
+
+
+def _module_directories(listed: Path | None) -> tuple[str, ...]:
+    """Return the directories of the modules after the model itself; none if it has none.
+
+    What is wrong with modules.json is said by who needs it: only embedding does.
+    """
+    if listed is None:
+        return ()
+    try:
+        modules = json.loads(listed.read_bytes()[: 1 << 20])
+    except (OSError, ValueError, RecursionError):
+        return ()
+    entries = modules[1:] if isinstance(modules, list) else []
+    paths = [entry.get("path") for entry in entries if isinstance(entry, dict)]
+    return tuple(path for path in paths if isinstance(path, str) and _MODULE.fullmatch(path))
+
+
+def _check_one_model(names: Iterable[str], what: str) -> None:
+    """Refuse several GGUF files, by name, that are no shards of one model."""
+    sets = {shard_set(name) or name for name in names if name}
+    if len(sets) > 1:
+        listed = ", ".join(sorted(name for name in names)[:5])
+        raise ModelLoadError(
+            f"{what}: several models in one: {listed}",
+            hint="package each of them apart",
+        )
+
+
+def _check_archive(file: ModelFile) -> None:
+    if file.role in (Role.WEIGHT, Role.PROJECTOR):
+        raise ModelLoadError(
+            f"{file.filepath or file.descriptor.digest.short}: weights inside a tar archive",
+            hint="lay the model out with `modelpack bundle` and serve that directory",
+        )
+
+
+def _content(layer: ModelFile, path: Path, allowance: Allowance) -> dict[str, bytes]:
+    """Return the files of an archive that may matter here; documents and code are skipped."""
+    if layer.role not in (Role.CONFIG, Role.FILE) or layer.archive is None:
+        return {}
+    what = f"layer {layer.filepath or layer.descriptor.digest.short}"
+    found: dict[str, bytes] = {}
+    with open_blob(path, layer.descriptor) as blob:
+        content = Content(
+            blob,
+            layer.archive,
+            what,
+            limit=allowance.of(layer.descriptor.size),
+            max_window_bytes=_LIMITS.max_window_bytes,
+            on_read=lambda: None,
+        )
+        reader = TarReader(content, what, max_header_bytes=_LIMITS.max_header_bytes)
+        for number, entry in enumerate(reader):
+            if number >= _LIMITS.max_entries or entry.size > MAX_FILE_BYTES:
+                raise IntegrityError(f"{what}: holds too much for configuration")
+            if entry.is_directory:
+                continue
+            name = entry.name.removeprefix("./")
+            found[name] = b"".join(iter(lambda: reader.read(1 << 20), b""))
+    allowance.spend(content.count)
+    return found
+
+
+def _is_weight(name: str) -> bool:
+    return format_of("", name) != ""
+
+
+def _files_in(root: Path) -> list[Path]:
+    try:
+        return sorted(path for path in root.iterdir() if path.is_file())
+    except OSError as error:
+        raise ModelLoadError(f"{root}: cannot be listed: {error.strerror}") from error
+
+
+def _shown(model: Model) -> str:
+    return str(model.reference) if model.reference else model.short_id

@@ -1,0 +1,312 @@
+"""GGUF tensors as MLX arrays: decoded by several threads, a bounded amount ahead.
+
+numpy lets go of the interpreter while it computes, so tensors are decoded side by side; MLX is
+called by the caller's thread alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.quantized import quantize
+
+from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.models import gguf_blocks
+from modelpack_engine.models.corrections import correct
+from modelpack_engine.models.gguf_architectures import (
+    Config,
+    Hyperparameters,
+    architecture_of,
+)
+from modelpack_engine.models.gguf_blocks import GROUP_SIZE
+from modelpack_engine.models.gguf_file import GGUFFile, GGUFTensor
+from modelpack_engine.models.load_budget import TensorBounds
+from modelpack_engine.models.precision import (
+    Precision,
+    available_memory,
+    check_parameters,
+    named,
+    shapes_of,
+)
+
+#: Bytes that may be decoded and not yet handed over, or a part of the memory that is free.
+MAX_AHEAD = 128 * 1024 * 1024
+_AHEAD_PART = 128
+_MAX_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How a weight is held quantised; `bits` of a code, `mode` as MLX names it."""
+
+    bits: int
+    mode: str = "affine"
+
+    def options(self) -> dict[str, Any]:
+        """Return what `to_quantized` of MLX's modules takes."""
+        return {"group_size": GROUP_SIZE, "bits": self.bits, "mode": self.mode}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A tensor that becomes the parameters of a module.
+
+    `path` and `parameter` name it in the model; `shift` is added to its values.
+    """
+
+    tensor: GGUFTensor
+    path: str
+    parameter: str
+    packing: Packing | None = None
+    shift: float = 0.0
+
+    @property
+    def decoded_bytes(self) -> int:
+        """About how much memory the decoded tensor takes."""
+        packed = self.packing and gguf_blocks.affine_bits(self.tensor.dtype)
+        return self.tensor.raw.size * 3 // 2 if packed else self.tensor.elements * 4
+
+
+Decoded = dict[str, npt.NDArray[Any]]
+
+
+def arrays_of(wanted: Iterable[Wanted], dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
+    """Yield the parameters of all tensors by name; those that are not packed are `dtype`.
+
+    Raises `ModelLoadError` for a type that is not supported.
+    """
+    with ThreadPoolExecutor(_threads(), thread_name_prefix="decode") as pool:
+        waiting: deque[tuple[Wanted, Future[Decoded]]] = deque()
+        ahead, limit = 0, max(MAX_AHEAD, (available_memory() or 0) // _AHEAD_PART)
+        for item in wanted:
+            waiting.append((item, pool.submit(_decode, item)))
+            ahead += item.decoded_bytes
+            while waiting and ahead > limit:
+                first, future = waiting.popleft()
+                ahead -= first.decoded_bytes
+                yield from _arrays(first, future.result(), dtype)
+        while waiting:
+            first, future = waiting.popleft()
+            yield from _arrays(first, future.result(), dtype)
+
+
+def packing_of(dtype: str, *, requantize: bool) -> Packing | None:
+    """Return how a tensor of this type is held if it is to stay packed, None for dense."""
+    if gguf_blocks.is_float(dtype):
+        return None
+    bits = gguf_blocks.affine_bits(dtype)
+    if bits is not None:
+        return Packing(bits)
+    if dtype == "MXFP4":
+        return Packing(4, "mxfp4")
+    return Packing(8) if requantize else None
+
+
+def _decode(item: Wanted) -> Decoded:
+    """Return numpy arrays in their final shapes: of the packed parts, or of the values."""
+    tensor = item.tensor
+    *rows, columns = tensor.shape or (1,)
+    groups = (*rows, columns // GROUP_SIZE)
+    if item.packing and item.packing.mode == "mxfp4":
+        words, exponents = gguf_blocks.mxfp4_blocks(tensor)
+        return {"weight": words.reshape(*rows, -1), "scales": exponents.reshape(groups)}
+    blocks = gguf_blocks.affine_blocks(tensor) if item.packing else None
+    if blocks is not None:
+        return {
+            "weight": blocks.words().reshape(*rows, -1),
+            "scales": blocks.scales.reshape(groups),
+            "biases": blocks.biases.reshape(groups),
+        }
+    if item.shift or not gguf_blocks.is_float(tensor.dtype):
+        return {"values": gguf_blocks.dense(tensor) + np.float32(item.shift)}
+    return {"values": gguf_blocks.as_stored(tensor)}
+
+
+def _arrays(item: Wanted, decoded: Decoded, dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
+    values = decoded.get("values")
+    if values is None:
+        for name, part in decoded.items():
+            array = mx.array(part)
+            floating = mx.issubdtype(array.dtype, mx.floating)
+            yield f"{item.path}.{name}", array.astype(dtype) if floating else array
+        return
+    array = mx.array(values)
+    if array.dtype == mx.uint16:  # bfloat16, which numpy does not have
+        array = array.view(mx.bfloat16)
+    if item.packing is None:
+        yield f"{item.path}.{item.parameter}", array.astype(dtype)
+        return
+    weight, scales, biases = mx.quantize(array, GROUP_SIZE, item.packing.bits)
+    yield f"{item.path}.weight", weight
+    yield f"{item.path}.scales", scales.astype(dtype)
+    yield f"{item.path}.biases", biases.astype(dtype)
+
+
+def _threads() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(cores, _MAX_THREADS)
+
+
+_MAX_LAYERS = 10_000
+# Not parameters of a model: they say how its rope turns.
+_ROPE_FREQS = "rope_freqs.weight"
+_ROPE_FACTORS = {
+    "rope_factors_long.weight": "long_factor",
+    "rope_factors_short.weight": "short_factor",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """The parameter that a tensor becomes."""
+
+    path: str
+    parameter: str
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}.{self.parameter}"
+
+
+class GGUFLoader:
+    """Loads one model. Raises `ModelLoadError` that names what is wrong with the file."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+        self.name, self.architecture = architecture_of(file.metadata)
+        self.config: Config = self.architecture.config(
+            Hyperparameters(self.name, file.metadata, file)
+        )
+        self._check_layers()
+        self._add_rope_factors()
+        self._targets = self._find_targets()
+
+    @property
+    def dense_elements(self) -> int:
+        """The number of all weights."""
+        return sum(self.file[name].elements for name in self._targets)
+
+    def load(self, precision: Precision) -> Module:
+        """Return the model with its weights, not yet evaluated where MLX is lazy."""
+        model: Any = self._build()
+        modules = dict(model.named_modules())
+        wanted = [
+            self._wanted(name, target, modules.get(target.path), precision)
+            for name, target in self._targets.items()
+        ]
+        packed = {item.path: item.packing for item in wanted if item.packing}
+        if packed:
+            quantize(
+                model,
+                class_predicate=lambda path, _: path in packed and packed[path].options(),
+            )
+        # Names and shapes have been compared.
+        model.load_weights(list(arrays_of(wanted, precision.dtype)), strict=False)
+        self._set_rope_frequencies(model)
+        return cast(Module, model)
+
+    def _wanted(self, name: str, target: _Target, module: Any, precision: Precision) -> Wanted:
+        tensor = self.file[name]
+        packing = None
+        if not precision.dense and target.parameter == "weight" and hasattr(module, "to_quantized"):
+            packing = packing_of(tensor.dtype, requantize=precision.requantize)
+        shifted = self.architecture.shifted_norms and target.path.endswith("norm")
+        return Wanted(tensor, target.path, target.parameter, packing, -1.0 if shifted else 0.0)
+
+    def _build(self) -> Module:
+        model_type = self.config["model_type"]
+        module = importlib.import_module(f"mlx_lm.models.{model_type}")
+        bounds = TensorBounds.of((name, self.file[name].shape) for name in self.file.names)
+        what = str(self.file.metadata.path)
+        bounds.check(self.config, what)
+        try:
+            with bounds.building(what):
+                model: Module = module.Model(module.ModelArgs.from_dict(self.config))
+                correct(model, self.config)
+        except (ArithmeticError, IndexError, TypeError, ValueError) as error:
+            raise self._error(f"its metadata make no {model_type} model: {error}") from error
+        got = {target.name: target.shape for target in self._targets.values()}
+        if hasattr(model, "sanitize"):  # may drop the output layer of a model with tied embeddings
+            model.sanitize({name: mx.zeros(shape) for name, shape in got.items()})
+        check_parameters(self.file.metadata.path, shapes_of(model), got)
+        return model
+
+    def _check_layers(self) -> None:
+        layers = self.config["num_hidden_layers"]
+        numbers = {
+            int(parts[1])
+            for name in self.file.names
+            if (parts := name.split("."))[0] == "blk" and len(parts) > 1 and parts[1].isdecimal()
+        }
+        if not 0 < layers <= _MAX_LAYERS or numbers != set(range(layers)):
+            raise self._error(
+                f"the metadata say {layers} layers, the tensors are of {len(numbers)}",
+                hint="the file is incomplete, or a shard of a larger model",
+            )
+
+    def _find_targets(self) -> dict[str, _Target]:
+        targets, unknown = {}, []
+        for name in self.file.names:
+            if name == _ROPE_FREQS and self._has_llama3_rope:
+                continue
+            if name in _ROPE_FACTORS and self.name == "phi3":
+                continue
+            found = self.architecture.module_path(name)
+            if found is None:
+                unknown.append(name)
+            else:
+                targets[name] = _Target(*found, self.file[name].shape)
+        if unknown:
+            raise self._error(
+                f"tensors that {self.name} has no place for: {named(unknown)}",
+                hint="it may be a variant of the architecture that is not supported",
+            )
+        return targets
+
+    @property
+    def _has_llama3_rope(self) -> bool:
+        scaling = self.config.get("rope_scaling") or {}
+        return scaling.get("rope_type") == "llama3" and _ROPE_FREQS in self.file
+
+    def _add_rope_factors(self) -> None:
+        """Give phi3 its rope factors, which are tensors in a file and part of the config in MLX."""
+        there = [name for name in _ROPE_FACTORS if name in self.file]
+        if self.name != "phi3" or not there:
+            return
+        if len(there) < len(_ROPE_FACTORS):
+            raise self._error(f"has {there[0]!r} only, expected long and short rope factors")
+        scaling: Config = {"type": "longrope", "rope_type": "longrope"}
+        for name, key in _ROPE_FACTORS.items():
+            scaling[key] = gguf_blocks.dense(self.file[name]).tolist()
+        rotated = int(self.config["head_dim"] * self.config["partial_rotary_factor"])
+        if any(len(scaling[key]) != rotated // 2 for key in _ROPE_FACTORS.values()):
+            raise self._error(f"expected {rotated // 2} rope factors")
+        self.config["rope_scaling"] = scaling
+
+    def _set_rope_frequencies(self, model: Any) -> None:
+        """Replace the frequencies of llama3's rope by those that the file's factors give."""
+        if not self._has_llama3_rope:
+            return
+        head_dim = self.config["head_dim"]
+        factors = gguf_blocks.dense(self.file[_ROPE_FREQS]).reshape(-1)
+        if len(factors) != head_dim // 2:
+            raise self._error(f"expected {head_dim // 2} rope factors, got {len(factors)}")
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+        frequencies = mx.array(np.float32(self.config["rope_theta"]) ** exponents * factors)
+        for layer in model.layers:
+            layer.self_attn.rope._freqs = frequencies
+
+    def _error(self, message: str, *, hint: str | None = None) -> ModelLoadError:
+        return self.file.metadata.error(message, hint=hint)

@@ -1,0 +1,261 @@
+"""load: from the files of a model to a model and a tokenizer that are ready to run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from modelpack.artifacts.model import CHAT_TEMPLATE
+from modelpack_engine.errors import ModelLoadError, RequestError
+from modelpack_engine.models import gguf_tokenizer, json_tokenizer
+from modelpack_engine.models.chat_template import as_jinja
+from modelpack_engine.models.config_guard import check_fields
+from modelpack_engine.models.files import ModelFiles
+from modelpack_engine.models.gguf import GGUFLoader
+from modelpack_engine.models.gguf_file import GGUFFile, Metadata
+from modelpack_engine.models.precision import (
+    Precision,
+    dense_bytes,
+    evaluate,
+    fits,
+    position_rows,
+    set_dtype,
+    unpack,
+)
+from modelpack_engine.models.safetensors import load_safetensors, read_config
+from modelpack_engine.models.tokenizer import Tokenizer
+from modelpack_engine.platform import cuda_graphs
+
+Device = Literal["cpu", "gpu"]
+
+#: Leaves of a model, which is not evaluated, one device's part; it gets the configuration too.
+Shard = Callable[[Module, Mapping[str, Any]], None]
+
+_CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+    "model_max_length",
+)
+_DEFAULT_CONTEXT = 2048
+_FLOAT32_BYTES = 4
+_MAX_YARN_FACTOR = 1024  # those of published models are at most 64
+_TEMPLATE = "tokenizer.chat_template"
+_GO_TEMPLATE = "template.gotmpl"  # what a template of Ollama's is called here
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that is ready to run.
+
+    `config` is what mlx-lm's class was made from, `architecture` the name that the files give
+    (`general.architecture`, or `model_type`), `context_length` in tokens. `notes` tell the user
+    what differs from the files. All weights are in memory: `weight_bytes` of them.
+    """
+
+    model: Module
+    config: Mapping[str, Any]
+    tokenizer: Tokenizer
+    architecture: str
+    context_length: int
+    notes: tuple[str, ...]
+    weight_bytes: int
+
+
+def load(
+    files: ModelFiles,
+    *,
+    device: Device,
+    dtype: mx.Dtype | None = None,
+    dense: bool | None = None,
+    requantize: bool = True,
+    ignored_fields: Collection[str] = (),
+    shard: Shard | None = None,
+) -> LoadedModel:
+    """Load the model in `files`; nothing is written to disk.
+
+    On a CPU the default is dense float32, or quantised weights with float32 scales where memory
+    is short. On a GPU weights stay packed, and the default dtype is that of the files (bfloat16
+    for GGUF). `dense` decides whether quantised weights are unpacked; `requantize` whether GGUF
+    types that MLX cannot pack without loss (Q6_K, Q3_K, Q2_K, IQ…) are held in 8 bits rather
+    than in `dtype`. `ignored_fields` of config.json may be there though nothing reads them. With
+    `shard`, only what that leaves of the model is held in memory.
+
+    Raises `ModelLoadError` for whatever is wrong with the files, naming it, and
+    `WeightFormatError` where one is damaged.
+    """
+    with mx.stream(mx.cpu if device == "cpu" else mx.gpu):
+        if files.format == "gguf":
+            return _load_gguf(files, device, dtype, dense, requantize, shard)
+        return _load_safetensors(files, device, dtype, dense, ignored_fields, shard)
+
+
+def _load_gguf(
+    files: ModelFiles,
+    device: Device,
+    dtype: mx.Dtype | None,
+    dense: bool | None,
+    requantize: bool,
+    shard: Shard | None,
+) -> LoadedModel:
+    loader = GGUFLoader(GGUFFile.open(files.weights))
+    notes = list(files.notes)
+    tokenizer = gguf_tokenizer_of(
+        files, loader.file.metadata
+    )  # the quicker part first, where much can be wrong
+    if dtype is None:
+        dtype = mx.float32 if device == "cpu" else mx.bfloat16
+    if dense is None:
+        dense = device == "cpu" and fits(loader.dense_elements * dtype.size)
+        _note_density(notes, device, dense)
+    model = loader.load(Precision(dtype, dense, requantize))
+    limits = check_fields(loader.config, type(model))
+    notes += limits.notes
+    context = loader.config["max_position_embeddings"]
+    return _loaded(
+        model,
+        loader.config,
+        lambda: tokenizer,
+        loader.name,
+        min(context, limits.max_length or context),
+        notes,
+        shard,
+    )
+
+
+def gguf_tokenizer_of(files: ModelFiles, metadata: Metadata | None = None) -> Tokenizer:
+    """Return the tokenizer of a GGUF model, whose metadata are read unless they are given."""
+    if metadata is None:
+        metadata = GGUFFile.open(files.weights).metadata
+    # A template that was packaged on its own was chosen by somebody.
+    template = files.text(CHAT_TEMPLATE)
+    if template is None and not metadata.text(_TEMPLATE, ""):
+        template = _template_of_go(files)
+    try:
+        return gguf_tokenizer.tokenizer_of(metadata, template)
+    except ModelLoadError:
+        if files.text("tokenizer.json") is None:
+            raise
+    return json_tokenizer.tokenizer_of(files, {})
+
+
+def _template_of_go(files: ModelFiles) -> str | None:
+    """Return the template that Ollama put beside weights without one, as Jinja."""
+    text = files.text(_GO_TEMPLATE)
+    if text is None:
+        return None
+    try:
+        return as_jinja(text)
+    except RequestError as error:  # prompts without a template can be answered still
+        _log.warning("the chat template is left out: %s", error)
+        return None
+
+
+def _load_safetensors(
+    files: ModelFiles,
+    device: Device,
+    dtype: mx.Dtype | None,
+    dense: bool | None,
+    ignored_fields: Collection[str],
+    shard: Shard | None,
+) -> LoadedModel:
+    config = read_config(files)
+    json_tokenizer.begin_checking(files)  # a process tries it out while weights are read
+    notes = list(files.notes)
+    named = config
+    model, config, limits = load_safetensors(files, config, ignored_fields=ignored_fields)
+    notes += limits.notes
+    if dtype is None and device == "cpu":
+        dtype = mx.float32
+    if dense is None:
+        dense = device == "cpu" and fits(dense_bytes(model, _FLOAT32_BYTES))
+        if config.get("quantization"):
+            _note_density(notes, device, dense)
+    if dtype is not None:
+        set_dtype(model, dtype)
+    if dense:
+        left = unpack(model, dtype)
+        if left:
+            notes.append(f"{len(left)} modules stay quantised, {left[0]} for one")
+    context, known = context_length_of(config)
+    if not known:
+        notes.append(f"the config names no context length; {context} tokens are assumed")
+    context = min(context, limits.max_length or context)
+    return _loaded(
+        model,
+        config,
+        lambda: json_tokenizer.tokenizer_of(files, named),
+        config["model_type"],
+        context,
+        notes,
+        shard,
+    )
+
+
+def _loaded(
+    model: Module,
+    config: Mapping[str, Any],
+    make_tokenizer: Callable[[], Tokenizer],
+    architecture: str,
+    context_length: int,
+    notes: list[str],
+    shard: Shard | None,
+) -> LoadedModel:
+    model.eval()
+    if shard is not None:
+        shard(model, config)
+    rows = position_rows(model) or context_length
+    if note := cuda_graphs.choose(model):
+        notes = [*notes, note]
+    try:
+        weight_bytes = evaluate(model)
+    except (RuntimeError, ValueError) as error:  # MLX reads some files only now
+        raise ModelLoadError(f"the weights cannot be read: {error}") from error
+    return LoadedModel(
+        model,
+        config,
+        make_tokenizer(),
+        architecture,
+        min(context_length, rows),
+        tuple(notes),
+        weight_bytes,
+    )
+
+
+def _note_density(notes: list[str], device: Device, dense: bool) -> None:
+    if device == "cpu" and not dense:
+        notes.append("weights stay quantised, since memory is short: several times slower")
+
+
+def context_length_of(config: Mapping[str, Any]) -> tuple[int, bool]:
+    """Return the context in tokens, and whether the config names it or it is assumed.
+
+    With yarn it is at least the original length times the factor, as vLLM computes it.
+    """
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, dict) else {}):
+        for key in _CONTEXT_KEYS:
+            value = part.get(key)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return max(value, _extended(part.get("rope_scaling"))), True
+    return _DEFAULT_CONTEXT, False
+
+
+def _extended(rope: Any) -> int:
+    """Return the context length to which yarn extends a model, 0 for other rotations."""
+    if not isinstance(rope, dict) or rope.get("rope_type") != "yarn":
+        return 0
+    length, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if not isinstance(length, int) or not isinstance(factor, int | float):
+        return 0
+    return int(length * Fraction(factor)) if 1 < factor < _MAX_YARN_FACTOR else 0

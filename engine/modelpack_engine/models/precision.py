@@ -1,0 +1,219 @@
+"""Names and shapes of parameters: what a model wants against what its files hold."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.linear import Linear
+from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
+from mlx.utils import tree_flatten, tree_unflatten
+
+from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.models.load_budget import checkpoint
+
+Shape = tuple[int, ...]
+
+_NAMED_IN_ERRORS = 5
+# What classes of mlx-lm call a table of positions, and a second table of tokens.
+_POSITIONS, _PER_LAYER = "wpe", "embed_tokens_per_layer"
+
+
+def parameters_of(model: Any) -> list[tuple[str, mx.array]]:
+    """Return all parameters with their names."""
+    return cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+
+
+def shapes_of(model: Module) -> dict[str, Shape]:
+    """Return the shapes of all parameters, by name."""
+    return {name: tuple(array.shape) for name, array in parameters_of(model)}
+
+
+def check_parameters(what: str, expected: Mapping[str, Shape], got: Mapping[str, Shape]) -> None:
+    """Raise `ModelLoadError`, naming the parameters, unless names and shapes are the same."""
+    problems = []
+    if missing := expected.keys() - got.keys():
+        problems.append(f"missing {named(missing)}")
+    if extra := got.keys() - expected.keys():
+        problems.append(f"not known to the model: {named(extra)}")
+    if problems:
+        raise ModelLoadError(
+            f"{what}: the tensors are not those of the model: {'; '.join(problems)}",
+            hint="the file is incomplete or of a variant of the architecture that is not supported",
+        )
+    for name in sorted(expected):
+        if expected[name] != got[name]:
+            raise ModelLoadError(
+                f"{what}: {name} has the shape {list(got[name])}, expected {list(expected[name])}"
+            )
+
+
+def named(names: Iterable[str]) -> str:
+    """Return a few of the names, and how many more there are."""
+    ordered = sorted(names)
+    more = len(ordered) - _NAMED_IN_ERRORS
+    return ", ".join(ordered[:_NAMED_IN_ERRORS]) + (f" and {more} more" if more > 0 else "")
+
+
+def position_rows(model: Any) -> int | None:
+    """Return the rows of the table of learnt positions (GPT-2's); None for a model without one."""
+    rows = [rows for name, rows in _tables(model) if name == _POSITIONS]
+    return min(rows, default=None)
+
+
+def token_rows(model: Any) -> int | None:
+    """Return the rows of the smallest table that tokens are looked up in; None without any.
+
+    MLX reads memory outside a table for an id past its end, without an error.
+    """
+    others = [_POSITIONS, "position_embedding_table"]
+    if type(model).__module__.endswith(".gemma3n"):
+        others.append(_PER_LAYER)  # its class looks up only what this table has
+    return min((rows for name, rows in _tables(model) if name not in others), default=None)
+
+
+def check_token_rows(model: Any, vocab_size: int) -> None:
+    """Raise `ModelLoadError` for a model with logits for tokens that some table does not have."""
+    rows = token_rows(model)
+    if rows is not None and rows < vocab_size:
+        raise ModelLoadError(
+            f"the model has {vocab_size} tokens, but a table of embeddings has {rows} rows",
+            hint="the configuration is damaged or belongs to another model",
+        )
+
+
+def _tables(model: Any) -> Iterator[tuple[str, int]]:
+    for path, module in model.named_modules():
+        if isinstance(module, (Embedding, QuantizedEmbedding)):
+            yield path.rpartition(".")[2], module.weight.shape[0]
+
+
+_MEBIBYTE = 1 << 20
+# What a dense model may take of the memory that is free; the KV cache needs some too.
+_SHARE = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """How weights are held.
+
+    `dtype` is that of whatever is not packed, and of scales. `dense` unpacks quantised weights.
+    `requantize` holds what MLX cannot pack without loss (Q6_K, IQ…) in 8 bits rather than 16.
+    """
+
+    dtype: mx.Dtype
+    dense: bool
+    requantize: bool = True
+
+
+def fits(num_bytes: int) -> bool:
+    """Whether weights of this size leave room in the memory that is free now."""
+    free = available_memory()
+    return free is None or num_bytes <= _SHARE * free
+
+
+def available_memory() -> int | None:
+    """Return the bytes of memory that programs can still get, or None where nobody knows."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+
+
+def evaluate(model: Module) -> int:
+    """Compute all weights, a few at a time so that little is held twice; return their bytes."""
+    arrays = [array for _, array in parameters_of(model)]
+    batch: list[mx.array] = []
+    pending = 0
+    for array in arrays:
+        batch.append(array)
+        pending += array.nbytes
+        if pending > 256 * _MEBIBYTE:
+            checkpoint()
+            mx.eval(batch)
+            batch, pending = [], 0
+    mx.eval(batch)
+    return sum(array.nbytes for array in arrays)
+
+
+def set_dtype(model: Any, dtype: mx.Dtype) -> None:
+    """Make all floating-point parameters `dtype`, the scales of packed weights too."""
+    model.set_dtype(dtype)
+
+
+def dense_bytes(model: Any, itemsize: int) -> int:
+    """Return how many bytes the weights would take with every module unpacked."""
+    total = 0
+    for _, module in model.named_modules():
+        own = {name: value for name, value in module.items() if isinstance(value, mx.array)}
+        if _is_packed(module):
+            total += own.pop("weight").size * 32 // module.bits
+            own = {name: own[name] for name in own if name == "bias"}
+        total += sum(array.size for array in own.values())
+    return total * itemsize
+
+
+def unpack(model: Any, dtype: mx.Dtype | None) -> Sequence[str]:
+    """Replace quantised modules by dense ones; return the paths of those left as they are.
+
+    The product of scale and code is taken in `dtype`, or in the dtype of the scales if None.
+    """
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    kinds: dict[type, Any] = {
+        QuantizedLinear: Linear,
+        QuantizedEmbedding: Embedding,
+        QuantizedSwitchLinear: SwitchLinear,
+    }
+    replaced: list[tuple[str, Module]] = []
+    left: list[str] = []
+    for path, module in model.named_modules():
+        if not _is_packed(module):
+            continue
+        kind = kinds.get(type(module))
+        if kind is None:
+            left.append(path)
+        else:
+            replaced.append((path, _unpacked(module, kind, dtype)))
+    model.update_modules(tree_unflatten(replaced))
+    return left
+
+
+def _is_packed(module: Module) -> bool:
+    return "scales" in module and hasattr(module, "bits") and hasattr(module, "group_size")
+
+
+def _unpacked(module: Any, kind: Any, dtype: mx.Dtype | None) -> Any:
+    scales, biases = module["scales"], module.get("biases")
+    if biases is not None and dtype is not None:
+        scales, biases = scales.astype(dtype), biases.astype(dtype)
+    options = {}
+    if module.get("global_scale") is not None:
+        options["global_scale"] = module["global_scale"]
+    weight = mx.dequantize(
+        module["weight"],
+        scales,
+        biases,
+        module.group_size,
+        module.bits,
+        mode=getattr(module, "mode", "affine"),
+        **options,
+    )
+    # Tiny, then filled: the class sets up what else it has.
+    dense = kind(*(1,) * weight.ndim, **({} if kind is Embedding else {"bias": False}))
+    dense.weight = weight if dtype is None else weight.astype(dtype)
+    if "bias" in module:
+        dense.bias = module["bias"]
+    return dense

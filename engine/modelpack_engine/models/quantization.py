@@ -1,0 +1,123 @@
+"""Quantising: a directory of safetensors into one that mlx-lm's quantiser made of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from modelpack.builder.classify import WEIGHT_KINDS, classify
+from modelpack.builder.files import Found, walk
+from modelpack.errors import UsageError
+from modelpack.formats.shards import INDEX_SUFFIX
+from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.models.files import ModelFiles
+from modelpack_engine.models.safetensors import load_safetensors, read_config
+from modelpack_engine.patches.mlx_lm_imports import kept_file_limit
+
+#: Weights that share a scale; mlx-lm's own default, which the models of mlx-community have.
+GROUP_SIZE: Final = 64
+#: Bytes of one weight file, roughly: mlx-lm's own limit of 5 GB.
+SHARD_BYTES: Final = 5 << 30
+#: What `--quantize` takes, and the bits a weight that it means.
+BITS: Final = (4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """What quantising did: `modules` have `bits` a weight now; sizes are bytes of weights."""
+
+    bits: int
+    modules: int
+    before: int
+    after: int
+
+
+def quantize_directory(
+    source: Path, target: Path, *, bits: int, follow_symlinks: bool = False
+) -> Quantized:
+    """Make the model in `source` one of `bits` (4 or 8) a weight in the empty directory `target`.
+
+    What is no weight goes along. The same files and versions of MLX give the same bytes. Raises
+    `UsageError` for weights that are no safetensors, or quantised already, and `ModelLoadError` for
+    an architecture that mlx-lm does not have.
+    """
+    if bits not in BITS:
+        raise UsageError(f"{bits} bits a weight: expected 4 or 8")
+    files = ModelFiles.from_directory(source)
+    if files.format != "safetensors":
+        raise UsageError(
+            f"{source}: only safetensors can be quantised, and these weights are {files.format}",
+            hint="for GGUF, there is llama-quantize of llama.cpp",
+        )
+    config = read_config(files)
+    for key in ("quantization", "quantization_config"):
+        if config.get(key):
+            raise UsageError(f"{source}: config.json has {key!r}: it is quantised already")
+    before = sum(path.stat().st_size for path in files.weights)
+    model, config, _ = load_safetensors(files, config)
+    with kept_file_limit():
+        from mlx_lm.utils import quantize_model, save_config
+
+    model, config = quantize_model(model, config, GROUP_SIZE, bits)
+    flat: Any = tree_flatten(model.parameters())
+    weights: dict[str, Any] = dict(sorted(flat))
+    modules = sum(name.endswith(".scales") for name in weights)
+    if not modules:
+        raise ModelLoadError(
+            f"{source}: nothing can be quantised in groups of {GROUP_SIZE}: no module is as wide"
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    _copy_others(source, target, follow_symlinks)
+    # As mlx-lm's own `save` does.
+    keeps_vision = "vision_tower" in getattr(model, "model", {})
+    save_config(config, target / "config.json", keep_vision_config=keeps_vision)
+    after = _save(weights, target)
+    return Quantized(bits, modules, before, after)
+
+
+def _save(weights: dict[str, Any], target: Path) -> int:
+    shards = _shards(weights)
+    where: dict[str, str] = {}
+    size = 0
+    for number, names in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        path = target / (name if len(shards) > 1 else "model.safetensors")
+        mx.save_safetensors(
+            str(path), {key: weights.pop(key) for key in names}, metadata={"format": "mlx"}
+        )
+        where |= dict.fromkeys(names, path.name)
+        size += path.stat().st_size
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        (target / f"model{INDEX_SUFFIX}").write_text(json.dumps(index, indent=2) + "\n")
+    return size
+
+
+def _shards(weights: dict[str, Any]) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, array in weights.items():
+        if shards[-1] and size + array.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += array.nbytes
+    return shards
+
+
+def _copy_others(source: Path, target: Path, follow_symlinks: bool) -> None:
+    for found in walk(source, follow_symlinks=follow_symlinks):
+        if not isinstance(found, Found) or found.filepath.endswith(INDEX_SUFFIX):
+            continue
+        at_top = "/" not in found.filepath
+        if at_top and classify(found.filepath) in WEIGHT_KINDS:
+            continue
+        copy = target / found.filepath
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(found.path, copy)

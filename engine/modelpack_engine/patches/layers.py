@@ -1,0 +1,199 @@
+"""Patches: modules whose attention or positions have to be said in other words for rows.
+
+Each answers the calls of one of mlx-lm's classes; without the caches of a step, the class does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from modelpack_engine.attention.cache_handle import KVHandle
+from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.attention.paged import PagedKV
+from modelpack_engine.layers.matmul import multiply, quantised_weights
+from modelpack_engine.layers.swap import Call, ClassSwaps
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """What answers calls of a class, and why."""
+
+    call: Call
+    reason: str
+
+
+#: Patches by the full name of the class: looking one up imports no model.
+PATCHES: dict[str, Patch] = {}
+
+
+def _patches(name: str, reason: str) -> Callable[[Call], Call]:
+    def register(call: Call) -> Call:
+        PATCHES[f"mlx_lm.models.{name}"] = Patch(call, reason)
+        return call
+
+    return register
+
+
+def patch_modules(model: nn.Module, swaps: ClassSwaps) -> dict[str, str]:
+    """Patch every module that has one; return class names and reasons."""
+    patched: dict[str, str] = {}
+    for _, module in model.named_modules():
+        kind = type(module)
+        patch = PATCHES.get(f"{kind.__module__}.{kind.__qualname__}")
+        if patch is not None:
+            patched[kind.__name__] = patch.reason
+            swaps.override(module, patch.call)
+    return patched
+
+
+@_patches("gemma2.Attention", "caps its scores, which MLX's attention function cannot")
+def _gemma2_attention(
+    original: Call, module: Any, x: mx.array, mask: Any = None, cache: Any = None
+) -> Any:
+    if not isinstance(cache, PagedKV):
+        return original(module, x, mask, cache)
+    rows, length, _ = x.shape
+
+    def heads(projected: mx.array, count: int) -> mx.array:
+        return projected.reshape(rows, length, count, -1).transpose(0, 2, 1, 3)
+
+    queries = module.rope(heads(module.q_proj(x), module.n_heads), offset=cache.offset)
+    keys = module.rope(heads(module.k_proj(x), module.n_kv_heads), offset=cache.offset)
+    cache.update_and_fetch(keys, heads(module.v_proj(x), module.n_kv_heads))
+    softcap = module.attn_logit_softcapping
+    output = cache.attend(queries, scale=module.scale, softcap=softcap)
+    return module.o_proj(output.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+
+
+@_patches("gpt_bigcode.GPTBigCodeModel", "looks positions up in a table")
+def _gpt_bigcode(original: Call, module: Any, inputs: mx.array, cache: Any = None) -> Any:
+    if not cache or not isinstance(cache[0], PagedKV):
+        return original(module, inputs, cache)
+    hidden = module.wte(inputs) + module.wpe(cache[0].offset)[:, None]
+    for layer, layer_cache in zip(module.h, cache, strict=True):
+        hidden = layer(hidden, None, cache=layer_cache)
+    return module.ln_f(hidden)
+
+
+@_patches("afm7.KVReuseAttention", "tells positions by the number of keys")
+def _afm7_reuse(
+    original: Call, module: Any, x: mx.array, keys: mx.array, values: mx.array, mask: Any = None
+) -> Any:
+    if not isinstance(keys, KVHandle) or not isinstance(keys.cache, PagedKV):
+        return original(module, x, keys, values, mask)
+    rows, length, _ = x.shape
+    queries = module.q_proj(x).reshape(rows, length, module.n_heads, -1).transpose(0, 2, 1, 3)
+    queries = module.q_norm(module.rope(queries, offset=keys.cache.offset))
+    output = keys.cache.attend(queries, scale=module.scale)
+    return module.out_proj(output.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+
+
+@_patches("longcat_flash_ngram.NgramEmbedding", "keeps fewer tokens while there are few")
+def _longcat_ngrams(original: Call, module: Any, input_ids: mx.array, cache: Any = None) -> Any:
+    embedded = original(module, input_ids, cache)
+    if cache is not None and (missing := module.n - 1 - cache[0].shape[1]) > 0:
+        # Tokens that are not there count as 0, and so do these.
+        cache[0] = mx.pad(cache[0], [(0, 0), (missing, 0)])
+    return embedded
+
+
+def fold_quantised(model: nn.Module, swaps: ClassSwaps, *, dequantise: bool = False) -> int:
+    """Fold every quantised layer of `model`, the head included; return how many there are.
+
+    `dequantise` says whether weights may be dequantised by our kernel.
+    """
+
+    def fold(original: Call, module: Any, x: mx.array) -> Any:
+        rows = x.reshape(-1, x.shape[-1])
+        if dequantise:
+            weights = quantised_weights(module)
+            if (group := getattr(module, "group", None)) is None:
+                product = multiply(rows, weights)
+            else:  # parts of a product: the bias is added to their sum
+                product = multiply(rows, replace(weights, bias=None))
+                product = mx.distributed.all_sum(product, group=group)
+                if weights.bias is not None:
+                    product = product + weights.bias
+        else:
+            product = original(module, rows)
+        return product.reshape(*x.shape[:-1], -1)
+
+    count = 0
+    for _, module in model.named_modules():
+        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedShardedToAllLinear)):
+            swaps.override(module, fold)
+        elif isinstance(module, nn.QuantizedEmbedding):
+            swaps.override(module, fold, "as_linear")
+        else:
+            continue
+        count += 1
+    return count
+
+
+#: With fewer rows, or fewer multiplications, waking the second stream's thread takes longer than it
+#: saves: the thread that builds the next step needs a processor too.
+FEW_ROWS, FEW_PRODUCTS = 4, 3 << 20
+
+
+def _multiply(
+    first: mx.array,
+    second: mx.array,
+    stream: mx.Stream,
+    original: Call,
+    module: nn.Module,
+    x: mx.array,
+) -> Any:
+    outputs = first.shape[1] + second.shape[1]
+    if x.size < FEW_ROWS * x.shape[-1] or x.size * outputs < FEW_PRODUCTS:
+        return original(module, x)
+    # Folded once: a product of more than two dimensions is folded and unfolded by MLX, each half.
+    rows = x.reshape(-1, x.shape[-1])
+    product = mx.concatenate([rows @ first, mx.matmul(rows, second, stream=stream)], axis=-1)
+    if "bias" in module:
+        product = product + module["bias"]
+    return product.reshape(*x.shape[:-1], -1)
+
+
+def halve_linears(model: nn.Module, swaps: ClassSwaps, stream: mx.Stream) -> int:
+    """Let linear layers of `model`, the head included, run in halves; return how many there are.
+
+    `stream` computes the second halves.
+    """
+    count = 0
+    for _, module in model.named_modules():
+        if type(module) not in (nn.Linear, nn.Embedding):
+            continue
+        weight = module.weight
+        middle = weight.shape[0] // 2
+        halves = weight[:middle].T, weight[middle:].T
+        method = "__call__" if isinstance(module, nn.Linear) else "as_linear"
+        swaps.override(module, partial(_multiply, *halves, stream), method)
+        count += 1
+    return count
+
+
+def take_logit_rows(inner: nn.Module, step: StepInputs, swaps: ClassSwaps) -> None:
+    """Let `inner`, the model without its head, return the step's sampled rows only.
+
+    Whatever the outer model applies (head, scaling, softcap) then sees those rows. Calls that are
+    not part of a step (a cache of mlx-lm's own) are left alone: `step.active` tells.
+    """
+
+    def call(original: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hidden = original(module, *args, **kwargs)
+        if not step.active or not isinstance(hidden, mx.array):
+            return hidden
+        if hidden.shape[0] != step.num_rows:
+            return hidden
+        step.rows_taken = True
+        if step.all_rows_sampled:
+            return hidden
+        return hidden[step.sample_rows]
+
+    swaps.override(inner, call)

@@ -1,0 +1,70 @@
+"""SteppingEngine: what every engine can do, whatever computes its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.models.tokenizer import Tokenizer
+from modelpack_engine.outputs import EngineStats, RequestEvent
+from modelpack_engine.request import SamplingParams
+
+
+class SteppingEngine(Protocol):
+    """`Engine` is one, and says what each of these does; `LlamaCppEngine` is the other.
+
+    `notes` tell the user what differs from the model's files, and how it is computed.
+    """
+
+    config: EngineConfig
+    tokenizer: Tokenizer
+    vocab_size: int
+    max_model_len: int
+    memory_bytes: int
+    notes: tuple[str, ...]
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        continues_text: bool = False,
+        cache_salt: bytes = b"",
+    ) -> None: ...
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def step(self) -> list[RequestEvent]: ...
+
+    def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]: ...
+
+    def fail_all(self, message: str) -> list[RequestEvent]: ...
+
+    def is_known(self, request_id: str) -> bool: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None: ...
+
+    def generate(
+        self, prompts: Iterable[str | Sequence[int]], params: SamplingParams
+    ) -> list[list[RequestEvent]]: ...
+
+
+def run_to_end(
+    engine: SteppingEngine, prompts: Iterable[str | Sequence[int]], params: SamplingParams
+) -> list[list[RequestEvent]]:
+    """Run prompts to their end; return each one's events, in the order of the prompts."""
+    events: dict[str, list[RequestEvent]] = {}
+    for i, prompt in enumerate(prompts):
+        token_ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        engine.add_request(f"generate-{i}", token_ids, params)
+        events[f"generate-{i}"] = []
+    while engine.has_work:
+        for event in engine.step():
+            events[event.request_id].append(event)
+    return list(events.values())

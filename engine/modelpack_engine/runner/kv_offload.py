@@ -1,0 +1,190 @@
+"""Identity of an offload: what keys and values depend on besides their tokens and their salt."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import weakref
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+
+from modelpack import __version__
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.block_manager import BlockManager
+from modelpack_engine.errors import EngineError
+from modelpack_engine.offload.directory import BlockDirectory
+from modelpack_engine.offload.prefixes import PrefixOffload
+from modelpack_engine.offload.tiers import BlockMemory, OffloadTiers
+from modelpack_engine.outputs import OffloadStats
+from modelpack_engine.runner.model_runner import ModelRunner
+
+IDENTITY_SIZE = 16  # bytes
+#: Goes up when the bytes of a block mean something else than before.
+VERSION = 1
+
+
+def cache_identity(model_id: str, block_size: int, parts: Iterable[str]) -> bytes:
+    """Return what two engines have in common that may use each other's blocks.
+
+    `model_id` names the weights. `parts` say the rest in words: types and shapes of what each layer
+    keeps, in order, where it is computed, and by what versions of what.
+    """
+    text = "\0".join([f"kv {VERSION}", model_id, str(block_size), *parts])
+    return hashlib.blake2b(text.encode(), digest_size=IDENTITY_SIZE, person=b"kv offload").digest()
+
+
+#: Seconds that the engine waits for a file when it has nothing else to do.
+_WAIT = 0.05
+#: Bytes of one batch, and seconds for all, when blocks are saved at the end.
+_LAST_BATCH = 64 * 1024**2
+_LAST_SECONDS = 20.0
+
+
+class BlockMover:
+    """Moves blocks of a runner's pools; without an `offload`, there is nothing to move."""
+
+    def __init__(
+        self, runner: ModelRunner, blocks: BlockManager, offload: PrefixOffload | None
+    ) -> None:
+        self._runner, self._blocks, self._offload = runner, blocks, offload
+        self._contents = runner.block_contents()
+        self._saving: list[tuple[list[bytes], mx.array]] = []
+        self._num_saved = 0
+
+    def move(self, *, has_step: bool, in_flight: bool) -> None:
+        """Do what scheduling a step has asked for; to be called before its graph is built.
+
+        With neither a step to build nor one in flight, wait for what is awaited.
+        """
+        offload, contents = self._offload, self._contents
+        if offload is None or contents is None:
+            return
+        evicted, restored = offload.take()
+        try:
+            if evicted:
+                self._save(evicted)
+            if restored:
+                contents.write(*zip(*restored, strict=True))
+        except BaseException:
+            self._blocks.forget_content()
+            raise
+        if has_step or in_flight:
+            return
+        if restored:
+            mx.async_eval(self._runner.pools())
+        elif offload.is_awaited:
+            offload.wait(_WAIT)
+
+    def collect(self) -> None:
+        """Take to the host what was gathered; to be called when the step before has been read."""
+        if self._offload is None:
+            return
+        saving, self._saving = self._saving, []
+        for hashes, rows in saving:
+            for hash_, content in zip(hashes, _split(rows), strict=True):
+                self._offload.tiers.save(hash_, content)
+            self._num_saved += len(hashes)
+
+    def forget(self) -> None:
+        """Drop what was gathered from a device that is not to be trusted."""
+        self._saving.clear()
+        if self._offload is not None:
+            self._offload.take()
+
+    def stats(self) -> OffloadStats:
+        """Return counters since the start, and gauges of this moment."""
+        if self._offload is None or self._contents is None:
+            return OffloadStats()
+        offload, length = self._offload, self._contents.length
+        return OffloadStats(
+            restores=offload.num_restores,
+            restored_tokens=offload.num_restored * self._blocks.block_size,
+            memory_hits=offload.num_restored - offload.num_from_disk,
+            disk_hits=offload.num_from_disk,
+            saved_bytes=self._num_saved * length,
+            restored_bytes=offload.num_restored * length,
+            dropped_files=offload.tiers.num_dropped,
+            memory_bytes=offload.tiers.memory.num_bytes,
+            disk_bytes=offload.tiers.num_disk_bytes,
+        )
+
+    def close(self) -> None:
+        """Write what a restart is to find: all that the prefix cache holds, the newest first."""
+        if self._offload is None or self._contents is None:
+            return
+        tiers = self._offload.tiers
+        self.collect()
+        if tiers.directory is not None:
+            room = tiers.directory.limit // self._contents.length
+            found = [pair for pair in self._blocks.published() if pair[1] not in tiers][:room]
+            step = max(_LAST_BATCH // self._contents.length, 1)
+            for start in range(0, len(found), step):
+                self._save(found[start : start + step])
+                self.collect()
+                if not tiers.flush(_LAST_SECONDS):
+                    break
+        tiers.close(_LAST_SECONDS)
+        self._offload = None
+
+    def _save(self, blocks: Sequence[tuple[int, bytes]]) -> None:
+        assert self._contents is not None
+        rows = self._contents.read([block for block, _ in blocks])
+        mx.async_eval(rows)
+        self._saving.append(([hash_ for _, hash_ in blocks], rows))
+
+
+def _split(rows: mx.array) -> list[bytes]:
+    """Return the bytes of each row of a uint8 matrix."""
+    view = memoryview(rows).cast("B")  # type: ignore[arg-type]
+    length = rows.shape[1]
+    return [bytes(view[i : i + length]) for i in range(0, len(view), length)]
+
+
+_log = logging.getLogger(__name__)
+
+#: Bytes that are taken where a directory is given, and nothing more is said.
+_MEMORY = 1024**3
+_DISK = 16 * 1024**3
+#: Bytes that a step restores: a few milliseconds of copying.
+_PER_STEP = 16 * 1024**2
+
+
+def open_offload(
+    config: EngineConfig, runner: ModelRunner, blocks: BlockManager, model_id: str
+) -> BlockMover:
+    """Return what moves the blocks of `runner`; `blocks` gets to know the offload.
+
+    Raises `EngineError` for a directory that cannot be used, or for weights without a name, whose
+    blocks nobody could find again safely.
+    """
+    wanted = config.kv_offload_dir is not None or config.kv_offload_memory
+    contents = runner.block_contents()
+    paged = blocks.enable_prefix_caching and blocks.snapshots is None
+    if not wanted or contents is None or not paged:
+        if wanted:
+            _log.warning("no prefixes are offloaded: they are not cached, or have recurrent state")
+        return BlockMover(runner, blocks, None)
+    directory = None
+    if config.kv_offload_dir is not None:
+        if not model_id:
+            raise EngineError(
+                "KV blocks of weights without a name cannot be kept on disk",
+                hint="give the engine a model_id",
+            )
+        device = str(mx.default_device())
+        versions = [__version__, version("mlx"), version("mlx-lm")]
+        directory = BlockDirectory(
+            Path(config.kv_offload_dir),
+            cache_identity(model_id, blocks.block_size, [device, *versions, *contents.describe()]),
+            length=contents.length,
+            limit=_DISK if config.kv_offload_disk is None else config.kv_offload_disk,
+        )
+    limit = _MEMORY if config.kv_offload_memory is None else config.kv_offload_memory
+    tiers = OffloadTiers(BlockMemory(limit), directory, length=contents.length)
+    blocks.offload = PrefixOffload(tiers, per_step=max(_PER_STEP // contents.length, 1))
+    mover = BlockMover(runner, blocks, blocks.offload)
+    weakref.finalize(mover, tiers.close, 0.0)  # the thread of an engine that nobody closed
+    return mover

@@ -1,0 +1,339 @@
+"""What a model caches, and where: found by running it once on caches that keep a record.
+
+Nothing is computed: MLX builds a graph, whose shapes and types are known, and it is thrown away.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from types import FrameType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    ChunkedKVCache,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
+
+from modelpack_engine.attention.kv_pools import KVLayout
+from modelpack_engine.config import KVCacheDtype
+from modelpack_engine.errors import EngineError
+from modelpack_engine.kernels.quantised import GROUPS, quantisation
+
+_SNAPSHOT_BYTES = 256 * 1024**2
+
+
+class UnknownCacheError(EngineError):
+    """A model keeps something in a cache of a kind that cannot be paged."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateLayout:
+    """Recurrent state of one layer and sequence: shapes with batch size 1, and types."""
+
+    shapes: tuple[tuple[int, ...] | None, ...]
+    dtypes: tuple[mx.Dtype | None, ...]
+
+    @property
+    def bytes_per_sequence(self) -> int:
+        """Bytes that a sequence keeps in this layer, whatever its length."""
+        total = 0
+        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
+            if shape is not None and dtype is not None:
+                elements = 1
+                for extent in shape:
+                    elements *= extent
+                total += elements * dtype.size
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One cache of the model: what it holds (None if nothing ever), and the module that uses it."""
+
+    layer: int
+    content: KVLayout | StateLayout | None
+    owner: nn.Module | None
+
+    @property
+    def name(self) -> str:
+        """Say which layer this is, for messages."""
+        kind = type(self.owner).__name__ if self.owner is not None else "unused"
+        return f"layer {self.layer} ({kind})"
+
+
+#: One entry per layer, or per member of a layer's CacheList.
+Tree = tuple["Leaf | tuple[Leaf, ...]", ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLayout:
+    """Caches of a model in the order it takes them, and its inner model (all but the head)."""
+
+    tree: Tree
+    inner: nn.Module | None
+    vocab_size: int
+
+    def leaves(self) -> Iterator[Leaf]:
+        """Yield all leaves, those of lists one by one."""
+        for entry in self.tree:
+            if isinstance(entry, Leaf):
+                yield entry
+            else:
+                yield from entry
+
+    def with_leaves(self, change: Callable[[Leaf], Leaf]) -> ModelLayout:
+        """Return the same layout with every leaf changed."""
+        tree = tuple(
+            change(entry) if isinstance(entry, Leaf) else tuple(map(change, entry))
+            for entry in self.tree
+        )
+        return replace(self, tree=tree)
+
+    def with_dtype(self, dtype: mx.Dtype) -> ModelLayout:
+        """Return the same layout with keys and values of `dtype`."""
+
+        def cast(leaf: Leaf) -> Leaf:
+            if not isinstance(leaf.content, KVLayout):
+                return leaf
+            return replace(leaf, content=replace(leaf.content, dtype=dtype))
+
+        return self.with_leaves(cast)
+
+    def without_quantisation(self) -> ModelLayout:
+        """Return the same layout with keys and values as they are read."""
+
+        def plain(leaf: Leaf) -> Leaf:
+            if not isinstance(leaf.content, KVLayout):
+                return leaf
+            return replace(leaf, content=replace(leaf.content, quantised=None))
+
+        return self.with_leaves(plain)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any layer's keys and values are quantised."""
+        contents = (leaf.content for leaf in self.leaves())
+        return any(isinstance(c, KVLayout) and c.quantised is not None for c in contents)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token takes in all layers."""
+        contents = (leaf.content for leaf in self.leaves())
+        return sum(c.bytes_per_token for c in contents if isinstance(c, KVLayout))
+
+    @property
+    def window(self) -> int | None:
+        """The most tokens that any layer sees, None if one sees all."""
+        contents = [leaf.content for leaf in self.leaves() if isinstance(leaf.content, KVLayout)]
+        windows = [content.window for content in contents if content.window is not None]
+        return max(windows) if windows and len(windows) == len(contents) else None
+
+    @property
+    def bytes_per_sequence(self) -> int:
+        """Bytes of recurrent state that one sequence takes in all layers."""
+        contents = (leaf.content for leaf in self.leaves())
+        return sum(c.bytes_per_sequence for c in contents if isinstance(c, StateLayout))
+
+    @property
+    def num_snapshots(self) -> int:
+        """How many snapshots of recurrent state are kept, within 256 MiB: but never under 4."""
+        if not self.bytes_per_sequence:
+            return 0
+        return min(max(_SNAPSHOT_BYTES // self.bytes_per_sequence, 4), 256)
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes that the snapshots take together."""
+        return self.num_snapshots * self.bytes_per_sequence
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether any layer keeps a state that depends on all tokens before."""
+        return any(isinstance(leaf.content, StateLayout) for leaf in self.leaves())
+
+
+@dataclass(slots=True)
+class _Record:
+    """What was seen of one cache: what it got, and the modules that were running, outermost first.
+
+    Of several uses, `stack` keeps the modules that were running in each.
+    """
+
+    stack: list[nn.Module] = field(default_factory=list)
+    keys: mx.array | None = None
+    values: mx.array | None = None
+
+    def note_use(self) -> None:
+        """Note which modules are running."""
+        running = _modules_on_stack()
+        if self.stack:
+            running = [a for a, b in zip(self.stack, running, strict=False) if a is b]
+        self.stack = running
+
+
+def _modules_on_stack() -> list[nn.Module]:
+    """Return the modules whose `__call__` is running, outermost first."""
+    found: list[nn.Module] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if frame.f_code.co_name == "__call__" and isinstance(module, nn.Module):
+            found.append(module)
+        frame = frame.f_back
+    return found[::-1]
+
+
+def _watch(cache: Any, records: dict[int, _Record]) -> Any:
+    """Give `cache` (a fresh one) a class that notes its use in `records`, by id."""
+    if isinstance(cache, CacheList):
+        for member in cache.caches:
+            _watch(member, records)
+        return cache
+    kind = type(cache)
+    record = records.setdefault(id(cache), _Record())
+    if kind is ArraysCache:
+
+        def touch(self: Any, index: int, *value: Any) -> Any:
+            record.note_use()
+            return (kind.__setitem__ if value else kind.__getitem__)(self, index, *value)
+
+        methods: dict[str, Any] = {"__getitem__": touch, "__setitem__": touch}
+    elif kind in (KVCache, RotatingKVCache, ChunkedKVCache):
+
+        def update(self: Any, keys: mx.array, values: mx.array) -> Any:
+            record.note_use()
+            record.keys, record.values = keys, values
+            return kind.update_and_fetch(self, keys, values)
+
+        methods = {"update_and_fetch": update}
+    else:
+        raise UnknownCacheError(f"the model keeps its keys and values in a {kind.__name__}")
+    cache.__class__ = type(kind.__name__, (kind,), methods)
+    return cache
+
+
+def find_layout(model: nn.Module) -> ModelLayout:
+    """Run `model` on two tokens, then one, and return what it cached.
+
+    Raises `UnknownCacheError` for caches other than mlx-lm's usual ones.
+    """
+    records: dict[int, _Record] = {}
+    caches = [_watch(cache, records) for cache in make_prompt_cache(model)]
+    for tokens in ([[0, 0]], [[0]]):
+        logits = model(mx.array(tokens), cache=caches)
+
+    def leaf(layer: int, cache: Any) -> Leaf:
+        record = records[id(cache)]
+        owner = record.stack[-1] if record.stack else None
+        return Leaf(layer, _content(cache, record), owner)
+
+    tree: list[Leaf | tuple[Leaf, ...]] = []
+    for layer, cache in enumerate(caches):
+        if isinstance(cache, CacheList):
+            tree.append(tuple(leaf(layer, member) for member in cache.caches))
+        else:
+            tree.append(leaf(layer, cache))
+    stacks = [record.stack for record in records.values() if record.stack]
+    return ModelLayout(tuple(tree), _inner_model(stacks), logits.shape[-1])
+
+
+def layout_of(model: nn.Module) -> ModelLayout | None:
+    """Return what the model caches, None if it is of a kind that cannot be paged."""
+    try:
+        return find_layout(model)
+    except UnknownCacheError:
+        return None
+
+
+def _content(cache: Any, record: _Record) -> KVLayout | StateLayout | None:
+    if isinstance(cache, ArraysCache):
+        arrays = cache.cache
+        if all(array is None for array in arrays):
+            return None
+        return StateLayout(
+            tuple(None if a is None else tuple(a.shape) for a in arrays),
+            tuple(None if a is None else a.dtype for a in arrays),
+        )
+    if record.keys is None or record.values is None:
+        return None
+    if isinstance(cache, ChunkedKVCache):
+        raise UnknownCacheError("the model attends in chunks of its context")
+    window = None
+    if isinstance(cache, RotatingKVCache):
+        if cache.keep:
+            raise UnknownCacheError(f"a rotating cache keeps its first {cache.keep} tokens")
+        window = cache.max_size
+    keys, values = record.keys, record.values
+    return KVLayout(
+        keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype, window
+    )
+
+
+def _inner_model(stacks: list[list[nn.Module]]) -> nn.Module | None:
+    """Return the module that runs the layers: the one that calls a member of a list of its own."""
+    for stack in stacks:
+        for module, called in pairwise(stack):
+            for value in module.values():
+                if isinstance(value, list) and any(member is called for member in value):
+                    return module
+    return None
+
+
+def kv_bytes_per_token(model: nn.Module) -> int:
+    """Return the bytes of keys and values that one token takes, in the model's own types."""
+    return find_layout(model).bytes_per_token
+
+
+_FLOATS = {"bf16": mx.bfloat16, "fp16": mx.float16}
+_BITS = {"q8": 8, "q4": 4}
+
+
+def layout_with_cache_type(model: nn.Module, kind: KVCacheDtype) -> ModelLayout | None:
+    """Return what a model caches, keys and values as `kind`; None if it cannot be paged."""
+    layout = layout_of(model)
+    return None if layout is None else with_cache_type(layout, kind)
+
+
+def with_cache_type(layout: ModelLayout, kind: KVCacheDtype) -> ModelLayout:
+    """Return `layout` with keys and values of the type `kind`.
+
+    Raises `EngineError` for a model that cannot be quantised: one that caches latents, which are
+    keys and values in one and compressed as they are, or whose heads do not fall into groups.
+    """
+    if kind in _FLOATS:
+        return layout.with_dtype(_FLOATS[kind])
+    if kind not in _BITS:
+        return layout
+
+    def quantise(leaf: Leaf) -> Leaf:
+        content = leaf.content
+        if not isinstance(content, KVLayout):
+            return leaf
+        problem = None
+        found = quantisation(_BITS[kind], content.key_dim, content.value_dim)
+        if _holds_latents(leaf, content):
+            problem = "it caches latents, which keys and values share"
+        elif found is None or content.value_dim == 0:
+            dims = f"{content.key_dim}/{content.value_dim}"
+            problem = f"heads have {dims} elements, expected multiples of {GROUPS[-1]}"
+        if problem is not None:
+            raise EngineError(
+                f"{leaf.name} cannot have its keys and values in {kind}: {problem}",
+                hint="use --kv-cache-dtype auto, bf16 or fp16 for this model",
+            )
+        return replace(leaf, content=replace(content, quantised=found))
+
+    return layout.with_leaves(quantise)
+
+
+def _holds_latents(leaf: Leaf, content: KVLayout) -> bool:
+    return getattr(leaf.owner, "kv_lora_rank", None) in (content.key_dim, content.value_dim)

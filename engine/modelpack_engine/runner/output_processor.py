@@ -1,0 +1,213 @@
+"""Choice: what the host keeps of a running sequence to tell its caller about it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from collections.abc import Sequence as Tokens
+from dataclasses import replace
+
+from modelpack_engine.core.detokenizer import Detokenizer, ending_token_ids
+from modelpack_engine.core.scheduler import Scheduler
+from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.errors import EngineError, RequestError
+from modelpack_engine.models.tokenizer import Tokenizer
+from modelpack_engine.outputs import FinishReason, RequestEvent, Timing, TokenLogprob, Usage
+from modelpack_engine.request import LogitsMask, SamplingParams, check_request
+from modelpack_engine.runner.step import NextToken
+
+
+def make_choices(
+    request_id: str,
+    prompt_token_ids: Tokens[int],
+    params: SamplingParams,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    n: int,
+    continues_text: bool,
+    cache_salt: bytes,
+) -> list[Choice]:
+    """Return the `n` choices of a request, whose sequences wait; raises `RequestError`."""
+    check_request(prompt_token_ids, params, n, vocab_size)
+    first = Sequence(
+        request_id,
+        list(prompt_token_ids),
+        params,
+        eos_token_ids=tokenizer.eos_token_ids,
+        cache_salt=cache_salt,
+    )
+    sequences = [first, *(first.fork(index) for index in range(1, n))]
+    return [Choice(sequence, tokenizer, continues_text) for sequence in sequences]
+
+
+class Choice:
+    """Turns a sequence's tokens into events."""
+
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, continues_text: bool) -> None:
+        self.sequence = sequence
+        #: Log-probabilities of the prompt so far; nothing precedes its first token.
+        self.prompt_logprobs: list[TokenLogprob | None] = [None]
+        #: What its tokens have to keep to; it has accepted all that the host has read.
+        self.mask = sequence.params.mask() if sequence.params.mask is not None else None
+        self._detokenizer = Detokenizer(tokenizer, sequence.params, continues_text=continues_text)
+        self._ending_ids = ending_token_ids(sequence.params, sequence.eos_token_ids)
+        self._has_told = False
+        self._arrived = time.monotonic()
+        self._scheduled: float | None = None
+        self._first_token: float | None = None
+
+    def started(self) -> None:
+        """Take note that the sequence's first step is being built."""
+        if self._scheduled is None:
+            self._scheduled = time.monotonic()
+
+    def take(self, token_id: int, logprob: TokenLogprob | None) -> tuple[RequestEvent, str | None]:
+        """Return the event of a token, and the stop string that it completes."""
+        sequence = self.sequence
+        if self._first_token is None:
+            self._first_token = time.monotonic()
+        if self.mask is not None:
+            self.mask.accept(token_id)
+        told, reason = (token_id,), sequence.finish_reason
+        ends_text = token_id in self._ending_ids and reason is FinishReason.STOP
+        delta = self._detokenizer.push(() if ends_text else told)
+        event = self._event(told, delta.text, logprob)
+        if reason is not None:
+            event = self.ended(event)
+        return event, delta.stopped_by
+
+    def ended(self, event: RequestEvent) -> RequestEvent:
+        """Return the event as the sequence's last: with the rest of its text, and why it ended."""
+        return replace(
+            event,
+            text=event.text + self._detokenizer.finish(),
+            finish_reason=self.sequence.finish_reason,
+            stop_reason=self.sequence.stop_reason,
+            usage=self._usage(),
+            timing=self._timing(),
+        )
+
+    def aborted(self) -> RequestEvent:
+        """Return the event of an abort: nobody waits for its text."""
+        return self.ended(self._event((), "", None))
+
+    def failed(self, message: str, param: str | None = None) -> RequestEvent:
+        """Return the event of a failure, for which a field of the request may be at fault."""
+        event = self._event((), "", None)
+        return replace(
+            event,
+            finish_reason=FinishReason.ERROR,
+            error=message,
+            error_param=param,
+            usage=self._usage(),
+            timing=self._timing(),
+        )
+
+    def _event(
+        self, token_ids: tuple[int, ...], text: str, logprob: TokenLogprob | None
+    ) -> RequestEvent:
+        sequence = self.sequence
+        prompt_logprobs = None
+        if not self._has_told:
+            self._has_told = True
+            if sequence.params.prompt_logprobs is not None:
+                prompt_logprobs = tuple(self.prompt_logprobs)
+        logprobs = None if logprob is None else (logprob,)
+        return RequestEvent(
+            sequence.request_id, sequence.index, token_ids, text, logprobs, prompt_logprobs
+        )
+
+    def _usage(self) -> Usage:
+        sequence = self.sequence
+        return Usage(
+            len(sequence.prompt_token_ids),
+            len(sequence.output_token_ids),
+            sequence.num_cached_tokens,
+            sequence.num_accepted_tokens,
+            sequence.num_proposed_tokens - sequence.num_accepted_tokens,
+        )
+
+    def _timing(self) -> Timing:
+        return Timing(self._arrived, self._scheduled, self._first_token, time.monotonic())
+
+
+class Choices:
+    """A choice for each sequence of `scheduler` that has not ended."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._choices: dict[int, Choice] = {}  # by seq_id
+        self._events: list[RequestEvent] = []
+
+    def add(self, choices: Iterable[Choice]) -> None:
+        """Queue the choices of one request; raises what `Scheduler.add` does."""
+        added = {choice.sequence.seq_id: choice for choice in choices}
+        self._scheduler.add(*(choice.sequence for choice in added.values()))
+        self._choices |= added
+
+    def __len__(self) -> int:
+        return len(self._choices)
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence.seq_id in self._choices
+
+    def is_known(self, request_id: str) -> bool:
+        """Whether a choice of the request has not ended yet."""
+        return any(choice.sequence.request_id == request_id for choice in self._choices.values())
+
+    def mask_of(self, sequence: Sequence) -> LogitsMask | None:
+        """Return a sequence's mask, None if it has none or has ended."""
+        choice = self._choices.get(sequence.seq_id)
+        return None if choice is None else choice.mask
+
+    def started(self, sequence: Sequence) -> None:
+        """Take note that a sequence's first step is being built."""
+        self._choices[sequence.seq_id].started()
+
+    def take_prompt_logprobs(self, entries: Iterable[tuple[Sequence, TokenLogprob | None]]) -> None:
+        """Keep log-probabilities of prompts for the first events of their choices."""
+        for sequence, entry in entries:
+            if sequence in self:
+                self._choices[sequence.seq_id].prompt_logprobs.append(entry)
+
+    def tell(self, sequence: Sequence, token: NextToken) -> None:
+        """Tell what a token that its sequence has taken means for its request."""
+        choice = self._choices[sequence.seq_id]
+        event, stopped_by = choice.take(token.token_id, token.logprob)
+        if stopped_by is not None and not sequence.is_finished:
+            self._scheduler.finish(sequence, FinishReason.STOP, stopped_by)
+            event = choice.ended(event)
+        if sequence.is_finished:
+            del self._choices[sequence.seq_id]
+        self._events.append(event)
+
+    def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
+        """End a request, or one of its choices; return the last events of what was unfinished."""
+        sequences = self._scheduler.abort(request_id, index)
+        return [self._choices.pop(sequence.seq_id).aborted() for sequence in sequences]
+
+    def fail(self, sequence: Sequence, message: str, param: str | None = None) -> None:
+        """End one choice with an error; `param` is the field of its request that is at fault."""
+        self._scheduler.finish(sequence, FinishReason.ERROR)
+        self._events.append(self._choices.pop(sequence.seq_id).failed(message, param))
+
+    def fail_masks(self, failures: Iterable[tuple[Sequence, EngineError]]) -> None:
+        """End the choices whose masks failed."""
+        for sequence, error in failures:
+            param = error.param if isinstance(error, RequestError) else None
+            self.fail(sequence, str(error), param)
+
+    def fail_undecided(self, sequence: Sequence) -> None:
+        """End one whose token could not be chosen."""
+        self.fail(sequence, "the model's logits are not numbers: no token can be chosen")
+
+    def fail_all(self, message: str) -> None:
+        """End all of them with an error."""
+        for choice in list(self._choices.values()):
+            self.fail(choice.sequence, message)
+
+    def told(self) -> list[RequestEvent]:
+        """Return what is new, once."""
+        events, self._events = self._events, []
+        return events

@@ -1,0 +1,421 @@
+"""Steps whose forward pass is compiled by MLX, once for each shape. For GPUs.
+
+Building the graph of a step anew takes the host as long as the device takes to run it. Compiled, a
+graph is replayed. Decode rows come first then, and rows of prompts in tiles of 16 after them, which
+the prefill kernel attends from. Where it cannot, each row of a prompt is attended by the decode
+kernel on its own, which reads keys again for every row: that is for contexts that are not long.
+
+All that the host knows of a step goes to the device in one array. Each array of its own is memory
+that host and GPU take from one another, page by page (CUDA's managed memory, which MLX uses).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.core.batch import StepBatch
+from modelpack_engine.core.block_manager import TRASH_BLOCK
+from modelpack_engine.core.buckets import Buckets
+from modelpack_engine.errors import EngineError, OutOfMemoryError
+from modelpack_engine.kernels import TILE_ROWS, Tiles
+from modelpack_engine.platform.memory import Staging
+from modelpack_engine.runner.adapted import Adapted
+from modelpack_engine.runner.model_layout import ModelLayout
+
+if TYPE_CHECKING:
+    from modelpack_engine.core.batch import StepBatch
+
+#: Tokens of the longest context of a prompt whose rows are taken one by one.
+LONGEST_PROMPT = 1024
+
+#: Numbers of decode rows beside chunks, where that many are enough.
+BESIDE_CHUNKS = (16, 32)
+
+Pools = list[tuple[mx.array, mx.array]]
+#: The arrays of each recurrent layer; those of its own that it does not use are None.
+States = list[list[mx.array | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The sizes that a graph is compiled for.
+
+    `rows` are those of the graph, `decode` of them decode; of their block tables, `width` columns.
+    The others are `tiles`, with `tile_width` columns. `sampled` rows have logits; None: all.
+    """
+
+    rows: int
+    decode: int
+    width: int
+    tiles: int
+    tile_width: int
+    sampled: int | None
+
+    def cut(self, packed: mx.array) -> list[mx.array]:
+        """Return positions, slots, tables, tiles' tables, their spans and sampled rows."""
+        found, start = [], 0
+        for shape in (
+            (self.rows,),
+            (self.rows,),
+            (self.decode, self.width),
+            (self.tiles, self.tile_width),
+            (self.tiles, 2),
+            (self.sampled or 0,),
+        ):
+            stop = start + math.prod(shape)
+            found.append(packed[start:stop].reshape(shape))
+            start = stop
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows as the compiled graph has them: int32 arrays, decode rows first, then whole tiles.
+
+    `order` are the batch's rows, or -1 for padding; None if they come in this order already.
+    """
+
+    order: NDArray[np.int32] | None
+    padding: int
+    tables: NDArray[np.int32]
+    tile_tables: NDArray[np.int32]
+    spans: NDArray[np.int32]
+
+
+class CompiledSteps:
+    """Runs an adapted model's steps, as far as these are of the kind that it takes."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapted: Adapted,
+        step: StepInputs,
+        buckets: Buckets,
+        staging: Staging,
+    ) -> None:
+        self._staging = staging
+        self._model, self._adapted, self._step, self._buckets = model, adapted, step, buckets
+        self._rows: dict[int, int] = {}  # of sequences in the tables of the last step
+        self._tables: NDArray[np.int32] = np.zeros((0, 1), np.int32)
+        self._blocks: NDArray[np.int32] = np.zeros((0,), np.int32)
+        self._graphs: dict[Layout, Callable[..., Any]] = {}
+
+    @staticmethod
+    def can_run(adapted: Adapted) -> bool:
+        """Return whether no attention of a model runs sequence by sequence."""
+        return not adapted.row_by_row
+
+    def takes(self, batch: StepBatch) -> bool:
+        """Return whether a step's prompts are short enough, or attended by tiles.
+
+        There are none where the model is recurrent, and the states of its rows are complete.
+        """
+        states = self._adapted.states
+        if states and (batch.chunks or any(a is None for state in states for a in state.arrays)):
+            return False
+        return not self._step.tiles_refused or all(
+            chunk.kv_length <= LONGEST_PROMPT for chunk in batch.chunks
+        )
+
+    def forget(self) -> None:
+        """Keep no rows: what happens to sequences in a step that is not compiled is not seen."""
+        self._rows = {}
+
+    def forward(self, batch: StepBatch, token_ids: mx.array, sample_rows: list[int]) -> mx.array:
+        """Return logits [sampled rows, vocabulary], not yet computed; pools are replaced.
+
+        So are states; `adapted.begin` has planned where they come from.
+        """
+        adapted = self._adapted
+        positions = np.array(batch.positions, np.int32)
+        rows = self._lay_out(batch, positions)
+        slots = np.array(batch.slots, np.int32)
+        if rows.order is not None:
+            order = np.maximum(rows.order, 0)
+            positions, slots = (
+                np.where(rows.order < 0, 0, column[order]) for column in (positions, slots)
+            )
+            places = np.zeros(batch.num_rows, np.int32)
+            places[order[::-1]] = np.arange(len(order) - 1, -1, -1, dtype=np.int32)
+            sample_rows = places[sample_rows].tolist()
+        elif rows.padding:
+            token_ids = mx.concatenate([token_ids, mx.zeros((rows.padding,), mx.int32)])
+            positions, slots = (np.pad(column, (0, rows.padding)) for column in (positions, slots))
+        sampled = (self._buckets.pad_rows(len(sample_rows)) or 1) if batch.chunks else None
+        columns = [
+            positions,
+            slots,
+            rows.tables.ravel(),
+            rows.tile_tables.ravel(),
+            rows.spans.ravel(),
+        ]
+        if sampled is not None:
+            columns.append(np.array(sample_rows + [0] * (sampled - len(sample_rows)), np.int32))
+        length = sum(map(len, columns))
+        if rows.order is not None:
+            columns.append(order)
+        packed = self._staging.put(np.concatenate(columns))
+        if rows.order is not None:
+            token_ids = token_ids[packed[length : length + len(order)]]
+        packed = packed[:length]
+        (decode, width), (tiles, tile_width) = rows.tables.shape, rows.tile_tables.shape
+        layout = Layout(len(positions), decode, width, tiles, tile_width, sampled)
+        pools: Pools = [(kv.pools.keys, kv.pools.values) for kv in adapted.paged]
+        arrays: States = [list(state.arrays) for state in adapted.states]
+        aside = adapted.rows.set_aside(adapted.states, len(rows.tables)) if arrays else []
+        states = [list(state.arrays) for state in adapted.states]
+        try:
+            logits, new_pools, arrays = self._graph(layout)(token_ids, packed, pools, states)
+            pools = new_pools or pools
+        finally:
+            # Tracing leaves arrays in the caches that stand for any; these are real ones.
+            for kv, (keys, values) in zip(adapted.paged, pools, strict=True):
+                kv.pools.keys, kv.pools.values = keys, values
+            for state, own in zip(adapted.states, arrays, strict=True):
+                state.arrays = list(own)
+        if aside:
+            adapted.rows.put_back(adapted.states, aside, batch.num_decode)
+        found: mx.array = logits[: len(sample_rows), -1]
+        return found
+
+    def _graph(self, layout: Layout) -> Callable[..., Any]:
+        """Return what runs the graph of a layout, which its first call builds."""
+        if layout not in self._graphs:
+            self._graphs[layout] = mx.compile(lambda *inputs: self._trace(layout, *inputs))
+        return self._graphs[layout]
+
+    def _lay_out(self, batch: StepBatch, positions: NDArray[np.int32]) -> _Rows:
+        """Return where the batch's rows go, and what they see."""
+        decode = self._buckets.pad_rows(batch.num_decode)
+        if batch.chunks:  # so many sizes of chunks need few sizes of what is beside them
+            decode = next((size for size in BESIDE_CHUNKS if 0 < decode <= size), decode)
+        of_chunks = [_up(chunk.length) for chunk in batch.chunks]
+        count = sum(of_chunks)
+        rows = decode + self._num_tile_rows(decode, count)
+        order = None
+        if decode != batch.num_decode or any(
+            chunk.padded_length != length
+            for chunk, length in zip(batch.chunks, of_chunks, strict=True)
+        ):
+            order = np.full(rows, -1, np.int32)
+            order[: batch.num_decode] = np.arange(batch.num_decode)
+        tables = self._decode_tables(batch, positions, decode)
+        num_tiles = (rows - decode) // TILE_ROWS
+        width = max((len(chunk.block_table) for chunk in batch.chunks), default=1)
+        tile_tables = np.full((num_tiles, width), TRASH_BLOCK, np.int32)
+        spans = np.zeros((num_tiles, 2), np.int32)
+        row, tile, size = decode, 0, self._step.block_size
+        seen: list[tuple[int, int]] = []
+        for chunk, length in zip(batch.chunks, of_chunks, strict=True):
+            if order is not None:
+                order[row : row + chunk.length] = np.arange(chunk.row, chunk.row + chunk.length)
+            blocks = chunk.block_table[: -(-chunk.kv_length // size)]
+            tile_tables[tile : tile + length // TILE_ROWS, : len(blocks)] = blocks
+            before = chunk.kv_length - chunk.length
+            for first in range(0, length, TILE_ROWS):
+                seen.append((before + first, min(TILE_ROWS, chunk.length - first)))
+            row, tile = row + length, tile + length // TILE_ROWS
+        if seen:
+            spans[:tile] = seen
+        return _Rows(order, rows - batch.num_rows, tables, tile_tables, spans)
+
+    def _num_tile_rows(self, decode: int, count: int) -> int:
+        """Return how many rows stand for `count` of tiles: they fill a bucket, or all rows do."""
+        alone, together = self._buckets.pad_chunk(count), self._buckets.pad_chunk(decode + count)
+        fits = count and (together - decode) % TILE_ROWS == 0
+        return min(alone, together - decode) if fits else alone
+
+    def _decode_tables(
+        self, batch: StepBatch, positions: NDArray[np.int32], rows: int
+    ) -> NDArray[np.int32]:
+        """Return the decode rows' block tables [rows, width]; rows of the last step are kept.
+
+        A sequence's table grows from step to step, and only where it does it is read again.
+        """
+        ids = batch.decode_seq_ids
+        width, count = max(batch.decode_width, 1), len(ids)
+        blocks = positions[:count] // self._step.block_size
+        known = self._rows
+        places = {seq_id: row for row, seq_id in enumerate(ids)}
+        if len(places) < count:  # proposals: rows of one sequence see more and more of it
+            known, places = {}, {}
+        if self._tables.shape == (rows, width) and known == places and count:
+            new = np.flatnonzero(blocks != self._blocks)
+        else:
+            tables = np.full((rows, width), TRASH_BLOCK, np.int32)
+            kept = [(row, known[seq_id]) for seq_id, row in places.items() if seq_id in known]
+            new = np.ones(count, np.bool_)
+            if kept:
+                here, there = np.array(kept).T
+                columns = min(width, self._tables.shape[1])
+                tables[here, :columns] = self._tables[there, :columns]
+                new[here] = blocks[here] != self._blocks[there]
+                if width < self._tables.shape[1]:
+                    new[:] = True
+            new = np.flatnonzero(new)
+            self._tables = tables
+        for row in new.tolist():
+            table = batch.decode_tables[row]
+            self._tables[row, : len(table)] = table
+        self._rows, self._blocks = places, blocks
+        return self._tables
+
+    def _trace(
+        self, layout: Layout, token_ids: mx.array, packed: mx.array, pools: Pools, states: States
+    ) -> tuple[mx.array, Pools, States]:
+        """Build the graph from arrays that stand for any of their shapes.
+
+        Returns logits, pools and states. Pools that are written in place are not among them: this
+        step's readers wait for the writes inside of the graph, and those of later steps come later
+        on the same stream.
+        """
+        positions, slots, tables, tile_tables, spans, sample_rows = layout.cut(packed)
+        some = None if layout.sampled is None else sample_rows
+        adapted, step = self._adapted, self._step
+        for kv, (keys, values) in zip(adapted.paged, pools, strict=True):
+            kv.pools.keys, kv.pools.values = keys, values
+        for state, arrays in zip(adapted.states, states, strict=True):
+            state.arrays = list(arrays)
+        tiles = Tiles(tile_tables, spans) if spans.shape[0] else None
+        step.begin_rows(positions, slots, tables, some, tiles)
+        try:
+            logits: Any = self._model(token_ids[:, None], cache=adapted.caches)
+            adapted.close()
+        except BaseException:
+            adapted.abandon()
+            raise
+        finally:
+            step.end()
+        if not step.rows_taken and some is not None:
+            logits = logits[some]
+        new_states = [list(state.arrays) for state in adapted.states]
+        if adapted.writes_in_place:
+            return logits, [], new_states
+        return logits, [(kv.pools.keys, kv.pools.values) for kv in adapted.paged], new_states
+
+
+def _up(rows: int) -> int:
+    return -(-rows // TILE_ROWS) * TILE_ROWS
+
+
+class PagedRunner:
+    """Runs a model on pages until `undo`, its steps compiled by MLX if that is wanted and possible.
+
+    `in_pieces` are classes of attention modules that run sequence by sequence; `fold` and `fused`
+    are as for `Adapted`. Raises `OutOfMemoryError` if the pools do not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: ModelLayout,
+        step: StepInputs,
+        *,
+        staging: Staging,
+        num_blocks: int,
+        buckets: Buckets,
+        in_pieces: frozenset[str],
+        fold: bool,
+        fused: bool,
+        compiled: bool,
+    ) -> None:
+        self._model, self._step, self._buckets = model, step, buckets
+        self.adapted = Adapted(
+            model,
+            layout,
+            step,
+            num_blocks=num_blocks,
+            buckets=buckets,
+            in_pieces=in_pieces,
+            fold=fold,
+            fused=fused,
+        )
+        self._allocate(num_blocks)
+        self.compiled: CompiledSteps | None = None
+        if compiled and CompiledSteps.can_run(self.adapted):
+            self.compiled = CompiledSteps(model, self.adapted, step, buckets, staging)
+
+    def replace_pools(self, layout: ModelLayout, num_blocks: int) -> None:
+        """Take pools as `layout` has them instead, of unknown content."""
+        self.adapted.replace_pools(layout, num_blocks)
+        self._allocate(num_blocks)
+
+    def _allocate(self, num_blocks: int) -> None:
+        pools = self.adapted.pools()
+        try:
+            mx.eval(pools)
+        except RuntimeError as error:
+            size = sum(pool.nbytes for pool in pools)
+            raise OutOfMemoryError(
+                f"{num_blocks} blocks of the KV cache take {size} bytes: {error}",
+                hint="give the KV cache less memory",
+            ) from error
+
+    @property
+    def tier(self) -> str:
+        """Return "handles", "patched" or "pieces"; see `adaptation.tiers`."""
+        if self.adapted.in_pieces:
+            return "pieces"
+        return "patched" if self.adapted.patched else "handles"
+
+    @cached_property
+    def writes_in_place(self) -> bool:
+        """Whether a kernel writes the pools, so that no step copies them."""
+        return self.adapted.writes_in_place
+
+    def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
+        """Build a step: return logits [rows, vocabulary] of its sampled rows, not yet computed."""
+        self.release(batch.released)
+        adapted, rows = self.adapted, list(batch.sample_rows)
+        if self.compiled is not None:
+            if self.compiled.takes(batch):
+                adapted.begin(batch)
+                found = self.compiled.forward(batch, token_ids, rows)
+                adapted.finish(batch)
+                return found
+            self.compiled.forget()
+        count = len(rows)
+        padded = self._buckets.pad_rows(count) or 1
+        self._step.begin(batch, rows + [0] * (padded - count))
+        adapted.begin(batch)
+        logits: mx.array
+        try:
+            logits = self._model(token_ids[:, None], cache=adapted.caches)
+            adapted.close()
+        except BaseException:
+            adapted.abandon()
+            raise
+        finally:
+            self._step.end()
+        adapted.finish(batch)
+        if not self._step.rows_taken:
+            logits = logits[self._step.sample_rows]
+        if logits.shape[0] != padded:
+            raise EngineError(f"the model made logits of {logits.shape[0]} rows, expected {padded}")
+        return logits[:count, -1]
+
+    def is_compiled(self, batch: StepBatch) -> bool:
+        """Return whether a step's forward pass is one that MLX has compiled."""
+        return self.compiled is not None and self.compiled.takes(batch)
+
+    def pools(self) -> list[mx.array]:
+        """Return what the last step writes."""
+        return self.adapted.pools()
+
+    def release(self, seq_ids: Iterable[int]) -> None:
+        """Drop what is kept for sequences beside their blocks."""
+        self.adapted.rows.release(seq_ids)
+
+    def undo(self) -> None:
+        """Give the model back as it was."""
+        self.adapted.undo()

@@ -1,0 +1,264 @@
+"""Recurrent state of the running sequences: one row each in arrays that all layers cut alike.
+
+A recurrent layer (Mamba, gated delta nets, short convolutions, …) keeps a state per sequence. The
+states of the last step stay in one array per layer in the order of its rows; while the batch stays
+the same, the next step takes that array as it is, with nothing gathered or scattered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache
+
+from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.errors import EngineError
+
+if TYPE_CHECKING:
+    from modelpack_engine.core.batch import Chunk, StepBatch
+
+
+#: Bytes; more than any type asks for.
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One array of a layer's state: where it lies in a snapshot's array of its type."""
+
+    start: int
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+
+
+class Snapshot:
+    """The states of one sequence in all layers, in an array of each type that shares no memory.
+
+    A state is seldom an array of its own: it is a row of all of them, or the end of what a whole
+    chunk computed, and would hold all that for as long as it is kept.
+    """
+
+    def __init__(self, states: Sequence[RecurrentState], row: int) -> None:
+        self._parts: dict[RecurrentState, list[_Part | None]] = {}
+        pieces: dict[mx.Dtype, list[mx.array]] = {}
+        sizes: dict[mx.Dtype, int] = {}
+        for state in states:
+            parts = self._parts[state] = []
+            for array in state.arrays:
+                if array is None:
+                    parts.append(None)
+                    continue
+                dtype, start = array.dtype, sizes.get(array.dtype, 0)
+                parts.append(_Part(start, (1, *array.shape[1:]), dtype))
+                piece = array[row].reshape(-1)
+                each = _ALIGNMENT // dtype.size
+                # Some in any case: of an array alone, there would be no copy.
+                padding = -piece.size % each + each
+                pieces.setdefault(dtype, []).extend([piece, mx.zeros((padding,), dtype)])
+                sizes[dtype] = start + piece.size + padding
+        self._arrays = {dtype: mx.concatenate(some) for dtype, some in pieces.items()}
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What the snapshot holds."""
+        return list(self._arrays.values())
+
+    def of(self, state: RecurrentState) -> list[mx.array | None]:
+        """Return the arrays of one layer, with batch size 1."""
+        return [None if part is None else self._array(part) for part in self._parts[state]]
+
+    def _array(self, part: _Part) -> mx.array:
+        stop = part.start + math.prod(part.shape)
+        return mx.contiguous(self._arrays[part.dtype][part.start : stop]).reshape(part.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Where this step's states come from, as rows of the last step's arrays.
+
+    `decode`: None for "as they are"; `chunks`: None for a sequence that starts, a snapshot for one
+    that starts with tokens it did not compute; `kept`: rows of sequences that this step leaves out.
+    """
+
+    decode: list[int] | None
+    chunks: tuple[int | Snapshot | None, ...]
+    kept: list[int]
+
+
+@dataclass(slots=True)
+class StateRows:
+    """Which row of the state arrays belongs to which sequence; shared by all layers.
+
+    There are rows after these up to what `pad_rows` makes of their number. On a GPU that is one of
+    a few, so that MLX finds memory of the size, and steps of decode rows find as many as they pad
+    their own to: arrays of a new size cost CUDA more than a step.
+    """
+
+    pad_rows: Callable[[int], int] = int
+    rows: dict[int, int] = field(default_factory=dict)
+    total: int = 0
+    plan: _Plan | None = None
+    _next_rows: dict[int, int] = field(default_factory=dict)
+    _next_total: int = 0
+
+    def begin(self, batch: StepBatch) -> None:
+        """Plan a step; raise `EngineError` if a sequence goes on that has no state."""
+        decode: list[int] = []
+        for seq_id in batch.decode_seq_ids:
+            decode.append(self._row(seq_id))
+        as_is = batch.num_decode == self.total and decode == list(range(len(decode)))
+        decode += [0] * (batch.num_decode - len(decode))
+        chunks = tuple(self._source(chunk) for chunk in batch.chunks)
+        present = {*batch.decode_seq_ids, *(chunk.seq_id for chunk in batch.chunks)}
+        kept = [seq_id for seq_id in self.rows if seq_id not in present]
+        self.plan = _Plan(None if as_is else decode, chunks, [self.rows[seq_id] for seq_id in kept])
+        self._next_rows = {seq_id: row for row, seq_id in enumerate(batch.decode_seq_ids)}
+        self._next_total = batch.num_decode
+        for seq_id in [*(chunk.seq_id for chunk in batch.chunks), *kept]:
+            self._next_rows[seq_id] = self._next_total
+            self._next_total += 1
+        self._next_total = self.pad_rows(self._next_total)
+
+    @property
+    def next_total(self) -> int:
+        """How many rows the arrays have after the step that `begin` planned."""
+        return self._next_total
+
+    def finish(self) -> None:
+        """Adopt the rows of the step that `begin` planned."""
+        self.rows, self.total, self.plan = self._next_rows, self._next_total, None
+
+    def set_aside(
+        self, states: Sequence[RecurrentState], num_rows: int
+    ) -> list[list[mx.array | None]]:
+        """Leave `num_rows` rows, padding included, that a step of decode rows starts from.
+
+        Returns each layer's rows that the step leaves out, for `put_back` once it is built.
+        """
+        plan = self.plan
+        assert plan is not None, "a step is being built"
+        assert not plan.chunks, "chunks start from states of their own"
+        decode, kept = plan.decode, mx.array(plan.kept, mx.int32)
+        if decode is None and num_rows != self.total:
+            decode = list(range(self.total))
+        if decode is not None:
+            index = mx.array(decode + [0] * (num_rows - len(decode)), mx.int32)
+        aside: list[list[mx.array | None]] = []
+        for state in states:
+            arrays = state.arrays
+            aside.append([a[kept] if plan.kept and a is not None else None for a in arrays])
+            if decode is not None:
+                state.arrays = [None if a is None else a[index] for a in arrays]
+        self.plan = _Plan(None, (), [])
+        return aside
+
+    def put_back(
+        self, states: Sequence[RecurrentState], aside: list[list[mx.array | None]], num_rows: int
+    ) -> None:
+        """Put the rows that were set aside after the first `num_rows`, which are the step's."""
+        for state, rest in zip(states, aside, strict=True):
+            for slot, (array, left_out) in enumerate(zip(state.arrays, rest, strict=True)):
+                if array is None:
+                    continue
+                own = array if array.shape[0] == num_rows else array[:num_rows]
+                parts = [own] if left_out is None else [own, left_out]
+                state.arrays[slot] = _joined(parts, self._next_total)
+
+    def release(self, seq_ids: Iterable[int]) -> None:
+        """Forget sequences; their rows go when the batch next changes."""
+        for seq_id in seq_ids:
+            self.rows.pop(seq_id, None)
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+        self.rows, self.total, self.plan = {}, 0, None
+
+    def _source(self, chunk: Chunk) -> int | Snapshot | None:
+        if isinstance(chunk.snapshot, Snapshot):
+            return chunk.snapshot
+        return None if chunk.kv_length == chunk.length else self._row(chunk.seq_id)
+
+    def _row(self, seq_id: int) -> int:
+        if seq_id not in self.rows:
+            raise EngineError(f"sequence {seq_id} goes on, but its recurrent state is not there")
+        return self.rows[seq_id]
+
+
+class RecurrentState:
+    """States of one layer; stands in for mlx-lm's ArraysCache."""
+
+    def __init__(
+        self, size: int, step: StepInputs, rows: StateRows, *, name: str = "layer"
+    ) -> None:
+        self.step = step
+        self.rows = rows
+        self.name = name
+        self.arrays: list[mx.array | None] = [None] * size
+
+    def make_mask(self, length: int) -> None:
+        """Return no mask: every piece has its real length."""
+        return
+
+    def __getitem__(self, index: int) -> mx.array:
+        raise EngineError(f"{self.name} reads its recurrent state for rows of several sequences")
+
+    def __setitem__(self, index: int, value: mx.array) -> None:
+        raise EngineError(f"{self.name} writes its recurrent state for rows of several sequences")
+
+    def decode_view(self, rows: slice) -> ArraysCache:
+        """Return a cache with the states of decode rows `rows` of this step."""
+        plan = self._plan()
+        view = ArraysCache(len(self.arrays))
+        whole = rows == slice(0, self.step.num_decode)
+        for index, array in enumerate(self.arrays):
+            if array is None:
+                continue
+            if plan.decode is None:
+                view[index] = array if whole else array[rows]
+            else:
+                view[index] = array[mx.array(plan.decode[rows], mx.int32)]
+        return view
+
+    def chunk_view(self, index: int) -> ArraysCache:
+        """Return a cache with the state of the sequence of chunk `index`."""
+        view = ArraysCache(len(self.arrays))
+        row = self._plan().chunks[index]
+        if isinstance(row, Snapshot):
+            for slot, array in enumerate(row.of(self)):
+                view[slot] = array
+        elif row is not None:
+            for slot, array in enumerate(self.arrays):
+                view[slot] = None if array is None else array[row : row + 1]
+        return view
+
+    def store(self, decode: Sequence[ArraysCache], chunks: Sequence[ArraysCache]) -> None:
+        """Take over the states of all pieces: of decode rows in order, then of chunks."""
+        kept = self._plan().kept
+        for index, array in enumerate(self.arrays):
+            parts = [view[index] for view in decode]
+            if any(view[index] is None for view in (*decode, *chunks)):
+                continue
+            missing = self.step.num_decode - sum(part.shape[0] for part in parts)
+            if missing:  # rows of padding, which ran with none of the views
+                parts.append(mx.zeros((missing, *parts[0].shape[1:]), parts[0].dtype))
+            parts += [view[index] for view in chunks]
+            if kept and array is not None:
+                parts.append(array[mx.array(kept, mx.int32)])
+            self.arrays[index] = _joined(parts, self.rows.next_total)
+
+    def _plan(self) -> _Plan:
+        plan = self.rows.plan
+        assert plan is not None, "a step is being built"
+        return plan
+
+
+def _joined(parts: list[mx.array], total: int) -> mx.array:
+    """Return the rows of `parts` in an array of `total` rows, of which the last mean nothing."""
+    missing = total - sum(part.shape[0] for part in parts)
+    if missing:
+        parts = [*parts, mx.broadcast_to(parts[0][:1], (missing, *parts[0].shape[1:]))]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)

@@ -1,0 +1,206 @@
+"""How many of the proposed tokens a sequence really goes on with. Plain integers.
+
+The sampler draws a token from the logits, the request's seed and the token's position, so what it
+draws in a proposal's rows is what it would have drawn step by step, as far as the tokens before are
+those that were proposed. A proposed token counts if it is the one that was drawn: no output differs
+from that without speculation, which is more than keeping its distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import NamedTuple, cast
+
+import mlx.core as mx
+import numpy as np
+
+from modelpack_engine.core.batch import StepBatch
+from modelpack_engine.core.scheduler import Proposal, SchedulerOutput
+from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.outputs import TokenLogprob
+from modelpack_engine.platform.memory import Staging
+from modelpack_engine.sampling.sampler import (
+    NO_TOKEN,
+    Logprobs,
+    Sampled,
+    SampleRow,
+    gather_logprobs,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`num_tokens` of the drawn tokens count, the last of which was not proposed; or none do.
+
+    What the rows from `broken` on hold (None: of none) is not to stay: their logits were no
+    numbers, so their keys and values may not be, either.
+    """
+
+    num_tokens: int
+    broken: int | None = None
+
+
+def verify(proposed: Tokens[int], drawn: Tokens[int], *, no_token: int) -> Verdict:
+    """Return what counts of the tokens `drawn` in the rows of a proposal, one more than it has.
+
+    A row in which no token could be drawn is left to the next step, where it comes first. In the
+    first row that may be the doing of a proposed token: masked values still meet a product with
+    zero, and zero times NaN is NaN.
+    """
+    assert len(drawn) == len(proposed) + 1, "a row for the newest token and for each proposed one"
+    if drawn[0] == no_token:
+        return Verdict(0, 0)
+    count = 1
+    for guess, token_id in zip(proposed, drawn, strict=False):
+        if guess != token_id or drawn[count] == no_token:
+            break
+        count += 1
+    broken = next((row for row in range(1, len(drawn)) if drawn[row] == no_token), None)
+    return Verdict(count, broken)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step whose graph is built: what was scheduled, and what it samples, if anything.
+
+    `logits` are of rows that are still to be sampled, which waits for masks; else None. `turn` is
+    that of the arrays that the host made for it.
+    """
+
+    output: SchedulerOutput
+    batch: StepBatch
+    logits: mx.array | None
+    sampled: Sampled | None
+    prompt_logprobs: Logprobs | None
+    turn: int = 0
+
+    def arrays(self) -> list[mx.array]:
+        """Return what has to be evaluated, besides the pools that the step writes."""
+        parts = (self.sampled, self.prompt_logprobs)
+        arrays = [array for part in parts if part is not None for array in part.arrays()]
+        return arrays if self.logits is None else [*arrays, self.logits]
+
+
+class NextToken(NamedTuple):
+    """A token of a sequence, as the host reads it."""
+
+    token_id: int
+    logprob: TokenLogprob | None
+
+
+class StepTokens(NamedTuple):
+    """What a step sampled: for each of its sampled sequences, the tokens that count.
+
+    None at all where a proposal spoilt its step. `broken_slots` hold keys of rejected rows, which
+    may be no numbers.
+    """
+
+    step: Step
+    tokens: list[list[NextToken]]
+    broken_slots: list[int]
+
+    def verified(self) -> list[tuple[Proposal, list[NextToken]]]:
+        """Return the step's proposals, and how their sequences really go on."""
+        first, proposals = len(self.step.output.decode), self.step.output.proposals
+        tokens = self.tokens[first : first + len(proposals)]
+        return list(zip(proposals, tokens, strict=True))
+
+
+def sample_rows(output: SchedulerOutput) -> list[SampleRow]:
+    """Return the rows that sample a step's tokens, in the order of its batch."""
+    rows = [_sample_row(sequence) for sequence in output.decode]
+    for proposal in output.proposals:
+        rows += [
+            _sample_row(proposal.sequence, proposal.token_ids[:count])
+            for count in range(len(proposal.token_ids) + 1)
+        ]
+    return rows + [_sample_row(chunk.sequence) for chunk in output.prefill if chunk.is_last]
+
+
+def _sample_row(sequence: Sequence, assumed: tuple[int, ...] | None = None) -> SampleRow:
+    """Return the row that samples the token after a sequence's newest, or after what it assumes."""
+    num_output = sequence.num_output_tokens + len(assumed or ())
+    position = len(sequence.prompt_token_ids) + num_output
+    return SampleRow(sequence.seq_id, position, num_output, None, assumed)
+
+
+def row_token_ids(batch: StepBatch, previous: Sampled | None, staging: Staging) -> mx.array:
+    """Return the rows' ids, int32 [rows]; those that `previous` sampled stay on the device."""
+    if not batch.from_previous:
+        return staging.put(np.array(batch.token_ids, np.int32))[: batch.num_rows]
+    assert previous is not None
+    sampled = previous.next_ids  # a row that failed runs on with any until its end is seen
+    count, num_known = batch.num_rows, len(batch.from_previous)
+    numbers = np.fromiter(chain.from_iterable(batch.from_previous), np.int32, 2 * num_known)
+    rows, indices = numbers[::2], numbers[1::2]
+    if num_known == count <= sampled.size and np.array_equal(rows, indices):
+        return sampled[:count]
+    places = np.arange(count, dtype=np.int32)
+    places[rows] = count + indices
+    known = staging.put(np.concatenate([np.array(batch.token_ids, np.int32), places]))
+    return mx.concatenate([known[:count], sampled])[known[count : 2 * count]]
+
+
+def with_prompt_rows(batch: StepBatch) -> StepBatch:
+    """Return the batch with the rows of prompts whose log-probabilities are wanted sampled too."""
+    if not batch.prompt_logprob_rows:
+        return batch
+    return replace(batch, sample_rows=batch.sample_rows + batch.prompt_logprob_rows)
+
+
+def next_prompt_tokens(batch: StepBatch) -> list[int]:
+    """Return, for each row of a prompt that is wanted, the prompt's token after it."""
+    return [
+        sequence.prompt_token_ids[batch.positions[row] + 1]
+        for row, sequence in zip(batch.prompt_logprob_rows, batch.prompt_logprob_seqs, strict=True)
+    ]
+
+
+def part_logits(batch: StepBatch, logits: mx.array) -> tuple[mx.array, Logprobs | None]:
+    """Part the logits of sampled rows, and what is wanted of those of prompts."""
+    if not batch.prompt_logprob_rows:
+        return logits, None
+    count = len(batch.sample_rows)
+    wanted = logits[count : count + len(batch.prompt_logprob_rows)]
+    return logits[:count], _gather_prompt_logprobs(batch, wanted)
+
+
+def _gather_prompt_logprobs(batch: StepBatch, logits: mx.array) -> Logprobs:
+    num_top = max(sequence.params.prompt_logprobs or 0 for sequence in batch.prompt_logprob_seqs)
+    return gather_logprobs(logits, mx.array(next_prompt_tokens(batch), mx.int32), num_top)
+
+
+def read_prompt_logprobs(step: Step) -> list[tuple[Sequence, TokenLogprob | None]]:
+    """Return log-probabilities of tokens of prompts, with the sequences whose they are."""
+    if step.prompt_logprobs is None:
+        return []
+    sequences = step.batch.prompt_logprob_seqs
+    wanted = [sequence.params.prompt_logprobs for sequence in sequences]
+    entries = step.prompt_logprobs.read(next_prompt_tokens(step.batch), wanted)
+    return list(zip(sequences, entries, strict=True))
+
+
+def read_tokens(step: Step) -> StepTokens:
+    """Wait for a step; return its tokens, and their log-probabilities where they are wanted."""
+    if step.sampled is None:
+        return StepTokens(step, [], [])
+    sequences = step.batch.sample_seqs
+    token_ids = cast("list[int]", step.sampled.token_ids.tolist())[: len(sequences)]
+    logprobs: list[TokenLogprob | None] = [None] * len(token_ids)
+    if step.sampled.logprobs is not None:
+        wanted = [sequence.params.logprobs for sequence in sequences]
+        logprobs = step.sampled.logprobs.read(token_ids, wanted)
+    rows = list(map(NextToken, token_ids, logprobs))
+    first = len(step.output.decode)
+    tokens, broken = [[row] for row in rows[:first]], list[int]()
+    for proposal in step.output.proposals:
+        stop = first + len(proposal.token_ids) + 1
+        verdict = verify(proposal.token_ids, token_ids[first:stop], no_token=NO_TOKEN)
+        tokens.append(rows[first : first + verdict.num_tokens])
+        if verdict.broken is not None:
+            bad = step.batch.sample_rows[first + verdict.broken : stop]
+            broken += [step.batch.slots[row] for row in bad]
+        first = stop
+    return StepTokens(step, tokens + [[row] for row in rows[first:]], broken)

@@ -1,0 +1,371 @@
+"""The self-test: three steps of an adapted model against mlx-lm's own cache, on the real weights.
+
+Two sequences of 21 tokens in all, their blocks out of order: a prompt in two chunks, the second one
+beside another sequence's decode row, then both decoding. The logits of every sampled row are
+compared with those of one plain forward per sequence.
+
+On a GPU, a full step of prompts is compared as well: which kernels run depends on how many rows
+there are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from modelpack_engine import kernels
+from modelpack_engine.attention.cache_handle import LostHandleError
+from modelpack_engine.attention.kv_pools import KVLayout
+from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.core.batch import Chunk, StepBatch
+from modelpack_engine.core.buckets import Buckets
+from modelpack_engine.errors import EngineError
+from modelpack_engine.layers import kernels as fused_kernels
+from modelpack_engine.platform.memory import Staging
+from modelpack_engine.runner.model_layout import ModelLayout
+from modelpack_engine.runner.paged import PagedRunner
+
+#: Sequences by id: their lengths.
+_LENGTHS = {1: 3, 2: 18}
+
+#: How far the centred cosine of two rows of logits may be from 1. Some GPUs round products of
+#: float32 to TF32; in 16 bits, an expert of a mixture may tip over.
+_TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 2e-2}
+#: A model that is further from itself, if it computes a prompt in two parts, may be so many
+#: times as far; but no further than this.
+_NOISE, _MOST = 4, 0.5
+#: How far the rows of a full step may be, on average; what is wrong is near 1.
+_FULL = 0.1
+#: `_TOLERANCE` where keys and values have so many bits: more is worth a warning.
+QUANTISED = {8: 2e-2, 4: 0.2}
+
+
+def blocks_needed(block_size: int, full_step: Sequence[int] = ()) -> int:
+    """Return how many blocks the test writes to, the trash block included."""
+    return 1 + max(
+        sum(-(-length // block_size) for length in lengths)
+        for lengths in (_LENGTHS.values(), full_step)
+    )
+
+
+def compare(
+    model: nn.Module,
+    forward: Callable[[StepBatch, mx.array], mx.array],
+    *,
+    block_size: int,
+    vocab_size: int,
+    compute: bool = True,
+    tolerance: float | None = None,
+    full_step: Sequence[int] = (),
+) -> str | None:
+    """Return None if `forward` agrees with mlx-lm, else what is wrong.
+
+    `model` is called with mlx-lm's own cache, which swapped classes leave alone. What `forward`
+    raises is passed on. Without `compute`, the steps are only built, which is enough to find layers
+    that lose their handles. `tolerance` is by default that of the logits' type. With a `full_step`,
+    one more step is compared, of prompts of these lengths.
+    """
+    tokens = _tokens(_LENGTHS, vocab_size)
+    steps = _steps(tokens, block_size)
+    if not compute:
+        for batch, _ in steps:
+            forward(batch, mx.array(batch.token_ids, mx.int32))
+        return None
+    expected = {
+        seq_id: model(mx.array([ids]), cache=make_prompt_cache(model))[0]
+        for seq_id, ids in tokens.items()
+    }
+    for batch, sampled in steps:
+        logits = forward(batch, mx.array(batch.token_ids, mx.int32))
+        rows = mx.stack([expected[seq_id][position] for seq_id, position in sampled])
+        if logits.shape != rows.shape:
+            return f"logits have the shape {logits.shape}, expected {rows.shape}"
+        limit = _TOLERANCE.get(rows.dtype, 2e-2) if tolerance is None else tolerance
+        distance = float(mx.max(_distance(logits, rows)))
+        if limit < distance <= _MOST and tolerance is None:
+            limit = max(limit, min(_MOST, _NOISE * _noise(model, tokens, expected)))
+        if not distance <= limit:
+            return (
+                f"logits of a step with {len(batch.decode_seq_ids)} decode rows and "
+                f"{len(batch.chunks)} chunks are off by {distance:.2g} (1 - cosine), "
+                f"expected at most {limit:.2g}"
+            )
+    if not full_step:
+        return None
+    tokens = _tokens(dict(enumerate(full_step, 1)), vocab_size)
+    return _compare_full(model, forward, tokens, block_size)
+
+
+def _compare_full(
+    model: nn.Module,
+    forward: Callable[[StepBatch, mx.array], mx.array],
+    tokens: dict[int, list[int]],
+    block_size: int,
+) -> str | None:
+    """Return what is wrong with a step of whole prompts, if anything is."""
+    chunks = [(seq_id, 0, len(ids)) for seq_id, ids in tokens.items()]
+    tables = _tables(tokens, block_size)
+    batch, _ = _step(tokens, tables, block_size, decode=[], chunks=chunks)
+    logits = forward(batch, mx.array(batch.token_ids, mx.int32))
+    distances = []
+    for row, ids in zip(logits, tokens.values(), strict=True):
+        expected = model(mx.array([ids]), cache=make_prompt_cache(model))[:, -1]
+        distances.append(float(_distance(row[None], expected)))
+    distance = sum(distances) / len(distances)
+    if distance <= _FULL:
+        return None
+    return (
+        f"logits of a step with prompts of {len(batch.token_ids)} tokens are off by {distance:.2g} "
+        f"(1 - cosine, their mean), expected at most {_FULL}"
+    )
+
+
+def _tokens(lengths: dict[int, int], vocab_size: int) -> dict[int, list[int]]:
+    """Return sequences of these lengths, by their ids."""
+    return {
+        seq_id: [(5 * i * i + 3 * i + seq_id) % min(vocab_size, 241) for i in range(length)]
+        for seq_id, length in lengths.items()
+    }
+
+
+def _tables(tokens: dict[int, list[int]], block_size: int) -> dict[int, list[int]]:
+    """Return block tables of the sequences, the last blocks that they need first."""
+    blocks = list(range(1, blocks_needed(block_size, [len(ids) for ids in tokens.values()])))
+    return {
+        seq_id: [blocks.pop() for _ in range(-(-len(ids) // block_size))]
+        for seq_id, ids in tokens.items()
+    }
+
+
+def _noise(model: nn.Module, tokens: dict[int, list[int]], expected: dict[int, mx.array]) -> float:
+    """Return how far a model is from itself where only the order of its sums is another.
+
+    Some attend to one token by other products than to several (latent attention).
+    """
+    most = 0.0
+    for seq_id, ids in tokens.items():
+        cache, half = make_prompt_cache(model), len(ids) // 2
+        pieces = ids[:half], ids[half:-1], ids[-1:]
+        parts = [model(mx.array([piece]), cache=cache)[0] for piece in pieces if piece]
+        distances = _distance(mx.concatenate(parts), expected[seq_id])
+        most = max(most, float(mx.max(distances)))
+    return most
+
+
+def _distance(a: mx.array, b: mx.array) -> mx.array:
+    """Return 1 - cosine of the rows of two matrices, each centred."""
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    # Some models forbid tokens: minus infinity has to be in the same places.
+    finite = mx.isfinite(b)
+    same = mx.all(mx.isfinite(a) == finite, axis=-1)
+    a, b = mx.where(finite, a, 0), mx.where(finite, b, 0)
+    a = a - a.mean(axis=-1, keepdims=True)
+    b = b - b.mean(axis=-1, keepdims=True)
+    norms = mx.linalg.norm(a, axis=-1) * mx.linalg.norm(b, axis=-1)
+    distance = 1 - (a * b).sum(axis=-1) / mx.maximum(norms, 1e-30)
+    return mx.where(same, distance, mx.inf)
+
+
+def _steps(
+    tokens: dict[int, list[int]], block_size: int
+) -> list[tuple[StepBatch, list[tuple[int, int]]]]:
+    """Return the steps, each with what its logits are of: (sequence, position)."""
+    tables = _tables(tokens, block_size)
+    return [
+        _step(tokens, tables, block_size, decode=[], chunks=[(1, 0, 1), (2, 0, 9)]),
+        _step(tokens, tables, block_size, decode=[(1, 1)], chunks=[(2, 9, 17)]),
+        _step(tokens, tables, block_size, decode=[(1, 2), (2, 17)], chunks=[]),
+    ]
+
+
+def _step(
+    tokens: dict[int, list[int]],
+    blocks: dict[int, list[int]],
+    block_size: int,
+    *,
+    decode: list[tuple[int, int]],
+    chunks: list[tuple[int, int, int]],
+) -> tuple[StepBatch, list[tuple[int, int]]]:
+    """Return a step of rows (sequence, position) and chunks (sequence, start, stop).
+
+    Decode rows and the last row of each chunk are sampled.
+    """
+    rows = list(decode)
+    made = []
+    for seq_id, start, stop in chunks:
+        length = stop - start
+        table = tuple(blocks[seq_id][: -(-stop // block_size)])
+        made.append(Chunk(len(rows), length, length, stop, table, seq_id))
+        rows += [(seq_id, position) for position in range(start, stop)]
+    sampled = [*range(len(decode)), *(chunk.row + chunk.length - 1 for chunk in made)]
+    tables = [blocks[seq_id][: position // block_size + 1] for seq_id, position in decode]
+    width = max(map(len, tables), default=0)
+    batch = StepBatch(
+        token_ids=[tokens[seq_id][position] for seq_id, position in rows],
+        positions=[position for _, position in rows],
+        slots=[
+            blocks[seq_id][position // block_size] * block_size + position % block_size
+            for seq_id, position in rows
+        ],
+        from_previous=(),
+        num_decode=len(decode),
+        decode_tables=[table + [0] * (width - len(table)) for table in tables],
+        decode_lengths=[position + 1 for _, position in decode],
+        decode_seq_ids=tuple(seq_id for seq_id, _ in decode),
+        chunks=tuple(made),
+        sample_rows=tuple(sampled),
+        sample_seqs=(),
+    )
+    return batch, [rows[row] for row in sampled]
+
+
+logger = logging.getLogger(__name__)
+
+#: What a model's code may raise when it is given rows or caches that it was not written for.
+MODEL_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EngineError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def model_name(model: nn.Module) -> str:
+    """Return the name of the module that a model's class is in."""
+    return type(model).__module__.rpartition(".")[2]
+
+
+def leave(model: nn.Module, tier: str, why: str) -> str:
+    """Log that a model does not run in a tier; return a note of it."""
+    logger.warning("%s does not run in %s: %s", model_name(model), tier, why)
+    return f"not in {tier}: {why}"
+
+
+@dataclass
+class TierSearch:
+    """Looks for a model's tier: all on rows, then more and more attention modules in pieces.
+
+    Pools have `num_blocks` blocks. `notes` say what was left, and how the model runs. With
+    `self_test` a tier's logits are compared, also of prompts of `full_step` tokens; else only what
+    a forward pass attends to is looked at.
+    """
+
+    model: nn.Module
+    layout: ModelLayout
+    step: StepInputs
+    staging: Staging
+    buckets: Buckets
+    num_blocks: int
+    self_test: bool
+    compiled: bool
+    full_step: tuple[int, ...]
+    kind: type[PagedRunner] = PagedRunner
+    notes: list[str] = field(default_factory=list)
+
+    def find(self) -> PagedRunner | None:
+        """Return the model in its tier; None if it answers otherwise in all that are paged."""
+        in_pieces: frozenset[str] = frozenset()
+        compiled, fused = self.compiled, self._can_fuse()
+        while True:
+            runner = self._make(in_pieces, fused=fused, compiled=compiled)
+            problem, culprit = self._try(runner)
+            if problem is None:
+                self.notes += runner.adapted.notes()
+                if self.layout.quantised:
+                    self._quantise(runner)
+                return runner
+            every = runner.adapted.attention_classes()
+            runner.undo()
+            if runner.adapted.fused:
+                self._leave("fused layers", problem)
+                fused = False
+            elif runner.compiled is not None:
+                self._leave("compiled steps", problem)
+                compiled = False
+            else:
+                self._leave("pieces" if in_pieces else "handles", problem)
+                more = in_pieces | {culprit} if culprit else every
+                if more <= in_pieces:
+                    more = every
+                if more <= in_pieces:
+                    return None
+                in_pieces = frozenset(more)
+
+    def _make(self, in_pieces: frozenset[str], *, fused: bool, compiled: bool) -> PagedRunner:
+        num_blocks = self._num_tested if self.layout.quantised else self.num_blocks
+        return self.kind(
+            self.model,
+            self.layout.without_quantisation(),
+            self.step,
+            staging=self.staging,
+            num_blocks=num_blocks,
+            buckets=self.buckets,
+            in_pieces=in_pieces,
+            fold=mx.cuda.is_available(),
+            fused=fused,
+            compiled=compiled,
+        )
+
+    @property
+    def _num_tested(self) -> int:
+        """Blocks that the self-test needs."""
+        return blocks_needed(self.step.block_size, self.full_step)
+
+    def _quantise(self, runner: PagedRunner) -> None:
+        """Give the caches of a tier that is right the quantised pools that are wanted."""
+        runner.replace_pools(self.layout, self.num_blocks)
+        paged = runner.adapted.paged
+        bits = min(kv.layout.quantised.bits for kv in paged if kv.layout.quantised)
+        problem, _ = self._try(runner, QUANTISED[bits])
+        if problem is not None:
+            note = f"quantised keys and values change what this model says: {problem}"
+            logger.warning("%s: %s", model_name(self.model), note)
+            self.notes.append(note)
+
+    def _can_fuse(self) -> bool:
+        """Return whether layers may run by fused kernels: on a GPU where these are right."""
+        if self.step.exact or not kernels.available().write:
+            return False
+        contents = [leaf.content for leaf in self.layout.leaves()]
+        dtypes = {content.dtype for content in contents if isinstance(content, KVLayout)}
+        wrong = [verdict for dtype in dtypes if (verdict := fused_kernels.verdict(dtype))]
+        if wrong:
+            self._leave("fused layers", wrong[0])
+        return not wrong
+
+    def _try(
+        self, runner: PagedRunner, tolerance: float | None = None
+    ) -> tuple[str | None, str | None]:
+        """Return what is wrong with a tier, and the class of the module at fault, if known."""
+        if self._num_tested > self.num_blocks:
+            return None, None
+        try:
+            problem = compare(
+                self.model,
+                runner.forward,
+                block_size=self.step.block_size,
+                vocab_size=self.layout.vocab_size,
+                compute=self.self_test,
+                tolerance=tolerance,
+                full_step=self.full_step if tolerance is None else (),
+            )
+        except LostHandleError as error:
+            return str(error), runner.adapted.owner_class(error)
+        except MODEL_ERRORS as error:
+            return f"{type(error).__name__}: {error}", None
+        finally:
+            runner.adapted.reset()
+        return problem, None
+
+    def _leave(self, tier: str, why: str) -> None:
+        self.notes.append(leave(self.model, tier, why))

@@ -1,0 +1,82 @@
+"""in_thread: run blocking work off the event loop; cancelling it ends its worker's job."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Each thread waits for a worker; `Workers` refuses jobs before as many wait.
+_threads = ThreadPoolExecutor(max_workers=128, thread_name_prefix="modelpack-rendering")
+
+
+class Cancellation:
+    """Whether nobody waits for some work any more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_set = False
+        self._end: Callable[[], object] | None = None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether it was cancelled."""
+        return self._is_set
+
+    def set(self) -> None:
+        """End the work that is under way, and what would begin."""
+        with self._lock:
+            self._is_set = True
+            if self._end is not None:
+                self._end()
+
+    def ends_by(self, end: Callable[[], object] | None) -> None:
+        """Set what ends the work now under way; None where nothing is to be ended."""
+        with self._lock:
+            self._end = end
+            if self._is_set and end is not None:
+                end()
+
+
+#: Of the work that the current thread does.
+current: contextvars.ContextVar[Cancellation | None] = contextvars.ContextVar(
+    "cancellation", default=None
+)
+
+
+async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Return what `function` returns, called in a thread.
+
+    If this is cancelled, a worker that runs for the function is killed.
+    """
+    return await in_executor(_threads, functools.partial(function, *args, **kwargs))
+
+
+async def in_executor(threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
+    """Return what `function` returns, as `in_thread` does, called in one of `threads`."""
+    cancellation = Cancellation()
+    context = contextvars.copy_context()
+    context.run(current.set, cancellation)
+    call = functools.partial(context.run, function)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(threads, call)
+    except asyncio.CancelledError:
+        cancellation.set()
+        raise
+
+
+#: Characters, or token ids, from which a prompt counts as large.
+LARGE = 64 * 1024
+_WORKERS = ThreadPoolExecutor(2, "modelpack-prompts")
+
+
+async def prepare(size: int, work: Callable[[], T]) -> T:
+    """Return `work()`, called in a thread; those of large prompts are two."""
+    return await (in_thread(work) if size < LARGE else in_executor(_WORKERS, work))

@@ -1,0 +1,31 @@
+"""Docker Model Runner's own API: /models and /engines, as `docker model` uses them."""
+
+from __future__ import annotations
+
+import re
+
+from fastapi import APIRouter
+
+from modelpack_server.api.model_runner import engines, models, requests
+from modelpack_server.api.model_runner.answers import text_shape as text_shape
+from modelpack_server.api.model_runner.records import Recording as Recording
+from modelpack_server.api.model_runner.records import Records as Records
+from modelpack_server.pool.pool import ModelPool
+
+_OURS = re.compile(
+    r"/models(?:/.*)?|/engines/(?:status|ps|df|unload|requests|(?:un)?install-backend"
+    r"|(?:[^/]+/)?_configure)"
+)
+
+
+def is_ours(path: str) -> bool:
+    """Return whether a path is one of this API, whose errors are lines of text."""
+    return _OURS.fullmatch(path) is not None
+
+
+def router(pool: ModelPool, records: Records) -> APIRouter:
+    """Return the routes; `records` are what /engines/requests shows."""
+    routes = APIRouter()
+    for part in (models.router(pool), engines.router(pool), requests.router(pool, records)):
+        routes.include_router(part)
+    return routes

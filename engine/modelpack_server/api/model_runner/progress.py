@@ -1,0 +1,251 @@
+"""Long work whose progress a client reads line by line, in Docker Model Runner's framing.
+
+A line is `{"type", "message", "total", "layer": {"id", "size", "current"}, "mode"}`; its types are
+progress, warning, error and success, which is the last. Source: pkg/distribution/oci/progress.go
+and pkg/distribution/internal/progress/reporter.go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+from fastapi import Request, Response
+from pydantic import ConfigDict, Field
+
+from modelpack.artifacts.model import Model
+from modelpack.artifacts.reference import Reference, is_model_id
+from modelpack.errors import UsageError
+from modelpack.operations.lookup import inspect, stored_model
+from modelpack.operations.pull import pull
+from modelpack.operations.push import push
+from modelpack.operations.remote import RemoteOptions
+from modelpack.progress import Action, Progress, ProgressCallback, Stop
+from modelpack.registry import Credential
+from modelpack_server.api.bodies import Body
+from modelpack_server.api.model_runner.answers import described
+from modelpack_server.api.model_runner.names import find_stored
+from modelpack_server.api.model_use import unless_gone
+from modelpack_server.api.sse import LiveStream
+from modelpack_server.pool.pool import ModelPool
+
+Mode = Literal["pull", "push"]
+
+T = TypeVar("T")
+
+# A layer is told of again after that many bytes.
+_STEP = 1024 * 1024
+# As Go's html.EscapeString, which Docker Model Runner uses for clients that take any text.
+_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&#34;", "'": "&#39;"})
+_NONE = {"size": 0, "current": 0}
+_VERBS = {"pull": "Downloaded", "push": "Uploaded"}
+
+
+@dataclass(slots=True)
+class Lines:
+    """The lines of one transfer; `total` is the size of all its layers, in bytes, once known."""
+
+    mode: Mode
+    total: int
+    escaped: bool
+    _told: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def asked_by(cls, request: Request, mode: Mode) -> Lines:
+        """Return what writes the lines as a client wants them: JSON only if it says so."""
+        return cls(mode, 0, escaped=request.headers.get("accept") != "application/json")
+
+    @property
+    def media_type(self) -> str:
+        """The type of the reply."""
+        return "text/plain" if self.escaped else "application/json"
+
+    def progress(self, report: Progress) -> str:
+        """Return the line for a report, "" where there is nothing new to tell."""
+        if report.action is Action.RETRY:
+            return self._line("warning", report.message)
+        if report.digest is None or report.total is None:
+            return ""
+        layer, current = str(report.digest), report.completed
+        told = self._told.get(layer)
+        if told is not None and not report.finished and current - told < _STEP:
+            return ""
+        if told == current:
+            return ""
+        self._told[layer] = current
+        message = f"{_VERBS[self.mode]}: {current / 2**20:.2f} MB"
+        shown = {"id": layer, "size": report.total, "current": current}
+        return self._line("progress", message, self.total, shown)
+
+    def success(self, message: str) -> str:
+        """Return the last line."""
+        return self._line("success", message)
+
+    def error(self, error: Exception) -> str:
+        """Return the line for a failure, after which there is none."""
+        return self._line("error", described(error).message)
+
+    def _line(
+        self, kind: str, message: str, total: int = 0, layer: dict[str, Any] | None = None
+    ) -> str:
+        value = {
+            "type": kind, "message": message, "total": total, "layer": layer or _NONE,
+            "mode": self.mode,
+        }  # fmt: skip
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        return (text.translate(_ESCAPES) if self.escaped else text) + "\n"
+
+
+#: Work in a thread: says how much there is to do, reports what it does, ends early on request,
+#: returns its last words.
+Work = Callable[[Lines, ProgressCallback, Stop], str]
+
+
+async def stoppable(request: Request, work: Callable[[Stop], T]) -> T:
+    """Do `work` in a thread; it is stopped when the client leaves."""
+    stop = Stop()
+    try:
+        return await unless_gone(request, asyncio.to_thread(work, stop))
+    finally:
+        stop.request()
+
+
+async def stream_progress(
+    request: Request, work: Work, opened: AsyncExitStack, *, mode: Mode
+) -> Response:
+    """Do `work` in a thread and stream its progress; it is stopped when the client leaves.
+
+    Fails with what `work` raises as long as nothing was sent, and with a line from then on.
+    `opened` is closed at the end.
+    """
+    lines = Lines.asked_by(request, mode)
+    reports: asyncio.Queue[Progress | None] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    stop = Stop()
+
+    def report(progress: Progress) -> None:
+        loop.call_soon_threadsafe(reports.put_nowait, progress)
+
+    async with opened.pop_all() as all_opened:
+        worker = asyncio.ensure_future(asyncio.to_thread(work, lines, report, stop))
+        worker.add_done_callback(lambda _: reports.put_nowait(None))
+
+        async def end() -> None:
+            stop.request()
+            await asyncio.gather(worker, return_exceptions=True)
+
+        all_opened.push_async_callback(end)
+        told = _tell(reports, worker, lines)
+        first = await unless_gone(request, anext(told))
+        return LiveStream(
+            _continued(first, told),
+            all_opened.pop_all(),
+            media_type=lines.media_type,
+            failure=lines.error,
+        )
+    raise AssertionError("the exit stack swallows nothing")
+
+
+async def _tell(
+    reports: asyncio.Queue[Progress | None], worker: asyncio.Future[str], lines: Lines
+) -> AsyncGenerator[str, None]:
+    """Yield the lines of the work; raise what it raises."""
+    while (report := await reports.get()) is not None:
+        if line := lines.progress(report):
+            yield line
+    yield lines.success(worker.result())
+
+
+async def _continued(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    yield first
+    async for line in rest:
+        yield line
+
+
+# As many as Docker Model Runner.
+_AT_A_TIME = 2
+
+
+class TransferRequest(Body):
+    """The body of POST /models/create, and of a push, which names no model."""
+
+    model_config = ConfigDict(populate_by_name=True)
+    source: str = Field("", alias="from")
+    bearer_token: str = Field("", alias="bearer-token")
+
+
+@dataclass(frozen=True, slots=True)
+class BearerToken:
+    """A token that is sent as it is, to one registry only."""
+
+    host: str
+    token: str
+
+    def credential(self, host: str) -> Credential | None:
+        """Return the token for its host, nothing for others."""
+        if host != self.host:
+            return None
+        return Credential(registry_token=self.token, source="the request")
+
+
+class Transfers:
+    """Pulls into, and pushes from, the store of a pool."""
+
+    def __init__(self, pool: ModelPool) -> None:
+        self._pool = pool
+        self._limit = asyncio.Semaphore(_AT_A_TIME)
+
+    async def pull(self, request: Request, body: TransferRequest) -> Response:
+        """Pull a model; raises what `modelpack.pull` does as long as nothing was sent."""
+        if not body.source:
+            raise UsageError("from is missing: it names the model to pull")
+        reference = Reference.parse(body.source)
+        remote = _remote(self._pool, reference, body.bearer_token)
+        store = self._pool.catalogue.store
+
+        def work(lines: Lines, report: ProgressCallback, stop: Stop) -> str:
+            found = inspect(str(reference), remote=remote, from_registry=True, stop=stop)
+            lines.total = _total(found)
+            pull(reference, store=store, remote=remote, progress=report, stop=stop)
+            return "Model pulled successfully"
+
+        async with AsyncExitStack() as opened:
+            await unless_gone(request, opened.enter_async_context(self._limit))
+            return await stream_progress(request, work, opened.pop_all(), mode="pull")
+        raise AssertionError("the exit stack swallows nothing")
+
+    async def push(self, request: Request, ref: str, body: TransferRequest) -> Response:
+        """Push a model; raises what `modelpack.push` does as long as nothing was sent."""
+        if is_model_id(ref):
+            raise UsageError(f"{ref} is an id, and does not say where to push: tag it first")
+        reference = Reference.parse(ref)
+        remote = _remote(self._pool, reference, body.bearer_token)
+        store = self._pool.catalogue.store
+        name, stored = await asyncio.to_thread(find_stored, store, ref)
+        where = reference if name == ref else Reference.parse(name)
+
+        def work(lines: Lines, report: ProgressCallback, stop: Stop) -> str:
+            lines.total = _total(stored_model(store, str(stored.digest)))
+            push(name, to=where, store=store, remote=remote, progress=report, stop=stop)
+            return "Model pushed successfully"
+
+        async with AsyncExitStack() as opened:
+            await unless_gone(request, opened.enter_async_context(self._limit))
+            return await stream_progress(request, work, opened.pop_all(), mode="push")
+        raise AssertionError("the exit stack swallows nothing")
+
+
+def _remote(pool: ModelPool, reference: Reference, token: str) -> RemoteOptions:
+    """Return how to reach the registry: as the server does, with the token of the request."""
+    remote = pool.catalogue.remote
+    if not token:
+        return remote
+    return replace(remote, credentials=BearerToken(reference.registry, token))
+
+
+def _total(model: Model) -> int:
+    return sum(blob.size for blob in model.manifest.unique_blobs)

@@ -1,0 +1,345 @@
+"""Streamed replies as the one object that they would have been, to be shown to people."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from modelpack.errors import ModelpackError
+from modelpack_server.gateway.caller import caller_of
+from modelpack_server.gateway.json_bodies import BodyError, document_in, in_worker, parse
+from modelpack_server.pool.pool import ModelPool
+
+# Base64 of images and sound is cut to that many characters.
+_MEDIA = 100
+
+
+def joined(reply: str) -> tuple[str, str]:
+    """Return the response and the error that a reply amounts to; one of them is "".
+
+    A stream of server-sent events or of lines of JSON becomes the object that the same request
+    gives without streaming; what is neither stays as it is.
+    """
+    events = list(_events(reply))
+    if not events:
+        return reply, ""
+    for event in events:
+        if event.get("error") or event.get("type") == "error":
+            return "", json.dumps(event, ensure_ascii=False)
+    if any(event.get("type") == "message_start" for event in events):
+        whole = _anthropic(events)
+    elif any(str(event.get("type", "")).startswith("response.") for event in events):
+        whole = _responses(events)
+    elif "choices" in events[0]:
+        whole = _openai(events)
+    else:
+        whole = _ollama(events)
+    return json.dumps(whole, ensure_ascii=False), ""
+
+
+def without_media(value: Any) -> Any:
+    """Return decoded JSON with images and sound cut short."""
+    if isinstance(value, Mapping):
+        return {key: without_media(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_media(item) for item in value]
+    if isinstance(value, str) and len(value) > 10 * _MEDIA and " " not in value[: 10 * _MEDIA]:
+        head, comma, data = value.partition(",") if value.startswith("data:") else ("", "", value)
+        return f"{head}{comma}{data[:_MEDIA]}...[truncated {len(data) - _MEDIA} chars]"
+    return value
+
+
+def _events(reply: str) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a stream; nothing for a reply that is none."""
+    is_sse = reply.startswith(("data: ", "event: ", ": "))
+    if not is_sse and '}\n{"' not in reply:
+        return
+    for line in reply.splitlines():
+        if is_sse and not line.startswith("data: "):
+            continue
+        try:
+            value = json.loads(line.removeprefix("data: "))
+        except ValueError:
+            continue  # [DONE], or cut short
+        if isinstance(value, dict):
+            yield value
+
+
+def _openai(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join chunks of a (chat) completion; `choices` by index."""
+    choices: dict[int, dict[str, Any]] = {}
+    usage = None
+    for event in events:
+        usage = event.get("usage") or usage
+        for piece in event.get("choices") or ():
+            choice = choices.setdefault(piece.get("index", 0), {"index": piece.get("index", 0)})
+            choice["finish_reason"] = piece.get("finish_reason") or choice.get("finish_reason")
+            if "text" in piece:
+                choice["text"] = choice.get("text", "") + piece["text"]
+            if "delta" in piece:
+                message = choice.setdefault("message", {"role": "assistant", "content": ""})
+                _add_delta(message, piece["delta"] or {})
+    head = {key: value for key, value in events[0].items() if key not in ("choices", "usage")}
+    head["object"] = str(head.get("object", "")).removesuffix(".chunk")
+    whole = {**head, "choices": [choices[index] for index in sorted(choices)]}
+    return whole | ({"usage": usage} if usage else {})
+
+
+def _add_delta(message: dict[str, Any], delta: Mapping[str, Any]) -> None:
+    for name in ("content", "reasoning_content", "reasoning"):
+        if isinstance(delta.get(name), str):
+            message[name] = message.get(name, "") + delta[name]
+    for call in delta.get("tool_calls") or ():
+        calls = message.setdefault("tool_calls", [])
+        while len(calls) <= call.get("index", 0):
+            calls.append({"type": "function", "function": {"name": "", "arguments": ""}})
+        mine = calls[call.get("index", 0)]
+        if call.get("id"):
+            mine["id"] = call["id"]
+        for name, text in (call.get("function") or {}).items():
+            mine["function"][name] = mine["function"].get(name, "") + (text or "")
+
+
+def _anthropic(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join the events of a message."""
+    message: dict[str, Any] = {}
+    blocks: dict[int, dict[str, Any]] = {}
+    for event in events:
+        kind = event.get("type")
+        if kind == "message_start":
+            message = dict(event.get("message") or {})
+        elif kind == "content_block_start":
+            blocks[event["index"]] = dict(event.get("content_block") or {})
+        elif kind == "content_block_delta":
+            block = blocks.setdefault(event["index"], {})
+            for name, text in event["delta"].items():
+                if name != "type" and isinstance(text, str):
+                    block[name] = (block.get(name) or "") + text
+        elif kind == "message_delta":
+            message |= event.get("delta") or {}
+            message["usage"] = {**(message.get("usage") or {}), **(event.get("usage") or {})}
+    return {**message, "content": [blocks[index] for index in sorted(blocks)]}
+
+
+def _responses(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the response of the last event that has one."""
+    found = [event["response"] for event in events if isinstance(event.get("response"), dict)]
+    return found[-1] if found else events[-1]
+
+
+def _ollama(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join lines of a chat or a generation."""
+    whole = dict(events[-1])
+    if "response" in whole:
+        whole["response"] = "".join(str(event.get("response", "")) for event in events)
+    if isinstance(whole.get("message"), dict):
+        texts = [event["message"].get("content", "") for event in events if event.get("message")]
+        whole["message"] = {**whole["message"], "content": "".join(texts)}
+    return whole
+
+
+# As many as Docker Model Runner keeps of a model.
+_KEPT = 10
+_GROUPS = 256
+_WAITING = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One request that has ended; `owner` is its caller's, None without keys.
+
+    `request` is JSON, `response` the reply as it was sent, or `error` is in its place. Streams are
+    joined when they are shown: few ever are, and it takes as long as streaming them.
+    """
+
+    id: str
+    key: str
+    model: str
+    method: str
+    url: str
+    request: str
+    response: str
+    error: str
+    timestamp: int
+    status_code: int
+    user_agent: str
+    origin: str
+    owner: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that clients see."""
+        response, error = joined(self.response) if self.response else ("", self.error)
+        shown: dict[str, Any] = {
+            "id": self.id, "model": self.model, "method": self.method, "url": self.url,
+            "request": self.request, "response": response, "error": error,
+            "timestamp": self.timestamp, "status_code": self.status_code,
+            "user_agent": self.user_agent, "origin": self.origin,
+        }  # fmt: skip
+        optional = ("response", "error", "user_agent", "origin")
+        return {name: value for name, value in shown.items() if value or name not in optional}
+
+
+class Records:
+    """The last records of each model and owner, and the followers of new ones; of one event loop.
+
+    Owners do not displace each other's records: of most groups of a model and an owner, the one
+    used least recently is dropped as a whole.
+    """
+
+    def __init__(self) -> None:
+        self._groups: OrderedDict[tuple[str, str | None], deque[Record]] = OrderedDict()
+        self._followers: set[tuple[str | None, asyncio.Queue[Record]]] = set()
+
+    def add(self, record: Record) -> None:
+        """Keep a record and pass it to its owner's followers."""
+        name = (record.key, record.owner)
+        self._groups.setdefault(name, deque(maxlen=_KEPT)).append(record)
+        self._groups.move_to_end(name)
+        if len(self._groups) > _GROUPS:
+            self._groups.popitem(last=False)
+        for owner, queue in self._followers:
+            if owner == record.owner:
+                with suppress(asyncio.QueueFull):  # who reads too slowly misses some
+                    queue.put_nowait(record)
+
+    def kept(self, key: str | None, owner: str | None) -> dict[str, list[Record]]:
+        """Return an owner's records of the model `key`, or of all, by model."""
+        return {
+            model: list(records)
+            for (model, whose), records in self._groups.items()
+            if whose == owner and key in (None, model)
+        }
+
+    async def follow(self, key: str | None, owner: str | None) -> AsyncGenerator[Record, None]:
+        """Yield an owner's records as they come."""
+        queue: asyncio.Queue[Record] = asyncio.Queue(_WAITING)
+        follower = (owner, queue)
+        self._followers.add(follower)
+        try:
+            while True:
+                record = await queue.get()
+                if key in (None, record.key):
+                    yield record
+        finally:
+            self._followers.discard(follower)
+
+
+_PATHS = re.compile(
+    r".*/(?:v1/(?:chat/completions|completions|embeddings|messages)|responses|rerank|score"
+    r"|api/(?:chat|generate|embed|embeddings))\Z"
+)
+# Characters of a request or a reply that are kept.
+_KEPT_CHARACTERS = 256 * 1024
+_ORIGINS = (("/messages", "anthropic/messages"), ("/api/", "ollama/completion"))
+
+
+class Recording:
+    """ASGI middleware: puts requests for text into `records`, with what was answered."""
+
+    def __init__(self, app: ASGIApp, *, pool: ModelPool, records: Records) -> None:
+        self._app = app
+        self._pool = pool
+        self._records = records
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or not _PATHS.match(scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        asked: list[bytes] = []
+        said: list[bytes] = []
+        room = _KEPT_CHARACTERS
+        status = 0
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        began = time.time()
+
+        async def listen() -> Message:
+            message = await receive()
+            if message["type"] == "http.request":
+                asked.append(message.get("body", b""))
+            return message
+
+        async def tell(message: Message) -> None:
+            nonlocal room, status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            elif room > 0 and (body := message.get("body")):
+                said.append(body)
+                room -= len(body)
+            await send(message)
+
+        try:
+            await self._app(scope, listen, tell)
+        finally:
+            if b"x-preload-only" not in headers:
+                await self._keep(scope, headers, b"".join(asked), b"".join(said), status, began)
+
+    async def _keep(
+        self,
+        scope: Scope,
+        headers: dict[bytes, str],
+        asked: bytes,
+        said: bytes,
+        status: int,
+        began: float,
+    ) -> None:
+        document = document_in(scope)
+        if document is None and len(asked) <= _KEPT_CHARACTERS:
+            with suppress(BodyError):
+                document = (await in_worker(len(asked), lambda: parse(asked))).value
+        name = document.get("model") if isinstance(document, dict) else None
+        name = name if isinstance(name, str) else ""
+        request, response, error = await asyncio.to_thread(_read, asked, document, said, status)
+        try:
+            key = (await self._pool.find(name)).key
+        except ModelpackError:
+            return
+        path = scope["path"]
+        self._records.add(
+            Record(
+                id=f"{key}_{int(began * 1e9)}",
+                key=key,
+                model=name,
+                method=scope["method"],
+                url=path,
+                request=request,
+                response=response,
+                error=error,
+                timestamp=int(began),
+                status_code=status or 408,  # the client left before there was one
+                user_agent=headers.get(b"user-agent", ""),
+                origin=next((origin for part, origin in _ORIGINS if part in path), ""),
+                owner=caller_of(scope).owner,
+            )
+        )
+
+
+def _read(asked: bytes, document: Any, said: bytes, status: int) -> tuple[str, str, str]:
+    """Return the request, the reply as it was sent and the error.
+
+    A large request is cut, and kept with the media in it: to write it again takes long.
+    """
+    if len(asked) > _KEPT_CHARACTERS:
+        text = asked[:_KEPT_CHARACTERS].decode(errors="replace")
+    else:
+        text = json.dumps(without_media(document), ensure_ascii=False)[:_KEPT_CHARACTERS]
+    reply = said.decode(errors="replace")[:_KEPT_CHARACTERS]
+    if status >= 400:
+        return text, "", _as_json(reply)
+    return text, reply, ""
+
+
+def _as_json(error: str) -> str:
+    try:
+        json.loads(error)
+    except ValueError:
+        return json.dumps({"error": error})
+    return error

@@ -1,0 +1,167 @@
+"""X-Preload-Only: a request that has its model loaded and wants no answer.
+
+Source: Docker Model Runner (pkg/inference/scheduling/http_handler.go); its command line sends it
+with an empty list of messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack
+from typing import Any, Protocol, TypeVar
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from modelpack.errors import UsageError
+from modelpack_engine.embedding.async_embedder import AsyncEmbedder
+from modelpack_engine.errors import RequestError
+from modelpack_server.api.bodies import BodyRoute, read_json
+from modelpack_server.api.errors import ClientGoneError
+from modelpack_server.api.sse import LiveStream, gone, openai_error
+from modelpack_server.conversation.served_model import ServedModel
+from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.settings import parse_keep_alive
+
+_HEADER = "x-preload-only"
+
+
+def preloadable(pool: ModelPool) -> type[BodyRoute]:
+    """Return a class of routes that look for the header before anything else."""
+
+    class PreloadRoute(BodyRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            answer = super().get_route_handler()
+
+            async def handle(request: Request) -> Response:
+                if request.headers.get(_HEADER, "").lower() != "true":
+                    return await answer(request)
+                await pool.preload(await _model_named(request))
+                return Response(status_code=200)
+
+            return handle
+
+    return PreloadRoute
+
+
+async def _model_named(request: Request) -> str:
+    body = await read_json(request)
+    name = body.get("model") if isinstance(body, dict) else None
+    if not isinstance(name, str) or not name:
+        raise RequestError("model is missing", param="model")
+    return name
+
+
+T = TypeVar("T")
+
+
+class Abortable(Protocol):
+    """What runs in an engine."""
+
+    def abort(self) -> None:
+        """End it; does nothing once it has ended."""
+
+
+S = TypeVar("S", bound=Abortable)
+
+
+async def answer(
+    request: Request,
+    pool: ModelPool,
+    name: str,
+    start: Callable[[ServedModel], Awaitable[S]],
+    whole: Callable[[ServedModel, S], Coroutine[Any, Any, Any]],
+    pieces: Callable[[ServedModel, S], AsyncGenerator[str, None]] | None,
+    *,
+    keep_alive: str | float | None = None,
+    media_type: str = "text/event-stream",
+    failure: Callable[[Exception], str] = openai_error,
+) -> Response:
+    """Answer with the JSON or the response that `whole` returns, or with the stream of `pieces`
+    where it is given.
+
+    `start` hands the request to the engine of the leased model `name`. `media_type` and `failure`
+    are the stream's. Raises what `start` and `ModelPool.lease` do.
+    """
+    seconds = _seconds(keep_alive)
+    async with AsyncExitStack() as opened:
+
+        async def begin() -> tuple[ServedModel, S]:
+            model = await opened.enter_async_context(pool.lease(name, keep_alive=seconds))
+            check_generates(model, name)
+            return model, await start(model)
+
+        model, stream = await unless_gone(request, begin())
+        opened.callback(stream.abort)
+        if pieces is None:
+            made = await unless_gone(request, whole(model, stream))
+            return made if isinstance(made, Response) else JSONResponse(made)
+        return LiveStream(
+            pieces(model, stream), opened.pop_all(), media_type=media_type, failure=failure
+        )
+    raise AssertionError("the exit stack swallows nothing")
+
+
+def check_generates(model: ServedModel, name: str) -> None:
+    """Raise `RequestError`, saying what to use instead, for a model that generates no text.
+
+    `name` is what the request calls the model.
+    """
+    if not isinstance(model.engine, AsyncEmbedder):
+        return
+    ranks = model.engine.ranks_pairs
+    raise RequestError(
+        f"{name} {'ranks documents' if ranks else 'gives embeddings'}, and generates no text",
+        param="model",
+        hint=f"use it with {'/v1/rerank or /v1/score' if ranks else '/v1/embeddings'}",
+    )
+
+
+def _seconds(keep_alive: str | float | None) -> float | None:
+    try:
+        return None if keep_alive is None else parse_keep_alive(keep_alive)
+    except UsageError as error:
+        raise RequestError(str(error), param="keep_alive") from None
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return what `work` returns; cancel it, and raise `ClientGoneError`, if the client leaves."""
+    worker = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(gone(request.receive))
+    try:
+        await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if worker.done():
+            return worker.result()
+        raise ClientGoneError("the client has left")
+    finally:
+        for task in (worker, watcher):
+            task.cancel()
+        await asyncio.gather(worker, watcher, return_exceptions=True)
+
+
+async def with_embedding_model(
+    request: Request,
+    pool: ModelPool,
+    name: str,
+    work: Callable[[AsyncEmbedder], Awaitable[T]],
+    *,
+    keep_alive: str | float | None = None,
+) -> T:
+    """Return what `work` returns for the model `name`; drop it if the client leaves.
+
+    Raises `RequestError` for a model that generates text, and what `ModelPool.lease` raises.
+    """
+    seconds = None if keep_alive is None else parse_keep_alive(keep_alive)
+
+    async def run() -> T:
+        async with pool.lease(name, keep_alive=seconds) as served:
+            if not isinstance(served.engine, AsyncEmbedder):
+                raise RequestError(
+                    f"{name} generates text; it is no embedding model",
+                    param="model",
+                    hint="a model that can do both is loaded for embeddings in mode embedding",
+                )
+            return await work(served.engine)
+
+    return await unless_gone(request, run())

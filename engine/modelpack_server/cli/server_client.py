@@ -1,0 +1,333 @@
+"""`modelpack ps`, `unload` and `configure`: what a running server has loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import quote
+
+import click
+
+from modelpack.cli.options import Settings, common_options, model_argument, model_names
+from modelpack.cli.output import human_size, note, show, show_json, table
+from modelpack.errors import (
+    ModelpackError,
+    NotFoundError,
+    UsageError,
+)
+from modelpack_server.server_client import DEFAULT_HOST, call_server
+
+_HEADER = ("MODEL NAME", "STATE", "REQUESTS", "CONTEXT", "MEMORY", "UNTIL")
+
+host_option = click.option(
+    "--host", metavar="URL", envvar="MODELPACK_HOST", default=DEFAULT_HOST, show_default=True,
+    help="The server. [env: MODELPACK_HOST; its key: MODELPACK_API_KEY]",
+)  # fmt: skip
+
+
+@click.command()
+@host_option
+@common_options
+def ps(settings: Settings, host: str) -> None:
+    """List the models that a server has loaded."""
+    answer = call_server(host, "GET", "/pool")
+    if settings.json:
+        show_json(answer)
+        return
+    if settings.quiet:
+        for model in answer["models"]:
+            click.echo(model["name"])
+        return
+    click.echo(table(_HEADER, [_row(model) for model in answer["models"]]))
+
+
+@click.command()
+@click.argument("models", metavar="[MODEL]...", nargs=-1, shell_complete=model_names)
+@click.option("--all", "everything", is_flag=True, help="Unload all models.")
+@click.option("--now", is_flag=True, help="Do not wait for requests under way: they fail.")
+@host_option
+@common_options
+def unload(
+    settings: Settings, models: tuple[str, ...], everything: bool, now: bool, host: str
+) -> None:
+    """Have a server unload MODELs; they are loaded again when they are next used."""
+    if everything == bool(models):
+        raise UsageError("name the models to unload, or give --all")
+    body = {"models": list(models), "all": everything, "wait": not now}
+    answer = call_server(host, "POST", "/pool/unload", body)
+    show(settings, answer, "\n".join(answer["unloaded"]))
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True},
+    epilog="Flags after -- are those of llama.cpp and vLLM: -- --temp 0.7 --top-k 40",
+)
+@model_argument()
+@click.option("--context-size", type=click.IntRange(min=2), help="Longest context, in tokens.")
+@click.option("--preset", help="Settings for a use: code, chat, creative or long-context.")
+@click.option("--keep-alive", metavar="TIME", help="How long it stays unused, like 5m; -1: always.")
+@click.argument("flags", metavar="[-- FLAGS...]", nargs=-1, type=click.UNPROCESSED)
+@host_option
+@common_options
+def configure(
+    settings: Settings,
+    model: str,
+    context_size: int | None,
+    preset: str | None,
+    keep_alive: str | None,
+    flags: tuple[str, ...],
+    host: str,
+) -> None:
+    """Say how a server runs MODEL from its next use on; without options, as all others."""
+    given = {"context_size": context_size, "preset": preset, "keep_alive": keep_alive}
+    body: dict[str, Any] = {"model": model, "runtime_flags": list(flags)}
+    body |= {name: value for name, value in given.items() if value is not None}
+    show(settings, call_server(host, "POST", "/pool/configure", body), "")
+
+
+def _row(model: dict[str, Any]) -> tuple[str, ...]:
+    until = "pinned" if model["pinned"] else "in use" if model["users"] else "always"
+    if model["expires_at"]:
+        left = datetime.fromisoformat(model["expires_at"]) - datetime.now(UTC)
+        until = f"{max(0, round(left.total_seconds()))} s from now"
+    return (
+        model["name"],
+        model["state"],
+        str(model["users"]),
+        str(model["context_size"] or ""),
+        human_size(model["memory"]),
+        until,
+    )
+
+
+# Programs ask for a key even where the server does not.
+_ANY_KEY = "modelpack"
+_ARGUMENTS = "modelpack.arguments"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A model of a server, as programs are told of it. `context` is in tokens, where known."""
+
+    url: str
+    model: str
+    key: str | None = None
+    context: int | None = None
+
+    @property
+    def any_key(self) -> str:
+        """A key, the right one where the server wants one."""
+        return self.key or _ANY_KEY
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a program needs: variables, those that must not be set, and arguments before its own."""
+
+    variables: dict[str, str]
+    unset: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = field(default=())
+
+
+def _claude(target: Target) -> Setup:
+    """https://code.claude.com/docs/en/env-vars"""
+    models = ("ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL", "ANTHROPIC_DEFAULT_OPUS_MODEL",
+              "ANTHROPIC_DEFAULT_SONNET_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL",
+              "CLAUDE_CODE_SUBAGENT_MODEL")  # fmt: skip
+    return Setup(
+        {
+            "ANTHROPIC_BASE_URL": f"{target.url}/anthropic",
+            "ANTHROPIC_AUTH_TOKEN": target.any_key,
+            **dict.fromkeys(models, target.model),
+            # Without it the first line of every prompt differs, and no prefix is found again.
+            "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
+            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        },
+        unset=("ANTHROPIC_API_KEY",),  # it would ask which of the two counts
+    )
+
+
+def _codex(target: Target) -> Setup:
+    """https://developers.openai.com/codex/config-advanced; values are TOML."""
+    provider = {"name": "Modelpack", "base_url": f"{target.url}/v1", "wire_api": "responses"}
+    variables = {}
+    if target.key is not None:
+        provider["env_key"] = "MODELPACK_API_KEY"
+        variables["MODELPACK_API_KEY"] = target.key
+    # Its search runs on OpenAI's servers: a server that has none refuses the tool.
+    options = {"model_provider": "modelpack", "web_search": "disabled"}
+    options |= {f"model_providers.modelpack.{name}": value for name, value in provider.items()}
+    arguments = ["-m", target.model]
+    for name, value in options.items():
+        arguments += ["-c", f"{name}={json.dumps(value)}"]
+    if target.context is not None:
+        arguments += ["-c", f"model_context_window={target.context}"]
+    return Setup(variables, arguments=tuple(arguments))
+
+
+def _opencode(target: Target) -> Setup:
+    """https://opencode.ai/docs/config and /docs/providers"""
+    model: dict[str, Any] = {"name": target.model}
+    if target.context is not None:
+        model["limit"] = {"context": target.context, "output": target.context}
+    config = {
+        "$schema": "https://opencode.ai/config.json",
+        "model": f"modelpack/{target.model}",
+        "small_model": f"modelpack/{target.model}",
+        "provider": {
+            "modelpack": {
+                "npm": "@ai-sdk/openai-compatible",
+                "name": "Modelpack",
+                "options": {"baseURL": f"{target.url}/v1", "apiKey": target.any_key},
+                "models": {target.model: model},
+            }
+        },
+    }
+    return Setup({"OPENCODE_CONFIG_CONTENT": json.dumps(config)})
+
+
+def _env(target: Target) -> Setup:
+    """What the official clients of all four families read."""
+    return Setup(
+        {
+            "OPENAI_BASE_URL": f"{target.url}/v1",
+            "OPENAI_API_KEY": target.any_key,
+            "OPENAI_MODEL": target.model,
+            "ANTHROPIC_BASE_URL": f"{target.url}/anthropic",
+            "ANTHROPIC_AUTH_TOKEN": target.any_key,
+            "ANTHROPIC_MODEL": target.model,
+            "OLLAMA_HOST": target.url,
+            "MODEL_RUNNER_HOST": target.url,
+            "MODELPACK_HOST": target.url,
+        },
+        unset=("ANTHROPIC_API_KEY",),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A program that can be launched; `install` says how to get it."""
+
+    setup: Callable[[Target], Setup]
+    install: str = ""
+
+
+PROGRAMS = {
+    "claude": Program(_claude, "npm install -g @anthropic-ai/claude-code"),
+    "codex": Program(_codex, "npm install -g @openai/codex"),
+    "opencode": Program(_opencode, "npm install -g opencode-ai"),
+    "env": Program(_env),
+}
+
+
+class _WithArguments(click.Command):
+    """A command that leaves what stands after -- alone, in the context's `meta`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse what stands before --."""
+        at = args.index("--") if "--" in args else len(args)
+        ctx.meta[_ARGUMENTS] = args[at + 1 :]
+        return super().parse_args(ctx, args[:at])
+
+
+@click.command(
+    cls=_WithArguments,
+    options_metavar="[OPTIONS]",
+    epilog="modelpack launch claude ai/qwen3 -- -p 'say hi'; "
+    'eval "$(modelpack launch env ai/qwen3)"',
+)
+@click.argument("program", type=click.Choice(list(PROGRAMS)))
+@click.argument("model", metavar="[MODEL] [-- ARGS...]", required=False, shell_complete=model_names)
+@click.option("--print", "only_print", is_flag=True, help="Print the variables; run nothing.")
+@host_option
+@common_options
+def launch(
+    settings: Settings, program: str, model: str | None, only_print: bool, host: str
+) -> None:
+    """Run PROGRAM with MODEL of a running server: the only one there is, if it is not named.
+
+    env runs ARGS with the variables of all official clients, or prints these.
+    """
+    arguments: list[str] = click.get_current_context().meta[_ARGUMENTS]
+    chosen = PROGRAMS[program]
+    command = arguments if program == "env" else [program, *arguments]
+    path = None
+    if command and not only_print:
+        path = shutil.which(command[0])
+        if path is None:
+            hint = f"install it: {chosen.install}" if chosen.install else None
+            raise NotFoundError(f"there is no program {command[0]!r} on the PATH", hint=hint)
+    target = find_target(host, model)
+    setup = chosen.setup(target)
+    if command:
+        command[1:1] = setup.arguments
+    if path is None:
+        _print(settings, setup, command)
+        return
+    note(settings, f"{command[0]} uses {target.model} at {target.url}")
+    environment = {key: value for key, value in os.environ.items() if key not in setup.unset}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(path, command, environment | setup.variables)  # noqa: S606 - the user names it
+
+
+def find_target(host: str, name: str | None) -> Target:
+    """Return the model of the server at `host`; raises what is wrong with either."""
+    url = (host if "://" in host else f"http://{host}").rstrip("/")
+    if name is None:
+        name = _only_model(url)
+    try:
+        model = call_server(url, "GET", f"/v1/models/{quote(name, safe='/:@')}")
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"the server at {url} has no model {name!r}",
+            hint=f"modelpack pull {shlex.quote(name)}",
+        ) from error
+    return Target(
+        url,
+        str(model.get("id") or name),
+        os.environ.get("MODELPACK_API_KEY") or None,
+        _context(url, model),
+    )
+
+
+def _context(url: str, model: dict[str, Any]) -> int | None:
+    """Return the context that the model is served with, or has, in tokens."""
+    with suppress(ModelpackError):  # a gateway does not show it to everybody
+        for running in call_server(url, "GET", "/pool")["models"]:
+            if running["digest"] == model.get("root") and running["context_size"]:
+                return int(running["context_size"])
+    size = model.get("dmr", {}).get("context_window")
+    return size if isinstance(size, int) else None
+
+
+def _only_model(url: str) -> str:
+    names = [str(model["id"]) for model in call_server(url, "GET", "/v1/models").get("data", [])]
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise NotFoundError(f"the server at {url} has no model", hint="modelpack pull one")
+    raise UsageError("which model?", hint=f"there are {', '.join(names)}")
+
+
+def _print(settings: Settings, setup: Setup, command: list[str]) -> None:
+    texts = (*setup.variables.values(), *command)
+    if not all(text.isprintable() for text in texts):
+        raise ModelpackError("a value holds characters that no shell takes as they are")
+    if settings.json:
+        show_json({"variables": setup.variables, "unset": setup.unset, "command": command})
+        return
+    for name in setup.unset:
+        click.echo(f"unset {name}")
+    for name, value in setup.variables.items():
+        click.echo(f"export {name}={shlex.quote(value)}")
+    if setup.arguments:
+        click.echo(f"# {shlex.join(command)}")

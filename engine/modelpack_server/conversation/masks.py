@@ -1,0 +1,209 @@
+"""ReasoningBudget: a mask that ends a block of reasoning after so many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+from modelpack_engine.errors import RequestError
+from modelpack_engine.speculation.masks import CopyableMask
+from modelpack_server.conversation.spec import ChatSpec
+from modelpack_server.structured_output import (
+    Constraint,
+    Grammar,
+    ReasoningBlock,
+    compile_constraint,
+    grammar_vocabulary,
+    tool_grammar,
+)
+from modelpack_server.tool_parsers.formats import OutputFormat
+from modelpack_server.tool_parsers.parts import HARMONY, Tool
+
+if TYPE_CHECKING:
+    from modelpack_server.conversation.served_model import ServedModel
+
+
+class _Tokens(Protocol):
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class ReasoningBudget:
+    """A `LogitsMask` around another one, or around none.
+
+    It allows what `inner` allows until the block of reasoning has `budget` tokens; then it allows
+    the tokens of the closing marker only, one after the other. `opening` is None where the prompt
+    has opened the block.
+    """
+
+    def __init__(
+        self,
+        budget: int,
+        tokens: _Tokens,
+        *,
+        opening: str | None,
+        closing: str,
+        closing_ids: tuple[int, ...],
+        inner: CopyableMask | None = None,
+    ) -> None:
+        self._budget = budget
+        self._tokens = tokens
+        self._opening = opening.encode() if opening is not None else None
+        self._closing = closing.encode()
+        self._forced = list(closing_ids)
+        self._inner = inner
+        self._text = b""
+        self._reasons = opening is None
+        self._ended = False
+        self._spent = 0
+
+    def allowed(self) -> bytes | None:
+        """Return a bit per token id (LSB first), or None if any token may come."""
+        if self._is_forced:
+            token_id = self._forced[0]
+            bits = bytearray(token_id // 8 + 1)
+            bits[-1] = 1 << token_id % 8
+            return bytes(bits)
+        return self._inner.allowed() if self._inner is not None else None
+
+    def accept(self, token_id: int) -> None:
+        """Take notice of the token that was chosen."""
+        if self._inner is not None:
+            self._inner.accept(token_id)
+        if self._ended:
+            return
+        if self._is_forced:
+            self._forced.pop(0)
+            self._ended = not self._forced
+            return
+        self._text += self._tokens.token_bytes(token_id)
+        if self._reasons:
+            self._spent += 1
+            self._ended = self._closing in self._text
+        elif self._opening is not None and self._opening in self._text:
+            self._reasons = True
+            self._text = b""
+        elif self._opening is not None and not _may_become(self._text.lstrip(), self._opening):
+            self._ended = True  # the answer began without reasoning
+
+    def copy(self) -> ReasoningBudget:
+        """Return a mask at the same place."""
+        made = copy(self)
+        made._forced = self._forced.copy()
+        made._inner = self._inner.copy() if self._inner is not None else None
+        return made
+
+    @property
+    def _is_forced(self) -> bool:
+        return self._reasons and not self._ended and self._spent >= self._budget
+
+
+def _may_become(text: bytes, opening: bytes) -> bool:
+    return opening.startswith(text)
+
+
+MakeMask = Callable[[], CopyableMask]
+
+
+def make_masks(
+    model: ServedModel,
+    spec: ChatSpec,
+    format: OutputFormat,
+    tools: Sequence[Tool],
+    *,
+    starts_reasoning: bool,
+) -> MakeMask | None:
+    """Return what makes a mask for each choice; None where any text will do.
+
+    A call that has to be made comes before `constraint`: its arguments are JSON anyway. Where one
+    may be made, the answer is calls or what keeps to `constraint`. Compiling may take seconds.
+    Raises `RequestError` if it fails, with the reason.
+    """
+    make: MakeMask | None = None
+    if spec.tool_choice.mode == "required":
+        constraint = tool_grammar(
+            format, tools, spec.tool_choice, parallel=spec.parallel_tool_calls
+        )
+        make = _compiled(model, constraint, format, starts_reasoning, "tools").mask
+    elif spec.constraint is not None:
+        calls = _possible_calls(spec, format, tools)
+        make = _compiled(
+            model, spec.constraint, format, starts_reasoning, "response_format", calls
+        ).mask
+    budget, markers = spec.reasoning_budget, format.reasoning
+    if budget is None or markers is None:
+        return make
+    closing_ids = tuple(model.tokenizer.encode(markers.closing, add_special_tokens=False))
+
+    def budgeted() -> CopyableMask:
+        return ReasoningBudget(
+            budget,
+            model.tokenizer,
+            opening=None if starts_reasoning else markers.opening,
+            closing=markers.closing,
+            closing_ids=closing_ids,
+            inner=make() if make is not None else None,
+        )
+
+    return budgeted
+
+
+def text_mask(model: ServedModel, constraint: Constraint) -> MakeMask:
+    """Return what makes masks for a plain completion, which has no reasoning."""
+    vocabulary = grammar_vocabulary(model.tokenizer, model.vocab_size)
+    return compile_constraint(constraint, vocabulary).mask
+
+
+def _possible_calls(
+    spec: ChatSpec, format: OutputFormat, tools: Sequence[Tool]
+) -> Constraint | None:
+    """Return the grammar of calls that may be made instead of a constrained answer."""
+    if not tools:
+        return None
+    choice = replace(spec.tool_choice, mode="required")
+    try:
+        return tool_grammar(format, tools, choice, parallel=spec.parallel_tool_calls)
+    except RequestError as error:
+        if error.param == "tools":
+            raise
+        raise RequestError(
+            "tools and response_format together: this model's calls have no known format, so an"
+            " answer could not be told from a call",
+            param="response_format",
+            hint='leave out one of them, or use tool_choice "none"',
+        ) from error
+
+
+def _compiled(
+    model: ServedModel,
+    constraint: Constraint,
+    format: OutputFormat,
+    starts_reasoning: bool,
+    param: str,
+    calls: Constraint | None = None,
+) -> Grammar:
+    vocabulary = grammar_vocabulary(model.tokenizer, model.vocab_size)
+    try:
+        return compile_constraint(
+            constraint,
+            vocabulary,
+            reasoning=_block(format, starts_reasoning),
+            calls=calls,
+            param=param,
+        )
+    except RequestError as error:
+        raise RequestError(str(error), param=param, hint=error.hint) from error
+
+
+def _block(format: OutputFormat, starts_reasoning: bool) -> ReasoningBlock | None:
+    """Return what may come before the constrained part of an answer."""
+    markers = format.reasoning
+    if markers is None:
+        return None
+    opening = None if starts_reasoning else markers.opening
+    if markers is HARMONY:  # every message of an answer says who writes it, and on which channel
+        return ReasoningBlock(
+            f"{markers.closing}<|start|>assistant", opening, "<|channel|>final<|message|>"
+        )
+    return ReasoningBlock(markers.closing, opening)

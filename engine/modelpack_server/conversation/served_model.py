@@ -1,0 +1,226 @@
+"""Preface: what a model's package puts before every conversation with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from modelpack_engine.async_engine import RequestStream
+from modelpack_engine.errors import ContextLengthError, RequestError
+from modelpack_engine.models.tokenizer import TextTooLongError, Tokenizer
+from modelpack_engine.outputs import EngineStats
+from modelpack_engine.request import SamplingParams
+from modelpack_engine.worker.threads import prepare
+from modelpack_server.tool_parsers.formats import OutputFormat, find_format
+
+
+@dataclass(frozen=True, slots=True)
+class Preface:
+    """A system prompt, which a conversation's own replaces, and messages that come after it."""
+
+    system: str = ""
+    messages: tuple[dict[str, Any], ...] = ()
+
+    def before(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the messages with those of the preface put before them."""
+        own = list(messages)
+        system = []
+        if own and own[0].get("role") == "system":
+            system = [own.pop(0)]
+        elif self.system:
+            system = [{"role": "system", "content": self.system}]
+        return [*system, *self.messages, *own]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """What an API request brings to every prompt that it has an engine compute.
+
+    `cache_salt`: prompts share prefixes in the KV cache only with prompts of the same salt.
+    `submitted` is called with the model's name and the stream of each prompt.
+    """
+
+    cache_salt: bytes = b""
+    submitted: Callable[[str, RequestStream], None] | None = None
+
+
+_NO_CONTEXT = RequestContext()
+#: The request that the current task answers; set where requests arrive.
+request_context: ContextVar[RequestContext] = ContextVar("request_context", default=_NO_CONTEXT)
+
+
+class ServingEngine(Protocol):
+    """What is used of an engine; `AsyncEngine` is one."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    async def submit(
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        continues_text: bool = False,
+        cache_salt: bytes = b"",
+    ) -> RequestStream: ...
+
+    def stats(self) -> EngineStats: ...
+
+
+class ServedModel:
+    """A model that is ready to answer, under one name.
+
+    `defaults` are fields of SamplingParams that count where a request says nothing, `presets` sets
+    of such fields that a request may name. `preface` comes before every conversation.
+    `reasoning_budget` is the most tokens of reasoning where a request says nothing of it: 0 is
+    none, below 0 as many as it likes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engine: ServingEngine,
+        *,
+        model_type: str = "",
+        defaults: Mapping[str, Any] | None = None,
+        presets: Mapping[str, Mapping[str, Any]] | None = None,
+        preface: Preface | None = None,
+        reasoning_budget: int | None = None,
+    ) -> None:
+        self.name = name
+        self.engine = engine
+        self.model_type = model_type
+        self.preface = preface or Preface()
+        self.reasoning_budget = reasoning_budget
+        self.created = int(time.time())
+        self._defaults = dict(defaults or {})
+        self._presets = presets or {}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.engine.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest prompt and answer together, in tokens."""
+        return self.engine.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of the model's logits."""
+        return self.engine.vocab_size
+
+    @cached_property
+    def format(self) -> OutputFormat:
+        """How the model writes tool calls and reasoning."""
+        return find_format(self.tokenizer.chat_template, model_type=self.model_type)
+
+    async def submit(
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        continues_text: bool = False,
+    ) -> RequestStream:
+        """Hand a request to the engine; what it raises is `AsyncEngine.submit`'s.
+
+        It shares prefixes, and is traced, as the `request_context` says.
+        """
+        context = request_context.get()
+        stream = await self.engine.submit(
+            token_ids, params, n=n, continues_text=continues_text, cache_salt=context.cache_salt
+        )
+        if context.submitted is not None:
+            context.submitted(self.name, stream)
+        return stream
+
+    def sampling_params(
+        self, given: Mapping[str, Any], *, preset: str | None = None
+    ) -> SamplingParams:
+        """Return the parameters of a request: the fields that it gives, over `preset`, over the
+        model's defaults. Raises `RequestError` for a preset that does not exist, and for lists
+        that are too long.
+        """
+        if preset is not None and preset not in self._presets:
+            raise RequestError(
+                f"there is no preset {preset!r}; there are {', '.join(sorted(self._presets))}",
+                param="preset",
+            )
+        chosen = self._presets[preset] if preset else {}
+        params = SamplingParams(**{**self._defaults, **chosen, **given})
+        params.check_sizes()
+        return params
+
+    def default(self, name: str) -> Any:
+        """Return the model's default of a field of SamplingParams, None if it has none."""
+        return self._defaults.get(name)
+
+    async def text_prompt(self, prompt: str | list[int]) -> list[int]:
+        """Return the token ids of a text; ids are checked by the engine.
+
+        Raises `ContextLengthError` for what cannot fit into the context.
+        """
+        if isinstance(prompt, list):
+            self.check_room(len(prompt), param="prompt")
+            return prompt
+        return await prepare(len(prompt), lambda: self.encode(prompt, param="prompt"))
+
+    def encode(
+        self, text: str, *, param: str = "messages", add_special_tokens: bool = True
+    ) -> list[int]:
+        """Return the token ids of a text, as `check_text` lets it pass. Call it in a thread."""
+        self.check_text(text, param=param)
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def check_text(self, text: str, *, param: str = "messages") -> None:
+        """Raise `ContextLengthError` for a text that cannot fit into the context.
+
+        It takes no longer than the tokens of a full context do.
+        """
+        try:
+            self.tokenizer.check_length(text, self.max_model_len)
+        except TextTooLongError as error:
+            raise self._too_long(error.at_least, param, least=True) from None
+
+    def check_texts(self, size: int, *, param: str = "messages") -> None:
+        """Raise `ContextLengthError` where texts of `size` characters cannot fit."""
+        if size > self.tokenizer.max_text_bytes(self.max_model_len):
+            least = max(self.max_model_len + 1, size // self.tokenizer.longest_token)
+            raise self._too_long(least, param, least=True)
+
+    def check_room(self, prompt_tokens: int, *, param: str = "messages") -> None:
+        """Raise `ContextLengthError` where a prompt leaves no room for an answer."""
+        if prompt_tokens >= self.max_model_len:
+            raise self._too_long(prompt_tokens, param)
+
+    def _too_long(self, tokens: int, param: str, *, least: bool = False) -> ContextLengthError:
+        error = ContextLengthError(
+            f"the prompt has {'at least ' if least else ''}{tokens} tokens, and the context of "
+            f"this model holds {self.max_model_len}, the answer included",
+            param=param,
+            hint="shorten the prompt",
+        )
+        error.tokens = tokens
+        return error
+
+    def token_limit(self, prompt_tokens: int, asked: int | None, *, param: str = "messages") -> int:
+        """Return how many tokens may be generated: what was asked for, or what the context holds.
+
+        Raises `ContextLengthError`, naming `param`, if the prompt leaves no room.
+        """
+        self.check_room(prompt_tokens, param=param)
+        room = self.max_model_len - prompt_tokens
+        return room if asked is None else min(asked, room)

@@ -1,0 +1,225 @@
+"""Traced: gives every request an id and a trace, and tells of it when it has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from modelpack.errors import UsageError
+from modelpack_server.gateway.families import Family, family_of
+from modelpack_server.gateway.traces import Trace, put_trace
+from modelpack_server.gateway.usage import ReplyReader
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+#: One INFO record for each request but probes', whose message is `Trace.line()`.
+REQUEST_LOG = logging.getLogger("modelpack.requests")
+_LOG = logging.getLogger("modelpack_server.gateway")
+
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_METADATA = re.compile(r"[ -~]{1,128}")  # printable ASCII
+_BLOCK = 64 * 1024  # bytes of a reply that are read before other requests get their turn
+_PROBED = frozenset(("/health", "/v1/health", "/ping", "/metrics"))
+_HEADERS = {
+    "caller": "x-modelpack-caller",
+    "stack": "x-modelpack-stack",
+    "user": "x-modelpack-user",
+}
+
+
+class Traced:
+    """ASGI middleware, the outermost: X-Request-ID in and out, and a `Trace` of each request.
+
+    A sane id of the client is kept, else one is made; the application sees it in its headers and
+    replies carry it, in `request-id` too, where Anthropic's clients look.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        report: Callable[[Trace], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._app = app
+        self._report = report
+        self._clock = clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = MutableHeaders(scope=scope)
+        trace = self._trace(scope, headers)
+        headers["x-request-id"] = trace.id
+        put_trace(scope, trace)
+        reader: ReplyReader | None = None
+        complete = False
+
+        async def observed(message: Message) -> None:
+            nonlocal reader, complete
+            if message["type"] == "http.response.start":
+                sent = MutableHeaders(scope=message)
+                sent["x-request-id"] = sent["request-id"] = trace.id
+                trace.status = message["status"]
+                reader = ReplyReader(trace, media_type_of(sent))
+            elif message["type"] == "http.response.body":
+                if reader is not None:
+                    await _feed(reader, message.get("body", b""), self._clock())
+                complete = complete or not message.get("more_body", False)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observed)
+        except Exception:
+            trace.status = trace.status or 500
+            raise
+        finally:
+            trace.ended = self._clock()
+            if not complete:
+                trace.finish = trace.finish or "abort"
+                trace.status = trace.status or 499  # the client went away
+            self._tell(trace)
+
+    def _trace(self, scope: Scope, headers: Headers) -> Trace:
+        given = headers.get("x-request-id", "")
+        trace = Trace(
+            id=given if _ID.fullmatch(given) else f"req_{uuid.uuid4().hex}",
+            method=scope["method"],
+            path=scope["path"],
+            family=family_of(scope["path"], headers),
+            started=self._clock(),
+            clock=self._clock,
+        )
+        for field, name in _HEADERS.items():
+            value = headers.get(name, "")
+            if _METADATA.fullmatch(value):
+                setattr(trace, field, value)
+        return trace
+
+    def _tell(self, trace: Trace) -> None:
+        try:
+            self._report(trace)
+        except Exception:  # noqa: BLE001 - a broken report must not harm the request
+            _LOG.exception("a request could not be reported")
+
+
+async def _feed(reader: ReplyReader, body: bytes, now: float) -> None:
+    reader.feed(body[:_BLOCK], now)
+    for at in range(_BLOCK, len(body), _BLOCK):
+        await asyncio.sleep(0)
+        reader.feed(body[at : at + _BLOCK], now)
+
+
+def log_request(trace: Trace) -> None:
+    """Log a trace as one line of JSON; what probes ask every few seconds only for debugging."""
+    level = logging.DEBUG if trace.path in _PROBED and not trace.refused else logging.INFO
+    REQUEST_LOG.log(level, "%s", trace.line())
+
+
+def media_type_of(headers: Headers) -> str:
+    """Return the media type in Content-Type, in lower case and without parameters."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def family_in(scope: Scope) -> Family:
+    """Return whose errors the client of this request expects."""
+    return family_of(scope["path"], Headers(scope=scope))
+
+
+#: OpenTelemetry's own names: where spans go. Its other variables hold as well.
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+
+def default_report(environ: Mapping[str, str] = os.environ) -> Callable[[Trace], None]:
+    """Return what reports requests: the log, and spans too where the environment names a collector.
+
+    Raises `UsageError` if it does, and the extra `otel` is not installed.
+    """
+    if not any(environ.get(name) for name in ENDPOINTS):
+        return log_request
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    except ImportError:
+        raise UsageError(
+            f"{ENDPOINTS[1]} is set, and OpenTelemetry is not installed",
+            hint="pip install 'modelpack[otel]', or unset it",
+        ) from None
+    export = span_report(OTLPSpanExporter())
+
+    def report(trace: Trace) -> None:
+        log_request(trace)
+        export(trace)
+
+    return report
+
+
+def span_report(
+    exporter: SpanExporter, on_provider: Callable[[TracerProvider], None] | None = None
+) -> Callable[[Trace], None]:
+    """Return what makes a span of each trace and hands it to `exporter` from a thread of its own.
+
+    `on_provider` is told the provider, which can be flushed.
+    """
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.trace import SpanKind, Status, StatusCode
+
+    resource = Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", "modelpack")})
+    provider = TracerProvider(resource=resource)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    tracer = provider.get_tracer("modelpack")
+
+    def report(trace: Trace) -> None:
+        end = time.time_ns()
+        seconds = 0.0 if trace.ended is None else trace.ended - trace.started
+        span = tracer.start_span(
+            f"{trace.method} {trace.path[:256]}",
+            kind=SpanKind.SERVER,
+            start_time=end - round(seconds * 1e9),
+            attributes=attributes(trace),
+        )
+        if trace.status is not None and trace.status >= 500:
+            span.set_status(Status(StatusCode.ERROR))
+        span.end(end)
+
+    if on_provider is not None:
+        on_provider(provider)
+    return report
+
+
+def attributes(trace: Trace) -> dict[str, Any]:
+    """Return a trace's attributes; what is not known is left out."""
+    known = {
+        "http.request.method": trace.method,
+        "url.path": trace.path[:256],
+        "http.response.status_code": trace.status,
+        "gen_ai.request.model": trace.model,
+        "gen_ai.usage.input_tokens": trace.prompt_tokens,
+        "gen_ai.usage.output_tokens": trace.completion_tokens,
+        "gen_ai.response.finish_reasons": None if trace.finish is None else [trace.finish],
+        "gen_ai.server.time_to_first_token": trace.ttft,
+        "gen_ai.server.time_per_output_token": trace.tpot,
+        "modelpack.request.id": trace.id,
+        "modelpack.family": str(trace.family),
+        "modelpack.queue_time": trace.queue_s,
+        "modelpack.cached_tokens": trace.cached_tokens,
+        "modelpack.key": trace.key,
+        "modelpack.caller": trace.caller,
+        "modelpack.stack": trace.stack,
+        "modelpack.user": trace.user,
+        "modelpack.upstream": trace.upstream,
+        "modelpack.refused": trace.refused,
+    }
+    return {name: value for name, value in known.items() if value is not None}

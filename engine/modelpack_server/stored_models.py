@@ -1,0 +1,247 @@
+"""Open a stored model by name and load it into an engine; blobs are read in place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from modelpack.artifacts.model import Model
+from modelpack.errors import UntrustedError
+from modelpack.operations.find import find_model
+from modelpack.operations.kept_bundles import has_packed_weights, unpacked_files
+from modelpack.operations.remote import RemoteOptions
+from modelpack.progress import ProgressCallback
+from modelpack.storage import watching
+from modelpack.store.layout import LayoutStore
+from modelpack_engine.config import EngineConfig
+from modelpack_engine.distributed.follower import Load
+from modelpack_engine.distributed.leader import Ranks
+from modelpack_engine.embedding.embedder import CrossEncoder, Embedder
+from modelpack_engine.embedding.loader import load_embedder
+from modelpack_engine.engine import Engine
+from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.llama_cpp.library import choose_backend
+from modelpack_engine.models import LoadedModel, ModelFiles, load
+from modelpack_engine.models.loader import Shard, gguf_tokenizer_of
+from modelpack_engine.platform.memory import choose_device
+from modelpack_engine.runner.engine_protocol import SteppingEngine
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model of the store whose files are known: what is left is to load it.
+
+    `remote` says who is trusted; a draft model that is loaded with it has to be, too.
+    """
+
+    model: Model
+    files: ModelFiles
+    store: LayoutStore | None = None
+    remote: RemoteOptions | None = None
+
+    def engine(self, config: EngineConfig | None = None) -> SteppingEngine:
+        """Load the weights and return an engine; has to run in the thread that steps it.
+
+        The context size in the model's config is the default of `max_model_len`.
+        """
+        config = config or EngineConfig()
+        draft = draft_files(config, self.store, self.remote)
+        return load_model(self, config, lambda _context, _bytes: config, draft)[0]
+
+    def with_context_size(self, config: EngineConfig) -> EngineConfig:
+        """Return `config` with the model's own context size as the default of `max_model_len`."""
+        if config.default_model_len is not None:
+            return config
+        return replace(config, default_model_len=self.model.config.context_size)
+
+
+def load_model(
+    opened: Opened,
+    device: EngineConfig,
+    configure: Callable[[int, int], EngineConfig],
+    draft: ModelFiles | None = None,
+) -> tuple[SteppingEngine, str]:
+    """Load the weights; return an engine and the type of its model.
+
+    `device` says where and by what to compute, `configure` how to run, once the context that the
+    model holds (in tokens) and the bytes of all weights are known; `draft` are the files of a draft
+    model. Has to run in the thread that steps it.
+    """
+    where = choose_device(device)
+    if choose_backend(opened.files, device, where) == "llama.cpp":
+        try:
+            return _load_llama_cpp(opened, configure)
+        except ModelLoadError as error:
+            if device.backend != "auto":
+                raise
+            _log.warning("llama.cpp does not run the model, MLX does: %s", error)
+    ignored = device.ignore_config_fields
+    loaded = load(opened.files, device=where, ignored_fields=ignored)
+    drafting = None
+    if draft is not None:
+        drafting = load(draft, device=where, ignored_fields=ignored)
+    weight_bytes = loaded.weight_bytes + (drafting.weight_bytes if drafting else 0)
+    config = opened.with_context_size(configure(loaded.context_length, weight_bytes))
+    engine = Engine(loaded, config, model_id=str(opened.model.digest), draft=drafting)
+    return engine, str(loaded.config.get("model_type") or loaded.architecture)
+
+
+def _load_llama_cpp(
+    opened: Opened, configure: Callable[[int, int], EngineConfig]
+) -> tuple[SteppingEngine, str]:
+    from modelpack_engine.llama_cpp.engine import LlamaCppEngine
+    from modelpack_engine.llama_cpp.model import LlamaModel
+    from modelpack_engine.llama_cpp.trial import try_out
+
+    tokenizer = gguf_tokenizer_of(opened.files)
+    try_out(opened.files.weights)
+    model = LlamaModel(opened.files.weights)
+    config = opened.with_context_size(configure(model.context_length, model.weight_bytes))
+    engine = LlamaCppEngine(model, tokenizer, config, notes=opened.files.notes)
+    _log.info("%s: %s", opened.model.reference or opened.model.digest, engine.notes[-1])
+    return engine, model.architecture
+
+
+def open_model(
+    name: str,
+    *,
+    pull: bool = True,
+    store: LayoutStore | None = None,
+    remote: RemoteOptions | None = None,
+    progress: ProgressCallback | None = None,
+) -> Opened:
+    """Find the model `name` in the store; with `pull`, one that is not there is pulled first.
+
+    Raises `NotFoundError`, `ModelLoadError` for files that cannot be loaded, and what
+    `modelpack.pull` raises.
+    """
+    store = store or LayoutStore()
+    model = find_model(name, store, pull=pull, remote=remote, watch=watching(progress))
+    return Opened(model, stored_files(model, store), store, remote)
+
+
+def stored_files(model: Model, store: LayoutStore) -> ModelFiles:
+    """Return the files of `model`; weights in archives are unpacked into the store, once.
+
+    Raises `ModelLoadError` for files that cannot be loaded, `NotFoundError` for a missing blob.
+    """
+    if not has_packed_weights(model):
+        return ModelFiles.from_model(model, store.blob_path)
+    return ModelFiles.from_located(model, unpacked_files(model, store, watching(None)))
+
+
+def draft_files(
+    config: EngineConfig, store: LayoutStore | None, remote: RemoteOptions | None
+) -> ModelFiles | None:
+    """Return the files of the draft model that `config` asks for, None if it asks for none.
+
+    A name is one of the store's. Raises as `open_model` does, and `UntrustedError` for a directory
+    where `remote` says who is trusted: nobody can have signed it.
+    """
+    if config.draft_model is None or config.speculation != "draft":
+        return None
+    if isinstance(config.draft_model, str):
+        remote = None if remote is None else replace(remote, variant=None)
+        return open_model(config.draft_model, pull=False, store=store, remote=remote).files
+    if remote is not None and remote.trust is not None:
+        raise UntrustedError(
+            f"draft model {config.draft_model}: a directory has no signatures",
+            hint="package it, sign the model, and name that",
+        )
+    return ModelFiles.from_directory(config.draft_model)
+
+
+def open_embedder(
+    name: str,
+    *,
+    pull: bool = True,
+    store: LayoutStore | None = None,
+    remote: RemoteOptions | None = None,
+    progress: ProgressCallback | None = None,
+    device: Literal["auto", "gpu", "cpu"] = "auto",
+) -> Embedder:
+    """Open the embedding model `name` of the store; with `pull`, a missing one is pulled first.
+
+    Raises `NotFoundError`, `ModelLoadError` for files that cannot be loaded or are no embedding
+    model's, and what `modelpack.pull` raises.
+    """
+    model = _open(name, pull, store, remote, progress, device)
+    if isinstance(model, CrossEncoder):
+        raise ModelLoadError(
+            f"{name}: ranks documents, and has no vectors", hint="use open_cross_encoder"
+        )
+    return model
+
+
+def open_cross_encoder(
+    name: str,
+    *,
+    pull: bool = True,
+    store: LayoutStore | None = None,
+    remote: RemoteOptions | None = None,
+    progress: ProgressCallback | None = None,
+    device: Literal["auto", "gpu", "cpu"] = "auto",
+) -> CrossEncoder:
+    """Open the cross-encoder `name`, as `open_embedder` opens an embedding model."""
+    model = _open(name, pull, store, remote, progress, device)
+    if isinstance(model, Embedder):
+        raise ModelLoadError(f"{name}: is no cross-encoder", hint="use open_embedder")
+    return model
+
+
+def _open(
+    name: str,
+    pull: bool,
+    store: LayoutStore | None,
+    remote: RemoteOptions | None,
+    progress: ProgressCallback | None,
+    device: Literal["auto", "gpu", "cpu"],
+) -> Embedder | CrossEncoder:
+    opened = open_model(name, pull=pull, store=store, remote=remote, progress=progress)
+    return load_embedder(opened.files, device=choose_device(EngineConfig(device=device)))
+
+
+def load_on_ranks(
+    ranks: Ranks,
+    opened: Opened,
+    device: EngineConfig,
+    configure: Callable[[int, int], EngineConfig],
+) -> tuple[Engine, str]:
+    """Load a model on all ranks; return an engine and the type of its model.
+
+    As `opening.load_model`, where the bytes of the weights are those of this rank's part.
+    """
+
+    def part(shard: Shard) -> LoadedModel:
+        return load(
+            opened.files,
+            device=choose_device(device),
+            ignored_fields=device.ignore_config_fields,
+            shard=shard,
+        )
+
+    def settings(loaded: LoadedModel) -> EngineConfig:
+        chosen = configure(loaded.context_length, loaded.weight_bytes)
+        return opened.with_context_size(chosen)
+
+    engine, loaded = ranks.engine(str(opened.model.digest), part, settings)
+    return engine, str(loaded.config.get("model_type") or loaded.architecture)
+
+
+def parts_of(store: LayoutStore, device: EngineConfig) -> Load:
+    """Return what loads a follower's part of the models of its own store, by their digests."""
+
+    def part(digest: str, shard: Shard) -> LoadedModel:
+        opened = open_model(digest, pull=False, store=store)
+        return load(
+            opened.files,
+            device=choose_device(device),
+            ignored_fields=device.ignore_config_fields,
+            shard=shard,
+        )
+
+    return part

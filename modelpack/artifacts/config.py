@@ -1,0 +1,335 @@
+"""ModelConfig: one view of the config blobs of Docker v0.1, Docker v0.2 and CNCF ModelPack.
+
+Those of KitOps and Ollama are read into the same view (see `kitops` and `ollama`), never written.
+Sources: Docker Model Runner pkg/distribution/types; CNCF model-spec schema/config-schema.json.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from modelpack.artifacts import foreign as kitops
+from modelpack.artifacts import foreign as ollama
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import parsed_annotations, parsed_digest
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.json_document import (
+    checked_time,
+    decode_object,
+    encode,
+    kind_of,
+    sorted_map,
+)
+from modelpack.errors import ManifestError, UnsupportedError
+
+_INT32 = range(-(2**31), 2**31)
+
+#: Raises `ManifestError`, naming the place, unless a decoded JSON value is what it should be.
+_Check = Callable[[Any, str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """What a config blob says about a model; texts are empty where it says nothing.
+
+    `parameters` and `size` are texts for people ("7.24B", "4.07GiB"), as Docker writes them.
+    `context_size` is in tokens. `created` is RFC 3339. `cncf_descriptor` and `cncf_config` hold
+    what only CNCF knows (authors, licenses, capabilities, …), as decoded JSON. `layer_paths` are
+    paths that a config and not an annotation of the layer says, unchecked.
+    """
+
+    media_type: str
+    format: str = ""
+    quantization: str = ""
+    parameters: str = ""
+    architecture: str = ""
+    size: str = ""
+    gguf: Mapping[str, str] | None = field(default=None, hash=False)
+    safetensors: Mapping[str, str] | None = field(default=None, hash=False)
+    diffusers: Mapping[str, str] | None = field(default=None, hash=False)
+    context_size: int | None = None
+    created: str | None = None
+    diff_ids: tuple[Digest, ...] = ()
+    cncf_descriptor: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    cncf_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    layer_paths: Mapping[Digest, str] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def parse(cls, raw: bytes, media_type: str, what: str = "config") -> ModelConfig:
+        """Return the config in `raw`; raise `ManifestError`, naming the field, otherwise."""
+        value = decode_object(raw, what)
+        if media_type in (media_types.DOCKER_CONFIG_V01, media_types.DOCKER_CONFIG_V02):
+            return _parse_docker(value, media_type, what)
+        if media_type == media_types.CNCF_CONFIG:
+            return _parse_cncf(value, what)
+        if media_type == media_types.CNAI_CONFIG:
+            return _parse_cncf(_renamed(value), what).with_changes(media_type=media_type)
+        if media_type == media_types.KITOPS_CONFIG:
+            return cls(media_type, **kitops.parse_kitfile(value, what))
+        if media_type == media_types.DOCKER_IMAGE_CONFIG:
+            return cls(media_type, **ollama.parse_config(value, what))
+        raise UnsupportedError(f"config type {media_type!r} is not one of a model", path=what)
+
+    @property
+    def is_cncf(self) -> bool:
+        """Whether this is (to be) a CNCF config."""
+        return self.media_type == media_types.CNCF_CONFIG
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether this is of a format that is read only."""
+        return self.media_type in media_types.FOREIGN_CONFIG_TYPES
+
+    def with_changes(self, **changes: Any) -> ModelConfig:
+        """Return a copy with these fields replaced."""
+        return replace(self, **changes)
+
+    def encode(self) -> bytes:
+        """Return the bytes of the config blob, as Docker Model Runner writes them."""
+        return encode(_cncf_json(self) if self.is_cncf else _docker_json(self))
+
+
+def _docker_json(config: ModelConfig) -> dict[str, Any]:
+    inner: dict[str, Any] = {}
+    for key in ("format", "quantization", "parameters", "architecture", "size"):
+        if getattr(config, key):
+            inner[key] = getattr(config, key)
+    for key in ("gguf", "safetensors", "diffusers"):
+        if getattr(config, key):
+            inner[key] = sorted_map(dict(getattr(config, key)))
+    if config.context_size is not None:
+        inner["context_size"] = config.context_size
+    return {
+        "config": inner,
+        "descriptor": {"created": config.created} if config.created else {},
+        "rootfs": {"type": "rootfs", "diff_ids": [str(digest) for digest in config.diff_ids]},
+    }
+
+
+def _cncf_json(config: ModelConfig) -> dict[str, Any]:
+    descriptor = dict(config.cncf_descriptor)
+    if config.created:
+        descriptor["createdAt"] = config.created
+    inner = dict(config.cncf_config)
+    for key, text in (
+        ("architecture", config.architecture),
+        ("format", config.format),
+        ("paramSize", config.parameters),
+        ("quantization", config.quantization),
+    ):
+        if text:
+            inner[key] = text
+    return {
+        "descriptor": _ordered(descriptor, _CNCF_DESCRIPTOR),
+        "modelfs": {"type": "layers", "diffIds": [str(digest) for digest in config.diff_ids]},
+        "config": _ordered(inner, _CNCF_MODEL),
+    }
+
+
+def _ordered(value: dict[str, Any], order: Mapping[str, Any]) -> dict[str, Any]:
+    known = {key: value[key] for key in order if key in value}
+    return known | {key: value[key] for key in sorted(value) if key not in known}
+
+
+def _parse_docker(value: dict[str, Any], media_type: str, what: str) -> ModelConfig:
+    inner = _object(value, "config", what)
+    descriptor = _object(value, "descriptor", what, required=False)
+    rootfs = _object(value, "rootfs", what)
+    _expect_type(rootfs, "rootfs", f"{what}: rootfs")
+    created = descriptor.get("created")
+    return ModelConfig(
+        media_type,
+        format=_text(inner, "format", f"{what}: config"),
+        quantization=_text(inner, "quantization", f"{what}: config"),
+        parameters=_text(inner, "parameters", f"{what}: config"),
+        architecture=_text(inner, "architecture", f"{what}: config"),
+        size=_text(inner, "size", f"{what}: config"),
+        gguf=_strings(inner, "gguf", what),
+        safetensors=_strings(inner, "safetensors", what),
+        diffusers=_strings(inner, "diffusers", what),
+        context_size=_int32(inner, "context_size", f"{what}: config"),
+        created=None if created is None else checked_time(created, f"{what}: descriptor.created"),
+        diff_ids=_digests(rootfs, "diff_ids", f"{what}: rootfs"),
+    )
+
+
+def _parse_cncf(value: dict[str, Any], what: str) -> ModelConfig:
+    descriptor = _object(value, "descriptor", what)
+    inner = _object(value, "config", what)
+    modelfs = _object(value, "modelfs", what)
+    _check_closed(value, _CNCF_TOP, what)
+    _check_closed(descriptor, _CNCF_DESCRIPTOR, f"{what}: descriptor")
+    _check_closed(inner, _CNCF_MODEL, f"{what}: config")
+    _check_closed(modelfs, _CNCF_MODELFS, f"{what}: modelfs")
+    _expect_type(modelfs, "layers", f"{what}: modelfs")
+    diff_ids = _digests(modelfs, "diffIds", f"{what}: modelfs")
+    if not diff_ids:
+        raise ManifestError("'diffIds' is empty", path=f"{what}: modelfs")
+    own = {"architecture", "format", "paramSize", "quantization"}
+    return ModelConfig(
+        media_types.CNCF_CONFIG,
+        format=_text(inner, "format", f"{what}: config"),
+        quantization=_text(inner, "quantization", f"{what}: config"),
+        parameters=_text(inner, "paramSize", f"{what}: config"),
+        architecture=_text(inner, "architecture", f"{what}: config"),
+        created=descriptor.get("createdAt"),
+        diff_ids=diff_ids,
+        cncf_descriptor={key: item for key, item in descriptor.items() if key != "createdAt"},
+        cncf_config={key: item for key, item in inner.items() if key not in own},
+    )
+
+
+def _renamed(value: Any) -> Any:
+    """Return a config with CNCF's names of fields in place of those that they had before."""
+    if not isinstance(value, dict):
+        return value
+    return {_CNAI_NAMES.get(key, key): _renamed(item) for key, item in value.items()}
+
+
+def _object(value: dict[str, Any], key: str, what: str, *, required: bool = True) -> dict[str, Any]:
+    found = value.get(key)
+    if found is None and not required:
+        return {}
+    if key not in value:
+        raise ManifestError(f"has no {key!r}", path=what)
+    if not isinstance(found, dict):
+        raise ManifestError(f"{key!r} is {kind_of(found)}, expected an object", path=what)
+    return found
+
+
+def _text(value: dict[str, Any], key: str, where: str) -> str:
+    text = value.get(key)
+    if text is None:  # Go's decoder takes null for absent
+        return ""
+    if not isinstance(text, str):
+        raise ManifestError(f"{key!r} is {kind_of(text)}, expected a string", path=where)
+    return text
+
+
+def _strings(value: dict[str, Any], key: str, what: str) -> Mapping[str, str] | None:
+    if value.get(key) is None:
+        return None
+    return parsed_annotations(value[key], f"{what}: config.{key}")
+
+
+def _int32(value: dict[str, Any], key: str, where: str) -> int | None:
+    number = value.get(key)
+    if number is None:
+        return None
+    if type(number) is not int:
+        raise ManifestError(f"{key!r} is {kind_of(number)}, expected a whole number", path=where)
+    if number not in _INT32:
+        raise ManifestError(f"{key!r} is {number}, which does not fit 32 bits", path=where)
+    return number
+
+
+def _digests(value: dict[str, Any], key: str, where: str) -> tuple[Digest, ...]:
+    found = value.get(key)
+    if not isinstance(found, list):
+        raise ManifestError(f"{key!r} is {kind_of(found)}, expected an array", path=where)
+    return tuple(parsed_digest(item, f"{where}.{key}[{i}]") for i, item in enumerate(found))
+
+
+def _expect_type(value: dict[str, Any], expected: str, where: str) -> None:
+    if value.get("type") != expected:
+        raise ManifestError(f"type is {value.get('type')!r}, expected {expected!r}", path=where)
+
+
+# The CNCF schema is closed (additionalProperties: false), and null is not a value in it.
+
+
+def _check_closed(value: Any, fields: Mapping[str, _Check], where: str) -> None:
+    if not isinstance(value, dict):
+        raise ManifestError(f"is {kind_of(value)}, expected an object", path=where)
+    for key, item in value.items():
+        if key not in fields:
+            raise ManifestError(f"has the unknown field {key!r}", path=where)
+        fields[key](item, f"{where}.{key}")
+
+
+def _string(value: Any, where: str) -> None:
+    if not isinstance(value, str):
+        raise ManifestError(f"is {kind_of(value)}, expected a string", path=where)
+
+
+def _name(value: Any, where: str) -> None:
+    _string(value, where)
+    if not value:
+        raise ManifestError("is empty", path=where)
+
+
+def _boolean(value: Any, where: str) -> None:
+    if not isinstance(value, bool):
+        raise ManifestError(f"is {kind_of(value)}, expected true or false", path=where)
+
+
+def _modality(value: Any, where: str) -> None:
+    if value not in ("text", "image", "audio", "video", "embedding", "other"):
+        raise ManifestError(f"{value!r} is not a kind of input or output", path=where)
+
+
+def _language(value: Any, where: str) -> None:
+    _string(value, where)
+    if not re.match(r"[a-z]{2}\Z", value):
+        raise ManifestError(f"{value!r} is not a two-letter language code", path=where)
+
+
+def _array_of(check: _Check) -> _Check:
+    def check_array(value: Any, where: str) -> None:
+        if not isinstance(value, list):
+            raise ManifestError(f"is {kind_of(value)}, expected an array", path=where)
+        for i, item in enumerate(value):
+            check(item, f"{where}[{i}]")
+
+    return check_array
+
+
+def _any(value: Any, where: str) -> None:
+    """Accept what the caller checks itself."""
+
+
+_CNAI_NAMES: Mapping[str, str] = {
+    "diff_ids": "diffIds",
+    "input_types": "inputTypes",
+    "output_types": "outputTypes",
+    "knowledge_cutoff": "knowledgeCutoff",
+    "tool_usage": "toolUsage",
+}
+# In the order of Go's structs, which is the order that `encode` writes.
+_CNCF_TOP: Mapping[str, _Check] = {"descriptor": _any, "modelfs": _any, "config": _any}
+_CNCF_MODELFS: Mapping[str, _Check] = {"type": _any, "diffIds": _any}
+_CNCF_DESCRIPTOR: Mapping[str, _Check] = {
+    "createdAt": checked_time,
+    "authors": _array_of(_string),
+    "family": _string,
+    "name": _name,
+    "docURL": _string,
+    "sourceURL": _string,
+    "datasetsURL": _array_of(_string),
+    "version": _string,
+    "revision": _string,
+    "vendor": _string,
+    "licenses": _array_of(_string),
+    "title": _string,
+    "description": _string,
+}
+_CNCF_CAPABILITIES: Mapping[str, _Check] = {
+    "inputTypes": _array_of(_modality),
+    "outputTypes": _array_of(_modality),
+    "knowledgeCutoff": checked_time,
+    "reasoning": _boolean,
+    "toolUsage": _boolean,
+    "reward": _boolean,
+    "languages": _array_of(_language),
+}
+_CNCF_MODEL: Mapping[str, _Check] = {
+    "architecture": _string,
+    "format": _string,
+    "paramSize": _string,
+    "precision": _string,
+    "quantization": _string,
+    "capabilities": lambda value, where: _check_closed(value, _CNCF_CAPABILITIES, where),
+}

@@ -1,0 +1,399 @@
+"""Model: a manifest with its config, and the files that its layers are.
+
+Docker v0.1, Docker v0.2 and CNCF ModelPack name the same things differently. Here every layer has
+a role and, where it holds weights, a format, whatever the media type says. CNCF types are coarse
+(a `weight.v1.raw` may be GGUF, safetensors or a projector), so the file's name decides there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from typing import Final
+
+from modelpack.artifacts import media_types as mediatypes
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
+from modelpack.artifacts.paths import checked_path
+from modelpack.artifacts.reference import Reference
+from modelpack.errors import NotFoundError
+
+# CNCF model-spec, docs/spec.md "Layer media types".
+_CNCF_LAYER = re.compile(
+    r"application/vnd\.(?:cncf|cnai)\.model\."
+    r"(weight\.config|weight|doc|code|dataset)\.v1\.(raw|tar\+gzip|tar\+zstd|tar)\Z"
+)
+# KitOps, pkg/lib/constants/mediaType.go.
+_KITOPS_LAYER = re.compile(r"application/vnd\.kitops\.modelkit\.(\w+)\.v1\.(tar\+gzip|tar)\Z")
+# What Ollama's layers are called here: they have no names of their own.
+_OLLAMA_PATHS: Mapping[str, str] = {
+    mediatypes.OLLAMA_LICENSE: "LICENSE",
+    mediatypes.OLLAMA_TEMPLATE: "template.gotmpl",
+    mediatypes.OLLAMA_PROMPT: "template.gotmpl",
+    mediatypes.OLLAMA_PARAMS: "params.json",
+    mediatypes.OLLAMA_SYSTEM: "system.txt",
+    mediatypes.OLLAMA_MESSAGES: "messages.json",
+}
+#: The name under which transformers, vLLM and our engine look for a chat template.
+CHAT_TEMPLATE: Final = "chat_template.jinja"
+_MAX_SHOWN = 50
+
+
+class Role(StrEnum):
+    """What a file is for."""
+
+    WEIGHT = "weight"
+    PROJECTOR = "projector"  # multimodal: images to the model's embeddings
+    CHAT_TEMPLATE = "chat_template"
+    LICENSE = "license"
+    CONFIG = "config"  # configuration, tokenizer, index
+    DOC = "doc"
+    CODE = "code"
+    DATASET = "dataset"
+    FILE = "file"  # anything else
+
+
+class Archive(StrEnum):
+    """How a layer that is not one raw file has to be unpacked."""
+
+    TAR = "tar"
+    TAR_GZIP = "tar+gzip"
+    TAR_ZSTD = "tar+zstd"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """One layer: a file, or an archive of files.
+
+    `filepath` is checked to be safe; None where the layer names no file. `format` is `gguf`,
+    `safetensors` or `dduf` for weights and projectors, where known. `diff_id` is the digest of the
+    content before compression, where the config lists one for every layer.
+    """
+
+    role: Role
+    media_type: str
+    filepath: str | None
+    descriptor: Descriptor
+    format: str = ""
+    archive: Archive | None = None
+    diff_id: Digest | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model wherever it is: `reference` as asked for, `descriptor` of the manifest."""
+
+    reference: Reference | None
+    descriptor: Descriptor
+    manifest: Manifest
+    config: ModelConfig
+
+    @property
+    def digest(self) -> Digest:
+        """The digest of the manifest: the model's id."""
+        return self.descriptor.digest
+
+    @property
+    def short_id(self) -> str:
+        """The first 12 hex digits of the id, as `docker model list` shows them."""
+        return self.digest.short
+
+    def files(self) -> tuple[ModelFile, ...]:
+        """Return the layers as files, in the order of the manifest.
+
+        Raises `UnsafePathError` if a layer's path would leave the directory of the model.
+        """
+        layers, diff_ids = self.manifest.layers, self.config.diff_ids
+        known = len(layers) == len(diff_ids)
+        return tuple(
+            self._file(layer, diff_ids[i] if known else None) for i, layer in enumerate(layers)
+        )
+
+    def select(
+        self,
+        media_types: Sequence[str] = (),
+        paths: Sequence[str] = (),
+        *,
+        among: Sequence[ModelFile] | None = None,
+    ) -> tuple[ModelFile, ...]:
+        """Return the files that match one of `media_types` and one of `paths`, in layer order.
+
+        A media type is written whole, as a glob (`*gguf*`), or as one of `SHORT_NAMES`, which mean
+        the same in every generation of the format. A path is a whole path, a file name or a glob.
+        An empty sequence matches every file. `among` are files to choose from in place of the
+        layers: those that were inside of them. Raises `NotFoundError`, which lists what there is,
+        if no file has such a type, or if any one of the paths is not there.
+        """
+        found = files = self.files() if among is None else tuple(among)
+        if media_types:
+            tests = [_type_test(text) for text in media_types]
+            found = tuple(file for file in files if any(test(file) for test in tests))
+            if not found:
+                raise self._nothing("type " + " or ".join(map(repr, media_types)), files)
+        if not paths:
+            return found
+        chosen: set[int] = set()
+        for text in paths:
+            matches = _matching_paths(text, found)
+            if not matches:
+                raise self._nothing(f"path {text!r}", found)
+            chosen |= matches
+        return tuple(file for i, file in enumerate(found) if i in chosen)
+
+    def _file(self, layer: Descriptor, diff_id: Digest | None) -> ModelFile:
+        archive = archive_of(layer.media_type)
+        path = layer.filepath
+        if path is None:
+            path = self.config.layer_paths.get(layer.digest) or _OLLAMA_PATHS.get(layer.media_type)
+        if archive and path is not None and path.rstrip("/") == ".":
+            path = None  # modctl's name for the directory that it packed whole
+        filepath = None if path is None else checked_path(path.rstrip("/") if archive else path)
+        role = role_of(layer.media_type, filepath)
+        weights = role in (Role.WEIGHT, Role.PROJECTOR)
+        kind = format_of(layer.media_type, filepath) if weights else ""
+        if role is Role.WEIGHT and not kind:
+            kind = self.config.format.lower().replace("diffusers", "dduf")
+        return ModelFile(role, layer.media_type, filepath, layer, kind, archive, diff_id)
+
+    def _nothing(self, wanted: str, among: Sequence[ModelFile]) -> NotFoundError:
+        name = str(self.reference) if self.reference else str(self.digest)
+        lines = [f"{file.filepath or '(no path)'} ({file.media_type})" for file in among]
+        if len(lines) > _MAX_SHOWN:
+            lines = [*lines[:_MAX_SHOWN], f"and {len(lines) - _MAX_SHOWN} more"]
+        there = "; ".join(lines) or "nothing"
+        return NotFoundError(
+            f"{name}: no file with {wanted}; there is: {there}",
+            hint="a type may be short: " + ", ".join(SHORT_NAMES),
+        )
+
+
+def archive_of(media_type: str) -> Archive | None:
+    """Return how a layer of this type is to be unpacked; None for one raw file."""
+    if media_type in (mediatypes.DOCKER_VLLM_CONFIG_TAR, mediatypes.DOCKER_DIR_TAR):
+        return Archive.TAR
+    match = _CNCF_LAYER.match(media_type) or _KITOPS_LAYER.match(media_type)
+    return Archive(match[2]) if match and match[2] != "raw" else None
+
+
+def role_of(media_type: str, path: str | None) -> Role:
+    """Return what a file is for: from the layer's type, and from its path where that is coarse.
+
+    Files inside an archive have the type of the archive.
+    """
+    name = (path or "").rpartition("/")[2].lower()
+    match media_type:
+        case mediatypes.DOCKER_MMPROJ:
+            return Role.PROJECTOR
+        case mediatypes.DOCKER_LICENSE:
+            return Role.LICENSE
+        case mediatypes.DOCKER_CHAT_TEMPLATE:
+            # Docker types chat_template.json like this too, but it is no Jinja.
+            return Role.CONFIG if name.endswith(".json") else Role.CHAT_TEMPLATE
+        case mediatypes.DOCKER_GGUF | mediatypes.CNCF_WEIGHT_GGUF:
+            return Role.PROJECTOR if "mmproj" in name else Role.WEIGHT
+        case (
+            mediatypes.DOCKER_SAFETENSORS
+            | mediatypes.CNCF_WEIGHT_SAFETENSORS
+            | mediatypes.DOCKER_DDUF
+        ):
+            return Role.WEIGHT
+        case mediatypes.DOCKER_VLLM_CONFIG_TAR:
+            return _role_by_name(name, Role.CONFIG)
+        case mediatypes.DOCKER_MODEL_FILE:
+            return _role_beside_weights(name, Role.FILE)
+        case mediatypes.OLLAMA_MODEL:
+            return Role.WEIGHT
+        case mediatypes.OLLAMA_PROJECTOR:
+            return Role.PROJECTOR
+        case mediatypes.OLLAMA_LICENSE:
+            return Role.LICENSE
+        case mediatypes.OLLAMA_PARAMS | mediatypes.OLLAMA_MESSAGES | mediatypes.OLLAMA_SYSTEM:
+            return Role.CONFIG
+    kitops = _KITOPS_LAYER.match(media_type)
+    if kitops:
+        return _kitops_role(kitops[1], name)
+    cncf = _CNCF_LAYER.match(media_type)
+    match cncf[1] if cncf else None:
+        case "weight":
+            return _weight_role(name)
+        case "weight.config":
+            return _role_beside_weights(name, Role.CONFIG)
+        case "doc":
+            # Docker Model Runner knows documents as licenses only, and may leave out the path.
+            return Role.LICENSE if not name or _is_license(name) else Role.DOC
+        case "code":
+            return Role.CODE
+        case "dataset":
+            return Role.DATASET
+    return _role_by_name(name, Role.FILE)
+
+
+def preferred_template(files: Sequence[tuple[Role, str]]) -> int | None:
+    """Return the index of the chat template to use, given all layers as (role, path) in order.
+
+    The file of `package --chat-template` wins: it follows the files of the directory, which are in
+    the order of their paths. Otherwise `chat_template.jinja` wins, then the first. A template in a
+    subdirectory serves a special purpose and is used only if there is no other.
+    """
+    templates = [at for at, (role, _) in enumerate(files) if role is Role.CHAT_TEMPLATE]
+    if not templates:
+        return None
+    least = min(files[at][1].count("/") for at in templates)
+    templates = [at for at in templates if files[at][1].count("/") == least]
+    keys = [path.encode().split(b"/") for _, path in files]
+    added = [at for at in templates if any(key > keys[at] for key in keys[:at])]
+    named = [at for at in added or templates if files[at][1] == CHAT_TEMPLATE]
+    return next(iter(named), added[-1] if added else templates[0])
+
+
+def format_of(media_type: str, path: str | None) -> str:
+    """Return the format of weights (`gguf`, `safetensors`, `dduf`), or "" where unknown."""
+    if media_type in _FORMATS_BY_TYPE:
+        return _FORMATS_BY_TYPE[media_type]
+    extension = (path or "").lower().rpartition(".")[2]
+    return extension if extension in _WEIGHT_FORMATS else ""
+
+
+def _kitops_role(kind: str, name: str) -> Role:
+    match kind:
+        case "model":
+            # Of the layer itself, which may be a directory, or of a file inside.
+            return Role.WEIGHT if not _suffix(name) else _role_by_name(name, Role.FILE)
+        case "docs":
+            return Role.LICENSE if _is_license(name) else Role.DOC
+        case "code":
+            return Role.CODE
+        case "dataset":
+            return Role.DATASET
+    return _role_beside_weights(name, Role.FILE)
+
+
+_WEIGHT_FORMATS = ("gguf", "safetensors", "dduf")
+_WEIGHT_SUFFIXES = tuple(f".{name}" for name in _WEIGHT_FORMATS)
+_FORMATS_BY_TYPE = {
+    mediatypes.DOCKER_GGUF: "gguf",
+    mediatypes.DOCKER_MMPROJ: "gguf",
+    mediatypes.CNCF_WEIGHT_GGUF: "gguf",
+    mediatypes.DOCKER_SAFETENSORS: "safetensors",
+    mediatypes.CNCF_WEIGHT_SAFETENSORS: "safetensors",
+    mediatypes.DOCKER_DDUF: "dduf",
+    mediatypes.OLLAMA_MODEL: "gguf",
+    mediatypes.OLLAMA_PROJECTOR: "gguf",
+}
+_ROLES_BY_SUFFIX = {
+    ".jinja": Role.CHAT_TEMPLATE,
+    ".md": Role.DOC,
+    ".rst": Role.DOC,
+    ".py": Role.CODE,
+    ".sh": Role.CODE,
+    ".ipynb": Role.CODE,
+    ".json": Role.CONFIG,
+    ".txt": Role.CONFIG,
+    ".vocab": Role.CONFIG,
+    ".model": Role.CONFIG,
+    ".tiktoken": Role.CONFIG,
+    ".yaml": Role.CONFIG,
+    ".yml": Role.CONFIG,
+    ".toml": Role.CONFIG,
+}
+_LICENSE = re.compile(
+    r"(?:\A|.*[._-])(?:licen[sc]es?|unlicen[sc]e|copying|notices?)(?:[._-]|\Z)", re.DOTALL
+)
+_TEXT_SUFFIXES = ("", ".md", ".rst", ".txt")
+
+
+def _suffix(name: str) -> str:
+    stem, dot, extension = name.rpartition(".")
+    return dot + extension if stem else ""
+
+
+def _is_license(name: str) -> bool:
+    # A word of its own: license_head.bin and notice_me.py are no licenses, LICENSE-MIT is.
+    suffix = _suffix(name)
+    other = suffix in _ROLES_BY_SUFFIX or suffix in (*_WEIGHT_SUFFIXES, ".bin")
+    return bool(_LICENSE.match(name)) and (suffix in _TEXT_SUFFIXES or not other)
+
+
+def _weight_role(name: str) -> Role:
+    if "mmproj" in name:
+        return Role.PROJECTOR
+    # model.safetensors.index.json may stand beside the shards.
+    return _role_by_name(name, Role.WEIGHT) if _suffix(name) in _ROLES_BY_SUFFIX else Role.WEIGHT
+
+
+def _role_beside_weights(name: str, otherwise: Role) -> Role:
+    # Whoever packaged an adapter.gguf as another file said that it is not the model's weights.
+    role = _role_by_name(name, otherwise)
+    return otherwise if role in (Role.WEIGHT, Role.PROJECTOR) else role
+
+
+def _role_by_name(name: str, otherwise: Role) -> Role:
+    if name.endswith(_WEIGHT_SUFFIXES):
+        return Role.PROJECTOR if name.endswith(".gguf") and "mmproj" in name else Role.WEIGHT
+    if _is_license(name):
+        return Role.LICENSE
+    return _ROLES_BY_SUFFIX.get(_suffix(name), otherwise)
+
+
+_Test = Callable[[ModelFile], bool]
+
+
+def _has_role(*roles: Role) -> _Test:
+    return lambda file: file.role in roles
+
+
+def _has_format(format: str) -> _Test:
+    # An archive may hold weights of any format where nothing says which.
+    return lambda file: (
+        file.role is Role.WEIGHT
+        and (file.format == format or (file.archive is not None and not file.format))
+    )
+
+
+_TESTS: Mapping[str, _Test] = {
+    "weight": _has_role(Role.WEIGHT),
+    "gguf": _has_format("gguf"),
+    "safetensors": _has_format("safetensors"),
+    "dduf": _has_format("dduf"),
+    "mmproj": _has_role(Role.PROJECTOR),
+    "chat-template": _has_role(Role.CHAT_TEMPLATE),
+    "license": _has_role(Role.LICENSE),
+    "config": _has_role(Role.CONFIG),
+    "doc": _has_role(Role.DOC),
+    "code": _has_role(Role.CODE),
+    "dataset": _has_role(Role.DATASET),
+    "file": _has_role(Role.CONFIG, Role.DOC, Role.CODE, Role.DATASET, Role.FILE),
+}
+_ALIASES = {
+    "weights": "weight",
+    "projector": "mmproj",
+    "chat_template": "chat-template",
+    "template": "chat-template",
+    "licence": "license",
+}
+#: What `Model.select` takes in place of a media type. `file` is whatever has no other name here:
+#: configuration, documents, code, data and the rest.
+SHORT_NAMES: Final = tuple(_TESTS)
+
+
+def _type_test(text: str) -> _Test:
+    wanted = text.lower()
+    short = _TESTS.get(_ALIASES.get(wanted, wanted))
+    if short:
+        return short
+    return lambda file: fnmatchcase(file.media_type.lower(), wanted)
+
+
+def _matching_paths(text: str, files: Sequence[ModelFile]) -> set[int]:
+    """Return the places of the files at this path, else of this name, else matching this glob."""
+    paths = [(i, file.filepath) for i, file in enumerate(files) if file.filepath is not None]
+    return (
+        {i for i, path in paths if path == text}
+        or {i for i, path in paths if path.rpartition("/")[2] == text}
+        or {i for i, path in paths if fnmatchcase(path, text)}
+    )

@@ -1,0 +1,267 @@
+"""Reference: what a user types to name a model, and where that is.
+
+Grammar, as distribution/reference has it::
+
+    reference ::= name [ ":" tag ] [ "@" digest ]
+    name      ::= [ registry "/" ] path
+    registry  ::= host [ ":" port ]
+    path      ::= component ( "/" component )*               at most 255 characters
+    component ::= [a-z0-9]+ ( ( "." | "_" | "__" | "-"+ ) [a-z0-9]+ )*
+    tag       ::= [A-Za-z0-9_] [A-Za-z0-9_.-]{0,127}
+
+The first part is a registry if it is `localhost`, holds a `.` or a `:`, or has an upper-case
+letter. Docker Model Runner's defaults apply: no registry means docker.io, no organisation there
+means `ai`, no tag means `latest`, `hf.co` is `huggingface.co`, a name is taken in lower case.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from ipaddress import IPv6Address
+
+from modelpack.artifacts.digest import SHORT_ID_LENGTH, Digest
+from modelpack.errors import InvalidDigestError, InvalidReferenceError
+
+DEFAULT_REGISTRY = "docker.io"
+DEFAULT_ORGANISATION = "ai"
+DEFAULT_TAG = "latest"
+MAX_PATH_LENGTH = 255
+
+_COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+_PATH = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*\Z")
+_HOST_PART = r"(?:[A-Za-z0-9]|[A-Za-z0-9][A-Za-z0-9-]*[A-Za-z0-9])"
+_REGISTRY = re.compile(
+    rf"(?:{_HOST_PART}(?:\.{_HOST_PART})*|\[(?P<v6>[0-9A-Fa-f:]+)\])(?::(?P<port>[0-9]{{1,5}}))?\Z"
+)
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
+_HEX = re.compile(r"[0-9a-f]+\Z")
+_IN_FULL = re.compile(
+    # A host with a dot or a port: without, a first part is no host.
+    r"(?P<registry>[a-z0-9]+(?:-+[a-z0-9]+)*"
+    r"(?:(?:\.[a-z0-9]+(?:-+[a-z0-9]+)*)+(?::[0-9]{1,4})?|:[0-9]{1,4}))"
+    rf"/(?P<path>{_COMPONENT}(?:/{_COMPONENT})*):(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}})\Z"
+)
+_REWRITTEN = frozenset({"index.docker.io", "registry-1.docker.io", "hf.co"})
+_HUB_ALIASES = {"index.docker.io": DEFAULT_REGISTRY, "registry-1.docker.io": DEFAULT_REGISTRY}
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A model's place: registry, repository and at least one of tag and digest."""
+
+    registry: str
+    repository: str
+    tag: str | None = DEFAULT_TAG
+    digest: Digest | None = None
+
+    @classmethod
+    def parse(
+        cls, text: str, *, default_registry: str | None = None, strict: bool = False
+    ) -> Reference:
+        """Return the reference that `text` names; raise `InvalidReferenceError` otherwise.
+
+        Surrounding white space, an empty tag and upper case in the name are forgiven, as Docker's
+        daemon does; `strict` forgives nothing, as its command line does. `default_registry` stands
+        in for docker.io where `text` names none; None means the environment's DEFAULT_REGISTRY.
+        """
+        if default_registry is None:
+            default_registry = os.environ.get("DEFAULT_REGISTRY") or DEFAULT_REGISTRY
+        rest = text if strict else normalized(text)
+        _refuse_bare_digest(rest, text)
+        rest, digest = _split_digest(rest, text)
+        name, tag = _split_tag(rest)
+        written, path = _split_registry(name)
+        registry = _HUB_ALIASES.get(written, written) if written else default_registry
+        if "/" not in path and (written is None or registry == DEFAULT_REGISTRY):
+            path = f"{DEFAULT_ORGANISATION}/{path}"
+        _check_registry(registry, text)
+        check_repository(path, text)
+        if tag is not None:
+            check_tag(tag, text)
+        elif digest is None:
+            tag = DEFAULT_TAG
+        return cls(registry, path, tag, digest)
+
+    @property
+    def name(self) -> str:
+        """`registry/repository`, without tag and digest."""
+        return f"{self.registry}/{self.repository}"
+
+    @property
+    def target(self) -> str:
+        """What a registry is asked for: the digest if there is one, else the tag."""
+        return str(self.digest) if self.digest else self.tag or DEFAULT_TAG
+
+    @property
+    def familiar(self) -> str:
+        """The shortest text that `parse` reads as this reference, as `docker model list` shows."""
+        name = self.name
+        if self.registry == DEFAULT_REGISTRY and not _is_host(self.repository.partition("/")[0]):
+            organisation, _, model = self.repository.partition("/")
+            short = organisation == DEFAULT_ORGANISATION and "/" not in model
+            name = model if short else self.repository
+        tag = f":{self.tag}" if self.tag and (self.tag != DEFAULT_TAG or self.digest) else ""
+        return name + tag + (f"@{self.digest}" if self.digest else "")
+
+    def with_tag(self, tag: str) -> Reference:
+        """Return the same repository at `tag`."""
+        return Reference(self.registry, self.repository, check_tag(tag, tag))
+
+    def with_digest(self, digest: Digest) -> Reference:
+        """Return the same repository at `digest`, with no tag."""
+        return Reference(self.registry, self.repository, None, digest)
+
+    def without_digest(self) -> Reference:
+        """Return the same repository and tag (`latest` where there was only a digest)."""
+        return Reference(self.registry, self.repository, self.tag or DEFAULT_TAG)
+
+    def __str__(self) -> str:
+        tag = f":{self.tag}" if self.tag else ""
+        return self.name + tag + (f"@{self.digest}" if self.digest else "")
+
+
+def spelled_in_full(text: str) -> Reference | None:
+    """Return what `Reference.parse` makes of `text`, if that is certain at a glance.
+
+    It is for `registry/path:tag` in lower case where nothing is left out or stands for something
+    else. None says nothing: `parse` may still take the text.
+    """
+    match = _IN_FULL.match(text)
+    if match is None or len(match["path"]) > MAX_PATH_LENGTH:
+        return None
+    registry, path, tag = match.groups()
+    if registry in _REWRITTEN or (registry == DEFAULT_REGISTRY and "/" not in path):
+        return None
+    return Reference(registry, path, tag)
+
+
+def means_only_itself(text: str) -> bool:
+    """Return whether `text` is certain to be a reference in full, or none at all.
+
+    Then nothing but the same text names the same. Much cheaper than parsing it.
+    """
+    host, _, rest = text.partition("/")
+    return (
+        ("." in host or ":" in host)
+        and ":" in rest
+        and text[-1] != ":"
+        and "@" not in text
+        and text == text.lower()
+        and text == text.strip()
+        and host not in _REWRITTEN
+        and (host != DEFAULT_REGISTRY or "/" in rest)
+    )
+
+
+def normalized(text: str) -> str:
+    """Return `text` as Docker's daemon rewrites it before parsing; ids are returned unchanged."""
+    rest = text.strip()
+    if rest.startswith("hf.co/"):
+        rest = "huggingface.co/" + rest.removeprefix("hf.co/")
+    if is_model_id(rest) and len(rest) != len(rest.removeprefix("sha256:")) + 1:
+        return rest
+    rest, at, digest = rest.partition("@")
+    name, tag = _split_tag(rest)
+    if "/" not in name:
+        name = f"{DEFAULT_ORGANISATION}/{name}"
+    if not tag and not at:
+        tag = DEFAULT_TAG
+    return name.lower() + (f":{tag}" if tag else "") + at + digest
+
+
+def is_model_id(text: str) -> bool:
+    """Return whether `text` is spelled like a model id: 12 or 64 hex digits, or a digest."""
+    encoded = text.removeprefix("sha256:")
+    if not _HEX.match(encoded):
+        return False
+    return len(encoded) == 64 or (encoded == text and len(text) == SHORT_ID_LENGTH)
+
+
+def begins_id(text: str) -> bool:
+    """Return whether `text` is spelled like a model id or the first digits of one."""
+    return _HEX.match(text.strip().removeprefix("sha256:")) is not None
+
+
+def check_repository(path: str, text: str) -> str:
+    """Return `path` if it is a repository name; an error shows `text`, what the user wrote."""
+    if len(path) > MAX_PATH_LENGTH:
+        raise InvalidReferenceError(
+            f"{_shown(text)}: the name has {len(path)} characters, at most {MAX_PATH_LENGTH} fit",
+            reference=text,
+        )
+    if _PATH.match(path):
+        return path
+    if path != path.lower() and _PATH.match(path.lower()):
+        problem, hint = f"the name {path!r} must be lower case", f"use {path.lower()!r}"
+    else:
+        bad = next((part for part in path.split("/") if not _PATH.match(part)), path)
+        problem = f"{bad!r} is not a name component" if bad else "a name component is empty"
+        hint = "use lower-case letters and digits, with single '.', '_', '__' or '-' between them"
+    raise InvalidReferenceError(f"{_shown(text)}: {problem}", reference=text, hint=hint)
+
+
+def check_tag(tag: str, text: str) -> str:
+    """Return `tag` if it is a tag; an error shows `text`, what the user wrote."""
+    if not _TAG.match(tag):
+        raise InvalidReferenceError(
+            f"{_shown(text)}: {tag[:140]!r} is not a tag",
+            reference=text,
+            hint="a tag has 1 to 128 letters, digits, '_', '.' or '-' and starts with none of '.-'",
+        )
+    return tag
+
+
+def _split_digest(rest: str, text: str) -> tuple[str, Digest | None]:
+    rest, at, encoded = rest.partition("@")
+    if not at:
+        return rest, None
+    try:
+        return rest, Digest.parse(encoded)
+    except InvalidDigestError as error:
+        raise InvalidReferenceError(f"{_shown(text)}: {error}", reference=text) from None
+
+
+def _split_tag(rest: str) -> tuple[str, str | None]:
+    name, colon, tag = rest.rpartition(":")
+    return (name, tag) if colon and "/" not in tag else (rest, None)
+
+
+def _split_registry(name: str) -> tuple[str | None, str]:
+    first, slash, path = name.partition("/")
+    return (first, path) if slash and _is_host(first) else (None, name)
+
+
+def _is_host(first: str) -> bool:
+    return first == "localhost" or any(c in ".:" or c.isupper() for c in first)
+
+
+def _is_registry(text: str) -> bool:
+    found = _REGISTRY.match(text)
+    if found is None or int(found["port"] or 0) > 65535:
+        return False
+    try:
+        return not found["v6"] or bool(IPv6Address(found["v6"]))
+    except ValueError:
+        return False
+
+
+def _check_registry(registry: str, text: str) -> None:
+    if not _is_registry(registry):
+        raise InvalidReferenceError(
+            f"{_shown(text)}: {registry!r} is not a registry host[:port]", reference=text
+        )
+
+
+def _refuse_bare_digest(rest: str, text: str) -> None:
+    if len(rest) == 64 and _HEX.match(rest):
+        raise InvalidReferenceError(
+            f"{_shown(text)}: 64 hexadecimal digits are a model id, not a name",
+            reference=text,
+            hint=f"no stored model has it; from a registry, write NAME@sha256:{rest}",
+        )
+
+
+def _shown(text: str) -> str:
+    return f"invalid reference {text[:300]!r}"

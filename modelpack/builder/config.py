@@ -1,0 +1,246 @@
+"""Docker's format to the CNCF one and back: layer types and configs, never a layer's bytes.
+
+Docker to CNCF is what Docker Model Runner does (its pkg/distribution/modelpack), byte for byte. It
+never converts back; the rules for that are ours:
+
+- Raw weights get the type that their name says, else the format in the config. A CNCF model does
+  not mark projectors: in a single-file model (config v0.1), where there is one set of weights,
+  every other GGUF is one.
+- A document is a license if it is named like one, or like no document at all; others, and code and
+  data, are plain files. Archives are refused: Docker's layers are single files.
+- The config is v0.1, which names its files by their types, for a GGUF or DDUF with nothing but
+  licenses, one template and projectors around it, or where a layer has no path. It is v0.2, which
+  puts each file at its path, for everything else: directories, and safetensors with their configs.
+
+What only one format knows is lost: sizes of GGUF tensors, header values and the context size one
+way; authors, capabilities and the like the other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+from modelpack.artifacts import media_types
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.builder.classify import (
+    MEDIA_TYPES,
+    WEIGHT_KINDS,
+    WEIGHT_TYPES,
+    FileKind,
+    classify,
+    is_projector_name,
+    lowered_name,
+)
+from modelpack.errors import PackagingError, UnsupportedError
+from modelpack.formats.shards import ShardSet, shard_set
+from modelpack.formats.units import format_decimal_size
+
+#: CNCF's layer types of weights, projectors included.
+CNCF_WEIGHT_TYPES: Final = (
+    media_types.CNCF_WEIGHT_RAW,
+    media_types.CNCF_WEIGHT_GGUF,
+    media_types.CNCF_WEIGHT_SAFETENSORS,
+)
+_TO_CNCF: Final = {
+    media_types.DOCKER_LICENSE: media_types.CNCF_DOC_RAW,
+    media_types.CNCF_DOC_RAW: media_types.CNCF_DOC_RAW,
+    media_types.DOCKER_CHAT_TEMPLATE: media_types.CNCF_WEIGHT_CONFIG_RAW,
+    media_types.DOCKER_VLLM_CONFIG_TAR: media_types.CNCF_WEIGHT_CONFIG_RAW,
+    media_types.DOCKER_MODEL_FILE: media_types.CNCF_WEIGHT_CONFIG_RAW,
+    media_types.CNCF_WEIGHT_CONFIG_RAW: media_types.CNCF_WEIGHT_CONFIG_RAW,
+    **dict.fromkeys(
+        (*WEIGHT_TYPES, media_types.DOCKER_MMPROJ, *CNCF_WEIGHT_TYPES), media_types.CNCF_WEIGHT_RAW
+    ),
+}
+_DOCKER_PREFIX: Final = "application/vnd.docker.ai."
+_CNCF_PREFIX: Final = "application/vnd.cncf.model."
+_FORMATS: Final = {**{kind.value: kind for kind in WEIGHT_KINDS}, "diffusers": FileKind.DDUF}
+# Files that document a model without being its license.
+_DOCUMENTS: Final = (".md", ".rst", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".json")
+# What surrounds the weights of a v0.1 model.
+_SINGLE_FILE_TYPES: Final = (
+    media_types.DOCKER_LICENSE,
+    media_types.DOCKER_CHAT_TEMPLATE,
+    media_types.DOCKER_MMPROJ,
+)
+
+
+def cncf_media_type(media_type: str, filepath: str | None) -> str:
+    """Return the CNCF type of a layer of Docker's type `media_type`; CNCF's own types stay."""
+    known = _TO_CNCF.get(media_type)
+    if known is not None:
+        return known
+    if not filepath:
+        return media_types.CNCF_WEIGHT_CONFIG_RAW
+    kind = classify(filepath)
+    if kind in WEIGHT_KINDS:
+        return media_types.CNCF_WEIGHT_RAW
+    if kind is FileKind.LICENSE:
+        return media_types.CNCF_DOC_RAW
+    if kind is FileKind.CONFIG and lowered_name(filepath).endswith(".md"):
+        return media_types.CNCF_DOC_RAW
+    return media_types.CNCF_WEIGHT_CONFIG_RAW
+
+
+def cncf_layers(layers: Sequence[Descriptor]) -> tuple[Descriptor, ...]:
+    """Return Docker's layers with CNCF's types."""
+    return tuple(
+        replace(layer, media_type=cncf_media_type(layer.media_type, layer.filepath))
+        for layer in layers
+    )
+
+
+def cncf_config(config: ModelConfig) -> ModelConfig:
+    """Return what the CNCF format can hold of one of Docker's configs."""
+    if config.is_cncf:
+        return config
+    family = {"family": config.architecture} if config.architecture else {}
+    return ModelConfig(
+        media_types.CNCF_CONFIG,
+        format=config.format,
+        quantization=config.quantization,
+        parameters=config.parameters,
+        architecture=config.architecture,
+        created=config.created,
+        diff_ids=config.diff_ids,
+        cncf_descriptor={**config.cncf_descriptor, **family},
+        cncf_config=config.cncf_config,
+    )
+
+
+def docker_layers(layers: Sequence[Descriptor], config: ModelConfig) -> tuple[Descriptor, ...]:
+    """Return CNCF's layers with Docker's types; `config` is the CNCF config.
+
+    Raises `UnsupportedError` for layers that Docker's format cannot hold.
+    """
+    converted = tuple(
+        replace(layer, media_type=_docker_media_type(layer, config.format)) for layer in layers
+    )
+    if docker_config_type(converted) == media_types.DOCKER_CONFIG_V02:
+        return converted
+    own = _own_weights(converted)
+    return tuple(
+        replace(layer, media_type=media_types.DOCKER_MMPROJ)
+        if layer.media_type == media_types.DOCKER_GGUF and i not in own
+        else layer
+        for i, layer in enumerate(converted)
+    )
+
+
+def docker_config(config: ModelConfig, layers: Sequence[Descriptor]) -> ModelConfig:
+    """Return what Docker's format can hold of a CNCF config; `layers` have Docker's types."""
+    if not config.is_cncf:
+        return config
+    weights = [layer for layer in layers if layer.media_type in WEIGHT_TYPES]
+    kind = _FORMATS.get(config.format)
+    if kind is None and weights:
+        kind = next(k for k in WEIGHT_KINDS if MEDIA_TYPES[k] == weights[0].media_type)
+    size = ""
+    if kind in (FileKind.SAFETENSORS, FileKind.DDUF):
+        # Docker counts whole files here; for a GGUF it would take the header.
+        size = format_decimal_size(sum(layer.size for layer in weights))
+    return ModelConfig(
+        docker_config_type(layers),
+        format=config.format or (kind.value if kind else ""),
+        quantization=config.quantization,
+        parameters=config.parameters,
+        architecture=config.architecture or str(config.cncf_descriptor.get("family", "")),
+        size=size,
+        created=config.created,
+        diff_ids=config.diff_ids,
+    )
+
+
+def docker_config_type(layers: Sequence[Descriptor]) -> str:
+    """Return the type of Docker's config that lets a runtime find the files of `layers`."""
+    paths = [layer.filepath for layer in layers]
+    if not all(paths):
+        return media_types.DOCKER_CONFIG_V01  # v0.2 drops layers without a path
+    single = (media_types.DOCKER_GGUF, media_types.DOCKER_DDUF, *_SINGLE_FILE_TYPES)
+    templates = [x for x in layers if x.media_type == media_types.DOCKER_CHAT_TEMPLATE]
+    if (
+        all(layer.media_type in single for layer in layers)
+        and not any("/" in path for path in paths if path)
+        and len(templates) <= 1
+    ):
+        return media_types.DOCKER_CONFIG_V01
+    return media_types.DOCKER_CONFIG_V02
+
+
+def _docker_media_type(layer: Descriptor, format: str) -> str:
+    given, filepath = layer.media_type, layer.filepath or ""
+    if given.startswith(_DOCKER_PREFIX):
+        return given
+    if (
+        given.startswith(_CNCF_PREFIX)
+        and not given.endswith(".raw")
+        and given not in CNCF_WEIGHT_TYPES
+    ):
+        raise UnsupportedError(
+            f"layer {layer.digest.short} ({filepath or 'no path'}) of type {given!r} has no "
+            "counterpart in Docker's format, whose layers are single files",
+            hint="unpack the model with `modelpack bundle`, and package the files",
+        )
+    kind = classify(filepath)
+    if given in CNCF_WEIGHT_TYPES:
+        if _must_be_projector(filepath, kind, format):
+            return media_types.DOCKER_MMPROJ
+        return MEDIA_TYPES[_weight_kind(layer, kind, format)]
+    if given == media_types.CNCF_DOC_RAW:
+        return _document_type(filepath, kind)
+    if kind in WEIGHT_KINDS:  # it was not a weight before
+        return media_types.DOCKER_MODEL_FILE
+    return MEDIA_TYPES[kind]
+
+
+def _must_be_projector(filepath: str, kind: FileKind, format: str) -> bool:
+    if kind is FileKind.GGUF:  # beside weights of another format
+        return _FORMATS.get(format, FileKind.GGUF) is not FileKind.GGUF
+    return kind not in WEIGHT_KINDS and is_projector_name(filepath)
+
+
+def _weight_kind(layer: Descriptor, kind: FileKind, format: str) -> FileKind:
+    if kind in WEIGHT_KINDS:
+        return kind
+    if layer.media_type == media_types.CNCF_WEIGHT_GGUF:
+        return FileKind.GGUF
+    if layer.media_type == media_types.CNCF_WEIGHT_SAFETENSORS:
+        return FileKind.SAFETENSORS
+    if format in _FORMATS:
+        return _FORMATS[format]
+    raise UnsupportedError(
+        f"layer {layer.digest.short} ({layer.filepath or 'no path'}) is a weight, but neither its "
+        f"name nor the config's format {format!r} says of which format",
+        hint="Docker's format knows gguf, safetensors and dduf",
+    )
+
+
+def _document_type(filepath: str, kind: FileKind) -> str:
+    if kind is FileKind.LICENSE or not lowered_name(filepath).endswith(_DOCUMENTS):
+        return media_types.DOCKER_LICENSE
+    return media_types.DOCKER_MODEL_FILE
+
+
+def _own_weights(layers: Sequence[Descriptor]) -> frozenset[int]:
+    """Return the places of the weights that are the model: one file, or one set of shards."""
+    weights = [i for i, layer in enumerate(layers) if layer.media_type in WEIGHT_TYPES]
+    if not weights:
+        return frozenset()
+    named = [i for i in weights if not is_projector_name(layers[i].filepath or "")]
+    first = (named or weights)[0]
+    shards = _shards(layers[first])
+    if shards is not None:
+        return frozenset(i for i in weights if _shards(layers[i]) == shards)
+    # Without paths nothing tells shards from projectors.
+    unnamed = [i for i in weights if not layers[i].filepath]
+    return frozenset(unnamed if first in unnamed else [first])
+
+
+def _shards(layer: Descriptor) -> ShardSet | None:
+    try:
+        return shard_set(layer.filepath or "")
+    except PackagingError:  # a number beyond the count: no shard, whatever it is
+        return None

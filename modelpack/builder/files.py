@@ -1,0 +1,406 @@
+"""LayerMetadata: the file that a layer is, as its `org.cncf.model.file.metadata+json` says.
+
+Source: CNCF model-spec, docs/annotations.md; Docker Model Runner writes the same object.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Self
+
+from modelpack.artifacts.json_document import checked_time, decode_object, encode_text, kind_of
+from modelpack.artifacts.paths import path_problem
+from modelpack.builder.classify import WEIGHT_TYPES
+from modelpack.builder.request import PackageRequest
+from modelpack.builder.times import local_time, source_time
+from modelpack.errors import ManifestError, PackagingError
+
+_WHAT = "layer file metadata"
+# The largest values of Go's types in model-spec's FileMetadata.
+_BYTE, _UINT32, _INT64 = 2**8 - 1, 2**32 - 1, 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMetadata:
+    """Name, permission bits, size in bytes and modification time (RFC 3339) of a layer's file."""
+
+    name: str
+    mode: int
+    size: int
+    mtime: str
+    uid: int = 0
+    gid: int = 0
+    typeflag: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> LayerMetadata:
+        """Return the metadata that an annotation's JSON text holds; raise `ManifestError`."""
+        value = decode_object(text.encode(errors="surrogatepass"), _WHAT)
+        return cls(
+            name=_field(value, "name", str),
+            mode=_number(value, "mode", _UINT32),
+            size=_number(value, "size", _INT64),
+            mtime=checked_time(_field(value, "mtime", str), f"{_WHAT}: mtime"),
+            uid=_number(value, "uid", _UINT32),
+            gid=_number(value, "gid", _UINT32),
+            typeflag=_number(value, "typeflag", _BYTE),
+        )
+
+    def encode(self) -> str:
+        """Return the JSON text, fields in the order that Docker Model Runner writes."""
+        return encode_text(
+            {
+                "name": self.name,
+                "mode": self.mode,
+                "uid": self.uid,
+                "gid": self.gid,
+                "size": self.size,
+                "mtime": self.mtime,
+                "typeflag": self.typeflag,
+            }
+        )
+
+
+def _field(value: dict[str, Any], key: str, kind: type) -> Any:
+    if key not in value:
+        raise ManifestError(f"has no {key!r}", path=_WHAT)
+    if type(value[key]) is not kind:
+        wanted = "a string" if kind is str else "a whole number"
+        raise ManifestError(f"{key!r} is {kind_of(value[key])}, expected {wanted}", path=_WHAT)
+    return value[key]
+
+
+def _number(value: dict[str, Any], key: str, largest: int) -> int:
+    number: int = _field(value, key, int)
+    if not 0 <= number <= largest:
+        raise ManifestError(f"{key!r} is {number}, expected 0 to {largest}", path=_WHAT)
+    return number
+
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISREG, "a file"),
+)
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_LFS_POINTER_MAX_BYTES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFile:
+    """A file, the layer that it becomes, and what tells later whether it changed.
+
+    `media_type` is Docker's; `filepath` is the slash path that the layer is annotated with.
+    """
+
+    path: Path
+    media_type: str
+    filepath: str
+    metadata: LayerMetadata
+    device: int
+    inode: int
+    mtime_ns: int
+    size: int
+
+    def with_type(self, media_type: str) -> LayerFile:
+        """Return the same file as a layer of another type."""
+        return replace(self, media_type=media_type)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFiles:
+    """Makes `LayerFile`s: decides which modes and times are written.
+
+    Without `preserve`, nothing that a copy, a `touch` or an umask changes gets into a layer.
+    """
+
+    preserve: bool
+    mtime: str
+
+    @classmethod
+    def of(cls, request: PackageRequest, environ: Mapping[str, str]) -> Self:
+        """Return the maker that `request` asks for."""
+        return cls(request.preserve, source_time(environ))
+
+    def at(self, path: Path, media_type: str, filepath: str | None = None) -> LayerFile:
+        """Return the regular file `path` as a layer; a link is followed, and keeps its name.
+
+        `filepath` is the path inside the model, the base name by default. Raises `PackagingError`
+        for anything that is no readable regular file, or has a name that no model can hold.
+        """
+        filepath = path.name if filepath is None else filepath
+        self._check_name(path, filepath)
+        # A weight's own parser says more about what it is instead.
+        status = opened_status(path, refuse_pointer=media_type not in WEIGHT_TYPES)
+        metadata = LayerMetadata(
+            name=filepath.rpartition("/")[2],
+            mode=self._mode(status.st_mode),
+            size=status.st_size,
+            mtime=self._mtime(path, status.st_mtime_ns),
+        )
+        return LayerFile(
+            path,
+            media_type,
+            filepath,
+            metadata,
+            status.st_dev,
+            status.st_ino,
+            status.st_mtime_ns,
+            status.st_size,
+        )
+
+    def _check_name(self, path: Path, filepath: str) -> None:
+        if self.preserve:
+            return  # Docker Model Runner takes any name
+        problem = path_problem(filepath)
+        try:
+            filepath.encode()
+        except UnicodeEncodeError:
+            problem = "it is not UTF-8"
+        if problem:
+            raise PackagingError(
+                f"{shown(path)}: a model cannot hold a file of this name: {problem}",
+                hint="rename the file",
+            )
+
+    def _mode(self, mode: int) -> int:
+        if self.preserve:
+            return mode & 0o777
+        return 0o755 if mode & 0o111 else 0o644
+
+    def _mtime(self, path: Path, nanoseconds: int) -> str:
+        if not self.preserve:
+            return self.mtime
+        try:
+            return local_time(nanoseconds)
+        except ValueError as error:
+            raise PackagingError(
+                f"{shown(path)}: its modification time cannot be written: {error}"
+            ) from None
+
+
+def expanded(path: Path) -> Path:
+    """Return `path` with `~` replaced by the home directory."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise PackagingError(f"{shown(path)}: {error}") from None
+
+
+def status_of(path: Path) -> os.stat_result:
+    """Return the status of what `path` leads to; raise `PackagingError` if that is nothing."""
+    try:
+        return path.stat()
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
+
+
+def opened_status(path: Path, *, refuse_pointer: bool = False) -> os.stat_result:
+    """Return the status of the regular file `path`, having made sure that it can be read.
+
+    With `refuse_pointer`, a Git LFS pointer is an error too.
+    """
+    check_regular(path, status_of(path))
+    try:
+        # Should a FIFO have come in between, this does not wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    try:
+        status = os.fstat(descriptor)
+        check_regular(path, status)
+        if refuse_pointer and status.st_size <= _LFS_POINTER_MAX_BYTES:
+            _check_no_pointer(path, os.read(descriptor, len(_LFS_POINTER)))
+        return status
+    finally:
+        os.close(descriptor)
+
+
+def head_of(path: Path, count: int) -> bytes:
+    """Return the first bytes of the file `path`; raise `PackagingError` if it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(count)
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def check_regular(path: Path, status: os.stat_result) -> None:
+    """Raise `PackagingError`, saying what `path` is, unless it is a regular file."""
+    if not stat.S_ISREG(status.st_mode):
+        raise PackagingError(f"{shown(path)} is {kind_of_file(status)}, expected a regular file")
+
+
+def kind_of_file(status: os.stat_result) -> str:
+    """Return what a path that is no regular file is, with its article."""
+    return next((kind for is_kind, kind in _KINDS if is_kind(status.st_mode)), "no regular file")
+
+
+def unreadable(path: Path, error: OSError | ValueError) -> PackagingError:
+    """Return the error for a path that the system refuses to open or list."""
+    if isinstance(error, FileNotFoundError):
+        if os.path.islink(path):
+            return PackagingError(
+                f"{shown(path)} links to {shown(os.readlink(path))}: no such file"
+            )
+        hint = None if path.is_absolute() else f"looked in {os.getcwd()}"
+        return PackagingError(f"{shown(path)}: no such file or directory", hint=hint)
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return PackagingError(f"{shown(path)}: cannot be read: {reason}")
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """Return `path` for people: what a terminal could trip over is escaped."""
+    text = os.fspath(path).encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _check_no_pointer(path: Path, head: bytes) -> None:
+    if head == _LFS_POINTER:
+        raise PackagingError(
+            f"{shown(path)} is a Git LFS pointer, not the file itself",
+            hint="run `git lfs install && git lfs pull` in that checkout",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LinkRule:
+    """Decides about the links in one directory; `allowed` are real paths."""
+
+    allowed: tuple[str, ...]
+    follow_all: bool
+
+    @classmethod
+    def for_directory(cls, root: Path, *, follow_all: bool) -> Self:
+        """Return the rule for the directory `root`, which may be a link itself."""
+        real = os.path.realpath(root)
+        blobs = hub_blobs(real)
+        return cls((real,) if blobs is None else (real, blobs), follow_all)
+
+    def check(self, link: str) -> None:
+        """Raise `PackagingError`, naming the link and its target, unless it is to be followed."""
+        try:
+            target = os.path.realpath(link, strict=True)
+        except OSError as error:
+            raise PackagingError(
+                f"{shown(link)} is a symbolic link to {shown(os.readlink(link))}, which "
+                f"cannot be followed: {error.strerror}"
+            ) from None
+        if self.follow_all or any(_is_inside(target, place) for place in self.allowed):
+            return
+        raise PackagingError(
+            f"{shown(link)} is a symbolic link to {shown(target)}, outside the directory",
+            hint="if that file belongs to the model, use --follow-symlinks, or copy it here",
+        )
+
+
+def hub_blobs(real: str) -> str | None:
+    """Return the blobs of the Hugging Face cache repository that holds the real path `real`."""
+    parts = Path(real).parts
+    for i in range(len(parts) - 2, 0, -1):
+        if parts[i] == "snapshots" and parts[i - 1].startswith("models--"):
+            return os.path.join(*parts[:i], "blobs")
+    return None
+
+
+def _is_inside(path: str, directory: str) -> bool:
+    return path == directory or path.startswith(directory.rstrip(os.sep) + os.sep)
+
+
+#: Links to directories can multiply without end; no manifest has room for so many files anyway.
+MAX_ENTRIES: Final = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A file or directory that is left out; `path` is relative to the packaged directory."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A regular file; `filepath` is its slash path relative to the packaged directory."""
+
+    path: Path
+    filepath: str
+
+
+def walk(root: Path, *, follow_symlinks: bool) -> Iterator[Found | Skipped]:
+    """Yield what is in the directory `root`, in the order of layers.
+
+    Raises `PackagingError`, naming the path, for what cannot be read, for links that must not or
+    cannot be followed, and for anything that is neither a file nor a directory.
+    """
+    return _Walk(root, LinkRule.for_directory(root, follow_all=follow_symlinks)).run()
+
+
+class _Walk:
+    def __init__(self, root: Path, links: LinkRule) -> None:
+        self._root = root
+        self._links = links
+        self._entries = 0
+        # The directories from the root to where we are: one that comes again is a loop. A stack
+        # rather than recursion, because paths can be deeper than Python's calls.
+        self._open: list[tuple[str, Iterator[os.DirEntry[str]], tuple[int, int]]] = []
+
+    def run(self) -> Iterator[Found | Skipped]:
+        self._descend(str(self._root), "")
+        while self._open:
+            prefix, entries, _ = self._open[-1]
+            entry = next(entries, None)
+            if entry is None:
+                self._open.pop()
+                continue
+            self._count()
+            found = self._look(entry, prefix + entry.name)
+            if found is not None:
+                yield found
+
+    def _look(self, entry: os.DirEntry[str], relative: str) -> Found | Skipped | None:
+        if entry.name.startswith("."):
+            return Skipped(relative, "its name starts with a dot")
+        try:
+            if entry.is_symlink():
+                self._links.check(entry.path)
+            status = entry.stat()
+        except OSError as error:
+            raise unreadable(Path(entry.path), error) from None
+        if stat.S_ISREG(status.st_mode):
+            return Found(Path(entry.path), relative)
+        if not stat.S_ISDIR(status.st_mode):
+            raise PackagingError(
+                f"{shown(entry.path)} is {kind_of_file(status)}, expected a file or a directory"
+            )
+        if entry.name == "__pycache__":
+            return Skipped(relative, "Python byte code")
+        self._descend(entry.path, relative + "/")
+        return None
+
+    def _descend(self, path: str, prefix: str) -> None:
+        try:
+            status = os.stat(path)
+            with os.scandir(path) as scan:
+                entries = sorted(scan, key=lambda entry: os.fsencode(entry.name))
+        except OSError as error:
+            raise unreadable(Path(path), error) from None
+        identity = (status.st_dev, status.st_ino)
+        if any(identity == above for _, _, above in self._open):
+            raise PackagingError(
+                f"{shown(path)} is a symbolic link to {shown(os.path.realpath(path))}, a directory "
+                "that it lies in: following it would never end"
+            )
+        self._open.append((prefix, iter(entries), identity))
+
+    def _count(self) -> None:
+        self._entries += 1
+        if self._entries > MAX_ENTRIES:
+            raise PackagingError(f"{shown(self._root)} has more than {MAX_ENTRIES} entries")

@@ -1,0 +1,381 @@
+"""Read a tar archive as a stream of files and directories.
+
+Every archive that Modelpack reads goes through this reader: layers, image layouts and the archives
+of `docker model package`. `tarfile` is only used for writing: it reads extended headers of any
+length into memory, expands sparse files to any size and tolerates damage.
+
+Formats: POSIX.1-1988 ustar, POSIX.1-2001 pax and GNU, as tar, Go and Python write them. Links,
+devices, FIFOs and sparse files are errors; they are never skipped.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO, NoReturn, Protocol
+
+from modelpack.artifacts.model import Archive
+from modelpack.errors import FormatError, IntegrityError, UnsafePathError, UnsupportedError
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+BLOCK = 512
+_ZEROS = bytes(BLOCK)
+_FILES = (b"0", b"\0", b"7")  # "7" is a contiguous file: the same to whoever has no such thing
+_DIRECTORY = b"5"
+_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"x", b"g", b"L", b"K"
+_EXTENSIONS = (_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK)
+_REFUSED = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a character device",
+    b"4": "a block device",
+    b"6": "a FIFO",
+}
+_OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*\Z")
+_PAX_LENGTH = re.compile(rb"([1-9][0-9]{0,9}) ")
+_DECIMAL = re.compile(rb"[0-9]{1,19}\Z")
+_SKIP_BYTES = 256 * 1024
+# The largest size of a file that any system has: a larger one is not a size.
+_MAX_FILE_BYTES = (1 << 63) - 1
+# Extended records that change how an entry is read; the others (times, owners, comments) are not
+# kept, so that a header full of records takes no memory beyond its bytes.
+_USED_RECORDS = ("path", "size")
+# Records of sparse files: GNU tar 0.0 to 1.0, star, Solaris tar.
+_SPARSE_RECORDS = ("GNU.sparse.", "SCHILY.realsize", "SUN.holesdata")
+
+
+class Readable(Protocol):
+    """Where the archive's bytes come from."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to `size` bytes, none at the end."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TarEntry:
+    """A file or a directory; `name` as the archive has it, unchecked. `size` is in bytes."""
+
+    name: str
+    is_directory: bool
+    size: int
+    executable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    name: bytes
+    kind: bytes
+    size: int
+    mode: int
+
+
+class TarReader:
+    """Iterates over the entries of the archive in `stream`; `what` names it in errors.
+
+    Raises `FormatError` where the archive is damaged, `UnsafePathError` for a link or a device
+    and `UnsupportedError` for what else is no file. The headers of one entry may take
+    `max_header_bytes`.
+    """
+
+    def __init__(self, stream: Readable, what: str, *, max_header_bytes: int) -> None:
+        self._stream = stream
+        self._what = what
+        self._max_header_bytes = max_header_bytes
+        self._offset = 0  # in the uncompressed archive
+        self._left = 0  # of the data of the current entry
+        self._padding = 0
+
+    def __iter__(self) -> Iterator[TarEntry]:
+        """Return each entry; data that the caller has not read is skipped."""
+        while True:
+            self._skip(self._left + self._padding)
+            entry = self._next_entry()
+            if entry is None:
+                return
+            yield entry
+
+    def read(self, size: int) -> bytes:
+        """Return up to `size` bytes of the current entry's data, none at its end."""
+        wanted = min(size, self._left)
+        if not wanted:
+            return b""
+        data = self._stream.read(wanted)
+        if not data:
+            self._fail(f"it ends {self._left} bytes before the end of a file")
+        self._offset += len(data)
+        self._left -= len(data)
+        return data
+
+    def _next_entry(self) -> TarEntry | None:
+        records: dict[str, bytes] = {}
+        used = 0
+        while True:
+            header = self._header()
+            if header is None:
+                if records:
+                    self._fail("it ends after an extended header")
+                return None
+            if header.kind not in _EXTENSIONS:
+                return self._entry(header, records)
+            used += BLOCK + header.size
+            if used > self._max_header_bytes:
+                self._fail(
+                    f"the headers of one entry take more than {self._max_header_bytes} bytes"
+                )
+            payload = self._exactly(header.size)
+            self._skip(-header.size % BLOCK)
+            records |= self._extension(header.kind, payload)
+
+    def _header(self) -> _Header | None:
+        block = self._exactly(BLOCK)
+        if block == _ZEROS:  # the second one, and what pads the archive, are left to the caller
+            return None
+        blank = block[:148] + b" " * 8 + block[156:]
+        wrong = self._number(block[148:156], "checksum") - sum(blank)
+        if wrong and wrong != -256 * sum(byte > 127 for byte in blank):  # old tars sum signed bytes
+            self._fail("a header has the wrong checksum", at=self._offset - BLOCK)
+        name = _text(block[:100])
+        if block[257:263] == b"ustar\0" and block[345] != 0:
+            name = _text(block[345:500]) + b"/" + name
+        size = self._number(block[124:136], "size")
+        return _Header(name, block[156:157], size, self._number(block[100:108], "mode"))
+
+    def _entry(self, header: _Header, records: Mapping[str, bytes]) -> TarEntry:
+        name = self._decoded(records.get("path", header.name))
+        self._refuse_unknown(name, header.kind, records)
+        size = header.size
+        if "size" in records:
+            if not _DECIMAL.match(records["size"]):
+                self._fail(f"{name!r} has the size {records['size'][:40]!r}")
+            size = int(records["size"])
+        if size > _MAX_FILE_BYTES:
+            self._fail(f"{name[:200]!r} has the size {size}")
+        is_directory = header.kind == _DIRECTORY or name.endswith("/")
+        if is_directory and size:
+            self._fail(f"the directory {name!r} has {size} bytes of data")
+        self._left, self._padding = size, -size % BLOCK
+        return TarEntry(name, is_directory, size, bool(header.mode & 0o111))
+
+    def _refuse_unknown(self, name: str, kind: bytes, records: Mapping[str, bytes]) -> None:
+        shown = repr(name[:200])
+        if kind in _REFUSED:
+            raise UnsafePathError(
+                f"{self._what}: {shown} is {_REFUSED[kind]}, "
+                "and only files and directories are unpacked",
+                expected="a file or a directory",
+                got=_REFUSED[kind],
+            )
+        if kind == b"S" or any(key.startswith(_SPARSE_RECORDS) for key in records):
+            raise UnsupportedError(f"{shown} is a sparse file", path=self._what)
+        if kind not in (*_FILES, _DIRECTORY):
+            raise UnsupportedError(f"{shown} has the unknown entry type {kind!r}", path=self._what)
+
+    def _extension(self, kind: bytes, payload: bytes) -> dict[str, bytes]:
+        """Return what an extended header says of the entry after it."""
+        if kind == _GNU_NAME:
+            return {"path": _text(payload)}
+        if kind == _GNU_LINK:
+            return {}  # the entry after it is a link, and refused as such
+        records = self._pax_records(payload)
+        if kind == _PAX:
+            return records
+        for key in records:
+            if key in _USED_RECORDS or key.startswith(_SPARSE_RECORDS):
+                raise UnsupportedError(
+                    f"a global header sets {key!r} for all entries", path=self._what
+                )
+        return {}
+
+    def _pax_records(self, payload: bytes) -> dict[str, bytes]:
+        """Return the records that matter, each `"%d %s=%s\\n" % (its length, key, value)`."""
+        records: dict[str, bytes] = {}
+        position = 0
+        while position < len(payload):
+            length = _PAX_LENGTH.match(payload, position)
+            end = position + int(length[1]) if length else 0
+            record = payload[length.end() : end] if length else b""
+            key, equals, value = record.partition(b"=")
+            if not (length and key and equals and record.endswith(b"\n") and end <= len(payload)):
+                self._fail("an extended header does not parse")
+            name = self._decoded(key)
+            if name in _USED_RECORDS or name.startswith(_SPARSE_RECORDS):
+                records[name] = value[:-1]
+            position = end
+        return records
+
+    def _number(self, field: bytes, name: str) -> int:
+        if field[0] == 0x80:  # GNU: base 256 where octal digits are too few
+            return int.from_bytes(field[1:], "big")
+        digits = _OCTAL.match(field)
+        if digits is None:
+            self._fail(f"a header has {field!r} as its {name}", at=self._offset - BLOCK)
+        return int(digits[1] or b"0", 8)
+
+    def _decoded(self, raw: bytes) -> str:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            self._fail(f"the name {raw[:200]!r} is not UTF-8")
+
+    def _exactly(self, size: int) -> bytes:
+        parts = []
+        while size:
+            data = self._stream.read(size)
+            if not data:
+                self._fail("it ends inside a header, or without the blocks that mark its end")
+            self._offset += len(data)
+            size -= len(data)
+            parts.append(data)
+        return b"".join(parts)
+
+    def _skip(self, size: int) -> None:
+        while size:
+            data = self._stream.read(min(size, _SKIP_BYTES))
+            if not data:
+                self._fail(f"it ends {size} bytes before the end of a file")
+            self._offset += len(data)
+            size -= len(data)
+        self._left = self._padding = 0
+
+    def _fail(self, problem: str, *, at: int | None = None) -> NoReturn:
+        offset = self._offset if at is None else at
+        raise FormatError(f"is not a valid tar archive: {problem}", path=self._what, offset=offset)
+
+
+def _text(field: bytes) -> bytes:
+    return field.partition(b"\0")[0]
+
+
+_CHUNK = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TarLimits:
+    """What an archive may cost; the defaults are far above what models need.
+
+    An archive may expand to `ratio` times the size of its blob, or to `free_bytes` if that is
+    more, but never beyond `max_bytes`. A zstd frame may ask for `max_window_bytes` of memory.
+
+    All archives of a model together have that budget for the sum of their blobs, and share what
+    follows: `max_entries` counts files and directories, those too that are only implied by a path,
+    and `max_path_bytes` the bytes of their paths.
+    """
+
+    max_bytes: int = 1 << 40
+    ratio: int = 200
+    free_bytes: int = 64 << 20
+    max_entries: int = 100_000
+    max_path_bytes: int = 8 << 20
+    max_header_bytes: int = 1 << 20
+    max_window_bytes: int = 128 << 20  # what the zstd program takes without being asked twice
+
+    def budget(self, blob_size: int) -> int:
+        """Return how many bytes a blob of this size may expand to."""
+        return min(self.max_bytes, max(self.free_bytes, self.ratio * blob_size))
+
+
+class Allowance:
+    """What the archives of one model may still expand to; `sizes` are those of their blobs.
+
+    `others` files and directories of the model are not from archives.
+    """
+
+    def __init__(self, limits: TarLimits, sizes: Iterable[int], *, others: int) -> None:
+        self.limits = limits
+        self.others = others
+        self._left = limits.budget(sum(sizes))
+
+    def of(self, blob_size: int) -> int:
+        """Return how many bytes the next archive may expand to."""
+        return min(self._left, self.limits.budget(blob_size))
+
+    def spend(self, count: int) -> None:
+        """Count the bytes that an archive expanded to."""
+        self._left -= count
+
+
+class Content:
+    """Reads an archive before compression; `what` names it in errors.
+
+    Memory is bounded by the decompressor's window, whatever the blob holds.
+    """
+
+    def __init__(
+        self,
+        blob: BinaryIO,
+        archive: Archive,
+        what: str,
+        *,
+        limit: int,
+        max_window_bytes: int,
+        hasher: _Hash | None = None,
+        on_read: Callable[[], None],
+    ) -> None:
+        self._stream, self._errors = _decompressed(blob, archive, max_window_bytes)
+        self._what = what
+        self._limit = limit
+        self._hasher = hasher
+        self._on_read = on_read
+        #: Bytes that were read.
+        self.count = 0
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to `size` bytes, none at the end.
+
+        Raises `FormatError` if they do not decompress, `IntegrityError` beyond the limit.
+        """
+        try:
+            # One byte more than the limit is enough to know.
+            data = self._stream.read(min(size, self._limit - self.count + 1))
+        except self._errors as error:
+            raise FormatError(
+                f"does not decompress: {error}", path=self._what, offset=self.count
+            ) from error
+        self.count += len(data)
+        if self.count > self._limit:
+            raise over_limit(self._what, f"{self._limit} bytes")
+        if self._hasher:
+            self._hasher.update(data)
+        self._on_read()
+        return data
+
+    def drain(self) -> None:
+        """Read to the end."""
+        while self.read(_CHUNK):
+            pass
+
+
+def over_limit(what: str, limit: str) -> IntegrityError:
+    """Return the error of an archive that expands to more than it may."""
+    return IntegrityError(
+        f"{what}: expands to more than {limit}, the limit for an archive of its size",
+        expected=f"at most {limit}",
+        got="more",
+        hint="it looks like a decompression bomb",
+    )
+
+
+def _decompressed(
+    blob: BinaryIO, archive: Archive, max_window_bytes: int
+) -> tuple[Readable, tuple[type[Exception], ...]]:
+    """Return the tar stream inside `blob`, and what reading it raises where it is damaged."""
+    match archive:
+        case Archive.TAR:
+            return blob, ()
+        case Archive.TAR_GZIP:
+            errors = (EOFError, zlib.error, gzip.BadGzipFile)
+            return gzip.GzipFile(fileobj=blob, mode="rb"), errors
+        case Archive.TAR_ZSTD:
+            # Its reader takes the end of a cut frame for the end of the content, which the
+            # reader of the tar notices: the blocks that mark the end are not there.
+            import zstandard
+
+            decompressor = zstandard.ZstdDecompressor(max_window_size=max_window_bytes)
+            stream = decompressor.stream_reader(blob, read_across_frames=True, closefd=False)
+            return stream, (zstandard.ZstdError,)

@@ -1,0 +1,221 @@
+"""`modelpack k8s`: Kubernetes objects that serve a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from modelpack._version import __version__
+from modelpack.cli.options import SIZE, Settings, common_options, remote_options, trust_options
+from modelpack.cli.output import note, show
+from modelpack.errors import ModelpackError, UsageError
+from modelpack.operations.remote import RemoteOptions
+
+_VLLM_IMAGE = "docker.io/vllm/vllm-openai:v0.33.0"
+_OWN_IMAGE = f"modelpack:{__version__}"
+
+
+@click.command()
+@click.argument("reference", metavar="REF")
+@click.option(
+    "--engine", type=click.Choice(["vllm", "modelpack"]), default="vllm", show_default=True,
+    help="What serves it.",
+)  # fmt: skip
+@click.option("--kserve", is_flag=True, help="An InferenceService in the place of a Deployment.")
+@click.option(
+    "--image", metavar="IMAGE",
+    help=f"The engine's image. [default: {_VLLM_IMAGE}, or --tool-image]",
+)  # fmt: skip
+@click.option(
+    "--tool-image", metavar="IMAGE", default=_OWN_IMAGE, show_default=True,
+    help="An image with modelpack, which pulls the model into the pod.",
+)  # fmt: skip
+@click.option(
+    "--model-image", metavar="IMAGE",
+    help="An OCI image with the model's files under /models, to mount instead of pulling.",
+)  # fmt: skip
+@click.option("--name", help="What the objects are called. [default: after REF]")
+@click.option("--namespace", help="Where they go. [default: where they are applied]")
+@click.option("--served-model-name", metavar="NAME", help="What clients call it. [default: REF]")
+@click.option("--replicas", type=click.IntRange(min=0), default=1, show_default=True)
+@click.option(
+    "--gpus", type=click.IntRange(min=0), metavar="N",
+    help="GPUs of a pod. [default: by size for vllm, none for modelpack]",
+)  # fmt: skip
+@click.option(
+    "--gpu-memory", type=SIZE, metavar="SIZE", default="80GB", show_default=True,
+    help="What one GPU has.",
+)  # fmt: skip
+@click.option(
+    "--pull-secret", metavar="NAME", help="A secret of type kubernetes.io/dockerconfigjson."
+)
+@click.option(
+    "--allow-host", "hosts", metavar="NAME", multiple=True,
+    help="A host name that clients use besides the Service's, as an Ingress has one, for "
+    "--engine modelpack. May be repeated.",
+)  # fmt: skip
+@remote_options
+@trust_options
+@common_options
+def k8s(
+    settings: Settings,
+    reference: str,
+    engine: Any,
+    kserve: bool,
+    image: str | None,
+    tool_image: str,
+    model_image: str | None,
+    name: str | None,
+    namespace: str | None,
+    served_model_name: str | None,
+    replicas: int,
+    gpus: int | None,
+    gpu_memory: int,
+    pull_secret: str | None,
+    hosts: tuple[str, ...],
+    remote: RemoteOptions,
+) -> None:
+    """Print a Deployment and a Service, or with --kserve an InferenceService, for a model.
+
+    REF is asked of its registry, for its digest and its size: pods pull that digest, and probes,
+    memory and GPUs follow the size. `modelpack k8s REF | kubectl apply -f -` serves it.
+    """
+    import yaml
+
+    from modelpack.artifacts.reference import Reference
+    from modelpack.deploy.kubernetes import (
+        Workload,
+        default_name,
+        demands_of,
+        deployment,
+        inference_service,
+    )
+    from modelpack.operations.lookup import inspect
+    from modelpack.operations.trust import check_remote
+    from modelpack.storage import watching
+
+    if model_image is not None and remote.trust is not None:
+        raise UsageError(
+            f"--model-image {model_image}: the files of an image have no signatures of a model, "
+            "and a key or a policy asks for them",
+            hint="leave it out: pods pull the signed model, by digest",
+        )
+    wanted = Reference.parse(reference)
+    model = inspect(reference, remote=remote, from_registry=True)
+    check_remote(model, remote, watching(None))  # pods pull this very digest
+    if gpus is None:
+        gpus = demands_of(model).gpus(gpu_memory) if engine == "vllm" else 0
+    workload = Workload(
+        model=model,
+        reference=wanted,
+        name=name or default_name(wanted),
+        engine=engine,
+        engine_image=image or (_VLLM_IMAGE if engine == "vllm" else tool_image),
+        tool_image=tool_image,
+        gpus=gpus,
+        served_name=served_model_name or wanted.familiar,
+        model_image=model_image,
+        namespace=namespace,
+        replicas=replicas,
+        pull_secret=pull_secret,
+        plain_http=bool(remote.plain_http),
+        hosts=hosts,
+    )
+    objects = inference_service(workload) if kserve else deployment(workload)
+    if settings.json:
+        listed = {"apiVersion": "v1", "kind": "List", "items": objects}
+        click.echo(json.dumps(listed, indent=2))
+    else:
+        click.echo(_yaml(yaml, objects), nl=False)
+
+
+def _yaml(yaml: Any, objects: list[dict[str, Any]]) -> str:
+    class Plain(yaml.SafeDumper):  # type: ignore[misc]
+        def ignore_aliases(self, data: Any) -> bool:  # labels that are one object are written twice
+            return True
+
+    text: str = yaml.dump_all(objects, Dumper=Plain, sort_keys=False, width=100)
+    return text
+
+
+_SERVICE = click.argument("service", required=False)
+
+
+@click.group()
+@click.option("--project-name", metavar="NAME", help="The project; Compose says it.")
+def compose(project_name: str | None) -> None:
+    """Serve the models of a Compose file; `install` makes them known to Docker."""
+
+
+@compose.command()
+def metadata() -> None:
+    """Print which options a provider takes, for Compose."""
+    from modelpack.deploy.compose import METADATA
+
+    click.echo(json.dumps(METADATA), nl=False)
+
+
+@compose.command()
+@click.option("--model", "models", multiple=True, required=True, help="A model. May be repeated.")
+@click.option("--context-size", type=int, default=-1, help="Longest context, in tokens; -1: all.")
+@click.option("--runtime-flags", default="", help="Flags, as llama.cpp or vLLM have them.")
+@_SERVICE
+def up(models: tuple[str, ...], context_size: int, runtime_flags: str, service: str | None) -> int:
+    """Have a model server hold and set up the models; print for Compose where they are."""
+    from modelpack.deploy.compose import ComposeMessages, provide
+    from modelpack.deploy.local_server import local_server
+
+    messages = ComposeMessages(click.echo)
+    try:
+        messages.info("looking for a model server")
+        provide(
+            local_server(), models, messages,
+            context_size=context_size if context_size > 0 else None, runtime_flags=runtime_flags,
+        )  # fmt: skip
+    except ModelpackError as error:
+        # Compose reads standard output only, and nothing after an error.
+        messages.error(f"{error} ({error.hint})" if error.hint else str(error))
+        return error.exit_code
+    return 0
+
+
+@compose.command()
+@_SERVICE
+def down(service: str | None) -> None:
+    """Do nothing: the server unloads models that are not used, and others may use it."""
+
+
+@compose.command()
+@click.option(
+    "--models", is_flag=True,
+    help="Serve the top-level `models:` of Compose files too, in the place of `docker model`.",
+)  # fmt: skip
+@click.option(
+    "--directory", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+    help="Where Docker finds plugins. [default: ~/.docker/cli-plugins]",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace a plugin that is somebody else's.")
+@common_options
+def install(settings: Settings, models: bool, directory: Path | None, force: bool) -> None:
+    """Make `docker modelpack` of this program, and with --models `docker model`."""
+    from modelpack.deploy.compose import install_plugins
+
+    names = ["docker-modelpack", *(["docker-model"] if models else [])]
+    made = install_plugins(names, directory, force=force)
+    show(settings, {"plugins": [str(path) for path in made]}, "\n".join(map(str, made)))
+    if not models:
+        note(settings, "give --models to serve the top-level `models:` of Compose files too")
+
+
+@compose.command()
+@common_options
+def stop(settings: Settings) -> None:
+    """End the model server that was started for Compose; requests under way are finished."""
+    from modelpack.deploy.local_server import stop_server
+
+    process = stop_server()
+    show(settings, {"stopped": process}, "")
+    note(settings, "none was started" if process is None else f"stopping process {process}")

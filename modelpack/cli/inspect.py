@@ -1,0 +1,458 @@
+"""A model described: for people, and for programs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from modelpack.artifacts import media_types as mediatypes
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.model import Model
+from modelpack.artifacts.reference import Reference
+from modelpack.bundles.links import LinkMode
+from modelpack.cli.options import (
+    Settings,
+    common_options,
+    model_argument,
+    remote_options,
+    trust_options,
+    variant_option,
+)
+from modelpack.cli.output import (
+    human_size,
+    note,
+    note_reference,
+    one_line,
+    plural,
+    show,
+    show_json,
+    shown_progress,
+    table,
+)
+from modelpack.formats.gguf import MetadataArray
+from modelpack.operations import lookup
+from modelpack.operations import resolve as resolving
+from modelpack.operations.model_list import Summarized, summarize_models
+from modelpack.operations.remote import RemoteOptions
+from modelpack.storage import read_blob
+
+if TYPE_CHECKING:
+    from modelpack.operations.headers import FileHeader
+    from modelpack.operations.remote import RemoteOptions
+
+_STEPS = (("year", 365 * 86400), ("month", 30 * 86400), ("week", 7 * 86400), ("day", 86400),
+          ("hour", 3600), ("minute", 60))  # fmt: skip
+
+
+def model_json(model: Model, missing: Collection[Digest] = ()) -> dict[str, Any]:
+    """Return what `inspect --json` prints; `missing` are the layers that the store lacks."""
+    config = model.config
+    return {
+        "reference": str(model.reference) if model.reference else None,
+        "digest": str(model.digest),
+        "mediaType": model.manifest.media_type,
+        "artifactType": model.manifest.artifact_type,
+        "annotations": dict(model.manifest.annotations),
+        "size": model.manifest.total_size,
+        "config": {
+            "mediaType": config.media_type,
+            "format": config.format,
+            "quantization": config.quantization,
+            "parameters": config.parameters,
+            "architecture": config.architecture,
+            "size": config.size,
+            "contextSize": config.context_size,
+            "created": config.created,
+            "gguf": dict(config.gguf) if config.gguf else None,
+            "safetensors": dict(config.safetensors) if config.safetensors else None,
+        },
+        "files": [
+            {
+                "file": file.filepath,
+                "role": str(file.role),
+                "mediaType": file.media_type,
+                "size": file.descriptor.size,
+                "digest": str(file.descriptor.digest),
+                **({"missing": True} if file.descriptor.digest in missing else {}),
+            }
+            for file in model.files()
+        ],
+    }
+
+
+def model_text(model: Model, missing: Collection[Digest] = ()) -> str:
+    """Return what `inspect` prints; `missing` are the layers that the store lacks."""
+    config = model.config
+    kinds = {mediatypes.CNCF_CONFIG: "CNCF ModelPack", mediatypes.CNAI_CONFIG: "CNAI model",
+             mediatypes.KITOPS_CONFIG: "KitOps ModelKit",
+             mediatypes.DOCKER_IMAGE_CONFIG: "Ollama"}  # fmt: skip
+    kind = kinds.get(config.media_type) or f"Docker {config.media_type[-9:-5]}"
+    context = str(config.context_size) if config.context_size is not None else ""
+    lines = [
+        ("Model", str(model.reference) if model.reference else model.short_id),
+        ("Digest", str(model.digest)),
+        ("Type", kind),
+        ("Created", config.created or ""),
+        ("Format", config.format),
+        ("Architecture", config.architecture),
+        ("Parameters", config.parameters),
+        ("Quantization", config.quantization),
+        ("Context size", context),
+        ("Size", human_size(model.manifest.total_size)),
+    ]
+    text = [f"{label + ':':<14}{value}" for label, value in lines if value]
+    text.append("Files:")
+    for file in model.files():
+        size = human_size(file.descriptor.size)
+        line = f"  {file.role!s:<14}{size:>10}  {file.filepath or file.descriptor.digest}"
+        text.append(line + ("  (not here)" if file.descriptor.digest in missing else ""))
+    return "\n".join(map(one_line, text))
+
+
+def age(created: str | None, now: datetime) -> str:
+    """Return how long ago an RFC 3339 time was; empty for none, and for the epoch's stand-in."""
+    if not created:
+        return ""
+    try:
+        when = datetime.fromisoformat(created)
+    except ValueError:
+        return created
+    if when.tzinfo is None:
+        when = when.replace(tzinfo=UTC)
+    if when.timestamp() == 0:
+        return ""
+    seconds = (now - when).total_seconds()
+    for unit, length in _STEPS:
+        count = int(seconds // length)
+        if count >= 1:
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "just now" if seconds >= 0 else created
+
+
+_MAX_VALUE = 120
+
+
+def show_headers(settings: Settings, name: str, in_registry: bool, remote: RemoteOptions) -> None:
+    """Print the headers of a model's weight files."""
+    from modelpack.operations.headers import read_headers
+
+    if in_registry:
+        note_reference(settings, name, Reference.parse(name))
+        found = read_headers(name, remote=remote, from_registry=True)
+        cost = sum(one.bytes_fetched for one in found)
+        asked = plural(sum(one.requests for one in found), "request")
+        note(settings, f"{asked}, {human_size(cost)}; not verified, since that takes the files")
+    else:
+        found = read_headers(name, store=settings.store())
+    show(
+        settings, {"headers": [_headers_json(one) for one in found]}, "\n\n".join(map(_text, found))
+    )
+
+
+def _headers_json(read: FileHeader) -> dict[str, Any]:
+    value: dict[str, Any] = {
+        "file": read.file.filepath,
+        "format": read.file.format,
+        "digest": str(read.file.descriptor.digest),
+        "size": read.header.file_size,
+        "dataOffset": read.header.data_offset,
+        "metadata": {key: _plain(held) for key, held in _metadata(read)},
+        "tensors": [
+            {
+                "name": tensor.name,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "offset": tensor.offset,
+                "size": tensor.size,
+            }
+            for tensor in read.header.tensors
+        ],
+    }
+    if read.requests:
+        value |= {"bytesFetched": read.bytes_fetched, "requests": read.requests}
+    return value
+
+
+def _text(read: FileHeader) -> str:
+    header = read.header
+    name = read.file.filepath or read.file.descriptor.digest
+    lines = [
+        f"{name}: {read.file.format}, {human_size(header.file_size)}, "
+        f"{plural(len(header.tensors), 'tensor')}"
+    ]
+    for key, held in _metadata(read):
+        shown = one_line(str(_plain(held)))
+        lines.append(f"  {one_line(key)} = {shown[:_MAX_VALUE]}{'…' * (len(shown) > _MAX_VALUE)}")
+    rows = [(t.name, t.dtype, " x ".join(map(str, t.shape))) for t in header.tensors]
+    return "\n".join([*lines, table(("TENSOR", "TYPE", "SHAPE"), rows)])
+
+
+def _metadata(read: FileHeader) -> Iterator[tuple[str, Any]]:
+    for key, held in read.header.metadata.items():
+        yield key, getattr(held, "value", held)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON; of a long array its length and type, as the parser keeps no more."""
+    if isinstance(value, MetadataArray):
+        if value.items is None:
+            return f"{value.length} x {value.element_type.name.lower()}"
+        return [_plain(item) for item in value.items]
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode(errors="replace")
+    return value if isinstance(value, int | float | bool) else str(value)
+
+
+REMOTE = click.option("-r", "--remote", "in_registry", is_flag=True, help="Ask the registry.")
+PULL = click.option("--pull", is_flag=True, help="Pull first what is not stored.")
+
+
+@click.command()
+@model_argument()
+@click.option(
+    "--header", is_flag=True, help="Show what its weight files say: metadata and tensors."
+)
+@REMOTE
+@remote_options
+@variant_option
+@common_options
+def inspect(
+    settings: Settings, model: str, header: bool, in_registry: bool, remote: RemoteOptions
+) -> None:
+    """Show what a model is: format, size, context, layers.
+
+    Of a remote model a few small pieces are fetched, with --header too.
+    """
+    if header:
+        show_headers(settings, model, in_registry, remote)
+        return
+    found = _find(settings, model, in_registry, remote)
+    lacking = () if in_registry else settings.store().missing(found.descriptor)
+    missing = {blob.digest for blob in lacking}
+    if settings.json:
+        show_json(model_json(found, missing))
+    else:
+        click.echo(model_text(found, missing))
+
+
+@click.command()
+@model_argument()
+@REMOTE
+@remote_options
+@variant_option
+@common_options
+def manifest(settings: Settings, model: str, in_registry: bool, remote: RemoteOptions) -> None:
+    """Print the manifest, byte for byte."""
+    _write(_find(settings, model, in_registry, remote).manifest.raw)
+
+
+@click.command()
+@model_argument()
+@REMOTE
+@remote_options
+@common_options
+def config(settings: Settings, model: str, in_registry: bool, remote: RemoteOptions) -> None:
+    """Print the config blob, byte for byte."""
+    if in_registry:
+        where = Reference.parse(model)
+        note_reference(settings, model, where)
+        _write(lookup.remote_config(where, remote))
+    else:
+        store = settings.store()
+        found = lookup.stored_model(store, model)
+        _write(read_blob(store, found.manifest.config))
+
+
+@click.command()
+@model_argument()
+@click.option(
+    "--media-type",
+    "media_types",
+    metavar="T",
+    multiple=True,
+    help="A media type, a pattern, or one of weight, gguf, safetensors, dduf, mmproj, license, "
+    "chat-template, config. May be repeated. [default: weight]",
+)
+@click.option("--file", "files", metavar="PATH", multiple=True, help="A file path of the model.")
+@PULL
+@remote_options
+@trust_options
+@variant_option
+@common_options
+def resolve(
+    settings: Settings,
+    model: str,
+    media_types: tuple[str, ...],
+    files: tuple[str, ...],
+    pull: bool,
+    remote: RemoteOptions,
+) -> None:
+    """Print the paths of a model's files in the store, a line each.
+
+    With --pull, files that --media-type or --file ask for are fetched alone.
+    """
+    with shown_progress(settings) as progress:
+        found = resolving.resolve(
+            model,
+            media_types=media_types,
+            files=files,
+            pull=pull,
+            store=settings.store(),
+            remote=remote,
+            progress=progress,
+        )
+    value = {
+        "digest": str(found.model.digest),
+        "files": [
+            {
+                "path": str(item.path),
+                "mediaType": item.file.media_type,
+                "role": str(item.file.role),
+                "file": item.file.filepath,
+                "digest": str(item.file.descriptor.digest),
+                "size": item.file.descriptor.size,
+            }
+            for item in found.files
+        ],
+    }
+    show(settings, value, "\n".join(str(item.path) for item in found.files))
+
+
+@click.command()
+@model_argument()
+@click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--links",
+    type=click.Choice([str(mode) for mode in LinkMode]),
+    default=str(LinkMode.AUTO),
+    show_default=True,
+    help="How files get there: hard links to the store where possible, else copies.",
+)
+@click.option("-f", "--force", is_flag=True, help="Replace what DIRECTORY holds.")
+@PULL
+@remote_options
+@trust_options
+@variant_option
+@common_options
+def bundle(
+    settings: Settings,
+    model: str,
+    directory: Path,
+    links: str,
+    force: bool,
+    pull: bool,
+    remote: RemoteOptions,
+) -> None:
+    """Lay a model out in DIRECTORY, ready for a runtime to open; print the path of its weight."""
+    with shown_progress(settings) as progress:
+        made = resolving.bundle(
+            model,
+            directory,
+            links=LinkMode(links),
+            overwrite=force,
+            pull=pull,
+            store=settings.store(),
+            remote=remote,
+            progress=progress,
+        )
+    value = {
+        "directory": str(made.directory),
+        "weight": str(made.weight),
+        "chatTemplate": str(made.chat_template) if made.chat_template else None,
+        "mmproj": str(made.mmproj) if made.mmproj else None,
+        "config": str(made.config),
+        "files": [
+            {"path": str(file.path), "role": str(file.role), "how": str(file.linked)}
+            for file in made.files
+        ],
+    }
+    note(settings, f"laid out {len(made.files)} files in {made.directory}")
+    show(settings, value, str(made.weight))
+
+
+def _find(settings: Settings, name: str, in_registry: bool, remote: RemoteOptions) -> Model:
+    if in_registry:
+        note_reference(settings, name, Reference.parse(name))
+        return lookup.inspect(name, remote=remote, from_registry=True)
+    return lookup.inspect(name, store=settings.store())
+
+
+def _write(content: bytes) -> None:
+    sys.stdout.buffer.write(content)
+    sys.stdout.buffer.flush()
+
+
+_HEADER = (
+    "MODEL NAME", "PARAMETERS", "QUANTIZATION", "ARCHITECTURE", "MODEL ID", "CREATED", "CONTEXT",
+    "SIZE",
+)  # fmt: skip
+
+
+@click.command("list")
+@click.argument("model", required=False)
+@common_options
+def list_models(settings: Settings, model: str | None) -> None:
+    """List stored models: all, or those named MODEL. With --quiet, their ids only.
+
+    Of a model that was pulled in part, the size says how much of it is here.
+    """
+    found = summarize_models(settings.store(), model)
+    if settings.json:
+        show_json({"models": [_listing_json(item) for item in found]})
+    elif settings.quiet:
+        for digest in dict.fromkeys(item.digest for item in found):
+            click.echo(digest.short)
+    else:
+        now = datetime.now(UTC)
+        rows = [row for item in found for row in _rows(item, now)]
+        rows.sort(key=lambda row: row[0].lower())
+        click.echo(table(_HEADER, rows))
+    for item in found:
+        if item.problem:
+            note(settings, f"note: {item.digest.short}: {item.problem}")
+
+
+def _rows(item: Summarized, now: datetime) -> list[tuple[str, ...]]:
+    cells = ("", "", "")
+    created = context = size = ""
+    known = item.summary
+    if known:
+        cells = (known.parameters, known.quantization, known.architecture)
+        created = age(known.created, now)
+        context = str(known.context_size) if known.context_size is not None else ""
+        size = human_size(known.size)
+        if item.missing:
+            here = known.size - sum(blob.size for blob in item.missing)
+            size = f"{human_size(here)} of {size}"
+    rest = (*cells, item.digest.short, created, context, size)
+    names = [reference.familiar for reference in item.references] or ["<none>"]
+    return [(name, *rest) for name in names]
+
+
+def _listing_json(item: Summarized) -> dict[str, Any]:
+    value: dict[str, Any] = {
+        "digest": str(item.digest),
+        "tags": [str(reference) for reference in item.references],
+    }
+    known = item.summary
+    if known:
+        value |= {
+            "size": known.size,
+            "created": known.created,
+            "format": known.format,
+            "parameters": known.parameters,
+            "quantization": known.quantization,
+            "architecture": known.architecture,
+            "contextSize": known.context_size,
+        }
+    if item.missing:
+        value["missing"] = [str(blob.digest) for blob in item.missing]
+        value["missingSize"] = sum(blob.size for blob in item.missing)
+    if item.problem:
+        value["problem"] = item.problem
+    return value

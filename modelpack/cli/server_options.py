@@ -1,0 +1,57 @@
+"""The options of a server that speaks https."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from modelpack.cli.options import Settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
+def tls_options(command: F) -> F:
+    """Add the options of a certificate; the command gets its file and that of its key as `tls`."""
+
+    @click.option("--tls-cert", type=_FILE, metavar="FILE", help="Speak https by this certificate.")
+    @click.option(
+        "--tls-key", type=_FILE, metavar="FILE", help="Its key, if that is in another file."
+    )
+    @functools.wraps(command)
+    def wrapped(*args: Any, tls_cert: Path | None, tls_key: Path | None, **arguments: Any) -> Any:
+        if tls_key and not tls_cert:
+            raise click.UsageError("--tls-key needs --tls-cert")
+        tls = (tls_cert, tls_key or tls_cert) if tls_cert else None
+        return command(*args, tls=tls, **arguments)
+
+    return wrapped  # type: ignore[return-value]
+
+
+_LOGGERS = ("modelpack", "modelpack_engine", "modelpack_server")
+
+
+@contextmanager
+def request_log(settings: Settings) -> Iterator[None]:
+    """Write traces and warnings to stderr in the block; with --quiet only what is wrong."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.WARNING if settings.quiet else logging.INFO)
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)  # who else listens hears everything: GET /logs
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)

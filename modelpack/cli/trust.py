@@ -1,0 +1,286 @@
+"""`modelpack keygen`, `sign` and `verify`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from modelpack.artifacts.reference import Reference
+from modelpack.cli.options import Settings, common_options, model_argument, remote_options
+from modelpack.cli.output import note, note_reference, plural, show, show_json, visible
+from modelpack.cli.referrers import LOCAL
+from modelpack.errors import ModelpackError, UsageError
+from modelpack.operations.remote import RemoteOptions
+from modelpack.plugins import load_function
+
+if TYPE_CHECKING:
+    from modelpack.trust.keys import PrivateKey
+
+#: Where cosign, too, takes the password of a private key from.
+PASSWORD = "COSIGN_PASSWORD"  # noqa: S105 - the name of a variable
+_FORMATS = ("cosign", "bundle", "model-signing")
+_ACCEPTED = (*_FORMATS, "model-signing-files")
+
+
+def private_key(path: Path) -> PrivateKey:
+    """Return the private key in a file; its password comes from the environment or a prompt."""
+    from modelpack.trust.keys import PasswordNeededError, read_private_key
+
+    given = os.environ.get(PASSWORD)
+    try:
+        return read_private_key(path, None if given is None else os.fsencode(given))
+    except PasswordNeededError:
+        if not sys.stdin.isatty():
+            raise
+    asked = click.prompt(f"Password of {path}", hide_input=True, default="", err=True)
+    return read_private_key(path, asked.encode())
+
+
+@click.command()
+@click.argument("prefix", metavar="[PREFIX]", default="modelpack")
+@common_options
+def keygen(settings: Settings, prefix: str) -> None:
+    """Make a key pair to sign with: PREFIX.key, encrypted as cosign does, and PREFIX.pub.
+
+    The password comes from the environment's COSIGN_PASSWORD, or is asked for.
+    """
+    from modelpack.trust.keys import generate_key_pair
+
+    given = os.environ.get(PASSWORD)
+    if given is None:
+        if not sys.stdin.isatty():
+            raise UsageError(
+                f"the new key needs a password: {PASSWORD} is not set, and nobody can be asked",
+                hint=f"an empty {PASSWORD} makes a key without one",
+            )
+        given = click.prompt(
+            "Password of the new key",
+            hide_input=True, confirmation_prompt=True, default="", show_default=False, err=True,
+        )  # fmt: skip
+    private, public = generate_key_pair(prefix, os.fsencode(given))
+    note(settings, f"keep {private} to yourself; {public} is for those who verify")
+    show(settings, {"private": str(private), "public": str(public)}, str(public))
+
+
+@click.command()
+@model_argument("reference")
+@click.option(
+    "--key", required=True, type=click.Path(path_type=Path), metavar="KEY",
+    help="The private key: PEM, or as cosign and `keygen` write it.",
+)  # fmt: skip
+@click.option(
+    "--format", "formats", type=click.Choice(_FORMATS), multiple=True,
+    help="How to write it: under cosign's tag, as a sigstore bundle over the manifest, or as "
+    "OpenSSF model signing does, over the files and the manifest. May be repeated. "
+    "[default: cosign and bundle]",
+)  # fmt: skip
+@LOCAL
+@remote_options
+@common_options
+def sign(
+    settings: Settings,
+    reference: str,
+    key: Path,
+    formats: tuple[str, ...],
+    local: bool,
+    remote: RemoteOptions,
+) -> None:
+    """Sign the model REFERENCE in its registry with a key; print the model's digest.
+
+    What is signed is its manifest, which holds the digests of all files. Of a model in variants,
+    the index and each variant are signed. COSIGN_PASSWORD in the environment is the password of the
+    key.
+    """
+    from modelpack.operations import signatures as signing
+    from modelpack.trust.signatures import SignatureKind
+
+    where = Reference.parse(reference)
+    note_reference(settings, reference, where)
+    done = signing.sign(
+        where,
+        private_key(key),
+        kinds=[SignatureKind(name) for name in formats],
+        store=settings.store() if local else None,
+        remote=remote,
+    )
+    of = f" and {len(done.variants)} variants" if done.variants else ""
+    note(settings, f"signed {where}{of}: {', '.join(done.manifests or done.variants[0].manifests)}")
+    value: dict[str, Any] = {
+        "reference": str(where),
+        "digest": str(done.digest),
+        "signatures": {str(kind): str(digest) for kind, digest in done.manifests.items()},
+    }
+    if done.variants:
+        value["variants"] = [str(one.digest) for one in done.variants]
+    show(settings, value, str(done.digest))
+
+
+@click.command()
+@model_argument("reference")
+@click.option(
+    "--key", "keys", required=True, multiple=True, metavar="PUB",
+    help="The public key of who has to have signed it. May be repeated: all of them.",
+)  # fmt: skip
+@click.option(
+    "--format", "formats", type=click.Choice(_ACCEPTED), multiple=True,
+    help="Accept signatures of this format only. May be repeated. model-signing-files are those of "
+    "OpenSSF's own tool, over the files alone. [default: all that cover the manifest]",
+)  # fmt: skip
+@LOCAL
+@remote_options
+@common_options
+def verify(
+    settings: Settings,
+    reference: str,
+    keys: tuple[str, ...],
+    formats: tuple[str, ...],
+    local: bool,
+    remote: RemoteOptions,
+) -> None:
+    """Check that the model REFERENCE is signed by a key; print the model's digest.
+
+    No file of the model is read: the digests that are signed are those by which it is kept. Exit
+    code 5: it is not signed, or not by that key. Whether stored files are intact, `fsck` says.
+    """
+    from modelpack.operations import signatures as signing
+    from modelpack.trust.keys import read_public_key
+    from modelpack.trust.signatures import SignatureKind
+
+    where = Reference.parse(reference)
+    note_reference(settings, reference, where)
+    model, found = signing.verify(
+        where,
+        [read_public_key(key) for key in keys],
+        formats=[SignatureKind(name) for name in formats],
+        store=settings.store() if local else None,
+        remote=remote,
+    )
+    signatures: list[dict[str, Any]] = [
+        {
+            "key": one.key.name,
+            "fingerprint": one.key.fingerprint,
+            "format": str(one.kind),
+            "manifest": str(one.manifest.digest),
+        }
+        for one in found.signatures
+    ]
+    for one in found.signatures:
+        note(settings, f"signed by {one.key.name}: {one.kind}")
+    value = {"reference": str(where), "digest": str(model.digest), "signatures": signatures}
+    show(settings, value, str(model.digest))
+
+
+@click.command()
+@model_argument("model")
+@click.option("--attach", is_flag=True, help="And attach it to the model, where that is.")
+@click.option("-r", "--remote", "from_registry", is_flag=True, help="Of its registry.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Write it there. [default: print it, unless it is attached]",
+)  # fmt: skip
+@remote_options
+@common_options
+def sbom(
+    settings: Settings,
+    model: str,
+    attach: bool,
+    from_registry: bool,
+    output: Path | None,
+    remote: RemoteOptions,
+) -> None:
+    """Write the bill of materials of MODEL as CycloneDX 1.6: files, digests, licence, base models.
+
+    The same model gives the same bytes. With --attach, prints the digest of what was attached.
+    """
+    from modelpack.operations import sbom as boms
+
+    done = boms.sbom(
+        model,
+        attach=attach,
+        store=None if from_registry else settings.store(),
+        remote=remote,
+        from_registry=from_registry,
+    )
+    if output is not None:
+        output.write_bytes(done.document)
+    if done.attached is not None:
+        note(settings, f"attached to {done.reference or done.digest}")
+        value = {"subject": str(done.digest), "digest": str(done.attached)}
+        show(settings, value, str(done.attached))
+    elif output is None:
+        click.echo(done.document.decode(), nl=False)
+
+
+@click.command()
+@model_argument("model")
+@click.option(
+    "--policy", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
+    help="What the catalogue asks for, in TOML. [default: all rules but that of names]",
+)  # fmt: skip
+@click.option("-r", "--remote", "from_registry", is_flag=True, help="Of its registry.")
+@click.option(
+    "--format", "form", type=click.Choice(["text", "json", "sarif"]), default="text",
+    show_default=True, help="How to print what is found; --json is the second.",
+)  # fmt: skip
+@remote_options
+@common_options
+def lint(
+    settings: Settings,
+    model: str,
+    policy: Path | None,
+    from_registry: bool,
+    form: str,
+    remote: RemoteOptions,
+) -> int:
+    """Check MODEL, or the directory of that name, by the rules of a catalogue.
+
+    Its name, licence, metadata, chat template and context; pickles, secrets and paths in its files.
+    Exit code 0: no errors, 1: errors, 2: it could not be checked.
+    """
+    from modelpack.lint.policy import LintPolicy, read_policy
+    from modelpack.lint.report import to_sarif
+    from modelpack.operations import lint as linting
+
+    settings.failure_code = 2
+    rules = read_policy(policy) if policy is not None else LintPolicy()
+    report = linting.lint(
+        model,
+        rules,
+        _render,
+        store=None if from_registry or Path(model).is_dir() else settings.store(),
+        remote=remote,
+        from_registry=from_registry,
+    )
+    if form == "sarif":
+        click.echo(json.dumps(to_sarif(report.name, report.findings), indent=2))
+    elif form == "json" or settings.json:
+        show_json(
+            {
+                "name": report.name,
+                "passed": report.passed,
+                "findings": [finding.to_json() for finding in report.findings],
+            }
+        )
+    else:
+        count = plural(len(report.findings), "finding")
+        lines = [*(visible(str(finding)) for finding in report.findings), f"{report.name}: {count}"]
+        show(settings, {}, "\n".join(lines))
+    return 0 if report.passed else 1
+
+
+def _render(source: str, variables: Mapping[str, Any]) -> str:
+    try:
+        chat_template = load_function("chat_template")
+    except ModuleNotFoundError as error:
+        raise ModelpackError(
+            f"{error.name} is not installed, which renders chat templates",
+            hint="pip install 'modelpack[engine]', or switch the rule `template` off",
+        ) from None
+    assert chat_template is not None, "registered by this distribution"
+    return str(chat_template(source).render(variables))

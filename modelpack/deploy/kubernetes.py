@@ -1,0 +1,368 @@
+"""What a model asks of a cluster, worked out from the size of its weights."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from modelpack.artifacts.model import CHAT_TEMPLATE, Model
+from modelpack.artifacts.reference import Reference
+from modelpack.deploy.vllm import VllmSettings
+from modelpack.errors import UnsupportedError, UsageError
+
+GIB = 2**30
+#: Beside the weights: KV cache and activations, as a share of them; and a process, in bytes.
+_BESIDE = 0.2
+_PROCESS = 2 * GIB
+#: Bytes a second at which weights are taken to come off a volume, and seconds for all else.
+_LOADING = 100 * 10**6
+_STARTING = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Demands:
+    """`weights` in bytes; `memory` of a process that computes on a CPU, `host_memory` of one that
+    computes on GPUs, `disk` of a copy, in GiB; `start_seconds` until it answers, at the most.
+    """
+
+    weights: int
+
+    @property
+    def memory(self) -> int:
+        """Weights, KV cache and the process."""
+        return _gib(self.weights * (1 + _BESIDE) + _PROCESS)
+
+    @property
+    def host_memory(self) -> int:
+        """What loading takes: the files pass through the page cache, which counts as well."""
+        return _gib(self.weights / 2 + 4 * _PROCESS)
+
+    @property
+    def disk(self) -> int:
+        """A copy, and room to write."""
+        return _gib(self.weights * 1.05 + GIB)
+
+    @property
+    def start_seconds(self) -> int:
+        """Loading, compiling and warming up."""
+        return _STARTING + math.ceil(self.weights / _LOADING)
+
+    def gpus(self, memory: int) -> int:
+        """How many GPUs of `memory` bytes it takes: a power of two, as heads divide by."""
+        needed = math.ceil(self.weights * (1 + _BESIDE) / (memory * 0.9))
+        return 1 << (needed - 1).bit_length() if needed > 1 else 1
+
+
+def demands_of(model: Model) -> Demands:
+    """Return what `model` asks for; raise `UnsupportedError` for one without weights."""
+    weights = sum(file.descriptor.size for file in model.files() if file.format)
+    if not weights:
+        raise UnsupportedError(f"{model.reference or model.short_id} has no weights to serve")
+    return Demands(weights)
+
+
+def _gib(size: float) -> int:
+    return math.ceil(size / GIB)
+
+
+Engine = Literal["vllm", "modelpack"]
+#: Where the volume with the model is mounted.
+_MOUNT = "/model"
+_SECRET = "/var/run/modelpack/docker"  # noqa: S105 - a directory
+_PORTS: dict[Engine, int] = {"vllm": 8000, "modelpack": 12434}
+_NAMESPACE = "POD_NAMESPACE"
+_VOLUME, _SHARED, _LOGIN = "model", "shm", "login"
+_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?\Z")
+_LOCKED: dict[str, Any] = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A model, and how a cluster serves it.
+
+    `engine_image` runs it; `tool_image` has modelpack, and pulls it into the pod, unless
+    `model_image` is an OCI image with the model's files under /models, which is mounted.
+    `pull_secret` names a secret of type kubernetes.io/dockerconfigjson. `gpus` 0 is for a CPU;
+    `served_name` is what clients call the model; `hosts` are names by which they reach it besides
+    those of its Service.
+    """
+
+    model: Model
+    reference: Reference
+    name: str
+    engine: Engine
+    engine_image: str
+    tool_image: str
+    gpus: int
+    served_name: str
+    model_image: str | None = None
+    namespace: str | None = None
+    replicas: int = 1
+    pull_secret: str | None = None
+    plain_http: bool = False
+    hosts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` for a name that Kubernetes has not, and what does not go together."""
+        for what, text in (("name", self.name), ("namespace", self.namespace)):
+            if text is not None and (not _NAME.match(text) or len(text) > 63):
+                raise UsageError(
+                    f"{what} {text!r} is none of Kubernetes: expected a letter, then up to 62 of "
+                    "a-z, 0-9 and -"
+                )
+        if self.engine == "modelpack" and self.model_image:
+            raise UsageError(
+                "modelpack serves from its store, not from an image volume",
+                hint="leave --model-image out, or take --engine vllm",
+            )
+        if self.engine == "vllm" and not self.gpus:
+            raise UsageError("vLLM's images need a GPU", hint="take --engine modelpack for a CPU")
+
+    @property
+    def demands(self) -> Demands:
+        """What the model asks for."""
+        return demands_of(self.model)
+
+    @property
+    def pinned(self) -> str:
+        """The model by digest."""
+        return f"{self.reference.name}@{self.model.digest}"
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What its objects are found by."""
+        return {"app.kubernetes.io/name": self.name, "app.kubernetes.io/component": "model"}
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the metadata of an object of it."""
+        made: dict[str, Any] = {"name": self.name, "labels": self.labels}
+        if self.namespace:
+            made["namespace"] = self.namespace
+        made["annotations"] = {"modelpack.artifacts.model": self.pinned}
+        return made
+
+
+def default_name(reference: Reference) -> str:
+    """Return what objects for a model are called: its repository's last part, made to fit."""
+    last = reference.repository.rpartition("/")[2].lower()
+    text = re.sub(r"[^a-z0-9]+", "-", last).strip("-")
+    return (text if text[:1].isalpha() else f"m-{text}")[:63].rstrip("-")
+
+
+def deployment(workload: Workload) -> list[dict[str, Any]]:
+    """Return the Deployment and the Service."""
+    spec: dict[str, Any] = {
+        "replicas": workload.replicas,
+        "selector": {"matchLabels": workload.labels},
+        # Two copies at once would need twice the GPUs, which few clusters have to spare.
+        "strategy": {"type": "Recreate"} if workload.gpus else {"type": "RollingUpdate"},
+        "progressDeadlineSeconds": workload.demands.start_seconds * 2,
+        "template": {
+            "metadata": {"labels": workload.labels},
+            "spec": pod_spec(workload),
+        },
+    }
+    service: dict[str, Any] = {
+        "selector": workload.labels,
+        "ports": [{"name": "http", "port": 80, "targetPort": "http"}],
+    }
+    return [
+        {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": workload.metadata(),
+            "spec": spec,
+        },
+        {"apiVersion": "v1", "kind": "Service", "metadata": workload.metadata(), "spec": service},
+    ]
+
+
+def pod_spec(
+    workload: Workload, container: str = "server", service: str | None = None
+) -> dict[str, Any]:
+    """Return the pod: its server, called `container`, and how the model gets there.
+
+    `service` is the name of the Service before it (None: as the workload).
+    """
+    made: dict[str, Any] = {"automountServiceAccountToken": False}
+    if not workload.model_image:
+        made["initContainers"] = [_pull(workload)]
+    made["containers"] = [_server(workload, container, service or workload.name)]
+    made["volumes"] = _volumes(workload)
+    if workload.pull_secret:
+        made["imagePullSecrets"] = [{"name": workload.pull_secret}]
+    return made
+
+
+def _server(workload: Workload, name: str, service: str) -> dict[str, Any]:
+    mounts = [{"name": _VOLUME, "mountPath": _MOUNT, "readOnly": True}]
+    if workload.engine == "modelpack":
+        del mounts[0]["readOnly"]  # the store's locks are files
+    if workload.gpus > 1:
+        mounts.append({"name": _SHARED, "mountPath": "/dev/shm"})  # noqa: S108 - the pod's own
+    made: dict[str, Any] = {
+        "name": name,
+        "image": workload.engine_image,
+        **_command(workload, service),
+        "ports": [{"name": "http", "containerPort": _PORTS[workload.engine]}],
+        "resources": resources(workload),
+        "volumeMounts": mounts,
+        "securityContext": _LOCKED,
+        **_probes(workload),
+    }
+    return made
+
+
+def _command(workload: Workload, service: str) -> dict[str, Any]:
+    port = str(_PORTS[workload.engine])
+    if workload.engine == "modelpack":
+        device = "gpu" if workload.gpus else "cpu"
+        command = ["modelpack", "serve", workload.pinned, "--served-model-name",
+                   workload.served_name, "--host", "0.0.0.0", "--allow-anonymous", "--port", port,  # noqa: S104
+                   "--device", device]  # fmt: skip
+        if workload.gpus > 1:
+            command += ["--tensor-parallel-size", str(workload.gpus)]
+        # The kubelet fills in the namespace. (Kubernetes, "DNS for Services and Pods")
+        within = f"{service}.$({_NAMESPACE})"
+        names = (service, within, f"{within}.svc", f"{within}.svc.cluster.local", *workload.hosts)
+        namespace = {"fieldRef": {"fieldPath": "metadata.namespace"}}
+        return {
+            "command": [*command, *(word for name in names for word in ("--allow-host", name))],
+            "env": [
+                {"name": "MODELPACK_STORE", "value": f"{_MOUNT}/store"},
+                {"name": _NAMESPACE, "valueFrom": namespace},
+            ],
+        }
+    where = f"{_MOUNT}/models" if workload.model_image else f"{_MOUNT}/bundle/model"
+    return {
+        "command": ["vllm", "serve", where, "--served-model-name", workload.served_name,
+                    "--port", port, "--tensor-parallel-size", str(workload.gpus),
+                    *vllm_flags(workload, where)],
+        # The files are all there: nothing is asked of the hub.
+        "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}],
+    }  # fmt: skip
+
+
+def vllm_flags(workload: Workload, directory: str) -> list[str]:
+    """Return vLLM's options for what the package says about the model, which is in `directory`."""
+    settings = VllmSettings.of(workload.model)
+    # A bundle has it under that name; in an image, files have the names of the model.
+    name = settings.chat_template if workload.model_image else CHAT_TEMPLATE
+    options = settings.options(f"{directory}/{name}")
+    return [f"--{option}={value}" for option, value in options.items()]
+
+
+def _pull(workload: Workload) -> dict[str, Any]:
+    """The init container: it fetches by digest and verifies, and goes on where it was cut off."""
+    remote = ["--plain-http"] if workload.plain_http else []
+    command = ["modelpack", "pull", workload.pinned, *remote]
+    if workload.engine == "vllm":
+        command = ["modelpack", "bundle", "--pull", "--force", workload.pinned,
+                   f"{_MOUNT}/bundle", *remote]  # fmt: skip
+    env = [{"name": "MODELPACK_STORE", "value": f"{_MOUNT}/store"}]
+    mounts: list[dict[str, Any]] = [{"name": _VOLUME, "mountPath": _MOUNT}]
+    if workload.pull_secret:
+        env.append({"name": "DOCKER_CONFIG", "value": _SECRET})
+        mounts.append({"name": _LOGIN, "mountPath": _SECRET, "readOnly": True})
+    return {
+        "name": "pull",
+        "image": workload.tool_image,
+        "command": command,
+        "env": env,
+        "resources": {
+            "requests": {"cpu": "500m", "memory": "512Mi",
+                         "ephemeral-storage": f"{workload.demands.disk}Gi"},
+            "limits": {"memory": "1Gi"},
+        },
+        "volumeMounts": mounts,
+        "securityContext": _LOCKED,
+    }  # fmt: skip
+
+
+def _volumes(workload: Workload) -> list[dict[str, Any]]:
+    volumes: list[dict[str, Any]] = []
+    if workload.model_image:
+        image = {"reference": workload.model_image, "pullPolicy": "IfNotPresent"}
+        volumes.append({"name": _VOLUME, "image": image})
+    else:
+        limit = f"{workload.demands.disk}Gi"
+        volumes.append({"name": _VOLUME, "emptyDir": {"sizeLimit": limit}})
+    if workload.gpus > 1:
+        # NCCL and the workers speak through it; a container's own is 64 MiB.
+        volumes.append({"name": _SHARED, "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}})
+    if workload.pull_secret and not workload.model_image:
+        items = [{"key": ".dockerconfigjson", "path": "config.json"}]
+        secret = {"secretName": workload.pull_secret, "items": items}
+        volumes.append({"name": _LOGIN, "secret": secret})
+    return volumes
+
+
+def resources(workload: Workload) -> dict[str, Any]:
+    """Return the requests and limits of the server."""
+    demands = workload.demands
+    memory = f"{demands.host_memory if workload.gpus else demands.memory}Gi"
+    made = {"requests": {"cpu": "4", "memory": memory}, "limits": {"memory": memory}}
+    if workload.gpus:
+        made["limits"]["nvidia.com/gpu"] = str(workload.gpus)
+    return made
+
+
+def _probes(workload: Workload) -> dict[str, Any]:
+    period = 10
+    health = {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": period}
+    failures = -(-workload.demands.start_seconds // period)
+    return {
+        # Until it has loaded, it is left alone; then it is taken out when it says so, and started
+        # anew when it does not even listen: a busy server is no dead one.
+        "startupProbe": {**health, "failureThreshold": failures},
+        "readinessProbe": {**health, "timeoutSeconds": 5},
+        "livenessProbe": {
+            "tcpSocket": {"port": "http"},
+            "periodSeconds": 30,
+            "failureThreshold": 3,
+        },
+    }
+
+
+#: The name by which KServe finds the container that answers.
+_CONTAINER = "kserve-container"
+#: Where KServe mounts the model of a `storageUri`.
+_KSERVE_MOUNT = "/mnt/models"
+
+
+def inference_service(workload: Workload) -> list[dict[str, Any]]:
+    """Return the InferenceService."""
+    predictor: dict[str, Any] = {
+        "minReplicas": workload.replicas,
+        "timeout": workload.demands.start_seconds,
+    }
+    if workload.model_image:
+        predictor["model"] = {
+            "modelFormat": {"name": "huggingface"},
+            "storageUri": f"oci+native://{workload.model_image}",
+            "args": [f"--model_name={workload.served_name}",
+                     f"--tensor-parallel-size={workload.gpus}",
+                     *vllm_flags(workload, _KSERVE_MOUNT)],
+            "resources": resources(workload),
+        }  # fmt: skip
+        if workload.pull_secret:
+            predictor["imagePullSecrets"] = [{"name": workload.pull_secret}]
+    else:
+        predictor |= pod_spec(workload, _CONTAINER, f"{workload.name}-predictor")
+    metadata = workload.metadata()
+    # Startup is counted in minutes: Knative, which scales by requests, would give up on it.
+    metadata["annotations"]["serving.kserve.io/deploymentMode"] = "Standard"
+    return [
+        {
+            "apiVersion": "serving.kserve.io/v1beta1",
+            "kind": "InferenceService",
+            "metadata": metadata,
+            "spec": {"predictor": predictor},
+        }
+    ]

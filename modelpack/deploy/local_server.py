@@ -1,0 +1,316 @@
+"""How containers reach this machine.
+
+On Linux at the address of Docker's bridge; Docker Desktop's reach its loopback addresses as
+host.docker.internal.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from modelpack.artifacts.reference import Reference
+from modelpack.errors import (
+    AuthError,
+    ConflictError,
+    ModelpackError,
+    NotFoundError,
+    RemoteUnavailableError,
+    UsageError,
+)
+from modelpack.http.hosts import is_loopback
+
+DESKTOP = "host.docker.internal"
+_QUESTION_SECONDS = 20
+_SIOCGIFADDR = 0x8915  # netdevice(7)
+_GATEWAYS = "{{range .IPAM.Config}}{{.Gateway}} {{end}}"
+_INTERFACE = '{{index .Options "com.docker.network.bridge.name"}}'
+
+
+def container_host() -> str:
+    """Return the name or the address by which containers reach this machine; asks `docker`.
+
+    Raises `ModelpackError` if it cannot be asked, or its bridge has no address.
+    """
+    if _docker("info", "--format", "{{.OperatingSystem}}") == "Docker Desktop":
+        return DESKTOP
+    found = _docker("network", "inspect", "bridge", "--format", _GATEWAYS)
+    for address in found.split():
+        if _is_ipv4(address):
+            return address
+    # An engine that made its bridge itself tells the gateway only after its next start.
+    interface = _docker("network", "inspect", "bridge", "--format", _INTERFACE)
+    if address := _address_of(interface):
+        return address
+    raise ModelpackError(
+        f"Docker's bridge network has no IPv4 gateway (it says {found!r}), and its interface "
+        f"{interface!r} no address",
+        hint="say how containers reach the model server: "
+        "MODELPACK_ENDPOINT=http://HOST:PORT/engines/v1/, and MODELPACK_HOST for this machine",
+    )
+
+
+def _address_of(interface: str) -> str:
+    """Return the IPv4 address of a network interface; empty where there is none."""
+    request = struct.pack("256s", interface.encode()[:15])  # IFNAMSIZ, with the null
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
+        try:
+            reply = fcntl.ioctl(opened.fileno(), _SIOCGIFADDR, request)
+        except OSError:
+            return ""
+    return socket.inet_ntoa(reply[20:24])
+
+
+def _docker(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["docker", *arguments], capture_output=True, text=True, timeout=_QUESTION_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ModelpackError(
+            f"`docker {arguments[0]}` cannot be run: {error}",
+            hint="set MODELPACK_HOST and MODELPACK_ENDPOINT, and docker is not asked",
+        ) from error
+    if done.returncode != 0:
+        raise ModelpackError(
+            f"`docker {' '.join(arguments[:2])}` failed: {done.stderr.strip()[:300]}",
+            hint="is the Docker engine running?",
+        )
+    return done.stdout.strip()
+
+
+def _is_ipv4(text: str) -> bool:
+    try:
+        ipaddress.IPv4Address(text)
+    except ValueError:
+        return False
+    return True
+
+
+_TIMEOUT = (5, 600)  # seconds: to connect; between two pieces of an answer
+_PROBE = (1, 5)
+_KINDS: dict[int, type[ModelpackError]] = {
+    400: UsageError, 401: AuthError, 403: AuthError, 404: NotFoundError, 409: ConflictError,
+}  # fmt: skip
+
+
+class RunnerClient:
+    """A model server at `url`; `key` is sent where it asks for API keys."""
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        self._headers = {"Accept": "application/json"}
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
+
+    def answers(self) -> bool:
+        """Return whether a model server is there, whether or not it has loaded its models."""
+        import requests
+
+        try:
+            answer = requests.get(
+                f"{self.url}/engines/status", headers=self._headers, timeout=_PROBE
+            )
+        except requests.RequestException:
+            return False
+        # One that wants another key is there too, and says so when it is asked for more.
+        return answer.status_code in (401, 403) or "Running" in answer.text
+
+    def backends(self) -> dict[str, str]:
+        """Return what the server says of each of its backends."""
+        found: dict[str, str] = self._json("GET", "/engines/status")
+        return found
+
+    def models(self) -> list[dict[str, Any]]:
+        """Return the models of the server's store, with every spelling of their names as tags.
+
+        Compose looks for a name exactly as the file has it, and pulls what it does not find.
+        """
+        models: list[dict[str, Any]] = self._json("GET", "/models")
+        for model in models:
+            model["tags"] = list(
+                dict.fromkeys(text for tag in model.get("tags") or () for text in _spellings(tag))
+            )
+        return models
+
+    def pull(self, name: str, tell: Callable[[str], None]) -> None:
+        """Have the server pull a model; `tell` is called with each piece of progress."""
+        body = {"from": name}
+        with self._request("POST", "/models/create", json=body, stream=True) as response:
+            for line in response.iter_lines():
+                if not line:
+                    continue
+                message = json.loads(line)
+                if message.get("type") == "error":
+                    raise ModelpackError(f"pulling {name}: {message.get('message')}")
+                tell(str(message.get("message", "")))
+
+    def configure(
+        self, name: str, *, context_size: int | None = None, runtime_flags: Sequence[str] = ()
+    ) -> None:
+        """Say how the server runs a model from its next use on; `context_size` in tokens."""
+        body: dict[str, Any] = {"model": name, "runtime_flags": list(runtime_flags)}
+        if context_size is not None:
+            body["context_size"] = context_size
+        self._json("POST", "/pool/configure", json=body)
+
+    def _json(self, method: str, path: str, **arguments: Any) -> Any:
+        with self._request(method, path, **arguments) as response:
+            return response.json()
+
+    def _request(self, method: str, path: str, **arguments: Any) -> Any:
+        import requests
+
+        try:
+            response = requests.request(
+                method, self.url + path, headers=self._headers, timeout=_TIMEOUT, **arguments
+            )
+        except requests.RequestException as error:
+            raise RemoteUnavailableError(
+                f"no model server answers at {self.url}",
+                hint="start one with `modelpack serve`, or say where it is: MODELPACK_HOST",
+            ) from error
+        if response.ok:
+            return response
+        raise _KINDS.get(response.status_code, ModelpackError)(
+            f"{self.url}{path}: {_message(response.text) or response.status_code}"
+        )
+
+
+def _message(text: str) -> str:
+    """Return what an error says, be it JSON of the OpenAI API or Docker's plain text."""
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return text.strip()
+
+
+def _spellings(tag: str) -> tuple[str, ...]:
+    try:
+        reference = Reference.parse(tag)
+    except ModelpackError:
+        return (tag,)
+    short = reference.familiar
+    full = f"{short}:{reference.tag}" if reference.tag and ":" not in short else short
+    return tag, str(reference), short, full
+
+
+PORT = 12434
+#: What stands before the OpenAI API for Docker Model Runner's clients.
+_API = "/engines/v1/"
+_PID = "serve.pid"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalServer:
+    """A server as this machine reaches it (`client`), and its OpenAI API as containers do."""
+
+    client: RunnerClient
+    endpoint: str
+
+
+def local_server(environment: Mapping[str, str] = os.environ) -> LocalServer:
+    """Return the server that Compose's containers are to use; start one where there is none.
+
+    `MODELPACK_HOST` says where it is, and then none is started; `MODELPACK_API_KEY` is its key;
+    `MODELPACK_ENDPOINT` is how containers reach it, where that cannot be found out. Raises
+    `RemoteUnavailableError` where none answers, or where containers could not reach the one that
+    does.
+    """
+    key = environment.get("MODELPACK_API_KEY")
+    given = environment.get("MODELPACK_HOST")
+    endpoint = environment.get("MODELPACK_ENDPOINT")
+    if given:
+        client = RunnerClient(given, key)
+        if not client.answers():
+            raise RemoteUnavailableError(
+                f"no model server answers at {client.url} (MODELPACK_HOST)",
+                hint="start it with `modelpack serve`, or unset MODELPACK_HOST",
+            )
+        return LocalServer(client, endpoint or _endpoint_of(client.url))
+    address = container_host()
+    host = "127.0.0.1" if address == DESKTOP else address
+    client = RunnerClient(f"http://{host}:{PORT}", key)
+    if not client.answers():
+        _start(host, client)
+    return LocalServer(client, endpoint or f"http://{address}:{PORT}{_API}")
+
+
+def _endpoint_of(url: str) -> str:
+    """Return what containers call for the server that is at `url` for this machine."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    host = parts.hostname or ""
+    if not is_loopback(host):
+        return f"{url}{_API}"
+    if container_host() == DESKTOP:
+        return f"{parts.scheme}://{DESKTOP}:{port}{_API}"
+    raise RemoteUnavailableError(
+        f"containers cannot reach {url}: it is a loopback address of this machine",
+        hint=f"serve at the address of Docker's bridge (`modelpack serve --host "
+        f"{container_host()} --keys FILE`) and set MODELPACK_HOST to it, or say how containers "
+        "reach it: MODELPACK_ENDPOINT",
+    )
+
+
+def _start(host: str, client: RunnerClient) -> None:
+    """Start a server that goes on after this process, for those who reach `host`."""
+    directory = _state_directory()
+    log = directory / "serve.log"
+    command = [sys.executable, "-m", "modelpack", "serve", "--host", host, "--port", str(PORT)]
+    # Containers have no key to show: who may reach the bridge may use the server, as with Docker's.
+    command += ["--allow-host", DESKTOP] if is_loopback(host) else ["--allow-anonymous"]
+    with Path(directory, "serve.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if client.answers():  # Compose asks for several things at once: another got here first
+            return
+        with log.open("wb") as errors:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+                start_new_session=True,
+            )  # fmt: skip
+        assert process.stdout is not None
+        Path(directory, _PID).write_text(f"{process.pid}\n")
+        with process.stdout:
+            said = process.stdout.readline()  # its address, once it accepts connections
+    if not said:
+        reason = log.read_text(errors="replace").strip()[-500:] or "it said nothing"
+        raise RemoteUnavailableError(
+            f"`{' '.join(command[2:])}` did not start: {reason}", hint=f"its output is in {log}"
+        )
+
+
+def stop_server() -> int | None:
+    """End the server that `local_server` started; return its process id, None where none runs."""
+    path = Path(_state_directory(), _PID)
+    try:
+        process = int(path.read_text())
+    except (OSError, ValueError):
+        return None
+    path.unlink()
+    shown = subprocess.run(
+        ["ps", "-ww", "-o", "command=", "-p", str(process)], capture_output=True, text=True
+    )
+    if "modelpack serve --host" not in shown.stdout:  # it has ended, and the number is another's
+        return None
+    os.kill(process, signal.SIGTERM)
+    return process
+
+
+def _state_directory() -> Path:
+    from platformdirs import user_state_path
+
+    return user_state_path("modelpack", ensure_exists=True)

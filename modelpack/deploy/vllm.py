@@ -1,0 +1,246 @@
+"""VllmSettings: what a package says about its model, as vLLM takes it.
+
+vLLM reads a directory of transformers' files. What `modelpack package` adds to them (the context
+size, a chat template under another name, defaults of sampling) goes in by vLLM's own options.
+Source: vLLM 0.33.0, vllm/config/model.py `ModelConfig.get_diff_sampling_param`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modelpack.artifacts import media_types
+from modelpack.artifacts.json_document import decode_object
+from modelpack.artifacts.model import CHAT_TEMPLATE, Model, preferred_template
+from modelpack.artifacts.reference import is_model_id
+from modelpack.errors import ModelpackError, NotFoundError, UnsupportedError, UsageError
+from modelpack.formats.config_json import context_size, mlx_bits
+from modelpack.operations.kept_bundles import kept_bundle
+from modelpack.operations.lookup import inspect, stored_model
+from modelpack.operations.remote import RemoteOptions
+from modelpack.progress import ProgressCallback
+from modelpack.store.layout import LayoutStore
+
+#: Parameters as Ollama spells them, in a generation_config.json.
+_GENERATION: Mapping[str, str] = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repeat_penalty": "repetition_penalty",
+    "num_predict": "max_new_tokens",
+}
+_WITHOUT_A_WAY = (
+    "presence_penalty", "frequency_penalty", "seed", "stop", "typical_p", "repeat_last_n",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class VllmSettings:
+    """`chat_template` is the path in the model of a template that vLLM would not find by itself.
+
+    `max_model_len` is in tokens, `generation` has the fields of a generation_config.json. `notes`
+    name what the package says and vLLM has no option for.
+    """
+
+    max_model_len: int | None = None
+    chat_template: str | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, model: Model, own_context: int | None = None) -> VllmSettings:
+        """Return the settings of a model; `own_context` is what its config.json says by itself."""
+        files = model.files()
+        at = preferred_template([(file.role, file.filepath or "") for file in files])
+        template = None if at is None else files[at].filepath
+        if template is not None and (template == CHAT_TEMPLATE or "/" in template):
+            template = None
+        context = model.config.context_size or None
+        parameters, notes = _defaults(model.manifest.annotations)
+        return cls(
+            None if context == own_context else context,
+            template,
+            _generation(parameters),
+            (*notes, *_unused(parameters)),
+        )
+
+    def options(self, chat_template: str) -> dict[str, object]:
+        """Return vLLM's options by their long names; the template is at `chat_template`."""
+        made: dict[str, object] = {}
+        if self.max_model_len is not None:
+            made["max-model-len"] = self.max_model_len
+        if self.chat_template is not None:
+            made["chat-template"] = chat_template
+        if self.generation:
+            made["override-generation-config"] = json.dumps(dict(self.generation))
+        return made
+
+
+def _defaults(annotations: Mapping[str, str]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Return the parameters that a package gives as defaults, and notes about the rest."""
+    try:
+        value = json.loads(annotations.get(media_types.DEFAULTS, "{}"))
+    except (ValueError, RecursionError):
+        return {}, ()
+    if not isinstance(value, dict):
+        return {}, ()
+    notes = tuple(
+        f"vLLM has no option for the packaged {words}: clients have to send it"
+        for key, words in (("system", "system prompt"), ("messages", "first messages"))
+        if value.get(key)
+    )
+    parameters = value.get("parameters")
+    return parameters if isinstance(parameters, dict) else {}, notes
+
+
+def _generation(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in parameters.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name in _GENERATION and is_number and (name != "num_predict" or value > 0):
+            found[_GENERATION[name]] = value
+    if "top_k" in found:
+        found["top_k"] = max(0, found["top_k"])
+    if found.get("top_p") == 0:  # the likeliest token alone, which vLLM says by top_k
+        found |= {"top_p": 1.0, "top_k": 1}
+    return dict(sorted(found.items()))
+
+
+def _unused(parameters: Mapping[str, Any]) -> tuple[str, ...]:
+    unused = [name for name in _WITHOUT_A_WAY if parameters.get(name) is not None]
+    if not unused:
+        return ()
+    return (f"vLLM has no default for {', '.join(unused)}: clients have to send it",)
+
+
+_CONFIG = "config.json"
+#: What a model of Modelpack is called where vLLM takes names of models.
+SCHEME = "modelpack://"
+
+
+@dataclass(frozen=True, slots=True)
+class VllmModel:
+    """A model laid out for vLLM: its directory, and what its package says beyond that."""
+
+    directory: Path
+    settings: VllmSettings
+
+    def options(self) -> dict[str, object]:
+        """Return the options of `vllm serve` that the package asks for, by their long names."""
+        return self.settings.options(str(self.directory / CHAT_TEMPLATE))
+
+
+def open_model(
+    name: str,
+    *,
+    store: LayoutStore | None = None,
+    remote: RemoteOptions | None = None,
+    progress: ProgressCallback | None = None,
+    until: ExitStack | None = None,
+) -> VllmModel:
+    """Return the model `name` as vLLM is to open it; it is pulled if need be.
+
+    With `until` the model is not removed before that is closed or this process ends. Raises
+    `UnsupportedError` for a model that vLLM cannot read, before any weight is fetched, and what
+    `modelpack.pull` raises.
+    """
+    store = store or LayoutStore()
+    _check_before_pull(name, store, remote, progress)
+    model, directory = kept_bundle(name, store=store, remote=remote, progress=progress, until=until)
+    _check_readable(model, name)
+    path = directory / _CONFIG
+    if not path.is_file():
+        raise _without_config(name)
+    try:
+        config = decode_object(path.read_bytes(), _CONFIG)
+    except ModelpackError:
+        config = {}  # vLLM says what is wrong with it
+    own_context = context_size(config, nested=True)
+    return VllmModel(directory, VllmSettings.of(model, own_context))
+
+
+def model_directory(
+    name: str,
+    *,
+    store: LayoutStore | None = None,
+    remote: RemoteOptions | None = None,
+    progress: ProgressCallback | None = None,
+    until: ExitStack | None = None,
+) -> Path:
+    """Return the directory that vLLM is to open for the model `name`, as `open_model` does."""
+    opened = open_model(name, store=store, remote=remote, progress=progress, until=until)
+    return opened.directory
+
+
+def _check_before_pull(
+    name: str, store: LayoutStore, remote: RemoteOptions | None, progress: ProgressCallback | None
+) -> None:
+    """Raise `UnsupportedError` for a model that is not stored and that vLLM cannot read.
+
+    Its manifest and its config are fetched for that.
+    """
+    try:
+        stored_model(store, name, remote)
+    except (NotFoundError, UnsupportedError):
+        if not is_model_id(name):  # otherwise it cannot be pulled
+            model = inspect(name, remote=remote, from_registry=True, progress=progress)
+            _check_readable(model, name)
+
+
+def _check_readable(model: Model, name: str) -> None:
+    files = model.files()
+    formats = {file.format for file in files if file.format}
+    if "safetensors" not in formats:
+        raise UnsupportedError(
+            f"vLLM reads safetensors, and {name} is {' and '.join(sorted(formats)) or 'none'}",
+            hint="serve it with modelpack: --backend auto takes its engine or llama.cpp",
+        )
+    if mlx_bits(model.config) is not None:
+        raise UnsupportedError(
+            f"{name} was quantised by mlx-lm, which only MLX runs",
+            hint="serve it with modelpack: --backend auto",
+        )
+    if not any(file.archive or file.filepath == _CONFIG for file in files):
+        raise _without_config(name)
+
+
+def _without_config(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"vLLM needs the config.json of transformers, and {name} has none",
+        hint="package the whole directory of the model: --safetensors-dir",
+    )
+
+
+def vllm_command(
+    directory: Path, names: Sequence[str], options: Mapping[str, object], flags: Sequence[str] = ()
+) -> list[str]:
+    """Return the command line that serves `directory` under `names`.
+
+    `options` are vLLM's by their long names without dashes; True is a bare flag. `flags` come
+    last. Raises `UsageError` where vLLM is not installed.
+    """
+    command = [*_program(), "serve", str(directory), "--served-model-name", *names]
+    for name, value in options.items():
+        command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return [*command, *flags]
+
+
+def _program() -> list[str]:
+    found = shutil.which("vllm")
+    if found is not None:
+        return [found]
+    if importlib.util.find_spec("vllm") is not None:
+        return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+    raise UsageError(
+        "--backend vllm needs vLLM, which is not installed",
+        hint="pip install vllm, into the environment of modelpack or onto the PATH",
+    )

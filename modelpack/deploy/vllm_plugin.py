@@ -1,0 +1,112 @@
+"""The plugin by which vLLM takes `modelpack://REF` wherever it takes the name of a model.
+
+vLLM calls `register` in every process, perhaps often, and first where the parser of `vllm serve` is
+made: before there are arguments (vllm/plugins/__init__.py and vllm/engine/arg_utils.py of 0.33.0).
+Only `EngineArgs` knows names; what is made of it, and all other processes, get the directory.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from modelpack.deploy.vllm import SCHEME
+
+if TYPE_CHECKING:
+    from modelpack.deploy.vllm import VllmSettings
+
+#: What the packages of models say that were opened here, by directory.
+_opened: dict[str, VllmSettings] = {}
+_log = logging.getLogger(__name__)
+_MARK = "_modelpack_resolves"
+#: Methods that read the names. Where nothing was parsed, the first of them is what calls us.
+_METHODS = ("__post_init__", "create_engine_config", "create_model_config")
+#: Keep the models of this process in the store: vLLM opens their files at any time.
+_leases = ExitStack()
+_FIELDS = ("model", "tokenizer", "hf_config_path")
+
+
+def register() -> None:
+    """Have vLLM's `EngineArgs` resolve `modelpack://` names; does so once."""
+    from vllm.engine import arg_utils
+
+    arguments: Any = arg_utils.EngineArgs
+    if getattr(arguments, _MARK, False):
+        return
+    missing = [name for name in _METHODS if not callable(getattr(arguments, name, None))]
+    if missing:
+        # vLLM has to go on working for those who have no models of ours.
+        _log.warning("%s names do not work: EngineArgs has no %s", SCHEME, ", ".join(missing))
+        return
+    for name in _METHODS:
+        setattr(arguments, name, _resolving(getattr(arguments, name)))
+    find = getattr(arg_utils, "get_model_path", None)
+    if find is not None:  # what an offline process asks while the first `__post_init__` is running
+        arg_utils.get_model_path = _finding(find)
+    setattr(arguments, _MARK, True)
+
+
+def resolve(arguments: Any) -> None:
+    """Put directories in the place of the `modelpack://` names in an `EngineArgs`.
+
+    Raises what `modelpack.pull` raises, and `UnsupportedError` for models that vLLM cannot read.
+    """
+    if _is_ours(arguments.model) and not getattr(arguments, "served_model_name", None):
+        arguments.served_model_name = [arguments.model]
+    for field in _FIELDS:
+        value = getattr(arguments, field, None)
+        if _is_ours(value):
+            setattr(arguments, field, _directory(value))
+    if arguments.model in _opened:
+        _apply(_opened[arguments.model], arguments)
+    draft = getattr(arguments, "speculative_config", None)
+    if isinstance(draft, dict) and _is_ours(draft.get("model")):
+        arguments.speculative_config = {**draft, "model": _directory(draft["model"])}
+
+
+def _resolving(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **arguments: Any) -> Any:
+        resolve(self)
+        return method(self, *args, **arguments)
+
+    return wrapped
+
+
+def _finding(find: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(find)
+    def wrapped(model: Any, *args: Any, **arguments: Any) -> Any:
+        return _directory(model) if _is_ours(model) else find(model, *args, **arguments)
+
+    return wrapped
+
+
+def _is_ours(name: object) -> TypeGuard[str]:
+    return isinstance(name, str) and name.startswith(SCHEME)
+
+
+def _apply(settings: VllmSettings, arguments: Any) -> None:
+    """Set what the package of the model says and the user does not."""
+    if settings.max_model_len is not None and getattr(arguments, "max_model_len", 0) is None:
+        arguments.max_model_len = settings.max_model_len
+    given = getattr(arguments, "override_generation_config", None)
+    if settings.generation and isinstance(given, dict):
+        arguments.override_generation_config = {**settings.generation, **given}
+
+
+def _directory(name: str) -> str:
+    from modelpack.deploy.vllm import open_model
+    from modelpack.operations.remote import RemoteOptions
+    from modelpack.trust.policy import Trust
+
+    remote = RemoteOptions(trust=Trust.from_environment())  # there are no options to say it by
+    opened = open_model(name.removeprefix(SCHEME), remote=remote, until=_leases)
+    directory = str(opened.directory)
+    if directory not in _opened:
+        _opened[directory] = opened.settings
+        for message in opened.settings.notes:
+            _log.warning("%s", message)
+    return directory

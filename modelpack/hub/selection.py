@@ -1,0 +1,289 @@
+"""Which quantisation a GGUF file of the hub is, by its name.
+
+Names are by convention: `Model-Q4_K_M.gguf`, `model.q8_0.gguf`, `BF16/model-00001-of-00003.gguf`,
+`Model-UD-Q4_K_XL-00001-of-00002.gguf`. A label is matched whole: `Q4_K` is not `Q4_K_M`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from modelpack.builder.classify import (
+    FileKind,
+    classify,
+    is_pickle,
+    is_projector_name,
+    lowered_name,
+)
+from modelpack.errors import AmbiguousError, NotFoundError, PackagingError
+from modelpack.formats.shards import shard_set
+from modelpack.hub.reference import HubReference
+from modelpack.hub.repository import HubFile
+
+_SHARD: Final = re.compile(r"-\d{5}-of-\d{5}\Z", re.A)
+# llama.cpp's names of file types (llama-quantize), Unsloth's `UD-` and MXFP4.
+_LABEL: Final = re.compile(
+    r"(?:(?<=[-._])|\A)"
+    r"((?:UD-)?(?:I?Q[1-9]\d?(?:_[0-9A-Z]+)*|TQ\d_\d|(?:MX|NV)FP4(?:_MOE)?|BF16|F16|FP16|F32|FP32))"
+    r"(?=[-.]|\Z)",
+    re.I | re.A,
+)
+
+
+def stem(path: str) -> str:
+    """Return the name of a weight file without its directory, its shard number and its ending."""
+    name = path.rpartition("/")[2]
+    return _SHARD.sub("", name[: name.rfind(".")] if "." in name else name)
+
+
+def quantization_of(path: str) -> str | None:
+    """Return the label in upper case: of the file's name, else of its directory; None without."""
+    for text in (stem(path), *reversed(path.split("/")[:-1])):
+        found = _LABEL.findall(text)
+        if found:
+            return str(found[-1]).upper()
+    return None
+
+
+def is_quantization(path: str, wanted: str) -> bool:
+    """Return whether the file is the quantisation `wanted`: by its label, or by its whole name.
+
+    For what is no label (`8bit`, `imat`) the words of a name count, as `-` and `.` part them.
+    """
+    name = stem(path)
+    if wanted.lower() in (name.lower(), path.rpartition("/")[2].lower()):
+        return True
+    if _LABEL.fullmatch(wanted):
+        return quantization_of(path) == wanted.upper()
+    words, asked = _words(name), _words(wanted)
+    places = range(len(words) - len(asked) + 1)
+    return any(words[at : at + len(asked)] == asked for at in places)
+
+
+def _words(text: str) -> list[str]:
+    return re.split(r"[-.]", text.lower())
+
+
+#: What a GGUF model without a quantisation in its name is: Docker Model Runner's choice.
+DEFAULT_QUANTIZATION: Final = "Q4_K_M"
+
+# The same model for other runtimes, or from its training; and what only its page shows.
+_FOREIGN_SUFFIXES: Final = (
+    *(
+        ".onnx",
+        ".onnx_data",
+        ".h5",
+        ".msgpack",
+        ".tflite",
+        ".ot",
+        ".mlmodel",
+        ".pb",
+        ".npz",
+        ".nemo",
+    ),
+    *(".engine", ".llamafile", ".tar", ".tar.gz", ".tgz", ".zip", ".7z", ".parquet", ".arrow"),
+    *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".pdf", ".mp4", ".mp3", ".wav", ".ipynb"),
+    *(".log", ".imatrix", ".dat"),
+)
+_FOREIGN_DIRECTORIES: Final = re.compile(
+    r"(?:original|onnx|openvino|coreml|metal|flax|tf|tensorrt|runs|logs|assets|images|figures|"
+    r"checkpoints?(?:-\d+)?|global_step\d+|last-checkpoint)\Z",
+    re.I,
+)
+# Weights of the same model again, in another precision, beside the ones without this word.
+_VARIANT: Final = re.compile(r"\.(?:fp16|bf16|fp32|non_ema|ema)(?=[.-])", re.I)
+_MISTRAL: Final = re.compile(r"consolidated(?:[.-].*)?\.safetensors(?:\.index\.json)?\Z")
+_SHOWN: Final = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The files of the model, in the order of layers, and which of them are its weights.
+
+    `projectors` are multimodal projectors among them. `notes` are for people.
+    """
+
+    kind: FileKind
+    files: tuple[HubFile, ...]
+    weights: tuple[HubFile, ...]
+    projectors: tuple[HubFile, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def choose(files: Sequence[HubFile], reference: HubReference) -> Choice:
+    """Return the files of the model that `reference` asks for.
+
+    Raises `NotFoundError` for a quantisation that is not there, `AmbiguousError` for one that
+    several models are, `PackagingError` for a repository without weights, or with pickles only.
+    """
+    usable = [file for file in _in_order(files) if _is_usable(file.path)]
+    by_kind = {
+        kind: [file for file in usable if classify(file.path) is kind]
+        for kind in (FileKind.GGUF, FileKind.SAFETENSORS, FileKind.DDUF)
+    }
+    ggufs = by_kind[FileKind.GGUF]
+    if reference.quantization is not None:
+        if not any(not is_projector_name(file.path) for file in ggufs):
+            raise _no_quantizations(reference, by_kind)
+        return _gguf(usable, ggufs, reference)
+    if by_kind[FileKind.SAFETENSORS]:
+        chosen = _safetensors(usable, by_kind[FileKind.SAFETENSORS])
+        notes = (f"GGUF is there, too: {_labels(ggufs)}",) if ggufs else ()
+        return Choice(FileKind.SAFETENSORS, *chosen, notes=notes)
+    if ggufs:
+        return _gguf(usable, ggufs, reference)
+    if by_kind[FileKind.DDUF]:
+        return _dduf(usable, by_kind[FileKind.DDUF], reference)
+    raise _no_weights(files, reference)
+
+
+def _gguf(usable: Sequence[HubFile], ggufs: Sequence[HubFile], reference: HubReference) -> Choice:
+    models = _models(file for file in ggufs if not is_projector_name(file.path))
+    if not models:
+        raise PackagingError(f"{reference}: its only GGUF files are projectors")
+    wanted = reference.quantization
+    if wanted is None and len(models) > 1:
+        wanted = DEFAULT_QUANTIZATION
+    found = [files for files in models if wanted is None or is_quantization(files[0].path, wanted)]
+    if not found:
+        what = "" if reference.quantization else " (none was named)"
+        raise NotFoundError(
+            f"{reference}: no GGUF of the quantisation {wanted}{what}; there is: {_labels(ggufs)}",
+            hint=f"write hf.co/{reference.repository}:QUANT",
+        )
+    if len(found) > 1:
+        names = ", ".join(stem(files[0].path) for files in found[:_SHOWN])
+        raise AmbiguousError(
+            f"{reference}: several models are {wanted}: {names}",
+            hint="write the name of one, without .gguf, after the colon",
+        )
+    weights = _whole(found[0], reference)
+    projectors = _projector(ggufs)
+    papers = [file for file in usable if _goes_with_gguf(file.path)]
+    chosen = _in_order([*weights, *projectors, *papers])
+    return Choice(FileKind.GGUF, chosen, weights, projectors)
+
+
+def _safetensors(
+    usable: Sequence[HubFile], weights: Sequence[HubFile]
+) -> tuple[tuple[HubFile, ...], tuple[HubFile, ...]]:
+    paths = {file.path for file in weights}
+    left_out = {path for path in paths if _VARIANT.search(path) and _has_plain(path, paths)}
+    if any(not _MISTRAL.match(path) and "/" not in path for path in paths):
+        # Mistral's own layout of the very weights that lie beside it.
+        left_out |= {file.path for file in usable if _MISTRAL.match(file.path)}
+    kept = tuple(file for file in weights if file.path not in left_out)
+    others = (FileKind.GGUF, FileKind.DDUF)
+    chosen = tuple(
+        file for file in usable if file.path not in left_out and classify(file.path) not in others
+    )
+    return chosen, kept
+
+
+def _dduf(usable: Sequence[HubFile], ddufs: Sequence[HubFile], reference: HubReference) -> Choice:
+    if len(ddufs) > 1:
+        names = ", ".join(file.path for file in ddufs[:_SHOWN])
+        raise AmbiguousError(
+            f"{reference}: holds several DDUF files: {names}", hint="download one, and package it"
+        )
+    papers = [file for file in usable if _goes_with_gguf(file.path)]
+    return Choice(FileKind.DDUF, _in_order([*ddufs, *papers]), tuple(ddufs))
+
+
+def _models(ggufs: Iterable[HubFile]) -> list[list[HubFile]]:
+    """Return the files of each model: one, or its shards."""
+    models: dict[object, list[HubFile]] = {}
+    for file in ggufs:
+        models.setdefault(shard_set(file.path) or file.path, []).append(file)
+    return list(models.values())
+
+
+def _whole(files: Sequence[HubFile], reference: HubReference) -> tuple[HubFile, ...]:
+    shards = shard_set(files[0].path)
+    missing = []
+    if shards is not None:
+        there = {file.path for file in files}
+        missing = [path.name for path in shards.paths() if str(path) not in there]
+    if missing:
+        raise PackagingError(
+            f"{reference}: shards are missing on the hub: {', '.join(missing[:_SHOWN])}"
+        )
+    return tuple(files)
+
+
+def _projector(ggufs: Sequence[HubFile]) -> tuple[HubFile, ...]:
+    """Return the projector in the precision that runtimes are tested with, if there is one."""
+    found = [file for file in ggufs if is_projector_name(file.path)]
+    order = ("F16", "FP16", "BF16", "F32", "FP32")
+
+    def rank(file: HubFile) -> int:
+        label = quantization_of(file.path)
+        return order.index(label) if label in order else len(order)
+
+    return (min(found, key=rank),) if found else ()
+
+
+def _goes_with_gguf(path: str) -> bool:
+    """Return whether a file at the top says what the weights do not: terms, card, template."""
+    if "/" in path:
+        return False
+    kind = classify(path)
+    is_template = kind is FileKind.CHAT_TEMPLATE and path.endswith(".jinja")
+    return kind is FileKind.LICENSE or is_template or lowered_name(path) == "readme.md"
+
+
+def _has_plain(path: str, paths: set[str]) -> bool:
+    return _VARIANT.sub("", path) in paths
+
+
+def _is_usable(path: str) -> bool:
+    *directories, name = path.split("/")
+    if any(part.startswith(".") or part == "__pycache__" for part in (*directories, name)):
+        return False
+    if any(_FOREIGN_DIRECTORIES.match(part) for part in directories):
+        return False
+    lowered = name.lower()
+    return (
+        not is_pickle(path)
+        and not lowered.endswith(_FOREIGN_SUFFIXES)
+        and "tfevents" not in lowered
+    )
+
+
+def _in_order(files: Iterable[HubFile]) -> tuple[HubFile, ...]:
+    """Return the files, each once, as a directory of them is walked."""
+    unique = {file.path: file for file in files}.values()
+    return tuple(sorted(unique, key=lambda file: [part.encode() for part in file.path.split("/")]))
+
+
+def _labels(ggufs: Iterable[HubFile]) -> str:
+    models = _models(file for file in ggufs if not is_projector_name(file.path))
+    labels = sorted({quantization_of(files[0].path) or stem(files[0].path) for files in models})
+    more = len(labels) - _SHOWN
+    return ", ".join(labels[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _no_quantizations(
+    reference: HubReference, by_kind: dict[FileKind, list[HubFile]]
+) -> NotFoundError:
+    there = [str(kind) for kind, files in by_kind.items() if files and kind is not FileKind.GGUF]
+    return NotFoundError(
+        f"{reference}: holds no GGUF, so no quantisation {reference.quantization}; "
+        f"there is: {', '.join(there) or 'no weights that we know'}",
+        hint=f"write hf.co/{reference.repository}; a revision goes after an @",
+    )
+
+
+def _no_weights(files: Sequence[HubFile], reference: HubReference) -> PackagingError:
+    pickles = [file.path for file in files if is_pickle(file.path)]
+    if pickles:
+        more = f" and {len(pickles) - 3} more" if len(pickles) > 3 else ""
+        return PackagingError(
+            f"{reference}: its weights are Python pickles only, which can run code when they are "
+            f"loaded: {', '.join(pickles[:3])}{more}",
+            hint="the hub can convert them: https://huggingface.co/spaces/safetensors/convert",
+        )
+    return PackagingError(f"{reference}: no weights (.safetensors, .gguf, .dduf) among its files")

@@ -1,0 +1,257 @@
+"""What is in the files: pickles, secrets, paths of somebody's machine."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from modelpack.artifacts.model import Role
+from modelpack.builder.classify import PICKLE_EXTENSIONS, PICKLE_HEAD_BYTES, holds_pickle
+from modelpack.errors import ModelpackError
+from modelpack.formats.config_json import context_size as context_of
+from modelpack.lint.policy import LintPolicy
+from modelpack.lint.report import Finding, Level, LintFile, LintSubject
+from modelpack.trust.licences import licence_of, licence_of_card
+
+_WEIGHTS: Final = (Role.WEIGHT, Role.PROJECTOR)
+_TEXTS: Final = (Role.CONFIG, Role.CHAT_TEMPLATE, Role.DOC, Role.CODE, Role.FILE, Role.LICENSE)
+_PICKLE_NAMES: Final = (*PICKLE_EXTENSIONS, ".joblib", ".dill")
+_SECRETS: Final = (
+    ("a private key", re.compile(r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----")),
+    ("a token of Hugging Face", re.compile(r"\b(?:hf|api_org)_[A-Za-z]{30,40}\b")),
+    ("a token of GitHub", re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{40,})")),
+    ("a token of GitLab", re.compile(r"\bglpat-[A-Za-z0-9_-]{20,}")),
+    ("an access key of AWS", re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b")),
+    ("a key of Google", re.compile(r"\bAIza[0-9A-Za-z_-]{35}\b")),
+    ("a token of Slack", re.compile(r"\bxox[abprs]-[0-9A-Za-z-]{20,}")),
+    ("a key of OpenAI or Anthropic", re.compile(r"\bsk-(?:ant-|proj-)?[A-Za-z0-9_-]{32,}")),
+    ("a key of Weights & Biases", re.compile(r"WANDB_API_KEY\W{1,4}[0-9a-f]{40}\b")),
+    ("a password in an address", re.compile(r"\bhttps?://[^\s/:@\"'<>]+:[^\s/@\"'<>]{3,}@[\w.-]+")),
+)  # fmt: skip
+_PATH = re.compile(
+    r"(?:^|(?<=[\s\"'=:(\[]))"
+    r"(?:/(?:home|Users|root|mnt|media|tmp|var|srv|data\d*|workspace|scratch|nfs|fsx|lustre|gpfs)"
+    r"/[^\s\"'<>]+|[A-Za-z]:\\{1,2}(?!n\b)[\w.-]+\\{1,2}[^\s\"'<>]*)",
+    re.MULTILINE,
+)
+#: Tokens of vocabularies look like anything.
+_VOCABULARIES: Final = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
+_MAX_EACH: Final = 20
+
+
+def check_pickles(subject: LintSubject, _: LintPolicy) -> Iterator[Finding]:
+    """Yield the files that are pickles, by name or by content."""
+    for file in subject.files:
+        if file.name.endswith(_PICKLE_NAMES):
+            yield Finding("pickle", "is named like a pickle", file.path)
+            continue
+        is_parsed = file.role in _WEIGHTS and file.format in ("gguf", "safetensors")
+        if not is_parsed and holds_pickle(file.read(min(file.size, PICKLE_HEAD_BYTES))):
+            yield Finding("pickle", "holds a pickle", file.path)
+
+
+def check_secrets(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:
+    """Yield the places that look like secrets, without the secrets."""
+    for file, text in _texts(subject, policy):
+        for what, pattern in _SECRETS:
+            for match in _some(pattern, text):
+                yield Finding("secrets", f"holds {what}", file.path, _line(text, match.start()))
+
+
+def check_paths(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:
+    """Yield the absolute paths in configurations and templates."""
+    for file, text in _texts(subject, policy):
+        if file.role in (Role.CONFIG, Role.CHAT_TEMPLATE):
+            for match in _some(_PATH, text):
+                line = _line(text, match.start())
+                yield Finding("paths", f"holds the path {match[0][:200]}", file.path, line)
+    for key, entry in subject.gguf.items():
+        if isinstance(entry.value, str) and not key.startswith("tokenizer."):
+            for match in _some(_PATH, entry.value):
+                yield Finding("paths", f"the GGUF's {key} holds the path {match[0][:200]}")
+
+
+def _texts(subject: LintSubject, policy: LintPolicy) -> Iterator[tuple[LintFile, str]]:
+    for file in subject.files:
+        wanted = file.role in _TEXTS and file.name not in _VOCABULARIES
+        if wanted and policy.looks_into(file.path):
+            text = file.text()
+            if text is not None:
+                yield file, text
+
+
+def _some(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
+    for count, match in enumerate(pattern.finditer(text)):
+        if count == _MAX_EACH:
+            return
+        yield match
+
+
+def _line(text: str, at: int) -> int:
+    return text.count("\n", 0, at) + 1
+
+
+#: Renders the source of a template with variables; raises `ModelpackError` if that fails.
+Render = Callable[[str, Mapping[str, Any]], str]
+
+_TEMPLATE_KEY: Final = "tokenizer.chat_template"
+_WORDS: Final = "the words of a test"
+_MESSAGES: Final = [{"role": "user", "content": _WORDS}]
+
+
+def check_name(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:
+    """Yield what is wrong with the model's name; files have none yet."""
+    if policy.name is not None and subject.reference is not None:
+        for problem in policy.name.problems(subject.reference, subject.config):
+            yield Finding("name", problem)
+
+
+def check_licence(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:
+    """Yield that there is no licence, or one that is not allowed."""
+    known = licences(subject)
+    if not known:
+        yield Finding("licence", "there is no licence: no such file, and none is named")
+    for path, identifier in known.items():
+        place = path or None
+        if not policy.allowed:
+            continue
+        if identifier is None:
+            yield Finding("licence", "is a licence that is not recognised", place)
+        elif identifier.lower() not in (one.lower() for one in policy.allowed):
+            allowed = ", ".join(policy.allowed)
+            yield Finding("licence", f"is {identifier}, allowed: {allowed}", place)
+
+
+def licences(subject: LintSubject) -> dict[str, str | None]:
+    """Return the SPDX identifiers of the licences by file, None where a text is not recognised.
+
+    The empty path stands for what the config, the GGUF or the model card names, if no file does.
+    """
+    found: dict[str, str | None] = {}
+    for file in subject.files:
+        if file.role is Role.LICENSE:
+            found[file.path] = licence_of(file.text() or "")
+    if found:
+        return found
+    named = subject.config.cncf_descriptor.get("licenses") or []
+    texts = [text for text in named if isinstance(text, str)]
+    texts.append(subject.gguf_text("general.license"))
+    readme = subject.file("readme.md")
+    card = licence_of_card(readme.text() or "") if readme is not None else None
+    identifiers = [licence_of(text) or text for text in texts if text] or ([card] if card else [])
+    return {"": identifiers[0]} if identifiers else {}
+
+
+def check_metadata(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:
+    """Yield the fields that the config leaves empty."""
+    for name in policy.required:
+        if not getattr(subject.config, name):
+            yield Finding("metadata", f"the config does not say the model's {name}")
+
+
+def check_context(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:
+    """Yield a context size that is out of bounds, or more than the model was made for."""
+    size, own = subject.config.context_size, trained_context(subject)
+    if size is not None and not policy.min_context <= size <= policy.max_context:
+        bounds = f"{policy.min_context} to {policy.max_context}"
+        yield Finding("context", f"the context size is {size} tokens, expected {bounds}")
+    if size is not None and own is not None and size > own:
+        yield Finding("context", f"the context size is {size} tokens, and the model has {own}")
+    if size is None and own is not None and not policy.min_context <= own <= policy.max_context:
+        bounds = f"{policy.min_context} to {policy.max_context}"
+        yield Finding("context", f"the model has a context of {own} tokens, expected {bounds}")
+
+
+def trained_context(subject: LintSubject) -> int | None:
+    """Return the context that the model's own files state, in tokens."""
+    found = subject.gguf.get(f"{subject.gguf_text('general.architecture')}.context_length")
+    if found is not None and type(found.value) is int:
+        return found.value
+    config = _json(subject.file("config.json"))
+    return context_of(config, nested=True) if config is not None else None
+
+
+def template_check(render: Render) -> Callable[[LintSubject, LintPolicy], Iterator[Finding]]:
+    """Return the check of the chat template, which `render` renders."""
+
+    def check_template(subject: LintSubject, _: LintPolicy) -> Iterator[Finding]:
+        found = templates(subject)
+        if not found:
+            yield Finding("template", "there is no chat template")
+        for path, source in found.items():
+            try:
+                text = render(source, _variables(subject))
+            except ModelpackError as error:
+                yield Finding("template", f"does not render: {error}", path or None)
+                continue
+            if _WORDS not in text:
+                yield Finding("template", "leaves out what the user says", path or None)
+
+    return check_template
+
+
+def templates(subject: LintSubject) -> dict[str, str]:
+    """Return the sources of the chat templates by file; the GGUF's has an empty path."""
+    found = {
+        file.path: file.text() or "" for file in subject.files if file.role is Role.CHAT_TEMPLATE
+    }
+    if found:
+        return found
+    tokenizer = subject.file("tokenizer_config.json")
+    config = _json(tokenizer)
+    stated = config.get("chat_template") if config is not None else None
+    if isinstance(stated, list):
+        named = [one for one in stated if isinstance(one, dict) and one.get("name") == "default"]
+        stated = named[0].get("template") if named else None
+    if tokenizer is not None and isinstance(stated, str):
+        return {tokenizer.path: stated}
+    source = subject.gguf_text(_TEMPLATE_KEY)
+    return {"": source} if source else {}
+
+
+def _variables(subject: LintSubject) -> dict[str, Any]:
+    config = _json(subject.file("tokenizer_config.json")) or {}
+
+    def token(name: str) -> str:
+        value = config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        return value if isinstance(value, str) else ""
+
+    return {
+        "messages": _MESSAGES,
+        "add_generation_prompt": True,
+        "bos_token": token("bos_token"),
+        "eos_token": token("eos_token"),
+    }
+
+
+def _json(file: LintFile | None) -> dict[str, Any] | None:
+    try:
+        value = json.loads(file.text() or "") if file is not None else None
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def check(subject: LintSubject, policy: LintPolicy, render: Render) -> tuple[Finding, ...]:
+    """Return what the rules of the policy find; nothing if all is well."""
+    checks = {
+        "name": check_name,
+        "licence": check_licence,
+        "metadata": check_metadata,
+        "template": template_check(render),
+        "pickle": check_pickles,
+        "secrets": check_secrets,
+        "paths": check_paths,
+        "context": check_context,
+    }
+    found: list[Finding] = []
+    for rule, look in checks.items():
+        level = policy.level(rule)
+        if level is not Level.OFF:
+            found += [replace(one, level=level) for one in look(subject, policy)]
+    return tuple(found)

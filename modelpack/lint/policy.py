@@ -1,0 +1,197 @@
+"""Names of models in a catalogue: a pattern for the repository's last part and the tag."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Final
+
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.reference import Reference
+from modelpack.errors import FormatError
+from modelpack.lint.report import RULES, Level
+
+# What each part may be. Names and tags are the registry's, so nothing here needs more letters.
+_PARTS: Final = {
+    "family": r"[a-z0-9]+(?:[._-][a-z0-9]+)*",
+    "params": r"\d+(?:\.\d+)?(?:x\d+(?:\.\d+)?)?[KMBTkmbt](?:-[Aa]\d+(?:\.\d+)?[KMBTkmbt])?",
+    "quant": r"[A-Za-z0-9]+(?:_[A-Za-z0-9]+)*",
+    "context": r"\d+[KMkm]?",
+    "variant": r"[A-Za-z0-9]+(?:[._][A-Za-z0-9]+)*",
+    "version": r"v?\d+(?:\.\d+)*",
+}
+_PLACE = re.compile(r"<([a-z]+)>")
+_CONTEXT = re.compile(r"(\d+)([KMkm]?)\Z")
+_UNITS = {"": 1, "k": 1024, "m": 1024 * 1024}
+
+
+@dataclass(frozen=True, slots=True)
+class NamePattern:
+    """`<family>:<params>-<quant>-<context>`, compiled."""
+
+    text: str
+    regex: re.Pattern[str]
+
+    @classmethod
+    def parse(cls, text: str, what: str) -> NamePattern:
+        """Return the pattern; raise `FormatError` for a part that is not known or comes twice."""
+        pieces, used, at = [], set(), 0
+        for match in _PLACE.finditer(text):
+            name = match[1]
+            if name not in _PARTS or name in used:
+                expected = ", ".join(f"<{part}>" for part in _PARTS)
+                raise FormatError(f"name: {match[0]} is none of {expected}, once each", path=what)
+            used.add(name)
+            pieces += [re.escape(text[at : match.start()]), f"(?P<{name}>{_PARTS[name]})"]
+            at = match.end()
+        if text.count(":") != 1 or not used:
+            raise FormatError(
+                f"name is {text!r}, expected a pattern like <family>:<params>-<quant>", path=what
+            )
+        return cls(text, re.compile("".join(pieces) + re.escape(text[at:]) + r"\Z"))
+
+    def problems(self, reference: Reference, config: ModelConfig) -> list[str]:
+        """Return what is wrong with a name: its form, and what it says of the model."""
+        name = f"{reference.repository.rpartition('/')[2]}:{reference.tag or ''}"
+        match = self.regex.match(name)
+        if match is None:
+            return [f"{name} does not follow {self.text}"]
+        said, found = match.groupdict(), []
+        for part, fact in (("quant", config.quantization), ("params", config.parameters)):
+            text = said.get(part)
+            if text and fact and not _agree(part, text, fact):
+                found.append(f"{name}: its {part} is {text}, and the config says {fact}")
+        size = _tokens(said["context"]) if said.get("context") else None
+        if size and config.context_size and not _about(size, config.context_size):
+            found.append(f"{name}: its context is {size}, the config says {config.context_size}")
+        return found
+
+
+def _agree(part: str, said: str, fact: str) -> bool:
+    if part == "quant":
+        plain = [re.sub(r"[^a-z0-9]", "", text.lower()) for text in (said, fact)]
+        return plain[0] in plain[1] or plain[1] in plain[0]
+    mine, theirs = _count(said), _count(fact)
+    # Names are rounded: a model of 7.24 thousand million parameters is called 7B.
+    return mine is None or theirs is None or abs(mine - theirs) <= 0.25 * theirs
+
+
+def _count(text: str) -> float | None:
+    match = re.match(r"\s*(\d+(?:\.\d+)?)(?:x(\d+(?:\.\d+)?))?\s*([KMBT])", text, re.IGNORECASE)
+    if match is None or match[2]:
+        return None
+    return float(match[1]) * {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[match[3].lower()]
+
+
+def _tokens(text: str) -> int:
+    match = _CONTEXT.match(text)
+    assert match is not None
+    return int(match[1]) * _UNITS[match[2].lower()]
+
+
+def _about(said: int, fact: int) -> bool:
+    # 128K is called so whether it is 131072 or 128000.
+    return abs(said - fact) <= 0.05 * fact
+
+
+METADATA: Final = ("format", "architecture", "parameters", "quantization", "context_size")
+_REQUIRED: Final = ("format", "architecture", "parameters", "quantization")
+
+
+@dataclass(frozen=True, slots=True)
+class LintPolicy:
+    """What is asked for; an empty `allowed` takes every licence that is there."""
+
+    name: NamePattern | None = None
+    levels: Mapping[str, Level] = field(default_factory=dict, hash=False)
+    allowed: tuple[str, ...] = ()
+    required: tuple[str, ...] = _REQUIRED
+    min_context: int = 1
+    max_context: int = 16 * 1024 * 1024
+    ignore: tuple[str, ...] = ()
+
+    def level(self, rule: str) -> Level:
+        """Return how bad what a rule finds is."""
+        return self.levels.get(rule, Level.ERROR)
+
+    def looks_into(self, path: str) -> bool:
+        """Return whether a file is looked into."""
+        return not any(fnmatchcase(path, pattern) for pattern in self.ignore)
+
+
+def read_policy(path: Path) -> LintPolicy:
+    """Return the policy in a file; raise `FormatError`, which says where it is wrong."""
+    try:
+        return parse_policy(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise FormatError(f"cannot be read: {error.strerror}", path=str(path)) from error
+    except UnicodeDecodeError:
+        raise FormatError("is not UTF-8", path=str(path)) from None
+
+
+def parse_policy(text: str, what: str) -> LintPolicy:
+    """Return the policy in `text`, which `what` stands for in errors."""
+    try:
+        value = tomllib.loads(text)
+    except ValueError as error:
+        raise FormatError(f"is not TOML: {error}", path=what) from None
+    tables = {"rules", "licence", "metadata", "context", "files"}
+    _known(value, {"name", *tables}, what)
+    rules = _table(value, "rules", set(RULES), what)
+    context = _table(value, "context", {"min", "max"}, what)
+    pattern = value.get("name")
+    if pattern is not None and not isinstance(pattern, str):
+        raise FormatError("name is not a text", path=what)
+    default = LintPolicy()
+    low, high = context.get("min", default.min_context), context.get("max", default.max_context)
+    if type(low) is not int or type(high) is not int or not 1 <= low <= high:
+        raise FormatError(f"context is {low!r} to {high!r}, expected numbers of tokens", path=what)
+    required = _texts(_table(value, "metadata", {"required"}, what), "required", _REQUIRED, what)
+    for name in required:
+        if name not in METADATA:
+            expected = ", ".join(METADATA)
+            raise FormatError(f"metadata.required: {name!r} is none of {expected}", path=what)
+    return LintPolicy(
+        NamePattern.parse(pattern, what) if pattern is not None else None,
+        {rule: _level(level, f"{what}: rules.{rule}") for rule, level in rules.items()},
+        _texts(_table(value, "licence", {"allowed"}, what), "allowed", (), what),
+        required,
+        low,
+        high,
+        _texts(_table(value, "files", {"ignore"}, what), "ignore", (), what),
+    )
+
+
+def _level(value: Any, where: str) -> Level:
+    try:
+        return Level(value)
+    except ValueError:
+        raise FormatError(
+            f'is {value!r}, expected "error", "warning" or "off"', path=where
+        ) from None
+
+
+def _table(value: dict[str, Any], key: str, known: set[str], what: str) -> dict[str, Any]:
+    found = value.get(key, {})
+    if not isinstance(found, dict):
+        raise FormatError(f"{key} is not a table", path=what)
+    _known(found, known, f"{what}: {key}")
+    return found
+
+
+def _known(value: dict[str, Any], known: set[str], where: str) -> None:
+    unknown = sorted(value.keys() - known)
+    if unknown:
+        expected = ", ".join(sorted(known))
+        raise FormatError(f"has an unknown field {unknown[0]!r}: expected {expected}", path=where)
+
+
+def _texts(value: dict[str, Any], key: str, default: tuple[str, ...], what: str) -> tuple[str, ...]:
+    found = value.get(key, list(default))
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise FormatError(f"{key} is not an array of texts", path=what)
+    return tuple(found)

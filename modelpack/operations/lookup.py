@@ -1,0 +1,153 @@
+"""Look models up by name in a store or a registry, without fetching their layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.manifest import Manifest
+from modelpack.artifacts.model import Model
+from modelpack.artifacts.reference import Reference, begins_id, is_model_id
+from modelpack.errors import (
+    InvalidReferenceError,
+    NotFoundError,
+    PartialModelError,
+)
+from modelpack.hub.reference import HubReference, local_name
+from modelpack.operations.remote import RemoteOptions, fetch_referenced_manifest, open_repository
+from modelpack.operations.sources import named, open_source
+from modelpack.operations.variants import fetch_variant
+from modelpack.progress import ProgressCallback, Stop
+from modelpack.storage import Source, Watch, read_blob, watching
+from modelpack.store.layout import LayoutStore
+
+if TYPE_CHECKING:
+    from modelpack.registry import Repository
+
+
+_MAX_SHOWN = 5
+
+
+def check_whole(store: LayoutStore, model: Model) -> None:
+    """Raise `PartialModelError`, which says what is missing, if layers of the model were left out.
+
+    Costs next to nothing for a model that was pulled or packaged as a whole.
+    """
+    missing = store.missing(model.descriptor)
+    if not missing:
+        return
+    lines = [f"{blob.filepath or blob.digest.short} ({blob.size} bytes)" for blob in missing]
+    if len(lines) > _MAX_SHOWN:
+        lines = [*lines[:_MAX_SHOWN], f"and {len(lines) - _MAX_SHOWN} more"]
+    where = completing_reference(store, model)
+    raise PartialModelError(
+        f"{model.reference or model.short_id} is stored in part: {len(missing)} of "
+        f"{len(model.manifest.unique_blobs)} blobs are missing: {', '.join(lines)}",
+        missing=tuple(str(blob.digest) for blob in missing),
+        hint=f"`modelpack pull {where}` fetches the rest" if where else "pull it again",
+    )
+
+
+def completing_reference(store: LayoutStore, model: Model) -> Reference | None:
+    """Return what to pull to have the rest of exactly this model, whatever its tag is by now."""
+    places = store.get(str(model.digest)).places
+    return Reference.parse(f"{places[0]}@{model.digest}") if places else None
+
+
+def inspect(
+    name: str,
+    *,
+    store: LayoutStore | None = None,
+    remote: RemoteOptions | None = None,
+    from_registry: bool = False,
+    progress: ProgressCallback | None = None,
+    stop: Stop | None = None,
+) -> Model:
+    """Return the model `name`: of the store, or, with `from_registry`, of its registry.
+
+    A name is a reference, a digest, a short id or a unique prefix of one. From a registry only
+    the manifest and the config are fetched. Raises `NotFoundError`.
+    """
+    watch = watching(progress, stop)
+    if from_registry:
+        return remote_model(named(name), remote, watch)
+    return stored_model(store or LayoutStore(), name)
+
+
+def stored_model(store: Source, name: str, options: RemoteOptions | None = None) -> Model:
+    """Return the model `name` of a source, with its config; of variants, the one to take."""
+    name = local_name(name)
+    descriptor = store.resolve(name)
+    reference = reference_in(store, name, descriptor)
+    what = f"model {name}"
+    raw = store.fetch_manifest(descriptor)
+    descriptor, manifest = fetch_variant(store, descriptor, raw, what, options=options)
+    return Model(reference, descriptor, manifest, _read_config(store, manifest, what))
+
+
+def reference_in(source: Source, name: str, found: Descriptor) -> Reference | None:
+    """Return the reference by which `source` found the manifest; None for an id or a part of one.
+
+    The first digits of an id are spelled like a name, and a model that has no such name must not be
+    taken for one that has: a policy trusts names.
+    """
+    if is_model_id(name.strip()):
+        return None
+    try:
+        reference = Reference.parse(name)
+        if begins_id(name) and source.resolve(str(reference)).digest != found.digest:
+            return None
+    except (InvalidReferenceError, NotFoundError):
+        return None
+    return reference
+
+
+def model_of(
+    source: Source, descriptor: Descriptor, manifest: Manifest, reference: Reference | None
+) -> Model:
+    """Return the model whose manifest was read from `source`; raise `UnsupportedError` if none."""
+    what = str(reference or descriptor.digest)
+    manifest.check_is_model(what)
+    return Model(reference, descriptor, manifest, _read_config(source, manifest, what))
+
+
+def remote_model(
+    reference: Reference | HubReference, remote: RemoteOptions | None, watch: Watch
+) -> Model:
+    """Return the model `reference` of its registry: two small requests, no layer.
+
+    Of the hub: its small files, and the headers of its weights.
+    """
+    with open_source(reference, remote or RemoteOptions(), watch) as opened:
+        descriptor, manifest = fetch_variant(
+            opened.source,
+            opened.descriptor,
+            opened.raw,
+            opened.asked,
+            options=remote,
+            report=watch.report,
+        )
+        config = _read_config(opened.source, manifest, opened.asked)
+        return Model(opened.local, descriptor, manifest, config)
+
+
+def model_in(repository: Repository, reference: Reference) -> Model:
+    """Return the model `reference` of its open repository."""
+    descriptor, raw = fetch_referenced_manifest(repository, reference)
+    descriptor, manifest = fetch_variant(repository, descriptor, raw, str(reference))
+    return Model(
+        reference, descriptor, manifest, _read_config(repository, manifest, str(reference))
+    )
+
+
+def remote_config(reference: Reference, remote: RemoteOptions | None = None) -> bytes:
+    """Return the raw config blob of the model `reference` of its registry."""
+    watch = watching(None)
+    with open_repository(reference, remote or RemoteOptions(), watch) as repository:
+        return read_blob(repository, model_in(repository, reference).manifest.config)
+
+
+def _read_config(source: Source, manifest: Manifest, what: str) -> ModelConfig:
+    raw = read_blob(source, manifest.config)
+    return ModelConfig.parse(raw, manifest.config.media_type, f"config of {what}")

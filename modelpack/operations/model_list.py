@@ -1,0 +1,178 @@
+"""List: the models of a store with what their configs say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
+from modelpack.artifacts.model import Model
+from modelpack.artifacts.reference import Reference, is_model_id
+from modelpack.errors import ModelpackError
+from modelpack.operations.lookup import stored_model
+from modelpack.store.layout import LayoutStore
+from modelpack.store.lookup import StoredModel
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A stored model; `problem` says why `model` is None where it cannot be read."""
+
+    digest: Digest
+    references: tuple[Reference, ...]
+    model: Model | None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a list shows of a model: `size` is in bytes, of all blobs; the rest is as its config."""
+
+    size: int
+    format: str
+    parameters: str
+    quantization: str
+    architecture: str
+    context_size: int | None
+    created: str | None
+
+    @classmethod
+    def of(cls, model: Model) -> Summary:
+        """Return the summary of a model."""
+        config = model.config
+        return cls(
+            model.manifest.total_size,
+            config.format,
+            config.parameters,
+            config.quantization,
+            config.architecture,
+            config.context_size,
+            config.created,
+        )
+
+    @classmethod
+    def from_facts(cls, facts: Any) -> Summary | None:
+        """Return the summary that `to_facts` made these of; None if they are something else."""
+        if not isinstance(facts, list) or len(facts) != len(_KINDS):
+            return None
+        fits = all(isinstance(fact, kind) for fact, kind in zip(facts, _KINDS, strict=True))
+        return cls(*facts) if fits else None
+
+    def to_facts(self) -> list[Any]:
+        """Return the summary as JSON values, for the store to keep."""
+        return [
+            self.size,
+            self.format,
+            self.parameters,
+            self.quantization,
+            self.architecture,
+            self.context_size,
+            self.created,
+        ]
+
+
+_KINDS = (int, str, str, str, str, int | None, str | None)
+
+
+@dataclass(frozen=True, slots=True)
+class Summarized:
+    """A stored model in short; `problem` says why `summary` is None where it cannot be read.
+
+    `missing` are the layers that were left out of its pull.
+    """
+
+    digest: Digest
+    references: tuple[Reference, ...]
+    summary: Summary | None
+    problem: str = ""
+    missing: tuple[Descriptor, ...] = ()
+
+
+def list_models(store: LayoutStore, name: str | None = None) -> tuple[Listed, ...]:
+    """Return the stored models; with `name`, those of that repository, tag or id.
+
+    Of a model in variants, that is what this machine would run.
+
+    A model that cannot be read is listed with its problem rather than hiding the others.
+    """
+    listed = []
+    for entry, references in _chosen(store, name):
+        try:
+            model = stored_model(store, str(entry.digest))
+        except ModelpackError as error:
+            if _may_be_a_model(store, entry):
+                listed.append(Listed(entry.digest, references, None, str(error)))
+        else:
+            listed.append(Listed(entry.digest, references, model))
+    return tuple(listed)
+
+
+def summarize_models(store: LayoutStore, name: str | None = None) -> tuple[Summarized, ...]:
+    """Return the stored models in short; `name` and problems are as for `list_models`.
+
+    A model is read once: then the store keeps its summary. That its blobs are intact is for a
+    check to say, that its manifest is there is looked at.
+    """
+    known = store.listing_cache.read()
+    added: dict[str, list[Any]] = {}
+    listed = []
+    for entry, references in _chosen(store, name):
+        key = str(entry.digest)
+        summary = Summary.from_facts(known.get(key))
+        if summary is None or not store.has_file(entry.digest):
+            try:
+                summary = Summary.of(stored_model(store, key))
+            except ModelpackError as error:
+                if _may_be_a_model(store, entry):
+                    listed.append(Summarized(entry.digest, references, None, str(error)))
+                continue
+            added[key] = summary.to_facts()
+        missing = store.missing(key) if entry.is_partial else ()
+        listed.append(Summarized(entry.digest, references, summary, missing=missing))
+    if added:
+        if name is None:  # all that is there is known: forget what has gone
+            known = {str(item.digest): known.get(str(item.digest), []) for item in listed}
+        store.listing_cache.write({**known, **added})
+    return tuple(listed)
+
+
+def _may_be_a_model(store: LayoutStore, entry: StoredModel) -> bool:
+    """Return whether what cannot be read as a model is worth a word.
+
+    An index may be of anything, and images of its platforms are its own.
+    """
+    if entry.descriptor.media_type not in media_types.MANIFEST_TYPES:
+        return False
+    if entry.names:
+        return True
+    try:
+        manifest = Manifest.parse(store.fetch_manifest(entry.descriptor))
+    except ModelpackError:
+        return True
+    return manifest.config.media_type != media_types.OCI_IMAGE_CONFIG
+
+
+def _chosen(
+    store: LayoutStore, name: str | None
+) -> Iterator[tuple[StoredModel, tuple[Reference, ...]]]:
+    """Yield the models that `name` means, each with those of its references that it means."""
+    for entry in (*store.models(), *store.indexes()):
+        references = entry.references
+        if name is not None and not entry.digest.encoded.startswith(name.removeprefix("sha256:")):
+            references = tuple(ref for ref in references if _matches(name, ref))
+            if not references:
+                continue
+        yield entry, references
+
+
+def _matches(name: str, reference: Reference) -> bool:
+    """Whether `name` is the reference, or its repository when no tag was typed."""
+    if is_model_id(name):
+        return False
+    wanted = Reference.parse(name)
+    typed_tag = ":" in name.strip().rpartition("/")[2]
+    return wanted.name == reference.name and (not typed_tag or wanted.tag == reference.tag)

@@ -1,0 +1,308 @@
+"""Sign and verify: who stands for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest, parse_manifest_or_index
+from modelpack.artifacts.model import Model
+from modelpack.artifacts.reference import Reference
+from modelpack.errors import NotFoundError, UntrustedError, UsageError
+from modelpack.operations.lookup import model_in, model_of, stored_model
+from modelpack.operations.referrers import BytesSource
+from modelpack.operations.remote import (
+    RemoteOptions,
+    fetch_referenced_manifest,
+    open_repository,
+)
+from modelpack.operations.transfer import transfer
+from modelpack.operations.variants import variants_of
+from modelpack.progress import Stop
+from modelpack.registry import Repository
+from modelpack.storage import Target, Watch, watching
+from modelpack.store.layout import LayoutStore
+from modelpack.trust.keys import PrivateKey, PublicKey
+from modelpack.trust.model_signing import model_statement
+from modelpack.trust.signatures import (
+    MANIFEST_FORMATS,
+    Findings,
+    SignatureKind,
+    find_signatures,
+    is_signed_under_tag,
+)
+from modelpack.trust.sigstore_bundle import (
+    COSIGN_SIGN,
+    Statement,
+    Subject,
+    bundle_manifest,
+    signed_bundle,
+)
+from modelpack.trust.simple_signing import (
+    sign_simply,
+    signature_tag,
+    signatures_manifest,
+)
+
+#: What is written unless the caller chooses: what old and new releases of cosign look for.
+DEFAULT_KINDS = (SignatureKind.COSIGN, SignatureKind.BUNDLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """A model that was signed; `manifests` hold the signatures.
+
+    Of a model in variants, `digest` is that of the index, and each of the `variants` is signed too.
+    """
+
+    reference: Reference
+    digest: Digest
+    manifests: Mapping[SignatureKind, Digest]
+    variants: tuple[Signed, ...] = ()
+
+
+def sign(
+    reference: str | Reference,
+    key: PrivateKey,
+    *,
+    kinds: Sequence[SignatureKind] = (),
+    store: LayoutStore | None = None,
+    remote: RemoteOptions | None = None,
+    stop: Stop | None = None,
+) -> Signed:
+    """Sign the model `reference` in its registry or, with `store`, in that store.
+
+    `kinds` are how; without, as cosign does, under its tag and as a bundle; a store has no place
+    for the tag. `push --with-referrers` brings bundles along. Of a model in variants, the index and
+    each variant are signed: one is pulled and loaded by its own digest. Raises what a push raises.
+    """
+    where = Reference.parse(reference) if isinstance(reference, str) else reference
+    wanted = tuple(dict.fromkeys(kinds or DEFAULT_KINDS))
+    if store is not None:
+        if SignatureKind.COSIGN in kinds:
+            raise UsageError(
+                "a signature under cosign's tag is one of a registry",
+                hint="sign there, or use --format bundle",
+            )
+        wanted = tuple(kind for kind in wanted if kind is not SignatureKind.COSIGN)
+    unknown = [kind for kind in wanted if kind not in _SIGNING]
+    if unknown:
+        raise UsageError(
+            f"signatures of the format {unknown[0]} are read, not written",
+            hint="--format model-signing covers the files and the manifest",
+        )
+    watch = watching(None, stop)
+    with _opened(where, store, remote, watch, writes=True) as place:
+        return _sign(_Signing(place, where, key, wanted, watch))
+
+
+def verify(
+    reference: str | Reference,
+    keys: Sequence[PublicKey],
+    *,
+    formats: Sequence[SignatureKind] = (),
+    store: LayoutStore | None = None,
+    remote: RemoteOptions | None = None,
+    stop: Stop | None = None,
+) -> tuple[Model, Findings]:
+    """Return the model `reference` and its signatures by `keys`, every one of which signed it.
+
+    Signatures of the `formats` count or, if none is given, of those that cover the manifest. Of a
+    model in variants, the one for this machine is verified. Raises `UntrustedError` if a key did
+    not sign.
+    """
+    where = Reference.parse(reference) if isinstance(reference, str) else reference
+    if not keys:
+        raise UsageError("there is no key to verify with")
+    watch = watching(None, stop)
+    with opened_model(where, store, remote, watch) as (place, model):
+        tagged = store is None
+        found = find_signatures(
+            place,
+            model.descriptor,
+            lambda: model,
+            keys,
+            tagged=tagged,
+            formats=formats or MANIFEST_FORMATS,
+        )
+    lacking = [key for key in keys if key not in found.keys]
+    if lacking:
+        why = "; ".join(found.refused[:5]) or "it has no signatures"
+        raise UntrustedError(
+            f"{where}: {model.digest} is not signed by {lacking[0].name}: {why}",
+            expected=f"a signature by {lacking[0].name}",
+            got=why,
+        )
+    return model, found
+
+
+def attach_statement(
+    place: Target, model: Model, statement: Statement, key: PrivateKey, watch: Watch
+) -> Digest:
+    """Sign a statement and attach it to `model`; return the digest of its manifest."""
+    return _attach(place, model.descriptor, statement, key, watch)
+
+
+def put(
+    place: Target,
+    manifest: Manifest,
+    blobs: Mapping[Descriptor, bytes],
+    tag: str | None,
+    watch: Watch,
+) -> None:
+    """Write a manifest that was made here, and its blobs."""
+    source = BytesSource({blob.digest: content for blob, content in blobs.items()})
+    transfer(source, place, manifest.descriptor, manifest.raw, tag, concurrency=1, watch=watch)
+
+
+@contextmanager
+def opened_model(
+    where: Reference,
+    store: LayoutStore | None,
+    remote: RemoteOptions | None,
+    watch: Watch,
+    *,
+    writes: bool = False,
+) -> Iterator[tuple[LayoutStore | Repository, Model]]:
+    """Yield where a model is, its registry or `store`, and the model there."""
+    with _opened(where, store, remote, watch, writes=writes) as place:
+        if isinstance(place, LayoutStore):
+            yield place, replace(stored_model(place, str(where)), reference=where)
+        else:
+            yield place, model_in(place, where)
+
+
+@contextmanager
+def _opened(
+    where: Reference,
+    store: LayoutStore | None,
+    remote: RemoteOptions | None,
+    watch: Watch,
+    *,
+    writes: bool,
+) -> Iterator[LayoutStore | Repository]:
+    if store is not None:
+        with store.lease(()):
+            yield store
+        return
+    with open_repository(where, remote or RemoteOptions(), watch, writes=writes) as repository:
+        yield repository
+
+
+@dataclass(frozen=True, slots=True)
+class _Signing:
+    """Where and how a model is to be signed."""
+
+    place: LayoutStore | Repository
+    where: Reference
+    key: PrivateKey
+    kinds: tuple[SignatureKind, ...]
+    watch: Watch
+
+
+def _sign(signing: _Signing) -> Signed:
+    """Sign what the reference names: one model, or an index and each of its variants."""
+    place, where = signing.place, signing.where
+    if isinstance(place, LayoutStore):
+        descriptor = place.resolve(str(where))
+        raw = place.fetch_manifest(descriptor)
+    else:
+        descriptor, raw = fetch_referenced_manifest(place, where)
+    document = parse_manifest_or_index(raw, str(where), media_type=descriptor.media_type)
+    if isinstance(document, Manifest):
+        return _sign_manifest(signing, model_of(place, descriptor, document, where))
+    variants = []
+    for variant in variants_of(document):
+        found = replace(variant.descriptor, annotations={}, platform=None)
+        what = f"{where}: variant {variant.name}"
+        manifest = Manifest.parse(place.fetch_manifest(found), what)
+        variants.append(_sign_manifest(signing, model_of(place, found, manifest, where)))
+    kinds = [kind for kind in signing.kinds if kind is not SignatureKind.MODEL_SIGNING]
+    done: dict[SignatureKind, Digest] = {
+        kind: _SIGNING[kind](signing, descriptor, None) for kind in kinds
+    }
+    return Signed(where, descriptor.digest, done, tuple(variants))
+
+
+def _sign_manifest(signing: _Signing, model: Model) -> Signed:
+    done = {kind: _SIGNING[kind](signing, model.descriptor, model) for kind in signing.kinds}
+    return Signed(signing.where, model.digest, done)
+
+
+def _sign_bundle(signing: _Signing, subject: Descriptor, _model: Model | None) -> Digest:
+    statement = Statement((Subject(subject.digest, signing.where.name),), COSIGN_SIGN)
+    return _attach(signing.place, subject, statement, signing.key, signing.watch)
+
+
+def _sign_files(signing: _Signing, subject: Descriptor, model: Model | None) -> Digest:
+    assert model is not None, "an index has no files"
+    name = signing.where.repository.rpartition("/")[2]
+    statement = model_statement(model, name)
+    return _attach(signing.place, subject, statement, signing.key, signing.watch)
+
+
+def _sign_simply(signing: _Signing, subject: Descriptor, _model: Model | None) -> Digest:
+    """Add a layer to what is under cosign's tag; a second one by the same key adds nothing."""
+    place, key, digest = signing.place, signing.key, subject.digest
+    tag = signature_tag(digest)
+    layer, payload = sign_simply(signing.where.name, digest, key)
+    try:
+        before = Manifest.parse(place.fetch_manifest(place.resolve(tag)), tag)
+    except NotFoundError:
+        layers: tuple[Descriptor, ...] = ()
+    else:
+        if is_signed_under_tag(place, subject, key.public):
+            return before.digest
+        layers = before.layers
+    manifest, blobs = signatures_manifest((*layers, layer))
+    put(place, manifest, {**blobs, layer: payload}, tag, signing.watch)
+    return manifest.digest
+
+
+def _attach(
+    place: Target, subject: Descriptor, statement: Statement, key: PrivateKey, watch: Watch
+) -> Digest:
+    bundle = signed_bundle(statement, key)
+    manifest, blobs = bundle_manifest(bundle, statement.predicate_type, subject)
+    put(place, manifest, blobs, None, watch)
+    return manifest.digest
+
+
+_SIGNING = {
+    SignatureKind.COSIGN: _sign_simply,
+    SignatureKind.BUNDLE: _sign_bundle,
+    SignatureKind.MODEL_SIGNING: _sign_files,
+}
+
+
+def attest(
+    model: Model,
+    predicate_type: str,
+    predicate: Mapping[str, Any],
+    key: PrivateKey,
+    *,
+    store: LayoutStore | None = None,
+    remote: RemoteOptions | None = None,
+    stop: Stop | None = None,
+) -> Digest:
+    """Sign an in-toto statement about `model` and attach it as a sigstore bundle.
+
+    To the manifest of that digest in its registry, whatever its tag is by now, or, with `store`,
+    there; return the digest of what was attached. Raises what a push raises, and `UsageError` for
+    a model of no registry.
+    """
+    watch, reference = watching(None, stop), model.reference
+    name = reference.name if reference is not None else ""
+    statement = Statement((Subject(model.digest, name),), predicate_type, predicate)
+    if store is not None:
+        with store.lease(()):
+            return attach_statement(store, model, statement, key, watch)
+    if reference is None:
+        raise UsageError(f"{model.digest} names no registry", hint="name the model by reference")
+    where = reference.with_digest(model.digest)
+    with opened_model(where, None, remote, watch, writes=True) as (place, there):
+        return attach_statement(place, there, statement, key, watch)

@@ -1,0 +1,227 @@
+"""Whether a model may be used: the signatures that somebody's trust asks for, wherever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Index, Manifest, parse_manifest_or_index
+from modelpack.artifacts.model import Model
+from modelpack.artifacts.reference import Reference
+from modelpack.errors import NotFoundError, RegistryError, UntrustedError
+from modelpack.hub.reference import HUB_REGISTRY
+from modelpack.storage import ReferrerSource, Watch
+from modelpack.store.layout import LayoutStore
+from modelpack.trust.policy import Rule, Trust
+from modelpack.trust.signatures import Findings, Signature, find_signatures
+
+if TYPE_CHECKING:
+    from modelpack.operations.remote import RemoteOptions
+
+_MAX_SHOWN = 5
+
+
+def check_source(
+    trust: Trust,
+    source: ReferrerSource,
+    names: Sequence[str],
+    subject: Descriptor,
+    model: Callable[[], Model],
+) -> tuple[Signature, ...]:
+    """Return the signatures in `source` for which a manifest is trusted under all of `names`.
+
+    A name is `registry/repository`: where it is read from, or what it is to be called. Raises
+    `UntrustedError`; whatever keeps it from being read is raised, too: what cannot be checked is
+    not trusted.
+    """
+    rules = [rule for name in names for rule in trust.rules(name) if rule.threshold]
+    if not rules:
+        return ()
+    found = _find(source, subject, model, rules, tagged=True)
+    _require(rules, found, f"{names[0]}@{subject.digest}")
+    return found.signatures
+
+
+def check_stored(
+    trust: Trust, store: LayoutStore, model: Model, remote: RemoteOptions, watch: Watch
+) -> None:
+    """Raise `UntrustedError` unless the stored model is trusted under the name it was asked for.
+
+    One that was asked for by its id has to be under all its names or, if it has none, under those
+    of the indexes that list it. Signatures that the store lacks are looked for in the registries
+    that the model has names of.
+    """
+    try:
+        entry = store.get(str(model.digest))
+        places, origins = entry.places, entry.origins
+    except NotFoundError:  # a variant whose index alone has a name
+        places, origins = (), ()
+    places = places or _places_of_indexes(store, model.digest)
+    names = (model.reference.name,) if model.reference is not None else places
+    if not names:
+        raise UntrustedError(
+            f"{model.digest}: has no name, so no rule says who has to sign it",
+            hint="give it a name: `modelpack tag`",
+        )
+    rules = [rule for name in names for rule in trust.rules(name) if rule.threshold]
+    if not rules:
+        return
+    here = _find(store, model.descriptor, lambda: model, rules, tagged=False)
+    if all(rule.is_met(here.signatures) for rule in rules):
+        return
+    found, unread = here, None
+    for place in dict.fromkeys((*names, *origins)):
+        where = Reference.parse(f"{place}@{model.digest}")
+        if where.registry == HUB_REGISTRY:  # holds no signatures
+            continue
+        try:
+            there = _find_there(where, model, rules, remote, watch)
+        except RegistryError as error:  # another one may have them
+            unread = unread or error
+            continue
+        found = Findings(found.signatures + there.signatures, found.refused + there.refused)
+        if all(rule.is_met(found.signatures) for rule in rules):
+            return
+    if unread is not None:
+        raise unread
+    _require(rules, found, str(model.reference or model.digest))
+
+
+def check_remote(model: Model, remote: RemoteOptions, watch: Watch) -> None:
+    """Raise `UntrustedError` unless the model of a registry is trusted, where `remote` says so."""
+    from modelpack.operations.remote import open_repository
+
+    if remote.trust is None:
+        return
+    where = model.reference
+    assert where is not None, "it was read from a registry"
+    with open_repository(where, remote, watch) as repository:
+        check_source(remote.trust, repository, [where.name], model.descriptor, lambda: model)
+
+
+def check_names(
+    store: LayoutStore, names: Iterable[str], remote: RemoteOptions, watch: Watch
+) -> None:
+    """Raise `UntrustedError` unless all that the names stand for is trusted, each variant too."""
+    from modelpack.operations.lookup import model_of, reference_in
+    from modelpack.operations.variants import variants_of
+
+    if remote.trust is None:
+        return
+    for name in names:
+        descriptor = store.resolve(name)
+        raw = store.fetch_manifest(descriptor)
+        document = parse_manifest_or_index(raw, name, media_type=descriptor.media_type)
+        manifests = [(descriptor, document)] if isinstance(document, Manifest) else []
+        if isinstance(document, Index):
+            for one in (variant.descriptor for variant in variants_of(document)):
+                found = replace(one, annotations={}, platform=None)
+                manifests.append((found, Manifest.parse(store.fetch_manifest(found), name)))
+        reference = reference_in(store, name, descriptor)
+        for found, manifest in manifests:
+            check_stored(
+                remote.trust, store, model_of(store, found, manifest, reference), remote, watch
+            )
+
+
+@contextmanager
+def trusted_import(store: LayoutStore, remote: RemoteOptions, watch: Watch) -> Iterator[None]:
+    """Check the models that come into the store within the context, and take back what is not
+    trusted: all of them, where `remote` says who is. Raises `UntrustedError`.
+    """
+    if remote.trust is None:
+        yield
+        return
+    before, new = _named(store), list[str]()
+    try:
+        # Models that lose their name to an imported one are kept until it is given back.
+        with store.lease({Digest.parse(digest) for digest in before.values()}):
+            yield
+            new = _names_of_new(before, _named(store))
+            try:
+                check_names(store, new, remote, watch)
+            except BaseException:
+                for name in before.keys() & set(new):
+                    store.tag(before[name], Reference.parse(name))
+                raise
+    except BaseException:
+        for name in new:
+            if name not in before:
+                store.remove(name)
+        raise
+
+
+def _names_of_new(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    """Return the names that are new or stand for another model, and the digests without one."""
+    old = set(before.values())  # a model that lost its name was here before
+    return [
+        name
+        for name, digest in after.items()
+        if before.get(name) != digest and not (name == digest and digest in old)
+    ]
+
+
+def _named(store: LayoutStore) -> dict[str, str]:
+    """Return the digests of all models, by their names or, of those without, by their digests."""
+    return {
+        name: str(model.digest)
+        for model in store.models()
+        for name in [*map(str, model.references)] or [str(model.digest)]
+    }
+
+
+def _places_of_indexes(store: LayoutStore, digest: Digest) -> tuple[str, ...]:
+    """Return the repositories of the stored indexes that list a manifest."""
+    found: list[str] = []
+    for index in store.indexes():
+        document = Index.parse(store.fetch_manifest(index.descriptor), str(index.digest))
+        if any(one.digest == digest for one in document.manifests):
+            found += index.places
+    return tuple(dict.fromkeys(found))
+
+
+def _find_there(
+    where: Reference, model: Model, rules: Sequence[Rule], remote: RemoteOptions, watch: Watch
+) -> Findings:
+    from modelpack.operations.remote import open_repository
+
+    with open_repository(where, remote, watch) as repository:
+        return _find(repository, model.descriptor, lambda: model, rules, tagged=True)
+
+
+def _find(
+    source: ReferrerSource,
+    subject: Descriptor,
+    model: Callable[[], Model],
+    rules: Sequence[Rule],
+    *,
+    tagged: bool,
+) -> Findings:
+    keys = frozenset(key for rule in rules for key in rule.keys)
+    formats = frozenset(kind for rule in rules for kind in rule.formats)
+    return find_signatures(source, subject, model, keys, tagged=tagged, formats=formats)
+
+
+def _require(rules: Sequence[Rule], found: Findings, what: str) -> None:
+    for rule in rules:
+        if rule.is_met(found.signatures):
+            continue
+        names = " or ".join(one.name for one in rule.publishers)
+        wanted = f"{rule.threshold} of {names}" if rule.threshold > 1 else names
+        others = [
+            f"a rule takes no signatures of the format {one.kind}"
+            for one in found.signatures
+            if one.kind not in rule.formats
+        ]
+        refused = tuple(dict.fromkeys((*others, *found.refused)))
+        why = "; ".join(refused[:_MAX_SHOWN]) or "it has no signatures"
+        raise UntrustedError(
+            f"{what}: is not signed by {wanted}: {why}",
+            expected=f"a signature by {wanted}",
+            got=why,
+            hint="`modelpack sign` signs a model; `modelpack verify` says who did",
+        )

@@ -1,0 +1,439 @@
+"""What an upload sends: a blob's bytes, hashed and counted on their way, from any offset on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING, Final
+
+import requests
+
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.errors import AuthError, ModelpackError, RegistryError, SizeMismatchError
+from modelpack.progress import Action, Progress, Stop
+from modelpack.registry.endpoint import Endpoint
+from modelpack.registry.limits import RateLimit, either
+from modelpack.registry.retry import FailedTry, Retries
+from modelpack.registry.transport import Body, Call, stated_number
+from modelpack.registry.urls import with_query
+from modelpack.storage import BlobReader, BlobSource, Outcome, Watch
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+#: Bytes read, hashed and sent at a time.
+_PIECE: Final = 1024 * 1024
+#: Bytes between two states of the hash that are kept, to go on from.
+CHECKPOINT: Final = 64 * 1024 * 1024
+
+
+class UploadContent:
+    """A blob's content, as parts that follow each other or start again further back.
+
+    The last bytes are only given out once all of them are known to be right. Where a part starts
+    again, the source is opened at the last checkpoint before it, not at its first byte.
+    """
+
+    def __init__(
+        self,
+        source: BlobSource,
+        descriptor: Descriptor,
+        what: str,
+        stop: Stop,
+        watch: Watch,
+        rate: RateLimit | None = None,
+    ) -> None:
+        self._source = source
+        self._descriptor = descriptor
+        self._what = what
+        self._stop = stop
+        self._report = watch.report
+        self._rate = rate
+        self._name = descriptor.filepath or descriptor.digest.short
+        self._checkpoints: list[tuple[int, _Hash]] = [(0, descriptor.digest.hasher())]
+        self._stack = ExitStack()
+        self._reader: BlobReader | None = None
+        self._hasher = descriptor.digest.hasher()
+        self._position = 0
+        #: The end of what was ever given out: no registry can have more.
+        self.sent = 0
+        #: Why the content could not be had, as opposed to sent.
+        self.failure: Exception | None = None
+
+    def part(self, start: int, end: int) -> ContentPart:
+        """Return the bytes from `start` to `end`, as the body of a request."""
+        return ContentPart(self, start, end)
+
+    def close(self) -> None:
+        """Close the source, which a request that failed half-way leaves open."""
+        self._reader = None
+        self._stack.close()
+
+    def read(self, start: int, end: int) -> Generator[memoryview, None, None]:
+        """Yield the bytes from `start` to `end`, checked as they go."""
+        self.failure = None
+        try:
+            self._go_to(start)
+            yield from self._pieces(end)
+        except Exception as error:
+            self.failure = error
+            self.close()
+            raise
+        except BaseException:
+            self.close()
+            raise
+
+    def _go_to(self, start: int) -> None:
+        if self._reader is not None and self._position == start:
+            return
+        self.close()
+        self._position, kept = max(
+            (c for c in self._checkpoints if c[0] <= start), key=lambda checkpoint: checkpoint[0]
+        )
+        self._hasher = kept.copy()
+        self._reader = self._stack.enter_context(self._source.open(self._position))
+        buffer = memoryview(bytearray(min(_PIECE, start - self._position)))
+        while self._position < start:
+            self._take(buffer[: start - self._position])
+
+    def _pieces(self, end: int) -> Generator[memoryview, None, None]:
+        size = self._descriptor.size
+        step = min(_PIECE, self._rate.step) if self._rate else _PIECE
+        buffer = memoryview(bytearray(min(step, end - self._position)))
+        while True:
+            piece = buffer[: end - self._position]
+            self._take(piece)
+            if self._position == size:
+                self._check_end()
+            if self._rate:
+                self._rate.wait(len(piece), self._stop)
+            self.sent = max(self.sent, self._position)
+            yield piece
+            report = Progress(
+                Action.PUSH, self._name, self._descriptor.digest, self._position, size
+            )
+            self._report(report)
+            if self._position == end:
+                return
+
+    def _take(self, piece: memoryview) -> None:
+        """Read and hash as many bytes as `piece` has."""
+        assert self._reader is not None
+        self._stop.check()
+        count = _fill(self._reader, piece)
+        self._hasher.update(piece[:count])
+        self._position += count
+        if count < len(piece):
+            raise self._wrong_size(str(self._position))
+        if self._position >= self._checkpoints[-1][0] + CHECKPOINT:
+            self._checkpoints.append((self._position, self._hasher.copy()))
+
+    def _check_end(self) -> None:
+        assert self._reader is not None
+        if self._reader.readinto(memoryview(bytearray(1))):
+            raise self._wrong_size(f"more than {self._descriptor.size}")
+        self._descriptor.digest.check_equal(Digest.of_hasher(self._hasher), self._what)
+
+    def _wrong_size(self, got: str) -> SizeMismatchError:
+        expected = str(self._descriptor.size)
+        return SizeMismatchError(
+            f"{self._what}: the source has {got} bytes, expected {expected}",
+            expected=expected,
+            got=got,
+        )
+
+
+class ContentPart:
+    """Part of an `UploadContent`; fulfils `Body`."""
+
+    def __init__(self, content: UploadContent, start: int, end: int) -> None:
+        self._content = content
+        self._start = start
+        self._end = end
+        self._reading: Generator[memoryview, None, None] | None = None
+
+    def __len__(self) -> int:
+        return self._end - self._start
+
+    def __iter__(self) -> Iterator[memoryview]:
+        self.close()
+        self._reading = self._content.read(self._start, self._end)
+        # Read now, before the head of the request is sent: an empty part would be done with that.
+        return chain([next(self._reading)], self._reading)
+
+    def close(self) -> None:
+        """Let go of the source if the part was not read to its end."""
+        if self._reading is not None:
+            self._reading.close()
+
+
+def _fill(reader: BlobReader, buffer: memoryview) -> int:
+    """Read until `buffer` is full or the source ends; return the number of bytes."""
+    filled = 0
+    while filled < len(buffer) and (count := reader.readinto(buffer[filled:])):
+        filled += count
+    return filled
+
+
+_OCTETS: Final = "application/octet-stream"
+_RANGE: Final = re.compile(r"(?:bytes[= ])?0-([0-9]{1,18})\Z")
+
+
+class UploadSession:
+    """A place that a registry has opened for one blob; `location` is its newest URL."""
+
+    def __init__(self, endpoint: Endpoint, descriptor: Descriptor, what: str, stop: Stop) -> None:
+        self._endpoint = endpoint
+        self._transport = endpoint.transport
+        self._descriptor = descriptor
+        self._what = what
+        self._stop = stop
+        self.location = ""
+        #: The bytes that every chunk but the last has to have, where the registry names them.
+        self.minimum_chunk = 0
+
+    def start(self) -> None:
+        """Have the registry open a session."""
+        url = self._endpoint.uploads_url()
+        algorithm = self._descriptor.digest.algorithm
+        if algorithm != "sha256":
+            url = with_query(url, **{"digest-algorithm": algorithm})
+        response = self._transport.attempt(self._call("POST", url))
+        self.location = self._transport.location(response, self._what)
+        self.minimum_chunk = stated_number(response, "OCI-Chunk-Min-Length") or 0
+
+    def status(self) -> int | None:
+        """Return how many bytes the registry has; None if it does not say."""
+        return self._received(self._transport.attempt(self._call("GET", self.location)))
+
+    def append(self, body: Body, start: int) -> int | None:
+        """Send a chunk that begins at byte `start`; return what `status` does after it."""
+        headers = {"Content-Range": _content_range(start, len(body))}
+        return self._received(self._send("PATCH", self.location, body, headers))
+
+    def finish(self, body: Body, start: int) -> requests.Response:
+        """Send the bytes from `start` on, and say that these are all; return the answer."""
+        url = with_query(self.location, digest=str(self._descriptor.digest))
+        partial = start > 0 and len(body) > 0
+        headers = {"Content-Range": _content_range(start, len(body))} if partial else {}
+        return self._send("PUT", url, body, headers)
+
+    def cancel(self) -> None:
+        """Tell the registry to forget the session; it would do so by itself some day.
+
+        A requested stop does not stop this, but it takes a second or two at most.
+        """
+        location, self.location = self.location, ""
+        if location:
+            call = replace(self._call("DELETE", location), stop=Stop(), answer_time=1.0)
+            with suppress(FailedTry, ModelpackError):
+                self._transport.attempt(call)
+
+    def _send(
+        self, method: str, url: str, body: Body, headers: Mapping[str, str]
+    ) -> requests.Response:
+        call = replace(
+            self._call(method, url),
+            headers={"Content-Type": _OCTETS, **headers},
+            body=body,
+            answer_time=self._transport.timeouts.commit,
+        )
+        return self._transport.attempt(call)
+
+    def _received(self, response: requests.Response) -> int | None:
+        if response.headers.get("Location"):  # it may carry the state: an older one is refused
+            self.location = self._transport.location(response, self._what)
+        match = _RANGE.match(response.headers.get("Range", "").strip())
+        if match is None:
+            return None
+        # The specification has no way to say "nothing" but this, which says one byte as well.
+        return int(match[1]) + 1 if match[1] != "0" else 0
+
+    def _call(self, method: str, url: str) -> Call:
+        return Call(self._what, method, url, {}, scopes=self._endpoint.push, stop=self._stop)
+
+
+def _content_range(start: int, length: int) -> str:
+    return f"{start}-{start + length - 1}"
+
+
+#: The size of chunks where the registry wants chunks and the caller says nothing.
+_CHUNK: Final = 64 * 1024 * 1024
+#: What a registry says when it has lost a session; another one may be kept.
+_LOST_SESSION: Final = ("BLOB_UPLOAD_UNKNOWN", "BLOB_UPLOAD_INVALID")
+#: How often in a row a registry may refuse what it had asked for.
+_MAX_REFUSALS: Final = 2
+
+
+class Upload:
+    """One blob on its way into a repository."""
+
+    def __init__(self, endpoint: Endpoint, descriptor: Descriptor, watch: Watch) -> None:
+        self._endpoint = endpoint
+        self._transport = endpoint.transport
+        self._descriptor = descriptor
+        self._what = f"upload of {endpoint.blob_label(descriptor)}"
+        self._stop = either(watch.stop, endpoint.transport.stop)
+        self._watch = watch
+        self._session = UploadSession(endpoint, descriptor, self._what, self._stop)
+        self._begun = False  # the session may hold bytes
+        self._received = 0  # what the registry has, for all we know
+        self._farthest = 0  # the most that it ever had
+        self._refusals = 0
+        self._in_chunks = True  # where anybody wants chunks
+
+    def send(self, source: BlobSource, session: str = "") -> Outcome:
+        """Have the blob in the repository; `session` is one that a failed mount has opened.
+
+        Raises what `Target.write_blob` raises.
+        """
+        self._session.location = session
+        rate = self._transport.blobs.rate
+        content = UploadContent(source, self._descriptor, self._what, self._stop, self._watch, rate)
+        retries = self._transport.retries(self._stop)
+        try:
+            while True:
+                try:
+                    return self._try(content, retries)
+                except FailedTry as failed:
+                    retries.wait_after(failed)
+        except BaseException:
+            self._session.cancel()
+            raise
+        finally:
+            content.close()
+
+    def exists(self) -> bool:
+        """Return whether the repository has the blob, in one try."""
+        call = self._call("HEAD", self._endpoint.blob_url(self._descriptor.digest))
+        try:
+            response = self._transport.attempt(call)
+        except RegistryError as error:
+            if error.status_code == 404:
+                return False
+            raise
+        return stated_number(response) in (None, self._descriptor.size)
+
+    def mount(self, other: Endpoint) -> str | None:
+        """Ask the registry to link the blob from `other`.
+
+        Returns None if it did, else the session for an upload that it opened instead.
+        """
+        url = with_query(
+            self._endpoint.uploads_url(), mount=str(self._descriptor.digest), **{"from": other.name}
+        )
+        scopes = self._endpoint.push | other.pull
+        call = replace(self._call("POST", url), scopes=scopes)
+        response = self._transport.retried(lambda: self._transport.attempt(call), self._stop)
+        if response.status_code == 201:
+            return None
+        return self._transport.location(response, self._what)
+
+    def _try(self, content: UploadContent, retries: Retries) -> Outcome:
+        if self.exists():
+            self._session.cancel()
+            return Outcome.EXISTED
+        if self._begun:
+            self._take_up(content, retries)
+        if not self._session.location:
+            self._session.start()
+        self._begun = True
+        try:
+            self._send_chunks(content, retries)
+            start, size = self._received, self._descriptor.size
+            response = self._put(content.part(start, size), start)
+        except (FailedTry, RegistryError) as error:
+            if content.failure not in (None, error):
+                raise content.failure from None  # not the network, though from there it looked so
+            if isinstance(error, RegistryError) and content.failure is None:
+                self._after_refusal(error)
+            raise
+        if response.status_code != 201 and not self.exists():
+            raise RegistryError(
+                f"{self._what}: answered {response.status_code}, but the blob is not there",
+                host=self._transport.origin.netloc,
+                status_code=response.status_code,
+            )
+        return Outcome.WRITTEN
+
+    def _take_up(self, content: UploadContent, retries: Retries) -> None:
+        """Find out where to go on after a failure; start again where the registry does not say."""
+        try:
+            received = self._session.status() if self._session.location else None
+        except RegistryError:
+            received = None
+        if not received or received > content.sent:  # nothing to go on from, or nothing sensible
+            self._start_again()
+            return
+        self._reached(received, retries)
+
+    def _start_again(self) -> None:
+        self._session.cancel()
+        self._begun = False
+        self._received = 0
+
+    def _after_refusal(self, error: RegistryError) -> None:
+        """Raise `FailedTry` if a registry's refusal may be only of how the bytes were sent."""
+        if isinstance(error, AuthError) or self._refusals >= _MAX_REFUSALS:
+            return
+        lost = error.code in _LOST_SESSION or error.status_code == 416
+        special = self._received > 0 or self._chunk_size() is not None
+        if lost or special:
+            self._refusals += 1
+            if not lost or self._refusals == _MAX_REFUSALS:
+                self._in_chunks = False
+                self._start_again()
+            raise FailedTry(error) from error
+
+    def _chunk_size(self) -> int | None:
+        """Return the size of chunks to send, None to send everything at once."""
+        asked, minimum = self._transport.blobs.chunk_size, self._session.minimum_chunk
+        if not self._in_chunks or not (asked or minimum):
+            return None
+        return max(asked or _CHUNK, minimum)
+
+    def _send_chunks(self, content: UploadContent, retries: Retries) -> None:
+        """Send all but the last chunk, if it is to be chunks."""
+        size = self._chunk_size()
+        while size is not None and self._descriptor.size - self._received > size:
+            start, end = self._received, self._received + size
+            received = self._append(content.part(start, end), start)
+            if received not in (None, end):
+                # A registry that keeps nothing of a chunk will not keep the next one either.
+                self._in_chunks = False
+                self._start_again()
+                raise FailedTry(
+                    RegistryError(
+                        f"{self._what}: got a chunk that ends at byte {end}, "
+                        f"and says that it has {received} bytes",
+                        host=self._transport.origin.netloc,
+                    )
+                )
+            self._reached(end, retries)
+
+    def _reached(self, received: int, retries: Retries) -> None:
+        """Go on from byte `received`; what came as far before, in a session since lost, is none."""
+        self._received = received
+        if received > self._farthest:
+            self._farthest = received
+            self._refusals = 0
+            retries.made_progress()
+
+    def _append(self, part: ContentPart, start: int) -> int | None:
+        try:
+            return self._session.append(part, start)
+        finally:
+            part.close()
+
+    def _put(self, part: ContentPart, start: int) -> requests.Response:
+        try:
+            return self._session.finish(part, start)
+        finally:
+            part.close()
+
+    def _call(self, method: str, url: str) -> Call:
+        return Call(self._what, method, url, {}, scopes=self._endpoint.push, stop=self._stop)

@@ -1,0 +1,170 @@
+"""Blob downloads and deletion (distribution-spec 1.1, "Pulling blobs")."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from modelpack.artifacts.digest import Digest
+from modelpack.http.connection import ZERO_COPY_SEND
+from modelpack.registry_server.blob_fetch import (
+    PIECE,
+    ByteRange,
+    FollowingResponse,
+    UnsatisfiableRange,
+    requested_range,
+)
+from modelpack.registry_server.content import Content
+from modelpack.registry_server.errors import ApiError, Code
+from modelpack.registry_server.names import Repository
+
+# Bytes of a file that one message has sent: what is counted of a download that breaks off.
+_SENT_AT_ONCE: Final = 8 * 1024 * 1024
+
+
+class Blobs:
+    """Endpoints of blobs. All repositories share them, so each of them has every blob."""
+
+    def __init__(self, content: Content) -> None:
+        self._content = content
+
+    async def get(self, request: Request) -> Response:
+        """GET and HEAD: the blob, or a range of it."""
+        repository = Repository.parse(request.path_params["name"])
+        digest = Digest.parse(request.path_params["digest"])
+        if request.method == "HEAD":  # who is told that it is here will not upload it
+            await run_in_threadpool(self._content.touch_blob, digest)
+        descriptor = await run_in_threadpool(self._content.open_blob, digest)
+        if descriptor is None:
+            return await self._fetched(request, repository, digest)
+        try:
+            answer = _answer(request, digest, os.fstat(descriptor).st_size)
+            if answer.part is not None:
+                return FileResponse(descriptor, answer.part, answer.status, answer.headers)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        return Response(status_code=answer.status, headers=answer.headers)
+
+    async def _fetched(self, request: Request, repository: Repository, digest: Digest) -> Response:
+        """Answer with a blob that an upstream has, while it comes in."""
+        needed = await run_in_threadpool(self._content.needed, repository, digest)
+        if needed is None:
+            raise unknown_blob(digest)
+        answer = _answer(request, digest, needed.size)
+        if answer.part is None:
+            return Response(status_code=answer.status, headers=answer.headers)
+        fetch = await run_in_threadpool(self._content.fetch, repository, needed)
+        await self._content.begin(fetch, request)
+        return FollowingResponse(fetch, answer.part, answer.status, answer.headers)
+
+    async def delete(self, request: Request) -> Response:
+        """DELETE: remove a blob that no manifest needs."""
+        Repository.parse(request.path_params["name"])
+        digest = Digest.parse(request.path_params["digest"])
+        if not await run_in_threadpool(self._content.delete_blob, digest):
+            raise unknown_blob(digest)
+        return Response(status_code=202)
+
+
+def unknown_blob(digest: Digest) -> ApiError:
+    """Return the answer for a blob that is not there."""
+    return ApiError(404, Code.BLOB_UNKNOWN, f"no blob {digest}", detail={"digest": str(digest)})
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What to answer; `part` is what to send of the blob, None where there is no body."""
+
+    status: int
+    headers: dict[str, str]
+    part: ByteRange | None = None
+
+
+def _answer(request: Request, digest: Digest, size: int) -> _Answer:
+    etag = f'"{digest}"'
+    headers = {
+        "Accept-Ranges": "bytes",
+        "Content-Type": "application/octet-stream",
+        "Docker-Content-Digest": str(digest),
+        "ETag": etag,
+    }
+    if request.method == "HEAD":
+        return _Answer(200, {**headers, "Content-Length": str(size)})
+    asked = request.headers.get("range")
+    if request.headers.get("if-range", etag) != etag:
+        asked = None
+    try:
+        part = requested_range(asked, size)
+    except UnsatisfiableRange:
+        # An empty body: a client must not take it for bytes of the blob.
+        return _Answer(416, {"Content-Range": f"bytes */{size}"})
+    if part is None:
+        return _Answer(200, headers, ByteRange(0, size))
+    headers["Content-Range"] = f"bytes {part.start}-{part.last}/{size}"
+    return _Answer(206, headers, part)
+
+
+class FileResponse(Response):
+    """Part of an open file, closed in the end: by the kernel, or read in worker threads."""
+
+    def __init__(
+        self, descriptor: int, part: ByteRange, status: int, headers: dict[str, str]
+    ) -> None:
+        headers["Content-Length"] = str(part.length)
+        super().__init__(status_code=status, headers=headers)
+        self._descriptor = descriptor
+        self._part = part
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.create_task(_wait_for_disconnect(receive))
+        try:
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
+            if ZERO_COPY_SEND in scope.get("extensions", {}):
+                await self._have_sent(send)
+            else:
+                await self._send_body(send, gone)
+        finally:
+            gone.cancel()
+            os.close(self._descriptor)
+
+    async def _have_sent(self, send: Send) -> None:
+        position, end = self._part.start, self._part.start + self._part.length
+        with suppress(ConnectionError):  # also for a file that was truncated meanwhile
+            while position < end:
+                count = min(_SENT_AT_ONCE, end - position)
+                part = {"file": self._descriptor, "offset": position, "count": count}
+                await send({"type": ZERO_COPY_SEND, **part, "more_body": True})
+                position += count
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_body(self, send: Send, gone: asyncio.Task[None]) -> None:
+        position, end = self._part.start, self._part.start + self._part.length
+        while position < end:
+            size = min(PIECE, end - position)
+            content = await run_in_threadpool(os.pread, self._descriptor, size, position)
+            if not content or gone.done():
+                return  # truncated meanwhile: the connection closes, the client sees it is short
+            position += len(content)
+            await send({"type": "http.response.body", "body": content, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,269 @@
+"""A registry that fetches what it lacks from another one, and keeps it.
+
+Everything is verified before it is kept, fetched once however many ask, and served from here when
+the upstream cannot be reached. A tag is looked up again (by HEAD) `ttl` seconds later.
+Credentials for the upstream are ours: clients neither see them nor lend theirs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final, Protocol, TypeVar
+
+import anyio.to_thread
+from anyio import CapacityLimiter
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
+from modelpack.artifacts.manifest import Index, Manifest, parse_manifest_or_index
+from modelpack.errors import (
+    ManifestError,
+    ModelpackError,
+    NotFoundError,
+    RemoteUnavailableError,
+    UnsupportedError,
+)
+from modelpack.progress import Stop, silent
+from modelpack.registry_server.blob_fetch import Fetch, Fetches, failed
+from modelpack.registry_server.content import Content, with_manifest, with_tag
+from modelpack.registry_server.names import Repository
+from modelpack.storage import Source, Watch
+from modelpack.store.filesystem import check_room
+from modelpack.store.index import IndexDocument
+from modelpack.store.layout import LayoutStore
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_MANIFESTS: Final = frozenset({*media_types.MANIFEST_TYPES, *media_types.INDEX_TYPES})
+# Seconds for which an upstream that cannot be reached is not asked for what is here anyway.
+_REST: Final = 5.0
+_MOST_TAGS: Final = 100_000
+_DEEPEST: Final = 4
+#: Requests that wait for the upstream at a time, in threads that serve nothing else.
+_MOST_WAITING: Final = 40
+
+
+class OriginRepository(Source, Protocol):
+    """A repository of an upstream."""
+
+    def fetch_manifest_by_name(self, name: str) -> tuple[Descriptor, bytes]:
+        """Return a manifest, by tag or digest."""
+        ...
+
+    def tags(self) -> Iterator[str]:
+        """Yield the tags."""
+        ...
+
+    def referrers(self, subject: Digest, artifact_type: str | None = None) -> list[Descriptor]:
+        """Return the manifests about `subject`."""
+        ...
+
+
+class Origin(Protocol):
+    """A registry to read from: `modelpack.registry.Registry` is one."""
+
+    def repository(self, name: str) -> OriginRepository:
+        """Return a repository, which need not exist."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """Where to fetch from, and after how many seconds a tag is looked up again.
+
+    `stop` ends the downloads that are under way; what came is kept, and the next one goes on.
+    """
+
+    origin: Origin
+    ttl: float = 60.0
+    stop: Stop = field(default_factory=Stop)
+
+
+class CachedContent(Content):
+    """The content of a store, and behind it that of an upstream.
+
+    What may wait for the upstream has threads of its own: what is here is served in any case.
+    """
+
+    def __init__(self, store: LayoutStore, upstream: Upstream, *, keep_free: int = 0) -> None:
+        """`keep_free` bytes stay free on the disk, whatever is fetched."""
+        super().__init__(store, sparse=True)
+        self._keep_free = keep_free
+        self._upstream = upstream
+        self._fetches = Fetches(store, upstream.stop)
+        self._checked: dict[tuple[Repository, str], float] = {}
+        self._locks = [threading.Lock() for _ in range(64)]
+        self._resting_until = 0.0
+        self._waiting: CapacityLimiter | None = None
+
+    async def manifest(
+        self, repository: Repository, target: Digest | str
+    ) -> tuple[Descriptor, bytes] | None:
+        """Return a manifest, from here if it is here and fresh."""
+        if self._is_fresh(repository, target):
+            held = await run_in_threadpool(self.stored_manifest, repository, target)
+            if held is not None:
+                return held
+        return await self._in_waiting(self._fresh_manifest, repository, target)
+
+    async def tags(self, repository: Repository) -> list[str] | None:
+        """Return the upstream's tags; those that were fetched if it cannot be reached."""
+        return await self._in_waiting(self._upstream_tags, repository)
+
+    async def referrers(self, repository: Repository, subject: Digest) -> list[Descriptor]:
+        """Return the upstream's list; what is here if it cannot be reached."""
+        return await self._in_waiting(self._upstream_referrers, repository, subject)
+
+    async def _in_waiting(self, call: Callable[..., T], *args: object) -> T:
+        """Return what `call` does, in a thread that may wait for the upstream."""
+        if self._waiting is None:
+            self._waiting = CapacityLimiter(_MOST_WAITING)
+        return await anyio.to_thread.run_sync(call, *args, limiter=self._waiting)
+
+    def _fresh_manifest(
+        self, repository: Repository, target: Digest | str
+    ) -> tuple[Descriptor, bytes] | None:
+        with self._locks[hash((repository, target)) % len(self._locks)]:
+            held = self.stored_manifest(repository, target)
+            if held is not None and self._is_fresh(repository, target):
+                return held
+            try:
+                found = self._fetched(repository, target, held)
+            except NotFoundError:
+                return None
+            except RemoteUnavailableError as error:
+                self._resting_until = time.monotonic() + _REST
+                if held is None:
+                    raise failed(error) from error
+                _log.warning("the upstream is out of reach, %s comes from here", repository)
+                return held
+            except ModelpackError as error:
+                raise failed(error) from error
+            if isinstance(target, str):
+                if len(self._checked) >= _MOST_TAGS:
+                    self._checked.clear()
+                self._checked[repository, target] = time.monotonic()
+            return found
+
+    def fetch(self, repository: Repository, descriptor: Descriptor) -> Fetch:
+        """Return the download of a blob: one for all who ask."""
+        self._check_room(descriptor)
+        return self._fetches.of(descriptor, lambda: self._origin(repository).blob(descriptor))
+
+    async def begin(self, fetch: Fetch, request: Request) -> None:
+        """Return once a download has something to send; see `Fetches.begin`."""
+        await self._fetches.begin(fetch, request)
+
+    def _check_room(self, descriptor: Descriptor) -> None:
+        missing = descriptor.size
+        with suppress(FileNotFoundError):  # what an earlier download has left is on the disk
+            missing -= self._store.partial_path(descriptor.digest).stat().st_blocks * 512
+        what = f"blob {descriptor.digest.short}"
+        check_room(self._store.root, max(missing, 0) + self._keep_free, what)
+
+    def _upstream_tags(self, repository: Repository) -> list[str] | None:
+        try:
+            return sorted(self._origin(repository).tags())
+        except RemoteUnavailableError:
+            return self.stored_tags(repository)
+        except NotFoundError:
+            return None
+        except ModelpackError as error:
+            raise failed(error) from error
+
+    def _upstream_referrers(self, repository: Repository, subject: Digest) -> list[Descriptor]:
+        try:
+            return self._origin(repository).referrers(subject)
+        except RemoteUnavailableError:
+            return self.stored_referrers(repository, subject)
+        except ModelpackError as error:
+            raise failed(error) from error
+
+    def _is_fresh(self, repository: Repository, target: Digest | str) -> bool:
+        if isinstance(target, Digest):
+            return True
+        now = time.monotonic()
+        checked = self._checked.get((repository, target))
+        fresh = checked is not None and now - checked < self._upstream.ttl
+        return fresh or now < self._resting_until
+
+    def _origin(self, repository: Repository) -> OriginRepository:
+        if repository.name is None:
+            raise NotFoundError(f"no URL can name {repository}")
+        return self._upstream.origin.repository(repository.name)
+
+    def _fetched(
+        self, repository: Repository, target: Digest | str, held: tuple[Descriptor, bytes] | None
+    ) -> tuple[Descriptor, bytes]:
+        """Return the upstream's manifest, which is kept; `held` if the tag still means that."""
+        origin = self._origin(repository)
+        if held is not None and origin.resolve(str(target)).digest == held[0].digest:
+            return held
+        descriptor, raw = origin.fetch_manifest_by_name(str(target))
+        with self._store.lease([descriptor.digest]):
+            self._keep(origin, descriptor, raw, 0, set())
+
+            def change(document: IndexDocument) -> IndexDocument:
+                if isinstance(target, str):
+                    document = with_tag(document, repository.tagged(target), descriptor)
+                return with_manifest(document, repository, descriptor)
+
+            self._store.change_index(change)
+        return descriptor, raw
+
+    def _keep(
+        self,
+        origin: OriginRepository,
+        descriptor: Descriptor,
+        raw: bytes,
+        deep: int,
+        kept: set[Digest],
+    ) -> None:
+        """Store a manifest and what it cannot be without: its config, or its manifests.
+
+        An index may list a manifest any number of times; those in `kept` were stored already.
+        """
+        if deep > _DEEPEST:
+            raise UnsupportedError("is an index of indexes of indexes", path=str(descriptor.digest))
+        what = f"manifest {descriptor.digest}"
+        document = parse_manifest_or_index(raw, what, media_type=descriptor.media_type)
+        vital = document.manifests if isinstance(document, Index) else (document.config,)
+        watch = Watch(silent, self._upstream.stop)
+        for child in vital:
+            if child.digest in kept and self._store.has_blob(child):
+                continue
+            kept.add(child.digest)
+            if isinstance(document, Index) and child.media_type in _MANIFESTS:
+                self._keep(origin, child, origin.fetch_manifest(child), deep + 1, kept)
+                continue
+            if child.size > MAX_DOCUMENT_BYTES:  # no reader takes such a config
+                raise ManifestError(
+                    f"has a config of {child.size} bytes, at most {MAX_DOCUMENT_BYTES} fit",
+                    path=what,
+                )
+            self._check_room(child)
+            self._store.write_blob(child, origin.blob(child), watch)
+        self._store.write_manifest(descriptor, raw, partial=True)
+
+    def needed(self, repository: Repository, digest: Digest) -> Descriptor | None:
+        """Return the descriptor that a manifest kept for the repository gives to a blob."""
+        members = self.repositories().find(repository)
+        if members is None:
+            return None
+        seen: set[Digest] = set()
+        for descriptor in (*members.manifests.values(), *self._children(members)):
+            manifest = self._parsed(descriptor, seen)
+            if isinstance(manifest, Manifest):
+                for blob in manifest.blobs:
+                    if blob.digest == digest:
+                        return blob
+        return None

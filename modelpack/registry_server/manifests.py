@@ -1,0 +1,165 @@
+"""Manifests (distribution-spec 1.1, "Pulling manifests", "Pushing manifests")."""
+
+from __future__ import annotations
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
+from modelpack.artifacts.manifest import Index, Manifest, parse_manifest_or_index
+from modelpack.artifacts.reference import check_tag
+from modelpack.errors import FormatError, IntegrityError, InvalidReferenceError
+from modelpack.registry_server.content import Content
+from modelpack.registry_server.errors import ApiError, Code, Problem
+from modelpack.registry_server.names import Repository
+
+#: distribution-spec: "SHOULD support pushing at least 10 tags per request".
+_MAX_TAGS = 100
+# Layers that a registry may refuse to hold; clients fetch them from their `urls`.
+_ELSEWHERE = (
+    "application/vnd.oci.image.layer.nondistributable.v1.",
+    "application/vnd.docker.image.rootfs.foreign.",
+)
+
+
+class Manifests:
+    """Endpoints of manifests; any image manifest or index is taken, its bytes as they came."""
+
+    def __init__(self, content: Content, limit: int = MAX_DOCUMENT_BYTES) -> None:
+        self._content = content
+        self._limit = limit
+
+    async def get(self, request: Request) -> Response:
+        """GET and HEAD, by tag or digest. `Accept` is not asked: there is one representation."""
+        repository = Repository.parse(request.path_params["name"])
+        reference = request.path_params["reference"]
+        try:
+            target = _target(reference)
+        except ApiError:  # what can be no tag is one that is not there
+            raise _unknown(repository, reference) from None
+        found = await self._content.manifest(repository, target)
+        if found is None:
+            raise _unknown(repository, target)
+        descriptor, raw = found
+        headers = {
+            "Content-Type": descriptor.media_type,
+            "Docker-Content-Digest": str(descriptor.digest),
+            "ETag": f'"{descriptor.digest}"',
+        }
+        return Response(raw, headers=headers)
+
+    async def put(self, request: Request) -> Response:
+        """PUT, by tag, or by digest and perhaps some tags."""
+        name = request.path_params["name"]
+        repository = Repository.parse(name)
+        target = _target(request.path_params["reference"])
+        tags = _asked_tags(request, target)
+        raw = await _body(request, self._limit)
+        digest = target if isinstance(target, Digest) else Digest.of(raw)
+        digest.check(raw, f"the manifest pushed to {name}")
+        manifest = _parsed(raw, request.headers.get("content-type"))
+        descriptor = Descriptor(
+            manifest.media_type, digest, len(raw), artifact_type=manifest.artifact_type
+        )
+        missing = await run_in_threadpool(
+            self._content.put_manifest, repository, descriptor, raw, tags, _needed_by(manifest)
+        )
+        if missing:
+            raise _blobs_unknown(missing)
+        headers = {
+            "Location": f"/v2/{name}/manifests/{target}",
+            "Docker-Content-Digest": str(digest),
+        }
+        if manifest.subject is not None:
+            headers["OCI-Subject"] = str(manifest.subject.digest)
+        if tags and isinstance(target, Digest):
+            headers["OCI-Tag"] = ", ".join(tags)
+        return Response(status_code=201, headers=headers)
+
+    async def delete(self, request: Request) -> Response:
+        """DELETE a tag, or a manifest with all its tags."""
+        repository = Repository.parse(request.path_params["name"])
+        target = _target(request.path_params["reference"])
+        if not await run_in_threadpool(self._content.delete_manifest, repository, target):
+            raise _unknown(repository, target)
+        return Response(status_code=202)
+
+
+def _needed_by(manifest: Manifest | Index) -> tuple[Descriptor, ...]:
+    """Return what must be there before the manifest; its subject may come later."""
+    if isinstance(manifest, Index):
+        return manifest.manifests
+    here = [blob for blob in manifest.blobs if not blob.media_type.startswith(_ELSEWHERE)]
+    # Not by digest alone: of two sizes for one blob, one is a lie.
+    return tuple({(blob.digest, blob.size): blob for blob in here}.values())
+
+
+def _target(text: str) -> Digest | str:
+    """Return the digest or the tag that a URL names."""
+    if ":" in text:
+        return Digest.parse(text)
+    try:
+        return check_tag(text, text)
+    except InvalidReferenceError as error:
+        # The specification has no code for this.
+        raise ApiError(400, Code.MANIFEST_INVALID, str(error)) from None
+
+
+def _asked_tags(request: Request, target: Digest | str) -> tuple[str, ...]:
+    if isinstance(target, str):
+        return (target,)
+    tags = tuple(dict.fromkeys(request.query_params.getlist("tag")))
+    if len(tags) > _MAX_TAGS:
+        raise ApiError(414, Code.MANIFEST_INVALID, f"{len(tags)} tags, at most {_MAX_TAGS} fit")
+    for tag in tags:
+        _target(tag)
+        if ":" in tag:
+            raise ApiError(400, Code.MANIFEST_INVALID, f"{tag[:140]!r} is not a tag")
+    return tags
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    length = request.headers.get("content-length", "0")
+    if int(length) > limit:
+        raise _too_large(length, limit)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise _too_large("more", limit)
+    return bytes(body)
+
+
+def _parsed(raw: bytes, content_type: str | None) -> Manifest | Index:
+    media_type = content_type.partition(";")[0].strip() if content_type else None
+    try:
+        return parse_manifest_or_index(raw, "the manifest", media_type=media_type or None)
+    except (FormatError, IntegrityError) as error:
+        raise ApiError(400, Code.MANIFEST_INVALID, str(error)) from None
+
+
+def _too_large(got: str, limit: int) -> ApiError:
+    message = f"the manifest has {got} bytes, at most {limit} fit"
+    return ApiError(413, Code.SIZE_INVALID, message)
+
+
+def _unknown(repository: Repository, target: Digest | str) -> ApiError:
+    between = "@" if isinstance(target, Digest) else ":"
+    shown = f"{repository}{between}{str(target)[:140]}"
+    return ApiError(404, Code.MANIFEST_UNKNOWN, f"no manifest {shown}")
+
+
+def _blobs_unknown(missing: tuple[Descriptor, ...]) -> ApiError:
+    problems = [
+        Problem(
+            Code.MANIFEST_BLOB_UNKNOWN,
+            f"the manifest needs {blob.digest} with {blob.size} bytes, which is not here",
+            {"digest": str(blob.digest), "size": blob.size},
+        )
+        for blob in missing
+    ]
+    first = problems[0]
+    return ApiError(404, first.code, first.message, detail=first.detail, more=problems[1:])

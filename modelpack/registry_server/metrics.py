@@ -1,0 +1,86 @@
+"""GET /metrics: what the registry did, in Prometheus's text format."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from modelpack.http.connection import body_size
+
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
+_HELP: Final = {
+    "modelpack_registry_requests_total": ("counter", "Finished requests."),
+    "modelpack_registry_received_bytes_total": ("counter", "Bytes of the bodies of requests."),
+    "modelpack_registry_sent_bytes_total": ("counter", "Bytes of the bodies of answers."),
+    "modelpack_registry_requests_in_progress": ("gauge", "Requests under way."),
+    "modelpack_registry_upload_sessions": ("gauge", "Uploads that are not finished."),
+}
+
+
+class Metrics:
+    """Counts of one server; all of it happens in the event loop's thread."""
+
+    def __init__(self) -> None:
+        self.requests: Counter[tuple[str, int]] = Counter()
+        self.received = 0
+        self.sent = 0
+        self.in_progress = 0
+        self.sessions: Callable[[], int] = lambda: 0
+
+    async def get(self, _: Request) -> Response:
+        """Answer with all samples."""
+        totals = {
+            f'modelpack_registry_requests_total{{method="{method}",code="{code}"}}': count
+            for (method, code), count in sorted(self.requests.items())
+        }
+        totals |= {
+            "modelpack_registry_received_bytes_total": self.received,
+            "modelpack_registry_sent_bytes_total": self.sent,
+            "modelpack_registry_requests_in_progress": self.in_progress,
+            "modelpack_registry_upload_sessions": self.sessions(),
+        }
+        lines = []
+        for name, (kind, text) in _HELP.items():
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+            lines += [f"{k} {v}" for k, v in totals.items() if k.partition("{")[0] == name]
+        return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+
+class Counting:
+    """ASGI middleware that counts into `metrics`."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        metrics = self._metrics
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        status = 499  # the client went before there was an answer
+
+        async def counted_receive() -> Message:
+            message = await receive()
+            metrics.received += body_size(message)
+            return message
+
+        async def counted_send(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+            if method != "HEAD":
+                metrics.sent += body_size(message)
+
+        metrics.in_progress += 1
+        try:
+            await self._app(scope, counted_receive, counted_send)
+        finally:
+            metrics.in_progress -= 1
+            metrics.requests[method, status] += 1

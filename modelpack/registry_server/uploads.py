@@ -1,0 +1,566 @@
+"""What one client may take of a registry: sizes, sessions and room on the disk."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+
+from modelpack.artifacts.digest import Digest, new_hasher
+from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
+from modelpack.errors import DigestMismatchError, NotFoundError, UsageError
+from modelpack.http.connection import PIECE, REUSE
+from modelpack.registry_server.blob_fetch import ByteRange, chunk_range
+from modelpack.registry_server.content import Content
+from modelpack.registry_server.errors import ApiError, Code
+from modelpack.registry_server.names import Repository
+from modelpack.store.filesystem import check_room, translating
+from modelpack.store.staging import WriteBehind, abandoned_uploads, idle_seconds, remove_upload
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bytes, and a number of upload sessions; None is no limit.
+
+    `manifest` and `upload` are for one each, `sessions` is for all unfinished uploads together,
+    `keep_free` is what stays free on the disk whatever is uploaded, or fetched from an upstream.
+    """
+
+    manifest: int = MAX_DOCUMENT_BYTES
+    upload: int | None = None
+    sessions: int | None = 1000
+    keep_free: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.manifest <= MAX_DOCUMENT_BYTES:
+            raise UsageError(f"a limit for manifests is from 1 to {MAX_DOCUMENT_BYTES} bytes")
+        for name in ("upload", "sessions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"the limit {name!r} is {value}, expected at least 1")
+        if self.keep_free < 0:
+            raise UsageError("the room to keep free is negative")
+
+
+_SWEEP_INTERVAL = 600.0
+_READ_SIZE = 1024 * 1024
+# Hash a piece while it is written, one for each processor: they wait for nothing else.
+_HASHERS: Final = ThreadPoolExecutor(os.cpu_count() or 1, "modelpack-hash")
+
+#: Publishes a complete file, whose bytes have this digest, as a blob.
+Publish = Callable[[Path, Digest], None]
+
+
+class OutOfOrder(Exception):
+    """A chunk does not start where the last one ended."""
+
+
+class TooMany(Exception):
+    """There are as many sessions as there may be."""
+
+
+class Superseded(Exception):
+    """A later request took the session over."""
+
+
+class UploadSession:
+    """One upload; its methods block and are called from worker threads."""
+
+    def __init__(self, directory: Path, repository: str, algorithm: str) -> None:
+        self.id = directory.name
+        self.repository = repository
+        self.size = 0
+        self._directory = directory
+        self._data = directory / "data"
+        self._algorithm = algorithm
+        self._hasher: _Hash | None = None
+        self._turn = 0
+        self._closed = False
+        self._lock = threading.Lock()
+
+    @classmethod
+    def create(cls, directory: Path, repository: str, algorithm: str) -> UploadSession:
+        """Return a new, empty session."""
+        session = cls(directory, repository, algorithm)
+        state = {"repository": repository, "algorithm": algorithm}
+        with translating("make an upload session in", directory):
+            directory.mkdir(parents=True)
+            (directory / "session.json").write_text(json.dumps(state))
+            session._data.touch()
+        session._hasher = new_hasher(algorithm)
+        return session
+
+    @classmethod
+    def load(cls, directory: Path) -> UploadSession:
+        """Return the session that an earlier server left; raise `NotFoundError`."""
+        try:
+            state = json.loads((directory / "session.json").read_text())
+            session = cls(directory, state["repository"], state["algorithm"])
+            session.size = session._data.stat().st_size
+        except (OSError, ValueError, KeyError, TypeError):
+            raise NotFoundError(f"no upload session {directory.name}") from None
+        return session
+
+    def writer(self, start: int | None, algorithm: str | None = None) -> Writer:
+        """Take the session over from any earlier request and return how to append to it.
+
+        `start` is the offset that the client believes in (None: wherever we are), `algorithm` the
+        one it will name in the end, if it is known. Raises `OutOfOrder`.
+        """
+        with self._lock:
+            self._check_open()
+            if start == 0 and self.size == 1:
+                # The status `0-0` says both "nothing" and "one byte": starting again is right.
+                os.truncate(self._data, 0)
+                self.size, self._hasher = 0, None
+            if start is not None and start != self.size:
+                raise OutOfOrder
+            if algorithm is not None and algorithm != self._algorithm:
+                self._algorithm, self._hasher = algorithm, None
+            descriptor = self._open()
+            try:
+                if self._hasher is None or os.fstat(descriptor).st_size != self.size:
+                    self._rebuild(descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            self._turn += 1
+            return Writer(self, descriptor, self._turn)
+
+    def cancel(self) -> None:
+        """Forget the session and its bytes."""
+        with self._lock:
+            self._close()
+
+    def idle_seconds(self) -> float:
+        """Return how long ago the last bytes came."""
+        try:
+            return idle_seconds(self._directory)
+        except FileNotFoundError:
+            return float("inf")
+
+    def is_over(self) -> bool:
+        """Return whether it ended, or a collection removed it."""
+        return self._closed or not self._data.exists()
+
+    def _open(self) -> int:
+        try:
+            return os.open(self._data, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise self._unknown() from None
+
+    def _append(self, turn: int, descriptor: int, content: bytes | bytearray) -> None:
+        with self._lock:
+            self._check_turn(turn)
+            assert self._hasher is not None
+            hasher = self._hasher.copy()
+            hashing = _HASHERS.submit(hasher.update, content)
+            try:
+                with translating("receive a blob in", self._directory):
+                    _write_at(descriptor, content, self.size)
+            finally:
+                hashing.result()
+            self._hasher = hasher
+            self.size += len(content)
+
+    def _finish(self, turn: int, digest: Digest, publish: Publish) -> None:
+        with self._lock:
+            self._check_turn(turn)
+            assert self._hasher is not None
+            try:
+                digest.check_equal(Digest.of_hasher(self._hasher), "the upload")
+            except DigestMismatchError:
+                self._close()  # no request can make these bytes right again
+                raise
+            publish(self._data, digest)
+            self._close()
+
+    def _rebuild(self, descriptor: int) -> None:
+        hasher, offset = new_hasher(self._algorithm), 0
+        while chunk := os.pread(descriptor, _READ_SIZE, offset):
+            hasher.update(chunk)
+            offset += len(chunk)
+        self._hasher, self.size = hasher, offset
+
+    def _check_turn(self, turn: int) -> None:
+        self._check_open()
+        if turn != self._turn:
+            raise Superseded
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise self._unknown()
+
+    def _unknown(self) -> NotFoundError:
+        return NotFoundError(f"no upload session {self.id}")
+
+    def _close(self) -> None:
+        self._closed = True
+        remove_upload(self._directory)
+
+
+def _write_at(descriptor: int, content: bytes | bytearray, offset: int) -> None:
+    """Write all of `content`, or leave the file as long as it was."""
+    try:
+        position = offset
+        with memoryview(content) as view:
+            while position < offset + len(view):
+                position += os.pwrite(descriptor, view[position - offset :], position)
+    except OSError:
+        os.ftruncate(descriptor, offset)
+        raise
+
+
+class Writer:
+    """One request's right to append to a session, until a later request takes it."""
+
+    def __init__(self, session: UploadSession, descriptor: int, turn: int) -> None:
+        self._session = session
+        self._descriptor = descriptor
+        self._turn = turn
+        self._behind = WriteBehind(descriptor, session.size)
+
+    def append(self, content: bytes | bytearray) -> None:
+        """Write and hash `content`. Raises `Superseded`, `NotFoundError` once it is closed."""
+        self._session._append(self._turn, self._descriptor, content)
+        self._behind.written(self._session.size)
+
+    def finish(self, digest: Digest, publish: Publish) -> None:
+        """Verify the whole and publish it; the session ends, also by `DigestMismatchError`."""
+        self._session._finish(self._turn, digest, publish)
+
+    def close(self) -> None:
+        """Close the file; what was appended stays in the session."""
+        os.close(self._descriptor)
+
+
+class UploadSessions:
+    """All sessions of a store."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._sessions: dict[str, UploadSession] = {}
+        self._lock = threading.Lock()
+        self._swept = -_SWEEP_INTERVAL
+
+    def __len__(self) -> int:
+        """Return how many sessions this server has begun or continued, and not ended."""
+        return len(self._sessions)
+
+    def create(self, repository: str, algorithm: str, most: int | None = None) -> UploadSession:
+        """Return a new session, whose id cannot be guessed; raise `TooMany` if there are `most`."""
+        self._sweep()
+        name = str(uuid.uuid4())
+        with self._lock:  # so that those who come together count each other
+            if most is not None and len(self._sessions) >= most:
+                raise TooMany
+            session = UploadSession.create(self._directory / name, repository, algorithm)
+            self._sessions[name] = session
+        return session
+
+    def get(self, repository: str, name: str) -> UploadSession:
+        """Return the session `name` of `repository`; raise `NotFoundError`."""
+        try:
+            known = str(uuid.UUID(name)) == name
+        except ValueError:
+            known = False
+        if not known:
+            raise NotFoundError(f"no upload session {name[:80]!r}")
+        with self._lock:
+            session = self._sessions.get(name)
+            if session is None or session.is_over():
+                session = self._sessions[name] = UploadSession.load(self._directory / name)
+        if session.repository != repository:
+            raise NotFoundError(f"no upload session {name} in {repository}")
+        return session
+
+    def drop_idle(self, seconds: float) -> None:
+        """Cancel the sessions that have received nothing for so long."""
+        with self._lock:
+            sessions = list(self._sessions.values())
+        for session in sessions:
+            if session.idle_seconds() > seconds:
+                session.cancel()
+                self.forget(session)
+
+    def forget(self, session: UploadSession) -> None:
+        """Drop a session that ended."""
+        with self._lock:
+            self._sessions.pop(session.id, None)
+
+    def _sweep(self) -> None:
+        """Cancel what has been idle for too long; every ten minutes is often enough."""
+        now = time.monotonic()
+        with self._lock:
+            if now - self._swept < _SWEEP_INTERVAL:
+                return
+            self._swept = now
+        for path in abandoned_uploads(self._directory):
+            with self._lock:
+                session = self._sessions.get(path.name)
+            if session is None:
+                remove_upload(path)
+            else:
+                session.cancel()
+                self.forget(session)
+
+
+# Seconds after which an upload that receives nothing makes room for others, where room is short.
+_IDLE = 3600.0
+# Bytes after which a stream that does not say how long it is has the disk looked at again.
+_LOOK = 16 * PIECE
+
+
+class Uploads:
+    """Endpoints of upload sessions."""
+
+    def __init__(self, content: Content, limits: Limits) -> None:
+        self._content = content
+        self._limits = limits
+        self._sessions = UploadSessions(content.uploads_directory)
+
+    def count(self) -> int:
+        """Return how many uploads have begun here and are not finished."""
+        return len(self._sessions)
+
+    async def start(self, request: Request) -> Response:
+        """POST: begin a session, or mount a blob, or take a whole blob at once."""
+        repository = Repository.parse(request.path_params["name"])
+        mount = request.query_params.get("mount")
+        digest = request.query_params.get("digest")
+        if mount is not None:
+            # All repositories share the blobs, so it does not matter from where.
+            wanted = Digest.parse(mount)
+            if await run_in_threadpool(self._content.touch_blob, wanted):
+                return self._created(request, wanted)
+        if digest is not None and mount is None:
+            return await self._whole(request, repository, Digest.parse(digest))
+        algorithm = request.query_params.get("digest-algorithm", "sha256")
+        if algorithm not in ("sha256", "sha512"):
+            raise ApiError(400, Code.DIGEST_INVALID, f"unsupported algorithm {algorithm[:80]!r}")
+        session = await self._create(repository, algorithm)
+        return Response(status_code=202, headers=self._state(request, session))
+
+    async def status(self, request: Request) -> Response:
+        """GET: how much arrived."""
+        session = await self._session(request)
+        return Response(status_code=204, headers=self._state(request, session))
+
+    async def append(self, request: Request) -> Response:
+        """PATCH: a chunk in its place, or a stream from where we are."""
+        session = await self._session(request)
+        claimed = _claimed_range(request)
+        async with self._writing(request, session, claimed) as writer:
+            await self._receive(request, session, writer, claimed)
+        return Response(status_code=202, headers=self._state(request, session))
+
+    async def finish(self, request: Request) -> Response:
+        """PUT: perhaps the last chunk, then the digest of the whole."""
+        digest = Digest.parse(request.query_params.get("digest", ""))
+        session = await self._session(request)
+        claimed = _claimed_range(request)
+        async with self._writing(request, session, claimed, digest.algorithm) as writer:
+            await self._receive(request, session, writer, claimed)
+            await run_in_threadpool(writer.finish, digest, self._content.publish_blob)
+        self._sessions.forget(session)
+        return self._created(request, digest)
+
+    async def cancel(self, request: Request) -> Response:
+        """DELETE: forget the session."""
+        session = await self._session(request)
+        await run_in_threadpool(session.cancel)
+        self._sessions.forget(session)
+        return Response(status_code=204)
+
+    async def _whole(self, request: Request, repository: Repository, digest: Digest) -> Response:
+        session = await self._create(repository, digest.algorithm)
+        try:
+            async with self._writing(request, session, None, digest.algorithm) as writer:
+                await self._receive(request, session, writer, None)
+                await run_in_threadpool(writer.finish, digest, self._content.publish_blob)
+        finally:  # the client never learned where the session is
+            await run_in_threadpool(session.cancel)
+            self._sessions.forget(session)
+        return self._created(request, digest)
+
+    async def _create(self, repository: Repository, algorithm: str) -> UploadSession:
+        limit = self._limits.sessions
+        wanted = (str(repository), algorithm, limit)
+        with suppress(TooMany):
+            return await run_in_threadpool(self._sessions.create, *wanted)
+        await run_in_threadpool(self._sessions.drop_idle, _IDLE)
+        try:
+            return await run_in_threadpool(self._sessions.create, *wanted)
+        except TooMany:
+            message = f"{limit} uploads are under way, no more are taken"
+            headers = {"Retry-After": "10"}
+            raise ApiError(429, Code.TOOMANYREQUESTS, message, headers=headers) from None
+
+    def _check_size(self, size: int) -> None:
+        if self._limits.upload is not None and size > self._limits.upload:
+            message = f"the blob is larger than the {self._limits.upload} bytes that are taken"
+            raise ApiError(413, Code.SIZE_INVALID, message)
+
+    async def _session(self, request: Request) -> UploadSession:
+        repository = Repository.parse(request.path_params["name"])
+        name = request.path_params["session"]
+        try:
+            return await run_in_threadpool(self._sessions.get, str(repository), name)
+        except NotFoundError as error:
+            raise _unknown(error) from None
+
+    @asynccontextmanager
+    async def _writing(
+        self,
+        request: Request,
+        session: UploadSession,
+        claimed: ByteRange | None,
+        algorithm: str | None = None,
+    ) -> AsyncIterator[Writer]:
+        """Lend a writer; what goes wrong with the session becomes the protocol's answer."""
+        start = claimed.start if claimed else None
+        try:
+            writer = await run_in_threadpool(session.writer, start, algorithm)
+            try:
+                length = int(request.headers.get("content-length", "0"))
+                self._check_size(session.size + length)
+                await run_in_threadpool(self._check_room, length)
+                yield writer
+            finally:
+                writer.close()
+        except NotFoundError as error:
+            raise _unknown(error) from None
+        except OutOfOrder:
+            message = f"the chunk starts at {start}, expected {session.size}"
+            headers = self._state(request, session)
+            raise ApiError(416, Code.BLOB_UPLOAD_INVALID, message, headers=headers) from None
+        except Superseded:
+            message = "a later request continues this upload"
+            raise ApiError(409, Code.BLOB_UPLOAD_INVALID, message) from None
+
+    def _check_room(self, length: int) -> None:
+        kept = self._limits.keep_free
+        check_room(self._content.uploads_directory, length + kept, "the upload")
+
+    async def _receive(
+        self, request: Request, session: UploadSession, writer: Writer, claimed: ByteRange | None
+    ) -> None:
+        """Append the body to the session; what arrived before a cut is kept."""
+        reuse = request.scope.get("extensions", {}).get(REUSE)
+        pieces = _Pieces(writer, reuse["give_back"] if reuse else lambda piece: None)
+        received, before = 0, session.size
+        looked = None if "content-length" in request.headers else 0
+        try:
+            async for chunk in request.stream():
+                received += len(chunk)
+                if claimed and received > claimed.length:
+                    raise _wrong_size(claimed, "more")
+                self._check_size(before + received)
+                if looked is not None and received - looked >= _LOOK:
+                    looked = received
+                    await run_in_threadpool(self._check_room, 0)
+                await pieces.add(chunk)
+        finally:
+            await pieces.flush()
+        if claimed and received < claimed.length:
+            raise _wrong_size(claimed, str(received))
+
+    def _state(self, request: Request, session: UploadSession) -> dict[str, str]:
+        name = request.path_params["name"]
+        return {
+            "Location": f"/v2/{name}/blobs/uploads/{session.id}",
+            "Range": f"0-{max(session.size - 1, 0)}",
+            "Docker-Upload-UUID": session.id,
+        }
+
+    def _created(self, request: Request, digest: Digest) -> Response:
+        name = request.path_params["name"]
+        headers = {
+            "Location": f"/v2/{name}/blobs/{digest}",
+            "Docker-Content-Digest": str(digest),
+        }
+        return Response(status_code=201, headers=headers)
+
+
+class _Pieces:
+    """Hashes and writes one piece in a worker thread while the next one arrives.
+
+    Whole pieces are taken as they are, less is gathered. `give_back` gets what was written.
+    """
+
+    def __init__(self, writer: Writer, give_back: Callable[[bytes | bytearray], None]) -> None:
+        self._writer = writer
+        self._give_back = give_back
+        self._buffer = bytearray()
+        self._pending: asyncio.Task[None] | None = None
+
+    async def add(self, chunk: bytes | bytearray) -> None:
+        if len(chunk) >= PIECE and self._buffer:
+            await self._begin(self._buffer)
+        if len(chunk) < PIECE:
+            self._buffer += chunk
+            chunk = self._buffer
+        if len(chunk) >= PIECE:
+            await self._begin(chunk)
+
+    async def _begin(self, piece: bytes | bytearray) -> None:
+        await self._settle()
+        self._pending = asyncio.create_task(self._append(piece))
+        self._buffer = bytearray()
+
+    async def _append(self, piece: bytes | bytearray) -> None:
+        await run_in_threadpool(self._writer.append, piece)
+        self._give_back(piece)
+
+    async def flush(self) -> None:
+        await self._settle()
+        if self._buffer:
+            await run_in_threadpool(self._writer.append, self._buffer)
+
+    async def _settle(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending:
+            try:
+                await pending
+            except BaseException:
+                self._buffer = bytearray()  # its place is after bytes that are not there
+                raise
+
+
+def _claimed_range(request: Request) -> ByteRange | None:
+    header = request.headers.get("content-range")
+    if header is None:
+        return None
+    claimed = chunk_range(header)
+    if claimed is None:
+        message = f"Content-Range is {header[:80]!r}, expected <first>-<last>"
+        raise ApiError(400, Code.BLOB_UPLOAD_INVALID, message)
+    length = request.headers.get("content-length")
+    if length is not None and int(length) != claimed.length:
+        raise _wrong_size(claimed, length)
+    return claimed
+
+
+def _wrong_size(claimed: ByteRange, got: str) -> ApiError:
+    message = f"the chunk claims {claimed.length} bytes in Content-Range, got {got}"
+    return ApiError(400, Code.SIZE_INVALID, message)
+
+
+def _unknown(error: NotFoundError) -> ApiError:
+    return ApiError(404, Code.BLOB_UPLOAD_UNKNOWN, str(error))

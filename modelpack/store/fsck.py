@@ -1,0 +1,269 @@
+"""Checking a store: is everything there that the index promises, and is it what it says it is?"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import Manifest
+from modelpack.errors import FormatError, IntegrityError, NotFoundError, StoreError
+from modelpack.progress import Action, Progress
+from modelpack.storage import Watch
+from modelpack.store.blobs import Blobs
+from modelpack.store.file_copy import hash_file
+from modelpack.store.filesystem import translating
+from modelpack.store.index import IndexFile
+from modelpack.store.kept_bundles import KeptBundles, State
+from modelpack.store.reachability import read_manifest, successors
+from modelpack.store.tree import Tree
+from modelpack.store.verified_marks import Trust
+
+_TYPES = (*media_types.MANIFEST_TYPES, *media_types.INDEX_TYPES)
+_FLUSH_LIMIT = 16 * 1024**3
+
+
+class Fault(StrEnum):
+    """What can be wrong."""
+
+    INDEX = "index"  # index.json, or an entry of it, does not parse
+    MISSING = "missing"  # a blob that a model needs is not there
+    SIZE = "size"  # a descriptor names another size than the blob has
+    CONTENT = "content"  # a blob does not hash to its name; it is in quarantine now
+    MANIFEST = "manifest"  # a manifest is intact but does not parse
+    STRAY = "stray"  # a file under blobs/ that is no blob
+    BUNDLE = "bundle"  # a file of a bundle was not what its model says; the bundle is gone now
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong; `models` are the names (or ids) of the models that it hits."""
+
+    kind: Fault
+    message: str
+    digest: Digest | None = None
+    models: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FsckReport:
+    """What a check found: `checked` blobs were looked at, and `bytes_checked` of them hashed.
+
+    `partial` are the names (or ids) of models of which only a part was pulled; that is no problem.
+    """
+
+    checked: int
+    bytes_checked: int
+    problems: tuple[Problem, ...]
+    partial: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+@dataclass(slots=True)
+class _Need:
+    """A blob that the index leads to: the sizes that descriptors give it, and for which models.
+
+    `vital` are those of the models that may not lack it.
+    """
+
+    sizes: set[int] = field(default_factory=set)
+    models: set[str] = field(default_factory=set)
+    vital: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Checker:
+    """Checks one store."""
+
+    tree: Tree
+    blobs: Blobs
+    trust: Trust
+    index: IndexFile
+    bundles: KeptBundles
+
+    def check(self, *, fast: bool, watch: Watch) -> FsckReport:
+        """Check index, manifests, blobs and bundles; unless `fast`, hash every blob.
+
+        Damaged blobs are moved to quarantine, and bundles that are not links or copies of their
+        blobs are deleted; they are made again when they are used. A fast check hashes the
+        manifests, and what has a wrong size or, in a bundle, another time of change.
+        """
+        self.tree.prepare()
+        check = _Check(self, watch)
+        check.walk_index()
+        present = set(self.blobs.digests())
+        for digest in sorted(present | check.needs.keys()):
+            watch.stop.check()
+            check.blob(digest, fast=fast)
+        for path in self.blobs.strays():
+            check.add(Fault.STRAY, f"{path} is no blob; some tools refuse the store for it")
+        for path, manifest in self.bundles.all().items():
+            watch.stop.check()
+            check.bundle(path, manifest, fast=fast)
+        if not fast:
+            good = ((d, self.tree.blob(d)) for d in sorted(present - check.damaged))
+            self.trust.settle(good, limit=_FLUSH_LIMIT)
+        partial = tuple(sorted(check.lacking))
+        return FsckReport(len(present), check.bytes_checked, tuple(check.problems), partial)
+
+
+class _Check:
+    """One run of a `Checker`, and what it found so far."""
+
+    def __init__(self, checker: Checker, watch: Watch) -> None:
+        self._of = checker
+        self._watch = watch
+        self.needs: dict[Digest, _Need] = {}
+        self.problems: list[Problem] = []
+        self.intact: set[Digest] = set()
+        self.damaged: set[Digest] = set()
+        self.lacking: set[str] = set()
+        self.bytes_checked = 0
+        self._unparsable: dict[Digest, str] = {}
+        self._successors: dict[Descriptor, tuple[Descriptor | None, tuple[Descriptor, ...]]] = {}
+
+    def add(self, fault: Fault, message: str, digest: Digest | None = None) -> None:
+        """Note a problem."""
+        need = self.needs.get(digest, _Need()) if digest else _Need()
+        self.problems.append(Problem(fault, message, digest, tuple(sorted(need.models))))
+
+    def walk_index(self) -> None:
+        """Check the index, and find out what its manifests need."""
+        try:
+            document = self._of.index.read()
+        except StoreError as error:
+            return self.add(Fault.INDEX, str(error))
+        for number, item in enumerate(document.items):
+            if item.entry is None:
+                self.add(Fault.INDEX, f"index.json: manifests[{number}] is no descriptor")
+            else:
+                name = item.entry.name or item.entry.digest.short
+                self._walk(item.entry.descriptor, name, partial=item.entry.is_partial)
+        return None
+
+    def blob(self, digest: Digest, *, fast: bool) -> None:
+        """Check one blob that is there or should be."""
+        path = self._of.tree.blob(digest)
+        need = self.needs.get(digest, _Need())
+        if path.is_symlink() and not self._of.tree.holds(path):
+            return self.add(Fault.STRAY, f"{path} leads out of the store", digest)
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            if digest in self.damaged:
+                where = self._of.tree.quarantine
+                message = f"blob {digest} was damaged and is in {where} now"
+                return self.add(Fault.CONTENT, message, digest)
+            return self._missing(digest, need)
+        if not stat.S_ISREG(found.st_mode):
+            return self.add(Fault.STRAY, f"{path} is not a file", digest)
+        size = found.st_size
+        wrong = sorted(need.sizes - {size})
+        if (not fast or wrong) and not self._hashes(digest, path):
+            message = f"blob {digest} was damaged and is in {self._of.tree.quarantine} now"
+            return self.add(Fault.CONTENT, message, digest)
+        if wrong:
+            message = f"blob {digest} has {size} bytes, a descriptor says {wrong[0]}"
+            return self.add(Fault.SIZE, message, digest)
+        if digest in self._unparsable:
+            return self.add(Fault.MANIFEST, self._unparsable[digest], digest)
+        return None
+
+    def bundle(self, path: Path, manifest: Digest | None, *, fast: bool) -> None:
+        """Check one bundle; delete it if it is not what its model says."""
+        if manifest is None:
+            return  # left by another version; a collection deletes it
+
+        def seen(_completed: int) -> None:
+            self._watch.stop.check()
+
+        try:
+            inode = os.lstat(path).st_ino
+            verdict = self._of.bundles.verify(
+                path, is_live=manifest in self.needs, fast=fast, seen=seen
+            )
+        except FileNotFoundError:  # it was replaced or removed while we looked
+            return
+        if verdict.state is State.SOUND:
+            return
+        with self._of.tree.lock().held():
+            dropped = self._of.bundles.drop(path, inode=inode)
+        if dropped and verdict.state is State.DAMAGED:
+            message = (
+                f"the bundle {path} differed from its model ({verdict.why}) and was deleted: "
+                "restart runtimes that opened it"
+            )
+            self.add(Fault.BUNDLE, message, manifest)
+
+    def _missing(self, digest: Digest, need: _Need) -> None:
+        listed = {entry.name or entry.digest.short for entry in self._of.index.read().entries}
+        self.lacking |= (need.models - need.vital) & listed
+        if need.vital & listed:  # else it was removed while we looked
+            self.add(Fault.MISSING, f"blob {digest} is missing", digest)
+
+    def _walk(self, root: Descriptor, name: str, *, partial: bool) -> None:
+        """Note what the model `name` leads to; a `partial` one may lack its layers."""
+        waiting = [(root, True)]
+        while waiting:
+            descriptor, vital = waiting.pop()
+            need = self.needs.setdefault(descriptor.digest, _Need())
+            need.sizes.add(descriptor.size)
+            if vital:
+                need.vital.add(name)
+            if name in need.models:
+                continue
+            need.models.add(name)
+            if descriptor not in self._successors:
+                self._successors[descriptor] = self._successors_of(descriptor)
+            config, found = self._successors[descriptor]
+            may_lack = partial and descriptor is root
+            waiting += [(one, not may_lack or one == config) for one in found]
+
+    def _successors_of(
+        self, descriptor: Descriptor
+    ) -> tuple[Descriptor | None, tuple[Descriptor, ...]]:
+        """Return the config of a manifest, and all that it needs; nothing if it is none."""
+        path = self._of.tree.blob(descriptor.digest)
+        if descriptor.media_type not in _TYPES or not path.is_file():
+            return None, ()
+        try:
+            if self._hashes(descriptor.digest, path):
+                manifest = read_manifest(self._of.blobs, descriptor)
+                config = manifest.config if isinstance(manifest, Manifest) else None
+                return config, successors(manifest)
+        except (FormatError, IntegrityError) as error:
+            self._unparsable[descriptor.digest] = f"manifest {error}"
+        except NotFoundError:  # it was removed while we looked
+            pass
+        return None, ()
+
+    def _hashes(self, digest: Digest, path: Path) -> bool:
+        """Return whether the blob is intact; if not, move it to quarantine."""
+        if digest in self.intact or digest in self.damaged:
+            return digest in self.intact
+        size = path.stat().st_size
+
+        def seen(completed: int) -> None:
+            self._watch.stop.check()
+            report = Progress(Action.VERIFY, digest.short, digest, completed, size)
+            self._watch.report(report)
+
+        with translating("read", path):
+            got = hash_file(path, digest.algorithm, seen)
+        self.bytes_checked += size
+        if got == digest:
+            self.intact.add(digest)
+            return True
+        self.damaged.add(digest)
+        with self._of.tree.lock().held():
+            self._of.trust.put_in_quarantine(digest, path)
+        return False

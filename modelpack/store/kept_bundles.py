@@ -1,0 +1,350 @@
+"""Kept bundles: directories that runtimes open, `bundles/<alg>-<hex>`, each of one manifest.
+
+    bundles/<alg>-<hex>/config.json, model/    see `modelpack.bundles.bundle`
+    bundles/<alg>-<hex>/bundle.json            what each file was when the bundle was made
+    ingest/bundles/<alg>-<hex>/, .lock         a bundle that is being made, and by whom
+    ingest/bundles/*.gone                      a bundle that is being deleted
+
+A bundle appears and disappears in one step. A file of it is a hard link of a blob, or a copy with a
+stamp (inode, size, times) of when its digest was known; a bundle with any other file is not used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+from modelpack.artifacts.digest import Digest
+from modelpack.errors import InvalidDigestError, LockedError
+from modelpack.progress import Stop
+from modelpack.store.blobs import Blobs
+from modelpack.store.file_copy import hash_file
+from modelpack.store.filesystem import (
+    boot_id,
+    delete_tree,
+    files_below,
+    random_name,
+    read_own,
+    translating,
+    write_atomically,
+)
+from modelpack.store.locks import FileLock
+from modelpack.store.tree import Tree, label, labelled
+from modelpack.store.verified_marks import Trust
+
+_RECORD: Final = "bundle.json"
+_MAX_RECORD_BYTES: Final = 64 * 1024 * 1024
+_GONE: Final = ".gone"
+_LOCK: Final = ".lock"
+
+
+class State(StrEnum):
+    """What a check found about a bundle."""
+
+    SOUND = "sound"
+    OUTDATED = "outdated"  # its bytes are right, but it has to be made again to be used
+    DAMAGED = "damaged"  # a runtime that opens it may read something else than the model
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The state of a bundle; `why` says which file differs."""
+
+    state: State
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptFile:
+    """A file of a bundle: `path` with slashes, and the digest of its bytes.
+
+    `stamp` is None for a hard link of the blob of that digest.
+    """
+
+    path: str
+    digest: Digest
+    stamp: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What `bundle.json` says. `boot` is the boot in which copies were written, "" once settled."""
+
+    files: tuple[KeptFile, ...]
+    boot: str
+
+    @classmethod
+    def read(cls, directory: Path) -> _Record | None:
+        """Return the record of a bundle; None where it is missing or damaged."""
+        try:
+            value = json.loads(read_own(directory / _RECORD, _MAX_RECORD_BYTES))
+            return cls(tuple(map(_kept_file, value["files"])), str(value["boot"]))
+        except (OSError, ValueError, KeyError, TypeError, InvalidDigestError, RecursionError):
+            return None
+
+    def encoded(self) -> bytes:
+        files = [[file.path, str(file.digest), file.stamp] for file in self.files]
+        return json.dumps({"boot": self.boot, "files": files}, indent=1).encode()
+
+    def of_boot(self) -> bool:
+        """Return whether copies are known to have survived: written in this boot, or settled."""
+        return self.boot in ("", boot_id())
+
+
+@dataclass(frozen=True, slots=True)
+class KeptBundles:
+    """The kept bundles of one store."""
+
+    tree: Tree
+    blobs: Blobs
+    trust: Trust
+
+    def directory(self, manifest: Digest) -> Path:
+        """Return where the bundle of a manifest is kept."""
+        return self.tree.bundles / label(manifest)
+
+    def check(self, manifest: Digest) -> str | None:
+        """Return why the bundle of a manifest cannot be used, None if it can; "" if there is none.
+
+        Looks at each file once and hashes nothing, unless a copy was touched since.
+        """
+        directory = self.directory(manifest)
+        if not os.path.lexists(directory):
+            return ""
+        try:
+            return self._check(directory)
+        except OSError as error:
+            return f"it cannot be read: {error.strerror}"
+
+    def verify(
+        self, path: Path, *, is_live: bool, fast: bool, seen: Callable[[int], None]
+    ) -> Verdict:
+        """Check a bundle against the digests of its files; unless `fast`, hash what is not a link.
+
+        Links of blobs are not hashed: whoever checks the store hashes the blobs.
+        """
+        try:
+            verdict = self._verify(path, fast=fast, seen=seen)
+        except OSError as error:
+            verdict = Verdict(State.DAMAGED, f"it cannot be read: {error.strerror}")
+        if verdict.state is State.OUTDATED and not is_live:
+            return Verdict(State.SOUND)  # a process may still have it; a collection deletes it
+        return verdict
+
+    @contextmanager
+    def making(
+        self, manifest: Digest, stop: Stop, waiting: Callable[[str], None]
+    ) -> Iterator[Path]:
+        """Give an empty directory to make the bundle in; nobody else makes the same meanwhile.
+
+        What is left of it is deleted after the block, and after a kill by a collection.
+        """
+        folder = self.tree.bundling / label(manifest)
+        with translating("make", folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(folder.name + _LOCK))
+        with lock.held(patience=None, stop=stop, waiting=waiting, remove=True):
+            delete_tree(folder)
+            with translating("make", folder):
+                folder.mkdir()
+            try:
+                yield folder
+            finally:
+                delete_tree(folder)
+
+    def publish(self, manifest: Digest, made: Path, files: Iterable[KeptFile]) -> None:
+        """Make the directory `made` the bundle of a manifest, in place of the one that it has.
+
+        `files` are all files below it; copies have any text as their stamp.
+        """
+        stamped = [
+            replace(file, stamp=_stamp(os.lstat(made / file.path)))
+            if file.stamp is not None
+            else file
+            for file in files
+        ]
+        final = self.directory(manifest)
+        with translating("write", final):
+            (made / _RECORD).write_bytes(_Record(tuple(stamped), boot_id()).encoded())
+        with self.tree.lock().held(), translating("make", final):
+            self._note_links(file.digest for file in stamped if file.stamp is None)
+            final.parent.mkdir(exist_ok=True)
+            gone = self._put_aside(final) if os.path.lexists(final) else None
+            os.rename(made, final)
+        if gone is not None:
+            _delete(gone)
+
+    def note_links(self, digests: Iterable[Digest]) -> None:
+        """Note that these blobs have a second name, by which they can be changed."""
+        with self.tree.lock().held():
+            self._note_links(digests)
+
+    def all(self) -> dict[Path, Digest | None]:
+        """Return the paths of all bundles and their manifests; None for what is not a bundle."""
+        try:
+            names = sorted(os.listdir(self.tree.bundles))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        return {self.tree.bundles / name: labelled(name) for name in names}
+
+    def stale(self, live: Collection[Digest]) -> list[Path]:
+        """Return the bundles of manifests that are not `live`."""
+        return [path for path, manifest in self.all().items() if manifest not in live]
+
+    def left_over(self, *, delete: bool) -> dict[str, Path]:
+        """Return what killed processes left of bundles that they made or deleted, by name.
+
+        With `delete` each is put aside, so that nobody uses it any more, for `remove`.
+        """
+        found = {}
+        try:
+            names = sorted(os.listdir(self.tree.bundling))
+        except FileNotFoundError:
+            return {}
+        for name in names:
+            path = self.tree.bundling / name
+            if name.endswith(_GONE):
+                found[name] = path
+                continue
+            lock = FileLock(path if name.endswith(_LOCK) else path.with_name(name + _LOCK))
+            if not delete:
+                if path != lock.path and lock.is_free():
+                    found[name] = path
+                continue
+            with suppress(LockedError), lock.held(patience=0, remove=True):
+                # Whoever made it may have deleted it since it was listed.
+                if path != lock.path and os.path.lexists(path):
+                    found[name] = self._put_aside(path)
+        return found
+
+    def drop(self, path: Path, *, inode: int | None = None) -> bool:
+        """Delete a bundle; the store's lock is held. With `inode`, only if it still is that one."""
+        if not os.path.lexists(path):
+            return False
+        with translating("delete", path):
+            if inode is not None and os.lstat(path).st_ino != inode:
+                return False
+            gone = self._put_aside(path)
+        _delete(gone)
+        return True
+
+    def remove(self, path: Path) -> None:
+        """Delete what `left_over` returned."""
+        _delete(path)
+
+    def _check(self, directory: Path) -> str | None:
+        record = _Record.read(directory) if _is_directory(directory) else None
+        if record is None:
+            return f"it has no valid {_RECORD}"
+        different = _different_names(directory, record.files)
+        if different is not None:
+            return different
+        files = []
+        for file in record.files:
+            checked = self._checked(directory, file, trusted=record.of_boot())
+            if checked is None:
+                return f"{file.path} is not what was laid out"
+            files.append(checked)
+        settled = _Record(tuple(files), record.boot if record.of_boot() else "")
+        if settled != record:
+            self._write(directory, settled)
+        return None
+
+    def _verify(self, path: Path, *, fast: bool, seen: Callable[[int], None]) -> Verdict:
+        record = _Record.read(path) if _is_directory(path) else None
+        if record is None:
+            return Verdict(State.OUTDATED, f"it has no valid {_RECORD}")
+        different = _different_names(path, record.files)
+        if different is not None:
+            return Verdict(State.DAMAGED, different)
+        verdict = Verdict(State.SOUND)
+        for file in record.files:
+            place = path / file.path
+            if file.stamp is None:
+                if self._is_blob(place, file.digest):
+                    continue
+                verdict = Verdict(State.OUTDATED, f"{file.path} is not a link of its blob")
+                if fast:
+                    continue
+            elif fast and file.stamp == _stamp(os.lstat(place)):
+                continue
+            if hash_file(place, file.digest.algorithm, seen) != file.digest:
+                return Verdict(State.DAMAGED, f"{file.path} is not {file.digest}")
+        return verdict
+
+    def _put_aside(self, path: Path) -> Path:
+        self.tree.bundling.mkdir(parents=True, exist_ok=True)
+        gone = self.tree.bundling / f"{random_name()}{_GONE}"
+        os.rename(path, gone)
+        return gone
+
+    def _note_links(self, digests: Iterable[Digest]) -> None:
+        for digest in digests:
+            if not self.trust.is_linked(digest):
+                with suppress(FileNotFoundError):
+                    self.trust.mark_linked(digest, self.tree.blob(digest).stat())
+
+    def _is_blob(self, path: Path, digest: Digest) -> bool:
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.lstat(path), os.stat(self.tree.blob(digest)))
+        return False
+
+    def _checked(self, directory: Path, file: KeptFile, *, trusted: bool) -> KeptFile | None:
+        """Return the file as it is now, None if it is not what it was."""
+        path = directory / file.path
+        if file.stamp is None:
+            usable = self.blobs.find(file.digest) is not None
+            return file if usable and self._is_blob(path, file.digest) else None
+        stamp = _stamp(os.lstat(path))
+        if stamp == file.stamp and trusted:
+            return file
+        if hash_file(path, file.digest.algorithm) != file.digest:
+            return None
+        return replace(file, stamp=stamp)
+
+    def _write(self, directory: Path, record: _Record) -> None:
+        """Replace the record; without write access the next check hashes again."""
+        with suppress(OSError):
+            content = record.encoded()
+            write_atomically(directory / _RECORD, content, by_way_of=self.tree.ingest)
+
+
+def _different_names(directory: Path, files: Collection[KeptFile]) -> str | None:
+    """Return how the names below a bundle differ from its record, None if they do not."""
+    found = {name: entry.is_file(follow_symlinks=False) for name, entry in files_below(directory)}
+    found.pop(_RECORD, None)
+    expected = {file.path for file in files}
+    for path in sorted(expected ^ found.keys()):
+        return f"{path} is missing" if path in expected else f"{path} was added"
+    other = sorted(path for path, is_file in found.items() if not is_file)
+    return f"{other[0]} is not a file" if other else None
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _stamp(found: os.stat_result) -> str:
+    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+
+
+def _kept_file(value: Any) -> KeptFile:
+    path, digest, stamp = value
+    return KeptFile(str(path), Digest.parse(digest), None if stamp is None else str(stamp))
+
+
+def _delete(path: Path) -> None:
+    if _is_directory(path):
+        delete_tree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,141 @@
+"""Leases: which blobs a live process needs, so that nobody deletes them under its hands.
+
+A lease is a file `ingest/leases/<id>`: a JSON object that says who holds it, then a digest a line.
+The holder keeps the file locked, so a lease is alive exactly as long as its process, also across
+containers, where process ids mean nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelpack.artifacts.digest import Digest
+from modelpack.errors import InvalidDigestError
+from modelpack.store.filesystem import boot_id, open_own, random_name, translating, write_all
+from modelpack.store.locks import try_lock
+from modelpack.store.tree import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class LiveLease:
+    """What a live process needs."""
+
+    holder: str
+    digests: frozenset[Digest]
+
+
+class Leases:
+    """The leases of one store, and those that this object holds."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._mutex = threading.Lock()
+        self._growing: dict[int, set[Digest]] = {}  # open files and what they list
+
+    @contextmanager
+    def hold(
+        self, digests: Iterable[Digest], *, growing: bool, inherited: bool = False
+    ) -> Iterator[None]:
+        """Keep the blobs in the block; a growing lease also keeps what `note` adds to it.
+
+        An `inherited` one stays when this process becomes another program, until that ends.
+        """
+        wanted = set(digests)
+        descriptor = self._create(wanted)
+        if descriptor is None:
+            yield
+            return
+        os.set_inheritable(descriptor[1], inherited)
+        if growing:
+            with self._mutex:
+                self._growing[descriptor[1]] = wanted
+        try:
+            yield
+        finally:
+            with self._mutex:
+                self._growing.pop(descriptor[1], None)
+            descriptor[0].unlink(missing_ok=True)
+            os.close(descriptor[1])
+
+    def note(self, digest: Digest) -> bool:
+        """Add a blob to the growing leases of this object; the store's lock is held.
+
+        Returns whether there are any.
+        """
+        with self._mutex:
+            for descriptor, listed in self._growing.items():
+                if digest not in listed:
+                    with translating("extend a lease in", self._tree.leases):
+                        write_all(descriptor, memoryview(f"{digest}\n".encode()))
+                    listed.add(digest)
+            return bool(self._growing)
+
+    def live(self) -> tuple[LiveLease, ...]:
+        """Return the leases of live processes and delete the others; the store's lock is held."""
+        found = []
+        with translating("read the leases in", self._tree.leases):
+            if not self._tree.leases.is_dir():
+                return ()
+            for path in sorted(self._tree.leases.iterdir()):
+                try:
+                    if not stat.S_ISREG(os.lstat(path).st_mode):
+                        continue  # not a lease of ours
+                    descriptor = open_own(path)
+                except FileNotFoundError:  # just given back
+                    continue
+                try:
+                    if try_lock(descriptor):
+                        path.unlink(missing_ok=True)
+                    else:
+                        found.append(_parsed(_content(descriptor)))
+                finally:
+                    os.close(descriptor)
+        return tuple(found)
+
+    def _create(self, digests: Iterable[Digest]) -> tuple[Path, int] | None:
+        """Return a new lease and its locked file; None where nobody can delete anything."""
+        path = self._tree.leases / random_name()
+        header = json.dumps({"pid": os.getpid(), "boot": boot_id()})
+        text = "\n".join([header, *map(str, digests)]) + "\n"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        with translating("write a lease in", self._tree.leases):
+            if self._tree.is_read_only():
+                return None
+            self._tree.leases.mkdir(parents=True, exist_ok=True)
+            with self._tree.lock().held():
+                descriptor = os.open(path, flags, 0o644)
+                try:
+                    locked = try_lock(descriptor)
+                    assert locked, "a new file is locked by somebody else"
+                    write_all(descriptor, memoryview(text.encode()))
+                except BaseException:
+                    path.unlink(missing_ok=True)
+                    os.close(descriptor)
+                    raise
+        return path, descriptor
+
+
+def _content(descriptor: int) -> str:
+    return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
+
+
+def _parsed(text: str) -> LiveLease:
+    header, *lines = text.split("\n")
+    digests = set()
+    for line in lines:
+        try:
+            digests.add(Digest.parse(line))
+        except InvalidDigestError:
+            continue
+    try:
+        holder = f"process {int(json.loads(header)['pid'])}"
+    except (ValueError, KeyError, TypeError):
+        holder = "another process"
+    return LiveLease(holder, frozenset(digests))

@@ -1,0 +1,294 @@
+"""From what a user types to a model: references, digests, short ids and unique prefixes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.reference import Reference, means_only_itself
+from modelpack.errors import (
+    AmbiguousError,
+    IntegrityError,
+    InvalidDigestError,
+    InvalidReferenceError,
+    NotFoundError,
+)
+
+_SHORTEST_PREFIX = 4
+_NAME_KEYS = (media_types.REF_NAME, media_types.CONTAINERD_NAME)
+_HEX = re.compile(r"(?:sha256:)?([0-9a-f]{1,64})\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name of one manifest; no name where the manifest is untagged.
+
+    `name` is as the index spells it, `reference` what that means; another tool's name may mean
+    nothing to us.
+    """
+
+    descriptor: Descriptor
+    name: str | None = None
+    reference: Reference | None = None
+
+    @property
+    def digest(self) -> Digest:
+        """The manifest's digest."""
+        return self.descriptor.digest
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether layers of the manifest were left out on purpose."""
+        return self.descriptor.annotations.get(media_types.PARTIAL) == "true"
+
+    @property
+    def origin(self) -> str | None:
+        """The repository (`registry/repository`) that it was pulled from, where known."""
+        return self.descriptor.annotations.get(media_types.ORIGIN)
+
+    @property
+    def manifest(self) -> Descriptor:
+        """The manifest's descriptor, without the annotations that belong to the entry."""
+        return Descriptor(
+            self.descriptor.media_type,
+            self.digest,
+            self.descriptor.size,
+            artifact_type=self.descriptor.artifact_type,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model in a store and all its names.
+
+    `names` holds the names as they are stored, also those that are no references to us.
+    `is_partial` says that layers were left out on purpose; some may have come since.
+    `origins` are the repositories (`registry/repository`) that it was pulled from, where known.
+    """
+
+    descriptor: Descriptor
+    references: tuple[Reference, ...] = ()
+    names: tuple[str, ...] = ()
+    is_partial: bool = False
+    origins: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> Digest:
+        """The model's id: the digest of its manifest."""
+        return self.descriptor.digest
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The repositories that may have it: its origins, and those of its names."""
+        return tuple(dict.fromkeys((*self.origins, *(ref.name for ref in self.references))))
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What a text turned out to name; `entry` is one entry of the manifest.
+
+    `by_name` tells a name from an id: removing one is not removing the other.
+    """
+
+    entry: Entry
+    by_name: bool
+
+
+class Names:
+    """What a text may mean among `entries`; where two claim the same, the first one has it."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self._by_digest = {entry.digest: entry for entry in reversed(entries)}
+        self._by_name = {entry.name: entry for entry in reversed(entries) if entry.name}
+        self._by_reference = {e.reference: e for e in reversed(entries) if e.reference}
+        self._entries = entries
+
+    def find(self, text: str) -> Match:
+        """Return the manifest that `text` names.
+
+        Tried in order: a full digest, a name, a short id, a unique prefix of an id (4 digits or
+        more). Raises `NotFoundError`, `AmbiguousError`, `InvalidReferenceError`, or
+        `IntegrityError` if `text` has a tag and a digest that disagree.
+        """
+        text = text.strip()
+        digest = _full_digest(text)
+        if digest is not None:
+            return Match(self._with_digest(digest, text), by_name=False)
+        invalid: InvalidReferenceError | None = None
+        try:
+            match = self._find_name(text)
+        except InvalidReferenceError as error:
+            match, invalid = None, error
+        if match is None:
+            match = self._find_prefix(text)
+        if match is not None:
+            return match
+        if invalid is not None:
+            raise invalid
+        raise self._not_found(text)
+
+    def _with_digest(self, digest: Digest, text: str) -> Entry:
+        entry = self._by_digest.get(digest)
+        if entry is None:
+            raise NotFoundError(f"{text}: no model in the store has this digest")
+        return entry
+
+    def _find_name(self, text: str) -> Match | None:
+        if text in self._by_name:
+            return Match(self._by_name[text], by_name=True)
+        wanted = Reference.parse(text)
+        if wanted.tag is None:
+            return Match(self._in_repository(wanted, text), by_name=False)
+        named = wanted.without_digest()
+        entry = self._by_reference.get(named)
+        if entry is None:
+            return None
+        if wanted.digest is not None and wanted.digest != entry.digest:
+            raise IntegrityError(
+                f"{named} is {entry.digest} in the store, but {wanted.digest} was asked for",
+                expected=str(wanted.digest),
+                got=str(entry.digest),
+                hint=f"pull {text} to have that one, or leave out the digest",
+            )
+        return Match(entry, by_name=True)
+
+    def _in_repository(self, wanted: Reference, text: str) -> Entry:
+        """Return the manifest of `repository@digest`; another repository's is not meant."""
+        assert wanted.digest is not None, "a reference has a tag or a digest"
+        entry = self._with_digest(wanted.digest, text)
+        places = {
+            place
+            for same in self._entries
+            if same.digest == entry.digest
+            for place in (same.origin, same.reference and same.reference.name)
+        }
+        if wanted.name not in places:
+            raise NotFoundError(
+                f"{text}: no model of {wanted.name} in the store has this digest",
+                hint=f"pull {text}, or name the model by {wanted.digest} alone",
+            )
+        return entry
+
+    def _find_prefix(self, text: str) -> Match | None:
+        match = _HEX.match(text)
+        if match is None or len(match[1]) < _SHORTEST_PREFIX:
+            return None
+        found = [d for d in self._by_digest if d.encoded.startswith(match[1])]
+        if len(found) > 1:
+            candidates = tuple(sorted(map(str, found)))
+            raise AmbiguousError(
+                f"{text} is the beginning of {len(found)} ids: {', '.join(candidates)}",
+                candidates=candidates,
+                hint="add digits until only one is left",
+            )
+        return Match(self._by_digest[found[0]], by_name=False) if found else None
+
+    def _not_found(self, text: str) -> NotFoundError:
+        wanted = Reference.parse(text)
+        looked_for = "" if text == str(wanted) else f" (that is {wanted})"
+        alike = sorted(str(r) for r in self._by_reference if _last_part(r) == _last_part(wanted))
+        hint = f"it has {', '.join(alike[:5])}" if alike else "`modelpack list` shows what it has"
+        return NotFoundError(f"the store has no {text}{looked_for}", hint=hint)
+
+
+def may_name(text: str) -> Callable[[Any], bool]:
+    """Return whether an element of `manifests`, not read yet, may be what `text` names.
+
+    A guess on the safe side: who is left out by it is certainly not meant.
+    """
+    text = text.strip()
+    names = {text}
+    encoded = None
+    digest = _full_digest(text)
+    try:
+        wanted = Reference.parse(text)
+    except InvalidReferenceError:
+        pass
+    else:
+        names.add(str(wanted.without_digest()))
+        digest = digest or wanted.digest
+    match = _HEX.match(text)
+    if digest is not None:
+        encoded = digest.encoded
+    elif match is not None:
+        encoded = match[1]
+
+    def may_be(raw: Any) -> bool:
+        if not isinstance(raw, dict):
+            return False
+        if encoded is not None:
+            found = raw.get("digest")
+            if isinstance(found, str) and found.partition(":")[2].startswith(encoded):
+                return True
+        annotations = raw.get("annotations") or {}
+        if not isinstance(annotations, dict):
+            return False
+        for key in _NAME_KEYS:
+            name = annotations.get(key)
+            if isinstance(name, str) and (name in names or not means_only_itself(name)):
+                return True
+        return False
+
+    return may_be
+
+
+def find(entries: Sequence[Entry], text: str) -> Match:
+    """Return the manifest that `text` names among `entries`; see `Names.find`."""
+    return Names(entries).find(text)
+
+
+def models(
+    entries: Iterable[Entry], types: Sequence[str] = media_types.MANIFEST_TYPES
+) -> tuple[StoredModel, ...]:
+    """Return the manifests of these types among `entries` with their names, in their order.
+
+    What only says something about a model (a signature, say) is left out.
+    """
+    by_digest: dict[Digest, list[Entry]] = {}
+    for entry in entries:
+        if entry.descriptor.media_type in types:
+            by_digest.setdefault(entry.digest, []).append(entry)
+    found = [_model(group) for group in by_digest.values()]
+    return tuple(
+        sorted(
+            (model for model in found if not _is_about_a_model(model)),
+            key=lambda model: (not model.names, model.names, model.digest),
+        )
+    )
+
+
+def model(entries: Iterable[Entry], digest: Digest) -> StoredModel:
+    """Return the manifest `digest`, which is among `entries`, with all its names."""
+    return _model([entry for entry in entries if entry.digest == digest])
+
+
+def _model(group: Sequence[Entry]) -> StoredModel:
+    return StoredModel(
+        group[0].manifest,
+        tuple(sorted({e.reference for e in group if e.reference}, key=str)),
+        tuple(sorted({e.name for e in group if e.name})),
+        any(e.is_partial for e in group),
+        tuple(sorted({e.origin for e in group if e.origin})),
+    )
+
+
+def _is_about_a_model(model: StoredModel) -> bool:
+    kind = model.descriptor.artifact_type
+    known = (media_types.CNCF_MANIFEST, media_types.CNAI_MANIFEST, *media_types.MODEL_CONFIG_TYPES)
+    return not model.names and kind is not None and kind not in known
+
+
+def _full_digest(text: str) -> Digest | None:
+    try:
+        return Digest.parse(text if ":" in text else f"sha256:{text}")
+    except InvalidDigestError:
+        return None
+
+
+def _last_part(reference: Reference) -> str:
+    return reference.repository.rpartition("/")[2]

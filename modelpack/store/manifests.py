@@ -1,0 +1,266 @@
+"""The last step of everything that comes in: a name among the blobs, and safety from collection.
+
+Each method takes the store's lock, so that a collection sees a blob either not at all or as needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.manifest import (
+    Index,
+    Manifest,
+    parse_manifest_or_index,
+    referrer_descriptor,
+)
+from modelpack.artifacts.reference import DEFAULT_REGISTRY, Reference
+from modelpack.errors import (
+    DigestMismatchError,
+    FormatError,
+    IntegrityError,
+    NotFoundError,
+    SizeMismatchError,
+)
+from modelpack.storage import Outcome
+from modelpack.store.blobs import BLOB_MODE, Blobs
+from modelpack.store.filesystem import flush_file, translating
+from modelpack.store.imports import Read
+from modelpack.store.index import IndexFile
+from modelpack.store.leases import Leases
+from modelpack.store.reachability import as_manifest, read_manifest, successors
+from modelpack.store.tree import Tree
+from modelpack.store.verified_marks import Trust
+
+
+@dataclass(frozen=True, slots=True)
+class Publisher:
+    """Publishes into one store."""
+
+    tree: Tree
+    blobs: Blobs
+    trust: Trust
+    leases: Leases
+
+    def keep(self, descriptor: Descriptor) -> bool:
+        """Return whether the blob is there; note in any case that it is needed."""
+        there = self.blobs.holds(descriptor)
+        with self.tree.lock().held():
+            return self._found(descriptor.digest, there=there)
+
+    def touch(self, digest: Digest) -> bool:
+        """Return whether the blob is there; count it as recently used."""
+        path = self.blobs.find(digest)
+        if path is None or self.tree.is_read_only():
+            return path is not None
+        with self.tree.lock().held():
+            there = path.is_file()
+            if there:
+                self.trust.touch(digest, path)
+        return there
+
+    def publish(self, read: Read) -> Outcome:
+        """Make a file that was read a blob, unless it is one already."""
+        there = self.blobs.find(read.digest) is not None
+        with self.tree.lock().held():
+            if self._found(read.digest, there=there):
+                return Outcome.EXISTED
+            if read.linked:
+                read.link()
+                self.trust.mark_linked(read.digest, read.found)
+            self.blobs.publish(read.staged, read.digest, flushed=False)
+        return Outcome.WRITTEN
+
+    def take(self, path: Path, digest: Digest) -> Outcome:
+        """Make a verified file of the same file system a blob; it loses its name."""
+        with translating("flush", path):
+            path.chmod(BLOB_MODE)
+            flush_file(path)
+        there = self.blobs.find(digest) is not None
+        with self.tree.lock().held():
+            if self._found(digest, there=there):
+                path.unlink()
+                return Outcome.EXISTED
+            self.blobs.publish(path, digest, flushed=True)
+        return Outcome.WRITTEN
+
+    def write(self, digest: Digest, content: bytes) -> None:
+        """Have a small blob, durably."""
+        with self.tree.lock().held():
+            self.write_locked(digest, content)
+
+    def write_locked(self, digest: Digest, content: bytes) -> None:
+        """Do as `write`; the store's lock is held."""
+        if not self._found(digest, there=self.blobs.find(digest) is not None):
+            self.blobs.write(digest, content)
+
+    def _found(self, digest: Digest, *, there: bool) -> bool:
+        """Note that the blob is needed; return whether it is (still) there."""
+        self.leases.note(digest)
+        path = self.tree.blob(digest)
+        if not there or not os.path.isfile(path):
+            return False
+        self.trust.touch(digest, path)
+        return True
+
+
+_TYPES = (*media_types.MANIFEST_TYPES, *media_types.INDEX_TYPES)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifests:
+    """The manifests of one store."""
+
+    tree: Tree
+    blobs: Blobs
+    index: IndexFile
+
+    def write(
+        self,
+        publisher: Publisher,
+        descriptor: Descriptor,
+        raw: bytes,
+        name: str | None,
+        *,
+        origin: str | None,
+        partial: bool,
+    ) -> None:
+        """Do as `LayoutStore.write_manifest`."""
+        check_size(descriptor, len(raw), "manifest")
+        descriptor.digest.check(raw, "manifest")
+        manifest = parse_manifest_or_index(
+            raw, str(descriptor.digest), media_type=descriptor.media_type
+        )
+        listed = _listed(descriptor, manifest)
+        reference = _tag_named(name, descriptor.digest)
+        needed = successors(manifest)
+        vital = (manifest.config,) if partial and isinstance(manifest, Manifest) else needed
+        self.tree.prepare()
+        # Once without the lock, since a blob may need to be verified, and once with it.
+        self._check_whole(listed, vital)
+        with self.tree.lock().held():
+            self._check_whole(listed, vital)
+            publisher.write_locked(descriptor.digest, raw)
+            document = self.index.read().with_manifest(listed)
+            if reference is not None:
+                document = document.with_tag(listed, reference)
+            lacks = partial and not all(map(self.blobs.holds, needed))
+            mark = "true" if lacks else None
+            document = document.annotated(descriptor.digest, media_types.PARTIAL, mark)
+            if origin is not None:
+                document = document.annotated(
+                    descriptor.digest, media_types.ORIGIN, origin, reference
+                )
+            self.index.write(document)
+
+    def list_stored(self, named: Sequence[tuple[Descriptor, str | None]]) -> None:
+        """Do as `LayoutStore.list_manifests`."""
+        entries = []
+        for descriptor, name in named:
+            manifest = read_manifest(self.blobs, descriptor)
+            listed, needed = _listed(descriptor, manifest), successors(manifest)
+            self._check_whole(listed, needed)
+            entries.append((listed, needed, _tag_named(name, descriptor.digest)))
+        with self.tree.lock().held():
+            document = self.index.read()
+            for listed, needed, reference in entries:
+                self._check_whole(listed, needed)
+                document = document.with_manifest(listed)
+                if reference is not None:
+                    document = document.with_tag(listed, reference)
+                document = document.annotated(listed.digest, media_types.PARTIAL, None)
+            self.index.write(document)
+
+    def missing(self, descriptor: Descriptor) -> tuple[Descriptor, ...]:
+        """Return the layers that a partly present model lacks; none for any other."""
+        if not any(e.is_partial for e in self.index.read().entries_of(descriptor.digest)):
+            return ()
+        needed = successors(read_manifest(self.blobs, descriptor))
+        return tuple(blob for blob in needed if not self.blobs.holds(blob))
+
+    def referrers(self, subject: Digest, artifact_type: str | None) -> list[Descriptor]:
+        """Return the listed manifests that say something about `subject`, by digest."""
+        found = {}
+        seen: set[tuple[Digest, str]] = set()
+        for entry in self.index.read().entries:
+            if entry.name is not None and entry.descriptor.artifact_type is None:
+                continue
+            key = (entry.digest, entry.descriptor.media_type)
+            if key in seen or key[1] not in _TYPES:
+                continue
+            seen.add(key)
+            try:
+                document = read_manifest(self.blobs, entry.manifest)
+            except (NotFoundError, IntegrityError, FormatError):
+                continue
+            if document.subject is not None and document.subject.digest == subject:
+                listed = referrer_descriptor(entry.manifest, document)
+                if artifact_type in (None, listed.artifact_type):
+                    found[entry.digest] = listed
+        return [found[digest] for digest in sorted(found)]
+
+    def unlisted(self, name: str) -> Descriptor | None:
+        """Return a manifest that only an index leads to; such a one has no name but its digest."""
+        try:
+            digest = Digest.parse(name)
+        except IntegrityError:
+            return None
+        manifest = as_manifest(self.blobs, digest)
+        if manifest is None:
+            return None
+        return Descriptor(
+            manifest.media_type, digest, len(manifest.raw), artifact_type=manifest.artifact_type
+        )
+
+    def _check_whole(self, listed: Descriptor, needed: Iterable[Descriptor]) -> None:
+        for descriptor in needed:
+            if not self.blobs.holds(descriptor):
+                raise NotFoundError(
+                    f"manifest {listed.digest} needs {descriptor.digest} ({descriptor.size} bytes, "
+                    f"{descriptor.media_type}), which is not in the store {self.tree.root}",
+                    hint="write the blobs first",
+                )
+
+
+def check_size(descriptor: Descriptor, got: int, what: str) -> None:
+    """Raise `SizeMismatchError` if there are `got` bytes, and the descriptor says otherwise."""
+    if got != descriptor.size:
+        raise SizeMismatchError(
+            f"{what}: {descriptor.digest} should have {descriptor.size} bytes, got {got}",
+            expected=str(descriptor.size),
+            got=str(got),
+        )
+
+
+def check_names(reference: Reference, digest: Digest) -> None:
+    """Raise `DigestMismatchError` if a digest in `reference` is another one."""
+    if reference.digest is not None and reference.digest != digest:
+        raise DigestMismatchError(
+            f"{reference} cannot name {digest}", expected=str(reference.digest), got=str(digest)
+        )
+
+
+def _listed(descriptor: Descriptor, manifest: Manifest | Index) -> Descriptor:
+    """Return how the index lists a manifest; one about another is never taken for a model."""
+    about = manifest.subject is not None
+    shown = referrer_descriptor(descriptor, manifest) if about else manifest
+    return Descriptor(
+        descriptor.media_type,
+        descriptor.digest,
+        descriptor.size,
+        artifact_type=shown.artifact_type,
+    )
+
+
+def _tag_named(name: str | None, digest: Digest) -> Reference | None:
+    """Return the tag to write, if `name` has one; a digest in it must be the manifest's."""
+    if name is None:
+        return None
+    reference = Reference.parse(name, default_registry=DEFAULT_REGISTRY)
+    check_names(reference, digest)
+    return reference.without_digest() if reference.tag else None

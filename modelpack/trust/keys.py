@@ -1,0 +1,319 @@
+"""Private keys under a password, in the form of `cosign generate-key-pair`.
+
+A PEM of type ENCRYPTED SIGSTORE PRIVATE KEY (before: COSIGN) around JSON: the parameters of scrypt,
+the nonce and the ciphertext of a NaCl secret box, whose content is the key in PKCS #8.
+Source: secure-systems-lab/go-securesystemslib, encrypted/encrypted.go.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from modelpack.artifacts.json_document import decode_object, encode
+from modelpack.errors import ConflictError, FormatError, ModelpackError, UnsupportedError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import (
+        EllipticCurvePrivateKey,
+        EllipticCurvePublicKey,
+    )
+
+_PEM = re.compile(
+    rb"-----BEGIN ENCRYPTED (SIGSTORE|COSIGN) PRIVATE KEY-----\s+([A-Za-z0-9+/=\s]+)"
+    rb"-----END ENCRYPTED \1 PRIVATE KEY-----"
+)
+# N, r, p: what is written, and all that is read: a file must not say how long we compute.
+_PARAMETERS: Final = (65536, 8, 1)
+_KNOWN: Final = {(32768, 8, 1), (65536, 8, 1), (131072, 8, 1)}
+_SALT_BYTES: Final = 32
+_NONCE_BYTES: Final = 24
+_KEY_BYTES: Final = 32
+_LINE: Final = 64
+
+
+def is_sealed(pem: bytes) -> bool:
+    """Return whether this is such a key."""
+    return _PEM.search(pem) is not None
+
+
+def sealed(der: bytes, password: bytes) -> bytes:
+    """Return the PEM of a PKCS #8 key under `password`, which may be empty."""
+    salt, nonce = os.urandom(_SALT_BYTES), os.urandom(_NONCE_BYTES)
+    box = _secret_box(_derived(password, salt, _PARAMETERS))
+    cost, block, parallel = _PARAMETERS
+    value = {
+        "kdf": {
+            "name": "scrypt",
+            "params": {"N": cost, "r": block, "p": parallel},
+            "salt": base64.b64encode(salt).decode(),
+        },
+        "cipher": {"name": "nacl/secretbox", "nonce": base64.b64encode(nonce).decode()},
+        "ciphertext": base64.b64encode(box.encrypt(der, nonce).ciphertext).decode(),
+    }
+    text = base64.b64encode(encode(value)).decode()
+    lines = [text[at : at + _LINE] for at in range(0, len(text), _LINE)]
+    frame = "-----{} ENCRYPTED SIGSTORE PRIVATE KEY-----"
+    return "\n".join((frame.format("BEGIN"), *lines, frame.format("END"), "")).encode()
+
+
+def opened(pem: bytes, password: bytes, name: str) -> bytes:
+    """Return the PKCS #8 key in `pem`; raise `FormatError` if it or the password is wrong."""
+    match = _PEM.search(pem)
+    assert match is not None
+    try:
+        value = decode_object(base64.b64decode(match[2]), name)
+        kdf, cipher = value["kdf"], value["cipher"]
+        if (kdf["name"], cipher["name"]) != ("scrypt", "nacl/secretbox"):
+            raise FormatError("is encrypted in a way that is not known here", path=name)
+        parameters = tuple(kdf["params"][key] for key in ("N", "r", "p"))
+        salt, nonce = _bytes(kdf["salt"]), _bytes(cipher["nonce"])
+        ciphertext = _bytes(value["ciphertext"])
+    except FormatError:
+        raise
+    except (KeyError, TypeError, ValueError):
+        raise FormatError("is not an encrypted key as cosign writes it", path=name) from None
+    if parameters not in _KNOWN or len(nonce) != _NONCE_BYTES:
+        raise FormatError(
+            f"has parameters of scrypt that cosign never had: {parameters}", path=name
+        )
+    box = _secret_box(_derived(password, salt, parameters))
+    from nacl.exceptions import CryptoError
+
+    try:
+        return bytes(box.decrypt(ciphertext, nonce))
+    except CryptoError:
+        raise FormatError("the password is wrong", path=name) from None
+
+
+def _derived(password: bytes, salt: bytes, parameters: tuple[int, int, int]) -> bytes:
+    cost, block, parallel = parameters
+    room = 128 * block * (cost + parallel + 2)
+    return hashlib.scrypt(
+        password, salt=salt, n=cost, r=block, p=parallel, maxmem=room, dklen=_KEY_BYTES
+    )
+
+
+def _secret_box(key: bytes) -> Any:
+    try:
+        from nacl.secret import SecretBox
+    except ImportError:
+        raise ModelpackError(
+            "keys under a password need the package pynacl, which is not installed",
+            hint="pip install 'modelpack[signing]'",
+        ) from None
+    return SecretBox(key)
+
+
+def _bytes(text: Any) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError(str(error)) from None
+
+
+_MAX_BYTES: Final = 64 * 1024
+_HINT = "P-256 keys are what `cosign generate-key-pair` and `modelpack keygen` make"
+
+
+class PasswordNeededError(ModelpackError):
+    """A private key is encrypted, and no password was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublicKey:
+    """A key that signatures are checked with; `name` is for messages."""
+
+    key: EllipticCurvePublicKey
+    name: str
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PublicKey) and self.der == other.der
+
+    def __hash__(self) -> int:
+        return hash(self.der)
+
+    @property
+    def der(self) -> bytes:
+        """The SubjectPublicKeyInfo."""
+        from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+        return self.key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+    @property
+    def pem(self) -> bytes:
+        """The SubjectPublicKeyInfo, as PEM."""
+        from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+        return self.key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the SubjectPublicKeyInfo, in hexadecimal."""
+        return hashlib.sha256(self.der).hexdigest()
+
+    @property
+    def hint(self) -> str:
+        """What cosign calls the key in a bundle: the fingerprint in base64."""
+        return base64.b64encode(hashlib.sha256(self.der).digest()).decode()
+
+    @property
+    def pem_hint(self) -> str:
+        """What OpenSSF model signing calls the key in a bundle: the SHA-256 of the PEM, in hex."""
+        return hashlib.sha256(self.pem).hexdigest()
+
+    def verifies(self, signature: bytes, content: bytes) -> bool:
+        """Return whether this key made the (ASN.1) signature over `content`."""
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
+        from cryptography.hazmat.primitives.hashes import SHA256
+
+        try:
+            self.key.verify(signature, content, ECDSA(SHA256()))
+        except InvalidSignature:
+            return False
+        return True
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class PrivateKey:
+    """A key that signs; it does not show itself."""
+
+    key: EllipticCurvePrivateKey
+    name: str
+
+    def __repr__(self) -> str:
+        return f"PrivateKey({self.name!r})"
+
+    @property
+    def public(self) -> PublicKey:
+        """The key that checks what this one signs."""
+        return PublicKey(self.key.public_key(), self.name)
+
+    def sign(self, content: bytes) -> bytes:
+        """Return the ASN.1 signature over `content`."""
+        from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
+        from cryptography.hazmat.primitives.hashes import SHA256
+
+        return self.key.sign(content, ECDSA(SHA256()))
+
+
+def read_public_key(path: Path | str) -> PublicKey:
+    """Return the public key in the PEM file; raise `FormatError` or `UnsupportedError`."""
+    return parse_public_key(_read(Path(path)), str(path))
+
+
+def parse_public_key(pem: bytes, name: str) -> PublicKey:
+    """Return the public key in `pem`, which `name` stands for in messages."""
+    _need_cryptography()
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    if b"PRIVATE KEY" in pem:
+        raise FormatError(
+            "is a private key, expected a public one",
+            path=name,
+            hint="a private key stays with who signs: give others the .pub beside it",
+        )
+    try:
+        key = load_pem_public_key(pem)
+    except (ValueError, UnsupportedAlgorithm):
+        raise FormatError("is not a public key in PEM", path=name, hint=_HINT) from None
+    return PublicKey(_on_p256(key, name), name)
+
+
+def read_private_key(path: Path | str, password: bytes | None = None) -> PrivateKey:
+    """Return the private key in the file, decrypted with `password` where it is encrypted.
+
+    Raises `PasswordNeededError` if that is None, `FormatError` for a wrong one or another file.
+    """
+    _need_cryptography()
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_der_private_key as load_der
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key as load_pem
+
+    name, pem = str(path), _read(Path(path))
+    encrypted = is_sealed(pem) or b"ENCRYPTED" in pem
+    if encrypted and password is None:
+        raise PasswordNeededError(
+            f"{name}: is encrypted, and there is no password",
+            hint="put it into the environment as COSIGN_PASSWORD",
+        )
+    try:
+        if is_sealed(pem):
+            key = load_der(opened(pem, password or b"", name), None)
+        else:
+            key = load_pem(pem, password if encrypted else None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        if isinstance(error, FormatError):
+            raise
+        what = "the password is wrong" if encrypted else "is not a private key in PEM"
+        raise FormatError(what, path=name, hint=None if encrypted else _HINT) from None
+    return PrivateKey(_on_p256(key, name), name)
+
+
+def generate_key_pair(prefix: Path | str, password: bytes) -> tuple[Path, Path]:
+    """Write a new pair to `prefix`.key, encrypted as cosign does, and `prefix`.pub.
+
+    Returns the two paths; raises `ConflictError` rather than overwrite a key.
+    """
+    _need_cryptography()
+    from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+    from cryptography.hazmat.primitives.serialization import (
+        Encoding,
+        NoEncryption,
+        PrivateFormat,
+    )
+
+    private, public = Path(f"{prefix}.key"), Path(f"{prefix}.pub")
+    for path in (private, public):
+        if path.exists():
+            raise ConflictError(f"{path} is there already", hint="choose another name")
+    key = generate_private_key(SECP256R1())
+    der = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+    _create(private, sealed(der, password), 0o600)
+    _create(public, PublicKey(key.public_key(), str(public)).pem, 0o644)
+    return private, public
+
+
+def _on_p256(key: Any, name: str) -> Any:
+    curve = getattr(getattr(key, "curve", None), "name", None)
+    if curve != "secp256r1":
+        got = f"a key on {curve}" if curve else f"a {type(key).__name__.lstrip('_')}"
+        raise UnsupportedError(f"is {got}, expected ECDSA on P-256", path=name, hint=_HINT)
+    return key
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(_MAX_BYTES)
+    except OSError as error:
+        raise FormatError(f"cannot be read: {error.strerror}", path=str(path)) from error
+
+
+def _create(path: Path, content: bytes, mode: int) -> None:
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with open(handle, "wb") as stream:
+            stream.write(content)
+    except FileExistsError:
+        raise ConflictError(f"{path} is there already", hint="choose another name") from None
+    except OSError as error:
+        raise FormatError(f"cannot be written: {error.strerror}", path=str(path)) from error
+
+
+def _need_cryptography() -> None:
+    try:
+        import cryptography  # noqa: F401 - whether it is there
+    except ImportError:
+        raise ModelpackError(
+            "signatures need the package cryptography, which is not installed",
+            hint="pip install 'modelpack[signing]'",
+        ) from None

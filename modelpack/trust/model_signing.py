@@ -1,0 +1,170 @@
+"""OpenSSF model signing 1.0: a statement over the digests of a model's files.
+
+The layers of a model are its files as they are, so that digests that a registry and the store have
+verified already are compared with the statement: nothing is read a second time.
+
+The format knows files only. A model has more than files: its config, the annotations of its
+manifest, the types and the order of its layers. Our statements therefore name the manifest as well,
+in a field of the predicate that other verifiers ignore. A statement without that field is accepted
+only for a model that has nothing else to change, see `uncovered`.
+Source: sigstore/model-transparency, model_signing/_signing/signing.py ("any other field should be
+ignored by verifiers").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.model import Model, Role, format_of, role_of
+from modelpack.bundles.names import arrange
+from modelpack.errors import FormatError, IntegrityError, InvalidDigestError, UnsupportedError
+from modelpack.trust.sigstore_bundle import MODEL_SIGNING, Statement, Subject
+
+#: The field of the predicate that holds the digest of the manifest.
+MANIFEST: Final = "dev.modelpack.manifest"
+_SERIALIZATION: Final = {
+    "method": "files",
+    "hash_type": "sha256",
+    "allow_symlinks": False,
+    "ignore_paths": [],
+}
+# Annotations of a manifest that describe a model and change nothing about how it runs.
+_DESCRIPTIVE: Final = frozenset(
+    f"org.opencontainers.image.{name}"
+    for name in (
+        *("authors", "created", "description", "documentation", "licenses", "revision"),
+        *("source", "title", "url", "vendor", "version"),
+    )
+)
+# Of several files with one of these roles, a runtime may take the first.
+_ORDERED: Final = (Role.WEIGHT, Role.PROJECTOR, Role.CHAT_TEMPLATE)
+
+
+def files_of(model: Model) -> Mapping[str, Digest]:
+    """Return the digests of the files as `modelpack bundle` lays them out, by path.
+
+    Raises `UnsupportedError` for archives and digests other than SHA-256.
+    """
+    arrangement = arrange(model)
+    what = str(model.reference or model.digest)
+    if arrangement.archives:
+        raise UnsupportedError(
+            "has layers that are archives, and their files have no digests",
+            path=what,
+            hint="sign its manifest instead: without --format model-signing",
+        )
+    files = {placed.path: placed.file.descriptor.digest for placed in arrangement.files}
+    for path, digest in files.items():
+        if digest.algorithm != "sha256":
+            raise UnsupportedError(f"{path} has a digest by {digest.algorithm}", path=what)
+    return files
+
+
+def model_statement(model: Model, name: str) -> Statement:
+    """Return the statement over the files and the manifest of `model`, called `name` in it."""
+    files = files_of(model)
+    resources = [
+        {"name": path, "algorithm": "sha256", "digest": files[path].encoded}
+        for path in sorted(files)
+    ]
+    predicate = {
+        "serialization": _SERIALIZATION,
+        "resources": resources,
+        MANIFEST: str(model.digest),
+    }
+    return Statement((Subject(_root(resources), name),), MODEL_SIGNING, predicate)
+
+
+def names_manifest(statement: Statement) -> bool:
+    """Return whether the statement names the manifest, and not the files alone."""
+    return MANIFEST in statement.predicate
+
+
+def check_model(statement: Statement, model: Model) -> None:
+    """Raise `IntegrityError` unless the statement is about `model` and covers all of it.
+
+    It has to list the very files: one file more, or less, is another model. If it names a manifest,
+    that has to be the model's; otherwise the model must have no `uncovered` parts. Raises
+    `FormatError` for a statement whose digest is not that of the files it lists, or that was made
+    in a way we do not compute.
+    """
+    what = f"model signature of {model.reference or model.digest}"
+    if names_manifest(statement) and statement.predicate[MANIFEST] != str(model.digest):
+        raise IntegrityError(f"{what}: signs {statement.predicate[MANIFEST]!r}, another manifest")
+    resources = statement.predicate.get("resources")
+    serialization = statement.predicate.get("serialization")
+    if not isinstance(serialization, dict) or serialization.get("method") != "files":
+        raise FormatError("is not made of whole files", path=what)
+    signed: dict[str, Digest] = {}
+    try:
+        for one in resources or []:
+            signed[str(one["name"])] = Digest.parse(f"{one['algorithm']}:{one['digest']}")
+        root = _root(resources or [])
+    except (KeyError, TypeError, ValueError, InvalidDigestError):
+        raise FormatError("lists what are no files with digests", path=what) from None
+    if not signed or len(signed) != len(resources or []):
+        raise FormatError("lists no files, or one of them twice", path=what)
+    if statement.subjects[0].digest != root:
+        raise FormatError("its digest is not that of the files it lists", path=what)
+    files = files_of(model)
+    wrong = sorted(path for path in signed.keys() & files.keys() if signed[path] != files[path])
+    wrong += sorted(signed.keys() ^ files.keys())
+    if wrong:
+        raise IntegrityError(f"{what}: signs other files: {', '.join(wrong[:8])}")
+    if not names_manifest(statement) and (parts := uncovered(model)):
+        raise IntegrityError(
+            f"{what}: signs the files only, and the model has more: {', '.join(parts[:8])}",
+            hint="sign the manifest: `modelpack sign`",
+        )
+
+
+def uncovered(model: Model) -> tuple[str, ...]:
+    """Return the parts of `model` that may change how it runs and that its files do not determine.
+
+    A statement over the files alone does not cover these: whoever writes to the repository can
+    replace them and keep the signature.
+    """
+    placed = arrange(model).files
+    laid_out = [one.file for one in placed]
+    parts = [
+        f"layer {file.descriptor.digest.short} ({file.media_type})"
+        for file in model.files()
+        if file not in laid_out
+    ]
+    if len(placed) + len(parts) < len(model.manifest.layers):
+        parts.append("a layer that is listed twice")
+    # The type of a layer, or a name that the layout replaces, may give a file another meaning.
+    parts += [
+        f"the type {one.file.media_type} of {one.path}"
+        for one in placed
+        if one.file.role is not role_of("", one.path)
+        or (one.file.format or "") != _format(one.file.role, one.path)
+    ]
+    for role in _ORDERED:
+        paths = [one.path for one in placed if one.file.role is role]
+        if paths != sorted(paths):
+            parts.append(f"the order of the layers of role {role}")
+    annotations = model.manifest.annotations.keys() - _DESCRIPTIVE
+    parts += [f"the annotation {key}" for key in sorted(annotations)]
+    return (*parts, *_uncovered_config(model))
+
+
+def _uncovered_config(model: Model) -> list[str]:
+    config, where = model.config, "of the config"
+    if config.is_foreign:
+        return [f"the config ({config.media_type})"]
+    parts = [f"context_size {where}"] if config.context_size is not None else []
+    formats = {file.format for file in model.files() if file.role is Role.WEIGHT}
+    if config.format and formats != {config.format.lower().replace("diffusers", "dduf")}:
+        parts.append(f"format {where}")
+    return parts
+
+
+def _format(role: Role, path: str) -> str:
+    return format_of("", path) if role in (Role.WEIGHT, Role.PROJECTOR) else ""
+
+
+def _root(resources: Any) -> Digest:
+    return Digest.of(b"".join(bytes.fromhex(one["digest"]) for one in resources))

@@ -1,0 +1,252 @@
+"""Trust: which models have to be signed, and by whom. What is not said is refused.
+
+default = "reject"                            # what no rule names; or "accept"
+
+[publishers.team]
+keys = ["team.pub", "team-2027.pub"]          # files beside this one, or PEM texts
+
+[[rules]]                                     # the first that names the model counts
+models = ["registry.example/team/*"]          # patterns of registry/repository, in full
+publishers = ["team"]                         # any of them,
+threshold = 1                                 # or so many, who share no key
+formats = ["cosign", "bundle"]                # all that cover the manifest, if not said
+
+[[rules]]
+models = ["localhost:5000/*"]
+accept = true                                 # signed or not
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Final
+
+from modelpack.artifacts.reference import Reference
+from modelpack.errors import FormatError, InvalidReferenceError, UntrustedError
+from modelpack.trust.keys import PublicKey, parse_public_key, read_public_key
+from modelpack.trust.signatures import MANIFEST_FORMATS, Signature, SignatureKind
+
+#: The variable that names a policy file.
+POLICY: Final = "MODELPACK_POLICY"
+_IPV6: Final = re.compile(r"\[[0-9a-f]*:[0-9a-f]*:[0-9a-f:]*\]")
+
+
+@dataclass(frozen=True, slots=True)
+class Publisher:
+    """Somebody who signs models, by any of the keys."""
+
+    name: str
+    keys: frozenset[PublicKey]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Who has to have signed the models of these patterns: `threshold` of the publishers.
+
+    With a threshold of 0 nobody has to. Only signatures of one of the `formats` count.
+    """
+
+    models: tuple[str, ...]
+    publishers: tuple[Publisher, ...]
+    threshold: int = 1
+    formats: tuple[SignatureKind, ...] = MANIFEST_FORMATS
+
+    def names(self, name: str) -> bool:
+        """Return whether the rule is about the repository `name` (`registry/repository`)."""
+        return any(fnmatchcase(name, pattern) for pattern in self.models)
+
+    @property
+    def keys(self) -> frozenset[PublicKey]:
+        """The keys of all its publishers."""
+        return frozenset(key for one in self.publishers for key in one.keys)
+
+    def is_met(self, signatures: Collection[Signature]) -> bool:
+        """Return whether enough publishers are among those who signed."""
+        by = {one.key for one in signatures if one.kind in self.formats}
+        return sum(1 for one in self.publishers if not one.keys.isdisjoint(by)) >= self.threshold
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Rules, each list of which has to be met: that of a policy, that of the command line."""
+
+    lists: tuple[tuple[Rule, ...], ...]
+
+    @classmethod
+    def of(
+        cls,
+        keys: Iterable[PublicKey] = (),
+        policy: Path | None = None,
+        formats: Sequence[SignatureKind] = (),
+    ) -> Trust | None:
+        """Return the trust in any of `keys`, for every model, and what the policy says, too.
+
+        The signatures by `keys` are of one of the `formats`, or of those that cover the manifest.
+        None if neither is given. Raises `FormatError`.
+        """
+        lists: list[tuple[Rule, ...]] = []
+        if found := frozenset(keys):
+            publisher, accepted = Publisher("--verify-key", found), tuple(formats)
+            lists.append((Rule(("*",), (publisher,), formats=accepted or MANIFEST_FORMATS),))
+        if policy is not None:
+            lists.append(read_policy(policy))
+        return cls(tuple(lists)) if lists else None
+
+    @classmethod
+    def from_environment(cls) -> Trust | None:
+        """Return what the policy says that `MODELPACK_POLICY` names, None without one."""
+        policy = os.environ.get(POLICY)
+        return cls.of(policy=Path(policy)) if policy else None
+
+    def rules(self, name: str) -> tuple[Rule, ...]:
+        """Return what the repository `name` has to meet; raise `UntrustedError` if none may."""
+        found = []
+        for rules in self.lists:
+            rule = next((rule for rule in rules if rule.names(name)), None)
+            if rule is None:
+                raise UntrustedError(
+                    f"{name}: no rule of the policy names it",
+                    hint='add a rule, or set default = "accept"',
+                )
+            found.append(rule)
+        return tuple(found)
+
+
+def read_policy(path: Path) -> tuple[Rule, ...]:
+    """Return the rules of a policy file; raise `FormatError`, which says where it is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = tomllib.loads(text)
+    except OSError as error:
+        raise FormatError(f"cannot be read: {error.strerror}", path=str(path)) from error
+    except ValueError as error:
+        raise FormatError(f"is not TOML: {error}", path=str(path)) from None
+    what = str(path)
+    _check_fields(value, {"default", "publishers", "rules"}, what)
+    default = value.get("default", "reject")
+    if default not in ("accept", "reject"):
+        raise FormatError(f'default is {default!r}, expected "accept" or "reject"', path=what)
+    publishers = {
+        name: _publisher(name, entry, path)
+        for name, entry in _table(value.get("publishers", {}), f"{what}: publishers").items()
+    }
+    entries = value.get("rules", [])
+    if not isinstance(entries, list):
+        raise FormatError("rules is not an array of tables: write [[rules]]", path=what)
+    rules = [_rule(entry, publishers, f"{what}: rules[{at}]") for at, entry in enumerate(entries)]
+    for at, rule in enumerate(rules):
+        for pattern in rule.models:
+            if problem := _problem_of(pattern):
+                where = f"{what}: rules[{at}]"
+                raise FormatError(f"{pattern!r} names no model: {problem}", path=where)
+    if default == "accept":
+        rules.append(Rule(("*",), (), 0))
+    return tuple(rules)
+
+
+def _publisher(name: str, entry: Any, path: Path) -> Publisher:
+    where = f"{path}: publishers.{name}"
+    _check_fields(entry, {"keys"}, where)
+    keys = frozenset(
+        parse_public_key(text.encode(), f"{where}: keys[{at}]")
+        if "-----BEGIN" in text
+        else read_public_key(path.parent / text)
+        for at, text in enumerate(_texts(entry, "keys", where))
+    )
+    return Publisher(name, keys)
+
+
+def _rule(entry: Any, publishers: dict[str, Publisher], where: str) -> Rule:
+    _check_fields(entry, {"models", "publishers", "threshold", "formats", "accept"}, where)
+    models = _texts(entry, "models", where)
+    accept = entry.get("accept", False)
+    if not isinstance(accept, bool):
+        raise FormatError("accept is not true or false", path=where)
+    if accept:
+        if entry.keys() & {"publishers", "threshold", "formats"}:
+            raise FormatError("accepts everything, and names publishers or formats", path=where)
+        return Rule(models, (), 0)
+    named = _texts(entry, "publishers", where)
+    unknown = [name for name in named if name not in publishers]
+    if unknown:
+        raise FormatError(f"there is no publisher {unknown[0]!r}", path=where)
+    threshold = entry.get("threshold", 1)
+    if type(threshold) is not int or not 1 <= threshold <= len(set(named)):
+        raise FormatError(
+            f"threshold is {threshold!r}, expected 1 to {len(set(named))}: so many publishers "
+            "are named",
+            path=where,
+        )
+    signing = tuple(publishers[name] for name in dict.fromkeys(named))
+    if threshold > 1 and sum(len(one.keys) for one in signing) > len(
+        {key for one in signing for key in one.keys}
+    ):
+        raise FormatError(
+            f"threshold is {threshold}, and two of its publishers have a key in common: one "
+            "signature would count for both",
+            path=where,
+        )
+    return Rule(models, signing, threshold, _formats(entry, where))
+
+
+def _problem_of(pattern: str) -> str:
+    """Return why a pattern can match no name of a model, "" if it can.
+
+    Such a rule would be skipped: a later one, or the default, would count in its place.
+    """
+    host, slash, path = pattern.partition("/")
+    if pattern != pattern.lower():
+        return "names are in lower case"
+    if _IPV6.match(host):
+        return f"'[' begins a set of characters: write [[]{pattern[1:]}"
+    if ":" in path or "@" in path:
+        return "a rule is about repositories, which have no tag and no digest"
+    if not slash and "*" not in pattern:
+        return "write registry/repository"
+    if not slash or set(host) & set("*?["):
+        return ""
+    try:
+        registry = Reference.parse(f"{host}/a/a").registry
+    except InvalidReferenceError:
+        return f"{host!r} is no registry"
+    return "" if registry == host else f"names are in full, and begin with {registry}/"
+
+
+def _formats(entry: dict[str, Any], where: str) -> tuple[SignatureKind, ...]:
+    if "formats" not in entry:
+        return MANIFEST_FORMATS
+    named = _texts(entry, "formats", where)
+    unknown = [name for name in named if name not in tuple(SignatureKind)]
+    if unknown:
+        raise FormatError(
+            f"{unknown[0]!r} is not a format of signatures; expected {', '.join(SignatureKind)}",
+            path=where,
+        )
+    return tuple(SignatureKind(name) for name in named)
+
+
+def _table(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise FormatError("is not a table", path=where)
+    return value
+
+
+def _check_fields(value: Any, known: set[str], where: str) -> None:
+    """Refuse what is not known: a misspelled rule would trust more, or less, than was meant."""
+    unknown = sorted(_table(value, where).keys() - known)
+    if unknown:
+        expected = ", ".join(sorted(known))
+        raise FormatError(f"has an unknown field {unknown[0]!r}: expected {expected}", path=where)
+
+
+def _texts(value: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
+    found = value.get(key)
+    if not isinstance(found, list) or not found or not all(isinstance(one, str) for one in found):
+        raise FormatError(f"{key} is not an array of one text or more", path=where)
+    return tuple(found)

@@ -1,0 +1,204 @@
+"""Finding the signatures of a model where it is, and checking them with public keys.
+
+Cosign's are under its tag; sigstore bundles are attached to the model, and sign its manifest (as
+cosign) or its files (as OpenSSF model signing). A manifest holds the digests of all files, and
+whoever has the model verified those: nothing is read again. Unless the caller names other formats,
+only those count that cover the manifest: the files alone are not all of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.manifest import Manifest
+from modelpack.artifacts.model import Model
+from modelpack.errors import (
+    FormatError,
+    IntegrityError,
+    NotFoundError,
+    UntrustedError,
+)
+from modelpack.storage import ReferrerSource, read_blob
+from modelpack.trust.keys import PublicKey
+from modelpack.trust.model_signing import check_model, names_manifest
+from modelpack.trust.sigstore_bundle import BUNDLE_TYPES, COSIGN_SIGN, MODEL_SIGNING, Bundle
+from modelpack.trust.simple_signing import PAYLOAD, SimpleSignature, signature_tag
+
+#: Whoever may write to a repository may put signatures there: there has to be an end.
+MAX_SIGNATURES: Final = 200
+# Where a registry has no referrers API, cosign lists its bundles by the type of their config.
+_LISTED_AS: Final = (*BUNDLE_TYPES, media_types.OCI_EMPTY, None)
+
+
+class SignatureKind(StrEnum):
+    """How a signature is written."""
+
+    COSIGN = "cosign"  # simple signing, under cosign's tag
+    BUNDLE = "bundle"  # a sigstore bundle over the manifest
+    MODEL_SIGNING = "model-signing"  # a sigstore bundle by OpenSSF over the files, and the manifest
+    FILES = "model-signing-files"  # the same over the files alone, as OpenSSF's own tool signs
+
+
+#: The formats that cover the manifest, and with it all that a model is: what counts by default, and
+#: what can be written.
+MANIFEST_FORMATS: Final = (
+    SignatureKind.COSIGN,
+    SignatureKind.BUNDLE,
+    SignatureKind.MODEL_SIGNING,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A signature that was verified: by which key, and the manifest that holds it."""
+
+    key: PublicKey
+    kind: SignatureKind
+    manifest: Descriptor
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """The signatures by the keys that were asked for, and why others do not count."""
+
+    signatures: tuple[Signature, ...]
+    refused: tuple[str, ...]
+
+    @property
+    def keys(self) -> frozenset[PublicKey]:
+        """The keys that signed."""
+        return frozenset(one.key for one in self.signatures)
+
+
+def find_signatures(
+    source: ReferrerSource,
+    subject: Descriptor,
+    model: Callable[[], Model],
+    keys: Collection[PublicKey],
+    *,
+    tagged: bool,
+    formats: Collection[SignatureKind] = MANIFEST_FORMATS,
+) -> Findings:
+    """Return which of `keys` signed the manifest `subject`, or the files of its `model`.
+
+    With `tagged`, cosign's tag is looked at, too. A signature that is broken, by somebody else or
+    of none of the `formats` does not count and keeps none from counting; that the source cannot be
+    read is an error.
+    """
+    found: list[Signature] = []
+    refused: list[str] = []
+    for manifest, kind, check in _candidates(source, subject, model, refused, tagged):
+        if kind not in formats:
+            refused.append(f"{kind} signature {manifest.digest.short}: {_not_accepted(kind)}")
+            continue
+        try:
+            by = [key for key in keys if check(key)]
+        except (FormatError, IntegrityError) as error:
+            refused.append(str(error))
+            continue
+        found += [Signature(key, kind, manifest) for key in by]
+        if not by:
+            refused.append(f"{kind} signature {manifest.digest.short}: by none of the keys")
+    return Findings(tuple(found), tuple(refused))
+
+
+def is_signed_under_tag(source: ReferrerSource, subject: Descriptor, key: PublicKey) -> bool:
+    """Return whether there is a signature of the manifest by `key` under cosign's tag."""
+    return any(signature.is_signed_by(key) for _, signature in _under_tag(source, subject, []))
+
+
+def _not_accepted(kind: SignatureKind) -> str:
+    if kind is SignatureKind.FILES:
+        return f"covers the files and not the manifest, and the format {kind} is not accepted"
+    return "its format is not accepted"
+
+
+_Check = Callable[[PublicKey], bool]
+
+
+def _candidates(
+    source: ReferrerSource,
+    subject: Descriptor,
+    model: Callable[[], Model],
+    refused: list[str],
+    tagged: bool,
+) -> Iterator[tuple[Descriptor, SignatureKind, _Check]]:
+    attached = [one for one in source.referrers(subject.digest) if one.artifact_type in _LISTED_AS]
+    if len(attached) > MAX_SIGNATURES:
+        raise UntrustedError(
+            f"{subject.digest}: {len(attached)} bundles are attached to it, expected at most "
+            f"{MAX_SIGNATURES}",
+            hint="somebody fills the list: see `modelpack referrers` and `detach`",
+        )
+    for referrer in attached:
+        try:
+            candidate = _bundle(source, referrer, subject, model)
+        except (FormatError, IntegrityError, NotFoundError) as error:
+            refused.append(str(error))
+            continue
+        if candidate is not None:
+            yield (referrer, *candidate)
+    if tagged:
+        for manifest, signature in _under_tag(source, subject, refused):
+            yield manifest, SignatureKind.COSIGN, signature.is_signed_by
+
+
+def _bundle(
+    source: ReferrerSource,
+    referrer: Descriptor,
+    subject: Descriptor,
+    model: Callable[[], Model],
+) -> tuple[SignatureKind, _Check] | None:
+    """Return what a bundle says; None for one that is no signature, but an attestation."""
+    what = f"bundle {referrer.digest.short}"
+    manifest = Manifest.parse(source.fetch_manifest(referrer), what)
+    if [layer.media_type in BUNDLE_TYPES for layer in manifest.layers] != [True]:
+        return None
+    bundle = Bundle.parse(read_blob(source, manifest.layers[0]), what)
+    statement = bundle.statement
+    if statement.predicate_type == COSIGN_SIGN:
+        if not statement.is_about(subject.digest):
+            raise IntegrityError(f"{what}: signs {statement.subjects[0].digest}, another manifest")
+        return SignatureKind.BUNDLE, bundle.envelope.is_signed_by
+    if statement.predicate_type != MODEL_SIGNING:
+        return None
+
+    def signs_files(key: PublicKey) -> bool:
+        if not bundle.envelope.is_signed_by(key):
+            return False
+        check_model(statement, model())
+        return True
+
+    kind = SignatureKind.MODEL_SIGNING if names_manifest(statement) else SignatureKind.FILES
+    return kind, signs_files
+
+
+def _under_tag(
+    source: ReferrerSource, subject: Descriptor, refused: list[str]
+) -> Iterator[tuple[Descriptor, SimpleSignature]]:
+    tag = signature_tag(subject.digest)
+    try:
+        descriptor = source.resolve(tag)
+        manifest = Manifest.parse(source.fetch_manifest(descriptor), tag)
+    except NotFoundError:
+        return
+    except (FormatError, IntegrityError) as error:
+        refused.append(str(error))
+        return
+    for layer in manifest.layers[:MAX_SIGNATURES]:
+        if layer.media_type != PAYLOAD:
+            continue
+        what = f"cosign signature {layer.digest.short}"
+        try:
+            signature = SimpleSignature.parse(read_blob(source, layer), layer, what)
+            if signature.digest != subject.digest:
+                raise IntegrityError(f"{what}: signs {signature.digest}, another manifest")
+        except (FormatError, IntegrityError, NotFoundError) as error:
+            refused.append(str(error))
+            continue
+        yield descriptor, signature

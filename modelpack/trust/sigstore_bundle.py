@@ -1,0 +1,209 @@
+"""in-toto statements: what is said (a predicate) about what (subjects, by digest).
+
+Source: in-toto/attestation, spec/v1/statement.md.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from modelpack.artifacts import media_types
+from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.json_document import decode_object, encode
+from modelpack.artifacts.manifest import Manifest
+from modelpack.errors import FormatError, InvalidDigestError
+from modelpack.trust.keys import PrivateKey, PublicKey
+
+STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
+PAYLOAD_TYPE: Final = "application/vnd.in-toto+json"
+#: "This is signed", nothing more: what `cosign sign` says in a bundle.
+COSIGN_SIGN: Final = "https://sigstore.dev/cosign/sign/v1"
+#: The files of a model, by OpenSSF model signing 1.0.
+MODEL_SIGNING: Final = "https://model_signing/signature/v1.0"
+#: The report of a smoke test (in-toto/attestation, spec/predicates/test-result.md).
+TEST_RESULT: Final = "https://in-toto.io/attestation/test-result/v0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a statement is about; its name may be empty."""
+
+    digest: Digest
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A predicate of a type about subjects."""
+
+    subjects: tuple[Subject, ...]
+    predicate_type: str
+    predicate: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def parse(cls, raw: bytes, what: str) -> Statement:
+        """Return the statement in `raw`; raise `FormatError`."""
+        value = decode_object(raw, what)
+        if value.get("_type") != STATEMENT_TYPE:
+            raise FormatError(f"is a {value.get('_type')!r}, expected {STATEMENT_TYPE}", path=what)
+        try:
+            subjects = tuple(_subject(one) for one in value["subject"])
+            kind, predicate = value["predicateType"], value.get("predicate") or {}
+        except (KeyError, TypeError, AttributeError, InvalidDigestError):
+            raise FormatError("is not an in-toto statement", path=what) from None
+        if not subjects or not isinstance(kind, str) or not isinstance(predicate, dict):
+            raise FormatError("is not an in-toto statement", path=what)
+        return cls(subjects, kind, predicate)
+
+    def encode(self) -> bytes:
+        """Return the statement's bytes; the same statement gives the same bytes."""
+        value: dict[str, Any] = {
+            "_type": STATEMENT_TYPE,
+            "subject": [
+                ({"name": one.name} if one.name else {})
+                | {"digest": {one.digest.algorithm: one.digest.encoded}}
+                for one in self.subjects
+            ],
+            "predicateType": self.predicate_type,
+            "predicate": dict(self.predicate),
+        }
+        return encode(value)
+
+    def is_about(self, digest: Digest) -> bool:
+        """Return whether one of the subjects has this digest."""
+        return any(one.digest == digest for one in self.subjects)
+
+
+def _subject(value: Any) -> Subject:
+    """Return the subject; of several digests, SHA-256 is the one that registries use."""
+    digests = value["digest"]
+    algorithm = "sha256" if "sha256" in digests else "sha512"
+    return Subject(Digest.parse(f"{algorithm}:{digests[algorithm]}"), str(value.get("name", "")))
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A payload with its type and its signatures."""
+
+    payload: bytes
+    payload_type: str
+    signatures: tuple[bytes, ...]
+
+    @classmethod
+    def signed(cls, payload: bytes, payload_type: str, key: PrivateKey) -> Envelope:
+        """Return the envelope of a payload that `key` signs."""
+        return cls(payload, payload_type, (key.sign(pre_authentication(payload_type, payload)),))
+
+    @classmethod
+    def parse(cls, value: Any, what: str) -> Envelope:
+        """Return the envelope of a decoded JSON object; raise `FormatError`."""
+        try:
+            signatures = tuple(decoded(one["sig"]) for one in value["signatures"])
+            envelope = cls(decoded(value["payload"]), str(value["payloadType"]), signatures)
+        except (KeyError, TypeError, ValueError):
+            raise FormatError("is not a DSSE envelope", path=what) from None
+        return envelope
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the envelope as a JSON object."""
+        return {
+            "payload": base64.b64encode(self.payload).decode(),
+            "payloadType": self.payload_type,
+            "signatures": [{"sig": base64.b64encode(one).decode()} for one in self.signatures],
+        }
+
+    def is_signed_by(self, key: PublicKey) -> bool:
+        """Return whether one of the signatures is by `key`."""
+        content = pre_authentication(self.payload_type, self.payload)
+        return any(key.verifies(signature, content) for signature in self.signatures)
+
+
+def pre_authentication(payload_type: str, payload: bytes) -> bytes:
+    """Return the bytes that a signature is over (DSSE protocol, "Signature Definition")."""
+    kind = payload_type.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+
+
+def decoded(text: Any) -> bytes:
+    """Return what base64 `text` stands for; raise `ValueError` for anything else."""
+    if not isinstance(text, str):
+        raise ValueError("is not a string")
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError(str(error)) from None
+
+
+BUNDLE: Final = "application/vnd.dev.sigstore.bundle.v0.3+json"
+#: How others write the same type.
+BUNDLE_TYPES: Final = (
+    BUNDLE,
+    "application/vnd.dev.sigstore.bundle+json;version=0.3",
+    "application/vnd.dev.sigstore.bundle+json;version=0.2",
+    "application/vnd.dev.sigstore.bundle+json;version=0.1",
+)
+CONTENT: Final = "dev.sigstore.bundle.content"
+PREDICATE_TYPE: Final = "dev.sigstore.bundle.predicateType"
+_EMPTY: Final = b"{}"
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A signed statement. Certificates and logs in it are not looked at: keys are what counts."""
+
+    envelope: Envelope
+    statement: Statement
+
+    @classmethod
+    def parse(cls, raw: bytes, what: str) -> Bundle:
+        """Return the bundle in `raw`, not verified; raise `FormatError`."""
+        value = decode_object(raw, what)
+        if value.get("mediaType") not in BUNDLE_TYPES:
+            raise FormatError(f"is a {value.get('mediaType')!r}, expected {BUNDLE}", path=what)
+        if "dsseEnvelope" not in value:
+            raise FormatError("holds no DSSE envelope", path=what)
+        envelope = Envelope.parse(value["dsseEnvelope"], what)
+        if len(envelope.signatures) != 1:  # the format demands it, and checking many takes long
+            count = len(envelope.signatures)
+            raise FormatError(f"has {count} signatures, expected 1", path=what)
+        if envelope.payload_type != PAYLOAD_TYPE:
+            raise FormatError(
+                f"its payload is {envelope.payload_type!r}, expected {PAYLOAD_TYPE}", path=what
+            )
+        return cls(envelope, Statement.parse(envelope.payload, what))
+
+
+def signed_bundle(statement: Statement, key: PrivateKey) -> bytes:
+    """Return the bytes of a bundle in which `key` signs the statement."""
+    public = key.public
+    hint = public.pem_hint if statement.predicate_type == MODEL_SIGNING else public.hint
+    envelope = Envelope.signed(statement.encode(), PAYLOAD_TYPE, key)
+    material: Mapping[str, Any] = {"publicKey": {"hint": hint}, "tlogEntries": []}
+    return encode(
+        {
+            "mediaType": BUNDLE,
+            "verificationMaterial": material,
+            "dsseEnvelope": envelope.to_json(),
+        }
+    )
+
+
+def bundle_manifest(
+    bundle: bytes, predicate_type: str, subject: Descriptor
+) -> tuple[Manifest, Mapping[Descriptor, bytes]]:
+    """Return the manifest that attaches a bundle to `subject`, and its blobs."""
+    layer = Descriptor(BUNDLE, Digest.of(bundle), len(bundle))
+    config = Descriptor(media_types.OCI_EMPTY, Digest.of(_EMPTY), len(_EMPTY))
+    manifest = Manifest.build(
+        config,
+        (layer,),
+        artifact_type=BUNDLE,
+        subject=Descriptor(subject.media_type, subject.digest, subject.size),
+        annotations={CONTENT: "dsse-envelope", PREDICATE_TYPE: predicate_type},
+    )
+    return manifest, {layer: bundle, config: _EMPTY}
