@@ -39,7 +39,7 @@ How a model runs is found when it is loaded, and tested on its real weights:
 
 Recurrent layers always run sequence by sequence in a prompt, and as one group when decoding.
 Prefixes of these models are shared up to a snapshot of their state
-([how](serving.md#how-it-works)).
+([how](engine.md#prefix-caching)).
 
 | architecture | tier | prefixes shared | layers | |
 |---|---|---|---|---|
