@@ -26,7 +26,7 @@ from modelpack.errors import NotFoundError, UnsafePathError, UnsupportedError, U
 from modelpack.operations.find import find_model
 from modelpack.operations.package import as_single_files, is_of_single_files, package
 from modelpack.operations.remote import RemoteOptions, open_repository
-from modelpack.operations.transfer import transfer
+from modelpack.operations.transfer import TransferOptions, transfer_model
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
 from modelpack.storage import BlobReader, BlobSource, BytesBlob, Source, Watch, watching
 from modelpack.store.layout import LayoutStore
@@ -333,25 +333,10 @@ def convert(
             model = as_single_files(model, store, watch)
         image = image_of(model, store, watch, platforms=platforms, named=named)
         document = image.document
+        how = TransferOptions(watch, options.concurrency)
         if push:
             with open_repository(where, options, watch, writes=True) as repository:
-                transfer(
-                    image,
-                    repository,
-                    document.descriptor,
-                    document.raw,
-                    where.tag,
-                    concurrency=options.concurrency,
-                    watch=watch,
-                )
+                transfer_model(image, repository, document.descriptor, document.raw, where.tag, how)
         else:
-            transfer(
-                image,
-                store,
-                document.descriptor,
-                document.raw,
-                str(where),
-                concurrency=options.concurrency,
-                watch=watch,
-            )
+            transfer_model(image, store, document.descriptor, document.raw, str(where), how)
     return Converted(where, document.digest)

@@ -9,7 +9,7 @@ from modelpack.artifacts.reference import Reference
 from modelpack.hub.reference import HubReference
 from modelpack.operations.remote import RemoteOptions, open_repository
 from modelpack.operations.sources import open_source
-from modelpack.operations.transfer import Transfer, transfer, transfer_referrers
+from modelpack.operations.transfer import Transfer, TransferOptions, transfer_model
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.storage import watching
 
@@ -51,22 +51,10 @@ def copy(
     watch = watching(progress, stop)
     with (
         open_source(source, source_options or options, watch) as opened,
-        open_repository(where, options, watch, writes=True) as writing,
+        open_repository(where, options, watch, writes=True) as repository,
     ):
-        reading, descriptor, raw = opened.source, opened.descriptor, opened.raw
-        done = transfer(
-            reading,
-            writing,
-            descriptor,
-            raw,
-            None if with_referrers else where.tag,
-            concurrency=options.concurrency,
-            watch=watch,
+        how = TransferOptions(watch, options.concurrency, with_referrers)
+        done = transfer_model(
+            opened.source, repository, opened.descriptor, opened.raw, where.tag, how
         )
-        about: tuple[Transfer, ...] = ()
-        if with_referrers:
-            about = transfer_referrers(
-                reading, writing, descriptor, raw, concurrency=options.concurrency, watch=watch
-            )
-            writing.write_manifest(descriptor, raw, where.tag)
-    return Copied(opened.local, where, descriptor.digest, done, about)
+    return Copied(opened.local, where, opened.descriptor.digest, done.model, done.referrers)

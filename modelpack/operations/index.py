@@ -16,7 +16,7 @@ from modelpack.errors import NotFoundError, UsageError
 from modelpack.operations.lookup import check_whole, stored_model
 from modelpack.operations.remote import RemoteOptions, open_repository
 from modelpack.operations.sources import open_source
-from modelpack.operations.transfer import Transfer, transfer
+from modelpack.operations.transfer import Transfer, TransferOptions, transfer_model
 from modelpack.operations.variants import described_variant, fetch_variant
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.storage import Source, Watch, read_blob, watching
@@ -81,20 +81,12 @@ def create_index(
             store.write_manifest(index.descriptor, index.raw, str(where))
             return Indexed(where, index)
         target = stack.enter_context(open_repository(where, options, watch, writes=True))
+        how = TransferOptions(watch, options.concurrency)
         done = []
         for source, model in found:
             raw = model.manifest.raw
-            done.append(
-                transfer(
-                    source,
-                    target,
-                    model.descriptor,
-                    raw,
-                    None,
-                    concurrency=options.concurrency,
-                    watch=watch,
-                )
-            )
+            copied = transfer_model(source, target, model.descriptor, raw, None, how)
+            done.append(copied.model)
         target.write_manifest(index.descriptor, index.raw, where.tag)
     return Indexed(where, index, tuple(done))
 

@@ -17,7 +17,7 @@ from modelpack.hub.reference import HubReference
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.selection import Selection
 from modelpack.operations.sources import open_source
-from modelpack.operations.transfer import Transfer, transfer, transfer_blobs, transfer_referrers
+from modelpack.operations.transfer import Transfer, TransferOptions, transfer_model
 from modelpack.operations.variants import fetch_variant
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.storage import ReferrerSource, Source, Watch, read_blob, watching
@@ -88,20 +88,18 @@ def pull(
             blobs = document.unique_blobs
             if selection is not None and not selection.is_everything:
                 blobs = _selected(source, document, origin, selection)
-            done = transfer_blobs(
-                source, store, descriptor, blobs, concurrency=options.concurrency, watch=watch
-            )
             partial = len(blobs) < len(document.unique_blobs)
-            store.write_manifest(descriptor, raw, name, origin=origin.name, partial=partial)
-            _keep(signatures, source, store, watch)
-            about: tuple[Transfer, ...] = ()
+
+            def write() -> None:
+                store.write_manifest(descriptor, raw, name, origin=origin.name, partial=partial)
+                _store_signatures(signatures, source, store, watch)
+
+            how = TransferOptions(watch, options.concurrency, with_referrers, blobs, write)
+            done = transfer_model(source, store, descriptor, raw, name, how)
             if with_referrers:
-                about = transfer_referrers(
-                    source, store, descriptor, raw, concurrency=options.concurrency, watch=watch
-                )
-                store.note_origin([one.descriptor.digest for one in about], origin.name)
+                store.note_origin([one.descriptor.digest for one in done.referrers], origin.name)
             missing = store.missing(descriptor)
-    return Pulled(where, descriptor.digest, done, missing, about)
+    return Pulled(where, descriptor.digest, done.model, missing, done.referrers)
 
 
 def _target(to: str | Reference) -> Reference:
@@ -131,15 +129,15 @@ def _trusted_signatures(
     )
 
 
-def _keep(
+def _store_signatures(
     signatures: Sequence[Signature], source: ReferrerSource, store: LayoutStore, watch: Watch
 ) -> None:
-    """Have the signatures that are attached in the store, too: it asks no registry for them."""
+    """Store attached signatures with the model: later checks read them without a registry."""
     held = {one.manifest.digest: one.manifest for one in signatures}
     for manifest in held.values():
         raw = source.fetch_manifest(manifest)
         if parse_manifest_or_index(raw, str(manifest.digest)).subject is not None:
-            transfer(source, store, manifest, raw, None, concurrency=1, watch=watch)
+            transfer_model(source, store, manifest, raw, None, TransferOptions(watch))
 
 
 def _model(source: Source, manifest: Manifest, where: Reference | None) -> Model:

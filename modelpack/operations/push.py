@@ -8,7 +8,7 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.reference import Reference
 from modelpack.operations.lookup import check_whole, stored_model
 from modelpack.operations.remote import RemoteOptions, open_repository
-from modelpack.operations.transfer import Transfer, transfer, transfer_referrers
+from modelpack.operations.transfer import Transfer, TransferOptions, transfer_model
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.storage import ReferrerSource, Watch, watching
 from modelpack.store.layout import LayoutStore
@@ -67,19 +67,6 @@ def push_from(
     descriptor = source.resolve(name)
     raw = source.fetch_manifest(descriptor)
     with open_repository(where, options, watch, writes=True) as repository:
-        done = transfer(
-            source,
-            repository,
-            descriptor,
-            raw,
-            None if with_referrers else where.tag,
-            concurrency=options.concurrency,
-            watch=watch,
-        )
-        about: tuple[Transfer, ...] = ()
-        if with_referrers:
-            about = transfer_referrers(
-                source, repository, descriptor, raw, concurrency=options.concurrency, watch=watch
-            )
-            repository.write_manifest(descriptor, raw, where.tag)
-    return Pushed(where, descriptor.digest, done, about)
+        how = TransferOptions(watch, options.concurrency, with_referrers)
+        done = transfer_model(source, repository, descriptor, raw, where.tag, how)
+    return Pushed(where, descriptor.digest, done.model, done.referrers)

@@ -25,7 +25,7 @@ from modelpack.operations.remote import (
     fetch_referenced_manifest,
     open_repository,
 )
-from modelpack.operations.transfer import transfer
+from modelpack.operations.transfer import TransferOptions, transfer_model
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
 from modelpack.storage import BlobReader, BlobSource, Watch, watching
 from modelpack.store.file_copy import hash_file
@@ -208,23 +208,15 @@ def attach(
         subject = store.resolve(_subject_named(where))
         manifest = manifest_about(subject)
         with store.lease(()):
-            transfer(
-                source, store, manifest.descriptor, manifest.raw, None, concurrency=1, watch=watch
-            )
+            how = TransferOptions(watch)
+            transfer_model(source, store, manifest.descriptor, manifest.raw, None, how)
         return Attached(where, subject, manifest)
     options = remote or RemoteOptions()
     with open_repository(where, options, watch, writes=True) as repository:
         subject, _ = fetch_referenced_manifest(repository, where)
         manifest = manifest_about(subject)
-        transfer(
-            source,
-            repository,
-            manifest.descriptor,
-            manifest.raw,
-            None,
-            concurrency=options.concurrency,
-            watch=watch,
-        )
+        how = TransferOptions(watch, options.concurrency)
+        transfer_model(source, repository, manifest.descriptor, manifest.raw, None, how)
     return Attached(where, subject, manifest)
 
 

@@ -20,7 +20,7 @@ from modelpack.operations.remote import (
     fetch_referenced_manifest,
     open_repository,
 )
-from modelpack.operations.transfer import transfer
+from modelpack.operations.transfer import TransferOptions, transfer_model
 from modelpack.operations.variants import variants_of
 from modelpack.progress import Stop
 from modelpack.registry import Repository
@@ -156,7 +156,8 @@ def put(
 ) -> None:
     """Write a manifest that was made here, and its blobs."""
     source = BytesSource({blob.digest: content for blob, content in blobs.items()})
-    transfer(source, place, manifest.descriptor, manifest.raw, tag, concurrency=1, watch=watch)
+    how = TransferOptions(watch)
+    transfer_model(source, place, manifest.descriptor, manifest.raw, tag, how)
 
 
 @contextmanager

@@ -1,17 +1,22 @@
-"""Run the independent parts of one call side by side, and stop them together."""
+"""Transfer models between stores, registries and the hub: `transfer_model` serves every verb.
+
+Push, pull, copy and all verbs that write what they made call it; a `Source` and a `Target` hide
+whether a model is on disk, in a registry or in memory. `run_all` runs independent parts of one call
+in threads and stops them together.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar
 
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
-from modelpack.artifacts.manifest import Index, Manifest, parse_manifest_or_index
+from modelpack.artifacts.manifest import Index, parse_manifest_or_index
 from modelpack.errors import UnsupportedError
 from modelpack.progress import Action, Progress, Stop
 from modelpack.storage import Outcome, ReferrerSource, Source, Target, Watch
@@ -44,14 +49,33 @@ def run_all(tasks: Sequence[Callable[[], T]], workers: int, stop: Stop) -> list[
             raise
 
 
-#: Manifests of one index, and how deep indexes may be in it.
+#: The largest number of manifests that one index may lead to, and the deepest nesting of indexes.
 MAX_MANIFESTS: Final = 1_000
 MAX_DEPTH: Final = 4
+#: The largest number of referrers of one model. Anyone with write access to a repository may attach
+#: manifests to a model in it, so the number has to be bounded.
+MAX_REFERRERS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class TransferOptions:
+    """How to transfer a model: `concurrency` blobs at a time, reporting to `watch`.
+
+    `with_referrers` adds signatures and other referrers, before the tag is set. `blobs` limits the
+    transfer to these blobs of a manifest. `write` replaces the target's `write_manifest` and the
+    tag for a target that keeps more than both; referrers then follow the tag.
+    """
+
+    watch: Watch
+    concurrency: int = 1
+    with_referrers: bool = False
+    blobs: Sequence[Descriptor] | None = None
+    write: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """What a transfer did. `bytes_written` counts blobs that had to be sent or stored."""
+    """The blobs of one manifest, counted; `bytes_written` counts those that were sent or stored."""
 
     descriptor: Descriptor
     written: int
@@ -60,151 +84,133 @@ class Transfer:
     bytes_written: int
 
 
-def transfer(
+@dataclass(frozen=True, slots=True)
+class TransferredModel:
+    """A transferred model, and each of its referrers that was transferred with it."""
+
+    model: Transfer
+    referrers: tuple[Transfer, ...] = ()
+
+
+def transfer_model(
     source: Source,
     target: Target,
     descriptor: Descriptor,
     raw: bytes,
     name: str | None,
-    *,
-    concurrency: int,
-    watch: Watch,
-) -> Transfer:
-    """Have the manifest `raw` and all it names in `target`, tagged `name`; return what was done.
+    options: TransferOptions,
+) -> TransferredModel:
+    """Transfer the manifest or index `raw` and all that it lists to `target`, tagged `name`.
 
-    Blobs first, the manifest last, so that a target never shows a model with a part missing. The
-    manifests of an index are brought before the index itself, each once. Raises `UnsupportedError`
-    for indexes that are nested too deeply or list too much.
+    Blobs come first, then the manifest, then referrers if `options` ask for them; the tag is set
+    last, so that a target never shows an incomplete model. The manifests of an index precede the
+    index, each once. Raises `UnsupportedError` for indexes that are nested too deeply or list too
+    much.
     """
-    return _transfer(source, target, descriptor, raw, name, concurrency, watch, 0, set())
-
-
-def _transfer(
-    source: Source,
-    target: Target,
-    descriptor: Descriptor,
-    raw: bytes,
-    name: str | None,
-    concurrency: int,
-    watch: Watch,
-    depth: int,
-    done: set[Digest],
-) -> Transfer:
-    done.add(descriptor.digest)
-    if depth > MAX_DEPTH or len(done) > MAX_MANIFESTS:
-        raise UnsupportedError(
-            f"{descriptor.digest}: an index may hold {MAX_MANIFESTS} manifests, and indexes "
-            f"{MAX_DEPTH} deep"
-        )
-    document = parse_manifest_or_index(
-        raw, f"manifest {descriptor.digest}", media_type=descriptor.media_type
-    )
-    if isinstance(document, Index):
-        counts = [
-            _transfer(
-                source,
-                target,
-                child,
-                source.fetch_manifest(child),
-                None,
-                concurrency,
-                watch,
-                depth + 1,
-                done,
-            )
-            for child in document.manifests
-            if child.digest not in done
-        ]
+    tree = _ManifestTree(source, target, options)
+    if not options.with_referrers:
+        return TransferredModel(tree.transfer(descriptor, raw, name))
+    assert isinstance(source, ReferrerSource)
+    model = tree.transfer(descriptor, raw, None)
+    referrers = _transfer_referrers(source, target, descriptor, raw, options)
+    if options.write is None:
         target.write_manifest(descriptor, raw, name)
+    return TransferredModel(model, referrers)
+
+
+@dataclass(frozen=True, slots=True)
+class _ManifestTree:
+    """A manifest or an index on its way, and the digests that were transferred already."""
+
+    source: Source
+    target: Target
+    options: TransferOptions
+    done: set[Digest] = field(default_factory=set)
+
+    def transfer(
+        self, descriptor: Descriptor, raw: bytes, name: str | None, depth: int = 0
+    ) -> Transfer:
+        self.done.add(descriptor.digest)
+        if depth > MAX_DEPTH or len(self.done) > MAX_MANIFESTS:
+            raise UnsupportedError(
+                f"{descriptor.digest}: an index may hold {MAX_MANIFESTS} manifests, and indexes "
+                f"{MAX_DEPTH} deep"
+            )
+        document = parse_manifest_or_index(
+            raw, f"manifest {descriptor.digest}", media_type=descriptor.media_type
+        )
+        if isinstance(document, Index):
+            counts = [
+                self.transfer(child, self.source.fetch_manifest(child), None, depth + 1)
+                for child in document.manifests
+                if child.digest not in self.done
+            ]
+            done = Transfer(
+                descriptor,
+                sum(count.written for count in counts),
+                sum(count.existed for count in counts),
+                sum(count.mounted for count in counts),
+                sum(count.bytes_written for count in counts),
+            )
+        else:
+            blobs = self.options.blobs
+            wanted = document.unique_blobs if blobs is None else blobs
+            done = self._transfer_blobs(descriptor, wanted)
+        if self.options.write is None:
+            self.target.write_manifest(descriptor, raw, name)
+        else:
+            self.options.write()
+        return done
+
+    def _transfer_blobs(self, descriptor: Descriptor, wanted: Iterable[Descriptor]) -> Transfer:
+        # The largest first: the last to finish decides how long it all takes.
+        blobs = sorted(wanted, key=lambda blob: blob.size, reverse=True)
+        tasks = [partial(self._transfer_blob, blob) for blob in blobs]
+        outcomes = run_all(tasks, self.options.concurrency, self.options.watch.stop)
+        count = Counter(outcomes)
+        sizes = zip(blobs, outcomes, strict=True)
         return Transfer(
             descriptor,
-            sum(count.written for count in counts),
-            sum(count.existed for count in counts),
-            sum(count.mounted for count in counts),
-            sum(count.bytes_written for count in counts),
+            count[Outcome.WRITTEN],
+            count[Outcome.EXISTED],
+            count[Outcome.MOUNTED],
+            sum(blob.size for blob, outcome in sizes if outcome is Outcome.WRITTEN),
         )
-    return _transfer_manifest(source, target, document, descriptor, name, concurrency, watch)
+
+    def _transfer_blob(self, blob: Descriptor) -> Outcome:
+        watch = self.options.watch
+        watch.stop.check()
+        name = blob.filepath or blob.digest.short
+        if self.target.has_blob(blob):
+            watch.report(Progress(Action.SKIP, name, blob.digest, blob.size, blob.size))
+            return Outcome.EXISTED
+        mount = getattr(self.target, "mount_blob", None)
+        if mount is not None and mount(blob, self.source):
+            watch.report(Progress(Action.MOUNT, name, blob.digest, blob.size, blob.size))
+            return Outcome.MOUNTED
+        return self.target.write_blob(blob, self.source.blob(blob), watch)
 
 
-def _transfer_manifest(
-    source: Source,
-    target: Target,
-    manifest: Manifest,
-    descriptor: Descriptor,
-    name: str | None,
-    concurrency: int,
-    watch: Watch,
-) -> Transfer:
-    done = transfer_blobs(
-        source, target, descriptor, manifest.unique_blobs, concurrency=concurrency, watch=watch
-    )
-    target.write_manifest(descriptor, manifest.raw, name)
-    return done
-
-
-def transfer_blobs(
-    source: Source,
-    target: Target,
-    descriptor: Descriptor,
-    wanted: Iterable[Descriptor],
-    *,
-    concurrency: int,
-    watch: Watch,
-) -> Transfer:
-    """Have the `wanted` blobs of the manifest `descriptor` in `target`; return what was done."""
-    # The largest first: the last to finish decides how long it all takes.
-    blobs = sorted(wanted, key=lambda blob: blob.size, reverse=True)
-    tasks = [partial(_have_blob, source, target, blob, watch) for blob in blobs]
-    outcomes = run_all(tasks, concurrency, watch.stop)
-    count = Counter(outcomes)
-    sizes = zip(blobs, outcomes, strict=True)
-    return Transfer(
-        descriptor,
-        count[Outcome.WRITTEN],
-        count[Outcome.EXISTED],
-        count[Outcome.MOUNTED],
-        sum(blob.size for blob, outcome in sizes if outcome is Outcome.WRITTEN),
-    )
-
-
-def _have_blob(source: Source, target: Target, blob: Descriptor, watch: Watch) -> Outcome:
-    watch.stop.check()
-    name = blob.filepath or blob.digest.short
-    if target.has_blob(blob):
-        watch.report(Progress(Action.SKIP, name, blob.digest, blob.size, blob.size))
-        return Outcome.EXISTED
-    mount = getattr(target, "mount_blob", None)
-    if mount is not None and mount(blob, source):
-        watch.report(Progress(Action.MOUNT, name, blob.digest, blob.size, blob.size))
-        return Outcome.MOUNTED
-    return target.write_blob(blob, source.blob(blob), watch)
-
-
-#: Whoever may write to a repository may attach things to a model in it: there has to be an end.
-MAX_REFERRERS = 10_000
-
-
-def transfer_referrers(
+def _transfer_referrers(
     source: ReferrerSource,
     target: Target,
     descriptor: Descriptor,
     raw: bytes,
-    *,
-    concurrency: int,
-    watch: Watch,
+    options: TransferOptions,
 ) -> tuple[Transfer, ...]:
-    """Have in `target` all that is about the manifest `raw`, directly or not; it is there already.
+    """Transfer all direct and indirect referrers of the manifest `raw`, which `target` has already.
 
-    What is about the manifests of an index counts. Each subject comes before what is about it.
-    Raises `UnsupportedError` for more than `MAX_REFERRERS` manifests.
+    For an index, those of its manifests count too. Each subject precedes its referrers. Raises
+    `UnsupportedError` for more than `MAX_REFERRERS`.
     """
+    each = TransferOptions(options.watch, options.concurrency)
     done: list[Transfer] = []
     seen: set[Digest] = set()
     waiting = _subjects(descriptor, raw)
     while waiting:
         subject = waiting.pop(0)
         for referrer in source.referrers(subject):
-            watch.stop.check()
+            options.watch.stop.check()
             if referrer.digest in seen:
                 continue
             seen.add(referrer.digest)
@@ -215,17 +221,13 @@ def transfer_referrers(
                     hint="copy the model without them",
                 )
             content = source.fetch_manifest(referrer)
-            done.append(
-                transfer(
-                    source, target, referrer, content, None, concurrency=concurrency, watch=watch
-                )
-            )
+            done.append(_ManifestTree(source, target, each).transfer(referrer, content, None))
             waiting += _subjects(referrer, content)
     return tuple(done)
 
 
 def _subjects(descriptor: Descriptor, raw: bytes) -> list[Digest]:
-    """Return what others may be about: the manifest, and those that it lists if it is an index."""
+    """Return the digests whose referrers to look up: the manifest's and those an index lists."""
     document = parse_manifest_or_index(
         raw, f"manifest {descriptor.digest}", media_type=descriptor.media_type
     )

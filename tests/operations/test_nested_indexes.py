@@ -12,7 +12,7 @@ from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.errors import UnsupportedError
 from modelpack.operations.archives import archive_of
-from modelpack.operations.transfer import transfer
+from modelpack.operations.transfer import TransferOptions, transfer_model
 from modelpack.store import reachability
 from modelpack.store.layout import LayoutStore
 from tests.contract.parts import Watcher, small_model, write_model
@@ -49,8 +49,8 @@ def test_what_comes_twice_is_brought_once(tmp_path: Path) -> None:
     store, target = LayoutStore(tmp_path / "a"), LayoutStore(tmp_path / "b")
     index = nested(store, 4, times=50)
     raw, watch = store.fetch_manifest(index), Watcher().watch
-    done = transfer(store, target, index, raw, NAME, concurrency=1, watch=watch)
-    assert (done.written, target.resolve(NAME).digest) == (2, index.digest)
+    done = transfer_model(store, target, index, raw, NAME, TransferOptions(watch))
+    assert (done.model.written, target.resolve(NAME).digest) == (2, index.digest)
 
 
 def test_indexes_that_are_nested_too_deeply_are_not_brought(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_indexes_that_are_nested_too_deeply_are_not_brought(tmp_path: Path) -> N
     index = nested(store, 40, times=2)
     raw, watch = store.fetch_manifest(index), Watcher().watch
     with pytest.raises(UnsupportedError, match="4 deep"):
-        transfer(store, target, index, raw, NAME, concurrency=1, watch=watch)
+        transfer_model(store, target, index, raw, NAME, TransferOptions(watch))
     assert target.models() == target.indexes() == ()
 
 
