@@ -1,16 +1,21 @@
 """Engine: requests in, events out, one step at a time.
 
-A step is built ahead: its graph is made while the device still works on the step before, whose
-tokens never make a detour over the host. So `step` schedules and builds step N + 1, reads the
-tokens of step N, and only then launches N + 1: what step N read is free by then, and the KV pools
-are written in place. While the device works on N + 1, the host tells what the tokens of N mean.
-Where a kernel writes the pools, N + 1 is launched before N is read: the device never waits.
+The root of the package: `AsyncEngine` and the server drive it, and it drives the scheduler, the
+model runner and the sampler. Read `Engine.step` first.
 
-Masks have to see the tokens of N before they allow those of N + 1. A step with a mask in it is
-launched without its sampling, which is built last: masks are computed during the forward pass.
+The host builds the graph of step N + 1 while the device computes step N, whose tokens stay on the
+device. `Engine.step` therefore schedules and builds N + 1, collects the tokens of N, launches
+N + 1, and emits the tokens of N while the device computes N + 1. The launch comes after the
+collection because only then is the memory of N free, so that MLX writes the KV pools in place.
+Where a kernel writes the pools, N + 1 is launched before N is collected, and the device never
+waits.
 
-Speculation has to see the tokens of N before it proposes any for N + 1. A step that it is worth
-waiting for is built after N has been read, and so is the one after it.
+Masks have to see the tokens of N before they allow those of N + 1. A step with a mask is launched
+without its sampling: the masks are computed on the host during the forward pass, and the sampling
+is launched last.
+
+Speculation has to see the tokens of N before it proposes any for N + 1. If proposals are likely, N
+is collected before N + 1 is scheduled, and so is the step that verifies them.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.core.batch import build_batch
 from modelpack_engine.core.block_manager import BlockManager
 from modelpack_engine.core.metrics import StepClock
-from modelpack_engine.core.scheduler import Proposal, Scheduler
+from modelpack_engine.core.scheduler import Proposal, Scheduler, SchedulerOutput
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.precision import check_token_rows
@@ -40,12 +45,12 @@ from modelpack_engine.runner.model_layout import ModelLayout, layout_with_cache_
 from modelpack_engine.runner.model_runner import ModelRunner
 from modelpack_engine.runner.output_processor import Choices, make_choices
 from modelpack_engine.runner.step import (
+    LaunchedStep,
     NextToken,
-    Step,
-    StepTokens,
+    ScheduledStep,
+    StepResult,
     part_logits,
-    read_prompt_logprobs,
-    read_tokens,
+    read_step,
     row_token_ids,
     sample_rows,
     with_prompt_rows,
@@ -112,7 +117,7 @@ class Engine:
         )
         self.notes = (*loaded.notes, *self._runner.notes, *notes)
         self._choices = Choices(self._scheduler)
-        self._pending: Step | None = None
+        self._in_flight: LaunchedStep | None = None
         self._clock = StepClock()
         if self.config.warm_up and on_gpu():
             most = self._speculator.most_rows if self._speculator else 0
@@ -149,27 +154,21 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self._scheduler.has_work or self._pending is not None
+        return self._scheduler.has_work or self._in_flight is not None
 
     def step(self) -> list[RequestEvent]:
-        """Do one step; return what is new."""
-        clock = self._clock
-        clock.start()
-        self._read_first()
-        clock.ended("wait")
-        step = self._build()
-        clock.ended("build")
-        early = self._runner.writes_in_place
-        if early:
-            self._launch(step)
-        tokens = self._read()
-        clock.ended("wait")
-        self._mover.collect()
-        self._fail_rows(tokens)
-        if not early:
-            self._launch(step)
-        self._take(tokens)
-        self._submit(step)
+        """Run one step; return the new events."""
+        self._clock.start()
+        self._collect_for_proposals()
+        scheduled = self._schedule()
+        if self._runner.writes_in_place:
+            self._launch(scheduled)
+            result = self._collect()
+        else:  # MLX copies the pools that a step in flight still holds
+            result = self._collect()
+            self._launch(scheduled)
+        self._emit(result)
+        self._in_flight = self._finish_launch(scheduled)
         return self._choices.told()
 
     def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
@@ -184,9 +183,9 @@ class Engine:
 
         What that step had still to tell comes first.
         """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            self._scheduler.fail(pending.output)
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is not None:
+            self._scheduler.fail(in_flight.output)
         self._mover.forget()
         self._choices.fail_all(message)
         return self._choices.told()
@@ -230,99 +229,105 @@ class Engine:
     def _sample(self, logits: mx.array, rows: Tokens[SampleRow]) -> Sampled:
         return self._sampler.sample(logits, rows)
 
-    # A step's parts
+    # The phases of a step, in their order
 
-    def _read_first(self) -> None:
-        """Take the tokens in flight before the next step is built, if speculation has to see them.
+    def _collect_for_proposals(self) -> None:
+        """Collect the step in flight before the next is scheduled, if speculation needs its tokens.
 
-        It has to if some of them were proposed: how many came true is not known before.
+        It does if the step verifies proposals: how many of them are accepted is not known before.
         """
-        if self._speculator is None or self._pending is None:
+        if self._speculator is None or self._in_flight is None:
             return
         decoding = self._scheduler.decoding()
-        if not self._pending.output.proposals and not self._speculator.worth_waiting(decoding):
-            return
-        tokens = self._read()
-        self._fail_rows(tokens)
-        self._take(tokens)
+        if self._in_flight.output.proposals or self._speculator.worth_waiting(decoding):
+            self._emit(self._collect())
+            self._clock.ended("wait")
 
-    def _build(self) -> Step | None:
-        """Schedule the next step and build its graph."""
+    def _schedule(self) -> ScheduledStep | None:
+        """Schedule the next step and build its graph; return None if there is nothing to run."""
         proposed = None
-        if self._speculator is not None and self._pending is None:
+        if self._speculator is not None and self._in_flight is None:
             proposed = self._speculator.propose(self._scheduler.decoding(), self._choices.mask_of)
         output = self._scheduler.schedule(proposed)
-        self._mover.move(has_step=output is not None, in_flight=self._pending is not None)
+        self._mover.move(has_step=output is not None, in_flight=self._in_flight is not None)
         if output is None:
             self._forget(self._scheduler.take_released())
-            return None
-        self._forget(output.released)
-        for chunk in output.prefill:
-            self._introduce(chunk.sequence)
-        previous = self._pending.batch if self._pending else None
-        batch = build_batch(output, previous, self._sizes.buckets, self.config.block_size)
+        else:
+            self._forget(output.released)
+            for chunk in output.prefill:
+                self._introduce(chunk.sequence)
+        scheduled = None if output is None else self._build(output)
+        self._clock.ended("build")
+        return scheduled
+
+    def _build(self, output: SchedulerOutput) -> ScheduledStep:
+        previous = self._in_flight
+        last_batch = previous.batch if previous else None
+        batch = build_batch(output, last_batch, self._sizes.buckets, self.config.block_size)
         staging = self._runner.staging
-        turn = staging.next_turn()
-        sampled = self._pending.sampled if self._pending else None
-        token_ids = row_token_ids(batch, sampled, staging)
+        staging_step = staging.next_turn()
+        token_ids = row_token_ids(batch, previous.sampled if previous else None, staging)
         logits = self._runner.forward(with_prompt_rows(batch), token_ids)
         logits, prompt_logprobs = part_logits(batch, logits)
-        step = Step(output, batch, None, None, prompt_logprobs, turn)
-        if not batch.sample_seqs:
-            return step
+        sampled = masked_logits = None
         if any(sequence.params.mask is not None for sequence in batch.sample_seqs):
-            return replace(step, logits=logits)
-        return replace(step, sampled=self._sample(logits, sample_rows(output)))
+            masked_logits = logits
+        elif batch.sample_seqs:
+            sampled = self._sample(logits, sample_rows(output))
+        return ScheduledStep(output, batch, sampled, masked_logits, prompt_logprobs, staging_step)
 
-    def _read(self) -> StepTokens | None:
-        """Wait for the step in flight; return its tokens."""
-        if self._pending is None:
-            return None
-        # A step that fails is noticed here. Until it is taken it stays pending, for `fail_all` to
-        # account for.
-        tokens = read_tokens(self._pending)
-        if self._pending.sampled is not None:
-            self._runner.staging.read(self._pending.turn)
-        self._choices.take_prompt_logprobs(read_prompt_logprobs(self._pending))
-        return tokens
-
-    def _fail_rows(self, tokens: StepTokens | None) -> None:
-        """End the choices that have no token. What they wrote is zeroed."""
-        if tokens is None:
-            return
-        for sequence, taken in zip(tokens.step.output.sampled, tokens.tokens, strict=True):
-            if not taken:
-                self._blocks.withdraw(sequence)
-            elif taken[0].token_id == NO_TOKEN and sequence in self._choices:
-                self._runner.scrub(self._blocks.withdraw(sequence))
-                self._choices.fail_undecided(sequence)
-        if tokens.broken_slots:
-            self._runner.scrub_slots(tokens.broken_slots)
-
-    def _launch(self, step: Step | None) -> None:
-        """Have the device compute what is built of a step."""
-        if step is not None:
-            mx.async_eval(*step.arrays(), *self._runner.pools())
+    def _launch(self, scheduled: ScheduledStep | None) -> None:
+        """Let the device compute the graph of a step."""
+        if scheduled is not None:
+            mx.async_eval(*scheduled.arrays(), *self._runner.pools())
         self._clock.ended("launch")
 
-    def _take(self, tokens: StepTokens | None) -> None:
-        """Give tokens to the sequences of their step, and tell what they mean for its requests."""
-        if tokens is None:
+    def _collect(self) -> StepResult | None:
+        """Wait for the step in flight; return its tokens.
+
+        A step that failed raises here. It stays in flight until its result is emitted, so that
+        `fail_all` can account for it.
+        """
+        result = None
+        if self._in_flight is not None:
+            result = read_step(self._in_flight)
+            if self._in_flight.sampled is not None:
+                self._runner.staging.read(self._in_flight.staging_step)
+            self._choices.take_prompt_logprobs(result.prompt_logprobs)
+        self._clock.ended("wait")
+        self._mover.collect()
+        if result is not None:
+            self._fail_rows(result)
+        return result
+
+    def _fail_rows(self, result: StepResult) -> None:
+        """End the sequences without a token (NaN logits), and zero the blocks that they wrote."""
+        for sequence, tokens in zip(result.output.sampled, result.tokens, strict=True):
+            if not tokens:
+                self._blocks.withdraw(sequence)
+            elif tokens[0].token_id == NO_TOKEN and sequence in self._choices:
+                self._runner.scrub(self._blocks.withdraw(sequence))
+                self._choices.fail_undecided(sequence)
+        if result.broken_slots:
+            self._runner.scrub_slots(result.broken_slots)
+
+    def _emit(self, result: StepResult | None) -> None:
+        """Append the tokens of a step to its sequences, and emit them as events."""
+        if result is None:
             return
-        self._pending = None
-        output = tokens.step.output
-        for proposal, taken in tokens.verified():
-            self._verified(proposal, taken)
-        firsts = [taken[0].token_id if taken else None for taken in tokens.tokens]
-        for index, sequence in self._scheduler.collect(output, firsts):
-            taken = tokens.tokens[index]
-            self._choices.tell(sequence, taken[0])
-            for token in taken[1:]:
+        self._in_flight = None
+        for proposal, tokens in result.verified():
+            self._verified(proposal, tokens)
+        firsts = [tokens[0].token_id if tokens else None for tokens in result.tokens]
+        for index, sequence in self._scheduler.collect(result.output, firsts):
+            first, *others = result.tokens[index]
+            self._choices.tell(sequence, first)
+            for token in others:
                 if self._scheduler.take(sequence, token.token_id):
                     self._choices.tell(sequence, token)
 
     def _verified(self, proposal: Proposal, tokens: list[NextToken]) -> None:
-        """Take note of the tokens that a sequence with a proposal goes on with."""
+        """Record how many tokens of a proposal were accepted."""
         if proposal.sequence.is_finished:
             return
         assert self._speculator is not None
@@ -331,17 +336,18 @@ class Engine:
         self._speculator.verified(proposal, num_accepted, spoilt=not tokens)
         self._sampler.accept(proposal.sequence.seq_id, [token.token_id for token in tokens])
 
-    def _submit(self, step: Step | None) -> None:
-        """Note that the device has a step, sampled now if it waited for masks."""
-        if step is None:
-            return
-        if step.logits is not None:
-            rows, failures = masked_rows(step.output, self._choices.mask_of)
+    def _finish_launch(self, scheduled: ScheduledStep | None) -> LaunchedStep | None:
+        """Sample the logits that waited for masks; return the step that is now in flight."""
+        if scheduled is None:
+            return None
+        sampled = scheduled.sampled
+        if scheduled.masked_logits is not None:
+            rows, failures = masked_rows(scheduled.output, self._choices.mask_of)
             self._choices.fail_masks(failures)
-            step = replace(step, logits=None, sampled=self._sample(step.logits, rows))
-            mx.async_eval(*step.arrays())
-        self._scheduler.submitted(step.output)
-        self._pending = step
+            sampled = self._sample(scheduled.masked_logits, rows)
+            mx.async_eval(*sampled.arrays())
+        self._scheduler.submitted(scheduled.output)
+        return scheduled.launched(sampled)
 
     # Details
 

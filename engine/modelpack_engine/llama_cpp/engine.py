@@ -32,11 +32,10 @@ from modelpack_engine.runner.engine_protocol import run_to_end
 from modelpack_engine.runner.kv_cache_size import choose_sizes
 from modelpack_engine.runner.output_processor import Choices, make_choices
 from modelpack_engine.runner.step import (
-    Step,
-    StepTokens,
+    LaunchedStep,
+    StepResult,
     part_logits,
-    read_prompt_logprobs,
-    read_tokens,
+    read_step,
 )
 from modelpack_engine.sampling.sampler import NO_TOKEN, Sampler
 from modelpack_engine.speculation.masks import masked_rows
@@ -299,12 +298,11 @@ class LlamaCppEngine:
             rows, failures = masked_rows(output, self._choices.mask_of)
             self._choices.fail_masks(failures)
             sampled = self._sampler.sample(logits, rows)
-        step = Step(output, batch, None, sampled, prompt_logprobs)
-        tokens = read_tokens(step)
-        self._choices.take_prompt_logprobs(read_prompt_logprobs(step))
+        result = read_step(LaunchedStep(output, batch, sampled, prompt_logprobs))
+        self._choices.take_prompt_logprobs(result.prompt_logprobs)
         self._scheduler.submitted(output)  # nothing raises from here on
-        self._fail_rows(tokens)
-        self._take(tokens)
+        self._fail_rows(result)
+        self._emit(result)
         clock.ended("launch")
         return self._choices.told()
 
@@ -348,19 +346,19 @@ class LlamaCppEngine:
         wanted = (*batch.sample_rows, *batch.prompt_logprob_rows)
         return mx.array(self._context.compute(batch.token_ids, batch.positions, slots, wanted))
 
-    def _fail_rows(self, tokens: StepTokens) -> None:
-        """End the choices that have no token. Nobody goes on from what they wrote."""
-        for sequence, [token] in zip(tokens.step.output.sampled, tokens.tokens, strict=True):
+    def _fail_rows(self, result: StepResult) -> None:
+        """End the sequences without a token (NaN logits); no other continues from their cells."""
+        for sequence, [token] in zip(result.output.sampled, result.tokens, strict=True):
             if token.token_id == NO_TOKEN and not sequence.is_finished:
                 self._slots.withdraw(sequence)
                 self._choices.fail_undecided(sequence)
 
-    def _take(self, tokens: StepTokens) -> None:
-        """Give tokens to the sequences of their step, and tell what they mean for its requests."""
-        found = [token for [token] in tokens.tokens]
-        ids = [token.token_id for token in found]
-        for index, sequence in self._scheduler.collect(tokens.step.output, ids):
-            self._choices.tell(sequence, found[index])
+    def _emit(self, result: StepResult) -> None:
+        """Append the tokens of a step to its sequences, and emit them as events."""
+        tokens = [token for [token] in result.tokens]
+        token_ids = [token.token_id for token in tokens]
+        for index, sequence in self._scheduler.collect(result.output, token_ids):
+            self._choices.tell(sequence, tokens[index])
 
     # Details
 

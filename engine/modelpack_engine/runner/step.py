@@ -62,25 +62,43 @@ def verify(proposed: Tokens[int], drawn: Tokens[int], *, no_token: int) -> Verdi
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """A step whose graph is built: what was scheduled, and what it samples, if anything.
+class ScheduledStep:
+    """A scheduled step whose graph is built and not yet launched.
 
-    `logits` are of rows that are still to be sampled, which waits for masks; else None. `turn` is
-    that of the arrays that the host made for it.
+    `sampled` is None if no row is sampled, or if masks have to see the tokens of the step before:
+    then `masked_logits` are the logits that are sampled after the launch. `staging_step` is the
+    number of the step in `Staging`.
     """
 
     output: SchedulerOutput
     batch: StepBatch
-    logits: mx.array | None
     sampled: Sampled | None
+    masked_logits: mx.array | None
     prompt_logprobs: Logprobs | None
-    turn: int = 0
+    staging_step: int
 
     def arrays(self) -> list[mx.array]:
         """Return what has to be evaluated, besides the pools that the step writes."""
         parts = (self.sampled, self.prompt_logprobs)
         arrays = [array for part in parts if part is not None for array in part.arrays()]
-        return arrays if self.logits is None else [*arrays, self.logits]
+        return arrays if self.masked_logits is None else [*arrays, self.masked_logits]
+
+    def launched(self, sampled: Sampled | None) -> LaunchedStep:
+        """Return the step as the device computes it, with the tokens that it samples."""
+        return LaunchedStep(
+            self.output, self.batch, sampled, self.prompt_logprobs, self.staging_step
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step that the device computes; `sampled` is None if no row is sampled."""
+
+    output: SchedulerOutput
+    batch: StepBatch
+    sampled: Sampled | None
+    prompt_logprobs: Logprobs | None
+    staging_step: int = 0
 
 
 class NextToken(NamedTuple):
@@ -90,20 +108,23 @@ class NextToken(NamedTuple):
     logprob: TokenLogprob | None
 
 
-class StepTokens(NamedTuple):
-    """What a step sampled: for each of its sampled sequences, the tokens that count.
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The tokens of a step: for each of its sampled sequences, those that count.
 
-    None at all where a proposal spoilt its step. `broken_slots` hold keys of rejected rows, which
-    may be no numbers.
+    A sequence has none if its proposal spoilt the step. `broken_slots` hold the keys and values of
+    rejected rows, which may be NaN. `prompt_logprobs` has the next entries of each prompt whose
+    log-probabilities were requested.
     """
 
-    step: Step
+    output: SchedulerOutput
     tokens: list[list[NextToken]]
     broken_slots: list[int]
+    prompt_logprobs: list[tuple[Sequence, TokenLogprob | None]]
 
     def verified(self) -> list[tuple[Proposal, list[NextToken]]]:
-        """Return the step's proposals, and how their sequences really go on."""
-        first, proposals = len(self.step.output.decode), self.step.output.proposals
+        """Return the step's proposals with the tokens that their sequences continue with."""
+        first, proposals = len(self.output.decode), self.output.proposals
         tokens = self.tokens[first : first + len(proposals)]
         return list(zip(proposals, tokens, strict=True))
 
@@ -172,8 +193,13 @@ def _gather_prompt_logprobs(batch: StepBatch, logits: mx.array) -> Logprobs:
     return gather_logprobs(logits, mx.array(next_prompt_tokens(batch), mx.int32), num_top)
 
 
-def read_prompt_logprobs(step: Step) -> list[tuple[Sequence, TokenLogprob | None]]:
-    """Return log-probabilities of tokens of prompts, with the sequences whose they are."""
+def read_step(step: LaunchedStep) -> StepResult:
+    """Wait for a step; return its tokens, with log-probabilities where they were requested."""
+    tokens, broken_slots = _read_tokens(step)
+    return StepResult(step.output, tokens, broken_slots, _read_prompt_logprobs(step))
+
+
+def _read_prompt_logprobs(step: LaunchedStep) -> list[tuple[Sequence, TokenLogprob | None]]:
     if step.prompt_logprobs is None:
         return []
     sequences = step.batch.prompt_logprob_seqs
@@ -182,10 +208,10 @@ def read_prompt_logprobs(step: Step) -> list[tuple[Sequence, TokenLogprob | None
     return list(zip(sequences, entries, strict=True))
 
 
-def read_tokens(step: Step) -> StepTokens:
-    """Wait for a step; return its tokens, and their log-probabilities where they are wanted."""
+def _read_tokens(step: LaunchedStep) -> tuple[list[list[NextToken]], list[int]]:
+    """Return the tokens of each sampled sequence, and the slots of broken rows."""
     if step.sampled is None:
-        return StepTokens(step, [], [])
+        return [], []
     sequences = step.batch.sample_seqs
     token_ids = cast("list[int]", step.sampled.token_ids.tolist())[: len(sequences)]
     logprobs: list[TokenLogprob | None] = [None] * len(token_ids)
@@ -203,4 +229,4 @@ def read_tokens(step: Step) -> StepTokens:
             bad = step.batch.sample_rows[first + verdict.broken : stop]
             broken += [step.batch.slots[row] for row in bad]
         first = stop
-    return StepTokens(step, tokens + [[row] for row in rows[first:]], broken)
+    return tokens + [[row] for row in rows[first:]], broken

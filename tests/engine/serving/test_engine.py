@@ -321,7 +321,7 @@ def test_a_step_that_cannot_be_read_fails_its_requests(monkeypatch: pytest.Monke
     while not tokens(engine.step()):
         pass
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "read_tokens", broken)
+        patch.setattr(engine_module, "read_step", broken)
         with pytest.raises(RuntimeError, match="no memory"):
             engine.step()
     [event] = engine.fail_all("it broke")

@@ -278,7 +278,7 @@ def test_a_step_that_fails_fails_what_was_in_it(monkeypatch: pytest.MonkeyPatch)
     for _ in range(4):
         engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr("modelpack_engine.engine.read_tokens", lambda step: 1 / 0)
+        patch.setattr("modelpack_engine.engine.read_step", lambda step: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
     [event] = engine.fail_all("it broke")

@@ -239,7 +239,7 @@ def test_masks_are_asked_while_the_device_works(monkeypatch: pytest.MonkeyPatch)
             order.append("accept")
             self.mask.accept(token_id)
 
-    for name in ("_build", "_read", "_launch"):
+    for name in ("_schedule", "_collect", "_launch"):
         method = getattr(engine, name)
 
         def watched(
@@ -255,7 +255,7 @@ def test_masks_are_asked_while_the_device_works(monkeypatch: pytest.MonkeyPatch)
         engine.step()
     del order[:]
     engine.step()
-    assert order == ["_build", "_read", "_launch", "accept", "mask"]
+    assert order == ["_schedule", "_collect", "_launch", "accept", "mask"]
 
 
 def test_json_in_single_bytes_is_valid_at_any_temperature() -> None:
