@@ -11,7 +11,6 @@ A handle never refers to the pool: a second reference would make each write copy
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import mlx.core as mx
@@ -108,50 +107,3 @@ def make_row_mask(window: int | None, cache_window: int | None, as_array: bool) 
     mask = RowMask(mx.zeros((1,), mx.bool_))
     mask.window, mask.cache_window, mask.as_array = window, cache_window, as_array
     return mask
-
-
-#: MLX's own attention function, whatever is installed over it.
-native_attention: Callable[..., mx.array] = mx.fast.scaled_dot_product_attention
-
-
-def _attention(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    *,
-    scale: float,
-    mask: mx.array | str | None = None,
-    sinks: mx.array | None = None,
-    **rest: Any,
-) -> mx.array:
-    """Compute attention: paged if the keys are a handle, else by MLX's own function."""
-    cache = next((a.cache for a in (k, v) if isinstance(a, KVHandle)), None)
-    if cache is None:
-        if isinstance(mask, RowMask):
-            raise LostHandleError("a layer attends to something else than its cache")
-        return native_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **rest)
-    if not isinstance(k, KVHandle) or not isinstance(v, KVHandle) or v.cache is not k.cache:
-        raise LostHandleError("it attends to something else than its keys and values", cache=cache)
-    latent = isinstance(mask, RotaryScores)
-    if k.transposed or v.transposed or k.part != "keys" or (v.part == "keys") != latent:
-        raise LostHandleError("it exchanges or transposes keys and values", cache=cache)
-    window = queries = None
-    if isinstance(mask, RowMask):
-        window = mask.window
-    elif isinstance(mask, RotaryScores):
-        queries = mask.queries
-    elif isinstance(mask, mx.array):
-        raise LostHandleError("it applies a mask of its own", cache=cache)
-    return k.cache.attend(
-        q, scale=scale, window=window, sinks=sinks, query_pe=queries, key_dtype=k.dtype
-    )
-
-
-def install() -> None:
-    """Wrap `mx.fast.scaled_dot_product_attention`, once for the process.
-
-    mlx-lm's models call it through the module, so all of them see the wrapper; calls without
-    handles behave as before.
-    """
-    if mx.fast.scaled_dot_product_attention is not _attention:
-        mx.fast.scaled_dot_product_attention = _attention

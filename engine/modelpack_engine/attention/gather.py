@@ -7,12 +7,16 @@ keys].
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from modelpack_engine.attention import cpu
-from modelpack_engine.attention.cache_handle import native_attention
 
 Mask = mx.array | str | None
+
+#: MLX's own attention function, whatever replaces it in the process (`patches.functions`).
+native_attention: Callable[..., mx.array] = mx.fast.scaled_dot_product_attention
 
 
 def attend(

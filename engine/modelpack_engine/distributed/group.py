@@ -12,56 +12,28 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 
 from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.errors import EngineError
+from modelpack_engine.patches import functions
 from modelpack_engine.runner.model_runner import ModelRunner
 from modelpack_engine.runner.paged import PagedRunner
-
-_COLLECTIVES = ("all_sum", "all_gather")
-#: What the last collective of the step returned.
-_last: mx.array | None = None
-_installed: set[str] = set()
-
-
-def install() -> None:
-    """Order the collectives of this process, which is a rank: of its threads one computes."""
-    for name in _COLLECTIVES:
-        if name not in _installed:
-            setattr(mx.distributed, name, _ordered(getattr(mx.distributed, name)))
-            _installed.add(name)
-
-
-def begin() -> None:
-    """Begin a step: steps are ordered by being launched one after the other."""
-    global _last
-    _last = None
-
-
-def _ordered(collective: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    def call(x: mx.array, **arguments: Any) -> mx.array:
-        global _last
-        if _last is not None:
-            x = mx.depends([x], [_last])[0]
-        _last = collective(x, **arguments)
-        return _last
-
-    return call
 
 
 class _OrderedPages(PagedRunner):
     """Runs it on pages; the self-test goes through here, too."""
 
     def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
-        begin()
+        functions.begin_collectives()
         logits = super().forward(batch, token_ids)
         if self.is_compiled(batch):
-            begin()  # what a trace leaves is no array; all that it makes hangs together anyway
+            # A trace leaves no array behind, and everything in its graph is connected anyway.
+            functions.begin_collectives()
         return logits
 
 
@@ -71,7 +43,7 @@ class OrderedRunner(ModelRunner):
     pages = _OrderedPages
 
     def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
-        begin()  # for the contiguous tier
+        functions.begin_collectives()  # for the contiguous tier
         return super().forward(batch, token_ids)
 
 
@@ -145,7 +117,7 @@ class Group:
 
     def __init__(self, place: Place, size: int) -> None:
         """Connect, which waits for all ranks; raises `EngineError`."""
-        install()
+        functions.install(functions.COLLECTIVES)
         self.mlx = _join(place)
         self.rank: int = self.mlx.rank()
         self.size: int = self.mlx.size()

@@ -29,7 +29,6 @@ from modelpack_engine.embedding.sentence_transformers import (
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import gguf_tokenizer, json_tokenizer
 from modelpack_engine.models.config_guard import Limits
-from modelpack_engine.models.corrections import corrected
 from modelpack_engine.models.files import MODULES, ModelFiles
 from modelpack_engine.models.gguf import Wanted, arrays_of
 from modelpack_engine.models.gguf_file import GGUFFile
@@ -46,6 +45,7 @@ from modelpack_engine.models.precision import (
 )
 from modelpack_engine.models.safetensors import load_safetensors, read_config
 from modelpack_engine.models.tokenizer import Tokenizer
+from modelpack_engine.patches.corrections import corrected
 
 _CPU_LIMITS = BatchLimits(max_texts=32, max_tokens=4096)
 _GPU_LIMITS = BatchLimits(max_texts=256, max_tokens=32768)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from modelpack_engine.errors import ModelLoadError
-from modelpack_engine.models.model_config import TEXT_PARTS
+from modelpack_engine.patches.corrections import TEXT_PARTS
 
 Config = Mapping[str, Any]
 

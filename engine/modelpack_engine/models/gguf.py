@@ -22,7 +22,6 @@ from mlx.nn.layers.quantized import quantize
 
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import gguf_blocks
-from modelpack_engine.models.corrections import correct
 from modelpack_engine.models.gguf_architectures import (
     Config,
     Hyperparameters,
@@ -38,6 +37,7 @@ from modelpack_engine.models.precision import (
     named,
     shapes_of,
 )
+from modelpack_engine.patches.corrections import correct
 
 #: Bytes that may be decoded and not yet handed over, or a part of the memory that is free.
 MAX_AHEAD = 128 * 1024 * 1024

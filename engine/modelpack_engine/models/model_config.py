@@ -12,11 +12,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.patches.corrections import TEXT_PARTS
 
 Config = dict[str, Any]
 
-#: Parts of a config that hold a text model of their own.
-TEXT_PARTS = ("text_config", "llm_config", "language_config")
 _DEFAULT = "default"
 _ORIGINAL = "original_max_position_embeddings"
 _FULL, _SLIDING = "full_attention", "sliding_attention"

@@ -20,10 +20,10 @@ from modelpack.errors import ModelpackError
 from modelpack.formats.safetensors import read_safetensors_header
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models.config_guard import Limits, check_fields
-from modelpack_engine.models.corrections import Classes, corrected
 from modelpack_engine.models.files import ModelFiles, decode_object
 from modelpack_engine.models.load_budget import TensorBounds
 from modelpack_engine.models.model_config import completed, normalised, with_tied_embeddings
+from modelpack_engine.patches.corrections import Classes, corrected
 from modelpack_engine.patches.mlx_lm_imports import kept_file_limit
 
 _MODEL_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

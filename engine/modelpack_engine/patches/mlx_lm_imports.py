@@ -1,10 +1,12 @@
-"""mlx-lm without what its import brings along: transformers, and a lower limit of open files.
+"""The import of mlx-lm without transformers and without a lower limit of open files.
 
-The engine needs the classes below `mlx_lm.models`. `mlx_lm/__init__.py` imports the whole of
-mlx-lm, and transformers with it: a second of processor time, as much as loading a small model. So
-the package is put in place first and its `__init__.py` is run when somebody asks for what it
-defines. `mlx_lm.utils` sets RLIMIT_NOFILE to (2048, 4096) as it is imported: a server would run
-out of sockets, and a lowered hard limit cannot be raised again.
+The engine needs the classes below `mlx_lm.models` only. `mlx_lm/__init__.py` imports all of mlx-lm,
+and transformers with it: a second of CPU time, as much as loading a small model. So `prepare` puts
+the package into `sys.modules` and runs its `__init__.py` at the first use of a name that it
+defines; after that the package is an ordinary module again. `mlx_lm.utils` sets RLIMIT_NOFILE to
+(2048, 4096) when it is imported: a server would run out of sockets, and a process cannot raise a
+lowered hard limit again. Both can be removed when `import mlx_lm.models.llama` imports no
+transformers and mlx-lm leaves the limit alone.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ _lock = threading.RLock()
 
 
 class _LeanPackage(ModuleType):
-    """`mlx_lm` before its `__init__.py` has run. Submodules can be imported already."""
+    """`mlx_lm` before its `__init__.py` has run; its submodules can be imported."""
 
     def __getattribute__(self, name: str) -> Any:
         value = ModuleType.__getattribute__(self, name)
-        # `mlx_lm.generate` is a function in the end, whatever was imported before.
+        # `mlx_lm.generate` is a function, also if the submodule of that name is imported.
         if isinstance(value, ModuleType) and name != "models":
             _complete(self)
             value = ModuleType.__getattribute__(self, name)
@@ -47,7 +49,7 @@ _completing = False
 
 
 def _complete(package: ModuleType) -> None:
-    """Run the package's own code, once; the thread that runs it sees it as it is."""
+    """Run the package's `__init__.py` once; the thread that runs it sees the unfinished package."""
     global _completing
     with _lock:
         was_completed = type(package) is ModuleType
@@ -66,7 +68,7 @@ def _complete(package: ModuleType) -> None:
 
 
 def prepare() -> None:
-    """Put the lean package in place, unless mlx-lm was imported already or is not installed."""
+    """Put the lean package into `sys.modules` unless mlx-lm is imported or not installed."""
     with _lock:
         if _NAME in sys.modules:
             return
@@ -80,7 +82,7 @@ def prepare() -> None:
 
 @contextmanager
 def kept_file_limit() -> Iterator[None]:
-    """Import mlx-lm in this context: this thread's changes of RLIMIT_NOFILE are passed over."""
+    """Ignore changes of RLIMIT_NOFILE by this thread while it imports mlx-lm."""
     with _lock:
         own, setrlimit = threading.get_ident(), resource.setrlimit
 

@@ -12,7 +12,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from modelpack_engine import kernels
-from modelpack_engine.attention import cache_handle, metadata
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import BlockContents
 from modelpack_engine.config import BLOCK_SIZE, EngineConfig, KVCacheDtype, parse_kv_cache_dtype
@@ -20,8 +19,7 @@ from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.core.block_manager import PrefixSnapshots
 from modelpack_engine.core.buckets import EXACT, Buckets
 from modelpack_engine.errors import ModelLoadError
-from modelpack_engine.layers import recognition
-from modelpack_engine.patches import recurrence
+from modelpack_engine.patches import functions
 from modelpack_engine.platform.memory import Staging, keep_freed_memory
 from modelpack_engine.platform.metal import uses_paged_attention
 from modelpack_engine.runner.fallback import ContiguousRunner
@@ -70,9 +68,7 @@ class ModelRunner:
         kv_cache_dtype: KVCacheDtype = "auto",
         full_step: tuple[int, ...] = (),
     ) -> None:
-        cache_handle.install()
-        metadata.install()
-        recurrence.install()
+        functions.install()
         self.model = model
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -84,7 +80,7 @@ class ModelRunner:
             exact = mx.default_device() == mx.Device(mx.cpu)
         if exact:
             keep_freed_memory()
-            recognition.install(model)
+            functions.install(functions.swiglu_patches(model))
         self._paged: PagedRunner | None = None
         if paged is None:
             paged = uses_paged_attention()

@@ -13,8 +13,8 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 from modelpack_engine.attention.cache_handle import RowMask
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
-from modelpack_engine.layers.swap import Call, ClassSwaps
-from modelpack_engine.patches import recurrence
+from modelpack_engine.patches.class_swaps import Call, ClassSwaps
+from modelpack_engine.patches.functions import fast_recurrence
 from modelpack_engine.runner.recurrent import RecurrentState
 
 
@@ -178,7 +178,7 @@ class _Pieces:
             )
         args = [self._cut(value, piece, views) for value in self.args]
         kwargs = {name: self._cut(value, piece, views) for name, value in self.kwargs.items()}
-        with recurrence.in_use():
+        with fast_recurrence():
             return self.call(*args, **kwargs), views
 
     def _cut(self, value: Any, piece: Piece, views: dict[int, Any]) -> Any:

@@ -6,8 +6,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
 
-from modelpack_engine.layers import recognition
-from modelpack_engine.layers.recognition import native_swiglu, swiglu
+from modelpack_engine.patches.functions import install, native_swiglu, swiglu, swiglu_patches
 from tests.engine.runner.models import tiny_llama
 
 
@@ -25,6 +24,8 @@ def test_other_types_are_mlx_lms_matter(kind: mx.Dtype) -> None:
 
 
 def test_install() -> None:
-    assert recognition.install(tiny_llama()) == 1
-    assert llama.swiglu is swiglu
-    assert recognition.install(tiny_llama()) == 1, "a second time changes nothing"
+    for _ in range(2):  # a second time changes nothing
+        patches = swiglu_patches(tiny_llama())
+        assert [str(patch) for patch in patches] == ["mlx_lm.models.llama.swiglu"]
+        install(patches)
+        assert llama.swiglu is swiglu

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from modelpack_engine.models import config_guard
-from modelpack_engine.models.model_config import TEXT_PARTS, without_tags
+from modelpack_engine.models.model_config import without_tags
+from modelpack_engine.patches.corrections import TEXT_PARTS
 from tests.engine.oracle.answers import FIXTURES, Case, answer, cases_of, cosine, fixture
 
 PATH = Path(config_guard.__file__).with_name("config_fields.json")

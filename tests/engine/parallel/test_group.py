@@ -9,9 +9,9 @@ import mlx.core as mx
 import pytest
 
 from modelpack_engine.distributed import group
-from modelpack_engine.distributed import group as order
 from modelpack_engine.distributed.group import Group, Place
 from modelpack_engine.errors import EngineError
+from modelpack_engine.patches import functions
 from tests.engine.parallel.test_sharding import Ranks
 
 PLACE = Place(1, "ring", "127.0.0.1")
@@ -30,7 +30,7 @@ def joining(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
                 raise answer
             return answer
 
-        monkeypatch.setattr(order, "install", lambda: None)
+        monkeypatch.setattr(functions, "install", lambda _: None)
         monkeypatch.setattr(mx.distributed, "init", init)
         return left
 

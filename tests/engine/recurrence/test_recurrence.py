@@ -12,8 +12,7 @@ from mlx_lm.models import gated_delta, ssm
 
 from modelpack_engine.kernels import launch
 from modelpack_engine.layers import delta_rule, state_space
-from modelpack_engine.patches import recurrence
-from modelpack_engine.patches import recurrence as installing
+from modelpack_engine.patches import functions
 from tests.engine.kernels.onhost import Compiled, Host, emulated
 
 
@@ -63,10 +62,10 @@ def test_state_spaces_are_those_of_mlx_lm(
     started: bool,
 ) -> None:
     inputs = state_space_inputs(batch, tokens, heads, groups, started=started)
-    expected = installing.native_ssm_attn(*inputs)
-    recurrence.install()
-    monkeypatch.setattr(installing, "native_ssm_attn", None)
-    with recurrence.in_use():
+    expected = functions.native_ssm_attn(*inputs)
+    functions.install()
+    monkeypatch.setattr(functions, "native_ssm_attn", None)
+    with functions.fast_recurrence():
         found = ssm.ssm_attn(*inputs)
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
@@ -77,19 +76,19 @@ def test_padded_state_spaces_stay_with_mlx_lm() -> None:
     inputs = state_space_inputs(2, 5, 4, 2, started=False)
     limits = (0.001, 100.0)
     mask = mx.array([[True] * 5, [False] * 2 + [True] * 3])
-    recurrence.install()
-    with recurrence.in_use():
+    functions.install()
+    with functions.fast_recurrence():
         found = ssm.ssm_attn(*inputs, limits, mask)
-    expected = installing.native_ssm_attn(*inputs, limits, mask)
+    expected = functions.native_ssm_attn(*inputs, limits, mask)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 def test_outside_of_steps_mlx_lm_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    recurrence.install()
-    monkeypatch.setattr(installing, "native_ssm_attn", lambda *_: "mlx-lm's")
-    monkeypatch.setattr(installing, "native_gated_delta_ops", lambda *_: "mlx-lm's")
-    with recurrence.in_use():
+    functions.install()
+    monkeypatch.setattr(functions, "native_ssm_attn", lambda *_: "mlx-lm's")
+    monkeypatch.setattr(functions, "native_gated_delta_ops", lambda *_: "mlx-lm's")
+    with functions.fast_recurrence():
         pass
     found: list[Any] = [
         ssm.ssm_attn(*state_space_inputs(1, 1, 4, 2, started=True)),
@@ -114,17 +113,17 @@ def delta_rule_inputs(tokens: int, *, every: bool, dtype: mx.Dtype = mx.float32)
 def test_the_delta_rule_by_definition_is_that_of_mlx_lm(every: bool) -> None:
     inputs = delta_rule_inputs(5, every=every)
     found = delta_rule.by_definition(*inputs)
-    expected = installing.native_gated_delta_ops(*inputs)
+    expected = functions.native_gated_delta_ops(*inputs)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_without_a_kernel_the_delta_rule_stays_with_mlx_lm() -> None:
     inputs = delta_rule_inputs(3, every=False)
-    recurrence.install()
-    with recurrence.in_use():
+    functions.install()
+    with functions.fast_recurrence():
         found = gated_delta.gated_delta_ops(*inputs)
-    for ours, theirs in zip(found, installing.native_gated_delta_ops(*inputs), strict=True):
+    for ours, theirs in zip(found, functions.native_gated_delta_ops(*inputs), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -137,11 +136,11 @@ def test_convolutions_are_those_of_mlx(
 ) -> None:
     x = mx.random.normal((2, length, channels)).astype(dtype)
     weight = mx.random.normal((channels, size, 1)).astype(dtype)
-    expected = installing.native_conv1d(x, weight, groups=channels)
-    recurrence.install()
+    expected = functions.native_conv1d(x, weight, groups=channels)
+    functions.install()
     monkeypatch.setattr(launch, "backend", lambda: "cuda")
-    monkeypatch.setattr(installing, "native_conv1d", None)
-    with recurrence.in_use():
+    monkeypatch.setattr(functions, "native_conv1d", None)
+    with functions.fast_recurrence():
         found = mx.conv1d(x, weight, 1, 0, 1, channels)
     assert (found.shape, found.dtype) == (expected.shape, dtype)
     tolerance = 1e-5 if dtype == mx.float32 else 4e-2
@@ -164,11 +163,11 @@ def test_other_convolutions_stay_with_mlx(
     monkeypatch: pytest.MonkeyPatch, how: tuple[int, int, int, int], size: int
 ) -> None:
     x, weight = mx.random.normal((1, 12, 4)), mx.random.normal((4, size, 4 // how[3]))
-    recurrence.install()
+    functions.install()
     monkeypatch.setattr(launch, "backend", lambda: "cuda")
-    with recurrence.in_use():
+    with functions.fast_recurrence():
         found = mx.conv1d(x, weight, *how)
-    np.testing.assert_array_equal(found, installing.native_conv1d(x, weight, *how))
+    np.testing.assert_array_equal(found, functions.native_conv1d(x, weight, *how))
 
 
 def test_the_texts_compute_what_mlx_does(host: Host) -> None:

@@ -11,13 +11,13 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from modelpack_engine.attention.cache_handle import (
     KVHandle,
     LostHandleError,
-    install,
     make_row_mask,
-    native_attention,
 )
+from modelpack_engine.attention.gather import native_attention
 from modelpack_engine.attention.kv_pools import KVLayout
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
+from modelpack_engine.patches.functions import install
 from tests.engine.runner.models import prefill
 
 LAYOUT = KVLayout(1, 8, 1, 8, mx.float32)

@@ -8,8 +8,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from modelpack_engine.attention import metadata
-from modelpack_engine.attention.metadata import FEW_ROWS, make_positions, native_rope
+from modelpack_engine.attention.metadata import FEW_ROWS, make_positions
+from modelpack_engine.patches import functions
+from modelpack_engine.patches.functions import native_rope
 
 POSITIONS = [0, 1, 17, 4000]
 FREQUENCIES = mx.array([1.0, 3.0, 10.0, 50.0])
@@ -30,8 +31,8 @@ def natively(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         shapes.append(tuple(x.shape))
         return native_rope(x, *args, **kwargs)
 
-    metadata.install()
-    monkeypatch.setattr(metadata, "native_rope", counted)
+    functions.install()
+    monkeypatch.setattr(functions, "native_rope", counted)
     return shapes
 
 
@@ -50,7 +51,7 @@ def test_equal(dims: int, how: dict[str, Any], natively: list[tuple[int, ...]]) 
 
 
 def test_kinds_are_told_apart() -> None:
-    metadata.install()
+    functions.install()
     positions = make_positions(POSITIONS, rotate=True)
     x = mx.random.normal((len(POSITIONS), 2, 1, 8))
     others = [(8, {**KINDS[3][1], "freqs": FREQUENCIES * 2})]
@@ -60,7 +61,7 @@ def test_kinds_are_told_apart() -> None:
 
 
 def test_frequencies_made_anew_at_every_call_are_not_confused() -> None:
-    metadata.install()
+    functions.install()
     positions = make_positions(POSITIONS, rotate=True)
     x = mx.random.normal((len(POSITIONS), 2, 1, 8))
     for factor in range(1, 30):
@@ -107,7 +108,7 @@ def test_cuda_rotates_some_rows_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of few elements: a call of rows * heads / 4 from 128 on cannot be launched."""
-    monkeypatch.setattr(metadata, "_on_cuda", lambda: True)
+    monkeypatch.setattr(functions, "_on_cuda", lambda: True)
     x = mx.random.normal((rows, heads, 1, 64))
     offset = mx.array(7) if scalar else mx.arange(rows, dtype=mx.int32)
     how: dict[str, Any] = {"traditional": False, "base": 1e4, "scale": 1.0}

@@ -19,8 +19,8 @@ from modelpack_engine.layers import expert_kernels, expert_matmul
 from modelpack_engine.layers.expert_kernels import Dispatch, Routing, route
 from modelpack_engine.layers.kernels import take_rows
 from modelpack_engine.layers.matmul import Weights, multiply, quantised_weights, weights_of
-from modelpack_engine.layers.recognition import reads_like
-from modelpack_engine.layers.swap import Call, ClassSwaps
+from modelpack_engine.patches.class_swaps import Call, ClassSwaps
+from modelpack_engine.patches.recognition import reads_like
 
 #: A lane of the kernel keeps a 32nd of these, and all groups.
 _MOST_EXPERTS, _MOST_GROUPS = 1024, 32

@@ -20,7 +20,6 @@ from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
 from modelpack_engine.layers import expert_kernels, kernels
 from modelpack_engine.layers.add_norm import Sums
-from modelpack_engine.layers.experts import fuse_experts, fuse_router, has_experts
 from modelpack_engine.layers.kernels import find_rotation
 from modelpack_engine.layers.matmul import (
     FEW_ROWS,
@@ -31,8 +30,9 @@ from modelpack_engine.layers.matmul import (
     swiglu,
     weights_of,
 )
-from modelpack_engine.layers.recognition import reads_like
-from modelpack_engine.layers.swap import Call, ClassSwaps
+from modelpack_engine.patches.class_swaps import Call, ClassSwaps
+from modelpack_engine.patches.experts import fuse_experts, fuse_router, has_experts
+from modelpack_engine.patches.recognition import reads_like
 
 
 def fuse_heads(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> bool:

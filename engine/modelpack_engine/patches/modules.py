@@ -1,6 +1,8 @@
-"""Patches: modules whose attention or positions have to be said in other words for rows.
+"""Calls of single modules that the engine replaces, through `ClassSwaps`.
 
-Each answers the calls of one of mlx-lm's classes; without the caches of a step, the class does.
+`PATCHES` has the classes of mlx-lm that cannot run on token rows (one token of any sequence a row)
+as they are. The other functions replace linear layers and the last layer's output of any model.
+Outside of a step, or without a step's caches, the original call runs.
 """
 
 from __future__ import annotations
@@ -17,24 +19,25 @@ from modelpack_engine.attention.cache_handle import KVHandle
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
 from modelpack_engine.layers.matmul import multiply, quantised_weights
-from modelpack_engine.layers.swap import Call, ClassSwaps
+from modelpack_engine.patches.class_swaps import Call, ClassSwaps
 
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """What answers calls of a class, and why."""
+    """The call that replaces a class's, why, and when the patch can be removed."""
 
     call: Call
     reason: str
+    until: str
 
 
-#: Patches by the full name of the class: looking one up imports no model.
+#: Patches by the full name of the class, so that a lookup imports no model.
 PATCHES: dict[str, Patch] = {}
 
 
-def _patches(name: str, reason: str) -> Callable[[Call], Call]:
+def _patches(name: str, reason: str, *, until: str) -> Callable[[Call], Call]:
     def register(call: Call) -> Call:
-        PATCHES[f"mlx_lm.models.{name}"] = Patch(call, reason)
+        PATCHES[f"mlx_lm.models.{name}"] = Patch(call, reason, until)
         return call
 
     return register
@@ -52,7 +55,11 @@ def patch_modules(model: nn.Module, swaps: ClassSwaps) -> dict[str, str]:
     return patched
 
 
-@_patches("gemma2.Attention", "caps its scores, which MLX's attention function cannot")
+@_patches(
+    "gemma2.Attention",
+    "caps its scores, which MLX's attention function cannot",
+    until="mx.fast.scaled_dot_product_attention has a softcap, and mlx-lm passes it",
+)
 def _gemma2_attention(
     original: Call, module: Any, x: mx.array, mask: Any = None, cache: Any = None
 ) -> Any:
@@ -71,7 +78,11 @@ def _gemma2_attention(
     return module.o_proj(output.transpose(0, 2, 1, 3).reshape(rows, length, -1))
 
 
-@_patches("gpt_bigcode.GPTBigCodeModel", "looks positions up in a table")
+@_patches(
+    "gpt_bigcode.GPTBigCodeModel",
+    "looks up learned positions as one range for all rows",
+    until="mlx-lm accepts an offset per row for learned positions",
+)
 def _gpt_bigcode(original: Call, module: Any, inputs: mx.array, cache: Any = None) -> Any:
     if not cache or not isinstance(cache[0], PagedKV):
         return original(module, inputs, cache)
@@ -81,7 +92,11 @@ def _gpt_bigcode(original: Call, module: Any, inputs: mx.array, cache: Any = Non
     return module.ln_f(hidden)
 
 
-@_patches("afm7.KVReuseAttention", "tells positions by the number of keys")
+@_patches(
+    "afm7.KVReuseAttention",
+    "derives positions from the number of keys",
+    until="mlx-lm takes them from the cache's offset",
+)
 def _afm7_reuse(
     original: Call, module: Any, x: mx.array, keys: mx.array, values: mx.array, mask: Any = None
 ) -> Any:
@@ -94,19 +109,23 @@ def _afm7_reuse(
     return module.out_proj(output.transpose(0, 2, 1, 3).reshape(rows, length, -1))
 
 
-@_patches("longcat_flash_ngram.NgramEmbedding", "keeps fewer tokens while there are few")
+@_patches(
+    "longcat_flash_ngram.NgramEmbedding",
+    "keeps a state of varying size at the start of a sequence",
+    until="mlx-lm pads the tokens that it keeps",
+)
 def _longcat_ngrams(original: Call, module: Any, input_ids: mx.array, cache: Any = None) -> Any:
     embedded = original(module, input_ids, cache)
     if cache is not None and (missing := module.n - 1 - cache[0].shape[1]) > 0:
-        # Tokens that are not there count as 0, and so do these.
+        # Missing tokens count as 0, as does this padding.
         cache[0] = mx.pad(cache[0], [(0, 0), (missing, 0)])
     return embedded
 
 
 def fold_quantised(model: nn.Module, swaps: ClassSwaps, *, dequantise: bool = False) -> int:
-    """Fold every quantised layer of `model`, the head included; return how many there are.
+    """Flatten the input of every quantised layer to 2-D, the head's too; return their number.
 
-    `dequantise` says whether weights may be dequantised by our kernel.
+    With `dequantise`, the engine's kernel may dequantise the weights for many rows.
     """
 
     def fold(original: Call, module: Any, x: mx.array) -> Any:
@@ -115,7 +134,7 @@ def fold_quantised(model: nn.Module, swaps: ClassSwaps, *, dequantise: bool = Fa
             weights = quantised_weights(module)
             if (group := getattr(module, "group", None)) is None:
                 product = multiply(rows, weights)
-            else:  # parts of a product: the bias is added to their sum
+            else:  # A sharded layer: the bias is added once, to the sum of the ranks' outputs.
                 product = multiply(rows, replace(weights, bias=None))
                 product = mx.distributed.all_sum(product, group=group)
                 if weights.bias is not None:
@@ -141,7 +160,7 @@ def fold_quantised(model: nn.Module, swaps: ClassSwaps, *, dequantise: bool = Fa
 FEW_ROWS, FEW_PRODUCTS = 4, 3 << 20
 
 
-def _multiply(
+def _linear_in_halves(
     first: mx.array,
     second: mx.array,
     stream: mx.Stream,
@@ -152,7 +171,7 @@ def _multiply(
     outputs = first.shape[1] + second.shape[1]
     if x.size < FEW_ROWS * x.shape[-1] or x.size * outputs < FEW_PRODUCTS:
         return original(module, x)
-    # Folded once: a product of more than two dimensions is folded and unfolded by MLX, each half.
+    # Flattened here once: MLX would flatten and unflatten the input of each half.
     rows = x.reshape(-1, x.shape[-1])
     product = mx.concatenate([rows @ first, mx.matmul(rows, second, stream=stream)], axis=-1)
     if "bias" in module:
@@ -161,9 +180,9 @@ def _multiply(
 
 
 def halve_linears(model: nn.Module, swaps: ClassSwaps, stream: mx.Stream) -> int:
-    """Let linear layers of `model`, the head included, run in halves; return how many there are.
+    """Split the linear layers of `model`, the head's too, over two streams; return their number.
 
-    `stream` computes the second halves.
+    `stream` computes the second half of the outputs.
     """
     count = 0
     for _, module in model.named_modules():
@@ -173,16 +192,16 @@ def halve_linears(model: nn.Module, swaps: ClassSwaps, stream: mx.Stream) -> int
         middle = weight.shape[0] // 2
         halves = weight[:middle].T, weight[middle:].T
         method = "__call__" if isinstance(module, nn.Linear) else "as_linear"
-        swaps.override(module, partial(_multiply, *halves, stream), method)
+        swaps.override(module, partial(_linear_in_halves, *halves, stream), method)
         count += 1
     return count
 
 
 def take_logit_rows(inner: nn.Module, step: StepInputs, swaps: ClassSwaps) -> None:
-    """Let `inner`, the model without its head, return the step's sampled rows only.
+    """Make `inner`, the model without its head, return the step's sampled rows only.
 
-    Whatever the outer model applies (head, scaling, softcap) then sees those rows. Calls that are
-    not part of a step (a cache of mlx-lm's own) are left alone: `step.active` tells.
+    The outer model (head, scaling, softcap) then computes those rows only. Calls outside of a step
+    (with a cache of mlx-lm's) are unchanged: `step.active` is false.
     """
 
     def call(original: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
-"""ClassSwaps: let one module answer calls differently, and take that back.
+"""ClassSwaps: replace methods of single modules of a model, and restore their classes.
 
-The instance gets a subclass of its class. Its contents (weights, parameter names) stay where they
-are. Swaps are undone when a model turns out not to run in the tier that they were made for.
+The instance gets a subclass of its class; its weights and parameter names stay. Swaps are undone
+when a model fails in the tier that they were made for.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ Call = Callable[..., Any]
 
 
 class ClassSwaps:
-    """Swaps of one model, in the order they were made."""
+    """The swaps of one model, in the order in which they were made."""
 
     def __init__(self) -> None:
         self._made: list[tuple[nn.Module, type[nn.Module]]] = []
 
     def override(self, module: nn.Module, call: Call, method: str = "__call__") -> None:
-        """Let `call(original, module, *args, **kwargs)` answer `method` of this instance.
+        """Replace `method` of this instance by `call(original, module, *args, **kwargs)`.
 
-        `original` is what the method was, as a function of the instance.
+        `original` is the replaced method, as a function of the instance.
         """
         kind = type(module)
         original = getattr(kind, method)
@@ -35,7 +35,7 @@ class ClassSwaps:
         module.__class__ = type(kind.__name__, (kind,), {method: replaced})
 
     def undo(self) -> None:
-        """Give every module its first class back."""
+        """Restore the class of every module."""
         while self._made:
             module, original = self._made.pop()
             module.__class__ = original

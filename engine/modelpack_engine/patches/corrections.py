@@ -1,7 +1,8 @@
-"""Corrections of mlx-lm's classes where they compute or read something else than transformers' do.
+"""Corrections of model classes of mlx-lm that differ from transformers, by model type.
 
-A correction changes the model right after it is made, or the tensors before mlx-lm's class renames
-them. `tests/engine/oracle` compares the results with transformers'.
+A correction changes the model right after it is made, or the tensors before mlx-lm's `sanitize`
+renames them. It can be removed when mlx-lm's class agrees with transformers' without it:
+`tests/engine/oracle` compares the two.
 """
 
 from __future__ import annotations
@@ -17,26 +18,27 @@ import mlx.core as mx
 from mlx import nn
 from mlx.nn.layers.base import Module
 
-from modelpack_engine.models.model_config import TEXT_PARTS
+#: Where config.json of a multimodal model has the configuration of its language model.
+TEXT_PARTS = ("text_config", "llm_config", "language_config")
 
 Config = Mapping[str, Any]
 Tensors = dict[str, mx.array]
-#: mlx-lm's own step from the tensors of a checkpoint to those of the model.
+#: mlx-lm's method that converts the tensors of a checkpoint to those of the model.
 Sanitize = Callable[[Tensors], Tensors]
-#: From a config to a class of mlx_lm.models and that of its arguments.
+#: From a config to a model class of mlx_lm.models and the class of its arguments.
 Classes = Callable[[dict[str, Any]], tuple[type[Module], type]]
 
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What to do with a model that was made for a config, and in place of its `sanitize`."""
+    """How to change a new model, and what replaces its `sanitize`; either may be None."""
 
     model: Callable[[Any, Config], None] | None = None
     tensors: Callable[[Any, Tensors, Sanitize], Tensors] | None = None
 
 
 def corrected(classes: Classes) -> Classes:
-    """Return `classes` with the corrections of their model type, if there are any."""
+    """Return `classes` with the correction of the model type applied, if there is one."""
 
     def choose(config: dict[str, Any]) -> tuple[type[Module], type]:
         made, arguments = classes(config)
@@ -47,7 +49,7 @@ def corrected(classes: Classes) -> Classes:
 
 
 def correct(model: Module, config: Config) -> None:
-    """Correct a model that was just made of `config`."""
+    """Correct a model that was just made from `config`."""
     correction = CORRECTIONS.get(str(config.get("model_type")))
     if correction is not None and correction.model is not None:
         correction.model(model, config)
@@ -68,20 +70,20 @@ def _subclass(made: Any, correction: Correction, config: Config) -> type[Module]
 
 
 def _override(module: Module, call: Callable[..., mx.array]) -> None:
-    """Have one module compute `call`; no patch by the name of its class applies to it."""
+    """Replace the call of one module; `modules.PATCHES` no longer apply to its class."""
     kind = type(module)
     module.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": __name__})
 
 
-# Of computations.
+# Computations
 
 
-def _scale_rotations(model: Any, config: Config) -> None:
+def _scaled_rope(model: Any, config: Config) -> None:
     """Apply `rope_scaling` (yarn, llama3, linear, longrope), which mlx-lm's class ignores."""
     part = next((config[name] for name in TEXT_PARTS if isinstance(config.get(name), dict)), config)
-    scaling: Config = part.get("rope_scaling") or {}  # an object, if it was normalised
+    scaling: Config = part.get("rope_scaling") or {}  # an object after normalisation
     kind = scaling.get("rope_type")
-    if kind in (None, "default", "mrope", "dynamic"):  # dynamic begins beyond the context
+    if kind in (None, "default", "mrope", "dynamic"):  # dynamic scaling starts beyond the context
         return
     from mlx_lm.models.rope_utils import initialize_rope
 
@@ -95,24 +97,24 @@ def _scale_rotations(model: Any, config: Config) -> None:
         )
 
 
-def _rotate_a_part(model: Any, config: Config) -> None:
-    """glm: rotate `partial_rotary_factor` of each head, not all of it."""
+def _partial_rotation(model: Any, config: Config) -> None:
+    """glm: rotate only the `partial_rotary_factor` part of each head."""
     part = config.get("partial_rotary_factor", 0.5)
     for layer in model.layers:
         layer.self_attn.rope.dims = int(layer.self_attn.head_dim * part)
-    _scale_rotations(model, config)
+    _scaled_rope(model, config)
 
 
-def _rotate_by_the_base(model: Any, config: Config) -> None:
-    """recurrent_gemma: rotate by `rope_theta`, not always by 10000."""
+def _configured_rope_base(model: Any, config: Config) -> None:
+    """recurrent_gemma: use the configured `rope_theta` instead of 10000."""
     for layer in model.layers:
         rope = getattr(layer.temporal_block, "rope", None)
         if rope is not None:
             rope.base = config.get("rope_theta", 10000.0)
 
 
-def _weigh_before_choosing(model: Any, config: Config) -> None:
-    """jamba: weigh experts by the softmax over all of them, not over the chosen ones."""
+def _softmax_over_all_experts(model: Any, config: Config) -> None:
+    """jamba: weigh experts by the softmax over all of them instead of over the chosen ones."""
 
     def call(self: Any, x: mx.array) -> mx.array:
         scores = mx.softmax(self.router(x), axis=-1, precise=True)
@@ -127,8 +129,8 @@ def _weigh_before_choosing(model: Any, config: Config) -> None:
             _override(layer.feed_forward, call)
 
 
-def _normalise_groups(model: Any, config: Config) -> None:
-    """mamba2, granitemoehybrid: normalise the output of each group of heads by itself."""
+def _norm_per_group(model: Any, config: Config) -> None:
+    """mamba2, granitemoehybrid: normalise the output of each group of heads separately."""
     groups = config.get("n_groups", config.get("mamba_n_groups"))
     if not isinstance(groups, int) or groups <= 1:
         return
@@ -146,8 +148,8 @@ def _normalise_groups(model: Any, config: Config) -> None:
             _override(mixer.norm, call)
 
 
-def _ramp_exactly(model: Any, config: Config) -> None:
-    """gpt_oss: with `truncate` false, yarn's ramp begins and ends between two frequencies."""
+def _exact_yarn_ramp(model: Any, config: Config) -> None:
+    """gpt_oss: without `truncate`, do not round the ends of yarn's ramp to whole frequencies."""
     rope = config.get("rope_scaling")
     if not isinstance(rope, dict) or rope.get("truncate") is not False:
         return
@@ -167,13 +169,13 @@ def _ramp_exactly(model: Any, config: Config) -> None:
         rotation._freqs = wavelengths / (1 - ramp + ramp / factor)
 
 
-# Of tensors.
+# Tensors
 
 _BIAS = re.compile(r"model\.layers\.(\d+)\.mlp\.moe_statics\.e_score_correction_bias")
 
 
-def _keep_the_routers_bias(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors:
-    """ernie4_5_moe: choose experts by their score and a bias, which mlx-lm leaves out."""
+def _router_bias(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors:
+    """ernie4_5_moe: choose experts by score plus the bias that mlx-lm ignores."""
 
     def call(self: Any, x: mx.array) -> mx.array:
         scores = self.gate_act(self.gate(x).astype(mx.float32))
@@ -203,12 +205,12 @@ def _keep_the_routers_bias(model: Any, weights: Tensors, sanitize: Sanitize) -> 
 
 
 def _without_prefix(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors:
-    """gpt2: transformers saves the model as a part of the one with a head."""
+    """gpt2: drop the prefix with which transformers saves the model without its head."""
     return sanitize({name.removeprefix("transformer."): value for name, value in weights.items()})
 
 
 def _transposed_experts(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors:
-    """gpt_oss: experts that are not quantised are saved [experts, input, output]."""
+    """gpt_oss: transpose unquantised experts, which are saved [experts, input, output]."""
     result: Tensors = {}
     for name, value in weights.items():
         if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
@@ -219,7 +221,7 @@ def _transposed_experts(model: Any, weights: Tensors, sanitize: Sanitize) -> Ten
 
 
 def _stacked_experts(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors:
-    """qwen3_5_moe: transformers 5 saves each expert by itself."""
+    """qwen3_5_moe: stack the experts, which transformers 5 saves separately."""
     result = dict(weights)
     for name in weights:
         path, found, projection = name.partition(".experts.0.")
@@ -232,14 +234,15 @@ def _stacked_experts(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensor
     return sanitize(result)
 
 
-def _experts_either_way(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors:
-    """qwen3_vl_moe: experts are published [experts, input, output]; transformers 5 turns them.
+def _transposed_qwen_experts(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors:
+    """qwen3_vl_moe: transpose experts that transformers 5 saved, unlike the published ones.
 
-    mlx-lm's class asks for a head although the embeddings are tied.
+    The published ones are [experts, input, output]. mlx-lm's `sanitize` needs a head even if the
+    embeddings are tied.
     """
     if not any(name.endswith("lm_head.weight") for name in weights):
         given = {f"{path}lm_head.weight": mx.zeros(()) for path in ("", "language_model.")}
-        result = _experts_either_way(model, {**weights, **given}, sanitize)
+        result = _transposed_qwen_experts(model, {**weights, **given}, sanitize)
         return {name: value for name, value in result.items() if "lm_head" not in name}
     args = model.language_model.args
     published = {
@@ -253,11 +256,11 @@ def _experts_either_way(model: Any, weights: Tensors, sanitize: Sanitize) -> Ten
 
 
 def _without_images(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors:
-    """muse_glimmer: transformers has the encoder of images under `model`."""
+    """muse_glimmer: drop the image encoder, which transformers saves under `model`."""
     return sanitize({n: value for n, value in weights.items() if not n.startswith("model.vision_")})
 
 
-# Their classes rotate without `rope_scaling`.
+# mlx-lm's classes of these types ignore `rope_scaling`.
 _UNSCALED = """
     cohere cohere2 dbrx ernie4_5 gemma gemma2 glm4 glm4_moe gpt_neox helium minimax_m2 mixtral phi
     qwen2_moe qwen3_moe solar_open stablelm starcoder2
@@ -265,16 +268,16 @@ _UNSCALED = """
 
 #: By the model type of config.json.
 CORRECTIONS: Mapping[str, Correction] = {
-    **dict.fromkeys(_UNSCALED, Correction(model=_scale_rotations)),
-    "ernie4_5_moe": Correction(model=_scale_rotations, tensors=_keep_the_routers_bias),
-    "glm": Correction(model=_rotate_a_part),
+    **dict.fromkeys(_UNSCALED, Correction(model=_scaled_rope)),
+    "ernie4_5_moe": Correction(model=_scaled_rope, tensors=_router_bias),
+    "glm": Correction(model=_partial_rotation),
     "gpt2": Correction(tensors=_without_prefix),
-    "gpt_oss": Correction(model=_ramp_exactly, tensors=_transposed_experts),
-    "granitemoehybrid": Correction(model=_normalise_groups),
-    "jamba": Correction(model=_weigh_before_choosing),
-    "mamba2": Correction(model=_normalise_groups),
+    "gpt_oss": Correction(model=_exact_yarn_ramp, tensors=_transposed_experts),
+    "granitemoehybrid": Correction(model=_norm_per_group),
+    "jamba": Correction(model=_softmax_over_all_experts),
+    "mamba2": Correction(model=_norm_per_group),
     "muse_glimmer": Correction(tensors=_without_images),
     "qwen3_5_moe": Correction(tensors=_stacked_experts),
-    "qwen3_vl_moe": Correction(model=_scale_rotations, tensors=_experts_either_way),
-    "recurrent_gemma": Correction(model=_rotate_by_the_base),
+    "qwen3_vl_moe": Correction(model=_scaled_rope, tensors=_transposed_qwen_experts),
+    "recurrent_gemma": Correction(model=_configured_rope_base),
 }

@@ -1,0 +1,313 @@
+"""Functions of MLX and mlx-lm that the engine replaces in the process: what, why, and until when.
+
+`install()` replaces the functions in `FUNCTIONS`, `uninstall()` puts back what was there. Every
+replacement calls the native function unless the arguments come from a step of the engine.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import activations, gated_delta, ssm
+
+from modelpack_engine.attention.cache_handle import (
+    KVHandle,
+    LostHandleError,
+    RotaryScores,
+    RowMask,
+)
+from modelpack_engine.attention.gather import native_attention
+from modelpack_engine.attention.metadata import Positions
+from modelpack_engine.layers import convolution, delta_rule, state_space
+
+native_rope: Callable[..., mx.array] = mx.fast.rope
+native_conv1d = mx.conv1d
+native_ssm_attn = ssm.ssm_attn
+native_gated_delta_ops = gated_delta.gated_delta_ops
+native_swiglu: Callable[[mx.array, mx.array], mx.array] = activations.swiglu
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionPatch:
+    """A replaced attribute of a module: why it is replaced, and when the patch can be removed."""
+
+    owner: ModuleType
+    name: str
+    replacement: Callable[..., Any]
+    reason: str
+    until: str
+
+    def __str__(self) -> str:
+        return f"{self.owner.__name__}.{self.name}"
+
+
+_replaced: list[tuple[FunctionPatch, Any]] = []
+
+
+def install(patches: Iterable[FunctionPatch] | None = None) -> None:
+    """Replace the functions of `patches` (default: `FUNCTIONS`) that are not replaced yet."""
+    for patch in FUNCTIONS if patches is None else patches:
+        current = getattr(patch.owner, patch.name)
+        if current is not patch.replacement:
+            _replaced.append((patch, current))
+            setattr(patch.owner, patch.name, patch.replacement)
+
+
+def uninstall() -> None:
+    """Put back what `install` replaced."""
+    while _replaced:
+        patch, original = _replaced.pop()
+        setattr(patch.owner, patch.name, original)
+
+
+# Attention
+
+
+def _attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+    **rest: Any,
+) -> mx.array:
+    """Attend to the paged cache if the keys are a handle, else call MLX's function.
+
+    Raises `LostHandleError` if the layer uses the handles in a way that the cache cannot serve.
+    """
+    cache = next((a.cache for a in (k, v) if isinstance(a, KVHandle)), None)
+    if cache is None:
+        if isinstance(mask, RowMask):
+            raise LostHandleError("a layer attends to something other than its cache")
+        return native_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **rest)
+    if not isinstance(k, KVHandle) or not isinstance(v, KVHandle) or v.cache is not k.cache:
+        raise LostHandleError("it attends to something other than its keys and values", cache=cache)
+    latent = isinstance(mask, RotaryScores)
+    if k.transposed or v.transposed or k.part != "keys" or (v.part == "keys") != latent:
+        raise LostHandleError("it exchanges or transposes keys and values", cache=cache)
+    window = queries = None
+    if isinstance(mask, RowMask):
+        window = mask.window
+    elif isinstance(mask, RotaryScores):
+        queries = mask.queries
+    elif isinstance(mask, mx.array):
+        raise LostHandleError("it applies a mask of its own", cache=cache)
+    return k.cache.attend(
+        q, scale=scale, window=window, sinks=sinks, query_pe=queries, key_dtype=k.dtype
+    )
+
+
+# Rotary embeddings
+
+#: With at least this many pairs of elements, MLX's CUDA kernel can rotate any number of rows. With
+#: fewer, it cannot be launched for `_TOO_MANY` threads, each of which serves four heads of a row.
+_ENOUGH_PAIRS, _HEADS_PER_THREAD, _TOO_MANY = 16, 4, 128
+#: Matrices kept per step. Models have one or two kinds of rotation; a model that exceeds the limit
+#: makes a new one at every call.
+MAX_ROTATIONS = 8
+
+
+def _rope(x: mx.array, dims: int, **how: Any) -> mx.array:
+    """Rotate x [rows, heads, 1, dim] by one matmul if `offset` caches matrices for the step."""
+    offset = how.get("offset")
+    rotations = offset.rotations if isinstance(offset, Positions) else None
+    if x.ndim == 4 and x.shape[2] == 1 and dims < 2 * _ENOUGH_PAIRS and _on_cuda():
+        return _rope_in_parts(x, dims, how)
+    if rotations is None or x.dtype != mx.float32 or x.ndim != 4 or x.shape[2] != 1:
+        return native_rope(x, dims, **how)
+    rows, heads, _, dim = x.shape
+    rest = {name: value for name, value in how.items() if name != "offset"}
+    # Arrays (a layer's frequencies) are compared by identity.
+    identities = {n: id(v) if isinstance(v, mx.array) else v for n, v in rest.items()}
+    key = (dim, dims, *identities.items())
+    if key not in rotations:
+        if len(rotations) == MAX_ROTATIONS:
+            return native_rope(x, dims, **how)
+        unit = mx.broadcast_to(mx.eye(dim)[None, :, None, :], (rows, dim, 1, dim))
+        matrix = native_rope(unit, dims, offset=offset, **rest)[:, :, 0]
+        rotations[key] = matrix, list(rest.values())
+    return (x.reshape(rows, heads, dim) @ rotations[key][0])[:, :, None]
+
+
+def _on_cuda() -> bool:
+    return mx.cuda.is_available() and mx.default_device() != mx.Device(mx.cpu)
+
+
+def _rope_in_parts(x: mx.array, dims: int, how: dict[str, Any]) -> mx.array:
+    """Rotate x [rows, heads, 1, dim] in as few calls as CUDA can launch."""
+    most = max((_TOO_MANY - 1) // -(-x.shape[1] // _HEADS_PER_THREAD), 1)
+    if x.shape[0] <= most:
+        return native_rope(x, dims, **how)
+    parts = []
+    for start in range(0, x.shape[0], most):
+        part = slice(start, start + most)
+        offset = how.get("offset", 0)
+        if isinstance(offset, mx.array) and offset.ndim > 0:
+            offset = offset[part]
+        parts.append(native_rope(x[part], dims, **{**how, "offset": offset}))
+    return mx.concatenate(parts)
+
+
+# Recurrent layers
+
+_fast_recurrence: ContextVar[bool] = ContextVar("fast recurrence", default=False)
+
+
+@contextmanager
+def fast_recurrence() -> Iterator[None]:
+    """Let recurrent layers called in this context use the engine's kernels."""
+    token = _fast_recurrence.set(True)
+    try:
+        yield
+    finally:
+        _fast_recurrence.reset(token)
+
+
+def _state_space(
+    x: Any, A_log: Any, B: Any, C: Any, D: Any, dt: Any, dt_bias: Any, state: Any = None,
+    time_step_limit: Any = (0.001, 100.0), mask: Any = None, lengths: Any = None, step: int = 256,
+) -> Any:  # fmt: skip
+    if not _fast_recurrence.get() or mask is not None or lengths is not None:
+        return native_ssm_attn(
+            x, A_log, B, C, D, dt, dt_bias, state, time_step_limit, mask, lengths, step
+        )
+    dt = ssm.compute_dt(dt, dt_bias, time_step_limit)
+    return state_space.attend(x, A_log, B, C, D, dt, state, step)
+
+
+def _delta_rule(
+    q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any = None, mask: Any = None
+) -> Any:
+    if not _fast_recurrence.get() or mask is not None or not delta_rule.takes(q, k, v):
+        return native_gated_delta_ops(q, k, v, g, beta, state, mask)
+    return delta_rule.update(q, k, v, g, beta, state)
+
+
+def _convolution(x: mx.array, weight: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+    if not _fast_recurrence.get() or not convolution.takes(x, weight, *args, **kwargs):
+        return native_conv1d(x, weight, *args, **kwargs)
+    return convolution.convolve(x, weight)
+
+
+#: What every model runner installs.
+FUNCTIONS = (
+    FunctionPatch(
+        mx.fast,
+        "scaled_dot_product_attention",
+        _attention,
+        "mlx-lm's models pass it what the cache returned: it is where paged attention gets its"
+        " queries",
+        "MLX has paged attention, or mlx-lm's models let the cache attend",
+    ),
+    FunctionPatch(
+        mx.fast,
+        "rope",
+        _rope,
+        "on CPUs it is slow for one token a row; on CUDA MLX 0.32 cannot launch it for many rows"
+        " of few elements",
+        "MLX rotates rows of one token as fast as a matmul, and launches any size",
+    ),
+    FunctionPatch(
+        mx,
+        "conv1d",
+        _convolution,
+        "MLX computes depthwise convolutions of short prompts slowly on CUDA",
+        "MLX has a kernel for causal depthwise convolutions",
+    ),
+    FunctionPatch(
+        ssm,
+        "ssm_attn",
+        _state_space,
+        "without Metal, mlx-lm computes state spaces by thousands of products of single vectors",
+        "mlx-lm has state-space kernels for CUDA and CPUs",
+    ),
+    FunctionPatch(
+        gated_delta,
+        "gated_delta_ops",
+        _delta_rule,
+        "without Metal, mlx-lm computes delta rules by a chain of operations per token",
+        "mlx-lm has delta-rule kernels for CUDA",
+    ),
+)
+
+
+# SwiGLU on CPUs
+
+
+@partial(mx.compile, shapeless=True)
+def _by_powers_of_two(gate: mx.array, x: mx.array) -> mx.array:
+    return gate * x / (1 + mx.power(2.0, gate * (-1 / math.log(2))))
+
+
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """Return silu(gate) * x; on CPUs in half to two thirds of mlx-lm's time.
+
+    MLX's sigmoid spends most of its time in `exp`; powers of two are cheaper.
+    """
+    if gate.dtype == x.dtype == mx.float32 and mx.default_device() == mx.Device(mx.cpu):
+        return _by_powers_of_two(gate, x)
+    return native_swiglu(gate, x)
+
+
+def swiglu_patches(model: nn.Module) -> list[FunctionPatch]:
+    """Return a patch for each module of mlx-lm that defines layers of `model` and uses SwiGLU."""
+    names = sorted({type(module).__module__ for module in model.modules()})
+    return [
+        FunctionPatch(
+            sys.modules[name],
+            "swiglu",
+            swiglu,
+            "MLX's sigmoid is slow on CPUs",
+            "MLX vectorises exp on CPUs",
+        )
+        for name in names
+        if getattr(sys.modules[name], "swiglu", None) in (native_swiglu, swiglu)
+    ]
+
+
+# Collectives of ranks
+
+_last_collective: mx.array | None = None
+
+
+def begin_collectives() -> None:
+    """Begin a step: steps are already ordered, as they are launched one after the other."""
+    global _last_collective
+    _last_collective = None
+
+
+def _ordered(collective: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    def call(x: mx.array, **arguments: Any) -> mx.array:
+        global _last_collective
+        if _last_collective is not None:
+            x = mx.depends([x], [_last_collective])[0]
+        _last_collective = collective(x, **arguments)
+        return _last_collective
+
+    return call
+
+
+#: What a rank installs; only one of its threads computes.
+COLLECTIVES = tuple(
+    FunctionPatch(
+        mx.distributed,
+        name,
+        _ordered(getattr(mx.distributed, name)),
+        "MLX runs independent collectives in any order, and ranks would add up parts of different"
+        " sequences",
+        "MLX runs the collectives of a group in the order in which they were called",
+    )
+    for name in ("all_sum", "all_gather")
+)
