@@ -1,4 +1,4 @@
-"""Docker Model Runner's store in `modelpack import` and `export`."""
+"""`modelpack import` and `export`: tar archives and the store of Docker Model Runner."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from modelpack.cli.output import human_size, note, plural, show, shown_progress
 from modelpack.errors import ConflictError, StoreError, UsageError
 from modelpack.hub.reference import HubReference
 from modelpack.operations import archives
-from modelpack.operations import docker as exchanging
+from modelpack.operations.docker import Exchanged, export_to_docker, import_from_docker
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.trust import check_names, trusted_import
 from modelpack.storage import watching
@@ -39,14 +39,14 @@ def import_from_docker_store(
     copy: bool,
     remote: RemoteOptions,
 ) -> None:
-    """Take models over, and show their digests; `docker_store` may be a model's name."""
+    """Import models and print their digests; `docker_store` may be the name of a model."""
     path, names = _arguments(docker_store, models, every)
     store = settings.store()
     with (
         shown_progress(settings) as progress,
         trusted_import(store, remote, watching(progress)),
     ):
-        done = exchanging.import_from_docker(
+        done = import_from_docker(
             names,
             docker=DockerStore(path),
             store=store,
@@ -64,13 +64,13 @@ def export_to_docker_store(
     copy: bool,
     remote: RemoteOptions,
 ) -> None:
-    """Give models to it, and show their digests; `docker_store` may be a model's name."""
+    """Export models and print their digests; `docker_store` may be the name of a model."""
     path, names = _arguments(docker_store, models, every)
     store = settings.store()
     exported = names or [str(ref) for model in store.models() for ref in model.references]
     with shown_progress(settings) as progress:
         check_names(store, exported, remote, watching(progress))
-        done = exchanging.export_to_docker(
+        done = export_to_docker(
             names,
             docker=DockerStore(path, create=True),
             store=store,
@@ -83,12 +83,12 @@ def export_to_docker_store(
 def _arguments(
     docker_store: str, models: tuple[str, ...], every: bool
 ) -> tuple[Path | None, tuple[str, ...]]:
-    """Tell the optional directory from a model: `--docker-store REF` takes REF as its value."""
+    """Return the directory, if any, and the models: click takes the REF of `--docker-store REF`."""
     path: Path | None = Path(docker_store).expanduser() if docker_store else None
     if path is not None and not path.is_dir() and not _looks_like_path(docker_store):
         path, models = None, (docker_store, *models)
     if bool(models) == every:
-        raise UsageError("name the models, or give --all", hint="not both, not neither")
+        raise UsageError("expected either models or --all", hint="name the models, or give --all")
     return path, models
 
 
@@ -96,7 +96,7 @@ def _looks_like_path(text: str) -> bool:
     return text.startswith(("/", "./", "../", "~"))
 
 
-def _show(settings: Settings, done: Sequence[exchanging.Exchanged], verb: str) -> None:
+def _show(settings: Settings, done: Sequence[Exchanged], verb: str) -> None:
     value = {
         "models": [
             {"digest": str(item.digest), "references": list(item.references)} for item in done
@@ -110,15 +110,15 @@ def _show(settings: Settings, done: Sequence[exchanging.Exchanged], verb: str) -
 @model_argument("models", nargs=-1)
 @click.option(
     "-o", "--output", metavar="FILE",
-    help="Write a tar archive; - is standard output.",
+    help="Write a tar archive; - writes to stdout.",
 )  # fmt: skip
 @click.option(
     "--form",
     type=click.Choice(archives.FORMS),
     default="oci",
     show_default=True,
-    help="With --output: an OCI image layout with any models and their names, or the archive of "
-    "one that `docker model` exchanges.",
+    help="With --output: an OCI image layout of any number of models, or the archive format of "
+    "`docker model`, which holds one.",
 )
 @click.option("-f", "--force", is_flag=True, help="With --output: replace FILE.")
 @click.option(
@@ -126,10 +126,11 @@ def _show(settings: Settings, done: Sequence[exchanging.Exchanged], verb: str) -
     metavar="[DIR]",
     is_flag=False,
     flag_value="",
-    help="To Docker Model Runner's store; DIR is MODELS_PATH or ~/.docker/models if left out.",
+    help="Export to the store of Docker Model Runner. [default DIR: MODELS_PATH or "
+    "~/.docker/models]",
 )
-@click.option("-a", "--all", "every", is_flag=True, help="All models.")
-@click.option("--copy", is_flag=True, help="Copy blobs even where a hard link would do.")
+@click.option("-a", "--all", "every", is_flag=True, help="Export all models.")
+@click.option("--copy", is_flag=True, help="Copy blobs instead of hard-linking them.")
 @remote_options
 @trust_options
 @common_options
@@ -144,20 +145,23 @@ def export_models(
     copy: bool,
     remote: RemoteOptions,
 ) -> None:
-    """Give stored models to a tar archive or to Docker Model Runner's store; print their digests.
+    """Export stored models to a tar archive or to Docker Model Runner; print their digests.
 
-    What is read from an archive by `import` is what was written: the same digests.
+    `import` reads the archive back with the same digests.
     """
     if (output is None) == (docker_store is None):
-        raise UsageError("where to? Give --output FILE or --docker-store, one of them")
+        raise UsageError(
+            "expected either --output or --docker-store",
+            hint="give --output FILE or --docker-store",
+        )
     if docker_store is not None:
         export_to_docker_store(settings, docker_store, models, every, copy, remote)
         return
-    assert output is not None, "there is no --docker-store"
+    assert output is not None
     if copy:
-        raise UsageError("--copy needs --docker-store")
+        raise UsageError("--copy requires --docker-store")
     if bool(models) == every:
-        raise UsageError("name the models, or give --all", hint="not both, not neither")
+        raise UsageError("expected either models or --all", hint="name the models, or give --all")
     store = settings.store()
     if every:
         models = tuple(str(ref) for model in store.models() for ref in model.references)
@@ -179,9 +183,9 @@ def export_models(
 
 
 def _write(path: Path, pieces: Iterable[bytes], force: bool) -> None:
-    """Write the file, which has its name once it is whole."""
+    """Write the file under a temporary name and rename it when it is complete."""
     if path.exists() and not force:
-        raise ConflictError(f"{path} exists", hint="--force replaces it")
+        raise ConflictError(f"{path} exists", hint="give --force to replace it")
     part = path.with_name(f".{path.name}-{secrets.token_hex(4)}.partial")
     try:
         with part.open("xb") as file:
@@ -189,7 +193,7 @@ def _write(path: Path, pieces: Iterable[bytes], force: bool) -> None:
                 file.write(piece)
         os.replace(part, path)
     except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error.strerror}") from error
+        raise StoreError(f"cannot write {path}: {error.strerror}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -204,11 +208,11 @@ _WEIGHTS = (".gguf", ".safetensors", ".dduf")
     metavar="[DIR]",
     is_flag=False,
     flag_value="",
-    help="From Docker Model Runner's store, the models named or --all; DIR is MODELS_PATH or "
-    "~/.docker/models if left out.",
+    help="Import from the store of Docker Model Runner. [default DIR: MODELS_PATH or "
+    "~/.docker/models]",
 )
-@click.option("-a", "--all", "every", is_flag=True, help="With --docker-store: all models.")
-@click.option("--copy", is_flag=True, help="Copy blobs even where a hard link would do.")
+@click.option("-a", "--all", "every", is_flag=True, help="With --docker-store: import all models.")
+@click.option("--copy", is_flag=True, help="Copy blobs instead of hard-linking them.")
 @remote_options
 @trust_options
 @common_options
@@ -220,25 +224,28 @@ def import_models(
     copy: bool,
     remote: RemoteOptions,
 ) -> None:
-    """Take models over from elsewhere, verified, into the local store; print their digests.
+    """Import models into the local store and verify them; print their digests.
 
-    SOURCE is a model of the Hugging Face Hub, hf.co/ORG/NAME[:QUANT][@REVISION], kept as REFERENCE
-    or under its own name in lower case; or a tar archive of `export` or `docker model`, - for
-    standard input. With --docker-store, models of Docker Model Runner.
+    SOURCE is a model of the Hugging Face Hub, hf.co/ORG/NAME[:QUANT][@REVISION], or a tar archive
+    made by `export` or `docker model` (- reads stdin). REFERENCE names the model in the store; the
+    default is its own name in lower case. With --docker-store, the arguments are names of models in
+    Docker Model Runner.
     """
     if docker_store is not None:
         import_from_docker_store(settings, docker_store, arguments, every, copy, remote)
         return
     if every or copy:
-        raise UsageError("--all and --copy need --docker-store")
+        raise UsageError("--all and --copy require --docker-store")
     if not 1 <= len(arguments) <= 2:
-        raise UsageError("expected SOURCE [REFERENCE]", hint="like hf.co/ORG/NAME my/name:tag")
+        raise UsageError(
+            "expected SOURCE [REFERENCE]", hint="for example: hf.co/ORG/NAME my/name:tag"
+        )
     name = arguments[0]
     where = Reference.parse(arguments[1]) if len(arguments) > 1 else None
     if Path(name).is_dir() or Path(name).suffix.lower() in _WEIGHTS:
         raise UsageError(
-            f"{name}: these are a model's files, not a model in an archive",
-            hint="`modelpack package` makes a model of them",
+            f"{name} is not an archive: it holds the files of a model",
+            hint="package them with `modelpack package`",
         )
     if name == "-" or Path(name).is_file():
         _import_archive(settings, name, where, remote)
@@ -246,8 +253,8 @@ def import_models(
     source = HubReference.parse(name)
     if source is None:
         raise UsageError(
-            f"{name!r} is no archive, and no model of the Hugging Face Hub",
-            hint="from a registry, `pull` it; from Docker's store, give --docker-store",
+            f"{name!r} is neither an archive nor a model of the Hugging Face Hub",
+            hint="use `modelpack pull` for a registry, --docker-store for Docker Model Runner",
         )
     from modelpack.cli.transfer import show_pulled
     from modelpack.operations.pull import pull
@@ -284,4 +291,4 @@ def _opened(path: Path) -> IO[bytes]:
     try:
         return path.open("rb")
     except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+        raise StoreError(f"cannot read {path}: {error.strerror}") from error

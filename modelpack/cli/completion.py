@@ -1,4 +1,4 @@
-"""`modelpack completion`: the shell code that completes our commands."""
+"""`modelpack completion`: print the shell code that completes commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HELP = {
 @click.argument("shell", type=click.Choice(sorted(_HELP)))
 @common_options
 def completion(settings: Settings, shell: str) -> None:
-    """Print the code that makes SHELL complete commands, options and stored models."""
+    """Print the completion script of SHELL for commands, options and stored models."""
     from modelpack.cli.main import cli
 
     completion_class = get_completion_class(shell)

@@ -1,4 +1,4 @@
-"""`modelpack k8s`: Kubernetes objects that serve a model."""
+"""`modelpack k8s` and `modelpack compose`: serve models in Kubernetes and Docker Compose."""
 
 from __future__ import annotations
 
@@ -22,40 +22,47 @@ _OWN_IMAGE = f"modelpack:{__version__}"
 @click.argument("reference", metavar="REF")
 @click.option(
     "--engine", type=click.Choice(["vllm", "modelpack"]), default="vllm", show_default=True,
-    help="What serves it.",
+    help="The server to run.",
 )  # fmt: skip
-@click.option("--kserve", is_flag=True, help="An InferenceService in the place of a Deployment.")
+@click.option("--kserve", is_flag=True, help="Print an InferenceService instead of a Deployment.")
 @click.option(
     "--image", metavar="IMAGE",
-    help=f"The engine's image. [default: {_VLLM_IMAGE}, or --tool-image]",
+    help=f"The image of the server. [default: {_VLLM_IMAGE}, or --tool-image]",
 )  # fmt: skip
 @click.option(
     "--tool-image", metavar="IMAGE", default=_OWN_IMAGE, show_default=True,
-    help="An image with modelpack, which pulls the model into the pod.",
+    help="The image with modelpack that pulls the model into the pod.",
 )  # fmt: skip
 @click.option(
     "--model-image", metavar="IMAGE",
-    help="An OCI image with the model's files under /models, to mount instead of pulling.",
+    help="Mount this OCI image, which has the model's files under /models, instead of pulling.",
 )  # fmt: skip
-@click.option("--name", help="What the objects are called. [default: after REF]")
-@click.option("--namespace", help="Where they go. [default: where they are applied]")
-@click.option("--served-model-name", metavar="NAME", help="What clients call it. [default: REF]")
-@click.option("--replicas", type=click.IntRange(min=0), default=1, show_default=True)
+@click.option("--name", help="The name of the objects. [default: made from REF]")
+@click.option(
+    "--namespace", help="The namespace of the objects. [default: the namespace of kubectl]"
+)
+@click.option(
+    "--served-model-name", metavar="NAME", help="The model name in API requests. [default: REF]"
+)
+@click.option("--replicas", type=click.IntRange(min=0), default=1, show_default=True,
+              help="The number of pods.")  # fmt: skip
 @click.option(
     "--gpus", type=click.IntRange(min=0), metavar="N",
-    help="GPUs of a pod. [default: by size for vllm, none for modelpack]",
+    help="GPUs for each pod. [default: by model size for vllm, 0 for modelpack]",
 )  # fmt: skip
 @click.option(
     "--gpu-memory", type=SIZE, metavar="SIZE", default="80GB", show_default=True,
-    help="What one GPU has.",
+    help="Memory of one GPU.",
 )  # fmt: skip
 @click.option(
-    "--pull-secret", metavar="NAME", help="A secret of type kubernetes.io/dockerconfigjson."
+    "--pull-secret",
+    metavar="NAME",
+    help="A secret of type kubernetes.io/dockerconfigjson for pulling.",
 )
 @click.option(
     "--allow-host", "hosts", metavar="NAME", multiple=True,
-    help="A host name that clients use besides the Service's, as an Ingress has one, for "
-    "--engine modelpack. May be repeated.",
+    help="With --engine modelpack: accept this host name, such as an Ingress's, besides the "
+    "Service's. May be repeated.",
 )  # fmt: skip
 @remote_options
 @trust_options
@@ -80,8 +87,8 @@ def k8s(
 ) -> None:
     """Print a Deployment and a Service, or with --kserve an InferenceService, for a model.
 
-    REF is asked of its registry, for its digest and its size: pods pull that digest, and probes,
-    memory and GPUs follow the size. `modelpack k8s REF | kubectl apply -f -` serves it.
+    Reads the digest and the size of REF from its registry. Pods pull that digest; probes, memory
+    and GPUs are set by the size. To serve the model: `modelpack k8s REF | kubectl apply -f -`.
     """
     import yaml
 
@@ -99,9 +106,9 @@ def k8s(
 
     if model_image is not None and remote.trust is not None:
         raise UsageError(
-            f"--model-image {model_image}: the files of an image have no signatures of a model, "
-            "and a key or a policy asks for them",
-            hint="leave it out: pods pull the signed model, by digest",
+            f"cannot verify the files of --model-image {model_image}: images have no model "
+            "signatures, which --verify-key or --policy requires",
+            hint="leave out --model-image: pods then pull the signed model by digest",
         )
     wanted = Reference.parse(reference)
     model = inspect(reference, remote=remote, from_registry=True)
@@ -134,7 +141,7 @@ def k8s(
 
 def _yaml(yaml: Any, objects: list[dict[str, Any]]) -> str:
     class Plain(yaml.SafeDumper):  # type: ignore[misc]
-        def ignore_aliases(self, data: Any) -> bool:  # labels that are one object are written twice
+        def ignore_aliases(self, data: Any) -> bool:  # write shared labels out
             return True
 
     text: str = yaml.dump_all(objects, Dumper=Plain, sort_keys=False, width=100)
@@ -145,26 +152,30 @@ _SERVICE = click.argument("service", required=False)
 
 
 @click.group()
-@click.option("--project-name", metavar="NAME", help="The project; Compose says it.")
+@click.option("--project-name", metavar="NAME", help="The project name; Compose passes it.")
 def compose(project_name: str | None) -> None:
-    """Serve the models of a Compose file; `install` makes them known to Docker."""
+    """Serve the models of a Compose file; `install` adds the plugins to Docker."""
 
 
 @compose.command()
 def metadata() -> None:
-    """Print which options a provider takes, for Compose."""
+    """Print the options of the provider, for Compose."""
     from modelpack.deploy.compose import METADATA
 
     click.echo(json.dumps(METADATA), nl=False)
 
 
 @compose.command()
-@click.option("--model", "models", multiple=True, required=True, help="A model. May be repeated.")
-@click.option("--context-size", type=int, default=-1, help="Longest context, in tokens; -1: all.")
-@click.option("--runtime-flags", default="", help="Flags, as llama.cpp or vLLM have them.")
+@click.option(
+    "--model", "models", multiple=True, required=True, help="A model to serve. May be repeated."
+)
+@click.option(
+    "--context-size", type=int, default=-1, help="Context length in tokens; -1: the model's."
+)
+@click.option("--runtime-flags", default="", help="Flags of llama.cpp or vLLM.")
 @_SERVICE
 def up(models: tuple[str, ...], context_size: int, runtime_flags: str, service: str | None) -> int:
-    """Have a model server hold and set up the models; print for Compose where they are."""
+    """Load and configure the models in a model server; print its address for Compose."""
     from modelpack.deploy.compose import ComposeMessages, provide
     from modelpack.deploy.local_server import local_server
 
@@ -185,22 +196,22 @@ def up(models: tuple[str, ...], context_size: int, runtime_flags: str, service: 
 @compose.command()
 @_SERVICE
 def down(service: str | None) -> None:
-    """Do nothing: the server unloads models that are not used, and others may use it."""
+    """Do nothing: the server unloads idle models, and other projects may use it."""
 
 
 @compose.command()
 @click.option(
     "--models", is_flag=True,
-    help="Serve the top-level `models:` of Compose files too, in the place of `docker model`.",
+    help="Also replace `docker model`, to serve the top-level `models:` of Compose files.",
 )  # fmt: skip
 @click.option(
     "--directory", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-    help="Where Docker finds plugins. [default: ~/.docker/cli-plugins]",
+    help="The directory of Docker's plugins. [default: ~/.docker/cli-plugins]",
 )  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace a plugin that is somebody else's.")
+@click.option("--force", is_flag=True, help="Replace a plugin of another vendor.")
 @common_options
 def install(settings: Settings, models: bool, directory: Path | None, force: bool) -> None:
-    """Make `docker modelpack` of this program, and with --models `docker model`."""
+    """Install the plugin `docker modelpack` and, with --models, `docker model`."""
     from modelpack.deploy.compose import install_plugins
 
     names = ["docker-modelpack", *(["docker-model"] if models else [])]
@@ -213,9 +224,9 @@ def install(settings: Settings, models: bool, directory: Path | None, force: boo
 @compose.command()
 @common_options
 def stop(settings: Settings) -> None:
-    """End the model server that was started for Compose; requests under way are finished."""
+    """Stop the model server that was started for Compose, after its pending requests."""
     from modelpack.deploy.local_server import stop_server
 
     process = stop_server()
     show(settings, {"stopped": process}, "")
-    note(settings, "none was started" if process is None else f"stopping process {process}")
+    note(settings, "no server was started" if process is None else f"stopping process {process}")

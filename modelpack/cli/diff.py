@@ -1,4 +1,4 @@
-"""`modelpack diff`."""
+"""`modelpack diff`: print the differences of two models, layer by layer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import click
 from modelpack.artifacts.model import ModelFile
 from modelpack.cli.options import Settings, common_options, model_argument, remote_options
 from modelpack.cli.output import human_size, one_line, plural, show
-from modelpack.operations import diff as comparing
 from modelpack.operations.diff import Change, FieldChange, LayerChange, ModelDiff
+from modelpack.operations.diff import diff as diff_models
 from modelpack.operations.remote import RemoteOptions
 
 _SIGNS = {Change.ADDED: "+", Change.REMOVED: "-", Change.CHANGED: "~", Change.RENAMED: ">"}
@@ -20,19 +20,21 @@ _MAX_VALUE = 100
 @click.command()
 @model_argument("before")
 @model_argument("after", required=False)
-@click.option("-r", "--remote", "in_registry", is_flag=True, help="Ask the registry for both.")
+@click.option(
+    "-r", "--remote", "in_registry", is_flag=True, help="Read both from their registries."
+)
 @remote_options
 @common_options
 def diff(
     settings: Settings, before: str, after: str | None, in_registry: bool, remote: RemoteOptions
 ) -> int:
-    """Compare two models layer by layer; exit code 0: the same, 1: different, 2 and up: trouble.
+    """Compare two models layer by layer; exit code 0: identical, 1: different, 2 and up: errors.
 
-    A model is taken from the store or, where that lacks it, from its registry. Without AFTER, the
-    stored model is compared with what its registry has under that name.
+    Models are read from the store or, if they are not stored, from their registries. Without AFTER,
+    the stored model is compared with the registry's model of the same name.
     """
     settings.failure_code = 2
-    found = comparing.diff(
+    found = diff_models(
         before, after, from_registry=in_registry, store=settings.store(), remote=remote
     )
     show(settings, _json(found), _text(found))
@@ -95,7 +97,7 @@ def _named(model: Any) -> str:
 def _layer_text(change: LayerChange) -> str:
     before, after = change.before, change.after
     file = before or after
-    assert file is not None, "a change is of a layer"
+    assert file is not None
     line = f"{_SIGNS[change.kind]} {_path(file)}"
     if change.kind is Change.RENAMED and after is not None:
         return f"{line} -> {_path(after)}"
@@ -116,6 +118,6 @@ def _path(file: ModelFile) -> str:
 
 def _shown(value: Any) -> str:
     if value is None:
-        return "nothing"
+        return "none"
     text = one_line(str(value))
     return text if len(text) <= _MAX_VALUE else text[:_MAX_VALUE] + "…"

@@ -1,8 +1,8 @@
-"""`docker modelpack`, and a `docker model` of which Compose gets what it asks for.
+"""The Docker CLI plugins `docker modelpack` and `docker model`.
 
-For the top-level `models:` Compose runs docker-model itself (docker/compose v2.40.3,
-pkg/compose/model.go): `ls --json`, `pull`, `configure` and `status --json`, of which it reads
-standard output and standard error as one.
+For the top-level `models:` of a file, Compose runs docker-model (docker/compose v2.40.3,
+pkg/compose/model.go): `ls --json`, `pull`, `configure` and `status --json`. It reads
+stdout and stderr as one stream.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from modelpack.cli.output import one_line, show_error
 from modelpack.errors import ModelpackError
 
 _METADATA = "docker-cli-plugin-metadata"
-#: Compose hands runtime flags only to a docker-model of 1.0.6 or later, and asks for it.
+#: Compose passes runtime flags only to docker-model 1.0.6 or later, and checks the version.
 _MODEL_VERSION = "v1.2.9"
 
 
 def docker_modelpack() -> None:
-    """Run as the plugin docker-modelpack: as `modelpack`."""
+    """Run `modelpack` as the plugin docker-modelpack."""
     sys.exit(_plugin("modelpack", f"v{__version__}", run))
 
 
 def docker_model() -> None:
-    """Run as the plugin docker-model."""
+    """Run the commands of `docker model` that Compose uses, as the plugin docker-model."""
     sys.exit(_plugin("model", _MODEL_VERSION, _run_model))
 
 
@@ -56,11 +56,11 @@ def _described(version: str) -> str:
 
 @click.group()
 def model() -> None:
-    """What Compose asks of Docker Model Runner, done by modelpack serve."""
+    """The commands of Docker Model Runner that Compose uses, served by modelpack."""
 
 
 @model.command("ls")
-@click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_models(as_json: bool) -> None:
     """List the models of the server's store."""
     from modelpack.deploy.local_server import local_server
@@ -75,7 +75,7 @@ def list_models(as_json: bool) -> None:
 @model.command()
 @click.argument("name", metavar="MODEL")
 def pull(name: str) -> None:
-    """Have the server pull MODEL."""
+    """Pull MODEL into the server's store."""
     from modelpack.deploy.local_server import local_server
 
     local_server().client.pull(name, lambda message: click.echo(one_line(message)))
@@ -83,19 +83,19 @@ def pull(name: str) -> None:
 
 @model.command(context_settings={"ignore_unknown_options": True})
 @click.argument("name", metavar="MODEL")
-@click.option("--context-size", type=int, help="Longest context, in tokens.")
+@click.option("--context-size", type=int, help="Context length in tokens.")
 @click.argument("flags", metavar="[-- FLAGS...]", nargs=-1, type=click.UNPROCESSED)
 def configure(name: str, context_size: int | None, flags: tuple[str, ...]) -> None:
-    """Say how the server runs MODEL."""
+    """Set the context length and runtime flags of MODEL in the server."""
     from modelpack.deploy.local_server import local_server
 
     local_server().client.configure(name, context_size=context_size, runtime_flags=flags)
 
 
 @model.command()
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(as_json: bool) -> None:
-    """Say where containers reach the server."""
+    """Print the address at which containers reach the server."""
     from modelpack.deploy.local_server import local_server
 
     server = local_server()
@@ -114,7 +114,7 @@ def status(as_json: bool) -> None:
 
 @model.command()
 def version() -> None:
-    """Print the version of Docker Model Runner whose commands these are, and our own."""
+    """Print the emulated version of Docker Model Runner and the version of modelpack."""
     click.echo(f"Docker Model Runner version {_MODEL_VERSION} (modelpack {__version__})")
 
 
@@ -129,6 +129,6 @@ def _run_model(arguments: list[str]) -> int:
         error.show()
         return error.exit_code
     except ModelpackError as error:
-        # Compose shows what `pull` prints on standard output, and nothing else.
+        # Compose shows only the stdout of `pull`.
         show_error(error, err=False)
         return error.exit_code

@@ -1,4 +1,4 @@
-"""`modelpack index`: one reference for several variants of a model."""
+"""`modelpack index`: create and show indexes, one reference for several variants of a model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from modelpack.storage import watching
 
 @click.group()
 def index() -> None:
-    """One reference for several variants of a model: each machine takes what it runs best."""
+    """Publish several variants of a model under one reference; each machine pulls the best one."""
 
 
 @index.command()
@@ -43,14 +43,14 @@ def index() -> None:
     metavar="NAME=REF",
     multiple=True,
     required=True,
-    help="A model and what it is called as a variant. May be repeated.",
+    help="A model, and its name as a variant. May be repeated.",
 )
 @click.option(
     "--platform",
     "platforms",
     metavar="NAME=OS/ARCH",
     multiple=True,
-    help="The one platform that a variant is for, like mlx=darwin/arm64. May be repeated.",
+    help="Restrict a variant to a platform, like mlx=darwin/arm64. May be repeated.",
 )
 @click.option(
     "--annotation",
@@ -58,9 +58,11 @@ def index() -> None:
     metavar="KEY=VALUE",
     multiple=True,
     callback=annotation_pairs,
-    help="An annotation of the index. May be repeated.",
+    help="Add an annotation to the index. May be repeated.",
 )
-@click.option("--push", is_flag=True, help="Make it in REFERENCE's registry, not in the store.")
+@click.option(
+    "--push", is_flag=True, help="Create the index in the registry of REFERENCE, not in the store."
+)
 @remote_options
 @common_options
 def create(
@@ -72,20 +74,20 @@ def create(
     push: bool,
     remote: RemoteOptions,
 ) -> None:
-    """Make the index REFERENCE of stored models; print its digest. `push` sends it on.
+    """Create the index REFERENCE of stored models; print its digest.
 
-    With --push, models may be in registries and on the Hugging Face Hub, too: what REFERENCE's
-    registry lacks is copied there, and nothing is stored here.
+    `modelpack push` pushes the index. With --push, models may also be in registries and on the
+    Hugging Face Hub: missing blobs are copied to the registry of REFERENCE, and nothing is stored.
     """
     where = Reference.parse(reference)
     note_reference(settings, reference, where)
     named = dict(_pair(text, "--variant", "NAME=REF") for text in variants)
     if len(named) < len(variants):
-        raise UsageError("two variants have the same name")
+        raise UsageError("two --variant options have the same name")
     wanted = dict(_pair(text, "--platform", "NAME=OS/ARCH") for text in platforms)
     unknown = sorted(wanted.keys() - named.keys())
     if unknown:
-        raise UsageError(f"--platform {unknown[0]}: there is no such --variant")
+        raise UsageError(f"--platform {unknown[0]}: no such --variant")
     with shown_progress(settings) as progress:
         made = create_index(
             where,
@@ -104,11 +106,11 @@ def create(
 
 @index.command("show")
 @model_argument()
-@click.option("-r", "--remote", "in_registry", is_flag=True, help="Ask the registry.")
+@click.option("-r", "--remote", "in_registry", is_flag=True, help="Read from the registry.")
 @remote_options
 @common_options
 def show_variants(settings: Settings, model: str, in_registry: bool, remote: RemoteOptions) -> None:
-    """List the variants of MODEL, and which of them this machine would take."""
+    """List the variants of MODEL and mark the one that this machine would pull."""
     if in_registry:
         with open_source(model, remote, watching(None)) as opened:
             descriptor, raw = opened.descriptor, opened.raw
@@ -118,7 +120,7 @@ def show_variants(settings: Settings, model: str, in_registry: bool, remote: Rem
         raw = store.fetch_manifest(descriptor)
     document = parse_manifest_or_index(raw, model, media_type=descriptor.media_type)
     if not isinstance(document, Index):
-        raise UnsupportedError(f"{model} is one model, not several variants")
+        raise UnsupportedError(f"{model} is a single model, not an index of variants")
     chosen = None
     try:
         chosen = choose_variant(document, model).variant

@@ -1,4 +1,4 @@
-"""A model described: for people, and for programs."""
+"""Commands that read stored or remote models: inspect, list, manifest, config, resolve, bundle."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ from modelpack.cli.output import (
 )
 from modelpack.formats.gguf import MetadataArray
 from modelpack.operations import lookup
-from modelpack.operations import resolve as resolving
 from modelpack.operations.model_list import Summarized, summarize_models
 from modelpack.operations.remote import RemoteOptions
+from modelpack.operations.resolve import bundle as bundle_model
+from modelpack.operations.resolve import resolve as resolve_files
 from modelpack.storage import read_blob
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ _STEPS = (("year", 365 * 86400), ("month", 30 * 86400), ("week", 7 * 86400), ("d
 
 
 def model_json(model: Model, missing: Collection[Digest] = ()) -> dict[str, Any]:
-    """Return what `inspect --json` prints; `missing` are the layers that the store lacks."""
+    """Return the JSON value of `inspect`; `missing` are the layers that the store lacks."""
     config = model.config
     return {
         "reference": str(model.reference) if model.reference else None,
@@ -86,7 +87,7 @@ def model_json(model: Model, missing: Collection[Digest] = ()) -> dict[str, Any]
 
 
 def model_text(model: Model, missing: Collection[Digest] = ()) -> str:
-    """Return what `inspect` prints; `missing` are the layers that the store lacks."""
+    """Return the text of `inspect`; `missing` are the layers that the store lacks."""
     config = model.config
     kinds = {mediatypes.CNCF_CONFIG: "CNCF ModelPack", mediatypes.CNAI_CONFIG: "CNAI model",
              mediatypes.KITOPS_CONFIG: "KitOps ModelKit",
@@ -110,12 +111,12 @@ def model_text(model: Model, missing: Collection[Digest] = ()) -> str:
     for file in model.files():
         size = human_size(file.descriptor.size)
         line = f"  {file.role!s:<14}{size:>10}  {file.filepath or file.descriptor.digest}"
-        text.append(line + ("  (not here)" if file.descriptor.digest in missing else ""))
+        text.append(line + ("  (missing)" if file.descriptor.digest in missing else ""))
     return "\n".join(map(one_line, text))
 
 
 def age(created: str | None, now: datetime) -> str:
-    """Return how long ago an RFC 3339 time was; empty for none, and for the epoch's stand-in."""
+    """Return the age of an RFC 3339 time, like "2 days ago"; empty for None and for the epoch."""
     if not created:
         return ""
     try:
@@ -146,7 +147,7 @@ def show_headers(settings: Settings, name: str, in_registry: bool, remote: Remot
         found = read_headers(name, remote=remote, from_registry=True)
         cost = sum(one.bytes_fetched for one in found)
         asked = plural(sum(one.requests for one in found), "request")
-        note(settings, f"{asked}, {human_size(cost)}; not verified, since that takes the files")
+        note(settings, f"{asked}, {human_size(cost)}; not verified: that takes the whole files")
     else:
         found = read_headers(name, store=settings.store())
     show(
@@ -198,7 +199,7 @@ def _metadata(read: FileHeader) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON; of a long array its length and type, as the parser keeps no more."""
+    """Return a value as JSON; for a long array its length and type, all that the parser keeps."""
     if isinstance(value, MetadataArray):
         if value.items is None:
             return f"{value.length} x {value.element_type.name.lower()}"
@@ -208,14 +209,16 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, int | float | bool) else str(value)
 
 
-REMOTE = click.option("-r", "--remote", "in_registry", is_flag=True, help="Ask the registry.")
-PULL = click.option("--pull", is_flag=True, help="Pull first what is not stored.")
+REMOTE = click.option("-r", "--remote", "in_registry", is_flag=True, help="Read from the registry.")
+PULL = click.option("--pull", is_flag=True, help="Pull missing files first.")
 
 
 @click.command()
 @model_argument()
 @click.option(
-    "--header", is_flag=True, help="Show what its weight files say: metadata and tensors."
+    "--header",
+    is_flag=True,
+    help="Show the metadata and the tensors in the headers of weight files.",
 )
 @REMOTE
 @remote_options
@@ -224,9 +227,9 @@ PULL = click.option("--pull", is_flag=True, help="Pull first what is not stored.
 def inspect(
     settings: Settings, model: str, header: bool, in_registry: bool, remote: RemoteOptions
 ) -> None:
-    """Show what a model is: format, size, context, layers.
+    """Show the format, size, context length and files of a model.
 
-    Of a remote model a few small pieces are fetched, with --header too.
+    For a remote model, only the manifest, the config and, with --header, file headers are fetched.
     """
     if header:
         show_headers(settings, model, in_registry, remote)
@@ -247,7 +250,7 @@ def inspect(
 @variant_option
 @common_options
 def manifest(settings: Settings, model: str, in_registry: bool, remote: RemoteOptions) -> None:
-    """Print the manifest, byte for byte."""
+    """Print the exact bytes of the manifest."""
     _write(_find(settings, model, in_registry, remote).manifest.raw)
 
 
@@ -257,7 +260,7 @@ def manifest(settings: Settings, model: str, in_registry: bool, remote: RemoteOp
 @remote_options
 @common_options
 def config(settings: Settings, model: str, in_registry: bool, remote: RemoteOptions) -> None:
-    """Print the config blob, byte for byte."""
+    """Print the exact bytes of the config blob."""
     if in_registry:
         where = Reference.parse(model)
         note_reference(settings, model, where)
@@ -278,7 +281,13 @@ def config(settings: Settings, model: str, in_registry: bool, remote: RemoteOpti
     help="A media type, a pattern, or one of weight, gguf, safetensors, dduf, mmproj, license, "
     "chat-template, config. May be repeated. [default: weight]",
 )
-@click.option("--file", "files", metavar="PATH", multiple=True, help="A file path of the model.")
+@click.option(
+    "--file",
+    "files",
+    metavar="PATH",
+    multiple=True,
+    help="A file of the model, by path. May be repeated.",
+)
 @PULL
 @remote_options
 @trust_options
@@ -292,12 +301,12 @@ def resolve(
     pull: bool,
     remote: RemoteOptions,
 ) -> None:
-    """Print the paths of a model's files in the store, a line each.
+    """Print the paths of a model's files in the store, one per line.
 
-    With --pull, files that --media-type or --file ask for are fetched alone.
+    With --pull, only the files that --media-type or --file select are fetched.
     """
     with shown_progress(settings) as progress:
-        found = resolving.resolve(
+        found = resolve_files(
             model,
             media_types=media_types,
             files=files,
@@ -331,9 +340,9 @@ def resolve(
     type=click.Choice([str(mode) for mode in LinkMode]),
     default=str(LinkMode.AUTO),
     show_default=True,
-    help="How files get there: hard links to the store where possible, else copies.",
+    help="How to place files; auto makes hard links to the store if possible, else copies.",
 )
-@click.option("-f", "--force", is_flag=True, help="Replace what DIRECTORY holds.")
+@click.option("-f", "--force", is_flag=True, help="Replace the contents of DIRECTORY.")
 @PULL
 @remote_options
 @trust_options
@@ -348,9 +357,9 @@ def bundle(
     pull: bool,
     remote: RemoteOptions,
 ) -> None:
-    """Lay a model out in DIRECTORY, ready for a runtime to open; print the path of its weight."""
+    """Write the files of a model to DIRECTORY for a runtime; print the path of its weights."""
     with shown_progress(settings) as progress:
-        made = resolving.bundle(
+        made = bundle_model(
             model,
             directory,
             links=LinkMode(links),
@@ -371,7 +380,7 @@ def bundle(
             for file in made.files
         ],
     }
-    note(settings, f"laid out {len(made.files)} files in {made.directory}")
+    note(settings, f"wrote {len(made.files)} files to {made.directory}")
     show(settings, value, str(made.weight))
 
 
@@ -397,9 +406,9 @@ _HEADER = (
 @click.argument("model", required=False)
 @common_options
 def list_models(settings: Settings, model: str | None) -> None:
-    """List stored models: all, or those named MODEL. With --quiet, their ids only.
+    """List stored models, or those named MODEL. With --quiet, print only their ids.
 
-    Of a model that was pulled in part, the size says how much of it is here.
+    For a partly pulled model, SIZE is the stored part of the total.
     """
     found = summarize_models(settings.store(), model)
     if settings.json:

@@ -1,4 +1,4 @@
-"""The command group, and the one place where errors become messages and exit codes."""
+"""The `modelpack` command group, and where errors become messages and exit codes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from modelpack.cli.options import Settings, common_options
 from modelpack.cli.output import show_error, visible
 from modelpack.errors import ModelpackError
 
-# command -> (module of modelpack.cli, attribute); imported only when used, to start fast. Commands
-# that need the engine are registered as entry points: see modelpack.plugins.
+# command -> (module of modelpack.cli, attribute). Modules are imported when used, to start fast.
+# Commands that need the engine are registered as entry points: see modelpack.plugins.
 COMMANDS = {
     "attach": ("referrers", "attach"),
     "bundle": ("inspect", "bundle"),
@@ -55,7 +55,7 @@ COMMANDS = {
     "verify": ("trust", "verify"),
 }
 
-# Words that users of docker model, kit, modctl, oras and ollama type.
+# Names that users know from docker model, kit, modctl, oras and ollama.
 ALIASES = {
     "build": "package",
     "pack": "package",
@@ -76,9 +76,9 @@ Exit codes:
   2    wrong usage
   3    not found
   4    authentication or permission
-  5    integrity: bytes are not what was promised
+  5    integrity: digest, size or signature mismatch
   6    the registry or the network is unavailable
-  7    locked or in conflict
+  7    conflict or lock
   130  interrupted
 """
 
@@ -103,7 +103,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command for `args`, under its proper name where an alias was typed."""
+        """Return the command for `args`, with an alias replaced by the command's name."""
         name, command, rest = super().resolve_command(ctx, args)
         return (ALIASES.get(name, name) if name else name), command, rest
 
@@ -121,8 +121,8 @@ def cli(settings: Settings) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
-    # jsonschema, which oras imports, compiles a grammar of IRIs where this is installed (Jupyter
-    # brings it): a second of every command, for a format that we never check.
+    # jsonschema, which oras imports, compiles a grammar of IRIs if rfc3987_syntax is installed, as
+    # it is with Jupyter. That takes a second of every command, for a format that is never checked.
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     sys.exit(run(args))
 
@@ -141,7 +141,7 @@ def run(args: list[str] | None = None) -> int:
         click.echo("interrupted", err=True)
         return 130
     except BrokenPipeError:
-        # The reader of our output has gone (`| head`): nobody is left to tell.
+        # The reader of our output has exited, as in `| head`: there is no one to report to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ModelpackError as error:

@@ -1,4 +1,4 @@
-"""Numbers of bytes, as people type them."""
+"""Options that commands share: the store, JSON, progress, registries, trust, sizes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Return bytes of a size like 24GiB, 8G (1000s) or a bare number; raises `UsageError`."""
+    """Return the bytes of a size: 24GiB (1024), 8G (1000) or 4096; raise `UsageError`."""
     found = _SIZE.fullmatch(text.strip())
     if found is None:
-        raise UsageError(f"{text!r} is no size", hint="like 24GiB")
+        raise UsageError(f"{text!r} is not a size", hint="give a size like 24GiB")
     number, unit, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
 
@@ -40,7 +40,7 @@ class _Size(click.ParamType[int]):
         except UsageError as error:
             self.fail(error.message, param, ctx)
         if size < 1:
-            self.fail(f"{value!r} is nothing", param, ctx)
+            self.fail(f"{value!r} is less than one byte", param, ctx)
         return size
 
 
@@ -54,18 +54,18 @@ _PEM = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 @dataclass(slots=True)
 class Settings:
-    """What the shared options say; the group's and the command's own are merged."""
+    """Values of the common options, merged from the group and the command."""
 
     store_root: str | None = None
     json: bool = False
     debug: bool = False
     quiet: bool = False
     progress: str = "auto"
-    #: The exit code of "any other failure", for a command to which 1 means something else.
+    #: The exit code of "any other failure", for commands whose exit code 1 has another meaning.
     failure_code: int = 1
 
     def store(self) -> LayoutStore:
-        """Return the store to work on; it is made when it does not exist."""
+        """Return the local store; create it if it does not exist."""
         from modelpack.store.layout import LayoutStore
 
         return LayoutStore(self.store_root)
@@ -78,14 +78,14 @@ def common_options(command: F) -> F:
         "--store",
         metavar="DIR",
         type=click.Path(file_okay=False),
-        help="The local store. [env: MODELPACK_STORE; default: in the platform's data directory]",
+        help="The local store. [env: MODELPACK_STORE; default: in the user's data directory]",
     )
     @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-    @click.option("-q", "--quiet", is_flag=True, help="Show no progress and no notes.")
+    @click.option("-q", "--quiet", is_flag=True, help="Do not show progress or notes.")
     @click.option(
         "--progress",
         type=click.Choice(["auto", "bars", "plain", "none"]),
-        help="How to show progress. [default: bars on a terminal, else notes only]",
+        help="How to show progress. [default: bars on a terminal, otherwise only notes]",
     )
     @click.option("--debug", is_flag=True, help="Show tracebacks.")
     @click.pass_obj
@@ -111,57 +111,63 @@ def common_options(command: F) -> F:
 
 
 def remote_options(command: F) -> F:
-    """Add the options of commands that talk to a registry; they get them as `remote`."""
+    """Add the options of registry connections; the command gets `remote`, a `RemoteOptions`."""
 
     @click.option(
         "--plain-http/--https",
         default=None,
-        help="Use http, or https. [default: http for loopback addresses; env: INSECURE_REGISTRY]",
+        help="Use http or https. [default: http for loopback addresses; env: INSECURE_REGISTRY]",
     )
     @click.option(
         "--insecure",
         metavar="HOST",
         multiple=True,
-        help="Do not check the certificate of HOST[:PORT], and send it credentials over plain http "
-        "too. May be repeated.",
+        help="Skip the certificate check of HOST[:PORT], and allow credentials over plain http. "
+        "May be repeated.",
     )
     @click.option(
         "--allow-private",
         metavar="HOST",
         multiple=True,
-        help="Let registries on public addresses lead to HOST[:PORT] on a private one, by "
-        "redirects, upload locations and token servers. May be repeated. "
+        help="Let redirects, upload locations and token servers of public registries use "
+        "HOST[:PORT] on a private address. May be repeated. "
         "[env: MODELPACK_ALLOW_PRIVATE]",
     )
-    @click.option("--ca-file", type=_PEM, help="Trust these authorities besides the system's.")
-    @click.option("--client-cert", type=_PEM, help="Show the registry this certificate.")
-    @click.option("--client-key", type=_PEM, help="Its key, if that is in another file.")
+    @click.option(
+        "--ca-file",
+        type=_PEM,
+        help="Trust the certificate authorities in this file, besides the system's.",
+    )
+    @click.option("--client-cert", type=_PEM, help="Authenticate with this client certificate.")
+    @click.option(
+        "--client-key", type=_PEM, help="The key of --client-cert, if it is in another file."
+    )
     @click.option(
         "--concurrency",
         type=click.IntRange(1, 64),
         default=4,
         show_default=True,
-        help="Blobs transferred at a time.",
+        help="Blobs to transfer in parallel.",
     )
     @click.option(
         "--connections",
         type=click.IntRange(1, 32),
         default=4,
         show_default=True,
-        help="Connections over which a large blob is fetched, where one is slow.",
+        help="Parallel connections for a large blob, if one connection is slow.",
     )
     @click.option(
         "--chunk-size",
         metavar="SIZE",
         type=SIZE,
-        help="Send blobs in chunks of SIZE, like 64MiB; otherwise each goes in one piece, unless "
-        "the registry wants chunks.",
+        help="Upload blobs in chunks of SIZE, like 64MiB. [default: whole blobs, unless the "
+        "registry requires chunks]",
     )
     @click.option(
         "--limit-rate",
         metavar="SIZE",
         type=SIZE,
-        help="Send and fetch no more than SIZE a second, like 10MB.",
+        help="Limit uploads and downloads to SIZE per second, like 10MB.",
     )
     @functools.wraps(command)
     def wrapped(
@@ -181,7 +187,7 @@ def remote_options(command: F) -> F:
         from modelpack.operations.remote import RemoteOptions
 
         if client_key and not client_cert:
-            raise click.UsageError("--client-key needs --client-cert")
+            raise click.UsageError("--client-key requires --client-cert")
         tls = None
         if insecure or allow_private or ca_file or client_cert:
             from modelpack.registry import TlsOptions
@@ -202,24 +208,24 @@ def remote_options(command: F) -> F:
 
 
 def trust_options(command: F) -> F:
-    """Add the options that say who has to have signed a model; they go into `remote`.
+    """Add the options that require signatures; they set `trust` in `remote`.
 
-    Stands below `remote_options`.
+    Apply it below `remote_options`.
     """
 
     @click.option(
         "--verify-key", "keys", metavar="PUB", multiple=True,
-        help="Take no model that is not signed by this public key. May be repeated: any of them.",
+        help="Require a signature by this public key. May be repeated: any one is enough.",
     )  # fmt: skip
     @click.option(
         "--verify-format", "formats", multiple=True,
         type=click.Choice(["cosign", "bundle", "model-signing", "model-signing-files"]),
-        help="Of --verify-key, accept signatures of this format only. May be repeated. "
-        "[default: all that cover the manifest: not model-signing-files]",
+        help="Accept only signatures of this format for --verify-key. May be repeated. "
+        "[default: all that cover the manifest, so not model-signing-files]",
     )  # fmt: skip
     @click.option(
         "--policy", type=_PEM, envvar="MODELPACK_POLICY", metavar="FILE", show_envvar=True,
-        help="Take no model that is not signed as this file says.",
+        help="Require the signatures that this policy file specifies.",
     )  # fmt: skip
     @functools.wraps(command)
     def wrapped(
@@ -231,7 +237,7 @@ def trust_options(command: F) -> F:
         **arguments: Any,
     ) -> Any:
         if formats and not keys:
-            raise click.UsageError("--verify-format needs --verify-key")
+            raise click.UsageError("--verify-format requires --verify-key")
         if keys or policy is not None:
             from modelpack.trust.keys import read_public_key
             from modelpack.trust.policy import Trust
@@ -246,12 +252,12 @@ def trust_options(command: F) -> F:
 
 
 def variant_option(command: F) -> F:
-    """Add `--variant`; it stands right below `remote_options`, into whose result it goes."""
+    """Add `--variant`, which sets `variant` in `remote`; apply it below `remote_options`."""
 
     @click.option(
         "--variant",
         metavar="NAME",
-        help="Of a model in several variants, this one. [default: what this machine runs best]",
+        help="The variant to use of a model with several. [default: the best for this machine]",
     )
     @functools.wraps(command)
     def wrapped(*args: Any, variant: str | None, remote: RemoteOptions, **arguments: Any) -> Any:
@@ -263,7 +269,7 @@ def variant_option(command: F) -> F:
 
 
 def model_names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
-    """Return the stored models that complete what was typed, for the shell."""
+    """Return the names of stored models that start with `incomplete`, for shell completion."""
     from modelpack.errors import ModelpackError
     from modelpack.store.layout import LayoutStore
 
@@ -280,7 +286,7 @@ def model_names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list
 def annotation_pairs(
     _: click.Context, __: click.Parameter, values: tuple[str, ...]
 ) -> dict[str, str]:
-    """Return what repeated `--annotation KEY=VALUE` options say."""
+    """Return the pairs of repeated `--annotation KEY=VALUE` options."""
     pairs = {}
     for value in values:
         key, equals, text = value.partition("=")
@@ -291,5 +297,5 @@ def annotation_pairs(
 
 
 def model_argument(name: str = "model", **attributes: Any) -> Callable[[F], F]:
-    """Return an argument that takes a model's name and completes stored ones."""
+    """Return an argument for a model name, with shell completion of stored models."""
     return click.argument(name, metavar=name.upper(), shell_complete=model_names, **attributes)

@@ -1,4 +1,4 @@
-"""The one sink of results: text for people, JSON for programs."""
+"""Output of all commands: results as text or JSON, notes, errors and progress."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-#: Grows when a field of `--json` output changes its meaning or goes away.
+#: Incremented when a field of `--json` output is removed or changes its meaning.
 SCHEMA_VERSION = 1
 
-# What a model, a registry or a file name says may hold what a terminal takes for commands; line
-# feeds and tabs alone are text. In a line, feeds and changes of direction make it look like others.
+# Text from models, registries and file names may hold terminal escape sequences: only line feeds
+# and tabs are safe. Within a line, line feeds and bidirectional controls could forge other output.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _LINE_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
@@ -35,7 +35,7 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return `text` as `visible` does, and with nothing that makes another line of it."""
+    """Return `text` with control characters, line breaks and bidirectional controls replaced."""
     return _LINE_CONTROLS.sub("\ufffd", text)
 
 
@@ -60,18 +60,18 @@ def show_error(error: ModelpackError, *, err: bool = True) -> None:
 
 
 def _indented(text: str) -> str:
-    """Return `text` with each line but the first indented, so that none looks like one of ours."""
+    """Return `text` with all but the first line indented, so that none looks like our output."""
     return "\n  ".join(one_line(line.expandtabs()) for line in visible(text).split("\n"))
 
 
 def note(settings: Settings, message: str) -> None:
-    """Tell the user something on stderr."""
+    """Print a message to stderr, unless --quiet is given."""
     if not settings.quiet:
         click.echo(one_line(message), err=True)
 
 
 def note_reference(settings: Settings, typed: str, reference: Reference) -> None:
-    """Say which registry a name stands for, where the user did not write it."""
+    """Print the full reference if the user typed a shorter one."""
     if typed.strip() not in (str(reference), reference.name):
         note(settings, f"{typed.strip()} is {reference}")
 
@@ -115,7 +115,7 @@ _VERBS = {
 
 @contextmanager
 def shown_progress(settings: Settings) -> Iterator[ProgressCallback]:
-    """Yield the callback that shows progress as the settings ask for."""
+    """Yield the progress callback that the settings select."""
     mode = "none" if settings.quiet else settings.progress
     if mode == "auto":
         mode = "bars" if sys.stderr.isatty() and not settings.json else "notes"
@@ -129,7 +129,7 @@ def shown_progress(settings: Settings) -> Iterator[ProgressCallback]:
 
 
 class LineDisplay:
-    """Prints a line for each note and, if `plain`, for each file or blob that is done."""
+    """Prints a line for each note and, if `plain`, for each finished file or blob."""
 
     def __init__(self, *, plain: bool) -> None:
         self._plain = plain
@@ -145,7 +145,7 @@ class LineDisplay:
 
 
 class BarDisplay:
-    """Shows a bar for each file or blob under way."""
+    """Shows a bar for each file or blob in transfer."""
 
     def __init__(self, bars: Bars) -> None:
         self._bars = bars

@@ -1,4 +1,4 @@
-"""`modelpack package`."""
+"""`modelpack package` and `convert`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from modelpack.cli.options import (
 )
 from modelpack.cli.output import human_size, note, note_reference, plural, show, shown_progress
 from modelpack.errors import UsageError
-from modelpack.operations import convert as converting
-from modelpack.operations import package as packaging
-from modelpack.operations.convert import PLATFORMS
+from modelpack.operations.convert import FORMS, PLATFORMS, Form
+from modelpack.operations.convert import convert as convert_model
+from modelpack.operations.package import Packaged
+from modelpack.operations.package import package as package_model
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.sources import local_reference
 from modelpack.plugins import load_function
@@ -36,7 +37,7 @@ _BITS = {"q4": 4, "q8": 8}
 
 @click.command()
 @click.argument("reference")
-@click.option("--gguf", type=PATH, help="A GGUF file; of a sharded one, any shard.")
+@click.option("--gguf", type=PATH, help="A GGUF file, or any shard of a sharded one.")
 @click.option("--safetensors-dir", type=PATH, help="A directory with safetensors weights.")
 @click.option("--dduf", type=PATH, help="A DDUF file.")
 @click.option(
@@ -44,16 +45,20 @@ _BITS = {"q4": 4, "q8": 8}
     "from_model",
     metavar="REF",
     shell_complete=model_names,
-    help="A stored or remote model to start from: adds layers, or changes its context size.",
+    help="Start from this stored or remote model, to add files or change its context size.",
 )
-@click.option("-l", "--license", "licenses", type=PATH, multiple=True, help="May be repeated.")
+@click.option(
+    "-l", "--license", "licenses", type=PATH, multiple=True, help="A licence file. May be repeated."
+)
 @click.option("--chat-template", type=PATH, help="A Jinja chat template.")
 @click.option("--mmproj", type=PATH, help="A multimodal projector (GGUF).")
-@click.option("--context-size", type=int, help="Context size in tokens, instead of the weights'.")
+@click.option(
+    "--context-size", type=int, help="Context size in tokens. [default: read from the weights]"
+)
 @click.option(
     "--format",
     type=click.Choice(["docker", "cncf"]),
-    help="Docker's media types or CNCF ModelPack's. [default: docker, or as --from has it]",
+    help="Media types of Docker or of CNCF ModelPack. [default: docker, or that of --from]",
 )
 @click.option(
     "--annotation",
@@ -61,23 +66,25 @@ _BITS = {"q4": 4, "q8": 8}
     metavar="KEY=VALUE",
     multiple=True,
     callback=annotation_pairs,
-    help="An annotation of the manifest. May be repeated.",
+    help="Add an annotation to the manifest. May be repeated.",
 )
 @click.option(
     "--created",
     metavar="now|TIME",
     help="Creation time (RFC 3339). [default: SOURCE_DATE_EPOCH, else 1970-01-01T00:00:00Z]",
 )
-@click.option("--preserve", is_flag=True, help="Keep file modes and times: bytes as Docker's.")
-@click.option("--follow-symlinks", is_flag=True, help="Follow links that leave the directory.")
-@click.option("--allow-pickle", is_flag=True, help="Accept pickle weights, which can run code.")
+@click.option("--preserve", is_flag=True, help="Keep file modes and times, as Docker does.")
+@click.option(
+    "--follow-symlinks", is_flag=True, help="Follow symbolic links that leave the directory."
+)
+@click.option("--allow-pickle", is_flag=True, help="Accept pickle weights, which can execute code.")
 @click.option(
     "--quantize",
     type=click.Choice(list(_BITS)),
-    help="Quantise --safetensors-dir first, to 4 or 8 bits a weight, by mlx-lm's quantiser.",
+    help="Quantise --safetensors-dir to 4 or 8 bits per weight with mlx-lm first.",
 )
 @click.option("--link", is_flag=True, help="Hard-link files into the store instead of copying.")
-@click.option("--dry-run", is_flag=True, help="Say what would be packaged; store nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would be packaged; store nothing.")
 @click.option("--push", is_flag=True, help="Push the model after storing it.")
 @remote_options
 @trust_options
@@ -93,15 +100,17 @@ def package(
     remote: RemoteOptions,
     **inputs: Any,
 ) -> None:
-    """Package files as the model REFERENCE, keep it in the local store; print its digest.
+    """Package files as the model REFERENCE in the local store; print its digest.
 
-    The same files always give the same digest, on any machine.
+    The same files give the same digest on every machine.
     """
     sources = ("gguf", "safetensors_dir", "dduf")
     if from_model is None and not any(inputs[source] for source in sources):
-        raise UsageError("nothing to package: give --gguf, --safetensors-dir, --dduf or --from")
+        raise UsageError(
+            "no files to package", hint="give --gguf, --safetensors-dir, --dduf or --from"
+        )
     if push and dry_run:
-        raise UsageError("--push and --dry-run exclude each other")
+        raise UsageError("--push cannot be combined with --dry-run")
     where = Reference.parse(reference)
     note_reference(settings, reference, where)
     with ExitStack() as stack:
@@ -110,7 +119,7 @@ def package(
             inputs["safetensors_dir"] = _quantized(settings, inputs, quantize, Path(directory))
         request = PackageRequest(**inputs)
         progress = stack.enter_context(shown_progress(settings))
-        made = packaging.package(
+        made = package_model(
             where,
             request,
             from_model=from_model,
@@ -136,26 +145,28 @@ def _quantized(settings: Settings, inputs: dict[str, Any], quantize: str, direct
     source: Path | None = inputs["safetensors_dir"]
     if source is None or inputs["gguf"] or inputs["dduf"]:
         raise UsageError(
-            "--quantize is for --safetensors-dir", hint="GGUF: use llama-quantize of llama.cpp"
+            "--quantize requires --safetensors-dir alone",
+            hint="use llama-quantize of llama.cpp for GGUF",
         )
     if not source.is_dir():
-        raise UsageError(f"--safetensors-dir {source} is no directory")
+        raise UsageError(f"--safetensors-dir {source} is not a directory")
     try:
         quantize_directory = load_function("quantize_directory")
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"--quantize needs {error.name}", hint="pip install 'modelpack[engine]'"
+            f"--quantize requires {error.name}, which is not installed",
+            hint="run pip install 'modelpack[engine]'",
         ) from None
     assert quantize_directory is not None, "registered by this distribution"
     done = quantize_directory(
         source, directory, bits=_BITS[quantize], follow_symlinks=inputs["follow_symlinks"]
     )
-    sizes = f"{human_size(done.before)} are {human_size(done.after)}"
+    sizes = f"{human_size(done.before)} to {human_size(done.after)}"
     note(settings, f"quantised {plural(done.modules, 'module')} to {done.bits} bits: {sizes}")
     return directory
 
 
-def _result(made: packaging.Packaged) -> dict[str, Any]:
+def _result(made: Packaged) -> dict[str, Any]:
     return {
         "reference": str(made.reference),
         "digest": str(made.digest),
@@ -173,18 +184,18 @@ def _result(made: packaging.Packaged) -> dict[str, Any]:
 @click.argument("target", required=False)
 @click.option(
     "--to",
-    type=click.Choice(converting.FORMS),
+    type=click.Choice(FORMS),
     required=True,
-    help="Docker's model format, CNCF ModelPack, or an OCI image with the files under /models.",
+    help="The new format: Docker's, CNCF ModelPack, or an OCI image with the files in /models.",
 )
 @click.option(
     "--platform",
     "platforms",
     metavar="OS/ARCH",
     multiple=True,
-    help=f"Of an image. May be repeated. [default: {' and '.join(PLATFORMS)}]",
+    help=f"A platform of the image. May be repeated. [default: {' and '.join(PLATFORMS)}]",
 )
-@click.option("--push", is_flag=True, help="Push it; an image is then not stored here.")
+@click.option("--push", is_flag=True, help="Push the result; an image is then not stored.")
 @remote_options
 @trust_options
 @common_options
@@ -192,17 +203,17 @@ def convert(
     settings: Settings,
     model: str,
     target: str | None,
-    to: converting.Form,
+    to: Form,
     platforms: tuple[str, ...],
     push: bool,
     remote: RemoteOptions,
 ) -> None:
-    """Make MODEL one of another format, as TARGET; print its digest.
+    """Convert MODEL to another format as TARGET; print its digest.
 
-    Without TARGET, it is MODEL's own name with the format behind the tag: team/m:v1-image.
+    The default TARGET is MODEL with the format appended to its tag, like team/m:v1-image.
     """
     if platforms and to != "image":
-        raise UsageError("--platform is for --to image")
+        raise UsageError("--platform requires --to image")
     if target is None:
         local = local_reference(model).without_digest()
         where = local.with_tag(f"{local.tag}-{to}")
@@ -210,7 +221,7 @@ def convert(
         where = Reference.parse(target)
         note_reference(settings, target, where)
     with shown_progress(settings) as progress:
-        done = converting.convert(
+        done = convert_model(
             model,
             where,
             to=to,

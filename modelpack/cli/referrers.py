@@ -23,24 +23,28 @@ from modelpack.cli.output import (
     shown_progress,
     table,
 )
-from modelpack.operations import referrers as referring
 from modelpack.operations.referrers import DEFAULT_FILE_TYPE, AttachedFile
+from modelpack.operations.referrers import attach as attach_files
+from modelpack.operations.referrers import detach as detach_referrer
+from modelpack.operations.referrers import referrers as list_referrers
 from modelpack.operations.remote import RemoteOptions
 
-LOCAL = click.option("--local", is_flag=True, help="In the local store, not in the registry.")
+LOCAL = click.option("--local", is_flag=True, help="Use the local store, not the registry.")
 
 
 @click.command()
 @model_argument("reference")
 @click.argument("files", metavar="[FILE[:TYPE]]...", nargs=-1)
-@click.option("--artifact-type", metavar="T", required=True, help="What this is: a media type.")
+@click.option(
+    "--artifact-type", metavar="T", required=True, help="The artifact type: a media type."
+)
 @click.option(
     "--annotation",
     "annotations",
     metavar="KEY=VALUE",
     multiple=True,
     callback=annotation_pairs,
-    help="An annotation of what is attached. May be repeated.",
+    help="Add an annotation to the referrer. May be repeated.",
 )
 @LOCAL
 @remote_options
@@ -54,15 +58,14 @@ def attach(
     local: bool,
     remote: RemoteOptions,
 ) -> None:
-    """Attach files to the model REFERENCE in its registry; print the digest of what was attached.
+    """Attach files, such as an SBOM or an evaluation, to a model; print the referrer's digest.
 
-    A signature, an SBOM, an evaluation. A file's media type may follow its name after a colon. The
-    same files give the same digest.
+    The media type of a file may follow its name after a colon. The same files give the same digest.
     """
     where = Reference.parse(reference)
     note_reference(settings, reference, where)
     with shown_progress(settings) as progress:
-        done = referring.attach(
+        done = attach_files(
             where,
             [_file(text) for text in files],
             artifact_type=artifact_type,
@@ -83,7 +86,7 @@ def attach(
 
 @click.command()
 @model_argument("reference")
-@click.option("--artifact-type", metavar="T", help="Only what is of this type.")
+@click.option("--artifact-type", metavar="T", help="List only referrers of this type.")
 @LOCAL
 @remote_options
 @common_options
@@ -94,11 +97,11 @@ def referrers(
     local: bool,
     remote: RemoteOptions,
 ) -> None:
-    """List what is attached to the model REFERENCE in its registry."""
+    """List the referrers of the model REFERENCE in its registry."""
     where = Reference.parse(reference)
     note_reference(settings, reference, where)
     store = settings.store() if local else None
-    found = referring.referrers(where, artifact_type=artifact_type, store=store, remote=remote)
+    found = list_referrers(where, artifact_type=artifact_type, store=store, remote=remote)
     value = {"reference": str(where), "referrers": [one.to_json() for one in found]}
     rows = [(str(one.digest), one.artifact_type or "", human_size(one.size)) for one in found]
     show(settings, value, table(("DIGEST", "ARTIFACT TYPE", "MANIFEST SIZE"), rows))
@@ -110,15 +113,15 @@ def referrers(
 @remote_options
 @common_options
 def detach(settings: Settings, reference: str, local: bool, remote: RemoteOptions) -> None:
-    """Delete what is attached to a model, by its own digest; print that."""
+    """Delete a referrer of a model by its digest; print the digest."""
     where = Reference.parse(reference)
     store = settings.store() if local else None
-    digest = referring.detach(where, store=store, remote=remote)
+    digest = detach_referrer(where, store=store, remote=remote)
     show(settings, {"digest": str(digest)}, str(digest))
 
 
 def _file(text: str) -> AttachedFile:
-    """Return the file and its type; what is there as a whole has no type in its name."""
+    """Return the file and its type; the name of an existing file has no type in it."""
     path, colon, media_type = text.rpartition(":")
     if not colon or Path(text).exists() or "/" not in media_type:
         return AttachedFile(Path(text), DEFAULT_FILE_TYPE)

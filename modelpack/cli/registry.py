@@ -1,4 +1,4 @@
-"""`modelpack login` and `logout`."""
+"""`modelpack login`, `logout`, `catalog` and `registry serve`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DOCKER_HUB = "docker.io"
 
 @click.command()
 @click.argument("host", default=_DOCKER_HUB)
-@click.option("-u", "--username", metavar="NAME", help="The user; asked for where it is left out.")
+@click.option("-u", "--username", metavar="NAME", help="The user name. [default: ask]")
 @click.option("--password-stdin", is_flag=True, help="Read the password from stdin.")
 @remote_options
 @common_options
@@ -37,25 +37,25 @@ def login(
     password_stdin: bool,
     remote: RemoteOptions,
 ) -> None:
-    """Check a user's password with the registry HOST, and keep it for later.
+    """Log in to the registry HOST and store the credentials.
 
-    Docker and its relatives find it, too: the credential helper that ~/.docker/config.json names
-    keeps it, else that file does, in plain text. With the user name `<token>` the password is an
-    identity token. No option takes the password: every user of a machine sees arguments.
+    Credentials are shared with Docker: they go to the credential helper that ~/.docker/config.json
+    names or, without one, into that file in plain text. With the user name `<token>`, the password
+    is an identity token. No option takes the password, since other users can see arguments.
     """
     from modelpack.registry.login import log_in, login_file
 
     if password_stdin and not username:
-        raise UsageError("--password-stdin needs --username")
+        raise UsageError("--password-stdin requires --username")
     username = username or click.prompt("Username", err=True)
     done = log_in(host, username, _password(password_stdin), login_file(), **_options(remote))
     if not done.checked:
-        note(settings, f"{host} asked for no credentials, so they are unchecked")
+        note(settings, f"{host} did not request credentials; they were stored without a check")
     if done.helper is None:
         note(
             settings,
-            f"warning: the password is in {done.file} in plain text; a credential helper "
-            "(credsStore in that file) would keep it safe",
+            f"warning: the password is stored in plain text in {done.file}; set credsStore in that "
+            "file to use a credential helper",
         )
     where = done.helper or done.file
     show(settings, {"host": host, "keptIn": where, "checked": done.checked}, f"logged in to {host}")
@@ -65,11 +65,11 @@ def login(
 @click.argument("host", default=_DOCKER_HUB)
 @common_options
 def logout(settings: Settings, host: str) -> None:
-    """Forget the password for the registry HOST."""
+    """Remove the credentials of the registry HOST."""
     from modelpack.registry.login import log_out, login_file
 
     found = log_out(host, login_file())
-    text = f"logged out of {host}" if found else f"there was no login to {host}"
+    text = f"logged out of {host}" if found else f"not logged in to {host}"
     show(settings, {"host": host, "found": found}, text)
 
 
@@ -78,7 +78,7 @@ def _password(from_stdin: bool) -> str:
         return sys.stdin.read().rstrip("\r\n")
     if not sys.stdin.isatty():
         raise UsageError(
-            "there is no terminal to ask for the password", hint="give it with --password-stdin"
+            "cannot ask for the password: stdin is not a terminal", hint="use --password-stdin"
         )
     password: str = click.prompt("Password", hide_input=True, err=True)
     return password
@@ -94,12 +94,12 @@ def _options(remote: RemoteOptions) -> dict[str, Any]:
 @click.argument("name", metavar="REGISTRY[/NAMESPACE]")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-    help="Write index.html and index.json there. [default: print the list]",
+    help="Write index.html and index.json to DIR. [default: print the list]",
 )  # fmt: skip
-@click.option("--title", default="", help="The page's title.")
+@click.option("--title", default="", help="The title of the page.")
 @click.option(
     "--repository", "repositories", metavar="NAME", multiple=True,
-    help="A repository to look at, for registries that list none. May be repeated.",
+    help="List this repository, for registries without a catalog. May be repeated.",
 )  # fmt: skip
 @remote_options
 @common_options
@@ -111,14 +111,14 @@ def catalog(
     repositories: tuple[str, ...],
     remote: RemoteOptions,
 ) -> None:
-    """List the models of a registry, or under a name in it; no files of theirs are fetched.
+    """List the models of a registry or of a namespace, without fetching their files.
 
-    The page is one file that loads nothing else; the same models give the same bytes.
+    The page is one self-contained file; the same models give the same bytes.
     """
-    from modelpack.operations import catalog as catalogs
     from modelpack.operations.catalog import as_json, write_catalog
+    from modelpack.operations.catalog import catalog as list_catalog
 
-    entries = catalogs.catalog(name, repositories=repositories, remote=remote)
+    entries = list_catalog(name, repositories=repositories, remote=remote)
     note(settings, f"{name}: {plural(len(entries), 'tag')}")
     if output is None:
         show(settings, as_json(entries, name), "\n".join(str(one.reference) for one in entries))
@@ -133,25 +133,25 @@ F = TypeVar("F", bound=Callable[..., Any])
 _MIB = 1024 * 1024
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 _COUNT = click.IntRange(min=1)
-# Clients wait meanwhile, and try again themselves.
+# Clients wait for the upstream and retry themselves, so few tries are enough.
 _UPSTREAM_TRIES = 3
 
 
 def access_options(command: F) -> F:
-    """Add the options that say who gets in; the command gets them as `guard`."""
+    """Add the options of authentication; the command gets them as `guard`."""
 
     @click.option(
         "--htpasswd", type=_FILE, metavar="FILE",
-        help="Ask for a user and password of this file, made by `htpasswd -B`.",
+        help="Require a user and password of this file, made by `htpasswd -B`.",
     )  # fmt: skip
     @click.option(
-        "--token-realm", metavar="URL", help="Ask for a bearer token of the token server at URL."
+        "--token-realm", metavar="URL", help="Require a bearer token of the token server at URL."
     )
-    @click.option("--token-service", metavar="NAME", help="Whom its tokens are for.")
-    @click.option("--token-issuer", metavar="NAME", help="What it calls itself in them.")
+    @click.option("--token-service", metavar="NAME", help="The audience of its tokens.")
+    @click.option("--token-issuer", metavar="NAME", help="The issuer of its tokens.")
     @click.option(
         "--token-certificates", type=_FILE, metavar="FILE",
-        help="The certificates or public keys that it signs by.",
+        help="The certificates or public keys that verify its tokens.",
     )  # fmt: skip
     @functools.wraps(command)
     def wrapped(
@@ -177,8 +177,8 @@ def access_options(command: F) -> F:
                 token_realm and token_service and token_issuer and token_certificates
             ):
                 raise UsageError(
-                    "tokens need all of --token-realm, --token-service, --token-issuer and "
-                    "--token-certificates, and no --htpasswd"
+                    "token authentication requires --token-realm, --token-service, --token-issuer "
+                    "and --token-certificates, and cannot be combined with --htpasswd"
                 )
             guard = BearerTokens(
                 TokenSettings(token_realm, token_service, token_issuer, token_certificates)
@@ -191,20 +191,25 @@ def access_options(command: F) -> F:
 
 
 def limit_options(command: F) -> F:
-    """Add the options that bound what clients take; the command gets them as `limits`."""
+    """Add the options that limit clients; the command gets them as `limits`."""
 
     @click.option(
         "--max-manifest", type=click.IntRange(1, 4096), default=4096, show_default=True,
-        metavar="KIB", help="Largest manifest.",
+        metavar="KIB", help="Maximum size of a manifest.",
     )  # fmt: skip
-    @click.option("--max-upload", type=_COUNT, metavar="MIB", help="Largest blob. [default: any]")
+    @click.option(
+        "--max-upload",
+        type=_COUNT,
+        metavar="MIB",
+        help="Maximum size of a blob. [default: unlimited]",
+    )
     @click.option(
         "--max-sessions", type=_COUNT, default=1000, show_default=True, metavar="N",
-        help="Unfinished uploads at a time.",
+        help="Maximum number of unfinished uploads.",
     )  # fmt: skip
     @click.option(
         "--keep-free", type=click.IntRange(min=0), default=0, metavar="MIB",
-        help="Take and fetch nothing that leaves less than this free on the disk.",
+        help="Refuse uploads and fetches that leave less than this free on the disk.",
     )  # fmt: skip
     @functools.wraps(command)
     def wrapped(
@@ -226,40 +231,44 @@ def limit_options(command: F) -> F:
 
 @click.group()
 def registry() -> None:
-    """The embedded registry."""
+    """Run the embedded registry."""
 
 
 @registry.command()
 @click.option(
     "--addr", default="127.0.0.1:5000", show_default=True, metavar="HOST:PORT",
-    help="Where to listen; port 0 takes a free one.",
+    help="The address to listen on; port 0 selects a free port.",
 )  # fmt: skip
-@click.option("--host", metavar="HOST", help="The host of --addr alone, as for `modelpack serve`.")
-@click.option("--port", type=click.IntRange(0, 65535), metavar="PORT", help="Its port alone.")
+@click.option("--host", metavar="HOST", help="Override the host of --addr.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), metavar="PORT", help="Override the port of --addr."
+)
 @click.option(
     "--root", type=click.Path(path_type=Path, file_okay=False),
     help="The store to serve. [default: the local store]",
 )  # fmt: skip
-@click.option("--read-only", is_flag=True, help="Refuse pushes and deletes.")
+@click.option("--read-only", is_flag=True, help="Refuse pushes and deletions.")
 @click.option(
     "--allow-anonymous", "--allow-remote", "allow_anonymous", is_flag=True,
-    help="Allow an address that others can reach, though nobody is asked who they are.",
+    help="Allow an address that is not loopback without authentication.",
 )  # fmt: skip
 @click.option(
     "--allow-host", "hosts", metavar="NAME", multiple=True,
-    help="A host name that clients may use besides the address. May be repeated.",
+    help="Accept this host name besides the address. May be repeated.",
 )  # fmt: skip
 @tls_options
 @click.option(
-    "--sparse", is_flag=True, help="Accept manifests whose blobs are missing, as some mirrors send."
+    "--sparse",
+    is_flag=True,
+    help="Accept manifests whose blobs are missing, as some mirrors push them.",
 )
 @click.option(
     "--upstream", metavar="URL",
-    help="Fetch from this registry what is not here, and keep it. Clients can only read.",
+    help="Act as a pull-through cache of this registry. Clients can only read.",
 )  # fmt: skip
 @click.option(
     "--upstream-ttl", type=click.FloatRange(min=0), default=60, show_default=True,
-    metavar="SECONDS", help="Look a tag up there again after this time.",
+    metavar="SECONDS", help="Resolve a cached tag again after this time.",
 )  # fmt: skip
 @access_options
 @limit_options
@@ -282,7 +291,7 @@ def serve(
 ) -> None:
     """Serve a store as an OCI registry until interrupted; print its address.
 
-    A model pushed here can be used from the same store at once: HOST:PORT/team/m:v1 is team/m:v1.
+    Pushed models are available in the same store: HOST:PORT/team/m:v1 is team/m:v1.
     """
     from modelpack.registry_server import RegistryServer
     from modelpack.store.layout import LayoutStore
@@ -302,12 +311,12 @@ def serve(
     )
     note(settings, f"serving {store.root}; stop with Ctrl-C")
     if guard is not None and tls is None and not server.is_loopback:
-        note(settings, "warning: passwords and tokens come over plain http; see --tls-cert")
+        note(settings, "warning: passwords and tokens are sent over plain http; use --tls-cert")
     server.run(on_ready=lambda: click.echo(server.host))
 
 
 def _address(addr: str, host: str | None, port: int | None) -> str:
-    """Return `addr` with another host or port, where these are given."""
+    """Return `addr` with `host` and `port` replaced if given."""
     its_host, _, its_port = addr.rpartition(":")
     if host is not None and ":" in host and not host.startswith("["):
         host = f"[{host}]"
@@ -315,7 +324,7 @@ def _address(addr: str, host: str | None, port: int | None) -> str:
 
 
 def _upstream(url: str, ttl: float) -> Upstream:
-    """Return the upstream at `URL`: a host, or https:// or http:// and a host."""
+    """Return the upstream at `url`: HOST[:PORT], https://HOST or http://HOST."""
     from modelpack.registry import Registry, RetryPolicy, Timeouts
     from modelpack.registry_server.cache import Upstream
 
@@ -323,8 +332,8 @@ def _upstream(url: str, ttl: float) -> Upstream:
     host = host.rstrip("/")
     if not host or "/" in host or "@" in host or (separator and scheme not in ("http", "https")):
         raise UsageError(
-            f"--upstream is {url!r}, expected HOST[:PORT], https://HOST or http://HOST",
-            hint="log in there with `modelpack login`; the repositories are asked for by name",
+            f"--upstream {url!r}: expected HOST[:PORT], https://HOST or http://HOST",
+            hint="leave out paths and credentials; use `modelpack login` to log in",
         )
     plain_http = {"http": True, "https": False}.get(scheme)
     retry = RetryPolicy(tries=_UPSTREAM_TRIES, max_delay=2)

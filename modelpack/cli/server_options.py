@@ -1,4 +1,4 @@
-"""The options of a server that speaks https."""
+"""What commands that run a server share: TLS options and the request log."""
 
 from __future__ import annotations
 
@@ -20,16 +20,21 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 def tls_options(command: F) -> F:
-    """Add the options of a certificate; the command gets its file and that of its key as `tls`."""
+    """Add the TLS options; the command gets the certificate and key files as `tls`."""
 
-    @click.option("--tls-cert", type=_FILE, metavar="FILE", help="Speak https by this certificate.")
     @click.option(
-        "--tls-key", type=_FILE, metavar="FILE", help="Its key, if that is in another file."
+        "--tls-cert", type=_FILE, metavar="FILE", help="Serve https with this certificate."
+    )
+    @click.option(
+        "--tls-key",
+        type=_FILE,
+        metavar="FILE",
+        help="The key of --tls-cert, if it is in another file.",
     )
     @functools.wraps(command)
     def wrapped(*args: Any, tls_cert: Path | None, tls_key: Path | None, **arguments: Any) -> Any:
         if tls_key and not tls_cert:
-            raise click.UsageError("--tls-key needs --tls-cert")
+            raise click.UsageError("--tls-key requires --tls-cert")
         tls = (tls_cert, tls_key or tls_cert) if tls_cert else None
         return command(*args, tls=tls, **arguments)
 
@@ -41,14 +46,14 @@ _LOGGERS = ("modelpack", "modelpack_engine", "modelpack_server")
 
 @contextmanager
 def request_log(settings: Settings) -> Iterator[None]:
-    """Write traces and warnings to stderr in the block; with --quiet only what is wrong."""
+    """Write request logs and warnings to stderr in the block; with --quiet, only warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.WARNING if settings.quiet else logging.INFO)
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.addHandler(handler)
-        logger.setLevel(logging.INFO)  # who else listens hears everything: GET /logs
+        logger.setLevel(logging.INFO)  # GET /logs has its own handler and needs all records
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.argument("target", metavar="TARGET")
 @common_options
 def tag(settings: Settings, source: str, target: str) -> None:
-    """Give the stored model SOURCE the reference TARGET too; print its digest."""
+    """Tag the stored model SOURCE as TARGET; print its digest."""
     where = Reference.parse(target)
     note_reference(settings, target, where)
     descriptor = settings.store().tag(source, where)
@@ -33,12 +33,14 @@ def tag(settings: Settings, source: str, target: str) -> None:
 
 @click.command()
 @model_argument("models", nargs=-1, required=True)
-@click.option("-f", "--force", is_flag=True, help="Remove an id that has several tags.")
+@click.option(
+    "-f", "--force", is_flag=True, help="Remove a model by id even if it has several tags."
+)
 @common_options
 def rm(settings: Settings, models: tuple[str, ...], force: bool) -> None:
-    """Remove models: a tag, and the model itself when its last tag goes.
+    """Remove tags, and models with their last tag.
 
-    Blobs that nothing else uses are freed at once.
+    Blobs that no other model uses are deleted at once.
     """
     store = settings.store()
     untagged: list[str] = []
@@ -51,7 +53,7 @@ def rm(settings: Settings, models: tuple[str, ...], force: bool) -> None:
             deleted += [str(digest) for digest in removal.deleted]
             freed += removal.bytes_freed
     finally:
-        # What is gone is reported even when a later name fails.
+        # Removals are reported even if a later name fails.
         lines = [f"Untagged: {name}" for name in untagged]
         lines += [f"Deleted: {digest}" for digest in deleted]
         if lines:
@@ -61,18 +63,18 @@ def rm(settings: Settings, models: tuple[str, ...], force: bool) -> None:
 
 
 @click.command()
-@click.option("-n", "--dry-run", is_flag=True, help="Say what would be freed; free nothing.")
+@click.option("-n", "--dry-run", is_flag=True, help="Print what would be deleted; delete nothing.")
 @click.option(
     "--grace",
     type=click.IntRange(min=0),
     default=3600,
     show_default=True,
     metavar="SECONDS",
-    help="Keep unused blobs that are younger.",
+    help="Keep unused blobs that are younger than this.",
 )
 @common_options
 def gc(settings: Settings, dry_run: bool, grace: int) -> None:
-    """Free blobs that no model uses, and what was left of interrupted work."""
+    """Delete unused blobs and the partial files of interrupted transfers."""
     report = settings.store().gc(dry_run=dry_run, grace_seconds=grace)
     value = {
         "removed": [str(digest) for digest in report.removed],
@@ -87,30 +89,28 @@ def gc(settings: Settings, dry_run: bool, grace: int) -> None:
 
 
 @click.command()
-@click.option("--fast", is_flag=True, help="Check presence and sizes only, hash nothing.")
-@click.option("--repair", is_flag=True, help="Fetch what is damaged or missing, and nothing else.")
+@click.option("--fast", is_flag=True, help="Check only presence and sizes, without hashing.")
+@click.option("--repair", is_flag=True, help="Fetch damaged and missing blobs.")
 @click.option(
     "--from",
     "source",
     metavar="REF",
-    help="Fetch it from this repository. [default: where the model was pulled from, or its name]",
+    help="Fetch from this repository. [default: the one a model was pulled from, or its name]",
 )
 @remote_options
 @common_options
 def fsck(
     settings: Settings, fast: bool, repair: bool, source: str | None, remote: RemoteOptions
 ) -> None:
-    """Verify the whole store; put damaged blobs aside and say which models they hit."""
+    """Verify the store; quarantine damaged blobs and list the affected models."""
     if source is not None and not repair:
-        raise UsageError("--from needs --repair")
+        raise UsageError("--from requires --repair")
     store = settings.store()
     with shown_progress(settings) as progress:
         if repair:
-            from modelpack.operations import repair as repairing
+            from modelpack.operations.repair import repair as repair_store
 
-            done = repairing.repair(
-                store, source=source, fast=fast, remote=remote, progress=progress
-            )
+            done = repair_store(store, source=source, fast=fast, remote=remote, progress=progress)
             _show_fsck(settings, done.before, done)
             return
         report = store.fsck(fast=fast, watch=watching(progress))
@@ -118,7 +118,7 @@ def fsck(
 
 
 def _show_fsck(settings: Settings, report: FsckReport, done: Repaired | None = None) -> None:
-    """Print what a check found and, after a repair, what that left; raise if that is something."""
+    """Print the problems and, after a repair, its result; raise if problems remain."""
     value: dict[str, Any] = {
         "checked": report.checked,
         "bytesChecked": report.bytes_checked,
@@ -150,12 +150,12 @@ def _show_fsck(settings: Settings, report: FsckReport, done: Repaired | None = N
     show(settings, value, "\n".join(lines))
     note(settings, f"checked {plural(report.checked, 'blob')}, {human_size(report.bytes_checked)}")
     if report.partial:
-        note(settings, f"pulled in part, which is no problem: {', '.join(report.partial)}")
+        note(settings, f"partial models, which are valid: {', '.join(report.partial)}")
     if left.problems:
         again = "pull or package the models named above again"
-        hint = again if done else f"`modelpack fsck --repair`, or {again}"
+        hint = again if done else f"run `modelpack fsck --repair`, or {again}"
         if all(problem.kind is Fault.BUNDLE for problem in left.problems):
-            hint = "restart the runtimes that opened these bundles: they are made again"
+            hint = "restart the runtimes that use these bundles; the bundles are then made again"
         raise IntegrityError(
             f"the store {settings.store().root} has {plural(len(left.problems), 'problem')}",
             hint=hint,

@@ -1,4 +1,4 @@
-"""`modelpack lock`."""
+"""`modelpack pull`, `push`, `copy` and `lock`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from modelpack.cli.options import (
 )
 from modelpack.cli.output import human_size, note, note_reference, plural, show, shown_progress
 from modelpack.errors import IntegrityError, UsageError
-from modelpack.operations import copy as copying
-from modelpack.operations import lock as locking
-from modelpack.operations import pull as pulling
-from modelpack.operations import push as pushing
-from modelpack.operations.lock import pull_locked
+from modelpack.operations.copy import copy as copy_model
+from modelpack.operations.lock import check_lock, pull_locked, unlock
+from modelpack.operations.lock import lock as lock_references
+from modelpack.operations.pull import Pulled
+from modelpack.operations.pull import pull as pull_model
+from modelpack.operations.push import push as push_model
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.selection import Part, Selection
 from modelpack.operations.sources import named
@@ -41,9 +42,9 @@ LOCK_FILE = click.option(
 
 @click.command()
 @click.argument("references", metavar="[REF]...", nargs=-1)
-@click.option("--check", is_flag=True, help="Change nothing; fail if a reference has moved.")
-@click.option("--remove", is_flag=True, help="Take the references off the lock file.")
-@click.option("--offline", is_flag=True, help="Ask the store, not the registries.")
+@click.option("--check", is_flag=True, help="Only check; fail if a tag points to another digest.")
+@click.option("--remove", is_flag=True, help="Remove the references from the lock file.")
+@click.option("--offline", is_flag=True, help="Resolve references in the store, not in registries.")
 @LOCK_FILE
 @remote_options
 @common_options
@@ -56,17 +57,15 @@ def lock(
     lock_file: Path,
     remote: RemoteOptions,
 ) -> None:
-    """Pin references to the digests that they have now, in modelpack.lock.
+    """Pin references to their current digests in modelpack.lock.
 
-    Without REF, all that the file has are pinned anew. `pull --locked` has them as they are pinned.
+    Without REF, update all references in the file. `pull --locked` pulls the pinned digests.
     """
     if check and remove:
-        raise UsageError("--check and --remove exclude each other")
+        raise UsageError("--check cannot be combined with --remove")
     store = settings.store() if offline else None
     if check:
-        drifts = locking.check_lock(
-            references, path=lock_file, offline=offline, store=store, remote=remote
-        )
+        drifts = check_lock(references, path=lock_file, offline=offline, store=store, remote=remote)
         value = [
             {
                 "reference": str(drift.reference),
@@ -79,16 +78,18 @@ def lock(
         if drifts:
             raise IntegrityError(
                 f"{plural(len(drifts), 'reference')} drifted from {lock_file}",
-                hint="`modelpack lock REF...` accepts what they are now; `pull --locked` does not",
+                hint="run `modelpack lock REF...` to accept the new digests",
             )
         return
     if remove:
         if not references:
-            raise UsageError("--remove needs references")
-        made = locking.unlock(references, path=lock_file)
+            raise UsageError("--remove requires references")
+        made = unlock(references, path=lock_file)
     else:
-        made = locking.lock(references, path=lock_file, offline=offline, store=store, remote=remote)
-    note(settings, f"{lock_file} has {plural(len(made.digests), 'reference')}")
+        made = lock_references(
+            references, path=lock_file, offline=offline, store=store, remote=remote
+        )
+    note(settings, f"{lock_file}: {plural(len(made.digests), 'reference')}")
     _show(settings, made)
 
 
@@ -99,30 +100,40 @@ def _show(settings: Settings, lock: LockFile) -> None:
 
 
 WITH_REFERRERS = click.option(
-    "--with-referrers", is_flag=True, help="And all that is attached to it, directly or not."
+    "--with-referrers",
+    is_flag=True,
+    help="Include all referrers (signatures, SBOMs, …) and their referrers.",
 )
 
 
 @click.command()
 @click.argument("references", metavar="REFERENCE", nargs=-1)
-@click.option("--include", metavar="GLOB", multiple=True, help="Only these files. May be repeated.")
-@click.option("--exclude", metavar="GLOB", multiple=True, help="Not these files. May be repeated.")
+@click.option(
+    "--include", metavar="GLOB", multiple=True, help="Fetch only these files. May be repeated."
+)
+@click.option(
+    "--exclude", metavar="GLOB", multiple=True, help="Leave out these files. May be repeated."
+)
 @click.option(
     "--media-type",
     "media_types",
     metavar="T",
     multiple=True,
-    help="Only files of this type: a media type, a pattern, or a short name as in `resolve`. May "
-    "be repeated.",
+    help="Fetch only files of this type: a media type, a pattern, or a short name as in `resolve`. "
+    "May be repeated.",
 )
 @click.option(
     "--only",
     type=click.Choice([str(part) for part in Part]),
-    help="Only what configures a model (configuration, tokenizer, template), or only weights.",
+    help="Fetch only configuration files (config, tokenizer, template) or only weights.",
 )
 @WITH_REFERRERS
-@click.option("--locked", is_flag=True, help="As the lock file has it; all it has without a name.")
-@click.option("--offline", is_flag=True, help="With --locked: fetch nothing, fail instead.")
+@click.option(
+    "--locked",
+    is_flag=True,
+    help="Pull the digests of the lock file; without REFERENCE, of all its models.",
+)
+@click.option("--offline", is_flag=True, help="With --locked: fail if a model is not stored.")
 @LOCK_FILE
 @remote_options
 @trust_options
@@ -141,20 +152,22 @@ def pull(
     lock_file: Path,
     remote: RemoteOptions,
 ) -> None:
-    """Fetch a model, verify every byte and keep it in the local store; print its digest.
+    """Fetch a model into the local store and verify every byte; print its digest.
 
-    REFERENCE is in a registry, or hf.co/ORG/NAME[:QUANT][@REVISION] on the Hugging Face Hub. A pull
-    that was cut short goes on where it stopped. One that leaves files out marks the model as partly
-    present; the next pull fetches the rest.
+    REFERENCE names a model in a registry, or hf.co/ORG/NAME[:QUANT][@REVISION] on the Hugging Face
+    Hub. An interrupted pull resumes. Leaving out files marks the model as partial; the next pull
+    fetches the rest.
     """
     selection = Selection(include, exclude, media_types, Part(only) if only else None)
     if locked:
         if with_referrers or not selection.is_everything:
-            raise UsageError("--locked takes whole models, and nothing that is attached to them")
+            raise UsageError(
+                "--locked cannot be combined with --with-referrers or a selection of files"
+            )
         _pull_locked(settings, references, lock_file, offline, remote)
         return
     if offline:
-        raise UsageError("--offline needs --locked")
+        raise UsageError("--offline requires --locked")
     if len(references) != 1:
         raise UsageError(f"expected one model to pull, got {len(references)}")
     [reference] = references
@@ -162,7 +175,7 @@ def pull(
     if isinstance(source, Reference):
         note_reference(settings, reference, source)
     with shown_progress(settings) as progress:
-        done = pulling.pull(
+        done = pull_model(
             source,
             selection=selection,
             with_referrers=with_referrers,
@@ -173,8 +186,8 @@ def pull(
     show_pulled(settings, str(source), done)
 
 
-def show_pulled(settings: Settings, source: str, done: pulling.Pulled) -> None:
-    """Show what a pull did; its result is the digest."""
+def show_pulled(settings: Settings, source: str, done: Pulled) -> None:
+    """Print the digest and a summary of a pull."""
     where = done.reference
     left = f", {plural(len(done.missing), 'blob')} left out" if done.missing else ""
     kept = "" if str(where) == source else f" as {where}"
@@ -201,7 +214,7 @@ def _pull_locked(
             remote=remote,
             progress=progress,
         )
-    note(settings, f"as {lock_file} says: {plural(len(done), 'model')} fetched")
+    note(settings, f"fetched {plural(len(done), 'model')} of {lock_file}")
     value = [
         {"reference": str(one.reference), "digest": str(one.digest)} | _counts(one.transfer)
         for one in done
@@ -211,7 +224,7 @@ def _pull_locked(
 
 @click.command()
 @model_argument("reference")
-@click.option("--to", metavar="REF", help="Push under this reference instead of its own.")
+@click.option("--to", metavar="REF", help="Push to this reference instead.")
 @WITH_REFERRERS
 @remote_options
 @common_options
@@ -222,14 +235,14 @@ def push(
     with_referrers: bool,
     remote: RemoteOptions,
 ) -> None:
-    """Send a stored model to its registry; print its digest.
+    """Push a stored model to its registry; print its digest.
 
-    What the registry has already is not sent again.
+    Blobs that the registry has are not uploaded again.
     """
     where = Reference.parse(to if to is not None else reference)
     note_reference(settings, to or reference, where)
     with shown_progress(settings) as progress:
-        done = pushing.push(
+        done = push_model(
             reference,
             to=where,
             with_referrers=with_referrers,
@@ -251,16 +264,16 @@ def push(
 def copy(
     settings: Settings, source: str, target: str, with_referrers: bool, remote: RemoteOptions
 ) -> None:
-    """Copy a model from registry to registry without storing it here; print its digest.
+    """Copy a model between registries without storing it locally; print its digest.
 
-    SRC may be a model of the Hugging Face Hub, too: hf.co/ORG/NAME[:QUANT][@REVISION].
+    SRC may also be a model of the Hugging Face Hub: hf.co/ORG/NAME[:QUANT][@REVISION].
     """
     origin, where = named(source), Reference.parse(target)
     if isinstance(origin, Reference):
         note_reference(settings, source, origin)
     note_reference(settings, target, where)
     with shown_progress(settings) as progress:
-        done = copying.copy(
+        done = copy_model(
             origin,
             where,
             with_referrers=with_referrers,
@@ -274,7 +287,7 @@ def copy(
 
 
 def _about(settings: Settings, referrers: Sequence[Transfer]) -> dict[str, Any]:
-    """Return, and tell, what was attached to the model and came along."""
+    """Print the number of transferred referrers; return their digests as JSON."""
     if not referrers:
         return {}
     note(settings, f"with {plural(len(referrers), 'attached manifest')}")

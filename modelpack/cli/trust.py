@@ -1,4 +1,4 @@
-"""`modelpack keygen`, `sign` and `verify`."""
+"""`modelpack keygen`, `sign`, `verify`, `sbom` and `lint`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from modelpack.plugins import load_function
 if TYPE_CHECKING:
     from modelpack.trust.keys import PrivateKey
 
-#: Where cosign, too, takes the password of a private key from.
+#: The variable from which cosign, too, reads the password of a private key.
 PASSWORD = "COSIGN_PASSWORD"  # noqa: S105 - the name of a variable
 _FORMATS = ("cosign", "bundle", "model-signing")
 _ACCEPTED = (*_FORMATS, "model-signing-files")
 
 
 def private_key(path: Path) -> PrivateKey:
-    """Return the private key in a file; its password comes from the environment or a prompt."""
+    """Return the private key in a file; read its password from the environment or a prompt."""
     from modelpack.trust.keys import PasswordNeededError, read_private_key
 
     given = os.environ.get(PASSWORD)
@@ -46,9 +46,9 @@ def private_key(path: Path) -> PrivateKey:
 @click.argument("prefix", metavar="[PREFIX]", default="modelpack")
 @common_options
 def keygen(settings: Settings, prefix: str) -> None:
-    """Make a key pair to sign with: PREFIX.key, encrypted as cosign does, and PREFIX.pub.
+    """Create a key pair for signing: PREFIX.key, encrypted as by cosign, and PREFIX.pub.
 
-    The password comes from the environment's COSIGN_PASSWORD, or is asked for.
+    The password is read from COSIGN_PASSWORD in the environment, or from a prompt.
     """
     from modelpack.trust.keys import generate_key_pair
 
@@ -56,15 +56,16 @@ def keygen(settings: Settings, prefix: str) -> None:
     if given is None:
         if not sys.stdin.isatty():
             raise UsageError(
-                f"the new key needs a password: {PASSWORD} is not set, and nobody can be asked",
-                hint=f"an empty {PASSWORD} makes a key without one",
+                f"cannot ask for the password of the new key: {PASSWORD} is not set and stdin is "
+                "not a terminal",
+                hint=f"set {PASSWORD}; an empty value makes a key without a password",
             )
         given = click.prompt(
             "Password of the new key",
             hide_input=True, confirmation_prompt=True, default="", show_default=False, err=True,
         )  # fmt: skip
     private, public = generate_key_pair(prefix, os.fsencode(given))
-    note(settings, f"keep {private} to yourself; {public} is for those who verify")
+    note(settings, f"keep {private} secret; publish {public} to let others verify")
     show(settings, {"private": str(private), "public": str(public)}, str(public))
 
 
@@ -72,12 +73,12 @@ def keygen(settings: Settings, prefix: str) -> None:
 @model_argument("reference")
 @click.option(
     "--key", required=True, type=click.Path(path_type=Path), metavar="KEY",
-    help="The private key: PEM, or as cosign and `keygen` write it.",
+    help="The private key: PEM, or a file written by cosign or `keygen`.",
 )  # fmt: skip
 @click.option(
     "--format", "formats", type=click.Choice(_FORMATS), multiple=True,
-    help="How to write it: under cosign's tag, as a sigstore bundle over the manifest, or as "
-    "OpenSSF model signing does, over the files and the manifest. May be repeated. "
+    help="The signature's format: cosign's tag, a sigstore bundle over the manifest, or OpenSSF "
+    "model signing over the files and the manifest. May be repeated. "
     "[default: cosign and bundle]",
 )  # fmt: skip
 @LOCAL
@@ -93,16 +94,16 @@ def sign(
 ) -> None:
     """Sign the model REFERENCE in its registry with a key; print the model's digest.
 
-    What is signed is its manifest, which holds the digests of all files. Of a model in variants,
-    the index and each variant are signed. COSIGN_PASSWORD in the environment is the password of the
-    key.
+    The signature covers the manifest, which holds the digests of all files. For a model with
+    variants, the index and each variant are signed. COSIGN_PASSWORD in the environment is the
+    password of the key.
     """
-    from modelpack.operations import signatures as signing
+    from modelpack.operations.signatures import sign as sign_model
     from modelpack.trust.signatures import SignatureKind
 
     where = Reference.parse(reference)
     note_reference(settings, reference, where)
-    done = signing.sign(
+    done = sign_model(
         where,
         private_key(key),
         kinds=[SignatureKind(name) for name in formats],
@@ -125,12 +126,12 @@ def sign(
 @model_argument("reference")
 @click.option(
     "--key", "keys", required=True, multiple=True, metavar="PUB",
-    help="The public key of who has to have signed it. May be repeated: all of them.",
+    help="Require a signature by this public key. May be repeated: all are required.",
 )  # fmt: skip
 @click.option(
     "--format", "formats", type=click.Choice(_ACCEPTED), multiple=True,
-    help="Accept signatures of this format only. May be repeated. model-signing-files are those of "
-    "OpenSSF's own tool, over the files alone. [default: all that cover the manifest]",
+    help="Accept only signatures of this format. May be repeated. model-signing-files are those of "
+    "OpenSSF's tool, which cover only the files. [default: all that cover the manifest]",
 )  # fmt: skip
 @LOCAL
 @remote_options
@@ -145,16 +146,16 @@ def verify(
 ) -> None:
     """Check that the model REFERENCE is signed by a key; print the model's digest.
 
-    No file of the model is read: the digests that are signed are those by which it is kept. Exit
-    code 5: it is not signed, or not by that key. Whether stored files are intact, `fsck` says.
+    Verifies the signed digests without reading files; run `fsck` to verify stored files. Exit code
+    5: the model is not signed, or not by that key.
     """
-    from modelpack.operations import signatures as signing
+    from modelpack.operations.signatures import verify as verify_model
     from modelpack.trust.keys import read_public_key
     from modelpack.trust.signatures import SignatureKind
 
     where = Reference.parse(reference)
     note_reference(settings, reference, where)
-    model, found = signing.verify(
+    model, found = verify_model(
         where,
         [read_public_key(key) for key in keys],
         formats=[SignatureKind(name) for name in formats],
@@ -178,11 +179,13 @@ def verify(
 
 @click.command()
 @model_argument("model")
-@click.option("--attach", is_flag=True, help="And attach it to the model, where that is.")
-@click.option("-r", "--remote", "from_registry", is_flag=True, help="Of its registry.")
+@click.option("--attach", is_flag=True, help="Attach the SBOM to the model.")
+@click.option(
+    "-r", "--remote", "from_registry", is_flag=True, help="Read the model from its registry."
+)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-    help="Write it there. [default: print it, unless it is attached]",
+    help="Write the SBOM to FILE. [default: print it, unless it is attached]",
 )  # fmt: skip
 @remote_options
 @common_options
@@ -194,13 +197,13 @@ def sbom(
     output: Path | None,
     remote: RemoteOptions,
 ) -> None:
-    """Write the bill of materials of MODEL as CycloneDX 1.6: files, digests, licence, base models.
+    """Write the SBOM of MODEL as CycloneDX 1.6: files, digests, licence, base models.
 
-    The same model gives the same bytes. With --attach, prints the digest of what was attached.
+    The same model gives the same bytes. With --attach, print the digest of the referrer.
     """
-    from modelpack.operations import sbom as boms
+    from modelpack.operations.sbom import sbom as make_sbom
 
-    done = boms.sbom(
+    done = make_sbom(
         model,
         attach=attach,
         store=None if from_registry else settings.store(),
@@ -221,12 +224,14 @@ def sbom(
 @model_argument("model")
 @click.option(
     "--policy", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
-    help="What the catalogue asks for, in TOML. [default: all rules but that of names]",
+    help="The rules, in TOML. [default: all rules except names]",
 )  # fmt: skip
-@click.option("-r", "--remote", "from_registry", is_flag=True, help="Of its registry.")
+@click.option(
+    "-r", "--remote", "from_registry", is_flag=True, help="Read the model from its registry."
+)
 @click.option(
     "--format", "form", type=click.Choice(["text", "json", "sarif"]), default="text",
-    show_default=True, help="How to print what is found; --json is the second.",
+    show_default=True, help="The format of the findings; --json is the same as json.",
 )  # fmt: skip
 @remote_options
 @common_options
@@ -238,18 +243,18 @@ def lint(
     form: str,
     remote: RemoteOptions,
 ) -> int:
-    """Check MODEL, or the directory of that name, by the rules of a catalogue.
+    """Check MODEL, or a directory, by the rules of a catalogue.
 
-    Its name, licence, metadata, chat template and context; pickles, secrets and paths in its files.
-    Exit code 0: no errors, 1: errors, 2: it could not be checked.
+    Checks name, licence, metadata, chat template and context size, and the files for pickles,
+    secrets and paths. Exit code 0: no errors, 1: errors found, 2: check failed.
     """
     from modelpack.lint.policy import LintPolicy, read_policy
     from modelpack.lint.report import to_sarif
-    from modelpack.operations import lint as linting
+    from modelpack.operations.lint import lint as lint_model
 
     settings.failure_code = 2
     rules = read_policy(policy) if policy is not None else LintPolicy()
-    report = linting.lint(
+    report = lint_model(
         model,
         rules,
         _render,
@@ -279,8 +284,8 @@ def _render(source: str, variables: Mapping[str, Any]) -> str:
         chat_template = load_function("chat_template")
     except ModuleNotFoundError as error:
         raise ModelpackError(
-            f"{error.name} is not installed, which renders chat templates",
-            hint="pip install 'modelpack[engine]', or switch the rule `template` off",
+            f"cannot render the chat template: {error.name} is not installed",
+            hint="run pip install 'modelpack[engine]', or disable the rule `template`",
         ) from None
-    assert chat_template is not None, "registered by this distribution"
+    assert chat_template is not None
     return str(chat_template(source).render(variables))

@@ -66,7 +66,7 @@ def test_without_an_engine_the_rest_is_checked(
     find = "modelpack_server.cli.engine_options.importlib.util.find_spec"
     monkeypatch.setattr(find, lambda name: None)
     value = succeed("doctor", "--offline", "--store", store.root, "--json").json
-    assert checks(value)["engine"]["hint"] == "pip install 'modelpack[engine]'"
+    assert checks(value)["engine"]["hint"] == "run pip install 'modelpack[engine]'"
     assert "store" in checks(value)
     assert run("doctor", "team/tiny", "--offline", "--store", store.root).code == 1
 
@@ -79,7 +79,7 @@ def test_a_model_that_has_no_room_or_no_backend(store: LayoutStore, tmp_path: Pa
     assert large.hint is not None
     layers = tuple(layer for layer in model.manifest.layers if "gguf" not in layer.media_type)
     bare = replace(model, manifest=replace(model.manifest, layers=layers))
-    assert "no backend runs" in check_model(bare, "cpu", 2**32).message
+    assert "no backend for" in check_model(bare, "cpu", 2**32).message
 
 
 def test_safetensors_are_for_mlx(store: LayoutStore, tmp_path: Path) -> None:

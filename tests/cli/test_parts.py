@@ -24,11 +24,11 @@ def test_a_part_shows_everywhere(published: Published, tmp_path: Path) -> None:
     assert str(published.path_digest("model.safetensors")) in model["missing"]
     assert " of " in succeed("list").out.splitlines()[1]
     [line] = [x for x in succeed("inspect", reference).out.splitlines() if "model.safeten" in x]
-    assert line.endswith("(not here)")
+    assert line.endswith("(missing)")
     checked = succeed("fsck", "--json")
     assert checked.json["partial"] == [reference]
     assert checked.json["problems"] == []
-    assert "pulled in part" in checked.err
+    assert "partial models" in checked.err
     refused = modelpack("bundle", reference, tmp_path / "run")
     assert refused.code == 3
     assert f"modelpack pull {published.by_digest}" in refused.err

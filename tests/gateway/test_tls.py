@@ -54,7 +54,7 @@ def test_https_by_a_certificate(server: AppServer, authority: Pair) -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--tls-key", __file__], "needs --tls-cert"),
+        (["--tls-key", __file__], "requires --tls-cert"),
         (["--tls-cert", __file__], "no certificate"),
     ],
 )

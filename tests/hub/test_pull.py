@@ -445,10 +445,10 @@ def test_a_policy_keeps_unsigned_models_of_the_hub_out(
     ("arguments", "said"),
     [
         ((), "expected SOURCE [REFERENCE]"),
-        (("a/b",), "'a/b' is no archive, and no model of the Hugging Face Hub"),
+        (("a/b",), "'a/b' is neither an archive nor a model of the Hugging Face Hub"),
         (("hf.co/a",), "expected ORG/NAME"),
         (("hf.co/a/b", "c", "d"), "expected SOURCE [REFERENCE]"),
-        (("hf.co/a/b", "--all"), "need --docker-store"),
+        (("hf.co/a/b", "--all"), "require --docker-store"),
         (("hf.co/a/b", "x@sha256:" + "0" * 64), "a digest cannot be chosen"),
     ],
 )

@@ -97,7 +97,7 @@ def test_on_the_command_line(
     assert succeed("export", GGUF, "-o", path, "--store", store.root).out == digest
     assert succeed("import", path, "a/b:c", "--store", other.root).out == digest
     again = command("export", GGUF, "-o", path, "--store", store.root)
-    assert (again.code, "--force replaces it" in again.err) == (7, True)
+    assert (again.code, "give --force to replace it" in again.err) == (7, True)
     every = succeed("export", "--all", "-f", "-o", path, "--store", store.root, "--json").json
     assert len(every["digests"]) == 2
     streamed = succeed("export", GGUF, "-o", "-", "--form", "docker", "--store", store.root).stdout
@@ -154,14 +154,14 @@ def test_broken_archives(
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        ((GGUF,), 2, "where to?"),
-        ((GGUF, "-o", "x.tar", "--docker-store"), 2, "where to?"),
+        ((GGUF,), 2, "expected either --output or --docker-store"),
+        ((GGUF, "-o", "x.tar", "--docker-store"), 2, "expected either --output or --docker-store"),
         (("-o", "x.tar"), 2, "name the models, or give --all"),
         ((GGUF, "--all", "-o", "x.tar"), 2, "name the models, or give --all"),
         ((GGUF, ST, "-o", "x.tar", "--form", "docker"), 2, "holds one model, got 2"),
         (("x/none", "-o", "x.tar"), 3, "x/none"),
-        ((GGUF, "-o", "no/such/x.tar"), 1, "cannot be written"),
-        ((GGUF, "-o", "x.tar", "--copy"), 2, "--copy needs --docker-store"),
+        ((GGUF, "-o", "no/such/x.tar"), 1, "cannot write no/such/x.tar"),
+        ((GGUF, "-o", "x.tar", "--copy"), 2, "--copy requires --docker-store"),
     ],
 )
 def test_wrong_exports(

@@ -270,7 +270,7 @@ def test_a_model_without_variants_has_none(models: modelpack.Store) -> None:
     with pytest.raises(errors.UnsupportedError, match="is one model, not several variants"):
         modelpack.resolve("x/gguf:v1", store=models, remote=RemoteOptions(variant="mlx"))
     result = command("index", "show", "x/gguf:v1", "--store", models.root)
-    assert "is one model" in result.err
+    assert "is a single model" in result.err
     wrong = command("index", "create", "x/a@sha256:" + "0" * 64, "--variant", "a=x/gguf:v1",
                     "--store", models.root)  # fmt: skip
     assert "a digest cannot be chosen" in wrong.err

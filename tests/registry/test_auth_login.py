@@ -77,7 +77,7 @@ def test_in_and_out(
     succeed("manifest", "--remote", reference)
     assert succeed("logout", registry.host).out == f"logged out of {registry.host}"
     assert list(json.loads(config.read_text())["auths"]) == ["other.example"]
-    assert "no login" in succeed("logout", registry.host).out
+    assert "not logged in" in succeed("logout", registry.host).out
     assert modelpack("manifest", "--remote", reference).code == 4
 
 
@@ -96,7 +96,7 @@ def test_a_registry_that_does_not_ask(
     registry: FaultyRegistry, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = login(monkeypatch, registry.host, "s3cret")
-    assert "unchecked" in result.err
+    assert "stored without a check" in result.err
     assert registry.host in json.loads(config.read_text())["auths"]
 
 
@@ -162,10 +162,10 @@ def test_an_identity_token(
     [
         (["https://r.example", "-u", "ada", "--password-stdin"], "leave out https"),
         (["r.example/team", "-u", "ada", "--password-stdin"], "expected HOST"),
-        (["r.example", "--password-stdin"], "needs --username"),
+        (["r.example", "--password-stdin"], "requires --username"),
         (["r.example", "-u", "a:b", "--password-stdin"], "without a colon"),
-        (["r.example", "-u", "ada"], "no terminal"),
-        (["r.example", "-u", "ada", "--client-key", __file__], "needs --client-cert"),
+        (["r.example", "-u", "ada"], "not a terminal"),
+        (["r.example", "-u", "ada", "--client-key", __file__], "requires --client-cert"),
     ],
 )
 def test_what_makes_no_sense(

@@ -244,8 +244,8 @@ def test_records_show_no_passwords(tmp_path: Path, htpasswd: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--token-realm", "https://t.example"], "tokens need all of"),
-        (["--tls-key", __file__], "needs --tls-cert"),
+        (["--token-realm", "https://t.example"], "token authentication requires"),
+        (["--tls-key", __file__], "requires --tls-cert"),
         (["--htpasswd", __file__], "is not a user with a bcrypt hash"),
         (["--tls-cert", __file__], "no certificate"),
         (["--addr", "0.0.0.0:0"], "--allow-anonymous"),

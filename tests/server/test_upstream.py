@@ -522,4 +522,4 @@ def test_the_command(caching: Caching) -> None:
 def test_what_is_no_upstream(url: str, tmp_path: Path) -> None:
     failed = command_line("registry", "serve", "--root", tmp_path / "store", "--upstream", url)
     assert failed.code == 2
-    assert "--upstream is" in failed.err
+    assert f"--upstream {url!r}: expected HOST" in failed.err

@@ -158,7 +158,7 @@ def test_an_import_asks_for_signatures(
 
 def test_a_format_needs_a_key(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["pull", published.reference, "--verify-format", "cosign"]) == 2
-    assert "--verify-format needs --verify-key" in capsys.readouterr().err
+    assert "--verify-format requires --verify-key" in capsys.readouterr().err
 
 
 def test_a_key_needs_a_password_that_somebody_gives(

@@ -1,4 +1,4 @@
-"""`modelpack bench`: how fast does a model, or any OpenAI-compatible server, answer?"""
+"""`modelpack bench`: measure latency and throughput of models and OpenAI-compatible servers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class _Numbers(click.ParamType[Any]):
 
 
 class _Command(click.Command):
-    """Keeps what was typed, for the report."""
+    """A command that keeps its command line for the report."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as any command does."""
@@ -58,57 +58,57 @@ class _Command(click.Command):
 
 @click.command(
     cls=_Command,
-    epilog="The default takes about a minute for each TARGET. Its table is made to be sent on: it "
-    "says what machine, versions and load its figures are of.",
+    epilog="By default, a run takes about a minute per TARGET. The table includes the machine, the "
+    "versions and the load, so that it can be shared.",
 )
 @click.argument("targets", metavar="TARGET...", nargs=-1, required=True, shell_complete=model_names)
 @click.option(
     "--concurrency",
     metavar="N,N…",
     type=_Numbers(int),
-    help="Clients that each ask again once answered. [default: 1,2,4,8]",
+    help="Numbers of concurrent clients (closed loop). [default: 1,2,4,8]",
 )
 @click.option(
     "--rate",
     metavar="R,R…",
     type=_Numbers(float),
-    help="Instead: requests a second, arriving as a Poisson process.",
+    help="Requests per second, as a Poisson process, instead of --concurrency.",
 )
 @click.option(
     "--workload",
     metavar="NAME",
     multiple=True,
-    help="Instead: a whole workload, like load-m-32 or multi-turn. May be repeated.",
+    help="A named workload, like load-m-32 or multi-turn, instead. May be repeated.",
 )
 @click.option("--prompt-tokens", type=click.IntRange(1, 131072), help="[default: 128]")
 @click.option("--output-tokens", type=click.IntRange(1, 32768), help="[default: 64]")
 @click.option(
-    "--requests", type=click.IntRange(min=1), help="Requests of each load, however long they take."
+    "--requests", type=click.IntRange(min=1), help="Requests of each load, regardless of the time."
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
     default=40.0,
     show_default=True,
-    help="For all loads of one TARGET together, without --requests.",
+    help="Time for all loads of one TARGET, without --requests.",
 )
-@click.option("--model", metavar="NAME", help="Which model of servers that have several.")
+@click.option("--model", metavar="NAME", help="The model to use on servers with several.")
 @click.option(
     "--api-key-env",
     metavar="VARIABLE",
     default="MODELPACK_API_KEY",
     show_default=True,
-    help="Where the servers' API key is.",
+    help="The environment variable with the servers' API key.",
 )
 @click.option(
     "--serve",
     metavar="OPTIONS",
     multiple=True,
-    help="Options of `modelpack serve` for a MODEL; repeated: for each TARGET its own.",
+    help="Options of `modelpack serve` for a MODEL. Repeat it to give each TARGET its own.",
 )
-@click.option("--json-file", type=_FILE, metavar="FILE", help="Write all figures there, as JSON.")
-@click.option("--markdown", type=_FILE, metavar="FILE", help="Write the table there.")
-@click.option("--png", type=_FILE, metavar="FILE", help="Draw throughput, TTFT and TPOT there.")
+@click.option("--json-file", type=_FILE, metavar="FILE", help="Write all figures to FILE as JSON.")
+@click.option("--markdown", type=_FILE, metavar="FILE", help="Write the table to FILE.")
+@click.option("--png", type=_FILE, metavar="FILE", help="Draw throughput, TTFT and TPOT to FILE.")
 @common_options
 def bench(
     settings: Settings,
@@ -121,12 +121,14 @@ def bench(
     png: Path | None,
     **load: Any,
 ) -> int:
-    """Measure latency and throughput of each TARGET: a MODEL, which is served for the while, or
-    the URL of any server with the OpenAI API. Several are compared with the first.
+    """Measure latency and throughput of each TARGET and compare it with the first.
+
+    A TARGET is a MODEL, which is served for the measurement, or the URL of any server with the
+    OpenAI API.
     """
     if importlib.util.find_spec("httpx") is None:
-        raise UsageError("bench needs httpx, which is not installed",
-                         hint="pip install 'modelpack[bench]'")  # fmt: skip
+        raise UsageError("bench requires httpx, which is not installed",
+                         hint="run pip install 'modelpack[bench]'")  # fmt: skip
     from modelpack_server.bench import machine, tables
     from modelpack_server.bench.benchmark import Benchmark
     from modelpack_server.bench.tables import draw, require_matplotlib
@@ -136,8 +138,8 @@ def bench(
     if png is not None:
         require_matplotlib()
     for path in (json_file, markdown, png):
-        if path is not None and not path.parent.is_dir():  # told before a minute of measuring
-            raise UsageError(f"{path}: there is no directory {path.parent}")
+        if path is not None and not path.parent.is_dir():  # fail before a minute of measuring
+            raise UsageError(f"cannot write {path}: no such directory: {path.parent}")
     typed = click.get_current_context().meta[_TYPED]
     api_key = os.environ.get(api_key_env) or None
     measured = []
@@ -193,7 +195,7 @@ def _address(settings: Settings, target: str, options: Sequence[str]) -> Iterato
 
     store = settings.store()
     with shown_progress(settings) as progress:
-        remote = RemoteOptions(trust=Trust.from_environment())  # its server has the same policy
+        remote = RemoteOptions(trust=Trust.from_environment())  # the server applies the same policy
         find_model(target, store, pull=True, remote=remote, watch=watching(progress))
     with served(target, ["--store", str(store.root), *options]) as url:
         yield url
@@ -212,10 +214,12 @@ def _plan(
     from modelpack_server.bench import benchmark as plan
 
     if sum(map(bool, (concurrency, rate, workload))) > 1:
-        raise UsageError("--concurrency, --rate and --workload exclude each other")
+        raise UsageError("--concurrency, --rate and --workload cannot be combined")
     if workload:
         if prompt_tokens or output_tokens:
-            raise UsageError("a --workload has lengths of its own")
+            raise UsageError(
+                "--workload cannot be combined with --prompt-tokens or --output-tokens"
+            )
         return plan.named(workload, requests=requests)
     sizes = {"prompt": prompt_tokens or plan.PROMPT, "answer": output_tokens or plan.ANSWER,
              "requests": requests, "seconds": seconds}  # fmt: skip
@@ -227,9 +231,9 @@ def _plan(
 def _options(targets: Sequence[str], serve: Sequence[str]) -> list[list[str]]:
     """Return the options of each target's server."""
     if len(serve) > 1 and len(serve) != len(targets):
-        raise UsageError(f"--serve is given {len(serve)} times for {len(targets)} targets")
+        raise UsageError(f"expected 1 or {len(targets)} --serve options, got {len(serve)}")
     if serve and all(target.startswith(_SCHEMES) for target in targets):
-        raise UsageError("--serve is for models, and there are only addresses")
+        raise UsageError("--serve needs a model; only URLs were given")
     try:
         found = [shlex.split(options) for options in serve]
     except ValueError as error:
@@ -238,7 +242,7 @@ def _options(targets: Sequence[str], serve: Sequence[str]) -> list[list[str]]:
 
 
 def _names(targets: Sequence[str], serve: Sequence[str]) -> list[str]:
-    """Return what to call each target; options are told where they differ."""
+    """Return the name of each target in the report, with its options if they differ."""
     if len(serve) > 1:
         targets = [
             f"{target} {options}".strip() for target, options in zip(targets, serve, strict=True)
@@ -263,4 +267,4 @@ def _write(path: Path | None, write: Callable[[Path], object]) -> None:
     try:
         write(path)
     except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""What this machine runs models by: device, memory, backends, and which of them is chosen."""
+"""`modelpack doctor`: check device, memory, backends, store, registry and ports."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from modelpack.operations.doctor import Check
 
 _FORMATS = ("gguf", "safetensors")
-#: What a context and a step's arrays take beside the weights, at the least.
-_BESIDE_WEIGHTS = 512 * 1024**2
+#: The least memory that a KV cache and the arrays of a step take besides the weights, in bytes.
+_MIN_WORKING_BYTES = 512 * 1024**2
 Device = Literal["cpu", "gpu"]
 
 
 def check_device() -> tuple[Check, Device]:
-    """Look where models are computed."""
+    """Return the device that runs models."""
     blas.prepare()  # before MLX
     cores = os.cpu_count() or 1
     machine = f"{platform.system()} {platform.machine()}, {cores} cores"
@@ -52,7 +52,7 @@ def check_device() -> tuple[Check, Device]:
         return (
             Check(
                 "device", Verdict.WARNING, f"CPU; {machine}; an NVIDIA GPU is not used",
-                hint="pip install 'mlx[cuda]'", details=details,
+                hint="run pip install 'mlx[cuda]'", details=details,
             ),
             device,
         )  # fmt: skip
@@ -60,7 +60,7 @@ def check_device() -> tuple[Check, Device]:
 
 
 def check_memory() -> Check:
-    """Look how much models may take."""
+    """Return the memory that models may use."""
     from modelpack_server.pool.memory import device_memory
 
     size = device_memory(EngineConfig())
@@ -70,7 +70,7 @@ def check_memory() -> Check:
 
 
 def check_backends() -> list[Check]:
-    """Look which backends are installed."""
+    """Return the installed backends."""
     from modelpack_engine.llama_cpp import library
 
     checks = [
@@ -84,28 +84,30 @@ def check_backends() -> list[Check]:
             Check(
                 "backend llama.cpp", Verdict.WARNING,
                 f"llama-cpp-python {found}, expected {library.VERSION}",
-                hint="pip install 'modelpack[llama-cpp]'",
+                hint="run pip install 'modelpack[llama-cpp]'",
             )
         )  # fmt: skip
     else:
         checks.append(
             Check(
-                "backend llama.cpp", Verdict.OK, "not installed; it is for GGUF on a CPU",
-                hint="pip install 'modelpack[llama-cpp]'",
+                "backend llama.cpp", Verdict.OK, "not installed; runs GGUF on a CPU",
+                hint="run pip install 'modelpack[llama-cpp]'",
             )
         )  # fmt: skip
     where = shutil.which("vllm") or (importlib.util.find_spec("vllm") and "in this environment")
-    told = f"vLLM {_version('vllm') or ''} {where}".replace("  ", " ")
+    found = f"vLLM {_version('vllm') or ''} {where}".replace("  ", " ")
     checks.append(
         Check(
-            "backend vllm", Verdict.OK, told if where else "not installed; --backend vllm needs it"
+            "backend vllm",
+            Verdict.OK,
+            found if where else "not installed; --backend vllm requires it",
         )
     )
     return checks
 
 
 def check_choices(device: Device) -> list[Check]:
-    """Say which backend `auto` is for each format."""
+    """Return the backend that `auto` selects for each format."""
     from modelpack_engine.llama_cpp.library import automatic_backend
 
     checks = []
@@ -121,31 +123,31 @@ def check_choices(device: Device) -> list[Check]:
 
 
 def check_model(model: Model, device: Device, available: int) -> Check:
-    """Say by what a model is run, and whether it has room in `available` bytes."""
+    """Return the backend that runs a model; fail if it does not fit into `available` bytes."""
     from modelpack_engine.llama_cpp.library import automatic_backend
 
     name = f"model {model.reference or model.short_id}"
     weights = [file for file in model.files() if file.format in _FORMATS]
     if not weights:
         formats = ", ".join(sorted({file.format for file in model.files() if file.format}))
-        return Check(name, Verdict.FAILED, f"no backend runs {formats or 'it'}: it has no weights "
-                     "that are GGUF or safetensors")  # fmt: skip
+        return Check(name, Verdict.FAILED, f"no backend for {formats or 'this model'}: expected "
+                     "GGUF or safetensors weights")  # fmt: skip
     size = sum(file.descriptor.size for file in weights)
     kind = weights[0].format
     backend = automatic_backend(kind, device)
     details = {"format": kind, "backend": backend, "device": device, "weights": size}
-    said = f"{kind}, {size / 1e9:.1f} GB: run by {backend} on the {device}"
-    if size + _BESIDE_WEIGHTS > available:
+    text = f"{kind}, {size / 1e9:.1f} GB: run by {backend} on the {device}"
+    if size + _MIN_WORKING_BYTES > available:
         return Check(
-            name, Verdict.FAILED, f"{said}, which has {available / 1e9:.1f} GB",
-            hint="take a quantised build of it, or --backend vllm with --tensor-parallel-size",
+            name, Verdict.FAILED, f"{text}, which has {available / 1e9:.1f} GB",
+            hint="use a quantised variant, or --backend vllm with --tensor-parallel-size",
             details=details,
         )  # fmt: skip
-    return Check(name, Verdict.OK, said, details=details)
+    return Check(name, Verdict.OK, text, details=details)
 
 
 def failed(name: str, error: ModelpackError) -> Check:
-    """Return what became of a check that could not be made."""
+    """Return the failed check for an error."""
     return Check(name, Verdict.FAILED, str(error), hint=error.hint)
 
 
@@ -156,7 +158,7 @@ def _version(distribution: str) -> str:
         return ""
 
 
-#: The ports that our servers take where none is named.
+#: The default ports of the servers.
 _PORTS = ((12434, "serve"), (12435, "gateway"), (5000, "registry serve"))
 
 
@@ -164,9 +166,9 @@ _PORTS = ((12434, "serve"), (12435, "gateway"), (5000, "registry serve"))
 @click.argument("models", metavar="[MODEL]...", nargs=-1, shell_complete=model_names)
 @click.option(
     "--registry", "registries", metavar="HOST", multiple=True,
-    help="A registry to ask. May be repeated. [default: the one of names without any]",
+    help="A registry to check. May be repeated. [default: the default registry]",
 )  # fmt: skip
-@click.option("--offline", is_flag=True, help="Ask no registry.")
+@click.option("--offline", is_flag=True, help="Skip the check of registries.")
 @remote_options
 @common_options
 def doctor(
@@ -176,9 +178,9 @@ def doctor(
     offline: bool,
     remote: RemoteOptions,
 ) -> int:
-    """Check device, memory, store, registry, backends and ports; say by what MODELs would be run.
+    """Check device, memory, store, registry, backends and ports, and which backend runs MODELs.
 
-    Exit code 1 if something has failed; what only some commands need is a warning.
+    Exit code 1 if a check failed. Missing parts that only some commands need are warnings.
     """
     import os
 
@@ -212,10 +214,9 @@ def _engine_checks(settings: Settings, models: tuple[str, ...]) -> list[Check]:
     try:
         require_engine()
     except UsageError as error:
-        # Packing and moving models needs none of it.
+        # Packaging and transferring models does not need the engine.
         verdict = Verdict.FAILED if models else Verdict.WARNING
         return [Check("engine", verdict, str(error), hint=error.hint)]
-    pass  # noqa
 
     device, where = check_device()
     memory = check_memory()

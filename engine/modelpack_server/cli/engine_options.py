@@ -1,4 +1,4 @@
-"""The options of speculative decoding, and the model that drafts."""
+"""The options of the engine and of speculative decoding, shared by serve, run and smoke."""
 
 from __future__ import annotations
 
@@ -21,42 +21,42 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: What the options are called, which are fields of EngineConfig too.
+#: The names of the options, which are also fields of EngineConfig.
 NAMES = ("speculative_method", "draft_model", "num_speculative_tokens",
          "speculative_min_acceptance", "speculative_disable_by_batch_size")  # fmt: skip
 
 
 def speculation_options(command: F) -> F:
-    """Add the options; no answer changes by any of them."""
+    """Add the options of speculative decoding, which changes no output."""
     options = (
         click.option(
             "--speculative-method",
             type=click.Choice(["ngram", "draft"]),
-            help="Propose tokens and verify many in a step: by lookup in the text so far, or by "
+            help="Speculative decoding: propose tokens by n-gram lookup in the text so far, or by "
             "--draft-model, which implies draft.",
         ),
         click.option(
             "--draft-model",
             metavar="REF|DIR",
             callback=_draft_model,
-            help="A smaller model with the same vocabulary, which proposes tokens.",
+            help="A smaller model with the same vocabulary that proposes tokens.",
         ),
         click.option(
             "--num-speculative-tokens",
             type=click.IntRange(min=1),
-            help="Tokens proposed at a time.",
+            help="Tokens to propose per step.",
         ),
         click.option(
             "--speculative-min-acceptance",
             type=click.FloatRange(0, 1),
             default=0.0,
             show_default=True,
-            help="Propose nothing that the draft model gives a lower probability.",
+            help="Do not propose tokens to which the draft model gives a lower probability.",
         ),
         click.option(
             "--speculative-disable-by-batch-size",
             type=click.IntRange(min=0),
-            help="Propose nothing while more requests than these generate.",
+            help="Disable speculation while more requests than this generate.",
         ),
     )
     for option in reversed(options):
@@ -67,7 +67,7 @@ def speculation_options(command: F) -> F:
 def _draft_model(
     _context: click.Context, _parameter: click.Parameter, text: str | None
 ) -> str | Path | None:
-    """Return the path of what is there, else the name of a model."""
+    """Return a path if `text` names an existing file or directory, else the model's name."""
     if text is None or not Path(text).exists():
         return text
     return Path(text)
@@ -89,8 +89,8 @@ def require_engine() -> None:
     for module in ("mlx", "mlx_lm", "fastapi"):
         if importlib.util.find_spec(module) is None:
             raise UsageError(
-                f"running a model needs {module}, which is not installed",
-                hint="pip install 'modelpack[engine]'",
+                f"running a model requires {module}, which is not installed",
+                hint="run pip install 'modelpack[engine]'",
             )
 
 
@@ -99,9 +99,9 @@ def _size(_context: click.Context, _parameter: click.Parameter, text: str | None
 
 
 def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
-    """Add the options of an engine; the command gets them as `config`, a function that makes it.
+    """Add the options of the engine; the command gets `config`, a function that returns them.
 
-    `others` are backends that are no engine of ours; where one is asked for, `config` is None.
+    `others` are foreign backends; if the user selects one, `config` is None.
     """
 
     @click.option(
@@ -109,39 +109,43 @@ def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
         type=click.Choice(["auto", "gpu", "cpu"]),
         default="auto",
         show_default=True,
-        help="Where to compute.",
+        help="The device to run on.",
     )
     @click.option(
         "--backend",
         type=click.Choice(["auto", "mlx", "llama.cpp", *others]),
         default="auto",
         show_default=True,
-        help="What computes: auto is llama.cpp for GGUF on a CPU where it is installed, else MLX.",
+        help="The engine: auto selects llama.cpp for GGUF on a CPU if installed, else MLX.",
     )
-    @click.option("--max-model-len", type=click.IntRange(min=2), help="Longest context, in tokens.")
+    @click.option(
+        "--max-model-len", type=click.IntRange(min=2), help="Maximum context length in tokens."
+    )
     @click.option(
         "--max-num-seqs",
         type=click.IntRange(min=1),
         default=64,
         show_default=True,
-        help="Requests computed at a time.",
+        help="Maximum number of running requests.",
     )
     @click.option(
-        "--max-num-batched-tokens", type=click.IntRange(min=1), help="Tokens of one step."
+        "--max-num-batched-tokens",
+        type=click.IntRange(min=1),
+        help="Maximum number of tokens per step.",
     )
     @click.option(
         "--scheduling-policy",
         type=click.Choice(["shortest-first", "fcfs"]),
         default="shortest-first",
         show_default=True,
-        help="Of prompts that wait, the shortest, within bounds, or the first.",
+        help="Run the shortest waiting prompt first, within bounds, or the oldest.",
     )
     @click.option(
         "--gpu-memory-utilization",
         type=click.FloatRange(0, 1, min_open=True),
         default=0.9,
         show_default=True,
-        help="Share of the GPU's memory to use.",
+        help="Fraction of GPU memory to use.",
     )
     @click.option("--kv-cache-bytes", type=click.IntRange(min=1), help="Size of the KV cache.")
     @click.option(
@@ -156,23 +160,23 @@ def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
         "ignore_config_fields",
         multiple=True,
         metavar="NAME",
-        help="Load a model though its config.json has this field, which its class does not read.",
+        help="Load a model even if its class ignores this field of config.json. May be repeated.",
     )
-    @click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt anew.")
+    @click.option("--no-prefix-caching", is_flag=True, help="Disable prefix caching.")
     @click.option(
         "--kv-offload-dir",
         type=click.Path(file_okay=False),
         metavar="DIR",
-        help="Keep prefixes that the KV cache has no room for in files here, for restarts too.",
+        help="Offload evicted prefixes to files in DIR, which survive restarts.",
     )
     @click.option(
         "--kv-offload-memory",
         metavar="SIZE",
         callback=_size,
-        help="Host memory for them, and without a directory the only place.",
+        help="Host memory for offloaded prefixes; without --kv-offload-dir, the only place.",
     )
     @click.option(
-        "--kv-offload-disk", metavar="SIZE", callback=_size, help="What the files may take."
+        "--kv-offload-disk", metavar="SIZE", callback=_size, help="Maximum size of the files."
     )
     @speculation_options
     @functools.wraps(command)

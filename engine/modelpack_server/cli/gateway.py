@@ -1,4 +1,4 @@
-"""`modelpack gateway`: keys, limits and failover before servers; options that `serve` shares."""
+"""`modelpack gateway`: API keys, limits and failover for servers; options shared with `serve`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KEY_FILE = click.option(
     type=click.Path(path_type=Path, dir_okay=False),
     envvar="MODELPACK_KEYS",
     metavar="FILE",
-    help="The API keys to ask for, a TOML file; read again when it changes. [env: MODELPACK_KEYS]",
+    help="Require an API key of this TOML file; it is reloaded on change. [env: MODELPACK_KEYS]",
 )
 
 
@@ -35,27 +35,27 @@ def protection_options(command: F) -> F:
     """Add the options that protect a server.
 
     The command gets them as `protection`, a function of the host that makes a `Protection`; it
-    raises `UsageError` where others could reach the server and no key would be asked for.
+    raises `UsageError` if the server would be reachable from other machines without keys.
     """
 
     @_KEY_FILE
     @click.option(
         "--allow-anonymous", "--allow-remote", "allow_anonymous", is_flag=True,
-        help="Allow an address that others can reach, though there are no keys.",
+        help="Allow an address that is not loopback without API keys.",
     )  # fmt: skip
     @click.option(
         "--cors", "origins", metavar="ORIGIN", multiple=True,
-        help="Web pages that may use the server: https://app.example, http://localhost:* or *. "
-        "May be repeated. [default: only its own]",
+        help="Allow web pages of this origin: https://app.example, http://localhost:* or *. "
+        "May be repeated. [default: only its own page]",
     )  # fmt: skip
     @click.option(
         "--allow-host", "hosts", metavar="NAME", multiple=True,
-        help="A host name that clients may use besides the address. May be repeated.",
+        help="Accept this host name besides the address. May be repeated.",
     )  # fmt: skip
     @click.option(
         "--max-body", type=click.IntRange(min=1), default=64, show_default=True, metavar="MIB",
-        help="Largest request in MiB; larger ones are answered 413. Models that are sent may be "
-        "larger.",
+        help="Maximum size of a request in MiB, except for uploaded models; larger requests get "
+        "status 413.",
     )  # fmt: skip
     @functools.wraps(command)
     def wrapped(
@@ -88,20 +88,20 @@ def protection_options(command: F) -> F:
 @click.group(invoke_without_command=True)
 @click.option(
     "--upstream", "upstreams", metavar="URL", multiple=True,
-    help="A server to hand requests to. May be repeated.",
+    help="Forward requests to this server. May be repeated.",
 )  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=12435, show_default=True,
-    help="The port; 0 takes a free one.",
+    help="The port; 0 selects a free port.",
 )  # fmt: skip
 @click.option(
     "--balance", type=click.Choice(["least-busy", "round-robin"]), default="least-busy",
-    show_default=True, help="Whose turn it is among upstreams that are well.",
+    show_default=True, help="How to choose among healthy upstreams.",
 )  # fmt: skip
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,
-    help="Seconds that an upstream may take between two pieces of a reply.",
+    help="Maximum time between two chunks of a response, in seconds.",
 )  # fmt: skip
 @protection_options
 @tls_options
@@ -118,9 +118,9 @@ def gateway(
     protection: Callable[[str], Protection],
     tls: tuple[Path, Path] | None,
 ) -> None:
-    """Put API keys, limits, traces and failover before servers; print the address.
+    """Forward requests to servers, with API keys, limits, traces and failover; print the address.
 
-    MODELPACK_UPSTREAM_KEY is sent to the upstreams as their API key.
+    MODELPACK_UPSTREAM_KEY is the API key for the upstreams.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -139,23 +139,26 @@ def gateway(
             port,
             tls=tls,
         )
-        note(settings, f"handing requests to {', '.join(upstreams)}; stop with Ctrl-C")
+        note(settings, f"forwarding requests to {', '.join(upstreams)}; stop with Ctrl-C")
         server.run(lambda: click.echo(server.url))
 
 
 @gateway.command()
 @click.argument("name")
 @_KEY_FILE
-@click.option("--requests-per-minute", type=click.IntRange(min=1), metavar="N")
-@click.option("--tokens-per-minute", type=click.IntRange(min=1), metavar="N")
-@click.option("--concurrency", type=click.IntRange(min=1), metavar="N", help="Requests at a time.")
+@click.option("--requests-per-minute", type=click.IntRange(min=1), metavar="N",
+              help="Maximum number of requests per minute.")  # fmt: skip
+@click.option("--tokens-per-minute", type=click.IntRange(min=1), metavar="N",
+              help="Maximum number of tokens per minute.")  # fmt: skip
+@click.option("--concurrency", type=click.IntRange(min=1), metavar="N",
+              help="Maximum number of concurrent requests.")  # fmt: skip
 @click.option(
     "--model", "models", metavar="GLOB", multiple=True,
-    help="Models that the key may use, and no management. May be repeated. [default: everything]",
+    help="Restrict the key to these models, without management. May be repeated. [default: all]",
 )  # fmt: skip
 @click.option(
     "--gateway", "for_gateway", is_flag=True,
-    help="The key is a gateway's (MODELPACK_UPSTREAM_KEY), which names the callers it serves.",
+    help="Make a key for a gateway (MODELPACK_UPSTREAM_KEY), which may name its callers.",
 )  # fmt: skip
 @common_options
 def key(
@@ -168,13 +171,14 @@ def key(
     models: tuple[str, ...],
     for_gateway: bool,
 ) -> None:
-    """Make an API key called NAME and print it, this once: the file gets its SHA-256 only."""
+    """Create an API key called NAME and print it once: the file stores only its SHA-256."""
     from modelpack_server.gateway.keys import add_key
     from modelpack_server.gateway.limits import Limits
 
     if models and for_gateway:
         raise UsageError(
-            "--gateway cannot be combined with --model", hint="give models to the gateway's keys"
+            "--gateway cannot be combined with --model",
+            hint="restrict the keys of the gateway's callers instead",
         )
     if key_file is None:
         from platformdirs import user_config_path
@@ -183,7 +187,7 @@ def key(
     limits = Limits(requests_per_minute, tokens_per_minute, concurrency)
     secret = add_key(key_file, name, limits=limits, models=models, gateway=for_gateway)
     show(settings, {"name": name, "key": secret, "file": str(key_file)}, secret)
-    note(settings, f"added to {key_file}; it is not shown again. Serve with --keys {key_file}")
+    note(settings, f"added to {key_file}; the key is not shown again. Serve with --keys {key_file}")
 
 
 def _require_httpx() -> None:
@@ -191,6 +195,6 @@ def _require_httpx() -> None:
 
     if importlib.util.find_spec("httpx") is None:
         raise UsageError(
-            "a gateway needs httpx, which is not installed",
-            hint="pip install 'modelpack[gateway]'",
+            "the gateway requires httpx, which is not installed",
+            hint="run pip install 'modelpack[gateway]'",
         )

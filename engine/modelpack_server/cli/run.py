@@ -1,4 +1,4 @@
-"""`modelpack run`: a model of the store answers, once or for as long as there are questions."""
+"""`modelpack run`: one response of a model, or an interactive chat."""
 
 from __future__ import annotations
 
@@ -35,17 +35,19 @@ if TYPE_CHECKING:
 @click.command()
 @model_argument()
 @click.argument("prompt", nargs=-1)
-@click.option("--max-tokens", type=click.IntRange(min=1), help="The most tokens of an answer.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), help="Maximum number of tokens to generate."
+)
 @click.option(
     "--temperature", type=click.FloatRange(0, 2),
-    help="0: always the likeliest. [default: the model's, else 0.7]",
+    help="Sampling temperature; 0: greedy. [default: the model's, else 0.7]",
 )  # fmt: skip
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="[default: the model's]")
-@click.option("--seed", type=int, help="The same seed gives the same answer.")
+@click.option("--seed", type=int, help="Random seed, for reproducible output.")
 @click.option("--system", default="", help="A system message.")
-@click.option("--preset", help="Settings for a use: code, chat, creative or long-context.")
-@click.option("--think/--no-think", default=None, help="Reason before answering, or do not.")
-@click.option("--host", metavar="URL", help="Have a running server answer: nothing is loaded here.")
+@click.option("--preset", help="A preset: code, chat, creative or long-context.")
+@click.option("--think/--no-think", default=None, help="Enable or disable reasoning.")
+@click.option("--host", metavar="URL", help="Use a running server instead of loading the model.")
 @engine_options
 @remote_options
 @trust_options
@@ -66,9 +68,9 @@ def run(
     config: Callable[[], Any],
     remote: RemoteOptions,
 ) -> None:
-    """Have MODEL answer PROMPT and what is piped in; without either, one question after the other.
+    """Print the response of MODEL to PROMPT and stdin; without either, start a chat.
 
-    /help lists what can be typed instead of a question.
+    In the chat, /help lists the commands.
     """
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
     given = {name: value for name, value in sampling.items() if value is not None}
@@ -106,7 +108,7 @@ def run(
         with shown_progress(settings) as progress:
             opened = open_model(name, store=store, remote=remote, progress=progress).model
         if store.resolve(local_name(name)).digest != opened.digest:
-            name = str(opened.digest)  # of several variants, this is the one
+            name = str(opened.digest)  # the name may stand for several variants
         loaded = models.load(name, ModelSettings(preset=preset))
         require_chat(loaded)
         return loaded
@@ -122,7 +124,7 @@ def _talk(
     text: str,
     call: Callable[[Coroutine[Any, Any, None]], None],
 ) -> None:
-    """Answer `text`, or one question after the other where there is none."""
+    """Respond to `text`, or start the chat if it is empty."""
     from modelpack_engine.errors import RequestError
 
     try:
@@ -142,27 +144,27 @@ def _talk(
 
 
 def _question(prompt: tuple[str, ...]) -> str:
-    """Return the arguments and what is piped in, "" if the user is to be asked."""
+    """Return the arguments and the piped text; "" starts a chat."""
     text = " ".join(prompt)
     if sys.stdin.isatty() or (text and not _is_piped()):
         return text
     text = "\n\n".join(piece for piece in (text, sys.stdin.read().strip()) if piece)
     if not text:
-        raise UsageError("nothing to answer: stdin is empty", hint="give a prompt")
+        raise UsageError("no prompt: stdin is empty", hint="give a prompt")
     return text
 
 
 def _is_piped() -> bool:
-    """Whether stdin was given on purpose: what a service manager leaves there may never end."""
+    """Return whether stdin is a pipe or a file: a service manager's stdin may never end."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError):
-        return True  # not a file of the system's: who put it there means it
+        return True  # a replaced stdin has no descriptor and was set on purpose
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 async def answer(settings: Settings, chat: Chat, question: str) -> None:
-    """Ask, and show the answer as it comes; with --json, when it is complete."""
+    """Stream the response to the terminal; with --json, print it when it is complete."""
     from modelpack_server.tool_parsers.parts import Reasoning, Text
 
     view = None if settings.json else _view()
@@ -187,7 +189,7 @@ async def answer(settings: Settings, chat: Chat, question: str) -> None:
             view.end()
     if view is not None:
         if finish == "length":
-            note(settings, "(cut: that is as long as an answer may be)")
+            note(settings, "(truncated: maximum number of tokens reached)")
         return
     show_json(
         {

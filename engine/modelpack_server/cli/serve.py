@@ -1,4 +1,4 @@
-"""The ranks of `modelpack serve --tensor-parallel-size`: started, led, or followed."""
+"""`modelpack serve`: serve models with our engine, with tensor-parallel ranks, or with vLLM."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def is_parallel(size: int | None) -> bool:
-    """Return whether models are to be divided; raise `UsageError` if ranks would not know it."""
+    """Return whether to use several ranks; raise `UsageError` under mlx.launch without a size."""
     if size is None and os.environ.get("MLX_RANK", "0") != "0":
         raise UsageError(
             f"this is rank {os.environ['MLX_RANK']} of several (MLX_RANK)",
@@ -50,10 +50,10 @@ def is_parallel(size: int | None) -> bool:
 
 
 def join_ranks(settings: Settings, size: int, config: EngineConfig) -> Ranks | int:
-    """Return the ranks for rank 0 to lead.
+    """Return the ranks if this process is rank 0, else an exit code.
 
-    Returns the exit code where there is nothing to lead: once all ranks that were started from here
-    have ended, or, in any rank but 0, once rank 0 is done.
+    The process that launches the ranks returns when all have exited; ranks other than 0 return when
+    rank 0 is done.
     """
     from modelpack_engine.platform import blas
 
@@ -74,7 +74,7 @@ def join_ranks(settings: Settings, size: int, config: EngineConfig) -> Ranks | i
     if not isinstance(joined, Follower):
         note(settings, f"{size} ranks have joined")
         return joined
-    # Ctrl-C in a terminal reaches all ranks; rank 0 lets this one go when its requests are done.
+    # Ctrl-C in a terminal reaches all ranks; rank 0 ends this one when its requests are done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with request_log(settings):
         joined.follow(parts_of(settings.store(), config))
@@ -147,9 +147,7 @@ def exec_vllm(
     if tls is not None:
         options |= {"ssl-certfile": tls[0], "ssl-keyfile": tls[1]}
     names = [name for name in (served_model_name, models[0]) if name]
-    vllm_command(
-        Path(), names, options
-    )  # that it is not installed is told before anything is pulled
+    vllm_command(Path(), names, options)  # fails before the pull if vLLM is not installed
     with ExitStack() as until:  # closed if this fails; vLLM inherits the lease
         with shown_progress(settings) as progress:
             opened = open_model(
@@ -184,35 +182,37 @@ def _open(settings: Settings, model: str, remote: RemoteOptions) -> Any:
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=12434, show_default=True,
-    help="The port; 0 takes a free one.",
+    help="The port; 0 selects a free port.",
 )  # fmt: skip
 @click.option(
-    "--served-model-name", metavar="NAME", help="What clients call the first MODEL, besides MODEL."
+    "--served-model-name",
+    metavar="NAME",
+    help="An additional name of the first MODEL in API requests.",
 )
 @protection_options
 @tls_options
-@click.option("--preset", help="Settings for a use: code, chat, creative or long-context.")
+@click.option("--preset", help="A preset: code, chat, creative or long-context.")
 @click.option(
     "--keep-alive", metavar="TIME", default="5m", show_default=True,
-    help="How long a model that is not named here stays loaded after its last use; -1: for ever.",
+    help="How long an unused model stays loaded, unless it is a MODEL; -1: forever.",
 )  # fmt: skip
-@click.option("--memory", metavar="SIZE", help="What all models together may take, like 24GiB.")
+@click.option("--memory", metavar="SIZE", help="Memory for all models together, like 24GiB.")
 @click.option(
     "--runtime-flags", metavar="FLAGS",
-    help="Flags for all models, as llama.cpp or vLLM have them: '--temp 0.7 --ctx-size 8192'.",
+    help="Flags of llama.cpp or vLLM for all models: '--temp 0.7 --ctx-size 8192'.",
 )  # fmt: skip
 @click.option(
     "--tensor-parallel-size", type=click.IntRange(min=1), metavar="N",
-    help="Divide each model between N GPUs of this machine, or between the ranks of mlx.launch.",
+    help="Split each model across N GPUs of this machine, or across the ranks of mlx.launch.",
 )  # fmt: skip
 @click.option(
     "--allow-request-templates", is_flag=True,
-    help="Let admins send chat templates with requests: callers with a key for all models, or on "
-    "this machine where there are no keys.",
+    help="Accept chat templates in requests from callers with a key for all models or, without "
+    "keys, from this machine.",
 )  # fmt: skip
 @click.option(
     "--share-prefix-cache", is_flag=True,
-    help="Let requests of different API keys share prefixes in the KV cache.",
+    help="Share cached prefixes between API keys.",
 )  # fmt: skip
 @partial(engine_options, others=("vllm",))
 @remote_options
@@ -237,16 +237,16 @@ def serve(
     config: Callable[[], Any] | None,
     remote: RemoteOptions,
 ) -> int:
-    """Serve the models of the store, from its blobs there; print the address.
+    """Serve the models of the store; print the address.
 
-    Each MODEL is pulled where the store lacks it, loaded at once, and stays loaded; /health says
-    503 until all are. Any other model of the store is loaded when a request names it, and unloaded
-    when it has not been used for a while.
+    Each MODEL is pulled if it is not stored, loaded at start, and stays loaded; /health returns 503
+    until all are loaded. Other stored models are loaded when a request names them, and unloaded
+    when idle.
     """
     if served_model_name and not models:
-        raise UsageError("--served-model-name names a MODEL, and none is given")
+        raise UsageError("--served-model-name requires a MODEL")
     if config is None:
-        protection(host)  # an address that others can reach is a decision here, too
+        protection(host)  # the check for reachable addresses without keys
         exec_vllm(
             settings,
             models,
@@ -264,7 +264,7 @@ def serve(
     from modelpack_server.pool.settings import ModelSettings, parse_keep_alive
     from modelpack_server.pool.store_catalogue import StoreCatalogue
 
-    # What is wrong with the options is told before anything is pulled.
+    # Check the options before the pull.
     protected_by = protection(host)
     chosen = ModelSettings(preset=preset, runtime_flags=_words(runtime_flags or ""))
     chosen.check()
@@ -273,7 +273,7 @@ def serve(
     engine = config()
     if engine.backend != "auto":
         remote = replace(remote, backend=engine.backend)
-    # By id: the name may stand for several variants, of which this is the one.
+    # Use the id: the name may stand for several variants.
     opened = {local_name(model): _open(settings, model, remote).model for model in models}
     pull_draft(engine, settings.store(), settings, remote)
     ranks = None
@@ -305,7 +305,7 @@ def serve(
         server = ModelServer(
             pool,
             address=f"{_bracketed(host)}:{port}",
-            allow_remote=True,  # `Protection` has seen to it that keys are asked for
+            allow_remote=True,  # `Protection` has checked that keys are required
             max_body_bytes=protected_by.max_body,
             request_templates=allow_request_templates,
             share_prefix_cache=share_prefix_cache,

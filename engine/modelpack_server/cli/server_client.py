@@ -1,4 +1,4 @@
-"""`modelpack ps`, `unload` and `configure`: what a running server has loaded."""
+"""`modelpack ps`, `unload`, `configure` and `launch`: clients of a running server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HEADER = ("MODEL NAME", "STATE", "REQUESTS", "CONTEXT", "MEMORY", "UNTIL")
 
 host_option = click.option(
     "--host", metavar="URL", envvar="MODELPACK_HOST", default=DEFAULT_HOST, show_default=True,
-    help="The server. [env: MODELPACK_HOST; its key: MODELPACK_API_KEY]",
+    help="The server's URL. [env: MODELPACK_HOST; API key: MODELPACK_API_KEY]",
 )  # fmt: skip
 
 
@@ -52,15 +52,15 @@ def ps(settings: Settings, host: str) -> None:
 @click.command()
 @click.argument("models", metavar="[MODEL]...", nargs=-1, shell_complete=model_names)
 @click.option("--all", "everything", is_flag=True, help="Unload all models.")
-@click.option("--now", is_flag=True, help="Do not wait for requests under way: they fail.")
+@click.option("--now", is_flag=True, help="Cancel running requests instead of waiting for them.")
 @host_option
 @common_options
 def unload(
     settings: Settings, models: tuple[str, ...], everything: bool, now: bool, host: str
 ) -> None:
-    """Have a server unload MODELs; they are loaded again when they are next used."""
+    """Unload MODELs from a server; their next request loads them again."""
     if everything == bool(models):
-        raise UsageError("name the models to unload, or give --all")
+        raise UsageError("expected either models or --all", hint="name the models, or give --all")
     body = {"models": list(models), "all": everything, "wait": not now}
     answer = call_server(host, "POST", "/pool/unload", body)
     show(settings, answer, "\n".join(answer["unloaded"]))
@@ -68,12 +68,18 @@ def unload(
 
 @click.command(
     context_settings={"ignore_unknown_options": True},
-    epilog="Flags after -- are those of llama.cpp and vLLM: -- --temp 0.7 --top-k 40",
+    epilog="Flags of llama.cpp and vLLM follow --: -- --temp 0.7 --top-k 40",
 )
 @model_argument()
-@click.option("--context-size", type=click.IntRange(min=2), help="Longest context, in tokens.")
-@click.option("--preset", help="Settings for a use: code, chat, creative or long-context.")
-@click.option("--keep-alive", metavar="TIME", help="How long it stays unused, like 5m; -1: always.")
+@click.option(
+    "--context-size", type=click.IntRange(min=2), help="Maximum context length in tokens."
+)
+@click.option("--preset", help="A preset: code, chat, creative or long-context.")
+@click.option(
+    "--keep-alive",
+    metavar="TIME",
+    help="How long the unused model stays loaded, like 5m; -1: forever.",
+)
 @click.argument("flags", metavar="[-- FLAGS...]", nargs=-1, type=click.UNPROCESSED)
 @host_option
 @common_options
@@ -86,7 +92,7 @@ def configure(
     flags: tuple[str, ...],
     host: str,
 ) -> None:
-    """Say how a server runs MODEL from its next use on; without options, as all others."""
+    """Configure how a server loads MODEL next; without options, reset it to the defaults."""
     given = {"context_size": context_size, "preset": preset, "keep_alive": keep_alive}
     body: dict[str, Any] = {"model": model, "runtime_flags": list(flags)}
     body |= {name: value for name, value in given.items() if value is not None}
@@ -108,14 +114,14 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-# Programs ask for a key even where the server does not.
+# Programs require a key even if the server does not.
 _ANY_KEY = "modelpack"
 _ARGUMENTS = "modelpack.arguments"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A model of a server, as programs are told of it. `context` is in tokens, where known."""
+    """A model of a server, as programs need it. `context` is in tokens, None if unknown."""
 
     url: str
     model: str
@@ -124,13 +130,13 @@ class Target:
 
     @property
     def any_key(self) -> str:
-        """A key, the right one where the server wants one."""
+        """The API key, or a placeholder if the server requires none."""
         return self.key or _ANY_KEY
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a program needs: variables, those that must not be set, and arguments before its own."""
+    """The environment variables to set and unset for a program, and arguments to prepend."""
 
     variables: dict[str, str]
     unset: tuple[str, ...] = ()
@@ -147,11 +153,11 @@ def _claude(target: Target) -> Setup:
             "ANTHROPIC_BASE_URL": f"{target.url}/anthropic",
             "ANTHROPIC_AUTH_TOKEN": target.any_key,
             **dict.fromkeys(models, target.model),
-            # Without it the first line of every prompt differs, and no prefix is found again.
+            # Without it, the first line differs in every prompt, which defeats prefix caching.
             "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
             "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         },
-        unset=("ANTHROPIC_API_KEY",),  # it would ask which of the two counts
+        unset=("ANTHROPIC_API_KEY",),  # with both, it asks the user which one to use
     )
 
 
@@ -162,7 +168,7 @@ def _codex(target: Target) -> Setup:
     if target.key is not None:
         provider["env_key"] = "MODELPACK_API_KEY"
         variables["MODELPACK_API_KEY"] = target.key
-    # Its search runs on OpenAI's servers: a server that has none refuses the tool.
+    # Web search runs on OpenAI's servers; other servers reject the tool.
     options = {"model_provider": "modelpack", "web_search": "disabled"}
     options |= {f"model_providers.modelpack.{name}": value for name, value in provider.items()}
     arguments = ["-m", target.model]
@@ -195,7 +201,7 @@ def _opencode(target: Target) -> Setup:
 
 
 def _env(target: Target) -> Setup:
-    """What the official clients of all four families read."""
+    """The variables of the official clients of all four APIs."""
     return Setup(
         {
             "OPENAI_BASE_URL": f"{target.url}/v1",
@@ -229,10 +235,10 @@ PROGRAMS = {
 
 
 class _WithArguments(click.Command):
-    """A command that leaves what stands after -- alone, in the context's `meta`."""
+    """A command that keeps the arguments after -- unparsed in the context's `meta`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse what stands before --."""
+        """Parse the arguments before --."""
         at = args.index("--") if "--" in args else len(args)
         ctx.meta[_ARGUMENTS] = args[at + 1 :]
         return super().parse_args(ctx, args[:at])
@@ -246,15 +252,20 @@ class _WithArguments(click.Command):
 )
 @click.argument("program", type=click.Choice(list(PROGRAMS)))
 @click.argument("model", metavar="[MODEL] [-- ARGS...]", required=False, shell_complete=model_names)
-@click.option("--print", "only_print", is_flag=True, help="Print the variables; run nothing.")
+@click.option(
+    "--print",
+    "only_print",
+    is_flag=True,
+    help="Print the variables instead of running the program.",
+)
 @host_option
 @common_options
 def launch(
     settings: Settings, program: str, model: str | None, only_print: bool, host: str
 ) -> None:
-    """Run PROGRAM with MODEL of a running server: the only one there is, if it is not named.
+    """Run PROGRAM with MODEL of a running server; MODEL is optional if there is only one.
 
-    env runs ARGS with the variables of all official clients, or prints these.
+    env runs ARGS with the variables of all official clients or, without ARGS, prints them.
     """
     arguments: list[str] = click.get_current_context().meta[_ARGUMENTS]
     chosen = PROGRAMS[program]
@@ -263,8 +274,8 @@ def launch(
     if command and not only_print:
         path = shutil.which(command[0])
         if path is None:
-            hint = f"install it: {chosen.install}" if chosen.install else None
-            raise NotFoundError(f"there is no program {command[0]!r} on the PATH", hint=hint)
+            hint = f"run {chosen.install}" if chosen.install else None
+            raise NotFoundError(f"{command[0]!r} was not found on the PATH", hint=hint)
     target = find_target(host, model)
     setup = chosen.setup(target)
     if command:
@@ -280,7 +291,7 @@ def launch(
 
 
 def find_target(host: str, name: str | None) -> Target:
-    """Return the model of the server at `host`; raises what is wrong with either."""
+    """Return the model of the server at `host`; raise `NotFoundError` if it has no such model."""
     url = (host if "://" in host else f"http://{host}").rstrip("/")
     if name is None:
         name = _only_model(url)
@@ -288,8 +299,8 @@ def find_target(host: str, name: str | None) -> Target:
         model = call_server(url, "GET", f"/v1/models/{quote(name, safe='/:@')}")
     except NotFoundError as error:
         raise NotFoundError(
-            f"the server at {url} has no model {name!r}",
-            hint=f"modelpack pull {shlex.quote(name)}",
+            f"no such model at {url}: {name!r}",
+            hint=f"run modelpack pull {shlex.quote(name)}",
         ) from error
     return Target(
         url,
@@ -300,8 +311,8 @@ def find_target(host: str, name: str | None) -> Target:
 
 
 def _context(url: str, model: dict[str, Any]) -> int | None:
-    """Return the context that the model is served with, or has, in tokens."""
-    with suppress(ModelpackError):  # a gateway does not show it to everybody
+    """Return the context length of the loaded model, else the model's own, in tokens."""
+    with suppress(ModelpackError):  # a gateway may deny /pool
         for running in call_server(url, "GET", "/pool")["models"]:
             if running["digest"] == model.get("root") and running["context_size"]:
                 return int(running["context_size"])
@@ -314,14 +325,16 @@ def _only_model(url: str) -> str:
     if len(names) == 1:
         return names[0]
     if not names:
-        raise NotFoundError(f"the server at {url} has no model", hint="modelpack pull one")
-    raise UsageError("which model?", hint=f"there are {', '.join(names)}")
+        raise NotFoundError(f"the server at {url} has no models", hint="run modelpack pull MODEL")
+    raise UsageError(
+        f"the server at {url} has several models", hint=f"name one: {', '.join(names)}"
+    )
 
 
 def _print(settings: Settings, setup: Setup, command: list[str]) -> None:
     texts = (*setup.variables.values(), *command)
     if not all(text.isprintable() for text in texts):
-        raise ModelpackError("a value holds characters that no shell takes as they are")
+        raise ModelpackError("cannot print the variables: a value has control characters")
     if settings.json:
         show_json({"variables": setup.variables, "unset": setup.unset, "command": command})
         return

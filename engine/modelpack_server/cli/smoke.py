@@ -1,4 +1,4 @@
-"""`modelpack smoke --attest`: its report as an in-toto attestation."""
+"""`modelpack smoke`: test a model; report as JSON, JUnit's XML or an in-toto attestation."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
     from modelpack.store.layout import LayoutStore
     from modelpack_server.smoke_test import SmokeReport
 
-#: Attaches the report about a model.
+#: A function that attaches the report to a model.
 Attestation = Callable[["SmokeReport", "Model", RemoteOptions, Settings], None]
 
 
 def attestation_of(
     name: str, attest: bool, key: Path | None, local: bool, clean: bool
 ) -> Attestation | None:
-    """Return what attaches a report; raise `UsageError` for options that do not fit."""
+    """Return the function that attaches the report; raise `UsageError` for conflicting options."""
     if not attest:
         if key is not None or local:
-            raise UsageError("--key and --local are for --attest")
+            raise UsageError("--key and --local require --attest")
         return None
     if key is None:
-        raise UsageError("--attest signs: it needs --key")
+        raise UsageError("--attest requires --key")
     if local and clean:
-        raise UsageError("--clean has a store that goes: --local has no place")
+        raise UsageError("--local cannot be combined with --clean, whose store is deleted")
     if is_model_id(name.strip()) and not local:
-        raise UsageError(f"{name} is an id, and names no registry", hint="use --local")
+        raise UsageError(f"{name} is an id, not a reference to a registry", hint="give --local")
     signer = private_key(key)
 
     def attach(
@@ -70,7 +70,7 @@ def attestation_of(
 
 
 def test_result(report: SmokeReport) -> dict[str, Any]:
-    """Return the predicate: what in-toto's test results have, and the report as a whole."""
+    """Return the predicate: the fields of in-toto's test results, and the whole report."""
     passed = [check.name for check in report.checks if check.problem is None]
     failed = [check.name for check in report.checks if check.problem is not None]
     (failed if report.error is not None else passed).insert(0, "loads and answers")
@@ -85,14 +85,16 @@ def test_result(report: SmokeReport) -> dict[str, Any]:
 
 @click.command()
 @model_argument()
-@click.option("--prompt", default="What is the capital of France?", show_default=True)
-@click.option("--expect", metavar="REGEX", help="What the answer has to match.")
-@click.option("--min-tps", type=click.FloatRange(min=0), help="Fewest tokens a second to pass.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--clean", is_flag=True, help="Pull into an empty store, which goes afterwards.")
+@click.option("--prompt", default="What is the capital of France?", show_default=True,
+              help="The prompt.")  # fmt: skip
+@click.option("--expect", metavar="REGEX", help="The response must match this pattern.")
+@click.option("--min-tps", type=click.FloatRange(min=0), help="Minimum tokens per second.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True,
+              help="Maximum number of tokens to generate.")  # fmt: skip
+@click.option("--clean", is_flag=True, help="Pull into an empty store that is deleted afterwards.")
 @click.option(
     "--junit", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-    help="Also write the checks there, as JUnit's XML.",
+    help="Also write the checks to FILE as JUnit's XML.",
 )  # fmt: skip
 @click.option(
     "--attest", is_flag=True,
@@ -101,7 +103,9 @@ def test_result(report: SmokeReport) -> dict[str, Any]:
 @click.option(
     "--key", type=click.Path(path_type=Path), metavar="KEY", help="The private key for --attest."
 )
-@click.option("--local", is_flag=True, help="With --attest: in the local store.")
+@click.option(
+    "--local", is_flag=True, help="With --attest: attach to the model in the local store."
+)
 @engine_options
 @remote_options
 @trust_options
@@ -122,11 +126,11 @@ def smoke(
     config: Callable[[], Any],
     remote: RemoteOptions,
 ) -> int:
-    """Load MODEL, ask it once and check the answer; print a JSON report. Exit code 1: failed."""
+    """Load MODEL, run a prompt and check the response; print a JSON report. Exit code 1: failed."""
     from modelpack_server import open_model
     from modelpack_server.smoke_test import smoke_test
 
-    # A wrong password is told before anything is loaded.
+    # A wrong password fails before the model is loaded.
     attestation = attestation_of(model, attest, key, local, clean)
     with _store(settings, clean) as store:
         with shown_progress(settings) as progress:
@@ -134,7 +138,7 @@ def smoke(
         engine = config()
         pull_draft(engine, store, settings, remote)
         tested = opened.model
-        del opened  # found, and its files are there: what smoke_test is to load
+        del opened  # the files are stored now; smoke_test loads them
         report = smoke_test(
             model,
             store,
@@ -165,7 +169,7 @@ def _store(settings: Settings, clean: bool) -> Iterator[LayoutStore]:
 
 
 def junit_xml(report: SmokeReport) -> bytes:
-    """Return the report as JUnit's XML: a case for the loading, and one for each check."""
+    """Return the report as JUnit's XML: one case for loading, and one for each check."""
     from xml.etree import ElementTree
 
     name = report.reference or report.digest
@@ -197,5 +201,5 @@ def junit_xml(report: SmokeReport) -> bytes:
 
 
 def _printable(text: str) -> str:
-    """Return `text` without what XML cannot hold."""
+    """Return `text` with the characters that XML cannot hold replaced."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -141,7 +141,8 @@ def test_only_four_and_eight_bits(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "said"), [("--gguf", "is for --safetensors-dir"), ("--safetensors-dir", "no dir")]
+    ("option", "said"),
+    [("--gguf", "requires --safetensors-dir"), ("--safetensors-dir", "is not a directory")],
 )
 def test_only_directories(tmp_path: Path, option: str, said: str) -> None:
     path = tmp_path / "m.gguf"
