@@ -1,1 +1,1 @@
-"""Where models run: beside Docker Compose, under vLLM, in Kubernetes."""
+"""Run models under Docker Compose, vLLM and Kubernetes; one module for each."""

@@ -1,4 +1,4 @@
-"""What a model asks of a cluster, worked out from the size of its weights."""
+"""Build the Kubernetes objects that serve a model, sized by its weights."""
 
 from __future__ import annotations
 

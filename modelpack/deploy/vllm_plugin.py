@@ -1,4 +1,4 @@
-"""The plugin by which vLLM takes `modelpack://REF` wherever it takes the name of a model.
+"""The vLLM plugin that accepts `modelpack://REF` wherever vLLM accepts a model name.
 
 vLLM calls `register` in every process, perhaps often, and first where the parser of `vllm serve` is
 made: before there are arguments (vllm/plugins/__init__.py and vllm/engine/arg_utils.py of 0.33.0).

@@ -1,4 +1,4 @@
-"""What is in the files: pickles, secrets, paths of somebody's machine."""
+"""The lint rules: licence, metadata, chat template, context, pickles, secrets and paths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of models in a catalogue: a pattern for the repository's last part and the tag."""
+"""Lint policies: which rules apply, at which level, read from a TOML file."""
 
 from __future__ import annotations
 

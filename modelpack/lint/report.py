@@ -1,4 +1,4 @@
-"""What is looked at: a model of a store or a registry, or files that are to become one."""
+"""What lint checks and finds: `LintSubject`, `Finding`, and findings as SARIF."""
 
 from __future__ import annotations
 

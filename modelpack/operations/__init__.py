@@ -1,5 +1,5 @@
-"""The verbs: each joins stores, registries and packaging into what a user asks for.
+"""The operations behind the commands, one file a verb; transfer.py moves models for all of them.
 
 Every long call takes `progress=`, called with `modelpack.progress.Progress` reports, and `stop=`,
-through which another thread can ask it to end early.
+through which another thread can cancel it.
 """

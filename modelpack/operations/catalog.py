@@ -1,4 +1,4 @@
-"""Catalog: what models there are under a name of a registry, without fetching any."""
+"""List the models of a registry, or of a namespace in it, without fetching their files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""TarLayer: a tar archive of blobs that is never written down: it is read out of them.
+"""Convert models between formats, and to OCI images whose layers are tar archives.
 
-Plain GNU tar, the same bytes for the same files: no owner, no time, directories before what is in
-them.
+A layer's tar archive is never written to disk: `TarLayer` generates it while it is read. It is
+plain GNU tar without owners and times, so the same files give the same bytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Copy: a model from a registry or the hub to a registry, without touching the local store."""
+"""Copy a model from a registry or the hub to a registry, without the local store."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from modelpack.storage import watching
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """A copied model: where from, where to, its id, and what had to be sent.
-
-    `referrers` are the manifests about it that were copied too, each with what that took.
-    """
+    """A copied model: source, target, digest and the counts of its blobs and its referrers'."""
 
     source: Reference
     target: Reference
@@ -40,11 +37,10 @@ def copy(
 ) -> Copied:
     """Copy a model between registries, streaming; within one registry, blobs are mounted.
 
-    The source may be a model of the Hugging Face Hub, too: `hf.co/ORG/NAME[:QUANT][@REVISION]`.
+    The source may also be a model of the Hugging Face Hub: `hf.co/ORG/NAME[:QUANT][@REVISION]`.
 
-    Every blob is hashed on its way, and an upload whose bytes turn out wrong is cancelled. With
-    `with_referrers`, what is attached to the model comes along, and what is attached to that; the
-    tag is set last.
+    Every blob is hashed in transit; an upload with wrong bytes is cancelled. With `with_referrers`,
+    direct and indirect referrers are copied too, before the tag is set.
     """
     where = Reference.parse(target) if isinstance(target, str) else target
     options = target_options or RemoteOptions()

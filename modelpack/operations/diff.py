@@ -1,4 +1,4 @@
-"""Diff: two models, layer by layer, wherever they are."""
+"""Compare two models layer by layer, in the store or in registries."""
 
 from __future__ import annotations
 

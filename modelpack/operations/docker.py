@@ -1,4 +1,4 @@
-"""Models to and from the store of Docker Model Runner."""
+"""Import models from the store of Docker Model Runner, and export models to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a machine before a model is: its store, its registry, its ports."""
+"""Check the store, the registry and the ports of this machine, for `modelpack doctor`."""
 
 from __future__ import annotations
 

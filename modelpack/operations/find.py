@@ -1,8 +1,6 @@
-"""Models that are stored in part: what they lack, and where the rest is."""
+"""Find a model in the store; complete it from its registry or the hub if it is partial."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from modelpack.artifacts.model import Model
 from modelpack.artifacts.reference import Reference, is_model_id
@@ -17,9 +15,6 @@ from modelpack.operations.selection import Selection
 from modelpack.operations.sources import named, open_commit
 from modelpack.storage import Watch
 from modelpack.store.layout import LayoutStore
-
-if TYPE_CHECKING:
-    pass
 
 
 def find_model(

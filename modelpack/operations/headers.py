@@ -1,4 +1,4 @@
-"""Headers: what the weight files of a model say about themselves, here or in a registry."""
+"""Read the headers of a model's weight files, from the store or by ranges from a registry."""
 
 from __future__ import annotations
 

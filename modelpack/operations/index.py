@@ -1,4 +1,4 @@
-"""Index: one reference for several variants of a model."""
+"""Create an index: one reference for several variants of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bundles that runtimes open again and again, kept beside the blobs they are links to."""
+"""Bundles kept in the store for runtimes that open a model again and again."""
 
 from __future__ import annotations
 

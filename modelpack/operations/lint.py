@@ -1,4 +1,4 @@
-"""What lint and SBOMs look at, made of models and of directories."""
+"""Lint a model or a directory: collect what the rules of `modelpack.lint` check, and run them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lock: pin every reference of a project to a digest, check the pins, and pull exactly those."""
+"""Pin the references of a project to digests, check the pins, and pull the pinned digests."""
 
 from __future__ import annotations
 

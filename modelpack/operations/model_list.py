@@ -1,4 +1,4 @@
-"""List: the models of a store with what their configs say."""
+"""Summarise the models of a store, as `modelpack list` shows them."""
 
 from __future__ import annotations
 

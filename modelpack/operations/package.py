@@ -1,4 +1,4 @@
-"""Room beside the blobs for what is made on the way: a directory that is gone afterwards."""
+"""Package files, or another model with changes, as a model in the store; push it if asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pull: a model from a registry into a local store."""
+"""Pull a model from a registry or the hub into a local store."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """A pulled model: where from, its id, and what had to be fetched.
+    """A pulled model: its reference, its digest and the counts of its blobs and its referrers'.
 
-    `missing` are the blobs that were left out and that the store does not have, `referrers` the
-    manifests about the model that were fetched too.
+    `missing` are the blobs that were left out and that the store does not have.
     """
 
     reference: Reference
@@ -53,15 +52,15 @@ def pull(
     progress: ProgressCallback | None = None,
     stop: Stop | None = None,
 ) -> Pulled:
-    """Fetch a model, verify every byte and keep it in `store` under its reference, or as `to`.
+    """Fetch a model into `store` under its reference, or as `to`, and verify every byte.
 
-    Of a model in variants, one is pulled and has the reference; see `RemoteOptions`.
-    It comes from a registry or, as `hf.co/ORG/NAME[:QUANT][@REVISION]`, from the Hugging Face Hub.
+    The model is in a registry or, as `hf.co/ORG/NAME[:QUANT][@REVISION]`, on the Hugging Face Hub.
+    For an index, one variant is pulled under the reference; see `RemoteOptions`.
 
-    A pull that was cut short goes on where it stopped. With a `selection` only those files are
-    fetched, and the model is marked as partly present until another pull completes it. With
-    `with_referrers`, what is attached to the model comes along. Where `remote` says who is trusted,
-    the signatures are checked before any file is fetched, and kept with the model.
+    An interrupted pull resumes. With a `selection`, only those files are fetched, and the model is
+    marked partial until another pull completes it. With `with_referrers`, referrers are fetched
+    too. If `remote.trust` is set, signatures are verified before any file is fetched, and stored
+    with the model.
 
     Raises `UntrustedError`, `NotFoundError`, `AuthError`, `IntegrityError`,
     `RemoteUnavailableError`, `StorageFullError` and `UnsupportedError`.

@@ -1,4 +1,4 @@
-"""Push: a model from a local store to a registry."""
+"""Push a model from a local store to a registry."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from modelpack.store.layout import LayoutStore
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """A pushed model: where to, its id, and what had to be sent.
-
-    `referrers` are the manifests about it that were sent too.
-    """
+    """A pushed model: its target, its digest and the counts of its blobs and its referrers'."""
 
     reference: Reference
     digest: Digest
@@ -37,11 +34,11 @@ def push(
     progress: ProgressCallback | None = None,
     stop: Stop | None = None,
 ) -> Pushed:
-    """Send the stored model `reference` to its registry, or to `to`.
+    """Push the stored model `reference` to its registry, or to `to`.
 
-    What the registry has already is not sent again. With `with_referrers`, what is attached to the
-    model in the store goes along, before the tag is set. Raises `NotFoundError` if the store has no
-    such model, `AuthError`, `RemoteUnavailableError`, and `IntegrityError` if a stored blob is
+    Blobs that the registry has are not uploaded again. With `with_referrers`, stored
+    referrers of the model are pushed before the tag is set. Raises `NotFoundError` if the store has
+    no such model, `AuthError`, `RemoteUnavailableError`, and `IntegrityError` if a stored blob is
     damaged.
     """
     store = store or LayoutStore()
@@ -62,7 +59,7 @@ def push_from(
     *,
     with_referrers: bool = False,
 ) -> Pushed:
-    """Send the model `name` of `source` to the registry and tag that `where` names."""
+    """Push the model `name` of `source` to the registry and the tag that `where` names."""
     options = remote or RemoteOptions()
     descriptor = source.resolve(name)
     raw = source.fetch_manifest(descriptor)

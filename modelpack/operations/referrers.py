@@ -1,4 +1,4 @@
-"""Files that are to be attached to a model, as a source of blobs."""
+"""Attach files to a model, and list and delete its referrers, in a registry or a store."""
 
 from __future__ import annotations
 

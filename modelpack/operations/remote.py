@@ -1,4 +1,4 @@
-"""How the verbs reach a registry."""
+"""`RemoteOptions`, and the connections that the operations open to registries and mirrors."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
     from modelpack.registry.mirrors import Mirror, Mirrors
     from modelpack.trust.policy import Trust
 
-#: Blobs transferred at a time, unless the caller says otherwise.
+#: The default number of blobs transferred in parallel.
 DEFAULT_CONCURRENCY = 4
-#: Connections at a time over which a large blob is fetched, unless the caller says otherwise.
+#: The default number of parallel connections for a large blob.
 DEFAULT_CONNECTIONS = 4
-# Another place is at hand: a mirror is not worth waiting for.
+# A failing mirror has an alternative, so it gets fewer tries.
 _MIRROR_TRIES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteOptions:
-    """How to talk to a registry. None stands for the default that `modelpack.registry` chooses.
+    """How to connect to a registry. None selects the default of `modelpack.registry`.
 
-    `plain_http`: True is http to any host, False https to any, None http to loopback hosts only.
-    `concurrency` is how many blobs are transferred at a time, `connections` over how many
-    connections at a time a large one is fetched; `chunk_size` (bytes) sends blobs in chunks, and
-    `limit_rate` holds all transfers of a registry together to so many bytes a second each way.
-    With `trust`, a model that is pulled or taken from the store has to be signed as that says.
-    Of a model that comes in variants, `variant` is the one to take, by name; None takes what this
-    machine runs best, by `backend` (`mlx`, `llama.cpp`, `vllm`) if that is given.
+    `plain_http`: True uses http for any host, False https, None http for loopback hosts only.
+    `concurrency` is the number of blobs transferred in parallel, `connections` the number of
+    parallel connections for a large blob. `chunk_size` (bytes) uploads blobs in chunks.
+    `limit_rate` is the limit of a registry's transfers in each direction, in bytes per second.
+    `trust` is the policy that models must satisfy when they are pulled or read from the store.
+    `variant` names the variant of an index to use; None selects the best one for this machine and,
+    if given, `backend` (`mlx`, `llama.cpp` or `vllm`).
     """
 
     plain_http: bool | None = None
@@ -65,9 +65,9 @@ class RemoteOptions:
 def open_repository(
     reference: Reference, options: RemoteOptions, watch: Watch, *, writes: bool = False
 ) -> Iterator[Repository]:
-    """Yield the repository that `reference` names; its connections end with the context.
+    """Yield the repository that `reference` names; its connections close with the context.
 
-    Unless `writes`, it is read from its mirrors first, where it has some.
+    Reads use its mirrors first, if it has any; `writes` disables mirrors.
     """
     from modelpack.registry.limits import BlobOptions, RateLimit
     from modelpack.registry.mirrors import Mirror, read_mirrors
@@ -95,7 +95,7 @@ def open_repository(
 
 @contextmanager
 def open_registry(host: str, options: RemoteOptions, watch: Watch) -> Iterator[Registry]:
-    """Yield the registry at `host` itself, not its mirrors; it ends with the context."""
+    """Yield the registry at `host` without its mirrors; its connections close with the context."""
     from modelpack.registry.limits import BlobOptions
     from modelpack.registry.mirrors import Mirror
 
@@ -135,7 +135,7 @@ def _connected(
 def fetch_referenced_manifest(
     repository: Repository, reference: Reference
 ) -> tuple[Descriptor, bytes]:
-    """Return the manifest that `reference` names; with tag and digest, both have to agree."""
+    """Return the manifest that `reference` names; if it has tag and digest, both must agree."""
     if reference.digest is not None and reference.tag is not None:
         tagged = repository.resolve(reference.tag)
         if tagged.digest != reference.digest:
@@ -144,6 +144,6 @@ def fetch_referenced_manifest(
                 f"but {reference.digest} was asked for",
                 expected=str(reference.digest),
                 got=str(tagged.digest),
-                hint=f"leave the tag out to have {reference.digest} whatever the tag says",
+                hint=f"leave out the tag to use {reference.digest}",
             )
     return repository.fetch_manifest_by_name(reference.target)

@@ -1,4 +1,4 @@
-"""Repair: fetch the blobs that a check found damaged or missing, and no others."""
+"""Fetch the blobs that a check of the store found damaged or missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resolve and bundle: from a model to paths that a runtime can open."""
+"""Resolve a model to file paths, or write its files to a directory, for a runtime to open."""
 
 from __future__ import annotations
 

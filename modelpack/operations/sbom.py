@@ -1,4 +1,4 @@
-"""SBOM: what a model is made of, as a document, and attached to it."""
+"""Make the SBOM of a model, and attach it to the model if asked."""
 
 from __future__ import annotations
 

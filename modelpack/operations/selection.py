@@ -1,4 +1,4 @@
-"""Selection: which files of a model are wanted, where not all of them are."""
+"""Select some files of a model, for partial pulls."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from modelpack.errors import NotFoundError
 
 
 class Part(StrEnum):
-    """A kind of files that is often wanted alone."""
+    """A group of files that is often pulled alone."""
 
-    CONFIG = "config"  # what says how the weights are used: configuration, tokenizer, template
+    CONFIG = "config"  # configuration, tokenizer, chat template
     WEIGHTS = "weights"  # weights and projectors
 
 
@@ -25,10 +25,10 @@ _ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Files that fulfil every condition that is given; the model's config belongs to all.
+    """Conditions that a file must all satisfy to be selected; the model's config always is.
 
-    `include` and `media_types` are as in `Model.select`: each included path has to be there. An
-    `exclude` is a whole path, a file name or a glob of either.
+    `include` and `media_types` are as in `Model.select`: each included path must exist. An
+    `exclude` is a path, a file name or a glob of either.
     """
 
     include: tuple[str, ...] = ()
@@ -42,10 +42,10 @@ class Selection:
         return not (self.include or self.exclude or self.media_types or self.only)
 
     def chosen(self, model: Model) -> tuple[ModelFile, ...]:
-        """Return the files, in layer order.
+        """Return the selected files, in layer order.
 
-        Raises `NotFoundError` if nothing has such a type or path. `only` may leave nothing: a
-        model of one file has its configuration in it.
+        Raises `NotFoundError` if no file has such a type or path. `only` may select no files: a
+        model in one file includes its configuration.
         """
         files = model.select(self.media_types, self.include)
         if self.only is not None:

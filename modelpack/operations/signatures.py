@@ -1,4 +1,4 @@
-"""Sign and verify: who stands for a model."""
+"""Sign models, verify their signatures and attach signed statements."""
 
 from __future__ import annotations
 

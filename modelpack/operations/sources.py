@@ -1,4 +1,4 @@
-"""Sources: where a model is read from that a user names, a registry or the Hugging Face Hub."""
+"""Open a model by the name that a user gives, in a registry or on the Hugging Face Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a model may be used: the signatures that somebody's trust asks for, wherever they are."""
+"""Require the signatures of a trust policy before a model is pulled, imported or used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Machine: what of this computer decides which variant of a model it runs best."""
+"""Choose the variant of an index that this machine runs best."""
 
 from __future__ import annotations
 

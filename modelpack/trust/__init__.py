@@ -1,1 +1,1 @@
-"""What is said about a model, and by whom: signatures, who is trusted, SBOMs, attestations."""
+"""Signatures, trust policies, SBOMs, licences and attestations; start with signatures.py."""

@@ -1,4 +1,4 @@
-"""Private keys under a password, in the form of `cosign generate-key-pair`.
+"""Keys: read, write and generate public and private keys, encrypted as by cosign.
 
 A PEM of type ENCRYPTED SIGSTORE PRIVATE KEY (before: COSIGN) around JSON: the parameters of scrypt,
 the nonce and the ciphertext of a NaCl secret box, whose content is the key in PKCS #8.

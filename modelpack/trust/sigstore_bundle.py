@@ -1,4 +1,4 @@
-"""in-toto statements: what is said (a predicate) about what (subjects, by digest).
+"""in-toto statements, DSSE envelopes and the sigstore bundles that hold them.
 
 Source: in-toto/attestation, spec/v1/statement.md.
 """
