@@ -1,10 +1,10 @@
 """Handles: what a paged KV cache returns to a model instead of all keys and values.
 
-A model calls `cache.update_and_fetch(keys, values)` and passes the result on to
-`mx.fast.scaled_dot_product_attention`. A handle is the new rows, so that shape and dtype stay true,
-and names the cache that they were written to; the wrapped attention function recognises it there.
-MLX's own functions return plain arrays, so a model that transforms the keys after the update loses
-the handle. That is an error, never a wrong answer: see `LostHandleError` and `PagedKV.close`.
+A model calls `cache.update_and_fetch(keys, values)` and passes the result to
+`mx.fast.scaled_dot_product_attention`, which `patches.functions` replaces. A handle holds the new
+rows, so that shape and dtype are right, and its cache, which the replaced function uses. MLX's
+functions return plain arrays, so a model that transforms the keys after the update loses the
+handle. That is an error and never a wrong result: see `LostHandleError` and `PagedKV.close`.
 
 A handle never refers to the pool: a second reference would make each write copy the pool.
 """
@@ -48,19 +48,19 @@ Part = Literal["keys", "values"]
 
 
 class KVHandle(mx.array):
-    """New key or value rows [rows, kv heads, 1, dim] that also name their cache."""
+    """New key or value rows [rows, kv heads, 1, dim], with their cache."""
 
     cache: Attends
     part: Part
     transposed: bool
 
     def astype(self, dtype: mx.Dtype, *args: Any, **kwargs: Any) -> mx.array:
-        """Cast, as a model does that attends in float32."""
+        """Cast, as models that attend in float32 do."""
         cast = mx.array.astype(self, dtype, *args, **kwargs)
         return make_handle(cast, self.cache, self.part, self.transposed)
 
     def swapaxes(self, axis1: int, axis2: int, *args: Any, **kwargs: Any) -> mx.array:
-        """Transpose the last two axes, as before a product with queries."""
+        """Transpose the last two axes, as models do before a matmul with queries."""
         swapped = mx.array.swapaxes(self, axis1, axis2, *args, **kwargs)
         last_two = {axis1 % self.ndim, axis2 % self.ndim} == {self.ndim - 1, self.ndim - 2}
         if not last_two:
@@ -68,11 +68,11 @@ class KVHandle(mx.array):
         return make_handle(swapped, self.cache, self.part, not self.transposed)
 
     def __rmatmul__(self, queries: mx.array) -> mx.array:
-        """Keep `queries` (already scaled) until the attention call, to which the scores go as mask.
+        """Keep `queries` (already scaled) for the attention call, which gets the scores as mask.
 
-        Latent attention (DeepSeek V3 and its family) adds rotary scores, computed outside of the
-        attention function, to those of the latents. Python asks a subclass's reflected operator
-        first, which is why this is reached.
+        Latent attention (DeepSeek V3 and its family) computes rotary scores outside of the
+        attention function and adds them to those of the latents. Python tries a subclass's
+        reflected operator first, so this method is called.
         """
         if self.part != "values" or not self.transposed:
             raise LostHandleError("it multiplies queries and keys by hand", cache=self.cache)
@@ -82,13 +82,13 @@ class KVHandle(mx.array):
 
 
 class RotaryScores(mx.array):
-    """Stands for scores of rotary queries and keys; carries the queries [rows, heads, 1, dim]."""
+    """A placeholder for rotary scores that holds their queries [rows, heads, 1, dim]."""
 
     queries: mx.array
 
 
 class RowMask(mx.array):
-    """What a cache's `make_mask` returns: what the model asked for, to be applied per row."""
+    """A placeholder that a cache's `make_mask` returns: the requested mask, applied per row."""
 
     window: int | None
     cache_window: int | None
@@ -103,7 +103,7 @@ def make_handle(rows: mx.array, cache: Attends, part: Part, transposed: bool = F
 
 
 def make_row_mask(window: int | None, cache_window: int | None, as_array: bool) -> RowMask:
-    """Return a mask that only says what was asked for, and of a cache with what window."""
+    """Return a mask with the requested window and the window of its cache."""
     mask = RowMask(mx.zeros((1,), mx.bool_))
     mask.window, mask.cache_window, mask.as_array = window, cache_window, as_array
     return mask

@@ -1,8 +1,8 @@
-"""Attention for CPUs, in float32: what MLX computes there, two to three times as fast.
+"""Attention for CPUs in float32, two to three times as fast as MLX's.
 
-MLX's softmax takes most of its time for `exp`; powers of two are cheaper. The query heads of one kv
-head are the rows of one matrix, so that keys are read once. And a long chunk is cut into blocks of
-queries, which need no keys after their own, and whose scores stay in the cache.
+MLX's softmax spends most of its time in `exp`; powers of two are cheaper. The query heads of one KV
+head are the rows of one matrix, so that keys are read once. A long chunk is split into blocks of
+queries: a block needs no keys after its own, and its scores fit the processor's cache.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from contextlib import nullcontext
 
 import mlx.core as mx
 
-#: Queries of a block.
+#: Queries per block.
 BLOCK = 32
-#: Below so many scores, MLX's single call is faster than our several.
+#: With fewer scores, MLX's single call is faster.
 FEW_SCORES = 4096
 
 
@@ -39,7 +39,7 @@ def attend(
 
     `mask` is None, "causal" (aligned at the bottom right), bool [length, keys] (causal as well), or
     bool [batch, 1, 1, keys] for single queries. Every other block of queries runs on the stream
-    `second`, if there is one.
+    `second`, if given.
     """
     batch, heads, length, _ = queries.shape
     kv_heads, total = keys.shape[1:3]

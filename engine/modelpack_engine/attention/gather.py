@@ -1,4 +1,4 @@
-"""Attention over gathered keys and values, with MLX's own functions: right on every device.
+"""Attention over gathered keys and values by MLX's own functions; works on every device.
 
 Shapes: queries [batch, heads, queries, dim], keys and values [batch, kv heads, keys, dim]. Masks
 are None, "causal" (aligned at the bottom right) or bool, broadcast over [batch, heads, queries,
@@ -34,8 +34,8 @@ def attend(
 ) -> mx.array:
     """Return [batch, heads, queries, value dim].
 
-    With `query_pe`, `keys` are latents that serve as values too, and `values` the rotary keys.
-    On a CPU, some of the work may go to the stream `second`.
+    With `query_pe`, `keys` are latents that are the values as well, and `values` the rotary keys.
+    On a CPU, the stream `second` may do part of the work.
     """
     if query_pe is not None:
         return _latent(queries, keys, values, query_pe, mask, scale=scale)
@@ -46,7 +46,7 @@ def attend(
     batch, heads, length, _ = queries.shape
     kv_heads = keys.shape[1]
     if on_cpu and length == 1 and sinks is None and heads > kv_heads:
-        # The query heads of a kv head become rows of one product, which reads the keys once.
+        # The query heads of a KV head become rows of one matmul, which reads the keys once.
         folded = queries.reshape(batch, kv_heads, heads // kv_heads, -1)
         out = native_attention(folded, keys, values, scale=scale, mask=mask)
         return out.reshape(batch, heads, 1, -1)
@@ -62,7 +62,7 @@ def _latent(
     *,
     scale: float,
 ) -> mx.array:
-    """Attend in the latent space; `query_pe` is scaled already, as the models do it."""
+    """Attend in the latent space; the model has already scaled `query_pe`."""
     scores = query_pe @ rotary_keys.swapaxes(-1, -2)
     scores = _masked(scores, mask)
     return native_attention(queries, latents, latents, scale=scale, mask=scores)
@@ -90,7 +90,7 @@ def _softcapped(
 
 
 def _masked(scores: mx.array, mask: Mask) -> mx.array:
-    """Return `scores` with what may not be seen at the dtype's lowest value."""
+    """Return `scores` with masked positions set to the lowest value of the dtype."""
     if mask is None:
         return scores
     if isinstance(mask, str):

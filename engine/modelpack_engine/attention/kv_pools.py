@@ -1,4 +1,8 @@
-"""KeyRange: which keys of which blocks an attention call reads."""
+"""KV pools: the memory of one layer's keys and values, and which blocks of it a call reads.
+
+`HeadMajorPools` are for CPUs, `TokenMajorPools` for GPUs; `paged.PagedKV` chooses. `KVLayout` is
+what a layer caches per token.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,8 @@ from modelpack_engine.kernels.quantised import Quantisation
 class KeyRange:
     """Keys [start, stop) of each of `tables`, block tables of one width, counted from their first.
 
-    `first` is the first block if there is one table and its blocks lie side by side, else None.
-    Indices on the device are made once and shared by the layers of a step.
+    `first` is the first block if there is one table of consecutive blocks, else None. The layers
+    of a step share the indices on the device.
     """
 
     def __init__(self, tables: Sequence[Sequence[int]], start: int, stop: int) -> None:
@@ -34,9 +38,9 @@ class KeyRange:
         return self._blocks
 
     def blocks_by_head(self, heads: int, num_blocks: int) -> mx.array:
-        """Return the tables for pools that hold `num_blocks` blocks of one head after another's.
+        """Return the tables of each head, int32 [sequences, heads, blocks].
 
-        int32 [sequences, heads, blocks].
+        They index pools that hold the `num_blocks` blocks of one head after those of another.
         """
         key = (heads, num_blocks)
         if key not in self._by_head:
@@ -46,7 +50,7 @@ class KeyRange:
 
 
 def consecutive(blocks: Sequence[int]) -> bool:
-    """Return whether blocks lie side by side, in order."""
+    """Return whether the block ids are consecutive."""
     return all(block == blocks[0] + index for index, block in enumerate(blocks))
 
 
@@ -61,7 +65,7 @@ class Span:
 
 
 class Run(NamedTuple):
-    """Rows from `row` on whose slots follow each other from `slot` on."""
+    """`length` rows, from `row`, whose slots are consecutive from `slot`."""
 
     row: int
     slot: int
@@ -69,11 +73,11 @@ class Run(NamedTuple):
 
 
 def visible(length: int, window: int | None, block_size: int, *, queries: int = 1) -> Span:
-    """Return what the last `queries` of `length` tokens see, in whole blocks from the left.
+    """Return the keys that the last `queries` of `length` tokens see, in whole blocks.
 
-    With a window of W tokens (the token itself included) the first query sees W, the last one as
-    well, so that W + queries - 1 keys are needed; blocks before them are left out. `start` counts
-    the keys of the first block that no query sees.
+    With a window of W tokens (the token itself included) each query sees W keys, so that
+    W + queries - 1 keys are needed; blocks before them are left out. `start` counts the keys of the
+    first block that no query sees.
     """
     oldest = 0 if window is None else max(0, length - queries + 1 - window)
     first_block = oldest // block_size
@@ -103,7 +107,7 @@ def length_groups(lengths: Sequence[int], spread: int = 2) -> list[list[int]]:
 
 
 def slot_runs(slots: Sequence[int], most: int) -> list[Run] | None:
-    """Return the runs that `slots` are made of, None if these are more than `most`."""
+    """Return the runs of consecutive `slots`, or None if there are more than `most`."""
     runs: list[Run] = []
     for row, slot in enumerate(slots):
         if runs and slot == runs[-1].slot + runs[-1].length:
@@ -117,10 +121,10 @@ def slot_runs(slots: Sequence[int], most: int) -> list[Run] | None:
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """What one layer caches per token; `window` is the number of tokens it sees, or None for all.
+    """The keys and values of a token in one layer; `window` is how many it sees, None for all.
 
     Keys and values may differ in heads and size: latent attention keeps latents and rotary keys.
-    Where they are `quantised`, `dtype` is what they are read as.
+    If they are `quantised`, `dtype` is the type after dequantisation.
     """
 
     key_heads: int
@@ -154,7 +158,7 @@ class Pools(Protocol):
     def write(
         self, keys: mx.array, values: mx.array, slots: mx.array, runs: Sequence[Run] | None
     ) -> None:
-        """Write rows at `slots` (int32 [rows]), which are `runs` if these are few."""
+        """Write rows at `slots` (int32 [rows]); `runs` are the same slots if there are few runs."""
         ...
 
     def read(self, found: KeyRange) -> tuple[mx.array, mx.array]:
@@ -166,16 +170,16 @@ class Pools(Protocol):
         ...
 
     def blocks(self, indices: mx.array) -> list[mx.array]:
-        """Return all that the blocks of `indices` (int32 [n]) hold, as arrays [n, …]."""
+        """Return the contents of the blocks `indices` (int32 [n]) as arrays [n, …]."""
         ...
 
     def set_blocks(self, indices: mx.array, contents: list[mx.array]) -> None:
-        """Have blocks hold what `blocks` returned once, of this pool or one laid out like it."""
+        """Write contents that `blocks` returned, of this pool or one with the same layout."""
         ...
 
 
 class HeadMajorPools:
-    """Pools [heads, slots, dim], for a CPU. Zeros at first: what is never written is finite."""
+    """Pools [heads, slots, dim] for CPUs. Zeros at first, so that unwritten slots are finite."""
 
     def __init__(self, layout: KVLayout, num_blocks: int, block_size: int) -> None:
         self._num_blocks, self._block_size = num_blocks, block_size
@@ -204,7 +208,7 @@ class HeadMajorPools:
                     pool[:, slot : slot + length] = by_head[:, row : row + length]
 
     def read(self, found: KeyRange) -> tuple[mx.array, mx.array]:
-        """See `Pools`; what lies in one piece is not copied, unless it is quantised."""
+        """See `Pools`; consecutive blocks are not copied, unless they are quantised."""
         keys, values = self._read(self.keys, found), self._read(self.values, found)
         if self._layout.quantised is None:
             return keys, values
@@ -237,7 +241,7 @@ class HeadMajorPools:
         for name, rows in zip(("keys", "values"), contents, strict=False):
             shape = getattr(self, name).shape
             pool = self._by_block(getattr(self, name))
-            setattr(self, name, None)  # MLX writes in place where nobody else holds the pool
+            setattr(self, name, None)  # MLX writes in place if this is the only reference
             pool[:, indices] = rows.swapaxes(0, 1)
             setattr(self, name, pool.reshape(shape))
 
@@ -250,7 +254,7 @@ class HeadMajorPools:
 
 
 class TokenMajorPools:
-    """Pools [slots, heads, dim], for a GPU; written by a kernel where there is one."""
+    """Pools [slots, heads, dim] for GPUs; a kernel writes them if there is one."""
 
     def __init__(self, layout: KVLayout, num_blocks: int, block_size: int) -> None:
         self._block_size = block_size
@@ -276,12 +280,12 @@ class TokenMajorPools:
         self.keys, self.values = written, values_pool
 
     def last_write(self) -> mx.array:
-        """Return what orders a kernel after the last write: its token, or 0."""
+        """Return an input that orders a kernel after the last write: its token, or 0."""
         token = kernels.token_of(self.keys)
         return mx.zeros((1,), mx.int32) if token is None else token
 
     def set_written(self, token: mx.array) -> None:
-        """Take note that a kernel, which put out `token`, has written rows in place."""
+        """Record that the kernel which returned `token` writes rows in place."""
         kernels.written(self.keys, token)
         kernels.written(self.values, token)
 
@@ -326,7 +330,7 @@ class TokenMajorPools:
         offsets = mx.arange(self._block_size, dtype=mx.int32)
         slots = (indices[:, None] * self._block_size + offsets).reshape(-1)
         rows = [part.reshape(-1, *part.shape[2:]) for part in contents]
-        if self._layout.quantised is not None:  # words as they are, for which there is no kernel
+        if self._layout.quantised is not None:  # No kernel writes quantised words.
             self.keys[kernels.after(slots, self.keys)] = rows[0]
             self.values[kernels.after(slots, self.values)] = rows[1]
         elif len(rows) == 1:
@@ -340,7 +344,7 @@ class TokenMajorPools:
 def encode_both(
     quantised: Quantisation, keys: mx.array, values: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Return both quantised: at once if they are of one shape, as few calls are what counts."""
+    """Return both quantised, in one call if they have the same shape."""
     if keys.shape == values.shape:
         both = quantised.encode(mx.stack([keys, values]))
         return both[0], both[1]

@@ -1,7 +1,8 @@
-"""A second stream of the CPU, for work that divides in two.
+"""StepInputs: the device arrays of a step that all layers share.
 
-MLX runs the operations of a CPU stream one after the other, in one thread. What may run beside them
-goes to a stream of its own.
+Positions, slots, block tables, lengths and masks of the batch, made once per step; `paged.PagedKV`
+reads them in every layer. On CPUs it also has a second stream: MLX runs the operations of a CPU
+stream one after the other in one thread, so that parallel work needs another stream.
 """
 
 from __future__ import annotations
@@ -38,37 +39,37 @@ def usable_processors() -> int:
 
 
 def second_stream() -> mx.Stream | None:
-    """Return a new stream of the calling thread, None where there is no processor for it."""
+    """Return a new CPU stream of the calling thread, or None on a single processor."""
     return mx.new_stream(mx.cpu) if usable_processors() > 1 else None
 
 
-#: With more rows, the matrices take more time to read than they save.
+#: With more rows, reading the rotation matrices takes longer than they save.
 FEW_ROWS = 16
 
 
-#: Matrices [rows, dim, dim] by all arguments but rows and offset. Arrays among these go by identity
-#: and are kept beside the matrix: another one might else come to have the same.
+#: Matrices [rows, dim, dim] by the arguments of `mx.fast.rope` except rows and offset. Arrays are
+#: compared by id and kept with the matrix, so that no other array gets the same id.
 Rotations = dict[tuple[object, ...], tuple[mx.array, list[object]]]
 
 
 class Positions(mx.array):
-    """Positions of a step's rows, int32 [rows], with the rotations that were made for them.
+    """Positions of a step's rows, int32 [rows], with their rotation matrices.
 
-    `rotations` is None where rows are rotated by MLX's own function.
+    `rotations` is None if MLX's own function rotates the rows.
     """
 
     rotations: Rotations | None
 
 
 def as_positions(positions: mx.array) -> Positions:
-    """Return positions that are on the device already, for MLX's own function."""
+    """Return positions that are already on the device, without rotation matrices."""
     made = Positions(positions)
     made.rotations = None
     return made
 
 
 def make_positions(positions: list[int], *, rotate: bool) -> Positions:
-    """Return `positions` on the device; `rotate` says whether to rotate by matrices."""
+    """Return `positions` on the device; with `rotate`, few rows are rotated by matrices."""
     made = Positions(mx.array(positions, mx.int32))
     made.rotations = {} if rotate and len(positions) <= FEW_ROWS else None
     return made
@@ -76,11 +77,11 @@ def make_positions(positions: list[int], *, rotate: bool) -> Positions:
 
 T = TypeVar("T")
 
-#: As many rows are attended one by one if their keys can be read where they lie.
+#: Up to this many rows attend one by one if their blocks are consecutive: no copy is needed.
 _FEW_ROWS = 2
-#: From so many blocks on, not copying keys is worth a call of its own.
+#: From this many blocks on, avoiding the copy of the keys is worth a separate call.
 _MANY_BLOCKS = 16
-#: Up to so many runs, writing slices is faster than scattering rows.
+#: Up to this many runs, writing slices is faster than scattering rows.
 _FEW_RUNS = 3
 
 
@@ -88,7 +89,7 @@ _FEW_RUNS = 3
 class DecodeGroup:
     """Decode rows attended in one call; `mask` is bool [rows, 1, 1, keys] or None.
 
-    `rows` picks them: a slice, or int32 [rows].
+    `rows` selects them: a slice, or int32 [rows].
     """
 
     rows: slice | mx.array
@@ -131,11 +132,11 @@ class StepInputs:
         self.all_rows_sampled = False
         self.rows_taken = False
         self.tiles: Tiles | None = None
-        #: Whether a layer has taken rows of tiles one by one.
+        #: Whether a layer had no kernel for tiles and attended row by row.
         self.tiles_refused = False
 
     def begin(self, batch: StepBatch, sample_rows: list[int]) -> None:
-        """Take over `batch`; `sample_rows` are its sampled rows, padded to a bucket."""
+        """Begin the step of `batch`; `sample_rows` are its sampled rows, padded to a bucket."""
         self.num_rows = len(batch.token_ids)
         self.num_decode = batch.num_decode
         self.tiles = None
@@ -168,9 +169,9 @@ class StepInputs:
         sample_rows: mx.array | None,
         tiles: Tiles | None = None,
     ) -> None:
-        """Take over rows that see the blocks `tables` int32 [rows, width] up to their positions.
+        """Begin a step of decode rows with block tables `tables`, int32 [rows, width].
 
-        Rows after these are those of `tiles`. `sample_rows` None stands for all rows.
+        The rows after them are those of `tiles`. `sample_rows` None stands for all rows.
         """
         self.num_rows, self.num_decode = positions.shape[0], tables.shape[0]
         self.tiles = tiles
@@ -186,17 +187,17 @@ class StepInputs:
 
     @property
     def samples_few(self) -> bool:
-        """Whether fewer rows are sampled, padding included, than there are."""
+        """Whether fewer rows are sampled, padding included, than the step has."""
         return not self.all_rows_sampled and self.sample_rows.shape[0] < self.num_rows
 
     def end(self) -> None:
-        """Drop what only building the graph needed."""
+        """Drop the arrays that only the construction of the graph needed."""
         self._memo = {}
         self.positions.rotations = None
         self.active = False
 
     def remember(self, key: object, make: Callable[[], T]) -> T:
-        """Return what `make` made for `key` in this step."""
+        """Return the value for `key`, made by `make` once per step."""
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]  # type: ignore[return-value]
@@ -299,7 +300,7 @@ class StepInputs:
         return self._key_range(self.chunks[index].block_table, self.chunk_span(index, window))
 
     def chunk_keys(self, index: int, window: int | None) -> ChunkKeys:
-        """Return the keys of chunk `index`, padding included, and what of them each row sees."""
+        """Return the keys of chunk `index`, padding included, and their mask."""
         return self.remember(("chunk", index, window), lambda: self._chunk_keys(index, window))
 
     def _chunk_keys(self, index: int, window: int | None) -> ChunkKeys:
@@ -308,7 +309,7 @@ class StepInputs:
         padding = chunk.padded_length - chunk.length
         table = list(chunk.block_table)
         if len(table) > -(-chunk.kv_length // size) and not self.exact:
-            # The table is bucketed: use all of it, and say with a mask what counts.
+            # The table is padded to a bucket: use all of it, and mask the padding.
             start, stop = 0, (len(table) - span.first_block) * size
         else:
             start, stop = span.start, span.stop + padding
@@ -323,7 +324,7 @@ class StepInputs:
         # Positions counted from the first gathered key.
         first_query = span.stop - chunk.length
         queries = first_query + mx.arange(chunk.padded_length, dtype=mx.int32)[:, None]
-        queries = mx.minimum(queries, stop - 1)  # padding, too, has to see something
+        queries = mx.minimum(queries, stop - 1)  # padding rows must see some key
         positions = mx.arange(start, stop, dtype=mx.int32)[None]
         mask = positions <= queries
         if window is not None:

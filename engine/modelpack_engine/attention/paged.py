@@ -1,8 +1,8 @@
-"""PagedKV: one layer's paged keys and values, standing in for mlx-lm's KVCache.
+"""PagedKV: one layer's paged keys and values, in the place of mlx-lm's KVCache.
 
-Every scheduled token is one batch row of length 1, prefill and decode alike, so `offset` is a
-vector that rotary embeddings take per row. `update_and_fetch` writes the new rows into the pool and
-returns handles; `attend` answers when these reach the attention function.
+Every scheduled token is one batch row of length 1, in prefill and decode, so `offset` is a vector
+with a position per row. `update_and_fetch` writes the new rows into the pool and returns handles;
+`attend` computes attention when the handles reach the attention function.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from modelpack_engine.attention.kv_pools import (
 )
 from modelpack_engine.attention.metadata import StepInputs
 
-#: Chunks up to this many tokens go the way of decode rows, where there is a kernel for these.
+#: Chunks of up to this many tokens attend like decode rows if there is a kernel for them.
 _SHORT_CHUNK = 8
 
 
 @dataclass(frozen=True, slots=True)
 class _How:
-    """What a layer asks of its attention."""
+    """The options of a layer's attention call."""
 
     scale: float
     window: int | None
@@ -61,14 +61,14 @@ class PagedKV:
     ) -> None:
         self.step = step
         self.name = name
-        self.gives_up = gives_up  # blocks behind the layout's window are not there any more
+        self.gives_up = gives_up  # blocks before the layout's window are freed
         self.replace_pools(layout, num_blocks)
         self._open = False
         self._handles: tuple[KVHandle, KVHandle] | None = None
         self.row_masks = False
 
     def replace_pools(self, layout: KVLayout, num_blocks: int) -> None:
-        """Take pools of zeros as `layout` says; what was in the old ones is lost."""
+        """Allocate zeroed pools for `layout`; the contents of the old ones are lost."""
         self.layout = layout
         kind = HeadMajorPools if self.step.exact else TokenMajorPools
         self.pools: Pools = kind(layout, num_blocks, self.step.block_size)
@@ -81,7 +81,7 @@ class PagedKV:
     def make_mask(
         self, length: int, return_array: bool = False, window_size: int | None = None
     ) -> RowMask | None:
-        """Return None, as attention is causal per row, or what says what was asked for."""
+        """Return None, as attention is causal per row, or a mask with the requested window."""
         if window_size is None and not self.row_masks:
             return None
         return make_row_mask(window_size, self.layout.window, return_array)
@@ -107,15 +107,15 @@ class PagedKV:
         return handles
 
     def keys_and_values(self) -> tuple[KVHandle, KVHandle]:
-        """Return the step's handles again, for layers that share another layer's keys."""
+        """Return the step's handles again, for layers that share the keys of another layer."""
         if self._handles is None:
             raise LostHandleError("it is read before it is written", cache=self)
         return self._handles
 
     def fetch(self, row: int, chunk: int | None) -> tuple[mx.array, mx.array]:
-        """Return keys and values [1, heads, keys, dim] that a decode row or a chunk may see.
+        """Return the keys and values [1, heads, keys, dim] that a decode row or a chunk may see.
 
-        In order, the piece's own rows last; those before the window of the last query are left out.
+        In order, its own rows last; keys before the window of its first query are left out.
         """
         window = self.layout.window
         if chunk is None:
@@ -123,13 +123,13 @@ class PagedKV:
         return self.pools.read(self.step.whole_chunk_keys(chunk, window))
 
     def close(self) -> None:
-        """End the step; raise if its keys never reached the attention function."""
+        """End the step; raise `LostHandleError` if its keys never reached attention."""
         lost, self._open, self._handles = self._open, False, None
         if lost:
             raise LostHandleError("it attended without the paged cache", cache=self)
 
     def abandon(self) -> None:
-        """End the step whatever state it is in."""
+        """End a step that failed."""
         self._open, self._handles = False, None
 
     def attend(
@@ -179,9 +179,9 @@ class PagedKV:
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
     def _seen(self, window: int | None) -> int | None:
-        """Return how many tokens a row sees where the model asks for `window`.
+        """Return how many tokens a row sees if the model requests `window`.
 
-        It may ask for more than its cache's window: a token of a prompt has more in mlx-lm, too.
+        The request may exceed the cache's window: in mlx-lm, prompt tokens see more, too.
         """
         if window is not None and not self.gives_up:
             return window
@@ -213,7 +213,7 @@ class PagedKV:
     def _decode_rows(
         self, rows: mx.array, pe: mx.array | None, tables: mx.array, lengths: mx.array, how: _How
     ) -> mx.array:
-        """Attend by a kernel, if there is one, to the blocks where they are: [rows, heads, dim]."""
+        """Attend to the blocks in place, by a kernel if there is one: [rows, heads, dim]."""
         return kernels.decode_attention(
             rows,
             self.pools.keys,
@@ -234,7 +234,7 @@ class PagedKV:
     def _attend_tiles(
         self, rows: mx.array, pe: mx.array | None, tiles: kernels.Tiles, how: _How
     ) -> mx.array:
-        """Attend by tiles of rows, if there is a kernel, else row by row: [rows, heads, dim]."""
+        """Attend by tiles of rows if there is a kernel, else row by row: [rows, heads, dim]."""
         if pe is None and self.layout.quantised is None:
             output = kernels.prefill_attention(
                 rows,
@@ -254,7 +254,7 @@ class PagedKV:
         return self._decode_rows(rows, pe, *self.step.tile_rows(), how)
 
     def _decode_in_groups(self, rows: mx.array, pe: mx.array | None, how: _How) -> list[mx.array]:
-        """Attend to gathered keys, rows of similar length together."""
+        """Attend to gathered keys, in groups of rows of similar length."""
         groups, order = self.step.decode_groups(how.window)
         outputs = []
         for group in groups:
@@ -304,7 +304,7 @@ class BlockContents:
 
     def __init__(self, paged: Sequence[PagedKV]) -> None:
         self._paged = paged
-        # MLX knows shapes and types without computing anything.
+        # MLX infers shapes and types without computing anything.
         some = [kv.pools.blocks(mx.zeros((1,), mx.int32)) for kv in paged]
         self._parts = [[(part.shape[1:], part.dtype) for part in parts] for parts in some]
         sizes = [math.prod(shape) * dtype.size for of in self._parts for shape, dtype in of]
@@ -312,14 +312,14 @@ class BlockContents:
         self.length = sum(sizes)
 
     def describe(self) -> list[str]:
-        """Say what the bytes mean, as far as an equal text means equal bytes."""
+        """Describe the layout of a block; equal descriptions mean compatible bytes."""
         return [
             f"{type(kv.pools).__name__} {kv.layout}: {[(shape, str(dtype)) for shape, dtype in of]}"
             for kv, of in zip(self._paged, self._parts, strict=True)
         ]
 
     def read(self, blocks: Sequence[int]) -> mx.array:
-        """Return uint8 [blocks, length], not yet computed. It holds the pools until it is."""
+        """Return uint8 [blocks, length], lazily: it references the pools until evaluated."""
         indices = mx.array(list(blocks), mx.int32)
         rows = [
             mx.contiguous(part).reshape(len(blocks), -1).view(mx.uint8)
@@ -329,7 +329,7 @@ class BlockContents:
         return mx.concatenate(rows, axis=1)
 
     def write(self, blocks: Sequence[int], contents: Sequence[bytes]) -> None:
-        """Have each of `blocks` hold what was read of one, once the pools are next computed."""
+        """Write contents that `read` returned to `blocks`, when the pools are next evaluated."""
         indices = mx.array(list(blocks), mx.int32)
         joined: Any = memoryview(b"".join(contents)).cast("B", (len(blocks), self.length))
         rows = mx.array(joined)

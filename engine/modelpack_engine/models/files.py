@@ -1,4 +1,4 @@
-"""JSON documents of models: config.json, tokenizer_config.json and the like."""
+"""The files of a model: `ModelFiles`, the only input of the loaders, and bounded JSON documents."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""GGUF tensors as MLX arrays: decoded by several threads, a bounded amount ahead.
+"""GGUF files as models of mlx-lm: `GGUFLoader`, and the threads that decode tensors.
 
-numpy lets go of the interpreter while it computes, so tensors are decoded side by side; MLX is
-called by the caller's thread alone.
+numpy releases the GIL while it computes, so several threads decode a bounded number of bytes ahead;
+only the caller's thread calls MLX.
 """
 
 from __future__ import annotations

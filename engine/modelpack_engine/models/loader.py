@@ -1,4 +1,4 @@
-"""load: from the files of a model to a model and a tokenizer that are ready to run."""
+"""load: make a model and a tokenizer, ready to run, from the files of a model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from modelpack_engine.platform import cuda_graphs
 
 Device = Literal["cpu", "gpu"]
 
-#: Leaves of a model, which is not evaluated, one device's part; it gets the configuration too.
+#: Reduces a model that is not evaluated yet to one device's part; takes the config as well.
 Shard = Callable[[Module, Mapping[str, Any]], None]
 
 _CONTEXT_KEYS = (

@@ -1,8 +1,9 @@
-"""Products by heads: latent attention's, for all rows of a step at once.
+"""Decoder layers by fused kernels, for GPUs.
 
-mlx-lm multiplies [rows, heads, 1, in] with [heads, in, out]. On CUDA that is rows times heads
-products of one row, each of which reads the weights again: 0.12 ms of 64 rows of DeepSeek's shape.
-With heads first, it is as many products as there are heads.
+In a step of few rows, launching a kernel takes the CPU longer than the GPU takes to run it. So
+layers whose code reads like Llama's (`recognition`) run with joint projections, one kernel for
+rotation and KV write, one for add + RMSNorm, and one for SwiGLU. Models keep their classes and
+parameters; layers that are not recognised run unchanged. `fuse` is the entry point.
 """
 
 from __future__ import annotations
@@ -36,7 +37,12 @@ from modelpack_engine.patches.recognition import reads_like
 
 
 def fuse_heads(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> bool:
-    """Let a product by heads take all rows of a step together; return whether `module` is one."""
+    """Multiply all rows of a step by head in one matmul; return whether `module` is such a layer.
+
+    mlx-lm's latent attention multiplies [rows, heads, 1, in] by [heads, in, out]. On CUDA that is
+    rows times heads matmuls of one row, and each reads the weights again: 0.12 ms for 64 rows of
+    DeepSeek's shape. With heads first, it is one matmul per head.
+    """
     if not isinstance(module, MultiLinear | QuantizedMultiLinear):
         return False
 
@@ -61,11 +67,11 @@ def fuse(
     swaps: ClassSwaps,
     inner: nn.Module | None = None,
 ) -> dict[str, int]:
-    """Let the layers of `model` that are recognised answer a step's calls by fused kernels.
+    """Run the recognised layers of `model` by fused kernels within steps.
 
     `owners` are the caches of attention modules, by the modules' identity; `inner` is the model
-    without its head. Returns how many layers of what kind there are. Calls that are not part of a
-    step are answered as before.
+    without its head. Returns the number of fused layers by kind. Calls outside of a step are
+    unchanged.
     """
     counts: dict[str, int] = {}
 
@@ -116,7 +122,7 @@ def _last_layer(inner: nn.Module | None) -> nn.Module | None:
 def _fuse_block(
     module: nn.Module, sums: Sums, step: StepInputs, swaps: ClassSwaps, *, is_last: bool
 ) -> None:
-    """Fuse a block; after the last one's attention, only sampled rows go on."""
+    """Fuse a block; the last one drops rows that are not sampled after its attention."""
 
     def call(original: Call, block: Any, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
         if not step.active or cache is None:
@@ -232,13 +238,13 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
 
 
 def _ready(layer: nn.Module) -> Weights | nn.Module:
-    """Return a linear layer's weights, or what is no plain one as it is."""
+    """Return the weights of a linear layer that our kernels support, else the layer itself."""
     weights = weights_of(layer)
     return layer if weights is None else weights.ready()
 
 
 def _project(rows: mx.array, by: Weights | nn.Module, like: mx.array, sums: Sums) -> mx.array:
-    """Return rows [rows, ...] projected, in the shape of `like`; parts are left to who sums."""
+    """Project rows [rows, ...] to the leading shape of `like`; `sums` adds up partial results."""
     if not isinstance(by, Weights):
         return by(rows.reshape(*like.shape[:-1], -1))  # type: ignore[no-any-return]
     shape = (*like.shape[:-1], by.num_outputs)

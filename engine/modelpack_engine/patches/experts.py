@@ -1,4 +1,4 @@
-"""Routers: how rows find their experts, by one kernel where mlx-lm's models have up to fourteen."""
+"""Mixtures of experts by fused kernels: routers (up to fourteen kernels in mlx-lm) and experts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MOST_EXPERTS, _MOST_GROUPS = 1024, 32
 
 
 def fuse_router(module: Any, step: StepInputs, swaps: ClassSwaps) -> bool:
-    """Let a router answer a step's calls by a kernel; return whether `module` is, or has, one."""
+    """Run a router by one kernel within steps; return whether `module` is, or has, a router."""
     if reads_like(module, deepseek_v3.MoEGate):
         return _fuse_gate(module, step, swaps)
     if reads_like(module, qwen3_moe.Qwen3MoeSparseMoeBlock):
@@ -38,7 +38,7 @@ def fuse_router(module: Any, step: StepInputs, swaps: ClassSwaps) -> bool:
 
 
 def _fuse_gate(module: Any, step: StepInputs, swaps: ClassSwaps) -> bool:
-    """DeepSeek V3's: sigmoids and a bias, experts in groups."""
+    """Fuse DeepSeek V3's router: sigmoids and a bias, experts in groups."""
     experts, groups = module.weight.shape[0], module.n_group
     routing = Routing(
         module.top_k,
@@ -64,7 +64,7 @@ def _fuse_gate(module: Any, step: StepInputs, swaps: ClassSwaps) -> bool:
 
 
 def _fuse_block(module: Any, step: StepInputs, swaps: ClassSwaps, answer: Any) -> bool:
-    """Qwen's: softmax, and the rest of the block as `answer` has it."""
+    """Fuse Qwen's router, a softmax; `answer` computes the rest of the block."""
     weights = weights_of(module.gate)
     if weights is None or not module.top_k <= weights.num_outputs <= _MOST_EXPERTS:
         return False
@@ -102,18 +102,18 @@ def _mixed_and_shared(block: Any, x: mx.array, chosen: mx.array, scores: mx.arra
     return given + shared
 
 
-#: With fewer pairs, MLX's own way is the shorter one.
+#: With fewer pairs of row and expert, MLX's own kernels are faster.
 _FEWEST_PAIRS = 16
 _FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Return whether a model has mixtures of experts: kernels take seconds to compile."""
+    """Return whether a model has experts; their kernels take seconds to compile."""
     return any(type(module) is SwitchGLU for _, module in model.named_modules())
 
 
 def fuse_experts(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> bool:
-    """Let experts answer a step's calls by fused kernels; return whether `module` is some."""
+    """Run experts by fused kernels within steps; return whether `module` has experts."""
     if type(module) is not SwitchGLU:
         return False
     layers = [module.gate_proj, module.up_proj, module.down_proj]
@@ -133,7 +133,7 @@ def fuse_experts(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> bool
 
 
 def _give(experts: Any, rows: mx.array, chosen: mx.array) -> tuple[mx.array, Dispatch]:
-    """Return what the experts of rows give, in their order, and what that order is."""
+    """Return the experts' outputs, sorted by expert, and the dispatch that maps them to rows."""
     gate, up, down = (
         _weights_of(layer) for layer in (experts.gate_proj, experts.up_proj, experts.down_proj)
     )
@@ -160,8 +160,8 @@ def _give(experts: Any, rows: mx.array, chosen: mx.array) -> tuple[mx.array, Dis
 def _one_by_one(rows: mx.array) -> mx.array:
     """Return rows [n, dim] as [n, 1, dim].
 
-    Not by `rows[:, None]`: that axis has a stride of 1, which MLX's `gather_mm` on CUDA takes for
-    the distance of the rows, if their experts are sorted (seen with MLX 0.32.4).
+    Not by `rows[:, None]`: that axis has a stride of 1, which MLX's `gather_mm` on CUDA uses as
+    the stride of the rows if the experts are sorted (seen with MLX 0.32.4).
     """
     return rows.reshape(rows.shape[0], 1, -1)
 
@@ -179,7 +179,7 @@ def _kind(weights: Weights) -> tuple[Any, ...]:
 
 
 class _ExpertRows(mx.array):
-    """What experts gave [..., each, dim]; times scores and summed over `each`, by one kernel."""
+    """Outputs of experts [..., each, dim]; multiplied by scores and summed by one kernel."""
 
     given: mx.array
     place: mx.array
@@ -202,7 +202,7 @@ class _ExpertRows(mx.array):
 
 
 class _Weighted(mx.array):
-    """What experts gave, times scores [rows, each]."""
+    """Outputs of experts multiplied by scores [rows, each]."""
 
     rows: _ExpertRows
     scores: mx.array
@@ -221,7 +221,7 @@ class _Weighted(mx.array):
 
 
 class _Combined(mx.array):
-    """The sum over experts; in another type, by a kernel that puts out that type."""
+    """The sum over experts; `astype` has the kernel write the other type."""
 
     weighted: _Weighted
 
