@@ -121,9 +121,6 @@ def cli(settings: Settings) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
-    # jsonschema, which oras imports, compiles a grammar of IRIs if rfc3987_syntax is installed, as
-    # it is with Jupyter. That takes a second of every command, for a format that is never checked.
-    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     sys.exit(run(args))
 
 

@@ -28,10 +28,10 @@ from modelpack.errors import (
     UnsupportedError,
 )
 from modelpack.hub.reference import HubReference
-from modelpack.hub.transport import HubTransport
 from modelpack.registry.auth_challenge import NOTHING
 from modelpack.registry.blob_download import RemoteBlob
-from modelpack.registry.endpoint import Endpoint
+from modelpack.registry.endpoint import BlobLocation
+from modelpack.registry.http_client import HttpClient
 from modelpack.registry.manifests import Pages, next_page
 from modelpack.registry.remote_file import RemoteFile
 
@@ -56,36 +56,13 @@ class HubFile:
     sha256: Digest | None = None
 
 
-class _Place(Endpoint):
-    """One file of a commit; what reads a blob of a registry, by digest, reads this instead."""
-
-    def __init__(
-        self, transport: HubTransport, endpoint: str, reference: HubReference, path: str
-    ) -> None:
-        # Not the base's: repositories of the hub may be in upper case, and nothing asks for scopes.
-        self.transport = transport
-        self.name = reference.repository
-        self.label = str(reference)
-        self.pull = self.push = self.delete = NOTHING
-        self._path = path
-        self._address = (
-            f"{endpoint}/{reference.repository}/resolve/{reference.revision}/{quote(path)}"
-        )
-
-    def blob_url(self, digest: Digest) -> str:
-        return self._address
-
-    def blob_label(self, descriptor: Descriptor) -> str:
-        return f"{self._path} of {self.label}"
-
-
 class HubRepository:
     """Files of a repository at a commit, listed and read."""
 
-    def __init__(self, transport: HubTransport, endpoint: str, reference: HubReference) -> None:
+    def __init__(self, client: HttpClient, endpoint: str, reference: HubReference) -> None:
         """`reference` is at a commit, as `resolve_commit` returns it."""
         self.reference = reference
-        self._transport = transport
+        self._client = client
         self._endpoint = endpoint
 
     def files(self) -> tuple[HubFile, ...]:
@@ -103,13 +80,13 @@ class HubRepository:
         pages = Pages(what)
         while url:
             pages.check(url, len(found))
-            response = self._transport.do_request(url, what=what, limit=_MAX_PAGE)
+            response = self._client.request(url, what=what, limit=_MAX_PAGE)
             pages.add(response.content)
             entries = _decoded(response.content, list, what)
             found += [_file(entry, what) for entry in entries if _is_file(entry, what)]
             if len(found) > MAX_FILES:
                 raise UnsupportedError(f"more than {MAX_FILES} files", path=what)
-            url = next_page(self._transport, response, what) or ""
+            url = next_page(self._client, response, what) or ""
         _check_tree(found, what)
         return tuple(found)
 
@@ -136,24 +113,26 @@ class HubRepository:
 
     def blob(self, path: str, descriptor: Descriptor) -> RemoteBlob:
         """Return the file at `path` to read; its bytes are to be checked by the reader."""
-        return RemoteBlob(self._place(path), descriptor)
+        return RemoteBlob(self._location(path), descriptor)
 
     def open_file(self, file: HubFile) -> RemoteFile:
-        """Return a file as one that is read here and there, by ranges."""
-        return RemoteFile(self._place(file.path), _unnamed(file))
+        """Return a seekable file that is read by range requests."""
+        return RemoteFile(self._location(file.path), _unnamed(file))
 
-    def _place(self, path: str) -> _Place:
-        return _Place(self._transport, self._endpoint, self.reference, path)
+    def _location(self, path: str) -> BlobLocation:
+        reference = self.reference
+        url = f"{self._endpoint}/{reference.repository}/resolve/{reference.revision}/{quote(path)}"
+        return BlobLocation(self._client, url, f"{path} of {reference}", NOTHING)
 
 
-def resolve_commit(transport: HubTransport, endpoint: str, reference: HubReference) -> HubReference:
+def resolve_commit(client: HttpClient, endpoint: str, reference: HubReference) -> HubReference:
     """Return the same model at the commit that its revision is now.
 
     Raises `NotFoundError` for no such repository or revision, `AuthError`, `DeniedError`.
     """
     url = f"{endpoint}/api/models/{reference.repository}/revision/{quote(reference.revision, '')}"
     what = str(reference)
-    answer = _decoded(transport.do_request(url, what=what, limit=_MAX_PAGE).content, dict, what)
+    answer = _decoded(client.request(url, what=what, limit=_MAX_PAGE).content, dict, what)
     commit = answer.get("sha")
     if not isinstance(commit, str) or not _COMMIT.match(commit):
         raise RegistryError(f"{what}: the hub names no commit for {reference.revision!r}")

@@ -19,9 +19,10 @@ from modelpack.progress import Action, Progress
 from modelpack.storage import ReferrerSource, Watch
 
 if TYPE_CHECKING:
+    from modelpack.hub.client import HubSettings
     from modelpack.hub.model import HubModel
     from modelpack.hub.repository import HubFile, HubRepository
-    from modelpack.hub.transport import HubSettings, HubTransport
+    from modelpack.registry.http_client import HttpClient
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,35 +110,35 @@ def open_commit(
     reference: HubReference, options: RemoteOptions, watch: Watch
 ) -> Iterator[HubRepository]:
     """Yield the files of a commit, without asking which it is or what it has."""
-    with _transport_to_hub(str(reference), options, watch) as (settings, transport):
+    with _hub_client(str(reference), options, watch) as (settings, client):
         from modelpack.hub.repository import HubRepository
 
-        yield HubRepository(transport, settings.endpoint, reference)
+        yield HubRepository(client, settings.endpoint, reference)
 
 
 @contextmanager
 def _open_repository(
     reference: HubReference, options: RemoteOptions, watch: Watch
 ) -> Iterator[HubRepository]:
-    with _transport_to_hub(str(reference), options, watch) as (settings, transport):
+    with _hub_client(str(reference), options, watch) as (settings, client):
         from modelpack.hub.repository import HubRepository, resolve_commit
 
-        at_commit = resolve_commit(transport, settings.endpoint, reference)
-        yield HubRepository(transport, settings.endpoint, at_commit)
+        at_commit = resolve_commit(client, settings.endpoint, reference)
+        yield HubRepository(client, settings.endpoint, at_commit)
 
 
 @contextmanager
-def _transport_to_hub(
+def _hub_client(
     what: str, options: RemoteOptions, watch: Watch
-) -> Iterator[tuple[HubSettings, HubTransport]]:
-    from modelpack.hub.transport import HubSettings, HubTransport
+) -> Iterator[tuple[HubSettings, HttpClient]]:
+    from modelpack.hub.client import HubSettings, hub_client
     from modelpack.registry import RetryPolicy, Timeouts, TlsOptions
     from modelpack.registry.limits import BlobOptions, RateLimit
 
     settings = HubSettings.from_environment()
     settings.check_online(what)
     rate = None if options.limit_rate is None else RateLimit(options.limit_rate)
-    transport = HubTransport(
+    client = hub_client(
         settings,
         timeouts=options.timeouts or Timeouts(),
         retry=options.retry or RetryPolicy(),
@@ -147,6 +148,6 @@ def _transport_to_hub(
         blobs=BlobOptions(options.chunk_size, options.connections, rate),
     )
     try:
-        yield settings, transport
+        yield settings, client
     finally:
-        transport.close()
+        client.close()

@@ -3,12 +3,10 @@
     with Registry("registry.example") as registry:
         descriptor = registry.repository("team/model").resolve("v1")
 
-Importing this loads no HTTP client; making a `Registry` does.
+`HttpClient` (http_client.py) makes the requests of this package and of `modelpack.hub`.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
 
 from modelpack.registry.credentials import Credential as Credential
 from modelpack.registry.credentials import CredentialSource as CredentialSource
@@ -21,12 +19,10 @@ from modelpack.registry.limits import BlobOptions as BlobOptions
 from modelpack.registry.limits import RateLimit as RateLimit
 from modelpack.registry.limits import Timeouts as Timeouts
 from modelpack.registry.repository import Registry as Registry
+from modelpack.registry.repository import Repository as Repository
 from modelpack.registry.retry import RetryPolicy as RetryPolicy
 from modelpack.registry.tls import TlsOptions as TlsOptions
 from modelpack.registry.urls import uses_plain_http as uses_plain_http
-
-if TYPE_CHECKING:
-    from modelpack.registry.repository import Repository as Repository
 
 __all__ = [
     "BlobOptions",
@@ -45,11 +41,3 @@ __all__ = [
     "default_credentials",
     "uses_plain_http",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "Repository":
-        from modelpack.registry.repository import Repository
-
-        return Repository
-    raise AttributeError(f"module 'modelpack.registry' has no attribute {name!r}")

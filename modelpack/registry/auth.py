@@ -12,16 +12,19 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 from urllib.parse import quote, urlencode
+
+import requests
 
 from modelpack.artifacts.json_document import decode_object
 from modelpack.errors import AuthError, ManifestError
 from modelpack.progress import Action, Progress, ProgressCallback
 from modelpack.registry.auth_challenge import Scopes, parse_challenges, parse_scopes, spelled
 from modelpack.registry.credentials import Credential, CredentialSource
+from modelpack.registry.http_client import TokenRequest
 from modelpack.registry.urls import api_host, checked_url, is_loopback, origin_of, with_query
 
 _CLIENT_ID: Final = "modelpack"
@@ -29,16 +32,6 @@ _DEFAULT_LIFE: Final = 60.0  # seconds, where the server names none (token speci
 #: What a header can carry of a token.
 TOKEN: Final = re.compile(r"[\x21-\x7e]+\Z")
 _FORM: Final = "application/x-www-form-urlencoded"
-
-
-class TokenRequest(Protocol):
-    """How a token server is reached: one request with retries, without a token."""
-
-    def __call__(
-        self, url: str, *, method: str, headers: Mapping[str, str], body: bytes | None
-    ) -> bytes:
-        """Return the body of the answer; raise `AuthError` for 401 and 403."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +159,8 @@ class _Answer:
         return cls(token, float(life), refresh if isinstance(refresh, str) and refresh else None)
 
 
-class Authorizer:
-    """Makes the `Authorization` headers for one registry; several threads may use it."""
+class RegistryAuthenticator:
+    """The `Authenticator` of one registry: anonymous, Basic, or with tokens of a token server."""
 
     def __init__(
         self,
@@ -202,6 +195,17 @@ class Authorizer:
         if isinstance(asked, TokenServer):
             return self._bearer(asked, scopes, stale=None)
         return self._basic()
+
+    def is_challenge(self, response: requests.Response) -> bool:
+        """Return whether the response says how to authenticate."""
+        challenge = response.headers.get("WWW-Authenticate")
+        if response.status_code == 401:
+            return challenge is not None
+        # RFC 6750 section 3.1; any other 403 is final.
+        return response.status_code == 403 and "insufficient_scope" in (challenge or "")
+
+    def error(self, what: str, response: requests.Response) -> None:
+        """Return None: the errors of a registry are those of distribution-spec."""
 
     def answer(self, challenge: str, sent: str | None, scopes: Scopes) -> str:
         """Return the header that meets a 401 with this `WWW-Authenticate`, other than `sent`.

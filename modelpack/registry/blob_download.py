@@ -28,10 +28,10 @@ from modelpack.errors import (
     SizeMismatchError,
 )
 from modelpack.progress import Stop
-from modelpack.registry.endpoint import Endpoint
+from modelpack.registry.endpoint import BlobLocation
+from modelpack.registry.http_client import Call, stated_number
 from modelpack.registry.limits import Speed, either
 from modelpack.registry.retry import FailedTry
-from modelpack.registry.transport import Call, stated_number
 from modelpack.registry.urls import origin_of
 from modelpack.storage import SegmentSink, SegmentsRefused
 
@@ -49,26 +49,26 @@ class BlobStream:
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        location: BlobLocation,
         descriptor: Descriptor,
         offset: int,
         end: int | None = None,
         stop: Stop | None = None,
     ) -> None:
-        self._endpoint = endpoint
-        self._transport = endpoint.transport
+        self._location = location
+        self._client = location.client
         self._descriptor = descriptor
-        self._what = endpoint.blob_label(descriptor)
+        self._what = location.label
         self._position = offset
         self._is_segment = end is not None
         self._end = descriptor.size if end is None else end
-        self._stop = either(stop or self._transport.stop, self._transport.stop)
-        self._retries = self._transport.retries(self._stop)
-        self._rate = self._transport.blobs.rate
+        self._stop = either(stop or self._client.stop, self._client.stop)
+        self._retries = self._client.retries(self._stop)
+        self._rate = self._client.blobs.rate
         self._step = min(_READ_SIZE, self._rate.step) if self._rate else _READ_SIZE
         self._ranges_work = True
         self._response: requests.Response | None = None
-        self._speed = Speed(self._transport.timeouts)
+        self._speed = Speed(self._client.timeouts)
         self._ended = offset == self._end and offset > 0
         if not self._ended:
             self._reconnect(None)
@@ -116,8 +116,8 @@ class BlobStream:
         assert self._response is not None
         url = self._response.url
         self._stop.check()
-        inflow = self._transport.inflow(self._step)
-        with self._transport.guarded(self._what, url, self._stop, inflow), self._speed.clocked():
+        inflow = self._client.inflow(self._step)
+        with self._client.guarded(self._what, url, self._stop, inflow), self._speed.clocked():
             # One more byte at the end shows an answer that is too long, and frees the connection.
             data: bytes = self._response.raw.read1(min(length or 1, self._step))
         if data and not length:
@@ -158,11 +158,11 @@ class BlobStream:
                 self._response.close()
                 self._response = None
             if failed is not None:
-                pause = self._transport.retry.first_delay
+                pause = self._client.retry.first_delay
                 if self._speed.was_fair(self._descriptor.size, pause):
                     self._retries.made_progress()
                 self._retries.wait_after(failed)
-            self._speed = Speed(self._transport.timeouts)
+            self._speed = Speed(self._client.timeouts)
             try:
                 self._response = self._connect()
                 return
@@ -174,13 +174,13 @@ class BlobStream:
         last = str(self._end - 1) if self._is_segment else ""
         headers = {"Range": f"bytes={position}-{last}"} if position or last else {}
         try:
-            response = self._transport.attempt(
+            response = self._client.attempt(
                 Call(
                     self._what,
                     "GET",
-                    self._endpoint.blob_url(self._descriptor.digest),
+                    self._location.url,
                     headers,
-                    scopes=self._endpoint.pull,
+                    scopes=self._location.scopes,
                     stream=True,
                     stop=self._stop,
                 )
@@ -232,8 +232,8 @@ class BlobStream:
     def _skip(self, response: requests.Response) -> None:
         """Read past what is there already: the server does not do ranges."""
         position = 0
-        inflow = self._transport.inflow(self._position)
-        with self._transport.guarded(self._what, response.url, self._stop, inflow):
+        inflow = self._client.inflow(self._position)
+        with self._client.guarded(self._what, response.url, self._stop, inflow):
             while position < self._position:
                 self._stop.check()
                 data = response.raw.read1(min(self._position - position, _READ_SIZE))
@@ -261,13 +261,13 @@ class SegmentFetch:
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        location: BlobLocation,
         descriptor: Descriptor,
         segments: Sequence[tuple[int, int]],
         sink: SegmentSink,
         stop: Stop,
     ) -> None:
-        self._endpoint = endpoint
+        self._location = location
         self._descriptor = descriptor
         self._left = deque(segments)
         self._sink = sink
@@ -311,7 +311,7 @@ class SegmentFetch:
 
     def _help(self) -> None:
         """Fetch segments while there are any, each when one of the shared connections is free."""
-        lanes = self._endpoint.transport.lanes
+        lanes = self._location.client.segment_slots
         try:
             while self._left and not self._failed.is_requested():
                 if not lanes.acquire(timeout=_LOOK):
@@ -340,7 +340,7 @@ class SegmentFetch:
     def _fetch(self, segment: tuple[int, int], when_open: Callable[[], None] | None = None) -> None:
         position, end = segment
         buffer = memoryview(bytearray(min(_BUFFER, end - position)))
-        with BlobStream(self._endpoint, self._descriptor, position, end, self._stop) as stream:
+        with BlobStream(self._location, self._descriptor, position, end, self._stop) as stream:
             if when_open is not None:
                 when_open()
             while count := stream.readinto(buffer):
@@ -351,8 +351,8 @@ class SegmentFetch:
 class RemoteBlob:
     """A blob in a registry; fulfils `BlobSource` and `SegmentedSource`."""
 
-    def __init__(self, endpoint: Endpoint, descriptor: Descriptor) -> None:
-        self._endpoint = endpoint
+    def __init__(self, location: BlobLocation, descriptor: Descriptor) -> None:
+        self._location = location
         self._descriptor = descriptor
 
     def open(self, offset: int = 0) -> BlobStream:
@@ -364,16 +364,16 @@ class RemoteBlob:
         size = self._descriptor.size
         if not 0 <= offset <= size:
             raise ValueError(f"offset {offset} is outside a blob of {size} bytes")
-        return BlobStream(self._endpoint, self._descriptor, offset)
+        return BlobStream(self._location, self._descriptor, offset)
 
     @property
     def connections(self) -> int:
         """How many connections would fetch segments; a rate limit is reached with one."""
-        blobs = self._endpoint.transport.blobs
+        blobs = self._location.client.blobs
         return blobs.connections if blobs.rate is None else 1
 
     def fetch_segments(
         self, segments: Sequence[tuple[int, int]], sink: SegmentSink, stop: Stop
     ) -> None:
         """Bring the bytes of `segments` to `sink`, over several connections."""
-        SegmentFetch(self._endpoint, self._descriptor, segments, sink, stop).run(self.connections)
+        SegmentFetch(self._location, self._descriptor, segments, sink, stop).run(self.connections)

@@ -16,9 +16,9 @@ from modelpack.artifacts.digest import Digest
 from modelpack.errors import AuthError, ModelpackError, RegistryError, SizeMismatchError
 from modelpack.progress import Action, Progress, Stop
 from modelpack.registry.endpoint import Endpoint
+from modelpack.registry.http_client import Body, Call, stated_number
 from modelpack.registry.limits import RateLimit, either
 from modelpack.registry.retry import FailedTry, Retries
-from modelpack.registry.transport import Body, Call, stated_number
 from modelpack.registry.urls import with_query
 from modelpack.storage import BlobReader, BlobSource, Outcome, Watch
 
@@ -188,7 +188,7 @@ class UploadSession:
 
     def __init__(self, endpoint: Endpoint, descriptor: Descriptor, what: str, stop: Stop) -> None:
         self._endpoint = endpoint
-        self._transport = endpoint.transport
+        self._client = endpoint.client
         self._descriptor = descriptor
         self._what = what
         self._stop = stop
@@ -202,13 +202,13 @@ class UploadSession:
         algorithm = self._descriptor.digest.algorithm
         if algorithm != "sha256":
             url = with_query(url, **{"digest-algorithm": algorithm})
-        response = self._transport.attempt(self._call("POST", url))
-        self.location = self._transport.location(response, self._what)
+        response = self._client.attempt(self._call("POST", url))
+        self.location = self._client.location(response, self._what)
         self.minimum_chunk = stated_number(response, "OCI-Chunk-Min-Length") or 0
 
     def status(self) -> int | None:
         """Return how many bytes the registry has; None if it does not say."""
-        return self._received(self._transport.attempt(self._call("GET", self.location)))
+        return self._received(self._client.attempt(self._call("GET", self.location)))
 
     def append(self, body: Body, start: int) -> int | None:
         """Send a chunk that begins at byte `start`; return what `status` does after it."""
@@ -231,7 +231,7 @@ class UploadSession:
         if location:
             call = replace(self._call("DELETE", location), stop=Stop(), answer_time=1.0)
             with suppress(FailedTry, ModelpackError):
-                self._transport.attempt(call)
+                self._client.attempt(call)
 
     def _send(
         self, method: str, url: str, body: Body, headers: Mapping[str, str]
@@ -240,13 +240,13 @@ class UploadSession:
             self._call(method, url),
             headers={"Content-Type": _OCTETS, **headers},
             body=body,
-            answer_time=self._transport.timeouts.commit,
+            answer_time=self._client.timeouts.commit,
         )
-        return self._transport.attempt(call)
+        return self._client.attempt(call)
 
     def _received(self, response: requests.Response) -> int | None:
         if response.headers.get("Location"):  # it may carry the state: an older one is refused
-            self.location = self._transport.location(response, self._what)
+            self.location = self._client.location(response, self._what)
         match = _RANGE.match(response.headers.get("Range", "").strip())
         if match is None:
             return None
@@ -274,10 +274,10 @@ class Upload:
 
     def __init__(self, endpoint: Endpoint, descriptor: Descriptor, watch: Watch) -> None:
         self._endpoint = endpoint
-        self._transport = endpoint.transport
+        self._client = endpoint.client
         self._descriptor = descriptor
         self._what = f"upload of {endpoint.blob_label(descriptor)}"
-        self._stop = either(watch.stop, endpoint.transport.stop)
+        self._stop = either(watch.stop, endpoint.client.stop)
         self._watch = watch
         self._session = UploadSession(endpoint, descriptor, self._what, self._stop)
         self._begun = False  # the session may hold bytes
@@ -292,9 +292,9 @@ class Upload:
         Raises what `Target.write_blob` raises.
         """
         self._session.location = session
-        rate = self._transport.blobs.rate
+        rate = self._client.blobs.rate
         content = UploadContent(source, self._descriptor, self._what, self._stop, self._watch, rate)
-        retries = self._transport.retries(self._stop)
+        retries = self._client.retries(self._stop)
         try:
             while True:
                 try:
@@ -311,7 +311,7 @@ class Upload:
         """Return whether the repository has the blob, in one try."""
         call = self._call("HEAD", self._endpoint.blob_url(self._descriptor.digest))
         try:
-            response = self._transport.attempt(call)
+            response = self._client.attempt(call)
         except RegistryError as error:
             if error.status_code == 404:
                 return False
@@ -328,10 +328,10 @@ class Upload:
         )
         scopes = self._endpoint.push | other.pull
         call = replace(self._call("POST", url), scopes=scopes)
-        response = self._transport.retried(lambda: self._transport.attempt(call), self._stop)
+        response = self._client.retried(lambda: self._client.attempt(call), self._stop)
         if response.status_code == 201:
             return None
-        return self._transport.location(response, self._what)
+        return self._client.location(response, self._what)
 
     def _try(self, content: UploadContent, retries: Retries) -> Outcome:
         if self.exists():
@@ -355,7 +355,7 @@ class Upload:
         if response.status_code != 201 and not self.exists():
             raise RegistryError(
                 f"{self._what}: answered {response.status_code}, but the blob is not there",
-                host=self._transport.origin.netloc,
+                host=self._client.origin.netloc,
                 status_code=response.status_code,
             )
         return Outcome.WRITTEN
@@ -391,7 +391,7 @@ class Upload:
 
     def _chunk_size(self) -> int | None:
         """Return the size of chunks to send, None to send everything at once."""
-        asked, minimum = self._transport.blobs.chunk_size, self._session.minimum_chunk
+        asked, minimum = self._client.blobs.chunk_size, self._session.minimum_chunk
         if not self._in_chunks or not (asked or minimum):
             return None
         return max(asked or _CHUNK, minimum)
@@ -410,7 +410,7 @@ class Upload:
                     RegistryError(
                         f"{self._what}: got a chunk that ends at byte {end}, "
                         f"and says that it has {received} bytes",
-                        host=self._transport.origin.netloc,
+                        host=self._client.origin.netloc,
                     )
                 )
             self._reached(end, retries)

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
 import requests
+from oras.container import Container
 
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.reference import check_repository, check_tag
 from modelpack.errors import InvalidReferenceError
 from modelpack.registry.auth_challenge import Scopes, repository_scopes
-from modelpack.registry.oras_client import container
-from modelpack.registry.transport import Transport
+from modelpack.registry.http_client import HttpClient
+
+
+@dataclass(frozen=True, slots=True)
+class BlobLocation:
+    """Where one blob is read from; `label` names it in errors, `scopes` are needed to read it."""
+
+    client: HttpClient
+    url: str
+    label: str
+    scopes: Scopes
 
 
 class Endpoint:
     """Where the requests of one repository go, and what they need to be allowed."""
 
-    def __init__(self, transport: Transport, host: str, name: str) -> None:
+    def __init__(self, client: HttpClient, host: str, name: str) -> None:
         self.name = check_repository(name, name)
         self.label = f"{host}/{name}"
-        self.transport = transport
-        self._container = container(transport.origin.netloc, name)
+        self.client = client
+        self._container = _container(client.origin.netloc, name)
         self.pull = repository_scopes(name, "pull")
         self.push = repository_scopes(name, "pull", "push")
         self.delete = repository_scopes(name, "pull", "delete")
@@ -51,6 +62,11 @@ class Endpoint:
         base = self.manifest_url(str(subject)).rsplit("/manifests/", 1)[0]
         return f"{base}/referrers/{subject}{query}"
 
+    def blob(self, descriptor: Descriptor) -> BlobLocation:
+        """Return the location of a blob, to read it."""
+        url = self.blob_url(descriptor.digest)
+        return BlobLocation(self.client, url, self.blob_label(descriptor), self.pull)
+
     def blob_label(self, descriptor: Descriptor) -> str:
         """Return how errors call a blob."""
         return f"blob {descriptor.digest} of {self.label}"
@@ -69,12 +85,21 @@ class Endpoint:
         **more: Any,
     ) -> requests.Response:
         """Make a request, with retries."""
-        return self.transport.do_request(
-            url, method, headers=headers, what=what, scopes=scopes, **more
-        )
+        return self.client.request(url, method, headers=headers, what=what, scopes=scopes, **more)
 
     def _url(self, address: str) -> str:
-        return f"{self.transport.prefix}://{address}"
+        return f"{self.client.origin.scheme}://{address}"
+
+
+def _container(host: str, repository: str) -> Container:
+    """Return oras's container of `repository` at `host[:port]`, which builds URLs.
+
+    The parts are set because its parser takes `localhost/x` and `my.models/x` for a host and a
+    repository.
+    """
+    container = Container("x", registry=host)
+    container.namespace, _, container.repository = repository.rpartition("/")
+    return container
 
 
 def checked_name(name: str) -> str:

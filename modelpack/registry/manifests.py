@@ -27,7 +27,7 @@ from modelpack.errors import (
     UnsupportedError,
 )
 from modelpack.registry.endpoint import Endpoint, checked_name
-from modelpack.registry.transport import Transport, stated_number
+from modelpack.registry.http_client import HttpClient, stated_number
 from modelpack.registry.urls import joined_url, origin_of
 
 _KNOWN: Final = (*media_types.MANIFEST_TYPES, *media_types.INDEX_TYPES)
@@ -151,7 +151,7 @@ def tags(endpoint: Endpoint) -> Iterator[str]:
             raise RegistryError(f"{what}: 'tags' is not an array of strings")
         count += len(page)
         yield from page
-        url = next_page(endpoint.transport, response, what)
+        url = next_page(endpoint.client, response, what)
 
 
 class Pages:
@@ -184,14 +184,14 @@ class Pages:
             )
 
 
-def next_page(transport: Transport, response: requests.Response, what: str) -> str | None:
+def next_page(client: HttpClient, response: requests.Response, what: str) -> str | None:
     """Return the URL of the next page of a list, by its `Link`; None at the end."""
     links: list[dict[str, Any]] = parse_header_links(response.headers.get("Link", ""))
     target = next((link["url"] for link in links if link.get("rel") == "next"), None)
     if target is None:
         return None
     url = joined_url(response.url, target, f"{what}: next page")
-    if origin_of(url) != transport.origin:
+    if origin_of(url) != client.origin:
         raise RegistryError(f"{what}: the next page is on another host, {origin_of(url).netloc}")
     return url
 

@@ -114,7 +114,7 @@ def _by_api(
             return None
         pages.add(response.content)
         found += Index.parse(response.content, what).manifests
-        url = manifests.next_page(endpoint.transport, response, what)
+        url = manifests.next_page(endpoint.client, response, what)
     return found
 
 
@@ -125,12 +125,12 @@ def _change(
 ) -> bool:
     """Have the fallback tag list what `change` makes of it; return whether that was a change."""
     tag = fallback_tag(subject)
-    key = (endpoint.transport.origin, endpoint.name, tag)
+    key = (endpoint.client.origin, endpoint.name, tag)
     with _turns_lock:
         turn = _turns.setdefault(key, _Turn())
     with turn.lock:
         for tries in range(_TRIES):
-            endpoint.transport.stop.check()
+            endpoint.client.stop.check()
             before = _read(endpoint, subject)
             after = change(before.entries)
             if after == before.entries:

@@ -21,9 +21,9 @@ from modelpack.errors import (
     SizeMismatchError,
     UnsupportedError,
 )
-from modelpack.registry.endpoint import Endpoint
+from modelpack.registry.endpoint import BlobLocation
+from modelpack.registry.http_client import Call, stated_number
 from modelpack.registry.retry import FailedTry
-from modelpack.registry.transport import Call, stated_number
 from modelpack.registry.urls import origin_of
 
 #: Bytes asked for at a time, at first: the header of most safetensors files fits.
@@ -44,15 +44,17 @@ class RemoteFile(io.RawIOBase):
     are refused (`UnsupportedError`). Raises `SizeMismatchError` if the blob has another size.
     """
 
-    def __init__(self, endpoint: Endpoint, descriptor: Descriptor, *, limit: int = LIMIT) -> None:
+    def __init__(
+        self, location: BlobLocation, descriptor: Descriptor, *, limit: int = LIMIT
+    ) -> None:
         super().__init__()
         self.bytes_fetched = 0
         self.requests = 0
-        self._endpoint = endpoint
-        self._transport = endpoint.transport
+        self._scopes = location.scopes
+        self._client = location.client
         self._size = descriptor.size
-        self._url = endpoint.blob_url(descriptor.digest)
-        self._what = endpoint.blob_label(descriptor)
+        self._url = location.url
+        self._what = location.label
         self._limit = limit
         self._at = 0
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
@@ -123,7 +125,7 @@ class RemoteFile(io.RawIOBase):
     def _fetch(self, start: int, end: int) -> None:
         """Have the blocks from `start` to `end`, or find that ranges do not work."""
         self._check_limit(end - start)
-        content = self._transport.retried(lambda: self._ask(start, end))
+        content = self._client.retried(lambda: self._ask(start, end))
         if content is not None:
             self._keep(start, content)
 
@@ -131,9 +133,9 @@ class RemoteFile(io.RawIOBase):
         """Return the bytes of one request; None, with `_whole` open, where ranges do not work."""
         self.requests += 1
         headers = {"Range": f"bytes={start}-{end - 1}"}
-        call = Call(self._what, "GET", self._url, headers, scopes=self._endpoint.pull, stream=True)
+        call = Call(self._what, "GET", self._url, headers, scopes=self._scopes, stream=True)
         try:
-            response = self._transport.attempt(call)
+            response = self._client.attempt(call)
         except RegistryError as error:
             if error.status_code == 416:
                 raise self._wrong_size(f"at most {start}") from None
@@ -186,10 +188,10 @@ class RemoteFile(io.RawIOBase):
     def _receive(self, response: requests.Response, length: int) -> bytes:
         """Return `length` bytes of an answer, fewer if it ends."""
         content = bytearray()
-        inflow = self._transport.inflow(length)
-        with self._transport.guarded(self._what, response.url, inflow=inflow):
+        inflow = self._client.inflow(length)
+        with self._client.guarded(self._what, response.url, inflow=inflow):
             while len(content) < length:
-                self._transport.stop.check()
+                self._client.stop.check()
                 part = response.raw.read1(min(length - len(content), 512 * 1024))
                 if not part:
                     break

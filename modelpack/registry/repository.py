@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import Final, TypeVar
 
 from modelpack.artifacts.byte_ranges import ByteRanges
 from modelpack.artifacts.descriptor import Descriptor
@@ -25,19 +25,21 @@ from modelpack.errors import (
 )
 from modelpack.progress import Action, Progress, ProgressCallback, Stop, serialized, silent
 from modelpack.registry import manifests, referrers
+from modelpack.registry.auth import RegistryAuthenticator
 from modelpack.registry.auth_challenge import Scopes
 from modelpack.registry.blob_download import RemoteBlob
 from modelpack.registry.blob_upload import Upload
 from modelpack.registry.credentials import CredentialSource
 from modelpack.registry.docker_config import default_credentials
 from modelpack.registry.endpoint import Endpoint
+from modelpack.registry.http_client import HttpClient, TokenRequest
 from modelpack.registry.limits import BlobOptions, Timeouts
 from modelpack.registry.manifests import Pages, next_page
 from modelpack.registry.mirrors import Mirror
 from modelpack.registry.remote_file import LIMIT, RemoteFile
 from modelpack.registry.retry import RetryPolicy
 from modelpack.registry.tls import TlsOptions
-from modelpack.registry.transport import Transport
+from modelpack.registry.urls import api_host, origin_of, uses_plain_http
 from modelpack.storage import (
     BlobReader,
     BlobSource,
@@ -49,9 +51,6 @@ from modelpack.storage import (
     Watch,
 )
 
-if TYPE_CHECKING:
-    from modelpack.registry.mirrors import Mirror
-
 #: More repositories are refused: somebody counts for ever.
 MAX_REPOSITORIES: Final = 1_000_000
 _SCOPES: Final[Scopes] = frozenset({("registry:catalog", "*")})
@@ -60,16 +59,16 @@ _MAX_PAGE_BYTES: Final = 16 * 1024 * 1024
 _NO_LIST: Final = (400, 405, 501)
 
 
-def repositories(transport: Transport, host: str) -> Iterator[str]:
+def repositories(client: HttpClient, host: str) -> Iterator[str]:
     """Yield the names, page by page, as the registry orders them; see `Registry.repositories`."""
     what = f"repositories of {host}"
-    url: str | None = f"{transport.prefix}://{transport.origin.netloc}/v2/_catalog?n={_PAGE}"
+    url: str | None = f"{client.origin.scheme}://{client.origin.netloc}/v2/_catalog?n={_PAGE}"
     pages = Pages(what, MAX_REPOSITORIES)
     count = 0
     while url is not None:
         pages.check(url, count)
         try:
-            response = transport.do_request(
+            response = client.request(
                 url, "GET", headers={}, what=what, scopes=_SCOPES, limit=_MAX_PAGE_BYTES
             )
         except RegistryError as error:
@@ -88,7 +87,7 @@ def repositories(transport: Transport, host: str) -> Iterator[str]:
             raise RegistryError(f"{what}: 'repositories' is not an array of strings", host=host)
         count += len(page)
         yield from page
-        url = next_page(transport, response, what)
+        url = next_page(client, response, what)
 
 
 class Repository:
@@ -102,7 +101,7 @@ class Repository:
         self.registry = registry
         self.name = endpoint.name
         self._endpoint = endpoint
-        self._transport = endpoint.transport
+        self._client = endpoint.client
         self._lock = threading.Lock()
         self._sessions: dict[Digest, str] = {}  # uploads that a mount opened instead
 
@@ -123,18 +122,18 @@ class Repository:
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
         """Return the blob to read from; whether it exists shows when it is opened."""
-        return RemoteBlob(self._endpoint, descriptor)
+        return RemoteBlob(self._endpoint.blob(descriptor), descriptor)
 
     def open_file(self, descriptor: Descriptor, *, limit: int = LIMIT) -> RemoteFile:
         """Return the blob as a seekable file, read by ranges; not verified, `limit` bytes at most.
 
         Whether it exists shows when it is read.
         """
-        return RemoteFile(self._endpoint, descriptor, limit=limit)
+        return RemoteFile(self._endpoint.blob(descriptor), descriptor, limit=limit)
 
     def has_blob(self, descriptor: Descriptor) -> bool:
         """Return whether the blob is there, with the right size."""
-        return self._transport.retried(self._upload(descriptor).exists)
+        return self._client.retried(self._upload(descriptor).exists)
 
     def write_blob(self, descriptor: Descriptor, source: BlobSource, watch: Watch) -> Outcome:
         """Have the blob, sending it from `source` if it is not there.
@@ -150,7 +149,7 @@ class Repository:
         """Link the blob from another repository of this registry; return whether that worked."""
         if (
             not isinstance(source, Repository)
-            or source._transport.origin != self._transport.origin
+            or source._client.origin != self._client.origin
             or source.name == self.name
         ):
             return False
@@ -215,7 +214,7 @@ class Repository:
         self._endpoint.request(url, "DELETE", what, self._endpoint.delete, {})
 
     def _upload(self, descriptor: Descriptor) -> Upload:
-        return Upload(self._endpoint, descriptor, Watch(silent, self._transport.stop))
+        return Upload(self._endpoint, descriptor, Watch(silent, self._client.stop))
 
 
 DEFAULT_TIMEOUTS: Final = Timeouts()
@@ -245,18 +244,29 @@ class Registry:
         tls: TlsOptions = DEFAULT_TLS,
         blobs: BlobOptions = DEFAULT_BLOBS,
     ) -> None:
-        # Here, so that naming this class does not load an HTTP client.
-        from modelpack.registry.transport import Transport
-
         self.host = host
-        self._transport = Transport(
-            host,
-            plain_http=plain_http,
-            credentials=credentials or default_credentials(),
+        address = api_host(host)
+        scheme = "http" if uses_plain_http(address, plain_http) else "https"
+        origin = origin_of(f"{scheme}://{address}")
+        report = serialized(report)
+
+        def authenticator(request_token: TokenRequest) -> RegistryAuthenticator:
+            return RegistryAuthenticator(
+                host,
+                credentials or default_credentials(),
+                request_token,
+                plain_http=origin.scheme == "http",
+                insecure=tls.insecure,
+                report=report,
+            )
+
+        self._client = HttpClient(
+            origin,
+            authenticator,
             timeouts=timeouts,
             retry=retry,
             stop=stop or Stop(),
-            report=serialized(report),
+            report=report,
             tls=tls,
             blobs=blobs,
         )
@@ -277,17 +287,13 @@ class Registry:
 
     def repository(self, name: str) -> Repository:
         """Return the repository `name`, which need not exist; raise `InvalidReferenceError`."""
-        from modelpack.registry.endpoint import Endpoint
-
-        return Repository(self, Endpoint(self._transport, self.host, name))
+        return Repository(self, Endpoint(self._client, self.host, name))
 
     def mirrored_repository(
         self, name: str, mirrors: Sequence[tuple[Mirror, Repository]]
     ) -> Repository:
         """Return the repository `name`, read from `mirrors` first, which outlive it."""
-        from modelpack.registry.endpoint import Endpoint
-
-        return MirroredRepository(self, Endpoint(self._transport, self.host, name), mirrors)
+        return MirroredRepository(self, Endpoint(self._client, self.host, name), mirrors)
 
     def repositories(self) -> Iterator[str]:
         """Yield the names of the repositories, where the registry lists them (Docker's extension).
@@ -295,13 +301,13 @@ class Registry:
         Raises `RegistryError` where it does not, `AuthError` where it lists them to others.
         """
 
-        return repositories(self._transport, self.host)
+        return repositories(self._client, self.host)
 
     def ping(self) -> None:
         """Raise unless the host is a registry that lets us in (distribution-spec "Probe")."""
-        origin = self._transport.origin
+        origin = self._client.origin
         try:
-            self._transport.do_request(f"{origin.scheme}://{origin.netloc}/v2/", what="ping")
+            self._client.request(f"{origin.scheme}://{origin.netloc}/v2/", what="ping")
         except NotFoundError as error:
             raise RegistryError(
                 f"{self.host} is no OCI registry: it has no /v2/",
@@ -311,7 +317,7 @@ class Registry:
 
     def close(self) -> None:
         """Close the connections."""
-        self._transport.close()
+        self._client.close()
 
 
 T = TypeVar("T")
@@ -393,7 +399,7 @@ class MirroredRepository(Repository):
 
     def note(self, error: Exception) -> None:
         """Tell that a mirror is of no help."""
-        self._transport.report(Progress(Action.NOTE, message=f"{error}; going on elsewhere"))
+        self._client.report(Progress(Action.NOTE, message=f"{error}; going on elsewhere"))
 
     def _usable(self) -> list[tuple[Mirror, Repository]]:
         with self._mirrors_lock:

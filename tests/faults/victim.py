@@ -95,7 +95,7 @@ def _server() -> ForkServerContext:
 # What commands import when they need it: here once for all.
 _PRELOADED = (
     "modelpack.cli.main", "modelpack.cli.package", "modelpack.cli.transfer", "modelpack.cli.store",
-    "modelpack.cli.archives", "modelpack.cli.registry", "modelpack.registry.transport",
+    "modelpack.cli.archives", "modelpack.cli.registry", "modelpack.registry.http_client",
     "modelpack.registry.blob_upload", "modelpack.registry_server.server",
 )  # fmt: skip
 SERVER = _server()

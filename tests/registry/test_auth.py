@@ -12,7 +12,7 @@ import pytest
 from modelpack.errors import AuthError, DeniedError, RemoteUnavailableError
 from modelpack.progress import Action
 from modelpack.registry import Credential, StaticCredentials
-from modelpack.registry.auth import Authorizer
+from modelpack.registry.auth import RegistryAuthenticator
 from modelpack.registry.auth_challenge import repository_scopes
 from modelpack.storage import Outcome
 from tests.registry import faults
@@ -174,8 +174,10 @@ def test_10_a_token_that_ended_is_renewed_and_never_replayed(
     assert all(bearers.count(header) <= 2 for header in bearers)
 
 
-def tokens_of(*lives: int, now: Callable[[], float] = lambda: 0.0) -> tuple[Authorizer, list[str]]:
-    """Return an authorizer that gets t1, t2, … with these lives, and the URLs that it asked."""
+def tokens_of(
+    *lives: int, now: Callable[[], float] = lambda: 0.0
+) -> tuple[RegistryAuthenticator, list[str]]:
+    """Return an authenticator that gets t1, t2, … with these lives, and the URLs that it asked."""
     fetched: list[str] = []
 
     def request(url: str, **_: object) -> bytes:
@@ -184,39 +186,41 @@ def tokens_of(*lives: int, now: Callable[[], float] = lambda: 0.0) -> tuple[Auth
         return b'{"access_token": "t%d", "expires_in": %d}' % (len(fetched), life)
 
     source = StaticCredentials({})
-    authorizer = Authorizer("r.example", source, request, report=lambda _: None, clock=now)
-    return authorizer, fetched
+    authenticator = RegistryAuthenticator(
+        "r.example", source, request, report=lambda _: None, clock=now
+    )
+    return authenticator, fetched
 
 
 def test_10_a_refused_token_is_forgotten() -> None:
-    authorizer, fetched = tokens_of(300, 300)
+    authenticator, fetched = tokens_of(300, 300)
     pull = repository_scopes("a/b", "pull")
     challenge = 'Bearer realm="https://tokens.example/t"'
-    assert authorizer.answer(challenge, None, pull) == "Bearer t1"
+    assert authenticator.answer(challenge, None, pull) == "Bearer t1"
     wider = challenge + ',scope="repository:a/b:pull,special"'
-    assert authorizer.answer(wider, "Bearer t1", pull) == "Bearer t2"
-    assert authorizer.header(pull) == "Bearer t2"
+    assert authenticator.answer(wider, "Bearer t1", pull) == "Bearer t2"
+    assert authenticator.header(pull) == "Bearer t2"
     assert fetched[1].endswith("?scope=repository:a/b:pull,special")
 
 
 def test_10_a_token_is_renewed_before_it_ends() -> None:
     now = [1000.0]
-    authorizer, fetched = tokens_of(300, 300, 5, 5, now=lambda: now[0])
+    authenticator, fetched = tokens_of(300, 300, 5, 5, now=lambda: now[0])
     pull = repository_scopes("a/b", "pull")
-    assert authorizer.header(pull) is None
+    assert authenticator.header(pull) is None
     challenge = 'Bearer realm="https://tokens.example/t?x=1",service="s"'
-    assert authorizer.answer(challenge, None, pull) == "Bearer t1"
+    assert authenticator.answer(challenge, None, pull) == "Bearer t1"
     assert fetched == ["https://tokens.example/t?x=1&service=s&scope=repository:a/b:pull"]
     now[0] += 269
-    assert authorizer.header(pull) == "Bearer t1"
+    assert authenticator.header(pull) == "Bearer t1"
     now[0] += 2
-    assert authorizer.header(pull) == "Bearer t2", "less than 30 s were left"
+    assert authenticator.header(pull) == "Bearer t2", "less than 30 s were left"
     now[0] += 300
-    assert authorizer.header(pull) == "Bearer t3"
+    assert authenticator.header(pull) == "Bearer t3"
     now[0] += 2
-    assert authorizer.header(pull) == "Bearer t3", "a token of 5 s serves for half of them"
+    assert authenticator.header(pull) == "Bearer t3", "a token of 5 s serves for half of them"
     now[0] += 1
-    assert authorizer.header(pull) == "Bearer t4"
+    assert authenticator.header(pull) == "Bearer t4"
 
 
 def test_threads_share_one_token_request(registry: FaultyRegistry, client: Client) -> None:

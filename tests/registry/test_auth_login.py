@@ -278,17 +278,19 @@ def test_secrets_do_not_leave_over_plain_http(
     registry: FaultyRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from modelpack.registry import StaticCredentials
-    from modelpack.registry.auth import Authorizer
+    from modelpack.registry.auth import RegistryAuthenticator
 
     notes: list[Any] = []
 
-    def authorizer(host: str, **options: Any) -> Authorizer:
+    def authenticator(host: str, **options: Any) -> RegistryAuthenticator:
         source = StaticCredentials({host: Credential("ada", "s3cret")})
-        return Authorizer(host, source, lambda *_, **__: b"", report=notes.append, **options)
+        return RegistryAuthenticator(
+            host, source, lambda *_, **__: b"", report=notes.append, **options
+        )
 
     challenge = 'Basic realm="r"'
     with pytest.raises(AuthError, match="there are none") as caught:
-        authorizer("r.example", plain_http=True).answer(challenge, None, frozenset())
+        authenticator("r.example", plain_http=True).answer(challenge, None, frozenset())
     assert "--insecure r.example" in str(caught.value.hint)
     assert "not sent to r.example over plain http" in notes[0].message
     for host, options in (
@@ -297,12 +299,14 @@ def test_secrets_do_not_leave_over_plain_http(
         ("localhost", {"plain_http": True}),
         ("r.example:80", {"plain_http": True, "insecure": {"r.example:80"}}),
     ):
-        assert authorizer(host, **options).answer(challenge, None, frozenset()).startswith("Basic")
+        assert (
+            authenticator(host, **options).answer(challenge, None, frozenset()).startswith("Basic")
+        )
 
 
 def test_an_identity_token_may_be_replaced(registry: FaultyRegistry) -> None:
     from modelpack.registry import StaticCredentials
-    from modelpack.registry.auth import Authorizer
+    from modelpack.registry.auth import RegistryAuthenticator
 
     forms: list[bytes] = []
 
@@ -311,7 +315,7 @@ def test_an_identity_token_may_be_replaced(registry: FaultyRegistry) -> None:
         return b'{"access_token": "t%d", "refresh_token": "next"}' % len(forms)
 
     source = StaticCredentials({"r.example": Credential(identity_token="first")})
-    made = Authorizer("r.example", source, request, report=lambda _: None)
+    made = RegistryAuthenticator("r.example", source, request, report=lambda _: None)
     challenge = 'Bearer realm="https://t.example/",service="s"'
     first = made.answer(challenge, None, frozenset())
     assert made.answer(challenge, first, frozenset()) == "Bearer t2"

@@ -23,7 +23,7 @@ from modelpack.errors import (
     RemoteUnavailableError,
 )
 from modelpack.registry import RetryPolicy, Timeouts
-from modelpack.registry.transport import MAX_HEAD
+from modelpack.registry.http_client import MAX_HEAD
 from tests.registry import faults
 from tests.registry.auth_servers import make_pair
 from tests.registry.faulty import FaultyRegistry

@@ -13,7 +13,7 @@ from modelpack.errors import AuthError, RegistryError
 from modelpack.progress import silent
 from modelpack.registry import StaticCredentials, TlsOptions
 from modelpack.registry.addresses import ALLOW_PRIVATE, Scope, literal_scope, scope_of
-from modelpack.registry.auth import Authorizer
+from modelpack.registry.auth import RegistryAuthenticator
 from modelpack.registry.auth_challenge import NOTHING
 from modelpack.registry.credentials import Credential
 from modelpack.registry.sockets import PatientSocket
@@ -310,9 +310,9 @@ def test_a_registry_by_https_has_no_token_realm_by_http(realm: str) -> None:
         raise AssertionError(f"{url} was asked")
 
     for host in ("registry.example", "127.0.0.1:5000"):
-        authorizer = Authorizer(host, credentials, request, report=silent)
+        authenticator = RegistryAuthenticator(host, credentials, request, report=silent)
         with pytest.raises(AuthError, match="is plain http"):
-            authorizer.answer(f'Bearer realm="{realm}"', None, NOTHING)
+            authenticator.answer(f'Bearer realm="{realm}"', None, NOTHING)
 
 
 @pytest.mark.parametrize("scheme", ["socks5", "socks5h", "SOCKS4a", "ftp"])

@@ -1,6 +1,6 @@
-"""HubSettings: where the hub is, who asks it, and whether it may be asked at all.
+"""The HTTP client of a hub: its address and token, how it authenticates, and its errors.
 
-All of it is what huggingface_hub finds in the usual places: HF_ENDPOINT, HF_TOKEN, the file that
+huggingface_hub finds the settings in the usual places: HF_ENDPOINT, HF_TOKEN, the file that
 `hf auth login` writes, HF_HUB_OFFLINE.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import Final
 from urllib.parse import urlsplit
 
 import requests
@@ -23,18 +23,13 @@ from modelpack.errors import (
     UsageError,
 )
 from modelpack.progress import ProgressCallback, Stop
-from modelpack.registry.credentials import Credential
+from modelpack.registry.auth_challenge import Scopes
+from modelpack.registry.http_client import HttpClient
 from modelpack.registry.http_errors import shown
 from modelpack.registry.limits import BlobOptions, Timeouts
-from modelpack.registry.retry import FailedTry, RetryPolicy
+from modelpack.registry.retry import RetryPolicy
 from modelpack.registry.tls import TlsOptions
-from modelpack.registry.transport import Transport
-from modelpack.registry.urls import checked_url, is_loopback
-
-if TYPE_CHECKING:
-    from modelpack.registry.auth import Authorizer
-    from modelpack.registry.auth_challenge import Scopes
-    from modelpack.registry.transport import Call
+from modelpack.registry.urls import checked_url, is_loopback, origin_of
 
 DEFAULT_ENDPOINT: Final = "https://huggingface.co"
 _TRUE: Final = frozenset({"1", "ON", "YES", "TRUE"})  # as huggingface_hub reads them
@@ -87,15 +82,19 @@ _LOG_IN: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class HubToken:
-    """Proves who asks: the token goes along with every request, for the hub asks for none."""
+class HubAuthenticator:
+    """The `Authenticator` of a hub: it sends the token with each request, unchallenged."""
 
     host: str
     token: str | None = field(repr=False)
 
     def header(self, _: Scopes) -> str | None:
-        """Return the `Authorization` header."""
+        """Return the `Authorization` header, or None without a token."""
         return f"Bearer {self.token}" if self.token else None
+
+    def is_challenge(self, _: requests.Response) -> bool:
+        """Return False: there is nothing but the token to send."""
+        return False
 
     def answer(self, _challenge: str, _sent: str | None, _scopes: Scopes) -> str:
         """Refuse: there is nothing else to send."""
@@ -109,66 +108,48 @@ class HubToken:
         )
 
     def scrubbed(self, said: bytes) -> bytes:
-        """Return what the hub said without the token."""
+        """Return what the hub said with the token masked."""
         return said.replace(self.token.encode(), b"...") if self.token else said
 
-
-class _NoCredentials:
-    def credential(self, _: str) -> Credential | None:
-        return None
-
-
-class HubTransport(Transport):
-    """Requests to one hub; several threads may use it at once."""
-
-    def __init__(
-        self,
-        settings: HubSettings,
-        *,
-        timeouts: Timeouts,
-        retry: RetryPolicy,
-        stop: Stop,
-        report: ProgressCallback,
-        tls: TlsOptions,
-        blobs: BlobOptions,
-    ) -> None:
-        parts = urlsplit(settings.endpoint)
-        super().__init__(
-            parts.netloc,
-            plain_http=parts.scheme == "http",
-            credentials=_NoCredentials(),
-            timeouts=timeouts,
-            retry=retry,
-            stop=stop,
-            report=report,
-            tls=tls,
-            blobs=blobs,
-        )
-        exposed = parts.scheme == "http" and not is_loopback(parts.netloc)
-        if exposed and settings.token and parts.netloc not in tls.insecure:
-            raise AuthError(
-                f"the token of the hub is not sent to {parts.netloc} over plain http",
-                host=parts.netloc,
-                hint=f"use https in HF_ENDPOINT, or --insecure {parts.netloc}",
-            )
-        auth = HubToken(parts.netloc, settings.token)
-        self.auth: Authorizer = auth  # type: ignore[assignment]  # it is used like one
-
-    def refusal(
-        self, call: Call, response: requests.Response, body: bytes
-    ) -> RegistryError | FailedTry:
-        """Return what to raise for an answer that is no success."""
+    def error(self, what: str, response: requests.Response) -> RegistryError | None:
+        """Return the error that the hub's own headers describe, if there are any."""
         code = response.headers.get("X-Error-Code", "")
         if not code and response.status_code not in (401, 403):
-            return super().refusal(call, response, body)
-        if not self._is_own(response.url):
-            return super().refusal(call, response, body)
+            return None
         said = response.headers.get("X-Error-Message", "")
-        said = shown(self.auth.scrubbed(said.encode()).decode(), 300)
-        return _error(call.what, self.origin.netloc, response.status_code, code, said)
+        said = shown(self.scrubbed(said.encode()).decode(), 300)
+        return _error(what, origin_of(response.url).netloc, response.status_code, code, said)
 
-    def _is_challenge(self, response: requests.Response) -> bool:
-        return False
+
+def hub_client(
+    settings: HubSettings,
+    *,
+    timeouts: Timeouts,
+    retry: RetryPolicy,
+    stop: Stop,
+    report: ProgressCallback,
+    tls: TlsOptions,
+    blobs: BlobOptions,
+) -> HttpClient:
+    """Return the client for one hub; raise `AuthError` if its token would go over plain http."""
+    parts = urlsplit(settings.endpoint)
+    exposed = parts.scheme == "http" and not is_loopback(parts.netloc)
+    if exposed and settings.token and parts.netloc not in tls.insecure:
+        raise AuthError(
+            f"the token of the hub is not sent to {parts.netloc} over plain http",
+            host=parts.netloc,
+            hint=f"use https in HF_ENDPOINT, or --insecure {parts.netloc}",
+        )
+    return HttpClient(
+        origin_of(settings.endpoint),
+        lambda _: HubAuthenticator(parts.netloc, settings.token),
+        timeouts=timeouts,
+        retry=retry,
+        stop=stop,
+        report=report,
+        tls=tls,
+        blobs=blobs,
+    )
 
 
 def _error(what: str, host: str, status: int, code: str, said: str) -> RegistryError:

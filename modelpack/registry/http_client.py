@@ -1,11 +1,12 @@
-"""The one way to talk HTTP to a registry: authorised, redirected, bounded and retried.
+"""HttpClient: HTTP requests to one server, for the registry and the hub alike.
 
-Answers are `requests.Response`s with a success status; all else is raised as an error of Modelpack.
+The client authenticates, follows redirects, retries, limits time and bytes, and ends early for a
+`Stop`. It returns the `requests.Response` of a success and raises everything else as an error of
+Modelpack. An `Authenticator` knows how its server authenticates and what its errors mean.
 """
 
 from __future__ import annotations
 
-import json as json_text
 import math
 import re
 import threading
@@ -13,19 +14,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Final, Protocol, TypeVar
-from urllib.parse import urlencode
+from types import MappingProxyType
+from typing import Final, Protocol, TypeVar
 
 import requests
 from requests.utils import get_environ_proxies, select_proxy
 
 from modelpack._version import __version__
-from modelpack.errors import RegistryError
+from modelpack.errors import AuthError, RegistryError
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.registry.addresses import Reach
-from modelpack.registry.auth import Authorizer
 from modelpack.registry.auth_challenge import NOTHING, Scopes
-from modelpack.registry.credentials import CredentialSource
 from modelpack.registry.http_errors import (
     MAX_ERROR_BODY,
     NETWORK_ERRORS,
@@ -33,32 +32,26 @@ from modelpack.registry.http_errors import (
     network_error,
 )
 from modelpack.registry.limits import BlobOptions, Timeouts
-from modelpack.registry.oras_client import OrasClient
 from modelpack.registry.retry import FailedTry, Retries, RetryPolicy
 from modelpack.registry.sockets import Inflow, PatientAdapter, waiting
 from modelpack.registry.tls import TlsContexts, TlsOptions
-from modelpack.registry.urls import (
-    Origin,
-    api_host,
-    is_loopback,
-    joined_url,
-    origin_of,
-    uses_plain_http,
-)
+from modelpack.registry.urls import Origin, is_loopback, joined_url, origin_of
 
 MAX_REDIRECTS: Final = 10
-#: Bytes of an answer that is read whole; distribution-spec wants no larger manifests.
+#: Largest body in bytes that is read as a whole; distribution-spec allows manifests of this size.
 MAX_BODY: Final = 4 * 1024 * 1024
-T = TypeVar("T")
-#: Bytes of a reply besides its body: status lines, interim ones included, headers and trailers.
+#: Bytes of a response besides its body: status lines, interim responses, headers and trailers.
 MAX_HEAD: Final = 256 * 1024
 _STEP: Final = 64 * 1024
-_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _NUMBER: Final = re.compile(r"[0-9]{1,18}\Z")
+#: Sent with every request. A digest is of the bytes as they are stored, so none are compressed.
+_HEADERS: Final = {"User-Agent": f"modelpack/{__version__}", "Accept-Encoding": "identity"}
+T = TypeVar("T")
 
 
 class Body(Protocol):
-    """What a request sends: as long as it says, and from the start whenever it is iterated."""
+    """The body of a request; iterating it again starts from its first byte."""
 
     def __len__(self) -> int:
         """Return the length in bytes."""
@@ -71,11 +64,11 @@ class Body(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request as its caller means it; `what` names its object in errors.
+    """One request; `what` names its object in errors.
 
-    With `stream` the body of the answer is left to be read, otherwise it is read here, up to
-    `limit` bytes. `answer_time` are the seconds to wait for the answer, if not the idle time.
-    `anonymous` leaves the registry's credentials out.
+    With `stream`, the caller reads the body of the response. Otherwise the client reads it, up to
+    `limit` bytes. `answer_time` is the time in seconds to wait for the response, by default the
+    idle timeout. An `anonymous` request carries no credentials.
     """
 
     what: str
@@ -91,91 +84,100 @@ class Call:
     anonymous: bool = False
 
 
-class Transport(OrasClient):
-    """Requests to one registry; several threads may use it at once."""
+class Authenticator(Protocol):
+    """Authenticates requests to one server; several threads may use it.
+
+    The client calls it only for responses of that server itself, not of a redirect's target.
+    """
+
+    def header(self, scopes: Scopes) -> str | None:
+        """Return the `Authorization` header to send with the first try, or None."""
+        ...
+
+    def is_challenge(self, response: requests.Response) -> bool:
+        """Return whether another `Authorization` header may get another response."""
+        ...
+
+    def answer(self, challenge: str, sent: str | None, scopes: Scopes) -> str:
+        """Return the header that answers a `WWW-Authenticate`, other than `sent`.
+
+        Raises `AuthError` if there is none.
+        """
+        ...
+
+    def refused(self) -> AuthError:
+        """Return the error for credentials that are missing or were refused."""
+        ...
+
+    def scrubbed(self, said: bytes) -> bytes:
+        """Return a body or header of the server with all secrets masked."""
+        ...
+
+    def error(self, what: str, response: requests.Response) -> RegistryError | None:
+        """Return the error for a failed response, or None for the one of distribution-spec."""
+        ...
+
+
+class TokenRequest(Protocol):
+    """A request to a token server, with retries and without credentials of its own."""
+
+    def __call__(
+        self, url: str, *, method: str, headers: Mapping[str, str], body: bytes | None
+    ) -> bytes:
+        """Return the body of the response; raise `AuthError` for 401 and 403."""
+        ...
+
+
+class HttpClient:
+    """Requests to the server at one origin; several threads may use it at once."""
 
     def __init__(
         self,
-        host: str,
+        origin: Origin,
+        authenticator: Callable[[TokenRequest], Authenticator],
         *,
-        plain_http: bool | None,
-        credentials: CredentialSource,
         timeouts: Timeouts,
         retry: RetryPolicy,
         stop: Stop,
         report: ProgressCallback,
-        tls: TlsOptions = TlsOptions(),  # noqa: B008 - it is immutable
-        blobs: BlobOptions = BlobOptions(),  # noqa: B008
+        tls: TlsOptions,
+        blobs: BlobOptions,
     ) -> None:
-        address = api_host(host)
-        super().__init__(address, insecure=uses_plain_http(address, plain_http))
-        self.set_header("User-Agent", f"modelpack/{__version__}")
-        self.set_header("Accept-Encoding", "identity")  # a digest is of the bytes as they are
-        self.origin: Origin = origin_of(f"{self.prefix}://{address}")
-        self._reach = Reach(self.origin.host, tls.allow_private)
-        self._adapter = PatientAdapter(TlsContexts(tls, self.origin.netloc), self._reach)
-        self.session.mount("http://", self._adapter)
-        self.session.mount("https://", self._adapter)
+        """`authenticator` makes the authenticator, given how to send a request for a token."""
+        self.origin = origin
         self.timeouts = timeouts
         self.retry = retry
         self.stop = stop
         self.report = report
         self.blobs = blobs
-        #: The connections for segments of blobs, beyond the one that each blob has anyway.
-        self.lanes = threading.BoundedSemaphore(max(1, blobs.connections - 1))
-        self.auth = Authorizer(
-            host,
-            credentials,
-            self._request_token,
-            plain_http=self.origin.scheme == "http",
-            insecure=tls.insecure,
-            report=report,
-        )
+        #: Connections for segments of blobs, besides the one that each blob has.
+        self.segment_slots = threading.BoundedSemaphore(max(1, blobs.connections - 1))
+        self._reach = Reach(origin.host, tls.allow_private)
+        self._adapter = PatientAdapter(TlsContexts(tls, origin.netloc), self._reach)
+        self._authenticator = authenticator(self._request_token)
 
     def close(self) -> None:
-        """Close the connections that wait for reuse."""
-        self.session.close()
+        """Close the idle connections."""
+        self._adapter.close()
 
-    def do_request(
+    def request(
         self,
         url: str,
         method: str = "GET",
-        data: Any = None,
-        headers: Mapping[str, str] | None = None,
-        json: Any = None,
-        stream: bool = False,
         *,
-        what: str = "",
+        what: str,
+        headers: Mapping[str, str] = MappingProxyType({}),
+        data: bytes | None = None,
         scopes: Scopes = NOTHING,
         limit: int = MAX_BODY,
-        stop: Stop | None = None,
         anonymous: bool = False,
     ) -> requests.Response:
-        """Return the answer to a request, which is made again while that may help.
-
-        The parameters are oras's, and those of `Call`.
-        """
-        headers = dict(headers or {})
-        if json is not None:
-            data = json_text.dumps(json).encode()
-            headers.setdefault("Content-Type", "application/json")
-        elif isinstance(data, Mapping):
-            data = urlencode(data).encode()
-            headers.setdefault("Content-Type", "application/x-www-form-urlencoded")
-        body = None if data is None else _WholeBody(data)
+        """Return the response with its body, after as many tries as the retry policy allows."""
+        body = None if data is None else _BytesBody(data)
         call = Call(
-            what or f"{method} {url.partition('?')[0]}",
-            method,
-            url,
-            headers,
-            body,
-            scopes,
-            stream,
-            limit,
-            stop,
-            anonymous=anonymous,
+            what, method, url, headers, body, scopes=scopes, limit=limit, anonymous=anonymous
         )
-        return self.retried(lambda: self.attempt(call), stop)
+        return self.retried(lambda: self.attempt(call))
 
     def retried(self, try_once: Callable[[], T], stop: Stop | None = None) -> T:
         """Return what `try_once` returns, tried as often as the policy says."""
@@ -193,33 +195,38 @@ class Transport(OrasClient):
     def attempt(self, call: Call) -> requests.Response:
         """Return the answer to one try; raise `FailedTry` where another may succeed."""
         (call.stop or self.stop).check()
-        sent = None if call.anonymous else self.auth.header(call.scopes)
+        sent = None if call.anonymous else self._authenticator.header(call.scopes)
         response = self._follow_redirects(call, sent)
-        if not call.anonymous and self._is_challenge(response):
+        is_own = self._is_own(response.url) and not call.anonymous
+        if is_own and self._authenticator.is_challenge(response):
             challenge = response.headers.get("WWW-Authenticate", "")
             self._read_error(call, response)
-            sent = self.auth.answer(challenge, sent, call.scopes)
+            sent = self._authenticator.answer(challenge, sent, call.scopes)
             response = self._follow_redirects(call, sent)
             if response.status_code == 401 and self._is_own(response.url):
                 self._read_error(call, response)
-                raise self.auth.refused()
+                raise self._authenticator.refused()
         if 200 <= response.status_code < 300:
             if not call.stream:
                 response.raw = BytesIO(self._read(call, response))
             return response
-        raise self.refusal(call, response, self._read_error(call, response))
+        raise self._failure(call, response, self._read_error(call, response))
 
-    def refusal(
+    def _failure(
         self, call: Call, response: requests.Response, body: bytes
     ) -> RegistryError | FailedTry:
-        """Return what to raise for an answer with this body that is no success."""
+        is_own = self._is_own(response.url)
+        if is_own and not call.anonymous:
+            error = self._authenticator.error(call.what, response)
+            if error is not None:
+                return error
         return failed_answer(
             call.what,
             response,
             origin_of(response.url).netloc,
             body,
             self.retry.now(),
-            own=call.anonymous or self._is_own(response.url),
+            own=call.anonymous or is_own,
         )
 
     def location(self, response: requests.Response, what: str) -> str:
@@ -234,25 +241,13 @@ class Transport(OrasClient):
             )
         return joined_url(response.url, location, what)
 
-    def _get_location(self, r: requests.Response, container: Any) -> str:
-        return self.location(r, str(container))
-
     def _is_own(self, url: str) -> bool:
         return origin_of(url) == self.origin
-
-    def _is_challenge(self, response: requests.Response) -> bool:
-        if not self._is_own(response.url):
-            return False
-        challenge = response.headers.get("WWW-Authenticate")
-        if response.status_code == 401:
-            return challenge is not None
-        # RFC 6750 section 3.1; any other 403 is final.
-        return response.status_code == 403 and "insufficient_scope" in (challenge or "")
 
     def _follow_redirects(self, call: Call, authorization: str | None) -> requests.Response:
         url = call.url
         for _ in range(MAX_REDIRECTS + 1):
-            headers = {**self.headers, **call.headers}
+            headers = {**_HEADERS, **call.headers}
             if origin_of(url) != origin_of(call.url):
                 headers.pop("Authorization", None)  # what a token request brought along
             if authorization and self._is_own(url):
@@ -331,7 +326,7 @@ class Transport(OrasClient):
             response.close()
             return b""
         try:
-            return self.auth.scrubbed(self._read_up_to(call, response, MAX_ERROR_BODY))
+            return self._authenticator.scrubbed(self._read_up_to(call, response, MAX_ERROR_BODY))
         except (FailedTry, RegistryError):
             return b""
         finally:
@@ -355,20 +350,20 @@ class Transport(OrasClient):
     def _request_token(
         self, url: str, *, method: str, headers: Mapping[str, str], body: bytes | None
     ) -> bytes:
-        answer = self.do_request(
-            url, method, body, headers, what=f"token for {self.origin.netloc}", anonymous=True
-        )
-        return answer.content
+        what = f"token for {self.origin.netloc}"
+        return self.request(
+            url, method, what=what, headers=headers, data=body, anonymous=True
+        ).content
 
 
 def stated_number(response: requests.Response, name: str = "Content-Length") -> int | None:
-    """Return the number in a header; None if it is missing or not decimal, or too large for us."""
+    """Return the number in a header; None if it is missing, not decimal or has over 18 digits."""
     value = response.headers.get(name, "")
     return int(value) if _NUMBER.match(value) else None
 
 
-class _WholeBody:
-    """A small body that is in memory."""
+class _BytesBody:
+    """A body in memory."""
 
     def __init__(self, content: bytes) -> None:
         self._content = content
