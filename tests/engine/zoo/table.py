@@ -24,18 +24,18 @@ HEAD = """\
 
 Written by `python -m tests.engine.zoo.table`; a test holds it to the code.
 
-Any text model of [mlx-lm](https://github.com/ml-explore/mlx-lm) runs, by mlx-lm's own classes. For
-each architecture of mlx-lm {version}, a tiny model with random weights has to answer, token by
-token, what mlx-lm answers for a single request: with prompts cut into chunks and mixed with
-decoding, prefixes shared, sequences preempted, ends seen late, in a batch and alone
+The engine runs any text model of [mlx-lm](https://github.com/ml-explore/mlx-lm) with mlx-lm's own
+classes. For each architecture of mlx-lm {version}, a tiny model with random weights must generate
+the same tokens as mlx-lm does for a single request: with chunked prompts mixed with decoding,
+shared prefixes, preempted sequences, deferred stops, in a batch and alone
 ([tests/engine/zoo](../tests/engine/zoo)).
 
-How a model runs is found when it is loaded, and tested on its real weights:
+The tier of a model is selected at load, and tested on its real weights:
 
-- **handles**: the classes as they are; every token of a step is a row, attention reads the pages;
-- **patched**: the same, with a few lines of ours for what cannot be said in rows;
-- **pieces**: some attention modules run sequence by sequence, on keys gathered from the pages;
-- **contiguous**: one forward per request, with mlx-lm's own cache: correct, but slow.
+- **handles**: unmodified classes; every token of a step is a row, attention reads the KV blocks;
+- **patched**: the same, with a few lines of our own for operations that rows cannot express;
+- **pieces**: some attention modules run sequence by sequence, on keys gathered from the blocks;
+- **contiguous**: one forward pass per request, with mlx-lm's own cache: correct, but slow.
 
 Recurrent layers always run sequence by sequence in a prompt, and as one group when decoding.
 Prefixes of these models are shared up to a snapshot of their state
@@ -46,7 +46,7 @@ Prefixes of these models are shared up to a snapshot of their state
 """
 
 EXCLUDED_HEAD = """
-Not held to mlx-lm:
+Not compared with mlx-lm:
 
 | architecture | why |
 |---|---|
@@ -59,15 +59,14 @@ config.json is read in the spellings of transformers 4 and 5: `rope_parameters` 
 layer too) or `rope_theta` and `rope_scaling`, `dtype` or `torch_dtype`, fields inside
 `text_config`. Two spellings that disagree are an error.
 
-mlx-lm's classes drop the fields that they do not know. A model is refused, and the field named, if
-its value changes what transformers computes and mlx-lm's class does not follow it: another
-activation than the class has, for one, or a rotation that it does not compute.
-`--ignore-config-field NAME` loads the model all the same. Fields that transformers does not have,
-and values that change nothing, are no reason.
+mlx-lm's classes drop unknown fields. A model is refused by the name of a field if its value changes
+the output in transformers and mlx-lm's class ignores it, for example another activation than the
+class has, or a rotation that it does not compute. `--ignore-config-field NAME` loads the model
+anyway. Fields that transformers does not have, and values without effect, are accepted.
 
-Where only the class's sliding window is missing (Mistral 7B v0.1, Gemma 2, Phi 3, StarCoder2, Qwen
-with `use_sliding_window`), the model runs with a context of no more than the window, for which it
-is right, and a note says so. With yarn, the context is the original one times the factor, if that
+If the class lacks only the sliding window (Mistral 7B v0.1, Gemma 2, Phi 3, StarCoder2, Qwen
+with `use_sliding_window`), the model runs with a context of at most the window, for which it is
+correct, with a note. With yarn, the context is the original one times the factor, if that
 is longer than `max_position_embeddings`. A note also says where longrope's factors for long
 contexts are used for short ones (Phi 3).
 
