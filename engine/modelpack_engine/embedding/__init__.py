@@ -1,10 +1,11 @@
-"""Embedding: texts to vectors, and pairs of texts to scores; nothing here knows of HTTP.
+"""Embedding models: texts to vectors, and pairs of texts to scores; no HTTP.
 
     embedder = modelpack_server.open_embedder("ai/all-minilm")
     vectors = embedder.embed(["a cat", "a feline"]).vectors
 
-Reading: `loading`, then `encoder` or `decoder`, `pooling`, `steps`, `embedder`, `async_embedder`.
-Names load when they are first used, after a BLAS for MLX's CPU backend has been chosen (`blas`).
+Read `loader` first, then `encoder`, `pooling`, `sentence_transformers`, `embedder` and
+`async_embedder`. Names load at first use, after a BLAS for MLX's CPU backend has been chosen
+(`platform.blas`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """AsyncEmbedder: an embedding model in a thread of its own, which makes every call to MLX.
 
-Requests that wait at the same time run together: each turn takes the input that has waited the
-longest and those nearest to it in length, whoever they belong to. It has what a pool of models
-asks of an engine, but generates nothing. MLX is loaded by `make_model`, not by this module: a BLAS
-has to be chosen before.
+Pending requests run together: each batch takes the input that has waited longest and those nearest
+to it in length, of any request. It has the interface that a pool of models expects of an engine,
+but generates nothing. `make_model` loads MLX, not this module: a BLAS has to be chosen before.
 """
 
 from __future__ import annotations

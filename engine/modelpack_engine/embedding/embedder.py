@@ -1,4 +1,4 @@
-"""A batch of inputs as MLX's arrays."""
+"""Embedder and CrossEncoder: a loaded model, its tokenizer, and the steps around them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """EncoderConfig: one view of the config.json of the BERT family's architectures.
 
-They are one transformer with switches: where the norms are, how positions enter, whether the MLP
-is gated. Field names of config.json: transformers' configuration_*.py of each architecture.
+They are one transformer with switches: where the norms are, how positions enter, whether the MLP is
+gated. Field names of config.json: transformers' configuration_*.py of each architecture.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Names of tensors: from what checkpoints of the BERT family call them to what `Encoder` does.
+"""Rename tensors of BERT-family checkpoints to the names of `Encoder`, and load them.
 
-A checkpoint may have a prefix (`bert.`), heads that an encoder has no use for, fused projections,
-and BERT's first names of a norm's weights (`gamma`, `beta`).
+A checkpoint may have a prefix (`bert.`), heads that an encoder does not use, fused projections, and
+BERT's first names of a norm's weights (`gamma`, `beta`).
 """
 
 from __future__ import annotations

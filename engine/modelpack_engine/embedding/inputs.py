@@ -1,4 +1,4 @@
-"""Which inputs run together: of similar length, so that little is filled up."""
+"""Tokenise inputs, and batch those of similar length so that there is little padding."""
 
 from __future__ import annotations
 

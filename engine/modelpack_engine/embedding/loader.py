@@ -1,4 +1,4 @@
-"""The parts of a model put together: an `Embedder`, or a `CrossEncoder`."""
+"""Load an `Embedder` or a `CrossEncoder` from the files of a model."""
 
 from __future__ import annotations
 

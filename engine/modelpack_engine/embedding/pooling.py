@@ -1,7 +1,7 @@
 """Pooling: from the hidden states of a text's tokens to one vector.
 
-The modes and their names are sentence-transformers' (modules/pooling.py). Several modes give one
-vector, theirs behind each other.
+The modes and their names are sentence-transformers' (modules/pooling.py). The vectors of several
+modes are concatenated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is asked of an embedding model, and what it gives. Nothing here loads MLX."""
+"""Options and results of embedding models. Nothing here loads MLX."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""SentenceFiles: what sentence-transformers' files say is done around a model.
+"""SentenceFiles: the steps around a model that sentence-transformers' files configure.
 
-    modules.json                        the steps in their order, each with a directory
+    modules.json                        the steps in order, each with a directory
     1_Pooling/config.json               how tokens become one vector
     2_Dense/config.json, …              a projection of it, with weights of its own
-    sentence_bert_config.json           the longest input, and whether text is lowered
+    sentence_bert_config.json           the maximum input length, and whether text is lowercased
     config_sentence_transformers.json   prompts by name
 
 Source: sentence-transformers' documentation, "Creating custom models", and its module classes.

@@ -1,4 +1,4 @@
-"""NVIDIA's run-time compiler (NVRTC), which MLX's build for CUDA brings along."""
+"""NVRTC, the run-time compiler of MLX's CUDA build: compile kernels and cache their binaries."""
 
 from __future__ import annotations
 

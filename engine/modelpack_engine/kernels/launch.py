@@ -1,4 +1,4 @@
-"""From a plan to a call of MLX: kernels made once, template arguments, grids."""
+"""From a plan to a call of MLX: compiled kernels, template arguments and grids."""
 
 from __future__ import annotations
 

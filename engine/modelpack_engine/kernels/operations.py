@@ -1,4 +1,7 @@
-"""Which kernels may run here: what backend there is, and what the probes have found."""
+"""The public operations: decode attention, prefill attention, and KV writes.
+
+`KernelSupport` records which kernels passed their probe; without one, MLX's functions run.
+"""
 
 from __future__ import annotations
 

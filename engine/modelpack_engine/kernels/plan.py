@@ -1,7 +1,7 @@
-"""Which write a pool's contents come from, so that readers can be ordered after it.
+"""Plans of kernels (variants, groups, splits) and the order of reads after in-place writes.
 
-A write in place puts out a token (int32 [1], 0) and no pool. The pools that `write_kv` returns are
-remembered here together with it, for as long as they live.
+A write in place returns a token (int32 [1], 0) and no pool. The pools that `write_kv` returns are
+recorded here with their token for as long as they live, so that readers can be ordered after it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Prefill attention: the rows of prompts, 16 of one sequence at a time, on CUDA's tensor cores.
+"""Prefill attention on CUDA's tensor cores, for tiles of 16 token rows of one sequence.
 
-Elsewhere, keys are gathered from their blocks and attended by MLX's own function.
+On other devices, keys are gathered from their blocks and MLX's own function attends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Whether a kernel tells the truth on this machine: each one against MLX's own functions.
+"""Probes: compare each kernel with MLX's own functions on this machine before its first use.
 
-A probe returns None, or what is wrong. References are computed on the CPU: some GPUs multiply
-float32 with 10 bits.
+A probe returns None or a description of the error. References are computed on the CPU: some GPUs
+multiply float32 with 10 bits of mantissa.
 """
 
 from __future__ import annotations

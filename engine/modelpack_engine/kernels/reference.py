@@ -1,6 +1,6 @@
-"""The same operations with MLX's own functions: slow and simple, right on every device.
+"""Reference operations by MLX's own functions: slow, simple, and correct on every device.
 
-What the kernels are probed against, and what runs where they cannot.
+Probes compare kernels with them, and they run wherever no kernel can.
 """
 
 from __future__ import annotations

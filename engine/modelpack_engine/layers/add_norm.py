@@ -1,8 +1,8 @@
-"""Sums: residual sums of a step, so that the norm after one computes it on the way.
+"""Sums: residual sums of a step, deferred so that the following RMSNorm computes them.
 
-A block's `x + r` is an array like any other, which nothing but a norm and the next sum uses, as a
-rule. It stays an unevaluated node then: the norm makes it anew, together with its own result. In
-the same way `r` may stand for parts of a product that nobody has summed up.
+A block's `x + r` is usually read only by a norm and by the next sum. It stays an unevaluated node,
+and the norm's kernel computes it together with its own result. `r` may also stand for the partial
+sums of a matmul.
 """
 
 from __future__ import annotations

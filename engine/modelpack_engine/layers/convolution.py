@@ -1,7 +1,6 @@
-"""Short convolutions of each channel with itself, as recurrent layers begin with: sums of products.
+"""Short depthwise convolutions of recurrent layers, as sums of products.
 
-On CUDA, MLX leaves convolutions to cuDNN, which plans every length of a prompt anew: tens of
-milliseconds each.
+On CUDA, MLX leaves convolutions to cuDNN, which plans each new prompt length: tens of milliseconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The kernels of mixtures of experts: which experts a row goes to, in what order, and back."""
+"""Kernels for mixtures of experts: routing, sorting rows by expert, and combining outputs."""
 
 from __future__ import annotations
 

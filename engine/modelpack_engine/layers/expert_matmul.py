@@ -1,7 +1,7 @@
-"""Products of rows with the weights of their experts, by a kernel of ours (CUDA).
+"""Matmuls of rows with the weights of their experts, by a CUDA kernel.
 
-MLX has tiles of 256 rows for it, however few an expert gets: 52 us for 8 rows each of 32 experts of
-512 x 1024. Reading the weights takes 8.
+MLX uses tiles of 256 rows, however few an expert gets: 52 us for 8 rows for each of 32 experts of
+512 x 1024. Reading the weights takes 8 us.
 """
 
 from __future__ import annotations

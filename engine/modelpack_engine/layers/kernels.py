@@ -1,7 +1,7 @@
-"""Rotation: what of a model's rotary embedding the kernel has to know.
+"""Fused kernels of decoder layers: rotation and KV write, add + RMSNorm, SwiGLU, dequantisation.
 
-As `mx.fast.rope` computes it: an element pair i of a head is turned by position * scale * inverse
-frequency i (RoFormer, https://arxiv.org/abs/2104.09864).
+Rotations are those of `mx.fast.rope`: element pair i of a head is rotated by position * scale *
+inverse frequency i (RoFormer, https://arxiv.org/abs/2104.09864).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Products with weights: [rows, in] times [out, in], in the way that suits the number of rows.
+"""Matmuls with weights, [rows, in] times [out, in], by the kernel that suits the number of rows.
 
-Few rows are bound by reading the weights, which MLX's products do at half the memory's speed, and
-slowly to launch: they go to a kernel of ours, whose sums may be left in parts for the next kernel
-to add up. With many rows, quantised weights are written out first; others are MLX's.
+With few rows, time goes into reading the weights, which MLX's matmuls do at half the memory's
+bandwidth: our kernel runs them and may leave partial sums for the next kernel to add up. With many
+rows, quantised weights are dequantised first; MLX computes the rest.
 """
 
 from __future__ import annotations

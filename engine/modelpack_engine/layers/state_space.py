@@ -1,7 +1,7 @@
-"""Selective state spaces (Mamba-2, https://arxiv.org/abs/2405.21060): a token, or a prompt.
+"""Selective state spaces (Mamba-2, https://arxiv.org/abs/2405.21060), for a token or a prompt.
 
-A prompt is computed in chunks, as products of matrices: what tokens of a chunk say to one another,
-and what the state before it says to them.
+A prompt is computed in chunks by matmuls: attention within a chunk, plus the effect of the state
+before it.
 """
 
 from __future__ import annotations

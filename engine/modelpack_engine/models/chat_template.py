@@ -1,8 +1,8 @@
-"""ChatTemplate: the Jinja text with which a model writes conversations as prompts.
+"""ChatTemplate: the Jinja template that renders a conversation as a prompt.
 
-It comes from whoever made the model, so a worker process renders it (`modelpack_engine.worker`),
-within the budget of `modelpack_engine.templates`. What templates expect is what transformers gives
-them (`apply_chat_template` there): the names, the filters, the settings.
+Templates are untrusted, so a worker process renders them (`modelpack_engine.worker`) within the
+budget of `modelpack_engine.templates`. They get the names, filters and settings of transformers'
+`apply_chat_template`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ MAX_SECONDS = 5.0
 
 
 class ChatTemplate:
-    """A template, and perhaps another one for requests with tools.
+    """A template, and optionally another one for requests with tools.
 
-    One that does not compile fails requests, not the loading: completions work without it.
+    A template that does not compile fails requests, not the load: completions work without it.
     """
 
     def __init__(self, source: str, *, tool_use: str | None = None) -> None:
@@ -44,9 +44,9 @@ def check_template(source: str) -> None:
 
 
 def as_jinja(template: str) -> str:
-    """Return a template as Jinja: one of Ollama's, which are Go's, is translated.
+    """Return a template as Jinja; Go templates, which Ollama uses, are translated.
 
-    Raises `RequestError` for one that cannot be.
+    Raises `RequestError` for one that cannot be translated.
     """
     job = {"kind": "from_go", "source": template}
     return str(_run(template, job, "the Go template cannot be read", "template"))

@@ -1,10 +1,10 @@
-"""The guard of config.json: refuse a value that changes the output and that nothing reads.
+"""The guard of config.json: reject fields that change the output and that mlx-lm ignores.
 
-mlx-lm's `ModelArgs.from_dict` drops the names that it does not know, so a model would run and
-answer something else. `config_fields.json` has, for each model type of transformers, the fields
-that change transformers' logits and that mlx-lm's class does not read, with the values for which
-both agree. A field that it does not have changes nothing, is read, or is unknown to transformers
-as well. `tests/engine/oracle/make_fields.py` writes the file.
+mlx-lm's `ModelArgs.from_dict` drops unknown names, so a model would run and give different output.
+`config_fields.json` lists, for each model type of transformers, the fields that change
+transformers' logits and that mlx-lm's class does not read, with the values for which both agree.
+Any other field changes nothing, is read, or is unknown to transformers too.
+`tests/engine/oracle/make_fields.py` writes the file.
 """
 
 from __future__ import annotations

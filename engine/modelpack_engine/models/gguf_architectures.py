@@ -1,7 +1,8 @@
-"""What each architecture of llama.cpp is called in mlx-lm: config, names of tensors, small changes.
+"""Map llama.cpp's architectures to mlx-lm's: config fields, names of tensors, small differences.
 
-Sources: llama.cpp src/models/*.cpp and conversion/*.py for what a file holds, mlx_lm/models/*.py
-for what a class takes. An architecture that is not in `ARCHITECTURES` is refused by name.
+Sources: llama.cpp src/models/*.cpp and conversion/*.py for the contents of a file,
+mlx_lm/models/*.py for the fields of a class. Architectures missing from `ARCHITECTURES` are
+rejected by name.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""GGUF files opened for loading: typed metadata, long arrays too, and the bytes of tensors.
+"""GGUF files opened for loading: typed metadata, long arrays included, and the bytes of tensors.
 
-The header is checked by `modelpack.formats.gguf` first, so every offset here lies inside its file.
-Tensor data is mapped, not read. `gguf.GGUFReader` would take two seconds for the vocabulary of a
-small model; the arrays are walked once here instead.
+`modelpack.formats.gguf` checks the header first, so every offset here lies inside its file. Tensor
+data is mapped, not read. `gguf.GGUFReader` would take two seconds for the vocabulary of a small
+model; here the arrays are read in one pass.
 """
 
 from __future__ import annotations

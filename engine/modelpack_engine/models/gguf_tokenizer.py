@@ -1,8 +1,8 @@
-"""How text is cut into words before byte-pair merges, by the names that GGUF files give.
+"""Tokenizers from GGUF metadata: vocabulary, merges and pre-tokenizer patterns.
 
-Each name stands for a sequence of patterns; a pattern cuts out what it matches. The names and
-what they share are llama.cpp's (src/llama-vocab.cpp); where llama.cpp simplifies the pattern of
-the model's own tokenizer.json, the model's own is taken.
+Each pre-tokenizer name stands for a sequence of split patterns. The names and what they share are
+llama.cpp's (src/llama-vocab.cpp); where llama.cpp simplifies the pattern of the model's own
+tokenizer.json, the model's own is used.
 """
 
 from __future__ import annotations

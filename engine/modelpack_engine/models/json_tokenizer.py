@@ -1,4 +1,4 @@
-"""begin_check: try a tokenizer.json out in a worker process before it is loaded here."""
+"""Tokenizers from tokenizer.json, tried in a worker process before this process loads them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""LoadBudget: the time and the number of modules that loading one model may take.
+"""LoadBudget: limits on the time and the number of modules of loading one model.
 
-The pool sets the budget of a load with `applied`; code that loads calls `checkpoint` between its
-steps, and `count_modules` bounds the module tree while mlx-lm's constructor builds it.
+The pool sets the budget of a load with `applied`; loaders call `checkpoint` between their steps,
+and `count_modules` bounds the module tree while mlx-lm's constructor builds it.
 """
 
 from __future__ import annotations

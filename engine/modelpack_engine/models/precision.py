@@ -1,4 +1,4 @@
-"""Names and shapes of parameters: what a model wants against what its files hold."""
+"""Parameters of a model: compare names and shapes with the files, set dtypes, unpack, evaluate."""
 
 from __future__ import annotations
 

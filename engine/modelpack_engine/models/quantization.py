@@ -1,4 +1,4 @@
-"""Quantising: a directory of safetensors into one that mlx-lm's quantiser made of it."""
+"""Quantise a directory of safetensors with mlx-lm's quantiser."""
 
 from __future__ import annotations
 

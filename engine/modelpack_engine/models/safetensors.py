@@ -1,7 +1,7 @@
-"""Loads safetensors through mlx-lm's own loader, so that all of its quantisations work.
+"""Load safetensors through mlx-lm's loader, so that all of its quantisations work.
 
-mlx-lm wants a directory with names that it knows; blobs are named by digest. It gets a temporary
-directory of links, which costs no copy, and with a config that runs no code of the model's.
+mlx-lm expects a directory with known file names, and blobs are named by digest. So it gets a
+temporary directory of links, which copies nothing, and a config that runs none of the model's code.
 """
 
 from __future__ import annotations

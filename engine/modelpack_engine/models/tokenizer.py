@@ -1,7 +1,7 @@
-"""Tokenizer: text to token ids and back, the same for tokenizer.json and GGUF metadata.
+"""Tokenizer: text to token ids and back, for tokenizer.json and GGUF metadata alike.
 
-It wraps the `tokenizers` library, which does the work; what is added is the bytes of every token,
-so that text can be put together while it is generated, and the chat template.
+It wraps the `tokenizers` library and adds the bytes of every token, so that text can be assembled
+during generation, and the chat template.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Whether MLX hands work over to CUDA as graphs: good for most models, bad for recurrent ones.
+"""Whether MLX launches work as CUDA graphs: good for most models, bad for recurrent ones.
 
-A graph that is like one before is launched quickly, and any other takes 0.2 ms an operation. Steps
-of recurrent models are made of a piece for each prompt, in any number, and are hardly ever alike:
-most of a second each. MLX asks once, when it first computes; so a process's first model decides.
+A graph similar to an earlier one launches quickly; any other takes 0.2 ms per operation. Steps of
+recurrent models have a piece per prompt, in any number, and are rarely similar: most of a second
+each. MLX reads the setting once, when it first computes, so a process's first model decides.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Choose between the GPU and the CPU."""
+"""The device and its memory: GPU or CPU, the allocator, and staging buffers of steps."""
 
 from __future__ import annotations
 

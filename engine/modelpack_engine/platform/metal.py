@@ -1,18 +1,17 @@
-"""How much work MLX hands to a GPU at once, and what it keeps of how it did.
+"""Limits that MLX reads from the environment: work per command buffer, graphs and plans kept.
 
-MLX hands over what it has encoded when the arrays of it add up to a limit, and counts a whole pool
-of keys for every kernel that reads some of it: with gigabytes of KV cache, that is after every
-layer. The limit of operations is enough.
+MLX commits a command buffer when its arrays add up to a limit, and counts a whole KV pool for every
+kernel that reads part of it: with gigabytes of KV cache, after every layer. The limit on operations
+is enough.
 
-On CUDA it keeps graphs, and plans of convolutions and attention, for the shapes it has met. Once it
-has met twice as many as it keeps, it raises an error instead of computing: a server meets any
-number of shapes in its life.
+On CUDA it keeps graphs, and plans of convolutions and attention, for the shapes that it has seen.
+Once it has seen twice as many as it keeps, it raises an error instead of computing: a server sees
+any number of shapes.
 
-On CUDA again, what is handed over at once becomes a graph, and one that is not like any before
-takes 0.2 ms an operation. Small ones are like others more often (see `cuda_graphs`).
+On CUDA again, a command buffer becomes a graph, and one that is not similar to an earlier one takes
+0.2 ms per operation. Small ones are similar more often (see `cuda_graphs`).
 
-MLX reads all of these from the environment when it first uses the GPU (mlx/backend/cuda/device.cpp
-and lru_cache.h, mlx/backend/metal/device.cpp).
+Source: mlx/backend/cuda/device.cpp and lru_cache.h, mlx/backend/metal/device.cpp.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Budget: what one rendering of a template may still compute, hold and write.
+"""Budget: limits on what one rendering of a template computes, holds and writes.
 
 One rule bounds every operation: no value may exist whose size, written out in full, exceeds
-`MAX_SIZE`. A list that holds another one twice counts it twice, as whatever writes, compares,
-hashes or copies it will. Each new value is measured when it is made (`made`), and charged.
+`MAX_SIZE`. A list that holds another one twice counts it twice, as any code that writes, compares,
+hashes or copies it does. Each new value is measured when it is made (`made`), and charged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What templates may do to text: filters and methods, bounded before they run.
+"""Filters and methods of text in chat templates, bounded before they run.
 
 An operation that can make a large text of small ones computes the length of its result first.
 Methods that are not listed here cannot be called.

@@ -1,7 +1,7 @@
-"""The syntax of Go's text/template, as far as chat templates use it: text and actions to a tree.
+"""Go's text/template, as far as chat templates use it: parse a template and write it as Jinja.
 
-Source: pkg.go.dev/text/template. What is not here is refused by name: `with`, `define`, `template`,
-`block`, `break`, `continue`, and assignments to variables that exist.
+Source: pkg.go.dev/text/template. Unsupported syntax is rejected by name: `with`, `define`,
+`template`, `block`, `break`, `continue`, and assignments to existing variables.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A worker process for what a model's files make us compute: it has limits, and can be killed.
+"""Worker processes for untrusted files of models (chat templates, tokenizers), with hard limits.
 
-`workers` hands jobs to worker processes, `process` starts and ends one, `program` is what runs in
-it, `frames` are its messages. The worker has no MLX, no secrets of the environment and no files
-open but its pipes.
+`workers` hands jobs to processes (read it first), `process` starts and ends one and frames its
+messages, `program` runs inside of it, and `threads` runs blocking calls off the event loop. A
+worker has no MLX, no secrets in its environment, and no open files but its pipes.
 """

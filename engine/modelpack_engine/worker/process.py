@@ -1,4 +1,4 @@
-"""Messages between the server and a worker: a length of 4 bytes, big-endian, then JSON."""
+"""WorkerProcess: one worker and its messages (a big-endian length of 4 bytes, then JSON)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Try a tokenizer.json out: load it, encode and decode texts that differ much.
+"""The program of a worker process: render templates, and try a tokenizer.json.
 
-Runs in a worker process: a hostile file panics, hangs, overflows the stack or takes all memory.
+A hostile file may panic, hang, overflow the stack or exhaust memory; only this process ends.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""in_thread: run blocking work off the event loop; cancelling it ends its worker's job."""
+"""Run blocking work off the event loop; cancelling the call kills its worker process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _threads = ThreadPoolExecutor(max_workers=128, thread_name_prefix="modelpack-ren
 
 
 class Cancellation:
-    """Whether nobody waits for some work any more."""
+    """Cancels a piece of work whose caller has gone."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -31,21 +31,21 @@ class Cancellation:
         return self._is_set
 
     def set(self) -> None:
-        """End the work that is under way, and what would begin."""
+        """End the running work, and work that would start later."""
         with self._lock:
             self._is_set = True
             if self._end is not None:
                 self._end()
 
     def ends_by(self, end: Callable[[], object] | None) -> None:
-        """Set what ends the work now under way; None where nothing is to be ended."""
+        """Set the function that ends the running work, or None if nothing runs."""
         with self._lock:
             self._end = end
             if self._is_set and end is not None:
                 end()
 
 
-#: Of the work that the current thread does.
+#: The cancellation of the current thread's work.
 current: contextvars.ContextVar[Cancellation | None] = contextvars.ContextVar(
     "cancellation", default=None
 )
@@ -78,5 +78,5 @@ _WORKERS = ThreadPoolExecutor(2, "modelpack-prompts")
 
 
 async def prepare(size: int, work: Callable[[], T]) -> T:
-    """Return `work()`, called in a thread; those of large prompts are two."""
+    """Return `work()`, called in a thread; large prompts share two threads."""
     return await (in_thread(work) if size < LARGE else in_executor(_WORKERS, work))

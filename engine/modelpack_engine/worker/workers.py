@@ -1,4 +1,4 @@
-"""Workers: a few worker processes, and who waits for one."""
+"""Workers: a pool of a few worker processes, and the queue for them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from modelpack_engine.worker.process import (
 MAX_MEMORY = 1024 * 1024 * 1024
 
 
-# A job that watches the time itself gets this much longer to say so.
+# Extra seconds for a job that checks its own time to report a timeout.
 _GRACE = 0.5
 
 
@@ -32,9 +32,9 @@ class JobFailedError(Exception):
 
 
 class Workers:
-    """At most `count` processes, started when they are needed and kept.
+    """At most `count` processes, started on demand and kept.
 
-    Jobs of one `key` (a template) run one after another, so that a slow one leaves workers to the
+    Jobs of one `key` (a template) run one after another, so that a slow one leaves workers for the
     others. At most `waiting` jobs wait.
     """
 
@@ -67,7 +67,7 @@ class Workers:
                 reason = "nobody waits for it" if cancellation.is_set else _DIED
                 raise JobFailedError(reason) from None
             except BaseException:
-                worker.kill()  # it would answer the next caller
+                worker.kill()  # its response would go to the next caller
                 raise
             finally:
                 cancellation.ends_by(None)
@@ -158,7 +158,7 @@ def shared_workers() -> Workers:
     """Return the workers of this process."""
     global _shared
     with _lock:
-        if _shared is None or _shared[0] != os.getpid():  # those of a parent are not ours
+        if _shared is None or _shared[0] != os.getpid():  # workers of a parent process belong to it
             made = Workers()
             atexit.register(made.close)
             _shared = (os.getpid(), made)
