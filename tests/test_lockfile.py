@@ -62,9 +62,9 @@ def model(reference: object = str(X), digest: object = str(A), more: str = "") -
         ("", UnsupportedError, "version is None, expected 1"),
         ("version = 2", UnsupportedError, "version is 2"),
         ("version = true", UnsupportedError, "version is True"),
-        ("<<<<<<< HEAD", FormatError, "is no TOML"),
+        ("<<<<<<< HEAD", FormatError, "is not TOML"),
         ("version = 1\nmodel = 3", FormatError, r"no array of tables"),
-        ("version = 1\nmodel = [3]", FormatError, r"model\[0\]: is no table"),
+        ("version = 1\nmodel = [3]", FormatError, r"model\[0\]: is not a table"),
         (model(reference="x"), FormatError, r"write 'docker.io/ai/x:latest'"),
         (model(reference=f"{X}@{A}"), FormatError, r"model\[0\]: .*digest already"),
         (model(reference="UPPER"), FormatError, r"model\[0\]"),
@@ -74,7 +74,7 @@ def model(reference: object = str(X), digest: object = str(A), more: str = "") -
         ("version = 1\n[[model]]\ndigest = 3", FormatError, "both strings"),
         (model() + model().removeprefix("version = 1\n"), FormatError, r"model\[1\].*twice"),
         ("#" * (MAX_BYTES + 1), FormatError, "at most"),
-        ("a=" + "[" * 5000, FormatError, "is no TOML"),
+        ("a=" + "[" * 5000, FormatError, "is not TOML"),
     ],
 )
 def test_what_is_refused(text: str, error: type[Exception], message: str) -> None:
@@ -87,7 +87,7 @@ def test_looking_up() -> None:
     assert lock.digest_of(X) == A
     with pytest.raises(NotFoundError) as caught:
         lock.digest_of(Y)
-    assert caught.value.hint == f"`modelpack lock {Y}` adds it"
+    assert caught.value.hint == f"run `modelpack lock {Y}`"
     assert lock.with_digests({X: B, Y: A}).digests == {X: B, Y: A}
     assert lock.without([X]).digests == {}
     with pytest.raises(InvalidReferenceError):

@@ -1,4 +1,4 @@
-"""ByteRanges: which bytes of something are there."""
+"""ByteRanges: the set of bytes that are present in a partial download or upload."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 
 
 class ByteRanges:
-    """A set of byte positions, kept as ranges (start, end) in order that do not touch."""
+    """A set of byte positions, stored as sorted, separate ranges (start, end)."""
 
     def __init__(self, ranges: Iterable[Sequence[int]] = ()) -> None:
-        """Raises `ValueError` for what is no range."""
+        """Raises `ValueError` for an invalid range."""
         self._ranges: list[tuple[int, int]] = []
         for start, end in ranges:
             self.add(start, end)
@@ -28,21 +28,21 @@ class ByteRanges:
 
     @property
     def total(self) -> int:
-        """How many bytes there are."""
+        """The number of bytes."""
         return sum(end - start for start, end in self._ranges)
 
     @property
     def prefix(self) -> int:
-        """How many bytes there are from the first on without a gap."""
+        """The number of bytes before the first gap."""
         return self._ranges[0][1] if self._ranges and self._ranges[0][0] == 0 else 0
 
     def add(self, start: int, end: int) -> None:
-        """Have the bytes from `start` to `end`; raise `ValueError` if that is no range."""
+        """Add the bytes from `start` to `end`; raise `ValueError` for an invalid range."""
         if not 0 <= start <= end:
-            raise ValueError(f"{start} to {end} is no range of bytes")
+            raise ValueError(f"{start} to {end} is not a range of bytes")
         if start == end:
             return
-        # All that touch the new one become one with it.
+        # Merge all ranges that touch the new one.
         first = bisect_left(self._ranges, start, key=lambda known: known[1])
         last = first
         while last < len(self._ranges) and self._ranges[last][0] <= end:
@@ -53,7 +53,7 @@ class ByteRanges:
         self._ranges[first:last] = [(start, end)]
 
     def missing(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Return the ranges between `start` and `end` that are not there."""
+        """Return the ranges between `start` and `end` that are missing."""
         gaps = []
         for known_start, known_end in self._ranges:
             if known_end <= start:

@@ -25,9 +25,9 @@ _MEDIA_TYPE = re.compile(rf"{_RESTRICTED}/{_RESTRICTED}\Z")
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """Points at a blob and says what it is; `size` is in bytes.
+    """The media type, digest and size (in bytes) of a blob.
 
-    `platform` is what a manifest of an index is for, as `os/architecture[/variant]`.
+    `platform` is `os/architecture[/variant]`, for a manifest of an image index.
     """
 
     media_type: str
@@ -39,7 +39,7 @@ class Descriptor:
 
     @classmethod
     def parse(cls, value: Any, where: str) -> Descriptor:
-        """Return the descriptor that decoded JSON holds; `where` names its place in errors."""
+        """Return the descriptor in decoded JSON; `where` names its place in errors."""
         if not isinstance(value, dict):
             raise ManifestError(f"is {kind_of(value)}, expected a descriptor object", path=where)
         check_spelling(value, _FIELDS, where)
@@ -58,7 +58,7 @@ class Descriptor:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object, fields in the order that Docker Model Runner writes."""
+        """Return the JSON object, with its fields in the order of Docker Model Runner."""
         value: dict[str, Any] = {
             "mediaType": self.media_type,
             "size": self.size,
@@ -93,7 +93,7 @@ def checked_media_type(value: Any, where: str) -> str:
 
 
 def parsed_digest(value: Any, where: str) -> Digest:
-    """Return the digest in decoded JSON; an error names `where` it stood."""
+    """Return the digest in decoded JSON; `where` names its place in errors."""
     if not isinstance(value, str):
         raise ManifestError(f"is {kind_of(value)}, expected a digest", path=where)
     try:
@@ -103,7 +103,7 @@ def parsed_digest(value: Any, where: str) -> Digest:
 
 
 def parsed_annotations(value: Any, where: str) -> dict[str, str]:
-    """Return the annotations in decoded JSON: an object of strings, or nothing."""
+    """Return the annotations in decoded JSON: an object of strings, or null."""
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -117,12 +117,14 @@ def parsed_annotations(value: Any, where: str) -> dict[str, str]:
 def checked_platform(text: str, where: str) -> str:
     """Return `text` if it is `os/architecture[/variant]`; raise `ManifestError` otherwise."""
     if not _PLATFORM.match(text):
-        raise ManifestError(f"{text[:100]!r} is no platform (os/architecture)", path=where)
+        raise ManifestError(
+            f"{text[:100]!r} is not a platform; expected os/architecture", path=where
+        )
     return text
 
 
 def _platform(value: Any, where: str) -> str | None:
-    """Return the platform in decoded JSON (image-index.md); None where it says nothing usable."""
+    """Return the platform in decoded JSON (image-index.md), or None if it is not usable."""
     if value is None:
         return None
     if not isinstance(value, dict):
@@ -131,7 +133,7 @@ def _platform(value: Any, where: str) -> str | None:
     if not all(isinstance(part, str) for part in parts[:2]):
         raise ManifestError("needs 'os' and 'architecture', both strings", path=where)
     text = "/".join(part for part in parts if isinstance(part, str) and part)
-    # Others write `unknown/unknown` and the like: whatever it is, it is not ours.
+    # Other tools write values such as `unknown/unknown`; those match no machine.
     return text if _PLATFORM.match(text) else None
 
 

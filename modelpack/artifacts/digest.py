@@ -1,6 +1,6 @@
-"""Content identity: digests, and hashing that never needs the whole content in memory.
+"""Digest: the algorithm and hash that identify content.
 
-Grammar (OCI image-spec, descriptor.md "Digests"), restricted to what we can verify::
+Grammar (OCI image-spec, descriptor.md "Digests"), restricted to the algorithms we can verify::
 
     digest  ::= "sha256:" 64*hex | "sha512:" 128*hex        hex ::= [0-9a-f]
 """
@@ -27,14 +27,14 @@ SHORT_ID_LENGTH = 12
 
 @dataclass(frozen=True, slots=True, order=True)
 class Digest:
-    """`algorithm:encoded`, checked when parsed; safe to build a path or a URL from."""
+    """`algorithm:encoded`; a parsed digest is safe in a path or a URL."""
 
     algorithm: str
     encoded: str
 
     @classmethod
     def parse(cls, text: str) -> Digest:
-        """Return the digest that `text` spells; raise `InvalidDigestError` otherwise."""
+        """Return the digest in `text`; raise `InvalidDigestError` if it is not a digest."""
         algorithm, separator, encoded = text.partition(":")
         length = _HEX_LENGTH.get(algorithm)
         shown = text if len(text) <= 160 else text[:160] + "…"
@@ -60,7 +60,7 @@ class Digest:
 
     @classmethod
     def of_hasher(cls, hasher: _Hash) -> Digest:
-        """Return the digest of all that `hasher` was fed."""
+        """Return the digest of everything that `hasher` was fed."""
         return cls(hasher.name, hasher.hexdigest())
 
     @property

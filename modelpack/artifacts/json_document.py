@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 from modelpack.errors import ManifestError
 
-#: distribution-spec "Pushing manifests": registries should take 4 MiB; more is refused.
+#: Size limit of manifests and configs, in bytes, for the store, registries and archives alike.
+#: Registries should accept 4 MiB (distribution-spec, "Pushing Manifests").
 MAX_DOCUMENT_BYTES = 4 * 1024 * 1024
 
 _GO_ESCAPES = str.maketrans(

@@ -1,4 +1,4 @@
-"""LockFile: which models a project uses, by digest, as text that is always the same.
+"""LockFile: `modelpack.lock`, the digests of the models that a project uses.
 
     version = 1
 
@@ -6,8 +6,8 @@
     reference = "docker.io/ai/smollm2:latest"
     digest = "sha256:…"
 
-TOML, one table for each reference, sorted: so that two branches that lock different models merge,
-and that a change shows in a review as one line.
+It is TOML with one table per reference, sorted: two branches that lock different models merge, and
+a change is one line in a review.
 """
 
 from __future__ import annotations
@@ -46,37 +46,39 @@ class LockFile:
 
     @classmethod
     def parse(cls, raw: bytes, what: str = FILE_NAME) -> LockFile:
-        """Return what the file says.
+        """Return the parsed file.
 
-        Raises `UnsupportedError` for another version, `FormatError`, naming the place, otherwise.
+        Raises `UnsupportedError` for another version, and `FormatError` if it is invalid.
         """
         if len(raw) > MAX_BYTES:
-            raise FormatError(f"has {len(raw)} bytes, at most {MAX_BYTES} fit", path=what)
+            raise FormatError(
+                f"has {len(raw)} bytes, more than the limit of {MAX_BYTES}", path=what
+            )
         try:
             value = tomllib.loads(raw.decode())
         except (ValueError, RecursionError) as error:
-            hint = "undo what was edited, or delete the file and run `modelpack lock REF...`"
-            raise FormatError(f"is no TOML: {error}", path=what, hint=hint) from None
+            hint = "undo the last edit, or delete the file and run `modelpack lock REF...`"
+            raise FormatError(f"is not TOML: {error}", path=what, hint=hint) from None
         version = value.get("version")
         if type(version) is not int or version != _VERSION:
             raise UnsupportedError(
                 f"version is {version!r}, expected {_VERSION}",
                 path=what,
-                hint="a newer Modelpack may have written it",
+                hint="use the version of Modelpack that wrote it",
             )
         models = value.get("model", [])
         if not isinstance(models, list):
-            raise FormatError("'model' is no array of tables ([[model]])", path=what)
+            raise FormatError("'model' is not an array of tables ([[model]])", path=what)
         digests: dict[Reference, Digest] = {}
         for i, table in enumerate(models):
             reference, digest = _parsed(table, f"{what}: model[{i}]")
             if reference in digests:
-                raise FormatError(f"{reference} is there twice", path=f"{what}: model[{i}]")
+                raise FormatError(f"duplicate reference {reference}", path=f"{what}: model[{i}]")
             digests[reference] = digest
         return cls(digests)
 
     def encode(self) -> bytes:
-        """Return the bytes of the file: the same for the same content, whatever its order."""
+        """Return the bytes of the file; they do not depend on the order of the digests."""
         tables = [
             f'\n[[model]]\nreference = "{reference}"\ndigest = "{self.digests[reference]}"\n'
             for reference in sorted(self.digests, key=str)
@@ -84,37 +86,37 @@ class LockFile:
         return (_HEAD + "".join(tables)).encode()
 
     def digest_of(self, reference: Reference, what: str = FILE_NAME) -> Digest:
-        """Return the digest that a reference is locked to; raise `NotFoundError`."""
+        """Return the locked digest of a reference; raises `NotFoundError`."""
         digest = self.digests.get(reference)
         if digest is None:
             raise NotFoundError(
-                f"{reference} is not in {what}", hint=f"`modelpack lock {reference}` adds it"
+                f"{reference} is not in {what}", hint=f"run `modelpack lock {reference}`"
             )
         return digest
 
     def with_digests(self, digests: Mapping[Reference, Digest]) -> LockFile:
-        """Return a lock that has these references too, or has them at these digests."""
+        """Return a lock file with these references added or changed."""
         return LockFile({**self.digests, **digests})
 
     def without(self, references: Iterable[Reference]) -> LockFile:
-        """Return a lock that has these references no more."""
+        """Return a lock file without these references."""
         gone = set(references)
         return LockFile({ref: digest for ref, digest in self.digests.items() if ref not in gone})
 
 
 def lockable(text: str) -> Reference:
-    """Return the reference that `text` means; one with a digest is `InvalidReferenceError`."""
+    """Return the reference in `text`; raise `InvalidReferenceError` if it has a digest."""
     reference = Reference.parse(text)
     if reference.digest is not None:
         raise InvalidReferenceError(
-            f"{text}: has a digest already, a lock is for tags", reference=text
+            f"{text} has a digest already: only tags can be locked", reference=text
         )
     return reference
 
 
 def _parsed(table: Any, where: str) -> tuple[Reference, Digest]:
     if not isinstance(table, dict):
-        raise FormatError("is no table", path=where)
+        raise FormatError("is not a table", path=where)
     unknown = sorted(table.keys() - {"reference", "digest"})
     if unknown:
         raise FormatError(f"has unknown keys: {', '.join(map(repr, unknown))[:200]}", path=where)
@@ -126,6 +128,6 @@ def _parsed(table: Any, where: str) -> tuple[Reference, Digest]:
     except (InvalidReferenceError, InvalidDigestError) as error:
         raise FormatError(str(error), path=where) from None
     if str(reference) != texts[0]:
-        # What a short name means depends on the machine.
-        raise FormatError(f"{texts[0]!r} is not in full: write {str(reference)!r}", path=where)
+        # A short name may mean different registries on different machines.
+        raise FormatError(f"short reference {texts[0]!r}; write {str(reference)!r}", path=where)
     return reference, digest

@@ -1,7 +1,7 @@
-"""Manifest and Index, always together with the bytes that they were read from.
+"""Manifest and Index: image manifests and image indexes, with the bytes they were parsed from.
 
-Sources: OCI image-spec v1.1, manifest.md and image-index.md. The bytes are what a digest stands
-for, so they are kept and passed on as they came; nothing is ever serialised again.
+Sources: OCI image-spec v1.1, manifest.md and image-index.md. A digest identifies the exact bytes,
+so those are kept and passed on unchanged; a parsed manifest is never serialised again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, raw: bytes, what: str = "manifest") -> Manifest:
-        """Return the manifest in `raw`; raise `ManifestError`, naming the field, otherwise."""
+        """Return the manifest in `raw`; raise `ManifestError`, naming the invalid field."""
         value = decode_object(raw, what)
         _check_version(value, what)
         media_type = value.get("mediaType", media_types.OCI_MANIFEST)
@@ -74,9 +74,9 @@ class Manifest:
         subject: Descriptor | None = None,
         annotations: Mapping[str, str] | None = None,
     ) -> Manifest:
-        """Return a new manifest, its bytes as Docker Model Runner writes them.
+        """Return a new manifest, with the bytes that Docker Model Runner would write.
 
-        `subject` is the manifest that this one says something about.
+        `subject` is the manifest that this one refers to, for a referrer.
         """
         value: dict[str, Any] = {"schemaVersion": 2, "mediaType": media_types.OCI_MANIFEST}
         if artifact_type:
@@ -96,14 +96,14 @@ class Manifest:
 
     @property
     def descriptor(self) -> Descriptor:
-        """The descriptor of this manifest, as an index lists it."""
+        """The descriptor of this manifest for an index."""
         return Descriptor(
             self.media_type, self.digest, len(self.raw), artifact_type=self.artifact_type
         )
 
     @property
     def blobs(self) -> tuple[Descriptor, ...]:
-        """Layers in order, then the config; the same digest may come twice."""
+        """The layers in order, then the config; digests may repeat."""
         return (*self.layers, self.config)
 
     @property
@@ -113,7 +113,7 @@ class Manifest:
 
     @property
     def total_size(self) -> int:
-        """Bytes of all different blobs, without the manifest itself."""
+        """The bytes of all unique blobs, without the manifest itself."""
         return sum(blob.size for blob in self.unique_blobs)
 
     @property
@@ -126,14 +126,14 @@ class Manifest:
 
     @property
     def is_ollama(self) -> bool:
-        """Whether this is a model as Ollama's registry has them."""
+        """Whether this is a model of Ollama's registry."""
         prefix = media_types.OLLAMA_LAYER_PREFIX
         return self.config.media_type == media_types.DOCKER_IMAGE_CONFIG and any(
             layer.media_type.startswith(prefix) for layer in self.layers
         )
 
     def check_is_model(self, what: str) -> None:
-        """Raise `UnsupportedError` unless the config's type is one of a model."""
+        """Raise `UnsupportedError` unless the config has the media type of a model."""
         known = (
             *media_types.MODEL_CONFIG_TYPES,
             media_types.CNAI_CONFIG,
@@ -141,9 +141,11 @@ class Manifest:
         )
         if self.config.media_type not in known and not self.is_ollama:
             raise UnsupportedError(
-                f"is not a model that we know: config type {self.config.media_type!r}",
+                f"is not a supported model: config type {self.config.media_type!r}",
                 path=what,
-                hint="expected one of " + ", ".join(known) + ", or layers of Ollama's",
+                hint="use a model with a config of one of the types "
+                + ", ".join(known)
+                + ", or a model of Ollama",
             )
 
 
@@ -160,7 +162,7 @@ class Index:
 
     @classmethod
     def parse(cls, raw: bytes, what: str = "index") -> Index:
-        """Return the index in `raw`; raise `ManifestError`, naming the field, otherwise."""
+        """Return the index in `raw`; raise `ManifestError`, naming the invalid field."""
         value = decode_object(raw, what)
         _check_version(value, what)
         media_type = value.get("mediaType", media_types.OCI_INDEX)
@@ -204,9 +206,9 @@ class Index:
 
 
 def referrer_descriptor(descriptor: Descriptor, document: Manifest | Index) -> Descriptor:
-    """Return what a list of referrers says about one, by distribution-spec, "Listing Referrers".
+    """Return the descriptor of a referrer for a list (distribution-spec, "Listing Referrers").
 
-    That is the manifest's annotations and, if it has no artifact type, its config's type instead.
+    It has the manifest's annotations; a manifest without an artifact type has its config's type.
     """
     artifact_type = document.artifact_type
     if artifact_type is None and isinstance(document, Manifest):
@@ -223,7 +225,7 @@ def referrer_descriptor(descriptor: Descriptor, document: Manifest | Index) -> D
 def parse_manifest_or_index(
     raw: bytes, what: str, *, media_type: str | None = None
 ) -> Manifest | Index:
-    """Return what `raw` is; `media_type` is what a server said it is and must agree."""
+    """Return the manifest or index in `raw`; it must match `media_type`, the server's claim."""
     value = decode_object(raw, what)
     own = value.get("mediaType")
     if own is None:
@@ -248,7 +250,7 @@ def _check_version(value: dict[str, Any], what: str) -> None:
 
 
 def _check_kind(value: dict[str, Any], others: tuple[str, ...], what: str) -> None:
-    """Refuse a document that another reader may take for one of the other kind (CVE-2021-41190)."""
+    """Reject a document that another reader may parse as the other kind (CVE-2021-41190)."""
     check_spelling(value, _FIELDS, what)
     for key in others:
         if key in value:

@@ -1,4 +1,4 @@
-"""Media types and annotation keys, each with where it comes from.
+"""Media types and annotation keys of OCI, Docker Model Runner, CNCF ModelPack, KitOps and Ollama.
 
 Sources: OCI image-spec v1.1 (media-types.md, annotations.md); Docker Model Runner
 (pkg/distribution/types); CNCF model-spec (docs/spec.md, docs/annotations.md).
@@ -18,6 +18,7 @@ DOCKER_MANIFEST: Final = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_MANIFEST_LIST: Final = "application/vnd.docker.distribution.manifest.list.v2+json"
 MANIFEST_TYPES: Final = (OCI_MANIFEST, DOCKER_MANIFEST)
 INDEX_TYPES: Final = (OCI_INDEX, DOCKER_MANIFEST_LIST)
+MANIFEST_AND_INDEX_TYPES: Final = (*MANIFEST_TYPES, *INDEX_TYPES)
 
 # Docker Model Runner: configs
 DOCKER_CONFIG_V01: Final = "application/vnd.docker.ai.model.config.v0.1+json"
@@ -45,14 +46,14 @@ CNCF_DATASET_RAW: Final = "application/vnd.cncf.model.dataset.v1.raw"
 CNCF_WEIGHT_GGUF: Final = "application/vnd.cncf.model.weight.v1.gguf"
 CNCF_WEIGHT_SAFETENSORS: Final = "application/vnd.cncf.model.weight.v1.safetensors"
 
-# CNCF ModelPack before it was that (dragonflyoss/model-spec v0.0.6), read only: modctl 0.2.2 still
-# writes it. Its layers are CNCF's under another name.
+# The predecessor of CNCF ModelPack (dragonflyoss/model-spec v0.0.6), read only: modctl 0.2.2 still
+# writes it. Its layer types are those of CNCF in another namespace.
 CNAI_MANIFEST: Final = "application/vnd.cnai.model.manifest.v1+json"
 CNAI_CONFIG: Final = "application/vnd.cnai.model.config.v1+json"
 # KitOps ModelKits, read only (pkg/lib/constants/mediaType.go): the config is the Kitfile.
 KITOPS_CONFIG: Final = "application/vnd.kitops.modelkit.config.v1+json"
-# Ollama's models, read only (manifest/layer.go, server/images.go): the config's type is an
-# image's, so that the types of the layers say what it is.
+# Ollama's models, read only (manifest/layer.go, server/images.go): the config has the type of an
+# image, so only the layers' types identify a model.
 DOCKER_IMAGE_CONFIG: Final = "application/vnd.docker.container.image.v1+json"
 OLLAMA_LAYER_PREFIX: Final = "application/vnd.ollama.image."
 OLLAMA_MODEL: Final = "application/vnd.ollama.image.model"
@@ -66,9 +67,9 @@ OLLAMA_MESSAGES: Final = "application/vnd.ollama.image.messages"
 OLLAMA_ADAPTER: Final = "application/vnd.ollama.image.adapter"
 OLLAMA_TENSOR: Final = "application/vnd.ollama.image.tensor"
 
-#: Config types that make a manifest a model for us.
+#: Config types of models that Modelpack reads and writes.
 MODEL_CONFIG_TYPES: Final = (DOCKER_CONFIG_V01, DOCKER_CONFIG_V02, CNCF_CONFIG)
-#: Config types of other formats, which are read and converted but never written.
+#: Config types of models that Modelpack reads and converts, but never writes.
 FOREIGN_CONFIG_TYPES: Final = (CNAI_CONFIG, KITOPS_CONFIG, DOCKER_IMAGE_CONFIG)
 
 # Annotation keys
@@ -81,14 +82,14 @@ CONTAINERD_NAME: Final = "io.containerd.image.name"
 TITLE: Final = "org.opencontainers.image.title"
 SOURCE: Final = "org.opencontainers.image.source"
 REVISION: Final = "org.opencontainers.image.revision"
-MODEL: Final = "org.modelpack.model"  # ours, on an image: the digest of the model that it holds
+MODEL: Final = "org.modelpack.model"  # ours, on an image: the digest of the model in it
 # Ours, on the manifests of an index: the same model for different machines.
 VARIANT: Final = "org.modelpack.variant"  # its name
 VARIANT_FORMAT: Final = "org.modelpack.variant.format"  # gguf, safetensors, dduf, mlx
 VARIANT_QUANTIZATION: Final = "org.modelpack.variant.quantization"
 VARIANT_SIZE: Final = "org.modelpack.variant.size"  # bytes of all files, in decimal
-# Ours, on a model: how it is to be used where a request says nothing, as JSON.
+# Ours, on a model: defaults for requests, as JSON.
 DEFAULTS: Final = "dev.modelpack.defaults+json"
 # Ours, on the entries of a store's index.json.
-PARTIAL: Final = "org.modelpack.partial"  # "true": some layers were left out on purpose
+PARTIAL: Final = "org.modelpack.partial"  # "true": a partial pull left out layers
 ORIGIN: Final = "org.modelpack.origin"  # the registry/repository that the model was pulled from

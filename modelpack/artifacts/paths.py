@@ -1,7 +1,7 @@
-"""Which file paths taken from a model are safe to use.
+"""Validation of the file paths in a model.
 
-A layer names its file in the annotation `org.cncf.model.filepath`. It comes from whoever made the
-model, so it may try to leave the directory that it is unpacked into.
+A layer names its file in the annotation `org.cncf.model.filepath`. The path is untrusted: it may
+try to leave the directory that the model is unpacked into.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _MAX_COMPONENT_BYTES = 255
 
 
 def checked_path(text: str) -> str:
-    """Return `text` if it is a safe relative slash path; raise `UnsafePathError` otherwise.
+    """Return `text` if it is a safe relative path with slashes, else raise `UnsafePathError`.
 
-    Safe on every system that we unpack on: no absolute path, drive, `..`, `.`, empty component,
-    backslash, control character, nor a component longer than file systems take.
+    A safe path is not absolute and has no drive letter, `..`, `.`, empty component, backslash or
+    control character, and no component that is too long for a file system.
     """
     problem = path_problem(text)
     if problem:
@@ -29,13 +29,13 @@ def checked_path(text: str) -> str:
 
 
 def path_problem(text: str) -> str | None:
-    """Return why `text` is no safe relative path, or None if it is one."""
+    """Return why `text` is not a safe relative path, or None if it is one."""
     if not text:
         return "it is empty"
     if _CONTROL.search(text):
-        return "it holds a control character"
+        return "it contains a control character"
     if "\\" in text:
-        return "it holds a backslash, which separates directories on some systems"
+        return "it contains a backslash, which separates directories on some systems"
     if text.startswith("/"):
         return "it is absolute"
     if _DRIVE.match(text):
@@ -45,7 +45,7 @@ def path_problem(text: str) -> str | None:
         return f"it is longer than {_MAX_PATH_BYTES} bytes"
     for part in text.split("/"):
         if part == "..":
-            return "it climbs out with '..'"
+            return "it leaves the directory with '..'"
         if part in ("", "."):
             return "it has an empty or '.' component"
         if len(part.encode(errors="surrogateescape")) > _MAX_COMPONENT_BYTES:

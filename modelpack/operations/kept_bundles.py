@@ -81,7 +81,7 @@ def kept_directory(model: Model, store: LayoutStore, watch: Watch) -> Path:
         message = f"the bundle is being made by {holder}: waiting"
         watch.report(Progress(Action.NOTE, str(directory), model.digest, message=message))
 
-    with bundles.making(model.digest, watch.stop, waiting) as folder:
+    with bundles.workspace(model.digest, watch.stop, waiting) as folder:
         different = bundles.check(model.digest)
         if different is None:
             return directory

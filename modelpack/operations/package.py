@@ -30,7 +30,7 @@ from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.transfer import run_all
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
 from modelpack.storage import Watch, read_blob, watching
-from modelpack.store.filesystem import translating
+from modelpack.store.filesystem import map_os_errors
 from modelpack.store.layout import LayoutStore
 from modelpack.store.tree import Tree
 
@@ -42,7 +42,7 @@ def scratch_directory(store: LayoutStore, what: str) -> Iterator[Path]:
     A collection deletes what a killed process left of it.
     """
     path = Tree(store.root).uploads / f"{what}-{uuid.uuid4().hex}"
-    with translating("make", path):
+    with map_os_errors("make", path):
         path.mkdir(parents=True)
     try:
         yield path

@@ -78,7 +78,7 @@ class Call:
     body: Body | None = None
     scopes: Scopes = NOTHING
     stream: bool = False
-    limit: int = MAX_BODY
+    limit: int = MAX_DOCUMENT_BYTES
     stop: Stop | None = None
     answer_time: float | None = None
     anonymous: bool = False

@@ -31,7 +31,7 @@ from modelpack.errors import (
 from modelpack.progress import Action, Progress, Stop
 from modelpack.registry_server.errors import ApiError, Code
 from modelpack.storage import BlobReader, BlobSource, Watch
-from modelpack.store.filesystem import translating
+from modelpack.store.filesystem import map_os_errors
 from modelpack.store.layout import LayoutStore
 
 #: Bytes that are read and sent at once; less costs more processor time for each byte.
@@ -140,7 +140,7 @@ class Fetch:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             path = self._store.blob_path(self.descriptor.digest)
-            with translating("read", path):
+            with map_os_errors("read", path):
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def _report(self, progress: Progress) -> None:

@@ -37,7 +37,7 @@ from modelpack.errors import (
 )
 from modelpack.registry_server.errors import ApiError, Code
 from modelpack.registry_server.names import Repository
-from modelpack.store.filesystem import translating
+from modelpack.store.filesystem import map_os_errors
 from modelpack.store.index import IndexDocument
 from modelpack.store.layout import LayoutStore
 from modelpack.store.lookup import Entry
@@ -207,7 +207,7 @@ class Content:
         """Return an open file, None if there is no such blob; it stays readable if deleted."""
         try:
             path = self._store.blob_path(digest)
-            with translating("read", path):
+            with map_os_errors("read", path):
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except NotFoundError:
             return None
@@ -400,7 +400,7 @@ class Content:
         self.uploads_directory.mkdir(parents=True, exist_ok=True)
         path = self.uploads_directory / f"manifest-{uuid.uuid4().hex}"
         try:
-            with translating("write", path):
+            with map_os_errors("write", path):
                 path.write_bytes(raw)
             yield path
         finally:

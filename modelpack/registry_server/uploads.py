@@ -27,8 +27,9 @@ from modelpack.registry_server.blob_fetch import ByteRange, chunk_range
 from modelpack.registry_server.content import Content
 from modelpack.registry_server.errors import ApiError, Code
 from modelpack.registry_server.names import Repository
-from modelpack.store.filesystem import check_room, translating
-from modelpack.store.staging import WriteBehind, abandoned_uploads, idle_seconds, remove_upload
+from modelpack.store.file_copy import WriteBehind
+from modelpack.store.filesystem import check_room, map_os_errors
+from modelpack.store.upload_sessions import abandoned_uploads, idle_seconds, remove_upload
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -99,7 +100,7 @@ class UploadSession:
         """Return a new, empty session."""
         session = cls(directory, repository, algorithm)
         state = {"repository": repository, "algorithm": algorithm}
-        with translating("make an upload session in", directory):
+        with map_os_errors("make an upload session in", directory):
             directory.mkdir(parents=True)
             (directory / "session.json").write_text(json.dumps(state))
             session._data.touch()
@@ -172,7 +173,7 @@ class UploadSession:
             hasher = self._hasher.copy()
             hashing = _HASHERS.submit(hasher.update, content)
             try:
-                with translating("receive a blob in", self._directory):
+                with map_os_errors("receive a blob in", self._directory):
                     _write_at(descriptor, content, self.size)
             finally:
                 hashing.result()

@@ -1,4 +1,4 @@
-"""The blobs of a store: finding, reading and publishing them."""
+"""The files under `blobs/` of a store: find, read, publish and delete them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,23 @@ from modelpack.errors import (
     UnsafePathError,
 )
 from modelpack.storage import BlobReader
-from modelpack.store.filesystem import draft, flush_directory, open_own, translating, write_durably
+from modelpack.store.filesystem import (
+    draft,
+    flush_directory,
+    map_os_errors,
+    open_own,
+    write_durably,
+)
 from modelpack.store.tree import Tree
-from modelpack.store.verified_marks import Trust
+from modelpack.store.verified_marks import VerifiedMarks
 
+#: Permission bits of a blob's file.
 BLOB_MODE = 0o444
 
 
 @dataclass(frozen=True, slots=True)
 class FileBlob:
-    """A blob in a store; whether it exists shows when it is opened."""
+    """A blob in a store, as a source; opening it raises `NotFoundError` if it is missing."""
 
     blobs: Blobs
     digest: Digest
@@ -36,31 +43,31 @@ class FileBlob:
     def open(self, offset: int = 0) -> AbstractContextManager[BlobReader]:
         """Return the open file at `offset`; raises `NotFoundError`."""
         path = self.blobs.path(self.digest)
-        with translating("read", path):
+        with map_os_errors("read", path):
             stream = io.FileIO(path)
             stream.seek(offset)
         return stream
 
 
 class Blobs:
-    """The files under `blobs/`; `tree` says where, `trust` whether to look at them again."""
+    """The blobs of one store; its `marks` tell which of them have to be verified again."""
 
-    def __init__(self, tree: Tree, trust: Trust) -> None:
+    def __init__(self, tree: Tree, marks: VerifiedMarks) -> None:
         self._tree = tree
-        self._trust = trust
+        self._marks = marks
 
     def find(self, digest: Digest) -> Path | None:
-        """Return the path of a usable blob, or None."""
+        """Return the path of a usable blob, or None; verify it first if a mark asks for it."""
         path = self._tree.blob(digest)
-        with translating("look at", path):
+        with map_os_errors("read", path):
             if not path.is_file():
                 return None
             if path.is_symlink() and not self._tree.holds(path):
                 raise UnsafePathError(
-                    f"{path} leads out of the store, to {os.path.realpath(path)}",
+                    f"{path} points outside the store, to {os.path.realpath(path)}",
                     got=os.path.realpath(path),
                 )
-            return path if self._trust.confirms(digest, path) else None
+            return path if self._marks.confirms(digest, path) else None
 
     def path(self, digest: Digest) -> Path:
         """Return the path of a usable blob; raises `NotFoundError`."""
@@ -69,22 +76,22 @@ class Blobs:
             damaged = self.was_damaged(digest)
             raise NotFoundError(
                 f"blob {digest} is not in the store {self._tree.root}"
-                + (": what was there was damaged and is in quarantine" if damaged else ""),
+                + (": its file was damaged and moved to quarantine" if damaged else ""),
                 hint="pull or package the model again" if damaged else None,
             )
         return path
 
     def was_damaged(self, digest: Digest) -> bool:
-        """Return whether a damaged copy of the blob was put in quarantine."""
-        return self._trust.was_damaged(digest)
+        """Return whether a damaged copy of the blob is in quarantine."""
+        return self._marks.was_damaged(digest)
 
     def holds(self, descriptor: Descriptor) -> bool:
-        """Return whether the blob is there with the size that its descriptor says."""
+        """Return whether there is a usable blob with the size of its descriptor."""
         path = self.find(descriptor.digest)
         return path is not None and path.stat().st_size == descriptor.size
 
     def size(self, digest: Digest) -> int:
-        """Return the bytes of a blob's file, whether it is usable or not; 0 if there is none."""
+        """Return the size of a blob's file, usable or not; 0 if there is none."""
         try:
             return self._tree.blob(digest).stat().st_size
         except FileNotFoundError:
@@ -95,35 +102,35 @@ class Blobs:
         return read_verified(self.path(digest), digest, what, limit=limit)
 
     def digests(self) -> Iterator[Digest]:
-        """Return the digest of every file that is named like a blob."""
+        """Yield the digest of every file that is named like a blob."""
         for path in self._files():
             if (digest := _named(path)) is not None:
                 yield digest
 
     def strays(self) -> list[Path]:
-        """Return what lies under `blobs/` and is not named like a blob: other tools choke on it."""
+        """Return the other files under `blobs/`; some tools fail on them."""
         return [path for path in self._files() if _named(path) is None]
 
     def publish(self, staged: Path, digest: Digest, *, flushed: bool) -> None:
-        """Give a verified file its final name. The store's lock is held; `staged` has its mode.
+        """Rename a verified file to its blob's path. The caller holds the store's lock.
 
-        Unless its bytes are `flushed` to the disk, the blob is marked for a look after a crash.
+        Unless its bytes are `flushed` to the disk, mark the blob for verification after a crash.
         """
         final = self._tree.blob(digest)
-        with translating("publish", final):
+        with map_os_errors("publish", final):
             final.parent.mkdir(parents=True, exist_ok=True)
             if not flushed:
-                self._trust.mark_unflushed(digest)
+                self._marks.mark_unflushed(digest)
             os.replace(staged, final)
             if flushed:
                 flush_directory(final.parent)
-                self._trust.forget(digest)
-            self._trust.drop_quarantined(digest)
+                self._marks.forget(digest)
+            self._marks.drop_quarantined(digest)
 
     def write(self, digest: Digest, content: bytes) -> None:
-        """Store a small blob, durably. The store's lock is held."""
+        """Write a small blob durably. The caller holds the store's lock."""
         staged = draft(self._tree.ingest, digest.encoded)
-        with translating("write", staged):
+        with map_os_errors("write", staged):
             try:
                 write_durably(staged, content, mode=BLOB_MODE)
                 self.publish(staged, digest, flushed=True)
@@ -131,14 +138,14 @@ class Blobs:
                 staged.unlink(missing_ok=True)
 
     def delete(self, digest: Digest) -> None:
-        """Delete a blob and its marks. The store's lock is held."""
+        """Delete a blob and its marks. The caller holds the store's lock."""
         path = self._tree.blob(digest)
-        with translating("delete", path):
+        with map_os_errors("delete", path):
             path.unlink(missing_ok=True)
-            self._trust.forget(digest)
+            self._marks.forget(digest)
 
     def _files(self) -> Iterator[Path]:
-        with translating("list", self._tree.blobs):
+        with map_os_errors("list", self._tree.blobs):
             if not self._tree.blobs.is_dir():
                 return
             for folder in sorted(self._tree.blobs.iterdir()):
@@ -151,11 +158,14 @@ class Blobs:
 def read_verified(
     path: Path, digest: Digest, what: str, *, limit: int = MAX_DOCUMENT_BYTES
 ) -> bytes:
-    """Return the content of a small blob's file, verified; `what` names it in errors.
+    """Return the verified content of a small blob's file; `what` names it in errors.
 
-    Raises `IntegrityError` if it has another digest or more than `limit` bytes: none are read then.
+    Raises `IntegrityError` if it has another digest, or more than `limit` bytes (without reading).
     """
-    with translating("read", path), open(open_own(path, follow=True), "rb", buffering=0) as stream:
+    with (
+        map_os_errors("read", path),
+        open(open_own(path, follow=True), "rb", buffering=0) as stream,
+    ):
         size = os.fstat(stream.fileno()).st_size
         if size > limit:
             raise SizeMismatchError(

@@ -1,7 +1,8 @@
-"""`models.json` of Docker Model Runner's store: which models it has, under which tags.
+"""DockerStore: read Docker Model Runner's own store, and add models to it.
 
-The bytes are as its own code writes them (Go's `json.MarshalIndent`): two spaces, no newline at the
-end, `null` where a model has no tags. Fields and entries that are not understood stay.
+`DockerIndex` is the store's `models.json`. It is written as Go's `json.MarshalIndent` does: two
+spaces, no newline at the end, `null` for a model without tags. Unknown fields and entries are
+preserved.
 """
 
 from __future__ import annotations
@@ -40,27 +41,27 @@ from modelpack.store.file_copy import (
     Hashing,
     clone,
     copy_and_hash,
-    filling,
+    fill_from,
     hash_file,
     read_and_hash,
 )
 from modelpack.store.filesystem import (
     check_room,
     flush_directory,
+    map_os_errors,
     read_own,
-    translating,
     write_durably,
 )
 from modelpack.store.lookup import Entry, StoredModel
 
-#: Of the file: a larger one is neither read nor written.
+#: Size limit of `models.json` for reading and writing.
 MAX_BYTES: Final = 64 * 1024 * 1024
 _GO_ESCAPES: Final = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"})
 
 
 @dataclass(frozen=True, slots=True)
 class DockerIndex:
-    """The content of models.json; every change makes a new one."""
+    """The immutable content of a `models.json`."""
 
     value: Mapping[str, Any]
     elements: tuple[Any, ...] = ()
@@ -73,22 +74,22 @@ class DockerIndex:
         if elements is None:
             elements = []
         if not isinstance(elements, list):
-            raise ManifestError("'models' is no array", path=what)
+            raise ManifestError("'models' is not an array", path=what)
         return cls(value, tuple(elements))
 
     def encoded(self) -> bytes:
-        """Return the bytes of the file; raise `StoreError` if they are more than can be read."""
+        """Return the bytes of the file; raise `StoreError` if they exceed `MAX_BYTES`."""
         raw = go_indented({**self.value, "models": list(self.elements)})
         if len(raw) > MAX_BYTES:
             raise StoreError(
                 f"Docker's model store is full: models.json would have {len(raw)} bytes, "
                 f"more than the limit of {MAX_BYTES}",
-                hint="remove models from it: docker model rm",
+                hint="remove models with `docker model rm`",
             )
         return raw
 
     def models(self) -> dict[Digest, tuple[tuple[str, Reference | None], ...]]:
-        """Return each model's tags: as they are written, and what that means."""
+        """Return the tags of each model, each as text and as the parsed reference."""
         found: dict[Digest, list[tuple[str, Reference | None]]] = {}
         for element in self.elements:
             digest = _id(element)
@@ -98,13 +99,13 @@ class DockerIndex:
         return {digest: tuple(tags) for digest, tags in found.items()}
 
     def files(self) -> set[str]:
-        """Return the digests of all blobs that a model has."""
+        """Return the digests of the blobs of all models."""
         return {name for element in self.elements for name in _strings(element, "files")}
 
     def with_model(
         self, digest: Digest, files: Iterable[Digest], reference: Reference | None
     ) -> DockerIndex:
-        """Return an index that has the model, where `reference` names it and nothing else."""
+        """Return an index with the model, where `reference` names it and no other model."""
         elements = list(self.elements)
         if not any(_id(element) == digest for element in elements):
             elements.append({"id": str(digest), "tags": None, "files": [str(f) for f in files]})
@@ -120,7 +121,7 @@ def go_indented(value: Any) -> bytes:
 
 
 def _tagged(element: Any, reference: Reference, *, wanted: bool) -> Any:
-    """Return the element with the tag, if it is `wanted` there, or without it."""
+    """Return the element with the tag if `wanted`, otherwise without it."""
     if not isinstance(element, dict):
         return element
     tags = _strings(element, "tags")
@@ -164,7 +165,7 @@ def default_docker_root() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class DockerBlob:
-    """A blob in Docker's store; whether it exists shows when it is opened."""
+    """A blob in Docker's store; opening it raises `NotFoundError` if it is missing."""
 
     store: DockerStore
     digest: Digest
@@ -172,45 +173,46 @@ class DockerBlob:
     def open(self, offset: int = 0) -> AbstractContextManager[BlobReader]:
         """Return the open file at `offset`; raises `NotFoundError`."""
         path = self.store.blob_path(self.digest)
-        with translating("read", path):
+        with map_os_errors("read", path):
             stream = io.FileIO(path)
             stream.seek(offset)
         return stream
 
 
 class DockerStore:
-    """Docker Model Runner's store at `root`; fulfils `modelpack.storage.Source`.
+    """Docker Model Runner's store at `root`; implements `modelpack.storage.Source`.
 
-    Nothing in it counts as verified: Docker Model Runner checks no digest when it reads.
+    Its blobs do not count as verified: Docker Model Runner checks no digests when it reads them.
     """
 
     def __init__(self, root: str | Path | None = None, *, create: bool = False) -> None:
-        """Open the store; `create` makes one in an absent or empty directory.
+        """Open the store at `root` (default: `default_docker_root()`).
 
-        None means `default_docker_root`. Raises `StoreError` where there is something else.
+        With `create`, make a store in an absent or empty directory. Raises `StoreError` for any
+        other directory.
         """
         where = default_docker_root() if root is None else Path(root).expanduser()
         self.root = Path(os.path.abspath(where))
-        with translating("open Docker's model store", self.root):
+        with map_os_errors("open Docker's model store", self.root):
             if create and (not self.root.exists() or not any(self.root.iterdir())):
                 self._initialise()
             self._check_layout()
 
     def resolve(self, name: str) -> Descriptor:
-        """Return the manifest that `name` (a tag, id, short id or prefix) means."""
+        """Return the manifest called `name`: a tag, an id, a short id or a prefix of an id."""
         return self.get(name).descriptor
 
     def get(self, name: str) -> StoredModel:
-        """Return the model that `name` means, with all its tags; raises `NotFoundError`."""
+        """Return the model called `name`, with all its tags; raises `NotFoundError`."""
         entries = self._entries()
         return lookup.model(entries, lookup.find(entries, name).entry.digest)
 
     def models(self) -> tuple[StoredModel, ...]:
-        """Return all models whose manifest is there, by name."""
+        """Return all models with a valid manifest, sorted by name."""
         return lookup.models(self._entries())
 
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
-        """Return a manifest's bytes, checked against size and digest."""
+        """Return the bytes of a manifest, verified by size and digest."""
         raw = self._read_manifest(descriptor.digest)
         if len(raw) != descriptor.size:
             raise SizeMismatchError(
@@ -221,16 +223,16 @@ class DockerStore:
         return raw
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
-        """Return the blob to read from; whether it exists shows when it is opened."""
+        """Return the blob as a source; opening it raises `NotFoundError` if it is missing."""
         return DockerBlob(self, descriptor.digest)
 
     def blob_path(self, digest: Digest) -> Path:
-        """Return the path of a blob, not verified; raises `NotFoundError`."""
+        """Return the path of an unverified blob; raises `NotFoundError`."""
         path = self._place("blobs", digest)
         if not path.is_file():
             raise NotFoundError(f"blob {digest} is not in Docker's model store {self.root}")
         if not os.path.realpath(path).startswith(os.path.realpath(self.root) + os.sep):
-            raise UnsafePathError(f"{path} leads out of the store", got=os.path.realpath(path))
+            raise UnsafePathError(f"{path} points outside the store", got=os.path.realpath(path))
         return path
 
     def write_model(
@@ -241,16 +243,16 @@ class DockerStore:
         *,
         link: bool = True,
     ) -> Descriptor:
-        """Add a model under a tag, taking the tag from the model that had it.
+        """Add a model and tag it; another model that has this tag loses it.
 
-        `blob_path` tells where the file of each blob is. It is hashed, then hard-linked if `link`
-        and the file system allow it, else copied. Model Runner finds the model at once.
+        `blob_path` returns the file of each blob. The file is hashed, then hard-linked if `link`
+        and the file system allow it, otherwise copied. Model Runner sees the model at once.
         Raises `IntegrityError` if a file is not its blob, `StorageFullError`, `ManifestError`.
         """
         manifest = Manifest.parse(raw)
         new: list[Digest] = []
         with self._locked():
-            self._index()  # a damaged one shows before anything is written
+            self._index()  # raise for a damaged index before anything is written
             try:
                 for blob in manifest.unique_blobs:
                     if not self._holds(blob):
@@ -265,7 +267,7 @@ class DockerStore:
                 )
                 self._replace(self.root / "models.json", index.encoded())
             except BaseException:
-                self._take_back(new)
+                self._delete_unused(new)
                 raise
         return manifest.descriptor
 
@@ -280,9 +282,9 @@ class DockerStore:
         if not path.is_file():
             raise StoreError(
                 f"there is no Docker Model Runner store at {self.root}",
-                hint="name its directory; MODELS_PATH is used too",
+                hint="name its directory, or set MODELS_PATH",
             )
-        with translating("read", path):
+        with map_os_errors("read", path):
             raw = read_own(path, MAX_DOCUMENT_BYTES, follow=True)
         version = decode_object(raw, str(path)).get("version")
         if version != _VERSION:
@@ -292,7 +294,7 @@ class DockerStore:
 
     def _index(self) -> DockerIndex:
         path = self.root / "models.json"
-        with translating("read", path):
+        with map_os_errors("read", path):
             try:
                 raw = read_own(path, MAX_BYTES, follow=True)
             except FileNotFoundError:
@@ -302,7 +304,7 @@ class DockerStore:
     def _entries(self) -> tuple[Entry, ...]:
         entries = []
         for digest, tags in self._index().models().items():
-            # What is damaged cannot be had, but must not hide the others.
+            # A damaged manifest must not hide the other models.
             with suppress(NotFoundError, IntegrityError, ManifestError):
                 manifest = Manifest.parse(self._read_manifest(digest), str(digest)).descriptor
                 entries += [Entry(manifest, tag, reference) for tag, reference in tags]
@@ -325,7 +327,7 @@ class DockerStore:
     def _add_blob(self, descriptor: Descriptor, source: Path, *, link: bool) -> None:
         final = self._place("blobs", descriptor.digest)
         staged = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
-        with translating("write", final):
+        with map_os_errors("write", final):
             final.parent.mkdir(parents=True, exist_ok=True)
             try:
                 if link and _linked(source, staged):
@@ -345,16 +347,16 @@ class DockerStore:
             else:
                 check_room(self.root, descriptor.size, str(descriptor.digest))
                 hashing = Hashing(hasher, descriptor.size)
-                fill = filling(reader.fileno())
+                fill = fill_from(reader.fileno())
                 copy_and_hash(fill, writer.fileno(), staged, hashing, lambda _: None)
             os.fchmod(writer.fileno(), 0o644)
             os.fsync(writer.fileno())
         return Digest.of_hasher(hasher)
 
     def _replace(self, path: Path, content: bytes) -> None:
-        """Replace a small file as Model Runner does: a temporary file beside it, then a rename."""
+        """Replace a small file as Model Runner does: write a temporary file, then rename it."""
         staged = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
-        with translating("write", path):
+        with map_os_errors("write", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 write_durably(staged, content, mode=0o644)
@@ -363,8 +365,8 @@ class DockerStore:
                 staged.unlink(missing_ok=True)
             flush_directory(path.parent)
 
-    def _take_back(self, digests: list[Digest]) -> None:
-        """Delete blobs that no model got: nothing else would ever collect them."""
+    def _delete_unused(self, digests: list[Digest]) -> None:
+        """Delete blobs that no model uses: nothing else would ever delete them."""
         with suppress(ModelpackError, OSError):
             needed = self._index().files()
             for digest in digests:
@@ -373,8 +375,8 @@ class DockerStore:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keep other processes of ours out; Model Runner itself knows no lock."""
-        with translating("lock", self.root):
+        """Lock out other Modelpack processes; Model Runner itself takes no lock."""
+        with map_os_errors("lock", self.root):
             directory = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(directory, fcntl.LOCK_EX)

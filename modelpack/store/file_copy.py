@@ -1,7 +1,8 @@
-"""Writing large files past the page cache, where the system can: Linux with O_DIRECT.
+"""Copy and hash large files with little memory: direct writes, write-behind, hashing threads.
 
-A copied model is seldom read soon, and its pages cost more than they give: fresh memory has to be
-found and cleared for them, and what others have cached is pushed out.
+A copied model is seldom read soon, so its pages in the page cache cost more than they give: they
+need fresh memory and evict what other programs have cached. Where the system allows it (Linux with
+O_DIRECT), files are written without the page cache; otherwise, writing to the disk starts early.
 """
 
 from __future__ import annotations
@@ -12,36 +13,37 @@ import mmap
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 from modelpack.artifacts.digest import Digest, new_hasher
-from modelpack.store.filesystem import FULL, translating
+from modelpack.store.filesystem import FULL, map_os_errors
 
 if TYPE_CHECKING:
     from hashlib import _Hash
     from types import TracebackType
 
-#: Addresses and lengths of direct writes are multiples of this; it suits every usual disk.
+#: Addresses and lengths of direct writes are multiples of this, which suits all usual disks.
 ALIGNMENT: Final = 4096
-# Small files are better off in the cache.
-_WORTH_IT: Final = 8 * 1024 * 1024
+# Smaller files are written through the cache.
+_MIN_DIRECT_BYTES: Final = 8 * 1024 * 1024
 
 
 class DirectWriter:
-    """Writes views to an open file one after the other, directly as long as that works.
+    """Appends views to an open file, without the page cache as long as that works.
 
-    `size` is what is going to be written. Views should be aligned in memory (pages of `mmap` are);
-    those that are not, a length that is not a multiple of `ALIGNMENT` (the last, usually) and file
-    systems that cannot do it are written through the cache.
+    `size` is the number of bytes to write. Views should be aligned in memory, as pages of `mmap`
+    are. Unaligned views, lengths that are not a multiple of `ALIGNMENT` (usually the last one), and
+    file systems without direct writes go through the cache.
     """
 
     def __init__(self, file: int, size: int) -> None:
         self._file = file
         self._direct = False
-        if size >= _WORTH_IT and hasattr(os, "O_DIRECT"):
+        if size >= _MIN_DIRECT_BYTES and hasattr(os, "O_DIRECT"):
             self._direct = self._switch(on=True)
 
     def write(self, view: memoryview) -> None:
@@ -57,7 +59,7 @@ class DirectWriter:
                 self.give_up()
 
     def give_up(self) -> None:
-        """Write through the cache from now on, as everybody else who uses the open file does."""
+        """Write through the cache from now on; every user of the open file needs that."""
         if self._direct:
             self._direct = False
             self._switch(on=False)
@@ -72,24 +74,60 @@ class DirectWriter:
         return True
 
 
-#: What is read, hashed and written at a time.
+_WRITE_BEHIND_BYTES: Final = 8 * 1024 * 1024
+# Stop giving advice to a disk that makes us wait longer than this.
+_BYTES_PER_SECOND: Final = 1e9
+_GRACE_SECONDS: Final = 0.1
+
+
+class WriteBehind:
+    """Asks the kernel to write a file early, from `start` on; ignores errors.
+
+    Otherwise the kernel keeps gigabytes of written pages, and the flush at the end takes long.
+    """
+
+    def __init__(self, file: int, start: int) -> None:
+        self._file = file
+        self._advised = start
+        self._patience = _GRACE_SECONDS
+        self._active = hasattr(os, "posix_fadvise")
+
+    def written(self, position: int) -> None:
+        """Record that everything before `position` is written."""
+        if not self._active or position - self._advised < _WRITE_BEHIND_BYTES:
+            return
+        # The kernel starts to write the dirty pages of the range, and keeps them cached.
+        length = position - self._advised
+        started = time.monotonic()
+        try:
+            os.posix_fadvise(self._file, self._advised, length, os.POSIX_FADV_DONTNEED)
+        except OSError:
+            self._active = False
+        self._patience += length / _BYTES_PER_SECOND
+        self._patience -= time.monotonic() - started
+        if self._patience < 0:
+            self._active = False
+        self._advised = position
+
+
+#: Bytes read, hashed and written at a time.
 CHUNK: Final = 1024 * 1024
 #: Bytes between two progress reports.
 STEP: Final = 1024 * 1024
 _BUFFERS = 8
-# Below this a thread costs more than it saves.
-_WORTH_A_THREAD = 8 * STEP
+# A thread costs more than it saves for fewer bytes.
+_MIN_BYTES_FOR_THREAD = 8 * STEP
 
-_busy = 0  # threads that hash or copy now
+_busy = 0  # number of threads that hash or copy
 _busy_mutex = threading.Lock()
 
 
 class Hashing:
-    """Feeds a hasher, from a thread of its own where `size` bytes are worth one.
+    """Feeds a hasher, in a thread of its own if `size` bytes are worth one.
 
-    `buffer` gives a buffer to fill, `update` hands its filled part over; it stays readable until
-    the next call of `buffer`. After the block everything is hashed. Where all processors are at
-    work for others in this process, a thread would only get in their way, so there is none.
+    `buffer` returns a buffer to fill, and `update` hashes its filled part; the buffer stays
+    readable until the next call of `buffer`. Everything is hashed at the end of the block. There is
+    no thread if other copies in this process already use all processors.
     """
 
     def __init__(self, hasher: _Hash, size: int) -> None:
@@ -103,11 +141,11 @@ class Hashing:
     def __enter__(self) -> Hashing:
         global _busy
         with _busy_mutex:
-            threaded = self.size >= _WORTH_A_THREAD and _busy + 2 <= _processors()
+            threaded = self.size >= _MIN_BYTES_FOR_THREAD and _busy + 2 <= _processors()
             self._share = 2 if threaded else 1
             _busy += self._share
-        for _ in range(_BUFFERS if threaded else 2):  # one may be on its way to the disk
-            # Whole pages, so that they can be written directly.
+        for _ in range(_BUFFERS if threaded else 2):  # the other may be in use by a write
+            # Whole pages, as direct writes need them.
             self._free.put(memoryview(mmap.mmap(-1, CHUNK)))
         if threaded:
             self._thread = threading.Thread(target=self._run, name="modelpack-hash", daemon=True)
@@ -119,7 +157,7 @@ class Hashing:
         return self._free.get()
 
     def update(self, buffer: memoryview, length: int) -> None:
-        """Hash the first `length` bytes of what `buffer` gave, sooner or later."""
+        """Hash the first `length` bytes of a buffer, maybe later."""
         if self._thread is not None:
             self._filled.put((buffer, length))
         else:
@@ -153,10 +191,11 @@ def copy_and_hash(
     hashing: Hashing,
     seen: Callable[[int], None],
 ) -> int:
-    """Write what `fill` reads to the open file `target` at `path`, hash it; return the byte count.
+    """Write the bytes from `fill` to the open file `target` and hash them; return their number.
 
-    `fill` puts bytes into a buffer and returns their number, 0 at the end. `seen` is called with
-    the number of bytes every `STEP` bytes and at the end; it may raise to end the copy.
+    `fill` puts bytes into a buffer and returns their number, 0 at the end. `path` names the target
+    in errors. `seen` is called with the number of bytes every `STEP` bytes and at the end; it may
+    raise to stop the copy.
     """
     total = told = 0
     writer = DirectWriter(target, hashing.size)
@@ -167,7 +206,7 @@ def copy_and_hash(
             if not length:
                 break
             hashing.update(buffer, length)
-            with translating("write", path):
+            with map_os_errors("write", path):
                 writer.write(buffer[:length])
             total += length
             if total - told >= STEP:
@@ -178,7 +217,7 @@ def copy_and_hash(
     return total
 
 
-def filling(source: int) -> Callable[[memoryview], int]:
+def fill_from(source: int) -> Callable[[memoryview], int]:
     """Return a function that reads the open file `source` into a buffer."""
     return lambda buffer: os.readv(source, [buffer])
 
@@ -186,9 +225,9 @@ def filling(source: int) -> Callable[[memoryview], int]:
 def read_and_hash(
     source: int, hasher: _Hash, seen: Callable[[int], None], most: int | None = None
 ) -> int:
-    """Feed the open file `source` to `hasher`; return its bytes. `seen` as in `copy_and_hash`.
+    """Feed the open file `source` to `hasher`, at most `most` bytes; return the number of bytes.
 
-    With `most`, that many bytes at most are read.
+    `seen` is as in `copy_and_hash`.
     """
     buffer = memoryview(bytearray(CHUNK))
     total = told = 0
@@ -226,9 +265,9 @@ _FICLONE = 0x40049409  # linux/fs.h
 
 
 def clone(source: int, target: int) -> bool:
-    """Make the open, empty file `target` share all blocks of `source`; return whether that worked.
+    """Try to make the open, empty file `target` share all blocks of `source`.
 
-    Linux (btrfs, XFS, bcachefs, ...). Elsewhere the bytes are copied.
+    Return whether that succeeded: it needs Linux and a file system such as btrfs or XFS.
     """
     if sys.platform != "linux":
         return False
@@ -240,9 +279,9 @@ def clone(source: int, target: int) -> bool:
 
 
 def reserve(target: int, size: int) -> None:
-    """Reserve `size` bytes for the open file, where possible; raises `OSError` if the disk is full.
+    """Reserve `size` bytes for the open file if possible; raise `OSError` if the disk is full.
 
-    Writing is faster after that, and a full disk shows at once.
+    This makes writing faster and detects a full disk at once.
     """
     if size == 0 or not hasattr(os, "posix_fallocate"):
         return

@@ -1,4 +1,7 @@
-"""What the operating system refuses, said in Modelpack's own errors."""
+"""File system operations of stores: safe opening, durable writing, deletion, free space.
+
+Errors of the operating system become `StoreError` and `StorageFullError` here.
+"""
 
 from __future__ import annotations
 
@@ -21,29 +24,29 @@ _NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVA
 
 
 @contextmanager
-def translating(doing: str, path: Path | str) -> Iterator[None]:
-    """Turn an `OSError` inside the block into a `StoreError`: "cannot <doing> <path>: ..."."""
+def map_os_errors(action: str, path: Path | str) -> Iterator[None]:
+    """Turn an `OSError` in the block into a `StoreError`: "cannot <action> <path>: ..."."""
     try:
         yield
     except OSError as error:
-        raise translated(error, doing, path) from error
+        raise store_error(error, action, path) from error
 
 
-def translated(error: OSError, doing: str, path: Path | str) -> StoreError:
-    """Return the `StoreError` (a `StorageFullError` where the disk is full) for `error`."""
+def store_error(error: OSError, action: str, path: Path | str) -> StoreError:
+    """Return the `StoreError` for `error`, a `StorageFullError` if the disk is full."""
     why = error.strerror or str(error)
     if error.errno in FULL:
         return StorageFullError(
-            f"cannot {doing} {path}: {why}",
-            hint="free some space (`modelpack gc` may help) and run the same command again",
+            f"cannot {action} {path}: {why}",
+            hint="free some space, for example with `modelpack gc`, and run the same command again",
         )
     hint = None
-    if doing == "lock" and error.errno in _NO_LOCKS:
-        why = f"its file system has no locks ({why})"
-        hint = "keep the store elsewhere, on a local disk: two processes would damage it there"
+    if action == "lock" and error.errno in _NO_LOCKS:
+        why = f"its file system does not support locks ({why})"
+        hint = "keep the store on a local disk: without locks, two processes would damage it"
     if error.errno in _FORBIDDEN:
-        hint = "check who owns the store and whether its file system is writable"
-    return StoreError(f"cannot {doing} {path}: {why}", hint=hint)
+        hint = "check the owner of the store and whether its file system is writable"
+    return StoreError(f"cannot {action} {path}: {why}", hint=hint)
 
 
 _DRAFT: Final = "tmp-"
@@ -51,41 +54,41 @@ _DRAFT: Final = "tmp-"
 
 @cache
 def boot_id() -> str:
-    """Return a text that stays the same until the machine starts again.
+    """Return an id that stays the same until the machine is rebooted.
 
-    Where the system tells none, every process gets its own: then more is verified, never less.
+    Without an id from the system, every process gets its own: more is verified then, never less.
     """
     if sys.platform == "darwin":
-        return _told_by_sysctl() or f"unknown-{random_name()}"
+        return _sysctl_boot_id() or f"unknown-{random_name()}"
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return f"unknown-{random_name()}"
 
 
-def _told_by_sysctl() -> str:
+def _sysctl_boot_id() -> str:
     import subprocess
 
     command = ["sysctl", "-n", "kern.bootsessionuuid"]
     try:
-        told = subprocess.run(command, capture_output=True, check=True, timeout=10).stdout
+        output = subprocess.run(command, capture_output=True, check=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
-    return told.decode().strip()
+    return output.decode().strip()
 
 
 def random_name() -> str:
-    """Return a text that nothing else is called."""
+    """Return a unique file name."""
     return os.urandom(16).hex()
 
 
 def open_own(
     path: Path | str, flags: int = os.O_RDONLY, *, mode: int = 0o644, follow: bool = False
 ) -> int:
-    """Open a file that the store keeps for itself; return its descriptor.
+    """Open one of the store's own files; return its descriptor.
 
-    A store may come from a stranger: a symbolic link in place of the file, unless `follow`, a FIFO,
-    a device or a directory is an `OSError`, and nothing is waited for.
+    A store may come from an untrusted source: raises `OSError`, without waiting, if the path is a
+    FIFO, a device, a directory or, unless `follow`, a symbolic link.
     """
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     descriptor = os.open(path, flags, mode)
@@ -98,7 +101,7 @@ def open_own(
 def read_own(path: Path | str, limit: int, *, follow: bool = False) -> bytes:
     """Return the bytes of a file that `open_own` opens; raise `OSError` if they exceed `limit`."""
     with open(open_own(path, follow=follow), "rb", buffering=0) as stream:
-        # A buffer of the size asked for is allocated at once, however short the file is.
+        # `read(limit)` would allocate the whole limit, however short the file is.
         size = os.fstat(stream.fileno()).st_size
         if size > limit:
             raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
@@ -115,7 +118,7 @@ def write_own(path: Path | str, content: bytes) -> None:
 
 
 def flush_file(path: Path) -> None:
-    """Have the bytes of `path` on the disk itself."""
+    """Flush the bytes of the file `path` to the disk."""
     descriptor = open_own(path, follow=True)
     try:
         os.fsync(descriptor)
@@ -124,7 +127,7 @@ def flush_file(path: Path) -> None:
 
 
 def flush_directory(path: Path) -> None:
-    """Have the names in the directory `path` on the disk itself."""
+    """Flush the names in the directory `path` to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -148,12 +151,12 @@ def write_atomically(path: Path, content: bytes, *, by_way_of: Path, mode: int =
 
 
 def draft(directory: Path, name: str) -> Path:
-    """Return where to write what is to be renamed to `name`; a collection deletes old ones."""
+    """Return a path for a file that will be renamed to `name`; `gc` deletes abandoned ones."""
     return directory / f"{_DRAFT}{name}-{random_name()}"
 
 
 def is_draft(path: Path) -> bool:
-    """Return whether the file is one of `draft`."""
+    """Return whether `draft` made the path."""
     return path.name.startswith(_DRAFT)
 
 
@@ -169,7 +172,7 @@ def write_durably(path: Path, content: bytes, *, mode: int) -> None:
 
 
 def write_all(descriptor: int, view: memoryview) -> None:
-    """Write all of `view`; a system call may take only a part of it."""
+    """Write all of `view`: a system call may write only a part of it."""
     while view:
         view = view[os.write(descriptor, view) :]
 
@@ -177,10 +180,10 @@ def write_all(descriptor: int, view: memoryview) -> None:
 def files_below(
     root: Path, *, skip_unreadable: bool = False
 ) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Yield all that is not a directory, with its path below `root`; links are not followed.
+    """Yield everything but directories, with the path below `root`; links are not followed.
 
-    Raises `OSError` for a directory that cannot be read, or whose path is too long, unless those
-    are skipped.
+    Raises `OSError` for a directory that is unreadable or has too long a path, unless
+    `skip_unreadable`.
     """
     waiting = [(os.fspath(root), "")]
     while waiting:
@@ -200,9 +203,10 @@ def files_below(
 
 
 def delete_tree(root: Path) -> None:
-    """Delete a directory and all below it, as far as that is possible; nobody else writes to it.
+    """Delete a directory and everything below it as far as possible.
 
-    Directories are moved to the top before they are emptied, so that paths stay short.
+    No other process may write to it. Directories are moved to the top before they are emptied, so
+    that paths stay short.
     """
     waiting = [root]
     while waiting:
@@ -217,7 +221,7 @@ def delete_tree(root: Path) -> None:
 
 
 def _emptied(directory: Path, root: Path) -> list[Path]:
-    """Delete the files in a directory, and move its directories into `root`; return them."""
+    """Delete the files in a directory and move its directories into `root`; return those."""
     moved = []
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -244,7 +248,7 @@ _MOST_MARGIN = 64 * 1024 * 1024
 def check_room(folder: Path, size: int, what: str) -> None:
     """Raise `StorageFullError` unless `size` more bytes fit on the file system of `folder`.
 
-    A margin of 5 %, 64 MiB at most, is asked for besides: metadata needs room too.
+    Requires a margin of 5 %, at most 64 MiB, for metadata.
     """
     if size <= 0:
         return
@@ -256,7 +260,7 @@ def check_room(folder: Path, size: int, what: str) -> None:
 
 
 def no_room(folder: Path, needed: int, available: int | None, what: str) -> StorageFullError:
-    """Return the error that says what is needed and what is there, in bytes."""
+    """Return the error with the bytes that are needed and available."""
     if available is None:
         disk = os.statvfs(folder)
         available = disk.f_bavail * disk.f_frsize
@@ -264,15 +268,15 @@ def no_room(folder: Path, needed: int, available: int | None, what: str) -> Stor
         f"no room for {what} in {folder}: need {shown(needed)}, have {shown(available)}",
         needed=needed,
         available=available,
-        hint="free some space (`modelpack gc` may help) and run the same command again; "
-        "what was downloaded so far is kept",
+        hint="free some space, for example with `modelpack gc`, and run the same command again; "
+        "the partial download is kept",
     )
 
 
 def bytes_freed(paths: Iterable[Path]) -> int:
-    """Return the bytes that deleting these files and directories frees, all together.
+    """Return the bytes that deleting all these files and directories frees.
 
-    A file with several names is freed with the last of them, and counts once.
+    A file with several names is freed only if all of them are deleted, and counts once.
     """
     names: Counter[tuple[int, int]] = Counter()
     found: dict[tuple[int, int], os.stat_result] = {}
@@ -290,7 +294,7 @@ def bytes_used(*paths: Path) -> int:
 
 
 def _statuses(paths: Iterable[Path]) -> Iterator[os.stat_result]:
-    """Return the status of each file below the paths; what vanishes meanwhile is left out."""
+    """Yield the status of each file below the paths; skip files that disappear."""
     for path in paths:
         if path.is_symlink() or not path.is_dir():
             with suppress(OSError):
@@ -302,7 +306,7 @@ def _statuses(paths: Iterable[Path]) -> Iterator[os.stat_result]:
 
 
 def shown(size: int) -> str:
-    """Return a number of bytes as people read it: `1.50 GB`."""
+    """Return a number of bytes for people: `1.50 GB`."""
     value = float(size)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:

@@ -1,4 +1,4 @@
-"""Checking a store: is everything there that the index promises, and is it what it says it is?"""
+"""Consistency check of a store: are all blobs of all models there, and are they intact?"""
 
 from __future__ import annotations
 
@@ -17,32 +17,29 @@ from modelpack.progress import Action, Progress
 from modelpack.storage import Watch
 from modelpack.store.blobs import Blobs
 from modelpack.store.file_copy import hash_file
-from modelpack.store.filesystem import translating
+from modelpack.store.filesystem import map_os_errors
 from modelpack.store.index import IndexFile
 from modelpack.store.kept_bundles import KeptBundles, State
 from modelpack.store.reachability import read_manifest, successors
 from modelpack.store.tree import Tree
-from modelpack.store.verified_marks import Trust
-
-_TYPES = (*media_types.MANIFEST_TYPES, *media_types.INDEX_TYPES)
-_FLUSH_LIMIT = 16 * 1024**3
+from modelpack.store.verified_marks import VerifiedMarks
 
 
 class Fault(StrEnum):
-    """What can be wrong."""
+    """The kinds of problems."""
 
-    INDEX = "index"  # index.json, or an entry of it, does not parse
-    MISSING = "missing"  # a blob that a model needs is not there
-    SIZE = "size"  # a descriptor names another size than the blob has
-    CONTENT = "content"  # a blob does not hash to its name; it is in quarantine now
+    INDEX = "index"  # index.json or one of its entries does not parse
+    MISSING = "missing"  # a blob that a model needs does not exist
+    SIZE = "size"  # a descriptor has another size than the blob
+    CONTENT = "content"  # a blob did not match its digest; it is in quarantine
     MANIFEST = "manifest"  # a manifest is intact but does not parse
-    STRAY = "stray"  # a file under blobs/ that is no blob
-    BUNDLE = "bundle"  # a file of a bundle was not what its model says; the bundle is gone now
+    STRAY = "stray"  # a file under blobs/ is not a blob
+    BUNDLE = "bundle"  # a bundle differed from its model and was deleted
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong; `models` are the names (or ids) of the models that it hits."""
+    """One problem; `models` are the names (or ids) of the models that it affects."""
 
     kind: Fault
     message: str
@@ -52,9 +49,9 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class FsckReport:
-    """What a check found: `checked` blobs were looked at, and `bytes_checked` of them hashed.
+    """The result of a check: the number of blobs `checked`, and the bytes hashed.
 
-    `partial` are the names (or ids) of models of which only a part was pulled; that is no problem.
+    `partial` are the names (or ids) of partially pulled models, which are not a problem.
     """
 
     checked: int
@@ -64,15 +61,15 @@ class FsckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems
 
 
 @dataclass(slots=True)
 class _Need:
-    """A blob that the index leads to: the sizes that descriptors give it, and for which models.
+    """A blob reachable from the index: its sizes by descriptors, and the models that need it.
 
-    `vital` are those of the models that may not lack it.
+    `vital` are the models that are broken without it; partial models may lack layers.
     """
 
     sizes: set[int] = field(default_factory=set)
@@ -82,20 +79,20 @@ class _Need:
 
 @dataclass(frozen=True, slots=True)
 class Checker:
-    """Checks one store."""
+    """The consistency checker of one store."""
 
     tree: Tree
     blobs: Blobs
-    trust: Trust
+    marks: VerifiedMarks
     index: IndexFile
     bundles: KeptBundles
 
     def check(self, *, fast: bool, watch: Watch) -> FsckReport:
         """Check index, manifests, blobs and bundles; unless `fast`, hash every blob.
 
-        Damaged blobs are moved to quarantine, and bundles that are not links or copies of their
-        blobs are deleted; they are made again when they are used. A fast check hashes the
-        manifests, and what has a wrong size or, in a bundle, another time of change.
+        Damaged blobs are moved to quarantine. Bundles that differ from their blobs are deleted, and
+        made again at their next use. A fast check hashes only manifests, blobs of a wrong size, and
+        files of bundles that have another modification time.
         """
         self.tree.prepare()
         check = _Check(self, watch)
@@ -105,19 +102,21 @@ class Checker:
             watch.stop.check()
             check.blob(digest, fast=fast)
         for path in self.blobs.strays():
-            check.add(Fault.STRAY, f"{path} is no blob; some tools refuse the store for it")
+            check.add(
+                Fault.STRAY, f"{path} is not a blob; some tools refuse a store that contains it"
+            )
         for path, manifest in self.bundles.all().items():
             watch.stop.check()
             check.bundle(path, manifest, fast=fast)
         if not fast:
             good = ((d, self.tree.blob(d)) for d in sorted(present - check.damaged))
-            self.trust.settle(good, limit=_FLUSH_LIMIT)
+            self.marks.settle(good)
         partial = tuple(sorted(check.lacking))
         return FsckReport(len(present), check.bytes_checked, tuple(check.problems), partial)
 
 
 class _Check:
-    """One run of a `Checker`, and what it found so far."""
+    """The state of one run of a `Checker`."""
 
     def __init__(self, checker: Checker, watch: Watch) -> None:
         self._of = checker
@@ -132,30 +131,30 @@ class _Check:
         self._successors: dict[Descriptor, tuple[Descriptor | None, tuple[Descriptor, ...]]] = {}
 
     def add(self, fault: Fault, message: str, digest: Digest | None = None) -> None:
-        """Note a problem."""
+        """Record a problem."""
         need = self.needs.get(digest, _Need()) if digest else _Need()
         self.problems.append(Problem(fault, message, digest, tuple(sorted(need.models))))
 
     def walk_index(self) -> None:
-        """Check the index, and find out what its manifests need."""
+        """Check the index and collect the blobs that its manifests need."""
         try:
             document = self._of.index.read()
         except StoreError as error:
             return self.add(Fault.INDEX, str(error))
         for number, item in enumerate(document.items):
             if item.entry is None:
-                self.add(Fault.INDEX, f"index.json: manifests[{number}] is no descriptor")
+                self.add(Fault.INDEX, f"index.json: manifests[{number}] is not a descriptor")
             else:
                 name = item.entry.name or item.entry.digest.short
                 self._walk(item.entry.descriptor, name, partial=item.entry.is_partial)
         return None
 
     def blob(self, digest: Digest, *, fast: bool) -> None:
-        """Check one blob that is there or should be."""
+        """Check one blob that exists or should exist."""
         path = self._of.tree.blob(digest)
         need = self.needs.get(digest, _Need())
         if path.is_symlink() and not self._of.tree.holds(path):
-            return self.add(Fault.STRAY, f"{path} leads out of the store", digest)
+            return self.add(Fault.STRAY, f"{path} points outside the store", digest)
         try:
             found = path.stat()
         except FileNotFoundError:
@@ -179,9 +178,9 @@ class _Check:
         return None
 
     def bundle(self, path: Path, manifest: Digest | None, *, fast: bool) -> None:
-        """Check one bundle; delete it if it is not what its model says."""
+        """Check one bundle; delete it if it differs from its model."""
         if manifest is None:
-            return  # left by another version; a collection deletes it
+            return  # left by another version; the garbage collection deletes it
 
         def seen(_completed: int) -> None:
             self._watch.stop.check()
@@ -191,7 +190,7 @@ class _Check:
             verdict = self._of.bundles.verify(
                 path, is_live=manifest in self.needs, fast=fast, seen=seen
             )
-        except FileNotFoundError:  # it was replaced or removed while we looked
+        except FileNotFoundError:  # replaced or removed since it was listed
             return
         if verdict.state is State.SOUND:
             return
@@ -207,11 +206,11 @@ class _Check:
     def _missing(self, digest: Digest, need: _Need) -> None:
         listed = {entry.name or entry.digest.short for entry in self._of.index.read().entries}
         self.lacking |= (need.models - need.vital) & listed
-        if need.vital & listed:  # else it was removed while we looked
+        if need.vital & listed:  # otherwise it was removed during the check
             self.add(Fault.MISSING, f"blob {digest} is missing", digest)
 
     def _walk(self, root: Descriptor, name: str, *, partial: bool) -> None:
-        """Note what the model `name` leads to; a `partial` one may lack its layers."""
+        """Record the blobs of the model `name`; a `partial` model may lack its layers."""
         waiting = [(root, True)]
         while waiting:
             descriptor, vital = waiting.pop()
@@ -231,9 +230,9 @@ class _Check:
     def _successors_of(
         self, descriptor: Descriptor
     ) -> tuple[Descriptor | None, tuple[Descriptor, ...]]:
-        """Return the config of a manifest, and all that it needs; nothing if it is none."""
+        """Return the config of a manifest and all its successors; nothing for other blobs."""
         path = self._of.tree.blob(descriptor.digest)
-        if descriptor.media_type not in _TYPES or not path.is_file():
+        if descriptor.media_type not in media_types.MANIFEST_AND_INDEX_TYPES or not path.is_file():
             return None, ()
         try:
             if self._hashes(descriptor.digest, path):
@@ -242,7 +241,7 @@ class _Check:
                 return config, successors(manifest)
         except (FormatError, IntegrityError) as error:
             self._unparsable[descriptor.digest] = f"manifest {error}"
-        except NotFoundError:  # it was removed while we looked
+        except NotFoundError:  # removed during the check
             pass
         return None, ()
 
@@ -257,7 +256,7 @@ class _Check:
             report = Progress(Action.VERIFY, digest.short, digest, completed, size)
             self._watch.report(report)
 
-        with translating("read", path):
+        with map_os_errors("read", path):
             got = hash_file(path, digest.algorithm, seen)
         self.bytes_checked += size
         if got == digest:
@@ -265,5 +264,5 @@ class _Check:
             return True
         self.damaged.add(digest)
         with self._of.tree.lock().held():
-            self._of.trust.put_in_quarantine(digest, path)
+            self._of.marks.put_in_quarantine(digest, path)
         return False

@@ -1,4 +1,4 @@
-"""Garbage collection: deleting what no model, no live process and no recent work needs."""
+"""Garbage collection: delete what no model, no live process and no recent work needs."""
 
 from __future__ import annotations
 
@@ -13,33 +13,28 @@ from pathlib import Path
 from modelpack.artifacts.digest import Digest
 from modelpack.errors import LockedError
 from modelpack.store.blobs import Blobs
-from modelpack.store.filesystem import bytes_freed, is_draft, translating
+from modelpack.store.filesystem import bytes_freed, is_draft, map_os_errors
+from modelpack.store.imports import is_ingest_file
 from modelpack.store.index import IndexFile
 from modelpack.store.kept_bundles import KeptBundles
 from modelpack.store.leases import Leases
 from modelpack.store.locks import FileLock
 from modelpack.store.reachability import reachable, referrers
-from modelpack.store.staging import (
-    abandoned_uploads,
-    allocated_bytes,
-    is_staged_import,
-    remove_upload,
-)
-from modelpack.store.tree import Tree, labelled
-from modelpack.store.verified_marks import Trust
+from modelpack.store.tree import Tree, labelled_digest
+from modelpack.store.upload_sessions import abandoned_uploads, allocated_bytes, remove_upload
+from modelpack.store.verified_marks import VerifiedMarks
 
-#: Downloads that nobody resumed for a week are given up.
+#: Age in seconds at which a partial download counts as abandoned.
 PARTIAL_SECONDS = 7 * 24 * 3600.0
-_FLUSH_LIMIT = 16 * 1024**3
 
 
 @dataclass(frozen=True, slots=True)
 class GcReport:
-    """What was deleted or, in a dry run, would be.
+    """What was deleted or, in a dry run, would be deleted.
 
-    `partials` are files and uploads in `ingest/`, bundles of models that are gone, and damaged
-    copies of blobs that are there again or that no model needs. `kept` are unreferenced blobs that
-    a lease or the grace period protects. `bytes_freed` counts no file that keeps another name.
+    `partials` are files and uploads in `ingest/`, bundles of removed models, and damaged copies of
+    blobs that were stored again or that no model needs. `kept` are unreferenced blobs that a lease
+    or the grace period protects. `bytes_freed` leaves out files that have another name elsewhere.
     """
 
     dry_run: bool
@@ -51,11 +46,11 @@ class GcReport:
 
 @dataclass(frozen=True, slots=True)
 class Collector:
-    """Sweeps one store."""
+    """The garbage collector of one store."""
 
     tree: Tree
     blobs: Blobs
-    trust: Trust
+    marks: VerifiedMarks
     index: IndexFile
     leases: Leases
     bundles: KeptBundles
@@ -63,9 +58,9 @@ class Collector:
     def collect(
         self, *, dry_run: bool, grace_seconds: float, partial_seconds: float = PARTIAL_SECONDS
     ) -> GcReport:
-        """Delete unreferenced blobs not used for `grace_seconds`, and what downloads left behind.
+        """Delete unreferenced blobs unused for `grace_seconds`, and abandoned partial files.
 
-        Roots are the index, manifests about live ones (their subject is live), and live leases.
+        The roots are the index, the referrers of live manifests, and the leases of live processes.
         """
         self.tree.prepare()
         with self.tree.lock().held():
@@ -98,22 +93,22 @@ class Collector:
             partials = list(self._left_behind(partial_seconds, dry_run=dry_run))
             freed += sum(size for _, size in partials)
             if not dry_run:
-                for mark in self.trust.stale_marks():
+                for mark in self.marks.stale_marks():
                     mark.unlink(missing_ok=True)
         if not dry_run:
-            self.trust.settle(((d, self.tree.blob(d)) for d in sorted(live)), limit=_FLUSH_LIMIT)
+            self.marks.settle((d, self.tree.blob(d)) for d in sorted(live))
         names = tuple(str(path.relative_to(self.tree.ingest)) for path, _ in partials)
         names += tuple(f"{self.tree.quarantine.name}/{path.name}" for path in damaged)
-        names += tuple(f"{self.tree.bundling.name}/{name}" for name in left_over)
+        names += tuple(f"{self.tree.bundle_ingest.name}/{name}" for name in left_over)
         names += tuple(f"{self.tree.bundles.name}/{path.name}" for path in stale)
         return GcReport(dry_run, tuple(removed), names, freed, tuple(kept))
 
     def _unneeded_damage(self, live: Collection[Digest]) -> Iterator[Path]:
-        """Return the damaged blobs that are there again, and those that no model needs."""
+        """Yield the damaged blobs that were stored again, and those that no model needs."""
         if not self.tree.quarantine.is_dir():
             return
         for path in sorted(self.tree.quarantine.iterdir()):
-            digest = labelled(path.name)
+            digest = labelled_digest(path.name)
             if path.is_dir():
                 continue
             if digest is not None and (digest not in live or self.tree.blob(digest).is_file()):
@@ -130,20 +125,20 @@ class Collector:
 
     def _is_recent(self, digest: Digest, path: Path, grace_seconds: float) -> bool:
         try:
-            return time.time() - self.trust.last_used(digest, path) < grace_seconds
-        except FileNotFoundError:  # a link that leads nowhere
+            return time.time() - self.marks.last_used(digest, path) < grace_seconds
+        except FileNotFoundError:  # a dangling link
             return False
 
     def _left_behind(self, partial_seconds: float, *, dry_run: bool) -> Iterator[tuple[Path, int]]:
-        """Delete what no process writes any more and nobody goes on with; tell it and its bytes."""
+        """Delete abandoned files of `ingest/`; yield the path and size of each."""
         for path in sorted(self.tree.ingest.iterdir()):
-            with translating("delete", path), suppress(FileNotFoundError, LockedError):
+            with map_os_errors("delete", path), suppress(FileNotFoundError, LockedError):
                 found = path.lstat()
                 if not stat.S_ISREG(found.st_mode):
                     continue
                 size = min(found.st_size, found.st_blocks * 512)  # a download may have gaps
-                if is_staged_import(path):
-                    # The importing process holds the file itself, from before we got the lock.
+                if is_ingest_file(path):
+                    # The importing process locks the file itself while it holds the store's lock.
                     if not FileLock(path).is_free():
                         continue
                     if not dry_run:
@@ -166,14 +161,14 @@ class Collector:
                     continue
                 yield path, size
         for path in abandoned_uploads(self.tree.uploads):
-            with translating("delete", path), suppress(FileNotFoundError):
+            with map_os_errors("delete", path), suppress(FileNotFoundError):
                 size = allocated_bytes(path)
                 if not dry_run:
                     remove_upload(path)
                 yield path, size
 
     def _is_given_up(self, path: Path, partial_seconds: float) -> bool:
-        digest = labelled(path.stem)
+        digest = labelled_digest(path.stem)
         if digest is None:
             return False
         done = os.path.lexists(self.tree.blob(digest))

@@ -1,9 +1,10 @@
-"""Files of this machine and members of archives: hashed and copied into the store in one pass."""
+"""Import files and streams: hash them and copy them into the store in one pass."""
 
 from __future__ import annotations
 
 import os
 import stat
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,15 +21,25 @@ from modelpack.errors import (
 )
 from modelpack.progress import Action, Progress
 from modelpack.storage import BlobReader, Outcome, Watch
-from modelpack.store.file_copy import Hashing, clone, copy_and_hash, filling, read_and_hash, reserve
-from modelpack.store.filesystem import check_room, no_room, translating
-from modelpack.store.staging import StagedImport, staged_import
+from modelpack.store.blobs import BLOB_MODE
+from modelpack.store.file_copy import (
+    Hashing,
+    clone,
+    copy_and_hash,
+    fill_from,
+    read_and_hash,
+    reserve,
+)
+from modelpack.store.filesystem import check_room, map_os_errors, no_room
+from modelpack.store.locks import try_lock
 from modelpack.store.tree import Tree
+
+_PREFIX, _SUFFIX = "import-", ".tmp"
 
 
 @dataclass(frozen=True, slots=True)
 class ImportedFile:
-    """A file as it was when it was read; `size` in bytes, `mtime_ns` since the epoch."""
+    """An imported file as it was read; `size` in bytes, `mtime_ns` since the epoch."""
 
     digest: Digest
     size: int
@@ -39,42 +50,45 @@ class ImportedFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
-    """A file that was read as a whole; `staged` has its bytes unless the file will be `linked`."""
+class StagedBlob:
+    """A file or stream that was read and hashed, ready to be published.
 
-    path: Path
+    The temporary file `path` has its bytes, unless it is going to be `linked` to `source`.
+    """
+
+    source: Path
     digest: Digest
     found: os.stat_result
-    staged: Path
+    path: Path
     linked: bool
 
     def link(self) -> None:
-        """Make `staged` a hard link of the file. The store's lock is held until it is published.
+        """Make `path` a hard link of the source. The caller holds the store's lock.
 
-        Raises `SourceChangedError` if the name stands for another file by now.
+        Raises `SourceChangedError` if the source was replaced since it was read.
         """
-        new = self.staged.with_name(f"{self.staged.name}.link")
-        with translating("link", self.path):
-            os.link(os.path.realpath(self.path), new)
-            os.replace(new, self.staged)
-            if not os.path.samestat(self.found, self.staged.stat()):
-                raise SourceChangedError(f"{self.path} was replaced while it was being read")
+        new = self.path.with_name(f"{self.path.name}.link")
+        with map_os_errors("link", self.source):
+            os.link(os.path.realpath(self.source), new)
+            os.replace(new, self.path)
+            if not os.path.samestat(self.found, self.path.stat()):
+                raise SourceChangedError(f"{self.source} was replaced while it was being read")
 
 
 @dataclass(frozen=True, slots=True)
 class Imports:
-    """Reads files into the staging directory of one store; publishing them is up to the caller."""
+    """Stages files in the `ingest` directory of one store; the caller publishes them."""
 
     tree: Tree
 
     @contextmanager
-    def reading(
+    def stage_file(
         self, path: Path, name: str, watch: Watch, *, link: bool, algorithm: str = "sha256"
-    ) -> Iterator[Read]:
-        """Read the file and have it staged in the block; `name` is for progress reports.
+    ) -> Iterator[StagedBlob]:
+        """Hash and stage a file for the block; `name` is for progress reports.
 
         Raises `NotFoundError`, `StorageFullError`, and `SourceChangedError` if the file changed
-        meanwhile.
+        while it was read.
         """
         source = _open(path)
         try:
@@ -82,7 +96,7 @@ class Imports:
             _check_regular(found, path)
             hasher = new_hasher(algorithm)
             seen = _reporter(name, found.st_size, watch)
-            with staged_import(self.tree) as staged:
+            with ingest_file(self.tree) as staged:
                 linked = link and _can_link(path, staged, watch)
                 if linked or (found.st_size and clone(source, staged.file)):
                     size = read_and_hash(source, hasher, seen)
@@ -91,23 +105,25 @@ class Imports:
                     hashing = Hashing(hasher, found.st_size)
                     try:
                         size = copy_and_hash(
-                            filling(source), staged.file, staged.path, hashing, seen
+                            fill_from(source), staged.file, staged.path, hashing, seen
                         )
                     except StorageFullError as error:
                         raise no_room(self.tree.ingest, found.st_size, None, str(path)) from error
                 _check_unchanged(path, found, os.fstat(source), size)
                 if not linked:
                     staged.seal()
-                yield Read(path, Digest.of_hasher(hasher), found, staged.path, linked)
+                yield StagedBlob(path, Digest.of_hasher(hasher), found, staged.path, linked)
         finally:
             os.close(source)
 
     @contextmanager
-    def receiving(self, descriptor: Descriptor, stream: BlobReader, watch: Watch) -> Iterator[Read]:
-        """Read the blob from a stream that cannot be read again; it is staged in the block.
+    def stage_stream(
+        self, descriptor: Descriptor, stream: BlobReader, watch: Watch
+    ) -> Iterator[StagedBlob]:
+        """Hash and stage a blob for the block, from a stream that can be read only once.
 
-        Unlike a download, nothing of it stays if this fails, and its size, which is only a claim,
-        reserves no space. Raises `DigestMismatchError`, `SizeMismatchError`, `StorageFullError`.
+        Unlike a download, a failure keeps nothing, and the claimed size reserves no space. Raises
+        `DigestMismatchError`, `SizeMismatchError`, `StorageFullError`.
         """
         name, wanted = descriptor.filepath or descriptor.digest.short, descriptor.size
         check_room(self.tree.ingest, wanted, name)
@@ -118,7 +134,7 @@ class Imports:
                 raise _wrong_size(descriptor, f"more than {wanted}")
             reported(completed)
 
-        with staged_import(self.tree) as staged:
+        with ingest_file(self.tree) as staged:
             hasher = descriptor.digest.hasher()
             hashing = Hashing(hasher, wanted)
             size = copy_and_hash(stream.readinto, staged.file, staged.path, hashing, seen)
@@ -127,9 +143,9 @@ class Imports:
             digest = Digest.of_hasher(hasher)
             descriptor.digest.check_equal(digest, name)
             staged.seal()
-            yield Read(staged.path, digest, os.fstat(staged.file), staged.path, linked=False)
+            yield StagedBlob(staged.path, digest, os.fstat(staged.file), staged.path, linked=False)
 
-    def _make_room(self, staged: StagedImport, size: int, path: Path) -> None:
+    def _make_room(self, staged: IngestFile, size: int, path: Path) -> None:
         check_room(self.tree.ingest, size, str(path))
         try:
             reserve(staged.file, size)
@@ -137,13 +153,48 @@ class Imports:
             raise no_room(self.tree.ingest, size, None, str(path)) from None
 
 
-def _can_link(path: Path, staged: StagedImport, watch: Watch) -> bool:
-    """Return whether the file can have a second name in the store; if not it will be copied."""
+@dataclass(slots=True)
+class IngestFile:
+    """A temporary file `ingest/import-<id>.tmp`; `file` is its open descriptor."""
+
+    path: Path
+    file: int
+
+    def seal(self) -> None:
+        """Set the mode of a blob; the bytes are not flushed, see `verified_marks`."""
+        os.fchmod(self.file, BLOB_MODE)
+
+
+@contextmanager
+def ingest_file(tree: Tree) -> Iterator[IngestFile]:
+    """Make a temporary file for an import; delete it after the block unless it was renamed.
+
+    It is locked, so that a garbage collection can tell it from the file of a killed process.
+    """
+    path = tree.ingest / f"{_PREFIX}{uuid.uuid4().hex}{_SUFFIX}"
+    with map_os_errors("write to", tree.ingest), tree.lock().held():
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        file = os.open(path, flags, 0o600)
+        try_lock(file)
+    try:
+        yield IngestFile(path, file)
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+def is_ingest_file(path: Path) -> bool:
+    """Return whether `ingest_file` made the file."""
+    return path.name.startswith(_PREFIX)
+
+
+def _can_link(path: Path, staged: IngestFile, watch: Watch) -> bool:
+    """Return whether the file can be hard-linked into the store; report that it cannot."""
     trial = staged.path.with_name(f"{staged.path.name}.trial")
     try:
         os.link(os.path.realpath(path), trial)
     except OSError as error:
-        why = f"{path} cannot be hard-linked ({error.strerror}): copying it"
+        why = f"cannot hard-link {path}: {error.strerror}; copying it"
         watch.report(Progress(Action.NOTE, path.name, message=why))
         return False
     trial.unlink(missing_ok=True)
@@ -151,11 +202,11 @@ def _can_link(path: Path, staged: StagedImport, watch: Watch) -> bool:
 
 
 def _open(path: Path) -> int:
-    """Open for reading; never waits for the other end of a FIFO."""
+    """Open a file for reading, without waiting for the other end of a FIFO."""
     try:
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise NotFoundError(f"there is no file {path}") from None
+        raise NotFoundError(f"no such file: {path}") from None
     except OSError as error:
         raise PackagingError(f"cannot read {path}: {error.strerror}") from error
 
@@ -182,8 +233,8 @@ def _reporter(name: str, size: int, watch: Watch) -> Callable[[int], None]:
 
 
 def _check_unchanged(path: Path, before: os.stat_result, after: os.stat_result, size: int) -> None:
-    """Raise `SourceChangedError` unless the open file, and what has its name, are as before."""
-    with translating("look at", path):
+    """Raise `SourceChangedError` if the open file changed or its path has another file."""
+    with map_os_errors("read", path):
         try:
             named = os.stat(path)
         except FileNotFoundError:
@@ -192,8 +243,8 @@ def _check_unchanged(path: Path, before: os.stat_result, after: os.stat_result, 
     if size != before.st_size or states[0] != states[1] or states[0] != states[2]:
         raise SourceChangedError(
             f"{path} changed while it was being read: it had {before.st_size} bytes, "
-            f"{size} were read and it has {named.st_size} now",
+            f"{size} were read, and it has {named.st_size} now",
             expected=str(before.st_size),
             got=str(size),
-            hint="run the command again when nobody writes to the file",
+            hint="run the command again when no process writes to the file",
         )

@@ -1,8 +1,8 @@
-"""`index.json`: which models the store has, and under which names.
+"""`index.json`: the models of a store and their names.
 
-One entry for each tag, the full reference in `org.opencontainers.image.ref.name`; a model without
-tags keeps one entry without it. Other tools write here too: entries and fields that are not ours
-stay as they are. Readers take no lock, since the file is replaced as a whole.
+There is one entry per tag, with the full reference in `org.opencontainers.image.ref.name`; a model
+without tags has one entry without it. Other tools write this file too, so unknown entries and
+fields are preserved. Readers take no lock: the file is always replaced as a whole.
 """
 
 from __future__ import annotations
@@ -27,24 +27,23 @@ from modelpack.errors import (
     NotFoundError,
     StoreError,
 )
-from modelpack.store.filesystem import open_own, translating, write_atomically
+from modelpack.store.filesystem import map_os_errors, open_own, write_atomically
 from modelpack.store.lookup import Entry, Match, Names, may_name
 from modelpack.store.tree import Tree
 
-#: Of the file: a larger one is neither read nor written.
+#: Size limit of `index.json` for reading and writing.
 MAX_BYTES: Final = 256 * 1024 * 1024
-_NAME_KEYS = (media_types.REF_NAME, media_types.CONTAINERD_NAME)
-# A file changed this long ago looks different after its next change; clocks of file systems tick
-# coarsely and inode numbers come again.
+# Cache the parsed file only if it is older than this: file systems have coarse clocks and reuse
+# inode numbers, so two quick changes could have the same stamp.
 _SETTLED_NS = 200_000_000
-# Names that are looked for one by one; for more, reading all entries costs less.
+# Names to search for one by one; parsing all entries costs less for more names.
 _SEARCHES = 4
 
 
 class Item:
-    """One element of `manifests`: as it stands there and, if we can read it, what it says.
+    """One element of `manifests`: its JSON and, if it is a valid descriptor, its entry.
 
-    It is read when somebody asks: most commands want one model of a store that may have thousands.
+    It is parsed on first use: most commands need one model of a store that may have thousands.
     """
 
     __slots__ = ("_entry", "raw")
@@ -55,7 +54,7 @@ class Item:
 
     @property
     def entry(self) -> Entry | None:
-        """What it says; None if that is no descriptor."""
+        """The parsed entry; None if the element is not a valid descriptor."""
         if self._entry is False:
             self._entry = _entry_of(self.raw)
         return self._entry
@@ -63,36 +62,36 @@ class Item:
 
 @dataclass(frozen=True)
 class IndexDocument:
-    """The content of an `index.json`; every change makes a new one."""
+    """The immutable content of an `index.json`."""
 
     value: Mapping[str, Any]
     items: tuple[Item, ...]
 
     @classmethod
     def parse(cls, raw: bytes, what: str) -> IndexDocument:
-        """Return the document in `raw`; raises `ManifestError` if it is no index at all."""
+        """Return the document in `raw`; raises `ManifestError` if it is not an index."""
         value = decode_object(raw, what, limit=MAX_BYTES)
         manifests = value.get("manifests")
         if manifests is None:
             manifests = []
         if not isinstance(manifests, list):
-            raise ManifestError("'manifests' is no array", path=what)
+            raise ManifestError("'manifests' is not an array", path=what)
         return cls(value, tuple(map(Item, manifests)))
 
     def with_elements(self, elements: Iterable[Any]) -> IndexDocument:
-        """Return a document with these elements of `manifests` instead, as decoded JSON."""
+        """Return a document whose `manifests` are these decoded JSON values."""
         return self._replaced(tuple(map(Item, elements)))
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
-        """The entries that we can read."""
+        """The valid entries."""
         return tuple(item.entry for item in self.items if item.entry is not None)
 
     def find(self, text: str) -> Match:
-        """Return the manifest that `text` names; raises as `Names.find`.
+        """Return the manifest called `text`; raises as `Names.find`.
 
-        Reads only the entries that may be meant, unless there is none and the error has to say
-        which names are alike, or it is asked again and again.
+        Parses only the entries that may match. Parses all of them after several calls, or if none
+        matches: the error then suggests similar names.
         """
         if "entries" not in self.__dict__ and len(self._searches) < _SEARCHES:
             self._searches.append(text)
@@ -104,7 +103,7 @@ class IndexDocument:
 
     @cached_property
     def _searches(self) -> list[str]:
-        """What was looked for without reading all entries."""
+        """The names searched for so far without parsing all entries."""
         return []
 
     @cached_property
@@ -112,23 +111,23 @@ class IndexDocument:
         return Names(self.entries)
 
     def encoded(self) -> bytes:
-        """Return the bytes of the file; raise `StoreError` if they are more than can be read."""
+        """Return the bytes of the file; raise `StoreError` if they exceed `MAX_BYTES`."""
         manifests = [item.raw for item in self.items]
         raw = encode({"schemaVersion": 2, **self.value, "manifests": manifests})
         if len(raw) > MAX_BYTES:
             raise StoreError(
                 f"the store is full: index.json would have {len(raw)} bytes, "
                 f"more than the limit of {MAX_BYTES}",
-                hint="remove models, or use another store: --store DIR",
+                hint="remove models, or use another store with --store DIR",
             )
         return raw
 
     def has(self, digest: Digest) -> bool:
-        """Return whether an entry points at the manifest."""
+        """Return whether the document lists the manifest."""
         return bool(self.entries_of(digest))
 
     def entries_of(self, digest: Digest) -> tuple[Entry, ...]:
-        """Return the entries of one manifest, without reading the others."""
+        """Return the entries of one manifest, without parsing the others."""
         items = self._items_by_digest.get(str(digest), ())
         return tuple(item.entry for item in items if item.entry is not None)
 
@@ -142,7 +141,7 @@ class IndexDocument:
         return grouped
 
     def with_manifest(self, descriptor: Descriptor) -> IndexDocument:
-        """Return a document that lists the manifest, untagged unless it was there."""
+        """Return a document that also lists the manifest, untagged if it is new."""
         if self.has(descriptor.digest):
             return self
         raw = Descriptor(
@@ -154,7 +153,7 @@ class IndexDocument:
         return self._replaced((*self.items, Item(raw)))
 
     def with_tag(self, descriptor: Descriptor, reference: Reference) -> IndexDocument:
-        """Return a document where `reference` names the manifest, and nothing else."""
+        """Return a document where `reference` names this manifest and no other."""
         if any(e.digest == descriptor.digest and e.reference == reference for e in self.entries):
             return self
         document = self.with_manifest(descriptor).untagged(lambda e: e.reference == reference)
@@ -168,7 +167,7 @@ class IndexDocument:
         )
 
     def untagged(self, unwanted: Callable[[Entry], bool]) -> IndexDocument:
-        """Return a document without the names of these entries; what they named stays."""
+        """Return a document without the names of these entries; their manifests stay listed."""
         listed = {e.digest for e in self.entries if not unwanted(e)}
         kept = []
         for item in self.items:
@@ -182,9 +181,9 @@ class IndexDocument:
     def annotated(
         self, digest: Digest, key: str, value: str | None, reference: Reference | None = None
     ) -> IndexDocument:
-        """Return a document where the entries of the manifest say `key`: `value`; None drops it.
+        """Return a document with the annotation set on all entries of a manifest; None removes it.
 
-        With `reference` only the entry of that name does.
+        With `reference`, only the entry of that name is changed.
         """
 
         def changed(item: Item) -> Item:
@@ -217,12 +216,12 @@ class IndexFile:
         self._seen: tuple[tuple[int, int, int], IndexDocument] | None = None
 
     def read(self) -> IndexDocument:
-        """Return what the file says now; a missing file is an empty index.
+        """Return the current document; a missing file is an empty index.
 
-        It is only parsed again after it changed.
+        The file is parsed again only if it changed.
         """
         path = self._tree.index
-        with translating("read", path):
+        with map_os_errors("read", path):
             try:
                 descriptor = open_own(path, follow=True)
             except FileNotFoundError:
@@ -232,19 +231,19 @@ class IndexFile:
                 stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
                 if self._seen is not None and self._seen[0] == stamp:
                     return self._seen[1]
-                # A buffer of the size asked for is allocated at once, however short the file is.
+                # `read(limit)` would allocate the whole limit, however short the file is.
                 raw = stream.read(min(found.st_size, MAX_BYTES) + 1)
         try:
             document = IndexDocument.parse(raw, str(path))
         except ManifestError as error:
-            raise StoreError(f"the store's list of models is damaged: {error}") from error
+            raise StoreError(f"the store's index is damaged: {error}") from error
         if time.time_ns() - found.st_mtime_ns > _SETTLED_NS:
             self._seen = (stamp, document)
         return document
 
     def write(self, document: IndexDocument) -> None:
-        """Replace the file, durably. The store's lock is held since `document` was read."""
-        with translating("write", self._tree.index):
+        """Replace the file durably. The caller holds the store's lock since it read `document`."""
+        with map_os_errors("write", self._tree.index):
             write_atomically(self._tree.index, document.encoded(), by_way_of=self._tree.ingest)
 
 
@@ -256,7 +255,10 @@ def _entry_of(raw: Any) -> Entry | None:
 
 
 def _entry(descriptor: Descriptor) -> Entry:
-    """Return the entry and its name; Docker's tools put the full one beside a bare tag."""
+    """Return the entry with its name.
+
+    Docker's tools write a bare tag as `ref.name` and the full name as containerd's annotation.
+    """
     for key in (media_types.CONTAINERD_NAME, media_types.REF_NAME):
         name = descriptor.annotations.get(key)
         try:
@@ -285,10 +287,5 @@ def _with_annotation(raw: Mapping[str, Any], key: str, value: str | None) -> dic
 
 
 def _renamed(raw: Mapping[str, Any], name: str | None) -> dict[str, Any]:
-    annotations = {k: v for k, v in (raw.get("annotations") or {}).items() if k not in _NAME_KEYS}
-    if name is not None:
-        annotations[media_types.REF_NAME] = name
-    changed = {key: value for key, value in raw.items() if key != "annotations"}
-    if annotations:
-        changed["annotations"] = annotations
-    return changed
+    bare = _with_annotation(raw, media_types.CONTAINERD_NAME, None)
+    return _with_annotation(bare, media_types.REF_NAME, name)

@@ -1,12 +1,13 @@
-"""Kept bundles: directories that runtimes open, `bundles/<alg>-<hex>`, each of one manifest.
+"""Kept bundles: model directories in the store for runtimes to open, one per manifest.
 
     bundles/<alg>-<hex>/config.json, model/    see `modelpack.bundles.bundle`
-    bundles/<alg>-<hex>/bundle.json            what each file was when the bundle was made
-    ingest/bundles/<alg>-<hex>/, .lock         a bundle that is being made, and by whom
+    bundles/<alg>-<hex>/bundle.json            the state of each file when the bundle was made
+    ingest/bundles/<alg>-<hex>/, .lock         a bundle that is being made, and the owner
     ingest/bundles/*.gone                      a bundle that is being deleted
 
-A bundle appears and disappears in one step. A file of it is a hard link of a blob, or a copy with a
-stamp (inode, size, times) of when its digest was known; a bundle with any other file is not used.
+A bundle appears and disappears in one step. Each of its files is a hard link of a blob, or a copy
+with a stamp (inode, size, times) of when its digest was verified. A bundle with any other file is
+not used.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from modelpack.store.filesystem import (
     boot_id,
     delete_tree,
     files_below,
+    map_os_errors,
     random_name,
     read_own,
-    translating,
     write_atomically,
 )
 from modelpack.store.locks import FileLock
-from modelpack.store.tree import Tree, label, labelled
-from modelpack.store.verified_marks import Trust
+from modelpack.store.tree import Tree, label, labelled_digest
+from modelpack.store.verified_marks import VerifiedMarks
 
 _RECORD: Final = "bundle.json"
 _MAX_RECORD_BYTES: Final = 64 * 1024 * 1024
@@ -46,16 +47,16 @@ _LOCK: Final = ".lock"
 
 
 class State(StrEnum):
-    """What a check found about a bundle."""
+    """The result of a check of a bundle."""
 
     SOUND = "sound"
-    OUTDATED = "outdated"  # its bytes are right, but it has to be made again to be used
-    DAMAGED = "damaged"  # a runtime that opens it may read something else than the model
+    OUTDATED = "outdated"  # its bytes are right, but it has to be made again before its next use
+    DAMAGED = "damaged"  # a runtime that opens it may read wrong bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The state of a bundle; `why` says which file differs."""
+    """The state of a bundle; `why` names the file that differs."""
 
     state: State
     why: str = ""
@@ -75,14 +76,17 @@ class KeptFile:
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """What `bundle.json` says. `boot` is the boot in which copies were written, "" once settled."""
+    """The content of `bundle.json`.
+
+    `boot` is the boot in which copies were written, "" once they were verified after a reboot.
+    """
 
     files: tuple[KeptFile, ...]
     boot: str
 
     @classmethod
     def read(cls, directory: Path) -> _Record | None:
-        """Return the record of a bundle; None where it is missing or damaged."""
+        """Return the record of a bundle; None if it is missing or damaged."""
         try:
             value = json.loads(read_own(directory / _RECORD, _MAX_RECORD_BYTES))
             return cls(tuple(map(_kept_file, value["files"])), str(value["boot"]))
@@ -94,7 +98,7 @@ class _Record:
         return json.dumps({"boot": self.boot, "files": files}, indent=1).encode()
 
     def of_boot(self) -> bool:
-        """Return whether copies are known to have survived: written in this boot, or settled."""
+        """Return whether the copies are on the disk: written in this boot, or verified later."""
         return self.boot in ("", boot_id())
 
 
@@ -104,16 +108,16 @@ class KeptBundles:
 
     tree: Tree
     blobs: Blobs
-    trust: Trust
+    marks: VerifiedMarks
 
     def directory(self, manifest: Digest) -> Path:
-        """Return where the bundle of a manifest is kept."""
+        """Return the path of the bundle of a manifest."""
         return self.tree.bundles / label(manifest)
 
     def check(self, manifest: Digest) -> str | None:
-        """Return why the bundle of a manifest cannot be used, None if it can; "" if there is none.
+        """Return why the bundle of a manifest is unusable, "" if there is none, None if usable.
 
-        Looks at each file once and hashes nothing, unless a copy was touched since.
+        Checks the status of each file, and hashes only copies that were touched.
         """
         directory = self.directory(manifest)
         if not os.path.lexists(directory):
@@ -126,33 +130,33 @@ class KeptBundles:
     def verify(
         self, path: Path, *, is_live: bool, fast: bool, seen: Callable[[int], None]
     ) -> Verdict:
-        """Check a bundle against the digests of its files; unless `fast`, hash what is not a link.
+        """Check a bundle against the digests of its files; unless `fast`, hash the copies.
 
-        Links of blobs are not hashed: whoever checks the store hashes the blobs.
+        Links are not hashed here: the caller hashes the blobs.
         """
         try:
             verdict = self._verify(path, fast=fast, seen=seen)
         except OSError as error:
             verdict = Verdict(State.DAMAGED, f"it cannot be read: {error.strerror}")
         if verdict.state is State.OUTDATED and not is_live:
-            return Verdict(State.SOUND)  # a process may still have it; a collection deletes it
+            return Verdict(State.SOUND)  # it may be open still; `gc` deletes it later
         return verdict
 
     @contextmanager
-    def making(
+    def workspace(
         self, manifest: Digest, stop: Stop, waiting: Callable[[str], None]
     ) -> Iterator[Path]:
-        """Give an empty directory to make the bundle in; nobody else makes the same meanwhile.
+        """Yield an empty directory to make the bundle in, under a lock for this bundle.
 
-        What is left of it is deleted after the block, and after a kill by a collection.
+        The directory is deleted after the block; after a kill, the garbage collection deletes it.
         """
-        folder = self.tree.bundling / label(manifest)
-        with translating("make", folder):
+        folder = self.tree.bundle_ingest / label(manifest)
+        with map_os_errors("make", folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(folder.name + _LOCK))
         with lock.held(patience=None, stop=stop, waiting=waiting, remove=True):
             delete_tree(folder)
-            with translating("make", folder):
+            with map_os_errors("make", folder):
                 folder.mkdir()
             try:
                 yield folder
@@ -160,7 +164,7 @@ class KeptBundles:
                 delete_tree(folder)
 
     def publish(self, manifest: Digest, made: Path, files: Iterable[KeptFile]) -> None:
-        """Make the directory `made` the bundle of a manifest, in place of the one that it has.
+        """Make the directory `made` the bundle of a manifest, replacing an existing one.
 
         `files` are all files below it; copies have any text as their stamp.
         """
@@ -171,9 +175,9 @@ class KeptBundles:
             for file in files
         ]
         final = self.directory(manifest)
-        with translating("write", final):
+        with map_os_errors("write", final):
             (made / _RECORD).write_bytes(_Record(tuple(stamped), boot_id()).encoded())
-        with self.tree.lock().held(), translating("make", final):
+        with self.tree.lock().held(), map_os_errors("make", final):
             self._note_links(file.digest for file in stamped if file.stamp is None)
             final.parent.mkdir(exist_ok=True)
             gone = self._put_aside(final) if os.path.lexists(final) else None
@@ -182,34 +186,34 @@ class KeptBundles:
             _delete(gone)
 
     def note_links(self, digests: Iterable[Digest]) -> None:
-        """Note that these blobs have a second name, by which they can be changed."""
+        """Mark these blobs as having hard links, through which they can be changed."""
         with self.tree.lock().held():
             self._note_links(digests)
 
     def all(self) -> dict[Path, Digest | None]:
-        """Return the paths of all bundles and their manifests; None for what is not a bundle."""
+        """Return the paths of all bundles with their manifests; None for other files."""
         try:
             names = sorted(os.listdir(self.tree.bundles))
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        return {self.tree.bundles / name: labelled(name) for name in names}
+        return {self.tree.bundles / name: labelled_digest(name) for name in names}
 
     def stale(self, live: Collection[Digest]) -> list[Path]:
         """Return the bundles of manifests that are not `live`."""
         return [path for path, manifest in self.all().items() if manifest not in live]
 
     def left_over(self, *, delete: bool) -> dict[str, Path]:
-        """Return what killed processes left of bundles that they made or deleted, by name.
+        """Return the unfinished and deleted bundles of killed processes, by name.
 
-        With `delete` each is put aside, so that nobody uses it any more, for `remove`.
+        With `delete`, move each aside so that no process uses it; the caller calls `remove`.
         """
         found = {}
         try:
-            names = sorted(os.listdir(self.tree.bundling))
+            names = sorted(os.listdir(self.tree.bundle_ingest))
         except FileNotFoundError:
             return {}
         for name in names:
-            path = self.tree.bundling / name
+            path = self.tree.bundle_ingest / name
             if name.endswith(_GONE):
                 found[name] = path
                 continue
@@ -219,16 +223,19 @@ class KeptBundles:
                     found[name] = path
                 continue
             with suppress(LockedError), lock.held(patience=0, remove=True):
-                # Whoever made it may have deleted it since it was listed.
+                # Its process may have deleted it since it was listed.
                 if path != lock.path and os.path.lexists(path):
                     found[name] = self._put_aside(path)
         return found
 
     def drop(self, path: Path, *, inode: int | None = None) -> bool:
-        """Delete a bundle; the store's lock is held. With `inode`, only if it still is that one."""
+        """Delete a bundle, with `inode` only if it still has that inode.
+
+        The caller holds the store's lock.
+        """
         if not os.path.lexists(path):
             return False
-        with translating("delete", path):
+        with map_os_errors("delete", path):
             if inode is not None and os.lstat(path).st_ino != inode:
                 return False
             gone = self._put_aside(path)
@@ -236,7 +243,7 @@ class KeptBundles:
         return True
 
     def remove(self, path: Path) -> None:
-        """Delete what `left_over` returned."""
+        """Delete a path that `left_over` returned."""
         _delete(path)
 
     def _check(self, directory: Path) -> str | None:
@@ -250,7 +257,7 @@ class KeptBundles:
         for file in record.files:
             checked = self._checked(directory, file, trusted=record.of_boot())
             if checked is None:
-                return f"{file.path} is not what was laid out"
+                return f"{file.path} was changed"
             files.append(checked)
         settled = _Record(tuple(files), record.boot if record.of_boot() else "")
         if settled != record:
@@ -280,16 +287,16 @@ class KeptBundles:
         return verdict
 
     def _put_aside(self, path: Path) -> Path:
-        self.tree.bundling.mkdir(parents=True, exist_ok=True)
-        gone = self.tree.bundling / f"{random_name()}{_GONE}"
+        self.tree.bundle_ingest.mkdir(parents=True, exist_ok=True)
+        gone = self.tree.bundle_ingest / f"{random_name()}{_GONE}"
         os.rename(path, gone)
         return gone
 
     def _note_links(self, digests: Iterable[Digest]) -> None:
         for digest in digests:
-            if not self.trust.is_linked(digest):
+            if not self.marks.is_linked(digest):
                 with suppress(FileNotFoundError):
-                    self.trust.mark_linked(digest, self.tree.blob(digest).stat())
+                    self.marks.mark_linked(digest, self.tree.blob(digest).stat())
 
     def _is_blob(self, path: Path, digest: Digest) -> bool:
         with suppress(FileNotFoundError):
@@ -297,7 +304,7 @@ class KeptBundles:
         return False
 
     def _checked(self, directory: Path, file: KeptFile, *, trusted: bool) -> KeptFile | None:
-        """Return the file as it is now, None if it is not what it was."""
+        """Return the file with its current stamp, or None if its bytes changed."""
         path = directory / file.path
         if file.stamp is None:
             usable = self.blobs.find(file.digest) is not None
@@ -310,14 +317,14 @@ class KeptBundles:
         return replace(file, stamp=stamp)
 
     def _write(self, directory: Path, record: _Record) -> None:
-        """Replace the record; without write access the next check hashes again."""
+        """Replace the record; in a read-only store, the next check hashes again."""
         with suppress(OSError):
             content = record.encoded()
             write_atomically(directory / _RECORD, content, by_way_of=self.tree.ingest)
 
 
 def _different_names(directory: Path, files: Collection[KeptFile]) -> str | None:
-    """Return how the names below a bundle differ from its record, None if they do not."""
+    """Return how the names below a bundle differ from its record, or None."""
     found = {name: entry.is_file(follow_symlinks=False) for name, entry in files_below(directory)}
     found.pop(_RECORD, None)
     expected = {file.path for file in files}

@@ -1,8 +1,7 @@
-"""What `list` shows of each model, kept so that a store of thousands is listed at once.
+"""LayoutStore: the store of models on this machine, in an OCI image layout.
 
-`ingest/listing.json` has a few facts for each manifest, by its digest. A digest stands for the same
-bytes for ever, so a fact is never out of date; what is missing is read anew, and a file that is
-damaged or of another version counts as empty.
+Start here: every command and the embedded registry use a store through this class. `tree` lists the
+files of a store, and the other modules of this package each do one of the tasks below.
 """
 
 from __future__ import annotations
@@ -20,11 +19,7 @@ from modelpack.artifacts import media_types
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.reference import Reference
-from modelpack.errors import (
-    NotFoundError,
-    StoreError,
-    UsageError,
-)
+from modelpack.errors import NotFoundError, StoreError, UsageError
 from modelpack.progress import Action, Progress
 from modelpack.storage import BlobReader, BlobSource, Outcome, Watch
 from modelpack.store import lookup
@@ -35,8 +30,9 @@ from modelpack.store.leases import Leases
 from modelpack.store.lookup import StoredModel
 from modelpack.store.manifests import Manifests, check_names, check_size
 from modelpack.store.tree import Tree, open_tree
-from modelpack.store.verified_marks import Trust
+from modelpack.store.verified_marks import VerifiedMarks
 
+# Commands that only read should start fast: other modules are imported when they are used.
 if TYPE_CHECKING:
     from modelpack.store.downloads import Downloads
     from modelpack.store.fsck import FsckReport
@@ -46,42 +42,13 @@ if TYPE_CHECKING:
     from modelpack.store.manifests import Publisher
     from modelpack.store.removal import Removal, Remover
 
-#: Grows when the facts change their meaning or their order.
-VERSION: Final = 1
-_MAX_BYTES: Final = 256 * 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class ListingCache:
-    """The facts of one store, as lists of JSON values."""
-
-    tree: Tree
-
-    def read(self) -> dict[str, list[Any]]:
-        """Return the facts by digest; who reads them checks them."""
-        with suppress(OSError, ValueError, RecursionError):
-            value = json.loads(read_own(self.tree.ingest / "listing.json", _MAX_BYTES))
-            if isinstance(value, dict) and value.get("version") == VERSION:
-                facts = value.get("models")
-                if isinstance(facts, dict):
-                    return facts
-        return {}
-
-    def write(self, facts: Mapping[str, list[Any]]) -> None:
-        """Replace the facts; a store that cannot be written to goes without."""
-        content = json.dumps({"version": VERSION, "models": facts}, separators=(",", ":")).encode()
-        if len(content) > _MAX_BYTES:
-            return
-        path = self.tree.ingest / "listing.json"
-        with suppress(OSError):
-            write_atomically(path, content, by_way_of=self.tree.ingest)
-
-
-# Most commands read, and are to start at once: what the others need is loaded when it is used.
+#: The version of `ingest/listing.json`; increase it when the facts change their meaning or order.
+LISTING_VERSION: Final = 1
+_MAX_LISTING_BYTES: Final = 256 * 1024 * 1024
 
 
 def default_store_root() -> Path:
-    """Return $MODELPACK_STORE, else `modelpack/store` where the system keeps users' data."""
+    """Return $MODELPACK_STORE, or `modelpack/store` in the user's data directory."""
     configured = os.environ.get("MODELPACK_STORE")
     if configured:
         return Path(configured).expanduser()
@@ -91,22 +58,23 @@ def default_store_root() -> Path:
 
 
 class LayoutStore:
-    """A store of models in the directory `root`; fulfils `modelpack.storage.Target`.
+    """A store of models in the directory `root`; implements `modelpack.storage.Target`.
 
-    Its names are references (`docker.io/ai/x:latest`), digests, short ids and unique prefixes of
-    ids. Any number of threads and processes may use one store at once; readers take no locks.
+    A name is a reference (`docker.io/ai/x:latest`), a digest, a short id or a unique prefix of an
+    id. Any number of threads and processes may use one store at once; readers take no locks.
     """
 
     def __init__(self, root: str | Path | None = None, *, create: bool = True) -> None:
-        """Open the store, or make one in an absent or empty directory if `create`.
+        """Open the store at `root` (default: `default_store_root()`).
 
-        None means `default_store_root`. Raises `StoreError` where there is something else.
+        With `create`, make a store in an absent or empty directory. Raises `StoreError` for any
+        other directory.
         """
         where = default_store_root() if root is None else Path(root).expanduser()
         self._tree = open_tree(where, create=create)
         self.root: Path = self._tree.root
-        self._trust = Trust(self._tree)
-        self._blobs = Blobs(self._tree, self._trust)
+        self._marks = VerifiedMarks(self._tree)
+        self._blobs = Blobs(self._tree, self._marks)
         self._index = IndexFile(self._tree)
         self._leases = Leases(self._tree)
         self._manifests = Manifests(self._tree, self._blobs, self._index)
@@ -114,10 +82,10 @@ class LayoutStore:
     # Source
 
     def resolve(self, name: str) -> Descriptor:
-        """Return the manifest that `name` means; a tag wins over an id that looks the same.
+        """Return the descriptor of the manifest called `name`; a tag wins over an equal id.
 
-        Raises `NotFoundError`, `AmbiguousError`, `InvalidReferenceError`, and `IntegrityError` if a
-        tag and a digest in `name` disagree.
+        Raises `NotFoundError`, `AmbiguousError`, `InvalidReferenceError`, and `IntegrityError` if
+        the tag and the digest in `name` disagree.
         """
         try:
             return self._index.read().find(name).entry.manifest
@@ -128,23 +96,23 @@ class LayoutStore:
             return child
 
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
-        """Return a manifest's bytes, checked against size and digest."""
+        """Return the bytes of a manifest, verified by size and digest."""
         raw = self._blobs.read(descriptor.digest, "manifest")
         check_size(descriptor, len(raw), "manifest")
         return raw
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
-        """Return the blob to read from; whether it exists shows when it is opened."""
+        """Return the blob as a source; opening it raises `NotFoundError` if it is missing."""
         return FileBlob(self._blobs, descriptor.digest)
 
     # Target
 
     def has_blob(self, descriptor: Descriptor) -> bool:
-        """Return whether the blob is there, with the right size."""
+        """Return whether the store has the blob, with the right size."""
         return self._blobs.holds(descriptor)
 
     def write_blob(self, descriptor: Descriptor, source: BlobSource, watch: Watch) -> Outcome:
-        """Have the blob, reading from `source` what is missing; what was fetched before is kept.
+        """Store the blob, resuming a partial download; read only missing bytes from `source`.
 
         Raises `DigestMismatchError`, `SizeMismatchError`, `StorageFullError`, or what the source
         raises.
@@ -158,22 +126,22 @@ class LayoutStore:
         return outcome
 
     def receive_blob(self, descriptor: Descriptor, stream: BlobReader, watch: Watch) -> Outcome:
-        """Store the blob from a stream that is read once; if that fails, nothing of it stays.
+        """Store the blob from a stream that can be read once; keep nothing if that fails.
 
-        A blob that is there is not read. Raises `DigestMismatchError`, `SizeMismatchError`,
-        `StorageFullError`, or what the stream raises.
+        The stream of a blob that the store has is not read. Raises `DigestMismatchError`,
+        `SizeMismatchError`, `StorageFullError`, or what the stream raises.
         """
         self._tree.prepare()
         if self._publisher.keep(descriptor):
             watch.report(_skipped(descriptor))
             return Outcome.EXISTED
-        with self._imports.receiving(descriptor, stream, watch) as read:
-            return self._publisher.publish(read)
+        with self._imports.stage_stream(descriptor, stream, watch) as staged:
+            return self._publisher.publish(staged)
 
     def list_manifests(self, named: Sequence[tuple[Descriptor, str | None]]) -> None:
-        """List stored manifests, each with a name or None, in one change of the index.
+        """Add stored manifests, each with a name or None, to the index in one change.
 
-        Raises as `write_manifest`; then nothing has changed.
+        Raises as `write_manifest`, and then changes nothing.
         """
         self._manifests.list_stored(named)
 
@@ -186,45 +154,46 @@ class LayoutStore:
         origin: str | None = None,
         partial: bool = False,
     ) -> None:
-        """Write a manifest and, with `name`, a full reference, tag it; the index comes last.
+        """Write a manifest and tag it `name`, a full reference; write the index last.
 
-        `origin` is the repository (`registry/repository`) that it came from, to be remembered. A
-        `partial` one may lack layers, and is marked so until a call that is not.
+        `origin` is the repository (`registry/repository`) to record as its source. A `partial`
+        manifest may lack layers; it stays marked as partial until a call without `partial`.
 
-        Raises `NotFoundError` if a blob of it is missing, `IntegrityError` if `raw` is not what
-        the descriptor says, `ManifestError` if it does not parse.
+        Raises `NotFoundError` if one of its blobs is missing, `IntegrityError` if `raw` does not
+        match the descriptor, `ManifestError` if it does not parse.
         """
         self._manifests.write(
             self._publisher, descriptor, raw, name, origin=origin, partial=partial
         )
 
     def missing(self, model: str | Descriptor) -> tuple[Descriptor, ...]:
-        """Return the layers that a partly present model lacks; none for any other.
+        """Return the missing layers of a partial model, nothing for any other model.
 
-        `model` is a name, for which it raises as `resolve`, or the manifest's descriptor.
+        `model` is a name (raises as `resolve`) or the manifest's descriptor.
         """
         descriptor = self.resolve(model) if isinstance(model, str) else model
         return self._manifests.missing(descriptor)
 
     def referrers(self, subject: Digest, artifact_type: str | None = None) -> list[Descriptor]:
-        """Return the listed manifests whose subject is this one, those of `artifact_type` if given.
+        """Return the listed manifests with this subject, filtered by `artifact_type` if given.
 
-        Those with a name count if they have an artifact type: models are not all read for this.
+        A tagged manifest is considered only if it has an artifact type, so that not every model
+        has to be read.
         """
         return self._manifests.referrers(subject, artifact_type)
 
     # Files
 
     def blob_path(self, digest: Digest) -> Path:
-        """Return the path of a blob, to read only; raises `NotFoundError`."""
+        """Return the path of a blob, for reading only; raises `NotFoundError`."""
         return self._blobs.path(digest)
 
     def partial_path(self, digest: Digest) -> Path:
-        """Return where a download of the blob is written, to read only: nothing is verified yet."""
+        """Return the path of the blob's partial download, for reading only: it is not verified."""
         return self._tree.partial(digest)
 
     def write_bytes(self, content: bytes, media_type: str, algorithm: str = "sha256") -> Descriptor:
-        """Store a small blob, and return its descriptor."""
+        """Store a small blob and return its descriptor."""
         descriptor = Descriptor(media_type, Digest.of(content, algorithm), len(content))
         self._tree.prepare()
         self._publisher.write(descriptor.digest, content)
@@ -233,45 +202,45 @@ class LayoutStore:
     def import_file(self, path: Path, watch: Watch, *, link: bool = False) -> ImportedFile:
         """Hash a file and copy it into the store, reading each byte once.
 
-        Where the file system can share blocks, nothing is copied. `link` makes a hard link
-        instead: it costs no space, but whoever changes the file changes the blob. The store
-        notices that at the next use, by size and time, and then drops the blob.
+        Nothing is copied where the file system can share blocks. `link` makes a hard link instead:
+        it takes no space, but a change of the file changes the blob. The store detects that by size
+        and time at the next use, and moves the blob to quarantine.
 
-        The copy is not flushed to the disk; after a power cut it is verified before its first use.
+        The copy is not flushed to the disk: it is verified before its first use after a reboot.
         Raises `NotFoundError`, `PackagingError`, `StorageFullError`, `SourceChangedError`.
         """
         from modelpack.store.imports import ImportedFile
 
         self._tree.prepare()
-        with self._imports.reading(path, path.name, watch, link=link) as read:
-            outcome = self._publisher.publish(read)
-            found = read.found
+        with self._imports.stage_file(path, path.name, watch, link=link) as staged:
+            outcome = self._publisher.publish(staged)
+            found = staged.found
         return ImportedFile(
-            read.digest, found.st_size, outcome, found.st_dev, found.st_ino, found.st_mtime_ns
+            staged.digest, found.st_size, outcome, found.st_dev, found.st_ino, found.st_mtime_ns
         )
 
     def adopt_file(
         self, path: Path, descriptor: Descriptor, watch: Watch, *, link: bool
     ) -> Outcome:
-        """Have the blob, from a file that should be it; as `import_file`, but verified.
+        """Import a file as the blob `descriptor`, as `import_file` does, but verified.
 
-        Raises `DigestMismatchError` or `SizeMismatchError` if the file is something else.
+        Raises `DigestMismatchError` or `SizeMismatchError` if the file does not match.
         """
         self._tree.prepare()
         if self._publisher.keep(descriptor):
             watch.report(_skipped(descriptor))
             return Outcome.EXISTED
         algorithm, name = descriptor.digest.algorithm, _shown(descriptor)
-        with self._imports.reading(path, name, watch, link=link, algorithm=algorithm) as read:
-            check_size(descriptor, read.found.st_size, str(path))
-            descriptor.digest.check_equal(read.digest, str(path))
-            return self._publisher.publish(read)
+        with self._imports.stage_file(path, name, watch, link=link, algorithm=algorithm) as staged:
+            check_size(descriptor, staged.found.st_size, str(path))
+            descriptor.digest.check_equal(staged.digest, str(path))
+            return self._publisher.publish(staged)
 
     def note_links(self, digests: Iterable[Digest]) -> None:
-        """Note that these blobs have hard links elsewhere, by which they can be changed.
+        """Mark blobs that have hard links elsewhere, through which they can be changed.
 
-        From now on a change is detected at the next use, by size and time, as of `import_file`. A
-        store that cannot be written to goes without.
+        The store detects a change at the next use, by size and time, as after `import_file`. Does
+        nothing in a read-only store.
         """
         found = set(digests)
         if found and not self._tree.is_read_only():
@@ -280,9 +249,9 @@ class LayoutStore:
                 self.bundles.note_links(found)
 
     def take_file(self, path: Path, digest: Digest) -> Outcome:
-        """Move a file of the same file system into the store; the caller has verified it.
+        """Move a verified file of the same file system into the store as the blob `digest`.
 
-        `path` is gone afterwards. The bytes are flushed to the disk.
+        Flushes the bytes to the disk. `path` no longer exists afterwards.
         """
         self._tree.prepare()
         return self._publisher.take(path, digest)
@@ -290,20 +259,20 @@ class LayoutStore:
     # Models
 
     def models(self) -> tuple[StoredModel, ...]:
-        """Return all models, by name; reads nothing but the index."""
+        """Return all models, sorted by name; reads only the index."""
         return lookup.models(self._index.read().entries)
 
     def indexes(self) -> tuple[StoredModel, ...]:
-        """Return all indexes, by name: of variants of a model, or of anything else."""
+        """Return all image indexes, sorted by name."""
         return lookup.models(self._index.read().entries, media_types.INDEX_TYPES)
 
     def get(self, name: str) -> StoredModel:
-        """Return the model that `name` means, with all its names; raises as `resolve`."""
+        """Return the model called `name`, with all its names; raises as `resolve`."""
         document = self._index.read()
         return lookup.model(document.entries, document.find(name).entry.digest)
 
     def tag(self, name: str, reference: Reference) -> Descriptor:
-        """Give the model `name` another name, taking it from the model that had it.
+        """Tag the model `name` as `reference`; a model that had this tag loses it.
 
         Raises as `resolve`, and `UsageError` if `reference` has no tag.
         """
@@ -318,46 +287,45 @@ class LayoutStore:
         return descriptor
 
     def remove(self, name: str, *, force: bool = False) -> Removal:
-        """Remove a name; with its last name, or by its id, the model and what only it needs.
+        """Remove a name; with the last name, or by id, the model and the blobs only it needs.
 
-        Raises as `resolve`, and `ConflictError` (unless `force`) for the id of a model with
+        Raises as `resolve`. Unless `force`, raises `ConflictError` for the id of a model with
         several names, and `LockedError` for a model that a lease keeps.
         """
         return self._remover().remove(name, force=force)
 
     @property
     def listing_cache(self) -> ListingCache:
-        """What a list shows of each model, kept from one list to the next."""
-
+        """The cached facts that `modelpack list` shows of each model."""
         return ListingCache(self._tree)
 
     def has_file(self, digest: Digest) -> bool:
-        """Return whether something has the name of the blob; whether it is good is not asked."""
+        """Return whether the blob's file exists, without checking its marks."""
         return os.path.isfile(f"{self.root}/blobs/{digest.algorithm}/{digest.encoded}")
 
     def touch_blob(self, digest: Digest) -> bool:
-        """Return whether the blob is there; a collection counts it as recent from now on."""
+        """Return whether the store has the blob; restart its grace period for `gc`."""
         return self._publisher.touch(digest)
 
     def delete_blob(self, digest: Digest) -> bool:
-        """Delete a blob that no listed manifest needs; return whether it was there.
+        """Delete a blob that no listed manifest needs; return whether it existed.
 
         Raises `ConflictError` if one needs it, `LockedError` if a lease keeps it.
         """
         return self._remover().delete_blob(digest)
 
     def discard_blobs(self, digests: Collection[Digest]) -> None:
-        """Delete those of the blobs that no listed manifest needs and no lease keeps."""
+        """Delete the blobs that no listed manifest needs and no lease keeps."""
         self._remover().discard(digests)
 
     def index(self) -> IndexDocument:
-        """Return what `index.json` says now."""
+        """Return the current content of `index.json`."""
         return self._index.read()
 
     def change_index(self, change: Callable[[IndexDocument], IndexDocument]) -> None:
-        """Replace the index by what `change` makes of it; nobody else changes it meanwhile.
+        """Replace the index by the result of `change`, under the store's lock.
 
-        Every manifest that it lists must be there, as after `write_manifest`.
+        The store must have every manifest in it, as after `write_manifest`.
         """
         self._tree.prepare()
         with self._tree.lock().held():
@@ -367,7 +335,7 @@ class LayoutStore:
                 self._index.write(changed)
 
     def note_origin(self, digests: Iterable[Digest], origin: str) -> None:
-        """Remember the repository (`registry/repository`) that listed manifests came from."""
+        """Record the repository (`registry/repository`) that listed manifests were pulled from."""
         found = tuple(digests)
 
         def change(document: IndexDocument) -> IndexDocument:
@@ -377,55 +345,55 @@ class LayoutStore:
 
         self.change_index(change)
 
-    # Upkeep
+    # Maintenance
 
     @cached_property
     def bundles(self) -> KeptBundles:
-        """The models that are laid out in the store, for runtimes to open."""
+        """The bundles of this store: model directories that runtimes open."""
         from modelpack.store.kept_bundles import KeptBundles
 
-        return KeptBundles(self._tree, self._blobs, self._trust)
+        return KeptBundles(self._tree, self._blobs, self._marks)
 
     def lease(
         self, digests: Iterable[Digest], *, growing: bool = True, inherited: bool = False
     ) -> AbstractContextManager[None]:
-        """Keep these blobs from being deleted in the block, by any process.
+        """Protect these blobs from deletion by any process while the block runs.
 
-        A `growing` lease also keeps what this object writes, or finds there, in the block: so the
-        parts of a model are safe until its manifest is written. A lease on a manifest keeps its
-        bundle. An `inherited` lease outlives the block's process in the program that it becomes.
+        A `growing` lease also protects the blobs that this object writes or finds in the block: the
+        parts of a model are safe until its manifest is written. A lease on a manifest protects its
+        bundle. An `inherited` lease survives `exec` and ends with the new program.
         """
         return self._leases.hold(digests, growing=growing, inherited=inherited)
 
     def gc(self, *, dry_run: bool = False, grace_seconds: float = 3600) -> GcReport:
-        """Delete the blobs that no model and no lease needs, if unused for `grace_seconds`."""
+        """Delete blobs that no model and no lease needs and that are older than `grace_seconds`."""
         from modelpack.store.gc import Collector
 
         collector = Collector(
-            self._tree, self._blobs, self._trust, self._index, self._leases, self.bundles
+            self._tree, self._blobs, self._marks, self._index, self._leases, self.bundles
         )
         return collector.collect(dry_run=dry_run, grace_seconds=grace_seconds)
 
     def drop_quarantined(self, digest: Digest) -> None:
-        """Delete the damaged copy of a blob that is there again."""
-        self._trust.drop_quarantined(digest)
+        """Delete the quarantined copy of a blob that the store has again."""
+        self._marks.drop_quarantined(digest)
 
     def fsck(self, *, fast: bool = False, watch: Watch) -> FsckReport:
-        """Check everything; `fast` looks at sizes and manifests only. Damaged blobs are set aside,
-        bundles that differ from their blobs are deleted.
+        """Check the index, all blobs and all bundles; report the models that are affected.
 
-        The report says which models are hit.
+        `fast` checks sizes and manifests only. Damaged blobs are moved to quarantine, and bundles
+        that differ from their blobs are deleted.
         """
         from modelpack.store.fsck import Checker
 
-        checker = Checker(self._tree, self._blobs, self._trust, self._index, self.bundles)
+        checker = Checker(self._tree, self._blobs, self._marks, self._index, self.bundles)
         return checker.check(fast=fast, watch=watch)
 
     @cached_property
     def _publisher(self) -> Publisher:
         from modelpack.store.manifests import Publisher
 
-        return Publisher(self._tree, self._blobs, self._trust, self._leases)
+        return Publisher(self._tree, self._blobs, self._marks, self._leases)
 
     @cached_property
     def _downloads(self) -> Downloads:
@@ -443,6 +411,38 @@ class LayoutStore:
         from modelpack.store.removal import Remover
 
         return Remover(self._tree, self._blobs, self._index, self._leases, self.bundles)
+
+
+@dataclass(frozen=True, slots=True)
+class ListingCache:
+    """`ingest/listing.json`: a few facts per manifest, so that `list` opens no manifest again.
+
+    A digest always stands for the same bytes, so facts are never out of date. A damaged file, or
+    one of another version, counts as empty.
+    """
+
+    tree: Tree
+
+    def read(self) -> dict[str, list[Any]]:
+        """Return the facts by digest as unchecked JSON lists."""
+        with suppress(OSError, ValueError, RecursionError):
+            value = json.loads(read_own(self.tree.ingest / "listing.json", _MAX_LISTING_BYTES))
+            if isinstance(value, dict) and value.get("version") == LISTING_VERSION:
+                facts = value.get("models")
+                if isinstance(facts, dict):
+                    return facts
+        return {}
+
+    def write(self, facts: Mapping[str, list[Any]]) -> None:
+        """Replace the facts; do nothing where the store is not writable or the facts too many."""
+        content = json.dumps(
+            {"version": LISTING_VERSION, "models": facts}, separators=(",", ":")
+        ).encode()
+        if len(content) > _MAX_LISTING_BYTES:
+            return
+        path = self.tree.ingest / "listing.json"
+        with suppress(OSError):
+            write_atomically(path, content, by_way_of=self.tree.ingest)
 
 
 def _skipped(descriptor: Descriptor) -> Progress:

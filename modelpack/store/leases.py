@@ -1,8 +1,8 @@
-"""Leases: which blobs a live process needs, so that nobody deletes them under its hands.
+"""Leases: blobs that a live process needs, so that no other process deletes them while in use.
 
-A lease is a file `ingest/leases/<id>`: a JSON object that says who holds it, then a digest a line.
-The holder keeps the file locked, so a lease is alive exactly as long as its process, also across
-containers, where process ids mean nothing.
+A lease is a file `ingest/leases/<id>`: a JSON object that names the holder, then one digest per
+line. The holder keeps the file locked, so a lease lives exactly as long as its process. This also
+works across containers, where process ids mean nothing.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from pathlib import Path
 
 from modelpack.artifacts.digest import Digest
 from modelpack.errors import InvalidDigestError
-from modelpack.store.filesystem import boot_id, open_own, random_name, translating, write_all
+from modelpack.store.filesystem import boot_id, map_os_errors, open_own, random_name, write_all
 from modelpack.store.locks import try_lock
 from modelpack.store.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)
 class LiveLease:
-    """What a live process needs."""
+    """The holder of a lease and the blobs it protects."""
 
     holder: str
     digests: frozenset[Digest]
 
 
 class Leases:
-    """The leases of one store, and those that this object holds."""
+    """The leases of one store, including those that this object holds."""
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
         self._mutex = threading.Lock()
-        self._growing: dict[int, set[Digest]] = {}  # open files and what they list
+        self._growing: dict[int, set[Digest]] = {}  # digests by open file
 
     @contextmanager
     def hold(
         self, digests: Iterable[Digest], *, growing: bool, inherited: bool = False
     ) -> Iterator[None]:
-        """Keep the blobs in the block; a growing lease also keeps what `note` adds to it.
+        """Protect the blobs in the block; a `growing` lease also protects those added by `note`.
 
-        An `inherited` one stays when this process becomes another program, until that ends.
+        An `inherited` lease survives `exec` and ends with the new program.
         """
         wanted = set(digests)
         descriptor = self._create(wanted)
@@ -65,30 +65,33 @@ class Leases:
             os.close(descriptor[1])
 
     def note(self, digest: Digest) -> bool:
-        """Add a blob to the growing leases of this object; the store's lock is held.
+        """Add a blob to the growing leases of this object; return whether there are any.
 
-        Returns whether there are any.
+        The caller holds the store's lock.
         """
         with self._mutex:
             for descriptor, listed in self._growing.items():
                 if digest not in listed:
-                    with translating("extend a lease in", self._tree.leases):
+                    with map_os_errors("extend a lease in", self._tree.leases):
                         write_all(descriptor, memoryview(f"{digest}\n".encode()))
                     listed.add(digest)
             return bool(self._growing)
 
     def live(self) -> tuple[LiveLease, ...]:
-        """Return the leases of live processes and delete the others; the store's lock is held."""
+        """Return the leases of live processes and delete the others.
+
+        The caller holds the store's lock.
+        """
         found = []
-        with translating("read the leases in", self._tree.leases):
+        with map_os_errors("read the leases in", self._tree.leases):
             if not self._tree.leases.is_dir():
                 return ()
             for path in sorted(self._tree.leases.iterdir()):
                 try:
                     if not stat.S_ISREG(os.lstat(path).st_mode):
-                        continue  # not a lease of ours
+                        continue  # not a lease
                     descriptor = open_own(path)
-                except FileNotFoundError:  # just given back
+                except FileNotFoundError:  # released since it was listed
                     continue
                 try:
                     if try_lock(descriptor):
@@ -100,12 +103,12 @@ class Leases:
         return tuple(found)
 
     def _create(self, digests: Iterable[Digest]) -> tuple[Path, int] | None:
-        """Return a new lease and its locked file; None where nobody can delete anything."""
+        """Return the path and the locked file of a new lease; None in a read-only store."""
         path = self._tree.leases / random_name()
         header = json.dumps({"pid": os.getpid(), "boot": boot_id()})
         text = "\n".join([header, *map(str, digests)]) + "\n"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-        with translating("write a lease in", self._tree.leases):
+        with map_os_errors("write a lease in", self._tree.leases):
             if self._tree.is_read_only():
                 return None
             self._tree.leases.mkdir(parents=True, exist_ok=True)
@@ -113,7 +116,7 @@ class Leases:
                 descriptor = os.open(path, flags, 0o644)
                 try:
                     locked = try_lock(descriptor)
-                    assert locked, "a new file is locked by somebody else"
+                    assert locked, "a new file is locked by another process"
                     write_all(descriptor, memoryview(text.encode()))
                 except BaseException:
                     path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Locks between processes (and threads): a lock dies with the process that holds it.
+"""File locks between processes and threads; a lock is released when its process ends.
 
-`flock` is taken on an open file, so two threads that open the file exclude each other too. On NFS
-Linux turns it into a lock of the server.
+`flock` belongs to an open file, so two threads that open the file exclude each other too. On NFS,
+Linux turns it into a lock on the server.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from pathlib import Path
 
 from modelpack.errors import LockedError
 from modelpack.progress import Stop
-from modelpack.store.filesystem import open_own, read_own, translating
+from modelpack.store.filesystem import map_os_errors, open_own, read_own
 
+# Seconds between two attempts, and in all.
 _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 0.1
 _PATIENCE = 60.0
-_LONGEST_NAME = 64  # of a holder
+_MAX_HOLDER_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class FileLock:
-    """An exclusive lock on the file `path`, which is made when needed."""
+    """An exclusive lock on the file `path`, which is created when needed."""
 
     path: Path
 
@@ -41,9 +42,9 @@ class FileLock:
     ) -> Iterator[None]:
         """Hold the lock in the block.
 
-        Waits `patience` seconds at most (None: for ever), then raises `LockedError`; `stop` ends
-        the wait earlier. `waiting` is told once who is in the way. `remove` deletes the file at
-        the end: whoever waits for it starts over with a new one.
+        Waits at most `patience` seconds (None: for ever), then raises `LockedError`; `stop` ends
+        the wait early. `waiting` is called once with the name of the holder. `remove` deletes the
+        file at the end; waiting processes then lock a new one.
         """
         descriptor = self._acquire(patience, stop, waiting)
         try:
@@ -54,7 +55,7 @@ class FileLock:
             os.close(descriptor)
 
     def is_free(self) -> bool:
-        """Return whether nobody holds the lock now."""
+        """Return whether no process holds the lock."""
         try:
             descriptor = open_own(self.path)
         except FileNotFoundError:
@@ -79,7 +80,7 @@ class FileLock:
             if deadline is not None and time.monotonic() >= deadline:
                 raise LockedError(
                     f"{self.path} is held by {self._holder()}",
-                    hint="try again when that is done",
+                    hint="try again when it has finished",
                 )
             if waiting is not None:
                 waiting(self._holder())
@@ -91,11 +92,11 @@ class FileLock:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _try(self) -> int | None:
-        with translating("lock", self.path):
+        with map_os_errors("lock", self.path):
             descriptor = open_own(self.path, os.O_RDWR | os.O_CREAT)
             try:
                 if try_lock(descriptor) and self._is_current(descriptor):
-                    _sign(descriptor)
+                    _write_holder(descriptor)
                     return descriptor
             except BaseException:
                 os.close(descriptor)
@@ -104,7 +105,7 @@ class FileLock:
             return None
 
     def _is_current(self, descriptor: int) -> bool:
-        """Whether the locked file is still the one with the name: a holder may have removed it."""
+        """Return whether `path` is still the locked file: its last holder may have removed it."""
         try:
             named = os.stat(self.path)
         except FileNotFoundError:
@@ -113,21 +114,21 @@ class FileLock:
 
     def _holder(self) -> str:
         try:
-            pid = read_own(self.path, _LONGEST_NAME).decode(errors="replace").strip()
+            pid = read_own(self.path, _MAX_HOLDER_BYTES).decode(errors="replace").strip()
         except OSError:
             pid = ""
         return f"process {pid}" if pid.isdigit() else "another process"
 
 
-def _sign(descriptor: int) -> None:
-    """Leave the process id for messages; a full disk has room for the lock all the same."""
+def _write_holder(descriptor: int) -> None:
+    """Write the process id for error messages; a full disk does not prevent locking."""
     with suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
 
 
 def try_lock(descriptor: int) -> bool:
-    """Lock the open file exclusively if nobody else has; return whether that worked."""
+    """Try to lock the open file exclusively; return whether that succeeded."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,7 @@
-"""From what a user types to a model: references, digests, short ids and unique prefixes."""
+"""Find stored models by name: references, digests, short ids and unique prefixes of ids.
+
+Works on plain lists of entries, so that every kind of store shares it.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,9 @@ _HEX = re.compile(r"(?:sha256:)?([0-9a-f]{1,64})\Z")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One name of one manifest; no name where the manifest is untagged.
+    """One index entry: a manifest and one of its names, None if it is untagged.
 
-    `name` is as the index spells it, `reference` what that means; another tool's name may mean
-    nothing to us.
+    `name` is the text in the index; `reference` is the parsed name, None if it does not parse.
     """
 
     descriptor: Descriptor
@@ -43,12 +45,12 @@ class Entry:
 
     @property
     def is_partial(self) -> bool:
-        """Whether layers of the manifest were left out on purpose."""
+        """Whether layers of the manifest were left out by a partial pull."""
         return self.descriptor.annotations.get(media_types.PARTIAL) == "true"
 
     @property
     def origin(self) -> str | None:
-        """The repository (`registry/repository`) that it was pulled from, where known."""
+        """The repository (`registry/repository`) it was pulled from, if known."""
         return self.descriptor.annotations.get(media_types.ORIGIN)
 
     @property
@@ -66,9 +68,9 @@ class Entry:
 class StoredModel:
     """A model in a store and all its names.
 
-    `names` holds the names as they are stored, also those that are no references to us.
-    `is_partial` says that layers were left out on purpose; some may have come since.
-    `origins` are the repositories (`registry/repository`) that it was pulled from, where known.
+    `names` are the names as stored, including those that do not parse as references.
+    `is_partial`: a partial pull left out layers; some may have been pulled since.
+    `origins`: the repositories (`registry/repository`) it was pulled from, if known.
     """
 
     descriptor: Descriptor
@@ -84,15 +86,15 @@ class StoredModel:
 
     @property
     def places(self) -> tuple[str, ...]:
-        """The repositories that may have it: its origins, and those of its names."""
+        """The repositories that may have it: its origins and those of its names."""
         return tuple(dict.fromkeys((*self.origins, *(ref.name for ref in self.references))))
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What a text turned out to name; `entry` is one entry of the manifest.
+    """The result of a lookup; `entry` is one entry of the manifest.
 
-    `by_name` tells a name from an id: removing one is not removing the other.
+    `by_name` is False for an id: removing a name and removing an id differ.
     """
 
     entry: Entry
@@ -100,7 +102,7 @@ class Match:
 
 
 class Names:
-    """What a text may mean among `entries`; where two claim the same, the first one has it."""
+    """A lookup table of `entries`; if two have the same name, the first one wins."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self._by_digest = {entry.digest: entry for entry in reversed(entries)}
@@ -109,11 +111,11 @@ class Names:
         self._entries = entries
 
     def find(self, text: str) -> Match:
-        """Return the manifest that `text` names.
+        """Return the manifest called `text`.
 
-        Tried in order: a full digest, a name, a short id, a unique prefix of an id (4 digits or
+        Tries in order: a full digest, a name, a short id, a unique prefix of an id (4 digits or
         more). Raises `NotFoundError`, `AmbiguousError`, `InvalidReferenceError`, or
-        `IntegrityError` if `text` has a tag and a digest that disagree.
+        `IntegrityError` if the tag and the digest in `text` disagree.
         """
         text = text.strip()
         digest = _full_digest(text)
@@ -158,7 +160,7 @@ class Names:
         return Match(entry, by_name=True)
 
     def _in_repository(self, wanted: Reference, text: str) -> Entry:
-        """Return the manifest of `repository@digest`; another repository's is not meant."""
+        """Return the manifest of `repository@digest`; it must belong to this repository."""
         assert wanted.digest is not None, "a reference has a tag or a digest"
         entry = self._with_digest(wanted.digest, text)
         places = {
@@ -197,9 +199,9 @@ class Names:
 
 
 def may_name(text: str) -> Callable[[Any], bool]:
-    """Return whether an element of `manifests`, not read yet, may be what `text` names.
+    """Return a filter of raw elements of `manifests` that keeps all that `text` may name.
 
-    A guess on the safe side: who is left out by it is certainly not meant.
+    It may keep too many elements, but never drops one that matches.
     """
     text = text.strip()
     names = {text}
@@ -238,16 +240,16 @@ def may_name(text: str) -> Callable[[Any], bool]:
 
 
 def find(entries: Sequence[Entry], text: str) -> Match:
-    """Return the manifest that `text` names among `entries`; see `Names.find`."""
+    """Return the manifest called `text` among `entries`; see `Names.find`."""
     return Names(entries).find(text)
 
 
 def models(
     entries: Iterable[Entry], types: Sequence[str] = media_types.MANIFEST_TYPES
 ) -> tuple[StoredModel, ...]:
-    """Return the manifests of these types among `entries` with their names, in their order.
+    """Return the manifests of these types with their names: named ones first, sorted by name.
 
-    What only says something about a model (a signature, say) is left out.
+    Referrers such as signatures are left out.
     """
     by_digest: dict[Digest, list[Entry]] = {}
     for entry in entries:
@@ -256,14 +258,14 @@ def models(
     found = [_model(group) for group in by_digest.values()]
     return tuple(
         sorted(
-            (model for model in found if not _is_about_a_model(model)),
+            (model for model in found if not _is_referrer(model)),
             key=lambda model: (not model.names, model.names, model.digest),
         )
     )
 
 
 def model(entries: Iterable[Entry], digest: Digest) -> StoredModel:
-    """Return the manifest `digest`, which is among `entries`, with all its names."""
+    """Return the manifest `digest` of `entries` with all its names."""
     return _model([entry for entry in entries if entry.digest == digest])
 
 
@@ -277,7 +279,7 @@ def _model(group: Sequence[Entry]) -> StoredModel:
     )
 
 
-def _is_about_a_model(model: StoredModel) -> bool:
+def _is_referrer(model: StoredModel) -> bool:
     kind = model.descriptor.artifact_type
     known = (media_types.CNCF_MANIFEST, media_types.CNAI_MANIFEST, *media_types.MODEL_CONFIG_TYPES)
     return not model.names and kind is not None and kind not in known

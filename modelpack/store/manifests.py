@@ -1,6 +1,7 @@
-"""The last step of everything that comes in: a name among the blobs, and safety from collection.
+"""Publish blobs and list manifests: the last step of every pull, import and upload.
 
-Each method takes the store's lock, so that a collection sees a blob either not at all or as needed.
+`Publisher` gives a verified file its place under `blobs/` and adds it to the leases; `Manifests`
+writes manifests and adds them to `index.json`.
 """
 
 from __future__ import annotations
@@ -29,56 +30,60 @@ from modelpack.errors import (
 )
 from modelpack.storage import Outcome
 from modelpack.store.blobs import BLOB_MODE, Blobs
-from modelpack.store.filesystem import flush_file, translating
-from modelpack.store.imports import Read
+from modelpack.store.filesystem import flush_file, map_os_errors
+from modelpack.store.imports import StagedBlob
 from modelpack.store.index import IndexFile
 from modelpack.store.leases import Leases
 from modelpack.store.reachability import as_manifest, read_manifest, successors
 from modelpack.store.tree import Tree
-from modelpack.store.verified_marks import Trust
+from modelpack.store.verified_marks import VerifiedMarks
 
 
 @dataclass(frozen=True, slots=True)
 class Publisher:
-    """Publishes into one store."""
+    """Publishes blobs in one store.
+
+    Each method takes the store's lock, so that a garbage collection sees a blob either not at all
+    or as needed.
+    """
 
     tree: Tree
     blobs: Blobs
-    trust: Trust
+    marks: VerifiedMarks
     leases: Leases
 
     def keep(self, descriptor: Descriptor) -> bool:
-        """Return whether the blob is there; note in any case that it is needed."""
+        """Return whether the store has the blob; add it to the growing leases either way."""
         there = self.blobs.holds(descriptor)
         with self.tree.lock().held():
             return self._found(descriptor.digest, there=there)
 
     def touch(self, digest: Digest) -> bool:
-        """Return whether the blob is there; count it as recently used."""
+        """Return whether the store has the blob; mark it as recently used."""
         path = self.blobs.find(digest)
         if path is None or self.tree.is_read_only():
             return path is not None
         with self.tree.lock().held():
             there = path.is_file()
             if there:
-                self.trust.touch(digest, path)
+                self.marks.touch(digest, path)
         return there
 
-    def publish(self, read: Read) -> Outcome:
-        """Make a file that was read a blob, unless it is one already."""
-        there = self.blobs.find(read.digest) is not None
+    def publish(self, staged: StagedBlob) -> Outcome:
+        """Make a staged file a blob, unless the store has the blob."""
+        there = self.blobs.find(staged.digest) is not None
         with self.tree.lock().held():
-            if self._found(read.digest, there=there):
+            if self._found(staged.digest, there=there):
                 return Outcome.EXISTED
-            if read.linked:
-                read.link()
-                self.trust.mark_linked(read.digest, read.found)
-            self.blobs.publish(read.staged, read.digest, flushed=False)
+            if staged.linked:
+                staged.link()
+                self.marks.mark_linked(staged.digest, staged.found)
+            self.blobs.publish(staged.path, staged.digest, flushed=False)
         return Outcome.WRITTEN
 
     def take(self, path: Path, digest: Digest) -> Outcome:
-        """Make a verified file of the same file system a blob; it loses its name."""
-        with translating("flush", path):
+        """Move a verified file of the same file system to its blob's path."""
+        with map_os_errors("flush", path):
             path.chmod(BLOB_MODE)
             flush_file(path)
         there = self.blobs.find(digest) is not None
@@ -90,26 +95,23 @@ class Publisher:
         return Outcome.WRITTEN
 
     def write(self, digest: Digest, content: bytes) -> None:
-        """Have a small blob, durably."""
+        """Write a small blob durably, unless the store has it."""
         with self.tree.lock().held():
             self.write_locked(digest, content)
 
     def write_locked(self, digest: Digest, content: bytes) -> None:
-        """Do as `write`; the store's lock is held."""
+        """Do as `write`; the caller holds the store's lock."""
         if not self._found(digest, there=self.blobs.find(digest) is not None):
             self.blobs.write(digest, content)
 
     def _found(self, digest: Digest, *, there: bool) -> bool:
-        """Note that the blob is needed; return whether it is (still) there."""
+        """Add the blob to the growing leases; return whether its file (still) exists."""
         self.leases.note(digest)
         path = self.tree.blob(digest)
         if not there or not os.path.isfile(path):
             return False
-        self.trust.touch(digest, path)
+        self.marks.touch(digest, path)
         return True
-
-
-_TYPES = (*media_types.MANIFEST_TYPES, *media_types.INDEX_TYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +143,10 @@ class Manifests:
         needed = successors(manifest)
         vital = (manifest.config,) if partial and isinstance(manifest, Manifest) else needed
         self.tree.prepare()
-        # Once without the lock, since a blob may need to be verified, and once with it.
-        self._check_whole(listed, vital)
+        # Check without the lock first: verifying a blob may take long.
+        self._check_complete(listed, vital)
         with self.tree.lock().held():
-            self._check_whole(listed, vital)
+            self._check_complete(listed, vital)
             publisher.write_locked(descriptor.digest, raw)
             document = self.index.read().with_manifest(listed)
             if reference is not None:
@@ -164,12 +166,12 @@ class Manifests:
         for descriptor, name in named:
             manifest = read_manifest(self.blobs, descriptor)
             listed, needed = _listed(descriptor, manifest), successors(manifest)
-            self._check_whole(listed, needed)
+            self._check_complete(listed, needed)
             entries.append((listed, needed, _tag_named(name, descriptor.digest)))
         with self.tree.lock().held():
             document = self.index.read()
             for listed, needed, reference in entries:
-                self._check_whole(listed, needed)
+                self._check_complete(listed, needed)
                 document = document.with_manifest(listed)
                 if reference is not None:
                     document = document.with_tag(listed, reference)
@@ -177,21 +179,21 @@ class Manifests:
             self.index.write(document)
 
     def missing(self, descriptor: Descriptor) -> tuple[Descriptor, ...]:
-        """Return the layers that a partly present model lacks; none for any other."""
+        """Return the missing layers of a partial model, nothing for any other model."""
         if not any(e.is_partial for e in self.index.read().entries_of(descriptor.digest)):
             return ()
         needed = successors(read_manifest(self.blobs, descriptor))
         return tuple(blob for blob in needed if not self.blobs.holds(blob))
 
     def referrers(self, subject: Digest, artifact_type: str | None) -> list[Descriptor]:
-        """Return the listed manifests that say something about `subject`, by digest."""
+        """Return the listed manifests whose subject is `subject`, sorted by digest."""
         found = {}
         seen: set[tuple[Digest, str]] = set()
         for entry in self.index.read().entries:
             if entry.name is not None and entry.descriptor.artifact_type is None:
                 continue
             key = (entry.digest, entry.descriptor.media_type)
-            if key in seen or key[1] not in _TYPES:
+            if key in seen or key[1] not in media_types.MANIFEST_AND_INDEX_TYPES:
                 continue
             seen.add(key)
             try:
@@ -205,7 +207,7 @@ class Manifests:
         return [found[digest] for digest in sorted(found)]
 
     def unlisted(self, name: str) -> Descriptor | None:
-        """Return a manifest that only an index leads to; such a one has no name but its digest."""
+        """Return the manifest with the digest `name`, also if only an image index lists it."""
         try:
             digest = Digest.parse(name)
         except IntegrityError:
@@ -217,18 +219,18 @@ class Manifests:
             manifest.media_type, digest, len(manifest.raw), artifact_type=manifest.artifact_type
         )
 
-    def _check_whole(self, listed: Descriptor, needed: Iterable[Descriptor]) -> None:
+    def _check_complete(self, listed: Descriptor, needed: Iterable[Descriptor]) -> None:
         for descriptor in needed:
             if not self.blobs.holds(descriptor):
                 raise NotFoundError(
                     f"manifest {listed.digest} needs {descriptor.digest} ({descriptor.size} bytes, "
                     f"{descriptor.media_type}), which is not in the store {self.tree.root}",
-                    hint="write the blobs first",
+                    hint="write the blobs before the manifest",
                 )
 
 
 def check_size(descriptor: Descriptor, got: int, what: str) -> None:
-    """Raise `SizeMismatchError` if there are `got` bytes, and the descriptor says otherwise."""
+    """Raise `SizeMismatchError` unless `got` bytes match the descriptor."""
     if got != descriptor.size:
         raise SizeMismatchError(
             f"{what}: {descriptor.digest} should have {descriptor.size} bytes, got {got}",
@@ -238,7 +240,7 @@ def check_size(descriptor: Descriptor, got: int, what: str) -> None:
 
 
 def check_names(reference: Reference, digest: Digest) -> None:
-    """Raise `DigestMismatchError` if a digest in `reference` is another one."""
+    """Raise `DigestMismatchError` if `reference` has another digest."""
     if reference.digest is not None and reference.digest != digest:
         raise DigestMismatchError(
             f"{reference} cannot name {digest}", expected=str(reference.digest), got=str(digest)
@@ -246,9 +248,9 @@ def check_names(reference: Reference, digest: Digest) -> None:
 
 
 def _listed(descriptor: Descriptor, manifest: Manifest | Index) -> Descriptor:
-    """Return how the index lists a manifest; one about another is never taken for a model."""
-    about = manifest.subject is not None
-    shown = referrer_descriptor(descriptor, manifest) if about else manifest
+    """Return the index entry of a manifest; a referrer keeps a type that is not a model's."""
+    is_referrer = manifest.subject is not None
+    shown = referrer_descriptor(descriptor, manifest) if is_referrer else manifest
     return Descriptor(
         descriptor.media_type,
         descriptor.digest,
@@ -258,7 +260,7 @@ def _listed(descriptor: Descriptor, manifest: Manifest | Index) -> Descriptor:
 
 
 def _tag_named(name: str | None, digest: Digest) -> Reference | None:
-    """Return the tag to write, if `name` has one; a digest in it must be the manifest's."""
+    """Return the tagged reference in `name`, or None; a digest in it must be the manifest's."""
     if name is None:
         return None
     reference = Reference.parse(name, default_registry=DEFAULT_REGISTRY)

@@ -1,4 +1,4 @@
-"""MemoryStore: a store that is gone with its process; for tests, and for models of a few bytes."""
+"""MemoryStore: a store in memory, for tests and for models of a few bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from modelpack.store.reachability import successors
 
 @dataclass(frozen=True, slots=True)
 class MemoryBlob:
-    """A blob in memory; whether it exists shows when it is opened."""
+    """A blob of a `MemoryStore`; opening it raises `NotFoundError` if it is missing."""
 
     contents: dict[Digest, bytes]
     digest: Digest
@@ -32,7 +32,7 @@ class MemoryBlob:
 
 
 class MemoryStore:
-    """A store in memory; fulfils `modelpack.storage.Target`, its names are as in `LayoutStore`."""
+    """A store in memory; implements `modelpack.storage.Target`, with names as in `LayoutStore`."""
 
     def __init__(self) -> None:
         self._blobs: dict[Digest, bytes] = {}
@@ -41,7 +41,7 @@ class MemoryStore:
         self._mutex = threading.Lock()
 
     def resolve(self, name: str) -> Descriptor:
-        """Return the manifest that `name` means; raises as `LayoutStore.resolve`."""
+        """Return the manifest called `name`; raises as `LayoutStore.resolve`."""
         return lookup.find(self._entries(), name).entry.manifest
 
     def models(self) -> tuple[StoredModel, ...]:
@@ -49,22 +49,22 @@ class MemoryStore:
         return lookup.models(self._entries())
 
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
-        """Return a manifest's bytes, checked against size and digest."""
+        """Return the bytes of a manifest, verified by size and digest."""
         raw = _found(self._blobs, descriptor.digest)
         _check_size(descriptor, len(raw))
         return raw
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
-        """Return the blob to read from; whether it exists shows when it is opened."""
+        """Return the blob as a source; opening it raises `NotFoundError` if it is missing."""
         return MemoryBlob(self._blobs, descriptor.digest)
 
     def has_blob(self, descriptor: Descriptor) -> bool:
-        """Return whether the blob is there, with the right size."""
+        """Return whether the store has the blob, with the right size."""
         content = self._blobs.get(descriptor.digest)
         return content is not None and len(content) == descriptor.size
 
     def write_blob(self, descriptor: Descriptor, source: BlobSource, watch: Watch) -> Outcome:
-        """Have the blob; raises `DigestMismatchError` or `SizeMismatchError`."""
+        """Store the blob; raises `DigestMismatchError` or `SizeMismatchError`."""
         digest, size = descriptor.digest, descriptor.size
         name = descriptor.filepath or digest.short
         if self.has_blob(descriptor):
@@ -83,7 +83,7 @@ class MemoryStore:
         return Outcome.WRITTEN
 
     def write_manifest(self, descriptor: Descriptor, raw: bytes, name: str | None = None) -> None:
-        """Write a manifest whose blobs are all there and, with `name`, tag it."""
+        """Write a manifest whose blobs the store has, and tag it if there is a `name`."""
         _check_size(descriptor, len(raw))
         descriptor.digest.check(raw, "manifest")
         what = str(descriptor.digest)
@@ -93,7 +93,9 @@ class MemoryStore:
             reference.digest.check(raw, str(reference))
         for needed in successors(manifest):
             if not self.has_blob(needed):
-                raise NotFoundError(f"manifest {what} needs {needed.digest}, which is not there")
+                raise NotFoundError(
+                    f"manifest {what} needs {needed.digest}, which is not in the store"
+                )
         with self._mutex:
             self._blobs[descriptor.digest] = raw
             self._manifests[descriptor.digest] = Entry(descriptor).manifest

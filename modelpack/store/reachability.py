@@ -1,4 +1,4 @@
-"""Which blobs belong to which manifests: the marking half of garbage collection."""
+"""The blobs that manifests need, directly or not: the mark phase of garbage collection."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ from modelpack.errors import (
     StoreError,
 )
 from modelpack.store.blobs import Blobs
-from modelpack.store.filesystem import translating
+from modelpack.store.filesystem import map_os_errors
 
 _DIGEST = re.compile(rb"\bsha256:[0-9a-f]{64}\b|\bsha512:[0-9a-f]{128}\b")
-_TYPES = (*media_types.MANIFEST_TYPES, *media_types.INDEX_TYPES)
 
 
 def read_manifest(blobs: Blobs, descriptor: Descriptor) -> Manifest | Index:
@@ -41,15 +40,15 @@ def _parsed(raw: bytes, descriptor: Descriptor) -> Manifest | Index:
 
 
 def successors(manifest: Manifest | Index) -> tuple[Descriptor, ...]:
-    """Return what the manifest needs to be whole. Its subject is not part of that."""
+    """Return the blobs or manifests that a manifest needs; its subject is not one of them."""
     return manifest.manifests if isinstance(manifest, Index) else manifest.unique_blobs
 
 
 def reachable(blobs: Blobs, roots: Iterable[Descriptor]) -> set[Digest]:
-    """Return the roots and everything that they need, directly or not.
+    """Return the digests of the roots and of everything they need, directly or not.
 
-    Raises `StoreError` if a manifest is damaged: nobody can tell then what it needs. One that is
-    not there needs nothing.
+    Raises `StoreError` if a manifest is damaged, since its needs are unknown. A missing manifest
+    needs nothing.
     """
     found: set[Digest] = set()
     waiting = list(roots)
@@ -58,7 +57,7 @@ def reachable(blobs: Blobs, roots: Iterable[Descriptor]) -> set[Digest]:
         if descriptor.digest in found:
             continue
         found.add(descriptor.digest)
-        if descriptor.media_type not in _TYPES:
+        if descriptor.media_type not in media_types.MANIFEST_AND_INDEX_TYPES:
             continue
         try:
             raw = blobs.read(descriptor.digest, "manifest")
@@ -66,8 +65,8 @@ def reachable(blobs: Blobs, roots: Iterable[Descriptor]) -> set[Digest]:
             if isinstance(error, NotFoundError) and not blobs.was_damaged(descriptor.digest):
                 continue
             raise StoreError(
-                f"cannot tell which blobs are needed: {error}",
-                hint="`modelpack fsck` tells what is damaged; pull that model again, or remove it",
+                f"cannot determine which blobs are needed: {error}",
+                hint="run `modelpack fsck`, then pull the damaged model again or remove it",
             ) from error
         try:
             waiting.extend(successors(_parsed(raw, descriptor)))
@@ -77,14 +76,14 @@ def reachable(blobs: Blobs, roots: Iterable[Descriptor]) -> set[Digest]:
 
 
 def _mentioned(raw: bytes) -> set[Digest]:
-    """Return every digest in a text that we cannot parse: better too much is kept."""
+    """Return every digest in a manifest that does not parse: keep too much, not too little."""
     return {Digest.parse(match.decode()) for match in _DIGEST.findall(raw)}
 
 
 def referrers(
     blobs: Blobs, candidates: Iterable[Digest], subjects: set[Digest]
 ) -> list[Descriptor]:
-    """Return the manifests among `candidates` that say something about one of `subjects`."""
+    """Return the manifests among `candidates` whose subject is one of `subjects`."""
     found = []
     for digest in candidates:
         manifest = as_manifest(blobs, digest)
@@ -94,12 +93,12 @@ def referrers(
 
 
 def as_manifest(blobs: Blobs, digest: Digest) -> Manifest | Index | None:
-    """Return the manifest that the blob is, if it is one."""
+    """Return the blob as a manifest or an index, or None if it is neither."""
     try:
         if blobs.size(digest) > MAX_DOCUMENT_BYTES:
             return None
         path = blobs.path(digest)
-        with translating("read", path), path.open("rb") as stream:
+        with map_os_errors("read", path), path.open("rb") as stream:
             if stream.read(1) != b"{":
                 return None
         return parse_manifest_or_index(blobs.read(digest, "manifest"), str(digest))

@@ -1,4 +1,4 @@
-"""Removing names and models, as `docker model rm` does."""
+"""Remove names and models, as `docker model rm` does."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from modelpack.store.tree import Tree
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What a removal did.
+    """The result of a removal.
 
-    `deleted` are the manifests (the model first, then what was said about it), `freed` the other
-    blobs that nothing else needed. `bytes_freed` counts no file that keeps another name.
+    `deleted` are the manifests (the model first, then its referrers), `freed` the other blobs that
+    nothing else needed. `bytes_freed` leaves out files that have another name elsewhere.
     """
 
     untagged: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Removal:
 
 @dataclass(frozen=True, slots=True)
 class Remover:
-    """Removes from one store."""
+    """Removes names, models and blobs from one store."""
 
     tree: Tree
     blobs: Blobs
@@ -51,10 +51,10 @@ class Remover:
     bundles: KeptBundles
 
     def remove(self, name: str, *, force: bool) -> Removal:
-        """Remove a name; with its last name, or by its id, the model goes.
+        """Remove a name; with the last name, or by id, remove the model.
 
-        Raises `ConflictError` for the id of a model with several names, and `LockedError` for a
-        model in use, unless forced.
+        Unless forced, raises `ConflictError` for the id of a model with several names, and
+        `LockedError` for a model in use.
         """
         self.tree.prepare()
         with self.tree.lock().held():
@@ -68,20 +68,20 @@ class Remover:
             if len(model.names) > 1 and not force:
                 raise ConflictError(
                     f"{name} has several names: {', '.join(model.names)}",
-                    hint="remove it by name, or force the removal of all of them",
+                    hint="remove it by name, or use --force to remove all of them",
                 )
             leases = self.leases.live()
             user = next((lease for lease in leases if model.digest in lease.digests), None)
             if user is not None and not force:
                 raise LockedError(
                     f"{name} ({model.digest.short}) is in use by {user.holder}",
-                    hint="stop that first, or force the removal",
+                    hint="stop that process, or use --force",
                 )
             leased = {digest for lease in leases for digest in lease.digests}
             return self._delete(document, model, leased)
 
     def delete_blob(self, digest: Digest) -> bool:
-        """Delete a blob that nothing needs; return whether it was there.
+        """Delete a blob that nothing needs; return whether it existed.
 
         Raises `ConflictError` if a listed manifest needs it, `LockedError` if a lease keeps it.
         """
@@ -100,7 +100,7 @@ class Remover:
         return True
 
     def discard(self, digests: Collection[Digest]) -> None:
-        """Delete those of the blobs that nothing needs: no listed manifest and no lease."""
+        """Delete the blobs that no listed manifest needs and no lease keeps."""
         if not digests:
             return
         self.tree.prepare()
@@ -114,11 +114,11 @@ class Remover:
     def _delete(
         self, document: IndexDocument, model: lookup.StoredModel, leased: set[Digest]
     ) -> Removal:
-        gone = [model.descriptor, *self._about(document, model.digest)]
+        gone = [model.descriptor, *self._referrers(document, model.digest)]
         unneeded = self._unneeded(document, gone) - leased
         for descriptor in gone:
             document = document.without_manifest(descriptor.digest)
-        # The index goes first: a model that it lists has all its blobs, at any time.
+        # Write the index first: a listed model must have all its blobs at any time.
         self.index.write(document)
         bundles = [self.bundles.directory(digest) for digest in sorted(unneeded)]
         size = bytes_freed([*bundles, *map(self.tree.blob, unneeded)])
@@ -133,7 +133,8 @@ class Remover:
     def _unneeded(self, document: IndexDocument, gone: list[Descriptor]) -> set[Digest]:
         """Return the blobs that only these manifests need.
 
-        Where a damaged manifest hides what it needs, nothing is: a collection frees it later.
+        Return nothing if another manifest is damaged, since its needs are unknown; the garbage
+        collection deletes the blobs later.
         """
         going = {descriptor.digest for descriptor in gone}
         kept = [entry.descriptor for entry in document.entries if entry.digest not in going]
@@ -150,19 +151,19 @@ class Remover:
                 found |= reachable(self.blobs, [descriptor])
         return found
 
-    def _about(self, document: IndexDocument, digest: Digest) -> list[Descriptor]:
-        """Return the untagged manifests that say something about one that goes, and so on."""
-        about: dict[Digest, list[Descriptor]] = {}
+    def _referrers(self, document: IndexDocument, digest: Digest) -> list[Descriptor]:
+        """Return the untagged referrers of a manifest, their referrers, and so on."""
+        by_subject: dict[Digest, list[Descriptor]] = {}
         for entry in document.entries:
             if entry.name is None and (subject := self._subject(entry)) is not None:
-                about.setdefault(subject, []).append(entry.descriptor)
+                by_subject.setdefault(subject, []).append(entry.descriptor)
         found: dict[Digest, Descriptor] = {}
-        waiting = about.pop(digest, [])
+        waiting = by_subject.pop(digest, [])
         while waiting:
             descriptor = waiting.pop(0)
             if descriptor.digest != digest:
                 found[descriptor.digest] = descriptor
-                waiting += about.pop(descriptor.digest, [])
+                waiting += by_subject.pop(descriptor.digest, [])
         return list(found.values())
 
     def _subject(self, entry: lookup.Entry) -> Digest | None:

@@ -1,20 +1,20 @@
-"""The directories of a store, and which directories may be one.
+"""Tree: the paths of a store's files, and opening or creating a store's directory.
 
-An OCI image layout (image-spec v1.1, image-layout.md) with our own files beside it::
+An OCI image layout (image-spec v1.1, image-layout.md) with additional files::
 
     oci-layout              {"imageLayoutVersion": "1.0.0"}
-    index.json              the models and their tags
-    blobs/<alg>/<hex>       what is verified, and nothing else
-    .lock                   held by whoever changes the store
-    ingest/<alg>-<hex>.part     a download under way; .json beside it says of what, .lock by whom
-    ingest/import-<id>.tmp      a file on its way in
+    index.json              the models and their tags; see `index`
+    blobs/<alg>/<hex>       verified blobs, and nothing else
+    .lock                   held while the store is changed
+    ingest/<alg>-<hex>.part     a partial download; its .json describes it, its .lock has the owner
+    ingest/import-<id>.tmp      a file that is being imported; see `imports`
     ingest/uploads/<uuid>/      an upload to the embedded registry; see `registry_server.uploads`
-    ingest/leases/<id>          which blobs a live process needs
-    ingest/unflushed/<alg>-<hex>, ingest/linked/<alg>-<hex>    see `trust`
-    ingest/listing.json         see `listing_cache`
+    ingest/leases/<id>          the blobs that a live process needs; see `leases`
+    ingest/unflushed/<alg>-<hex>, ingest/linked/<alg>-<hex>    see `verified_marks`
+    ingest/listing.json         see `layout.ListingCache`
     ingest/bundles/             bundles that are being made or deleted
-    bundles/<alg>-<hex>/    models laid out for runtimes; see `kept`
-    quarantine/<alg>-<hex>  blobs that turned out to be damaged
+    bundles/<alg>-<hex>/    models as directories for runtimes; see `kept_bundles`
+    quarantine/<alg>-<hex>  damaged blobs
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Final
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.json_document import decode_object, encode
 from modelpack.errors import InvalidDigestError, ManifestError, StoreError, UnsafePathError
-from modelpack.store.filesystem import read_own, translating, write_atomically
+from modelpack.store.filesystem import map_os_errors, read_own, write_atomically
 from modelpack.store.locks import FileLock
 
 LAYOUT_VERSION: Final = "1.0.0"
@@ -38,19 +38,19 @@ _EMPTY_INDEX = {
     "mediaType": "application/vnd.oci.image.index.v1+json",
     "manifests": [],
 }
-# What may lie in a directory that is still as good as empty.
+# A directory that has only these still counts as empty.
 _IGNORED = frozenset({".lock", "lost+found", ".DS_Store", "ingest"})
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """Where each file of the store at `root` belongs."""
+    """The paths of the store at `root`."""
 
     root: Path
 
     @property
     def layout(self) -> Path:
-        """The file that says that this is a layout."""
+        """The file that marks the directory as an OCI image layout."""
         return self.root / _LAYOUT_FILE
 
     @property
@@ -65,7 +65,7 @@ class Tree:
 
     @property
     def ingest(self) -> Path:
-        """Where everything is written before it is verified."""
+        """The directory where all content is written before it is verified."""
         return self.root / "ingest"
 
     @property
@@ -80,22 +80,22 @@ class Tree:
 
     @property
     def bundles(self) -> Path:
-        """Models laid out for runtimes."""
+        """Models as directories for runtimes."""
         return self.root / "bundles"
 
     @property
-    def bundling(self) -> Path:
+    def bundle_ingest(self) -> Path:
         """Bundles that are being made or deleted."""
         return self.ingest / "bundles"
 
     @property
     def unflushed(self) -> Path:
-        """Marks of blobs that may not have reached the disk."""
+        """Marks of blobs that may not have been flushed to the disk."""
         return self.ingest / "unflushed"
 
     @property
     def linked(self) -> Path:
-        """Marks of blobs that share their bytes with a file elsewhere."""
+        """Marks of blobs that are hard links of other files."""
         return self.ingest / "linked"
 
     @property
@@ -104,32 +104,32 @@ class Tree:
         return self.root / "quarantine"
 
     def blob(self, digest: Digest) -> Path:
-        """Return where the blob belongs, whether it is there or not."""
+        """Return the path of the blob, whether it exists or not."""
         return self.blobs / digest.algorithm / digest.encoded
 
     def partial(self, digest: Digest) -> Path:
-        """Return where a download of the blob is written, if there is one."""
+        """Return the path of a partial download of the blob."""
         return self.ingest / f"{label(digest)}.part"
 
     def lock(self) -> FileLock:
-        """Return the lock of all changes: publishing, index, leases, collection."""
+        """Return the lock for all changes: publishing, index, leases, garbage collection."""
         return FileLock(self.root / ".lock")
 
     def is_read_only(self) -> bool:
-        """Return whether the file system takes no changes: then nobody deletes anything either."""
+        """Return whether the file system is read-only: then no process deletes anything either."""
         return bool(os.statvfs(self.root).f_flag & os.ST_RDONLY)
 
     def prepare(self) -> None:
-        """Make the directories that writing needs; another tool may have made this layout."""
+        """Create the directories for writing; another tool may have made this layout."""
         self.check_inside()
-        with translating("create directories in", self.root):
+        with map_os_errors("create directories in", self.root):
             for folder in (self.blobs / "sha256", self.leases, self.unflushed, self.linked):
                 folder.mkdir(parents=True, exist_ok=True)
 
     def check_inside(self) -> None:
-        """Raise `UnsafePathError` if a directory of the store is a link that leads out of it.
+        """Raise `UnsafePathError` if a directory of the store is a link to a place outside it.
 
-        Whatever is written or deleted below them would be written or deleted elsewhere.
+        Writing or deleting below such a link would write or delete files elsewhere.
         """
         for folder in (
             self.blobs,
@@ -141,29 +141,29 @@ class Tree:
             self.linked,
             self.quarantine,
             self.bundles,
-            self.bundling,
+            self.bundle_ingest,
         ):
             if not self.holds(folder):
                 raise UnsafePathError(
-                    f"{folder} leads out of the store, to {os.path.realpath(folder)}",
+                    f"{folder} points outside the store, to {os.path.realpath(folder)}",
                     expected=str(self.root),
                     got=os.path.realpath(folder),
                     hint="replace the symbolic link by a directory",
                 )
 
     def holds(self, path: Path) -> bool:
-        """Return whether `path`, all links followed, lies in the store."""
+        """Return whether `path`, with all links resolved, is inside the store."""
         root = os.path.realpath(self.root)
         return os.path.realpath(path).startswith(root.rstrip("/") + "/")
 
 
 def label(digest: Digest) -> str:
-    """Return the digest as one file name."""
+    """Return the digest as a file name."""
     return f"{digest.algorithm}-{digest.encoded}"
 
 
-def labelled(name: str) -> Digest | None:
-    """Return the digest that the file name stands for, if it does."""
+def labelled_digest(name: str) -> Digest | None:
+    """Return the digest of a file name made by `label`, or None."""
     try:
         return Digest.parse(name.replace("-", ":", 1))
     except InvalidDigestError:
@@ -171,12 +171,12 @@ def labelled(name: str) -> Digest | None:
 
 
 def open_tree(root: Path, *, create: bool) -> Tree:
-    """Return the tree at `root`; an absent or empty directory becomes a store if `create`.
+    """Return the tree at `root`; with `create`, make a store in an absent or empty directory.
 
-    Raises `StoreError` where there is something else.
+    Raises `StoreError` for any other directory.
     """
     tree = Tree(Path(os.path.abspath(root)))
-    with translating("open the store", tree.root):
+    with map_os_errors("open the store", tree.root):
         if not os.path.lexists(tree.layout):
             _refuse_foreign(tree)
             if not create:
@@ -198,7 +198,7 @@ def _refuse_foreign(tree: Tree) -> None:
     found = {entry.name for entry in os.scandir(tree.root)}
     if _LAYOUT_FILE in found or not found - _IGNORED:
         return
-    hint = f"name an empty directory, or one with a file {_LAYOUT_FILE!r}"
+    hint = f"name an empty directory, or one that contains {_LAYOUT_FILE!r}"
     if {"models.json", "layout.json"} <= found:
         hint = "this is the store of Docker Model Runner: see `modelpack import --docker-store`"
     raise StoreError(
@@ -207,7 +207,7 @@ def _refuse_foreign(tree: Tree) -> None:
 
 
 def _initialise(tree: Tree) -> None:
-    """Make the files of an empty layout, the telling one first: another process may look."""
+    """Write the files of an empty layout, `oci-layout` first: another process may open it."""
     tree.ingest.mkdir(parents=True, exist_ok=True)
     with tree.lock().held():
         if not tree.layout.exists():
@@ -219,7 +219,7 @@ def _initialise(tree: Tree) -> None:
 
 
 def _check_version(tree: Tree) -> None:
-    with translating("read", tree.layout):
+    with map_os_errors("read", tree.layout):
         raw = read_own(tree.layout, _MAX_LAYOUT_BYTES, follow=True)
     try:
         version = decode_object(raw, str(tree.layout)).get("imageLayoutVersion")
@@ -228,5 +228,5 @@ def _check_version(tree: Tree) -> None:
     if version != LAYOUT_VERSION:
         raise StoreError(
             f"{tree.root} has the layout version {version!r}, expected {LAYOUT_VERSION!r}",
-            hint="a newer program may have made it; it is left alone",
+            hint="use the version of Modelpack that made it, or name another directory",
         )

@@ -1,16 +1,16 @@
-"""Which blobs need another look before they are used.
+"""Verified-blob marks: which blobs have to be verified again before they are used.
 
-A blob is verified before it gets its name, and after that its file is trusted, with two
-exceptions, each noted by a small file:
+A blob is verified before it gets its name, and its file is trusted from then on. There are two
+exceptions, each recorded in a small file:
 
 - Imported blobs are not flushed to the disk: that would take longer than hashing and copying them.
-  The mark `ingest/unflushed/<alg>-<hex>` holds the id of the boot in which that happened. When the
-  machine has started again since, the blob is hashed before its first use.
+  The mark `ingest/unflushed/<alg>-<hex>` has the id of the boot in which the blob was written.
+  After a reboot, the blob is hashed before its first use.
 - Hard-linked blobs can be changed through the other name of the file. The mark
-  `ingest/linked/<alg>-<hex>` holds the size and time of change at which the blob was verified;
-  when they differ it is hashed again.
+  `ingest/linked/<alg>-<hex>` has the size and modification time at which the blob was verified;
+  the blob is hashed again when they differ.
 
-A blob that fails goes to `quarantine/` and counts as absent.
+A damaged blob is moved to `quarantine/` and counts as missing.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from typing import TYPE_CHECKING
 
 from modelpack.artifacts.digest import Digest
 from modelpack.store.file_copy import hash_file
-from modelpack.store.filesystem import boot_id, flush_file, read_own, translating, write_own
-from modelpack.store.tree import Tree, label, labelled
+from modelpack.store.filesystem import boot_id, flush_file, map_os_errors, read_own, write_own
+from modelpack.store.tree import Tree, label, labelled_digest
 
 if TYPE_CHECKING:
     from logging import Logger
 
 _MAX_MARK_BYTES = 4096
+# Bytes that one garbage collection or check flushes.
+_FLUSH_LIMIT = 16 * 1024**3
 
 
-class Trust:
+class VerifiedMarks:
     """The marks of one store."""
 
     def __init__(self, tree: Tree) -> None:
@@ -41,39 +43,39 @@ class Trust:
         self._vouched: set[Digest] = set()  # verified by this process, mark not removable
 
     def mark_unflushed(self, digest: Digest) -> None:
-        """Note that the blob may not survive a power cut; before it gets its name.
+        """Mark a blob, before it gets its name, as one that a power cut may damage.
 
-        The mark is not flushed either: journalling file systems keep the order of names, and a mark
-        without content reads as one of another boot.
+        The mark is not flushed either: journalling file systems keep the order of names, and an
+        empty mark counts as one of another boot.
         """
         self._mark(self._tree.unflushed, digest, boot_id())
 
     def mark_linked(self, digest: Digest, found: os.stat_result) -> None:
-        """Note that the blob shares its bytes with another file, verified as `found` says."""
+        """Mark a blob as a hard link that was verified when its status was `found`."""
         self._mark(self._tree.linked, digest, _stamp(found))
 
     def forget(self, digest: Digest) -> None:
-        """Remove the marks of a blob that is gone, or durable and ours alone."""
+        """Remove the marks of a blob that was deleted, or flushed and not linked."""
         for folder in (self._tree.unflushed, self._tree.linked):
             (folder / label(digest)).unlink(missing_ok=True)
 
     def is_linked(self, digest: Digest) -> bool:
-        """Return whether the blob shares its bytes with a file elsewhere."""
+        """Return whether the blob is marked as a hard link."""
         return (self._tree.linked / label(digest)).exists()
 
     def last_used(self, digest: Digest, path: Path) -> float:
-        """Return when the blob was stored or found useful, in seconds since the epoch."""
+        """Return when the blob was last stored or used, in seconds since the epoch."""
         return self._clock(digest, path).stat().st_mtime
 
     def touch(self, digest: Digest, path: Path) -> None:
-        """Set `last_used` to now; the times of a linked file are left to its owner."""
+        """Set `last_used` to now; for a hard link, change only the times of its mark."""
         with suppress(OSError):
             os.utime(self._clock(digest, path))
 
     def confirms(self, digest: Digest, path: Path) -> bool:
-        """Return whether the blob at `path` can be used; hashes it if there is doubt.
+        """Return whether the blob at `path` is usable; hash it if a mark is out of date.
 
-        If it is damaged it is in quarantine afterwards.
+        A damaged blob is moved to quarantine.
         """
         doubts = self._doubts(digest, path)
         if not doubts or digest in self._vouched:
@@ -88,16 +90,16 @@ class Trust:
                     write_own(mark, _stamp(path.stat()).encode())
                 else:
                     mark.unlink(missing_ok=True)
-        except OSError:  # a store that cannot be written to can still be read
+        except OSError:  # a read-only store can still be read
             self._vouched.add(digest)
         return True
 
     def put_in_quarantine(self, digest: Digest, path: Path) -> None:
-        """Move a damaged blob aside."""
+        """Move a damaged blob to quarantine."""
         _log().warning("blob %s is damaged: moved to %s", digest, self._tree.quarantine)
         self._tree.check_inside()
         self._tree.quarantine.mkdir(exist_ok=True)
-        with suppress(FileNotFoundError):  # somebody else was faster
+        with suppress(FileNotFoundError):  # another process was faster
             os.replace(path, self._tree.quarantine / label(digest))
         self.forget(digest)
 
@@ -106,11 +108,11 @@ class Trust:
         return (self._tree.quarantine / label(digest)).exists()
 
     def drop_quarantined(self, digest: Digest) -> None:
-        """Delete the damaged copy of a blob."""
+        """Delete the quarantined copy of a blob."""
         (self._tree.quarantine / label(digest)).unlink(missing_ok=True)
 
-    def settle(self, blobs: Iterable[tuple[Digest, Path]], *, limit: int) -> None:
-        """Flush unflushed blobs of this boot and remove their marks, `limit` bytes at most."""
+    def settle(self, blobs: Iterable[tuple[Digest, Path]], *, limit: int = _FLUSH_LIMIT) -> None:
+        """Flush blobs that this boot wrote, at most `limit` bytes, and remove their marks."""
         for digest, path in blobs:
             mark = self._tree.unflushed / label(digest)
             with suppress(OSError):
@@ -123,18 +125,19 @@ class Trust:
                 mark.unlink()
 
     def stale_marks(self) -> list[Path]:
-        """Return the marks of blobs that are gone."""
+        """Return the marks of blobs that no longer exist."""
         return [
             mark
             for folder in (self._tree.unflushed, self._tree.linked)
             if folder.is_dir()
             for mark in folder.iterdir()
-            if (digest := labelled(mark.name)) is None or not self._tree.blob(digest).exists()
+            if (digest := labelled_digest(mark.name)) is None
+            or not self._tree.blob(digest).exists()
         ]
 
     def _mark(self, folder: Path, digest: Digest, text: str) -> None:
         mark = folder / label(digest)
-        with translating("write", mark):
+        with map_os_errors("write", mark):
             folder.mkdir(parents=True, exist_ok=True)
             write_own(mark, text.encode())
 
@@ -143,20 +146,20 @@ class Trust:
         return mark if mark.is_file() and not mark.is_symlink() else path
 
     def _doubts(self, digest: Digest, path: Path) -> list[Path]:
-        """Return the marks that call for a look; most blobs have none, so that has to be fast."""
+        """Return the marks that are out of date; this must be fast, as most blobs have none."""
         doubts = []
         for folder in (self._unflushed, self._linked):
             mark = f"{folder}/{label(digest)}"
             if os.path.exists(mark):
-                with suppress(FileNotFoundError):  # settled by another process
-                    settled = boot_id() if folder is self._unflushed else _stamp(path.stat())
-                    if _read(mark) != settled:
+                with suppress(FileNotFoundError):  # removed by another process
+                    current = boot_id() if folder is self._unflushed else _stamp(path.stat())
+                    if _read(mark) != current:
                         doubts.append(Path(mark))
         return doubts
 
 
 def _read(mark: Path | str) -> str:
-    """Return the text of a mark; "" for what is none, which calls for a look."""
+    """Return the text of a mark; "" if it is unreadable, which counts as out of date."""
     try:
         return read_own(mark, _MAX_MARK_BYTES).decode(errors="replace")
     except FileNotFoundError:
@@ -170,6 +173,6 @@ def _stamp(found: os.stat_result) -> str:
 
 
 def _log() -> Logger:
-    import logging  # for the few that have something to say
+    import logging  # imported here to keep the start of commands fast
 
     return logging.getLogger(__name__)

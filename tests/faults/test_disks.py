@@ -130,7 +130,7 @@ def test_a_store_without_locks(
     failed = command_line("--store", store, *words.replace("GGUF", str(gguf)).split())
     assert failed.code == 1
     assert f"cannot lock {store}" in failed.err
-    assert "has no locks" in failed.err
+    assert "does not support locks" in failed.err
     assert "hint: " in failed.err
     for reading in ("list", "resolve"):
         succeed("--store", store, reading, *([OLD] if reading == "resolve" else []))

@@ -362,7 +362,7 @@ def test_a_collection_takes_what_kills_left(world: World) -> None:
     (making / "1.gone").mkdir()
     (making / "1.gone" / "y").write_bytes(b"y" * 100)
     model = modelpack.inspect(PACKED, store=world.store)
-    with world.store.bundles.making(model.digest, modelpack.Stop(), print) as folder:
+    with world.store.bundles.workspace(model.digest, modelpack.Stop(), print) as folder:
         assert world.store.gc(dry_run=True).bytes_freed == 1100
         assert world.store.gc().bytes_freed == 1100
         assert folder.is_dir()

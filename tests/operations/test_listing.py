@@ -11,7 +11,7 @@ import pytest
 import modelpack
 from modelpack.artifacts.digest import Digest
 from modelpack.operations.model_list import Summary, summarize_models
-from modelpack.store.layout import VERSION
+from modelpack.store.layout import LISTING_VERSION
 from tests.models import tiny_gguf
 
 
@@ -77,7 +77,7 @@ def test_a_manifest_that_was_lost_shows(store: modelpack.Store) -> None:
     ],
 )  # fmt: skip
 def test_a_damaged_cache_counts_as_none(store: modelpack.Store, content: bytes) -> None:
-    assert VERSION == 1
+    assert LISTING_VERSION == 1
     want = summarize_models(store)
     digest = str(store.resolve("m1:v1").digest).encode()
     cached(store).write_bytes(content.replace(b"DIGEST", digest))

@@ -254,7 +254,7 @@ def test_an_index_of_one_quantised_model_says_mlx(tmp_path: Path) -> None:
         (("--variant", "a b=x/gguf:v1"), 2, "'a b' is not a tag"),
         (("--variant", "a=x/none:v1"), 3, "x/none:v1"),
         (("--variant", "a=x/gguf:v1", "--platform", "b=linux/amd64"), 2, "no such --variant"),
-        (("--variant", "a=x/gguf:v1", "--platform", "a=linux"), 1, "'linux' is no platform"),
+        (("--variant", "a=x/gguf:v1", "--platform", "a=linux"), 1, "'linux' is not a platform"),
     ],
 )
 def test_wrong_indexes(

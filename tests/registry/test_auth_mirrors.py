@@ -177,7 +177,7 @@ def test_segments_that_a_mirror_fails_to_give(
 ) -> None:
     """The rest of them, and no more, comes from the registry itself."""
     monkeypatch.setattr("modelpack.store.downloads.WINDOW", 1000)
-    monkeypatch.setattr("modelpack.store.downloads.WORTH_SEGMENTS", 1000)
+    monkeypatch.setattr("modelpack.store.downloads.MIN_BYTES_FOR_RANGES", 1000)
     monkeypatch.setattr("modelpack.store.downloads.FAST", 1e15)
     monkeypatch.setattr("modelpack.store.downloads._SMALLEST", 100_000)
     content = bytes(range(251)) * 8000

@@ -23,8 +23,8 @@ from modelpack.errors import (
 from modelpack.progress import Action
 from modelpack.storage import BlobReader, Outcome
 from modelpack.store import filesystem as disk_space
+from modelpack.store.downloads import Partial
 from modelpack.store.layout import LayoutStore
-from modelpack.store.staging import Partial
 from tests.contract.parts import BytesSource, Watcher, blob_of, content_of
 
 MIB = 1024 * 1024

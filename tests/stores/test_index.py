@@ -275,14 +275,14 @@ def test_a_blob_that_goes_while_its_manifest_is_written(
 ) -> None:
     model, other = small_model(b"weights"), LayoutStore(store.root)
     write_blobs(store, model)
-    real = Manifests._check_whole
+    real = Manifests._check_complete
 
     def check_then_lose_one(manifests: Manifests, *arguments: Any) -> None:
         real(manifests, *arguments)
         other.delete_blob(model.manifest.layers[0].digest)
-        monkeypatch.setattr(Manifests, "_check_whole", real)
+        monkeypatch.setattr(Manifests, "_check_complete", real)
 
-    monkeypatch.setattr(Manifests, "_check_whole", check_then_lose_one)
+    monkeypatch.setattr(Manifests, "_check_complete", check_then_lose_one)
     with pytest.raises(NotFoundError):
         store.write_manifest(model.descriptor, model.manifest.raw, X)
     assert store.models() == ()

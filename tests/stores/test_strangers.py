@@ -107,7 +107,7 @@ def test_a_directory_of_uploads_elsewhere(root: Path, tmp_path: Path) -> None:
     long_ago = time.time() - 7 * 24 * 3600
     os.utime(outside / "thesis", (long_ago, long_ago))
     (root / "ingest" / "uploads").symlink_to(outside)
-    with pytest.raises(UnsafePathError, match="leads out of the store"):
+    with pytest.raises(UnsafePathError, match="points outside the store"):
         LayoutStore(root).gc()
     assert [path.name for path in outside.iterdir()] == ["thesis"]
 

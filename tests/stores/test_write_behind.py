@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from modelpack.store import staging
-from modelpack.store.staging import WriteBehind
+from modelpack.store import file_copy
+from modelpack.store.file_copy import WriteBehind
 
 MIB = 1024 * 1024
-WINDOW = staging._WINDOW
+WINDOW = file_copy._WRITE_BEHIND_BYTES
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_slow_disk_is_left_alone(
     told: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(100))
-    monkeypatch.setattr(staging.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(file_copy.time, "monotonic", lambda: next(clock))
     behind = WriteBehind(0, 0)
     for position in range(WINDOW, 5 * WINDOW, WINDOW):
         behind.written(position)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from modelpack.artifacts.digest import Digest, new_hasher
 from modelpack.errors import DigestMismatchError, InvalidDigestError
-from modelpack.store.filesystem import translating
+from modelpack.store.filesystem import map_os_errors
 from modelpack.store.layout import LayoutStore
 from modelpack.store.tree import Tree
 from modelpack_engine.errors import RequestError
@@ -62,7 +62,7 @@ async def _receive(request: Request, store: LayoutStore, wanted: Digest) -> None
 
     def write(content: bytes) -> None:
         hasher.update(content)
-        with translating("write", path), path.open("ab") as file:
+        with map_os_errors("write", path), path.open("ab") as file:
             file.write(content)
 
     try:
@@ -82,7 +82,7 @@ async def _receive(request: Request, store: LayoutStore, wanted: Digest) -> None
 def _new_file(store: LayoutStore) -> Path:
     directory = Tree(store.root).uploads
     path = directory / f"ollama-{uuid.uuid4().hex}"
-    with translating("make", directory):
+    with map_os_errors("make", directory):
         directory.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
     return path

@@ -24,7 +24,7 @@ from modelpack.operations.package import package, scratch_directory
 from modelpack.operations.remote import RemoteOptions
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.storage import watching
-from modelpack.store.filesystem import translating
+from modelpack.store.filesystem import map_os_errors
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.errors import RequestError
 from modelpack_engine.models.chat_template import as_jinja, check_template
@@ -181,7 +181,7 @@ def _lay_out(store: LayoutStore, files: Mapping[str, Digest], directory: Path) -
                 hint="send it to /api/blobs first",
             )
         path = directory / name
-        with translating("link", path):
+        with map_os_errors("link", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             os.link(store.blob_path(digest), path)
     names = sorted(files)

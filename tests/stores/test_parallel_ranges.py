@@ -14,10 +14,9 @@ import pytest
 from modelpack.errors import DigestMismatchError, RemoteUnavailableError, StorageFullError
 from modelpack.progress import Stop
 from modelpack.storage import Outcome, SegmentSink, SegmentsRefused
-from modelpack.store import downloads as receiving
-from modelpack.store import downloads as scattering
+from modelpack.store import downloads
+from modelpack.store.downloads import Partial
 from modelpack.store.layout import LayoutStore
-from modelpack.store.staging import Partial
 from tests.contract.parts import BytesSource, Watcher, blob_of, content_of
 
 MIB = 1024 * 1024
@@ -29,11 +28,11 @@ PIECE = 64 * KIB
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a few megabytes count as large, and any stream as slow."""
-    monkeypatch.setattr(receiving, "WINDOW", MIB)
-    monkeypatch.setattr(receiving, "WORTH_SEGMENTS", 2 * MIB)
-    monkeypatch.setattr(receiving, "FAST", 1e15)
-    monkeypatch.setattr(scattering, "_SMALLEST", 300 * KIB)
-    monkeypatch.setattr(scattering, "SAVE", 256 * KIB)
+    monkeypatch.setattr(downloads, "WINDOW", MIB)
+    monkeypatch.setattr(downloads, "MIN_BYTES_FOR_RANGES", 2 * MIB)
+    monkeypatch.setattr(downloads, "FAST", 1e15)
+    monkeypatch.setattr(downloads, "_SMALLEST", 300 * KIB)
+    monkeypatch.setattr(downloads, "SAVE", 256 * KIB)
 
 
 @dataclass
@@ -95,12 +94,12 @@ def test_what_is_slow_comes_in_segments(store: LayoutStore, watcher: Watcher) ->
 
 
 @pytest.mark.parametrize(
-    "fast", [("FAST", 1.0), ("WORTH_SEGMENTS", 6 * MIB)], ids=["fast", "small"]
+    "fast", [("FAST", 1.0), ("MIN_BYTES_FOR_RANGES", 6 * MIB)], ids=["fast", "small"]
 )
 def test_what_is_fast_or_small_comes_in_one_stream(
     store: LayoutStore, watcher: Watcher, fast: tuple[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(receiving, *fast)
+    monkeypatch.setattr(downloads, *fast)
     source = Segmented(CONTENT)
     assert write(store, source, watcher) is Outcome.WRITTEN
     assert (source.offsets, source.segments) == ([0], [])
