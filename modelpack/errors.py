@@ -1,36 +1,36 @@
-"""The one exception tree of Modelpack; callers need to catch `ModelpackError` only.
+"""The exceptions of Modelpack; callers need to catch only `ModelpackError`.
 
-ModelpackError                      1   anything else that went wrong
-├── UsageError                      2   an argument or a combination of arguments makes no sense
-│   └── InvalidReferenceError       2   a model reference breaks the grammar (also a ValueError)
-├── FormatError                     1   bytes are not what their format promises (also a ValueError)
+ModelpackError                      1   any other failure
+├── UsageError                      2   an invalid argument or combination of arguments
+│   └── InvalidReferenceError       2   an invalid model reference (also a ValueError)
+├── FormatError                     1   bytes do not match their format (also a ValueError)
 │   ├── WeightFormatError           1   a .gguf, .safetensors or .dduf does not parse
 │   ├── ManifestError               1   a manifest, index or config does not parse
-│   └── UnsupportedError            1   well formed, but not something that we can handle
-├── PackagingError                  1   the input files cannot become one model
-├── StoreError                      1   the local store is unusable (no such layout, no permission)
-│   └── StorageFullError            1   the disk or the quota has no room
-├── RegistryError                   1   a registry answered with an error that has no better name
-│   ├── NotFoundError               3   no such model, tag, blob or file (locally too)
-│   │   └── PartialModelError       3   a stored model lacks layers that were left out of its pull
-│   ├── AuthError                   4   the registry wants other credentials
-│   │   └── DeniedError             4   the credentials are fine, the permission is missing
+│   └── UnsupportedError            1   valid, but not supported by Modelpack
+├── PackagingError                  1   the input files cannot be packaged as one model
+├── StoreError                      1   the local store is unusable (not a layout, no permission)
+│   └── StorageFullError            1   the disk or the quota is full
+├── RegistryError                   1   any other error response of a registry
+│   ├── NotFoundError               3   no such model, tag, blob or file (also locally)
+│   │   └── PartialModelError       3   a stored model lacks layers after a partial pull
+│   ├── AuthError                   4   the registry requires other credentials
+│   │   └── DeniedError             4   the credentials lack the permission
 │   └── RemoteUnavailableError      6   the network or the registry failed after all retries
 │       └── RemoteTimeoutError      6
-├── IntegrityError                  5   bytes are not the bytes that were promised
-│   ├── InvalidDigestError          5   a digest breaks the grammar (also a ValueError)
+├── IntegrityError                  5   bytes differ from the expected bytes
+│   ├── InvalidDigestError          5   an invalid digest (also a ValueError)
 │   ├── DigestMismatchError         5
 │   ├── SizeMismatchError           5
 │   ├── SourceChangedError          5   a file changed while it was read
-│   ├── UntrustedError              5   nobody who is trusted signed the model
+│   ├── UntrustedError              5   the model has no trusted signature
 │   └── UnsafePathError             5   a path would leave its directory
-├── ConflictError                   7   somebody else is in the way
-│   ├── LockedError                 7   another process holds what is needed
-│   └── AmbiguousError              7   a short name stands for several models
-└── InterruptedTransferError        130 the caller asked to stop
+├── ConflictError                   7   a conflict with existing data or another process
+│   ├── LockedError                 7   another process holds a lock
+│   └── AmbiguousError              7   a short name matches several models
+└── InterruptedTransferError        130 the caller stopped the transfer
 
 The number is the exit status of the command line, `ModelpackError.exit_code`.
-A message says what, where, expected and got; `hint` says what to do about it.
+A message is `what failed: why`, with the value; `hint` tells the user what to do.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class ModelpackError(Exception):
 
 
 class UsageError(ModelpackError):
-    """An argument, or a combination of arguments, makes no sense."""
+    """An argument, or a combination of arguments, is invalid."""
 
     exit_code = 2
 
 
 class InvalidReferenceError(UsageError, ValueError):
-    """A model reference breaks the grammar; `reference` is the text as given."""
+    """A model reference is invalid; `reference` is the given text."""
 
     def __init__(self, message: str, *, reference: str = "", hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
@@ -67,9 +67,9 @@ class InvalidReferenceError(UsageError, ValueError):
 
 
 class FormatError(ModelpackError, ValueError):
-    """Bytes are not what their format promises.
+    """Bytes do not match their format.
 
-    `path` names the file (or what stands for it), `offset` the byte where it stopped making sense.
+    `path` names the file or document, `offset` the byte at which parsing failed.
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class ManifestError(FormatError):
 
 
 class UnsupportedError(FormatError):
-    """Well formed, but not something that Modelpack handles."""
+    """A valid document or file that Modelpack does not support."""
 
 
 class PackagingError(ModelpackError):
-    """The input files cannot become one model."""
+    """The input files cannot be packaged as one model."""
 
 
 class StoreError(ModelpackError):
@@ -112,7 +112,7 @@ class StoreError(ModelpackError):
 
 
 class StorageFullError(StoreError):
-    """The disk has no room; `needed` and `available` are bytes."""
+    """The disk is full; `needed` and `available` are bytes."""
 
     def __init__(
         self,
@@ -128,10 +128,10 @@ class StorageFullError(StoreError):
 
 
 class RegistryError(ModelpackError):
-    """A registry answered with an error.
+    """A registry returned an error.
 
-    `host` is the registry, `status_code` the HTTP status (None where no answer came) and `code`
-    the first code of its error body, as in distribution-spec "Error Codes".
+    `host` is the registry, `status_code` the HTTP status (None without a response) and `code` the
+    first code of its error body (distribution-spec, "Error Codes").
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class NotFoundError(RegistryError):
 
 
 class PartialModelError(NotFoundError):
-    """A stored model lacks layers, since it was pulled in part; `missing` are their digests."""
+    """A partially pulled model lacks layers; `missing` are their digests."""
 
     def __init__(
         self, message: str, *, missing: tuple[str, ...] = (), hint: str | None = None
@@ -166,17 +166,17 @@ class PartialModelError(NotFoundError):
 
 
 class AuthError(RegistryError):
-    """The registry wants credentials, or other ones."""
+    """The registry requires credentials, or other credentials."""
 
     exit_code = 4
 
 
 class DeniedError(AuthError):
-    """The registry knows who asks and refuses."""
+    """The registry accepts the credentials, but denies the request."""
 
 
 class IntegrityError(ModelpackError):
-    """Bytes are not the bytes that were promised; `expected` and `got` name both."""
+    """Bytes differ from the expected bytes; `expected` and `got` identify both."""
 
     exit_code = 5
 
@@ -194,15 +194,15 @@ class IntegrityError(ModelpackError):
 
 
 class InvalidDigestError(IntegrityError, ValueError):
-    """A digest breaks the grammar `algorithm:hex` or names an algorithm that we do not verify."""
+    """A digest is not `algorithm:hex`, or its algorithm is not supported."""
 
 
 class DigestMismatchError(IntegrityError):
-    """Content does not hash to its digest."""
+    """Content does not match its digest."""
 
 
 class SizeMismatchError(IntegrityError):
-    """Content is longer or shorter than its descriptor says."""
+    """Content does not have the size of its descriptor."""
 
 
 class SourceChangedError(IntegrityError):
@@ -210,11 +210,11 @@ class SourceChangedError(IntegrityError):
 
 
 class UntrustedError(IntegrityError):
-    """Nobody who has to have signed a model did, or a policy refuses it."""
+    """A model lacks a required signature, or a policy rejects it."""
 
 
 class UnsafePathError(IntegrityError):
-    """A path taken from a model would leave the directory it belongs to."""
+    """A path in a model would leave its directory."""
 
 
 class RemoteUnavailableError(RegistryError):
@@ -224,21 +224,21 @@ class RemoteUnavailableError(RegistryError):
 
 
 class RemoteTimeoutError(RemoteUnavailableError):
-    """The registry did not answer in time."""
+    """The registry did not respond in time."""
 
 
 class ConflictError(ModelpackError):
-    """Somebody or something else is in the way."""
+    """A conflict with existing data or with another process."""
 
     exit_code = 7
 
 
 class LockedError(ConflictError):
-    """Another process holds what is needed."""
+    """Another process holds a lock."""
 
 
 class AmbiguousError(ConflictError):
-    """A short name stands for several models; `candidates` lists them."""
+    """A short name matches several models; `candidates` lists them."""
 
     def __init__(
         self, message: str, *, candidates: tuple[str, ...] = (), hint: str | None = None
@@ -248,6 +248,6 @@ class AmbiguousError(ConflictError):
 
 
 class InterruptedTransferError(ModelpackError):
-    """The caller asked to stop; what was fetched so far is kept for a later try."""
+    """The caller stopped the transfer; partial downloads are kept."""
 
     exit_code = 130

@@ -1,4 +1,4 @@
-"""What long calls report while they work, and how they are asked to stop."""
+"""Progress reports of long calls, and `Stop`, which cancels them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from modelpack.errors import InterruptedTransferError
 
 
 class Action(StrEnum):
-    """What is being done to one file or blob."""
+    """The operation on one file or blob."""
 
     IMPORT = "import"  # hash a file and copy it into the store
     FETCH = "fetch"  # download a blob
     PUSH = "push"  # upload a blob
     COPY = "copy"  # registry to registry
-    MOUNT = "mount"  # the registry links a blob it has elsewhere
-    SKIP = "skip"  # already there
+    MOUNT = "mount"  # the registry links a blob of another repository
+    SKIP = "skip"  # the target has it already
     VERIFY = "verify"
     UNPACK = "unpack"
-    RETRY = "retry"  # something failed and is tried again; see `message`
-    NOTE = "note"  # worth telling the user; see `message`
+    RETRY = "retry"  # an operation failed and is retried; see `message`
+    NOTE = "note"  # information for the user; see `message`
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,11 @@ class Progress:
 
     @property
     def finished(self) -> bool:
-        """Whether all bytes of this file or blob are done."""
+        """Whether all bytes of this file or blob are completed."""
         return self.total is not None and self.completed >= self.total
 
 
-#: Called from worker threads too, but never by two threads at once.
+#: May be called from worker threads, but never by two threads at once.
 ProgressCallback = Callable[[Progress], None]
 
 
@@ -71,19 +71,19 @@ class Stop:
         self._event = threading.Event()
 
     def request(self) -> None:
-        """Ask every thread that checks this to stop."""
+        """Request a stop: every thread that checks this raises an error."""
         self._event.set()
 
     def is_requested(self) -> bool:
-        """Return whether somebody asked to stop."""
+        """Return whether a stop was requested."""
         return self._event.is_set()
 
     def check(self) -> None:
-        """Raise `InterruptedTransferError` if somebody asked to stop."""
+        """Raise `InterruptedTransferError` if a stop was requested."""
         if self._event.is_set():
             raise InterruptedTransferError("stopped on request")
 
     def wait(self, seconds: float) -> None:
-        """Wait before a retry; raise `InterruptedTransferError` as soon as a stop is asked for."""
+        """Wait; raise `InterruptedTransferError` as soon as a stop is requested."""
         self._event.wait(seconds)
         self.check()

@@ -31,5 +31,5 @@ def test_it_is_a_set(added: list[tuple[int, int]], window: tuple[int, int]) -> N
 
 @pytest.mark.parametrize("wrong", [(-1, 3), (4, 3)])
 def test_what_is_no_range(wrong: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="no range"):
+    with pytest.raises(ValueError, match="not a range"):
         ByteRanges([wrong])

@@ -1,6 +1,6 @@
 """ModelConfig: one view of the config blobs of Docker v0.1, Docker v0.2 and CNCF ModelPack.
 
-Those of KitOps and Ollama are read into the same view (see `kitops` and `ollama`), never written.
+Configs of KitOps and Ollama are read into the same view (see `foreign`), but never written.
 Sources: Docker Model Runner pkg/distribution/types; CNCF model-spec schema/config-schema.json.
 """
 
@@ -11,9 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from modelpack.artifacts import foreign as kitops
-from modelpack.artifacts import foreign as ollama
-from modelpack.artifacts import media_types
+from modelpack.artifacts import foreign, media_types
 from modelpack.artifacts.descriptor import parsed_annotations, parsed_digest
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.json_document import (
@@ -27,18 +25,18 @@ from modelpack.errors import ManifestError, UnsupportedError
 
 _INT32 = range(-(2**31), 2**31)
 
-#: Raises `ManifestError`, naming the place, unless a decoded JSON value is what it should be.
+#: Raises `ManifestError`, naming the place, unless a decoded JSON value is valid.
 _Check = Callable[[Any, str], object]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """What a config blob says about a model; texts are empty where it says nothing.
+    """The content of a model's config blob; texts without a value are empty.
 
     `parameters` and `size` are texts for people ("7.24B", "4.07GiB"), as Docker writes them.
-    `context_size` is in tokens. `created` is RFC 3339. `cncf_descriptor` and `cncf_config` hold
-    what only CNCF knows (authors, licenses, capabilities, …), as decoded JSON. `layer_paths` are
-    paths that a config and not an annotation of the layer says, unchecked.
+    `context_size` is in tokens. `created` is RFC 3339. `cncf_descriptor` and `cncf_config` are the
+    fields that only CNCF has (authors, licenses, capabilities, …), as decoded JSON. `layer_paths`
+    are the unchecked paths of layers that the config names instead of the layers' annotations.
     """
 
     media_type: str
@@ -59,7 +57,7 @@ class ModelConfig:
 
     @classmethod
     def parse(cls, raw: bytes, media_type: str, what: str = "config") -> ModelConfig:
-        """Return the config in `raw`; raise `ManifestError`, naming the field, otherwise."""
+        """Return the config in `raw`; raise `ManifestError`, naming the invalid field."""
         value = decode_object(raw, what)
         if media_type in (media_types.DOCKER_CONFIG_V01, media_types.DOCKER_CONFIG_V02):
             return _parse_docker(value, media_type, what)
@@ -68,19 +66,19 @@ class ModelConfig:
         if media_type == media_types.CNAI_CONFIG:
             return _parse_cncf(_renamed(value), what).with_changes(media_type=media_type)
         if media_type == media_types.KITOPS_CONFIG:
-            return cls(media_type, **kitops.parse_kitfile(value, what))
+            return cls(media_type, **foreign.parse_kitfile(value, what))
         if media_type == media_types.DOCKER_IMAGE_CONFIG:
-            return cls(media_type, **ollama.parse_config(value, what))
-        raise UnsupportedError(f"config type {media_type!r} is not one of a model", path=what)
+            return cls(media_type, **foreign.parse_ollama_config(value, what))
+        raise UnsupportedError(f"config type {media_type!r} is not a model's", path=what)
 
     @property
     def is_cncf(self) -> bool:
-        """Whether this is (to be) a CNCF config."""
+        """Whether this is a CNCF config."""
         return self.media_type == media_types.CNCF_CONFIG
 
     @property
     def is_foreign(self) -> bool:
-        """Whether this is of a format that is read only."""
+        """Whether this config is of a format that is never written."""
         return self.media_type in media_types.FOREIGN_CONFIG_TYPES
 
     def with_changes(self, **changes: Any) -> ModelConfig:
@@ -183,7 +181,7 @@ def _parse_cncf(value: dict[str, Any], what: str) -> ModelConfig:
 
 
 def _renamed(value: Any) -> Any:
-    """Return a config with CNCF's names of fields in place of those that they had before."""
+    """Return a CNAI config with CNCF's names of fields."""
     if not isinstance(value, dict):
         return value
     return {_CNAI_NAMES.get(key, key): _renamed(item) for key, item in value.items()}
@@ -202,7 +200,7 @@ def _object(value: dict[str, Any], key: str, what: str, *, required: bool = True
 
 def _text(value: dict[str, Any], key: str, where: str) -> str:
     text = value.get(key)
-    if text is None:  # Go's decoder takes null for absent
+    if text is None:  # Go's decoder treats null as absent
         return ""
     if not isinstance(text, str):
         raise ManifestError(f"{key!r} is {kind_of(text)}, expected a string", path=where)
@@ -268,7 +266,7 @@ def _boolean(value: Any, where: str) -> None:
 
 def _modality(value: Any, where: str) -> None:
     if value not in ("text", "image", "audio", "video", "embedding", "other"):
-        raise ManifestError(f"{value!r} is not a kind of input or output", path=where)
+        raise ManifestError(f"{value!r} is not a modality", path=where)
 
 
 def _language(value: Any, where: str) -> None:
@@ -288,7 +286,7 @@ def _array_of(check: _Check) -> _Check:
 
 
 def _any(value: Any, where: str) -> None:
-    """Accept what the caller checks itself."""
+    """Accept any value: the caller checks it."""
 
 
 _CNAI_NAMES: Mapping[str, str] = {

@@ -1,7 +1,9 @@
-"""KitOps ModelKits: what a Kitfile says, which is a ModelKit's config.
+"""Read the configs of KitOps and Ollama: their fields as those of a `ModelConfig`.
 
-Layers are tar archives of paths below the directory that was packed, so that they unpack side by
-side. Source: kitops-ml/kitops v1.7.0, pkg/artifact/kitfile.go and pkg/lib/kitfile/layer.go.
+A ModelKit's config is its Kitfile. Its layers are tar archives of paths below the packed directory.
+Source: kitops-ml/kitops v1.7.0, pkg/artifact/kitfile.go and pkg/lib/kitfile/layer.go.
+
+An Ollama model keeps its template, parameters and messages in layers of their own.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ _FORMATS: Final = ("gguf", "safetensors", "dduf")
 
 
 def parse_kitfile(value: dict[str, Any], what: str) -> dict[str, Any]:
-    """Return the fields of a `ModelConfig` that a decoded Kitfile fills.
+    """Return the fields of a `ModelConfig` from a decoded Kitfile.
 
-    Raises `ManifestError`, naming the place, for fields of other kinds than KitOps writes. What
-    KitOps adds in later versions is ignored.
+    Raises `ManifestError`, naming the place, for fields of a wrong type. Unknown fields are
+    ignored.
     """
     package = _object(value, "package", what)
     model = _object(value, "model", what)
@@ -58,8 +60,8 @@ def parse_kitfile(value: dict[str, Any], what: str) -> dict[str, Any]:
 def _entries(
     value: dict[str, Any], model: dict[str, Any], what: str
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield what has a layer, in the order of the layers."""
-    if model.get("digest"):  # without: its path names another ModelKit, or there is none
+    """Yield the entries that have a layer, in the order of the layers."""
+    if model.get("digest"):  # otherwise its path names another ModelKit, or there is no model
         yield model, f"{what}: model"
     for i, part in enumerate(_list(model, "parts", what)):
         yield _checked_object(part, f"{what}: model.parts[{i}]"), f"{what}: model.parts[{i}]"
@@ -69,14 +71,14 @@ def _entries(
 
 
 def _format(model: dict[str, Any], what: str) -> str:
-    """Return the format of the weights: what the path says, else what somebody wrote."""
+    """Return the format of the weights by the path's extension, else by the Kitfile's fields."""
     extension = _text(model, "path", what).lower().rpartition(".")[2]
     said = (extension, *(_text(model, key, what).lower() for key in ("format", "framework")))
     return next((text for text in said if text in _FORMATS), "")
 
 
 def _path(entry: dict[str, Any], where: str) -> str:
-    """Return the path as KitOps cleans it; whether it is safe is seen where it is used."""
+    """Return the path as KitOps normalises it; the user of the path checks that it is safe."""
     return posixpath.normpath(_text(entry, "path", where) or ".")
 
 
@@ -119,18 +121,17 @@ def _text(value: dict[str, Any], key: str, what: str) -> str:
 _MAX_CONTEXT = 2**31 - 1
 
 
-def parse_config(value: dict[str, Any], what: str) -> dict[str, Any]:
-    """Return the fields of a `ModelConfig` that a decoded config of Ollama's fills.
+def parse_ollama_config(value: dict[str, Any], what: str) -> dict[str, Any]:
+    """Return the fields of a `ModelConfig` from a decoded config of Ollama.
 
-    Raises `ManifestError` for a field of another kind, and `UnsupportedError` for a model that
-    runs at somebody else's.
+    Raises `ManifestError` for a field of a wrong type, and `UnsupportedError` for a remote model.
     """
     host = _text(value, "remote_host", what)
     if host or _text(value, "remote_model", what):
         raise UnsupportedError(
-            f"the model is not in it: Ollama has it run by {host or 'another host'}",
+            f"remote model: served by {host or 'another host'}, no weights to pull",
             path=what,
-            hint="take a model that runs here",
+            hint="use a model with weights",
         )
     context = value.get("context_length")
     if context is not None and type(context) is not int:
@@ -146,26 +147,26 @@ def parse_config(value: dict[str, Any], what: str) -> dict[str, Any]:
 
 
 def check_usable(layers: Iterable[Descriptor], what: str) -> None:
-    """Raise `UnsupportedError` for layers that would be left out of what they belong to."""
+    """Raise `UnsupportedError` for Ollama layers that Modelpack cannot apply to the weights."""
     types = {layer.media_type for layer in layers}
     if media_types.OLLAMA_ADAPTER in types:
         raise UnsupportedError(
-            "has an adapter (LoRA) apart from the weights, which is not applied here",
+            "has a LoRA adapter in a layer of its own, which is not supported",
             path=what,
-            hint="merge the adapter into the weights first",
+            hint="merge the adapter into the weights",
         )
     if media_types.OLLAMA_TENSOR in types:
         raise UnsupportedError(
-            "has each tensor in a layer of its own, as Ollama's own engine reads them",
+            "has one layer per tensor, which only Ollama's engine reads",
             path=what,
-            hint="take a model of GGUF or safetensors files",
+            hint="use a model with GGUF or safetensors files",
         )
 
 
-def defaults(layers: Iterable[Descriptor], read: Callable[[Descriptor], bytes]) -> str:
-    """Return how the model is to be used: the value of the annotation `mediatypes.DEFAULTS`.
+def ollama_defaults(layers: Iterable[Descriptor], read: Callable[[Descriptor], bytes]) -> str:
+    """Return the defaults in an Ollama model's layers, for the annotation `media_types.DEFAULTS`.
 
-    Empty if it does not say. Raises `ManifestError` for layers that are not what their types say.
+    The text is empty if there are none. Raises `ManifestError` for layers that do not parse.
     """
     value: dict[str, Any] = {}
     for layer in layers:

@@ -1,7 +1,7 @@
-"""JSON whose bytes equal Go's `encoding/json`, and strict, bounded JSON reading.
+"""JSON documents: strict, bounded decoding, and encoding with the bytes of Go's `encoding/json`.
 
-Docker Model Runner writes manifests and configs with Go's encoder; a digest is only the same if
-every byte is. Go escapes `<`, `>`, `&`, U+2028 and U+2029, and writes each invalid UTF-8 byte as
+Docker Model Runner writes manifests and configs with Go's encoder; digests are equal only if every
+byte is. Go escapes `<`, `>`, `&`, U+2028 and U+2029, and writes each invalid UTF-8 byte as
 the six characters ``\\ufffd``.
 """
 
@@ -25,7 +25,7 @@ _GO_ESCAPES = str.maketrans(
     {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# RFC 3339 as Go's time.Time reads it, but for a tenth fractional digit that Go would drop.
+# RFC 3339 as Go's time.Time parses it, except for fractions beyond nine digits, which Go drops.
 _TIME = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})T(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?"
     r"(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])\Z"
@@ -42,7 +42,7 @@ def encode(value: Any) -> bytes:
 
 
 def encode_text(value: Any) -> str:
-    """Return `encode(value)` as text, for JSON that is itself a string in other JSON."""
+    """Return `encode(value)` as text, for JSON inside a string of other JSON."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return _SURROGATE.sub(r"\\ufffd", text.translate(_GO_ESCAPES))
 
@@ -55,10 +55,9 @@ def sorted_map(values: dict[str, str]) -> dict[str, str]:
 def decode(raw: bytes, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> Any:
     """Return the value of the JSON text `raw`; `what` names it in errors.
 
-    Stricter than `json.loads`: at most `limit` bytes, UTF-8 without a byte order mark, no
-    duplicate keys (two readers could disagree on them), no half of a surrogate pair (it has no
-    UTF-8), no NaN, no number beyond a float's range, no absurd nesting.
-    Raises `ManifestError`.
+    Stricter than `json.loads`: raises `ManifestError` for more than `limit` bytes, a byte order
+    mark, duplicate keys (readers could disagree on them), half of a surrogate pair (it has no
+    UTF-8), NaN, numbers beyond the range of a float, and too deep nesting.
     """
     if len(raw) > limit:
         raise ManifestError(f"is {len(raw)} bytes, more than the limit of {limit}", path=what)
@@ -75,7 +74,7 @@ def decode(raw: bytes, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> Any:
 
     def finite(text: str) -> float:
         number = float(text)
-        if math.isinf(number):  # nobody could write it again
+        if math.isinf(number):  # it could not be encoded again
             raise ManifestError(f"holds {text[:40]}, a number out of range", path=what)
         return number
 
@@ -83,7 +82,7 @@ def decode(raw: bytes, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> Any:
         value = json.loads(
             raw.decode(), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite
         )
-        if b"\\u" in raw:  # only an escape can bring in half a pair
+        if b"\\u" in raw:  # only an escape can produce half a pair
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeDecodeError as error:
@@ -93,7 +92,9 @@ def decode(raw: bytes, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> Any:
     except RecursionError:
         raise ManifestError("is nested too deeply", path=what) from None
     except UnicodeEncodeError:
-        raise ManifestError("holds half of a surrogate pair, which is no text", path=what) from None
+        raise ManifestError(
+            "holds half of a surrogate pair, which is not text", path=what
+        ) from None
     except ManifestError:
         raise
     except ValueError as error:  # an integer of thousands of digits
@@ -101,7 +102,7 @@ def decode(raw: bytes, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> Any:
 
 
 def decode_object(raw: bytes, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> dict[str, Any]:
-    """Return the JSON object `raw`; as `decode`, but anything else than an object is an error."""
+    """Return the JSON object `raw`; as `decode`, but raise `ManifestError` for other values."""
     value = decode(raw, what, limit=limit)
     if not isinstance(value, dict):
         raise ManifestError(f"is {kind_of(value)}, expected an object", path=what)
@@ -109,9 +110,9 @@ def decode_object(raw: bytes, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> 
 
 
 def check_spelling(value: Mapping[str, Any], known: Mapping[str, str], what: str) -> None:
-    """Raise `ManifestError` if a key is one of `known` (by case-folded name) spelled otherwise.
+    """Raise `ManifestError` if a key differs from one of `known` (by case-folded name) in case.
 
-    Go's decoder does not look at case: it would read a second `layers` where we see none.
+    Go's decoder ignores case: it would read `Layers` as `layers`.
     """
     for key in value:
         meant = known.get(key.casefold(), key)
@@ -121,7 +122,7 @@ def check_spelling(value: Mapping[str, Any], known: Mapping[str, str], what: str
 
 
 def kind_of(value: object) -> str:
-    """Return what JSON calls the type of `value`, with its article, for error messages."""
+    """Return the JSON type of `value` with its article, for error messages."""
     names: dict[type, str] = {
         dict: "an object",
         list: "an array",
@@ -135,7 +136,7 @@ def kind_of(value: object) -> str:
 
 
 def checked_time(value: Any, where: str) -> str:
-    """Return `value` if it is a time that Go's decoder takes (RFC 3339), as it is written."""
+    """Return `value` if it is a time (RFC 3339) that Go's decoder accepts."""
     if not isinstance(value, str):
         raise ManifestError(f"is {kind_of(value)}, expected a time", path=where)
     match = _TIME.match(value)

@@ -1,8 +1,8 @@
-"""Model: a manifest with its config, and the files that its layers are.
+"""Model: a manifest with its config, and its layers as files with a role and a format.
 
-Docker v0.1, Docker v0.2 and CNCF ModelPack name the same things differently. Here every layer has
-a role and, where it holds weights, a format, whatever the media type says. CNCF types are coarse
-(a `weight.v1.raw` may be GGUF, safetensors or a projector), so the file's name decides there.
+Docker v0.1, Docker v0.2 and CNCF ModelPack have different media types for the same files. Here
+every layer has a role and, for weights, a format. CNCF types are coarse (a `weight.v1.raw` may be
+GGUF, safetensors or a projector), so the file's name decides for those.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Final
 
-from modelpack.artifacts import media_types as mediatypes
+from modelpack.artifacts import media_types
 from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
@@ -30,22 +30,22 @@ _CNCF_LAYER = re.compile(
 )
 # KitOps, pkg/lib/constants/mediaType.go.
 _KITOPS_LAYER = re.compile(r"application/vnd\.kitops\.modelkit\.(\w+)\.v1\.(tar\+gzip|tar)\Z")
-# What Ollama's layers are called here: they have no names of their own.
+# The file names that we give to Ollama's layers, which have none.
 _OLLAMA_PATHS: Mapping[str, str] = {
-    mediatypes.OLLAMA_LICENSE: "LICENSE",
-    mediatypes.OLLAMA_TEMPLATE: "template.gotmpl",
-    mediatypes.OLLAMA_PROMPT: "template.gotmpl",
-    mediatypes.OLLAMA_PARAMS: "params.json",
-    mediatypes.OLLAMA_SYSTEM: "system.txt",
-    mediatypes.OLLAMA_MESSAGES: "messages.json",
+    media_types.OLLAMA_LICENSE: "LICENSE",
+    media_types.OLLAMA_TEMPLATE: "template.gotmpl",
+    media_types.OLLAMA_PROMPT: "template.gotmpl",
+    media_types.OLLAMA_PARAMS: "params.json",
+    media_types.OLLAMA_SYSTEM: "system.txt",
+    media_types.OLLAMA_MESSAGES: "messages.json",
 }
-#: The name under which transformers, vLLM and our engine look for a chat template.
+#: The file name of a chat template for transformers, vLLM and our engine.
 CHAT_TEMPLATE: Final = "chat_template.jinja"
 _MAX_SHOWN = 50
 
 
 class Role(StrEnum):
-    """What a file is for."""
+    """The purpose of a file."""
 
     WEIGHT = "weight"
     PROJECTOR = "projector"  # multimodal: images to the model's embeddings
@@ -59,7 +59,7 @@ class Role(StrEnum):
 
 
 class Archive(StrEnum):
-    """How a layer that is not one raw file has to be unpacked."""
+    """The archive format of a layer that is not a raw file."""
 
     TAR = "tar"
     TAR_GZIP = "tar+gzip"
@@ -70,9 +70,9 @@ class Archive(StrEnum):
 class ModelFile:
     """One layer: a file, or an archive of files.
 
-    `filepath` is checked to be safe; None where the layer names no file. `format` is `gguf`,
-    `safetensors` or `dduf` for weights and projectors, where known. `diff_id` is the digest of the
-    content before compression, where the config lists one for every layer.
+    `filepath` is a safe path, or None if the layer has no path. `format` is `gguf`, `safetensors`
+    or `dduf` for weights and projectors, if known. `diff_id` is the digest of the uncompressed
+    content, if the config has one for every layer.
     """
 
     role: Role
@@ -86,7 +86,7 @@ class ModelFile:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model wherever it is: `reference` as asked for, `descriptor` of the manifest."""
+    """A model in any store or registry; `descriptor` is that of its manifest."""
 
     reference: Reference | None
     descriptor: Descriptor
@@ -100,13 +100,13 @@ class Model:
 
     @property
     def short_id(self) -> str:
-        """The first 12 hex digits of the id, as `docker model list` shows them."""
+        """The first 12 hex digits of the id, as in `docker model list`."""
         return self.digest.short
 
     def files(self) -> tuple[ModelFile, ...]:
         """Return the layers as files, in the order of the manifest.
 
-        Raises `UnsafePathError` if a layer's path would leave the directory of the model.
+        Raises `UnsafePathError` if the path of a layer would leave the model's directory.
         """
         layers, diff_ids = self.manifest.layers, self.config.diff_ids
         known = len(layers) == len(diff_ids)
@@ -123,25 +123,25 @@ class Model:
     ) -> tuple[ModelFile, ...]:
         """Return the files that match one of `media_types` and one of `paths`, in layer order.
 
-        A media type is written whole, as a glob (`*gguf*`), or as one of `SHORT_NAMES`, which mean
-        the same in every generation of the format. A path is a whole path, a file name or a glob.
-        An empty sequence matches every file. `among` are files to choose from in place of the
-        layers: those that were inside of them. Raises `NotFoundError`, which lists what there is,
-        if no file has such a type, or if any one of the paths is not there.
+        A media type is a full type, a glob (`*gguf*`), or one of `SHORT_NAMES`, which mean the same
+        in every generation of the format. A path is a full path, a file name or a glob. An empty
+        sequence matches every file. `among` replaces the layers as the files to select from, for
+        files inside archives. Raises `NotFoundError`, listing the files, if no file has a matching
+        type or if one of the paths matches no file.
         """
         found = files = self.files() if among is None else tuple(among)
         if media_types:
             tests = [_type_test(text) for text in media_types]
             found = tuple(file for file in files if any(test(file) for test in tests))
             if not found:
-                raise self._nothing("type " + " or ".join(map(repr, media_types)), files)
+                raise self._not_found("type " + " or ".join(map(repr, media_types)), files)
         if not paths:
             return found
         chosen: set[int] = set()
         for text in paths:
             matches = _matching_paths(text, found)
             if not matches:
-                raise self._nothing(f"path {text!r}", found)
+                raise self._not_found(f"path {text!r}", found)
             chosen |= matches
         return tuple(file for i, file in enumerate(found) if i in chosen)
 
@@ -151,7 +151,7 @@ class Model:
         if path is None:
             path = self.config.layer_paths.get(layer.digest) or _OLLAMA_PATHS.get(layer.media_type)
         if archive and path is not None and path.rstrip("/") == ".":
-            path = None  # modctl's name for the directory that it packed whole
+            path = None  # modctl writes "." for a whole directory
         filepath = None if path is None else checked_path(path.rstrip("/") if archive else path)
         role = role_of(layer.media_type, filepath)
         weights = role in (Role.WEIGHT, Role.PROJECTOR)
@@ -160,7 +160,7 @@ class Model:
             kind = self.config.format.lower().replace("diffusers", "dduf")
         return ModelFile(role, layer.media_type, filepath, layer, kind, archive, diff_id)
 
-    def _nothing(self, wanted: str, among: Sequence[ModelFile]) -> NotFoundError:
+    def _not_found(self, wanted: str, among: Sequence[ModelFile]) -> NotFoundError:
         name = str(self.reference) if self.reference else str(self.digest)
         lines = [f"{file.filepath or '(no path)'} ({file.media_type})" for file in among]
         if len(lines) > _MAX_SHOWN:
@@ -168,51 +168,51 @@ class Model:
         there = "; ".join(lines) or "nothing"
         return NotFoundError(
             f"{name}: no file with {wanted}; there is: {there}",
-            hint="a type may be short: " + ", ".join(SHORT_NAMES),
+            hint="use a media type or a short name: " + ", ".join(SHORT_NAMES),
         )
 
 
 def archive_of(media_type: str) -> Archive | None:
-    """Return how a layer of this type is to be unpacked; None for one raw file."""
-    if media_type in (mediatypes.DOCKER_VLLM_CONFIG_TAR, mediatypes.DOCKER_DIR_TAR):
+    """Return the archive format of a layer of this type, or None for a raw file."""
+    if media_type in (media_types.DOCKER_VLLM_CONFIG_TAR, media_types.DOCKER_DIR_TAR):
         return Archive.TAR
     match = _CNCF_LAYER.match(media_type) or _KITOPS_LAYER.match(media_type)
     return Archive(match[2]) if match and match[2] != "raw" else None
 
 
 def role_of(media_type: str, path: str | None) -> Role:
-    """Return what a file is for: from the layer's type, and from its path where that is coarse.
+    """Return the role of a file by its layer's type, and by its path if the type is coarse.
 
     Files inside an archive have the type of the archive.
     """
     name = (path or "").rpartition("/")[2].lower()
     match media_type:
-        case mediatypes.DOCKER_MMPROJ:
+        case media_types.DOCKER_MMPROJ:
             return Role.PROJECTOR
-        case mediatypes.DOCKER_LICENSE:
+        case media_types.DOCKER_LICENSE:
             return Role.LICENSE
-        case mediatypes.DOCKER_CHAT_TEMPLATE:
-            # Docker types chat_template.json like this too, but it is no Jinja.
+        case media_types.DOCKER_CHAT_TEMPLATE:
+            # Docker also uses this type for chat_template.json, which is not Jinja.
             return Role.CONFIG if name.endswith(".json") else Role.CHAT_TEMPLATE
-        case mediatypes.DOCKER_GGUF | mediatypes.CNCF_WEIGHT_GGUF:
+        case media_types.DOCKER_GGUF | media_types.CNCF_WEIGHT_GGUF:
             return Role.PROJECTOR if "mmproj" in name else Role.WEIGHT
         case (
-            mediatypes.DOCKER_SAFETENSORS
-            | mediatypes.CNCF_WEIGHT_SAFETENSORS
-            | mediatypes.DOCKER_DDUF
+            media_types.DOCKER_SAFETENSORS
+            | media_types.CNCF_WEIGHT_SAFETENSORS
+            | media_types.DOCKER_DDUF
         ):
             return Role.WEIGHT
-        case mediatypes.DOCKER_VLLM_CONFIG_TAR:
+        case media_types.DOCKER_VLLM_CONFIG_TAR:
             return _role_by_name(name, Role.CONFIG)
-        case mediatypes.DOCKER_MODEL_FILE:
+        case media_types.DOCKER_MODEL_FILE:
             return _role_beside_weights(name, Role.FILE)
-        case mediatypes.OLLAMA_MODEL:
+        case media_types.OLLAMA_MODEL:
             return Role.WEIGHT
-        case mediatypes.OLLAMA_PROJECTOR:
+        case media_types.OLLAMA_PROJECTOR:
             return Role.PROJECTOR
-        case mediatypes.OLLAMA_LICENSE:
+        case media_types.OLLAMA_LICENSE:
             return Role.LICENSE
-        case mediatypes.OLLAMA_PARAMS | mediatypes.OLLAMA_MESSAGES | mediatypes.OLLAMA_SYSTEM:
+        case media_types.OLLAMA_PARAMS | media_types.OLLAMA_MESSAGES | media_types.OLLAMA_SYSTEM:
             return Role.CONFIG
     kitops = _KITOPS_LAYER.match(media_type)
     if kitops:
@@ -224,7 +224,7 @@ def role_of(media_type: str, path: str | None) -> Role:
         case "weight.config":
             return _role_beside_weights(name, Role.CONFIG)
         case "doc":
-            # Docker Model Runner knows documents as licenses only, and may leave out the path.
+            # Docker Model Runner uses documents only for licenses, sometimes without a path.
             return Role.LICENSE if not name or _is_license(name) else Role.DOC
         case "code":
             return Role.CODE
@@ -236,9 +236,9 @@ def role_of(media_type: str, path: str | None) -> Role:
 def preferred_template(files: Sequence[tuple[Role, str]]) -> int | None:
     """Return the index of the chat template to use, given all layers as (role, path) in order.
 
-    The file of `package --chat-template` wins: it follows the files of the directory, which are in
-    the order of their paths. Otherwise `chat_template.jinja` wins, then the first. A template in a
-    subdirectory serves a special purpose and is used only if there is no other.
+    The file of `package --chat-template` wins; it follows the directory's files, which are sorted
+    by path. Otherwise `chat_template.jinja` wins, then the first template. A template in a
+    subdirectory has a special purpose and is used only if there is no other.
     """
     templates = [at for at, (role, _) in enumerate(files) if role is Role.CHAT_TEMPLATE]
     if not templates:
@@ -252,7 +252,7 @@ def preferred_template(files: Sequence[tuple[Role, str]]) -> int | None:
 
 
 def format_of(media_type: str, path: str | None) -> str:
-    """Return the format of weights (`gguf`, `safetensors`, `dduf`), or "" where unknown."""
+    """Return the format of weights (`gguf`, `safetensors`, `dduf`), or "" if unknown."""
     if media_type in _FORMATS_BY_TYPE:
         return _FORMATS_BY_TYPE[media_type]
     extension = (path or "").lower().rpartition(".")[2]
@@ -262,7 +262,7 @@ def format_of(media_type: str, path: str | None) -> str:
 def _kitops_role(kind: str, name: str) -> Role:
     match kind:
         case "model":
-            # Of the layer itself, which may be a directory, or of a file inside.
+            # The name is that of the layer, possibly a directory, or of a file inside it.
             return Role.WEIGHT if not _suffix(name) else _role_by_name(name, Role.FILE)
         case "docs":
             return Role.LICENSE if _is_license(name) else Role.DOC
@@ -276,14 +276,14 @@ def _kitops_role(kind: str, name: str) -> Role:
 _WEIGHT_FORMATS = ("gguf", "safetensors", "dduf")
 _WEIGHT_SUFFIXES = tuple(f".{name}" for name in _WEIGHT_FORMATS)
 _FORMATS_BY_TYPE = {
-    mediatypes.DOCKER_GGUF: "gguf",
-    mediatypes.DOCKER_MMPROJ: "gguf",
-    mediatypes.CNCF_WEIGHT_GGUF: "gguf",
-    mediatypes.DOCKER_SAFETENSORS: "safetensors",
-    mediatypes.CNCF_WEIGHT_SAFETENSORS: "safetensors",
-    mediatypes.DOCKER_DDUF: "dduf",
-    mediatypes.OLLAMA_MODEL: "gguf",
-    mediatypes.OLLAMA_PROJECTOR: "gguf",
+    media_types.DOCKER_GGUF: "gguf",
+    media_types.DOCKER_MMPROJ: "gguf",
+    media_types.CNCF_WEIGHT_GGUF: "gguf",
+    media_types.DOCKER_SAFETENSORS: "safetensors",
+    media_types.CNCF_WEIGHT_SAFETENSORS: "safetensors",
+    media_types.DOCKER_DDUF: "dduf",
+    media_types.OLLAMA_MODEL: "gguf",
+    media_types.OLLAMA_PROJECTOR: "gguf",
 }
 _ROLES_BY_SUFFIX = {
     ".jinja": Role.CHAT_TEMPLATE,
@@ -313,7 +313,7 @@ def _suffix(name: str) -> str:
 
 
 def _is_license(name: str) -> bool:
-    # A word of its own: license_head.bin and notice_me.py are no licenses, LICENSE-MIT is.
+    # LICENSE-MIT is a license; license_head.bin and notice_me.py are not.
     suffix = _suffix(name)
     other = suffix in _ROLES_BY_SUFFIX or suffix in (*_WEIGHT_SUFFIXES, ".bin")
     return bool(_LICENSE.match(name)) and (suffix in _TEXT_SUFFIXES or not other)
@@ -322,12 +322,12 @@ def _is_license(name: str) -> bool:
 def _weight_role(name: str) -> Role:
     if "mmproj" in name:
         return Role.PROJECTOR
-    # model.safetensors.index.json may stand beside the shards.
+    # Another file, such as model.safetensors.index.json, may have this type too.
     return _role_by_name(name, Role.WEIGHT) if _suffix(name) in _ROLES_BY_SUFFIX else Role.WEIGHT
 
 
 def _role_beside_weights(name: str, otherwise: Role) -> Role:
-    # Whoever packaged an adapter.gguf as another file said that it is not the model's weights.
+    # An adapter.gguf that was packaged as another file is not the model's weights.
     role = _role_by_name(name, otherwise)
     return otherwise if role in (Role.WEIGHT, Role.PROJECTOR) else role
 
@@ -348,7 +348,7 @@ def _has_role(*roles: Role) -> _Test:
 
 
 def _has_format(format: str) -> _Test:
-    # An archive may hold weights of any format where nothing says which.
+    # An archive without a known format may contain weights of any format.
     return lambda file: (
         file.role is Role.WEIGHT
         and (file.format == format or (file.archive is not None and not file.format))
@@ -376,8 +376,8 @@ _ALIASES = {
     "template": "chat-template",
     "licence": "license",
 }
-#: What `Model.select` takes in place of a media type. `file` is whatever has no other name here:
-#: configuration, documents, code, data and the rest.
+#: Names that `Model.select` accepts instead of a media type. `file` is any file without another
+#: name here: configuration, documents, code, data and the rest.
 SHORT_NAMES: Final = tuple(_TESTS)
 
 
@@ -390,7 +390,7 @@ def _type_test(text: str) -> _Test:
 
 
 def _matching_paths(text: str, files: Sequence[ModelFile]) -> set[int]:
-    """Return the places of the files at this path, else of this name, else matching this glob."""
+    """Return the indices of the files with this path, else this name, else matching this glob."""
     paths = [(i, file.filepath) for i, file in enumerate(files) if file.filepath is not None]
     return (
         {i for i, path in paths if path == text}

@@ -1,6 +1,6 @@
-"""Reference: what a user types to name a model, and where that is.
+"""Reference: the name of a model, with its registry, repository, tag and digest.
 
-Grammar, as distribution/reference has it::
+Grammar (distribution/reference)::
 
     reference ::= name [ ":" tag ] [ "@" digest ]
     name      ::= [ registry "/" ] path
@@ -9,9 +9,10 @@ Grammar, as distribution/reference has it::
     component ::= [a-z0-9]+ ( ( "." | "_" | "__" | "-"+ ) [a-z0-9]+ )*
     tag       ::= [A-Za-z0-9_] [A-Za-z0-9_.-]{0,127}
 
-The first part is a registry if it is `localhost`, holds a `.` or a `:`, or has an upper-case
-letter. Docker Model Runner's defaults apply: no registry means docker.io, no organisation there
-means `ai`, no tag means `latest`, `hf.co` is `huggingface.co`, a name is taken in lower case.
+The first part is a registry if it is `localhost` or contains a `.`, a `:` or an upper-case letter.
+Docker Model Runner's defaults apply: without a registry it is docker.io, without an organisation
+there it is `ai`, without a tag it is `latest`, `hf.co` is `huggingface.co`, and names are converted
+to lower case.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _REGISTRY = re.compile(
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
 _HEX = re.compile(r"[0-9a-f]+\Z")
 _IN_FULL = re.compile(
-    # A host with a dot or a port: without, a first part is no host.
+    # A host has a dot or a port; otherwise the first part is not a host.
     r"(?P<registry>[a-z0-9]+(?:-+[a-z0-9]+)*"
     r"(?:(?:\.[a-z0-9]+(?:-+[a-z0-9]+)*)+(?::[0-9]{1,4})?|:[0-9]{1,4}))"
     rf"/(?P<path>{_COMPONENT}(?:/{_COMPONENT})*):(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}})\Z"
@@ -49,7 +50,7 @@ _HUB_ALIASES = {"index.docker.io": DEFAULT_REGISTRY, "registry-1.docker.io": DEF
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A model's place: registry, repository and at least one of tag and digest."""
+    """The registry and repository of a model, and its tag, digest or both."""
 
     registry: str
     repository: str
@@ -60,11 +61,11 @@ class Reference:
     def parse(
         cls, text: str, *, default_registry: str | None = None, strict: bool = False
     ) -> Reference:
-        """Return the reference that `text` names; raise `InvalidReferenceError` otherwise.
+        """Return the reference in `text`; raise `InvalidReferenceError` if it is invalid.
 
-        Surrounding white space, an empty tag and upper case in the name are forgiven, as Docker's
-        daemon does; `strict` forgives nothing, as its command line does. `default_registry` stands
-        in for docker.io where `text` names none; None means the environment's DEFAULT_REGISTRY.
+        Accepts surrounding white space, an empty tag and upper case in the name, as Docker's daemon
+        does; `strict` rejects them, as its command line does. `default_registry` is used if `text`
+        has no registry; it defaults to $DEFAULT_REGISTRY, then docker.io.
         """
         if default_registry is None:
             default_registry = os.environ.get("DEFAULT_REGISTRY") or DEFAULT_REGISTRY
@@ -96,7 +97,7 @@ class Reference:
 
     @property
     def familiar(self) -> str:
-        """The shortest text that `parse` reads as this reference, as `docker model list` shows."""
+        """The shortest text that parses to this reference, as in `docker model list`."""
         name = self.name
         if self.registry == DEFAULT_REGISTRY and not _is_host(self.repository.partition("/")[0]):
             organisation, _, model = self.repository.partition("/")
@@ -114,7 +115,7 @@ class Reference:
         return Reference(self.registry, self.repository, None, digest)
 
     def without_digest(self) -> Reference:
-        """Return the same repository and tag (`latest` where there was only a digest)."""
+        """Return the same repository and tag (`latest` if there is only a digest)."""
         return Reference(self.registry, self.repository, self.tag or DEFAULT_TAG)
 
     def __str__(self) -> str:
@@ -123,10 +124,9 @@ class Reference:
 
 
 def spelled_in_full(text: str) -> Reference | None:
-    """Return what `Reference.parse` makes of `text`, if that is certain at a glance.
+    """Return `Reference.parse(text)` for a full `registry/path:tag` in lower case, else None.
 
-    It is for `registry/path:tag` in lower case where nothing is left out or stands for something
-    else. None says nothing: `parse` may still take the text.
+    This is much faster than `parse`. `parse` may accept a text for which this returns None.
     """
     match = _IN_FULL.match(text)
     if match is None or len(match["path"]) > MAX_PATH_LENGTH:
@@ -138,9 +138,9 @@ def spelled_in_full(text: str) -> Reference | None:
 
 
 def means_only_itself(text: str) -> bool:
-    """Return whether `text` is certain to be a reference in full, or none at all.
+    """Return whether `text` is either a full reference or invalid, without parsing it.
 
-    Then nothing but the same text names the same. Much cheaper than parsing it.
+    No other text then names the same model.
     """
     host, _, rest = text.partition("/")
     return (
@@ -156,7 +156,7 @@ def means_only_itself(text: str) -> bool:
 
 
 def normalized(text: str) -> str:
-    """Return `text` as Docker's daemon rewrites it before parsing; ids are returned unchanged."""
+    """Return `text` as Docker's daemon rewrites it before parsing; ids stay unchanged."""
     rest = text.strip()
     if rest.startswith("hf.co/"):
         rest = "huggingface.co/" + rest.removeprefix("hf.co/")
@@ -172,7 +172,7 @@ def normalized(text: str) -> str:
 
 
 def is_model_id(text: str) -> bool:
-    """Return whether `text` is spelled like a model id: 12 or 64 hex digits, or a digest."""
+    """Return whether `text` has the form of a model id: 12 or 64 hex digits, or a digest."""
     encoded = text.removeprefix("sha256:")
     if not _HEX.match(encoded):
         return False
@@ -180,15 +180,16 @@ def is_model_id(text: str) -> bool:
 
 
 def begins_id(text: str) -> bool:
-    """Return whether `text` is spelled like a model id or the first digits of one."""
+    """Return whether `text` has the form of a model id or of a prefix of one."""
     return _HEX.match(text.strip().removeprefix("sha256:")) is not None
 
 
 def check_repository(path: str, text: str) -> str:
-    """Return `path` if it is a repository name; an error shows `text`, what the user wrote."""
+    """Return `path` if it is a valid repository name; `text` is the user's input, for errors."""
     if len(path) > MAX_PATH_LENGTH:
         raise InvalidReferenceError(
-            f"{_shown(text)}: the name has {len(path)} characters, at most {MAX_PATH_LENGTH} fit",
+            f"{_shown(text)}: the name has {len(path)} characters, "
+            f"more than the limit of {MAX_PATH_LENGTH}",
             reference=text,
         )
     if _PATH.match(path):
@@ -203,12 +204,12 @@ def check_repository(path: str, text: str) -> str:
 
 
 def check_tag(tag: str, text: str) -> str:
-    """Return `tag` if it is a tag; an error shows `text`, what the user wrote."""
+    """Return `tag` if it is a valid tag; `text` is the user's input, for errors."""
     if not _TAG.match(tag):
         raise InvalidReferenceError(
             f"{_shown(text)}: {tag[:140]!r} is not a tag",
             reference=text,
-            hint="a tag has 1 to 128 letters, digits, '_', '.' or '-' and starts with none of '.-'",
+            hint="use 1 to 128 letters, digits, '_', '.' or '-', not starting with '.' or '-'",
         )
     return tag
 

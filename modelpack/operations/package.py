@@ -11,10 +11,10 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Final
 
-from modelpack.artifacts import foreign as ollama
 from modelpack.artifacts import media_types
 from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.digest import Digest, new_hasher
+from modelpack.artifacts.foreign import ollama_defaults
 from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.model import Model, Role
 from modelpack.artifacts.reference import Reference
@@ -157,7 +157,7 @@ def _request(model: Model, bundle: Bundle, store: LayoutStore, watch: Watch) -> 
     root = bundle.directory
     files = bundle.files
     if model.manifest.is_ollama:
-        usage = ollama.defaults(model.manifest.layers, lambda layer: read_blob(store, layer))
+        usage = ollama_defaults(model.manifest.layers, lambda layer: read_blob(store, layer))
         annotations |= {media_types.DEFAULTS: usage} if usage else {}
         own = {x.digest for x in model.manifest.layers if x.media_type in _OLLAMA_ONLY}
         for file in files:

@@ -101,7 +101,7 @@ def test_what_the_crash_damaged_is_set_aside_and_counts_as_absent(
 ) -> None:
     reboot(store, imported)
     damage(store.root / "blobs" / "sha256" / imported.encoded)
-    with pytest.raises(NotFoundError, match="damaged and is in quarantine") as caught:
+    with pytest.raises(NotFoundError, match="damaged and moved to quarantine") as caught:
         store.blob_path(imported)
     assert "package the model again" in str(caught.value.hint)
     assert not store.has_blob(blob_of(source.read_bytes()))

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from modelpack.artifacts import foreign as ollama
 from modelpack.artifacts import media_types
+from modelpack.artifacts.foreign import ollama_defaults
 from modelpack.artifacts.model import Model
 from modelpack.storage import read_blob
 from modelpack.store.layout import LayoutStore
@@ -167,7 +167,7 @@ class ModelDefaults:
         """Return what a stored model says: in the annotation, or in layers of Ollama's."""
         if not model.manifest.is_ollama:
             return cls.of(model.manifest.annotations)
-        said = ollama.defaults(model.manifest.layers, lambda layer: read_blob(store, layer))
+        said = ollama_defaults(model.manifest.layers, lambda layer: read_blob(store, layer))
         return cls.of({ANNOTATION: said} if said else {})
 
     def annotation(self) -> dict[str, str]:
