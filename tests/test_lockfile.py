@@ -72,7 +72,7 @@ def model(reference: object = str(X), digest: object = str(A), more: str = "") -
         (model(digest="md5:" + "1" * 32), FormatError, r"model\[0\]"),
         (model(more='extra = "x"'), FormatError, r"unknown keys: 'extra'"),
         ("version = 1\n[[model]]\ndigest = 3", FormatError, "both strings"),
-        (model() + model().removeprefix("version = 1\n"), FormatError, r"model\[1\]: duplicate reference"),
+        (model() + model().removeprefix("version = 1\n"), FormatError, r"duplicate reference"),
         ("#" * (MAX_BYTES + 1), FormatError, "more than the limit"),
         ("a=" + "[" * 5000, FormatError, "is not TOML"),
     ],

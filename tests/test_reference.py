@@ -199,7 +199,7 @@ def test_familiar_form_reads_back(text: str, familiar: str) -> None:
     ("text", "says"),
     [
         ("", "empty"),
-        ("a" * 256, "at most 255"),
+        ("a" * 256, "more than the limit of 255"),
         ("x:" + "t" * 129, "is not a tag"),
         ("exa mple.com/x", "is not a name component|not a registry"),
         ("-bad.example.com/x", "not a registry"),

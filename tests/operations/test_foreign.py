@@ -396,10 +396,10 @@ def test_what_of_ollama_cannot_be_used(store: modelpack.Store, tmp_path: Path) -
         with pytest.raises(UnsupportedError, match="adapter"):
             act()
     keep_ollama(store, [(mt.OLLAMA_TENSOR, b"x")])
-    with pytest.raises(UnsupportedError, match="each tensor"):
+    with pytest.raises(UnsupportedError, match="one layer per tensor"):
         convert("x/m:v1", "x/made:v1", to="docker", store=store)
     keep_ollama(store, remote_host="https://ollama.com", remote_model="big")
-    with pytest.raises(UnsupportedError, match=r"run by https://ollama\.com"):
+    with pytest.raises(UnsupportedError, match=r"served by https://ollama\.com"):
         modelpack.inspect("x/m:v1", store=store)
 
 
@@ -424,7 +424,7 @@ def test_layers_of_ollama_that_are_something_else(
 def test_an_image_of_docker_is_no_model(store: modelpack.Store) -> None:
     tar = "application/vnd.docker.image.rootfs.diff.tar.gzip"
     keep(store, (mt.DOCKER_IMAGE_CONFIG, OLLAMA), [(tar, b"x")], media_type=mt.DOCKER_MANIFEST)
-    with pytest.raises(UnsupportedError, match="not a model"):
+    with pytest.raises(UnsupportedError, match="not a supported model"):
         modelpack.inspect("x/m:v1", store=store)
 
 
