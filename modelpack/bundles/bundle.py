@@ -1,16 +1,16 @@
-"""A directory that appears under its name complete, or not at all."""
+"""Bundle: a model as a directory that a runtime can open, as Docker Model Runner makes it.
+
+Start at `lay_out`: `names` plans the paths, `links` places files, `tar` unpacks archive layers, and
+`directory` makes all of it appear at once.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
-import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from modelpack.artifacts import media_types
@@ -26,154 +26,24 @@ from modelpack.artifacts.model import (
     preferred_template,
     role_of,
 )
-from modelpack.bundles.directory import DIRECTORY_MODE, Folder, Tree, is_directory
-from modelpack.bundles.links import LinkMode as LinkMode
-from modelpack.bundles.links import Placement, put, write_all
+from modelpack.bundles.directory import Folder, Tree, absolute, new_directory
+from modelpack.bundles.links import LinkMode, Placement, put, write_all
 from modelpack.bundles.names import arrange, with_chat_template
 from modelpack.bundles.tar import extract
-from modelpack.bundles.tar_reader import Allowance
-from modelpack.bundles.tar_reader import TarLimits as TarLimits
+from modelpack.bundles.tar_reader import Allowance, TarLimits
 from modelpack.errors import (
-    ConflictError,
     StorageFullError,
     StoreError,
     UnsupportedError,
-    UsageError,
 )
 from modelpack.progress import Action, Progress, Stop, silent
 from modelpack.storage import Watch
-
-_TAKEN = frozenset({errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR})
-# (function, flag) that exchange two names in one step.
-_EXCHANGE = {"linux": ("renameat2", 2), "darwin": ("renameatx_np", 2)}
-
-
-def absolute(directory: Path) -> Path:
-    """Return the absolute path, links above the last component resolved.
-
-    Raises `UsageError` for the root of the file system.
-    """
-    if directory.name in ("", ".."):
-        directory = Path(os.path.realpath(directory))
-    if not directory.name:
-        raise UsageError(f"{directory} cannot be replaced", hint="name a new directory")
-    return Path(os.path.realpath(directory.parent)) / directory.name
-
-
-@contextmanager
-def new_directory(directory: Path, *, overwrite: bool) -> Iterator[Folder]:
-    """Give an empty directory that is renamed to `directory` when the block is left well.
-
-    Left by an exception, it is removed with all that is in it, and so are directories above that
-    were made for it. An existing directory that is not empty is only replaced if `overwrite`; it
-    is removed once the new one stands in its place. Raises `ConflictError`, `UsageError`.
-    """
-    directory = absolute(directory)
-    missing = _missing(directory.parent)
-    temporary = f".modelpack-{secrets.token_hex(8)}.partial"
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with Folder.open(directory.parent) as parent:
-            _check_free(parent, directory, overwrite=overwrite)
-            try:
-                with parent.make(temporary, 0o700) as folder:
-                    yield folder
-                    os.fchmod(folder.fd, DIRECTORY_MODE)
-                replaced = _publish(parent, temporary, directory, overwrite=overwrite)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True, dir_fd=parent.fd)
-                raise
-            if replaced:
-                shutil.rmtree(temporary, dir_fd=parent.fd)
-    except BaseException:
-        for path in missing:
-            with suppress(OSError):  # not made after all, or somebody else uses it by now
-                os.rmdir(path)
-        raise
-
-
-def _missing(path: Path) -> list[Path]:
-    """Return which of the path and its parents are not there, the deepest first."""
-    return list(takewhile(lambda parent: not parent.exists(), (path, *path.parents)))
-
-
-def _check_free(parent: Folder, directory: Path, *, overwrite: bool) -> None:
-    status = parent.status(directory.name)
-    if status is None:
-        return
-    if not is_directory(status):
-        raise ConflictError(
-            f"{directory} is there already, and it is not a directory",
-            hint="name a new directory; for a symbolic link, the directory that it leads to",
-        )
-    if os.path.samestat(status, os.stat(".")):
-        raise UsageError(
-            f"{directory} is the current directory, which a new one would replace",
-            hint="name a directory inside it, or change to another one first",
-        )
-    with parent.enter(directory.name) as existing:
-        if os.listdir(existing.fd) and not overwrite:
-            raise _taken(directory)
-
-
-def _publish(parent: Folder, temporary: str, directory: Path, *, overwrite: bool) -> bool:
-    """Rename; return whether what was there before is now at `temporary`."""
-    try:
-        # An empty directory is replaced by this.
-        _rename(parent, temporary, directory.name)
-    except OSError as error:
-        if error.errno not in _TAKEN:
-            raise
-        status = parent.status(directory.name)
-        if not overwrite or status is None or not is_directory(status):
-            raise _taken(directory) from error
-        _exchange(parent, temporary, directory.name)
-        return True
-    return False
-
-
-def _exchange(parent: Folder, temporary: str, name: str) -> None:
-    """Swap the two names, in one step where the system can."""
-    if _exchanged(parent, temporary, name):
-        return
-    aside = f"{temporary}.old"
-    _rename(parent, name, aside)
-    try:
-        _rename(parent, temporary, name)
-    except BaseException:
-        _rename(parent, aside, name)
-        raise
-    _rename(parent, aside, temporary)
-
-
-def _exchanged(parent: Folder, one: str, other: str) -> bool:
-    import ctypes
-
-    function, flag = _EXCHANGE.get(sys.platform, ("", 0))
-    library = ctypes.CDLL(None, use_errno=True)
-    if not function or not hasattr(library, function):
-        return False
-    call = getattr(library, function)
-    failed = call(parent.fd, os.fsencode(one), parent.fd, os.fsencode(other), flag)
-    return not failed
-
-
-def _rename(parent: Folder, old: str, new: str) -> None:
-    os.rename(old, new, src_dir_fd=parent.fd, dst_dir_fd=parent.fd)
-
-
-def _taken(directory: Path) -> ConflictError:
-    return ConflictError(
-        f"{directory} is there already and not empty",
-        hint="name a new directory, or ask to replace this one",
-    )
-
 
 _CONFIG = "config.json"
 _MODEL = "model"
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _DEFAULT_LIMITS = TarLimits()
-# Which weights are run where there are several kinds and the config names none.
+# The order of preference if there are several formats and the config names none.
 _FORMATS = ("gguf", "safetensors", "dduf")
 
 
@@ -181,8 +51,8 @@ _FORMATS = ("gguf", "safetensors", "dduf")
 class BundleFile:
     """A file of a bundle; `path` is relative to its directory, with slashes.
 
-    `digest` is that of the layer, `content` that of the file's bytes; they differ for a file that
-    was in an archive.
+    `digest` is that of the layer, `content` that of the file's bytes. They differ for a file from
+    an archive.
     """
 
     path: str
@@ -195,9 +65,9 @@ class BundleFile:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A directory that a runtime can open. `weight` is the first shard where there are several.
+    """A directory that a runtime can open. `weight` is the first of several shards.
 
-    `notes` say what a user might miss: a second chat template, a renamed license.
+    `notes` tell the user about files that were renamed or left out.
     """
 
     directory: Path
@@ -220,24 +90,24 @@ def lay_out(
     overwrite: bool = False,
     runtime_names: bool = True,
 ) -> Bundle:
-    """Make `directory` the bundle of `model`, whose blobs are where `blob_path` says.
+    """Make `directory` a bundle of `model`; `blob_path` returns the file of each blob.
 
-    With `runtime_names`, the chat template of a safetensors model is `chat_template.jinja`, the
-    name that transformers and vLLM prefer to what tokenizer_config.json says, whatever the model
-    calls it. Without, all files have the names that the model gives them.
+    With `runtime_names`, the chat template of a safetensors model is called `chat_template.jinja`,
+    which transformers and vLLM prefer over the one in tokenizer_config.json. Otherwise all files
+    keep the model's names.
 
-    A directory that is there and not empty is refused (`ConflictError`) unless `overwrite`: then
-    it is replaced, in one step where the system can. On failure there is nothing new, and what was
-    there before stands. Raises `UnsafePathError` if the model tries to leave the directory or puts
-    two files in one place, `IntegrityError` for an archive beyond its limits, `FormatError` for a
-    damaged one, `UnsupportedError` if there is no weight, `NotFoundError` and `SizeMismatchError`
-    if the store lost a blob, `StorageFullError` and `StoreError` for the file system.
+    Raises `ConflictError` for an existing directory that is not empty, unless `overwrite`: then it
+    is replaced, in one step if the system can. A failure leaves everything as it was. Raises
+    `UnsafePathError` if a path would leave the directory or two files have the same path,
+    `IntegrityError` for an archive beyond its limits, `FormatError` for a damaged archive,
+    `UnsupportedError` for a model without weights, `NotFoundError` and `SizeMismatchError` for a
+    lost or damaged blob, `StorageFullError` and `StoreError` for errors of the file system.
     """
     watch = watch or Watch(silent, Stop())
     directory = absolute(directory)
     arrangement = with_chat_template(arrange(model)) if runtime_names else arrange(model)
     notes = list(arrangement.notes)
-    with _translating(directory), new_directory(directory, overwrite=overwrite) as folder:
+    with _map_os_errors(directory), new_directory(directory, overwrite=overwrite) as folder:
         files: list[BundleFile] = []
         with folder.make(_MODEL) as inside:
             tree = Tree(inside)
@@ -263,12 +133,12 @@ def lay_out(
 def runtime_config(config: ModelConfig) -> bytes:
     """Return the bytes of a bundle's `config.json`, as Docker Model Runner writes them.
 
-    The inner `config` object of a Docker config, all of a CNCF config; a newline at the end.
+    These are the inner `config` object of a Docker config, or all of a CNCF config, and a newline.
     """
     value = decode_object(config.encode(), _CONFIG)
     if not config.is_cncf:
         return encode(value["config"]) + b"\n"
-    if "family" not in config.cncf_descriptor:  # ours, when we package; not in the model's config
+    if "family" not in config.cncf_descriptor:  # added when packaging; not in the model's config
         value["descriptor"].pop("family", None)
     return encode(value) + b"\n"
 
@@ -310,9 +180,9 @@ def _bundle(
         raise UnsupportedError(
             "has no weights to run",
             path=str(directory),
-            hint="a ModelKit may name another one for its model: `modelpack config` shows which"
+            hint="run `modelpack config` to see whether this ModelKit refers to another one"
             if config.media_type == media_types.KITOPS_CONFIG
-            else "`modelpack inspect` lists its files",
+            else "run `modelpack inspect` to list its files",
         )
     template, mmproj = _template(files, notes), _projector(files, notes)
     return Bundle(
@@ -363,7 +233,7 @@ def _write(folder: Folder, name: str, content: bytes) -> None:
 
 
 @contextmanager
-def _translating(directory: Path) -> Iterator[None]:
+def _map_os_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

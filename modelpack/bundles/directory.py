@@ -1,29 +1,33 @@
-"""Directories held open, so that nobody can move them while files are made in them.
+"""Make files below a directory safely, and make the directory appear complete or not at all.
 
-A path is looked up anew each time that it is used; whoever can write beside us may have put a
-symbolic link on the way by then. Here every name is looked up in an open directory, one component
-at a time, and a link is never followed (openat with O_NOFOLLOW).
+A path is resolved again at each use, so another process with write access could put a symbolic
+link into it. Here every name is resolved in an open directory, one component at a time, and links
+are never followed (openat with O_NOFOLLOW).
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import secrets
+import shutil
 import stat
+import sys
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from modelpack.artifacts.paths import checked_path
-from modelpack.errors import UnsafePathError
+from modelpack.errors import ConflictError, UnsafePathError, UsageError
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-# What the systems say of a link, a file, or nothing, where a directory was.
+# Errors for opening a link, a file, or nothing, as a directory.
 _NO_DIRECTORY = frozenset({errno.ELOOP, errno.ENOTDIR, errno.ENOENT, errno.EMLINK})
 
 DIRECTORY_MODE = 0o755
@@ -32,7 +36,7 @@ EXECUTABLE_MODE = 0o755
 
 
 class Folder:
-    """An open directory; close it, or use it as a context. `path` is for messages only."""
+    """An open directory; close it, or use it as a context. `path` is only for messages."""
 
     __slots__ = ("fd", "path")
 
@@ -42,15 +46,15 @@ class Folder:
 
     @classmethod
     def open(cls, path: Path) -> Folder:
-        """Open the directory at `path`, whose links the caller chose and which are followed."""
+        """Open the directory at `path`; links in it are followed, as the user chose the path."""
         return cls(os.open(path, _DIRECTORY), str(path))
 
     def duplicate(self) -> Folder:
-        """Return the same directory, to be closed on its own."""
+        """Return the same directory, opened again; the caller closes both."""
         return Folder(os.dup(self.fd), self.path)
 
     def enter(self, name: str) -> Folder:
-        """Open the directory `name` in this one; raise `UnsafePathError` if it is none."""
+        """Open the directory `name`; raise `UnsafePathError` if it is not a directory."""
         path = f"{self.path}/{name}"
         try:
             return Folder(os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=self.fd), path)
@@ -61,7 +65,7 @@ class Folder:
             raise _planted(path, "the directory that was made there", why) from error
 
     def make(self, name: str, mode: int = DIRECTORY_MODE) -> Folder:
-        """Make the directory `name`, which may not be there yet, and open it."""
+        """Make and open the new directory `name`."""
         with self._new(name):
             os.mkdir(name, 0o700, dir_fd=self.fd)
         made = self.enter(name)
@@ -69,30 +73,30 @@ class Folder:
         return made
 
     def create(self, name: str, mode: int = FILE_MODE) -> int:
-        """Make the file `name`, which may not be there yet; return its descriptor, for writing."""
+        """Make the new file `name`; return its descriptor, open for writing."""
         with self._new(name):
             fd = os.open(name, _NEW_FILE, 0o600, dir_fd=self.fd)
         os.fchmod(fd, mode)
         return fd
 
     def hard_link(self, path: Path, name: str) -> None:
-        """Make `name` another name of the file that `path` leads to."""
+        """Make `name` a hard link of the file at `path`."""
         with self._new(name):
             os.link(os.path.realpath(path), name, dst_dir_fd=self.fd, follow_symlinks=False)
 
     def symbolic_link(self, path: Path, name: str) -> None:
-        """Make `name` a link to `path`."""
+        """Make `name` a symbolic link to `path`."""
         with self._new(name):
             os.symlink(os.path.abspath(path), name, dir_fd=self.fd)
 
     def check_holds(self, name: str, folder: Folder) -> None:
-        """Raise `UnsafePathError` unless `name` still is `folder`."""
+        """Raise `UnsafePathError` unless `name` still is the directory `folder`."""
         status = self.status(name)
         if status is None or not os.path.samestat(status, os.fstat(folder.fd)):
             raise _planted(f"{self.path}/{name}", "the directory that was made there", "another")
 
     def status(self, name: str) -> os.stat_result | None:
-        """Return what `name` is, a link not followed; None if there is no such name."""
+        """Return the status of `name`, without following a link; None if it does not exist."""
         try:
             return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -122,7 +126,7 @@ class Folder:
 
 
 def is_directory(status: os.stat_result) -> bool:
-    """Return whether this is a directory itself, not a link to one."""
+    """Return whether this is a directory, not a link to one."""
     return stat.S_ISDIR(status.st_mode)
 
 
@@ -135,14 +139,14 @@ def _planted(path: str, expected: str, got: str) -> UnsafePathError:
     )
 
 
-#: Directories above a file, at most. Tools that recurse over the result have limits too.
+#: Maximum number of components of a path: tools that recurse over the result have limits too.
 MAX_DEPTH = 64
 
 
 def folded(path: str) -> str:
-    """Return `path` such that paths that some file system takes for one are equal.
+    """Return a key of `path` that is equal for paths that are the same on some file system.
 
-    macOS ignores case, and how accents are composed (Unicode "canonical caseless matching").
+    macOS ignores case and the composition of accents (Unicode "canonical caseless matching").
     """
     once = unicodedata.normalize("NFD", path).casefold()
     return unicodedata.normalize("NFD", once)
@@ -156,36 +160,35 @@ class _Node:
 
 
 class Tree:
-    """What has been made below `root`; `source` names, in errors, where a path comes from."""
+    """The files and directories made below `root`; `source` names a path's origin in errors."""
 
     def __init__(self, root: Folder) -> None:
         self._root = root
         self._nodes: dict[str, _Node] = {}
-        #: Bytes of the paths of all files and directories: each is held in memory.
+        #: Total bytes of all paths, which are kept in memory.
         self.path_bytes = 0
 
     def __len__(self) -> int:
-        """Return how many files and directories were made."""
+        """Return the number of files and directories."""
         return len(self._nodes)
 
     def free_bytes(self) -> int:
-        """Return how many bytes the file system has left for us."""
+        """Return the number of bytes available on the file system."""
         disk = os.statvfs(self._root.fd)
         return disk.f_bavail * disk.f_frsize
 
     def add_directory(self, path: str, source: str) -> None:
-        """Have the directory `path` and those above it.
+        """Make the directory `path` and its parents, unless they exist.
 
-        Raises `UnsafePathError` if a file is there, or another spelling of the same path.
+        Raises `UnsafePathError` for an existing file or another spelling of the same path.
         """
         self._walk(_parts(path, source), source).close()
 
     @contextmanager
     def place(self, path: str, source: str) -> Iterator[tuple[Folder, str]]:
-        """Give the directory and the name to make the file `path` with; the file is new.
+        """Yield the directory and the name for the new file `path`.
 
-        Raises `UnsafePathError` if `path` is unsafe or taken, by a directory or by another
-        spelling of it too.
+        Raises `UnsafePathError` if `path` is unsafe, exists, or exists in another spelling.
         """
         *parents, name = _parts(path, source)
         with self._walk(parents, source) as folder:
@@ -242,3 +245,129 @@ def _collision(path: str, source: str, node: _Node, *, is_file: bool) -> UnsafeP
         here, there = ("a file", "a directory") if is_file else ("a directory", "a file")
         problem = f"{path!r} is {here} here and {there} in {node.source}"
     return UnsafePathError(f"{source}: {problem}", expected="different paths", got=path)
+
+
+_TAKEN = frozenset({errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR})
+# (function, flag) that exchange two names in one step.
+_EXCHANGE = {"linux": ("renameat2", 2), "darwin": ("renameatx_np", 2)}
+
+
+def absolute(directory: Path) -> Path:
+    """Return the absolute path, with links resolved in all but the last component.
+
+    Raises `UsageError` for the root of the file system.
+    """
+    if directory.name in ("", ".."):
+        directory = Path(os.path.realpath(directory))
+    if not directory.name:
+        raise UsageError(f"{directory} cannot be replaced", hint="name a new directory")
+    return Path(os.path.realpath(directory.parent)) / directory.name
+
+
+@contextmanager
+def new_directory(directory: Path, *, overwrite: bool) -> Iterator[Folder]:
+    """Yield an empty directory that is renamed to `directory` at the end of the block.
+
+    After an exception, it is removed with its content and with parents that were made for it. An
+    existing directory that is not empty is replaced only if `overwrite`, and removed after that.
+    Raises `ConflictError`, `UsageError`.
+    """
+    directory = absolute(directory)
+    missing = _missing(directory.parent)
+    temporary = f".modelpack-{secrets.token_hex(8)}.partial"
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with Folder.open(directory.parent) as parent:
+            _check_free(parent, directory, overwrite=overwrite)
+            try:
+                with parent.make(temporary, 0o700) as folder:
+                    yield folder
+                    os.fchmod(folder.fd, DIRECTORY_MODE)
+                replaced = _publish(parent, temporary, directory, overwrite=overwrite)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True, dir_fd=parent.fd)
+                raise
+            if replaced:
+                shutil.rmtree(temporary, dir_fd=parent.fd)
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):  # it was not made, or another process uses it
+                os.rmdir(path)
+        raise
+
+
+def _missing(path: Path) -> list[Path]:
+    """Return those of the path and its parents that do not exist, the deepest first."""
+    return list(takewhile(lambda parent: not parent.exists(), (path, *path.parents)))
+
+
+def _check_free(parent: Folder, directory: Path, *, overwrite: bool) -> None:
+    status = parent.status(directory.name)
+    if status is None:
+        return
+    if not is_directory(status):
+        raise ConflictError(
+            f"{directory} exists and is not a directory",
+            hint="name a new directory or, for a symbolic link, its target",
+        )
+    if os.path.samestat(status, os.stat(".")):
+        raise UsageError(
+            f"{directory} is the current directory and cannot be replaced",
+            hint="name a directory inside it, or change to another directory first",
+        )
+    with parent.enter(directory.name) as existing:
+        if os.listdir(existing.fd) and not overwrite:
+            raise _taken(directory)
+
+
+def _publish(parent: Folder, temporary: str, directory: Path, *, overwrite: bool) -> bool:
+    """Rename `temporary`; return whether the old directory is now called `temporary`."""
+    try:
+        # This replaces an empty directory.
+        _rename(parent, temporary, directory.name)
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
+        status = parent.status(directory.name)
+        if not overwrite or status is None or not is_directory(status):
+            raise _taken(directory) from error
+        _exchange(parent, temporary, directory.name)
+        return True
+    return False
+
+
+def _exchange(parent: Folder, temporary: str, name: str) -> None:
+    """Swap the two names, in one step if the system can."""
+    if _exchanged(parent, temporary, name):
+        return
+    aside = f"{temporary}.old"
+    _rename(parent, name, aside)
+    try:
+        _rename(parent, temporary, name)
+    except BaseException:
+        _rename(parent, aside, name)
+        raise
+    _rename(parent, aside, temporary)
+
+
+def _exchanged(parent: Folder, one: str, other: str) -> bool:
+    import ctypes
+
+    function, flag = _EXCHANGE.get(sys.platform, ("", 0))
+    library = ctypes.CDLL(None, use_errno=True)
+    if not function or not hasattr(library, function):
+        return False
+    call = getattr(library, function)
+    failed = call(parent.fd, os.fsencode(one), parent.fd, os.fsencode(other), flag)
+    return not failed
+
+
+def _rename(parent: Folder, old: str, new: str) -> None:
+    os.rename(old, new, src_dir_fd=parent.fd, dst_dir_fd=parent.fd)
+
+
+def _taken(directory: Path) -> ConflictError:
+    return ConflictError(
+        f"{directory} exists and is not empty",
+        hint="name a new directory, or overwrite this one",
+    )

@@ -1,4 +1,4 @@
-"""Opening blobs of a store: verified there, but they may have been lost or cut since."""
+"""Place a blob in a bundle: as a hard link, a symbolic link, a reflink or a copy."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from modelpack.errors import NotFoundError, SizeMismatchError, StoreError
 from modelpack.progress import Action, Progress
 from modelpack.storage import Watch
 
-# Not to wait for a writer, should somebody have put a FIFO there.
+# O_NONBLOCK: do not wait for the writer of a FIFO.
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 _BUFFER_BYTES = 256 * 1024
 
 
 @contextmanager
 def open_blob(path: Path, descriptor: Descriptor) -> Iterator[BinaryIO]:
-    """Give the blob for reading.
+    """Open the blob at `path` for reading; the store verified it, but it may be damaged since.
 
-    Raises `NotFoundError` if it is not there, `SizeMismatchError` if it has not the size that the
-    descriptor says, `StoreError` if it is no file.
+    Raises `NotFoundError` if it is missing, `SizeMismatchError` if its size differs from the
+    descriptor, `StoreError` if it is not a file.
     """
     try:
         fd = os.open(path, _READ)
@@ -58,7 +58,7 @@ def open_blob(path: Path, descriptor: Descriptor) -> Iterator[BinaryIO]:
 _FICLONE = 0x40049409  # linux/fs.h
 _ON_MACOS: bool = sys.platform == "darwin"
 _CHUNK = 1024 * 1024
-# The file system or the kernel will not share the blob; another way may work.
+# Errors of a file system or kernel that cannot share the blob: try the next kind of link.
 _CANNOT = frozenset(
     {
         errno.EXDEV,
@@ -75,7 +75,7 @@ _CANNOT = frozenset(
 
 
 class LinkMode(StrEnum):
-    """How files get into a bundle. AUTO is a hard link, else a reflink, else a copy."""
+    """The kind of link for a bundle's files. AUTO: a hard link, else a reflink, else a copy."""
 
     AUTO = "auto"
     HARDLINK = "hardlink"
@@ -85,11 +85,11 @@ class LinkMode(StrEnum):
 
 
 class Placement(StrEnum):
-    """How a file of a bundle came about.
+    """How a file of a bundle was made.
 
-    A hard link is the file of the store under another name: writing to it would damage the store,
-    which the mode 0444 of its blobs prevents, except for root. A symbolic link breaks when the
-    blob is removed from the store; the others do not.
+    A hard link is the store's file under another name: writing to it would damage the store, which
+    the mode 0444 of its blobs prevents, except for root. A symbolic link breaks when the blob is
+    removed from the store; the others do not.
     """
 
     HARDLINK = "hardlink"
@@ -117,19 +117,18 @@ def put(
     watch: Watch,
     notes: list[str] | None = None,
 ) -> Placement:
-    """Make `name` in `folder` the blob at `path`; return how.
+    """Place the blob at `path` as `name` in `folder`; return the kind of placement.
 
-    `notes` gets the reason, once, why files are copied where links were wanted.
+    Adds to `notes`, once, why files are copied instead of linked.
 
-    Raises `NotFoundError` or `SizeMismatchError` if the store lost or cut it, `StoreError` if the
-    file system cannot do what `mode` asks for, and `DigestMismatchError` if a copy shows that the
-    blob is damaged.
+    Raises `NotFoundError` or `SizeMismatchError` if the blob is lost or truncated, `StoreError` if
+    the file system does not support `mode`, and `DigestMismatchError` if a copied blob is damaged.
     """
     problem: OSError | None = None
     with open_blob(path, file.descriptor) as blob:
         for placement in _ORDER[mode]:
             try:
-                _WAYS[placement](file, path, blob, folder, name, watch)
+                _PLACE[placement](file, path, blob, folder, name, watch)
             except OSError as error:
                 if error.errno not in _CANNOT or placement in (Placement.SYMLINK, Placement.COPY):
                     raise
@@ -186,7 +185,7 @@ def _clone_on_macos(source: int, folder: Folder, name: str) -> None:
         raise OSError(number, os.strerror(number))
     clone = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder.fd)
     try:
-        os.fchmod(clone, FILE_MODE)  # not that of the blob, which is read-only
+        os.fchmod(clone, FILE_MODE)  # a blob is read-only
     finally:
         os.close(clone)
 
@@ -207,7 +206,7 @@ def _copy(
     digest.check_equal(Digest.of_hasher(hasher), f"blob {digest}")
 
 
-_WAYS = {
+_PLACE = {
     Placement.HARDLINK: _hard_link,
     Placement.SYMLINK: _symbolic_link,
     Placement.REFLINK: _reflink,
@@ -216,7 +215,7 @@ _WAYS = {
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write all of `data`, however little the system takes at once."""
+    """Write all of `data`: a system call may write only a part of it."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]

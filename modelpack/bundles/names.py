@@ -1,8 +1,8 @@
-"""Where each file of a model goes in a bundle, by the rules of Docker Model Runner.
+"""The paths of a model's files in a bundle, by the rules of Docker Model Runner.
 
-Docker v0.1 models have their weights, projector and chat template renamed, since runtimes look for
-them by name; in Docker v0.2 and CNCF models every file keeps its path. Where the reference drops a
-file or stops, we go on and say so: `Arrangement.notes`.
+The weights, projector and chat template of a Docker v0.1 model are renamed, since runtimes look for
+them by name; the files of Docker v0.2 and CNCF models keep their paths. Where the reference
+implementation drops a file or fails, we continue and add a note to `Arrangement.notes`.
 Source: docker/model-runner, pkg/distribution/internal/bundle/unpack.go.
 """
 
@@ -33,7 +33,7 @@ class PlacedFile:
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """The plan of a bundle: files, archives to unpack beside them, and what to tell the user."""
+    """The plan of a bundle: its files, the archives to unpack, and notes for the user."""
 
     files: tuple[PlacedFile, ...]
     archives: tuple[ModelFile, ...]
@@ -41,11 +41,11 @@ class Arrangement:
 
 
 def arrange(model: Model) -> Arrangement:
-    """Return where the files of `model` go, in layer order.
+    """Return the paths of the files of `model`, in layer order.
 
-    Raises `UnsafePathError` if a path is not safe, or if two different files have the same one,
-    and `UnsupportedError` for what Ollama keeps apart from the weights that it belongs to.
-    Licenses alone are renamed instead: nothing looks for them by name.
+    Raises `UnsafePathError` if a path is unsafe or two different files have the same path, and
+    `UnsupportedError` for Ollama's adapters and layers of single tensors. Licenses with the same
+    path are renamed instead: no runtime looks for them by name.
     """
     check_usable(model.manifest.layers, str(model.reference or model.digest))
     cncf = model.manifest.is_cncf
@@ -61,14 +61,14 @@ def arrange(model: Model) -> Arrangement:
 
 
 def with_chat_template(arrangement: Arrangement) -> Arrangement:
-    """Return the arrangement with the preferred chat template at `chat_template.jinja`, too.
+    """Return the arrangement with the preferred chat template also at `chat_template.jinja`.
 
-    Only for safetensors, whose runtimes look for that name; a template that had it gives way.
+    Only for safetensors, whose runtimes look for that name; it replaces a template of that name.
     """
     files = arrangement.files
     at = preferred_template([(placed.file.role, placed.path) for placed in files])
     is_safetensors = any(placed.file.format == "safetensors" for placed in files)
-    # An archive may hold the name, and what is inside it is not known yet.
+    # An archive may contain a file of this name, but it is not unpacked yet.
     if at is None or not is_safetensors or arrangement.archives:
         return arrangement
     if files[at].path == CHAT_TEMPLATE or "/" in files[at].path:
@@ -82,7 +82,7 @@ def with_chat_template(arrangement: Arrangement) -> Arrangement:
 
 
 def _wanted_paths(files: Sequence[ModelFile], renames: bool, notes: list[str]) -> list[str | None]:
-    """Return the path that each file would have if it were alone; None leaves it out."""
+    """Return the path of each file regardless of the others; None leaves the file out."""
     paths: list[str | None] = [None if renames and _renamed(f) else f.filepath for f in files]
     for kind in ("gguf", "safetensors"):
         places = [i for i, f in enumerate(files) if f.role is Role.WEIGHT and f.format == kind]
@@ -99,7 +99,7 @@ def _wanted_paths(files: Sequence[ModelFile], renames: bool, notes: list[str]) -
         if unnamed:
             paths[unnamed[0]] = name
         for i in unnamed[1:]:
-            notes.append(f"{_shown(files[i])} is left out: a runtime takes one {_words(role)}")
+            notes.append(f"{_shown(files[i])} is left out: a runtime takes one {_role_name(role)}")
     notes += [
         f"{_shown(file)} is left out: it names no file"
         for file, path in zip(files, paths, strict=True)
@@ -114,7 +114,7 @@ def _renamed(file: ModelFile) -> bool:
 
 
 def _in_shard_order(places: list[int], files: Sequence[ModelFile]) -> list[int]:
-    """Return the places by shard number if they are one whole set, else as they are."""
+    """Return the places sorted by shard number if they are one complete set, else unchanged."""
     matches = [_SHARD.match(files[i].filepath or "") for i in places]
     numbers = [int(match[2]) for match in matches if match and int(match[3]) == len(places)]
     if sorted(numbers) != list(range(1, len(places) + 1)):
@@ -125,10 +125,10 @@ def _in_shard_order(places: list[int], files: Sequence[ModelFile]) -> list[int]:
 def _distinct_paths(
     files: Sequence[ModelFile], wanted: Sequence[str | None], notes: list[str]
 ) -> list[str | None]:
-    """Return the paths, such that no two are the same; a file that comes twice is made once."""
+    """Return distinct paths; None for a file that has the path and digest of another."""
     paths = list(wanted)
     taken: dict[str, tuple[str, Digest]] = {}
-    # Licenses come last, so that they give way.
+    # Licenses come last: they are renamed if their path is taken.
     for i in sorted(range(len(files)), key=lambda i: files[i].role is Role.LICENSE):
         path, digest = paths[i], files[i].descriptor.digest
         if path is None:
@@ -159,7 +159,7 @@ def _free_name(path: str, taken: Mapping[str, object]) -> str:
     return next(candidate for candidate in numbered if folded(candidate) not in taken)
 
 
-def _words(role: Role) -> str:
+def _role_name(role: Role) -> str:
     return role.replace("_", " ")
 
 

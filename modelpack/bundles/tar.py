@@ -1,4 +1,4 @@
-"""Unpacks an archive layer into a tree: files and directories, within limits."""
+"""Unpack an archive layer into a tree: files and directories, within limits."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from modelpack.storage import Watch
 
 _CHUNK = 256 * 1024
 _REPORT_BYTES = 4 * 1024 * 1024
-# What is left free on the disk; others write to it too.
+# Bytes to leave free on the disk for other programs.
 _RESERVE_BYTES = 64 * 1024 * 1024
 
 
 def extract(
     layer: ModelFile, path: Path, tree: Tree, allowance: Allowance, watch: Watch, what: str
 ) -> tuple[tuple[str, Digest], ...]:
-    """Unpack the archive at `path` into `tree`; return its files: path and digest of the bytes.
+    """Unpack the archive at `path` into `tree`; return the path and digest of each file.
 
-    Owners, times and all permissions but the executable one are left behind. Raises `FormatError`
-    if it is damaged, `UnsafePathError` for a link, a device or a path that is not safe or taken,
+    Owners, times and all permissions except the executable bit are ignored. Raises `FormatError`
+    for a damaged archive, `UnsafePathError` for a link, a device, or an unsafe or duplicate path,
     `UnsupportedError` for a sparse file, `IntegrityError` beyond a limit, `StorageFullError` if
-    the disk has no room, `DigestMismatchError` if the content is not what `layer.diff_id` says.
+    the disk is full, `DigestMismatchError` if the content does not match `layer.diff_id`.
     """
     assert layer.archive is not None, f"{what} is one raw file"
     hasher = layer.diff_id.hasher() if layer.diff_id else None
@@ -43,7 +43,7 @@ def extract(
             limit=limit,
             max_window_bytes=allowance.limits.max_window_bytes,
             hasher=hasher,
-            on_read=_Meter(layer, blob, watch, what).tick,
+            on_read=_ReadProgress(layer, blob, watch, what).tick,
         )
         reader = TarReader(content, what, max_header_bytes=allowance.limits.max_header_bytes)
         files = _unpack(reader, tree, allowance, limit, what)
@@ -56,8 +56,8 @@ def extract(
     return files
 
 
-class _Meter:
-    """Reports how much of the blob has been read, now and then, and stops when asked to."""
+class _ReadProgress:
+    """Reports the number of bytes read from the blob at intervals, and checks for a stop."""
 
     def __init__(self, layer: ModelFile, blob: BinaryIO, watch: Watch, what: str) -> None:
         self._layer, self._blob, self._watch, self._what = layer, blob, watch, what
@@ -80,13 +80,13 @@ def _unpack(
     budget, room = limit, tree.free_bytes() - _RESERVE_BYTES
     for number, entry in enumerate(reader, start=1):
         path = _member_path(entry)
-        # The size is only a claim, but no more than it says is read.
+        # The size is only a claim, but no more bytes than that are read.
         if entry.size > budget:
             raise over_limit(what, f"{limit} bytes")
         if entry.size > room:
             raise StorageFullError(
-                f"no room to unpack {entry.name[:200]!r} of {what}: {entry.size} bytes, "
-                f"{max(room, 0)} are free",
+                f"no room to unpack {entry.name[:200]!r} of {what}: "
+                f"need {entry.size} bytes, have {max(room, 0)}",
                 needed=entry.size,
                 available=max(room, 0),
                 hint="free some space and run the same command again",
@@ -105,7 +105,7 @@ def _unpack(
 
 
 def _member_path(entry: TarEntry) -> str:
-    """Return the checked path of an entry; "" is the directory that is unpacked into itself."""
+    """Return the checked path of an entry, "" for the root directory of the archive."""
     path = entry.name
     while path.startswith("./"):  # as `tar -c .` writes them
         path = path[2:]

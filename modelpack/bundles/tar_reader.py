@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
-_FILES = (b"0", b"\0", b"7")  # "7" is a contiguous file: the same to whoever has no such thing
+_FILES = (b"0", b"\0", b"7")  # "7" is a contiguous file, here an ordinary one
 _DIRECTORY = b"5"
 _PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"x", b"g", b"L", b"K"
 _EXTENSIONS = (_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK)
@@ -40,26 +40,26 @@ _OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*\Z")
 _PAX_LENGTH = re.compile(rb"([1-9][0-9]{0,9}) ")
 _DECIMAL = re.compile(rb"[0-9]{1,19}\Z")
 _SKIP_BYTES = 256 * 1024
-# The largest size of a file that any system has: a larger one is not a size.
+# The largest file size that any system supports.
 _MAX_FILE_BYTES = (1 << 63) - 1
-# Extended records that change how an entry is read; the others (times, owners, comments) are not
-# kept, so that a header full of records takes no memory beyond its bytes.
+# Extended records that change how an entry is read. Other records (times, owners, comments) are not
+# stored, so that a header full of records needs no memory beyond its bytes.
 _USED_RECORDS = ("path", "size")
 # Records of sparse files: GNU tar 0.0 to 1.0, star, Solaris tar.
 _SPARSE_RECORDS = ("GNU.sparse.", "SCHILY.realsize", "SUN.holesdata")
 
 
 class Readable(Protocol):
-    """Where the archive's bytes come from."""
+    """A stream of the archive's bytes."""
 
     def read(self, size: int, /) -> bytes:
-        """Return up to `size` bytes, none at the end."""
+        """Return up to `size` bytes, b"" at the end."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class TarEntry:
-    """A file or a directory; `name` as the archive has it, unchecked. `size` is in bytes."""
+    """A file or a directory, with its unchecked `name` in the archive; `size` is in bytes."""
 
     name: str
     is_directory: bool
@@ -78,9 +78,9 @@ class _Header:
 class TarReader:
     """Iterates over the entries of the archive in `stream`; `what` names it in errors.
 
-    Raises `FormatError` where the archive is damaged, `UnsafePathError` for a link or a device
-    and `UnsupportedError` for what else is no file. The headers of one entry may take
-    `max_header_bytes`.
+    Raises `FormatError` for a damaged archive, `UnsafePathError` for a link or a device, and
+    `UnsupportedError` for other kinds of entries. `max_header_bytes` limits the headers of one
+    entry.
     """
 
     def __init__(self, stream: Readable, what: str, *, max_header_bytes: int) -> None:
@@ -92,7 +92,7 @@ class TarReader:
         self._padding = 0
 
     def __iter__(self) -> Iterator[TarEntry]:
-        """Return each entry; data that the caller has not read is skipped."""
+        """Yield each entry; skip data that the caller has not read."""
         while True:
             self._skip(self._left + self._padding)
             entry = self._next_entry()
@@ -101,7 +101,7 @@ class TarReader:
             yield entry
 
     def read(self, size: int) -> bytes:
-        """Return up to `size` bytes of the current entry's data, none at its end."""
+        """Return up to `size` bytes of the current entry's data, b"" at its end."""
         wanted = min(size, self._left)
         if not wanted:
             return b""
@@ -134,7 +134,7 @@ class TarReader:
 
     def _header(self) -> _Header | None:
         block = self._exactly(BLOCK)
-        if block == _ZEROS:  # the second one, and what pads the archive, are left to the caller
+        if block == _ZEROS:  # the caller reads the second zero block and the padding
             return None
         blank = block[:148] + b" " * 8 + block[156:]
         wrong = self._number(block[148:156], "checksum") - sum(blank)
@@ -177,11 +177,11 @@ class TarReader:
             raise UnsupportedError(f"{shown} has the unknown entry type {kind!r}", path=self._what)
 
     def _extension(self, kind: bytes, payload: bytes) -> dict[str, bytes]:
-        """Return what an extended header says of the entry after it."""
+        """Return the records of an extended header that apply to the next entry."""
         if kind == _GNU_NAME:
             return {"path": _text(payload)}
         if kind == _GNU_LINK:
-            return {}  # the entry after it is a link, and refused as such
+            return {}  # the next entry is a link, which is rejected
         records = self._pax_records(payload)
         if kind == _PAX:
             return records
@@ -193,7 +193,7 @@ class TarReader:
         return {}
 
     def _pax_records(self, payload: bytes) -> dict[str, bytes]:
-        """Return the records that matter, each `"%d %s=%s\\n" % (its length, key, value)`."""
+        """Return the records that are used, each `"%d %s=%s\\n" % (its length, key, value)`."""
         records: dict[str, bytes] = {}
         position = 0
         while position < len(payload):
@@ -210,7 +210,7 @@ class TarReader:
         return records
 
     def _number(self, field: bytes, name: str) -> int:
-        if field[0] == 0x80:  # GNU: base 256 where octal digits are too few
+        if field[0] == 0x80:  # GNU: base 256 for large numbers
             return int.from_bytes(field[1:], "big")
         digits = _OCTAL.match(field)
         if digits is None:
@@ -257,14 +257,14 @@ _CHUNK = 256 * 1024
 
 @dataclass(frozen=True, slots=True)
 class TarLimits:
-    """What an archive may cost; the defaults are far above what models need.
+    """Limits of archives; the defaults are far above what models need.
 
     An archive may expand to `ratio` times the size of its blob, or to `free_bytes` if that is
-    more, but never beyond `max_bytes`. A zstd frame may ask for `max_window_bytes` of memory.
+    more, but never beyond `max_bytes`. A zstd frame may use `max_window_bytes` of memory.
 
-    All archives of a model together have that budget for the sum of their blobs, and share what
-    follows: `max_entries` counts files and directories, those too that are only implied by a path,
-    and `max_path_bytes` the bytes of their paths.
+    All archives of a model together have this budget for the sum of their blobs. They share
+    `max_entries`, the number of files and directories including those implied by a path, and
+    `max_path_bytes`, the bytes of all paths.
     """
 
     max_bytes: int = 1 << 40
@@ -273,17 +273,17 @@ class TarLimits:
     max_entries: int = 100_000
     max_path_bytes: int = 8 << 20
     max_header_bytes: int = 1 << 20
-    max_window_bytes: int = 128 << 20  # what the zstd program takes without being asked twice
+    max_window_bytes: int = 128 << 20  # the default limit of the zstd program
 
     def budget(self, blob_size: int) -> int:
-        """Return how many bytes a blob of this size may expand to."""
+        """Return the number of bytes that a blob of this size may expand to."""
         return min(self.max_bytes, max(self.free_bytes, self.ratio * blob_size))
 
 
 class Allowance:
-    """What the archives of one model may still expand to; `sizes` are those of their blobs.
+    """The remaining budget of a model's archives, whose blobs have these `sizes`.
 
-    `others` files and directories of the model are not from archives.
+    `others` is the number of the model's files and directories that are not from archives.
     """
 
     def __init__(self, limits: TarLimits, sizes: Iterable[int], *, others: int) -> None:
@@ -292,18 +292,18 @@ class Allowance:
         self._left = limits.budget(sum(sizes))
 
     def of(self, blob_size: int) -> int:
-        """Return how many bytes the next archive may expand to."""
+        """Return the number of bytes that the next archive may expand to."""
         return min(self._left, self.limits.budget(blob_size))
 
     def spend(self, count: int) -> None:
-        """Count the bytes that an archive expanded to."""
+        """Subtract the bytes that an archive expanded to."""
         self._left -= count
 
 
 class Content:
-    """Reads an archive before compression; `what` names it in errors.
+    """A stream of an archive's decompressed bytes; `what` names the archive in errors.
 
-    Memory is bounded by the decompressor's window, whatever the blob holds.
+    The decompressor's window limits the memory, whatever the blob contains.
     """
 
     def __init__(
@@ -322,16 +322,16 @@ class Content:
         self._limit = limit
         self._hasher = hasher
         self._on_read = on_read
-        #: Bytes that were read.
+        #: Number of bytes read.
         self.count = 0
 
     def read(self, size: int, /) -> bytes:
-        """Return up to `size` bytes, none at the end.
+        """Return up to `size` bytes, b"" at the end.
 
         Raises `FormatError` if they do not decompress, `IntegrityError` beyond the limit.
         """
         try:
-            # One byte more than the limit is enough to know.
+            # One byte more than the limit is enough to detect an excess.
             data = self._stream.read(min(size, self._limit - self.count + 1))
         except self._errors as error:
             raise FormatError(
@@ -352,19 +352,19 @@ class Content:
 
 
 def over_limit(what: str, limit: str) -> IntegrityError:
-    """Return the error of an archive that expands to more than it may."""
+    """Return the error for an archive that expands beyond its limit."""
     return IntegrityError(
         f"{what}: expands to more than {limit}, the limit for an archive of its size",
         expected=f"at most {limit}",
         got="more",
-        hint="it looks like a decompression bomb",
+        hint="do not use this model: the archive looks like a decompression bomb",
     )
 
 
 def _decompressed(
     blob: BinaryIO, archive: Archive, max_window_bytes: int
 ) -> tuple[Readable, tuple[type[Exception], ...]]:
-    """Return the tar stream inside `blob`, and what reading it raises where it is damaged."""
+    """Return the tar stream in `blob`, and the exceptions that damaged data raises."""
     match archive:
         case Archive.TAR:
             return blob, ()
@@ -372,8 +372,8 @@ def _decompressed(
             errors = (EOFError, zlib.error, gzip.BadGzipFile)
             return gzip.GzipFile(fileobj=blob, mode="rb"), errors
         case Archive.TAR_ZSTD:
-            # Its reader takes the end of a cut frame for the end of the content, which the
-            # reader of the tar notices: the blocks that mark the end are not there.
+            # The zstd reader treats the end of a truncated frame as the end of the content. The
+            # tar reader then detects that the end blocks are missing.
             import zstandard
 
             decompressor = zstandard.ZstdDecompressor(max_window_size=max_window_bytes)

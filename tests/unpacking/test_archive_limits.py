@@ -14,8 +14,9 @@ import zstandard
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.digest import Digest
-from modelpack.bundles.bundle import TarLimits, lay_out
+from modelpack.bundles.bundle import lay_out
 from modelpack.bundles.directory import Tree
+from modelpack.bundles.tar_reader import TarLimits
 from modelpack.errors import (
     FormatError,
     IntegrityError,
@@ -154,7 +155,8 @@ MEASURED = """
 import resource, sys
 from pathlib import Path
 from modelpack.errors import IntegrityError
-from modelpack.bundles.bundle import TarLimits, lay_out
+from modelpack.bundles.bundle import lay_out
+from modelpack.bundles.tar_reader import TarLimits
 from tests.unpacking.stored import Stored
 from tests.unpacking.archived import WEIGHT, ZSTD
 from tests.unpacking.tars import file, zstandard_bomb, zstandard_of

@@ -11,8 +11,8 @@ from modelpack.artifacts import media_types
 from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.model import Role
-from modelpack.bundles.bundle import LinkMode, runtime_config
-from modelpack.bundles.links import Placement
+from modelpack.bundles.bundle import runtime_config
+from modelpack.bundles.links import LinkMode, Placement
 from modelpack.errors import UnsupportedError
 from modelpack.progress import Action, Progress, Stop
 from modelpack.storage import Watch

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from modelpack.bundles import bundle
-from modelpack.bundles.bundle import new_directory
-from modelpack.bundles.directory import Folder
+from modelpack.bundles import directory as bundle_directory
+from modelpack.bundles.directory import Folder, new_directory
 from modelpack.errors import ConflictError, UsageError
 
 
@@ -127,7 +126,7 @@ def test_what_is_no_directory_is_refused(
 @pytest.mark.parametrize("exchange", [True, False], ids=["one step", "two steps"])
 def test_overwrite(directory: Path, monkeypatch: Any, exchange: bool) -> None:
     if not exchange:
-        monkeypatch.setattr(bundle, "_EXCHANGE", {})
+        monkeypatch.setattr(bundle_directory, "_EXCHANGE", {})
     make(directory, name="old")
     (directory / "link").symlink_to(directory.parent.parent / "secret")
     make(directory, overwrite=True)
@@ -150,8 +149,8 @@ def test_failed_overwrite_keeps_the_old(directory: Path) -> None:
 
 def test_failed_second_step_keeps_the_old(directory: Path, monkeypatch: Any) -> None:
     make(directory, name="old")
-    monkeypatch.setattr(bundle, "_EXCHANGE", {})
-    rename, calls = bundle._rename, []
+    monkeypatch.setattr(bundle_directory, "_EXCHANGE", {})
+    rename, calls = bundle_directory._rename, []
 
     def fail_second(parent: Folder, old: str, new: str) -> None:
         calls.append(new)
@@ -159,7 +158,7 @@ def test_failed_second_step_keeps_the_old(directory: Path, monkeypatch: Any) -> 
             raise PermissionError(13, "no")
         rename(parent, old, new)
 
-    monkeypatch.setattr(bundle, "_rename", fail_second)
+    monkeypatch.setattr(bundle_directory, "_rename", fail_second)
     with pytest.raises(PermissionError):
         make(directory, overwrite=True)
     assert sorted(os.listdir(directory)) == ["old", "sub"]
