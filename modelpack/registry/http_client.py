@@ -21,6 +21,7 @@ import requests
 from requests.utils import get_environ_proxies, select_proxy
 
 from modelpack._version import __version__
+from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
 from modelpack.errors import AuthError, RegistryError
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.registry.addresses import Reach
@@ -38,8 +39,6 @@ from modelpack.registry.tls import TlsContexts, TlsOptions
 from modelpack.registry.urls import Origin, is_loopback, joined_url, origin_of
 
 MAX_REDIRECTS: Final = 10
-#: Largest body in bytes that is read as a whole; distribution-spec allows manifests of this size.
-MAX_BODY: Final = 4 * 1024 * 1024
 #: Bytes of a response besides its body: status lines, interim responses, headers and trailers.
 MAX_HEAD: Final = 256 * 1024
 _STEP: Final = 64 * 1024
@@ -169,7 +168,7 @@ class HttpClient:
         headers: Mapping[str, str] = MappingProxyType({}),
         data: bytes | None = None,
         scopes: Scopes = NOTHING,
-        limit: int = MAX_BODY,
+        limit: int = MAX_DOCUMENT_BYTES,
         anonymous: bool = False,
     ) -> requests.Response:
         """Return the response with its body, after as many tries as the retry policy allows."""
