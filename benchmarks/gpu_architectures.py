@@ -31,7 +31,7 @@ from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.platform import cuda_graphs
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 
 VOCABULARY, CONTEXT, AT_ONCE, REQUESTS = 32768, 2048, 64, 128
 COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-5}
@@ -198,7 +198,7 @@ def ours(
         while waiting and running < AT_ONCE:
             index, (token_ids, length) = waiting.pop(0)
             params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)
-            engine.add_request(f"{name}-{index}", token_ids, params)
+            engine.add_request(f"{name}-{index}", EngineRequest(token_ids, params))
             running += 1
         for event in engine.step():
             count += len(event.token_ids)

@@ -31,7 +31,7 @@ from mlx_lm.models import llama
 from modelpack_engine.config import EngineConfig, SchedulingPolicy
 from modelpack_engine.engine import Engine
 from modelpack_engine.models import LoadedModel
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_server.bench.engine_load import run_workload
 from modelpack_server.bench.workloads import WORKLOADS, Workload
 
@@ -97,7 +97,7 @@ def prompt(length: int, seed: int) -> list[int]:
 def one_stream(engine: Engine, tokens: int = 512) -> float:
     """Tokens a second of one stream, after the first token."""
     params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
-    engine.add_request(f"one-{time.time()}", prompt(128, 1), params)
+    engine.add_request(f"one-{time.time()}", EngineRequest(prompt(128, 1), params))
     first, count = 0.0, 0
     while engine.has_work:
         for event in engine.step():
@@ -145,7 +145,7 @@ def burst(engine: Engine, prompts: list[list[int]], max_tokens: list[int]) -> di
     start = time.perf_counter()
     for index, (token_ids, length) in enumerate(zip(prompts, max_tokens, strict=True)):
         params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)
-        engine.add_request(f"burst-{start}-{index}", token_ids, params)
+        engine.add_request(f"burst-{start}-{index}", EngineRequest(token_ids, params))
     firsts: dict[str, float] = {}
     tokens: dict[str, list[int]] = {}
     while engine.has_work:
@@ -193,12 +193,14 @@ def entering_prompt(engine: Engine, rounds: int) -> None:
     for again in range(1 + rounds):
         for i in range(32):
             params = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
-            engine.add_request(f"run-{again}-{i}", prompt(256, 100 * again + i), params)
+            engine.add_request(
+                f"run-{again}-{i}", EngineRequest(prompt(256, 100 * again + i), params)
+            )
         for _ in range(60):
             engine.step()
         before = [step_seconds(engine)[0] for _ in range(100)]
         params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
-        engine.add_request(f"long-{again}", prompt(8192, 7 + again), params)
+        engine.add_request(f"long-{again}", EngineRequest(prompt(8192, 7 + again), params))
         meanwhile, entered = list[float](), False
         while not entered:
             seconds, told = step_seconds(engine)
@@ -233,7 +235,7 @@ def long_context(engine: Engine, model_bytes: int, tokens: int = 32768) -> None:
     """8 streams of 32k tokens: a step's time against that of reading its bytes at 4.3 TB/s."""
     params = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
     for i in range(8):
-        engine.add_request(f"far-{i}", prompt(tokens, 60 + i), params)
+        engine.add_request(f"far-{i}", EngineRequest(prompt(tokens, 60 + i), params))
     start = time.perf_counter()
     firsts: set[str] = set()
     while len(firsts) < 8:

@@ -12,6 +12,8 @@ import resource
 import time
 from pathlib import Path
 
+from modelpack_engine.request import EngineRequest
+
 _MEBIBYTE = 1 << 20
 
 
@@ -35,7 +37,9 @@ def main() -> None:
     report("loaded")
     engine = Engine(loaded)
     report("engine")
-    engine.add_request("first", list(range(5, 21)), SamplingParams(max_tokens=1, temperature=0))
+    engine.add_request(
+        "first", EngineRequest(list(range(5, 21)), SamplingParams(max_tokens=1, temperature=0))
+    )
     while engine.has_work:
         engine.step()
     report("first token")

@@ -24,7 +24,6 @@ import tempfile
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ def serve_ours(pace: Pace, directory: Path, *, protected: bool) -> None:
     from modelpack_engine.models.chat_template import ChatTemplate
     from modelpack_engine.models.tokenizer import TokenText
     from modelpack_engine.outputs import EngineStats, FinishReason, RequestEvent, Timing, Usage
-    from modelpack_engine.request import SamplingParams
+    from modelpack_engine.request import EngineRequest
     from modelpack_server.api.app import ModelServer
     from modelpack_server.gateway.protection import Protection, protect
     from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
@@ -108,10 +107,8 @@ def serve_ours(pace: Pace, directory: Path, *, protected: bool) -> None:
             self.tokenizer._chat_template = ChatTemplate(TEMPLATE)
             self._choices: list[tuple[str, Detokenizer]] = []
 
-        def add_request(
-            self, request_id: str, ids: Sequence[int], params: SamplingParams, **options: Any
-        ) -> None:
-            self._choices.append((request_id, Detokenizer(self.tokenizer, params)))
+        def add_request(self, request_id: str, request: EngineRequest) -> None:
+            self._choices.append((request_id, Detokenizer(self.tokenizer, request.params)))
 
         @property
         def has_work(self) -> bool:

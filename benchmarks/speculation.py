@@ -59,7 +59,7 @@ def measure(loaded: Any, case: Case) -> Result:
     """Run one case to its end."""
     from modelpack_engine.config import EngineConfig
     from modelpack_engine.engine import Engine
-    from modelpack_engine.request import SamplingParams
+    from modelpack_engine.request import EngineRequest, SamplingParams
 
     config = EngineConfig(
         device="cpu", max_num_seqs=16, max_model_len=2048, self_test=False,
@@ -70,7 +70,7 @@ def measure(loaded: Any, case: Case) -> Result:
     params = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True)
     texts = prompts(case.workload, case.streams)
     for number, text in enumerate(texts):
-        engine.add_request(str(number), loaded.tokenizer.encode(text), params)
+        engine.add_request(str(number), EngineRequest(loaded.tokenizer.encode(text), params))
     started, begun, tokens, steps = set[str](), 0.0, 0, 0
     while engine.has_work:
         for event in engine.step():

@@ -42,7 +42,7 @@ from modelpack_engine.errors import EngineError  # noqa: E402
 from modelpack_engine.models import LoadedModel  # noqa: E402
 from modelpack_engine.models.loader import Shard  # noqa: E402
 from modelpack_engine.models.precision import evaluate  # noqa: E402
-from modelpack_engine.request import SamplingParams  # noqa: E402
+from modelpack_engine.request import EngineRequest, SamplingParams  # noqa: E402
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
@@ -120,7 +120,7 @@ def run(engine: Engine, asked: list[list[int]], max_tokens: int) -> tuple[float,
     """Return the seconds until all have a first token, those after it, and the tokens of these."""
     params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
     for number, token_ids in enumerate(asked):
-        engine.add_request(f"request-{number}", token_ids, params)
+        engine.add_request(f"request-{number}", EngineRequest(token_ids, params))
     begun: set[str] = set()
     start, late = time.perf_counter(), 0
     first = start

@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import TracebackType
@@ -23,7 +23,7 @@ from modelpack.errors import ModelpackError
 from modelpack_engine.core.metrics import Meter
 from modelpack_engine.errors import EngineError, RequestError
 from modelpack_engine.outputs import EngineStats, FinishReason, RequestEvent
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest
 
 if TYPE_CHECKING:
     from modelpack_engine.models.tokenizer import Tokenizer
@@ -167,11 +167,7 @@ class EngineState(StrEnum):
 @dataclass(frozen=True, slots=True)
 class _Add:
     stream: RequestStream
-    token_ids: list[int]
-    params: SamplingParams
-    n: int
-    continues_text: bool
-    cache_salt: bytes
+    request: EngineRequest
     accepted: asyncio.Future[None]
 
 
@@ -215,24 +211,15 @@ class AsyncEngine:
         if self.state is EngineState.FAILED:
             raise EngineError(self.failure)
 
-    async def submit(
-        self,
-        token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        n: int = 1,
-        continues_text: bool = False,
-        cache_salt: bytes = b"",
-    ) -> RequestStream:
-        """Add a request; return its stream once it is accepted. Arguments: `Engine.add_request`.
+    async def submit(self, request: EngineRequest) -> RequestStream:
+        """Add a request; return its stream once the engine has accepted it.
 
         Raises `RequestError`, `QueueFullError`, or `EngineError` if the engine does not run.
         """
         request_id = f"request-{next(self._numbers)}"
-        stream = RequestStream(request_id, len(token_ids), n, self._call)
+        stream = RequestStream(request_id, len(request.prompt_token_ids), request.n, self._call)
         accepted = asyncio.get_running_loop().create_future()
-        add = _Add(stream, list(token_ids), params, n, continues_text, cache_salt, accepted)
-        if not self._call(add):
+        if not self._call(_Add(stream, request, accepted)):
             raise EngineError(f"the engine is {self.state}", hint="wait until it is ready")
         try:
             await accepted
@@ -356,14 +343,7 @@ class AsyncEngine:
     def _add(self, engine: SteppingEngine, call: _Add) -> None:
         stream = call.stream
         try:
-            engine.add_request(
-                stream.request_id,
-                call.token_ids,
-                call.params,
-                n=call.n,
-                continues_text=call.continues_text,
-                cache_salt=call.cache_salt,
-            )
+            engine.add_request(stream.request_id, call.request)
         except ModelpackError as error:
             self._settle(call, error)
         except BaseException as error:  # noqa: BLE001 - one request's trouble stays its own
@@ -371,8 +351,8 @@ class AsyncEngine:
             self._settle(call, EngineError(f"unexpected {type(error).__name__}: {error}"))
         else:
             self._streams[stream.request_id] = stream
-            self._running_choices[stream.request_id] = call.n
-            self.meter.accepted(call.params.max_tokens, call.n)
+            self._running_choices[stream.request_id] = call.request.n
+            self.meter.accepted(call.request.params.max_tokens, call.request.n)
             self._settle(call, None)
 
     def _settle(self, call: _Add, error: Exception | None) -> None:

@@ -37,7 +37,7 @@ from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.precision import check_token_rows
 from modelpack_engine.outputs import EngineStats, RequestEvent
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner.engine_protocol import run_to_end
 from modelpack_engine.runner.kv_cache_size import Sizes, choose_sizes, on_gpu
 from modelpack_engine.runner.kv_offload import open_offload
@@ -124,32 +124,12 @@ class Engine:
             dtype = self._runner.warm_up(self._sizes.step_shapes(self.config, most))
             self._sampler.warm_up(dtype or mx.float32)
 
-    def add_request(
-        self,
-        request_id: str,
-        prompt_token_ids: Tokens[int],
-        params: SamplingParams,
-        *,
-        n: int = 1,
-        continues_text: bool = False,
-        cache_salt: bytes = b"",
-    ) -> None:
-        """Queue a request with `n` choices, which shares prefixes with those of its `cache_salt`.
+    def add_request(self, request_id: str, request: EngineRequest) -> None:
+        """Queue a request; its events carry `request_id`.
 
-        `continues_text`: for completions, whose text goes on after the prompt.
         Raises `RequestError`, `ContextLengthError` or `QueueFullError`; nothing is queued then.
         """
-        choices = make_choices(
-            request_id,
-            prompt_token_ids,
-            params,
-            self.tokenizer,
-            vocab_size=self.vocab_size,
-            n=n,
-            continues_text=continues_text,
-            cache_salt=cache_salt,
-        )
-        self._choices.add(choices)
+        self._choices.add(make_choices(request_id, request, self.tokenizer, self.vocab_size))
 
     @property
     def has_work(self) -> bool:

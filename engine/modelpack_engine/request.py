@@ -1,4 +1,4 @@
-"""SamplingParams: how one request's tokens are chosen, and when it ends."""
+"""EngineRequest and SamplingParams: what a request asks of an engine, and its limits."""
 
 from __future__ import annotations
 
@@ -134,16 +134,32 @@ class SamplingParams:
                 )
 
 
-def check_request(token_ids: Collection[int], params: SamplingParams, n: int, size: int) -> None:
-    """Raise `RequestError` unless a model with a vocabulary of `size` can sample `n` choices."""
-    params.check(size)
-    if n < 1:
-        raise RequestError(f"n is {n}, expected 1 or more", param="n")
-    if not _all_below(token_ids, size):
-        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < size)
-        raise RequestError(
-            f"the prompt holds the token {wrong}; the vocabulary has {size}", param="prompt"
-        )
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """A prompt and how to continue it: made once, and passed on unchanged by every engine.
+
+    `n` sequences are sampled from the prompt (the API's choices). `continues_text` is for
+    completions, whose text continues the prompt instead of starting a new message. Requests share
+    cached prefixes only with requests of the same `cache_salt`.
+    """
+
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    n: int = 1
+    continues_text: bool = False
+    cache_salt: bytes = b""
+
+    def check(self, vocab_size: int) -> None:
+        """Raise `RequestError`, naming the field, unless a model of `vocab_size` can serve it."""
+        self.params.check(vocab_size)
+        if self.n < 1:
+            raise RequestError(f"n is {self.n}, expected 1 or more", param="n")
+        if not _all_below(self.prompt_token_ids, vocab_size):
+            wrong = next(each for each in self.prompt_token_ids if not 0 <= each < vocab_size)
+            raise RequestError(
+                f"the prompt holds the token {wrong}; the vocabulary has {vocab_size}",
+                param="prompt",
+            )
 
 
 def _all_below(token_ids: Collection[int], size: int) -> bool:

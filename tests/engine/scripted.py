@@ -19,7 +19,7 @@ from modelpack_engine.outputs import (
     TokenLogprob,
     Usage,
 )
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_server.conversation.served_model import ServedModel
 from tests.engine.serving.tiny import TEMPLATE, tiny_tokenizer
 
@@ -68,18 +68,11 @@ class ScriptedEngine:
         """The last request's parameters."""
         return self.submitted[-1][1]
 
-    async def submit(
-        self,
-        token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        n: int = 1,
-        continues_text: bool = False,
-        cache_salt: bytes = b"",
-    ) -> RequestStream:
+    async def submit(self, request: EngineRequest) -> RequestStream:
+        token_ids, params, n = list(request.prompt_token_ids), request.params, request.n
         params.check(self.vocab_size)
-        self.submitted.append((list(token_ids), params, n))
-        self.salts.append(cache_salt)
+        self.submitted.append((token_ids, params, n))
+        self.salts.append(request.cache_salt)
         name = f"request-{next(self._numbers)}"
         stream = RequestStream(name, len(token_ids), n, self._abort)
         self._streams[name] = stream

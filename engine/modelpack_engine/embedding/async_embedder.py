@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from modelpack_engine.async_engine import RequestStream
     from modelpack_engine.embedding.embedder import CrossEncoder, Embedder
     from modelpack_engine.models.tokenizer import Tokenizer
-    from modelpack_engine.request import SamplingParams
+    from modelpack_engine.request import EngineRequest
 
 _log = logging.getLogger(__name__)
 
@@ -139,15 +139,7 @@ class AsyncEmbedder:
             prompt_tokens=self._prompt_tokens,
         )
 
-    async def submit(
-        self,
-        token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        n: int = 1,
-        continues_text: bool = False,
-        cache_salt: bytes = b"",
-    ) -> RequestStream:
+    async def submit(self, request: EngineRequest) -> RequestStream:
         """Raise `RequestError`: there is nothing that generates text."""
         raise RequestError(
             f"this model ({self.model.config.architecture}) does not generate text",

@@ -27,7 +27,7 @@ from modelpack_engine.errors import EngineError
 from modelpack_engine.llama_cpp.model import Context, LlamaModel
 from modelpack_engine.models import Tokenizer
 from modelpack_engine.outputs import EngineStats, RequestEvent
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner.engine_protocol import run_to_end
 from modelpack_engine.runner.kv_cache_size import choose_sizes
 from modelpack_engine.runner.output_processor import Choices, make_choices
@@ -250,28 +250,9 @@ class LlamaCppEngine:
         self._choices = Choices(self._scheduler)
         self._clock = StepClock()  # launching is sampling, waiting is computing
 
-    def add_request(
-        self,
-        request_id: str,
-        prompt_token_ids: Tokens[int],
-        params: SamplingParams,
-        *,
-        n: int = 1,
-        continues_text: bool = False,
-        cache_salt: bytes = b"",
-    ) -> None:
+    def add_request(self, request_id: str, request: EngineRequest) -> None:
         """Queue a request, as `Engine.add_request` does."""
-        choices = make_choices(
-            request_id,
-            prompt_token_ids,
-            params,
-            self.tokenizer,
-            vocab_size=self.vocab_size,
-            n=n,
-            continues_text=continues_text,
-            cache_salt=cache_salt,
-        )
-        self._choices.add(choices)
+        self._choices.add(make_choices(request_id, request, self.tokenizer, self.vocab_size))
 
     @property
     def has_work(self) -> bool:

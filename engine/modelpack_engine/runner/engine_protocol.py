@@ -8,7 +8,7 @@ from typing import Protocol
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_engine.outputs import EngineStats, RequestEvent
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 
 
 class SteppingEngine(Protocol):
@@ -24,16 +24,7 @@ class SteppingEngine(Protocol):
     memory_bytes: int
     notes: tuple[str, ...]
 
-    def add_request(
-        self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        n: int = 1,
-        continues_text: bool = False,
-        cache_salt: bytes = b"",
-    ) -> None: ...
+    def add_request(self, request_id: str, request: EngineRequest) -> None: ...
 
     @property
     def has_work(self) -> bool: ...
@@ -62,7 +53,7 @@ def run_to_end(
     events: dict[str, list[RequestEvent]] = {}
     for i, prompt in enumerate(prompts):
         token_ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        engine.add_request(f"generate-{i}", token_ids, params)
+        engine.add_request(f"generate-{i}", EngineRequest(token_ids, params))
         events[f"generate-{i}"] = []
     while engine.has_work:
         for event in engine.step():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from collections.abc import Sequence as Tokens
 from dataclasses import replace
 
 from modelpack_engine.core.detokenizer import Detokenizer, ending_token_ids
@@ -13,32 +12,24 @@ from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.errors import EngineError, RequestError
 from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_engine.outputs import FinishReason, RequestEvent, Timing, TokenLogprob, Usage
-from modelpack_engine.request import LogitsMask, SamplingParams, check_request
+from modelpack_engine.request import EngineRequest, LogitsMask
 from modelpack_engine.runner.step import NextToken
 
 
 def make_choices(
-    request_id: str,
-    prompt_token_ids: Tokens[int],
-    params: SamplingParams,
-    tokenizer: Tokenizer,
-    *,
-    vocab_size: int,
-    n: int,
-    continues_text: bool,
-    cache_salt: bytes,
+    request_id: str, request: EngineRequest, tokenizer: Tokenizer, vocab_size: int
 ) -> list[Choice]:
-    """Return the `n` choices of a request, whose sequences wait; raises `RequestError`."""
-    check_request(prompt_token_ids, params, n, vocab_size)
+    """Return the `n` choices of a request, with new sequences; raise `RequestError`."""
+    request.check(vocab_size)
     first = Sequence(
         request_id,
-        list(prompt_token_ids),
-        params,
+        list(request.prompt_token_ids),
+        request.params,
         eos_token_ids=tokenizer.eos_token_ids,
-        cache_salt=cache_salt,
+        cache_salt=request.cache_salt,
     )
-    sequences = [first, *(first.fork(index) for index in range(1, n))]
-    return [Choice(sequence, tokenizer, continues_text) for sequence in sequences]
+    sequences = [first, *(first.fork(index) for index in range(1, request.n))]
+    return [Choice(sequence, tokenizer, request.continues_text) for sequence in sequences]
 
 
 class Choice:

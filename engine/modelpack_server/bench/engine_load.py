@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from modelpack_engine.engine import Engine
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_server.bench.report import Record, Report, make_report
 from modelpack_server.bench.workloads import Session, Workload
 
@@ -105,7 +105,7 @@ class _Run:
         params = SamplingParams(
             max_tokens=turn.max_tokens, temperature=self._temperature, ignore_eos=True
         )
-        self._engine.add_request(name, running.token_ids, params)
+        self._engine.add_request(name, EngineRequest(running.token_ids, params))
 
     def _step(self) -> None:
         events = self._engine.step()

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from modelpack_engine.async_engine import RequestStream
+from modelpack_engine.request import EngineRequest
 from modelpack_engine.worker.threads import prepare
 from modelpack_server.conversation.answer import Answer
 from modelpack_server.conversation.masks import MakeMask, make_masks
@@ -112,7 +113,9 @@ async def start_chat(model: ServedModel, spec: ChatSpec) -> ChatStream:
         return Answer(index, parser, stops, min_tokens=params.min_tokens, calls_only=forced)
 
     answers = [answer(index) for index in range(spec.n)]
-    stream = await model.submit(token_ids, params, n=spec.n, continues_text=spec.continues)
+    stream = await model.submit(
+        EngineRequest(token_ids, params, n=spec.n, continues_text=spec.continues)
+    )
     return ChatStream(stream, answers, reasons, token_ids)
 
 

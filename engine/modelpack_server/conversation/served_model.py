@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from modelpack_engine.async_engine import RequestStream
 from modelpack_engine.errors import ContextLengthError, RequestError
 from modelpack_engine.models.tokenizer import TextTooLongError, Tokenizer
 from modelpack_engine.outputs import EngineStats
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.worker.threads import prepare
 from modelpack_server.tool_parsers.formats import OutputFormat, find_format
 
@@ -65,15 +65,7 @@ class ServingEngine(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    async def submit(
-        self,
-        token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        n: int = 1,
-        continues_text: bool = False,
-        cache_salt: bytes = b"",
-    ) -> RequestStream: ...
+    async def submit(self, request: EngineRequest) -> RequestStream: ...
 
     def stats(self) -> EngineStats: ...
 
@@ -127,22 +119,13 @@ class ServedModel:
         """How the model writes tool calls and reasoning."""
         return find_format(self.tokenizer.chat_template, model_type=self.model_type)
 
-    async def submit(
-        self,
-        token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        n: int = 1,
-        continues_text: bool = False,
-    ) -> RequestStream:
+    async def submit(self, request: EngineRequest) -> RequestStream:
         """Hand a request to the engine; what it raises is `AsyncEngine.submit`'s.
 
         It shares prefixes, and is traced, as the `request_context` says.
         """
         context = request_context.get()
-        stream = await self.engine.submit(
-            token_ids, params, n=n, continues_text=continues_text, cache_salt=context.cache_salt
-        )
+        stream = await self.engine.submit(replace(request, cache_salt=context.cache_salt))
         if context.submitted is not None:
             context.submitted(self.name, stream)
         return stream

@@ -11,7 +11,7 @@ import pytest
 from modelpack_engine.async_engine import AsyncEngine
 from modelpack_engine.errors import ContextLengthError, EngineError, QueueFullError, RequestError
 from modelpack_engine.outputs import FinishReason, RequestEvent
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner.engine_protocol import SteppingEngine
 from tests.engine.backends.conftest import MakeEngine
 
@@ -77,7 +77,7 @@ def test_salts(make_engine: MakeEngine) -> None:
     engine = make_engine()
     found = []
     for name, salt in (("a", b""), ("b", b"b"), ("c", b"b"), ("d", b"")):
-        engine.add_request(name, prompts(6)[5], GREEDY, cache_salt=salt)
+        engine.add_request(name, EngineRequest(prompts(6)[5], GREEDY, cache_salt=salt))
         [events] = run(engine).values()
         assert events[-1].usage is not None
         found.append((tokens(events), events[-1].usage.cached_tokens > 0))
@@ -101,8 +101,8 @@ def test_preemption_changes_nothing(make_engine: MakeEngine) -> None:
 def test_seeds_and_choices(make_engine: MakeEngine) -> None:
     engine = make_engine()
     prompt = prompts(2)[1]
-    engine.add_request("a", prompt, DRAWN, n=3)
-    engine.add_request("b", prompt, replace(DRAWN, seed=6))
+    engine.add_request("a", EngineRequest(prompt, DRAWN, n=3))
+    engine.add_request("b", EngineRequest(prompt, replace(DRAWN, seed=6)))
     found = {name: tokens(events) for name, events in run(engine).items()}
     assert set(found) == {("a", 0), ("a", 1), ("a", 2), ("b", 0)}
     assert found["a", 1] == found["b", 0], "choices count the seed up"
@@ -178,9 +178,11 @@ class Alternating:
 def test_masks(make_engine: MakeEngine) -> None:
     engine = make_engine()
     params = SamplingParams(max_tokens=6, temperature=0, mask=Alternating)
-    engine.add_request("masked", prompts(1)[0], params)
-    engine.add_request("free", prompts(2)[1], GREEDY)
-    engine.add_request("lost", prompts(1)[0], replace(params, mask=lambda: Alternating(fails_at=2)))
+    engine.add_request("masked", EngineRequest(prompts(1)[0], params))
+    engine.add_request("free", EngineRequest(prompts(2)[1], GREEDY))
+    engine.add_request(
+        "lost", EngineRequest(prompts(1)[0], replace(params, mask=lambda: Alternating(fails_at=2)))
+    )
     found = run(engine)
     assert tokens(found["masked", 0]) == [5, 6, 5, 6, 5, 6]
     assert tokens(found["lost", 0]) == [5, 6]
@@ -193,7 +195,7 @@ def test_aborts(make_engine: MakeEngine) -> None:
     engine = make_engine()
     long = replace(GREEDY, max_tokens=60)
     for name in ("a", "b", "c"):
-        engine.add_request(name, prompts(1)[0], long, n=2)
+        engine.add_request(name, EngineRequest(prompts(1)[0], long, n=2))
     engine.step()
     engine.step()
     [event] = engine.abort("a", 1)
@@ -211,8 +213,8 @@ def test_aborts(make_engine: MakeEngine) -> None:
 def test_going_on_after_a_failure(make_engine: MakeEngine) -> None:
     engine = make_engine()
     expected = tokens(engine.generate([prompts(2)[1]], GREEDY)[0])
-    engine.add_request("a", prompts(2)[1], GREEDY)
-    engine.add_request("b", prompts(3)[2], GREEDY)
+    engine.add_request("a", EngineRequest(prompts(2)[1], GREEDY))
+    engine.add_request("b", EngineRequest(prompts(3)[2], GREEDY))
     engine.step()
     engine.step()
     events = engine.fail_all("it broke")
@@ -244,9 +246,9 @@ def test_what_is_refused(
     says: str,
 ) -> None:
     engine = make_engine(max_model_len=128, max_waiting=3)
-    engine.add_request("waits", [1], GREEDY)
+    engine.add_request("waits", EngineRequest([1], GREEDY))
     with pytest.raises(error, match=says):
-        engine.add_request("a", prompt, params, n=n)
+        engine.add_request("a", EngineRequest(prompt, params, n=n))
     run(engine)
     check_idle(engine)
 
@@ -257,8 +259,10 @@ def test_streams_and_their_end(make_engine: MakeEngine) -> None:
     engine.wait_until_ready(60)
 
     async def read() -> tuple[list[int], int]:
-        stream = await engine.submit(prompts(2)[1], GREEDY)
-        leaving = await engine.submit(prompts(1)[0], replace(GREEDY, max_tokens=10**5))
+        stream = await engine.submit(EngineRequest(prompts(2)[1], GREEDY))
+        leaving = await engine.submit(
+            EngineRequest(prompts(1)[0], replace(GREEDY, max_tokens=10**5))
+        )
         async with leaving:
             async for _ in leaving:
                 break

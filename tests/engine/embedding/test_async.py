@@ -162,7 +162,7 @@ def test_what_it_cannot_do_is_said(tmp_path: Path) -> None:
             assert model.memory_bytes > 0
             for request in (
                 model.score([("a", "b")]),
-                model.submit([1], None),  # type: ignore[arg-type]
+                model.submit(None),  # type: ignore[arg-type]
                 model.embed([""]),
             ):
                 with pytest.raises(RequestError):

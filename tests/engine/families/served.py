@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from modelpack.errors import NotFoundError
 from modelpack_engine.async_engine import EngineState, RequestStream
 from modelpack_engine.core.metrics import Meter
 from modelpack_engine.outputs import FinishReason
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest
 from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
 from modelpack_server.pool.pool import ModelPool
@@ -38,20 +38,10 @@ class TurnsEngine(ScriptedEngine):
 
     turns: list[list[str]]
 
-    async def submit(
-        self,
-        token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        n: int = 1,
-        continues_text: bool = False,
-        cache_salt: bytes = b"",
-    ) -> RequestStream:
+    async def submit(self, request: EngineRequest) -> RequestStream:
         if self.turns:
             self.pieces = self.turns.pop(0)
-        return await super().submit(
-            token_ids, params, n=n, continues_text=continues_text, cache_salt=cache_salt
-        )
+        return await super().submit(request)
 
 
 class EnginesCatalogue:

@@ -14,7 +14,7 @@ from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.offload.tiers import OffloadTiers
 from modelpack_engine.outputs import EngineStats
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 from tests.engine.launching import WAYS, launch
 from tests.engine.serving.tiny import reference_tokens, tiny_loaded
 
@@ -149,7 +149,7 @@ def test_a_salt_keeps_requests_apart(open_engine: Open) -> None:
     engine = open_engine(kv_offload_memory=10**7)
     cached = []
     for number, salt in enumerate([b"", b"one", b"two", b"", b"one"]):
-        engine.add_request(str(number), PROMPTS[0], GREEDY, cache_salt=salt)
+        engine.add_request(str(number), EngineRequest(PROMPTS[0], GREEDY, cache_salt=salt))
         events = [event for _ in range(99) if engine.has_work for event in engine.step()]
         assert [token for event in events for token in event.token_ids] == EXPECTED[0]
         cached.append(events[-1].usage.cached_tokens if events[-1].usage else None)
@@ -176,8 +176,8 @@ def test_others_go_on_while_files_are_slow(
 
     monkeypatch.setattr(OffloadTiers, "load", hold)
     stream = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
-    engine.add_request("stream", PROMPTS[1][:10], stream)
-    engine.add_request("restored", PROMPTS[0], GREEDY)
+    engine.add_request("stream", EngineRequest(PROMPTS[1][:10], stream))
+    engine.add_request("restored", EngineRequest(PROMPTS[0], GREEDY))
     got: dict[str, list[int]] = {"stream": [], "restored": []}
 
     def step() -> None:
@@ -209,7 +209,7 @@ def test_a_failed_restore_is_never_found(
         failed.append(args)
         raise RuntimeError("no memory")
 
-    engine.add_request("fails", PROMPTS[0], GREEDY)
+    engine.add_request("fails", EngineRequest(PROMPTS[0], GREEDY))
     monkeypatch.setattr(contents, "write", fail)
 
     def run() -> None:
@@ -230,7 +230,7 @@ def test_an_engine_in_its_thread_leaves_its_prefixes(open_engine: Open) -> None:
     async def ask(prompt: list[int]) -> tuple[list[int], EngineStats]:
         engine = AsyncEngine(lambda: open_engine(kv_offload_memory=10**7))
         engine.wait_until_ready(60)
-        stream = await engine.submit(prompt, GREEDY)
+        stream = await engine.submit(EngineRequest(prompt, GREEDY))
         tokens = [token async for event in stream for token in event.token_ids]
         stats = engine.stats()
         await asyncio.to_thread(engine.close)

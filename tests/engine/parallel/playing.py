@@ -11,7 +11,7 @@ from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import OutOfMemoryError
 from modelpack_engine.outputs import RequestEvent
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner.warm_up import StepShape
 from tests.engine.serving.tiny import CONTEXT, VOCAB
 
@@ -98,7 +98,7 @@ def run_seeded(engine: Engine) -> Any:
     tokens: dict[str, list[int]] = {}
     ends: dict[str, str] = {}
     for number, params in enumerate(SEEDED):
-        engine.add_request(f"r{number}", prompt(number), params)
+        engine.add_request(f"r{number}", EngineRequest(prompt(number), params))
         note(engine.step(), tokens, ends)
     finish(engine, tokens, ends)
     return [tokens, ends]
@@ -108,7 +108,7 @@ def run_choices(engine: Engine) -> Any:
     tokens: dict[str, list[int]] = {}
     ends: dict[str, str] = {}
     params = SamplingParams(max_tokens=10, seed=5, ignore_eos=True)
-    engine.add_request("n", prompt(9, 40), params, n=3)
+    engine.add_request("n", EngineRequest(prompt(9, 40), params, n=3))
     finish(engine, tokens, ends)
     return [tokens, ends]
 
@@ -137,8 +137,8 @@ def run_masked(engine: Engine) -> Any:
     tokens: dict[str, list[int]] = {}
     ends: dict[str, str] = {}
     masked = SamplingParams(max_tokens=9, temperature=1.3, seed=2, mask=Vowels)
-    engine.add_request("masked", prompt(5), masked)
-    engine.add_request("free", prompt(6), SEEDED[1])
+    engine.add_request("masked", EngineRequest(prompt(5), masked))
+    engine.add_request("free", EngineRequest(prompt(6), SEEDED[1]))
     finish(engine, tokens, ends)
     assert set(tokens["masked/0"]) <= set(b"aeiou")
     return [tokens, ends]
@@ -150,11 +150,11 @@ def run_aborted(engine: Engine) -> Any:
     ends: dict[str, str] = {}
     params = SamplingParams(max_tokens=15, temperature=0, ignore_eos=True)
     for number in range(3):
-        engine.add_request(f"r{number}", prompt(20 + number, 20), params)
+        engine.add_request(f"r{number}", EngineRequest(prompt(20 + number, 20), params))
     for _ in range(6):
         note(engine.step(), tokens, ends)
     note(engine.abort("r1"), tokens, ends)
-    engine.add_request("late", prompt(30), params)
+    engine.add_request("late", EngineRequest(prompt(30), params))
     finish(engine, tokens, ends)
     return [tokens, ends]
 
@@ -169,7 +169,7 @@ def run_proposed(engine: Engine) -> Any:
     tokens: dict[str, list[int]] = {}
     ends: dict[str, str] = {}
     for number, each in enumerate(params):
-        engine.add_request(f"r{number}", list(b"abcabcabcabc"), each)
+        engine.add_request(f"r{number}", EngineRequest(list(b"abcabcabcabc"), each))
     finish(engine, tokens, ends)
     assert engine.stats().accepted_tokens > 0
     return [tokens, ends]
@@ -180,7 +180,7 @@ def run_preempted(engine: Engine) -> Any:
     ends: dict[str, str] = {}
     params = SamplingParams(max_tokens=40, temperature=1, seed=6, ignore_eos=True)
     for number in range(5):
-        engine.add_request(f"r{number}", prompt(40 + number, 33), params)
+        engine.add_request(f"r{number}", EngineRequest(prompt(40 + number, 33), params))
     finish(engine, tokens, ends)
     stats = asdict(engine.stats())
     assert stats["num_preemptions"] > 0

@@ -9,7 +9,7 @@ import random
 import pytest
 
 from modelpack_engine.async_engine import AsyncEngine
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 from tests.engine.serving.tiny import reference_tokens, tiny_engine
 
 CLIENTS = 32
@@ -65,7 +65,7 @@ async def converse(
         for prompt, stop_after, n in plan:
             params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
             tokens: list[int] = []
-            async with await engine.submit(prompt, params, n=n) as stream:
+            async with await engine.submit(EngineRequest(prompt, params, n=n)) as stream:
                 events = aiter(stream)
                 for _ in itertools.count() if stop_after is None else range(stop_after):
                     event = await anext(events, None)

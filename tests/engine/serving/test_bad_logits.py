@@ -10,7 +10,7 @@ from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.outputs import FinishReason, RequestEvent
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 from tests.engine.launching import WAYS, launch
 from tests.engine.serving.tiny import (
     CONTEXT,
@@ -57,8 +57,8 @@ def test_a_poisoned_prompt_fails_alone() -> None:
     assert engine._runner.tier == "handles"
     good, bad = [1, 2, 3], [*range(10, 40), POISON, *range(40, 50)]
     found: dict[str, list[RequestEvent]] = {"good": [], "bad": []}
-    engine.add_request("good", good, GREEDY)
-    engine.add_request("bad", bad, GREEDY)
+    engine.add_request("good", EngineRequest(good, GREEDY))
+    engine.add_request("bad", EngineRequest(bad, GREEDY))
     while engine.has_work:
         for event in engine.step():
             found[event.request_id].append(event)
@@ -79,11 +79,11 @@ def test_a_neighbour_keeps_the_blocks_that_it_shares() -> None:
     prefix = [*range(10, 26)]
     sound = [*prefix, 1, 2]
     found: dict[str, list[RequestEvent]] = {"sound": [], "bad": []}
-    engine.add_request("sound", sound, GREEDY)
+    engine.add_request("sound", EngineRequest(sound, GREEDY))
     for _ in range(3):
         for event in engine.step():
             found[event.request_id].append(event)
-    engine.add_request("bad", [*prefix, POISON, 3], GREEDY)
+    engine.add_request("bad", EngineRequest([*prefix, POISON, 3], GREEDY))
     while engine.has_work:
         for event in engine.step():
             found[event.request_id].append(event)

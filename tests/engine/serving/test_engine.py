@@ -11,7 +11,7 @@ from modelpack_engine import engine as engine_module
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import ContextLengthError, QueueFullError, RequestError
 from modelpack_engine.outputs import FinishReason, RequestEvent, TokenLogprob
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner.output_processor import Choice
 from tests.engine.launching import WAYS, launch
 from tests.engine.serving.tiny import (
@@ -99,9 +99,9 @@ def test_a_seed_gives_the_same_text_alone_and_in_any_batch(temperature: float) -
         max_tokens=20, temperature=temperature, top_p=0.9, top_k=50, seed=42, ignore_eos=True
     )
     [alone] = engine.generate([prompt], params)
-    engine.add_request("mine", prompt, params)
+    engine.add_request("mine", EngineRequest(prompt, params))
     for i, other in enumerate(prompts(6, seed=9)):
-        engine.add_request(f"other-{i}", other, SamplingParams(max_tokens=9 + i))
+        engine.add_request(f"other-{i}", EngineRequest(other, SamplingParams(max_tokens=9 + i)))
     together = run(engine)["mine", 0]
     assert tokens(together) == tokens(alone)
     [other_seed] = engine.generate([prompt], SamplingParams(**{**asdict(params), "seed": 43}))
@@ -115,7 +115,9 @@ def asdict(params: SamplingParams) -> dict[str, object]:
 def test_choices_differ_and_share_their_prompt() -> None:
     engine = tiny_engine()
     prompt = prompts(6)[5]
-    engine.add_request("r", prompt, SamplingParams(max_tokens=8, seed=1, ignore_eos=True), n=3)
+    engine.add_request(
+        "r", EngineRequest(prompt, SamplingParams(max_tokens=8, seed=1, ignore_eos=True), n=3)
+    )
     found = run(engine)
     assert sorted(index for _, index in found) == [0, 1, 2]
     assert len({tuple(tokens(events)) for events in found.values()}) == 3
@@ -177,8 +179,10 @@ def test_logprobs_and_prompt_logprobs() -> None:
 
 def test_abort_frees_blocks_within_a_step() -> None:
     engine = tiny_engine(enable_prefix_caching=False)
-    engine.add_request("a", prompts(6)[5], SamplingParams(max_tokens=100, ignore_eos=True))
-    engine.add_request("b", prompts(4)[3], GREEDY)
+    engine.add_request(
+        "a", EngineRequest(prompts(6)[5], SamplingParams(max_tokens=100, ignore_eos=True))
+    )
+    engine.add_request("b", EngineRequest(prompts(4)[3], GREEDY))
     for _ in range(6):
         engine.step()
     used = engine.stats().blocks_used
@@ -209,7 +213,7 @@ def test_abort_frees_blocks_within_a_step() -> None:
 def test_bad_requests_are_refused(prompt: list[int], params: SamplingParams, param: str) -> None:
     engine = tiny_engine()
     with pytest.raises(RequestError) as caught:
-        engine.add_request("r", prompt, params)
+        engine.add_request("r", EngineRequest(prompt, params))
     assert caught.value.param == param
     check_idle(engine)
 
@@ -217,7 +221,7 @@ def test_bad_requests_are_refused(prompt: list[int], params: SamplingParams, par
 def test_a_prompt_over_the_context() -> None:
     engine = tiny_engine()
     with pytest.raises(ContextLengthError, match=str(CONTEXT)):
-        engine.add_request("r", [1] * CONTEXT, GREEDY)
+        engine.add_request("r", EngineRequest([1] * CONTEXT, GREEDY))
     # One that just fits ends by length.
     [events] = engine.generate([[1] * (CONTEXT - 1)], GREEDY)
     assert len(tokens(events)) == 1
@@ -225,10 +229,10 @@ def test_a_prompt_over_the_context() -> None:
 
 def test_the_queue_is_bounded() -> None:
     engine = tiny_engine(max_waiting=2)
-    engine.add_request("a", [1], GREEDY)
-    engine.add_request("b", [2], GREEDY)
+    engine.add_request("a", EngineRequest([1], GREEDY))
+    engine.add_request("b", EngineRequest([2], GREEDY))
     with pytest.raises(QueueFullError):
-        engine.add_request("c", [3], GREEDY)
+        engine.add_request("c", EngineRequest([3], GREEDY))
     assert len(run(engine)) == 2
 
 
@@ -238,7 +242,7 @@ def test_logits_that_are_no_numbers_fail_their_request_only() -> None:
     weight.weight = mx.where((mx.arange(VOCAB) == 200)[:, None], mx.array(mx.nan), weight.weight)
     # The head shares the table: token 200 poisons every row's logit of token 200.
     bad = [1, 200, 3]
-    engine.add_request("bad", bad, GREEDY)
+    engine.add_request("bad", EngineRequest(bad, GREEDY))
     found = run(engine)
     assert found["bad", 0][-1].finish_reason is FinishReason.ERROR
     assert "not numbers" in (found["bad", 0][-1].error or "")
@@ -248,7 +252,7 @@ def test_logits_that_are_no_numbers_fail_their_request_only() -> None:
 def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on() -> None:
     engine = tiny_engine()
     wanted = prompts(4)
-    engine.add_request("a", wanted[3], GREEDY)
+    engine.add_request("a", EngineRequest(wanted[3], GREEDY))
     engine.step()
     forward, engine._runner.forward = engine._runner.forward, None  # type: ignore[method-assign, assignment]
     with pytest.raises(TypeError):
@@ -268,8 +272,10 @@ def test_a_launch_that_fails_ends_all_requests_and_leaves_nothing_in_flight(
 ) -> None:
     engine = tiny_engine()
     wanted = prompts(4)
-    engine.add_request("short", wanted[0], SamplingParams(max_tokens=2, temperature=0))
-    engine.add_request("long", wanted[2], GREEDY)
+    engine.add_request(
+        "short", EngineRequest(wanted[0], SamplingParams(max_tokens=2, temperature=0))
+    )
+    engine.add_request("long", EngineRequest(wanted[2], GREEDY))
     told: list[RequestEvent] = []
     while sum(len(event.token_ids) for event in told if event.request_id == "short") < 1:
         told += engine.step()
@@ -292,7 +298,7 @@ def test_what_a_step_told_before_it_raised_is_not_lost(monkeypatch: pytest.Monke
     wanted = prompts(2)
     last = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
     for name, prompt in zip("ab", wanted, strict=True):
-        engine.add_request(name, prompt, last)
+        engine.add_request(name, EngineRequest(prompt, last))
     told: list[RequestEvent] = []
     while len(tokens(told)) < 2:
         told += engine.step()
@@ -317,7 +323,7 @@ def test_what_a_step_told_before_it_raised_is_not_lost(monkeypatch: pytest.Monke
 
 def test_a_step_that_cannot_be_read_fails_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny_engine()
-    engine.add_request("a", prompts(4)[3], GREEDY)
+    engine.add_request("a", EngineRequest(prompts(4)[3], GREEDY))
     while not tokens(engine.step()):
         pass
     with monkeypatch.context() as patch:
@@ -357,8 +363,10 @@ TOKENS = tiny_tokenizer()
 def test_a_mask_decides_every_token_in_a_mixed_batch() -> None:
     engine = tiny_engine()
     mask = OnlyLetters(b"yes")
-    engine.add_request("free", prompts(4)[3], GREEDY)
-    engine.add_request("masked", prompts(3)[2], SamplingParams(max_tokens=9, mask=lambda: mask))
+    engine.add_request("free", EngineRequest(prompts(4)[3], GREEDY))
+    engine.add_request(
+        "masked", EngineRequest(prompts(3)[2], SamplingParams(max_tokens=9, mask=lambda: mask))
+    )
     found = run(engine)
     assert text(found["masked", 0]) == "yes"
     assert found["masked", 0][-1].finish_reason is FinishReason.STOP

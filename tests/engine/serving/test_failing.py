@@ -11,7 +11,7 @@ from modelpack_engine.async_engine import AsyncEngine, EngineState
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError
 from modelpack_engine.outputs import FinishReason, RequestEvent
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 from tests.engine.serving.tiny import tiny_engine
 
 LONG = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
@@ -51,7 +51,7 @@ def with_engine(use: Callable[[AsyncEngine, Breaking], object]) -> AsyncEngine:
 
 async def last_of(engine: AsyncEngine, broken: Callable[[], None]) -> str:
     """Return what a stream ends with, once it has begun and then something breaks."""
-    async with await engine.submit([1, 2, 3], LONG) as stream:
+    async with await engine.submit(EngineRequest([1, 2, 3], LONG)) as stream:
         try:
             async for _ in stream:
                 broken()
@@ -67,7 +67,9 @@ def test_a_step_that_fails_ends_its_requests_and_no_others() -> None:
         del breaking.engine.__dict__["step"]  # type: ignore[union-attr]
 
         async def another() -> list[RequestEvent]:
-            async with await engine.submit([1, 2], SamplingParams(max_tokens=2)) as stream:
+            async with await engine.submit(
+                EngineRequest([1, 2], SamplingParams(max_tokens=2))
+            ) as stream:
                 return [event async for event in stream]
 
         assert asyncio.run(another())[-1].finish_reason is not FinishReason.ERROR
@@ -83,7 +85,7 @@ def test_an_engine_that_cannot_even_fail_tells_everybody() -> None:
                 "the engine failed: the device is lost"
             }
             with pytest.raises(EngineError, match="failed"):
-                await asyncio.wait_for(engine.submit([1], LONG), 60)
+                await asyncio.wait_for(engine.submit(EngineRequest([1], LONG)), 60)
 
         asyncio.run(run())
         assert engine.state is EngineState.FAILED
@@ -102,14 +104,14 @@ def test_requests_that_nobody_has_read_are_refused() -> None:
 
             def step() -> list[RequestEvent]:
                 def add() -> None:
-                    added.append(loop.create_task(engine.submit([1], LONG)))
+                    added.append(loop.create_task(engine.submit(EngineRequest([1], LONG))))
 
                 loop.call_soon_threadsafe(add)
                 while engine._calls.empty():
                     pass
                 raise RuntimeError("the device is lost")
 
-            async with await engine.submit([1, 2, 3], LONG) as stream:
+            async with await engine.submit(EngineRequest([1, 2, 3], LONG)) as stream:
                 breaking.fail("fail_all")
                 breaking.engine.step = step  # type: ignore[method-assign, union-attr]
                 with pytest.raises(EngineError, match="the device is lost"):
@@ -125,13 +127,13 @@ def test_requests_that_nobody_has_read_are_refused() -> None:
 def test_an_engine_that_is_stopped_ends_its_streams() -> None:
     def use(engine: AsyncEngine, breaking: Breaking) -> None:
         async def run() -> None:
-            async with await engine.submit([1, 2, 3], LONG) as stream:
+            async with await engine.submit(EngineRequest([1, 2, 3], LONG)) as stream:
                 closing = asyncio.get_running_loop().run_in_executor(None, engine.close)
                 with pytest.raises(EngineError, match="stopped"):
                     [event async for event in stream]
                 await closing
             with pytest.raises(EngineError, match="stopped"):
-                await asyncio.wait_for(engine.submit([1], LONG), 60)
+                await asyncio.wait_for(engine.submit(EngineRequest([1], LONG)), 60)
 
         asyncio.run(run())
 

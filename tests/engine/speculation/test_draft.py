@@ -17,7 +17,7 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.outputs import RequestEvent
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner import kv_cache_size
 from modelpack_engine.runner.model_runner import ModelRunner
 from modelpack_engine.speculation.draft import DraftProposer
@@ -71,7 +71,7 @@ def proposer(engine: Engine) -> DraftProposer:
 
 def ask_all(engine: Engine) -> list[list[RequestEvent]]:
     for number, (prompt, params) in enumerate(zip(PROMPTS, SAMPLED, strict=True)):
-        engine.add_request(str(number), prompt, params)
+        engine.add_request(str(number), EngineRequest(prompt, params))
     found = run(engine, [], {})
     return [found[str(number), 0] for number in range(len(PROMPTS))]
 
@@ -175,7 +175,7 @@ def test_a_draft_shares_prefixes_by_salt() -> None:
     blocks.share_prefix = noted  # type: ignore[method-assign]
     prompt = list(range(1, 50))
     for number, salt in enumerate([b"", b"one", b"two", b"one", b""]):
-        engine.add_request(str(number), prompt, LONG, cache_salt=salt)
+        engine.add_request(str(number), EngineRequest(prompt, LONG, cache_salt=salt))
         run(engine, [], {})
     assert engine.stats().proposed_tokens > 0
     assert shared == [0, 0, 0, 48, 48]

@@ -9,7 +9,7 @@ from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.models import ModelFiles, load
 from modelpack_engine.outputs import RequestEvent
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 
 pytestmark = [pytest.mark.weights, pytest.mark.long]
 
@@ -45,7 +45,7 @@ def answers(loaded: object, method: str | None) -> tuple[list[object], int, int]
     draft = loaded if method == "draft" else None
     engine = Engine(loaded, config, draft=draft)  # type: ignore[arg-type]
     for number, (prompt, params) in enumerate(zip(PROMPTS, SAMPLED, strict=True)):
-        engine.add_request(str(number), engine.tokenizer.encode(prompt), params)
+        engine.add_request(str(number), EngineRequest(engine.tokenizer.encode(prompt), params))
     events: dict[str, list[RequestEvent]] = {}
     while engine.has_work:
         for event in engine.step():

@@ -15,7 +15,7 @@ from modelpack_engine.core.buckets import FEW
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
 from modelpack_engine.outputs import FinishReason, RequestEvent
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner import kv_cache_size
 from modelpack_engine.runner.model_runner import ModelRunner
 from tests.engine.serving.test_bad_logits import POISON, poisoned_engine
@@ -95,7 +95,7 @@ def run(engine: Engine, asked: list[Asked], aborts: Mapping[int, int]) -> Events
         for number, one in list(waiting.items()):
             if one.arrives <= step:
                 del waiting[number]
-                engine.add_request(str(number), one.prompt, one.params, n=one.n)
+                engine.add_request(str(number), EngineRequest(one.prompt, one.params, n=one.n))
         events = engine.abort(str(aborts[step])) if step in aborts else []
         for event in events + engine.step():
             found.setdefault((event.request_id, event.index), []).append(event)
@@ -274,7 +274,7 @@ def test_a_step_that_fails_fails_what_was_in_it(monkeypatch: pytest.MonkeyPatch)
     [plain] = tiny_engine().generate([[1, 2, 3]], LONG)
     engine = tiny_engine()
     speculate(engine, Oracle({("r", 0): tokens(plain), ("s", 0): tokens(plain)}))
-    engine.add_request("r", [1, 2, 3], LONG)
+    engine.add_request("r", EngineRequest([1, 2, 3], LONG))
     for _ in range(4):
         engine.step()
     with monkeypatch.context() as patch:
@@ -285,7 +285,7 @@ def test_a_step_that_fails_fails_what_was_in_it(monkeypatch: pytest.MonkeyPatch)
     assert event.finish_reason is FinishReason.ERROR
     found = run(engine, [], {})
     assert not found
-    engine.add_request("s", [1, 2, 3], LONG)
+    engine.add_request("s", EngineRequest([1, 2, 3], LONG))
     check_same(plain, run(engine, [], {})["s", 0])
 
 

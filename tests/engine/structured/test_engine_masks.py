@@ -13,7 +13,7 @@ import pytest
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError, RequestError
 from modelpack_engine.outputs import FinishReason, RequestEvent
-from modelpack_engine.request import LogitsMask, SamplingParams
+from modelpack_engine.request import EngineRequest, LogitsMask, SamplingParams
 from modelpack_server.structured_output import Constraint, compile_constraint, grammar_vocabulary
 from tests.engine.serving.tiny import EOS, VOCAB, tiny_engine, tiny_tokenizer
 
@@ -89,7 +89,7 @@ def test_everyone_in_a_mixed_batch_gets_what_it_gets_alone(
         for _ in range(chooser.randrange(1, 4)):
             if waiting:
                 number, params = waiting.pop()
-                engine.add_request(str(number), prompt(number), params)
+                engine.add_request(str(number), EngineRequest(prompt(number), params))
         for _ in range(chooser.randrange(7)):
             step(engine, found)
     for key, events in run(engine).items():
@@ -101,7 +101,7 @@ def test_everyone_in_a_mixed_batch_gets_what_it_gets_alone(
 def test_masked_texts_match_and_end_where_their_grammar_does() -> None:
     engine = tiny_engine()
     for number, params in enumerate(MASKED):
-        engine.add_request(str(number), prompt(number), params)
+        engine.add_request(str(number), EngineRequest(prompt(number), params))
     found = run(engine)
     for number, regex in enumerate(REGEXES):
         events = found[str(number), 0]
@@ -114,7 +114,7 @@ def test_masked_texts_match_and_end_where_their_grammar_does() -> None:
 def test_every_choice_has_a_place_of_its_own() -> None:
     engine = tiny_engine()
     params = SamplingParams(max_tokens=40, temperature=1.5, seed=3, mask=MASKS[0])
-    engine.add_request("r", prompt(1), params, n=4)
+    engine.add_request("r", EngineRequest(prompt(1), params, n=4))
     texts = [text(events) for events in run(engine).values()]
     assert all(re.fullmatch(REGEXES[0], found) for found in texts)
     assert len({len(found) for found in texts}) > 1
@@ -131,7 +131,7 @@ def test_preemption_keeps_the_place_in_the_grammar(alone: list[list[int]]) -> No
     per_token = 2 * 2 * 2 * 16 * 4  # layers, K and V, heads, dim, bytes
     engine = tiny_engine(kv_cache_bytes=7 * 16 * per_token)
     for number, params in enumerate(FREE + MASKED):
-        engine.add_request(str(number), prompt(number), params)
+        engine.add_request(str(number), EngineRequest(prompt(number), params))
     found = run(engine)
     assert engine.stats().num_preemptions > 0
     for number, expected in enumerate(alone):
@@ -141,7 +141,7 @@ def test_preemption_keeps_the_place_in_the_grammar(alone: list[list[int]]) -> No
 def test_an_abort_leaves_the_neighbours_alone(alone: list[list[int]]) -> None:
     engine, found = tiny_engine(), Events()
     for number, params in enumerate(FREE + MASKED):
-        engine.add_request(str(number), prompt(number), params)
+        engine.add_request(str(number), EngineRequest(prompt(number), params))
     for count in range(9):
         step(engine, found)
         if count in (3, 6):
@@ -170,9 +170,11 @@ class Breaks:
 
 def test_a_mask_that_fails_ends_its_choice_only(alone: list[list[int]]) -> None:
     engine = tiny_engine()
-    engine.add_request("bad", prompt(9), SamplingParams(max_tokens=9, temperature=0, mask=Breaks))
+    engine.add_request(
+        "bad", EngineRequest(prompt(9), SamplingParams(max_tokens=9, temperature=0, mask=Breaks))
+    )
     for number, params in enumerate(FREE + MASKED):
-        engine.add_request(str(number), prompt(number), params)
+        engine.add_request(str(number), EngineRequest(prompt(number), params))
     found = run(engine)
     last = found.pop(("bad", 0))
     assert [event.finish_reason for event in last] == [None, None, FinishReason.ERROR]
@@ -190,15 +192,15 @@ class Raises(Breaks):
 
 def test_the_engine_goes_on_after_a_mask_that_raises(alone: list[list[int]]) -> None:
     engine = tiny_engine()
-    engine.add_request("bad", prompt(9), SamplingParams(max_tokens=9, mask=Raises))
-    engine.add_request("other", prompt(0), FREE[0])
+    engine.add_request("bad", EngineRequest(prompt(9), SamplingParams(max_tokens=9, mask=Raises)))
+    engine.add_request("other", EngineRequest(prompt(0), FREE[0]))
     with pytest.raises(ZeroDivisionError):
         run(engine)
     failed = engine.fail_all("it broke")
     assert {event.request_id for event in failed} == {"bad", "other"}
     run(engine)
     for number, params in enumerate(FREE + MASKED):
-        engine.add_request(str(number), prompt(number), params)
+        engine.add_request(str(number), EngineRequest(prompt(number), params))
     found = run(engine)
     for number, expected in enumerate(alone):
         assert tokens(found[str(number), 0]) == expected, number
@@ -210,7 +212,7 @@ def test_a_mask_that_cannot_be_made_queues_nothing() -> None:
 
     engine = tiny_engine()
     with pytest.raises(RequestError, match="no mask"):
-        engine.add_request("r", [1], SamplingParams(mask=impossible), n=2)
+        engine.add_request("r", EngineRequest([1], SamplingParams(mask=impossible), n=2))
     assert not engine.has_work
     assert not engine.is_known("r")
 
@@ -219,7 +221,7 @@ def test_a_mask_that_cannot_be_made_queues_nothing() -> None:
 def test_what_keeps_a_text_from_ending_is_refused(name: str) -> None:
     value: dict[str, int] = {name: 1}
     with pytest.raises(RequestError, match=name) as caught:
-        tiny_engine().add_request("r", [1], replace(MASKED[0], **value))  # type: ignore[arg-type]
+        tiny_engine().add_request("r", EngineRequest([1], replace(MASKED[0], **value)))  # type: ignore[arg-type]
     assert caught.value.param == name
 
 
@@ -249,8 +251,8 @@ def test_masks_are_asked_while_the_device_works(monkeypatch: pytest.MonkeyPatch)
             return method(*given)
 
         monkeypatch.setattr(engine, name, watched)
-    engine.add_request("free", prompt(1), replace(FREE[0], max_tokens=30))
-    engine.add_request("masked", prompt(0)[:1], replace(MASKED[0], mask=Watched))
+    engine.add_request("free", EngineRequest(prompt(1), replace(FREE[0], max_tokens=30)))
+    engine.add_request("masked", EngineRequest(prompt(0)[:1], replace(MASKED[0], mask=Watched)))
     for _ in range(4):
         engine.step()
     del order[:]
@@ -269,7 +271,7 @@ def test_json_in_single_bytes_is_valid_at_any_temperature() -> None:
     mask = compile_constraint(constraint, grammar_vocabulary(TOKENIZER, VOCAB)).mask
     engine = tiny_engine()
     params = SamplingParams(max_tokens=200, temperature=1.5, seed=1, mask=mask)
-    engine.add_request("r", prompt(3), params, n=8)
+    engine.add_request("r", EngineRequest(prompt(3), params, n=8))
     ended = [e for e in run(engine).values() if e[-1].finish_reason is FinishReason.STOP]
     assert len(ended) > 4
     for events in ended:

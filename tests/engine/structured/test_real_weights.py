@@ -14,7 +14,7 @@ from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.models import ModelFiles, load
 from modelpack_engine.outputs import FinishReason, RequestEvent
-from modelpack_engine.request import SamplingParams
+from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_server.structured_output import Constraint, compile_constraint, grammar_vocabulary
 
 pytestmark = pytest.mark.weights
@@ -40,9 +40,11 @@ def test_different_grammars_in_one_batch(engine: Engine) -> None:
     prompt = engine.tokenizer.encode("A colour and a number as JSON:")
     hot = SamplingParams(max_tokens=40, temperature=1.5, seed=1, mask=chosen.mask)
     free = SamplingParams(max_tokens=6, temperature=0)
-    engine.add_request("json", prompt, hot, n=4)
-    engine.add_request("date", prompt, SamplingParams(max_tokens=9, seed=2, mask=dated.mask))
-    engine.add_request("free", prompt, free)
+    engine.add_request("json", EngineRequest(prompt, hot, n=4))
+    engine.add_request(
+        "date", EngineRequest(prompt, SamplingParams(max_tokens=9, seed=2, mask=dated.mask))
+    )
+    engine.add_request("free", EngineRequest(prompt, free))
     events: dict[tuple[str, int], list[RequestEvent]] = {}
     while engine.has_work:
         for event in engine.step():

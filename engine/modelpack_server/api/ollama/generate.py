@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from modelpack.errors import DeniedError
 from modelpack_engine.errors import RequestError
 from modelpack_engine.models.chat_template import as_jinja
+from modelpack_engine.request import EngineRequest
 from modelpack_engine.worker.threads import in_thread, prepare
 from modelpack_server.api.ollama import replies
 from modelpack_server.api.ollama.bodies import GenerateBody
@@ -124,7 +125,7 @@ async def _continue(body: GenerateBody, model: ServedModel, prompt: list[int]) -
     constraint = constraint_of(body)
     mask = await asyncio.to_thread(text_mask, model, constraint) if constraint else None
     params = replace(params, max_tokens=limit, mask=mask)
-    stream = await model.submit(prompt, params, continues_text=True)
+    stream = await model.submit(EngineRequest(prompt, params, continues_text=True))
     return ChatStream(stream, [Answer(0)], False, prompt)
 
 

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from modelpack_engine.async_engine import RequestStream
 from modelpack_engine.errors import RequestError
 from modelpack_engine.outputs import FinishReason, RequestEvent, TokenLogprob, Usage
+from modelpack_engine.request import EngineRequest
 from modelpack_server.api.large_json import call, large_response, written
 from modelpack_server.api.model_use import answer, preloadable
 from modelpack_server.api.openai.replies import (
@@ -90,7 +91,9 @@ async def start(body: CompletionRequest, model: ServedModel, preset: str | None)
             limit = model.token_limit(len(token_ids), asked, param="prompt")
             limits = {"max_tokens": limit, "min_tokens": min(body.min_tokens, limit)}
             params = model.sampling_params(given | limits, preset=body.preset or preset)
-            stream = await model.submit(token_ids, params, n=body.n, continues_text=True)
+            stream = await model.submit(
+                EngineRequest(token_ids, params, n=body.n, continues_text=True)
+            )
             text = model.tokenizer.decode(token_ids, skip_special_tokens=False) if body.echo else ""
             prompts.append(Prompt(i * body.n, token_ids, text, stream))
     except BaseException:
