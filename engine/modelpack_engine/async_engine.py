@@ -1,6 +1,7 @@
-"""RequestStream: the events of one request, from the engine's thread to an event loop.
+"""AsyncEngine: an engine in its own thread, whose events asyncio code reads as streams.
 
-Events that wait are read together: what a slow reader missed comes as one event for each choice.
+The server submits an `EngineRequest` to `AsyncEngine` and iterates over the `RequestStream` that it
+returns. Events that wait in a stream are merged, so a slow reader gets one event for each choice.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """The wish to end a request, or one of its choices."""
+    """A call that ends a request, or one of its choices."""
 
     request_id: str
     index: int | None = None
 
 
 class RequestStream:
-    """Iterate over it for events; leaving its context aborts what has not ended.
+    """The events of one request: iterate over it; leaving its context aborts the request.
 
-    `finals` are the last events of choices that have ended and were read, `num_tokens` counts the
+    `finals` are the last events of the choices whose end was read. `num_tokens` counts the
     generated tokens that were read.
     """
 
@@ -73,23 +74,23 @@ class RequestStream:
         return self._read()
 
     def abort(self) -> None:
-        """End the request: its blocks are free within a step. Does nothing after its end."""
+        """End the request and free its blocks within a step; do nothing after its end."""
         if self._open:
             self._open.clear()
             self._call(Abort(self.request_id))
 
     def cancel(self) -> None:
-        """End all choices; their last events still come."""
+        """End all choices; the stream still yields their last events."""
         for index in tuple(self._open):
             self.abort_choice(index)
 
     def abort_choice(self, index: int) -> None:
-        """End one choice; its last event still comes."""
+        """End one choice; the stream still yields its last event."""
         if index in self._open:
             self._call(Abort(self.request_id, index))
 
     def put(self, event: RequestEvent | Exception) -> None:
-        """Hand an event over; called on the event loop."""
+        """Add an event to the stream; must be called on the event loop."""
         self._waiting.append(event)
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
@@ -125,7 +126,7 @@ def _failure(event: RequestEvent) -> EngineError:
 
 
 def _merged(events: list[RequestEvent | Exception]) -> list[RequestEvent | Exception]:
-    """Return one event for each choice, in the order of their first."""
+    """Return one event for each choice, in the order of their first events."""
     merged: dict[int, RequestEvent] = {}
     rest: list[Exception] = []
     for event in events:
@@ -156,7 +157,7 @@ _Delivery = tuple[RequestStream, RequestEvent | Exception]
 
 
 class EngineState(StrEnum):
-    """Where an engine is in its life."""
+    """The state of an engine's thread."""
 
     LOADING = "loading"
     READY = "ready"
@@ -174,9 +175,9 @@ class _Add:
 class AsyncEngine:
     """Starts a thread that makes the engine with `make_engine` and then runs its steps.
 
-    `meter` takes the measure of its requests. `error` is what loading raised, `failure` its text,
-    or that of what stopped the thread later. Whatever happens to it, nobody waits for ever: streams
-    end with an error then, and so do requests that are added.
+    `meter` records the histograms of its requests. `error` is the exception that loading raised.
+    `failure` is its text, or the text of the exception that stopped the thread later. When the
+    thread stops, open streams and new requests fail with an error; none of them waits forever.
     """
 
     def __init__(
@@ -189,7 +190,7 @@ class AsyncEngine:
         self._make_engine = make_engine
         self._engine: SteppingEngine | None = None
         self._calls: queue.SimpleQueue[_Add | Abort | None] = queue.SimpleQueue()
-        self._gate = threading.Lock()  # of the queue, which nobody reads after the engine's end
+        self._gate = threading.Lock()  # guards the queue, which is not read after the engine ends
         self._streams: dict[str, RequestStream] = {}
         self._running_choices: dict[str, int] = {}
         self._numbers = itertools.count()
@@ -202,10 +203,10 @@ class AsyncEngine:
         )
         self._thread.start()
 
-    # What other threads call
+    # Calls from other threads
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
-        """Return once the model is loaded; raise what loading it raised."""
+        """Wait until the model is loaded; raise `EngineError` if it could not be loaded."""
         if not self._loaded.wait(timeout):
             raise EngineError(f"the model is not loaded after {timeout} s")
         if self.state is EngineState.FAILED:
@@ -230,12 +231,12 @@ class AsyncEngine:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer, which any thread may use."""
+        """The model's tokenizer; any thread may use it."""
         return self._ready().tokenizer
 
     @property
     def max_model_len(self) -> int:
-        """The longest prompt and answer together, in tokens."""
+        """The most tokens of a prompt and its output together."""
         return self._ready().max_model_len
 
     @property
@@ -253,7 +254,7 @@ class AsyncEngine:
         return EngineStats() if self._engine is None else self._engine.stats()
 
     def close(self) -> None:
-        """Stop the thread; requests that have not ended fail. Its memory is free afterwards."""
+        """Stop the thread and free its memory; unfinished requests fail."""
         self._calls.put(None)
         self._thread.join()
         self._engine = None
@@ -264,7 +265,7 @@ class AsyncEngine:
         return self._engine
 
     def _call(self, call: _Add | Abort) -> bool:
-        """Queue a call; return whether the engine runs, which will do it."""
+        """Queue a call for the engine's thread; return False if the engine does not run."""
         with self._gate:
             runs = self.state is EngineState.READY
             if runs:
@@ -316,7 +317,7 @@ class AsyncEngine:
             self._running_choices.clear()
 
     def _end(self, state: EngineState) -> None:
-        """Take no calls any more, and refuse those that nobody has read."""
+        """Accept no more calls, and fail the queued requests."""
         with self._gate:
             self.state = state
         while not self._calls.empty():
@@ -325,7 +326,7 @@ class AsyncEngine:
                 self._settle(call, EngineError(self.failure or f"the engine is {state}"))
 
     def _take_calls(self, engine: SteppingEngine) -> bool:
-        """Do what was asked for; wait for a call if there is nothing else to do."""
+        """Run the queued calls; if the engine has no work, wait for one. Return False to stop."""
         while True:
             try:
                 call = self._calls.get(block=not engine.has_work)
@@ -346,7 +347,7 @@ class AsyncEngine:
             engine.add_request(stream.request_id, call.request)
         except ModelpackError as error:
             self._settle(call, error)
-        except BaseException as error:  # noqa: BLE001 - one request's trouble stays its own
+        except BaseException as error:  # noqa: BLE001 - only this request fails
             _log.exception("a request could not be added")
             self._settle(call, EngineError(f"unexpected {type(error).__name__}: {error}"))
         else:
@@ -370,7 +371,7 @@ class AsyncEngine:
             self._call(Abort(call.stream.request_id))
 
     def _hand_out(self, events: Iterable[RequestEvent]) -> None:
-        """Give events to their streams: one call for each event loop, however many there are."""
+        """Deliver events to their streams, with one call for each event loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[_Delivery]] = defaultdict(list)
         events = list(events)
         for event in events:
@@ -382,15 +383,15 @@ class AsyncEngine:
         self._close_choices(events)
 
     def _deliver(self, batch: list[_Delivery]) -> None:
-        """Give streams of one event loop what is new."""
+        """Deliver events to the streams of one event loop."""
         try:
             batch[0][0].loop.call_soon_threadsafe(_put, batch)
-        except RuntimeError:  # the loop has ended: nobody listens
+        except RuntimeError:  # the loop has ended: abort its requests
             for stream, _ in batch:
                 self._call(Abort(stream.request_id))
 
     def _close_choices(self, events: Iterable[RequestEvent]) -> None:
-        """Forget requests whose last choice has ended."""
+        """Remove the requests whose last choice has ended."""
         for event in events:
             if event.finished and event.request_id in self._running_choices:
                 self._running_choices[event.request_id] -= 1
@@ -405,10 +406,10 @@ def _put(batch: list[_Delivery]) -> None:
 
 
 def end_streams() -> None:
-    """End what MLX keeps for this thread; left alone, it aborts the process at its exit."""
+    """Free the MLX streams of this thread; otherwise MLX aborts the process at exit."""
     import mlx.core as mx
 
-    gc.collect()  # a model is full of cycles, and its memory is wanted now
+    gc.collect()  # a model has reference cycles; free its memory now
     mx.synchronize()
     mx.clear_cache()
     mx.clear_streams()

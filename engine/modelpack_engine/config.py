@@ -1,4 +1,4 @@
-"""The types that the KV cache can have, by the names that users give them."""
+"""EngineConfig: the settings of one engine, and the names of its KV cache types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engine tells about a request while it runs."""
+"""Events and statistics that the engine emits: one `RequestEvent` for each step of a request."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class TokenLogprob:
 class Usage:
     """Token counts; `cached_tokens` of the prompt came from the prefix cache.
 
-    Of the tokens that speculation proposed, `accepted_tokens` were right and are in the completion;
-    `rejected_tokens` were not, and are nowhere.
+    Of the tokens that speculation proposed, the completion contains the `accepted_tokens`, and none
+    of the `rejected_tokens`.
     """
 
     prompt_tokens: int
@@ -41,7 +41,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """When things happened to a choice: seconds of `time.monotonic`; None for what did not."""
+    """When a choice reached each phase, in seconds of `time.monotonic`; None: it never did."""
 
     arrived: float
     scheduled: float | None
@@ -49,15 +49,14 @@ class Timing:
     finished: float
 
 
-@dataclass(slots=True)  # not frozen, which takes four times as long: there is one for each token
+@dataclass(slots=True)  # not frozen: creation is four times faster, and each token has one
 class RequestEvent:
-    """News of one request: what was generated since its last event, and perhaps its end.
+    """The output of one choice of a request since its last event, and its end if it has ended.
 
-    `index` is the choice (0 … n-1). `text` is what became final: a stop string that may still
-    complete, or half a character, is held back. `prompt_logprobs` comes once, with the first event;
-    its first entry is None, since nothing precedes the first token. `usage` and `timing` come with
-    the end. `error` says why a request failed, `error_param` which of its fields is at fault: None
-    if the engine is.
+    `index` is the choice (0 … n-1). `text` is final: a partial stop string or character is held
+    back. `prompt_logprobs` is set in the first event only; its first entry is None, since no token
+    precedes the first. `usage` and `timing` are set in the last event. `error` says why a request
+    failed, and `error_param` names the invalid field of the request; None: the engine failed.
     """
 
     request_id: str
@@ -75,14 +74,16 @@ class RequestEvent:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more comes for this choice."""
+        """Whether this is the last event of its choice."""
         return self.finish_reason is not None
 
 
 @dataclass(frozen=True, slots=True)
 class OffloadStats:
-    """What became of offloaded blocks: counters since the start, and the gauges `…_bytes` at the
-    end. Hits are blocks, `restores` sequences that got any; dropped files were damaged.
+    """Statistics of the KV offload: counters since the start; the last two are gauges.
+
+    Hits count blocks, `restores` counts sequences with restored blocks, and `dropped_files` counts
+    damaged files.
     """
 
     restores: int = 0
@@ -96,12 +97,12 @@ class OffloadStats:
     disk_bytes: int = 0
 
     def __add__(self, past: OffloadStats) -> OffloadStats:
-        """Return these with the counters of `past` added; gauges stay."""
+        """Return these statistics with the counters of `past` added; gauges stay as they are."""
         sums = {name: getattr(self, name) + getattr(past, name) for name in _OFFLOAD_COUNTERS}
         return replace(self, **sums)
 
     def counters(self) -> OffloadStats:
-        """Return the counters alone, the gauges at 0."""
+        """Return the counters with all gauges at 0."""
         return replace(self, memory_bytes=0, disk_bytes=0)
 
 
@@ -112,7 +113,7 @@ _OFFLOAD_COUNTERS = [
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the start, and gauges of this moment."""
+    """Counters since the start, and gauges of the current state."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -124,19 +125,19 @@ class EngineStats:
     cached_tokens: int = 0
     generated_tokens: int = 0
     num_proposals: int = 0
-    proposed_tokens: int = 0  # by speculation,
-    accepted_tokens: int = 0  # and those of them that were right
+    proposed_tokens: int = 0  # proposed by speculation
+    accepted_tokens: int = 0  # proposed tokens that were accepted
     blocks_total: int = 0
     blocks_used: int = 0
     blocks_cached: int = 0
-    build_seconds: float = 0.0  # the host's time: schedule a step and build its graph,
-    launch_seconds: float = 0.0  # hand it to the device,
-    wait_seconds: float = 0.0  # and wait for its tokens
+    build_seconds: float = 0.0  # CPU time to schedule steps and build their graphs
+    launch_seconds: float = 0.0  # CPU time to launch them
+    wait_seconds: float = 0.0  # time to wait for their tokens
     offload: OffloadStats = field(default_factory=OffloadStats)
-    live_tokens: int = 0  # whose keys are in blocks of running sequences, shared ones counted twice
+    live_tokens: int = 0  # in blocks of running sequences; shared tokens count once for each
 
     def after(self, past: EngineStats) -> EngineStats:
-        """Return these with the counters of `past` added; gauges stay those of this moment."""
+        """Return these statistics with the counters of `past` added; gauges stay as they are."""
         return replace(
             self, **{name: getattr(self, name) + getattr(past, name) for name in _COUNTERS}
         )

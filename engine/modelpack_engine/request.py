@@ -18,34 +18,33 @@ REPETITION_PENALTIES = (1e-6, 1e6)  # logits that were divided by less would not
 
 
 class LogitsMask(Protocol):
-    """Which tokens may come next for one choice of a request: grammars implement this.
+    """The tokens that may come next in one choice of a request; grammars implement this.
 
-    It outlives preemption: what was generated before is not generated again.
+    A mask outlives preemption: tokens that it accepted before are not generated again.
     """
 
     def allowed(self) -> bytes | None:
         """Return a bit per token id (LSB first), or None if any token may come.
 
-        Raises `EngineError` if it cannot tell, which ends the choice with an error.
+        Raises `EngineError` if the mask fails; the choice then ends with an error.
         """
         ...
 
     def accept(self, token_id: int) -> None:
-        """Take notice of the token that was chosen; raises nothing."""
+        """Advance by the token that was sampled; must not raise."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Names and meanings are those of the OpenAI and vLLM APIs.
+    """How the tokens of a request are sampled, with the names of the OpenAI and vLLM APIs.
 
     `temperature` 0 is greedy. `top_k` 0 or -1 keeps all tokens. `logprobs` is the number of
-    alternatives reported with each token (None: no log-probabilities; 0: the chosen token's only).
-    `prompt_logprobs` the same for the prompt. The same `seed` gives the same text, alone and in
-    any batch. `min_tokens` counts before an end of sequence or a stop string may end the text.
-    `skip_special_tokens` leaves special tokens out of the text. `mask` makes a mask for a choice;
-    the text ends when the mask allows nothing but an end, so `min_tokens` and `ignore_eos` cannot
-    be asked for as well.
+    alternatives reported with each token (None: no log-probabilities; 0: only the sampled token's),
+    and `prompt_logprobs` the same for the prompt. The same `seed` gives the same text in any batch.
+    No end of sequence or stop string ends the text before `min_tokens`. `skip_special_tokens`
+    leaves special tokens out of the text. `mask` makes the mask of one choice; the text ends when
+    the mask allows nothing but its end, so `mask` excludes `min_tokens` and `ignore_eos`.
     """
 
     max_tokens: int = 16
@@ -88,7 +87,7 @@ class SamplingParams:
                 )
 
     def check(self, vocab_size: int) -> None:
-        """Raise `RequestError`, naming the field, if a value makes no sense."""
+        """Raise `RequestError`, naming the field, if a value is not valid."""
         ranges = (
             ("max_tokens", self.max_tokens, 1, None),
             ("min_tokens", self.min_tokens, 0, self.max_tokens),
@@ -163,8 +162,8 @@ class EngineRequest:
 
 
 def _all_below(token_ids: Collection[int], size: int) -> bool:
-    """Return whether all are from 0 up to below `size`; a loop would take three times as long."""
-    import numpy as np  # here, as clients of servers have no use for it
+    """Return whether all ids are in 0 … `size` - 1; a Python loop takes three times as long."""
+    import numpy as np  # imported here: HTTP clients import this module and need no NumPy
 
     try:
         packed = array("I", token_ids)

@@ -1,4 +1,6 @@
-"""PrefixSnapshots: recurrent state as it was at the end of some prefixes.
+"""BlockManager: the KV blocks of one engine, their prefix cache, and recurrent snapshots.
+
+The scheduler asks it for blocks; it knows their ids and hashes, and not their contents.
 
 A recurrent layer cannot go on from keys and values alone, so a prefix of such a model is shared up
 to the last block whose end has a snapshot. Snapshots are taken where a chunk of a prompt ends at

@@ -1,4 +1,4 @@
-"""What ends a text besides its length: tokens, and strings that may span tokens."""
+"""Detokenizer: turn the tokens of one choice into final text, up to its stop strings."""
 
 from __future__ import annotations
 

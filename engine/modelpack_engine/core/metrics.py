@@ -1,4 +1,7 @@
-"""StepClock: where the host's time goes while it drives the device."""
+"""Metrics of an engine: the CPU time of its steps, and the histograms of its requests.
+
+`Engine` owns a `StepClock`; a model keeps its `Meter` while it is unloaded and loaded again.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""What the scheduler is given and what it gives: limits, and the steps that keep to them."""
+"""Scheduler: continuous batching, from waiting requests to the token rows of each step.
+
+Pure Python without MLX: `Engine` asks `Scheduler.schedule` for a `SchedulerOutput`, runs it, and
+returns the sampled tokens by `Scheduler.collect`. `SchedulerConfig` holds the limits,
+`WaitingQueue` the order of admission, and `BlockManager` the blocks.
+"""
 
 from __future__ import annotations
 

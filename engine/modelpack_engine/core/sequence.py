@@ -1,4 +1,4 @@
-"""Sequence: one choice of one request, from its arrival to its end."""
+"""Sequence: the state of one choice of a request, which the scheduler owns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collectives in one order on all ranks: that in which the model's code calls for them.
+"""Group: the ranks that MLX connects, and collectives that run in the same order on all of them.
 
 MLX computes what does not depend on each other in any order, and a graph that differs a little
 (rank 0 samples, the others do not) may be walked in another one. In most models every sum needs the

@@ -1,6 +1,7 @@
-"""Where a rank keeps the kernels that MLX compiles while it runs.
+"""Launch the ranks of a group on this machine, and end them together.
 
-MLX leaves them as files in the directory for temporary ones (`mlx/backend/cuda/jit_module.cpp`,
+Each rank but 0 gets its own directory for the kernels that MLX compiles at run time. MLX leaves
+them as files in the directory for temporary ones (`mlx/backend/cuda/jit_module.cpp`,
 `mlx/backend/cpu/compiled.cpp`), and loads a file that is there without asking whether it is whole.
 Ranks come to the same kernel at the same moment, so that one would load what another is writing.
 """

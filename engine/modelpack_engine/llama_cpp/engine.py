@@ -1,9 +1,9 @@
-"""Slots: which sequence of llama.cpp's cache holds which of ours, and what others left there.
+"""LlamaCppEngine: the scheduler and the sampler of `Engine`, with llama.cpp as the model runner.
 
-The scheduler counts blocks, as everywhere; here they are counts only. llama.cpp finds cells for
-tokens itself, and a cell may belong to several of its sequences. What a finished request leaves is
-kept until its cells or its slot are needed: a prompt that begins with the same tokens goes on from
-there.
+`Slots` maps our sequences to those of llama.cpp's cache. Its blocks are only counts. llama.cpp
+finds cells for tokens itself, and a cell may belong to several of its sequences. What a finished
+request leaves is kept until its cells or its slot are needed: a prompt that begins with the same
+tokens goes on from there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""llama-cpp-python's bindings: found, loaded, and made to log as we do."""
+"""llama-cpp-python: find and load its bindings, route its log, and choose the backend."""
 
 from __future__ import annotations
 

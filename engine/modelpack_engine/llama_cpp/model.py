@@ -1,4 +1,4 @@
-"""Context: a GGUF model in llama.cpp, and the cache of keys and values of up to 256 sequences."""
+"""LlamaModel and Context: a GGUF model in llama.cpp, and its KV cache of up to 256 sequences."""
 
 from __future__ import annotations
 

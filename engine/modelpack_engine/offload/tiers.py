@@ -1,4 +1,4 @@
-"""Blocks in host memory: bounded in bytes, the least recently used go first."""
+"""OffloadTiers: offloaded KV blocks by hash, in bounded memory (LRU) and then on disk."""
 
 from __future__ import annotations
 

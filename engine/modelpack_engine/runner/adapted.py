@@ -1,4 +1,4 @@
-"""Adapted: a model made to run on rows, in one of the ways that there are."""
+"""Adapted: a model with patched modules and paged caches, which runs on a flattened batch."""
 
 from __future__ import annotations
 

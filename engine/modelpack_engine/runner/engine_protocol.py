@@ -1,4 +1,4 @@
-"""SteppingEngine: what every engine can do, whatever computes its steps."""
+"""SteppingEngine: the interface of every engine, which `AsyncEngine` and the server use."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from modelpack_engine.request import EngineRequest, SamplingParams
 
 
 class SteppingEngine(Protocol):
-    """`Engine` is one, and says what each of these does; `LlamaCppEngine` is the other.
+    """The interface that `Engine`, which documents each member, and `LlamaCppEngine` implement.
 
-    `notes` tell the user what differs from the model's files, and how it is computed.
+    `notes` tell the user how the model is computed, and how it differs from its files.
     """
 
     config: EngineConfig
@@ -49,7 +49,7 @@ class SteppingEngine(Protocol):
 def run_to_end(
     engine: SteppingEngine, prompts: Iterable[str | Sequence[int]], params: SamplingParams
 ) -> list[list[RequestEvent]]:
-    """Run prompts to their end; return each one's events, in the order of the prompts."""
+    """Run prompts until all have ended; return the events of each, in the order of the prompts."""
     events: dict[str, list[RequestEvent]] = {}
     for i, prompt in enumerate(prompts):
         token_ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

@@ -1,4 +1,4 @@
-"""Sizes: how many blocks, tokens a step and tokens a request this machine has room for.
+"""KV cache sizing: choose the blocks, tokens per step and tokens per request that fit in memory.
 
 The KV cache gets `kv_cache_bytes`, or what a share of the GPU's memory, `gpu_memory_utilization`,
 leaves beside the weights. On a CPU it gets half a gigabyte, or what one full context takes if that

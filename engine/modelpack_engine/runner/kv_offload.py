@@ -1,4 +1,8 @@
-"""Identity of an offload: what keys and values depend on besides their tokens and their salt."""
+"""BlockMover: copy KV blocks between the pools and the offload tiers, between the engine's steps.
+
+`open_offload` makes it from the configuration; `cache_identity` names the blocks that two engines
+may share.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model caches, and where: found by running it once on caches that keep a record.
+"""ModelLayout: what a model caches in each layer, found by running it once on recording caches.
 
 Nothing is computed: MLX builds a graph, whose shapes and types are known, and it is thrown away.
 """

@@ -1,4 +1,7 @@
-"""Choice: what the host keeps of a running sequence to tell its caller about it."""
+"""Choices: turn the tokens of running sequences into the events that an engine emits.
+
+Both engines own a `Choices`, with a `Choice` for each sequence: its detokenizer, mask and times.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class Choice:
         self.sequence = sequence
         #: Log-probabilities of the prompt so far; nothing precedes its first token.
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
-        #: What its tokens have to keep to; it has accepted all that the host has read.
+        #: The mask of its tokens; it has accepted all tokens that the host has read.
         self.mask = sequence.params.mask() if sequence.params.mask is not None else None
         self._detokenizer = Detokenizer(tokenizer, sequence.params, continues_text=continues_text)
         self._ending_ids = ending_token_ids(sequence.params, sequence.eos_token_ids)
@@ -49,7 +52,7 @@ class Choice:
         self._first_token: float | None = None
 
     def started(self) -> None:
-        """Take note that the sequence's first step is being built."""
+        """Record when the first step of the sequence is built."""
         if self._scheduled is None:
             self._scheduled = time.monotonic()
 
@@ -80,11 +83,11 @@ class Choice:
         )
 
     def aborted(self) -> RequestEvent:
-        """Return the event of an abort: nobody waits for its text."""
+        """Return the event of an abort, without text."""
         return self.ended(self._event((), "", None))
 
     def failed(self, message: str, param: str | None = None) -> RequestEvent:
-        """Return the event of a failure, for which a field of the request may be at fault."""
+        """Return the event of a failure; `param` is the invalid field of the request, if any."""
         event = self._event((), "", None)
         return replace(
             event,
@@ -153,7 +156,7 @@ class Choices:
         return None if choice is None else choice.mask
 
     def started(self, sequence: Sequence) -> None:
-        """Take note that a sequence's first step is being built."""
+        """Record when the first step of a sequence is built."""
         self._choices[sequence.seq_id].started()
 
     def take_prompt_logprobs(self, entries: Iterable[tuple[Sequence, TokenLogprob | None]]) -> None:
@@ -163,7 +166,7 @@ class Choices:
                 self._choices[sequence.seq_id].prompt_logprobs.append(entry)
 
     def tell(self, sequence: Sequence, token: NextToken) -> None:
-        """Tell what a token that its sequence has taken means for its request."""
+        """Add the event of a token that was appended to its sequence."""
         choice = self._choices[sequence.seq_id]
         event, stopped_by = choice.take(token.token_id, token.logprob)
         if stopped_by is not None and not sequence.is_finished:
@@ -179,7 +182,7 @@ class Choices:
         return [self._choices.pop(sequence.seq_id).aborted() for sequence in sequences]
 
     def fail(self, sequence: Sequence, message: str, param: str | None = None) -> None:
-        """End one choice with an error; `param` is the field of its request that is at fault."""
+        """End one choice with an error; `param` is the invalid field of its request, if any."""
         self._scheduler.finish(sequence, FinishReason.ERROR)
         self._events.append(self._choices.pop(sequence.seq_id).failed(message, param))
 
@@ -190,7 +193,7 @@ class Choices:
             self.fail(sequence, str(error), param)
 
     def fail_undecided(self, sequence: Sequence) -> None:
-        """End one whose token could not be chosen."""
+        """End the choice of a sequence whose logits are NaN."""
         self.fail(sequence, "the model's logits are not numbers: no token can be chosen")
 
     def fail_all(self, message: str) -> None:
@@ -199,6 +202,6 @@ class Choices:
             self.fail(choice.sequence, message)
 
     def told(self) -> list[RequestEvent]:
-        """Return what is new, once."""
+        """Return the new events, and remove them."""
         events, self._events = self._events, []
         return events

@@ -1,4 +1,6 @@
-"""Steps whose forward pass is compiled by MLX, once for each shape. For GPUs.
+"""PagedRunner: run an adapted model on KV blocks; on GPUs, its steps are compiled by shape.
+
+`ModelRunner` uses it for every tier but the contiguous one (see `runner/fallback.py`).
 
 Building the graph of a step anew takes the host as long as the device takes to run it. Compiled, a
 graph is replayed. Decode rows come first then, and rows of prompts in tiles of 16 after them, which

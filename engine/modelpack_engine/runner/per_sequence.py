@@ -1,4 +1,8 @@
-"""KVView: one sequence's part of a paged cache, as a cache of mlx-lm's kind."""
+"""Per-sequence execution: run a module once for each sequence of a step, on views of its cache.
+
+For modules that cannot run on the flattened batch: recurrent layers, and attention that failed the
+self-test. A `KVView` shows mlx-lm's code the paged cache of one sequence.
+"""
 
 from __future__ import annotations
 

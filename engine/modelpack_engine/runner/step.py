@@ -1,9 +1,10 @@
-"""How many of the proposed tokens a sequence really goes on with. Plain integers.
+"""The phases of a step (ScheduledStep, LaunchedStep, StepResult), and the functions between them.
 
-The sampler draws a token from the logits, the request's seed and the token's position, so what it
-draws in a proposal's rows is what it would have drawn step by step, as far as the tokens before are
-those that were proposed. A proposed token counts if it is the one that was drawn: no output differs
-from that without speculation, which is more than keeping its distribution.
+A step that verifies proposals has a row for each proposed token. The sampler draws a token from the
+logits, the request's seed and the token's position. In the rows of a proposal it therefore draws
+the same tokens as step by step, for as long as the proposed tokens are the drawn ones. A proposed
+token is accepted if it equals the drawn token, so speculation changes no output; keeping only its
+distribution would be weaker.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The self-test: three steps of an adapted model against mlx-lm's own cache, on the real weights.
+"""TierSearch: find the fastest tier in which a model passes the self-test.
+
+The self-test runs three steps of the adapted model, on the real weights, against mlx-lm's cache.
 
 Two sequences of 21 tokens in all, their blocks out of order: a prompt in two chunks, the second one
 beside another sequence's decode row, then both decoding. The logits of every sampled row are

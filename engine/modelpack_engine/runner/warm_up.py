@@ -1,4 +1,4 @@
-"""Activations: how much memory the arrays of a step take, beside weights and KV cache."""
+"""Warm-up: the shapes of the steps to compile, and the memory of a step for KV cache sizing."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Random draws that depend on a request's seed and the token's position, and on nothing else.
+"""Plan: the stages of sampling that the rows of a step need, and the functions that run them.
 
-A token is drawn by the Gumbel-max trick: each token of the vocabulary gets noise of its own, and
-the largest sum of logit and noise wins. The noise belongs to the token rather than to its rank or
-to a point of the cumulative distribution, so that a logit that differs in its last bit, as it does
-between batches of different shapes, all but never changes the draw.
+Random draws depend only on a request's seed and the token's position. A token is drawn by the
+Gumbel-max trick: each token of the vocabulary gets noise of its own, and the largest sum of logit
+and noise wins. The noise belongs to the token rather than to its rank or to a point of the
+cumulative distribution, so that a logit that differs in its last bit, as it does between batches of
+different shapes, all but never changes the draw.
 """
 
 from __future__ import annotations

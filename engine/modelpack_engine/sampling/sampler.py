@@ -1,8 +1,10 @@
-"""Log-probabilities of tokens, sampled or of a prompt, under the model's own distribution.
+"""Sampler: draw the next token of each row from its logits, and report log-probabilities.
 
-They are log-softmax of the raw logits: before temperature, penalties, biases, masks and filters,
-as OpenAI reports them (vLLM's `raw_logprobs`). So a token may be chosen that is not among the most
-likely ones reported with it.
+`Engine` owns one. It plans a step by `sampling/plan.py`, and draws by a kernel or MLX's functions.
+
+Log-probabilities are log-softmax of the raw logits: before temperature, penalties, biases, masks
+and filters, as OpenAI reports them (vLLM's `raw_logprobs`). So a token may be chosen that is not
+among the most likely ones reported with it.
 """
 
 from __future__ import annotations

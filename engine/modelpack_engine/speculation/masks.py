@@ -1,4 +1,4 @@
-"""Masks along a proposal: what may come after each of its tokens, before any of them is chosen."""
+"""Masks of the rows of a step, proposals included: the tokens allowed after each proposed token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Proposer: what guesses how sequences go on."""
+"""Speculator: decide when to propose tokens and how many, and ask a proposer for them.
+
+`Engine` owns one if its configuration asks for speculation. The proposers are in
+`speculation/ngram.py` and `speculation/draft.py`.
+"""
 
 from __future__ import annotations
 
