@@ -118,7 +118,7 @@ def install_plugins(
     for path in paths:
         if not force and path.exists() and _MARK not in path.read_bytes().decode(errors="ignore"):
             raise ConflictError(
-                f"{path} is there already, and not from modelpack",
+                f"{path} exists and is not from modelpack",
                 hint="give --force to replace it",
             )
     directory.mkdir(parents=True, exist_ok=True)

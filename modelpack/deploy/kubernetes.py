@@ -109,17 +109,17 @@ class Workload:
     hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` for a name that Kubernetes has not, and what does not go together."""
+        """Raise `UsageError` for an invalid Kubernetes name and for conflicting options."""
         for what, text in (("name", self.name), ("namespace", self.namespace)):
             if text is not None and (not _NAME.match(text) or len(text) > 63):
                 raise UsageError(
-                    f"{what} {text!r} is none of Kubernetes: expected a letter, then up to 62 of "
-                    "a-z, 0-9 and -"
+                    f"{what} {text!r} is not a valid Kubernetes name: expected a letter, "
+                    "then up to 62 of a-z, 0-9 and -"
                 )
         if self.engine == "modelpack" and self.model_image:
             raise UsageError(
                 "modelpack serves from its store, not from an image volume",
-                hint="leave --model-image out, or take --engine vllm",
+                hint="leave out --model-image, or give --engine vllm",
             )
         if self.engine == "vllm" and not self.gpus:
             raise UsageError("vLLM's images need a GPU", hint="take --engine modelpack for a CPU")

@@ -80,13 +80,13 @@ def _docker(*arguments: str) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ModelpackError(
-            f"`docker {arguments[0]}` cannot be run: {error}",
-            hint="set MODELPACK_HOST and MODELPACK_ENDPOINT, and docker is not asked",
+            f"cannot run `docker {arguments[0]}`: {error}",
+            hint="set MODELPACK_HOST and MODELPACK_ENDPOINT to avoid docker",
         ) from error
     if done.returncode != 0:
         raise ModelpackError(
             f"`docker {' '.join(arguments[:2])}` failed: {done.stderr.strip()[:300]}",
-            hint="is the Docker engine running?",
+            hint="check that the Docker engine is running",
         )
     return done.stdout.strip()
 
@@ -180,7 +180,7 @@ class RunnerClient:
         except requests.RequestException as error:
             raise RemoteUnavailableError(
                 f"no model server answers at {self.url}",
-                hint="start one with `modelpack serve`, or say where it is: MODELPACK_HOST",
+                hint="start one with `modelpack serve`, or set MODELPACK_HOST",
             ) from error
         if response.ok:
             return response
@@ -287,7 +287,7 @@ def _start(host: str, client: RunnerClient) -> None:
         with process.stdout:
             said = process.stdout.readline()  # its address, once it accepts connections
     if not said:
-        reason = log.read_text(errors="replace").strip()[-500:] or "it said nothing"
+        reason = log.read_text(errors="replace").strip()[-500:] or "no output"
         raise RemoteUnavailableError(
             f"`{' '.join(command[2:])}` did not start: {reason}", hint=f"its output is in {log}"
         )

@@ -202,12 +202,12 @@ def _check_readable(model: Model, name: str) -> None:
     if "safetensors" not in formats:
         raise UnsupportedError(
             f"vLLM reads safetensors, and {name} is {' and '.join(sorted(formats)) or 'none'}",
-            hint="serve it with modelpack: --backend auto takes its engine or llama.cpp",
+            hint="serve it with --backend auto, which selects MLX or llama.cpp",
         )
     if mlx_bits(model.config) is not None:
         raise UnsupportedError(
-            f"{name} was quantised by mlx-lm, which only MLX runs",
-            hint="serve it with modelpack: --backend auto",
+            f"{name} was quantised by mlx-lm and runs only on MLX",
+            hint="serve it with --backend auto",
         )
     if not any(file.archive or file.filepath == _CONFIG for file in files):
         raise _without_config(name)
@@ -215,7 +215,7 @@ def _check_readable(model: Model, name: str) -> None:
 
 def _without_config(name: str) -> UnsupportedError:
     return UnsupportedError(
-        f"vLLM needs the config.json of transformers, and {name} has none",
+        f"vLLM requires the config.json of transformers, which {name} lacks",
         hint="package the whole directory of the model: --safetensors-dir",
     )
 
@@ -241,6 +241,6 @@ def _program() -> list[str]:
     if importlib.util.find_spec("vllm") is not None:
         return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
     raise UsageError(
-        "--backend vllm needs vLLM, which is not installed",
-        hint="pip install vllm, into the environment of modelpack or onto the PATH",
+        "--backend vllm requires vLLM, which is not installed",
+        hint="run pip install vllm in the environment of modelpack, or put vllm on the PATH",
     )

@@ -110,16 +110,16 @@ def check_name(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:
 
 
 def check_licence(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:
-    """Yield that there is no licence, or one that is not allowed."""
+    """Yield a finding for a missing licence and for each one that is not allowed."""
     known = licences(subject)
     if not known:
-        yield Finding("licence", "there is no licence: no such file, and none is named")
+        yield Finding("licence", "no licence: neither a licence file nor a licence in the metadata")
     for path, identifier in known.items():
         place = path or None
         if not policy.allowed:
             continue
         if identifier is None:
-            yield Finding("licence", "is a licence that is not recognised", place)
+            yield Finding("licence", "is not a recognised licence", place)
         elif identifier.lower() not in (one.lower() for one in policy.allowed):
             allowed = ", ".join(policy.allowed)
             yield Finding("licence", f"is {identifier}, allowed: {allowed}", place)
@@ -180,7 +180,7 @@ def template_check(render: Render) -> Callable[[LintSubject, LintPolicy], Iterat
     def check_template(subject: LintSubject, _: LintPolicy) -> Iterator[Finding]:
         found = templates(subject)
         if not found:
-            yield Finding("template", "there is no chat template")
+            yield Finding("template", "no chat template")
         for path, source in found.items():
             try:
                 text = render(source, _variables(subject))

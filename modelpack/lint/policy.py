@@ -44,7 +44,10 @@ class NamePattern:
             name = match[1]
             if name not in _PARTS or name in used:
                 expected = ", ".join(f"<{part}>" for part in _PARTS)
-                raise FormatError(f"name: {match[0]} is none of {expected}, once each", path=what)
+                raise FormatError(
+                    f"name: {match[0]} is not one of {expected}, once each",
+                    path=what,
+                )
             used.add(name)
             pieces += [re.escape(text[at : match.start()]), f"(?P<{name}>{_PARTS[name]})"]
             at = match.end()
@@ -154,7 +157,7 @@ def parse_policy(text: str, what: str) -> LintPolicy:
     for name in required:
         if name not in METADATA:
             expected = ", ".join(METADATA)
-            raise FormatError(f"metadata.required: {name!r} is none of {expected}", path=what)
+            raise FormatError(f"metadata.required: {name!r} is not one of {expected}", path=what)
     return LintPolicy(
         NamePattern.parse(pattern, what) if pattern is not None else None,
         {rule: _level(level, f"{what}: rules.{rule}") for rule, level in rules.items()},

@@ -321,8 +321,8 @@ def _keep_layout(store: LayoutStore, index: Index, where: Reference | None) -> t
         raise ManifestError("lists no manifest", path=INDEX_JSON)
     if where is not None and len(listed) > 1:
         raise UsageError(
-            f"the archive holds {len(listed)} models, so they cannot all be {where}",
-            hint="leave the reference out: they have names of their own",
+            f"cannot import the archive as {where}: it holds {len(listed)} models",
+            hint="leave out the reference: the models have their own names",
         )
     found: dict[Digest, Descriptor] = {}
     for entry in index.manifests:

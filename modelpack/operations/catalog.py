@@ -121,7 +121,7 @@ def _split(name: str) -> tuple[str, str]:
     try:
         place = Reference.parse(f"{host}/{namespace or 'any'}/any")
     except InvalidReferenceError as error:
-        raise UsageError(f"{name!r} is no registry: {error}") from None
+        raise UsageError(f"{name!r} is not a registry: {error}") from None
     if place.registry != host:
         raise UsageError(
             f"{name!r} names no registry", hint="registry.example or registry.example/team"

@@ -266,7 +266,7 @@ def _found(among: Mapping[Digest, T], descriptor: Descriptor) -> T:
     try:
         return among[descriptor.digest]
     except KeyError:
-        raise NotFoundError(f"the image has no {descriptor.digest}") from None
+        raise NotFoundError(f"no such blob in the image: {descriptor.digest}") from None
 
 
 Form = Literal["docker", "cncf", "image"]

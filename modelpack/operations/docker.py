@@ -132,7 +132,7 @@ def _references(store: LayoutStore, name: str) -> tuple[Reference, ...]:
     if not named and not stored.references:
         raise NotFoundError(
             f"model {name} has no tag, and Docker Model Runner finds models by tag",
-            hint="give it one: modelpack tag ID NAME",
+            hint="run modelpack tag ID NAME",
         )
     return tuple(named) or stored.references
 

@@ -39,7 +39,7 @@ def read_lock(path: Path = Path(FILE_NAME)) -> LockFile:
             raw = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise NotFoundError(
-            f"there is no {path}", hint="`modelpack lock REF...` writes it"
+            f"no such file: {path}", hint="run `modelpack lock REF...` to create it"
         ) from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
@@ -145,8 +145,8 @@ def pull_locked(
         if not _is_stored(store, digest):
             if offline:
                 raise NotFoundError(
-                    f"{reference} is locked to {digest}, which the store {store.root} lacks",
-                    hint="`modelpack pull --locked` fetches it",
+                    f"{reference} is locked to {digest}, which is not in the store {store.root}",
+                    hint="run `modelpack pull --locked`",
                 )
             pulled = pull(
                 pinned, store=store, remote=remote, progress=watch.report, stop=watch.stop
@@ -186,8 +186,8 @@ def _resolve(
         return (store or LayoutStore()).resolve(str(reference)).digest
     if reference.registry == HUB_REGISTRY:
         raise UnsupportedError(
-            f"{reference}: a lock is of digests, and the Hugging Face Hub knows none",
-            hint="copy the model to a registry, and lock it there",
+            f"cannot lock {reference}: the Hugging Face Hub has no digests",
+            hint="copy the model to a registry and lock that reference",
         )
     with open_repository(reference, remote or RemoteOptions(), watching(None, stop)) as repository:
         return repository.resolve(reference.target).digest

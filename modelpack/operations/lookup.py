@@ -45,7 +45,7 @@ def check_whole(store: LayoutStore, model: Model) -> None:
         f"{model.reference or model.short_id} is stored in part: {len(missing)} of "
         f"{len(model.manifest.unique_blobs)} blobs are missing: {', '.join(lines)}",
         missing=tuple(str(blob.digest) for blob in missing),
-        hint=f"`modelpack pull {where}` fetches the rest" if where else "pull it again",
+        hint=f"run `modelpack pull {where}` to fetch the rest" if where else "pull it again",
     )
 
 

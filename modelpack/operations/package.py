@@ -71,7 +71,7 @@ def take_files(
         if identity != (file.size, file.mtime_ns, file.device, file.inode):
             raise SourceChangedError(
                 f"{file.path}: the file changed while it was packaged",
-                hint="package again once nothing writes to it any more",
+                hint="wait for its writer to finish, and package again",
             )
         return digest
 

@@ -68,11 +68,11 @@ class BytesSource:
 
     def resolve(self, name: str) -> Descriptor:
         """Raise `NotFoundError`: there are none."""
-        raise NotFoundError(f"there is no manifest {name} here")
+        raise NotFoundError(f"no such manifest: {name}")
 
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
         """Raise `NotFoundError`: there are none."""
-        raise NotFoundError(f"there is no manifest {descriptor.digest} here")
+        raise NotFoundError(f"no such manifest: {descriptor.digest}")
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
         """Return the blob to read from; one that was made elsewhere has to be there already."""
@@ -115,11 +115,11 @@ class AttachedFiles:
 
     def resolve(self, name: str) -> Descriptor:
         """Raise `NotFoundError`: files are no manifests."""
-        raise NotFoundError(f"there is no manifest {name} among files")
+        raise NotFoundError(f"no such manifest: {name}")
 
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
         """Raise `NotFoundError`: files are no manifests."""
-        raise NotFoundError(f"there is no manifest {descriptor.digest} among files")
+        raise NotFoundError(f"no such manifest: {descriptor.digest}")
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
         """Return the file to read from."""
@@ -130,7 +130,7 @@ class AttachedFiles:
 def _hashed(path: Path, watch: Watch) -> tuple[Digest, int]:
     try:
         if not path.is_file():
-            raise PackagingError(f"{path}: is no file", hint="only files can be attached")
+            raise PackagingError(f"{path} is not a file", hint="attach files one by one")
         size = path.stat().st_size
 
         def seen(completed: int) -> None:
@@ -191,7 +191,7 @@ def attach(
     for file in given:
         _check_type(file.media_type, str(file.path))
     if not given and not annotations:
-        raise UsageError("nothing to attach", hint="name a file, or give an annotation")
+        raise UsageError("no files and no annotations to attach", hint="name a file")
     source = AttachedFiles.read([(file.path, file.media_type) for file in given], watch)
 
     def manifest_about(subject: Descriptor) -> Manifest:
@@ -263,7 +263,7 @@ def detach(
         descriptor = store.resolve(str(where.digest))
         raw = store.fetch_manifest(descriptor)
         if parse_manifest_or_index(raw, str(where)).subject is None:
-            raise UnsupportedError("has no subject, so it is attached to nothing", path=str(where))
+            raise UnsupportedError("is not a referrer: it has no subject", path=str(where))
         store.remove(str(where.digest))
         return where.digest
     options = remote or RemoteOptions()
@@ -278,7 +278,7 @@ def _check_type(media_type: str, what: str) -> None:
     except ManifestError as error:
         raise UsageError(str(error)) from None
     if media_type == media_types.OCI_EMPTY:
-        raise UsageError(f"{what}: {media_type} stands for nothing", hint="choose a type")
+        raise UsageError(f"{what} cannot be {media_type}", hint="choose another media type")
 
 
 def _subject_named(where: Reference) -> str:

@@ -122,7 +122,7 @@ class _Places:
         if name not in self._open:
             if name.startswith(f"{HUB_REGISTRY}/"):
                 raise UnsupportedError(
-                    f"{name} is on the Hugging Face Hub, which finds nothing by digest",
+                    f"cannot fetch from {name}: the Hugging Face Hub has no digests",
                     hint="pull the model again",
                 )
             opened = open_repository(Reference.parse(name), self._options, self._watch)
@@ -136,8 +136,8 @@ def _restore(
     """Have the blob from the first place that gives it; raise what the last one said."""
     descriptor = want.descriptor
     error: ModelpackError = NotFoundError(
-        f"{descriptor.digest}: nobody knows which registry it came from",
-        hint="name one: --from REFERENCE",
+        f"{descriptor.digest}: unknown origin",
+        hint="give --from REFERENCE",
     )
     for name in names:
         try:

@@ -53,9 +53,9 @@ class Selection:
         kept = tuple(file for file in files if not self._is_excluded(file))
         if files and not kept:
             raise NotFoundError(
-                f"{model.reference or model.digest}: nothing is left after excluding "
+                f"{model.reference or model.digest}: no files left after excluding "
                 + ", ".join(map(repr, self.exclude)),
-                hint="`modelpack inspect --remote` lists its files",
+                hint="run `modelpack inspect --remote` to list its files",
             )
         return kept
 

@@ -117,7 +117,7 @@ def verify(
     """
     where = Reference.parse(reference) if isinstance(reference, str) else reference
     if not keys:
-        raise UsageError("there is no key to verify with")
+        raise UsageError("expected at least one key")
     watch = watching(None, stop)
     with opened_model(where, store, remote, watch) as (place, model):
         tagged = store is None

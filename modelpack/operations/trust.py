@@ -64,8 +64,8 @@ def check_stored(
     names = (model.reference.name,) if model.reference is not None else places
     if not names:
         raise UntrustedError(
-            f"{model.digest}: has no name, so no rule says who has to sign it",
-            hint="give it a name: `modelpack tag`",
+            f"{model.digest}: has no name, so no rule of the policy applies to it",
+            hint="name it with `modelpack tag`",
         )
     rules = [rule for name in names for rule in trust.rules(name) if rule.threshold]
     if not rules:
@@ -213,7 +213,7 @@ def _require(rules: Sequence[Rule], found: Findings, what: str) -> None:
         names = " or ".join(one.name for one in rule.publishers)
         wanted = f"{rule.threshold} of {names}" if rule.threshold > 1 else names
         others = [
-            f"a rule takes no signatures of the format {one.kind}"
+            f"a rule does not accept signatures of the format {one.kind}"
             for one in found.signatures
             if one.kind not in rule.formats
         ]
@@ -223,5 +223,5 @@ def _require(rules: Sequence[Rule], found: Findings, what: str) -> None:
             f"{what}: is not signed by {wanted}: {why}",
             expected=f"a signature by {wanted}",
             got=why,
-            hint="`modelpack sign` signs a model; `modelpack verify` says who did",
+            hint="sign it with `modelpack sign`, or check its signatures with `modelpack verify`",
         )

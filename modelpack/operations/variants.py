@@ -158,15 +158,16 @@ def choose_variant(
     if name is not None:
         named = [variant for variant in variants if variant.name == name]
         if not named:
-            raise NotFoundError(f"{what}: no variant {name!r}; there is: {_listed(variants)}")
+            raise NotFoundError(f"{what}: no variant {name!r}; available: {_listed(variants)}")
         return ChosenVariant(named[0], "as asked for")
     machine = machine or Machine.here()
     usable = [variant for variant in variants if _runs(variant, machine)]
     if not usable:
         wanted = f" by {machine.backend}" if machine.backend else ""
         raise UnsupportedError(
-            f"{what}: no variant runs on {machine.platform}{wanted}; there is: {_listed(variants)}",
-            hint="--variant NAME takes one nevertheless",
+            f"{what}: no variant runs on {machine.platform}{wanted}; "
+            f"available: {_listed(variants)}",
+            hint="give --variant NAME to select one anyway",
         )
     room = machine.room
     fitting = [v for v in usable if room is None or v.size is None or v.size <= room]
@@ -209,8 +210,8 @@ def fetch_variant(
         document = Manifest.parse(raw, what)
     elif options.variant is not None:
         raise UnsupportedError(
-            f"{what} is one model, not several variants, so there is no {options.variant!r}",
-            hint="leave --variant out",
+            f"{what} has no variant {options.variant!r}: it is a single model, not an index",
+            hint="leave out --variant",
         )
     document.check_is_model(what)
     return descriptor, document
@@ -248,4 +249,4 @@ def _listed(variants: Iterable[Variant]) -> str:
         variant.name + (f" ({variant.descriptor.platform})" if variant.descriptor.platform else "")
         for variant in variants
     ]
-    return ", ".join(shown[:20]) or "nothing"
+    return ", ".join(shown[:20]) or "none"

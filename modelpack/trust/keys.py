@@ -219,7 +219,7 @@ def parse_public_key(pem: bytes, name: str) -> PublicKey:
         raise FormatError(
             "is a private key, expected a public one",
             path=name,
-            hint="a private key stays with who signs: give others the .pub beside it",
+            hint="use the .pub file of the pair; keep the private key secret",
         )
     try:
         key = load_pem_public_key(pem)
@@ -242,8 +242,8 @@ def read_private_key(path: Path | str, password: bytes | None = None) -> Private
     encrypted = is_sealed(pem) or b"ENCRYPTED" in pem
     if encrypted and password is None:
         raise PasswordNeededError(
-            f"{name}: is encrypted, and there is no password",
-            hint="put it into the environment as COSIGN_PASSWORD",
+            f"{name}: is encrypted, and no password was given",
+            hint="set COSIGN_PASSWORD in the environment",
         )
     try:
         if is_sealed(pem):

@@ -167,15 +167,17 @@ def _rule(entry: Any, publishers: dict[str, Publisher], where: str) -> Rule:
     models = _texts(entry, "models", where)
     accept = entry.get("accept", False)
     if not isinstance(accept, bool):
-        raise FormatError("accept is not true or false", path=where)
+        raise FormatError("accept: expected true or false", path=where)
     if accept:
         if entry.keys() & {"publishers", "threshold", "formats"}:
-            raise FormatError("accepts everything, and names publishers or formats", path=where)
+            raise FormatError(
+                "accept = true cannot be combined with publishers, threshold or formats", path=where
+            )
         return Rule(models, (), 0)
     named = _texts(entry, "publishers", where)
     unknown = [name for name in named if name not in publishers]
     if unknown:
-        raise FormatError(f"there is no publisher {unknown[0]!r}", path=where)
+        raise FormatError(f"no such publisher: {unknown[0]!r}", path=where)
     threshold = entry.get("threshold", 1)
     if type(threshold) is not int or not 1 <= threshold <= len(set(named)):
         raise FormatError(
@@ -206,7 +208,7 @@ def _problem_of(pattern: str) -> str:
     if _IPV6.match(host):
         return f"'[' begins a set of characters: write [[]{pattern[1:]}"
     if ":" in path or "@" in path:
-        return "a rule is about repositories, which have no tag and no digest"
+        return "rules match repositories, without tag and digest"
     if not slash and "*" not in pattern:
         return "write registry/repository"
     if not slash or set(host) & set("*?["):
@@ -214,8 +216,8 @@ def _problem_of(pattern: str) -> str:
     try:
         registry = Reference.parse(f"{host}/a/a").registry
     except InvalidReferenceError:
-        return f"{host!r} is no registry"
-    return "" if registry == host else f"names are in full, and begin with {registry}/"
+        return f"{host!r} is not a registry"
+    return "" if registry == host else f"full names begin with {registry}/"
 
 
 def _formats(entry: dict[str, Any], where: str) -> tuple[SignatureKind, ...]:

@@ -111,7 +111,7 @@ def test_a_server_that_is_no_model_server_is_none(tmp_path: Path) -> None:
 def test_plugins_replace_only_our_own(tmp_path: Path) -> None:
     theirs = tmp_path / "docker-model"
     theirs.write_bytes(b"\x7fELF\xff")
-    with pytest.raises(ConflictError, match="docker-model is there already"):
+    with pytest.raises(ConflictError, match="docker-model exists and is not from modelpack"):
         install_plugins(["docker-modelpack", "docker-model"], tmp_path)
     assert not (tmp_path / "docker-modelpack").exists()
     install_plugins(["docker-model"], tmp_path, force=True)

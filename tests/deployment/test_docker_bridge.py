@@ -57,7 +57,7 @@ def test_no_address(docker: Path, interface: str) -> None:
 
 def test_no_docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ModelpackError, match="`docker info` cannot be run"):
+    with pytest.raises(ModelpackError, match="cannot run `docker info`"):
         container_host()
 
 

@@ -198,8 +198,8 @@ def test_json_is_a_list(published: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--name", "Tiny"), "'Tiny' is none of Kubernetes"),
-        (("--namespace", "a_b"), "'a_b' is none of Kubernetes"),
+        (("--name", "Tiny"), "'Tiny' is not a valid Kubernetes name"),
+        (("--namespace", "a_b"), "'a_b' is not a valid Kubernetes name"),
         (("--engine", "modelpack", "--model-image", IMAGE), "not from an image volume"),
         (("--gpus", "0"), "need a GPU"),
         (("--gpu-memory", "many"), "many"),

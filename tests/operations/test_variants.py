@@ -79,9 +79,9 @@ def test_what_a_machine_takes(
 @pytest.mark.parametrize(
     ("entries", "machine", "said"),
     [
-        (BOUND, Machine("windows/amd64"), "on windows/amd64; there is: mac (darwin/arm64), intel"),
-        (ALL[:2], Machine("linux/amd64", backend="vllm"), "on linux/amd64 by vllm; there is: q4"),
-        ((), CPU, "there is: nothing"),
+        (BOUND, Machine("windows/amd64"), "on windows/amd64; available: mac (darwin/arm64), intel"),
+        (ALL[:2], Machine("linux/amd64", backend="vllm"), "on linux/amd64 by vllm; available: q4"),
+        ((), CPU, "available: none"),
     ],
 )
 def test_nothing_to_take(entries: tuple[Descriptor, ...], machine: Machine, said: str) -> None:
@@ -93,7 +93,7 @@ def test_nothing_to_take(entries: tuple[Descriptor, ...], machine: Machine, said
 def test_a_name_wins_over_the_machine() -> None:
     chosen = choose_variant(Index.build(BOUND), "x", name="mac", machine=CPU)
     assert chosen.variant.name == "mac"
-    with pytest.raises(errors.NotFoundError, match=r"no variant 'q2'; there is: mac"):
+    with pytest.raises(errors.NotFoundError, match=r"no variant 'q2'; available: mac"):
         choose_variant(Index.build(BOUND), "x", name="q2")
 
 
@@ -267,7 +267,7 @@ def test_wrong_indexes(
 
 
 def test_a_model_without_variants_has_none(models: modelpack.Store) -> None:
-    with pytest.raises(errors.UnsupportedError, match="is one model, not several variants"):
+    with pytest.raises(errors.UnsupportedError, match="is a single model, not an index"):
         modelpack.resolve("x/gguf:v1", store=models, remote=RemoteOptions(variant="mlx"))
     result = command("index", "show", "x/gguf:v1", "--store", models.root)
     assert "is a single model" in result.err

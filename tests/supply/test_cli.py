@@ -47,7 +47,7 @@ def test_without_a_password(
     published: Published, keys: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["sign", published.reference, "--key", str(keys / "ours.key")]) == 1
-    assert "put it into the environment as COSIGN_PASSWORD" in capsys.readouterr().err
+    assert "set COSIGN_PASSWORD in the environment" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
