@@ -12,17 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING
 
 from modelpack_engine.core.block_manager import BlockManager
 from modelpack_engine.core.buckets import EXACT, Buckets, round_down
 from modelpack_engine.core.sequence import Sequence, SequenceStatus
 from modelpack_engine.errors import ContextLengthError, EngineError, QueueFullError, RequestError
 from modelpack_engine.outputs import EngineStats, FinishReason
-
-if TYPE_CHECKING:
-    from modelpack_engine.core.block_manager import BlockManager
-    from modelpack_engine.core.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +127,7 @@ class SchedulerOutput:
 
 
 #: What each sequence may go on with.
-Proposed = Mapping["Sequence", Tokens[int]]
+Proposed = Mapping[Sequence, Tokens[int]]
 
 
 def fit_proposals(
@@ -254,9 +249,6 @@ class WaitingQueue:
 
 def _of_first(queue: list[Sequence]) -> tuple[int, int]:
     return queue[0].priority, queue[0].seq_id
-
-
-__all__ = ["PrefillChunk", "Scheduler", "SchedulerConfig", "SchedulerOutput"]
 
 
 class Scheduler:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,9 +33,6 @@ from modelpack_engine.kernels import TILE_ROWS, Tiles
 from modelpack_engine.platform.memory import Staging
 from modelpack_engine.runner.adapted import Adapted
 from modelpack_engine.runner.model_layout import ModelLayout
-
-if TYPE_CHECKING:
-    from modelpack_engine.core.batch import StepBatch
 
 #: Tokens of the longest context of a prompt whose rows are taken one by one.
 LONGEST_PROMPT = 1024
