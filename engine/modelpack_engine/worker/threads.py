@@ -37,7 +37,7 @@ class Cancellation:
             if self._end is not None:
                 self._end()
 
-    def ends_by(self, end: Callable[[], object] | None) -> None:
+    def set_end(self, end: Callable[[], object] | None) -> None:
         """Set the function that ends the running work, or None if nothing runs."""
         with self._lock:
             self._end = end
@@ -46,7 +46,7 @@ class Cancellation:
 
 
 #: The cancellation of the current thread's work.
-current: contextvars.ContextVar[Cancellation | None] = contextvars.ContextVar(
+current_cancellation: contextvars.ContextVar[Cancellation | None] = contextvars.ContextVar(
     "cancellation", default=None
 )
 
@@ -63,7 +63,7 @@ async def in_executor(threads: ThreadPoolExecutor, function: Callable[[], T]) ->
     """Return what `function` returns, as `in_thread` does, called in one of `threads`."""
     cancellation = Cancellation()
     context = contextvars.copy_context()
-    context.run(current.set, cancellation)
+    context.run(current_cancellation.set, cancellation)
     call = functools.partial(context.run, function)
     try:
         return await asyncio.get_running_loop().run_in_executor(threads, call)

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from modelpack_engine.errors import QueueFullError, RequestError
-from modelpack_engine.worker import threads as cancelling
 from modelpack_engine.worker.process import (
     WorkerDiedError,
     WorkerProcess,
     WorkerTimeoutError,
     encoded,
 )
+from modelpack_engine.worker.threads import Cancellation, current_cancellation
 
 #: Bytes of address space of a worker that renders.
 MAX_MEMORY = 1024 * 1024 * 1024
@@ -54,9 +54,9 @@ class Workers:
         and `QueueFullError` if too many wait.
         """
         message = encoded({**job, "seconds": seconds})
-        cancellation = cancelling.current.get() or cancelling.Cancellation()
+        cancellation = current_cancellation.get() or Cancellation()
         with self._worker(key, cancellation) as worker:
-            cancellation.ends_by(worker.kill)
+            cancellation.set_end(worker.kill)
             try:
                 answer = json.loads(worker.call(message, seconds + _GRACE))
             except WorkerTimeoutError:
@@ -70,7 +70,7 @@ class Workers:
                 worker.kill()  # its response would go to the next caller
                 raise
             finally:
-                cancellation.ends_by(None)
+                cancellation.set_end(None)
             if answer["last"]:
                 worker.kill()
         if "error" in answer:
@@ -88,7 +88,7 @@ class Workers:
                     busy.kill()
 
     @contextmanager
-    def _worker(self, key: str, cancellation: cancelling.Cancellation) -> Iterator[WorkerProcess]:
+    def _worker(self, key: str, cancellation: Cancellation) -> Iterator[WorkerProcess]:
         self._enter(key, cancellation)
         worker = None
         try:
@@ -106,9 +106,9 @@ class Workers:
                     self._idle.append(worker)
                 self._changed.notify_all()
 
-    def _enter(self, key: str, cancellation: cancelling.Cancellation) -> None:
+    def _enter(self, key: str, cancellation: Cancellation) -> None:
         """Wait until a worker may be taken for `key`."""
-        cancellation.ends_by(self._wake)
+        cancellation.set_end(self._wake)
         with self._changed:
             if self._must_wait(key) and self._waiters >= self._waiting:
                 raise QueueFullError(
