@@ -1,7 +1,7 @@
-"""Which requests of browsers a server takes: by their `Host` header, and by whose page sent them.
+"""Checks of `Host` and `Origin`: which requests of browsers a server accepts.
 
-A page whose host name is made to point at a server's address (DNS rebinding) speaks to that server
-with its own name in `Host`, whatever address the server listens on.
+With DNS rebinding, a page points its own host name at a server's address; its requests then have
+that name in `Host`, whatever address the server listens on.
 """
 
 from __future__ import annotations

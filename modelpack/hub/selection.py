@@ -1,7 +1,8 @@
-"""Which quantisation a GGUF file of the hub is, by its name.
+"""Selection of files on the hub: the quantisation in a GGUF file's name, and the files to pull.
 
-Names are by convention: `Model-Q4_K_M.gguf`, `model.q8_0.gguf`, `BF16/model-00001-of-00003.gguf`,
-`Model-UD-Q4_K_XL-00001-of-00002.gguf`. A label is matched whole: `Q4_K` is not `Q4_K_M`.
+Names follow conventions: `Model-Q4_K_M.gguf`, `model.q8_0.gguf`,
+`BF16/model-00001-of-00003.gguf`, `Model-UD-Q4_K_XL-00001-of-00002.gguf`. A label matches as a
+whole: `Q4_K` does not match `Q4_K_M`.
 """
 
 from __future__ import annotations

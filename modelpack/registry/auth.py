@@ -1,8 +1,8 @@
-"""Bearer tokens: bought from a token server by scope, kept until shortly before they end.
+"""RegistryAuthenticator: Basic credentials or bearer tokens for the requests to one registry.
 
-Sources: Docker's token authentication and OAuth 2 specifications of distribution. A token is kept
-by its server, what bought it and the scopes that were asked for, of the one host that the cache is
-for; threads that need the same one wait for one request.
+A bearer token comes from the token server that the registry's challenge names. `Tokens` caches it
+by token server, credential and scopes until shortly before it expires; threads that need the same
+token share one request. Sources: distribution's token authentication and OAuth 2 specifications.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class RegistryAuthenticator:
             return header
         names = ", ".join(offered) or "none"
         raise AuthError(
-            f"{self._host} wants credentials of a kind that is not supported: {names[:100]}",
+            f"{self._host} requires an unsupported kind of credentials: {names[:100]}",
             host=self._host,
             status_code=401,
         )
@@ -278,7 +278,7 @@ class RegistryAuthenticator:
         credential = self._find_credential()
         if credential and credential.registry_token:
             if not TOKEN.match(credential.registry_token):
-                raise AuthError(f"the token from {credential.source} is none", host=self._host)
+                raise AuthError(f"{credential.source} holds no valid bearer token", host=self._host)
             header = f"Bearer {credential.registry_token}"
         else:
             try:
@@ -305,9 +305,9 @@ class RegistryAuthenticator:
             allowed or (self._plain_http and is_loopback(origin.netloc))
         ):
             raise AuthError(
-                f"{what} is plain http on {origin.netloc}; no credentials are sent there",
+                f"{what} is plain http on {origin.netloc}: no credentials are sent to it",
                 host=self._host,
-                hint=f"--insecure {origin.netloc} allows it, if that is the network's business",
+                hint=f"--insecure {origin.netloc} allows it; use it only on a network you trust",
             )
         return url
 

@@ -1,7 +1,7 @@
-"""Scopes: what a bearer token allows, as Docker's token specification spells it.
+"""Challenges and scopes: the parsers of `WWW-Authenticate` (RFC 9110) and of token scopes.
 
-`repository:team/model:pull,push` is the set of two pairs, so that "is this token enough" is a
-subset test and several requirements are a union.
+`repository:team/model:pull,push` becomes a set of two (resource, action) pairs. Whether a token
+covers a request is then a subset test, and combined requirements are a union.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
-"""BlobStream: a blob as a stream that reconnects where it was cut off.
+"""Blob downloads: a stream that resumes by ranges, and segments over several connections.
 
-distribution-spec "Pulling blobs" and RFC 9110 section 14 (ranges). Bytes are counted here and
-verified by whoever reads them; a stream never yields more than its descriptor's size.
-
-Each connection asks the registry anew where the blob is, because the address that it redirects to
-may have run out. No `If-Range` goes along: a digest names the same bytes for ever, while replicas
-of one storage disagree about ETags; a wrong byte shows when all are verified.
+A resumed download sends no `If-Range`: a digest always names the same bytes, while replicas of one
+storage may disagree about ETags. A wrong byte is detected when the whole blob is verified.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""What an upload sends: a blob's bytes, hashed and counted on their way, from any offset on."""
+"""Blob uploads: the upload session, its retries and chunks, and the verified content that it sends.
+
+distribution-spec "Pushing blobs". `Upload` skips existing blobs, resumes after a failure where the
+registry reports how much it has, and sends chunks if the registry or the user requires them.
+"""
 
 from __future__ import annotations
 

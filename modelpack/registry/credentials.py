@@ -1,6 +1,6 @@
-"""Credentials: what proves to a registry who asks, and the sources that hold them in the process.
+"""Credentials for a registry, and the sources that hold them in the process or its environment.
 
-Files and helper programs are the subject of `dockerconfig`; `chain` puts all sources in order.
+`docker_config` reads files and credential helpers, and combines all sources.
 """
 
 from __future__ import annotations

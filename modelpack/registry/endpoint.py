@@ -1,4 +1,4 @@
-"""Endpoint: the URLs of one repository, as distribution-spec lays them out."""
+"""Endpoint: the URLs, scopes and labels of one repository, as distribution-spec defines them."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from modelpack.registry.http_errors import (
 )
 from modelpack.registry.limits import BlobOptions, Timeouts
 from modelpack.registry.retry import FailedTry, Retries, RetryPolicy
-from modelpack.registry.sockets import Inflow, PatientAdapter, waiting
+from modelpack.registry.sockets import Inflow, InterruptibleAdapter, waiting
 from modelpack.registry.tls import TlsContexts, TlsOptions
 from modelpack.registry.urls import Origin, is_loopback, joined_url, origin_of
 
@@ -152,7 +152,7 @@ class HttpClient:
         #: Connections for segments of blobs, besides the one that each blob has.
         self.segment_slots = threading.BoundedSemaphore(max(1, blobs.connections - 1))
         self._reach = Reach(origin.host, tls.allow_private)
-        self._adapter = PatientAdapter(TlsContexts(tls, origin.netloc), self._reach)
+        self._adapter = InterruptibleAdapter(TlsContexts(tls, origin.netloc), self._reach)
         self._authenticator = authenticator(self._request_token)
 
     def close(self) -> None:

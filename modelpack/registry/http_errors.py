@@ -1,7 +1,7 @@
-"""From what HTTP and the network say to the errors of Modelpack.
+"""Translation of failed responses and of network exceptions to the errors of Modelpack.
 
-Every exception of requests, urllib3, ssl and the sockets is translated here, and every answer that
-is no success. What a server wrote is shown shortened and without control characters.
+It covers every exception of requests, urllib3, ssl and sockets. Text of a server is shown shortened
+and without control characters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Log in to a registry: check a password there and keep it in Docker's config file."""
+"""Login and logout: check credentials against a registry and store them in Docker's config file."""
 
 from __future__ import annotations
 

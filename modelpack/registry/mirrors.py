@@ -1,13 +1,13 @@
-"""The file that says which registries have mirrors, or are not to be spoken to.
+"""registries.toml: which registries have mirrors, and which are blocked.
 
-The form is that of containers-registries.conf(5), version 2, as far as it is about mirrors::
+The format is that of containers-registries.conf(5), version 2, limited to mirrors::
 
     [[registry]]
     prefix = "docker.io/ai"            # or "registry.example", or "*.example"
 
     [[registry.mirror]]
     location = "mirror.lan:5000/hub"   # docker.io/ai/smol is mirror.lan:5000/hub/smol
-    pull-from-mirror = "digest-only"   # or "tag-only", or "all", which it is otherwise
+    pull-from-mirror = "digest-only"   # or "tag-only"; default: "all"
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The repositories of a registry: `GET /v2/_catalog`.
+"""Registry and Repository: manifests, tags and blobs of a registry, also read through mirrors.
 
-The distribution-spec has no such list; it is Docker's, and large registries answer it to few.
+These are the classes that the operations use; `manifests`, `referrers`, `blob_download` and
+`blob_upload` make the requests of one `Endpoint`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""urllib3's own log, without what a query may hold: a signature, or the state of an upload."""
+"""Sockets of the HTTP client: interruptible, with limits on a peer's time, speed and bytes.
+
+`InterruptibleAdapter` makes requests and urllib3 use them. A filter removes queries from the log of
+urllib3, because a query may be a signature or the state of an upload.
+"""
 
 from __future__ import annotations
 
@@ -135,7 +139,7 @@ def waiting(stop: Stop, send_limit: float, inflow: Inflow | None = None) -> Iter
         _waiting.stop, _waiting.send_limit, _waiting.inflow = outer
 
 
-class PatientSocket(socket.socket):
+class InterruptibleSocket(socket.socket):
     """A socket whose blocking calls end early for a stop."""
 
     _limit: float | None = None
@@ -194,7 +198,7 @@ class PatientSocket(socket.socket):
                 _check(deadline)
 
 
-class PatientSSLSocket(PatientSocket, ssl.SSLSocket):
+class InterruptibleSSLSocket(InterruptibleSocket, ssl.SSLSocket):
     """The same for TLS: OpenSSL takes up a read, a write or a handshake where it timed out."""
 
     def do_handshake(self, block: bool = False) -> None:
@@ -262,7 +266,7 @@ class _Connecting(HTTPConnection):
                 except RegistryError as error:
                     refused = error
                     continue
-            sock = PatientSocket(family, kind, protocol)
+            sock = InterruptibleSocket(family, kind, protocol)
             try:
                 for option in self.socket_options or ():
                     sock.setsockopt(*option)
@@ -292,7 +296,7 @@ class _TlsConnection(_Connecting, HTTPSConnection):
     def connect(self) -> None:
         host, port = self._tunnel_host or self.host, self._tunnel_port or self.port
         context = self.contexts.context(Origin("https", host.strip("[]"), port).netloc)
-        context.sslsocket_class = PatientSSLSocket
+        context.sslsocket_class = InterruptibleSSLSocket
         self.ssl_context, self.cert_reqs = context, context.verify_mode
         super().connect()
         # Where nothing is verified, the user has said so: no need for urllib3 to warn each time.
@@ -317,7 +321,7 @@ def _pools(contexts: TlsContexts, reach: Reach) -> dict[str, type[HTTPConnection
     return {"http": PlainPool, "https": TlsPool}
 
 
-class PatientAdapter(HTTPAdapter):
+class InterruptibleAdapter(HTTPAdapter):
     """Makes a requests session use these sockets, directly and through an HTTP proxy."""
 
     def __init__(self, contexts: TlsContexts, reach: Reach) -> None:

@@ -1,7 +1,7 @@
-"""Whom https trusts, and how we show who we are: certificate authorities and client certificates.
+"""TLS: the trusted certificate authorities and the client certificates for each host.
 
-The directories are Docker's and podman's: `certs.d/<host[:port]>/` with `*.crt` (authorities) and
-`*.cert` with `*.key` (a client certificate), see containers-certs.d(5).
+The directories are those of Docker and podman: `certs.d/<host[:port]>/` with `*.crt` (authorities)
+and `*.cert` with `*.key` (a client certificate), see containers-certs.d(5).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which host a registry's name stands for, and how it is spoken to."""
+"""URLs and hosts: which host answers for a registry's name, and which URLs are safe to request."""
 
 from __future__ import annotations
 

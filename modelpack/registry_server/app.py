@@ -1,8 +1,8 @@
-"""HostGuard: the registry takes no requests that pages of other sites make a browser send.
+"""The ASGI application of the embedded registry: routes, middleware and the guard on hosts.
 
-A page whose host name is made to point at this server (DNS rebinding) speaks to it with its own
-name in `Host`; a page that posts a form across origins sends `Origin`, and browsers tell of every
-request whether it is for another site's page. No registry client does any of that.
+`HostGuard` rejects requests that a page of another site makes a browser send. With DNS rebinding,
+such a request has the page's host in `Host`; a form posted across origins has an `Origin`, and
+browsers mark cross-site requests. Registry clients send none of these.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a request to the registry needs to be allowed: scopes, as tokens name them."""
+"""Authentication of the embedded registry: htpasswd users, bearer tokens and required scopes."""
 
 from __future__ import annotations
 

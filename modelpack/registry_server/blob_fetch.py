@@ -1,4 +1,7 @@
-"""Byte ranges: `Range` of a download (RFC 9110, section 14) and `Content-Range` of a chunk."""
+"""Blob downloads through the cache: byte ranges, and clients that read while a fetch is running.
+
+`Range` of a download is RFC 9110, section 14; `Content-Range` of a chunk is distribution-spec.
+"""
 
 from __future__ import annotations
 

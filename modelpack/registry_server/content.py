@@ -1,9 +1,8 @@
-"""Which manifests and tags each repository has, as `index.json` tells.
+"""The manifests and tags of each repository, kept in the store's `index.json`.
 
-A tag is an entry with a full reference as its name. A manifest that a client pushed by digest, or
-whose last tag went elsewhere, stays pullable by its digest: an entry says so with the annotation
-`org.modelpack.repository`. An entry may have a name and the annotation; then it is in both
-repositories.
+A tag is an entry whose name is a full reference. A manifest without a tag, pushed by digest or
+left by a tag that moved, has an entry with the annotation `org.modelpack.repository` and stays
+pullable by digest. An entry with both a name and the annotation is in both repositories.
 """
 
 from __future__ import annotations

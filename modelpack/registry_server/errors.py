@@ -1,4 +1,4 @@
-"""Error answers of distribution-spec 1.1 ("Error Codes")."""
+"""Error responses of distribution-spec 1.1 ("Error Codes")."""
 
 from __future__ import annotations
 

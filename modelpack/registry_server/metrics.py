@@ -1,4 +1,4 @@
-"""GET /metrics: what the registry did, in Prometheus's text format."""
+"""GET /metrics: counters of the embedded registry in Prometheus's text format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was asked and answered, told to whoever runs the server."""
+"""RequestRecord: one request and its response, reported to a callback of the server's owner."""
 
 from __future__ import annotations
 

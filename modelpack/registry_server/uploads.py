@@ -1,4 +1,4 @@
-"""What one client may take of a registry: sizes, sessions and room on the disk."""
+"""Blob uploads of the embedded registry: sessions, chunks, mounts, and the limits of one client."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_a_challenge_that_is_not_understood(
     registry: FaultyRegistry, client: Client, challenge: str
 ) -> None:
     registry.faults.add("*", "", faults.answering(401, WWW_Authenticate=challenge), times=None)
-    with pytest.raises(AuthError, match="not supported"):
+    with pytest.raises(AuthError, match="unsupported kind"):
         client.repository.resolve("v1")
 
 

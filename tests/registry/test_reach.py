@@ -16,7 +16,7 @@ from modelpack.registry.addresses import ALLOW_PRIVATE, Scope, literal_scope, sc
 from modelpack.registry.auth import RegistryAuthenticator
 from modelpack.registry.auth_challenge import NOTHING
 from modelpack.registry.credentials import Credential
-from modelpack.registry.sockets import PatientSocket
+from modelpack.registry.sockets import InterruptibleSocket
 from tests.registry import faults
 from tests.registry.faulty import FaultyRegistry
 from tests.registry.sources import Client, Connect, manifest_for, read_all
@@ -31,7 +31,7 @@ Answers = dict[str, Iterable[list[str]]]
 def dns(monkeypatch: pytest.MonkeyPatch) -> Answers:
     """What names mean, look-up by look-up; all these addresses are this machine."""
     answers: Answers = {}
-    real_lookup, real_connect = socket.getaddrinfo, PatientSocket.connect
+    real_lookup, real_connect = socket.getaddrinfo, InterruptibleSocket.connect
 
     def look_up(host: str, port: int, **options: Any) -> list[Any]:
         if host not in answers:
@@ -42,11 +42,11 @@ def dns(monkeypatch: pytest.MonkeyPatch) -> Answers:
             for address in next(answers[host])
         ]
 
-    def connect(self: PatientSocket, address: Any) -> None:
+    def connect(self: InterruptibleSocket, address: Any) -> None:
         real_connect(self, ("127.0.0.1", address[1]) if ":" not in address[0] else address)
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    monkeypatch.setattr(PatientSocket, "connect", connect)
+    monkeypatch.setattr(InterruptibleSocket, "connect", connect)
     return answers
 
 

@@ -18,7 +18,7 @@ import pytest
 from modelpack.errors import InterruptedTransferError, RemoteTimeoutError, RemoteUnavailableError
 from modelpack.progress import Stop
 from modelpack.registry import Timeouts
-from modelpack.registry.sockets import PatientSocket, waiting
+from modelpack.registry.sockets import InterruptibleSocket, waiting
 from modelpack.storage import Outcome
 from tests.peers import require
 from tests.registry import faults
@@ -46,8 +46,8 @@ def stop_soon(stop: Stop, after: float = 0.1) -> Iterator[Callable[[], float]]:
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[PatientSocket, socket.socket]]:
-    with socket.create_server(("127.0.0.1", 0)) as server, PatientSocket() as ours:
+def pair() -> Iterator[tuple[InterruptibleSocket, socket.socket]]:
+    with socket.create_server(("127.0.0.1", 0)) as server, InterruptibleSocket() as ours:
         ours.settimeout(5)
         ours.connect(server.getsockname())
         theirs, _ = server.accept()
@@ -55,7 +55,7 @@ def pair() -> Iterator[tuple[PatientSocket, socket.socket]]:
             yield ours, theirs
 
 
-def test_bytes_go_both_ways(pair: tuple[PatientSocket, socket.socket]) -> None:
+def test_bytes_go_both_ways(pair: tuple[InterruptibleSocket, socket.socket]) -> None:
     ours, theirs = pair
     received = bytearray()
 
@@ -78,7 +78,7 @@ def test_bytes_go_both_ways(pair: tuple[PatientSocket, socket.socket]) -> None:
 
 
 def test_a_limit_longer_than_a_slice_is_kept(
-    pair: tuple[PatientSocket, socket.socket], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[InterruptibleSocket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modelpack.registry.sockets.SLICE", 0.02)
     ours, _ = pair
@@ -90,7 +90,7 @@ def test_a_limit_longer_than_a_slice_is_kept(
     assert 0.18 <= time.monotonic() - started < 2
 
 
-def test_sending_has_a_limit_of_its_own(pair: tuple[PatientSocket, socket.socket]) -> None:
+def test_sending_has_a_limit_of_its_own(pair: tuple[InterruptibleSocket, socket.socket]) -> None:
     ours, _ = pair
     with waiting(Stop(), send_limit=0.1), pytest.raises(TimeoutError):
         ours.sendall(bytes(50_000_000))
@@ -98,7 +98,7 @@ def test_sending_has_a_limit_of_its_own(pair: tuple[PatientSocket, socket.socket
 
 @pytest.mark.parametrize("sending", [False, True])
 def test_a_stop_ends_a_blocked_call(
-    pair: tuple[PatientSocket, socket.socket], sending: bool
+    pair: tuple[InterruptibleSocket, socket.socket], sending: bool
 ) -> None:
     ours, _ = pair
     ours.settimeout(60)
@@ -120,12 +120,12 @@ def test_a_stop_ends_a_connection_that_is_not_answered() -> None:
             for filler in fillers:
                 filler.setblocking(False)
                 filler.connect_ex(server.getsockname())
-            with PatientSocket() as ours, waiting(stop, 60), stop_soon(stop) as ago:
+            with InterruptibleSocket() as ours, waiting(stop, 60), stop_soon(stop) as ago:
                 ours.settimeout(30)
                 with pytest.raises(InterruptedTransferError):
                     ours.connect(server.getsockname())
             assert ago() < 1
-            with PatientSocket() as ours:
+            with InterruptibleSocket() as ours:
                 ours.settimeout(0.1)
                 with pytest.raises(TimeoutError):
                     ours.connect(server.getsockname())
@@ -158,7 +158,7 @@ def test_a_name_that_is_looked_up_for_too_long(
 
 
 def test_a_refused_connection_says_so() -> None:
-    with socket.socket() as unused, PatientSocket() as ours:
+    with socket.socket() as unused, InterruptibleSocket() as ours:
         unused.bind(("127.0.0.1", 0))
         ours.settimeout(5)
         with pytest.raises(ConnectionRefusedError):
