@@ -111,7 +111,8 @@ def test_a_read_only_store_is_not_written_to(read_only: Path, words: str, tmp_pa
         failed = command_line("--store", read_only, *words.split())
     assert failed.code == 1, failed.out
     assert "Read-only file system" in failed.err
-    assert "hint: check who owns the store and whether its file system is writable" in failed.err
+    hint = "hint: check the owner of the store and whether its file system is writable"
+    assert hint in failed.err
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
