@@ -53,11 +53,12 @@ def host_of(text: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether `host` (a name or an address, without a port) stays on this machine."""
-    if host == "localhost":
+    """Return whether `host[:port]` can only be this machine (RFC 6761 for `localhost`)."""
+    name = host_of(host).rstrip(".")
+    if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
 

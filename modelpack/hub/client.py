@@ -22,6 +22,7 @@ from modelpack.errors import (
     RemoteUnavailableError,
     UsageError,
 )
+from modelpack.http.hosts import is_loopback
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.registry.auth_challenge import Scopes
 from modelpack.registry.http_client import HttpClient
@@ -29,7 +30,7 @@ from modelpack.registry.http_errors import shown
 from modelpack.registry.limits import BlobOptions, Timeouts
 from modelpack.registry.retry import RetryPolicy
 from modelpack.registry.tls import TlsOptions
-from modelpack.registry.urls import checked_url, is_loopback, origin_of
+from modelpack.registry.urls import checked_url, origin_of
 
 DEFAULT_ENDPOINT: Final = "https://huggingface.co"
 _TRUE: Final = frozenset({"1", "ON", "YES", "TRUE"})  # as huggingface_hub reads them

@@ -21,11 +21,12 @@ import requests
 
 from modelpack.artifacts.json_document import decode_object
 from modelpack.errors import AuthError, ManifestError
+from modelpack.http.hosts import is_loopback
 from modelpack.progress import Action, Progress, ProgressCallback
 from modelpack.registry.auth_challenge import Scopes, parse_challenges, parse_scopes, spelled
 from modelpack.registry.credentials import Credential, CredentialSource
 from modelpack.registry.http_client import TokenRequest
-from modelpack.registry.urls import api_host, checked_url, is_loopback, origin_of, with_query
+from modelpack.registry.urls import api_host, checked_url, origin_of, with_query
 
 _CLIENT_ID: Final = "modelpack"
 _DEFAULT_LIFE: Final = 60.0  # seconds, where the server names none (token specification)

@@ -23,6 +23,7 @@ from requests.utils import get_environ_proxies, select_proxy
 from modelpack._version import __version__
 from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
 from modelpack.errors import AuthError, RegistryError
+from modelpack.http.hosts import is_loopback
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.registry.addresses import Reach
 from modelpack.registry.auth_challenge import NOTHING, Scopes
@@ -36,7 +37,7 @@ from modelpack.registry.limits import BlobOptions, Timeouts
 from modelpack.registry.retry import FailedTry, Retries, RetryPolicy
 from modelpack.registry.sockets import Inflow, InterruptibleAdapter, waiting
 from modelpack.registry.tls import TlsContexts, TlsOptions
-from modelpack.registry.urls import Origin, is_loopback, joined_url, origin_of
+from modelpack.registry.urls import Origin, joined_url, origin_of
 
 MAX_REDIRECTS: Final = 10
 #: Bytes of a response besides its body: status lines, interim responses, headers and trailers.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from typing import Final, NamedTuple
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 from modelpack.errors import RegistryError
+from modelpack.http.hosts import is_loopback
 
 #: Names of Docker Hub in references, in Docker's config.json and on the wire.
 HUB_NAMES: Final = ("docker.io", "index.docker.io", "registry-1.docker.io")
@@ -20,17 +20,6 @@ def api_host(registry: str) -> str:
     return _HUB_API_HOST if registry in HUB_NAMES else registry
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether `host[:port]` can only be this machine (RFC 6761 for `localhost`)."""
-    name = _without_port(host).lower().rstrip(".")
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(name.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 def uses_plain_http(host: str, plain_http: bool | None = None) -> bool:
     """Return whether `host[:port]` is spoken to by http rather than https.
 
@@ -40,12 +29,6 @@ def uses_plain_http(host: str, plain_http: bool | None = None) -> bool:
     if plain_http is not None:
         return plain_http
     return is_loopback(host) or os.environ.get("INSECURE_REGISTRY", "").lower() in ("true", "1")
-
-
-def _without_port(host: str) -> str:
-    if host.startswith("["):
-        return host.partition("]")[0] + "]"
-    return host.partition(":")[0]
 
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}

@@ -5,12 +5,11 @@ A template that is the model's own, or empty, changes nothing and always passes.
 
 from __future__ import annotations
 
-from ipaddress import ip_address
-
 from fastapi import Request
 
 from modelpack.errors import DeniedError
 from modelpack_server.gateway.caller import caller_of
+from modelpack_server.gateway.forwarding import is_direct
 
 
 def check_request_template(request: Request, *, allowed: bool) -> None:
@@ -25,18 +24,8 @@ def check_request_template(request: Request, *, allowed: bool) -> None:
             hint="leave `template` out, or start the server with --allow-request-templates",
         )
     caller = caller_of(request.scope)
-    if caller.is_restricted or (caller.owner is None and not _is_local(request)):
+    if caller.is_restricted or (caller.owner is None and not is_direct(request.scope)):
         raise DeniedError(
             "the request has a chat template of its own, which only admins may send",
             hint="leave `template` out, or use a key that is not limited to some models",
         )
-
-
-def _is_local(request: Request) -> bool:
-    if "x-forwarded-for" in request.headers or "forwarded" in request.headers:
-        return False  # a proxy of this machine passed it on
-    host = request.client.host if request.client is not None else ""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:  # no address: a Unix socket, or an application called in its own process
-        return True
