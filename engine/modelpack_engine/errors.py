@@ -57,21 +57,21 @@ class ContextLengthError(RequestError):
 
 
 class QueueFullError(EngineError):
-    """The queue of waiting requests is full; `retry_after` is in seconds."""
+    """A queue of waiting requests is full; the client may retry after `retry_after` seconds."""
 
     exit_code = 7
 
-    def __init__(self, message: str, *, retry_after: float = 1.0, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, retry_after: float, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.retry_after = retry_after
 
 
 class LoadingError(EngineError):
-    """The model is being loaded, and the caller does not wait; `retry_after` is in seconds."""
+    """The model is not ready yet; the client may retry after `retry_after` seconds."""
 
     exit_code = 7
 
-    def __init__(self, message: str, *, retry_after: float = 1.0, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, retry_after: float, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.retry_after = retry_after
 

@@ -20,6 +20,10 @@ from modelpack_engine.errors import ContextLengthError, EngineError, QueueFullEr
 from modelpack_engine.outputs import EngineStats, FinishReason
 
 
+#: Seconds after which a request that found the queue full may be sent again (Retry-After).
+RETRY_AFTER = 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """Limits of the scheduler.
@@ -317,7 +321,9 @@ class Scheduler:
             )
         if len(self._waiting) + len(sequences) > config.max_waiting:
             raise QueueFullError(
-                f"{len(self._waiting)} sequences wait already, of at most {config.max_waiting}",
+                f"the queue is full: {len(self._waiting)} sequences wait, the limit is "
+                f"{config.max_waiting}",
+                retry_after=RETRY_AFTER,
                 hint="try again later",
             )
         num_cached = self._blocks.num_cached_tokens(first) if config.overtaking else 0

@@ -19,6 +19,8 @@ from modelpack_engine.worker.process import (
 )
 from modelpack_engine.worker.threads import Cancellation, current_cancellation
 
+#: Seconds after which a request that found the queue full may be sent again (Retry-After).
+RETRY_AFTER = 1.0
 #: Bytes of address space of a worker that renders.
 MAX_MEMORY = 1024 * 1024 * 1024
 
@@ -113,6 +115,7 @@ class Workers:
             if self._must_wait(key) and self._waiters >= self._waiting:
                 raise QueueFullError(
                     f"{self._waiters} requests wait for their chat template to be rendered",
+                    retry_after=RETRY_AFTER,
                     hint="try again later",
                 )
             self._waiters += 1

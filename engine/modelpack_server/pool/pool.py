@@ -45,6 +45,8 @@ _log = logging.getLogger(__name__)
 GRACE = 30.0
 #: Requests that wait for one model to be loaded.
 MAX_WAITING = 1024
+#: Seconds after which a request for a model that is not ready may be sent again (Retry-After).
+RETRY_AFTER = 1.0
 
 
 class ModelPool:
@@ -314,9 +316,11 @@ class ModelPool:
                 _log.error("the engine of %s is %s", entry.name, entry.engine.state)
                 await self._unload(entry, grace=0)
             if not wait:
-                raise LoadingError(f"the model{_named(entry)} is being loaded")
+                raise LoadingError(
+                    f"the model{_named(entry)} is being loaded", retry_after=RETRY_AFTER
+                )
             if self.is_closing:
-                raise LoadingError("the server is shutting down")
+                raise LoadingError("the server is shutting down", retry_after=RETRY_AFTER)
             if entry.state is ModelState.UNLOADED:
                 entry.state = ModelState.LOADING
                 entry.change = asyncio.create_task(self._load(entry))
@@ -447,7 +451,8 @@ class ModelPool:
     def _check_queue(self, entry: Entry) -> None:
         waiting = entry.waiting + entry.preloading
         if entry.state is not ModelState.READY and waiting >= self._max_waiting:
-            raise LoadingError(f"{waiting} requests wait for the model{_named(entry)}")
+            text = f"{waiting} requests wait for the model{_named(entry)}"
+            raise LoadingError(text, retry_after=RETRY_AFTER)
 
     def _left(self, entry: Entry, owner: str | None, keep_alive: float | None) -> None:
         """Take note that somebody no longer needs a model."""

@@ -55,6 +55,8 @@ class ReasoningBlock:
 T = TypeVar("T")
 
 LIMITS = LLParserLimits(verbose_errors=False)
+#: Seconds after which a request whose grammar found no memory may be sent again (Retry-After).
+RETRY_AFTER = 1.0
 _STACK = 512 << 20  # of address space: memory is taken as it is used
 _one_at_a_time = threading.Lock()
 
@@ -80,7 +82,8 @@ def on_deep_stack(work: Callable[[], T]) -> T:
             thread.start()
         except RuntimeError as error:
             raise QueueFullError(
-                f"compiling the grammar failed: no memory for a stack of {_STACK >> 20} MiB"
+                f"compiling the grammar failed: no memory for a stack of {_STACK >> 20} MiB",
+                retry_after=RETRY_AFTER,
             ) from error
         finally:
             threading.stack_size(before)

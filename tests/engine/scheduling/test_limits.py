@@ -68,7 +68,7 @@ def test_a_full_queue_takes_nothing_and_says_when_to_come_back() -> None:
     sched = scheduler(max_waiting=3)
     sched.add(first := sequence(prompt(4), request_id="a"), first.fork(1))
     second = sequence(prompt(4), request_id="b")
-    with pytest.raises(QueueFullError, match="2 sequences wait already, of at most 3") as caught:
+    with pytest.raises(QueueFullError, match="2 sequences wait, the limit is 3") as caught:
         sched.add(second, second.fork(1))
     assert caught.value.retry_after > 0
     assert sched.stats().num_waiting == 2
