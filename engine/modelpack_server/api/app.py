@@ -1,85 +1,61 @@
-"""The OpenAPI document: what FastAPI makes of the routes, with the errors that we really give."""
+"""The ASGI application of all HTTP APIs, and the server that runs it.
+
+`gateway.protect` adds API keys, limits on bodies and host checks: pass it as `wrap`.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import modelpack
 from modelpack.http.listener import GRACE, AppServer
 from modelpack_server.api import anthropic, management, model_runner, ollama, openai, page, system
-from modelpack_server.api import errors as problems
 from modelpack_server.api import traces as cancellation
-from modelpack_server.api.anthropic import errors as anthropic_errors
-from modelpack_server.api.bodies import MAX_BODY_BYTES, BodyLimit
-from modelpack_server.api.errors import Failures, Shape
+from modelpack_server.api.errors import Failures, Problem, install, respond
 from modelpack_server.api.system import LogBuffer
 from modelpack_server.api.traces import EngineTraces
 from modelpack_server.gateway.caller import caller_of
+from modelpack_server.gateway.families import ERROR_SCHEMAS, family_in, family_of
 from modelpack_server.gateway.protection import CanonicalPath
 from modelpack_server.pool.names import acting_for
 from modelpack_server.pool.pool import ModelPool
 
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
+
+def _error_response(request: Request, problem: Problem) -> Response:
+    """Return the response to a failed request in the shape of its API."""
+    if model_runner.is_ours(request.url.path):
+        return model_runner.text_response(problem)
+    return problem.response(family_in(request.scope))
 
 
-@dataclass(frozen=True, slots=True)
-class Errors:
-    """What errors look like: on which paths, the schema, its name and the type of the body."""
-
-    fits: Callable[[str], bool]
-    name: str
-    schema: Mapping[str, Any]
-    media_type: str = "application/json"
-
-
-_OPENAI = Errors(lambda path: True, "Error", _ERROR)
-
-
-def describe(app: FastAPI, families: Sequence[Errors] = ()) -> None:
-    """Have `app` show the document without FastAPI's own 422, which is a 400 here.
-
-    `families` are those whose errors look different from OpenAI's.
-    """
+def describe_errors(app: FastAPI) -> None:
+    """Make the OpenAPI document show the errors of each API instead of FastAPI's own 422."""
     make = app.openapi
 
     def openapi() -> dict[str, Any]:
-        made = app.openapi_schema is not None
+        if app.openapi_schema is not None:
+            return app.openapi_schema
         document = make()
-        if made:
-            return document
-        parts = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
         for name in ("HTTPValidationError", "ValidationError"):
-            parts.pop(name, None)
-        parts |= {errors.name: errors.schema for errors in (*families, _OPENAI)}
+            schemas.pop(name, None)
+        schemas |= {"TextError": {"type": "string"}, **dict(ERROR_SCHEMAS.values())}
         for path, operations in document["paths"].items():
-            errors = next(errors for errors in (*families, _OPENAI) if errors.fits(path))
-            schema = {"$ref": f"#/components/schemas/{errors.name}"}
+            name, media_type = ERROR_SCHEMAS[family_of(path, Headers())][0], "application/json"
+            if model_runner.is_ours(path):
+                name, media_type = "TextError", "text/plain"
+            schema = {"$ref": f"#/components/schemas/{name}"}
             for operation in operations.values():
                 if operation["responses"].pop("422", None) is not None:
-                    content = {errors.media_type: {"schema": schema}}
+                    content = {media_type: {"schema": schema}}
                     refused = {"description": "The request is wrong", "content": content}
                     operation["responses"]["400"] = refused
         return document
@@ -101,23 +77,13 @@ class Callers:
             await self._app(scope, receive, send)
 
 
-# Families whose errors look different: (whether a path is theirs, what their errors look like).
-_SHAPES: Sequence[tuple[Callable[[str], bool], Shape]] = (
-    (model_runner.is_ours, model_runner.text_shape),
-    (ollama.is_ours, ollama.shape),
-    (anthropic_errors.is_ours, anthropic_errors.anthropic_shape),
-)
-
-# Where models are sent: as large as they are.
-_UPLOADS = ("/models/load", "/api/blobs/")
-# Those whose records GET /logs shows.
+# The loggers whose records GET /logs shows.
 _LOGGERS = ("modelpack", "modelpack_engine", "modelpack_server")
 
 
 def create_app(
     pool: ModelPool,
     *,
-    max_body_bytes: int = MAX_BODY_BYTES,
     request_templates: bool = False,
     share_prefix_cache: bool = False,
 ) -> FastAPI:
@@ -147,7 +113,7 @@ def create_app(
         title="Modelpack", version=modelpack.__version__, lifespan=lifespan,
         docs_url="/docs", openapi_url="/openapi.json", redirect_slashes=False,
     )  # fmt: skip
-    problems.install(app, _SHAPES)
+    install(app, _error_response)
 
     app.add_api_route("/", page.root, methods=["GET", "HEAD"], include_in_schema=False)
 
@@ -159,27 +125,14 @@ def create_app(
     app.include_router(ollama.router(pool, request_templates=request_templates))
     app.include_router(model_runner.router(pool, records))
 
-    describe(
-        app,
-        [
-            Errors(anthropic_errors.is_ours, "AnthropicError", anthropic_errors.ERROR_SCHEMA),
-            Errors(ollama.is_ours, "OllamaError", ollama.ERROR_SCHEMA),
-            Errors(model_runner.is_ours, "TextError", {"type": "string"}, "text/plain"),
-        ],
-    )
-    app.add_middleware(
-        BodyLimit,
-        limit=max_body_bytes,
-        shape_of=lambda path: problems.shape_of(path, _SHAPES),
-        is_unlimited=lambda path: path.startswith(_UPLOADS),
-    )
+    describe_errors(app)
     app.add_middleware(EngineTraces, running=running, share_prefix_cache=share_prefix_cache)
     app.add_middleware(model_runner.Recording, pool=pool, records=records)
     app.add_middleware(CanonicalPath)
     app.add_middleware(Callers)
-    # The last is the outermost: whatever fails below is an answer.
+    # The last is the outermost: it turns every exception below into a response.
     app.add_middleware(
-        Failures, respond=lambda request, error: problems.respond(request, error, _SHAPES)
+        Failures, respond=lambda request, error: respond(request, error, _error_response)
     )
     return app
 
@@ -200,7 +153,6 @@ class ModelServer(AppServer):
         address: str = "127.0.0.1:12434",
         allow_remote: bool = False,
         grace: int = GRACE,
-        max_body_bytes: int = MAX_BODY_BYTES,
         request_templates: bool = False,
         share_prefix_cache: bool = False,
         wrap: Callable[[ASGIApp], ASGIApp] = lambda app: app,
@@ -211,7 +163,6 @@ class ModelServer(AppServer):
             lambda: wrap(
                 create_app(
                     make_pool(),
-                    max_body_bytes=max_body_bytes,
                     request_templates=request_templates,
                     share_prefix_cache=share_prefix_cache,
                 )

@@ -13,7 +13,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from modelpack.errors import ModelpackError
-from modelpack_server.api.errors import error_body, problem_of
+from modelpack_server.api.errors import problem_of
+from modelpack_server.gateway.families import Family
 
 DONE = "data: [DONE]\n\n"
 
@@ -34,10 +35,13 @@ def event(value: Any, name: str = "", write: Callable[[Any], str] = dumps) -> st
     return f"{head}data: {write(value)}\n\n"
 
 
-def openai_error(error: Exception) -> str:
-    """Return the event of a failure in the middle of a stream, as OpenAI's clients read it."""
-    problem = problem_of(error)
-    return event(error_body(problem.message, problem.type, problem.param, problem.code))
+def error_event(family: Family) -> Callable[[Exception], str]:
+    """Return the function that makes the last event of a failed stream in the shape of `family`."""
+    name = "error" if family is Family.ANTHROPIC else ""
+    return lambda error: event(problem_of(error).body(family), name)
+
+
+openai_error = error_event(Family.OPENAI)
 
 
 class LiveStream(Response):

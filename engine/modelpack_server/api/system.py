@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 import modelpack
 from modelpack_engine.core.metrics import Histogram, Meter
 from modelpack_engine.outputs import EngineStats
-from modelpack_server.api.errors import Problem, openai_shape
+from modelpack_server.api.errors import Problem
 from modelpack_server.api.sse import LiveStream
 from modelpack_server.pool.entry import Entry
 from modelpack_server.pool.pool import ModelPool
@@ -173,7 +173,7 @@ def router(pool: ModelPool, logs: LogBuffer) -> APIRouter:
         ready, why = pool.readiness()
         if ready:
             return JSONResponse({"status": "ok"})
-        return openai_shape(Problem(503, why, code="not_ready", headers={"Retry-After": "1"}))
+        return Problem(503, why, code="not_ready", headers={"Retry-After": "1"}).response()
 
     @routes.get("/version")
     async def version() -> dict[str, str]:

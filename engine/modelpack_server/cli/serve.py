@@ -306,7 +306,6 @@ def serve(
             pool,
             address=f"{_bracketed(host)}:{port}",
             allow_remote=True,  # `Protection` has checked that keys are required
-            max_body_bytes=protected_by.max_body,
             request_templates=allow_request_templates,
             share_prefix_cache=share_prefix_cache,
             wrap=lambda app: protect(app, protected_by, resolves=True),

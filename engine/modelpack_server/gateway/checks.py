@@ -28,7 +28,7 @@ from modelpack_server.gateway.bodies import (
     tokens_in,
 )
 from modelpack_server.gateway.caller import Caller, put_caller
-from modelpack_server.gateway.families import Family, error_response
+from modelpack_server.gateway.families import Family, error_response, family_in, retry_headers
 from modelpack_server.gateway.forwarding import (
     ForwardingError,
     caller_for,
@@ -39,7 +39,6 @@ from modelpack_server.gateway.json_bodies import ComplexityError, Parsed, in_wor
 from modelpack_server.gateway.keys import Key, Keys
 from modelpack_server.gateway.limits import Exceeded, Grant, Limiter, Limits, Subject
 from modelpack_server.gateway.lists import filtering
-from modelpack_server.gateway.trace_spans import family_in
 from modelpack_server.gateway.traces import Trace, trace_of
 
 _PREFIX = r"(?:/engines(?:/[A-Za-z0-9._-]+)?|/anthropic)?(?:/v1)?"
@@ -340,12 +339,15 @@ class Checks:
         trace = trace_of(scope)
         if trace:
             trace.refused = refusal.code
+        headers = {} if refusal.retry_after is None else retry_headers(refusal.retry_after)
+        if refusal.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
         response = error_response(
             family_in(scope),
             refusal.status,
             refusal.message,
             code=refusal.code,
-            retry_after=refusal.retry_after,
+            headers=headers,
             request_id=trace.id if trace else None,
         )
         await response(scope, receive, send)

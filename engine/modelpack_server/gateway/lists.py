@@ -10,8 +10,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import Message, Scope, Send
 
 from modelpack.artifacts.reference import DEFAULT_ORGANISATION, is_model_id
-from modelpack_server.gateway.families import error_response
-from modelpack_server.gateway.trace_spans import family_in
+from modelpack_server.gateway.families import error_response, family_in
 
 #: Bytes of a list that are read; a longer one is not shown.
 MAX_LIST = 8 * 1024 * 1024

@@ -15,10 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from modelpack.errors import UsageError
 from modelpack.http.hosts import AllowedHosts, is_cross_site, is_loopback
 from modelpack_server.gateway.checks import MAX_BODY, Checks
-from modelpack_server.gateway.families import error_response
+from modelpack_server.gateway.families import error_response, family_in
 from modelpack_server.gateway.keys import KeyFile
 from modelpack_server.gateway.limits import Limiter
-from modelpack_server.gateway.trace_spans import Traced, default_report, family_in
+from modelpack_server.gateway.trace_spans import Traced, default_report
 from modelpack_server.gateway.traces import Trace, trace_of
 
 _SLASHES = re.compile("/{2,}")

@@ -15,9 +15,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from modelpack.errors import UsageError
 from modelpack_server.gateway.caller import caller_of
-from modelpack_server.gateway.families import error_response, stream_error
+from modelpack_server.gateway.families import error_response, family_in, retry_headers, stream_error
 from modelpack_server.gateway.forwarding import CALLER_HEADERS, caller_headers
-from modelpack_server.gateway.trace_spans import family_in
 from modelpack_server.gateway.traces import Trace, trace_of
 
 Policy = Literal["least-busy", "round-robin"]
@@ -345,7 +344,7 @@ class Proxy:
             status,
             message,
             code="upstream_error",
-            retry_after=retry_after,
+            headers=None if retry_after is None else retry_headers(retry_after),
             request_id=trace.id if trace else None,
         )
         await response(scope, _nothing, send)

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from modelpack.errors import UsageError
-from modelpack_server.gateway.families import Family, family_of
+from modelpack_server.gateway.families import family_of
 from modelpack_server.gateway.traces import Trace, put_trace
 from modelpack_server.gateway.usage import ReplyReader
 
@@ -130,11 +130,6 @@ def log_request(trace: Trace) -> None:
 def media_type_of(headers: Headers) -> str:
     """Return the media type in Content-Type, in lower case and without parameters."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-def family_in(scope: Scope) -> Family:
-    """Return whose errors the client of this request expects."""
-    return family_of(scope["path"], Headers(scope=scope))
 
 
 #: OpenTelemetry's own names: where spans go. Its other variables hold as well.

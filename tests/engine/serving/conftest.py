@@ -70,6 +70,6 @@ def api() -> Iterator[Scripted]:
     engine = ScriptedEngine()
     catalogue = ScriptedCatalogue(engine)
     pool = ModelPool(catalogue, memory=100, grace=0.0)
-    app = create_app(pool, max_body_bytes=20_000)
+    app = create_app(pool)
     with TestClient(app, raise_server_exceptions=False) as http:
         yield Scripted(http, engine, catalogue)

@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 
 from modelpack_engine.errors import ModelLoadError
 from modelpack_server.api.app import create_app
+from modelpack_server.gateway import Protection, protect
 from modelpack_server.pool.catalogue import LoadedEngine
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.scripted import ScriptedEngine
@@ -91,9 +92,11 @@ def test_too_large_a_body(api: Scripted, streamed: bool) -> None:
             yield b"x" * 1000
 
     content: Any = pieces() if streamed else b"x" * 20_001
-    response = api.http.post("/v1/chat/completions", content=content)
+    limited = protect(api.http.app, Protection(max_body=20_000))
+    client = TestClient(limited, base_url="http://localhost")
+    response = client.post("/v1/chat/completions", content=content)
     assert response.status_code == 413
-    assert response.json()["error"]["code"] == "request_too_large"
+    assert response.json()["error"]["code"] == "body_too_large"
 
 
 @pytest.mark.parametrize(

@@ -425,7 +425,7 @@ def test_scenario_18_a_body_over_the_limit(smollm2_url: str) -> None:
     connection.endheaders(b"{")
     reply = connection.getresponse()
     assert reply.status == 413
-    assert json.loads(reply.read())["error"]["code"] == "request_too_large"
+    assert json.loads(reply.read())["error"]["code"] == "body_too_large"
     connection.close()
 
 

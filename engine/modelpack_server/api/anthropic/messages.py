@@ -9,16 +9,17 @@ from fastapi import APIRouter, Request, Response
 
 from modelpack_engine.errors import ContextLengthError
 from modelpack_engine.worker.threads import in_thread
-from modelpack_server.api.anthropic.errors import anthropic_error
 from modelpack_server.api.anthropic.history import template_messages
 from modelpack_server.api.anthropic.replies import PING, Reply
 from modelpack_server.api.anthropic.requests import MessagesRequest, PromptRequest, tools_of
 from modelpack_server.api.model_use import answer, preloadable, unless_gone
 from modelpack_server.api.paths import add_route
+from modelpack_server.api.sse import error_event
 from modelpack_server.conversation.chat import ChatStream, count_prompt, start_chat
 from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatSpec
 from modelpack_server.conversation.turns import fit_turns
+from modelpack_server.gateway.families import Family
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.structured_output import Constraint
 
@@ -42,7 +43,7 @@ def router(pool: ModelPool) -> APIRouter:
             lambda model, stream: whole(body, model, stream),
             (lambda model, stream: events(body, model, stream)) if body.stream else None,
             keep_alive=body.keep_alive,
-            failure=anthropic_error,
+            failure=error_event(Family.ANTHROPIC),
         )
 
     async def count_message_tokens(body: PromptRequest, request: Request) -> dict[str, Any]:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query
 from fastapi.routing import APIRoute
 from starlette.routing import Match
 from starlette.types import Scope
 
-from modelpack.errors import ModelpackError
 from modelpack_engine.errors import RequestError
-from modelpack_server.api.anthropic.errors import anthropic_shape
-from modelpack_server.api.errors import problem_of
 from modelpack_server.pool.catalogue import StoredModel
 from modelpack_server.pool.pool import ModelPool
 
@@ -22,23 +18,12 @@ _HEADER = b"anthropic-version"
 
 
 class _AnthropicRoute(APIRoute):
-    """A route for Anthropic's clients only: the path is OpenAI's too."""
+    """A route for Anthropic's clients only, at a path that OpenAI's API has too."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         if not any(name == _HEADER for name, _ in scope.get("headers", ())):
             return Match.NONE, {}
         return super().matches(scope)
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        answer = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            try:
-                return await answer(request)
-            except ModelpackError as error:
-                return anthropic_shape(problem_of(error))
-
-        return handle
 
 
 def router(pool: ModelPool) -> APIRouter:

@@ -7,7 +7,7 @@ import re
 from fastapi import APIRouter
 
 from modelpack_server.api.model_runner import engines, models, requests
-from modelpack_server.api.model_runner.answers import text_shape as text_shape
+from modelpack_server.api.model_runner.answers import text_response as text_response
 from modelpack_server.api.model_runner.records import Recording as Recording
 from modelpack_server.api.model_runner.records import Records as Records
 from modelpack_server.pool.pool import ModelPool

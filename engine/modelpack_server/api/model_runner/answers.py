@@ -38,7 +38,7 @@ _KNOWN: tuple[tuple[type[ModelpackError], int, str], ...] = (
 )
 
 
-def text_shape(problem: Problem) -> Response:
+def text_response(problem: Problem) -> Response:
     """Return the response for a problem: a line of text."""
     return PlainTextResponse(problem.message + "\n", problem.status, dict(problem.headers))
 
@@ -66,7 +66,7 @@ class TextRoute(BodyRoute):
                 problem = described(error)
                 if problem.status >= 500:
                     _log.error("%s %s: %s", request.method, request.url.path, problem.message)
-                return text_shape(problem)
+                return text_response(problem)
 
         return handle
 

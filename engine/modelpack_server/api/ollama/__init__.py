@@ -11,9 +11,6 @@ from modelpack_server.api.ollama.embed import router as embed
 from modelpack_server.api.ollama.generate import router as generate
 from modelpack_server.api.ollama.jobs import router as transfers
 from modelpack_server.api.ollama.models import router as models
-from modelpack_server.api.ollama.ndjson import ERROR_SCHEMA as ERROR_SCHEMA
-from modelpack_server.api.ollama.ndjson import is_ours as is_ours
-from modelpack_server.api.ollama.ndjson import shape as shape
 from modelpack_server.pool.pool import ModelPool
 
 

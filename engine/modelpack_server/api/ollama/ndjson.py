@@ -8,22 +8,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
 
 from modelpack.errors import NotFoundError
 from modelpack_server.api.bodies import BodyRoute
-from modelpack_server.api.errors import Problem, problem_of
+from modelpack_server.api.errors import problem_of
+from modelpack_server.gateway.families import Family
 from modelpack_server.pool.catalogue import StoredModel
 from modelpack_server.pool.pool import ModelPool
 
 MEDIA_TYPE = "application/x-ndjson"
-_PREFIX = "/api/"
-
-ERROR_SCHEMA = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {"error": {"type": "string"}},
-}
 
 
 def line(value: Any) -> str:
@@ -33,17 +26,7 @@ def line(value: Any) -> str:
 
 def error_line(error: Exception) -> str:
     """Return the last line of a stream that failed."""
-    return line({"error": problem_of(error).message})
-
-
-def is_ours(path: str) -> bool:
-    """Return whether a path is of this API."""
-    return path.startswith(_PREFIX)
-
-
-def shape(problem: Problem) -> Response:
-    """Return the response for a problem, as Ollama has it."""
-    return JSONResponse({"error": problem.message}, problem.status, dict(problem.headers))
+    return line(problem_of(error).body(Family.OLLAMA))
 
 
 def now() -> str:

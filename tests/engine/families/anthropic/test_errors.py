@@ -20,10 +20,11 @@ from modelpack_engine.errors import (
     QueueFullError,
     RequestError,
 )
-from modelpack_server.api.anthropic.errors import anthropic_error, anthropic_shape
 from modelpack_server.api.anthropic.history import template_messages
 from modelpack_server.api.anthropic.requests import MessageFields
 from modelpack_server.api.errors import problem_of
+from modelpack_server.api.sse import error_event
+from modelpack_server.gateway.families import Family
 from tests.engine.families.served import CALLER, PLAIN, THINKER, Served
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
@@ -106,7 +107,7 @@ def test_no_json(served: Served) -> None:
     ],
 )
 def test_the_servers_own_failures(error: Exception, status: int, kind: str) -> None:
-    response = anthropic_shape(problem_of(error))
+    response = problem_of(error).response(Family.ANTHROPIC)
     assert response.status_code == status
     assert json.loads(bytes(response.body))["error"]["type"] == kind
     if status == 529:
@@ -124,7 +125,8 @@ def test_a_failure_in_the_stream_is_an_event(served: Served, client: anthropic.A
 
     with served.held(PLAIN) as fail, pytest.raises(anthropic.APIStatusError, match="it broke"):
         read(fail)
-    assert anthropic_error(QueueFullError("full")).startswith("event: error\ndata: {")
+    full = QueueFullError("full", retry_after=1)
+    assert error_event(Family.ANTHROPIC)(full).startswith("event: error\ndata: {")
 
 
 def test_bodies_that_are_too_large(served: Served) -> None:

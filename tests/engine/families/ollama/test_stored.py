@@ -226,7 +226,9 @@ def test_an_id_with_several_names_is_not_deleted(stocked: Stocked) -> None:
 
 def test_what_a_registry_refuses_has_its_status() -> None:
     assert problem_of(AuthError("who are you?")).status == 401
-    assert problem_of(DeniedError("not you")).status == 403
+    denied = problem_of(DeniedError("not you"))
+    assert denied.status == 403
+    assert denied.body()["error"]["type"] == "permission_error", "as the gateway's refusals"
 
 
 def test_deleting_the_last_name_unloads_the_model(stocked: Stocked) -> None:
