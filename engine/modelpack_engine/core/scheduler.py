@@ -19,7 +19,6 @@ from modelpack_engine.core.sequence import Sequence, SequenceStatus
 from modelpack_engine.errors import ContextLengthError, EngineError, QueueFullError, RequestError
 from modelpack_engine.outputs import EngineStats, FinishReason
 
-
 #: Seconds after which a request that found the queue full may be sent again (Retry-After).
 RETRY_AFTER = 1.0
 
