@@ -1,4 +1,4 @@
-"""smoke_test: does a model load, answer sensibly, and answer fast enough?"""
+"""The smoke test: does a model load, answer sensibly, and answer fast enough?"""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_bodies_in_flight_share_a_budget() -> None:
 def test_nobody_without_a_key_sends_a_body(house: House, path: str) -> None:
     for content in (b"{}", iter([b"{", b"}"])):
         reply = house.served.client.request("GET", path, content=content)
-        assert (reply.status_code, "no body" in reply.text) == (413, True)
+        assert (reply.status_code, "must not have a body" in reply.text) == (413, True)
     assert house.app.asked == []
     assert house.served.client.request("GET", path, content=iter([])).status_code == 200
 

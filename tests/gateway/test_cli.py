@@ -46,12 +46,12 @@ def test_a_key_as_json_in_the_usual_place(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["key", "a b"], 2, "no name for a key"),
+        (["key", "a b"], 2, "not a valid key name"),
         (["key", "a", "--concurrency", "0"], 2, "concurrency"),
         ([], 2, "needs an upstream"),
-        (["--upstream", "x"], 2, "no URL of a server"),
+        (["--upstream", "x"], 2, "not a valid server URL"),
         (["--upstream", "http://h", "--host", "0.0.0.0"], 2, "--allow-anonymous"),
-        (["--upstream", "http://h", "--cors", "evil.example"], 2, "no origin"),
+        (["--upstream", "http://h", "--cors", "evil.example"], 2, "not a valid origin"),
         (["--upstream", "http://h", "--keys", "/nowhere"], 2, "cannot read the keys"),
         (["--upstream", "http://h", "--host", "192.0.2.1", "--allow-remote"], 2, "cannot listen"),
     ],
@@ -103,7 +103,7 @@ def test_the_command_serves_logs_and_stops(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--host", "0.0.0.0"], "--allow-anonymous"),
-        (["--cors", "evil.example"], "no origin"),
+        (["--cors", "evil.example"], "not a valid origin"),
         (["--keys", "/nowhere"], "cannot read the keys"),
     ],
 )

@@ -66,7 +66,7 @@ def test_what_cannot_be_added(tmp_path: Path) -> None:
     before = path.read_bytes()
     with pytest.raises(ConflictError, match="'alice' already"):
         add_key(path, "alice")
-    with pytest.raises(UsageError, match="is no name"):
+    with pytest.raises(UsageError, match="is not a valid key name"):
         add_key(path, "a b")
     assert path.read_bytes() == before
     path.write_text("nonsense")
@@ -84,7 +84,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "keys in it: 2" in caplog.text
     path.write_text("")  # everybody is locked out
     assert file.current().find(first) is None
-    assert "everybody is refused" in caplog.text
+    assert "every request is refused" in caplog.text
     assert first not in caplog.text
     assert second not in caplog.text
 

@@ -53,7 +53,7 @@ def test_a_file_without_keys(text: str) -> None:
     [
         ("[keys.a", "is not TOML"),
         ("port = 1", "'port' is unknown; keys are tables [keys.NAME]"),
-        ("keys = 1", "'keys' is no table"),
+        ("keys = 1", "'keys' is not a table"),
         ("keys.a = 1", "[keys.a]: expected a table, got a number"),
         ("[keys.a]", "[keys.a] sha256: is missing"),
         ("[keys.a]\nsha256 = 1", "[keys.a] sha256: expected 64 hexadecimal digits, got a number"),

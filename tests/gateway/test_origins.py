@@ -40,7 +40,7 @@ def test_listed_origins(listed: tuple[str, ...], origin: str, allowed: bool) -> 
     "origin", ["", "app.example", "https://", "http://*.example", "http://a/b"]
 )
 def test_what_is_no_origin(origin: str) -> None:
-    with pytest.raises(UsageError, match="is no origin"):
+    with pytest.raises(UsageError, match="is not a valid origin"):
         check_origins([origin])
 
 

@@ -1,4 +1,4 @@
-"""JSON bodies of requests: parsed and validated off the event loop, within limits, up to an error.
+"""JSON request bodies, parsed and validated within limits and off the event loop.
 
 Routes that take JSON are `BodyRoute`s, and their bodies are `Body`s.
 """
@@ -99,7 +99,7 @@ class JsonRequest(Request):
             body = await self.body()
             return (await in_worker(len(body), lambda: parse(body))).value
         except ComplexityError as error:
-            raise HTTPException(400, f"the body is too complex: {error}") from None
+            raise HTTPException(400, f"the request body is too complex: {error}") from None
         except BodyError as error:
             raise json.JSONDecodeError(str(error), "", 0) from None
 

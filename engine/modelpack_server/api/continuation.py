@@ -1,4 +1,4 @@
-"""Carried text: what clients keep for us, and send back without having read it.
+"""Continuation tokens: opaque text that clients keep for the server and send back unread.
 
 Both Anthropic's thinking blocks (`signature`) and OpenAI's reasoning items (`encrypted_content`)
 have a field that is opaque to clients. Nothing here is secret: whoever reads it may.

@@ -163,7 +163,9 @@ def respond(request: Request, error: Exception, shape: Shape) -> Response:
 def _of_validation(error: RequestValidationError) -> Problem:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return Problem(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}")
+        return Problem(
+            400, f"the request body is not valid JSON: {first.get('ctx', {}).get('error', '')}"
+        )
     if first["loc"] in ((), ("body",)):
         text = "expected a JSON object, sent with Content-Type: application/json"
         return Problem(400, text)

@@ -1,4 +1,4 @@
-"""Large JSON, such as thousands of log-probabilities, written without stopping other requests.
+"""A JSON encoder for large values, such as log-probabilities, that lets other requests run.
 
 `json.dumps` is one call into C, during which no other thread runs, the event loop included. So
 values like these are made and written in a thread, in steps of microseconds.

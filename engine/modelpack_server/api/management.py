@@ -1,4 +1,4 @@
-"""/pool: what is loaded, and how; unloading and setting up. The command line talks to it."""
+"""The routes below /pool: list, unload and configure models. The command line uses them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def router(pool: ModelPool) -> APIRouter:
     async def unload(body: UnloadRequest) -> dict[str, Any]:
         """Unload models; requests that use them fail once they have waited for long enough."""
         if body.all == bool(body.models):
-            raise RequestError("name models, or say all", param="models")
+            raise RequestError("models or all is required", param="models")
         grace = None if body.wait else 0.0
         return {"unloaded": await pool.unload(None if body.all else body.models, grace=grace)}
 

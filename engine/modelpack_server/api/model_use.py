@@ -1,7 +1,7 @@
-"""X-Preload-Only: a request that has its model loaded and wants no answer.
+"""Acquire a model for a request, respond from it, and handle `X-Preload-Only`.
 
-Source: Docker Model Runner (pkg/inference/scheduling/http_handler.go); its command line sends it
-with an empty list of messages.
+Source of that header: Docker Model Runner (pkg/inference/scheduling/http_handler.go); its command
+line sends it with an empty list of messages.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ async def _model_named(request: Request) -> str:
     body = await read_json(request)
     name = body.get("model") if isinstance(body, dict) else None
     if not isinstance(name, str) or not name:
-        raise RequestError("model is missing", param="model")
+        raise RequestError("model is required", param="model")
     return name
 
 
@@ -158,7 +158,7 @@ async def with_embedding_model(
         async with pool.lease(name, keep_alive=seconds) as served:
             if not isinstance(served.engine, AsyncEmbedder):
                 raise RequestError(
-                    f"{name} generates text; it is no embedding model",
+                    f"{name} generates text; it is not an embedding model",
                     param="model",
                     hint="a model that can do both is loaded for embeddings in mode embedding",
                 )

@@ -1,4 +1,4 @@
-"""Paths: every route of the OpenAI family under all the prefixes that clients use.
+"""Route prefixes of the OpenAI and Anthropic APIs: every route under all paths that clients use.
 
 Source of the prefixes: Docker Model Runner serves `/engines/v1` and `/engines/{backend}/v1`, and
 `/v1` as well; mlx-lm's server has no prefix at all.

@@ -1,4 +1,4 @@
-"""Chat templates in requests: code of whoever sent them, so only admins may send any, if asked for.
+"""The check of chat templates in requests: they are code, so only admins may send them.
 
 A template that is the model's own, or empty, changes nothing and always passes.
 """

@@ -1,4 +1,4 @@
-"""Server-sent events: streams that are written as they come, and end when the client leaves."""
+"""Server-sent events, and streamed responses that end when the client disconnects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GET /logs: the last lines that the program logged, and those that come."""
+"""The routes /health, /version, /metrics and /logs."""
 
 from __future__ import annotations
 

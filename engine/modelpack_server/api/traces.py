@@ -1,7 +1,7 @@
-"""POST /v1/requests/{id}/cancel: ending a request from elsewhere, by the id of its reply.
+"""Engine figures in request traces, and POST /v1/requests/{id}/cancel.
 
-The id is X-Request-ID, which clients may choose and every reply carries. A request that is ended so
-is answered with what it has, its finish reason being "stop". Source: vllm-mlx has the same routes.
+The id is X-Request-ID, which clients may choose and every response carries. A cancelled request
+returns what it has so far, with the finish reason "stop". Source: vllm-mlx has the same routes.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def router(running: RunningRequests) -> APIRouter:
         """End a request; its memory is free within a step. The id is its X-Request-ID."""
         found = running.find(request_id, caller_of(request.scope).owner)
         if not found:
-            raise HTTPException(404, f"no request {request_id!r} is being answered")
+            raise HTTPException(404, f"no such running request: {request_id!r}")
         for one in found:
             one.cancel()
         model = next((one.model for one in found if one.model), None)

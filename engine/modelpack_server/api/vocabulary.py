@@ -1,4 +1,4 @@
-"""Tokens as clients see them."""
+"""Token texts and bytes, as log-probabilities show them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plan: which loads a benchmark puts on each server, in order."""
+"""Benchmark plans: which loads to put on each server, in order, and how to run them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a benchmark ran on: processor, memory, system and, on a Mac, what feeds it."""
+"""The machine a benchmark ran on: processor, memory, system, and a Mac's power supply."""
 
 from __future__ import annotations
 

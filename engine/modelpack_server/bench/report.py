@@ -1,4 +1,4 @@
-"""Report: latencies and rates of one run, as vLLM's benchmarks name them."""
+"""Latencies and rates of one run, named as in vLLM's benchmarks."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Words: token ids as text, for servers that take text only.
+"""A client that puts a workload on a server of the OpenAI API and measures its responses.
 
-Each id becomes one of a few hundred short English words, which nearly every vocabulary has as one
-token together with the space before it: a prompt of so many ids is one of about as many tokens, and
-prompts share a beginning where their ids do.
+Servers take text only, so each token id becomes one of a few hundred short English words, which
+nearly every vocabulary has as one token together with the space before it: a prompt has about as
+many tokens as ids, and prompts share a prefix where their ids do.
 """
 
 from __future__ import annotations

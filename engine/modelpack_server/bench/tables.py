@@ -1,4 +1,4 @@
-"""A benchmark as Markdown: a table to send back, and one of ratios where servers are compared."""
+"""Benchmark results as Markdown tables and charts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stop strings in what is answered, as opposed to what is thought or passed to tools."""
+"""The text of an answer: stop strings, reasoning and tool calls from the engine's output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""start_chat: from a ChatSpec to a stream of ChatDeltas."""
+"""Start a chat: from a ChatSpec to a stream of ChatDeltas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ReasoningBudget: a mask that ends a block of reasoning after so many tokens."""
+"""Token masks for the reasoning budget and for grammars that begin after reasoning."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Tools for models whose chat template knows nothing of them: described in plain text.
+"""Prompts from messages and tools, including tools for templates that do not support them.
 
-The words and the markup are those that Hermes and Qwen models were trained on, which other models
-follow best as well.
+Tools are described in the words and the markup that Hermes and Qwen models were trained on, which
+other models follow best as well.
 """
 
 from __future__ import annotations

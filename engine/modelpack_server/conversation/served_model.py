@@ -1,4 +1,4 @@
-"""Preface: what a model's package puts before every conversation with it."""
+"""A loaded model as the APIs use it: tokenizer, presets, default messages and sampling."""
 
 from __future__ import annotations
 

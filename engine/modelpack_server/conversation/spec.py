@@ -1,4 +1,4 @@
-"""What a conversation asks for, and what comes back: no API's own words."""
+"""ChatSpec and ChatDelta: a chat request and its response, independent of any API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gateway as an ASGI application: health, metrics, and the proxy, behind all checks."""
+"""The gateway as an ASGI application: /health, /metrics and the proxy, behind all checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Request bodies: read within limits, looked into, and handed on as they were."""
+"""Request bodies: read within limits, inspected for model and token counts, and passed on
+unchanged.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Caller: which API key a request came with, and the models that this key may use.
+"""The caller of a request: its API key and the models that the key may use.
 
 `Checks` puts the caller into the scope of every request that it lets pass; applications read it
 with `caller_of`, and decide by the names of the model that they found, not by the name in the

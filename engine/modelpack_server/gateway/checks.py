@@ -1,4 +1,4 @@
-"""Which routes need no key, which use a model, and which manage the server."""
+"""Checks of every request: routes, API keys, models, body size and rate limits."""
 
 from __future__ import annotations
 
@@ -234,16 +234,16 @@ class Checks:
         """Return the refusal for a body that was not read to its end."""
         match error:
             case NoRoomError():
-                text = "the server reads as many large requests as its memory allows"
+                text = "too many large requests are in flight: their memory limit is reached"
                 return _Refusal(503, text, "bodies_in_flight", 1.0)
             case TooComplexError():
-                text = f"the request's body is too complex: {error.why}"
+                text = f"the request body is too complex: {error.why}"
                 return _Refusal(400, text, "body_too_complex")
             case TooSlowError():
-                return _Refusal(408, "the request's body came too slowly", "body_too_slow")
+                return _Refusal(408, "the request body arrived too slowly", "body_too_slow")
         if route is Route.OPEN:
-            return _Refusal(413, "a request for this path has no body", "body_too_large")
-        text = f"the request's body is too large: the limit is {self._max_body} bytes"
+            return _Refusal(413, "requests to this path must not have a body", "body_too_large")
+        text = f"the request body is too large: the limit is {self._max_body} bytes"
         return _Refusal(413, text, "body_too_large")
 
     def _route(self, scope: Scope) -> Route:
@@ -255,7 +255,9 @@ class Checks:
         if self._keys is None:
             # What a server tells of its load is nobody's business beyond the machine.
             if route is Route.METRICS and not is_direct(scope):
-                raise _Refusal(403, "metrics are for this machine only", "metrics_not_allowed")
+                raise _Refusal(
+                    403, "metrics are served to clients on this machine only", "metrics_not_allowed"
+                )
             return None
         if route is Route.OPEN:
             return None
@@ -267,7 +269,7 @@ class Checks:
                     trace.key = key.name
                 return key
         if given:
-            raise _Refusal(401, "this API key is not known", "invalid_api_key")
+            raise _Refusal(401, "the API key is not valid", "invalid_api_key")
         raise _Refusal(
             401,
             "no API key was given: send 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
@@ -290,7 +292,8 @@ class Checks:
         if route not in (Route.INFERENCE, Route.ONE_MODEL):
             raise _Refusal(
                 403,
-                f"the key {caller.owner!r} is for using models; this needs a key without 'models'",
+                f"the key {caller.owner!r} may only use models; "
+                "managing them requires a key without 'models'",
                 "route_not_allowed",
             )
         if self._resolves:
@@ -299,9 +302,9 @@ class Checks:
         if route is Route.ONE_MODEL:
             models = (model_in(scope["path"]),)
         elif not asked.valid:
-            raise _Refusal(400, "the request's body is no JSON object", "invalid_json")
+            raise _Refusal(400, "the request body is not a JSON object", "invalid_json")
         elif asked.ambiguous or not asked.fields & _model_fields(scope):
-            raise _Refusal(400, "model: one name is needed", "model_required")
+            raise _Refusal(400, "model: expected exactly one name", "model_required")
         for model in models:
             if not caller.allows_unresolved(model):
                 raise _Refusal(

@@ -1,4 +1,4 @@
-"""API keys: who may ask, for which models, how much. Only hashes of keys are ever stored.
+"""API keys: the file that defines them and their limits. It holds hashes, never keys.
 
 ```toml
 [keys.alice]
@@ -99,7 +99,7 @@ def parse_keys(text: str, path: str) -> Keys:
         raise FormatError(f"{unknown[0]!r} is unknown; keys are tables [keys.NAME]", path=path)
     tables = document.get("keys", {})
     if not isinstance(tables, dict):
-        raise FormatError("'keys' is no table; keys are tables [keys.NAME]", path=path)
+        raise FormatError("'keys' is not a table; expected tables [keys.NAME]", path=path)
     keys = tuple(_parse_key(name, table, path) for name, table in tables.items())
     owner: dict[bytes, str] = {}
     for key in keys:
@@ -241,7 +241,7 @@ class KeyFile:
 
     def _warn(self) -> None:
         if not self._keys.keys:
-            _LOG.warning("%s holds no key: everybody is refused", self.path)
+            _LOG.warning("%s contains no keys: every request is refused", self.path)
         mode = self._signature[4] & 0o777 if self._signature else 0o600
         if mode & 0o077:
             _LOG.warning("%s can be read or written by others (mode %04o): chmod 600 it",
@@ -264,7 +264,7 @@ def add_key(
     """
     if not KEY_NAME.fullmatch(name):
         raise UsageError(
-            f"{name!r} is no name for a key",
+            f"{name!r} is not a valid key name",
             hint="1 to 64 letters, digits and . _ @ -, beginning with a letter or digit",
         )
     path = Path(os.path.realpath(path))

@@ -1,4 +1,4 @@
-"""Lists of models that pass by: what a key may not use is taken out of an upstream's answer."""
+"""Model lists of upstreams, without the models that a key may not use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GET /metrics of the gateway: Prometheus's text format."""
+"""The gateway's Prometheus metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paths: one spelling of each request path, before anything decides or routes by it."""
+"""Protection of an ASGI application: canonical paths, allowed hosts, CORS, then `Checks`."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class HostCheck:
                     trace.refused = "host"
                 refusal = error_response(
                     family_in(scope), 403,
-                    f"this server does not serve the host {host[:200]!r}: --allow-host allows it",
+                    f"host not allowed: {host[:200]!r}; use --allow-host to allow it",
                     code="host_not_allowed",
                 )  # fmt: skip
                 await refusal(scope, receive, send)
@@ -198,7 +198,8 @@ def check_origins(origins: Iterable[str]) -> tuple[str, ...]:
         lower = origin.lower().removesuffix("/")
         if lower not in ("*", "null") and not _ORIGIN.fullmatch(lower):
             raise UsageError(
-                f"{origin!r} is no origin", hint="like https://app.example or http://localhost:*"
+                f"{origin!r} is not a valid origin",
+                hint="expected an origin like https://app.example or http://localhost:*",
             )
         found.append(lower)
     return tuple(found)
@@ -243,8 +244,8 @@ class Protection:
         """Raises `UsageError` where others could reach the server, and no key is asked for."""
         if not is_loopback(self.host) and self.keys is None and not self.allow_anonymous:
             raise UsageError(
-                f"{self.host!r} is not a loopback address, and no API key would be asked for",
-                hint="give --keys FILE, or --allow-anonymous if all who reach the port may use it",
+                f"{self.host!r} is not a loopback address, and no API keys are configured",
+                hint="pass --keys FILE, or --allow-anonymous to allow all who reach the port",
             )
 
 

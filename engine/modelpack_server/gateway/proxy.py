@@ -1,4 +1,4 @@
-"""Upstreams: the servers behind the gateway, which of them are well, and whose turn it is."""
+"""The proxy: upstream servers, their health, the choice among them, and forwarding."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Upstreams:
         """Raises `UsageError` for a URL that is none, and where there is none."""
         self.all = tuple(_parse(url) for url in urls)
         if not self.all:
-            raise UsageError("a gateway needs an upstream", hint="give --upstream URL")
+            raise UsageError("a gateway needs an upstream", hint="pass --upstream URL")
         self._policy = policy
         self._clock = clock
         self._turn = 0
@@ -146,12 +146,13 @@ def _parse(text: str) -> Upstream:
         url = httpx.URL("")
     if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
         raise UsageError(
-            f"{_without_secrets(text)!r} is no URL of a server", hint="like http://127.0.0.1:12434"
+            f"{_without_secrets(text)!r} is not a valid server URL",
+            hint="expected a URL like http://127.0.0.1:12434",
         )
     if url.userinfo:
         raise UsageError(
-            f"the URL of {url.host!r} holds a password, which would show in logs",
-            hint="set MODELPACK_UPSTREAM_KEY to the key of the upstreams",
+            f"the URL of {url.host!r} contains a password, which would appear in logs",
+            hint="set MODELPACK_UPSTREAM_KEY to the API key of the upstreams",
         )
     return Upstream(url, str(url).rstrip("/"))
 
@@ -248,7 +249,7 @@ class Proxy:
                         continue
                     break
                 except httpx.InvalidURL:
-                    await self._fail(scope, send, 400, "the request's path is no path of a URL")
+                    await self._fail(scope, send, 400, "the request path is not valid in a URL")
                     return
                 except httpx.TimeoutException:
                     await self._fail(scope, send, 504, "the upstream did not answer in time")

@@ -1,4 +1,4 @@
-"""Traced: gives every request an id and a trace, and tells of it when it has ended."""
+"""Middleware that traces every request, the request log, and OpenTelemetry spans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Traces: what is logged of a request. Never a prompt, an answer or a secret."""
+"""The trace of a request: what the log and the metrics record. Never a prompt, output or secret."""
 
 from __future__ import annotations
 

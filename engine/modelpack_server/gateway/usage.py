@@ -1,6 +1,6 @@
-"""JsonFields: the values of a few named fields of JSON documents that arrive in pieces.
+"""Token counts and finish reasons, read from responses while they pass through the gateway.
 
-A reply may be large, so it is neither kept nor parsed as a whole: containers that hold no wanted
+A response may be large, so it is neither kept nor parsed as a whole: containers that hold no wanted
 field are skipped, and keys and values are cut to a few bytes. Memory does not grow with the input.
 """
 

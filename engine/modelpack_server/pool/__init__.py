@@ -1,1 +1,1 @@
-"""Many models: loaded when they are first used, unloaded when they are not, within one budget."""
+"""Many models in one memory budget: loaded on first use, unloaded when idle. Read `pool` first."""

@@ -1,4 +1,4 @@
-"""Where a pool's models come from: what there is, what one needs, and how it is loaded."""
+"""The protocol by which a pool finds, sizes and loads models."""
 
 from __future__ import annotations
 

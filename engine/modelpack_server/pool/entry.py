@@ -1,4 +1,4 @@
-"""Entry: what a pool knows of one model, loaded or not."""
+"""The state of one model in a pool."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory there is for models on this machine."""
+"""The memory of this machine that models may use."""
 
 from __future__ import annotations
 

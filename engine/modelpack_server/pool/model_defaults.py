@@ -1,4 +1,4 @@
-"""generation_config.json: how a model's makers would have it sampled."""
+"""Sampling defaults from a model's generation_config.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ModelPool: models that are loaded when they are used, and go when they are not."""
+"""ModelPool: load models on use, unload idle ones, and keep within the memory budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a model stays loaded after its last use, as clients write it."""
+"""Settings of a served model: keep-alive, presets, engine options and runtime flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""StoreCatalogue: the models of the store on this machine, loaded from its blobs."""
+"""StoreCatalogue: the models of this machine's store, loaded from its blobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat: a conversation with one model of the store, in this process, for a terminal."""
+"""A chat with a stored model that runs in this process."""
 
 from __future__ import annotations
 

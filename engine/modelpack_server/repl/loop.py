@@ -1,4 +1,4 @@
-"""Lines that a user types: with a history that outlives the process, and over several lines."""
+"""The read-eval loop of `modelpack run`: line editing, history, /commands and settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A chat with a model of a running server, by its OpenAI API, as `Chat` has it with one here."""
+"""A chat with a model of a running server, through its OpenAI API."""
 
 from __future__ import annotations
 

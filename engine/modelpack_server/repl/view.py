@@ -1,4 +1,4 @@
-"""How an answer is shown while it comes: markdown on a terminal, the bare text elsewhere."""
+"""Display of a streamed reply: Markdown on a terminal, plain text elsewhere."""
 
 from __future__ import annotations
 

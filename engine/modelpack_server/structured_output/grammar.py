@@ -1,4 +1,4 @@
-"""What a text has to follow, as a request says it."""
+"""Constraints on output, compiled to grammars and token masks with llguidance."""
 
 from __future__ import annotations
 

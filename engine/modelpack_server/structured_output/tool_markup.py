@@ -1,4 +1,4 @@
-"""Tool-call grammars, one for each family of models.
+"""The tool-call markup of each family of models, for grammars.
 
 The names are those of `tool_parsers.families`, which parses this markup. The forms come from the
 chat templates of the families.

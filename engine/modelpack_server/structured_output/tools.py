@@ -1,4 +1,4 @@
-"""Rules: a Lark grammar while it is written."""
+"""Grammars of tool calls, in the Lark format of llguidance."""
 
 from __future__ import annotations
 
@@ -354,7 +354,7 @@ def _allowed(tools: Sequence[Tool], choice: ToolChoice) -> list[Tool]:
             )
     allowed = [known[name] for name in dict.fromkeys(choice.names)] or list(known.values())
     if not allowed:
-        raise RequestError("tool_choice wants a call, and there are no tools", param="tool_choice")
+        raise RequestError("tool_choice requires a call, but tools is empty", param="tool_choice")
     return allowed
 
 

@@ -1,1 +1,3 @@
-"""Tool-call and reasoning formats: what a model writes -> typed parts. No MLX, no HTTP."""
+"""Tool-call and reasoning parsers: model output to typed parts. No MLX, no HTTP. Read `parser`
+first.
+"""

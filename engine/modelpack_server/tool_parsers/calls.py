@@ -1,4 +1,4 @@
-"""What a reader has found: text, thoughts and calls, handed out as parts."""
+"""The output of a reader: text, reasoning and calls, emitted as parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The formats of tool calls: which markers begin one, and who reads it."""
+"""The table of output formats: their markers and the reader of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which format a model writes in: found in its chat template, or named by an operator."""
+"""Detection of a model's output format from its chat template, or by name."""
 
 from __future__ import annotations
 

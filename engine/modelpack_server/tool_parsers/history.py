@@ -1,4 +1,4 @@
-"""Past calls, as OpenAI's API has them, made into what a chat template takes."""
+"""Past tool calls in OpenAI's form, converted to what the chat template expects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls that are JSON objects: {"name": ..., "arguments": {...}}, alone or in a list."""
+"""The reader of calls that are JSON objects, alone or in lists: {"name", "arguments"}."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON text that is checked while it is written, and can be completed wherever it breaks off."""
+"""An incremental JSON checker that can complete text wherever it breaks off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls that look like code: Gemma's call:NAME{...} and Python's [f(a=1)]."""
+"""The reader of calls that look like code: Gemma's call:NAME{...} and Python's [f(a=1)]."""
 
 from __future__ import annotations
 

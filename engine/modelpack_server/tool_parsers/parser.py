@@ -1,4 +1,4 @@
-"""OutputParser: a model's text, piece by piece, into text, reasoning and calls."""
+"""OutputParser: streamed model output to text, reasoning and tool calls."""
 
 from __future__ import annotations
 

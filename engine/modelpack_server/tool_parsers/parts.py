@@ -1,4 +1,4 @@
-"""What a model may call, and whether it must."""
+"""Tools, tool choice, and the parts of parsed output."""
 
 from __future__ import annotations
 

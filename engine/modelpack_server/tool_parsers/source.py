@@ -1,7 +1,8 @@
-"""Text that arrives in pieces, read by generators that pause where they need more of it.
+"""Text that arrives in pieces, for readers written as generators.
 
 A reader is written as if all text were there; wherever it cannot decide, it yields, and goes on
-when the next piece has come. How a text was cut into pieces therefore makes no difference to what
+when the next piece has come. How a text was cut into pieces therefore makes no difference to
+what
 is read.
 """
 

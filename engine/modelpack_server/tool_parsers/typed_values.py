@@ -1,4 +1,4 @@
-"""Arguments that come as bare text: their types are those that the tool's JSON schema names."""
+"""Arguments written as bare text, converted to the types of the tool's JSON schema."""
 
 from __future__ import annotations
 

@@ -271,7 +271,7 @@ def test_harmony_has_a_channel_for_everything(thought: str) -> None:
             "'bad'",
         ),
         ("hermes", [STOP], ("start",), "tool_choice", "'start'"),
-        ("hermes", [], (), "tool_choice", "no tools"),
+        ("hermes", [], (), "tool_choice", "tools is empty"),
         ("longcat", [STOP], (), "tool_choice", "no known format"),
         (None, [STOP], (), "tool_choice", "no known format"),
         ("lfm2", [Tool("stop-all")], (), "tools", "'stop-all'"),

@@ -1,4 +1,4 @@
-"""Anthropic's API: messages, counts of their tokens, and models."""
+"""Anthropic's API: messages, token counts and models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks of content, and the texts that a model is shown in their place."""
+"""System text, messages and content blocks of the Messages API, as template messages."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def plain_text(content: str | Sequence[Any] | None, where: str) -> str:
     for i, block in enumerate(content):
         place = f"{where}.{i}"
         if not isinstance(block, Mapping):
-            raise RequestError(f"{place}: a block of content is an object", param=place)
+            raise RequestError(f"{place}: expected an object", param=place)
         texts.append(shown(block, place))
     return "\n\n".join(text for text in texts if text)
 
@@ -85,7 +85,7 @@ def text_of(block: Mapping[str, Any], key: str, where: str) -> str:
     """Return a field that has to be text."""
     text = block.get(key)
     if not isinstance(text, str):
-        raise RequestError(f"{where}.{key} is no text", param=f"{where}.{key}")
+        raise RequestError(f"{where}.{key} is not a string", param=f"{where}.{key}")
     return text
 
 
@@ -171,7 +171,7 @@ def _assistant(blocks: Sequence[Mapping[str, Any]], where: str) -> dict[str, Any
 def _call(block: Mapping[str, Any], where: str) -> dict[str, Any]:
     given = block.get("input")
     if not isinstance(given, dict):
-        raise RequestError(f"{where}.input is no object", param=f"{where}.input")
+        raise RequestError(f"{where}.input is not an object", param=f"{where}.input")
     function = {
         "name": text_of(block, "name", where),
         "arguments": json.dumps(given, ensure_ascii=False),

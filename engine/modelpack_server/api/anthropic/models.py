@@ -1,4 +1,4 @@
-"""GET /anthropic/v1/models, and /v1/models for clients that send `anthropic-version`."""
+"""The routes GET /anthropic/v1/models, and /v1/models for clients that send `anthropic-version`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def page(
     ids = [card["id"] for card in cards]
     for name, value in (("after_id", after_id), ("before_id", before_id)):
         if value is not None and value not in ids:
-            raise RequestError(f"{name} is {value!r}, which is no model here", param=name)
+            raise RequestError(f"no such model: {value!r} ({name})", param=name)
     start = ids.index(after_id) + 1 if after_id is not None else 0
     stop = ids.index(before_id) if before_id is not None else len(ids)
     rest = cards[start:stop]

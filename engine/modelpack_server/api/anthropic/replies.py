@@ -1,4 +1,4 @@
-"""Blocks: the parts of an answer as blocks of content, one after the other, and their events."""
+"""Responses of the Messages API: content blocks and the events of a stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tools of the Messages API and the choice among them."""
+"""Request bodies of the Messages API, its tools and its tool choice."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def tools_of(
     if choice.type == "none":
         return tools, ToolChoice("none")
     if not tools:
-        raise RequestError("tool_choice asks for a call, and there are no tools", param="tools")
+        raise RequestError("tool_choice requires a call, but tools is empty", param="tools")
     if choice.type == "any":
         return tools, ToolChoice("required")
     if choice.name not in known:
@@ -71,7 +71,7 @@ def _tool(given: dict[str, Any], index: int) -> Tool:
     kind = given.get("type")
     if kind not in (None, "custom"):
         raise RequestError(
-            f"tools.{index}: a tool of the type {kind!r} runs on Anthropic's servers, and not here",
+            f"tools.{index}: a tool of the type {kind!r} runs on Anthropic's servers only",
             param=f"tools.{index}.type",
             hint="offer tools with a name and an input_schema",
         )
@@ -157,10 +157,10 @@ class MessagesRequest(PromptRequest):
         if self.thinking is None or self.thinking.type != "enabled":
             return
         if self.thinking.budget_tokens is None:
-            raise RequestError("thinking.budget_tokens is missing", param="thinking.budget_tokens")
+            raise RequestError("thinking.budget_tokens is required", param="thinking.budget_tokens")
         if self.thinking.budget_tokens >= self.max_tokens:
             raise RequestError(
-                "thinking.budget_tokens has to be less than max_tokens",
+                "thinking.budget_tokens must be less than max_tokens",
                 param="thinking.budget_tokens",
             )
 

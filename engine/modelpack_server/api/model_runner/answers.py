@@ -1,4 +1,4 @@
-"""Plain text for errors, which is what Docker's command line prints; bodies are read leniently."""
+"""Plain-text errors, as `docker model` prints them, and request bodies of any Content-Type."""
 
 from __future__ import annotations
 

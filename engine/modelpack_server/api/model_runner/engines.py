@@ -1,5 +1,6 @@
-"""/engines: what is loaded, and how it runs. Source: Docker Model Runner,
-pkg/inference/scheduling.
+"""The routes below /engines: which models are loaded, and how they are configured.
+
+Source: Docker Model Runner, pkg/inference/scheduling.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def router(pool: ModelPool) -> APIRouter:
         settings = body.settings()
         key = await _key(pool, body.model)
         if key is None:
-            raise NotFoundError(f"there is no model {body.model!r} to configure")
+            raise NotFoundError(f"no such model: {body.model!r}")
         try:
             await _configure(pool, key, settings)
         except BusyError as error:

@@ -1,4 +1,4 @@
-"""A request's body as a file that a thread reads while it arrives."""
+"""The routes below /models: list, pull, push, load from an archive, tag and delete."""
 
 from __future__ import annotations
 

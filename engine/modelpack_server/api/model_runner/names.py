@@ -1,4 +1,4 @@
-"""Models by the names that Docker's clients use, and the objects that describe them.
+"""Model lookup by the names that Docker's clients use, and the JSON objects of models.
 
 Source: Docker Model Runner, pkg/inference/models (api.go, adapter.go, http_handler.go).
 """

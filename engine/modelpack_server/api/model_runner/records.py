@@ -1,4 +1,4 @@
-"""Streamed replies as the one object that they would have been, to be shown to people."""
+"""Records of recent requests for /engines/requests; streams are joined to one object."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GET /engines/requests: the last requests and replies, and those that come."""
+"""The route GET /engines/requests: recent requests and responses, and new ones as they arrive."""
 
 from __future__ import annotations
 

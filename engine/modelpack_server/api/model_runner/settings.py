@@ -1,7 +1,7 @@
-"""Runtime flags of llama.cpp and vLLM that say how those programs run, and mean nothing here.
+"""Model settings from `_configure` bodies, and runtime flags of llama.cpp and vLLM.
 
-Compose files pass them; refusing them would refuse models that run as well without. What changes
-an answer is never among them.
+Compose files pass flags that mean nothing here. They are ignored, because refusing them would
+refuse models that run as well without; flags that change an answer are never ignored.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class ConfigureRequest(_Part):
         if not self.model:
             raise RequestError("model is required", param="model")
         if self.mode == "image-generation":
-            raise RequestError("this server makes no images", param="mode")
+            raise RequestError("image generation is not supported", param="mode")
         if self.vllm is not None and self.vllm.hf_overrides:
             raise RequestError("a model's config cannot be overridden", param="vllm.hf-overrides")
         if unknown := sorted(self.model_extra or ()):

@@ -1,4 +1,4 @@
-"""HEAD and POST /api/blobs/{digest}: files that a model is to be created from."""
+"""The routes HEAD and POST /api/blobs/{digest}: uploads of files for `/api/create`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _digest(text: str) -> Digest:
     except InvalidDigestError as error:
         raise RequestError(str(error), param="digest") from error
     if digest.algorithm != "sha256":
-        raise RequestError(f"{text} is no sha256 digest", param="digest")
+        raise RequestError(f"{text} is not a sha256 digest", param="digest")
     return digest
 
 

@@ -1,6 +1,9 @@
-"""Request bodies of the Ollama API. Source: its docs/api.md, and the official Python client.
+"""Request bodies of the Ollama API.
 
-Unknown fields are ignored, null is the same as leaving a field out, and `name` is the old name of
+Source: its docs/api.md, and the official Python client.
+
+Unknown fields are ignored, null is the same as leaving a field out, and `name` is the old name
+of
 `model`.
 """
 

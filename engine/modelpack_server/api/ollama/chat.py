@@ -1,4 +1,6 @@
-"""What /api/generate and /api/chat have in common: a request's fields in the engine's words."""
+"""The route POST /api/chat, and what it shares with /api/generate: options, thinking, images,
+tools.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""POST /api/create: a model from another one, or from uploaded files, and how it is to be used.
+"""The route POST /api/create: a model from another model or from uploaded files.
 
-It is packaged anew: a template and licenses are layers, the rest is an annotation of the manifest
+It is packaged anew: a template and licenses are layers, the rest is an annotation of the
+manifest
 (`modelpack_server.pool.model_defaults`). The weights are neither copied nor changed.
 """
 

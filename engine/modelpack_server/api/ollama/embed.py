@@ -1,4 +1,4 @@
-"""POST /api/embed and /api/embeddings."""
+"""The routes POST /api/embed and /api/embeddings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs: long work in threads that several clients may wait for, and that ends with the last one."""
+"""The routes POST /api/pull and /api/push: transfers that several clients may wait for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stored model is, as /api/tags and /api/show tell it. It reads files, which takes time."""
+"""The details of a stored model for /api/tags and /api/show, which take file reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models on this machine: /api/tags, show, ps, delete, copy, and /api/version."""
+"""The routes /api/tags, show, ps, delete, copy and version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Newline-delimited JSON, errors as Ollama's clients read them, and bodies as they send them."""
+"""Newline-delimited JSON, timestamps, model names and routes of the Ollama API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers of the Ollama API: lines for what is new, and a last one with counts and durations."""
+"""Responses of the Ollama API: a line for each delta, then one with counts and durations."""
 
 from __future__ import annotations
 

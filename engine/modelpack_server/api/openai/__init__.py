@@ -1,5 +1,4 @@
-"""The OpenAI API: chat completions, completions, responses, embeddings, ranking
-and models."""
+"""The OpenAI API: chat completions, completions, responses, embeddings, rerank and models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers of the chat completions API, whole and in chunks, from the deltas of a conversation."""
+"""The route POST /v1/chat/completions, and its responses and chunks."""
 
 from __future__ import annotations
 

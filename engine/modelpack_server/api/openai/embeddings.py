@@ -79,7 +79,7 @@ def inputs_of(given: Any) -> list[Input]:
         inputs = given
     else:
         raise RequestError(
-            "input is to be a string, a list of strings, a list of token ids,"
+            "expected input to be a string, a list of strings, a list of token ids,"
             " or a list of lists of token ids",
             param="input",
         )

@@ -1,4 +1,4 @@
-"""GET /v1/models: what is stored."""
+"""The routes GET /v1/models and /v1/models/{name}: the stored models."""
 
 from __future__ import annotations
 

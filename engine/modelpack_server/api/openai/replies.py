@@ -1,4 +1,4 @@
-"""Response bodies of the OpenAI API."""
+"""JSON objects that responses of the OpenAI API share: usage, envelope, log-probabilities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages of the chat completions API, and what chat templates take in their place."""
+"""Request bodies of the OpenAI API: messages, tools, sampling parameters, response formats."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
     if message.role == "tool":
         if not message.tool_call_id:
             raise RequestError(
-                "a tool message says which call it answers", param=f"{where}.tool_call_id"
+                "tool_call_id is required in a tool message", param=f"{where}.tool_call_id"
             )
         plain["tool_call_id"] = message.tool_call_id
     elif message.role == "function":
         if not message.name:
-            raise RequestError("a function message has a name", param=f"{where}.name")
+            raise RequestError("name is required in a function message", param=f"{where}.name")
         plain["tool_call_id"] = f"call_{message.name}"
     elif message.role == "assistant":
         calls = list(message.tool_calls or ())
@@ -148,7 +148,7 @@ class SamplingFields(Body):
     def check(self) -> None:
         """Raise `RequestError` for fields that contradict each other."""
         if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options needs stream: true", param="stream_options")
+            raise RequestError("stream_options requires stream: true", param="stream_options")
 
     @property
     def include_usage(self) -> bool:
@@ -181,7 +181,7 @@ def _token_ids(bias: dict[str, float]) -> dict[int, float]:
         return {int(key): value for key, value in bias.items()}
     except ValueError:
         raise RequestError(
-            f"logit_bias has keys that are no token ids: {sorted(bias)[:5]}", param="logit_bias"
+            f"logit_bias has keys that are not token ids: {sorted(bias)[:5]}", param="logit_bias"
         ) from None
 
 
@@ -240,9 +240,9 @@ def check_choice(tools: Sequence[Tool], choice: ToolChoice, param: str = "tool_c
         raise RequestError("two tools have the same name", param="tools")
     for name in choice.names:
         if name not in known:
-            raise RequestError(f"there is no tool {name!r} in tools", param=param)
+            raise RequestError(f"no such tool: {name!r}", param=param)
     if choice.mode == "required" and not tools:
-        raise RequestError(f"{param} asks for a call, and there are no tools", param=param)
+        raise RequestError(f"{param} requires a call, but tools is empty", param=param)
 
 
 def _legacy_choice(value: str | FunctionChoice | None) -> ToolChoice:
@@ -329,15 +329,15 @@ class ChatRequest(SamplingFields):
         """Raise `RequestError` for fields that contradict each other, or that we do not do."""
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
-            raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+            raise RequestError("top_logprobs requires logprobs: true", param="top_logprobs")
         if self.audio is not None or set(self.modalities or ()) - {"text"}:
             name = "modalities" if self.modalities else "audio"
-            raise RequestError("this server answers in text only", param=name)
+            raise RequestError("this server generates text only", param=name)
         for name in ("web_search_options", "moderation"):
             if getattr(self, name) is not None:
-                raise RequestError(f"{name} is not something a local server has", param=name)
+                raise RequestError(f"{name} is not supported", param=name)
         if self.tools and self.functions:
-            raise RequestError("functions is the old name of tools: give one", param="functions")
+            raise RequestError("functions cannot be combined with tools", param="functions")
 
     @property
     def token_limit(self) -> int | None:
@@ -408,17 +408,17 @@ def constraint_of(value: Mapping[str, Any] | None) -> Constraint | None:
     if kind == "json_schema":
         inner = value.get("json_schema")
         if not isinstance(inner, dict):
-            raise RequestError("json_schema is missing", param=f"{_PARAM}.json_schema")
+            raise RequestError("json_schema is required", param=f"{_PARAM}.json_schema")
         schema = inner.get("schema", {})
         if not isinstance(schema, dict):
-            raise RequestError("the schema is no object", param=f"{_PARAM}.json_schema.schema")
+            raise RequestError("the schema is not an object", param=f"{_PARAM}.json_schema.schema")
         return Constraint("json_schema", schema)
     if kind in ("regex", "grammar"):
         text = value.get(kind)
         if not isinstance(text, str):
-            raise RequestError(f"{kind} is missing", param=f"{_PARAM}.{kind}")
+            raise RequestError(f"{kind} is required", param=f"{_PARAM}.{kind}")
         return Constraint(kind, text)
     raise RequestError(
-        f"the type {kind!r} is none of text, json_object, json_schema, regex, grammar",
+        f"type is {kind!r}, expected text, json_object, json_schema, regex or grammar",
         param=f"{_PARAM}.type",
     )

@@ -1,4 +1,4 @@
-"""POST /rerank and /score: how well documents answer a query.
+"""The routes POST /rerank and /score: scores of documents for a query.
 
 Sources: the rerank APIs of Jina and Cohere, which agree in what is here, and vLLM's score API.
 """

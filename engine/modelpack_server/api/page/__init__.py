@@ -1,4 +1,4 @@
-"""The chat page: one file without a build, and all that a browser may do with it."""
+"""The chat page at /: one HTML file, and the headers that restrict what it may load."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def with_block(*blocks: dict[str, Any], role: str = "user") -> dict[str, Any]:
         ({"tools": [{"name": "t"}]}, "tools.0.input_schema"),
         ({"tools": [TOOL, TOOL]}, "same name"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "u"}}, "'u'"),
-        ({"tool_choice": {"type": "any"}}, "no tools"),
+        ({"tool_choice": {"type": "any"}}, "tools is empty"),
         ({"thinking": {"type": "enabled"}}, "budget_tokens"),
         ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "less than max_tokens"),
         ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "schema"),

@@ -192,7 +192,7 @@ def test_vectors(stocked: Stocked) -> None:
         client.embed("vectors", long, truncate=False)
     assert client.embed("vectors", "").embeddings == []
     assert client.embeddings("vectors", "").embedding == []
-    with pytest.raises(ollama.ResponseError, match="no embedding model") as caught:
+    with pytest.raises(ollama.ResponseError, match="not an embedding model") as caught:
         client.embed("tiny", "a")
     assert caught.value.status_code == 400
 

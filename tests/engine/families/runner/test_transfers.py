@@ -118,7 +118,7 @@ def test_what_is_no_model_is_unsupported(shared: Runner, remote: RegistryServer)
     assert put.status_code == 201
     response = shared.http.post("/models/create", json={"from": f"{remote.host}/team/image:v1"})
     assert response.status_code == 422
-    assert "not a model" in response.text
+    assert "is not a supported model" in response.text
 
 
 def test_pushing(runner: Runner, remote: RegistryServer) -> None:

@@ -1,4 +1,4 @@
-"""The Responses API: answers that are remembered, made of items."""
+"""The Responses API: stored responses made of items. Read `routes` first."""
 
 from modelpack_server.api.openai.responses.routes import router
 

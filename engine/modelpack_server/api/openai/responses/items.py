@@ -1,4 +1,4 @@
-"""Items: what a conversation of the Responses API consists of, as it was given or answered."""
+"""Input items of the Responses API, converted to messages for the chat template."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _item(given: Mapping[str, Any], where: str, find: Callable[[str], Item | Non
         case "item_reference":
             found = find(str(given.get("id")))
             if found is None:
-                raise RequestError(f"there is no item {given.get('id')!r}", param=f"{where}.id")
+                raise RequestError(f"no such item: {given.get('id')!r}", param=f"{where}.id")
             return found
     raise RequestError(f"an item of the type {kind!r} is not supported", param=f"{where}.type")
 

@@ -1,4 +1,4 @@
-"""ResponseMemory: what was answered, so that a conversation can go on from there."""
+"""The store of past responses, which `previous_response_id` continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output: the parts of an answer as items, one after the other, and their events."""
+"""The response object of the Responses API, its output items and the events of a stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tools of the Responses API: functions, alone or grouped in namespaces."""
+"""Request bodies of the Responses API, and its tools: functions, alone or in namespaces."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ def _namespace(given: Mapping[str, Any], where: str) -> dict[str, Tool]:
     """Return the functions of a namespace by their own names; the first tells what it is."""
     name, inner = given.get("name"), given.get("tools")
     if not isinstance(name, str) or not name:
-        raise RequestError(f"{where}.name is missing or no text", param=f"{where}.name")
+        raise RequestError(f"{where}.name is required and must be a string", param=f"{where}.name")
     if not isinstance(inner, list) or not all(isinstance(fields, dict) for fields in inner):
-        raise RequestError(f"{where}.tools is no list of tools", param=f"{where}.tools")
+        raise RequestError(f"{where}.tools is not a list of tools", param=f"{where}.tools")
     functions: dict[str, Tool] = {}
     for i, fields in enumerate(inner):
         function = _function(fields, f"{where}.tools[{i}]")

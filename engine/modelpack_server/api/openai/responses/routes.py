@@ -1,4 +1,4 @@
-"""Truncation: conversations that are longer than the context lose their oldest turns."""
+"""The routes below /v1/responses, and truncation of conversations longer than the context."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def page(
     items = list(inputs) if order == "asc" else list(reversed(inputs))
     ids = [item["id"] for item in items]
     if after is not None and after not in ids:
-        raise RequestError(f"there is no item {after!r}", param="after")
+        raise RequestError(f"no such item: {after!r}", param="after")
     rest = items[ids.index(after) + 1 :] if after is not None else items
     shown = rest[:limit]
     return {
@@ -235,7 +235,7 @@ def _earlier(memory: ResponseMemory, owner: str | None, name: str | None) -> tup
     found = memory.find(owner, name)
     if found is None:
         raise RequestError(
-            f"there is no response {name!r}, or it was forgotten",
+            f"no such response: {name!r}; it may have expired",
             param="previous_response_id",
             hint="send the conversation as input",
         )
@@ -250,4 +250,4 @@ def _found(memory: ResponseMemory, request: Request, name: str) -> Remembered:
 
 
 def _unknown(name: str) -> HTTPException:
-    return HTTPException(404, f"there is no response {name!r}, or it was forgotten")
+    return HTTPException(404, f"no such response: {name!r}; it may have expired")
