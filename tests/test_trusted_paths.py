@@ -40,9 +40,10 @@ def calls() -> Iterator[tuple[str, str, ast.Call]]:
     for top in ("modelpack", "engine"):
         for path in sorted((ROOT / top).rglob("*.py")):
             text = path.read_text()
-            if not words.search(text):
-                continue
             tree = ast.parse(text)
+            verbs = dict(_verbs_in(tree))
+            if not verbs and not words.search(text):
+                continue
             modules = set(_modules_in(tree))
             for node in ast.walk(tree):
                 if not isinstance(node, ast.Call):
@@ -50,8 +51,19 @@ def calls() -> Iterator[tuple[str, str, ast.Call]]:
                 of, name = _called(node.func)
                 if name == "to_thread":  # which calls its first argument
                     of, name = _called(node.args[0])
+                if of == "":
+                    name = verbs.get(name, name)
                 if name in CHECKING | OPENING and (name not in BARE or of in modules | {""}):
                     yield path.relative_to(ROOT).as_posix(), name, node
+
+
+def _verbs_in(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Yield what a file calls a verb that it imports under another name, and the verb."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+            "modelpack.operations."
+        ):
+            yield from ((alias.asname, alias.name) for alias in node.names if alias.asname)
 
 
 def _modules_in(tree: ast.Module) -> Iterator[str]:
