@@ -1,7 +1,6 @@
 """Workloads: arrival times and token ids, the same in every run.
 
-Lengths and arrivals follow published benchmarks where there is one: vLLM's `sonnet` by its
-lengths,
+Lengths and arrivals follow published benchmarks where there is one: vLLM's `sonnet` by its lengths,
 nano-vllm's `bench.py`. Prompts are random tokens: what they say costs nothing, and prefixes are
 shared only where a workload means them to be.
 """

@@ -1,7 +1,6 @@
 """Fill in the middle: the prompt for text between a prefix and a suffix.
 
-Each family of models was trained with tokens of its own. Source: their model cards and
-tokenizers.
+Each family of models was trained with tokens of its own. Source: their model cards and tokenizers.
 """
 
 from __future__ import annotations

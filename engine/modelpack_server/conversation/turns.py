@@ -1,8 +1,7 @@
 """Message order that chat templates accept: system messages first, roles that alternate.
 
 Newer clients add instructions after the user's turns. To move them to the front would change the
-beginning of every prompt, and nothing would be found in the prefix cache; so they stay where
-they
+beginning of every prompt, and nothing would be found in the prefix cache; so they stay where they
 are: as a message of the system where the template shows one there, else within the user's turn.
 """
 

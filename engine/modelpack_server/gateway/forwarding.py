@@ -1,8 +1,7 @@
 """Headers by which a gateway names its callers to a server, and when the server trusts them.
 
 A gateway authenticates its clients and sends its own key upstream, so the server would take them
-all for one. `X-Modelpack-Owner` names the client's key and `X-Modelpack-Models` holds the
-patterns
+all for one. `X-Modelpack-Owner` names the client's key and `X-Modelpack-Models` holds the patterns
 of its models, as a JSON array. Whoever may set these headers may act as anyone.
 """
 

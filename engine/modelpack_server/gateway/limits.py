@@ -1,7 +1,6 @@
 """Rate limits of a key and of its callers: token buckets and a count of running requests.
 
-A bucket holds a minute's worth when full and fills at a steady rate, so any span of t seconds
-takes
+A bucket holds a minute's worth when full and fills at a steady rate, so any span of t seconds takes
 at most `limit * (1 + t/60)`, and over a long time `limit` a minute. Tokens are reserved before a
 request runs, from its size and its `max_tokens`, and corrected when it has told what it used: a
 bucket may end below zero, and whoever emptied it waits until it is filled again.

@@ -1,7 +1,6 @@
 """Model names in a pool, and which models the caller of the current request may use.
 
-The server sets the caller for the time of each request; the pool asks here whenever a name
-becomes
+The server sets the caller for the time of each request; the pool asks here whenever a name becomes
 a model and whenever it lists models, so that no route decides by itself.
 """
 

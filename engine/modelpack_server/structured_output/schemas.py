@@ -1,7 +1,6 @@
 """JSON schemas for the grammar compiler: size checks and the whitespace policy.
 
-A formatted JSON text has a line break and an indentation where whitespace may be, or a space.
-More
+A formatted JSON text has a line break and an indentation where whitespace may be, or a space. More
 is never needed, and a model that may always add whitespace can go on for ever.
 """
 

@@ -1,10 +1,8 @@
 """OpenAI's harmony format: messages with a channel, a recipient and a content type.
 
 Source: OpenAI's description of the harmony response format. A message is
-<|start|>assistant<|channel|>CHANNEL<|message|>BODY<|end|>; the prompt ends within it, mostly
-after
-`assistant`. A recipient, ` to=functions.NAME`, makes a message a call; it may stand in the role
-or
+<|start|>assistant<|channel|>CHANNEL<|message|>BODY<|end|>; the prompt ends within it, mostly after
+`assistant`. A recipient, ` to=functions.NAME`, makes a message a call; it may stand in the role or
 in the channel, of which there are analysis (reasoning), commentary (calls, and text before them)
 and final. <|call|> ends a call and <|return|> the answer.
 """

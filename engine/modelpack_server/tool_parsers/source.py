@@ -1,8 +1,7 @@
 """Text that arrives in pieces, for readers written as generators.
 
 A reader is written as if all text were there; wherever it cannot decide, it yields, and goes on
-when the next piece has come. How a text was cut into pieces therefore makes no difference to
-what
+when the next piece has come. How a text was cut into pieces therefore makes no difference to what
 is read.
 """
 

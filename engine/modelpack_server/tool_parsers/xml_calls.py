@@ -1,9 +1,7 @@
 """The reader of calls in tags: each argument in a tag of its own, as bare text.
 
-mlx-lm has parsers for these (qwen3_coder, minimax_m2, glm47). They take finished blocks, so
-nothing
-streams, and they turn the string "null" into null, drop whole calls over one ill-typed number,
-and
+mlx-lm has parsers for these (qwen3_coder, minimax_m2, glm47). They take finished blocks, so nothing
+streams, and they turn the string "null" into null, drop whole calls over one ill-typed number, and
 make up calls of tools that nobody offered; hence our own.
 """
 

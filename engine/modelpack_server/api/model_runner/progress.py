@@ -1,7 +1,6 @@
 """Progress of pulls and pushes as lines of text, in Docker Model Runner's format.
 
-A line is `{"type", "message", "total", "layer": {"id", "size", "current"}, "mode"}`; its types
-are
+A line is `{"type", "message", "total", "layer": {"id", "size", "current"}, "mode"}`; its types are
 progress, warning, error and success, which is the last. Source: pkg/distribution/oci/progress.go
 and pkg/distribution/internal/progress/reporter.go.
 """

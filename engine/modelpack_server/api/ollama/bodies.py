@@ -2,8 +2,7 @@
 
 Source: its docs/api.md, and the official Python client.
 
-Unknown fields are ignored, null is the same as leaving a field out, and `name` is the old name
-of
+Unknown fields are ignored, null is the same as leaving a field out, and `name` is the old name of
 `model`.
 """
 

@@ -1,7 +1,6 @@
 """The route POST /api/create: a model from another model or from uploaded files.
 
-It is packaged anew: a template and licenses are layers, the rest is an annotation of the
-manifest
+It is packaged anew: a template and licenses are layers, the rest is an annotation of the manifest
 (`modelpack_server.pool.model_defaults`). The weights are neither copied nor changed.
 """
 
