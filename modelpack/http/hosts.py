@@ -47,18 +47,21 @@ def host_of(text: str) -> str:
     """Return the host in `host[:port]`, lower case and without the brackets of IPv6."""
     text = text.strip().lower()
     if text.startswith("["):
-        return text[1:].partition("]")[0]
+        inside, _, rest = text[1:].partition("]")
+        return inside if not rest or rest.startswith(":") else text
     host, colon, _ = text.rpartition(":")
     return host if colon and ":" not in host else text
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether `host[:port]` can only be this machine (RFC 6761 for `localhost`)."""
-    name = host_of(host).rstrip(".")
-    if name == "localhost" or name.endswith(".localhost"):
+    """Return whether `host` (a name or an address, without a port) stays on this machine.
+
+    Names below `localhost` do not count: a resolver may give a listener any address for them.
+    """
+    if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(name).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 

@@ -22,7 +22,6 @@ from modelpack.errors import (
     RemoteUnavailableError,
     UsageError,
 )
-from modelpack.http.hosts import is_loopback
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.registry.auth_challenge import Scopes
 from modelpack.registry.http_client import HttpClient
@@ -30,7 +29,7 @@ from modelpack.registry.http_errors import shown
 from modelpack.registry.limits import BlobOptions, Timeouts
 from modelpack.registry.retry import RetryPolicy
 from modelpack.registry.tls import TlsOptions
-from modelpack.registry.urls import checked_url, origin_of
+from modelpack.registry.urls import checked_url, is_local, origin_of
 
 DEFAULT_ENDPOINT: Final = "https://huggingface.co"
 _TRUE: Final = frozenset({"1", "ON", "YES", "TRUE"})  # as huggingface_hub reads them
@@ -134,7 +133,7 @@ def hub_client(
 ) -> HttpClient:
     """Return the client for one hub; raise `AuthError` if its token would go over plain http."""
     parts = urlsplit(settings.endpoint)
-    exposed = parts.scheme == "http" and not is_loopback(parts.netloc)
+    exposed = parts.scheme == "http" and not is_local(parts.netloc)
     if exposed and settings.token and parts.netloc not in tls.insecure:
         raise AuthError(
             f"the token of the hub is not sent to {parts.netloc} over plain http",

@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import Final
 
 from modelpack.errors import RegistryError
-from modelpack.http.hosts import is_loopback
+from modelpack.registry.urls import is_local
 
 #: Hosts that any registry may lead to, with commas between them: `storage.lan,10.0.0.7:9000`.
 ALLOW_PRIVATE: Final = "MODELPACK_ALLOW_PRIVATE"
@@ -73,7 +73,7 @@ def scope_of(address: str) -> Scope:
 def literal_scope(host: str) -> Scope | None:
     """Return the scope of a host that is an address in any notation, or `localhost`; else None."""
     bare = host.strip("[]")
-    if is_loopback(bare):
+    if is_local(bare):
         return Scope.LOOPBACK
     try:
         return scope_of(str(ipaddress.ip_address(bare.partition("%")[0])))

@@ -21,12 +21,11 @@ import requests
 
 from modelpack.artifacts.json_document import decode_object
 from modelpack.errors import AuthError, ManifestError
-from modelpack.http.hosts import is_loopback
 from modelpack.progress import Action, Progress, ProgressCallback
 from modelpack.registry.auth_challenge import Scopes, parse_challenges, parse_scopes, spelled
 from modelpack.registry.credentials import Credential, CredentialSource
 from modelpack.registry.http_client import TokenRequest
-from modelpack.registry.urls import api_host, checked_url, origin_of, with_query
+from modelpack.registry.urls import api_host, checked_url, is_local, origin_of, with_query
 
 _CLIENT_ID: Final = "modelpack"
 _DEFAULT_LIFE: Final = 60.0  # seconds, where the server names none (token specification)
@@ -295,7 +294,7 @@ class RegistryAuthenticator:
 
     def _may_overhear(self, netloc: str) -> bool:
         """Return whether plain http to this host is nobody's business but the user's."""
-        return is_loopback(netloc) or netloc in self._insecure
+        return is_local(netloc) or netloc in self._insecure
 
     def _checked_realm(self, realm: str) -> str:
         what = f"{self._host}: the realm of its challenge"
@@ -303,7 +302,7 @@ class RegistryAuthenticator:
         origin = origin_of(url)
         allowed = self._exposed or origin.netloc in self._insecure
         if origin.scheme == "http" and not (
-            allowed or (self._plain_http and is_loopback(origin.netloc))
+            allowed or (self._plain_http and is_local(origin.netloc))
         ):
             raise AuthError(
                 f"{what} is plain http on {origin.netloc}: no credentials are sent to it",

@@ -23,7 +23,6 @@ from requests.utils import get_environ_proxies, select_proxy
 from modelpack._version import __version__
 from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
 from modelpack.errors import AuthError, RegistryError
-from modelpack.http.hosts import is_loopback
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.registry.addresses import Reach
 from modelpack.registry.auth_challenge import NOTHING, Scopes
@@ -37,7 +36,7 @@ from modelpack.registry.limits import BlobOptions, Timeouts
 from modelpack.registry.retry import FailedTry, Retries, RetryPolicy
 from modelpack.registry.sockets import Inflow, InterruptibleAdapter, waiting
 from modelpack.registry.tls import TlsContexts, TlsOptions
-from modelpack.registry.urls import Origin, joined_url, origin_of
+from modelpack.registry.urls import Origin, is_local, joined_url, origin_of
 
 MAX_REDIRECTS: Final = 10
 #: Bytes of a response besides its body: status lines, interim responses, headers and trailers.
@@ -275,7 +274,7 @@ class HttpClient:
         request = requests.PreparedRequest()
         answer_time = call.answer_time or self.timeouts.idle
         origin = origin_of(url)
-        proxies = {} if is_loopback(origin.host) else get_environ_proxies(url)
+        proxies = {} if is_local(origin.host) else get_environ_proxies(url)
         if select_proxy(url, proxies):
             self._reach.check_name(origin.host, origin.port)
         inflow = Inflow(self.timeouts, max_bytes=MAX_HEAD, seconds=self.timeouts.reply)

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 from modelpack.errors import RegistryError
-from modelpack.http.hosts import is_loopback
+from modelpack.http.hosts import host_of, is_loopback
 
 #: Names of Docker Hub in references, in Docker's config.json and on the wire.
 HUB_NAMES: Final = ("docker.io", "index.docker.io", "registry-1.docker.io")
@@ -20,6 +20,12 @@ def api_host(registry: str) -> str:
     return _HUB_API_HOST if registry in HUB_NAMES else registry
 
 
+def is_local(host: str) -> bool:
+    """Return whether `host[:port]` can only be this machine (RFC 6761 for `localhost`)."""
+    name = host_of(host).rstrip(".")
+    return is_loopback(name) or name.endswith(".localhost")
+
+
 def uses_plain_http(host: str, plain_http: bool | None = None) -> bool:
     """Return whether `host[:port]` is spoken to by http rather than https.
 
@@ -28,7 +34,7 @@ def uses_plain_http(host: str, plain_http: bool | None = None) -> bool:
     """
     if plain_http is not None:
         return plain_http
-    return is_loopback(host) or os.environ.get("INSECURE_REGISTRY", "").lower() in ("true", "1")
+    return is_local(host) or os.environ.get("INSECURE_REGISTRY", "").lower() in ("true", "1")
 
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
