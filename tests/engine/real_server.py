@@ -12,7 +12,6 @@ from modelpack.store.layout import LayoutStore
 from modelpack.testing.weights import minilm_directory, smollm2_gguf
 from modelpack_engine.config import EngineConfig
 from modelpack_server.api.app import ModelServer
-from modelpack_server.gateway import Protection, protect
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 
@@ -38,7 +37,5 @@ def real_server(directory: Path) -> Iterator[str]:
     def make_pool() -> ModelPool:
         return ModelPool(StoreCatalogue(LayoutStore(root), _CONFIG))
 
-    with ModelServer(
-        make_pool, address="127.0.0.1:0", wrap=lambda app: protect(app, Protection())
-    ) as server:
+    with ModelServer(make_pool, address="127.0.0.1:0") as server:
         yield server.url

@@ -24,7 +24,7 @@ from modelpack_server.api.system import LogBuffer
 from modelpack_server.api.traces import EngineTraces
 from modelpack_server.gateway.caller import caller_of
 from modelpack_server.gateway.families import ERROR_SCHEMAS, family_in, family_of
-from modelpack_server.gateway.protection import CanonicalPath
+from modelpack_server.gateway.protection import CanonicalPath, Protection, protect
 from modelpack_server.pool.names import acting_for
 from modelpack_server.pool.pool import ModelPool
 
@@ -141,7 +141,8 @@ class ModelServer(AppServer):
     """Serves a pool.
 
     The socket answers while models are loaded: /health says 503 until those that are pinned are.
-    `wrap` puts an application before this one; bodies larger than `max_body_bytes` are refused.
+    `wrap` puts an application before this one, by default `protect` without keys, which limits
+    bodies. One that replaces it has to limit them too.
     `request_templates` lets admins send chat templates with their requests.
     `share_prefix_cache`: prompts of all API keys share prefixes in the KV cache.
     """
@@ -155,7 +156,7 @@ class ModelServer(AppServer):
         grace: int = GRACE,
         request_templates: bool = False,
         share_prefix_cache: bool = False,
-        wrap: Callable[[ASGIApp], ASGIApp] = lambda app: app,
+        wrap: Callable[[ASGIApp], ASGIApp] = lambda app: protect(app, Protection()),
         tls: tuple[Path, Path] | None = None,
     ) -> None:
         """Raises `UsageError` for an address that is none, or not loopback unless allowed."""

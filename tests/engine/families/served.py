@@ -13,7 +13,6 @@ from modelpack_engine.core.metrics import Meter
 from modelpack_engine.outputs import FinishReason
 from modelpack_engine.request import EngineRequest
 from modelpack_server.api.app import ModelServer
-from modelpack_server.gateway import Protection, protect
 from modelpack_server.pool.catalogue import LoadedEngine, StoredModel
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.settings import ModelSettings
@@ -125,6 +124,5 @@ def serving() -> Iterator[Served]:
         lambda: ModelPool(catalogue, memory=10_000, grace=0.0),
         address="127.0.0.1:0",
         request_templates=True,
-        wrap=lambda app: protect(app, Protection()),
     ) as server:
         yield Served(server.url, engines)
