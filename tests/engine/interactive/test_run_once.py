@@ -24,8 +24,8 @@ def test_a_prompt(store: LayoutStore, monkeypatch: pytest.MonkeyPatch) -> None:
     result = tiny(store, "hello", "there")
     assert result.code == 0, result.err
     assert result.stdout.endswith(b"\n")
-    assert "(cut: " in result.err
-    assert "(cut: " not in tiny(store, "hello", "-q").err
+    assert "(truncated: maximum number of tokens" in result.err
+    assert "(truncated: maximum number of tokens" not in tiny(store, "hello", "-q").err
 
 
 def test_arguments_and_what_is_piped_in_are_one_prompt(

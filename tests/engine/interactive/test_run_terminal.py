@@ -47,7 +47,7 @@ def test_a_session(terminal: Terminal, tmp_path: Path) -> None:
         assert_row(shown, row)
 
     terminal.type("Tell me a story.\r")
-    assert "(cut: " in terminal.until(PROMPT)
+    assert "(truncated: " in terminal.until(PROMPT)
     terminal.type("/nonsense\r")
     assert "there is no command /nonsense" in terminal.until(PROMPT)
 
