@@ -135,14 +135,6 @@ class Target(Source, Protocol):
         ...
 
 
-class Mounter(Protocol):
-    """A target that can link a blob from another repository of the same registry."""
-
-    def mount_blob(self, descriptor: Descriptor, source: Source) -> bool:
-        """Link the blob from `source` if it lives in the same registry; return whether it did."""
-        ...
-
-
 def watching(progress: ProgressCallback | None, stop: Stop | None = None) -> Watch:
     """Return the `Watch` of one call."""
     return Watch(serialized(progress), stop or Stop())

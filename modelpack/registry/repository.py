@@ -92,7 +92,7 @@ def repositories(client: HttpClient, host: str) -> Iterator[str]:
 
 
 class Repository:
-    """Manifests, tags and blobs under one name; fulfils `Source`, `Target` and `Mounter`.
+    """Manifests, tags and blobs under one name; fulfils `Source` and `Target`.
 
     Names are tags or digests. Any request may raise `AuthError`, `DeniedError`, `RegistryError`
     and, after retries, `RemoteUnavailableError`; what does not exist is a `NotFoundError`.

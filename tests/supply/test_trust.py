@@ -105,7 +105,10 @@ def test_both_the_key_and_the_policy_count(keys: Path, theirs: PrivateKey) -> No
         ("[publishers.a]\nkeys = ['ours.key']", "is a private key"),
         ("default = ", "is not TOML"),
         (POLICY + "publishers = ['team']", "accept = true cannot be combined with publishers"),
-        (POLICY + "formats = ['cosign']", "accept = true cannot be combined with publishers"),
+        (
+            POLICY + "formats = ['cosign']",
+            "accept = true cannot be combined with publishers, threshold or formats",
+        ),
         (POLICY.replace("threshold = 2", "formats = ['pgp']"), "'pgp' is not a format"),
         (POLICY.replace("threshold = 2", "formats = 'cosign'"), "formats is not an array"),
         (POLICY.replace("threshold = 2", "threshold = 3"), "threshold is 3, expected 1 to 2"),

@@ -142,7 +142,7 @@ def fit_proposals(
     """Part the sequences that decode into those that do so alone, and those with a proposal.
 
     A proposal is cut to the rows of a step, to what its sequence may still generate, and to the
-    blocks that are available: nobody is preempted for a guess.
+    blocks that are available: the scheduler preempts no sequence for a proposal.
     """
     if not proposed:
         return decode, []
@@ -240,7 +240,7 @@ class WaitingQueue:
             self._served.clear()
 
     def _next(self) -> list[Sequence]:
-        """Return the sequences of the owner whose turn it is."""
+        """Return the preempted sequences if there are any, otherwise the queue of the next owner."""
         if self._preempted:
             return self._preempted
         if len(self._owners) == 1:

@@ -37,14 +37,14 @@ _HEADER = struct.Struct("<BI")
 class Kind(IntEnum):
     """What a message says. Bodies are JSON, but for those from STEP to WARM_UP."""
 
-    # What a follower says.
+    # Messages of a follower.
     HELLO = 1  # its rank and versions, once
-    DONE = 2  # what it was asked for, and what came of it
-    REFUSED = 3  # it could not do that; it goes on
-    FAILED = 4  # why it ends now
-    # What rank 0 says.
-    LOAD = 16  # load a model, which is named
-    CONFIGURE = 17  # how the engine is to run; answered by the sizes that there is room for
+    DONE = 2  # the result of a request
+    REFUSED = 3  # a request failed; the follower continues
+    FAILED = 4  # why the follower ends now
+    # Messages of rank 0.
+    LOAD = 16  # load the named model
+    CONFIGURE = 17  # the engine's configuration; followers reply with the KV cache sizes that fit
     BUILD = 18  # the sizes of all ranks; answered once steps can come
     STEP = 19
     RELEASE = 20  # sequences whose state is void

@@ -1,4 +1,4 @@
-"""Tokenise inputs, and batch those of similar length so that there is little padding."""
+"""Tokenise inputs and batch them by length, which keeps padding small."""
 
 from __future__ import annotations
 

@@ -90,12 +90,16 @@ def test_errors_only_is_a_failure() -> None:
         (["http://127.0.0.1:9"], 6, "no server answers"),
         (["http://127.0.0.1:9", "--concurrency", "1,x"], 2, "list of numbers"),
         (["http://127.0.0.1:9", "--concurrency", "0"], 2, "above 0"),
-        (["http://127.0.0.1:9", "--rate", "1", "--concurrency", "1"], 2, "cannot be combined"),
+        (
+            ["http://127.0.0.1:9", "--rate", "1", "--concurrency", "1"],
+            2,
+            "--concurrency, --rate and --workload cannot",
+        ),
         (["http://127.0.0.1:9", "--workload", "x"], 2, "there is no workload"),
         (
             ["http://127.0.0.1:9", "--workload", "sonnet", "--prompt-tokens", "9"],
             2,
-            "cannot be combined",
+            "--workload cannot be combined with --prompt-tokens",
         ),
         (["http://127.0.0.1:9", "--serve", "--device cpu"], 2, "only URLs were given"),
         (["a", "http://b", "c", "--serve", "x", "--serve", "y"], 2, "options, got 2"),
