@@ -41,15 +41,14 @@ def tls_options(command: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-_LOGGERS = ("modelpack", "modelpack_engine", "modelpack_server")
-
-
 @contextmanager
 def request_log(settings: Settings) -> Iterator[None]:
     """Write request logs and warnings to stderr in the block; with --quiet, only warnings."""
+    from modelpack.http.listener import LOGGERS
+
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.WARNING if settings.quiet else logging.INFO)
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.addHandler(handler)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Seconds that requests under way get to finish once the server is asked to stop.
 GRACE = 30
+#: The loggers of our packages, whose records servers show.
+LOGGERS = ("modelpack", "modelpack_engine", "modelpack_server")
 _BACKLOG = 128
 # Seconds for which another thread holds the interpreter once the event loop wants it: the loop
 # gives it up at every call of the system, and waits as long each time.

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import modelpack
-from modelpack.http.listener import GRACE, AppServer
+from modelpack.http.listener import GRACE, LOGGERS, AppServer
 from modelpack_server.api import anthropic, management, model_runner, ollama, openai, page, system
 from modelpack_server.api import traces as cancellation
 from modelpack_server.api.errors import Failures, Problem, install, respond
@@ -77,10 +77,6 @@ class Callers:
             await self._app(scope, receive, send)
 
 
-# The loggers whose records GET /logs shows.
-_LOGGERS = ("modelpack", "modelpack_engine", "modelpack_server")
-
-
 def create_app(
     pool: ModelPool,
     *,
@@ -98,7 +94,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        loggers = [logging.getLogger(name) for name in _LOGGERS]
+        loggers = [logging.getLogger(name) for name in LOGGERS]
         for logger in loggers:
             logger.addHandler(logs)
         await pool.start()
