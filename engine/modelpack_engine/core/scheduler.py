@@ -240,7 +240,7 @@ class WaitingQueue:
             self._served.clear()
 
     def _next(self) -> list[Sequence]:
-        """Return the preempted sequences if there are any, otherwise the queue of the next owner."""
+        """Return the preempted sequences, or the queue of the next owner if there are none."""
         if self._preempted:
             return self._preempted
         if len(self._owners) == 1:

@@ -84,7 +84,7 @@ def run(
         "reasoning": think,
     }  # fmt: skip
     if host is not None:
-        from modelpack_server.cli.server_client import find_target
+        from modelpack_server.cli.client import find_target
         from modelpack_server.repl.remote import RemoteChat, RemoteModel
 
         def find(name: str) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from modelpack_server.cli.server_client import PROGRAMS, Target
+from modelpack_server.cli.client import PROGRAMS, Target
 from tests.engine.families.served import CALLER, LARGE_CONTEXT, Served
 from tests.peers import REQUIRED
 
