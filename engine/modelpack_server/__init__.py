@@ -13,7 +13,6 @@ Names load on first use, after `modelpack_engine.platform.blas` chose a BLAS for
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,11 +30,6 @@ __all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from modelpack_engine.platform import blas
 
-    blas.prepare()
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
-    globals()[name] = value
-    return value
+    return blas.load_export(__name__, _EXPORTS, name)

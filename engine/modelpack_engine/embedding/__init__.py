@@ -10,7 +10,6 @@ Read `loader` first, then `encoder`, `pooling`, `sentence_transformers`, `embedd
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,11 +43,6 @@ __all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from modelpack_engine.platform import blas
 
-    blas.prepare()
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
-    globals()[name] = value
-    return value
+    return blas.load_export(__name__, _EXPORTS, name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import hashlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -19,9 +20,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 _log = logging.getLogger(__name__)
 _SHIM_SOURCE = Path(__file__).with_name("blas_shim.c")
@@ -46,6 +49,20 @@ class Blas:
 
 
 _prepared: Blas | None = None
+
+
+def load_export(package: str, exports: Mapping[str, str], name: str) -> Any:
+    """Return `name` of the module that `exports` names, and set it in `package`.
+
+    For the `__getattr__` of a package whose modules import MLX: a BLAS is chosen before. Raises
+    `AttributeError`.
+    """
+    if name not in exports:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    prepare()
+    value = getattr(importlib.import_module(exports[name]), name)
+    setattr(sys.modules[package], name, value)
+    return value
 
 
 def prepare() -> Blas:

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from fastapi import Request
 from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
+from modelpack.errors import DeniedError
 from modelpack_server.api.bodies import Body
+from modelpack_server.gateway.caller import caller_of
+from modelpack_server.gateway.forwarding import is_direct
 
 KeepAlive = StrictStr | StrictInt | float
 
@@ -165,3 +169,22 @@ class CreateBody(ModelBody):
     quantize: StrictStr = ""
     modelfile: StrictStr = ""
     stream: StrictBool = True
+
+
+def check_request_template(request: Request, *, allowed: bool) -> None:
+    """Raise `DeniedError` unless the sender of `request` may send a chat template.
+
+    A template is code: the sender needs a key for all models, or no key where the server asks
+    for none and the sender is on this machine. `allowed` is the server's option.
+    """
+    if not allowed:
+        raise DeniedError(
+            "the request has a chat template of its own, which this server refuses",
+            hint="leave `template` out, or start the server with --allow-request-templates",
+        )
+    caller = caller_of(request.scope)
+    if caller.is_restricted or (caller.owner is None and not is_direct(request.scope)):
+        raise DeniedError(
+            "the request has a chat template of its own, which only admins may send",
+            hint="leave `template` out, or use a key that is not limited to some models",
+        )

@@ -29,12 +29,11 @@ from modelpack.store.layout import LayoutStore
 from modelpack_engine.errors import RequestError
 from modelpack_engine.models.chat_template import as_jinja, check_template
 from modelpack_engine.worker.threads import in_thread
-from modelpack_server.api.ollama.bodies import CreateBody
+from modelpack_server.api.ollama.bodies import CreateBody, check_request_template
 from modelpack_server.api.ollama.chat import template_messages
 from modelpack_server.api.ollama.jobs import Job, Steps, tell
 from modelpack_server.api.ollama.model_card import shown_template
 from modelpack_server.api.ollama.ndjson import JsonRoute
-from modelpack_server.api.request_templates import check_request_template
 from modelpack_server.pool.model_defaults import KNOWN, ModelDefaults, parse_options
 from modelpack_server.pool.pool import ModelPool
 

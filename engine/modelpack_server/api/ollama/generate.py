@@ -14,7 +14,7 @@ from modelpack_engine.models.chat_template import as_jinja
 from modelpack_engine.request import EngineRequest
 from modelpack_engine.worker.threads import in_thread, prepare
 from modelpack_server.api.ollama import replies
-from modelpack_server.api.ollama.bodies import GenerateBody
+from modelpack_server.api.ollama.bodies import GenerateBody, check_request_template
 from modelpack_server.api.ollama.chat import (
     constraint_of,
     load_or_unload,
@@ -25,7 +25,6 @@ from modelpack_server.api.ollama.chat import (
 )
 from modelpack_server.api.ollama.model_card import shown_template
 from modelpack_server.api.ollama.ndjson import JsonRoute
-from modelpack_server.api.request_templates import check_request_template
 from modelpack_server.conversation.answer import Answer
 from modelpack_server.conversation.chat import ChatStream, start_chat
 from modelpack_server.conversation.infill import Markers, find_markers, infilling_prompt
