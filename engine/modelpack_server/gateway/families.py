@@ -26,7 +26,8 @@ class Family(StrEnum):
     OLLAMA = "ollama"
 
 
-_ANTHROPIC = re.compile(r"/anthropic(/.*)?|(/engines(/[^/]+)?)?/v1/messages(/.*)?")
+# A path may hold line breaks, which clients can write as %0A.
+_ANTHROPIC = re.compile(r"/anthropic(/.*)?|(/engines(/[^/]+)?)?/v1/messages(/.*)?", re.DOTALL)
 
 
 def family_of(path: str, headers: Headers) -> Family:
