@@ -13,6 +13,7 @@ from pydantic import field_validator
 
 from modelpack_server.api import errors
 from modelpack_server.api.bodies import Body, BodyRoute, JsonRequest
+from modelpack_server.gateway.families import Family
 
 _LARGE = 40_000
 
@@ -44,7 +45,7 @@ def client() -> TestClient:
         return {"count": len(body.words)}
 
     app = FastAPI()
-    errors.install(app)
+    errors.install(app, lambda _, problem: problem.response(Family.OPENAI))
     app.include_router(routes)
     THREADS.clear()
     return TestClient(app)
