@@ -76,6 +76,7 @@ def test_the_command_serves_logs_and_stops(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     secret = succeed("gateway", "key", "alice", "--keys", file).out
     with serving(Upstream()) as upstream:
+        upstream = upstream.replace("127.0.0.1", "127.1")  # not known to be this machine
         process = subprocess.Popen(
             [sys.executable, "-m", "modelpack", "gateway", "--upstream", upstream,
              "--port", "0", "--keys", str(file)],
@@ -95,6 +96,7 @@ def test_the_command_serves_logs_and_stops(tmp_path: Path) -> None:
     traces = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
     assert [trace["status"] for trace in traces] == [401, 200]  # and none for the probe
     assert (traces[1]["key"], traces[1]["upstream"]) == ("alice", upstream)
+    assert f"all clients are one owner at {upstream}: set MODELPACK_UPSTREAM_KEY" in err
     assert secret not in err
     assert "top-secret" not in err
 

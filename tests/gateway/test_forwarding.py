@@ -133,6 +133,28 @@ def test_a_gateway_names_the_key_and_drops_what_its_client_says(tmp_path: Path) 
     assert {asked.header("x-modelpack-caller") for asked in app.asked} == {"editor"}
 
 
+@pytest.mark.parametrize(
+    ("host", "upstream_key", "owner"),
+    [
+        ("127.0.0.1", None, "alice"),
+        ("127.1", None, None),  # another spelling, so it may be any machine
+        ("127.1", "secret", "alice"),
+    ],
+)
+def test_callers_are_named_to_upstreams_that_trust_the_gateway(
+    tmp_path: Path, host: str, upstream_key: str | None, owner: str | None
+) -> None:
+    """A server without keys on another machine answers 403 to a gateway that names a caller."""
+    file, app = tmp_path / "keys.toml", Upstream()
+    bearer = {"authorization": f"Bearer {add_key(file, 'alice')}"}
+    with serving(app) as url:
+        upstream = url.replace("127.0.0.1", host)
+        protection = {"keys": KeyFile(file)}
+        with gateway(upstream, protection=protection, upstream_key=upstream_key) as keyed:
+            assert keyed.client.get("/v1/models", headers=bearer).status_code == 200
+    assert [asked.header(OWNER) for asked in app.asked] == [owner]
+
+
 def test_a_connection_header_does_not_hide_the_owner(tmp_path: Path) -> None:
     """A client may have a proxy drop headers, but not the gateway's own."""
     file, app = tmp_path / "keys.toml", Upstream()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 import click
 
@@ -14,6 +15,7 @@ from modelpack.cli.options import Settings, common_options
 from modelpack.cli.output import note, show
 from modelpack.cli.server_options import request_log, tls_options
 from modelpack.errors import UsageError
+from modelpack.http.hosts import is_loopback
 
 if TYPE_CHECKING:
     from modelpack_server.gateway.protection import Protection
@@ -127,18 +129,27 @@ def gateway(
     _require_httpx()
     from modelpack_server.gateway.app import GatewayServer, GatewaySettings
 
+    key = os.environ.get("MODELPACK_UPSTREAM_KEY") or None
+    guard = protection(host)
     with request_log(settings):
         server = GatewayServer(
             GatewaySettings(
                 upstreams=upstreams,
-                protection=protection(host),
+                protection=guard,
                 policy=balance,
                 timeout=timeout,
-                upstream_key=os.environ.get("MODELPACK_UPSTREAM_KEY") or None,
+                upstream_key=key,
             ),
             port,
             tls=tls,
         )
+        shared = [url for url in upstreams if not is_loopback(urlsplit(url).hostname or "")]
+        if guard.keys is not None and key is None and shared:
+            note(
+                settings,
+                f"all clients are one owner at {', '.join(shared)}: set MODELPACK_UPSTREAM_KEY to "
+                "a key marked 'gateway = true' there to keep their stored responses apart",
+            )
         note(settings, f"forwarding requests to {', '.join(upstreams)}; stop with Ctrl-C")
         server.run(lambda: click.echo(server.url))
 

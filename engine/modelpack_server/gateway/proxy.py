@@ -14,6 +14,7 @@ import httpx
 from starlette.types import Message, Receive, Scope, Send
 
 from modelpack.errors import UsageError
+from modelpack.http.hosts import is_loopback
 from modelpack_server.gateway.caller import caller_of
 from modelpack_server.gateway.families import error_response, family_in, retry_headers, stream_error
 from modelpack_server.gateway.forwarding import CALLER_HEADERS, caller_headers
@@ -39,6 +40,11 @@ class Upstream:
     running: int = 0
     failures: int = 0
     rests_until: float = 0.0
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether it can only be on this machine."""
+        return is_loopback(self.url.host)
 
     def target(self, raw_path: bytes, query: bytes) -> httpx.URL:
         """Return the URL of a request's path, as the client wrote it, on this server."""
@@ -191,6 +197,8 @@ class Proxy:
     Another upstream is tried only where the first has certainly not begun: it could not be reached,
     or said 503 (529) with Retry-After; and only while the body is at hand as a whole. `keyed`: the
     credentials were the gateway's own and go no further. `upstream_key` is sent to upstreams.
+    Without it, only upstreams at loopback addresses are told who the caller is: the others would
+    not trust the gateway (`gateway.forwarding`).
     `timeout` is in seconds, between two pieces of a reply.
 
     `transport` is httpx's, without its client: that one keeps cookies, and logs URLs with their
@@ -279,7 +287,8 @@ class Proxy:
             for name, value in _end_to_end(scope["headers"])
             if name not in self._withheld
         ]
-        headers += caller_headers(caller_of(scope))
+        if self._upstream_key or upstream.is_loopback:
+            headers += caller_headers(caller_of(scope))
         headers.append((b"accept-encoding", b"identity"))  # token counts are read on the way
         if client := scope.get("client"):
             headers.append((b"x-forwarded-for", client[0].encode()))
