@@ -35,7 +35,8 @@ class ChatTemplate:
         """
         source = self.tool_use if self.tool_use and variables.get("tools") else self.source
         job = {"kind": "render", "source": source, "variables": dict(variables)}
-        return str(_run(source, job, "the model's chat template failed", "messages"))
+        # One key for both templates: a model keeps at most one worker busy.
+        return str(_run(self.source, job, "the model's chat template failed", "messages"))
 
 
 def check_template(source: str) -> None:

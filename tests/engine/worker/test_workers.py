@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from modelpack_engine.errors import QueueFullError
+from modelpack_engine.errors import QueueFullError, RequestError
+from modelpack_engine.models import chat_template
+from modelpack_engine.models.chat_template import ChatTemplate
 from modelpack_engine.worker.process import WorkerProcess
 from modelpack_engine.worker.threads import in_thread
 from modelpack_engine.worker.workers import JobFailedError, Workers
@@ -116,6 +118,27 @@ def test_one_template_leaves_a_worker_to_the_others(
     for future in slow:
         with pytest.raises(JobFailedError):
             future.result(_WAIT)
+
+
+def test_two_templates_of_a_model_take_one_worker(
+    workers: Workers, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template, "shared_workers", lambda: workers)
+    slow = ChatTemplate(ENDLESS, tool_use="tools: " + ENDLESS)
+    jobs = [threads.submit(slow.render, {"tools": tools}) for tools in ([], [{}], [], [{}])]
+    until(lambda: busy(workers) and workers._waiters == 3)
+    assert len(busy(workers)) == 1
+    assert ChatTemplate("{{ x }}").render({"x": 1}) == "1"
+
+    def ended() -> bool:
+        for worker in busy(workers):
+            worker.kill()
+        return all(job.done() for job in jobs)
+
+    until(ended)
+    for job in jobs:
+        with pytest.raises(RequestError, match="the model's chat template failed"):
+            job.result(_WAIT)
 
 
 def test_too_many_waiting_jobs_are_refused(threads: ThreadPoolExecutor) -> None:
