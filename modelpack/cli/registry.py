@@ -331,8 +331,9 @@ def _upstream(url: str, ttl: float) -> Upstream:
     scheme, separator, host = url.rpartition("://")
     host = host.rstrip("/")
     if not host or "/" in host or "@" in host or (separator and scheme not in ("http", "https")):
+        shown = url.rpartition("@")[2]  # without a password
         raise UsageError(
-            f"--upstream {url!r}: expected HOST[:PORT], https://HOST or http://HOST",
+            f"--upstream {shown!r}: expected HOST[:PORT], https://HOST or http://HOST",
             hint="leave out paths and credentials; use `modelpack login` to log in",
         )
     plain_http = {"http": True, "https": False}.get(scheme)
