@@ -9,9 +9,9 @@
 # EXTRAS=engine,gateway,tokens; other EXTRAS have no lock file and take what pyproject.toml allows.
 #
 # BASE needs Python >= 3.11 as `python`, with venv and pip, and a shell. Nothing else of it is used.
-# A tag can change: for builds that others rely on, give a digest (--build-arg BASE=python@sha256:...).
+# The digest is that of the tag in September 2026. Use --build-arg BASE=IMAGE@DIGEST for a newer one.
 
-ARG BASE=python:3.13-slim
+ARG BASE=python:3.13-slim@sha256:7c61056e61ac89e852de05f3dc6fa51a6dd2181797bceed46aa725dd7cb2cd3b
 
 FROM ${BASE} AS build
 ARG EXTRAS=gateway,tokens
