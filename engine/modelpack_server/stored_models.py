@@ -94,8 +94,7 @@ def _load_llama_cpp(
     opened: Opened, configure: Callable[[int, int], EngineConfig]
 ) -> tuple[SteppingEngine, str]:
     from modelpack_engine.llama_cpp.engine import LlamaCppEngine
-    from modelpack_engine.llama_cpp.model import LlamaModel
-    from modelpack_engine.llama_cpp.trial import try_out
+    from modelpack_engine.llama_cpp.model import LlamaModel, try_out
 
     tokenizer = gguf_tokenizer_of(opened.files)
     try_out(opened.files.weights)

@@ -1,25 +1,20 @@
 """One model on many devices: tensor parallelism over the ranks of a group.
 
-Every rank is a process with a device of its own and holds a part of each layer; mlx-lm's models
-split themselves (`model.shard(group)`), and MLX's collectives (`mx.distributed`) add the parts up.
-Rank 0 leads: it alone has a scheduler, requests and HTTP, and tells the others (the followers)
-what each step computes over a channel of our own.
+Each rank is a process with its own device and holds a part of each layer. mlx-lm's models split
+themselves (`model.shard(group)`), and MLX's collectives (`mx.distributed`) add up the parts. Rank 0
+leads: only rank 0 has a scheduler, requests and HTTP. It sends each step to the other ranks, the
+followers, over a channel of sockets.
 
-    launching.py    starts the ranks of this machine, and ends all of them if one ends
-    place.py        which rank this process is, as a launcher's environment says
-    kernel_files.py where each rank keeps the kernels that MLX compiles
-    wire.py         messages: framed, bounded, checked
-    steps.py        a step's batch as bytes
-    channel.py      the channel: rank 0's end and a follower's
-    group.py        MLX's group; tokens that rank 0 chose, on every rank
-    order.py        collectives in one order on all ranks
-    sharding.py     a model's part of this rank
-    leading.py      rank 0: the ranks, and an engine over them
-    following.py    every other rank
-    joining.py      from the environment to a rank that leads or follows
-    stored.py       models of the store, on all ranks
+    launch    starts the ranks of this machine, ends all of them if one ends, and joins their group
+    group     MLX's group of ranks, and collectives in the same order on all of them
+    channel   the messages between ranks, and both ends of their connections
+    sharding  reduces a model to this rank's part
+    leader    rank 0: an engine whose steps run on all ranks
+    follower  every other rank
+
+Read `leader` first. `modelpack_server.stored_models` loads stored models on all ranks.
 """
 
 from modelpack_engine.platform import blas
 
-blas.prepare()  # before MLX, which most of these import: whoever comes here first
+blas.prepare()  # must run before MLX is imported, which most of these modules do

@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from modelpack_engine.embedding.embedder import EmbedderConfig as EmbedderConfig
     from modelpack_engine.embedding.loader import load_embedder as load_embedder
     from modelpack_engine.embedding.loader import purpose_of as purpose_of
-    from modelpack_engine.embedding.results import Embeddings as Embeddings
-    from modelpack_engine.embedding.results import EmbedOptions as EmbedOptions
-    from modelpack_engine.embedding.results import Scores as Scores
-    from modelpack_engine.embedding.results import sigmoid as sigmoid
+    from modelpack_engine.embedding.request import Embeddings as Embeddings
+    from modelpack_engine.embedding.request import EmbedOptions as EmbedOptions
+    from modelpack_engine.embedding.request import Scores as Scores
+    from modelpack_engine.embedding.request import sigmoid as sigmoid
 
 _EXPORTS = {
     "AsyncEmbedder": "modelpack_engine.embedding.async_embedder",
     "CrossEncoder": "modelpack_engine.embedding.embedder",
-    "Scores": "modelpack_engine.embedding.results",
-    "sigmoid": "modelpack_engine.embedding.results",
+    "Scores": "modelpack_engine.embedding.request",
+    "sigmoid": "modelpack_engine.embedding.request",
     "Embedder": "modelpack_engine.embedding.embedder",
     "EmbedderConfig": "modelpack_engine.embedding.embedder",
-    "Embeddings": "modelpack_engine.embedding.results",
-    "EmbedOptions": "modelpack_engine.embedding.results",
+    "Embeddings": "modelpack_engine.embedding.request",
+    "EmbedOptions": "modelpack_engine.embedding.request",
     "load_embedder": "modelpack_engine.embedding.loader",
     "purpose_of": "modelpack_engine.embedding.loader",
     "rank_pairs": "modelpack_engine.embedding.async_embedder",

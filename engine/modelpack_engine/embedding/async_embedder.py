@@ -23,13 +23,15 @@ import numpy as np
 from modelpack.errors import ModelpackError
 from modelpack_engine.async_engine import EngineState, end_streams
 from modelpack_engine.core.metrics import Meter
-from modelpack_engine.embedding.inputs import Input, Prepared, next_batch
-from modelpack_engine.embedding.results import (
+from modelpack_engine.embedding.request import (
     Embeddings,
     EmbedOptions,
+    Input,
     Pair,
+    Prepared,
     Scores,
     Vector,
+    next_batch,
     sigmoid,
 )
 from modelpack_engine.errors import EngineError, RequestError

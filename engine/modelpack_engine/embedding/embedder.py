@@ -10,17 +10,20 @@ import mlx.core as mx
 import numpy as np
 
 from modelpack_engine.embedding.encoder import Encoder
-from modelpack_engine.embedding.inputs import (
+from modelpack_engine.embedding.request import (
     BatchLimits,
+    Embeddings,
+    EmbedOptions,
     Input,
     InputReader,
+    Pair,
     Prepared,
+    Scores,
+    Vector,
     check_total,
     split_batches,
 )
-from modelpack_engine.embedding.pooling import PoolingMode, pool
-from modelpack_engine.embedding.results import Embeddings, EmbedOptions, Pair, Scores, Vector
-from modelpack_engine.embedding.sentence_transformers import Steps
+from modelpack_engine.embedding.sentence_transformers import PoolingMode, Steps, pool
 from modelpack_engine.errors import EngineError, RequestError
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from modelpack_engine.embedding.encoder_config import Activation, EncoderConfig
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "tanh"]
 
 #: Scores of so many queries are in memory at a time: 8192 tokens would else need gigabytes.
 _QUERY_CHUNK = 1024
@@ -28,6 +29,44 @@ _FUNCTIONS: Mapping[Activation, Callable[[mx.array], mx.array]] = {
     "silu": nn.silu,
     "tanh": mx.tanh,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderConfig:
+    """What the encoder is made of.
+
+    `position_table` is the number of learnt positions, 0 for none; the first token is at
+    `position_offset`, and `max_tokens` is the longest input. `pad_token_id` matters where
+    positions skip padding (RoBERTa). `rope_bases` and `windows` have one entry per layer: a base
+    of None is no rotation, a window of None sees everything, of w sees w tokens to either side.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    activation: Activation
+    norm_eps: float
+    max_tokens: int
+    position_table: int
+    position_offset: int
+    pad_token_id: int
+    type_vocab_size: int
+    rope_bases: tuple[float | None, ...]
+    windows: tuple[int | None, ...]
+    relative_buckets: int = 0
+    pre_norm: bool = False
+    gated: bool = False
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    norm_bias: bool = True
+    num_labels: int = 0
+    head_activation: Activation = "tanh"
+    head_norm: bool = False
+    head_bias: bool = True
+    head_pooling: Literal["cls", "mean"] = "cls"
 
 
 class Encoder(nn.Module):  # type: ignore[misc]  # mlx.nn has no annotations

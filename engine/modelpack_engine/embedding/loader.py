@@ -15,13 +15,18 @@ from modelpack_engine.embedding.embedder import (
     Embedder,
     EmbedderConfig,
 )
-from modelpack_engine.embedding.encoder import Encoder
-from modelpack_engine.embedding.encoder_config import EncoderConfig, is_cross_encoder, is_encoder
-from modelpack_engine.embedding.encoder_weights import GGUF_NAMES, load_encoder, rename_tensors
-from modelpack_engine.embedding.inputs import BatchLimits, InputReader
-from modelpack_engine.embedding.pooling import PoolingMode
+from modelpack_engine.embedding.encoder import Encoder, EncoderConfig
+from modelpack_engine.embedding.encoder_checkpoint import (
+    GGUF_NAMES,
+    is_cross_encoder,
+    is_encoder,
+    load_encoder,
+    rename_tensors,
+)
+from modelpack_engine.embedding.request import BatchLimits, InputReader
 from modelpack_engine.embedding.sentence_transformers import (
     NormalizeStep,
+    PoolingMode,
     SentenceFiles,
     Steps,
     read_sentence_files,

@@ -1,4 +1,4 @@
-"""Calls of single modules that the engine replaces, through `ClassSwaps`.
+"""Calls of single modules that the engine replaces, and restores with `ClassSwaps.undo`.
 
 `PATCHES` has the classes of mlx-lm that cannot run on token rows (one token of any sequence a row)
 as they are. The other functions replace linear layers and the last layer's output of any model.
@@ -19,7 +19,35 @@ from modelpack_engine.attention.cache_handle import KVHandle
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
 from modelpack_engine.layers.matmul import multiply, quantised_weights
-from modelpack_engine.patches.class_swaps import Call, ClassSwaps
+
+Call = Callable[..., Any]
+
+
+class ClassSwaps:
+    """The swaps of one model, in the order in which they were made."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[nn.Module, type[nn.Module]]] = []
+
+    def override(self, module: nn.Module, call: Call, method: str = "__call__") -> None:
+        """Replace `method` of this instance by `call(original, module, *args, **kwargs)`.
+
+        `original` is the replaced method, as a function of the instance.
+        """
+        kind = type(module)
+        original = getattr(kind, method)
+
+        def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return call(original, self, *args, **kwargs)
+
+        self._made.append((module, kind))
+        module.__class__ = type(kind.__name__, (kind,), {method: replaced})
+
+    def undo(self) -> None:
+        """Restore the class of every module."""
+        while self._made:
+            module, original = self._made.pop()
+            module.__class__ = original
 
 
 @dataclass(frozen=True, slots=True)

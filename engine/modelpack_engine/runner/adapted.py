@@ -18,9 +18,9 @@ from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.core.block_manager import PrefixSnapshots
 from modelpack_engine.core.buckets import EXACT, Buckets
 from modelpack_engine.layers.add_norm import Sums
-from modelpack_engine.patches.class_swaps import ClassSwaps
-from modelpack_engine.patches.decoder import fuse
+from modelpack_engine.patches.fused_layers import fuse
 from modelpack_engine.patches.modules import (
+    ClassSwaps,
     fold_quantised,
     halve_linears,
     patch_modules,

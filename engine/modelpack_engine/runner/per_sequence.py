@@ -17,8 +17,8 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 from modelpack_engine.attention.cache_handle import RowMask
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
-from modelpack_engine.patches.class_swaps import Call, ClassSwaps
 from modelpack_engine.patches.functions import fast_recurrence
+from modelpack_engine.patches.modules import Call, ClassSwaps
 from modelpack_engine.runner.recurrent import RecurrentState
 
 

@@ -23,8 +23,7 @@ from modelpack_engine.llama_cpp import library
 from modelpack_engine.llama_cpp import library as choosing
 from modelpack_engine.llama_cpp.engine import LlamaCppEngine
 from modelpack_engine.llama_cpp.library import choose_backend
-from modelpack_engine.llama_cpp.model import Context, LlamaModel
-from modelpack_engine.llama_cpp.trial import try_out
+from modelpack_engine.llama_cpp.model import Context, LlamaModel, try_out
 from modelpack_engine.models import ModelFiles, load
 from modelpack_engine.models.loader import gguf_tokenizer_of
 from modelpack_engine.request import SamplingParams

@@ -12,7 +12,7 @@ import pytest
 from modelpack_engine.attention import cpu, metadata
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.patches import modules as layers
-from modelpack_engine.patches.class_swaps import ClassSwaps
+from modelpack_engine.patches.modules import ClassSwaps
 from modelpack_engine.platform.memory import keep_freed_memory
 
 

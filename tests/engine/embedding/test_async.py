@@ -17,7 +17,7 @@ import pytest
 
 from modelpack_engine.async_engine import EngineState
 from modelpack_engine.embedding import AsyncEmbedder, CrossEncoder, Embedder, load_embedder
-from modelpack_engine.embedding.inputs import Prepared
+from modelpack_engine.embedding.request import Prepared
 from modelpack_engine.errors import ContextLengthError, EngineError, ModelLoadError, RequestError
 from modelpack_engine.models import ModelFiles
 from tests.engine.embedding.models import write_model

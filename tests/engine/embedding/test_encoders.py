@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from modelpack_engine.embedding import load_embedder, purpose_of
-from modelpack_engine.embedding.encoder_weights import load_encoder
+from modelpack_engine.embedding.encoder_checkpoint import load_encoder
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import ModelFiles
 from tests.engine.embedding import tiny

@@ -10,7 +10,7 @@ import pytest
 from modelpack.errors import NotFoundError
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.embedding import Embedder
-from modelpack_engine.embedding.inputs import BatchLimits, next_batch, split_batches
+from modelpack_engine.embedding.request import BatchLimits, next_batch, split_batches
 from modelpack_engine.embedding.sentence_transformers import Steps
 from modelpack_engine.errors import ContextLengthError, EngineError, ModelLoadError, RequestError
 from modelpack_server import open_cross_encoder, open_embedder

@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 
 from modelpack_engine.embedding import load_embedder
-from modelpack_engine.embedding.pooling import PoolingMode, parse_pooling, pool
-from modelpack_engine.embedding.sentence_transformers import read_sentence_files
+from modelpack_engine.embedding.sentence_transformers import (
+    PoolingMode,
+    parse_pooling,
+    pool,
+    read_sentence_files,
+)
 from modelpack_engine.errors import ModelLoadError, RequestError
 from modelpack_engine.models import ModelFiles
 from tests.engine.embedding import tiny

@@ -15,8 +15,8 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from modelpack_engine.layers import expert_kernels
 from modelpack_engine.layers.expert_kernels import Routing, route
-from modelpack_engine.patches.class_swaps import ClassSwaps
-from modelpack_engine.patches.experts import fuse_experts, fuse_router, has_experts
+from modelpack_engine.patches.fused_layers import fuse_experts, fuse_router, has_experts
+from modelpack_engine.patches.modules import ClassSwaps
 from tests.engine.kernels.onhost import Compiled, Host, emulated
 from tests.engine.runner.models import tiny_llama
 from tests.engine.zoo.catalogue import CATALOGUE

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from mlx_lm.models.mla import MultiLinear
 
-from modelpack_engine.patches.class_swaps import ClassSwaps
-from modelpack_engine.patches.decoder import fuse_heads
+from modelpack_engine.patches.fused_layers import fuse_heads
+from modelpack_engine.patches.modules import ClassSwaps
 
 HEADS, INPUTS, OUTPUTS = 3, 64, 32
 

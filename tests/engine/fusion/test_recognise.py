@@ -10,7 +10,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models import deepseek_v3, llama, qwen3
 
-from modelpack_engine.patches.recognition import reads_like
+from modelpack_engine.patches.fused_layers import reads_like
 
 
 def instance(name: str) -> nn.Module:

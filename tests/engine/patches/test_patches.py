@@ -9,7 +9,6 @@ import mlx.core as mx
 import pytest
 
 from modelpack_engine.patches import modules
-from modelpack_engine.patches.class_swaps import ClassSwaps
 from modelpack_engine.patches.corrections import CORRECTIONS
 from modelpack_engine.patches.functions import (
     COLLECTIVES,
@@ -18,6 +17,7 @@ from modelpack_engine.patches.functions import (
     swiglu_patches,
     uninstall,
 )
+from modelpack_engine.patches.modules import ClassSwaps
 from tests.engine.runner.models import tiny_llama
 
 REPLACED = {

@@ -6,8 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from modelpack_engine.patches.class_swaps import ClassSwaps
-from modelpack_engine.patches.modules import fold_quantised
+from modelpack_engine.patches.modules import ClassSwaps, fold_quantised
 from tests.engine.runner.models import tiny_llama
 
 

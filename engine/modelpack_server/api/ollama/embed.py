@@ -10,8 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from modelpack_engine.embedding.async_embedder import AsyncEmbedder
-from modelpack_engine.embedding.inputs import Input
-from modelpack_engine.embedding.results import Embeddings, EmbedOptions
+from modelpack_engine.embedding.request import Embeddings, EmbedOptions, Input
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.model_use import unless_gone, with_embedding_model
 from modelpack_server.api.ollama.bodies import EmbedBody, EmbeddingsBody, KeepAlive

@@ -14,8 +14,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from modelpack_engine.embedding.async_embedder import AsyncEmbedder
-from modelpack_engine.embedding.inputs import Input
-from modelpack_engine.embedding.results import Embeddings, EmbedOptions, Vector
+from modelpack_engine.embedding.request import Embeddings, EmbedOptions, Input, Vector
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.bodies import Body
 from modelpack_server.api.model_use import preloadable, with_embedding_model

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from modelpack_engine.embedding.async_embedder import AsyncEmbedder, rank_pairs
-from modelpack_engine.embedding.results import Pair
+from modelpack_engine.embedding.request import Pair
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.bodies import Body
 from modelpack_server.api.model_use import preloadable, with_embedding_model

@@ -1,0 +1,541 @@
+"""Decoder layers and mixtures of experts by fused kernels, for GPUs.
+
+In a step of few rows, launching a kernel takes the CPU longer than the GPU takes to run it. Layers
+whose code reads like Llama's therefore run with joint projections, one kernel for rotation and KV
+write, one for add + RMSNorm, and one for SwiGLU; routers of experts, up to fourteen kernels in
+mlx-lm, run as one. Models keep their classes and parameters; layers that `reads_like` does not
+recognise run unchanged. `fuse` is the entry point.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+from functools import cache
+from types import CodeType, FunctionType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import deepseek_v3, llama, qwen3, qwen3_moe, qwen3_next
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+from mlx_lm.models.switch_layers import (
+    QuantizedSwitchLinear,
+    SwiGLU,
+    SwitchGLU,
+    SwitchLinear,
+)
+
+from modelpack_engine.attention.cache_handle import RowMask
+from modelpack_engine.attention.kv_pools import TokenMajorPools
+from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.attention.paged import PagedKV
+from modelpack_engine.layers import expert_kernels, expert_matmul, kernels
+from modelpack_engine.layers.add_norm import Sums
+from modelpack_engine.layers.expert_kernels import Dispatch, Routing, route
+from modelpack_engine.layers.kernels import find_rotation, take_rows
+from modelpack_engine.layers.matmul import (
+    FEW_ROWS,
+    Weights,
+    can_join,
+    join,
+    multiply,
+    multiply_in_parts,
+    quantised_weights,
+    swiglu,
+    weights_of,
+)
+from modelpack_engine.patches import functions
+from modelpack_engine.patches.modules import Call, ClassSwaps
+
+#: What `mx.compile` makes of a function: it does not know what of.
+_COMPILED = type(mx.compile(lambda x: x))
+
+
+def reads_like(module: nn.Module, known: type[nn.Module]) -> bool:
+    """Return whether `module` answers a call with the same code as instances of `known`."""
+    one, other = type(module).__call__, known.__call__
+    if not isinstance(one, FunctionType) or not isinstance(other, FunctionType):
+        return False
+    return one is other or (
+        _text(one.__code__) is not None
+        and _text(one.__code__) == _text(other.__code__)
+        and _means_the_same(one, other)
+    )
+
+
+@cache
+def _text(code: CodeType) -> str | None:
+    """Return a function's text without annotations and docstring; None if it has none."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    definition = tree.body[0]
+    if not isinstance(definition, ast.FunctionDef):
+        return None
+    return _bare(definition)
+
+
+def _bare(definition: ast.FunctionDef) -> str:
+    definition.returns = None
+    for argument in (*definition.args.args, *definition.args.kwonlyargs):
+        argument.annotation = None
+    if ast.get_docstring(definition) is not None:
+        del definition.body[0]
+    return ast.dump(definition)
+
+
+def _means_the_same(one: FunctionType, other: FunctionType) -> bool:
+    """Return whether both find the same objects under the global names that they use."""
+    names = [name for name in other.__code__.co_names if name in other.__globals__]
+    return all(_meaning(one, name) == _meaning(other, name) for name in names)
+
+
+def _meaning(function: FunctionType, name: str) -> object:
+    """Return what a name means to a function.
+
+    Whether or not that was swapped for the same in faster; of what `mx.compile` made, the text.
+    """
+    meaning = function.__globals__.get(name)
+    if meaning is functions.swiglu:
+        return functions.native_swiglu
+    if type(meaning) is _COMPILED:
+        return _definition(function.__module__, name) or meaning
+    return meaning
+
+
+@cache
+def _definition(module: str, name: str) -> str | None:
+    """Return the text of a function that a module defines, None if it does not."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError, SyntaxError):
+        return None
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    return _bare(found[0]) if len(found) == 1 else None
+
+
+def fuse_heads(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> bool:
+    """Multiply all rows of a step by head in one matmul; return whether `module` is such a layer.
+
+    mlx-lm's latent attention multiplies [rows, heads, 1, in] by [heads, in, out]. On CUDA that is
+    rows times heads matmuls of one row, and each reads the weights again: 0.12 ms for 64 rows of
+    DeepSeek's shape. With heads first, it is one matmul per head.
+    """
+    if not isinstance(module, MultiLinear | QuantizedMultiLinear):
+        return False
+
+    def call(original: Call, heads: Any, x: mx.array, transpose: bool = True) -> Any:
+        if not step.active or x.ndim != 4 or x.shape[2] != 1 or x.shape[0] == 1:
+            return original(heads, x, transpose)
+        by_heads = mx.contiguous(x[:, :, 0].swapaxes(0, 1))
+        return original(heads, by_heads, transpose).swapaxes(0, 1)[:, :, None]
+
+    swaps.override(module, call)
+    return True
+
+
+_FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+
+
+def fuse(
+    model: nn.Module,
+    owners: dict[int, PagedKV],
+    sums: Sums,
+    step: StepInputs,
+    swaps: ClassSwaps,
+    inner: nn.Module | None = None,
+) -> dict[str, int]:
+    """Run the recognised layers of `model` by fused kernels within steps.
+
+    `owners` are the caches of attention modules, by the modules' identity; `inner` is the model
+    without its head. Returns the number of fused layers by kind. Calls outside of a step are
+    unchanged.
+    """
+    counts: dict[str, int] = {}
+
+    def count(kind: str) -> None:
+        counts[kind] = counts.get(kind, 0) + 1
+
+    blocks = False
+    mixtures = has_experts(model) and all(
+        expert_kernels.verdict(dtype) is None
+        for dtype in {kv.layout.dtype for kv in owners.values()}
+    )
+    last = _last_layer(inner)
+    for _, module in list(model.named_modules()):
+        if reads_like(module, llama.MLP) and _fuse_mlp(module, sums, step, swaps):
+            count("MLP")
+        elif id(module) in owners and _fuse_attention(module, owners[id(module)], sums, swaps):
+            count("attention")
+        elif _is_block(module):
+            _fuse_block(module, sums, step, swaps, is_last=module is last)
+            blocks = True
+            count("block")
+        elif fuse_heads(module, step, swaps):
+            count("heads")
+        elif mixtures and fuse_experts(module, step, swaps):
+            count("experts")
+        elif mixtures and fuse_router(module, step, swaps):
+            count("router")
+        elif type(module) is nn.Embedding:
+            _fuse_embedding(module, step, swaps)
+    if blocks:
+        for _, module in model.named_modules():
+            if type(module) is nn.RMSNorm:
+                _fuse_norm(module, sums, step, swaps)
+    return counts
+
+
+def _is_block(module: nn.Module) -> bool:
+    return reads_like(module, llama.TransformerBlock) or reads_like(
+        module, deepseek_v3.DeepseekV3DecoderLayer
+    )
+
+
+def _last_layer(inner: nn.Module | None) -> nn.Module | None:
+    layers = getattr(inner, "layers", None)
+    return layers[-1] if isinstance(layers, list) and layers else None
+
+
+def _fuse_block(
+    module: nn.Module, sums: Sums, step: StepInputs, swaps: ClassSwaps, *, is_last: bool
+) -> None:
+    """Fuse a block; the last one drops rows that are not sampled after its attention."""
+
+    def call(original: Call, block: Any, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
+        if not step.active or cache is None:
+            return original(block, x, mask, cache)
+        attended = block.self_attn(block.input_layernorm(x), mask, cache)
+        if is_last and x.shape[0] == step.num_rows and step.samples_few:
+            x, attended = (sums.take(array, step.sample_rows) for array in (x, attended))
+            step.rows_taken = True
+        hidden = sums.add(x, attended)
+        return sums.add(hidden, block.mlp(block.post_attention_layernorm(hidden)))
+
+    swaps.override(module, call)
+
+
+def _fuse_embedding(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> None:
+    def call(original: Call, embedding: Any, x: mx.array) -> Any:
+        table = embedding["weight"]
+        if not step.active or x.dtype != mx.int32 or table.dtype not in _FLOATS:
+            return original(embedding, x)
+        return kernels.take_rows(table, x.reshape(-1)).reshape(*x.shape, -1)
+
+    swaps.override(module, call)
+
+
+def _fuse_norm(module: nn.Module, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> None:
+    def call(original: Call, norm: Any, x: mx.array) -> Any:
+        terms = sums.terms(x) if step.active else None
+        if terms is None or x.dtype not in _FLOATS or terms[0].dtype != x.dtype:
+            return original(norm, sums.value(x) if step.active else x)
+        a, parts = terms
+        total, out = kernels.add_norm(a, parts.array, parts.count, norm["weight"], norm.eps)
+        sums.set_made(x, total)
+        return out
+
+    swaps.override(module, call)
+
+
+def _fuse_mlp(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> bool:
+    layers = [module.gate_proj, module.up_proj]
+    sizes = {layer["weight"].shape[0] for layer in layers}
+    if not can_join(layers) or len(sizes) != 1:
+        return False
+    joint, down = join(layers), _ready(module.down_proj)
+
+    def call(original: Call, mlp: Any, x: mx.array) -> Any:
+        if not step.active:
+            return original(mlp, x)
+        found = swiglu(x, joint)
+        return _project(found, down, x, sums)
+
+    swaps.override(module, call)
+    return True
+
+
+def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) -> bool:
+    norms = None
+    if reads_like(module, qwen3.Attention):
+        if type(module.q_norm) is not nn.RMSNorm or type(module.k_norm) is not nn.RMSNorm:
+            return False
+        norms = module.q_norm["weight"], module.k_norm["weight"], module.q_norm.eps
+        if module.k_norm.eps != module.q_norm.eps or norms[0].dtype != norms[1].dtype:
+            return False
+    elif not reads_like(module, llama.Attention):
+        return False
+    layers = [module.q_proj, module.k_proj, module.v_proj]
+    rotation = find_rotation(module.rope)
+    layout = paged.layout
+    dim = layout.key_dim
+    heads = module.n_heads, module.n_kv_heads
+    sizes = [layer["weight"].shape[0] for layer in layers]
+    fits = (
+        sizes == [heads[0] * dim, heads[1] * dim, heads[1] * dim]
+        and layout.value_dim == dim
+        and layout.key_heads == layout.value_heads == heads[1]
+        and dim % 32 == 0
+    )
+    if rotation is None or not fits or not can_join(layers):
+        return False
+    joint, output = join(layers), _ready(module.o_proj)
+    scale = module.scale
+
+    def call(
+        original: Call, attention: Any, x: mx.array, mask: Any = None, cache: Any = None
+    ) -> Any:
+        pools = cache.pools if isinstance(cache, PagedKV) else None
+        if not isinstance(pools, TokenMajorPools) or cache.layout.quantised is not None:
+            return original(attention, x, mask, cache)
+        rows = multiply_in_parts(x, joint)
+        window = mask.window if isinstance(mask, RowMask) else None
+        step = cache.step
+        angles = None
+        if x.shape[0] > FEW_ROWS:  # fewer rows are rotated sooner than a table is made
+            angles = step.remember(
+                ("angles", id(rotation)), lambda: rotation.angles(step.positions)
+            )
+        q = kernels.rotate_and_write(
+            rows.array,
+            rows.count,
+            x.dtype,
+            pools,
+            step.positions,
+            step.slots,
+            rotation,
+            heads,
+            norms,
+            angles,
+        )
+        out = cache.attend_rows(q, scale=scale, window=window)
+        return _project(out, output, x, sums)
+
+    swaps.override(module, call)
+    return True
+
+
+def _ready(layer: nn.Module) -> Weights | nn.Module:
+    """Return the weights of a linear layer that our kernels support, else the layer itself."""
+    weights = weights_of(layer)
+    return layer if weights is None else weights.ready()
+
+
+def _project(rows: mx.array, by: Weights | nn.Module, like: mx.array, sums: Sums) -> mx.array:
+    """Project rows [rows, ...] to the leading shape of `like`; `sums` adds up partial results."""
+    if not isinstance(by, Weights):
+        return by(rows.reshape(*like.shape[:-1], -1))  # type: ignore[no-any-return]
+    shape = (*like.shape[:-1], by.num_outputs)
+    return sums.of_parts(multiply_in_parts(rows, by), shape, like.dtype)
+
+
+#: A lane of the kernel keeps a 32nd of these, and all groups.
+_MOST_EXPERTS, _MOST_GROUPS = 1024, 32
+
+
+def fuse_router(module: Any, step: StepInputs, swaps: ClassSwaps) -> bool:
+    """Run a router by one kernel within steps; return whether `module` is, or has, a router."""
+    if reads_like(module, deepseek_v3.MoEGate):
+        return _fuse_gate(module, step, swaps)
+    if reads_like(module, qwen3_moe.Qwen3MoeSparseMoeBlock):
+        return _fuse_experts_block(module, step, swaps, _mixed)
+    if reads_like(module, qwen3_next.Qwen3NextSparseMoeBlock):
+        return _fuse_experts_block(module, step, swaps, _mixed_and_shared)
+    return False
+
+
+def _fuse_gate(module: Any, step: StepInputs, swaps: ClassSwaps) -> bool:
+    """Fuse DeepSeek V3's router: sigmoids and a bias, experts in groups."""
+    experts, groups = module.weight.shape[0], module.n_group
+    routing = Routing(
+        module.top_k,
+        normed=bool(module.top_k > 1 and module.norm_topk_prob),
+        sigmoid=True,
+        groups=groups,
+        keep=module.topk_group if groups > 1 else 1,
+        factor=float(module.routed_scaling_factor),
+    )
+    fits = experts <= _MOST_EXPERTS and groups <= _MOST_GROUPS and routing.top_k <= experts
+    if not fits or (groups > 1 and (experts % groups or experts < 2 * groups)):
+        return False
+
+    def call(original: Call, gate: Any, x: mx.array) -> Any:
+        if not step.active:
+            return original(gate, x)
+        return _routed(
+            x, Weights.plain(gate.weight), routing, gate.e_score_correction_bias, mx.float32
+        )
+
+    swaps.override(module, call)
+    return True
+
+
+def _fuse_experts_block(module: Any, step: StepInputs, swaps: ClassSwaps, answer: Any) -> bool:
+    """Fuse Qwen's router, a softmax; `answer` computes the rest of the block."""
+    weights = weights_of(module.gate)
+    if weights is None or not module.top_k <= weights.num_outputs <= _MOST_EXPERTS:
+        return False
+    routing = Routing(module.top_k, normed=bool(module.norm_topk_prob))
+
+    def call(original: Call, block: Any, x: mx.array) -> Any:
+        if not step.active or block.sharding_group is not None:
+            return original(block, x)
+        weights = weights_of(block.gate)
+        assert weights is not None, "a linear layer stays one"
+        return answer(block, x, *_routed(x, weights, routing, None, x.dtype))
+
+    swaps.override(module, call)
+    return True
+
+
+def _routed(
+    x: mx.array, weights: Weights, routing: Routing, bias: mx.array | None, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array]:
+    """Return experts and scores [..., top_k] of x [..., in]."""
+    logits = multiply(x.reshape(-1, x.shape[-1]), weights)
+    shape = (*x.shape[:-1], routing.top_k)
+    chosen, scores = route(logits, routing, bias, dtype)
+    return chosen.reshape(shape), scores.reshape(shape)
+
+
+def _mixed(block: Any, x: mx.array, chosen: mx.array, scores: mx.array) -> Any:
+    given = block.switch_mlp(x, chosen)
+    return (given * scores[..., None]).sum(axis=-2).astype(given.dtype)
+
+
+def _mixed_and_shared(block: Any, x: mx.array, chosen: mx.array, scores: mx.array) -> Any:
+    given = (block.switch_mlp(x, chosen) * scores[..., None]).sum(axis=-2)
+    shared = mx.sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x)
+    return given + shared
+
+
+#: With fewer pairs of row and expert, MLX's own kernels are faster.
+_FEWEST_PAIRS = 16
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Return whether a model has experts; their kernels take seconds to compile."""
+    return any(type(module) is SwitchGLU for _, module in model.named_modules())
+
+
+def fuse_experts(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> bool:
+    """Run experts by fused kernels within steps; return whether `module` has experts."""
+    if type(module) is not SwitchGLU:
+        return False
+    layers = [module.gate_proj, module.up_proj, module.down_proj]
+    if any(type(layer) not in (SwitchLinear, QuantizedSwitchLinear) for layer in layers):
+        return False
+
+    def call(original: Call, experts: Any, x: mx.array, indices: mx.array) -> Any:
+        if not step.active or indices.size < _FEWEST_PAIRS or x.dtype not in _FLOATS:
+            return original(experts, x, indices)
+        rows = x.reshape(-1, x.shape[-1])
+        chosen = indices.reshape(rows.shape[0], -1).astype(mx.uint32)
+        given, sent = _give(experts, rows, chosen)
+        return _ExpertRows.of(given, sent.place, (*indices.shape, given.shape[-1]))
+
+    swaps.override(module, call)
+    return True
+
+
+def _give(experts: Any, rows: mx.array, chosen: mx.array) -> tuple[mx.array, Dispatch]:
+    """Return the experts' outputs, sorted by expert, and the dispatch that maps them to rows."""
+    gate, up, down = (
+        _weights_of(layer) for layer in (experts.gate_proj, experts.up_proj, experts.down_proj)
+    )
+    count, pairs = gate.weight.shape[0], chosen.size
+    sent = expert_kernels.dispatch(chosen, count, expert_matmul.tile_for(pairs, count))
+    swiglu = type(experts.activation) is SwiGLU
+    alike = _kind(gate) == _kind(up)
+    if not (alike and expert_matmul.takes(rows, gate, pairs, swiglu=swiglu)):
+        wide = _one_by_one(take_rows(rows, sent.source))
+        hidden = experts.activation(
+            *(layer(wide, sent.experts, True) for layer in (experts.up_proj, experts.gate_proj))
+        )[:, 0]
+    elif swiglu:
+        hidden = expert_matmul.multiply(rows, gate, sent, gather=True, multiplied=up)
+    else:
+        hidden = experts.activation(
+            *(expert_matmul.multiply(rows, weights, sent, gather=True) for weights in (up, gate))
+        )
+    if expert_matmul.takes(hidden, down, pairs, swiglu=swiglu):
+        return expert_matmul.multiply(hidden, down, sent), sent
+    return experts.down_proj(_one_by_one(hidden), sent.experts, True)[:, 0], sent
+
+
+def _one_by_one(rows: mx.array) -> mx.array:
+    """Return rows [n, dim] as [n, 1, dim].
+
+    Not by `rows[:, None]`: that axis has a stride of 1, which MLX's `gather_mm` on CUDA uses as
+    the stride of the rows if the experts are sorted (seen with MLX 0.32.4).
+    """
+    return rows.reshape(rows.shape[0], 1, -1)
+
+
+def _weights_of(layer: Any) -> Weights:
+    if type(layer) is QuantizedSwitchLinear:
+        return quantised_weights(layer)
+    return Weights.plain(layer["weight"], layer.get("bias"))
+
+
+def _kind(weights: Weights) -> tuple[Any, ...]:
+    return (
+        weights.weight.shape, weights.bits, weights.group_size, weights.mode, weights.bias is None,
+    )  # fmt: skip
+
+
+class _ExpertRows(mx.array):
+    """Outputs of experts [..., each, dim]; multiplied by scores and summed by one kernel."""
+
+    given: mx.array
+    place: mx.array
+
+    @classmethod
+    def of(cls, given: mx.array, place: mx.array, shape: tuple[int, ...]) -> _ExpertRows:
+        made = cls(take_rows(given, place).reshape(shape))
+        made.given, made.place = given, place
+        return made
+
+    def __mul__(self, other: Any) -> Any:
+        product = mx.array.__mul__(self, other)
+        if not isinstance(other, mx.array) or other.shape != (*self.shape[:-1], 1):
+            return product
+        made = _Weighted(product)
+        made.rows, made.scores = self, other.reshape(-1, self.shape[-2])
+        return made
+
+    __rmul__ = __mul__
+
+
+class _Weighted(mx.array):
+    """Outputs of experts multiplied by scores [rows, each]."""
+
+    rows: _ExpertRows
+    scores: mx.array
+
+    def sum(self, axis: Any = None, keepdims: bool = False, **kwargs: Any) -> Any:
+        if axis not in (-2, self.ndim - 2) or keepdims or kwargs:
+            return mx.array.sum(self, axis, keepdims, **kwargs)
+        made = _Combined(self._combined(self.dtype))
+        made.weighted = self
+        return made
+
+    def _combined(self, dtype: mx.Dtype) -> mx.array:
+        rows = self.rows
+        total = expert_kernels.combine(rows.given, rows.place, self.scores, dtype)
+        return total.reshape(*self.shape[:-2], -1)
+
+
+class _Combined(mx.array):
+    """The sum over experts; `astype` has the kernel write the other type."""
+
+    weighted: _Weighted
+
+    def astype(self, dtype: mx.Dtype, *args: Any, **kwargs: Any) -> mx.array:
+        if dtype == self.dtype or dtype not in _FLOATS or args or kwargs:
+            return mx.array.astype(self, dtype, *args, **kwargs)
+        return self.weighted._combined(dtype)
