@@ -1,5 +1,6 @@
 """The headers of weight files, parsed within limits, and the statistics that configs hold.
 
-`detect` says which format a file has; `gguf`, `safetensors` and `dduf` read headers; `shards` finds
-the files of one model; `statistics` sums them up. Tensor data is never read.
+Start with `statistics`: it detects the format of a file and sums up a model's headers. `gguf`,
+`safetensors` and `dduf` parse headers; `shards` finds the files of one model. No tensor data is
+read.
 """

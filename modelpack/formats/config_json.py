@@ -1,9 +1,7 @@
-"""Quantised weights as mlx-lm writes them, in safetensors: which bits, and how many parameters.
+"""The `config.json` of a Hugging Face model: architecture, context size and MLX quantization.
 
-`config.json` has `"quantization": {"group_size": 64, "bits": 4, "mode": "affine"}`, and under the
-names of modules what differs there. A quantised `X.weight` packs its values into 32-bit words, and
-`X.scales` and, for affine modes, `X.biases` lie beside it. Source: mlx_lm.utils.quantize_model and
-mlx.nn.quantize; the models of mlx-community are made so.
+`statistics` reads it for the config of a packaged model; `lint` and `deploy` read it for checks
+and flags.
 """
 
 from __future__ import annotations
@@ -29,7 +27,14 @@ _MODE_KEY: Final = "quantization.mode"
 
 @dataclass(frozen=True, slots=True)
 class MLXQuantization:
-    """Bits a weight, and weights a group; `modules` are the bits of those that differ."""
+    """The quantization that mlx-lm records in `config.json`: bits a weight and weights a group.
+
+    `config.json` has `"quantization": {"group_size": 64, "bits": 4, "mode": "affine"}`. Modules
+    with other settings stand under their own names in the same object; `modules` maps them to
+    their bits. A quantized `X.weight` packs its values into 32-bit words; `X.scales` and, for
+    affine modes, `X.biases` are separate tensors. Source: mlx_lm.utils.quantize_model and
+    mlx.nn.quantize; the models of mlx-community use this format.
+    """
 
     bits: int
     group_size: int
@@ -38,7 +43,7 @@ class MLXQuantization:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> MLXQuantization | None:
-        """Return what a `config.json` says; None if it is not quantised by mlx-lm.
+        """Return the quantization in a `config.json`, or None if mlx-lm did not quantize the model.
 
         Other tools write `quantization_config` with a `quant_method`: AWQ, GPTQ and the like.
         """
@@ -60,11 +65,11 @@ class MLXQuantization:
 
     @property
     def label(self) -> str:
-        """How the models of mlx-community are named: `4bit`, `mxfp4`."""
+        """The suffix that mlx-community gives to names of such models: `4bit`, `mxfp4`."""
         return f"{self.bits}bit" if self.mode == _AFFINE else self.mode
 
     def facts(self) -> dict[str, str]:
-        """Return what goes into the map of a model's config."""
+        """Return the entries for the `safetensors` map of a model's config."""
         return {
             _BITS_KEY: str(self.bits),
             _GROUP_KEY: str(self.group_size),
@@ -72,7 +77,7 @@ class MLXQuantization:
         }
 
     def parameters(self, tensors: Sequence[TensorInfo]) -> int:
-        """Return how many weights the tensors are: packed ones count, scales do not."""
+        """Return the number of weights in `tensors`: unpacked, without scales and biases."""
         packed = {
             tensor.name.removesuffix(".scales")
             for tensor in tensors
@@ -92,9 +97,9 @@ class MLXQuantization:
 
 
 def mlx_bits(config: ModelConfig) -> int | None:
-    """Return the bits a weight of a packaged model that mlx-lm quantised; None for any other.
+    """Return the bits a weight of a packaged model that mlx-lm quantized, or None for others.
 
-    Only MLX runs those: to vLLM and llama.cpp their tensors are nothing they know.
+    Only MLX runs such models: vLLM and llama.cpp do not know their tensors.
     """
     text = (config.safetensors or {}).get(_BITS_KEY, "")
     return int(text) if text.isdecimal() and len(text) < 4 else None
@@ -107,7 +112,7 @@ def _is_bits(value: Any) -> bool:
 CONFIG_JSON = "config.json"
 #: Configurations with the names of 20,000 classes are about 1 MB.
 MAX_CONFIG_JSON_BYTES = 16 * 1024 * 1024
-#: Context sizes are signed 32-bit integers in configs.
+#: Context sizes in configs are signed 32-bit integers.
 MAX_CONTEXT_SIZE = 2**31 - 1
 
 _CONTEXT_KEYS = (
@@ -118,15 +123,16 @@ _CONTEXT_KEYS = (
     "max_sequence_length",
     "model_max_length",
 )
-#: Where models of text and images keep the configuration of their language model.
+#: Keys under which multimodal models keep the configuration of their language model.
 _TEXT_KEYS = ("text_config", "llm_config", "language_config")
 
 
 def read_config_json(path: Path, *, strict: bool) -> Mapping[str, Any]:
-    """Return the object in `path`; raise `ValueError`, saying why, if it holds none.
+    """Return the JSON object in the file `path`.
 
-    Python's writer puts `Infinity` into some models' files, which is no JSON: `strict` refuses it.
-    Raises `NotFoundError` if there is no such file.
+    Raises `ValueError` with the reason if the file does not hold a JSON object, and
+    `NotFoundError` if it does not exist. Python's `json` writes `Infinity` into some models'
+    files, which is not JSON; `strict` rejects it.
     """
     try:
         with WeightFile.open(path) as file:
@@ -137,20 +143,20 @@ def read_config_json(path: Path, *, strict: bool) -> Mapping[str, Any]:
         raise
     except ModelpackError as error:
         raise ValueError(error.message) from None
-    constants = _refuse if strict else None
+    constants = _reject_constant if strict else None
     try:
         value = json.loads(raw.decode("utf-8", "replace"), parse_constant=constants)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     return value
 
 
 def context_size(config: Mapping[str, Any], *, nested: bool) -> int | None:
-    """Return the context size in tokens, or None.
+    """Return the context size in tokens, or None if `config` has none.
 
-    With `nested`, each key is also looked for in the configuration of the language model.
+    With `nested`, search the configuration of a multimodal model's language model, too.
     """
     places = [config, *_text_configs(config)] if nested else [config]
     for key in _CONTEXT_KEYS:
@@ -161,10 +167,11 @@ def context_size(config: Mapping[str, Any], *, nested: bool) -> int | None:
     return None
 
 
-def architecture(config: Mapping[str, Any]) -> str:
+def architecture_name(config: Mapping[str, Any]) -> str:
     """Return the model's architecture, or an empty string.
 
-    `model_type` ("llama", "qwen2") is what GGUF files say, too; `architectures` names a class.
+    GGUF files use the names of `model_type` ("llama", "qwen2"), so it comes first; `architectures`
+    names a Python class.
     """
     for place in (config, *_text_configs(config)):
         kind = place.get("model_type")
@@ -192,5 +199,5 @@ def _text_configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield value
 
 
-def _refuse(constant: str) -> NoReturn:
+def _reject_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")

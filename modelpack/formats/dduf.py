@@ -1,7 +1,7 @@
-"""DDUF: a ZIP archive of a diffusers pipeline, read within limits.
+"""Parse the directory of a DDUF archive, a ZIP file with a diffusers pipeline, within limits.
 
-Source: the DDUF description of Hugging Face and APPNOTE.TXT of ZIP: every entry is stored, not
-compressed, so that weights can be mapped in place; `model_index.json` names the parts.
+Every entry is stored uncompressed, so that weights can be mapped in place; `model_index.json`
+names the parts. Source: the DDUF description of Hugging Face and APPNOTE.TXT of ZIP.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _ENCRYPTED, _UTF8 = 0x0001, 0x0800
 
 @dataclass(frozen=True, slots=True)
 class DDUFEntry:
-    """One file of the archive: its data is `size` bytes at `offset` of the archive."""
+    """One file of the archive: `size` bytes at the byte `offset` of the archive."""
 
     name: str
     offset: int
@@ -67,7 +67,7 @@ class _Directory:
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """An entry of the central directory; `at` is its own byte, `local` that of the local header."""
+    """An entry of the central directory, at byte `at`; its local header is at byte `local`."""
 
     name: str
     raw_name: bytes
@@ -79,9 +79,9 @@ class _Record:
 def read_dduf_header(source: WeightSource) -> DDUFHeader:
     """Return the directory of the DDUF archive `source`.
 
-    Raises `WeightFormatError`, naming the byte, for anything but stored files of safe, distinct
-    names that lie inside the archive and not over each other, and for a missing or broken
-    `model_index.json`.
+    Raises `WeightFormatError` with the byte if an entry is compressed, has an unsafe or repeated
+    name, lies outside the archive or overlaps another, or if `model_index.json` is missing or
+    broken.
     """
     with opened(source) as file:
         if not file.head().startswith(_LOCAL_SIGNATURE):
@@ -97,10 +97,10 @@ def _find_directory(file: WeightFile) -> _Directory:
     start = max(0, file.size - _END.size - _MAX_COMMENT)
     tail = file.read(start, file.size - start)
     at = tail.rfind(_END_SIGNATURE)
-    # Readers do not agree on which of several records counts: a comment holds no other.
+    # ZIP readers disagree on which of several end records counts, so a comment must not hold one.
     if at < 0 or not _ends_file(tail, at):
         raise file.error(
-            "no end of a ZIP archive",
+            "the end record of the ZIP archive is missing",
             file.size,
             hint="the download or copy was probably cut short; fetch the file again",
         )
@@ -110,27 +110,27 @@ def _find_directory(file: WeightFile) -> _Directory:
         narrow = (disk, first_disk, count, size, offset)
         _, _, at64, _ = _LOCATOR.unpack(file.read(end - _LOCATOR.size, _LOCATOR.size))
         end -= _LOCATOR.size + _END64.size
-        # Some readers go where the locator points, others look right before it.
+        # Some readers follow the locator, others read the bytes right before it.
         fields = _END64.unpack(file.read(end, _END64.size)) if at64 == end else (b"",)
         if fields[0] != _END64_SIGNATURE:
-            raise file.error("no ZIP64 end of the archive where its locator points", at64)
+            raise file.error("the ZIP64 locator does not point to a ZIP64 end record", at64)
         _, _, _, _, disk, first_disk, _, count, size, offset = fields
         wide = (disk, first_disk, count, size, offset)
         limits = (_UINT16, _UINT16, _UINT16, _UINT32, _UINT32)
         if any(n not in (w, most) for n, w, most in zip(narrow, wide, limits, strict=True)):
-            raise file.error("two ends of the archive that disagree", end)
+            raise file.error("the ZIP and ZIP64 end records disagree", end)
     if disk or first_disk:
-        raise file.error("an archive in several parts, expected one file", end)
+        raise file.error("the archive has several parts, expected one file", end)
     if count > MAX_ENTRIES or size > MAX_DIRECTORY_BYTES:
         raise file.error(
-            f"a directory of {count} entries in {size} bytes, the limits are {MAX_ENTRIES} and"
+            f"the directory has {count} entries in {size} bytes, the limits are {MAX_ENTRIES} and"
             f" {MAX_DIRECTORY_BYTES}",
             end,
         )
     if offset + size > end:
-        raise file.error("the directory lies behind the end of the archive", end)
-    if offset + size < end:  # other readers take the directory to end there
-        raise file.error("something lies between the directory and the end of the archive", end)
+        raise file.error("the directory overlaps the end record of the archive", end)
+    if offset + size < end:  # other readers expect the directory to end right before the record
+        raise file.error("unexpected bytes between the directory and the end record", end)
     return _Directory(offset, size, count)
 
 
@@ -154,7 +154,7 @@ def _records(file: WeightFile, directory: _Directory) -> Iterator[_Record]:
         stored, size, name_length, extra_length, comment_length = fields[8:13]
         attributes, local = fields[15:17]
         if signature != _CENTRAL_SIGNATURE:
-            raise file.error("no entry of a ZIP directory", position)
+            raise file.error("not an entry of a ZIP directory", position)
         at += _CENTRAL.size
         raw_name = raw[at : at + name_length]
         extra = raw[at + name_length : at + name_length + extra_length]
@@ -175,17 +175,17 @@ def _records(file: WeightFile, directory: _Directory) -> Iterator[_Record]:
             )
         size, stored, local = _wide(file, extra, (size, stored, local), position)
         if size != stored:
-            raise file.error(f"the entry {quoted(name)} has two sizes", position)
+            raise file.error(f"the two sizes of the entry {quoted(name)} differ", position)
         mode = attributes >> 16 if made_by >> 8 == 3 else 0  # 3: written on Unix
         if mode and not (S_ISREG(mode) or S_ISDIR(mode) or mode < 0o10000):
-            raise file.error(f"the entry {quoted(name)} is no regular file", position)
+            raise file.error(f"the entry {quoted(name)} is not a regular file", position)
         if name.endswith("/"):
             if size:
                 raise file.error(f"the directory {quoted(name)} has data", position)
             continue
         yield _Record(name, raw_name, local, size, position)
     if at != len(raw):
-        raise file.error("more than the entries is in the directory", directory.offset + at)
+        raise file.error("unexpected bytes follow the last entry", directory.offset + at)
 
 
 def _checked_name(file: WeightFile, raw: bytes, flags: int, position: int) -> str:
@@ -202,13 +202,15 @@ def _checked_name(file: WeightFile, raw: bytes, flags: int, position: int) -> st
 def _wide(
     file: WeightFile, extra: bytes, values: tuple[int, ...], position: int
 ) -> tuple[int, ...]:
-    """Return `values`, those of 0xffffffff replaced by what the ZIP64 field says."""
+    """Return `values` with each 0xffffffff replaced by the number in the ZIP64 field."""
     wide = b""
     kinds = set()
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<2H", extra)
         if kind == _UNICODE_PATH or kind in kinds:
-            raise file.error("an entry with another name, or two fields of one kind", position)
+            raise file.error(
+                "the entry has a second name, or two extra fields of one kind", position
+            )
         kinds.add(kind)
         if kind == _ZIP64_EXTRA:
             wide = extra[4 : 4 + length]
@@ -219,24 +221,26 @@ def _wide(
     for value in values:
         if value == _UINT32:
             if len(wide) < 8:
-                raise file.error("a ZIP64 entry without its sizes", position)
+                raise file.error("the ZIP64 entry does not hold its sizes", position)
             value, wide = int.from_bytes(wide[:8], "little"), wide[8:]
         result.append(value)
     return tuple(result)
 
 
 def _located(file: WeightFile, record: _Record) -> DDUFEntry:
-    """Return the entry of `record`, whose local header has to say the same."""
+    """Return the entry of `record`; its local header must agree with the directory."""
     if record.local + _LOCAL.size > file.size:
         raise file.error(f"the entry {quoted(record.name)} lies outside the file", record.at)
     fields = _LOCAL.unpack(file.read(record.local, _LOCAL.size))
     signature, method, name_length, extra_length = fields[0], fields[3], fields[9], fields[10]
     start = record.local + _LOCAL.size
     if signature != _LOCAL_SIGNATURE or method != 0:
-        raise file.error(f"no stored entry {quoted(record.name)} here", record.local)
+        raise file.error(
+            f"expected the local header of the stored entry {quoted(record.name)}", record.local
+        )
     if name_length != len(record.raw_name) or file.read(start, name_length) != record.raw_name:
         raise file.error(
-            f"the entry {quoted(record.name)} has another name in its own header", record.local
+            f"the entry {quoted(record.name)} has another name in its local header", record.local
         )
     return DDUFEntry(record.name, start + name_length + extra_length, record.size)
 
@@ -258,16 +262,17 @@ def _check_layout(file: WeightFile, entries: tuple[DDUFEntry, ...], directory: _
 def _check_model_index(file: WeightFile, entries: tuple[DDUFEntry, ...]) -> None:
     index = next((entry for entry in entries if entry.name == MODEL_INDEX), None)
     if index is None:
-        raise _no_index(file, f"the archive holds no {MODEL_INDEX}", file.size)
+        raise _index_error(file, f"the archive has no {MODEL_INDEX}", file.size)
     if index.size > MAX_MODEL_INDEX_BYTES:
-        raise _no_index(file, f"{MODEL_INDEX} is {index.size} bytes long", index.offset)
+        message = f"{MODEL_INDEX} is {index.size} bytes long, the limit is {MAX_MODEL_INDEX_BYTES}"
+        raise _index_error(file, message, index.offset)
     try:
         value = json.loads(file.read(index.offset, index.size).decode())
     except (ValueError, RecursionError) as error:
-        raise _no_index(file, f"{MODEL_INDEX} is not JSON: {error}", index.offset) from None
+        raise _index_error(file, f"{MODEL_INDEX} is not JSON: {error}", index.offset) from None
     if not isinstance(value, dict):
-        raise _no_index(file, f"{MODEL_INDEX} holds no JSON object", index.offset)
+        raise _index_error(file, f"{MODEL_INDEX} is not a JSON object", index.offset)
 
 
-def _no_index(file: WeightFile, message: str, offset: int) -> WeightFormatError:
+def _index_error(file: WeightFile, message: str, offset: int) -> WeightFormatError:
     return file.error(message, offset, hint=f"a DDUF archive describes itself in {MODEL_INDEX}")

@@ -1,7 +1,8 @@
-"""A forward cursor over the header of a GGUF file, reading it in windows.
+"""Parse the header of a GGUF file within limits: metadata and tensor descriptions.
 
-It owns the byte order and the width of lengths, which differ by version, and the limits on what
-a header may cost; the meaning of the fields is `gguf`'s business.
+`Cursor` reads the file forward in windows and owns the byte order, the width of lengths and the
+limits on memory; `MetadataReader` reads the key-value pairs; `read_gguf_header` checks the tensors
+and returns a `GGUFHeader`. Source: docs/gguf.md of ggml.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from modelpack.formats.tensors import (
     repeated_name,
 )
 
-#: The end of the tensor descriptions lies before this byte.
+#: The tensor descriptions must end before this byte.
 MAX_HEADER_BYTES = 128 * 1024 * 1024
-#: Strings and nested arrays that are walked over, in all arrays of one file. The largest
+#: Strings and nested arrays that the parser steps over, in all arrays of one file. The largest
 #: vocabularies have 262,144 tokens and twice as many merges.
 MAX_WALKED_ITEMS = 4 * 1024 * 1024
-#: A rough count of the memory that names, values and tensor descriptions take once parsed.
+#: The memory, roughly, that parsed names, values and tensor descriptions may take.
 MAX_KEPT_BYTES = 40 * 1024 * 1024
 
 _WINDOW = 64 * 1024
 
 
 class Cursor:
-    """The position in `file`; every method moves it forward or raises `WeightFormatError`."""
+    """A position in the header of `file`; methods move it forward or raise `WeightFormatError`."""
 
     def __init__(self, file: WeightFile, position: int, *, order: str, version: int) -> None:
         self._file = file
@@ -52,18 +53,18 @@ class Cursor:
         # GGUF v1 counts with 32 bits.
         self._length = self._u32 if version == 1 else self._u64
         self._tails: dict[int, struct.Struct] = {}
-        #: Whether a string, key or name of no bytes was met.
+        #: Whether the cursor has passed an empty string, key or name.
         self.empty_string = False
         self._walked = 0
         self._kept = 0
 
     @property
     def position(self) -> int:
-        """The byte of the file that is read next."""
+        """The offset in the file of the next byte."""
         return self._base + self._at
 
     def remaining(self) -> int:
-        """Return how many bytes of the file follow."""
+        """Return the number of bytes from the position to the end of the file."""
         return self._file.size - self.position
 
     def u32(self) -> int:
@@ -73,7 +74,7 @@ class Cursor:
         return self._unpack(self._u64)
 
     def length(self) -> int:
-        """Return a count or a length: 32 bits in version 1, else 64."""
+        """Return a count or a length: 32 bits in version 1, otherwise 64."""
         return self._unpack(self._length)
 
     def unpack(self, code: str) -> tuple[int | float, ...]:
@@ -82,7 +83,7 @@ class Cursor:
         return packed.unpack(self.take(packed.size))
 
     def tensor_tail(self, dimensions: int) -> tuple[int, ...]:
-        """Return what follows the number of dimensions: each of them, the type, the offset."""
+        """Return the fields after the number of dimensions: each dimension, type, offset."""
         packed = self._tails.get(dimensions)
         if packed is None:
             length = "I" if self._length is self._u32 else "Q"
@@ -91,7 +92,7 @@ class Cursor:
         return packed.unpack(self.take(packed.size))
 
     def take(self, length: int) -> bytes:
-        """Return the next `length` bytes. The caller has bounded `length`."""
+        """Return the next `length` bytes. The caller limits `length`."""
         self._need(length)
         start = self._at
         self._at += length
@@ -106,11 +107,11 @@ class Cursor:
         return self.kept_text(length)
 
     def kept_text(self, length: int) -> str:
-        """Return the next `length` bytes as text, counted as memory. The caller bounded them."""
+        """Return the next `length` bytes as text, counted as memory. The caller limits `length`."""
         self.empty_string |= not length
         self.keep(length)
         text = self.take(length).decode(errors="surrogateescape")
-        if not text.isascii():  # one such character, and each takes up to four bytes
+        if not text.isascii():  # a single wide character makes Python use up to 4 bytes for each
             self.keep(3 * length)
         return text
 
@@ -119,14 +120,14 @@ class Cursor:
         return self._file.read(offset, length).decode(errors="surrogateescape")
 
     def skip(self, length: int) -> None:
-        """Move over `length` bytes without reading them."""
+        """Skip `length` bytes without reading them."""
         start = self.position
         self._at += length
         if self.position > self._end:
             raise self._beyond(start, self.position)
 
     def skip_strings(self, count: int) -> None:
-        """Move over `count` strings. Only their lengths are looked at."""
+        """Skip `count` strings; read only their lengths."""
         self.walk(count)
         unpack, width = self._length.unpack_from, self._length.size
         while count:
@@ -147,19 +148,19 @@ class Cursor:
             self._at, count = at, left
 
     def walk(self, items: int) -> None:
-        """Count `items` that have to be looked at one by one."""
+        """Count `items` array items that the parser visits one by one; check the limit."""
         self._walked += items
         if self._walked > MAX_WALKED_ITEMS:
             raise self.error(f"the metadata holds more than {MAX_WALKED_ITEMS} array items")
 
     def keep(self, size: int) -> None:
-        """Count `size` bytes of memory that the parsed header will take."""
+        """Count `size` bytes of memory that the parsed header takes; check the limit."""
         self._kept += size
         if self._kept > MAX_KEPT_BYTES:
             raise self.error(f"the header holds more than {MAX_KEPT_BYTES} bytes of values")
 
     def error(self, message: str, offset: int | None = None) -> WeightFormatError:
-        """Return the error that says `message`, at `offset` or where the cursor is."""
+        """Return an error with `message`, at `offset` or at the cursor."""
         return self._file.error(message, self.position if offset is None else offset)
 
     def _unpack(self, packed: struct.Struct) -> int:
@@ -172,7 +173,7 @@ class Cursor:
         return value
 
     def _need(self, length: int) -> None:
-        """Have the next `length` bytes in the window."""
+        """Fill the window so that it holds the next `length` bytes."""
         if self._at + length <= len(self._window):
             return
         start = self.position
@@ -188,22 +189,22 @@ class Cursor:
         return self.error(f"the header is longer than the limit of {MAX_HEADER_BYTES} bytes", start)
 
 
-#: docs/gguf.md: a key is at most 65,535 bytes.
+#: docs/gguf.md limits keys to 65,535 bytes.
 MAX_KEY_BYTES = 65_535
-#: Strings longer than this are fetched only when the rest of the header has proved sound.
+#: Longer strings are fetched only after the rest of the header was checked.
 LONG_STRING_BYTES = 65_536
-#: All long strings of one file together. A whole tokenizer.json inside one string is 33 MB.
+#: The long strings of one file together. A whole tokenizer.json inside one string is 33 MB.
 MAX_LONG_STRING_BYTES = 64 * 1024 * 1024
-#: One string in an array that is kept.
+#: One string in a kept array.
 MAX_ITEM_BYTES = 1024 * 1024
-#: Arrays up to this length are kept.
+#: Longer arrays are checked but not kept.
 KEPT_ARRAY_ITEMS = 256
-#: Arrays inside arrays inside arrays inside arrays.
+#: Levels of arrays inside arrays.
 MAX_ARRAY_DEPTH = 4
 
-# What the objects of one pair and of one array item take, about.
+# The approximate bytes that Python's objects for one pair and one array item take.
 _PAIR_COST, _ITEM_COST = 300, 48
-# An array inside an array takes about as long to walk over as this many strings.
+# Skipping one nested array takes about as long as skipping this many strings.
 _NESTED_ARRAY_STEPS = 32
 
 
@@ -243,7 +244,7 @@ _FIXED: dict[int, tuple[str, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class MetadataArray:
-    """An array; `items` is None where it was too long, or nested, to keep."""
+    """An array; `items` is None if the array is nested or too long to keep."""
 
     element_type: ValueType
     length: int
@@ -260,14 +261,14 @@ class MetadataValue:
 
 
 class MetadataReader:
-    """Reads the pairs that follow in `cursor`."""
+    """Reads the metadata pairs at `cursor`."""
 
     def __init__(self, cursor: Cursor) -> None:
         self._cursor = cursor
         self._long: dict[str, tuple[int, int]] = {}
 
     def read(self, count: int) -> dict[str, MetadataValue]:
-        """Return the next `count` pairs; long strings are empty until `fetch_long_strings`."""
+        """Return the next `count` pairs; `fetch_long_strings` adds the text of long strings."""
         cursor = self._cursor
         metadata: dict[str, MetadataValue] = {}
         for _ in range(count):
@@ -281,7 +282,7 @@ class MetadataReader:
         return metadata
 
     def fetch_long_strings(self, metadata: dict[str, MetadataValue]) -> None:
-        """Put the long strings that `read` left out into `metadata`."""
+        """Add the long strings that `read` left empty to `metadata`."""
         total = sum(length for _, length in self._long.values())
         if total > MAX_LONG_STRING_BYTES:
             raise self._cursor.error(
@@ -333,7 +334,7 @@ class MetadataReader:
         kind = self._value_type(f"the array {quoted(key)}")
         length_at = cursor.position
         length = cursor.length()
-        # The smallest item: an empty string of version 1, an empty array, or a number's size.
+        # The smallest string, that of version 1, and the smallest array have at least 4 bytes.
         smallest = _FIXED[kind][1] if kind in _FIXED else 4
         if length * smallest > cursor.remaining():
             raise cursor.error(
@@ -379,26 +380,26 @@ class MetadataReader:
                 cursor.skip(length * _FIXED[kind][1])
 
 
-#: Key-value pairs; models have dozens.
+#: Metadata pairs of one file; models have dozens.
 MAX_PAIRS = 16_384
-#: ggml takes names of 63 bytes; image models have been seen with longer ones.
+#: ggml accepts names of up to 63 bytes; some image models have longer ones.
 MAX_NAME_BYTES = 65_535
 
 DEFAULT_ALIGNMENT = 32
 
 _MAGIC = b"GGUF"
-#: The magic as a number of a big-endian writer; files have it either way.
+#: Some big-endian writers store the magic as a number, which reverses its bytes.
 _SWAPPED_MAGIC = b"FUGG"
 _MAX_VERSION = 3
-# What the objects of one tensor take, about.
+# The approximate bytes that Python's objects for one tensor take.
 _TENSOR_COST = 350
 
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """Everything in a GGUF file but the tensor data.
+    """Everything in a GGUF file except the tensor data.
 
-    `infos_end` is the byte after the last tensor description, `data_offset` the byte where
+    `infos_end` is the byte after the last tensor description. `data_offset` is the byte where
     tensor data starts; tensor offsets count from there. `metadata` keeps the order of the file.
     """
 
@@ -406,9 +407,9 @@ class GGUFHeader:
     file_size: int
     version: int
     big_endian: bool
-    #: The magic was written in the byte order of the file, not as the four letters.
+    #: The bytes of the magic are reversed, as in some big-endian files.
     swapped_magic: bool
-    #: Some string, key or name has no bytes. It is allowed, but one reader stumbles over it.
+    #: A string, key or name is empty. The format allows it, but Docker Model Runner cannot read it.
     empty_string: bool
     metadata: Mapping[str, MetadataValue]
     tensors: tuple[TensorInfo, ...]
@@ -420,9 +421,9 @@ class GGUFHeader:
 def read_gguf_header(source: WeightSource) -> GGUFHeader:
     """Return the header of the GGUF file `source`.
 
-    Raises `WeightFormatError`, naming the byte, for anything that a loader could trip over:
-    unknown versions and types, duplicate keys or tensors, counts and lengths beyond the file or
-    the limits, tensors outside the file or over each other.
+    Raises `WeightFormatError` with the byte for unknown versions and types, repeated keys or
+    tensors, counts and lengths beyond the file or the limits, and tensors that overlap or lie
+    outside the file.
     """
     with opened(source) as file:
         return _Parser(file).header()
@@ -438,7 +439,7 @@ class _Parser:
             raise file.truncated(4, 8)
         self._swapped_magic = start[:4] == _SWAPPED_MAGIC
         version = int.from_bytes(start[4:], "little")
-        # A version that fits in 16 bits only when read the other way round tells the byte order.
+        # The low 16 bits are zero only if the version was written in big-endian order.
         self._big_endian = self._swapped_magic or (version != 0 and version & 0xFFFF == 0)
         if self._big_endian:
             version = int.from_bytes(start[4:], "big")
@@ -452,7 +453,8 @@ class _Parser:
     def header(self) -> GGUFHeader:
         cursor = self._cursor
         length_bytes = 4 if self._version == 1 else 8
-        # The smallest tensor and pair: a name of no bytes, and then no dimension or one byte.
+        # The smallest tensor has an empty name and no dimension; the smallest pair has an empty
+        # key and a value of one byte.
         tensors = self._count("tensors", MAX_TENSORS, length_bytes + 16)
         pairs = self._count("metadata pairs", MAX_PAIRS, length_bytes + 5)
         reader = MetadataReader(cursor)
@@ -481,7 +483,7 @@ class _Parser:
         cursor, start = self._cursor, self._cursor.position
         count = cursor.length()
         if count > limit:
-            raise cursor.error(f"{count} {what}, the limit is {limit}", start)
+            raise cursor.error(f"the file has {count} {what}, the limit is {limit}", start)
         if count * smallest > cursor.remaining():
             raise cursor.error(
                 f"{count} {what} do not fit in the {cursor.remaining()} bytes that follow", start
@@ -497,7 +499,7 @@ class _Parser:
                 f"general.alignment is {entry.type.name}, expected UINT32", entry.offset
             )
         alignment = entry.value
-        # llama.cpp takes powers of two, docs/gguf.md multiples of 8.
+        # llama.cpp requires a power of two, docs/gguf.md a multiple of 8.
         if alignment == 0 or (alignment & (alignment - 1) and alignment % 8):
             raise self._cursor.error(
                 f"general.alignment is {alignment}, expected a power of two or a multiple of 8",
@@ -542,7 +544,7 @@ class _Parser:
                 raise cursor.error(f"the tensor {quoted(name)} has more elements than 2^63", start)
         if elements % kind.block or (shape and shape[0] % kind.block):
             raise cursor.error(
-                f"a row of the tensor {quoted(name)} is no multiple of the {kind.block} elements"
+                f"a row of the tensor {quoted(name)} is not a multiple of the {kind.block} elements"
                 f" in a block of {kind.name}",
                 start,
             )
@@ -562,7 +564,7 @@ class _Parser:
                     f" aligned to {alignment}",
                     self._info_starts[at],
                 )
-            # An empty tensor at the end may lie behind padding that nobody wrote.
+            # An empty tensor at the end may follow padding that the writer left out.
             allowed = file_size if info.size else file_size + alignment
             stop = data_offset + first + info.size
             if stop > allowed:

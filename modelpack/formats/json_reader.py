@@ -1,8 +1,8 @@
-"""A forward reader of JSON text inside a file, in small windows.
+"""Read a large JSON object inside a weight file entry by entry, in small windows.
 
 The headers of safetensors files and the indexes of sharded models are one large, flat object.
-Parsing them as a whole would take twenty times their size in memory before the first check; here
-every entry is looked at, and refused, on its own.
+Parsing them whole would take twenty times their size in memory before the first check;
+`JSONText` checks every entry on its own.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 from modelpack.errors import WeightFormatError
 from modelpack.formats.reader import WeightFile
 
-#: A key, or a string that is returned at once. Longer ones come back as a `LongString`.
+#: The longest key, and the longest value returned as text; longer values are a `LongString`.
 MAX_STRING_BYTES = 64 * 1024
 MAX_LONG_STRING_BYTES = 32 * 1024 * 1024
-#: An array or an object that is returned whole.
+#: The longest array or object that `JSONText.value` returns.
 MAX_VALUE_BYTES = 64 * 1024
-#: Arrays and objects inside each other.
+#: Levels of arrays and objects inside each other.
 MAX_DEPTH = 16
 
 _WINDOW = 64 * 1024
@@ -30,23 +30,23 @@ _STRING = rb'"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+"'
 _TEXT = re.compile(_STRING)
 _KEY = re.compile(rb"(" + _STRING + rb")[ \t\n\r]*+:")
 _SCALAR = re.compile(rb"[-+.0-9A-Za-z]++")
-#: An object without objects inside.
+#: An object that contains no other object.
 _FLAT_OBJECT = re.compile(rb'\{[^{}"]*+(?:' + _STRING + rb'[^{}"]*+)*+\}')
-#: The rest of a string, up to its end, an escape at the end of the window, or a fault.
+#: The rest of a string, up to its end, an incomplete escape or an invalid byte.
 _STRING_REST = re.compile(rb'[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+')
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
 class LongString:
-    """A string of `length` bytes at `offset`, quotes and escapes included, that was not read."""
+    """An unread string: `length` bytes at the byte `offset`, quotes and escapes included."""
 
     offset: int
     length: int
 
 
 class JSONText:
-    """The JSON text in the bytes `start` to `end` of `file`; every error names its byte."""
+    """The JSON text in the bytes `start` to `end` of `file`; every error has its byte."""
 
     def __init__(self, file: WeightFile, start: int, end: int) -> None:
         self._file = file
@@ -57,15 +57,15 @@ class JSONText:
 
     @property
     def position(self) -> int:
-        """The byte of the file that is read next."""
+        """The offset in the file of the next byte."""
         return self._base + self._at
 
     def error(self, message: str, offset: int | None = None) -> WeightFormatError:
-        """Return the error that says `message`, at `offset` or at the current position."""
+        """Return an error with `message`, at `offset` or at the current position."""
         return self._file.error(message, self.position if offset is None else offset)
 
     def keys(self) -> Iterator[str]:
-        """Yield the keys of the object that starts here; the caller takes each value."""
+        """Yield the keys of the object at the position; the caller must read each value."""
         if self.peek() != b"{":
             raise self.error(f"expected an object, got {self.peek()!r}")
         self._at += 1
@@ -85,16 +85,16 @@ class JSONText:
                 return
 
     def flat_object(self, limit: int) -> tuple[dict[str, Any], int]:
-        """Return the object that starts here, and its position; it holds no other object."""
+        """Return the object at the position, and the position; it must not contain an object."""
         if self.peek() != b"{":
             raise self.error(f"expected an object, got {self.peek()!r}")
         start = self.position
-        raw = self._match(_FLAT_OBJECT, limit, "an object without objects inside")[0]
+        raw = self._match(_FLAT_OBJECT, limit, "an object that contains no object")[0]
         value: dict[str, Any] = self._decoded(raw, start)
         return value, start
 
     def value(self) -> Any:
-        """Return whatever value starts here, a long string as a `LongString`."""
+        """Return the value at the position; a long string is returned as a `LongString`."""
         first = self.peek()
         start = self.position
         if first == b'"':
@@ -108,20 +108,20 @@ class JSONText:
         return value
 
     def text_of(self, string: LongString) -> str:
-        """Return the text of `string`, without moving."""
+        """Return the text of `string` without changing the position."""
         raw = self._file.read(string.offset, string.length)
         return self._decoded_string(raw, string.offset)
 
     def finish(self) -> None:
-        """Check that only white space follows."""
+        """Raise `WeightFormatError` unless only white space follows."""
         self._skip_space()
         if self.position < self._end:
             raise self.error("more text follows the JSON object")
 
     def peek(self) -> bytes:
-        """Return the next byte that is no white space, without moving past it."""
+        """Skip white space and return the next byte without skipping it."""
         byte = self._window[self._at : self._at + 1]
-        if byte in b" \t\n\r":  # true for no byte at all, too
+        if byte in b" \t\n\r":  # also true if the window is empty
             self._skip_space()
             byte = self._window[self._at : self._at + 1]
             if not byte:
@@ -131,7 +131,7 @@ class JSONText:
     def _skip_space(self) -> None:
         while True:
             found = _SPACE.match(self._window, self._at)
-            assert found  # it matches nothing, too
+            assert found  # the pattern matches empty text
             self._at = found.end()
             if self._at < len(self._window) or not self._fill(1):
                 return
@@ -143,7 +143,7 @@ class JSONText:
         return found
 
     def _try(self, pattern: re.Pattern[bytes], limit: int) -> re.Match[bytes] | None:
-        """Move over what `pattern` matches here, or stay; reads up to `limit` bytes for it."""
+        """Skip and return the match of `pattern` within `limit` bytes, or return None."""
         while True:
             found = pattern.match(self._window, self._at)
             if found and (found.end() < len(self._window) or self._all_read()):
@@ -156,7 +156,7 @@ class JSONText:
                 return None
 
     def _nested(self) -> Any:
-        """Return the array or object that starts here."""
+        """Return the array or object at the position."""
         start = self.position
         for size in (256, 4096, MAX_VALUE_BYTES):
             self._fill(size)
@@ -169,21 +169,23 @@ class JSONText:
             else:
                 self._at += len(text[:length].encode("utf-8", "surrogateescape"))
                 return value
-        raise self.error(f"no JSON value of at most {MAX_VALUE_BYTES} bytes: {fault}", start)
+        raise self.error(
+            f"expected a JSON value of at most {MAX_VALUE_BYTES} bytes: {fault}", start
+        )
 
     def _long_string(self) -> LongString:
         start = self.position
         self._at += 1
         while True:
             found = _STRING_REST.match(self._window, self._at)
-            assert found  # it matches nothing, too
+            assert found  # the pattern matches empty text
             self._at = found.end()
             if self.position - start > MAX_LONG_STRING_BYTES:
                 raise self.error(f"a string is longer than {MAX_LONG_STRING_BYTES} bytes", start)
             if self._window[self._at : self._at + 1] == b'"':
                 self._at += 1
                 return LongString(start, self.position - start)
-            # An escape cut by the end of the window goes on with the next one.
+            # The window may end inside an escape; fill it and continue.
             if len(self._window) - self._at > 1 or not self._fill(_WINDOW):
                 raise self.error("expected the end of a string")
 
@@ -191,7 +193,7 @@ class JSONText:
         return self._base + len(self._window) >= self._end
 
     def _fill(self, wanted: int) -> bool:
-        """Have `wanted` bytes in the window if there are so many; False if nothing was added."""
+        """Fill the window up to `wanted` bytes; return whether any byte was added."""
         start, had = self.position, len(self._window) - self._at
         size = min(max(wanted - had, _WINDOW), self._end - start - had)
         if had >= wanted or size <= 0:
@@ -205,7 +207,7 @@ class JSONText:
             return self._utf8(raw, start)[1:-1]
         text: str = self._decoded(raw, start)
         if _SURROGATE.search(text):
-            raise self.error("a string holds half of a surrogate pair", start)
+            raise self.error("a string contains half of a surrogate pair", start)
         return text
 
     def _decoded(self, raw: bytes, start: int) -> Any:
@@ -232,19 +234,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _refuse(constant: str) -> NoReturn:
+def _reject_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_reject_constant)
 
 
 def _check(value: Any, text: JSONText, start: int, depth: int) -> None:
-    """Refuse what other readers of the same bytes could not take."""
+    """Raise `WeightFormatError` for values that other JSON readers could not represent."""
     if depth == 0:
         raise text.error(f"a value is nested deeper than {MAX_DEPTH}", start)
     if isinstance(value, str) and _SURROGATE.search(value):
-        raise text.error("a string is not UTF-8 or holds half of a surrogate pair", start)
+        raise text.error("a string is not UTF-8 or contains half of a surrogate pair", start)
     if isinstance(value, int | float) and not -1.7e308 < value < 1.7e308:
         raise text.error("a number is out of range", start)
     children = value if isinstance(value, list) else []

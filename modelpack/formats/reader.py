@@ -1,7 +1,6 @@
-"""Weight files, opened for bounded reading, and what a file is that is no weight.
+"""Open weight files for reads of byte ranges, and describe files that are not weight files.
 
-Nothing here maps a file or reads it whole: a parser asks for ranges, and `bytes_read` tells what
-that cost.
+No file is mapped or read whole: a parser reads ranges, and `WeightFile.bytes_read` counts them.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import BinaryIO, Self
 
 from modelpack.errors import ModelpackError, NotFoundError, SourceChangedError, WeightFormatError
 
-#: Enough of a file's start to name what it is.
+#: The bytes at the start of a file that are enough to recognise its kind.
 HEAD_BYTES = 512
 
 # Without O_NONBLOCK, opening a FIFO would wait for a writer; O_BINARY exists on Windows only.
@@ -38,10 +37,10 @@ _FOREIGN_STARTS: tuple[tuple[bytes, str], ...] = (
 
 
 class WeightFile:
-    """One weight file: a path for messages, a size, and reading of ranges inside it.
+    """An open weight file with its path, its size and reads of ranges inside it.
 
-    Wraps an open, seekable binary file; `WeightFile.open` opens one by path. Use it as a context
-    manager, which closes the file.
+    It wraps an open, seekable binary file; `WeightFile.open` opens one by path. As a context
+    manager it closes the file.
     """
 
     def __init__(self, file: BinaryIO, *, path: str, size: int) -> None:
@@ -54,7 +53,7 @@ class WeightFile:
     def open(cls, path: str | os.PathLike[str]) -> Self:
         """Open the regular file `path`.
 
-        Raises `NotFoundError` where there is none and `ModelpackError` where it is no regular
+        Raises `NotFoundError` if it does not exist and `ModelpackError` if it is not a regular
         file or cannot be opened. A FIFO does not block.
         """
         name = os.fspath(path)
@@ -83,7 +82,10 @@ class WeightFile:
         self._file.close()
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return exactly `length` bytes from `offset`; fewer are a `WeightFormatError`."""
+        """Return the `length` bytes at `offset`; raise `WeightFormatError` if the file is shorter.
+
+        Raises `SourceChangedError` if the file shrinks during the read.
+        """
         if offset + length > self.size:
             raise self.truncated(offset, offset + length)
         parts: list[bytes] = []
@@ -108,11 +110,11 @@ class WeightFile:
     def error(
         self, message: str, offset: int | None = None, *, hint: str | None = None
     ) -> WeightFormatError:
-        """Return the error that says `message` about this file at `offset`."""
+        """Return an error with `message` about this file at the byte `offset`."""
         return WeightFormatError(message, path=self.path, offset=offset, hint=hint)
 
     def truncated(self, offset: int, needed: int) -> WeightFormatError:
-        """Return the error for a file that should have `needed` bytes and does not."""
+        """Return the error for a file that is shorter than the `needed` bytes."""
         return self.error(
             f"the file ends too early: expected at least {needed} bytes, got {self.size}",
             offset,
@@ -120,7 +122,7 @@ class WeightFile:
         )
 
     def foreign(self, expected: str) -> WeightFormatError:
-        """Return the error for a file that is not `expected` at all, naming what it seems to be."""
+        """Return the error for a file that is not `expected`, with the kind it appears to be."""
         head = self.head()
         if head.startswith(_LFS_POINTER):
             size = _LFS_SIZE.search(head)
@@ -135,12 +137,12 @@ class WeightFile:
 
 
 def quoted(name: str) -> str:
-    """Return `name` in quotes for a message, shortened: a hostile file may have very long ones."""
+    """Return `name` quoted for a message, shortened since a hostile file may have long names."""
     return repr(name) if len(name) <= 120 else f"{name[:100]!r}…"
 
 
 def describe(head: bytes) -> tuple[str, str | None]:
-    """Return what a file starting with `head` seems to be, and what to do about it."""
+    """Return the kind of a file that starts with `head`, and a hint or None."""
     if not head:
         return "an empty file", None
     for start, kind in _FOREIGN_STARTS:
@@ -148,21 +150,21 @@ def describe(head: bytes) -> tuple[str, str | None]:
             return kind, None
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype html", b"<html")):
-        return "an HTML page", "the download led to a web page: a login, a licence or an error"
+        return "an HTML page", "the server sent a web page: a login, a licence or an error"
     if text.startswith((b"<?xml", b"<error")):
-        return "an XML document", "the download probably led to an error message"
+        return "an XML document", "the server probably sent an error message"
     if text.startswith(b"{"):
-        return "a JSON document", "the download probably led to an error message"
-    return f"something else (it starts with {head[:8]!r})", None
+        return "a JSON document", "the server probably sent an error message"
+    return f"of an unknown kind (it starts with {head[:8]!r})", None
 
 
-#: What the parsers take: a path, or a file that is open already.
+#: The argument of the parsers: a path or an open file.
 WeightSource = str | os.PathLike[str] | WeightFile
 
 
 @contextmanager
 def opened(source: WeightSource) -> Iterator[WeightFile]:
-    """Yield `source` as a `WeightFile`; closed afterwards if it was opened here, from a path."""
+    """Yield `source` as a `WeightFile`; a file opened from a path is closed afterwards."""
     if isinstance(source, WeightFile):
         yield source
         return

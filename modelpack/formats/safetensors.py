@@ -1,7 +1,7 @@
-"""safetensors: the header of a weight file, read within limits.
+"""Parse the header of a safetensors file within limits; no tensor data is read.
 
 Source: the format's README and the checks of the `safetensors` crate: the tensors cover the data
-section exactly, in any order, without a gap. Tensor data is never read.
+section exactly, in any order, without a gap.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from modelpack.formats.tensors import (
 )
 from modelpack.formats.units import any_value
 
-#: The crate's own limit. The header is read in windows, so its length alone costs nothing.
+#: The limit of the crate. The header is read in windows, so its length alone takes no memory.
 MAX_HEADER_BYTES = 100_000_000
-#: A rough count of the memory that names, values and tensor descriptions take once parsed.
+#: The memory, roughly, that parsed names, values and tensor descriptions may take.
 MAX_KEPT_BYTES = 40 * 1024 * 1024
 #: Entries of `__metadata__`.
 MAX_METADATA = 16_384
@@ -65,16 +65,16 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
 
 _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
-# What the objects of one tensor and of one metadata value take, about.
+# The approximate bytes that Python's objects for one tensor and one metadata value take.
 _TENSOR_COST, _VALUE_COST = 350, 250
 
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsHeader:
-    """Everything in a safetensors file but the tensor data.
+    """Everything in a safetensors file except the tensor data.
 
-    `metadata` is `__metadata__`. The format allows strings only; other values that files hold all
-    the same are here as the text that Go's `%v` gives, which is what configs record.
+    `metadata` is `__metadata__`. The format allows strings only; some files have other values,
+    which `metadata` holds as the text of Go's `%v`, as configs do.
     """
 
     path: str
@@ -87,9 +87,9 @@ class SafetensorsHeader:
 def read_safetensors_header(source: WeightSource) -> SafetensorsHeader:
     """Return the header of the safetensors file `source`.
 
-    Raises `WeightFormatError`, naming the byte, for anything that a loader could trip over: text
-    that is not JSON, keys that occur twice, unknown dtypes, shapes that do not give the number of
-    bytes, tensors outside the file, over each other or with gaps between.
+    Raises `WeightFormatError` with the byte for text that is not JSON, repeated keys, unknown
+    dtypes, shapes that do not match the number of bytes, and tensors that overlap, leave gaps or
+    lie outside the file.
     """
     with opened(source) as file:
         return _Parser(file).header()
@@ -132,9 +132,9 @@ class _Parser:
 
     def _metadata(self) -> dict[str, str | LongString]:
         text = self._text
-        if text.peek() == b"n":  # null, which the crate takes as well
+        if text.peek() == b"n":  # null, which the crate accepts as well
             if text.value() is not None:
-                raise text.error(f"{_METADATA} is no object")
+                raise text.error(f"{_METADATA} is not an object")
             return {}
         metadata: dict[str, str | LongString] = {}
         for key in text.keys():  # noqa: SIM118 (no dict)
@@ -151,7 +151,7 @@ class _Parser:
         return metadata
 
     def _fetched(self, metadata: dict[str, str | LongString]) -> dict[str, str]:
-        """Return `metadata` with the long strings read, now that the header is known to be good."""
+        """Return `metadata` with the text of its long strings; call it after the other checks."""
         long = sum(value.length for value in metadata.values() if isinstance(value, LongString))
         if long > MAX_LONG_STRING_BYTES:
             raise self._file.error(
@@ -175,23 +175,25 @@ class _Parser:
             raise self._fault(name, f"has the unknown dtype {str(dtype)[:40]!r}", start)
         bits = DTYPE_BITS[dtype]
         if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
-            raise self._fault(name, f"has no shape of at most {MAX_DIMENSIONS} dimensions", start)
+            raise self._fault(
+                name, f"needs a shape, a list of at most {MAX_DIMENSIONS} dimensions", start
+            )
         for dimension in shape:
             if type(dimension) is not int or dimension < 0:
-                raise self._fault(name, f"has the dimension {str(dimension)[:40]}", start)
+                raise self._fault(name, f"has the invalid dimension {str(dimension)[:40]}", start)
             bits *= dimension
             if bits > MAX_COUNT:
                 raise self._fault(name, "has a size that overflows 63 bits", start)
         if bits % 8:
             raise self._fault(name, f"ends inside a byte: {dtype} {shape}", start)
         if not _are_offsets(offsets):
-            raise self._fault(name, "has no data_offsets of a start and an end", start)
+            raise self._fault(name, "needs data_offsets, a list of a start and an end", start)
         first, size = offsets[0], offsets[1] - offsets[0]
         if bits // 8 != size:
             raise self._fault(
                 name,
-                f"takes {bits // 8} bytes, {dtype} {shape}, but its data_offsets {offsets} are"
-                f" {size} apart",
+                f"takes {bits // 8} bytes ({dtype} {shape}), but its data_offsets {offsets} are"
+                f" {size} bytes apart",
                 start,
             )
         return TensorInfo(name, _DTYPE_NAMES[dtype], shapes.shared(tuple(shape)), first, size)
@@ -204,7 +206,7 @@ class _Parser:
         for at in in_data_order(infos):
             info = infos[at]
             if info.offset != end:
-                fault = "overlaps the one before" if info.offset < end else "leaves a gap"
+                fault = "overlaps the previous one" if info.offset < end else "leaves a gap"
                 raise self._fault(
                     info.name,
                     f"{fault}: its data starts at {info.offset}, expected {end}",
@@ -225,7 +227,7 @@ class _Parser:
             raise self._text.error(f"the header holds more than {MAX_KEPT_BYTES} bytes of values")
 
     def _not_safetensors(self) -> WeightFormatError:
-        """Return the most telling error for a start that cannot be a header."""
+        """Return the most specific error for a file that does not start with a header."""
         file, head = self._file, self._file.head()
         length = int.from_bytes(head[:_LENGTH_BYTES], "little")
         if head[_LENGTH_BYTES:].startswith(b"{") and length <= MAX_HEADER_BYTES:
@@ -247,7 +249,7 @@ def looks_like_safetensors(head: bytes, size: int) -> bool:
     )
 
 
-#: One object for each dtype, rather than one for each tensor.
+#: All tensors of a dtype share one string object, to save memory.
 _DTYPE_NAMES = {name: name for name in DTYPE_BITS}
 
 

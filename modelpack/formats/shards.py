@@ -1,4 +1,4 @@
-"""Models in several files: which shards belong together, and whether all are there.
+"""Find the shards of a model, by file name and by index, and check that none is missing.
 
 llama.cpp and transformers name shards `<prefix>-00001-of-00003.<ending>`; transformers also
 writes `<stem>.safetensors.index.json`, which says in which file each tensor is.
@@ -21,7 +21,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 #: Tensors in one index. The largest models have some 150,000.
 MAX_INDEX_TENSORS = 500_000
 
-# Both case-sensitive, as the programs that read the names; a prefix may be empty for GGUF only.
+# Both are case-sensitive, as in llama.cpp and transformers; only GGUF allows an empty prefix.
 _SHARD_NAMES = (
     re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?P<ending>gguf)", re.A),
     re.compile(
@@ -50,7 +50,7 @@ class ShardSet:
 
 
 def shard_set(path: str | os.PathLike[str]) -> ShardSet | None:
-    """Return the set that the file `path` belongs to by its name, or None if to none.
+    """Return the shard set that the name of the file `path` belongs to, or None.
 
     Raises `PackagingError` for a number outside the set, such as `00004-of-00003`.
     """
@@ -61,16 +61,17 @@ def shard_set(path: str | os.PathLike[str]) -> ShardSet | None:
             number, count = int(found["number"]), int(found["count"])
             if not 1 <= number <= count:
                 raise PackagingError(
-                    f"{path}: shard {number} of {count} cannot be; shards count from 00001"
+                    f"{path}: {number} of {count} is not a valid shard number; the first is 00001"
                 )
             return ShardSet(path.parent, found["prefix"], count, found["ending"])
     return None
 
 
 def find_shards(path: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """Return all shards of the weight of which `path` is one, in order; just `path` if it is whole.
+    """Return all shards of the set that the file `path` belongs to, in order.
 
-    Raises `PackagingError` naming the shards that are missing from the directory.
+    A file that is not a shard is returned alone. Raises `PackagingError` with the names of shards
+    that are missing from the directory.
     """
     path = Path(path)
     shards = shard_set(path)
@@ -86,7 +87,7 @@ def find_shards(path: str | os.PathLike[str]) -> tuple[Path, ...]:
 def check_complete(paths: Iterable[str | os.PathLike[str]]) -> None:
     """Check that no shard is missing among the weight files `paths`, by name and by index.
 
-    Raises `PackagingError` naming the missing ones, `WeightFormatError` for a broken index.
+    Raises `PackagingError` with the missing names, and `WeightFormatError` for a broken index.
     """
     present: dict[Path, set[str]] = {}
     sets: dict[ShardSet, None] = {}
@@ -106,15 +107,16 @@ def check_complete(paths: Iterable[str | os.PathLike[str]]) -> None:
     for shards in sets:
         names = present[shards.directory]
         missing = [shard.name for shard in shards.paths() if shard.name not in names]
-        # An index that is satisfied knows better than the names.
+        # A complete index overrides the numbers in the names.
         if missing and not any(path in indexed for path in shards.paths()):
             raise _missing(shards.directory, missing, f"{shards.count} shards")
 
 
 def indexed_files(directory: Path, names: Sequence[str]) -> frozenset[str] | None:
-    """Return which of the weight files `names` in `directory` its indexes name; None without any.
+    """Return the weight files that the indexes in `directory` name, or None without an index.
 
-    Files besides them hold the same weights again, in another layout.
+    `names` are the weight files in `directory`; those that no index names hold the same weights
+    again, in another layout.
     """
     found = [read_index(index) for index in _indexes(directory, set(names))]
     return frozenset().union(*found) if found else None
@@ -138,7 +140,7 @@ def read_index(path: Path) -> frozenset[str]:
                 name = text.value()
                 if not isinstance(name, str) or path_problem(name) or "/" in name:
                     raise text.error(
-                        f"the file of {quoted(tensor)} is no name in this directory", start
+                        f"the file of {quoted(tensor)} is not a name in this directory", start
                     )
                 names.add(name)
         text.finish()
@@ -146,7 +148,7 @@ def read_index(path: Path) -> frozenset[str]:
 
 
 def _indexes(directory: Path, weights: set[str]) -> list[Path]:
-    """Return the indexes in `directory` that count: a whole file of the same stem wins."""
+    """Return the indexes in `directory`, without those whose model exists as one whole file."""
     return [
         directory / name
         for name in sorted(_names_in(directory))

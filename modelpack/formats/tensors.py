@@ -1,13 +1,13 @@
-"""The tensor types of ggml and the file types of GGUF, with the numbers that files hold.
+"""Tensor descriptions for all weight formats, and the type numbers of ggml and GGUF.
 
 Source: `enum ggml_type` and the type traits in ggml, `enum llama_ftype` in llama.cpp. Types 4 and
-5 were removed before GGUF existed; 31 to 33 and 36 to 38 are no longer written but still found.
+5 were removed before GGUF existed; writers no longer use 31 to 33 and 36 to 38, but older files do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from types import MappingProxyType
@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
-    """A ggml type: `block` elements are stored together in `size` bytes."""
+    """A ggml type: a block of `block` elements takes `size` bytes."""
 
     name: str
     block: int
@@ -67,10 +67,10 @@ TENSOR_TYPES: Mapping[int, TensorType] = MappingProxyType(
     }
 )
 
-#: The types that the reference implementation does not know yet: it gives up on the whole file.
+#: The types that the reference implementation does not know yet; it rejects files with them.
 NEWER_THAN_REFERENCE = frozenset({"NVFP4", "Q1_0"})
 
-#: Names of `general.file_type`, by number; the last two are newer than the reference.
+#: The names of `general.file_type`, by number; the reference does not know the last two.
 FILE_TYPES: tuple[str, ...] = (
     *("F32", "F16", "Q4_0", "Q4_1", "Q4_1_SOME_F16", "Q4_2", "Q4_3", "Q8_0", "Q5_0", "Q5_1"),
     *("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"),
@@ -79,30 +79,29 @@ FILE_TYPES: tuple[str, ...] = (
     *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0"),
 )
 
-#: File type 39 means "unknown" to the reference implementation, and it has no later ones.
+#: The number of file types in the reference implementation, which reads 39 as "unknown".
 REFERENCE_FILE_TYPES = 39
 
-#: llama.cpp's flag for a file type that nobody wrote down but that was guessed.
+#: llama.cpp sets this bit if it guessed the file type, since the file had none.
 GUESSED_FILE_TYPE = 1024
 
 
-#: More tensors than this in one file are refused. The largest mixture-of-experts models, with
-#: every expert apart, have about as many in all their shards together; a parsed file of this many
-#: takes 40 MB.
+#: Tensors in one file. The largest mixture-of-experts models, with one tensor for each expert,
+#: have about as many in all their shards together. A parsed file of this many takes 40 MB.
 MAX_TENSORS = 100_000
 
-#: Dimensions of one tensor. ggml has 4, and files for image models have been seen with 5.
+#: Dimensions of one tensor. ggml allows 4; some image models have 5.
 MAX_DIMENSIONS = 8
 
-#: Elements, and bytes, of anything: the largest number that a signed 64-bit integer holds.
+#: The limit of elements and of bytes: the largest signed 64-bit integer.
 MAX_COUNT = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor: `offset` and `size` are bytes in the file's data section.
+    """One tensor: `size` bytes at the byte `offset` of the file's data section.
 
-    `shape` is in the file's own order: GGUF puts the fastest-moving dimension first, safetensors
+    `shape` is in the order of the file: GGUF puts the fastest-moving dimension first, safetensors
     last. `dtype` is the format's name for the type, such as `Q4_1` or `BF16`.
     """
 
@@ -118,7 +117,7 @@ class TensorInfo:
 
 
 class Shapes:
-    """Gives equal shapes one object: most tensors of a model share a few."""
+    """Shares one tuple among equal shapes, to save memory: most tensors have one of a few."""
 
     _MAX = 4096
 
@@ -126,14 +125,14 @@ class Shapes:
         self._known: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def shared(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return `shape` or an equal tuple seen before."""
+        """Return an equal tuple from an earlier call, or `shape`."""
         if len(self._known) < self._MAX:
             return self._known.setdefault(shape, shape)
         return self._known.get(shape, shape)
 
 
 def repeated_name(tensors: Sequence[TensorInfo]) -> int | None:
-    """Return the index of a tensor whose name another one has too, or None.
+    """Return the index of a tensor whose name occurs twice, or None.
 
     Sorting takes far less memory than a set of all names.
     """
@@ -143,8 +142,8 @@ def repeated_name(tensors: Sequence[TensorInfo]) -> int | None:
 
 
 def in_data_order(tensors: Sequence[TensorInfo]) -> Sequence[int]:
-    """Return the indices of `tensors`, sorted by where their data starts, empty ones first."""
-    if all(_starts_before(a, b) for a, b in pairwise(tensors)):  # as writers leave them
+    """Return the indices of `tensors` in the order of their data offsets, then of their sizes."""
+    if all(_starts_before(a, b) for a, b in pairwise(tensors)):  # the usual order of writers
         return range(len(tensors))
     order = sorted(range(len(tensors)), key=lambda at: tensors[at].size)
     order.sort(key=lambda at: tensors[at].offset)
@@ -153,24 +152,3 @@ def in_data_order(tensors: Sequence[TensorInfo]) -> Sequence[int]:
 
 def _starts_before(a: TensorInfo, b: TensorInfo) -> bool:
     return a.offset < b.offset or (a.offset == b.offset and a.size <= b.size)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelStatistics:
-    """The fields of a config that come from the weights; texts are empty where nothing is known.
-
-    `parameters` and `size` are texts for people, in the number formats of `units`. The maps are
-    sorted by key, as a config has them; `context_size` is in tokens. `notes` are for people: what
-    was left out and why.
-    """
-
-    format: str = ""
-    quantization: str = ""
-    parameters: str = ""
-    architecture: str = ""
-    size: str = ""
-    gguf: Mapping[str, str] | None = field(default=None, hash=False)
-    safetensors: Mapping[str, str] | None = field(default=None, hash=False)
-    diffusers: Mapping[str, str] | None = field(default=None, hash=False)
-    context_size: int | None = None
-    notes: tuple[str, ...] = ()

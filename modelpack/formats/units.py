@@ -1,7 +1,7 @@
-"""Values as the text that Go's `fmt` gives them, which is what configs hold.
+"""Format values and sizes as Go does: the text in configs.
 
-Go trims, rounds and spells out numbers differently from Python in the corners; a digest depends
-on every one of them.
+Go and Python trim, round and print some values differently, and the digest of a config depends on
+every byte.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-#: Unicode White_Space as Go's `unicode.IsSpace`. `str.strip()` would also take U+001C to U+001F.
+#: The white space of Go's `unicode.IsSpace`. `str.strip()` would also remove U+001C to U+001F.
 _SPACE = (
     "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000"
@@ -17,7 +17,7 @@ _SPACE = (
 
 
 def trim(text: str) -> str:
-    """Return `text` without Unicode white space at both ends, as `strings.TrimSpace`."""
+    """Return `text` without white space at both ends, as Go's `strings.TrimSpace`."""
     return text.strip(_SPACE)
 
 
@@ -32,9 +32,9 @@ def boolean(value: bool) -> str:
 
 
 def any_value(value: Any) -> str:
-    """Return a value decoded from JSON as Go's `%v` of the same value.
+    """Return the text of Go's `%v` for a value decoded from JSON.
 
-    Numbers are 64-bit floats there: a million is `1e+06`.
+    Go decodes JSON numbers as 64-bit floats: a million is `1e+06`.
     """
     if value is None:
         return "<nil>"
@@ -49,7 +49,7 @@ def any_value(value: Any) -> str:
     if isinstance(value, dict):
         keys = sorted(value, key=lambda key: key.encode(errors="surrogateescape"))
         return "map[" + " ".join(f"{key}:{any_value(value[key])}" for key in keys) + "]"
-    raise TypeError(f"{type(value).__name__} does not come from JSON")
+    raise TypeError(f"{type(value).__name__} is not a JSON type")
 
 
 def _shortest(number: float) -> str:
@@ -102,22 +102,22 @@ _S_SIZE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 
 
 def format_parameters(count: int) -> str:
-    """Return a GGUF parameter count in format P: `7.24B`, `134.52M`, `1K`, `999`."""
+    """Return a GGUF parameter count in format P of spec/config.md: `7.24B`, `1K`, `999`."""
     return _largest_that_fits(count, _P_UNITS)
 
 
 def format_gguf_size(size: int) -> str:
-    """Return a GGUF size in format Z: `92.10MiB`, `1KB`. SI and IEC units both occur."""
+    """Return a GGUF size in format Z of spec/config.md: `92.10MiB`, `1KB` (SI or IEC units)."""
     return _largest_that_fits(size, _Z_UNITS) + "B"
 
 
 def format_decimal_parameters(count: int) -> str:
-    """Return a safetensors parameter count in format S: `22.71M`, `7.00`."""
+    """Return a safetensors parameter count in format S of spec/config.md: `22.71M`, `7.00`."""
     return _divided_by_thousands(count, _S_PARAMETER_UNITS)
 
 
 def format_decimal_size(size: int) -> str:
-    """Return a safetensors or DDUF size in format S: `90.87MB`; `n/a` where there is none."""
+    """Return a safetensors or DDUF size in format S of spec/config.md: `90.87MB`, or `n/a`."""
     return _divided_by_thousands(size, _S_SIZE_UNITS) if size > 0 else "n/a"
 
 

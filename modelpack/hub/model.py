@@ -30,11 +30,11 @@ from modelpack.formats.gguf import read_gguf_header
 from modelpack.formats.reader import WeightFile
 from modelpack.formats.safetensors import read_safetensors_header
 from modelpack.formats.statistics import (
+    ModelStatistics,
     dduf_statistics,
     gguf_statistics,
     safetensors_statistics,
 )
-from modelpack.formats.tensors import ModelStatistics
 from modelpack.hub.reference import HubReference, origin_annotations
 from modelpack.hub.repository import HubFile, HubRepository
 from modelpack.hub.selection import Choice

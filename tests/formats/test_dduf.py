@@ -65,7 +65,9 @@ def test_a_zip64_end(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = raw[: at + 8] + struct.pack("<2H2L", 0xFFFF, 0xFFFF, 2**32 - 1, 2**32 - 1) + raw[-2:]
     assert len(read_dduf_header(as_file(raw)).entries) == len(FILES)
     broken = raw.replace(b"PK\x06\x06", b"PK\x06\x08")
-    with pytest.raises(WeightFormatError, match="no ZIP64 end of the archive"):
+    with pytest.raises(
+        WeightFormatError, match="the ZIP64 locator does not point to a ZIP64 end record"
+    ):
         read_dduf_header(as_file(broken))
 
 
@@ -84,7 +86,7 @@ def test_large_entries_have_their_sizes_elsewhere() -> None:
     (entry,) = read_dduf_header(as_file(bytes(raw))).entries
     assert entry == DDUFEntry(INDEX[0], entry.offset, size)
     struct.pack_into("<2H", raw, end + 5, 2, 24)  # the field with the sizes is gone
-    with pytest.raises(WeightFormatError, match="a ZIP64 entry without its sizes"):
+    with pytest.raises(WeightFormatError, match="the ZIP64 entry does not hold its sizes"):
         read_dduf_header(as_file(bytes(raw)))
 
 
@@ -100,37 +102,37 @@ CENTRAL, LOCAL, END = b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06"
 
 INVALID: list[tuple[str, bytes, str]] = [
     ("a GGUF", b"GGUF" + bytes(60), "expected a DDUF archive"),
-    ("cut", GOOD[:-1], "no end of a ZIP archive"),
-    ("cut early", GOOD[:80], "no end of a ZIP archive"),
+    ("cut", GOOD[:-1], "the end record of the ZIP archive is missing"),
+    ("cut early", GOOD[:80], "the end record of the ZIP archive is missing"),
     ("compressed", archive(INDEX, ("x.json", bytes(99)), compression=zipfile.ZIP_DEFLATED),
      "compressed (method 8), expected stored"),
     ("encrypted", patched(GOOD, CENTRAL, 8, "H", 1), "is encrypted"),
-    ("two sizes", patched(GOOD, CENTRAL, 20, "L", 99), "has two sizes"),
+    ("two sizes", patched(GOOD, CENTRAL, 20, "L", 99), "the two sizes of the entry"),
     ("climbing", archive(INDEX, ("../x", b"")), "unsafe name: it leaves the directory"),
     ("absolute", archive(INDEX, ("/etc/x", b"")), "unsafe name: it is absolute"),
     ("backslash", patched(GOOD, CENTRAL, 49, "c", b"\\"), "unsafe name: it contains a backslash"),
     ("not ASCII", patched(GOOD, CENTRAL, 46, "c", b"\xff"), "is not UTF-8"),
     ("a symlink", patched(patched(GOOD, CENTRAL, 4, "H", 0x31E), CENTRAL, 38, "L", 0o120777 << 16),
-     "is no regular file"),
+     "is not a regular file"),
     ("a directory with data", patched(GOOD, CENTRAL, 66, "c", b"/"), "has data"),
     ("outside", patched(GOOD, CENTRAL, 42, "L", 2**31), "lies outside the file"),
-    ("no local header", patched(GOOD, CENTRAL, 42, "L", 1), "no stored entry"),
-    ("another name", patched(GOOD, LOCAL, 30, "c", b"V"), "another name in its own header"),
-    ("local compressed", patched(GOOD, LOCAL, 8, "H", 8), "no stored entry"),
+    ("no local header", patched(GOOD, CENTRAL, 42, "L", 1), "expected the local header of the stored entry"),
+    ("another name", patched(GOOD, LOCAL, 30, "c", b"V"), "another name in its local header"),
+    ("local compressed", patched(GOOD, LOCAL, 8, "H", 8), "expected the local header of the stored entry"),
     ("into the directory", patched(GOOD, CENTRAL, 20, "2L", 101, 101), "runs into the directory"),
-    ("several disks", patched(GOOD, END, 4, "H", 1), "an archive in several parts"),
-    ("directory outside", patched(GOOD, END, 16, "L", 2**30), "behind the end of the archive"),
+    ("several disks", patched(GOOD, END, 4, "H", 1), "the archive has several parts"),
+    ("directory outside", patched(GOOD, END, 16, "L", 2**30), "overlaps the end record of the archive"),
     ("directory too short", patched(GOOD, END, 12, "L", 60), "between the directory and the end"),
-    ("two ends", archive(*FILES, comment=b"PK\x05\x06" + bytes(99)), "no end of a ZIP archive"),
+    ("two ends", archive(*FILES, comment=b"PK\x05\x06" + bytes(99)), "the end record of the ZIP archive is missing"),
     ("entry too long", patched(GOOD, CENTRAL, 30, "H", 99), "the directory ends too early"),
     ("more entries said", patched(GOOD, END, 10, "H", 4), "the directory ends too early"),
-    ("fewer entries said", patched(GOOD, END, 10, "H", 2), "more than the entries"),
-    ("no signature", patched(GOOD, CENTRAL, 0, "c", b"X"), "no entry of a ZIP directory"),
-    ("no index", archive(*FILES[1:]), "holds no model_index.json"),
-    ("index in a directory", archive(("a/model_index.json", b"{}")), "holds no model_index.json"),
+    ("fewer entries said", patched(GOOD, END, 10, "H", 2), "unexpected bytes follow the last entry"),
+    ("no signature", patched(GOOD, CENTRAL, 0, "c", b"X"), "not an entry of a ZIP directory"),
+    ("no index", archive(*FILES[1:]), "has no model_index.json"),
+    ("index in a directory", archive(("a/model_index.json", b"{}")), "has no model_index.json"),
     ("no JSON", archive((INDEX[0], b"{")), "model_index.json is not JSON"),
     ("nested JSON", archive((INDEX[0], b"[" * 100_000)), "model_index.json is not JSON"),
-    ("no object", archive((INDEX[0], b"[]")), "holds no JSON object"),
+    ("no object", archive((INDEX[0], b"[]")), "is not a JSON object"),
 ]  # fmt: skip
 
 
@@ -178,7 +180,7 @@ def test_other_readers_find_no_other_directory() -> None:
     locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1)
     unasked = GOOD[:last] + entries + directory + wide + locator + GOOD[last:]
     assert "../../config.js" in zipfile.ZipFile(io.BytesIO(unasked)).namelist()
-    with pytest.raises(WeightFormatError, match="two ends of the archive that disagree"):
+    with pytest.raises(WeightFormatError, match="the ZIP and ZIP64 end records disagree"):
         read_dduf_header(as_file(unasked))
 
 
@@ -192,7 +194,7 @@ def test_extra_fields_that_readers_disagree_about(field: bytes) -> None:
     struct.pack_into("<L", raw, end + 12, end - central + len(extra))
     at = central + 46 + len(INDEX[0])
     raw[at:at] = extra
-    with pytest.raises(WeightFormatError, match="two fields of one kind"):
+    with pytest.raises(WeightFormatError, match="two extra fields of one kind"):
         read_dduf_header(as_file(bytes(raw)))
 
 

@@ -31,13 +31,13 @@ def test_detected(raw: bytes, name: str, expected: WeightFormat) -> None:
 @pytest.mark.parametrize(
     ("raw", "name", "message"),
     [
-        (MODEL_SAFETENSORS, "x.gguf", "is a safetensors file, but is named .gguf"),
-        (TINY_GGUF, "x.safetensors", "is a GGUF file, but is named .safetensors"),
+        (MODEL_SAFETENSORS, "x.gguf", "is a safetensors file, but its name ends in .gguf"),
+        (TINY_GGUF, "x.safetensors", "is a GGUF file, but its name ends in .safetensors"),
         (ZIP, "x.gguf", "is a ZIP archive, expected a GGUF file"),
         (b"<html>", "x.dduf", "is an HTML page, expected a DDUF archive"),
         (b"", "x.gguf", "is an empty file, expected a GGUF file"),
         (b"version https://git-lfs.github.com/spec/v1\n", "x.gguf", "is a Git LFS pointer"),
-        (b"hello", "x", "is something else"),
+        (b"hello", "x", "is of an unknown kind"),
     ],
 )
 def test_refused(raw: bytes, name: str, message: str) -> None:

@@ -268,7 +268,7 @@ INVALID: list[tuple[str, bytes, int, str]] = [
         "no whole blocks",
         after(1, 0, "<Q1sI2QIQ", 1, b"w", 2, 16, 2, 2, 0),
         24,
-        "a row of the tensor 'w' is no multiple of the 32 elements in a block of Q4_0",
+        "a row of the tensor 'w' is not a multiple of the 32 elements in a block of Q4_0",
     ),
     (
         "an offset out of line",

@@ -195,8 +195,8 @@ HOSTILE_TEXTS = [
         + b"}}",
         "more than 41943040 bytes of values",
     ),
-    ("arrays", b'{"__metadata__":{"a":' + b"[" * 20 * MB, "no JSON value of at most"),
-    ("numbers", b'{"__metadata__":{"a":[' + b"0," * 10 * MB, "no JSON value of at most"),
+    ("arrays", b'{"__metadata__":{"a":' + b"[" * 20 * MB, "expected a JSON value of at most"),
+    ("numbers", b'{"__metadata__":{"a":[' + b"0," * 10 * MB, "expected a JSON value of at most"),
     ("digits", b'{"__metadata__":{"a":' + b"1" * 20 * MB, "a value of at most 400 bytes"),
     ("a long description", b'{"a":{"shape":[' + b"0," * 10 * MB + b"0]}}", "at most 4096 bytes"),
 ]  # fmt: skip
@@ -226,6 +226,6 @@ def test_a_dduf_directory_that_claims_to_be_large() -> None:
     for count, size in ((dduf.MAX_ENTRIES + 1, 100), (1, dduf.MAX_DIRECTORY_BYTES + 1)):
         end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count, count, size, 0, 0)
         raw = b"PK\x03\x04" + bytes(100) + end
-        peak, read = cost(read_dduf_header, as_file(raw), f"a directory of {count} entries")
+        peak, read = cost(read_dduf_header, as_file(raw), f"the directory has {count} entries")
         assert peak < MB
         assert read < 70_000

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from modelpack.errors import WeightFormatError
 from modelpack.formats.gguf import KEPT_ARRAY_ITEMS, MetadataArray, ValueType, read_gguf_header
-from modelpack.formats.gguf_statistics import gguf_statistics
 from modelpack.formats.safetensors import DTYPE_BITS, read_safetensors_header
+from modelpack.formats.statistics import gguf_statistics
 from modelpack.formats.tensors import TENSOR_TYPES
 from tests.formats.builders import GGUF, Pair, Tensor, as_file, safetensors_text
 from tests.formats.builders import safetensors as build

@@ -29,7 +29,7 @@ FOREIGN = [
     (b"PK\x03\x04" + bytes(30), "is a ZIP archive"),
     (b"\x80\x02}q\x00." + bytes(20), "is a Python pickle"),
     (b"lmgg" + bytes(20), "is a GGML file"),
-    (b"hello world, no weights", "is something else (it starts with b'hello wo')"),
+    (b"hello world, no weights", "is of an unknown kind (it starts with b'hello wo')"),
 ]
 
 

@@ -55,7 +55,7 @@ def test_names(name: str, expected: tuple[str, int, str] | None) -> None:
 
 @pytest.mark.parametrize("name", ["m-00000-of-00003.gguf", "m-00004-of-00003.safetensors"])
 def test_numbers_outside_the_set(name: str) -> None:
-    with pytest.raises(PackagingError, match=r"shard \d of 3 cannot be"):
+    with pytest.raises(PackagingError, match=r"\d of 3 is not a valid shard number"):
         shard_set(name)
 
 
@@ -104,10 +104,10 @@ def test_an_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b'{"weight_map":{"t":"../x.safetensors"}}', "the file of 't' is no name"),
-        (b'{"weight_map":{"t":"sub/x.safetensors"}}', "the file of 't' is no name"),
-        (b'{"weight_map":{"t":"/x.safetensors"}}', "the file of 't' is no name"),
-        (b'{"weight_map":{"t":1}}', "the file of 't' is no name"),
+        (b'{"weight_map":{"t":"../x.safetensors"}}', "the file of 't' is not a name"),
+        (b'{"weight_map":{"t":"sub/x.safetensors"}}', "the file of 't' is not a name"),
+        (b'{"weight_map":{"t":"/x.safetensors"}}', "the file of 't' is not a name"),
+        (b'{"weight_map":{"t":1}}', "the file of 't' is not a name"),
         (b'{"weight_map":{"t":"x"}', "the JSON text ends too early"),
         (b'{"weight_map":[]}', "expected an object"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),

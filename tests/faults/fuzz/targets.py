@@ -27,8 +27,8 @@ from modelpack.bundles.tar_reader import TarLimits
 from modelpack.errors import InvalidReferenceError, ModelpackError, UnsafePathError
 from modelpack.formats.dduf import read_dduf_header
 from modelpack.formats.gguf import read_gguf_header
-from modelpack.formats.gguf_statistics import gguf_statistics
 from modelpack.formats.safetensors import read_safetensors_header
+from modelpack.formats.statistics import gguf_statistics
 from modelpack.operations.archives import import_archive
 from modelpack.registry.auth_challenge import parse_challenges, parse_scopes
 from modelpack.registry_server.blob_fetch import UnsatisfiableRange, chunk_range, requested_range
