@@ -110,7 +110,7 @@ def test_shards_are_one_model(tmp_path: Path) -> None:
 def test_a_lone_shard_under_another_name(tmp_path: Path) -> None:
     raw = GGUF([Pair("split.count", V.UINT16, 3)], [Tensor("x")]).build()
     path = put(tmp_path, "model.gguf", raw)
-    with pytest.raises(WeightFormatError, match="split.count expects 3 shards, found 1"):
+    with pytest.raises(WeightFormatError, match=r"split\.count expects 3 shards, found 1"):
         gguf_statistics([path])
     # llama-gguf-split leaves a zero in a merged file.
     raw = GGUF([Pair("split.count", V.UINT16, 0)], [Tensor("x")]).build()
