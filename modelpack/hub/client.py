@@ -23,11 +23,10 @@ from modelpack.errors import (
     UsageError,
 )
 from modelpack.progress import ProgressCallback, Stop
-from modelpack.registry.auth_challenge import Scopes
+from modelpack.registry.auth import Scopes
 from modelpack.registry.http_client import HttpClient
 from modelpack.registry.http_errors import shown
-from modelpack.registry.limits import BlobOptions, Timeouts
-from modelpack.registry.retry import RetryPolicy
+from modelpack.registry.limits import BlobOptions, RetryPolicy, Timeouts
 from modelpack.registry.tls import TlsOptions
 from modelpack.registry.urls import checked_url, is_local, origin_of
 

@@ -28,12 +28,11 @@ from modelpack.errors import (
     UnsupportedError,
 )
 from modelpack.hub.reference import HubReference
-from modelpack.registry.auth_challenge import NOTHING
-from modelpack.registry.blob_download import RemoteBlob
+from modelpack.registry.auth import NOTHING
+from modelpack.registry.blob_download import RemoteBlob, RemoteFile
 from modelpack.registry.endpoint import BlobLocation
 from modelpack.registry.http_client import HttpClient
 from modelpack.registry.manifests import Pages, next_page
-from modelpack.registry.remote_file import RemoteFile
 
 #: The hub keeps larger files in LFS (10 MB); this leaves room for mirrors with other rules.
 MAX_PLAIN_BYTES: Final = 64 * 1024 * 1024

@@ -39,7 +39,7 @@ from modelpack.operations.transfer import MAX_DEPTH, MAX_MANIFESTS
 from modelpack.progress import Action, Progress
 from modelpack.storage import Outcome, Watch
 from modelpack.store.layout import LayoutStore
-from modelpack.store.reachability import successors
+from modelpack.store.manifests import successors
 
 Form = Literal["oci", "docker"]
 FORMS: Final[tuple[Form, ...]] = ("oci", "docker")

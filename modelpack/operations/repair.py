@@ -25,7 +25,7 @@ from modelpack.storage import Watch, watching
 from modelpack.store.fsck import Fault, FsckReport
 from modelpack.store.index import IndexDocument
 from modelpack.store.layout import LayoutStore
-from modelpack.store.reachability import successors
+from modelpack.store.manifests import successors
 
 if TYPE_CHECKING:
     from modelpack.registry import Repository

@@ -1,8 +1,11 @@
-"""RegistryAuthenticator: Basic credentials or bearer tokens for the requests to one registry.
+"""Authentication of registry requests: challenges, scopes, Basic credentials and bearer tokens.
 
-A bearer token comes from the token server that the registry's challenge names. `Tokens` caches it
-by token server, credential and scopes until shortly before it expires; threads that need the same
-token share one request. Sources: distribution's token authentication and OAuth 2 specifications.
+A bearer token comes from the token server that the registry's challenge (`WWW-Authenticate`) names.
+`Tokens` caches it by token server, credential and scopes until shortly before it expires; threads
+that need the same token share one request. The scope `repository:team/model:pull,push` is a set of
+two (resource, action) pairs here, so whether a token covers a request is a subset test.
+
+Sources: RFC 9110, RFC 6750; distribution's token authentication and OAuth 2 specifications.
 """
 
 from __future__ import annotations
@@ -12,20 +15,136 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 from urllib.parse import quote, urlencode
 
 import requests
 
 from modelpack.artifacts.json_document import decode_object
-from modelpack.errors import AuthError, ManifestError
+from modelpack.errors import AuthError, ManifestError, RegistryError
 from modelpack.progress import Action, Progress, ProgressCallback
-from modelpack.registry.auth_challenge import Scopes, parse_challenges, parse_scopes, spelled
 from modelpack.registry.credentials import Credential, CredentialSource
-from modelpack.registry.http_client import TokenRequest
-from modelpack.registry.urls import api_host, checked_url, is_local, origin_of, with_query
+from modelpack.registry.urls import (
+    api_host,
+    checked_url,
+    is_local,
+    origin_of,
+    with_query,
+)
+
+#: A resource (`repository:team/model`) and one action on it (`pull`).
+Scope: TypeAlias = tuple[str, str]
+Scopes: TypeAlias = frozenset[Scope]
+
+NOTHING: Scopes = frozenset()
+
+
+def repository_scopes(name: str, *actions: str) -> Scopes:
+    """Return the scopes for `actions` (pull, push, delete) on the repository `name`."""
+    return frozenset((f"repository:{name}", action) for action in actions)
+
+
+def parse_scopes(text: str) -> Scopes:
+    """Return the scopes in the `scope` parameter of a challenge: separated by spaces."""
+    found: set[Scope] = set()
+    for scope in text.split():
+        resource, colon, actions = scope.rpartition(":")
+        if colon:
+            found.update((resource, action) for action in actions.split(",") if action)
+    return frozenset(found)
+
+
+def spelled(scopes: Scopes) -> list[str]:
+    """Return one `resource:action,action` for each resource, sorted."""
+    actions = defaultdict(set)
+    for resource, action in scopes:
+        actions[resource].add(action)
+    return [f"{resource}:{','.join(sorted(actions[resource]))}" for resource in sorted(actions)]
+
+
+_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # noqa: S105 - a grammar, no secret
+_SCHEME = re.compile(rf"[\s,]*({_TOKEN})(?=[\s,]|\Z)")
+_PARAM = re.compile(rf'[\s,]*({_TOKEN})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|({_TOKEN})(?=[\s,]|\Z))')
+_TOKEN68 = re.compile(r"[ \t]+([A-Za-z0-9._~+/-]+=*)[ \t]*(?=,|\Z)")
+_MAX_LENGTH = 16 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """One way to authenticate; `scheme` and the names of `parameters` are in lower case."""
+
+    scheme: str
+    parameters: Mapping[str, str] = field(default_factory=dict, hash=False)
+    token68: str | None = None
+
+
+def parse_challenges(header: str) -> list[Challenge]:
+    """Return the challenges in the order of the header, up to the first that does not parse."""
+    header = header[:_MAX_LENGTH]
+    challenges: list[Challenge] = []
+    position = 0
+    while match := _SCHEME.match(header, position):
+        scheme, position = match[1].lower(), match.end()
+        token68 = _TOKEN68.match(header, position)
+        if token68 and not _PARAM.match(header, position):
+            # `Negotiate abc` - but `Basic Bearer` would be two schemes without their comma.
+            challenges.append(Challenge(scheme, {}, token68[1]))
+            position = token68.end()
+            continue
+        parameters: dict[str, str] = {}
+        while match := _PARAM.match(header, position):
+            value = match[3] if match[2] is None else re.sub(r"\\(.)", r"\1", match[2])
+            parameters.setdefault(match[1].lower(), value)
+            position = match.end()
+        challenges.append(Challenge(scheme, parameters))
+    return challenges
+
+
+class Authenticator(Protocol):
+    """Authenticates requests to one server; several threads may use it.
+
+    The client calls it only for responses of that server itself, not of a redirect's target.
+    """
+
+    def header(self, scopes: Scopes) -> str | None:
+        """Return the `Authorization` header to send with the first try, or None."""
+        ...
+
+    def is_challenge(self, response: requests.Response) -> bool:
+        """Return whether another `Authorization` header may get another response."""
+        ...
+
+    def answer(self, challenge: str, sent: str | None, scopes: Scopes) -> str:
+        """Return the header that answers a `WWW-Authenticate`, other than `sent`.
+
+        Raises `AuthError` if there is none.
+        """
+        ...
+
+    def refused(self) -> AuthError:
+        """Return the error for credentials that are missing or were refused."""
+        ...
+
+    def scrubbed(self, said: bytes) -> bytes:
+        """Return a body or header of the server with all secrets masked."""
+        ...
+
+    def error(self, what: str, response: requests.Response) -> RegistryError | None:
+        """Return the error for a failed response, or None for the one of distribution-spec."""
+        ...
+
+
+class TokenRequest(Protocol):
+    """A request to a token server, with retries and without credentials of its own."""
+
+    def __call__(
+        self, url: str, *, method: str, headers: Mapping[str, str], body: bytes | None
+    ) -> bytes:
+        """Return the body of the response; raise `AuthError` for 401 and 403."""
+        ...
+
 
 _CLIENT_ID: Final = "modelpack"
 _DEFAULT_LIFE: Final = 60.0  # seconds, where the server names none (token specification)

@@ -21,8 +21,7 @@ from modelpack.errors import AuthError, ModelpackError, RegistryError, SizeMisma
 from modelpack.progress import Action, Progress, Stop
 from modelpack.registry.endpoint import Endpoint
 from modelpack.registry.http_client import Body, Call, stated_number
-from modelpack.registry.limits import RateLimit, either
-from modelpack.registry.retry import FailedTry, Retries
+from modelpack.registry.limits import FailedTry, RateLimit, Retries, either
 from modelpack.registry.urls import with_query
 from modelpack.storage import BlobReader, BlobSource, Outcome, Watch
 

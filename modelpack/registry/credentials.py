@@ -1,17 +1,29 @@
-"""Credentials for a registry, and the sources that hold them in the process or its environment.
+"""Credentials for registries: environment, Docker's and containers' files, credential helpers.
 
-`docker_config` reads files and credential helpers, and combines all sources.
+A helper is a program that keeps credentials in a keychain, by the docker-credential-helpers
+protocol: `docker-credential-NAME get|store|erase` reads the server's URL or a JSON object from
+stdin and writes JSON or a message to stdout. Secrets go through pipes, never through arguments,
+and no message of Modelpack repeats one.
 """
 
 from __future__ import annotations
 
 import base64
+import binascii
+import json
 import os
-from collections.abc import Mapping
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from pathlib import Path
+from typing import Any, Final, Protocol
 
-from modelpack.errors import AuthError
+from modelpack.artifacts.json_document import decode_object
+from modelpack.errors import AuthError, ManifestError
 from modelpack.registry.urls import HUB_NAMES
 
 #: As a user name: what comes with it is an identity token, not a password.
@@ -91,3 +103,269 @@ class EnvironmentCredentials:
         if host != bound and not (host in HUB_NAMES and bound in HUB_NAMES):
             return None
         return Credential.of_pair(username, password, "MODELPACK_PASSWORD")
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
+_SECONDS: Final = 60.0
+_MAX_ANSWER: Final = 1024 * 1024
+# A helper that knows nothing of a host says so in words and fails.
+_NOT_FOUND: Final = "credentials not found"
+
+
+class CredentialHelper:
+    """The helper `name`, as Docker's config.json calls it; raises `AuthError` for everything."""
+
+    def __init__(self, name: Any) -> None:
+        if not isinstance(name, str) or not _NAME.match(name):
+            raise AuthError(f"{str(name)[:100]!r} is not the name of a credential helper")
+        self.program = f"docker-credential-{name}"
+
+    def get(self, server: str) -> Credential | None:
+        """Return what the helper holds for `server`."""
+        answer = self._run("get", server, server)
+        if answer is None:
+            return None
+        try:
+            value = decode_object(answer, self.program, limit=_MAX_ANSWER)
+        except ManifestError as error:
+            raise AuthError(str(error)) from None
+        username, secret = value.get("Username"), value.get("Secret")
+        if not isinstance(username, str) or not isinstance(secret, str):
+            raise AuthError(f"{self.program} answered without Username and Secret for {server}")
+        if not (username or secret):
+            return None
+        return Credential.of_pair(username, secret, self.program)
+
+    def store(self, server: str, credential: Credential) -> None:
+        """Have the helper keep `credential` for `server`."""
+        secret = credential.identity_token or credential.password
+        username = TOKEN_USER if credential.identity_token else credential.username
+        entry = {"ServerURL": server, "Username": username, "Secret": secret}
+        self._run("store", json.dumps(entry), server, secret)
+
+    def erase(self, server: str) -> None:
+        """Have the helper forget `server`; it may never have known it."""
+        self._run("erase", server, server)
+
+    def _run(self, action: str, sent: str, server: str, secret: str = "") -> bytes | None:
+        """Return what the helper says, None where it says that it knows nothing of `server`."""
+        try:
+            answer = subprocess.run(
+                [self.program, action],
+                input=sent.encode(),
+                capture_output=True,
+                timeout=_SECONDS,
+                check=False,
+            )
+        except FileNotFoundError:
+            raise AuthError(
+                f"{self.program}, the credential helper for {server}, is not on PATH"
+            ) from None
+        except OSError as error:
+            raise AuthError(f"{self.program} does not start: {error.strerror}") from None
+        except subprocess.TimeoutExpired:
+            raise AuthError(f"{self.program} did not answer in {_SECONDS:.0f} s") from None
+        if answer.returncode == 0:
+            return answer.stdout
+        said = answer.stdout.decode(errors="replace").strip()
+        if _NOT_FOUND in said:
+            return None
+        if secret:
+            said = said.replace(secret, "…")
+        raise AuthError(f"{self.program} failed for {server}: {said[:200] or 'it said nothing'}")
+
+
+_HUB_KEY: Final = "https://index.docker.io/v1/"
+_MAX_BYTES: Final = 1024 * 1024
+
+
+class DockerConfig:
+    """Credentials for registries in a file, or in the helpers that it names.
+
+    `path` defaults to config.json in $DOCKER_CONFIG, else in ~/.docker. `repository` is what the
+    credentials are for, where a file has several for one host.
+    """
+
+    def __init__(self, path: Path | None = None, *, repository: str = "") -> None:
+        directory = os.environ.get("DOCKER_CONFIG")
+        self.path = path or (Path(directory) if directory else Path.home() / ".docker") / (
+            "config.json"
+        )
+        self._repository = repository
+
+    def __repr__(self) -> str:
+        return f"DockerConfig({str(self.path)!r})"
+
+    def credential(self, host: str) -> Credential | None:
+        """Return the credential that the file or its helpers have for `host`."""
+        config = self._read()
+        names = list(self._names(host))
+        helpers = _by_name(config.get("credHelpers"))
+        for name in names:
+            if name in helpers:
+                return CredentialHelper(helpers[name]).get(_helper_key(name))
+        if config.get("credsStore"):
+            return CredentialHelper(config["credsStore"]).get(_helper_key(host))
+        entries = _by_name(config.get("auths"))
+        for name in names:
+            if credential := _parse_entry(_object(entries.get(name)), f"{self.path} (auths)"):
+                return credential
+        return None
+
+    def store(self, host: str, credential: Credential) -> str | None:
+        """Keep `credential` for `host`; return the helper's program, None for the file itself."""
+        config = self._read()
+        if helper := self._helper(config, host):
+            helper.store(_helper_key(host), credential)
+            return helper.program
+        if credential.identity_token:
+            entry = {"auth": _encoded(TOKEN_USER, ""), "identitytoken": credential.identity_token}
+        else:
+            entry = {"auth": _encoded(credential.username, credential.password)}
+        auths = _without(config, host)
+        self._write({**config, "auths": {**auths, _helper_key(host): entry}})
+        return None
+
+    def erase(self, host: str) -> bool:
+        """Forget what is kept for `host`; return whether there was anything."""
+        config = self._read()
+        kept = _without(config, host)
+        in_file = len(kept) < len(_object(config.get("auths")))
+        found = in_file
+        if helper := self._helper(config, host):
+            found = helper.get(_helper_key(host)) is not None or found
+            helper.erase(_helper_key(host))
+        if in_file:
+            self._write({**config, "auths": kept})
+        return found
+
+    def _names(self, host: str) -> Iterator[str]:
+        """Yield what entries for `host` may be called, the most specific first."""
+        for alias in _aliases(host):
+            parts = self._repository.split("/") if self._repository else []
+            for count in range(len(parts), 0, -1):
+                yield "/".join([alias, *parts[:count]])
+        yield from _aliases(host)
+
+    def _helper(self, config: dict[str, Any], host: str) -> CredentialHelper | None:
+        helpers = _by_name(config.get("credHelpers"))
+        name = next((helpers[n] for n in _aliases(host) if n in helpers), config.get("credsStore"))
+        return CredentialHelper(name) if name else None
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            with self.path.open("rb") as file:
+                raw = file.read(_MAX_BYTES + 1)
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise AuthError(f"{self.path}: cannot be read: {error.strerror}") from None
+        try:
+            return decode_object(raw, str(self.path), limit=_MAX_BYTES) if raw else {}
+        except ManifestError as error:
+            raise AuthError(str(error)) from None
+
+    def _write(self, config: dict[str, Any]) -> None:
+        """Replace the file, or what it is a link to, in one step; only its owner may read it."""
+        path = self.path.resolve()
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # 0600
+            try:
+                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                    json.dump(config, file, indent="\t")
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(name, path)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(name)
+                raise
+        except OSError as error:
+            raise AuthError(f"{self.path}: cannot be written: {error.strerror}") from None
+
+
+def _aliases(host: str) -> tuple[str, ...]:
+    return (host, *(name for name in HUB_NAMES if name != host)) if host in HUB_NAMES else (host,)
+
+
+def _helper_key(name: str) -> str:
+    return _HUB_KEY if name in HUB_NAMES else name
+
+
+def _name(key: str) -> str:
+    """Return the `host` or `host/namespace` in a key, which may be a URL of an API."""
+    bare = key.removeprefix("https://").removeprefix("http://")
+    host, _, path = bare.partition("/")
+    path = path.strip("/")
+    return host if bare != key or path in ("", "v1", "v2") else f"{host}/{path}"
+
+
+def _without(config: dict[str, Any], host: str) -> dict[str, Any]:
+    names = _aliases(host)
+    return {k: v for k, v in _object(config.get("auths")).items() if _name(k) not in names}
+
+
+def _by_name(value: Any) -> dict[str, Any]:
+    return {_name(key): entry for key, entry in _object(value).items()}
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _encoded(username: str, password: str) -> str:
+    return base64.b64encode(f"{username}:{password}".encode()).decode()
+
+
+def _parse_entry(entry: dict[str, Any], source: str) -> Credential | None:
+    texts: dict[str, str] = {k: v for k, v in entry.items() if isinstance(v, str)}
+    username, password = texts.get("username", ""), texts.get("password", "")
+    if texts.get("auth"):
+        try:
+            pair = base64.b64decode(texts["auth"], validate=True).decode()
+        except (binascii.Error, UnicodeDecodeError):
+            raise AuthError(f"{source}: an 'auth' is not base64 of user:password") from None
+        username, _, password = pair.partition(":")
+        password = password.rstrip("\0")
+    identity, token = texts.get("identitytoken", ""), texts.get("registrytoken", "")
+    if username == TOKEN_USER:
+        username, password, identity = "", "", identity or password
+    if not (username or password or identity or token):
+        return None
+    return Credential(username, password, identity, token, source)
+
+
+class CredentialChain:
+    """Several sources as one; the first that knows a host answers for it."""
+
+    def __init__(self, sources: Sequence[CredentialSource]) -> None:
+        self._sources = tuple(sources)
+
+    def __repr__(self) -> str:
+        return f"CredentialChain({', '.join(map(repr, self._sources))})"
+
+    def credential(self, host: str) -> Credential | None:
+        """Return the first credential for `host`; raise `AuthError` where a source is broken."""
+        for source in self._sources:
+            if credential := source.credential(host):
+                return credential
+        return None
+
+
+def default_credentials(repository: str = "") -> CredentialChain:
+    """Return what is used where no credentials are given, for `repository` of whatever host."""
+    files = [DockerConfig(path, repository=repository) for path in _auth_files()]
+    return CredentialChain([EnvironmentCredentials(), *files])
+
+
+def _auth_files() -> Iterator[Path | None]:
+    if chosen := os.environ.get("REGISTRY_AUTH_FILE"):
+        yield Path(chosen)
+    yield None  # Docker's own
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        yield Path(runtime) / "containers" / "auth.json"
+    elif sys.platform == "linux":
+        yield Path(f"/run/containers/{os.getuid()}/auth.json")
+    config = os.environ.get("XDG_CONFIG_HOME")
+    yield (Path(config) if config else Path.home() / ".config") / "containers" / "auth.json"

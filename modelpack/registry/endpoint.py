@@ -14,7 +14,7 @@ from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.reference import check_repository, check_tag
 from modelpack.errors import InvalidReferenceError
-from modelpack.registry.auth_challenge import Scopes, repository_scopes
+from modelpack.registry.auth import Scopes, repository_scopes
 from modelpack.registry.http_client import HttpClient
 
 

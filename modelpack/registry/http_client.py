@@ -22,21 +22,19 @@ from requests.utils import get_environ_proxies, select_proxy
 
 from modelpack._version import __version__
 from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
-from modelpack.errors import AuthError, RegistryError
+from modelpack.errors import RegistryError
 from modelpack.progress import ProgressCallback, Stop
-from modelpack.registry.addresses import Reach
-from modelpack.registry.auth_challenge import NOTHING, Scopes
+from modelpack.registry.auth import NOTHING, Authenticator, Scopes, TokenRequest
 from modelpack.registry.http_errors import (
     MAX_ERROR_BODY,
     NETWORK_ERRORS,
     failed_answer,
     network_error,
 )
-from modelpack.registry.limits import BlobOptions, Timeouts
-from modelpack.registry.retry import FailedTry, Retries, RetryPolicy
+from modelpack.registry.limits import BlobOptions, FailedTry, Retries, RetryPolicy, Timeouts
 from modelpack.registry.sockets import Inflow, InterruptibleAdapter, waiting
 from modelpack.registry.tls import TlsContexts, TlsOptions
-from modelpack.registry.urls import Origin, is_local, joined_url, origin_of
+from modelpack.registry.urls import Origin, Reach, is_local, joined_url, origin_of
 
 MAX_REDIRECTS: Final = 10
 #: Bytes of a response besides its body: status lines, interim responses, headers and trailers.
@@ -81,50 +79,6 @@ class Call:
     stop: Stop | None = None
     answer_time: float | None = None
     anonymous: bool = False
-
-
-class Authenticator(Protocol):
-    """Authenticates requests to one server; several threads may use it.
-
-    The client calls it only for responses of that server itself, not of a redirect's target.
-    """
-
-    def header(self, scopes: Scopes) -> str | None:
-        """Return the `Authorization` header to send with the first try, or None."""
-        ...
-
-    def is_challenge(self, response: requests.Response) -> bool:
-        """Return whether another `Authorization` header may get another response."""
-        ...
-
-    def answer(self, challenge: str, sent: str | None, scopes: Scopes) -> str:
-        """Return the header that answers a `WWW-Authenticate`, other than `sent`.
-
-        Raises `AuthError` if there is none.
-        """
-        ...
-
-    def refused(self) -> AuthError:
-        """Return the error for credentials that are missing or were refused."""
-        ...
-
-    def scrubbed(self, said: bytes) -> bytes:
-        """Return a body or header of the server with all secrets masked."""
-        ...
-
-    def error(self, what: str, response: requests.Response) -> RegistryError | None:
-        """Return the error for a failed response, or None for the one of distribution-spec."""
-        ...
-
-
-class TokenRequest(Protocol):
-    """A request to a token server, with retries and without credentials of its own."""
-
-    def __call__(
-        self, url: str, *, method: str, headers: Mapping[str, str], body: bytes | None
-    ) -> bytes:
-        """Return the body of the response; raise `AuthError` for 401 and 403."""
-        ...
 
 
 class HttpClient:

@@ -30,7 +30,7 @@ from modelpack.errors import (
     RemoteTimeoutError,
     RemoteUnavailableError,
 )
-from modelpack.registry.retry import RETRYABLE_STATUSES, FailedTry, parse_retry_after
+from modelpack.registry.limits import RETRYABLE_STATUSES, FailedTry, parse_retry_after
 from modelpack.registry.sockets import TooMuchError
 
 #: What a failing exchange may raise, for the `except` clauses of this package.

@@ -10,9 +10,9 @@ from typing import Any, Final
 from modelpack.errors import UsageError
 from modelpack.registry.credentials import (
     Credential,
+    DockerConfig,
     StaticCredentials,
 )
-from modelpack.registry.docker_config import DockerConfig
 from modelpack.registry.repository import Registry
 
 _MAX_SECRET: Final = 64 * 1024

@@ -26,19 +26,15 @@ from modelpack.errors import (
 )
 from modelpack.progress import Action, Progress, ProgressCallback, Stop, serialized, silent
 from modelpack.registry import manifests, referrers
-from modelpack.registry.auth import RegistryAuthenticator
-from modelpack.registry.auth_challenge import Scopes
-from modelpack.registry.blob_download import RemoteBlob
+from modelpack.registry.auth import RegistryAuthenticator, Scopes, TokenRequest
+from modelpack.registry.blob_download import LIMIT, RemoteBlob, RemoteFile
 from modelpack.registry.blob_upload import Upload
-from modelpack.registry.credentials import CredentialSource
-from modelpack.registry.docker_config import default_credentials
+from modelpack.registry.credentials import CredentialSource, default_credentials
 from modelpack.registry.endpoint import Endpoint
-from modelpack.registry.http_client import HttpClient, TokenRequest
-from modelpack.registry.limits import BlobOptions, Timeouts
+from modelpack.registry.http_client import HttpClient
+from modelpack.registry.limits import BlobOptions, RetryPolicy, Timeouts
 from modelpack.registry.manifests import Pages, next_page
 from modelpack.registry.mirrors import Mirror
-from modelpack.registry.remote_file import LIMIT, RemoteFile
-from modelpack.registry.retry import RetryPolicy
 from modelpack.registry.tls import TlsOptions
 from modelpack.registry.urls import api_host, origin_of, uses_plain_http
 from modelpack.storage import (

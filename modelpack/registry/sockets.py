@@ -26,10 +26,9 @@ from urllib3.util import wait_for_write
 
 from modelpack.errors import RegistryError
 from modelpack.progress import Stop
-from modelpack.registry.addresses import Reach
 from modelpack.registry.limits import Timeouts
 from modelpack.registry.tls import TlsContexts
-from modelpack.registry.urls import Origin
+from modelpack.registry.urls import Origin, Reach
 
 
 class WithoutQueries(logging.Filter):

@@ -28,7 +28,7 @@ class TlsOptions:
     registry itself and to no other host; its key may be in the same file. `insecure`: hosts
     (`host[:port]`) whose certificate is not checked, and that get credentials over plain http where
     they are spoken to so. `allow_private`: hosts (`host` or `host:port`) that registries on public
-    addresses may lead to though theirs are not (see `addresses`).
+    addresses may lead to though theirs are not (see `urls.Reach`).
     """
 
     ca_file: Path | None = None

@@ -1,9 +1,20 @@
-"""URLs and hosts: which host answers for a registry's name, and which URLs are safe to request."""
+"""URLs, hosts and addresses: which ones a client of a registry may contact.
+
+A registry on the Internet that sends clients to an address of their own network, by a redirect, an
+upload location or a token realm, could read that network through them (server-side request
+forgery). `Reach` checks addresses when a connection is made, after the name was resolved, so a name
+that resolves to another address the next time is checked again.
+"""
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
+import socket
+import threading
+from collections.abc import Collection
+from enum import IntEnum
 from typing import Final, NamedTuple
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
@@ -120,3 +131,134 @@ def with_query(url: str, **parameters: str) -> str:
 def without_query(url: str) -> str:
     """Return `url` as errors show it: a query may hold a signature or a session's state."""
     return url.partition("?")[0][:300]
+
+
+#: Hosts that any registry may lead to, with commas between them: `storage.lan,10.0.0.7:9000`.
+ALLOW_PRIVATE: Final = "MODELPACK_ALLOW_PRIVATE"
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+# RFC 6052, RFC 8215: IPv4 addresses behind a translator.
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")
+_COMPATIBLE = ipaddress.IPv6Network("::/96")  # deprecated by RFC 4291, still routed by some
+_SHARED = ipaddress.IPv4Network("100.64.0.0/10")  # RFC 6598: carriers, and clouds' own services
+# RFC 6890. Older versions of Python call most of it global; a cloud's metadata service is in it.
+_PROTOCOLS = ipaddress.IPv4Network("192.0.0.0/24")
+# RFC 4291: all global unicast addresses. Outside are site-local and IPv4-translated ones and what
+# nobody has assigned.
+_UNICAST = ipaddress.IPv6Network("2000::/3")
+
+
+class Scope(IntEnum):
+    """Whose an address is; a registry may lead to its own scope and to those before it."""
+
+    PUBLIC = 0
+    PRIVATE = 1
+    LOOPBACK = 2
+    SPECIAL = 3  # link-local, where clouds hand out secrets; multicast; reserved
+
+    @property
+    def words(self) -> str:
+        """Return what errors call it."""
+        return ("public", "private", "of this machine", "link-local or reserved")[self]
+
+
+def scope_of(address: str) -> Scope:
+    """Return the scope of an IP address, as `getaddrinfo` writes it."""
+    try:
+        ip: _Address = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return Scope.SPECIAL
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = _embedded(ip)
+        if inner is not None:
+            return scope_of(str(inner))
+        if ip in _LOCAL_NAT64:
+            return Scope.PRIVATE
+    # The unspecified address connects to this machine.
+    if ip.is_loopback or ip.is_unspecified:
+        return Scope.LOOPBACK
+    if ip.is_link_local or ip.is_multicast or ip in _PROTOCOLS:
+        return Scope.SPECIAL
+    if ip.is_global and (ip.version == 4 or ip in _UNICAST):
+        return Scope.PUBLIC
+    return Scope.PRIVATE if ip.is_private or ip in _SHARED else Scope.SPECIAL
+
+
+def literal_scope(host: str) -> Scope | None:
+    """Return the scope of a host that is an address in any notation, or `localhost`; else None."""
+    bare = host.strip("[]")
+    if is_local(bare):
+        return Scope.LOOPBACK
+    try:
+        return scope_of(str(ipaddress.ip_address(bare.partition("%")[0])))
+    except ValueError:
+        pass
+    try:  # 2130706433, 0x7f.1 and 0177.0.0.1 are 127.0.0.1 to every resolver
+        return scope_of(socket.inet_ntoa(socket.inet_aton(bare.rstrip("."))))
+    except OSError:
+        return None
+
+
+class Reach:
+    """Where the client of one registry may connect to; several threads may use it.
+
+    The registry itself was named by the user, so the address of its first connection is not
+    checked: it sets what its answers may lead to, and what its name may mean from then on.
+    """
+
+    def __init__(self, own: str, allowed: Collection[str] = ()) -> None:
+        """`own` is the registry's host without a port, `allowed` are hosts or `host:port`."""
+        self._own = own.strip("[]").lower()
+        named = os.environ.get(ALLOW_PRIVATE, "").split(",")
+        self._allowed = frozenset(host.strip().lower() for host in (*allowed, *named)) - {""}
+        self._lock = threading.Lock()
+        self._scope: Scope | None = literal_scope(own)
+
+    def check(self, host: str, port: int, address: str) -> None:
+        """Raise `RegistryError` unless `host` may be connected to at `address`."""
+        self._check(host, port, scope_of(address), address)
+
+    def check_name(self, host: str, port: int) -> None:
+        """Check a host that a proxy will look up: all that can be told is what it is called."""
+        scope = literal_scope(host)
+        if scope is not None:
+            self._check(host, port, scope, host)
+
+    def connected(self, host: str, address: str) -> None:
+        """Note that `host` is at `address`."""
+        if host.strip("[]").lower() == self._own:
+            scope = scope_of(address)
+            with self._lock:
+                self._scope = scope if self._scope is None else min(self._scope, scope)
+
+    def _check(self, host: str, port: int, scope: Scope, address: str) -> None:
+        bare = host.strip("[]").lower()
+        shown = f"[{bare}]" if ":" in bare else bare
+        with self._lock:
+            own = self._scope
+        if own is None and bare == self._own:
+            return
+        limit = Scope.PUBLIC if own is None else own
+        if scope <= limit or {bare, shown, f"{shown}:{port}"} & self._allowed:
+            return
+        where = "" if address.strip("[]") == bare else f" ({address})"
+        raise RegistryError(
+            f"refused to connect to {shown}:{port}{where}: the address is {scope.words}, "
+            f"and {self._own} is {limit.words}",
+            host=shown,
+            hint=f"--allow-private {shown} allows it, if you know the host",
+        )
+
+
+def _embedded(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """Return the IPv4 address that an IPv6 address stands for, if any."""
+    if ip.ipv4_mapped is not None:
+        return ip.ipv4_mapped
+    if ip.sixtofour is not None:
+        return ip.sixtofour
+    if ip.teredo is not None:
+        return ip.teredo[1]
+    if ip in _NAT64 or (ip in _COMPATIBLE and int(ip) > 1):
+        return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    return None

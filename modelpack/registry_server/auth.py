@@ -20,8 +20,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from modelpack.errors import InvalidReferenceError, UsageError
+from modelpack.registry_server.content import Repository
 from modelpack.registry_server.errors import ApiError, Code
-from modelpack.registry_server.names import Repository
 
 #: A resource (`repository:ai/smol`) and an action on it (`pull`).
 Needs = frozenset[tuple[str, str]]

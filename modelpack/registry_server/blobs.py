@@ -22,9 +22,8 @@ from modelpack.registry_server.blob_fetch import (
     UnsatisfiableRange,
     requested_range,
 )
-from modelpack.registry_server.content import Content
+from modelpack.registry_server.content import Content, Repository
 from modelpack.registry_server.errors import ApiError, Code
-from modelpack.registry_server.names import Repository
 
 # Bytes of a file that one message has sent: what is counted of a download that breaks off.
 _SENT_AT_ONCE: Final = 8 * 1024 * 1024

@@ -34,8 +34,7 @@ from modelpack.errors import (
 )
 from modelpack.progress import Stop, silent
 from modelpack.registry_server.blob_fetch import Fetch, Fetches, failed
-from modelpack.registry_server.content import Content, with_manifest, with_tag
-from modelpack.registry_server.names import Repository
+from modelpack.registry_server.content import Content, Repository, with_manifest, with_tag
 from modelpack.storage import Source, Watch
 from modelpack.store.filesystem import check_room
 from modelpack.store.index import IndexDocument

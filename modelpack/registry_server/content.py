@@ -1,13 +1,20 @@
-"""The manifests and tags of each repository, kept in the store's `index.json`.
+"""The repositories of the embedded registry, with their manifests and tags, in `index.json`.
 
 A tag is an entry whose name is a full reference. A manifest without a tag, pushed by digest or
 left by a tag that moved, has an entry with the annotation `org.modelpack.repository` and stays
 pullable by digest. An entry with both a name and the annotation is in both repositories.
+
+The name in a URL is read like a reference that a user types: `ai/smol` and `smol` are
+docker.io/ai/smol, and `ghcr.io/org/x` is that repository, not one below docker.io. So `modelpack`
+resolves what is pushed here in the same store. Each repository has one canonical name; the aliases
+(`smol`, `docker.io/ai/smol`) are accepted too. A repository of the store has no name here if its
+registry has a port or upper-case letters, which a URL cannot spell.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,16 +33,21 @@ from modelpack.artifacts.manifest import (
     parse_manifest_or_index,
     referrer_descriptor,
 )
-from modelpack.artifacts.reference import Reference
+from modelpack.artifacts.reference import (
+    DEFAULT_ORGANISATION,
+    DEFAULT_REGISTRY,
+    Reference,
+    check_repository,
+)
 from modelpack.errors import (
     ConflictError,
     FormatError,
     IntegrityError,
+    InvalidReferenceError,
     LockedError,
     NotFoundError,
 )
 from modelpack.registry_server.errors import ApiError, Code
-from modelpack.registry_server.names import Repository
 from modelpack.store.filesystem import map_os_errors
 from modelpack.store.index import IndexDocument
 from modelpack.store.layout import LayoutStore
@@ -46,6 +58,53 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from modelpack.registry_server.blob_fetch import Fetch
+
+# A first component that is a host; the path grammar leaves no ports and no upper case.
+_HOST = re.compile(r"localhost\Z|.*\.")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Repository:
+    """A repository of the store."""
+
+    registry: str
+    path: str
+
+    @classmethod
+    def parse(cls, name: str) -> Repository:
+        """Return the repository that the `name` in a URL stands for.
+
+        Raises `InvalidReferenceError`. The environment's default registry plays no part.
+        """
+        check_repository(name, name)
+        # A bare name of 12 or 64 hex digits would be read as the id of a model.
+        text = name if "/" in name else f"{DEFAULT_ORGANISATION}/{name}"
+        reference = Reference.parse(text, default_registry=DEFAULT_REGISTRY)
+        return cls(reference.registry, reference.repository)
+
+    @classmethod
+    def of(cls, reference: Reference) -> Repository:
+        """Return the repository of `reference`."""
+        return cls(reference.registry, reference.repository)
+
+    @property
+    def name(self) -> str | None:
+        """The canonical name in URLs, None where there is none."""
+        name = f"{self.registry}/{self.path}"
+        if self.registry == DEFAULT_REGISTRY and not _HOST.match(self.path.partition("/")[0]):
+            name = self.path
+        try:
+            return name if Repository.parse(name) == self else None
+        except InvalidReferenceError:
+            return None
+
+    def tagged(self, tag: str) -> Reference:
+        """Return the reference of `tag`; raise `InvalidReferenceError` if it is no tag."""
+        return Reference(self.registry, self.path).with_tag(tag)
+
+    def __str__(self) -> str:
+        return f"{self.registry}/{self.path}"
+
 
 #: The repository (`registry/path`) that has the manifest without a tag, too.
 REPOSITORY: Final = "org.modelpack.repository"

@@ -1,11 +1,17 @@
-"""GET /metrics: counters of the embedded registry in Prometheus's text format."""
+"""Requests of the embedded registry, counted: for GET /metrics and for a callback.
+
+`Metrics` has counters in Prometheus's text format. `RequestRecord` is one request with its
+response, which `Recorder` reports to the server's owner.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -84,3 +90,70 @@ class Counting:
         finally:
             metrics.in_progress -= 1
             metrics.requests[method, status] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One finished request; `received` and `sent` are bytes of the bodies.
+
+    `status` is None where the connection ended before an answer. Header names are lower case; of
+    `authorization` only the scheme is told.
+    """
+
+    method: str
+    path: str
+    query: str
+    status: int | None
+    received: int
+    sent: int
+    headers: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+class Recorder:
+    """ASGI middleware that calls back after each request, from the event loop's thread."""
+
+    def __init__(self, app: ASGIApp, report: Callable[[RequestRecord], None]) -> None:
+        self._app = app
+        self._report = report
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status: int | None = None
+        received = sent = 0
+
+        async def counted_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += body_size(message)
+            return message
+
+        async def counted_send(message: Message) -> None:
+            nonlocal status, sent
+            status = message.get("status", status)
+            await send(message)
+            if scope["method"] != "HEAD":  # such a body is never sent
+                sent += body_size(message)
+
+        try:
+            await self._app(scope, counted_receive, counted_send)
+        finally:
+            self._report(
+                RequestRecord(
+                    scope["method"],
+                    scope["path"],
+                    scope["query_string"].decode("latin-1"),
+                    status,
+                    received,
+                    sent,
+                    _shown(Headers(scope=scope)),
+                )
+            )
+
+
+def _shown(headers: Headers) -> dict[str, str]:
+    shown = dict(headers)
+    if "authorization" in shown:
+        shown["authorization"] = shown["authorization"].partition(" ")[0]
+    return shown

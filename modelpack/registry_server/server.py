@@ -1,23 +1,209 @@
-"""RegistryServer: the registry on a socket, in the foreground or in a thread."""
+"""The embedded registry: its ASGI application, and RegistryServer, which serves it on a socket.
+
+`HostGuard` rejects requests that a page of another site makes a browser send. With DNS rebinding,
+such a request has the page's host in `Host`; a form posted across origins has an `Origin`, and
+browsers mark cross-site requests. Registry clients send none of these.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from modelpack.http.hosts import is_loopback
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from modelpack.errors import ModelpackError
+from modelpack.http.hosts import AllowedHosts, is_cross_site, is_loopback
 from modelpack.http.listener import GRACE, AppServer
-from modelpack.registry_server.app import NO_LIMITS, create_app
-from modelpack.registry_server.auth import Guard
-from modelpack.registry_server.cache import Upstream
-from modelpack.registry_server.recorder import Recorder, RequestRecord
-from modelpack.registry_server.uploads import Limits
+from modelpack.registry_server.auth import Guard, needs_of
+from modelpack.registry_server.blobs import Blobs
+from modelpack.registry_server.cache import CachedContent, Upstream
+from modelpack.registry_server.content import Content
+from modelpack.registry_server.errors import (
+    ApiError,
+    Code,
+    on_api_error,
+    on_defect,
+    on_disconnect,
+    on_http_error,
+    on_modelpack_error,
+)
+from modelpack.registry_server.manifests import Discovery, Manifests
+from modelpack.registry_server.metrics import Counting, Metrics, Recorder, RequestRecord
+from modelpack.registry_server.uploads import Limits, Uploads
 from modelpack.store.layout import LayoutStore
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
+
+_SAFE_METHODS = ("GET", "HEAD")
+
+
+class HostGuard:
+    """ASGI middleware that answers 403 to requests meant for another host."""
+
+    def __init__(self, app: ASGIApp, allowed: Iterable[str] = ()) -> None:
+        self._app = app
+        self._hosts = AllowedHosts(allowed)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            problem = self._problem(scope, Headers(scope=scope))
+            if problem:
+                response = ApiError(403, Code.DENIED, problem).response()
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _problem(self, scope: Scope, headers: Headers) -> str | None:
+        host = headers.get("host", "")
+        if not self._hosts.allows(host, scope.get("server")):
+            return f"this registry does not serve the host {host[:200]!r}: --allow-host allows it"
+        if is_cross_site(headers):
+            return "this registry takes no requests from web pages of other sites"
+        if scope["method"] not in _SAFE_METHODS and "origin" in headers:
+            return "this registry takes no writes from web pages"
+        return None
+
+
+NO_LIMITS: Final = Limits()
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def create_app(
+    store: LayoutStore,
+    *,
+    read_only: bool = False,
+    sparse: bool = False,
+    allowed_hosts: Sequence[str] = (),
+    guard: Guard | None = None,
+    limits: Limits = NO_LIMITS,
+    upstream: Upstream | None = None,
+) -> Starlette:
+    """Return a registry (distribution-spec 1.1) that serves and fills `store`.
+
+    Requests must name a loopback host or one of `allowed_hosts` in their `Host` header.
+    `read_only` answers 405 to every write. `sparse` takes manifests whose blobs are not all there,
+    which are refused otherwise: a model that cannot be opened is of no use to anybody. `guard`
+    decides who gets in, None lets everybody. With an `upstream` it is read-only, and what it lacks
+    is fetched from there and kept.
+    """
+    content = (
+        CachedContent(store, upstream, keep_free=limits.keep_free)
+        if upstream
+        else Content(store, sparse=sparse)
+    )
+    metrics = Metrics()
+    middleware = [
+        Middleware(Counting, metrics=metrics),
+        Middleware(ApiVersion),
+        Middleware(HostGuard, allowed=tuple(allowed_hosts)),
+    ]
+    if read_only or upstream:
+        middleware.append(Middleware(ReadOnly))
+    app = Starlette(
+        routes=_routes(content, limits, metrics, guard),
+        middleware=middleware,
+        exception_handlers={
+            ApiError: on_api_error,
+            ModelpackError: on_modelpack_error,
+            ClientDisconnect: on_disconnect,
+            HTTPException: on_http_error,
+            Exception: on_defect,
+        },
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def _routes(content: Content, limits: Limits, metrics: Metrics, guard: Guard | None) -> list[Route]:
+    blobs, uploads = Blobs(content), Uploads(content, limits)
+    manifests, discovery = Manifests(content, limits.manifest), Discovery(content)
+    metrics.sessions = uploads.count
+    session = {
+        "GET": uploads.status,
+        "PATCH": uploads.append,
+        "PUT": uploads.finish,
+        "DELETE": uploads.cancel,
+    }
+    manifest = {
+        "GET": manifests.get,
+        "HEAD": manifests.get,
+        "PUT": manifests.put,
+        "DELETE": manifests.delete,
+    }
+    blob = {"GET": blobs.get, "HEAD": blobs.get, "DELETE": blobs.delete}
+    # A name is greedy: of `a/manifests/manifests/b` it is `a/manifests`.
+    resources: dict[str, Mapping[str, Endpoint]] = {
+        "/v2/": {"GET": _probe, "HEAD": _probe},
+        "/v2": {"GET": _probe, "HEAD": _probe},
+        "/metrics": {"GET": metrics.get},
+        "/v2/_catalog": {"GET": discovery.catalog},
+        "/v2/{name:path}/blobs/uploads/": {"POST": uploads.start},
+        "/v2/{name:path}/blobs/uploads": {"POST": uploads.start},
+        "/v2/{name:path}/blobs/uploads/{session}": session,
+        "/v2/{name:path}/blobs/{digest}": blob,
+        "/v2/{name:path}/manifests/{reference}": manifest,
+        "/v2/{name:path}/tags/list": {"GET": discovery.tags},
+        "/v2/{name:path}/referrers/{digest}": {"GET": discovery.referrers},
+    }
+    return [_resource(path, methods, guard) for path, methods in resources.items()]
+
+
+def _resource(path: str, methods: Mapping[str, Endpoint], guard: Guard | None) -> Route:
+    async def endpoint(request: Request) -> Response:
+        if guard is not None:
+            await guard.check(request, needs_of(request, path))
+        handler = methods.get(request.method) or methods["GET"]  # HEAD, where it needs no care
+        return await handler(request)
+
+    return Route(path, endpoint, methods=list(methods))
+
+
+async def _probe(_: Request) -> Response:
+    return JSONResponse({})
+
+
+class ApiVersion:
+    """ASGI middleware: what every answer says, such as the header by which clients know us."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_version(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Docker-Distribution-Api-Version"] = "registry/2.0"
+                headers["X-Content-Type-Options"] = "nosniff"  # of blobs, a browser makes no page
+            await send(message)
+
+        await self._app(scope, receive, with_version)
+
+
+class ReadOnly:
+    """ASGI middleware that answers 405 to everything but reading."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD"):
+            error = ApiError(
+                405, Code.UNSUPPORTED, "this registry is read-only", headers={"Allow": "GET, HEAD"}
+            )
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
 
 class RegistryServer:

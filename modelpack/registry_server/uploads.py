@@ -24,12 +24,11 @@ from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
 from modelpack.errors import DigestMismatchError, NotFoundError, UsageError
 from modelpack.http.connection import PIECE, REUSE
 from modelpack.registry_server.blob_fetch import ByteRange, chunk_range
-from modelpack.registry_server.content import Content
+from modelpack.registry_server.content import Content, Repository
 from modelpack.registry_server.errors import ApiError, Code
-from modelpack.registry_server.names import Repository
+from modelpack.store.deletion import abandoned_uploads, idle_seconds, remove_upload
 from modelpack.store.file_copy import WriteBehind
 from modelpack.store.filesystem import check_room, map_os_errors
-from modelpack.store.upload_sessions import abandoned_uploads, idle_seconds, remove_upload
 
 if TYPE_CHECKING:
     from hashlib import _Hash

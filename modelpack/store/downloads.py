@@ -34,6 +34,7 @@ from modelpack.store.file_copy import (
     read_and_hash,
 )
 from modelpack.store.filesystem import (
+    FileLock,
     boot_id,
     check_room,
     map_os_errors,
@@ -42,7 +43,6 @@ from modelpack.store.filesystem import (
     write_all,
     write_own,
 )
-from modelpack.store.locks import FileLock
 from modelpack.store.tree import Tree, label
 
 #: Bytes over which the speed of a stream is measured.

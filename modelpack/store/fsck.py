@@ -15,14 +15,13 @@ from modelpack.artifacts.manifest import Manifest
 from modelpack.errors import FormatError, IntegrityError, NotFoundError, StoreError
 from modelpack.progress import Action, Progress
 from modelpack.storage import Watch
-from modelpack.store.blobs import Blobs
+from modelpack.store.blobs import Blobs, VerifiedMarks
 from modelpack.store.file_copy import hash_file
 from modelpack.store.filesystem import map_os_errors
 from modelpack.store.index import IndexFile
 from modelpack.store.kept_bundles import KeptBundles, State
-from modelpack.store.reachability import read_manifest, successors
+from modelpack.store.manifests import read_manifest, successors
 from modelpack.store.tree import Tree
-from modelpack.store.verified_marks import VerifiedMarks
 
 
 class Fault(StrEnum):

@@ -30,8 +30,7 @@ from modelpack.store.file_copy import (
     read_and_hash,
     reserve,
 )
-from modelpack.store.filesystem import check_room, map_os_errors, no_room
-from modelpack.store.locks import try_lock
+from modelpack.store.filesystem import check_room, map_os_errors, no_room, try_lock
 from modelpack.store.tree import Tree
 
 _PREFIX, _SUFFIX = "import-", ".tmp"
@@ -161,7 +160,7 @@ class IngestFile:
     file: int
 
     def seal(self) -> None:
-        """Set the mode of a blob; the bytes are not flushed, see `verified_marks`."""
+        """Set the mode of a blob; the bytes are not flushed, see `blobs`."""
         os.fchmod(self.file, BLOB_MODE)
 
 

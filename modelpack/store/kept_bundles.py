@@ -25,9 +25,10 @@ from typing import Any, Final
 from modelpack.artifacts.digest import Digest
 from modelpack.errors import InvalidDigestError, LockedError
 from modelpack.progress import Stop
-from modelpack.store.blobs import Blobs
+from modelpack.store.blobs import Blobs, VerifiedMarks
 from modelpack.store.file_copy import hash_file
 from modelpack.store.filesystem import (
+    FileLock,
     boot_id,
     delete_tree,
     files_below,
@@ -36,9 +37,7 @@ from modelpack.store.filesystem import (
     read_own,
     write_atomically,
 )
-from modelpack.store.locks import FileLock
 from modelpack.store.tree import Tree, label, labelled_digest
-from modelpack.store.verified_marks import VerifiedMarks
 
 _RECORD: Final = "bundle.json"
 _MAX_RECORD_BYTES: Final = 64 * 1024 * 1024

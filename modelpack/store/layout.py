@@ -23,24 +23,22 @@ from modelpack.errors import NotFoundError, StoreError, UsageError
 from modelpack.progress import Action, Progress
 from modelpack.storage import BlobReader, BlobSource, Outcome, Watch
 from modelpack.store import lookup
-from modelpack.store.blobs import Blobs, FileBlob
+from modelpack.store.blobs import Blobs, FileBlob, VerifiedMarks
 from modelpack.store.filesystem import read_own, write_atomically
 from modelpack.store.index import IndexDocument, IndexFile
 from modelpack.store.leases import Leases
 from modelpack.store.lookup import StoredModel
 from modelpack.store.manifests import Manifests, check_names, check_size
 from modelpack.store.tree import Tree, open_tree
-from modelpack.store.verified_marks import VerifiedMarks
 
 # Commands that only read should start fast: other modules are imported when they are used.
 if TYPE_CHECKING:
+    from modelpack.store.deletion import GcReport, Removal, Remover
     from modelpack.store.downloads import Downloads
     from modelpack.store.fsck import FsckReport
-    from modelpack.store.gc import GcReport
     from modelpack.store.imports import ImportedFile, Imports
     from modelpack.store.kept_bundles import KeptBundles
     from modelpack.store.manifests import Publisher
-    from modelpack.store.removal import Removal, Remover
 
 #: The version of `ingest/listing.json`; increase it when the facts change their meaning or order.
 LISTING_VERSION: Final = 1
@@ -367,7 +365,7 @@ class LayoutStore:
 
     def gc(self, *, dry_run: bool = False, grace_seconds: float = 3600) -> GcReport:
         """Delete blobs that no model and no lease needs and that are older than `grace_seconds`."""
-        from modelpack.store.gc import Collector
+        from modelpack.store.deletion import Collector
 
         collector = Collector(
             self._tree, self._blobs, self._marks, self._index, self._leases, self.bundles
@@ -408,7 +406,7 @@ class LayoutStore:
         return Imports(self._tree)
 
     def _remover(self) -> Remover:
-        from modelpack.store.removal import Remover
+        from modelpack.store.deletion import Remover
 
         return Remover(self._tree, self._blobs, self._index, self._leases, self.bundles)
 

@@ -18,8 +18,14 @@ from pathlib import Path
 
 from modelpack.artifacts.digest import Digest
 from modelpack.errors import InvalidDigestError
-from modelpack.store.filesystem import boot_id, map_os_errors, open_own, random_name, write_all
-from modelpack.store.locks import try_lock
+from modelpack.store.filesystem import (
+    boot_id,
+    map_os_errors,
+    open_own,
+    random_name,
+    try_lock,
+    write_all,
+)
 from modelpack.store.tree import Tree
 
 

@@ -16,7 +16,7 @@ from modelpack.progress import Action, Progress
 from modelpack.storage import BlobReader, BlobSource, Outcome, Watch
 from modelpack.store import lookup
 from modelpack.store.lookup import Entry, StoredModel
-from modelpack.store.reachability import successors
+from modelpack.store.manifests import successors
 
 
 @dataclass(frozen=True, slots=True)

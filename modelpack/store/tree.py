@@ -10,7 +10,7 @@ An OCI image layout (image-spec v1.1, image-layout.md) with additional files::
     ingest/import-<id>.tmp      a file that is being imported; see `imports`
     ingest/uploads/<uuid>/      an upload to the embedded registry; see `registry_server.uploads`
     ingest/leases/<id>          the blobs that a live process needs; see `leases`
-    ingest/unflushed/<alg>-<hex>, ingest/linked/<alg>-<hex>    see `verified_marks`
+    ingest/unflushed/<alg>-<hex>, ingest/linked/<alg>-<hex>    see `blobs`
     ingest/listing.json         see `layout.ListingCache`
     ingest/bundles/             bundles that are being made or deleted
     bundles/<alg>-<hex>/    models as directories for runtimes; see `kept_bundles`
@@ -27,8 +27,7 @@ from typing import Final
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.json_document import decode_object, encode
 from modelpack.errors import InvalidDigestError, ManifestError, StoreError, UnsafePathError
-from modelpack.store.filesystem import map_os_errors, read_own, write_atomically
-from modelpack.store.locks import FileLock
+from modelpack.store.filesystem import FileLock, map_os_errors, read_own, write_atomically
 
 LAYOUT_VERSION: Final = "1.0.0"
 _LAYOUT_FILE = "oci-layout"

@@ -25,7 +25,7 @@ import platformdirs
 
 from modelpack.artifacts.digest import Digest, digest_of_chunks
 from modelpack.errors import ModelpackError, RemoteUnavailableError
-from modelpack.store.locks import FileLock
+from modelpack.store.filesystem import FileLock
 
 __all__ = ["minilm_directory", "smollm2_gguf", "smollm2_license"]
 

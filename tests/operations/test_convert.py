@@ -153,7 +153,7 @@ def test_wrong_conversions(
 ) -> None:  # fmt: skip
     if "x/none" in said:
         arguments = ("127.0.0.1:9/x/none:v1", "x/y", "--to", "image")
-        monkeypatch.setattr("modelpack.registry.retry.RetryPolicy.wait", lambda *_: None)
+        monkeypatch.setattr("modelpack.registry.limits.RetryPolicy.wait", lambda *_: None)
         code = 6
     result = command("convert", *arguments, "--store", store.root)
     assert result.code == code

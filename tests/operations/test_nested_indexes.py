@@ -13,7 +13,7 @@ from modelpack.artifacts.digest import Digest
 from modelpack.errors import UnsupportedError
 from modelpack.operations.archives import archive_of
 from modelpack.operations.transfer import TransferOptions, transfer_model
-from modelpack.store import reachability
+from modelpack.store import manifests as reachability
 from modelpack.store.layout import LayoutStore
 from tests.contract.parts import Watcher, small_model, write_model
 

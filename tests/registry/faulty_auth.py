@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
-from modelpack.registry.auth_challenge import spelled
+from modelpack.registry.auth import spelled
 from tests.registry.faulty_content import Reply, error_reply
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ import pytest
 from modelpack.errors import AuthError, DeniedError, RemoteUnavailableError
 from modelpack.progress import Action
 from modelpack.registry import Credential, StaticCredentials
-from modelpack.registry.auth import RegistryAuthenticator
-from modelpack.registry.auth_challenge import repository_scopes
+from modelpack.registry.auth import RegistryAuthenticator, repository_scopes
 from modelpack.storage import Outcome
 from tests.registry import faults
 from tests.registry.faulty import FaultyRegistry

@@ -27,7 +27,7 @@ from tests.registry.sources import manifest_for
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "registries.toml"
     monkeypatch.setenv("MODELPACK_MIRRORS", str(path))
-    monkeypatch.setattr("modelpack.registry.retry.RetryPolicy.wait", lambda *_: None)
+    monkeypatch.setattr("modelpack.registry.limits.RetryPolicy.wait", lambda *_: None)
     return path
 
 

@@ -188,7 +188,7 @@ def test_commands(
     scenario: Callable[[FaultyRegistry], dict[str, str]],
     json_errors: list[str],
 ) -> None:
-    monkeypatch.setattr("modelpack.registry.retry.RetryPolicy.wait", lambda *_: None)
+    monkeypatch.setattr("modelpack.registry.limits.RetryPolicy.wait", lambda *_: None)
     manifest_for(registry)
     config.write_text(json.dumps({"auths": {registry.host: scenario(registry)}}))
     reference = f"{registry.host}/team/model:v1"

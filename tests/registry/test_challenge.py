@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelpack.errors import RegistryError
-from modelpack.registry.auth_challenge import (
+from modelpack.registry.auth import (
     Challenge,
     parse_challenges,
     parse_scopes,
     repository_scopes,
     spelled,
 )
-from modelpack.registry.retry import parse_retry_after
+from modelpack.registry.limits import parse_retry_after
 from modelpack.registry.urls import (
     checked_url,
     joined_url,

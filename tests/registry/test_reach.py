@@ -12,11 +12,10 @@ import pytest
 from modelpack.errors import AuthError, RegistryError
 from modelpack.progress import silent
 from modelpack.registry import StaticCredentials, TlsOptions
-from modelpack.registry.addresses import ALLOW_PRIVATE, Scope, literal_scope, scope_of
-from modelpack.registry.auth import RegistryAuthenticator
-from modelpack.registry.auth_challenge import NOTHING
+from modelpack.registry.auth import NOTHING, RegistryAuthenticator
 from modelpack.registry.credentials import Credential
 from modelpack.registry.sockets import InterruptibleSocket
+from modelpack.registry.urls import ALLOW_PRIVATE, Scope, literal_scope, scope_of
 from tests.registry import faults
 from tests.registry.faulty import FaultyRegistry
 from tests.registry.sources import Client, Connect, manifest_for, read_all

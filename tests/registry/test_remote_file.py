@@ -17,7 +17,7 @@ from modelpack.errors import (
     SizeMismatchError,
     UnsupportedError,
 )
-from modelpack.registry.remote_file import BLOCK
+from modelpack.registry.blob_download import BLOCK
 from tests.registry.faults import (
     answering,
     cut_after,

@@ -21,8 +21,7 @@ from modelpack.errors import (
 from modelpack.progress import Action, Stop
 from modelpack.registry import Registry, RetryPolicy, uses_plain_http
 from modelpack.registry.http_errors import ErrorBody, network_error
-from modelpack.registry.limits import either
-from modelpack.registry.retry import FailedTry
+from modelpack.registry.limits import FailedTry, either
 from modelpack.registry.urls import api_host
 from tests.registry import faults
 from tests.registry.faulty import FaultyRegistry

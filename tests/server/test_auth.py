@@ -20,7 +20,6 @@ from modelpack.operations.push import push
 from modelpack.operations.remote import RemoteOptions
 from modelpack.registry import Credential, StaticCredentials, TlsOptions
 from modelpack.registry_server import RegistryServer, RequestRecord
-from modelpack.registry_server.app import create_app
 from modelpack.registry_server.auth import (
     BearerTokens,
     Guard,
@@ -28,6 +27,7 @@ from modelpack.registry_server.auth import (
     Passwords,
     TokenSettings,
 )
+from modelpack.registry_server.server import create_app
 from modelpack.storage import Outcome
 from modelpack.store.layout import LayoutStore
 from tests.cli.running import modelpack, succeed

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from modelpack.artifacts.reference import Reference
 from modelpack.errors import InvalidReferenceError
-from modelpack.registry_server.names import Repository
+from modelpack.registry_server.content import Repository
 
 COMPONENT = st.from_regex(r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*", fullmatch=True)
 NAMES = st.lists(COMPONENT, min_size=1, max_size=4).map("/".join).filter(lambda n: len(n) < 200)

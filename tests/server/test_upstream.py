@@ -28,9 +28,9 @@ from modelpack.operations.remote import RemoteOptions
 from modelpack.progress import Stop, silent
 from modelpack.registry import Credential, Registry, RetryPolicy, StaticCredentials, Timeouts
 from modelpack.registry_server import RegistryServer
-from modelpack.registry_server.app import NO_LIMITS
 from modelpack.registry_server.blob_fetch import Fetches
 from modelpack.registry_server.cache import _MOST_WAITING, Upstream
+from modelpack.registry_server.server import NO_LIMITS
 from modelpack.registry_server.uploads import Limits
 from modelpack.storage import BlobReader, BytesBlob, Watch
 from tests.cli.running import modelpack as command_line

@@ -20,9 +20,8 @@ from modelpack.errors import NotFoundError, StoreError
 from modelpack.registry_server.uploads import UploadSessions
 from modelpack.storage import watching
 from modelpack.store.downloads import Partial
-from modelpack.store.filesystem import draft
+from modelpack.store.filesystem import FileLock, draft
 from modelpack.store.layout import LayoutStore
-from modelpack.store.locks import FileLock
 from tests.contract.parts import (
     BytesSource,
     SmallModel,

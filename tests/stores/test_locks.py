@@ -9,8 +9,8 @@ import pytest
 
 from modelpack.errors import InterruptedTransferError, LockedError, StoreError
 from modelpack.progress import Stop
-from modelpack.store import locks
-from modelpack.store.locks import FileLock
+from modelpack.store import filesystem as locks
+from modelpack.store.filesystem import FileLock
 
 
 def test_threads_exclude_each_other(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from modelpack.artifacts.reference import Reference
 from modelpack.errors import InterruptedTransferError, LockedError, NotFoundError
 from modelpack.progress import Action, Progress
 from modelpack.storage import Outcome, Watch
+from modelpack.store.filesystem import FileLock
 from modelpack.store.layout import LayoutStore
-from modelpack.store.locks import FileLock
 from tests.contract.parts import BytesSource, Watcher, blob_of, content_of, small_model, write_model
 from tests.stores.workers import Worker
 

@@ -10,8 +10,8 @@ import pytest
 from modelpack.artifacts.digest import Digest
 from modelpack.errors import NotFoundError
 from modelpack.storage import Outcome
+from modelpack.store import blobs as verified_marks
 from modelpack.store import filesystem as durability
-from modelpack.store import verified_marks
 from modelpack.store.layout import LayoutStore
 from modelpack.store.tree import label
 from tests.contract.parts import Watcher, blob_of

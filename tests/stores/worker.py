@@ -21,8 +21,8 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.reference import Reference
 from modelpack.progress import Action, Progress, Stop
 from modelpack.storage import BlobReader, Watch
+from modelpack.store.filesystem import FileLock
 from modelpack.store.layout import LayoutStore
-from modelpack.store.locks import FileLock
 from tests.contract.parts import BytesSource, blob_of, small_model
 
 

@@ -29,8 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from modelpack.errors import ConflictError, FormatError, ModelpackError, UsageError
-from modelpack.store.filesystem import write_atomically
-from modelpack.store.locks import FileLock
+from modelpack.store.filesystem import FileLock, write_atomically
 from modelpack_server.gateway.caller import Caller
 from modelpack_server.gateway.limits import NO_LIMITS, Limits
 

@@ -30,7 +30,7 @@ from modelpack.formats.gguf import read_gguf_header
 from modelpack.formats.safetensors import read_safetensors_header
 from modelpack.formats.statistics import gguf_statistics
 from modelpack.operations.archives import import_archive
-from modelpack.registry.auth_challenge import parse_challenges, parse_scopes
+from modelpack.registry.auth import parse_challenges, parse_scopes
 from modelpack.registry_server.blob_fetch import UnsatisfiableRange, chunk_range, requested_range
 from modelpack.storage import watching
 from modelpack.store.filesystem import bytes_used
