@@ -2,6 +2,9 @@
 
 `Metrics` has counters in Prometheus's text format. `RequestRecord` is one request with its
 response, which `Recorder` reports to the server's owner.
+
+`Metrics` writes the text format itself: prometheus-client belongs to the extra `gateway`, and the
+embedded registry works without extras.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def test_a_client_that_goes_away_is_noticed_upstream(streaming: bool) -> None:
             assert arrived.wait(PATIENCE)
         assert gone.wait(PATIENCE)
         [trace] = served.traces.wait()
-        running = f'modelpack_gateway_upstream_running{{upstream="{url}"}} 0'
+        running = f'modelpack_gateway_upstream_running{{upstream="{url}"}} 0.0'
         assert running in served.client.get("/metrics").text
     assert trace.finish == "abort"
     assert trace.status == (200 if streaming else 499)
@@ -175,8 +175,8 @@ def test_a_dead_upstream_is_passed_over() -> None:
         assert health.json()["upstreams"] == {"healthy": 1, "total": 2}
         text = served.client.get("/metrics").text
     assert len(alive.asked) == 4
-    assert f'modelpack_gateway_upstream_healthy{{upstream="{dead}"}} 0' in text
-    assert f'modelpack_gateway_upstream_healthy{{upstream="{url}"}} 1' in text
+    assert f'modelpack_gateway_upstream_healthy{{upstream="{dead}"}} 0.0' in text
+    assert f'modelpack_gateway_upstream_healthy{{upstream="{url}"}} 1.0' in text
 
 
 def test_a_busy_upstream_is_passed_over_and_spared() -> None:

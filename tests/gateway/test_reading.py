@@ -215,19 +215,23 @@ def test_metrics() -> None:
     refused = new_trace(Family.OLLAMA)
     refused.status, refused.refused = 401, "invalid_api_key"
     metrics.observe(refused)
-    lines = metrics.render([('http://a"b', True, 3, 1)]).splitlines()
+    lines = metrics.render([('http://a"b', True, 3, 1)]).decode().splitlines()
     for line in (
-        'modelpack_gateway_requests_total{family="openai",key="alice",status="200"} 2',
-        'modelpack_gateway_requests_total{family="ollama",key="",status="401"} 1',
-        'modelpack_gateway_refusals_total{reason="invalid_api_key"} 1',
-        'modelpack_gateway_tokens_total{key="alice",kind="prompt"} 10',
-        'modelpack_gateway_tokens_total{key="alice",kind="completion"} 14',
-        'modelpack_gateway_upstream_running{upstream="http://a\\"b"} 3',
-        'modelpack_gateway_time_to_first_token_seconds_bucket{le="0.04"} 0',
-        'modelpack_gateway_time_to_first_token_seconds_bucket{le="0.06"} 2',
-        'modelpack_gateway_time_to_first_token_seconds_bucket{le="+Inf"} 2',
-        "modelpack_gateway_request_seconds_sum 4",
+        'modelpack_gateway_requests_total{family="openai",key="alice",status="200"} 2.0',
+        'modelpack_gateway_requests_total{family="ollama",key="",status="401"} 1.0',
+        'modelpack_gateway_refusals_total{reason="invalid_api_key"} 1.0',
+        'modelpack_gateway_tokens_total{key="alice",kind="prompt"} 10.0',
+        'modelpack_gateway_tokens_total{key="alice",kind="completion"} 14.0',
+        'modelpack_gateway_upstream_running{upstream="http://a\\"b"} 3.0',
+        'modelpack_gateway_time_to_first_token_seconds_bucket{le="0.04"} 0.0',
+        'modelpack_gateway_time_to_first_token_seconds_bucket{le="0.06"} 2.0',
+        'modelpack_gateway_time_to_first_token_seconds_bucket{le="+Inf"} 2.0',
+        "modelpack_gateway_request_seconds_sum 4.0",
         "# TYPE modelpack_gateway_request_seconds histogram",
     ):
         assert line in lines
     assert len(lines) == len(set(lines))
+    assert not any("_created" in line for line in lines)
+    families = {line.split()[2] for line in lines if line.startswith("# TYPE")}
+    assert all(name.startswith("modelpack_gateway_") for name in families)  # not the process's
+    assert 'key="alice"' not in GatewayMetrics().render().decode()

@@ -56,7 +56,13 @@ _STEP_TOKENS = (1, 8, *(2**power for power in range(4, 15)))
 
 
 class Histogram:
-    """Counts of values by bucket; `counts` has one more entry than `bounds`, for larger values."""
+    """Counts of values by bucket; `counts` has one more entry than `bounds`, for larger values.
+
+    Not `prometheus_client.Histogram`, since this counts tokens in the engine's thread: that one
+    takes a lock and cannot count a value several times in one call. For a step of 256 sequences,
+    `Meter.stepped` took 0.22 ms with this class and 0.46 ms with that one; with four tokens for
+    each sequence, 0.22 and 1.2 ms (one CPU core).
+    """
 
     __slots__ = ("bounds", "counts", "help", "total")
 

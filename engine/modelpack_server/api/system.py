@@ -5,11 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
+from itertools import accumulate
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import (
+    CONTENT_TYPE_PLAIN_0_0_4,
+    CollectorRegistry,
+    Metric,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 import modelpack
 from modelpack_engine.core.metrics import Histogram, Meter
@@ -65,96 +73,110 @@ def _put(queue: asyncio.Queue[str], line: str) -> None:
         queue.put_nowait(line)
 
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_LABELS = ("model_name", "engine")
+_Family = type[CounterMetricFamily] | type[GaugeMetricFamily]
 
 _SERIES = (
-    ("num_requests_running", "gauge", "Requests that are being computed", "num_running"),
-    ("num_requests_waiting", "gauge", "Requests that wait", "num_waiting"),
-    ("num_preemptions_total", "counter", "Preemptions", "num_preemptions"),
-    ("prompt_tokens_total", "counter", "Prompt tokens", "prompt_tokens"),
-    ("generation_tokens_total", "counter", "Generated tokens", "generated_tokens"),
-    ("prefix_cache_queries_total", "counter", "Prompt tokens looked up", "prompt_tokens"),
-    ("prefix_cache_hits_total", "counter", "Prompt tokens found cached", "cached_tokens"),
-    ("spec_decode_num_drafts_total", "counter", "Proposals verified", "num_proposals"),
-    ("spec_decode_num_draft_tokens_total", "counter", "Tokens proposed", "proposed_tokens"),
+    ("num_requests_running", GaugeMetricFamily, "Requests that are being computed", "num_running"),
+    ("num_requests_waiting", GaugeMetricFamily, "Requests that wait", "num_waiting"),
+    ("num_preemptions_total", CounterMetricFamily, "Preemptions", "num_preemptions"),
+    ("prompt_tokens_total", CounterMetricFamily, "Prompt tokens", "prompt_tokens"),
+    ("generation_tokens_total", CounterMetricFamily, "Generated tokens", "generated_tokens"),
+    ("prefix_cache_queries_total", CounterMetricFamily, "Prompt tokens looked up", "prompt_tokens"),
+    ("prefix_cache_hits_total", CounterMetricFamily, "Prompt tokens found cached", "cached_tokens"),
+    ("spec_decode_num_drafts_total", CounterMetricFamily, "Proposals verified", "num_proposals"),
+    (
+        "spec_decode_num_draft_tokens_total",
+        CounterMetricFamily,
+        "Tokens proposed",
+        "proposed_tokens",
+    ),
     (
         "spec_decode_num_accepted_tokens_total",
-        "counter",
+        CounterMetricFamily,
         "Tokens proposed that were right",
         "accepted_tokens",
     ),
 )
 
 _OFFLOAD_SERIES = (
-    ("restores_total", "counter", "Requests that got offloaded blocks", "restores"),
-    ("restored_tokens_total", "counter", "Tokens of restored blocks", "restored_tokens"),
-    ("memory_hits_total", "counter", "Blocks restored from memory", "memory_hits"),
-    ("disk_hits_total", "counter", "Blocks restored from disk", "disk_hits"),
-    ("saved_bytes_total", "counter", "Bytes copied off the device", "saved_bytes"),
-    ("restored_bytes_total", "counter", "Bytes copied back", "restored_bytes"),
-    ("dropped_files_total", "counter", "Damaged files that were removed", "dropped_files"),
-    ("memory_bytes", "gauge", "Bytes of blocks in host memory", "memory_bytes"),
-    ("disk_bytes", "gauge", "Bytes of blocks on disk", "disk_bytes"),
+    ("restores_total", CounterMetricFamily, "Requests that got offloaded blocks", "restores"),
+    ("restored_tokens_total", CounterMetricFamily, "Tokens of restored blocks", "restored_tokens"),
+    ("memory_hits_total", CounterMetricFamily, "Blocks restored from memory", "memory_hits"),
+    ("disk_hits_total", CounterMetricFamily, "Blocks restored from disk", "disk_hits"),
+    ("saved_bytes_total", CounterMetricFamily, "Bytes copied off the device", "saved_bytes"),
+    ("restored_bytes_total", CounterMetricFamily, "Bytes copied back", "restored_bytes"),
+    (
+        "dropped_files_total",
+        CounterMetricFamily,
+        "Damaged files that were removed",
+        "dropped_files",
+    ),
+    ("memory_bytes", GaugeMetricFamily, "Bytes of blocks in host memory", "memory_bytes"),
+    ("disk_bytes", GaugeMetricFamily, "Bytes of blocks on disk", "disk_bytes"),
 )
 
 
-def render(entries: Iterable[Entry]) -> str:
-    """Return the text; a model's name becomes the label `model_name`.
+class ModelMetrics:
+    """Collector of the metrics of all models, by vLLM's names; `model_name` labels the model.
 
-    All families are there before the first model is, at 0.
+    Before the first model exists, each family has one series of zeros without a name, so that
+    dashboards find it.
     """
-    models = [(_label(e.name), e.stats(), e.meter) for e in entries]
-    if not models:
-        models = [(_label(""), EngineStats(), Meter())]
-    lines: list[str] = []
-    for name, kind, text, field in _SERIES:
-        values = [(label, float(getattr(stats, field))) for label, stats, _ in models]
-        lines += _family(f"vllm:{name}", kind, text, values)
-    for name in ("kv_cache_usage_perc", "gpu_cache_usage_perc"):
-        values = [(label, _used(stats)) for label, stats, _ in models]
-        lines += _family(f"vllm:{name}", "gauge", "Share of KV blocks in use", values)
-    lines += _family(
-        "vllm:request_success_total", "counter", "Requests that ended",
-        [(f'{label},finished_reason="{reason}"', float(count))
-         for label, _, meter in models for reason, count in meter.finished.items()],
-    )  # fmt: skip
-    lines += _family(
-        "vllm:cache_config_info", "gauge", "The KV cache",
-        [(f'{label},num_gpu_blocks="{stats.blocks_total}"', 1.0) for label, stats, _ in models],
-    )  # fmt: skip
-    for name in models[0][2].histograms:
-        lines += _histogram(name, [(label, meter.histograms[name]) for label, _, meter in models])
-    values = [(label, float(stats.num_steps)) for label, stats, _ in models]
-    lines += _family("modelpack:engine_steps_total", "counter", "Steps of the engine", values)
-    for name, kind, text, field in _OFFLOAD_SERIES:
-        values = [(label, float(getattr(stats.offload, field))) for label, stats, _ in models]
-        lines += _family(f"modelpack:kv_offload_{name}", kind, text, values)
-    return "\n".join(lines) + "\n"
+
+    def __init__(self, entries: Callable[[], Iterable[Entry]]) -> None:
+        self._entries = entries
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metric families."""
+        models = [((e.name, "0"), e.stats(), e.meter) for e in self._entries()]
+        if not models:
+            models = [(("", "0"), EngineStats(), Meter())]
+        for name, kind, text, field in _SERIES:
+            values = [(labels, getattr(stats, field)) for labels, stats, _ in models]
+            yield _family(kind, f"vllm:{name}", text, values)
+        for name in ("kv_cache_usage_perc", "gpu_cache_usage_perc"):
+            values = [(labels, _used(stats)) for labels, stats, _ in models]
+            yield _family(GaugeMetricFamily, f"vllm:{name}", "Share of KV blocks in use", values)
+        yield _family(
+            CounterMetricFamily, "vllm:request_success_total", "Requests that ended",
+            [((*labels, reason), count)
+             for labels, _, meter in models for reason, count in meter.finished.items()],
+            "finished_reason",
+        )  # fmt: skip
+        yield _family(
+            GaugeMetricFamily, "vllm:cache_config_info", "The KV cache",
+            [((*labels, str(stats.blocks_total)), 1) for labels, stats, _ in models],
+            "num_gpu_blocks",
+        )  # fmt: skip
+        for name in models[0][2].histograms:
+            histograms = [(labels, meter.histograms[name]) for labels, _, meter in models]
+            yield _histogram(name, histograms)
+        values = [(labels, stats.num_steps) for labels, stats, _ in models]
+        yield _family(
+            CounterMetricFamily, "modelpack:engine_steps_total", "Steps of the engine", values
+        )
+        for name, kind, text, field in _OFFLOAD_SERIES:
+            values = [(labels, getattr(stats.offload, field)) for labels, stats, _ in models]
+            yield _family(kind, f"modelpack:kv_offload_{name}", text, values)
 
 
-def _family(name: str, kind: str, text: str, values: list[tuple[str, float]]) -> list[str]:
-    head = [f"# HELP {name} {text}.", f"# TYPE {name} {kind}"]
-    return head + [f"{name}{{{label}}} {value:g}" for label, value in values]
+def _family(
+    kind: _Family, name: str, text: str, values: Sequence[tuple[Sequence[str], float]], *more: str
+) -> Metric:
+    family = kind(name, f"{text}.", labels=(*_LABELS, *more))
+    for labels, value in values:
+        family.add_metric(labels, value)
+    return family
 
 
-def _histogram(name: str, models: list[tuple[str, Histogram]]) -> list[str]:
-    name = f"vllm:{name}"
-    lines = [f"# HELP {name} {models[0][1].help}.", f"# TYPE {name} histogram"]
-    for label, histogram in models:
-        count = 0
-        for bound, number in zip(histogram.bounds, histogram.counts, strict=False):
-            count += number
-            lines.append(f'{name}_bucket{{{label},le="{float(bound)}"}} {count}')
-        count += histogram.counts[-1]
-        lines.append(f'{name}_bucket{{{label},le="+Inf"}} {count}')
-        lines.append(f"{name}_sum{{{label}}} {histogram.total:g}")
-        lines.append(f"{name}_count{{{label}}} {count}")
-    return lines
-
-
-def _label(name: str) -> str:
-    escaped = name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    return f'model_name="{escaped}",engine="0"'
+def _histogram(name: str, models: Sequence[tuple[Sequence[str], Histogram]]) -> Metric:
+    family = HistogramMetricFamily(f"vllm:{name}", f"{models[0][1].help}.", labels=_LABELS)
+    for labels, histogram in models:
+        bounds = (*(str(float(bound)) for bound in histogram.bounds), "+Inf")
+        buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
+        family.add_metric(labels, buckets, histogram.total)
+    return family
 
 
 def _used(stats: EngineStats) -> float:
@@ -164,6 +186,8 @@ def _used(stats: EngineStats) -> float:
 def router(pool: ModelPool, logs: LogBuffer) -> APIRouter:
     """Return the routes."""
     routes = APIRouter(tags=["server"])
+    registry = CollectorRegistry()
+    registry.register(ModelMetrics(pool.entries))
 
     @routes.get("/health", response_model=None)
     @routes.get("/ping", response_model=None, include_in_schema=False)
@@ -183,7 +207,7 @@ def router(pool: ModelPool, logs: LogBuffer) -> APIRouter:
     @routes.get("/metrics", response_model=None)
     async def read_metrics() -> Response:
         """Return the counters of all models, in Prometheus's text format."""
-        return Response(render(pool.entries()), media_type=CONTENT_TYPE)
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @routes.get("/logs", response_model=None)
     async def read_logs(request: Request) -> Response:

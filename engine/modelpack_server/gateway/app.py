@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modelpack.http.listener import GRACE, AppServer
-from modelpack_server.gateway.metrics import CONTENT_TYPE, GatewayMetrics
+from modelpack_server.gateway.metrics import GatewayMetrics
 from modelpack_server.gateway.protection import Protection, protect
 from modelpack_server.gateway.proxy import PROBE_INTERVAL, Policy, Proxy, Upstreams
 from modelpack_server.gateway.trace_spans import default_report
@@ -110,7 +111,7 @@ class _Gateway:
 
     def _show_metrics(self) -> Response:
         rows = [(u.name, u.healthy, u.running, u.failures) for u in self._upstreams.all]
-        return Response(self._metrics.render(rows), media_type=CONTENT_TYPE)
+        return Response(self._metrics.render(rows), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 class GatewayServer(AppServer):

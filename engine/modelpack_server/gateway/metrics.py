@@ -1,15 +1,16 @@
-"""The gateway's Prometheus metrics."""
+"""The gateway's Prometheus metrics: its finished requests and the state of its upstreams."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from modelpack_server.gateway.traces import Trace
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-# vLLM's, so that its boards can show these next to those.
+# vLLM's buckets, so that one dashboard can show both.
 _TTFT_BUCKETS = (
     .001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160,
     640, 2560,
@@ -18,91 +19,76 @@ _DURATION_BUCKETS = (
     .3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
 )  # fmt: skip
 
-Labels = tuple[tuple[str, str], ...]
-
-
-class Histogram:
-    """Counts values by upper bounds."""
-
-    def __init__(self, bounds: Iterable[float]) -> None:
-        self._counts = dict.fromkeys(bounds, 0)
-        self._count = 0
-        self._sum = 0.0
-
-    def observe(self, value: float) -> None:
-        """Count one value."""
-        self._count += 1
-        self._sum += value
-        for bound in self._counts:
-            if value <= bound:
-                self._counts[bound] += 1
-
-    def lines(self, name: str) -> list[str]:
-        """Return its samples."""
-        buckets = [f'{name}_bucket{{le="{bound:g}"}} {n}' for bound, n in self._counts.items()]
-        return [
-            *buckets,
-            f'{name}_bucket{{le="+Inf"}} {self._count}',
-            f"{name}_sum {self._sum:g}",
-            f"{name}_count {self._count}",
-        ]
+UpstreamRow = tuple[str, bool, int, int]  # name, healthy, running requests, failures
 
 
 class GatewayMetrics:
-    """Adds up traces. Labels are bounded: names of keys come from the file, never from clients."""
+    """The metrics of one gateway, in its own registry.
+
+    The values of labels are bounded: key names come from the keys file, never from clients.
+    """
 
     def __init__(self) -> None:
-        self._requests: Counter[Labels] = Counter()
-        self._refusals: Counter[Labels] = Counter()
-        self._tokens: Counter[Labels] = Counter()
-        self._ttft = Histogram(_TTFT_BUCKETS)
-        self._duration = Histogram(_DURATION_BUCKETS)
+        self._registry = CollectorRegistry()
+        self._requests = self._counter(
+            "requests", "Requests that ended.", "family", "key", "status"
+        )
+        self._refusals = self._counter("refusals", "Requests refused.", "reason")
+        self._tokens = self._counter("tokens", "Tokens that passed by.", "key", "kind")
+        self._ttft = self._histogram(
+            "time_to_first_token_seconds", "From arrival to the first token.", _TTFT_BUCKETS
+        )
+        self._duration = self._histogram(
+            "request_seconds", "From arrival to the end.", _DURATION_BUCKETS
+        )
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"modelpack_gateway_{name}", text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        full = f"modelpack_gateway_{name}"
+        return Histogram(full, text, buckets=buckets, registry=self._registry)
 
     def observe(self, trace: Trace) -> None:
-        """Count a request that has ended."""
+        """Count a finished request."""
         key = trace.key or ""
-        status = str(trace.status)
-        self._requests[("family", str(trace.family)), ("key", key), ("status", status)] += 1
+        self._requests.labels(str(trace.family), key, str(trace.status)).inc()
         if trace.refused:
-            self._refusals[(("reason", trace.refused),)] += 1
+            self._refusals.labels(trace.refused).inc()
         for kind, count in (
             ("prompt", trace.prompt_tokens),
             ("completion", trace.completion_tokens or trace.counted_tokens),
         ):
             if count:
-                self._tokens[("key", key), ("kind", kind)] += count
+                self._tokens.labels(key, kind).inc(count)
         if trace.ttft is not None:
             self._ttft.observe(trace.ttft)
         if trace.ended is not None:
             self._duration.observe(trace.ended - trace.started)
 
-    def render(self, upstreams: Iterable[tuple[str, bool, int, int]] = ()) -> str:
-        """Return the text; `upstreams` are (name, healthy, running, failures)."""
-        rows = [((("upstream", name),), row) for name, *row in upstreams]
-        series: list[tuple[str, str, str, Iterable[tuple[Labels, float]]]] = [
-            ("requests_total", "counter", "Requests that ended", self._requests.items()),
-            ("refusals_total", "counter", "Requests refused", self._refusals.items()),
-            ("tokens_total", "counter", "Tokens that passed by", self._tokens.items()),
-            ("upstream_healthy", "gauge", "1: it answers", [(n, r[0]) for n, r in rows]),
-            ("upstream_running", "gauge", "Requests under way", [(n, r[1]) for n, r in rows]),
-            ("upstream_failures_total", "counter", "Failures", [(n, r[2]) for n, r in rows]),
-        ]
-        lines: list[str] = []
-        for name, kind, text, samples in series:
-            full = f"modelpack_gateway_{name}"
-            lines += [f"# HELP {full} {text}.", f"# TYPE {full} {kind}"]
-            lines += [f"{full}{_labelled(labels)} {value:g}" for labels, value in samples]
-        for name, text, histogram in (
-            ("time_to_first_token_seconds", "From arrival to the first token", self._ttft),
-            ("request_seconds", "From arrival to the end", self._duration),
-        ):
-            full = f"modelpack_gateway_{name}"
-            lines += [f"# HELP {full} {text}.", f"# TYPE {full} histogram", *histogram.lines(full)]
-        return "\n".join(lines) + "\n"
+    def render(self, upstreams: Iterable[UpstreamRow] = ()) -> bytes:
+        """Return all metrics in Prometheus's text format 0.0.4."""
+        return generate_latest(_Scrape(self._registry, tuple(upstreams)))
 
 
-def _labelled(labels: Labels) -> str:
-    def escaped(value: str) -> str:
-        return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+@dataclass(frozen=True, slots=True)
+class _Scrape:
+    """The collector of one response to GET /metrics."""
 
-    return "{" + ",".join(f'{name}="{escaped(value)}"' for name, value in labels) + "}"
+    registry: CollectorRegistry
+    upstreams: tuple[UpstreamRow, ...]
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self.registry.collect():
+            # prometheus-client adds the creation time of each series, which we do not expose.
+            metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
+            yield metric
+        prefix, labels = "modelpack_gateway_upstream", ("upstream",)
+        healthy = GaugeMetricFamily(f"{prefix}_healthy", "1: it answers.", labels=labels)
+        running = GaugeMetricFamily(f"{prefix}_running", "Requests under way.", labels=labels)
+        failures = CounterMetricFamily(f"{prefix}_failures", "Failures.", labels=labels)
+        for name, is_healthy, requests, failed in self.upstreams:
+            healthy.add_metric((name,), is_healthy)
+            running.add_metric((name,), requests)
+            failures.add_metric((name,), failed)
+        yield from (healthy, running, failures)

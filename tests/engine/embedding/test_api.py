@@ -12,6 +12,7 @@ import numpy as np
 import openai
 import pytest
 import requests
+from prometheus_client.parser import text_string_to_metric_families
 
 import modelpack
 from modelpack.store.layout import LayoutStore
@@ -190,9 +191,13 @@ def test_models_that_do_something_else(url: str) -> None:
 
 def test_requests_are_counted(url: str) -> None:
     def counted(name: str) -> float:
-        lines = requests.get(f"{url}/metrics", timeout=60).text.splitlines()
-        start = f'vllm:{name}{{model_name="minilm"'
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(start))
+        text = requests.get(f"{url}/metrics", timeout=60).text
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == f"vllm:{name}" and sample.labels["model_name"] == "minilm"
+        )
 
     names = ("request_success_total", "prompt_tokens_total", "request_prompt_tokens_count",
              "e2e_request_latency_seconds_count")  # fmt: skip

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 
 import requests
-
-_LINE = re.compile(r"(?P<name>[A-Za-z_:][\w:]*)\{(?P<labels>.*)\} (?P<value>\S+)")
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+from prometheus_client.parser import text_string_to_metric_families
 
 
 @dataclass
@@ -22,12 +19,11 @@ class Metrics:
     def value(self, name: str, **labels: str) -> float:
         """Return the value of `vllm:name` with these labels."""
         wanted = {"model_name": self.model} | labels
-        for line in requests.get(f"{self.url}/metrics", timeout=60).text.splitlines():
-            found = _LINE.fullmatch(line)
-            if found is None or found["name"] != f"vllm:{name}":
-                continue
-            if wanted.items() <= dict(_LABEL.findall(found["labels"])).items():
-                return float(found["value"])
+        text = requests.get(f"{self.url}/metrics", timeout=60).text
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == f"vllm:{name}" and wanted.items() <= sample.labels.items():
+                    return sample.value
         raise AssertionError(f"there is no {name} with {wanted}")
 
     def wait(self, seconds: float, name: str, value: float) -> None:

@@ -141,7 +141,7 @@ def test_models_health_and_metrics(served: tuple[str, AsyncEngine]) -> None:
     assert requests.get(f"{url}/health", timeout=10).json() == {"status": "ok"}
     post(served, "/v1/completions", prompt="abc", **GREEDY)
     text = requests.get(f"{url}/metrics", timeout=10).text
-    assert 'vllm:num_requests_running{model_name="tiny",engine="0"} 0' in text
+    assert 'vllm:num_requests_running{engine="0",model_name="tiny"} 0.0' in text
     assert "vllm:generation_tokens_total" in text
 
 

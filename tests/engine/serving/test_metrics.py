@@ -89,7 +89,8 @@ def text(api: Scripted, *, used: bool) -> str:
 @pytest.mark.parametrize("used", [False, True])
 def test_all_families_are_there(api: Scripted, used: bool) -> None:
     lines = text(api, used=used).splitlines()
-    label = 'model_name="m",engine="0"' if used else 'model_name="",engine="0"'
+    model = "m" if used else ""
+    label = f'engine="0",model_name="{model}"'
     types = dict(re.findall(r"^# TYPE vllm:(\S+) (\S+)$", "\n".join(lines), re.MULTILINE))
     for name in GAUGES:
         assert types[name] == "gauge"
@@ -101,7 +102,8 @@ def test_all_families_are_there(api: Scripted, used: bool) -> None:
     for name in (*GAUGES[:4], *(f"{name}_total" for name in COUNTERS[:5])):
         assert f"vllm:{name}{{{label}}}" in series
     for reason in ("stop", "length", "abort", "error"):
-        assert f'vllm:request_success_total{{{label},finished_reason="{reason}"}}' in series
+        labels = f'engine="0",finished_reason="{reason}",model_name="{model}"'
+        assert f"vllm:request_success_total{{{labels}}}" in series
     for name in ("restores_total", "disk_hits_total", "restored_bytes_total", "memory_bytes"):
         assert f"modelpack:kv_offload_{name}{{{label}}}" in series
     for name in HISTOGRAMS:
@@ -110,7 +112,8 @@ def test_all_families_are_there(api: Scripted, used: bool) -> None:
 
 @pytest.mark.parametrize(("name", "bounds"), HISTOGRAMS.items())
 def test_buckets_are_vllms(api: Scripted, name: str, bounds: tuple[float, ...] | None) -> None:
-    found = re.findall(rf'^vllm:{name}_bucket{{.*le="(.+)"}} 0$', text(api, used=False), re.M)
+    line = rf'^vllm:{name}_bucket{{engine="0",le="(.+)",model_name=""}} 0.0$'
+    found = re.findall(line, text(api, used=False), re.M)
     assert found.pop() == "+Inf"
     numbers = tuple(map(float, found))
     if bounds is None:  # 1, 2, 5, 10 … as far as any context goes

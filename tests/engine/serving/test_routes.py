@@ -140,8 +140,8 @@ def test_metrics_before_and_after(api: Scripted) -> None:
         assert f"# TYPE vllm:{name} " in before
     api.http.post("/v1/chat/completions", json=CHAT)
     after = api.http.get("/metrics").text
-    assert 'vllm:num_requests_running{model_name="m",engine="0"}' in after
-    assert 'vllm:time_to_first_token_seconds_bucket{model_name="m",engine="0",le="+Inf"}' in after
+    assert 'vllm:num_requests_running{engine="0",model_name="m"}' in after
+    assert 'vllm:time_to_first_token_seconds_bucket{engine="0",le="+Inf",model_name="m"}' in after
     families = [line.split()[2] for line in after.splitlines() if line.startswith("# TYPE")]
     assert len(families) == len(set(families))
 

@@ -210,7 +210,9 @@ def test_a_client_that_leaves_while_a_model_loads() -> None:
 
 def test_a_served_request_is_in_the_metrics(api: Scripted) -> None:
     api.chat("a")
-    assert 'modelpack:engine_steps_total{model_name="m"' in api.http.get("/metrics").text
+    assert (
+        'modelpack:engine_steps_total{engine="0",model_name="m"}' in api.http.get("/metrics").text
+    )
 
 
 def test_a_slow_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:

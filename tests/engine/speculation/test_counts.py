@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from prometheus_client import generate_latest
 
 from modelpack_engine.core.metrics import Meter
 from modelpack_engine.outputs import RequestEvent, Usage
 from modelpack_server.api.openai.replies import total_usage
-from modelpack_server.api.system import render
+from modelpack_server.api.system import ModelMetrics
 from modelpack_server.conversation.spec import ChatUsage
 from modelpack_server.pool.catalogue import StoredModel
 from modelpack_server.pool.entry import Entry
@@ -34,9 +35,11 @@ def test_metrics() -> None:
     engine.generate([[1, 2, 3]], LONG)
     entry = Entry(StoredModel("k", ("m",)), 1.0)
     entry.past = engine.stats().counters()
-    shown = render([entry])
+    shown = generate_latest(ModelMetrics(lambda: [entry])).decode()
     for name, value in (("drafts", 8), ("draft_tokens", 31), ("accepted_tokens", 31)):
-        assert f'vllm:spec_decode_num_{name}_total{{model_name="m",engine="0"}} {value}\n' in shown
+        assert (
+            f'vllm:spec_decode_num_{name}_total{{engine="0",model_name="m"}} {value}.0\n' in shown
+        )
 
 
 def test_tokens_that_come_together_share_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
