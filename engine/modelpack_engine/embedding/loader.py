@@ -35,7 +35,7 @@ from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import gguf_tokenizer, json_tokenizer
 from modelpack_engine.models.config_guard import Limits
 from modelpack_engine.models.files import MODULES, ModelFiles
-from modelpack_engine.models.gguf import Wanted, arrays_of
+from modelpack_engine.models.gguf import TensorPlan, arrays_of
 from modelpack_engine.models.gguf_file import GGUFFile
 from modelpack_engine.models.load_budget import TensorBounds
 from modelpack_engine.models.loader import Device, context_length_of, load
@@ -43,7 +43,6 @@ from modelpack_engine.models.precision import (
     check_parameters,
     evaluate,
     position_rows,
-    set_dtype,
     shapes_of,
     token_rows,
     unpack,
@@ -254,11 +253,11 @@ def _load_encoder(
     config = _encoder_config(file)
     with bounds.building(str(file.metadata.path)):
         encoder = Encoder(config)
-    wanted = []
+    plans = []
     for tensor in file:
         path, _, parameter = tensor.name.rpartition(".")
-        wanted.append(Wanted(tensor, path, parameter))
-    tensors = rename_tensors(config, dict(arrays_of(wanted, dtype)), GGUF_NAMES)
+        plans.append(TensorPlan(tensor, path, parameter))
+    tensors = rename_tensors(config, dict(arrays_of(plans, dtype)), GGUF_NAMES)
     got = {name: tuple(array.shape) for name, array in tensors.items()}
     check_parameters(file.metadata.path, shapes_of(encoder), got)
     encoder.load_weights(list(tensors.items()))
@@ -444,7 +443,7 @@ def _decoder(
         )
     model, completed, valid = load_decoder(files, config, ignored_fields)
     if dtype is not None:
-        set_dtype(model, dtype)
+        model.set_dtype(dtype)
     if dtype == mx.float32:
         unpack(model, dtype)
     model.eval()

@@ -10,7 +10,7 @@ The model is an unmodified class of `mlx_lm.models`. Read `loader` first, then `
 from modelpack_engine.patches import mlx_lm_imports
 from modelpack_engine.platform import blas
 
-# Before MLX and mlx-lm, which everything below imports.
+# Must run before the modules below import MLX and mlx-lm.
 blas.prepare()
 mlx_lm_imports.prepare()
 

@@ -13,7 +13,7 @@ from typing import Any
 from modelpack_engine.errors import RequestError
 from modelpack_engine.worker.workers import JobFailedError, shared_workers
 
-#: Seconds for one rendering, compiling included.
+#: Seconds for one rendering, including the compilation of the template.
 MAX_SECONDS = 5.0
 
 
@@ -50,7 +50,7 @@ def as_jinja(template: str) -> str:
     Raises `RequestError` for one that cannot be translated.
     """
     job = {"kind": "from_go", "source": template}
-    return str(_run(template, job, "the Go template cannot be read", "template"))
+    return str(_run(template, job, "the Go template cannot be translated", "template"))
 
 
 def _run(key: str, job: dict[str, Any], what: str, param: str) -> Any:
@@ -58,5 +58,5 @@ def _run(key: str, job: dict[str, Any], what: str, param: str) -> Any:
         return shared_workers().run(key, job, MAX_SECONDS)
     except JobFailedError as error:
         raise RequestError(f"{what}: {error}", param=param) from None
-    except (TypeError, ValueError, RecursionError) as error:  # variables that have no JSON
+    except (TypeError, ValueError, RecursionError) as error:  # variables that JSON cannot express
         raise RequestError(f"{what}: {error}", param=param) from error

@@ -37,7 +37,8 @@ _QUANTISATIONS = (
 )
 _WINDOW = "sliding_window"
 _LAYERS, _SLIDING = "layer_types", "sliding_attention"
-# Names of one function; both kinds of gelu differ by less than 16-bit weights can show.
+# Names of one activation function; exact and approximate GELU differ by less than 16-bit weights
+# can show.
 _SAME = {"swish": "silu", **dict.fromkeys(
     ("gelu_new", "gelu_fast", "gelu_python", "gelu_accurate", "gelu_pytorch_tanh",
      "gelu_python_tanh"), "gelu",
@@ -48,7 +49,7 @@ _LONG = ("longrope", "su")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the guard asks for in place of a refusal: a context for which the model is right."""
+    """Limits in place of a rejection: the longest context that the model computes correctly."""
 
     max_length: int | None = None
     notes: tuple[str, ...] = ()
@@ -62,10 +63,10 @@ def _types() -> Mapping[str, Any]:
 
 
 def check_fields(config: Config, arguments: type, ignored: Collection[str] = ()) -> Limits:
-    """Raise `ModelLoadError` for a field that changes the output and that nothing reads.
+    """Raise `ModelLoadError` for a field that changes the output and that mlx-lm does not read.
 
-    `config` is normalised, `arguments` the class of mlx-lm that it will fill. A window of
-    attention that the class does not have limits the context instead.
+    `config` is normalised; `arguments` is mlx-lm's class of arguments that it will fill. A sliding
+    window that mlx-lm does not implement limits the context instead.
     """
     _check_quantisation(config)
     outer = str(config.get("model_type"))
@@ -95,14 +96,14 @@ def check_fields(config: Config, arguments: type, ignored: Collection[str] = ())
 
 
 def rules_key(config: Config, place: str) -> str:
-    """Return the key in config_fields.json of a config, or of its text model in `place`."""
+    """Return the key in config_fields.json of a config, or of the text model in `place`."""
     outer = str(config.get("model_type"))
     return f"{outer}/{config[place].get('model_type')}" if place else outer
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A config, or the part of one that describes a text model, under the key of its rules."""
+    """A config, or that of the text model in its field `where`; `kind` is its key in the rules."""
 
     config: Config
     where: str
@@ -116,7 +117,7 @@ class _Part:
         return rules
 
     def values(self) -> None:
-        """Refuse values for which mlx-lm's class computes something else."""
+        """Reject values for which mlx-lm's class computes something other than transformers."""
         for name, allowed in self.rules.get("only", {}).items():
             value = self.config.get(name)
             off = not value and not any(allowed)
@@ -129,7 +130,7 @@ class _Part:
                 self._refuse(name, value)
 
     def window(self) -> int | None:
-        """Return the window that layers attend within though mlx-lm's class has none."""
+        """Return the sliding window that mlx-lm's class ignores, or None."""
         rule = self.rules.get("window")
         value = self.config.get(_WINDOW)
         if rule is None or f"{self.where}{_WINDOW}" in self.ignored:
@@ -140,17 +141,17 @@ class _Part:
             return None
         kinds = self.config.get(_LAYERS)
         if isinstance(kinds, list):
-            # With both, mlx-lm's class has windows where the config says so.
+            # A class of mlx-lm that reads both fields implements the window.
             own = {_LAYERS, _WINDOW} <= self.read
             return None if own or _SLIDING not in kinds else value
         first, layers = self.config.get("max_window_layers"), self.config.get("num_hidden_layers")
         if rule["later"] and isinstance(first, int) and isinstance(layers, int) and first >= layers:
-            return None  # only the layers after these would have it
+            return None  # no layer is late enough to have the window
         longest = self.config.get("max_position_embeddings")
         return None if isinstance(longest, int) and longest <= value else value
 
     def ropes(self) -> Iterator[str]:
-        """Refuse rotations that mlx-lm's class does not compute; return what differs slightly."""
+        """Reject rotations that mlx-lm does not compute; yield a note on each slight difference."""
         wrong: Mapping[str, list[str]] = self.rules.get("ropes", {})
         bases = [rope.get("rope_theta") for _, _, rope in _ropes(self.config)]
         for name, layer, rope in _ropes(self.config):
@@ -170,10 +171,10 @@ class _Part:
             if rope.get("truncate") is False and kind in _YARN and self.kind != "gpt_oss":
                 yield f"{self.where}{name}.truncate is not read: frequencies differ slightly"
             if kind in _LONG and rope.get("short_factor") != rope.get("long_factor"):
-                yield f"{self.where}{name}: short contexts take the factors of long ones too"
+                yield f"{self.where}{name}: factors of long contexts apply to short contexts too"
 
     def _attention_factor(self, kind: str, rope: Config) -> float | None:
-        """Return what mlx-lm computes for a rotation that scales attention."""
+        """Return the attention factor that mlx-lm computes for a rotation, or None if unknown."""
         factor = rope.get("factor")
         if kind in _YARN:
             return _scale(factor) if "mscale" not in rope else None
@@ -191,12 +192,12 @@ class _Part:
         raise ModelLoadError(
             f"config.json: {self.where}{name} = {shown} changes the model's output, and mlx-lm's"
             f" {self.kind.partition('/')[0]} does not support it",
-            hint=f"to run the model without it: --ignore-config-field {self.where}{name}",
+            hint=f"to run the model without it, use --ignore-config-field {self.where}{name}",
         )
 
 
 def _ropes(config: Config) -> Iterator[tuple[str, str, Config]]:
-    """Return each rotation: the name of its field, the type of its layers ("": all), and it."""
+    """Yield each rotation: the name of its field, its layer type ("" for all), and its settings."""
     name = "rope_parameters" if isinstance(config.get("rope_parameters"), dict) else "rope_scaling"
     rope = config.get(name)
     if not isinstance(rope, dict):
@@ -217,7 +218,9 @@ def _scale(factor: Any) -> float | None:
 def _close(value: Any, computed: float | None) -> bool:
     if computed is None or not isinstance(value, int | float):
         return False
-    return 0.999 * computed <= value <= 1.001 * computed  # value may be an int beyond floats
+    return (
+        0.999 * computed <= value <= 1.001 * computed
+    )  # `value` may be an int too large for a float
 
 
 def _check_quantisation(config: Config) -> None:
@@ -237,13 +240,13 @@ def _check_quantisation(config: Config) -> None:
         isinstance(theirs, dict) and "bits" in theirs and method is None
     ):
         raise ModelLoadError(
-            f"config.json: weights quantised by {str(method)[:50]!r} cannot be read",
-            hint=f"supported: {', '.join(_QUANTISATIONS)}; or convert it with mlx_lm.convert",
+            f"config.json: the quantisation method {str(method)[:50]!r} is not supported",
+            hint=f"use one of {', '.join(_QUANTISATIONS)}, or convert with mlx_lm.convert",
         )
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two values say the same; a list may repeat the other, for more layers."""
+    """Return whether two values are equivalent; a list may repeat the other one for more layers."""
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, str) and isinstance(other, str):

@@ -27,13 +27,13 @@ from modelpack.errors import IntegrityError
 from modelpack.formats.shards import INDEX_SUFFIX, find_shards, read_index, shard_set
 from modelpack_engine.errors import ModelLoadError
 
-#: Bytes of one document. Parsed, it takes 25 times as much memory, and stops all threads meanwhile;
-#: tokenizer_config.json of models that speak has 12 MB.
+#: The most bytes of one JSON document. Parsing takes 25 times as much memory, and blocks all
+#: threads; the tokenizer_config.json of speech models has 12 MB.
 MAX_BYTES = 16 * 1024 * 1024
 
 
 def decode_json(raw: bytes, what: str) -> Any:
-    """Return the value of the JSON document `raw`; `what` names it in the `ModelLoadError`."""
+    """Return the value of the JSON document `raw`; `what` names it in a `ModelLoadError`."""
     if len(raw) > MAX_BYTES:
         raise ModelLoadError(f"{what}: {len(raw)} bytes of JSON, the limit is {MAX_BYTES}")
     try:
@@ -43,24 +43,24 @@ def decode_json(raw: bytes, what: str) -> Any:
 
 
 def decode_object(raw: bytes, what: str) -> dict[str, Any]:
-    """Return the JSON object `raw`; `what` names it in the `ModelLoadError` otherwise.
+    """Return the JSON object `raw`; `what` names it in a `ModelLoadError`.
 
-    Infinity and NaN are taken, as configs of some models hold them.
+    Infinity and NaN are accepted, because the configs of some models contain them.
     """
     value = decode_json(raw, what)
     if not isinstance(value, dict):
-        raise ModelLoadError(f"{what}: is no JSON object")
+        raise ModelLoadError(f"{what}: is not a JSON object")
     return value
 
 
 WeightFormat = Literal["safetensors", "gguf"]
 
-#: Any one file beside the weights. The largest vocabularies are 35 MB of JSON.
+#: The most bytes of one file other than weights. The largest vocabularies are 35 MB of JSON.
 MAX_FILE_BYTES = 128 * 1024 * 1024
-#: All files of the archives of one model.
+#: The most bytes of all files in the archives of one model.
 MAX_ARCHIVE_BYTES = 512 * 1024 * 1024
 
-#: Where sentence-transformers lists the parts of an embedding model, each in a directory.
+#: The file in which sentence-transformers lists the parts of an embedding model.
 MODULES = "modules.json"
 _FORMATS: tuple[WeightFormat, ...] = ("gguf", "safetensors")
 _LIMITS = TarLimits(max_bytes=MAX_ARCHIVE_BYTES)
@@ -69,12 +69,12 @@ _MODULE = re.compile(r"\w[\w-]*")
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """The files of one model. Nothing is copied: weights stay where `weights` says.
+    """The files of one model, at their paths on disk; no weights are copied.
 
-    `names` are the other files by their path in the model (`config.json`, `tokenizer.json`, …); a
-    chat template is there as `chat_template.jinja`, whatever it was called. Among them are the
-    weights of the modules that `modules.json` puts after the model (`2_Dense/model.safetensors`).
-    `archived` holds the content of small files that came inside a tar archive.
+    `names` maps the path of each other file in the model (`config.json`, `tokenizer.json`, …) to
+    its path on disk; the key of the chat template is always `chat_template.jinja`. It includes the
+    weights of modules that `modules.json` lists after the model (`2_Dense/model.safetensors`).
+    `archived` has the content of small files that came in a tar archive.
     """
 
     weights: tuple[Path, ...]
@@ -85,10 +85,10 @@ class ModelFiles:
 
     @classmethod
     def from_model(cls, model: Model, blob_path: Callable[[Digest], Path]) -> ModelFiles:
-        """Return the files of `model`, whose blobs are where `blob_path` says.
+        """Return the files of `model`; `blob_path` finds blobs (`LayoutStore.blob_path`).
 
-        `LayoutStore.blob_path` is one. Raises `ModelLoadError` if there are no weights that load,
-        or several models in one, and what the store raises for a blob that it lost.
+        Raises `ModelLoadError` if no weights can be loaded or the weights are of several models,
+        and the store's error for a missing blob.
         """
         located = [(file, blob_path(file.descriptor.digest)) for file in model.files()]
         return cls.from_located(model, located)
@@ -125,9 +125,9 @@ class ModelFiles:
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> ModelFiles:
-        """Return the files of the model in `directory`, or of the one weight file given.
+        """Return the files of the model in `directory`, or of one weight file and its shards.
 
-        Raises `ModelLoadError` if there are no weights, or several models in one.
+        Raises `ModelLoadError` if there are no weights, or weights of several models.
         """
         root = Path(directory)
         if root.is_file():
@@ -153,7 +153,7 @@ class ModelFiles:
         return _assembled(weights, names, {}, notes, "", str(directory))
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of a file that is no weight; None if the model has none."""
+        """Return the content of a file other than weights, or None if there is no such file."""
         if name in self.archived:
             return self.archived[name]
         path = self.names.get(name)
@@ -168,7 +168,7 @@ class ModelFiles:
             raise ModelLoadError(f"{name}: cannot be read: {error.strerror}") from error
 
     def text(self, name: str) -> str | None:
-        """Return the text of a file; None if the model has none."""
+        """Return the text of a file, or None if there is no such file."""
         raw = self.read(name)
         try:
             return None if raw is None else raw.decode()
@@ -176,7 +176,7 @@ class ModelFiles:
             raise ModelLoadError(f"{name}: is not UTF-8 at byte {error.start}") from None
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """Return the JSON object in a file; None if the model has none."""
+        """Return the JSON object in a file, or None if there is no such file."""
         raw = self.read(name)
         return None if raw is None else decode_object(raw, name)
 
@@ -200,7 +200,7 @@ def _assembled(
         has = f"has {', '.join(sorted(kinds - {''}))} only" if kinds - {""} else "has no weights"
         raise ModelLoadError(f"{what}: {has}, expected GGUF or safetensors")
     if len(kinds) > 1:
-        notes.append(f"of several formats, {chosen} is loaded")
+        notes.append(f"the weights are in several formats; {chosen} is loaded")
     of_kind = [(name, path) for kind, name, path in weights if kind == chosen]
     if chosen == "safetensors":
         of_kind = _indexed(of_kind, names)
@@ -211,7 +211,7 @@ def _assembled(
 
 
 def _indexed(weights: list[tuple[str, Path]], names: Mapping[str, Path]) -> list[tuple[str, Path]]:
-    """Leave out what an index does not name: the same weights again, in another layout."""
+    """Leave out files that no index names: they have the same weights in another layout."""
     indexes = [path for name, path in names.items() if name.endswith(INDEX_SUFFIX)]
     if not indexes or not all(name for name, _ in weights):
         return weights
@@ -227,9 +227,9 @@ def _indexed(weights: list[tuple[str, Path]], names: Mapping[str, Path]) -> list
 
 
 def _module_directories(listed: Path | None) -> tuple[str, ...]:
-    """Return the directories of the modules after the model itself; none if it has none.
+    """Return the directories of the modules that modules.json lists after the model.
 
-    What is wrong with modules.json is said by who needs it: only embedding does.
+    An invalid modules.json is ignored here: the loader of embedding models reports it.
     """
     if listed is None:
         return ()
@@ -243,26 +243,27 @@ def _module_directories(listed: Path | None) -> tuple[str, ...]:
 
 
 def _check_one_model(names: Iterable[str], what: str) -> None:
-    """Refuse several GGUF files, by name, that are no shards of one model."""
+    """Raise `ModelLoadError` unless the names are those of one GGUF file or of its shards."""
     sets = {shard_set(name) or name for name in names if name}
     if len(sets) > 1:
         listed = ", ".join(sorted(name for name in names)[:5])
         raise ModelLoadError(
-            f"{what}: several models in one: {listed}",
-            hint="package each of them apart",
+            f"{what}: has the weights of several models: {listed}",
+            hint="package each model separately",
         )
 
 
 def _check_archive(file: ModelFile) -> None:
     if file.role in (Role.WEIGHT, Role.PROJECTOR):
         raise ModelLoadError(
-            f"{file.filepath or file.descriptor.digest.short}: weights inside a tar archive",
-            hint="lay the model out with `modelpack bundle` and serve that directory",
+            f"{file.filepath or file.descriptor.digest.short}:"
+            " weights in a tar archive cannot be loaded",
+            hint="unpack the model with `modelpack bundle` and serve that directory",
         )
 
 
 def _content(layer: ModelFile, path: Path, allowance: Allowance) -> dict[str, bytes]:
-    """Return the files of an archive that may matter here; documents and code are skipped."""
+    """Return the files of an archive; archives of documentation and code are skipped."""
     if layer.role not in (Role.CONFIG, Role.FILE) or layer.archive is None:
         return {}
     what = f"layer {layer.filepath or layer.descriptor.digest.short}"
@@ -279,7 +280,10 @@ def _content(layer: ModelFile, path: Path, allowance: Allowance) -> dict[str, by
         reader = TarReader(content, what, max_header_bytes=_LIMITS.max_header_bytes)
         for number, entry in enumerate(reader):
             if number >= _LIMITS.max_entries or entry.size > MAX_FILE_BYTES:
-                raise IntegrityError(f"{what}: holds too much for configuration")
+                raise IntegrityError(
+                    f"{what}: the archive exceeds {_LIMITS.max_entries} files or"
+                    f" {MAX_FILE_BYTES} bytes per file"
+                )
             if entry.is_directory:
                 continue
             name = entry.name.removeprefix("./")

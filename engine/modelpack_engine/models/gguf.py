@@ -39,7 +39,7 @@ from modelpack_engine.models.precision import (
 )
 from modelpack_engine.patches.corrections import correct
 
-#: Bytes that may be decoded and not yet handed over, or a part of the memory that is free.
+#: The most decoded bytes that wait for MLX; with much free memory, a part of that memory.
 MAX_AHEAD = 128 * 1024 * 1024
 _AHEAD_PART = 128
 _MAX_THREADS = 16
@@ -47,19 +47,19 @@ _MAX_THREADS = 16
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How a weight is held quantised; `bits` of a code, `mode` as MLX names it."""
+    """How MLX holds a quantised weight: `bits` per code, and MLX's name of the mode."""
 
     bits: int
     mode: str = "affine"
 
     def options(self) -> dict[str, Any]:
-        """Return what `to_quantized` of MLX's modules takes."""
+        """Return the arguments for `to_quantized` of MLX's modules."""
         return {"group_size": GROUP_SIZE, "bits": self.bits, "mode": self.mode}
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """A tensor that becomes the parameters of a module.
+class TensorPlan:
+    """How a tensor becomes the parameters of a module.
 
     `path` and `parameter` name it in the model; `shift` is added to its values.
     """
@@ -72,7 +72,7 @@ class Wanted:
 
     @property
     def decoded_bytes(self) -> int:
-        """About how much memory the decoded tensor takes."""
+        """The approximate size of the decoded tensor."""
         packed = self.packing and gguf_blocks.affine_bits(self.tensor.dtype)
         return self.tensor.raw.size * 3 // 2 if packed else self.tensor.elements * 4
 
@@ -80,15 +80,15 @@ class Wanted:
 Decoded = dict[str, npt.NDArray[Any]]
 
 
-def arrays_of(wanted: Iterable[Wanted], dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
-    """Yield the parameters of all tensors by name; those that are not packed are `dtype`.
+def arrays_of(plans: Iterable[TensorPlan], dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
+    """Yield the name and array of each parameter; arrays that are not packed have `dtype`.
 
     Raises `ModelLoadError` for a type that is not supported.
     """
     with ThreadPoolExecutor(_threads(), thread_name_prefix="decode") as pool:
-        waiting: deque[tuple[Wanted, Future[Decoded]]] = deque()
+        waiting: deque[tuple[TensorPlan, Future[Decoded]]] = deque()
         ahead, limit = 0, max(MAX_AHEAD, (available_memory() or 0) // _AHEAD_PART)
-        for item in wanted:
+        for item in plans:
             waiting.append((item, pool.submit(_decode, item)))
             ahead += item.decoded_bytes
             while waiting and ahead > limit:
@@ -101,7 +101,7 @@ def arrays_of(wanted: Iterable[Wanted], dtype: mx.Dtype) -> Iterator[tuple[str, 
 
 
 def packing_of(dtype: str, *, requantize: bool) -> Packing | None:
-    """Return how a tensor of this type is held if it is to stay packed, None for dense."""
+    """Return how tensors of this type stay packed, or None if they are loaded dense."""
     if gguf_blocks.is_float(dtype):
         return None
     bits = gguf_blocks.affine_bits(dtype)
@@ -112,8 +112,8 @@ def packing_of(dtype: str, *, requantize: bool) -> Packing | None:
     return Packing(8) if requantize else None
 
 
-def _decode(item: Wanted) -> Decoded:
-    """Return numpy arrays in their final shapes: of the packed parts, or of the values."""
+def _decode(item: TensorPlan) -> Decoded:
+    """Decode a tensor to numpy arrays in their final shapes: its packed parts, or its values."""
     tensor = item.tensor
     *rows, columns = tensor.shape or (1,)
     groups = (*rows, columns // GROUP_SIZE)
@@ -132,7 +132,7 @@ def _decode(item: Wanted) -> Decoded:
     return {"values": gguf_blocks.as_stored(tensor)}
 
 
-def _arrays(item: Wanted, decoded: Decoded, dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
+def _arrays(item: TensorPlan, decoded: Decoded, dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
     values = decoded.get("values")
     if values is None:
         for name, part in decoded.items():
@@ -159,7 +159,7 @@ def _threads() -> int:
 
 
 _MAX_LAYERS = 10_000
-# Not parameters of a model: they say how its rope turns.
+# Tensors that are not parameters of the model: they configure its rotary embedding.
 _ROPE_FREQS = "rope_freqs.weight"
 _ROPE_FACTORS = {
     "rope_factors_long.weight": "long_factor",
@@ -169,7 +169,7 @@ _ROPE_FACTORS = {
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """The parameter that a tensor becomes."""
+    """The parameter of the model that a tensor is loaded to."""
 
     path: str
     parameter: str
@@ -181,7 +181,7 @@ class _Target:
 
 
 class GGUFLoader:
-    """Loads one model. Raises `ModelLoadError` that names what is wrong with the file."""
+    """Loads one GGUF model. Raises `ModelLoadError`, naming the cause, for errors in the file."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
@@ -195,35 +195,35 @@ class GGUFLoader:
 
     @property
     def dense_elements(self) -> int:
-        """The number of all weights."""
+        """The number of weights in all tensors."""
         return sum(self.file[name].elements for name in self._targets)
 
     def load(self, precision: Precision) -> Module:
-        """Return the model with its weights, not yet evaluated where MLX is lazy."""
+        """Return the model with its weights, which MLX may not have evaluated yet."""
         model: Any = self._build()
         modules = dict(model.named_modules())
-        wanted = [
-            self._wanted(name, target, modules.get(target.path), precision)
+        plans = [
+            self._plan(name, target, modules.get(target.path), precision)
             for name, target in self._targets.items()
         ]
-        packed = {item.path: item.packing for item in wanted if item.packing}
+        packed = {plan.path: plan.packing for plan in plans if plan.packing}
         if packed:
             quantize(
                 model,
                 class_predicate=lambda path, _: path in packed and packed[path].options(),
             )
-        # Names and shapes have been compared.
-        model.load_weights(list(arrays_of(wanted, precision.dtype)), strict=False)
+        # Not strict, because `_build` has compared names and shapes.
+        model.load_weights(list(arrays_of(plans, precision.dtype)), strict=False)
         self._set_rope_frequencies(model)
         return cast(Module, model)
 
-    def _wanted(self, name: str, target: _Target, module: Any, precision: Precision) -> Wanted:
+    def _plan(self, name: str, target: _Target, module: Any, precision: Precision) -> TensorPlan:
         tensor = self.file[name]
         packing = None
         if not precision.dense and target.parameter == "weight" and hasattr(module, "to_quantized"):
             packing = packing_of(tensor.dtype, requantize=precision.requantize)
         shifted = self.architecture.shifted_norms and target.path.endswith("norm")
-        return Wanted(tensor, target.path, target.parameter, packing, -1.0 if shifted else 0.0)
+        return TensorPlan(tensor, target.path, target.parameter, packing, -1.0 if shifted else 0.0)
 
     def _build(self) -> Module:
         model_type = self.config["model_type"]
@@ -236,7 +236,7 @@ class GGUFLoader:
                 model: Module = module.Model(module.ModelArgs.from_dict(self.config))
                 correct(model, self.config)
         except (ArithmeticError, IndexError, TypeError, ValueError) as error:
-            raise self._error(f"its metadata make no {model_type} model: {error}") from error
+            raise self._error(f"cannot build {model_type} from its metadata: {error}") from error
         got = {target.name: target.shape for target in self._targets.values()}
         if hasattr(model, "sanitize"):  # may drop the output layer of a model with tied embeddings
             model.sanitize({name: mx.zeros(shape) for name, shape in got.items()})
@@ -252,8 +252,8 @@ class GGUFLoader:
         }
         if not 0 < layers <= _MAX_LAYERS or numbers != set(range(layers)):
             raise self._error(
-                f"the metadata say {layers} layers, the tensors are of {len(numbers)}",
-                hint="the file is incomplete, or a shard of a larger model",
+                f"the metadata name {layers} layers, but the tensors are of {len(numbers)}",
+                hint="package the complete file, or all shards of the model",
             )
 
     def _find_targets(self) -> dict[str, _Target]:
@@ -270,8 +270,8 @@ class GGUFLoader:
                 targets[name] = _Target(*found, self.file[name].shape)
         if unknown:
             raise self._error(
-                f"tensors that {self.name} has no place for: {named(unknown)}",
-                hint="it may be a variant of the architecture that is not supported",
+                f"{self.name} has no such tensors: {named(unknown)}",
+                hint="load another model: this variant of the architecture is not supported",
             )
         return targets
 
@@ -281,7 +281,7 @@ class GGUFLoader:
         return scaling.get("rope_type") == "llama3" and _ROPE_FREQS in self.file
 
     def _add_rope_factors(self) -> None:
-        """Give phi3 its rope factors, which are tensors in a file and part of the config in MLX."""
+        """Copy phi3's rope factors from tensors to the config, where mlx-lm reads them."""
         there = [name for name in _ROPE_FACTORS if name in self.file]
         if self.name != "phi3" or not there:
             return
@@ -296,7 +296,7 @@ class GGUFLoader:
         self.config["rope_scaling"] = scaling
 
     def _set_rope_frequencies(self, model: Any) -> None:
-        """Replace the frequencies of llama3's rope by those that the file's factors give."""
+        """Replace the frequencies of llama3's rope by those computed from the file's factors."""
         if not self._has_llama3_rope:
             return
         head_dim = self.config["head_dim"]

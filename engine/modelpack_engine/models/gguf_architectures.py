@@ -16,7 +16,7 @@ from modelpack_engine.models.gguf_file import GGUFFile, Metadata
 
 Config = dict[str, Any]
 
-# The part of a tensor's name that says what it is -> the path of its module.
+# From the stem of a tensor's name to the path of its module.
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _ATTENTION = {
     "attn_norm": "input_layernorm",
@@ -71,7 +71,7 @@ _GPT_OSS = {
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """The numbers of a model, by their names without the architecture in front."""
+    """The hyperparameters of a model, by their names without the prefix of the architecture."""
 
     architecture: str
     metadata: Metadata
@@ -90,14 +90,14 @@ class Hyperparameters:
         return self.metadata.text(self._key(name), default)
 
     def flags(self, name: str) -> list[bool] | None:
-        """Return a flag for each layer, or None if the value is no array."""
+        """Return a flag for each layer, or None if the value is not an array."""
         key = self._key(name)
         if not self.metadata.is_array(key):
             return None
         return [bool(flag) for flag in self.metadata.numbers(key).tolist()]
 
-    def refuse(self, what: str) -> ModelLoadError:
-        """Return the error of a model whose architecture loads, but not with `what`."""
+    def unsupported(self, what: str) -> ModelLoadError:
+        """Return the error for a supported architecture with an unsupported feature, `what`."""
         return self.metadata.error(f"{self.architecture} with {what} is not supported")
 
     @property
@@ -131,9 +131,9 @@ class Architecture:
     rope_scaling: bool = True
 
     def config(self, values: Hyperparameters) -> Config:
-        """Return the config that mlx-lm's class takes; `ModelLoadError` names what is missing."""
+        """Return the config for mlx-lm's class. Raises `ModelLoadError`, naming a missing value."""
         if values.heads < 1 or values.head_dim < 1:
-            raise values.metadata.error("the model has no heads or no width")
+            raise values.metadata.error("the model has no attention heads, or heads of size 0")
         embeddings = "token_embd.weight"
         if embeddings not in values.file:
             raise values.metadata.error(f"the tensor {embeddings!r} is missing")
@@ -155,18 +155,18 @@ class Architecture:
             config["rms_norm_eps"] = values.number("attention.layer_norm_rms_epsilon")
         scaling = _rope_scaling(values)
         if scaling and not self.rope_scaling:
-            raise values.refuse(f"rope scaling {scaling['rope_type']!r}")
+            raise values.unsupported(f"rope scaling {scaling['rope_type']!r}")
         if scaling:
             config["rope_scaling"] = scaling
         if self.model_type != "phi3" and values.integer(
             "rope.dimension_count", values.head_dim
         ) not in (0, values.head_dim):
-            raise values.refuse("rope on a part of the head")
+            raise values.unsupported("rope on a part of each head")
         self.extend(values, config)
         return config
 
     def module_path(self, tensor: str) -> tuple[str, str] | None:
-        """Return the module path and the parameter that the tensor is, or None if unknown."""
+        """Return the path of a tensor's module and the parameter's name, or None if unknown."""
         stem, dot, parameter = tensor.rpartition(".")
         if not dot or parameter not in ("weight", "bias"):
             return None
@@ -179,7 +179,7 @@ class Architecture:
         if inner is None:
             return None
         path = f"model.layers.{parts[1]}.{inner}"
-        if inner.endswith(".sinks"):  # a parameter of the attention, no module
+        if inner.endswith(".sinks"):  # a parameter of the attention module itself
             module, _, parameter = path.rpartition(".")
             return module, parameter
         return path, parameter
@@ -197,7 +197,7 @@ def _rope_scaling(values: Hyperparameters) -> Config | None:
         attention *= values.number("rope.scaling.attn_factor", 1.0)
         extrapolation = values.number("rope.scaling.yarn_ext_factor", 1.0)
         if attention != 1.0 or extrapolation != 1.0:
-            raise values.refuse("a yarn rope that scales attention")
+            raise values.unsupported("a yarn rope that scales attention")
         return {
             "rope_type": "yarn",
             "type": "yarn",
@@ -208,19 +208,19 @@ def _rope_scaling(values: Hyperparameters) -> Config | None:
             "beta_fast": values.number("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": values.number("rope.scaling.yarn_beta_slow", 1.0),
         }
-    if kind == "longrope":  # told by the tensors of factors, see `_phi3`
+    if kind == "longrope":  # its factors are tensors, which `GGUFLoader` adds
         return None
-    raise values.refuse(f"rope scaling {kind!r}")
+    raise values.unsupported(f"rope scaling {kind!r}")
 
 
 def _llama(values: Hyperparameters, config: Config) -> None:
     if values.integer("expert_count", 0):
-        raise values.refuse("experts (Mixtral)")
-    config["rope_traditional"] = True  # the rows of q and k are stored for it
+        raise values.unsupported("experts (Mixtral)")
+    config["rope_traditional"] = True  # the rows of q and k are stored in its order
     config["attention_bias"] = "blk.0.attn_q.bias" in values.file
     config["mlp_bias"] = "blk.0.ffn_gate.bias" in values.file
     if "rope_freqs.weight" in values.file:
-        # The class is all that this chooses: its frequencies are replaced by the file's own.
+        # This only selects the class of the rope; `GGUFLoader` sets the file's own frequencies.
         config["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0}
 
 
@@ -256,7 +256,7 @@ def _starcoder2(values: Hyperparameters, config: Config) -> None:
 
 
 def _attention_scalar(values: Hyperparameters, deepest: int) -> float:
-    """Return what queries are divided by, squared: the largest Gemma has its own."""
+    """Return the square of the queries' divisor; a Gemma of `deepest` layers has its own."""
     if values.layers == deepest:
         return values.integer("embedding_length") // values.heads
     return values.head_dim
@@ -270,12 +270,12 @@ def _gemma2(values: Hyperparameters, config: Config) -> None:
         "sliding_window": values.integer("attention.sliding_window", 4096),
     }
     if not config["tie_word_embeddings"]:
-        raise values.refuse("an output layer of its own")
+        raise values.unsupported("a separate output layer")
 
 
 def _gemma3(values: Hyperparameters, config: Config) -> None:
     if values.number("final_logit_softcapping", 0.0):
-        raise values.refuse("capped logits")
+        raise values.unsupported("softcapped logits")
     window = values.integer("attention.sliding_window", 0)
     pattern = _sliding_pattern(values, 6) if window else 1
     config |= {
@@ -288,9 +288,9 @@ def _gemma3(values: Hyperparameters, config: Config) -> None:
 
 def _gpt_oss(values: Hyperparameters, config: Config) -> None:
     if _sliding_pattern(values, 2) != 2:
-        raise values.refuse("another pattern of sliding windows")
+        raise values.unsupported("another pattern of sliding windows")
     if config["tie_word_embeddings"]:
-        raise values.refuse("tied embeddings")
+        raise values.unsupported("tied embeddings")
     kinds = ("sliding_attention", "full_attention")
     config |= {
         "num_local_experts": values.integer("expert_count"),
@@ -302,13 +302,13 @@ def _gpt_oss(values: Hyperparameters, config: Config) -> None:
 
 
 def _sliding_pattern(values: Hyperparameters, default: int) -> int:
-    """Return n where every n-th layer sees the whole context and the others a window."""
+    """Return n: every n-th layer attends to the whole context, the others to a window."""
     name = "attention.sliding_window_pattern"
     sliding = values.flags(name)
     if sliding is None:
         return values.integer(name, default)
     if sliding != [layer % default < default - 1 for layer in range(len(sliding))]:
-        raise values.refuse("another pattern of sliding windows")
+        raise values.unsupported("another pattern of sliding windows")
     return default
 
 
@@ -319,12 +319,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3": Architecture("qwen3", {**_LLAMA, **_QK_NORM}),
     "qwen3moe": Architecture("qwen3_moe", _QWEN3_MOE, _qwen3_moe),
     "smollm3": Architecture("smollm3", _LLAMA, _smollm3),
-    "phi3": Architecture(
-        "phi3",
-        _PHI3,
-        _phi3,
-        rope_scaling=False,
-    ),
+    "phi3": Architecture("phi3", _PHI3, _phi3, rope_scaling=False),
     "starcoder2": Architecture("starcoder2", _STARCODER2, _starcoder2),
     "gemma2": Architecture("gemma2", _GEMMA, _gemma2, shifted_norms=True),
     "gemma3": Architecture("gemma3_text", {**_GEMMA, **_QK_NORM}, _gemma3, shifted_norms=True),
@@ -333,7 +328,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(metadata: Metadata) -> tuple[str, Architecture]:
-    """Return the architecture of a file and how to load it.
+    """Return the name of a file's architecture, and how to load it.
 
     Raises `ModelLoadError` that names the architecture and lists those that load.
     """
@@ -342,7 +337,7 @@ def architecture_of(metadata: Metadata) -> tuple[str, Architecture]:
     if found is None:
         raise metadata.error(
             f"the architecture {name[:100]!r} is not supported in GGUF",
-            hint=f"supported are {', '.join(sorted(ARCHITECTURES))}; many more load from"
-            " safetensors",
+            hint=f"use one of {', '.join(sorted(ARCHITECTURES))}, or load the model from"
+            " safetensors, which supports many more",
         )
     return name, found

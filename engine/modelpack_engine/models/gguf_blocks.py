@@ -5,8 +5,8 @@ affine quantisation with groups of 32 without any loss, since a float16 times a 
 exact in float32; the same product makes `dense` equal to ggml's own dequantisation bit for bit.
 The others have groups of 16 or codebooks and are dequantised by `gguf.quants`.
 
-`mx.load` is not used for GGUF: what it makes of Q4_K is wrong, MXFP4 tensors are missing from its
-result, and the scales of the rest are float16, which MLX is very slow with on a CPU.
+`mx.load` is not used for GGUF: its values of Q4_K are wrong, it leaves out MXFP4 tensors, and it
+returns float16 scales, which are very slow on a CPU.
 
 Source: ggml/src/ggml-quants.c; the layout of MLX: mlx/backend/cpu/quantized.cpp.
 """
@@ -66,7 +66,7 @@ class AffineBlocks:
 
 
 def affine_blocks(tensor: GGUFTensor) -> AffineBlocks | None:
-    """Return the tensor as affine blocks, or None if its type is no affine one."""
+    """Return the tensor as affine blocks, or None if its type is not affine."""
     found = _AFFINE.get(tensor.dtype)
     if found is None:
         return None
@@ -76,22 +76,22 @@ def affine_blocks(tensor: GGUFTensor) -> AffineBlocks | None:
 
 
 def affine_bits(dtype: str) -> int | None:
-    """Return the bits of a code if the type is repacked without loss, else None."""
+    """Return the bits per code of a type that is repacked without loss, else None."""
     return _AFFINE[dtype][1] if dtype in _AFFINE else None
 
 
 def is_float(dtype: str) -> bool:
-    """Whether the type is a plain float: nothing to dequantise."""
+    """Return whether the type is a plain float, which needs no dequantisation."""
     return dtype in _FLOATS
 
 
 def as_stored(tensor: GGUFTensor) -> npt.NDArray[Any]:
-    """Return a tensor of plain floats as it is in the file; uint16 for BF16."""
+    """Return a tensor of plain floats in the type of the file; uint16 for BF16."""
     return tensor.raw.view(_STORED[tensor.dtype]).reshape(tensor.shape)
 
 
 def dense(tensor: GGUFTensor) -> Floats:
-    """Return the tensor as float32 in its shape; `ModelLoadError` names a type that is unknown."""
+    """Return the tensor as float32 in its shape; raise `ModelLoadError` for unsupported types."""
     blocks = affine_blocks(tensor)
     if blocks is not None:
         values = blocks.dense()
@@ -108,7 +108,7 @@ def dense(tensor: GGUFTensor) -> Floats:
 
 
 def mxfp4_blocks(tensor: GGUFTensor) -> tuple[Words, Bytes]:
-    """Return an MXFP4 tensor as MLX has it: words [blocks, 4], exponents [blocks]."""
+    """Return an MXFP4 tensor in MLX's layout: words [blocks, 4], exponents [blocks]."""
     blocks = tensor.raw.reshape(-1, 17)
     codes = _nibbles(blocks[:, 1:])
     return _pairs(codes), np.ascontiguousarray(blocks[:, 0])
@@ -125,7 +125,7 @@ def _by_gguf(tensor: GGUFTensor) -> Floats:
 
 
 def _pairs(codes: Bytes) -> Words:
-    """Return 4-bit codes two in a byte, the first one low, as words."""
+    """Pack two 4-bit codes per byte, the first in the low half; return the bytes as words."""
     packed = codes[:, ::2] | (codes[:, 1::2] << _FOUR)
     return packed.view(np.uint32)
 
@@ -136,7 +136,7 @@ def _halves(blocks: Bytes, start: int) -> Floats:
 
 
 def _nibbles(packed: Bytes) -> Bytes:
-    """Return 2n codes of n bytes: the low halves first."""
+    """Unpack n bytes to 2n codes of 4 bits: all low halves, then all high halves."""
     blocks, size = packed.shape
     codes = np.empty((blocks, 2 * size), np.uint8)
     np.bitwise_and(packed, _LOW, out=codes[:, :size])
@@ -145,7 +145,7 @@ def _nibbles(packed: Bytes) -> Bytes:
 
 
 def _fifth_bits(packed: Bytes) -> Bytes:
-    """Return bit 4 of 32 codes, whose top bits are in 4 bytes."""
+    """Unpack 4 bytes to the top bits (bit 4) of 32 codes."""
     words = np.ascontiguousarray(packed).view(np.uint32)
     return ((words >> _BIT_NUMBERS).astype(np.uint8) & _ONE) << _FOUR
 
@@ -176,7 +176,7 @@ def _q8_0(blocks: Bytes) -> AffineBlocks:
 
 
 def _k_scales(blocks: Bytes) -> tuple[Floats, Floats]:
-    """Return the scales and biases of the 8 groups in every superblock, in one row."""
+    """Return the scales and biases of the 8 groups in each superblock, flattened."""
     packed = blocks[:, 4:16]
     low, middle, high = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = np.concatenate([low & 0x3F, (high & 0x0F) | ((low >> 2) & 0x30)], axis=1)
@@ -224,8 +224,8 @@ _FLOATS: dict[str, Callable[[Bytes], Floats]] = {
 
 _STORED = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
-# Dequantised by the gguf package. The ternary types and NVFP4 are left out: no tool that we could
-# compare with writes them for the architectures that load.
+# Types that the gguf package dequantises. Ternary types and NVFP4 are missing: no tool writes them
+# for the supported architectures, so there is no result to compare with.
 _DEQUANTIZED = frozenset(
     {"Q2_K", "Q3_K", "Q6_K", "MXFP4", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S"}
     | {"IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"}

@@ -47,7 +47,7 @@ _NUMPY_TYPES: dict[ValueType, str] = {
 
 
 class Metadata:
-    """The metadata of one file. A value of another type than asked for is a `ModelLoadError`."""
+    """The metadata of one file. Methods raise `ModelLoadError` for a value of another type."""
 
     def __init__(self, header: GGUFHeader, data: Bytes) -> None:
         self.path = header.path
@@ -58,7 +58,7 @@ class Metadata:
         return key in self._values
 
     def text(self, key: str, default: str | None = None) -> str:
-        """Return a string; without a default the key has to be there."""
+        """Return a string; the key is required unless there is a default."""
         return str(self._checked(key, default, str, "a string"))
 
     def integer(self, key: str, default: int | None = None) -> int:
@@ -79,12 +79,12 @@ class Metadata:
         return value is not None and isinstance(value.value, MetadataArray)
 
     def strings(self, key: str) -> list[bytes]:
-        """Return an array of strings as the bytes that they are in the file."""
+        """Return an array of strings, each as undecoded bytes."""
         array, start = self._array(key)
         if array.element_type is not ValueType.STRING:
             raise self._wrong(key, "an array of strings", array.element_type.name)
         # One copy of the array's bytes: slicing a mapped file item by item is far slower.
-        data = self._data[start : self._end_of(key, start)].tobytes()
+        data = self._data[start : self._end_of(start)].tobytes()
         found, at, unpack = [], 0, _LENGTH.unpack_from
         for _ in range(array.length):
             length = unpack(data, at)[0]
@@ -112,8 +112,8 @@ class Metadata:
             raise self._wrong(key, "an array", value.type.name)
         return value.value, value.offset + _ARRAY_HEAD
 
-    def _end_of(self, key: str, start: int) -> int:
-        """Return a byte that the value of `key` ends before: where the next one starts."""
+    def _end_of(self, start: int) -> int:
+        """Return where the value that starts at `start` ends: where the next value starts."""
         later = (value.offset for value in self._values.values() if value.offset > start)
         return min(later, default=len(self._data))
 
@@ -138,7 +138,7 @@ class Metadata:
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """One tensor: `shape` has the fastest-moving dimension last, as numpy and MLX want it."""
+    """One tensor; the fastest-varying dimension of `shape` is the last, as in numpy and MLX."""
 
     name: str
     dtype: str
@@ -151,7 +151,7 @@ class GGUFTensor:
 
 
 class GGUFFile:
-    """A model in GGUF: one file, or all shards of one; the metadata are those of the first."""
+    """A model in GGUF: one file, or all its shards; the metadata are those of the first."""
 
     def __init__(self, metadata: Metadata, shards: Sequence[tuple[GGUFHeader, Bytes]]) -> None:
         self.metadata = metadata
@@ -167,8 +167,8 @@ class GGUFFile:
     def open(cls, paths: Sequence[Path]) -> GGUFFile:
         """Open the file or the shards at `paths`, in any order.
 
-        Raises `ModelLoadError` for shards that are missing or of different models, and what
-        `read_gguf_header` raises for a damaged file.
+        Raises `ModelLoadError` for shards that are missing or of different models, and the errors
+        of `read_gguf_header` for a damaged file.
         """
         shards = [_opened(path) for path in paths]
         numbered = [_split(Metadata(header, data)) for header, data in shards]
@@ -210,7 +210,7 @@ def _opened(path: Path) -> tuple[GGUFHeader, Bytes]:
 
 
 def _split(metadata: Metadata) -> tuple[int, int, int | None]:
-    """Return the number of a shard, counted from 0, the count, and that of all tensors."""
+    """Return a shard's index, the number of shards, and the number of all tensors if known."""
     total = metadata.integer("split.tensors.count", -1)
     return (
         metadata.integer("split.no", 0),
@@ -224,8 +224,8 @@ def _check_split(paths: Sequence[Path], numbered: Sequence[tuple[int, int, int |
     counts = {count for _, count, _ in numbered}
     if len(counts) > 1 or counts == {1}:
         raise ModelLoadError(
-            f"{name}: {len(paths)} GGUF files that are no shards of one model",
-            hint="package one weight file, or all shards of one",
+            f"{name}: the {len(paths)} GGUF files are not shards of one model",
+            hint="package one weight file, or all shards of one model",
         )
     (count,) = counts
     got = sorted(number for number, _, _ in numbered)

@@ -1,8 +1,8 @@
 """Tokenizers from GGUF metadata: vocabulary, merges and pre-tokenizer patterns.
 
-Each pre-tokenizer name stands for a sequence of split patterns. The names and what they share are
-llama.cpp's (src/llama-vocab.cpp); where llama.cpp simplifies the pattern of the model's own
-tokenizer.json, the model's own is used.
+Each pre-tokenizer name stands for a sequence of split patterns. The names, and which of them share
+patterns, are llama.cpp's (src/llama-vocab.cpp); where llama.cpp simplifies the pattern of a model's
+tokenizer.json, that pattern is used instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _words(digits: str, letters: str = r"\p{L}", others: str = r"\p{L}\p{N}") -> str:
-    """Return the pattern of Llama 3 and its many relatives."""
+    """Return the pattern of Llama 3, or a variant of it."""
     return (
         rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?{letters}+|{digits}"
         rf"| ?[^\s{others}]+[\r\n]*|{_SPACES}"
@@ -72,9 +72,10 @@ _ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """Patterns in order. `whole_words`: a word that is a token is taken before any merge.
+    """Split patterns in order. With `whole_words`, a word that is a token needs no merges.
 
-    `add_bos`: prompts start with the beginning-of-sequence token unless the file says otherwise.
+    With `add_bos`, prompts start with the beginning-of-sequence token unless the file says
+    otherwise.
     """
 
     patterns: tuple[str, ...]
@@ -120,7 +121,7 @@ _NAMES: Mapping[PreTokenizer, tuple[str, ...]] = {
     _O200K: ("gpt-4o", "llama4", "kanana2"),
 }
 
-#: Pre-tokenisers by the value of `tokenizer.ggml.pre`; "" is that of files that name none.
+#: Pre-tokenisers by the value of `tokenizer.ggml.pre`; "" is for files without that value.
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     name: pre_tokenizer for pre_tokenizer, names in _NAMES.items() for name in names
 }
@@ -132,19 +133,19 @@ _KEY = "tokenizer.ggml."
 def wordpiece_of(metadata: Metadata, tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
     """Return the tokenizer of a vocabulary whose tokenizer.ggml.model is `bert`.
 
-    Raises `ModelLoadError` if it has no tokens to begin and to end a text with.
+    Raises `ModelLoadError` if it lacks the tokens that begin and end a text.
     """
     pieces = [_piece(token, kind) for token, kind in zip(tokens, types, strict=False)]
     ids = {piece: at for at, piece in enumerate(pieces)}
     if len(ids) != len(pieces):
-        raise metadata.error("the vocabulary holds a piece twice")
+        raise metadata.error("the vocabulary contains a token twice")
     first = _named(metadata, pieces, ("cls_token_id", "bos_token_id"), "[CLS]")
     # The key is misspelt in llama.cpp, and so in every file.
     last = _named(metadata, pieces, ("seperator_token_id", "eos_token_id"), "[SEP]")
     unknown = _named(metadata, pieces, ("unknown_token_id",), "[UNK]")
     check_surrounding(metadata, first, last)
     backend = tokenizers.Tokenizer(models.WordPiece(ids, unk_token=unknown))
-    # Files do not say whether a model knows case; its vocabulary does.
+    # Files do not say whether a model is cased; a vocabulary without upper-case letters is not.
     lowered = not any(
         piece != piece.lower()
         for piece, kind in zip(pieces, types, strict=False)
@@ -158,7 +159,7 @@ def wordpiece_of(metadata: Metadata, tokens: Sequence[str], types: Sequence[int]
     ]
     backend.add_special_tokens([*dict.fromkeys((*special, first, last, unknown))])
     backend.post_processor = processors.TemplateProcessing(
-        # Lists, since a token with spaces would be several parts of a string.
+        # Lists, because a string is split at the spaces that a token may contain.
         single=[first, "$A", last],
         pair=[first, "$A", last, "$B:1", f"{last}:1"],
         special_tokens=[(first, ids[first]), (last, ids[last])],
@@ -173,14 +174,16 @@ def wordpiece_of(metadata: Metadata, tokens: Sequence[str], types: Sequence[int]
 
 
 def check_surrounding(metadata: Metadata, *tokens: str) -> None:
-    """Raise `ModelLoadError` for a token to put around texts that would stand for the text."""
+    """Raise `ModelLoadError` for a token that a template would read as the text (`$A`)."""
     for token in tokens:
         if token.startswith("$"):
-            raise metadata.error(f"the token {token[:40]!r} cannot be put around a text")
+            raise metadata.error(
+                f"the token {token[:40]!r} cannot begin or end a text, because it begins with $"
+            )
 
 
 def _piece(token: str, kind: int) -> str:
-    """Return a token as BERT's vocabulary has it."""
+    """Return a token as BERT's own vocabulary writes it."""
     if token.startswith("▁"):
         return token[1:]
     bracketed = len(token) > 2 and token.startswith("[") and token.endswith("]")
@@ -197,24 +200,24 @@ def _named(metadata: Metadata, pieces: Sequence[str], keys: Sequence[str], usual
             if 0 <= at < len(pieces):
                 return pieces[at]
     if usual not in pieces:
-        raise metadata.error(f"the vocabulary has no {usual}, and {keys[0]} names none")
+        raise metadata.error(f"the vocabulary has no {usual}, and {keys[0]} names no token")
     return usual
 
 
 _TEMPLATE = "tokenizer.chat_template"
 
-# Characters of a token; those of known vocabularies have up to 512.
+# The most characters of a token; known vocabularies have up to 512.
 _MAX_TOKEN = 4096
-# Characters of all merges that a vocabulary with scores makes, and of what is looked up for them.
-# The largest has 5 million in 600,000 merges.
+# The most characters of all merges of a vocabulary with scores, and of the texts that are looked up
+# for them. The largest known vocabulary has 5 million in 600,000 merges.
 _MAX_MERGED = 32 * 1024 * 1024
 _MAX_SPLIT = 512 * 1024 * 1024
 
 # Token types of llama.cpp.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # 6 is a byte
 
-# Texts of tokens that end a text whatever the metadata say, as in llama.cpp; the last two rows are
-# padding, the next repository and the next file of fill-in-the-middle.
+# Tokens that end a text even if the metadata do not name them, as in llama.cpp; the last two rows
+# are padding, the next repository and the next file of fill-in-the-middle.
 _ENDS = frozenset(
     {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>"}
     | {"<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>", "<end_of_utterance>"}
@@ -222,15 +225,15 @@ _ENDS = frozenset(
     | {"<|fim_pad|>", "<fim-pad>", "<fim_pad>"}
     | {"<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<|file_sep|>"}
 )
-# Those that may be plain text: Qwen's vocabulary has </s> as HTML has it. They count where the file
-# says that they are special; llama.cpp makes them so.
+# Tokens that may also be plain text: Qwen's vocabulary has HTML's </s>. They end a text only if the
+# file marks them as special; llama.cpp always does.
 _ENDS_IF_SPECIAL = frozenset(
     {"</s>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>", "[e~[", "<PAD>", "[PAD]", "<REPO>"}
     | {"<reponame>"}
 )
-# Harmony: <|end|> ends a message, not the answer, where these two exist.
+# With these two tokens (Harmony), <|end|> ends a message, not the response.
 _HARMONY = ("<|return|>", "<|call|>")
-# Special tokens of Phi-3 swallow the spaces behind them; these do not.
+# Special tokens of Phi-3 strip the spaces after them, except these.
 _PHI3_KEEPS_SPACES = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
 
@@ -245,10 +248,10 @@ class _Vocabulary:
 
 
 def tokenizer_of(metadata: Metadata, chat_template: str | None = None) -> Tokenizer:
-    """Return the tokenizer in `metadata`; `chat_template` is taken instead of the file's own.
+    """Return the tokenizer in `metadata`; `chat_template` replaces the file's own.
 
-    Raises `ModelLoadError` for a kind of tokenizer or a pre-tokeniser that is not known, and for
-    a vocabulary that makes no tokenizer.
+    Raises `ModelLoadError` for an unknown kind of tokenizer or pre-tokeniser, and for a vocabulary
+    that `tokenizers` rejects.
     """
     try:
         return _tokenizer(metadata, chat_template)
@@ -256,7 +259,7 @@ def tokenizer_of(metadata: Metadata, chat_template: str | None = None) -> Tokeni
         raise
     except BaseException as error:  # the library raises nothing more precise
         reason = str(as_error(error, "tokenizers"))[:500]
-        raise metadata.error(f"its vocabulary makes no tokenizer: {reason}") from error
+        raise metadata.error(f"cannot make a tokenizer from its vocabulary: {reason}") from error
 
 
 def _tokenizer(metadata: Metadata, chat_template: str | None) -> Tokenizer:
@@ -316,10 +319,10 @@ def _vocabulary(metadata: Metadata) -> _Vocabulary:
             token.encode(errors="surrogateescape").decode(errors="replace") for token in tokens
         ]
     longest = max(map(len, tokens), default=0)
-    if longest > _MAX_TOKEN:  # all places where it may be cut are tried
+    if longest > _MAX_TOKEN:  # every place where a token may be split is tried
         raise metadata.error(f"a token has {longest} characters, expected at most {_MAX_TOKEN}")
     if len(set(tokens)) != len(tokens):
-        raise metadata.error("the vocabulary holds a token twice")
+        raise metadata.error("the vocabulary contains a token twice")
     types: Sequence[int] = [_NORMAL] * len(tokens)
     if f"{_KEY}token_type" in metadata:
         types = metadata.numbers(f"{_KEY}token_type").tolist()
@@ -355,7 +358,7 @@ def _byte_level(
         merge = raw.decode(errors="replace")
         at = merge.find(" ", 1)  # the first part may start with a space, never the second
         if at < 0:
-            raise metadata.error(f"the merge {merge[:100]!r} has no two parts")
+            raise metadata.error(f"the merge {merge[:100]!r} does not have two parts")
         merges.append((merge[:at], merge[at + 1 :]))
     known = vocabulary.ids()
     merges = [
@@ -398,11 +401,11 @@ def _sentencepiece(
 
 
 def _merges_by_score(metadata: Metadata, vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-    """Return every pair of tokens that makes a token, the best score first.
+    """Return every pair of tokens that joins to a token, the best score first.
 
-    SentencePiece joins the neighbours whose joint text has the best score; among equals the left
-    ones, which the order of merges cannot say and does not need to: they have the same text.
-    Raises `ModelLoadError` for a vocabulary with far more of them than any that is known.
+    SentencePiece joins the neighbours whose joint text has the best score. Among equals it joins
+    the leftmost, which the order of merges need not express: equals have the same text. Raises
+    `ModelLoadError` for a vocabulary with far more merges than any known one.
     """
     mergeable = (_NORMAL, _USER_DEFINED, _UNUSED)
     rows = zip(vocabulary.tokens, vocabulary.types, vocabulary.scores, strict=False)
@@ -418,7 +421,7 @@ def _merges_by_score(metadata: Metadata, vocabulary: _Vocabulary) -> list[tuple[
                 characters += len(token)
         if characters > _MAX_MERGED:
             raise metadata.error(
-                f"its vocabulary makes more than {len(merges)} merges, of {characters} characters"
+                f"its vocabulary has more than {len(merges)} merges, of {characters} characters"
             )
     merges.sort(key=lambda merge: merge[:2])
     return [(left, right) for _, _, left, right in merges]
@@ -452,7 +455,7 @@ def _add_surroundings(
     bos: int | None,
     eos: int | None,
 ) -> None:
-    """Have prompts start and end with these tokens."""
+    """Make prompts start and end with these tokens."""
     before = [] if bos is None else [vocabulary.tokens[bos]]
     after = [] if eos is None else [vocabulary.tokens[eos]]
     check_surrounding(metadata, *before, *after)
@@ -464,7 +467,7 @@ def _add_surroundings(
 
 
 def _special_id(metadata: Metadata, name: str, vocabulary: _Vocabulary) -> int | None:
-    """Return the id that the metadata give for `name`; one beyond the vocabulary is ignored."""
+    """Return the id that the metadata give for `name`; an id beyond the vocabulary is ignored."""
     key = f"{_KEY}{name}_token_id"
     if key not in metadata:
         return None

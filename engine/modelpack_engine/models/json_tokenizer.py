@@ -1,4 +1,4 @@
-"""Tokenizers from tokenizer.json, tried in a worker process before this process loads them."""
+"""Tokenizers from tokenizer.json, which a worker process tests before this process loads them."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _lock = threading.Lock()
 
 
 def begin_check(text: str) -> Future[None]:
-    """Begin to try `text` out, in a thread; the same text is tried once by this process.
+    """Start to test the tokenizer.json `text`; a process tests the same text once.
 
-    The future fails with `ModelLoadError` if loading it or encoding with it fails, hangs or takes
+    The future raises `ModelLoadError` if loading the text or encoding with it fails, hangs or takes
     too much memory.
     """
     raw = text.encode("utf-8", errors="surrogatepass")
@@ -52,7 +52,7 @@ def begin_check(text: str) -> Future[None]:
     def run() -> None:
         try:
             _try(raw)
-        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for it
+        except BaseException as error:  # noqa: BLE001 - the future raises it again
             check.set_exception(error)
         else:
             check.set_result(None)
@@ -71,17 +71,17 @@ def _try(raw: bytes) -> None:
             worker = WorkerProcess(memory, purpose="tokenizer")
         except OSError as error:
             raise ModelLoadError(
-                f"tokenizer.json: no process can be started to check it: {error.strerror}"
+                f"tokenizer.json: cannot start a process to test it: {error.strerror}"
             ) from error
         try:
             answer = json.loads(worker.call(encoded(job), MAX_SECONDS))
         except WorkerTimeoutError:
             raise ModelLoadError(
-                f"tokenizer.json: trying it out took longer than {MAX_SECONDS:g} s"
+                f"tokenizer.json: the test took longer than {MAX_SECONDS:g} s"
             ) from None
         except WorkerDiedError:
             raise ModelLoadError(
-                "tokenizer.json: trying it out crashed, or took too much memory or time"
+                "tokenizer.json: the test crashed, or took too much memory or time"
             ) from None
         finally:
             worker.close()
@@ -95,14 +95,14 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_
 def tokenizer_of(files: ModelFiles, config: Mapping[str, Any]) -> Tokenizer:
     """Return the tokenizer of a model; `config` is its config.json.
 
-    Raises `ModelLoadError` if tokenizer.json is missing or not one.
+    Raises `ModelLoadError` if tokenizer.json is missing or invalid.
     """
     text = _text(files)
     begin_check(text).result()
     try:
         backend = tokenizers.Tokenizer.from_str(text)
     except BaseException as error:  # the library raises nothing more precise
-        raise ModelLoadError(f"tokenizer.json: {as_error(error, 'it')}"[:600]) from error
+        raise ModelLoadError(f"tokenizer.json: {as_error(error, 'loading')}"[:600]) from error
     backend.no_truncation()
     backend.no_padding()
     settings = files.json("tokenizer_config.json") or {}
@@ -121,8 +121,8 @@ def tokenizer_of(files: ModelFiles, config: Mapping[str, Any]) -> Tokenizer:
     )
 
 
-def begin_checking(files: ModelFiles) -> None:
-    """Begin to try tokenizer.json out, beside other work; `tokenizer_of` waits for the result.
+def check_in_background(files: ModelFiles) -> None:
+    """Start to test tokenizer.json; `tokenizer_of` waits for the result.
 
     Raises `ModelLoadError` if it is missing.
     """
@@ -143,7 +143,7 @@ def _text(files: ModelFiles) -> str:
 def chat_template_of(
     files: ModelFiles, settings: Mapping[str, Any] | None = None
 ) -> ChatTemplate | None:
-    """Return the chat template among the files; a file of its own goes before the config's."""
+    """Return the model's chat template; a separate file takes precedence over the config's."""
     if settings is None:
         settings = files.json("tokenizer_config.json") or {}
     named: dict[str, str] = {}
@@ -177,7 +177,7 @@ def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 def _ends(
     backend: tokenizers.Tokenizer, named: Mapping[str, str], *configs: Mapping[str, Any]
 ) -> frozenset[int]:
-    """Return the ids that end a text: the first config that says something, and the eos token."""
+    """Return the ids that end a text: those of the first config with any, and the eos token's."""
     found: set[int] = set()
     for config in configs:
         value = config.get("eos_token_id")
@@ -195,7 +195,7 @@ def _ends(
 
 
 def _token_text(backend: tokenizers.Tokenizer) -> tuple[TokenText, bool]:
-    """Return how tokens are written, and whether decoding takes off a leading space."""
+    """Return how the vocabulary writes tokens, and whether decoding removes a leading space."""
     decoder = backend.decoder
     if decoder is None:
         return TokenText.OTHER, False

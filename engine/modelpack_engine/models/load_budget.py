@@ -114,16 +114,16 @@ def count_modules(limit: int, what: str) -> Iterator[None]:
         _counter.reset(token)
 
 
-_installing = threading.Lock()
+_install_lock = threading.Lock()
 _installed = False
 
 
 def _install() -> None:
-    """Have every new module counted where `count_modules` asks for it."""
+    """Make the constructor of modules count them inside `count_modules`."""
     global _installed
     from mlx.nn.layers.base import Module
 
-    with _installing:
+    with _install_lock:
         if _installed:
             return
         original = Module.__init__
@@ -140,17 +140,17 @@ def _install() -> None:
 
 #: The longest context: positions are 32-bit integers.
 MAX_POSITIONS = 2**31 - 1
-# One word of 32 bits holds so many packed weights at most.
+# The most packed weights in a word of 32 bits.
 _PACKED = 32
-# Modules that one tensor accounts for: its own, and containers, rotations and activations.
+# The modules allowed per tensor: its own, and containers, rotations and activations.
 _MODULES_PER_TENSOR = 8
 _MODULES = 1024
-_SMALL = 4096  # numbers that need no justification: kernels, groups, chunks
+_SMALL = 4096  # sizes up to this need no tensor to justify them: kernels, groups, chunks
 _MAX_DEPTH = 16
 
 _LAYERS = re.compile(r"(num_|n_)(hidden_|transformer_|decoder_|encoder_)?layers?|block_count|depth")
 _POSITIONS = re.compile(r".*(position|context|ctx|seq_?len|seq_length|max_length|window).*")
-# Numbers that size nothing: ids, bases of rotations, scales, and what training was done with.
+# Numbers that are not sizes: ids, bases of rotations, scales, and settings of the training.
 _NOT_SIZES = re.compile(
     r".*(token|_ids?$|^id2|theta|base|freq|scal|factor|seed|coef|loss|version|param|flops|global_step"
     r"|limit|budget|pixels|timeout|checkpoint|epoch|memory|transformers).*"
@@ -162,7 +162,7 @@ _INDEX = re.compile(r"(?<![^._])\d+(?![^._])")
 
 @dataclass(frozen=True, slots=True)
 class TensorBounds:
-    """Counts over all tensors: of layers, of tensors, and the largest dimension."""
+    """The number of layers and of tensors in the files, and the largest dimension of a tensor."""
 
     layers: int
     tensors: int
@@ -191,19 +191,19 @@ class TensorBounds:
             if _POSITIONS.fullmatch(key):
                 limit, why = MAX_POSITIONS, "positions are 32-bit integers"
             elif _LAYERS.fullmatch(key):
-                limit, why = 2 * self.layers, f"the tensors are of {self.layers} layers"
+                limit, why = 2 * self.layers, f"the tensors belong to {self.layers} layers"
             else:
                 limit = max(_SMALL, _PACKED * self.largest)
                 why = f"the largest dimension of a tensor is {self.largest}"
             if value > limit:
                 raise ModelLoadError(
                     f"{what}: {name} is {_shown(value)}, but {why}",
-                    hint="the configuration is damaged or belongs to another model",
+                    hint="check that the configuration belongs to these weights",
                 )
 
     @contextmanager
     def building(self, what: str) -> Iterator[None]:
-        """Bound the modules that are created within, by the number of tensors."""
+        """Limit the modules that this context creates, by the number of tensors."""
         checkpoint()
         with count_modules(_MODULES + _MODULES_PER_TENSOR * self.tensors, what):
             yield

@@ -1,4 +1,4 @@
-"""load: make a model and a tokenizer, ready to run, from the files of a model."""
+"""load: load a model and its tokenizer, ready to run, from the files of a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from modelpack_engine.models.precision import (
     evaluate,
     fits,
     position_rows,
-    set_dtype,
     unpack,
 )
 from modelpack_engine.models.safetensors import load_safetensors, read_config
@@ -34,7 +33,7 @@ from modelpack_engine.platform import cuda_graphs
 
 Device = Literal["cpu", "gpu"]
 
-#: Reduces a model that is not evaluated yet to one device's part; takes the config as well.
+#: Reduces a model to one device's part before it is evaluated; gets the model and its config.
 Shard = Callable[[Module, Mapping[str, Any]], None]
 
 _CONTEXT_KEYS = (
@@ -50,7 +49,7 @@ _DEFAULT_CONTEXT = 2048
 _FLOAT32_BYTES = 4
 _MAX_YARN_FACTOR = 1024  # those of published models are at most 64
 _TEMPLATE = "tokenizer.chat_template"
-_GO_TEMPLATE = "template.gotmpl"  # what a template of Ollama's is called here
+_GO_TEMPLATE = "template.gotmpl"  # the name of a template that was pulled from Ollama
 _log = logging.getLogger(__name__)
 
 
@@ -60,7 +59,7 @@ class LoadedModel:
 
     `config` is what mlx-lm's class was made from, `architecture` the name that the files give
     (`general.architecture`, or `model_type`), `context_length` in tokens. `notes` tell the user
-    what differs from the files. All weights are in memory: `weight_bytes` of them.
+    what differs from the files. All weights are in memory, in `weight_bytes` bytes.
     """
 
     model: Module
@@ -88,11 +87,11 @@ def load(
     is short. On a GPU weights stay packed, and the default dtype is that of the files (bfloat16
     for GGUF). `dense` decides whether quantised weights are unpacked; `requantize` whether GGUF
     types that MLX cannot pack without loss (Q6_K, Q3_K, Q2_K, IQ…) are held in 8 bits rather
-    than in `dtype`. `ignored_fields` of config.json may be there though nothing reads them. With
-    `shard`, only what that leaves of the model is held in memory.
+    than in `dtype`. `ignored_fields` of config.json are accepted although nothing reads
+    them. With `shard`, only this device's part of the model is held in memory.
 
-    Raises `ModelLoadError` for whatever is wrong with the files, naming it, and
-    `WeightFormatError` where one is damaged.
+    Raises `ModelLoadError`, naming the cause, for errors in the files, and `WeightFormatError` for
+    a damaged weight file.
     """
     with mx.stream(mx.cpu if device == "cpu" else mx.gpu):
         if files.format == "gguf":
@@ -110,9 +109,7 @@ def _load_gguf(
 ) -> LoadedModel:
     loader = GGUFLoader(GGUFFile.open(files.weights))
     notes = list(files.notes)
-    tokenizer = gguf_tokenizer_of(
-        files, loader.file.metadata
-    )  # the quicker part first, where much can be wrong
+    tokenizer = gguf_tokenizer_of(files, loader.file.metadata)  # first: it is quick and may fail
     if dtype is None:
         dtype = mx.float32 if device == "cpu" else mx.bfloat16
     if dense is None:
@@ -134,10 +131,10 @@ def _load_gguf(
 
 
 def gguf_tokenizer_of(files: ModelFiles, metadata: Metadata | None = None) -> Tokenizer:
-    """Return the tokenizer of a GGUF model, whose metadata are read unless they are given."""
+    """Return the tokenizer of a GGUF model; read its metadata unless they are given."""
     if metadata is None:
         metadata = GGUFFile.open(files.weights).metadata
-    # A template that was packaged on its own was chosen by somebody.
+    # A template in its own file was packaged on purpose.
     template = files.text(CHAT_TEMPLATE)
     if template is None and not metadata.text(_TEMPLATE, ""):
         template = _template_of_go(files)
@@ -150,14 +147,14 @@ def gguf_tokenizer_of(files: ModelFiles, metadata: Metadata | None = None) -> To
 
 
 def _template_of_go(files: ModelFiles) -> str | None:
-    """Return the template that Ollama put beside weights without one, as Jinja."""
+    """Return Ollama's template for weights that have none, as Jinja, or None."""
     text = files.text(_GO_TEMPLATE)
     if text is None:
         return None
     try:
         return as_jinja(text)
-    except RequestError as error:  # prompts without a template can be answered still
-        _log.warning("the chat template is left out: %s", error)
+    except RequestError as error:  # completions work without a template
+        _log.warning("the chat template is ignored: %s", error)
         return None
 
 
@@ -170,7 +167,7 @@ def _load_safetensors(
     shard: Shard | None,
 ) -> LoadedModel:
     config = read_config(files)
-    json_tokenizer.begin_checking(files)  # a process tries it out while weights are read
+    json_tokenizer.check_in_background(files)  # while weights are read
     notes = list(files.notes)
     named = config
     model, config, limits = load_safetensors(files, config, ignored_fields=ignored_fields)
@@ -182,11 +179,11 @@ def _load_safetensors(
         if config.get("quantization"):
             _note_density(notes, device, dense)
     if dtype is not None:
-        set_dtype(model, dtype)
+        model.set_dtype(dtype)
     if dense:
         left = unpack(model, dtype)
         if left:
-            notes.append(f"{len(left)} modules stay quantised, {left[0]} for one")
+            notes.append(f"{len(left)} modules stay quantised, for example {left[0]}")
     context, known = context_length_of(config)
     if not known:
         notes.append(f"the config names no context length; {context} tokens are assumed")
@@ -234,11 +231,13 @@ def _loaded(
 
 def _note_density(notes: list[str], device: Device, dense: bool) -> None:
     if device == "cpu" and not dense:
-        notes.append("weights stay quantised, since memory is short: several times slower")
+        notes.append(
+            "weights stay quantised because memory is short, which is several times slower"
+        )
 
 
 def context_length_of(config: Mapping[str, Any]) -> tuple[int, bool]:
-    """Return the context in tokens, and whether the config names it or it is assumed.
+    """Return the context length in tokens, and whether the config names it.
 
     With yarn it is at least the original length times the factor, as vLLM computes it.
     """

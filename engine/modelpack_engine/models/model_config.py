@@ -20,7 +20,7 @@ _DEFAULT = "default"
 _ORIGINAL = "original_max_position_embeddings"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
-# What classes call the base of the rotation and the part of a head that is rotated.
+# Names that classes use for the base of the rotation and for the rotated part of a head.
 _THETAS = ("rope_theta", "rotary_emb_base", "rope_base")
 _PARTS = ("partial_rotary_factor", "rotary_pct", "rope_pct")
 _LOCAL_THETAS = ("rope_local_base_freq", "local_rope_theta", "swa_rope_theta")
@@ -46,7 +46,7 @@ def normalised(config: Mapping[str, Any]) -> Config:
 
 
 def without_tags(value: Any) -> Any:
-    """Return a copy in which {"__float__": "Infinity"} is the number, as transformers 5 tags it."""
+    """Return a copy with numbers for the tags of transformers 5 ({"__float__": "Infinity"})."""
     if isinstance(value, dict):
         if set(value) == {"__float__"} and value["__float__"] in _FLOATS:
             return _FLOATS[value["__float__"]]
@@ -133,7 +133,7 @@ def _put(config: Config, where: str, name: str, value: Any, *, keep: bool) -> No
 
 
 def scaling_of(rope: Mapping[str, Any]) -> Config | None:
-    """Return the part of a rotation that scales it, None if it is the plain one."""
+    """Return the scaling settings of a rotation, or None if it is not scaled."""
     kind = rope.get("rope_type", rope.get("type", _DEFAULT))
     scaling = {
         key: value
@@ -192,7 +192,7 @@ def _shown(value: Any) -> str:
 
 # The same number under the names that configs and classes give it.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-# What transformers' classes compute with and leave out of config.json, by model type.
+# Values that transformers' classes use but leave out of config.json, by model type.
 _CONSTANTS: Mapping[str, Config] = {
     "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
     "gemma4_unified_text": {"hidden_size_per_layer_input": 0},
@@ -214,19 +214,19 @@ _SYNONYMS: Mapping[str, Mapping[str, str]] = {
     "lfm2": {"block_dim": "hidden_size"},
     "solar_open": {"intermediate_size": "moe_intermediate_size"},
 }
-# The types of layers that transformers 5 writes, in the words of mlx-lm's class.
+# mlx-lm's names for the layer types that transformers 5 writes.
 _LAYERS: Mapping[str, Mapping[str, str]] = {
     "granitemoehybrid": {"linear_attention": "mamba", _FULL: "attention"},
 }
-# Classes that know of layer_types only how often a layer without a window comes.
+# Classes that do not read layer_types, only the period of layers without a window.
 _PATTERNS = ("cohere2", "gemma3_text")
 _HEAD = "lm_head.weight"
 
 
 def completed(config: Config, arguments: type) -> Config:
-    """Return the config with what transformers leaves out of it and the class asks for.
+    """Return the config with the fields that the class requires and transformers leaves out.
 
-    Raises `ModelLoadError` for layers that the class cannot be told of.
+    Raises `ModelLoadError` for layer types that the class cannot express.
     """
     result = dict(config)
     for part in TEXT_PARTS:
@@ -251,7 +251,7 @@ def with_tied_embeddings(config: Config, names: Collection[str]) -> Config:
     """Return the config with `tie_word_embeddings` wherever a class may look for it.
 
     transformers 4 reads the one of the text model, 5 the outer one, and either may be left out. If
-    they differ, or there is none, the weights' `names` decide: a model with a head is not tied.
+    they differ, or both are missing, the weights' `names` decide: a model with a head is not tied.
     """
     parts = [part for part in TEXT_PARTS if isinstance(config.get(part), dict)]
     given = {
@@ -261,7 +261,7 @@ def with_tied_embeddings(config: Config, names: Collection[str]) -> Config:
     }
     has_head = any(name.endswith(_HEAD) for name in names)
     if not given and not parts and has_head:
-        return config  # what the class assumes
+        return config  # the class's default applies
     tied = given.pop() if len(given) == 1 else not has_head
     result = {**config, "tie_word_embeddings": tied}
     for part in parts:
@@ -306,13 +306,13 @@ def _with_names(config: Config, outer: str) -> Config:
 
 
 def _pattern_of(layers: Sequence[Any], kind: str) -> int:
-    """Return after how many layers one without a window comes; all such periods are alike."""
+    """Return n: every n-th layer has no window. Raise `ModelLoadError` for other patterns."""
     period = layers.index(_FULL) + 1 if _FULL in layers else 0
     if not period or any(
         (layer == _FULL) != (number % period == 0) for number, layer in enumerate(layers, start=1)
     ):
         raise ModelLoadError(
-            f"config.json: {kind} has no such layer_types; expected full attention in every n-th"
-            " layer"
+            f"config.json: these layer_types of {kind} are not supported; expected full attention"
+            " in every n-th layer"
         )
     return period

@@ -20,7 +20,7 @@ from modelpack_engine.models.load_budget import checkpoint
 Shape = tuple[int, ...]
 
 _NAMED_IN_ERRORS = 5
-# What classes of mlx-lm call a table of positions, and a second table of tokens.
+# Names in mlx-lm's classes of a table of positions, and of a second table of tokens.
 _POSITIONS, _PER_LAYER = "wpe", "embed_tokens_per_layer"
 
 
@@ -43,8 +43,8 @@ def check_parameters(what: str, expected: Mapping[str, Shape], got: Mapping[str,
         problems.append(f"not known to the model: {named(extra)}")
     if problems:
         raise ModelLoadError(
-            f"{what}: the tensors are not those of the model: {'; '.join(problems)}",
-            hint="the file is incomplete or of a variant of the architecture that is not supported",
+            f"{what}: the tensors do not match the model: {'; '.join(problems)}",
+            hint="check that all files belong to one model, of a supported architecture",
         )
     for name in sorted(expected):
         if expected[name] != got[name]:
@@ -54,7 +54,7 @@ def check_parameters(what: str, expected: Mapping[str, Shape], got: Mapping[str,
 
 
 def named(names: Iterable[str]) -> str:
-    """Return a few of the names, and how many more there are."""
+    """Return the first few names, and the number of the others, as text."""
     ordered = sorted(names)
     more = len(ordered) - _NAMED_IN_ERRORS
     return ", ".join(ordered[:_NAMED_IN_ERRORS]) + (f" and {more} more" if more > 0 else "")
@@ -67,23 +67,23 @@ def position_rows(model: Any) -> int | None:
 
 
 def token_rows(model: Any) -> int | None:
-    """Return the rows of the smallest table that tokens are looked up in; None without any.
+    """Return the rows of the smallest table of token embeddings, or None without any.
 
     MLX reads memory outside a table for an id past its end, without an error.
     """
     others = [_POSITIONS, "position_embedding_table"]
     if type(model).__module__.endswith(".gemma3n"):
-        others.append(_PER_LAYER)  # its class looks up only what this table has
+        others.append(_PER_LAYER)  # its class looks up only ids that this table has
     return min((rows for name, rows in _tables(model) if name not in others), default=None)
 
 
 def check_token_rows(model: Any, vocab_size: int) -> None:
-    """Raise `ModelLoadError` for a model with logits for tokens that some table does not have."""
+    """Raise `ModelLoadError` if the model has more logits than a table of embeddings has rows."""
     rows = token_rows(model)
     if rows is not None and rows < vocab_size:
         raise ModelLoadError(
             f"the model has {vocab_size} tokens, but a table of embeddings has {rows} rows",
-            hint="the configuration is damaged or belongs to another model",
+            hint="check that the configuration belongs to these weights",
         )
 
 
@@ -94,16 +94,16 @@ def _tables(model: Any) -> Iterator[tuple[str, int]]:
 
 
 _MEBIBYTE = 1 << 20
-# What a dense model may take of the memory that is free; the KV cache needs some too.
+# The part of free memory that a dense model may take; the KV cache needs memory too.
 _SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """How weights are held.
+    """The precision of a model's weights in memory.
 
-    `dtype` is that of whatever is not packed, and of scales. `dense` unpacks quantised weights.
-    `requantize` holds what MLX cannot pack without loss (Q6_K, IQ…) in 8 bits rather than 16.
+    `dtype` is the type of unpacked weights and of scales. `dense` unpacks quantised weights.
+    `requantize` holds types that MLX cannot pack without loss (Q6_K, IQ…) in 8 bits, not in 16.
     """
 
     dtype: mx.Dtype
@@ -112,13 +112,13 @@ class Precision:
 
 
 def fits(num_bytes: int) -> bool:
-    """Whether weights of this size leave room in the memory that is free now."""
+    """Return whether weights of this size leave enough of the free memory for the KV cache."""
     free = available_memory()
     return free is None or num_bytes <= _SHARE * free
 
 
 def available_memory() -> int | None:
-    """Return the bytes of memory that programs can still get, or None where nobody knows."""
+    """Return the bytes of memory that programs can still get, or None if unknown."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:
@@ -133,7 +133,7 @@ def available_memory() -> int | None:
 
 
 def evaluate(model: Module) -> int:
-    """Compute all weights, a few at a time so that little is held twice; return their bytes."""
+    """Evaluate all weights in batches, so that few are in memory twice; return their bytes."""
     arrays = [array for _, array in parameters_of(model)]
     batch: list[mx.array] = []
     pending = 0
@@ -146,11 +146,6 @@ def evaluate(model: Module) -> int:
             batch, pending = [], 0
     mx.eval(batch)
     return sum(array.nbytes for array in arrays)
-
-
-def set_dtype(model: Any, dtype: mx.Dtype) -> None:
-    """Make all floating-point parameters `dtype`, the scales of packed weights too."""
-    model.set_dtype(dtype)
 
 
 def dense_bytes(model: Any, itemsize: int) -> int:
@@ -168,7 +163,7 @@ def dense_bytes(model: Any, itemsize: int) -> int:
 def unpack(model: Any, dtype: mx.Dtype | None) -> Sequence[str]:
     """Replace quantised modules by dense ones; return the paths of those left as they are.
 
-    The product of scale and code is taken in `dtype`, or in the dtype of the scales if None.
+    Weights are computed in `dtype`, or in the dtype of their scales if it is None.
     """
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
@@ -211,7 +206,7 @@ def _unpacked(module: Any, kind: Any, dtype: mx.Dtype | None) -> Any:
         mode=getattr(module, "mode", "affine"),
         **options,
     )
-    # Tiny, then filled: the class sets up what else it has.
+    # Construct a tiny module, whose other attributes the class sets, then replace its weight.
     dense = kind(*(1,) * weight.ndim, **({} if kind is Embedding else {"bias": False}))
     dense.weight = weight if dtype is None else weight.astype(dtype)
     if "bias" in module:

@@ -20,17 +20,17 @@ from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.models.safetensors import load_safetensors, read_config
 from modelpack_engine.patches.mlx_lm_imports import kept_file_limit
 
-#: Weights that share a scale; mlx-lm's own default, which the models of mlx-community have.
+#: Weights per scale: mlx-lm's default, which the models of mlx-community have.
 GROUP_SIZE: Final = 64
-#: Bytes of one weight file, roughly: mlx-lm's own limit of 5 GB.
+#: The approximate limit of one weight file in bytes: mlx-lm's limit of 5 GB.
 SHARD_BYTES: Final = 5 << 30
-#: What `--quantize` takes, and the bits a weight that it means.
+#: The values of `--quantize`: bits per weight.
 BITS: Final = (4, 8)
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """What quantising did: `modules` have `bits` a weight now; sizes are bytes of weights."""
+    """The result: `modules` have `bits` per weight; `before` and `after` are bytes of weights."""
 
     bits: int
     modules: int
@@ -41,24 +41,24 @@ class Quantized:
 def quantize_directory(
     source: Path, target: Path, *, bits: int, follow_symlinks: bool = False
 ) -> Quantized:
-    """Make the model in `source` one of `bits` (4 or 8) a weight in the empty directory `target`.
+    """Quantise the model in `source` to `bits` (4 or 8) per weight, in an empty directory.
 
-    What is no weight goes along. The same files and versions of MLX give the same bytes. Raises
-    `UsageError` for weights that are no safetensors, or quantised already, and `ModelLoadError` for
-    an architecture that mlx-lm does not have.
+    Other files are copied. The same files and versions of MLX give the same bytes. Raises
+    `UsageError` for weights that are not safetensors or are quantised already, and `ModelLoadError`
+    for an architecture that mlx-lm does not have.
     """
     if bits not in BITS:
-        raise UsageError(f"{bits} bits a weight: expected 4 or 8")
+        raise UsageError(f"bits per weight is {bits}, expected 4 or 8")
     files = ModelFiles.from_directory(source)
     if files.format != "safetensors":
         raise UsageError(
-            f"{source}: only safetensors can be quantised, and these weights are {files.format}",
-            hint="for GGUF, there is llama-quantize of llama.cpp",
+            f"{source}: only safetensors can be quantised, but these weights are {files.format}",
+            hint="use llama-quantize of llama.cpp for GGUF",
         )
     config = read_config(files)
     for key in ("quantization", "quantization_config"):
         if config.get(key):
-            raise UsageError(f"{source}: config.json has {key!r}: it is quantised already")
+            raise UsageError(f"{source}: the model is quantised already: config.json has {key!r}")
     before = sum(path.stat().st_size for path in files.weights)
     model, config, _ = load_safetensors(files, config)
     with kept_file_limit():
@@ -70,7 +70,7 @@ def quantize_directory(
     modules = sum(name.endswith(".scales") for name in weights)
     if not modules:
         raise ModelLoadError(
-            f"{source}: nothing can be quantised in groups of {GROUP_SIZE}: no module is as wide"
+            f"{source}: no module is wide enough to be quantised in groups of {GROUP_SIZE}"
         )
     target.mkdir(parents=True, exist_ok=True)
     _copy_others(source, target, follow_symlinks)

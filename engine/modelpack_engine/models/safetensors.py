@@ -1,7 +1,7 @@
 """Load safetensors through mlx-lm's loader, so that all of its quantisations work.
 
-mlx-lm expects a directory with known file names, and blobs are named by digest. So it gets a
-temporary directory of links, which copies nothing, and a config that runs none of the model's code.
+mlx-lm expects a directory with known file names, but blobs are named by digest. It therefore gets a
+temporary directory of links, and a config that runs none of the model's code.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def read_config(files: ModelFiles) -> dict[str, Any]:
         )
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not _MODEL_TYPE.fullmatch(model_type):
-        raise ModelLoadError(f"config.json: model_type is {str(model_type)[:100]!r}")
+        raise ModelLoadError(f"config.json: model_type {str(model_type)[:100]!r} is not valid")
     if config.get("model_file") is not None:
         raise ModelLoadError(
-            f"config.json asks to run the model's own code ({str(config['model_file'])[:100]!r}),"
-            " which is never done"
+            f"config.json: model_file is {str(config['model_file'])[:100]!r}; the code of models is"
+            " never run"
         )
     return config
 
@@ -71,7 +71,7 @@ def load_safetensors(
     config = with_tied_embeddings(normalised(config), names)
     try:
         _, arguments = (classes or _get_classes)(config)
-    except (Exception, SystemExit) as error:  # mlx-lm's olmo exits without a package of its own
+    except (Exception, SystemExit) as error:  # mlx-lm's olmo exits if its package is missing
         raise _translated(error, str(config["model_type"])) from error
     limits = check_fields(config, arguments, ignored_fields)
     config = completed(config, arguments)
@@ -104,7 +104,7 @@ def load_safetensors(
 
 
 def _read_headers(files: ModelFiles) -> tuple[TensorBounds, Collection[str]]:
-    """Return the tensors' bounds and names; refuse a tensor that two shards have."""
+    """Return the tensors' bounds and names; raise `ModelLoadError` for a tensor in two shards."""
     seen: dict[str, Path] = {}
     shapes: list[tuple[str, tuple[int, ...]]] = []
     for path in files.weights:
@@ -117,7 +117,7 @@ def _read_headers(files: ModelFiles) -> tuple[TensorBounds, Collection[str]]:
 
 
 def _check_weights(model: Module) -> None:
-    """Refuse codes in place of numbers: fp8 without scales, which MLX reads as integers."""
+    """Raise `ModelLoadError` for fp8 weights without scales, which MLX reads as integers."""
     for path, module in model.named_modules():
         weight = module.get("weight")
         if not isinstance(weight, mx.array) or mx.issubdtype(weight.dtype, mx.floating):
@@ -125,7 +125,7 @@ def _check_weights(model: Module) -> None:
         if "scales" not in module and "weight_scale" not in module:
             raise ModelLoadError(
                 f"{path}.weight is quantised (stored as {str(weight.dtype).rpartition('.')[2]}),"
-                " and has no scales",
+                " but has no scales",
                 hint="convert the model again, or use weights that are not quantised",
             )
 
@@ -137,8 +137,8 @@ def _translated(error: BaseException, model_type: str) -> ModelLoadError:
     if "not supported" in text and model_type in text:
         return ModelLoadError(
             f"the architecture {model_type!r} is not supported by the installed mlx-lm",
-            hint="a newer mlx-lm may have it",
+            hint="try a newer mlx-lm",
         )
     if not isinstance(error, ValueError):
         text = f"{type(error).__name__}: {text}"
-    return ModelLoadError(f"mlx-lm's {model_type} cannot be made of these files: {text}")
+    return ModelLoadError(f"cannot build mlx-lm's {model_type} from these files: {text}")

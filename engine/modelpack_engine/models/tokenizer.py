@@ -24,22 +24,22 @@ Message = Mapping[str, Any]
 
 _guarded = no_panics("the tokenizer")
 
-# Requests have threads of their own; the library's pool warns of every fork, and adds nothing.
+# Requests have their own threads; the library's pool adds nothing, and warns of every fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-#: Bytes of a text per token that are allowed for any tokenizer: some drop blanks, or make one token
-#: of a long word that they do not know.
+#: Bytes of text per token that are allowed for any tokenizer: some drop blanks, or turn a long
+#: unknown word into one token.
 _LEAST_BYTES = 128
-# Texts of fewer bytes, or of fewer bytes per token, are encoded at once, not counted first.
+# Texts of fewer bytes, or of fewer bytes per token, are encoded without counting tokens first.
 _SHORT_TEXT = 64 * 1024
 _USUAL_BYTES = 4
-# Characters that are counted at a time, and tokens that a cut between them may add.
+# Characters per part whose tokens are counted, and tokens that a cut between parts may add.
 _PART = 8192
 _SLACK = 16
 
 
 class TextTooLongError(Exception):
-    """A text has more tokens than it may: `at_least` so many."""
+    """A text has too many tokens: `at_least` is a lower bound of their number."""
 
     def __init__(self, at_least: int) -> None:
         super().__init__(f"at least {at_least} tokens")
@@ -55,7 +55,7 @@ class TokenText(Enum):
 
 
 class Tokenizer:
-    """Thread-safe. Ids are those of the model, `vocab_size` counts those that have text.
+    """A tokenizer for any thread. Ids are the model's; `vocab_size` counts those that have text.
 
     `eos_token_ids` end a text; `bos` is the id that prompts start with, or None.
     """
@@ -94,17 +94,17 @@ class Tokenizer:
 
     @property
     def strips_leading_space(self) -> bool:
-        """Whether a text's first space is SentencePiece's own."""
+        """Whether decoding removes a text's first space, which SentencePiece adds."""
         return self._strip_leading_space
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the model brings a chat template."""
+        """Whether the model has a chat template."""
         return self._chat_template is not None
 
     @property
     def chat_template(self) -> str | None:
-        """The text of the model's chat template: of the one for tools, where it has two."""
+        """The text of the model's chat template; if it has two, of the one for tools."""
         if self._chat_template is None:
             return None
         return self._chat_template.tool_use or self._chat_template.source
@@ -119,21 +119,21 @@ class Tokenizer:
         return max((len(piece.encode()) for piece in pieces), default=1)
 
     def max_text_bytes(self, max_tokens: int) -> int:
-        """Return the bytes beyond which a text has more than `max_tokens` tokens for certain."""
+        """Return the size in bytes above which every text has more than `max_tokens` tokens."""
         return max_tokens * max(self.longest_token, _LEAST_BYTES)
 
     @_guarded
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True
     ) -> list[int]:
-        """Return the token ids of `text`; other threads run meanwhile.
+        """Return the token ids of `text`; releases the GIL.
 
-        `add_special_tokens` puts in what the model wants around every prompt (often the beginning
-        of sequence). Without `parse_special` the text `<|im_end|>` is only text: use that for
-        what users write.
+        `add_special_tokens` adds the tokens that the model expects around every prompt (often the
+        beginning of sequence). Without `parse_special`, `<|im_end|>` is encoded as ordinary text:
+        use that for the text of users.
         """
         with self._mode.of(parse_special):
-            # Only the calls for batches let other threads run.
+            # Only the calls for batches release the GIL.
             [encoded] = self._backend.encode_batch_fast(
                 [_clean(text)], add_special_tokens=add_special_tokens
             )
@@ -142,10 +142,10 @@ class Tokenizer:
 
     @_guarded
     def check_length(self, text: str, max_tokens: int) -> None:
-        """Raise `TextTooLongError` for a text that has more than `max_tokens` tokens for certain.
+        """Raise `TextTooLongError` for a text that certainly has more than `max_tokens` tokens.
 
-        It takes no longer than so many tokens do, however long the text is. A text that is a few
-        tokens too long may pass.
+        It takes at most as long as encoding `max_tokens` tokens, however long the text is. A text
+        that is a few tokens too long may pass.
         """
         size = _size(text)
         if size <= max(_SHORT_TEXT, max_tokens * _USUAL_BYTES):
@@ -166,10 +166,10 @@ class Tokenizer:
     def encode_typed(
         self, text: str, pair: str | None = None, *, max_length: int | None = None
     ) -> tuple[list[int], list[int]]:
-        """Return the ids of `text`, or of `text` and `pair`, and for each the number of its part.
+        """Return the ids of `text`, or of `text` and `pair`, and the type of each: 0 or 1 (`pair`).
 
-        What encoders read. `max_length` cuts off the end of the text, or of the longer of the
-        two, so that the special tokens stay; None cuts nothing.
+        Encoders read both. `max_length` cuts off the end of the text, or of the longer of the two,
+        and keeps the special tokens; None cuts nothing.
         """
         given: str | tuple[str, str] = _clean(text)
         if pair is not None:
@@ -180,10 +180,10 @@ class Tokenizer:
 
     @_guarded
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD.
+        """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD.
 
-        The space that SentencePiece puts before a text is taken off again. Text that continues
-        another one is put together from `token_bytes`.
+        Removes the space that SentencePiece puts before a text. To continue another text, join
+        `token_bytes` instead.
         """
         if skip_special_tokens:
             ids = [at for at in ids if at not in self.special_token_ids]
@@ -217,7 +217,7 @@ class Tokenizer:
 
     @_guarded
     def token_id(self, text: str) -> int | None:
-        """Return the id of the token that the vocabulary writes so, or None."""
+        """Return the id of the token that the vocabulary writes as `text`, or None."""
         found: int | None = self._backend.token_to_id(text)
         return found
 
@@ -232,9 +232,9 @@ class Tokenizer:
     ) -> str:
         """Return the prompt text of a conversation.
 
-        `template` takes the place of the model's own. `variables` are the template's own
-        (`enable_thinking`, …). Raises `RequestError` if there
-        is no template, or if it fails, loops or misbehaves.
+        `template` replaces the model's own. `variables` are those that the template defines
+        (`enable_thinking`, …). Raises `RequestError` if there is no template, or if it fails, loops
+        or misbehaves.
         """
         template = template or self._chat_template
         if template is None:
@@ -286,12 +286,12 @@ class _Mode:
 
     @contextmanager
     def of(self, parse_special: bool, max_length: int | None = None) -> Iterator[None]:
-        """Have the switches set so for a while."""
+        """Set the switches while the context is open."""
         wanted = (parse_special, max_length)
         with self._free:
             self._free.wait_for(lambda: not self._users or self._set == wanted)
             if self._set != wanted:
-                self._set = None  # until all of it is done
+                self._set = None  # unknown, should setting them fail
                 self._backend.encode_special_tokens = not parse_special
                 if max_length is None:
                     self._backend.no_truncation()
@@ -339,7 +339,7 @@ _BYTES = _byte_characters()
 def _byte_level(piece: str) -> bytes:
     try:
         return bytes([_BYTES[character] for character in piece])
-    except KeyError:  # a token that was never written in bytes
+    except KeyError:  # a token that is not written in bytes
         return piece.encode()
 
 

@@ -73,14 +73,14 @@ def test_missing_layer(tmp_path: Path) -> None:
         for name in [name for name in weights if ".layers.1." in name]:
             del weights[name]
 
-    refuse(written(tmp_path, LLAMA, change), "say 2 layers, the tensors are of 1")
+    refuse(written(tmp_path, LLAMA, change), "name 2 layers, but the tensors are of 1")
 
 
 def test_extra_tensor(tmp_path: Path) -> None:
     def change(weights: Weights) -> None:
         weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
 
-    refuse(written(tmp_path, LLAMA, change), r"llama has no place for: blk\.0\.attn_rot_embd")
+    refuse(written(tmp_path, LLAMA, change), r"llama has no such tensors: blk\.0\.attn_rot_embd")
 
 
 def test_bias_that_the_class_does_not_have(tmp_path: Path) -> None:
@@ -103,14 +103,14 @@ def test_wrong_shape(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_attention_heads": 0}, "no heads or no width"),
-        ({"num_hidden_layers": 2**31}, "say 2147483648 layers, the tensors are of 2"),
-        ({"num_hidden_layers": 0}, "say 0 layers"),
+        ({"num_attention_heads": 0}, "no attention heads, or heads of size 0"),
+        ({"num_hidden_layers": 2**31}, "name 2147483648 layers, but the tensors are of 2"),
+        ({"num_hidden_layers": 0}, "the metadata name 0 layers"),
         ({"num_key_value_heads": 0}, "make no llama model|shape|largest dimension"),
-        ({"hidden_size": 32}, "rope on a part of the head|shape"),
+        ({"hidden_size": 32}, "rope on a part of each head|shape"),
         ({"intermediate_size": 2**31}, "make no llama model|shape|largest dimension"),
-        ({"head_dim": 48}, "rope on a part of the head|shape"),
-        ({"head_dim": 0}, "no heads or no width"),
+        ({"head_dim": 48}, "rope on a part of each head|shape"),
+        ({"head_dim": 0}, "no attention heads, or heads of size 0"),
     ],
 )
 def test_lying_metadata(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_lying_metadata(changes: dict[str, Any], message: str, tmp_path: Path) -
         ("llama", "llama.rope.scaling.type", "strange", "rope scaling 'strange'"),
         ("llama", "llama.context_length", "many", "'llama.context_length' is STRING"),
         ("phi3", "phi3.rope.scaling.type", "yarn", "phi3 with rope scaling 'yarn'"),
-        ("gemma3", "gemma3.final_logit_softcapping", 30.0, "gemma3 with capped logits"),
+        ("gemma3", "gemma3.final_logit_softcapping", 30.0, "gemma3 with softcapped logits"),
         ("gpt-oss", "gpt-oss.attention.sliding_window_pattern", 3, "another pattern"),
         ("qwen2-yarn", "qwen2.rope.scaling.yarn_attn_factor", 2.0, "scales attention"),
     ],
@@ -206,7 +206,7 @@ def test_missing_shard(tmp_path: Path) -> None:
 
 def test_two_models(tmp_path: Path) -> None:
     paths = [LLAMA.write(tmp_path / name) for name in ("a.gguf", "b.gguf")]
-    with pytest.raises(ModelLoadError, match="no shards of one model"):
+    with pytest.raises(ModelLoadError, match="the 2 GGUF files are not shards of one model"):
         load(ModelFiles(tuple(paths), "gguf"), device="cpu")
 
 

@@ -24,11 +24,15 @@ from tests.engine.loaders.tiny_models import TINY_MODELS
 HUGE = 10**7
 #: model, what is changed in its config, and what the error names.
 HOSTILE: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", {"num_hidden_layers": HUGE}, "num_hidden_layers is 10000000, but the tensors are of"),
+    (
+        "llama",
+        {"num_hidden_layers": HUGE},
+        "num_hidden_layers is 10000000, but the tensors belong to 2 layers",
+    ),
     ("llama", {"num_hidden_layers": 10**18}, "num_hidden_layers"),
     ("llama", {"num_hidden_layers": 1e7}, "num_hidden_layers"),
     ("llama", {"num_hidden_layers": 9}, "num_hidden_layers"),
-    ("llama", {"num_hidden_layers": -1}, "cannot be made of these files"),
+    ("llama", {"num_hidden_layers": -1}, "cannot build mlx-lm's llama from these files"),
     ("llama", {"num_hidden_layers": -HUGE}, "negative"),
     ("llama", {"num_hidden_layers": True}, "parameters|missing"),
     ("llama", {"num_hidden_layers": "10000000"}, "TypeError"),

@@ -113,16 +113,19 @@ def narrow(source: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda d: changed(d, quantization={"bits": 4, "group_size": 64}), "it is quantised alrea"),
+        (
+            lambda d: changed(d, quantization={"bits": 4, "group_size": 64}),
+            "the model is quantised already",
+        ),
         (
             lambda d: changed(d, quantization_config={"quant_method": "awq"}),
             "'quantization_config'",
         ),
         (lambda d: changed(d, model_type="nothing"), "'nothing' is not supported"),
-        (lambda d: changed(d, model_file="evil.py"), "to run the model's own code"),
+        (lambda d: changed(d, model_file="evil.py"), "the code of models is never run"),
         (lambda d: (d / "config.json").unlink(), "has no config.json"),
         (lambda d: [p.unlink() for p in d.glob("*.safetensors")], "no weights"),
-        (narrow, "nothing can be quantised in groups of 64"),
+        (narrow, "no module is wide enough to be quantised in groups of 64"),
     ],
 )
 def test_what_cannot_be_quantised(

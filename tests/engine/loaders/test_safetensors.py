@@ -168,17 +168,20 @@ def test_context_length_that_nobody_knows(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"model_type": "nothing_like_it"}, "architecture 'nothing_like_it' is not supported"),
-        ({"model_type": "../evil"}, r"model_type is '\.\./evil'"),
-        ({"model_type": None}, "model_type is 'None'"),
-        ({"model_type": "cache"}, "mlx-lm's cache cannot be made"),
-        ({"model_file": "model.py"}, "run the model's own code"),
+        ({"model_type": "../evil"}, r"model_type '\.\./evil' is not valid"),
+        ({"model_type": None}, "model_type 'None' is not valid"),
+        ({"model_type": "cache"}, "cannot build mlx-lm's cache from these files"),
+        ({"model_file": "model.py"}, "the code of models is never run"),
         ({"hidden_size": 32}, "shape"),
         ({"num_hidden_layers": 3}, r"model\.layers\.2\."),
         ({"num_hidden_layers": 1}, r"model\.layers\.1\."),
-        ({"hidden_size": None}, "mlx-lm's llama cannot be made"),
-        ({"num_attention_heads": 0}, "mlx-lm's llama cannot be made"),
-        ({"quantization": {"bits": 4}}, "mlx-lm's llama cannot be made"),
-        ({"quantization_config": {"quant_method": "awq"}}, "mlx-lm's llama cannot be made"),
+        ({"hidden_size": None}, "cannot build mlx-lm's llama from these files"),
+        ({"num_attention_heads": 0}, "cannot build mlx-lm's llama from these files"),
+        ({"quantization": {"bits": 4}}, "cannot build mlx-lm's llama from these files"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "cannot build mlx-lm's llama from these files",
+        ),
     ],
 )
 def test_bad_configs(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -167,9 +167,9 @@ def test_what_looks_like_an_end_may_be_text(kind: int, ends: bool, tmp_path: Pat
     [
         ({"pre": "no-such-pre"}, "pre-tokeniser 'no-such-pre' is not known"),
         ({"model": "t5"}, "tokenizer 't5' is not supported"),
-        ({"tokens": ["a", "a"], "types": [1, 1]}, "holds a token twice"),
+        ({"tokens": ["a", "a"], "types": [1, 1]}, "the vocabulary contains a token twice"),
         ({"types": [1]}, "435 tokens have 1 types"),
-        ({"merges": ["nospace"]}, "'nospace' has no two parts"),
+        ({"merges": ["nospace"]}, "'nospace' does not have two parts"),
     ],
 )
 def test_bad_vocabularies(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_library_that_gives_up_is_a_model_error(tmp_path: Path) -> None:
     vocabulary.add_to(writer, pre="llama-bpe")
     writer.add_bos_token_id(1)
     finish(writer)
-    with pytest.raises(ModelLoadError, match="its vocabulary makes no tokenizer"):
+    with pytest.raises(ModelLoadError, match="cannot make a tokenizer from its vocabulary"):
         read(path)
 
 
@@ -263,7 +263,7 @@ def test_a_vocabulary_of_too_many_merges(tmp_path: Path) -> None:
     tokens = ["a" * length for length in range(1, 600)]
     many = Vocabulary("llama", tokens, [1] * len(tokens), scores=[0.0] * len(tokens))
     path = write_vocabulary(tmp_path / "many.gguf", with_ends(many))
-    with pytest.raises(ModelLoadError, match=r"makes more than \d+ merges, of \d+ characters"):
+    with pytest.raises(ModelLoadError, match=r"has more than \d+ merges, of \d+ characters"):
         read(path)
     tokens = [f"{number:04}" + "ab" * 2000 for number in range(40)]
     long = Vocabulary("llama", tokens, [1] * len(tokens), scores=[0.0] * len(tokens))
@@ -292,5 +292,5 @@ def test_a_token_is_no_part_of_the_template(kind: str, first: str, tmp_path: Pat
     writer.add_uint32("tokenizer.ggml.cls_token_id", 0)
     writer.add_uint32("tokenizer.ggml.bos_token_id", 0)
     finish(writer)
-    with pytest.raises(ModelLoadError, match="cannot be put around a text"):
+    with pytest.raises(ModelLoadError, match="cannot begin or end a text"):
         read(tmp_path / "v.gguf")

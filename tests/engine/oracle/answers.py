@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from modelpack_engine.models.files import ModelFiles
-from modelpack_engine.models.precision import set_dtype
 from modelpack_engine.models.safetensors import load_safetensors, read_config
 from tests.engine.oracle.weights import POSITIONS, TOKENS, weight
 
@@ -66,7 +65,7 @@ def answer(case: Case, directory: Path) -> tuple[npt.NDArray[np.float64], int | 
     (directory / "config.json").write_text(json.dumps(case.config))
     files = ModelFiles.from_directory(directory)
     model, _, limits = load_safetensors(files, read_config(files))
-    set_dtype(model, mx.float32)
+    model.set_dtype(mx.float32)
     logits = model(mx.array([TOKENS]))[0]
     return np.array(logits[list(POSITIONS), :64], dtype=np.float64), limits.max_length
 
