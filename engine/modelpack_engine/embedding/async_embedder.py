@@ -1,8 +1,8 @@
-"""AsyncEmbedder: an embedding model in a thread of its own, which makes every call to MLX.
+"""AsyncEmbedder: an embedding model in its own thread, which makes every call to MLX.
 
-Pending requests run together: each batch takes the input that has waited longest and those nearest
-to it in length, of any request. It has the interface that a pool of models expects of an engine,
-but generates nothing. `make_model` loads MLX, not this module: a BLAS has to be chosen before.
+Each batch has the input that has waited longest and the inputs nearest to it in length, of any
+request. `AsyncEmbedder` has the interface that the model pool expects of an engine, but generates
+no text.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-#: How many waiting inputs are looked at to find those of similar length.
+#: The most waiting inputs that are considered for a batch.
 _LOOK_AHEAD = 4096
 
 
@@ -57,7 +57,7 @@ class _Request:
     done: asyncio.Future[list[Any]]
     results: list[Any] = field(default_factory=list)
     missing: int = 0
-    dropped: bool = False  # nobody waits for it any more
+    dropped: bool = False  # its caller no longer waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +130,11 @@ class AsyncEmbedder:
 
     @property
     def memory_bytes(self) -> int:
-        """The bytes of the weights; what a batch takes comes and goes."""
+        """The bytes of the weights; batches hold memory only while they run."""
         return 0 if self._model is None else self._model.weight_bytes
 
     def stats(self) -> EngineStats:
-        """Return an engine's counters: nothing is generated, and nothing stays cached."""
+        """Return the counters of requests and prompt tokens; the others are 0."""
         return EngineStats(
             num_running=self._running,
             num_finished=self._finished,
@@ -142,7 +142,7 @@ class AsyncEmbedder:
         )
 
     async def submit(self, request: EngineRequest) -> RequestStream:
-        """Raise `RequestError`: there is nothing that generates text."""
+        """Raise `RequestError`: the model does not generate text."""
         raise RequestError(
             f"this model ({self.model.config.architecture}) does not generate text",
             param="model",
@@ -151,7 +151,7 @@ class AsyncEmbedder:
 
     @property
     def ranks_pairs(self) -> bool:
-        """Whether it is a cross-encoder, which gives no vectors."""
+        """Whether the model is a cross-encoder, which has scores but no vectors."""
         from modelpack_engine.embedding.embedder import CrossEncoder
 
         return isinstance(self.model, CrossEncoder)
@@ -161,7 +161,7 @@ class AsyncEmbedder:
     ) -> Embeddings:
         """Return the vectors of the inputs, as `Embedder.embed` does.
 
-        Raises what it raises, and `RequestError` if the model is a cross-encoder.
+        Raises the errors of `Embedder.embed`, and `RequestError` if the model is a cross-encoder.
         """
         from modelpack_engine.embedding.embedder import CrossEncoder
 
@@ -179,13 +179,14 @@ class AsyncEmbedder:
     async def score(self, pairs: Sequence[Pair], *, truncate: bool = False) -> Scores:
         """Return the logits of (query, document), as `CrossEncoder.score` does.
 
-        Raises what it raises, and `RequestError` if the model is no cross-encoder.
+        Raises the errors of `CrossEncoder.score`, and `RequestError` if the model is not a
+        cross-encoder.
         """
         from modelpack_engine.embedding.embedder import Embedder
 
         model = self.model
         if isinstance(model, Embedder):
-            raise RequestError("this model is no cross-encoder", param="model")
+            raise RequestError("this model is not a cross-encoder", param="model")
         prepared = await prepare(
             sum(len(text) for pair in pairs for text in pair),
             lambda: model.read(pairs, truncate=truncate),
@@ -207,7 +208,7 @@ class AsyncEmbedder:
 
     @contextmanager
     def _counted(self, tokens: int) -> Iterator[None]:
-        """Count a request and why it ended, on whose event loop it is."""
+        """Count a request and its finish reason; runs on the event loop of the request."""
         began, reason = time.monotonic(), "error"
         self._running += 1
         try:
@@ -257,13 +258,13 @@ class AsyncEmbedder:
         try:
             while self._take_requests():
                 if self._waiting:
-                    self._turn(self._model)
+                    self._run_batch(self._model)
         finally:
             self.state = EngineState.STOPPED
             self._fail_all()
 
     def _take_requests(self) -> bool:
-        """Take in what was asked for; wait if there is nothing else to do. False at the end."""
+        """Queue new requests; wait for one if none is queued. Return False to stop."""
         while True:
             try:
                 request = self._calls.get(block=not self._waiting)
@@ -274,8 +275,8 @@ class AsyncEmbedder:
                 return False
             self._waiting += [_Item(request, place) for place in range(len(request.prepared))]
 
-    def _turn(self, model: Embedder | CrossEncoder) -> None:
-        """Run one batch, and hand results to the requests that are complete."""
+    def _run_batch(self, model: Embedder | CrossEncoder) -> None:
+        """Run one batch, and return the results of the requests that are complete."""
         lengths = [len(item.prepared) for item in self._waiting[:_LOOK_AHEAD]]
         places = next_batch(lengths, model.limits)
         batch = [self._waiting[place] for place in places]
@@ -334,8 +335,8 @@ async def rank_pairs(
     """Return a score for each (query, document), the higher the better, and the tokens read.
 
     A cross-encoder's score is the sigmoid of its logit, between 0 and 1; an embedding model's is
-    the cosine of the two vectors, between -1 and 1. `nouns` are what errors call the texts. Raises
-    what `AsyncEmbedder.embed` and `AsyncEmbedder.score` raise.
+    the cosine of the two vectors, between -1 and 1. Errors call the texts by
+    `nouns`. Raises the errors of `AsyncEmbedder.embed` and `AsyncEmbedder.score`.
     """
     if model.ranks_pairs:
         scores = await model.score(pairs, truncate=truncate)

@@ -28,15 +28,15 @@ from modelpack_engine.errors import EngineError, RequestError
 
 
 def as_arrays(batch: Sequence[Prepared]) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Return ids and types int32 [texts, tokens], filled up with 0; lengths and skipped [texts]."""
+    """Return ids and types int32 [texts, tokens], padded with 0; lengths and skipped [texts]."""
     longest = max(map(len, batch))
 
-    def filled(rows: Iterable[tuple[int, ...]]) -> mx.array:
+    def padded(rows: Iterable[tuple[int, ...]]) -> mx.array:
         return mx.array([[*row, *[0] * (longest - len(row))] for row in rows], mx.int32)
 
     return (
-        filled(each.token_ids for each in batch),
-        filled(each.type_ids for each in batch),
+        padded(each.token_ids for each in batch),
+        padded(each.type_ids for each in batch),
         mx.array([len(each) for each in batch], mx.int32),
         mx.array([each.skipped for each in batch], mx.int32),
     )
@@ -73,10 +73,10 @@ class CrossEncoder:
         self._encoder = encoder
 
     def score(self, pairs: Sequence[Pair], *, truncate: bool = False) -> Scores:
-        """Return the logits of (query, document); `sigmoid` makes them lie between 0 and 1.
+        """Return the logits of (query, document); `sigmoid` maps them to scores from 0 to 1.
 
-        `truncate` cuts the longer text of a pair that is too long. Raises `ContextLengthError`
-        else, and `EngineError` if a logit is no number.
+        `truncate` cuts the longer text of a pair that is too long, which otherwise raises
+        `ContextLengthError`. Raises `EngineError` if a logit is not finite.
         """
         prepared = self.read(pairs, truncate=truncate)
         logits = [0.0] * len(prepared)
@@ -105,10 +105,10 @@ class CrossEncoder:
         return [float(logit) for logit in np.array(logits)]
 
     def finish(self, logits: Sequence[float], prepared: Sequence[Prepared]) -> Scores:
-        """Return what a request gets; any thread may call it."""
+        """Check the logits of a request, and return its scores; any thread may call it."""
         for index, logit in enumerate(logits):
             if not np.isfinite(logit):
-                raise EngineError(f"the score of document {index} is no finite number")
+                raise EngineError(f"the score of document {index} is not a finite number")
         return Scores(tuple(logits), tuple(len(each) for each in prepared))
 
 
@@ -116,21 +116,21 @@ _SHORTEST = 1e-12
 
 
 class Backbone(Protocol):
-    """What gives hidden states: an `Encoder` or a `Decoder`."""
+    """A model that computes hidden states: an `Encoder` or a `Decoder`."""
 
     def __call__(
         self, token_ids: mx.array, lengths: mx.array, type_ids: mx.array | None = None
     ) -> mx.array:
-        """Return hidden states [texts, tokens, size] of ids that are filled up on the right."""
+        """Return hidden states [texts, tokens, size] of ids that are padded on the right."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class EmbedderConfig:
-    """What an embedding model is, as its files say.
+    """The configuration of an embedding model, from its files.
 
-    `dimension` is that of its vectors, `max_length` counts tokens with the special ones.
-    `prompts` are by name; none is put before a text unless it is asked for. Without
+    `dimension` is the size of its vectors; `max_length` counts tokens, special ones included.
+    `prompts` are texts by name; a request may ask to put one before its inputs. Without
     `pools_prompt`, a prompt's tokens are read but not pooled.
     """
 
@@ -179,7 +179,7 @@ class Embedder:
         """Return the vectors of texts or lists of token ids. Options: `EmbedOptions`.
 
         Raises `RequestError` for options that the model cannot fulfil and inputs that it cannot
-        read (`ContextLengthError`: too long), `EngineError` if a vector is not numbers.
+        read (`ContextLengthError`: too long), `EngineError` if a vector is not finite.
         """
         options = EmbedOptions(dimensions, normalize, truncate, prompt)
         prepared = self.read(inputs, options)
@@ -191,7 +191,7 @@ class Embedder:
         vectors = [vector for vector in raw if vector is not None]
         return self.finish(vectors, prepared, options)
 
-    # The parts of `embed`, for who puts several requests together
+    # The parts of `embed`, for callers that batch several requests
 
     def read(self, inputs: Sequence[Input], options: EmbedOptions) -> list[Prepared]:
         """Return the inputs as tokens; any thread may call it."""
@@ -216,7 +216,7 @@ class Embedder:
         return prepared
 
     def run(self, batch: Sequence[Prepared]) -> list[Vector]:
-        """Return the model's vectors of one batch, as its files make them."""
+        """Return the vectors of one batch, before the options of requests are applied."""
         token_ids, type_ids, lengths, skipped = as_arrays(batch)
         hidden = self._backbone(token_ids, lengths, type_ids)
         vectors = self._steps(pool(hidden, lengths, self.config.pooling, skipped))
@@ -226,7 +226,7 @@ class Embedder:
     def finish(
         self, vectors: Sequence[Vector], prepared: Sequence[Prepared], options: EmbedOptions
     ) -> Embeddings:
-        """Return what a request gets of the model's vectors; any thread may call it."""
+        """Apply a request's options to the model's vectors; any thread may call it."""
         for index, vector in enumerate(vectors):
             if not np.isfinite(vector).all():
                 raise EngineError(f"the vector of input {index} is not made of finite numbers")
@@ -240,11 +240,14 @@ class Embedder:
         wanted = options.dimensions
         if wanted is not None and not 1 <= wanted <= self.config.dimension:
             raise RequestError(
-                f"dimensions is {wanted}, the model's vectors have {self.config.dimension}",
+                f"dimensions is {wanted}, but the model's vectors have {self.config.dimension}",
                 param="dimensions",
             )
         if options.normalize is False and self.config.normalize:
-            raise RequestError("the model's vectors have length 1", param="normalize")
+            raise RequestError(
+                "normalize is false, but the model's vectors always have length 1",
+                param="normalize",
+            )
 
     def _prompt(self, name: str | None) -> str:
         if name is None:

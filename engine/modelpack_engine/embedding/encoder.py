@@ -17,9 +17,9 @@ import mlx.nn as nn
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "tanh"]
 
-#: Scores of so many queries are in memory at a time: 8192 tokens would else need gigabytes.
+#: The most queries whose scores are in memory at once: those of 8192 tokens need gigabytes.
 _QUERY_CHUNK = 1024
-_RELATIVE_DISTANCE = 128  # MPNet's, which its config does not name
+_RELATIVE_DISTANCE = 128  # MPNet's; its config does not contain it
 
 _FUNCTIONS: Mapping[Activation, Callable[[mx.array], mx.array]] = {
     "gelu": nn.gelu,
@@ -33,12 +33,12 @@ _FUNCTIONS: Mapping[Activation, Callable[[mx.array], mx.array]] = {
 
 @dataclass(frozen=True, slots=True)
 class EncoderConfig:
-    """What the encoder is made of.
+    """The structure of an encoder.
 
     `position_table` is the number of learnt positions, 0 for none; the first token is at
     `position_offset`, and `max_tokens` is the longest input. `pad_token_id` matters where
     positions skip padding (RoBERTa). `rope_bases` and `windows` have one entry per layer: a base
-    of None is no rotation, a window of None sees everything, of w sees w tokens to either side.
+    of None means no rotation; a window of w covers w tokens on either side, None the whole text.
     """
 
     architecture: str
@@ -70,7 +70,7 @@ class EncoderConfig:
 
 
 class Encoder(nn.Module):  # type: ignore[misc]  # mlx.nn has no annotations
-    """Sees a whole text from both sides."""
+    """A bidirectional transformer: each token attends to the whole text or a window of it."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -89,8 +89,8 @@ class Encoder(nn.Module):  # type: ignore[misc]  # mlx.nn has no annotations
     ) -> mx.array:
         """Return hidden states, [texts, tokens, hidden_size].
 
-        `token_ids` int32 [texts, tokens] is filled up on the right; `lengths` int32 [texts] says
-        how many tokens are real. Hidden states of filled places mean nothing.
+        `token_ids` int32 [texts, tokens] is padded on the right; `lengths` int32 [texts] counts the
+        real tokens. Hidden states of padding are meaningless.
         """
         count = token_ids.shape[1]
         places = mx.arange(count)
@@ -114,7 +114,7 @@ class Encoder(nn.Module):  # type: ignore[misc]  # mlx.nn has no annotations
     def _bias(
         self, real: mx.array, places: mx.array, window: int | None, dtype: mx.Dtype
     ) -> mx.array:
-        """Return what is added to scores, broadcast to [texts, heads, tokens, tokens]."""
+        """Return the bias to add to scores, which broadcasts to [texts, heads, tokens, tokens]."""
         seen = real[:, None, None, :]
         if window is not None:
             seen = seen & (mx.abs(places[:, None] - places[None, :]) <= window)
@@ -152,7 +152,7 @@ class _Embeddings(nn.Module):  # type: ignore[misc]
     def _positions(self, token_ids: mx.array) -> mx.array:
         if not self._config.position_offset:
             return mx.arange(token_ids.shape[1])[None, :]
-        # RoBERTa counts what is no padding, from the padding's id + 1.
+        # RoBERTa numbers the tokens that are not padding, from the padding's id + 1.
         counted = (token_ids != self._config.pad_token_id).astype(mx.int32)
         positions: mx.array = mx.cumsum(counted, axis=1) * counted + self._config.pad_token_id
         return positions
@@ -163,7 +163,7 @@ class _Layer(nn.Module):  # type: ignore[misc]
         super().__init__()
         self._pre_norm = config.pre_norm
         self.attention = _Attention(config, config.rope_bases[index])
-        if not (config.pre_norm and index == 0):  # the embeddings' norm stands for the first
+        if not (config.pre_norm and index == 0):  # the norm of the embeddings replaces the first
             self.attention_norm = _norm(config)
         self.mlp = _MLP(config)
         self.mlp_norm = _norm(config)

@@ -41,7 +41,7 @@ _ACTIVATIONS: Mapping[str, Activation] = {
 def parse_encoder_config(config: Mapping[str, Any]) -> EncoderConfig:
     """Return the encoder that config.json describes.
 
-    Raises `ModelLoadError`, naming it, for an architecture or a variant that is not known.
+    Raises `ModelLoadError` for an architecture or a variant that is not supported.
     """
     architecture = str(config.get("model_type"))
     parse = _FAMILIES.get(architecture)
@@ -55,11 +55,12 @@ def parse_encoder_config(config: Mapping[str, Any]) -> EncoderConfig:
             raise ModelLoadError(f"config.json: {key}: quantised encoders are not supported")
     for key in ("is_decoder", "add_cross_attention"):
         if config.get(key):
-            raise ModelLoadError(f"config.json: {key} is set: this is no encoder")
+            raise ModelLoadError(f"config.json: {key} is set, so the model is not an encoder")
     parsed = parse(_Fields(config))
     if parsed.hidden_size % parsed.num_heads:
         raise ModelLoadError(
-            f"config.json: {parsed.num_heads} heads do not divide {parsed.hidden_size}"
+            f"config.json: hidden_size is {parsed.hidden_size}, expected a multiple of the"
+            f" {parsed.num_heads} attention heads"
         )
     return parsed
 
@@ -91,7 +92,9 @@ class _Fields:
             if value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ModelLoadError(f"config.json: {name} is {str(value)[:50]!r}")
+                raise ModelLoadError(
+                    f"config.json: {name} is {str(value)[:50]!r}, expected an integer from {least}"
+                )
             return value
         if default is None:
             raise ModelLoadError(f"config.json: {names[0]} is missing")
@@ -103,14 +106,18 @@ class _Fields:
             if value is None:
                 continue
             if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-                raise ModelLoadError(f"config.json: {name} is {str(value)[:50]!r}")
+                raise ModelLoadError(
+                    f"config.json: {name} is {str(value)[:50]!r}, expected a positive number"
+                )
             return float(value)
         return default
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.config.get(name, default)
         if not isinstance(value, bool):
-            raise ModelLoadError(f"config.json: {name} is {str(value)[:50]!r}")
+            raise ModelLoadError(
+                f"config.json: {name} is {str(value)[:50]!r}, expected true or false"
+            )
         return value
 
     def expect(self, name: str, *allowed: object) -> None:
@@ -142,7 +149,9 @@ def _bert(fields: _Fields, *, skips_padding: bool = False) -> EncoderConfig:
     pad = fields.count("pad_token_id", default=1 if skips_padding else 0, least=0)
     offset = pad + 1 if skips_padding else 0
     if table <= offset:
-        raise ModelLoadError(f"config.json: max_position_embeddings is {table}")
+        raise ModelLoadError(
+            f"config.json: max_position_embeddings is {table}, expected more than {offset}"
+        )
     return EncoderConfig(
         architecture=str(fields.config["model_type"]),
         vocab_size=fields.count("vocab_size"),
@@ -201,7 +210,7 @@ def _distilbert(fields: _Fields) -> EncoderConfig:
 
 
 def _check_rotations(fields: _Fields) -> None:
-    """Raise `ModelLoadError` for a rotation that is not the plain one of whole heads."""
+    """Raise `ModelLoadError` for a rotation that is scaled, or covers only a part of each head."""
     for name in ("rope_scaling", "rope_parameters"):
         given = fields.config.get(name) or {}
         if not isinstance(given, dict):
@@ -264,13 +273,13 @@ def _modernbert(fields: _Fields) -> EncoderConfig:
 
 
 def _nomic(fields: _Fields) -> EncoderConfig:
-    """nomic-embed-text: GPT-2's names in the configs of its own code, BERT's in transformers'."""
+    """nomic-embed-text: its own code uses GPT-2's names of fields, transformers uses BERT's."""
     for name, allowed in {
         "prenorm": (False,),
         "rotary_emb_fraction": (1.0, 1),
         "rotary_emb_interleaved": (False,),
         "rotary_emb_scale_base": (None,),
-        "rotary_scaling_factor": (None, 1, 1.0, 2, 2.0),  # beyond the trained length only
+        "rotary_scaling_factor": (None, 1, 1.0, 2, 2.0),  # applies only beyond the trained length
         "use_rms_norm": (False,),
         "parallel_block": (False,),
         "num_experts": (0, None),
@@ -324,7 +333,7 @@ _FAMILIES: Mapping[str, Callable[[_Fields], EncoderConfig]] = {
 _Rules = tuple[tuple[str, str], ...]
 
 _PREFIX = re.compile(r"(?:bert|roberta|distilbert|mpnet|model)\.")
-#: Buffers, and heads for training: nothing that an embedding is made of.
+#: Buffers and training heads, which embeddings do not need.
 _UNUSED = re.compile(
     r"embeddings\.position_ids|cls\..*|lm_head\..*|pooler\..*|vocab_(?:transform|layer_norm|projector)\..*"
     r"|decoder\..*|head\..*|qa_outputs\..*"
@@ -444,10 +453,10 @@ _HEADS: Mapping[str, _Rules] = {
 def rename_tensors(
     config: EncoderConfig, tensors: Mapping[str, mx.array], names: _Rules | None = None
 ) -> dict[str, mx.array]:
-    """Return the encoder's tensors under its own names; an unknown name stays as it is.
+    """Return the tensors under the encoder's names for them; an unknown name stays unchanged.
 
-    `names` are what the file calls them, in place of transformers' names. Raises
-    `ModelLoadError` if two tensors are the same one.
+    `names` replaces the rules for transformers' names. Raises `ModelLoadError` if two tensors get
+    the same name.
     """
     rules = list(_RULES[config.architecture] if names is None else names)
     if config.num_labels and names is None:
@@ -459,13 +468,13 @@ def rename_tensors(
             continue
         for name, part in _parts(target, tensor):
             if name in named:
-                raise ModelLoadError(f"the weights hold {name} twice, once as {source!r}")
+                raise ModelLoadError(f"the weights contain {name} twice, once as {source!r}")
             named[name] = part
     return named
 
 
 def _renamed(source: str, rules: list[tuple[str, str]]) -> str | None:
-    """Return the name that the encoder has for a tensor, None if it has no use for it."""
+    """Return the encoder's name for a tensor, or None if the encoder does not use it."""
     bare = _PREFIX.sub("", source, count=1) if _PREFIX.match(source) else source
     for pattern, target in rules:
         match = re.match(pattern, bare)
@@ -476,7 +485,7 @@ def _renamed(source: str, rules: list[tuple[str, str]]) -> str | None:
 
 
 def _parts(name: str, tensor: mx.array) -> list[tuple[str, mx.array]]:
-    """Take apart what is fused along the rows."""
+    """Split a tensor that is fused along its rows; return the names and the parts."""
     head, plus, _ = name.partition("+")
     if not plus:
         return [(name, tensor)]
@@ -484,21 +493,21 @@ def _parts(name: str, tensor: mx.array) -> list[tuple[str, mx.array]]:
     kind = name.rpartition(".")[2]
     names = fused.split("+")
     if tensor.shape[0] % len(names):
-        raise ModelLoadError(f"{head}: {tensor.shape[0]} rows do not make {len(names)} parts")
+        raise ModelLoadError(f"{head}: cannot split {tensor.shape[0]} rows into {len(names)} parts")
     parts = mx.split(tensor, len(names), axis=0)
     return [(f"{stem}{dot}{own}.{kind}", part) for own, part in zip(names, parts, strict=True)]
 
 
 _FLOATS = ("F32", "F16", "BF16")
-#: Buffers that older versions of transformers saved beside the weights.
+#: Buffers that older versions of transformers saved with the weights.
 _BUFFERS = ("position_ids", "token_type_ids", "inv_freq")
 
 
 def load_encoder(files: ModelFiles, config: Mapping[str, Any], dtype: mx.Dtype | None) -> Encoder:
     """Return the encoder, not evaluated, its weights as `dtype` (None: as in the files).
 
-    Raises `ModelLoadError` for an architecture that is not known, by its name, and for tensors
-    that are missing, unknown or of another shape; `WeightFormatError` for a damaged file.
+    Raises `ModelLoadError` for an architecture that is not supported, and for tensors that are
+    missing, unknown or of another shape; `WeightFormatError` for a damaged file.
     """
     bounds = TensorBounds.of(
         (tensor.name, tensor.shape)
@@ -520,9 +529,9 @@ def load_encoder(files: ModelFiles, config: Mapping[str, Any], dtype: mx.Dtype |
 
 
 def read_tensors(paths: Iterable[Path]) -> dict[str, mx.array]:
-    """Return the tensors of safetensors files by name; their bytes are read when they are used.
+    """Return the tensors of safetensors files by name; MLX reads their bytes at first use.
 
-    Raises `ModelLoadError` for one that is in two files, or of no floating-point type.
+    Raises `ModelLoadError` for a tensor that is in two files, or is not floating-point.
     """
     found: dict[str, mx.array] = {}
     for path in paths:
@@ -531,7 +540,7 @@ def read_tensors(paths: Iterable[Path]) -> dict[str, mx.array]:
                 raise ModelLoadError(f"{path}: {tensor.name!r} is in another file too")
             if tensor.dtype not in _FLOATS and not tensor.name.endswith(_BUFFERS):
                 raise ModelLoadError(
-                    f"{path}: {tensor.name!r} is {tensor.dtype}, expected one of {_FLOATS}"
+                    f"{path}: {tensor.name!r} is {tensor.dtype}, expected {' or '.join(_FLOATS)}"
                 )
         try:
             loaded = mx.load(str(path), format="safetensors")

@@ -56,7 +56,7 @@ _GPU_LIMITS = BatchLimits(max_texts=256, max_tokens=32768)
 
 
 def limits_of(device: Device) -> BatchLimits:
-    """Return how much runs at once."""
+    """Return the limits of a batch on a device."""
     return _CPU_LIMITS if device == "cpu" else _GPU_LIMITS
 
 
@@ -71,7 +71,7 @@ def assemble_embedder(
     limits: BatchLimits,
     weight_bytes: int,
 ) -> Embedder:
-    """Return the embedder; `usual` is how tokens are pooled where the files do not say."""
+    """Return the embedder; `usual` is its pooling if the files name none."""
     notes = list(files.notes)
     pooling, listed = sentence.pooling, sentence.steps
     if pooling is None:
@@ -129,16 +129,16 @@ def evaluated(model: Module) -> int:
         raise ModelLoadError(f"the weights cannot be read: {error}") from error
 
 
-#: What mlx-lm's classes call the part that is not the head.
+#: Names in mlx-lm's classes of the model without its head.
 _INNER = ("model", "transformer", "backbone")
 _HEAD = "lm_head"
 
 
 class Decoder:
-    """The inner model of an mlx-lm model."""
+    """A model of mlx-lm without its head."""
 
     def __init__(self, model: Module, config: Mapping[str, Any]) -> None:
-        """Raise `ModelLoadError` if the model has no inner one, or would have to see both sides."""
+        """Raises `ModelLoadError` if `model` has no such part, or needs bidirectional attention."""
         kind = str(config.get("model_type"))
         for key, value in (("use_bidirectional_attention", True), ("is_causal", False)):
             if config.get(key) is value:
@@ -146,11 +146,11 @@ class Decoder:
         self.module = model
         inner = next((model[name] for name in _INNER if name in model), None)
         if inner is None:
-            raise ModelLoadError(f"mlx-lm's {kind} has no part that gives hidden states")
+            raise ModelLoadError(f"mlx-lm's {kind} has no part that computes hidden states")
         self._inner = inner
         rows = token_rows(model)
         if rows is None:
-            raise ModelLoadError(f"mlx-lm's {kind} has no table of tokens")
+            raise ModelLoadError(f"mlx-lm's {kind} has no table of token embeddings")
         self.vocab_size = rows
         # Nothing is computed: the shape is known from the graph.
         self.hidden_size = int(self(mx.zeros((1, 1), mx.int32), mx.ones((1,), mx.int32)).shape[-1])
@@ -195,7 +195,7 @@ def _headless(config: dict[str, Any]) -> tuple[type[Module], type]:
     return Headless, arguments
 
 
-#: What a model is for, as far as its files say.
+#: The purpose of a model, according to its files.
 Purpose = Literal["embedding", "ranking", "generation"]
 
 #: llama.cpp's architectures to ours. RoBERTa is a `bert` there: its positions start at 0.
@@ -212,7 +212,7 @@ _POOLING: Mapping[int, PoolingMode] = {
 
 
 def gguf_purpose(files: ModelFiles) -> Purpose:
-    """Return what a model in GGUF is for: `pooling_type` makes a decoder an embedding model."""
+    """Return the purpose of a GGUF model; `pooling_type` makes a decoder an embedding model."""
     file = GGUFFile.open(files.weights)
     kind = _pooling_type(file)
     if kind == _RANK:
@@ -223,7 +223,7 @@ def gguf_purpose(files: ModelFiles) -> Purpose:
 def load_gguf_embedder(
     files: ModelFiles, device: Device, dtype: mx.Dtype | None
 ) -> Embedder | CrossEncoder:
-    """Load an embedding model. Raises `ModelLoadError` for what is wrong or not supported."""
+    """Load an embedding model. Raises `ModelLoadError` for invalid or unsupported files."""
     file = GGUFFile.open(files.weights)
     if _architecture(file) in _ENCODERS:
         return _load_encoder(files, file, device, dtype or mx.float16)
@@ -309,7 +309,7 @@ def _encoder_config(file: GGUFFile) -> EncoderConfig:
     table = 0 if rotary else file["position_embd.weight"].shape[0]
     labels = file["cls.output.weight"].shape[0] if "cls.output.weight" in file else 0
     if _pooling_type(file) == _RANK and not labels:
-        raise metadata.error("ranks, but has no cls.output.weight")
+        raise metadata.error("the pooling type is rank, but cls.output.weight is missing")
     base = metadata.number(f"{name}.rope.freq_base", 10_000.0) if rotary else None
     return EncoderConfig(
         architecture=architecture,
@@ -371,7 +371,7 @@ _UNLIMITED = 10**9  # transformers writes 10**30 for "no limit"
 
 
 def purpose_of(files: ModelFiles) -> Purpose:
-    """Return what a model is for: an encoder, or one with modules.json, does not generate."""
+    """Return the purpose of a model; encoders and models with modules.json generate no text."""
     if files.format == "gguf":
         return gguf_purpose(files)
     config = files.json("config.json") or {}
@@ -389,8 +389,8 @@ def load_embedder(
 ) -> Embedder | CrossEncoder:
     """Load an embedding model, or a cross-encoder where the files describe one.
 
-    On a CPU all is float32, on a GPU as in the files, unless `dtype` says otherwise. Raises
-    `ModelLoadError` for whatever is wrong with the files or not supported, naming it.
+    The default `dtype` is float32 on a CPU, and that of the files on a GPU. Raises
+    `ModelLoadError`, naming the cause, for invalid or unsupported files.
     """
     if dtype is None and device == "cpu":
         dtype = mx.float32
@@ -472,7 +472,7 @@ def _decoder(
 
 
 def _max_length(files: ModelFiles, sentence: SentenceFiles, positions: int) -> int:
-    """Return the longest input: what the files say, within what the model has positions for."""
+    """Return the longest input in tokens: the files' limit, or fewer if the model has fewer."""
     said = sentence.max_length
     if said is None:
         said = (files.json("tokenizer_config.json") or {}).get("model_max_length")

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from modelpack_engine.errors import ContextLengthError, RequestError
 from modelpack_engine.models.tokenizer import TextTooLongError, Tokenizer
 
-#: Up to here a run takes about the same time, whatever the length.
+#: Texts of up to this many tokens take about the same time, whatever their length.
 _SHORT = 16
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """The most texts, and the most tokens with filling, that run at once."""
+    """The most texts of a batch, and its most tokens, padding included."""
 
     max_texts: int = 64
     max_tokens: int = 8192
@@ -28,9 +28,9 @@ class BatchLimits:
 
 
 def next_batch(lengths: Sequence[int], limits: BatchLimits) -> list[int]:
-    """Return the places of what runs next: the first, and what is nearest to it in length.
+    """Return the indices of the next batch: the first text, and those nearest to it in length.
 
-    So nothing waits for ever, whatever arrives after it. At least half of each row is its own.
+    The first text always runs, so none waits forever. At most half of each row is padding.
     """
     first = lengths[0]
     near = sorted(range(1, len(lengths)), key=lambda at: (abs(lengths[at] - first), at))
@@ -44,7 +44,7 @@ def next_batch(lengths: Sequence[int], limits: BatchLimits) -> list[int]:
 
 
 def split_batches(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
-    """Return all places in batches, the longest first."""
+    """Return all indices in batches, the longest texts first."""
     batches: list[list[int]] = []
     for place in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
         if batches:
@@ -62,11 +62,11 @@ def _run_together(shortest: int, longest: int, count: int, limits: BatchLimits) 
     return longest <= max(2 * shortest, _SHORT)
 
 
-#: A text, or its token ids, which are taken as they are.
+#: A text, or its token ids, which are used unchanged.
 Input = str | Sequence[int]
 
 
-#: Tokens of all inputs of one request.
+#: The most tokens of all inputs of a request.
 MAX_REQUEST_TOKENS = 2048 * 2048
 
 
@@ -87,7 +87,7 @@ class InputReader:
     """Turns inputs into tokens. Thread-safe; makes no call to MLX.
 
     `vocab_size` and `num_types` are the rows of the model's tables, which MLX reads past the end
-    without an error: 0 `num_types` for a model that reads no types.
+    without an error. `num_types` is 0 for a model without token types.
     """
 
     tokenizer: Tokenizer
@@ -105,11 +105,11 @@ class InputReader:
         prompt: str = "",
         truncate: bool = False,
     ) -> Prepared:
-        """Return the tokens of input number `index`, `prompt` before a text.
+        """Return the tokens of input number `index`; `prompt` is put before a text.
 
-        `noun` is what errors call it, and the field that they name.
-        Raises `RequestError` for one that is empty, and `ContextLengthError`, unless `truncate`
-        cuts it, for one that is longer than `max_length`; both name the index.
+        Errors call the input `noun`, which is also their `param`, and name the index. Raises
+        `RequestError` for an empty input, and `ContextLengthError` for one that is longer than
+        `max_length`, unless `truncate` cuts it.
         """
         if isinstance(given, str):
             if not given:
@@ -127,7 +127,7 @@ class InputReader:
     def read_pair(
         self, index: int, query: str, document: str, *, truncate: bool = False
     ) -> Prepared:
-        """Return the tokens of a pair, as `read` does; the longer of the two is cut."""
+        """Return the tokens of a pair, as `read` does; `truncate` cuts the longer text."""
         for what, text in (("the query", query), (f"document {index}", document)):
             self._check_text(what, text, "documents", truncate)
         ids, types = self._encode(query, document, truncate)
@@ -136,7 +136,7 @@ class InputReader:
         return self._prepared(what, ids, types, "documents")
 
     def prompt_length(self, prompt: str) -> int:
-        """Return how many tokens at the beginning are the prompt's."""
+        """Return the number of tokens that a prompt adds at the beginning of a text."""
         ids, _ = self._encode(prompt, None, False)
         return len(ids) - (ids[-1] in self.tokenizer.special_token_ids if ids else 0)
 
@@ -144,7 +144,7 @@ class InputReader:
         if self.lowers_text:
             text, pair = text.lower(), pair.lower() if pair is not None else None
         limit = self.max_length if truncate else None
-        if truncate:  # what follows is cut off in any case
+        if truncate:  # the tokenizer would cut off the rest
             most = self.tokenizer.max_text_bytes(self.max_length)
             text, pair = text[:most], pair[:most] if pair is not None else None
         return self.tokenizer.encode_typed(text, pair, max_length=limit)
@@ -165,7 +165,7 @@ class InputReader:
             raise self._too_long(what, str(count), param)
 
     def _prepared(self, what: str, ids: list[int], types: list[int], param: str) -> Prepared:
-        """Return the input; raise `RequestError` for an id or a type without a row."""
+        """Return the input; raise `RequestError` for an id or type that the model does not have."""
         if self.num_types <= 1:
             types = [0] * len(ids)
         for noun, values, table, limit in (
@@ -175,7 +175,7 @@ class InputReader:
             wrong = next((value for value in values if not 0 <= value < limit), None)
             if wrong is not None:
                 raise RequestError(
-                    f"{what} holds the {noun} {wrong}; the {table} has {limit}", param=param
+                    f"{what} contains the {noun} {wrong}, but the {table} has {limit}", param=param
                 )
         return Prepared(tuple(ids), tuple(types))
 
@@ -219,12 +219,12 @@ class Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class EmbedOptions:
-    """How a request wants its vectors.
+    """The options of a request for vectors.
 
-    `dimensions` keeps that many numbers of each vector and makes its length 1 again, which models
-    trained for it (Matryoshka) bear. `normalize` None is as the model's files say. `truncate`
-    cuts inputs that are too long, which are refused else. `prompt` names one of the model's.
-    `noun` is what errors call the inputs: the field of the request that holds them.
+    `dimensions` keeps only the first numbers of each vector, and scales it to length 1 again; it is
+    for models trained for that (Matryoshka). `normalize` None means the default of the model.
+    `truncate` cuts inputs that are too long, which are errors otherwise. `prompt` is the name of
+    one of the model's prompts. `noun` is the field of the request with the inputs, for errors.
     """
 
     dimensions: int | None = None

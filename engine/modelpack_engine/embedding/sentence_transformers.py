@@ -28,17 +28,19 @@ from modelpack_engine.models.precision import check_parameters
 
 
 class PoolingMode(StrEnum):
-    """How vectors of tokens become one."""
+    """How the vectors of a text's tokens become one vector."""
 
     CLS = "cls"  # the first token
     MAX = "max"
     MEAN = "mean"
-    MEAN_SQRT_LEN = "mean_sqrt_len_tokens"  # the sum over the root of how many there are
+    MEAN_SQRT_LEN = (
+        "mean_sqrt_len_tokens"  # the sum divided by the square root of the number of tokens
+    )
     WEIGHTED_MEAN = "weightedmean"  # later tokens weigh more
     LAST = "lasttoken"
 
 
-#: The keys of N_Pooling/config.json before modes had a name, in the order of their vectors.
+#: The modes in older N_Pooling/config.json files, in the order of their vectors.
 _FLAGS: Mapping[str, PoolingMode] = {
     "pooling_mode_cls_token": PoolingMode.CLS,
     "pooling_mode_max_tokens": PoolingMode.MAX,
@@ -76,10 +78,10 @@ def parse_pooling(config: Mapping[str, Any], what: str) -> tuple[PoolingMode, ..
 def pool(
     hidden: mx.array, lengths: mx.array, modes: Sequence[PoolingMode], skipped: mx.array
 ) -> mx.array:
-    """Return one vector a text, float32 [texts, modes * size].
+    """Return one vector per text, float32 [texts, modes * size].
 
-    `hidden` [texts, tokens, size] is filled up on the right; `lengths` int32 [texts] says how
-    many tokens are real. The first `skipped` int32 [texts] of them, a prompt, are left out.
+    `hidden` [texts, tokens, size] is padded on the right; `lengths` int32 [texts] counts the real
+    tokens. The first `skipped` int32 [texts] of these, a prompt, are left out.
     """
     hidden = hidden.astype(mx.float32)
     vectors = [_MODES[mode](hidden, lengths, skipped) for mode in modes]
@@ -87,7 +89,7 @@ def pool(
 
 
 def _real(hidden: mx.array, lengths: mx.array, skipped: mx.array) -> mx.array:
-    """Return which places are tokens that count, [texts, tokens, 1]."""
+    """Return the mask of the tokens to pool, [texts, tokens, 1]."""
     places = mx.arange(hidden.shape[1])[None, :]
     return ((places >= skipped[:, None]) & (places < lengths[:, None]))[..., None]
 
@@ -127,7 +129,7 @@ def _mean_sqrt_len(hidden: mx.array, lengths: mx.array, skipped: mx.array) -> mx
 def _weighted_mean(hidden: mx.array, lengths: mx.array, skipped: mx.array) -> mx.array:
     weights = mx.arange(1, hidden.shape[1] + 1).astype(mx.float32)[None, :, None]
     weights = mx.where(_real(hidden, lengths, skipped), weights, 0)
-    # Filled places may hold anything, infinities too, of which nothing may stay.
+    # Hidden states of padding may be infinite, and infinity times a weight of 0 is NaN.
     known = mx.where(weights > 0, hidden, 0)
     return (known * weights).sum(axis=1) / weights.sum(axis=1)
 
@@ -142,7 +144,7 @@ _MODES: Mapping[PoolingMode, Callable[[mx.array, mx.array, mx.array], mx.array]]
 }
 
 
-#: Where the longest input may stand; all but the first are names of the past.
+#: Files that may name the longest input; all but the first are older names.
 _TRANSFORMER_CONFIGS = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -172,7 +174,7 @@ class LayerNormStep:
 
 @dataclass(frozen=True, slots=True)
 class NormalizeStep:
-    """The vector gets length 1."""
+    """Scales the vector to length 1."""
 
 
 Step = DenseStep | LayerNormStep | NormalizeStep
@@ -180,9 +182,9 @@ Step = DenseStep | LayerNormStep | NormalizeStep
 
 @dataclass(frozen=True, slots=True)
 class SentenceFiles:
-    """`pooling` is None where the files do not say; then nothing else is known of steps either.
+    """The settings in the files; without modules.json, `pooling` is None and `steps` is empty.
 
-    `max_length` counts tokens with the special ones. Without `pools_prompt`, a prompt's tokens
+    `max_length` counts tokens, special ones included. Without `pools_prompt`, a prompt's tokens
     are read but left out of the pooling.
     """
 
@@ -195,7 +197,7 @@ class SentenceFiles:
 
 
 def read_sentence_files(files: ModelFiles) -> SentenceFiles:
-    """Read them. Raises `ModelLoadError`, naming the file, for what is wrong or not supported."""
+    """Read the settings. Raises `ModelLoadError`, naming the file, for unsupported ones."""
     max_length, lowers = _transformer_settings(files)
     prompts = _prompts(files)
     modules = _modules(files)
@@ -209,13 +211,14 @@ def read_sentence_files(files: ModelFiles) -> SentenceFiles:
         if (number == 0) != (kind == "Transformer") or (number == 1) != (kind == "Pooling"):
             raise ModelLoadError(
                 f"{MODULES}: step {number + 1} is a {kind[:50]};"
-                " expected a Transformer, a Pooling, and what follows them"
+                " expected a Transformer, then a Pooling, then other steps"
             )
         match kind:
             case "Transformer":
                 if directory:
                     raise ModelLoadError(
-                        f"{MODULES}: the model is in {directory[:100]!r}, expected beside it",
+                        f"{MODULES}: the Transformer is in {directory[:100]!r}, expected it beside"
+                        f" {MODULES}",
                         hint="save the model again with a newer sentence-transformers",
                     )
             case "Pooling":
@@ -235,7 +238,7 @@ def read_sentence_files(files: ModelFiles) -> SentenceFiles:
             case _:
                 raise ModelLoadError(f"{MODULES}: the step {kind[:100]!r} is not supported")
     if pooling is None:
-        raise ModelLoadError(f"{MODULES}: there is no Pooling")
+        raise ModelLoadError(f"{MODULES}: there is no Pooling step")
     return SentenceFiles(pooling, tuple(steps), max_length, lowers, pools_prompt, prompts)
 
 
@@ -248,9 +251,9 @@ def _modules(files: ModelFiles) -> list[tuple[str, str]] | None:
     try:
         found = [(entry["type"].rpartition(".")[2], entry["path"]) for entry in listed]
     except (AttributeError, KeyError, TypeError) as error:
-        raise ModelLoadError(f"{MODULES}: is no list of modules: {error}") from None
+        raise ModelLoadError(f"{MODULES}: is not a list of modules: {error}") from None
     if not found or not all(isinstance(path, str) for _, path in found):
-        raise ModelLoadError(f"{MODULES}: is no list of modules")
+        raise ModelLoadError(f"{MODULES}: is not a list of modules")
     return [(kind, path.rstrip("/")) for kind, path in found]
 
 
@@ -267,7 +270,7 @@ def _config(files: ModelFiles, what: str) -> dict[str, Any]:
 def _count(config: Mapping[str, Any], name: str, what: str) -> int:
     value = config.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelLoadError(f"{what}: {name} is {str(value)[:50]!r}, expected a number")
+        raise ModelLoadError(f"{what}: {name} is {str(value)[:50]!r}, expected a positive integer")
     return value
 
 
@@ -301,14 +304,14 @@ def _transformer_settings(files: ModelFiles) -> tuple[int | None, bool]:
 def _prompts(files: ModelFiles) -> dict[str, str]:
     prompts = (files.json(_CONFIG) or {}).get("prompts") or {}
     if not isinstance(prompts, dict):
-        raise ModelLoadError(f"{_CONFIG}: prompts are no object")
+        raise ModelLoadError(f"{_CONFIG}: prompts is not an object")
     return {str(name): text for name, text in prompts.items() if isinstance(text, str)}
 
 
 Apply = Callable[[mx.array], mx.array]
 
 _WEIGHTS = "model.safetensors"
-#: torch divides by no less than this (torch.nn.functional.normalize).
+#: The smallest divisor in torch.nn.functional.normalize.
 _SHORTEST = 1e-12
 _NORM_EPS = 1e-5  # torch.nn.LayerNorm's
 
@@ -323,10 +326,10 @@ _ACTIVATIONS: Mapping[str, Apply] = {
 
 
 class Steps:
-    """Applies steps in their order; `dimension` is that of the vectors that come out."""
+    """Applies steps in order; `dimension` is the size of the resulting vectors."""
 
     def __init__(self, files: ModelFiles, steps: Sequence[Step], dimension: int) -> None:
-        """Load what the steps need; `dimension` is that of the vectors that go in.
+        """Load the weights of the steps; `dimension` is the size of the vectors before them.
 
         Raises `ModelLoadError` for weights that are missing or do not fit.
         """
@@ -346,7 +349,7 @@ class Steps:
         self.dimension = dimension
 
     def __call__(self, vectors: mx.array) -> mx.array:
-        """Return what becomes of float32 vectors [texts, size]."""
+        """Apply the steps to float32 vectors [texts, size]."""
         for apply in self._applied:
             vectors = apply(vectors)
         return vectors
@@ -377,8 +380,8 @@ def _dense_step(files: ModelFiles, step: DenseStep) -> Apply:
             projected = projected + tensors["linear.bias"]
         projected = activation(projected)
         if step.residual:
-            beside = tensors.get("residual.weight")
-            projected = projected + (vectors if beside is None else vectors @ beside.T)
+            residual = tensors.get("residual.weight")
+            projected = projected + (vectors if residual is None else vectors @ residual.T)
         return projected
 
     return apply
@@ -399,8 +402,8 @@ def _tensors(
     if path is None:
         raise ModelLoadError(
             f"{directory}/{_WEIGHTS} is missing",
-            hint="weights in pytorch_model.bin are not read: they can run code."
-            " sentence-transformers saves safetensors",
+            hint="save the model again with sentence-transformers, as safetensors:"
+            " pytorch_model.bin is never read, because it can run code",
         )
     tensors = read_tensors([path])
     got = {name: tuple(array.shape) for name, array in tensors.items()}
@@ -412,4 +415,4 @@ def _tensors(
 
 def _check_width(directory: str, wanted: int, got: int) -> None:
     if wanted != got:
-        raise ModelLoadError(f"{directory}: takes vectors of {wanted}, but gets {got}")
+        raise ModelLoadError(f"{directory}: expected vectors of {wanted} numbers, got {got}")

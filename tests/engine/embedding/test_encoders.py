@@ -152,7 +152,10 @@ def _options() -> Any:
         ({"quantization": {"bits": 4}}, "quantization"),
         ({"hidden_size": "many"}, "hidden_size"),
         ({"hidden_size": None}, "hidden_size"),
-        ({"num_attention_heads": 5}, "5 heads"),
+        (
+            {"num_attention_heads": 5},
+            "hidden_size is 32, expected a multiple of the 5 attention heads",
+        ),
         ({"num_hidden_layers": 3}, "missing layers.2"),
         ({"num_hidden_layers": 1}, "not known to the model: encoder.layer.1|layers.1"),
         ({"vocab_size": 97}, r"embeddings.word.weight has the shape \[96, 32\]"),

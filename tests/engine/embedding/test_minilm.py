@@ -77,7 +77,12 @@ LONG = "word " * 300
     [
         (["a", ""], {}, "input 1 is empty", "input"),
         ([[]], {}, "input 0 has no tokens", "input"),
-        (["a", [1, 30522]], {}, "input 1 holds the token 30522; the vocabulary has 30522", "input"),
+        (
+            ["a", [1, 30522]],
+            {},
+            "input 1 contains the token 30522, but the vocabulary has 30522",
+            "input",
+        ),
         ([[-1]], {}, "the token -1", "input"),
         (["a", LONG], {}, "input 1 has 302 tokens, the limit of the model is 256", "input"),
         ([[7] * 257], {}, "input 0 has 257 tokens", "input"),

@@ -173,10 +173,10 @@ def _options(**options: Any) -> Any:
 @pytest.mark.parametrize(
     ("modules", "said"),
     [
-        ("[]", "no list of modules"),
-        ("{}", "no list of modules"),
+        ("[]", "is not a list of modules"),
+        ("{}", "is not a list of modules"),
         ("nonsense", "modules.json: is not JSON"),
-        ('[{"type": 3, "path": ""}]', "no list of modules"),
+        ('[{"type": 3, "path": ""}]', "is not a list of modules"),
         ('[{"type": "a.Transformer", "path": ""}]', "no Pooling"),
         ('[{"type": "a.Transformer", "path": "0_Transformer"}]', "0_Transformer"),
         ('[{"type": "a.CLIPModel", "path": ""}]', "CLIPModel"),
@@ -197,7 +197,10 @@ def test_modules_that_are_refused(modules: str, said: str, tmp_path: Path) -> No
     ("module", "said"),
     [
         (("Whitening", {}), "Whitening"),
-        (("Dense", {"in_features": 31, "out_features": 4}), "takes vectors of 31, but gets 32"),
+        (
+            ("Dense", {"in_features": 31, "out_features": 4}),
+            "expected vectors of 31 numbers, got 32",
+        ),
         (("Dense", {"in_features": 32, "out_features": 4}), "2_Dense/model.safetensors is missing"),
         (("Dense", {"in_features": "x", "out_features": 4}), "in_features"),
         (

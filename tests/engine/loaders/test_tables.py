@@ -50,9 +50,13 @@ def test_an_encoder_reads_no_row_that_it_has_not(kind: str, number: int, tmp_pat
     changed_tokenizer(tmp_path, kind, number)
     model = load_embedder(ModelFiles.from_directory(tmp_path), device="cpu")
     assert isinstance(model, Embedder)
-    with pytest.raises(RequestError, match=f"input 0 holds the token.* {number}; the .* has"):
+    with pytest.raises(
+        RequestError, match=f"input 0 contains the token.* {number}, but the .* has"
+    ):
         model.embed(["w4 w5"])
-    with pytest.raises(RequestError, match="input 1 holds the token 96; the vocabulary has 96"):
+    with pytest.raises(
+        RequestError, match="input 1 contains the token 96, but the vocabulary has 96"
+    ):
         model.embed([[4], [96]])
 
 
@@ -63,7 +67,7 @@ def test_types_of_pairs(tmp_path: Path) -> None:
     changed_tokenizer(entry, "pair")
     model = load_embedder(ModelFiles.from_directory(tmp_path), device="cpu")
     assert isinstance(model, CrossEncoder)
-    with pytest.raises(RequestError, match=f"holds the token type {FAR}; the model has 2"):
+    with pytest.raises(RequestError, match=f"contains the token type {FAR}, but the model has 2"):
         model.score([("w4", "w5")])
 
 
