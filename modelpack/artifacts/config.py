@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 from modelpack.artifacts import foreign, media_types
 from modelpack.artifacts.descriptor import parsed_annotations, parsed_digest
@@ -23,6 +23,8 @@ from modelpack.artifacts.json_document import (
 )
 from modelpack.errors import ManifestError, UnsupportedError
 
+#: The largest context size, in tokens: configs have signed 32-bit integers.
+MAX_CONTEXT_SIZE: Final = 2**31 - 1
 _INT32 = range(-(2**31), 2**31)
 
 #: Raises `ManifestError`, naming the place, unless a decoded JSON value is valid.

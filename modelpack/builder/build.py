@@ -1,10 +1,17 @@
-"""What is to be packaged, before a byte of it is hashed."""
+"""Build the config and manifest of a model: a new one from a plan, or an existing one changed.
+
+`plan` collects the files of a new model; `build` turns the plan and the digests of its files into a
+`Built`. `repackage` starts from an existing manifest instead and keeps its layers: it adds layers,
+sets the context size or converts the format. Docker Model Runner relabels configs as v0.1 when it
+repackages, and drops artifact types; Modelpack keeps both.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.config import ModelConfig
@@ -12,21 +19,36 @@ from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
 from modelpack.artifacts.manifest import Manifest
-from modelpack.builder.config import cncf_config, cncf_layers
-from modelpack.builder.files import LayerFile, LayerMetadata, Skipped
-from modelpack.builder.request import PackageRequest
+from modelpack.artifacts.model import role_of
+from modelpack.builder.classify import WEIGHT_TYPES, is_projector_name
+from modelpack.builder.conversion import (
+    CNCF_WEIGHT_TYPES,
+    cncf_config,
+    cncf_layers,
+    docker_config,
+    docker_layers,
+)
+from modelpack.builder.files import LayerFile, LayerMetadata, Skipped, shown
+from modelpack.builder.request import (
+    PackageRequest,
+    check_context_size_fits,
+    check_template_wins,
+)
+from modelpack.builder.times import created_time
 from modelpack.errors import ManifestError, PackagingError
 from modelpack.formats.statistics import ModelStatistics
 
-if TYPE_CHECKING:
-    from modelpack.formats.statistics import ModelStatistics
+_NO_DIGEST: Final = Digest("sha256", "0" * 64)
+#: A model has at most one layer of each: Docker Model Runner ignores both if it has two.
+_SINGLE_TYPES = (media_types.DOCKER_CHAT_TEMPLATE, media_types.DOCKER_MMPROJ)
+_WEIGHT_TYPES = (*WEIGHT_TYPES, *CNCF_WEIGHT_TYPES)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be packaged: the files in the order of layers, and what is known of the model.
+    """The files to package, in the order of layers, and the statistics of the model.
 
-    `skipped` was left out of a directory; `notes` are decisions that people should hear of.
+    `skipped` are entries left out of a directory; `notes` tell users about decisions.
     """
 
     files: tuple[LayerFile, ...]
@@ -37,18 +59,15 @@ class Plan:
 
     @property
     def total_size(self) -> int:
-        """Bytes of all files, which is what there is to hash."""
+        """The bytes of all files, all of which must be hashed."""
         return sum(file.size for file in self.files)
-
-
-_NO_DIGEST: Final = Digest("sha256", "0" * 64)
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
     """A finished model: the bytes of its manifest (`manifest.raw`) and of its config.
 
-    `notes` are for people: what was left out or decided on the way.
+    `notes` tell users about decisions, such as files that were left out.
     """
 
     manifest: Manifest
@@ -58,7 +77,7 @@ class Built:
 
 
 def build(plan: Plan, request: PackageRequest, digests: Sequence[Digest]) -> Built:
-    """Return the model that `plan` describes; `digests` are those of its files, in their order."""
+    """Return the model of `plan`; `digests` are those of its files, in the same order."""
     return described(
         plan.statistics,
         file_layers(plan.files, digests),
@@ -86,9 +105,9 @@ def described(
     cncf: bool = False,
     notes: tuple[str, ...] = (),
 ) -> Built:
-    """Return the model of these layers, of Docker's types, whose weights say `statistics`.
+    """Return the model of `layers`, which have Docker's types; `statistics` fill its config.
 
-    `config_type` is Docker's; `context_size` takes the place of the weights' own.
+    `config_type` is Docker's; `context_size` replaces the context size of the weights.
     """
     config = ModelConfig(
         config_type,
@@ -110,15 +129,15 @@ def described(
 
 
 def rehearse(plan: Plan, request: PackageRequest) -> None:
-    """Raise `PackagingError` if the documents of `plan` get larger than registries take.
+    """Raise `PackagingError` if the config or manifest of `plan` exceeds the limit of registries.
 
-    Everything but the digests is known before a byte is hashed, so this need not wait for them.
+    Only the digests are still unknown, so this check runs before the files are hashed.
     """
     build(plan, request, [_NO_DIGEST] * len(plan.files))
 
 
 def file_layers(files: Sequence[LayerFile], digests: Sequence[Digest]) -> tuple[Descriptor, ...]:
-    """Return the files as layers of Docker's types, annotated as Docker Model Runner does."""
+    """Return the files as layers with Docker's types and Docker Model Runner's annotations."""
     return tuple(
         file_layer(file.media_type, digest, file.metadata, file.filepath)
         for file, digest in zip(files, digests, strict=True)
@@ -128,7 +147,7 @@ def file_layers(files: Sequence[LayerFile], digests: Sequence[Digest]) -> tuple[
 def file_layer(
     media_type: str, digest: Digest, metadata: LayerMetadata, filepath: str
 ) -> Descriptor:
-    """Return the layer that a file is, annotated as Docker Model Runner does."""
+    """Return a file as a layer with Docker Model Runner's annotations."""
     return Descriptor(
         media_type,
         digest,
@@ -151,7 +170,7 @@ def assemble(
 ) -> Built:
     """Return the model of this config and these layers.
 
-    A CNCF model gets its artifact type; `artifact_type` is for one of Docker's, which has none.
+    A CNCF model gets the artifact type of CNCF; `artifact_type` is that of a Docker model, if any.
     """
     config_bytes = config.encode()
     if len(config_bytes) > MAX_DOCUMENT_BYTES:
@@ -163,13 +182,126 @@ def assemble(
         manifest = Manifest.build(
             descriptor, layers, artifact_type=artifact_type, annotations=annotations
         )
-    except ManifestError as error:  # of our own values, only their length is left to be wrong
+    except ManifestError as error:  # our own values are valid, so only the size can be wrong
         raise _too_large(f"the manifest of {len(layers)} layers {error.message}") from None
     return Built(manifest, config, config_bytes, notes)
 
 
 def _too_large(problem: str) -> PackagingError:
     return PackagingError(
-        f"{problem}; registries take documents of {MAX_DOCUMENT_BYTES} bytes",
+        f"{problem}; registries accept at most {MAX_DOCUMENT_BYTES} bytes",
         hint="package fewer files, for instance a directory without data sets and checkpoints",
     )
+
+
+def repackage(
+    manifest: Manifest,
+    config: ModelConfig,
+    request: PackageRequest,
+    extra: Plan | None,
+    digests: Sequence[Digest],
+    *,
+    environ: Mapping[str, str] = os.environ,
+) -> Built:
+    """Return the model in `manifest` and `config` with the changes in `request`.
+
+    `extra` is the plan of the layers to add (`plan_extras`), `digests` those of its files. A chat
+    template or a projector replaces the one of the same name, and in a v0.1 config of any name;
+    other layers are added. The time of creation stays unless `request.created` is set. Raises
+    `PackagingError` if two different files would have one path, and `UnsupportedError` for layers
+    that the other format cannot hold.
+    """
+    request.check()
+    to_cncf = config.is_cncf if request.format is None else request.format == "cncf"
+    check_context_size_fits(request, cncf=to_cncf)
+    layers, diff_ids = manifest.layers, _diff_ids(manifest, config)
+    config = config.with_changes(diff_ids=diff_ids)
+    artifact_type = manifest.artifact_type
+    if to_cncf != config.is_cncf:
+        artifact_type = None
+        if to_cncf:
+            config, layers = cncf_config(config), cncf_layers(layers)
+        else:
+            layers = docker_layers(layers, config)
+            config = docker_config(config, layers)
+    added = file_layers(extra.files if extra else (), digests)
+    merged = _Merge(layers, config.diff_ids, config, keep_all=request.preserve)
+    for layer in added:
+        merged.add(layer, cncf_layers([layer])[0] if to_cncf else layer)
+    check_template_wins(
+        request,
+        [
+            (role_of(layer.media_type, layer.filepath), layer.filepath or "")
+            for layer in merged.layers
+        ],
+    )
+    changes: dict[str, object] = {"diff_ids": tuple(merged.diff_ids)}
+    if request.context_size is not None:
+        changes["context_size"] = request.context_size
+    if request.created is not None:
+        changes["created"] = created_time(request.created, environ)
+    return assemble(
+        config.with_changes(**changes),
+        merged.layers,
+        {**manifest.annotations, **request.annotations},
+        artifact_type=artifact_type,
+        notes=(*(extra.notes if extra else ()), *merged.notes),
+    )
+
+
+def _diff_ids(manifest: Manifest, config: ModelConfig) -> tuple[Digest, ...]:
+    """Return one diff id for each layer: a missing one is the layer's digest, as Docker does."""
+    own = config.diff_ids[: len(manifest.layers)]
+    return own + tuple(layer.digest for layer in manifest.layers[len(own) :])
+
+
+class _Merge:
+    """The layers of the existing model with the added ones."""
+
+    def __init__(
+        self,
+        layers: Sequence[Descriptor],
+        diff_ids: Sequence[Digest],
+        config: ModelConfig,
+        *,
+        keep_all: bool,
+    ) -> None:
+        self.layers = list(layers)
+        self.diff_ids = list(diff_ids)
+        self.notes: list[str] = []
+        self._keep_all = keep_all
+        self._by_type = config.media_type == media_types.DOCKER_CONFIG_V01
+
+    def add(self, docker: Descriptor, layer: Descriptor) -> None:
+        """Add `layer`; `docker` is the same layer with Docker's type, which is more specific."""
+        places = range(len(self.layers)) if not self._keep_all else ()
+        for place in reversed(places):
+            old = self.layers[place]
+            if (old.filepath, old.digest, old.media_type) == (
+                layer.filepath,
+                layer.digest,
+                layer.media_type,
+            ):
+                self.notes.append(f"{_name(layer)} is already in the model")
+                return
+            if self._replaces(old, docker, layer):
+                self.notes.append(f"{_name(layer)} replaces {_name(old)}")
+                del self.layers[place], self.diff_ids[place]
+        self.layers.append(layer)
+        self.diff_ids.append(layer.digest)
+
+    def _replaces(self, old: Descriptor, docker: Descriptor, layer: Descriptor) -> bool:
+        is_single = docker.media_type in _SINGLE_TYPES
+        if old.filepath != layer.filepath:
+            return is_single and self._by_type and old.media_type == layer.media_type
+        is_weight = old.media_type in _WEIGHT_TYPES and not is_projector_name(old.filepath or "")
+        if is_weight or not (is_single or old.digest == layer.digest):
+            raise PackagingError(
+                f"the model already has another file at {_name(layer)}",
+                hint="rename the added file",
+            )
+        return True
+
+
+def _name(layer: Descriptor) -> str:
+    return repr(shown(layer.filepath or f"layer {layer.digest.short}"))

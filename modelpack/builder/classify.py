@@ -1,7 +1,7 @@
-"""What a file of a model is, by its name alone, as Docker Model Runner decides it.
+"""Classify the files of a model by name, as Docker Model Runner does, and detect Python pickles.
 
-Source: docker/model-runner pkg/distribution/files. The table is kept to the letter, oddities
-included (`notice_me.py` is a license), because a layer's type is part of the manifest's digest.
+Source: docker/model-runner pkg/distribution/files. The rules match it exactly, oddities included
+(`notice_me.py` is a license), because a layer's type is part of the manifest's digest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from modelpack.artifacts import media_types
 
 
 class FileKind(StrEnum):
-    """The kinds of files; the values of the weights are the format names of configs."""
+    """The kind of a file; for weights, the value is the format name in configs."""
 
     GGUF = "gguf"
     SAFETENSORS = "safetensors"
@@ -41,15 +41,15 @@ MEDIA_TYPES: Final[Mapping[FileKind, str]] = MappingProxyType(
         FileKind.OTHER: media_types.DOCKER_MODEL_FILE,
     }
 )
-#: Docker's layer types of weights (a projector is not one).
+#: Docker's layer types of weights, without projectors.
 WEIGHT_TYPES: Final = tuple(MEDIA_TYPES[kind] for kind in WEIGHT_KINDS)
 
-#: Weights as Python pickles, which run code when they are loaded.
+#: Extensions of weights stored as Python pickles, which run code when they are loaded.
 PICKLE_EXTENSIONS: Final = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-#: How much of a file `holds_pickle` looks at.
+#: The number of bytes that `holds_pickle` needs.
 PICKLE_HEAD_BYTES: Final = 512
-# PROTO of protocols 2 to 5; a global, a dict or a list as protocols 0 and 1 begin; PyTorch's file
-# is a zip with a pickle in it.
+# Protocols 2 to 5 start with PROTO; 0 and 1 start with a global, a dict or a list. PyTorch writes a
+# ZIP archive that contains a pickle.
 _PICKLE = re.compile(
     rb"\x80[\x02-\x05]"
     rb"|c[A-Za-z_][\w.]+\n[A-Za-z_]\w+\n(?:[()]|q[\x00-\x1f]|p\d+\n)"
@@ -62,7 +62,7 @@ _LICENSE_WORDS = ("license", "licence", "copying", "notice")
 
 
 def classify(path: str) -> FileKind:
-    """Return the kind of the file `path`, by its base name; the first rule that fits wins."""
+    """Return the kind of the file `path` by its base name; the first matching rule wins."""
     name = lowered_name(path)
     for kind in WEIGHT_KINDS:
         if name.endswith(f".{kind}"):
@@ -77,21 +77,21 @@ def classify(path: str) -> FileKind:
 
 
 def is_pickle(path: str) -> bool:
-    """Return whether the file `path` is named like a pickle of weights."""
+    """Return whether the extension of `path` is that of pickled weights."""
     return lowered_name(path).endswith(PICKLE_EXTENSIONS)
 
 
 def holds_pickle(head: bytes) -> bool:
-    """Return whether a file with these first bytes is a Python pickle, whatever its name is."""
+    """Return whether a file with these first bytes is a Python pickle, regardless of its name."""
     return _PICKLE.match(head) is not None
 
 
 def is_projector_name(path: str) -> bool:
-    """Return whether `path` is named like a multimodal projector."""
+    """Return whether the name of `path` is that of a multimodal projector."""
     return "mmproj" in lowered_name(path)
 
 
 def lowered_name(path: str) -> str:
-    """Return the base name of `path` in lower case, as Go lowers it."""
-    # Python makes two characters of this one, Go one.
+    """Return the base name of `path` in lower case, as Go's `strings.ToLower`."""
+    # Python lowers this character to two, Go to one.
     return path.rpartition("/")[2].replace("\u0130", "i").lower()

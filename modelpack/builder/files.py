@@ -1,6 +1,8 @@
-"""LayerMetadata: the file that a layer is, as its `org.cncf.model.file.metadata+json` says.
+"""The files of a directory as layers: walk the directory, check each file, describe its metadata.
 
-Source: CNCF model-spec, docs/annotations.md; Docker Model Runner writes the same object.
+`walk` yields the files of a directory, `LayerFiles` turns a file into a `LayerFile`, and
+`LayerMetadata` is the annotation `org.cncf.model.file.metadata+json` of its layer (CNCF model-spec,
+docs/annotations.md; Docker Model Runner writes the same object).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from modelpack.builder.classify import WEIGHT_TYPES
 from modelpack.builder.request import PackageRequest
 from modelpack.builder.times import local_time, source_time
 from modelpack.errors import ManifestError, PackagingError
+from modelpack.formats.reader import LFS_POINTER
 
 _WHAT = "layer file metadata"
 # The largest values of Go's types in model-spec's FileMetadata.
@@ -38,7 +41,7 @@ class LayerMetadata:
 
     @classmethod
     def parse(cls, text: str) -> LayerMetadata:
-        """Return the metadata that an annotation's JSON text holds; raise `ManifestError`."""
+        """Return the metadata in the annotation `text`, a JSON object; raise `ManifestError`."""
         value = decode_object(text.encode(errors="surrogatepass"), _WHAT)
         return cls(
             name=_field(value, "name", str),
@@ -51,7 +54,7 @@ class LayerMetadata:
         )
 
     def encode(self) -> str:
-        """Return the JSON text, fields in the order that Docker Model Runner writes."""
+        """Return the JSON text, with the fields in the order of Docker Model Runner."""
         return encode_text(
             {
                 "name": self.name,
@@ -89,15 +92,15 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISREG, "a file"),
 )
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 _LFS_POINTER_MAX_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class LayerFile:
-    """A file, the layer that it becomes, and what tells later whether it changed.
+    """A file and its layer, with the size, time and inode that detect a later change.
 
-    `media_type` is Docker's; `filepath` is the slash path that the layer is annotated with.
+    `media_type` is Docker's; `filepath` is the slash path in the layer's annotation.
     """
 
     path: Path
@@ -116,9 +119,9 @@ class LayerFile:
 
 @dataclass(frozen=True, slots=True)
 class LayerFiles:
-    """Makes `LayerFile`s: decides which modes and times are written.
+    """Creates `LayerFile`s, with the modes and times of the request.
 
-    Without `preserve`, nothing that a copy, a `touch` or an umask changes gets into a layer.
+    Without `preserve`, a layer does not depend on anything that a copy, `touch` or umask changes.
     """
 
     preserve: bool
@@ -126,18 +129,18 @@ class LayerFiles:
 
     @classmethod
     def of(cls, request: PackageRequest, environ: Mapping[str, str]) -> Self:
-        """Return the maker that `request` asks for."""
+        """Return the `LayerFiles` for `request`."""
         return cls(request.preserve, source_time(environ))
 
     def at(self, path: Path, media_type: str, filepath: str | None = None) -> LayerFile:
-        """Return the regular file `path` as a layer; a link is followed, and keeps its name.
+        """Return the regular file `path` as a layer; a link is followed, but keeps its name.
 
-        `filepath` is the path inside the model, the base name by default. Raises `PackagingError`
-        for anything that is no readable regular file, or has a name that no model can hold.
+        `filepath` is the path inside the model, by default the base name. Raises `PackagingError`
+        if `path` is not a readable regular file, or if its name is not valid in a model.
         """
         filepath = path.name if filepath is None else filepath
         self._check_name(path, filepath)
-        # A weight's own parser says more about what it is instead.
+        # For weights, the parser of the format reports a pointer with more details.
         status = opened_status(path, refuse_pointer=media_type not in WEIGHT_TYPES)
         metadata = LayerMetadata(
             name=filepath.rpartition("/")[2],
@@ -158,7 +161,7 @@ class LayerFiles:
 
     def _check_name(self, path: Path, filepath: str) -> None:
         if self.preserve:
-            return  # Docker Model Runner takes any name
+            return  # Docker Model Runner accepts any name
         problem = path_problem(filepath)
         try:
             filepath.encode()
@@ -166,7 +169,7 @@ class LayerFiles:
             problem = "it is not UTF-8"
         if problem:
             raise PackagingError(
-                f"{shown(path)}: a model cannot hold a file of this name: {problem}",
+                f"{shown(path)}: the name is not valid in a model: {problem}",
                 hint="rename the file",
             )
 
@@ -195,7 +198,7 @@ def expanded(path: Path) -> Path:
 
 
 def status_of(path: Path) -> os.stat_result:
-    """Return the status of what `path` leads to; raise `PackagingError` if that is nothing."""
+    """Return the status of `path`, following links; raise `PackagingError` if there is none."""
     try:
         return path.stat()
     except (OSError, ValueError) as error:
@@ -203,13 +206,13 @@ def status_of(path: Path) -> os.stat_result:
 
 
 def opened_status(path: Path, *, refuse_pointer: bool = False) -> os.stat_result:
-    """Return the status of the regular file `path`, having made sure that it can be read.
+    """Open the regular file `path`, which checks that it can be read, and return its status.
 
-    With `refuse_pointer`, a Git LFS pointer is an error too.
+    Raises `PackagingError` otherwise; with `refuse_pointer`, also for a Git LFS pointer.
     """
     check_regular(path, status_of(path))
     try:
-        # Should a FIFO have come in between, this does not wait for a writer.
+        # O_NONBLOCK: if a FIFO has replaced the file, do not wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise unreadable(path, error) from None
@@ -217,7 +220,7 @@ def opened_status(path: Path, *, refuse_pointer: bool = False) -> os.stat_result
         status = os.fstat(descriptor)
         check_regular(path, status)
         if refuse_pointer and status.st_size <= _LFS_POINTER_MAX_BYTES:
-            _check_no_pointer(path, os.read(descriptor, len(_LFS_POINTER)))
+            _check_no_pointer(path, os.read(descriptor, len(LFS_POINTER)))
         return status
     finally:
         os.close(descriptor)
@@ -233,18 +236,19 @@ def head_of(path: Path, count: int) -> bytes:
 
 
 def check_regular(path: Path, status: os.stat_result) -> None:
-    """Raise `PackagingError`, saying what `path` is, unless it is a regular file."""
+    """Raise `PackagingError` with the kind of `path` unless it is a regular file."""
     if not stat.S_ISREG(status.st_mode):
         raise PackagingError(f"{shown(path)} is {kind_of_file(status)}, expected a regular file")
 
 
 def kind_of_file(status: os.stat_result) -> str:
-    """Return what a path that is no regular file is, with its article."""
-    return next((kind for is_kind, kind in _KINDS if is_kind(status.st_mode)), "no regular file")
+    """Return the kind of a file with its article, for error messages."""
+    kinds = (kind for is_kind, kind in _KINDS if is_kind(status.st_mode))
+    return next(kinds, "not a regular file")
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> PackagingError:
-    """Return the error for a path that the system refuses to open or list."""
+    """Return the error for a path that cannot be opened or listed."""
     if isinstance(error, FileNotFoundError):
         if os.path.islink(path):
             return PackagingError(
@@ -257,13 +261,13 @@ def unreadable(path: Path, error: OSError | ValueError) -> PackagingError:
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """Return `path` for people: what a terminal could trip over is escaped."""
+    """Return `path` for a message, with unprintable characters escaped."""
     text = os.fspath(path).encode(errors="surrogateescape").decode(errors="backslashreplace")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _check_no_pointer(path: Path, head: bytes) -> None:
-    if head == _LFS_POINTER:
+    if head == LFS_POINTER:
         raise PackagingError(
             f"{shown(path)} is a Git LFS pointer, not the file itself",
             hint="run `git lfs install && git lfs pull` in that checkout",
@@ -272,7 +276,7 @@ def _check_no_pointer(path: Path, head: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LinkRule:
-    """Decides about the links in one directory; `allowed` are real paths."""
+    """Decides which symbolic links in a directory are followed; `allowed` are real paths."""
 
     allowed: tuple[str, ...]
     follow_all: bool
@@ -285,7 +289,7 @@ class LinkRule:
         return cls((real,) if blobs is None else (real, blobs), follow_all)
 
     def check(self, link: str) -> None:
-        """Raise `PackagingError`, naming the link and its target, unless it is to be followed."""
+        """Raise `PackagingError` with the link and its target unless it may be followed."""
         try:
             target = os.path.realpath(link, strict=True)
         except OSError as error:
@@ -302,7 +306,10 @@ class LinkRule:
 
 
 def hub_blobs(real: str) -> str | None:
-    """Return the blobs of the Hugging Face cache repository that holds the real path `real`."""
+    """Return the blobs directory of the Hugging Face cache repository that contains `real`.
+
+    The result is None if the real path `real` is not in such a cache.
+    """
     parts = Path(real).parts
     for i in range(len(parts) - 2, 0, -1):
         if parts[i] == "snapshots" and parts[i - 1].startswith("models--"):
@@ -314,13 +321,13 @@ def _is_inside(path: str, directory: str) -> bool:
     return path == directory or path.startswith(directory.rstrip(os.sep) + os.sep)
 
 
-#: Links to directories can multiply without end; no manifest has room for so many files anyway.
+#: A limit, since links to directories can multiply without end; a manifest has room for fewer.
 MAX_ENTRIES: Final = 100_000
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A file or directory that is left out; `path` is relative to the packaged directory."""
+    """An entry left out of a model; `path` is relative to the packaged directory."""
 
     path: str
     reason: str
@@ -335,10 +342,10 @@ class Found:
 
 
 def walk(root: Path, *, follow_symlinks: bool) -> Iterator[Found | Skipped]:
-    """Yield what is in the directory `root`, in the order of layers.
+    """Yield the files of the directory `root` and the skipped entries, in the order of layers.
 
-    Raises `PackagingError`, naming the path, for what cannot be read, for links that must not or
-    cannot be followed, and for anything that is neither a file nor a directory.
+    Raises `PackagingError` with the path for entries that cannot be read, for links that must not
+    or cannot be followed, and for entries that are neither files nor directories.
     """
     return _Walk(root, LinkRule.for_directory(root, follow_all=follow_symlinks)).run()
 
@@ -348,8 +355,8 @@ class _Walk:
         self._root = root
         self._links = links
         self._entries = 0
-        # The directories from the root to where we are: one that comes again is a loop. A stack
-        # rather than recursion, because paths can be deeper than Python's calls.
+        # The open directories from the root down: one that occurs twice is a loop. This is a stack
+        # instead of recursion, because paths can be deeper than Python's call stack.
         self._open: list[tuple[str, Iterator[os.DirEntry[str]], tuple[int, int]]] = []
 
     def run(self) -> Iterator[Found | Skipped]:
@@ -396,7 +403,7 @@ class _Walk:
         if any(identity == above for _, _, above in self._open):
             raise PackagingError(
                 f"{shown(path)} is a symbolic link to {shown(os.path.realpath(path))}, a directory "
-                "that it lies in: following it would never end"
+                "above it: following it would never end"
             )
         self._open.append((prefix, iter(entries), identity))
 

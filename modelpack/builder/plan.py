@@ -1,4 +1,8 @@
-"""Files that a model would hold twice: in the directory and named by a flag, or by two flags."""
+"""Collect the files of a new model, or those to add to an existing one, into a `Plan`.
+
+`plan` and `plan_extras` check the request, walk the directory, reject pickles, find shards and read
+the statistics of the weights. No file is hashed here; `build` needs the digests.
+"""
 
 from __future__ import annotations
 
@@ -58,11 +62,11 @@ _CHUNK_BYTES: Final = 1024 * 1024
 def without_duplicates(
     files: Iterable[LayerFile], named: Iterable[LayerFile]
 ) -> tuple[tuple[LayerFile, ...], tuple[str, ...]]:
-    """Return `files`, then those `named` by flags that are not among them, and notes on the rest.
+    """Return `files` with those `named` by flags, each once, and notes about repeated files.
 
-    A file named by a flag that is there already, by path and content, is not added; what the flag
-    says it is counts for more than its name (`--license TERMS.txt`). Raises `PackagingError` for
-    two different files of one path: only one of them could be unpacked.
+    A file named by a flag that has the path and content of one in `files` is not added, but its
+    flag decides its type (`--license TERMS.txt`). Raises `PackagingError` for two different files
+    with one path: only one of them could be unpacked.
     """
     kept = list(files)
     places = {file.filepath: i for i, file in enumerate(kept)}
@@ -79,7 +83,7 @@ def without_duplicates(
                 f"{shown(file.filepath)!r} in the model",
                 hint="rename one of them",
             )
-        notes.append(f"{shown(file.path)} is in the model already as {shown(file.filepath)!r}")
+        notes.append(f"{shown(file.path)} is already in the model as {shown(file.filepath)!r}")
         kept[place] = other.with_type(file.media_type)
     return tuple(kept), tuple(notes)
 
@@ -100,15 +104,15 @@ def _same_content(one: LayerFile, other: LayerFile) -> bool:
 
 
 def discovered_shards(path: Path, kind: FileKind) -> tuple[Path, ...]:
-    """Return all shards of the model that the weight file `path` is one of, in order.
+    """Return all shards of the model that the weight file `path` belongs to, in order.
 
-    Raises `PackagingError` naming the shards that are missing.
+    Raises `PackagingError` with the names of missing shards.
     """
     return (path,) if kind is FileKind.DDUF else find_shards(path)
 
 
 def check_projector(path: Path) -> None:
-    """Raise `WeightFormatError` if a projector is named like weights but does not parse."""
+    """Raise `WeightFormatError` if a projector has the extension of weights but does not parse."""
     kind = classify(path.name)
     if kind is FileKind.GGUF:
         read_gguf_header(path)
@@ -119,17 +123,15 @@ def check_projector(path: Path) -> None:
 def weight_statistics(
     files: Sequence[LayerFile], *, config_json: Path | None = None, exact: bool
 ) -> tuple[ModelStatistics, tuple[str, ...]]:
-    """Return what the weights among `files` say about the model, and notes for people.
+    """Return the statistics of the weights among `files`, and notes for users.
 
     Every header is read, so every weight that does not parse is an error. `config_json` is the
-    configuration beside safetensors, looked for next to them by default. With `exact` the
-    statistics are those of Docker Model Runner.
+    configuration of safetensors, by default the one in their directory. With `exact`, compute the
+    statistics as Docker Model Runner does.
     """
     weights = [file for file in files if file.media_type in WEIGHT_TYPES]
     if not weights:
-        raise PackagingError(
-            "no weights are left: a flag says of every one of them that it is no weight"
-        )
+        raise PackagingError("no weights are left: flags give every weight file another type")
     kind = next(k for k, media_type in MEDIA_TYPES.items() if media_type == weights[0].media_type)
     paths = [file.path for file in weights]
     if kind is FileKind.GGUF:
@@ -142,7 +144,7 @@ def weight_statistics(
 
 
 def _several_models(weights: Sequence[LayerFile], kind: FileKind) -> tuple[str, ...]:
-    """Return a note if a directory holds several GGUFs: then they are models, not parts of one."""
+    """Return a note if a directory has several GGUF models, since a config describes only one."""
     if kind is not FileKind.GGUF:
         return ()
     models = {
@@ -153,17 +155,14 @@ def _several_models(weights: Sequence[LayerFile], kind: FileKind) -> tuple[str, 
     if len(models) < 2:
         return ()
     names = ", ".join(sorted(shown(name) for name in models.values()))
-    return (f"several models in one directory ({names}): the config describes the first only",)
-
-
-__all__ = ["LayerFile", "Plan", "Skipped", "plan"]
+    return (f"several models in one directory ({names}): the config describes only the first",)
 
 
 def plan(request: PackageRequest, *, environ: Mapping[str, str] = os.environ) -> Plan:
-    """Return the plan of the new model that `request` asks for.
+    """Return the plan of the new model that `request` describes.
 
-    Raises `UsageError` for a request that makes no sense, `PackagingError` for files that make no
-    model, naming them, and `WeightFormatError` for a weight that does not parse.
+    Raises `UsageError` for an invalid request, `PackagingError` with the paths for files that
+    cannot be packaged, and `WeightFormatError` for a weight that does not parse.
     """
     request.check()
     flag, path = _source(request)
@@ -186,10 +185,24 @@ def plan(request: PackageRequest, *, environ: Mapping[str, str] = os.environ) ->
     return result
 
 
+def plan_extras(request: PackageRequest, *, environ: Mapping[str, str] = os.environ) -> Plan:
+    """Return the plan of the layers, possibly none, that `request` adds to an existing model.
+
+    Raises `UsageError` if it names weights, and the errors of `plan` for its files.
+    """
+    request.check()
+    if request.sources:
+        flags = ", ".join(flag for flag, _ in request.sources)
+        raise UsageError(f"weights ({flags}) cannot be combined with a model to start from")
+    created = None if request.created is None else created_time(request.created, environ)
+    files, notes = named_files(request, LayerFiles.of(request, environ))
+    return Plan(files, created=created, notes=notes)
+
+
 def named_files(
     request: PackageRequest, maker: LayerFiles
 ) -> tuple[tuple[LayerFile, ...], tuple[str, ...]]:
-    """Return the layers of the flags that go after the weights, and notes about them."""
+    """Return the layers of --license, --chat-template and --mmproj, and notes about them."""
     files = [maker.at(expanded(path), media_types.DOCKER_LICENSE) for path in request.licenses]
     if request.chat_template is not None:
         files.append(maker.at(expanded(request.chat_template), media_types.DOCKER_CHAT_TEMPLATE))
@@ -205,7 +218,7 @@ def _joined(
     named: tuple[LayerFile, ...] | list[LayerFile],
     request: PackageRequest,
 ) -> tuple[tuple[LayerFile, ...], tuple[str, ...]]:
-    if request.preserve:  # Docker Model Runner keeps what comes twice
+    if request.preserve:  # Docker Model Runner keeps repeated files
         return (*files, *named), ()
     return without_duplicates(files, named)
 
@@ -213,16 +226,18 @@ def _joined(
 def _source(request: PackageRequest) -> tuple[str, Path]:
     sources = request.sources
     if not sources:
-        raise UsageError("nothing to package: expected a GGUF, a safetensors directory or a DDUF")
+        raise UsageError(
+            "no weights to package: expected a GGUF, a safetensors directory or a DDUF"
+        )
     if len(sources) > 1:
         flags = ", ".join(flag for flag, _ in sources)
-        raise UsageError(f"{flags} exclude each other: a model has weights of one kind")
+        raise UsageError(f"{flags} cannot be combined: a model has weights of one format")
     flag, path = sources[0]
     return flag, expanded(path)
 
 
 def _config_json(root: Path, files: tuple[LayerFile, ...]) -> Path | None:
-    """Return the configuration of the whole model where it is in the directory `root`."""
+    """Return the path of the `config.json` directly in the directory `root`, or None."""
     return next((f.path for f in files if f.path == root / "config.json"), None)
 
 
@@ -231,13 +246,13 @@ def _single(flag: str, path: Path, maker: LayerFiles) -> tuple[LayerFile, ...]:
     if stat.S_ISDIR(status.st_mode):
         raise PackagingError(
             f"{shown(path)} is a directory, {flag} expects a file",
-            hint="use --safetensors-dir for a directory, whatever weights it holds",
+            hint="use --safetensors-dir for a directory with weights of any format",
         )
     kind = classify(path.name)
     if kind not in WEIGHT_KINDS:
         raise PackagingError(
             f"{shown(path)}: the name does not end in .gguf, .safetensors or .dduf",
-            hint="the ending says of which format a file is: rename it, or link to it",
+            hint="rename it or link to it: the extension must be that of the format",
         )
     return tuple(maker.at(shard, MEDIA_TYPES[kind]) for shard in discovered_shards(path, kind))
 
@@ -273,19 +288,19 @@ def _check_kinds(root: Path, found: list[Found], request: PackageRequest) -> Non
     formats = [f"{kind} ({_listed(paths)})" for kind, paths in weights.items() if paths]
     if not formats:
         raise PackagingError(
-            f"{shown(root)}: no weights (.gguf, .safetensors, .dduf) among its {len(found)} files"
+            f"{shown(root)} has no weights (.gguf, .safetensors, .dduf) among {len(found)} files"
         )
     if len(formats) > 1:
         raise PackagingError(
-            f"{shown(root)} mixes formats of weights: {', '.join(formats)}",
-            hint="package each format as a model of its own",
+            f"{shown(root)} has weights of several formats: {', '.join(formats)}",
+            hint="package each format as a separate model",
         )
 
 
 def _check_pickles(root: Path, found: list[Found]) -> None:
-    what = "files named like Python pickles"
+    what = "files with extensions of Python pickles"
     pickles = [entry.filepath for entry in found if is_pickle(entry.filepath)]
-    if not pickles:  # the parsers of weights see to it that those are none
+    if not pickles:  # weights are left out here: their parsers reject pickles
         what = "Python pickles"
         others = [entry for entry in found if classify(entry.filepath) not in WEIGHT_KINDS]
         pickles = [e.filepath for e in others if holds_pickle(head_of(e.path, PICKLE_HEAD_BYTES))]

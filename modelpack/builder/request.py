@@ -1,4 +1,4 @@
-"""PackageRequest: what somebody asks to be packaged, and how."""
+"""PackageRequest: the input files and options of `modelpack package`, and their checks."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
+from modelpack.artifacts.config import MAX_CONTEXT_SIZE
 from modelpack.artifacts.model import Role, preferred_template
 from modelpack.errors import PackagingError, UsageError
 
 Format = Literal["docker", "cncf"]
 
-#: Configs hold the context size as a signed number of 32 bits.
-MAX_CONTEXT_SIZE: Final = 2**31 - 1
-
 
 @dataclass(frozen=True, slots=True)
 class PackageRequest:
-    """The input files and the choices that shape the bytes of a model.
+    """The input files and the options that determine the bytes of a model.
 
-    One of `gguf`, `safetensors_dir` and `dduf` for a new model, none to repackage an existing one.
-    `context_size` is in tokens, and 0 is written as 0. `format` None is Docker's for a new model
-    and unchanged for an existing one. `created` is `now`, RFC 3339 or a time with a zone; None is
-    SOURCE_DATE_EPOCH, else 1970 (repackaging keeps what the model says).
-    `preserve` writes what Docker Model Runner would: modes and local times of the files, its
-    statistics, and files that occur twice; without it the same files give the same digest anywhere.
+    Set one of `gguf`, `safetensors_dir` and `dduf` for a new model, none to repackage an existing
+    one. `context_size` is in tokens; 0 is written as 0. `format` None means Docker's format for a
+    new model, and no change for an existing one. `created` is `now`, RFC 3339 or a datetime with a
+    time zone; None means SOURCE_DATE_EPOCH or 1970 for a new model, and no change for an existing
+    one. `preserve` writes the model as Docker Model Runner does, with the modes and local times of
+    the files, its statistics and repeated files; otherwise equal files give equal digests on any
+    machine.
     """
 
     gguf: Path | None = None
@@ -44,7 +43,7 @@ class PackageRequest:
     allow_pickle: bool = False
 
     def check(self) -> None:
-        """Raise `UsageError` for a value that no model can have."""
+        """Raise `UsageError` for an invalid value."""
         size = self.context_size
         if size is not None and not 0 <= size <= MAX_CONTEXT_SIZE:
             raise UsageError(f"context size {size}: expected 0 to {MAX_CONTEXT_SIZE} tokens")
@@ -52,13 +51,13 @@ class PackageRequest:
             raise UsageError(f"format {self.format!r}: expected docker or cncf")
         for key, text in self.annotations.items():
             if not key:
-                raise UsageError(f"an annotation without a key, of value {text!r}")
+                raise UsageError(f"an annotation has no key; its value is {text!r}")
             if not (_is_text(key) and _is_text(text)):
                 raise UsageError(f"annotation {key!r}={text!r}: expected valid UTF-8")
 
     @property
     def sources(self) -> tuple[tuple[str, Path], ...]:
-        """The flags that name weights, each with its path; a new model has exactly one."""
+        """The weights as (flag, path); a new model needs exactly one."""
         named = (
             ("--gguf", self.gguf),
             ("--safetensors-dir", self.safetensors_dir),
@@ -68,18 +67,18 @@ class PackageRequest:
 
 
 def check_context_size_fits(request: PackageRequest, *, cncf: bool) -> None:
-    """Raise `UsageError` if the request has a context size that its format cannot hold."""
+    """Raise `UsageError` if the request sets a context size for a CNCF model."""
     if cncf and request.context_size is not None:
         raise UsageError(
-            "a context size does not fit in the CNCF format, whose config has no field for it",
-            hint="leave --context-size away, or use --format docker",
+            "the context size cannot be set: configs of the CNCF format have no field for it",
+            hint="omit --context-size, or use --format docker",
         )
 
 
 def check_template_wins(request: PackageRequest, layers: Sequence[tuple[Role, str]]) -> None:
-    """Raise `PackagingError` if the model would use another template than --chat-template.
+    """Raise `PackagingError` if runtimes would not use the template of --chat-template.
 
-    `layers` are all layers of the model, as `preferred_template` takes them.
+    `layers` are all layers of the model as (role, path), as for `preferred_template`.
     """
     at = preferred_template(layers)
     if request.chat_template is None or request.preserve or at is None:

@@ -1,6 +1,6 @@
-"""Times as configs and layers hold them: RFC 3339, written as Go's `time.Time` writes itself.
+"""Format the times in configs and layers: RFC 3339, as Go's `time.Time` prints it.
 
-Up to nine fractional digits without trailing zeros, `Z` for an offset of zero.
+That is up to nine fractional digits without trailing zeros, and `Z` for an offset of zero.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from modelpack.artifacts.json_document import checked_time
 from modelpack.errors import ManifestError, UsageError
 
-#: The time of everything where the caller names none: the same files give the same digest.
+#: The default time, a constant so that equal files give equal digests.
 EPOCH = "1970-01-01T00:00:00Z"
 #: https://reproducible-builds.org/specs/source-date-epoch/
 SOURCE_DATE_EPOCH = "SOURCE_DATE_EPOCH"
@@ -24,9 +24,9 @@ _PARTS = re.compile(r"([^.Z+]+?)(?:\.([0-9]+))?(Z|[+-][0-9:]{5})\Z")
 
 
 def created_time(created: str | datetime | None, environ: Mapping[str, str]) -> str:
-    """Return the time of creation that `created` asks for: `now`, RFC 3339, or reproducibly None.
+    """Return the time of creation for `created`: `now`, RFC 3339, a datetime or None.
 
-    Raises `UsageError`.
+    None means `source_time`, which is reproducible. Raises `UsageError` for an invalid time.
     """
     if created is None:
         return source_time(environ)
@@ -47,9 +47,9 @@ def created_time(created: str | datetime | None, environ: Mapping[str, str]) -> 
 
 
 def source_time(environ: Mapping[str, str]) -> str:
-    """Return the time that `SOURCE_DATE_EPOCH` holds, in seconds, else 1970.
+    """Return the time in the variable `SOURCE_DATE_EPOCH`, by default 1970.
 
-    Raises `UsageError` if it holds something else.
+    Raises `UsageError` if its value is not a number of seconds.
     """
     text = environ.get(SOURCE_DATE_EPOCH, "")
     if not text:
@@ -63,9 +63,9 @@ def source_time(environ: Mapping[str, str]) -> str:
 
 
 def local_time(nanoseconds: int) -> str:
-    """Return a file's time in this machine's time zone, which is what Docker Model Runner writes.
+    """Return a file's time in the time zone of this machine, as Docker Model Runner writes it.
 
-    Raises `ValueError` for a year that RFC 3339 does not have.
+    Raises `ValueError` for a year outside RFC 3339.
     """
     seconds, fraction = divmod(nanoseconds, _BILLION)
     try:
@@ -88,7 +88,7 @@ def _clock(moment: time.struct_time) -> str:
 def _offset(seconds: int) -> str:
     if seconds == 0:
         return "Z"
-    minutes = abs(seconds) // 60  # Go drops the seconds of historic zones, towards zero
+    minutes = abs(seconds) // 60  # Go truncates the seconds of historic zones
     sign = "-" if seconds <= -60 else "+"
     return f"{sign}{minutes // 60:02}:{minutes % 60:02}"
 

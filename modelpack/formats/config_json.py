@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.config import MAX_CONTEXT_SIZE, ModelConfig
 from modelpack.errors import ModelpackError, NotFoundError
 from modelpack.formats.reader import WeightFile
 from modelpack.formats.tensors import TensorInfo
@@ -112,8 +112,6 @@ def _is_bits(value: Any) -> bool:
 CONFIG_JSON = "config.json"
 #: Configurations with the names of 20,000 classes are about 1 MB.
 MAX_CONFIG_JSON_BYTES = 16 * 1024 * 1024
-#: Context sizes in configs are signed 32-bit integers.
-MAX_CONTEXT_SIZE = 2**31 - 1
 
 _CONTEXT_KEYS = (
     "max_position_embeddings",

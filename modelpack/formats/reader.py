@@ -21,7 +21,8 @@ HEAD_BYTES = 512
 # Without O_NONBLOCK, opening a FIFO would wait for a writer; O_BINARY exists on Windows only.
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+#: The start of a Git LFS pointer.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _LFS_SIZE = re.compile(rb"^size (\d{1,20})$", re.MULTILINE)
 _FOREIGN_STARTS: tuple[tuple[bytes, str], ...] = (
     (b"PK\x03\x04", "a ZIP archive"),
@@ -124,7 +125,7 @@ class WeightFile:
     def foreign(self, expected: str) -> WeightFormatError:
         """Return the error for a file that is not `expected`, with the kind it appears to be."""
         head = self.head()
-        if head.startswith(_LFS_POINTER):
+        if head.startswith(LFS_POINTER):
             size = _LFS_SIZE.search(head)
             real = f" of {int(size[1])} bytes" if size else ""
             return self.error(

@@ -15,11 +15,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from modelpack.artifacts.config import MAX_CONTEXT_SIZE
 from modelpack.artifacts.json_document import sorted_map
 from modelpack.errors import NotFoundError, PackagingError, WeightFormatError
 from modelpack.formats.config_json import (
     CONFIG_JSON,
-    MAX_CONTEXT_SIZE,
     MLXQuantization,
     architecture_name,
     context_size,

@@ -21,7 +21,7 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Manifest
 from modelpack.builder.build import Built, described, file_layer
 from modelpack.builder.classify import MEDIA_TYPES, FileKind, classify
-from modelpack.builder.config import docker_config_type
+from modelpack.builder.conversion import docker_config_type
 from modelpack.builder.files import LayerMetadata
 from modelpack.builder.times import EPOCH
 from modelpack.errors import NotFoundError, PackagingError, WeightFormatError

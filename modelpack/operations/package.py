@@ -18,9 +18,9 @@ from modelpack.artifacts.foreign import ollama_defaults
 from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.model import Model, Role
 from modelpack.artifacts.reference import Reference
-from modelpack.builder.build import Built, build
-from modelpack.builder.plan import LayerFile, Skipped, plan
-from modelpack.builder.repackage import plan_extras, repackage
+from modelpack.builder.build import Built, build, repackage
+from modelpack.builder.files import LayerFile, Skipped
+from modelpack.builder.plan import plan, plan_extras
 from modelpack.builder.request import PackageRequest
 from modelpack.bundles.bundle import Bundle, lay_out
 from modelpack.errors import PackagingError, SourceChangedError

@@ -14,15 +14,14 @@ from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Manifest
-from modelpack.builder.build import Built, assemble
-from modelpack.builder.config import (
+from modelpack.builder.build import Built, assemble, repackage
+from modelpack.builder.conversion import (
     cncf_config,
     cncf_layers,
     cncf_media_type,
     docker_config_type,
     docker_layers,
 )
-from modelpack.builder.repackage import repackage
 from modelpack.builder.request import Format, PackageRequest
 from modelpack.errors import UnsupportedError
 from tests.packaging.trees import (

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from modelpack.builder.plan import plan
-from modelpack.builder.repackage import plan_extras
+from modelpack.builder.plan import plan, plan_extras
 from modelpack.builder.request import PackageRequest
 from modelpack.errors import ModelpackError, PackagingError, UsageError, WeightFormatError
 from tests.packaging.trees import (
@@ -182,7 +181,7 @@ FILE_ROWS: dict[str, tuple[dict[str, bytes], dict[str, str], type[ModelpackError
         {"d/a.dduf": DDUF, "d/model.safetensors": PAIR},
         {"safetensors_dir": "d"},
         PackagingError,
-        ["mixes", "dduf (a.dduf)"],
+        ["has weights of several formats", "dduf (a.dduf)"],
     ),
     "pickles": (
         {**{f"d/{k}": v for k, v in MODEL.items()}, "d/x.BIN": b"", "d/sub/y.pth": b""},
@@ -320,9 +319,13 @@ GGUF = {"gguf": Path("m.gguf")}
 @pytest.mark.parametrize(
     ("values", "environ", "says"),
     [
-        ({}, {}, "nothing to package"),
-        ({**GGUF, "dduf": Path("x.dduf")}, {}, "--gguf, --dduf exclude"),
-        ({**GGUF, "safetensors_dir": Path("d")}, {}, "--gguf, --safetensors-dir exclude"),
+        ({}, {}, "no weights to package"),
+        ({**GGUF, "dduf": Path("x.dduf")}, {}, "--gguf, --dduf cannot be combined"),
+        (
+            {**GGUF, "safetensors_dir": Path("d")},
+            {},
+            "--gguf, --safetensors-dir cannot be combined",
+        ),
         ({**GGUF, "context_size": -1}, {}, "context size -1"),
         ({**GGUF, "context_size": 2**31}, {}, "2147483647"),
         ({**GGUF, "context_size": 5, "format": "cncf"}, {}, "CNCF"),
@@ -330,7 +333,7 @@ GGUF = {"gguf": Path("m.gguf")}
         ({**GGUF, "format": "tar"}, {}, "docker or cncf"),
         ({**GGUF, "created": "yesterday"}, {}, "yesterday"),
         (GGUF, {"SOURCE_DATE_EPOCH": "soon"}, "SOURCE_DATE_EPOCH"),
-        ({**GGUF, "annotations": {"": "x"}}, {}, "without a key"),
+        ({**GGUF, "annotations": {"": "x"}}, {}, "an annotation has no key"),
         ({**GGUF, "annotations": {"k": "\udcff"}}, {}, "UTF-8"),
     ],
 )

@@ -13,8 +13,8 @@ from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Manifest
-from modelpack.builder.build import Built, assemble
-from modelpack.builder.repackage import plan_extras, repackage
+from modelpack.builder.build import Built, assemble, repackage
+from modelpack.builder.plan import plan_extras
 from modelpack.builder.request import PackageRequest
 from modelpack.errors import PackagingError, UsageError
 from tests.packaging.trees import (
@@ -142,7 +142,7 @@ def test_the_same_license_is_not_added_again(root: Path) -> None:
     first = package(PackageRequest(gguf=root / "m.gguf", licenses=(root / "LICENSE",)))
     later = changed(first, PackageRequest(licenses=(root / "copy" / "LICENSE",)))
     assert later.manifest.raw == first.manifest.raw
-    assert "in the model already" in later.notes[0]
+    assert "already in the model" in later.notes[0]
     kept = changed(first, PackageRequest(licenses=(root / "LICENSE",), preserve=True))
     assert [path for _, path in layers(kept)] == ["m.gguf", "LICENSE", "LICENSE"]
 
@@ -164,7 +164,7 @@ def test_a_single_file_model_has_one_template_and_one_projector(root: Path) -> N
     assert [path for _, path in layers(later)] == ["m.gguf", "LICENSE", "u.jinja", "mmproj-2.gguf"]
     assert len(later.config.diff_ids) == 4
     assert later.config.diff_ids[2] == Digest.of(b"u\n")
-    assert "takes the place of 't.jinja'" in later.notes[0]
+    assert "replaces 't.jinja'" in later.notes[0]
     # Docker Model Runner just appends.
     assert len(changed(package(flags), replace(new, preserve=True)).manifest.layers) == 6
 

@@ -1,19 +1,19 @@
-"""Docker's format to the CNCF one and back: layer types and configs, never a layer's bytes.
+"""Convert layer types and configs between Docker's format and the CNCF format.
 
-Docker to CNCF is what Docker Model Runner does (its pkg/distribution/modelpack), byte for byte. It
-never converts back; the rules for that are ours:
+Layers keep their bytes. Docker to CNCF matches Docker Model Runner (pkg/distribution/modelpack)
+byte for byte. It never converts CNCF to Docker; Modelpack's rules for that are:
 
-- Raw weights get the type that their name says, else the format in the config. A CNCF model does
-  not mark projectors: in a single-file model (config v0.1), where there is one set of weights,
-  every other GGUF is one.
-- A document is a license if it is named like one, or like no document at all; others, and code and
-  data, are plain files. Archives are refused: Docker's layers are single files.
-- The config is v0.1, which names its files by their types, for a GGUF or DDUF with nothing but
-  licenses, one template and projectors around it, or where a layer has no path. It is v0.2, which
-  puts each file at its path, for everything else: directories, and safetensors with their configs.
+- Raw weights get the type of their extension, otherwise of the config's format. CNCF models do not
+  mark projectors: in a single-file model (config v0.1), which has one set of weights, every other
+  GGUF is a projector.
+- A document is a license if it has the name of a license, or no extension of a document; other
+  documents, code and data are plain files. Archives are rejected: Docker's layers are single files.
+- The config is v0.1, which finds files by their types, for a GGUF or DDUF with only licenses, one
+  template and projectors, or if a layer has no path. Otherwise it is v0.2, which puts each file at
+  its path: for directories, and for safetensors with their configs.
 
-What only one format knows is lost: sizes of GGUF tensors, header values and the context size one
-way; authors, capabilities and the like the other way.
+Fields that the other format lacks are lost: the size, header values and context size of Docker;
+authors, capabilities and similar fields of CNCF.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ _TO_CNCF: Final = {
 _DOCKER_PREFIX: Final = "application/vnd.docker.ai."
 _CNCF_PREFIX: Final = "application/vnd.cncf.model."
 _FORMATS: Final = {**{kind.value: kind for kind in WEIGHT_KINDS}, "diffusers": FileKind.DDUF}
-# Files that document a model without being its license.
+# Extensions of documents that are not licenses.
 _DOCUMENTS: Final = (".md", ".rst", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".json")
-# What surrounds the weights of a v0.1 model.
+# The layers of a v0.1 model besides its weights.
 _SINGLE_FILE_TYPES: Final = (
     media_types.DOCKER_LICENSE,
     media_types.DOCKER_CHAT_TEMPLATE,
@@ -69,7 +69,7 @@ _SINGLE_FILE_TYPES: Final = (
 
 
 def cncf_media_type(media_type: str, filepath: str | None) -> str:
-    """Return the CNCF type of a layer of Docker's type `media_type`; CNCF's own types stay."""
+    """Return the CNCF type for Docker's layer type `media_type`; CNCF types are unchanged."""
     known = _TO_CNCF.get(media_type)
     if known is not None:
         return known
@@ -94,7 +94,7 @@ def cncf_layers(layers: Sequence[Descriptor]) -> tuple[Descriptor, ...]:
 
 
 def cncf_config(config: ModelConfig) -> ModelConfig:
-    """Return what the CNCF format can hold of one of Docker's configs."""
+    """Return Docker's config converted to CNCF; fields that CNCF lacks are dropped."""
     if config.is_cncf:
         return config
     family = {"family": config.architecture} if config.architecture else {}
@@ -131,7 +131,10 @@ def docker_layers(layers: Sequence[Descriptor], config: ModelConfig) -> tuple[De
 
 
 def docker_config(config: ModelConfig, layers: Sequence[Descriptor]) -> ModelConfig:
-    """Return what Docker's format can hold of a CNCF config; `layers` have Docker's types."""
+    """Return a CNCF config converted to Docker's format; `layers` have Docker's types.
+
+    Fields that Docker's format lacks are dropped.
+    """
     if not config.is_cncf:
         return config
     weights = [layer for layer in layers if layer.media_type in WEIGHT_TYPES]
@@ -140,7 +143,7 @@ def docker_config(config: ModelConfig, layers: Sequence[Descriptor]) -> ModelCon
         kind = next(k for k in WEIGHT_KINDS if MEDIA_TYPES[k] == weights[0].media_type)
     size = ""
     if kind in (FileKind.SAFETENSORS, FileKind.DDUF):
-        # Docker counts whole files here; for a GGUF it would take the header.
+        # Docker's size is that of the files for these formats, and of the tensors for GGUF.
         size = format_decimal_size(sum(layer.size for layer in weights))
     return ModelConfig(
         docker_config_type(layers),
@@ -155,7 +158,7 @@ def docker_config(config: ModelConfig, layers: Sequence[Descriptor]) -> ModelCon
 
 
 def docker_config_type(layers: Sequence[Descriptor]) -> str:
-    """Return the type of Docker's config that lets a runtime find the files of `layers`."""
+    """Return the type of Docker's config with which a runtime finds the files of `layers`."""
     paths = [layer.filepath for layer in layers]
     if not all(paths):
         return media_types.DOCKER_CONFIG_V01  # v0.2 drops layers without a path
@@ -182,7 +185,7 @@ def _docker_media_type(layer: Descriptor, format: str) -> str:
         raise UnsupportedError(
             f"layer {layer.digest.short} ({filepath or 'no path'}) of type {given!r} has no "
             "counterpart in Docker's format, whose layers are single files",
-            hint="unpack the model with `modelpack bundle`, and package the files",
+            hint="unpack the model with `modelpack bundle` and package the files",
         )
     kind = classify(filepath)
     if given in CNCF_WEIGHT_TYPES:
@@ -197,7 +200,7 @@ def _docker_media_type(layer: Descriptor, format: str) -> str:
 
 
 def _must_be_projector(filepath: str, kind: FileKind, format: str) -> bool:
-    if kind is FileKind.GGUF:  # beside weights of another format
+    if kind is FileKind.GGUF:  # a projector if the model's weights have another format
         return _FORMATS.get(format, FileKind.GGUF) is not FileKind.GGUF
     return kind not in WEIGHT_KINDS and is_projector_name(filepath)
 
@@ -212,9 +215,9 @@ def _weight_kind(layer: Descriptor, kind: FileKind, format: str) -> FileKind:
     if format in _FORMATS:
         return _FORMATS[format]
     raise UnsupportedError(
-        f"layer {layer.digest.short} ({layer.filepath or 'no path'}) is a weight, but neither its "
-        f"name nor the config's format {format!r} says of which format",
-        hint="Docker's format knows gguf, safetensors and dduf",
+        f"layer {layer.digest.short} ({layer.filepath or 'no path'}) is a weight of an unknown "
+        f"format: neither its name nor the config's format {format!r} gives it",
+        hint="convert the weights to gguf, safetensors or dduf",
     )
 
 
@@ -225,7 +228,7 @@ def _document_type(filepath: str, kind: FileKind) -> str:
 
 
 def _own_weights(layers: Sequence[Descriptor]) -> frozenset[int]:
-    """Return the places of the weights that are the model: one file, or one set of shards."""
+    """Return the indices of the model's own weights: one file or one set of shards."""
     weights = [i for i, layer in enumerate(layers) if layer.media_type in WEIGHT_TYPES]
     if not weights:
         return frozenset()
@@ -234,7 +237,7 @@ def _own_weights(layers: Sequence[Descriptor]) -> frozenset[int]:
     shards = _shards(layers[first])
     if shards is not None:
         return frozenset(i for i in weights if _shards(layers[i]) == shards)
-    # Without paths nothing tells shards from projectors.
+    # Without paths, shards and projectors cannot be told apart.
     unnamed = [i for i in weights if not layers[i].filepath]
     return frozenset(unnamed if first in unnamed else [first])
 
@@ -242,5 +245,5 @@ def _own_weights(layers: Sequence[Descriptor]) -> frozenset[int]:
 def _shards(layer: Descriptor) -> ShardSet | None:
     try:
         return shard_set(layer.filepath or "")
-    except PackagingError:  # a number beyond the count: no shard, whatever it is
+    except PackagingError:  # the shard number exceeds the count, so it is not a shard
         return None
