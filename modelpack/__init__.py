@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from modelpack.artifacts.reference import Reference as Reference
     from modelpack.builder.request import PackageRequest as PackageRequest
     from modelpack.errors import ModelpackError as ModelpackError
-    from modelpack.operations.copy import copy as copy
     from modelpack.operations.diff import diff as diff
     from modelpack.operations.docker import export_to_docker as export_to_docker
     from modelpack.operations.docker import import_from_docker as import_from_docker
@@ -36,7 +35,9 @@ if TYPE_CHECKING:
     from modelpack.operations.lock import pull_locked as pull_locked
     from modelpack.operations.lookup import inspect as inspect
     from modelpack.operations.package import package as package
+    from modelpack.operations.pull import Selection as Selection
     from modelpack.operations.pull import pull as pull
+    from modelpack.operations.push import copy as copy
     from modelpack.operations.push import push as push
     from modelpack.operations.referrers import attach as attach
     from modelpack.operations.referrers import detach as detach
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from modelpack.operations.repair import repair as repair
     from modelpack.operations.resolve import bundle as bundle
     from modelpack.operations.resolve import resolve as resolve
-    from modelpack.operations.selection import Selection as Selection
     from modelpack.progress import Progress as Progress
     from modelpack.progress import Stop as Stop
     from modelpack.registry import Registry as Registry
@@ -71,12 +71,12 @@ _EXPORTS = {
     "Registry": ("modelpack.registry", "Registry"),
     "RemoteOptions": ("modelpack.operations.remote", "RemoteOptions"),
     "Repository": ("modelpack.registry", "Repository"),
-    "Selection": ("modelpack.operations.selection", "Selection"),
+    "Selection": ("modelpack.operations.pull", "Selection"),
     "Stop": ("modelpack.progress", "Stop"),
     "Store": ("modelpack.store.layout", "LayoutStore"),
     "attach": ("modelpack.operations.referrers", "attach"),
     "bundle": ("modelpack.operations.resolve", "bundle"),
-    "copy": ("modelpack.operations.copy", "copy"),
+    "copy": ("modelpack.operations.push", "copy"),
     "detach": ("modelpack.operations.referrers", "detach"),
     "diff": ("modelpack.operations.diff", "diff"),
     "export_to_docker": ("modelpack.operations.docker", "export_to_docker"),

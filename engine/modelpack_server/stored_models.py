@@ -9,9 +9,9 @@ from typing import Literal
 
 from modelpack.artifacts.model import Model
 from modelpack.errors import UntrustedError
-from modelpack.operations.find import find_model
-from modelpack.operations.kept_bundles import has_packed_weights, unpacked_files
+from modelpack.operations.pull import find_model
 from modelpack.operations.remote import RemoteOptions
+from modelpack.operations.resolve import has_packed_weights, unpacked_files
 from modelpack.progress import ProgressCallback
 from modelpack.storage import watching
 from modelpack.store.layout import LayoutStore

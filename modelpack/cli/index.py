@@ -24,8 +24,7 @@ from modelpack.cli.output import (
 )
 from modelpack.errors import UnsupportedError, UsageError
 from modelpack.operations.index import NamedVariant, create_index
-from modelpack.operations.remote import RemoteOptions
-from modelpack.operations.sources import open_source
+from modelpack.operations.remote import RemoteOptions, open_source
 from modelpack.operations.variants import choose_variant, variants_of
 from modelpack.storage import watching
 

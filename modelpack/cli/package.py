@@ -26,8 +26,7 @@ from modelpack.operations.convert import FORMS, PLATFORMS, Form
 from modelpack.operations.convert import convert as convert_model
 from modelpack.operations.package import Packaged
 from modelpack.operations.package import package as package_model
-from modelpack.operations.remote import RemoteOptions
-from modelpack.operations.sources import local_reference
+from modelpack.operations.remote import RemoteOptions, local_reference
 from modelpack.plugins import load_function
 
 PATH = click.Path(path_type=Path)

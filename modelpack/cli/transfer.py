@@ -20,15 +20,13 @@ from modelpack.cli.options import (
 )
 from modelpack.cli.output import human_size, note, note_reference, plural, show, shown_progress
 from modelpack.errors import IntegrityError, UsageError
-from modelpack.operations.copy import copy as copy_model
 from modelpack.operations.lock import check_lock, pull_locked, unlock
 from modelpack.operations.lock import lock as lock_references
-from modelpack.operations.pull import Pulled
+from modelpack.operations.pull import Part, Pulled, Selection
 from modelpack.operations.pull import pull as pull_model
+from modelpack.operations.push import copy as copy_model
 from modelpack.operations.push import push as push_model
-from modelpack.operations.remote import RemoteOptions
-from modelpack.operations.selection import Part, Selection
-from modelpack.operations.sources import named
+from modelpack.operations.remote import RemoteOptions, named
 from modelpack.operations.transfer import Transfer
 
 LOCK_FILE = click.option(

@@ -23,9 +23,9 @@ from modelpack.artifacts.model import CHAT_TEMPLATE, Model, preferred_template
 from modelpack.artifacts.reference import is_model_id
 from modelpack.errors import ModelpackError, NotFoundError, UnsupportedError, UsageError
 from modelpack.formats.config_json import context_size, mlx_bits
-from modelpack.operations.kept_bundles import kept_bundle
 from modelpack.operations.lookup import inspect, stored_model
 from modelpack.operations.remote import RemoteOptions
+from modelpack.operations.resolve import kept_bundle
 from modelpack.progress import ProgressCallback
 from modelpack.store.layout import LayoutStore
 

@@ -1,5 +1,5 @@
-"""The operations behind the commands, one file a verb; transfer.py moves models for all of them.
+"""The operations behind the commands, grouped by subject; all of them move models by transfer.py.
 
-Every long call takes `progress=`, called with `modelpack.progress.Progress` reports, and `stop=`,
-through which another thread can cancel it.
+Every long call takes two optional arguments: `progress`, a callback for reports of
+`modelpack.progress.Progress`, and `stop`, with which another thread can cancel the call.
 """

@@ -1,8 +1,9 @@
-"""Models in tar archives: an OCI image layout, or as `docker model package` sends them.
+"""Export stored models to tar archives, and import them: OCI image layouts and Docker's format.
 
-A layout (image-spec, image-layout.md) holds any number of models and their names. Docker Model
-Runner's archive holds one without a name: `blobs/sha256/<hex>` for each layer and the config, then
-`manifest.json`, the manifest itself (its pkg/distribution/tarball); `POST /models/load` takes it.
+A layout (image-spec, image-layout.md) holds any number of models and their names. The archive of
+Docker Model Runner (its pkg/distribution/tarball) holds one model without a name: the files
+`blobs/sha256/<hex>` of the layers and the config, then the manifest as `manifest.json`. `docker
+model package` writes it, and `POST /models/load` accepts it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from modelpack.errors import (
 )
 from modelpack.operations.docker import check_docker_takes
 from modelpack.operations.lookup import check_whole, stored_model
+from modelpack.operations.remote import new_reference
 from modelpack.operations.transfer import MAX_DEPTH, MAX_MANIFESTS
 from modelpack.progress import Action, Progress
 from modelpack.storage import Outcome, Watch
@@ -52,9 +54,9 @@ _BLOCK: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """An archive to write: `size` in bytes, and the `pieces` that it is made of, read once.
+    """An archive to write: its `size` in bytes and its content as `pieces`, an iterator of bytes.
 
-    The models' blobs are kept until the last piece was taken.
+    The models' blobs are not deleted until the iterator ends.
     """
 
     size: int
@@ -64,7 +66,7 @@ class Archive:
 
 @dataclass(frozen=True, slots=True)
 class _Document:
-    """A manifest or an index that goes into an archive."""
+    """A manifest or an index of an archive."""
 
     descriptor: Descriptor
     raw: bytes
@@ -75,7 +77,8 @@ def archive_of(
 ) -> Archive:
     """Return the archive of stored models; the same models give the same bytes.
 
-    Raises `NotFoundError`, `PartialModelError`, `UsageError` for several models in Docker's.
+    Raises `NotFoundError`, `PartialModelError`, and `UsageError` for several models in the form
+    "docker".
     """
     if form not in FORMS:
         raise UsageError(f"archive form {form!r}: expected one of {', '.join(FORMS)}")
@@ -84,7 +87,7 @@ def archive_of(
             raise UsageError(f"Docker's archive holds one model, got {len(names)}")
         return _docker_archive(store, names[0], watch)
     if not names:
-        raise UsageError("an archive needs a model")
+        raise UsageError("an archive needs at least one model")
     documents: dict[Digest, _Document] = {}
     blobs: dict[Digest, Descriptor] = {}
     entries = []
@@ -130,7 +133,7 @@ def _collect(
     documents: dict[Digest, _Document],
     blobs: dict[Digest, Descriptor],
 ) -> None:
-    """Note all that a manifest or an index needs; what comes twice is read once."""
+    """Add a manifest or an index and everything that it lists to `documents` and `blobs`."""
     if descriptor.digest in documents:
         return
     raw = store.fetch_manifest(descriptor)
@@ -146,7 +149,7 @@ def _collect(
 
 
 def _spellings(store: LayoutStore, name: str) -> list[str | None]:
-    """Return the full references that a name stands for: itself, or all of an id's."""
+    """Return the references to write for a name: the reference itself, or all those of an id."""
     stored = store.get(name)
     named = [str(ref) for ref in stored.references if _is(name, ref)]
     return [*(named or map(str, stored.references))] or [None]
@@ -160,12 +163,12 @@ def _is(name: str, reference: Reference) -> bool:
 
 
 def _entry(descriptor: Descriptor, name: str | None) -> Descriptor:
-    said = {} if name is None else {media_types.REF_NAME: name, media_types.CONTAINERD_NAME: name}
+    keys = () if name is None else (media_types.REF_NAME, media_types.CONTAINERD_NAME)
     return Descriptor(
         descriptor.media_type,
         descriptor.digest,
         descriptor.size,
-        said,
+        dict.fromkeys(keys, name or ""),
         descriptor.artifact_type,
     )
 
@@ -217,16 +220,17 @@ def _header(name: str, size: int, kind: bytes = tarfile.REGTYPE, mode: int = 0o6
     return entry.tobuf(tarfile.GNU_FORMAT)
 
 
-#: Files and directories of one archive, and the bytes of the headers of each.
+#: The largest number of files and directories in one archive.
 _MAX_ENTRIES = 100_000
+#: The largest size of the headers of one entry.
 _MAX_HEADER_BYTES = 64 * 1024
-# Until the manifest comes, nobody knows what a blob is.
+# Blobs precede the manifest, so their media types are unknown when they are read.
 _UNKNOWN = "application/octet-stream"
 
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """A model that came out of an archive, and the name that it has in the store, if any."""
+    """A model imported from an archive, and its name in the store, or None."""
 
     digest: Digest
     reference: Reference | None
@@ -235,22 +239,20 @@ class Imported:
 def import_archive(
     store: LayoutStore, stream: IO[bytes], watch: Watch, *, to: str | Reference | None = None
 ) -> tuple[Imported, ...]:
-    """Import the models of an archive, under the names that it gives or the only one as `to`.
+    """Import the models of an archive under their names in it, or a single model as `to`.
 
-    The models are listed together, after everything was read and verified; if anything fails,
-    the blobs that the archive added are deleted. Raises `FormatError` for what is not such an
-    archive, `IntegrityError`, `StorageFullError`, `UnsafePathError` for links and devices,
-    `UnsupportedError` for sparse files and for what is not a model.
+    The models appear in the store together, after everything was read and verified; if anything
+    fails, the blobs that the archive added are deleted. Raises `FormatError` if the stream is not
+    such an archive, `IntegrityError`, `StorageFullError`, `UnsafePathError` for links and devices,
+    and `UnsupportedError` for sparse files and for manifests that are not models.
     """
-    where = Reference.parse(to) if isinstance(to, str) else to
-    if where is not None and where.digest is not None:
-        raise UsageError(f"{where}: a digest cannot be chosen, it follows from the archive")
+    where = None if to is None else new_reference(to)
     added: list[Digest] = []
     try:
         with store.lease(()):
             return _import(store, stream, watch, where, added)
     except BaseException:
-        with suppress(ModelpackError):  # a collection deletes them later
+        with suppress(ModelpackError):  # garbage collection deletes them later
             store.discard_blobs(added)
         raise
 
@@ -270,7 +272,7 @@ def _import(
         raise ManifestError(f"has no {INDEX_JSON} and no {MANIFEST_JSON}", path="archive")
     if manifest.lstrip().startswith(b"["):
         raise UnsupportedError(
-            f"its {MANIFEST_JSON} is one of `docker save`, which holds images",
+            f"contains images: its {MANIFEST_JSON} was written by `docker save`",
             path="archive",
         )
     document = Manifest.parse(manifest, MANIFEST_JSON)
@@ -282,7 +284,7 @@ def _import(
 def _read_blobs(
     store: LayoutStore, stream: IO[bytes], watch: Watch, added: list[Digest]
 ) -> dict[str, bytes]:
-    """Store all blobs and return the documents; `added` lists the blobs that were not there."""
+    """Store all blobs, add the digests of new ones to `added`, and return the documents by name."""
     documents: dict[str, bytes] = {}
     sizes: dict[Digest, int] = {}
     reader = TarReader(stream, "archive", max_header_bytes=_MAX_HEADER_BYTES)
@@ -295,11 +297,11 @@ def _read_blobs(
             continue
         if name in (INDEX_JSON, MANIFEST_JSON):
             if name in documents:
-                raise FormatError(f"holds {name} twice", path="archive")
+                raise FormatError(f"contains {name} twice", path="archive")
             documents[name] = _document(name, entry, reader)
         elif (digest := _digest_of(name)) is not None:
             if sizes.setdefault(digest, entry.size) != entry.size:
-                raise FormatError(f"holds {name!r} twice, of different sizes", path="archive")
+                raise FormatError(f"contains {name!r} twice with different sizes", path="archive")
             blob = Descriptor(_UNKNOWN, digest, entry.size)
             if store.receive_blob(blob, _Member(reader), watch) is Outcome.WRITTEN:
                 added.append(digest)
@@ -321,8 +323,8 @@ def _keep_layout(store: LayoutStore, index: Index, where: Reference | None) -> t
         raise ManifestError("lists no manifest", path=INDEX_JSON)
     if where is not None and len(listed) > 1:
         raise UsageError(
-            f"cannot import the archive as {where}: it holds {len(listed)} models",
-            hint="leave out the reference: the models have their own names",
+            f"cannot import the archive as {where}: it contains {len(listed)} models",
+            hint="leave out the reference to import the models under their own names",
         )
     found: dict[Digest, Descriptor] = {}
     for entry in index.manifests:
@@ -338,17 +340,19 @@ def _keep_layout(store: LayoutStore, index: Index, where: Reference | None) -> t
 def _collect_members(
     store: LayoutStore, descriptor: Descriptor, depth: int, found: dict[Digest, Descriptor]
 ) -> None:
-    """Check a manifest and those that it lists, and add them to `found`, each once.
+    """Check a manifest and those that it lists, and add their descriptors to `found`.
 
-    The manifests themselves are not kept: there may be many, and each may be large.
+    Only descriptors are collected, since there may be many manifests, and each may be large.
     """
     what = f"{descriptor.digest} in the archive"
     if descriptor.digest in found:
         return
     if descriptor.media_type not in (*media_types.MANIFEST_TYPES, *media_types.INDEX_TYPES):
-        raise UnsupportedError(f"is a {descriptor.media_type}, expected a manifest", path=what)
+        raise UnsupportedError(
+            f"has the media type {descriptor.media_type!r}, expected a manifest", path=what
+        )
     if depth > MAX_DEPTH:
-        raise UnsupportedError(f"indexes are nested more than {MAX_DEPTH} deep", path=what)
+        raise UnsupportedError(f"is nested in more than {MAX_DEPTH} indexes", path=what)
     if len(found) >= MAX_MANIFESTS:
         raise UnsupportedError(f"lists more than {MAX_MANIFESTS} manifests", path=INDEX_JSON)
     own = Descriptor(
@@ -360,14 +364,14 @@ def _collect_members(
     try:
         raw = store.fetch_manifest(own)
     except NotFoundError:
-        raise ManifestError("is listed, but is not there", path=what) from None
+        raise ManifestError("is listed, but missing", path=what) from None
     document = parse_manifest_or_index(raw, what, media_type=own.media_type)
     if isinstance(document, Manifest):
         if document.subject is None:
             document.check_is_model(what)
         for blob in successors(document):
             if not store.has_blob(blob):
-                raise ManifestError(f"needs {blob.digest}, which is not there", path=what)
+                raise ManifestError(f"lists the blob {blob.digest}, which is missing", path=what)
     found[own.digest] = own
     if isinstance(document, Index):
         for child in document.manifests:
@@ -375,7 +379,7 @@ def _collect_members(
 
 
 def _name_of(entry: Descriptor) -> Reference | None:
-    """Return the name that an archive gives; a bare tag, as others write it, is none."""
+    """Return the full reference that an archive gives to a model; None if it gives only a tag."""
     for key in (media_types.CONTAINERD_NAME, media_types.REF_NAME):
         text = entry.annotations.get(key, "")
         if "/" not in text:
@@ -391,7 +395,7 @@ def _name_of(entry: Descriptor) -> Reference | None:
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """The data of the entry that a reader of an archive has come to; fulfils `BlobReader`."""
+    """The content of the current entry of a `TarReader`, as a `BlobReader`."""
 
     reader: TarReader
 
@@ -403,10 +407,10 @@ class _Member:
 
 
 def _normalised(name: str) -> str:
-    """Return the path of an entry without `.` and doubled slashes; raise if it leads out."""
+    """Return the path of an entry without `.` and `//`; raise `UnsafePathError` for `..`."""
     parts = posixpath.normpath(name).split("/")
     if ".." in parts:
-        raise UnsafePathError(f"the archive holds the path {name[:200]!r}, which leads out of it")
+        raise UnsafePathError(f"the archive contains the path {name[:200]!r}, which leaves it")
     return "/".join(parts)
 
 

@@ -1,7 +1,7 @@
 """Convert models between formats, and to OCI images whose layers are tar archives.
 
-A layer's tar archive is never written to disk: `TarLayer` generates it while it is read. It is
-plain GNU tar without owners and times, so the same files give the same bytes.
+No tar archive is written to disk: `TarLayer` generates it while it is read. It is plain GNU tar
+without owners and times, so the same files give the same bytes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from modelpack.builder.request import PackageRequest
 from modelpack.builder.times import EPOCH
 from modelpack.bundles.names import arrange
 from modelpack.errors import NotFoundError, UnsafePathError, UnsupportedError, UsageError
-from modelpack.operations.find import find_model
 from modelpack.operations.package import as_single_files, is_of_single_files, package
-from modelpack.operations.remote import RemoteOptions, open_repository
+from modelpack.operations.pull import find_model
+from modelpack.operations.remote import RemoteOptions, new_reference, open_repository
 from modelpack.operations.transfer import TransferOptions, transfer_model
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
 from modelpack.storage import BlobReader, BlobSource, BytesBlob, Source, Watch, watching
@@ -37,7 +37,7 @@ _CHUNK: Final = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class TarFile:
-    """A file of `size` bytes that is to lie at `path` in an archive."""
+    """A file of `size` bytes, to be written at `path` in an archive."""
 
     path: str
     size: int
@@ -52,7 +52,7 @@ class _Piece:
 
 @dataclass(frozen=True, slots=True)
 class TarLayer:
-    """An archive of files; fulfils `BlobSource`. `size` is in bytes."""
+    """A tar archive of files, as a `BlobSource`. `size` is in bytes."""
 
     size: int
     _pieces: tuple[_Piece, ...] = field(repr=False)
@@ -87,7 +87,7 @@ class TarLayer:
             reader.close()
 
     def digest(self, seen: Callable[[int], None]) -> Digest:
-        """Return the digest, having read all files; `seen` is told how many bytes were."""
+        """Read all files and return the digest; call `seen` with the bytes read so far."""
         hasher, buffer, done = new_hasher(), memoryview(bytearray(_CHUNK)), 0
         with self.open() as reader:
             while count := reader.readinto(buffer):
@@ -98,7 +98,7 @@ class TarLayer:
 
 
 class _Reader:
-    """Reads piece after piece; a piece that is shorter than it should be ends the archive."""
+    """Reads the pieces in turn; a piece that is too short ends the archive."""
 
     def __init__(self, pieces: Sequence[_Piece], offset: int) -> None:
         self._left = list(reversed(pieces))
@@ -148,32 +148,32 @@ def _header(path: str, size: int, kind: bytes, mode: int) -> bytes:
 
 
 T = TypeVar("T")
-#: Where the files are in the image.
+#: The directory of the files in the image.
 DIRECTORY: Final = "models"
-#: What images are made for if nobody says: their content is the same on all.
+#: The default platforms of images. The files are the same for all of them.
 PLATFORMS: Final = ("linux/amd64", "linux/arm64")
-#: overlayfs takes 128 layers at most, and somebody may build on this image.
+#: overlayfs allows 128 layers, and other images may add layers to this one.
 MAX_WEIGHT_LAYERS: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:
-    """An image, or an index of one for each platform; fulfils `Source`. Layers are read anew."""
+    """An image, or an index of images by platform, as a `Source`. Layers are generated on read."""
 
     document: Manifest | Index
     _manifests: Mapping[Digest, bytes]
     _blobs: Mapping[Digest, BlobSource]
 
     def resolve(self, name: str) -> Descriptor:
-        """Return the descriptor of the image, whatever the name."""
+        """Return the descriptor of the image or index; the name is ignored."""
         return self.document.descriptor
 
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
-        """Return the bytes of the index or of a manifest; raise `NotFoundError` for others."""
+        """Return the bytes of the index or of one of its manifests; raise `NotFoundError`."""
         return _found(self._manifests, descriptor)
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
-        """Return a layer or a config to read from."""
+        """Return a layer or a config to read from; raise `NotFoundError`."""
         return _found(self._blobs, descriptor)
 
 
@@ -185,11 +185,11 @@ def image_of(
     platforms: Sequence[str] = PLATFORMS,
     named: Digest | None = None,
 ) -> ImageSource:
-    """Return the image of a model; its files are read from `source` once, for their digests.
+    """Return the image of a model; read its files from `source` once, to compute digests.
 
-    `named` is the digest of what it was made of, the model's own otherwise. One platform gives an
-    image, several an index of images that share all layers. Raises `UnsupportedError` for a model
-    with archives in it, `UnsafePathError` for two files of one path.
+    The image records the digest `named` as its origin (None: the model's digest). For several
+    platforms, returns an index of images that share all layers. Raises `UnsupportedError` if layers
+    of the model are archives, and `UnsafePathError` if two files have the same path.
     """
     layers: list[Descriptor] = []
     blobs: dict[Digest, BlobSource] = {}
@@ -225,13 +225,13 @@ def image_of(
 
 
 def _grouped(model: Model) -> list[list[tuple[str, ModelFile]]]:
-    """Return the files of each layer with their paths: what is small first, then the weights."""
+    """Return the files of each layer with their paths: first the small files, then the weights."""
     placed = [(file.filepath, file) for file in model.files()]
     if any(file.archive for _, file in placed):
         raise UnsupportedError(
-            "holds archives, whose files would have to be unpacked first",
+            "cannot be converted to an image: its layers are archives",
             path=str(model.reference or model.digest),
-            hint="unpack it with `modelpack bundle`, and package the files",
+            hint="unpack the model with `modelpack bundle`, then package the files",
         )
     others = {item.file: item.path for item in arrange(model).files}
     named = [(path or others.get(file), file) for path, file in placed]
@@ -275,7 +275,7 @@ FORMS: Final[tuple[Form, ...]] = ("docker", "cncf", "image")
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What a conversion made: `digest` is of the manifest, or of the index of an image."""
+    """The result of a conversion: `digest` is that of the manifest, or of the index of an image."""
 
     reference: Reference
     digest: Digest
@@ -294,17 +294,14 @@ def convert(
     progress: ProgressCallback | None = None,
     stop: Stop | None = None,
 ) -> Converted:
-    """Make the model `name` one of Docker's format, of CNCF's, or an OCI image, as `target`.
+    """Convert the model `name` to Docker's format, to CNCF ModelPack or to an OCI image `target`.
 
-    It may be a ModelKit of KitOps or a model of Ollama's, too, and one whose layers are archives.
-
-    Weights are taken over as they are. An image holds the files under /models, one for each of
-    `platforms`; with `push`, it is sent to its registry and not stored: its layers are made while
-    they are sent. The others are stored, and pushed too. The same model gives the same digest.
+    The model may also be a ModelKit of KitOps or a model of Ollama, and its layers may be archives.
+    Weights are not changed, and the same model gives the same digest. The result is stored and,
+    with `push`, also pushed; an image is stored or pushed, since its layers are generated while
+    they are written. Its files are under /models, and it has a manifest for each of `platforms`.
     """
-    where = Reference.parse(target) if isinstance(target, str) else target
-    if where.digest is not None:
-        raise UsageError(f"{where}: a digest cannot be chosen, it follows from the files")
+    where = new_reference(target)
     if to not in FORMS:
         raise UsageError(f"form {to!r}: expected one of {', '.join(FORMS)}")
     store = store or LayoutStore()
@@ -322,7 +319,7 @@ def convert(
         )
         return Converted(where, made.digest, made.notes)
     if not platforms or len(set(platforms)) < len(platforms):
-        raise UsageError("an image is for one platform or more, each once")
+        raise UsageError("an image needs at least one platform, each given once")
     for platform in platforms:
         checked_platform(platform, "platform")
     watch = watching(progress, stop)

@@ -13,9 +13,9 @@ from modelpack.errors import UnsupportedError
 from modelpack.formats.gguf import GGUFHeader, read_gguf_header
 from modelpack.formats.reader import WeightFile
 from modelpack.formats.safetensors import SafetensorsHeader, read_safetensors_header
-from modelpack.operations.kept_bundles import has_packed_weights, unpacked_files
 from modelpack.operations.lookup import check_whole, model_in, stored_model
 from modelpack.operations.remote import RemoteOptions, open_repository
+from modelpack.operations.resolve import has_packed_weights, unpacked_files
 from modelpack.progress import Stop
 from modelpack.registry import Repository
 from modelpack.storage import watching

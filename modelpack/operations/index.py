@@ -14,8 +14,12 @@ from modelpack.artifacts.model import Model
 from modelpack.artifacts.reference import Reference, check_tag
 from modelpack.errors import NotFoundError, UsageError
 from modelpack.operations.lookup import check_whole, stored_model
-from modelpack.operations.remote import RemoteOptions, open_repository
-from modelpack.operations.sources import open_source
+from modelpack.operations.remote import (
+    RemoteOptions,
+    new_reference,
+    open_repository,
+    open_source,
+)
 from modelpack.operations.transfer import Transfer, TransferOptions, transfer_model
 from modelpack.operations.variants import described_variant, fetch_variant
 from modelpack.progress import ProgressCallback, Stop
@@ -25,7 +29,7 @@ from modelpack.store.layout import LayoutStore
 
 @dataclass(frozen=True, slots=True)
 class NamedVariant:
-    """A variant to be: its name, the model that it is, and the platform that it is for, if one."""
+    """A variant to put into an index: its name, its model, and its platform or None."""
 
     name: str
     model: str
@@ -34,7 +38,7 @@ class NamedVariant:
 
 @dataclass(frozen=True, slots=True)
 class Indexed:
-    """An index that was made; `transfers` are what pushing its variants took."""
+    """A created index; `transfers` count the blobs of each variant that was pushed."""
 
     reference: Reference
     index: Index
@@ -57,17 +61,17 @@ def create_index(
     progress: ProgressCallback | None = None,
     stop: Stop | None = None,
 ) -> Indexed:
-    """Make an index of `variants`, in the store or, with `push`, in the registry of `reference`.
+    """Create an index of `variants`, in the store or, with `push`, in the registry of `reference`.
 
-    The models of an index in the store are in the store. One that is pushed may have models of any
-    registry, or of the hub: what its own lacks is copied there. The same models give the same
-    digest. Raises `UsageError` for names that are none or come twice, `NotFoundError`.
+    An index in the store lists stored models. With `push`, models may also be in any registry or on
+    the hub: blobs that the registry of `reference` lacks are copied to it. The same models give the
+    same digest. Raises `NotFoundError`, and `UsageError` for invalid or repeated variant names.
     """
-    where = Reference.parse(reference) if isinstance(reference, str) else reference
+    where = new_reference(reference)
     store = store or LayoutStore()
     options = remote or RemoteOptions()
     watch = watching(progress, stop)
-    _check(where, variants)
+    _check(variants)
     with ExitStack() as stack:
         found = [_find(stack, variant, push, store, options, watch) for variant in variants]
         index = Index.build(
@@ -91,16 +95,16 @@ def create_index(
     return Indexed(where, index, tuple(done))
 
 
-def _check(where: Reference, variants: Sequence[NamedVariant]) -> None:
-    if where.digest is not None:
-        raise UsageError(f"{where}: a digest cannot be chosen, it follows from the variants")
+def _check(variants: Sequence[NamedVariant]) -> None:
     if not variants:
-        raise UsageError("an index needs a variant", hint="--variant gguf=REF")
+        raise UsageError(
+            "an index needs at least one variant", hint="give a variant, like --variant gguf=REF"
+        )
     seen = set()
     for variant in variants:
         check_tag(variant.name, variant.name)
         if variant.name in seen:
-            raise UsageError(f"two variants are called {variant.name!r}")
+            raise UsageError(f"two variants have the name {variant.name!r}")
         seen.add(variant.name)
         if variant.platform is not None:
             checked_platform(variant.platform, f"variant {variant.name}")
@@ -114,7 +118,7 @@ def _find(
     options: RemoteOptions,
     watch: Watch,
 ) -> tuple[Source, Model]:
-    """Return the model of a variant and where to read it from."""
+    """Return the model of a variant, and the source to read its blobs from."""
     try:
         model = stored_model(store, variant.model)
     except NotFoundError:

@@ -15,8 +15,13 @@ from modelpack.errors import (
     PartialModelError,
 )
 from modelpack.hub.reference import HubReference, local_name
-from modelpack.operations.remote import RemoteOptions, fetch_referenced_manifest, open_repository
-from modelpack.operations.sources import named, open_source
+from modelpack.operations.remote import (
+    RemoteOptions,
+    fetch_referenced_manifest,
+    named,
+    open_repository,
+    open_source,
+)
 from modelpack.operations.variants import fetch_variant
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.storage import Source, Watch, read_blob, watching

@@ -24,7 +24,7 @@ from modelpack.builder.plan import plan, plan_extras
 from modelpack.builder.request import PackageRequest
 from modelpack.bundles.bundle import Bundle, lay_out
 from modelpack.errors import PackagingError, SourceChangedError
-from modelpack.operations.find import find_model
+from modelpack.operations.pull import find_model
 from modelpack.operations.push import Pushed, push_from
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.transfer import run_all
@@ -221,7 +221,7 @@ def package(
     where = Reference.parse(reference) if isinstance(reference, str) else reference
     if where.digest is not None:
         raise PackagingError(
-            f"{where}: a digest cannot be chosen, it follows from the files",
+            f"{where}: a digest cannot be chosen, the content determines it",
             hint=f"write {where.without_digest()}",
         )
     store = store or LayoutStore()

@@ -1,22 +1,33 @@
-"""Pull a model from a registry or the hub into a local store."""
+"""Pull models from a registry or the hub into a local store, whole or in part.
+
+`pull` fetches a model. `find_model` returns a stored model for the operations that need one; it
+pulls the model, or what it lacks, on request. A `Selection` limits a pull to some files.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Manifest, parse_manifest_or_index
-from modelpack.artifacts.model import Model
-from modelpack.artifacts.reference import Reference
-from modelpack.errors import UsageError
-from modelpack.hub.reference import HubReference
-from modelpack.operations.remote import RemoteOptions
-from modelpack.operations.selection import Selection
-from modelpack.operations.sources import open_source
+from modelpack.artifacts.model import Model, ModelFile, Role
+from modelpack.artifacts.reference import Reference, is_model_id
+from modelpack.errors import NotFoundError, UnsupportedError
+from modelpack.hub.reference import HubReference, hub_origin
+from modelpack.operations.lookup import check_whole, completing_reference, stored_model
+from modelpack.operations.remote import (
+    RemoteOptions,
+    named,
+    new_reference,
+    open_commit,
+    open_source,
+)
 from modelpack.operations.transfer import Transfer, TransferOptions, transfer_model
 from modelpack.operations.variants import fetch_variant
 from modelpack.progress import ProgressCallback, Stop
@@ -27,11 +38,68 @@ if TYPE_CHECKING:
     from modelpack.trust.signatures import Signature
 
 
+class Part(StrEnum):
+    """A group of files that users often pull without the others."""
+
+    CONFIG = "config"  # configuration, tokenizer, chat template
+    WEIGHTS = "weights"  # weights and projectors
+
+
+_ROLES = {
+    Part.CONFIG: (Role.CONFIG, Role.CHAT_TEMPLATE),
+    Part.WEIGHTS: (Role.WEIGHT, Role.PROJECTOR),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Conditions that a selected file must all satisfy. The model's config is always selected.
+
+    `include` and `media_types` are as in `Model.select`: each included path must exist. An
+    `exclude` is a path, a file name or a glob of either.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    media_types: tuple[str, ...] = ()
+    only: Part | None = None
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether no condition is given."""
+        return not (self.include or self.exclude or self.media_types or self.only)
+
+    def chosen(self, model: Model) -> tuple[ModelFile, ...]:
+        """Return the selected files, in layer order.
+
+        Raises `NotFoundError` if no file has such a type or path, or if `exclude` leaves none.
+        `only` may select no files, for example the configuration of a model that is one GGUF file.
+        """
+        files = model.select(self.media_types, self.include)
+        if self.only is not None:
+            files = tuple(file for file in files if file.role in _ROLES[self.only])
+        kept = tuple(file for file in files if not self._is_excluded(file))
+        if files and not kept:
+            raise NotFoundError(
+                f"{model.reference or model.digest}: no files left after excluding "
+                + ", ".join(map(repr, self.exclude)),
+                hint="run `modelpack inspect --remote` to list its files",
+            )
+        return kept
+
+    def _is_excluded(self, file: ModelFile) -> bool:
+        path = file.filepath
+        if path is None:
+            return False
+        name = path.rpartition("/")[2]
+        return any(fnmatchcase(path, glob) or fnmatchcase(name, glob) for glob in self.exclude)
+
+
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """A pulled model: its reference, its digest and the counts of its blobs and its referrers'.
+    """A pulled model, and counts of the blobs of the model and of each of its referrers.
 
-    `missing` are the blobs that were left out and that the store does not have.
+    `missing` are the blobs that the selection left out and that the store does not have.
     """
 
     reference: Reference
@@ -52,15 +120,15 @@ def pull(
     progress: ProgressCallback | None = None,
     stop: Stop | None = None,
 ) -> Pulled:
-    """Fetch a model into `store` under its reference, or as `to`, and verify every byte.
+    """Fetch a model into `store` under its reference, or under `to`, and verify every byte.
 
     The model is in a registry or, as `hf.co/ORG/NAME[:QUANT][@REVISION]`, on the Hugging Face Hub.
-    For an index, one variant is pulled under the reference; see `RemoteOptions`.
+    From an index, one variant is pulled; `RemoteOptions` says which.
 
-    An interrupted pull resumes. With a `selection`, only those files are fetched, and the model is
-    marked partial until another pull completes it. With `with_referrers`, referrers are fetched
-    too. If `remote.trust` is set, signatures are verified before any file is fetched, and stored
-    with the model.
+    A pull resumes an interrupted one. With a `selection`, only the selected files are fetched, and
+    the model is marked partial until another pull completes it. With `with_referrers`, referrers
+    are fetched too. If `remote.trust` is set, signatures are verified before any file is fetched,
+    and stored with the model.
 
     Raises `UntrustedError`, `NotFoundError`, `AuthError`, `IntegrityError`,
     `RemoteUnavailableError`, `StorageFullError` and `UnsupportedError`.
@@ -70,7 +138,7 @@ def pull(
     watch = watching(progress, stop)
     with open_source(reference, options, watch) as opened:
         source, origin = opened.source, opened.local
-        where = origin if to is None else _target(to)
+        where = origin if to is None else new_reference(to)
         descriptor, document = fetch_variant(
             source,
             opened.descriptor,
@@ -101,20 +169,10 @@ def pull(
     return Pulled(where, descriptor.digest, done.model, missing, done.referrers)
 
 
-def _target(to: str | Reference) -> Reference:
-    where = Reference.parse(to) if isinstance(to, str) else to
-    if where.digest is not None:
-        raise UsageError(
-            f"{where}: a digest cannot be chosen, it follows from the files",
-            hint=f"write {where.without_digest()}",
-        )
-    return where
-
-
 def _trusted_signatures(
     options: RemoteOptions, source: ReferrerSource, names: Sequence[str], manifest: Manifest
 ) -> tuple[Signature, ...]:
-    """Return the signatures that make the model trusted; raise `UntrustedError` otherwise."""
+    """Return the signatures that satisfy the policy; raise `UntrustedError` if they do not."""
     if options.trust is None:
         return ()
     from modelpack.operations.trust import check_source
@@ -153,3 +211,111 @@ def _selected(
     model = _model(source, manifest, where)
     chosen = (*(file.descriptor for file in selection.chosen(model)), manifest.config)
     return tuple({blob.digest: blob for blob in chosen}.values())
+
+
+def find_model(
+    name: str, store: LayoutStore, *, pull: bool, remote: RemoteOptions | None, watch: Watch
+) -> Model:
+    """Return the stored model `name` with all its layers.
+
+    With `pull`, a missing model or its missing layers are pulled first. Without `pull`, raises
+    `NotFoundError` for a missing model and `PartialModelError` for a partial one.
+    """
+    model = find_any_part(name, store, pull=pull, remote=remote, watch=watch)
+    if pull and store.missing(model.descriptor):
+        complete(store, model, remote=remote, watch=watch)
+    check_whole(store, model)
+    return model
+
+
+def find_any_part(
+    name: str,
+    store: LayoutStore,
+    *,
+    pull: bool,
+    remote: RemoteOptions | None,
+    watch: Watch,
+    selection: Selection | None = None,
+) -> Model:
+    """Return the stored model `name`, even if some of its layers are missing.
+
+    With `pull`, a model that is not stored is pulled first, limited to `selection`. Raises
+    `UntrustedError` if the model does not satisfy the policy `remote.trust`.
+    """
+    try:
+        model = stored_model(store, name, remote)
+    except NotFoundError:
+        if not pull or is_model_id(name):
+            raise
+    except UnsupportedError:
+        # The stored model of this name is one variant, and the store does not record which one.
+        if not pull or is_model_id(name) or remote is None or remote.variant is None:
+            raise
+    else:
+        if remote is not None and remote.trust is not None:
+            from modelpack.operations.trust import check_stored
+
+            check_stored(remote.trust, store, model, remote, watch)
+        return model
+    _pull(named(name), store, remote, watch, selection)
+    return stored_model(store, name)
+
+
+def complete(
+    store: LayoutStore,
+    model: Model,
+    *,
+    remote: RemoteOptions | None,
+    watch: Watch,
+    selection: Selection | None = None,
+) -> None:
+    """Fetch the missing blobs of a partial model, limited to `selection`.
+
+    They are requested by digest from the repository of the first pull, since the tag may point to
+    another model by now.
+    """
+    origin = hub_origin(model.manifest)
+    where = completing_reference(store, model)
+    if origin is not None:
+        _complete_from_hub(origin, store, model, remote or RemoteOptions(), watch, selection)
+    elif where is None:
+        check_whole(store, model)
+    else:
+        _pull(where, store, remote, watch, selection)
+
+
+def _complete_from_hub(
+    origin: HubReference,
+    store: LayoutStore,
+    model: Model,
+    remote: RemoteOptions,
+    watch: Watch,
+    selection: Selection | None,
+) -> None:
+    """Fetch missing files by path from the commit that the model was made from."""
+    wanted = {file.descriptor.digest for file in (selection or Selection()).chosen(model)}
+    missing = [blob for blob in store.missing(model.descriptor) if blob.digest in wanted]
+    with open_commit(origin, remote, watch) as repository, store.lease([model.digest]):
+        for blob in missing:
+            source = repository.blob(blob.filepath or "", blob)
+            store.write_blob(blob, source, watch)
+        store.write_manifest(
+            model.descriptor, model.manifest.raw, partial=bool(store.missing(model.descriptor))
+        )
+
+
+def _pull(
+    where: Reference | HubReference,
+    store: LayoutStore,
+    remote: RemoteOptions | None,
+    watch: Watch,
+    selection: Selection | None,
+) -> None:
+    pull(
+        where,
+        selection=selection,
+        store=store,
+        remote=remote,
+        progress=watch.report,
+        stop=watch.stop,
+    )

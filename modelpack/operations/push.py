@@ -1,4 +1,4 @@
-"""Push a model from a local store to a registry."""
+"""Send a model to a registry: from a local store (`push`) or from elsewhere (`copy`)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.reference import Reference
+from modelpack.hub.reference import HubReference
 from modelpack.operations.lookup import check_whole, stored_model
-from modelpack.operations.remote import RemoteOptions, open_repository
+from modelpack.operations.remote import RemoteOptions, open_repository, open_source
 from modelpack.operations.transfer import Transfer, TransferOptions, transfer_model
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.storage import ReferrerSource, Watch, watching
@@ -16,7 +17,7 @@ from modelpack.store.layout import LayoutStore
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """A pushed model: its target, its digest and the counts of its blobs and its referrers'."""
+    """A pushed model, and counts of the blobs of the model and of each of its referrers."""
 
     reference: Reference
     digest: Digest
@@ -36,10 +37,10 @@ def push(
 ) -> Pushed:
     """Push the stored model `reference` to its registry, or to `to`.
 
-    Blobs that the registry has are not uploaded again. With `with_referrers`, stored
-    referrers of the model are pushed before the tag is set. Raises `NotFoundError` if the store has
-    no such model, `AuthError`, `RemoteUnavailableError`, and `IntegrityError` if a stored blob is
-    damaged.
+    Blobs that the registry already has are not uploaded. With `with_referrers`, the model's stored
+    referrers are pushed before the tag is set. Raises `NotFoundError` if the store has no such
+    model, `PartialModelError`, `AuthError`, `RemoteUnavailableError`, and `IntegrityError` if a
+    stored blob is damaged.
     """
     store = store or LayoutStore()
     target = to if to is not None else reference
@@ -67,3 +68,45 @@ def push_from(
         how = TransferOptions(watch, options.concurrency, with_referrers)
         done = transfer_model(source, repository, descriptor, raw, where.tag, how)
     return Pushed(where, descriptor.digest, done.model, done.referrers)
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A copied model, and counts of the blobs of the model and of each of its referrers."""
+
+    source: Reference
+    target: Reference
+    digest: Digest
+    transfer: Transfer
+    referrers: tuple[Transfer, ...] = ()
+
+
+def copy(
+    source: str | Reference | HubReference,
+    target: str | Reference,
+    *,
+    with_referrers: bool = False,
+    source_options: RemoteOptions | None = None,
+    target_options: RemoteOptions | None = None,
+    progress: ProgressCallback | None = None,
+    stop: Stop | None = None,
+) -> Copied:
+    """Copy a model from one registry to another without storing it.
+
+    The source may also be a model of the Hugging Face Hub: `hf.co/ORG/NAME[:QUANT][@REVISION]`.
+    Within one registry, blobs are mounted. Otherwise each blob is streamed and hashed, and an
+    upload with wrong bytes is cancelled. With `with_referrers`, direct and indirect referrers are
+    copied too, before the tag is set.
+    """
+    where = Reference.parse(target) if isinstance(target, str) else target
+    options = target_options or RemoteOptions()
+    watch = watching(progress, stop)
+    with (
+        open_source(source, source_options or options, watch) as opened,
+        open_repository(where, options, watch, writes=True) as repository,
+    ):
+        how = TransferOptions(watch, options.concurrency, with_referrers)
+        done = transfer_model(
+            opened.source, repository, opened.descriptor, opened.raw, where.tag, how
+        )
+    return Copied(opened.local, where, opened.descriptor.digest, done.model, done.referrers)

@@ -1,18 +1,29 @@
-"""`RemoteOptions`, and the connections that the operations open to registries and mirrors."""
+"""`RemoteOptions`, and connections to registries, their mirrors and the Hugging Face Hub.
+
+`open_source` opens a model by the name that a user gives, in a registry or on the hub.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.reference import Reference
-from modelpack.errors import IntegrityError
-from modelpack.storage import Watch
+from modelpack.errors import IntegrityError, UnsupportedError, UsageError
+from modelpack.hub.reference import HUB_REGISTRY, HubReference
+from modelpack.operations.transfer import run_all
+from modelpack.progress import Action, Progress
+from modelpack.storage import ReferrerSource, Watch
 
 if TYPE_CHECKING:
+    from modelpack.hub.client import HubSettings
+    from modelpack.hub.model import HubModel
+    from modelpack.hub.repository import HubFile, HubRepository
     from modelpack.registry import (
         CredentialSource,
         Registry,
@@ -21,6 +32,7 @@ if TYPE_CHECKING:
         Timeouts,
         TlsOptions,
     )
+    from modelpack.registry.http_client import HttpClient
     from modelpack.registry.limits import BlobOptions
     from modelpack.registry.mirrors import Mirror, Mirrors
     from modelpack.trust.policy import Trust
@@ -135,15 +147,157 @@ def _connected(
 def fetch_referenced_manifest(
     repository: Repository, reference: Reference
 ) -> tuple[Descriptor, bytes]:
-    """Return the manifest that `reference` names; if it has tag and digest, both must agree."""
+    """Return the manifest that `reference` names, as a descriptor and bytes.
+
+    Raises `IntegrityError` if the reference has a tag and a digest that disagree.
+    """
     if reference.digest is not None and reference.tag is not None:
         tagged = repository.resolve(reference.tag)
         if tagged.digest != reference.digest:
             raise IntegrityError(
-                f"{reference.name}: the tag {reference.tag!r} is {tagged.digest} there, "
-                f"but {reference.digest} was asked for",
+                f"{reference.name}: the tag {reference.tag!r} points to {tagged.digest}, "
+                f"expected {reference.digest}",
                 expected=str(reference.digest),
                 got=str(tagged.digest),
                 hint=f"leave out the tag to use {reference.digest}",
             )
     return repository.fetch_manifest_by_name(reference.target)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSource:
+    """A model to read: `asked` is the name that the user gave, `local` its name in a store."""
+
+    asked: str
+    local: Reference
+    source: ReferrerSource
+    descriptor: Descriptor
+    raw: bytes
+
+
+def named(text: str | Reference | HubReference) -> Reference | HubReference:
+    """Return the reference that a user's text means: to the hub or to a registry.
+
+    A reference to huggingface.co without a digest means the hub.
+    """
+    if isinstance(text, str):
+        text = HubReference.parse(text) or Reference.parse(text)
+    if isinstance(text, Reference) and text.registry == HUB_REGISTRY and text.digest is None:
+        return HubReference.parse(str(text)) or text
+    return text
+
+
+def new_reference(text: str | Reference) -> Reference:
+    """Return the reference to give to a new model; raise `UsageError` if it has a digest."""
+    where = Reference.parse(text) if isinstance(text, str) else text
+    if where.digest is not None:
+        raise UsageError(
+            f"{where}: a digest cannot be chosen, the content determines it",
+            hint=f"write {where.without_digest()}",
+        )
+    return where
+
+
+def local_reference(text: str | Reference | HubReference) -> Reference:
+    """Return the reference under which a store keeps the model that a user names."""
+    found = named(text)
+    return found.local if isinstance(found, HubReference) else found
+
+
+@contextmanager
+def open_source(
+    name: str | Reference | HubReference, options: RemoteOptions, watch: Watch
+) -> Iterator[OpenedSource]:
+    """Yield the model `name`; its connections close with the context.
+
+    Raises `NotFoundError`, `AuthError`, `RemoteUnavailableError` and other errors of registries.
+    """
+    found = named(name)
+    if isinstance(found, HubReference):
+        with open_hub_model(found, options, watch) as model:
+            descriptor = model.descriptor
+            raw = model.manifest.raw
+            yield OpenedSource(str(found), found.local, model, descriptor, raw)
+        return
+    if found.registry == HUB_REGISTRY:
+        raise UnsupportedError(
+            f"{found}: the Hugging Face Hub has no digests, only commits",
+            hint=f"write hf.co/{found.repository}@COMMIT, or copy the model to a registry",
+        )
+    with open_repository(found, options, watch) as repository:
+        descriptor, raw = fetch_referenced_manifest(repository, found)
+        yield OpenedSource(str(found), found, repository, descriptor, raw)
+
+
+@contextmanager
+def open_hub_model(
+    reference: HubReference, options: RemoteOptions, watch: Watch
+) -> Iterator[HubModel]:
+    """Yield a model of the hub, at the commit that its revision points to now.
+
+    Raises `NotFoundError`, `AuthError` for a gated or private model, `DeniedError`,
+    `RemoteUnavailableError`, and `PackagingError` for a repository without a model.
+    """
+    from modelpack.hub.model import hub_model
+    from modelpack.hub.selection import choose
+
+    with ExitStack() as stack:
+        repository = stack.enter_context(_open_hub_repository(reference, options, watch))
+        choice = choose(repository.files(), repository.reference)
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="modelpack-hub-"))
+
+        def fetch_all(tasks: Sequence[Callable[[], HubFile]]) -> list[HubFile]:
+            return run_all(tasks, options.concurrency, watch.stop)
+
+        model = hub_model(repository, choice, Path(directory), fetch_all)
+        for note in model.notes:
+            watch.report(Progress(Action.NOTE, message=note))
+        yield model
+
+
+@contextmanager
+def open_commit(
+    reference: HubReference, options: RemoteOptions, watch: Watch
+) -> Iterator[HubRepository]:
+    """Yield the repository at the commit in `reference`, without requesting its list of files."""
+    with _hub_client(str(reference), options, watch) as (settings, client):
+        from modelpack.hub.repository import HubRepository
+
+        yield HubRepository(client, settings.endpoint, reference)
+
+
+@contextmanager
+def _open_hub_repository(
+    reference: HubReference, options: RemoteOptions, watch: Watch
+) -> Iterator[HubRepository]:
+    with _hub_client(str(reference), options, watch) as (settings, client):
+        from modelpack.hub.repository import HubRepository, resolve_commit
+
+        at_commit = resolve_commit(client, settings.endpoint, reference)
+        yield HubRepository(client, settings.endpoint, at_commit)
+
+
+@contextmanager
+def _hub_client(
+    what: str, options: RemoteOptions, watch: Watch
+) -> Iterator[tuple[HubSettings, HttpClient]]:
+    from modelpack.hub.client import HubSettings, hub_client
+    from modelpack.registry import RetryPolicy, Timeouts, TlsOptions
+    from modelpack.registry.limits import BlobOptions, RateLimit
+
+    settings = HubSettings.from_environment()
+    settings.check_online(what)
+    rate = None if options.limit_rate is None else RateLimit(options.limit_rate)
+    client = hub_client(
+        settings,
+        timeouts=options.timeouts or Timeouts(),
+        retry=options.retry or RetryPolicy(),
+        stop=watch.stop,
+        report=watch.report,
+        tls=options.tls or TlsOptions(),
+        blobs=BlobOptions(options.chunk_size, options.connections, rate),
+    )
+    try:
+        yield settings, client
+    finally:
+        client.close()

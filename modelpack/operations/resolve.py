@@ -1,31 +1,130 @@
-"""Resolve a model to file paths, or write its files to a directory, for a runtime to open."""
+"""Give runtimes the files of a model: as paths in the store, or laid out in a directory.
+
+`resolve` returns blob paths, `bundle` writes a directory for the user, and `kept_bundle` returns a
+directory in the store that is made once and reused.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from modelpack.artifacts.model import Model, ModelFile
-from modelpack.bundles.links import LinkMode
-from modelpack.errors import UsageError
-from modelpack.operations.find import complete, find_any_part, find_model
-from modelpack.operations.kept_bundles import has_packed_weights, unpacked_files
+from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.model import Model, ModelFile, Role, format_of, role_of
+from modelpack.bundles.bundle import Bundle, lay_out
+from modelpack.bundles.links import LinkMode, Placement
+from modelpack.errors import StoreError, UsageError
 from modelpack.operations.lookup import check_whole
+from modelpack.operations.pull import Selection, complete, find_any_part, find_model
 from modelpack.operations.remote import RemoteOptions
-from modelpack.operations.selection import Selection
-from modelpack.progress import ProgressCallback, Stop
+from modelpack.progress import Action, Progress, ProgressCallback, Stop
 from modelpack.storage import Watch, watching
+from modelpack.store.kept_bundles import KeptFile
 from modelpack.store.layout import LayoutStore
 
-if TYPE_CHECKING:
-    from modelpack.bundles.bundle import Bundle
+_WEIGHTS = (Role.WEIGHT, Role.PROJECTOR)
+
+
+def kept_bundle(
+    name: str,
+    *,
+    store: LayoutStore | None = None,
+    remote: RemoteOptions | None = None,
+    progress: ProgressCallback | None = None,
+    until: ExitStack | None = None,
+) -> tuple[Model, Path]:
+    """Return the model `name` and the directory of its files; pull the model if it is not stored.
+
+    The directory is in the store and named after the digest. It is made once, and deleted with the
+    model. With `until`, no process removes the model or the directory before that stack is closed
+    or this process ends; the lease survives `exec`. Raises as `modelpack.pull` and
+    `modelpack.bundle` do.
+    """
+    store = store or LayoutStore()
+    watch = watching(progress)
+    model = find_model(name, store, pull=True, remote=remote, watch=watch)
+    if until is not None:
+        with suppress(StoreError):  # a read-only store has no leases, but can be read
+            until.enter_context(store.lease([model.digest], growing=False, inherited=True))
+    return model, kept_directory(model, store, watch) / "model"
+
+
+def has_packed_weights(model: Model) -> bool:
+    """Return whether weights are inside archives, where no runtime can open them."""
+    return any(file.archive and file.role in _WEIGHTS for file in model.files())
+
+
+def unpacked_files(
+    model: Model, store: LayoutStore, watch: Watch
+) -> tuple[tuple[ModelFile, Path], ...]:
+    """Return the unpacked files of a model with archives, and their paths in its kept bundle.
+
+    Each file has the descriptor of the layer that contains it. Raises as `modelpack.bundle` does.
+    """
+    layers = model.files()
+    root = kept_directory(model, store, watch) / "model"
+    found = []
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        name = path.relative_to(root).as_posix()
+        role = role_of("", name)
+        kind = format_of("", name) if role in _WEIGHTS else ""
+        layer = max(layers, key=lambda layer: _match_length(layer, name))
+        found.append((ModelFile(role, layer.media_type, name, layer.descriptor, kind), path))
+    return tuple(found)
+
+
+def kept_directory(model: Model, store: LayoutStore, watch: Watch) -> Path:
+    """Return the directory of the kept bundle of a stored, complete model; make it if needed.
+
+    The bundle is made again if its files differ from those that were laid out: if one was changed,
+    added or removed, or is a link to a blob that was replaced since.
+    """
+    bundles, directory = store.bundles, store.bundles.directory(model.digest)
+    if bundles.check(model.digest) is None:
+        return directory
+
+    def waiting(holder: str) -> None:
+        message = f"the bundle is being made by {holder}: waiting"
+        watch.report(Progress(Action.NOTE, str(directory), model.digest, message=message))
+
+    with bundles.workspace(model.digest, watch.stop, waiting) as folder:
+        different = bundles.check(model.digest)
+        if different is None:
+            return directory
+        if different:
+            message = f"the bundle is made again: {different}"
+            watch.report(Progress(Action.NOTE, str(directory), model.digest, message=message))
+        needed = [model.digest, *(blob.digest for blob in model.manifest.blobs)]
+        with store.lease(needed, growing=False):
+            made = lay_out(
+                model, lambda blob: store.blob_path(blob.digest), folder / "made", watch=watch
+            )
+            bundles.publish(model.digest, made.directory, _kept_files(made))
+    return directory
+
+
+def _kept_files(bundle: Bundle) -> list[KeptFile]:
+    files = [
+        KeptFile(file.path, file.content, None if file.linked is Placement.HARDLINK else "")
+        for file in bundle.files
+    ]
+    config = bundle.config.relative_to(bundle.directory).as_posix()
+    return [*files, KeptFile(config, Digest.of(bundle.config.read_bytes()), "")]
+
+
+def _match_length(layer: ModelFile, name: str) -> int:
+    """Return how well the layer's path matches the file `name`: longer prefixes score higher."""
+    path = layer.filepath
+    if path is None:
+        return 1 if layer.archive else 0
+    return 1 + len(path) if name == path or name.startswith(f"{path}/") else -1
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedFile:
-    """A file of a model and where its bytes are: `path` is the blob in the store."""
+    """A file of a model, and the path of the blob or of the unpacked file in the store."""
 
     file: ModelFile
     path: Path
@@ -33,7 +132,7 @@ class ResolvedFile:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A model and those of its files that were asked for, in layer order."""
+    """A model and its requested files, in layer order."""
 
     model: Model
     files: tuple[ResolvedFile, ...]
@@ -53,12 +152,12 @@ def resolve(
     """Return the blob paths of the model's files of these media types and file paths.
 
     A media type is exact, a pattern (`*gguf*`) or a short name (`weight`, `gguf`, `license`,
-    `chat-template`, …). Nothing asked for means the weights. With `pull`, files that the store
-    lacks are fetched first: those that are asked for or, if none is, the whole model. Raises
-    `NotFoundError` if nothing matches, `PartialModelError` for what was left out of a pull.
+    `chat-template`, …). Without either, the weights are returned. With `pull`, files that the store
+    lacks are fetched first: the requested ones or, without a request, the whole model. Raises
+    `NotFoundError` if nothing matches, and `PartialModelError` for files that no pull fetched.
 
-    Where weights are inside of archives, all is unpacked, once, into the store's `bundles`, and the
-    paths are those there; a media type that is written whole still means the layer itself.
+    If weights are inside archives, the model is unpacked once into the store's `bundles`, and the
+    paths are in that directory. An exact media type or a pattern still selects the layer itself.
     """
     store = store or LayoutStore()
     watch = watching(progress, stop)
@@ -109,10 +208,7 @@ def bundle(
     progress: ProgressCallback | None = None,
     stop: Stop | None = None,
 ) -> Bundle:
-    """Lay the model out in `directory`, as links to the store, ready for a runtime to open."""
-    from modelpack.bundles.bundle import lay_out
-    from modelpack.bundles.links import Placement
-
+    """Write the model's files to `directory`, as links to the store if possible, for a runtime."""
     store = store or LayoutStore()
     watch = watching(progress, stop)
     if directory.resolve() == store.root.resolve():

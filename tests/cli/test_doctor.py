@@ -11,10 +11,15 @@ from typing import Any
 import pytest
 
 import modelpack
-from modelpack.operations.doctor import Verdict, check_port, check_registry, check_store
 from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
-from modelpack_server.cli.doctor import check_model
+from modelpack_server.cli.doctor import (
+    Verdict,
+    check_model,
+    check_port,
+    check_registry,
+    check_store,
+)
 from tests.cli.running import modelpack as run
 from tests.cli.running import succeed
 from tests.models import tiny_gguf, tiny_safetensors
@@ -91,7 +96,7 @@ def test_safetensors_are_for_mlx(store: LayoutStore, tmp_path: Path) -> None:
 
 
 def test_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "will be made" in check_store(str(tmp_path / "new")).message
+    assert "will be created" in check_store(str(tmp_path / "new")).message
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("x")
     assert check_store(str(tmp_path / "file")).verdict is Verdict.FAILED
@@ -109,7 +114,7 @@ def test_a_full_disk_is_a_warning(store: LayoutStore, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "statvfs", lambda path: small)
     check = check_store(str(store.root))
     assert (check.verdict, check.hint) == (
-        Verdict.WARNING, "`modelpack gc` frees what no model uses"
+        Verdict.WARNING, "run `modelpack gc` to delete unused blobs"
     )  # fmt: skip
 
 
@@ -129,4 +134,4 @@ def test_ports() -> None:
         port = taken.getsockname()[1]
         assert check_port(port, "serve").verdict is Verdict.WARNING
     assert check_port(port, "serve").verdict is Verdict.OK
-    assert "cannot be listened on" in check_port(80, "serve", "203.0.113.1").message
+    assert "cannot listen" in check_port(80, "serve", "203.0.113.1").message

@@ -15,7 +15,7 @@ from modelpack.deploy import vllm_plugin
 from modelpack.deploy.kubernetes import Workload, deployment, inference_service
 from modelpack.deploy.vllm import VllmSettings, open_model
 from modelpack.errors import UnsupportedError
-from modelpack.operations.kept_bundles import kept_bundle
+from modelpack.operations.resolve import kept_bundle
 from modelpack.store.layout import LayoutStore
 from tests.deployment.test_vllm import Arguments, arg_utils, program, serve
 from tests.models import tiny_gguf, tiny_safetensors

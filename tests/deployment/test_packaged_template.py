@@ -9,7 +9,7 @@ import pytest
 
 import modelpack
 from modelpack.errors import PackagingError
-from modelpack.operations.kept_bundles import kept_bundle
+from modelpack.operations.resolve import kept_bundle
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.models import ModelFiles
 from modelpack_engine.models.json_tokenizer import chat_template_of

@@ -20,7 +20,7 @@ import modelpack
 from modelpack.deploy import vllm_plugin
 from modelpack.deploy.vllm import model_directory
 from modelpack.errors import NotFoundError, UnsupportedError, UntrustedError
-from modelpack.operations.kept_bundles import kept_bundle
+from modelpack.operations.resolve import kept_bundle
 from modelpack.store.layout import LayoutStore
 from tests.models import tiny_gguf, tiny_safetensors
 

@@ -11,7 +11,7 @@ import pytest
 import modelpack
 from modelpack.artifacts import media_types
 from modelpack.artifacts.manifest import Manifest
-from modelpack.operations.kept_bundles import kept_bundle
+from modelpack.operations.resolve import kept_bundle
 from modelpack.progress import Stop, silent
 from modelpack.storage import Watch
 from modelpack.store.filesystem import bytes_used

@@ -10,8 +10,7 @@ import pytest
 import modelpack
 from modelpack import errors
 from modelpack.artifacts import media_types
-from modelpack.operations.find import find_model
-from modelpack.operations.selection import Part, Selection
+from modelpack.operations.pull import Part, Selection, find_model
 from modelpack.storage import watching
 from modelpack.testing import registry
 from tests.cli.running import modelpack as command

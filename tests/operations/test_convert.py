@@ -143,7 +143,7 @@ def test_others_unpack_the_image(store: modelpack.Store, tmp_path: Path) -> None
         (("x/none:v1@sha256:" + "0" * 64, "x/y", "--to", "image"), None, "x/none"),
         (("x/st:v1", "--to", "cncf", "--platform", "linux/amd64"), 2, "requires --to image"),
         (("x/st:v1", "--to", "image", "--platform", "linux"), 1, "'linux' is not a platform"),
-        (("x/st:v1", "--to", "image", *("--platform", "linux/amd64") * 2), 2, "each once"),
+        (("x/st:v1", "--to", "image", *("--platform", "linux/amd64") * 2), 2, "each given once"),
         (("x/st:v1", "x/y@sha256:" + "0" * 64, "--to", "image"), 2, "a digest cannot be chosen"),
     ],
 )

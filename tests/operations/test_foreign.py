@@ -29,7 +29,7 @@ from modelpack.operations.archives import archive_of, import_archive
 from modelpack.operations.convert import convert
 from modelpack.operations.docker import export_to_docker
 from modelpack.operations.headers import read_headers
-from modelpack.operations.selection import Selection
+from modelpack.operations.pull import Selection
 from modelpack.storage import watching
 from modelpack.store.docker_store import DockerStore
 from modelpack.store.filesystem import bytes_used

@@ -13,7 +13,7 @@ from modelpack.errors import NotFoundError, PartialModelError, WeightFormatError
 from modelpack.formats.gguf import GGUFHeader
 from modelpack.formats.safetensors import SafetensorsHeader
 from modelpack.operations.headers import read_headers
-from modelpack.operations.selection import Part, Selection
+from modelpack.operations.pull import Part, Selection
 from modelpack.registry_server import RegistryServer, RequestRecord
 from modelpack.testing import registry
 from tests.cli.running import succeed

@@ -262,7 +262,7 @@ def test_all_models_of_an_archive_or_none(origin: modelpack.Store, store: modelp
         else:
             cut += whole[start : start + 512]
     before = files(store)
-    with pytest.raises(ManifestError, match="which is not there"):
+    with pytest.raises(ManifestError, match="which is missing"):
         read(store, cut)
     assert store.models() == ()
     assert files(store) == before

@@ -16,7 +16,7 @@ import pytest
 import modelpack
 from modelpack.errors import LockedError, NotFoundError
 from modelpack.operations.index import NamedVariant, create_index
-from modelpack.operations.kept_bundles import kept_bundle
+from modelpack.operations.resolve import kept_bundle
 from modelpack.progress import Action, Progress
 from modelpack.storage import watching
 from modelpack.store import kept_bundles

@@ -12,7 +12,7 @@ from modelpack.artifacts.lockfile import LockFile
 from modelpack.artifacts.reference import Reference
 from modelpack.errors import FormatError, NotFoundError, StoreError
 from modelpack.operations.lock import check_lock, lock, pull_locked, read_lock, unlock, write_lock
-from modelpack.operations.selection import Part, Selection
+from modelpack.operations.pull import Part, Selection
 from tests.cli.running import modelpack as command
 from tests.cli.running import succeed
 from tests.operations.conftest import Published

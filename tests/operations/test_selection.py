@@ -11,7 +11,7 @@ import modelpack
 from modelpack.artifacts import media_types as mediatypes
 from modelpack.errors import NotFoundError, PartialModelError
 from modelpack.operations.model_list import summarize_models
-from modelpack.operations.selection import Part, Selection
+from modelpack.operations.pull import Part, Selection
 from tests.contract.parts import Watcher
 from tests.operations.conftest import Published
 

@@ -22,9 +22,9 @@ from modelpack.artifacts.manifest import Index, Manifest
 from modelpack.artifacts.reference import Reference
 from modelpack.errors import UntrustedError
 from modelpack.operations import signatures as signing
-from modelpack.operations.find import find_model
 from modelpack.operations.index import NamedVariant, create_index
 from modelpack.operations.lookup import inspect, model_in
+from modelpack.operations.pull import find_model
 from modelpack.operations.remote import RemoteOptions, open_repository
 from modelpack.registry import Repository
 from modelpack.storage import read_blob, watching

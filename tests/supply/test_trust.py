@@ -10,9 +10,9 @@ import pytest
 import modelpack
 from modelpack.errors import FormatError, ModelpackError, RegistryError, UntrustedError
 from modelpack.operations import signatures as signing
-from modelpack.operations.find import find_model
 from modelpack.operations.index import NamedVariant, create_index
 from modelpack.operations.lock import lock, pull_locked
+from modelpack.operations.pull import find_model
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.trust import check_names
 from modelpack.registry import RetryPolicy

@@ -1,34 +1,123 @@
-"""Benchmark plans: which loads to put on each server, in order, and how to run them."""
+"""A benchmark: the loads of its plan, run in order on each server, and the machine it ran on.
+
+`sweep`, `rates` and `named` make plans, `measure` runs a plan on one server, and `Benchmark` holds
+all results; `tables` shows them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
+import os
+import platform
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+import modelpack
 from modelpack.errors import UsageError
-from modelpack_server.bench.machine import Machine
 from modelpack_server.bench.report import Record, Report, make_report
 from modelpack_server.bench.server import AnswerError, OpenAIServer, Served, text_of
 from modelpack_server.bench.workloads import WORKLOADS, Session, Workload, poisson, single_turns
 
-#: What is measured where nothing else is asked for: about a minute on a laptop.
+#: Distributions whose versions affect the speed of our servers.
+_PACKAGES = ("mlx", "mlx-lm", "llama-cpp-python")
+_PROGRAM_SECONDS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A machine: `memory` is in bytes; `power` is "AC" or "battery", on a Mac only."""
+
+    processor: str
+    cores: int
+    memory: int
+    system: str
+    gpu: str = ""
+    power: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all known fields."""
+        found: dict[str, Any] = {
+            "processor": self.processor,
+            "cores": self.cores,
+            "memory_bytes": self.memory,
+            "system": self.system,
+            "gpu": self.gpu,
+            "power": self.power,
+            "versions": dict(self.versions),
+        }
+        return {name: value for name, value in found.items() if value}
+
+
+def this_machine() -> Machine:
+    """Return the description of this machine; unknown fields are empty."""
+    mac = platform.system() == "Darwin"
+    return Machine(
+        processor=(_output("sysctl", "-n", "machdep.cpu.brand_string") if mac else _cpuinfo())
+        or platform.machine(),
+        cores=os.cpu_count() or 1,
+        memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        system=f"macOS {platform.mac_ver()[0]}" if mac else platform.platform(),
+        gpu=_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").replace("\n", ", "),
+        power=_power(_output("pmset", "-g", "batt")) if mac else "",
+        versions={"python": platform.python_version()},
+    )
+
+
+def our_versions() -> dict[str, str]:
+    """Return the versions of modelpack and of the packages that its servers run on."""
+    found = {"modelpack": modelpack.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _power(text: str) -> str:
+    return "battery" if "Battery Power" in text else "AC" if "AC Power" in text else ""
+
+
+def _cpuinfo() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), "")
+
+
+def _output(*command: str) -> str:
+    """Return the output of a program; empty if it is missing or fails."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=_PROGRAM_SECONDS
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+#: The default plan, which takes about a minute on a laptop.
 CONCURRENCY = (1, 2, 4, 8)
 PROMPT, ANSWER = 128, 64
 SECONDS = 40.0
-# More than a server is likely to answer within the seconds of one step, and what making the prompts
-# of a step may cost.
-_EACH, _MOST_TOKENS = 250, 2**18
-_FEWEST = 4
+# Requests to prepare for each client of a step that is limited by time: more than a server can
+# complete. The number of prompt tokens is limited too, since generating them takes time.
+_MAX_PER_CLIENT, _MAX_PROMPT_TOKENS = 250, 2**18
+_MIN_REQUESTS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One load, for `seconds` or (None) to its end; `level` is its place on the plan's axis."""
+    """One load, run for `seconds` or (None) to its end; `level` is its value on the plan's axis."""
 
     name: str
     workload: Workload
@@ -38,7 +127,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Loads in order; `axis` says what their levels are: concurrency, requests/s or workload."""
+    """Loads in order; `axis` is the unit of their levels: concurrency, requests/s or workload."""
 
     axis: str
     steps: tuple[Step, ...]
@@ -46,7 +135,7 @@ class Plan:
 
     @property
     def most_at_once(self) -> int:
-        """How many requests the heaviest step has under way, where that is known."""
+        """The largest concurrency of the steps; 1 if no step limits it."""
         return max((step.workload.concurrency for step in self.steps), default=1) or 1
 
 
@@ -58,13 +147,16 @@ def sweep(
     requests: int | None = None,
     seconds: float = SECONDS,
 ) -> Plan:
-    """Return a step for each number of clients, each of which asks again once it is answered.
+    """Return a plan with a step for each number of concurrent clients (closed loop).
 
-    A step takes its share of `seconds`, or `requests` requests.
+    Each client sends its next request when it has the response to the previous one. A step takes
+    an equal share of `seconds`, or `requests` requests.
     """
     steps = []
     for number, level in enumerate(levels):
-        count = requests or max(_FEWEST, level, min(level * _EACH, _MOST_TOKENS // prompt))
+        count = requests or max(
+            _MIN_REQUESTS, level, min(level * _MAX_PER_CLIENT, _MAX_PROMPT_TOKENS // prompt)
+        )
         workload = single_turns(f"concurrency-{level}", [(prompt, answer)] * count)
         steps.append(
             Step(
@@ -85,24 +177,24 @@ def rates(
     requests: int | None = None,
     seconds: float = SECONDS,
 ) -> Plan:
-    """Return a step for each rate, in requests a second that arrive as a Poisson process.
+    """Return a plan with a step for each rate, in requests per second, as a Poisson process.
 
-    Requests come when they come, however slow the server is: what waits is part of its latency.
+    Arrivals do not depend on the server's speed: the time that a request waits counts as latency.
     """
     steps = []
     for number, level in enumerate(levels):
-        count = requests or max(_FEWEST, math.ceil(level * seconds / len(levels)))
+        count = requests or max(_MIN_REQUESTS, math.ceil(level * seconds / len(levels)))
         workload = poisson(level, count, prompt, answer).in_other_words(1 + 101 * number)
         steps.append(Step(f"{level:g} a second", workload, level))
     return Plan("requests/s", tuple(steps), _sizes(prompt, answer))
 
 
 def named(names: Sequence[str], *, requests: int | None = None) -> Plan:
-    """Return a step for each workload of `WORKLOADS`; raises `UsageError` for another name."""
+    """Return a plan with a step for each named workload of `WORKLOADS`; raises `UsageError`."""
     unknown = [name for name in names if name not in WORKLOADS]
     if unknown:
         raise UsageError(
-            f"there is no workload {unknown[0]!r}", hint=f"there are {', '.join(WORKLOADS)}"
+            f"no such workload: {unknown[0]!r}", hint=f"choose one of {', '.join(WORKLOADS)}"
         )
     steps = []
     for number, name in enumerate(names):
@@ -123,10 +215,11 @@ async def run_load(
     seconds: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Report:
-    """Serve `workload` to its end; after `seconds` no session is started any more.
+    """Send all requests of `workload`; start no session after `seconds`. Return the report.
 
-    A request counts from when it was due, even if `workload.concurrency` kept it waiting. `clock`
-    has to be the server's. The report's `client_cpu_share` is what this process took of one core.
+    Latencies count from the time when a request was due, including a wait for
+    `workload.concurrency`. `clock` must be the clock of `server`. The report's `client_cpu_share`
+    is the share of one core that this process used.
     """
     return await _Load(server, workload, seconds, clock).report()
 
@@ -165,7 +258,7 @@ class _Load:
         return self._clock() - self._start
 
     async def _talk(self, session: Session) -> None:
-        """Have a conversation; one that fails ends there."""
+        """Send the turns of a session; stop at the first failure."""
         messages: list[dict[str, str]] = []
         due = session.arrival or self._now()
         for turn in session.turns:
@@ -185,9 +278,9 @@ class _Load:
             due = self._now()
 
 
-#: Grows when a field of the JSON changes its meaning or goes away.
+#: Incremented when a field of the JSON is removed or changes its meaning.
 SCHEMA_VERSION = 1
-# A client that takes this much of a core may be what is measured.
+# Above this share of a core, the client itself may limit the measured speed.
 BUSY_CLIENT = 0.8
 _WARM_UP_TOKENS = 8
 
@@ -200,13 +293,13 @@ class Run:
     report: Report
 
     def to_json(self) -> dict[str, Any]:
-        """Return what was asked for, and all figures."""
+        """Return the step and all its figures."""
         return {"load": self.step.name, "level": self.step.level, **self.report.to_json()}
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a server came to; `name` is what the user called it."""
+    """The results of one server; `name` is its name in the report."""
 
     name: str
     served: Served
@@ -225,7 +318,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A whole benchmark: `command` is how to repeat it, `when` in UTC."""
+    """A complete benchmark: `command` repeats it, `when` is in UTC."""
 
     plan: Plan
     machine: Machine
@@ -235,25 +328,25 @@ class Benchmark:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader has to know before believing the figures."""
+        """Warnings about the figures: failed requests, uneven lengths, a busy client."""
         found = []
         for target in self.targets:
             if not target.served.exact_lengths:
-                found.append(f"{target.name} ends answers as it likes: their lengths differ")
+                found.append(f"{target.name} does not support ignore_eos: response lengths differ")
             for run in target.runs:
                 for error, count in run.report.errors.items():
                     found.append(f"{target.name}, {run.step.name}: {count} × {error}")
                 share = run.report.extra.get("client_cpu_share", 0)
                 if share > BUSY_CLIENT:
                     found.append(
-                        f"{target.name}, {run.step.name}: the client took {share:.0%} of a core, "
-                        "and may be what was measured"
+                        f"{target.name}, {run.step.name}: the client used {share:.0%} of a core, "
+                        "which may limit the figures"
                     )
         return tuple(found)
 
     @property
     def succeeded(self) -> bool:
-        """Whether each step had an answer on each server."""
+        """Whether each step has a successful request on each server."""
         return all(
             run.report.failed < run.report.requests
             for target in self.targets
@@ -282,9 +375,9 @@ async def measure(
     versions: Mapping[str, str] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Measured:
-    """Run `plan` on one server, after warming it up; raises what `OpenAIServer.open` raises.
+    """Warm up one server, run `plan` on it and return the results.
 
-    `versions` are of programs that the server itself does not tell of.
+    `versions` are added to those that the server reports. Raises the errors of `OpenAIServer.open`.
     """
     progress(f"{name}: warming up")
     served = await server.open()

@@ -129,7 +129,8 @@ def bench(
     if importlib.util.find_spec("httpx") is None:
         raise UsageError("bench requires httpx, which is not installed",
                          hint="run pip install 'modelpack[bench]'")  # fmt: skip
-    from modelpack_server.bench import machine, tables
+    from modelpack_server.bench import benchmark as machine
+    from modelpack_server.bench import tables
     from modelpack_server.bench.benchmark import Benchmark
     from modelpack_server.bench.tables import draw, require_matplotlib
 
@@ -187,7 +188,7 @@ def _address(settings: Settings, target: str, options: Sequence[str]) -> Iterato
         yield target
         return
     require_engine()
-    from modelpack.operations.find import find_model
+    from modelpack.operations.pull import find_model
     from modelpack.operations.remote import RemoteOptions
     from modelpack.storage import watching
     from modelpack.trust.policy import Trust

@@ -2,28 +2,140 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import shutil
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Literal
+import socket
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
 
 import click
 
+from modelpack._version import __version__
 from modelpack.artifacts.model import Model
+from modelpack.artifacts.reference import DEFAULT_REGISTRY
 from modelpack.cli.options import Settings, common_options, model_names, remote_options
 from modelpack.cli.output import show, table
-from modelpack.errors import ModelpackError, UsageError
-from modelpack.operations.doctor import Check, Verdict
+from modelpack.errors import AuthError, ModelpackError, UsageError
 from modelpack.operations.remote import RemoteOptions
+from modelpack.store.layout import LayoutStore, default_store_root
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.platform import blas
 from modelpack_server.cli.engine_options import require_engine
 
-if TYPE_CHECKING:
-    from modelpack.operations.doctor import Check
+#: Free bytes on the disk of the store below which doctor warns.
+_LOW_DISK_SPACE = 5 * 10**9
+_CONNECT_SECONDS = 5.0
+
+
+class Verdict(StrEnum):
+    """The outcome of a check."""
+
+    OK = "ok"
+    WARNING = "warning"  # some commands will fail or be slow
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check and its outcome. `details` is for programs, `hint` says how to fix a problem."""
+
+    name: str
+    verdict: Verdict
+    message: str
+    hint: str | None = None
+    details: dict[str, Any] | None = None
+
+
+def check_store(root: str | None = None) -> Check:
+    """Check that the store at `root` (None: the default) is readable, writable and not full."""
+    where = Path(root).expanduser() if root else default_store_root()
+    if not where.exists():
+        above = next(path for path in where.parents if path.exists())
+        if not os.access(above, os.W_OK):
+            return Check(
+                "store", Verdict.FAILED, f"{where} does not exist, and {above} is not writable",
+                hint="choose another store with --store DIR or MODELPACK_STORE",
+            )  # fmt: skip
+        return Check("store", Verdict.OK, f"{where} will be created on first use")
+    try:
+        store = LayoutStore(where, create=False)
+        models = len(store.models())
+    except ModelpackError as error:
+        return Check("store", Verdict.FAILED, str(error), hint=error.hint)
+    disk = os.statvfs(where)
+    free = disk.f_bavail * disk.f_frsize
+    details = {"path": str(where), "models": models, "free": free}
+    said = f"{where}: {models} model{'' if models == 1 else 's'}, {free / 1e9:.1f} GB free"
+    try:
+        with tempfile.TemporaryFile(dir=where):
+            pass
+    except OSError as error:
+        return Check(
+            "store", Verdict.WARNING, f"{said}; not writable: {error.strerror}",
+            hint="make it writable to pull and package models", details=details,
+        )  # fmt: skip
+    if free < _LOW_DISK_SPACE:
+        hint = "run `modelpack gc` to delete unused blobs"
+        return Check("store", Verdict.WARNING, f"{said}; low disk space", hint, details)
+    return Check("store", Verdict.OK, said, details=details)
+
+
+def check_registry(host: str, remote: RemoteOptions | None = None) -> Check:
+    """Check that a registry responds at `host`, with one try of at most five seconds."""
+    from modelpack.registry import Registry, RetryPolicy, Timeouts, TlsOptions
+
+    remote = remote or RemoteOptions()
+    name = f"registry {host}"
+    try:
+        with Registry(
+            host,
+            plain_http=remote.plain_http,
+            timeouts=Timeouts(connect=_CONNECT_SECONDS, idle=_CONNECT_SECONDS),
+            retry=RetryPolicy(tries=1),
+            tls=remote.tls or TlsOptions(),
+        ) as registry:
+            registry.ping()
+    except AuthError:
+        return Check(
+            name, Verdict.WARNING, "responds, but rejects the credentials",
+            hint=f"run modelpack login {host}, unless you need only public models",
+        )  # fmt: skip
+    except ModelpackError as error:
+        return Check(name, Verdict.WARNING, str(error), hint=error.hint)
+    return Check(name, Verdict.OK, "responds")
+
+
+def check_port(port: int, purpose: str, host: str = "127.0.0.1") -> Check:
+    """Check that a server can listen on `host`:`port`; `purpose` is the command that does so."""
+    name = f"port {port}"
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            why = error.strerror or str(error)
+            return Check(name, Verdict.WARNING, f"cannot listen: {why} ({purpose})")
+        return Check(
+            name, Verdict.WARNING, f"is in use ({purpose})",
+            hint="if another program uses it, choose another port with --port",
+        )  # fmt: skip
+    return Check(name, Verdict.OK, f"is free ({purpose})")
+
+
+def worst(checks: Sequence[Check]) -> Verdict:
+    """Return the worst verdict; OK without checks."""
+    order = list(Verdict)
+    return max((check.verdict for check in checks), key=order.index, default=Verdict.OK)
+
 
 _FORMATS = ("gguf", "safetensors")
 #: The least memory that a KV cache and the arrays of a step take besides the weights, in bytes.
@@ -182,12 +294,6 @@ def doctor(
 
     Exit code 1 if a check failed. Missing parts that only some commands need are warnings.
     """
-    import os
-
-    from modelpack._version import __version__
-    from modelpack.artifacts.reference import DEFAULT_REGISTRY
-    from modelpack.operations.doctor import Verdict, check_port, check_registry, check_store, worst
-
     checks = _engine_checks(settings, models)
     checks.append(check_store(settings.store_root))
     if not offline:
@@ -208,7 +314,6 @@ def doctor(
 
 
 def _engine_checks(settings: Settings, models: tuple[str, ...]) -> list[Check]:
-    from modelpack.operations.doctor import Check, Verdict
     from modelpack.operations.lookup import inspect
 
     try:

@@ -75,7 +75,7 @@ def _draft_model(
 
 def pull_draft(config: Any, store: LayoutStore, settings: Settings, remote: RemoteOptions) -> None:
     """Pull the draft model of an EngineConfig, if it names one that the store lacks."""
-    from modelpack.operations.find import find_model
+    from modelpack.operations.pull import find_model
     from modelpack.storage import watching
 
     if isinstance(config.draft_model, str) and config.speculation == "draft":

@@ -85,7 +85,7 @@ def run(
     }  # fmt: skip
     if host is not None:
         from modelpack_server.cli.client import find_target
-        from modelpack_server.repl.remote import RemoteChat, RemoteModel
+        from modelpack_server.repl.chat import RemoteChat, RemoteModel
 
         def find(name: str) -> Any:
             target = find_target(host, name)

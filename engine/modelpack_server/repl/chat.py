@@ -1,40 +1,43 @@
-"""A chat with a stored model that runs in this process."""
+"""A chat with a model: `Chat` in this process, `RemoteChat` through a server's OpenAI API."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import os
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-from modelpack.errors import UsageError
+from modelpack.errors import ModelpackError, RemoteUnavailableError, UsageError
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.request import SamplingParams
 from modelpack_server.conversation.chat import start_chat
 from modelpack_server.conversation.served_model import ServedModel
-from modelpack_server.conversation.spec import ChatDelta, ChatSpec
+from modelpack_server.conversation.spec import ChatDelta, ChatSpec, ChatUsage
 from modelpack_server.pool.catalogue import Catalogue
 from modelpack_server.pool.memory import device_memory
 from modelpack_server.pool.pool import ModelPool
-from modelpack_server.pool.settings import ModelSettings
+from modelpack_server.pool.settings import ModelSettings, preset_named
+from modelpack_server.server_client import problem_of
 from modelpack_server.tool_parsers.parts import Part, Reasoning, Text
 
 T = TypeVar("T")
 
-#: Where neither the model nor the user says what it is to be.
+#: The sampling temperature if neither the user nor the model sets one.
 TEMPERATURE = 0.7
-
-# What a model without a chat template gets: the text itself, to go on with.
+# A model without a chat template continues the text of the messages.
 _NO_TEMPLATE = "{{ bos_token or '' }}{{ messages | map(attribute='content') | join('\n\n') }}"
 
 
 class LocalModels:
-    """One loaded model at a time, in a pool that nobody else uses. A context manager.
+    """A context manager that holds one loaded model at a time, in a pool of its own.
 
-    Calls come from one thread; in it runs the event loop, while a call lasts. Ctrl-C ends a call
-    with `KeyboardInterrupt`, and the next may follow.
+    All calls come from one thread, which runs the event loop for the duration of each call. Ctrl-C
+    ends a call with `KeyboardInterrupt`; further calls are possible afterwards.
     """
 
     def __init__(self, catalogue: Catalogue, config: EngineConfig | None = None) -> None:
@@ -43,7 +46,7 @@ class LocalModels:
         self._runner = asyncio.Runner()
         self._pool: ModelPool | None = None
         self._lease = AsyncExitStack()
-        self._lent: tuple[str, ModelSettings, ServedModel] | None = None
+        self._loaded: tuple[str, ModelSettings, ServedModel] | None = None
 
     def __enter__(self) -> LocalModels:
         self._runner.__enter__()
@@ -61,13 +64,14 @@ class LocalModels:
             self._runner.__exit__(kind, error, trace)
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Return what `work` returns."""
+        """Run `work` on the event loop and return its result."""
         return self._runner.run(work)
 
     def load(self, name: str, settings: ModelSettings | None = None) -> ServedModel:
-        """Load a model of the store, after unloading the one before; raises what loading raises.
+        """Unload the previous model, load a stored one and return it.
 
-        Nothing happens if it is loaded, or if there is no model of that name.
+        A model that is already loaded with these settings is returned at once. If no model has that
+        name, the previous model stays loaded. Raises the errors of `ModelPool.lease`.
         """
         return self.call(self._load(name, settings or ModelSettings()))
 
@@ -77,35 +81,35 @@ class LocalModels:
             self._pool = ModelPool(self._catalogue, memory=memory, keep_alive=math.inf, grace=0)
         pool = self._pool
         key = (await pool.find(name)).key
-        if self._lent is not None:
-            if self._lent[:2] == (key, settings):
-                return self._lent[2]
-            await self._give_back()
+        if self._loaded is not None:
+            if self._loaded[:2] == (key, settings):
+                return self._loaded[2]
+            await self._release()
             await pool.unload()
         await pool.configure(name, settings)
         model = await self._lease.enter_async_context(pool.lease(name))
-        self._lent = key, settings, model
+        self._loaded = key, settings, model
         return model
 
-    async def _give_back(self) -> None:
-        self._lent = None
+    async def _release(self) -> None:
+        self._loaded = None
         await self._lease.aclose()
 
     async def _close(self) -> None:
-        await self._give_back()
+        await self._release()
         if self._pool is not None:
             await self._pool.close()
 
 
 class Chat:
-    """Keeps what was said, so that each question comes after all before.
+    """A conversation with a model: each prompt is sent with all previous messages.
 
-    `given` are fields of SamplingParams that win over `preset`, which wins over the model's own.
-    `max_tokens` is the most of one answer (None: what the context holds). `reasoning` switches
-    thinking on or off where the model knows how.
+    `given` holds fields of SamplingParams, which take precedence over `preset`, which takes
+    precedence over the model's defaults. `max_tokens` limits each response (None: by the context).
+    `reasoning` enables or disables reasoning, if the model supports that.
     """
 
-    #: Whether `params` holds what the model's makers say.
+    #: Whether `params` includes the model's own defaults.
     knows_defaults = True
 
     def __init__(
@@ -127,13 +131,13 @@ class Chat:
         self.turns: list[dict[str, Any]] = []
 
     def clear(self) -> None:
-        """Forget what was said; the settings stay."""
+        """Delete all messages, but keep the settings."""
         self.turns = []
 
     async def ask(self, text: str) -> AsyncGenerator[ChatDelta, None]:
-        """Yield the answer as it comes; what came is remembered, also if it was interrupted.
+        """Stream the response to `text`; keep it as a message, even if it is interrupted.
 
-        Raises what `start_chat` raises, and then remembers nothing.
+        Raises the errors of `start_chat`; then no message is kept.
         """
         question = {"role": "user", "content": text}
         said: list[Part] = []
@@ -147,7 +151,7 @@ class Chat:
                 self.remember(question, said)
 
     def remember(self, question: dict[str, Any], said: Sequence[Part]) -> None:
-        """Add a question and its answer to what was said, if there was any."""
+        """Append a prompt and its response to the messages, unless the response is empty."""
         answer = "".join(part.text for part in said if isinstance(part, Text))
         thoughts = "".join(part.text for part in said if isinstance(part, Reasoning))
         if not answer and not thoughts:
@@ -158,11 +162,11 @@ class Chat:
         self.turns += [question, turn]
 
     def check(self) -> None:
-        """Raise `RequestError` if a setting makes no sense."""
+        """Raise `RequestError` if a sampling parameter is invalid."""
         self.params().check(self.model.vocab_size)
 
     def params(self) -> SamplingParams:
-        """Return how answers are sampled: what was given, over the preset, over the model's own."""
+        """Return the sampling parameters: `given`, else the preset's, else the model's."""
         given = dict(self.given)
         if self.preset is None and self.model.default("temperature") is None:
             given.setdefault("temperature", TEMPERATURE)
@@ -181,11 +185,131 @@ class Chat:
 
 
 def require_chat(model: ServedModel) -> None:
-    """Raise `UsageError` for a model that makes vectors, and no text."""
+    """Raise `UsageError` for an embedding model, which generates no text."""
     from modelpack_engine.embedding.async_embedder import AsyncEmbedder
 
     if isinstance(model.engine, AsyncEmbedder):
         raise UsageError(
-            f"{model.name} is an embedding model: it writes no text",
-            hint="`modelpack smoke` tries it, `modelpack serve` serves its vectors",
+            f"{model.name} is an embedding model, which generates no text",
+            hint="use `modelpack smoke` to test it, or `modelpack serve` to serve embeddings",
         )
+
+
+# Seconds to connect, and to wait for each chunk: the server may have to load the model first.
+_CONNECT_SECONDS, _READ_SECONDS = 5, 600
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteModel:
+    """A model of a server, with the attributes of `ServedModel` that `Chat` uses."""
+
+    url: str
+    name: str
+    max_model_len: int | None = None
+    vocab_size: int = 1 << 30  # unknown here; the server checks token ids
+
+    def default(self, name: str) -> Any:
+        """Return the default of SamplingParams: the server's own defaults are unknown."""
+        return getattr(SamplingParams(), name, None)
+
+    def sampling_params(
+        self, given: Mapping[str, Any], *, preset: str | None = None
+    ) -> SamplingParams:
+        """Return the sampling parameters of the request: `given`, else the preset's."""
+        chosen = preset_named(preset).sampling if preset else {}
+        return SamplingParams(**{**chosen, **given})
+
+
+class RemoteChat(Chat):
+    """A conversation with a model of a server, through its OpenAI API."""
+
+    model: RemoteModel  # type: ignore[assignment]
+    knows_defaults = False
+
+    async def ask(self, text: str) -> AsyncGenerator[ChatDelta, None]:
+        """Stream the response, as `Chat.ask` does; closing the generator cancels the request."""
+        import httpx
+
+        question = {"role": "user", "content": text}
+        url = f"{self.model.url}/v1/chat/completions"
+        key = os.environ.get("MODELPACK_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        timeout = httpx.Timeout(_READ_SECONDS, connect=_CONNECT_SECONDS)
+        said: list[Part] = []
+        try:
+            async with (
+                httpx.AsyncClient(timeout=timeout, headers=headers, trust_env=False) as client,
+                client.stream("POST", url, json=self._body([*self.turns, question])) as response,
+            ):
+                if response.status_code >= 400:
+                    raise problem_of(response.status_code, _decoded(await response.aread()))
+                async for line in response.aiter_lines():
+                    if line.startswith("data:") and (data := line[5:].strip()) != "[DONE]":
+                        delta = _read(data, url)
+                        said += delta.parts
+                        yield delta
+        except httpx.HTTPError as error:
+            raise RemoteUnavailableError(f"no response from {url}: {error}") from error
+        finally:
+            self.remember(question, said)
+
+    def _body(self, turns: list[dict[str, Any]]) -> dict[str, Any]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        optional = {
+            "max_tokens": self.max_tokens,
+            "preset": self.preset,
+            "enable_thinking": self.reasoning,
+        }
+        return {
+            "model": self.model.name,
+            "messages": [*system, *turns],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **{name: value for name, value in optional.items() if value is not None},
+            **self.given,
+        }
+
+
+def _decoded(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return None
+
+
+def _read(data: str, url: str) -> ChatDelta:
+    try:
+        return _delta(json.loads(data))
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise ModelpackError(f"cannot read the response of {url}: {error}") from error
+
+
+def _delta(event: dict[str, Any]) -> ChatDelta:
+    """Return the delta of a chunk: parts of the response, its finish reason, or token counts."""
+    if "error" in event:
+        raise ModelpackError(str(event["error"].get("message", "the server failed")))
+    usage = event.get("usage")
+    counted = None
+    if usage is not None:
+        prompt, answer = usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")
+        counted = ChatUsage(
+            usage["prompt_tokens"],
+            usage["completion_tokens"],
+            (prompt or {}).get("cached_tokens") or 0,
+            (answer or {}).get("reasoning_tokens") or 0,
+        )
+    for choice in event.get("choices", ()):
+        delta = choice.get("delta") or {}
+        parts: list[Part] = []
+        if delta.get("reasoning_content"):
+            parts.append(Reasoning(_text(delta["reasoning_content"])))
+        if delta.get("content"):
+            parts.append(Text(_text(delta["content"])))
+        return ChatDelta(0, tuple(parts), finish=choice.get("finish_reason"), usage=counted)
+    return ChatDelta(0, usage=counted)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, got {type(value).__name__}")
+    return value

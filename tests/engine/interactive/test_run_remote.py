@@ -18,7 +18,7 @@ from modelpack_engine.outputs import FinishReason
 from modelpack_server.api.app import ModelServer
 from modelpack_server.conversation.spec import ChatDelta
 from modelpack_server.pool.pool import ModelPool
-from modelpack_server.repl.remote import RemoteChat, RemoteModel
+from modelpack_server.repl.chat import RemoteChat, RemoteModel
 from modelpack_server.tool_parsers.parts import Reasoning
 from tests.cli.running import Result
 from tests.cli.running import modelpack as run
@@ -138,6 +138,6 @@ def test_a_server_that_sends_something_else(event: str) -> None:
 
     with (
         AppServer(lambda: app, "127.0.0.1:0", name="other server") as server,
-        pytest.raises(ModelpackError, match="cannot read the answer"),
+        pytest.raises(ModelpackError, match="cannot read the response"),
     ):
         asyncio.run(read(chat(server.url), "France?"))

@@ -95,7 +95,7 @@ def test_errors_only_is_a_failure() -> None:
             2,
             "--concurrency, --rate and --workload cannot",
         ),
-        (["http://127.0.0.1:9", "--workload", "x"], 2, "there is no workload"),
+        (["http://127.0.0.1:9", "--workload", "x"], 2, "no such workload"),
         (
             ["http://127.0.0.1:9", "--workload", "sonnet", "--prompt-tokens", "9"],
             2,

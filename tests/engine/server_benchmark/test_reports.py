@@ -11,8 +11,7 @@ import pytest
 
 from modelpack.errors import UsageError
 from modelpack_server.bench import benchmark as plan
-from modelpack_server.bench.benchmark import Benchmark, Measured, Run
-from modelpack_server.bench.machine import Machine, this_machine
+from modelpack_server.bench.benchmark import Benchmark, Machine, Measured, Run, this_machine
 from modelpack_server.bench.report import Record, make_report
 from modelpack_server.bench.server import Served
 from modelpack_server.bench.tables import draw, markdown

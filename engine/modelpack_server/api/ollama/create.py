@@ -19,8 +19,8 @@ from modelpack.artifacts.paths import checked_path
 from modelpack.artifacts.reference import Reference
 from modelpack.builder.request import PackageRequest
 from modelpack.errors import InvalidDigestError, UnsafePathError
-from modelpack.operations.find import find_model
 from modelpack.operations.package import package, scratch_directory
+from modelpack.operations.pull import find_model
 from modelpack.operations.remote import RemoteOptions
 from modelpack.progress import ProgressCallback, Stop
 from modelpack.storage import watching

@@ -78,7 +78,7 @@ def test_safetensors_with_several_layers(tmp_path: Path) -> None:
         (b"not a tar at all" * 100, 400, "not a valid tar archive"),
         (archive({"blobs/sha256/zz": b"x"}), 400, "is not a blob"),
         (archive({"blobs/sha256/" + "0" * 64: b"x"}), 400, "0000"),
-        (archive({"../blobs/sha256/" + "0" * 64: b"x"}), 400, "leads out"),
+        (archive({"../blobs/sha256/" + "0" * 64: b"x"}), 400, "which leaves it"),
         (archive({"manifest.json": b"{}"}), 400, "manifest.json"),
         (archive({"manifest.json": b""}, tarfile.SYMTYPE), 400, "a symbolic link"),
         (archive({"readme/me": b"x"}), 400, "no manifest.json"),
