@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import modelpack
 from modelpack.http.listener import GRACE, LOGGERS, AppServer
-from modelpack_server.api import anthropic, management, model_runner, ollama, openai, page, system
+from modelpack_server.api import anthropic, model_runner, ollama, openai, page, system
 from modelpack_server.api import traces as cancellation
 from modelpack_server.api.errors import Failures, Problem, install, respond
 from modelpack_server.api.system import LogBuffer
@@ -114,7 +114,7 @@ def create_app(
     app.add_api_route("/", page.root, methods=["GET", "HEAD"], include_in_schema=False)
 
     app.include_router(system.router(pool, logs))
-    app.include_router(management.router(pool))
+    app.include_router(system.pool_router(pool))
     app.include_router(cancellation.router(running))
     app.include_router(anthropic.router(pool))
     app.include_router(openai.router(pool))

@@ -1,14 +1,17 @@
-"""JSON request bodies, parsed and validated within limits and off the event loop.
+"""JSON bodies of requests and responses, handled within limits and off the event loop.
 
-Routes that take JSON are `BodyRoute`s, and their bodies are `Body`s.
+Routes that take JSON are `BodyRoute`s, and their bodies are `Body`s. `large_response` and `call`
+write large values, such as log-probabilities, in a thread.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import Any, get_type_hints
+from typing import Any, ParamSpec, TypeVar, get_type_hints
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -17,6 +20,7 @@ from pydantic import BaseModel, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema
 from starlette.exceptions import HTTPException
 
+from modelpack_engine.worker.threads import in_executor
 from modelpack_server.gateway.json_bodies import (
     INLINE,
     BodyError,
@@ -147,3 +151,39 @@ class BodyRoute(APIRoute):
                 raise
 
         return handle
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Few: they take turns with the event loop.
+_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="modelpack-large-json")
+
+
+def written(value: Any) -> str:
+    """Return a value as compact JSON; raise `ValueError` for a number that JSON does not have."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_small(key)}:{written(value[key])}" for key in value) + "}"
+    if isinstance(value, list) and value and isinstance(value[0], (dict, list)):
+        return "[" + ",".join(map(written, value)) + "]"
+    return _small(value)
+
+
+async def large_response(make: Callable[[], Any]) -> Response:
+    """Return a response with the JSON of what `make` returns, called in a thread."""
+    return await call(True, lambda: _response(make()))
+
+
+def _response(value: Any) -> Response:
+    return Response(written(value).encode(), media_type="application/json")
+
+
+async def call(large: bool, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Return what `function` returns, called in a thread where it makes something `large`."""
+    if not large:
+        return function(*args, **kwargs)
+    return await in_executor(_threads, functools.partial(function, *args, **kwargs))
+
+
+def _small(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

@@ -1,13 +1,18 @@
-"""The routes /health, /version, /metrics and /logs."""
+"""The operator's routes: /health, /version, /metrics, /logs, and /pool to list, unload and
+configure models.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
 from itertools import accumulate
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -18,14 +23,18 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from pydantic import ConfigDict, Field, StrictBool, StrictStr
 
 import modelpack
 from modelpack_engine.core.metrics import Histogram, Meter
+from modelpack_engine.errors import RequestError
 from modelpack_engine.outputs import EngineStats
+from modelpack_server.api.bodies import Body, BodyRoute
 from modelpack_server.api.errors import Problem
 from modelpack_server.api.sse import LiveStream
-from modelpack_server.pool.entry import Entry
+from modelpack_server.pool.entry import Entry, RunningModel
 from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.settings import ModelSettings, parse_keep_alive, show_keep_alive
 
 _LINES = 2000
 _WAITING = 10_000
@@ -218,3 +227,91 @@ def router(pool: ModelPool, logs: LogBuffer) -> APIRouter:
         return PlainTextResponse(logs.text())
 
     return routes
+
+
+class UnloadRequest(Body):
+    """Which models to unload; `wait` lets requests under way end first, for a while."""
+
+    model_config = ConfigDict(extra="forbid")
+    models: list[StrictStr] = []
+    all: StrictBool = False
+    wait: StrictBool = True
+
+
+class ConfigureRequest(Body):
+    """How a model is to run from now on; what is left out is as the server has it."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: Annotated[StrictStr, Field(min_length=1)]
+    context_size: Annotated[int, Field(gt=1, le=1 << 31)] | None = None
+    preset: StrictStr | None = None
+    runtime_flags: list[StrictStr] = []
+    keep_alive: StrictStr | float | None = None
+
+
+def pool_router(pool: ModelPool) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter(prefix="/pool", tags=["pool"], route_class=BodyRoute)
+
+    @routes.get("")
+    async def running() -> dict[str, Any]:
+        """List the models that are loaded, being loaded or being unloaded."""
+        now = pool.clock()
+        return {"models": [_shown(model, now) for model in pool.running()], "memory": pool.memory}
+
+    @routes.post("/unload")
+    async def unload(body: UnloadRequest) -> dict[str, Any]:
+        """Unload models; requests that use them fail once they have waited for long enough."""
+        if body.all == bool(body.models):
+            raise RequestError("models or all is required", param="models")
+        grace = None if body.wait else 0.0
+        return {"unloaded": await pool.unload(None if body.all else body.models, grace=grace)}
+
+    @routes.post("/configure")
+    async def configure(body: ConfigureRequest) -> dict[str, Any]:
+        """Set a model up: it is loaded anew when it is next used. 409 while it is in use."""
+        kept = body.keep_alive
+        settings = ModelSettings(
+            context_size=body.context_size,
+            preset=body.preset,
+            runtime_flags=tuple(body.runtime_flags),
+            keep_alive=None if kept is None else parse_keep_alive(kept),
+        )
+        await pool.configure(body.model, settings)
+        return _settings(await pool.settings(body.model))
+
+    return routes
+
+
+def _shown(model: RunningModel, clock: float) -> dict[str, Any]:
+    now = datetime.now(UTC)
+
+    def at(time: float | None) -> str | None:
+        if time is None or time == math.inf:
+            return None
+        return (now + timedelta(seconds=time - clock)).isoformat(timespec="seconds")
+
+    return {
+        "name": model.name,
+        "names": model.stored.names,
+        "digest": model.stored.key,
+        "state": str(model.state),
+        "users": model.users,
+        "last_used": at(model.last_used),
+        "expires_at": at(model.expires_at),
+        "keep_alive": show_keep_alive(model.keep_alive),
+        "pinned": model.pinned,
+        "memory": model.memory,
+        "context_size": model.context_size,
+        "settings": _settings(model.settings),
+    }
+
+
+def _settings(settings: ModelSettings) -> dict[str, Any]:
+    kept = settings.keep_alive
+    return {
+        "context_size": settings.context_size,
+        "preset": settings.preset,
+        "runtime_flags": settings.runtime_flags,
+        "keep_alive": None if kept is None else show_keep_alive(kept),
+    }

@@ -18,7 +18,7 @@ from modelpack_server.structured_output import (
     grammar_vocabulary,
     tool_grammar,
 )
-from modelpack_server.tool_parsers.formats import OutputFormat
+from modelpack_server.tool_parsers.families import OutputFormat
 from modelpack_server.tool_parsers.parts import HARMONY, Tool
 
 if TYPE_CHECKING:

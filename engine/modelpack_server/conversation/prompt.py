@@ -1,7 +1,8 @@
-"""Prompts from messages and tools, including tools for templates that do not support them.
+"""Message order that chat templates accept: system messages first, roles that alternate.
 
-Tools are described in the words and the markup that Hermes and Qwen models were trained on, which
-other models follow best as well.
+Newer clients add instructions after the user's turns. To move them to the front would change the
+beginning of every prompt, and nothing would be found in the prefix cache; so they stay where they
+are: as a message of the system where the template shows one there, else within the user's turn.
 """
 
 from __future__ import annotations
@@ -10,15 +11,96 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from modelpack_engine.errors import RequestError
 from modelpack_engine.models.chat_template import ChatTemplate
 from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_server.conversation.spec import ChatSpec
-from modelpack_server.tool_parsers.formats import OutputFormat, starts_reasoning
+from modelpack_server.tool_parsers.families import OutputFormat, starts_reasoning
 from modelpack_server.tool_parsers.history import template_messages
 from modelpack_server.tool_parsers.json_text import load_object
 from modelpack_server.tool_parsers.parts import Tool
+
+_MARK = "0d9b4e1c"
+
+
+def fit_turns(
+    messages: Sequence[Mapping[str, Any]], chat_template: str | None
+) -> list[dict[str, Any]]:
+    """Return `messages` with instructions where `chat_template` shows them.
+
+    Neighbours of the same role become one message, except results of tools, and what follows calls.
+    """
+    shown_first, shown_within = _shows_system(chat_template or "")
+    turns: list[list[dict[str, Any]]] = []  # the messages of each
+    has_text = False  # in the last turn
+    for message in messages:
+        part = dict(message)
+        first = not turns or (len(turns) == 1 and turns[0][0]["role"] == "system")
+        if part["role"] == "system" and not (shown_first if first else shown_within):
+            part = {"role": "user", "content": _as_reminder(part["content"])}
+        if turns and _is_same_turn(turns[-1][-1], part, has_text=has_text):
+            turns[-1].append(part)
+        else:
+            turns.append([part])
+            has_text = False
+        has_text = has_text or bool(part.get("content"))
+    return [turn[0] if len(turn) == 1 else _joined(turn) for turn in turns]
+
+
+def _as_reminder(text: str) -> str:
+    return f"<system-reminder>\n{text}\n</system-reminder>"
+
+
+def _is_same_turn(last: Mapping[str, Any], other: Mapping[str, Any], *, has_text: bool) -> bool:
+    """Tell whether `other` goes on with the turn whose last message is `last`."""
+    return (
+        last["role"] == other["role"]
+        and last["role"] != "tool"
+        and not last.get("tool_calls")
+        and not (has_text and other.get("reasoning_content"))
+    )
+
+
+def _joined(turn: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the messages of a turn as one, in time that grows with their texts."""
+    texts = [part["content"] for part in turn if part.get("content")]
+    thoughts = [part["reasoning_content"] for part in turn if part.get("reasoning_content")]
+    joined = {key: value for part in turn for key, value in part.items()}
+    joined["content"] = "\n\n".join(texts)
+    return joined | ({"reasoning_content": "\n\n".join(thoughts)} if thoughts else {})
+
+
+@functools.lru_cache(maxsize=64)
+def _shows_system(chat_template: str) -> tuple[bool, bool]:
+    """Tell whether a template shows instructions at the beginning, and later ones in their place.
+
+    It is tried out: templates refuse, leave out or move what they do not expect.
+    """
+    system, user = f"{_MARK}-s", f"{_MARK}-u"
+    answer, more = f"{_MARK}-a", f"{_MARK}-v"
+    turns = [("user", user), ("assistant", answer), ("user", more)]
+    first = _places(chat_template, [("system", system), *turns], [system, user, answer, more])
+    within = _places(
+        chat_template, [turns[0], ("system", system), *turns[1:]], [user, system, answer, more]
+    )
+    return first, within
+
+
+def _places(chat_template: str, turns: list[tuple[str, str]], expected: list[str]) -> bool:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    try:
+        text = ChatTemplate(chat_template).render(
+            {"messages": messages, "tools": None, "documents": None, "bos_token": "",
+             "eos_token": "", "add_generation_prompt": True}
+        )  # fmt: skip
+    except RequestError:
+        return False
+    places = [text.find(part) for part in expected]
+    return -1 not in places and places == sorted(places)
+
 
 #: The family whose markup is asked for.
 PLAIN_FAMILY = "hermes"
@@ -174,3 +256,69 @@ def described(tool: Tool) -> dict[str, Any]:
     """Return a tool as templates take it."""
     function = {"name": tool.name, "description": tool.description}
     return {"type": "function", "function": function | {"parameters": dict(tool.parameters)}}
+
+
+@dataclass(frozen=True, slots=True)
+class Markers:
+    """What stands before the beginning, before the end, and before the middle, if anything does.
+
+    With `end_first` the end of the text comes before its beginning.
+    """
+
+    before_beginning: str
+    before_end: str
+    before_middle: str | None
+    end_first: bool = False
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """All of them."""
+        found = (self.before_beginning, self.before_end, self.before_middle)
+        return tuple(token for token in found if token is not None)
+
+
+_FAMILIES = (
+    Markers("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen, CodeGemma
+    Markers("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite
+    Markers("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
+    Markers("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek
+    Markers("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>"),  # GLM
+    Markers("▁<PRE>", "▁<SUF>", "▁<MID>"),  # Code Llama
+    Markers("[PREFIX]", "[SUFFIX]", None, end_first=True),  # Codestral
+)
+
+
+def may_infill(vocabulary: bytes) -> bool:
+    """Return whether a vocabulary, wherever it is written down, has the markers of a family."""
+    return any(all(token.encode() in vocabulary for token in m.tokens) for m in _FAMILIES)
+
+
+def find_markers(tokenizer: Tokenizer) -> Markers | None:
+    """Return the markers that a model knows; None if it cannot fill in."""
+    for markers in _FAMILIES:
+        if all(tokenizer.token_id(token) is not None for token in markers.tokens):
+            return markers
+    return None
+
+
+def infilling_prompt(tokenizer: Tokenizer, markers: Markers, beginning: str, end: str) -> list[int]:
+    """Return the tokens after which a model writes what belongs between two texts.
+
+    DeepSeek's token before the end stands where the middle belongs, which is the same place.
+    """
+
+    def marker(text: str | None) -> list[int]:
+        found = None if text is None else tokenizer.token_id(text)
+        return [] if found is None else [found]
+
+    def plain(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+
+    parts = [
+        marker(markers.before_beginning) + plain(beginning),
+        marker(markers.before_end) + plain(end),
+    ]
+    if markers.end_first:
+        parts.reverse()
+    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    return [*start, *parts[0], *parts[1], *marker(markers.before_middle)]

@@ -15,7 +15,7 @@ from modelpack_engine.models.tokenizer import TextTooLongError, Tokenizer
 from modelpack_engine.outputs import EngineStats
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.worker.threads import prepare
-from modelpack_server.tool_parsers.formats import OutputFormat, find_format
+from modelpack_server.tool_parsers.families import OutputFormat, find_format
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,13 @@ from typing import Any
 from llguidance import LLMatcher, regex_to_lark
 
 from modelpack_engine.errors import RequestError, no_panics
-from modelpack_server.structured_output.grammar import LIMITS, Constraint, on_deep_stack, quoted
-from modelpack_server.structured_output.schemas import prepared
+from modelpack_server.structured_output.grammar import (
+    LIMITS,
+    Constraint,
+    on_deep_stack,
+    prepared,
+    quoted,
+)
 from modelpack_server.structured_output.tool_markup import (
     TOOL_MARKUP,
     Literals,

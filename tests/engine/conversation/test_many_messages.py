@@ -11,9 +11,8 @@ import pytest
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.ollama.bodies import ChatMessage
 from modelpack_server.api.ollama.chat import template_messages
-from modelpack_server.api.openai.responses import items
-from modelpack_server.conversation.prompt import results_with_calls
-from modelpack_server.conversation.turns import fit_turns
+from modelpack_server.api.openai.responses import requests as items
+from modelpack_server.conversation.prompt import fit_turns, results_with_calls
 from tests.engine.serving.tiny import TEMPLATE
 
 MOST = 16_384  # items of a list in a request

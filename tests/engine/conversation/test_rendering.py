@@ -8,7 +8,7 @@ import pytest
 
 from modelpack_server.conversation.prompt import render, wants_results_with_calls
 from modelpack_server.conversation.spec import ChatSpec
-from modelpack_server.tool_parsers.formats import find_format
+from modelpack_server.tool_parsers.families import find_format
 from tests.engine.scripted import scripted
 
 # What a template does with results, in the manner of Gemma 4's: the first, and the later ones.

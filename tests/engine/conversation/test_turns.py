@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from modelpack_server.conversation.chat import start_chat
+from modelpack_server.conversation.prompt import fit_turns
 from modelpack_server.conversation.spec import ChatSpec
-from modelpack_server.conversation.turns import fit_turns
 from tests.engine.scripted import THINKING, scripted
 from tests.engine.serving.tiny import TEMPLATE
 

@@ -11,7 +11,7 @@ from modelpack_engine.models.chat_template import ChatTemplate
 from modelpack_engine.templates import budget
 from modelpack_engine.templates.environment import Renderer, TemplateFailedError
 from modelpack_server.conversation.prompt import wants_results_with_calls
-from modelpack_server.tool_parsers.formats import find_format
+from modelpack_server.tool_parsers.families import find_format
 from modelpack_server.tool_parsers.history import takes_argument_strings
 
 MESSAGES = [

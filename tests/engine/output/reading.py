@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from modelpack_server.tool_parsers.formats import OutputFormat, OutputParser
+from modelpack_server.tool_parsers.families import OutputFormat
+from modelpack_server.tool_parsers.parser import OutputParser
 from modelpack_server.tool_parsers.parts import (
     Part,
     Reasoning,

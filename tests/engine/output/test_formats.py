@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 
 from modelpack.errors import UsageError
-from modelpack_server.tool_parsers.families import FAMILIES
-from modelpack_server.tool_parsers.formats import OutputFormat, find_format, starts_reasoning
+from modelpack_server.tool_parsers.families import (
+    FAMILIES,
+    OutputFormat,
+    find_format,
+    starts_reasoning,
+)
 from modelpack_server.tool_parsers.parts import (
     GEMMA,
     HARMONY,

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from modelpack_server.tool_parsers.families import FAMILIES
-from modelpack_server.tool_parsers.formats import OutputFormat
+from modelpack_server.tool_parsers.families import FAMILIES, OutputFormat
 from modelpack_server.tool_parsers.parser import END_TOKENS
 from tests.engine.output.cases import CASES
 from tests.engine.output.reading import TOOLS, read
@@ -87,7 +86,8 @@ def test_reading_needs_neither_mlx_nor_transformers() -> None:
     """Not even mlx-lm's own parsers do."""
     code = """
 import sys
-from modelpack_server.tool_parsers.formats import OutputFormat, OutputParser
+from modelpack_server.tool_parsers.families import OutputFormat
+from modelpack_server.tool_parsers.parser import OutputParser
 from modelpack_server.tool_parsers.parts import Tool
 parser = OutputParser(OutputFormat.named("longcat"), [Tool("f")], starts_reasoning=False)
 parts = parser.feed("<longcat_tool_call>f\\n<longcat_arg_key>a</longcat_arg_key>"

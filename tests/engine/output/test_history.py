@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from modelpack_server.tool_parsers.formats import OutputFormat
+from modelpack_server.tool_parsers.families import OutputFormat
 from modelpack_server.tool_parsers.history import (
     complete_object,
     takes_argument_strings,

@@ -10,7 +10,7 @@ import pytest
 
 from modelpack.formats.gguf import read_gguf_header
 from modelpack.testing import weights
-from modelpack_server.tool_parsers.formats import OutputFormat, find_format, starts_reasoning
+from modelpack_server.tool_parsers.families import OutputFormat, find_format, starts_reasoning
 from tests.engine.output.reading import call, read, text, thought
 
 

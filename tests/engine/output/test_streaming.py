@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from modelpack_server.tool_parsers.formats import OutputFormat, OutputParser
+from modelpack_server.tool_parsers.families import OutputFormat
+from modelpack_server.tool_parsers.parser import OutputParser
 from modelpack_server.tool_parsers.parts import Reasoning, Text, Tool, ToolArguments, ToolStart
 from tests.engine.output.reading import TOOLS, call, joined, parts_of, read, text, thought
 

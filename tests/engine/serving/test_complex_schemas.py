@@ -13,7 +13,7 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.models.chat_template import ChatTemplate
 from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
-from modelpack_server.structured_output.schemas import MAX_OPTIONAL
+from modelpack_server.structured_output.grammar import MAX_OPTIONAL
 from tests.engine.serving.tiny import TEMPLATE, TinyCatalogue, chat_engine
 
 Json = dict[str, Any]

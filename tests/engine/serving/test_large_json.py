@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelpack_server.api.app import ModelServer
-from modelpack_server.api.large_json import written
+from modelpack_server.api.bodies import written
 from modelpack_server.api.vocabulary import Vocabulary
 from tests.engine.serving.test_api import pinned, wait_until_ready
 from tests.engine.serving.tiny import TinyCatalogue

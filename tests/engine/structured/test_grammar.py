@@ -18,8 +18,13 @@ from modelpack_server.structured_output import (
     compile_constraint,
     grammar_vocabulary,
 )
-from modelpack_server.structured_output.grammar import MAX_GRAMMAR, MAX_REGEX
-from modelpack_server.structured_output.schemas import MAX_OPTIONAL, MAX_PATTERNS, MAX_SCHEMA
+from modelpack_server.structured_output.grammar import (
+    MAX_GRAMMAR,
+    MAX_OPTIONAL,
+    MAX_PATTERNS,
+    MAX_REGEX,
+    MAX_SCHEMA,
+)
 from tests.engine.serving.tiny import tiny_tokenizer
 from tests.engine.structured.conftest import WIDTH
 from tests.engine.structured.walking import accepts, bits_of, take, walk

@@ -20,8 +20,8 @@ from modelpack_server.structured_output import (
     tool_grammar,
 )
 from modelpack_server.structured_output.tool_markup import TOOL_MARKUP, Literals, Parameters
-from modelpack_server.tool_parsers.families import FAMILIES
-from modelpack_server.tool_parsers.formats import OutputFormat, OutputParser
+from modelpack_server.tool_parsers.families import FAMILIES, OutputFormat
+from modelpack_server.tool_parsers.parser import OutputParser
 from modelpack_server.tool_parsers.parts import (
     Reasoning,
     Text,

@@ -6,10 +6,11 @@ import re
 
 from fastapi import APIRouter
 
-from modelpack_server.api.model_runner import engines, models, requests
+from modelpack_server.api.model_runner import engines, models
 from modelpack_server.api.model_runner.answers import text_response as text_response
 from modelpack_server.api.model_runner.records import Recording as Recording
 from modelpack_server.api.model_runner.records import Records as Records
+from modelpack_server.api.model_runner.records import router as record_routes
 from modelpack_server.pool.pool import ModelPool
 
 _OURS = re.compile(
@@ -26,6 +27,6 @@ def is_ours(path: str) -> bool:
 def router(pool: ModelPool, records: Records) -> APIRouter:
     """Return the routes; `records` are what /engines/requests shows."""
     routes = APIRouter()
-    for part in (models.router(pool), engines.router(pool), requests.router(pool, records)):
+    for part in (models.router(pool), engines.router(pool), record_routes(pool, records)):
         routes.include_router(part)
     return routes

@@ -1,4 +1,7 @@
-"""Records of recent requests for /engines/requests; streams are joined to one object."""
+"""Recent requests and their responses: recorded by a middleware, served at /engines/requests.
+
+A streamed response is recorded as the object that the same request returns without streaming.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,19 @@ import json
 import re
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from modelpack.errors import ModelpackError
+from modelpack_server.api import sse
+from modelpack_server.api.model_runner.answers import TextRoute
+from modelpack_server.api.model_runner.engines import config_shown
 from modelpack_server.gateway.caller import caller_of
 from modelpack_server.gateway.json_bodies import BodyError, document_in, in_worker, parse
 from modelpack_server.pool.pool import ModelPool
@@ -343,3 +351,59 @@ def _as_json(error: str) -> str:
     except ValueError:
         return json.dumps({"error": error})
     return error
+
+
+def router(pool: ModelPool, records: Records) -> APIRouter:
+    """Return the route."""
+    routes = APIRouter(prefix="/engines", tags=["Docker Model Runner"], route_class=TextRoute)
+
+    @routes.get("/requests", response_model=None)
+    async def requests(
+        request: Request,
+        model: Annotated[str, Query()] = "",
+        include_existing: Annotated[str, Query()] = "",
+    ) -> Response:
+        """Return the last requests of each model, of the API key that asks; as server-sent events
+        those that come, after those that were where `include_existing` is true.
+        """
+        key = (await pool.find(model)).key if model else None
+        owner = caller_of(request.scope).owner
+        kept = records.kept(key, owner)
+        if request.headers.get("accept") != "text/event-stream":
+            groups = await asyncio.to_thread(lambda: [_group(pool, *g) for g in kept.items()])
+            return JSONResponse(groups)
+        old = kept if include_existing == "true" else {}
+        coming = records.follow(key, owner)
+        return sse.LiveStream(_record_events(pool, old, coming), AsyncExitStack())
+
+    return routes
+
+
+async def _record_events(
+    pool: ModelPool,
+    old: Mapping[str, list[Record]],
+    coming: AsyncGenerator[Record, None],
+) -> AsyncGenerator[str, None]:
+    # The first step of `coming` is what subscribes it: nothing is missed from here on.
+    following = asyncio.ensure_future(anext(coming))
+    await asyncio.sleep(0)
+    try:
+        for key, group in old.items():
+            for record in group:
+                yield sse.event([_group(pool, key, [record])], "existing_request")
+        yield sse.event({"status": "connected"}, "connected")
+        while True:
+            record = await following
+            following = asyncio.ensure_future(anext(coming))
+            yield sse.event([_group(pool, record.key, [record])], "new_request")
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        await coming.aclose()
+
+
+def _group(pool: ModelPool, key: str, records: Iterable[Record]) -> dict[str, Any]:
+    shown = [record.to_json() for record in records]
+    settings = pool.configured().get(key)
+    config = {} if settings is None else config_shown(settings)
+    return {"count": len(shown), "model": key, "config": config, "records": shown}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from modelpack_server.api.ollama.blobs import router as blobs
 from modelpack_server.api.ollama.chat import router as chat
 from modelpack_server.api.ollama.create import router as create
 from modelpack_server.api.ollama.embed import router as embed
@@ -19,6 +18,6 @@ def router(pool: ModelPool, *, request_templates: bool = False) -> APIRouter:
     routes = APIRouter()
     for part in (generate, create):
         routes.include_router(part(pool, request_templates=request_templates))
-    for other in (chat, embed, models, transfers, blobs):
+    for other in (chat, embed, models, transfers):
         routes.include_router(other(pool))
     return routes

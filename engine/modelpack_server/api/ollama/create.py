@@ -1,24 +1,27 @@
-"""The route POST /api/create: a model from another model or from uploaded files.
+"""The routes POST /api/create, and HEAD and POST /api/blobs/{digest} for the files that it uses.
 
-It is packaged anew: a template and licenses are layers, the rest is an annotation of the manifest
+A model is created from another model or from uploaded files. It is packaged anew: the template and
+the licenses are layers, the rest is an annotation of the manifest
 (`modelpack_server.pool.model_defaults`). The weights are neither copied nor changed.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 
-from modelpack.artifacts.digest import Digest
+from modelpack.artifacts.digest import Digest, new_hasher
 from modelpack.artifacts.model import Model, Role
 from modelpack.artifacts.paths import checked_path
 from modelpack.artifacts.reference import Reference
 from modelpack.builder.request import PackageRequest
-from modelpack.errors import InvalidDigestError, UnsafePathError
+from modelpack.errors import DigestMismatchError, InvalidDigestError, UnsafePathError
 from modelpack.operations.package import package, scratch_directory
 from modelpack.operations.pull import find_model
 from modelpack.operations.remote import RemoteOptions
@@ -26,23 +29,96 @@ from modelpack.progress import ProgressCallback, Stop
 from modelpack.storage import watching
 from modelpack.store.filesystem import map_os_errors
 from modelpack.store.layout import LayoutStore
+from modelpack.store.tree import Tree
 from modelpack_engine.errors import RequestError
 from modelpack_engine.models.chat_template import as_jinja, check_template
 from modelpack_engine.worker.threads import in_thread
 from modelpack_server.api.ollama.bodies import CreateBody, check_request_template
 from modelpack_server.api.ollama.chat import template_messages
 from modelpack_server.api.ollama.jobs import Job, Steps, tell
-from modelpack_server.api.ollama.model_card import shown_template
+from modelpack_server.api.ollama.models import shown_template
 from modelpack_server.api.ollama.ndjson import JsonRoute
 from modelpack_server.pool.model_defaults import KNOWN, ModelDefaults, parse_options
 from modelpack_server.pool.pool import ModelPool
+
+# Bytes that are gathered before a thread is asked to write them.
+_PIECE = 1024 * 1024
+
+
+def _blob_routes(pool: ModelPool) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter(tags=["Ollama"])
+
+    @routes.head("/api/blobs/{digest}", response_model=None)
+    async def has_blob(digest: str) -> Response:
+        """Say whether the store has a blob: 200, or 404."""
+        there = await asyncio.to_thread(pool.catalogue.store.touch_blob, _blob_digest(digest))
+        return Response(status_code=200 if there else 404)
+
+    @routes.post("/api/blobs/{digest}", response_model=None)
+    async def take_blob(digest: str, request: Request) -> Response:
+        """Take a blob, the body as it is; 400 if it is another than its digest says."""
+        wanted, store = _blob_digest(digest), pool.catalogue.store
+        if await asyncio.to_thread(store.touch_blob, wanted):
+            return Response(status_code=200)
+        try:
+            await _receive(request, store, wanted)
+        except DigestMismatchError as error:
+            raise RequestError(str(error), param="digest") from error
+        return Response(status_code=201)
+
+    return routes
+
+
+def _blob_digest(text: str) -> Digest:
+    try:
+        digest = Digest.parse(text.replace("-", ":", 1))  # Ollama takes both
+    except InvalidDigestError as error:
+        raise RequestError(str(error), param="digest") from error
+    if digest.algorithm != "sha256":
+        raise RequestError(f"{text} is not a sha256 digest", param="digest")
+    return digest
+
+
+async def _receive(request: Request, store: LayoutStore, wanted: Digest) -> None:
+    """Write the body to a file of the store's, and make it a blob if it is the right one."""
+    path = await asyncio.to_thread(_new_file, store)
+    hasher = new_hasher()
+
+    def write(content: bytes) -> None:
+        hasher.update(content)
+        with map_os_errors("write", path), path.open("ab") as file:
+            file.write(content)
+
+    try:
+        gathered = bytearray()
+        async for chunk in request.stream():
+            gathered += chunk
+            if len(gathered) >= _PIECE:
+                await asyncio.to_thread(write, bytes(gathered))
+                gathered.clear()
+        await asyncio.to_thread(write, bytes(gathered))
+        wanted.check_equal(Digest.of_hasher(hasher), "the upload")
+        await asyncio.to_thread(store.take_file, path, wanted)
+    finally:
+        await asyncio.to_thread(path.unlink, missing_ok=True)
+
+
+def _new_file(store: LayoutStore) -> Path:
+    directory = Tree(store.root).uploads
+    path = directory / f"ollama-{uuid.uuid4().hex}"
+    with map_os_errors("make", directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+    return path
+
 
 _STEPS = Steps("gathering model components", "pulling", ("writing manifest",))
 _TEMPLATE = "chat_template.jinja"
 
 
 def router(pool: ModelPool, *, request_templates: bool = False) -> APIRouter:
-    """Return the route; `request_templates` lets admins send templates."""
+    """Return the routes; `request_templates` lets admins send templates."""
     routes = APIRouter(tags=["Ollama"], route_class=JsonRoute)
 
     @routes.post("/api/create", response_model=None)
@@ -57,6 +133,7 @@ def router(pool: ModelPool, *, request_templates: bool = False) -> APIRouter:
         job = Job(work, lambda ended: None)
         return await tell(request, job, _STEPS, stream=body.stream)
 
+    routes.include_router(_blob_routes(pool))
     return routes
 
 

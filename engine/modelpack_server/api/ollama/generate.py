@@ -23,12 +23,11 @@ from modelpack_server.api.ollama.chat import (
     sampling,
     thinking_of,
 )
-from modelpack_server.api.ollama.model_card import shown_template
+from modelpack_server.api.ollama.models import shown_template
 from modelpack_server.api.ollama.ndjson import JsonRoute
-from modelpack_server.conversation.answer import Answer
-from modelpack_server.conversation.chat import ChatStream, start_chat
-from modelpack_server.conversation.infill import Markers, find_markers, infilling_prompt
+from modelpack_server.conversation.chat import Answer, ChatStream, start_chat
 from modelpack_server.conversation.masks import text_mask
+from modelpack_server.conversation.prompt import Markers, find_markers, infilling_prompt
 from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatSpec
 from modelpack_server.pool.pool import ModelPool

@@ -6,9 +6,9 @@ from fastapi import APIRouter
 
 from modelpack_server.api.openai.chat import router as chat
 from modelpack_server.api.openai.completions import router as completions
+from modelpack_server.api.openai.embeddings import ranking_routes
 from modelpack_server.api.openai.embeddings import router as embeddings
 from modelpack_server.api.openai.models import router as models
-from modelpack_server.api.openai.rerank import router as rerank
 from modelpack_server.api.openai.responses import router as responses
 from modelpack_server.pool.pool import ModelPool
 
@@ -16,6 +16,6 @@ from modelpack_server.pool.pool import ModelPool
 def router(pool: ModelPool) -> APIRouter:
     """Return the routes of the OpenAI API."""
     routes = APIRouter()
-    for part in (chat, completions, responses, embeddings, rerank, models):
+    for part in (chat, completions, responses, embeddings, ranking_routes, models):
         routes.include_router(part(pool))
     return routes

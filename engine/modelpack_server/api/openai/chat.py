@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from modelpack_engine.outputs import TokenLogprob
 from modelpack_engine.worker.threads import in_thread
-from modelpack_server.api.large_json import call, large_response, written
+from modelpack_server.api.bodies import call, large_response, written
 from modelpack_server.api.model_use import answer, preloadable
 from modelpack_server.api.openai.replies import Envelope, chat_logprobs, quoted, total_usage
 from modelpack_server.api.openai.requests import (

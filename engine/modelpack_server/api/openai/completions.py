@@ -13,7 +13,7 @@ from modelpack_engine.async_engine import RequestStream
 from modelpack_engine.errors import RequestError
 from modelpack_engine.outputs import FinishReason, RequestEvent, TokenLogprob, Usage
 from modelpack_engine.request import EngineRequest
-from modelpack_server.api.large_json import call, large_response, written
+from modelpack_server.api.bodies import call, large_response, written
 from modelpack_server.api.model_use import answer, preloadable
 from modelpack_server.api.openai.replies import (
     Envelope,

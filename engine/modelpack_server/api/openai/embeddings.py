@@ -8,17 +8,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import time
+import uuid
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
-from modelpack_engine.embedding.async_embedder import AsyncEmbedder
-from modelpack_engine.embedding.request import Embeddings, EmbedOptions, Input, Vector
+from modelpack_engine.embedding.async_embedder import AsyncEmbedder, rank_pairs
+from modelpack_engine.embedding.request import Embeddings, EmbedOptions, Input, Pair, Vector
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.bodies import Body
 from modelpack_server.api.model_use import preloadable, with_embedding_model
-from modelpack_server.api.paths import add_route
+from modelpack_server.api.paths import add_route, check_backend
 from modelpack_server.pool.pool import ModelPool
 
 #: The most inputs of one request, as OpenAI has it.
@@ -129,3 +131,137 @@ def _base64(vector: Vector) -> str:
 def _floats(vector: Vector) -> list[float]:
     floats: list[float] = vector.tolist()
     return floats
+
+
+#: The most pairs of one request.
+MAX_PAIRS = 2048
+
+
+class _Document(Body):
+    model_config = ConfigDict(extra="ignore")
+    text: StrictStr
+
+
+class _RankingFields(Body):
+    model_config = ConfigDict(extra="ignore")
+    model: Annotated[StrictStr, Field(min_length=1)]
+    truncate: StrictBool | None = None
+    keep_alive: StrictStr | StrictInt | float | None = None
+
+
+class RerankRequest(_RankingFields):
+    """The body of POST /rerank; `truncate` cuts texts that are too long."""
+
+    query: StrictStr
+    documents: list[StrictStr | _Document]
+    top_n: Annotated[StrictInt, Field(ge=1)] | None = None
+    return_documents: StrictBool | None = None
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The query with each of the documents."""
+        return _checked([(self.query, text) for text in self.texts], ("query", "documents"))
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of the documents."""
+        return [item.text if isinstance(item, _Document) else item for item in self.documents]
+
+
+class ScoreRequest(_RankingFields):
+    """The body of POST /score: one text against many, or as many against each other."""
+
+    text_1: StrictStr | list[StrictStr]
+    text_2: StrictStr | list[StrictStr]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The texts that are held against each other."""
+        first, second = (
+            [texts] if isinstance(texts, str) else texts for texts in (self.text_1, self.text_2)
+        )
+        if len(first) == 1:
+            first = first * len(second)
+        if len(first) != len(second):
+            raise RequestError(
+                f"text_1 has {len(first)} texts and text_2 {len(second)};"
+                " expected one, or as many as text_2",
+                param="text_1",
+            )
+        return _checked(list(zip(first, second, strict=True)), ("text_1", "text_2"))
+
+
+def ranking_routes(pool: ModelPool) -> APIRouter:
+    """Return the routes and their aliases."""
+    routes = APIRouter(tags=["Ranking"], route_class=preloadable(pool))
+
+    async def ranked(
+        request: Request, body: _RankingFields, pairs: list[Pair], nouns: tuple[str, str]
+    ) -> tuple[list[float], int]:
+        async def work(model: AsyncEmbedder) -> tuple[list[float], int]:
+            return await rank_pairs(model, pairs, truncate=bool(body.truncate), nouns=nouns)
+
+        return await with_embedding_model(
+            request, pool, body.model, work, keep_alive=body.keep_alive
+        )
+
+    async def rerank(body: RerankRequest, request: Request) -> dict[str, Any]:
+        """Order documents by how well they answer a query."""
+        scores, tokens = await ranked(request, body, body.pairs, ("query", "documents"))
+        texts = body.texts
+        order = sorted(range(len(texts)), key=lambda index: (-scores[index], index))
+        results = []
+        for index in order[: body.top_n]:
+            result: dict[str, Any] = {"index": index, "relevance_score": scores[index]}
+            if body.return_documents is not False:
+                result["document"] = {"text": texts[index]}
+            results.append(result)
+        return {
+            "id": f"rerank-{uuid.uuid4().hex}",
+            "model": body.model,
+            "results": results,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+
+    async def score(body: ScoreRequest, request: Request) -> dict[str, Any]:
+        """Hold texts against each other."""
+        scores, tokens = await ranked(request, body, body.pairs, ("text_1", "text_2"))
+        return {
+            "id": f"score-{uuid.uuid4().hex}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": body.model,
+            "data": [
+                {"index": index, "object": "score", "score": value}
+                for index, value in enumerate(scores)
+            ],
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+
+    add_route(routes, "/rerank", rerank, bare=True, prefixes=("/v2", "/engines"))
+    add_route(routes, "/score", score, bare=True, prefixes=("/engines",))
+    for tail, endpoint in (("/rerank", rerank), ("/score", score)):
+        routes.add_api_route(
+            "/engines/{backend}" + tail,
+            endpoint,
+            methods=["POST"],
+            response_model=None,
+            include_in_schema=False,
+            dependencies=[Depends(check_backend)],
+        )
+    return routes
+
+
+def _checked(pairs: list[Pair], nouns: tuple[str, str]) -> list[Pair]:
+    """Return the pairs; raise `RequestError` for none, too many, or an empty text."""
+    if not pairs:
+        raise RequestError(f"{nouns[1]} is empty", param=nouns[1])
+    if len(pairs) > MAX_PAIRS:
+        raise RequestError(
+            f"{nouns[1]} has {len(pairs)} items, the limit is {MAX_PAIRS}", param=nouns[1]
+        )
+    for index, pair in enumerate(pairs):
+        for noun, text in zip(nouns, pair, strict=True):
+            if not text:
+                raise RequestError(f"{noun} is empty (pair {index})", param=noun)
+    return pairs

@@ -20,8 +20,7 @@ from modelpack_engine.errors import (
     QueueFullError,
     RequestError,
 )
-from modelpack_server.api.anthropic.history import template_messages
-from modelpack_server.api.anthropic.requests import MessageFields
+from modelpack_server.api.anthropic.requests import MessageFields, template_messages
 from modelpack_server.api.errors import problem_of
 from modelpack_server.api.sse import error_event
 from modelpack_server.gateway.families import Family

@@ -11,8 +11,7 @@ import pytest
 import requests
 
 from modelpack_engine.outputs import FinishReason
-from modelpack_server.api.anthropic.history import template_messages
-from modelpack_server.api.anthropic.requests import MessageFields
+from modelpack_server.api.anthropic.requests import MessageFields, template_messages
 from tests.engine.families.served import CALLER, PLAIN, THINKER, Served
 
 HELLO: Any = [{"role": "user", "content": "hello"}]

@@ -8,7 +8,7 @@ from typing import Any
 import anthropic
 import pytest
 
-from modelpack_server.api.anthropic.history import system_text
+from modelpack_server.api.anthropic.requests import system_text
 from modelpack_server.api.app import ModelServer
 from modelpack_server.pool.pool import ModelPool
 from tests.engine.serving.tiny import TinyCatalogue

@@ -6,7 +6,7 @@ import ollama
 import pytest
 
 from modelpack_engine.models.tokenizer import Tokenizer, TokenText
-from modelpack_server.conversation.infill import find_markers, infilling_prompt, may_infill
+from modelpack_server.conversation.prompt import find_markers, infilling_prompt, may_infill
 from tests.engine.families.served import PLAIN, Served
 from tests.engine.serving.tiny import EOS, tiny_tokenizer
 

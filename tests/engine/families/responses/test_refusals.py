@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelpack_engine.errors import RequestError
-from modelpack_server.api.openai.responses.items import items_of, template_messages
+from modelpack_server.api.openai.responses.requests import items_of, template_messages
 from tests.engine.families.served import PLAIN, Served
 
 WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object"}}

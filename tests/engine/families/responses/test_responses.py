@@ -13,7 +13,7 @@ import requests
 
 from modelpack_engine.errors import EngineError
 from modelpack_engine.outputs import FinishReason
-from modelpack_server.api.openai.responses.items import items_of, template_messages
+from modelpack_server.api.openai.responses.requests import items_of, template_messages
 from tests.engine.families.served import CALLER, PLAIN, THINKER, Served
 
 WEATHER: Any = {

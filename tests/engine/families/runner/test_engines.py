@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import modelpack
-from modelpack_server.api.model_runner.settings import ConfigureRequest, config_shown
+from modelpack_server.api.model_runner.engines import ConfigureRequest, config_shown
 from modelpack_server.pool.settings import ModelSettings
 from tests.engine.families.runner.conftest import Runner
 from tests.engine.scripted import THINKING

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modelpack_server.api.openai.responses.items import Item
+from modelpack_server.api.openai.responses.requests import Item
 
 MAX_RESPONSES = 1024
 MAX_BYTES = 64 * 1024 * 1024

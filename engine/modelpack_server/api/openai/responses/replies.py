@@ -7,12 +7,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from modelpack_engine.request import SamplingParams
+from modelpack_server.api.bodies import written
 from modelpack_server.api.continuation import carry
 from modelpack_server.api.errors import Problem
-from modelpack_server.api.large_json import written
 from modelpack_server.api.openai.replies import chat_logprobs
-from modelpack_server.api.openai.responses.items import Item, new_id
-from modelpack_server.api.openai.responses.requests import CARRIED_REASONING, ResponseRequest
+from modelpack_server.api.openai.responses.requests import (
+    CARRIED_REASONING,
+    Item,
+    ResponseRequest,
+    new_id,
+)
 from modelpack_server.api.sse import dumps, event
 from modelpack_server.api.vocabulary import Vocabulary
 from modelpack_server.conversation.spec import ChatDelta, ChatUsage

@@ -13,19 +13,24 @@ from starlette.exceptions import HTTPException
 
 from modelpack_engine.errors import ContextLengthError, RequestError
 from modelpack_engine.worker.threads import in_thread
+from modelpack_server.api.bodies import call, large_response
 from modelpack_server.api.errors import problem_of
-from modelpack_server.api.large_json import call, large_response
 from modelpack_server.api.model_use import answer, preloadable
-from modelpack_server.api.openai.responses.items import Item, items_of, template_messages
 from modelpack_server.api.openai.responses.memory import Remembered, ResponseMemory
 from modelpack_server.api.openai.responses.replies import Reply
-from modelpack_server.api.openai.responses.requests import ResponseRequest, Toolbox
+from modelpack_server.api.openai.responses.requests import (
+    Item,
+    ResponseRequest,
+    Toolbox,
+    items_of,
+    template_messages,
+)
 from modelpack_server.api.paths import add_route
 from modelpack_server.api.vocabulary import Vocabulary
 from modelpack_server.conversation.chat import ChatStream, count_prompt, start_chat
+from modelpack_server.conversation.prompt import fit_turns
 from modelpack_server.conversation.served_model import ServedModel
 from modelpack_server.conversation.spec import ChatSpec
-from modelpack_server.conversation.turns import fit_turns
 from modelpack_server.gateway.caller import caller_of
 from modelpack_server.pool.pool import ModelPool
 
