@@ -56,7 +56,7 @@ def describe_errors(app: FastAPI) -> None:
             for operation in operations.values():
                 if operation["responses"].pop("422", None) is not None:
                     content = {media_type: {"schema": schema}}
-                    refused = {"description": "The request is wrong", "content": content}
+                    refused = {"description": "The request is invalid", "content": content}
                     operation["responses"]["400"] = refused
         return document
 
@@ -64,7 +64,7 @@ def describe_errors(app: FastAPI) -> None:
 
 
 class Callers:
-    """ASGI middleware: the pool shows a request only the models that its API key may use."""
+    """ASGI middleware that limits the pool's view to the models that the API key may use."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -126,7 +126,7 @@ def create_app(
     app.add_middleware(model_runner.Recording, pool=pool, records=records)
     app.add_middleware(CanonicalPath)
     app.add_middleware(Callers)
-    # The last is the outermost: it turns every exception below into a response.
+    # The middleware added last is the outermost: it turns every exception into a response.
     app.add_middleware(
         Failures, respond=lambda request, error: respond(request, error, _error_response)
     )
@@ -134,13 +134,12 @@ def create_app(
 
 
 class ModelServer(AppServer):
-    """Serves a pool.
+    """An HTTP server for a pool.
 
-    The socket answers while models are loaded: /health says 503 until those that are pinned are.
-    `wrap` puts an application before this one, by default `protect` without keys, which limits
-    bodies. One that replaces it has to limit them too.
-    `request_templates` lets admins send chat templates with their requests.
-    `share_prefix_cache`: prompts of all API keys share prefixes in the KV cache.
+    It accepts requests while models are loading: /health returns 503 until the pinned models are
+    loaded. `wrap` wraps the application in middleware; the default is `protect` without keys,
+    which limits request bodies, and a replacement must limit them too. `create_app` describes
+    `request_templates` and `share_prefix_cache`.
     """
 
     def __init__(
@@ -155,7 +154,7 @@ class ModelServer(AppServer):
         wrap: Callable[[ASGIApp], ASGIApp] = lambda app: protect(app, Protection()),
         tls: tuple[Path, Path] | None = None,
     ) -> None:
-        """Raises `UsageError` for an address that is none, or not loopback unless allowed."""
+        """Raises `UsageError` for an invalid address, or one beyond loopback unless allowed."""
         super().__init__(
             lambda: wrap(
                 create_app(

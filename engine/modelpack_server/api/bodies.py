@@ -45,9 +45,9 @@ def _fail_fast(schema: Any) -> None:
 
 
 class Body(BaseModel):
-    """The base of request bodies. A list is validated up to its first bad item.
+    """The base of request bodies. Validation of a list stops at its first invalid item.
 
-    Otherwise a million bad items would make a million errors, on the event loop.
+    Otherwise a million invalid items would produce a million errors on the event loop.
     """
 
     @classmethod
@@ -60,16 +60,16 @@ class Body(BaseModel):
 
 
 class JsonRequest(Request):
-    """A request whose JSON is parsed once, by the gateway's checks or here.
+    """A request whose JSON is parsed once, by the gateway's checks or by this class.
 
-    With a `body_type`, `json` gives large bodies as its instances, which FastAPI takes as they are:
-    its own validation would hold the event loop.
+    With a `body_type`, `json` returns large bodies as validated instances, because FastAPI's own
+    validation would block the event loop.
     """
 
     body_type: type[Body] | None = None
 
     async def body(self) -> bytes:
-        """Return the whole body. One that comes in one piece is not copied."""
+        """Return the whole body, without a copy if it arrived in one piece."""
         if not hasattr(self, "_body"):
             async with aclosing(self.stream()) as pieces:
                 self._body = b"".join([piece async for piece in pieces if piece])
@@ -91,11 +91,11 @@ class JsonRequest(Request):
         return self._json
 
     async def _validated(self, body_type: type[Body], value: Any) -> Any:
-        """Return a large body as an instance of its type, a small one as it is."""
+        """Return a large body as an instance of `body_type`, a small one unchanged."""
         size = len(await self.body())
         if size <= INLINE:
             return value
-        # One at a time, in the thread that parses: several would only wait for each other.
+        # Use the one thread that parses: several threads would only wait for the interpreter.
         return await in_worker(size, lambda: _validated(body_type, value))
 
     async def _parsed(self) -> Any:
@@ -145,7 +145,7 @@ class BodyRoute(APIRoute):
             parsed.body_type = body_type
             try:
                 return await answer(parsed)
-            except HTTPException as error:  # FastAPI's, for whatever `JsonRequest.json` raises
+            except HTTPException as error:  # FastAPI raises it for any error of `JsonRequest.json`
                 if isinstance(error.__cause__, RequestValidationError):
                     raise error.__cause__ from None
                 raise
@@ -156,12 +156,16 @@ class BodyRoute(APIRoute):
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Few: they take turns with the event loop.
+# Few threads, since they compete with the event loop for the interpreter.
 _threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="modelpack-large-json")
 
 
 def written(value: Any) -> str:
-    """Return a value as compact JSON; raise `ValueError` for a number that JSON does not have."""
+    """Return a value as compact JSON; raise `ValueError` for NaN and infinities.
+
+    `json.dumps` is one call into C, during which no other thread runs. This function encodes large
+    values in many short calls instead.
+    """
     if isinstance(value, dict):
         return "{" + ",".join(f"{_small(key)}:{written(value[key])}" for key in value) + "}"
     if isinstance(value, list) and value and isinstance(value[0], (dict, list)):
@@ -170,7 +174,7 @@ def written(value: Any) -> str:
 
 
 async def large_response(make: Callable[[], Any]) -> Response:
-    """Return a response with the JSON of what `make` returns, called in a thread."""
+    """Call `make` in a thread and return a response with its result as JSON."""
     return await call(True, lambda: _response(make()))
 
 
@@ -179,7 +183,7 @@ def _response(value: Any) -> Response:
 
 
 async def call(large: bool, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return what `function` returns, called in a thread where it makes something `large`."""
+    """Call `function`, in a thread if its result is `large`, and return the result."""
     if not large:
         return function(*args, **kwargs)
     return await in_executor(_threads, functools.partial(function, *args, **kwargs))

@@ -1,7 +1,7 @@
-"""Continuation tokens: opaque text that clients keep for the server and send back unread.
+"""Continuation tokens: opaque text that clients store and send back unread.
 
-Both Anthropic's thinking blocks (`signature`) and OpenAI's reasoning items (`encrypted_content`)
-have a field that is opaque to clients. Nothing here is secret: whoever reads it may.
+Anthropic's thinking blocks (`signature`) and OpenAI's reasoning items (`encrypted_content`) both
+have a field for such text. The text is encoded, not encrypted: it holds no secrets.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ _MARK = "modelpack1."
 
 
 def carry(text: str) -> str:
-    """Return text in a form that clients carry."""
+    """Return the continuation token for a text."""
     return _MARK + base64.b64encode(text.encode(errors="replace")).decode()
 
 
 def carried(value: object) -> str | None:
-    """Return the text that `carry` was given; None for what it did not make."""
+    """Return the text of a token made by `carry`, or None for any other value."""
     if not isinstance(value, str) or not value.startswith(_MARK):
         return None
     try:
@@ -29,5 +29,5 @@ def carried(value: object) -> str | None:
 
 
 def fingerprint(text: str) -> str:
-    """Return a short signature of a text that clients hold themselves."""
+    """Return a short signature of a text that the client stores itself."""
     return base64.b64encode(hashlib.sha256(text.encode(errors="replace")).digest()).decode()

@@ -87,7 +87,7 @@ class Problem:
         )  # fmt: skip
 
 
-#: Makes the response to a request that failed.
+#: Returns the response to a failed request.
 Shape = Callable[[Request, Problem], Response]
 
 
@@ -149,7 +149,7 @@ def install(app: FastAPI, shape: Shape) -> None:
 
 
 def respond(request: Request, error: Exception, shape: Shape) -> Response:
-    """Return the response to a request that failed, and log errors of the server."""
+    """Return the response to a failed request, and log it if it is a server error."""
     problem = problem_of(error)
     if (trace := trace_of(request.scope)) is not None:
         problem = replace(problem, request_id=trace.id)

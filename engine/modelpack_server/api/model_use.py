@@ -1,6 +1,6 @@
-"""Acquire a model for a request, respond from it, and handle `X-Preload-Only`.
+"""Acquire a model for a request, respond with its output, and handle `X-Preload-Only`.
 
-Source of that header: Docker Model Runner (pkg/inference/scheduling/http_handler.go); its command
+Source of the header: Docker Model Runner (pkg/inference/scheduling/http_handler.go); its command
 line sends it with an empty list of messages.
 """
 
@@ -28,7 +28,7 @@ _HEADER = "x-preload-only"
 
 
 def preloadable(pool: ModelPool) -> type[BodyRoute]:
-    """Return a class of routes that look for the header before anything else."""
+    """Return a route class that handles `X-Preload-Only` before parsing the body."""
 
     class PreloadRoute(BodyRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -57,10 +57,10 @@ T = TypeVar("T")
 
 
 class Abortable(Protocol):
-    """What runs in an engine."""
+    """A running request of an engine."""
 
     def abort(self) -> None:
-        """End it; does nothing once it has ended."""
+        """End the request; does nothing if it has ended."""
 
 
 S = TypeVar("S", bound=Abortable)
@@ -78,11 +78,11 @@ async def answer(
     media_type: str = "text/event-stream",
     failure: Callable[[Exception], str] = openai_error,
 ) -> Response:
-    """Answer with the JSON or the response that `whole` returns, or with the stream of `pieces`
-    where it is given.
+    """Respond with the JSON or the response that `whole` returns, or stream `pieces` if given.
 
-    `start` hands the request to the engine of the leased model `name`. `media_type` and `failure`
-    are the stream's. Raises what `start` and `ModelPool.lease` do.
+    `start` submits the request to the engine of the model `name`, which is leased until the
+    response ends. `media_type` and `failure` describe the stream. Raises what `start` and
+    `ModelPool.lease` raise.
     """
     seconds = _seconds(keep_alive)
     async with AsyncExitStack() as opened:
@@ -100,19 +100,19 @@ async def answer(
         return LiveStream(
             pieces(model, stream), opened.pop_all(), media_type=media_type, failure=failure
         )
-    raise AssertionError("the exit stack swallows nothing")
+    raise AssertionError("unreachable: the exit stack suppresses no exception")
 
 
 def check_generates(model: ServedModel, name: str) -> None:
-    """Raise `RequestError`, saying what to use instead, for a model that generates no text.
+    """Raise `RequestError` for a model that generates no text; the hint names the right route.
 
-    `name` is what the request calls the model.
+    `name` is the model's name in the request.
     """
     if not isinstance(model.engine, AsyncEmbedder):
         return
     ranks = model.engine.ranks_pairs
     raise RequestError(
-        f"{name} {'ranks documents' if ranks else 'gives embeddings'}, and generates no text",
+        f"{name} {'ranks documents' if ranks else 'computes embeddings'} and generates no text",
         param="model",
         hint=f"use it with {'/v1/rerank or /v1/score' if ranks else '/v1/embeddings'}",
     )
@@ -126,14 +126,17 @@ def _seconds(keep_alive: str | float | None) -> float | None:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Return what `work` returns; cancel it, and raise `ClientGoneError`, if the client leaves."""
+    """Return the result of `work`; cancel it if the client disconnects.
+
+    Raises `ClientGoneError` in that case.
+    """
     worker = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(gone(request.receive))
     try:
         await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if worker.done():
             return worker.result()
-        raise ClientGoneError("the client has left")
+        raise ClientGoneError("the client disconnected")
     finally:
         for task in (worker, watcher):
             task.cancel()
@@ -148,7 +151,7 @@ async def with_embedding_model(
     *,
     keep_alive: str | float | None = None,
 ) -> T:
-    """Return what `work` returns for the model `name`; drop it if the client leaves.
+    """Return the result of `work` for the model `name`; cancel it if the client disconnects.
 
     Raises `RequestError` for a model that generates text, and what `ModelPool.lease` raises.
     """
@@ -160,7 +163,7 @@ async def with_embedding_model(
                 raise RequestError(
                     f"{name} generates text; it is not an embedding model",
                     param="model",
-                    hint="a model that can do both is loaded for embeddings in mode embedding",
+                    hint="if the model can compute embeddings too, set its mode to embedding",
                 )
             return await work(served.engine)
 

@@ -1,7 +1,7 @@
-"""Route prefixes of the OpenAI and Anthropic APIs: every route under all paths that clients use.
+"""Route prefixes of the OpenAI and Anthropic APIs: each route exists under several paths.
 
-Source of the prefixes: Docker Model Runner serves `/engines/v1` and `/engines/{backend}/v1`, and
-`/v1` as well; mlx-lm's server has no prefix at all.
+Source of the prefixes: Docker Model Runner serves `/v1`, `/engines/v1` and `/engines/{backend}/v1`;
+mlx-lm's server has no prefix.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Depends
 from starlette.exceptions import HTTPException
 
-#: What clients may name in `/engines/{backend}/…`: there is one engine, whatever it is called.
+#: The accepted backends in `/engines/{backend}/…`; all of them mean the one engine.
 BACKENDS = ("llama.cpp", "vllm", "mlx", "modelpack")
 
 
@@ -31,9 +31,9 @@ def add_route(
     bare: bool = False,
     prefixes: Sequence[str] = (),
 ) -> None:
-    """Add `/v1` + `tail` and its aliases; with `bare` also without a prefix.
+    """Add the route `/v1` + `tail` and its aliases; `bare` adds one without a prefix.
 
-    `prefixes` are further ones. The schema shows the first alone.
+    `prefixes` are additional prefixes. The OpenAPI document has only the `/v1` route.
     """
     places = ["/v1", "/engines/v1", *prefixes, *([""] if bare else [])]
     for place in places:

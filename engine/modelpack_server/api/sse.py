@@ -18,7 +18,7 @@ from modelpack_server.gateway.families import Family
 
 DONE = "data: [DONE]\n\n"
 
-# Seconds without an event after which a comment is sent.
+# The seconds without an event after which the server sends a comment.
 _PATIENCE = 15.0
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def dumps(value: Any) -> str:
 
 
 def event(value: Any, name: str = "", write: Callable[[Any], str] = dumps) -> str:
-    """Return one event, with its name where it has one; `write` makes JSON of the value."""
+    """Return one event, named if `name` is given; `write` encodes the value as JSON."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {write(value)}\n\n"
 
@@ -45,10 +45,10 @@ openai_error = error_event(Family.OPENAI)
 
 
 class LiveStream(Response):
-    """A response whose text is written as it comes; what was opened for it is closed at its end.
+    """A streamed response; closes `opened` at its end.
 
-    When the client leaves, the stream is cancelled. `failure` says an error in its own format: the
-    status was sent before.
+    If the client disconnects, the stream is cancelled. `failure` formats an error as the last
+    event, since the status has been sent.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class LiveStream(Response):
         self._sent = 0
 
     def init_headers(self, headers: Any = None) -> None:
-        """Make the headers; the length is not known."""
+        """Set the headers, without a length."""
         self.body = b""
         super().init_headers(headers)
         self.raw_headers = [h for h in self.raw_headers if h[0] != b"content-length"]
@@ -90,8 +90,8 @@ class LiveStream(Response):
             await self._opened.aclose()
 
     async def _keep_alive(self, send: Send) -> None:
-        """Send a comment where nothing else has been sent for long: a prompt may take its time,
-        and those between here and the client lose patience.
+        """Send a comment after each long pause: a prompt may take long, and proxies close idle
+        connections.
         """
         while self.media_type == "text/event-stream":
             before = self._sent
@@ -112,8 +112,8 @@ class LiveStream(Response):
             await send(_last(self._failure(error)))
             return
         except OSError:
-            raise  # the connection's
-        except Exception as error:  # noqa: BLE001 - whatever it is, the client must hear of it
+            raise  # an error of the connection
+        except Exception as error:  # noqa: BLE001 - report every error to the client
             _log.exception("a stream failed")
             await send(_last(self._failure(error)))
             return
@@ -121,7 +121,7 @@ class LiveStream(Response):
 
 
 async def gone(receive: Receive) -> None:
-    """Return once the client has left."""
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 

@@ -41,7 +41,7 @@ _WAITING = 10_000
 
 
 class LogBuffer(logging.Handler):
-    """A handler that keeps the last lines and passes new ones to whoever follows."""
+    """A logging handler that keeps the last lines and passes new ones to followers."""
 
     def __init__(self, lines: int = _LINES) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class LogBuffer(logging.Handler):
         """Keep a record."""
         try:
             line = self.format(record) + "\n"
-        except (TypeError, ValueError):  # a message and arguments that do not fit
+        except (TypeError, ValueError):  # the arguments do not match the message
             self.handleError(record)
             return
         self._lines.append(line)
@@ -62,11 +62,11 @@ class LogBuffer(logging.Handler):
                 loop.call_soon_threadsafe(_put, queue, line)
 
     def text(self) -> str:
-        """Return the lines that are kept."""
+        """Return the kept lines."""
         return "".join(self._lines)
 
     async def follow(self) -> AsyncGenerator[str, None]:
-        """Yield the lines that are kept, then each one as it comes, for ever."""
+        """Yield the kept lines, then each new line, without end."""
         queue: asyncio.Queue[str] = asyncio.Queue(_WAITING)
         self._followers[queue] = asyncio.get_running_loop()
         try:
@@ -78,7 +78,7 @@ class LogBuffer(logging.Handler):
 
 
 def _put(queue: asyncio.Queue[str], line: str) -> None:
-    if not queue.full():  # who reads too slowly misses lines
+    if not queue.full():  # a slow follower misses lines
         queue.put_nowait(line)
 
 
@@ -193,7 +193,7 @@ def _used(stats: EngineStats) -> float:
 
 
 def router(pool: ModelPool, logs: LogBuffer) -> APIRouter:
-    """Return the routes."""
+    """Return the routes /health, /version, /metrics and /logs."""
     routes = APIRouter(tags=["server"])
     registry = CollectorRegistry()
     registry.register(ModelMetrics(pool.entries))
@@ -202,7 +202,7 @@ def router(pool: ModelPool, logs: LogBuffer) -> APIRouter:
     @routes.get("/ping", response_model=None, include_in_schema=False)
     @routes.get("/v1/health", response_model=None, include_in_schema=False)
     async def health() -> Response:
-        """Say 200 once all models that were named at the start are loaded, 503 before."""
+        """Return 200 if all models named at start are loaded, else 503."""
         ready, why = pool.readiness()
         if ready:
             return JSONResponse({"status": "ok"})
@@ -220,7 +220,7 @@ def router(pool: ModelPool, logs: LogBuffer) -> APIRouter:
 
     @routes.get("/logs", response_model=None)
     async def read_logs(request: Request) -> Response:
-        """Return the last lines of the log; with `follow`, also those that come."""
+        """Return the last lines of the log; with `follow`, also new lines as they arrive."""
         follow = request.query_params.get("follow", "false").lower()
         if follow in ("", "1", "true"):
             return LiveStream(logs.follow(), AsyncExitStack(), media_type="text/plain")
@@ -230,7 +230,7 @@ def router(pool: ModelPool, logs: LogBuffer) -> APIRouter:
 
 
 class UnloadRequest(Body):
-    """Which models to unload; `wait` lets requests under way end first, for a while."""
+    """Which models to unload; with `wait`, running requests get some time to finish."""
 
     model_config = ConfigDict(extra="forbid")
     models: list[StrictStr] = []
@@ -239,7 +239,7 @@ class UnloadRequest(Body):
 
 
 class ConfigureRequest(Body):
-    """How a model is to run from now on; what is left out is as the server has it."""
+    """New settings of a model; missing fields have the server's defaults."""
 
     model_config = ConfigDict(extra="forbid")
     model: Annotated[StrictStr, Field(min_length=1)]
@@ -250,18 +250,18 @@ class ConfigureRequest(Body):
 
 
 def pool_router(pool: ModelPool) -> APIRouter:
-    """Return the routes."""
+    """Return the routes below /pool."""
     routes = APIRouter(prefix="/pool", tags=["pool"], route_class=BodyRoute)
 
     @routes.get("")
     async def running() -> dict[str, Any]:
-        """List the models that are loaded, being loaded or being unloaded."""
+        """List the models that are loaded, loading or unloading."""
         now = pool.clock()
         return {"models": [_shown(model, now) for model in pool.running()], "memory": pool.memory}
 
     @routes.post("/unload")
     async def unload(body: UnloadRequest) -> dict[str, Any]:
-        """Unload models; requests that use them fail once they have waited for long enough."""
+        """Unload models; their running requests fail after the grace period."""
         if body.all == bool(body.models):
             raise RequestError("models or all is required", param="models")
         grace = None if body.wait else 0.0
@@ -269,7 +269,7 @@ def pool_router(pool: ModelPool) -> APIRouter:
 
     @routes.post("/configure")
     async def configure(body: ConfigureRequest) -> dict[str, Any]:
-        """Set a model up: it is loaded anew when it is next used. 409 while it is in use."""
+        """Configure a model, which is reloaded on its next use. 409 while it is in use."""
         kept = body.keep_alive
         settings = ModelSettings(
             context_size=body.context_size,

@@ -1,7 +1,7 @@
-"""Engine figures in request traces, and POST /v1/requests/{id}/cancel.
+"""Engine metrics in request traces, and the route POST /v1/requests/{id}/cancel.
 
-The id is X-Request-ID, which clients may choose and every response carries. A cancelled request
-returns what it has so far, with the finish reason "stop". Source: vllm-mlx has the same routes.
+The id is X-Request-ID, which clients may choose and every response has. A cancelled request
+returns its output so far with the finish reason "stop". Source: vllm-mlx has the same route.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from modelpack_server.gateway.traces import Trace, trace_of
 
 @dataclass(eq=False, slots=True)
 class RunningRequest:
-    """A request that is being answered; `owner` is its caller's (None: no keys are asked for)."""
+    """A running request; `owner` is the owner of its API key (None: the server has no keys)."""
 
     owner: str | None = None
     model: str | None = None
@@ -32,33 +32,33 @@ class RunningRequest:
     cancelled: bool = False
 
     def submitted(self, model: str, stream: RequestStream) -> None:
-        """Take note of what the request asks of an engine."""
+        """Record a stream that the request runs in an engine."""
         self.model = model
         self.streams.append(stream)
         if self.cancelled:
             stream.cancel()
 
     def cancel(self) -> None:
-        """End it, and whatever else it asks for."""
+        """Abort the streams of the request, and those that it submits later."""
         self.cancelled = True
         for stream in self.streams:
             stream.cancel()
 
 
 class RunningRequests:
-    """Those that are being answered, by id; several may have the same."""
+    """The running requests by id; several may have the same id."""
 
     def __init__(self) -> None:
         self._running: dict[str, list[RunningRequest]] = {}
 
     def begin(self, request_id: str, owner: str | None = None) -> RunningRequest:
-        """Take note of a request."""
+        """Record the start of a request."""
         request = RunningRequest(owner)
         self._running.setdefault(request_id, []).append(request)
         return request
 
     def end(self, request_id: str, request: RunningRequest) -> None:
-        """Forget it."""
+        """Record the end of a request."""
         same = self._running[request_id]
         same.remove(request)
         if not same:
@@ -78,7 +78,7 @@ def router(running: RunningRequests) -> APIRouter:
     @routes.delete("/v1/requests/{request_id}")
     @routes.delete("/engines/v1/requests/{request_id}", include_in_schema=False)
     async def cancel(request_id: str, request: Request) -> dict[str, Any]:
-        """End a request; its memory is free within a step. The id is its X-Request-ID."""
+        """Cancel the request with this X-Request-ID; its memory is free after one step."""
         found = running.find(request_id, caller_of(request.scope).owner)
         if not found:
             raise HTTPException(404, f"no such running request: {request_id!r}")
@@ -91,10 +91,10 @@ def router(running: RunningRequests) -> APIRouter:
 
 
 class EngineTraces:
-    """ASGI middleware: completes the trace in the scope, if there is one, when a request ends.
+    """ASGI middleware that completes the trace in the scope, if any, when a request ends.
 
-    `running` is told of every request while it is answered. Prompts of different owners share no
-    prefixes in KV caches, lest one learns what another asked, unless `share_prefix_cache` is set.
+    It records running requests in `running`. Prompts of different owners share no prefixes in KV
+    caches unless `share_prefix_cache` is set: response times would reveal the prompts of others.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class EngineTraces:
 
 
 def complete(trace: Trace, streams: list[RequestStream]) -> None:
-    """Put into a trace what the streams of its request tell."""
+    """Add the timing and token counts of a request's streams to its trace."""
     finals = [event for stream in streams for event in stream.finals]
     trace.prompt_tokens = sum(stream.prompt_tokens for stream in streams)
     trace.completion_tokens = sum(stream.num_tokens for stream in streams)

@@ -1,4 +1,4 @@
-"""Token texts and bytes, as log-probabilities show them."""
+"""Token texts and bytes for log-probabilities."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ class _TokenBytes(Protocol):
 
 
 class Vocabulary:
-    """The bytes and the text of single tokens; the same few are asked for again and again."""
+    """A cache of the texts and bytes of single tokens."""
 
     def __init__(self, tokenizer: _TokenBytes) -> None:
         self._tokenizer = tokenizer
         self._known: dict[int, tuple[str, list[int]]] = {}
 
     def text(self, token_id: int) -> str:
-        """Return the token as text; bytes that are no whole character are shown as such."""
+        """Return the token as text; an incomplete character becomes U+FFFD."""
         return self.shown(token_id)[0]
 
     def shown(self, token_id: int) -> tuple[str, list[int]]:
-        """Return the token as text, and its bytes."""
+        """Return the text and the bytes of a token."""
         known = self._known.get(token_id)
         if known is None:
             raw = self._tokenizer.token_bytes(token_id)

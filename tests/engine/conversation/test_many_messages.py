@@ -83,5 +83,5 @@ def test_an_item_is_referred_to_once() -> None:
     message = items.items_of([{"role": "user", "content": TEXT}], lambda name: None)[0]
     reference = {"type": "item_reference", "id": message["id"]}
     assert items.items_of([reference], lambda name: message) == [message]
-    with pytest.raises(RequestError, match="referred to 2 times"):
+    with pytest.raises(RequestError, match="referenced 2 times"):
         items.items_of([reference, reference], lambda name: message)

@@ -34,10 +34,10 @@ Event = dict[str, Any]
 
 
 class Blocks:
-    """`take` and `end` return the events of what is new; `content` has the blocks that are over.
+    """The content blocks of a reply: `take` and `end` return events, `content` the finished blocks.
 
-    Space before a text is held back: between thoughts and calls it makes no block of its own.
-    Without `show_thinking` thoughts are carried by their signature only.
+    Whitespace before a text is held back, so that whitespace between thoughts and calls makes no
+    text block. Without `show_thinking`, a thinking block contains its signature only.
     """
 
     def __init__(self, *, show_thinking: bool = True) -> None:
@@ -48,7 +48,7 @@ class Blocks:
         self._space = ""
 
     def take(self, parts: Iterable[Part]) -> list[Event]:
-        """Return the events of the next parts."""
+        """Return the events for the next parts of the output."""
         events: list[Event] = []
         for part in parts:
             match part:
@@ -68,10 +68,10 @@ class Blocks:
         return events
 
     def end(self) -> list[Event]:
-        """Return the events of the end."""
+        """Return the events that close the last block."""
         events: list[Event] = []
         if not self.content and self._open is None and self._space:
-            events += self._say(self._space)  # there was nothing else
+            events += self._say(self._space)  # a reply has at least one block
         return events + self._close()
 
     def _text(self, text: str) -> list[Event]:
@@ -88,7 +88,7 @@ class Blocks:
         return [*events, self._delta("text_delta", "text", text)]
 
     def _to(self, kind: str, fields: dict[str, Any]) -> list[Event]:
-        """Open a block, unless one of its kind is open."""
+        """Open a block of this kind, unless the open block is of this kind."""
         if self._open is not None and self._open["type"] == kind:
             return []
         events = self._close()
@@ -135,9 +135,9 @@ PING = event({"type": "ping"}, "ping")
 
 
 class Reply:
-    """One answer: hand it the deltas, and take events or, in the end, the whole message.
+    """One reply: takes deltas, and returns stream events or the whole message.
 
-    `limit` is how many tokens could be generated, `asked` how many the request wants at most.
+    `limit` is the number of tokens that fit into the context, `asked` the request's `max_tokens`.
     """
 
     def __init__(
@@ -152,11 +152,11 @@ class Reply:
         self._stop_sequence: str | None = None
 
     def begin(self) -> str:
-        """Return the events that begin the stream; nothing has been taken yet."""
+        """Return the events that begin the stream; call it before `take`."""
         return event({"type": "message_start", "message": self.json()}, "message_start")
 
     def take(self, delta: ChatDelta) -> str:
-        """Return the events of what is new; with the end of the answer, those that end it."""
+        """Return the events for a delta, including the final events if the delta ends the reply."""
         events = self._blocks.take(delta.parts)
         if delta.finish is None:
             return _written(events)
@@ -171,7 +171,7 @@ class Reply:
         return _written(events)
 
     def json(self) -> dict[str, Any]:
-        """Return the message as far as it has come."""
+        """Return the message object of the deltas taken so far."""
         return {
             "id": self._id,
             "type": "message",
@@ -192,7 +192,7 @@ class Reply:
 
 
 def usage_json(usage: ChatUsage) -> dict[str, Any]:
-    """Return token counts: `input_tokens` are those of the prompt that were not cached."""
+    """Return the token counts; `input_tokens` excludes cached prompt tokens."""
     return {
         "input_tokens": usage.prompt_tokens - usage.cached_tokens,
         "cache_creation_input_tokens": 0,
@@ -215,7 +215,7 @@ def router(pool: ModelPool) -> APIRouter:
     routes = APIRouter(tags=["Anthropic"], route_class=preloadable(pool))
 
     async def create_message(body: MessagesRequest, request: Request) -> Response:
-        """Answer a conversation, as a whole or as server-sent events."""
+        """Reply to a conversation, with one JSON object or with server-sent events."""
         body.check()
         preset = body.preset or request.headers.get(_PRESET)
         return await answer(
@@ -230,7 +230,7 @@ def router(pool: ModelPool) -> APIRouter:
         )
 
     async def count_message_tokens(body: PromptRequest, request: Request) -> dict[str, Any]:
-        """Say how many tokens the prompt of these messages has, tools and all."""
+        """Return the number of prompt tokens of these messages, including the tools."""
 
         async def count() -> int:
             async with pool.lease(body.model) as model:
@@ -244,7 +244,7 @@ def router(pool: ModelPool) -> APIRouter:
 
 
 def spec_of(body: PromptRequest, model: ServedModel, preset: str | None = None) -> ChatSpec:
-    """Return what a request asks for, in nobody's words; raises `RequestError`."""
+    """Return the API-neutral form of a request; raises `RequestError`."""
     messages = template_messages(body.system, body.messages)
     messages = fit_turns(messages, model.tokenizer.chat_template)
     tools, choice = tools_of(body.tools, body.tool_choice)
@@ -266,7 +266,7 @@ def spec_of(body: PromptRequest, model: ServedModel, preset: str | None = None) 
         parallel_tool_calls=not (body.tool_choice and body.tool_choice.disable_parallel_tool_use),
         constraint=Constraint("json_schema", wanted.schema_) if wanted is not None else None,
         template_options=options,
-        # Clients that say nothing of thinking expect that text comes first.
+        # Clients that do not mention thinking expect the reply to begin with text.
         reasoning=thinking is not None and thinking.type != "disabled" and not continues,
         reasoning_budget=thinking.budget_tokens if thinking is not None else None,
         continues=continues,
@@ -274,7 +274,7 @@ def spec_of(body: PromptRequest, model: ServedModel, preset: str | None = None) 
 
 
 async def start(body: MessagesRequest, model: ServedModel, preset: str | None) -> ChatStream:
-    """Start the answer. Raises what `start_chat` does, in words that Anthropic's clients know."""
+    """Start the reply. Raises what `start_chat` raises, worded as Anthropic's clients expect."""
     spec = await in_thread(spec_of, body, model, preset)
     try:
         return await start_chat(model, spec)
@@ -289,7 +289,7 @@ async def start(body: MessagesRequest, model: ServedModel, preset: str | None) -
 
 
 async def whole(body: MessagesRequest, model: ServedModel, stream: ChatStream) -> dict[str, Any]:
-    """Return the message once it is complete."""
+    """Return the complete message."""
     reply = _reply(body, model, stream)
     async for delta in stream:
         reply.take(delta)
@@ -299,7 +299,7 @@ async def whole(body: MessagesRequest, model: ServedModel, stream: ChatStream) -
 async def events(
     body: MessagesRequest, model: ServedModel, stream: ChatStream
 ) -> AsyncGenerator[str, None]:
-    """Yield the message piece by piece, block after block, in the API's order of events."""
+    """Yield the stream events of the message."""
     reply = _reply(body, model, stream)
     yield reply.begin() + PING
     async for delta in stream:

@@ -18,7 +18,7 @@ _HEADER = b"anthropic-version"
 
 
 class _AnthropicRoute(APIRoute):
-    """A route for Anthropic's clients only, at a path that OpenAI's API has too."""
+    """A route that matches only requests with `anthropic-version`; OpenAI's API shares its path."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         if not any(name == _HEADER for name, _ in scope.get("headers", ())):
@@ -27,7 +27,7 @@ class _AnthropicRoute(APIRoute):
 
 
 def router(pool: ModelPool) -> APIRouter:
-    """Return the routes; they have to come before OpenAI's."""
+    """Return the routes; add them before OpenAI's."""
     routes = APIRouter(tags=["Anthropic"])
 
     async def list_anthropic_models(
@@ -35,11 +35,11 @@ def router(pool: ModelPool) -> APIRouter:
         after_id: str | None = None,
         before_id: str | None = None,
     ) -> dict[str, Any]:
-        """List the models that could be used, a page at a time."""
+        """List the available models, one page per request."""
         return page([card(model) for model in await pool.stored()], limit, after_id, before_id)
 
     async def retrieve_anthropic_model(name: str) -> dict[str, Any]:
-        """Return one model, by any name that it has."""
+        """Return one model; `name` is any of its names."""
         return card(await pool.find(name)) | {"id": name}
 
     for prefix in ("/anthropic/v1", "/v1"):
@@ -59,7 +59,7 @@ def router(pool: ModelPool) -> APIRouter:
 def page(
     cards: list[dict[str, Any]], limit: int, after_id: str | None, before_id: str | None
 ) -> dict[str, Any]:
-    """Return a page of models. Raises `RequestError` for an id that is none."""
+    """Return a page of models. Raises `RequestError` for an unknown id."""
     ids = [card["id"] for card in cards]
     for name, value in (("after_id", after_id), ("before_id", before_id)):
         if value is not None and value not in ids:
@@ -78,7 +78,7 @@ def page(
 
 
 def card(model: StoredModel) -> dict[str, Any]:
-    """Return the object of a model."""
+    """Return the API's object for a model."""
     name = model.names[0] if model.names else model.key
     created = datetime.fromtimestamp(model.created, UTC)
     return {

@@ -23,7 +23,7 @@ from modelpack_server.tool_parsers.parts import Tool, ToolChoice
 
 
 class ToolFields(Body):
-    """A tool that the caller runs."""
+    """A tool that the client runs."""
 
     model_config = ConfigDict(extra="ignore")
     type: Literal["custom"] | None = None
@@ -34,7 +34,7 @@ class ToolFields(Body):
 
 
 class ChoiceFields(Body):
-    """Whether a tool is called, and which."""
+    """The `tool_choice` field: whether the model calls a tool, and which."""
 
     model_config = ConfigDict(extra="ignore")
     type: Literal["auto", "any", "tool", "none"]
@@ -45,10 +45,10 @@ class ChoiceFields(Body):
 def tools_of(
     given: Sequence[dict[str, Any]], choice: ChoiceFields | None
 ) -> tuple[tuple[Tool, ...], ToolChoice]:
-    """Return the tools and the choice among them.
+    """Return the tools and the tool choice of a request.
 
-    Raises `RequestError` for tools that Anthropic's servers run themselves, and for a choice that
-    names no tool.
+    Raises `RequestError` for tools that only Anthropic's servers can run, and for a choice that
+    names an unknown tool.
     """
     tools = tuple(_tool(fields, i) for i, fields in enumerate(given))
     known = {tool.name for tool in tools}
@@ -73,7 +73,7 @@ def _tool(given: dict[str, Any], index: int) -> Tool:
     kind = given.get("type")
     if kind not in (None, "custom"):
         raise RequestError(
-            f"tools.{index}: a tool of the type {kind!r} runs on Anthropic's servers only",
+            f"tools.{index}: tools of type {kind!r} run only on Anthropic's servers",
             param=f"tools.{index}.type",
             hint="offer tools with a name and an input_schema",
         )
@@ -101,14 +101,14 @@ class _Fields(Body):
 
 
 class MessageFields(_Fields):
-    """A turn of the conversation."""
+    """A message of the conversation."""
 
     role: Literal["user", "assistant", "system"]
     content: StrictStr | list[dict[str, Any]]
 
 
 class ThinkingFields(_Fields):
-    """Whether the model thinks before it answers."""
+    """The `thinking` field: whether the model reasons before its reply."""
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
@@ -116,21 +116,21 @@ class ThinkingFields(_Fields):
 
 
 class FormatFields(_Fields):
-    """What the text of the answer has to be."""
+    """The format of the reply's text."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
 class OutputFields(_Fields):
-    """How the answer is made."""
+    """The `output_config` field."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: FormatFields | None = None
 
 
 class PromptRequest(_Fields):
-    """What makes a prompt: the body of POST /v1/messages/count_tokens."""
+    """The fields that determine the prompt: the body of POST /v1/messages/count_tokens."""
 
     model: Annotated[StrictStr, Field(min_length=1)]
     messages: Annotated[list[MessageFields], Field(min_length=1)]
@@ -139,7 +139,7 @@ class PromptRequest(_Fields):
     tool_choice: ChoiceFields | None = None
     thinking: ThinkingFields | None = None
     output_config: OutputFields | None = None
-    output_format: FormatFields | None = None  # what output_config.format was called before
+    output_format: FormatFields | None = None  # the old name of output_config.format
 
 
 class MessagesRequest(PromptRequest):
@@ -167,7 +167,7 @@ class MessagesRequest(PromptRequest):
             )
 
     def given(self) -> dict[str, Any]:
-        """Return the fields of SamplingParams that the request gives."""
+        """Return the fields of `SamplingParams` that the request sets."""
         names = ("temperature", "top_p", "top_k")
         given = {name: getattr(self, name) for name in names}
         found = {name: value for name, value in given.items() if value is not None}
@@ -176,14 +176,14 @@ class MessagesRequest(PromptRequest):
         return found
 
 
-# Claude Code puts such a line before its instructions, with another number in each request.
+# Claude Code puts this line before its instructions, with a different number in each request.
 _BILLING = "x-anthropic-billing-header:"
 
 
 def system_text(system: str | Sequence[Mapping[str, Any]] | None) -> str:
-    """Return the instructions; what changes with each request is left out.
+    """Return the instructions without Claude Code's billing line.
 
-    A prompt that begins differently each time would never be found in the prefix cache.
+    The line differs in each request: with it, no prompt would ever match the prefix cache.
     """
     if system is None:
         return ""
@@ -204,7 +204,7 @@ def _without_billing(text: str) -> str:
 
 
 def plain_text(content: str | Sequence[Any] | None, where: str) -> str:
-    """Return the text of content that has nothing but text; `where` names it in errors."""
+    """Return the text of content that consists of text only; `where` names it in errors."""
     if content is None or isinstance(content, str):
         return content or ""
     texts = []
@@ -217,9 +217,9 @@ def plain_text(content: str | Sequence[Any] | None, where: str) -> str:
 
 
 def shown(block: Mapping[str, Any], where: str) -> str:
-    """Return the text of a block: text, a document of text, a search result.
+    """Return the text of a block: a text, a text document or a search result.
 
-    Raises `RequestError`, naming its type, for any other.
+    Raises `RequestError` with the block's type for any other block.
     """
     match block.get("type"):
         case "text":
@@ -237,7 +237,7 @@ def _document(block: Mapping[str, Any], where: str) -> str:
     kind = source.get("type") if isinstance(source, Mapping) else None
     if not isinstance(source, Mapping) or kind not in ("text", "content"):
         raise RequestError(
-            f"{where}: this model takes documents of text only, not {kind!r}", param=where
+            f"{where}: this model accepts text documents only, not {kind!r}", param=where
         )
     if kind == "text":
         text = text_of(source, "data", f"{where}.source")
@@ -248,7 +248,7 @@ def _document(block: Mapping[str, Any], where: str) -> str:
 
 
 def text_of(block: Mapping[str, Any], key: str, where: str) -> str:
-    """Return a field that has to be text."""
+    """Return a field that must be a string; raises `RequestError` if it is not."""
     text = block.get(key)
     if not isinstance(text, str):
         raise RequestError(f"{where}.{key} is not a string", param=f"{where}.{key}")
@@ -256,19 +256,19 @@ def text_of(block: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def unknown_block(block: Mapping[str, Any], where: str) -> RequestError:
-    """Return the error for a block that cannot be shown to the model."""
+    """Return the error for a block that cannot become part of the prompt."""
     return RequestError(
-        f"{where}: a block of the type {block.get('type')!r} is not supported here", param=where
+        f"{where}: blocks of type {block.get('type')!r} are not supported here", param=where
     )
 
 
 def template_messages(
     system: str | Sequence[Mapping[str, Any]] | None, messages: Sequence[MessageFields]
 ) -> list[dict[str, Any]]:
-    """Return the conversation as chat templates take it.
+    """Return the conversation in the form that chat templates expect.
 
-    Results of tools come before the text of their turn, as their own messages. Raises
-    `RequestError`, naming the block, for what cannot be shown to the model.
+    Tool results become messages of their own, before the text of the same turn. Raises
+    `RequestError` with the name of the block that cannot become part of the prompt.
     """
     turns: list[dict[str, Any]] = []
     if instructions := system_text(system):
@@ -302,7 +302,7 @@ def _user(blocks: Sequence[Mapping[str, Any]], where: str) -> list[dict[str, Any
 def _result(block: Mapping[str, Any], where: str) -> dict[str, Any]:
     content = block.get("content")
     if content is not None and not isinstance(content, (str, list)):
-        raise RequestError(f"{where}.content is neither text nor blocks", param=where)
+        raise RequestError(f"{where}.content is neither a string nor a list of blocks", param=where)
     text = plain_text(content, f"{where}.content")
     if block.get("is_error") is True:
         text = f"Error: {text}"
@@ -321,7 +321,7 @@ def _assistant(blocks: Sequence[Mapping[str, Any]], where: str) -> dict[str, Any
                 thought = text_of(block, "thinking", place) or carried(block.get("signature"))
                 thoughts.append(thought or "")
             case "redacted_thinking":
-                pass  # none of ours: nobody here can read it
+                pass  # encrypted by Anthropic; this server cannot read it
             case "tool_use":
                 calls.append(_call(block, place))
             case _:

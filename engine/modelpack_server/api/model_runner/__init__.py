@@ -20,12 +20,12 @@ _OURS = re.compile(
 
 
 def is_ours(path: str) -> bool:
-    """Return whether a path is one of this API, whose errors are lines of text."""
+    """Return whether a path belongs to this API, whose errors are plain text."""
     return _OURS.fullmatch(path) is not None
 
 
 def router(pool: ModelPool, records: Records) -> APIRouter:
-    """Return the routes; `records` are what /engines/requests shows."""
+    """Return the routes; /engines/requests shows `records`."""
     routes = APIRouter()
     for part in (models.router(pool), engines.router(pool), record_routes(pool, records)):
         routes.include_router(part)

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=BaseModel)
 
-# What the words of Docker Model Runner are; what went wrong in detail follows.
+# The beginning of each error message is Docker Model Runner's text; the details follow it.
 _KNOWN: tuple[tuple[type[ModelpackError], int, str], ...] = (
     (InvalidReferenceError, 400, "Invalid model reference"),
     (AuthError, 401, "Unauthorized"),
@@ -39,12 +39,12 @@ _KNOWN: tuple[tuple[type[ModelpackError], int, str], ...] = (
 
 
 def text_response(problem: Problem) -> Response:
-    """Return the response for a problem: a line of text."""
+    """Return a plain-text response for a problem."""
     return PlainTextResponse(problem.message + "\n", problem.status, dict(problem.headers))
 
 
 def described(error: Exception) -> Problem:
-    """Return what a client of Docker Model Runner's API is told about an error."""
+    """Return an error with the status and text that Docker Model Runner would send."""
     for kind, status, words in _KNOWN:
         if isinstance(error, kind):
             hint = f". {error.hint}" if error.hint else ""
@@ -53,10 +53,10 @@ def described(error: Exception) -> Problem:
 
 
 class TextRoute(BodyRoute):
-    """A route whose failures are lines of text."""
+    """A route whose errors are plain text."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return the handler of the route, failures included."""
+        """Return a handler that also turns exceptions into responses."""
         answer = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
@@ -72,7 +72,7 @@ class TextRoute(BodyRoute):
 
 
 async def read_body(request: Request, kind: type[M]) -> M:
-    """Return the body, whatever Content-Type it was sent with; an empty one is an empty object.
+    """Return the parsed body, ignoring Content-Type; an empty body counts as an empty object.
 
     Raises `RequestValidationError`.
     """
@@ -83,7 +83,7 @@ async def read_body(request: Request, kind: type[M]) -> M:
 
 
 def documented(kind: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
-    """Return what the OpenAPI document says of a body that `read_body` reads."""
+    """Return the OpenAPI description of a body that `read_body` reads."""
     schema = kind.model_json_schema()
     schema = _inlined(schema, schema.pop("$defs", {}))
     content = {"application/json": {"schema": schema}}
@@ -91,7 +91,7 @@ def documented(kind: type[BaseModel], *, required: bool = True) -> dict[str, Any
 
 
 def _inlined(value: Any, definitions: Mapping[str, Any]) -> Any:
-    """Return a JSON Schema with the definitions in the places that refer to them."""
+    """Return a JSON Schema with each `$ref` replaced by its definition."""
     if isinstance(value, list):
         return [_inlined(item, definitions) for item in value]
     if not isinstance(value, dict):

@@ -1,7 +1,8 @@
-"""Model settings from `_configure` bodies, and runtime flags of llama.cpp and vLLM.
+"""The routes below /engines: status, loaded models, unloading and settings of models.
 
-Compose files pass flags that mean nothing here. They are ignored, because refusing them would
-refuse models that run as well without; flags that change an answer are never ignored.
+`ConfigureRequest` turns `_configure` bodies, with runtime flags of llama.cpp and vLLM, into model
+settings. Compose files pass flags that have no effect here, such as numbers of threads: those are
+ignored with a warning. Flags that change a reply are never ignored.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from modelpack_server.pool.entry import ModelState, RunningModel
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.settings import Mode, ModelSettings, parse_keep_alive, show_keep_alive
 
-# How they log, which processors and libraries they use, which pages of their own they serve.
+# Flags for logging, hardware and web pages, which have no effect here.
 _ALONE = frozenset(
     ("--verbose", "-v", "--log-verbose", "--log-disable", "--log-prefix", "--log-timestamps",
      "--jinja", "--metrics", "--no-webui", "--slots", "--no-slots", "--mlock", "--no-mmap",
@@ -43,7 +44,7 @@ _WITH_VALUE = frozenset(
 
 
 def without_effect(flags: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return the flags that mean something here, and those that do not; values go with theirs."""
+    """Return the flags with an effect and the flags without, each with its value."""
     kept: list[str] = []
     dropped: list[str] = []
     takes_value = False
@@ -61,13 +62,13 @@ def without_effect(flags: Iterable[str]) -> tuple[list[str], list[str]]:
 _log = logging.getLogger(__name__)
 
 _UTILIZATION = "gpu_memory_utilization"
-# Fields of EngineConfig, and what Docker Model Runner calls them.
+# Fields of EngineConfig, by Docker Model Runner's names for them.
 _SPECULATIVE = {
     "draft_model": "draft_model",
     "num_speculative_tokens": "num_tokens",
     "speculative_min_acceptance": "min_acceptance_rate",
 }
-# Of llama.cpp: what kind of model it is. Compose has no other word for it.
+# llama.cpp's flags for the kind of a model; Compose has no other field for it.
 _EMBEDDING_FLAGS = frozenset({"--embedding", "--embeddings"})
 _RERANKING_FLAGS = frozenset({"--rerank", "--reranking"})
 
@@ -77,7 +78,7 @@ class _Part(Body):
 
 
 class VllmPart(_Part):
-    """What vLLM alone would understand."""
+    """The options for vLLM."""
 
     hf_overrides: dict[str, Any] | None = Field(None, alias="hf-overrides")
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = Field(
@@ -86,20 +87,20 @@ class VllmPart(_Part):
 
 
 class LlamaCppPart(_Part):
-    """What llama.cpp alone would understand."""
+    """The options for llama.cpp."""
 
     reasoning_budget: int | None = Field(None, alias="reasoning-budget")
 
 
 class SpeculativePart(_Part):
-    """Speculation with a draft model of the store."""
+    """Speculative decoding with a draft model from the store."""
 
     draft_model: StrictStr = ""
     num_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
     min_acceptance_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     def engine(self) -> dict[str, Any]:
-        """Return the fields of EngineConfig that it sets; what is 0 or empty is not set."""
+        """Return the fields of EngineConfig that are set; 0 and "" count as not set."""
         return {name: value for name, key in _SPECULATIVE.items() if (value := getattr(self, key))}
 
 
@@ -117,7 +118,7 @@ class ConfigureRequest(_Part):
     llamacpp: LlamaCppPart | None = None
 
     def settings(self) -> ModelSettings:
-        """Return the settings; raises `UsageError`, `RequestError` for what cannot be had."""
+        """Return the settings; raises `UsageError`, `RequestError` for unsupported ones."""
         if not self.model:
             raise RequestError("model is required", param="model")
         if self.mode == "image-generation":
@@ -165,7 +166,7 @@ def _mode(asked: str | None, flags: Iterable[str]) -> Mode:
 
 
 def config_shown(settings: ModelSettings) -> dict[str, Any]:
-    """Return settings as the configuration of a backend; what is not set is left out."""
+    """Return settings as the configuration of a backend, without those that are not set."""
     shown: dict[str, Any] = {}
     if settings.context_size is not None:
         shown["context-size"] = settings.context_size
@@ -185,13 +186,13 @@ def config_shown(settings: ModelSettings) -> dict[str, Any]:
     return shown
 
 
-#: What the one engine is called as a backend.
+#: The name of our engine as a backend.
 BACKEND = "modelpack"
 _NEVER = "0001-01-01T00:00:00Z"
 
 
 class UnloadRequest(Body):
-    """The body of POST /engines/unload; no backend is any."""
+    """The body of POST /engines/unload; without `backend`, any backend."""
 
     all: StrictBool = False
     backend: StrictStr = ""
@@ -212,7 +213,7 @@ def router(pool: ModelPool) -> APIRouter:
 
     @routes.get("/status")
     async def status() -> dict[str, str]:
-        """Say of each backend whether it runs."""
+        """Return the state of each backend."""
         return {BACKEND: f"Running: modelpack {modelpack.__version__}"}
 
     @routes.get("/ps")
@@ -223,13 +224,13 @@ def router(pool: ModelPool) -> APIRouter:
 
     @routes.get("/df")
     async def disk_usage() -> dict[str, int]:
-        """Return the bytes that the store takes; the engine keeps nothing beside the program."""
+        """Return the size of the store in bytes; the engine itself keeps no files."""
         size = await asyncio.to_thread(bytes_used, pool.catalogue.store.root)
         return {"models_disk_usage": size, "default_backend_disk_usage": 0}
 
     @routes.post("/unload", openapi_extra=documented(UnloadRequest))
     async def unload(request: Request) -> dict[str, int]:
-        """Unload models that nobody uses; names that mean nothing count as not loaded."""
+        """Unload idle models; an unknown name counts as a model that is not loaded."""
         body = await read_body(request, UnloadRequest)
         if body.backend:
             check_backend(body.backend)
@@ -239,7 +240,7 @@ def router(pool: ModelPool) -> APIRouter:
         return {"unloaded_runners": len(await pool.unload(set(keys), idle_only=True))}
 
     async def configure(request: Request) -> Response:
-        """Set a model up, and begin to load it; 409 while it is in use with other settings."""
+        """Configure a model and start loading it; 409 while it is in use with other settings."""
         body = await read_body(request, ConfigureRequest)
         settings = body.settings()
         key = await _key(pool, body.model)
@@ -266,7 +267,7 @@ def router(pool: ModelPool) -> APIRouter:
 
     @routes.get("/_configure")
     async def configured(model: Annotated[str, Query()] = "") -> list[dict[str, Any]]:
-        """Return how models were set up: all, or `model`."""
+        """Return the settings of `model`, or of all configured models."""
         key = await _key(pool, model) if model else None
         stored = {found.key: found for found in await pool.stored()}
         return [
@@ -284,14 +285,14 @@ def router(pool: ModelPool) -> APIRouter:
     @routes.post("/install-backend", response_model=None,
                  openapi_extra=documented(BackendRequest))  # fmt: skip
     async def install(request: Request) -> Response:
-        """Do nothing: the engine is part of this program. 404 for another backend."""
+        """Do nothing, since the engine is part of this program. 404 for another backend."""
         await _named_backend(request)
         return Response()
 
     @routes.post("/uninstall-backend", response_model=None,
                  openapi_extra=documented(BackendRequest))  # fmt: skip
     async def uninstall(request: Request) -> Response:
-        """Unload the models that nobody uses; the engine itself is part of this program."""
+        """Unload idle models; the engine itself is part of this program."""
         await _named_backend(request)
         await pool.unload(idle_only=True)
         return Response()
@@ -307,7 +308,7 @@ async def _named_backend(request: Request) -> None:
 
 
 async def _key(pool: ModelPool, name: str) -> str | None:
-    """Return the id of the model that a client calls `name`, None if there is none."""
+    """Return the id of the model that a client calls `name`, or None."""
     try:
         return (await pool.find(name)).key
     except NotFoundError:
@@ -320,7 +321,7 @@ async def _key(pool: ModelPool, name: str) -> str | None:
 
 
 async def _configure(pool: ModelPool, key: str, settings: ModelSettings) -> None:
-    """Set a model up; while it is only being loaded, wait: that is nobody's use of it yet."""
+    """Configure a model; if it is in use only because it is loading, wait for that."""
     try:
         await pool.configure(key, settings)
     except BusyError:
@@ -336,7 +337,7 @@ async def _preload(pool: ModelPool, key: str) -> None:
     try:
         await pool.preload(key)
     except Exception as error:  # noqa: BLE001 - nobody waits for it; whoever asks next is told
-        _log.warning("the model %s could not be loaded ahead: %s", key, error)
+        _log.warning("cannot preload the model %s: %s", key, error)
 
 
 def _shown(model: RunningModel, clock: float) -> dict[str, Any]:

@@ -41,9 +41,9 @@ from modelpack_server.pool.pool import ModelPool
 
 
 class BodyFile(io.RawIOBase):
-    """The body of `request`, to be read in a thread; made on the event loop.
+    """The body of `request` as a file for another thread; create it on the event loop.
 
-    Raises `InterruptedTransferError` when the client leaves before its end.
+    Reading raises `InterruptedTransferError` if the client disconnects before the end.
     """
 
     def __init__(self, request: Request) -> None:
@@ -57,7 +57,7 @@ class BodyFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """Wait for bytes and put them into `buffer`; return their number, 0 at the end."""
+        """Wait for bytes, copy them into `buffer` and return their number, 0 at the end."""
         while not self._rest:
             piece = asyncio.run_coroutine_threadsafe(self._next(), self._loop).result()
             if piece is None:
@@ -72,10 +72,12 @@ class BodyFile(io.RawIOBase):
         try:
             return await anext(self._pieces, None)
         except ClientDisconnect as error:
-            raise InterruptedTransferError("the client left before the end of the body") from error
+            raise InterruptedTransferError(
+                "the client disconnected before the end of the body"
+            ) from error
 
 
-# A key without a value is true, as a flag.
+# A query parameter without a value counts as true.
 Flag = Annotated[str, Query()]
 
 
@@ -93,19 +95,19 @@ def router(pool: ModelPool) -> APIRouter:
 
     @routes.post("/models/create", response_model=None, openapi_extra=documented(TransferRequest))
     async def create(request: Request) -> Response:
-        """Pull the model `from` its registry; the reply is a line for each piece of progress."""
+        """Pull the model named by `from`; the reply is a stream of progress lines."""
         return await transfers.pull(request, await read_body(request, TransferRequest))
 
     @routes.post("/models/load", response_model=None, openapi_extra=_TAR)
     async def load(request: Request) -> Response:
-        """Keep the model of a tar archive, as `docker model package` makes it, or of a layout."""
+        """Store the model from a tar archive: of `docker model package`, or an OCI layout."""
         store, stop = pool.catalogue.store, modelpack.Stop()
         body = io.BufferedReader(BodyFile(request))
         try:
             await asyncio.to_thread(import_archive, store, body, watching(None, stop))
         except UnsupportedError:
             raise
-        except (FormatError, IntegrityError) as error:  # of the archive, not of the store
+        except (FormatError, IntegrityError) as error:  # the archive is invalid, not the store
             raise RequestError(str(error), param="archive") from error
         lines = Lines.asked_by(request, "pull")
         return Response(lines.success("Model loaded successfully"), media_type=lines.media_type)
@@ -118,8 +120,8 @@ def router(pool: ModelPool) -> APIRouter:
 
     @routes.get("/models/{ref:path}", response_model=None)
     async def get_model(ref: str, request: Request, remote: Flag = "false") -> Response:
-        """Return a model, with `remote` of its registry; with `/export` at the end, all its files
-        as a tar archive.
+        """Return a model, with `remote` the one in its registry. A path that ends in `/export`
+        returns all files as a tar archive.
         """
         name, slash, action = ref.rpartition("/")
         if slash and action == "export":
@@ -153,9 +155,9 @@ def router(pool: ModelPool) -> APIRouter:
 
     @routes.delete("/models/{ref:path}")
     async def delete_model(ref: str, force: Flag = "false") -> list[dict[str, str]]:
-        """Remove a name, and with its last name, or by its id, the model.
+        """Remove a name of a model. Its last name, or its id, removes the model.
 
-        409 for the id of a model with several names, unless forced.
+        409 for the id of a model with several names, unless `force` is set.
         """
         store = pool.catalogue.store
         name, model = await asyncio.to_thread(find_stored, store, ref)
@@ -169,7 +171,7 @@ def router(pool: ModelPool) -> APIRouter:
     async def tag(
         ref: str, repo: Annotated[str, Query()] = "", tag: Annotated[str, Query()] = ""
     ) -> Response:
-        """Give a model another name: `repo`:`tag`."""
+        """Give a model the additional name `repo`:`tag`."""
         if not repo or not tag:
             raise UsageError("missing repo or tag query parameter")
         target = Reference.parse(f"{repo}:{tag}")
@@ -185,13 +187,13 @@ def router(pool: ModelPool) -> APIRouter:
     @routes.post("/models/{ref:path}/push", response_model=None,
                  openapi_extra=documented(TransferRequest, required=False))  # fmt: skip
     async def push(ref: str, request: Request) -> Response:
-        """Push a model to the registry that its name tells; the reply is lines of progress."""
+        """Push a model to the registry in its name; the reply is a stream of progress lines."""
         return await transfers.push(request, ref, await read_body(request, TransferRequest))
 
     @routes.post("/models/{ref:path}/repackage", response_model=None, status_code=201,
                  openapi_extra=documented(RepackageRequest))  # fmt: skip
     async def repackage(ref: str, request: Request) -> Response:
-        """Make a model of another: the same files, for another context size."""
+        """Create a model with the same files and another context size."""
         body = await read_body(request, RepackageRequest)
         if not body.target:
             raise UsageError("target is required")
@@ -237,4 +239,4 @@ def _remove_all(pool: ModelPool) -> None:
         try:
             store.remove(str(model.digest), force=True)
         except NotFoundError:
-            continue  # somebody else was quicker
+            continue  # another request removed it first

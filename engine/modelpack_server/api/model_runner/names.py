@@ -23,10 +23,10 @@ _FACTS = ("gguf", "safetensors", "diffusers")
 
 
 def find_stored(store: LayoutStore, name: str) -> tuple[str, StoredModel]:
-    """Return the name by which the store knows the model that a client calls `name`, and the model.
+    """Return the store's name of the model that a client calls `name`, and the model.
 
-    A name is a reference, a digest, a short id, or the last part of a repository's name, whatever
-    its organisation and tag. Raises `NotFoundError`.
+    A client's name is a reference, a digest, a short id, or the last part of a repository's name
+    without organisation and tag. Raises `NotFoundError`.
     """
     try:
         return name, store.get(name)
@@ -41,9 +41,9 @@ def find_stored(store: LayoutStore, name: str) -> tuple[str, StoredModel]:
 
 
 def tag_shown(reference: Reference) -> str:
-    """Return a reference as a tag: with its organisation and tag, Docker's registry left out.
+    """Return a reference with organisation and tag, but without Docker's registry.
 
-    `docker model list NAME` compares such texts, and `docker model compose` looks for them.
+    `docker model list NAME` and `docker model compose` compare such texts.
     """
     short = str(reference).removeprefix(DEFAULT_REGISTRY + "/")
     try:
@@ -54,7 +54,7 @@ def tag_shown(reference: Reference) -> str:
 
 
 def name_shown(name: str) -> str:
-    """Return a name of the store as a tag; a digest stays as it is."""
+    """Return a name from the store as `tag_shown` does; a digest is unchanged."""
     try:
         return tag_shown(Reference.parse(name, default_registry=DEFAULT_REGISTRY))
     except InvalidReferenceError:
@@ -62,7 +62,7 @@ def name_shown(name: str) -> str:
 
 
 def listed(store: LayoutStore, seen: Mapping[str, Collection[str]]) -> list[dict[str, Any]]:
-    """Return the objects of the models that can be read; `seen` has the names to show, by id."""
+    """Return the objects of all readable models; `seen` has the names to show, by model id."""
     return [
         model_object(
             found.model, [r for r in found.references if r.familiar in seen[str(found.digest)]]
@@ -79,7 +79,7 @@ def stored_object(store: LayoutStore, name: str) -> dict[str, Any]:
 
 
 def model_object(model: Model, references: Sequence[Reference] = ()) -> dict[str, Any]:
-    """Return the object of a model; without references, as of a registry's, it has no tags."""
+    """Return the object of a model; without `references`, as for a remote model, it has no tags."""
     tags = [tag_shown(reference) for reference in references]
     return {
         "id": str(model.digest),
@@ -90,7 +90,7 @@ def model_object(model: Model, references: Sequence[Reference] = ()) -> dict[str
 
 
 def config_object(config: ModelConfig) -> dict[str, Any]:
-    """Return a config in the shape that Docker's own have, whatever shape it is stored in."""
+    """Return a config in Docker's format, regardless of the stored format."""
     shown: dict[str, Any] = {key: getattr(config, key) for key in _TEXTS if getattr(config, key)}
     shown |= {key: dict(getattr(config, key)) for key in _FACTS if getattr(config, key)}
     if config.context_size is not None:
@@ -99,7 +99,7 @@ def config_object(config: ModelConfig) -> dict[str, Any]:
 
 
 def _seconds(created: str | None) -> int:
-    """Return the seconds since 1970 of a time in RFC 3339, 0 where there is none."""
+    """Return the Unix time of an RFC 3339 timestamp, or 0 if it is missing or invalid."""
     try:
         return int(datetime.fromisoformat(created).timestamp()) if created else 0
     except ValueError:

@@ -37,9 +37,9 @@ Mode = Literal["pull", "push"]
 
 T = TypeVar("T")
 
-# A layer is told of again after that many bytes.
+# The bytes between two reports of a layer.
 _STEP = 1024 * 1024
-# As Go's html.EscapeString, which Docker Model Runner uses for clients that take any text.
+# The escapes of Go's html.EscapeString, which Docker Model Runner uses for text clients.
 _ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&#34;", "'": "&#39;"})
 _NONE = {"size": 0, "current": 0}
 _VERBS = {"pull": "Downloaded", "push": "Uploaded"}
@@ -56,16 +56,16 @@ class Lines:
 
     @classmethod
     def asked_by(cls, request: Request, mode: Mode) -> Lines:
-        """Return what writes the lines as a client wants them: JSON only if it says so."""
+        """Return the writer for a client: JSON lines if it accepts JSON, else escaped text."""
         return cls(mode, 0, escaped=request.headers.get("accept") != "application/json")
 
     @property
     def media_type(self) -> str:
-        """The type of the reply."""
+        """The media type of the reply."""
         return "text/plain" if self.escaped else "application/json"
 
     def progress(self, report: Progress) -> str:
-        """Return the line for a report, "" where there is nothing new to tell."""
+        """Return the line for a report, or "" if there is nothing new to report."""
         if report.action is Action.RETRY:
             return self._line("warning", report.message)
         if report.digest is None or report.total is None:
@@ -86,7 +86,7 @@ class Lines:
         return self._line("success", message)
 
     def error(self, error: Exception) -> str:
-        """Return the line for a failure, after which there is none."""
+        """Return the last line of a failed transfer."""
         return self._line("error", described(error).message)
 
     def _line(
@@ -100,13 +100,13 @@ class Lines:
         return (text.translate(_ESCAPES) if self.escaped else text) + "\n"
 
 
-#: Work in a thread: says how much there is to do, reports what it does, ends early on request,
-#: returns its last words.
+#: Work for a thread: it sets the total size, reports progress, ends early on request, and returns
+#: the message for the last line.
 Work = Callable[[Lines, ProgressCallback, Stop], str]
 
 
 async def stoppable(request: Request, work: Callable[[Stop], T]) -> T:
-    """Do `work` in a thread; it is stopped when the client leaves."""
+    """Run `work` in a thread; stop it if the client disconnects."""
     stop = Stop()
     try:
         return await unless_gone(request, asyncio.to_thread(work, stop))
@@ -117,10 +117,10 @@ async def stoppable(request: Request, work: Callable[[Stop], T]) -> T:
 async def stream_progress(
     request: Request, work: Work, opened: AsyncExitStack, *, mode: Mode
 ) -> Response:
-    """Do `work` in a thread and stream its progress; it is stopped when the client leaves.
+    """Run `work` in a thread and stream its progress; stop it if the client disconnects.
 
-    Fails with what `work` raises as long as nothing was sent, and with a line from then on.
-    `opened` is closed at the end.
+    An exception of `work` before the first line is raised; a later one becomes the last line.
+    Closes `opened` at the end.
     """
     lines = Lines.asked_by(request, mode)
     reports: asyncio.Queue[Progress | None] = asyncio.Queue()
@@ -147,13 +147,13 @@ async def stream_progress(
             media_type=lines.media_type,
             failure=lines.error,
         )
-    raise AssertionError("the exit stack swallows nothing")
+    raise AssertionError("unreachable: the exit stack suppresses no exception")
 
 
 async def _tell(
     reports: asyncio.Queue[Progress | None], worker: asyncio.Future[str], lines: Lines
 ) -> AsyncGenerator[str, None]:
-    """Yield the lines of the work; raise what it raises."""
+    """Yield the progress lines of `worker`; raise what it raises."""
     while (report := await reports.get()) is not None:
         if line := lines.progress(report):
             yield line
@@ -166,12 +166,12 @@ async def _continued(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenera
         yield line
 
 
-# As many as Docker Model Runner.
+# The number of concurrent transfers, as in Docker Model Runner.
 _AT_A_TIME = 2
 
 
 class TransferRequest(Body):
-    """The body of POST /models/create, and of a push, which names no model."""
+    """The body of POST /models/create, and of a push, where `from` is not used."""
 
     model_config = ConfigDict(populate_by_name=True)
     source: str = Field("", alias="from")
@@ -180,29 +180,29 @@ class TransferRequest(Body):
 
 @dataclass(frozen=True, slots=True)
 class BearerToken:
-    """A token that is sent as it is, to one registry only."""
+    """A bearer token for one registry, sent unchanged."""
 
     host: str
     token: str
 
     def credential(self, host: str) -> Credential | None:
-        """Return the token for its host, nothing for others."""
+        """Return the token for its own host, or None for another host."""
         if host != self.host:
             return None
         return Credential(registry_token=self.token, source="the request")
 
 
 class Transfers:
-    """Pulls into, and pushes from, the store of a pool."""
+    """Pulls to and pushes from the store of a pool."""
 
     def __init__(self, pool: ModelPool) -> None:
         self._pool = pool
         self._limit = asyncio.Semaphore(_AT_A_TIME)
 
     async def pull(self, request: Request, body: TransferRequest) -> Response:
-        """Pull a model; raises what `modelpack.pull` does as long as nothing was sent."""
+        """Pull a model; raises what `modelpack.pull` raises before the first progress line."""
         if not body.source:
-            raise UsageError("from is missing: it names the model to pull")
+            raise UsageError("from is required: the name of the model to pull")
         reference = Reference.parse(body.source)
         remote = _remote(self._pool, reference, body.bearer_token)
         store = self._pool.catalogue.store
@@ -216,12 +216,12 @@ class Transfers:
         async with AsyncExitStack() as opened:
             await unless_gone(request, opened.enter_async_context(self._limit))
             return await stream_progress(request, work, opened.pop_all(), mode="pull")
-        raise AssertionError("the exit stack swallows nothing")
+        raise AssertionError("unreachable: the exit stack suppresses no exception")
 
     async def push(self, request: Request, ref: str, body: TransferRequest) -> Response:
-        """Push a model; raises what `modelpack.push` does as long as nothing was sent."""
+        """Push a model; raises what `modelpack.push` raises before the first progress line."""
         if is_model_id(ref):
-            raise UsageError(f"{ref} is an id, and does not say where to push: tag it first")
+            raise UsageError(f"cannot push {ref}: an id names no registry; tag the model first")
         reference = Reference.parse(ref)
         remote = _remote(self._pool, reference, body.bearer_token)
         store = self._pool.catalogue.store
@@ -236,11 +236,11 @@ class Transfers:
         async with AsyncExitStack() as opened:
             await unless_gone(request, opened.enter_async_context(self._limit))
             return await stream_progress(request, work, opened.pop_all(), mode="push")
-        raise AssertionError("the exit stack swallows nothing")
+        raise AssertionError("unreachable: the exit stack suppresses no exception")
 
 
 def _remote(pool: ModelPool, reference: Reference, token: str) -> RemoteOptions:
-    """Return how to reach the registry: as the server does, with the token of the request."""
+    """Return the server's options for the registry, with the token of the request."""
     remote = pool.catalogue.remote
     if not token:
         return remote

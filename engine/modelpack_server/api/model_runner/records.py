@@ -27,15 +27,15 @@ from modelpack_server.gateway.caller import caller_of
 from modelpack_server.gateway.json_bodies import BodyError, document_in, in_worker, parse
 from modelpack_server.pool.pool import ModelPool
 
-# Base64 of images and sound is cut to that many characters.
+# The characters that are kept of an image or a sound in base64.
 _MEDIA = 100
 
 
 def joined(reply: str) -> tuple[str, str]:
-    """Return the response and the error that a reply amounts to; one of them is "".
+    """Return the response and the error of a reply; one of them is "".
 
-    A stream of server-sent events or of lines of JSON becomes the object that the same request
-    gives without streaming; what is neither stays as it is.
+    A stream of server-sent events or JSON lines becomes the object that the same request returns
+    without streaming. Any other reply is unchanged.
     """
     events = list(_events(reply))
     if not events:
@@ -67,7 +67,7 @@ def without_media(value: Any) -> Any:
 
 
 def _events(reply: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a stream; nothing for a reply that is none."""
+    """Yield the objects of a stream, or nothing if the reply is not a stream."""
     is_sse = reply.startswith(("data: ", "event: ", ": "))
     if not is_sse and '}\n{"' not in reply:
         return
@@ -77,13 +77,13 @@ def _events(reply: str) -> Iterator[dict[str, Any]]:
         try:
             value = json.loads(line.removeprefix("data: "))
         except ValueError:
-            continue  # [DONE], or cut short
+            continue  # [DONE], or incomplete
         if isinstance(value, dict):
             yield value
 
 
 def _openai(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join chunks of a (chat) completion; `choices` by index."""
+    """Join the chunks of a chat or text completion, choice by choice."""
     choices: dict[int, dict[str, Any]] = {}
     usage = None
     for event in events:
@@ -139,13 +139,13 @@ def _anthropic(events: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _responses(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the response of the last event that has one."""
+    """Return the response object of the last event that contains one."""
     found = [event["response"] for event in events if isinstance(event.get("response"), dict)]
     return found[-1] if found else events[-1]
 
 
 def _ollama(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join lines of a chat or a generation."""
+    """Join the lines of /api/chat or /api/generate."""
     whole = dict(events[-1])
     if "response" in whole:
         whole["response"] = "".join(str(event.get("response", "")) for event in events)
@@ -155,7 +155,7 @@ def _ollama(events: list[dict[str, Any]]) -> dict[str, Any]:
     return whole
 
 
-# As many as Docker Model Runner keeps of a model.
+# The number of records for each model, as in Docker Model Runner.
 _KEPT = 10
 _GROUPS = 256
 _WAITING = 100
@@ -163,10 +163,10 @@ _WAITING = 100
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One request that has ended; `owner` is its caller's, None without keys.
+    """One finished request; `owner` is the owner of its API key, None without keys.
 
-    `request` is JSON, `response` the reply as it was sent, or `error` is in its place. Streams are
-    joined when they are shown: few ever are, and it takes as long as streaming them.
+    `request` is JSON. `response` is the reply as it was sent; for a failed request it is empty and
+    `error` is set. Streams are joined only when a client asks for them, because joining is slow.
     """
 
     id: str
@@ -197,10 +197,11 @@ class Record:
 
 
 class Records:
-    """The last records of each model and owner, and the followers of new ones; of one event loop.
+    """The latest records for each model and owner, and the followers of new records.
 
-    Owners do not displace each other's records: of most groups of a model and an owner, the one
-    used least recently is dropped as a whole.
+    Records of one owner do not displace those of another: each pair of model and owner has its own
+    group, and when there are too many groups, the least recently used one is dropped. Use it on
+    one event loop.
     """
 
     def __init__(self) -> None:
@@ -216,11 +217,11 @@ class Records:
             self._groups.popitem(last=False)
         for owner, queue in self._followers:
             if owner == record.owner:
-                with suppress(asyncio.QueueFull):  # who reads too slowly misses some
+                with suppress(asyncio.QueueFull):  # a slow follower misses records
                     queue.put_nowait(record)
 
     def kept(self, key: str | None, owner: str | None) -> dict[str, list[Record]]:
-        """Return an owner's records of the model `key`, or of all, by model."""
+        """Return an owner's records for the model `key`, or for all models, by model."""
         return {
             model: list(records)
             for (model, whose), records in self._groups.items()
@@ -228,7 +229,7 @@ class Records:
         }
 
     async def follow(self, key: str | None, owner: str | None) -> AsyncGenerator[Record, None]:
-        """Yield an owner's records as they come."""
+        """Yield an owner's new records as they arrive."""
         queue: asyncio.Queue[Record] = asyncio.Queue(_WAITING)
         follower = (owner, queue)
         self._followers.add(follower)
@@ -245,13 +246,13 @@ _PATHS = re.compile(
     r".*/(?:v1/(?:chat/completions|completions|embeddings|messages)|responses|rerank|score"
     r"|api/(?:chat|generate|embed|embeddings))\Z"
 )
-# Characters of a request or a reply that are kept.
+# The characters that are kept of a request or a reply.
 _KEPT_CHARACTERS = 256 * 1024
 _ORIGINS = (("/messages", "anthropic/messages"), ("/api/", "ollama/completion"))
 
 
 class Recording:
-    """ASGI middleware: puts requests for text into `records`, with what was answered."""
+    """ASGI middleware that adds inference requests and their replies to `records`."""
 
     def __init__(self, app: ASGIApp, *, pool: ModelPool, records: Records) -> None:
         self._app = app
@@ -322,7 +323,7 @@ class Recording:
                 response=response,
                 error=error,
                 timestamp=int(began),
-                status_code=status or 408,  # the client left before there was one
+                status_code=status or 408,  # the client disconnected before the response
                 user_agent=headers.get(b"user-agent", ""),
                 origin=next((origin for part, origin in _ORIGINS if part in path), ""),
                 owner=caller_of(scope).owner,
@@ -331,9 +332,9 @@ class Recording:
 
 
 def _read(asked: bytes, document: Any, said: bytes, status: int) -> tuple[str, str, str]:
-    """Return the request, the reply as it was sent and the error.
+    """Return the request, the reply as it was sent, and the error.
 
-    A large request is cut, and kept with the media in it: to write it again takes long.
+    A large request is truncated without removing media from it, since encoding it again is slow.
     """
     if len(asked) > _KEPT_CHARACTERS:
         text = asked[:_KEPT_CHARACTERS].decode(errors="replace")
@@ -363,8 +364,8 @@ def router(pool: ModelPool, records: Records) -> APIRouter:
         model: Annotated[str, Query()] = "",
         include_existing: Annotated[str, Query()] = "",
     ) -> Response:
-        """Return the last requests of each model, of the API key that asks; as server-sent events
-        those that come, after those that were where `include_existing` is true.
+        """Return the latest requests of the caller's API key, by model. A client that accepts
+        server-sent events gets new requests, after the earlier ones if `include_existing` is true.
         """
         key = (await pool.find(model)).key if model else None
         owner = caller_of(request.scope).owner
@@ -384,7 +385,7 @@ async def _record_events(
     old: Mapping[str, list[Record]],
     coming: AsyncGenerator[Record, None],
 ) -> AsyncGenerator[str, None]:
-    # The first step of `coming` is what subscribes it: nothing is missed from here on.
+    # The first step of `coming` subscribes it, so no later record is missed.
     following = asyncio.ensure_future(anext(coming))
     await asyncio.sleep(0)
     try:

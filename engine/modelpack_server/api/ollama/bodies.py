@@ -2,8 +2,7 @@
 
 Source: its docs/api.md, and the official Python client.
 
-Unknown fields are ignored, null is the same as leaving a field out, and `name` is the old name of
-`model`.
+Unknown fields are ignored, a null field counts as missing, and `name` is an old name of `model`.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class ModelBody(_Body):
 
 
 class TextBody(ModelBody):
-    """What asking for text has in common."""
+    """The common fields of /api/generate and /api/chat."""
 
     format: StrictStr | dict[str, Any] | None = None
     options: dict[str, Any] = {}
@@ -70,14 +69,14 @@ class GenerateBody(TextBody):
 
 
 class CalledFunction(_Body):
-    """A function and its arguments; some clients send these as text."""
+    """A function and its arguments; some clients send the arguments as a string."""
 
     name: StrictStr
     arguments: dict[str, Any] | StrictStr = {}
 
 
 class Call(_Body):
-    """A call that the model made."""
+    """A tool call of an earlier reply."""
 
     id: StrictStr = ""
     function: CalledFunction
@@ -104,7 +103,7 @@ class OfferedFunction(_Body):
 
 
 class OfferedTool(_Body):
-    """A tool; only functions are."""
+    """A tool; functions are the only kind."""
 
     type: Literal["function"] = "function"
     function: OfferedFunction
@@ -128,7 +127,7 @@ class EmbedBody(ModelBody):
 
 
 class EmbeddingsBody(ModelBody):
-    """The body of POST /api/embeddings, which is older."""
+    """The body of the older route POST /api/embeddings."""
 
     prompt: StrictStr = ""
     options: dict[str, Any] = {}
@@ -156,7 +155,7 @@ class CopyBody(_Body):
 
 
 class CreateBody(ModelBody):
-    """The body of POST /api/create; `from` is `base` here."""
+    """The body of POST /api/create; `base` is the field `from`."""
 
     base: StrictStr = Field("", alias="from")
     files: dict[str, StrictStr] = {}
@@ -174,17 +173,17 @@ class CreateBody(ModelBody):
 def check_request_template(request: Request, *, allowed: bool) -> None:
     """Raise `DeniedError` unless the sender of `request` may send a chat template.
 
-    A template is code: the sender needs a key for all models, or no key where the server asks
-    for none and the sender is on this machine. `allowed` is the server's option.
+    A template is code, so the sender needs an API key that allows all models. On a server without
+    keys, the request must come from this machine. `allowed` is the server's option.
     """
     if not allowed:
         raise DeniedError(
-            "the request has a chat template of its own, which this server refuses",
-            hint="leave `template` out, or start the server with --allow-request-templates",
+            "chat template refused: this server accepts no templates in requests",
+            hint="remove `template`, or start the server with --allow-request-templates",
         )
     caller = caller_of(request.scope)
     if caller.is_restricted or (caller.owner is None and not is_direct(request.scope)):
         raise DeniedError(
-            "the request has a chat template of its own, which only admins may send",
-            hint="leave `template` out, or use a key that is not limited to some models",
+            "chat template refused: only admins may send templates",
+            hint="remove `template`, or use a key without a list of models",
         )

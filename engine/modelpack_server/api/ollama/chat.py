@@ -1,6 +1,4 @@
-"""The route POST /api/chat, and what it shares with /api/generate: options, thinking, images,
-tools.
-"""
+"""The route POST /api/chat, and its common parts with /api/generate: options, thinking, images."""
 
 from __future__ import annotations
 
@@ -48,14 +46,14 @@ _EFFORTS = ("minimal", "low", "medium", "high", "max")
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """Whether to think (None: as the model likes), and what to tell its template."""
+    """Whether the model reasons (None: its default), and the variables of its template for that."""
 
     reasoning: bool | None = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def sampling(body: TextBody, model: ServedModel) -> tuple[SamplingParams, int | None]:
-    """Return how to sample, and the most tokens; raises `RequestError`."""
+    """Return the sampling parameters and the token limit; raises `RequestError`."""
     given = dict(parse_options(body.options).sampling)
     if body.logprobs:
         given["logprobs"] = body.top_logprobs
@@ -66,7 +64,7 @@ def sampling(body: TextBody, model: ServedModel) -> tuple[SamplingParams, int | 
 
 
 def constraint_of(body: TextBody) -> Constraint | None:
-    """Return what the text has to be; raises `RequestError`."""
+    """Return the constraint of `format`, or None; raises `RequestError`."""
     match body.format:
         case None | "":
             return None
@@ -78,7 +76,7 @@ def constraint_of(body: TextBody) -> Constraint | None:
 
 
 def thinking_of(body: TextBody, model: ServedModel) -> Thinking:
-    """Return what `think` asks for; raises `RequestError` for a model that cannot."""
+    """Return the meaning of `think`; raises `RequestError` if the model cannot reason."""
     think = body.think
     if isinstance(think, str) and think not in _EFFORTS:
         raise RequestError(
@@ -98,11 +96,11 @@ def refuse_images(images: list[Any], model: str) -> None:
 
 
 async def fit_context(pool: ModelPool, body: TextBody) -> None:
-    """Have the model loaded with a context of `num_ctx` tokens where its default is a smaller one.
+    """Configure the model for a context of `num_ctx` tokens if its default context is smaller.
 
-    It is never made smaller, what an operator chose is left alone, and a model that is in use stays
-    as it is: prompts that do not fit are then refused. More than the model or the memory holds is
-    cut to what they do.
+    The context never shrinks, an operator's setting has priority, and a model in use keeps its
+    context: prompts that do not fit are then refused. The engine reduces a context that exceeds the
+    model's or the memory.
     """
     asked = parse_options(body.options).context_size
     if asked is None:
@@ -122,7 +120,7 @@ async def fit_context(pool: ModelPool, body: TextBody) -> None:
         await pool.configure(body.model, larger)
 
 
-#: What else the last line says.
+#: Returns further fields of the last line.
 Extra = Callable[[ChatStream, Reader], dict[str, Any]]
 
 
@@ -134,7 +132,10 @@ async def reply(
     start: Callable[[ServedModel], Awaitable[ChatStream]],
     extra: Extra = lambda stream, reader: {},
 ) -> Response:
-    """Answer with what `start` begins; `form` names its pieces. Raises what `answer` does."""
+    """Respond with the stream that `start` returns; `form` names its fields.
+
+    Raises what `answer` raises.
+    """
     clock = Clock()
     await find(pool, body.model)
     await fit_context(pool, body)
@@ -178,9 +179,7 @@ async def reply(
 async def load_or_unload(
     request: Request, pool: ModelPool, body: TextBody, form: replies.Body
 ) -> Response:
-    """Answer a request that has nothing to answer: load its model, or unload it if it is to be
-    kept for no time.
-    """
+    """Handle a request without a prompt: load its model, or unload it if `keep_alive` is 0."""
     clock = Clock()
     await find(pool, body.model)
     reason = "unload" if seconds_of(body.keep_alive) == 0 else "load"
@@ -195,7 +194,7 @@ async def load_or_unload(
 
 
 async def unload(pool: ModelPool, name: str) -> None:
-    """Unload a model; one that is in use goes once it no longer is."""
+    """Unload a model; a model in use is unloaded when its last request ends."""
     key = (await pool.find(name)).key
     running = next((model for model in pool.running() if model.stored.key == key), None)
     if running is None:
@@ -207,7 +206,7 @@ async def unload(pool: ModelPool, name: str) -> None:
 
 
 def seconds_of(keep_alive: KeepAlive | None) -> float | None:
-    """Return how long a model is to be kept, in seconds; raises `RequestError`."""
+    """Return `keep_alive` in seconds; raises `RequestError`."""
     try:
         return None if keep_alive is None else parse_keep_alive(keep_alive)
     except UsageError as error:
@@ -220,7 +219,7 @@ def router(pool: ModelPool) -> APIRouter:
 
     @routes.post("/api/chat", response_model=None)
     async def chat(body: ChatBody, request: Request) -> Response:
-        """Answer a conversation, line by line or as a whole; without messages, load the model."""
+        """Reply to a conversation, with lines or one object; without messages, load the model."""
         if not body.messages:
             return await load_or_unload(request, pool, body, replies.message)
 
@@ -233,7 +232,7 @@ def router(pool: ModelPool) -> APIRouter:
 
 
 def spec_of(body: ChatBody, model: ServedModel) -> ChatSpec:
-    """Return what a request asks for, in nobody's words; raises `RequestError`."""
+    """Return the API-neutral form of a request; raises `RequestError`."""
     params, limit = sampling(body, model)
     thinking = thinking_of(body, model)
     return ChatSpec(
@@ -248,10 +247,10 @@ def spec_of(body: ChatBody, model: ServedModel) -> ChatSpec:
 
 
 def template_messages(messages: Sequence[ChatMessage], model: str) -> list[dict[str, Any]]:
-    """Return messages as chat templates take them.
+    """Return messages in the form that chat templates expect.
 
-    Ollama's calls need have no ids: results then belong to the calls before them, by the name of
-    the tool, else in their order. Raises `RequestError` for images.
+    Calls in Ollama's API may lack ids. A result then belongs to an earlier call of the same tool,
+    or to the first call without a result. Raises `RequestError` for images.
     """
     found = []
     waiting = _Waiting()
@@ -282,7 +281,7 @@ def _call(call: Call, own_id: str) -> dict[str, Any]:
 
 
 class _Waiting:
-    """Calls that have no result yet, in their order."""
+    """Calls without a result, in their order."""
 
     def __init__(self, calls: Sequence[Mapping[str, Any]] = ()) -> None:
         self._names = {call["id"]: call["function"]["name"] for call in calls}
@@ -291,7 +290,7 @@ class _Waiting:
             self._ids.setdefault(name, deque()).append(call_id)
 
     def answered(self, message: ChatMessage) -> dict[str, str]:
-        """Return the call that a tool's result answers; it waits no longer."""
+        """Remove and return the call that a tool's result belongs to."""
         call_id: str | None = message.tool_call_id
         if call_id not in self._names:
             call_id = self._first(message.tool_name) or next(iter(self._names), None)
@@ -302,7 +301,7 @@ class _Waiting:
         return {"tool_call_id": call_id, "name": message.tool_name or name}
 
     def _first(self, name: str | None) -> str | None:
-        """Return the id of the first call of a name that still waits."""
+        """Return the id of the first call of a tool without a result."""
         ids = self._ids.get(name or "", deque())
         while ids and ids[0] not in self._names:
             ids.popleft()

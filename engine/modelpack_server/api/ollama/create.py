@@ -41,23 +41,23 @@ from modelpack_server.api.ollama.ndjson import JsonRoute
 from modelpack_server.pool.model_defaults import KNOWN, ModelDefaults, parse_options
 from modelpack_server.pool.pool import ModelPool
 
-# Bytes that are gathered before a thread is asked to write them.
+# The bytes of an upload that are collected before a thread writes them.
 _PIECE = 1024 * 1024
 
 
 def _blob_routes(pool: ModelPool) -> APIRouter:
-    """Return the routes."""
+    """Return the routes for uploads."""
     routes = APIRouter(tags=["Ollama"])
 
     @routes.head("/api/blobs/{digest}", response_model=None)
     async def has_blob(digest: str) -> Response:
-        """Say whether the store has a blob: 200, or 404."""
+        """Return 200 if the store has a blob, else 404."""
         there = await asyncio.to_thread(pool.catalogue.store.touch_blob, _blob_digest(digest))
         return Response(status_code=200 if there else 404)
 
     @routes.post("/api/blobs/{digest}", response_model=None)
     async def take_blob(digest: str, request: Request) -> Response:
-        """Take a blob, the body as it is; 400 if it is another than its digest says."""
+        """Store the body as a blob; 400 if it does not match its digest."""
         wanted, store = _blob_digest(digest), pool.catalogue.store
         if await asyncio.to_thread(store.touch_blob, wanted):
             return Response(status_code=200)
@@ -72,7 +72,7 @@ def _blob_routes(pool: ModelPool) -> APIRouter:
 
 def _blob_digest(text: str) -> Digest:
     try:
-        digest = Digest.parse(text.replace("-", ":", 1))  # Ollama takes both
+        digest = Digest.parse(text.replace("-", ":", 1))  # Ollama accepts sha256-HEX too
     except InvalidDigestError as error:
         raise RequestError(str(error), param="digest") from error
     if digest.algorithm != "sha256":
@@ -81,7 +81,7 @@ def _blob_digest(text: str) -> Digest:
 
 
 async def _receive(request: Request, store: LayoutStore, wanted: Digest) -> None:
-    """Write the body to a file of the store's, and make it a blob if it is the right one."""
+    """Write the body to a file in the store, and add it as a blob if it matches its digest."""
     path = await asyncio.to_thread(_new_file, store)
     hasher = new_hasher()
 
@@ -123,7 +123,7 @@ def router(pool: ModelPool, *, request_templates: bool = False) -> APIRouter:
 
     @routes.post("/api/create", response_model=None)
     async def create(body: CreateBody, request: Request) -> Response:
-        """Make a model from another one, with parameters, a template and the like."""
+        """Create a model from another model or from files, with parameters or a template."""
         body.template = await _requested_template(pool, body, request, request_templates)
         recipe = recipe_of(body)
 
@@ -140,9 +140,9 @@ def router(pool: ModelPool, *, request_templates: bool = False) -> APIRouter:
 async def _requested_template(
     pool: ModelPool, body: CreateBody, request: Request, allowed: bool
 ) -> str:
-    """Return the template of a request as Jinja, "" where the base model's own is kept.
+    """Return the template of a request as Jinja, or "" to keep the base model's template.
 
-    Raises `DeniedError` for a template that the client may not send, `RequestError` for one that
+    Raises `DeniedError` if the client may not send templates, `RequestError` for a template that
     does not compile.
     """
     if not body.template or (body.base and body.template == await shown_template(pool, body.base)):
@@ -155,7 +155,7 @@ async def _requested_template(
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What to make; either `base` or `files` is there."""
+    """The model to create; either `base` or `files` is set."""
 
     target: Reference
     base: str
@@ -168,9 +168,9 @@ class Recipe:
 
 
 def recipe_of(body: CreateBody) -> Recipe:
-    """Return what a request asks for; raises `RequestError` for what cannot be made."""
+    """Return the recipe of a request; raises `RequestError` for unsupported fields."""
     refused = {
-        "modelfile": (body.modelfile, "send its parts as fields: from, template, parameters"),
+        "modelfile": (body.modelfile, "send its parts as the fields from, template and parameters"),
         "adapters": (body.adapters, "merge the adapter into the weights first"),
     }
     for name, (value, hint) in refused.items():
@@ -204,10 +204,10 @@ def make(
     *,
     remote: RemoteOptions,
 ) -> None:
-    """Make a model, pulling the one that it starts from if that is not there.
+    """Create a model, and pull its base model if the store lacks it.
 
-    Where `remote` says who is trusted, that one has to be signed. Raises what `modelpack.package`
-    and `modelpack.pull` raise.
+    If `remote` has a trust policy, the base model must be signed accordingly. Raises what
+    `modelpack.package` and `modelpack.pull` raise.
     """
     base: Model | None = None
     if recipe.base:
@@ -248,13 +248,13 @@ def _check_quantization(wanted: str, base: Model | None) -> None:
 
 
 def _lay_out(store: LayoutStore, files: Mapping[str, Digest], directory: Path) -> PackageRequest:
-    """Lay uploaded files out under their names; return what packages them as a new model."""
+    """Link uploaded files into `directory` by name, and return the request that packages them."""
     for name, digest in files.items():
         if not store.touch_blob(digest):
             raise RequestError(
-                f"there is no blob {digest} for {name}",
+                f"no such blob: {digest} (for {name})",
                 param="files",
-                hint="send it to /api/blobs first",
+                hint="upload it to /api/blobs first",
             )
         path = directory / name
         with map_os_errors("link", path):
@@ -277,7 +277,7 @@ def _licenses(texts: tuple[str, ...], directory: Path) -> tuple[Path, ...]:
 
 
 def _template(text: str, base: Model | None, directory: Path) -> Path | None:
-    """Write a template under the name of the one whose place it takes."""
+    """Write a template under the file name of the base model's template."""
     if not text:
         return None
     old = (

@@ -19,7 +19,7 @@ from modelpack_server.api.ollama.ndjson import JsonRoute, find
 from modelpack_server.api.ollama.replies import Clock
 from modelpack_server.pool.pool import ModelPool
 
-#: The most inputs of one request.
+#: The limit of inputs in one request.
 MAX_INPUTS = 2048
 
 
@@ -31,7 +31,7 @@ def router(pool: ModelPool) -> APIRouter:
         request: Request, name: str, inputs: list[Input], options: EmbedOptions,
         keep_alive: KeepAlive | None, clock: Clock,
     ) -> Embeddings:  # fmt: skip
-        """Return the vectors; without inputs the model is loaded, or unloaded."""
+        """Return the vectors; without inputs, load or unload the model."""
         await find(pool, name)
         seconds = seconds_of(keep_alive)
         if not inputs:
@@ -50,7 +50,7 @@ def router(pool: ModelPool) -> APIRouter:
 
     @routes.post("/api/embed", response_model=None)
     async def embed(body: EmbedBody, request: Request) -> Response:
-        """Turn texts into vectors of length 1."""
+        """Return the embeddings of texts, normalized to length 1."""
         clock = Clock()
         texts = [body.input] if isinstance(body.input, str) else body.input
         if len(texts) > MAX_INPUTS:
@@ -70,7 +70,7 @@ def router(pool: ModelPool) -> APIRouter:
 
     @routes.post("/api/embeddings", response_model=None)
     async def embeddings(body: EmbeddingsBody, request: Request) -> Response:
-        """Turn a text into a vector, as the model has it."""
+        """Return the embedding of one text, not normalized."""
         inputs: list[Input] = [body.prompt] if body.prompt else []
         options = EmbedOptions(truncate=True, noun="prompt")
         found = await vectors(request, body.model, inputs, options, body.keep_alive, Clock())
@@ -81,6 +81,6 @@ def router(pool: ModelPool) -> APIRouter:
 
 
 async def _written(make: Callable[[], dict[str, Any]]) -> Response:
-    """Answer with what `make` returns; thousands of vectors take a while: not on the event loop."""
+    """Respond with the result of `make`, encoded in a thread: thousands of vectors take long."""
     content = await asyncio.to_thread(lambda: json.dumps(make(), separators=(",", ":")))
     return Response(content, media_type="application/json")

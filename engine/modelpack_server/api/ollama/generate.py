@@ -39,7 +39,7 @@ def router(pool: ModelPool, *, request_templates: bool = False) -> APIRouter:
 
     @routes.post("/api/generate", response_model=None)
     async def generate(body: GenerateBody, request: Request) -> Response:
-        """Answer a prompt, line by line or as a whole; without a prompt, load the model."""
+        """Reply to a prompt, with lines or one object; without a prompt, load the model."""
         refuse_images(body.images, body.model)
         _check_raw(body)
         if not body.prompt and not body.suffix:
@@ -66,9 +66,9 @@ def router(pool: ModelPool, *, request_templates: bool = False) -> APIRouter:
 async def _template(
     pool: ModelPool, body: GenerateBody, model: ServedModel, request: Request, allowed: bool
 ) -> str | None:
-    """Return the template of a request as Jinja, None where the model's own is used.
+    """Return the template of a request as Jinja, or None to use the model's template.
 
-    Raises `DeniedError` for a template that the client may not send.
+    Raises `DeniedError` if the client may not send templates.
     """
     if not body.template or body.template == model.tokenizer.chat_template:
         return None
@@ -99,7 +99,7 @@ def spec_of(body: GenerateBody, model: ServedModel, template: str | None = None)
 
 
 async def _infill(body: GenerateBody, model: ServedModel) -> ChatStream:
-    """Begin to write what belongs between the prompt and the suffix."""
+    """Start generating the text between the prompt and the suffix."""
     markers = find_markers(model.tokenizer)
     if markers is None:
         raise RequestError(f"{body.model!r} does not support insert", param="suffix")
@@ -117,7 +117,7 @@ def _infilling_ids(model: ServedModel, markers: Markers, beginning: str, end: st
 
 
 async def _continue(body: GenerateBody, model: ServedModel, prompt: list[int]) -> ChatStream:
-    """Begin to go on after the tokens of a prompt, as they are."""
+    """Start generating after the tokens of a prompt, without a template."""
     params, asked = sampling(body, model)
     limit = model.token_limit(len(prompt), asked, param="prompt")
     constraint = constraint_of(body)
@@ -128,7 +128,7 @@ async def _continue(body: GenerateBody, model: ServedModel, prompt: list[int]) -
 
 
 def _check_raw(body: GenerateBody) -> None:
-    """Raise `RequestError` for what a prompt that is taken as it is cannot have."""
+    """Raise `RequestError` for fields that a raw prompt cannot be combined with."""
     for name in ("template", "system", "context", "suffix"):
         if body.raw and getattr(body, name):
-            raise RequestError(f"raw does not go with {name}", param=name)
+            raise RequestError(f"raw cannot be combined with {name}", param=name)

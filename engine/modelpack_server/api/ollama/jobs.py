@@ -1,4 +1,4 @@
-"""The routes POST /api/pull and /api/push: transfers that several clients may wait for."""
+"""The routes POST /api/pull and /api/push: transfers that several clients may share."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from modelpack_server.api.ollama.ndjson import JsonRoute, find
 from modelpack_server.api.sse import LiveStream
 from modelpack_server.pool.pool import ModelPool
 
-#: What a job does, in a thread: it reports, and looks now and then whether it is to stop.
+#: The work of a job, for a thread: it reports progress and checks `Stop` regularly.
 Work = Callable[[ProgressCallback, Stop], None]
 
-# Not those that render templates: a download may take hours. More jobs than these wait.
+# Threads of their own, since a download may take hours. Further jobs wait.
 _THREADS = ThreadPoolExecutor(8, thread_name_prefix="modelpack-job")
 
 
 class Job:
-    """Work under way; all of this is for the event loop that it was made on."""
+    """A running job. Use it only on the event loop on which it was created."""
 
     def __init__(self, work: Work, on_end: Callable[[Job], None]) -> None:
         self._blobs: dict[Digest, Progress] = {}
@@ -46,12 +46,12 @@ class Job:
 
     @property
     def is_stopping(self) -> bool:
-        """Whether nobody waited for it any more."""
+        """Whether the job is being stopped because no client waits for it."""
         return self._stop.is_requested()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Wait for it in the block; it is stopped once nobody does."""
+        """Count a waiting client in the block; the job stops when the last client leaves."""
         self._watchers += 1
         try:
             yield
@@ -61,13 +61,13 @@ class Job:
                 self._stop.request()
 
     async def finished(self) -> None:
-        """Return once it is done; raise what it raised."""
+        """Wait for the end of the job; raise what it raised."""
         await asyncio.shield(self._task)
 
     async def news(self) -> AsyncIterator[Progress]:
-        """Yield how far each blob is, now and whenever that changes, until the job is done.
+        """Yield the progress of each blob, now and at each change, until the job ends.
 
-        Who reads slowly misses what was overtaken meanwhile. Raises what the job raised.
+        A slow reader gets only the latest progress. Raises what the job raised.
         """
         told: dict[Digest, int] = {}
         while True:
@@ -83,9 +83,9 @@ class Job:
             await changed.wait()
 
     def _report(self, progress: Progress) -> None:
-        """Take note of a report, from a thread of the job."""
+        """Pass a progress report from the job's thread to the event loop."""
         if progress.digest is not None:
-            with suppress(RuntimeError):  # the loop has ended: nobody listens
+            with suppress(RuntimeError):  # the event loop has ended
                 self._loop.call_soon_threadsafe(self._take, progress)
 
     def _take(self, progress: Progress) -> None:
@@ -99,19 +99,19 @@ class Job:
 
     def _end(self, on_end: Callable[[Job], None]) -> None:
         if not self._task.cancelled():
-            self._task.exception()  # whoever waits hears of it; nobody may
+            self._task.exception()  # mark it as retrieved: maybe no client waits
         on_end(self)
         self._wake()
 
 
 class Jobs:
-    """The jobs under way, by what they are about."""
+    """The running jobs, by key."""
 
     def __init__(self) -> None:
         self._jobs: dict[Hashable, Job] = {}
 
     def get(self, key: Hashable, work: Work) -> Job:
-        """Return the job under way that is about `key`, or a new one that does `work`."""
+        """Return the running job for `key`, or start one that does `work`."""
         job = self._jobs.get(key)
         if job is None or job.is_stopping:
             job = self._jobs[key] = Job(work, lambda ended: self._forget(key, ended))
@@ -127,7 +127,7 @@ _SUCCESS = {"status": "success"}
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """What the steps of a job are called: its first, what it does with blobs, and its last."""
+    """The names of a job's steps: the first, the verb for blobs, and the last."""
 
     first: str
     verb: str
@@ -135,9 +135,9 @@ class Steps:
 
 
 async def tell(request: Request, job: Job, steps: Steps, *, stream: bool) -> Response:
-    """Answer with how a job goes on, or with its end alone; raises what it raised.
+    """Respond with the progress of a job, or only with its end; raises what it raised.
 
-    The job ends when nobody waits for it any more.
+    The job stops when no client waits for it.
     """
     if not stream:
         with job.watching():
@@ -177,7 +177,7 @@ def router(pool: ModelPool) -> APIRouter:
 
     @routes.post("/api/pull", response_model=None)
     async def pull_model(body: TransferBody, request: Request) -> Response:
-        """Fetch a model; who asks for one that is being fetched waits for the same."""
+        """Pull a model; several requests for the same model share one pull."""
         where, remote = Reference.parse(body.model), _remote(pool, body)
         store = pool.catalogue.store
 
@@ -189,7 +189,7 @@ def router(pool: ModelPool) -> APIRouter:
 
     @routes.post("/api/push", response_model=None)
     async def push_model(body: TransferBody, request: Request) -> Response:
-        """Send a model to the registry that its name says."""
+        """Push a model to the registry in its name."""
         found = await find(pool, body.model)
         where, remote = Reference.parse(body.model), _remote(pool, body)
         store = pool.catalogue.store
@@ -204,6 +204,6 @@ def router(pool: ModelPool) -> APIRouter:
 
 
 def _remote(pool: ModelPool, body: TransferBody) -> RemoteOptions:
-    """Return how to reach the registry: over plain HTTP if the request says so."""
+    """Return the options for the registry, with plain HTTP if the request asks for it."""
     remote = pool.catalogue.remote
     return replace(remote, plain_http=True) if body.insecure else remote

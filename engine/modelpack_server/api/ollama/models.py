@@ -1,4 +1,4 @@
-"""The routes /api/tags, show, ps, delete, copy and version, and the details of a model."""
+"""The routes /api/tags, show, ps, delete, copy and version, and the details of models."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from modelpack_server.pool.model_defaults import ModelDefaults
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.tool_parsers.families import find_format
 
-# Arrays of metadata that are shown without being asked for.
+# The length up to which arrays in metadata are shown without `verbose`.
 _SHORT_ARRAY = 16
 _MAX_LICENSE = 1 << 20
 _HIDDEN = "tokenizer.chat_template"
-# What config.json of a model calls what GGUF's metadata have under the name of the architecture.
+# Fields of config.json, by the key that GGUF metadata has below the architecture's name.
 _CONFIG_FIELDS = {
     "max_position_embeddings": "context_length",
     "hidden_size": "embedding_length",
@@ -49,7 +49,7 @@ _CONFIG_FIELDS = {
 
 
 def details(model: StoredModel, parent: str = "") -> dict[str, Any]:
-    """Return what both routes tell of a model."""
+    """Return the `details` object of a model for /api/tags and /api/show."""
     return {
         "parent_model": parent,
         "format": model.format,
@@ -61,22 +61,22 @@ def details(model: StoredModel, parent: str = "") -> dict[str, Any]:
 
 
 def digest_of(model: StoredModel) -> str:
-    """Return the id of a model as Ollama writes it: without the name of the algorithm."""
+    """Return the digest of a model in Ollama's form, without the algorithm."""
     return model.key.partition(":")[2] or model.key
 
 
 def modified_at(store: LayoutStore, model: StoredModel) -> str:
-    """Return when a model came into the store, as RFC 3339."""
+    """Return the time at which the store got a model, as RFC 3339."""
     try:
         seconds = store.blob_path(Digest.parse(model.key)).stat().st_mtime
-    except (ModelpackError, OSError):  # it is gone, or its catalogue is no store
+    except (ModelpackError, OSError):  # removed, or not in a store
         seconds = model.created
     return timestamp(datetime.fromtimestamp(seconds, UTC))
 
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """What a model's files tell."""
+    """Facts about a model that come from its files."""
 
     info: dict[str, Any]
     template: str = ""
@@ -85,7 +85,7 @@ class _Facts:
 
 
 def describe(store: LayoutStore, found: StoredModel, *, verbose: bool) -> dict[str, Any]:
-    """Return all that /api/show tells; of files that the engine cannot load, what is known."""
+    """Return the response of /api/show, also for files that the engine cannot load."""
     model = stored_model(store, found.key)
     try:
         facts = _facts(store, model, found, verbose)
@@ -117,11 +117,11 @@ def describe(store: LayoutStore, found: StoredModel, *, verbose: bool) -> dict[s
 
 
 async def shown_template(pool: ModelPool, name: str) -> str:
-    """Return the chat template that /api/show gives for a model, "" if it has none."""
+    """Return the chat template that /api/show returns for a model, or ""."""
     try:
         found = await pool.find(name)
         shown = await asyncio.to_thread(describe, pool.catalogue.store, found, verbose=False)
-    except ModelpackError:  # not here yet, or its catalogue is no store
+    except ModelpackError:  # not pulled yet, or not in a store
         return ""
     return str(shown["template"])
 
@@ -141,7 +141,7 @@ def _facts(store: LayoutStore, model: Model, found: StoredModel, verbose: bool) 
 
 
 def _template(files: Any, header: GGUFHeader | None) -> str:
-    """Return the chat template: of a file of its own, or of the weights' metadata."""
+    """Return the chat template from its own file or from the metadata of the weights."""
     from modelpack.artifacts.model import CHAT_TEMPLATE
     from modelpack_engine.models.json_tokenizer import chat_template_of
 
@@ -202,7 +202,7 @@ def _capabilities(files: Any, template: str, header: GGUFHeader | None) -> list[
 
 
 def _vocabulary(files: Any, header: GGUFHeader | None) -> bytes:
-    """Return the part of a model's files that has the texts of its tokens."""
+    """Return the bytes of a model's files that contain its token texts."""
     if header is None:
         return files.read("tokenizer.json") or b""
     with open(files.weights[0], "rb") as file:
@@ -219,7 +219,7 @@ def _licenses(store: LayoutStore, model: Model) -> list[str]:
 
 
 def _parameters(parameters: Mapping[str, Any]) -> str:
-    """Return parameters as Ollama lists them: a line each, of several stop strings one each."""
+    """Return parameters in Ollama's form: one line for each value."""
     return "\n".join(f"{name:<30} {value}" for name, value in _parameter_lines(parameters))
 
 
@@ -234,7 +234,7 @@ def _parameter_lines(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _modelfile(
     found: StoredModel, template: str, defaults: ModelDefaults, licenses: list[str]
 ) -> str:
-    """Return a file from which /api/create would make the model again."""
+    """Return a Modelfile that describes the model."""
     lines = [f"FROM {found.names[0] if found.names else found.key}"]
     if template:
         lines.append(f'TEMPLATE """{template}"""')
@@ -246,10 +246,10 @@ def _modelfile(
     return "\n".join(lines) + "\n"
 
 
-#: The version of Ollama whose API this is: clients ask for features by it.
+#: The version of Ollama with this API: clients enable features by it.
 VERSION = "0.20.0"
 
-# Seconds that are for ever, as Go counts them: 2 ** 63 - 1 nanoseconds.
+# The longest Go duration in seconds, which stands for "forever": 2 ** 63 - 1 nanoseconds.
 _FOREVER = (2**63 - 1) // 10**9
 
 
@@ -260,13 +260,13 @@ def router(pool: ModelPool) -> APIRouter:
     @routes.get("/api/version")
     @routes.head("/api/version", include_in_schema=False)
     async def version() -> dict[str, str]:
-        """Return the version of Ollama whose API this is."""
+        """Return the version of Ollama with this API."""
         return {"version": VERSION}
 
     @routes.get("/api/tags")
     @routes.head("/api/tags", include_in_schema=False)
     async def tags() -> dict[str, Any]:
-        """List the stored models, each under all its names."""
+        """List the stored models, with one entry for each name."""
         models, store = await pool.stored(), pool.catalogue.store
         named = [(name, model) for model in models for name in model.names or (model.key,)]
         named += (await pool.aliases()).items()
@@ -280,7 +280,7 @@ def router(pool: ModelPool) -> APIRouter:
 
     @routes.post("/api/show")
     async def show(body: ShowBody) -> dict[str, Any]:
-        """Tell what there is to know about a stored model."""
+        """Return the details of a stored model."""
         found = await find(pool, body.model)
         return await asyncio.to_thread(describe, pool.catalogue.store, found, verbose=body.verbose)
 
@@ -293,7 +293,7 @@ def router(pool: ModelPool) -> APIRouter:
 
     @routes.delete("/api/delete", response_model=None)
     async def delete(body: ModelBody) -> Response:
-        """Delete a name, and with its last name the model; 404 if there is none."""
+        """Delete a name of a model, and the model with its last name; 404 for an unknown name."""
         found = await find(pool, body.model)
         if len(found.names) <= 1:
             await pool.unload([body.model])
@@ -302,13 +302,13 @@ def router(pool: ModelPool) -> APIRouter:
             name = str(Reference.parse(name))
         try:
             await asyncio.to_thread(pool.catalogue.store.remove, name)
-        except NotFoundError:  # somebody else was quicker
+        except NotFoundError:  # another request removed it first
             raise missing(body.model) from None
         return Response(status_code=200)
 
     @routes.post("/api/copy", response_model=None)
     async def copy(body: CopyBody) -> Response:
-        """Give a model another name."""
+        """Give a model an additional name."""
         found = await find(pool, body.source)
         target = Reference.parse(body.destination)
         await asyncio.to_thread(pool.catalogue.store.tag, found.key, target)
@@ -332,7 +332,7 @@ def _named(name: str, model: StoredModel) -> dict[str, Any]:
 
 
 def _running(model: RunningModel, clock: float, on_gpu: bool) -> dict[str, Any]:
-    """Return a loaded model; one in use stays for its time once it no longer is."""
+    """Return the object of a loaded model; for one in use, `keep_alive` starts now."""
     now = datetime.now(UTC)
     left = model.keep_alive if model.expires_at is None else model.expires_at - clock
     expires = now + timedelta(seconds=min(left, _FOREVER))

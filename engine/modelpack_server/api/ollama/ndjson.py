@@ -1,4 +1,4 @@
-"""Newline-delimited JSON, timestamps, model names and routes of the Ollama API."""
+"""Common parts of Ollama's routes: newline-delimited JSON, timestamps, model names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def error_line(error: Exception) -> str:
 
 
 def now() -> str:
-    """Return the time as RFC 3339, in UTC."""
+    """Return the current time in UTC as RFC 3339."""
     return timestamp(datetime.now(UTC))
 
 
@@ -40,9 +40,9 @@ def timestamp(time: datetime) -> str:
 
 
 class JsonRoute(BodyRoute):
-    """A route whose bodies are JSON whatever their header says: `curl -d` calls them a form.
+    """A route that parses bodies as JSON regardless of Content-Type: `curl -d` declares a form.
 
-    That web pages can send such bodies unasked is no danger: `Origin` is checked before.
+    Web pages can send such bodies without a CORS preflight, but `Origin` has been checked before.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -57,18 +57,18 @@ class JsonRoute(BodyRoute):
 
 
 def shown(name: str) -> str:
-    """Return a name with its tag."""
+    """Return a name with its tag, `latest` by default."""
     has_tag = "@" in name or ":" in name.rpartition("/")[2]
     return name if has_tag else f"{name}:latest"
 
 
 def missing(name: str) -> NotFoundError:
-    """Return the error for a model that is not there, in the words that clients look for."""
+    """Return the error for a missing model, with the text that clients search for."""
     return NotFoundError(f"model '{name}' not found", hint="pull it first")
 
 
 async def find(pool: ModelPool, name: str) -> StoredModel:
-    """Return the stored model that a user calls so; raise `NotFoundError`."""
+    """Return the stored model with this name; raise `NotFoundError`."""
     try:
         return await pool.find(name)
     except NotFoundError:

@@ -19,29 +19,29 @@ _NANOSECONDS = 10**9
 
 @dataclass(slots=True)
 class Clock:
-    """When a request came, and when its model was there; nanoseconds that only grow."""
+    """When a request arrived and when its model was loaded, in monotonic nanoseconds."""
 
     began: int = field(default_factory=time.monotonic_ns)
     loaded: int = 0
 
     def model_is_there(self) -> None:
-        """Note that the model is loaded."""
+        """Record that the model is loaded."""
         self.loaded = time.monotonic_ns()
 
     @property
     def total(self) -> int:
-        """How long it has taken so far."""
+        """Nanoseconds since the request arrived."""
         return time.monotonic_ns() - self.began
 
     @property
     def load(self) -> int:
-        """How long it took until the model was there."""
+        """Nanoseconds until the model was loaded."""
         return max(0, self.loaded - self.began)
 
 
 @dataclass(slots=True)
 class Pieces:
-    """What a delta adds: text, thoughts, and calls that are complete."""
+    """The content of one or more deltas: text, thinking, complete tool calls, logprobs."""
 
     text: str = ""
     thinking: str = ""
@@ -52,7 +52,7 @@ class Pieces:
         return bool(self.text or self.thinking or self.calls or self.logprobs)
 
     def add(self, other: Pieces) -> None:
-        """Take in what comes after."""
+        """Append the content of later deltas."""
         self.text += other.text
         self.thinking += other.thinking
         self.calls += other.calls
@@ -68,7 +68,7 @@ class _Pending:
 
 
 class Reader:
-    """Reads the deltas of one answer; calls are held back until they are whole."""
+    """Reads the deltas of one reply; holds tool calls back until they are complete."""
 
     def __init__(self, *, logprobs: bool) -> None:
         self._logprobs = logprobs
@@ -79,7 +79,7 @@ class Reader:
         self.token_ids: list[int] = []
 
     def take(self, delta: ChatDelta) -> Pieces:
-        """Return what a delta adds."""
+        """Return the new content of a delta."""
         pieces = Pieces()
         self.token_ids += delta.token_ids
         if self._logprobs and delta.logprobs:
@@ -110,14 +110,14 @@ class Reader:
             return
         try:
             arguments = json.loads("".join(call.fragments) or "{}")
-        except ValueError:  # the answer was cut in the middle of it
+        except ValueError:  # the reply ended within the arguments
             return
         function = {"index": call.index, "name": call.name, "arguments": arguments}
         pieces.calls.append({"id": call.id, "function": function})
 
 
 def counts(clock: Clock, reader: Reader) -> dict[str, Any]:
-    """Return why an answer ended, what it took, and how long."""
+    """Return the finish reason, token counts and durations of a reply."""
     usage, timing = reader.usage, reader.timing
     prompt = answer = 0.0
     if timing is not None:
@@ -136,18 +136,18 @@ def counts(clock: Clock, reader: Reader) -> dict[str, Any]:
     }
 
 
-#: Puts pieces under the names that a route has for them.
+#: Returns pieces as the fields of a route's objects.
 Body = Callable[[Pieces], dict[str, Any]]
 
 
 def generated(pieces: Pieces) -> dict[str, Any]:
-    """Return pieces as /api/generate names them."""
+    """Return pieces as fields of /api/generate."""
     thinking = {"thinking": pieces.thinking} if pieces.thinking else {}
     return {"response": pieces.text} | thinking
 
 
 def message(pieces: Pieces) -> dict[str, Any]:
-    """Return pieces as /api/chat names them."""
+    """Return pieces as fields of /api/chat."""
     body: dict[str, Any] = {"role": "assistant", "content": pieces.text}
     if pieces.thinking:
         body["thinking"] = pieces.thinking
@@ -157,7 +157,7 @@ def message(pieces: Pieces) -> dict[str, Any]:
 
 
 class Writer:
-    """Makes the objects of one answer."""
+    """Builds the JSON objects of one reply."""
 
     def __init__(self, model: str, body: Body, words: Vocabulary | None) -> None:
         self._model = model
@@ -165,7 +165,7 @@ class Writer:
         self._words = words
 
     def write(self, pieces: Pieces, ending: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the object of pieces; `ending` is what the last one has besides."""
+        """Return the object for pieces; `ending` has the additional fields of the last object."""
         made = {"model": self._model, "created_at": now(), **self._body(pieces)}
         if self._words is not None and pieces.logprobs:
             made["logprobs"] = [self._logprob(item, self._words) for item in pieces.logprobs]
@@ -184,7 +184,7 @@ def _token(token_id: int, logprob: float, words: Vocabulary) -> dict[str, Any]:
 
 
 def unanswered(model: str, body: Body, reason: str, clock: Clock) -> dict[str, Any]:
-    """Return the reply to a request that has nothing to answer: its model was (un)loaded."""
+    """Return the reply to a request without a prompt, which only loaded or unloaded its model."""
     head = {"model": model, "created_at": now(), **body(Pieces())}
     return head | {
         "done": True, "done_reason": reason,

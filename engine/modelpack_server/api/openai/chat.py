@@ -45,7 +45,7 @@ class _Call:
 
 @dataclass(slots=True)
 class WholeChoice:
-    """One choice of an answer that is sent as a whole."""
+    """One choice of a reply that is not streamed."""
 
     texts: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
@@ -55,7 +55,7 @@ class WholeChoice:
     usage: ChatUsage | None = None
 
     def add(self, delta: ChatDelta) -> None:
-        """Take in what is new."""
+        """Append a delta."""
         for part in delta.parts:
             match part:
                 case Text():
@@ -72,7 +72,7 @@ class WholeChoice:
             self.usage = delta.usage
 
     def json(self, index: int, words: Vocabulary | None, *, legacy: bool) -> dict[str, Any]:
-        """Return the choice; with `words`, its log-probabilities too."""
+        """Return the choice object, with log-probabilities if `words` is given."""
         text = "".join(self.texts)
         silent = bool(self.calls or self.reasoning)
         message: dict[str, Any] = {
@@ -95,7 +95,7 @@ class WholeChoice:
 
 
 class ChunkWriter:
-    """Writes the events of a streamed answer."""
+    """Writes the events of a streamed reply."""
 
     def __init__(
         self, envelope: Envelope, words: Vocabulary | None, *, include_usage: bool, legacy: bool
@@ -106,11 +106,11 @@ class ChunkWriter:
         self._legacy = legacy
 
     def role(self, index: int) -> str:
-        """Return the event that begins a choice."""
+        """Return the first event of a choice."""
         return self._chunk(index, '{"role":"assistant","content":"","refusal":null}')
 
     def events(self, delta: ChatDelta) -> str:
-        """Return the events of what is new: one for each part, and one for the end."""
+        """Return the events for a delta: one for each part, and one for the finish reason."""
         logprobs = "null"
         if self._words is not None and delta.logprobs:
             logprobs = written(chat_logprobs(delta.logprobs, self._words))
@@ -129,7 +129,7 @@ class ChunkWriter:
         return "".join(events)
 
     def usage(self, usages: list[ChatUsage]) -> str:
-        """Return the event of the token counts."""
+        """Return the event with the token counts."""
         return self._envelope.chunk("", json.dumps(total_usage(usages)))
 
     def _delta(self, part: Text | Reasoning | ToolStart | ToolArguments) -> str:
@@ -162,7 +162,7 @@ class ChunkWriter:
 
 
 def finish_reason(delta: ChatDelta) -> str:
-    """Return the API's word for why a choice ended."""
+    """Return the API's finish reason of a choice."""
     return "stop" if delta.finish in (None, "abort") else str(delta.finish)
 
 
@@ -175,7 +175,7 @@ def router(pool: ModelPool) -> APIRouter:
     routes = APIRouter(tags=["OpenAI"], route_class=preloadable(pool))
 
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
-        """Answer a conversation, as a whole or as server-sent events."""
+        """Reply to a conversation, with one JSON object or with server-sent events."""
         body.check()
 
         async def start(model: ServedModel) -> ChatStream:
@@ -200,7 +200,7 @@ _PRESET = "x-modelpack-preset"
 
 
 def spec_of(body: ChatRequest, model: ServedModel, preset: str | None = None) -> ChatSpec:
-    """Return what a request asks for, in nobody's words; raises `RequestError`."""
+    """Return the API-neutral form of a request; raises `RequestError`."""
     tools, choice = tools_of(body)
     given = body.given()
     if body.logprobs:
@@ -231,7 +231,7 @@ def spec_of(body: ChatRequest, model: ServedModel, preset: str | None = None) ->
 async def whole(
     body: ChatRequest, model: ServedModel, stream: ChatStream
 ) -> dict[str, Any] | Response:
-    """Return the response once all choices have ended."""
+    """Return the response after all choices have ended."""
     choices = [WholeChoice() for _ in range(body.n)]
     async for delta in stream:
         choices[delta.index].add(delta)
@@ -252,7 +252,7 @@ def _joined(
 async def events(
     body: ChatRequest, model: ServedModel, stream: ChatStream
 ) -> AsyncGenerator[str, None]:
-    """Yield the response piece by piece: the role, the parts, why it ended, the token counts."""
+    """Yield the stream events: roles, parts, finish reasons, token counts."""
     envelope = Envelope(
         "chatcmpl", "chat.completion", body.model, chunk_kind="chat.completion.chunk"
     )

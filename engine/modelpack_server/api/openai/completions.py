@@ -38,7 +38,7 @@ def router(pool: ModelPool) -> APIRouter:
     routes = APIRouter(tags=["OpenAI"], route_class=preloadable(pool))
 
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
-        """Continue texts, as a whole or as server-sent events."""
+        """Continue texts, with one JSON object or with server-sent events."""
         body.check()
         preset = request.headers.get(_PRESET)
         return await answer(
@@ -56,7 +56,7 @@ def router(pool: ModelPool) -> APIRouter:
 
 
 class Prompt:
-    """One prompt of a request and its stream; its choices are `first` … `first + n - 1`."""
+    """One prompt of a request and its stream; its choices have the indexes from `first` on."""
 
     def __init__(self, first: int, token_ids: list[int], text: str, stream: RequestStream) -> None:
         self.first = first
@@ -66,16 +66,16 @@ class Prompt:
 
 
 class Prompts(list[Prompt]):
-    """The prompts of a request, all of which run at once."""
+    """The prompts of a request, which run concurrently."""
 
     def abort(self) -> None:
-        """End what has not ended."""
+        """Abort the prompts that have not ended."""
         for prompt in self:
             prompt.stream.abort()
 
 
 async def start(body: CompletionRequest, model: ServedModel, preset: str | None) -> Prompts:
-    """Hand every prompt to the engine; raises before anything was answered."""
+    """Submit every prompt to the engine; raises before the response begins."""
     encoded = [await model.text_prompt(prompt) for prompt in body.prompts]
     if not all(encoded):
         raise RequestError("prompt is empty", param="prompt")
@@ -103,7 +103,7 @@ async def start(body: CompletionRequest, model: ServedModel, preset: str | None)
 
 
 class _Writer:
-    """Turns a prompt's events into choices, with the prompt itself first where it is echoed."""
+    """Turns a prompt's events into choices; with `echo`, the prompt itself comes first."""
 
     def __init__(self, body: CompletionRequest, model: ServedModel, prompt: Prompt) -> None:
         self._body = body
@@ -113,11 +113,11 @@ class _Writer:
         self._begun: set[int] = set()
 
     def written_choice(self, event: RequestEvent) -> str:
-        """Return what an event adds to its choice, as JSON."""
+        """Return the piece of a choice for an event, as JSON text."""
         return written(self.choice(event))
 
     def choice(self, event: RequestEvent) -> dict[str, Any]:
-        """Return what an event adds to its choice."""
+        """Return the piece of a choice for an event."""
         text = event.text
         token_ids = list(event.token_ids)
         logprobs: list[TokenLogprob | None] = list(event.logprobs or ())
@@ -142,7 +142,7 @@ class _Writer:
 async def whole(
     body: CompletionRequest, model: ServedModel, prompts: Prompts
 ) -> dict[str, Any] | Response:
-    """Return the response once all choices of all prompts have ended."""
+    """Return the response after all choices of all prompts have ended."""
     bodies: dict[int, dict[str, Any]] = {}
     large = body.logprobs is not None
     usages: dict[int, Usage] = {}
@@ -165,7 +165,7 @@ async def whole(
 async def events(
     body: CompletionRequest, model: ServedModel, prompts: Prompts
 ) -> AsyncGenerator[str, None]:
-    """Yield the response piece by piece, prompt after prompt; all of them run meanwhile."""
+    """Yield the stream events, prompt after prompt, while all prompts run concurrently."""
     envelope = Envelope("cmpl", "text_completion", body.model)
     usage = "null" if body.include_usage else ""
     large = body.logprobs is not None
@@ -198,7 +198,7 @@ def _reason(event: RequestEvent) -> str | None:
 
 
 def _join(bodies: dict[int, dict[str, Any]], piece: dict[str, Any]) -> None:
-    """Add a piece of a choice to the whole of it, in time that its pieces take."""
+    """Append a piece of a choice to its object in `bodies`."""
     body = bodies.setdefault(piece["index"], piece)
     if body is piece:
         return

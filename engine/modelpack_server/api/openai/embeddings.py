@@ -1,6 +1,8 @@
-"""POST /v1/embeddings. Source: the OpenAI API reference, "Create embeddings".
+"""The routes POST /v1/embeddings, /rerank and /score, of models that generate no text.
 
-Beyond it: `truncate` cuts inputs that are too long, `prompt_name` is one of the model's prompts.
+Sources: the OpenAI API reference, "Create embeddings"; the rerank APIs of Jina and Cohere, which
+have these fields in common; vLLM's score API. Additions to OpenAI's: `truncate` truncates inputs
+that are too long, `prompt_name` selects one of the model's prompts.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from modelpack_server.api.model_use import preloadable, with_embedding_model
 from modelpack_server.api.paths import add_route, check_backend
 from modelpack_server.pool.pool import ModelPool
 
-#: The most inputs of one request, as OpenAI has it.
+#: The limit of inputs in one request, as in OpenAI's API.
 MAX_INPUTS = 2048
 
 
 class EmbeddingRequest(Body):
-    """The body of POST /v1/embeddings; `user` is accepted and of no effect."""
+    """The body of POST /v1/embeddings; `user` has no effect."""
 
     model_config = ConfigDict(extra="ignore")
     model: Annotated[StrictStr, Field(min_length=1)]
@@ -42,7 +44,7 @@ class EmbeddingRequest(Body):
 
     @property
     def options(self) -> EmbedOptions:
-        """How the vectors are wanted."""
+        """The options for the encoder."""
         return EmbedOptions(self.dimensions, None, bool(self.truncate), self.prompt_name)
 
 
@@ -51,7 +53,7 @@ def router(pool: ModelPool) -> APIRouter:
     routes = APIRouter(tags=["OpenAI"], route_class=preloadable(pool))
 
     async def create_embedding(body: EmbeddingRequest, request: Request) -> Response:
-        """Turn texts, or lists of token ids, into vectors."""
+        """Return the embeddings of texts or lists of token ids."""
         inputs = inputs_of(body.input)
 
         async def work(model: AsyncEmbedder) -> Embeddings:
@@ -60,7 +62,7 @@ def router(pool: ModelPool) -> APIRouter:
         found = await with_embedding_model(
             request, pool, body.model, work, keep_alive=body.keep_alive
         )
-        # Thousands of vectors take a while to write: not on the event loop.
+        # In a thread, since encoding thousands of vectors would block the event loop.
         content = await asyncio.to_thread(_content, body, found)
         return Response(content, media_type="application/json")
 
@@ -71,7 +73,7 @@ def router(pool: ModelPool) -> APIRouter:
 def inputs_of(given: Any) -> list[Input]:
     """Return the inputs of a request: a string, strings, token ids, or lists of these.
 
-    Raises `RequestError` for anything else, for none, and for more than `MAX_INPUTS`.
+    Raises `RequestError` for another type, for an empty list, and for more than `MAX_INPUTS`.
     """
     inputs: list[Input]
     if isinstance(given, str) or _is_ids(given):
@@ -124,7 +126,7 @@ def _content(body: EmbeddingRequest, found: Embeddings) -> bytes:
 
 
 def _base64(vector: Vector) -> str:
-    """Return little-endian float32 in base64."""
+    """Return a vector as little-endian float32 in base64."""
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
@@ -133,7 +135,7 @@ def _floats(vector: Vector) -> list[float]:
     return floats
 
 
-#: The most pairs of one request.
+#: The limit of pairs in one request.
 MAX_PAIRS = 2048
 
 
@@ -150,7 +152,7 @@ class _RankingFields(Body):
 
 
 class RerankRequest(_RankingFields):
-    """The body of POST /rerank; `truncate` cuts texts that are too long."""
+    """The body of POST /rerank; `truncate` truncates texts that are too long."""
 
     query: StrictStr
     documents: list[StrictStr | _Document]
@@ -159,7 +161,7 @@ class RerankRequest(_RankingFields):
 
     @property
     def pairs(self) -> list[Pair]:
-        """The query with each of the documents."""
+        """The pairs of the query and each document."""
         return _checked([(self.query, text) for text in self.texts], ("query", "documents"))
 
     @property
@@ -169,14 +171,14 @@ class RerankRequest(_RankingFields):
 
 
 class ScoreRequest(_RankingFields):
-    """The body of POST /score: one text against many, or as many against each other."""
+    """The body of POST /score: pairs of `text_1` and `text_2`, where one text pairs with all."""
 
     text_1: StrictStr | list[StrictStr]
     text_2: StrictStr | list[StrictStr]
 
     @property
     def pairs(self) -> list[Pair]:
-        """The texts that are held against each other."""
+        """The pairs of texts to score."""
         first, second = (
             [texts] if isinstance(texts, str) else texts for texts in (self.text_1, self.text_2)
         )
@@ -206,7 +208,7 @@ def ranking_routes(pool: ModelPool) -> APIRouter:
         )
 
     async def rerank(body: RerankRequest, request: Request) -> dict[str, Any]:
-        """Order documents by how well they answer a query."""
+        """Rank documents by their relevance to a query."""
         scores, tokens = await ranked(request, body, body.pairs, ("query", "documents"))
         texts = body.texts
         order = sorted(range(len(texts)), key=lambda index: (-scores[index], index))
@@ -224,7 +226,7 @@ def ranking_routes(pool: ModelPool) -> APIRouter:
         }
 
     async def score(body: ScoreRequest, request: Request) -> dict[str, Any]:
-        """Hold texts against each other."""
+        """Score pairs of texts."""
         scores, tokens = await ranked(request, body, body.pairs, ("text_1", "text_2"))
         return {
             "id": f"score-{uuid.uuid4().hex}",
@@ -253,7 +255,7 @@ def ranking_routes(pool: ModelPool) -> APIRouter:
 
 
 def _checked(pairs: list[Pair], nouns: tuple[str, str]) -> list[Pair]:
-    """Return the pairs; raise `RequestError` for none, too many, or an empty text."""
+    """Return the pairs; raise `RequestError` for no pairs, too many pairs or an empty text."""
     if not pairs:
         raise RequestError(f"{nouns[1]} is empty", param=nouns[1])
     if len(pairs) > MAX_PAIRS:

@@ -17,13 +17,13 @@ def router(pool: ModelPool) -> APIRouter:
     routes = APIRouter(tags=["OpenAI"])
 
     async def list_models() -> dict[str, Any]:
-        """List the models that could be used."""
+        """List the available models."""
         cards = [card(model) | {"id": name} for name, model in (await pool.aliases()).items()]
         cards += [card(model) for model in await pool.stored()]
         return {"object": "list", "data": list({card["id"]: card for card in cards}.values())}
 
     async def retrieve_model(name: str) -> dict[str, Any]:
-        """Return one model, by any name that it has."""
+        """Return one model; `name` is any of its names."""
         return card(await pool.find(name)) | {"id": name}
 
     add_route(routes, "/models", list_models, methods=["GET"])
@@ -32,9 +32,9 @@ def router(pool: ModelPool) -> APIRouter:
 
 
 def card(model: StoredModel) -> dict[str, Any]:
-    """Return the object of a model; `dmr` is what Docker Model Runner adds, `size` a text as there.
+    """Return the object of a model; `dmr` has the fields that Docker Model Runner adds.
 
-    `docker model list --openai` refuses a number.
+    Its `size` is a string: `docker model list --openai` rejects a number.
     """
     name = model.names[0] if model.names else model.key
     facts = {

@@ -1,4 +1,4 @@
-"""JSON objects that responses of the OpenAI API share: usage, envelope, log-probabilities."""
+"""Common parts of the OpenAI API's responses: usage, envelope, log-probabilities."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def usage_json(
     reasoning_tokens: int = 0,
     predicted: tuple[int, int] = (0, 0),
 ) -> dict[str, Any]:
-    """Return the token counts of a whole request.
+    """Return the token counts of a request.
 
-    `predicted` are the tokens that speculation proposed: right ones, and wrong ones.
+    `predicted` has the numbers of accepted and rejected tokens of speculative decoding.
     """
     details = {"reasoning_tokens": reasoning_tokens}
     if any(predicted):
@@ -37,7 +37,7 @@ def usage_json(
 
 
 def total_usage(usages: Sequence[Usage], prompts: int = 1) -> dict[str, Any]:
-    """Return the counts of several choices; a prompt that has several choices counts once."""
+    """Return the total counts of several choices; a prompt counts once for all its choices."""
     per_prompt = max(1, len(usages) // prompts) if prompts else 1
     firsts = usages[::per_prompt]
     return usage_json(
@@ -55,7 +55,7 @@ def quoted(text: str) -> str:
 
 
 class Envelope:
-    """The fields that all objects of one response share; those of a stream are prepared once."""
+    """The common fields of all objects of one response, encoded once for streams."""
 
     def __init__(self, prefix: str, kind: str, model: str, *, chunk_kind: str = "") -> None:
         self.id = f"{prefix}-{uuid.uuid4().hex}"
@@ -68,12 +68,12 @@ class Envelope:
         )
 
     def body(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
-        """Return a whole response."""
+        """Return the object of a response that is not streamed."""
         return {"id": self.id, "object": self._kind, "created": self._created,
                 "model": self._model, "choices": choices, "usage": usage}  # fmt: skip
 
     def chunk(self, choices: str, usage: str = "") -> str:
-        """Return an event of a stream; `choices` is JSON without its brackets, `usage` too."""
+        """Return a stream event; `choices` is JSON without its brackets, `usage` is JSON."""
         tail = f'],"usage":{usage}}}\n\n' if usage else "]}\n\n"
         return self._chunk_head + choices + tail
 
@@ -96,7 +96,7 @@ def completion_logprobs(
     words: Vocabulary,
     offset: int,
 ) -> dict[str, Any]:
-    """Return the log-probabilities of a text choice; `offset` is where its text begins."""
+    """Return the log-probabilities of a text choice, whose text begins at character `offset`."""
     texts = [words.text(token) for token in token_ids]
     offsets = []
     for text in texts:

@@ -14,7 +14,7 @@ from modelpack_server.tool_parsers.parts import Tool, ToolChoice
 
 
 class FunctionCall(Body):
-    """A function and its arguments, the text of a JSON object."""
+    """A function and its arguments, a JSON object as a string."""
 
     model_config = ConfigDict(extra="ignore")
     name: StrictStr
@@ -22,7 +22,7 @@ class FunctionCall(Body):
 
 
 class ToolCall(Body):
-    """A call that the model made in an earlier turn."""
+    """A tool call of an earlier turn."""
 
     model_config = ConfigDict(extra="ignore")
     id: StrictStr = ""
@@ -31,7 +31,7 @@ class ToolCall(Body):
 
 
 class Message(Body):
-    """A message of a conversation; what templates may want beyond these is kept."""
+    """A message of a conversation; other fields are kept for templates that use them."""
 
     model_config = ConfigDict(extra="allow")
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
@@ -46,9 +46,9 @@ class Message(Body):
 
 
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Return messages as chat templates take them: plain texts, tools in today's form.
+    """Return messages in the form that chat templates expect: content as text, current tool fields.
 
-    Raises `RequestError`, naming the message, for what cannot be shown to the model.
+    Raises `RequestError` with the place of the content that cannot become part of the prompt.
     """
     return [_plain(message, i) for i, message in enumerate(messages)]
 
@@ -94,7 +94,7 @@ def _text(content: str | list[dict[str, Any]] | None, where: str) -> str:
         text = part.get("refusal" if kind == "refusal" else "text")
         if kind not in ("text", "refusal") or not isinstance(text, str):
             raise RequestError(
-                f"this model takes text only, not {kind!r}", param=f"{where}.content[{i}]"
+                f"this model accepts text only, not {kind!r}", param=f"{where}.content[{i}]"
             )
         texts.append(text)
     return "".join(texts)
@@ -105,7 +105,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class StreamOptions(Body):
-    """What a stream tells besides its text."""
+    """The `stream_options` field."""
 
     model_config = ConfigDict(extra="ignore")
     include_usage: StrictBool = False
@@ -113,7 +113,7 @@ class StreamOptions(Body):
 
 
 class SamplingFields(Body):
-    """What both kinds of completion have in common."""
+    """The common fields of chat completions and completions."""
 
     model_config = ConfigDict(extra="ignore")
     model: Annotated[StrictStr, Field(min_length=1)]
@@ -156,7 +156,7 @@ class SamplingFields(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def given(self) -> dict[str, Any]:
-        """Return the fields of SamplingParams that the request gives."""
+        """Return the fields of `SamplingParams` that the request sets."""
         names = (
             "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
             "repetition_penalty", "seed",
@@ -204,7 +204,7 @@ class FunctionFields(Body):
 
 
 class ToolFields(Body):
-    """A tool; only functions are."""
+    """A tool; functions are the only kind."""
 
     model_config = ConfigDict(extra="ignore")
     type: Literal["function"]
@@ -212,16 +212,16 @@ class ToolFields(Body):
 
 
 class FunctionChoice(Body):
-    """The function that has to be called."""
+    """The function that the model must call."""
 
     model_config = ConfigDict(extra="ignore")
     name: StrictStr
 
 
 def tools_of(request: ChatRequest) -> tuple[tuple[Tool, ...], ToolChoice]:
-    """Return the tools of a request and the choice among them.
+    """Return the tools and the tool choice of a request.
 
-    Raises `RequestError` for a choice that names no tool of the request.
+    Raises `RequestError` for a choice that names an unknown tool.
     """
     functions = [fields.function for fields in request.tools or ()] or (request.functions or [])
     tools = tuple(function.tool() for function in functions)
@@ -234,7 +234,7 @@ def tools_of(request: ChatRequest) -> tuple[tuple[Tool, ...], ToolChoice]:
 
 
 def check_choice(tools: Sequence[Tool], choice: ToolChoice, param: str = "tool_choice") -> None:
-    """Raise `RequestError` for tools of the same name, and a choice that names none of them."""
+    """Raise `RequestError` for two tools of one name, or a choice that names an unknown tool."""
     known = {tool.name for tool in tools}
     if len(known) < len(tools):
         raise RequestError("two tools have the same name", param="tools")
@@ -249,12 +249,14 @@ def _legacy_choice(value: str | FunctionChoice | None) -> ToolChoice:
     if isinstance(value, FunctionChoice):
         return ToolChoice("required", (value.name,))
     if value not in (None, "auto", "none"):
-        raise RequestError(f"function_call is {value!r}", param="function_call")
+        raise RequestError(
+            f"function_call is {value!r}, expected auto, none or a function", param="function_call"
+        )
     return ToolChoice("none" if value == "none" else "auto")
 
 
 def choice_of(value: str | dict[str, Any] | None) -> ToolChoice:
-    """Return a `tool_choice`, also as the Responses API has it; raises `RequestError`."""
+    """Return a `tool_choice` of chat completions or the Responses API; raises `RequestError`."""
     if value is None:
         return ToolChoice()
     if isinstance(value, str):
@@ -270,7 +272,7 @@ def choice_of(value: str | dict[str, Any] | None) -> ToolChoice:
             raise RequestError("allowed_tools lists no tools", param="tool_choice")
         names = tuple(_name(tool if isinstance(tool, dict) else {}) for tool in listed)
         return ToolChoice(_mode(inner.get("mode", "auto")), names)
-    raise RequestError(f"tool_choice of the type {kind!r} is not supported", param="tool_choice")
+    raise RequestError(f"tool_choice of type {kind!r} is not supported", param="tool_choice")
 
 
 def _mode(value: Any) -> _Mode:
@@ -295,7 +297,7 @@ def _name(value: dict[str, Any]) -> str:
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
-#: The most prompts of a request for completions.
+#: The limit of prompts in a request for completions.
 MAX_PROMPTS = 128
 
 
@@ -320,13 +322,13 @@ class ChatRequest(SamplingFields):
     audio: dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
     moderation: Any = None
-    # Accepted, and of no effect here.
+    # Accepted without effect.
     metadata: dict[str, Any] | None = None
     store: StrictBool | None = None
     service_tier: StrictStr | None = None
 
     def check(self) -> None:
-        """Raise `RequestError` for fields that contradict each other, or that we do not do."""
+        """Raise `RequestError` for fields that contradict each other or are not supported."""
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs requires logprobs: true", param="top_logprobs")
@@ -341,12 +343,12 @@ class ChatRequest(SamplingFields):
 
     @property
     def token_limit(self) -> int | None:
-        """The most tokens to generate, if the request says."""
+        """The limit of generated tokens, or None."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
     def is_legacy(self) -> bool:
-        """Whether calls are answered as `function_call`."""
+        """Whether the reply has its tool call in `function_call`."""
         return bool(self.functions)
 
 
@@ -366,7 +368,7 @@ class CompletionRequest(SamplingFields):
     response_format: dict[str, Any] | None = None
 
     def check(self) -> None:
-        """Raise `RequestError` for fields that contradict each other, or that we do not do."""
+        """Raise `RequestError` for fields that contradict each other or are not supported."""
         super().check()
         if self.suffix:
             raise RequestError("suffix (fill in the middle) is not supported", param="suffix")
@@ -390,10 +392,10 @@ _PARAM = "response_format"
 
 
 def constraint_of(value: Mapping[str, Any] | None) -> Constraint | None:
-    """Return the constraint; None for plain text. Raises `RequestError` for what is no format.
+    """Return the constraint of a response format, None for plain text.
 
-    Besides OpenAI's three there are `regex` and `grammar` (as vLLM has them), each with a field of
-    its own name.
+    Beyond OpenAI's types, `regex` and `grammar` work as in vLLM, each with a field of the same
+    name. Raises `RequestError` for an invalid format.
     """
     if value is None:
         return None
@@ -401,7 +403,7 @@ def constraint_of(value: Mapping[str, Any] | None) -> Constraint | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        schema = value.get("schema")  # llama.cpp's way
+        schema = value.get("schema")  # llama.cpp's form
         if isinstance(schema, dict):
             return Constraint("json_schema", schema)
         return Constraint("json_object", "")

@@ -15,7 +15,7 @@ _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
 def root(request: Request) -> Response:
-    """Answer GET /: browsers get the page, all others the text by which they know us."""
+    """Answer GET /: browsers get the page, other clients a text that identifies the server."""
     headers = {"Vary": "Accept", "Cache-Control": "no-cache"}
     if not _takes_html(request.headers.get("accept", "")):
         return PlainTextResponse("Modelpack is running\n", headers=headers)
@@ -36,8 +36,8 @@ def text() -> str:
 
 @functools.cache
 def policy() -> str:
-    """Return the Content-Security-Policy: the page's own script and style, by their hashes, and
-    requests to this server. What a model writes could not become script even if it became HTML.
+    """Return the Content-Security-Policy, which allows only the page's own script and style, by
+    hash, and requests to this server. Model output could not run as script even if it were HTML.
     """
     hashes: dict[str, list[str]] = {"script": [], "style": []}
     for kind, content in _INLINE.findall(text()):
@@ -60,7 +60,7 @@ def policy() -> str:
 
 
 def _takes_html(accept: str) -> bool:
-    """Whether a client names text/html among what it takes; `*/*` alone is no browser."""
+    """Return whether `Accept` lists text/html; browsers do, while other clients send `*/*`."""
     for item in accept.split(","):
         media_type, *parameters = (part.strip().lower() for part in item.split(";"))
         if media_type == "text/html":

@@ -148,7 +148,7 @@ def test_creating_is_told(stocked: Stocked) -> None:
         ({"from": "tiny", "parameters": {"temperature": "hot"}}, "temperature"),
         ({"from": "tiny", "template": "{% if %}"}, "line 1"),
         ({"from": "tiny", "messages": [{"role": "bard", "content": "x"}]}, "role"),
-        ({"files": {"a.gguf": "sha256:" + "0" * 64}}, "there is no blob"),
+        ({"files": {"a.gguf": "sha256:" + "0" * 64}}, "no such blob"),
         ({"files": {"../a.gguf": "sha256:" + "0" * 64}}, "../a.gguf"),
         ({"files": {"a.gguf": "nothing"}}, "nothing"),
         ({"model": "a//b", "from": "tiny"}, "component"),

@@ -78,8 +78,8 @@ def test_pulling_again_says_that_it_is_all_there(runner: Runner, remote: Registr
     [
         ({"from": "HOST/team/none:v1"}, 404, "Model not found"),
         ({"from": "a b"}, 400, "Invalid model reference"),
-        ({"from": ""}, 400, "from is missing"),
-        ({}, 400, "from is missing"),
+        ({"from": ""}, 400, "from is required"),
+        ({}, 400, "from is required"),
         ({"from": 7}, 400, "from"),
         ("{", 400, "JSON"),
         ("[]", 400, "object"),
@@ -138,7 +138,7 @@ def test_pushing(runner: Runner, remote: RegistryServer) -> None:
     [
         ("none", b"", 404, "Model not found"),
         ("a b", b"", 400, "Invalid model reference"),
-        ("sha256:" + "0" * 64, b"", 400, "tag it first"),
+        ("sha256:" + "0" * 64, b"", 400, "tag the model first"),
         ("tiny", b"{", 400, "JSON"),
     ],
 )

@@ -14,16 +14,16 @@ from modelpack_server.api.openai.responses.requests import Item
 
 MAX_RESPONSES = 1024
 MAX_BYTES = 64 * 1024 * 1024
-#: Seconds; Docker Model Runner keeps them as long.
+#: The seconds for which responses are kept, as in Docker Model Runner.
 KEPT_FOR = 3600.0
 
-_ENTRY = 320  # bytes of what finds an item by its id and by its identity
-_REFERENCE = 8  # bytes of a place in a conversation
+_ENTRY = 320  # bytes of the dictionary entries for an item's id and identity
+_REFERENCE = 8  # bytes of an item's reference in a conversation
 
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """A response; `inputs` is all that came before its output, earlier turns included."""
+    """A response; `inputs` are all items before its output, including earlier turns."""
 
     response: dict[str, Any]
     inputs: tuple[Item, ...]
@@ -31,13 +31,13 @@ class Remembered:
 
     @property
     def conversation(self) -> tuple[Item, ...]:
-        """All that was said, the answer included; instructions are each request's own."""
+        """The items up to and including the output; instructions belong to their request only."""
         return (*self.inputs, *self.response["output"])
 
 
 @dataclass(slots=True)
 class _Held:
-    """An item, how large it is, and in how many conversations it stands."""
+    """An item, its size in bytes, and the number of conversations that contain it."""
 
     item: Item
     size: int
@@ -45,15 +45,15 @@ class _Held:
 
 
 class ResponseMemory:
-    """Keeps each owner's responses that were used last, in memory: so many, so large, for so long.
+    """An in-memory store of responses, limited in number, bytes and age.
 
-    Owners are callers' (`gateway.caller`); nobody finds or removes what another owns. The
-    bounds are for all owners together: beyond them, the owner that holds the most loses what it
-    used least recently, so no owner can crowd out the smaller share of another.
+    Each response belongs to the owner of a request (`gateway.caller`), and other owners can neither
+    find nor remove it. The limits apply to all owners together. When one is exceeded, the owner
+    with the largest share loses its least recently used response, so that no owner can displace
+    the responses of an owner with a smaller share.
 
-    Bytes are those that the values take in memory. The turns of a conversation share their items,
-    which count once. A conversation that is larger than all that may be kept is not remembered.
-    Any thread may call the methods.
+    Sizes are bytes of memory. The turns of a conversation share items, which count once. A
+    conversation that exceeds the byte limit alone is not kept. All methods are thread-safe.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ResponseMemory:
         self._max_bytes = max_bytes
         self._kept_for = kept_for
         self._clock = clock
-        self._shares: dict[str | None, _Share] = {}  # those that are not empty
+        self._shares: dict[str | None, _Share] = {}  # without empty shares
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class ResponseMemory:
         earlier: Sequence[Item],
         own: Sequence[Item],
     ) -> None:
-        """Remember a response to `own` input after `earlier` turns; forget what is too much."""
+        """Keep a response to `own` input after `earlier` items; enforce the limits."""
         kept = Remembered(response, (*earlier, *own), self._clock())
         sizes = {id(item): _item_size(item) for item in (*own, *response["output"])}
         own_size = _size({**response, "output": None}) + _REFERENCE * len(kept.conversation)
@@ -97,7 +97,7 @@ class ResponseMemory:
                 self._forget_oldest(lambda share: share.bytes)
 
     def find(self, owner: str | None, name: str) -> Remembered | None:
-        """Return what is remembered under an id, which then counts as used; None if nothing is."""
+        """Return the response with this id and mark it as used; None if there is none."""
         with self._lock:
             share = self._shares.get(owner)
             kept = share.kept.get(name) if share is not None else None
@@ -110,14 +110,14 @@ class ResponseMemory:
             return kept
 
     def item(self, owner: str | None, name: str) -> Item | None:
-        """Return the item of an id; None if it is not remembered."""
+        """Return the item with this id, or None."""
         with self._lock:
             share = self._shares.get(owner)
             response, item = share.items.get(name, ("", {})) if share is not None else ("", {})
             return item if response and self.find(owner, response) is not None else None
 
     def remove(self, owner: str | None, name: str) -> bool:
-        """Forget a response; False if there is none."""
+        """Remove a response; return False if there is none."""
         with self._lock:
             share = self._shares.get(owner)
             if share is None or not share.remove(name):
@@ -127,7 +127,7 @@ class ResponseMemory:
             return True
 
     def _forget_oldest(self, amount: Callable[[_Share], int]) -> None:
-        """Forget what the owner of the largest share used least recently."""
+        """Remove the least recently used response of the owner with the largest share."""
         owner = max(self._shares, key=lambda owner: amount(self._shares[owner]))
         self.remove(owner, next(iter(self._shares[owner].kept)))
 
@@ -137,17 +137,17 @@ class _Share:
 
     def __init__(self) -> None:
         self.kept: OrderedDict[str, Remembered] = OrderedDict()
-        self.items: dict[str, tuple[str, Item]] = {}  # by id: its response's id, and the item
+        self.items: dict[str, tuple[str, Item]] = {}  # by item id: the response's id, and the item
         self.bytes = 0
-        self._sizes: dict[str, int] = {}  # of responses without their items
-        self._held: dict[int, _Held] = {}  # by identity: clients choose ids as they like
+        self._sizes: dict[str, int] = {}  # bytes of responses without their items
+        self._held: dict[int, _Held] = {}  # by identity, since clients may choose equal ids
 
     def add(
         self, kept: Remembered, own: Sequence[Item], own_size: int, sizes: Mapping[int, int]
     ) -> int:
         """Keep a response; return the bytes of its conversation.
 
-        `own_size` is that of the response without its items, `sizes` those of new items.
+        `own_size` is the size of the response without its items, `sizes` those of new items.
         """
         name = kept.response["id"]
         self.kept[name] = kept
@@ -165,7 +165,7 @@ class _Share:
         return own_size + sum(self._held[id(item)].size for item in kept.conversation)
 
     def remove(self, name: str) -> bool:
-        """Forget a response; False if there is none."""
+        """Remove a response; return False if there is none."""
         kept = self.kept.pop(name, None)
         if kept is None:
             return False
@@ -186,7 +186,7 @@ def _item_size(item: Item) -> int:
 
 
 def _size(value: Any) -> int:
-    """Return how many bytes of memory a JSON value takes; texts that it shares count each time."""
+    """Return the bytes of memory of a JSON value; a shared string counts each time."""
     size, pending = 0, [value]
     while pending:
         value = pending.pop()

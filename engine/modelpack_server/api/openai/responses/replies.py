@@ -26,11 +26,11 @@ Event = dict[str, Any]
 
 
 class Output:
-    """`take` and `end` return the events of what is new; `items` has the items that are over.
+    """The output items of a response: `take` and `end` return events, `items` the finished items.
 
-    With `words` text comes with its log-probabilities; with `carries` clients that have nothing
-    stored here can send thoughts back. Space before a text is held back: between thoughts and calls
-    it makes no message of its own.
+    With `words`, text has log-probabilities. With `carries`, reasoning items contain a continuation
+    token, so that clients without a stored response can send them back. Whitespace before a text is
+    held back, so that whitespace between thoughts and calls makes no message.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Output:
         self._space = ""
 
     def take(self, delta: ChatDelta) -> list[Event]:
-        """Return the events of what a delta brings."""
+        """Return the events for a delta."""
         events: list[Event] = []
         logprobs: list[Any] = []
         if self._words is not None and delta.logprobs:
@@ -73,14 +73,14 @@ class Output:
         return events
 
     def end(self, status: str) -> list[Event]:
-        """Return the events of the end; `status` is what becomes of an item that is open."""
+        """Return the final events; an open item gets `status`."""
         events: list[Event] = []
         if not self.items and self._open is None:
-            events += self._say(self._space, [])  # an answer has a message, if an empty one
+            events += self._say(self._space, [])  # a response has at least one message
         return events + self.close(status)
 
     def close(self, status: str) -> list[Event]:
-        """Return the events that end an item, if one is open."""
+        """Return the events that close the open item, if any."""
         return self._close(status) if self._open is not None else []
 
     def _called(self, part: ToolStart) -> Item:
@@ -108,7 +108,7 @@ class Output:
         return [self._event(kind, content_index=0, delta=text, **fields)]
 
     def _to(self, kind: str, fields: Item) -> list[Event]:
-        """Open an item, unless one of its kind is open."""
+        """Open an item of this kind, unless the open item is of this kind."""
         if self._open is not None and self._open["type"] == kind:
             return []
         events = self.close("completed")
@@ -165,9 +165,9 @@ class Output:
 
 
 class Reply:
-    """Hand it the deltas, and take events or, in the end, the whole response.
+    """One response: takes deltas, and returns stream events or the whole response object.
 
-    Events are numbered from 0, each one more than the one before.
+    Events are numbered from 0.
     """
 
     def __init__(self, request: ResponseRequest) -> None:
@@ -184,7 +184,7 @@ class Reply:
 
     @property
     def items(self) -> list[Item]:
-        """The items that were answered so far."""
+        """The output items so far."""
         return self._output.items
 
     def start(
@@ -193,8 +193,8 @@ class Reply:
         words: Vocabulary | None,
         namespaces: Mapping[str, tuple[str, str]],
     ) -> None:
-        """Take in what the model makes of the request: its parameters, the words of its tokens, the
-        namespaces of functions.
+        """Set what only the model determines: the sampling parameters, the vocabulary for
+        log-probabilities and the namespaces of functions.
         """
         self._params = params
         carries = CARRIED_REASONING in self._request.include
@@ -207,7 +207,7 @@ class Reply:
         return self._written({"type": kind, "response": body} for kind in kinds)
 
     def take(self, delta: ChatDelta) -> str:
-        """Return the events of what is new; with the end of the answer, those that end it."""
+        """Return the events for a delta, including the final events if it ends the response."""
         events = self._output.take(delta)
         if delta.finish is not None:
             self._status = "incomplete" if delta.finish == "length" else "completed"
@@ -218,7 +218,7 @@ class Reply:
         return self._written(events)
 
     def fail(self, problem: Problem) -> str:
-        """Return the events of a failure in the middle of the stream."""
+        """Return the events for an error within the stream."""
         self._status = "failed"
         code = "server_error" if problem.status >= 500 else "invalid_prompt"
         self._error = {"code": code, "message": problem.message}
@@ -228,7 +228,7 @@ class Reply:
         return self._written(events)
 
     def json(self) -> dict[str, Any]:
-        """Return the response as far as it has come."""
+        """Return the response object of the deltas taken so far."""
         asked = self._request
         reasoning = asked.reasoning
         text = asked.text
@@ -282,7 +282,7 @@ class Reply:
 
 
 def usage_json(usage: ChatUsage) -> dict[str, Any]:
-    """Return token counts in the words of this API."""
+    """Return the token counts in this API's fields."""
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
@@ -293,7 +293,7 @@ def usage_json(usage: ChatUsage) -> dict[str, Any]:
 
 
 def _told(tool: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool with the fields that the API always has."""
+    """Return a tool with all fields that the API requires."""
     if tool.get("type") != "function":
         return tool
     return {"description": None, "parameters": {}, "strict": False} | tool

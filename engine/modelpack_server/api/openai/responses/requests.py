@@ -1,4 +1,4 @@
-"""Request bodies of the Responses API, and its tools: functions, alone or in namespaces."""
+"""Request bodies of the Responses API: input items, and tools, alone or in namespaces."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from modelpack_server.tool_parsers.parts import Tool, ToolChoice
 
 
 class _ToolFields(FunctionFields):
-    """A tool; only functions are."""
+    """A tool; functions are the only kind."""
 
     type: Literal["function"]
 
 
 @dataclass(frozen=True, slots=True)
 class Toolbox:
-    """What the model may call. It knows no namespaces: `namespaces` gives, for the names that it
-    sees, the namespace and the name within it.
+    """The tools for the model and the tool choice. The model sees no namespaces: `namespaces` maps
+    the names that it sees to a namespace and a name within it.
     """
 
     tools: tuple[Tool, ...]
@@ -51,14 +51,14 @@ class Toolbox:
 
 
 def joined_name(namespace: str | None, name: str) -> str:
-    """Return the name by which the model knows a function."""
+    """Return the name of a function that the model sees."""
     return f"{namespace}__{name}" if namespace else name
 
 
 def toolbox_of(given: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any]) -> Toolbox:
-    """Return the tools and the choice among them.
+    """Return the tools and the tool choice.
 
-    Raises `RequestError` for what is no function, and for a choice that names none.
+    Raises `RequestError` for tools other than functions, and for a choice of an unknown function.
     """
     tools: list[Tool] = []
     namespaces: dict[str, tuple[str, str]] = {}
@@ -77,7 +77,7 @@ def toolbox_of(given: Sequence[Mapping[str, Any]], choice: str | Mapping[str, An
 
 
 def _namespace(given: Mapping[str, Any], where: str) -> dict[str, Tool]:
-    """Return the functions of a namespace by their own names; the first tells what it is."""
+    """Return the functions of a namespace by name; the first gets the namespace's description."""
     name, inner = given.get("name"), given.get("tools")
     if not isinstance(name, str) or not name:
         raise RequestError(f"{where}.name is required and must be a string", param=f"{where}.name")
@@ -99,7 +99,7 @@ def _function(given: Mapping[str, Any], where: str) -> Tool:
     kind = given.get("type")
     if kind != "function":
         raise RequestError(
-            f"a tool of the type {kind!r} is not supported: this server has functions only",
+            f"tools of type {kind!r} are not supported, only functions",
             param=f"{where}.type",
         )
     try:
@@ -110,20 +110,20 @@ def _function(given: Mapping[str, Any], where: str) -> Tool:
         raise RequestError(f"{place}: {first['msg']}", param=place) from None
 
 
-#: What `include` may ask for; what else it names is of tools that are not here.
+#: The supported values of `include`; the others concern hosted tools.
 CARRIED_REASONING = "reasoning.encrypted_content"
 LOGPROBS = "message.output_text.logprobs"
 
-#: Characters of JSON in the fields that a response repeats, its events several times.
+#: The limit of JSON characters in the fields that each response event may repeat.
 MAX_REPEATED = 1024 * 1024
 _REPEATED = frozenset(("tools", "tool_choice", "text", "reasoning", "metadata", "user"))
 
-# Fields for what only a hosted service has: to ignore them would be a silent difference.
+# Fields of a hosted service: ignoring them would silently change the behaviour.
 _HOSTED = ("background", "conversation", "prompt", "moderation")
 
 
 class ReasoningFields(Body):
-    """How much the model thinks, and what of it is told."""
+    """The `reasoning` field: how much the model reasons, and whether it is summarised."""
 
     model_config = ConfigDict(extra="ignore")
     effort: Effort | None = None
@@ -131,7 +131,7 @@ class ReasoningFields(Body):
 
 
 class TextFields(Body):
-    """What the text of the answer has to be."""
+    """The `text` field: the format of the reply's text."""
 
     model_config = ConfigDict(extra="ignore")
     format: dict[str, Any] | None = None
@@ -152,7 +152,7 @@ class ResponseRequest(SamplingFields):
     parallel_tool_calls: StrictBool = True
     text: TextFields | None = None
     reasoning: ReasoningFields | None = None
-    reasoning_effort: Effort | None = None  # as some clients have it
+    reasoning_effort: Effort | None = None  # sent by some clients
     include: list[StrictStr] = Field(default_factory=list)
     truncation: Literal["auto", "disabled"] = "disabled"
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
@@ -164,42 +164,42 @@ class ResponseRequest(SamplingFields):
     moderation: Any = None
 
     def check(self) -> None:
-        """Raise `RequestError` for what we do not do."""
+        """Raise `RequestError` for unsupported fields."""
         super().check()
         for name in _HOSTED:
             if getattr(self, name) not in (None, False):
-                raise RequestError(f"{name} is not something a local server has", param=name)
+                raise RequestError(f"{name} is not supported by a local server", param=name)
         if self.n != 1:
-            raise RequestError("a response has one answer", param="n")
+            raise RequestError(f"n is {self.n}, expected 1: a response has one choice", param="n")
         if not self.input and not self.previous_response_id:
             raise RequestError("input is empty", param="input")
 
     def check_repeated(self) -> None:
-        """Raise `RequestError` where the response would repeat too much. Call it in a thread."""
+        """Raise `RequestError` if repeated fields exceed `MAX_REPEATED`. Call it in a thread."""
         size = len(json.dumps(self.model_dump(include=set(_REPEATED)), ensure_ascii=False))
         if size > MAX_REPEATED:
             names = ", ".join(sorted(_REPEATED))
             raise RequestError(
-                f"{names} have {size} characters in all, the limit is {MAX_REPEATED}",
+                f"{names} have {size} characters in total, the limit is {MAX_REPEATED}",
                 param="metadata",
             )
 
     @property
     def effort(self) -> str | None:
-        """How much the model is to think."""
+        """The reasoning effort."""
         return (self.reasoning.effort if self.reasoning else None) or self.reasoning_effort
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether text comes with log-probabilities."""
+        """Whether the reply includes log-probabilities."""
         return self.top_logprobs is not None or LOGPROBS in self.include
 
     def toolbox(self) -> Toolbox:
-        """Return the tools and the choice among them; raises `RequestError`."""
+        """Return the tools and the tool choice; raises `RequestError`."""
         return toolbox_of(self.tools, self.tool_choice)
 
     def constraint(self) -> Constraint | None:
-        """Return what the text has to be; raises `RequestError`."""
+        """Return the constraint on the text, or None; raises `RequestError`."""
         wanted = self.text.format if self.text is not None else None
         if wanted is None or wanted.get("type") != "json_schema":
             return constraint_of(wanted)
@@ -213,16 +213,17 @@ _TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal"
 
 
 def new_id(prefix: str) -> str:
-    """Return a new id, as the API's are: what it is of, and then nothing to be read."""
+    """Return a new random id in the API's form."""
     return f"{prefix}_{uuid.uuid4().hex}"
 
 
 def items_of(
     given: str | Sequence[Mapping[str, Any]], find: Callable[[str], Item | None]
 ) -> list[Item]:
-    """Return the items of an `input`, each checked and with an id.
+    """Return the validated items of an `input`, each with an id.
 
-    `find` gives what an `item_reference` refers to. Raises `RequestError`, naming the item.
+    `find` returns the item with the id of an `item_reference`. Raises `RequestError` with the
+    place of the invalid item.
     """
     if isinstance(given, str):
         return [_message({"role": "user", "content": given}, "input")] if given else []
@@ -230,8 +231,8 @@ def items_of(
         str(item.get("id")) for item in given if item.get("type") == "item_reference"
     )
     for name, count in references.items():
-        if count > 1:  # small references to a large item would make a prompt without bound
-            raise RequestError(f"the item {name!r} is referred to {count} times", param="input")
+        if count > 1:  # many references to a large item would make a huge prompt
+            raise RequestError(f"the item {name!r} is referenced {count} times", param="input")
     return [_item(item, f"input[{i}]", find) for i, item in enumerate(given)]
 
 
@@ -250,7 +251,7 @@ def _item(given: Mapping[str, Any], where: str, find: Callable[[str], Item | Non
             call_id = _text_field(given, "call_id", where)
             output = given.get("output")
             if not isinstance(output, (str, list)):
-                raise RequestError("the output is neither text nor a list", param=f"{where}.output")
+                raise RequestError("output is neither a string nor a list", param=f"{where}.output")
             plain_text(output, f"{where}.output")
             return _with_id(given, "fco") | {"type": kind, "call_id": call_id, "output": output}
         case "reasoning":
@@ -260,13 +261,15 @@ def _item(given: Mapping[str, Any], where: str, find: Callable[[str], Item | Non
             if found is None:
                 raise RequestError(f"no such item: {given.get('id')!r}", param=f"{where}.id")
             return found
-    raise RequestError(f"an item of the type {kind!r} is not supported", param=f"{where}.type")
+    raise RequestError(f"items of type {kind!r} are not supported", param=f"{where}.type")
 
 
 def _message(given: Mapping[str, Any], where: str) -> Item:
     role = given.get("role")
     if role not in _ROLES:
-        raise RequestError(f"the role is {role!r}", param=f"{where}.role")
+        raise RequestError(
+            f"role is {role!r}, expected one of {', '.join(_ROLES)}", param=f"{where}.role"
+        )
     content = given.get("content")
     plain_text(content, f"{where}.content")
     if isinstance(content, str):
@@ -296,30 +299,30 @@ def _with_id(given: Mapping[str, Any], prefix: str) -> Item:
 def _text_field(given: Mapping[str, Any], key: str, where: str) -> str:
     text = given.get(key)
     if not isinstance(text, str):
-        raise RequestError(f"{key} is missing or no text", param=f"{where}.{key}")
+        raise RequestError(f"{key} is required and must be a string", param=f"{where}.{key}")
     return text
 
 
 def plain_text(content: Any, where: str) -> str:
-    """Return the text of content that has nothing but text; `where` names it in errors."""
+    """Return the text of content that consists of text only; `where` names it in errors."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise RequestError("content is neither text nor a list of parts", param=where)
+        raise RequestError("content is neither a string nor a list of parts", param=where)
     texts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
         text = part.get(_TEXTS[kind]) if isinstance(kind, str) and kind in _TEXTS else None
         if not isinstance(text, str):
-            raise RequestError(f"this model takes text only, not {kind!r}", param=f"{where}[{i}]")
+            raise RequestError(f"this model accepts text only, not {kind!r}", param=f"{where}[{i}]")
         texts.append(text)
     return "".join(texts)
 
 
 def template_messages(instructions: str | None, items: Sequence[Item]) -> list[dict[str, Any]]:
-    """Return a conversation as chat templates take it.
+    """Return a conversation in the form that chat templates expect.
 
-    What the model thought, said and called in one turn becomes one message.
+    Reasoning, text and tool calls of one assistant turn become one message.
     """
     messages: list[dict[str, Any]] = []
     if instructions:
@@ -338,7 +341,7 @@ def template_messages(instructions: str | None, items: Sequence[Item]) -> list[d
 
 
 def _with_texts(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message with one text where its turn collected several."""
+    """Return a message whose collected texts are joined."""
     if not isinstance(message["content"], list):
         return message
     thoughts = "".join(message.pop("reasoning_content"))
@@ -355,7 +358,10 @@ def _others(item: Item) -> dict[str, Any]:
 
 
 def _is_begun(turn: Mapping[str, Any], item: Item) -> bool:
-    """Tell whether a turn has what stands behind `item` in one: it belongs to the next."""
+    """Return whether a turn already has content that follows `item` within a turn.
+
+    Then `item` begins the next turn.
+    """
     if item["type"] == "function_call":
         return False
     if item["type"] == "message":

@@ -34,16 +34,15 @@ from modelpack_server.conversation.spec import ChatSpec
 from modelpack_server.gateway.caller import caller_of
 from modelpack_server.pool.pool import ModelPool
 
-# Tokens that the answer is left, where the request does not say, and no more than this part of the
-# context.
+# The tokens reserved for the reply if the request has no limit, but at most 1/_PART of the context.
 _ROOM = 1024
 _PART = 4
 
 
 async def fitted(model: ServedModel, spec: ChatSpec) -> ChatSpec:
-    """Return `spec` without as many of its oldest turns as do not fit; instructions stay.
+    """Return `spec` without the oldest turns that exceed the context; instructions stay.
 
-    Turns begin with the user: no result is left without its call. The last one always stays.
+    A turn begins with a user message, so that no tool result loses its call. The last turn stays.
     """
     context = model.max_model_len
     most = context - min(spec.max_tokens or _ROOM, context // _PART)
@@ -73,8 +72,8 @@ async def _fits(model: ServedModel, spec: ChatSpec, most: int) -> bool:
 
 
 _PRESET = "x-modelpack-preset"
-_PREFIXES = ("/engines",)  # Docker Model Runner's, beside those that all routes have
-# What these fields are called in this API.
+_PREFIXES = ("/engines",)  # Docker Model Runner's, in addition to the common prefixes
+# The names of these fields in this API.
 _PARAMS = {"messages": "input", "response_format": "text.format"}
 
 
@@ -84,7 +83,7 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
     kept = memory if memory is not None else ResponseMemory()
 
     async def create_response(body: ResponseRequest, request: Request) -> Response:
-        """Answer, as a whole or as events; remember the answer unless `store` says no."""
+        """Reply with one JSON object or with events; store the response unless `store` is false."""
         body.check()
         owner = caller_of(request.scope).owner
         earlier = _earlier(kept, owner, body.previous_response_id)
@@ -120,7 +119,7 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
                 async for delta in stream:
                     text = await call(body.wants_logprobs, reply.take, delta)
                     if delta.finish is not None:
-                        await in_thread(remember)  # before the client hears of it, and goes on
+                        await in_thread(remember)  # before the client can refer to it
                     yield text
 
         def failure(error: Exception) -> str:
@@ -136,24 +135,28 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
     async def retrieve_response(
         name: str, request: Request, stream: bool = False
     ) -> dict[str, Any]:
-        """Return a response that is remembered."""
+        """Return a stored response."""
         found = _found(kept, request, name)
         if stream:
             raise RequestError(
-                "only a response in the background is streamed again", param="stream"
+                "stream is not supported: only background responses can be streamed again",
+                param="stream",
             )
         return found.response
 
     async def delete_response(name: str, request: Request) -> dict[str, Any]:
-        """Forget a response."""
+        """Delete a stored response."""
         if not kept.remove(caller_of(request.scope).owner, name):
             raise _unknown(name)
         return {"id": name, "object": "response.deleted", "deleted": True}
 
     async def cancel_response(name: str, request: Request) -> dict[str, Any]:
-        """Refuse: a response that is remembered has ended. Closing its stream cancels one."""
+        """Refuse, because a stored response has ended; to cancel a response, close its stream."""
         _found(kept, request, name)
-        raise RequestError("only a response in the background is cancelled", param="response_id")
+        raise RequestError(
+            "cannot cancel the response: only background responses can be cancelled",
+            param="response_id",
+        )
 
     async def list_input_items(
         name: str,
@@ -162,7 +165,7 @@ def router(pool: ModelPool, memory: ResponseMemory | None = None) -> APIRouter:
         order: Literal["asc", "desc"] = "desc",
         after: str | None = None,
     ) -> dict[str, Any]:
-        """List what a response answers, earlier turns included, a page at a time."""
+        """List the input items of a response with those of earlier turns, one page per request."""
         return page(_found(kept, request, name).inputs, limit, order, after)
 
     for tail, endpoint, method in (
@@ -183,7 +186,7 @@ def spec_of(
     items: Sequence[Item],
     preset: str | None = None,
 ) -> ChatSpec:
-    """Return what a request asks for, in nobody's words; raises `RequestError`."""
+    """Return the API-neutral form of a request; raises `RequestError`."""
     given = body.given()
     if body.wants_logprobs:
         given["logprobs"] = body.top_logprobs or 0
@@ -206,7 +209,7 @@ def spec_of(
 
 @contextmanager
 def _own_words() -> Iterator[None]:
-    """Have errors name the fields as this API does."""
+    """Translate field names in errors to those of this API."""
     try:
         yield
     except RequestError as error:
@@ -218,7 +221,7 @@ def _own_words() -> Iterator[None]:
 def page(
     inputs: Sequence[Item], limit: int, order: Literal["asc", "desc"], after: str | None
 ) -> dict[str, Any]:
-    """Return a page of items. Raises `RequestError` for an id that is none of theirs."""
+    """Return a page of items. Raises `RequestError` for an unknown id."""
     items = list(inputs) if order == "asc" else list(reversed(inputs))
     ids = [item["id"] for item in items]
     if after is not None and after not in ids:
