@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.nn.layers.base import Module
 
-#: Where config.json of a multimodal model has the configuration of its language model.
+#: Fields of a multimodal model's config.json with the configuration of its language model.
 TEXT_PARTS = ("text_config", "llm_config", "language_config")
 
 Config = Mapping[str, Any]
@@ -91,7 +91,7 @@ def _scaled_rope(model: Any, config: Config) -> None:
     for module in model.modules():
         rope = module.get("rope")
         if type(rope) is not nn.RoPE or (kind == "longrope" and rope.traditional):
-            continue  # mlx-lm's longrope is never traditional; the guard refuses it
+            continue  # mlx-lm's longrope is never traditional; config_guard rejects it
         module.rope = initialize_rope(
             rope.dims, rope.base, rope.traditional, {**scaling, "type": kind}, context
         )
@@ -264,7 +264,7 @@ def _without_images(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors
 _UNSCALED = """
     cohere cohere2 dbrx ernie4_5 gemma gemma2 glm4 glm4_moe gpt_neox helium minimax_m2 mixtral phi
     qwen2_moe qwen3_moe solar_open stablelm starcoder2
-""".split()  # noqa: SIM905 - a list of this length is easier to read so
+""".split()  # noqa: SIM905 - a long list is easier to read as one text
 
 #: By the model type of config.json.
 CORRECTIONS: Mapping[str, Correction] = {

@@ -1,6 +1,6 @@
-"""Functions of MLX and mlx-lm that the engine replaces in the process: what, why, and until when.
+"""Functions of MLX and mlx-lm that the engine replaces in the whole process.
 
-`install()` replaces the functions in `FUNCTIONS`, `uninstall()` puts back what was there. Every
+`install()` replaces the functions in `FUNCTIONS`, `uninstall()` restores the originals. Every
 replacement calls the native function unless the arguments come from a step of the engine.
 """
 
@@ -64,7 +64,7 @@ def install(patches: Iterable[FunctionPatch] | None = None) -> None:
 
 
 def uninstall() -> None:
-    """Put back what `install` replaced."""
+    """Restore the functions that `install` replaced."""
     while _replaced:
         patch, original = _replaced.pop()
         setattr(patch.owner, patch.name, original)
@@ -201,14 +201,14 @@ def _convolution(x: mx.array, weight: mx.array, *args: Any, **kwargs: Any) -> mx
     return convolution.convolve(x, weight)
 
 
-#: What every model runner installs.
+#: The patches that every model runner installs.
 FUNCTIONS = (
     FunctionPatch(
         mx.fast,
         "scaled_dot_product_attention",
         _attention,
-        "mlx-lm's models pass it what the cache returned: it is where paged attention gets its"
-        " queries",
+        "mlx-lm's models pass it the handles of the cache, so that paged attention gets its queries"
+        " here",
         "MLX has paged attention, or mlx-lm's models let the cache attend",
     ),
     FunctionPatch(
@@ -283,7 +283,7 @@ _last_collective: mx.array | None = None
 
 
 def begin_collectives() -> None:
-    """Begin a step: steps are already ordered, as they are launched one after the other."""
+    """Begin a new chain of collectives, for a step; steps are launched one after the other."""
     global _last_collective
     _last_collective = None
 
@@ -299,7 +299,7 @@ def _ordered(collective: Callable[..., mx.array]) -> Callable[..., mx.array]:
     return call
 
 
-#: What a rank installs; only one of its threads computes.
+#: The patches that a rank installs; only one of its threads computes.
 COLLECTIVES = tuple(
     FunctionPatch(
         mx.distributed,

@@ -50,12 +50,15 @@ from modelpack_engine.layers.matmul import (
 from modelpack_engine.patches import functions
 from modelpack_engine.patches.modules import Call, ClassSwaps
 
-#: What `mx.compile` makes of a function: it does not know what of.
+#: The type of compiled functions, which have no reference to the original function.
 _COMPILED = type(mx.compile(lambda x: x))
 
 
 def reads_like(module: nn.Module, known: type[nn.Module]) -> bool:
-    """Return whether `module` answers a call with the same code as instances of `known`."""
+    """Return whether calls of `module` and of instances of `known` compute the same.
+
+    They do if the source is the same, and the global names in it mean the same.
+    """
     one, other = type(module).__call__, known.__call__
     if not isinstance(one, FunctionType) or not isinstance(other, FunctionType):
         return False
@@ -68,7 +71,7 @@ def reads_like(module: nn.Module, known: type[nn.Module]) -> bool:
 
 @cache
 def _text(code: CodeType) -> str | None:
-    """Return a function's text without annotations and docstring; None if it has none."""
+    """Return a function's source without annotations and docstring, or None if it has none."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):
@@ -95,9 +98,9 @@ def _means_the_same(one: FunctionType, other: FunctionType) -> bool:
 
 
 def _meaning(function: FunctionType, name: str) -> object:
-    """Return what a name means to a function.
+    """Return the object behind a global name of a function, in a form that can be compared.
 
-    Whether or not that was swapped for the same in faster; of what `mx.compile` made, the text.
+    The engine's SwiGLU counts as mlx-lm's; a compiled function is represented by its source.
     """
     meaning = function.__globals__.get(name)
     if meaning is functions.swiglu:
@@ -109,7 +112,7 @@ def _meaning(function: FunctionType, name: str) -> object:
 
 @cache
 def _definition(module: str, name: str) -> str | None:
-    """Return the text of a function that a module defines, None if it does not."""
+    """Return the source of a function that a module defines, or None if it does not."""
     try:
         tree = ast.parse(inspect.getsource(sys.modules[module]))
     except (KeyError, OSError, TypeError, SyntaxError):
@@ -296,7 +299,7 @@ def _fuse_attention(module: Any, paged: PagedKV, sums: Sums, swaps: ClassSwaps) 
         window = mask.window if isinstance(mask, RowMask) else None
         step = cache.step
         angles = None
-        if x.shape[0] > FEW_ROWS:  # fewer rows are rotated sooner than a table is made
+        if x.shape[0] > FEW_ROWS:  # for fewer rows, a table takes longer than the rotation
             angles = step.remember(
                 ("angles", id(rotation)), lambda: rotation.angles(step.positions)
             )
@@ -333,7 +336,7 @@ def _project(rows: mx.array, by: Weights | nn.Module, like: mx.array, sums: Sums
     return sums.of_parts(multiply_in_parts(rows, by), shape, like.dtype)
 
 
-#: A lane of the kernel keeps a 32nd of these, and all groups.
+#: Limits of the kernel, of which each lane holds a 32nd of the experts and all groups.
 _MOST_EXPERTS, _MOST_GROUPS = 1024, 32
 
 
@@ -385,7 +388,7 @@ def _fuse_experts_block(module: Any, step: StepInputs, swaps: ClassSwaps, answer
         if not step.active or block.sharding_group is not None:
             return original(block, x)
         weights = weights_of(block.gate)
-        assert weights is not None, "a linear layer stays one"
+        assert weights is not None, "the router is a linear layer"
         return answer(block, x, *_routed(x, weights, routing, None, x.dtype))
 
     swaps.override(module, call)
@@ -435,14 +438,14 @@ def fuse_experts(module: nn.Module, step: StepInputs, swaps: ClassSwaps) -> bool
             return original(experts, x, indices)
         rows = x.reshape(-1, x.shape[-1])
         chosen = indices.reshape(rows.shape[0], -1).astype(mx.uint32)
-        given, sent = _give(experts, rows, chosen)
+        given, sent = _expert_outputs(experts, rows, chosen)
         return _ExpertRows.of(given, sent.place, (*indices.shape, given.shape[-1]))
 
     swaps.override(module, call)
     return True
 
 
-def _give(experts: Any, rows: mx.array, chosen: mx.array) -> tuple[mx.array, Dispatch]:
+def _expert_outputs(experts: Any, rows: mx.array, chosen: mx.array) -> tuple[mx.array, Dispatch]:
     """Return the experts' outputs, sorted by expert, and the dispatch that maps them to rows."""
     gate, up, down = (
         _weights_of(layer) for layer in (experts.gate_proj, experts.up_proj, experts.down_proj)

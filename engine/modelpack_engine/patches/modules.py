@@ -24,7 +24,10 @@ Call = Callable[..., Any]
 
 
 class ClassSwaps:
-    """The swaps of one model, in the order in which they were made."""
+    """Replaced methods of a model's modules; `undo` restores the classes of the modules.
+
+    A module gets a subclass of its class, and keeps its weights and parameter names.
+    """
 
     def __init__(self) -> None:
         self._made: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -52,7 +55,7 @@ class ClassSwaps:
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """The call that replaces a class's, why, and when the patch can be removed."""
+    """A replaced call of a class: why it is replaced, and when the patch can be removed."""
 
     call: Call
     reason: str
@@ -72,7 +75,7 @@ def _patches(name: str, reason: str, *, until: str) -> Callable[[Call], Call]:
 
 
 def patch_modules(model: nn.Module, swaps: ClassSwaps) -> dict[str, str]:
-    """Patch every module that has one; return class names and reasons."""
+    """Patch every module whose class is in `PATCHES`; return class names and reasons."""
     patched: dict[str, str] = {}
     for _, module in model.named_modules():
         kind = type(module)

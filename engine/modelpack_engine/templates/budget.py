@@ -33,7 +33,7 @@ MAX_BITS = 4096
 #: Seconds of one rendering, compiling included.
 MAX_SECONDS = 5.0
 
-# A list slot and a small object; what we remember of a measured container.
+# Bytes of a list slot with a small object, and of the record of a measured container.
 _ITEM = 40
 _RECORD = 240
 
@@ -104,7 +104,7 @@ class Budget:
             yield value
 
     def check_arguments(self, values: Iterable[Any]) -> int:
-        """Return the full size of all values together; raise `TemplateLimitError` beyond it."""
+        """Return the full size of all values; raise `TemplateLimitError` if that is too large."""
         size = sum(self.size_of(value) for value in values)
         if size > MAX_SIZE:
             raise too_large()
@@ -145,7 +145,7 @@ class Budget:
 
 
 def check_text(characters: int) -> None:
-    """Raise `TemplateLimitError` for a text of that length."""
+    """Raise `TemplateLimitError` if a text of that length is too long."""
     if characters > MAX_TEXT:
         raise too_large()
 

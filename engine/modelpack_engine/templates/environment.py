@@ -1,8 +1,8 @@
-"""The Jinja environment of chat templates: no way out, and everything is charged to a budget.
+"""The Jinja environment of chat templates: a sandbox that charges each operation to a budget.
 
 Jinja's sandbox keeps a template from reaching Python, but does not bound what it computes. Here
 every call, filter, test and operator goes through the environment, and expressions that Jinja
-compiles to bare Python (lists, slices, comparisons, loops) are rewritten so that they do.
+compiles to bare Python (lists, slices, comparisons, loops) are rewritten to do so too.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from modelpack_engine.templates.filters import (
 MAX_TOKENS = 50_000
 #: Items of one `range`.
 MAX_RANGE = 10_000
-# Arguments of Jinja's own, which it passes with those of the template.
+# Arguments that Jinja itself adds to calls.
 _SCOPES = ("_loop_vars", "_block_vars")
 # Arguments that `*` and `**` may add to a call.
 _MAX_SPREAD = 1000
 
-# Filters that the rewriting inserts. Their names cannot be written in a template.
+# Filters that `_Charging` inserts. Templates cannot use their names, which contain spaces.
 _TURN, _MADE, _COMPARED, _CONCAT, _SPREAD = (
     "a turn", "a value", "a comparison", "a concatenation", "arguments",
 )  # fmt: skip
@@ -59,7 +59,7 @@ _TURN, _MADE, _COMPARED, _CONCAT, _SPREAD = (
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
     """The environment of chat templates, with the settings of transformers.
 
-    `budget` is that of the rendering under way: set a new one before each.
+    `budget` limits the current rendering: set a new one before each rendering.
     """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
@@ -69,7 +69,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             finalize=self._written,
-            optimized=False,  # computes at compile time, and keeps what that makes
+            optimized=False,  # the optimizer computes at compile time, without a budget
             extensions=["jinja2.ext.loopcontrols", _Generation],
         )
         self.budget = Budget()
@@ -113,7 +113,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return budget.made(super().call(context, obj, *args, **kwargs, **scopes))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Compute an operator that makes large values of small ones."""
+        """Compute an operator that can make large values of small ones."""
         budget = self.budget
         budget.step()
         _check_operands(budget, operator, left, right)
@@ -130,7 +130,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return any(obj is function for function in self._functions)
 
     def _turn(self, literal: int) -> bool:
-        """Charge a loop turn, or the run of a macro or block, whose text has that length."""
+        """Charge an iteration of a loop, or a run of a macro or block, of `literal` characters."""
         self.budget.step()
         self.budget.write(literal)
         return True
@@ -140,7 +140,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def _written(self, value: Any) -> Any:
-        """Charge what `{{ value }}` writes."""
+        """Return the text that `{{ value }}` writes, and charge it."""
         text = text_of(self.budget, value)
         self.budget.write(len(text))
         return text
@@ -171,14 +171,14 @@ class _Method:
 
 
 class _Namespace(Namespace):
-    """A namespace whose text does not write what it holds, which may hold it in turn."""
+    """A namespace whose text omits its values, which may contain the namespace itself."""
 
     def __repr__(self) -> str:
         return "<Namespace>"
 
 
 class _Charging(NodeTransformer):
-    """Rewrites what Jinja would compile to bare Python into uses of our filters."""
+    """Rewrites expressions that Jinja would compile to bare Python as calls of our filters."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         body = self._charged_body(node)
@@ -255,7 +255,7 @@ class _Charging(NodeTransformer):
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks for training what the model wrote; here it changes nothing."""
+    """`{% generation %}`, which marks the model's text for training and has no effect here."""
 
     tags = {"generation"}  # noqa: RUF012 (as in Jinja's own)
 
@@ -323,7 +323,7 @@ def _strftime_now(format: str) -> str:
 #: Characters of a template; the longest of known models have some 20,000.
 MAX_TEMPLATE = 512 * 1024
 
-# What a template, or Python for it, raises where messages and template do not fit.
+# Exceptions that a template may raise if it does not fit the messages.
 _FAILURES = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -356,7 +356,7 @@ class Renderer:
         except _FAILURES as error:
             raise TemplateFailedError(_described(error)) from error
         finally:
-            self._environment.budget = Budget()  # drops the values that it has measured
+            self._environment.budget = Budget()  # frees the values that the budget has measured
 
     def check(self, source: str) -> None:
         """Raise `TemplateFailedError` for a template that does not compile."""

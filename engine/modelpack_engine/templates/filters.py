@@ -1,4 +1,4 @@
-"""Filters and methods of text in chat templates, bounded before they run.
+"""Filters and methods of text in chat templates, whose results are limited before they run.
 
 An operation that can make a large text of small ones computes the length of its result first.
 Methods that are not listed here cannot be called.
@@ -75,9 +75,9 @@ _METHODS: Mapping[type, frozenset[str]] = {
 _BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 _WIDE = re.compile(r"\d{5,}")
 _STAR = re.compile(r"%(?:\([^)]*\))?[-#0 +]*[\d.]*\*")
-_ESCAPED_SIZE = 12  # characters that JSON or `repr` write for one, at most
+_ESCAPED_SIZE = 12  # the most characters that JSON or `repr` write for one character
 _MAX_INDENT = 16
-_MAX_STRIPPED = 1000  # characters that `strip` looks for: each is compared with each of the text
+_MAX_STRIPPED = 1000  # the most characters to strip: each is compared with the text's
 #: Up to this size `tojson` runs without counting its output piece by piece.
 _SMALL_JSON = 1024 * 1024
 
@@ -155,7 +155,7 @@ def indented(
 def formatted(budget: Budget, text: Any, *args: Any, **kwargs: Any) -> str:
     """Return `text % args`, as Jinja's filter."""
     if args and kwargs:
-        raise jinja2.TemplateRuntimeError("format takes arguments by place or by name, not both")
+        raise jinja2.TemplateRuntimeError("format takes arguments by position or by name, not both")
     text = text_of(budget, text)
     values = kwargs or args
     check_percent(budget, text, values)
@@ -194,7 +194,7 @@ def as_json(
 def check_format(
     budget: Budget, pattern: str, args: Iterable[Any], kwargs: Mapping[str, Any]
 ) -> None:
-    """Refuse a `str.format` whose fields may be wide; each may write the largest argument."""
+    """Raise `TemplateLimitError` for a `str.format` whose result may be too long."""
     fields = 0
     for _, name, spec, _ in Formatter().parse(pattern):
         if name is None:
@@ -206,7 +206,7 @@ def check_format(
 
 
 def check_percent(budget: Budget, pattern: str, values: Any) -> None:
-    """Refuse `pattern % values` whose fields may be wide."""
+    """Raise `TemplateLimitError` for `pattern % values` whose result may be too long."""
     if _WIDE.search(pattern) or _STAR.search(pattern):
         raise TemplateLimitError("a format asks for a wide or computed field")
     if isinstance(values, dict):
@@ -296,7 +296,7 @@ _TEXT_METHODS: Mapping[str, Callable[..., Any]] = {
 }
 
 
-# They read their first argument item by item; the result is made of these items.
+# Filters that read their first argument item by item, and return some of these items.
 _OF_ITEMS = frozenset(
     {
         "batch",
@@ -338,9 +338,9 @@ _PLAIN = frozenset(
         "upper",
     }
 )
-# The largest numbers that these take beside their value.
+# The largest number among the arguments of a filter.
 _LARGEST = {"batch": 10_000, "slice": 10_000, "round": 100}
-# The longest texts that these read.
+# The longest text among the arguments of a filter.
 _LONGEST = {"int": 5_000, "title": MAX_ITEMS}
 _CHARACTER = 80  # bytes of a text of one character
 

@@ -21,12 +21,12 @@ _UNSUPPORTED = ("with", "define", "template", "block", "break", "continue")
 
 
 class GoSyntaxError(ValueError):
-    """A template is no template, or uses what is not supported."""
+    """A template is invalid, or uses syntax that is not supported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Text as it is."""
+    """Literal text."""
 
     text: str
 
@@ -40,7 +40,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """A new variable, `$` and all, with the value of a pipeline."""
+    """A new variable, whose name includes the `$`, with the value of a pipeline."""
 
     name: str
     tokens: tuple[str, ...]
@@ -55,7 +55,7 @@ class If:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A loop over a pipeline; `names` are the variables of the place and the item."""
+    """A loop over a pipeline; `names` are the variables of the index and the item."""
 
     names: tuple[str, str]
     tokens: tuple[str, ...]
@@ -88,7 +88,7 @@ def parse(template: str) -> list[Node]:
                 open_bodies[-1] = (owner, _else(owner, tuple(rest)))
             case ("end",):
                 if owner is None:
-                    raise GoSyntaxError("an end too many")
+                    raise GoSyntaxError("{{ end }} without {{ if }} or {{ range }}")
                 open_bodies.pop()
             case (name, ":=", *value):
                 body.append(Assign(name, tuple(value)))
@@ -99,12 +99,12 @@ def parse(template: str) -> list[Node]:
             case _:
                 body.append(Output(piece))
     if len(open_bodies) > 1:
-        raise GoSyntaxError("an end is missing")
+        raise GoSyntaxError("{{ end }} is missing")
     return root
 
 
 def tokens_of(action: str) -> tuple[str, ...]:
-    """Return the words of an action; raises `GoSyntaxError`."""
+    """Return the tokens of an action; raises `GoSyntaxError`."""
     found, at = [], 0
     action = action.rstrip()
     while at < len(action):
@@ -117,7 +117,7 @@ def tokens_of(action: str) -> tuple[str, ...]:
 
 
 def _pieces(template: str) -> Iterator[Text | tuple[str, ...]]:
-    """Yield text and actions in turn; a dash takes the white space beside it away."""
+    """Yield text and actions in turn; a dash removes the white space next to it."""
     at, trims = 0, False
     for match in _ACTION.finditer(template):
         text = template[at : match.start()]
@@ -153,10 +153,10 @@ def _else(owner: If | Range | None, tokens: tuple[str, ...]) -> list[Node]:
             return owner.branches[-1][1]
         case Range(), ():
             return owner.otherwise
-    raise GoSyntaxError("an else that belongs nowhere")
+    raise GoSyntaxError("{{ else }} without {{ if }} or {{ range }}")
 
 
-# An action of Go's: a field of its data ({{ .Prompt }}), a variable of its, or a keyword.
+# An action of a Go template: a field ({{ .Prompt }}), a variable, or a keyword.
 _GO = re.compile(r"\{\{-?\s*(?:if |else if |range |with |end\b|else\b|\$|json |\.[A-Z])")
 
 _TOP = {
@@ -211,7 +211,7 @@ _TURNS = (
 
 
 def as_jinja(template: str) -> str:
-    """Return a template as Jinja; raises `GoSyntaxError` for one of Go's that cannot be."""
+    """Return a template as Jinja; raises `GoSyntaxError` for unsupported Go templates."""
     if _GO.search(template) is None:
         return template
     tree = parse(template)
@@ -242,7 +242,7 @@ def _words(tree: Sequence[Node]) -> Iterator[str]:
 
 
 def _cut(tree: Sequence[Node], kept: list[Node]) -> bool:
-    """Keep what comes before the response; return whether that was found."""
+    """Copy the nodes before the response to `kept`; return whether there is a response."""
     for node in tree:
         match node:
             case Output((".Response",)):
@@ -262,7 +262,7 @@ def _cut(tree: Sequence[Node], kept: list[Node]) -> bool:
 
 
 def _written(tree: Sequence[Node], names: tuple[str, ...], dot: str) -> str:
-    """Return nodes as Jinja; `names` are the variables there are, `dot` is what `.` means."""
+    """Return nodes as Jinja; `names` are the defined variables, `dot` is what `.` refers to."""
     written = []
     for node in tree:
         match node:
@@ -302,7 +302,7 @@ def _variable(name: str) -> str:
 
 
 def _shown(value: str) -> str:
-    """Return an expression that prints a value: what is no text as JSON, nothing as nothing."""
+    """Return an expression that prints a value: texts and numbers as they are, others as JSON."""
     if value.startswith(("'", '"')):
         return value
     plain = f"({value}) is string or ({value}) is number"
@@ -318,7 +318,7 @@ class _Pipeline:
         self._dot = dot
 
     def value(self) -> str:
-        """Return the whole of it; raises `GoSyntaxError`."""
+        """Return the whole pipeline as an expression; raises `GoSyntaxError`."""
         found = self._stages()
         if self._tokens:
             raise GoSyntaxError(f"{self._tokens[0]!r} is not expected")
@@ -373,14 +373,14 @@ class _Pipeline:
         elif root in self._names:
             base = _variable(root)
         else:
-            raise GoSyntaxError(f"there is no variable {root}")
+            raise GoSyntaxError(f"the variable {root} is not defined")
         if base == ".":
             if not path or path[0] not in _TOP:
-                raise GoSyntaxError(f"there is no {word!r}")
+                raise GoSyntaxError(f"{word!r} is not a known field")
             base = _TOP[path.pop(0)]
         for name in path:
             if name not in _FIELDS:
-                raise GoSyntaxError(f"there is no {word!r}")
+                raise GoSyntaxError(f"{word!r} is not a known field")
             base += f".{_FIELDS[name]}"
         return base
 

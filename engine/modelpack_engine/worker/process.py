@@ -16,14 +16,14 @@ from typing import Any, BinaryIO
 import modelpack
 import modelpack_engine
 
-#: Bytes of one message.
+#: The most bytes of a message.
 MAX_FRAME = 256 * 1024 * 1024
 
 LENGTH = struct.Struct(">I")
 
 
 def encoded(message: dict[str, Any]) -> bytes:
-    """Return a message as it is sent; raises `ValueError` if it has no JSON or is too large."""
+    """Return a message as bytes; raise `ValueError` if it is not JSON or too large."""
     # ASCII: halves of surrogate pairs have no UTF-8.
     raw = json.dumps(message).encode()
     if len(raw) > MAX_FRAME:
@@ -32,7 +32,7 @@ def encoded(message: dict[str, Any]) -> bytes:
 
 
 def read(source: BinaryIO) -> dict[str, Any] | None:
-    """Return the next message, None at the end."""
+    """Return the next message, or None at the end of the stream."""
     head = source.read(LENGTH.size)
     if len(head) < LENGTH.size:
         return None
@@ -44,30 +44,30 @@ def read(source: BinaryIO) -> dict[str, Any] | None:
     return message
 
 
-#: What a worker process runs.
+#: The module that a worker process runs.
 PROGRAM = "modelpack_engine.worker.program"
 _CHUNK = 1 << 16
-_START_SECONDS = 60.0  # on a machine that is busy
+_START_SECONDS = 60.0  # for busy machines
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from {} import main; main()"
 
 
 class WorkerDiedError(Exception):
-    """The process ended before it answered."""
+    """The process ended before it responded."""
 
 
 class WorkerTimeoutError(Exception):
-    """The process did not answer in time."""
+    """The process did not respond in time."""
 
 
 class WorkerProcess:
-    """Runs `main` of the module `program` in a process of its own; one call at a time.
+    """Runs `main` of the module `program` in another process; one call at a time.
 
-    `memory` bounds its address space in bytes, where the system does that. One whose `purpose` is
-    "render" imports what it needs for that at once.
+    `memory` limits its address space in bytes, where the system supports that. With the `purpose`
+    "render", the process imports the renderer when it starts.
     """
 
     def __init__(self, memory: int, *, program: str = PROGRAM, purpose: str = "render") -> None:
-        # -I and -S: nothing of the environment, no site-packages hooks, a quick start.
+        # -I and -S ignore the environment and the hooks of site-packages, and start quickly.
         self._process = subprocess.Popen(
             [
                 sys.executable,
@@ -84,7 +84,7 @@ class WorkerProcess:
             stderr=subprocess.DEVNULL,
             bufsize=0,
             env=worker_environment(),
-            start_new_session=True,  # signals of the terminal are for the server
+            start_new_session=True,  # only the server gets the terminal's signals
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -101,14 +101,14 @@ class WorkerProcess:
 
     @property
     def is_usable(self) -> bool:
-        """Whether the process was not ended."""
+        """Whether the process runs and was not killed."""
         return not self._killed and self._process.poll() is None
 
     def call(self, message: bytes, seconds: float) -> bytes:
-        """Send an encoded message; return the JSON of the answer.
+        """Send an encoded message; return the JSON of the response.
 
         `seconds` start once the process is ready. Raises `WorkerTimeoutError` and
-        `WorkerDiedError`; the process is of no use then.
+        `WorkerDiedError`; the process cannot be used after that.
         """
         if not self._is_ready:
             self._exchange(b"", _START_SECONDS)
@@ -144,12 +144,12 @@ class WorkerProcess:
         return bytes(received[LENGTH.size :])
 
     def kill(self) -> None:
-        """End the process at once; from any thread."""
+        """Kill the process; any thread may call it."""
         self._killed = True
         self._process.kill()
 
     def close(self) -> None:
-        """End the process and free what it holds here."""
+        """Kill the process, wait for its end, and close its pipes."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -175,7 +175,7 @@ class WorkerProcess:
 
 
 def _search_path() -> str:
-    """Return where the worker finds our packages and what they need."""
+    """Return the worker's `sys.path` as JSON: ours, and the directories of our packages."""
     packages = [str(Path(next(iter(p.__path__))).parent) for p in (modelpack_engine, modelpack)]
     others = [entry for entry in sys.path if entry]
     paths: Sequence[str] = list(dict.fromkeys([*others, *packages]))
@@ -183,7 +183,7 @@ def _search_path() -> str:
 
 
 def worker_environment() -> dict[str, str]:
-    """Return the few variables that a worker gets: no token is among them."""
+    """Return the environment variables of a worker, which contain no tokens."""
     kept = ("LANG", "LC_ALL", "TZ", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
     given = {name: os.environ[name] for name in kept if name in os.environ}
     return given | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}

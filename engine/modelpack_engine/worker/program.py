@@ -1,4 +1,4 @@
-"""The program of a worker process: render templates, and try a tokenizer.json.
+"""The program of a worker process, which renders templates and tests tokenizer.json files.
 
 A hostile file may panic, hang, overflow the stack or exhaust memory; only this process ends.
 """
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 #: How many times longer a normalizer or decoder may make a text.
 MAX_GROWTH = 64
-#: Tokens that may be put around every text.
+#: The most tokens that a tokenizer may add to each text.
 MAX_ADDED = 1000
-#: Seconds of processor time for a text of some thousand characters, which take milliseconds.
+#: The most CPU seconds to encode a few thousand characters, which usually takes milliseconds.
 MAX_SECONDS = 0.5
 _MAX_SPECIAL = 200
 
@@ -69,12 +69,12 @@ def try_tokenizer(path: str) -> None:
                 began = time.process_time()
                 ids = backend.encode(text).ids
                 if (took := time.process_time() - began) > MAX_SECONDS:
-                    raise BadTokenizerError(f"{len(text)} characters take it {took:.1f} s")
+                    raise BadTokenizerError(f"encoding {len(text)} characters took {took:.1f} s")
                 backend.decode(ids, skip_special_tokens=special)
                 if not text and len(ids) > MAX_ADDED:
-                    raise BadTokenizerError(f"it puts {len(ids)} tokens around every text")
+                    raise BadTokenizerError(f"it adds {len(ids)} tokens to every text")
         if (count := len(backend.encode("", "").ids)) > MAX_ADDED:
-            raise BadTokenizerError(f"it puts {count} tokens around every pair of texts")
+            raise BadTokenizerError(f"it adds {count} tokens to every pair of texts")
         backend.encode(texts[2], texts[3])
         top = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         for token_id in (0, top // 2, top, top + 1):
@@ -86,7 +86,7 @@ def try_tokenizer(path: str) -> None:
 
 
 def _check_growth(backend: Any) -> None:
-    """Refuse steps that make a long text of a short one: few texts would show that."""
+    """Reject steps that make texts much longer, which few of the test texts would reveal."""
     for part in ("normalizer", "decoder"):
         step = getattr(backend, part)
         if step is None:
@@ -99,7 +99,7 @@ def _check_growth(backend: Any) -> None:
 
 
 def _check_templates(backend: Any) -> None:
-    """Refuse a template that writes a text more than once."""
+    """Reject a template that writes a text more than once."""
     if backend.post_processor is None:
         return
     state = json.loads(backend.post_processor.__getstate__())
@@ -111,7 +111,7 @@ def _check_templates(backend: Any) -> None:
 
 
 def _steps(state: Any, kinds: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Yield the steps of these types, however deep they are."""
+    """Yield the steps of these types, at any depth."""
     waiting = [state]
     while waiting:
         item = waiting.pop()
@@ -133,7 +133,7 @@ def _growth(step: dict[str, Any]) -> float:
     text = pattern.get("String") if isinstance(pattern, dict) else None
     if isinstance(text, str) and text:
         return max(1.0, length / len(text))
-    return 1.0 + length  # a regular expression may match nothing, between all characters
+    return 1.0 + length  # a regular expression may match the empty text between all characters
 
 
 def _longest_normalised(charsmap: str) -> float:
@@ -146,19 +146,19 @@ def _longest_normalised(charsmap: str) -> float:
     return max(1.0, *(float(len(text.decode(errors="replace"))) for text in texts))
 
 
-# A worker that holds this much is replaced: Python seldom gives memory back.
+# A worker that holds this many bytes is replaced, because Python seldom frees memory.
 _MAX_RESIDENT = 384 * 1024 * 1024
 
 
 def main() -> None:
-    """Do jobs until standard input ends."""
+    """Run jobs until standard input ends."""
     memory = int(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server
     source = os.fdopen(os.dup(0), "rb")
     target = os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
-    os.dup2(null, 1)  # what a library prints is no message
+    os.dup2(null, 1)  # what libraries print must not be read as messages
     jobs = _Jobs()
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)
@@ -183,7 +183,7 @@ class _Jobs:
         return Renderer()
 
     def prepare(self) -> None:
-        """Import what renders templates."""
+        """Import the renderer of templates."""
         assert self._renderer is not None
 
     def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,7 +198,7 @@ class _Jobs:
             return {"error": str(error)}
         except (MemoryError, RecursionError) as error:
             return {"error": f"{type(error).__name__}: it takes too much memory"}
-        except Exception as error:  # noqa: BLE001 - one job's trouble stays its own
+        except Exception as error:  # noqa: BLE001 - an error of one job must not end the worker
             return {"error": f"{type(error).__name__}: {error}"[:500]}
 
     def _do(self, job: Mapping[str, Any]) -> Any:
@@ -215,7 +215,6 @@ class _Jobs:
 
 
 def _try_tokenizer(path: str) -> dict[str, Any]:
-
     try:
         try_tokenizer(path)
     except (BadTokenizerError, MemoryError) as error:
@@ -224,7 +223,7 @@ def _try_tokenizer(path: str) -> dict[str, Any]:
 
 
 def _limit(which: int, value: int) -> None:
-    """Lower a limit; some systems refuse some of them (macOS RLIMIT_AS)."""
+    """Lower a limit, unless the system refuses it (as macOS does for RLIMIT_AS)."""
     hard = resource.getrlimit(which)[1]
     if hard != resource.RLIM_INFINITY:
         value = min(value, hard)
@@ -235,7 +234,7 @@ def _limit(which: int, value: int) -> None:
 
 
 def _allow_seconds(seconds: float) -> None:
-    """Have the system end this process if the server that would is gone."""
+    """Limit the CPU time of this process, in case the server that would kill it is gone."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     limit = int(used.ru_utime + used.ru_stime + seconds) + 2
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
@@ -244,9 +243,9 @@ def _allow_seconds(seconds: float) -> None:
 
 
 def _resident() -> int:
-    """Return the bytes of memory that this process holds, or where unknown, has held."""
+    """Return the bytes of memory that this process holds, or their peak if that is unknown."""
     try:
-        with open("/proc/self/statm") as file:  # the peak of getrusage counts that of our parent
+        with open("/proc/self/statm") as file:  # the peak of getrusage includes the parent's
             return int(file.read().split()[1]) * resource.getpagesize()
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS has it in bytes

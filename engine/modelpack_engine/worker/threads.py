@@ -13,12 +13,12 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Each thread waits for a worker; `Workers` refuses jobs before as many wait.
+# Each thread waits for a worker; `Workers` rejects jobs before all threads wait.
 _threads = ThreadPoolExecutor(max_workers=128, thread_name_prefix="modelpack-rendering")
 
 
 class Cancellation:
-    """Cancels a piece of work whose caller has gone."""
+    """Cancels work whose caller no longer waits for it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -27,11 +27,11 @@ class Cancellation:
 
     @property
     def is_set(self) -> bool:
-        """Whether it was cancelled."""
+        """Whether the work was cancelled."""
         return self._is_set
 
     def set(self) -> None:
-        """End the running work, and work that would start later."""
+        """End the running work, and any work that starts later."""
         with self._lock:
             self._is_set = True
             if self._end is not None:
@@ -52,15 +52,15 @@ current_cancellation: contextvars.ContextVar[Cancellation | None] = contextvars.
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return what `function` returns, called in a thread.
+    """Run `function` in a thread, and return its result.
 
-    If this is cancelled, a worker that runs for the function is killed.
+    Cancelling the call kills the worker that runs for the function.
     """
     return await in_executor(_threads, functools.partial(function, *args, **kwargs))
 
 
 async def in_executor(threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
-    """Return what `function` returns, as `in_thread` does, called in one of `threads`."""
+    """Run `function` in one of `threads`, and return its result, as `in_thread` does."""
     cancellation = Cancellation()
     context = contextvars.copy_context()
     context.run(current_cancellation.set, cancellation)
@@ -78,5 +78,5 @@ _WORKERS = ThreadPoolExecutor(2, "modelpack-prompts")
 
 
 async def prepare(size: int, work: Callable[[], T]) -> T:
-    """Return `work()`, called in a thread; large prompts share two threads."""
+    """Run `work` in a thread, and return its result; large prompts share two threads."""
     return await (in_thread(work) if size < LARGE else in_executor(_WORKERS, work))

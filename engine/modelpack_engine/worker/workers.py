@@ -52,8 +52,8 @@ class Workers:
     def run(self, key: str, job: dict[str, Any], seconds: float) -> Any:
         """Return the result of a job.
 
-        Raises `JobFailedError` for one that fails, takes longer than `seconds` or ends its process,
-        and `QueueFullError` if too many wait.
+        Raises `JobFailedError` if the job fails, takes longer than `seconds` or ends its process,
+        and `QueueFullError` if too many jobs wait.
         """
         message = encoded({**job, "seconds": seconds})
         cancellation = current_cancellation.get() or Cancellation()
@@ -66,7 +66,7 @@ class Workers:
                 raise JobFailedError(f"it took longer than {seconds:g} s") from None
             except WorkerDiedError:
                 worker.kill()
-                reason = "nobody waits for it" if cancellation.is_set else _DIED
+                reason = "the request was cancelled" if cancellation.is_set else _DIED
                 raise JobFailedError(reason) from None
             except BaseException:
                 worker.kill()  # its response would go to the next caller
@@ -80,7 +80,7 @@ class Workers:
         return answer["value"]
 
     def close(self) -> None:
-        """End all workers."""
+        """Kill all workers."""
         with self._changed:
             for worker in self._idle:
                 worker.close()
@@ -109,7 +109,7 @@ class Workers:
                 self._changed.notify_all()
 
     def _enter(self, key: str, cancellation: Cancellation) -> None:
-        """Wait until a worker may be taken for `key`."""
+        """Wait until a worker may run a job of `key`."""
         cancellation.set_end(self._wake)
         with self._changed:
             if self._must_wait(key) and self._waiters >= self._waiting:
@@ -122,7 +122,7 @@ class Workers:
             try:
                 while self._must_wait(key):
                     if cancellation.is_set:
-                        raise JobFailedError("nobody waits for it")
+                        raise JobFailedError("the request was cancelled")
                     self._changed.wait()
                 self._busy[key] = None
             finally:
@@ -149,7 +149,7 @@ class Workers:
         try:
             return WorkerProcess(self._memory)
         except OSError as error:
-            raise RequestError(f"no worker process can be started: {error.strerror}") from error
+            raise RequestError(f"cannot start a worker process: {error.strerror}") from error
 
 
 _DIED = "its worker process ended: it takes too much memory or processor time"

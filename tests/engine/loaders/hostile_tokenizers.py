@@ -143,7 +143,7 @@ HOSTILE = {
                 "special_tokens": {"</s>": {"id": "</s>", "ids": [0], "tokens": ["</s>"]}},
             }
         ),
-        "tokens around every pair",
+        "tokens to every pair",
     ),
     "quadratic words": (
         changed(
@@ -152,7 +152,7 @@ HOSTILE = {
                 "continuing_subword_prefix": "##", "max_input_chars_per_word": 10**9,
             }
         ),
-        "characters take",
+        "encoding \\d+ characters took",
     ),
     "many tokens around": (
         changed(
@@ -166,7 +166,7 @@ HOSTILE = {
                 "special_tokens": {"</s>": {"id": "</s>", "ids": [0], "tokens": ["</s>"]}},
             }
         ),
-        "tokens around every text",
+        "tokens to every text",
     ),
     "deeply nested": (
         '{"version":"1.0","normalizer":' + _SEQUENCE * 100_000 + "]}" * 100_000 + "}",

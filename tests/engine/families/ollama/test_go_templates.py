@@ -83,8 +83,8 @@ def test_what_it_says(template: str, messages: list[dict[str, Any]], expected: s
 @pytest.mark.parametrize(
     ("template", "why"),
     [
-        ("{{ if .System }}x", "an end is missing"),
-        ("{{ .Prompt }}{{ end }}", "an end too many"),
+        ("{{ if .System }}x", r"\{\{ end \}\} is missing"),
+        ("{{ .Prompt }}{{ end }}", r"\{\{ end \}\} without \{\{ if \}\} or \{\{ range \}\}"),
         ("{{ .Nothing }}", "Nothing"),
         ("{{ range .Messages }}{{ .Colour }}{{ end }}", "Colour"),
         ("{{ with .System }}{{ . }}{{ end }}", "with"),
