@@ -1,6 +1,7 @@
-"""Messages between ranks: a kind, a length, and a body of JSON or of plain integers.
+"""The channel between rank 0 and its followers: messages, and both ends of the connections.
 
-Nothing of a message is ever run: no pickle. What does not look as it should is an error.
+A message has a kind, a length, and a body of JSON or of plain integers. Nothing in it is ever
+executed (no pickle), and an unexpected message raises `WireError`.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ import modelpack
 from modelpack_engine.core.batch import Chunk, StepBatch
 from modelpack_engine.errors import EngineError, ModelLoadError, OutOfMemoryError
 
-#: The most bytes of a body: a step of 2048 rows with tables of a million tokens fits many times.
+#: The most bytes of a body: many times a step of 2048 rows with tables of a million tokens.
 MAX_BODY = 1 << 28
 
 _HEADER = struct.Struct("<BI")
 
 
 class Kind(IntEnum):
-    """What a message says. Bodies are JSON, but for those from STEP to WARM_UP."""
+    """The kind of a message. Bodies are JSON, except integers from STEP to WARM_UP."""
 
     # Messages of a follower.
     HELLO = 1  # its rank and versions, once
@@ -45,9 +46,9 @@ class Kind(IntEnum):
     # Messages of rank 0.
     LOAD = 16  # load the named model
     CONFIGURE = 17  # the engine's configuration; followers reply with the KV cache sizes that fit
-    BUILD = 18  # the sizes of all ranks; answered once steps can come
+    BUILD = 18  # the sizes of all ranks; followers reply once they can run steps
     STEP = 19
-    RELEASE = 20  # sequences whose state is void
+    RELEASE = 20  # sequences whose state is dropped
     SCRUB = 21  # blocks to be zeroed
     SCRUB_SLOTS = 22  # single tokens to be zeroed
     WARM_UP = 23  # shapes of steps to be compiled
@@ -56,7 +57,7 @@ class Kind(IntEnum):
 
 
 class WireError(EngineError):
-    """A message that is none."""
+    """A message is invalid or unexpected."""
 
 
 def encode(kind: Kind, body: bytes | Mapping[str, Any] = b"") -> bytes:
@@ -67,7 +68,7 @@ def encode(kind: Kind, body: bytes | Mapping[str, Any] = b"") -> bytes:
 
 
 def receive(connection: socket.socket) -> tuple[Kind, bytes] | None:
-    """Return the next message, None at the end of the connection; raises `WireError`."""
+    """Return the next message, or None at the end of the connection; raises `WireError`."""
     header = receive_exactly(connection, _HEADER.size)
     if header is None:
         return None
@@ -83,7 +84,7 @@ def receive(connection: socket.socket) -> tuple[Kind, bytes] | None:
 
 
 def receive_exactly(connection: socket.socket, length: int) -> bytes | None:
-    """Return `length` bytes, None if the connection ends before."""
+    """Return `length` bytes, or None if the connection ends before."""
     data = bytearray(length)
     view, got = memoryview(data), 0
     while got < length:
@@ -95,14 +96,14 @@ def receive_exactly(connection: socket.socket, length: int) -> bytes | None:
 
 
 def fields(body: bytes, **types: type) -> dict[str, Any]:
-    """Return the fields of a JSON body, each of the type that is asked for; raises `WireError`.
+    """Return the fields of a JSON body that `types` names; raises `WireError` for another type.
 
-    An `int` is no `bool`; fields that are not asked for are left out.
+    A bool is not accepted as an `int`. Other fields are ignored.
     """
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
-        raise WireError("a message that is no JSON") from None
+        raise WireError("a message is not JSON") from None
     if not isinstance(value, dict):
         raise WireError(f"a message of {type(value).__name__}, expected an object")
     found = {}
@@ -116,7 +117,7 @@ def fields(body: bytes, **types: type) -> dict[str, Any]:
 
 #: Fields of a batch that stay at rank 0: they are for sampling and for the host.
 LEFT_OUT = frozenset({"sample_seqs", "prompt_logprob_rows", "prompt_logprob_seqs", "table_width"})
-#: Fields of a chunk that do, too: a divided model shares no prefixes that need snapshots.
+#: Fields of a chunk that stay at rank 0: a divided model keeps no snapshots of prefixes.
 LEFT_OUT_OF_CHUNKS = frozenset({"snapshot", "block_hash"})
 
 _ITEM = 4
@@ -141,7 +142,7 @@ def pack_integers(numbers: Iterable[int]) -> bytes:
 def unpack_integers(body: bytes) -> array[int]:
     """Return the numbers of a body; raises `WireError`."""
     if len(body) % _ITEM:
-        raise WireError(f"{len(body)} bytes are no integers")
+        raise WireError(f"a body of {len(body)} bytes is not a list of integers")
     numbers: array[int] = array("i")
     numbers.frombytes(body)
     if sys.byteorder == "big":
@@ -191,7 +192,7 @@ def unpack_step(body: bytes) -> RemoteStep:
         reader.counts(9)
     )
     if sampled > sample or decode > rows or decode_seqs > decode:
-        raise WireError(f"a step of {rows} rows, {decode} of them decoding, samples {sampled}")
+        raise WireError(f"a step with {rows} rows has {decode} decode rows and samples {sampled}")
     token_ids, positions, slots = (reader.take(rows) for _ in range(3))
     pairs = reader.take(2 * from_previous)
     tables = reader.take(decode * width)
@@ -211,12 +212,12 @@ def unpack_step(body: bytes) -> RemoteStep:
     )
     reader.end()
     if any(not 0 <= row < rows for row in batch.sample_rows):
-        raise WireError(f"a step of {rows} rows samples others")
+        raise WireError(f"a step of {rows} rows samples rows beyond them")
     return RemoteStep(batch, sampled)
 
 
 class _Reader:
-    """Takes numbers off a body, one after the other."""
+    """Reads the numbers of a body in order."""
 
     def __init__(self, body: bytes) -> None:
         self._numbers = unpack_integers(body)
@@ -249,14 +250,14 @@ class _Reader:
 
 _log = logging.getLogger(__name__)
 
-#: Bytes of the token.
+#: Bytes of the token that a follower has to send.
 TOKEN_BYTES = 16
-#: Seconds until the machine of a silent connection counts as gone: the system asks it by itself.
+#: Keepalive probes: seconds of silence before the first, seconds between two, and their number.
 _SILENCE, _INTERVAL, _ATTEMPTS = 5, 2, 3
 #: Seconds that a rank may take to connect once the group has formed.
 _CONNECTING = 60.0
 
-#: Called once, from any thread, with what ended the group. Does not return where a rank has to end.
+#: Called once, from any thread, with the error that ended the group. It may end the process.
 OnFailure = Callable[[EngineError], None]
 
 # Errors that keep their class on the way to rank 0; any other is an EngineError there.
@@ -266,14 +267,14 @@ _ERRORS: dict[str, type[EngineError]] = {
 
 
 def versions() -> dict[str, str]:
-    """Return what has to be the same on all ranks."""
+    """Return the versions that have to be the same on all ranks."""
     return {"modelpack": modelpack.__version__} | {
         name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")
     }
 
 
 class LeaderChannel:
-    """Rank 0's end. `on_failure` hears of a follower that ended or failed, once."""
+    """Rank 0's end of the channel. `on_failure` is called once, if a follower ends or fails."""
 
     def __init__(self, size: int, host: str, on_failure: OnFailure) -> None:
         self.size = size
@@ -326,25 +327,25 @@ class LeaderChannel:
     def _greet(self, connection: socket.socket) -> int:
         token = receive_exactly(connection, TOKEN_BYTES)
         if token is None or not hmac.compare_digest(token, self.token):
-            raise WireError("it does not know the token")
+            raise WireError("it did not send the right token")
         message = receive(connection)
         if message is None or message[0] is not Kind.HELLO:
-            raise WireError("it did not say which rank it is")
+            raise WireError("its first message is not HELLO")
         hello = fields(message[1], rank=int, versions=dict)
         rank: int = hello["rank"]
         if not 0 < rank < self.size or rank in self._connections:
-            raise WireError(f"it is rank {rank}, expected another of 1 to {self.size - 1}")
+            raise WireError(f"its rank is {rank}, expected another from 1 to {self.size - 1}")
         if hello["versions"] != versions():
             raise EngineError(
-                f"rank {rank} has {hello['versions']}, and rank 0 {versions()}",
+                f"rank {rank} has the versions {hello['versions']}, but rank 0 has {versions()}",
                 hint="install the same versions on all machines",
             )
         return rank
 
-    # What rank 0 says and hears.
+    # Requests of rank 0, and the responses of followers
 
     def send(self, kind: Kind, body: bytes | Mapping[str, Any] = b"") -> None:
-        """Tell every follower; raises `EngineError` once one has failed."""
+        """Send a message to every follower; raises `EngineError` once one has failed."""
         message = encode(kind, body)
         self._check()
         for rank, connection in self._connections.items():
@@ -355,13 +356,13 @@ class LeaderChannel:
                 self._check()
 
     def send_integers(self, kind: Kind, numbers: Iterable[int]) -> None:
-        """Tell every follower numbers."""
+        """Send numbers to every follower."""
         self.send(kind, pack_integers(numbers))
 
     def gather(self, number: int, **types: type) -> list[dict[str, Any]]:
-        """Return every follower's answer to the question `number`, in the order of ranks.
+        """Return every follower's response to the request `number`, in the order of ranks.
 
-        Raises what the first that refuses has to say; answers to earlier questions are dropped.
+        Raises the error of the first follower that refuses; drops responses to earlier requests.
         """
         answers: dict[int, dict[str, Any]] = {}
         while len(answers) < self.size - 1:
@@ -373,12 +374,12 @@ class LeaderChannel:
             if fields(body, number=int)["number"] != number:
                 continue
             if kind is Kind.REFUSED:
-                raise _told(rank, body)
+                raise _error_of(rank, body)
             answers[rank] = fields(body, **types)
         return [answers[rank] for rank in sorted(answers)]
 
     def close(self) -> None:
-        """Let the followers end."""
+        """Make the followers end, and close the listener."""
         with self._lock:
             if self._is_closing:
                 return
@@ -390,7 +391,7 @@ class LeaderChannel:
         self._listener.close()
 
     def fail(self, error: EngineError) -> None:
-        """Give the group up: a rank has ended, or is out of step with the others."""
+        """End the group, because a rank has ended or is out of step with the others."""
         with self._lock:
             if self._is_closing or self._failure is not None:
                 return
@@ -404,7 +405,7 @@ class LeaderChannel:
         if self._failure is not None:
             raise self._failure
 
-    # The thread of a connection.
+    # The thread of a connection
 
     def _read(self, rank: int, connection: socket.socket) -> None:
         try:
@@ -418,15 +419,15 @@ class LeaderChannel:
 
     def _take(self, rank: int, kind: Kind, body: bytes) -> None:
         if kind is Kind.FAILED:
-            self.fail(_told(rank, body))
+            self.fail(_error_of(rank, body))
         elif kind in (Kind.DONE, Kind.REFUSED):
             self._answers.put((rank, kind, body))
         else:
-            raise WireError(f"a message of the kind {kind.name}")
+            raise WireError(f"a message of the unexpected kind {kind.name}")
 
 
 class FollowerChannel:
-    """A follower's end. `on_failure` hears that rank 0 ended without a word, once."""
+    """A follower's end of the channel. `on_failure` is called once, if rank 0 ends without BYE."""
 
     def __init__(
         self, rank: int, address: tuple[str, int], token: bytes, on_failure: OnFailure
@@ -448,19 +449,19 @@ class FollowerChannel:
         _spawn(self._read)
 
     def receive(self) -> tuple[Kind, bytes]:
-        """Return what rank 0 says next; BYE is the last."""
+        """Return the next message of rank 0; BYE is the last."""
         return self._messages.get()
 
     def answer(self, number: int, **body: Any) -> None:
-        """Tell rank 0 that what it asked for is done."""
+        """Report to rank 0 that a request is done."""
         self._send(Kind.DONE, {"number": number, **body})
 
     def refuse(self, number: int, error: Exception) -> None:
-        """Tell rank 0 that it cannot be done, and why."""
+        """Report to rank 0 that a request failed, and why."""
         self._send(Kind.REFUSED, {"number": number, **_described(error)})
 
     def fail(self, error: Exception) -> None:
-        """Tell rank 0 why this rank ends."""
+        """Report to rank 0 why this rank ends."""
         self._send(Kind.FAILED, _described(error))
 
     def _send(self, kind: Kind, body: Mapping[str, Any]) -> None:
@@ -483,7 +484,7 @@ class FollowerChannel:
 
 
 def keep_watch(connection: socket.socket) -> None:
-    """Have the system notice within seconds that the other machine is gone, and send at once."""
+    """Detect within seconds that the other machine is gone, and send messages without delay."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
@@ -507,7 +508,7 @@ def _described(error: Exception) -> dict[str, Any]:
     return {"type": type(error).__name__, "message": text, "hint": hint or ""}
 
 
-def _told(rank: int, body: bytes) -> EngineError:
-    said = fields(body, type=str, message=str, hint=str)
-    kind = _ERRORS.get(said["type"], EngineError)
-    return kind(f"rank {rank}: {said['message']}", hint=said["hint"] or None)
+def _error_of(rank: int, body: bytes) -> EngineError:
+    error = fields(body, type=str, message=str, hint=str)
+    kind = _ERRORS.get(error["type"], EngineError)
+    return kind(f"rank {rank}: {error['message']}", hint=error["hint"] or None)

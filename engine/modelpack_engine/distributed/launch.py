@@ -1,9 +1,9 @@
 """Launch the ranks of a group on this machine, and end them together.
 
 Each rank but 0 gets its own directory for the kernels that MLX compiles at run time. MLX leaves
-them as files in the directory for temporary ones (`mlx/backend/cuda/jit_module.cpp`,
-`mlx/backend/cpu/compiled.cpp`), and loads a file that is there without asking whether it is whole.
-Ranks come to the same kernel at the same moment, so that one would load what another is writing.
+them in the directory for temporary files (`mlx/backend/cuda/jit_module.cpp`,
+`mlx/backend/cpu/compiled.cpp`), and loads an existing file without checking that it is complete.
+Ranks need the same kernel at the same time, so one would load a file that another is writing.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from modelpack_engine.distributed.group import Group, find_place
 from modelpack_engine.distributed.leader import Ranks
 from modelpack_engine.errors import EngineError
 
-#: Where MLX keeps CUDA's kernels, if they are not to go with the temporary files.
+#: The variable with MLX's directory for CUDA kernels, if it is not that for temporary files.
 PTX_DIRECTORY = "MLX_PTX_CACHE_DIR"
 
 
 def separate(rank: int, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Let a rank but 0 have directories of its own, which stay; before MLX compiles anything."""
+    """Give a rank other than 0 its own persistent directories, before MLX compiles anything."""
     if rank == 0:
         return
     from platformdirs import user_cache_path
@@ -52,19 +52,19 @@ def separate(rank: int, environ: MutableMapping[str, str] = os.environ) -> None:
         environ[PTX_DIRECTORY] = str(Path(given, f"rank-{rank}"))
 
 
-#: The descriptor whose end tells a rank that its launcher is gone.
+#: The variable with the descriptor of a pipe that ends when the launcher of a rank ends.
 LIFELINE = "MODELPACK_LIFELINE"
 
-#: Seconds that ranks get to say why they end, once one has ended.
+#: Seconds that ranks have to report why they end, once one has ended.
 PATIENCE = 3.0
-#: Signals after which rank 0 has heard enough: the next kills all.
+#: The number of signals that are forwarded to rank 0; the next one kills all ranks.
 _SIGNALS = 2
 _HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How the ranks ended: rank 0's exit code, and a text if it was not by rank 0's own doing."""
+    """How the ranks ended: rank 0's exit code, and an error unless rank 0 ended by itself."""
 
     code: int
     failure: str = ""
@@ -100,7 +100,7 @@ def launch(
                         pass_fds=[lifeline],
                         process_group=0,
                         stdin=subprocess.DEVNULL,
-                        # NCCL says on stdout that it has connected; what rank 0 prints is ours.
+                        # NCCL prints to stdout that it has connected; only rank 0's output is ours.
                         stdout=None if rank == 0 else 2,
                     )
                     ranks.append(process)
@@ -112,7 +112,7 @@ def launch(
 
 
 def visible_gpus(size: int, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Return what CUDA_VISIBLE_DEVICES has to be for each rank; raises `EngineError`."""
+    """Return CUDA_VISIBLE_DEVICES for each rank; raises `EngineError` for too few GPUs."""
     listed = environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
         import mlx.core as mx
@@ -121,7 +121,7 @@ def visible_gpus(size: int, environ: Mapping[str, str] = os.environ) -> list[str
     devices = [part.strip() for part in listed.split(",") if part.strip()]
     if len(devices) < size:
         raise EngineError(
-            f"{size} ranks need as many GPUs, and this machine shows {len(devices)}",
+            f"{size} ranks need {size} GPUs, but only {len(devices)} are visible",
             hint="lower --tensor-parallel-size, or set CUDA_VISIBLE_DEVICES",
         )
     return devices[:size]
@@ -146,7 +146,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], deadline: float | None) -> Outcome:
-    """Return once all have ended; who has not when another ends is given a moment, no more."""
+    """Return once all ranks have ended, or `PATIENCE` seconds after the first has ended."""
     ended: queue.SimpleQueue[int] = queue.SimpleQueue()
     for rank, process in enumerate(ranks):
         threading.Thread(target=_report, args=(rank, process, ended), daemon=True).start()
@@ -196,18 +196,18 @@ def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextmanager
 def _forwarding(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Have rank 0 get what the launcher is told by SIGINT and SIGTERM."""
+    """Forward SIGINT and SIGTERM to rank 0."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    heard = 0
+    num_signals = 0
 
     def forward(number: int, _frame: FrameType | None) -> None:
-        nonlocal heard
-        heard += 1
-        for process in ranks if heard > _SIGNALS else ranks[:1]:
-            process.send_signal(number if heard <= _SIGNALS else signal.SIGKILL)
+        nonlocal num_signals
+        num_signals += 1
+        for process in ranks if num_signals > _SIGNALS else ranks[:1]:
+            process.send_signal(number if num_signals <= _SIGNALS else signal.SIGKILL)
 
     signals = (signal.SIGINT, signal.SIGTERM)
     before: dict[int, Any] = {number: signal.signal(number, forward) for number in signals}
@@ -226,7 +226,7 @@ class Follower:
     channel: FollowerChannel
 
     def follow(self, load: Load) -> None:
-        """Do what rank 0 says until it is done; raises what goes wrong."""
+        """Run the requests of rank 0 until its BYE; raises the errors of `follow`."""
         follow(self.group, self.channel, load)
 
 
@@ -234,13 +234,13 @@ def join(size: int, on_failure: OnFailure) -> Ranks | Follower:
     """Join the other ranks, of which there are `size` in all; waits for them.
 
     MLX's default device has to be the one to compute on. `on_failure` is called from another thread
-    when a rank ends or fails: this one may wait for it inside MLX by then, so that all it can do is
-    to end the process. Raises `EngineError` if no launcher started this process as a rank.
+    when a rank ends or fails. This thread may wait for that rank inside MLX, so `on_failure` can
+    only end the process. Raises `EngineError` if no launcher started this process as a rank.
     """
     place = find_place()
     if place is None:
         raise EngineError(
-            "this process is no rank: MLX_RANK is not set",
+            "this process is not a rank: MLX_RANK is not set",
             hint="start it with mlx.launch or modelpack_engine.distributed.launch.launch",
         )
     separate(place.rank)
@@ -259,13 +259,13 @@ def join(size: int, on_failure: OnFailure) -> Ranks | Follower:
 
 
 def end_with_launcher(on_failure: OnFailure, environ: Mapping[str, str] = os.environ) -> None:
-    """Call `on_failure` when our launcher is gone, however it ended; does nothing under others."""
+    """Call `on_failure` when our launcher ends; does nothing under another launcher."""
     lifeline = environ.get(LIFELINE)
     if lifeline is None:
         return
 
     def watch() -> None:
-        os.read(int(lifeline), 1)  # nothing is ever written: this is its end
+        os.read(int(lifeline), 1)  # returns at the end of the pipe: nothing is ever written
         on_failure(EngineError("the launcher of the ranks has ended"))
 
     threading.Thread(target=watch, name="modelpack-lifeline", daemon=True).start()

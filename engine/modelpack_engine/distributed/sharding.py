@@ -1,4 +1,4 @@
-"""shard: a model's part of this rank, by mlx-lm's own division of its layers."""
+"""shard: reduce a model to the part of this rank, by mlx-lm's own division of its layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from modelpack_engine.errors import ModelLoadError
 
 _HEADS = ("num_attention_heads", "n_heads", "n_head")
 _KV_HEADS = ("num_key_value_heads", "n_kv_heads")
-# What a model's `shard` may raise for sizes that it was not written for.
+# Exceptions that a model's `shard` may raise for sizes that it does not support.
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 
@@ -49,10 +49,10 @@ def shard(model: Module, config: Mapping[str, Any], group: mx.distributed.Group)
 
 
 def _make_plain(model: Module) -> None:
-    """Make layers whose outputs are divided linear layers, which is what they compute.
+    """Replace layers with divided outputs by linear layers, which compute the same.
 
-    MLX's own prepare for gradients in each call, and what makes linear layers fast (`adaptation`,
-    `fusion`) does not know them.
+    MLX's classes prepare for gradients in each call, and the engine's patches for linear layers
+    (`modelpack_engine.patches`) do not apply to them.
     """
     plain: list[tuple[str, Module]] = []
     for path, module in model.named_modules():
@@ -78,7 +78,7 @@ def check_sizes(name: str, config: Mapping[str, Any], size: int) -> None:
     inner = config.get("text_config")
     for part in (config, inner if isinstance(inner, dict) else {}):
         _check(name, "attention heads", _first(part, _HEADS), size)
-        # One latent for all heads; and where mlx-lm repeats heads that are fewer than the ranks.
+        # All heads share a latent, and mlx-lm repeats heads of Qwen 3.5 if there are more ranks.
         latent = part.get("kv_lora_rank") is not None
         kv_heads = _first(part, _KV_HEADS)
         repeated = name.startswith("qwen3_5") and kv_heads is not None and size % kv_heads == 0

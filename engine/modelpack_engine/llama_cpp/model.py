@@ -29,12 +29,12 @@ _F16_BYTES = 2
 
 
 class LlamaModel:
-    """The weights, mapped from their files, until nobody refers to it any more."""
+    """A model in llama.cpp; its weights are mapped from their files while it is referenced."""
 
     def __init__(self, weights: Sequence[Path], *, repack: bool = True) -> None:
-        """Raises `ModelLoadError` for what llama.cpp does not load or what `Context` cannot run.
+        """Raises `ModelLoadError` if llama.cpp cannot load the model or `Context` cannot run it.
 
-        Without `repack`, weights stay as they are mapped: quicker to load, slower to run.
+        Without `repack`, weights keep the layout of the file: quicker to load, slower to run.
         """
         self.library = library = bindings()
         parameters = library.llama_model_default_params()
@@ -49,7 +49,7 @@ class LlamaModel:
         if not self.pointer:
             raise ModelLoadError(
                 f"llama.cpp cannot load {weights[0].name}",
-                hint="it may not know the architecture: --backend mlx",
+                hint="use --backend mlx, which may support the architecture",
             )
         weakref.finalize(self, library.llama_model_free, self.pointer)
         for kind in ("recurrent", "hybrid"):
@@ -63,12 +63,12 @@ class LlamaModel:
         self.context_length = int(library.llama_model_n_ctx_train(self.pointer))
         self.weight_bytes = int(library.llama_model_size(self.pointer))
 
-    #: It keeps no snapshots: its prefixes are its own affair.
+    #: llama.cpp keeps prefixes without snapshots.
     snapshot_bytes = 0
 
     @property
     def bytes_per_token(self) -> int:
-        """What a token's keys and values take, in bytes of float16."""
+        """The bytes of a token's keys and values, as float16."""
         library, model = self.library, self.pointer
         heads = library.llama_model_n_head_kv(model)
         per_head = library.llama_model_n_embd(model) // max(1, library.llama_model_n_head(model))
@@ -77,11 +77,11 @@ class LlamaModel:
 
     @property
     def architecture(self) -> str:
-        """What the file calls its architecture."""
+        """The architecture that the file names."""
         return self.metadata("general.architecture")
 
     def metadata(self, key: str) -> str:
-        """Return a value of the file's metadata as text, empty if it has none."""
+        """Return a value of the file's metadata as text, empty if it is missing."""
         buffer = ctypes.create_string_buffer(256)
         length = self.library.llama_model_meta_val_str(
             self.pointer, key.encode(), buffer, len(buffer)
@@ -94,27 +94,28 @@ class LlamaModel:
 
     def _refuse(self, what: str, weights: Sequence[Path]) -> None:
         raise ModelLoadError(
-            f"{weights[0].name}: this backend does not run {what}", hint="--backend mlx"
+            f"{weights[0].name}: this backend does not run {what}", hint="use --backend mlx"
         )
 
 
 class Context:
-    """Computes batches of rows, each a token of a sequence at a position."""
+    """Computes batches of rows; a row is a token of a sequence at a position."""
 
     def __init__(self, model: LlamaModel, *, num_cells: int, num_slots: int, max_rows: int) -> None:
-        """`num_cells` tokens have room in the cache, of sequences 0 to `num_slots` - 1, and
-        `max_rows` in a batch. Raises `EngineError` if llama.cpp cannot allocate them.
+        """Allocate a cache of `num_cells` tokens of `num_slots` sequences, and a batch of rows.
+
+        Raises `EngineError` if llama.cpp cannot allocate them.
         """
         self._library = library = model.library
         self._vocab_size = model.vocab_size
         parameters = library.llama_context_default_params()
         parameters.n_ctx = num_cells
-        # It tries out a batch with a row of each sequence, and aborts the process if none fits.
+        # llama.cpp reserves a batch with a row of each sequence, and aborts if that does not fit.
         parameters.n_batch = parameters.n_ubatch = max(max_rows, num_slots)
         parameters.n_seq_max = num_slots
         parameters.n_threads = parameters.n_threads_batch = num_threads()
-        parameters.kv_unified = True  # sequences share cells: a prefix is copied by a mark on each
-        parameters.swa_full = True  # else a prefix could not be gone back to
+        parameters.kv_unified = True  # sequences share cells: copying a prefix only marks them
+        parameters.swa_full = True  # otherwise sequences could not be cut back to a prefix
         parameters.no_perf = True
         self._pointer = library.llama_init_from_model(model.pointer, parameters)
         if not self._pointer:
@@ -135,7 +136,7 @@ class Context:
     ) -> NDArray[np.float32]:
         """Write the keys and values of rows; return the logits of those `wanted`, in their order.
 
-        Logits are [len(wanted), vocab_size], and the caller's. Raises `EngineError`.
+        Logits are a new array [len(wanted), vocab_size]. Raises `EngineError`.
         """
         batch = self._rows.fill(token_ids, positions, slots, wanted)
         failed = self._library.llama_decode(self._pointer, batch)
@@ -147,7 +148,7 @@ class Context:
             return np.empty((0, self._vocab_size), np.float32)
         pointer = self._library.llama_get_logits(self._pointer)
         logits = np.ctypeslib.as_array(pointer, (len(wanted), self._vocab_size))
-        # They come in the order of the rows.
+        # llama.cpp has them in the order of the rows.
         return logits[np.argsort(np.argsort(np.array(wanted)))]
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -155,22 +156,22 @@ class Context:
         self._library.llama_memory_seq_cp(self._memory, source, target, 0, length)
 
     def cut(self, slot: int, length: int) -> None:
-        """Forget what a sequence has after its first `length` tokens."""
+        """Remove the tokens of a sequence after the first `length`."""
         if not self._library.llama_memory_seq_rm(self._memory, slot, length, -1):
-            raise EngineError("llama.cpp cannot go back within a sequence of this model")
+            raise EngineError("llama.cpp cannot remove tokens from a sequence of this model")
 
     def clear(self) -> None:
-        """Forget all sequences."""
+        """Remove the tokens of all sequences."""
         self._library.llama_memory_clear(self._memory, True)
 
 
 def _free(library: Any, pointer: Any, _model: LlamaModel) -> None:
-    """Free a context, and only then let its model go."""
+    """Free a context; `_model` keeps its model alive until then."""
     library.llama_free(pointer)
 
 
 class _Rows:
-    """The arrays that a batch points to, filled anew for each."""
+    """The arrays of a batch, which are reused for all batches."""
 
     def __init__(self, library: Any, size: int) -> None:
         self._arrays = [np.zeros(size, np.int32) for _ in range(4)]
@@ -222,10 +223,10 @@ _CELLS, _SLOTS = 256, 2
 def try_out(weights: Sequence[Path]) -> None:
     """Raise `ModelLoadError` if llama.cpp ends its process while it loads or runs the model.
 
-    What it refuses in an orderly way passes: the caller meets it again.
+    Errors that llama.cpp reports are ignored: the caller gets them when it loads the model.
     """
     command = [sys.executable, "-I", "-c", _PROGRAM, json.dumps([p for p in sys.path if p])]
-    # No debugger is to be started to print where it was.
+    # llama.cpp must not start a debugger to print a backtrace.
     environment = worker_environment() | {"GGML_NO_BACKTRACE": "1"}
     try:
         ended = subprocess.run(
@@ -238,12 +239,14 @@ def try_out(weights: Sequence[Path]) -> None:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ModelLoadError(f"{weights[0].name} cannot be tried out: {error}") from error
+        raise ModelLoadError(
+            f"cannot test whether llama.cpp loads {weights[0].name}: {error}"
+        ) from error
     if ended.returncode:
         raise ModelLoadError(
-            f"llama.cpp ended its process when it tried {weights[0].name} out"
+            f"llama.cpp ended its process when it loaded {weights[0].name}"
             f" (exit status {ended.returncode})",
-            hint="its metadata may be damaged: --backend mlx says what is wrong",
+            hint="use --backend mlx, which reports damaged metadata",
         )
 
 
@@ -258,4 +261,4 @@ def main(arguments: Sequence[str]) -> None:
         context.compute([0, 0], [0, 1], [0, 0], [1])
         context.close()
     except EngineError:
-        return  # ModelLoadError too: raised again where it can be told
+        return  # the caller gets the error when it loads the model

@@ -47,7 +47,7 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
         ("mlx", "gguf", "cpu", True, "mlx"),
         ("llama.cpp", "gguf", "cpu", True, "llama.cpp"),
         ("llama.cpp", "gguf", "cpu", False, "llama.cpp"),
-        ("llama.cpp", "gguf", "gpu", True, "there is a GPU"),
+        ("llama.cpp", "gguf", "gpu", True, "this machine has a GPU"),
         ("llama.cpp", "safetensors", "cpu", True, "this model is safetensors"),
     ],
 )

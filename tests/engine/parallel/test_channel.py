@@ -90,7 +90,9 @@ def test_other_versions_are_refused(leaders: Leaders, monkeypatch: pytest.Monkey
     monkeypatch.setattr(channel, "versions", lambda: {"mlx": "0.1"})
     follower(leader, 1)
     monkeypatch.setattr(channel, "versions", lambda: {"mlx": "0.2"})
-    with pytest.raises(EngineError, match=r"rank 1 has .*0\.1.* and rank 0 .*0\.2"):
+    with pytest.raises(
+        EngineError, match=r"rank 1 has the versions .*0\.1.*, but rank 0 has .*0\.2"
+    ):
         leader.accept(10)
 
 

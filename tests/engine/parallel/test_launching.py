@@ -114,7 +114,7 @@ def test_every_rank_has_a_gpu(listed: str, size: int, devices: list[str]) -> Non
 
 @pytest.mark.parametrize("listed", ["", "0", "0,"])
 def test_too_few_gpus(listed: str) -> None:
-    with pytest.raises(EngineError, match="2 ranks need as many GPUs"):
+    with pytest.raises(EngineError, match="2 ranks need 2 GPUs"):
         visible_gpus(2, {"CUDA_VISIBLE_DEVICES": listed})
 
 

@@ -114,9 +114,9 @@ def test_a_step_that_was_cut_or_changed_raises_no_other_error(data: st.DataObjec
     ("batch", "num_sampled", "text"),
     [
         (STEP, 2, "samples 2"),
-        (replace(STEP, sample_rows=(3,)), 1, "samples others"),
-        (replace(STEP, sample_rows=(-1,)), 1, "samples others"),
-        (replace(STEP, num_decode=4), 1, "4 of them decoding"),
+        (replace(STEP, sample_rows=(3,)), 1, "samples rows beyond them"),
+        (replace(STEP, sample_rows=(-1,)), 1, "samples rows beyond them"),
+        (replace(STEP, num_decode=4), 1, "3 rows has 4 decode rows"),
         (replace(STEP, chunks=(Chunk(1, 3, 3, 3, (1,), 5),)), 1, "rows 1 to 4"),
         (replace(STEP, chunks=(Chunk(0, 4, 3, 3, (1,), 5),)), 1, "a chunk of rows"),
     ],
@@ -173,7 +173,7 @@ def test_bytes_that_are_no_message(data: bytes, text: str) -> None:
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        (b"\x80\x04K\x01.", "no JSON"),  # a pickle
+        (b"\x80\x04K\x01.", "a message is not JSON"),  # a pickle
         (b"[1]", "of list"),
         (b"{}", "number is 'None', expected int"),
         (b'{"number": true}', "number is 'True'"),
