@@ -34,7 +34,7 @@ from modelpack.errors import (
     UnsupportedError,
     UsageError,
 )
-from modelpack.operations.docker import check_docker_takes
+from modelpack.operations.docker import check_docker_format
 from modelpack.operations.lookup import check_whole, stored_model
 from modelpack.operations.remote import new_reference
 from modelpack.operations.transfer import MAX_DEPTH, MAX_MANIFESTS
@@ -115,7 +115,7 @@ def archive_of(
 def _docker_archive(store: LayoutStore, name: str, watch: Watch) -> Archive:
     model = stored_model(store, name)
     check_whole(store, model)
-    check_docker_takes(model.manifest, name)
+    check_docker_format(model.manifest, name)
     manifest = model.manifest
     last = {MANIFEST_JSON: manifest.raw}
     blobs = manifest.unique_blobs

@@ -1,4 +1,7 @@
-"""List the models of a registry, or of a namespace in it, without fetching their files."""
+"""List the models of a registry or of a namespace, as values, as JSON or as an HTML page.
+
+Weights are not fetched.
+"""
 
 from __future__ import annotations
 
@@ -37,20 +40,20 @@ from modelpack.progress import Stop
 from modelpack.registry import Registry, Repository
 from modelpack.storage import watching
 
-# What clients keep under tags beside models: fallback lists of referrers, and cosign's.
-_ABOUT = re.compile(r"sha(?:256|512)-[0-9a-f]{64,128}(?:\.(?:sig|att|sbom))?\Z")
+# Tags that are not models: fallback lists of referrers, and cosign's signatures.
+_REFERRER_TAG = re.compile(r"sha(?:256|512)-[0-9a-f]{64,128}(?:\.(?:sig|att|sbom))?\Z")
 _TITLE = "org.opencontainers.image.title"
 _DESCRIPTION = "org.opencontainers.image.description"
 
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """A tag; `summary` is None for what is no model, or cannot be read, and `problem` says why.
+    """A tag of a repository.
 
-    `digest` is None where its manifest cannot be read.
-
-    `licences` are SPDX identifiers, empty where a text is not recognised; `attached` the artifact
-    types of what is attached to it, `variants` the digests of the models of an index.
+    `summary` is None for an index, and for a tag that cannot be read; `problem` then says why. If
+    the manifest itself cannot be read, `digest` is None. `licences` are SPDX identifiers; a licence
+    whose text is not recognised is left out. `attached` are the artifact types of the referrers,
+    and `variants` the digests of the models of an index.
     """
 
     reference: Reference
@@ -64,7 +67,7 @@ class CatalogEntry:
     problem: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry for programs; what is not known is left out."""
+        """Return the entry as a JSON object without its empty fields."""
         value: dict[str, Any] = {
             "reference": str(self.reference),
             "repository": self.reference.repository,
@@ -101,9 +104,9 @@ def catalog(
 ) -> tuple[CatalogEntry, ...]:
     """Return the models under `name`, a registry or `registry/namespace`, by repository and tag.
 
-    `repositories` are those to look at, for a registry that does not list its own. Of a model only
-    its manifest, its config and its licence are fetched. A tag that cannot be read is listed with
-    its problem. Raises what the network does, and `UsageError` for a name that is no registry's.
+    `repositories` replaces the registry's own list, which some registries do not offer. Only the
+    manifest, the config and the licence of a model are fetched. A tag that cannot be read is listed
+    with its problem. Raises `UsageError` for an invalid `name`, and the errors of registries.
     """
     host, namespace = _split(name)
     options, watch = remote or RemoteOptions(), watching(None, stop)
@@ -124,7 +127,8 @@ def _split(name: str) -> tuple[str, str]:
         raise UsageError(f"{name!r} is not a registry: {error}") from None
     if place.registry != host:
         raise UsageError(
-            f"{name!r} names no registry", hint="registry.example or registry.example/team"
+            f"{name!r} is not a registry",
+            hint="give a host and optionally a namespace, like registry.example/team",
         )
     return host, namespace
 
@@ -137,15 +141,15 @@ def _repository(registry: Registry, name: str, stop: Stop) -> list[CatalogEntry]
     entries: list[CatalogEntry] = []
     try:
         repository = registry.repository(name)
-        tags = sorted(tag for tag in repository.tags() if not _ABOUT.match(tag))
+        tags = sorted(tag for tag in repository.tags() if not _REFERRER_TAG.match(tag))
     except (NotFoundError, InvalidReferenceError):
-        return []  # its models are all gone, or nobody could name one
+        return []  # its models were deleted, or its name is not valid in a reference
     for tag in tags:
         stop.check()
         try:
             reference = Reference(registry.host, name).with_tag(tag)
         except InvalidReferenceError:
-            continue  # as above
+            continue  # the tag is not valid in a reference
         entry = _entry(repository, reference)
         if entry is not None:
             entries.append(entry)
@@ -153,7 +157,7 @@ def _repository(registry: Registry, name: str, stop: Stop) -> list[CatalogEntry]
 
 
 def _entry(repository: Repository, reference: Reference) -> CatalogEntry | None:
-    """Return what a tag is; None if it went away meanwhile."""
+    """Return the entry of a tag; None if the tag was deleted in the meantime."""
     try:
         descriptor, raw = fetch_referenced_manifest(repository, reference)
     except NotFoundError:
@@ -191,7 +195,7 @@ def _model_entry(repository: Repository, reference: Reference, model: Model) -> 
     )
 
 
-#: Grows when a field changes its meaning or goes away.
+#: Incremented when a field is removed or changes its meaning.
 SCHEMA_VERSION: Final = 1
 _STYLE: Final = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem}
@@ -235,7 +239,7 @@ def write_catalog(
 
 
 def as_json(entries: Sequence[CatalogEntry], name: str) -> dict[str, Any]:
-    """Return the list of the models under `name`."""
+    """Return the models under `name` as a JSON object."""
     return {
         "schemaVersion": SCHEMA_VERSION,
         "name": name,
@@ -244,7 +248,7 @@ def as_json(entries: Sequence[CatalogEntry], name: str) -> dict[str, Any]:
 
 
 def page(entries: Sequence[CatalogEntry], title: str) -> str:
-    """Return the page; whatever models say about themselves is text in it."""
+    """Return the HTML page; texts from models are escaped, and the page runs no other script."""
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     head = "".join(f"<th>{column}</th>" for column in _COLUMNS)

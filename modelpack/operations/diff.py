@@ -20,11 +20,11 @@ from modelpack.store.layout import LayoutStore
 
 
 class Change(StrEnum):
-    """What became of a layer from the first model to the second."""
+    """How a layer differs between the first model and the second."""
 
     ADDED = "added"
     REMOVED = "removed"
-    CHANGED = "changed"  # other bytes, or the same bytes as something else, under the same path
+    CHANGED = "changed"  # the same path, but other bytes or another media type
     RENAMED = "renamed"  # the same bytes under another path
 
 
@@ -38,14 +38,14 @@ class LayerChange:
 
     @property
     def growth(self) -> int:
-        """How many bytes the second model has more for it."""
+        """The size in the second model minus the size in the first."""
         sizes = [file.descriptor.size if file else 0 for file in (self.before, self.after)]
         return sizes[1] - sizes[0]
 
 
 @dataclass(frozen=True, slots=True)
 class FieldChange:
-    """A field that differs, by its dotted name; None where it is not there."""
+    """A field that differs, by its dotted name; None if a model does not have the field."""
 
     name: str
     before: Any
@@ -54,10 +54,10 @@ class FieldChange:
 
 @dataclass(frozen=True, slots=True)
 class ModelDiff:
-    """What differs. `unchanged` layers are in both, with the same bytes, path and media type.
+    """The differences of two models.
 
-    `config` compares what the configs say, not their spelling; `manifest` the artifact type, the
-    media types and the annotations.
+    `unchanged` counts the layers with the same bytes, path and media type. `config` compares the
+    parsed configs, `manifest` the artifact types, the media types and the annotations.
     """
 
     before: Model
@@ -69,12 +69,12 @@ class ModelDiff:
 
     @property
     def identical(self) -> bool:
-        """Whether it is the same model, byte for byte."""
+        """Whether both are the same model, byte for byte."""
         return self.before.digest == self.after.digest
 
     @property
     def bytes_new(self) -> int:
-        """The bytes that one who has the first model needs to have the second."""
+        """The bytes to fetch for the second model if the first one is stored."""
         held = {blob.digest for blob in self.before.manifest.blobs}
         blobs = self.after.manifest.unique_blobs
         return sum(blob.size for blob in blobs if blob.digest not in held)
@@ -91,8 +91,8 @@ def diff(
 ) -> ModelDiff:
     """Compare two models: from the store if they are there, else from their registries.
 
-    Without `after`, the stored model is compared with what its registry has under that name. With
-    `from_registry`, both come from registries. No layer is read. Raises `NotFoundError`.
+    Without `after`, the stored model is compared with the registry's model of the same name. With
+    `from_registry`, both are read from registries. No layer is read. Raises `NotFoundError`.
     """
     store = store or LayoutStore()
     if after is None:
@@ -106,7 +106,7 @@ def diff(
 
 
 def compare(before: Model, after: Model) -> ModelDiff:
-    """Return what differs between two models."""
+    """Return the differences of two models."""
     old, new = before.files(), after.files()
     changes, unchanged = _layers(old, new)
     return ModelDiff(
@@ -137,7 +137,7 @@ def _remote(name: str, remote: RemoteOptions | None, stop: Stop | None) -> Model
 def _layers(
     old: Iterable[ModelFile], new: Iterable[ModelFile]
 ) -> tuple[tuple[LayerChange, ...], int]:
-    """Pair the layers by path, then the rest by content; return what differs, in path order."""
+    """Pair layers by path, then the others by content; return the differences, sorted by path."""
     before, after = _by_path(old), _by_path(new)
     changes: list[LayerChange] = []
     unchanged = 0
@@ -161,7 +161,7 @@ def _layers(
 
 
 def _by_path(files: Iterable[ModelFile]) -> dict[tuple[str, int], ModelFile]:
-    """Return the files by path, or by type where they have none, counting what comes twice."""
+    """Return files by path, or by media type if they have none, and by their number under it."""
     found: dict[tuple[str, int], ModelFile] = {}
     counts: dict[str, int] = {}
     for file in files:
@@ -173,12 +173,12 @@ def _by_path(files: Iterable[ModelFile]) -> dict[tuple[str, int], ModelFile]:
 
 def _shown_order(change: LayerChange) -> tuple[str, str]:
     file = change.before or change.after
-    assert file is not None, "a change is of a layer"
+    assert file is not None, "a change has at least one of both"
     return file.filepath or "", str(file.descriptor.digest)
 
 
 def _facts(config: ModelConfig) -> dict[str, Any]:
-    """Return what a config says, by dotted names; digests of layers are compared as layers."""
+    """Return the fields of a config by dotted name, without the digests of layers."""
     facts: dict[str, Any] = {
         "format": config.format,
         "quantization": config.quantization,

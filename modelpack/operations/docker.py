@@ -19,7 +19,7 @@ from modelpack.store.layout import LayoutStore
 
 @dataclass(frozen=True, slots=True)
 class Exchanged:
-    """One model that went from store to store, under these references."""
+    """A model that was imported or exported, and its references."""
 
     digest: Digest
     references: tuple[str, ...]
@@ -34,9 +34,9 @@ def import_from_docker(
     progress: ProgressCallback | None = None,
     stop: Stop | None = None,
 ) -> tuple[Exchanged, ...]:
-    """Take models over from Docker Model Runner's store; no names means all of them.
+    """Import models from Docker Model Runner's store; without names, all models.
 
-    Every blob is hashed on the way in; with `link` it is hard-linked where the file system can.
+    Every blob is verified. With `link`, blobs are hard-linked if the file system allows it.
     """
     docker = docker or DockerStore()
     store = store or LayoutStore()
@@ -61,7 +61,7 @@ def export_to_docker(
     progress: ProgressCallback | None = None,
     stop: Stop | None = None,
 ) -> tuple[Exchanged, ...]:
-    """Give stored models to Docker Model Runner's store; no names means all that have a tag."""
+    """Export stored models to Docker Model Runner's store; without names, all tagged models."""
     docker = docker or DockerStore(create=True)
     store = store or LayoutStore()
     watch = watching(progress, stop)
@@ -76,11 +76,11 @@ def export_to_docker(
         manifest = Manifest.parse(raw, name)
         manifest.check_is_model(name)
         try:
-            check_docker_takes(manifest, name)
+            check_docker_format(manifest, name)
         except UnsupportedError as error:
             if not everything:
                 raise
-            watch.report(Progress(Action.NOTE, name, message=f"left out {error}"))
+            watch.report(Progress(Action.NOTE, name, message=f"skipped {error}"))
             continue
         if store.missing(name):
             check_whole(store, stored_model(store, name))
@@ -93,14 +93,14 @@ def export_to_docker(
     return tuple(exchanged)
 
 
-def check_docker_takes(manifest: Manifest, what: str) -> None:
-    """Raise `UnsupportedError` for a model of a format that `docker model` does not load."""
+def check_docker_format(manifest: Manifest, what: str) -> None:
+    """Raise `UnsupportedError` for a model in a format that `docker model` cannot load."""
     if manifest.config.media_type in media_types.FOREIGN_CONFIG_TYPES:
         raise UnsupportedError(
-            f"is of another tool's format ({manifest.config.media_type}), which `docker model` "
-            "does not take",
+            f"has the format of another tool ({manifest.config.media_type}), which `docker model` "
+            "cannot load",
             path=what,
-            hint=f"`modelpack convert {what} --to docker`, and export that",
+            hint=f"run `modelpack convert {what} --to docker`, and export the result",
         )
 
 
@@ -126,12 +126,12 @@ def _import_model(
 
 
 def _references(store: LayoutStore, name: str) -> tuple[Reference, ...]:
-    """The references to export: the one that was named, or all of an id's."""
+    """Return the references to export: the named one, or all those of an id."""
     stored = store.get(name)
     named = [ref for ref in stored.references if _names(name, ref)]
     if not named and not stored.references:
         raise NotFoundError(
-            f"model {name} has no tag, and Docker Model Runner finds models by tag",
+            f"cannot export {name}: it has no tag, and Docker Model Runner needs one",
             hint="run modelpack tag ID NAME",
         )
     return tuple(named) or stored.references

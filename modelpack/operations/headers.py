@@ -29,9 +29,9 @@ _READERS: dict[str, Callable[[WeightFile], GGUFHeader | SafetensorsHeader]] = {
 
 @dataclass(frozen=True, slots=True)
 class FileHeader:
-    """The header of one file; `bytes_fetched` in `requests` is what it cost, 0 for a stored one.
+    """The header of one file, and the bytes and requests that it took, both 0 for a stored file.
 
-    That of a remote file is not verified: a digest is of the whole file.
+    The header of a remote file is not verified, since a digest covers the whole file.
     """
 
     file: ModelFile
@@ -51,9 +51,9 @@ def read_headers(
 ) -> tuple[FileHeader, ...]:
     """Return the headers of the model's GGUF and safetensors files, or of `files` among them.
 
-    With `from_registry`, a few ranges of each file are fetched, never all of it. Raises
-    `WeightFormatError` for a damaged one, `NotFoundError`, and `UnsupportedError` for weights that
-    are inside of archives in a registry.
+    With `from_registry`, only a few ranges of each file are fetched. Raises `NotFoundError`,
+    `WeightFormatError` for a damaged header, and `UnsupportedError` for weights inside archives in
+    a registry.
     """
     if from_registry:
         where = Reference.parse(name)
@@ -62,9 +62,9 @@ def read_headers(
             model = model_in(repository, where)
             if has_packed_weights(model):
                 raise UnsupportedError(
-                    "has its weights inside of archives, which have to be here to be read",
+                    "has its weights inside archives, which cannot be read by ranges",
                     path=str(where),
-                    hint=f"`modelpack pull {where}`, and ask without --remote",
+                    hint=f"run `modelpack pull {where}`, then repeat without --remote",
                 )
             chosen = _readable(model, files)
             return tuple(_fetch(repository, file) for file in chosen)

@@ -36,7 +36,7 @@ def open_subject(
     from_registry: bool = False,
     stop: Stop | None = None,
 ) -> Iterator[tuple[Model, LintSubject]]:
-    """Yield the stored model `name`, or that of its registry, and what is to be looked at."""
+    """Yield the model `name`, from the store or its registry, and the data that rules check."""
     if from_registry:
         where = Reference.parse(name)
         with open_repository(where, remote or RemoteOptions(), watching(None, stop)) as repository:
@@ -57,7 +57,7 @@ def _headers(
     remote: RemoteOptions | None,
     stop: Stop | None,
 ) -> tuple[FileHeader, ...]:
-    """Return the headers of GGUF weights; those of safetensors say nothing that is looked at."""
+    """Return the header of the first GGUF file; rules read nothing from safetensors headers."""
     weights = [file for file in model.files() if file.role is Role.WEIGHT and file.format == "gguf"]
     paths = [file.filepath for file in weights[:1] if file.filepath is not None]
     if not weights:
@@ -68,7 +68,7 @@ def _headers(
 
 
 def model_subject(model: Model, source: Source, headers: tuple[FileHeader, ...]) -> LintSubject:
-    """Return a model of a source, whose weight headers were read."""
+    """Return the data that rules check for a model; `headers` are those of its weights."""
 
     def reader(descriptor: Descriptor) -> Callable[[int], bytes]:
         return lambda count: _read(source, descriptor, count)
@@ -94,7 +94,7 @@ def model_subject(model: Model, source: Source, headers: tuple[FileHeader, ...])
 
 
 def _read(source: Source, descriptor: Descriptor, count: int) -> bytes:
-    """Return the first bytes of a blob, verified if they are all of it."""
+    """Return the first `count` bytes of a blob; they are verified if they are the whole blob."""
     if count >= descriptor.size:
         return read_blob(source, descriptor, limit=descriptor.size)
     content = bytearray(count)
@@ -106,13 +106,14 @@ def _read(source: Source, descriptor: Descriptor, count: int) -> bytes:
 
 
 def directory_subject(root: Path) -> LintSubject:
-    """Return the files of a directory, with what a config would say of them.
+    """Return the data that rules check for the files of a directory, and a config made from them.
 
-    Raises `PackagingError`, `WeightFormatError` for weights that do not parse, and `UsageError`.
+    Raises `PackagingError`, `WeightFormatError` for invalid weights, and `UsageError` for an empty
+    directory.
     """
     found = [one for one in walk(root, follow_symlinks=False) if isinstance(one, Found)]
     if not found:
-        raise UsageError(f"{root} holds no files")
+        raise UsageError(f"{root} contains no files")
     files, weights = [], []
     for one in found:
         role = role_of("", one.filepath)
@@ -152,21 +153,21 @@ def _gguf_header(path: Path) -> GGUFHeader:
 
 
 def _metadata(headers: Sequence[object]) -> Mapping[str, MetadataValue]:
-    """Return the metadata of the first GGUF: of shards, it has all."""
+    """Return the metadata of the first GGUF file; for shards, it is complete there."""
     found = next((one for one in headers if isinstance(one, GGUFHeader)), None)
     return found.metadata if found is not None else {}
 
 
 @dataclass(frozen=True, slots=True)
 class LintReport:
-    """What was found in the model `name`; it passes without a finding of level error."""
+    """The findings for the model `name`; the model passes if no finding is an error."""
 
     name: str
     findings: tuple[Finding, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is an error."""
+        """Whether no finding is an error."""
         return all(finding.level is not Level.ERROR for finding in self.findings)
 
 
@@ -182,8 +183,8 @@ def lint(
 ) -> LintReport:
     """Check the stored model `name`, that of its registry, or the files in a directory `name`.
 
-    `render` renders chat templates. Of weights only headers are read. Raises `NotFoundError`, and
-    `PackagingError` for a directory that cannot be read.
+    `render` renders chat templates. Only the headers of weights are read. Raises `NotFoundError`,
+    and `PackagingError` for a directory that cannot be read.
     """
     if not from_registry and Path(name).is_dir():
         subject = directory_subject(Path(name))

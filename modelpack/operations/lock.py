@@ -24,7 +24,7 @@ from modelpack.store.layout import LayoutStore
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """A locked reference that is something else now: `found` is None where it is gone."""
+    """A locked reference that now has another digest, `found`; None if it no longer exists."""
 
     reference: Reference
     locked: Digest
@@ -47,7 +47,7 @@ def read_lock(path: Path = Path(FILE_NAME)) -> LockFile:
 
 
 def write_lock(lock: LockFile, path: Path = Path(FILE_NAME)) -> bool:
-    """Write the lock file, at once; return whether that changed it. Raises `StoreError`."""
+    """Replace the lock file atomically; return whether it changed. Raises `StoreError`."""
     content = lock.encode()
     staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -70,9 +70,10 @@ def lock(
     remote: RemoteOptions | None = None,
     stop: Stop | None = None,
 ) -> LockFile:
-    """Pin `names` to what they are now and keep the others; without names, pin all anew.
+    """Pin `names` to their current digests and keep the other pins; without names, update all.
 
-    Their registries are asked or, `offline`, the store. Nothing is written unless all are found.
+    Digests come from the registries or, with `offline`, from the store. If a reference is not
+    found, nothing is written.
     """
     before = read_lock(path) if path.exists() or not names else LockFile()
     references = [lockable(name) for name in names] or list(before.digests)
@@ -83,7 +84,7 @@ def lock(
 
 
 def unlock(names: Iterable[str], *, path: Path = Path(FILE_NAME)) -> LockFile:
-    """Take references off the lock file; raise `NotFoundError` for one that it does not have."""
+    """Remove references from the lock file; raise `NotFoundError` if it lacks one of them."""
     before = read_lock(path)
     gone = [lockable(name) for name in names]
     for reference in gone:
@@ -102,9 +103,10 @@ def check_lock(
     remote: RemoteOptions | None = None,
     stop: Stop | None = None,
 ) -> tuple[Drift, ...]:
-    """Return the references that are something else than what they are locked to.
+    """Return the references whose current digest differs from the locked one.
 
-    In their registries or, `offline`, in the store. Raises what the network does.
+    Digests come from the registries or, with `offline`, from the store. Raises the errors of
+    registries.
     """
     drifts = []
     for reference, locked in _chosen(read_lock(path), names, path).items():
@@ -115,7 +117,7 @@ def check_lock(
             drifts.append(Drift(reference, locked, None, str(error)))
             continue
         if found != locked:
-            message = f"{reference} is {found}, but is locked to {locked}"
+            message = f"{reference} points to {found}, but is locked to {locked}"
             drifts.append(Drift(reference, locked, found, message))
     return tuple(drifts)
 
@@ -130,11 +132,11 @@ def pull_locked(
     progress: ProgressCallback | None = None,
     stop: Stop | None = None,
 ) -> tuple[Pulled, ...]:
-    """Have the locked models in the store under their references, at their digests and no others.
+    """Pull the locked models by digest, and tag them in the store with their references.
 
-    All that the lock file has, or `names` of it. What is fetched is asked for by digest, whatever
-    its tag is by now. `offline`, nothing is fetched: a model that the store lacks, or has in part,
-    is `NotFoundError`. The models of a call that fails are not all there.
+    Without `names`, pulls all models of the lock file. Stored models are not fetched again. With
+    `offline`, nothing is fetched: a missing or partial model raises `NotFoundError`. If a call
+    fails, the models before the failure stay stored.
     """
     store = store or LayoutStore()
     watch = watching(progress, stop)
@@ -161,7 +163,7 @@ def pull_locked(
 
 
 def _is_stored(store: LayoutStore, digest: Digest) -> bool:
-    """Return whether the whole model is there; a blob that is lost or damaged counts."""
+    """Return whether the store has the model with all its blobs."""
     try:
         model = stored_model(store, str(digest))
         check_whole(store, model)

@@ -9,11 +9,7 @@ from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.model import Model
 from modelpack.artifacts.reference import Reference, begins_id, is_model_id
-from modelpack.errors import (
-    InvalidReferenceError,
-    NotFoundError,
-    PartialModelError,
-)
+from modelpack.errors import InvalidReferenceError, NotFoundError, PartialModelError
 from modelpack.hub.reference import HubReference, local_name
 from modelpack.operations.remote import (
     RemoteOptions,
@@ -35,9 +31,9 @@ _MAX_SHOWN = 5
 
 
 def check_whole(store: LayoutStore, model: Model) -> None:
-    """Raise `PartialModelError`, which says what is missing, if layers of the model were left out.
+    """Raise `PartialModelError` with the missing blobs if the model is only partly stored.
 
-    Costs next to nothing for a model that was pulled or packaged as a whole.
+    The check is cheap for a model that was pulled or packaged completely.
     """
     missing = store.missing(model.descriptor)
     if not missing:
@@ -50,12 +46,12 @@ def check_whole(store: LayoutStore, model: Model) -> None:
         f"{model.reference or model.short_id} is stored in part: {len(missing)} of "
         f"{len(model.manifest.unique_blobs)} blobs are missing: {', '.join(lines)}",
         missing=tuple(str(blob.digest) for blob in missing),
-        hint=f"run `modelpack pull {where}` to fetch the rest" if where else "pull it again",
+        hint=f"run `modelpack pull {where}` to fetch the rest" if where else "pull the model again",
     )
 
 
 def completing_reference(store: LayoutStore, model: Model) -> Reference | None:
-    """Return what to pull to have the rest of exactly this model, whatever its tag is by now."""
+    """Return the reference by digest from which to pull the rest of a model; None if unknown."""
     places = store.get(str(model.digest)).places
     return Reference.parse(f"{places[0]}@{model.digest}") if places else None
 
@@ -69,7 +65,7 @@ def inspect(
     progress: ProgressCallback | None = None,
     stop: Stop | None = None,
 ) -> Model:
-    """Return the model `name`: of the store, or, with `from_registry`, of its registry.
+    """Return the model `name` from the store or, with `from_registry`, from its registry.
 
     A name is a reference, a digest, a short id or a unique prefix of one. From a registry only
     the manifest and the config are fetched. Raises `NotFoundError`.
@@ -81,7 +77,7 @@ def inspect(
 
 
 def stored_model(store: Source, name: str, options: RemoteOptions | None = None) -> Model:
-    """Return the model `name` of a source, with its config; of variants, the one to take."""
+    """Return the model `name` of a source; from an index, the variant that `options` select."""
     name = local_name(name)
     descriptor = store.resolve(name)
     reference = reference_in(store, name, descriptor)
@@ -92,10 +88,10 @@ def stored_model(store: Source, name: str, options: RemoteOptions | None = None)
 
 
 def reference_in(source: Source, name: str, found: Descriptor) -> Reference | None:
-    """Return the reference by which `source` found the manifest; None for an id or a part of one.
+    """Return the reference by which `source` found the manifest; None for an id or its prefix.
 
-    The first digits of an id are spelled like a name, and a model that has no such name must not be
-    taken for one that has: a policy trusts names.
+    A prefix of an id looks like a name, but must not count as the model's name, since policies
+    trust names.
     """
     if is_model_id(name.strip()):
         return None
@@ -111,7 +107,7 @@ def reference_in(source: Source, name: str, found: Descriptor) -> Reference | No
 def model_of(
     source: Source, descriptor: Descriptor, manifest: Manifest, reference: Reference | None
 ) -> Model:
-    """Return the model whose manifest was read from `source`; raise `UnsupportedError` if none."""
+    """Return the model of a manifest read from `source`; raise `UnsupportedError` for others."""
     what = str(reference or descriptor.digest)
     manifest.check_is_model(what)
     return Model(reference, descriptor, manifest, _read_config(source, manifest, what))
@@ -120,9 +116,10 @@ def model_of(
 def remote_model(
     reference: Reference | HubReference, remote: RemoteOptions | None, watch: Watch
 ) -> Model:
-    """Return the model `reference` of its registry: two small requests, no layer.
+    """Return the model `reference` from its registry or the hub, without fetching its layers.
 
-    Of the hub: its small files, and the headers of its weights.
+    A registry needs two small requests. From the hub, small files and the headers of weights are
+    fetched.
     """
     with open_source(reference, remote or RemoteOptions(), watch) as opened:
         descriptor, manifest = fetch_variant(
@@ -138,7 +135,7 @@ def remote_model(
 
 
 def model_in(repository: Repository, reference: Reference) -> Model:
-    """Return the model `reference` of its open repository."""
+    """Return the model `reference` of an open repository."""
     descriptor, raw = fetch_referenced_manifest(repository, reference)
     descriptor, manifest = fetch_variant(repository, descriptor, raw, str(reference))
     return Model(
@@ -147,7 +144,7 @@ def model_in(repository: Repository, reference: Reference) -> Model:
 
 
 def remote_config(reference: Reference, remote: RemoteOptions | None = None) -> bytes:
-    """Return the raw config blob of the model `reference` of its registry."""
+    """Return the bytes of the config blob of the model `reference` in its registry."""
     watch = watching(None)
     with open_repository(reference, remote or RemoteOptions(), watch) as repository:
         return read_blob(repository, model_in(repository, reference).manifest.config)

@@ -20,7 +20,7 @@ from modelpack.store.lookup import StoredModel
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A stored model; `problem` says why `model` is None where it cannot be read."""
+    """A stored model. If it cannot be read, `model` is None and `problem` says why."""
 
     digest: Digest
     references: tuple[Reference, ...]
@@ -30,7 +30,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a list shows of a model: `size` is in bytes, of all blobs; the rest is as its config."""
+    """The fields of a model in a list: `size` is that of all blobs; the others are its config's."""
 
     size: int
     format: str
@@ -56,14 +56,14 @@ class Summary:
 
     @classmethod
     def from_facts(cls, facts: Any) -> Summary | None:
-        """Return the summary that `to_facts` made these of; None if they are something else."""
+        """Return the summary from the values of `to_facts`; None if they are invalid."""
         if not isinstance(facts, list) or len(facts) != len(_KINDS):
             return None
         fits = all(isinstance(fact, kind) for fact, kind in zip(facts, _KINDS, strict=True))
         return cls(*facts) if fits else None
 
     def to_facts(self) -> list[Any]:
-        """Return the summary as JSON values, for the store to keep."""
+        """Return the summary as JSON values, which the store caches."""
         return [
             self.size,
             self.format,
@@ -95,9 +95,8 @@ class Summarized:
 def list_models(store: LayoutStore, name: str | None = None) -> tuple[Listed, ...]:
     """Return the stored models; with `name`, those of that repository, tag or id.
 
-    Of a model in variants, that is what this machine would run.
-
-    A model that cannot be read is listed with its problem rather than hiding the others.
+    An index is listed as the variant that this machine would run. A model that cannot be read is
+    listed with its problem.
     """
     listed = []
     for entry, references in _chosen(store, name):
@@ -112,10 +111,10 @@ def list_models(store: LayoutStore, name: str | None = None) -> tuple[Listed, ..
 
 
 def summarize_models(store: LayoutStore, name: str | None = None) -> tuple[Summarized, ...]:
-    """Return the stored models in short; `name` and problems are as for `list_models`.
+    """Return summaries of the stored models; `name` and problems are as in `list_models`.
 
-    A model is read once: then the store keeps its summary. That its blobs are intact is for a
-    check to say, that its manifest is there is looked at.
+    The store caches the summary of each model. Only the presence of the manifest is checked, not
+    the integrity of blobs.
     """
     known = store.listing_cache.read()
     added: dict[str, list[Any]] = {}
@@ -134,16 +133,16 @@ def summarize_models(store: LayoutStore, name: str | None = None) -> tuple[Summa
         missing = store.missing(key) if entry.is_partial else ()
         listed.append(Summarized(entry.digest, references, summary, missing=missing))
     if added:
-        if name is None:  # all that is there is known: forget what has gone
+        if name is None:  # all models were listed: drop the summaries of deleted ones
             known = {str(item.digest): known.get(str(item.digest), []) for item in listed}
         store.listing_cache.write({**known, **added})
     return tuple(listed)
 
 
 def _may_be_a_model(store: LayoutStore, entry: StoredModel) -> bool:
-    """Return whether what cannot be read as a model is worth a word.
+    """Return whether to list a manifest that cannot be read as a model.
 
-    An index may be of anything, and images of its platforms are its own.
+    Indexes and unnamed container images are not listed: they may be part of any index.
     """
     if entry.descriptor.media_type not in media_types.MANIFEST_TYPES:
         return False
@@ -159,7 +158,7 @@ def _may_be_a_model(store: LayoutStore, entry: StoredModel) -> bool:
 def _chosen(
     store: LayoutStore, name: str | None
 ) -> Iterator[tuple[StoredModel, tuple[Reference, ...]]]:
-    """Yield the models that `name` means, each with those of its references that it means."""
+    """Yield the models that match `name`, each with its matching references."""
     for entry in (*store.models(), *store.indexes()):
         references = entry.references
         if name is not None and not entry.digest.encoded.startswith(name.removeprefix("sha256:")):
@@ -170,7 +169,7 @@ def _chosen(
 
 
 def _matches(name: str, reference: Reference) -> bool:
-    """Whether `name` is the reference, or its repository when no tag was typed."""
+    """Return whether `name` is the reference or, without a tag, its repository."""
     if is_model_id(name):
         return False
     wanted = Reference.parse(name)

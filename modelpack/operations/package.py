@@ -39,7 +39,7 @@ from modelpack.store.tree import Tree
 def scratch_directory(store: LayoutStore, what: str) -> Iterator[Path]:
     """Yield a new directory on the file system of the blobs; its name begins with `what`.
 
-    A collection deletes what a killed process left of it.
+    Garbage collection deletes the directory of a killed process.
     """
     path = Tree(store.root).uploads / f"{what}-{uuid.uuid4().hex}"
     with map_os_errors("make", path):
@@ -51,14 +51,15 @@ def scratch_directory(store: LayoutStore, what: str) -> Iterator[Path]:
 
 
 _CHUNK: Final = 1024 * 1024
-#: May be more than there are processors: a file's writes wait for the disk, not for them.
-_FILES_AT_A_TIME: Final = 4
+#: Files to hash and copy in parallel. May exceed the number of processors, since writes wait for
+#: the disk.
+_PARALLEL_FILES: Final = 4
 
 
 def take_files(
     files: Iterable[LayerFile], store: LayoutStore | None, link: bool, watch: Watch
 ) -> list[Digest]:
-    """Return each file's digest; with a store, each file is in it afterwards."""
+    """Return the digest of each file; with a store, also import the files into it."""
 
     def take(file: LayerFile) -> Digest:
         if store is None:
@@ -71,12 +72,12 @@ def take_files(
         if identity != (file.size, file.mtime_ns, file.device, file.inode):
             raise SourceChangedError(
                 f"{file.path}: the file changed while it was packaged",
-                hint="wait for its writer to finish, and package again",
+                hint="wait until the file is complete, then package again",
             )
         return digest
 
     tasks = [partial(take, file) for file in files]
-    return run_all(tasks, _FILES_AT_A_TIME, watch.stop)
+    return run_all(tasks, _PARALLEL_FILES, watch.stop)
 
 
 def _identity(path: Path) -> tuple[int, int, int, int]:
@@ -103,7 +104,7 @@ def _hash(file: LayerFile, watch: Watch) -> Digest:
 
 _BESIDE_A_GGUF = (Role.WEIGHT, Role.LICENSE, Role.CHAT_TEMPLATE, Role.PROJECTOR)
 _OPENCONTAINERS = "org.opencontainers.image."
-# How Ollama says what the annotation says here, and a template that nobody else reads.
+# Layers of Ollama that the annotation DEFAULTS replaces, and templates that only Ollama reads.
 _OLLAMA_ONLY = (
     media_types.OLLAMA_PARAMS,
     media_types.OLLAMA_SYSTEM,
@@ -114,16 +115,15 @@ _OLLAMA_ONLY = (
 
 
 def is_of_single_files(model: Model) -> bool:
-    """Whether every layer is one file, of a format that is written here too."""
+    """Return whether the model has Docker's or CNCF's format and each layer is a single file."""
     return not model.config.is_foreign and not any(file.archive for file in model.files())
 
 
 def as_single_files(model: Model, store: LayoutStore, watch: Watch) -> Model:
-    """Return a stored model in Docker's format, each file a layer of its own in `store`.
+    """Return a stored model in Docker's format, with each file as a separate layer in `store`.
 
-    The caller holds a lease: nothing names the files yet, and neither config nor manifest is
-    stored. The same model gives the same digest. Raises as `modelpack.bundle` and
-    `modelpack.package` do.
+    Neither config nor manifest is stored, so the caller must hold a lease on the store. The same
+    model gives the same digest. Raises as `modelpack.bundle` and `modelpack.package` do.
     """
     with scratch_directory(store, "files") as directory:
         laid_out = directory / "bundle"
@@ -150,10 +150,9 @@ def as_single_files(model: Model, store: LayoutStore, watch: Watch) -> Model:
 
 
 def _request(model: Model, bundle: Bundle, store: LayoutStore, watch: Watch) -> PackageRequest:
-    said = model.manifest.annotations
-    if model.config.is_foreign:  # the rest is of the other tool, as its version
-        said = {key: text for key, text in said.items() if key.startswith(_OPENCONTAINERS)}
-    annotations = dict(said)
+    annotations = dict(model.manifest.annotations)
+    if model.config.is_foreign:  # other annotations are the tool's own, such as its version
+        annotations = {k: text for k, text in annotations.items() if k.startswith(_OPENCONTAINERS)}
     root = bundle.directory
     files = bundle.files
     if model.manifest.is_ollama:
@@ -164,7 +163,7 @@ def _request(model: Model, bundle: Bundle, store: LayoutStore, watch: Watch) -> 
             if file.digest in own:
                 (root / file.path).unlink()
             if file.path.endswith("template.gotmpl"):
-                why = "left out: a template of Go's; `package --chat-template` adds another"
+                why = "skipped: a Go template; add a Jinja template with `package --chat-template`"
                 watch.report(Progress(Action.NOTE, file.path, message=why))
         files = tuple(file for file in files if file.digest not in own)
     weights = [file for file in files if file.role is Role.WEIGHT]
@@ -184,7 +183,7 @@ def _request(model: Model, bundle: Bundle, store: LayoutStore, watch: Watch) -> 
 
 @dataclass(frozen=True, slots=True)
 class Packaged:
-    """A packaged model. `stored` is false for a dry run; `pushed` says what a push did."""
+    """A packaged model. `stored` is false for a dry run; `pushed` is the result of a push."""
 
     reference: Reference
     digest: Digest
@@ -209,11 +208,11 @@ def package(
     progress: ProgressCallback | None = None,
     stop: Stop | None = None,
 ) -> Packaged:
-    """Make a model of what `request` names, keep it in `store` as `reference`, and push it.
+    """Package the files of `request` as the model `reference` in `store`; push it with `push`.
 
-    `from_model` starts from a stored or remote model instead of files: `request` then holds what
-    to add or change. `dry_run` computes the digest and writes nothing. `link` hard-links the files
-    into the store rather than copying them, where the file system can.
+    With `from_model`, a stored or remote model is the base, and `request` says what to add or
+    change. With `dry_run`, only the digest is computed. With `link`, files are hard-linked into the
+    store, if the file system allows it, instead of copied.
 
     Raises `PackagingError`, `WeightFormatError`, `UsageError`, `SourceChangedError`,
     `StorageFullError`, and what `modelpack.push` raises.
@@ -248,7 +247,7 @@ def package(
     if dry_run and (base is None or not base.config.is_foreign):
         built = make()
     else:
-        # The lease keeps what is written or found in the store until the model names it.
+        # The lease protects written and reused blobs from deletion until the manifest lists them.
         with store.lease(()):
             built = make()
             if not dry_run:

@@ -38,7 +38,7 @@ EMPTY_CONFIG = Descriptor(media_types.OCI_EMPTY, Digest.of(EMPTY), len(EMPTY))
 
 @dataclass(frozen=True, slots=True)
 class FileOnDisk:
-    """A file as a blob; whoever reads it verifies that it did not change."""
+    """A file as a blob. The reader must verify its digest, since the file may change."""
 
     path: Path
 
@@ -62,7 +62,7 @@ class _Bytes:
 
 @dataclass(frozen=True, slots=True)
 class BytesSource:
-    """Blobs that were made here; fulfils `Source` for them, and has no manifests."""
+    """A `Source` of blobs in memory, without manifests."""
 
     contents: Mapping[Digest, bytes]
 
@@ -75,17 +75,18 @@ class BytesSource:
         raise NotFoundError(f"no such manifest: {descriptor.digest}")
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
-        """Return the blob to read from; one that was made elsewhere has to be there already."""
+        """Return the blob to read from; raise `NotFoundError` for a blob that is not in memory."""
         content = self.contents.get(descriptor.digest)
         if content is None:
-            raise NotFoundError(f"blob {descriptor.digest} is gone")
+            raise NotFoundError(f"no such blob: {descriptor.digest}")
         return _Bytes(content)
 
 
 @dataclass(frozen=True, slots=True)
 class AttachedFiles:
-    """The layers that files become, and the empty config (image-spec 1.1, "Guidance for an Empty
-    Descriptor"); fulfils `Source` for their blobs, and has no manifests.
+    """A `Source` of files as layers and of the empty config, without manifests.
+
+    Source of the config: image-spec 1.1, "Guidance for an Empty Descriptor".
     """
 
     layers: tuple[Descriptor, ...]
@@ -93,9 +94,9 @@ class AttachedFiles:
 
     @classmethod
     def read(cls, files: Sequence[tuple[Path, str]], watch: Watch) -> AttachedFiles:
-        """Hash the files, which come with their media types.
+        """Hash `files`, pairs of path and media type, and return them as layers.
 
-        Raises `PackagingError`, and `UsageError` for two files of one name.
+        Raises `PackagingError`, and `UsageError` for two files with the same name.
         """
         layers, paths = [], {}
         for path, media_type in files:
@@ -105,7 +106,7 @@ class AttachedFiles:
         names = [layer.annotations[media_types.TITLE] for layer in layers]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise UsageError(f"two files are called {twice!r}", hint="rename one of them")
+            raise UsageError(f"two files have the name {twice!r}", hint="rename one of them")
         return cls(tuple(layers), paths)
 
     @property
@@ -130,7 +131,7 @@ class AttachedFiles:
 def _hashed(path: Path, watch: Watch) -> tuple[Digest, int]:
     try:
         if not path.is_file():
-            raise PackagingError(f"{path} is not a file", hint="attach files one by one")
+            raise PackagingError(f"{path} is not a file", hint="attach each file of a directory")
         size = path.stat().st_size
 
         def seen(completed: int) -> None:
@@ -142,13 +143,13 @@ def _hashed(path: Path, watch: Watch) -> tuple[Digest, int]:
         raise PackagingError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-#: The type of a file's layer, unless the caller says better.
+#: The default media type of an attached file.
 DEFAULT_FILE_TYPE = "application/octet-stream"
 
 
 @dataclass(frozen=True, slots=True)
 class AttachedFile:
-    """A file to attach, as a layer of `media_type`; its name goes into the layer's title."""
+    """A file to attach as a layer of `media_type`; the file name becomes the layer's title."""
 
     path: Path
     media_type: str = DEFAULT_FILE_TYPE
@@ -156,7 +157,7 @@ class AttachedFile:
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """What was attached: the new `manifest`, and its `subject`."""
+    """The `manifest` of a new referrer, and its `subject`."""
 
     reference: Reference
     subject: Descriptor
@@ -164,7 +165,7 @@ class Attached:
 
     @property
     def digest(self) -> Digest:
-        """The digest of what was attached."""
+        """The digest of the referrer."""
         return self.manifest.digest
 
 
@@ -181,8 +182,8 @@ def attach(
 ) -> Attached:
     """Attach files to the model `reference` in its registry or, with `store`, in that store.
 
-    The same files give the same digest, so that attaching them again changes nothing. Without
-    files, the annotations are what is said. Raises `UsageError`, and what a push raises.
+    The same files give the same digest, so attaching them again changes nothing. A referrer may
+    have annotations only, without files. Raises `UsageError`, and the errors of a push.
     """
     where = Reference.parse(reference) if isinstance(reference, str) else reference
     watch = watching(progress, stop)
@@ -191,7 +192,7 @@ def attach(
     for file in given:
         _check_type(file.media_type, str(file.path))
     if not given and not annotations:
-        raise UsageError("no files and no annotations to attach", hint="name a file")
+        raise UsageError("no files and no annotations to attach", hint="give a file")
     source = AttachedFiles.read([(file.path, file.media_type) for file in given], watch)
 
     def manifest_about(subject: Descriptor) -> Manifest:
@@ -228,10 +229,10 @@ def referrers(
     remote: RemoteOptions | None = None,
     stop: Stop | None = None,
 ) -> tuple[Descriptor, ...]:
-    """Return what is attached to the model `reference` in its registry or, with `store`, there.
+    """Return the referrers of the model `reference` in its registry or, with `store`, there.
 
-    Each descriptor has the artifact type and the annotations of its manifest. A registry without
-    the referrers API is asked for the fallback tag.
+    Each descriptor has the artifact type and the annotations of its manifest. For a registry
+    without the referrers API, the fallback tag is read.
     """
     where = Reference.parse(reference) if isinstance(reference, str) else reference
     if store is not None:
@@ -248,16 +249,16 @@ def detach(
     remote: RemoteOptions | None = None,
     stop: Stop | None = None,
 ) -> Digest:
-    """Delete what is attached, by the digest in `reference`, from its registry or from `store`.
+    """Delete the referrer with the digest in `reference` from its registry or from `store`.
 
-    Takes it off the fallback tag too. Raises `NotFoundError`, `UsageError` without a digest, and
-    `UnsupportedError` if that manifest is attached to nothing.
+    Also removes it from the fallback tag. Raises `NotFoundError`, `UsageError` without a digest,
+    and `UnsupportedError` if the manifest is not a referrer.
     """
     where = Reference.parse(reference) if isinstance(reference, str) else reference
     if where.digest is None:
         raise UsageError(
-            f"{where}: name what is to be detached by its digest",
-            hint="REPOSITORY@DIGEST; `modelpack referrers` lists the digests",
+            f"{where}: expected the digest of a referrer, REPOSITORY@DIGEST",
+            hint="run `modelpack referrers` to list the digests",
         )
     if store is not None:
         descriptor = store.resolve(str(where.digest))
@@ -282,5 +283,5 @@ def _check_type(media_type: str, what: str) -> None:
 
 
 def _subject_named(where: Reference) -> str:
-    """Return the name of a subject in a store, where what is attached has no repository."""
+    """Return the name of a subject in a store: the tagged reference, else the digest alone."""
     return str(where if where.tag is not None else where.digest)

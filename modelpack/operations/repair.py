@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from modelpack.registry import Repository
 
 _MANIFESTS = (*media_types.MANIFEST_TYPES, *media_types.INDEX_TYPES)
-# A damaged index hides its manifests, which hide their blobs.
+# Blobs of a damaged manifest, and manifests of a damaged index, are found in later passes.
 _PASSES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A blob that could not be had, and why."""
+    """A blob that could not be fetched, and why."""
 
     digest: Digest
     message: str
@@ -45,9 +45,9 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """What a repair did: `before` and `after` are checks, the second one without hashing.
+    """The result of a repair, with the checks `before` and `after` it; `after` hashes no blobs.
 
-    `restored` are the blobs that were fetched, `failures` those that no registry gave.
+    `restored` are the fetched blobs, `failures` those that no registry could provide.
     """
 
     before: FsckReport
@@ -70,11 +70,11 @@ def repair(
     progress: ProgressCallback | None = None,
     stop: Stop | None = None,
 ) -> Repaired:
-    """Check the store, and fetch what is damaged or missing from where its model came from.
+    """Check the store, and fetch damaged and missing blobs from the origins of their models.
 
-    That is the repository that a pull noted, or that a name of the model spells; with `source` it
-    is that one. What is fetched is verified; what is intact is not asked for. A blob that no
-    registry has is a `Failure`, and stays a problem.
+    An origin is the repository that a pull recorded, or that a name of the model contains. `source`
+    replaces all origins. Fetched blobs are verified. A blob that no origin has is a `Failure`, and
+    remains a problem of the store.
     """
     watch = watching(progress, stop)
     place = None if source is None else _name(source)
@@ -110,7 +110,7 @@ class _Wanted:
 
 
 class _Places:
-    """Repositories by `registry/repository`, each opened once."""
+    """Open repositories by `registry/repository`; each is opened on first use."""
 
     def __init__(self, stack: ExitStack, options: RemoteOptions, watch: Watch) -> None:
         self._stack = stack
@@ -133,11 +133,11 @@ class _Places:
 def _restore(
     store: LayoutStore, want: _Wanted, names: Iterable[str], places: _Places, watch: Watch
 ) -> None:
-    """Have the blob from the first place that gives it; raise what the last one said."""
+    """Fetch the blob from the first repository that has it; raise the error of the last one."""
     descriptor = want.descriptor
     error: ModelpackError = NotFoundError(
         f"{descriptor.digest}: unknown origin",
-        hint="give --from REFERENCE",
+        hint="give the repository with --from REFERENCE",
     )
     for name in names:
         try:
@@ -158,7 +158,7 @@ def _restore(
 
 
 def _wanted(store: LayoutStore, bad: set[Digest]) -> list[_Wanted]:
-    """Return those of the digests that the index leads to: nobody misses the others."""
+    """Return the blobs in `bad` that models in the index need; other blobs are unused."""
     document = store.index()
     found: dict[Digest, _Wanted] = {}
     seen: set[Digest] = set()
@@ -175,13 +175,13 @@ def _wanted(store: LayoutStore, bad: set[Digest]) -> list[_Wanted]:
             try:
                 raw = store.fetch_manifest(descriptor)
                 waiting += successors(parse_manifest_or_index(raw, str(descriptor.digest)))
-            except ModelpackError:  # it is one of the bad, or a check says what is wrong with it
+            except ModelpackError:  # damaged: restored in this pass, or reported by the check
                 continue
     return list(found.values())
 
 
 def _places(document: IndexDocument, digest: Digest) -> tuple[str, ...]:
-    """Return the repositories that may have a manifest: its origins, and those of its names."""
+    """Return the repositories that may have a manifest: its origins and those in its names."""
     found: dict[str, None] = {}
     for entry in document.entries_of(digest):
         for name in (entry.origin, entry.reference.name if entry.reference else None):

@@ -1,4 +1,4 @@
-"""Make the SBOM of a model, and attach it to the model if asked."""
+"""Create the SBOM of a model, and optionally attach it to the model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MAX_BASES = 32
 
 @dataclass(frozen=True, slots=True)
 class Bom:
-    """A document about a model; `attached` is the manifest that holds it, where it was attached."""
+    """The SBOM of a model; `attached` is the digest of the referrer, None if not attached."""
 
     reference: Reference | None
     digest: Digest
@@ -49,9 +49,9 @@ def sbom(
     from_registry: bool = False,
     stop: Stop | None = None,
 ) -> Bom:
-    """Return the bill of materials of the stored model `name`, or that of its registry.
+    """Return the SBOM of the model `name`, in the store or its registry.
 
-    With `attach`, it is attached to the model where that was found; again changes nothing.
+    With `attach`, the SBOM is attached to the model there; attaching it again changes nothing.
     """
     with open_subject(name, store=store, remote=remote, from_registry=from_registry, stop=stop) as (
         model,
@@ -75,7 +75,7 @@ def sbom(
 
 
 def base_models(subject: LintSubject) -> tuple[BaseModel, ...]:
-    """Return what a model was made of, as its GGUF or its model card says."""
+    """Return the base models that the GGUF metadata or the model card names."""
     found = []
     for number in range(_MAX_BASES):
         prefix = f"general.base_model.{number}."

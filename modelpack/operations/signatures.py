@@ -48,15 +48,15 @@ from modelpack.trust.simple_signing import (
     signatures_manifest,
 )
 
-#: What is written unless the caller chooses: what old and new releases of cosign look for.
+#: The default formats: those that old and new releases of cosign read.
 DEFAULT_KINDS = (SignatureKind.COSIGN, SignatureKind.BUNDLE)
 
 
 @dataclass(frozen=True, slots=True)
 class Signed:
-    """A model that was signed; `manifests` hold the signatures.
+    """A signed model; `manifests` are the digests of the signatures' manifests.
 
-    Of a model in variants, `digest` is that of the index, and each of the `variants` is signed too.
+    For an index, `digest` is that of the index, and `variants` are its signed variants.
     """
 
     reference: Reference
@@ -76,24 +76,25 @@ def sign(
 ) -> Signed:
     """Sign the model `reference` in its registry or, with `store`, in that store.
 
-    `kinds` are how; without, as cosign does, under its tag and as a bundle; a store has no place
-    for the tag. `push --with-referrers` brings bundles along. Of a model in variants, the index and
-    each variant are signed: one is pulled and loaded by its own digest. Raises what a push raises.
+    `kinds` are the formats of the signatures. By default there are two, cosign's tag and a sigstore
+    bundle; in a store, only the bundle, which `push --with-referrers` pushes. For an index, the
+    index and each variant are signed, since variants are pulled and loaded by their own digests.
+    Raises the errors of a push.
     """
     where = Reference.parse(reference) if isinstance(reference, str) else reference
     wanted = tuple(dict.fromkeys(kinds or DEFAULT_KINDS))
     if store is not None:
         if SignatureKind.COSIGN in kinds:
             raise UsageError(
-                "a signature under cosign's tag is one of a registry",
-                hint="sign there, or use --format bundle",
+                "cosign's tag cannot be written to a store, only to a registry",
+                hint="sign the model in its registry, or give --format bundle",
             )
         wanted = tuple(kind for kind in wanted if kind is not SignatureKind.COSIGN)
     unknown = [kind for kind in wanted if kind not in _SIGNING]
     if unknown:
         raise UsageError(
-            f"signatures of the format {unknown[0]} are read, not written",
-            hint="--format model-signing covers the files and the manifest",
+            f"signatures of the format {unknown[0]} can be verified, but not written",
+            hint="give --format model-signing, which covers the files and the manifest",
         )
     watch = watching(None, stop)
     with _opened(where, store, remote, watch, writes=True) as place:
@@ -109,11 +110,11 @@ def verify(
     remote: RemoteOptions | None = None,
     stop: Stop | None = None,
 ) -> tuple[Model, Findings]:
-    """Return the model `reference` and its signatures by `keys`, every one of which signed it.
+    """Return the model `reference` and its signatures; require a signature by each of `keys`.
 
-    Signatures of the `formats` count or, if none is given, of those that cover the manifest. Of a
-    model in variants, the one for this machine is verified. Raises `UntrustedError` if a key did
-    not sign.
+    Only signatures of the `formats` count (default: all formats that cover the manifest). From an
+    index, the variant for this machine is verified. Raises `UntrustedError` if the signature of a
+    key is missing.
     """
     where = Reference.parse(reference) if isinstance(reference, str) else reference
     if not keys:
@@ -154,7 +155,7 @@ def put(
     tag: str | None,
     watch: Watch,
 ) -> None:
-    """Write a manifest that was made here, and its blobs."""
+    """Write a new manifest and its blobs to `place`."""
     source = BytesSource({blob.digest: content for blob, content in blobs.items()})
     how = TransferOptions(watch)
     transfer_model(source, place, manifest.descriptor, manifest.raw, tag, how)
@@ -169,7 +170,7 @@ def opened_model(
     *,
     writes: bool = False,
 ) -> Iterator[tuple[LayoutStore | Repository, Model]]:
-    """Yield where a model is, its registry or `store`, and the model there."""
+    """Yield the model `where` and the place that it is in: `store` or else its registry."""
     with _opened(where, store, remote, watch, writes=writes) as place:
         if isinstance(place, LayoutStore):
             yield place, replace(stored_model(place, str(where)), reference=where)
@@ -196,7 +197,7 @@ def _opened(
 
 @dataclass(frozen=True, slots=True)
 class _Signing:
-    """Where and how a model is to be signed."""
+    """Where and how to sign a model."""
 
     place: LayoutStore | Repository
     where: Reference
@@ -206,7 +207,7 @@ class _Signing:
 
 
 def _sign(signing: _Signing) -> Signed:
-    """Sign what the reference names: one model, or an index and each of its variants."""
+    """Sign the model of the reference, or its index and each variant."""
     place, where = signing.place, signing.where
     if isinstance(place, LayoutStore):
         descriptor = place.resolve(str(where))
@@ -247,7 +248,7 @@ def _sign_files(signing: _Signing, subject: Descriptor, model: Model | None) -> 
 
 
 def _sign_simply(signing: _Signing, subject: Descriptor, _model: Model | None) -> Digest:
-    """Add a layer to what is under cosign's tag; a second one by the same key adds nothing."""
+    """Add a signature to the manifest of cosign's tag, unless the key has signed it already."""
     place, key, digest = signing.place, signing.key, subject.digest
     tag = signature_tag(digest)
     layer, payload = sign_simply(signing.where.name, digest, key)
@@ -292,9 +293,9 @@ def attest(
 ) -> Digest:
     """Sign an in-toto statement about `model` and attach it as a sigstore bundle.
 
-    To the manifest of that digest in its registry, whatever its tag is by now, or, with `store`,
-    there; return the digest of what was attached. Raises what a push raises, and `UsageError` for
-    a model of no registry.
+    The subject is the manifest with the model's digest, in its registry or, with `store`, there.
+    Return the digest of the referrer. Raises the errors of a push, and `UsageError` for a model
+    without a reference to a registry.
     """
     watch, reference = watching(None, stop), model.reference
     name = reference.name if reference is not None else ""
@@ -303,7 +304,9 @@ def attest(
         with store.lease(()):
             return attach_statement(store, model, statement, key, watch)
     if reference is None:
-        raise UsageError(f"{model.digest} names no registry", hint="name the model by reference")
+        raise UsageError(
+            f"{model.digest} is not a reference to a registry", hint="name the model by reference"
+        )
     where = reference.with_digest(model.digest)
     with opened_model(where, None, remote, watch, writes=True) as (place, there):
         return attach_statement(place, there, statement, key, watch)

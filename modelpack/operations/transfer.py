@@ -1,7 +1,7 @@
-"""Transfer models between stores, registries and the hub: `transfer_model` serves every verb.
+"""Transfer models between stores, registries and the hub.
 
-Push, pull, copy and all verbs that write what they made call it; a `Source` and a `Target` hide
-whether a model is on disk, in a registry or in memory. `run_all` runs independent parts of one call
+All operations that write a model or a referrer call `transfer_model`. Its `Source` and `Target`
+may be a store, a registry or memory. `run_all` runs independent parts of one call
 in threads and stops them together.
 """
 
@@ -27,8 +27,8 @@ T = TypeVar("T")
 def run_all(tasks: Sequence[Callable[[], T]], workers: int, stop: Stop) -> list[T]:
     """Return the results of `tasks`, in their order, run by up to `workers` threads.
 
-    The first failure asks the others to stop and is raised once all of them have ended, so that
-    nothing goes on in the background after an error. Ctrl-C does the same.
+    The first failure stops the other tasks, and is raised when all of them have ended, so that no
+    task continues in the background after an error. Ctrl-C does the same.
     """
     if len(tasks) <= 1 or workers <= 1:
         return [task() for task in tasks]
@@ -86,7 +86,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class TransferredModel:
-    """A transferred model, and each of its referrers that was transferred with it."""
+    """The counts of a transferred model and of each of its transferred referrers."""
 
     model: Transfer
     referrers: tuple[Transfer, ...] = ()
@@ -103,9 +103,9 @@ def transfer_model(
     """Transfer the manifest or index `raw` and all that it lists to `target`, tagged `name`.
 
     Blobs come first, then the manifest, then referrers if `options` ask for them; the tag is set
-    last, so that a target never shows an incomplete model. The manifests of an index precede the
-    index, each once. Raises `UnsupportedError` for indexes that are nested too deeply or list too
-    much.
+    last, so that a target never lists an incomplete model. The manifests of an index are written
+    before the index. Raises `UnsupportedError` for indexes that are nested too deeply or list too
+    many manifests.
     """
     tree = _ManifestTree(source, target, options)
     if not options.with_referrers:
@@ -120,7 +120,7 @@ def transfer_model(
 
 @dataclass(frozen=True, slots=True)
 class _ManifestTree:
-    """A manifest or an index on its way, and the digests that were transferred already."""
+    """The transfer of a manifest or an index; `done` are the digests transferred so far."""
 
     source: Source
     target: Target
@@ -133,8 +133,8 @@ class _ManifestTree:
         self.done.add(descriptor.digest)
         if depth > MAX_DEPTH or len(self.done) > MAX_MANIFESTS:
             raise UnsupportedError(
-                f"{descriptor.digest}: an index may hold {MAX_MANIFESTS} manifests, and indexes "
-                f"{MAX_DEPTH} deep"
+                f"{descriptor.digest}: the index exceeds {MAX_MANIFESTS} manifests or "
+                f"{MAX_DEPTH} levels of indexes"
             )
         document = parse_manifest_or_index(
             raw, f"manifest {descriptor.digest}", media_type=descriptor.media_type
@@ -163,7 +163,7 @@ class _ManifestTree:
         return done
 
     def _transfer_blobs(self, descriptor: Descriptor, wanted: Iterable[Descriptor]) -> Transfer:
-        # The largest first: the last to finish decides how long it all takes.
+        # Start with the largest blob, which usually determines the total time.
         blobs = sorted(wanted, key=lambda blob: blob.size, reverse=True)
         tasks = [partial(self._transfer_blob, blob) for blob in blobs]
         outcomes = run_all(tasks, self.options.concurrency, self.options.watch.stop)
@@ -198,9 +198,9 @@ def _transfer_referrers(
     raw: bytes,
     options: TransferOptions,
 ) -> tuple[Transfer, ...]:
-    """Transfer all direct and indirect referrers of the manifest `raw`, which `target` has already.
+    """Transfer all direct and indirect referrers of the manifest `raw`, which `target` already has.
 
-    For an index, those of its manifests count too. Each subject precedes its referrers. Raises
+    This includes the referrers of an index's manifests. Each subject precedes its referrers. Raises
     `UnsupportedError` for more than `MAX_REFERRERS`.
     """
     each = TransferOptions(options.watch, options.concurrency)
@@ -216,9 +216,9 @@ def _transfer_referrers(
             seen.add(referrer.digest)
             if len(seen) > MAX_REFERRERS:
                 raise UnsupportedError(
-                    f"more than {MAX_REFERRERS} manifests are attached to it",
+                    f"has more than {MAX_REFERRERS} referrers",
                     path=str(descriptor.digest),
-                    hint="copy the model without them",
+                    hint="transfer the model without its referrers",
                 )
             content = source.fetch_manifest(referrer)
             done.append(_ManifestTree(source, target, each).transfer(referrer, content, None))

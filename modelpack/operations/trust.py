@@ -32,11 +32,10 @@ def check_source(
     subject: Descriptor,
     model: Callable[[], Model],
 ) -> tuple[Signature, ...]:
-    """Return the signatures in `source` for which a manifest is trusted under all of `names`.
+    """Return the signatures in `source` that satisfy the policy for a manifest under all `names`.
 
-    A name is `registry/repository`: where it is read from, or what it is to be called. Raises
-    `UntrustedError`; whatever keeps it from being read is raised, too: what cannot be checked is
-    not trusted.
+    A name is `registry/repository`: that of the source, or the model's new name. Raises
+    `UntrustedError`, and the errors of `source`: a model that cannot be checked is not trusted.
     """
     rules = [rule for name in names for rule in trust.rules(name) if rule.threshold]
     if not rules:
@@ -49,16 +48,16 @@ def check_source(
 def check_stored(
     trust: Trust, store: LayoutStore, model: Model, remote: RemoteOptions, watch: Watch
 ) -> None:
-    """Raise `UntrustedError` unless the stored model is trusted under the name it was asked for.
+    """Raise `UntrustedError` unless the stored model is trusted under its requested name.
 
-    One that was asked for by its id has to be under all its names or, if it has none, under those
-    of the indexes that list it. Signatures that the store lacks are looked for in the registries
-    that the model has names of.
+    A model that was requested by id must be trusted under all its names or, without names, under
+    those of the indexes that list it. Signatures that the store lacks are read from the registries
+    in the model's names and origins.
     """
     try:
         entry = store.get(str(model.digest))
         places, origins = entry.places, entry.origins
-    except NotFoundError:  # a variant whose index alone has a name
+    except NotFoundError:  # a variant without a name; its index has one
         places, origins = (), ()
     places = places or _places_of_indexes(store, model.digest)
     names = (model.reference.name,) if model.reference is not None else places
@@ -76,11 +75,11 @@ def check_stored(
     found, unread = here, None
     for place in dict.fromkeys((*names, *origins)):
         where = Reference.parse(f"{place}@{model.digest}")
-        if where.registry == HUB_REGISTRY:  # holds no signatures
+        if where.registry == HUB_REGISTRY:  # has no signatures
             continue
         try:
             there = _find_there(where, model, rules, remote, watch)
-        except RegistryError as error:  # another one may have them
+        except RegistryError as error:  # another registry may have the signatures
             unread = unread or error
             continue
         found = Findings(found.signatures + there.signatures, found.refused + there.refused)
@@ -92,13 +91,13 @@ def check_stored(
 
 
 def check_remote(model: Model, remote: RemoteOptions, watch: Watch) -> None:
-    """Raise `UntrustedError` unless the model of a registry is trusted, where `remote` says so."""
+    """Raise `UntrustedError` unless a registry's model satisfies the policy of `remote`."""
     from modelpack.operations.remote import open_repository
 
     if remote.trust is None:
         return
     where = model.reference
-    assert where is not None, "it was read from a registry"
+    assert where is not None, "a model from a registry has a reference"
     with open_repository(where, remote, watch) as repository:
         check_source(remote.trust, repository, [where.name], model.descriptor, lambda: model)
 
@@ -106,7 +105,7 @@ def check_remote(model: Model, remote: RemoteOptions, watch: Watch) -> None:
 def check_names(
     store: LayoutStore, names: Iterable[str], remote: RemoteOptions, watch: Watch
 ) -> None:
-    """Raise `UntrustedError` unless all that the names stand for is trusted, each variant too."""
+    """Raise `UntrustedError` unless all named models and their variants satisfy the policy."""
     from modelpack.operations.lookup import model_of, reference_in
     from modelpack.operations.variants import variants_of
 
@@ -130,15 +129,16 @@ def check_names(
 
 @contextmanager
 def trusted_import(store: LayoutStore, remote: RemoteOptions, watch: Watch) -> Iterator[None]:
-    """Check the models that come into the store within the context, and take back what is not
-    trusted: all of them, where `remote` says who is. Raises `UntrustedError`.
+    """Check the models that the context imports; undo all imports if one is not trusted.
+
+    Raises `UntrustedError`. Does nothing if `remote` has no policy.
     """
     if remote.trust is None:
         yield
         return
     before, new = _named(store), list[str]()
     try:
-        # Models that lose their name to an imported one are kept until it is given back.
+        # Keep models whose name an imported model takes, to restore the names on failure.
         with store.lease({Digest.parse(digest) for digest in before.values()}):
             yield
             new = _names_of_new(before, _named(store))
@@ -156,7 +156,7 @@ def trusted_import(store: LayoutStore, remote: RemoteOptions, watch: Watch) -> I
 
 
 def _names_of_new(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    """Return the names that are new or stand for another model, and the digests without one."""
+    """Return the names that are new or changed, and the digests of new models without a name."""
     old = set(before.values())  # a model that lost its name was here before
     return [
         name
@@ -166,7 +166,7 @@ def _names_of_new(before: dict[str, str], after: dict[str, str]) -> list[str]:
 
 
 def _named(store: LayoutStore) -> dict[str, str]:
-    """Return the digests of all models, by their names or, of those without, by their digests."""
+    """Return the digests of all models by name; models without a name are listed by digest."""
     return {
         name: str(model.digest)
         for model in store.models()

@@ -24,7 +24,7 @@ from modelpack.storage import Source
 
 GPU = Literal["metal", "cuda", "none"]
 
-#: Share of the memory that weights may take: keys and values, and everything else, need the rest.
+#: Share of the memory that weights may take; the KV cache and everything else need the rest.
 WEIGHTS_SHARE: Final = 0.75
 # image-spec names processors as Go does (GOARCH).
 _ARCHITECTURES: Final = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
@@ -34,10 +34,11 @@ _CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`platform` is os/architecture as image-spec spells them; `memory` are bytes, None unknown.
+    """A machine that runs models.
 
-    With a GPU of its own memory, that is meant. `backend` is what was asked to run the model with:
-    `mlx`, `llama.cpp` or `vllm`; None leaves it open.
+    `platform` is os/architecture as in image-spec. `memory` is in bytes, None if unknown; for a GPU
+    with its own memory, it is that memory. `backend` is the requested backend, `mlx`, `llama.cpp`
+    or `vllm`, or None.
     """
 
     platform: str
@@ -47,7 +48,7 @@ class Machine:
 
     @classmethod
     def here(cls, backend: str | None = None) -> Machine:
-        """Return this machine."""
+        """Return the description of this machine."""
         system = "darwin" if sys.platform == "darwin" else sys.platform
         machine = platform.machine().lower()
         name = f"{system}/{_ARCHITECTURES.get(machine, machine)}"
@@ -59,7 +60,7 @@ class Machine:
 
     @property
     def room(self) -> int | None:
-        """Bytes that weights may take; None if that is unknown."""
+        """Bytes that weights may take; None if unknown."""
         return None if self.memory is None else int(self.memory * WEIGHTS_SHARE)
 
 
@@ -70,7 +71,7 @@ def _physical_memory() -> int | None:
 
 
 def _memory_limit() -> int | None:
-    """Return the memory of the machine, or of the container that this is."""
+    """Return the memory of the machine, or the lower limit of its container."""
     limits = [_physical_memory()]
     with suppress(OSError, ValueError):
         limits.append(int(_CGROUP_LIMIT.read_text()))
@@ -81,7 +82,7 @@ def _memory_limit() -> int | None:
 def _nvidia_memory(
     run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run,
 ) -> int | None:
-    """Return the bytes of the first GPU, if its driver's own program says."""
+    """Return the memory of the first GPU as nvidia-smi reports it, else None."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     with suppress(OSError, ValueError, IndexError, subprocess.SubprocessError):
         done = run(command, capture_output=True, text=True, check=True, timeout=10)
@@ -89,9 +90,9 @@ def _nvidia_memory(
     return None
 
 
-#: Weights that mlx-lm quantised: safetensors that only MLX runs.
+#: The format of weights quantised by mlx-lm: safetensors that only MLX runs.
 MLX: Final = "mlx"
-# What runs best first. On a GPU of NVIDIA that is what both vLLM and MLX take.
+# Formats by preference. On an NVIDIA GPU, both vLLM and MLX run safetensors.
 _PREFERRED: Final = {
     "metal": (MLX, "safetensors", "gguf"),
     "cuda": ("safetensors", "gguf", MLX),
@@ -106,9 +107,9 @@ _BACKENDS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One entry of an index. `format` is gguf, safetensors, dduf or mlx; texts may be empty.
+    """An entry of an index. `format` is gguf, safetensors, dduf, mlx or empty if unknown.
 
-    `size` are the bytes of all its files, None where the index does not say.
+    `size` is that of all its files in bytes, None if the index does not state it.
     """
 
     name: str
@@ -119,7 +120,7 @@ class Variant:
 
     @classmethod
     def of(cls, descriptor: Descriptor, number: int) -> Variant:
-        """Return what an entry says; one without a name has its number, from 1."""
+        """Return the variant of an entry; without a name, its name is its number, from 1."""
         said = descriptor.annotations
         size = said.get(media_types.VARIANT_SIZE, "")
         return cls(
@@ -133,14 +134,14 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class ChosenVariant:
-    """A variant and, for people, why it is the one."""
+    """A variant, and the reason for the choice as text for users."""
 
     variant: Variant
     why: str
 
 
 def variants_of(index: Index) -> tuple[Variant, ...]:
-    """Return the entries of an index that are manifests, in its order."""
+    """Return the entries of an index that are manifests, in order."""
     manifests = [m for m in index.manifests if m.media_type in media_types.MANIFEST_TYPES]
     return tuple(Variant.of(descriptor, at) for at, descriptor in enumerate(manifests, start=1))
 
@@ -148,22 +149,23 @@ def variants_of(index: Index) -> tuple[Variant, ...]:
 def choose_variant(
     index: Index, what: str, *, name: str | None = None, machine: Machine | None = None
 ) -> ChosenVariant:
-    """Return the variant called `name`, else the one that `machine` (this one) runs best.
+    """Return the variant `name` or, without a name, the best one for `machine` (default: this one).
 
-    That is one for its platform and its backend that fits into its memory; of those, one of the
-    format that runs best there; of those, the largest, which lost least. Where none fits, it is the
-    smallest. Raises `NotFoundError` for a name, `UnsupportedError` if there is nothing to run.
+    Candidates are the variants for its platform and backend. Of those that fit into its memory, the
+    preferred format wins, then the largest size, which has the least loss. If none fits, the
+    smallest candidate is returned. Raises `NotFoundError` for an unknown name, `UnsupportedError`
+    without candidates.
     """
     variants = variants_of(index)
     if name is not None:
         named = [variant for variant in variants if variant.name == name]
         if not named:
             raise NotFoundError(f"{what}: no variant {name!r}; available: {_listed(variants)}")
-        return ChosenVariant(named[0], "as asked for")
+        return ChosenVariant(named[0], "as requested")
     machine = machine or Machine.here()
     usable = [variant for variant in variants if _runs(variant, machine)]
     if not usable:
-        wanted = f" by {machine.backend}" if machine.backend else ""
+        wanted = f" with {machine.backend}" if machine.backend else ""
         raise UnsupportedError(
             f"{what}: no variant runs on {machine.platform}{wanted}; "
             f"available: {_listed(variants)}",
@@ -194,9 +196,9 @@ def fetch_variant(
     options: RemoteOptions | None = None,
     report: ProgressCallback = silent,
 ) -> tuple[Descriptor, Manifest]:
-    """Return the manifest in `raw` or, of an index, that of the variant to take.
+    """Return the manifest `raw` or, if it is an index, the manifest of the variant to use.
 
-    Raises what `choose_variant` raises; `UnsupportedError` for what is no model.
+    Raises the errors of `choose_variant`, and `UnsupportedError` if the manifest is not a model.
     """
     options = options or RemoteOptions()
     document = parse_manifest_or_index(raw, what, media_type=descriptor.media_type)
@@ -218,7 +220,7 @@ def fetch_variant(
 
 
 def described_variant(name: str, model: Model, platform: str | None) -> Descriptor:
-    """Return the entry of an index that a model is, as the variant `name`."""
+    """Return the index entry of a model as the variant `name`."""
     config = model.config
     kind = MLX if mlx_bits(config) is not None else config.format
     said = {

@@ -57,7 +57,7 @@ def test_indexes_that_are_nested_too_deeply_are_not_brought(tmp_path: Path) -> N
     store, target = LayoutStore(tmp_path / "a"), LayoutStore(tmp_path / "b")
     index = nested(store, 40, times=2)
     raw, watch = store.fetch_manifest(index), Watcher().watch
-    with pytest.raises(UnsupportedError, match="4 deep"):
+    with pytest.raises(UnsupportedError, match="4 levels of indexes"):
         transfer_model(store, target, index, raw, NAME, TransferOptions(watch))
     assert target.models() == target.indexes() == ()
 

@@ -130,7 +130,7 @@ def test_there_is_a_limit(
     monkeypatch.setattr(transfer, "MAX_REFERRERS", 2)
     store = modelpack.Store(tmp_path / "store")
     watcher = Watcher()
-    with pytest.raises(UnsupportedError, match="more than 2 manifests"):
+    with pytest.raises(UnsupportedError, match="has more than 2 referrers"):
         modelpack.pull(
             signed.reference, with_referrers=True, store=store, progress=watcher.watch.report
         )

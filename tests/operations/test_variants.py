@@ -80,7 +80,7 @@ def test_what_a_machine_takes(
     ("entries", "machine", "said"),
     [
         (BOUND, Machine("windows/amd64"), "on windows/amd64; available: mac (darwin/arm64), intel"),
-        (ALL[:2], Machine("linux/amd64", backend="vllm"), "on linux/amd64 by vllm; available: q4"),
+        (ALL[:2], Machine("linux/amd64", backend="vllm"), "on linux/amd64 with vllm; available: q4"),
         ((), CPU, "available: none"),
     ],
 )
@@ -212,7 +212,7 @@ def test_one_tag_for_every_machine(models: modelpack.Store, tmp_path: Path) -> N
         assert result["chosen"] == "gguf"
         parted = succeed("pull", name, "--variant", "st", "--store", tmp_path / "cli")
         assert parted.out == str(st)
-        assert "the variant st, as asked for" in parted.err
+        assert "the variant st, as requested" in parted.err
 
 
 def test_an_index_is_pushed_without_storing(tmp_path: Path, models: modelpack.Store) -> None:

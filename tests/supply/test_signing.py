@@ -96,7 +96,7 @@ def test_a_store_holds_bundles(published: Published, ours: PrivateKey, kind: Sig
 
 
 def test_a_store_has_no_place_for_the_tag(published: Published, ours: PrivateKey) -> None:
-    with pytest.raises(UsageError, match="one of a registry"):
+    with pytest.raises(UsageError, match="only to a registry"):
         signing.sign(
             published.reference, ours, kinds=[SignatureKind.COSIGN], store=published.origin
         )
