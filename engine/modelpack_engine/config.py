@@ -42,6 +42,8 @@ def parse_kv_cache_dtype(text: str) -> KVCacheDtype:
 
 #: Tokens a KV block holds.
 BLOCK_SIZE = 16
+#: The default number of requests that may wait in an engine's queue.
+DEFAULT_MAX_WAITING = 1024
 
 Device = Literal["auto", "gpu", "cpu"]
 Backend = Literal["auto", "mlx", "llama.cpp"]
@@ -86,7 +88,7 @@ class EngineConfig:
     max_prefill_chunk: int | None = None
     max_model_len: int | None = None
     default_model_len: int | None = None
-    max_waiting: int = 1024
+    max_waiting: int = DEFAULT_MAX_WAITING
     scheduling_policy: SchedulingPolicy = "shortest-first"
     gpu_memory_utilization: float = 0.9
     kv_cache_bytes: int | None = None

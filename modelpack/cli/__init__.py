@@ -1,4 +1,4 @@
-"""The command line: parse arguments, make one library call, show its result.
+"""The command line: each command parses its arguments, calls the library and shows the result.
 
 stdout carries only results; progress, notes and errors go to stderr. Exit codes are those of
 `modelpack.errors`.

@@ -1,4 +1,4 @@
-"""`modelpack import` and `export`: tar archives and the store of Docker Model Runner."""
+"""`modelpack import` and `export`: models in tar archives and in Docker Model Runner's store."""
 
 from __future__ import annotations
 
@@ -83,7 +83,10 @@ def export_to_docker_store(
 def _arguments(
     docker_store: str, models: tuple[str, ...], every: bool
 ) -> tuple[Path | None, tuple[str, ...]]:
-    """Return the directory, if any, and the models: click takes the REF of `--docker-store REF`."""
+    """Return the directory or None, and the models.
+
+    In `--docker-store REF`, click parses REF as the directory.
+    """
     path: Path | None = Path(docker_store).expanduser() if docker_store else None
     if path is not None and not path.is_dir() and not _looks_like_path(docker_store):
         path, models = None, (docker_store, *models)
@@ -117,8 +120,8 @@ def _show(settings: Settings, done: Sequence[Exchanged], verb: str) -> None:
     type=click.Choice(archives.FORMS),
     default="oci",
     show_default=True,
-    help="With --output: an OCI image layout of any number of models, or the archive format of "
-    "`docker model`, which holds one.",
+    help="With --output: write an OCI image layout of any number of models, or the archive format "
+    "of `docker model`, which contains one.",
 )
 @click.option("-f", "--force", is_flag=True, help="With --output: replace FILE.")
 @click.option(
@@ -238,13 +241,13 @@ def import_models(
         raise UsageError("--all and --copy require --docker-store")
     if not 1 <= len(arguments) <= 2:
         raise UsageError(
-            "expected SOURCE [REFERENCE]", hint="for example: hf.co/ORG/NAME my/name:tag"
+            "expected SOURCE [REFERENCE]", hint="give both, like hf.co/ORG/NAME my/name:tag"
         )
     name = arguments[0]
     where = Reference.parse(arguments[1]) if len(arguments) > 1 else None
     if Path(name).is_dir() or Path(name).suffix.lower() in _WEIGHTS:
         raise UsageError(
-            f"{name} is not an archive: it holds the files of a model",
+            f"{name} is not an archive, but the files of a model",
             hint="package them with `modelpack package`",
         )
     if name == "-" or Path(name).is_file():

@@ -22,42 +22,44 @@ _OWN_IMAGE = f"modelpack:{__version__}"
 @click.argument("reference", metavar="REF")
 @click.option(
     "--engine", type=click.Choice(["vllm", "modelpack"]), default="vllm", show_default=True,
-    help="The server to run.",
+    help="Run this server.",
 )  # fmt: skip
 @click.option("--kserve", is_flag=True, help="Print an InferenceService instead of a Deployment.")
 @click.option(
     "--image", metavar="IMAGE",
-    help=f"The image of the server. [default: {_VLLM_IMAGE}, or --tool-image]",
+    help=f"Run this image of the server. [default: {_VLLM_IMAGE}, or --tool-image]",
 )  # fmt: skip
 @click.option(
     "--tool-image", metavar="IMAGE", default=_OWN_IMAGE, show_default=True,
-    help="The image with modelpack that pulls the model into the pod.",
+    help="Pull the model into the pod with this image, which contains modelpack.",
 )  # fmt: skip
 @click.option(
     "--model-image", metavar="IMAGE",
-    help="Mount this OCI image, which has the model's files under /models, instead of pulling.",
+    help="Mount this OCI image, with the model's files under /models, instead of pulling.",
 )  # fmt: skip
-@click.option("--name", help="The name of the objects. [default: made from REF]")
+@click.option("--name", help="Name the objects. [default: made from REF]")
 @click.option(
-    "--namespace", help="The namespace of the objects. [default: the namespace of kubectl]"
+    "--namespace", help="Create the objects in this namespace. [default: the namespace of kubectl]"
 )
 @click.option(
-    "--served-model-name", metavar="NAME", help="The model name in API requests. [default: REF]"
+    "--served-model-name",
+    metavar="NAME",
+    help="Use this model name in API requests. [default: REF]",
 )
 @click.option("--replicas", type=click.IntRange(min=0), default=1, show_default=True,
-              help="The number of pods.")  # fmt: skip
+              help="Run this many pods.")  # fmt: skip
 @click.option(
     "--gpus", type=click.IntRange(min=0), metavar="N",
-    help="GPUs for each pod. [default: by model size for vllm, 0 for modelpack]",
+    help="Request this many GPUs for each pod. [default: by model size for vllm, 0 for modelpack]",
 )  # fmt: skip
 @click.option(
     "--gpu-memory", type=SIZE, metavar="SIZE", default="80GB", show_default=True,
-    help="Memory of one GPU.",
+    help="Assume this memory of one GPU.",
 )  # fmt: skip
 @click.option(
     "--pull-secret",
     metavar="NAME",
-    help="A secret of type kubernetes.io/dockerconfigjson for pulling.",
+    help="Pull with this secret of type kubernetes.io/dockerconfigjson.",
 )
 @click.option(
     "--allow-host", "hosts", metavar="NAME", multiple=True,
@@ -112,7 +114,7 @@ def k8s(
         )
     wanted = Reference.parse(reference)
     model = inspect(reference, remote=remote, from_registry=True)
-    check_remote(model, remote, watching(None))  # pods pull this very digest
+    check_remote(model, remote, watching(None))  # pods pull the checked digest
     if gpus is None:
         gpus = demands_of(model).gpus(gpu_memory) if engine == "vllm" else 0
     workload = Workload(
@@ -141,7 +143,7 @@ def k8s(
 
 def _yaml(yaml: Any, objects: list[dict[str, Any]]) -> str:
     class Plain(yaml.SafeDumper):  # type: ignore[misc]
-        def ignore_aliases(self, data: Any) -> bool:  # write shared labels out
+        def ignore_aliases(self, data: Any) -> bool:  # repeat shared labels instead of aliases
             return True
 
     text: str = yaml.dump_all(objects, Dumper=Plain, sort_keys=False, width=100)
@@ -152,7 +154,7 @@ _SERVICE = click.argument("service", required=False)
 
 
 @click.group()
-@click.option("--project-name", metavar="NAME", help="The project name; Compose passes it.")
+@click.option("--project-name", metavar="NAME", help="Use this project name; Compose passes it.")
 def compose(project_name: str | None) -> None:
     """Serve the models of a Compose file; `install` adds the plugins to Docker."""
 
@@ -167,12 +169,15 @@ def metadata() -> None:
 
 @compose.command()
 @click.option(
-    "--model", "models", multiple=True, required=True, help="A model to serve. May be repeated."
+    "--model", "models", multiple=True, required=True, help="Serve this model. May be repeated."
 )
 @click.option(
-    "--context-size", type=int, default=-1, help="Context length in tokens; -1: the model's."
+    "--context-size",
+    type=int,
+    default=-1,
+    help="Limit the context to this many tokens; -1: the model's own limit.",
 )
-@click.option("--runtime-flags", default="", help="Flags of llama.cpp or vLLM.")
+@click.option("--runtime-flags", default="", help="Pass these flags of llama.cpp or vLLM.")
 @_SERVICE
 def up(models: tuple[str, ...], context_size: int, runtime_flags: str, service: str | None) -> int:
     """Load and configure the models in a model server; print its address for Compose."""
@@ -206,7 +211,7 @@ def down(service: str | None) -> None:
 )  # fmt: skip
 @click.option(
     "--directory", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-    help="The directory of Docker's plugins. [default: ~/.docker/cli-plugins]",
+    help="Install into this directory of Docker's plugins. [default: ~/.docker/cli-plugins]",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace a plugin of another vendor.")
 @common_options

@@ -1,8 +1,8 @@
 """The Docker CLI plugins `docker modelpack` and `docker model`.
 
-For the top-level `models:` of a file, Compose runs docker-model (docker/compose v2.40.3,
-pkg/compose/model.go): `ls --json`, `pull`, `configure` and `status --json`. It reads
-stdout and stderr as one stream.
+For the top-level `models:` of a Compose file, Compose runs docker-model (docker/compose v2.40.3,
+pkg/compose/model.go): `ls --json`, `pull`, `configure` and `status --json`. It reads the stdout and
+stderr of the plugin as one stream.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _plugin(name: str, version: str, command: Callable[[list[str]], int]) -> int
     if arguments[:1] == [_METADATA]:
         click.echo(_described(version))
         return 0
-    # Docker repeats the plugin's name; Compose, which starts the program itself, does not.
+    # Docker passes the plugin's name as the first argument; Compose does not.
     return command(arguments[1:] if arguments[:1] == [name] else arguments)
 
 
@@ -83,7 +83,7 @@ def pull(name: str) -> None:
 
 @model.command(context_settings={"ignore_unknown_options": True})
 @click.argument("name", metavar="MODEL")
-@click.option("--context-size", type=int, help="Context length in tokens.")
+@click.option("--context-size", type=int, help="Limit the context to this many tokens.")
 @click.argument("flags", metavar="[-- FLAGS...]", nargs=-1, type=click.UNPROCESSED)
 def configure(name: str, context_size: int | None, flags: tuple[str, ...]) -> None:
     """Set the context length and runtime flags of MODEL in the server."""

@@ -42,7 +42,7 @@ def index() -> None:
     metavar="NAME=REF",
     multiple=True,
     required=True,
-    help="A model, and its name as a variant. May be repeated.",
+    help="Add the model REF as the variant NAME. May be repeated.",
 )
 @click.option(
     "--platform",

@@ -147,7 +147,7 @@ def show_headers(settings: Settings, name: str, in_registry: bool, remote: Remot
         found = read_headers(name, remote=remote, from_registry=True)
         cost = sum(one.bytes_fetched for one in found)
         asked = plural(sum(one.requests for one in found), "request")
-        note(settings, f"{asked}, {human_size(cost)}; not verified: that takes the whole files")
+        note(settings, f"{asked}, {human_size(cost)}; not verified, which requires the whole files")
     else:
         found = read_headers(name, store=settings.store())
     show(
@@ -199,7 +199,7 @@ def _metadata(read: FileHeader) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON; for a long array its length and type, all that the parser keeps."""
+    """Return a value as JSON; for a long array, only its length and type, as the parser does."""
     if isinstance(value, MetadataArray):
         if value.items is None:
             return f"{value.length} x {value.element_type.name.lower()}"
@@ -278,15 +278,15 @@ def config(settings: Settings, model: str, in_registry: bool, remote: RemoteOpti
     "media_types",
     metavar="T",
     multiple=True,
-    help="A media type, a pattern, or one of weight, gguf, safetensors, dduf, mmproj, license, "
-    "chat-template, config. May be repeated. [default: weight]",
+    help="Print files of this type: a media type, a pattern, or one of weight, gguf, safetensors, "
+    "dduf, mmproj, license, chat-template, config. May be repeated. [default: weight]",
 )
 @click.option(
     "--file",
     "files",
     metavar="PATH",
     multiple=True,
-    help="A file of the model, by path. May be repeated.",
+    help="Print the file of this path in the model. May be repeated.",
 )
 @PULL
 @remote_options
@@ -340,7 +340,7 @@ def resolve(
     type=click.Choice([str(mode) for mode in LinkMode]),
     default=str(LinkMode.AUTO),
     show_default=True,
-    help="How to place files; auto makes hard links to the store if possible, else copies.",
+    help="Place files as links or copies; auto makes hard links if possible, else copies.",
 )
 @click.option("-f", "--force", is_flag=True, help="Replace the contents of DIRECTORY.")
 @PULL

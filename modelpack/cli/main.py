@@ -1,4 +1,4 @@
-"""The `modelpack` command group, and where errors become messages and exit codes."""
+"""The `modelpack` command group; it turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ COMMANDS = {
     "attach": ("referrers", "attach"),
     "bundle": ("inspect", "bundle"),
     "catalog": ("registry", "catalog"),
-    "completion": ("completion", "completion"),
     "compose": ("deploy", "compose"),
     "config": ("inspect", "config"),
     "convert": ("package", "convert"),
@@ -55,7 +54,7 @@ COMMANDS = {
     "verify": ("trust", "verify"),
 }
 
-# Names that users know from docker model, kit, modctl, oras and ollama.
+# Names of the same commands in docker model, kit, modctl, oras and ollama.
 ALIASES = {
     "build": "package",
     "pack": "package",
@@ -81,6 +80,12 @@ Exit codes:
   7    conflict or lock
   130  interrupted
 """
+
+_COMPLETION_SETUP = {
+    "bash": 'eval "$(modelpack completion bash)"   # in ~/.bashrc',
+    "zsh": 'eval "$(modelpack completion zsh)"    # in ~/.zshrc',
+    "fish": "modelpack completion fish | source    # in ~/.config/fish/config.fish",
+}
 
 
 class LazyGroup(click.Group):
@@ -119,6 +124,19 @@ def cli(settings: Settings) -> None:
     """Package models as OCI artifacts; push, pull, copy, verify and resolve them."""
 
 
+@cli.command(epilog="\b\n" + "\n".join(_COMPLETION_SETUP.values()))
+@click.argument("shell", type=click.Choice(sorted(_COMPLETION_SETUP)))
+@common_options
+def completion(settings: Settings, shell: str) -> None:
+    """Print the completion script of SHELL for commands, options and stored models."""
+    from click.shell_completion import get_completion_class
+
+    completion_class = get_completion_class(shell)
+    assert completion_class is not None
+    source = completion_class(cli, {}, "modelpack", "_MODELPACK_COMPLETE").source()
+    click.echo(source)
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     sys.exit(run(args))
@@ -138,7 +156,7 @@ def run(args: list[str] | None = None) -> int:
         click.echo("interrupted", err=True)
         return 130
     except BrokenPipeError:
-        # The reader of our output has exited, as in `| head`: there is no one to report to.
+        # The process that reads stdout has exited, as in `| head`, so nothing is printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ModelpackError as error:

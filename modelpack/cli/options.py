@@ -1,4 +1,4 @@
-"""Options that commands share: the store, JSON, progress, registries, trust, sizes."""
+"""Options that commands share: store, JSON, progress, registries, trust, TLS of servers, sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size: 24GiB (1024), 8G (1000) or 4096; raise `UsageError`."""
+    """Return the bytes of a size like 24GiB (powers of 1024), 8G (of 1000) or 4096."""
     found = _SIZE.fullmatch(text.strip())
     if found is None:
         raise UsageError(f"{text!r} is not a size", hint="give a size like 24GiB")
@@ -49,7 +49,7 @@ SIZE = _Size()
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_PEM = click.Path(path_type=Path, exists=True, dir_okay=False)
+_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 @dataclass(slots=True)
@@ -78,14 +78,14 @@ def common_options(command: F) -> F:
         "--store",
         metavar="DIR",
         type=click.Path(file_okay=False),
-        help="The local store. [env: MODELPACK_STORE; default: in the user's data directory]",
+        help="Use this local store. [env: MODELPACK_STORE; default: in the user's data directory]",
     )
     @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
     @click.option("-q", "--quiet", is_flag=True, help="Do not show progress or notes.")
     @click.option(
         "--progress",
         type=click.Choice(["auto", "bars", "plain", "none"]),
-        help="How to show progress. [default: bars on a terminal, otherwise only notes]",
+        help="Show progress in this form. [default: bars on a terminal, otherwise only notes]",
     )
     @click.option("--debug", is_flag=True, help="Show tracebacks.")
     @click.pass_obj
@@ -112,6 +112,7 @@ def common_options(command: F) -> F:
 
 def remote_options(command: F) -> F:
     """Add the options of registry connections; the command gets `remote`, a `RemoteOptions`."""
+    from modelpack.operations.remote import DEFAULT_CONCURRENCY, DEFAULT_CONNECTIONS
 
     @click.option(
         "--plain-http/--https",
@@ -135,32 +136,30 @@ def remote_options(command: F) -> F:
     )
     @click.option(
         "--ca-file",
-        type=_PEM,
+        type=_FILE,
         help="Trust the certificate authorities in this file, besides the system's.",
     )
-    @click.option("--client-cert", type=_PEM, help="Authenticate with this client certificate.")
-    @click.option(
-        "--client-key", type=_PEM, help="The key of --client-cert, if it is in another file."
-    )
+    @click.option("--client-cert", type=_FILE, help="Authenticate with this client certificate.")
+    @click.option("--client-key", type=_FILE, help="Read the key of --client-cert from this file.")
     @click.option(
         "--concurrency",
         type=click.IntRange(1, 64),
-        default=4,
+        default=DEFAULT_CONCURRENCY,
         show_default=True,
-        help="Blobs to transfer in parallel.",
+        help="Transfer this many blobs in parallel.",
     )
     @click.option(
         "--connections",
         type=click.IntRange(1, 32),
-        default=4,
+        default=DEFAULT_CONNECTIONS,
         show_default=True,
-        help="Parallel connections for a large blob, if one connection is slow.",
+        help="Use up to this many connections for a large blob, if one is slow.",
     )
     @click.option(
         "--chunk-size",
         metavar="SIZE",
         type=SIZE,
-        help="Upload blobs in chunks of SIZE, like 64MiB. [default: whole blobs, unless the "
+        help="Upload blobs in chunks of SIZE, like 64MiB. [default: upload whole blobs, unless the "
         "registry requires chunks]",
     )
     @click.option(
@@ -224,7 +223,7 @@ def trust_options(command: F) -> F:
         "[default: all that cover the manifest, so not model-signing-files]",
     )  # fmt: skip
     @click.option(
-        "--policy", type=_PEM, envvar="MODELPACK_POLICY", metavar="FILE", show_envvar=True,
+        "--policy", type=_FILE, envvar="MODELPACK_POLICY", metavar="FILE", show_envvar=True,
         help="Require the signatures that this policy file specifies.",
     )  # fmt: skip
     @functools.wraps(command)
@@ -257,13 +256,32 @@ def variant_option(command: F) -> F:
     @click.option(
         "--variant",
         metavar="NAME",
-        help="The variant to use of a model with several. [default: the best for this machine]",
+        help="Use this variant of a model with several. [default: the best for this machine]",
     )
     @functools.wraps(command)
     def wrapped(*args: Any, variant: str | None, remote: RemoteOptions, **arguments: Any) -> Any:
         if variant is not None:
             remote = replace(remote, variant=variant)
         return command(*args, remote=remote, **arguments)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def tls_options(command: F) -> F:
+    """Add the TLS options of a server; the command gets the certificate and key files as `tls`."""
+
+    @click.option(
+        "--tls-cert", type=_FILE, metavar="FILE", help="Serve https with this certificate."
+    )
+    @click.option(
+        "--tls-key", type=_FILE, metavar="FILE", help="Read the key of --tls-cert from this file."
+    )
+    @functools.wraps(command)
+    def wrapped(*args: Any, tls_cert: Path | None, tls_key: Path | None, **arguments: Any) -> Any:
+        if tls_key and not tls_cert:
+            raise click.UsageError("--tls-key requires --tls-cert")
+        tls = (tls_cert, tls_key or tls_cert) if tls_cert else None
+        return command(*args, tls=tls, **arguments)
 
     return wrapped  # type: ignore[return-value]
 

@@ -1,4 +1,4 @@
-"""Output of all commands: results as text or JSON, notes, errors and progress."""
+"""Output of all commands: results as text or JSON, notes, errors, progress and request logs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def show_error(error: ModelpackError, *, err: bool = True) -> None:
 
 
 def _indented(text: str) -> str:
-    """Return `text` with all but the first line indented, so that none looks like our output."""
+    """Return `text` with all lines but the first indented: none can imitate other output."""
     return "\n  ".join(one_line(line.expandtabs()) for line in visible(text).split("\n"))
 
 
@@ -126,6 +126,28 @@ def shown_progress(settings: Settings) -> Iterator[ProgressCallback]:
             yield BarDisplay(bars)
     else:
         yield LineDisplay(plain=mode == "plain")
+
+
+@contextmanager
+def request_log(settings: Settings) -> Iterator[None]:
+    """Write request logs and warnings to stderr in the block; with --quiet, only warnings."""
+    import logging
+
+    from modelpack.http.listener import LOGGERS
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.WARNING if settings.quiet else logging.INFO)
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)  # GET /logs has its own handler and needs all records
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
 
 class LineDisplay:

@@ -1,4 +1,4 @@
-"""`modelpack package` and `convert`."""
+"""`modelpack package` and `convert`: create models from files or from other models."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ from modelpack.operations.remote import RemoteOptions, local_reference
 from modelpack.plugins import load_function
 
 PATH = click.Path(path_type=Path)
-# Bits a weight, by the value of --quantize.
+# Bits per weight by the value of --quantize.
 _BITS = {"q4": 4, "q8": 8}
 
 
 @click.command()
 @click.argument("reference")
-@click.option("--gguf", type=PATH, help="A GGUF file, or any shard of a sharded one.")
-@click.option("--safetensors-dir", type=PATH, help="A directory with safetensors weights.")
-@click.option("--dduf", type=PATH, help="A DDUF file.")
+@click.option("--gguf", type=PATH, help="Package this GGUF file, or all shards of which it is one.")
+@click.option(
+    "--safetensors-dir", type=PATH, help="Package this directory with safetensors weights."
+)
+@click.option("--dduf", type=PATH, help="Package this DDUF file.")
 @click.option(
     "--from",
     "from_model",
@@ -47,17 +49,24 @@ _BITS = {"q4": 4, "q8": 8}
     help="Start from this stored or remote model, to add files or change its context size.",
 )
 @click.option(
-    "-l", "--license", "licenses", type=PATH, multiple=True, help="A licence file. May be repeated."
+    "-l",
+    "--license",
+    "licenses",
+    type=PATH,
+    multiple=True,
+    help="Add a licence file. May be repeated.",
 )
-@click.option("--chat-template", type=PATH, help="A Jinja chat template.")
-@click.option("--mmproj", type=PATH, help="A multimodal projector (GGUF).")
+@click.option("--chat-template", type=PATH, help="Add a Jinja chat template.")
+@click.option("--mmproj", type=PATH, help="Add a multimodal projector (GGUF).")
 @click.option(
-    "--context-size", type=int, help="Context size in tokens. [default: read from the weights]"
+    "--context-size",
+    type=int,
+    help="Set the context size in tokens. [default: read from the weights]",
 )
 @click.option(
     "--format",
     type=click.Choice(["docker", "cncf"]),
-    help="Media types of Docker or of CNCF ModelPack. [default: docker, or that of --from]",
+    help="Use the media types of Docker or of CNCF ModelPack. [default: docker, or as in --from]",
 )
 @click.option(
     "--annotation",
@@ -70,7 +79,7 @@ _BITS = {"q4": 4, "q8": 8}
 @click.option(
     "--created",
     metavar="now|TIME",
-    help="Creation time (RFC 3339). [default: SOURCE_DATE_EPOCH, else 1970-01-01T00:00:00Z]",
+    help="Set the creation time (RFC 3339). [default: SOURCE_DATE_EPOCH or 1970-01-01T00:00:00Z]",
 )
 @click.option("--preserve", is_flag=True, help="Keep file modes and times, as Docker does.")
 @click.option(
@@ -80,7 +89,7 @@ _BITS = {"q4": 4, "q8": 8}
 @click.option(
     "--quantize",
     type=click.Choice(list(_BITS)),
-    help="Quantise --safetensors-dir to 4 or 8 bits per weight with mlx-lm first.",
+    help="Quantise --safetensors-dir to 4 or 8 bits per weight first, with mlx-lm.",
 )
 @click.option("--link", is_flag=True, help="Hard-link files into the store instead of copying.")
 @click.option("--dry-run", is_flag=True, help="Print what would be packaged; store nothing.")
@@ -185,14 +194,14 @@ def _result(made: Packaged) -> dict[str, Any]:
     "--to",
     type=click.Choice(FORMS),
     required=True,
-    help="The new format: Docker's, CNCF ModelPack, or an OCI image with the files in /models.",
+    help="Convert to Docker's format, to CNCF ModelPack, or to an OCI image with files in /models.",
 )
 @click.option(
     "--platform",
     "platforms",
     metavar="OS/ARCH",
     multiple=True,
-    help=f"A platform of the image. May be repeated. [default: {' and '.join(PLATFORMS)}]",
+    help=f"Add this platform to the image. May be repeated. [default: {' and '.join(PLATFORMS)}]",
 )
 @click.option("--push", is_flag=True, help="Push the result; an image is then not stored.")
 @remote_options

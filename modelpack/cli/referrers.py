@@ -1,4 +1,4 @@
-"""`modelpack attach`, `referrers` and `detach`."""
+"""`modelpack attach`, `referrers` and `detach`: add, list and delete referrers of models."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LOCAL = click.option("--local", is_flag=True, help="Use the local store, not the
 @model_argument("reference")
 @click.argument("files", metavar="[FILE[:TYPE]]...", nargs=-1)
 @click.option(
-    "--artifact-type", metavar="T", required=True, help="The artifact type: a media type."
+    "--artifact-type", metavar="T", required=True, help="Set the artifact type, a media type."
 )
 @click.option(
     "--annotation",
@@ -121,7 +121,7 @@ def detach(settings: Settings, reference: str, local: bool, remote: RemoteOption
 
 
 def _file(text: str) -> AttachedFile:
-    """Return the file and its type; the name of an existing file has no type in it."""
+    """Return the file and its media type; do not split the name of an existing file."""
     path, colon, media_type = text.rpartition(":")
     if not colon or Path(text).exists() or "/" not in media_type:
         return AttachedFile(Path(text), DEFAULT_FILE_TYPE)

@@ -1,4 +1,4 @@
-"""`modelpack login`, `logout`, `catalog` and `registry serve`."""
+"""`modelpack login`, `logout`, `catalog` and `registry serve`: use and run registries."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from modelpack.cli.options import Settings, common_options, remote_options
+from modelpack.cli.options import Settings, common_options, remote_options, tls_options
 from modelpack.cli.output import note, plural, show
-from modelpack.cli.server_options import tls_options
 from modelpack.errors import UsageError
 from modelpack.operations.remote import RemoteOptions
 
@@ -26,7 +25,7 @@ _DOCKER_HUB = "docker.io"
 
 @click.command()
 @click.argument("host", default=_DOCKER_HUB)
-@click.option("-u", "--username", metavar="NAME", help="The user name. [default: ask]")
+@click.option("-u", "--username", metavar="NAME", help="Log in as this user. [default: ask]")
 @click.option("--password-stdin", is_flag=True, help="Read the password from stdin.")
 @remote_options
 @common_options
@@ -96,7 +95,7 @@ def _options(remote: RemoteOptions) -> dict[str, Any]:
     "-o", "--output", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
     help="Write index.html and index.json to DIR. [default: print the list]",
 )  # fmt: skip
-@click.option("--title", default="", help="The title of the page.")
+@click.option("--title", default="", help="Set the title of the page.")
 @click.option(
     "--repository", "repositories", metavar="NAME", multiple=True,
     help="List this repository, for registries without a catalog. May be repeated.",
@@ -147,11 +146,11 @@ def access_options(command: F) -> F:
     @click.option(
         "--token-realm", metavar="URL", help="Require a bearer token of the token server at URL."
     )
-    @click.option("--token-service", metavar="NAME", help="The audience of its tokens.")
-    @click.option("--token-issuer", metavar="NAME", help="The issuer of its tokens.")
+    @click.option("--token-service", metavar="NAME", help="Require this audience of tokens.")
+    @click.option("--token-issuer", metavar="NAME", help="Require this issuer of tokens.")
     @click.option(
         "--token-certificates", type=_FILE, metavar="FILE",
-        help="The certificates or public keys that verify its tokens.",
+        help="Verify tokens with the certificates or public keys in FILE.",
     )  # fmt: skip
     @functools.wraps(command)
     def wrapped(
@@ -195,17 +194,17 @@ def limit_options(command: F) -> F:
 
     @click.option(
         "--max-manifest", type=click.IntRange(1, 4096), default=4096, show_default=True,
-        metavar="KIB", help="Maximum size of a manifest.",
+        metavar="KIB", help="Limit the size of a manifest.",
     )  # fmt: skip
     @click.option(
         "--max-upload",
         type=_COUNT,
         metavar="MIB",
-        help="Maximum size of a blob. [default: unlimited]",
+        help="Limit the size of a blob. [default: unlimited]",
     )
     @click.option(
         "--max-sessions", type=_COUNT, default=1000, show_default=True, metavar="N",
-        help="Maximum number of unfinished uploads.",
+        help="Limit the number of unfinished uploads.",
     )  # fmt: skip
     @click.option(
         "--keep-free", type=click.IntRange(min=0), default=0, metavar="MIB",
@@ -237,7 +236,7 @@ def registry() -> None:
 @registry.command()
 @click.option(
     "--addr", default="127.0.0.1:5000", show_default=True, metavar="HOST:PORT",
-    help="The address to listen on; port 0 selects a free port.",
+    help="Listen on this address; port 0 selects a free port.",
 )  # fmt: skip
 @click.option("--host", metavar="HOST", help="Override the host of --addr.")
 @click.option(
@@ -245,7 +244,7 @@ def registry() -> None:
 )
 @click.option(
     "--root", type=click.Path(path_type=Path, file_okay=False),
-    help="The store to serve. [default: the local store]",
+    help="Serve this store. [default: the local store]",
 )  # fmt: skip
 @click.option("--read-only", is_flag=True, help="Refuse pushes and deletions.")
 @click.option(
@@ -264,7 +263,7 @@ def registry() -> None:
 )
 @click.option(
     "--upstream", metavar="URL",
-    help="Act as a pull-through cache of this registry. Clients can only read.",
+    help="Act as a read-only pull-through cache of this registry.",
 )  # fmt: skip
 @click.option(
     "--upstream-ttl", type=click.FloatRange(min=0), default=60, show_default=True,

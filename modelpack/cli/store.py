@@ -1,4 +1,4 @@
-"""`modelpack tag`, `rm`, `gc` and `fsck`."""
+"""`modelpack tag`, `rm`, `gc` and `fsck`: change and check the local store."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def gc(settings: Settings, dry_run: bool, grace: int) -> None:
     "--from",
     "source",
     metavar="REF",
-    help="Fetch from this repository. [default: the one a model was pulled from, or its name]",
+    help="Fetch from this repository. [default: the origin of each model, or the one in its name]",
 )
 @remote_options
 @common_options

@@ -1,4 +1,4 @@
-"""`modelpack pull`, `push`, `copy` and `lock`."""
+"""`modelpack pull`, `push`, `copy` and `lock`: transfer models between registries and the store."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LOCK_FILE = click.option(
     type=click.Path(path_type=Path, dir_okay=False),
     default=FILE_NAME,
     show_default=True,
-    help="The lock file.",
+    help="Use this lock file.",
 )
 
 

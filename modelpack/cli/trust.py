@@ -1,4 +1,4 @@
-"""`modelpack keygen`, `sign`, `verify`, `sbom` and `lint`."""
+"""`modelpack keygen`, `sign`, `verify`, `sbom` and `lint`: signatures and checks of models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from modelpack.plugins import load_function
 if TYPE_CHECKING:
     from modelpack.trust.keys import PrivateKey
 
-#: The variable from which cosign, too, reads the password of a private key.
+#: The environment variable with the password of a private key; cosign reads it too.
 PASSWORD = "COSIGN_PASSWORD"  # noqa: S105 - the name of a variable
 _FORMATS = ("cosign", "bundle", "model-signing")
 _ACCEPTED = (*_FORMATS, "model-signing-files")
@@ -73,12 +73,12 @@ def keygen(settings: Settings, prefix: str) -> None:
 @model_argument("reference")
 @click.option(
     "--key", required=True, type=click.Path(path_type=Path), metavar="KEY",
-    help="The private key: PEM, or a file written by cosign or `keygen`.",
+    help="Sign with this private key: PEM, or a file written by cosign or `keygen`.",
 )  # fmt: skip
 @click.option(
     "--format", "formats", type=click.Choice(_FORMATS), multiple=True,
-    help="The signature's format: cosign's tag, a sigstore bundle over the manifest, or OpenSSF "
-    "model signing over the files and the manifest. May be repeated. "
+    help="Write a signature in this format: cosign's tag, a sigstore bundle over the manifest, or "
+    "OpenSSF model signing over the files and the manifest. May be repeated. "
     "[default: cosign and bundle]",
 )  # fmt: skip
 @LOCAL
@@ -224,14 +224,14 @@ def sbom(
 @model_argument("model")
 @click.option(
     "--policy", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
-    help="The rules, in TOML. [default: all rules except names]",
+    help="Check the rules of this TOML file. [default: all rules except names]",
 )  # fmt: skip
 @click.option(
     "-r", "--remote", "from_registry", is_flag=True, help="Read the model from its registry."
 )
 @click.option(
     "--format", "form", type=click.Choice(["text", "json", "sarif"]), default="text",
-    show_default=True, help="The format of the findings; --json is the same as json.",
+    show_default=True, help="Print the findings in this format; --json is the same as json.",
 )  # fmt: skip
 @remote_options
 @common_options

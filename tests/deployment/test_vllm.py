@@ -81,7 +81,7 @@ def test_serve_becomes_vllm_over_the_bundle(store: LayoutStore, program: Path) -
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["team/tiny", "--keys", "FILE"], "has no --keys"),
+        (["team/tiny", "--keys", "FILE"], "does not support --keys"),
         (["team/tiny", "--preset", "code"], "--preset"),
         (["team/tiny", "--kv-offload-memory", "1GiB"], "--kv-offload-memory"),
         (["team/tiny", "team/gguf"], "one MODEL, got 2"),

@@ -80,7 +80,11 @@ def test_what_a_machine_takes(
     ("entries", "machine", "said"),
     [
         (BOUND, Machine("windows/amd64"), "on windows/amd64; available: mac (darwin/arm64), intel"),
-        (ALL[:2], Machine("linux/amd64", backend="vllm"), "on linux/amd64 with vllm; available: q4"),
+        (
+            ALL[:2],
+            Machine("linux/amd64", backend="vllm"),
+            "on linux/amd64 with vllm; available: q4",
+        ),
         ((), CPU, "available: none"),
     ],
 )

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from operator import attrgetter
 
+from modelpack_engine.config import DEFAULT_MAX_WAITING
 from modelpack_engine.core.block_manager import BlockManager
 from modelpack_engine.core.buckets import EXACT, Buckets, round_down
 from modelpack_engine.core.sequence import Sequence, SequenceStatus
@@ -37,7 +38,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int
     max_model_len: int
     max_prefill_chunk: int | None = None
-    max_waiting: int = 1024
+    max_waiting: int = DEFAULT_MAX_WAITING
     prefill_context: int | None = None
     overtaking: int = 0
     buckets: Buckets = EXACT

@@ -1,5 +1,6 @@
-"""`modelpack bench`: loads for servers of the OpenAI API, and reports of how they bear them.
+"""`modelpack bench`: run workloads against servers of the OpenAI API and report their latencies.
 
-`words` and `server` speak to a server, `load` runs one workload, `plan` says which, `benchmark`
-runs them all; `child` starts a server of ours; `machine`, `tables` and `chart` make the report.
+`workloads` defines the requests, `server` sends them, `benchmark` runs the steps of a plan,
+`report` computes latencies and rates, and `tables` shows them. `engine_load` runs a workload on an
+engine in this process.
 """

@@ -23,7 +23,17 @@ import modelpack
 from modelpack.errors import UsageError
 from modelpack_server.bench.report import Record, Report, make_report
 from modelpack_server.bench.server import AnswerError, OpenAIServer, Served, text_of
-from modelpack_server.bench.workloads import WORKLOADS, Session, Workload, poisson, single_turns
+from modelpack_server.bench.workloads import (
+    CONCURRENCY,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    SECONDS,
+    WORKLOADS,
+    Session,
+    Workload,
+    poisson,
+    single_turns,
+)
 
 #: Distributions whose versions affect the speed of our servers.
 _PACKAGES = ("mlx", "mlx-lm", "llama-cpp-python")
@@ -105,10 +115,6 @@ def _output(*command: str) -> str:
     return done.stdout.strip()
 
 
-#: The default plan, which takes about a minute on a laptop.
-CONCURRENCY = (1, 2, 4, 8)
-PROMPT, ANSWER = 128, 64
-SECONDS = 40.0
 # Requests to prepare for each client of a step that is limited by time: more than a server can
 # complete. The number of prompt tokens is limited too, since generating them takes time.
 _MAX_PER_CLIENT, _MAX_PROMPT_TOKENS = 250, 2**18
@@ -142,8 +148,8 @@ class Plan:
 def sweep(
     levels: Sequence[int] = CONCURRENCY,
     *,
-    prompt: int = PROMPT,
-    answer: int = ANSWER,
+    prompt: int = PROMPT_TOKENS,
+    answer: int = OUTPUT_TOKENS,
     requests: int | None = None,
     seconds: float = SECONDS,
 ) -> Plan:
@@ -172,8 +178,8 @@ def sweep(
 def rates(
     levels: Sequence[float],
     *,
-    prompt: int = PROMPT,
-    answer: int = ANSWER,
+    prompt: int = PROMPT_TOKENS,
+    answer: int = OUTPUT_TOKENS,
     requests: int | None = None,
     seconds: float = SECONDS,
 ) -> Plan:

@@ -14,13 +14,13 @@ from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_server.bench.report import Record, Report, make_report
 from modelpack_server.bench.workloads import Session, Workload
 
-#: Steps from one count of what blocks hold to the next: it takes as long as scheduling some rows.
-_COUNTED_EVERY = 8
+#: Steps between two measurements of KV block usage, which take as long as scheduling some requests.
+_STEPS_PER_COUNT = 8
 
 
 @dataclass(slots=True)
 class _Running:
-    """A session that is being served, and what was said in it so far."""
+    """A running session, and the tokens of its conversation so far."""
 
     session: Session
     turn: int = 0
@@ -35,7 +35,7 @@ def run_workload(
     temperature: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Report:
-    """Serve `workload` to its end; answers have exactly the length that is asked for."""
+    """Run all requests of `workload`; responses have exactly the requested lengths."""
     return _Run(engine, workload, temperature, clock).report()
 
 
@@ -110,7 +110,7 @@ class _Run:
     def _step(self) -> None:
         events = self._engine.step()
         now = self._now()
-        if self._steps % _COUNTED_EVERY == 0:
+        if self._steps % _STEPS_PER_COUNT == 0:
             stats = self._engine.stats()
             slots = stats.blocks_used * self._engine.config.block_size
             if slots and stats.live_tokens:

@@ -1,4 +1,4 @@
-"""Latencies and rates of one run, named as in vLLM's benchmarks."""
+"""Latencies and rates of a run, with the names of vLLM's benchmarks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(slots=True)
 class Record:
-    """One turn: when it was due, and when its tokens came, in seconds since the start.
+    """One request: the time when it was due and the arrival times of its tokens.
 
-    `num_tokens` is what a server says it generated, where a time may stand for several tokens;
-    None: a token for each time. `error` is why there is no complete answer.
+    Times are in seconds since the start of the run. `num_tokens` is the number of tokens that the
+    server reports, since several tokens may arrive at one time; None means one token for each time.
+    `error` says why the response is incomplete.
     """
 
     label: str
@@ -29,12 +30,12 @@ class Record:
 
     @property
     def output_tokens(self) -> int:
-        """How many tokens were generated."""
+        """The number of generated tokens."""
         return len(self.token_times) if self.num_tokens is None else self.num_tokens
 
     @property
     def ttft(self) -> float:
-        """Seconds to the first token."""
+        """Seconds from the due time to the first token."""
         return self.token_times[0] - self.due
 
     @property
@@ -52,9 +53,9 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a run came to; durations in seconds.
+    """The figures of a run; durations are in seconds.
 
-    Requests that failed are in `requests` and, by what went wrong, in `errors`; nowhere else.
+    Failed requests count only in `requests` and, by message, in `errors`.
     """
 
     workload: str
@@ -72,22 +73,22 @@ class Report:
 
     @property
     def failed(self) -> int:
-        """How many requests have no complete answer."""
+        """The number of requests without a complete response."""
         return sum(self.errors.values())
 
     @property
     def output_rate(self) -> float:
-        """Tokens generated a second."""
+        """Generated tokens per second."""
         return self.output_tokens / self.duration
 
     @property
     def total_rate(self) -> float:
-        """Tokens of prompts and answers a second."""
+        """Tokens of prompts and responses per second."""
         return (self.prompt_tokens + self.output_tokens) / self.duration
 
     @property
     def request_rate(self) -> float:
-        """Complete answers a second."""
+        """Complete responses per second."""
         return (self.requests - self.failed) / self.duration
 
     def to_json(self) -> dict[str, Any]:
@@ -112,13 +113,13 @@ class Report:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Return the smallest value that `percent` of all do not exceed (nearest rank)."""
+    """Return the percentile of `values` by the nearest-rank method."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
 
 
 def summary(values: Iterable[float]) -> dict[str, float]:
-    """Return mean and percentiles; nothing for no values."""
+    """Return mean and percentiles; empty without values."""
     values = list(values)
     if not values:
         return {}
@@ -129,7 +130,7 @@ def summary(values: Iterable[float]) -> dict[str, float]:
 def make_report(
     workload: str, records: Sequence[Record], duration: float, extra: Mapping[str, Any]
 ) -> Report:
-    """Sum up a run; sessions with labels get their own latencies beside those of all."""
+    """Return the figures of a run; sessions with a label also get separate latencies."""
     requests = len(records)
     errors = Counter(record.error for record in records if record.error)
     records = [record for record in records if not record.error]

@@ -1,8 +1,8 @@
-"""A client that puts a workload on a server of the OpenAI API and measures its responses.
+"""A client that sends the requests of a workload to a server and records the responses.
 
-Servers take text only, so each token id becomes one of a few hundred short English words, which
-nearly every vocabulary has as one token together with the space before it: a prompt has about as
-many tokens as ids, and prompts share a prefix where their ids do.
+Servers accept only text, so each token id is sent as one of a few hundred short English words.
+Nearly every vocabulary has these words, with a leading space, as single tokens. A prompt
+therefore has about as many tokens as ids, and prompts share a prefix if their ids do.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ _WORDS = _TEXT.split()
 
 
 def text_of(token_ids: Iterable[int]) -> str:
-    """Return a text of about as many tokens, the same for the same ids."""
+    """Return a text of about as many tokens; the same ids give the same text."""
     return " ".join(_WORDS[token_id % len(_WORDS)] for token_id in token_ids)
 
 
-#: Seconds a server may keep silent: while it loads the model, or reads a long prompt slowly.
-SILENCE = 600.0
+#: Seconds to wait for the next chunk: the server may load the model or read a long prompt first.
+READ_SECONDS = 600.0
 _CONNECT = 10.0
-# Makes answers exactly as long as they are asked for, where a server knows the field.
+# Makes responses exactly `max_tokens` long, if the server supports the field.
 _IGNORE_EOS = {"ignore_eos": True}
 _DELTAS = ("content", "reasoning_content", "reasoning", "tool_calls")
 _MOST_LISTED = 8
@@ -82,7 +82,7 @@ _MOST_LISTED = 8
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a server says of itself: the model that is asked, and programs with their versions."""
+    """A server: its model, its programs with their versions, and whether it supports ignore_eos."""
 
     model: str
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class Served:
 
 @dataclass(slots=True)
 class Answer:
-    """When the pieces of an answer came, on the clock of who asked; counts are the server's own."""
+    """A response: the arrival times of its chunks, and the server's token counts."""
 
     times: list[float] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
@@ -101,13 +101,13 @@ class Answer:
 
 
 class AnswerError(Exception):
-    """A request has no complete answer; the text is short enough to count by."""
+    """A request failed; the message is short, since the report counts failures by message."""
 
 
 class OpenAIServer:
-    """Asks the server at `url` (its root, or the address of its API that ends in /v1).
+    """A client of the server at `url`, its root or the address of its API that ends in /v1.
 
-    `open` finds the model and how the server has to be asked; it is needed before `ask`.
+    `open` finds the model and the fields that the server supports; call it before `ask`.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class OpenAIServer:
         *,
         model: str | None = None,
         api_key: str | None = None,
-        silence: float = SILENCE,
+        read_seconds: float = READ_SECONDS,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.url = api_root(url)
@@ -127,7 +127,7 @@ class OpenAIServer:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.AsyncClient(
             headers=headers,
-            timeout=httpx.Timeout(silence, connect=_CONNECT),
+            timeout=httpx.Timeout(read_seconds, connect=_CONNECT),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             trust_env=False,
         )
@@ -139,10 +139,10 @@ class OpenAIServer:
         await self._http.aclose()
 
     async def open(self) -> Served:
-        """Find the model, and ask it once for a few tokens.
+        """Find the model, and request a few tokens from it.
 
-        Raises `RemoteUnavailableError`, `AuthError`, `NotFoundError` for a model that is not there,
-        `UsageError` where one of several has to be chosen, and `ModelpackError`.
+        Raises `RemoteUnavailableError`, `AuthError`, `NotFoundError` for a missing model,
+        `UsageError` if the server has several models and none was chosen, and `ModelpackError`.
         """
         model = await self._find_model()
         self.served = Served(model)
@@ -154,7 +154,7 @@ class OpenAIServer:
         return self.served
 
     async def ask(self, messages: list[dict[str, str]], max_tokens: int) -> Answer:
-        """Return the answer to a conversation; raises `AnswerError`."""
+        """Return the response to a conversation; raise `AnswerError`."""
         answer = Answer()
         body = self._body(messages, max_tokens)
         try:
@@ -167,13 +167,13 @@ class OpenAIServer:
         except httpx.TimeoutException:
             raise AnswerError("timed out") from None
         except httpx.ConnectError:
-            raise AnswerError("no connection") from None
+            raise AnswerError("cannot connect") from None
         except httpx.HTTPError:
-            raise AnswerError("the connection broke") from None
+            raise AnswerError("connection lost") from None
         if not complete:
-            raise AnswerError("the stream ended early")
+            raise AnswerError("incomplete stream")
         if not answer.times:
-            raise AnswerError("an empty answer")
+            raise AnswerError("empty response")
         return answer
 
     @property
@@ -192,7 +192,7 @@ class OpenAIServer:
         }
 
     def _take(self, data: str, answer: Answer) -> bool:
-        """Take notice of an event; return whether it ends the answer."""
+        """Add an event to the response; return whether it is the last one."""
         if data == "[DONE]":
             return True
         try:
@@ -213,7 +213,7 @@ class OpenAIServer:
                 details = usage.get("prompt_tokens_details") or {}
                 answer.cached_tokens = int(details.get("cached_tokens") or 0)
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise AnswerError("an event that is no chunk of a chat completion") from None
+            raise AnswerError("invalid event: not a chunk of a chat completion") from None
         return ends
 
     async def _find_model(self) -> str:
@@ -229,19 +229,19 @@ class OpenAIServer:
             names = [str(model["id"]) for model in response.json()["data"]]
         except (ValueError, TypeError, KeyError):
             raise ModelpackError(
-                f"{self.url}/models is no list of models",
-                hint="is it the address of an OpenAI-compatible API? or name the model: --model",
+                f"{self.url}/models did not return a list of models",
+                hint="check that this is an OpenAI-compatible API, or give --model NAME",
             ) from None
         if len(names) == 1:
             return names[0]
         listed = ", ".join(names[:_MOST_LISTED]) + (", …" if len(names) > _MOST_LISTED else "")
         raise UsageError(
             f"{self.url} serves {len(names)} models{': ' + listed if names else ''}",
-            hint="say which: --model NAME" if names else "have it load one",
+            hint="choose one with --model NAME" if names else "load a model in the server",
         )
 
     async def _try_out(self) -> bool:
-        """Ask for two tokens; return whether the server takes the field that ignores ends."""
+        """Request two tokens; return whether the server supports the field ignore_eos."""
         messages = [{"role": "user", "content": "Hello"}]
         for fields in (_IGNORE_EOS, {}):
             self._fields = fields
@@ -255,12 +255,12 @@ class OpenAIServer:
             raise NotFoundError(
                 f"{self.url} has no model {self.served.model!r}"
                 + (f": {message}" if message else ""),
-                hint="name one that it serves: --model NAME",
+                hint="choose a model of the server with --model NAME",
             )
-        raise self._refused(response, f"does not answer as {self.served.model!r}")
+        raise self._refused(response, f"does not serve {self.served.model!r}")
 
     async def _versions(self) -> dict[str, str]:
-        """Return what the server tells of its program: vLLM's, llama.cpp's and Ollama's ways."""
+        """Return the versions that the server reports, as vLLM, llama.cpp or Ollama."""
         found: dict[str, str] = {}
         root = self.url.removesuffix("/v1")
         for path, field_name, name in (
@@ -279,7 +279,7 @@ class OpenAIServer:
 
     def _unreachable(self, error: httpx.HTTPError) -> ModelpackError:
         return RemoteUnavailableError(
-            f"no server answers at {self.url}: {error or type(error).__name__}",
+            f"no response from {self.url}: {error or type(error).__name__}",
             hint="start one with `modelpack serve MODEL`, or check the address",
         )
 
@@ -289,28 +289,30 @@ class OpenAIServer:
             f", {message}" if message else ""
         )
         if response.status_code in (401, 403):
-            return AuthError(text, hint="put its API key into the variable of --api-key-env")
+            return AuthError(text, hint="set the variable of --api-key-env to its API key")
         if response.status_code == 404:
-            return NotFoundError(text, hint="is it the address of an OpenAI-compatible API?")
+            return NotFoundError(text, hint="check that this is an OpenAI-compatible API")
         return ModelpackError(text)
 
 
 def api_root(url: str) -> str:
-    """Return the address that paths like /models go below; raises `UsageError`."""
+    """Return the base address of the API, which ends in /v1; raise `UsageError`."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"{url!r} is not an address", hint="like http://127.0.0.1:12434")
+        raise UsageError(
+            f"{url!r} is not an http address", hint="give an address like http://127.0.0.1:12434"
+        )
     if parts.username is not None:
         raise UsageError(
-            f"the address of {parts.hostname} holds a name or a password, which reports would tell",
-            hint="put an API key into the variable of --api-key-env",
+            f"the address of {parts.hostname} contains credentials, which the report would show",
+            hint="set the variable of --api-key-env to the API key",
         )
     root = url.split("?")[0].rstrip("/").removesuffix("/chat/completions")
     return root if root.endswith("/v1") else f"{root}/v1"
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[str]:
-    """Yield the data of server-sent events as they come."""
+    """Yield the data of server-sent events as they arrive."""
     rest = b""
     async for chunk in response.aiter_bytes():
         *lines, rest = (rest + chunk).split(b"\n")
@@ -329,7 +331,7 @@ def _decoded(response: httpx.Response) -> Any:
 
 
 def _message(answer: Any) -> str:
-    """Return what an error says, as OpenAI, FastAPI and others put it."""
+    """Return the message of an error in the format of OpenAI, FastAPI or other servers."""
     if not isinstance(answer, dict):
         return ""
     error = answer.get("error", answer.get("detail", answer.get("message", "")))
@@ -338,21 +340,21 @@ def _message(answer: Any) -> str:
     return error if isinstance(error, str) else json.dumps(error)[:200]
 
 
-# How long it may take to end.
-_END = 20.0
-# Keys for the server's clients: ours listens on loopback, for this process only.
-_NOT_FOR_IT = ("MODELPACK_KEYS",)
+# Seconds to wait for the server to exit.
+_EXIT_SECONDS = 20.0
+# The server must not require API keys: it listens on loopback, for this process only.
+_UNSET_VARIABLES = ("MODELPACK_KEYS",)
 
 
 @contextmanager
 def served(model: str, options: Sequence[str]) -> Iterator[str]:
-    """Serve `model` with `modelpack serve`'s `options`; yield the address.
+    """Run `modelpack serve` with `options` for `model`; yield its address.
 
-    The model may still be loading: a request waits for it. Raises `ModelpackError` with what the
-    server says if it does not start.
+    The model may still be loading; requests wait for it. Raises `ModelpackError` with the server's
+    message if it does not start.
     """
     command = [sys.executable, "-m", "modelpack", "serve", "--port", "0", "-q", *options, model]
-    environment = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_IT}
+    environment = {k: v for k, v in os.environ.items() if k not in _UNSET_VARIABLES}
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
@@ -370,14 +372,14 @@ def served(model: str, options: Sequence[str]) -> Iterator[str]:
         finally:
             process.terminate()
             try:
-                process.wait(_END)
+                process.wait(_EXIT_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
 
 
 def _failure(model: str, said: str) -> ModelpackError:
-    """Return the error that the server's last words are."""
+    """Return an error with the message that the server printed before it exited."""
     lines = said.strip().splitlines()
     found = {kind: text for kind, _, text in (line.partition(": ") for line in lines)}
-    reason = found.get("error", found.get("Error", lines[-1] if lines else "no reason was given"))
-    return ModelpackError(f"{model} cannot be served: {reason}", hint=found.get("hint"))
+    reason = found.get("error", found.get("Error", lines[-1] if lines else "no message"))
+    return ModelpackError(f"cannot serve {model}: {reason}", hint=found.get("hint"))

@@ -50,14 +50,13 @@ def markdown(benchmark: Benchmark) -> str:
         first, *others = benchmark.targets
         rows = [row for other in others for row in _ratios(first, other)]
         lines += ["", f"## Against {first.name}", "", *_table(_RATIOS, rows), ""]
-        lines += [f"Each figure divided by that of {first.name} under the same load."]
+        lines += [f"Each figure is divided by the figure of {first.name} under the same load."]
     if benchmark.notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in benchmark.notes)]
     lines += [
         "",
         "TTFT is the time from a request to its first token, TPOT the time per token after that. "
-        "Prompts, answers and errors are counted as the server reports them, times as this client "
-        "sees them.",
+        "The server reports the token counts; this client measures the times.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -104,7 +103,7 @@ def _versions(found: Mapping[str, str]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table whose columns line up in a plain text, too."""
+    """Return the lines of a Markdown table whose columns are also aligned as plain text."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -121,20 +120,20 @@ _SIZE, _DPI = (13.5, 4.2), 120
 
 
 def require_matplotlib() -> None:
-    """Raise `UsageError` unless pictures can be drawn."""
+    """Raise `UsageError` unless matplotlib is installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UsageError(
-            "a picture needs matplotlib, which is not installed",
-            hint="pip install 'modelpack[bench]', or leave out --png",
+            "--png requires matplotlib, which is not installed",
+            hint="run pip install 'modelpack[bench]', or leave out --png",
         ) from None
 
 
 def draw(benchmark: Benchmark, path: Path) -> None:
-    """Write the picture as PNG to `path`; a server is a line, its p99 dashed."""
+    """Write the charts as PNG to `path`: one line for each server, dashed for p99."""
     require_matplotlib()
-    from matplotlib.figure import Figure  # no window, and no state that pyplot would keep
+    from matplotlib.figure import Figure  # unlike pyplot, it opens no window and keeps no state
 
     figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
     throughput, ttft, tpot = figure.subplots(1, 3)

@@ -1,8 +1,8 @@
 """Workloads: arrival times and token ids, the same in every run.
 
-Lengths and arrivals follow published benchmarks where there is one: vLLM's `sonnet` by its lengths,
-nano-vllm's `bench.py`. Prompts are random tokens: what they say costs nothing, and prefixes are
-shared only where a workload means them to be.
+Lengths and arrivals follow published benchmarks if there is one, such as vLLM's `sonnet` and
+nano-vllm's `bench.py`. Prompts are random tokens, so that they share prefixes only where a workload
+intends it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,18 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-#: Ids that every vocabulary of a text model has, past its special tokens.
+#: The default load of `modelpack bench`, which takes about a minute on a laptop: clients, tokens of
+#: a prompt and of a response, and the seconds for all steps.
+CONCURRENCY = (1, 2, 4, 8)
+PROMPT_TOKENS, OUTPUT_TOKENS = 128, 64
+SECONDS = 40.0
+#: The range of token ids to use: every text model has them, and none is a special token.
 LOWEST_ID, HIGHEST_ID = 1000, 30000
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Tokens that a user adds to the conversation so far, and how many are answered."""
+    """The tokens of a user's message, and the number of tokens of the response."""
 
     token_ids: tuple[int, ...]
     max_tokens: int
@@ -25,9 +30,10 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One conversation; a turn comes when the answer to the one before is complete.
+    """One conversation; each turn is sent when the previous response is complete.
 
-    `arrival` is in seconds since the start; `label` sets sessions apart in a report.
+    `arrival` is in seconds since the start. Sessions with a `label` get separate latencies in a
+    report.
     """
 
     turns: tuple[Turn, ...]
@@ -37,22 +43,22 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Sessions by arrival; `concurrency` at most are served at once (0: no limit)."""
+    """Sessions in order of arrival; at most `concurrency` run at a time (0: no limit)."""
 
     name: str
     sessions: tuple[Session, ...]
     concurrency: int = 0
 
     def limited(self, concurrency: int) -> Workload:
-        """Return the same sessions at another concurrency."""
+        """Return the same sessions with another concurrency."""
         return replace(self, concurrency=concurrency)
 
     def first(self, count: int) -> Workload:
-        """Return the first `count` sessions only, for slow machines."""
+        """Return the first `count` sessions, for slow machines."""
         return replace(self, sessions=self.sessions[:count])
 
     def in_other_words(self, shift: int) -> Workload:
-        """Return the same lengths and arrivals with other tokens, which no cache has seen."""
+        """Return the same lengths and arrivals with other tokens, which no cache contains."""
         span = HIGHEST_ID - LOWEST_ID
         sessions = tuple(
             replace(
@@ -73,7 +79,7 @@ class Workload:
 
     @property
     def longest(self) -> int:
-        """The most tokens that a session comes to, its answers included."""
+        """The largest number of tokens in a session, including its responses."""
         return max(
             sum(len(turn.token_ids) + turn.max_tokens for turn in session.turns)
             for session in self.sessions
@@ -81,11 +87,11 @@ class Workload:
 
 
 def _repeatable(seed: int) -> random.Random:
-    return random.Random(seed)  # noqa: S311 - repeatable is what it has to be
+    return random.Random(seed)  # noqa: S311 - workloads must be repeatable
 
 
 class _Source:
-    """Random tokens and lengths from one seed."""
+    """A source of random tokens and lengths, from one seed."""
 
     def __init__(self, seed: int) -> None:
         self.random = _repeatable(seed)
@@ -98,13 +104,13 @@ class _Source:
 
 
 def single_turns(name: str, lengths: list[tuple[int, int]], seed: int = 7) -> Workload:
-    """Return one request for each (prompt, answer) of `lengths`, all at once."""
+    """Return one request for each pair of `lengths`, (prompt, response), all arriving at once."""
     source = _Source(seed)
     return Workload(name, tuple(Session((source.turn(*pair),)) for pair in lengths))
 
 
 def load_m(concurrency: int = 32) -> Workload:
-    """Prompts of 64-1024 tokens, answers of 32-256; twice the concurrency, at least 64."""
+    """Prompts of 64-1024 tokens, responses of 32-256; max(64, 2 * concurrency) requests."""
     lengths = _repeatable(7)
     pairs = [
         (lengths.randint(64, 1024), lengths.randint(32, 256))
@@ -114,14 +120,14 @@ def load_m(concurrency: int = 32) -> Workload:
 
 
 def nano_vllm() -> Workload:
-    """256 sequences, prompts and answers of 100-1024 tokens (nano-vllm's bench.py)."""
+    """256 requests with prompts and responses of 100-1024 tokens (nano-vllm's bench.py)."""
     lengths = _repeatable(0)
     pairs = [(lengths.randint(100, 1024), lengths.randint(100, 1024)) for _ in range(256)]
     return single_turns("nano-vllm", pairs, seed=0)
 
 
 def sonnet() -> Workload:
-    """100 prompts of 550 tokens, of which 200 are shared; answers of 150 (vLLM's sonnet)."""
+    """100 prompts of 550 tokens, 200 of them shared; responses of 150 (vLLM's sonnet)."""
     source = _Source(7)
     shared = source.tokens(200)
     turns = [Turn(shared + source.tokens(350), 150) for _ in range(100)]
@@ -129,12 +135,12 @@ def sonnet() -> Workload:
 
 
 def rounds_of_five() -> Workload:
-    """Five prompts of 32 tokens at once, 256 tokens each (vllm-mlx's batch of five)."""
+    """Five prompts of 32 tokens at once, responses of 256 (vllm-mlx's batch of five)."""
     return single_turns("rounds-of-five", [(32, 256)] * 5)
 
 
 def poisson_with_8k(rate: float = 8.0, count: int = 64) -> Workload:
-    """Chat-sized requests at `rate` a second, and a prompt of 8k tokens in their midst."""
+    """Short requests at `rate` per second, and one prompt of 8k tokens halfway through."""
     source = _Source(7)
     now, sessions = 0.0, []
     for _ in range(count):
@@ -146,8 +152,10 @@ def poisson_with_8k(rate: float = 8.0, count: int = 64) -> Workload:
     return Workload("poisson-8k", tuple(sessions))
 
 
-def poisson(rate: float, count: int, prompt: int = 128, answer: int = 64) -> Workload:
-    """`count` requests of one size at `rate` a second, as users who know nothing of each other."""
+def poisson(
+    rate: float, count: int, prompt: int = PROMPT_TOKENS, answer: int = OUTPUT_TOKENS
+) -> Workload:
+    """`count` requests of one size at `rate` per second, as a Poisson process."""
     source = _Source(7)
     now, sessions = 0.0, []
     for _ in range(count):
@@ -157,7 +165,7 @@ def poisson(rate: float, count: int, prompt: int = 128, answer: int = 64) -> Wor
 
 
 def multi_turn(conversations: int = 16, turns: int = 6) -> Workload:
-    """Conversations that grow: every turn sends what was said before again."""
+    """Conversations whose every turn sends all previous messages again."""
     source = _Source(7)
     sessions = [
         Session(tuple(source.turn(256 if i == 0 else 48, 64) for i in range(turns)))
@@ -167,7 +175,7 @@ def multi_turn(conversations: int = 16, turns: int = 6) -> Workload:
 
 
 def shared_prefix(prompt: int = 1024, share: float = 0.9, count: int = 64) -> Workload:
-    """Prompts with the same beginning, after one that fills the cache."""
+    """Prompts with a shared prefix, one at a time; the first one fills the cache."""
     source = _Source(7)
     prefix = source.tokens(int(prompt * share))
     turns = [Turn(prefix + source.tokens(prompt - len(prefix)), 16) for _ in range(count)]
@@ -176,7 +184,7 @@ def shared_prefix(prompt: int = 1024, share: float = 0.9, count: int = 64) -> Wo
 
 
 def matrix(concurrency: int, prompt: int, answer: int = 128) -> Workload:
-    """One cell of concurrency x prompt length; three rounds."""
+    """Three rounds of requests for one pair of concurrency and prompt length."""
     pairs = [(prompt, answer)] * (3 * concurrency)
     return single_turns(f"matrix-{concurrency}x{prompt}", pairs).limited(concurrency)
 

@@ -16,6 +16,12 @@ import click
 from modelpack.cli.options import Settings, common_options, model_names
 from modelpack.cli.output import note, shown_progress
 from modelpack.errors import UsageError
+from modelpack_server.bench.workloads import (
+    CONCURRENCY,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    SECONDS,
+)
 from modelpack_server.cli.engine_options import require_engine
 
 if TYPE_CHECKING:
@@ -27,7 +33,7 @@ _TYPED = "modelpack_server.cli.bench.typed"
 
 
 class _Numbers(click.ParamType[Any]):
-    """Numbers above 0 with commas between them."""
+    """Numbers above 0, separated by commas."""
 
     name = "numbers"
 
@@ -35,7 +41,7 @@ class _Numbers(click.ParamType[Any]):
         self._kind = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return them as a tuple."""
+        """Return the numbers as a tuple."""
         if not isinstance(value, str):
             return value
         try:
@@ -51,7 +57,7 @@ class _Command(click.Command):
     """A command that keeps its command line for the report."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse as any command does."""
+        """Keep `args` and parse them."""
         ctx.meta[_TYPED] = shlex.join(["modelpack", "bench", *args])
         return super().parse_args(ctx, args)
 
@@ -66,45 +72,54 @@ class _Command(click.Command):
     "--concurrency",
     metavar="N,N…",
     type=_Numbers(int),
-    help="Numbers of concurrent clients (closed loop). [default: 1,2,4,8]",
+    help="Run this many concurrent clients (closed loop), one number after the other. "
+    f"[default: {','.join(map(str, CONCURRENCY))}]",
 )
 @click.option(
     "--rate",
     metavar="R,R…",
     type=_Numbers(float),
-    help="Requests per second, as a Poisson process, instead of --concurrency.",
+    help="Send this many requests per second, as a Poisson process, instead of --concurrency.",
 )
 @click.option(
     "--workload",
     metavar="NAME",
     multiple=True,
-    help="A named workload, like load-m-32 or multi-turn, instead. May be repeated.",
+    help="Run this named workload, like load-m-32 or multi-turn, instead. May be repeated.",
 )
-@click.option("--prompt-tokens", type=click.IntRange(1, 131072), help="[default: 128]")
-@click.option("--output-tokens", type=click.IntRange(1, 32768), help="[default: 64]")
 @click.option(
-    "--requests", type=click.IntRange(min=1), help="Requests of each load, regardless of the time."
+    "--prompt-tokens", type=click.IntRange(1, 131072),
+    help=f"Send prompts of about this many tokens. [default: {PROMPT_TOKENS}]",
+)  # fmt: skip
+@click.option(
+    "--output-tokens", type=click.IntRange(1, 32768),
+    help=f"Request this many tokens in each response. [default: {OUTPUT_TOKENS}]",
+)  # fmt: skip
+@click.option(
+    "--requests",
+    type=click.IntRange(min=1),
+    help="Send this many requests in each load, however long it takes.",
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
-    default=40.0,
+    default=SECONDS,
     show_default=True,
-    help="Time for all loads of one TARGET, without --requests.",
+    help="Limit the time of all loads of one TARGET, without --requests.",
 )
-@click.option("--model", metavar="NAME", help="The model to use on servers with several.")
+@click.option("--model", metavar="NAME", help="Use this model on servers with several.")
 @click.option(
     "--api-key-env",
     metavar="VARIABLE",
     default="MODELPACK_API_KEY",
     show_default=True,
-    help="The environment variable with the servers' API key.",
+    help="Read the servers' API key from this environment variable.",
 )
 @click.option(
     "--serve",
     metavar="OPTIONS",
     multiple=True,
-    help="Options of `modelpack serve` for a MODEL. Repeat it to give each TARGET its own.",
+    help="Pass OPTIONS to `modelpack serve` for a MODEL. Repeat it to give each TARGET its own.",
 )
 @click.option("--json-file", type=_FILE, metavar="FILE", help="Write all figures to FILE as JSON.")
 @click.option("--markdown", type=_FILE, metavar="FILE", help="Write the table to FILE.")
@@ -222,11 +237,11 @@ def _plan(
                 "--workload cannot be combined with --prompt-tokens or --output-tokens"
             )
         return plan.named(workload, requests=requests)
-    sizes = {"prompt": prompt_tokens or plan.PROMPT, "answer": output_tokens or plan.ANSWER,
+    sizes = {"prompt": prompt_tokens or PROMPT_TOKENS, "answer": output_tokens or OUTPUT_TOKENS,
              "requests": requests, "seconds": seconds}  # fmt: skip
     if rate:
         return plan.rates(rate, **sizes)  # type: ignore[arg-type]
-    return plan.sweep(concurrency or plan.CONCURRENCY, **sizes)  # type: ignore[arg-type]
+    return plan.sweep(concurrency or CONCURRENCY, **sizes)  # type: ignore[arg-type]
 
 
 def _options(targets: Sequence[str], serve: Sequence[str]) -> list[list[str]]:

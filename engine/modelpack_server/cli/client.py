@@ -18,18 +18,14 @@ import click
 
 from modelpack.cli.options import Settings, common_options, model_argument, model_names
 from modelpack.cli.output import human_size, note, show, show_json, table
-from modelpack.errors import (
-    ModelpackError,
-    NotFoundError,
-    UsageError,
-)
+from modelpack.errors import ModelpackError, NotFoundError, UsageError
 from modelpack_server.server_client import DEFAULT_HOST, call_server
 
 _HEADER = ("MODEL NAME", "STATE", "REQUESTS", "CONTEXT", "MEMORY", "UNTIL")
 
 host_option = click.option(
     "--host", metavar="URL", envvar="MODELPACK_HOST", default=DEFAULT_HOST, show_default=True,
-    help="The server's URL. [env: MODELPACK_HOST; API key: MODELPACK_API_KEY]",
+    help="Use the server at this URL. [env: MODELPACK_HOST; API key: MODELPACK_API_KEY]",
 )  # fmt: skip
 
 
@@ -72,13 +68,13 @@ def unload(
 )
 @model_argument()
 @click.option(
-    "--context-size", type=click.IntRange(min=2), help="Maximum context length in tokens."
+    "--context-size", type=click.IntRange(min=2), help="Limit the context to this many tokens."
 )
-@click.option("--preset", help="A preset: code, chat, creative or long-context.")
+@click.option("--preset", help="Use this preset: code, chat, creative or long-context.")
 @click.option(
     "--keep-alive",
     metavar="TIME",
-    help="How long the unused model stays loaded, like 5m; -1: forever.",
+    help="Keep the model loaded for this time after its last use, like 5m; -1: forever.",
 )
 @click.argument("flags", metavar="[-- FLAGS...]", nargs=-1, type=click.UNPROCESSED)
 @host_option
@@ -144,7 +140,7 @@ class Setup:
 
 
 def _claude(target: Target) -> Setup:
-    """https://code.claude.com/docs/en/env-vars"""
+    """Return the setup of Claude Code: https://code.claude.com/docs/en/env-vars"""
     models = ("ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL", "ANTHROPIC_DEFAULT_OPUS_MODEL",
               "ANTHROPIC_DEFAULT_SONNET_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL",
               "CLAUDE_CODE_SUBAGENT_MODEL")  # fmt: skip
@@ -162,7 +158,7 @@ def _claude(target: Target) -> Setup:
 
 
 def _codex(target: Target) -> Setup:
-    """https://developers.openai.com/codex/config-advanced; values are TOML."""
+    """Return the setup of Codex: https://developers.openai.com/codex/config-advanced"""
     provider = {"name": "Modelpack", "base_url": f"{target.url}/v1", "wire_api": "responses"}
     variables = {}
     if target.key is not None:
@@ -173,14 +169,14 @@ def _codex(target: Target) -> Setup:
     options |= {f"model_providers.modelpack.{name}": value for name, value in provider.items()}
     arguments = ["-m", target.model]
     for name, value in options.items():
-        arguments += ["-c", f"{name}={json.dumps(value)}"]
+        arguments += ["-c", f"{name}={json.dumps(value)}"]  # a JSON string is valid TOML
     if target.context is not None:
         arguments += ["-c", f"model_context_window={target.context}"]
     return Setup(variables, arguments=tuple(arguments))
 
 
 def _opencode(target: Target) -> Setup:
-    """https://opencode.ai/docs/config and /docs/providers"""
+    """Return the setup of OpenCode: https://opencode.ai/docs/config and /docs/providers"""
     model: dict[str, Any] = {"name": target.model}
     if target.context is not None:
         model["limit"] = {"context": target.context, "output": target.context}
@@ -201,7 +197,7 @@ def _opencode(target: Target) -> Setup:
 
 
 def _env(target: Target) -> Setup:
-    """The variables of the official clients of all four APIs."""
+    """Return the variables of the official clients of all four APIs."""
     return Setup(
         {
             "OPENAI_BASE_URL": f"{target.url}/v1",
@@ -220,7 +216,7 @@ def _env(target: Target) -> Setup:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program that can be launched; `install` says how to get it."""
+    """A program that `launch` supports; `install` is the command that installs it."""
 
     setup: Callable[[Target], Setup]
     install: str = ""
@@ -327,7 +323,7 @@ def _only_model(url: str) -> str:
     if not names:
         raise NotFoundError(f"the server at {url} has no models", hint="run modelpack pull MODEL")
     raise UsageError(
-        f"the server at {url} has several models", hint=f"name one: {', '.join(names)}"
+        f"the server at {url} has several models", hint=f"choose one of {', '.join(names)}"
     )
 
 

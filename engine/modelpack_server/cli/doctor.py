@@ -23,12 +23,14 @@ from modelpack.artifacts.model import Model
 from modelpack.artifacts.reference import DEFAULT_REGISTRY
 from modelpack.cli.options import Settings, common_options, model_names, remote_options
 from modelpack.cli.output import show, table
+from modelpack.deploy.local_server import PORT
 from modelpack.errors import AuthError, ModelpackError, UsageError
 from modelpack.operations.remote import RemoteOptions
 from modelpack.store.layout import LayoutStore, default_store_root
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.platform import blas
 from modelpack_server.cli.engine_options import require_engine
+from modelpack_server.cli.gateway import GATEWAY_PORT
 
 #: Free bytes on the disk of the store below which doctor warns.
 _LOW_DISK_SPACE = 5 * 10**9
@@ -270,15 +272,14 @@ def _version(distribution: str) -> str:
         return ""
 
 
-#: The default ports of the servers.
-_PORTS = ((12434, "serve"), (12435, "gateway"), (5000, "registry serve"))
+_PORTS = ((PORT, "serve"), (GATEWAY_PORT, "gateway"), (5000, "registry serve"))
 
 
 @click.command()
 @click.argument("models", metavar="[MODEL]...", nargs=-1, shell_complete=model_names)
 @click.option(
     "--registry", "registries", metavar="HOST", multiple=True,
-    help="A registry to check. May be repeated. [default: the default registry]",
+    help="Check this registry. May be repeated. [default: the default registry]",
 )  # fmt: skip
 @click.option("--offline", is_flag=True, help="Skip the check of registries.")
 @remote_options

@@ -14,14 +14,16 @@ from modelpack.cli.options import Settings, parse_size
 from modelpack.cli.output import shown_progress
 from modelpack.errors import UsageError
 from modelpack.operations.remote import RemoteOptions
+from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 
 if TYPE_CHECKING:
     from modelpack.store.layout import LayoutStore
-    from modelpack_engine.config import EngineConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: The names of the options, which are also fields of EngineConfig.
+# The help of each option shows the default of its field.
+_DEFAULTS = EngineConfig()
+#: The options of speculative decoding, which are also fields of EngineConfig.
 NAMES = ("speculative_method", "draft_model", "num_speculative_tokens",
          "speculative_min_acceptance", "speculative_disable_by_batch_size")  # fmt: skip
 
@@ -32,26 +34,26 @@ def speculation_options(command: F) -> F:
         click.option(
             "--speculative-method",
             type=click.Choice(["ngram", "draft"]),
-            help="Speculative decoding: propose tokens by n-gram lookup in the text so far, or by "
+            help="Decode speculatively: propose tokens by n-gram lookup in the text, or with "
             "--draft-model, which implies draft.",
         ),
         click.option(
             "--draft-model",
             metavar="REF|DIR",
             callback=_draft_model,
-            help="A smaller model with the same vocabulary that proposes tokens.",
+            help="Propose tokens with this smaller model, which has the same vocabulary.",
         ),
         click.option(
             "--num-speculative-tokens",
             type=click.IntRange(min=1),
-            help="Tokens to propose per step.",
+            help="Propose this many tokens per step.",
         ),
         click.option(
             "--speculative-min-acceptance",
             type=click.FloatRange(0, 1),
-            default=0.0,
+            default=_DEFAULTS.speculative_min_acceptance,
             show_default=True,
-            help="Do not propose tokens to which the draft model gives a lower probability.",
+            help="Propose no tokens to which the draft model gives a lower probability.",
         ),
         click.option(
             "--speculative-disable-by-batch-size",
@@ -109,51 +111,54 @@ def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
         type=click.Choice(["auto", "gpu", "cpu"]),
         default="auto",
         show_default=True,
-        help="The device to run on.",
+        help="Run on this device.",
     )
     @click.option(
         "--backend",
         type=click.Choice(["auto", "mlx", "llama.cpp", *others]),
         default="auto",
         show_default=True,
-        help="The engine: auto selects llama.cpp for GGUF on a CPU if installed, else MLX.",
+        help="Use this engine: auto selects llama.cpp for GGUF on a CPU if installed, else MLX.",
     )
     @click.option(
-        "--max-model-len", type=click.IntRange(min=2), help="Maximum context length in tokens."
+        "--max-model-len", type=click.IntRange(min=2), help="Limit the context to this many tokens."
     )
     @click.option(
         "--max-num-seqs",
         type=click.IntRange(min=1),
-        default=64,
+        default=_DEFAULTS.max_num_seqs,
         show_default=True,
-        help="Maximum number of running requests.",
+        help="Run at most this many requests at a time.",
     )
     @click.option(
         "--max-num-batched-tokens",
         type=click.IntRange(min=1),
-        help="Maximum number of tokens per step.",
+        help="Compute at most this many tokens per step.",
     )
     @click.option(
         "--scheduling-policy",
         type=click.Choice(["shortest-first", "fcfs"]),
-        default="shortest-first",
+        default=_DEFAULTS.scheduling_policy,
         show_default=True,
-        help="Run the shortest waiting prompt first, within bounds, or the oldest.",
+        help="Start the shortest waiting prompt first, within bounds, or the oldest.",
     )
     @click.option(
         "--gpu-memory-utilization",
         type=click.FloatRange(0, 1, min_open=True),
-        default=0.9,
+        default=_DEFAULTS.gpu_memory_utilization,
         show_default=True,
-        help="Fraction of GPU memory to use.",
+        help="Use this fraction of GPU memory.",
     )
-    @click.option("--kv-cache-bytes", type=click.IntRange(min=1), help="Size of the KV cache.")
+    @click.option(
+        "--kv-cache-bytes", type=click.IntRange(min=1), help="Set the size of the KV cache."
+    )
     @click.option(
         "--kv-cache-dtype",
         metavar="auto|bf16|fp16|q8|q4",
-        default="auto",
+        default=_DEFAULTS.kv_cache_dtype,
         show_default=True,
-        help="Type of the KV cache; q8 and q4 hold about 1.9 and 3.5 times the tokens of bf16.",
+        help="Use this type for the KV cache; q8 and q4 hold about 1.9 and 3.5 times the tokens "
+        "of bf16.",
     )
     @click.option(
         "--ignore-config-field",
@@ -173,10 +178,10 @@ def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
         "--kv-offload-memory",
         metavar="SIZE",
         callback=_size,
-        help="Host memory for offloaded prefixes; without --kv-offload-dir, the only place.",
+        help="Offload prefixes to this much host memory; without --kv-offload-dir, only there.",
     )
     @click.option(
-        "--kv-offload-disk", metavar="SIZE", callback=_size, help="Maximum size of the files."
+        "--kv-offload-disk", metavar="SIZE", callback=_size, help="Limit the size of the files."
     )
     @speculation_options
     @functools.wraps(command)
@@ -190,8 +195,6 @@ def engine_options(command: F, *, others: tuple[str, ...] = ()) -> F:
         given = {name: arguments.pop(name) for name in names}
 
         def config() -> EngineConfig:
-            from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
-
             given["kv_cache_dtype"] = parse_kv_cache_dtype(given["kv_cache_dtype"])
             return EngineConfig(**given, enable_prefix_caching=not no_prefix_caching)
 

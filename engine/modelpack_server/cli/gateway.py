@@ -11,9 +11,8 @@ from urllib.parse import urlsplit
 
 import click
 
-from modelpack.cli.options import Settings, common_options
-from modelpack.cli.output import note, show
-from modelpack.cli.server_options import request_log, tls_options
+from modelpack.cli.options import Settings, common_options, tls_options
+from modelpack.cli.output import note, request_log, show
 from modelpack.errors import UsageError
 from modelpack.http.hosts import is_loopback
 
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MIB = 1024 * 1024
+#: The default port of the gateway.
+GATEWAY_PORT = 12435
 _KEY_FILE = click.option(
     "--keys",
     "key_file",
@@ -56,7 +57,7 @@ def protection_options(command: F) -> F:
     )  # fmt: skip
     @click.option(
         "--max-body", type=click.IntRange(min=1), default=64, show_default=True, metavar="MIB",
-        help="Maximum size of a request in MiB, except for uploaded models; larger requests get "
+        help="Limit the size of requests in MiB, except uploaded models; larger requests get "
         "status 413.",
     )  # fmt: skip
     @functools.wraps(command)
@@ -92,18 +93,18 @@ def protection_options(command: F) -> F:
     "--upstream", "upstreams", metavar="URL", multiple=True,
     help="Forward requests to this server. May be repeated.",
 )  # fmt: skip
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=12435, show_default=True,
-    help="The port; 0 selects a free port.",
+    "--port", type=click.IntRange(0, 65535), default=GATEWAY_PORT, show_default=True,
+    help="Listen on this port; 0 selects a free port.",
 )  # fmt: skip
 @click.option(
     "--balance", type=click.Choice(["least-busy", "round-robin"]), default="least-busy",
-    show_default=True, help="How to choose among healthy upstreams.",
+    show_default=True, help="Choose the least busy healthy upstream, or each in turn.",
 )  # fmt: skip
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,
-    help="Maximum time between two chunks of a response, in seconds.",
+    help="Wait at most this many seconds for the next chunk of a response.",
 )  # fmt: skip
 @protection_options
 @tls_options
@@ -158,11 +159,11 @@ def gateway(
 @click.argument("name")
 @_KEY_FILE
 @click.option("--requests-per-minute", type=click.IntRange(min=1), metavar="N",
-              help="Maximum number of requests per minute.")  # fmt: skip
+              help="Limit the requests per minute.")  # fmt: skip
 @click.option("--tokens-per-minute", type=click.IntRange(min=1), metavar="N",
-              help="Maximum number of tokens per minute.")  # fmt: skip
+              help="Limit the tokens per minute.")  # fmt: skip
 @click.option("--concurrency", type=click.IntRange(min=1), metavar="N",
-              help="Maximum number of concurrent requests.")  # fmt: skip
+              help="Limit the concurrent requests.")  # fmt: skip
 @click.option(
     "--model", "models", metavar="GLOB", multiple=True,
     help="Restrict the key to these models, without management. May be repeated. [default: all]",

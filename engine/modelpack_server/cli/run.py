@@ -35,17 +35,18 @@ if TYPE_CHECKING:
 @click.command()
 @model_argument()
 @click.argument("prompt", nargs=-1)
-@click.option(
-    "--max-tokens", type=click.IntRange(min=1), help="Maximum number of tokens to generate."
-)
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Generate at most this many tokens.")
 @click.option(
     "--temperature", type=click.FloatRange(0, 2),
-    help="Sampling temperature; 0: greedy. [default: the model's, else 0.7]",
+    help="Sample with this temperature; 0: greedy. [default: the model's, else 0.7]",
 )  # fmt: skip
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="[default: the model's]")
-@click.option("--seed", type=int, help="Random seed, for reproducible output.")
-@click.option("--system", default="", help="A system message.")
-@click.option("--preset", help="A preset: code, chat, creative or long-context.")
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True),
+    help="Sample from the likeliest tokens up to this total probability. [default: the model's]",
+)  # fmt: skip
+@click.option("--seed", type=int, help="Use this random seed, for reproducible output.")
+@click.option("--system", default="", help="Set the system message.")
+@click.option("--preset", help="Use this preset: code, chat, creative or long-context.")
 @click.option("--think/--no-think", default=None, help="Enable or disable reasoning.")
 @click.option("--host", metavar="URL", help="Use a running server instead of loading the model.")
 @engine_options

@@ -22,16 +22,18 @@ from modelpack.cli.options import (
     model_names,
     parse_size,
     remote_options,
+    tls_options,
     trust_options,
     variant_option,
 )
-from modelpack.cli.output import note, show_error, shown_progress
-from modelpack.cli.server_options import request_log, tls_options
+from modelpack.cli.output import note, request_log, show_error, shown_progress
+from modelpack.deploy.local_server import PORT
 from modelpack.errors import ModelpackError, UsageError
 from modelpack.hub.reference import local_name
 from modelpack.operations.remote import RemoteOptions
 from modelpack_server.cli.engine_options import engine_options, pull_draft
 from modelpack_server.cli.gateway import protection_options
+from modelpack_server.pool.settings import DEFAULT_KEEP_ALIVE, ModelSettings, parse_keep_alive
 
 if TYPE_CHECKING:
     from modelpack_engine.config import EngineConfig
@@ -74,7 +76,7 @@ def join_ranks(settings: Settings, size: int, config: EngineConfig) -> Ranks | i
     if not isinstance(joined, Follower):
         note(settings, f"{size} ranks have joined")
         return joined
-    # Ctrl-C in a terminal reaches all ranks; rank 0 ends this one when its requests are done.
+    # Ctrl-C in a terminal reaches all ranks; rank 0 ends the others after its pending requests.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with request_log(settings):
         joined.follow(parts_of(settings.store(), config))
@@ -88,20 +90,20 @@ def _backend(device: str) -> Literal["ring", "nccl"]:
 
 
 def _end(error: ModelpackError) -> None:
-    """End the process: its other threads may wait inside MLX for a rank that is gone."""
+    """Exit the process at once: other threads may wait in MLX for a rank that has exited."""
     show_error(error)
     sys.stdout.flush()
     os._exit(error.exit_code)
 
 
-#: Our options that are vLLM's under the same names.
+#: Options that vLLM has under the same names.
 _SAME = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization",
          "tensor_parallel_size")  # fmt: skip
-#: Those that say something here, too. The others are of our own server.
+#: Options that work with --backend vllm. The other options are for our own server.
 _UNDERSTOOD = frozenset((*_SAME, "models", "host", "port", "served_model_name", "runtime_flags",
                          "backend", "allow_anonymous", "tls_cert", "tls_key", "kv_cache_bytes",
                          "no_prefix_caching"))  # fmt: skip
-#: "keys" are those of --verify-key: a model that is not signed as asked reaches no vLLM.
+#: Options of registries and signatures, which apply before vLLM starts; "keys" is --verify-key.
 _ALWAYS = frozenset(("store", "as_json", "quiet", "progress", "debug", "plain_http", "insecure",
                      "allow_private", "ca_file", "client_cert", "client_key", "concurrency",
                      "connections", "chunk_size", "limit_rate", "keys", "formats", "policy",
@@ -118,10 +120,10 @@ def exec_vllm(
     tls: tuple[Path, Path] | None,
     remote: RemoteOptions,
 ) -> NoReturn:
-    """Become `vllm serve` for the one model; returns only by raising.
+    """Replace this process by `vllm serve` for the model; return only by raising.
 
-    Raises `UsageError` for options that vLLM would not be told of, and as `open_model` and
-    `vllm_command` do.
+    Raises `UsageError` for options that vLLM does not support, and the errors of `open_model` and
+    `vllm_command`.
     """
     from modelpack.deploy.vllm import open_model, vllm_command
 
@@ -132,9 +134,9 @@ def exec_vllm(
             param.name: param.opts[0] for param in click.get_current_context().command.params
         }
         raise UsageError(
-            f"--backend vllm has no {', '.join(options_of[name] for name in foreign)}",
-            hint="keys, limits and traces: put `modelpack gateway` before it; vLLM's own options: "
-            "--runtime-flags '--dtype bfloat16'",
+            f"--backend vllm does not support {', '.join(options_of[name] for name in foreign)}",
+            hint="run `modelpack gateway` before vLLM for keys and limits; give options of vLLM "
+            "as --runtime-flags '--dtype bfloat16'",
         )
     if len(models) != 1:
         raise UsageError(f"--backend vllm serves one MODEL, got {len(models)}")
@@ -158,11 +160,11 @@ def exec_vllm(
         command = vllm_command(opened.directory, names, {**opened.options(), **options}, flags)
         note(settings, " ".join(command))
         sys.stdout.flush()
-        os.execv(command[0], command)  # noqa: S606 - its arguments are a list; no shell is between
+        os.execv(command[0], command)  # noqa: S606 - the arguments are a list, without a shell
 
 
 def _given(ctx: click.Context) -> dict[str, Any]:
-    """Return the options that the user gave, by the environment or by hand."""
+    """Return the options given on the command line or by environment variables."""
     chosen = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
     return {
         name: value for name, value in ctx.params.items()
@@ -179,27 +181,29 @@ def _open(settings: Settings, model: str, remote: RemoteOptions) -> Any:
 
 @click.command()
 @click.argument("models", metavar="[MODEL]...", nargs=-1, shell_complete=model_names)
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=12434, show_default=True,
-    help="The port; 0 selects a free port.",
+    "--port", type=click.IntRange(0, 65535), default=PORT, show_default=True,
+    help="Listen on this port; 0 selects a free port.",
 )  # fmt: skip
 @click.option(
     "--served-model-name",
     metavar="NAME",
-    help="An additional name of the first MODEL in API requests.",
+    help="Accept this additional name of the first MODEL in API requests.",
 )
 @protection_options
 @tls_options
-@click.option("--preset", help="A preset: code, chat, creative or long-context.")
+@click.option("--preset", help="Use this preset: code, chat, creative or long-context.")
 @click.option(
-    "--keep-alive", metavar="TIME", default="5m", show_default=True,
-    help="How long an unused model stays loaded, unless it is a MODEL; -1: forever.",
+    "--keep-alive", metavar="TIME", default=DEFAULT_KEEP_ALIVE, show_default=True,
+    help="Unload a model this long after its last use, unless it is a MODEL; -1: never.",
 )  # fmt: skip
-@click.option("--memory", metavar="SIZE", help="Memory for all models together, like 24GiB.")
+@click.option(
+    "--memory", metavar="SIZE", help="Limit the memory of all models together, like 24GiB."
+)
 @click.option(
     "--runtime-flags", metavar="FLAGS",
-    help="Flags of llama.cpp or vLLM for all models: '--temp 0.7 --ctx-size 8192'.",
+    help="Pass these flags of llama.cpp or vLLM to all models: '--temp 0.7 --ctx-size 8192'.",
 )  # fmt: skip
 @click.option(
     "--tensor-parallel-size", type=click.IntRange(min=1), metavar="N",
@@ -261,7 +265,6 @@ def serve(
     from modelpack_server.gateway.protection import protect
     from modelpack_server.pool.memory import device_memory
     from modelpack_server.pool.pool import ModelPool
-    from modelpack_server.pool.settings import ModelSettings, parse_keep_alive
     from modelpack_server.pool.store_catalogue import StoreCatalogue
 
     # Check the options before the pull.

@@ -86,11 +86,13 @@ def test_result(report: SmokeReport) -> dict[str, Any]:
 @click.command()
 @model_argument()
 @click.option("--prompt", default="What is the capital of France?", show_default=True,
-              help="The prompt.")  # fmt: skip
-@click.option("--expect", metavar="REGEX", help="The response must match this pattern.")
-@click.option("--min-tps", type=click.FloatRange(min=0), help="Minimum tokens per second.")
+              help="Send this prompt.")  # fmt: skip
+@click.option("--expect", metavar="REGEX", help="Require the response to match this pattern.")
+@click.option(
+    "--min-tps", type=click.FloatRange(min=0), help="Require this many tokens per second."
+)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True,
-              help="Maximum number of tokens to generate.")  # fmt: skip
+              help="Generate at most this many tokens.")  # fmt: skip
 @click.option("--clean", is_flag=True, help="Pull into an empty store that is deleted afterwards.")
 @click.option(
     "--junit", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
@@ -101,7 +103,10 @@ def test_result(report: SmokeReport) -> dict[str, Any]:
     help="Attach the report to the model in its registry, signed with --key.",
 )  # fmt: skip
 @click.option(
-    "--key", type=click.Path(path_type=Path), metavar="KEY", help="The private key for --attest."
+    "--key",
+    type=click.Path(path_type=Path),
+    metavar="KEY",
+    help="Sign with this private key, for --attest.",
 )
 @click.option(
     "--local", is_flag=True, help="With --attest: attach to the model in the local store."
@@ -138,7 +143,7 @@ def smoke(
         engine = config()
         pull_draft(engine, store, settings, remote)
         tested = opened.model
-        del opened  # the files are stored now; smoke_test loads them
+        del opened  # smoke_test loads the stored files itself
         report = smoke_test(
             model,
             store,

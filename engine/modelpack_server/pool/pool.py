@@ -37,7 +37,12 @@ from modelpack_server.pool.entry import (
 )
 from modelpack_server.pool.memory import MemoryBudget
 from modelpack_server.pool.names import Names
-from modelpack_server.pool.settings import DEFAULT_KEEP_ALIVE, PRESETS, ModelSettings
+from modelpack_server.pool.settings import (
+    DEFAULT_KEEP_ALIVE,
+    PRESETS,
+    ModelSettings,
+    parse_keep_alive,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +74,7 @@ class ModelPool:
         *,
         settings: ModelSettings | None = None,
         memory: int | None = None,
-        keep_alive: float = DEFAULT_KEEP_ALIVE,
+        keep_alive: float | None = None,
         grace: float = GRACE,
         max_waiting: int = MAX_WAITING,
         load_seconds: float = LOAD_SECONDS,
@@ -79,7 +84,8 @@ class ModelPool:
         self.clock = clock
         self.is_closing = False
         self._settings = settings or ModelSettings()
-        self._keep_alive = keep_alive
+        default = parse_keep_alive(DEFAULT_KEEP_ALIVE)
+        self._keep_alive = default if keep_alive is None else keep_alive
         self._grace = grace
         self._max_waiting = max_waiting
         self._load_seconds = load_seconds

@@ -16,8 +16,8 @@ from modelpack_engine.config import (
     parse_kv_cache_dtype,
 )
 
-#: Seconds.
-DEFAULT_KEEP_ALIVE = 300.0
+#: How long a model stays loaded after its last use; an argument of `parse_keep_alive`.
+DEFAULT_KEEP_ALIVE = "5m"
 FOREVER = math.inf
 # Seconds, about what a Go duration can hold: as long as for ever, and a date can still be told.
 _LONGEST = 250 * 365 * 86400

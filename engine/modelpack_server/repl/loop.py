@@ -29,10 +29,11 @@ _FIRST, _MORE = ">>> ", "... "
 
 
 def read_question() -> str:
-    """Return what the user asks: a line, lines that end in a backslash and the one after them, or
-    all between two triple quotes.
+    """Read a prompt from the terminal and return it.
 
-    Raises `EOFError` at the end of input, `KeyboardInterrupt` for Ctrl-C.
+    A prompt is one line, several lines joined by a backslash at the end of each but the last, or
+    the text between two triple quotes. Raises `EOFError` at the end of input, and
+    `KeyboardInterrupt` for Ctrl-C.
     """
     line = input(_FIRST)
     if line.lstrip().startswith(_QUOTES):
@@ -55,13 +56,13 @@ def _quoted(line: str) -> str:
 
 @contextmanager
 def line_editing(words: Sequence[str], path: Path | None = None) -> Iterator[None]:
-    """Let lines be edited, recalled and completed with `words`, where Python can.
+    """Enable line editing, history and completion of `words`, if Python has readline.
 
-    What is typed is kept in `path`, which only its owner may read.
+    The history is kept in `path`, which only its owner can read.
     """
     try:
         import readline
-    except ImportError:  # a Python without it: lines are read all the same
+    except ImportError:  # this Python lacks readline; input() works without it
         yield
         return
     path = path or Path(platformdirs.user_state_dir("modelpack")) / "run-history"
@@ -79,7 +80,7 @@ def line_editing(words: Sequence[str], path: Path | None = None) -> Iterator[Non
     try:
         yield
     finally:
-        # A history that cannot be written is no reason to fail.
+        # Ignore a history that cannot be written.
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
@@ -90,7 +91,7 @@ def line_editing(words: Sequence[str], path: Path | None = None) -> Iterator[Non
         readline.clear_history()
 
 
-#: What takes a setting back to what the model or the preset has.
+#: The value that resets a setting to the default of the model or the preset.
 DEFAULT = "default"
 
 _SWITCH = {"on": True, "off": False}
@@ -119,7 +120,7 @@ class Setting:
 
 
 SETTINGS: dict[str, Setting] = {
-    "temperature": Setting(float, "0 (always the likeliest) to 2"),
+    "temperature": Setting(float, "0 (greedy) to 2"),
     "top_p": Setting(float, "above 0, up to 1"),
     "top_k": Setting(int, "a count; 0: all"),
     "min_p": Setting(float, "0 to 1"),
@@ -128,7 +129,7 @@ SETTINGS: dict[str, Setting] = {
     "frequency_penalty": Setting(float, "-2 to 2"),
     "seed": Setting(int, "a whole number"),
     "stop": Setting(lambda text: tuple(shlex.split(text)), 'strings, like "###" END'),
-    "max_tokens": Setting(_count, "the most tokens of an answer", "max_tokens"),
+    "max_tokens": Setting(_count, "the maximum number of tokens of a response", "max_tokens"),
     "preset": Setting(str, "code, chat, creative or long-context", "preset"),
     "system": Setting(str, "the system message", "system", ""),
     "think": Setting(_switch, "on or off", "reasoning"),
@@ -136,16 +137,16 @@ SETTINGS: dict[str, Setting] = {
 
 
 def set_value(chat: Chat, name: str, text: str) -> None:
-    """Set `name` to what `text` says; raises `UsageError`, and then nothing has changed."""
+    """Set `name` to the value `text`; raise `UsageError`, without a change, if it is invalid."""
     setting = SETTINGS.get(name)
     if setting is None:
-        raise UsageError(f"there is no setting {name!r}", hint=f"there are {', '.join(SETTINGS)}")
+        raise UsageError(f"no such setting: {name!r}", hint=f"choose one of {', '.join(SETTINGS)}")
     if not text:
-        raise UsageError(f"/set {name} expects {setting.expects}, or {DEFAULT}")
+        raise UsageError(f"/set {name} requires a value: {setting.expects}, or {DEFAULT}")
     try:
         value = setting.default if text == DEFAULT else setting.parse(text)
     except ValueError:
-        raise UsageError(f"{name} is {text!r}, expected {setting.expects}") from None
+        raise UsageError(f"{name} {text!r}: expected {setting.expects}") from None
     from modelpack_engine.errors import RequestError
 
     given, kept = chat.given, getattr(chat, setting.field) if setting.field else None
@@ -165,31 +166,31 @@ def set_value(chat: Chat, name: str, text: str) -> None:
 
 
 def values(chat: Chat) -> dict[str, Any]:
-    """Return all settings; None is what the model or the preset has."""
+    """Return all settings; None means the default of the model or the preset."""
     return {
         name: getattr(chat, setting.field) if setting.field else chat.given.get(name)
         for name, setting in SETTINGS.items()
     }
 
 
-# A slash and a word: a question may begin with a path.
+# A slash and a lower-case word; a prompt may begin with a path.
 _COMMAND = re.compile(r"/([a-z?]+)(?:\s+(.*))?", re.DOTALL)
 
 _HELP = (
-    ("/set NAME VALUE", f"set what /show shows; the value {DEFAULT} takes it back"),
-    ("/show", "show the settings, and how much was said"),
-    ("/system [TEXT]", "set the system message; without a text, take it away"),
-    ("/clear", "forget what was said"),
-    ("/load MODEL", "go on with another model"),
-    ("/help", "show this"),
-    ("/bye", "end, as Ctrl-D does"),
-    ('"""', "begin and end a question of several lines; a backslash continues a line"),
-    ("Ctrl-C", "stop the answer"),
+    ("/set NAME VALUE", f"change a setting; the value {DEFAULT} resets it"),
+    ("/show", "show the settings and the number of messages"),
+    ("/system [TEXT]", "set the system message; without TEXT, remove it"),
+    ("/clear", "delete all messages"),
+    ("/load MODEL", "continue with another model"),
+    ("/help", "show this help"),
+    ("/bye", "end the chat, like Ctrl-D"),
+    ('"""', "begin and end a prompt of several lines; a backslash continues a line"),
+    ("Ctrl-C", "stop the response"),
 )
 
 
 class Loop:
-    """Reads until the user has enough. `ask` answers a question, `load` loads another model."""
+    """Reads prompts and commands. `ask` sends a prompt, `load` loads another model."""
 
     def __init__(
         self,
@@ -213,7 +214,7 @@ class Loop:
         }
 
     def run(self) -> None:
-        """Return at the end of input, or when the user says so."""
+        """Run until the end of input or /bye."""
         note(self._settings, f"{self._chat.model.name} is ready; /help lists the commands")
         words = [f"/{name}" for name in (*self._commands, "bye")] + list(SETTINGS)
         with line_editing(words):
@@ -224,7 +225,7 @@ class Loop:
                     click.echo()
                     return
                 except KeyboardInterrupt:
-                    note(self._settings, "\nend with Ctrl-D or /bye")
+                    note(self._settings, "\nend the chat with Ctrl-D or /bye")
                     continue
                 if question in ("/bye", "/exit", "/quit"):
                     return
@@ -239,7 +240,7 @@ class Loop:
                 return
             name, rest = command[1], (command[2] or "").strip()
             if name not in self._commands:
-                raise UsageError(f"there is no command /{name}", hint="/help lists them")
+                raise UsageError(f"no such command: /{name}", hint="run /help to list the commands")
             self._commands[name](rest)
         except KeyboardInterrupt:
             note(self._settings, "(stopped)")
@@ -276,11 +277,11 @@ class Loop:
 
     def _change(self, rest: str) -> None:
         if not rest:
-            raise UsageError("/load expects the name of a model")
+            raise UsageError("/load requires the name of a model")
         before = self._chat.model.name
         try:
             self._chat.model = self._load(rest)
-        except BaseException:  # also of Ctrl-C: there is to be a model to go on with
+        except BaseException:  # including Ctrl-C: the chat needs a model to continue
             self._chat.model = self._load(before)
             raise
         note(self._settings, f"{self._chat.model.name} is ready")
@@ -291,5 +292,5 @@ class Loop:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a row of /show is none of the sampling parameters."""
+    """Return whether a row of /show is not a sampling parameter."""
     return name not in SETTINGS or SETTINGS[name].field is not None

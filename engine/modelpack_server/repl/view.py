@@ -15,25 +15,25 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.live import Live
 
-# Seconds between two drawings: what the eye follows, at little cost.
+# Seconds between two updates of the terminal: smooth, at low cost.
 _FRAME = 1 / 15
 
 
 class View(Protocol):
-    """Where the pieces of one answer go."""
+    """A display for the pieces of a response."""
 
     def text(self, piece: str) -> None:
-        """Show a piece of the answer."""
+        """Show a piece of the response."""
 
     def thought(self, piece: str) -> None:
-        """Show a piece of what the model thinks."""
+        """Show a piece of the reasoning."""
 
     def end(self) -> None:
-        """The answer is over, complete or not."""
+        """End the response, complete or not."""
 
 
 class BareView:
-    """Writes the answer as it is, and nothing else: for files and pipes."""
+    """Writes only the plain response, for files and pipes."""
 
     def __init__(self) -> None:
         self._ended = True
@@ -45,7 +45,7 @@ class BareView:
         self._ended = piece.endswith("\n")
 
     def thought(self, piece: str) -> None:
-        """What the model thinks is no part of its answer."""
+        """Ignore the reasoning, which is not part of the response."""
 
     def end(self) -> None:
         """End the last line."""
@@ -54,8 +54,10 @@ class BareView:
 
 
 class TerminalView:
-    """Renders markdown. Blocks that are complete are printed once, and scroll away; the last one,
-    which still grows, is drawn anew in its place.
+    """Renders Markdown on a terminal.
+
+    Complete blocks are printed once and scroll away. The last block, which is still growing, is
+    redrawn in place.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
@@ -65,11 +67,11 @@ class TerminalView:
         self._tail = _Tail("", spaced=False)
         self._pending = ""
         self._drawn = -1.0
-        self._printed = False  # a block of this answer
+        self._printed = False  # whether a block of this response was printed
         self._thinking = False
 
     def text(self, piece: str) -> None:
-        """Show a piece; drawn at most every `_FRAME` seconds."""
+        """Show a piece; redraw at most every `_FRAME` seconds."""
         if self._thinking:
             self._thinking = False
             self._console.print("\n")
@@ -80,7 +82,7 @@ class TerminalView:
             self._drawn = now
 
     def thought(self, piece: str) -> None:
-        """Show a piece dimmed, as it is."""
+        """Show a piece as dimmed plain text."""
         if not self._thinking:
             self.end()
             self._thinking = True
@@ -89,7 +91,7 @@ class TerminalView:
         )
 
     def end(self) -> None:
-        """Print what is left."""
+        """Print the rest of the response."""
         if self._thinking:
             self._thinking = False
             self._console.print()
@@ -123,7 +125,7 @@ class TerminalView:
 
 
 class _Tail:
-    """Markdown of which only the last lines are shown, as many as the terminal has."""
+    """Markdown that shows only its last lines, as many as fit on the terminal."""
 
     def __init__(self, text: str, *, spaced: bool) -> None:
         self._text = text
@@ -148,7 +150,7 @@ class _Tail:
 
 
 def split_blocks(text: str) -> tuple[str, str]:
-    """Return the blocks of markdown that are complete, and the last one, which may still grow."""
+    """Return the complete blocks of Markdown, and the last block, which may still grow."""
     from markdown_it import MarkdownIt
 
     tokens = MarkdownIt().enable("table").parse(text)

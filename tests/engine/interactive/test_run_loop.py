@@ -94,7 +94,7 @@ def test_a_model_that_does_not_load_leaves_the_one_before(
     said = capsys.readouterr().err
     assert "there is no model 'missing'" in said
     assert "hint: pull it" in said
-    assert "/load expects" in said
+    assert "/load requires the name of a model" in said
 
 
 def test_errors_hold_no_commands_for_the_terminal(

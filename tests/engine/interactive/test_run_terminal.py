@@ -36,7 +36,7 @@ def test_a_session(terminal: Terminal, tmp_path: Path) -> None:
 
     # Settings: what is wrong is said, and changes nothing.
     terminal.type("/set temperature hot\r")
-    assert "0 (always the likeliest) to 2" in terminal.until(PROMPT)
+    assert "0 (greedy) to 2" in terminal.until(PROMPT)
     terminal.type("/set top_p 7\r")
     assert "top_p is 7.0" in terminal.until(PROMPT)
     terminal.type("/set max_tokens 3\r")
@@ -49,7 +49,7 @@ def test_a_session(terminal: Terminal, tmp_path: Path) -> None:
     terminal.type("Tell me a story.\r")
     assert "(truncated: " in terminal.until(PROMPT)
     terminal.type("/nonsense\r")
-    assert "there is no command /nonsense" in terminal.until(PROMPT)
+    assert "no such command: /nonsense" in terminal.until(PROMPT)
 
     # Several lines, by quotes and by backslashes.
     terminal.type("/clear\r")

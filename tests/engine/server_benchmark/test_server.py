@@ -70,13 +70,13 @@ def test_what_is_no_text_counts(delta: str) -> None:
 @pytest.mark.parametrize(
     ("stream", "says"),
     [
-        ((chunk("a"),), "the stream ended early"),
-        ((), "the stream ended early"),
-        ((chunk(finish="stop"), DONE), "an empty answer"),
-        ((b"data: {oops\n\n",), "no chunk"),
-        ((b"data: [1]\n\n",), "no chunk"),
-        ((b'data: {"choices": [7]}\n\n',), "no chunk"),
-        ((chunk("a"), b'data: {"usage": {"prompt_tokens": null}}\n\n'), "no chunk"),
+        ((chunk("a"),), "incomplete stream"),
+        ((), "incomplete stream"),
+        ((chunk(finish="stop"), DONE), "empty response"),
+        ((b"data: {oops\n\n",), "not a chunk"),
+        ((b"data: [1]\n\n",), "not a chunk"),
+        ((b'data: {"choices": [7]}\n\n',), "not a chunk"),
+        ((chunk("a"), b'data: {"usage": {"prompt_tokens": null}}\n\n'), "not a chunk"),
         ((chunk("a"), b'data: {"error": {"message": "out of memory"}}\n\n'), "out of memory"),
     ],
 )
@@ -90,7 +90,7 @@ def test_a_server_that_falls_silent() -> None:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
 
         async def talk() -> None:
-            async with OpenAIServer(url, model="m", silence=0.05) as server:
+            async with OpenAIServer(url, model="m", read_seconds=0.05) as server:
                 await server.ask(HELLO, 4)
 
         with pytest.raises(AnswerError, match="timed out"):
@@ -114,7 +114,7 @@ def test_a_server_without_ignore_eos() -> None:
     [
         (("a", "b"), {}, UsageError, "serves 2 models: a, b"),
         ((), {}, UsageError, "serves 0 models"),
-        ({"models": []}, {}, ModelpackError, "no list of models"),
+        ({"models": []}, {}, ModelpackError, "did not return a list of models"),
         (("a",), {"model": "b"}, NotFoundError, "no model 'b': never heard of it"),
     ],
 )
@@ -147,7 +147,7 @@ def test_no_server(model: str | None) -> None:
         async with OpenAIServer("http://127.0.0.1:9", model=model) as server:
             await server.open()
 
-    with pytest.raises(RemoteUnavailableError, match="no server answers"):
+    with pytest.raises(RemoteUnavailableError, match="no response from"):
         asyncio.run(talk())
 
 
@@ -187,9 +187,9 @@ def test_errors_are_counted_and_the_rest_measured() -> None:
     report = load(server, single_turns("w", [(4, 3)] * 6).limited(1))
     assert (report.requests, report.failed) == (6, 4)
     assert report.errors == {
-        "the stream ended early": 2,
+        "incomplete stream": 2,
         "HTTP 503": 1,
-        "an event that is no chunk of a chat completion": 1,
+        "invalid event: not a chunk of a chat completion": 1,
     }
     assert (report.prompt_tokens, report.output_tokens, report.cached_tokens) == (34, 10, 6)
     assert set(report.ttft) == {"mean", "p50", "p90", "p99"}
