@@ -6,7 +6,7 @@
     modelpack.push("registry.example/team/m:v1")
     weights = modelpack.resolve("registry.example/team/m:v1", media_types=["gguf"], pull=True)
 
-Names are loaded when they are first used, so that `import modelpack` costs next to nothing.
+Names are loaded on first use, so that `import modelpack` is fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m modelpack` is the command line."""
+"""Run the command line: `python -m modelpack`."""
 
 from modelpack.cli.main import main
 

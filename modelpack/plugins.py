@@ -1,7 +1,7 @@
-"""What other packages add to the toolkit: commands and functions, found by their entry points.
+"""Load commands and functions that other packages register as entry points.
 
-The serving side registers its commands and what the toolkit needs of the engine, so that nothing in
-`modelpack` imports the engine. Source: the entry points specification of the Python Packaging
+`modelpack_server` and `modelpack_engine` register their commands and functions here, so that no
+module of `modelpack` imports them. Source: the entry points specification of the Python Packaging
 Authority.
 """
 
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-#: Entry points of this group are click commands, named as they are typed.
+#: The group of entry points that are click commands; their names are those of the commands.
 COMMANDS = "modelpack.commands"
-#: Entry points of this group are functions that `load_function` returns.
+#: The group of entry points that `load_function` returns.
 FUNCTIONS = "modelpack.functions"
 
 

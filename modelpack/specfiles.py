@@ -1,8 +1,8 @@
-"""The documents and JSON Schemas of the format, as shipped with the package.
+"""Read the specification's documents and JSON Schemas, which are shipped with the package.
 
-A wheel carries them as `modelpack/_spec`; an editable install reads `spec/` of the source tree.
-The library does not validate with these schemas: its parsers check by hand, and the tests hold the
-two to the same verdict on every fixture. They are here for other tools, and for `validator`.
+A wheel contains them as `modelpack/_spec`; an editable install reads `spec/` of the source tree.
+They are for other tools: the parsers of Modelpack do not use the schemas, and the tests check that
+schemas and parsers accept the same fixtures.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _DOCUMENT_SUFFIX = ".md"
 
 
 def schema_names() -> tuple[str, ...]:
-    """Return the names that `schema` and `validator` know, sorted: `manifest`, `index`, ..."""
+    """Return the names of the schemas, sorted: `manifest`, `index` and others."""
     return _names(_root() / "schema", _SCHEMA_SUFFIX)
 
 
 def document_names() -> tuple[str, ...]:
-    """Return the names that `document` knows, sorted: `README`, `manifest`, `layers`, ..."""
+    """Return the names of the documents, sorted: `README`, `manifest`, `layers` and others."""
     return _names(_root(), _DOCUMENT_SUFFIX)
 
 
 def schema(name: str) -> dict[str, Any]:
-    """Return the JSON Schema (draft 2020-12) of that name; the caller may change the copy.
+    """Return a new copy of the JSON Schema (draft 2020-12) `name`.
 
-    Raises UsageError when there is none.
+    Raises `UsageError` if there is no such schema.
     """
     if name not in schema_names():
         raise _unknown("schema", name, schema_names())
@@ -48,7 +48,7 @@ def schema(name: str) -> dict[str, Any]:
 
 
 def document(name: str) -> str:
-    """Return a document of the format, as Markdown; raises UsageError when there is none."""
+    """Return the document `name` as Markdown; raise `UsageError` if there is no such document."""
     if name not in document_names():
         raise _unknown("document", name, document_names())
     return (_root() / f"{name}{_DOCUMENT_SUFFIX}").read_text(encoding="utf-8")
@@ -57,8 +57,8 @@ def document(name: str) -> str:
 def validator(name: str) -> Validator:
     """Return a jsonschema validator for a schema; references between schemas resolve offline.
 
-    JSON Schema takes 2.0 for an integer. This validator does not, as Go's decoder does not either.
-    Text that is no strict JSON (a repeated name, say) has to be refused before it gets here.
+    Unlike JSON Schema, but like Go's decoder, it does not accept 2.0 as an integer. The caller
+    must reject text that is not strict JSON, for example with a repeated key.
     """
     from jsonschema import Draft202012Validator
     from jsonschema.validators import extend
@@ -89,8 +89,8 @@ def _root() -> Traversable:
     if (source / "schema").is_dir():
         return source
     raise ModelpackError(
-        f"the documents of the format are missing: neither {packaged} nor {source} exists",
-        hint="reinstall modelpack; a wheel carries them as modelpack/_spec",
+        f"the specification's files are missing: neither {packaged} nor {source} exists",
+        hint="reinstall modelpack",
     )
 
 
@@ -100,4 +100,4 @@ def _names(folder: Traversable, suffix: str) -> tuple[str, ...]:
 
 
 def _unknown(kind: str, name: str, known: tuple[str, ...]) -> UsageError:
-    return UsageError(f"no {kind} named {name!r}", hint=f"there are: {', '.join(known)}")
+    return UsageError(f"no such {kind}: {name!r}", hint=f"use one of {', '.join(known)}")

@@ -1,8 +1,8 @@
-"""The protocols that every source and target of a model fulfils.
+"""The protocols that every source and target of models implements.
 
-A store on disk, a repository in a registry and a store in memory all fulfil `Source` and `Target`,
-so pull, push and copy are one algorithm. A name is what the place itself understands: a tag or a
-digest for a repository, a full reference or a digest for a store.
+A store on disk, a repository in a registry and a store in memory implement `Source` and `Target`,
+so pull, push and copy are one algorithm. A name is a tag or a digest in a repository, and a full
+reference or a digest in a store.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from modelpack.progress import ProgressCallback, Stop, serialized
 
 
 class BlobReader(Protocol):
-    """A readable stream of a blob's bytes, not yet verified; closed by its context."""
+    """A readable stream of a blob's unverified bytes; its context manager closes it."""
 
     def readinto(self, buffer: memoryview, /) -> int:
-        """Fill `buffer` from its start; return the number of bytes, 0 at the end."""
+        """Read into `buffer` from its start; return the number of bytes, 0 at the end."""
         ...
 
 
@@ -34,53 +34,53 @@ class BlobSource(Protocol):
     """A blob that can be opened any number of times, at any offset."""
 
     def open(self, offset: int = 0) -> AbstractContextManager[BlobReader]:
-        """Return a stream of the blob's bytes from `offset` on; it may reconnect by itself."""
+        """Return a stream of the blob's bytes from `offset` on; it may reconnect after errors."""
         ...
 
 
 class SegmentSink(Protocol):
-    """Where the parts of a blob go that come in any order; called by several threads at once."""
+    """Receives the parts of a blob in any order; several threads call it at once."""
 
     def write(self, offset: int, view: memoryview) -> None:
-        """Keep these bytes, which begin at `offset` of the blob."""
+        """Write these bytes at `offset` of the blob."""
         ...
 
 
 class SegmentsRefused(Exception):
-    """A source turns out to give a blob from its first byte on only."""
+    """The source cannot send ranges of a blob, only the whole blob."""
 
 
 @runtime_checkable
 class SegmentedSource(Protocol):
-    """A `BlobSource` whose parts may come over several connections at once."""
+    """A `BlobSource` that can fetch parts over several connections at once."""
 
     @property
     def connections(self) -> int:
-        """How many connections it would use; with one, reading on is as good."""
+        """The number of connections; with one, reading sequentially is as fast."""
         ...
 
     def fetch_segments(
         self, segments: Sequence[tuple[int, int]], sink: SegmentSink, stop: Stop
     ) -> None:
-        """Bring the bytes of all `segments` (start, end) to `sink`; they do not overlap.
+        """Write the bytes of all `segments` (start, end), which do not overlap, to `sink`.
 
-        Returns when all are there; raises what reading the blob raises, or `SegmentsRefused`, once
-        nothing comes any more.
+        Returns when all are written. Raises the errors of reading the blob or `SegmentsRefused`,
+        after which nothing more is written.
         """
         ...
 
 
 class Outcome(StrEnum):
-    """What a target did to have a blob."""
+    """The result of writing a blob to a target."""
 
     WRITTEN = "written"  # bytes were sent or stored
-    EXISTED = "existed"  # it was there already
+    EXISTED = "existed"  # the target already had the blob
     MOUNTED = "mounted"  # the registry linked it from another repository
 
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """What a long call gets along: whom to tell, and when to stop."""
+    """The progress callback and the stop request of a long call."""
 
     report: ProgressCallback
     stop: Stop
@@ -88,61 +88,61 @@ class Watch:
 
 @runtime_checkable
 class Source(Protocol):
-    """Where manifests and blobs are read from."""
+    """A place to read manifests and blobs from."""
 
     def resolve(self, name: str) -> Descriptor:
-        """Return the descriptor of the manifest `name`; raise `NotFoundError`."""
+        """Return the descriptor of the manifest `name`; raise `NotFoundError` if it is missing."""
         ...
 
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
-        """Return a manifest's bytes, checked against size and digest."""
+        """Return a manifest's bytes, verified by size and digest."""
         ...
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
-        """Return the blob to read from; whether it exists shows when it is opened."""
+        """Return the blob as a source; opening it raises `NotFoundError` if it does not exist."""
         ...
 
 
 @runtime_checkable
 class ReferrerSource(Source, Protocol):
-    """A source that knows what was said about a manifest: signatures, SBOMs, evaluations."""
+    """A source that can list the referrers of a manifest: signatures, SBOMs, evaluations."""
 
     def referrers(self, subject: Digest, artifact_type: str | None = None) -> list[Descriptor]:
-        """Return the manifests whose subject is this one, those of `artifact_type` if given.
+        """Return the manifests with this subject in a fixed order, optionally of one type.
 
-        Each descriptor has the annotations and the type of its manifest; in a fixed order.
+        Each descriptor has the annotations and the artifact type of its manifest.
         """
         ...
 
 
 @runtime_checkable
 class Target(Source, Protocol):
-    """Where manifests and blobs are written to: nothing shows before it is verified."""
+    """A place to write manifests and blobs to; they become visible only after verification."""
 
     def has_blob(self, descriptor: Descriptor) -> bool:
-        """Return whether the blob is there, with the right size."""
+        """Return whether the target has the blob, with the right size."""
         ...
 
     def write_blob(self, descriptor: Descriptor, source: BlobSource, watch: Watch) -> Outcome:
-        """Have the blob, reading it from `source` if need be.
+        """Write the blob from `source` unless the target has it or can mount it.
 
-        Raises `DigestMismatchError` or `SizeMismatchError` if the source's bytes are others.
+        Raises `DigestMismatchError` or `SizeMismatchError` if the bytes of the source are wrong.
         """
         ...
 
     def write_manifest(self, descriptor: Descriptor, raw: bytes, name: str | None = None) -> None:
-        """Write a manifest whose blobs are all there and, with `name`, tag it."""
+        """Write a manifest after all its blobs; with `name`, tag it."""
         ...
 
 
 def watching(progress: ProgressCallback | None, stop: Stop | None = None) -> Watch:
-    """Return the `Watch` of one call."""
+    """Return the `Watch` for a call; the callback never runs in two threads at once."""
     return Watch(serialized(progress), stop or Stop())
 
 
 @dataclass(frozen=True, slots=True)
 class BytesBlob:
-    """A blob in memory; fulfils `BlobSource`."""
+    """A blob in memory; implements `BlobSource`."""
 
     content: bytes = field(repr=False)
 
@@ -154,7 +154,7 @@ class BytesBlob:
 
 @dataclass(frozen=True, slots=True)
 class FileBlob:
-    """A blob in a file; fulfils `BlobSource`."""
+    """A blob in a file; implements `BlobSource`."""
 
     path: Path
 
@@ -167,19 +167,19 @@ class FileBlob:
 
 
 def read_blob(source: Source, descriptor: Descriptor, *, limit: int = MAX_DOCUMENT_BYTES) -> bytes:
-    """Return a small blob's bytes, checked against size and digest.
+    """Return the bytes of a small blob, verified by size and digest.
 
-    Raises `SizeMismatchError` if it is larger than `limit` bytes or not as long as its descriptor
-    says, `DigestMismatchError` if it holds other bytes.
+    Raises `SizeMismatchError` if it exceeds `limit` bytes or differs from the size in its
+    descriptor, `DigestMismatchError` if its content does not match the digest.
     """
     what = f"blob {descriptor.digest}"
     if descriptor.size > limit:
         raise SizeMismatchError(
-            f"{what}: {descriptor.size} bytes are more than the {limit} that fit here",
+            f"{what}: is {descriptor.size} bytes, more than the limit of {limit}",
             expected=f"at most {limit}",
             got=str(descriptor.size),
         )
-    content = bytearray(descriptor.size + 1)  # one more, to notice what is too long
+    content = bytearray(descriptor.size + 1)  # one more byte, to detect content that is too long
     filled = 0
     with source.blob(descriptor).open() as stream:
         view = memoryview(content)

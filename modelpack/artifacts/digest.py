@@ -60,7 +60,7 @@ class Digest:
 
     @classmethod
     def of_hasher(cls, hasher: _Hash) -> Digest:
-        """Return the digest of everything that `hasher` was fed."""
+        """Return the digest of the bytes passed to `hasher`."""
         return cls(hasher.name, hasher.hexdigest())
 
     @property

@@ -46,7 +46,7 @@ class LockFile:
 
     @classmethod
     def parse(cls, raw: bytes, what: str = FILE_NAME) -> LockFile:
-        """Return the parsed file.
+        """Return the lock file in `raw`; `what` names it in errors.
 
         Raises `UnsupportedError` for another version, and `FormatError` if it is invalid.
         """

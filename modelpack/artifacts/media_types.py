@@ -74,7 +74,7 @@ FOREIGN_CONFIG_TYPES: Final = (CNAI_CONFIG, KITOPS_CONFIG, DOCKER_IMAGE_CONFIG)
 
 # Annotation keys
 FILEPATH: Final = "org.cncf.model.filepath"
-FILEPATH_ALIAS: Final = "org.cnai.model.filepath"  # older key, read only (modctl does the same)
+FILEPATH_ALIAS: Final = "org.cnai.model.filepath"  # older key, read only, as in modctl
 FILE_METADATA: Final = "org.cncf.model.file.metadata+json"
 FILE_UNTESTED: Final = "org.cncf.model.file.mediatype.untested"
 REF_NAME: Final = "org.opencontainers.image.ref.name"
@@ -83,8 +83,8 @@ TITLE: Final = "org.opencontainers.image.title"
 SOURCE: Final = "org.opencontainers.image.source"
 REVISION: Final = "org.opencontainers.image.revision"
 MODEL: Final = "org.modelpack.model"  # ours, on an image: the digest of the model in it
-# Ours, on the manifests of an index: the same model for different machines.
-VARIANT: Final = "org.modelpack.variant"  # its name
+# Ours, on the manifests of an index, each of which is a variant of the model for some machines.
+VARIANT: Final = "org.modelpack.variant"  # the name of the variant
 VARIANT_FORMAT: Final = "org.modelpack.variant.format"  # gguf, safetensors, dduf, mlx
 VARIANT_QUANTIZATION: Final = "org.modelpack.variant.quantization"
 VARIANT_SIZE: Final = "org.modelpack.variant.size"  # bytes of all files, in decimal

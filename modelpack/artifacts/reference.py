@@ -70,7 +70,7 @@ class Reference:
         if default_registry is None:
             default_registry = os.environ.get("DEFAULT_REGISTRY") or DEFAULT_REGISTRY
         rest = text if strict else normalized(text)
-        _refuse_bare_digest(rest, text)
+        _check_not_bare_digest(rest, text)
         rest, digest = _split_digest(rest, text)
         name, tag = _split_tag(rest)
         written, path = _split_registry(name)
@@ -92,7 +92,7 @@ class Reference:
 
     @property
     def target(self) -> str:
-        """What a registry is asked for: the digest if there is one, else the tag."""
+        """The digest if there is one, otherwise the tag: the reference in a registry's URLs."""
         return str(self.digest) if self.digest else self.tag or DEFAULT_TAG
 
     @property
@@ -255,7 +255,7 @@ def _check_registry(registry: str, text: str) -> None:
         )
 
 
-def _refuse_bare_digest(rest: str, text: str) -> None:
+def _check_not_bare_digest(rest: str, text: str) -> None:
     if len(rest) == 64 and _HEX.match(rest):
         raise InvalidReferenceError(
             f"{_shown(text)}: 64 hexadecimal digits are a model id, not a name",

@@ -1,7 +1,7 @@
 """Bundle: a model as a directory that a runtime can open, as Docker Model Runner makes it.
 
 Start at `lay_out`: `names` plans the paths, `links` places files, `tar` unpacks archive layers, and
-`directory` makes all of it appear at once.
+`directory` makes the result appear in one step.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from modelpack.artifacts.model import (
 from modelpack.bundles.directory import Folder, Tree, absolute, new_directory
 from modelpack.bundles.links import LinkMode, Placement, put, write_all
 from modelpack.bundles.names import arrange, with_chat_template
-from modelpack.bundles.tar import extract
-from modelpack.bundles.tar_reader import Allowance, TarLimits
+from modelpack.bundles.tar import Allowance, TarLimits, extract
 from modelpack.errors import (
     StorageFullError,
     StoreError,
@@ -180,7 +179,7 @@ def _bundle(
         raise UnsupportedError(
             "has no weights to run",
             path=str(directory),
-            hint="run `modelpack config` to see whether this ModelKit refers to another one"
+            hint="run `modelpack config` to check whether this ModelKit refers to another one"
             if config.media_type == media_types.KITOPS_CONFIG
             else "run `modelpack inspect` to list its files",
         )
@@ -214,7 +213,7 @@ def _projector(files: Sequence[BundleFile], notes: list[str]) -> BundleFile | No
 def _noted(chosen: BundleFile, found: Sequence[BundleFile], notes: list[str]) -> BundleFile:
     if len({file.digest for file in found}) > 1:
         role = chosen.role.replace("_", " ")
-        notes.append(f"{chosen.path} is the {role} of {len(found)} to be used")
+        notes.append(f"{chosen.path} is used as the {role}; the model has {len(found)}")
     return chosen
 
 

@@ -62,14 +62,14 @@ class Folder:
             if error.errno not in _NO_DIRECTORY:
                 raise
             why = os.strerror(error.errno)
-            raise _planted(path, "the directory that was made there", why) from error
+            raise _planted(path, "the directory created there", why) from error
 
     def make(self, name: str, mode: int = DIRECTORY_MODE) -> Folder:
         """Make and open the new directory `name`."""
         with self._new(name):
             os.mkdir(name, 0o700, dir_fd=self.fd)
         made = self.enter(name)
-        os.fchmod(made.fd, mode)  # whatever the umask is
+        os.fchmod(made.fd, mode)  # independent of the umask
         return made
 
     def create(self, name: str, mode: int = FILE_MODE) -> int:
@@ -93,7 +93,7 @@ class Folder:
         """Raise `UnsafePathError` unless `name` still is the directory `folder`."""
         status = self.status(name)
         if status is None or not os.path.samestat(status, os.fstat(folder.fd)):
-            raise _planted(f"{self.path}/{name}", "the directory that was made there", "another")
+            raise _planted(f"{self.path}/{name}", "the directory created there", "another")
 
     def status(self, name: str) -> os.stat_result | None:
         """Return the status of `name`, without following a link; None if it does not exist."""
@@ -107,7 +107,7 @@ class Folder:
         try:
             yield
         except FileExistsError as error:
-            raise _planted(f"{self.path}/{name}", "nothing", "something is there") from error
+            raise _planted(f"{self.path}/{name}", "no entry", "an existing entry") from error
 
     def close(self) -> None:
         """Close the directory."""
@@ -132,14 +132,14 @@ def is_directory(status: os.stat_result) -> bool:
 
 def _planted(path: str, expected: str, got: str) -> UnsafePathError:
     return UnsafePathError(
-        f"{path}: expected {expected}, but somebody else changed it: {got}",
+        f"{path}: another process changed it: expected {expected}, got {got}",
         expected=expected,
         got=got,
         hint="unpack into a directory that nobody else writes to",
     )
 
 
-#: Maximum number of components of a path: tools that recurse over the result have limits too.
+#: Maximum number of components of a path, since tools that recurse into a bundle have limits.
 MAX_DEPTH = 64
 
 
@@ -236,11 +236,11 @@ def _parts(path: str, source: str) -> list[str]:
 def _collision(path: str, source: str, node: _Node, *, is_file: bool) -> UnsafePathError:
     if node.path != path:
         problem = (
-            f"{path!r} and {node.path!r} of {node.source} are one path where case and the "
-            "composition of accents do not count"
+            f"{path!r} and {node.path!r} of {node.source} are the same path on file systems that "
+            "ignore case or the composition of accents"
         )
     elif node.is_file and is_file:
-        problem = f"{path!r} was made already, from {node.source}"
+        problem = f"{path!r} already exists, from {node.source}"
     else:
         here, there = ("a file", "a directory") if is_file else ("a directory", "a file")
         problem = f"{path!r} is {here} here and {there} in {node.source}"

@@ -37,7 +37,7 @@ def open_blob(path: Path, descriptor: Descriptor) -> Iterator[BinaryIO]:
         fd = os.open(path, _READ)
     except FileNotFoundError:
         raise NotFoundError(
-            f"blob {descriptor.digest} is not in the store: no {path}",
+            f"blob {descriptor.digest} is not in the store: no such file: {path}",
             hint="pull the model again",
         ) from None
     with os.fdopen(fd, "rb", buffering=_BUFFER_BYTES) as blob:

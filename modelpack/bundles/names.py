@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 from modelpack.artifacts import media_types
+from modelpack.artifacts.config import check_usable
 from modelpack.artifacts.digest import Digest
-from modelpack.artifacts.foreign import check_usable
 from modelpack.artifacts.model import CHAT_TEMPLATE, Model, ModelFile, Role, preferred_template
 from modelpack.bundles.directory import folded
 from modelpack.errors import UnsafePathError
@@ -76,7 +76,7 @@ def with_chat_template(arrangement: Arrangement) -> Arrangement:
     chosen, notes = files[at], list(arrangement.notes)
     kept = [placed for placed in files if folded(placed.path) != folded(CHAT_TEMPLATE)]
     if len(kept) < len(files):
-        notes.append(f"{CHAT_TEMPLATE} is {chosen.path}, in place of the directory's own")
+        notes.append(f"{CHAT_TEMPLATE} is replaced by {chosen.path}, the preferred chat template")
     kept.append(PlacedFile(CHAT_TEMPLATE, chosen.file))
     return replace(arrangement, files=tuple(kept), notes=tuple(notes))
 
@@ -99,9 +99,9 @@ def _wanted_paths(files: Sequence[ModelFile], renames: bool, notes: list[str]) -
         if unnamed:
             paths[unnamed[0]] = name
         for i in unnamed[1:]:
-            notes.append(f"{_shown(files[i])} is left out: a runtime takes one {_role_name(role)}")
+            notes.append(f"{_shown(files[i])} is left out: a runtime uses one {_role_name(role)}")
     notes += [
-        f"{_shown(file)} is left out: it names no file"
+        f"{_shown(file)} is left out: it has no file name"
         for file, path in zip(files, paths, strict=True)
         if path is None and file.role not in (Role.PROJECTOR, Role.CHAT_TEMPLATE)
     ]
@@ -114,7 +114,7 @@ def _renamed(file: ModelFile) -> bool:
 
 
 def _in_shard_order(places: list[int], files: Sequence[ModelFile]) -> list[int]:
-    """Return the places sorted by shard number if they are one complete set, else unchanged."""
+    """Return the indices sorted by shard number if they are one complete set, else unchanged."""
     matches = [_SHARD.match(files[i].filepath or "") for i in places]
     numbers = [int(match[2]) for match in matches if match and int(match[3]) == len(places)]
     if sorted(numbers) != list(range(1, len(places) + 1)):
@@ -139,7 +139,7 @@ def _distinct_paths(
             continue
         if there and files[i].role is Role.LICENSE:
             path = paths[i] = _free_name(path, taken)
-            notes.append(f"{_shown(files[i])} is laid out as {path}: there is another {there[0]}")
+            notes.append(f"{_shown(files[i])} is placed at {path}: another file is at {there[0]}")
         elif there:
             raise UnsafePathError(
                 f"two files of the model have the path {path!r} (or {there[0]!r}): "

@@ -248,8 +248,8 @@ def lint(
     Checks name, licence, metadata, chat template and context size, and the files for pickles,
     secrets and paths. Exit code 0: no errors, 1: errors found, 2: check failed.
     """
+    from modelpack.lint.checks import to_sarif
     from modelpack.lint.policy import LintPolicy, read_policy
-    from modelpack.lint.report import to_sarif
     from modelpack.operations.lint import lint as lint_model
 
     settings.failure_code = 2

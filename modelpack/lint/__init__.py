@@ -1,1 +1,1 @@
-"""What a catalogue asks of the models in it, and what it finds."""
+"""Checks for the models of a catalogue: `policy` configures the rules, `checks` has the checks."""

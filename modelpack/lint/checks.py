@@ -1,20 +1,102 @@
-"""The lint rules: licence, metadata, chat template, context, pickles, secrets and paths."""
+"""Check a model by the rules of a policy, and report the findings, also as SARIF.
+
+`check` runs the checks of all rules on a `LintSubject`; the function of each rule is `check_` and
+its name.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
+from urllib.parse import quote
 
+from modelpack._version import __version__
+from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.model import Role
+from modelpack.artifacts.reference import Reference
 from modelpack.builder.classify import PICKLE_EXTENSIONS, PICKLE_HEAD_BYTES, holds_pickle
 from modelpack.errors import ModelpackError
 from modelpack.formats.config_json import context_size as context_of
-from modelpack.lint.policy import LintPolicy
-from modelpack.lint.report import Finding, Level, LintFile, LintSubject
+from modelpack.formats.gguf import MetadataValue
+from modelpack.lint.policy import RULES, Level, LintPolicy
 from modelpack.trust.licences import licence_of, licence_of_card
+
+#: The rest of a longer text is not searched. Tokenizers of the largest vocabularies have 40 MB.
+MAX_TEXT_BYTES: Final = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class LintFile:
+    """A file of the model; `read` returns the given number of bytes from its start."""
+
+    path: str
+    role: Role
+    size: int
+    format: str
+    read: Callable[[int], bytes] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path, in lower case."""
+        return self.path.rpartition("/")[2].lower()
+
+    def text(self) -> str | None:
+        """Return the file's text, or None for a binary file."""
+        raw = self.read(min(self.size, MAX_TEXT_BYTES))
+        if b"\x00" in raw[:4096]:
+            return None
+        return raw.decode("utf-8", "replace")
+
+
+@dataclass(frozen=True, slots=True)
+class LintSubject:
+    """The model to check: its reference if it has one, config, files and GGUF metadata."""
+
+    name: str
+    reference: Reference | None
+    config: ModelConfig
+    files: tuple[LintFile, ...]
+    gguf: Mapping[str, MetadataValue] = field(default_factory=dict, hash=False)
+    annotations: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def file(self, name: str) -> LintFile | None:
+        """Return the file of this name in the topmost directory, or None."""
+        found = [file for file in self.files if file.name == name]
+        return min(found, key=lambda file: file.path.count("/"), default=None)
+
+    def gguf_text(self, key: str) -> str:
+        """Return a text of the GGUF metadata, or "" if there is none."""
+        found = self.gguf.get(key)
+        return found.value if found is not None and isinstance(found.value, str) else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A violation of a rule, with the `path` of the file and the `line` (from 1) if known."""
+
+    rule: str
+    message: str
+    path: str | None = None
+    line: int | None = None
+    level: Level = Level.ERROR
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the finding as a JSON object."""
+        value: dict[str, Any] = {"rule": self.rule, "level": str(self.level)}
+        if self.path is not None:
+            value["path"] = self.path
+        if self.line is not None:
+            value["line"] = self.line
+        return value | {"message": self.message}
+
+    def __str__(self) -> str:
+        line = f":{self.line}" if self.line is not None else ""
+        where = f"{self.path}{line}: " if self.path is not None else ""
+        return f"{self.level}: {where}{self.message} [{self.rule}]"
+
 
 _WEIGHTS: Final = (Role.WEIGHT, Role.PROJECTOR)
 _TEXTS: Final = (Role.CONFIG, Role.CHAT_TEMPLATE, Role.DOC, Role.CODE, Role.FILE, Role.LICENSE)
@@ -37,7 +119,7 @@ _PATH = re.compile(
     r"/[^\s\"'<>]+|[A-Za-z]:\\{1,2}(?!n\b)[\w.-]+\\{1,2}[^\s\"'<>]*)",
     re.MULTILINE,
 )
-#: Tokens of vocabularies look like anything.
+#: Files with vocabularies are not searched: their tokens can look like secrets.
 _VOCABULARIES: Final = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
 _MAX_EACH: Final = 20
 
@@ -46,19 +128,19 @@ def check_pickles(subject: LintSubject, _: LintPolicy) -> Iterator[Finding]:
     """Yield the files that are pickles, by name or by content."""
     for file in subject.files:
         if file.name.endswith(_PICKLE_NAMES):
-            yield Finding("pickle", "is named like a pickle", file.path)
+            yield Finding("pickle", "has the extension of a pickle", file.path)
             continue
         is_parsed = file.role in _WEIGHTS and file.format in ("gguf", "safetensors")
         if not is_parsed and holds_pickle(file.read(min(file.size, PICKLE_HEAD_BYTES))):
-            yield Finding("pickle", "holds a pickle", file.path)
+            yield Finding("pickle", "is a pickle", file.path)
 
 
 def check_secrets(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:
-    """Yield the places that look like secrets, without the secrets."""
+    """Yield the places of possible secrets; the findings do not contain the secrets."""
     for file, text in _texts(subject, policy):
         for what, pattern in _SECRETS:
             for match in _some(pattern, text):
-                yield Finding("secrets", f"holds {what}", file.path, _line(text, match.start()))
+                yield Finding("secrets", f"contains {what}", file.path, _line(text, match.start()))
 
 
 def check_paths(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:
@@ -67,17 +149,17 @@ def check_paths(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:
         if file.role in (Role.CONFIG, Role.CHAT_TEMPLATE):
             for match in _some(_PATH, text):
                 line = _line(text, match.start())
-                yield Finding("paths", f"holds the path {match[0][:200]}", file.path, line)
+                yield Finding("paths", f"contains the path {match[0][:200]}", file.path, line)
     for key, entry in subject.gguf.items():
         if isinstance(entry.value, str) and not key.startswith("tokenizer."):
             for match in _some(_PATH, entry.value):
-                yield Finding("paths", f"the GGUF's {key} holds the path {match[0][:200]}")
+                yield Finding("paths", f"the GGUF's {key} contains the path {match[0][:200]}")
 
 
 def _texts(subject: LintSubject, policy: LintPolicy) -> Iterator[tuple[LintFile, str]]:
     for file in subject.files:
         wanted = file.role in _TEXTS and file.name not in _VOCABULARIES
-        if wanted and policy.looks_into(file.path):
+        if wanted and policy.searches(file.path):
             text = file.text()
             if text is not None:
                 yield file, text
@@ -94,7 +176,7 @@ def _line(text: str, at: int) -> int:
     return text.count("\n", 0, at) + 1
 
 
-#: Renders the source of a template with variables; raises `ModelpackError` if that fails.
+#: Render the source of a template with variables; raises `ModelpackError` for a broken template.
 Render = Callable[[str, Mapping[str, Any]], str]
 
 _TEMPLATE_KEY: Final = "tokenizer.chat_template"
@@ -103,7 +185,7 @@ _MESSAGES: Final = [{"role": "user", "content": _WORDS}]
 
 
 def check_name(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:
-    """Yield what is wrong with the model's name; files have none yet."""
+    """Yield the problems of the model's name; files that are not packaged yet have no name."""
     if policy.name is not None and subject.reference is not None:
         for problem in policy.name.problems(subject.reference, subject.config):
             yield Finding("name", problem)
@@ -113,7 +195,7 @@ def check_licence(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]
     """Yield a finding for a missing licence and for each one that is not allowed."""
     known = licences(subject)
     if not known:
-        yield Finding("licence", "no licence: neither a licence file nor a licence in the metadata")
+        yield Finding("licence", "no licence: there is no licence file and none in the metadata")
     for path, identifier in known.items():
         place = path or None
         if not policy.allowed:
@@ -126,9 +208,9 @@ def check_licence(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]
 
 
 def licences(subject: LintSubject) -> dict[str, str | None]:
-    """Return the SPDX identifiers of the licences by file, None where a text is not recognised.
+    """Return the SPDX identifiers of the licences by file, or None for an unknown text.
 
-    The empty path stands for what the config, the GGUF or the model card names, if no file does.
+    Without a licence file, the empty path has the licence of the config, GGUF or model card.
     """
     found: dict[str, str | None] = {}
     for file in subject.files:
@@ -146,27 +228,27 @@ def licences(subject: LintSubject) -> dict[str, str | None]:
 
 
 def check_metadata(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:
-    """Yield the fields that the config leaves empty."""
+    """Yield the required fields that are empty in the config."""
     for name in policy.required:
         if not getattr(subject.config, name):
-            yield Finding("metadata", f"the config does not say the model's {name}")
+            yield Finding("metadata", f"the config has no {name}")
 
 
 def check_context(subject: LintSubject, policy: LintPolicy) -> Iterator[Finding]:
-    """Yield a context size that is out of bounds, or more than the model was made for."""
+    """Yield a context size outside the policy's bounds or beyond the model's own."""
     size, own = subject.config.context_size, trained_context(subject)
     if size is not None and not policy.min_context <= size <= policy.max_context:
         bounds = f"{policy.min_context} to {policy.max_context}"
         yield Finding("context", f"the context size is {size} tokens, expected {bounds}")
     if size is not None and own is not None and size > own:
-        yield Finding("context", f"the context size is {size} tokens, and the model has {own}")
+        yield Finding("context", f"the context size is {size} tokens, but the model has {own}")
     if size is None and own is not None and not policy.min_context <= own <= policy.max_context:
         bounds = f"{policy.min_context} to {policy.max_context}"
         yield Finding("context", f"the model has a context of {own} tokens, expected {bounds}")
 
 
 def trained_context(subject: LintSubject) -> int | None:
-    """Return the context that the model's own files state, in tokens."""
+    """Return the context size in the model's GGUF or config.json, in tokens, or None."""
     found = subject.gguf.get(f"{subject.gguf_text('general.architecture')}.context_length")
     if found is not None and type(found.value) is int:
         return found.value
@@ -175,7 +257,7 @@ def trained_context(subject: LintSubject) -> int | None:
 
 
 def template_check(render: Render) -> Callable[[LintSubject, LintPolicy], Iterator[Finding]]:
-    """Return the check of the chat template, which `render` renders."""
+    """Return a check that renders the chat template with `render`."""
 
     def check_template(subject: LintSubject, _: LintPolicy) -> Iterator[Finding]:
         found = templates(subject)
@@ -188,13 +270,13 @@ def template_check(render: Render) -> Callable[[LintSubject, LintPolicy], Iterat
                 yield Finding("template", f"does not render: {error}", path or None)
                 continue
             if _WORDS not in text:
-                yield Finding("template", "leaves out what the user says", path or None)
+                yield Finding("template", "leaves out the message of the user", path or None)
 
     return check_template
 
 
 def templates(subject: LintSubject) -> dict[str, str]:
-    """Return the sources of the chat templates by file; the GGUF's has an empty path."""
+    """Return the sources of the chat templates by file; that of a GGUF has an empty path."""
     found = {
         file.path: file.text() or "" for file in subject.files if file.role is Role.CHAT_TEMPLATE
     }
@@ -238,7 +320,7 @@ def _json(file: LintFile | None) -> dict[str, Any] | None:
 
 
 def check(subject: LintSubject, policy: LintPolicy, render: Render) -> tuple[Finding, ...]:
-    """Return what the rules of the policy find; nothing if all is well."""
+    """Return the findings of all rules that the policy does not switch off."""
     checks = {
         "name": check_name,
         "licence": check_licence,
@@ -255,3 +337,43 @@ def check(subject: LintSubject, policy: LintPolicy, render: Render) -> tuple[Fin
         if level is not Level.OFF:
             found += [replace(one, level=level) for one in look(subject, policy)]
     return tuple(found)
+
+
+SCHEMA: Final = (
+    "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+)
+
+
+def to_sarif(name: str, findings: Sequence[Finding]) -> dict[str, Any]:
+    """Return a SARIF log with the findings of one run on the model `name`."""
+    order = list(RULES)
+    rules = [{"id": rule, "shortDescription": {"text": text}} for rule, text in RULES.items()]
+    driver = {
+        "name": "modelpack lint",
+        "version": __version__,
+        "rules": rules,
+    }
+    results = [_result(one, name, order.index(one.rule)) for one in findings]
+    return {
+        "$schema": SCHEMA,
+        "version": "2.1.0",
+        "runs": [{"tool": {"driver": driver}, "results": results}],
+    }
+
+
+def _result(finding: Finding, name: str, index: int) -> dict[str, Any]:
+    location: dict[str, Any] = {
+        "logicalLocations": [{"fullyQualifiedName": name, "kind": "module"}]
+    }
+    if finding.path is not None:
+        physical: dict[str, Any] = {"artifactLocation": {"uri": quote(finding.path)}}
+        if finding.line is not None:
+            physical["region"] = {"startLine": finding.line}
+        location["physicalLocation"] = physical
+    return {
+        "ruleId": finding.rule,
+        "ruleIndex": index,
+        "level": str(finding.level),
+        "message": {"text": finding.message},
+        "locations": [location],
+    }

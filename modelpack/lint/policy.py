@@ -1,4 +1,4 @@
-"""Lint policies: which rules apply, at which level, read from a TOML file."""
+"""Lint policies: the rules, their levels and their parameters, read from a TOML file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
@@ -13,9 +14,30 @@ from typing import Any, Final
 from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.reference import Reference
 from modelpack.errors import FormatError
-from modelpack.lint.report import RULES, Level
 
-# What each part may be. Names and tags are the registry's, so nothing here needs more letters.
+
+class Level(StrEnum):
+    """The severity of a rule's findings; `OFF` switches the rule off."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    OFF = "off"
+
+
+#: The rules, each with its requirement.
+RULES: Final = {
+    "name": "the repository and tag follow the catalogue's pattern and match the config",
+    "licence": "the model has a licence, and it is allowed",
+    "metadata": "the config has the required fields",
+    "template": "the model has a chat template, and it renders",
+    "pickle": "no file is a pickle, which runs code when it is loaded",
+    "secrets": "no file contains a token, a password or a private key",
+    "paths": "no configuration contains an absolute path of a machine",
+    "context": "the context size is within the limits of the policy and the model",
+}
+
+
+# The regular expression of each part. Repositories and tags allow no other characters.
 _PARTS: Final = {
     "family": r"[a-z0-9]+(?:[._-][a-z0-9]+)*",
     "params": r"\d+(?:\.\d+)?(?:x\d+(?:\.\d+)?)?[KMBTkmbt](?:-[Aa]\d+(?:\.\d+)?[KMBTkmbt])?",
@@ -31,14 +53,14 @@ _UNITS = {"": 1, "k": 1024, "m": 1024 * 1024}
 
 @dataclass(frozen=True, slots=True)
 class NamePattern:
-    """`<family>:<params>-<quant>-<context>`, compiled."""
+    """A compiled pattern of names, such as `<family>:<params>-<quant>-<context>`."""
 
     text: str
     regex: re.Pattern[str]
 
     @classmethod
     def parse(cls, text: str, what: str) -> NamePattern:
-        """Return the pattern; raise `FormatError` for a part that is not known or comes twice."""
+        """Return the pattern; raise `FormatError` for a part that is unknown or repeated."""
         pieces, used, at = [], set(), 0
         for match in _PLACE.finditer(text):
             name = match[1]
@@ -58,7 +80,7 @@ class NamePattern:
         return cls(text, re.compile("".join(pieces) + re.escape(text[at:]) + r"\Z"))
 
     def problems(self, reference: Reference, config: ModelConfig) -> list[str]:
-        """Return what is wrong with a name: its form, and what it says of the model."""
+        """Return the problems of a name: a wrong form, and parts that contradict the config."""
         name = f"{reference.repository.rpartition('/')[2]}:{reference.tag or ''}"
         match = self.regex.match(name)
         if match is None:
@@ -67,10 +89,10 @@ class NamePattern:
         for part, fact in (("quant", config.quantization), ("params", config.parameters)):
             text = said.get(part)
             if text and fact and not _agree(part, text, fact):
-                found.append(f"{name}: its {part} is {text}, and the config says {fact}")
+                found.append(f"{name}: its {part} is {text}, but the config has {fact}")
         size = _tokens(said["context"]) if said.get("context") else None
         if size and config.context_size and not _about(size, config.context_size):
-            found.append(f"{name}: its context is {size}, the config says {config.context_size}")
+            found.append(f"{name}: its context is {size}, but the config has {config.context_size}")
         return found
 
 
@@ -79,7 +101,7 @@ def _agree(part: str, said: str, fact: str) -> bool:
         plain = [re.sub(r"[^a-z0-9]", "", text.lower()) for text in (said, fact)]
         return plain[0] in plain[1] or plain[1] in plain[0]
     mine, theirs = _count(said), _count(fact)
-    # Names are rounded: a model of 7.24 thousand million parameters is called 7B.
+    # Names have rounded numbers: a model with 7.24 billion parameters is called 7B.
     return mine is None or theirs is None or abs(mine - theirs) <= 0.25 * theirs
 
 
@@ -97,7 +119,7 @@ def _tokens(text: str) -> int:
 
 
 def _about(said: int, fact: int) -> bool:
-    # 128K is called so whether it is 131072 or 128000.
+    # 128K may mean 131072 or 128000.
     return abs(said - fact) <= 0.05 * fact
 
 
@@ -107,7 +129,11 @@ _REQUIRED: Final = ("format", "architecture", "parameters", "quantization")
 
 @dataclass(frozen=True, slots=True)
 class LintPolicy:
-    """What is asked for; an empty `allowed` takes every licence that is there."""
+    """The requirements on models; an empty `allowed` accepts every licence.
+
+    `levels` has the rules whose level is not ERROR by default, `required` the fields of the config,
+    and `ignore` patterns of files whose text is not searched. Context sizes are in tokens.
+    """
 
     name: NamePattern | None = None
     levels: Mapping[str, Level] = field(default_factory=dict, hash=False)
@@ -118,16 +144,16 @@ class LintPolicy:
     ignore: tuple[str, ...] = ()
 
     def level(self, rule: str) -> Level:
-        """Return how bad what a rule finds is."""
+        """Return the level of a rule's findings."""
         return self.levels.get(rule, Level.ERROR)
 
-    def looks_into(self, path: str) -> bool:
-        """Return whether a file is looked into."""
+    def searches(self, path: str) -> bool:
+        """Return whether the text of the file at `path` is searched."""
         return not any(fnmatchcase(path, pattern) for pattern in self.ignore)
 
 
 def read_policy(path: Path) -> LintPolicy:
-    """Return the policy in a file; raise `FormatError`, which says where it is wrong."""
+    """Return the policy in a file; raise `FormatError` with the invalid place."""
     try:
         return parse_policy(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
@@ -137,7 +163,7 @@ def read_policy(path: Path) -> LintPolicy:
 
 
 def parse_policy(text: str, what: str) -> LintPolicy:
-    """Return the policy in `text`, which `what` stands for in errors."""
+    """Return the policy in `text`; `what` names it in errors."""
     try:
         value = tomllib.loads(text)
     except ValueError as error:
@@ -148,7 +174,7 @@ def parse_policy(text: str, what: str) -> LintPolicy:
     context = _table(value, "context", {"min", "max"}, what)
     pattern = value.get("name")
     if pattern is not None and not isinstance(pattern, str):
-        raise FormatError("name is not a text", path=what)
+        raise FormatError("name is not a string", path=what)
     default = LintPolicy()
     low, high = context.get("min", default.min_context), context.get("max", default.max_context)
     if type(low) is not int or type(high) is not int or not 1 <= low <= high:
@@ -196,5 +222,5 @@ def _known(value: dict[str, Any], known: set[str], where: str) -> None:
 def _texts(value: dict[str, Any], key: str, default: tuple[str, ...], what: str) -> tuple[str, ...]:
     found = value.get(key, list(default))
     if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
-        raise FormatError(f"{key} is not an array of texts", path=what)
+        raise FormatError(f"{key} is not an array of strings", path=what)
     return tuple(found)

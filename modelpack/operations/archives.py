@@ -22,7 +22,7 @@ from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES, encode
 from modelpack.artifacts.manifest import Index, Manifest, parse_manifest_or_index
 from modelpack.artifacts.reference import Reference
 from modelpack.bundles.links import open_blob
-from modelpack.bundles.tar_reader import TarEntry, TarReader
+from modelpack.bundles.tar import TarEntry, TarReader
 from modelpack.errors import (
     FormatError,
     InvalidDigestError,

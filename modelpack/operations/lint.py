@@ -16,9 +16,8 @@ from modelpack.errors import ModelpackError, UsageError
 from modelpack.formats.gguf import GGUFHeader, MetadataValue, read_gguf_header
 from modelpack.formats.reader import WeightFile
 from modelpack.formats.statistics import read_statistics
-from modelpack.lint.checks import Render, check
-from modelpack.lint.policy import LintPolicy
-from modelpack.lint.report import Finding, Level, LintFile, LintSubject
+from modelpack.lint.checks import Finding, LintFile, LintSubject, Render, check
+from modelpack.lint.policy import Level, LintPolicy
 from modelpack.operations.headers import FileHeader, read_headers
 from modelpack.operations.lookup import check_whole, model_in, stored_model
 from modelpack.operations.remote import RemoteOptions, open_repository

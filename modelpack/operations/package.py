@@ -12,9 +12,8 @@ from shutil import rmtree
 from typing import Final
 
 from modelpack.artifacts import media_types
-from modelpack.artifacts.config import ModelConfig
+from modelpack.artifacts.config import ModelConfig, ollama_defaults
 from modelpack.artifacts.digest import Digest, new_hasher
-from modelpack.artifacts.foreign import ollama_defaults
 from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.model import Model, Role
 from modelpack.artifacts.reference import Reference

@@ -10,8 +10,7 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.model import Model
 from modelpack.artifacts.reference import Reference
-from modelpack.lint.checks import licences
-from modelpack.lint.report import LintSubject
+from modelpack.lint.checks import LintSubject, licences
 from modelpack.operations.lint import open_subject
 from modelpack.operations.referrers import EMPTY, EMPTY_CONFIG
 from modelpack.operations.remote import RemoteOptions, open_repository

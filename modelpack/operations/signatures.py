@@ -35,17 +35,15 @@ from modelpack.trust.signatures import (
     find_signatures,
     is_signed_under_tag,
 )
-from modelpack.trust.sigstore_bundle import (
+from modelpack.trust.sigstore import (
     COSIGN_SIGN,
     Statement,
     Subject,
     bundle_manifest,
-    signed_bundle,
-)
-from modelpack.trust.simple_signing import (
     sign_simply,
     signature_tag,
     signatures_manifest,
+    signed_bundle,
 )
 
 #: The default formats: those that old and new releases of cosign read.

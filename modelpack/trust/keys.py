@@ -1,7 +1,8 @@
-"""Keys: read, write and generate public and private keys, encrypted as by cosign.
+"""Read, write and generate ECDSA P-256 keys for signatures, in the encrypted format of cosign.
 
-A PEM of type ENCRYPTED SIGSTORE PRIVATE KEY (before: COSIGN) around JSON: the parameters of scrypt,
-the nonce and the ciphertext of a NaCl secret box, whose content is the key in PKCS #8.
+An encrypted key is a PEM of type ENCRYPTED SIGSTORE PRIVATE KEY (formerly COSIGN). It contains a
+JSON object with the parameters of scrypt, and the nonce and ciphertext of a NaCl secret box, which
+contains the key in PKCS #8.
 Source: secure-systems-lab/go-securesystemslib, encrypted/encrypted.go.
 """
 
@@ -29,7 +30,8 @@ _PEM = re.compile(
     rb"-----BEGIN ENCRYPTED (SIGSTORE|COSIGN) PRIVATE KEY-----\s+([A-Za-z0-9+/=\s]+)"
     rb"-----END ENCRYPTED \1 PRIVATE KEY-----"
 )
-# N, r, p: what is written, and all that is read: a file must not say how long we compute.
+# N, r and p of scrypt, for new keys and all accepted ones. Other values in a file are rejected,
+# since they would determine how long the derivation takes.
 _PARAMETERS: Final = (65536, 8, 1)
 _KNOWN: Final = {(32768, 8, 1), (65536, 8, 1), (131072, 8, 1)}
 _SALT_BYTES: Final = 32
@@ -39,12 +41,12 @@ _LINE: Final = 64
 
 
 def is_sealed(pem: bytes) -> bool:
-    """Return whether this is such a key."""
+    """Return whether `pem` is a private key in cosign's encrypted format."""
     return _PEM.search(pem) is not None
 
 
 def sealed(der: bytes, password: bytes) -> bytes:
-    """Return the PEM of a PKCS #8 key under `password`, which may be empty."""
+    """Return the PEM of a PKCS #8 key encrypted with `password`, which may be empty."""
     salt, nonce = os.urandom(_SALT_BYTES), os.urandom(_NONCE_BYTES)
     box = _secret_box(_derived(password, salt, _PARAMETERS))
     cost, block, parallel = _PARAMETERS
@@ -71,18 +73,18 @@ def opened(pem: bytes, password: bytes, name: str) -> bytes:
         value = decode_object(base64.b64decode(match[2]), name)
         kdf, cipher = value["kdf"], value["cipher"]
         if (kdf["name"], cipher["name"]) != ("scrypt", "nacl/secretbox"):
-            raise FormatError("is encrypted in a way that is not known here", path=name)
+            raise FormatError(
+                "has an unknown encryption, expected scrypt and nacl/secretbox", path=name
+            )
         parameters = tuple(kdf["params"][key] for key in ("N", "r", "p"))
         salt, nonce = _bytes(kdf["salt"]), _bytes(cipher["nonce"])
         ciphertext = _bytes(value["ciphertext"])
     except FormatError:
         raise
     except (KeyError, TypeError, ValueError):
-        raise FormatError("is not an encrypted key as cosign writes it", path=name) from None
+        raise FormatError("is not an encrypted key in cosign's format", path=name) from None
     if parameters not in _KNOWN or len(nonce) != _NONCE_BYTES:
-        raise FormatError(
-            f"has parameters of scrypt that cosign never had: {parameters}", path=name
-        )
+        raise FormatError(f"has scrypt parameters that cosign never used: {parameters}", path=name)
     box = _secret_box(_derived(password, salt, parameters))
     from nacl.exceptions import CryptoError
 
@@ -105,7 +107,7 @@ def _secret_box(key: bytes) -> Any:
         from nacl.secret import SecretBox
     except ImportError:
         raise ModelpackError(
-            "keys under a password need the package pynacl, which is not installed",
+            "encrypted keys need the package pynacl, which is not installed",
             hint="pip install 'modelpack[signing]'",
         ) from None
     return SecretBox(key)
@@ -119,7 +121,7 @@ def _bytes(text: Any) -> bytes:
 
 
 _MAX_BYTES: Final = 64 * 1024
-_HINT = "P-256 keys are what `cosign generate-key-pair` and `modelpack keygen` make"
+_HINT = "generate a key with `modelpack keygen` or `cosign generate-key-pair`"
 
 
 class PasswordNeededError(ModelpackError):
@@ -128,7 +130,7 @@ class PasswordNeededError(ModelpackError):
 
 @dataclass(frozen=True, slots=True)
 class PublicKey:
-    """A key that signatures are checked with; `name` is for messages."""
+    """A key that verifies signatures; `name` is for messages."""
 
     key: EllipticCurvePublicKey
     name: str
@@ -141,7 +143,7 @@ class PublicKey:
 
     @property
     def der(self) -> bytes:
-        """The SubjectPublicKeyInfo."""
+        """The SubjectPublicKeyInfo, as DER."""
         from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
         return self.key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
@@ -160,16 +162,16 @@ class PublicKey:
 
     @property
     def hint(self) -> str:
-        """What cosign calls the key in a bundle: the fingerprint in base64."""
+        """The hint for the key in cosign's bundles: the fingerprint in base64."""
         return base64.b64encode(hashlib.sha256(self.der).digest()).decode()
 
     @property
     def pem_hint(self) -> str:
-        """What OpenSSF model signing calls the key in a bundle: the SHA-256 of the PEM, in hex."""
+        """The hint for the key in OpenSSF bundles: the SHA-256 of the PEM, in hexadecimal."""
         return hashlib.sha256(self.pem).hexdigest()
 
     def verifies(self, signature: bytes, content: bytes) -> bool:
-        """Return whether this key made the (ASN.1) signature over `content`."""
+        """Return whether `signature` (ASN.1) is one of this key over `content`."""
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
         from cryptography.hazmat.primitives.hashes import SHA256
@@ -183,7 +185,7 @@ class PublicKey:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class PrivateKey:
-    """A key that signs; it does not show itself."""
+    """A key that signs; its `repr` does not contain the key."""
 
     key: EllipticCurvePrivateKey
     name: str
@@ -193,7 +195,7 @@ class PrivateKey:
 
     @property
     def public(self) -> PublicKey:
-        """The key that checks what this one signs."""
+        """The public key of the pair."""
         return PublicKey(self.key.public_key(), self.name)
 
     def sign(self, content: bytes) -> bytes:
@@ -210,14 +212,14 @@ def read_public_key(path: Path | str) -> PublicKey:
 
 
 def parse_public_key(pem: bytes, name: str) -> PublicKey:
-    """Return the public key in `pem`, which `name` stands for in messages."""
+    """Return the public key in `pem`; `name` names it in errors."""
     _need_cryptography()
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     if b"PRIVATE KEY" in pem:
         raise FormatError(
-            "is a private key, expected a public one",
+            "is a private key, expected a public key",
             path=name,
             hint="use the .pub file of the pair; keep the private key secret",
         )
@@ -229,9 +231,10 @@ def parse_public_key(pem: bytes, name: str) -> PublicKey:
 
 
 def read_private_key(path: Path | str, password: bytes | None = None) -> PrivateKey:
-    """Return the private key in the file, decrypted with `password` where it is encrypted.
+    """Return the private key in the file, decrypted with `password` if it is encrypted.
 
-    Raises `PasswordNeededError` if that is None, `FormatError` for a wrong one or another file.
+    Raises `PasswordNeededError` if an encrypted key has no password, `FormatError` for a wrong
+    password or a file that is not a key, and `UnsupportedError` for other kinds of keys.
     """
     _need_cryptography()
     from cryptography.exceptions import UnsupportedAlgorithm
@@ -259,9 +262,9 @@ def read_private_key(path: Path | str, password: bytes | None = None) -> Private
 
 
 def generate_key_pair(prefix: Path | str, password: bytes) -> tuple[Path, Path]:
-    """Write a new pair to `prefix`.key, encrypted as cosign does, and `prefix`.pub.
+    """Write a new key pair to `prefix`.key, encrypted in cosign's format, and `prefix`.pub.
 
-    Returns the two paths; raises `ConflictError` rather than overwrite a key.
+    Returns the two paths; raises `ConflictError` if one of the files exists.
     """
     _need_cryptography()
     from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
@@ -274,7 +277,7 @@ def generate_key_pair(prefix: Path | str, password: bytes) -> tuple[Path, Path]:
     private, public = Path(f"{prefix}.key"), Path(f"{prefix}.pub")
     for path in (private, public):
         if path.exists():
-            raise ConflictError(f"{path} is there already", hint="choose another name")
+            raise ConflictError(f"{path} already exists", hint="choose another name")
     key = generate_private_key(SECP256R1())
     der = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
     _create(private, sealed(der, password), 0o600)
@@ -304,14 +307,14 @@ def _create(path: Path, content: bytes, mode: int) -> None:
         with open(handle, "wb") as stream:
             stream.write(content)
     except FileExistsError:
-        raise ConflictError(f"{path} is there already", hint="choose another name") from None
+        raise ConflictError(f"{path} already exists", hint="choose another name") from None
     except OSError as error:
         raise FormatError(f"cannot be written: {error.strerror}", path=str(path)) from error
 
 
 def _need_cryptography() -> None:
     try:
-        import cryptography  # noqa: F401 - whether it is there
+        import cryptography  # noqa: F401 - only checks that it is installed
     except ImportError:
         raise ModelpackError(
             "signatures need the package cryptography, which is not installed",

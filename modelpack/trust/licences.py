@@ -1,8 +1,8 @@
-"""SPDX identifiers of licences, recognised from their texts by phrases that no other one has.
+"""Recognise the SPDX identifier of a licence by phrases of its text, by its tag or by its name.
 
-What is not among them is none: a wrong identifier is worse than no identifier. Licences of models
-that SPDX does not list get a `LicenseRef-`. The GNU licences are "only": whether later versions are
-allowed is not said in their text.
+An unknown text has no identifier, since a wrong one would be worse. Licences of models that SPDX
+does not list have a `LicenseRef-`. GNU licences are identified as "only": their text does not say
+whether later versions are allowed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CC = "creative commons attribution{} 4.0 international public license"
 _GNU = "gnu {}general public license version {}"
 _BSD = ("redistributions of source code must retain", "redistributions in binary form must")
 
-# The first that fits counts: what holds the phrases of another one stands before it.
+# The first match counts: a licence that contains the phrases of another stands before it.
 _TEXTS: Final = (
     _Text("Apache-2.0", ("apache license version 2.0, january 2004", "grant of patent license")),
     _Text(
@@ -86,7 +86,7 @@ _CARD_LICENSE = re.compile(
 
 
 def licence_of(text: str) -> str | None:
-    """Return the identifier of the licence whose text, tag or name this is; None if unknown."""
+    """Return the identifier of the licence with this text, tag or name, or None if unknown."""
     tag = _TAG.search(text)
     if tag is not None:
         return licence_named(tag[1]) or tag[1]
@@ -103,19 +103,19 @@ def licence_of(text: str) -> str | None:
 
 
 def licence_named(name: str) -> str | None:
-    """Return the identifier that a short name, as model cards have it, stands for."""
+    """Return the identifier for the short name of a licence in a model card, or None."""
     return _BY_NAME.get(name.strip().lower())
 
 
 def licence_of_card(readme: str) -> str | None:
-    """Return the licence that a model card (README.md of the Hugging Face Hub) states."""
+    """Return the identifier of the licence in a model card (README.md of the Hub), or None."""
     card = _CARD.match(readme)
     found = _CARD_LICENSE.search(card[1]) if card is not None else None
     return licence_named(found[1]) if found is not None else None
 
 
 def _normalized(text: str) -> str:
-    """Return the words of a text in lower case, one blank between them, without decoration."""
+    """Return the words of a text in lower case, separated by one blank, without markup."""
     words = re.sub(r"[\"'`“”‘’*_#=>/]+", " ", text.lower())
     words = re.sub(r"\s+", " ", words).replace("–", "-").replace(" ,", ",")
     return words.replace(", version ", " version ").replace("license, version", "license version")

@@ -1,12 +1,12 @@
 """OpenSSF model signing 1.0: a statement over the digests of a model's files.
 
-The layers of a model are its files as they are, so that digests that a registry and the store have
-verified already are compared with the statement: nothing is read a second time.
+A layer of a model is a file, so the statement is compared with the digests in the manifest, which
+the registry client or the store has verified; no file is read again.
 
-The format knows files only. A model has more than files: its config, the annotations of its
-manifest, the types and the order of its layers. Our statements therefore name the manifest as well,
-in a field of the predicate that other verifiers ignore. A statement without that field is accepted
-only for a model that has nothing else to change, see `uncovered`.
+The format covers only files. A model also has a config, annotations, and types and an order of its
+layers. Statements of Modelpack therefore also name the manifest, in a field of the predicate that
+other verifiers ignore. A statement without that field is accepted only for a model whose other
+parts cannot change how it runs, see `uncovered`.
 Source: sigstore/model-transparency, model_signing/_signing/signing.py ("any other field should be
 ignored by verifiers").
 """
@@ -20,7 +20,7 @@ from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.model import Model, Role, format_of, role_of
 from modelpack.bundles.names import arrange
 from modelpack.errors import FormatError, IntegrityError, InvalidDigestError, UnsupportedError
-from modelpack.trust.sigstore_bundle import MODEL_SIGNING, Statement, Subject
+from modelpack.trust.sigstore import MODEL_SIGNING, Statement, Subject
 
 #: The field of the predicate that holds the digest of the manifest.
 MANIFEST: Final = "dev.modelpack.manifest"
@@ -30,7 +30,7 @@ _SERIALIZATION: Final = {
     "allow_symlinks": False,
     "ignore_paths": [],
 }
-# Annotations of a manifest that describe a model and change nothing about how it runs.
+# Annotations of a manifest that describe a model and do not change how it runs.
 _DESCRIPTIVE: Final = frozenset(
     f"org.opencontainers.image.{name}"
     for name in (
@@ -38,12 +38,12 @@ _DESCRIPTIVE: Final = frozenset(
         *("source", "title", "url", "vendor", "version"),
     )
 )
-# Of several files with one of these roles, a runtime may take the first.
+# If several files have one of these roles, a runtime may use the first.
 _ORDERED: Final = (Role.WEIGHT, Role.PROJECTOR, Role.CHAT_TEMPLATE)
 
 
 def files_of(model: Model) -> Mapping[str, Digest]:
-    """Return the digests of the files as `modelpack bundle` lays them out, by path.
+    """Return the digests of the model's files by their path in a bundle.
 
     Raises `UnsupportedError` for archives and digests other than SHA-256.
     """
@@ -51,14 +51,16 @@ def files_of(model: Model) -> Mapping[str, Digest]:
     what = str(model.reference or model.digest)
     if arrangement.archives:
         raise UnsupportedError(
-            "has layers that are archives, and their files have no digests",
+            "has archive layers, whose files have no digests in the manifest",
             path=what,
-            hint="sign its manifest instead: without --format model-signing",
+            hint="sign the manifest instead: omit --format model-signing",
         )
     files = {placed.path: placed.file.descriptor.digest for placed in arrangement.files}
     for path, digest in files.items():
         if digest.algorithm != "sha256":
-            raise UnsupportedError(f"{path} has a digest by {digest.algorithm}", path=what)
+            raise UnsupportedError(
+                f"{path} has a {digest.algorithm} digest, expected sha256", path=what
+            )
     return files
 
 
@@ -78,17 +80,16 @@ def model_statement(model: Model, name: str) -> Statement:
 
 
 def names_manifest(statement: Statement) -> bool:
-    """Return whether the statement names the manifest, and not the files alone."""
+    """Return whether the statement names the manifest in addition to the files."""
     return MANIFEST in statement.predicate
 
 
 def check_model(statement: Statement, model: Model) -> None:
     """Raise `IntegrityError` unless the statement is about `model` and covers all of it.
 
-    It has to list the very files: one file more, or less, is another model. If it names a manifest,
-    that has to be the model's; otherwise the model must have no `uncovered` parts. Raises
-    `FormatError` for a statement whose digest is not that of the files it lists, or that was made
-    in a way we do not compute.
+    It must list exactly the model's files. If it names a manifest, that must be the model's;
+    otherwise the model must have no `uncovered` parts. Raises `FormatError` for a statement whose
+    digest is not that of the listed files, or whose serialization method is not `files`.
     """
     what = f"model signature of {model.reference or model.digest}"
     if names_manifest(statement) and statement.predicate[MANIFEST] != str(model.digest):
@@ -96,18 +97,18 @@ def check_model(statement: Statement, model: Model) -> None:
     resources = statement.predicate.get("resources")
     serialization = statement.predicate.get("serialization")
     if not isinstance(serialization, dict) or serialization.get("method") != "files":
-        raise FormatError("is not made of whole files", path=what)
+        raise FormatError("does not have the serialization method 'files'", path=what)
     signed: dict[str, Digest] = {}
     try:
         for one in resources or []:
             signed[str(one["name"])] = Digest.parse(f"{one['algorithm']}:{one['digest']}")
         root = _root(resources or [])
     except (KeyError, TypeError, ValueError, InvalidDigestError):
-        raise FormatError("lists what are no files with digests", path=what) from None
+        raise FormatError("lists resources that are not files with digests", path=what) from None
     if not signed or len(signed) != len(resources or []):
-        raise FormatError("lists no files, or one of them twice", path=what)
+        raise FormatError("lists no files, or the same file twice", path=what)
     if statement.subjects[0].digest != root:
-        raise FormatError("its digest is not that of the files it lists", path=what)
+        raise FormatError("its digest is not that of the listed files", path=what)
     files = files_of(model)
     wrong = sorted(path for path in signed.keys() & files.keys() if signed[path] != files[path])
     wrong += sorted(signed.keys() ^ files.keys())
@@ -115,16 +116,16 @@ def check_model(statement: Statement, model: Model) -> None:
         raise IntegrityError(f"{what}: signs other files: {', '.join(wrong[:8])}")
     if not names_manifest(statement) and (parts := uncovered(model)):
         raise IntegrityError(
-            f"{what}: signs the files only, and the model has more: {', '.join(parts[:8])}",
+            f"{what}: signs only the files, not other parts of the model: {', '.join(parts[:8])}",
             hint="sign the manifest: `modelpack sign`",
         )
 
 
 def uncovered(model: Model) -> tuple[str, ...]:
-    """Return the parts of `model` that may change how it runs and that its files do not determine.
+    """Return the parts of `model` that may change how it runs but do not follow from its files.
 
-    A statement over the files alone does not cover these: whoever writes to the repository can
-    replace them and keep the signature.
+    A statement over the files alone does not cover them: anybody with write access to the
+    repository can replace them and keep the signature.
     """
     placed = arrange(model).files
     laid_out = [one.file for one in placed]
@@ -134,7 +135,7 @@ def uncovered(model: Model) -> tuple[str, ...]:
         if file not in laid_out
     ]
     if len(placed) + len(parts) < len(model.manifest.layers):
-        parts.append("a layer that is listed twice")
+        parts.append("a layer listed twice")
     # The type of a layer, or a name that the layout replaces, may give a file another meaning.
     parts += [
         f"the type {one.file.media_type} of {one.path}"

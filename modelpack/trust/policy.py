@@ -1,19 +1,19 @@
-"""Trust: which models have to be signed, and by whom. What is not said is refused.
+"""Trust policies: which models need signatures, and whose. A policy is a TOML file.
 
-default = "reject"                            # what no rule names; or "accept"
+default = "reject"                            # for models that no rule matches; or "accept"
 
 [publishers.team]
-keys = ["team.pub", "team-2027.pub"]          # files beside this one, or PEM texts
+keys = ["team.pub", "team-2027.pub"]          # files in the policy's directory, or PEM texts
 
-[[rules]]                                     # the first that names the model counts
-models = ["registry.example/team/*"]          # patterns of registry/repository, in full
-publishers = ["team"]                         # any of them,
-threshold = 1                                 # or so many, who share no key
-formats = ["cosign", "bundle"]                # all that cover the manifest, if not said
+[[rules]]                                     # the first rule that matches a model counts
+models = ["registry.example/team/*"]          # patterns of the full registry/repository
+publishers = ["team"]
+threshold = 1                                 # publishers that must sign; they share no key
+formats = ["cosign", "bundle"]                # default: all formats that cover the manifest
 
 [[rules]]
 models = ["localhost:5000/*"]
-accept = true                                 # signed or not
+accept = true                                 # no signature needed
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _IPV6: Final = re.compile(r"\[[0-9a-f]*:[0-9a-f]*:[0-9a-f:]*\]")
 
 @dataclass(frozen=True, slots=True)
 class Publisher:
-    """Somebody who signs models, by any of the keys."""
+    """A publisher of models, who signs with any of the keys."""
 
     name: str
     keys: frozenset[PublicKey]
@@ -47,9 +47,9 @@ class Publisher:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Who has to have signed the models of these patterns: `threshold` of the publishers.
+    """The signatures that models of these patterns need: by `threshold` of the publishers.
 
-    With a threshold of 0 nobody has to. Only signatures of one of the `formats` count.
+    With a threshold of 0 they need none. Only signatures of one of the `formats` count.
     """
 
     models: tuple[str, ...]
@@ -58,7 +58,7 @@ class Rule:
     formats: tuple[SignatureKind, ...] = MANIFEST_FORMATS
 
     def names(self, name: str) -> bool:
-        """Return whether the rule is about the repository `name` (`registry/repository`)."""
+        """Return whether the rule matches the repository `name` (`registry/repository`)."""
         return any(fnmatchcase(name, pattern) for pattern in self.models)
 
     @property
@@ -67,14 +67,14 @@ class Rule:
         return frozenset(key for one in self.publishers for key in one.keys)
 
     def is_met(self, signatures: Collection[Signature]) -> bool:
-        """Return whether enough publishers are among those who signed."""
+        """Return whether enough publishers made one of the signatures."""
         by = {one.key for one in signatures if one.kind in self.formats}
         return sum(1 for one in self.publishers if not one.keys.isdisjoint(by)) >= self.threshold
 
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """Rules, each list of which has to be met: that of a policy, that of the command line."""
+    """Lists of rules, one of a policy and one of the command line; a model must satisfy both."""
 
     lists: tuple[tuple[Rule, ...], ...]
 
@@ -85,10 +85,10 @@ class Trust:
         policy: Path | None = None,
         formats: Sequence[SignatureKind] = (),
     ) -> Trust | None:
-        """Return the trust in any of `keys`, for every model, and what the policy says, too.
+        """Return the trust that requires a signature by one of `keys`, and the rules of `policy`.
 
-        The signatures by `keys` are of one of the `formats`, or of those that cover the manifest.
-        None if neither is given. Raises `FormatError`.
+        Signatures by `keys` must have one of the `formats`, by default one that covers the
+        manifest. The result is None without keys and policy. Raises `FormatError`.
         """
         lists: list[tuple[Rule, ...]] = []
         if found := frozenset(keys):
@@ -100,18 +100,18 @@ class Trust:
 
     @classmethod
     def from_environment(cls) -> Trust | None:
-        """Return what the policy says that `MODELPACK_POLICY` names, None without one."""
+        """Return the trust of the policy file in `MODELPACK_POLICY`, or None if it is not set."""
         policy = os.environ.get(POLICY)
         return cls.of(policy=Path(policy)) if policy else None
 
     def rules(self, name: str) -> tuple[Rule, ...]:
-        """Return what the repository `name` has to meet; raise `UntrustedError` if none may."""
+        """Return the rules for the repository `name`; raise `UntrustedError` if none matches."""
         found = []
         for rules in self.lists:
             rule = next((rule for rule in rules if rule.names(name)), None)
             if rule is None:
                 raise UntrustedError(
-                    f"{name}: no rule of the policy names it",
+                    f"{name}: no rule of the policy matches it",
                     hint='add a rule, or set default = "accept"',
                 )
             found.append(rule)
@@ -119,7 +119,7 @@ class Trust:
 
 
 def read_policy(path: Path) -> tuple[Rule, ...]:
-    """Return the rules of a policy file; raise `FormatError`, which says where it is wrong."""
+    """Return the rules of a policy file; raise `FormatError` with the invalid place."""
     try:
         text = path.read_text(encoding="utf-8")
         value = tomllib.loads(text)
@@ -144,7 +144,7 @@ def read_policy(path: Path) -> tuple[Rule, ...]:
         for pattern in rule.models:
             if problem := _problem_of(pattern):
                 where = f"{what}: rules[{at}]"
-                raise FormatError(f"{pattern!r} names no model: {problem}", path=where)
+                raise FormatError(f"{pattern!r} matches no model: {problem}", path=where)
     if default == "accept":
         rules.append(Rule(("*",), (), 0))
     return tuple(rules)
@@ -181,8 +181,8 @@ def _rule(entry: Any, publishers: dict[str, Publisher], where: str) -> Rule:
     threshold = entry.get("threshold", 1)
     if type(threshold) is not int or not 1 <= threshold <= len(set(named)):
         raise FormatError(
-            f"threshold is {threshold!r}, expected 1 to {len(set(named))}: so many publishers "
-            "are named",
+            f"threshold is {threshold!r}, expected 1 to {len(set(named))}, the number of "
+            "publishers",
             path=where,
         )
     signing = tuple(publishers[name] for name in dict.fromkeys(named))
@@ -190,23 +190,23 @@ def _rule(entry: Any, publishers: dict[str, Publisher], where: str) -> Rule:
         {key for one in signing for key in one.keys}
     ):
         raise FormatError(
-            f"threshold is {threshold}, and two of its publishers have a key in common: one "
-            "signature would count for both",
+            f"threshold is {threshold}, but two of the publishers share a key, so one signature "
+            "would count for both",
             path=where,
         )
     return Rule(models, signing, threshold, _formats(entry, where))
 
 
 def _problem_of(pattern: str) -> str:
-    """Return why a pattern can match no name of a model, "" if it can.
+    """Return why a pattern matches no name of a model, or "" if it may match one.
 
-    Such a rule would be skipped: a later one, or the default, would count in its place.
+    A rule with such a pattern would be skipped, and a later rule or the default would apply.
     """
     host, slash, path = pattern.partition("/")
     if pattern != pattern.lower():
         return "names are in lower case"
     if _IPV6.match(host):
-        return f"'[' begins a set of characters: write [[]{pattern[1:]}"
+        return f"'[' starts a set of characters; write [[]{pattern[1:]}"
     if ":" in path or "@" in path:
         return "rules match repositories, without tag and digest"
     if not slash and "*" not in pattern:
@@ -240,7 +240,7 @@ def _table(value: Any, where: str) -> dict[str, Any]:
 
 
 def _check_fields(value: Any, known: set[str], where: str) -> None:
-    """Refuse what is not known: a misspelled rule would trust more, or less, than was meant."""
+    """Reject unknown fields: a policy with a misspelled rule would trust other models."""
     unknown = sorted(_table(value, where).keys() - known)
     if unknown:
         expected = ", ".join(sorted(known))
@@ -250,5 +250,5 @@ def _check_fields(value: Any, known: set[str], where: str) -> None:
 def _texts(value: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
     found = value.get(key)
     if not isinstance(found, list) or not found or not all(isinstance(one, str) for one in found):
-        raise FormatError(f"{key} is not an array of one text or more", path=where)
+        raise FormatError(f"{key} is not an array of at least one string", path=where)
     return tuple(found)

@@ -1,8 +1,7 @@
-"""The bill of materials of a model: CycloneDX 1.6 with a component of machine learning (ML-BOM).
+"""The bill of materials of a model: CycloneDX 1.6 with a machine learning component (ML-BOM).
 
-The model is what the document is about, with its files as components, each with the digest that the
-registry knows it by. The same model gives the same bytes.
-Source: https://cyclonedx.org/docs/1.6/json/
+The model is the subject of the document; its files are components, each with the digest of its
+layer. Equal models give equal bytes. Source: https://cyclonedx.org/docs/1.6/json/
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from modelpack.artifacts.model import Model, ModelFile
 from modelpack.artifacts.reference import Reference
 from modelpack.trust.licences import licence_named
 
-#: The media type of the document, for whatever it is attached to.
+#: The media type of the document, as a file and as an attached layer.
 CYCLONEDX: Final = "application/vnd.cyclonedx+json"
 _SCHEMA: Final = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 _ALGORITHMS: Final = {"sha256": "SHA-256", "sha512": "SHA-512"}
 _MIME = re.compile(r"[-+a-z0-9.]+/[-+a-z0-9.]+\Z")
-# Ours, so that a document of one model has one serial number.
+# Our namespace: the documents of one model all have the same serial number.
 _NAMESPACE: Final = uuid.UUID("5d0bd3d4-6d3f-5a3e-9d0c-6b2a4a1f7c11")
 _ROOT: Final = "model"
 
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A model that another one was made of; `url` may be empty."""
+    """A model that another one was derived from; `url` may be empty."""
 
     name: str
     url: str = ""
@@ -45,7 +44,7 @@ def ml_bom(
     licences: Sequence[str] = (),
     bases: Sequence[BaseModel] = (),
 ) -> bytes:
-    """Return the document about `model`; its licences are SPDX identifiers, or names."""
+    """Return the ML-BOM of `model` as JSON; the licences are SPDX identifiers or names."""
     files = [_file(file) for file in _unique(model.files())]
     value: dict[str, Any] = {
         "$schema": _SCHEMA,
@@ -108,7 +107,7 @@ def package_url(reference: Reference, digest: Digest) -> str:
 
 
 def _unique(files: Sequence[ModelFile]) -> list[ModelFile]:
-    """Return the files; a layer that comes twice under one path is one."""
+    """Return the files; a layer listed twice with one path is returned once."""
     return list({(file.filepath, file.descriptor.digest): file for file in files}.values())
 
 
@@ -134,7 +133,7 @@ def _hash(digest: Digest) -> dict[str, str]:
 
 
 def _licence(name: str) -> dict[str, Any]:
-    """Return a licence by its identifier where SPDX has it; that of a model has a name only."""
+    """Return a licence by its SPDX identifier, or by its name if SPDX does not list it."""
     known = licence_named(name)
     if known is not None and not known.startswith("LicenseRef-"):
         return {"license": {"id": known}}

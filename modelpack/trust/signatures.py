@@ -1,9 +1,9 @@
-"""Finding the signatures of a model where it is, and checking them with public keys.
+"""Find the signatures of a model in its registry or store, and verify them with public keys.
 
-Cosign's are under its tag; sigstore bundles are attached to the model, and sign its manifest (as
-cosign) or its files (as OpenSSF model signing). A manifest holds the digests of all files, and
-whoever has the model verified those: nothing is read again. Unless the caller names other formats,
-only those count that cover the manifest: the files alone are not all of a model.
+Cosign's simple signatures are under its tag; sigstore bundles are attached to the model and sign
+its manifest (cosign) or its files (OpenSSF model signing). A manifest contains the digests of all
+files, which are verified when the model is transferred, so no file is read here. By default only
+formats that cover the manifest count: a model has more parts than its files.
 """
 
 from __future__ import annotations
@@ -26,26 +26,33 @@ from modelpack.errors import (
 from modelpack.storage import ReferrerSource, read_blob
 from modelpack.trust.keys import PublicKey
 from modelpack.trust.model_signing import check_model, names_manifest
-from modelpack.trust.sigstore_bundle import BUNDLE_TYPES, COSIGN_SIGN, MODEL_SIGNING, Bundle
-from modelpack.trust.simple_signing import PAYLOAD, SimpleSignature, signature_tag
+from modelpack.trust.sigstore import (
+    BUNDLE_TYPES,
+    COSIGN_SIGN,
+    MODEL_SIGNING,
+    PAYLOAD,
+    Bundle,
+    SimpleSignature,
+    signature_tag,
+)
 
-#: Whoever may write to a repository may put signatures there: there has to be an end.
+#: A limit, since anybody with write access to a repository can add signatures.
 MAX_SIGNATURES: Final = 200
-# Where a registry has no referrers API, cosign lists its bundles by the type of their config.
+# Without a referrers API, cosign lists its bundles with the media type of their config.
 _LISTED_AS: Final = (*BUNDLE_TYPES, media_types.OCI_EMPTY, None)
 
 
 class SignatureKind(StrEnum):
-    """How a signature is written."""
+    """The format of a signature."""
 
     COSIGN = "cosign"  # simple signing, under cosign's tag
     BUNDLE = "bundle"  # a sigstore bundle over the manifest
-    MODEL_SIGNING = "model-signing"  # a sigstore bundle by OpenSSF over the files, and the manifest
+    MODEL_SIGNING = "model-signing"  # OpenSSF model signing over the files and the manifest
     FILES = "model-signing-files"  # the same over the files alone, as OpenSSF's own tool signs
 
 
-#: The formats that cover the manifest, and with it all that a model is: what counts by default, and
-#: what can be written.
+#: The formats that cover the manifest, and thus the whole model. They are accepted by default, and
+#: Modelpack writes only these.
 MANIFEST_FORMATS: Final = (
     SignatureKind.COSIGN,
     SignatureKind.BUNDLE,
@@ -55,7 +62,7 @@ MANIFEST_FORMATS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """A signature that was verified: by which key, and the manifest that holds it."""
+    """A verified signature: the key that made it, its format and the manifest that contains it."""
 
     key: PublicKey
     kind: SignatureKind
@@ -64,7 +71,7 @@ class Signature:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """The signatures by the keys that were asked for, and why others do not count."""
+    """The valid signatures by the given keys, and the reasons why other signatures do not count."""
 
     signatures: tuple[Signature, ...]
     refused: tuple[str, ...]
@@ -84,11 +91,10 @@ def find_signatures(
     tagged: bool,
     formats: Collection[SignatureKind] = MANIFEST_FORMATS,
 ) -> Findings:
-    """Return which of `keys` signed the manifest `subject`, or the files of its `model`.
+    """Return the signatures by `keys` over the manifest `subject` or the files of its `model`.
 
-    With `tagged`, cosign's tag is looked at, too. A signature that is broken, by somebody else or
-    of none of the `formats` does not count and keeps none from counting; that the source cannot be
-    read is an error.
+    With `tagged`, search cosign's tag, too. Signatures that are broken, by other keys or not of one
+    of the `formats` do not count, without an effect on others. Errors of the source are raised.
     """
     found: list[Signature] = []
     refused: list[str] = []
@@ -103,12 +109,12 @@ def find_signatures(
             continue
         found += [Signature(key, kind, manifest) for key in by]
         if not by:
-            refused.append(f"{kind} signature {manifest.digest.short}: by none of the keys")
+            refused.append(f"{kind} signature {manifest.digest.short}: made by none of the keys")
     return Findings(tuple(found), tuple(refused))
 
 
 def is_signed_under_tag(source: ReferrerSource, subject: Descriptor, key: PublicKey) -> bool:
-    """Return whether there is a signature of the manifest by `key` under cosign's tag."""
+    """Return whether cosign's tag has a signature by `key` over the manifest `subject`."""
     return any(signature.is_signed_by(key) for _, signature in _under_tag(source, subject, []))
 
 
@@ -131,9 +137,9 @@ def _candidates(
     attached = [one for one in source.referrers(subject.digest) if one.artifact_type in _LISTED_AS]
     if len(attached) > MAX_SIGNATURES:
         raise UntrustedError(
-            f"{subject.digest}: {len(attached)} bundles are attached to it, expected at most "
+            f"{subject.digest} has {len(attached)} attached bundles, expected at most "
             f"{MAX_SIGNATURES}",
-            hint="somebody fills the list: see `modelpack referrers` and `detach`",
+            hint="list them with `modelpack referrers`, and remove them with `modelpack detach`",
         )
     for referrer in attached:
         try:
@@ -154,7 +160,7 @@ def _bundle(
     subject: Descriptor,
     model: Callable[[], Model],
 ) -> tuple[SignatureKind, _Check] | None:
-    """Return what a bundle says; None for one that is no signature, but an attestation."""
+    """Return the format of an attached bundle and its check, or None if it is not a signature."""
     what = f"bundle {referrer.digest.short}"
     manifest = Manifest.parse(source.fetch_manifest(referrer), what)
     if [layer.media_type in BUNDLE_TYPES for layer in manifest.layers] != [True]:

@@ -80,4 +80,6 @@ def test_a_directory_laid_out_by_hand_says_which_template_it_has(tmp_path: Path)
     made = modelpack.bundle("team/tiny", tmp_path / "bundle", store=store)
     assert made.chat_template is not None
     assert made.chat_template.read_text() == PACKAGED
-    assert "chat_template.jinja is mine.jinja, in place of the directory's own" in made.notes
+    assert (
+        "chat_template.jinja is replaced by mine.jinja, the preferred chat template" in made.notes
+    )

@@ -194,7 +194,7 @@ def test_a_policy_is_kept_to(
     policy.write_text('default = "reject"\n')
     refused = serve(program, "team/tiny", "--backend", "vllm", "--policy", str(policy))
     assert (refused.returncode, refused.stdout) == (5, "")
-    assert "no rule of the policy names it" in refused.stderr
+    assert "no rule of the policy matches it" in refused.stderr
     monkeypatch.setenv("MODELPACK_POLICY", str(policy))
     vllm_plugin.register()
     with pytest.raises(UntrustedError):

@@ -26,7 +26,7 @@ from modelpack.trust.keys import (
     read_public_key,
 )
 from modelpack.trust.signatures import SignatureKind
-from modelpack.trust.sigstore_bundle import TEST_RESULT
+from modelpack.trust.sigstore import TEST_RESULT
 from tests.conftest import ROOT
 from tests.interop.go_tool import build_go_tool
 from tests.models import tiny_gguf

@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from modelpack.lint.report import SCHEMA
+from modelpack.lint.checks import SCHEMA
 from tests.cli.running import modelpack
 from tests.interop.go_tool import go_module_file
 from tests.models import tiny_safetensors

@@ -13,8 +13,8 @@ from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.reference import Reference
 from modelpack.cli.main import run
 from modelpack.errors import FormatError
-from modelpack.lint.policy import LintPolicy, NamePattern, parse_policy
-from modelpack.lint.report import RULES, Level, to_sarif
+from modelpack.lint.checks import to_sarif
+from modelpack.lint.policy import RULES, Level, LintPolicy, NamePattern, parse_policy
 from modelpack.operations.lint import LintReport, lint
 from modelpack.testing import registry
 from modelpack_engine.models.chat_template import ChatTemplate
@@ -56,23 +56,23 @@ def write(name: str, content: str | bytes) -> Callable[[Path], object]:
          "not a recognised licence", "LICENSE", None),
         (write("LICENSE", "apache-2.0"), "[licence]\nallowed=['mit', 'ISC']", "licence",
          "is Apache-2.0, allowed: mit, ISC", "LICENSE", None),
-        (write("config.json", "{}"), "", "metadata", "model's architecture", None, None),
+        (write("config.json", "{}"), "", "metadata", "the config has no architecture", None, None),
         (lambda d: (d / "chat_template.jinja").unlink(), "", "template", "no chat template", None,
          None),
         (write("chat_template.jinja", "{{ a"), "", "template", "does not render: ",
          "chat_template.jinja", None),
         (write("chat_template.jinja", "{% for i in range(9**9) %}x{% endfor %}"), "", "template",
          "does not render", "chat_template.jinja", None),
-        (write("chat_template.jinja", "hello"), "", "template", "leaves out what the user says",
-         "chat_template.jinja", None),
-        (write("training_args.bin", b"x"), "", "pickle", "is named like a pickle",
+        (write("chat_template.jinja", "hello"), "", "template",
+         "leaves out the message of the user", "chat_template.jinja", None),
+        (write("training_args.bin", b"x"), "", "pickle", "has the extension of a pickle",
          "training_args.bin", None),
-        (write("state", b"\x80\x04\x95" + bytes(8) + b"}."), "", "pickle", "holds a pickle",
+        (write("state", b"\x80\x04\x95" + bytes(8) + b"}."), "", "pickle", "is a pickle",
          "state", None),
-        (write("old", b"cposix\ngetcwd\np0\n(tRp1\n."), "", "pickle", "holds a pickle",
+        (write("old", b"cposix\ngetcwd\np0\n(tRp1\n."), "", "pickle", "is a pickle",
          "old", None),
         (write("w.dat", b"PK\x03\x04" + bytes(26) + b"archive/data.pkl" + bytes(64)), "", "pickle",
-         "holds a pickle", "w.dat", None),
+         "is a pickle", "w.dat", None),
         (write("run.sh", "#!/bin/sh\nexport HF_TOKEN=hf_" + "aB" * 17 + "\n"), "", "secrets",
          "a token of Hugging Face", "run.sh", 2),
         (write("notes.md", "\n\n-----BEGIN OPENSSH PRIVATE KEY-----\n"), "", "secrets",
@@ -80,8 +80,8 @@ def write(name: str, content: str | bytes) -> Callable[[Path], object]:
         (write("x.json", '{"url": "https://me:hunter22@host.example/"}'), "", "secrets",
          "a password in an address", "x.json", 1),
         (write("params.json", '{"_name_or_path":\n"/home/ann/llama"}'), "", "paths",
-         "holds the path /home/ann/llama", "params.json", 2),
-        (write("params.json", '{"p": "C:\\\\Users\\\\ann"}'), "", "paths", "holds the path C:",
+         "contains the path /home/ann/llama", "params.json", 2),
+        (write("params.json", '{"p": "C:\\\\Users\\\\ann"}'), "", "paths", "contains the path C:",
          "params.json", 1),
         (lambda d: None, "[context]\nmin = 2048", "context", "is 512 tokens, expected 2048", None,
          None),
@@ -144,9 +144,9 @@ def test_ignored_files(directory: Path) -> None:
     [
         ("smol:135M-Q4_K_M-8k", None),
         ("smol:135m-q4_k_m-8192", None),
-        ("smol-lm2.5:0.1B-Q4_K_M-8K", "params is 0.1B, and the config says 135 M"),
-        ("smol:135M-Q8_0-8k", "quant is Q8_0, and the config says Q4_K_M"),
-        ("smol:135M-Q4_K_M-16k", "context is 16384, the config says 8192"),
+        ("smol-lm2.5:0.1B-Q4_K_M-8K", "params is 0.1B, but the config has 135 M"),
+        ("smol:135M-Q8_0-8k", "quant is Q8_0, but the config has Q4_K_M"),
+        ("smol:135M-Q4_K_M-16k", "context is 16384, but the config has 8192"),
         ("smol:latest", "does not follow <family>:<params>-<quant>-<context>"),
         ("smol:135M-Q4_K_M", "does not follow"),
     ],
@@ -168,11 +168,11 @@ def test_names(name: str, problem: str | None) -> None:
         ("name = 'x'", "expected a pattern like"),
         ("name = '<family>:<size>'", "<size> is not one of"),
         ("name = '<family>:<family>'", "once each"),
-        ("name = 3", "name is not a text"),
+        ("name = 3", "name is not a string"),
         ("[rules]\nnames = 'off'", "unknown field 'names'"),
         ("[rules]\nname = 'no'", "rules.name: is 'no'"),
         ("[license]\nallowed = []", "unknown field 'license'"),
-        ("[licence]\nallowed = 'MIT'", "allowed is not an array of texts"),
+        ("[licence]\nallowed = 'MIT'", "allowed is not an array of strings"),
         ("[metadata]\nrequired = ['x']", "'x' is not one of"),
         ("[context]\nmin = 0", "context is 0 to"),
         ("[context]\nmin = 9\nmax = 8", "context is 9 to 8"),

@@ -198,7 +198,7 @@ def test_hostile(store: modelpack.Store, name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in TABLE if "sparse" in name])
 def test_sparse_layers(tmp_path: Path, name: str) -> None:
-    from modelpack.bundles.tar_reader import TarReader
+    from modelpack.bundles.tar import TarReader
 
     reader = TarReader(io.BytesIO(TABLE[name][0] + END), "layer x", max_header_bytes=1 << 20)
     with pytest.raises(UnsupportedError, match="layer x"):

@@ -17,7 +17,7 @@ from modelpack.operations.remote import RemoteOptions, open_repository
 from modelpack.storage import ReferrerSource, read_blob, watching
 from modelpack.testing import registry
 from modelpack.trust.keys import PrivateKey
-from modelpack.trust.sigstore_bundle import BUNDLE, PREDICATE_TYPE, TEST_RESULT, Bundle
+from modelpack.trust.sigstore import BUNDLE, PREDICATE_TYPE, TEST_RESULT, Bundle
 from modelpack_server.cli.smoke import test_result as result_of
 from modelpack_server.smoke_test import Check, SmokeReport
 from tests.engine.embedding.models import write_model

@@ -20,7 +20,7 @@ from modelpack.storage import watching
 from modelpack.trust.keys import PrivateKey
 from modelpack.trust.model_signing import model_statement
 from modelpack.trust.signatures import SignatureKind
-from modelpack.trust.sigstore_bundle import MODEL_SIGNING, bundle_manifest, signed_bundle
+from modelpack.trust.sigstore import MODEL_SIGNING, bundle_manifest, signed_bundle
 from tests.supply.conftest import Published
 from tests.supply.test_tampering import publishing
 

@@ -33,16 +33,19 @@ from modelpack.trust.keys import PrivateKey
 from modelpack.trust.model_signing import MANIFEST, model_statement, uncovered
 from modelpack.trust.policy import Trust
 from modelpack.trust.signatures import MANIFEST_FORMATS, SignatureKind
-from modelpack.trust.sigstore_bundle import (
+from modelpack.trust.sigstore import (
     COSIGN_SIGN,
     MODEL_SIGNING,
+    PAYLOAD,
+    SIGNATURE,
     TEST_RESULT,
     Statement,
     Subject,
     bundle_manifest,
+    signature_tag,
+    signatures_manifest,
     signed_bundle,
 )
-from modelpack.trust.simple_signing import PAYLOAD, SIGNATURE, signature_tag, signatures_manifest
 from tests.models import tiny_safetensors
 from tests.supply.conftest import Published
 

@@ -91,7 +91,7 @@ def test_both_the_key_and_the_policy_count(keys: Path, theirs: PrivateKey) -> No
     ("text", "says"),
     [
         ("rules = 1", "not an array of tables"),
-        ("[[rules]]\nmodels = []\naccept = true", "models is not an array of one text or more"),
+        ("[[rules]]\nmodels = []\naccept = true", "models is not an array of at least one string"),
         ("[[rules]]\nmodels = 'x'\naccept = true", "models is not an array"),
         ("[[rules]]\nmodels = ['x']", "publishers is not an array"),
         ("[[rules]]\nmodels = ['x']\npublishers = ['who']", "no such publisher: 'who'"),
@@ -114,14 +114,20 @@ def test_both_the_key_and_the_policy_count(keys: Path, theirs: PrivateKey) -> No
         (POLICY.replace("threshold = 2", "threshold = 3"), "threshold is 3, expected 1 to 2"),
         (POLICY.replace("threshold = 2", "threshold = 0"), "threshold is 0, expected 1 to 2"),
         (POLICY.replace("threshold = 2", "threshold = true"), "threshold is True"),
-        (POLICY.replace('"theirs.pub"', '"theirs.pub", "ours.pub"'), "have a key in common"),
+        (
+            POLICY.replace('"theirs.pub"', '"theirs.pub", "ours.pub"'),
+            "two of the publishers share a key",
+        ),
         (POLICY.replace("*/team", "Registry.example/team"), "names are in lower case"),
         (POLICY.replace("*/team/*", "registry.example/team/m:v1"), "without tag and digest"),
         (POLICY.replace("*/team/*", "registry.example/team/m@sha256:*"), "without tag and digest"),
         (POLICY.replace("*/team/*", "hf.co/team/*"), "begin with huggingface.co/"),
         (POLICY.replace("*/team/*", "index.docker.io/team/*"), "begin with docker.io/"),
         (POLICY.replace("*/team/*", "team/model"), "begin with docker.io/"),
-        (POLICY.replace("*/team/*", "model"), "'model' names no model: write registry/repository"),
+        (
+            POLICY.replace("*/team/*", "model"),
+            "'model' matches no model: write registry/repository",
+        ),
         (POLICY.replace("*/team/*", "[::1]:5000/*"), "write [[]::1]:5000/*"),
         (POLICY.replace("*/team/*", "x_y/team/*"), "begin with docker.io/"),
     ],
@@ -285,5 +291,5 @@ def test_a_flood_of_bundles_is_refused(
     monkeypatch.setattr("modelpack.trust.signatures.MAX_SIGNATURES", 2)
     for _ in range(3):  # each signature of ECDSA is another one
         signing.sign(published.reference, ours, kinds=[SignatureKind.BUNDLE])
-    with pytest.raises(ModelpackError, match="3 bundles are attached"):
+    with pytest.raises(ModelpackError, match="has 3 attached bundles"):
         signing.verify(published.reference, [replace(ours.public, name="ours")])

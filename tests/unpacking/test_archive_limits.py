@@ -16,7 +16,7 @@ from modelpack.artifacts import media_types
 from modelpack.artifacts.digest import Digest
 from modelpack.bundles.bundle import lay_out
 from modelpack.bundles.directory import Tree
-from modelpack.bundles.tar_reader import TarLimits
+from modelpack.bundles.tar import TarLimits
 from modelpack.errors import (
     FormatError,
     IntegrityError,
@@ -156,7 +156,7 @@ import resource, sys
 from pathlib import Path
 from modelpack.errors import IntegrityError
 from modelpack.bundles.bundle import lay_out
-from modelpack.bundles.tar_reader import TarLimits
+from modelpack.bundles.tar import TarLimits
 from tests.unpacking.stored import Stored
 from tests.unpacking.archived import WEIGHT, ZSTD
 from tests.unpacking.tars import file, zstandard_bomb, zstandard_of

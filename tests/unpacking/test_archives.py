@@ -129,7 +129,7 @@ def test_modes_and_owners_are_left_behind(stored: Stored, directory: Path) -> No
 
 def test_a_file_of_the_store_is_never_written_to(stored: Stored, directory: Path) -> None:
     """The reference opens what is there for writing: through a hard link, into its store."""
-    with pytest.raises(UnsafePathError, match=r"'tiny\.gguf' was made already"):
+    with pytest.raises(UnsafePathError, match=r"'tiny\.gguf' already exists"):
         bundle_of(stored, directory, [(TAR, by_tarfile({"tiny.gguf": b"other"}))])
     assert (stored.root / Digest.of(b"weights").encoded).read_bytes() == b"weights"
     assert not directory.exists()

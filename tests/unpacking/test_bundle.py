@@ -265,8 +265,8 @@ def test_several_templates_and_projectors(stored: Stored, directory: Path) -> No
     assert bundle.chat_template == directory / "model/chat_template.jinja"
     assert bundle.mmproj == directory / "model/b.mmproj"
     assert bundle.notes == (
-        "model/chat_template.jinja is the chat template of 3 to be used",
-        "model/b.mmproj is the projector of 2 to be used",
+        "model/chat_template.jinja is used as the chat template; the model has 3",
+        "model/b.mmproj is used as the projector; the model has 2",
     )
     noted = [report.message for report in reports if report.action is Action.NOTE]
     assert tuple(noted) == bundle.notes

@@ -90,7 +90,7 @@ def test_24_links_planted_while_we_work_are_not_followed(
         (work / planted).symlink_to(target)
 
     layers = [WEIGHT, (media_types.DOCKER_MODEL_FILE, "sub/first", b"1"), DIRECTORY[-1]]
-    with pytest.raises(UnsafePathError, match="somebody else"):
+    with pytest.raises(UnsafePathError, match="another process changed it"):
         bundle_of(stored, directory, layers, watch=Watch(plant, Stop()))
     assert planting
     assert not (outside / "sub").exists()

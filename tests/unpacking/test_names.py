@@ -218,7 +218,7 @@ def test_coarse_weight_without_a_path_is_named_by_the_config(stored: Stored, for
                 (media_types.DOCKER_CHAT_TEMPLATE, "b.jinja", b"2"),
             ],
             ["template.jinja"],
-            ["b.jinja is left out: a runtime takes one chat template"],
+            ["b.jinja is left out: a runtime uses one chat template"],
         ),
         (
             V01,
@@ -226,7 +226,7 @@ def test_coarse_weight_without_a_path_is_named_by_the_config(stored: Stored, for
             ["model.mmproj"],
             [
                 f"layer {hexes(b'2')[:12]} ({media_types.DOCKER_MMPROJ}) is left out: "
-                "a runtime takes one projector"
+                "a runtime uses one projector"
             ],
         ),
         (
@@ -235,16 +235,16 @@ def test_coarse_weight_without_a_path_is_named_by_the_config(stored: Stored, for
             [],
             [
                 f"layer {hexes(b'1')[:12]} ({media_types.DOCKER_MODEL_FILE}) is left out: "
-                "it names no file",
+                "it has no file name",
                 f"layer {hexes(b'2')[:12]} ({media_types.DOCKER_LICENSE}) is left out: "
-                "it names no file",
+                "it has no file name",
             ],
         ),
         (
             media_types.CNCF_CONFIG,
             [(RAW, None, b"w")],
             [],
-            [f"layer {hexes(b'w')[:12]} ({RAW}) is left out: it names no file"],
+            [f"layer {hexes(b'w')[:12]} ({RAW}) is left out: it has no file name"],
         ),
         (  # two licenses of one name; files of other kinds come first
             V01,
@@ -265,12 +265,12 @@ def test_coarse_weight_without_a_path_is_named_by_the_config(stored: Stored, for
                 "LICENSE",
             ],
             [
-                "LICENSE is laid out as LICENSE-2: there is another LICENSE",
-                "LICENSE is laid out as LICENSE-3: there is another LICENSE",
-                "sub/LICENSE.txt is laid out as sub/LICENSE-2.txt: "
-                "there is another sub/license.txt",
-                "sub/LICENSE.txt is laid out as sub/LICENSE-3.txt: "
-                "there is another sub/license.txt",
+                "LICENSE is placed at LICENSE-2: another file is at LICENSE",
+                "LICENSE is placed at LICENSE-3: another file is at LICENSE",
+                "sub/LICENSE.txt is placed at sub/LICENSE-2.txt: "
+                "another file is at sub/license.txt",
+                "sub/LICENSE.txt is placed at sub/LICENSE-3.txt: "
+                "another file is at sub/license.txt",
             ],
         ),
     ],

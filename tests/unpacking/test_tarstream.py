@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelpack.bundles.tar_reader import TarReader
+from modelpack.bundles.tar import TarReader
 from modelpack.errors import FormatError, ModelpackError, UnsafePathError, UnsupportedError
 from tests.unpacking.tars import END, by_tarfile, file, folder, gnu_name, header, padded, pax
 

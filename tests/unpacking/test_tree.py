@@ -60,10 +60,10 @@ def test_files_and_directories(tree: Tree, directory: Path) -> None:
 @pytest.mark.parametrize(
     ("first", "second", "problem"),
     [
-        ("a", "a", "'a' was made already, from layer 1"),
-        ("a/b", "a/b", "'a/b' was made already"),
+        ("a", "a", "'a' already exists, from layer 1"),
+        ("a/b", "a/b", "'a/b' already exists"),
         ("README.md", "readme.md", "case"),
-        ("A/x", "a/y", "'a' and 'A' of layer 1 are one path"),
+        ("A/x", "a/y", "'a' and 'A' of layer 1 are the same path"),
         ("a/X/y", "a/x/z", "case"),
         ("caf\u00e9", "cafe\u0301", "accents"),
         ("Stra\u00dfe", "STRASSE", "case"),
@@ -124,7 +124,7 @@ def test_24_planted_before_a_file(tree: Tree, directory: Path, planted: str, pat
         (directory / path).hardlink_to(secret)
     else:
         (directory / path).mkdir()
-    with pytest.raises(UnsafePathError, match="somebody else"):
+    with pytest.raises(UnsafePathError, match="another process changed it"):
         write(tree, path, content=b"overwritten")
     assert secret.read_bytes() == b"not yours"
 
@@ -137,9 +137,9 @@ def test_24_planted_in_place_of_a_directory(tree: Tree, directory: Path, name: s
     if name != "new":
         shutil.rmtree(directory / name)
     (directory / name).symlink_to(outside, target_is_directory=True)
-    with pytest.raises(UnsafePathError, match="somebody else"):
+    with pytest.raises(UnsafePathError, match="another process changed it"):
         write(tree, f"{name}/planted")
-    with pytest.raises(UnsafePathError, match="somebody else"):
+    with pytest.raises(UnsafePathError, match="another process changed it"):
         tree.add_directory(f"{name}/planted", "layer 1")
     assert not (outside / "planted").exists()
 

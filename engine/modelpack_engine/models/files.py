@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from modelpack.artifacts.config import check_usable
 from modelpack.artifacts.digest import Digest
-from modelpack.artifacts.foreign import check_usable
 from modelpack.artifacts.model import (
     CHAT_TEMPLATE,
     Model,
@@ -22,7 +22,7 @@ from modelpack.artifacts.model import (
     role_of,
 )
 from modelpack.bundles.links import open_blob
-from modelpack.bundles.tar_reader import Allowance, Content, TarLimits, TarReader
+from modelpack.bundles.tar import Allowance, Content, TarLimits, TarReader
 from modelpack.errors import IntegrityError
 from modelpack.formats.shards import INDEX_SUFFIX, find_shards, read_index, shard_set
 from modelpack_engine.errors import ModelLoadError

@@ -54,7 +54,7 @@ def attestation_of(
         report: SmokeReport, tested: Model, remote: RemoteOptions, settings: Settings
     ) -> None:
         from modelpack.operations.signatures import attest as attach_signed
-        from modelpack.trust.sigstore_bundle import TEST_RESULT
+        from modelpack.trust.sigstore import TEST_RESULT
 
         digest = attach_signed(
             tested,

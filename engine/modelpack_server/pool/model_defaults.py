@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modelpack.artifacts import media_types
-from modelpack.artifacts.foreign import ollama_defaults
+from modelpack.artifacts.config import ollama_defaults
 from modelpack.artifacts.model import Model
 from modelpack.storage import read_blob
 from modelpack.store.layout import LayoutStore

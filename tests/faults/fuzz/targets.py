@@ -23,7 +23,7 @@ from modelpack.artifacts.manifest import Manifest, parse_manifest_or_index
 from modelpack.artifacts.paths import checked_path
 from modelpack.artifacts.reference import Reference
 from modelpack.builder.files import LayerMetadata
-from modelpack.bundles.tar_reader import TarLimits
+from modelpack.bundles.tar import TarLimits
 from modelpack.errors import InvalidReferenceError, ModelpackError, UnsafePathError
 from modelpack.formats.dduf import read_dduf_header
 from modelpack.formats.gguf import read_gguf_header

@@ -1,13 +1,16 @@
-"""in-toto statements, DSSE envelopes and the sigstore bundles that hold them.
+"""The formats of sigstore: in-toto statements in signed bundles, and cosign's simple signatures.
 
-Source: in-toto/attestation, spec/v1/statement.md.
+A `Bundle` is a DSSE `Envelope` around a `Statement`; it is attached to the model as a referrer. A
+`SimpleSignature` is a layer of the manifest under cosign's tag `sha256-<hex>.sig`.
+Sources: in-toto/attestation, spec/v1/statement.md; sigstore/cosign, specs/SIGNATURE_SPEC.md;
+containers/image, "simple signing".
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -21,9 +24,9 @@ from modelpack.trust.keys import PrivateKey, PublicKey
 
 STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
 PAYLOAD_TYPE: Final = "application/vnd.in-toto+json"
-#: "This is signed", nothing more: what `cosign sign` says in a bundle.
+#: The predicate of `cosign sign` in a bundle, which states only that the subject is signed.
 COSIGN_SIGN: Final = "https://sigstore.dev/cosign/sign/v1"
-#: The files of a model, by OpenSSF model signing 1.0.
+#: The predicate of OpenSSF model signing 1.0, which lists the files of a model.
 MODEL_SIGNING: Final = "https://model_signing/signature/v1.0"
 #: The report of a smoke test (in-toto/attestation, spec/predicates/test-result.md).
 TEST_RESULT: Final = "https://in-toto.io/attestation/test-result/v0.1"
@@ -31,7 +34,7 @@ TEST_RESULT: Final = "https://in-toto.io/attestation/test-result/v0.1"
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a statement is about; its name may be empty."""
+    """The subject of a statement; its name may be empty."""
 
     digest: Digest
     name: str = ""
@@ -39,7 +42,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A predicate of a type about subjects."""
+    """An in-toto statement: a predicate about subjects."""
 
     subjects: tuple[Subject, ...]
     predicate_type: str
@@ -61,7 +64,7 @@ class Statement:
         return cls(subjects, kind, predicate)
 
     def encode(self) -> bytes:
-        """Return the statement's bytes; the same statement gives the same bytes."""
+        """Return the bytes of the statement; equal statements give equal bytes."""
         value: dict[str, Any] = {
             "_type": STATEMENT_TYPE,
             "subject": [
@@ -80,7 +83,7 @@ class Statement:
 
 
 def _subject(value: Any) -> Subject:
-    """Return the subject; of several digests, SHA-256 is the one that registries use."""
+    """Return the subject in decoded JSON, with its SHA-256 digest if it has several."""
     digests = value["digest"]
     algorithm = "sha256" if "sha256" in digests else "sha512"
     return Subject(Digest.parse(f"{algorithm}:{digests[algorithm]}"), str(value.get("name", "")))
@@ -88,7 +91,7 @@ def _subject(value: Any) -> Subject:
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """A payload with its type and its signatures."""
+    """A DSSE envelope: a payload with its type and its signatures."""
 
     payload: bytes
     payload_type: str
@@ -96,7 +99,7 @@ class Envelope:
 
     @classmethod
     def signed(cls, payload: bytes, payload_type: str, key: PrivateKey) -> Envelope:
-        """Return the envelope of a payload that `key` signs."""
+        """Return the envelope of `payload` with a signature by `key`."""
         return cls(payload, payload_type, (key.sign(pre_authentication(payload_type, payload)),))
 
     @classmethod
@@ -124,13 +127,13 @@ class Envelope:
 
 
 def pre_authentication(payload_type: str, payload: bytes) -> bytes:
-    """Return the bytes that a signature is over (DSSE protocol, "Signature Definition")."""
+    """Return the bytes that are signed (DSSE protocol, "Signature Definition")."""
     kind = payload_type.encode()
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
 
 
 def decoded(text: Any) -> bytes:
-    """Return what base64 `text` stands for; raise `ValueError` for anything else."""
+    """Return the bytes of base64 `text`; raise `ValueError` for other values."""
     if not isinstance(text, str):
         raise ValueError("is not a string")
     try:
@@ -140,7 +143,7 @@ def decoded(text: Any) -> bytes:
 
 
 BUNDLE: Final = "application/vnd.dev.sigstore.bundle.v0.3+json"
-#: How others write the same type.
+#: All spellings and versions of the type that other tools write.
 BUNDLE_TYPES: Final = (
     BUNDLE,
     "application/vnd.dev.sigstore.bundle+json;version=0.3",
@@ -154,7 +157,7 @@ _EMPTY: Final = b"{}"
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A signed statement. Certificates and logs in it are not looked at: keys are what counts."""
+    """A signed statement. Certificates and log entries are ignored: only keys are verified."""
 
     envelope: Envelope
     statement: Statement
@@ -166,20 +169,21 @@ class Bundle:
         if value.get("mediaType") not in BUNDLE_TYPES:
             raise FormatError(f"is a {value.get('mediaType')!r}, expected {BUNDLE}", path=what)
         if "dsseEnvelope" not in value:
-            raise FormatError("holds no DSSE envelope", path=what)
+            raise FormatError("has no DSSE envelope", path=what)
         envelope = Envelope.parse(value["dsseEnvelope"], what)
-        if len(envelope.signatures) != 1:  # the format demands it, and checking many takes long
+        if len(envelope.signatures) != 1:  # required by the format; verifying many would be slow
             count = len(envelope.signatures)
             raise FormatError(f"has {count} signatures, expected 1", path=what)
         if envelope.payload_type != PAYLOAD_TYPE:
             raise FormatError(
-                f"its payload is {envelope.payload_type!r}, expected {PAYLOAD_TYPE}", path=what
+                f"has a payload of type {envelope.payload_type!r}, expected {PAYLOAD_TYPE}",
+                path=what,
             )
         return cls(envelope, Statement.parse(envelope.payload, what))
 
 
 def signed_bundle(statement: Statement, key: PrivateKey) -> bytes:
-    """Return the bytes of a bundle in which `key` signs the statement."""
+    """Return the bytes of a bundle with the statement signed by `key`."""
     public = key.public
     hint = public.pem_hint if statement.predicate_type == MODEL_SIGNING else public.hint
     envelope = Envelope.signed(statement.encode(), PAYLOAD_TYPE, key)
@@ -207,3 +211,80 @@ def bundle_manifest(
         annotations={CONTENT: "dsse-envelope", PREDICATE_TYPE: predicate_type},
     )
     return manifest, {layer: bundle, config: _EMPTY}
+
+
+PAYLOAD: Final = "application/vnd.dev.cosign.simplesigning.v1+json"
+SIGNATURE: Final = "dev.cosignproject.cosign/signature"
+_TYPE: Final = "cosign container image signature"
+# Newer releases of cosign write the second type into the same payload.
+_TYPES: Final = (_TYPE, COSIGN_SIGN)
+
+
+@dataclass(frozen=True, slots=True)
+class SimpleSignature:
+    """A payload of cosign and its signature; `digest` is that of the signed manifest."""
+
+    payload: bytes
+    signature: bytes
+    digest: Digest
+
+    @classmethod
+    def parse(cls, payload: bytes, layer: Descriptor, what: str) -> SimpleSignature:
+        """Return the unverified signature in a layer of cosign's tag; raise `FormatError`."""
+        value = decode_object(payload, what)
+        try:
+            signature = decoded(layer.annotations.get(SIGNATURE))
+            critical = value["critical"]
+            kind, image = critical["type"], critical["image"]["docker-manifest-digest"]
+            if kind not in _TYPES:
+                raise FormatError(f"is a {kind!r}, expected {_TYPE!r}", path=what)
+            return cls(payload, signature, Digest.parse(image))
+        except FormatError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise FormatError("is not a signature in cosign's format", path=what) from None
+
+    def is_signed_by(self, key: PublicKey) -> bool:
+        """Return whether the signature is by `key`."""
+        return key.verifies(self.signature, self.payload)
+
+
+def signature_tag(digest: Digest) -> str:
+    """Return cosign's tag for the signatures of the manifest with this digest."""
+    return f"{digest.algorithm}-{digest.encoded}.sig"
+
+
+def sign_simply(name: str, digest: Digest, key: PrivateKey) -> tuple[Descriptor, bytes]:
+    """Return the layer and the payload of a signature by `key` over the manifest `digest`.
+
+    `name` is its `registry/repository`, which is information for readers and is not verified.
+    """
+    payload = encode(
+        {
+            "critical": {
+                "identity": {"docker-reference": name},
+                "image": {"docker-manifest-digest": str(digest)},
+                "type": _TYPE,
+            },
+            "optional": None,
+        }
+    )
+    signature = base64.b64encode(key.sign(payload)).decode()
+    return Descriptor(PAYLOAD, Digest.of(payload), len(payload), {SIGNATURE: signature}), payload
+
+
+def signatures_manifest(
+    layers: Sequence[Descriptor],
+) -> tuple[Manifest, Mapping[Descriptor, bytes]]:
+    """Return the manifest for cosign's tag, an image of these layers, and its config."""
+    value: dict[str, Any] = {
+        "architecture": "",
+        "created": "0001-01-01T00:00:00Z",
+        "history": [{"created": "0001-01-01T00:00:00Z"} for _ in layers],
+        "os": "",
+        "rootfs": {"type": "layers", "diff_ids": [str(layer.digest) for layer in layers]},
+        "config": {},
+    }
+    raw = encode(value)
+    config = Descriptor(media_types.OCI_IMAGE_CONFIG, Digest.of(raw), len(raw))
+    return Manifest.build(config, layers), {config: raw}
