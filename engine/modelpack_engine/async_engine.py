@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from modelpack.errors import ModelpackError
 from modelpack_engine.core.metrics import Meter
@@ -154,6 +154,7 @@ def _joined(first: RequestEvent, second: RequestEvent) -> RequestEvent:
 _log = logging.getLogger(__name__)
 
 _Delivery = tuple[RequestStream, RequestEvent | Exception]
+Loaded = TypeVar("Loaded")
 
 
 class EngineState(StrEnum):
@@ -165,45 +166,28 @@ class EngineState(StrEnum):
     STOPPED = "stopped"
 
 
-@dataclass(frozen=True, slots=True)
-class _Add:
-    stream: RequestStream
-    request: EngineRequest
-    accepted: asyncio.Future[None]
+class ModelThread(Generic[Loaded]):
+    """A thread that loads a model with `load` and then serves its requests.
 
-
-class AsyncEngine:
-    """Starts a thread that makes the engine with `make_engine` and then runs its steps.
-
-    `meter` records the histograms of its requests. `error` is the exception that loading raised.
-    `failure` is its text, or the text of the exception that stopped the thread later. When the
-    thread stops, open streams and new requests fail with an error; none of them waits forever.
+    `meter` records the histograms of the requests. `error` is the exception that loading raised;
+    `failure` is its text, or the text of the exception that stopped the thread later.
     """
 
-    def __init__(
-        self, make_engine: Callable[[], SteppingEngine], meter: Meter | None = None
-    ) -> None:
+    def __init__(self, name: str, load: Callable[[], Loaded], meter: Meter | None) -> None:
         self.state = EngineState.LOADING
         self.failure = ""
         self.error: Exception | None = None
         self.meter = meter or Meter()
-        self._make_engine = make_engine
-        self._engine: SteppingEngine | None = None
-        self._calls: queue.SimpleQueue[_Add | Abort | None] = queue.SimpleQueue()
-        self._gate = threading.Lock()  # guards the queue, which is not read after the engine ends
-        self._streams: dict[str, RequestStream] = {}
-        self._running_choices: dict[str, int] = {}
-        self._numbers = itertools.count()
+        self._load = load
+        self._model: Loaded | None = None
         self._loaded = threading.Event()
         self._thread = threading.Thread(
             target=contextvars.copy_context().run,  # the load's budget
             args=(self._run,),
-            name="modelpack-engine",
+            name=name,
             daemon=True,
         )
         self._thread.start()
-
-    # Calls from other threads
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Wait until the model is loaded; raise `EngineError` if it could not be loaded."""
@@ -211,6 +195,57 @@ class AsyncEngine:
             raise EngineError(f"the model is not loaded after {timeout} s")
         if self.state is EngineState.FAILED:
             raise EngineError(self.failure)
+
+    def _serve(self, model: Loaded) -> None:
+        """Serve requests until the thread has to stop."""
+        raise NotImplementedError
+
+    def _run(self) -> None:
+        try:
+            self._load_and_serve()
+        finally:
+            end_streams()
+
+    def _load_and_serve(self) -> None:
+        try:
+            self._model = self._load()
+            self.state = EngineState.READY
+        except BaseException as error:  # noqa: BLE001 - whatever it is, waiting callers get it
+            if not isinstance(error, ModelpackError):  # its text is complete without a traceback
+                _log.exception("the model could not be loaded")
+            self.failure = str(error) or type(error).__name__
+            self.error = error if isinstance(error, Exception) else EngineError(self.failure)
+            self.state = EngineState.FAILED
+            return
+        finally:
+            self._loaded.set()
+        self._serve(self._model)
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    stream: RequestStream
+    request: EngineRequest
+    accepted: asyncio.Future[None]
+
+
+class AsyncEngine(ModelThread["SteppingEngine"]):
+    """Starts a thread that makes the engine with `make_engine` and then runs its steps.
+
+    When the thread stops, open streams and new requests fail with an error; none waits forever.
+    """
+
+    def __init__(
+        self, make_engine: Callable[[], SteppingEngine], meter: Meter | None = None
+    ) -> None:
+        self._calls: queue.SimpleQueue[_Add | Abort | None] = queue.SimpleQueue()
+        self._gate = threading.Lock()  # guards the queue, which is not read after the engine ends
+        self._streams: dict[str, RequestStream] = {}
+        self._running_choices: dict[str, int] = {}
+        self._numbers = itertools.count()
+        super().__init__("modelpack-engine", make_engine, meter)
+
+    # Calls from other threads
 
     async def submit(self, request: EngineRequest) -> RequestStream:
         """Add a request; return its stream once the engine has accepted it.
@@ -251,18 +286,18 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """Return the engine's counters."""
-        return EngineStats() if self._engine is None else self._engine.stats()
+        return EngineStats() if self._model is None else self._model.stats()
 
     def close(self) -> None:
         """Stop the thread and free its memory; unfinished requests fail."""
         self._calls.put(None)
         self._thread.join()
-        self._engine = None
+        self._model = None
 
     def _ready(self) -> SteppingEngine:
-        if self._engine is None:
+        if self._model is None:
             raise EngineError(f"the engine is {self.state}")
-        return self._engine
+        return self._model
 
     def _call(self, call: _Add | Abort) -> bool:
         """Queue a call for the engine's thread; return False if the engine does not run."""
@@ -274,39 +309,25 @@ class AsyncEngine:
 
     # The engine's thread
 
-    def _run(self) -> None:
+    def _load_and_serve(self) -> None:
         try:
-            self._live()
+            super()._load_and_serve()
         finally:
-            self._engine = None
-            end_streams()
+            self._model = None  # frees its memory
 
-    def _live(self) -> None:
+    def _serve(self, model: SteppingEngine) -> None:
         try:
-            self._engine = self._make_engine()
-            self.state = EngineState.READY
-        except BaseException as error:  # noqa: BLE001 - whatever it is, waiting callers get it
-            if not isinstance(error, ModelpackError):  # whose text says it all
-                _log.exception("the model could not be loaded")
-            self.failure = str(error) or type(error).__name__
-            self.error = error if isinstance(error, Exception) else EngineError(self.failure)
-            self.state = EngineState.FAILED
-            return
-        finally:
-            self._loaded.set()
-        engine = self._engine
-        try:
-            while self._take_calls(engine):
+            while self._take_calls(model):
                 try:
-                    events = engine.step()
+                    events = model.step()
                 except BaseException as error:  # noqa: BLE001 - the requests fail, not the engine
                     _log.exception("a step failed")
-                    events = engine.fail_all(f"a step of the engine failed: {error}")
+                    events = model.fail_all(f"a step of the engine failed: {error}")
                 self.meter.stepped(events)
                 self._hand_out(events)
             self._end(EngineState.STOPPED)
-            self._hand_out(engine.fail_all("the engine was stopped"))
-            engine.close()
+            self._hand_out(model.fail_all("the engine was stopped"))
+            model.close()
         except BaseException as error:  # noqa: BLE001 - it cannot go on: fail pending requests
             _log.exception("the engine failed")
             self.failure = f"the engine failed: {error}"

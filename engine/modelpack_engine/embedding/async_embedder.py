@@ -8,10 +8,8 @@ no text.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from modelpack.errors import ModelpackError
-from modelpack_engine.async_engine import EngineState, end_streams
+from modelpack_engine.async_engine import EngineState, ModelThread
 from modelpack_engine.core.metrics import Meter
 from modelpack_engine.embedding.request import (
     Embeddings,
@@ -70,41 +67,18 @@ class _Item:
         return self.request.prepared[self.place]
 
 
-class AsyncEmbedder:
-    """Starts a thread that makes the model with `make_model` and then serves requests.
-
-    `meter` takes the measure of its requests.
-    """
+class AsyncEmbedder(ModelThread["Embedder | CrossEncoder"]):
+    """Starts a thread that makes the model with `make_model` and then serves requests."""
 
     def __init__(
         self, make_model: Callable[[], Embedder | CrossEncoder], meter: Meter | None = None
     ) -> None:
-        self.state = EngineState.LOADING
-        self.failure = ""
-        self.error: Exception | None = None
-        self.meter = meter or Meter()
-        self._make_model = make_model
         self._running = 0
         self._finished = 0
         self._prompt_tokens = 0
-        self._model: Embedder | CrossEncoder | None = None
         self._calls: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._waiting: list[_Item] = []
-        self._loaded = threading.Event()
-        self._thread = threading.Thread(
-            target=contextvars.copy_context().run,  # the load's budget
-            args=(self._run,),
-            name="modelpack-embedder",
-            daemon=True,
-        )
-        self._thread.start()
-
-    def wait_until_ready(self, timeout: float | None = None) -> None:
-        """Return once the model is loaded; raise `EngineError` if it cannot be."""
-        if not self._loaded.wait(timeout):
-            raise EngineError(f"the model is not loaded after {timeout} s")
-        if self.state is EngineState.FAILED:
-            raise EngineError(self.failure)
+        super().__init__("modelpack-embedder", make_model, meter)
 
     @property
     def model(self) -> Embedder | CrossEncoder:
@@ -236,29 +210,11 @@ class AsyncEmbedder:
 
     # The model's thread
 
-    def _run(self) -> None:
-        try:
-            self._live()
-        finally:
-            end_streams()
-
-    def _live(self) -> None:
-        try:
-            self._model = self._make_model()
-            self.state = EngineState.READY
-        except BaseException as error:  # noqa: BLE001 - whatever it is, waiting callers get it
-            if not isinstance(error, ModelpackError):  # whose text says it all
-                _log.exception("the model could not be loaded")
-            self.failure = str(error) or type(error).__name__
-            self.error = error if isinstance(error, Exception) else EngineError(self.failure)
-            self.state = EngineState.FAILED
-            return
-        finally:
-            self._loaded.set()
+    def _serve(self, model: Embedder | CrossEncoder) -> None:
         try:
             while self._take_requests():
                 if self._waiting:
-                    self._run_batch(self._model)
+                    self._run_batch(model)
         finally:
             self.state = EngineState.STOPPED
             self._fail_all()

@@ -43,8 +43,8 @@ def test_random_aborts_leave_all_blocks_free(seed: int) -> None:
         # It goes on as if nothing had been. Aborts came before this request, so they are done.
         [(_, again)] = asyncio.run(converse(engine, [[([1, 2, 3], None, 1)]]))[1]
         assert again == reference_tokens([1, 2, 3], 24)
-        assert engine._engine is not None
-        assert not engine._engine._choices
+        assert engine._model is not None
+        assert not engine._model._choices
     finally:
         engine.close()
     stats = engine.stats()
