@@ -1,8 +1,9 @@
-"""Progress reports of long calls, and `Stop`, which cancels them."""
+"""Progress reports of long calls, `Stop`, which cancels them, and `SpeedMeter`."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -87,3 +88,30 @@ class Stop:
         """Wait; raise `InterruptedTransferError` as soon as a stop is requested."""
         self._event.wait(seconds)
         self.check()
+
+
+class SpeedMeter:
+    """The `bytes` that a stream brought, and the `seconds` spent waiting for them.
+
+    `with meter:` times one wait. Time between waits does not count: a stream is not slow because
+    the disk is, or because of a rate limit.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.seconds = 0.0
+        self._started = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.monotonic() - self._started
+
+    def is_below(self, bytes_per_second: float) -> bool:
+        """Return whether the stream was slower than this."""
+        return self.bytes < bytes_per_second * self.seconds
+
+    def reset(self) -> None:
+        """Begin a new measurement."""
+        self.bytes, self.seconds = 0, 0.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -21,7 +20,7 @@ from modelpack.artifacts.byte_ranges import ByteRanges
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.errors import DigestMismatchError, SizeMismatchError, StorageFullError
-from modelpack.progress import Action, Progress, Stop
+from modelpack.progress import Action, Progress, SpeedMeter, Stop
 from modelpack.storage import BlobSource, Outcome, SegmentedSource, SegmentsRefused, Watch
 from modelpack.store.blobs import BLOB_MODE, Blobs
 from modelpack.store.file_copy import (
@@ -165,8 +164,9 @@ class BlobDownload:
     def _read_on(self) -> bool:
         """Append one stream to the part; return whether it was stopped for being too slow."""
         part, size = self._part, self._part.wanted.size
-        told = part.length
-        pace, is_too_slow, is_over = _Pace(), False, False
+        reported = part.length
+        speed, wait = SpeedMeter(), SpeedMeter()  # of a window, of a piece
+        is_too_slow = is_over = False
         with (
             self._source.open(part.length) as reader,
             part.hashing() as hashing,
@@ -178,9 +178,9 @@ class BlobDownload:
                 piece = buffer[: size - writing.length + 1]
                 filled = 0
                 try:
-                    while filled < len(piece) and not pace.is_waiting_long():
+                    while filled < len(piece) and wait.seconds < PATIENCE:
                         self._stop.check()
-                        with pace:
+                        with speed, wait:
                             length = reader.readinto(piece[filled:])
                         filled += length
                         if not length:
@@ -188,46 +188,18 @@ class BlobDownload:
                             break
                 finally:  # keep what arrived before an error
                     writing.put(buffer, filled)
-                if part.length - told >= STEP:
-                    told = part.length
-                    self._report(told)
+                if part.length - reported >= STEP:
+                    reported = part.length
+                    self._report(reported)
                 is_large = self._may_use_ranges and size - writing.length >= MIN_BYTES_FOR_RANGES
-                is_too_slow = pace.is_slow(filled) and is_large
-        if told != part.length:
+                wait.reset()
+                speed.bytes += filled
+                if speed.bytes >= WINDOW:
+                    is_too_slow = is_large and speed.is_below(FAST)
+                    speed.reset()
+        if reported != part.length:
             self._report(part.length)
         return is_too_slow
-
-
-class _Pace:
-    """The speed of a stream, by the time spent waiting for its bytes; a context for each wait."""
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-        self._bytes = 0
-        self._started = 0.0
-        self._piece_seconds = 0.0
-
-    def __enter__(self) -> None:
-        self._started = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        elapsed = time.monotonic() - self._started
-        self._seconds += elapsed
-        self._piece_seconds += elapsed
-
-    def is_waiting_long(self) -> bool:
-        """Return whether to write the current piece before it is full."""
-        return self._piece_seconds >= PATIENCE
-
-    def is_slow(self, count: int) -> bool:
-        """Count the bytes of a piece; return whether the last full window was slow."""
-        self._bytes += count
-        self._piece_seconds = 0.0
-        if self._bytes < WINDOW:
-            return False
-        slow = self._bytes < FAST * self._seconds
-        self._seconds, self._bytes = 0.0, 0
-        return slow
 
 
 class ParallelRanges:
@@ -245,7 +217,7 @@ class ParallelRanges:
         self._done = False
         self._failure: Exception | None = None
         self._unsaved = 0
-        self._told = self._present.total
+        self._reported = self._present.total
         self._follower = threading.Thread(target=self._follow, name="modelpack-hash", daemon=True)
 
     def segments(self) -> list[tuple[int, int]]:
@@ -278,10 +250,10 @@ class ParallelRanges:
                 self._unsaved = 0
                 self._part.journal()
             total = self._present.total
-            tell = total - self._told >= STEP or total == self._part.wanted.size
-            if tell:
-                self._told = total
-        if tell:
+            is_due = total - self._reported >= STEP or total == self._part.wanted.size
+            if is_due:
+                self._reported = total
+        if is_due:
             self._report(total)
 
     def __exit__(

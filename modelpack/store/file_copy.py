@@ -197,7 +197,7 @@ def copy_and_hash(
     in errors. `seen` is called with the number of bytes every `STEP` bytes and at the end; it may
     raise to stop the copy.
     """
-    total = told = 0
+    total = reported = 0
     writer = DirectWriter(target, hashing.size)
     with hashing:
         while True:
@@ -209,10 +209,10 @@ def copy_and_hash(
             with map_os_errors("write", path):
                 writer.write(buffer[:length])
             total += length
-            if total - told >= STEP:
-                told = total
+            if total - reported >= STEP:
+                reported = total
                 seen(total)
-    if told != total:
+    if reported != total:
         seen(total)
     return total
 
@@ -230,14 +230,14 @@ def read_and_hash(
     `seen` is as in `copy_and_hash`.
     """
     buffer = memoryview(bytearray(CHUNK))
-    total = told = 0
+    total = reported = 0
     while length := os.readv(source, [buffer[: CHUNK if most is None else most - total]]):
         hasher.update(buffer[:length])
         total += length
-        if total - told >= STEP:
-            told = total
+        if total - reported >= STEP:
+            reported = total
             seen(total)
-    if told != total:
+    if reported != total:
         seen(total)
     return total
 
