@@ -14,9 +14,9 @@ from ipaddress import IPv4Address, IPv6Address
 class AllowedHosts:
     """The hosts that requests may be for: loopback ones, `names`, and the socket's own address.
 
-    A name may be an address; one that begins with a dot stands for all names below it. The address
-    that stands for all (`0.0.0.0`, `::`) allows every address: ports are mapped, and rebinding
-    takes a name.
+    A name may be an address; one that begins with a dot stands for all names below it. The
+    unspecified address (`0.0.0.0`, `::`) allows every address, since containers map ports, and DNS
+    rebinding needs a name.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
@@ -25,7 +25,7 @@ class AllowedHosts:
         self._any_address = any(_is_unspecified(name) for name in self._names)
 
     def allows(self, host: str, server: Sequence[object] | None = None) -> bool:
-        """Return whether a request with this `Host` header is for us.
+        """Return whether a request with this `Host` header is for this server.
 
         `server` is ASGI's: the address of the socket that the request arrived at, and its port.
         """
@@ -69,8 +69,8 @@ def is_loopback(host: str) -> bool:
 def is_cross_site(headers: Mapping[str, str]) -> bool:
     """Return whether a browser sent the request for a page of another origin.
 
-    Source: Fetch Metadata Request Headers, section 2.3: `none` is the user's own doing. What is
-    not a browser, or an old one, sends nothing.
+    Source: Fetch Metadata Request Headers, section 2.3: `none` is a request that the user started.
+    Old browsers and other clients do not send the header.
     """
     return headers.get("sec-fetch-site", "none").strip().lower() in ("cross-site", "same-site")
 
@@ -87,5 +87,5 @@ def _is_address(text: object, address: IPv4Address | IPv6Address) -> bool:
         own = ipaddress.ip_address(str(text).partition("%")[0])
     except ValueError:
         return False
-    # A socket for both families shows IPv4 addresses in IPv6's form.
+    # A dual-stack socket shows IPv4 addresses in the form of IPv6.
     return address in (own, own.ipv4_mapped if isinstance(own, IPv6Address) else None)

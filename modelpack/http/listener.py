@@ -24,20 +24,20 @@ from modelpack.http.hosts import is_loopback
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-#: Seconds that requests under way get to finish once the server is asked to stop.
+#: Seconds that running requests get to finish when the server stops.
 GRACE = 30
 #: The loggers of our packages, whose records servers show.
 LOGGERS = ("modelpack", "modelpack_engine", "modelpack_server")
 _BACKLOG = 128
-# Seconds for which another thread holds the interpreter once the event loop wants it: the loop
-# gives it up at every call of the system, and waits as long each time.
+# Seconds for which another thread may keep the interpreter's lock: the event loop releases the lock
+# at each system call, and then waits this long to get it back.
 _SWITCH = 0.0005
 _ANCESTORS = (b"content-security-policy", b"frame-ancestors 'none'")
 _FRAMES = (b"x-frame-options", b"DENY")
 
 
 class AppServer:
-    """Serves what `make_app` makes at `address` (host:port; port 0 takes a free one).
+    """Serves the application of `make_app` at `address` (host:port; port 0 takes a free one).
 
     As a context manager it serves from a background thread; `run` serves in the foreground. Either
     binds the socket. `name` is for messages.
@@ -54,10 +54,11 @@ class AppServer:
         lifespan: bool = False,
         tls: tuple[Path, Path] | None = None,
     ) -> None:
-        """Raises `UsageError` for an address that is none, or not loopback unless allowed.
+        """Raises `UsageError` for an invalid address, or unless `allow_remote` one beyond loopback.
 
-        `lifespan`: the application is told when it starts and ends (ASGI's lifespan protocol).
-        `tls`: the PEM files of a certificate and its key; without them it speaks plain http.
+        With `lifespan`, the application gets the events of start and end (ASGI's lifespan
+        protocol). `tls` are the PEM files of a certificate and its key; without them the server
+        speaks plain http.
         """
         if tls is not None:
             _check_certificate(*tls)
@@ -65,7 +66,7 @@ class AppServer:
         if not allow_remote and not is_loopback(self.address[0]):
             raise UsageError(
                 f"{address!r} is not a loopback address, and the {name} asks for no password",
-                hint="give --allow-anonymous (allow_remote=True) if all who reach it may use it",
+                hint="use --allow-anonymous (allow_remote=True) if all who reach it may use it",
             )
         self._make_app = make_app
         self._name = name
@@ -96,7 +97,7 @@ class AppServer:
         """
         server = self._prepare(on_ready)
         sys.setswitchinterval(_SWITCH)
-        gc.freeze()  # a full collection of all that was imported stops every thread for 100 ms
+        gc.freeze()  # a full collection of imported objects stops all threads for 100 ms
         try:
             assert self._socket is not None
             server.run([self._socket])
@@ -140,10 +141,10 @@ class AppServer:
 
     def _prepare(self, on_ready: Callable[[], None] | None) -> _Server:
         if self._server is not None:
-            raise UsageError(f"the {self._name} at {self.url} runs already")
+            raise UsageError(f"the {self._name} at {self.url} is already running")
         app = Unframed(self._make_app())
         self._socket = _bound_socket(*self.address)
-        # A library is silent by itself: an application that wants this configures `logging`.
+        # A library writes no log by default: an application that wants it configures `logging`.
         logging.getLogger("uvicorn").addHandler(logging.NullHandler())
         config = uvicorn.Config(
             app,
@@ -169,9 +170,9 @@ class AppServer:
 
 
 class Unframed:
-    """ASGI middleware that lets no page of another site show a response in a frame.
+    """ASGI middleware that forbids pages of other sites to show a response in a frame.
 
-    A policy that the application or an upstream sends stays: browsers apply all of them.
+    Policies of the application or an upstream stay: browsers apply all of them.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -188,7 +189,7 @@ class Unframed:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn's server, telling when it accepts, and returning after a signal."""
+    """Uvicorn's server, which calls `on_ready`, and returns after a signal."""
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None] | None) -> None:
         super().__init__(config)
@@ -201,7 +202,7 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop on signals; uvicorn would raise them once more, and end the process by them."""
+        """Stop on signals; uvicorn would raise them again afterwards, which ends the process."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -226,10 +227,10 @@ def _check_certificate(certificate: Path, key: Path) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, key, password=no_password)
     except ssl.SSLError:
-        raise UsageError(f"{certificate} and {key} are no certificate and its key") from None
+        raise UsageError(f"{certificate} and {key} are not a certificate and its key") from None
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"{certificate} and {key} cannot be used: {why}") from None
+        raise UsageError(f"cannot use {certificate} and {key}: {why}") from None
 
 
 def _parsed_address(text: str) -> tuple[str, int]:

@@ -1,9 +1,9 @@
 """HubModel: a model of the hub as a manifest and blobs; fulfils `Source`.
 
-Nothing large is fetched to make the manifest: the hub says the SHA-256 of what it keeps in LFS or
-Xet, which is a layer's digest, and a few ranges of the weights hold their headers. Small files are
-fetched whole, verified, and kept in `directory` while the model is open. The bytes of the manifest
-follow from the commit alone, so that a pull here and a copy there agree.
+The manifest is made without downloading weights: the hub states the SHA-256 of files in LFS or Xet,
+which is a layer's digest, and range requests read the headers of weights. Small files are
+downloaded, verified, and kept in `directory` while the model is open. The bytes of the manifest
+depend on the commit alone, so all pulls and copies of it have the same digest.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from modelpack.hub.selection import Choice
 from modelpack.storage import BlobSource, BytesBlob, FileBlob
 
 T = TypeVar("T")
-#: Runs independent tasks, several at a time, and returns what they return.
+#: Runs independent tasks, several at a time, and returns their results.
 RunAll = Callable[[Sequence[Callable[[], T]]], list[T]]
 
-_FILE_MODE: Final = 0o644  # git keeps no other, but for programs
+_FILE_MODE: Final = 0o644  # git has no other, except for executables
 
 
 @dataclass(frozen=True, slots=True)
 class HubModel:
-    """A model at a commit. `notes` are for people: what was chosen, what was left out."""
+    """A model at a commit. `notes` tell users which files were chosen and left out."""
 
     reference: HubReference
     manifest: Manifest
@@ -64,21 +64,21 @@ class HubModel:
         return self.manifest.descriptor
 
     def resolve(self, name: str) -> Descriptor:
-        """Return the manifest's descriptor: there is no other, whatever the name."""
+        """Return the manifest's descriptor, whatever the name: there is only one."""
         return self.descriptor
 
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
         """Return the manifest's bytes; raise `NotFoundError` for any other manifest."""
         if descriptor.digest != self.descriptor.digest:
-            raise NotFoundError(f"{self.reference} is not {descriptor.digest}")
+            raise NotFoundError(f"{self.reference} has no manifest {descriptor.digest}")
         return self.manifest.raw
 
     def referrers(self, subject: Digest, artifact_type: str | None = None) -> list[Descriptor]:
-        """Return nothing: on the hub, nothing is attached to models."""
+        """Return an empty list: the hub has no referrers."""
         return []
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
-        """Return the blob to read from; a large one comes from the hub."""
+        """Return the blob as a source; a large one is read from the hub."""
         small = self._small.get(descriptor.digest)
         if small is not None:
             return small
@@ -117,9 +117,9 @@ def hub_model(
 
 
 def _fetched(repository: HubRepository, file: HubFile, directory: Path) -> HubFile:
-    """Return the file with its SHA-256, having put it into `directory` if that took all of it."""
+    """Return the file with its SHA-256; download it to `directory` if that needs its bytes."""
     place = directory / file.path
-    place.parent.mkdir(parents=True, exist_ok=True)  # where shards are looked for, too
+    place.parent.mkdir(parents=True, exist_ok=True)  # statistics look for shards in it
     if file.sha256 is not None and not _is_index(file.path):
         return file
     content = repository.read(file)
@@ -128,7 +128,7 @@ def _fetched(repository: HubRepository, file: HubFile, directory: Path) -> HubFi
 
 
 def _is_index(path: str) -> bool:
-    """Return whether statistics need the whole file: what is in which shard, and the config."""
+    """Return whether statistics need the whole file: the config, or an index of shards."""
     return path.endswith((".safetensors.index.json", "config.json"))
 
 
@@ -151,9 +151,11 @@ def _statistics(
             return dduf_statistics(_headers(repository, weights, directory, read_dduf_header))
         headers = _headers(repository, weights, directory, read_safetensors_header)
         return safetensors_statistics(headers, config_json=directory / "config.json")
-    except PackagingError as error:  # it speaks of the directory, which nobody else knows
+    except PackagingError as error:  # it names the temporary directory
         message = error.message.replace(str(directory), str(repository.reference))
-        raise PackagingError(message, hint="the repository on the hub is incomplete") from None
+        raise PackagingError(
+            message, hint="check the repository on the hub: it is incomplete"
+        ) from None
     except WeightFormatError as error:
         where = (error.path or "").replace(f"{directory}/", f"{repository.reference}: ")
         raise WeightFormatError(error.message, path=where, offset=error.offset) from None

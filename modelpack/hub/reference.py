@@ -1,10 +1,10 @@
 """HubReference: a model of the Hugging Face Hub, as a user names it.
 
-    hf.co/ORG/NAME[:QUANT][@REVISION]
+hf.co/ORG/NAME[:QUANT][@REVISION]
 
-`huggingface.co/`, `hf://` and the address of the model's page mean the same. Upper and lower case
-of ORG and NAME are kept: the hub's own files are asked for by them. Docker's `docker model pull`
-knows the same names without a revision.
+`huggingface.co/`, `hf://` and the address of the model's page mean the same. ORG and NAME keep
+their upper case, which the hub's URLs need. `docker model pull` accepts the same names without a
+revision.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.reference import DEFAULT_TAG, Reference, check_tag
 from modelpack.errors import InvalidDigestError, InvalidReferenceError
 
-#: The registry that the models are kept under in a store, as Docker Model Runner does.
+#: The registry in the names of stored models of the hub, as in Docker Model Runner.
 HUB_REGISTRY: Final = "huggingface.co"
 DEFAULT_REVISION: Final = "main"
 
 _PREFIXES: Final = ("hf.co/", "huggingface.co/", "hf://", "huggingface://")
 _PAGES: Final = ("https://huggingface.co/", "https://hf.co/")
-# huggingface_hub's validate_repo_id: no `--` and `..`, which mean something in its cache.
+# As huggingface_hub's validate_repo_id, in ASCII: no `--` and `..`, which have a meaning in its
+# cache.
 _PART: Final = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?\Z")
 _REVISION: Final = re.compile(r"(?!.*(?:\.\.|//|@\{))[A-Za-z0-9_][A-Za-z0-9_./+-]{0,249}\Z")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}\Z")
 _NO_TAG: Final = re.compile(r"[^A-Za-z0-9_.-]")
-# Words that stand for "no quantisation in particular": Docker's, and the branch's own name.
+# Tags that select no quantisation: Docker's default tag, and the default branch.
 _ANY: Final = frozenset({"", DEFAULT_TAG, DEFAULT_REVISION})
 
 
 @dataclass(frozen=True, slots=True)
 class HubReference:
-    """A repository of the hub, which of its quantisations, and at which revision.
+    """A repository of the hub, a quantisation and a revision.
 
-    `quantization` None leaves the choice to the files that are there; `revision` is a branch, a
-    tag or a commit.
+    If `quantization` is None, the files in the repository decide; `revision` is a branch, a tag or
+    a commit.
     """
 
     organisation: str
@@ -51,8 +52,8 @@ class HubReference:
     def parse(cls, text: str) -> HubReference | None:
         """Return the model that `text` names on the hub; None if it names another place.
 
-        A name with a digest is one of a stored model, and none of the hub's. Raises
-        `InvalidReferenceError` for a name of the hub's that breaks the grammar.
+        A name with a digest names a stored model. Raises `InvalidReferenceError` for a name on the
+        hub that breaks the grammar.
         """
         rest = _without_prefix(text.strip())
         if rest is None:
@@ -66,9 +67,9 @@ class HubReference:
             raise _invalid(text, f"expected ORG/NAME, got {name!r}")
         for part in parts:
             if not _PART.match(part):
-                raise _invalid(text, f"{part!r} is no name of the hub's")
+                raise _invalid(text, f"{part!r} is not a valid name on the hub")
         if at and not _REVISION.match(revision):
-            raise _invalid(text, f"{revision!r} is no branch, tag or commit")
+            raise _invalid(text, f"{revision!r} is not a valid branch, tag or commit")
         if colon and tag:
             check_tag(tag, text)
         quantization = None if tag.lower() in _ANY else tag
@@ -81,14 +82,14 @@ class HubReference:
 
     @property
     def is_commit(self) -> bool:
-        """Whether the revision can mean one thing only."""
+        """Whether the revision is a commit, which never changes."""
         return bool(_COMMIT.match(self.revision))
 
     @property
     def local(self) -> Reference:
         """The reference that the model is stored under if the user names no other.
 
-        It is Docker Model Runner's, with the revision in the tag if it is not the default one: two
+        It is that of Docker Model Runner, with any revision but the default one in the tag: two
         revisions are two models.
         """
         parts = [self.quantization] if self.quantization else []
@@ -108,7 +109,7 @@ class HubReference:
 
 
 def local_name(text: str) -> str:
-    """Return the name in a store of what `text` names: that of a hub's model, else `text`."""
+    """Return the name in a store: for a model of the hub its local reference, else `text`."""
     found = HubReference.parse(text)
     return text if found is None else str(found.local)
 
@@ -137,7 +138,7 @@ def _invalid(text: str, problem: str) -> InvalidReferenceError:
     return InvalidReferenceError(
         f"invalid reference {text[:300]!r}: {problem}",
         reference=text,
-        hint="a model of the hub is hf.co/ORG/NAME[:QUANT][@REVISION]",
+        hint="write hf.co/ORG/NAME[:QUANT][@REVISION]",
     )
 
 
@@ -147,7 +148,7 @@ _HUB: Final = "https://huggingface.co/"
 def origin_annotations(reference: HubReference) -> dict[str, str]:
     """Return the page and the commit of a model, as image-spec's annotations.
 
-    The page is the hub's own, whatever mirror was asked: the same commit is the same model.
+    The page is on the hub itself even if a mirror was used: the same commit is the same model.
     """
     return {
         media_types.SOURCE: f"{_HUB}{reference.repository}",
@@ -156,13 +157,13 @@ def origin_annotations(reference: HubReference) -> dict[str, str]:
 
 
 def hub_origin(manifest: Manifest) -> HubReference | None:
-    """Return where on the hub a model is from, at its commit; None if it is not."""
+    """Return the model of the hub, at its commit, that a manifest was made from, or None."""
     page = manifest.annotations.get(media_types.SOURCE, "")
     commit = manifest.annotations.get(media_types.REVISION, "")
     if not page.startswith(_HUB):
         return None
     try:
         found = HubReference.parse(f"hf.co/{page.removeprefix(_HUB)}@{commit}")
-    except InvalidReferenceError:  # somebody else wrote these
+    except InvalidReferenceError:  # another tool wrote these
         return None
     return found if found is not None and found.is_commit else None

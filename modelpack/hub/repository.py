@@ -1,9 +1,9 @@
 """HubRepository: the files of one repository of the hub, at one commit.
 
-API: `/api/models/{id}/revision/{revision}` says which commit a revision is,
+API: `/api/models/{id}/revision/{revision}` returns the commit of a revision,
 `/api/models/{id}/tree/{commit}?recursive=true` lists its files over pages (`Link`), and
-`/{id}/resolve/{commit}/{path}` gives a file, for large ones by a redirect to storage. What the
-hub says of Xet, its own transfer protocol, is left alone: the same bytes come over plain HTTP.
+`/{id}/resolve/{commit}/{path}` returns a file, for large ones by a redirect to storage. Xet, the
+hub's own transfer protocol, is not used: the same bytes are available over plain HTTP.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from modelpack.registry.manifests import Pages, next_page
 
 #: The hub keeps larger files in LFS (10 MB); this leaves room for mirrors with other rules.
 MAX_PLAIN_BYTES: Final = 64 * 1024 * 1024
-#: No manifest has room for so many files.
+#: Limit on the files of a repository; no manifest could list more.
 MAX_FILES: Final = 100_000
 _MAX_PAGE: Final = 16 * 1024 * 1024
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}\Z")
@@ -44,9 +44,9 @@ _COMMIT: Final = re.compile(r"[0-9a-f]{40}\Z")
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file of a commit: `sha256` where the hub keeps it in LFS or Xet, else git's own id.
+    """A file of a commit; `sha256` is known if the hub keeps it in LFS or Xet.
 
-    `oid` is of git's object, which for a file in LFS is the pointer. `size` is in bytes.
+    `oid` is the id of git's object: for a file in LFS, that of the pointer. `size` is in bytes.
     """
 
     path: str
@@ -67,8 +67,8 @@ class HubRepository:
     def files(self) -> tuple[HubFile, ...]:
         """Return all files of the commit, in the order of the hub.
 
-        Raises `UnsafePathError` for a path that no model can hold, `RegistryError` for one that is
-        a file and a directory, and what a request raises.
+        Raises `UnsafePathError` for an unsafe path, `RegistryError` for a path that is both a file
+        and a directory, and what a request raises.
         """
         what = f"the files of {self.reference}"
         url = (
@@ -90,18 +90,18 @@ class HubRepository:
         return tuple(found)
 
     def read(self, file: HubFile) -> bytes:
-        """Return the bytes of a small file, checked against what the listing says of it.
+        """Return the bytes of a small file, verified against the list of files.
 
         Raises `DigestMismatchError`, `SizeMismatchError`, `UnsupportedError` for one too large.
         """
         what = f"{file.path} of {self.reference}"
         if file.size > MAX_PLAIN_BYTES:
             raise UnsupportedError(
-                f"has {file.size} bytes and no SHA-256 on the hub; at most {MAX_PLAIN_BYTES} fit",
+                f"has {file.size} bytes and no SHA-256 on the hub; the limit is {MAX_PLAIN_BYTES}",
                 path=what,
-                hint="whoever owns the repository should keep it in LFS or Xet",
+                hint="ask the owner of the repository to keep the file in LFS or Xet",
             )
-        buffer = memoryview(bytearray(file.size + 1))  # one more, for the end to be seen
+        buffer = memoryview(bytearray(file.size + 1))  # one more: the end must follow
         filled = 0
         with self.blob(file.path, _unnamed(file)).open() as stream:
             while count := stream.readinto(buffer[filled:]):
@@ -111,7 +111,7 @@ class HubRepository:
         return content
 
     def blob(self, path: str, descriptor: Descriptor) -> RemoteBlob:
-        """Return the file at `path` to read; its bytes are to be checked by the reader."""
+        """Return the file at `path` as a source; the caller verifies its bytes."""
         return RemoteBlob(self._location(path), descriptor)
 
     def open_file(self, file: HubFile) -> RemoteFile:
@@ -125,7 +125,7 @@ class HubRepository:
 
 
 def resolve_commit(client: HttpClient, endpoint: str, reference: HubReference) -> HubReference:
-    """Return the same model at the commit that its revision is now.
+    """Return the same model at the current commit of its revision.
 
     Raises `NotFoundError` for no such repository or revision, `AuthError`, `DeniedError`.
     """
@@ -134,14 +134,14 @@ def resolve_commit(client: HttpClient, endpoint: str, reference: HubReference) -
     answer = _decoded(client.request(url, what=what, limit=_MAX_PAGE).content, dict, what)
     commit = answer.get("sha")
     if not isinstance(commit, str) or not _COMMIT.match(commit):
-        raise RegistryError(f"{what}: the hub names no commit for {reference.revision!r}")
+        raise RegistryError(f"{what}: the hub returned no commit for {reference.revision!r}")
     if reference.is_commit and commit != reference.revision:
-        raise RegistryError(f"{what}: the hub answered for the commit {commit}")
+        raise RegistryError(f"{what}: the hub returned another commit: {commit}")
     return reference.at(commit)
 
 
 def _unnamed(file: HubFile) -> Descriptor:
-    """Return a descriptor for reading a file of which git's id may be all that is known."""
+    """Return a descriptor for reading a file, with a zero digest if its SHA-256 is unknown."""
     digest = file.sha256 or Digest("sha256", "0" * 64)
     return Descriptor("application/octet-stream", digest, file.size)
 
@@ -174,8 +174,8 @@ def _decoded(raw: bytes, kind: type[Any], what: str) -> Any:
         value = None
     if not isinstance(value, kind):
         raise RegistryError(
-            f"{what}: the hub's answer is no JSON {'array' if kind is list else 'object'}",
-            hint="is HF_ENDPOINT the address of a hub?",
+            f"{what}: the hub's response is not a JSON {'array' if kind is list else 'object'}",
+            hint="check that HF_ENDPOINT is the address of a hub",
         )
     return value
 
@@ -187,7 +187,7 @@ def _is_file(entry: Any, what: str) -> bool:
 
 
 def _check_tree(files: Iterable[HubFile], what: str) -> None:
-    # What a directory holds comes right after its name: no path holds a NUL.
+    # With NUL for `/`, the files of a directory sort right after its name.
     for path, following in pairwise(sorted(file.path.replace("/", "\0") for file in files)):
         if following.startswith(f"{path}\0"):
             shown = path.replace("\0", "/")[:300]

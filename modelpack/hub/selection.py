@@ -41,7 +41,7 @@ def stem(path: str) -> str:
 
 
 def quantization_of(path: str) -> str | None:
-    """Return the label in upper case: of the file's name, else of its directory; None without."""
+    """Return the quantisation label in the file's name, else in a directory's, in upper case."""
     for text in (stem(path), *reversed(path.split("/")[:-1])):
         found = _LABEL.findall(text)
         if found:
@@ -50,9 +50,10 @@ def quantization_of(path: str) -> str | None:
 
 
 def is_quantization(path: str, wanted: str) -> bool:
-    """Return whether the file is the quantisation `wanted`: by its label, or by its whole name.
+    """Return whether the file has the quantisation `wanted`: as its label, or as its whole name.
 
-    For what is no label (`8bit`, `imat`) the words of a name count, as `-` and `.` part them.
+    If `wanted` is not a label (`8bit`, `imat`), it must be words of the name, which `-` and `.`
+    separate.
     """
     name = stem(path)
     if wanted.lower() in (name.lower(), path.rpartition("/")[2].lower()):
@@ -68,10 +69,10 @@ def _words(text: str) -> list[str]:
     return re.split(r"[-.]", text.lower())
 
 
-#: What a GGUF model without a quantisation in its name is: Docker Model Runner's choice.
+#: The quantisation to pull if the user names none, as in Docker Model Runner.
 DEFAULT_QUANTIZATION: Final = "Q4_K_M"
 
-# The same model for other runtimes, or from its training; and what only its page shows.
+# Files for other runtimes, from the training, or for the model's page.
 _FOREIGN_SUFFIXES: Final = (
     *(
         ".onnx",
@@ -94,7 +95,7 @@ _FOREIGN_DIRECTORIES: Final = re.compile(
     r"checkpoints?(?:-\d+)?|global_step\d+|last-checkpoint)\Z",
     re.I,
 )
-# Weights of the same model again, in another precision, beside the ones without this word.
+# Copies of weights in another precision, whose names have this word added.
 _VARIANT: Final = re.compile(r"\.(?:fp16|bf16|fp32|non_ema|ema)(?=[.-])", re.I)
 _MISTRAL: Final = re.compile(r"consolidated(?:[.-].*)?\.safetensors(?:\.index\.json)?\Z")
 _SHOWN: Final = 12
@@ -102,9 +103,9 @@ _SHOWN: Final = 12
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The files of the model, in the order of layers, and which of them are its weights.
+    """The files of a model, in the order of layers; `weights` are among them.
 
-    `projectors` are multimodal projectors among them. `notes` are for people.
+    `projectors` are multimodal projectors among them. `notes` are messages for the user.
     """
 
     kind: FileKind
@@ -115,10 +116,10 @@ class Choice:
 
 
 def choose(files: Sequence[HubFile], reference: HubReference) -> Choice:
-    """Return the files of the model that `reference` asks for.
+    """Return the files of the model that `reference` names.
 
-    Raises `NotFoundError` for a quantisation that is not there, `AmbiguousError` for one that
-    several models are, `PackagingError` for a repository without weights, or with pickles only.
+    Raises `NotFoundError` for a quantisation that does not exist, `AmbiguousError` if several
+    models have it, `PackagingError` for a repository without weights, or with pickles only.
     """
     usable = [file for file in _in_order(files) if _is_usable(file.path)]
     by_kind = {
@@ -132,7 +133,7 @@ def choose(files: Sequence[HubFile], reference: HubReference) -> Choice:
         return _gguf(usable, ggufs, reference)
     if by_kind[FileKind.SAFETENSORS]:
         chosen = _safetensors(usable, by_kind[FileKind.SAFETENSORS])
-        notes = (f"GGUF is there, too: {_labels(ggufs)}",) if ggufs else ()
+        notes = (f"the repository also has GGUF: {_labels(ggufs)}",) if ggufs else ()
         return Choice(FileKind.SAFETENSORS, *chosen, notes=notes)
     if ggufs:
         return _gguf(usable, ggufs, reference)
@@ -150,15 +151,16 @@ def _gguf(usable: Sequence[HubFile], ggufs: Sequence[HubFile], reference: HubRef
         wanted = DEFAULT_QUANTIZATION
     found = [files for files in models if wanted is None or is_quantization(files[0].path, wanted)]
     if not found:
-        what = "" if reference.quantization else " (none was named)"
+        what = "" if reference.quantization else " (the default)"
         raise NotFoundError(
-            f"{reference}: no GGUF of the quantisation {wanted}{what}; there is: {_labels(ggufs)}",
+            f"{reference}: no GGUF has the quantisation {wanted}{what}; "
+            f"there are: {_labels(ggufs)}",
             hint=f"write hf.co/{reference.repository}:QUANT",
         )
     if len(found) > 1:
         names = ", ".join(stem(files[0].path) for files in found[:_SHOWN])
         raise AmbiguousError(
-            f"{reference}: several models are {wanted}: {names}",
+            f"{reference}: several models have the quantisation {wanted}: {names}",
             hint="write the name of one, without .gguf, after the colon",
         )
     weights = _whole(found[0], reference)
@@ -174,7 +176,7 @@ def _safetensors(
     paths = {file.path for file in weights}
     left_out = {path for path in paths if _VARIANT.search(path) and _has_plain(path, paths)}
     if any(not _MISTRAL.match(path) and "/" not in path for path in paths):
-        # Mistral's own layout of the very weights that lie beside it.
+        # The same weights again, in Mistral's own layout.
         left_out |= {file.path for file in usable if _MISTRAL.match(file.path)}
     kept = tuple(file for file in weights if file.path not in left_out)
     others = (FileKind.GGUF, FileKind.DDUF)
@@ -188,14 +190,15 @@ def _dduf(usable: Sequence[HubFile], ddufs: Sequence[HubFile], reference: HubRef
     if len(ddufs) > 1:
         names = ", ".join(file.path for file in ddufs[:_SHOWN])
         raise AmbiguousError(
-            f"{reference}: holds several DDUF files: {names}", hint="download one, and package it"
+            f"{reference}: has several DDUF files: {names}",
+            hint="download one of them and package it",
         )
     papers = [file for file in usable if _goes_with_gguf(file.path)]
     return Choice(FileKind.DDUF, _in_order([*ddufs, *papers]), tuple(ddufs))
 
 
 def _models(ggufs: Iterable[HubFile]) -> list[list[HubFile]]:
-    """Return the files of each model: one, or its shards."""
+    """Return the files of each model: one file, or its shards."""
     models: dict[object, list[HubFile]] = {}
     for file in ggufs:
         models.setdefault(shard_set(file.path) or file.path, []).append(file)
@@ -216,7 +219,7 @@ def _whole(files: Sequence[HubFile], reference: HubReference) -> tuple[HubFile, 
 
 
 def _projector(ggufs: Sequence[HubFile]) -> tuple[HubFile, ...]:
-    """Return the projector in the precision that runtimes are tested with, if there is one."""
+    """Return the projector of the most usual precision, or nothing if there is none."""
     found = [file for file in ggufs if is_projector_name(file.path)]
     order = ("F16", "FP16", "BF16", "F32", "FP32")
 
@@ -228,7 +231,7 @@ def _projector(ggufs: Sequence[HubFile]) -> tuple[HubFile, ...]:
 
 
 def _goes_with_gguf(path: str) -> bool:
-    """Return whether a file at the top says what the weights do not: terms, card, template."""
+    """Return whether a file at the top is a licence, a model card or a chat template."""
     if "/" in path:
         return False
     kind = classify(path)
@@ -255,7 +258,7 @@ def _is_usable(path: str) -> bool:
 
 
 def _in_order(files: Iterable[HubFile]) -> tuple[HubFile, ...]:
-    """Return the files, each once, as a directory of them is walked."""
+    """Return the files, each once, in the order of a walk through their directory."""
     unique = {file.path: file for file in files}.values()
     return tuple(sorted(unique, key=lambda file: [part.encode() for part in file.path.split("/")]))
 
@@ -272,9 +275,9 @@ def _no_quantizations(
 ) -> NotFoundError:
     there = [str(kind) for kind, files in by_kind.items() if files and kind is not FileKind.GGUF]
     return NotFoundError(
-        f"{reference}: holds no GGUF, so no quantisation {reference.quantization}; "
-        f"there is: {', '.join(there) or 'no weights that we know'}",
-        hint=f"write hf.co/{reference.repository}; a revision goes after an @",
+        f"{reference}: has no GGUF, so no quantisation {reference.quantization}; "
+        f"it has: {', '.join(there) or 'no known weights'}",
+        hint=f"write hf.co/{reference.repository}, and a revision after an @",
     )
 
 
@@ -285,6 +288,6 @@ def _no_weights(files: Sequence[HubFile], reference: HubReference) -> PackagingE
         return PackagingError(
             f"{reference}: its weights are Python pickles only, which can run code when they are "
             f"loaded: {', '.join(pickles[:3])}{more}",
-            hint="the hub can convert them: https://huggingface.co/spaces/safetensors/convert",
+            hint="convert them on the hub: https://huggingface.co/spaces/safetensors/convert",
         )
-    return PackagingError(f"{reference}: no weights (.safetensors, .gguf, .dduf) among its files")
+    return PackagingError(f"{reference}: has no weights (.safetensors, .gguf, .dduf)")

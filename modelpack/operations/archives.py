@@ -347,7 +347,7 @@ def _collect_members(
     what = f"{descriptor.digest} in the archive"
     if descriptor.digest in found:
         return
-    if descriptor.media_type not in (*media_types.MANIFEST_TYPES, *media_types.INDEX_TYPES):
+    if descriptor.media_type not in media_types.MANIFEST_AND_INDEX_TYPES:
         raise UnsupportedError(
             f"has the media type {descriptor.media_type!r}, expected a manifest", path=what
         )

@@ -30,7 +30,6 @@ from modelpack.store.manifests import successors
 if TYPE_CHECKING:
     from modelpack.registry import Repository
 
-_MANIFESTS = (*media_types.MANIFEST_TYPES, *media_types.INDEX_TYPES)
 # Blobs of a damaged manifest, and manifests of a damaged index, are found in later passes.
 _PASSES = 4
 
@@ -141,7 +140,7 @@ def _restore(
     )
     for name in names:
         try:
-            if descriptor.media_type in _MANIFESTS:
+            if descriptor.media_type in media_types.MANIFEST_AND_INDEX_TYPES:
                 raw = places[name].fetch_manifest(descriptor)
                 store.write_bytes(raw, descriptor.media_type, descriptor.digest.algorithm)
             else:
@@ -169,7 +168,10 @@ def _wanted(store: LayoutStore, bad: set[Digest]) -> list[_Wanted]:
             if descriptor.digest in bad and descriptor.digest not in found:
                 places = _places(document, entry.digest)
                 found[descriptor.digest] = _Wanted(descriptor, places)
-            if descriptor.media_type not in _MANIFESTS or descriptor.digest in seen:
+            if (
+                descriptor.media_type not in media_types.MANIFEST_AND_INDEX_TYPES
+                or descriptor.digest in seen
+            ):
                 continue
             seen.add(descriptor.digest)
             try:

@@ -47,7 +47,7 @@ def repository_scopes(name: str, *actions: str) -> Scopes:
 
 
 def parse_scopes(text: str) -> Scopes:
-    """Return the scopes in the `scope` parameter of a challenge: separated by spaces."""
+    """Return the scopes in the `scope` parameter of a challenge, which spaces separate."""
     found: set[Scope] = set()
     for scope in text.split():
         resource, colon, actions = scope.rpartition(":")
@@ -89,7 +89,8 @@ def parse_challenges(header: str) -> list[Challenge]:
         scheme, position = match[1].lower(), match.end()
         token68 = _TOKEN68.match(header, position)
         if token68 and not _PARAM.match(header, position):
-            # `Negotiate abc` - but `Basic Bearer` would be two schemes without their comma.
+            # A token68, as in `Negotiate abc`. `Basic Bearer`, two schemes without a comma, is one
+            # too.
             challenges.append(Challenge(scheme, {}, token68[1]))
             position = token68.end()
             continue
@@ -113,11 +114,11 @@ class Authenticator(Protocol):
         ...
 
     def is_challenge(self, response: requests.Response) -> bool:
-        """Return whether another `Authorization` header may get another response."""
+        """Return whether the request may succeed with another `Authorization` header."""
         ...
 
     def answer(self, challenge: str, sent: str | None, scopes: Scopes) -> str:
-        """Return the header that answers a `WWW-Authenticate`, other than `sent`.
+        """Return the `Authorization` header for a `WWW-Authenticate`, other than `sent`.
 
         Raises `AuthError` if there is none.
         """
@@ -132,7 +133,7 @@ class Authenticator(Protocol):
         ...
 
     def error(self, what: str, response: requests.Response) -> RegistryError | None:
-        """Return the error for a failed response, or None for the one of distribution-spec."""
+        """Return the error for a failed response, or None to use its error body."""
         ...
 
 
@@ -148,7 +149,7 @@ class TokenRequest(Protocol):
 
 _CLIENT_ID: Final = "modelpack"
 _DEFAULT_LIFE: Final = 60.0  # seconds, where the server names none (token specification)
-#: What a header can carry of a token.
+#: A token that an HTTP header can carry.
 TOKEN: Final = re.compile(r"[\x21-\x7e]+\Z")
 _FORM: Final = "application/x-www-form-urlencoded"
 
@@ -189,15 +190,15 @@ class Tokens:
         self._lock = threading.Lock()
         self._kept: dict[_Key, _Token] = {}
         self._flights: dict[_Key, threading.Lock] = defaultdict(threading.Lock)
-        self._refreshed: dict[str, str] = {}  # identity tokens, and what replaced them
+        self._refreshed: dict[str, str] = {}  # identity tokens and their replacements
 
     def header(
         self, server: TokenServer, credential: Credential | None, scopes: Scopes, stale: str | None
     ) -> str:
-        """Return a header with a token for `scopes`; one that equals `stale` is fetched anew.
+        """Return a header with a token for `scopes`; fetch a new one if the header equals `stale`.
 
-        A token server may give out the same token once more: the caller compares. Raises
-        `AuthError` where the server refuses.
+        The token server may return the same token again, so the caller compares the header with
+        `stale`. Raises `AuthError` if the server refuses.
         """
         key = _Key(server, credential, scopes)
         with self._lock:
@@ -212,7 +213,7 @@ class Tokens:
             return token.header
 
     def values(self) -> list[str]:
-        """Return the secrets that are held."""
+        """Return all cached tokens, so that the caller can mask them."""
         with self._lock:
             return [token.value for token in self._kept.values()] + list(self._refreshed.values())
 
@@ -250,7 +251,8 @@ class Tokens:
         answer = _Answer.parse(raw, f"token server of {self._host}")
         if identity and answer.refresh_token:
             self._refreshed[identity] = answer.refresh_token
-        # Renewed while 30 s or 10 % are left, but a token of seconds is used for half its life.
+        # Renew a token 30 s before it expires, or 10 % of its life if that is longer, but not
+        # before half of its life.
         spare = min(max(30.0, answer.life / 10), answer.life / 2)
         return _Token(answer.token, started + answer.life - spare)
 
@@ -263,14 +265,14 @@ class _Answer:
 
     @classmethod
     def parse(cls, raw: bytes, what: str) -> _Answer:
-        """Return what a token server said; errors never show it."""
+        """Return the parsed response of a token server; errors never show its content."""
         try:
             value: dict[str, Any] = decode_object(raw, what)
         except ManifestError:
-            raise AuthError(f"{what}: its answer is not a JSON object") from None
+            raise AuthError(f"{what}: the response is not a JSON object") from None
         token = value.get("token") or value.get("access_token")
         if not isinstance(token, str) or not TOKEN.match(token):
-            raise AuthError(f"{what}: its answer holds no usable token")
+            raise AuthError(f"{what}: the response has no valid bearer token")
         life = value.get("expires_in")
         if isinstance(life, bool) or not isinstance(life, int | float) or not 0 < life < 10**9:
             life = _DEFAULT_LIFE
@@ -292,22 +294,25 @@ class RegistryAuthenticator:
         report: ProgressCallback,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Hosts in `insecure` get credentials over plain http; `plain_http`: so `host` is asked."""
+        """`insecure` are hosts that may get credentials over plain http.
+
+        With `plain_http`, the registry itself is contacted over plain http.
+        """
         self._host = host
         self._source = credentials
         self._insecure = frozenset(insecure)
         self._plain_http = plain_http
-        self._exposed = plain_http and not self._may_overhear(api_host(host))
+        self._exposed = plain_http and not self._may_use_plain_http(api_host(host))
         self._report = report
         self._tokens = Tokens(host, request, clock)
-        self._asked: str | TokenServer | None = None  # "basic", or where tokens are
+        self._asked: str | TokenServer | None = None  # "basic", or the server of bearer tokens
         self._credential_lock = threading.Lock()
         self._credential: Credential | None = None
         self._looked_up = False
         self._trouble: str | None = None
 
     def header(self, scopes: Scopes) -> str | None:
-        """Return what to send along unasked; None before the first challenge."""
+        """Return the header of the next request; None before the first challenge."""
         asked = self._asked
         if asked is None:
             return None
@@ -327,9 +332,9 @@ class RegistryAuthenticator:
         """Return None: the errors of a registry are those of distribution-spec."""
 
     def answer(self, challenge: str, sent: str | None, scopes: Scopes) -> str:
-        """Return the header that meets a 401 with this `WWW-Authenticate`, other than `sent`.
+        """Return the `Authorization` header for this challenge, other than `sent`.
 
-        Raises `AuthError` where there is none.
+        Raises `AuthError` if there is none.
         """
         offered = {found.scheme: found for found in reversed(parse_challenges(challenge))}
         if "bearer" in offered:
@@ -354,7 +359,7 @@ class RegistryAuthenticator:
         )
 
     def refused(self, said: str = "") -> AuthError:
-        """Return the error for credentials that are missing, or that did not do."""
+        """Return the error for credentials that are missing, or that the registry refused."""
         credential = self._find_credential()
         if credential is None:
             hint = (
@@ -362,7 +367,7 @@ class RegistryAuthenticator:
                 "a repository that does not exist may look the same"
             )
             return AuthError(
-                f"{self._host} wants credentials, and there are none for it{said}",
+                f"{self._host} requires credentials, and none are stored for it{said}",
                 host=self._host,
                 status_code=401,
                 hint=f"{self._trouble}; {hint}" if self._trouble else hint,
@@ -372,11 +377,11 @@ class RegistryAuthenticator:
             f"{self._host} refused the credentials{who} from {credential.source}{said}",
             host=self._host,
             status_code=401,
-            hint="check the password and what the account may do there, or log in again",
+            hint="check the password and the permissions of the account, or log in again",
         )
 
     def scrubbed(self, said: bytes) -> bytes:
-        """Return what a server said without our secrets, which it may repeat."""
+        """Return the text of a server with our secrets masked; a server may repeat them."""
         credential = self._credential
         secrets = self._tokens.values()
         if credential is not None:
@@ -389,7 +394,7 @@ class RegistryAuthenticator:
 
     def _basic(self) -> str | None:
         credential = self._find_credential()
-        # A token is no password: from one alone, Basic has nothing to send.
+        # A token alone is not enough for Basic, which sends a user name and a password.
         has_pair = credential is not None and (credential.username or credential.password)
         return credential.basic if credential and has_pair else None
 
@@ -397,22 +402,22 @@ class RegistryAuthenticator:
         credential = self._find_credential()
         if credential and credential.registry_token:
             if not TOKEN.match(credential.registry_token):
-                raise AuthError(f"{credential.source} holds no valid bearer token", host=self._host)
+                raise AuthError(f"{credential.source} has no valid bearer token", host=self._host)
             header = f"Bearer {credential.registry_token}"
         else:
             try:
                 header = self._tokens.header(server, credential, scopes, stale)
             except AuthError as error:
                 if error.status_code is None:
-                    raise  # the token server gave no answer to go by
+                    raise  # the token server did not refuse, it failed
                 where = origin_of(server.realm).netloc
-                raise self.refused(f" (said its token server {where})") from error
+                raise self.refused(f" (refused by the token server {where})") from error
         if header == stale:
             raise self.refused()
         return header
 
-    def _may_overhear(self, netloc: str) -> bool:
-        """Return whether plain http to this host is nobody's business but the user's."""
+    def _may_use_plain_http(self, netloc: str) -> bool:
+        """Return whether credentials may go to this host over plain http."""
         return is_local(netloc) or netloc in self._insecure
 
     def _checked_realm(self, realm: str) -> str:
@@ -426,7 +431,7 @@ class RegistryAuthenticator:
             raise AuthError(
                 f"{what} is plain http on {origin.netloc}: no credentials are sent to it",
                 host=self._host,
-                hint=f"--insecure {origin.netloc} allows it; use it only on a network you trust",
+                hint=f"use --insecure {origin.netloc}, but only on a network you trust",
             )
         return url
 

@@ -41,10 +41,10 @@ _CONTENT_RANGE = re.compile(r"bytes\s+([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\
 
 
 class BlobStream:
-    """The bytes of a blob from an offset on, over as many connections as it takes.
+    """The bytes of a blob from an offset on; connects again after a failure.
 
-    With `end` it is a segment: the bytes before `end`, and `SegmentsRefused` where the registry
-    answers with something else.
+    With `end` it is a segment, which ends before the byte `end`; it raises `SegmentsRefused` if the
+    registry does not return that range.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class BlobStream:
         self.close()
 
     def close(self) -> None:
-        """Let go of the connection; it serves again if the blob was read to its end."""
+        """Close the response; its connection is reused if the blob was read to its end."""
         response, self._response = self._response, None
         self._ended = True
         if response is not None:
@@ -94,8 +94,8 @@ class BlobStream:
     def readinto(self, buffer: memoryview) -> int:
         """Fill `buffer` from its start with what has arrived; 0 means the end.
 
-        Raises `SizeMismatchError` if the blob ends early or goes on too long, and
-        `RemoteUnavailableError` when reconnecting does not help any more.
+        Raises `SizeMismatchError` if the blob is shorter or longer than its descriptor says, and
+        `RemoteUnavailableError` after the last retry.
         """
         while not self._ended:
             try:
@@ -112,13 +112,13 @@ class BlobStream:
         return 0
 
     def _receive(self, length: int) -> bytes:
-        """Return up to `length` bytes, fewer only at the end of the answer."""
+        """Return up to `length` bytes; none mean the end of the response."""
         assert self._response is not None
         url = self._response.url
         self._stop.check()
         inflow = self._client.inflow(self._step)
         with self._client.guarded(self._what, url, self._stop, inflow), self._speed.clocked():
-            # One more byte at the end shows an answer that is too long, and frees the connection.
+            # Reading at the end detects a response that is too long, and frees the connection.
             data: bytes = self._response.raw.read1(min(length or 1, self._step))
         if data and not length:
             raise self._wrong_size(f"more than {self._descriptor.size}")
@@ -126,13 +126,11 @@ class BlobStream:
             self._rate.wait(len(data), self._stop)
         if self._speed.is_too_low(len(data)):
             host = origin_of(url).netloc
-            raise FailedTry(
-                RemoteTimeoutError(f"{self._what}: {host} sends next to nothing", host=host)
-            )
+            raise FailedTry(RemoteTimeoutError(f"{self._what}: {host} sends too slowly", host=host))
         return data
 
     def _finish(self) -> None:
-        """Take the end of an answer: it is the end of the blob, or the connection was cut."""
+        """Handle the end of a response: the end of the blob, or a connection that was cut off."""
         if self._position < self._end:
             assert self._response is not None
             self._reconnect(self._cut_off(self._response, self._position))
@@ -140,8 +138,8 @@ class BlobStream:
             self.close()
 
     def _cut_off(self, response: requests.Response, position: int) -> FailedTry:
-        """Return the failed try that an answer is which ended at `position` of the blob."""
-        if "Transfer-Encoding" in response.headers:  # it ended as it meant to
+        """Return the `FailedTry` for a response that ended at `position` of the blob."""
+        if "Transfer-Encoding" in response.headers:  # the response is complete
             raise self._wrong_size(str(position))
         return FailedTry(
             RemoteUnavailableError(
@@ -152,7 +150,7 @@ class BlobStream:
         )
 
     def _reconnect(self, failed: FailedTry | None) -> None:
-        """Connect to go on at the current position, as often as that may help."""
+        """Connect again at the current position; raise the last error when no tries are left."""
         while True:
             if self._response is not None:
                 self._response.close()
@@ -201,7 +199,7 @@ class BlobStream:
         return response
 
     def _check_length(self, response: requests.Response, position: int) -> None:
-        """Refuse an answer that is not the wanted part of a blob of the right size."""
+        """Raise unless the response is the requested part of a blob of the right size."""
         size = self._descriptor.size
         start = 0
         if response.status_code == 206:
@@ -209,7 +207,7 @@ class BlobStream:
             if match is None or int(match[1]) != position or int(match[2]) >= self._end:
                 self._ranges_work = False
                 if self._is_segment:
-                    raise SegmentsRefused(f"{self._what}: the registry answers other ranges")
+                    raise SegmentsRefused(f"{self._what}: the registry returns other ranges")
                 shown = response.headers.get("Content-Range", "nothing")[:60]
                 raise FailedTry(
                     RegistryError(
@@ -230,7 +228,7 @@ class BlobStream:
                 raise self._wrong_size(str(total))
 
     def _skip(self, response: requests.Response) -> None:
-        """Read past what is there already: the server does not do ranges."""
+        """Skip the bytes before the current position: the server ignores ranges."""
         position = 0
         inflow = self._client.inflow(self._position)
         with self._client.guarded(self._what, response.url, self._stop, inflow):
@@ -252,12 +250,12 @@ class BlobStream:
 
 
 _BUFFER: Final = 512 * 1024
-# Seconds after which a thread that waits for its turn looks whether there is anything left to do.
+# Seconds after which a thread that waits for a connection checks whether segments are left.
 _LOOK: Final = 0.1
 
 
 class SegmentFetch:
-    """Some segments of a blob on their way to a sink."""
+    """The download of some segments of a blob to a sink."""
 
     def __init__(
         self,
@@ -277,10 +275,10 @@ class SegmentFetch:
         self._lock = threading.Lock()
 
     def run(self, connections: int) -> None:
-        """Fetch all; the calling thread works along, the others one segment later at the earliest.
+        """Fetch all segments, in this thread and up to `connections` - 1 others.
 
-        They begin once the first range is answered as one, so that a registry that knows no ranges
-        is not asked for the whole blob several times.
+        The others start after the first range response, so that a registry without ranges does not
+        get several requests for the whole blob.
         """
         threads: list[threading.Thread] = []
 
@@ -310,7 +308,7 @@ class SegmentFetch:
                 self._fail(error)
 
     def _help(self) -> None:
-        """Fetch segments while there are any, each when one of the shared connections is free."""
+        """Fetch segments until none are left, each when one of the shared connections is free."""
         lanes = self._location.client.segment_slots
         try:
             while self._left and not self._failed.is_requested():
@@ -327,7 +325,7 @@ class SegmentFetch:
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
-            # What ends because another has failed says nothing new; an interrupt comes first.
+            # Keep the first failure, as the others follow from it; an interrupt takes precedence.
             if self._failure is None or isinstance(error, KeyboardInterrupt):
                 self._failure = error
         self._failed.request()
@@ -368,22 +366,22 @@ class RemoteBlob:
 
     @property
     def connections(self) -> int:
-        """How many connections would fetch segments; a rate limit is reached with one."""
+        """The number of connections for segments; one reaches a rate limit."""
         blobs = self._location.client.blobs
         return blobs.connections if blobs.rate is None else 1
 
     def fetch_segments(
         self, segments: Sequence[tuple[int, int]], sink: SegmentSink, stop: Stop
     ) -> None:
-        """Bring the bytes of `segments` to `sink`, over several connections."""
+        """Write the bytes of `segments` to `sink`, over several connections."""
         SegmentFetch(self._location, self._descriptor, segments, sink, stop).run(self.connections)
 
 
-#: Bytes asked for at a time, at first: the header of most safetensors files fits.
+#: Bytes of a block, the least to request; the header of most safetensors files fits.
 BLOCK: Final = 128 * 1024
 #: Bytes fetched at most for one file; the longest vocabularies make headers of 30 MB.
 LIMIT: Final = 64 * 1024 * 1024
-# Reading on and on, as through a vocabulary, asks for more each time.
+# Blocks of one request: their number doubles while reading is sequential.
 _MAX_AHEAD: Final = 32
 _MAX_KEPT: Final = 128
 
@@ -391,9 +389,9 @@ _MAX_KEPT: Final = 128
 class RemoteFile(io.RawIOBase):
     """The blob `descriptor` as a seekable binary file; close it, or use it as a context.
 
-    `bytes_fetched` and `requests` say what reading cost so far. A registry that ignores ranges is
-    read from the start on, over one connection that is dropped at the end. More than `limit` bytes
-    are refused (`UnsupportedError`). Raises `SizeMismatchError` if the blob has another size.
+    `bytes_fetched` and `requests` count what was read so far. If the registry ignores ranges, the
+    blob is read from its start, over one connection. Reading more than `limit` bytes raises
+    `UnsupportedError`; a blob of another size raises `SizeMismatchError`.
     """
 
     def __init__(
@@ -412,8 +410,8 @@ class RemoteFile(io.RawIOBase):
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._ahead = 1
         self._next = 0  # the block after the last one fetched
-        self._whole: requests.Response | None = None  # where ranges do not work
-        self._start = bytearray()  # what came of it
+        self._whole: requests.Response | None = None  # the whole blob, if ranges are ignored
+        self._start = bytearray()  # the bytes received of it
 
     def readable(self) -> bool:
         """Return True."""
@@ -436,7 +434,7 @@ class RemoteFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` from its start with what follows, as far as one block has it."""
+        """Fill `buffer` from its start with the next bytes, at most to the end of a block."""
         view = memoryview(buffer).cast("B")
         length = min(len(view), self._size - self._at)
         if length <= 0:
@@ -448,7 +446,7 @@ class RemoteFile(io.RawIOBase):
         return len(content)
 
     def close(self) -> None:
-        """Let go of the connection, if one is held."""
+        """Close the connection, if one is open."""
         if self._whole is not None:
             self._whole.close()
             self._whole = None
@@ -475,14 +473,14 @@ class RemoteFile(io.RawIOBase):
             self._blocks.popitem(last=False)
 
     def _fetch(self, start: int, end: int) -> None:
-        """Have the blocks from `start` to `end`, or find that ranges do not work."""
+        """Fetch the blocks from `start` to `end`, or open `_whole` if ranges are ignored."""
         self._check_limit(end - start)
         content = self._client.retried(lambda: self._ask(start, end))
         if content is not None:
             self._keep(start, content)
 
     def _ask(self, start: int, end: int) -> bytes | None:
-        """Return the bytes of one request; None, with `_whole` open, where ranges do not work."""
+        """Return the bytes of one request; None, with `_whole` open, if ranges are ignored."""
         self.requests += 1
         headers = {"Range": f"bytes={start}-{end - 1}"}
         call = Call(self._what, "GET", self._url, headers, scopes=self._scopes, stream=True)
@@ -522,7 +520,7 @@ class RemoteFile(io.RawIOBase):
             )
 
     def _read_up_to(self, end: int) -> None:
-        """Have the blob from its start to `end`, of the one answer that is the whole blob."""
+        """Read `_whole` up to the byte `end`, and keep the last block."""
         assert self._whole is not None
         missing = end - len(self._start)
         if missing > 0:
@@ -538,7 +536,7 @@ class RemoteFile(io.RawIOBase):
         self._keep(first, bytes(self._start[first:end]))
 
     def _receive(self, response: requests.Response, length: int) -> bytes:
-        """Return `length` bytes of an answer, fewer if it ends."""
+        """Return `length` bytes of a response, fewer if it ends."""
         content = bytearray()
         inflow = self._client.inflow(length)
         with self._client.guarded(self._what, response.url, inflow=inflow):
@@ -556,7 +554,7 @@ class RemoteFile(io.RawIOBase):
             raise UnsupportedError(
                 f"reading its header takes more than {self._limit} bytes",
                 path=self._what,
-                hint="pull the file, and look at it here",
+                hint="pull the model, then inspect it in the store",
             )
 
     def _cut_off(self, response: requests.Response, position: int) -> FailedTry:

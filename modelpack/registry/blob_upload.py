@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 #: Bytes read, hashed and sent at a time.
 _PIECE: Final = 1024 * 1024
-#: Bytes between two states of the hash that are kept, to go on from.
+#: Bytes between two checkpoints, which are saved states of the hash.
 CHECKPOINT: Final = 64 * 1024 * 1024
 
 
 class UploadContent:
-    """A blob's content, as parts that follow each other or start again further back.
+    """The content of a blob, read in parts; a part may begin before the end of an earlier one.
 
-    The last bytes are only given out once all of them are known to be right. Where a part starts
-    again, the source is opened at the last checkpoint before it, not at its first byte.
+    The last bytes are returned only after the whole content was verified. To go back, the source is
+    opened at the last checkpoint before the part, not at its first byte.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class UploadContent:
         self._reader: BlobReader | None = None
         self._hasher = descriptor.digest.hasher()
         self._position = 0
-        #: The end of what was ever given out: no registry can have more.
+        #: The largest offset that was sent: no registry can have more.
         self.sent = 0
-        #: Why the content could not be had, as opposed to sent.
+        #: The error of the source, as opposed to one of the network.
         self.failure: Exception | None = None
 
     def part(self, start: int, end: int) -> ContentPart:
@@ -77,7 +77,7 @@ class UploadContent:
         self._stack.close()
 
     def read(self, start: int, end: int) -> Generator[memoryview, None, None]:
-        """Yield the bytes from `start` to `end`, checked as they go."""
+        """Yield the bytes from `start` to `end`, hashing them on the way."""
         self.failure = None
         try:
             self._go_to(start)
@@ -165,11 +165,12 @@ class ContentPart:
     def __iter__(self) -> Iterator[memoryview]:
         self.close()
         self._reading = self._content.read(self._start, self._end)
-        # Read now, before the head of the request is sent: an empty part would be done with that.
+        # Read the first piece before the head of the request is sent: if the source fails later,
+        # the head alone could be a complete request.
         return chain([next(self._reading)], self._reading)
 
     def close(self) -> None:
-        """Let go of the source if the part was not read to its end."""
+        """Close the source if the part was not read to its end."""
         if self._reading is not None:
             self._reading.close()
 
@@ -187,7 +188,7 @@ _RANGE: Final = re.compile(r"(?:bytes[= ])?0-([0-9]{1,18})\Z")
 
 
 class UploadSession:
-    """A place that a registry has opened for one blob; `location` is its newest URL."""
+    """An upload session of a registry for one blob; `location` is its current URL."""
 
     def __init__(self, endpoint: Endpoint, descriptor: Descriptor, what: str, stop: Stop) -> None:
         self._endpoint = endpoint
@@ -196,11 +197,11 @@ class UploadSession:
         self._what = what
         self._stop = stop
         self.location = ""
-        #: The bytes that every chunk but the last has to have, where the registry names them.
+        #: The least size of all chunks but the last, 0 if the registry states none.
         self.minimum_chunk = 0
 
     def start(self) -> None:
-        """Have the registry open a session."""
+        """Open the session in the registry."""
         url = self._endpoint.uploads_url()
         algorithm = self._descriptor.digest.algorithm
         if algorithm != "sha256":
@@ -214,21 +215,21 @@ class UploadSession:
         return self._received(self._client.attempt(self._call("GET", self.location)))
 
     def append(self, body: Body, start: int) -> int | None:
-        """Send a chunk that begins at byte `start`; return what `status` does after it."""
+        """Send a chunk that begins at byte `start`; return the bytes that the registry has then."""
         headers = {"Content-Range": _content_range(start, len(body))}
         return self._received(self._send("PATCH", self.location, body, headers))
 
     def finish(self, body: Body, start: int) -> requests.Response:
-        """Send the bytes from `start` on, and say that these are all; return the answer."""
+        """Send the bytes from `start` on and complete the upload; return the response."""
         url = with_query(self.location, digest=str(self._descriptor.digest))
         partial = start > 0 and len(body) > 0
         headers = {"Content-Range": _content_range(start, len(body))} if partial else {}
         return self._send("PUT", url, body, headers)
 
     def cancel(self) -> None:
-        """Tell the registry to forget the session; it would do so by itself some day.
+        """Delete the session; ignore failures, since registries delete old sessions themselves.
 
-        A requested stop does not stop this, but it takes a second or two at most.
+        A requested stop does not interrupt this, but it takes a second or two at most.
         """
         location, self.location = self.location, ""
         if location:
@@ -248,12 +249,12 @@ class UploadSession:
         return self._client.attempt(call)
 
     def _received(self, response: requests.Response) -> int | None:
-        if response.headers.get("Location"):  # it may carry the state: an older one is refused
+        if response.headers.get("Location"):  # it may hold the state; older ones are refused
             self.location = self._client.location(response, self._what)
         match = _RANGE.match(response.headers.get("Range", "").strip())
         if match is None:
             return None
-        # The specification has no way to say "nothing" but this, which says one byte as well.
+        # In the specification `0-0` means both nothing and one byte.
         return int(match[1]) + 1 if match[1] != "0" else 0
 
     def _call(self, method: str, url: str) -> Call:
@@ -264,16 +265,16 @@ def _content_range(start: int, length: int) -> str:
     return f"{start}-{start + length - 1}"
 
 
-#: The size of chunks where the registry wants chunks and the caller says nothing.
+#: The size of chunks if the registry requires chunks and the caller gives no size.
 _CHUNK: Final = 64 * 1024 * 1024
-#: What a registry says when it has lost a session; another one may be kept.
+#: Error codes of a registry that has lost a session; a new session may work.
 _LOST_SESSION: Final = ("BLOB_UPLOAD_UNKNOWN", "BLOB_UPLOAD_INVALID")
-#: How often in a row a registry may refuse what it had asked for.
+#: Refusals in a row after which an upload fails.
 _MAX_REFUSALS: Final = 2
 
 
 class Upload:
-    """One blob on its way into a repository."""
+    """The upload of one blob to a repository."""
 
     def __init__(self, endpoint: Endpoint, descriptor: Descriptor, watch: Watch) -> None:
         self._endpoint = endpoint
@@ -284,13 +285,13 @@ class Upload:
         self._watch = watch
         self._session = UploadSession(endpoint, descriptor, self._what, self._stop)
         self._begun = False  # the session may hold bytes
-        self._received = 0  # what the registry has, for all we know
-        self._farthest = 0  # the most that it ever had
+        self._received = 0  # bytes that the registry has, as far as known
+        self._farthest = 0  # the most bytes that it ever had
         self._refusals = 0
-        self._in_chunks = True  # where anybody wants chunks
+        self._in_chunks = True  # if the registry or the caller wants chunks
 
     def send(self, source: BlobSource, session: str = "") -> Outcome:
-        """Have the blob in the repository; `session` is one that a failed mount has opened.
+        """Upload the blob unless the repository has it; `session` is one opened by a failed mount.
 
         Raises what `Target.write_blob` raises.
         """
@@ -351,7 +352,7 @@ class Upload:
             response = self._put(content.part(start, size), start)
         except (FailedTry, RegistryError) as error:
             if content.failure not in (None, error):
-                raise content.failure from None  # not the network, though from there it looked so
+                raise content.failure from None  # requests reports it as an error of the network
             if isinstance(error, RegistryError) and content.failure is None:
                 self._after_refusal(error)
             raise
@@ -364,12 +365,12 @@ class Upload:
         return Outcome.WRITTEN
 
     def _take_up(self, content: UploadContent, retries: Retries) -> None:
-        """Find out where to go on after a failure; start again where the registry does not say."""
+        """Find where to resume after a failure; start again if the registry does not report it."""
         try:
             received = self._session.status() if self._session.location else None
         except RegistryError:
             received = None
-        if not received or received > content.sent:  # nothing to go on from, or nothing sensible
+        if not received or received > content.sent:  # no bytes, or an impossible number
             self._start_again()
             return
         self._reached(received, retries)
@@ -380,7 +381,7 @@ class Upload:
         self._received = 0
 
     def _after_refusal(self, error: RegistryError) -> None:
-        """Raise `FailedTry` if a registry's refusal may be only of how the bytes were sent."""
+        """Raise `FailedTry` if a new session, or one request without chunks, may succeed."""
         if isinstance(error, AuthError) or self._refusals >= _MAX_REFUSALS:
             return
         lost = error.code in _LOST_SESSION or error.status_code == 416
@@ -400,7 +401,7 @@ class Upload:
         return max(asked or _CHUNK, minimum)
 
     def _send_chunks(self, content: UploadContent, retries: Retries) -> None:
-        """Send all but the last chunk, if it is to be chunks."""
+        """Send all chunks but the last, if the blob is sent in chunks."""
         size = self._chunk_size()
         while size is not None and self._descriptor.size - self._received > size:
             start, end = self._received, self._received + size
@@ -411,15 +412,15 @@ class Upload:
                 self._start_again()
                 raise FailedTry(
                     RegistryError(
-                        f"{self._what}: got a chunk that ends at byte {end}, "
-                        f"and says that it has {received} bytes",
+                        f"{self._what}: sent a chunk that ends at byte {end}, "
+                        f"but the registry has {received} bytes",
                         host=self._client.origin.netloc,
                     )
                 )
             self._reached(end, retries)
 
     def _reached(self, received: int, retries: Retries) -> None:
-        """Go on from byte `received`; what came as far before, in a session since lost, is none."""
+        """Continue at byte `received`; bytes that an earlier, lost session had are not progress."""
         self._received = received
         if received > self._farthest:
             self._farthest = received

@@ -26,7 +26,7 @@ from modelpack.artifacts.json_document import decode_object
 from modelpack.errors import AuthError, ManifestError
 from modelpack.registry.urls import HUB_NAMES
 
-#: As a user name: what comes with it is an identity token, not a password.
+#: As a user name, it marks the secret as an identity token, not a password.
 TOKEN_USER: Final[str] = "<token>"  # noqa: S105
 _VARIABLES: Final = ("MODELPACK_USERNAME", "MODELPACK_PASSWORD", "MODELPACK_REGISTRY")
 
@@ -46,7 +46,7 @@ class Credential:
 
     @classmethod
     def of_pair(cls, username: str, secret: str, source: str) -> Credential:
-        """Return what a user name and a secret stand for, which may be an identity token."""
+        """Return the credential of a user name and a secret, which may be an identity token."""
         if username == TOKEN_USER:
             return cls(identity_token=secret, source=source)
         return cls(username, secret, source=source)
@@ -67,7 +67,7 @@ class CredentialSource(Protocol):
 
 
 class StaticCredentials:
-    """Credentials that are known already, by `host[:port]`."""
+    """Given credentials, by `host[:port]`."""
 
     def __init__(self, credentials: Mapping[str, Credential]) -> None:
         self._credentials = dict(credentials)
@@ -76,30 +76,31 @@ class StaticCredentials:
         return f"StaticCredentials({', '.join(sorted(self._credentials))})"
 
     def credential(self, host: str) -> Credential | None:
-        """Return what was given for `host`, if anything."""
+        """Return the credential given for `host`, or None."""
         return self._credentials.get(host)
 
 
 class EnvironmentCredentials:
     """MODELPACK_USERNAME and MODELPACK_PASSWORD, for the host in MODELPACK_REGISTRY only.
 
-    Without the host they are an error rather than a password for whoever asks.
+    Without MODELPACK_REGISTRY they are an error, since any host could ask for the password.
     """
 
     def credential(self, host: str) -> Credential | None:
-        """Return the credential if it is for `host`; raise `AuthError` if it is for nobody."""
+        """Return the credential if it is for `host`; raise `AuthError` if it names no host."""
         username, password, bound = (os.environ.get(name, "") for name in _VARIABLES)
         if not (username or password):
             return None
         if not bound:
             raise AuthError(
-                "MODELPACK_USERNAME and MODELPACK_PASSWORD are for no host",
+                "MODELPACK_USERNAME and MODELPACK_PASSWORD need MODELPACK_REGISTRY, "
+                "which is not set",
                 host=host,
-                hint=f"MODELPACK_REGISTRY={host} says that they are for {host}",
+                hint=f"set MODELPACK_REGISTRY={host} to use them for {host}",
             )
         if not username or not password:
-            missing = _VARIABLES[1] if username else _VARIABLES[0]
-            raise AuthError(f"{missing} is not set, though its companion is", host=host)
+            missing, other = _VARIABLES[1::-1] if username else _VARIABLES[:2]
+            raise AuthError(f"{missing} is not set, but {other} is", host=host)
         if host != bound and not (host in HUB_NAMES and bound in HUB_NAMES):
             return None
         return Credential.of_pair(username, password, "MODELPACK_PASSWORD")
@@ -108,12 +109,12 @@ class EnvironmentCredentials:
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _SECONDS: Final = 60.0
 _MAX_ANSWER: Final = 1024 * 1024
-# A helper that knows nothing of a host says so in words and fails.
+# A helper without a credential for a host fails with this message.
 _NOT_FOUND: Final = "credentials not found"
 
 
 class CredentialHelper:
-    """The helper `name`, as Docker's config.json calls it; raises `AuthError` for everything."""
+    """The credential helper `name` in Docker's config.json; every failure is an `AuthError`."""
 
     def __init__(self, name: Any) -> None:
         if not isinstance(name, str) or not _NAME.match(name):
@@ -121,7 +122,7 @@ class CredentialHelper:
         self.program = f"docker-credential-{name}"
 
     def get(self, server: str) -> Credential | None:
-        """Return what the helper holds for `server`."""
+        """Return the credential that the helper has for `server`, or None."""
         answer = self._run("get", server, server)
         if answer is None:
             return None
@@ -137,18 +138,18 @@ class CredentialHelper:
         return Credential.of_pair(username, secret, self.program)
 
     def store(self, server: str, credential: Credential) -> None:
-        """Have the helper keep `credential` for `server`."""
+        """Store `credential` for `server` in the helper."""
         secret = credential.identity_token or credential.password
         username = TOKEN_USER if credential.identity_token else credential.username
         entry = {"ServerURL": server, "Username": username, "Secret": secret}
         self._run("store", json.dumps(entry), server, secret)
 
     def erase(self, server: str) -> None:
-        """Have the helper forget `server`; it may never have known it."""
+        """Delete the credential for `server` from the helper, if there is one."""
         self._run("erase", server, server)
 
     def _run(self, action: str, sent: str, server: str, secret: str = "") -> bytes | None:
-        """Return what the helper says, None where it says that it knows nothing of `server`."""
+        """Return the output of the helper, or None if it has no credential for `server`."""
         try:
             answer = subprocess.run(
                 [self.program, action],
@@ -162,7 +163,7 @@ class CredentialHelper:
                 f"{self.program}, the credential helper for {server}, is not on PATH"
             ) from None
         except OSError as error:
-            raise AuthError(f"{self.program} does not start: {error.strerror}") from None
+            raise AuthError(f"cannot start {self.program}: {error.strerror}") from None
         except subprocess.TimeoutExpired:
             raise AuthError(f"{self.program} did not answer in {_SECONDS:.0f} s") from None
         if answer.returncode == 0:
@@ -172,7 +173,7 @@ class CredentialHelper:
             return None
         if secret:
             said = said.replace(secret, "…")
-        raise AuthError(f"{self.program} failed for {server}: {said[:200] or 'it said nothing'}")
+        raise AuthError(f"{self.program} failed for {server}: {said[:200] or 'no message'}")
 
 
 _HUB_KEY: Final = "https://index.docker.io/v1/"
@@ -182,8 +183,8 @@ _MAX_BYTES: Final = 1024 * 1024
 class DockerConfig:
     """Credentials for registries in a file, or in the helpers that it names.
 
-    `path` defaults to config.json in $DOCKER_CONFIG, else in ~/.docker. `repository` is what the
-    credentials are for, where a file has several for one host.
+    `path` defaults to config.json in $DOCKER_CONFIG, else in ~/.docker. `repository` selects an
+    entry if the file has several for one host.
     """
 
     def __init__(self, path: Path | None = None, *, repository: str = "") -> None:
@@ -213,7 +214,7 @@ class DockerConfig:
         return None
 
     def store(self, host: str, credential: Credential) -> str | None:
-        """Keep `credential` for `host`; return the helper's program, None for the file itself."""
+        """Store `credential` for `host`; return the helper's program, None for the file itself."""
         config = self._read()
         if helper := self._helper(config, host):
             helper.store(_helper_key(host), credential)
@@ -227,7 +228,7 @@ class DockerConfig:
         return None
 
     def erase(self, host: str) -> bool:
-        """Forget what is kept for `host`; return whether there was anything."""
+        """Delete the credentials for `host`; return whether there were any."""
         config = self._read()
         kept = _without(config, host)
         in_file = len(kept) < len(_object(config.get("auths")))
@@ -240,7 +241,7 @@ class DockerConfig:
         return found
 
     def _names(self, host: str) -> Iterator[str]:
-        """Yield what entries for `host` may be called, the most specific first."""
+        """Yield the possible names of entries for `host`, the most specific first."""
         for alias in _aliases(host):
             parts = self._repository.split("/") if self._repository else []
             for count in range(len(parts), 0, -1):
@@ -266,7 +267,7 @@ class DockerConfig:
             raise AuthError(str(error)) from None
 
     def _write(self, config: dict[str, Any]) -> None:
-        """Replace the file, or what it is a link to, in one step; only its owner may read it."""
+        """Replace the file, or the file it links to, atomically; only its owner may read it."""
         path = self.path.resolve()
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -337,7 +338,7 @@ def _parse_entry(entry: dict[str, Any], source: str) -> Credential | None:
 
 
 class CredentialChain:
-    """Several sources as one; the first that knows a host answers for it."""
+    """Several sources in order; the first one with a credential for a host is used."""
 
     def __init__(self, sources: Sequence[CredentialSource]) -> None:
         self._sources = tuple(sources)
@@ -346,7 +347,7 @@ class CredentialChain:
         return f"CredentialChain({', '.join(map(repr, self._sources))})"
 
     def credential(self, host: str) -> Credential | None:
-        """Return the first credential for `host`; raise `AuthError` where a source is broken."""
+        """Return the first credential for `host`; raise `AuthError` if a source is broken."""
         for source in self._sources:
             if credential := source.credential(host):
                 return credential
@@ -354,7 +355,7 @@ class CredentialChain:
 
 
 def default_credentials(repository: str = "") -> CredentialChain:
-    """Return what is used where no credentials are given, for `repository` of whatever host."""
+    """Return the default sources of credentials; `repository` selects an entry of any host."""
     files = [DockerConfig(path, repository=repository) for path in _auth_files()]
     return CredentialChain([EnvironmentCredentials(), *files])
 
@@ -362,7 +363,7 @@ def default_credentials(repository: str = "") -> CredentialChain:
 def _auth_files() -> Iterator[Path | None]:
     if chosen := os.environ.get("REGISTRY_AUTH_FILE"):
         yield Path(chosen)
-    yield None  # Docker's own
+    yield None  # Docker's config.json
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         yield Path(runtime) / "containers" / "auth.json"
     elif sys.platform == "linux":

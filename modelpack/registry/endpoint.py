@@ -20,7 +20,7 @@ from modelpack.registry.http_client import HttpClient
 
 @dataclass(frozen=True, slots=True)
 class BlobLocation:
-    """Where one blob is read from; `label` names it in errors, `scopes` are needed to read it."""
+    """The URL of one blob; `label` names it in errors, `scopes` are needed to read it."""
 
     client: HttpClient
     url: str
@@ -29,7 +29,7 @@ class BlobLocation:
 
 
 class Endpoint:
-    """Where the requests of one repository go, and what they need to be allowed."""
+    """The URLs of one repository, and the scopes that requests for it need."""
 
     def __init__(self, client: HttpClient, host: str, name: str) -> None:
         self.name = check_repository(name, name)
@@ -57,7 +57,7 @@ class Endpoint:
         return self._url(self._container.tags_url())
 
     def referrers_url(self, subject: Digest, artifact_type: str | None) -> str:
-        """Return the URL of the manifests about `subject`, of one type if given."""
+        """Return the URL of the referrers of `subject`, of one type if given."""
         query = f"?{urlencode({'artifactType': artifact_type})}" if artifact_type else ""
         base = self.manifest_url(str(subject)).rsplit("/manifests/", 1)[0]
         return f"{base}/referrers/{subject}{query}"
@@ -68,11 +68,11 @@ class Endpoint:
         return BlobLocation(self.client, url, self.blob_label(descriptor), self.pull)
 
     def blob_label(self, descriptor: Descriptor) -> str:
-        """Return how errors call a blob."""
+        """Return the name of a blob in errors."""
         return f"blob {descriptor.digest} of {self.label}"
 
     def manifest_label(self, name: str) -> str:
-        """Return how errors call the manifest `name`."""
+        """Return the name of the manifest `name`, a tag or a digest, in errors."""
         return f"{self.label}{'@' if ':' in name else ':'}{name}"
 
     def request(

@@ -133,7 +133,7 @@ class HttpClient:
         return self.retried(lambda: self.attempt(call))
 
     def retried(self, try_once: Callable[[], T], stop: Stop | None = None) -> T:
-        """Return what `try_once` returns, tried as often as the policy says."""
+        """Return what `try_once` returns, after as many tries as the retry policy allows."""
         retries = self.retries(stop)
         while True:
             try:
@@ -146,7 +146,7 @@ class HttpClient:
         return Retries(self.retry, stop or self.stop, self.report)
 
     def attempt(self, call: Call) -> requests.Response:
-        """Return the answer to one try; raise `FailedTry` where another may succeed."""
+        """Return the response to one try; raise `FailedTry` if another may succeed."""
         (call.stop or self.stop).check()
         sent = None if call.anonymous else self._authenticator.header(call.scopes)
         response = self._follow_redirects(call, sent)
@@ -183,7 +183,7 @@ class HttpClient:
         )
 
     def location(self, response: requests.Response, what: str) -> str:
-        """Return where the `Location` of an answer leads."""
+        """Return the absolute URL in the `Location` of a response."""
         location = response.headers.get("Location", "")
         if not location:
             raise RegistryError(
@@ -202,7 +202,7 @@ class HttpClient:
         for _ in range(MAX_REDIRECTS + 1):
             headers = {**_HEADERS, **call.headers}
             if origin_of(url) != origin_of(call.url):
-                headers.pop("Authorization", None)  # what a token request brought along
+                headers.pop("Authorization", None)  # of a token request
             if authorization and self._is_own(url):
                 headers["Authorization"] = authorization
             response = self._send(call, url, headers)
@@ -223,8 +223,8 @@ class HttpClient:
         )
 
     def _send(self, call: Call, url: str, headers: Mapping[str, str]) -> requests.Response:
-        # By the adapter itself: a session would add what .netrc, cookies and its defaults say,
-        # and read the body of a redirect whole.
+        # Without a `requests.Session`, which would add headers from .netrc, cookies and its
+        # defaults, and would read the whole body of a redirect.
         request = requests.PreparedRequest()
         answer_time = call.answer_time or self.timeouts.idle
         origin = origin_of(url)
@@ -249,9 +249,9 @@ class HttpClient:
     def guarded(
         self, what: str, url: str, stop: Stop | None = None, inflow: Inflow | None = None
     ) -> Iterator[None]:
-        """Talk to `url`: heed a stop, and translate the exceptions of the network.
+        """Run network calls to `url`: a stop ends them, and their exceptions become ours.
 
-        What arrives is held to `inflow`, by default to the minimum speed.
+        `inflow` limits the received bytes, by default only to the minimum speed.
         """
         with waiting(stop or self.stop, self.timeouts.idle, inflow or Inflow(self.timeouts)):
             try:
@@ -260,8 +260,8 @@ class HttpClient:
                 raise network_error(what, origin_of(url).netloc, error) from error
 
     def inflow(self, length: int, seconds: float = math.inf) -> Inflow:
-        """Return what may arrive while `length` bytes of a body are read."""
-        # A chunk of one byte takes six; after the last one may be trailers.
+        """Return the limit on received bytes while `length` bytes of a body are read."""
+        # A chunk of one byte takes six bytes; trailers may follow the last chunk.
         return Inflow(self.timeouts, max_bytes=8 * length + MAX_HEAD, seconds=seconds)
 
     def _read(self, call: Call, response: requests.Response) -> bytes:
@@ -274,8 +274,8 @@ class HttpClient:
         raise RegistryError(f"{call.what}: {host} sends more than {call.limit} bytes", host=host)
 
     def _read_error(self, call: Call, response: requests.Response) -> bytes:
-        """Return what an answer that is no success says, if it can be read."""
-        if response.status_code == 416:  # docker-registry 2.8.2 names a length that never comes
+        """Return the body of a failed response with secrets masked, b"" if it cannot be read."""
+        if response.status_code == 416:  # docker-registry 2.8.2 states a length but sends no body
             response.close()
             return b""
         try:

@@ -33,11 +33,11 @@ from modelpack.errors import (
 from modelpack.registry.limits import RETRYABLE_STATUSES, FailedTry, parse_retry_after
 from modelpack.registry.sockets import TooMuchError
 
-#: What a failing exchange may raise, for the `except` clauses of this package.
+#: Exceptions of a failed request, for the `except` clauses of this package.
 NETWORK_ERRORS: Final = (requests.RequestException, HTTPError, OSError)
 
 MAX_ERROR_BODY = 64 * 1024
-# What a server says to a client without a certificate (TLS 1.3), or with one that it does not like.
+# Alerts of a server to a client without a certificate (TLS 1.3), or with one that it rejects.
 _CLIENT_ALERT = re.compile(r"ALERT_(CERTIFICATE|BAD_CERTIFICATE|UNSUPPORTED_CERT|UNKNOWN_CA)")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 
@@ -50,7 +50,7 @@ class ErrorBody(NamedTuple):
 
     @classmethod
     def parse(cls, body: bytes) -> ErrorBody:
-        """Return the first error in `body`, which may be anything."""
+        """Return the first error in `body`, an empty one if there is none."""
         try:
             first = json.loads(body)["errors"][0]
             code, message = first.get("code"), first.get("message")
@@ -65,7 +65,7 @@ class ErrorBody(NamedTuple):
 def answer_error(
     what: str, host: str, status: int, body: bytes, *, from_registry: bool = True
 ) -> RegistryError:
-    """Return the error that the answer `status` with `body` of `host` means for `what`.
+    """Return the error for the response `status` with `body` of `host` to a request for `what`.
 
     `from_registry` is false for storage that the registry redirected to.
     """
@@ -85,27 +85,27 @@ def _kind_of(
     if status == 401:
         return AuthError, "log in with `modelpack login`; a missing repository may look the same"
     if status == 403:
-        return DeniedError, "the account may not do this there; ask who runs the registry"
+        return DeniedError, "ask the operator of the registry for this permission"
     if status == 404:
         return NotFoundError, None
     if code == "MANIFEST_BLOB_UNKNOWN":  # with 400, in docker-registry 2.8.2
-        return NotFoundError, "all blobs of a manifest have to be there before it"
+        return NotFoundError, "push all blobs of a manifest before it"
     if status == 429:
-        return RemoteUnavailableError, "the registry limits requests; log in or wait"
+        return RemoteUnavailableError, "log in or wait: the registry limits requests"
     if status in RETRYABLE_STATUSES:
         return RemoteUnavailableError, None
     if status == 405 or code == "UNSUPPORTED":
-        return RegistryError, "the registry does not offer this, or has it switched off"
+        return RegistryError, "check whether the registry supports this and has it enabled"
     return RegistryError, None
 
 
 def failed_answer(
     what: str, response: requests.Response, host: str, body: bytes, now: float, *, own: bool
 ) -> RegistryError | FailedTry:
-    """Return what to raise for an answer that is no success: a failed try where another may help.
+    """Return the error for a failed response: a `FailedTry` if another try may succeed.
 
-    Storage behind a redirect that is not `own` may refuse an expired signature, with 400 or 410
-    as well; asking the registry again gets a new one.
+    `own` is false for storage behind a redirect, which may refuse an expired signature, also with
+    400 or 410; another request to the registry gets a new signature.
     """
     status = response.status_code
     error = answer_error(what, host, status, body, from_registry=own)
@@ -116,7 +116,7 @@ def failed_answer(
 
 
 def network_error(what: str, host: str, error: Exception) -> RegistryError | FailedTry:
-    """Return what to raise for an exception of the network: mostly a failed try."""
+    """Return the error for an exception of the network, in most cases a `FailedTry`."""
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -127,9 +127,9 @@ def network_error(what: str, host: str, error: Exception) -> RegistryError | Fai
             )
         if isinstance(cause, ssl.SSLError) and _CLIENT_ALERT.search(cause.reason or ""):
             return RemoteUnavailableError(
-                f"{what}: {host} wants a client certificate that it trusts",
+                f"{what}: {host} requires a client certificate that it trusts",
                 host=host,
-                hint=f"give --client-cert, or have it in certs.d/{host}/client.cert",
+                hint=f"use --client-cert, or store it as certs.d/{host}/client.cert",
             )
         if isinstance(cause, ssl.SSLError) and cause.reason in (
             "WRONG_VERSION_NUMBER",
@@ -144,13 +144,13 @@ def network_error(what: str, host: str, error: Exception) -> RegistryError | Fai
             )
         if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
             return RemoteUnavailableError(
-                f"{what}: there is no host {host}",
+                f"{what}: no such host: {host}",
                 host=host,
                 hint="check the name; a bare host name may need its domain",
             )
     if any(isinstance(cause, TooMuchError) for cause in causes):
         return RegistryError(
-            f"{what}: {host} sends headers, interim responses or trailers without end", host=host
+            f"{what}: {host} sends too many headers, interim responses or trailers", host=host
         )
     if any(_is_timeout(cause) for cause in causes):
         return FailedTry(RemoteTimeoutError(f"{what}: {host} did not answer in time", host=host))
@@ -166,7 +166,7 @@ def network_error(what: str, host: str, error: Exception) -> RegistryError | Fai
 
 
 def _is_timeout(cause: BaseException) -> bool:
-    if isinstance(cause, NewConnectionError):  # to urllib3, a refused connection is one as well
+    if isinstance(cause, NewConnectionError):  # urllib3 derives it from a timeout
         return False
     return isinstance(
         cause, TimeoutError | requests.Timeout | ReadTimeoutError | ConnectTimeoutError
@@ -174,7 +174,7 @@ def _is_timeout(cause: BaseException) -> bool:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield `error` and all that it wraps, in whichever way its library does that."""
+    """Yield `error` and all exceptions that it wraps as argument, reason, cause or context."""
     todo: list[Any] = [error]
     seen: set[int] = set()
     while todo:
@@ -187,6 +187,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def shown(text: str, length: int) -> str:
-    """Return what a server wrote, shortened and without control characters."""
+    """Return text of a server, shortened and without control characters."""
     clean = _UNPRINTABLE.sub(" ", text).strip()
     return clean if len(clean) <= length else clean[:length] + "…"

@@ -16,18 +16,18 @@ from email.utils import parsedate_to_datetime
 from typing import Final
 
 from modelpack.errors import RegistryError
-from modelpack.progress import Action, Progress, ProgressCallback, Stop
+from modelpack.progress import Action, Progress, ProgressCallback, SpeedMeter, Stop
 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Limits in seconds; there is none for a whole transfer, which takes as long as it takes.
+    """Limits in seconds; a whole transfer has none.
 
-    `connect` is for a connection, `idle` for any wait in which nothing comes or goes, `commit` for
-    the answer after an upload's last byte (registries may copy the blob in their storage first).
-    A download that is slower than `minimum_speed` bytes a second, over `idle`, is a broken one.
-    `reply` is for headers, and for all that is not a blob (manifests, tokens, lists, errors): each
-    has to be complete so many seconds after its first byte.
+    `connect` is for a connection, `idle` for any wait in which nothing is received or sent,
+    `commit` for the response to an upload's last byte (registries may copy the blob in their
+    storage first). A download slower than `minimum_speed` bytes a second, over `idle`, counts as
+    broken. `reply` is for headers, and for bodies that are not blobs (manifests, tokens, lists,
+    errors): each must be complete this many seconds after its first byte.
     """
 
     connect: float = 10.0
@@ -37,7 +37,7 @@ class Timeouts:
     reply: float = 300.0
 
 
-# Seconds of traffic that may go at once after a pause.
+# Seconds of traffic that may be sent at once after a pause.
 _BURST: Final = 0.25
 _MIN_STEP: Final = 1024
 
@@ -49,7 +49,7 @@ class RateLimit:
         self, bytes_per_second: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         if bytes_per_second <= 0:
-            raise ValueError(f"a rate of {bytes_per_second} bytes a second moves nothing")
+            raise ValueError(f"rate must be positive, got {bytes_per_second} bytes a second")
         self._rate = bytes_per_second
         self._clock = clock
         self._lock = threading.Lock()
@@ -58,7 +58,7 @@ class RateLimit:
         self.step = max(_MIN_STEP, int(bytes_per_second * _BURST / 2))
 
     def wait(self, count: int, stop: Stop) -> None:
-        """Wait until `count` bytes may go; raise `InterruptedTransferError` for a stop."""
+        """Wait until `count` bytes may be moved; raise `InterruptedTransferError` for a stop."""
         with self._lock:
             now = self._clock()
             self._paid_until = max(self._paid_until, now - _BURST) + count / self._rate
@@ -67,7 +67,7 @@ class RateLimit:
             stop.wait(delay)
 
 
-_LOOK = 0.1  # seconds between looks at the second of two
+_LOOK = 0.1  # seconds between two checks of the second stop
 
 
 def either(first: Stop, second: Stop) -> Stop:
@@ -97,55 +97,48 @@ class _Either(Stop):
 
 
 class Speed:
-    """How fast one connection brings a blob; only the time spent reading counts."""
+    """Decides by `timeouts` whether the connection that brings a blob is too slow."""
 
     def __init__(self, timeouts: Timeouts) -> None:
-        self._minimum = timeouts.minimum_speed
-        self._window = timeouts.idle
-        self._seconds = 0.0
-        self._bytes = 0
-        self._window_seconds = 0.0
-        self._window_bytes = 0
+        self._timeouts = timeouts
+        self._whole, self._window = SpeedMeter(), SpeedMeter()
 
     @contextmanager
     def clocked(self) -> Iterator[None]:
-        """Count the time that this context takes."""
-        started = time.monotonic()
-        try:
+        """Count the time of the block, which waits for bytes."""
+        with self._whole, self._window:
             yield
-        finally:
-            elapsed = time.monotonic() - started
-            self._seconds += elapsed
-            self._window_seconds += elapsed
 
     def is_too_low(self, count: int) -> bool:
         """Count bytes; return whether the last whole window was below the minimum."""
-        self._bytes += count
-        self._window_bytes += count
-        if self._window_seconds < self._window:
+        self._whole.bytes += count
+        self._window.bytes += count
+        if self._window.seconds < self._timeouts.idle:
             return False
-        slow = self._window_bytes < self._minimum * self._window_seconds
-        self._window_seconds, self._window_bytes = 0.0, 0
+        slow = self._window.is_below(self._timeouts.minimum_speed)
+        self._window.reset()
         return slow
 
     def was_fair(self, size: int, pause: float) -> bool:
-        """Return whether the connection brought something of `size` bytes, and not at a crawl.
+        """Return whether the connection brought enough of a blob of `size` bytes for its time.
 
-        The `pause` before the next connection counts (seconds): a server that cuts each off after
-        a byte crawls as well. It does not for a connection that brought a hundredth of it all.
+        `pause`, the seconds before the next connection, counts as time: a server that cuts off each
+        connection after a byte is too slow. It does not count if the connection brought a hundredth
+        of the blob.
         """
-        pause = 0.0 if self._bytes * 100 >= size else pause
-        return self._bytes > 0 and self._bytes >= self._minimum * (self._seconds + pause)
+        whole = self._whole
+        seconds = whole.seconds + (0.0 if whole.bytes * 100 >= size else pause)
+        return whole.bytes > 0 and whole.bytes >= self._timeouts.minimum_speed * seconds
 
 
 @dataclass(frozen=True, slots=True)
 class BlobOptions:
-    """How blobs are sent and fetched; sizes are bytes.
+    """How blobs are uploaded and downloaded; sizes are bytes.
 
-    `chunk_size` sends blobs in chunks of that size, or of what the registry wants at least; by
-    default a blob goes in one piece, which every registry takes. A blob that is large and slow to
-    come is fetched over up to `connections` at a time, counted over all blobs beyond the first
-    connection of each. `rate` holds all of it back.
+    With `chunk_size`, blobs are uploaded in chunks of that size, or of the registry's minimum if
+    that is larger; by default in one request, which every registry accepts. A large blob that
+    arrives slowly is downloaded over up to `connections` connections: each blob has one, and all
+    blobs share the others. `rate` limits all transfers together.
     """
 
     chunk_size: int | None = None
@@ -154,9 +147,9 @@ class BlobOptions:
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"a chunk of {self.chunk_size} bytes is none")
+            raise ValueError(f"chunk_size must be positive, got {self.chunk_size}")
         if self.connections < 1:
-            raise ValueError(f"{self.connections} connections fetch nothing")
+            raise ValueError(f"connections must be positive, got {self.connections}")
 
 
 RETRYABLE_STATUSES: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -166,10 +159,10 @@ RETRYABLE_STATUSES: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 class RetryPolicy:
     """How often and how fast to retry; times are seconds.
 
-    `tries` counts tries without progress: a download that got further starts counting anew. The
-    wait doubles from `first_delay` to `max_delay`, less up to half of it by chance. A server that
-    asks to wait longer than `max_retry_after` is not waited for. `sleep`, `now` and `chance` are
-    there for tests; without `sleep`, a request to stop ends the wait.
+    `tries` counts tries without progress: each progress of a download resets the count. The wait
+    doubles from `first_delay` to `max_delay`, minus a random part of up to half. If a server asks
+    for a longer wait than `max_retry_after`, the call fails at once. `sleep`, `now` and `chance`
+    are for tests; without `sleep`, a stop ends the wait.
     """
 
     tries: int = 5
@@ -181,12 +174,12 @@ class RetryPolicy:
     chance: Callable[[], float] = random.random
 
     def delay(self, failures: int) -> float:
-        """Return the wait after this many failures in a row, at least one."""
+        """Return the wait after this many failures in a row (one or more)."""
         full = min(self.max_delay, self.first_delay * 2.0 ** min(failures - 1, 30))
         return full * (1 - self.chance() / 2)
 
     def wait(self, seconds: float, stop: Stop) -> None:
-        """Wait; raise `InterruptedTransferError` when a stop is asked for."""
+        """Wait; raise `InterruptedTransferError` if a stop is requested."""
         if self.sleep is None:
             stop.wait(seconds)
         else:
@@ -195,7 +188,7 @@ class RetryPolicy:
 
 
 class FailedTry(Exception):
-    """A try that failed in a way that another may not; `error` is raised when none is left."""
+    """A try that failed, though another may succeed; `error` is raised after the last one."""
 
     def __init__(self, error: RegistryError, retry_after: float | None = None) -> None:
         super().__init__(str(error))
@@ -204,7 +197,7 @@ class FailedTry(Exception):
 
 
 class Retries:
-    """The failed tries of one call."""
+    """Counts the failed tries of one call and waits between them."""
 
     def __init__(self, policy: RetryPolicy, stop: Stop, report: ProgressCallback) -> None:
         self._policy = policy
@@ -213,7 +206,7 @@ class Retries:
         self._failures = 0
 
     def made_progress(self) -> None:
-        """Forget earlier failures: what was achieved since is not lost."""
+        """Reset the count of failures."""
         self._failures = 0
 
     def wait_after(self, failed: FailedTry) -> None:
@@ -230,7 +223,7 @@ class Retries:
                 raise _amended(
                     error,
                     f"it asks to wait {failed.retry_after:.0f} s, "
-                    f"more than the {policy.max_retry_after:.0f} s that are waited",
+                    f"more than the limit of {policy.max_retry_after:.0f} s",
                 ) from failed.__cause__
             delay = max(delay, failed.retry_after)
         self._report(Progress(Action.RETRY, message=f"{error}; trying again in {delay:.1f} s"))

@@ -20,9 +20,9 @@ _MAX_SECRET: Final = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """Where a login is kept: in `helper`, or where that is None as plain text in `file`.
+    """Where a login is stored: in `helper` or, if that is None, as plain text in `file`.
 
-    `checked` is false where the registry let us in before it saw the credentials.
+    `checked` is false if the registry accepted requests without asking for the credentials.
     """
 
     host: str
@@ -32,19 +32,19 @@ class Login:
 
 
 def login_file() -> DockerConfig:
-    """Return where logins are kept: $REGISTRY_AUTH_FILE, which is read first, or Docker's file."""
+    """Return the file for logins: $REGISTRY_AUTH_FILE, which is read first, or Docker's file."""
     chosen = os.environ.get("REGISTRY_AUTH_FILE")
     return DockerConfig(Path(chosen) if chosen else None)
 
 
 def log_in(host: str, username: str, secret: str, config: DockerConfig, **options: Any) -> Login:
-    """Check the credentials against the registry `host`, and keep them in `config`.
+    """Check the credentials with the registry `host`, and store them in `config`.
 
     `options` are those of `Registry`. With the user name `<token>` the secret is an identity token.
-    Raises `AuthError` where the registry refuses them, and keeps nothing then.
+    Raises `AuthError`, and stores nothing, if the registry refuses them.
     """
     _check(host, username, secret)
-    credential = Credential.of_pair(username, secret, "what was typed")
+    credential = Credential.of_pair(username, secret, "this login")
     source = _Asked(host, credential)
     with Registry(host, credentials=source, **options) as registry:
         registry.ping()
@@ -53,13 +53,13 @@ def log_in(host: str, username: str, secret: str, config: DockerConfig, **option
 
 
 def log_out(host: str, config: DockerConfig) -> bool:
-    """Forget the credentials for `host`; return whether there were any."""
+    """Delete the credentials for `host`; return whether there were any."""
     _check_host(host)
     return config.erase(host)
 
 
 class _Asked(StaticCredentials):
-    """Notices whether the registry wanted the credentials at all."""
+    """Credentials that record whether the registry asked for them."""
 
     def __init__(self, host: str, credential: Credential) -> None:
         super().__init__({host: credential})
@@ -74,18 +74,18 @@ def _check(host: str, username: str, secret: str) -> None:
     _check_host(host)
     if not username or ":" in username or not username.isprintable():
         raise UsageError(
-            "a user name is printable, not empty and without a colon", hint="see --username"
+            "the user name must be printable, not empty and without a colon", hint="use --username"
         )
-    # Neither repeats the secret.
+    # These messages must not contain the secret.
     if not secret:
         raise UsageError("the password is empty")
     if len(secret) > _MAX_SECRET or any(c in secret for c in "\0\r\n"):
-        raise UsageError(f"a password is one line of at most {_MAX_SECRET} characters")
+        raise UsageError(f"the password must be one line of at most {_MAX_SECRET} characters")
 
 
 def _check_host(host: str) -> None:
     if not host or any(c in host for c in "/@?#\\") or not host.isprintable() or " " in host:
         raise UsageError(
-            f"{host[:200]!r} is no registry: expected HOST or HOST:PORT",
+            f"{host[:200]!r} is not a registry: expected HOST or HOST:PORT",
             hint="leave out https:// and the name of the repository",
         )

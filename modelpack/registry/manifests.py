@@ -1,7 +1,7 @@
 """Manifests and tags of one repository.
 
 distribution-spec "Pulling manifests", "Pushing manifests", "Listing tags". The bytes of a manifest
-are passed on as they are; what the registry says about them has to agree with them.
+stay unchanged, and the registry's headers must agree with them.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from modelpack.registry.endpoint import Endpoint, checked_name
 from modelpack.registry.http_client import HttpClient, stated_number
 from modelpack.registry.urls import joined_url, origin_of
 
-_KNOWN: Final = (*media_types.MANIFEST_TYPES, *media_types.INDEX_TYPES)
-_ACCEPT: Final = {"Accept": ", ".join(_KNOWN)}
-#: More pages of a list are refused: a sound registry has a hundred entries or more on each.
+_ACCEPT: Final = {"Accept": ", ".join(media_types.MANIFEST_AND_INDEX_TYPES)}
+#: Limit on the pages of a list, each of which usually has a hundred entries or more.
 MAX_PAGES: Final = 10_000
 _MAX_PAGE_BYTES: Final = 32 * 1024 * 1024
 #: Bytes of all pages of one list: room for a million tags of the greatest length.
@@ -40,7 +39,7 @@ MAX_LIST_BYTES: Final = 160 * 1024 * 1024
 
 
 def resolve(endpoint: Endpoint, name: str) -> Descriptor:
-    """Return the descriptor of the manifest `name`, by HEAD where its answer says it all."""
+    """Return the descriptor of the manifest `name`, by HEAD if its headers suffice, else by GET."""
     name = checked_name(name)
     what = endpoint.manifest_label(name)
     try:
@@ -87,7 +86,7 @@ def fetch_by_name(endpoint: Endpoint, name: str) -> tuple[Descriptor, bytes]:
 
 
 def fetch(endpoint: Endpoint, descriptor: Descriptor) -> bytes:
-    """Return the bytes of the manifest that `descriptor` stands for."""
+    """Return the bytes of a manifest, verified against `descriptor`."""
     what = endpoint.manifest_label(str(descriptor.digest))
     _check_size(descriptor.size, what)
     found, raw = fetch_by_name(endpoint, str(descriptor.digest))
@@ -108,7 +107,7 @@ def write(
 ) -> bool:
     """Write a manifest under its digest, or under `name`.
 
-    Returns whether the registry said that it took note of the manifest's subject.
+    Returns whether the registry lists the manifest under its subject (`OCI-Subject`).
     """
     name = checked_name(name or str(descriptor.digest))
     what = endpoint.manifest_label(name)
@@ -124,7 +123,9 @@ def write(
     )
     stated = _stated_digest(response, what)
     if stated is not None and stated.algorithm == descriptor.digest.algorithm:
-        descriptor.digest.check_equal(stated, f"{what}: Docker-Content-Digest of what was pushed")
+        descriptor.digest.check_equal(
+            stated, f"{what}: Docker-Content-Digest of the pushed manifest"
+        )
     return "OCI-Subject" in response.headers
 
 
@@ -155,31 +156,31 @@ def tags(endpoint: Endpoint) -> Iterator[str]:
 
 
 class Pages:
-    """The pages of one list that were fetched, so that a server cannot lead on without end."""
+    """The fetched pages of one list, limited so that a server cannot continue it without end."""
 
     def __init__(self, what: str, most: int = 1_000_000) -> None:
-        """`what` names the list in errors; `most` entries are taken."""
+        """`what` names the list in errors; it may have `most` entries."""
         self._what = what
         self._most = most
         self._seen: set[str] = set()
         self._bytes = 0
 
     def check(self, url: str, count: int) -> None:
-        """Raise `RegistryError` if the list, of which there are `count` entries, does not end."""
+        """Record the page `url`; raise `RegistryError` for a loop, or too many entries or pages."""
         if url in self._seen:
             raise RegistryError(f"{self._what}: pagination loop: a page was already fetched")
         self._seen.add(url)
         if count > self._most or len(self._seen) > MAX_PAGES:
             raise RegistryError(
-                f"{self._what}: the list does not end: {count} entries on {len(self._seen)} pages"
+                f"{self._what}: the list is too long: {count} entries on {len(self._seen)} pages"
             )
 
     def add(self, page: bytes) -> None:
-        """Count a page that was fetched; raise `RegistryError` if all are too large together."""
+        """Count the bytes of a page; raise `RegistryError` if all pages together are too large."""
         self._bytes += len(page)
         if self._bytes > MAX_LIST_BYTES:
             raise RegistryError(
-                f"{self._what}: the list does not end: more than {MAX_LIST_BYTES} bytes "
+                f"{self._what}: the list is too long: more than {MAX_LIST_BYTES} bytes "
                 f"on {len(self._seen)} pages"
             )
 
@@ -198,7 +199,7 @@ def next_page(client: HttpClient, response: requests.Response, what: str) -> str
 
 def _no_manifest(what: str, error: NotFoundError) -> NotFoundError:
     return NotFoundError(
-        f"there is no {what} ({error.code or error.status_code})",
+        f"no such manifest: {what} ({error.code or error.status_code})",
         host=error.host,
         status_code=error.status_code,
         code=error.code,
@@ -207,12 +208,12 @@ def _no_manifest(what: str, error: NotFoundError) -> NotFoundError:
 
 
 def _media_type(response: requests.Response) -> str | None:
-    """Return the `Content-Type` without parameters, which there should be none of."""
+    """Return the `Content-Type` without parameters, or None."""
     return response.headers.get("Content-Type", "").partition(";")[0].strip() or None
 
 
 def _stated_digest(response: requests.Response, what: str) -> Digest | None:
-    """Return the `Docker-Content-Digest`, which old servers leave out."""
+    """Return the `Docker-Content-Digest`, or None: old servers do not send it."""
     text = response.headers.get("Docker-Content-Digest")
     if not text:
         return None
@@ -225,7 +226,7 @@ def _stated_digest(response: requests.Response, what: str) -> Digest | None:
 
 
 def _checked_media_type(response: requests.Response, raw: bytes, what: str) -> str:
-    """Return the media type that the answer and the manifest agree on."""
+    """Return the media type, which the response and the manifest must agree on."""
     served = _media_type(response)
     value = decode_object(raw, what)
     own = value.get("mediaType")
@@ -241,7 +242,7 @@ def _checked_media_type(response: requests.Response, raw: bytes, what: str) -> s
 
 
 def _check_known(media_type: Any, what: str) -> None:
-    if media_type not in _KNOWN:
+    if media_type not in media_types.MANIFEST_AND_INDEX_TYPES:
         raise UnsupportedError(
             f"media type {media_type!r} is neither a manifest nor an index", path=what
         )
@@ -261,5 +262,5 @@ def _check_bytes(raw: bytes, descriptor: Descriptor, what: str) -> None:
 def _check_size(size: int, what: str) -> None:
     if size > MAX_DOCUMENT_BYTES:
         raise ManifestError(
-            f"is {size} bytes, more than the limit of {MAX_DOCUMENT_BYTES}", path=what
+            f"has {size} bytes, more than the limit of {MAX_DOCUMENT_BYTES}", path=what
         )

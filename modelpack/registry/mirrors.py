@@ -29,7 +29,7 @@ _MAX_BYTES: Final = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Mirror:
-    """Where a repository is, too; `plain_http` and `insecure` are for that host alone."""
+    """A mirror of a repository; `plain_http` and `insecure` apply to this host only."""
 
     host: str
     repository: str
@@ -38,7 +38,7 @@ class Mirror:
     insecure: bool = False
 
     def serves(self, name: str) -> bool:
-        """Return whether the manifest `name`, a tag or a digest, may come from here."""
+        """Return whether the manifest `name`, a tag or a digest, may be pulled from this mirror."""
         return self.use == "all" or (self.use == "digest-only") == (":" in name)
 
 
@@ -50,7 +50,7 @@ class _Rule:
     mirrors: tuple[Mirror, ...]
 
     def rest_of(self, registry: str, repository: str) -> str | None:
-        """Return what of the name comes after the prefix, None where it does not fit."""
+        """Return the part of the name after the prefix, or None if the rule does not apply."""
         if self.prefix.startswith("*."):
             return repository if registry.endswith(self.prefix[1:]) else None
         name = f"{registry}/{repository}"
@@ -61,7 +61,7 @@ class _Rule:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """How a repository is reached."""
+    """The mirrors of a repository, and whether its own host is `insecure`."""
 
     mirrors: tuple[Mirror, ...] = ()
     insecure: bool = False
@@ -74,7 +74,7 @@ class Mirrors:
         self._rules = sorted(rules, key=lambda rule: len(rule.prefix), reverse=True)
 
     def place(self, registry: str, repository: str) -> Place:
-        """Return how `registry/repository` is reached; raise `UsageError` where it is blocked."""
+        """Return the place of `registry/repository`; raise `UsageError` if it is blocked."""
         for rule in self._rules:
             rest = rule.rest_of(registry, repository)
             if rest is None:
@@ -88,10 +88,10 @@ class Mirrors:
 
 
 def read_mirrors(path: Path | None = None) -> Mirrors:
-    """Return the rules in `path`, else in the user's own file, which may not exist.
+    """Return the rules in `path`, by default those in the user's file, which may be absent.
 
-    That is $MODELPACK_MIRRORS, or registries.toml in the user's configuration directory. Raises
-    `UsageError`, which says what is wrong with it.
+    The user's file is $MODELPACK_MIRRORS, or registries.toml in the user's configuration directory.
+    Raises `UsageError` for a missing or invalid file.
     """
     chosen = path or os.environ.get("MODELPACK_MIRRORS")
     if chosen is None:
@@ -106,7 +106,7 @@ def read_mirrors(path: Path | None = None) -> Mirrors:
     except FileNotFoundError:
         if chosen is None:
             return Mirrors()
-        raise UsageError(f"{path}: there is no such file") from None
+        raise UsageError(f"no such file: {path}") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     try:
@@ -123,7 +123,9 @@ def _rule(entry: dict[str, Any]) -> _Rule:
     if not isinstance(prefix, str) or not prefix:
         raise ValueError("a [[registry]] has no prefix")
     if entry.get("location", prefix) != prefix:
-        raise ValueError(f"{prefix}: another location is not supported; give it as a mirror")
+        raise ValueError(
+            f"{prefix}: a location other than the prefix is not supported: write it as a mirror"
+        )
     mirrors = tuple(_mirror(one, prefix) for one in _tables(entry, "mirror"))
     return _Rule(
         prefix.strip("/"),
@@ -145,7 +147,7 @@ def _mirror(entry: dict[str, Any], prefix: str) -> Mirror:
             location, plain_http = location.removeprefix(scheme), plain
     host, _, path = location.strip("/").partition("/")
     if not host or any(c in host for c in "@?#\\ "):
-        raise ValueError(f"{prefix}: a mirror's location has no usable host")
+        raise ValueError(f"{prefix}: a mirror's location has no valid host")
     insecure = _flag(entry, "insecure", prefix)
     return Mirror(host, path, cast(Use, use), plain_http, insecure)
 
@@ -169,5 +171,5 @@ def _tables(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
 def _flag(entry: dict[str, Any], name: str, prefix: str) -> bool:
     value = entry.get(name, False)
     if not isinstance(value, bool):
-        raise ValueError(f"{prefix}: {name!r} is neither true nor false")
+        raise ValueError(f"{prefix}: {name!r} must be true or false")
     return value

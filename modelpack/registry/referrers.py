@@ -1,10 +1,10 @@
-"""Referrers: the manifests that say something about another one, which is their subject.
+"""Referrers: manifests that refer to another one, their subject, such as signatures.
 
-distribution-spec 1.1, "Listing Referrers" and "Referrers Tag Schema". A registry without the API
-has a list of ours instead: an image index under a tag made of the subject's digest, which every
-client keeps up by itself. Two that do so at once can lose an entry; so a writer takes turns with
-others of its process, sends `If-Match` where the registry gives an ETag, and looks again after it
-wrote, until its entry is there.
+distribution-spec 1.1, "Listing Referrers" and "Referrers Tag Schema". For a registry without the
+API, clients keep the list themselves: an image index under a tag made of the subject's digest. Two
+clients that change it at once can lose an entry. So a writer excludes others of its process, sends
+`If-Match` if the registry returns an ETag, and reads the list again after a write until its entry
+is there.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from modelpack.errors import ConflictError, NotFoundError, RegistryError, Unsupp
 from modelpack.registry import manifests
 from modelpack.registry.endpoint import Endpoint
 
-#: More manifests about one model are refused: somebody else fills the list.
+#: Limit on the referrers of one manifest: a longer list is an attack.
 MAX_REFERRERS: Final = 100_000
 _TRIES: Final = 20
-# What registries without the API answer, besides 404.
+# Statuses of registries without the API, besides 404.
 _NO_API: Final = (400, 405, 501)
 _ILLEGAL = re.compile(r"[^a-zA-Z0-9._-]")
 
 
 class _Turn:
-    """A lock that is forgotten when nobody holds or awaits it."""
+    """A lock that is deleted when no thread holds or awaits it."""
 
     __slots__ = ("__weakref__", "lock")
 
@@ -46,7 +46,7 @@ _turns_lock = threading.Lock()
 
 
 class _Listed(NamedTuple):
-    """What a fallback tag says; `etag` is empty where the registry gives none."""
+    """The list under a fallback tag; `etag` is empty if the registry returns none."""
 
     entries: tuple[Descriptor, ...]
     etag: str = ""
@@ -58,19 +58,20 @@ def fallback_tag(subject: Digest) -> str:
 
 
 def listed(endpoint: Endpoint, subject: Digest, artifact_type: str | None) -> list[Descriptor]:
-    """Return the referrers of `subject`, by the API or else by the fallback tag; by digest."""
+    """Return the referrers of `subject`, by the API or else the fallback tag, sorted by digest."""
     found: Sequence[Descriptor] | None = _by_api(endpoint, subject, artifact_type)
     if found is None:
         found = _read(endpoint, subject).entries
-    # A registry may leave the filtering to us.
+    # The registry may not have filtered the list.
     wanted = (one for one in found if artifact_type in (None, one.artifact_type))
     return sorted({one.digest: one for one in wanted}.values(), key=lambda one: str(one.digest))
 
 
 def add(endpoint: Endpoint, subject: Digest, referrer: Descriptor) -> None:
-    """Have the fallback tag of `subject` list a manifest; see above on others that write too.
+    """Add a manifest to the fallback tag of `subject`, also while other clients write it.
 
-    Raises `ConflictError` if others keep undoing it, `UnsupportedError` if the tag is no list.
+    Raises `ConflictError` if others keep undoing the change, `UnsupportedError` if the tag does not
+    name a list of referrers.
     """
 
     def added(entries: tuple[Descriptor, ...]) -> tuple[Descriptor, ...]:
@@ -82,7 +83,7 @@ def add(endpoint: Endpoint, subject: Digest, referrer: Descriptor) -> None:
 
 
 def remove(endpoint: Endpoint, subject: Digest, digest: Digest) -> bool:
-    """Take a manifest off the fallback tag of `subject`; return whether it was there."""
+    """Remove a manifest from the fallback tag of `subject`; return whether it was listed."""
     return _change(
         endpoint,
         subject,
@@ -93,7 +94,7 @@ def remove(endpoint: Endpoint, subject: Digest, digest: Digest) -> bool:
 def _by_api(
     endpoint: Endpoint, subject: Digest, artifact_type: str | None
 ) -> list[Descriptor] | None:
-    """Return what the registry lists; None if it has no such API."""
+    """Return the list of the referrers API; None if the registry has no such API."""
     what = f"referrers of {endpoint.manifest_label(str(subject))}"
     url: str | None = endpoint.referrers_url(subject, artifact_type)
     pages = manifests.Pages(what, MAX_REFERRERS)
@@ -110,7 +111,7 @@ def _by_api(
                 return None
             raise
         media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
-        if media_type != media_types.OCI_INDEX:  # some page of a proxy or a web site
+        if media_type != media_types.OCI_INDEX:  # a page of a proxy or a web site
             return None
         pages.add(response.content)
         found += Index.parse(response.content, what).manifests
@@ -123,7 +124,7 @@ def _change(
     subject: Digest,
     change: Callable[[tuple[Descriptor, ...]], tuple[Descriptor, ...]],
 ) -> bool:
-    """Have the fallback tag list what `change` makes of it; return whether that was a change."""
+    """Apply `change` to the list under the fallback tag; return whether the list changed."""
     tag = fallback_tag(subject)
     key = (endpoint.client.origin, endpoint.name, tag)
     with _turns_lock:
@@ -137,13 +138,13 @@ def _change(
                 return tries > 0
             _write(endpoint, tag, after, before.etag)
     raise ConflictError(
-        f"{endpoint.manifest_label(tag)}: others keep changing the list of referrers",
-        hint="try again when they are done",
+        f"{endpoint.manifest_label(tag)}: other clients keep changing the list of referrers",
+        hint="try again later",
     )
 
 
 def _read(endpoint: Endpoint, subject: Digest) -> _Listed:
-    """Return what the fallback tag lists; nothing if there is none."""
+    """Return the list under the fallback tag, an empty one if there is no such tag."""
     tag = fallback_tag(subject)
     what = endpoint.manifest_label(tag)
     accept = {"Accept": ", ".join((*media_types.INDEX_TYPES, *media_types.MANIFEST_TYPES))}
@@ -154,9 +155,9 @@ def _read(endpoint: Endpoint, subject: Digest) -> _Listed:
     media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
     if media_type != media_types.OCI_INDEX:
         raise UnsupportedError(
-            f"is {media_type!r}, expected the index of referrers that belongs under this tag",
+            f"is {media_type!r}, expected an index of referrers under this tag",
             path=what,
-            hint="somebody gave something else that name; delete or rename it",
+            hint="delete the tag, or rename what it names",
         )
     index = Index.parse(response.content, what)
     return _Listed(index.manifests, response.headers.get("ETag", ""))
@@ -174,5 +175,5 @@ def _write(endpoint: Endpoint, tag: str, entries: Sequence[Descriptor], etag: st
     try:
         manifests.write(endpoint, descriptor, raw, tag, headers)
     except RegistryError as error:
-        if error.status_code not in (409, 412):  # else somebody was faster: read again
+        if error.status_code not in (409, 412):  # otherwise another client was faster: read again
             raise

@@ -48,7 +48,7 @@ from modelpack.storage import (
     Watch,
 )
 
-#: More repositories are refused: somebody counts for ever.
+#: Limit on the repositories of a registry, so that the list ends.
 MAX_REPOSITORIES: Final = 1_000_000
 _SCOPES: Final[Scopes] = frozenset({("registry:catalog", "*")})
 _PAGE: Final = 1000
@@ -75,7 +75,7 @@ def repositories(client: HttpClient, host: str) -> Iterator[str]:
                 f"{host} does not list its repositories",
                 host=host,
                 status_code=error.status_code,
-                hint="name them",
+                hint="name the repositories",
             ) from None
         pages.add(response.content)
         value = decode_object(response.content, what, limit=_MAX_PAGE_BYTES)
@@ -100,7 +100,7 @@ class Repository:
         self._endpoint = endpoint
         self._client = endpoint.client
         self._lock = threading.Lock()
-        self._sessions: dict[Digest, str] = {}  # uploads that a mount opened instead
+        self._sessions: dict[Digest, str] = {}  # URLs of sessions that failed mounts opened
 
     def __repr__(self) -> str:
         return f"Repository({self._endpoint.label!r})"
@@ -118,25 +118,25 @@ class Repository:
         return manifests.fetch_by_name(self._endpoint, name)
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
-        """Return the blob to read from; whether it exists shows when it is opened."""
+        """Return the blob as a source; opening it raises `NotFoundError` if it is missing."""
         return RemoteBlob(self._endpoint.blob(descriptor), descriptor)
 
     def open_file(self, descriptor: Descriptor, *, limit: int = LIMIT) -> RemoteFile:
         """Return the blob as a seekable file, read by ranges; not verified, `limit` bytes at most.
 
-        Whether it exists shows when it is read.
+        Reading it raises `NotFoundError` if it is missing.
         """
         return RemoteFile(self._endpoint.blob(descriptor), descriptor, limit=limit)
 
     def has_blob(self, descriptor: Descriptor) -> bool:
-        """Return whether the blob is there, with the right size."""
+        """Return whether the repository has the blob, with the right size."""
         return self._client.retried(self._upload(descriptor).exists)
 
     def write_blob(self, descriptor: Descriptor, source: BlobSource, watch: Watch) -> Outcome:
-        """Have the blob, sending it from `source` if it is not there.
+        """Upload the blob from `source` unless the repository has it.
 
-        Raises `DigestMismatchError`, `SizeMismatchError` or what the source raises if its bytes are
-        others, and `InterruptedTransferError`; none of them leaves an upload behind.
+        Raises `DigestMismatchError` or `SizeMismatchError` if the source has other bytes, what the
+        source raises, and `InterruptedTransferError`; each of them cancels the upload.
         """
         with self._lock:
             session = self._sessions.pop(descriptor.digest, "")
@@ -155,7 +155,7 @@ class Repository:
         except RemoteUnavailableError:
             raise
         except RegistryError:
-            return False  # a plain upload says what is wrong, if it is not just the mount
+            return False  # the upload fails with the reason if more than the mount is refused
         if session is None:
             return True
         with self._lock:
@@ -163,10 +163,10 @@ class Repository:
         return False
 
     def write_manifest(self, descriptor: Descriptor, raw: bytes, name: str | None = None) -> None:
-        """Write a manifest whose blobs are all there and, with `name`, tag it.
+        """Write a manifest whose blobs the registry has and, with `name`, tag it.
 
-        One with a subject is listed with it: by the registry or, where that has no referrers API,
-        under the fallback tag.
+        A manifest with a subject is listed as its referrer: by the registry or, if that has no
+        referrers API, under the fallback tag.
         """
         noted = manifests.write(self._endpoint, descriptor, raw, name)
         document = parse_manifest_or_index(raw, str(descriptor.digest))
@@ -179,16 +179,16 @@ class Repository:
         return referrers.listed(self._endpoint, subject, artifact_type)
 
     def delete_referrer(self, digest: Digest) -> None:
-        """Delete a manifest that has a subject, and take it off the subject's fallback tag.
+        """Delete a manifest that has a subject, and remove it from the subject's fallback tag.
 
-        Where the registry deletes nothing, it is taken off the list if that is ours to keep.
-        Raises `NotFoundError`, and `UnsupportedError` if the manifest has no subject.
+        If the registry deletes no manifests, removing it from the fallback tag suffices. Raises
+        `NotFoundError`, and `UnsupportedError` if the manifest has no subject.
         """
         descriptor, raw = self.fetch_manifest_by_name(str(digest))
         what = self._endpoint.manifest_label(str(digest))
         subject = parse_manifest_or_index(raw, what, media_type=descriptor.media_type).subject
         if subject is None:
-            raise UnsupportedError("has no subject, so it is attached to nothing", path=what)
+            raise UnsupportedError("has no subject, so it is not a referrer", path=what)
         listed = referrers.remove(self._endpoint, subject.digest, digest)
         try:
             self.delete_manifest(str(digest))
@@ -223,9 +223,9 @@ DEFAULT_BLOBS: Final = BlobOptions()
 class Registry:
     """A registry, by `host[:port]`; docker.io stands for Docker Hub. Threads may share it.
 
-    `credentials` are `default_credentials` by default, looked up only once the registry wants some.
-    `stop` ends what is under way within two seconds, with `InterruptedTransferError`;
-    `report` is told of retries.
+    `credentials` defaults to `default_credentials`; it is read only if the registry asks for
+    credentials. `stop` ends running calls within two seconds, with `InterruptedTransferError`.
+    `report` gets a report of each retry.
     """
 
     def __init__(
@@ -289,25 +289,26 @@ class Registry:
     def mirrored_repository(
         self, name: str, mirrors: Sequence[tuple[Mirror, Repository]]
     ) -> Repository:
-        """Return the repository `name`, read from `mirrors` first, which outlive it."""
+        """Return the repository `name`, read from `mirrors` first; the caller closes those."""
         return MirroredRepository(self, Endpoint(self._client, self.host, name), mirrors)
 
     def repositories(self) -> Iterator[str]:
-        """Yield the names of the repositories, where the registry lists them (Docker's extension).
+        """Yield the names of all repositories, by Docker's extension `/v2/_catalog`.
 
-        Raises `RegistryError` where it does not, `AuthError` where it lists them to others.
+        Raises `RegistryError` if the registry does not list them, `AuthError` if it lists them to
+        other accounts only.
         """
 
         return repositories(self._client, self.host)
 
     def ping(self) -> None:
-        """Raise unless the host is a registry that lets us in (distribution-spec "Probe")."""
+        """Raise unless the host is a registry that accepts the credentials ("Probe")."""
         origin = self._client.origin
         try:
             self._client.request(f"{origin.scheme}://{origin.netloc}/v2/", what="ping")
         except NotFoundError as error:
             raise RegistryError(
-                f"{self.host} is no OCI registry: it has no /v2/",
+                f"{self.host} is not an OCI registry: it has no /v2/",
                 host=self.host,
                 status_code=error.status_code,
             ) from None
@@ -318,14 +319,14 @@ class Registry:
 
 
 T = TypeVar("T")
-#: What sends a reader on to the next place; all else, as a stop, ends the call.
+#: Errors after which the next place is tried; any other, such as a stop, ends the call.
 _TROUBLE = (RegistryError, IntegrityError)
 
 
 class MirroredRepository(Repository):
-    """Reads go to the mirrors in their order, and on to the registry itself where one fails.
+    """A repository that is read from its mirrors in order, then from the registry itself.
 
-    A mirror that did not answer is not asked again. What comes from one is verified like all else.
+    A mirror that did not respond is not used again. Bytes of a mirror are verified as all others.
     """
 
     def __init__(
@@ -358,7 +359,7 @@ class MirroredRepository(Repository):
         return self._first(name, lambda place: place.fetch_manifest_by_name(name), read)
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
-        """Return the blob to read from; whether it exists shows when it is opened."""
+        """Return the blob as a source; opening it raises `NotFoundError` if it is missing."""
         places = [r.blob(descriptor) for m, r in self._usable() if m.serves(str(descriptor.digest))]
         return _MirroredBlob(self, descriptor, [*places, super().blob(descriptor)])
 
@@ -380,9 +381,9 @@ class MirroredRepository(Repository):
         return self._first(digest, opened, lambda _: own(descriptor, limit=limit))
 
     def next_place(self, digest: Digest, count: int) -> int:
-        """Return which of `count` places a blob is read from, another one whenever it starts anew.
+        """Return the index of the place (of `count`) to read a blob from, the next at each restart.
 
-        A blob whose bytes were wrong is started anew, and not where they came from.
+        A blob whose bytes were wrong is read again from its start, and so from another place.
         """
         with self._mirrors_lock:
             place = min(self._read_from.get(digest, 0), count - 1)
@@ -390,13 +391,13 @@ class MirroredRepository(Repository):
             return place
 
     def current_place(self, digest: Digest) -> int:
-        """Return which place a blob was last started from."""
+        """Return the index of the place that the blob was last started from."""
         with self._mirrors_lock:
             return max(self._read_from.get(digest, 0) - 1, 0)
 
     def note(self, error: Exception) -> None:
-        """Tell that a mirror is of no help."""
-        self._client.report(Progress(Action.NOTE, message=f"{error}; going on elsewhere"))
+        """Report that a mirror failed."""
+        self._client.report(Progress(Action.NOTE, message=f"{error}; trying the next source"))
 
     def _usable(self) -> list[tuple[Mirror, Repository]]:
         with self._mirrors_lock:
@@ -435,21 +436,21 @@ class _MirroredBlob:
 
     @property
     def connections(self) -> int:
-        """How many connections would fetch segments, from the place that is read from."""
+        """The number of connections for segments at the current place."""
         place = self._places[self._current()]
         return place.connections if isinstance(place, SegmentedSource) else 1
 
     def fetch_segments(
         self, segments: Sequence[tuple[int, int]], sink: SegmentSink, stop: Stop
     ) -> None:
-        """Bring the bytes of `segments` to `sink`; what a mirror does not give comes elsewhere."""
+        """Write the bytes of `segments` to `sink`; get missing ones from the next place."""
         noted = _NotedSink(sink)
         places = self._places[self._current() :]
         for number, place in enumerate(places):
             left = [gap for start, end in segments for gap in noted.written.missing(start, end)]
             try:
                 if not isinstance(place, SegmentedSource):
-                    raise SegmentsRefused("a place that knows no segments")
+                    raise SegmentsRefused("the source has no segments")
                 place.fetch_segments(left, noted, stop)
             except _TROUBLE as error:
                 if number == len(places) - 1:
@@ -463,7 +464,7 @@ class _MirroredBlob:
 
 
 class _NotedSink:
-    """Remembers what went to another sink."""
+    """Passes bytes on to another sink, and records which ones."""
 
     def __init__(self, sink: SegmentSink) -> None:
         self._sink = sink
@@ -477,7 +478,7 @@ class _NotedSink:
 
 
 class _MirroredStream:
-    """The bytes of a blob, continued elsewhere where a mirror fails in the middle."""
+    """The bytes of a blob; if a mirror fails, they continue from the next place."""
 
     def __init__(
         self, repository: MirroredRepository, places: Sequence[BlobSource], offset: int

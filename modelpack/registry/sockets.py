@@ -32,14 +32,14 @@ from modelpack.registry.urls import Origin, Reach
 
 
 class WithoutQueries(logging.Filter):
-    """Cuts the queries of URLs out of records, of the requests that are `ours` only."""
+    """A log filter that removes the queries of URLs from records of requests that are `ours`."""
 
     def __init__(self, ours: Callable[[], bool]) -> None:
         super().__init__()
         self._ours = ours
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Change the record where it has to be; every record passes."""
+        """Remove queries from the record's arguments; return True."""
         if isinstance(record.args, tuple) and self._ours():
             record.args = tuple(
                 value.partition("?")[0] if isinstance(value, str) else value
@@ -48,9 +48,9 @@ class WithoutQueries(logging.Filter):
         return True
 
 
-#: Seconds after which a blocked call looks whether it should stop.
+#: Seconds after which a blocked call checks for a stop.
 SLICE = 0.25
-# A name may have thousands, and each may take its time not to answer.
+# A name may have thousands of addresses, and each attempt may time out.
 _MOST_ADDRESSES = 16
 #: Connections kept for reuse, and hosts (registry, storage, token server) that they lead to.
 POOL_SIZE = 16
@@ -59,11 +59,11 @@ T = TypeVar("T")
 
 
 class Inflow:
-    """What a peer may send in one go, and how slowly: bytes are counted where they are received.
+    """Limits on the bytes that a peer sends and on their speed, counted at the socket.
 
-    It may send `max_bytes`. From the first byte on, whatever takes longer than `timeouts.idle` has
-    to come at `timeouts.minimum_speed`, and all of it within `seconds`; so a server that sends a
-    byte now and then, or interim responses without end, holds nobody.
+    The peer may send `max_bytes`. After its first byte, it must keep `timeouts.minimum_speed` over
+    each period of `timeouts.idle`, and finish within `seconds`. So a server cannot hold a client by
+    sending a byte now and then, or interim responses without end.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Inflow:
         self._window_bytes = 0
 
     def renew(self) -> None:
-        """Allow as many bytes again."""
+        """Reset the count against `max_bytes`."""
         self._left = self._max_bytes
 
     def count(self, received: int) -> None:
@@ -105,11 +105,11 @@ class Inflow:
 
 
 class TooMuchError(OSError):
-    """A peer sent more than any sound one would: headers, interim responses or trailers."""
+    """A peer sent too many bytes of headers, interim responses or trailers."""
 
 
 class _Waiting(threading.local):
-    """What this thread's sockets heed: a stop, and limits of what a peer takes and sends."""
+    """The stop and the limits that apply to the sockets of this thread."""
 
     stop: Stop | None = None
     send_limit: float | None = None
@@ -118,7 +118,7 @@ class _Waiting(threading.local):
 
 _waiting = _Waiting()
 
-# Whoever switches urllib3's log on sees where we go, but not what is signed there.
+# urllib3's log may show the hosts and paths of our requests, but not their signatures.
 logging.getLogger("urllib3.connectionpool").addFilter(
     WithoutQueries(lambda: _waiting.stop is not None)
 )
@@ -126,9 +126,10 @@ logging.getLogger("urllib3.connectionpool").addFilter(
 
 @contextmanager
 def waiting(stop: Stop, send_limit: float, inflow: Inflow | None = None) -> Iterator[None]:
-    """Let this thread's sockets heed `stop`, and fail when nothing can be sent for so long.
+    """Apply `stop` and limits to this thread's sockets in the block.
 
-    They fail, too, when more than `inflow` allows is received, or more slowly.
+    The sockets fail if nothing can be sent for `send_limit` seconds, or if the peer breaks the
+    limits of `inflow`.
     """
     outer = _waiting.stop, _waiting.send_limit, _waiting.inflow
     _waiting.stop, _waiting.send_limit, _waiting.inflow = stop, send_limit, inflow
@@ -167,14 +168,14 @@ class InterruptibleSocket(socket.socket):
         self.settimeout(limit)
 
     def recv_into(self, *arguments: Any) -> int:
-        """Receive as ever; what arrives is counted."""
+        """Receive bytes and count them."""
         count = self._patiently(self._limit, super().recv_into, *arguments)
         if _waiting.inflow is not None:
             _waiting.inflow.count(count)
         return count
 
     def send(self, *arguments: Any) -> int:
-        """Send as ever."""
+        """Send bytes; fail after the thread's limit."""
         limit = _waiting.send_limit or self._limit
         return self._patiently(limit, super().send, *arguments)
 
@@ -198,14 +199,14 @@ class InterruptibleSocket(socket.socket):
 
 
 class InterruptibleSSLSocket(InterruptibleSocket, ssl.SSLSocket):
-    """The same for TLS: OpenSSL takes up a read, a write or a handshake where it timed out."""
+    """The same for TLS: OpenSSL resumes a read, a write or a handshake after a timeout."""
 
     def do_handshake(self, block: bool = False) -> None:
-        """Shake hands as ever."""
+        """Perform the handshake; a stop ends it."""
         try:
             self._patiently(self._limit, super().do_handshake, block)
         except BaseException:
-            self.close()  # ssl would, but not for a stop
+            self.close()  # ssl closes it for its own errors only
             raise
 
 
@@ -223,7 +224,7 @@ def _check(deadline: float) -> None:
 
 
 def _addresses(host: str, port: int, limit: float | None) -> list[Any]:
-    """Return what `getaddrinfo` does; it cannot be interrupted, but it can be left behind."""
+    """Return the result of `getaddrinfo`, run in a thread: only so can the wait be interrupted."""
     found: list[Any] = []
     failed: list[Exception] = []
 
@@ -254,7 +255,7 @@ class _Connecting(HTTPConnection):
         except (socket.gaierror, UnicodeError) as error:
             raise NameResolutionError(self.host, self, error) from error  # type: ignore[arg-type]
         except TimeoutError as error:
-            raise ConnectTimeoutError(self, f"{self.host} was not found in time") from error
+            raise ConnectTimeoutError(self, f"the lookup of {self.host} timed out") from error
         failed: OSError | None = None
         refused: RegistryError | None = None
         is_target = self.proxy is None  # a proxy's address is the user's choice
@@ -298,7 +299,7 @@ class _TlsConnection(_Connecting, HTTPSConnection):
         context.sslsocket_class = InterruptibleSSLSocket
         self.ssl_context, self.cert_reqs = context, context.verify_mode
         super().connect()
-        # Where nothing is verified, the user has said so: no need for urllib3 to warn each time.
+        # The user chose which certificates are not verified: urllib3 need not warn each time.
         self.is_verified = True
 
 
@@ -328,15 +329,15 @@ class InterruptibleAdapter(HTTPAdapter):
         super().__init__(pool_connections=POOL_SIZE, pool_maxsize=POOL_SIZE)
 
     def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
-        """Make the pools, of these connections."""
+        """Create the pools, with our connections."""
         super().init_poolmanager(*arguments, **options)
         self.poolmanager.pool_classes_by_scheme = self._pools
 
     def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
-        """Return the pools that lead through `proxy`, of these connections.
+        """Return the pools for `proxy`, with our connections.
 
-        Raises `RegistryError` for one that is not HTTP's: its connections would not be these, which
-        check addresses and certificates, and limit how long a server may take.
+        Raises `RegistryError` for a proxy of another kind than HTTP: urllib3 would then not use our
+        connections, which check addresses and certificates, and limit how long a server may take.
         """
         scheme = proxy.partition(":")[0].lower()
         if scheme not in ("http", "https"):
@@ -350,4 +351,4 @@ class InterruptibleAdapter(HTTPAdapter):
         return manager
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
-        """Leave certificates to `TlsContexts`, which knows whom to trust."""
+        """Do nothing: `TlsContexts` decides which certificates to trust."""

@@ -22,13 +22,13 @@ from modelpack.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class TlsOptions:
-    """Whom to trust beyond the defaults; paths are of PEM files.
+    """Certificates and hosts to trust beyond the defaults; paths are of PEM files.
 
-    `ca_file`: authorities that are trusted besides the system's. `client_certificate`: shown to the
+    `ca_file`: authorities that are trusted besides the system's. `client_certificate`: sent to the
     registry itself and to no other host; its key may be in the same file. `insecure`: hosts
-    (`host[:port]`) whose certificate is not checked, and that get credentials over plain http where
-    they are spoken to so. `allow_private`: hosts (`host` or `host:port`) that registries on public
-    addresses may lead to though theirs are not (see `urls.Reach`).
+    (`host[:port]`) whose certificate is not checked, and that may get credentials over plain http.
+    `allow_private`: private hosts (`host` or `host:port`) that registries on public addresses may
+    send clients to (see `urls.Reach`).
     """
 
     ca_file: Path | None = None
@@ -39,7 +39,7 @@ class TlsOptions:
 
 
 class TlsContexts:
-    """The settings for each host that a client of the registry `own` (host[:port]) speaks to."""
+    """The TLS contexts of one client by host; `own` is the registry's host[:port]."""
 
     def __init__(self, options: TlsOptions, own: str) -> None:
         self._options = options
@@ -48,7 +48,7 @@ class TlsContexts:
         self._made: dict[str, ssl.SSLContext] = {}
 
     def context(self, netloc: str) -> ssl.SSLContext:
-        """Return what to speak TLS with to `netloc`; raise `UsageError` for unusable files."""
+        """Return the TLS context for `netloc`; raise `UsageError` for unusable files."""
         with self._lock:
             if netloc not in self._made:
                 self._made[netloc] = self._make(netloc)
@@ -85,7 +85,8 @@ class TlsContexts:
 def default_context() -> ssl.SSLContext:
     """Return the TLS settings: the system's trusted roots and certifi's.
 
-    SSL_CERT_FILE or SSL_CERT_DIR in the environment replace both, as everywhere with OpenSSL.
+    SSL_CERT_FILE or SSL_CERT_DIR in the environment replace both, as in other programs with
+    OpenSSL.
     """
     return _default_context(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
 
@@ -103,7 +104,7 @@ def _new_context() -> ssl.SSLContext:
 
 
 def _certificate_folders(netloc: str) -> Iterator[Path]:
-    """Yield where certificates for `netloc` may be, the user's own first."""
+    """Yield the directories for certificates of `netloc`, the user's own first."""
     docker = os.environ.get("DOCKER_CONFIG")
     config = os.environ.get("XDG_CONFIG_HOME")
     roots = (
@@ -125,9 +126,9 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except ssl.SSLError as error:
-        why = (error.reason or "no PEM").replace("_", " ").lower()
-        raise UsageError(f"{path} is no certificate with its key that can be used: {why}") from None
+        why = (error.reason or "not PEM").replace("_", " ").lower()
+        raise UsageError(f"cannot use {path} as a certificate with its key: {why}") from None
     except OSError as error:
-        raise UsageError(f"{path}, or its key, cannot be read: {error.strerror}") from None
+        raise UsageError(f"cannot read {path} or its key: {error.strerror}") from None
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from None

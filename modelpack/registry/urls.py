@@ -27,7 +27,7 @@ _HUB_API_HOST: Final = "registry-1.docker.io"
 
 
 def api_host(registry: str) -> str:
-    """Return the `host[:port]` that answers for `registry`; Docker Hub's API has its own."""
+    """Return the `host[:port]` of the API of `registry`; Docker Hub's API has its own host."""
     return _HUB_API_HOST if registry in HUB_NAMES else registry
 
 
@@ -38,10 +38,10 @@ def is_local(host: str) -> bool:
 
 
 def uses_plain_http(host: str, plain_http: bool | None = None) -> bool:
-    """Return whether `host[:port]` is spoken to by http rather than https.
+    """Return whether requests to `host[:port]` use http instead of https.
 
-    `plain_http` decides where it is given. Otherwise loopback hosts use http, and all hosts do
-    where the environment has INSECURE_REGISTRY=true, as with Docker Model Runner.
+    `plain_http` decides if it is given. Otherwise loopback hosts use http, and so do all hosts with
+    INSECURE_REGISTRY=true in the environment, as in Docker Model Runner.
     """
     if plain_http is not None:
         return plain_http
@@ -82,9 +82,11 @@ def checked_url(url: str, what: str) -> str:
     Raises `RegistryError`, which names `what` and never shows the query: it may be a signature.
     """
     if len(url) > _MAX_LENGTH:
-        raise RegistryError(f"{what}: the URL has {len(url)} characters, at most {_MAX_LENGTH} fit")
+        raise RegistryError(
+            f"{what}: the URL has {len(url)} characters, more than the limit of {_MAX_LENGTH}"
+        )
     if _REFUSED.search(url):
-        raise RegistryError(f"{what}: the URL holds a space, a control character or a backslash")
+        raise RegistryError(f"{what}: the URL contains a space, a control character or a backslash")
     try:
         parts = urlsplit(quote(url, safe=_LEGAL))
         port = parts.port
@@ -93,19 +95,19 @@ def checked_url(url: str, what: str) -> str:
     if parts.scheme not in _DEFAULT_PORTS:
         raise RegistryError(f"{what}: expected an http or https URL, got {parts.scheme[:20]!r}")
     if "@" in parts.netloc:
-        raise RegistryError(f"{what}: the URL carries a user name")
+        raise RegistryError(f"{what}: the URL contains a user name")
     if not parts.hostname or not _HOST.match(parts.hostname) or port == 0:
-        raise RegistryError(f"{what}: the URL has no usable host")
+        raise RegistryError(f"{what}: the URL has no valid host")
     return urlunsplit(parts._replace(fragment=""))
 
 
 def joined_url(base: str, location: str, what: str) -> str:
-    """Return where `location`, absolute or relative to `base`, leads.
+    """Return the absolute URL of `location`, which may be relative to `base`.
 
-    Raises `RegistryError` if that is no safe URL, or plain http when `base` is https.
+    Raises `RegistryError` if it is not safe to request, or plain http although `base` is https.
     """
     if _REFUSED.search(location):
-        raise RegistryError(f"{what}: the URL holds a space, a control character or a backslash")
+        raise RegistryError(f"{what}: the URL contains a space, a control character or a backslash")
     try:
         joined = urljoin(base, location)
     except ValueError:
@@ -114,13 +116,13 @@ def joined_url(base: str, location: str, what: str) -> str:
     if base.startswith("https:") and not url.startswith("https:"):
         raise RegistryError(
             f"{what}: refused to go from https to plain http, {without_query(url)}",
-            hint="a proxy in front of the registry may not tell it that clients use https",
+            hint="check whether a proxy before the registry passes on that clients use https",
         )
     return url
 
 
 def with_query(url: str, **parameters: str) -> str:
-    """Return `url` with parameters added after those that it has, which stay as they are."""
+    """Return `url` with these parameters after its own, which stay unchanged."""
     added = "&".join(f"{name}={quote(value, safe=':/,')}" for name, value in parameters.items())
     if not added:
         return url
@@ -129,11 +131,12 @@ def with_query(url: str, **parameters: str) -> str:
 
 
 def without_query(url: str) -> str:
-    """Return `url` as errors show it: a query may hold a signature or a session's state."""
+    """Return `url` without its query for errors: it may hold a signature or a session's state."""
     return url.partition("?")[0][:300]
 
 
-#: Hosts that any registry may lead to, with commas between them: `storage.lan,10.0.0.7:9000`.
+#: An environment variable: private hosts that any registry may send clients to, separated by
+#: commas, such as `storage.lan,10.0.0.7:9000`.
 ALLOW_PRIVATE: Final = "MODELPACK_ALLOW_PRIVATE"
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -144,22 +147,25 @@ _COMPATIBLE = ipaddress.IPv6Network("::/96")  # deprecated by RFC 4291, still ro
 _SHARED = ipaddress.IPv4Network("100.64.0.0/10")  # RFC 6598: carriers, and clouds' own services
 # RFC 6890. Older versions of Python call most of it global; a cloud's metadata service is in it.
 _PROTOCOLS = ipaddress.IPv4Network("192.0.0.0/24")
-# RFC 4291: all global unicast addresses. Outside are site-local and IPv4-translated ones and what
-# nobody has assigned.
+# RFC 4291: all global unicast addresses. Site-local, IPv4-translated and unassigned addresses are
+# outside.
 _UNICAST = ipaddress.IPv6Network("2000::/3")
 
 
 class Scope(IntEnum):
-    """Whose an address is; a registry may lead to its own scope and to those before it."""
+    """The network that an address belongs to.
+
+    A registry may send clients to its own scope and to those before it.
+    """
 
     PUBLIC = 0
     PRIVATE = 1
     LOOPBACK = 2
-    SPECIAL = 3  # link-local, where clouds hand out secrets; multicast; reserved
+    SPECIAL = 3  # link-local, where clouds serve secrets; multicast; reserved
 
     @property
     def words(self) -> str:
-        """Return what errors call it."""
+        """Return the adjective for error messages."""
         return ("public", "private", "of this machine", "link-local or reserved")[self]
 
 
@@ -201,10 +207,10 @@ def literal_scope(host: str) -> Scope | None:
 
 
 class Reach:
-    """Where the client of one registry may connect to; several threads may use it.
+    """Decides where the client of one registry may connect to; several threads may use it.
 
-    The registry itself was named by the user, so the address of its first connection is not
-    checked: it sets what its answers may lead to, and what its name may mean from then on.
+    The user named the registry itself, so the address of its first connection is not checked. Its
+    scope limits all other hosts, and all later addresses of the registry.
     """
 
     def __init__(self, own: str, allowed: Collection[str] = ()) -> None:
@@ -220,13 +226,13 @@ class Reach:
         self._check(host, port, scope_of(address), address)
 
     def check_name(self, host: str, port: int) -> None:
-        """Check a host that a proxy will look up: all that can be told is what it is called."""
+        """Check a host that a proxy will resolve, by its name only; raise as `check`."""
         scope = literal_scope(host)
         if scope is not None:
             self._check(host, port, scope, host)
 
     def connected(self, host: str, address: str) -> None:
-        """Note that `host` is at `address`."""
+        """Record that `host` was connected to at `address`."""
         if host.strip("[]").lower() == self._own:
             scope = scope_of(address)
             with self._lock:
@@ -247,7 +253,7 @@ class Reach:
             f"refused to connect to {shown}:{port}{where}: the address is {scope.words}, "
             f"and {self._own} is {limit.words}",
             host=shown,
-            hint=f"--allow-private {shown} allows it, if you know the host",
+            hint=f"if you trust this host, use --allow-private {shown}",
         )
 
 

@@ -28,10 +28,10 @@ Needs = frozenset[tuple[str, str]]
 
 
 def needs_of(request: Request, route: str) -> Needs:
-    """Return what a request needs that `route` (a path with parameters) was found for.
+    """Return the permissions that a request to `route`, a path with parameters, needs.
 
-    Nothing but a valid token where it names no repository. One counts under its canonical name, so
-    that none of its aliases is a way around.
+    A route without a repository needs a valid token only. A repository counts under its canonical
+    name, so that an alias cannot bypass the check.
     """
     if route == "/v2/_catalog":
         return frozenset({("registry:catalog", "*")})
@@ -61,7 +61,7 @@ def _canonical(name: str) -> str:
     try:
         return Repository.parse(name).name or name
     except InvalidReferenceError:
-        return name  # it will be refused for that
+        return name  # the endpoint refuses it
 
 
 _HASH = re.compile(r"\$2[aby]\$(0[4-9]|1[0-7])\$[./A-Za-z0-9]{53}\Z")
@@ -74,26 +74,26 @@ _MAX_REMEMBERED: Final = 1024
 class PasswordFile:
     """The users of a registry; the file is read again when it changes.
 
-    bcrypt is slow on purpose, and Basic sends the password with every request: a pair that was
-    right is remembered, as a keyed digest that dies with the process.
+    bcrypt is slow on purpose, and Basic sends the password with every request. So correct pairs are
+    remembered, as digests with a key that ends with the process.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises `UsageError` for a file that cannot be used; it never shows a line of it."""
+        """Raises `UsageError` for an invalid file; the error never shows a line of it."""
         self._path = path
         self._lock = threading.Lock()
         self._key = os.urandom(32)
         self._right: dict[bytes, None] = {}
         self._stamp = _stamp(path)
         self._users = _parse(path)
-        # Compared with for unknown users, so that the time tells nothing about who exists.
+        # Compared for unknown users, so that the time does not reveal which users exist.
         self._nobody = bcrypt.hashpw(os.urandom(16).hex().encode(), bcrypt.gensalt(_cost(self)))
 
     def __repr__(self) -> str:
         return f"PasswordFile({str(self._path)!r})"
 
     def remembers(self, username: str, password: str) -> bool:
-        """Return whether this pair was right before and still is, at once; False says nothing."""
+        """Return at once whether this pair is known to be correct; if not, `check` decides."""
         expected = self._current().get(username)
         digest = self._digest(username, password.encode(), expected or b"")
         with self._lock:
@@ -123,7 +123,7 @@ class PasswordFile:
         return hmac.new(self._key, parts, hashlib.sha256).digest()
 
     def _current(self) -> dict[str, bytes]:
-        """Return the users as they are now; a file that has become unusable changes nothing."""
+        """Return the current users; keep the last ones if the file has become invalid."""
         try:
             stamp = _stamp(self._path)
             with self._lock:
@@ -135,7 +135,7 @@ class PasswordFile:
 
 
 def _cost(file: PasswordFile) -> int:
-    """Return the cost of the file's hashes, so that a made-up one takes as long."""
+    """Return the cost of the file's hashes, so that the hash for unknown users takes as long."""
     return max((int(value[4:6]) for value in file._users.values()), default=10)
 
 
@@ -166,7 +166,7 @@ def _parse(path: Path) -> dict[str, bytes]:
         if not name or not _HASH.match(value):
             raise UsageError(
                 f"{path}: line {number} is not a user with a bcrypt hash",
-                hint="make it with `htpasswd -B`: other hashes are too quick to guess",
+                hint="use `htpasswd -B`: passwords of other hashes are guessed too fast",
             )
         users[name] = value.encode()
     if not users:
@@ -189,9 +189,9 @@ _MARK: Final = b"-----BEGIN "
 
 @dataclass(frozen=True, slots=True)
 class TokenSettings:
-    """Who signs tokens: `certificates` is a PEM file of certificates or public keys.
+    """The token server: `certificates` is a PEM file of its certificates or public keys.
 
-    `realm` is the URL that clients are sent to; tokens are for `service` and by `issuer`.
+    Clients are sent to the URL `realm`; tokens must be for `service` and from `issuer`.
     """
 
     realm: str
@@ -218,7 +218,7 @@ class TokenVerifier:
         self._keys = _read_keys(settings.certificates)
 
     def allowed(self, token: str) -> Needs | None:
-        """Return what `token` allows; None if it is not valid."""
+        """Return the permissions of `token`; None if it is not valid."""
         for key, algorithms in self._keys:
             try:
                 claims = self._jwt.decode(
@@ -254,7 +254,7 @@ def _granted(claims: dict[str, Any]) -> Needs:
 
 
 def _read_keys(path: Path) -> list[tuple[Key, tuple[str, ...]]]:
-    """Return the keys in a file, each with the algorithms that it may sign by."""
+    """Return the keys in a file, each with the algorithms that it may be used with."""
     from cryptography import x509
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
@@ -271,10 +271,10 @@ def _read_keys(path: Path) -> list[tuple[Key, tuple[str, ...]]]:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, UnsupportedAlgorithm):
         raise UsageError(
-            f"{path}: holds something else than certificates and public keys that sign tokens"
+            f"{path}: contains something other than certificates and public keys for tokens"
         ) from None
     if not keys:
-        raise UsageError(f"{path}: holds no certificate")
+        raise UsageError(f"{path}: contains no certificate")
     return keys
 
 
@@ -287,34 +287,34 @@ def _usable(key: object) -> tuple[Key, tuple[str, ...]]:
         return key, ("EdDSA",)
     if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in _CURVES:
         return key, (_CURVES[key.curve.name],)
-    raise ValueError("no token is signed by such a key")
+    raise ValueError("such a key cannot sign tokens")
 
 
-#: Passwords that are compared at a time: each takes a processor for a while.
+#: Passwords checked at a time: each check occupies a processor for a while.
 _AT_A_TIME: Final = 2
 _MAX_HEADER: Final = 32 * 1024
 
 
 class Guard(Protocol):
-    """Decides about requests."""
+    """Authorises requests."""
 
     async def check(self, request: Request, needs: Needs) -> None:
-        """Raise `ApiError` (401) unless the request proves that it may have what it needs."""
+        """Raise `ApiError` (401) unless the request proves the permissions that it needs."""
         ...
 
 
 class Passwords:
-    """Lets the users of a password file do everything (RFC 7617)."""
+    """Basic authentication (RFC 7617): the users of a password file may do everything."""
 
     def __init__(self, file: PasswordFile) -> None:
         self._file = file
         self._limiter: CapacityLimiter | None = None
 
     async def check(self, request: Request, needs: Needs) -> None:
-        """Raise the challenge unless user and password are right."""
+        """Raise the challenge unless user and password are correct."""
         pair = _decoded(_proof(request, "basic"))
         if pair is not None:
-            # Those who guess passwords have to wait for each other, not those who know one.
+            # Only unknown pairs wait for each other, so guesses do not delay users.
             if await run_in_threadpool(self._file.remembers, *pair):
                 return
             if self._limiter is None:
@@ -322,29 +322,31 @@ class Passwords:
             right = await anyio.to_thread.run_sync(self._file.check, *pair, limiter=self._limiter)
             if right:
                 return
-        message = "wrong user or password" if pair else "this registry wants a user and password"
+        message = "wrong user or password" if pair else "this registry requires a user and password"
         raise _unauthorized(message, 'Basic realm="modelpack", charset="UTF-8"')
 
 
 class BearerTokens:
-    """Lets holders of a token do what it says (RFC 6750)."""
+    """Bearer authentication (RFC 6750): a token lists the permissions of its holder."""
 
     def __init__(self, settings: TokenSettings) -> None:
         self._verifier = TokenVerifier(settings)
         self._challenge = f'Bearer realm="{settings.realm}",service="{settings.service}"'
 
     async def check(self, request: Request, needs: Needs) -> None:
-        """Raise the challenge, with the scope that is missing, unless the token has it."""
+        """Raise the challenge, with the required scope, unless the token has it."""
         proof = _proof(request, "bearer")
         allowed = self._verifier.allowed(proof) if proof else None
         if allowed is not None and needs <= allowed:
             return
         challenge = self._challenge + (f',scope="{spelled(needs)}"' if needs else "")
         if allowed is not None:
-            raise _unauthorized("the token allows less", f'{challenge},error="insufficient_scope"')
+            raise _unauthorized(
+                "the token does not allow this", f'{challenge},error="insufficient_scope"'
+            )
         if proof:
             raise _unauthorized("the token is not valid", f'{challenge},error="invalid_token"')
-        raise _unauthorized("this registry wants a token", challenge)
+        raise _unauthorized("this registry requires a token", challenge)
 
 
 def _proof(request: Request, wanted: str) -> str:
@@ -363,7 +365,7 @@ def _decoded(proof: str) -> tuple[str, str] | None:
 
 
 def _unauthorized(message: str, challenge: str) -> ApiError:
-    # The scope comes from a path, whose characters a header may not all have.
+    # The scope comes from a path, which may have characters that a header cannot have.
     clean = challenge.encode("ascii", "replace").decode()
     clean = "".join(c if c.isprintable() else "?" for c in clean)
     return ApiError(401, Code.UNAUTHORIZED, message, headers={"WWW-Authenticate": clean})

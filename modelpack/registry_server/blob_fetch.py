@@ -37,12 +37,12 @@ from modelpack.storage import BlobReader, BlobSource, Watch
 from modelpack.store.filesystem import map_os_errors
 from modelpack.store.layout import LayoutStore
 
-#: Bytes that are read and sent at once; less costs more processor time for each byte.
+#: Bytes read and sent at a time; fewer cost more processor time per byte.
 PIECE = 1024 * 1024
 _RANGE = re.compile(r"bytes\s*=\s*(\d*)\s*-\s*(\d*)\s*\Z", re.IGNORECASE | re.ASCII)
 # distribution-spec "Pushing a blob in chunks": no unit, no total.
 _CHUNK_RANGE = re.compile(r"(\d+)-(\d+)\Z", re.ASCII)
-_MAX_DIGITS = 19  # 2**63 has as many; `int` refuses thousands with another error
+_MAX_DIGITS = 19  # as in 2**63; with thousands of digits, `int` raises another error
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,10 @@ class UnsatisfiableRange(ValueError):
 
 
 def requested_range(header: str | None, size: int) -> ByteRange | None:
-    """Return what to send of `size` bytes; None is everything.
+    """Return the requested range of `size` bytes; None means all of them.
 
-    Several ranges at once, other units and malformed headers are answered with everything, as RFC
-    9110 allows. Raises `UnsatisfiableRange`, also for a range that ends before it starts.
+    Several ranges, other units and malformed headers count as none, as RFC 9110 allows. Raises
+    `UnsatisfiableRange`, also for a range that ends before it starts.
     """
     match = _RANGE.match(header) if header else None
     if match is None or max(map(len, match.groups())) > _MAX_DIGITS:
@@ -87,7 +87,7 @@ def requested_range(header: str | None, size: int) -> ByteRange | None:
 
 
 def chunk_range(header: str) -> ByteRange | None:
-    """Return the range that a chunk claims to be, None if the header is malformed."""
+    """Return the range in the `Content-Range` of a chunk, None if the header is malformed."""
     match = _CHUNK_RANGE.match(header)
     if match is None or max(map(len, match.groups())) > _MAX_DIGITS:
         return None
@@ -102,9 +102,10 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 
 
 class Fetch:
-    """One download: `ready` bytes came, most of them are in the file, `ended`: it is over.
+    """One download from the upstream.
 
-    What came may be wrong, and is fetched once more from the start then, as another `attempt`.
+    `ready` bytes have arrived, most of them are in the file, and `ended` is true once it is over.
+    If the bytes are wrong, they are fetched again from the start, as another `attempt`.
     """
 
     def __init__(
@@ -116,28 +117,28 @@ class Fetch:
         self.attempt = 1
         self.ended = False
         self.error: ModelpackError | None = None
-        self.followers = 0  # requests that wait for its beginning
+        self.followers = 0  # requests that wait for its first bytes
         self._store = store
         self._source = source
 
     def run(self) -> None:
-        """Have the blob in the store; blocks. Raises what the upstream or the store raises."""
+        """Download the blob to the store; blocks. Raises what the upstream or the store raises."""
         watch = Watch(self._report, self._stop)
         self._store.write_blob(self.descriptor, _Counted(self._source, self), watch)
 
     def end(self, error: ModelpackError | None) -> None:
-        """Take note that it is over, for `error` or since all is there."""
+        """Mark the download as over, with `error`, or as complete with None."""
         self.error = error
         if error is None:
             self.ready = self.descriptor.size
         self.ended = True
 
     def sendable(self) -> int:
-        """Return how many bytes may be sent by now."""
+        """Return the number of bytes that may be sent now: the last ones are verified first."""
         return self.ready if self.ended else max(0, min(self.ready, self.descriptor.size - PIECE))
 
     def open(self) -> int:
-        """Return the open file, be it unfinished; raises `NotFoundError` if there is none yet."""
+        """Return the open file, complete or partial; raises `NotFoundError` if there is none."""
         path = self._store.partial_path(self.descriptor.digest)
         try:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -147,13 +148,13 @@ class Fetch:
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def _report(self, progress: Progress) -> None:
-        if progress.action is Action.RETRY:  # what was sent may be what was wrong
+        if progress.action is Action.RETRY:  # the bytes sent so far may be wrong
             self.attempt += 1
             self.ready = 0
 
 
 class _Counted:
-    """Notes how far the reading of a source has come: what was read before is taken care of."""
+    """A source that records the bytes read in `ready`, after those are written."""
 
     def __init__(self, source: BlobSource, fetch: Fetch) -> None:
         self._source = source
@@ -179,9 +180,9 @@ class _CountedReader:
 
 
 class Fetches:
-    """The downloads under way: one for each blob and size, however many ask.
+    """The running downloads: one for each blob and size, for any number of clients.
 
-    `MOST_AT_A_TIME` run; the others wait for their turn, as long as anybody waits for them.
+    `MOST_AT_A_TIME` run at a time; the others are queued as long as a client waits for them.
     """
 
     def __init__(self, store: LayoutStore, stop: Stop) -> None:
@@ -193,7 +194,7 @@ class Fetches:
         self._threads = 0
 
     def of(self, descriptor: Descriptor, source: Callable[[], BlobSource]) -> Fetch:
-        """Return the download of the blob, with one follower more, who has to `begin` it."""
+        """Return the download of the blob and count one more follower, which must call `begin`."""
         with self._lock:
             fetch = self._running.get(_wanted(descriptor))
             if fetch is None:
@@ -207,9 +208,9 @@ class Fetches:
             return fetch
 
     async def begin(self, fetch: Fetch, request: Request) -> None:
-        """Return once there is something to send; raise `ApiError` if the download fails before.
+        """Return when there are bytes to send; raise `ApiError` if the download fails before.
 
-        Raises `ClientDisconnect` if nobody waits for the answer any more.
+        Raises `ClientDisconnect` if the client no longer waits for the response.
         """
         pause = _FIRST_PAUSE
         try:
@@ -229,18 +230,18 @@ class Fetches:
             self._run(fetch)
 
     def _next(self) -> Fetch | None:
-        """Return the next download that anybody waits for; None ends the thread."""
+        """Return the next download that a client waits for; None ends the thread."""
         with self._lock:
             while self._waiting:
                 fetch = self._waiting.popleft()
                 if fetch.followers:
                     return fetch
-                self._end(fetch, RemoteUnavailableError("nobody waited for the download"))
+                self._end(fetch, RemoteUnavailableError("no client waited for the download"))
             self._threads -= 1
             return None
 
     def _end(self, fetch: Fetch, error: ModelpackError | None) -> None:
-        del self._running[_wanted(fetch.descriptor)]  # who asks from now on begins another one
+        del self._running[_wanted(fetch.descriptor)]  # the next request starts another one
         fetch.end(error)
 
     def _run(self, fetch: Fetch) -> None:
@@ -249,7 +250,7 @@ class Fetches:
             fetch.run()
         except ModelpackError as failure:
             error = failure
-        except Exception as failure:  # noqa: BLE001 - a thread has nobody to raise to
+        except Exception as failure:  # noqa: BLE001 - no caller could handle it
             _log.exception("the download of %s failed", fetch.descriptor.digest)
             error = RemoteUnavailableError(f"the upstream failed: {type(failure).__name__}")
         with self._lock:
@@ -257,15 +258,15 @@ class Fetches:
 
 
 def _wanted(descriptor: Descriptor) -> tuple[Digest, int]:
-    # Of two sizes for one digest one is a lie: what is held back until the end goes by the size.
+    # Of two sizes for one digest, one is wrong, and `sendable` depends on the size.
     return descriptor.digest, descriptor.size
 
 
 class FollowingResponse(Response):
-    """Part of a blob, as far as it is here and then as it comes.
+    """Part of a blob that is being downloaded, sent as it arrives.
 
-    Where the download fails, or begins again, the connection is closed before the promised length:
-    a client sees that, and asks for the rest.
+    If the download fails or starts again, the connection is closed before the promised length: the
+    client detects that and asks for the rest.
     """
 
     def __init__(self, fetch: Fetch, part: ByteRange, status: int, headers: dict[str, str]) -> None:
@@ -278,13 +279,13 @@ class FollowingResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": self.status_code}
         await send({**start, "headers": self.raw_headers})
-        gone = asyncio.create_task(_wait_for_disconnect(receive))
+        gone = asyncio.create_task(wait_for_disconnect(receive))
         descriptor = -1
         try:
             descriptor = await run_in_threadpool(self._fetch.open)
             await self._send_body(send, gone, descriptor)
         except NotFoundError:
-            return  # it was collected in between
+            return  # a garbage collection deleted it
         finally:
             gone.cancel()
             if descriptor >= 0:
@@ -300,7 +301,7 @@ class FollowingResponse(Response):
             was_all = self._fetch.ended
             size = min(PIECE, end - position, self._fetch.sendable() - position)
             content = b""
-            if size > 0:  # what was read is written a little later
+            if size > 0:  # bytes count as ready shortly before they are written
                 content = await run_in_threadpool(os.pread, descriptor, size, position)
             if not content and was_all:
                 return
@@ -314,18 +315,19 @@ class FollowingResponse(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _wait_for_disconnect(receive: Receive) -> None:
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def failed(error: ModelpackError) -> ApiError:
-    """Return the answer to a client for what went wrong between us and the upstream."""
-    if isinstance(error, AuthError):  # it names a user, and where his password is
-        _log.warning("the upstream does not let us in: %s", error)
-        return ApiError(502, Code.DENIED, "the upstream does not let this registry in")
+    """Return the response to a client for an error of the upstream."""
+    if isinstance(error, AuthError):  # it names a user and the source of the password
+        _log.warning("the upstream refused our credentials: %s", error)
+        return ApiError(502, Code.DENIED, "the upstream refused the credentials of this registry")
     if isinstance(error, RemoteUnavailableError):
-        return ApiError(504, Code.UNKNOWN, f"the upstream is out of reach: {error}")
+        return ApiError(504, Code.UNKNOWN, f"the upstream cannot be reached: {error}")
     if isinstance(error, RegistryError | IntegrityError):
         return ApiError(502, Code.UNKNOWN, f"the upstream failed: {error}")
     raise error

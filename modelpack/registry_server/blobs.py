@@ -21,16 +21,17 @@ from modelpack.registry_server.blob_fetch import (
     FollowingResponse,
     UnsatisfiableRange,
     requested_range,
+    wait_for_disconnect,
 )
 from modelpack.registry_server.content import Content, Repository
 from modelpack.registry_server.errors import ApiError, Code
 
-# Bytes of a file that one message has sent: what is counted of a download that breaks off.
+# Bytes of a file in one message: a download that is cut off is counted in such steps.
 _SENT_AT_ONCE: Final = 8 * 1024 * 1024
 
 
 class Blobs:
-    """Endpoints of blobs. All repositories share them, so each of them has every blob."""
+    """Endpoints of blobs, which all repositories share."""
 
     def __init__(self, content: Content) -> None:
         self._content = content
@@ -39,7 +40,7 @@ class Blobs:
         """GET and HEAD: the blob, or a range of it."""
         repository = Repository.parse(request.path_params["name"])
         digest = Digest.parse(request.path_params["digest"])
-        if request.method == "HEAD":  # who is told that it is here will not upload it
+        if request.method == "HEAD":  # a client that sees it will not upload it
             await run_in_threadpool(self._content.touch_blob, digest)
         descriptor = await run_in_threadpool(self._content.open_blob, digest)
         if descriptor is None:
@@ -55,7 +56,7 @@ class Blobs:
         return Response(status_code=answer.status, headers=answer.headers)
 
     async def _fetched(self, request: Request, repository: Repository, digest: Digest) -> Response:
-        """Answer with a blob that an upstream has, while it comes in."""
+        """Answer with a blob of the upstream while it is being downloaded."""
         needed = await run_in_threadpool(self._content.needed, repository, digest)
         if needed is None:
             raise unknown_blob(digest)
@@ -76,13 +77,13 @@ class Blobs:
 
 
 def unknown_blob(digest: Digest) -> ApiError:
-    """Return the answer for a blob that is not there."""
+    """Return the error for a blob that does not exist."""
     return ApiError(404, Code.BLOB_UNKNOWN, f"no blob {digest}", detail={"digest": str(digest)})
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What to answer; `part` is what to send of the blob, None where there is no body."""
+    """The status and headers of a response, and the `part` of the blob to send as its body."""
 
     status: int
     headers: dict[str, str]
@@ -114,7 +115,7 @@ def _answer(request: Request, digest: Digest, size: int) -> _Answer:
 
 
 class FileResponse(Response):
-    """Part of an open file, closed in the end: by the kernel, or read in worker threads."""
+    """A response of part of an open file, which it closes; the kernel or worker threads read it."""
 
     def __init__(
         self, descriptor: int, part: ByteRange, status: int, headers: dict[str, str]
@@ -125,7 +126,7 @@ class FileResponse(Response):
         self._part = part
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.create_task(_wait_for_disconnect(receive))
+        gone = asyncio.create_task(wait_for_disconnect(receive))
         try:
             await send(
                 {
@@ -135,16 +136,16 @@ class FileResponse(Response):
                 }
             )
             if ZERO_COPY_SEND in scope.get("extensions", {}):
-                await self._have_sent(send)
+                await self._send_by_kernel(send)
             else:
                 await self._send_body(send, gone)
         finally:
             gone.cancel()
             os.close(self._descriptor)
 
-    async def _have_sent(self, send: Send) -> None:
+    async def _send_by_kernel(self, send: Send) -> None:
         position, end = self._part.start, self._part.start + self._part.length
-        with suppress(ConnectionError):  # also for a file that was truncated meanwhile
+        with suppress(ConnectionError):  # also if the file was truncated meanwhile
             while position < end:
                 count = min(_SENT_AT_ONCE, end - position)
                 part = {"file": self._descriptor, "offset": position, "count": count}
@@ -158,12 +159,7 @@ class FileResponse(Response):
             size = min(PIECE, end - position)
             content = await run_in_threadpool(os.pread, self._descriptor, size, position)
             if not content or gone.done():
-                return  # truncated meanwhile: the connection closes, the client sees it is short
+                return  # truncated meanwhile: the connection closes, and the client detects it
             position += len(content)
             await send({"type": "http.response.body", "body": content, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -1,8 +1,9 @@
-"""A registry that fetches what it lacks from another one, and keeps it.
+"""A pull-through cache: a registry that fetches what it lacks from an upstream, and keeps it.
 
-Everything is verified before it is kept, fetched once however many ask, and served from here when
-the upstream cannot be reached. A tag is looked up again (by HEAD) `ttl` seconds later.
-Credentials for the upstream are ours: clients neither see them nor lend theirs.
+Content is verified before it is kept, fetched once for any number of clients, and served from the
+store while the upstream cannot be reached. A tag is resolved again (by HEAD) after `ttl` seconds.
+The registry uses its own credentials for the upstream: clients do not see them, and their own
+credentials are not passed on.
 """
 
 from __future__ import annotations
@@ -42,12 +43,11 @@ from modelpack.store.layout import LayoutStore
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_MANIFESTS: Final = frozenset({*media_types.MANIFEST_TYPES, *media_types.INDEX_TYPES})
-# Seconds for which an upstream that cannot be reached is not asked for what is here anyway.
+# Seconds after a failed request in which stored content is served without asking the upstream.
 _REST: Final = 5.0
 _MOST_TAGS: Final = 100_000
 _DEEPEST: Final = 4
-#: Requests that wait for the upstream at a time, in threads that serve nothing else.
+#: Requests that may wait for the upstream at a time, each in a thread of its own.
 _MOST_WAITING: Final = 40
 
 
@@ -63,7 +63,7 @@ class OriginRepository(Source, Protocol):
         ...
 
     def referrers(self, subject: Digest, artifact_type: str | None = None) -> list[Descriptor]:
-        """Return the manifests about `subject`."""
+        """Return the referrers of `subject`."""
         ...
 
 
@@ -77,9 +77,9 @@ class Origin(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """Where to fetch from, and after how many seconds a tag is looked up again.
+    """The registry to fetch from; tags are resolved again after `ttl` seconds.
 
-    `stop` ends the downloads that are under way; what came is kept, and the next one goes on.
+    `stop` ends the running downloads; their bytes are kept, and the next download resumes.
     """
 
     origin: Origin
@@ -88,13 +88,14 @@ class Upstream:
 
 
 class CachedContent(Content):
-    """The content of a store, and behind it that of an upstream.
+    """The content of a store and, for what it lacks, of an upstream.
 
-    What may wait for the upstream has threads of its own: what is here is served in any case.
+    Calls that may wait for the upstream have their own threads, so that stored content is always
+    served.
     """
 
     def __init__(self, store: LayoutStore, upstream: Upstream, *, keep_free: int = 0) -> None:
-        """`keep_free` bytes stay free on the disk, whatever is fetched."""
+        """Fetched content leaves `keep_free` bytes free on the disk."""
         super().__init__(store, sparse=True)
         self._keep_free = keep_free
         self._upstream = upstream
@@ -107,7 +108,7 @@ class CachedContent(Content):
     async def manifest(
         self, repository: Repository, target: Digest | str
     ) -> tuple[Descriptor, bytes] | None:
-        """Return a manifest, from here if it is here and fresh."""
+        """Return a manifest, from the store if it is there and fresh."""
         if self._is_fresh(repository, target):
             held = await run_in_threadpool(self.stored_manifest, repository, target)
             if held is not None:
@@ -115,15 +116,15 @@ class CachedContent(Content):
         return await self._in_waiting(self._fresh_manifest, repository, target)
 
     async def tags(self, repository: Repository) -> list[str] | None:
-        """Return the upstream's tags; those that were fetched if it cannot be reached."""
+        """Return the upstream's tags; the stored ones if it cannot be reached."""
         return await self._in_waiting(self._upstream_tags, repository)
 
     async def referrers(self, repository: Repository, subject: Digest) -> list[Descriptor]:
-        """Return the upstream's list; what is here if it cannot be reached."""
+        """Return the upstream's referrers; the stored ones if it cannot be reached."""
         return await self._in_waiting(self._upstream_referrers, repository, subject)
 
     async def _in_waiting(self, call: Callable[..., T], *args: object) -> T:
-        """Return what `call` does, in a thread that may wait for the upstream."""
+        """Return what `call` returns, run in a thread that may wait for the upstream."""
         if self._waiting is None:
             self._waiting = CapacityLimiter(_MOST_WAITING)
         return await anyio.to_thread.run_sync(call, *args, limiter=self._waiting)
@@ -143,7 +144,9 @@ class CachedContent(Content):
                 self._resting_until = time.monotonic() + _REST
                 if held is None:
                     raise failed(error) from error
-                _log.warning("the upstream is out of reach, %s comes from here", repository)
+                _log.warning(
+                    "the upstream cannot be reached: serving %s from the store", repository
+                )
                 return held
             except ModelpackError as error:
                 raise failed(error) from error
@@ -154,17 +157,17 @@ class CachedContent(Content):
             return found
 
     def fetch(self, repository: Repository, descriptor: Descriptor) -> Fetch:
-        """Return the download of a blob: one for all who ask."""
+        """Return the download of a blob, which all its clients share."""
         self._check_room(descriptor)
         return self._fetches.of(descriptor, lambda: self._origin(repository).blob(descriptor))
 
     async def begin(self, fetch: Fetch, request: Request) -> None:
-        """Return once a download has something to send; see `Fetches.begin`."""
+        """Return when a download has bytes to send; see `Fetches.begin`."""
         await self._fetches.begin(fetch, request)
 
     def _check_room(self, descriptor: Descriptor) -> None:
         missing = descriptor.size
-        with suppress(FileNotFoundError):  # what an earlier download has left is on the disk
+        with suppress(FileNotFoundError):  # bytes of an earlier download are on the disk
             missing -= self._store.partial_path(descriptor.digest).stat().st_blocks * 512
         what = f"blob {descriptor.digest.short}"
         check_room(self._store.root, max(missing, 0) + self._keep_free, what)
@@ -203,7 +206,7 @@ class CachedContent(Content):
     def _fetched(
         self, repository: Repository, target: Digest | str, held: tuple[Descriptor, bytes] | None
     ) -> tuple[Descriptor, bytes]:
-        """Return the upstream's manifest, which is kept; `held` if the tag still means that."""
+        """Fetch, keep and return the upstream's manifest, or `held` if that is current."""
         origin = self._origin(repository)
         if held is not None and origin.resolve(str(target)).digest == held[0].digest:
             return held
@@ -227,12 +230,14 @@ class CachedContent(Content):
         deep: int,
         kept: set[Digest],
     ) -> None:
-        """Store a manifest and what it cannot be without: its config, or its manifests.
+        """Store a manifest with its config or, for an index, with its manifests.
 
-        An index may list a manifest any number of times; those in `kept` were stored already.
+        An index may list a manifest any number of times; those in `kept` are stored already.
         """
         if deep > _DEEPEST:
-            raise UnsupportedError("is an index of indexes of indexes", path=str(descriptor.digest))
+            raise UnsupportedError(
+                f"nests indexes more than {_DEEPEST} deep", path=str(descriptor.digest)
+            )
         what = f"manifest {descriptor.digest}"
         document = parse_manifest_or_index(raw, what, media_type=descriptor.media_type)
         vital = document.manifests if isinstance(document, Index) else (document.config,)
@@ -241,12 +246,16 @@ class CachedContent(Content):
             if child.digest in kept and self._store.has_blob(child):
                 continue
             kept.add(child.digest)
-            if isinstance(document, Index) and child.media_type in _MANIFESTS:
+            if (
+                isinstance(document, Index)
+                and child.media_type in media_types.MANIFEST_AND_INDEX_TYPES
+            ):
                 self._keep(origin, child, origin.fetch_manifest(child), deep + 1, kept)
                 continue
             if child.size > MAX_DOCUMENT_BYTES:  # no reader takes such a config
                 raise ManifestError(
-                    f"has a config of {child.size} bytes, at most {MAX_DOCUMENT_BYTES} fit",
+                    f"has a config of {child.size} bytes, "
+                    f"more than the limit of {MAX_DOCUMENT_BYTES}",
                     path=what,
                 )
             self._check_room(child)
@@ -254,7 +263,7 @@ class CachedContent(Content):
         self._store.write_manifest(descriptor, raw, partial=True)
 
     def needed(self, repository: Repository, digest: Digest) -> Descriptor | None:
-        """Return the descriptor that a manifest kept for the repository gives to a blob."""
+        """Return the descriptor of a blob in a stored manifest of the repository, or None."""
         members = self.repositories().find(repository)
         if members is None:
             return None

@@ -51,7 +51,7 @@ from modelpack.registry_server.errors import ApiError, Code
 from modelpack.store.filesystem import map_os_errors
 from modelpack.store.index import IndexDocument
 from modelpack.store.layout import LayoutStore
-from modelpack.store.lookup import Entry
+from modelpack.store.lookup import NAME_KEYS, Entry
 from modelpack.store.tree import Tree
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
     from modelpack.registry_server.blob_fetch import Fetch
 
-# A first component that is a host; the path grammar leaves no ports and no upper case.
+# A first component that is a host; the grammar of paths allows no ports and no upper case.
 _HOST = re.compile(r"localhost\Z|.*\.")
 
 
@@ -74,7 +74,7 @@ class Repository:
     def parse(cls, name: str) -> Repository:
         """Return the repository that the `name` in a URL stands for.
 
-        Raises `InvalidReferenceError`. The environment's default registry plays no part.
+        Raises `InvalidReferenceError`. The environment's default registry is not used.
         """
         check_repository(name, name)
         # A bare name of 12 or 64 hex digits would be read as the id of a model.
@@ -89,7 +89,7 @@ class Repository:
 
     @property
     def name(self) -> str | None:
-        """The canonical name in URLs, None where there is none."""
+        """The canonical name in URLs, None if a URL cannot spell it."""
         name = f"{self.registry}/{self.path}"
         if self.registry == DEFAULT_REGISTRY and not _HOST.match(self.path.partition("/")[0]):
             name = self.path
@@ -99,21 +99,20 @@ class Repository:
             return None
 
     def tagged(self, tag: str) -> Reference:
-        """Return the reference of `tag`; raise `InvalidReferenceError` if it is no tag."""
+        """Return the reference of `tag`; raise `InvalidReferenceError` if it is not a tag."""
         return Reference(self.registry, self.path).with_tag(tag)
 
     def __str__(self) -> str:
         return f"{self.registry}/{self.path}"
 
 
-#: The repository (`registry/path`) that has the manifest without a tag, too.
+#: The annotation with the repository (`registry/path`) that has the manifest also without a tag.
 REPOSITORY: Final = "org.modelpack.repository"
-_NAME_KEYS: Final = (media_types.REF_NAME, media_types.CONTAINERD_NAME)
 
 
 @dataclass(slots=True)
 class Members:
-    """What one repository has."""
+    """The tags and manifests of one repository."""
 
     tags: dict[str, Descriptor] = field(default_factory=dict)
     manifests: dict[Digest, Descriptor] = field(default_factory=dict)
@@ -136,7 +135,7 @@ class Repositories:
                 self._of(untagged).manifests.setdefault(entry.digest, entry.manifest)
 
     def find(self, repository: Repository) -> Members | None:
-        """Return what the repository has, None if it has nothing."""
+        """Return the tags and manifests of the repository, None if it has none."""
         return self._members.get(str(repository))
 
     def names(self) -> list[str]:
@@ -156,7 +155,7 @@ def with_manifest(
         return document
     elements = list(_elements(document))
     for i, (raw, entry) in enumerate(elements):
-        # Another tool's entry, or one whose tag moved, that nothing else says anything about.
+        # An entry without a name and a repository: of another tool, or one whose tag moved.
         if entry and entry.digest == descriptor.digest and not _is_claimed(entry):
             elements[i] = _annotated(raw, repository), entry
             break
@@ -175,7 +174,7 @@ def with_manifest(
 def with_tag(
     document: IndexDocument, reference: Reference, descriptor: Descriptor
 ) -> IndexDocument:
-    """Return a document where `reference` names the manifest; what it named keeps its digest."""
+    """Return a document where `reference` names the manifest; the last one stays, by digest."""
     before = _named(document, reference)
     document = document.with_tag(descriptor, reference)
     if before is None or before.digest == descriptor.digest:
@@ -184,7 +183,7 @@ def with_tag(
 
 
 def without_tag(document: IndexDocument, reference: Reference) -> IndexDocument:
-    """Return a document without the tag; what it named keeps its digest."""
+    """Return a document without the tag; its manifest stays, by digest."""
     before = _named(document, reference)
     if before is None:
         return document
@@ -232,24 +231,23 @@ def _annotated(raw: Mapping[str, Any], repository: Repository) -> dict[str, Any]
 def _stripped(
     raw: Mapping[str, Any], entry: Entry, repository: Repository
 ) -> Mapping[str, Any] | None:
-    """Return the element as far as it belongs to other repositories, None if it does not."""
+    """Return the element without this repository, None if it belongs to no other one."""
     dropped: Sequence[str] = ()
     if entry.reference is not None and Repository.of(entry.reference) == repository:
-        dropped = _NAME_KEYS
+        dropped = NAME_KEYS
     annotations = {k: v for k, v in (raw.get("annotations") or {}).items() if k not in dropped}
     if annotations.get(REPOSITORY) == str(repository):
         del annotations[REPOSITORY]
-    if not any(key in annotations for key in (*_NAME_KEYS, REPOSITORY)):
+    if not any(key in annotations for key in (*NAME_KEYS, REPOSITORY)):
         return None
     return {**raw, "annotations": annotations}
 
 
-_SERVED = frozenset({*media_types.MANIFEST_TYPES, *media_types.INDEX_TYPES})
 _BROKEN = (NotFoundError, IntegrityError, FormatError)
 
 
 class Content:
-    """A store as the endpoints use it; every method that is not async blocks."""
+    """A store as the endpoints use it; all methods that are not async block."""
 
     def __init__(self, store: LayoutStore, *, sparse: bool) -> None:
         self._store = store
@@ -258,11 +256,11 @@ class Content:
 
     @property
     def uploads_directory(self) -> Path:
-        """Where upload sessions live: on the file system of the blobs."""
+        """The directory of upload sessions, on the file system of the blobs."""
         return Tree(self._store.root).uploads
 
     def open_blob(self, digest: Digest) -> int | None:
-        """Return an open file, None if there is no such blob; it stays readable if deleted."""
+        """Return an open file, None if there is no such blob; deletion does not end reading."""
         try:
             path = self._store.blob_path(digest)
             with map_os_errors("read", path):
@@ -271,7 +269,7 @@ class Content:
             return None
 
     def touch_blob(self, digest: Digest) -> bool:
-        """Return whether the blob is there; a client that is told so will not upload it."""
+        """Return whether the blob exists, and restart its grace period: a client may rely on it."""
         return self._store.touch_blob(digest)
 
     def publish_blob(self, staged: Path, digest: Digest) -> None:
@@ -279,10 +277,10 @@ class Content:
         self._store.take_file(staged, digest)
 
     def delete_blob(self, digest: Digest) -> bool:
-        """Delete a blob; return whether it was there.
+        """Delete a blob; return whether it existed.
 
-        All repositories share the blobs. One that a manifest needs is refused, in whatever
-        repository that is: deleting it would break a model that this client may know nothing of.
+        All repositories share the blobs. A blob that a manifest in any repository needs is not
+        deleted (405), since that would break a model that this client may not know.
         """
         try:
             return self._store.delete_blob(digest)
@@ -303,8 +301,8 @@ class Content:
     ) -> tuple[Descriptor, bytes] | None:
         """Return the manifest that a tag or a digest names, and its bytes; None if there is none.
 
-        By digest, what an index of the repository lists is found too, pushed here or not, as long
-        as it is a manifest: an index may call any blob whatever it likes.
+        A digest may also be that of a manifest that only an index of the repository lists. Other
+        blobs are not returned, whatever media type the index gives them.
         """
         return await run_in_threadpool(self.stored_manifest, repository, target)
 
@@ -313,13 +311,13 @@ class Content:
         return await run_in_threadpool(self.stored_tags, repository)
 
     async def referrers(self, repository: Repository, subject: Digest) -> list[Descriptor]:
-        """Return descriptors of the repository's manifests about `subject`, in a fixed order."""
+        """Return descriptors of the referrers of `subject` in the repository, in a fixed order."""
         return await run_in_threadpool(self.stored_referrers, repository, subject)
 
     def stored_manifest(
         self, repository: Repository, target: Digest | str
     ) -> tuple[Descriptor, bytes] | None:
-        """Return what `manifest` does, of what is stored here."""
+        """Return what `manifest` returns, from the store only."""
         members = self.repositories().find(repository)
         if members is None:
             return None
@@ -329,7 +327,7 @@ class Content:
             descriptor = members.manifests.get(target) or next(
                 (child for child in self._children(members) if child.digest == target), None
             )
-        if descriptor is None or descriptor.media_type not in _SERVED:
+        if descriptor is None or descriptor.media_type not in media_types.MANIFEST_AND_INDEX_TYPES:
             return None
         try:
             return descriptor, self._store.fetch_manifest(descriptor)
@@ -344,9 +342,9 @@ class Content:
         tags: Sequence[str],
         needed: Sequence[Descriptor],
     ) -> tuple[Descriptor, ...]:
-        """Store a manifest under its digest and `tags`, unless something that it needs is missing.
+        """Store a manifest under its digest and `tags`, unless a blob that it needs is missing.
 
-        Returns what is missing.
+        Returns the missing blobs.
         """
         references = [repository.tagged(tag) for tag in tags]
 
@@ -366,7 +364,7 @@ class Content:
         return ()
 
     def delete_manifest(self, repository: Repository, target: Digest | str) -> bool:
-        """Delete a tag, or a manifest with all tags of it; return whether it was there."""
+        """Delete a tag, or a manifest with all its tags; return whether it existed."""
         found = True
 
         def change(document: IndexDocument) -> IndexDocument:
@@ -380,40 +378,40 @@ class Content:
                 raise ApiError(
                     405,
                     Code.DENIED,
-                    f"{target} is part of an index in {repository}: delete that first",
+                    f"{target} is part of an index in {repository}: delete the index first",
                     headers={"Allow": "GET, HEAD, PUT"},
                 )
             return without_manifest(document, repository, target) if found else document
 
         self._store.change_index(change)
         if found and isinstance(target, Digest):
-            # Otherwise what this manifest says about another one would keep it from collection.
+            # Otherwise a referrer would stay as long as its subject does.
             with suppress(ConflictError):  # another repository has it
                 self._store.delete_blob(target)
         return found
 
     def stored_tags(self, repository: Repository) -> list[str] | None:
-        """Return what `tags` does, of what is stored here."""
+        """Return what `tags` returns, from the store only."""
         members = self.repositories().find(repository)
         return None if members is None else sorted(members.tags)
 
     def needed(self, repository: Repository, digest: Digest) -> Descriptor | None:
-        """Return the descriptor of a blob that is not here and can be fetched; None if none can."""
+        """Return the descriptor of a missing blob that can be fetched, or None."""
         del repository, digest
         return None
 
     def fetch(self, repository: Repository, descriptor: Descriptor) -> Fetch:
-        """Return the download of a blob that is `needed`, which the caller has to `begin`."""
+        """Return the download of a `needed` blob; the caller must call `begin`."""
         raise NotImplementedError
 
     async def begin(self, fetch: Fetch, request: Request) -> None:
-        """Return once a download has something to send; see `Fetches.begin`."""
+        """Return when a download has bytes to send; see `Fetches.begin`."""
         raise NotImplementedError
 
     def stored_referrers(self, repository: Repository, subject: Digest) -> list[Descriptor]:
-        """Return what `referrers` does, of what is stored here.
+        """Return what `referrers` returns, from the store only.
 
-        What only an index lists counts: so do the lists that clients keep under a fallback tag.
+        It includes manifests that only an index lists, as clients keep lists under fallback tags.
         """
         members = self.repositories().find(repository)
         if members is None:
@@ -427,7 +425,7 @@ class Content:
         return sorted(found.values(), key=lambda one: str(one.digest))
 
     def _children(self, members: Members) -> Iterator[Descriptor]:
-        """Return what the repository's indexes list, indexes in indexes included."""
+        """Yield the manifests in the repository's indexes, also in nested ones."""
         seen: set[Digest] = set()
         waiting = list(members.manifests.values())
         while waiting:
@@ -440,9 +438,9 @@ class Content:
                 waiting.extend(index.manifests)
 
     def _parsed(self, descriptor: Descriptor, seen: set[Digest]) -> Manifest | Index | None:
-        """Return the manifest, None for what is damaged, of another size, or in `seen` already.
+        """Return the manifest, None if it is damaged, has another size or is in `seen` already.
 
-        An index may list a manifest any number of times, and give it any size.
+        An index may list a manifest any number of times, and with any size.
         """
         if descriptor.digest in seen or not self._store.has_blob(descriptor):
             return None

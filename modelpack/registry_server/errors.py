@@ -41,7 +41,7 @@ class Code(StrEnum):
     DENIED = "DENIED"
     UNSUPPORTED = "UNSUPPORTED"
     TOOMANYREQUESTS = "TOOMANYREQUESTS"
-    UNKNOWN = "UNKNOWN"  # not in the specification's table: what has no code there
+    UNKNOWN = "UNKNOWN"  # not in the specification's table: errors without a code there
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +79,13 @@ class ApiError(Exception):
         self.headers = headers
 
     def response(self) -> Response:
-        """Return the answer."""
+        """Return the response."""
         body = {"errors": [problem.to_json() for problem in self.problems]}
         return JSONResponse(body, self.status, self.headers)
 
 
 def translated(error: ModelpackError) -> ApiError:
-    """Return the answer to an error of the store; the first class that fits decides."""
+    """Return the response to an error of the store, by the first class that matches."""
     table: tuple[tuple[type[ModelpackError], int, Code], ...] = (
         (InvalidReferenceError, 400, Code.NAME_INVALID),
         (InvalidDigestError, 400, Code.DIGEST_INVALID),
@@ -109,26 +109,26 @@ async def on_api_error(_: Request, error: Exception) -> Response:
 
 
 async def on_modelpack_error(_: Request, error: Exception) -> Response:
-    """Answer an error that came out of the store."""
+    """Answer an error of the store."""
     assert isinstance(error, ModelpackError)
     return translated(error).response()
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Answer what the router refuses: unknown paths and methods."""
+    """Answer requests for unknown paths and methods, which the router refuses."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        message = f"{request.method} is not possible here"
+        message = f"{request.method} is not allowed here"
         return ApiError(405, Code.UNSUPPORTED, message, headers=error.headers).response()
     message = f"no such endpoint: {request.url.path}"
     return ApiError(error.status_code, Code.UNSUPPORTED, message).response()
 
 
 async def on_disconnect(_: Request, error: Exception) -> Response:
-    """Answer a client that hung up; nobody reads this."""
+    """Answer a client that disconnected, for the log only."""
     return Response(status_code=400)
 
 
 async def on_defect(_: Request, error: Exception) -> Response:
-    """Answer what should not have happened; the server logs the exception."""
+    """Answer an unexpected exception, which the server logs."""
     return ApiError(500, Code.UNKNOWN, f"internal error: {type(error).__name__}").response()

@@ -32,19 +32,19 @@ _ELSEWHERE = (
 
 
 class Manifests:
-    """Endpoints of manifests; any image manifest or index is taken, its bytes as they came."""
+    """Endpoints of manifests; any image manifest or index is accepted, with its exact bytes."""
 
     def __init__(self, content: Content, limit: int = MAX_DOCUMENT_BYTES) -> None:
         self._content = content
         self._limit = limit
 
     async def get(self, request: Request) -> Response:
-        """GET and HEAD, by tag or digest. `Accept` is not asked: there is one representation."""
+        """GET and HEAD, by tag or digest. `Accept` is ignored: there is one representation."""
         repository = Repository.parse(request.path_params["name"])
         reference = request.path_params["reference"]
         try:
             target = _target(reference)
-        except ApiError:  # what can be no tag is one that is not there
+        except ApiError:  # an invalid tag is a tag that does not exist
             raise _unknown(repository, reference) from None
         found = await self._content.manifest(repository, target)
         if found is None:
@@ -58,7 +58,7 @@ class Manifests:
         return Response(raw, headers=headers)
 
     async def put(self, request: Request) -> Response:
-        """PUT, by tag, or by digest and perhaps some tags."""
+        """PUT by tag, or by digest with any number of tags."""
         name = request.path_params["name"]
         repository = Repository.parse(name)
         target = _target(request.path_params["reference"])
@@ -95,11 +95,11 @@ class Manifests:
 
 
 def _needed_by(manifest: Manifest | Index) -> tuple[Descriptor, ...]:
-    """Return what must be there before the manifest; its subject may come later."""
+    """Return the blobs that must exist before the manifest; its subject may come later."""
     if isinstance(manifest, Index):
         return manifest.manifests
     here = [blob for blob in manifest.blobs if not blob.media_type.startswith(_ELSEWHERE)]
-    # Not by digest alone: of two sizes for one blob, one is a lie.
+    # Not by digest alone: of two sizes for one blob, one is wrong.
     return tuple({(blob.digest, blob.size): blob for blob in here}.values())
 
 
@@ -119,7 +119,9 @@ def _asked_tags(request: Request, target: Digest | str) -> tuple[str, ...]:
         return (target,)
     tags = tuple(dict.fromkeys(request.query_params.getlist("tag")))
     if len(tags) > _MAX_TAGS:
-        raise ApiError(414, Code.MANIFEST_INVALID, f"{len(tags)} tags, at most {_MAX_TAGS} fit")
+        raise ApiError(
+            414, Code.MANIFEST_INVALID, f"{len(tags)} tags are more than the limit of {_MAX_TAGS}"
+        )
     for tag in tags:
         _target(tag)
         if ":" in tag:
@@ -130,12 +132,12 @@ def _asked_tags(request: Request, target: Digest | str) -> tuple[str, ...]:
 async def _body(request: Request, limit: int) -> bytes:
     length = request.headers.get("content-length", "0")
     if int(length) > limit:
-        raise _too_large(length, limit)
+        raise _too_large(limit)
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > limit:
-            raise _too_large("more", limit)
+            raise _too_large(limit)
     return bytes(body)
 
 
@@ -147,9 +149,8 @@ def _parsed(raw: bytes, content_type: str | None) -> Manifest | Index:
         raise ApiError(400, Code.MANIFEST_INVALID, str(error)) from None
 
 
-def _too_large(got: str, limit: int) -> ApiError:
-    message = f"the manifest has {got} bytes, at most {limit} fit"
-    return ApiError(413, Code.SIZE_INVALID, message)
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, Code.SIZE_INVALID, f"the manifest exceeds the limit of {limit} bytes")
 
 
 def _unknown(repository: Repository, target: Digest | str) -> ApiError:
@@ -172,7 +173,7 @@ def _blobs_unknown(missing: tuple[Descriptor, ...]) -> ApiError:
 
 
 class Discovery:
-    """Endpoints that list things."""
+    """Endpoints that list tags, referrers and repositories."""
 
     def __init__(self, content: Content) -> None:
         self._content = content
@@ -216,7 +217,7 @@ class Discovery:
 
 
 def _page(request: Request, names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the names that `n` and `last` ask for and, if there are more, the `Link` to them."""
+    """Return the names that `n` and `last` select and, if there are more, the `Link` to them."""
     last = request.query_params.get("last")
     rest = [name for name in names if last is None or name > last]
     asked = request.query_params.get("n")
@@ -231,7 +232,7 @@ def _page(request: Request, names: Sequence[str]) -> tuple[list[str], dict[str, 
 
 
 def _referrers_page(found: Sequence[Descriptor], last: str) -> list[Descriptor]:
-    """Return the descriptors after `last` that fit in a manifest of ordinary size, one at least."""
+    """Return the descriptors after `last` that fit in an index of the usual size, at least one."""
     page: list[Descriptor] = []
     room = MAX_DOCUMENT_BYTES - 1024
     for descriptor in found:

@@ -1,10 +1,8 @@
 """Requests of the embedded registry, counted: for GET /metrics and for a callback.
 
-`Metrics` has counters in Prometheus's text format. `RequestRecord` is one request with its
-response, which `Recorder` reports to the server's owner.
-
-`Metrics` writes the text format itself: prometheus-client belongs to the extra `gateway`, and the
-embedded registry works without extras.
+`Metrics` has counters, and writes Prometheus's text format itself: prometheus-client belongs to the
+extra `gateway`, and the embedded registry works without extras. `RequestRecord` is one request with
+its response, which `Recorder` reports to the server's owner.
 """
 
 from __future__ import annotations
@@ -24,15 +22,15 @@ from modelpack.http.connection import body_size
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
 _HELP: Final = {
     "modelpack_registry_requests_total": ("counter", "Finished requests."),
-    "modelpack_registry_received_bytes_total": ("counter", "Bytes of the bodies of requests."),
-    "modelpack_registry_sent_bytes_total": ("counter", "Bytes of the bodies of answers."),
-    "modelpack_registry_requests_in_progress": ("gauge", "Requests under way."),
-    "modelpack_registry_upload_sessions": ("gauge", "Uploads that are not finished."),
+    "modelpack_registry_received_bytes_total": ("counter", "Bytes of request bodies."),
+    "modelpack_registry_sent_bytes_total": ("counter", "Bytes of response bodies."),
+    "modelpack_registry_requests_in_progress": ("gauge", "Requests in progress."),
+    "modelpack_registry_upload_sessions": ("gauge", "Unfinished uploads."),
 }
 
 
 class Metrics:
-    """Counts of one server; all of it happens in the event loop's thread."""
+    """Counters of one server, used only in the event loop's thread."""
 
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, int]] = Counter()
@@ -73,7 +71,7 @@ class Counting:
             return
         metrics = self._metrics
         method = scope["method"] if scope["method"] in _METHODS else "other"
-        status = 499  # the client went before there was an answer
+        status = 499  # the client disconnected before the response
 
         async def counted_receive() -> Message:
             message = await receive()
@@ -99,8 +97,8 @@ class Counting:
 class RequestRecord:
     """One finished request; `received` and `sent` are bytes of the bodies.
 
-    `status` is None where the connection ended before an answer. Header names are lower case; of
-    `authorization` only the scheme is told.
+    `status` is None if the connection ended before a response. Header names are lower case;
+    `authorization` has its scheme only.
     """
 
     method: str

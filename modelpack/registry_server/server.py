@@ -69,9 +69,9 @@ class HostGuard:
         if not self._hosts.allows(host, scope.get("server")):
             return f"this registry does not serve the host {host[:200]!r}: --allow-host allows it"
         if is_cross_site(headers):
-            return "this registry takes no requests from web pages of other sites"
+            return "this registry refuses requests from web pages of other sites"
         if scope["method"] not in _SAFE_METHODS and "origin" in headers:
-            return "this registry takes no writes from web pages"
+            return "this registry refuses writes from web pages"
         return None
 
 
@@ -91,11 +91,11 @@ def create_app(
 ) -> Starlette:
     """Return a registry (distribution-spec 1.1) that serves and fills `store`.
 
-    Requests must name a loopback host or one of `allowed_hosts` in their `Host` header.
-    `read_only` answers 405 to every write. `sparse` takes manifests whose blobs are not all there,
-    which are refused otherwise: a model that cannot be opened is of no use to anybody. `guard`
-    decides who gets in, None lets everybody. With an `upstream` it is read-only, and what it lacks
-    is fetched from there and kept.
+    Requests must name a loopback host or one of `allowed_hosts` in their `Host` header. `read_only`
+    answers 405 to every write. `sparse` accepts manifests of which blobs are missing; by default
+    they are refused, since such a model cannot be opened. `guard` authorises requests; None allows
+    all of them. With an `upstream` the registry is read-only; it fetches what the store lacks from
+    there and keeps it.
     """
     content = (
         CachedContent(store, upstream, keep_free=limits.keep_free)
@@ -142,7 +142,7 @@ def _routes(content: Content, limits: Limits, metrics: Metrics, guard: Guard | N
         "DELETE": manifests.delete,
     }
     blob = {"GET": blobs.get, "HEAD": blobs.get, "DELETE": blobs.delete}
-    # A name is greedy: of `a/manifests/manifests/b` it is `a/manifests`.
+    # A name is greedy: in `a/manifests/manifests/b` it is `a/manifests`.
     resources: dict[str, Mapping[str, Endpoint]] = {
         "/v2/": {"GET": _probe, "HEAD": _probe},
         "/v2": {"GET": _probe, "HEAD": _probe},
@@ -163,7 +163,7 @@ def _resource(path: str, methods: Mapping[str, Endpoint], guard: Guard | None) -
     async def endpoint(request: Request) -> Response:
         if guard is not None:
             await guard.check(request, needs_of(request, path))
-        handler = methods.get(request.method) or methods["GET"]  # HEAD, where it needs no care
+        handler = methods.get(request.method) or methods["GET"]  # HEAD is handled as GET
         return await handler(request)
 
     return Route(path, endpoint, methods=list(methods))
@@ -174,7 +174,7 @@ async def _probe(_: Request) -> Response:
 
 
 class ApiVersion:
-    """ASGI middleware: what every answer says, such as the header by which clients know us."""
+    """ASGI middleware that adds the headers of all responses, such as the API's version."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -184,7 +184,7 @@ class ApiVersion:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["Docker-Distribution-Api-Version"] = "registry/2.0"
-                headers["X-Content-Type-Options"] = "nosniff"  # of blobs, a browser makes no page
+                headers["X-Content-Type-Options"] = "nosniff"  # browsers show no blob as a page
             await send(message)
 
         await self._app(scope, receive, with_version)
@@ -229,14 +229,14 @@ class RegistryServer:
         grace: int = GRACE,
         on_request: Callable[[RequestRecord], None] | None = None,
     ) -> None:
-        """Raises `UsageError` for an address that is none, or not a loopback one.
+        """Raises `UsageError` for an address that is invalid or not a loopback one.
 
-        `guard` asks who is there: `registry_server.auth` has `Passwords` and `BearerTokens`. With
-        one other addresses are permitted, too; `allow_remote` permits them without: whoever reaches
-        the port may then read and, unless `read_only`, write. `tls` are the PEM files of a
-        certificate and its key. `allowed_hosts` are further names that requests may use for this
-        host. For `sparse` and `upstream`, which serves one server, see `create_app`. `on_request`
-        is called from the server's thread.
+        `guard` authenticates requests: `registry_server.auth` has `Passwords` and `BearerTokens`.
+        With a guard, other addresses are permitted too. `allow_remote` permits them without a
+        guard: everyone who reaches the port may then read and, unless `read_only`, write. `tls` are
+        the PEM files of a certificate and its key. `allowed_hosts` are further names of this host
+        in requests. For `sparse` and `upstream` see `create_app`; an `upstream` belongs to one
+        server. `on_request` is called from the server's thread.
         """
         self._server = AppServer(
             self._make_app,

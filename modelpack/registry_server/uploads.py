@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bytes, and a number of upload sessions; None is no limit.
+    """Limits in bytes, and a number of upload sessions; None means no limit.
 
-    `manifest` and `upload` are for one each, `sessions` is for all unfinished uploads together,
-    `keep_free` is what stays free on the disk whatever is uploaded, or fetched from an upstream.
+    `manifest` and `upload` limit each manifest and each blob, `sessions` limits all unfinished
+    uploads together. `keep_free` bytes stay free on the disk, whatever is uploaded or fetched from
+    an upstream.
     """
 
     manifest: int = MAX_DOCUMENT_BYTES
@@ -49,18 +50,20 @@ class Limits:
 
     def __post_init__(self) -> None:
         if not 1 <= self.manifest <= MAX_DOCUMENT_BYTES:
-            raise UsageError(f"a limit for manifests is from 1 to {MAX_DOCUMENT_BYTES} bytes")
+            raise UsageError(
+                f"the limit for manifests must be from 1 to {MAX_DOCUMENT_BYTES} bytes"
+            )
         for name in ("upload", "sessions"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"the limit {name!r} is {value}, expected at least 1")
         if self.keep_free < 0:
-            raise UsageError("the room to keep free is negative")
+            raise UsageError("the bytes to keep free must not be negative")
 
 
 _SWEEP_INTERVAL = 600.0
 _READ_SIZE = 1024 * 1024
-# Hash a piece while it is written, one for each processor: they wait for nothing else.
+# Threads that hash pieces while these are written, one for each processor.
 _HASHERS: Final = ThreadPoolExecutor(os.cpu_count() or 1, "modelpack-hash")
 
 #: Publishes a complete file, whose bytes have this digest, as a blob.
@@ -72,7 +75,7 @@ class OutOfOrder(Exception):
 
 
 class TooMany(Exception):
-    """There are as many sessions as there may be."""
+    """The limit on upload sessions is reached."""
 
 
 class Superseded(Exception):
@@ -118,15 +121,15 @@ class UploadSession:
         return session
 
     def writer(self, start: int | None, algorithm: str | None = None) -> Writer:
-        """Take the session over from any earlier request and return how to append to it.
+        """Take the session over from any earlier request and return its writer.
 
-        `start` is the offset that the client believes in (None: wherever we are), `algorithm` the
-        one it will name in the end, if it is known. Raises `OutOfOrder`.
+        `start` is the offset that the client expects (None: the current size), `algorithm` that of
+        the final digest, if it is known. Raises `OutOfOrder`.
         """
         with self._lock:
             self._check_open()
             if start == 0 and self.size == 1:
-                # The status `0-0` says both "nothing" and "one byte": starting again is right.
+                # The status `0-0` means both nothing and one byte, so the client may start again.
                 os.truncate(self._data, 0)
                 self.size, self._hasher = 0, None
             if start is not None and start != self.size:
@@ -144,19 +147,19 @@ class UploadSession:
             return Writer(self, descriptor, self._turn)
 
     def cancel(self) -> None:
-        """Forget the session and its bytes."""
+        """Delete the session and its bytes."""
         with self._lock:
             self._close()
 
     def idle_seconds(self) -> float:
-        """Return how long ago the last bytes came."""
+        """Return the seconds since the last bytes arrived."""
         try:
             return idle_seconds(self._directory)
         except FileNotFoundError:
             return float("inf")
 
     def is_over(self) -> bool:
-        """Return whether it ended, or a collection removed it."""
+        """Return whether the session ended, or a garbage collection removed it."""
         return self._closed or not self._data.exists()
 
     def _open(self) -> int:
@@ -186,7 +189,7 @@ class UploadSession:
             try:
                 digest.check_equal(Digest.of_hasher(self._hasher), "the upload")
             except DigestMismatchError:
-                self._close()  # no request can make these bytes right again
+                self._close()  # no later request can correct these bytes
                 raise
             publish(self._data, digest)
             self._close()
@@ -216,7 +219,7 @@ class UploadSession:
 
 
 def _write_at(descriptor: int, content: bytes | bytearray, offset: int) -> None:
-    """Write all of `content`, or leave the file as long as it was."""
+    """Write all of `content`; after a failure, cut the file back to `offset`."""
     try:
         position = offset
         with memoryview(content) as view:
@@ -242,7 +245,7 @@ class Writer:
         self._behind.written(self._session.size)
 
     def finish(self, digest: Digest, publish: Publish) -> None:
-        """Verify the whole and publish it; the session ends, also by `DigestMismatchError`."""
+        """Verify and publish all bytes; the session ends, also after `DigestMismatchError`."""
         self._session._finish(self._turn, digest, publish)
 
     def close(self) -> None:
@@ -260,14 +263,14 @@ class UploadSessions:
         self._swept = -_SWEEP_INTERVAL
 
     def __len__(self) -> int:
-        """Return how many sessions this server has begun or continued, and not ended."""
+        """Return the number of unfinished sessions that this server started or continued."""
         return len(self._sessions)
 
     def create(self, repository: str, algorithm: str, most: int | None = None) -> UploadSession:
         """Return a new session, whose id cannot be guessed; raise `TooMany` if there are `most`."""
         self._sweep()
         name = str(uuid.uuid4())
-        with self._lock:  # so that those who come together count each other
+        with self._lock:  # so that concurrent requests count each other's sessions
             if most is not None and len(self._sessions) >= most:
                 raise TooMany
             session = UploadSession.create(self._directory / name, repository, algorithm)
@@ -291,7 +294,7 @@ class UploadSessions:
         return session
 
     def drop_idle(self, seconds: float) -> None:
-        """Cancel the sessions that have received nothing for so long."""
+        """Cancel the sessions that have received nothing for `seconds`."""
         with self._lock:
             sessions = list(self._sessions.values())
         for session in sessions:
@@ -305,7 +308,7 @@ class UploadSessions:
             self._sessions.pop(session.id, None)
 
     def _sweep(self) -> None:
-        """Cancel what has been idle for too long; every ten minutes is often enough."""
+        """Cancel abandoned sessions, every ten minutes at most."""
         now = time.monotonic()
         with self._lock:
             if now - self._swept < _SWEEP_INTERVAL:
@@ -321,9 +324,9 @@ class UploadSessions:
                 self.forget(session)
 
 
-# Seconds after which an upload that receives nothing makes room for others, where room is short.
+# Seconds after which an idle upload is cancelled if the limit on sessions is reached.
 _IDLE = 3600.0
-# Bytes after which a stream that does not say how long it is has the disk looked at again.
+# Bytes after which the free space is checked again, for a stream of unknown length.
 _LOOK = 16 * PIECE
 
 
@@ -336,16 +339,16 @@ class Uploads:
         self._sessions = UploadSessions(content.uploads_directory)
 
     def count(self) -> int:
-        """Return how many uploads have begun here and are not finished."""
+        """Return the number of unfinished uploads."""
         return len(self._sessions)
 
     async def start(self, request: Request) -> Response:
-        """POST: begin a session, or mount a blob, or take a whole blob at once."""
+        """POST: start a session, mount a blob, or receive a whole blob."""
         repository = Repository.parse(request.path_params["name"])
         mount = request.query_params.get("mount")
         digest = request.query_params.get("digest")
         if mount is not None:
-            # All repositories share the blobs, so it does not matter from where.
+            # All repositories share the blobs, so `from` does not matter.
             wanted = Digest.parse(mount)
             if await run_in_threadpool(self._content.touch_blob, wanted):
                 return self._created(request, wanted)
@@ -358,12 +361,12 @@ class Uploads:
         return Response(status_code=202, headers=self._state(request, session))
 
     async def status(self, request: Request) -> Response:
-        """GET: how much arrived."""
+        """GET: report how many bytes have arrived."""
         session = await self._session(request)
         return Response(status_code=204, headers=self._state(request, session))
 
     async def append(self, request: Request) -> Response:
-        """PATCH: a chunk in its place, or a stream from where we are."""
+        """PATCH: append a chunk at its offset, or a stream at the end."""
         session = await self._session(request)
         claimed = _claimed_range(request)
         async with self._writing(request, session, claimed) as writer:
@@ -371,7 +374,7 @@ class Uploads:
         return Response(status_code=202, headers=self._state(request, session))
 
     async def finish(self, request: Request) -> Response:
-        """PUT: perhaps the last chunk, then the digest of the whole."""
+        """PUT: append the last chunk, if any, and publish the blob under its digest."""
         digest = Digest.parse(request.query_params.get("digest", ""))
         session = await self._session(request)
         claimed = _claimed_range(request)
@@ -382,7 +385,7 @@ class Uploads:
         return self._created(request, digest)
 
     async def cancel(self, request: Request) -> Response:
-        """DELETE: forget the session."""
+        """DELETE: cancel the session."""
         session = await self._session(request)
         await run_in_threadpool(session.cancel)
         self._sessions.forget(session)
@@ -394,7 +397,7 @@ class Uploads:
             async with self._writing(request, session, None, digest.algorithm) as writer:
                 await self._receive(request, session, writer, None)
                 await run_in_threadpool(writer.finish, digest, self._content.publish_blob)
-        finally:  # the client never learned where the session is
+        finally:  # the client does not know the session's URL
             await run_in_threadpool(session.cancel)
             self._sessions.forget(session)
         return self._created(request, digest)
@@ -408,13 +411,13 @@ class Uploads:
         try:
             return await run_in_threadpool(self._sessions.create, *wanted)
         except TooMany:
-            message = f"{limit} uploads are under way, no more are taken"
+            message = f"{limit} uploads are in progress, which is the limit"
             headers = {"Retry-After": "10"}
             raise ApiError(429, Code.TOOMANYREQUESTS, message, headers=headers) from None
 
     def _check_size(self, size: int) -> None:
         if self._limits.upload is not None and size > self._limits.upload:
-            message = f"the blob is larger than the {self._limits.upload} bytes that are taken"
+            message = f"the blob is larger than the limit of {self._limits.upload} bytes"
             raise ApiError(413, Code.SIZE_INVALID, message)
 
     async def _session(self, request: Request) -> UploadSession:
@@ -433,7 +436,7 @@ class Uploads:
         claimed: ByteRange | None,
         algorithm: str | None = None,
     ) -> AsyncIterator[Writer]:
-        """Lend a writer; what goes wrong with the session becomes the protocol's answer."""
+        """Yield a writer; errors of the session become errors of the protocol."""
         start = claimed.start if claimed else None
         try:
             writer = await run_in_threadpool(session.writer, start, algorithm)
@@ -461,7 +464,7 @@ class Uploads:
     async def _receive(
         self, request: Request, session: UploadSession, writer: Writer, claimed: ByteRange | None
     ) -> None:
-        """Append the body to the session; what arrived before a cut is kept."""
+        """Append the body to the session; after a failure, keep the bytes that arrived."""
         reuse = request.scope.get("extensions", {}).get(REUSE)
         pieces = _Pieces(writer, reuse["give_back"] if reuse else lambda piece: None)
         received, before = 0, session.size
@@ -501,7 +504,8 @@ class Uploads:
 class _Pieces:
     """Hashes and writes one piece in a worker thread while the next one arrives.
 
-    Whole pieces are taken as they are, less is gathered. `give_back` gets what was written.
+    Whole pieces are written as they are, shorter ones are collected first. `give_back` gets each
+    piece after it is written.
     """
 
     def __init__(self, writer: Writer, give_back: Callable[[bytes | bytearray], None]) -> None:
@@ -539,7 +543,7 @@ class _Pieces:
             try:
                 await pending
             except BaseException:
-                self._buffer = bytearray()  # its place is after bytes that are not there
+                self._buffer = bytearray()  # it belongs after bytes that were not written
                 raise
 
 

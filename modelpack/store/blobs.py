@@ -220,7 +220,7 @@ class FileBlob:
 
 
 class Blobs:
-    """The blobs of one store; its `marks` tell which of them have to be verified again."""
+    """The blobs of one store; `marks` records which of them must be verified again."""
 
     def __init__(self, tree: Tree, marks: VerifiedMarks) -> None:
         self._tree = tree

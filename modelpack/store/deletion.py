@@ -341,12 +341,12 @@ EXPIRY: Final = 24 * 3600
 
 
 def abandoned_uploads(directory: Path) -> Iterator[Path]:
-    """Return what is in `directory` and received nothing for `EXPIRY`: sessions, and parts of one.
+    """Yield the uploads in `directory` that received nothing for `EXPIRY` seconds.
 
-    A crash may have left a session half made, or a file.
+    After a crash, one may be a part of a session, or a single file.
     """
     for path in sorted(directory.glob("*")):
-        with suppress(FileNotFoundError):  # it ends just now
+        with suppress(FileNotFoundError):  # it has just ended
             if idle_seconds(path) > EXPIRY:
                 yield path
 
@@ -368,7 +368,7 @@ def allocated_bytes(path: Path) -> int:
 
 
 def remove_upload(path: Path) -> None:
-    """Delete the session, or what is left of one."""
+    """Delete a session, or the part of one that a crash left."""
     if path.is_dir():
         delete_tree(path)
     else:

@@ -30,7 +30,6 @@ from modelpack.errors import (
     ManifestError,
     ModelpackError,
     NotFoundError,
-    SizeMismatchError,
     StoreError,
     UnsafePathError,
 )
@@ -53,6 +52,7 @@ from modelpack.store.filesystem import (
     write_durably,
 )
 from modelpack.store.lookup import Entry, StoredModel
+from modelpack.store.manifests import check_size
 
 #: Size limit of `models.json` for reading and writing.
 MAX_BYTES: Final = 64 * 1024 * 1024
@@ -214,12 +214,7 @@ class DockerStore:
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
         """Return the bytes of a manifest, verified by size and digest."""
         raw = self._read_manifest(descriptor.digest)
-        if len(raw) != descriptor.size:
-            raise SizeMismatchError(
-                f"manifest {descriptor.digest} should have {descriptor.size} bytes, got {len(raw)}",
-                expected=str(descriptor.size),
-                got=str(len(raw)),
-            )
+        check_size(descriptor, len(raw), "manifest")
         return raw
 
     def blob(self, descriptor: Descriptor) -> BlobSource:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.descriptor import Descriptor
@@ -23,7 +23,8 @@ from modelpack.errors import (
 )
 
 _SHORTEST_PREFIX = 4
-_NAME_KEYS = (media_types.REF_NAME, media_types.CONTAINERD_NAME)
+#: Annotations that may hold the name of an entry.
+NAME_KEYS: Final = (media_types.REF_NAME, media_types.CONTAINERD_NAME)
 _HEX = re.compile(r"(?:sha256:)?([0-9a-f]{1,64})\Z")
 
 
@@ -152,10 +153,10 @@ class Names:
             return None
         if wanted.digest is not None and wanted.digest != entry.digest:
             raise IntegrityError(
-                f"{named} is {entry.digest} in the store, but {wanted.digest} was asked for",
+                f"{named} is {entry.digest} in the store, not {wanted.digest}",
                 expected=str(wanted.digest),
                 got=str(entry.digest),
-                hint=f"pull {text} to have that one, or leave out the digest",
+                hint=f"pull {text}, or leave out the digest",
             )
         return Match(entry, by_name=True)
 
@@ -184,7 +185,7 @@ class Names:
         if len(found) > 1:
             candidates = tuple(sorted(map(str, found)))
             raise AmbiguousError(
-                f"{text} is the beginning of {len(found)} ids: {', '.join(candidates)}",
+                f"{text} is a prefix of {len(found)} ids: {', '.join(candidates)}",
                 candidates=candidates,
                 hint="add digits until only one is left",
             )
@@ -194,8 +195,8 @@ class Names:
         wanted = Reference.parse(text)
         looked_for = "" if text == str(wanted) else f" (that is {wanted})"
         alike = sorted(str(r) for r in self._by_reference if _last_part(r) == _last_part(wanted))
-        hint = f"it has {', '.join(alike[:5])}" if alike else "`modelpack list` shows what it has"
-        return NotFoundError(f"the store has no {text}{looked_for}", hint=hint)
+        hint = f"try {', '.join(alike[:5])}" if alike else "run `modelpack list` to see the models"
+        return NotFoundError(f"no such model in the store: {text}{looked_for}", hint=hint)
 
 
 def may_name(text: str) -> Callable[[Any], bool]:
@@ -230,7 +231,7 @@ def may_name(text: str) -> Callable[[Any], bool]:
         annotations = raw.get("annotations") or {}
         if not isinstance(annotations, dict):
             return False
-        for key in _NAME_KEYS:
+        for key in NAME_KEYS:
             name = annotations.get(key)
             if isinstance(name, str) and (name in names or not means_only_itself(name)):
                 return True

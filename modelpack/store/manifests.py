@@ -317,7 +317,7 @@ def check_size(descriptor: Descriptor, got: int, what: str) -> None:
     """Raise `SizeMismatchError` unless `got` bytes match the descriptor."""
     if got != descriptor.size:
         raise SizeMismatchError(
-            f"{what}: {descriptor.digest} should have {descriptor.size} bytes, got {got}",
+            f"{what} {descriptor.digest}: expected {descriptor.size} bytes, got {got}",
             expected=str(descriptor.size),
             got=str(got),
         )

@@ -11,12 +11,12 @@ from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import parse_manifest_or_index
 from modelpack.artifacts.reference import DEFAULT_REGISTRY, Reference
-from modelpack.errors import NotFoundError, SizeMismatchError
+from modelpack.errors import NotFoundError
 from modelpack.progress import Action, Progress
 from modelpack.storage import BlobReader, BlobSource, Outcome, Watch
 from modelpack.store import lookup
 from modelpack.store.lookup import Entry, StoredModel
-from modelpack.store.manifests import successors
+from modelpack.store.manifests import check_size, successors
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class MemoryStore:
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
         """Return the bytes of a manifest, verified by size and digest."""
         raw = _found(self._blobs, descriptor.digest)
-        _check_size(descriptor, len(raw))
+        check_size(descriptor, len(raw), "manifest")
         return raw
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
@@ -77,14 +77,14 @@ class MemoryStore:
                 watch.stop.check()
                 length += count
                 watch.report(Progress(Action.FETCH, name, digest, length, size))
-        _check_size(descriptor, length)
+        check_size(descriptor, length, "blob")
         digest.check(bytes(content[:length]), "blob")
         self._blobs[digest] = bytes(content[:length])
         return Outcome.WRITTEN
 
     def write_manifest(self, descriptor: Descriptor, raw: bytes, name: str | None = None) -> None:
         """Write a manifest whose blobs the store has, and tag it if there is a `name`."""
-        _check_size(descriptor, len(raw))
+        check_size(descriptor, len(raw), "manifest")
         descriptor.digest.check(raw, "manifest")
         what = str(descriptor.digest)
         manifest = parse_manifest_or_index(raw, what, media_type=descriptor.media_type)
@@ -114,12 +114,3 @@ def _found(contents: dict[Digest, bytes], digest: Digest) -> bytes:
     if content is None:
         raise NotFoundError(f"{digest} is not in the store")
     return content
-
-
-def _check_size(descriptor: Descriptor, got: int) -> None:
-    if got != descriptor.size:
-        raise SizeMismatchError(
-            f"{descriptor.digest} should have {descriptor.size} bytes, got {got}",
-            expected=str(descriptor.size),
-            got=str(got),
-        )

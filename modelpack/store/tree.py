@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from modelpack.artifacts import media_types
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.json_document import decode_object, encode
 from modelpack.errors import InvalidDigestError, ManifestError, StoreError, UnsafePathError
@@ -34,7 +35,7 @@ _LAYOUT_FILE = "oci-layout"
 _MAX_LAYOUT_BYTES = 64 * 1024
 _EMPTY_INDEX = {
     "schemaVersion": 2,
-    "mediaType": "application/vnd.oci.image.index.v1+json",
+    "mediaType": media_types.OCI_INDEX,
     "manifests": [],
 }
 # A directory that has only these still counts as empty.

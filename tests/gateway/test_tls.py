@@ -55,7 +55,7 @@ def test_https_by_a_certificate(server: AppServer, authority: Pair) -> None:
     ("options", "problem"),
     [
         (["--tls-key", __file__], "requires --tls-cert"),
-        (["--tls-cert", __file__], "no certificate"),
+        (["--tls-cert", __file__], "not a certificate and its key"),
     ],
 )
 def test_files_that_do_not_serve(

@@ -167,8 +167,22 @@ def test_the_token_of_a_login_is_used(
 @pytest.mark.parametrize(
     ("why", "token", "name", "kind", "said", "hint"),
     [
-        ("gated", None, NAME, errors.AuthError, "401 GatedRepo: Access to model", "accept its"),
-        ("gated", TOKEN, NAME, errors.DeniedError, "403 GatedRepo: Access to model", "accept its"),
+        (
+            "gated",
+            None,
+            NAME,
+            errors.AuthError,
+            "401 GatedRepo: Access to model",
+            "accept the terms of the gated model",
+        ),
+        (
+            "gated",
+            TOKEN,
+            NAME,
+            errors.DeniedError,
+            "403 GatedRepo: Access to model",
+            "accept the terms of the gated model",
+        ),
         ("private", None, NAME, errors.AuthError, "401 RepoNotFound: Invalid user", "HF_TOKEN"),
         ("private", "hf_other", NAME, errors.AuthError, "401 RepoNotFound", "HF_TOKEN"),
         ("", None, "Org/None", errors.AuthError, "401 RepoNotFound", "may look the same"),
@@ -285,9 +299,9 @@ def test_storage_without_ranges_will_do(hub: FakeHub, store: modelpack.Store) ->
 @pytest.mark.parametrize(
     ("path", "answer", "said"),
     [
-        ("/revision/", b"<html>", "the hub's answer is no JSON object"),
-        ("/revision/", b'{"sha": "main"}', "the hub names no commit for 'main'"),
-        ("/tree/", b"{}", "the hub's answer is no JSON array"),
+        ("/revision/", b"<html>", "the hub's response is not a JSON object"),
+        ("/revision/", b'{"sha": "main"}', "the hub returned no commit for 'main'"),
+        ("/tree/", b"{}", "the hub's response is not a JSON array"),
         ("/tree/", b'[{"type": "file"}]', "an entry without a path"),
         ("/tree/", b'[{"type":"file","path":"../x","size":1,"oid":"%s"}]' % (b"0" * 40), "unsafe"),
         ("/tree/", b'[{"type":"file","path":"x","size":-1,"oid":"%s"}]' % (b"0" * 40), "no size"),

@@ -245,7 +245,7 @@ def test_the_order_of_sources(
     assert username(host) == "chosen"
     monkeypatch.setenv("MODELPACK_USERNAME", "environment")
     monkeypatch.setenv("MODELPACK_PASSWORD", "pw")
-    with pytest.raises(AuthError, match="for no host") as caught:
+    with pytest.raises(AuthError, match="need MODELPACK_REGISTRY, which is not set") as caught:
         username(host)
     assert f"MODELPACK_REGISTRY={host}" in str(caught.value.hint)
     monkeypatch.setenv("MODELPACK_REGISTRY", "elsewhere.example")
@@ -289,7 +289,7 @@ def test_secrets_do_not_leave_over_plain_http(
         )
 
     challenge = 'Basic realm="r"'
-    with pytest.raises(AuthError, match="there are none") as caught:
+    with pytest.raises(AuthError, match="none are stored for it") as caught:
         authenticator("r.example", plain_http=True).answer(challenge, None, frozenset())
     assert "--insecure r.example" in str(caught.value.hint)
     assert "not sent to r.example over plain http" in notes[0].message

@@ -82,10 +82,10 @@ def test_rules(file: Path) -> None:
     [
         ("[[registry]]", "no prefix"),
         ("registry = 1", "not a list"),
-        ('[[registry]]\nprefix = "a"\nlocation = "b"', "another location"),
-        ('[[registry]]\nprefix = "a"\nblocked = "no"', "neither true nor false"),
+        ('[[registry]]\nprefix = "a"\nlocation = "b"', "a location other than"),
+        ('[[registry]]\nprefix = "a"\nblocked = "no"', "must be true or false"),
         ('[[registry]]\nprefix = "a"\n[[registry.mirror]]', "no location"),
-        ('[[registry]]\nprefix = "a"\n[[registry.mirror]]\nlocation = "u:p@h"', "usable host"),
+        ('[[registry]]\nprefix = "a"\n[[registry.mirror]]\nlocation = "u:p@h"', "valid host"),
         (
             '[[registry]]\nprefix = "a"\n[[registry.mirror]]\nlocation = "h"\n'
             'pull-from-mirror = "never"',
@@ -199,7 +199,7 @@ def test_segments_that_a_mirror_fails_to_give(
 def test_a_mirror_that_is_not_there(mirrored: Mirrored) -> None:
     text = mirrored.file.read_text()
     mirrored.file.write_text(text.replace(mirrored.mirror.host, f"127.0.0.1:{free_port()}"))
-    assert "going on elsewhere" in mirrored.pull()
+    assert "trying the next source" in mirrored.pull()
 
 
 def test_tags_from_the_registry_digests_from_the_mirror(mirrored: Mirrored) -> None:

@@ -98,7 +98,7 @@ def test_a_client_certificate_is_for_the_registry_only(
         assert read_all(client.repository, blob) == b"weights"
         storage.put_blob(b"weights")
         registry.faults.add("GET", "/blobs/", redirecting(storage), times=None)
-        with pytest.raises(RemoteUnavailableError, match=f"{storage.host} wants a client"):
+        with pytest.raises(RemoteUnavailableError, match=f"{storage.host} requires a client"):
             read_all(client.repository, blob)
         assert storage.requests == []
 
@@ -142,9 +142,9 @@ def test_files_that_are_no_certificates(
     )
     for options, problem in (
         (TlsOptions(empty), "no certificate"),
-        (TlsOptions(tmp_path / "nowhere"), "cannot be read"),
-        (TlsOptions(client_certificate=client_pair.certificate), "no certificate with its key"),
-        (TlsOptions(None, client_pair.certificate, authority.key), "no certificate with its key"),
+        (TlsOptions(tmp_path / "nowhere"), "cannot read"),
+        (TlsOptions(client_certificate=client_pair.certificate), "as a certificate with its key"),
+        (TlsOptions(None, client_pair.certificate, authority.key), "as a certificate with its key"),
         (TlsOptions(None, client_pair.certificate, sealed), "the key is encrypted"),
     ):
         client = over_tls(connect, secure.host, options)

@@ -166,7 +166,7 @@ def test_a_helper_that_knows_nothing(config: Path, helpers: Path) -> None:
     ("script", "problem"),
     [
         ("echo 'keychain is locked'; exit 1", "keychain is locked"),
-        ("exit 3", "it said nothing"),
+        ("exit 3", "no message"),
         ("echo secret-and-no-json", "is not JSON"),
         ('echo \'{"Username":"ada"}\'', "without Username and Secret"),
     ],

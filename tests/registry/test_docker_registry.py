@@ -157,5 +157,5 @@ def test_15_a_wrong_password(guarded: str, connect: Connect) -> None:
     with pytest.raises(AuthError, match="refused the credentials of 'ada' from a test") as caught:
         client.repository.resolve("v1")
     assert "battery" not in str(caught.value)
-    with pytest.raises(AuthError, match="there are none"):
+    with pytest.raises(AuthError, match="none are stored for it"):
         connect(guarded).registry.ping()

@@ -244,7 +244,7 @@ def test_a_server_that_drips_is_left(registry: FaultyRegistry, connect: Connect)
     blob = registry.put_blob(CONTENT)
     registry.faults.add("GET", BLOBS, faults.dripping())
     assert read_all(client.repository, blob) == CONTENT
-    assert any("next to nothing" in report.message for report in client.reports)
+    assert any("sends too slowly" in report.message for report in client.reports)
 
 
 def test_blobs_of_two_repositories_are_apart(registry: FaultyRegistry, client: Client) -> None:

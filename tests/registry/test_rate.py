@@ -60,7 +60,7 @@ def test_a_stop_ends_the_wait() -> None:
 
 
 def test_a_rate_that_moves_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="moves nothing"):
+    with pytest.raises(ValueError, match="must be positive"):
         RateLimit(0)
 
 

@@ -92,7 +92,7 @@ def test_a_location_may_be_relative(registry: FaultyRegistry, client: Client) ->
         ("ftp://127.0.0.1/x", "expected an http"),
         ("http://u:p@127.0.0.1/x", "user name"),
         ("http://127.0.0.1:99999/x", "does not parse"),
-        ("http://:80/x", "no usable host"),
+        ("http://:80/x", "no valid host"),
     ],
 )
 def test_a_location_that_leads_nowhere(

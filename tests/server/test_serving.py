@@ -45,7 +45,7 @@ def test_a_server_starts_again(tmp_path: Path) -> None:
     for _ in range(2):
         with server:
             assert requests.get(f"{server.url}/v2/", timeout=10).status_code == 200
-            with pytest.raises(UsageError, match="runs already"):
+            with pytest.raises(UsageError, match="is already running"):
                 server.start()
     server.stop()
 

@@ -17,7 +17,7 @@ from tests.engine.serving.load.served import Served, is_error
 EXAMPLES = int(os.environ.get("MODELPACK_FUZZ_EXAMPLES", "3"))
 #: By design: what the request takes is not there, now or here; the registry cannot be reached.
 UNAVAILABLE = (501, 503, 529)
-UNREACHABLE = b"there is no host"
+UNREACHABLE = b"no such host"
 #: So many rules that few of what is made keeps them all: these get more, and are to be answered.
 MAIN = ("POST /v1/chat/completions", "POST /v1/messages", "POST /api/chat")
 #: Bodies that are files; `test_bodies` and the tests of archives send them.
