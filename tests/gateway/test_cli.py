@@ -33,7 +33,7 @@ def test_a_key_is_shown_once(tmp_path: Path) -> None:
     assert (key.limits, key.models) == (Limits(60, 1000, 2), ("ai/*", "x"))
     again = modelpack("gateway", "key", "alice", "--keys", file)
     assert again.code == 7
-    assert "'alice' already" in again.err
+    assert "already has a key 'alice'" in again.err
 
 
 def test_a_key_as_json_in_the_usual_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

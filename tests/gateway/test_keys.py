@@ -52,7 +52,7 @@ def test_a_file_without_keys(text: str) -> None:
     ("text", "message"),
     [
         ("[keys.a", "is not TOML"),
-        ("port = 1", "'port' is unknown; keys are tables [keys.NAME]"),
+        ("port = 1", "unknown field 'port'; keys are tables [keys.NAME]"),
         ("keys = 1", "'keys' is not a table"),
         ("keys.a = 1", "[keys.a]: expected a table, got a number"),
         ("[keys.a]", "[keys.a] sha256: is missing"),
@@ -62,7 +62,10 @@ def test_a_file_without_keys(text: str) -> None:
         (f'[keys.a]\nsha256 = "{HASH}0"', "got other text of length 65"),
         ('[keys."a b"]\nsha256 = "{H}"', "[keys.'a b']: a name has 1 to 64"),
         ('[keys.""]\nsha256 = "{H}"', "[keys.'']: a name has 1 to 64"),
-        ('[keys.a]\nsha256 = "{H}"\nrate = 1', "[keys.a] rate: is unknown; there are concurrency"),
+        (
+            '[keys.a]\nsha256 = "{H}"\nrate = 1',
+            "[keys.a] rate: is unknown; expected one of concurrency",
+        ),
         ('[keys.a]\nsha256 = "{H}"\nconcurrency = 0', "[keys.a] concurrency: expected 1 to"),
         ('[keys.a]\nsha256 = "{H}"\nconcurrency = true', "expected a whole number, got a boolean"),
         ('[keys.a]\nsha256 = "{H}"\nconcurrency = "4"', "expected a whole number, got a string"),

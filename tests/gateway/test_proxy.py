@@ -294,9 +294,17 @@ def test_no_upstream_at_all(path: str, status: int, kind: str | None) -> None:
 @pytest.mark.parametrize(
     ("path", "media_type", "ending"),
     [
-        (CHAT, b"text/event-stream", b'\n\ndata: {"error": {"message": "the upstream broke off"'),
+        (
+            CHAT,
+            b"text/event-stream",
+            b'\n\ndata: {"error": {"message": "the upstream closed the connection"',
+        ),
         ("/v1/messages", b"text/event-stream", b'\n\nevent: error\ndata: {"type": "error"'),
-        ("/api/chat", b"application/x-ndjson", b'\n{"error": "the upstream broke off"}\n'),
+        (
+            "/api/chat",
+            b"application/x-ndjson",
+            b'\n{"error": "the upstream closed the connection"}\n',
+        ),
     ],
 )
 def test_a_stream_that_breaks_off_ends_with_an_error(

@@ -1,9 +1,9 @@
-"""Conversations with a model, whatever API they came by: a ChatSpec in, ChatDeltas out.
+"""Conversations with a model, independent of any API: a ChatSpec in, ChatDeltas out.
 
     async with await start_chat(model, spec) as stream:
         async for delta in stream:
             ...
 
-The names are imported from their modules: `spec` for what is asked and answered, `chat` for
-`start_chat`, `served` for the model.
+Import from the modules: `spec` has requests and deltas, `chat` has `start_chat`, `served_model` the
+model. Read `chat` first.
 """

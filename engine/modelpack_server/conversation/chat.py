@@ -1,4 +1,4 @@
-"""From a chat request to the deltas of its reply: text, reasoning, tool calls, stop strings."""
+"""Chat requests: render the prompt, submit it, and turn the engine's events into deltas."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from modelpack_server.tool_parsers.parts import Part, Text, Tool
 
 
 class TextStops:
-    """Passes parts on up to the first stop string in their text; holds back what may become one."""
+    """Passes parts on up to the first stop string; holds back text that may begin one."""
 
     __slots__ = ("_automaton", "_held", "_state", "found")
 
@@ -35,7 +35,7 @@ class TextStops:
         self.found: str | None = None
 
     def pass_on(self, parts: Iterable[Part], *, may_stop: bool = True) -> list[Part]:
-        """Return what is final of `parts` and of what was held back; nothing after the end."""
+        """Return the parts that cannot contain a stop string; nothing after the first one."""
         passed: list[Part] = []
         for part in parts:
             if self.found is not None:
@@ -49,7 +49,7 @@ class TextStops:
         return passed
 
     def finish(self) -> list[Part]:
-        """Return what was held back, now that the text goes on no more."""
+        """Return the text held back, since the text has ended."""
         held, self._held, self._state = self._held, "", 0
         return [Text(held)] if held and self.found is None else []
 
@@ -76,11 +76,11 @@ _FINISHES: dict[FinishReason, Finish] = {
 
 
 class Answer:
-    """Takes text apart into parts where there is a parser, ends it at stop strings, counts.
+    """One choice: parses its text into parts, ends it at stop strings and counts its tokens.
 
-    Without a parser the engine looks for stop strings itself. With one they are looked for here, in
-    the text that is no reasoning and no call; `is_over` then says that the engine is to end the
-    choice. With `calls_only` the answer has calls and no text.
+    Without a parser, the engine finds stop strings. With one, this class searches the text outside
+    of reasoning and calls, and sets `is_over` when the engine must end the choice. With
+    `calls_only`, text outside of calls is dropped.
     """
 
     def __init__(
@@ -98,11 +98,11 @@ class Answer:
         self._min_tokens = min_tokens
         self._tokens = 0
         self._calls_only = calls_only
-        #: Whether the answer is complete, and only the engine's last event is missing.
+        #: Whether the choice is complete except for the engine's last event.
         self.is_over = False
 
     def take(self, event: RequestEvent) -> ChatDelta:
-        """Return what an event adds."""
+        """Return the delta for an event."""
         if self.is_over:
             if event.finish_reason is None:
                 return ChatDelta(self._index)
@@ -117,13 +117,13 @@ class Answer:
         return self._ended(event, parts, FinishReason.STOP if self.is_over else event.finish_reason)
 
     def _parsed(self, event: RequestEvent) -> list[Part]:
-        """Return the parts of an answer that are final, up to what ends it."""
+        """Return the final parts, up to a stop string or the last call."""
         assert self._parser is not None
         parts = self._parser.feed(event.text, event.token_ids)
         self.is_over = self._parser.done
         if event.finish_reason is not None:
             parts = [*parts, *self._parser.finish()]
-        if self._calls_only:  # the markup of a call that was cut, which nobody wants to read
+        if self._calls_only:  # the markup of an incomplete call
             parts = [part for part in parts if not isinstance(part, Text)]
         if self._stops is not None:
             parts = self._stops.pass_on(parts, may_stop=self._tokens > self._min_tokens)
@@ -153,15 +153,15 @@ class Answer:
         )  # fmt: skip
 
 
-# Enough of a prompt's end to see whether it opens a block of reasoning.
+# Characters at a prompt's end that show whether it opens a block of reasoning.
 _TAIL = 256
 
 
 class ChatStream:
-    """The answer to a conversation: iterate over it for deltas of all choices, as they come.
+    """The reply to a conversation: iterate over it for the deltas of all choices.
 
-    Leaving its context aborts what has not ended. `starts_reasoning` says that the prompt already
-    opened a block of reasoning; `prompt_ids` are the prompt's tokens.
+    Leaving its context aborts the choices that have not ended. `starts_reasoning` says that the
+    prompt has opened a block of reasoning; `prompt_ids` are the prompt's tokens.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class ChatStream:
         return self._read()
 
     def abort(self) -> None:
-        """End all choices; their blocks are free within a step."""
+        """Abort all choices; their KV blocks are free after one step."""
         self._stream.abort()
 
     async def _read(self) -> AsyncIterator[ChatDelta]:
@@ -208,13 +208,13 @@ class ChatStream:
 
 
 async def start_chat(model: ServedModel, spec: ChatSpec) -> ChatStream:
-    """Render the conversation and hand it to the engine; raises before anything was answered.
+    """Render the conversation and submit it to the engine; return the stream of its reply.
 
-    Raises `RequestError` (its text has the word "template" where the template failed),
-    `ContextLengthError`, `QueueFullError`, or `EngineError` if the engine does not run.
+    Raises `RequestError` (with the word "template" in its text if the template failed),
+    `ContextLengthError`, `QueueFullError`, or `EngineError` if the engine is not running.
     """
     spec = _completed(spec, model)
-    # A template may be slow, and a long text takes its time: not on the event loop.
+    # In a thread, since a template or a long text may take long.
     prompt, token_ids = await _prepared(model, spec)
     tools = offered_tools(spec)
     limit = model.token_limit(len(token_ids), spec.max_tokens)
@@ -253,13 +253,13 @@ async def start_chat(model: ServedModel, spec: ChatSpec) -> ChatStream:
 
 
 async def count_prompt(model: ServedModel, spec: ChatSpec) -> int:
-    """Return how many tokens the conversation's prompt has."""
+    """Return the number of tokens of the conversation's prompt."""
     _, token_ids = await _prepared(model, _completed(spec, model))
     return len(token_ids)
 
 
 def _completed(spec: ChatSpec, model: ServedModel) -> ChatSpec:
-    """Return `spec` with the model's limit on reasoning, where it says nothing of it."""
+    """Return `spec` with the model's reasoning budget if it has none."""
     budget = model.reasoning_budget
     if budget is None or spec.reasoning is not None or spec.reasoning_budget is not None:
         return spec
@@ -282,7 +282,7 @@ async def _masks(
 
 
 def offered_tools(spec: ChatSpec) -> tuple[Tool, ...]:
-    """Return the tools that the model may call: none, those that are allowed, or all."""
+    """Return the tools that the tool choice allows."""
     if spec.tool_choice.mode == "none":
         return ()
     if not spec.tool_choice.names:
@@ -293,7 +293,7 @@ def offered_tools(spec: ChatSpec) -> tuple[Tool, ...]:
 async def _prepared(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int]]:
     """Return the text and the tokens of the prompt. Raises `ContextLengthError`.
 
-    What cannot fit is refused before it is rendered: by the characters of its messages.
+    Messages with too many characters for the context are refused before rendering.
     """
     size = sum(_characters(message) for message in spec.messages)
     model.check_texts(size)
@@ -311,7 +311,7 @@ def _prompt(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int]]:
     text = render(spec, tokenizer, model.format)
     token_ids = model.encode(text, add_special_tokens=False)
     if spec.earlier:
-        # The earlier turns begin with it; where it comes again, it begins every turn.
+        # The earlier turns begin with the BOS token. If it occurs again, it begins each turn.
         if token_ids[:1] == [tokenizer.bos] and token_ids.count(token_ids[0]) == 1:
             del token_ids[0]
         token_ids = [*spec.earlier, *token_ids]

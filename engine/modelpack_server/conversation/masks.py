@@ -30,11 +30,10 @@ class _Tokens(Protocol):
 
 
 class ReasoningBudget:
-    """A `LogitsMask` around another one, or around none.
+    """A `LogitsMask` that limits reasoning; it may wrap another mask.
 
-    It allows what `inner` allows until the block of reasoning has `budget` tokens; then it allows
-    the tokens of the closing marker only, one after the other. `opening` is None where the prompt
-    has opened the block.
+    It allows what `inner` allows until the block of reasoning has `budget` tokens, and then only
+    the next token of the closing marker. `opening` is None if the prompt has opened the block.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class ReasoningBudget:
         self._spent = 0
 
     def allowed(self) -> bytes | None:
-        """Return a bit per token id (LSB first), or None if any token may come."""
+        """Return one bit per token id (LSB first), or None if every token is allowed."""
         if self._is_forced:
             token_id = self._forced[0]
             bits = bytearray(token_id // 8 + 1)
@@ -68,7 +67,7 @@ class ReasoningBudget:
         return self._inner.allowed() if self._inner is not None else None
 
     def accept(self, token_id: int) -> None:
-        """Take notice of the token that was chosen."""
+        """Advance by the sampled token."""
         if self._inner is not None:
             self._inner.accept(token_id)
         if self._ended:
@@ -85,10 +84,10 @@ class ReasoningBudget:
             self._reasons = True
             self._text = b""
         elif self._opening is not None and not _may_become(self._text.lstrip(), self._opening):
-            self._ended = True  # the answer began without reasoning
+            self._ended = True  # the reply began without reasoning
 
     def copy(self) -> ReasoningBudget:
-        """Return a mask at the same place."""
+        """Return a copy with the same state."""
         made = copy(self)
         made._forced = self._forced.copy()
         made._inner = self._inner.copy() if self._inner is not None else None
@@ -114,11 +113,10 @@ def make_masks(
     *,
     starts_reasoning: bool,
 ) -> MakeMask | None:
-    """Return what makes a mask for each choice; None where any text will do.
+    """Return a function that makes a mask for each choice, or None if any text is allowed.
 
-    A call that has to be made comes before `constraint`: its arguments are JSON anyway. Where one
-    may be made, the answer is calls or what keeps to `constraint`. Compiling may take seconds.
-    Raises `RequestError` if it fails, with the reason.
+    A required call replaces `constraint`. An optional call is an alternative to text that matches
+    `constraint`. Compiling may take seconds. Raises `RequestError` with the reason if it fails.
     """
     make: MakeMask | None = None
     if spec.tool_choice.mode == "required":
@@ -150,7 +148,7 @@ def make_masks(
 
 
 def text_mask(model: ServedModel, constraint: Constraint) -> MakeMask:
-    """Return what makes masks for a plain completion, which has no reasoning."""
+    """Return a function that makes masks for a plain completion, which has no reasoning."""
     vocabulary = grammar_vocabulary(model.tokenizer, model.vocab_size)
     return compile_constraint(constraint, vocabulary).mask
 
@@ -158,7 +156,7 @@ def text_mask(model: ServedModel, constraint: Constraint) -> MakeMask:
 def _possible_calls(
     spec: ChatSpec, format: OutputFormat, tools: Sequence[Tool]
 ) -> Constraint | None:
-    """Return the grammar of calls that may be made instead of a constrained answer."""
+    """Return the grammar of optional calls, the alternative to the constrained text."""
     if not tools:
         return None
     choice = replace(spec.tool_choice, mode="required")
@@ -168,10 +166,10 @@ def _possible_calls(
         if error.param == "tools":
             raise
         raise RequestError(
-            "tools and response_format together: this model's calls have no known format, so an"
-            " answer could not be told from a call",
+            "tools cannot be combined with response_format: this model's calls have no known"
+            " format, so calls cannot be distinguished from text",
             param="response_format",
-            hint='leave out one of them, or use tool_choice "none"',
+            hint='remove one of them, or use tool_choice "none"',
         ) from error
 
 
@@ -197,12 +195,12 @@ def _compiled(
 
 
 def _block(format: OutputFormat, starts_reasoning: bool) -> ReasoningBlock | None:
-    """Return what may come before the constrained part of an answer."""
+    """Return the reasoning block that may precede the constrained text, or None."""
     markers = format.reasoning
     if markers is None:
         return None
     opening = None if starts_reasoning else markers.opening
-    if markers is HARMONY:  # every message of an answer says who writes it, and on which channel
+    if markers is HARMONY:  # each message has a header with its author and channel
         return ReasoningBlock(
             f"{markers.closing}<|start|>assistant", opening, "<|channel|>final<|message|>"
         )

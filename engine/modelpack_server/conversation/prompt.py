@@ -1,8 +1,13 @@
-"""Message order that chat templates accept: system messages first, roles that alternate.
+"""Prompts from messages and tools, and for filling in the middle of a text.
 
-Newer clients add instructions after the user's turns. To move them to the front would change the
-beginning of every prompt, and nothing would be found in the prefix cache; so they stay where they
-are: as a message of the system where the template shows one there, else within the user's turn.
+`render` applies the chat template; for a template without tool support it describes the tools in
+the words and the markup on which Hermes and Qwen models were trained, which work best for other
+models too.
+
+`fit_turns` arranges messages as templates accept them. Newer clients add instructions after the
+user's turns. Moving them to the front would change the beginning of each prompt, which then would
+not match the prefix cache. So they stay in place, as a system message if the template shows one
+there, otherwise within the user's turn.
 """
 
 from __future__ import annotations
@@ -29,13 +34,14 @@ _MARK = "0d9b4e1c"
 def fit_turns(
     messages: Sequence[Mapping[str, Any]], chat_template: str | None
 ) -> list[dict[str, Any]]:
-    """Return `messages` with instructions where `chat_template` shows them.
+    """Return `messages` in an order and with roles that `chat_template` shows.
 
-    Neighbours of the same role become one message, except results of tools, and what follows calls.
+    Consecutive messages of one role become one message, except tool results and messages after
+    calls.
     """
     shown_first, shown_within = _shows_system(chat_template or "")
-    turns: list[list[dict[str, Any]]] = []  # the messages of each
-    has_text = False  # in the last turn
+    turns: list[list[dict[str, Any]]] = []  # the messages of each turn
+    has_text = False  # whether the last turn has text
     for message in messages:
         part = dict(message)
         first = not turns or (len(turns) == 1 and turns[0][0]["role"] == "system")
@@ -55,7 +61,7 @@ def _as_reminder(text: str) -> str:
 
 
 def _is_same_turn(last: Mapping[str, Any], other: Mapping[str, Any], *, has_text: bool) -> bool:
-    """Tell whether `other` goes on with the turn whose last message is `last`."""
+    """Return whether `other` belongs to the turn whose last message is `last`."""
     return (
         last["role"] == other["role"]
         and last["role"] != "tool"
@@ -65,7 +71,7 @@ def _is_same_turn(last: Mapping[str, Any], other: Mapping[str, Any], *, has_text
 
 
 def _joined(turn: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the messages of a turn as one, in time that grows with their texts."""
+    """Join the messages of a turn into one, in linear time."""
     texts = [part["content"] for part in turn if part.get("content")]
     thoughts = [part["reasoning_content"] for part in turn if part.get("reasoning_content")]
     joined = {key: value for part in turn for key, value in part.items()}
@@ -75,9 +81,9 @@ def _joined(turn: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=64)
 def _shows_system(chat_template: str) -> tuple[bool, bool]:
-    """Tell whether a template shows instructions at the beginning, and later ones in their place.
+    """Return whether a template shows system messages at the beginning, and later ones in place.
 
-    It is tried out: templates refuse, leave out or move what they do not expect.
+    It renders examples: templates reject, drop or move messages that they do not expect.
     """
     system, user = f"{_MARK}-s", f"{_MARK}-u"
     answer, more = f"{_MARK}-a", f"{_MARK}-v"
@@ -102,7 +108,7 @@ def _places(chat_template: str, turns: list[tuple[str, str]], expected: list[str
     return -1 not in places and places == sorted(places)
 
 
-#: The family whose markup is asked for.
+#: The family whose markup the description of the tools requests.
 PLAIN_FAMILY = "hermes"
 
 _ASK = """\
@@ -114,7 +120,7 @@ For each call, answer with its name and arguments as JSON within <tool_call></to
 <tool_call>
 {{"name": "the function", "arguments": {{"the argument": "its value"}}}}
 </tool_call>"""
-# Small models repeat a result, or the call, unless they are told what it is for.
+# Small models repeat a result, or the call, without an instruction to use the result.
 _RESULT = """\
 The function returned this result. Answer me with it, in plain words, unless you need another \
 function.
@@ -126,7 +132,7 @@ function.
 def describe_tools(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]
 ) -> list[dict[str, Any]]:
-    """Return messages that say in plain text what the tools are, and what was called before."""
+    """Return messages with the tools, earlier calls and results as plain text."""
     plain = [_without_calls(message) for message in messages]
     if not tools:
         return plain
@@ -143,7 +149,7 @@ def describe_tools(
 
 
 def _without_calls(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message as one that has nothing but text."""
+    """Return a message with its calls or its result as text."""
     changed = dict(message)
     if message.get("role") == "tool":
         return {"role": "user", "content": _RESULT.format(result=message.get("content") or "")}
@@ -167,18 +173,18 @@ _TAKES_TOOL_ROLE = re.compile(r"""role['"]?\]?\s*[!=]=\s*['"]tool['"]""")
 
 @functools.lru_cache(maxsize=64)
 def wants_results_with_calls(chat_template: str) -> bool:
-    """Tell whether a template reads `tool_responses`, and knows no messages of tools."""
+    """Return whether a template reads `tool_responses` and ignores messages with role `tool`."""
     return "tool_responses" in chat_template and not _TAKES_TOOL_ROLE.search(chat_template)
 
 
 def results_with_calls(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return `messages` with every tool's result in the message that called it.
+    """Return `messages` with each tool result in the message that has the call.
 
-    What was said before a call becomes a turn before it, and what was said after the results goes
-    with them, which is where such a template puts it.
+    Text before a call becomes a separate turn before it. Text after the results joins their
+    message, where such templates expect it.
     """
     changed: list[dict[str, Any]] = []
-    names: dict[Any, str] = {}  # of the calls in the last turn, by their ids
+    names: dict[Any, str] = {}  # tool names of the last turn's calls, by call id
     for message in messages:
         turn = dict(message)
         last = changed[-1] if changed else {}
@@ -198,7 +204,7 @@ def results_with_calls(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
 
 
 def _goes_on(last: Mapping[str, Any], turn: Mapping[str, Any]) -> bool:
-    """Tell whether `turn` is what the assistant says after the results in `last`."""
+    """Return whether `turn` is the assistant's text after the results in `last`."""
     has_results = bool(last.get("tool_responses")) and not last.get("content")
     return has_results and turn.get("role") == "assistant" and not turn.get("tool_calls")
 
@@ -217,13 +223,13 @@ _TAIL = 256
 
 
 def render(spec: ChatSpec, tokenizer: Tokenizer, written: OutputFormat) -> str:
-    """Return the prompt text of a conversation; `written` is how the model writes calls.
+    """Return the prompt text of a conversation; `written` is the model's output format.
 
-    Tools are shown unless none may be called; a template that knows nothing of tools gets them as
-    text. Raises `RequestError`, whose text has the word "template", if the template fails.
+    The prompt has the tools unless the tool choice is "none"; for a template without tool support
+    they are text. Raises `RequestError`, with "template" in its text, if the template fails.
     """
     options = dict(spec.template_options)
-    if spec.reasoning is not None:  # what templates call the switch
+    if spec.reasoning is not None:  # the names of this switch in templates
         options.setdefault("enable_thinking", spec.reasoning)
         options.setdefault("thinking", spec.reasoning)
     template = spec.template or tokenizer.chat_template
@@ -243,26 +249,27 @@ def render(spec: ChatSpec, tokenizer: Tokenizer, written: OutputFormat) -> str:
         tools=[described(tool) for tool in tools] or None,
         add_generation_prompt=options.pop("add_generation_prompt", True),
         template=ChatTemplate(spec.template) if spec.template is not None else None,
-        variables=options,  # clients name them: a name may be that of a parameter here
+        variables=options,  # a dict, since clients choose the names, which may equal our parameters
     )
     if not spec.continues:
         return text
     if written.reasoning is not None and starts_reasoning(written, text[-_TAIL:]):
-        text += f"{written.reasoning.closing}\n\n"  # what was begun is the answer itself
+        text += f"{written.reasoning.closing}\n\n"  # the text to continue is not reasoning
     return text + begun
 
 
 def described(tool: Tool) -> dict[str, Any]:
-    """Return a tool as templates take it."""
+    """Return a tool in the form that templates expect."""
     function = {"name": tool.name, "description": tool.description}
     return {"type": "function", "function": function | {"parameters": dict(tool.parameters)}}
 
 
 @dataclass(frozen=True, slots=True)
 class Markers:
-    """What stands before the beginning, before the end, and before the middle, if anything does.
+    """The tokens before the beginning, the end and the middle of a text, for filling it in.
 
-    With `end_first` the end of the text comes before its beginning.
+    Each family of models has its own tokens. Source: model cards and tokenizers. With `end_first`,
+    the end of the text comes before its beginning.
     """
 
     before_beginning: str
@@ -272,7 +279,7 @@ class Markers:
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """All of them."""
+        """The markers that the family has."""
         found = (self.before_beginning, self.before_end, self.before_middle)
         return tuple(token for token in found if token is not None)
 
@@ -289,12 +296,12 @@ _FAMILIES = (
 
 
 def may_infill(vocabulary: bytes) -> bool:
-    """Return whether a vocabulary, wherever it is written down, has the markers of a family."""
+    """Return whether the bytes of a vocabulary contain the markers of a family."""
     return any(all(token.encode() in vocabulary for token in m.tokens) for m in _FAMILIES)
 
 
 def find_markers(tokenizer: Tokenizer) -> Markers | None:
-    """Return the markers that a model knows; None if it cannot fill in."""
+    """Return the markers in a model's vocabulary; None if it cannot fill in the middle."""
     for markers in _FAMILIES:
         if all(tokenizer.token_id(token) is not None for token in markers.tokens):
             return markers
@@ -302,9 +309,9 @@ def find_markers(tokenizer: Tokenizer) -> Markers | None:
 
 
 def infilling_prompt(tokenizer: Tokenizer, markers: Markers, beginning: str, end: str) -> list[int]:
-    """Return the tokens after which a model writes what belongs between two texts.
+    """Return the prompt after which a model generates the text between two texts.
 
-    DeepSeek's token before the end stands where the middle belongs, which is the same place.
+    DeepSeek's `before_end` token marks the position of the middle, which is the same place.
     """
 
     def marker(text: str | None) -> list[int]:

@@ -20,13 +20,13 @@ from modelpack_server.tool_parsers.families import OutputFormat, find_format
 
 @dataclass(frozen=True, slots=True)
 class Preface:
-    """A system prompt, which a conversation's own replaces, and messages that come after it."""
+    """A default system prompt, which a conversation may replace, and messages that follow it."""
 
     system: str = ""
     messages: tuple[dict[str, Any], ...] = ()
 
     def before(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the messages with those of the preface put before them."""
+        """Return the messages with the preface before them."""
         own = list(messages)
         system = []
         if own and own[0].get("role") == "system":
@@ -38,10 +38,10 @@ class Preface:
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """What an API request brings to every prompt that it has an engine compute.
+    """Attributes of an API request that apply to each prompt that it submits.
 
-    `cache_salt`: prompts share prefixes in the KV cache only with prompts of the same salt.
-    `submitted` is called with the model's name and the stream of each prompt.
+    Prompts share prefixes in the KV cache only if they have the same `cache_salt`. `submitted` is
+    called with the model's name and the stream of each prompt.
     """
 
     cache_salt: bytes = b""
@@ -49,12 +49,12 @@ class RequestContext:
 
 
 _NO_CONTEXT = RequestContext()
-#: The request that the current task answers; set where requests arrive.
+#: The context of the current task's request; a middleware sets it.
 request_context: ContextVar[RequestContext] = ContextVar("request_context", default=_NO_CONTEXT)
 
 
 class ServingEngine(Protocol):
-    """What is used of an engine; `AsyncEngine` is one."""
+    """The part of an engine that serving uses; `AsyncEngine` implements it."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -71,12 +71,11 @@ class ServingEngine(Protocol):
 
 
 class ServedModel:
-    """A model that is ready to answer, under one name.
+    """A loaded model under one name.
 
-    `defaults` are fields of SamplingParams that count where a request says nothing, `presets` sets
-    of such fields that a request may name. `preface` comes before every conversation.
-    `reasoning_budget` is the most tokens of reasoning where a request says nothing of it: 0 is
-    none, below 0 as many as it likes.
+    `defaults` are fields of SamplingParams for requests that do not set them, `presets` named sets
+    of such fields. `preface` comes before every conversation. `reasoning_budget` is the default
+    limit of reasoning tokens: 0 switches reasoning off, a negative number means no limit.
     """
 
     def __init__(
@@ -106,23 +105,23 @@ class ServedModel:
 
     @property
     def max_model_len(self) -> int:
-        """The longest prompt and answer together, in tokens."""
+        """The limit of prompt and reply together, in tokens."""
         return self.engine.max_model_len
 
     @property
     def vocab_size(self) -> int:
-        """The number of the model's logits."""
+        """The width of the model's logits."""
         return self.engine.vocab_size
 
     @cached_property
     def format(self) -> OutputFormat:
-        """How the model writes tool calls and reasoning."""
+        """The format of the model's tool calls and reasoning."""
         return find_format(self.tokenizer.chat_template, model_type=self.model_type)
 
     async def submit(self, request: EngineRequest) -> RequestStream:
-        """Hand a request to the engine; what it raises is `AsyncEngine.submit`'s.
+        """Submit a request to the engine, with the cache salt and the trace of `request_context`.
 
-        It shares prefixes, and is traced, as the `request_context` says.
+        Raises what `AsyncEngine.submit` raises.
         """
         context = request_context.get()
         stream = await self.engine.submit(replace(request, cache_salt=context.cache_salt))
@@ -133,13 +132,13 @@ class ServedModel:
     def sampling_params(
         self, given: Mapping[str, Any], *, preset: str | None = None
     ) -> SamplingParams:
-        """Return the parameters of a request: the fields that it gives, over `preset`, over the
-        model's defaults. Raises `RequestError` for a preset that does not exist, and for lists
-        that are too long.
+        """Return the parameters of a request: its own fields, then `preset`, then the defaults.
+
+        Raises `RequestError` for an unknown preset and for lists that are too long.
         """
         if preset is not None and preset not in self._presets:
             raise RequestError(
-                f"there is no preset {preset!r}; there are {', '.join(sorted(self._presets))}",
+                f"no such preset: {preset!r}; expected one of {', '.join(sorted(self._presets))}",
                 param="preset",
             )
         chosen = self._presets[preset] if preset else {}
@@ -148,13 +147,13 @@ class ServedModel:
         return params
 
     def default(self, name: str) -> Any:
-        """Return the model's default of a field of SamplingParams, None if it has none."""
+        """Return the model's default for a field of SamplingParams, or None."""
         return self._defaults.get(name)
 
     async def text_prompt(self, prompt: str | list[int]) -> list[int]:
-        """Return the token ids of a text; ids are checked by the engine.
+        """Return the token ids of a text; token ids are returned unchanged, the engine checks them.
 
-        Raises `ContextLengthError` for what cannot fit into the context.
+        Raises `ContextLengthError` for a text that cannot fit into the context.
         """
         if isinstance(prompt, list):
             self.check_room(len(prompt), param="prompt")
@@ -164,14 +163,14 @@ class ServedModel:
     def encode(
         self, text: str, *, param: str = "messages", add_special_tokens: bool = True
     ) -> list[int]:
-        """Return the token ids of a text, as `check_text` lets it pass. Call it in a thread."""
+        """Return the token ids of a text after `check_text`. Call it in a thread."""
         self.check_text(text, param=param)
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def check_text(self, text: str, *, param: str = "messages") -> None:
         """Raise `ContextLengthError` for a text that cannot fit into the context.
 
-        It takes no longer than the tokens of a full context do.
+        The check takes no longer than tokenizing a full context.
         """
         try:
             self.tokenizer.check_length(text, self.max_model_len)
@@ -179,20 +178,20 @@ class ServedModel:
             raise self._too_long(error.at_least, param, least=True) from None
 
     def check_texts(self, size: int, *, param: str = "messages") -> None:
-        """Raise `ContextLengthError` where texts of `size` characters cannot fit."""
+        """Raise `ContextLengthError` if texts of `size` characters cannot fit."""
         if size > self.tokenizer.max_text_bytes(self.max_model_len):
             least = max(self.max_model_len + 1, size // self.tokenizer.longest_token)
             raise self._too_long(least, param, least=True)
 
     def check_room(self, prompt_tokens: int, *, param: str = "messages") -> None:
-        """Raise `ContextLengthError` where a prompt leaves no room for an answer."""
+        """Raise `ContextLengthError` if a prompt leaves no room for a reply."""
         if prompt_tokens >= self.max_model_len:
             raise self._too_long(prompt_tokens, param)
 
     def _too_long(self, tokens: int, param: str, *, least: bool = False) -> ContextLengthError:
         error = ContextLengthError(
-            f"the prompt has {'at least ' if least else ''}{tokens} tokens, and the context of "
-            f"this model holds {self.max_model_len}, the answer included",
+            f"the prompt has {'at least ' if least else ''}{tokens} tokens, but the context of "
+            f"this model holds {self.max_model_len}, including the reply",
             param=param,
             hint="shorten the prompt",
         )
@@ -200,9 +199,9 @@ class ServedModel:
         return error
 
     def token_limit(self, prompt_tokens: int, asked: int | None, *, param: str = "messages") -> int:
-        """Return how many tokens may be generated: what was asked for, or what the context holds.
+        """Return the limit of generated tokens: `asked`, at most the room left in the context.
 
-        Raises `ContextLengthError`, naming `param`, if the prompt leaves no room.
+        Raises `ContextLengthError` with `param` if the prompt leaves no room.
         """
         self.check_room(prompt_tokens, param=param)
         room = self.max_model_len - prompt_tokens

@@ -16,17 +16,17 @@ Finish = Literal["stop", "length", "tool_calls", "abort"]
 
 @dataclass(frozen=True, slots=True)
 class ChatSpec:
-    """A conversation that is to be continued.
+    """A chat request, independent of any API.
 
-    `messages` are as chat templates take them: `role`, `content` as text, and where there are any
-    `tool_calls` (`{"id", "type", "function": {"name", "arguments"}}`, the arguments being the text
-    of a JSON object), `tool_call_id`, `reasoning_content`. The answer takes `max_tokens` at most,
-    or what the context holds; `params.max_tokens` counts for nothing. `constraint` is what the text
-    outside of reasoning keeps to. `template_options` are variables of the template; `reasoning`
-    switches thinking on or off where the model knows how (None: as it likes), and
-    `reasoning_budget` is the most tokens of it. With `continues` the last message is the beginning
-    of the answer, which goes on from there. `template` takes the place of the model's own chat
-    template, and `earlier` are token ids of turns before this one.
+    `messages` have the form that chat templates expect: `role`, `content` as text, and optionally
+    `tool_calls` (`{"id", "type", "function": {"name", "arguments"}}`, with the arguments as JSON
+    text), `tool_call_id` and `reasoning_content`. `max_tokens` limits the reply, which otherwise
+    may fill the context; `params.max_tokens` is ignored. `constraint` applies to the text outside
+    of reasoning. `template_options` are variables of the template. `reasoning` switches
+    reasoning on or off if the model supports that (None: the model's default), and
+    `reasoning_budget` limits its tokens. With `continues`, the last message is the beginning of the
+    reply. `template` replaces the model's chat template, and `earlier` are the token ids of turns
+    before this one.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -47,17 +47,17 @@ class ChatSpec:
 
 @dataclass(frozen=True, slots=True)
 class ChatUsage(Usage):
-    """Token counts of one choice; `reasoning_tokens` of its completion tokens were thinking."""
+    """Token counts of one choice; its completion tokens include `reasoning_tokens`."""
 
     reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ChatDelta:
-    """What is new of one choice: parts of its answer, and perhaps its end.
+    """New parts of one choice, and its finish reason if it has ended.
 
-    `stop_sequence` is the stop string that ended it, if one did. `usage` and `timing` come with the
-    end.
+    `stop_sequence` is the stop string that ended it, if any. Only the last delta has `usage` and
+    `timing`.
     """
 
     index: int

@@ -1,7 +1,7 @@
-"""Who may use a served model, and how much of it.
+"""Access control for served models, and the gateway.
 
-`protect` puts API keys, limits, CORS, host checks, request ids and traces before an ASGI
-application; `modelpack gateway` is that and a proxy for several servers.
+`protect` wraps an ASGI application in API keys, limits, CORS, host checks, request ids and traces.
+`modelpack gateway` adds a proxy for several servers.
 """
 
 from modelpack_server.gateway.keys import KeyFile, add_key

@@ -25,10 +25,10 @@ _KEPT_CONNECTIONS = 100
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
-    """A gateway: its upstreams' URLs, whose turn it is among them, and how it is protected.
+    """The settings of a gateway: the URLs of upstreams, the policy among them, and the protection.
 
-    `timeout` is in seconds, between two pieces of a reply; `upstream_key` is sent to upstreams in
-    place of the clients' credentials.
+    `timeout` is the limit of seconds between two pieces of a reply. `upstream_key` replaces the
+    clients' credentials in requests to upstreams.
     """
 
     upstreams: tuple[str, ...]
@@ -40,9 +40,9 @@ class GatewaySettings:
 
 
 def create_gateway(settings: GatewaySettings) -> ASGIApp:
-    """Return the gateway; it needs a server that runs ASGI's lifespan protocol.
+    """Return the gateway; its server must run ASGI's lifespan protocol.
 
-    Raises `UsageError` for upstreams or origins that are none.
+    Raises `UsageError` for invalid upstreams or origins.
     """
     metrics = GatewayMetrics()
     report = settings.protection.report or default_report()
@@ -88,7 +88,7 @@ class _Gateway:
         limits = httpx.Limits(
             max_connections=None, max_keepalive_connections=_KEPT_CONNECTIONS, keepalive_expiry=30
         )
-        # Neither proxies nor certificates of the environment: upstreams are told, not found.
+        # Ignore the environment's proxies and certificates: upstreams are configured explicitly.
         async with httpx.AsyncHTTPTransport(limits=limits, trust_env=False) as transport:
             self._transport = transport
             watch = asyncio.create_task(
@@ -115,7 +115,7 @@ class _Gateway:
 
 
 class GatewayServer(AppServer):
-    """A gateway at the address that its protection names, and `port` (0: a free one)."""
+    """The server of a gateway, at the host of its protection and `port` (0: a free port)."""
 
     def __init__(
         self,
@@ -125,14 +125,14 @@ class GatewayServer(AppServer):
         grace: int = GRACE,
         tls: tuple[Path, Path] | None = None,
     ) -> None:
-        """Raises `UsageError` for upstreams, origins or an address that are none."""
+        """Raises `UsageError` for invalid upstreams, origins or addresses."""
         host = settings.protection.host
         app = create_gateway(settings)
         super().__init__(
             lambda: app,
             f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
             name="gateway",
-            allow_remote=True,  # `Protection` has seen to it that keys are asked for
+            allow_remote=True,  # `Protection` requires keys beyond loopback
             grace=grace,
             lifespan=True,
             tls=tls,

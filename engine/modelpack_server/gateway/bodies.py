@@ -1,6 +1,4 @@
-"""Request bodies: read within limits, inspected for model and token counts, and passed on
-unchanged.
-"""
+"""Request bodies: read within limits, inspected for model and tokens, and forwarded unchanged."""
 
 from __future__ import annotations
 
@@ -17,26 +15,26 @@ from starlette.types import Message, Receive
 
 from modelpack_server.gateway.json_bodies import BodyError, ComplexityError, Parsed, parse
 
-#: Memory that the bodies of all requests in flight may take, in bytes.
+#: The limit of memory for the bodies of all requests in flight, in bytes.
 MAX_IN_FLIGHT = 256 * 1024 * 1024
-#: Bytes of each body that do not count: small requests pass whatever others send.
+#: The bytes of each body that do not count, so that large bodies never block small requests.
 FREE_BYTES = 64 * 1024
-#: A body has to come at this rate, in bytes a second, once these seconds are over.
+#: The minimum rate of a body in bytes per second, and the seconds before it applies.
 SLOWEST_RATE = 8 * 1024
 SLOW_START = 30.0
 
 _DRAIN_SECONDS = 5.0
-DEFAULT_ANSWER = 256  # tokens reserved where a request does not say how many it wants
-_LEAST_MEDIA = 4096  # characters of base64 that count as an image, not as text
+DEFAULT_ANSWER = 256  # tokens reserved for a request without a limit
+_LEAST_MEDIA = 4096  # characters from which base64 counts as an image, not as text
 _DATA_URL = re.compile(r"(?:data:[^,\s]{0,256},)?")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_=-]*+")
-_BLOCK = 1024 * 1024  # characters that are looked at before other threads get their turn
+_BLOCK = 1024 * 1024  # characters processed before other threads may run
 _BYTES_PER_TOKEN = 4
 _MEDIA_BYTES_PER_TOKEN = 256
 
 
 class ReadError(Exception):
-    """A body was not read to its end; `size` bytes of it were."""
+    """A body was not read completely, only `size` bytes of it."""
 
     def __init__(self, size: int = 0) -> None:
         super().__init__()
@@ -48,11 +46,11 @@ class TooLargeError(ReadError):
 
 
 class TooSlowError(ReadError):
-    """A body came more slowly than `SLOWEST_RATE`."""
+    """A body arrived more slowly than `SLOWEST_RATE`."""
 
 
 class TooComplexError(ReadError):
-    """A body holds more than JSON may; `why` names the limit."""
+    """The JSON of a body exceeds a limit; `why` names the limit."""
 
     def __init__(self, size: int, why: str) -> None:
         super().__init__(size)
@@ -60,15 +58,15 @@ class TooComplexError(ReadError):
 
 
 class NoRoomError(ReadError):
-    """The bodies in flight take as much memory as they may."""
+    """The memory limit for bodies in flight is reached."""
 
 
 class DisconnectedError(ReadError):
-    """The client went away before its body was complete."""
+    """The client disconnected before its body was complete."""
 
 
 class BodyBudget:
-    """Counts the memory that bodies in flight take together, `limit` bytes at most."""
+    """Counts the memory of all bodies in flight, up to `limit` bytes."""
 
     def __init__(self, limit: int = MAX_IN_FLIGHT) -> None:
         self.limit = limit
@@ -76,7 +74,7 @@ class BodyBudget:
 
 
 class BodyShare:
-    """What one body takes of a budget, as a context manager that gives it back."""
+    """One body's share of a budget; the context manager returns it."""
 
     def __init__(self, budget: BodyBudget) -> None:
         self._budget = budget
@@ -91,7 +89,7 @@ class BodyShare:
         self._taken = 0
 
     def add(self, count: int) -> None:
-        """Take `count` bytes more. Raises `NoRoomError`."""
+        """Add `count` bytes to the share. Raises `NoRoomError`."""
         self._wanted += count
         more = max(0, self._wanted - FREE_BYTES) - self._taken
         if more > 0 and self._budget.taken + more > self._budget.limit:
@@ -102,11 +100,11 @@ class BodyShare:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a JSON body says about the request.
+    """The model and the token counts in a JSON body.
 
-    `models` are the names of models in it, in all spellings that a reader could take; `ambiguous`
-    tells that two readers could take different ones. `fields` are those of `model` and `name` that
-    name a model and are spelled exactly so. `tokens` estimates prompt and answer.
+    `models` are the values of all keys that some JSON reader could take as the model's name;
+    `ambiguous` says that two readers could take different ones. `fields` are those of `model` and
+    `name` that occur in exactly this spelling. `tokens` estimates prompt and reply.
     """
 
     models: tuple[str, ...] = ()
@@ -118,7 +116,7 @@ class Asked:
 
     @property
     def tokens(self) -> int:
-        """Estimate of what the request will take in all."""
+        """The estimated total number of tokens of the request."""
         return self.prompt_tokens + self.answer_tokens
 
 
@@ -129,11 +127,11 @@ async def read_body(
     share: BodyShare,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[bytes]:
-    """Return the whole body in pieces: joining them is work for a thread. Raises `ReadError`.
+    """Return the whole body in pieces, to be joined in a thread. Raises `ReadError`.
 
-    No more than `limit` bytes are kept, and no more than `share` gives. The rest of a body that is
-    refused is thrown away for a while, so that a client that sends before it listens gets to see
-    the answer.
+    It keeps at most `limit` bytes, and no more than `share` allows. It reads and drops the rest of
+    a refused body for a limited time, so that a client that first sends its whole body sees the
+    response.
     """
     announced = headers.get("content-length", "")
     expecting = headers.get("expect", "").lower() == "100-continue"
@@ -176,7 +174,7 @@ async def _next(receive: Receive) -> Message:
 
 
 async def _drain(receive: Receive, most: int, *, message_left: bool) -> int:
-    """Throw away the rest of a body, for a while; return how many bytes came."""
+    """Read and drop the rest of a body for a limited time; return the number of bytes."""
     thrown = 0
 
     async def drain() -> None:
@@ -193,7 +191,7 @@ async def _drain(receive: Receive, most: int, *, message_left: bool) -> int:
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives `body` at once, then whatever the client does."""
+    """Return a `receive` that returns `body` first, then the client's further messages."""
     given = False
 
     async def replay() -> Message:
@@ -207,7 +205,7 @@ def replayed(body: bytes, receive: Receive) -> Receive:
 
 
 def look_into(body: bytes) -> tuple[Parsed | None, Asked]:
-    """Parse a body and return what it says; of one that is no JSON object, that it is not valid.
+    """Return the parsed body, or None if it is not a JSON object, and its model and tokens.
 
     Raises `ComplexityError`.
     """
@@ -220,7 +218,7 @@ def look_into(body: bytes) -> tuple[Parsed | None, Asked]:
     document = parsed.value
     if not isinstance(document, dict):
         return parsed, _unreadable(body)
-    # Go's decoder ignores case, so `Model` after `model` replaces it there.
+    # Go's decoder ignores case, so that `Model` after `model` replaces its value.
     names = [name.casefold() for name in parsed.keys]
     named = {
         name: value
@@ -242,12 +240,12 @@ def _unreadable(body: bytes) -> Asked:
 
 
 def tokens_in(size: int) -> int:
-    """Return about how many tokens a text of `size` bytes has."""
+    """Return an estimate of the tokens in a text of `size` bytes."""
     return size // _BYTES_PER_TOKEN + 1
 
 
 def _prompt_tokens(document: dict[str, Any]) -> int:
-    """Return about how many tokens the texts, images and lists of token ids in `document` have."""
+    """Return an estimate of the tokens in the texts, images and token id lists of `document`."""
     size = ids = media = 0
     pending: list[Any] = [document]
     while pending:
@@ -268,7 +266,7 @@ def _prompt_tokens(document: dict[str, Any]) -> int:
 
 
 def _is_media(text: str) -> bool:
-    """Return whether a text is rather an image in base64, from its beginning to its end."""
+    """Return whether a whole text is probably an image in base64."""
     start = _DATA_URL.match(text)
     if len(text) < _LEAST_MEDIA or start is None:
         return False

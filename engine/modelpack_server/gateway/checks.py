@@ -53,29 +53,29 @@ _LISTING = re.compile(
     r"|" + _PREFIX + r"/responses/[A-Za-z0-9_.-]+(?:/input_items)?"
 )
 _OWN = _PREFIX + r"/(?:responses|requests)/[A-Za-z0-9_.:-]+"
-# Other things that are posted below these paths use models (`/v1/responses/compact`).
+# Other POST requests below these paths use models (`/v1/responses/compact`).
 _ENDS_OWN = {"DELETE": re.compile(_OWN), "POST": re.compile(_OWN + "/cancel")}
 _ONE_MODEL = re.compile(r"(?:/engines(?:/[A-Za-z0-9._-]+)?|/anthropic)?/v1/models/(?P<model>.+)")
 _OPEN = frozenset(("/", "/health", "/v1/health", "/ping", "/version"))
-# vLLM answers to whatever begins so, and some servers ignore case.
+# vLLM accepts every path with this beginning, and some servers ignore case.
 _METRICS = re.compile(r"/metrics.*", re.IGNORECASE | re.DOTALL)
 _UPLOADS = re.compile(r"/models/load|/api/blobs/[^/]+")
 
 
 class Route(Enum):
-    """What a request is about."""
+    """The kind of a request, which determines its checks."""
 
-    OPEN = auto()  # no key needed
-    INFERENCE = auto()  # uses the model that its JSON body names
-    LISTING = auto()  # reads what is there, or a reply of its own
-    ONE_MODEL = auto()  # reads about the model that its path names
-    METRICS = auto()  # reads counters, which name all models and keys
-    UPLOAD = auto()  # its body is a stream of files, of any size
+    OPEN = auto()  # requires no key
+    INFERENCE = auto()  # uses the model in its JSON body
+    LISTING = auto()  # reads lists, or the caller's own stored responses
+    ONE_MODEL = auto()  # reads the model in its path
+    METRICS = auto()  # reads metrics, which name all models and keys
+    UPLOAD = auto()  # its body is a file of any size
     MANAGEMENT = auto()  # everything else
 
 
 def route_of(method: str, path: str) -> Route:
-    """Return what a request is about; whatever is not known counts as management.
+    """Return the kind of a request; unknown requests count as management.
 
     `path` is canonical: see `modelpack_server.gateway.protection`.
     """
@@ -99,23 +99,23 @@ def route_of(method: str, path: str) -> Route:
 
 
 def model_in(path: str) -> str:
-    """Return the model that the path of a `Route.ONE_MODEL` names."""
+    """Return the model in the path of a `Route.ONE_MODEL`."""
     found = _ONE_MODEL.fullmatch(path)
     return found["model"] if found else ""
 
 
 def lists_models(path: str) -> bool:
-    """Return whether the reply to a `Route.LISTING` names models."""
+    """Return whether the response to a `Route.LISTING` contains names of models."""
     return _MODELS.fullmatch(path) is not None
 
 
 def is_plain(path: str) -> bool:
-    """Return whether a path can mean one thing only, wherever it goes: no `.` or `..` in it."""
+    """Return whether all servers interpret a path alike: it has no segment `.` or `..`."""
     parts = re.split(r"[/\\]", path)
     return path.startswith("/") and not {".", ".."} & set(parts) and "\x00" not in path
 
 
-#: 64 MiB: images come inside the JSON, in base64.
+#: 64 MiB, since JSON bodies may contain images in base64.
 MAX_BODY = 64 * 1024 * 1024
 
 _CREDENTIALS = ("x-api-key", "api-key")
@@ -135,13 +135,13 @@ class _Refusal(Exception):
 
 
 class Checks:
-    """ASGI middleware; `protect` puts it behind what makes traces and checks hosts and origins.
+    """ASGI middleware for API keys, limits and bodies; `protect` adds traces and checks of hosts.
 
-    `keys` gives the keys as they are now; None: everybody may ask. A body of JSON is read as a
-    whole, `max_body` bytes at most, before the application is called; uploads of files are not.
+    `keys` returns the current keys; None: the server has no keys. A JSON body is read completely,
+    up to `max_body` bytes, before the application is called; an upload is not.
 
     With `resolves`, the application itself refuses and hides the models that the `Caller` may not
-    use: it knows which model a name stands for. Without, names are checked as they were sent.
+    use, since it knows which model a name refers to. Otherwise the names in requests are checked.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class Checks:
                     put_caller(scope, caller)
                     grant = self._admit(scope, key)
                     if _has_body(scope) and route is not Route.UPLOAD:
-                        # What needs no key takes no memory from requests that do.
+                        # Requests without a key may not use memory.
                         limit = 0 if route is Route.OPEN else self._max_body
                         pieces = await read_body(receive, Headers(scope=scope), limit, share)
                         body, asked = await self._look_into(scope, pieces, share)
@@ -209,7 +209,7 @@ class Checks:
     async def _look_into(
         self, scope: Scope, pieces: list[bytes], share: BodyShare
     ) -> tuple[bytes, Asked]:
-        """Return the body that `pieces` are, and what it says; keep its JSON in `scope`."""
+        """Return the joined body with its model and tokens; keep its JSON in `scope`."""
         size = sum(map(len, pieces))
 
         def work() -> tuple[bytes, tuple[Parsed | None, Asked]]:
@@ -224,14 +224,14 @@ class Checks:
         except ComplexityError as error:
             raise TooComplexError(size, str(error)) from None
         if not asked.answer_tokens and scope["path"].endswith("/responses"):
-            asked = replace(asked, answer_tokens=DEFAULT_ANSWER)  # looks like one for embeddings
+            asked = replace(asked, answer_tokens=DEFAULT_ANSWER)  # probably an embedding request
         if parsed is not None:
             share.add(parsed.memory)
             put_document(scope, parsed.value)
         return body, asked
 
     def _unread(self, error: ReadError, route: Route) -> _Refusal:
-        """Return the refusal for a body that was not read to its end."""
+        """Return the refusal for a body that was not read completely."""
         match error:
             case NoRoomError():
                 text = "too many large requests are in flight: their memory limit is reached"
@@ -253,7 +253,7 @@ class Checks:
 
     def _authenticate(self, scope: Scope, route: Route) -> Key | None:
         if self._keys is None:
-            # What a server tells of its load is nobody's business beyond the machine.
+            # Without keys, the load of the server is visible to this machine only.
             if route is Route.METRICS and not is_direct(scope):
                 raise _Refusal(
                     403, "metrics are served to clients on this machine only", "metrics_not_allowed"
@@ -314,12 +314,12 @@ class Checks:
                 )
 
     def _hides_models(self, scope: Scope, route: Route, caller: Caller) -> bool:
-        """Return whether the reply is a list of models to be cut to those of the caller."""
+        """Return whether the reply is a list that must be limited to the caller's models."""
         narrow = caller.is_restricted and not self._resolves
         return narrow and route is Route.LISTING and lists_models(scope["path"])
 
     def _admit(self, scope: Scope, key: Key | None) -> Grant | None:
-        """Count the request, before its body is read."""
+        """Count the request before its body is read."""
         if key is None:
             return None
         trace = trace_of(scope)
@@ -333,7 +333,7 @@ class Checks:
         return grant
 
     def _reserve(self, grant: Grant | None, asked: Asked) -> None:
-        """Reserve the tokens of a request, once its body says how many it may take."""
+        """Reserve the estimated tokens of a request after its body was read."""
         exceeded = grant.reserve(asked.tokens) if grant is not None else None
         if exceeded is not None:
             raise _exceeded(exceeded)
@@ -364,7 +364,7 @@ def _exceeded(limit: Exceeded) -> _Refusal:
 
 
 def _settle(grant: Grant, trace: Trace | None, asked: Asked) -> None:
-    """Charge a request that has ended."""
+    """Charge a finished request."""
     if trace is None:
         grant.finish(None)
     elif trace.status == 429 and trace.refused is not None:
@@ -376,7 +376,7 @@ def _settle(grant: Grant, trace: Trace | None, asked: Asked) -> None:
 
 
 def _secrets(headers: Headers) -> Iterator[str]:
-    """Give all credentials of a request; Anthropic's client sends a key in either place."""
+    """Yield all credentials of a request; Anthropic's client uses either header."""
     for value in headers.getlist("authorization"):
         scheme, _, secret = value.strip().partition(" ")
         if scheme.lower() == "bearer" and secret.strip():
@@ -388,10 +388,10 @@ def _secrets(headers: Headers) -> Iterator[str]:
 
 
 def _model_fields(scope: Scope) -> set[str]:
-    """Return the fields of which one has to name the model of a request.
+    """Return the fields of which one must contain the model of a request.
 
-    Only Ollama's API reads `name`. Servers of the other APIs ignore it, as they do `Model`, and
-    run the model that they like where nothing else names one (vLLM: its base model).
+    Only Ollama's API reads `name`. Servers of the other APIs ignore it, like `Model`, and use a
+    default model if `model` is missing (vLLM: its base model).
     """
     return {"model", "name"} if family_in(scope) is Family.OLLAMA else {"model"}
 

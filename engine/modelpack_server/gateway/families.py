@@ -44,7 +44,7 @@ def family_in(scope: Scope) -> Family:
     return family_of(scope["path"], Headers(scope=scope))
 
 
-# The type of an error by its HTTP status; then those of other client and server errors.
+# Error types by HTTP status; then the types of other client errors and server errors.
 _TYPES: Mapping[Family, tuple[Mapping[int, str], str, str]] = {
     Family.OPENAI: (
         {
@@ -64,7 +64,7 @@ _TYPES: Mapping[Family, tuple[Mapping[int, str], str, str]] = {
         "api_error",
     ),
 }  # fmt: skip
-# Anthropic's status for an overloaded server is 529: its 429 is for clients that ask too often.
+# Anthropic's status for an overloaded server is 529; its 429 means a client's rate limit.
 _OVERLOADED = frozenset(("queue_full", "model_loading", "bodies_in_flight", "upstream_error"))
 
 
@@ -142,7 +142,7 @@ def error_response(
 def retry_headers(seconds: float) -> dict[str, str]:
     """Return the headers that ask a client to retry after `seconds`.
 
-    `retry-after-ms` is read by OpenAI's and Anthropic's clients.
+    OpenAI's and Anthropic's clients read `retry-after-ms`.
     """
     return {
         "Retry-After": str(max(1, math.ceil(seconds))),
@@ -151,11 +151,11 @@ def retry_headers(seconds: float) -> dict[str, str]:
 
 
 def stream_error(family: Family, media_type: str, message: str) -> bytes | None:
-    """Return the end of a stream that broke off, or None if `media_type` is not a stream."""
+    """Return the last event of an interrupted stream, or None if `media_type` is not a stream."""
     body = json.dumps(error_body(family, 500, message, code="upstream_error"))
     if media_type == "text/event-stream":
         event = "event: error\n" if family is Family.ANTHROPIC else ""
-        return f"\n\n{event}data: {body}\n\n".encode()  # blank lines end the event cut off before
+        return f"\n\n{event}data: {body}\n\n".encode()  # blank lines end an incomplete event
     if media_type == "application/x-ndjson":
         return f"\n{body}\n".encode()
     return None

@@ -1,8 +1,9 @@
-"""Headers by which a gateway names its callers to a server, and when the server trusts them.
+"""Headers in which a gateway names the caller to a server, and whether the server trusts them.
 
-A gateway authenticates its clients and sends its own key upstream, so the server would take them
-all for one. `X-Modelpack-Owner` names the client's key and `X-Modelpack-Models` holds the patterns
-of its models, as a JSON array. Whoever may set these headers may act as anyone.
+A gateway authenticates its clients but sends its own key upstream, so that the server would see one
+caller only. `X-Modelpack-Owner` has the name of the client's key and `X-Modelpack-Models` the
+patterns of its models, as a JSON array. A sender of these headers can act as any caller, so the
+server accepts them only from trusted gateways.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from modelpack.http.hosts import is_loopback
 from modelpack_server.gateway.caller import ANYONE, Caller
 from modelpack_server.gateway.keys import Key
 
-#: What only a gateway may send.
+#: The headers that only a gateway may send.
 CALLER_HEADERS = frozenset((b"x-modelpack-owner", b"x-modelpack-models"))
 
 _OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@/-]{0,255}")
@@ -27,26 +28,26 @@ _MOST_MODELS = 16 * 1024  # bytes
 
 @dataclass(eq=False)
 class ForwardingError(Exception):
-    """Headers that name a caller were refused; `status` is the answer's."""
+    """The headers that name a caller were refused; `status` is the HTTP status."""
 
     status: int
     message: str
 
 
 def is_local(scope: Scope) -> bool:
-    """Return whether the connection is from this machine; no header has a say in it."""
+    """Return whether the connection is from this machine, regardless of headers."""
     client = scope.get("client")
     return client is not None and is_loopback(client[0])
 
 
 def is_direct(scope: Scope) -> bool:
-    """Return whether a request is from this machine, and no proxy of it passed it on."""
+    """Return whether a request is from this machine and was not forwarded by a local proxy."""
     headers = Headers(scope=scope)
     return is_local(scope) and "x-forwarded-for" not in headers and "forwarded" not in headers
 
 
 def caller_headers(caller: Caller) -> list[tuple[bytes, bytes]]:
-    """Return the headers by which a gateway names `caller` to a server."""
+    """Return the headers in which a gateway names `caller` to a server."""
     if caller.owner is None:
         return []
     headers = [(b"x-modelpack-owner", caller.owner.encode())]
@@ -61,14 +62,14 @@ def without_caller(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, byte
 
 
 def forwarded_caller(scope: Scope, key: Key | None, *, has_keys: bool) -> Caller | None:
-    """Return the caller that a gateway names; None where the request names none.
+    """Return the caller named in a gateway's headers, or None if the request has no such headers.
 
-    `key` is the one that the request came with. Behind a server that has keys, an owner is below
-    the name of the gateway's key: it is never the owner of a key of the server.
+    `key` is the API key of the request. On a server with keys, the owner is prefixed with the name
+    of the gateway's key, so that it never equals the owner of another key.
 
     Raises `ForwardingError` unless the key is marked `gateway`, or the server has no keys and the
-    request came from this machine and not from a web page. It is an error rather than ignored, as
-    all callers of a gateway would be one otherwise.
+    request came from this machine and not from a web page. Ignoring the headers instead would merge
+    all callers of the gateway into one.
     """
     headers = Headers(scope=scope)
     owners = headers.getlist("x-modelpack-owner")
@@ -87,18 +88,20 @@ def forwarded_caller(scope: Scope, key: Key | None, *, has_keys: bool) -> Caller
             "machine only",
         )
     if len(owners) != 1 or not _OWNER.fullmatch(owners[0]):
-        raise ForwardingError(400, "X-Modelpack-Owner: expected one name of a key")
+        raise ForwardingError(400, "X-Modelpack-Owner: expected the name of one key")
     owner = owners[0] if key is None else f"{key.name}/{owners[0]}"
     return Caller(owner, _models(models))
 
 
 def caller_for(scope: Scope, key: Key | None, *, has_keys: bool) -> Caller:
-    """Return the caller of a request that was authenticated; raises as `forwarded_caller`."""
+    """Return the caller of an authenticated request; raises what `forwarded_caller` raises."""
     if (named := forwarded_caller(scope, key, has_keys=has_keys)) is not None:
         return named
     if key is not None:
         return Caller(key.name, key.models)
-    return Caller(models=()) if has_keys else ANYONE  # an open route, or a server for anyone
+    return (
+        Caller(models=()) if has_keys else ANYONE
+    )  # a route without keys, or a server without keys
 
 
 def _models(values: list[str]) -> tuple[str, ...] | None:

@@ -1,8 +1,8 @@
-"""Parse JSON request bodies within limits, and without holding the interpreter for long.
+"""Parse JSON request bodies within limits, without blocking other threads for long.
 
-`json.loads` is one call into C: while it parses a large body, no other thread runs, the event loop
-included. Small bodies go through it. Larger ones are parsed in a worker thread by `_Reader`, which
-works in pieces of a few milliseconds and stops at the first limit that is exceeded.
+`json.loads` is one call into C: while it parses a large body, no other thread runs, including the
+event loop. So it parses small bodies only. `_Reader` parses large ones in a worker thread, in steps
+of a few milliseconds, and stops at the first exceeded limit.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from starlette.types import Scope
 
 T = TypeVar("T")
 
-#: Arrays and objects inside each other.
+#: The nesting depth of arrays and objects.
 MAX_DEPTH = 128
-#: Arrays and objects in one body.
+#: The number of arrays and objects in a body.
 MAX_CONTAINERS = 65_536
-#: Items of an array that are not numbers. Token ids may be more.
+#: The number of items in an array that are not numbers. Arrays of token ids may be longer.
 MAX_ITEMS = 16_384
-#: Members of all objects in one body.
+#: The number of members of all objects in a body.
 MAX_MEMBERS = 131_072
-#: Values in one body, containers included: enough for the token ids of a context of a million.
+#: The number of values in a body, including containers: enough for a million token ids.
 MAX_VALUES = 2 * 1024 * 1024
-#: Bytes of memory that one parsed value takes, on average, at most.
+#: The upper limit of the mean memory of a parsed value, in bytes.
 VALUE_BYTES = 64
 CONTAINER_BYTES = 256
 
-#: Bytes of a body that is parsed on the event loop.
+#: The size up to which a body is parsed on the event loop, in bytes.
 INLINE = 32 * 1024
 
 _SCOPE_KEY = "modelpack.json"
 _QUICK = 1024 * 1024  # bytes, and
-_QUICK_VALUES = MAX_ITEMS  # values, that json.loads parses in about 5 ms
+_QUICK_VALUES = MAX_ITEMS  # values, which json.loads parses in about 5 ms
 _BLOCK = 1024 * 1024  # bytes counted at a time
 _DIGITS = 4300  # Python's own limit for integers
 
@@ -56,7 +56,7 @@ _ITEM = (
 #: Items of an array, each with its comma.
 _RUN = re.compile(rb"(?:" + _SPACE + _ITEM + _SPACE + rb",){1,1024}+")
 _KEY = re.compile(rb'"([^"\\\x00-\x1f]{0,256}+)"' + _SPACE + rb":")
-#: Part of a string. The two halves of a surrogate pair stay together.
+#: Part of a string. It never splits a surrogate pair.
 _PIECE = re.compile(
     rb'(?:[^"\\\x00-\x1f]{1,4096}+'
     rb"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
@@ -69,13 +69,13 @@ class BodyError(ValueError):
 
 
 class ComplexityError(BodyError):
-    """A body exceeds a limit on what JSON may hold."""
+    """The JSON of a body exceeds a limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """A parsed body: its value, the keys of its outermost object as often as they occur, and an
-    estimate of the bytes of memory that the value takes.
+    """A parsed body: its value, all keys of its outermost object including duplicates, and the
+    estimated memory of the value in bytes.
     """
 
     value: Any
@@ -83,33 +83,33 @@ class Parsed:
     memory: int = 0
 
 
-#: One body is parsed at a time: two threads would only wait for each other.
+#: One thread: several threads would only wait for the interpreter.
 _WORKER = ThreadPoolExecutor(1, "modelpack-json")
 
 
 async def in_worker(size: int, work: Callable[[], T]) -> T:
-    """Return `work()`, called in the worker thread unless the body has few bytes (`size`)."""
+    """Return `work()`, called in the worker thread if the body of `size` bytes is large."""
     if size <= INLINE:
         return work()
     return await asyncio.get_running_loop().run_in_executor(_WORKER, work)
 
 
 def put_document(scope: Scope, value: Any) -> None:
-    """Keep the parsed body of a request, for applications that would parse it again."""
+    """Keep the parsed body of a request, so that applications need not parse it again."""
     scope[_SCOPE_KEY] = value
 
 
 def document_in(scope: Scope, default: Any = None) -> Any:
-    """Return the parsed body of a request, `default` where nothing parsed it."""
+    """Return the parsed body of a request, or `default` if it was not parsed."""
     return scope.get(_SCOPE_KEY, default)
 
 
 def parse(raw: bytes) -> Parsed:
-    """Parse `raw`. Raises `BodyError`, and `ComplexityError` for what exceeds a limit."""
+    """Parse `raw`. Raises `BodyError`, and `ComplexityError` if it exceeds a limit."""
     containers, commas = _count(raw)
     memory = len(raw) + VALUE_BYTES * commas + CONTAINER_BYTES * min(containers, MAX_CONTAINERS)
     is_short = len(raw) <= _QUICK and containers + commas <= _QUICK_VALUES
-    if is_short and b"\\ud" not in raw and b"\\uD" not in raw:  # halves of surrogate pairs
+    if is_short and b"\\ud" not in raw and b"\\uD" not in raw:  # escaped surrogates
         value, keys = _quick(raw)
     else:
         reader = _Reader(raw)
@@ -119,7 +119,7 @@ def parse(raw: bytes) -> Parsed:
 
 
 def _count(raw: bytes) -> tuple[int, int]:
-    """Return the most containers, and the most commas between values, that `raw` can hold."""
+    """Return upper bounds of the containers, and of the commas between values, in `raw`."""
     containers = commas = 0
     for start in range(0, len(raw), _BLOCK):
         end = start + _BLOCK
@@ -133,7 +133,7 @@ def _quick(raw: bytes) -> tuple[Any, tuple[str, ...]]:
 
     def notice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         nonlocal last
-        last = pairs  # the outermost object is the last to end
+        last = pairs  # the outermost object ends last
         return dict(pairs)
 
     try:
@@ -164,7 +164,7 @@ def _too_deep() -> ComplexityError:
 
 
 class _Reader:
-    """Parses one document, piece by piece and without recursion."""
+    """Parses one document step by step, without recursion."""
 
     def __init__(self, raw: bytes) -> None:
         self._raw = raw
@@ -178,7 +178,7 @@ class _Reader:
     def document(self) -> Any:
         """Return the value of the whole text."""
         raw = self._raw
-        around: list[tuple[Any, str]] = []  # containers around `inner`, and its key in the last
+        around: list[tuple[Any, str]] = []  # the containers around `inner`, each with a key
         inner: Any = None
         key = ""
         expects = _Expects.VALUE
@@ -235,7 +235,7 @@ class _Reader:
         return inner
 
     def _begun(self, first: bytes) -> Any:
-        """Return the value that begins here; an array or an object is returned empty."""
+        """Return the next value; an array or an object is returned empty."""
         self._add(1)
         if first == b'"':
             return self._string()
@@ -252,7 +252,7 @@ class _Reader:
         return self._decoded(found[0])
 
     def _run(self) -> list[Any]:
-        """Return the short items that come next in an array, each followed by a comma."""
+        """Return the next short items of an array, each followed by a comma."""
         found = _RUN.match(self._raw, self._at)
         if found is None:
             return []
@@ -286,7 +286,7 @@ class _Reader:
             if found is None:
                 raise self._error("expected the end of a string")
             end = found.end()
-            # A piece ends between characters, wherever the pattern stopped.
+            # The pattern may stop within a UTF-8 character; end the piece before it.
             while end > self._at + 1 and end < len(raw) and raw[end] & 0xC0 == 0x80:
                 end -= 1
             text = self._text(raw[self._at : end])
@@ -314,7 +314,7 @@ class _Reader:
         text = self._text(raw)
         try:
             return json.loads(text)
-        except ValueError as error:  # an integer of too many digits
+        except ValueError as error:  # an integer with too many digits
             raise self._error(str(error)) from None
 
     def _error(self, message: str) -> BodyError:
@@ -322,15 +322,13 @@ class _Reader:
 
 
 def _unescaped(text: str) -> str:
-    """Return the text of a string, with ? for half of a surrogate pair: it has no UTF-8."""
+    """Return the text of a string, with ? for a lone surrogate, which has no UTF-8."""
     found: str = json.loads(f'"{text}"')
     return found.encode(errors="replace").decode() if "\\u" in text else found
 
 
 def _check_items(inner: Any, first: int) -> None:
-    """Raise `ComplexityError` for a long array whose items, from number `first` on, are not all
-    numbers.
-    """
+    """Raise `ComplexityError` for a long array with items from `first` on that are not numbers."""
     if isinstance(inner, list) and len(inner) > MAX_ITEMS:
         for item in inner[first:]:
             if type(item) is not int and type(item) is not float:
@@ -338,7 +336,7 @@ def _check_items(inner: Any, first: int) -> None:
 
 
 class _Expects(Enum):
-    """What may come next."""
+    """The next element that is valid."""
 
     VALUE = auto()
     KEY = auto()

@@ -2,14 +2,14 @@
 
 ```toml
 [keys.alice]
-sha256 = "64 hexadecimal digits"       # of the key that alice has
-requests_per_minute = 60               # each limit may be absent: there is none then
+sha256 = "64 hexadecimal digits"       # of alice's key
+requests_per_minute = 60               # without a line, there is no such limit
 tokens_per_minute = 100000
 concurrency = 4
-models = ["ai/smollm2*"]               # absent: all models, and what manages models
-gateway = false                        # true: it is a gateway's, which names its callers
+models = ["ai/smollm2*"]               # without a line: all models, and managing them
+gateway = false                        # true: the key of a gateway, which names its callers
 
-[keys.alice.per_caller]                # of each caller that alice names (X-Modelpack-Caller)
+[keys.alice.per_caller]                # limits of each caller that alice names (X-Modelpack-Caller)
 requests_per_minute = 10
 ```
 """
@@ -33,7 +33,7 @@ from modelpack.store.filesystem import FileLock, write_atomically
 from modelpack_server.gateway.caller import Caller
 from modelpack_server.gateway.limits import NO_LIMITS, Limits
 
-#: What a key begins with, so that scanners for leaked secrets can find one.
+#: The prefix of all keys, by which scanners for leaked secrets can find them.
 PREFIX = "mp_"
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
@@ -44,10 +44,10 @@ _MOST = 2**53
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key: what it is called in logs, the SHA-256 of the secret, and what it allows.
+    """One API key: its name in logs, the SHA-256 of its secret, and its permissions.
 
-    `models` are glob patterns for the names that requests may use; None allows every name, and the
-    routes that manage models. `gateway`: it belongs to a gateway, which may name the caller of each
+    `models` are glob patterns for the names in requests; None allows all names, and the routes that
+    manage models. `gateway`: the key belongs to a gateway, which may name the caller of each
     request (`modelpack_server.gateway.forwarding`).
     """
 
@@ -70,7 +70,7 @@ class Keys:
     keys: tuple[Key, ...] = ()
 
     def find(self, secret: str) -> Key | None:
-        """Return the key whose secret this is; how long it takes does not depend on the secret."""
+        """Return the key with this secret, in constant time, or None."""
         digest = hash_of(secret)
         found = None
         for key in self.keys:
@@ -80,14 +80,14 @@ class Keys:
 
 
 def hash_of(secret: str) -> bytes:
-    """Return the SHA-256 of a secret, as `Key.sha256` has it."""
+    """Return the SHA-256 of a secret, for `Key.sha256`."""
     return hashlib.sha256(secret.encode(errors="surrogateescape")).digest()
 
 
 def parse_keys(text: str, path: str) -> Keys:
-    """Return the keys that the TOML document `text` defines; `path` names it in errors.
+    """Return the keys in the TOML document `text`; `path` names it in errors.
 
-    Raises `FormatError` that names file, key and field, and never shows the value of a hash.
+    Raises `FormatError` with file, key and field, but without the value of a hash.
     """
     try:
         document = tomllib.loads(text)
@@ -95,7 +95,7 @@ def parse_keys(text: str, path: str) -> Keys:
         raise FormatError(f"is not TOML: {error}", path=path) from error
     unknown = sorted(set(document) - {"keys"})
     if unknown:
-        raise FormatError(f"{unknown[0]!r} is unknown; keys are tables [keys.NAME]", path=path)
+        raise FormatError(f"unknown field {unknown[0]!r}; keys are tables [keys.NAME]", path=path)
     tables = document.get("keys", {})
     if not isinstance(tables, dict):
         raise FormatError("'keys' is not a table; expected tables [keys.NAME]", path=path)
@@ -123,7 +123,7 @@ def _parse_key(name: str, table: Any, path: str) -> Key:
     known = {"sha256", "models", "per_caller", "gateway", *_LIMIT_FIELDS}
     for field in table:
         if field not in known:
-            fail(field, f"is unknown; there are {', '.join(sorted(known))}")
+            fail(field, f"is unknown; expected one of {', '.join(sorted(known))}")
     if "sha256" not in table:
         fail("sha256", "is missing")
     digest = table["sha256"]
@@ -135,7 +135,7 @@ def _parse_key(name: str, table: Any, path: str) -> Key:
     if not isinstance(gateway, bool):
         fail("gateway", f"expected a boolean, got {_kind(gateway)}")
     if gateway and "models" in table:
-        fail("gateway", "cannot be combined with 'models': the gateway's keys have them")
+        fail("gateway", "cannot be combined with 'models': set them in the gateway's keys")
     return Key(
         name=name,
         sha256=bytes.fromhex(digest),
@@ -168,7 +168,7 @@ def _parse_per_caller(table: Any, fail: Callable[[str, str], NoReturn]) -> Limit
         fail("per_caller", f"expected a table, got {_kind(table)}")
     for field in table:
         if field not in _LIMIT_FIELDS:
-            fail(f"per_caller.{field}", f"is unknown; there are {', '.join(_LIMIT_FIELDS)}")
+            fail(f"per_caller.{field}", f"is unknown; expected one of {', '.join(_LIMIT_FIELDS)}")
     return _parse_limits(table, "per_caller.", fail)
 
 
@@ -181,7 +181,7 @@ def _parse_models(value: Any, fail: Callable[[str, str], NoReturn]) -> tuple[str
         if not isinstance(glob, str) or not glob:
             fail(f"models[{index}]", f"expected a pattern, got {_kind(glob)}")
     if not value:
-        fail("models", "is empty, so no model could be used; leave it out to allow all")
+        fail("models", "is empty, which allows no model; remove it to allow all")
     return tuple(value)
 
 
@@ -199,15 +199,15 @@ _Signature = tuple[int, int, int, int, int]
 
 
 class KeyFile:
-    """The keys at `path`, as they are now.
+    """The current keys in the file at `path`.
 
-    A change is seen with the next request. A file that does not parse, or is gone, leaves the keys
-    as they were and is logged as an error: a slip of the editor neither locks everybody out nor
-    lets anybody in. To refuse everybody, empty the file.
+    A change takes effect with the next request. If the file is missing or invalid, the previous
+    keys remain and the error is logged, so that a mistake neither locks clients out nor lets
+    others in. To refuse all requests, empty the file.
     """
 
     def __init__(self, path: Path | str) -> None:
-        """Raises `FormatError` or `UsageError` where the file is unusable to begin with."""
+        """Raises `FormatError` or `UsageError` if the file cannot be used initially."""
         self.path = Path(path)
         self._signature: _Signature | None
         self._signature, text = _read(self.path)
@@ -215,16 +215,16 @@ class KeyFile:
         self._warn()
 
     def current(self) -> Keys:
-        """Return the keys, read again if the file is another one than last time."""
+        """Return the keys, after reading the file again if it has changed."""
         try:
             status = os.stat(self.path)
         except OSError as error:
             if self._signature is not None:
-                _LOG.error("keys stay as they were: %s: %s", self.path, error.strerror)
+                _LOG.error("the previous keys remain in use: %s: %s", self.path, error.strerror)
             self._signature = None
             return self._keys
         if _signature(status) != self._signature:
-            self._signature = _signature(status)  # told once, should it be unreadable
+            self._signature = _signature(status)  # log an unreadable file only once
             self._reload()
         return self._keys
 
@@ -233,9 +233,9 @@ class KeyFile:
             self._signature, text = _read(self.path)
             self._keys = parse_keys(text, str(self.path))
         except ModelpackError as error:
-            _LOG.error("keys stay as they were: %s", error)
+            _LOG.error("the previous keys remain in use: %s", error)
             return
-        _LOG.warning("read %s again: keys in it: %d", self.path, len(self._keys.keys))
+        _LOG.warning("reloaded %s; number of keys: %d", self.path, len(self._keys.keys))
         self._warn()
 
     def _warn(self) -> None:
@@ -255,11 +255,11 @@ def add_key(
     models: tuple[str, ...] = (),
     gateway: bool = False,
 ) -> str:
-    """Make a key called `name`, add its hash to the file at `path`, and return it.
+    """Create a key named `name`, add its hash to the file at `path`, and return the key.
 
-    It cannot be read back later. The file is replaced as a whole, with mode 0600, and made if it is
-    not there; comments stay. Raises `UsageError` for a bad name, `ConflictError` for a taken one,
-    `FormatError` where the file does not parse.
+    The key cannot be read from the file later. The file is created if needed and replaced
+    atomically, with mode 0600; comments are kept. Raises `UsageError` for an invalid name,
+    `ConflictError` for an existing one, `FormatError` for an invalid file.
     """
     if not KEY_NAME.fullmatch(name):
         raise UsageError(
@@ -271,10 +271,10 @@ def add_key(
     with FileLock(path.with_name(f".{path.name}.lock")).held(remove=True):
         text = _read(path)[1] if path.exists() else ""
         if any(key.name == name for key in parse_keys(text, str(path)).keys):
-            raise ConflictError(f"{path} has a key {name!r} already", hint="choose another name")
+            raise ConflictError(f"{path} already has a key {name!r}", hint="choose another name")
         secret = PREFIX + secrets.token_urlsafe(32)
         text = f"{text.rstrip()}\n\n{_table(name, secret, limits, models, gateway)}".lstrip()
-        parse_keys(text, str(path))  # what we write, we can read
+        parse_keys(text, str(path))  # check that the new text is valid
         write_atomically(path, text.encode(), by_way_of=path.parent, mode=0o600)
     return secret
 
@@ -292,7 +292,7 @@ def _table(name: str, secret: str, limits: Limits, models: tuple[str, ...], gate
 
 
 def _quoted(text: str) -> str:
-    """Return a TOML basic string; control characters have no place in names."""
+    """Return a TOML basic string, without control characters, which names cannot contain."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
 
@@ -305,10 +305,10 @@ def _read(path: Path) -> tuple[_Signature, str]:
     except OSError as error:
         raise UsageError(
             f"cannot read the keys at {path}: {error.strerror}",
-            hint="modelpack gateway key NAME --keys FILE makes a key",
+            hint="to create a key, run modelpack gateway key NAME --keys FILE",
         ) from error
     if len(content) > _MAX_BYTES:
-        raise FormatError(f"is more than the limit of {_MAX_BYTES} bytes", path=str(path))
+        raise FormatError(f"is larger than {_MAX_BYTES} bytes", path=str(path))
     try:
         return signature, content.decode()
     except UnicodeDecodeError as error:

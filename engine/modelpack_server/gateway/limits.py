@@ -1,9 +1,9 @@
 """Rate limits of a key and of its callers: token buckets and a count of running requests.
 
-A bucket holds a minute's worth when full and fills at a steady rate, so any span of t seconds takes
-at most `limit * (1 + t/60)`, and over a long time `limit` a minute. Tokens are reserved before a
-request runs, from its size and its `max_tokens`, and corrected when it has told what it used: a
-bucket may end below zero, and whoever emptied it waits until it is filled again.
+A full bucket has the limit of one minute and fills at a steady rate, so the use in t seconds is at
+most `limit * (1 + t/60)`, and in the long run `limit` per minute. Tokens are reserved before a
+request runs, estimated from its size and `max_tokens`, and corrected at its end. A bucket may
+become negative; the subject then waits until it is filled again.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Limit = Literal["requests_per_minute", "tokens_per_minute", "concurrency"]
-#: Of whom the limits are: a key's name, and a caller within it (None: the key as a whole).
+#: The subject of limits: a key's name, and one of its callers (None: the whole key).
 Subject = tuple[str, str | None]
-_NOTHING = 1e-6  # what adding up fractions may leave
+_NOTHING = 1e-6  # tolerance for rounding errors
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one subject may use; None is no limit."""
+    """The limits of one subject; None means no limit."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -35,7 +35,7 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True, slots=True)
 class Exceeded:
-    """Which limit is in the way, whose it is, and after how many seconds to try again."""
+    """The exceeded limit, its subject, and the seconds after which to retry."""
 
     limit: Limit
     allowed: int
@@ -45,7 +45,7 @@ class Exceeded:
 
 @dataclass(slots=True)
 class _Bucket:
-    level: float = math.inf  # full, however much that is
+    level: float = math.inf  # full, whatever the limit
     at: float = 0.0
 
     def fill(self, now: float, per_minute: int) -> None:
@@ -53,7 +53,7 @@ class _Bucket:
         self.at = max(now, self.at)
 
     def wait(self, amount: float, per_minute: int) -> float:
-        """Return the seconds until `amount` is there; 0 where it is."""
+        """Return the seconds until the bucket has `amount`, or 0 if it has."""
         missing = amount - self.level
         return missing * 60 / per_minute if missing > _NOTHING else 0.0
 
@@ -66,14 +66,14 @@ class _Account:
 
 
 class Grant:
-    """Leave for one request to run; it ends once, by `finish`, `refuse` or `cancel`."""
+    """The permission for one request to run; end it once, with `finish`, `refuse` or `cancel`."""
 
     def __init__(self, limiter: Limiter, taken: list[tuple[Subject, Limits, float]]) -> None:
         self._limiter = limiter
         self._taken = taken
 
     def reserve(self, tokens: int) -> Exceeded | None:
-        """Reserve tokens once it is known how many; return the limit that is in the way."""
+        """Reserve tokens when their number is known; return the exceeded limit, or None."""
         exceeded = self._limiter.reserve(self._taken, tokens)
         if isinstance(exceeded, Exceeded):
             return exceeded
@@ -81,9 +81,9 @@ class Grant:
         return None
 
     def refuse(self, tokens: int) -> None:
-        """Give the place back and charge `tokens` for a request that was read and then refused.
+        """End the permission and charge `tokens` for a request that was refused after reading it.
 
-        No more than a minute's worth: one mistake does not lock a key out for hours.
+        It charges at most the limit of one minute: one mistake must not block a key for hours.
         """
         taken, self._taken = self._taken, []
         for subject, limits, reserved in taken:
@@ -91,23 +91,23 @@ class Grant:
             self._limiter.settle(subject, limits, reserved, min(tokens, most))
 
     def cancel(self) -> None:
-        """Give everything back: the limits themselves refused the request."""
+        """End the permission without a charge, for a request that a limit refused."""
         taken, self._taken = self._taken, []
         for subject, limits, reserved in taken:
             self._limiter.settle(subject, limits, reserved, 0, requests=0)
 
     def finish(self, tokens: int | None) -> None:
-        """Give the place back and charge `tokens`; None: what was reserved, as nobody knows."""
+        """End the permission and charge `tokens`; None: unknown, so charge the reserved tokens."""
         taken, self._taken = self._taken, []
         for subject, limits, reserved in taken:
             self._limiter.settle(subject, limits, reserved, tokens)
 
 
 class Limiter:
-    """Keeps the accounts of all subjects. All calls come from one thread.
+    """The accounts of all subjects; call it from one thread only.
 
-    At most `most_callers` accounts of idle callers are kept, the latest used; a key's own account
-    is never dropped, so inventing callers gains nothing beyond the key's limits.
+    It keeps the accounts of the `most_callers` idle callers used most recently. It never drops a
+    key's own account, so inventing callers does not exceed the key's limits.
     """
 
     def __init__(
@@ -119,14 +119,14 @@ class Limiter:
         self._callers: OrderedDict[Subject, _Account] = OrderedDict()
 
     def __len__(self) -> int:
-        """Return how many accounts are kept."""
+        """Return the number of accounts."""
         return len(self._keys) + len(self._callers)
 
     def admit(self, subjects: Iterable[tuple[Subject, Limits]], tokens: int) -> Grant | Exceeded:
-        """Return leave for a request of about `tokens` tokens, or what is in the way.
+        """Return the permission for a request of about `tokens` tokens, or the exceeded limit.
 
-        All limits of all subjects hold, or nothing is taken. A reservation larger than a minute's
-        worth counts as a minute's worth: such a request runs alone rather than never.
+        It applies all limits of all subjects, or charges nothing. A reservation larger than the
+        limit of one minute counts as that limit, so that such a request can run at all.
         """
         now = self._clock()
         wanted = [(subject, limits, self._account(subject)) for subject, limits in subjects]
@@ -152,7 +152,7 @@ class Limiter:
     def reserve(
         self, taken: list[tuple[Subject, Limits, float]], tokens: int
     ) -> list[tuple[Subject, Limits, float]] | Exceeded:
-        """Reserve `tokens` for a request that was admitted without; all or nothing."""
+        """Reserve `tokens` from all subjects of an admitted request, or from none."""
         now = self._clock()
         refusals = [
             refusal
@@ -178,7 +178,7 @@ class Limiter:
         *,
         requests: int = 1,
     ) -> None:
-        """End a request: charge what it used beyond its reservation, or give back the rest."""
+        """End a request: charge its use beyond the reservation, or return the rest."""
         account = self._account(subject)
         account.running = max(0, account.running - 1)
         if not requests and (rate := limits.requests_per_minute) is not None:

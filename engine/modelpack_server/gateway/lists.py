@@ -1,4 +1,4 @@
-"""Model lists of upstreams, without the models that a key may not use."""
+"""Filters for the model lists of upstreams, by the models that a key may use."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from starlette.types import Message, Scope, Send
 from modelpack.artifacts.reference import DEFAULT_ORGANISATION, is_model_id
 from modelpack_server.gateway.families import error_response, family_in
 
-#: Bytes of a list that are read; a longer one is not shown.
+#: The largest list that is filtered, in bytes; a larger one becomes an error.
 MAX_LIST = 8 * 1024 * 1024
 
 _NAMES = ("id", "name", "model")
 
 
 def filtering(scope: Scope, send: Send, allows: Callable[[str], bool]) -> Send:
-    """Return a `send` that passes on what `allows` of a list of models; 502 for what is no list.
+    """Return a `send` that removes models from a list unless `allows(name)`; 502 if it is no list.
 
-    Whatever succeeds is a list: a part of one (206) too.
+    It treats each successful response as a list, including partial ones (206).
     """
     start: Message = {}
     pieces: list[bytes] = []
@@ -61,9 +61,9 @@ def filtering(scope: Scope, send: Send, allows: Callable[[str], bool]) -> Send:
 
 
 def allowed_only(body: bytes, allows: Callable[[str], bool]) -> bytes | None:
-    """Return a list of models as JSON with the allowed ones alone; None for what is no list.
+    """Return a JSON list of models with the allowed ones only; None if it is not a list.
 
-    Shapes: OpenAI's and Anthropic's `data`, Ollama's `models`, Docker Model Runner's array.
+    Formats: OpenAI's and Anthropic's `data`, Ollama's `models`, Docker Model Runner's array.
     """
     try:
         document = json.loads(body)
@@ -74,7 +74,7 @@ def allowed_only(body: bytes, allows: Callable[[str], bool]) -> bytes | None:
     lists = [name for name in ("data", "models") if isinstance(document, dict) and name in document]
     if not lists or not all(isinstance(document[name], list) for name in lists):
         return None
-    # What else is there may name others: `first_id` is the first of all.
+    # Other fields may contain names of other models, as `first_id` does.
     kept = {name: document[name] for name in ("object", "has_more") if name in document}
     kept |= {name: _allowed(document[name], allows) for name in lists}
     if "first_id" in document or "last_id" in document:
@@ -102,9 +102,9 @@ def _allowed(items: list[Any], allows: Callable[[str], bool]) -> list[dict[str, 
 
 
 def _name_shown(name: str, allows: Callable[[str], bool]) -> str | None:
-    """Return the name under which a model may be used; None if it may not.
+    """Return the name under which the caller may use a model, or None.
 
-    Modelpack and Docker leave out the organisation `ai` where they list models.
+    Modelpack and Docker omit the organisation `ai` in lists of models.
     """
     if allows(name):
         return name

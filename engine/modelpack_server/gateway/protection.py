@@ -22,18 +22,18 @@ from modelpack_server.gateway.trace_spans import Traced, default_report
 from modelpack_server.gateway.traces import Trace, trace_of
 
 _SLASHES = re.compile("/{2,}")
-# What Docker's command line puts before paths that go through Docker's socket. Source: Docker Model
+# The prefix that Docker's command line adds to paths through Docker's socket. Source: Docker Model
 # Runner, pkg/inference/api.go (ExperimentalEndpointsPrefix).
 _DESKTOP = re.compile(r"(?:/exp/vDD\d+\.\d+)+(?=/)")
 _PLAIN = ":@!$&'()*+,;=-._~"  # RFC 3986 section 3.3, `pchar`
 
 
 class CanonicalPath:
-    """ASGI middleware: `path` and `raw_path` say the same, each in one spelling.
+    """ASGI middleware that makes `path` and `raw_path` equivalent, each in a canonical spelling.
 
-    Repeated slashes count as one, Docker Desktop's prefix is removed, and only what has to be is
-    encoded. A slash within a segment stays encoded (`/v1/models/ai%2Fsmollm2`), if that is all.
-    Doing it twice changes nothing.
+    It merges repeated slashes, removes Docker Desktop's prefix and encodes only the characters that
+    need it. A slash within a segment stays encoded (`/v1/models/ai%2Fsmollm2`) if the path has no
+    other change. Applying it twice changes nothing.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -49,31 +49,31 @@ class CanonicalPath:
 
 
 def canonical(path: str) -> str:
-    """Return the spelling of a decoded path by which it is routed."""
+    """Return the canonical spelling of a decoded path, used for routing."""
     path = _SLASHES.sub("/", path)
     return _DESKTOP.sub("", path, count=1) if path.startswith("/exp/") else path
 
 
 def _encoded(path: str, raw: bytes | None) -> bytes:
-    """Return what to send for a canonical path; `raw` is how the client encoded it."""
+    """Return the encoded form of a canonical path; `raw` is the client's encoding."""
     whole = (raw or b"").decode("latin-1")
     if "#" in whole:
-        return raw or b""  # no path at all: whoever makes a URL of it refuses
+        return raw or b""  # not a path: building a URL from it will fail
     segments = [quote(unquote(segment), safe=_PLAIN) for segment in whole.split("/")]
     again = "/".join(segments)
     return (again if unquote(again) == path else quote(path, safe="/" + _PLAIN)).encode()
 
 
-# Names that no foreign page can have: they are not of the public DNS. (RFC 6761 section 6.3; the
-# names by which Docker's containers reach their host, see docs.docker.com on networking.)
+# Names outside the public DNS, which no foreign page can have (RFC 6761 section 6.3; the names by
+# which Docker's containers reach their host, see docs.docker.com on networking).
 _OURS = (".localhost", ".docker.internal")
 
 
 class HostCheck:
-    """ASGI middleware that answers 403 to requests meant for another host."""
+    """ASGI middleware that responds with 403 to requests for another host."""
 
     def __init__(self, app: ASGIApp, allowed: Iterable[str] = ()) -> None:
-        """`allowed`: names and addresses besides loopback ones and that of the socket."""
+        """`allowed` has names and addresses in addition to loopback and the socket's address."""
         self._app = app
         self._hosts = AllowedHosts((*_OURS, *allowed))
 
@@ -100,10 +100,10 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/*@?#]+?(:\*|:[0-9]{1,5})?")
 
 
 class Cors:
-    """ASGI middleware that answers preflights and refuses foreign origins.
+    """ASGI middleware that answers preflight requests and refuses foreign origins.
 
-    `origins`: `https://app.example`, `http://localhost:*` (any port), or `*` for every page; then
-    browsers are not told to send cookies along.
+    `origins` are like `https://app.example`, `http://localhost:*` (any port), or `*` for all pages,
+    which then may not send cookies.
     """
 
     def __init__(self, app: ASGIApp, origins: Iterable[str] = ()) -> None:
@@ -192,7 +192,7 @@ class Cors:
 
 
 def check_origins(origins: Iterable[str]) -> tuple[str, ...]:
-    """Return `origins` in lower case; raises `UsageError` for what no browser would send."""
+    """Return `origins` in lower case; raises `UsageError` for an invalid origin."""
     found = []
     for origin in origins:
         lower = origin.lower().removesuffix("/")
@@ -206,7 +206,7 @@ def check_origins(origins: Iterable[str]) -> tuple[str, ...]:
 
 
 def _is_visit(scope: Scope, headers: Headers) -> bool:
-    """Return whether a user follows a link to one of the pages, which do nothing by themselves."""
+    """Return whether a user follows a link to one of the pages, which is harmless."""
     return (
         scope["method"] in ("GET", "HEAD")
         and scope["path"] in _PAGES
@@ -216,19 +216,19 @@ def _is_visit(scope: Scope, headers: Headers) -> bool:
 
 
 def _same_origin(origin: str, host: str) -> bool:
-    """Return whether a page that this server sent asks. (The host was checked before.)"""
+    """Return whether the request is from a page of this server, whose host was checked before."""
     return bool(host) and urlsplit(origin.lower()).netloc == host.lower()
 
 
 @dataclass(frozen=True, slots=True)
 class Protection:
-    """How a server is protected.
+    """The protection settings of a server.
 
-    `host` is the address it listens on, without the port; `keys` the file of its API keys, None for
-    no keys; `cors` the origins whose pages may use it; `allowed_hosts` names that requests may use
-    for it, besides loopback ones and the address that they arrived at; `max_body` bytes; `report`
-    is called with the trace of each request (None: log it). `forwarded_callers`: a gateway before
-    this server may name the caller of a request.
+    `host` is its listening address without the port; `keys` the file of its API keys, None for no
+    keys; `cors` the origins whose pages may use it; `allowed_hosts` the accepted host names, in
+    addition to loopback names and the address of the connection; `max_body` the limit of a body in
+    bytes. `report` is called with the trace of each request (None: log it). With
+    `forwarded_callers`, a gateway in front of this server may name the caller of a request.
     """
 
     host: str = "127.0.0.1"
@@ -241,7 +241,7 @@ class Protection:
     report: Callable[[Trace], None] | None = None
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` where others could reach the server, and no key is asked for."""
+        """Raises `UsageError` if other machines could reach the server without a key."""
         if not is_loopback(self.host) and self.keys is None and not self.allow_anonymous:
             raise UsageError(
                 f"{self.host!r} is not a loopback address, and no API keys are configured",
@@ -256,7 +256,7 @@ def protect(
     clock: Callable[[], float] = time.monotonic,
     resolves: bool = False,
 ) -> ASGIApp:
-    """Return `app` behind request ids, traces, host and origin checks, keys and limits.
+    """Wrap `app` in request ids, traces, host and origin checks, keys and limits.
 
     `clock` returns seconds, for limits and traces. `resolves` says that the application itself
     refuses models that the caller may not use (see `gateway.caller`). The application gets the

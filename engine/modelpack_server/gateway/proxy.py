@@ -22,7 +22,7 @@ from modelpack_server.gateway.traces import Trace, trace_of
 
 Policy = Literal["least-busy", "round-robin"]
 
-#: Seconds between probes of GET /health, while one is down, and how long one may take.
+#: Seconds between probes of GET /health, while an upstream is down, and the limit for a probe.
 PROBE_INTERVAL = 5.0
 PROBE_INTERVAL_DOWN = 1.0
 PROBE_TIMEOUT = 2.0
@@ -32,7 +32,7 @@ _LOG = logging.getLogger("modelpack_server.gateway")
 
 @dataclass(slots=True)
 class Upstream:
-    """One server; `running` counts the gateway's own requests to it."""
+    """One upstream server; `running` counts the gateway's current requests to it."""
 
     url: httpx.URL
     name: str
@@ -43,11 +43,11 @@ class Upstream:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether it can only be on this machine."""
+        """Whether its address is loopback."""
         return is_loopback(self.url.host)
 
     def target(self, raw_path: bytes, query: bytes) -> httpx.URL:
-        """Return the URL of a request's path, as the client wrote it, on this server."""
+        """Return the URL on this server for a request's path, in the client's encoding."""
         path = self.url.raw_path.rstrip(b"/") + raw_path
         return self.url.copy_with(raw_path=path + b"?" + query if query else path)
 
@@ -64,8 +64,8 @@ class Upstream:
 class Upstreams:
     """All upstreams of a gateway.
 
-    One that cannot be reached is passed over until a probe, or a request that had no other choice,
-    finds it well again. One that says it is busy is passed over for as long as it asked for.
+    `choose` skips an unreachable upstream until a probe, or a request without another choice,
+    succeeds. It skips a busy upstream for the time in its Retry-After header.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Upstreams:
         policy: Policy = "least-busy",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Raises `UsageError` for a URL that is none, and where there is none."""
+        """Raises `UsageError` for an invalid URL, and without any URL."""
         self.all = tuple(_parse(url) for url in urls)
         if not self.all:
             raise UsageError("a gateway needs an upstream", hint="pass --upstream URL")
@@ -84,7 +84,7 @@ class Upstreams:
         self._turn = 0
 
     def choose(self, tried: Collection[str] = ()) -> Upstream | None:
-        """Return whose turn it is among those not `tried` (by name); None when all were."""
+        """Return the next upstream whose name is not in `tried`, by the policy, or None."""
         turn, self._turn = self._turn, (self._turn + 1) % len(self.all)
         inline = [u for u in self.all[turn:] + self.all[:turn] if u.name not in tried]
         now = self._clock()
@@ -96,25 +96,25 @@ class Upstreams:
         )
 
     def failed(self, upstream: Upstream, why: str) -> None:
-        """Note that `upstream` could not be reached, or broke off."""
+        """Record that `upstream` was unreachable or closed the connection."""
         upstream.failures += 1
         if upstream.healthy:
             _LOG.warning("upstream %s is down: %s", upstream.name, why)
         upstream.healthy = False
 
     def answered(self, upstream: Upstream) -> None:
-        """Note that `upstream` answered."""
+        """Record that `upstream` responded."""
         if not upstream.healthy:
             _LOG.warning("upstream %s is up", upstream.name)
         upstream.healthy = True
 
     def rests(self, upstream: Upstream, retry_after: str) -> None:
-        """Note that `upstream` asked to be spared, by its Retry-After header."""
+        """Record the Retry-After header of a busy upstream."""
         seconds = float(retry_after) if retry_after.isascii() and retry_after.isdigit() else 1.0
         upstream.rests_until = self._clock() + min(seconds, _LONGEST_REST)
 
     async def probe(self, transport: httpx.AsyncBaseTransport, upstream: Upstream) -> None:
-        """Ask one upstream for its health; a server that has no such route is well, too."""
+        """Probe the health of one upstream; a server without this route counts as healthy."""
         request = httpx.Request(
             "GET",
             upstream.target(b"/health", b""),
@@ -127,18 +127,18 @@ class Upstreams:
             self.failed(upstream, type(error).__name__)
             return
         if response.status_code >= 500:
-            self.failed(upstream, f"/health says {response.status_code}")
+            self.failed(upstream, f"/health returned {response.status_code}")
         else:
             self.answered(upstream)
 
     async def probe_all(self, transport: httpx.AsyncBaseTransport) -> None:
-        """Ask all upstreams for their health, at once."""
+        """Probe all upstreams concurrently."""
         await asyncio.gather(*(self.probe(transport, upstream) for upstream in self.all))
 
     async def watch(
         self, transport: httpx.AsyncBaseTransport, interval: float = PROBE_INTERVAL
     ) -> None:
-        """Probe for ever, every `interval` seconds; more often while one is down."""
+        """Probe all upstreams every `interval` seconds, more often while one is down."""
         while True:
             await self.probe_all(transport)
             well = all(upstream.healthy for upstream in self.all)
@@ -169,22 +169,22 @@ def _without_secrets(text: str) -> str:
 
 Header = tuple[bytes, bytes]
 
-# RFC 9110 section 7.6.1, and what older software adds.
+# RFC 9110 section 7.6.1, and headers of older software.
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
      b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade")
 )  # fmt: skip
 _CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"api-key", b"cookie"))
-# The gateway has judged the page that asks; x-request-origin is for use inside a server only.
+# The gateway has checked the origin; x-request-origin is internal to a server.
 _NOT_FORWARDED = _HOP_BY_HOP | {
     b"host", b"expect", b"accept-encoding", b"origin", b"referer", b"forwarded",
     b"x-forwarded-for", b"x-request-origin", b"content-length",
     b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest", b"sec-fetch-user",
 } | CALLER_HEADERS  # fmt: skip
-_NOT_RETURNED = _HOP_BY_HOP | {b"date"}  # our own server adds one
-# Servers that do not expect a body in other requests may read it as the next request on the
-# connection, and what they answer would go to another client. Nor is a connection used again whose
-# replies some servers frame otherwise (HEAD).
+_NOT_RETURNED = _HOP_BY_HOP | {b"date"}  # our server adds its own
+# Servers that expect no body in other requests may read it as the next request on the connection,
+# whose response would go to another client. Connections of HEAD requests are not reused either,
+# since servers differ in the framing of their responses.
 _WITH_BODY = ("POST", "PUT", "PATCH", "DELETE")
 _BUSY = (503, 529)
 _CONNECT_TIMEOUT = 5.0
@@ -192,17 +192,17 @@ _UNREACHED = (httpx.ConnectError, httpx.ConnectTimeout)
 
 
 class Proxy:
-    """ASGI application that answers with what an upstream answers.
+    """ASGI application that forwards requests to upstreams.
 
-    Another upstream is tried only where the first has certainly not begun: it could not be reached,
-    or said 503 (529) with Retry-After; and only while the body is at hand as a whole. `keyed`: the
-    credentials were the gateway's own and go no further. `upstream_key` is sent to upstreams.
-    Without it, only upstreams at loopback addresses are told who the caller is: the others would
-    not trust the gateway (`gateway.forwarding`).
-    `timeout` is in seconds, between two pieces of a reply.
+    It retries on another upstream only if the first cannot have begun the request: it was
+    unreachable, or returned 503 (529) with Retry-After; and only if the whole body is in memory.
+    `keyed`: the credentials belong to the gateway's keys and are not forwarded. `upstream_key` is
+    sent to upstreams. Without it, only upstreams at loopback addresses get the caller's name, since
+    others would not trust the gateway (`gateway.forwarding`). `timeout` is the limit of seconds
+    between two pieces of a reply.
 
-    `transport` is httpx's, without its client: that one keeps cookies, and logs URLs with their
-    queries, in which some put keys.
+    It uses httpx's `transport` instead of its client, which keeps cookies and logs URLs with their
+    queries, which may contain keys.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class Proxy:
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forward the request; when the client goes away, the upstream's connection is closed."""
+        """Forward the request; if the client disconnects, close the upstream's connection."""
         body = _Body(receive)
         await body.begin()
         forward = asyncio.create_task(self._forward(scope, body, send))
@@ -260,11 +260,13 @@ class Proxy:
                     await self._fail(scope, send, 400, "the request path is not valid in a URL")
                     return
                 except httpx.TimeoutException:
-                    await self._fail(scope, send, 504, "the upstream did not answer in time")
+                    await self._fail(scope, send, 504, "the upstream did not respond in time")
                     return
                 except httpx.HTTPError as error:
                     self._upstreams.failed(upstream, type(error).__name__)
-                    await self._fail(scope, send, 502, "the upstream broke off before it answered")
+                    await self._fail(
+                        scope, send, 502, "the upstream closed the connection before its response"
+                    )
                     return
                 try:
                     if self._is_spared(response, body, tried):
@@ -289,7 +291,9 @@ class Proxy:
         ]
         if self._upstream_key or upstream.is_loopback:
             headers += caller_headers(caller_of(scope))
-        headers.append((b"accept-encoding", b"identity"))  # token counts are read on the way
+        headers.append(
+            (b"accept-encoding", b"identity")
+        )  # the gateway reads token counts in the response
         if client := scope.get("client"):
             headers.append((b"x-forwarded-for", client[0].encode()))
         if self._upstream_key:
@@ -329,11 +333,13 @@ class Proxy:
         except httpx.HTTPError as error:
             self._upstreams.failed(upstream, type(error).__name__)
             media_type = response.headers.get("content-type", "").partition(";")[0].strip()
-            ending = stream_error(family_in(scope), media_type, "the upstream broke off")
+            ending = stream_error(
+                family_in(scope), media_type, "the upstream closed the connection"
+            )
             if trace := trace_of(scope):
                 trace.finish = "error"
             if ending is None:
-                return  # incomplete, and seen to be so: the connection is closed
+                return  # closing the connection shows that the response is incomplete
             await send({"type": "http.response.body", "body": ending, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -361,11 +367,11 @@ class Proxy:
 
 
 class _ClientGoneError(Exception):
-    """The client went away in the middle of its body."""
+    """The client disconnected within its body."""
 
 
 class _Body:
-    """A request's body: `whole` where it came at once, else read piece by piece, one time."""
+    """A request's body: `whole` if it arrived in one message, otherwise pieces, read once."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
@@ -375,7 +381,7 @@ class _Body:
         self.whole: bytes | None = None
 
     async def begin(self) -> None:
-        """Take the first message, which tells whether there are more."""
+        """Read the first message, which says whether more follow."""
         message = await self._receive()
         self._first = message.get("body", b"")
         if not message.get("more_body", False):
@@ -384,11 +390,11 @@ class _Body:
 
     @property
     def replayable(self) -> bool:
-        """Whether the body can be sent, or sent again."""
+        """Whether the body can be sent, possibly again."""
         return self.whole is not None or not self._begun
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """Give the body as it comes. Raises `_ClientGoneError`."""
+        """Yield the pieces of the body. Raises `_ClientGoneError`."""
         self._begun = True
         yield self._first
         more = True
@@ -402,14 +408,14 @@ class _Body:
         self._over.set()
 
     async def until_gone(self) -> None:
-        """Return when the client has gone away, after its body."""
+        """Return when the client has disconnected after its body."""
         await self._over.wait()
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
 
 def _end_to_end(headers: Iterable[Header]) -> list[Header]:
-    """Return `headers` without those that the Connection header names."""
+    """Return `headers` without those listed in the Connection header."""
     found = list(headers)
     named = {
         word.strip().lower()

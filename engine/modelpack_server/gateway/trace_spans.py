@@ -1,4 +1,4 @@
-"""Middleware that traces every request, the request log, and OpenTelemetry spans."""
+"""Middleware that traces each request, the request log, and OpenTelemetry spans."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SpanExporter
 
-#: One INFO record for each request but probes', whose message is `Trace.line()`.
+#: One INFO record for each request except probes, with `Trace.line()` as its message.
 REQUEST_LOG = logging.getLogger("modelpack.requests")
 _LOG = logging.getLogger("modelpack_server.gateway")
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _METADATA = re.compile(r"[ -~]{1,128}")  # printable ASCII
-_BLOCK = 64 * 1024  # bytes of a reply that are read before other requests get their turn
+_BLOCK = 64 * 1024  # bytes of a reply processed before other requests may run
 _PROBED = frozenset(("/health", "/v1/health", "/ping", "/metrics"))
 _HEADERS = {
     "caller": "x-modelpack-caller",
@@ -39,10 +39,11 @@ _HEADERS = {
 
 
 class Traced:
-    """ASGI middleware, the outermost: X-Request-ID in and out, and a `Trace` of each request.
+    """The outermost ASGI middleware: it handles X-Request-ID and makes a `Trace` of each request.
 
-    A sane id of the client is kept, else one is made; the application sees it in its headers and
-    replies carry it, in `request-id` too, where Anthropic's clients look.
+    It keeps a client's valid id, and otherwise creates one. The application gets the id in the
+    request headers, and the client in the response headers, also in `request-id` for Anthropic's
+    clients.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Traced:
             trace.ended = self._clock()
             if not complete:
                 trace.finish = trace.finish or "abort"
-                trace.status = trace.status or 499  # the client went away
+                trace.status = trace.status or 499  # the client disconnected
             self._tell(trace)
 
     def _trace(self, scope: Scope, headers: Headers) -> Trace:
@@ -110,8 +111,8 @@ class Traced:
     def _tell(self, trace: Trace) -> None:
         try:
             self._report(trace)
-        except Exception:  # noqa: BLE001 - a broken report must not harm the request
-            _LOG.exception("a request could not be reported")
+        except Exception:  # noqa: BLE001 - an error in a report must not fail the request
+            _LOG.exception("cannot report a request")
 
 
 async def _feed(reader: ReplyReader, body: bytes, now: float) -> None:
@@ -122,7 +123,7 @@ async def _feed(reader: ReplyReader, body: bytes, now: float) -> None:
 
 
 def log_request(trace: Trace) -> None:
-    """Log a trace as one line of JSON; what probes ask every few seconds only for debugging."""
+    """Log a trace as one line of JSON; frequent probes only at level DEBUG."""
     level = logging.DEBUG if trace.path in _PROBED and not trace.refused else logging.INFO
     REQUEST_LOG.log(level, "%s", trace.line())
 
@@ -132,14 +133,14 @@ def media_type_of(headers: Headers) -> str:
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-#: OpenTelemetry's own names: where spans go. Its other variables hold as well.
+#: OpenTelemetry's variables for the collector. Its other variables apply too.
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 
 def default_report(environ: Mapping[str, str] = os.environ) -> Callable[[Trace], None]:
-    """Return what reports requests: the log, and spans too where the environment names a collector.
+    """Return the function that logs traces, and exports spans if a collector is configured.
 
-    Raises `UsageError` if it does, and the extra `otel` is not installed.
+    Raises `UsageError` for a collector without the extra `otel`.
     """
     if not any(environ.get(name) for name in ENDPOINTS):
         return log_request
@@ -147,7 +148,7 @@ def default_report(environ: Mapping[str, str] = os.environ) -> Callable[[Trace],
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     except ImportError:
         raise UsageError(
-            f"{ENDPOINTS[1]} is set, and OpenTelemetry is not installed",
+            f"{ENDPOINTS[1]} is set, but OpenTelemetry is not installed",
             hint="pip install 'modelpack[otel]', or unset it",
         ) from None
     export = span_report(OTLPSpanExporter())
@@ -162,9 +163,9 @@ def default_report(environ: Mapping[str, str] = os.environ) -> Callable[[Trace],
 def span_report(
     exporter: SpanExporter, on_provider: Callable[[TracerProvider], None] | None = None
 ) -> Callable[[Trace], None]:
-    """Return what makes a span of each trace and hands it to `exporter` from a thread of its own.
+    """Return a function that exports each trace as a span, in the exporter's own thread.
 
-    `on_provider` is told the provider, which can be flushed.
+    `on_provider` is called with the provider, which can be flushed.
     """
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -195,7 +196,7 @@ def span_report(
 
 
 def attributes(trace: Trace) -> dict[str, Any]:
-    """Return a trace's attributes; what is not known is left out."""
+    """Return the span attributes of a trace, without unknown values."""
     known = {
         "http.request.method": trace.method,
         "url.path": trace.path[:256],

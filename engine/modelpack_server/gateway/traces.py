@@ -1,4 +1,4 @@
-"""The trace of a request: what the log and the metrics record. Never a prompt, output or secret."""
+"""The trace of a request, for the log and the metrics, without prompts, outputs and secrets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.types import Scope
 
 from modelpack_server.gateway.families import Family
 
-#: The status, of nginx, by which an application notes that nobody reads its answer.
+#: nginx's status for a client that disconnected before the response.
 CLIENT_LEFT = 499
 
 _SCOPE_KEY = "modelpack.trace"
@@ -20,10 +20,10 @@ _SCOPE_KEY = "modelpack.trace"
 
 @dataclass(slots=True)
 class Trace:
-    """One request. Times are of `clock`, in seconds; token counts are None where nobody told.
+    """One request. Times are seconds of `clock`; token counts are None if unknown.
 
-    An application behind `protect` may set what it knows better than its replies show: `model`,
-    `queue_s`, `first_token_at`, `last_token_at`, `finish` and the token counts.
+    An application behind `protect` may set values that it knows more exactly than its replies show:
+    `model`, `queue_s`, `first_token_at`, `last_token_at`, `finish` and the token counts.
     """
 
     id: str
@@ -66,18 +66,18 @@ class Trace:
 
     @property
     def client_left(self) -> bool:
-        """Whether the client went away before the answer."""
+        """Whether the client disconnected before the response."""
         return self.status in (None, CLIENT_LEFT)
 
     def spent(self, prompt_estimate: int, answer_estimate: int = 0) -> int | None:
-        """Return the tokens to charge; None where nothing shows how many it took.
+        """Return the tokens to charge; None if there is no basis for an estimate.
 
-        A count that the reply did not report, or not as a number of tokens, is estimated. A refused
-        request costs what was read of it. One that a limit refused (429), or that failed for no
-        fault of the client's, costs nothing.
+        A missing or invalid count of the reply is estimated. A refused request costs the tokens
+        that were read. A request that a limit refused (429), or that failed on the server's side,
+        costs nothing.
         """
         if self.client_left and self.completion_tokens is None:
-            return None  # it is charged all the same
+            return None  # the caller charges the reservation
         if not self.client_left and self.status is not None and self.status >= 400:
             return prompt_estimate if self.status < 500 and self.status != 429 else 0
         prompt, completion = self.prompt_tokens, self.completion_tokens
@@ -88,7 +88,7 @@ class Trace:
         return (prompt_estimate if prompt is None else prompt) + completion
 
     def to_json(self) -> dict[str, Any]:
-        """Return the log record; what is not known is left out."""
+        """Return the log record without unknown values."""
         duration = None if self.ended is None else self.ended - self.started
         record = {
             "id": self.id,
@@ -107,7 +107,7 @@ class Trace:
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "completion_tokens": self.completion_tokens,
-            # Pieces of a stream that told no usage: about as many tokens.
+            # The pieces of a stream without usage, about one for each token.
             "counted_tokens": (self.counted_tokens or None)
             if self.completion_tokens is None
             else None,
@@ -125,12 +125,12 @@ class Trace:
 
 
 def put_trace(scope: Scope, trace: Trace) -> None:
-    """Make `trace` the one of the request that `scope` is about."""
+    """Set the trace of the request with this `scope`."""
     scope[_SCOPE_KEY] = trace
 
 
 def trace_of(scope: Scope) -> Trace | None:
-    """Return the trace of a request; None where `protect` is not before the application."""
+    """Return the trace of a request; None without `protect`."""
     trace = scope.get(_SCOPE_KEY)
     return trace if isinstance(trace, Trace) else None
 

@@ -1,7 +1,7 @@
-"""Token counts and finish reasons, read from responses while they pass through the gateway.
+"""Token counts and finish reasons, read from responses that pass through the gateway.
 
-A response may be large, so it is neither kept nor parsed as a whole: containers that hold no wanted
-field are skipped, and keys and values are cut to a few bytes. Memory does not grow with the input.
+A response may be large, so it is neither stored nor parsed completely: containers without wanted
+fields are skipped, and keys and values are truncated. Memory does not grow with the input.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any
 
 from modelpack_server.gateway.traces import Trace
 
-_LONGEST = 64  # bytes kept of a key or a value
+_LONGEST = 64  # bytes kept of a key or value
 _MARK = re.compile(rb'["{}\[\],:]')
-_BRACKET = re.compile(rb'["{}\[\]]')  # what counts inside a skipped container
+_BRACKET = re.compile(rb'["{}\[\]]')  # the marks that matter in a skipped container
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _WHOLE_STRINGS = re.compile(rb'(?:[^"]++|' + _STRING.pattern + rb")*+", re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
 _DEPTHS = {byte: 1 if byte in b"{[" else -1 for byte in b"{}[]"}
-_SKIP = 16 * 1024  # bytes of a skipped container that are looked at together, at most
+_SKIP = 16 * 1024  # the limit of bytes of a skipped container per step
 _LEAST_SKIP = 512
 _IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 
 
 @dataclass(slots=True)
 class _Field:
-    """A key on the way to wanted fields; `name` is its dotted path where it is wanted itself."""
+    """A key on the path to wanted fields; `name` is its dotted path if it is wanted itself."""
 
     name: str | None
     inner: dict[str, _Field]
@@ -37,14 +37,14 @@ class _Field:
 
 @dataclass(slots=True)
 class _Frame:
-    """An open container; objects in an array have the fields of the array."""
+    """An open container; the objects in an array have the fields of the array."""
 
     field: _Field
     is_object: bool
     key: str | None = None
 
     def current(self) -> _Field | None:
-        """Return the field that the next value belongs to, None for one that is not wanted."""
+        """Return the field of the next value, or None if it is not wanted."""
         if not self.is_object:
             return self.field
         return None if self.key is None else self.field.inner.get(self.key)
@@ -53,8 +53,8 @@ class _Frame:
 class JsonFields:
     """Calls `found(path, value)` for each scalar at a wanted path and `ended()` after a document.
 
-    Paths are dotted keys, such as `choices.delta.content`; arrays on the way are not named. Strings
-    longer than 64 bytes are reported by their beginning. Documents may follow one another.
+    Paths are dotted keys, such as `choices.delta.content`, without arrays. Strings longer than 64
+    bytes are truncated. The input may have several documents in a row.
     """
 
     def __init__(
@@ -74,9 +74,9 @@ class JsonFields:
         self.reset()
 
     def reset(self) -> None:
-        """Forget a document that has not ended."""
+        """Drop an unfinished document."""
         self._stack: list[_Frame] = []
-        self._skipped = 0  # depth within a container that holds nothing wanted
+        self._skipped = 0  # depth within a container without wanted fields
         self._in_string = False
         self._escaped = False
         self._text = bytearray()
@@ -88,7 +88,7 @@ class JsonFields:
         return not self._stack and not self._skipped and not self._in_string
 
     def read(self, document: bytes) -> None:
-        """Read what is probably a whole document: faster than `feed` for a small one."""
+        """Read a text that is probably a whole document; faster than `feed` for a small one."""
         try:
             value = json.loads(document)
         except (ValueError, RecursionError):
@@ -105,7 +105,7 @@ class JsonFields:
             if self._skipped and not self._in_string and one_by_one <= at < end - _LEAST_SKIP:
                 block = min(_SKIP, end - at)
                 at, before = self._skip(piece, at), at
-                if at < before + block // 2:  # its end is near, or a long string
+                if at < before + block // 2:  # the end is near, or a long string follows
                     one_by_one = before + block
                 if at == end:
                     return
@@ -125,7 +125,7 @@ class JsonFields:
                 at = mark.end()
 
     def _skip(self, piece: bytes, at: int) -> int:
-        """Return up to where a skipped container was read without reaching its end."""
+        """Return the position up to which a skipped container was read without its end."""
         whole = _WHOLE_STRINGS.match(piece, at, at + _SKIP)
         assert whole is not None, "the pattern matches the empty string"
         brackets = _STRING.sub(b"", whole[0]).translate(None, _NOT_BRACKETS)
@@ -153,7 +153,7 @@ class JsonFields:
         self._keep(piece[at:stop])
         if stop == len(piece):
             return stop
-        if piece[stop : stop + 1] == b"\\":  # the last byte: what it escapes is in the next piece
+        if piece[stop : stop + 1] == b"\\":  # the last byte: the escaped byte is in the next piece
             self._escaped = True
             self._keep(b"\\")
         else:
@@ -165,7 +165,7 @@ class JsonFields:
             self._text += content[: _LONGEST - len(self._text)]
 
     def _take(self, mark: bytes) -> None:
-        """Take a character that gives a document its structure."""
+        """Process a structural character."""
         if mark == b'"':
             self._in_string = True
             if not self._skipped:
@@ -195,7 +195,7 @@ class JsonFields:
             return
         frame = self._stack[-1]
         field = frame.current()
-        # An array in an array holds nothing wanted, so the stack is as deep as the paths at most.
+        # An array in an array has no wanted fields, so the paths limit the stack's depth.
         if field is None or not field.inner or not (is_object or frame.is_object):
             self._skipped = 1
         else:
@@ -217,7 +217,7 @@ class JsonFields:
 
 
 def _string(text: bytearray) -> str:
-    """Return the string of its escaped bytes, which may have been cut."""
+    """Return the string for its escaped bytes, which may be truncated."""
     try:
         value = json.loads(b'"' + text + b'"', strict=False)
     except ValueError:
@@ -226,14 +226,14 @@ def _string(text: bytearray) -> str:
 
 
 def _scalar(text: bytes) -> Any:
-    """Return a number, a boolean or None; None also for what is not JSON."""
+    """Return a number, a boolean or None; None also for invalid JSON."""
     try:
         return json.loads(text)
     except ValueError:
         return None
 
 
-#: More tokens than any request takes: a larger count is a mistake.
+#: More tokens than any request has: a larger count is an error.
 MOST_TOKENS = 100_000_000
 
 _FINISH = re.compile(r"\w{1,24}")
@@ -247,8 +247,8 @@ _TEXT_PATHS = frozenset((
     "delta.text", "delta.thinking", "delta.partial_json",  # Anthropic
     "response", "message.content", "message.thinking", "thinking",  # Ollama
 ))  # fmt: skip
-# Where usage stands: in a reply or the last event of most APIs, in the event of Responses that
-# ends it, and in Anthropic's message_start, whose output_tokens are those of its beginning.
+# The place of the usage: the reply or the last event in most APIs, the final event in Responses,
+# and message_start in Anthropic's, whose output_tokens are preliminary.
 _FINAL = ""
 _RESPONSE = "response."
 _MESSAGE = "message."
@@ -268,29 +268,29 @@ _USAGE_PATHS = {
 }
 _PATHS = (*_USAGE_PATHS, *_FINISH_PATHS, *_TEXT_PATHS, "type")
 _RESPONSE_ENDS = ("response.completed", "response.incomplete", "response.failed")
-_LONGEST_READ = 64 * 1024  # bytes of an event that are parsed at once
+_LONGEST_READ = 64 * 1024  # bytes of an event that are parsed in one step
 
 
 class ReplyReader:
-    """Fills in `trace` from the pieces of its reply."""
+    """Sets the fields of `trace` from the pieces of the reply."""
 
     def __init__(self, trace: Trace, media_type: str) -> None:
-        """`media_type` is the reply's, without parameters."""
+        """`media_type` is the reply's media type without parameters."""
         self._trace = trace
         self._now = 0.0
         self._json = JsonFields(_PATHS, self._found, self._ended)
         self._events = _Lines(self._json, is_sse=media_type == "text/event-stream")
         self._streams = media_type in ("text/event-stream", "application/x-ndjson")
         self._reads = self._streams or media_type == "application/json"
-        # Of the document that is being read.
+        # State of the current document.
         self._kind: Any = None
         self._tokens = 0
         self._counts: dict[str, dict[str, int]] = {}
-        # Of the last documents that had any.
+        # Values of the latest documents that had any.
         self._usage: dict[str, int] = {}
 
     def feed(self, piece: bytes, now: float) -> None:
-        """Read the next piece, which came at `now`."""
+        """Read the next piece, which arrived at `now`."""
         self._now = now
         if self._streams:
             self._events.feed(piece)
@@ -311,7 +311,7 @@ class ReplyReader:
             self._tokens += 1
 
     def _ended(self) -> None:
-        """Take over what a document said."""
+        """Use the values of a document."""
         trace = self._trace
         if self._tokens and self._streams:
             trace.counted_tokens += self._tokens
@@ -332,10 +332,14 @@ class ReplyReader:
     def _take_usage(self) -> None:
         trace, get = self._trace, self._usage.get
         completion = _first(get("completion_tokens"), get("output_tokens"))
-        total = get("total_tokens") if completion is None else None  # all there is of a rerank
+        total = (
+            get("total_tokens") if completion is None else None
+        )  # the only count of a rerank response
         prompt = _first(get("prompt_tokens"), get("input_tokens"), total)
         read, created = get("cache_read_input_tokens"), get("cache_creation_input_tokens")
-        if prompt is not None:  # Anthropic's leave out what came from the cache or went there
+        if (
+            prompt is not None
+        ):  # Anthropic's count excludes tokens read from or written to the cache
             prompt += (read or 0) + (created or 0)
         cached = _first(
             get("prompt_tokens_details.cached_tokens"),
@@ -348,25 +352,25 @@ class ReplyReader:
 
 
 class _Lines:
-    """Feeds the documents of a stream to `documents`: of its lines, or of SSE's data fields."""
+    """Feeds the documents of a stream, in lines or in SSE's data fields, to `documents`."""
 
     def __init__(self, documents: JsonFields, *, is_sse: bool) -> None:
         self._documents = documents
         self._is_sse = is_sse
-        self._head = b""  # of a line whose field is not known yet
+        self._head = b""  # the beginning of a line whose field is not known yet
         self._is_data: bool | None = None  # None at the beginning of a line
         self._after_cr = False
 
     def feed(self, piece: bytes) -> None:
         if self._after_cr and piece.startswith(b"\n"):
-            piece = piece[1:]  # one line break, cut in two
+            piece = piece[1:]  # the second half of CR LF
         if piece:
             self._after_cr = piece.endswith(b"\r")
         for line in piece.splitlines(keepends=True):
             self._take(line)
 
     def _take(self, part: bytes) -> None:
-        """Take a line, or a part of one."""
+        """Process a line or a part of one."""
         ends = part.endswith((b"\n", b"\r"))
         if self._is_data is None:
             part, self._head = self._head + part, b""
@@ -375,7 +379,7 @@ class _Lines:
                 return
             is_blank = not part.strip(b"\r\n")
             if is_blank or not self._is_sse:
-                self._documents.reset()  # whatever went before has ended
+                self._documents.reset()  # the previous document has ended
             self._is_data = part.startswith(b"data:") if self._is_sse else True
             if self._is_data:
                 content = part[len(b"data:") :] if self._is_sse else part

@@ -16,10 +16,11 @@ from modelpack_server.pool.settings import ModelSettings
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """A model that could be loaded; `key` stands for its content, whatever it is called.
+    """A model that can be loaded; `key` identifies its content.
 
-    `names` are what it is called, the best first; `origins` the repositories that it was pulled
-    from. Both are of the store, never of what a user typed. `size` is that of its files, in bytes.
+    `names` are its names in the store, the preferred one first; `origins` are the repositories from
+    which it was pulled. Neither contains what a user typed. `size` is the size of its files, in
+    bytes.
     """
 
     key: str
@@ -35,7 +36,7 @@ class StoredModel:
 
 
 class PooledEngine(ServingEngine, Protocol):
-    """An engine that a pool runs; `memory_bytes` are those of its weights and its KV cache."""
+    """An engine that a pool runs; `memory_bytes` is the size of its weights and its KV cache."""
 
     @property
     def state(self) -> EngineState: ...
@@ -44,13 +45,13 @@ class PooledEngine(ServingEngine, Protocol):
     def memory_bytes(self) -> int: ...
 
     def close(self) -> None:
-        """Stop it; requests that have not ended fail. Returns when its memory is free."""
+        """Stop the engine; running requests fail. Returns when its memory is free."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """What loading a model gives; `defaults` are what its makers would have it sampled with, and
-    `preface` what they put before every conversation.
+    """A loaded model: its engine, the sampling `defaults` of its publisher, and the `preface` that
+    the publisher puts before every conversation.
     """
 
     engine: PooledEngine
@@ -60,21 +61,21 @@ class LoadedEngine:
 
 
 class Catalogue(Protocol):
-    """What a pool is over. `find`, `stored`, `needs` and `load` run in threads.
+    """The source of a pool's models. `find`, `stored`, `needs` and `load` run in threads.
 
-    `store` is where the models are, for the routes that change it. `remote` says how they reach
-    registries and who has to have signed a model; it applies to pulling and to loading.
+    `store` contains the models, for routes that change it. `remote` has the options for registries
+    and the trust policy, which applies to pulling and to loading.
     """
 
     store: LayoutStore
     remote: RemoteOptions
 
     def version(self) -> object:
-        """Return something that differs once a name may stand for another model; quick."""
+        """Return a value that changes whenever a name may refer to another model; must be fast."""
         ...
 
     def find(self, name: str) -> StoredModel:
-        """Return the model that a user calls so; raise `NotFoundError`."""
+        """Return the model with this name; raise `NotFoundError`."""
         ...
 
     def stored(self) -> Sequence[StoredModel]:
@@ -82,13 +83,13 @@ class Catalogue(Protocol):
         ...
 
     def needs(self, model: StoredModel, settings: ModelSettings) -> int:
-        """Return roughly how many bytes of memory the loaded model will take."""
+        """Return an estimate of the loaded model's memory, in bytes."""
         ...
 
     def load(
         self, model: StoredModel, settings: ModelSettings, meter: Meter, room: int | None
     ) -> LoadedEngine:
-        """Load a model into at most `room` bytes (None: as there are); takes its time.
+        """Load a model into at most `room` bytes (None: no limit), which may take minutes.
 
         Raises `EngineError`; `OutOfMemoryError` if it does not fit.
         """

@@ -18,7 +18,7 @@ from modelpack_server.pool.settings import ModelSettings
 
 
 class ModelState(StrEnum):
-    """Where a model is."""
+    """The state of a model."""
 
     UNLOADED = "unloaded"
     LOADING = "loading"
@@ -28,22 +28,22 @@ class ModelState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """The last use of a model by one API key: it stays for `keep_alive` seconds after it."""
+    """The last use of a model by one API key, which keeps it loaded for `keep_alive` seconds."""
 
     last_used: float
     keep_alive: float
 
     def has_ended(self, clock: float) -> bool:
-        """Whether the seconds are over."""
+        """Return whether the time is over."""
         return clock - self.last_used >= self.keep_alive
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One model. The pool alone changes it, on its event loop.
+    """One model of a pool; only the pool changes it, on its event loop.
 
-    `keep_alive` is for uses that say nothing else; `holds` has the last use of each API key (None:
-    of requests without one), so that no key shortens what another one asked for.
+    `keep_alive` is the default for uses; `holds` has the last use of each API key (None: of
+    requests without a key), so that no key shortens the time that another key requested.
     """
 
     stored: StoredModel
@@ -55,54 +55,54 @@ class Entry:
     engine: PooledEngine | None = None
     model: ServedModel | None = None
     users: int = 0
-    waiting: int = 0  # those who will use it once it is loaded,
-    preloading: int = 0  # and those who only want it to be
+    waiting: int = 0  # requests that will use it once it is loaded
+    preloading: int = 0  # requests that only want it loaded
     last_used: float = 0.0
-    #: Bytes that it takes, or will take once it is loaded.
+    #: The bytes of memory that it uses, or will use once it is loaded.
     memory: int = 0
-    #: What the last attempt to load it raised.
+    #: The exception of the last attempt to load it.
     failure: Exception | None = None
     change: asyncio.Task[None] | None = None
     #: The budget of the load in progress.
     budget: LoadBudget | None = None
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     meter: Meter = field(default_factory=Meter)
-    #: Counters of all the times it was loaded before.
+    #: The counters of its earlier engines.
     past: EngineStats = field(default_factory=EngineStats)
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """The preferred name of the model."""
         return self.stored.names[0] if self.stored.names else self.stored.key
 
     def stats(self) -> EngineStats:
-        """Return its counters since the pool began, and the gauges of this moment."""
+        """Return its counters since the pool started, and its current gauges."""
         now = self.engine.stats() if self.engine is not None else EngineStats()
         return now.after(self.past)
 
     @property
     def is_wanted(self) -> bool:
-        """Whether requests wait for it: it is being loaded, or was just loaded."""
+        """Whether requests wait for it, because it is loading or was just loaded."""
         return self.state is ModelState.LOADING or bool(self.waiting or self.preloading)
 
     @property
     def is_idle(self) -> bool:
-        """Whether it is loaded, and neither in use nor about to be."""
+        """Whether it is loaded, not in use, and no request waits for it."""
         wanted = self.users or self.waiting or self.preloading
         return self.state is ModelState.READY and not wanted
 
     @property
     def may_go(self) -> bool:
-        """Whether nobody would miss it: idle, and not pinned."""
+        """Whether it may be unloaded: it is idle and not pinned."""
         return self.is_idle and not self.pinned
 
     def expires(self, clock: float) -> bool:
-        """Whether it has been idle for long enough to go."""
+        """Return whether it has been idle for its keep-alive time."""
         return self.may_go and self.hold.has_ended(clock)
 
     @property
     def hold(self) -> Hold:
-        """The hold that lasts longest."""
+        """The hold that ends last."""
         return max(
             self.holds.values(),
             key=lambda hold: hold.last_used + hold.keep_alive,
@@ -110,16 +110,16 @@ class Entry:
         )
 
     def is_held_by_others(self, owner: str | None, clock: float) -> bool:
-        """Whether another API key than `owner`, or the operator, wants the model to stay."""
+        """Return whether another API key than `owner`, or the operator, keeps the model loaded."""
         others = (hold for name, hold in self.holds.items() if name != owner)
         return self.pinned or any(not hold.has_ended(clock) for hold in others)
 
 
 @dataclass(frozen=True, slots=True)
 class RunningModel:
-    """A model that is loaded, or is about to be or not to be; times are those of the pool's clock.
+    """A model that is loaded, loading or unloading; times are those of the pool's clock.
 
-    `last_used` is None while it is in use.
+    `last_used` is None while the model is in use.
     """
 
     name: str
@@ -136,7 +136,7 @@ class RunningModel:
 
 
 def shown(entry: Entry, stored: StoredModel) -> RunningModel:
-    """Return what a request sees of an entry; `stored` has the names that it may see."""
+    """Return the view of an entry for a request; `stored` has the names that it may see."""
     hold = entry.hold
     idle = entry.state is ModelState.READY and not entry.users
     stays = entry.pinned or hold.keep_alive == math.inf
@@ -159,7 +159,7 @@ def shown(entry: Entry, stored: StoredModel) -> RunningModel:
 
 @dataclass(slots=True)
 class Pin:
-    """One of them; `failure` is why it could not even be found."""
+    """A pinned model; `failure` is set if it was not found."""
 
     settings: ModelSettings | None
     entry: Entry | None = None
@@ -167,7 +167,7 @@ class Pin:
 
 
 class Pins:
-    """Those of a pool, by the names that were given."""
+    """The pinned models of a pool, by the names in `pin` calls."""
 
     def __init__(self) -> None:
         self._pins: dict[str, Pin] = {}
@@ -176,28 +176,28 @@ class Pins:
         return iter(list(self._pins.items()))
 
     def add(self, name: str, settings: ModelSettings | None) -> None:
-        """Have a model stay."""
+        """Pin a model."""
         self._pins[name] = Pin(settings)
 
     def remove(self, entry: Entry) -> None:
-        """Let a model go."""
+        """Unpin a model."""
         entry.pinned = False
         self._pins = {name: pin for name, pin in self._pins.items() if pin.entry is not entry}
 
     def readiness(self) -> tuple[bool, str]:
-        """Return whether all are loaded, and if not, why."""
+        """Return whether all pinned models are loaded, and if not, the reason."""
         for name, pin in self._pins.items():
             entry = pin.entry
             if entry is not None and entry.state is ModelState.READY:
                 continue
             failure = pin.failure or (entry.failure if entry is not None else None)
             if failure is not None:
-                return False, f"the model {name} could not be loaded: {told(failure)}"
+                return False, f"cannot load the model {name}: {told(failure)}"
             return False, f"the model {name} is being loaded"
         return True, ""
 
 
 def told(failure: Exception) -> str:
-    """Return what an error says, with what to do about it where it knows."""
+    """Return the text of an error with its hint."""
     hint = getattr(failure, "hint", None)
     return f"{failure}. {hint}" if hint else str(failure)

@@ -1,4 +1,4 @@
-"""The memory of this machine that models may use."""
+"""The memory budget for the models of a pool."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _CPU_SHARE = 0.8
 
 
 def device_memory(config: EngineConfig) -> int:
-    """Return the bytes that all models together may take.
+    """Return the bytes that all models together may use.
 
-    On a GPU, `gpu_memory_utilization` of what it recommends; on a CPU, four fifths of what is
-    available without swapping.
+    On a GPU, that is the share `gpu_memory_utilization` of its recommended working set; on a CPU,
+    four fifths of the memory that is available without swapping.
     """
     blas.prepare()
     from modelpack_engine.platform.memory import choose_device, total_memory
@@ -27,29 +27,29 @@ def device_memory(config: EngineConfig) -> int:
     return int(total_memory() * config.gpu_memory_utilization)
 
 
-# How much of what is left beside its weights an engine may take for its KV cache.
+# The share of the memory left after its weights that an engine may use for its KV cache.
 _KV_SHARE = 0.5
 
 
 class MemoryBudget:
-    """`total` bytes for all of `entries`; None: no limit but the machine's."""
+    """The budget of `total` bytes for all of `entries`; None: only the machine's limit."""
 
     def __init__(self, total: int | None, entries: Collection[Entry]) -> None:
         self.total = total
-        #: Bytes reserved for loads that were abandoned and whose threads still run.
+        #: The bytes reserved for abandoned loads whose threads still run.
         self.abandoned = 0
         self._entries = entries
 
     def free(self) -> int | None:
-        """Return the bytes that no model holds or has reserved."""
+        """Return the bytes that no model uses or has reserved."""
         if self.total is None:
             return None
         return self.total - self.abandoned - sum(entry.memory for entry in self._entries)
 
     def reserve(self, entry: Entry, need: int) -> int | None:
-        """Reserve what loading may take; return the bytes that are free for it.
+        """Reserve memory for a load; return the bytes that it may use.
 
-        An engine takes a share of what is free for its KV cache; the rest is for other loads.
+        An engine uses a share of the free memory for its KV cache; the rest is for other loads.
         """
         entry.memory = 0
         room = self.free()
@@ -59,7 +59,7 @@ class MemoryBudget:
         return room
 
     def may_grow(self, but: Entry, need: int) -> bool:
-        """Whether models that are being loaded, or were just loaded, may leave `need` bytes."""
+        """Return whether models that are loading or just loaded may leave `need` bytes free."""
         if self.total is None or need > self.total - self.abandoned:
             return False
         return any(
@@ -68,12 +68,12 @@ class MemoryBudget:
         )
 
     def victim(self, but: Entry) -> Entry | None:
-        """Return the idle model that was used longest ago."""
+        """Return the least recently used idle model, or None."""
         idle = [entry for entry in self._entries if entry is not but and entry.may_go]
         return min(idle, key=lambda entry: entry.last_used, default=None)
 
     def too_large(self, entry: Entry, need: int) -> OutOfMemoryError:
-        """Return the error for what does not fit: what it needs, what there is, and who has it."""
+        """Return the error for a model that does not fit, with the free memory and its users."""
         holders = [
             f"{other.name} {_shown(other.memory)} ({'pinned' if other.pinned else 'in use'})"
             for other in self._entries
@@ -83,7 +83,7 @@ class MemoryBudget:
         return OutOfMemoryError(
             f"the model {entry.name} needs about {_shown(need)}; free are "
             f"{_shown(max(0, self.free() or 0))} of {_shown(self.total or 0)}{held}",
-            hint="unload a model, give its KV cache less (--kv-cache-bytes), or raise --memory",
+            hint="unload a model, lower --kv-cache-bytes, or raise --memory",
         )
 
 

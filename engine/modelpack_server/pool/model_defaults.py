@@ -1,4 +1,4 @@
-"""Sampling defaults from a model's generation_config.json."""
+"""A model's own defaults: from generation_config.json, and from Ollama's parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from modelpack.store.layout import LayoutStore
 from modelpack_engine.errors import RequestError
 from modelpack_server.conversation.served_model import Preface
 
-# The file's name of a field, SamplingParams' name, and what is no sensible value of it.
+# The name of a field in the file, its name in SamplingParams, and a test for invalid values.
 _FIELDS = (
     ("temperature", "temperature", (0, 2)),
     ("top_p", "top_p", (0, 1)),
@@ -27,7 +27,7 @@ _FIELDS = (
 
 
 def sampling_defaults(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the fields of SamplingParams that the file sets to something sensible."""
+    """Return the fields of SamplingParams for which the file has valid values."""
     found: dict[str, Any] = {}
     for name, parameter, (low, high) in _FIELDS:
         value = (config or {}).get(name)
@@ -55,26 +55,26 @@ _FLOATS = {
     "frequency_penalty": "frequency_penalty",
 }
 _INTEGERS = ("top_k", "seed", "num_predict", "num_ctx", "repeat_last_n")
-# The engine computes in float32, and squares some of it.
+# The engine computes in float32 and squares some values.
 _MOST = 10**9
-#: All names that mean something, to Ollama at least.
+#: All names of options that Ollama knows.
 KNOWN = _IGNORED | {*_FLOATS, *_INTEGERS, "stop", "typical_p"}
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedOptions:
-    """`sampling` are fields of SamplingParams, `context_size` is in tokens."""
+    """Parsed options: `sampling` has fields of SamplingParams, `context_size` is in tokens."""
 
     sampling: Mapping[str, Any] = field(default_factory=dict)
     context_size: int | None = None
 
 
 def parse_options(options: Mapping[str, Any]) -> ParsedOptions:
-    """Return what options ask for; null is the same as leaving one out.
+    """Parse options of Ollama's API; a null option counts as missing.
 
-    A limit of tokens that is not above 0 is none. `repeat_last_n` 0 switches the penalty off; any
-    other window is the whole text here. Raises `RequestError`, naming the option, for a value of
-    a wrong type, and for `typical_p`, which the engine has not.
+    A token limit of 0 or less means no limit. A `repeat_last_n` of 0 switches the penalty off; any
+    other value means the whole text. Raises `RequestError` with the option's name for a value of
+    the wrong type, and for `typical_p`, which the engine does not support.
     """
     found: dict[str, Any] = {}
     numbers: dict[str, int] = {}
@@ -89,7 +89,7 @@ def parse_options(options: Mapping[str, Any]) -> ParsedOptions:
             found["stop"] = _texts(name, value)
         elif name == "typical_p" and _number(name, value) not in (0, 1):
             raise RequestError("typical_p is not supported here", param="options.typical_p")
-    if found.get("top_p") == 0:  # the likeliest token alone
+    if found.get("top_p") == 0:  # only the most likely token
         found["top_p"], numbers["top_k"] = 1.0, 1
     if "top_k" in numbers:
         found["top_k"] = max(0, numbers["top_k"])
@@ -112,7 +112,7 @@ def _number(name: str, value: Any) -> float:
 
 def _integer(name: str, value: Any) -> int:
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # clients in JavaScript write 1e3
+        value = int(value)  # JavaScript clients may send 1e3
     if isinstance(value, bool) or not isinstance(value, int):
         raise _wrong(name, value, "a whole number")
     return int(value)
@@ -121,25 +121,25 @@ def _integer(name: str, value: Any) -> int:
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise _wrong(name, value, "a string or strings")
+        raise _wrong(name, value, "a string or a list of strings")
     return tuple(text for text in texts if text)
 
 
 def _wrong(name: str, value: Any, expected: str) -> RequestError:
     return RequestError(
-        f"the option {name} is {str(value)[:100]!r}, expected {expected}", param=f"options.{name}"
+        f"option {name} is {str(value)[:100]!r}, expected {expected}", param=f"options.{name}"
     )
 
 
 _log = logging.getLogger(__name__)
 
-#: The key of the annotation.
+#: The key of the manifest annotation with a model's defaults.
 ANNOTATION = media_types.DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDefaults:
-    """`parameters` are as they were given. `messages` are as chat templates take them."""
+    """The defaults in a manifest: Ollama's `parameters`, a system prompt and `messages`."""
 
     parameters: Mapping[str, Any] = field(default_factory=dict)
     system: str = ""
@@ -147,7 +147,7 @@ class ModelDefaults:
 
     @classmethod
     def of(cls, annotations: Mapping[str, str]) -> ModelDefaults:
-        """Return what a manifest's annotations say; what is no such thing in them is ignored."""
+        """Return the defaults in a manifest's annotations, ignoring invalid values."""
         try:
             value = json.loads(annotations.get(ANNOTATION, "{}"))
         except (ValueError, RecursionError):
@@ -164,14 +164,14 @@ class ModelDefaults:
 
     @classmethod
     def of_model(cls, model: Model, store: LayoutStore) -> ModelDefaults:
-        """Return what a stored model says: in the annotation, or in layers of Ollama's."""
+        """Return a stored model's defaults, from the annotation or from Ollama's layers."""
         if not model.manifest.is_ollama:
             return cls.of(model.manifest.annotations)
         said = ollama_defaults(model.manifest.layers, lambda layer: read_blob(store, layer))
         return cls.of({ANNOTATION: said} if said else {})
 
     def annotation(self) -> dict[str, str]:
-        """Return the annotation that says this."""
+        """Return the annotation for these defaults."""
         value: dict[str, Any] = {}
         if self.parameters:
             value["parameters"] = dict(self.parameters)
@@ -183,16 +183,16 @@ class ModelDefaults:
         return {ANNOTATION: text} if value else {}
 
     def sampling(self) -> Mapping[str, Any]:
-        """Return the parameters as fields of SamplingParams: none where they make no sense."""
+        """Return the parameters as fields of SamplingParams, or {} if they are invalid."""
         try:
             return parse_options(self.parameters).sampling
-        except RequestError as error:  # whoever packaged it did not check; it can be used still
-            _log.warning("the parameters of a model are ignored: %s", error)
+        except RequestError as error:  # the model is usable without them
+            _log.warning("ignored invalid parameters of a model: %s", error)
             return {}
 
     @property
     def preface(self) -> Preface:
-        """What comes before every conversation."""
+        """The messages before every conversation."""
         return Preface(self.system, self.messages)
 
 

@@ -1,7 +1,7 @@
 """Model names in a pool, and which models the caller of the current request may use.
 
-The server sets the caller for the time of each request; the pool asks here whenever a name becomes
-a model and whenever it lists models, so that no route decides by itself.
+The server sets the caller of each request. The pool uses this module for each lookup of a name and
+each list of models, so that routes need no checks of their own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _caller: ContextVar[Caller | None] = ContextVar("modelpack_caller", default=None
 
 @contextmanager
 def acting_for(caller: Caller) -> Iterator[None]:
-    """Have the pool answer for `caller` in the block, and in the tasks that start there."""
+    """Make `caller` the caller of the current request in the block and in tasks that it starts."""
     token = _caller.set(caller)
     try:
         yield
@@ -36,22 +36,22 @@ def acting_for(caller: Caller) -> Iterator[None]:
 
 
 def owner() -> str | None:
-    """Return the name of the API key of the current request; None without one."""
+    """Return the name of the current request's API key, or None."""
     caller = _caller.get()
     return None if caller is None else caller.owner
 
 
 def is_restricted() -> bool:
-    """Return whether the current request may only use some models, and manage none."""
+    """Return whether the current request may use only some models and may not manage models."""
     caller = _caller.get()
     return caller is not None and caller.is_restricted
 
 
 def view_of(model: StoredModel, aliases: Iterable[str] = ()) -> StoredModel | None:
-    """Return the model with the names that the current request may see, None if it may not use it.
+    """Return the model with the names that the current request may see; None if it may use none.
 
-    `aliases` are names that the server gives the model besides those in the store. A name allows
-    the model if any of its spellings matches a pattern of the key; an id does if it is the pattern.
+    `aliases` are additional names that the server gives the model. A name matches if any of its
+    spellings matches a pattern of the API key. An id matches only a pattern equal to it.
     """
     caller = _caller.get()
     if caller is None or caller.models is None:
@@ -69,7 +69,7 @@ def view_of(model: StoredModel, aliases: Iterable[str] = ()) -> StoredModel | No
 
 
 def spellings(name: str) -> tuple[str, ...]:
-    """Return the ways in which users write a name: with and without registry, `ai/` and `latest`.
+    """Return the spellings of a name: with and without registry, `ai/` and `latest`.
 
     Source: the rules of `modelpack.artifacts.reference`.
     """
@@ -89,14 +89,14 @@ def spellings(name: str) -> tuple[str, ...]:
 
 _log = logging.getLogger(__name__)
 
-#: Characters of a name; what is longer names no model.
+#: The limit of characters in a name.
 MAX_NAME = 1024
-# Names that are remembered: clients choose among many spellings of one.
+# The limit of cached names, since one model has many spellings.
 _MOST_FOUND = 4096
 
 
 class Names:
-    """The names of a catalogue's models, and further ones that were given."""
+    """Lookup of a catalogue's models by name, including aliases."""
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
@@ -105,13 +105,13 @@ class Names:
         self._version: object = None
 
     def give(self, name: str, target: str) -> None:
-        """Have `name` stand for the model `target` as well."""
+        """Add the alias `name` for the model `target`."""
         self._given[name] = target
 
     async def given(self) -> dict[str, StoredModel]:
-        """Return the models behind the names that `give` gave, as far as the request may see them.
+        """Return the aliases and their models that the current request may see.
 
-        Names whose models are gone are left out.
+        Aliases of removed models are omitted.
         """
         found = {}
         for name in self._given:
@@ -124,10 +124,10 @@ class Names:
         return found
 
     async def find(self, name: str) -> StoredModel:
-        """Return the model, if the current request may use it; raise `NotFoundError`.
+        """Return the model if the current request may use it; raise `NotFoundError`.
 
-        A request that may only use some models gets the same error whatever is wrong: other errors
-        tell of ids and names of models that it may not know of.
+        For a restricted API key, every failure is the same error: other errors would reveal ids and
+        names of other models.
         """
         try:
             model = await self._resolved(name)
@@ -141,7 +141,7 @@ class Names:
         raise NotFoundError(f"no such model: {name}")
 
     def view_of(self, model: StoredModel) -> StoredModel | None:
-        """Return the model as the current request may see it; None if it may not use it."""
+        """Return the model with the names that the current request may see, or None."""
         return view_of(model, self._names_given_to(model))
 
     def _names_given_to(self, model: StoredModel) -> list[str]:
@@ -163,7 +163,7 @@ class Names:
                 raise NotFoundError(f"no such model: {name[:100]}…")
             target = self._given.get(name, name)
             found = await asyncio.to_thread(self._catalogue.find, target)
-            if version == self._version:  # else it may be what the name stood for before
+            if version == self._version:  # otherwise the model may be outdated
                 if len(self._found) >= _MOST_FOUND:
                     self._found = {n: m for n, m in self._found.items() if n in self._given}
                 self._found[name] = found

@@ -46,26 +46,26 @@ from modelpack_server.pool.settings import (
 
 _log = logging.getLogger(__name__)
 
-#: Seconds that streams get to end before the model under them goes.
+#: The seconds that running requests get before their model is unloaded.
 GRACE = 30.0
-#: Requests that wait for one model to be loaded.
+#: The limit of requests that wait for one model.
 MAX_WAITING = 1024
-#: Seconds after which a request for a model that is not ready may be sent again (Retry-After).
+#: Retry-After, in seconds, for a request whose model is not ready.
 RETRY_AFTER = 1.0
 
 
 class ModelPool:
-    """The models of a catalogue, on one event loop. Whoever uses one leases it.
+    """The models of a catalogue, on one event loop; users acquire a model with `lease`.
 
-    Names and lists are those of the current request (`access`): a model that its API key may not
-    use is not there, and other names of a model that it may use are not shown.
+    Lookups and lists are limited to the current request (`names`): models that its API key may not
+    use, and names that it may not see, do not exist for it.
 
-    `memory` is the budget of all loaded models together, in bytes (None: no limit but the
-    machine's). `keep_alive` is how many seconds a model stays after its last use, `max_waiting` how
-    many requests may wait for one to be loaded. A load that takes longer than `load_seconds` is
-    abandoned, one that nobody waits for is cancelled; models load at the same time. `clock` gives
-    seconds that only grow. Models that are unloaded for want of memory are idle ones, the one that
-    was used longest ago first; pinned ones stay.
+    `memory` is the budget for all loaded models, in bytes (None: only the machine's limit).
+    `keep_alive` is the number of seconds for which a model stays loaded after its last use,
+    `max_waiting` the limit of requests that wait for one model. A load that takes longer than
+    `load_seconds` is abandoned; a load for which no request waits is cancelled. Several models may
+    load concurrently. `clock` is a monotonic clock in seconds. If memory is short, the pool unloads
+    idle models, least recently used first, but no pinned models.
     """
 
     def __init__(
@@ -91,37 +91,39 @@ class ModelPool:
         self._load_seconds = load_seconds
         self._entries: dict[str, Entry] = {}
         self._budget = MemoryBudget(memory, self._entries.values())
-        self._configured: dict[str, ModelSettings] = {}  # by key, also of what is not loaded
+        self._configured: dict[
+            str, ModelSettings
+        ] = {}  # by key, also for models that are not loaded
         self._pins = Pins()
         self._names = Names(catalogue)
-        self._room = asyncio.Condition()  # memory is reserved by one load at a time
+        self._room = asyncio.Condition()  # one load at a time reserves memory
         self._reaper: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def memory(self) -> int | None:
-        """The budget of all models, in bytes."""
+        """The budget for all models, in bytes."""
         return self._budget.total
 
     # Names
 
     def alias(self, name: str, target: str) -> None:
-        """Have `name` stand for the model `target` as well."""
+        """Add the alias `name` for the model `target`."""
         self._names.give(name, target)
 
     async def aliases(self) -> dict[str, StoredModel]:
-        """Return the names that `alias` gave, and their models."""
+        """Return the aliases and their models."""
         return await self._names.given()
 
     async def find(self, name: str) -> StoredModel:
-        """Return the stored model that a user calls so; raise `NotFoundError`."""
+        """Return the stored model with this name; raise `NotFoundError`."""
         found = self._names.view_of(await self._names.find(name))
-        assert found is not None, "it was just seen"
+        assert found is not None, "`Names.find` returned it, so the request may see it"
         return found
 
     async def stored(self) -> Sequence[StoredModel]:
-        """Return what could be loaded."""
+        """Return all models that can be loaded."""
         found = await asyncio.to_thread(self.catalogue.stored)
         return [model for one in found if (model := self._names.view_of(one)) is not None]
 
@@ -131,11 +133,11 @@ class ModelPool:
     async def lease(
         self, name: str, *, keep_alive: float | None = None, wait: bool = True
     ) -> AsyncIterator[ServedModel]:
-        """Lend a model, loading it first where it is not; it stays for as long as it is lent.
+        """Acquire a model, loading it if needed; it stays loaded until released.
 
-        `keep_alive` replaces the seconds that it stays afterwards: 0 is not at all, `math.inf` for
-        ever. Raises `NotFoundError`, what loading raises, and `LoadingError` where it would have to
-        be waited for and `wait` is false, or too many wait.
+        `keep_alive` replaces the seconds for which it stays loaded afterwards; `math.inf` means
+        without end. Raises `NotFoundError`, what loading raises, and `LoadingError` if the model is
+        not ready and `wait` is false, or if too many requests wait.
         """
         entry = await self._entry(name)
         owner = access.owner()
@@ -155,7 +157,7 @@ class ModelPool:
             self._left(entry, owner, keep_alive)
 
     async def preload(self, name: str, *, keep_alive: float | None = None) -> None:
-        """Load a model; raises what `lease` does. It is nobody's use of it, for `configure`."""
+        """Load a model; raises what `lease` raises. For `configure`, it does not count as a use."""
         entry = await self._entry(name)
         self._check_queue(entry)
         entry.preloading += 1
@@ -167,13 +169,13 @@ class ModelPool:
         self._left(entry, access.owner(), keep_alive)
 
     def pin(self, name: str, settings: ModelSettings | None = None) -> None:
-        """Have `start` load a model that is to stay; `readiness` waits for it."""
+        """Pin a model: `start` loads it, and `readiness` includes it."""
         self._pins.add(name, settings)
 
     # What there is
 
     def running(self) -> list[RunningModel]:
-        """Return the models that are loaded, being loaded or being unloaded."""
+        """Return the models that are loaded, loading or unloading."""
         return [
             shown(entry, stored)
             for entry in self._entries.values()
@@ -182,34 +184,34 @@ class ModelPool:
         ]
 
     def entries(self) -> list[Entry]:
-        """Return all models that were ever used, for their counters."""
+        """Return the entries of all models used so far, for their counters."""
         return [e for e in self._entries.values() if self._names.view_of(e.stored) is not None]
 
     def readiness(self) -> tuple[bool, str]:
-        """Return whether all models that are to stay are loaded, and if not, why."""
+        """Return whether all pinned models are loaded, and if not, the reason."""
         if self.is_closing:
             return False, "the server is shutting down"
         ready, why = self._pins.readiness()
-        if not ready and access.is_restricted():  # `why` names models
-            return False, "the models are not all loaded"
+        if not ready and access.is_restricted():  # `why` contains names of models
+            return False, "not all models are loaded"
         return ready, why
 
     # Settings
 
     async def settings(self, name: str) -> ModelSettings:
-        """Return the settings of a model: its own over those of all."""
+        """Return the settings of a model: its own, completed by the pool's."""
         stored = await self.find(name)
         return self._settings_of(stored.key)
 
     def configured(self) -> dict[str, ModelSettings]:
-        """Return the settings that models were given, by key."""
+        """Return the settings of `configure` calls, by key."""
         return dict(self._configured)
 
     async def configure(self, name: str, settings: ModelSettings) -> None:
-        """Give a model settings; one that is loaded with others is unloaded.
+        """Set the settings of a model; unload it if it is loaded with other settings.
 
-        Raises `UsageError` for settings that make no sense, and `BusyError` if the model is in use
-        with others, or held by others than the API key of a request that may manage nothing.
+        Raises `UsageError` for invalid settings, and `BusyError` if the model is in use with other
+        settings, or if a restricted API key configures a model that other keys keep loaded.
         """
         settings.check()
         entry = await self._entry(name)
@@ -240,10 +242,9 @@ class ModelPool:
     ) -> list[str]:
         """Unload these models, or all; return the names of those that were loaded.
 
-        Requests under way get `grace` seconds (None: the pool's), then they fail; with `idle_only`,
-        models that are in use or being loaded stay, and are not among the names. Those that were
-        pinned no longer are. For a request that may manage nothing, the models stay that others use
-        or hold.
+        Running requests get `grace` seconds (None: the pool's) and then fail. With `idle_only`,
+        models that are in use or loading stay loaded and are not returned. Pinned models are
+        unpinned. A restricted API key cannot unload models that other keys use or keep loaded.
         """
         entries = self.entries() if names is None else [await self._entry(n) for n in names]
         if idle_only or access.is_restricted():
@@ -258,7 +259,7 @@ class ModelPool:
         return [entry.name for entry in loaded]
 
     async def reap(self) -> float:
-        """Unload what has been idle for long enough; return the seconds until there may be more."""
+        """Unload models whose keep-alive time is over; return the seconds until the next may be."""
         now = self.clock()
         for entry in list(self._entries.values()):
             if entry.expires(now):
@@ -273,13 +274,13 @@ class ModelPool:
     # From start to end
 
     async def start(self) -> None:
-        """Begin to load what is pinned, and to unload what is idle; returns at once."""
+        """Start loading pinned models and unloading idle ones; return immediately."""
         self._reaper = asyncio.create_task(self._reap_for_ever())
         for name, pin in self._pins:
             self._spawn(self._load_pinned(name, pin))
 
     async def close(self, *, grace: float | None = None) -> None:
-        """Unload everything; requests under way get `grace` seconds (None: the pool's)."""
+        """Unload all models; running requests get `grace` seconds (None: the pool's)."""
         self.is_closing = True
         for entry in self.entries():
             if entry.budget is not None:
@@ -304,7 +305,7 @@ class ModelPool:
         return entry
 
     def _may_unload(self, entry: Entry) -> bool:
-        """Return whether the current request may unload a model that others may want to stay."""
+        """Return whether the current request may unload a model that others may keep loaded."""
         held = entry.is_held_by_others(access.owner(), self.clock())
         return not (access.is_restricted() and held)
 
@@ -312,7 +313,7 @@ class ModelPool:
         return self._configured.get(key, ModelSettings()).over(self._settings)
 
     async def _ready(self, entry: Entry, wait: bool) -> ServedModel:
-        """Return the model of an entry, once it is loaded; whoever comes shares one load."""
+        """Return an entry's model when it is loaded; concurrent requests share one load."""
         while True:
             if entry.state is ModelState.READY:
                 assert entry.engine is not None
@@ -351,18 +352,18 @@ class ModelPool:
         entry.failure = None
         try:
             loaded = await self._loaded(entry, settings, budget)
-            if loaded.engine.state is not EngineState.READY:  # else it would be loaded for ever
+            if loaded.engine.state is not EngineState.READY:  # otherwise it would count as loaded
                 await asyncio.to_thread(loaded.engine.close)
                 raise ModelLoadError(f"the engine of {entry.name} died as soon as it was loaded")
         except BaseException as error:  # noqa: BLE001 - waiting callers get it
             entry.state = ModelState.UNLOADED
             entry.memory = 0
-            if isinstance(error, LoadCancelledError):  # whoever wants it since loads it anew
-                _log.info("the load of %s was cancelled: nobody waits for it", entry.name)
+            if isinstance(error, LoadCancelledError):  # a later request loads it again
+                _log.info("the load of %s was cancelled: no request waits for it", entry.name)
                 return
             failure = as_error(error, f"loading {entry.name}")
             entry.failure = failure
-            _log.warning("the model %s could not be loaded: %s", entry.name, told(failure))
+            _log.warning("cannot load the model %s: %s", entry.name, told(failure))
             return
         entry.engine = loaded.engine
         entry.memory = loaded.engine.memory_bytes or entry.memory
@@ -382,7 +383,7 @@ class ModelPool:
     async def _loaded(
         self, entry: Entry, settings: ModelSettings, budget: LoadBudget
     ) -> LoadedEngine:
-        """Load a model; idle ones give way if the engine finds that it does not fit."""
+        """Load a model; if the engine finds that it does not fit, unload idle models and retry."""
         room = await self._reserve(entry, settings, budget)
         while True:
             try:
@@ -398,7 +399,7 @@ class ModelPool:
     async def _within_deadline(
         self, entry: Entry, settings: ModelSettings, room: int | None, budget: LoadBudget
     ) -> LoadedEngine:
-        """Run the load in a thread; abandon it, and keep its memory reserved, if it hangs."""
+        """Run the load in a thread; if it hangs, abandon it and keep its memory reserved."""
         with applied(budget):
             work = asyncio.create_task(
                 asyncio.to_thread(self.catalogue.load, entry.stored, settings, entry.meter, room)
@@ -412,7 +413,7 @@ class ModelPool:
         raise budget.expired()
 
     async def _clear_away(self, work: asyncio.Task[LoadedEngine], memory: int) -> None:
-        """Free what an abandoned load took, once its thread ends."""
+        """Free the memory of an abandoned load when its thread ends."""
         try:
             with suppress(Exception):
                 loaded = await asyncio.shield(work)
@@ -424,9 +425,9 @@ class ModelPool:
     async def _reserve(
         self, entry: Entry, settings: ModelSettings, budget: LoadBudget
     ) -> int | None:
-        """Reserve memory for a model, unloading idle ones until it fits; return the bytes.
+        """Reserve memory for a model, unloading idle models until it fits; return the bytes.
 
-        While other models are being loaded it waits for what they leave.
+        While other models are loading, it waits for the memory that they may free.
         """
         with applied(budget):
             need = await asyncio.to_thread(self.catalogue.needs, entry.stored, settings)
@@ -443,7 +444,7 @@ class ModelPool:
             return self._budget.reserve(entry, need)
 
     def _stopped_waiting(self, entry: Entry) -> None:
-        """Cancel the load of a model that nobody waits for and that is not pinned."""
+        """Cancel the load of a model that is not pinned and for which no request waits."""
         wanted = entry.waiting or entry.preloading or (entry.pinned and not self.is_closing)
         if entry.budget is not None and not wanted:
             entry.budget.cancel()
@@ -461,13 +462,13 @@ class ModelPool:
             raise LoadingError(text, retry_after=RETRY_AFTER)
 
     def _left(self, entry: Entry, owner: str | None, keep_alive: float | None) -> None:
-        """Take note that somebody no longer needs a model."""
+        """Record the end of a use of a model."""
         entry.last_used = self.clock()
         if keep_alive is None:
             before = entry.holds.get(owner)
             keep_alive = entry.keep_alive if before is None else before.keep_alive
         elif not access.is_restricted():
-            entry.holds.clear()  # who manages models decides for all
+            entry.holds.clear()  # an unrestricted caller decides for all
         entry.holds[owner] = Hold(entry.last_used, keep_alive)
         if not entry.users:
             entry.idle.set()
@@ -476,7 +477,7 @@ class ModelPool:
         self._wake.set()
 
     async def _unload(self, entry: Entry, *, grace: float, unless_used: bool = False) -> None:
-        """Unload a model, whatever it is doing; who wants it meanwhile waits and loads it anew."""
+        """Unload a model in any state; requests that arrive meanwhile wait and load it again."""
         while entry.state in (ModelState.LOADING, ModelState.UNLOADING):
             assert entry.change is not None
             with suppress(Exception):
@@ -508,7 +509,7 @@ class ModelPool:
             self._spawn(self._memory_changed())
 
     async def _reap_for_ever(self) -> None:
-        while not self.is_closing:  # a cancellation may be lost: `wait_for` of 3.11 swallows some
+        while not self.is_closing:  # Python 3.11's `wait_for` may lose a cancellation
             self._wake.clear()
             wait = await self.reap()
             with suppress(TimeoutError):
@@ -522,12 +523,12 @@ class ModelPool:
                 self._configured[entry.stored.key] = pin.settings
             await self.preload(name)
         except Exception as error:  # noqa: BLE001 - `readiness` tells; it is tried again at use
-            if pin.entry is None:  # else `_load` has told
+            if pin.entry is None:  # otherwise `_load` has logged it
                 pin.failure = error
-                _log.error("the model %s could not be loaded: %s", name, error)
+                _log.error("cannot load the model %s: %s", name, error)
 
     async def _load_again(self, entry: Entry) -> None:
-        with suppress(ModelpackError):  # `readiness` tells
+        with suppress(ModelpackError):  # `readiness` reports it
             await self._ready(entry, wait=True)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -537,16 +538,16 @@ class ModelPool:
 
 
 def _named(entry: Entry) -> str:
-    """Return the name of a model for an error, nothing where another name of it may be known."""
+    """Return the model's name for an error, or "" if the caller may not know this name."""
     return "" if access.is_restricted() else f" {entry.name}"
 
 
 def _told_failure(failure: Exception) -> Exception:
-    """Return what the current request is told; the log has names and sizes of other models."""
+    """Return the error for the current request, without names and sizes of other models."""
     if not access.is_restricted():
         return failure
     if isinstance(failure, OutOfMemoryError):
-        return OutOfMemoryError("the model does not fit into the memory that is free")
+        return OutOfMemoryError("the model does not fit into the free memory")
     if isinstance(failure, UntrustedError):
-        return UntrustedError("the model is not trusted here")
-    return ModelLoadError("the model could not be loaded", hint="the server's log says why")
+        return UntrustedError("this server does not trust the model")
+    return ModelLoadError("cannot load the model", hint="see the server's log for the reason")

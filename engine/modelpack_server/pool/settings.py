@@ -19,7 +19,7 @@ from modelpack_engine.config import (
 #: How long a model stays loaded after its last use; an argument of `parse_keep_alive`.
 DEFAULT_KEEP_ALIVE = "5m"
 FOREVER = math.inf
-# Seconds, about what a Go duration can hold: as long as for ever, and a date can still be told.
+# The longest finite keep-alive in seconds, about the maximum of a Go duration; dates remain valid.
 _LONGEST = 250 * 365 * 86400
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -27,9 +27,9 @@ _PIECE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
 
 
 def parse_keep_alive(value: str | float) -> float:
-    """Return seconds: of a number, of a text that is one, or of a Go duration ("5m", "1h30m").
+    """Parse a keep-alive: a number of seconds, also as a string, or a Go duration ("5m", "1h30m").
 
-    Negative, or hundreds of years, is for ever (`math.inf`), 0 not at all. Raises `UsageError`.
+    A negative one, or hundreds of years, means without end (`math.inf`). Raises `UsageError`.
     """
     if isinstance(value, (int, float)):
         if isinstance(value, float) and math.isnan(value):
@@ -49,7 +49,7 @@ def parse_keep_alive(value: str | float) -> float:
 
 
 def show_keep_alive(seconds: float) -> str:
-    """Return the seconds as a Go duration; "-1" for ever."""
+    """Return seconds as a Go duration; "-1" means without end."""
     if seconds == FOREVER:
         return "-1"
     minutes, rest = divmod(seconds, 60)
@@ -62,39 +62,39 @@ def show_keep_alive(seconds: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """`sampling` are fields of SamplingParams; `context_size`, in tokens, is at most that."""
+    """A named preset: fields of SamplingParams, and the largest context in tokens."""
 
     sampling: Mapping[str, Any] = field(hash=False)
     context_size: int
 
 
-#: More than any model holds: all that it does.
+#: More tokens than any model's context, so it means the whole context.
 WHOLE_CONTEXT = 1 << 30
 
 PRESETS: Mapping[str, Preset] = {
-    # Programs have to be right: little chance, and no penalty for saying a name again.
+    # Code needs little randomness and no penalty for repeated names.
     "code": Preset({"temperature": 0.2, "top_p": 0.95, "top_k": 40}, 32768),
     "chat": Preset({"temperature": 0.7, "top_p": 0.9, "min_p": 0.05}, 8192),
     "creative": Preset(
         {"temperature": 1.0, "top_p": 0.98, "min_p": 0.02, "presence_penalty": 0.3}, 8192
     ),
-    # All that the model has: what is read counts, not what is made up.
+    # The whole context, with little randomness.
     "long-context": Preset({"temperature": 0.3, "top_p": 0.9}, WHOLE_CONTEXT),
 }
 
 
 def preset_named(name: str) -> Preset:
-    """Return the preset; raise `UsageError`, naming those there are, for another name."""
+    """Return a preset; raise `UsageError` with the known names for an unknown name."""
     if name not in PRESETS:
         raise UsageError(
-            f"there is no preset {name!r}", hint=f"there are {', '.join(sorted(PRESETS))}"
+            f"no such preset: {name!r}", hint=f"use one of {', '.join(sorted(PRESETS))}"
         )
     return PRESETS[name]
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedFlags:
-    """`sampling` are fields of SamplingParams, `engine` of EngineConfig."""
+    """Parsed runtime flags: fields of SamplingParams and of EngineConfig."""
 
     sampling: Mapping[str, Any] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
@@ -106,18 +106,18 @@ class _Flag:
     kind: str
     field: str
     read: Callable[[str], Any] | None
-    value: Any = None  # of a flag that takes none
+    value: Any = None  # for a flag without a value
     low: float = -math.inf
     high: float = math.inf
-    above: bool = False  # `low` itself is too low
+    above: bool = False  # `low` itself is invalid
 
     def allows(self, number: float) -> bool:
-        """Tell whether a number makes sense; what is none does not."""
+        """Return whether a number is in the range; NaN is not."""
         return self.low <= number <= self.high and not (self.above and number == self.low)
 
     @property
     def range(self) -> str:
-        """The numbers that do, in words."""
+        """The range in words."""
         least = f"{'above' if self.above else 'at least'} {self.low:g}"
         if self.high == math.inf:
             return least
@@ -125,15 +125,15 @@ class _Flag:
 
 
 def _size(text: str) -> int | None:
-    """Return a number of tokens; vLLM takes 8k (thousands) and 8K (1024) too."""
+    """Parse a number of tokens, with vLLM's suffixes k (1000) and K (1024)."""
     factor = {"k": 1000, "K": 1024, "m": 10**6, "M": 2**20}.get(text[-1:], 0)
     number = int(text[:-1]) * factor if factor else int(text)
-    return number or None  # llama.cpp: 0 is what the model has
+    return number or None  # llama.cpp: 0 means the model's context
 
 
 def _count(text: str) -> int | None:
     number = int(text)
-    return number if number >= 0 else None  # llama.cpp: -1 is without end
+    return number if number >= 0 else None  # llama.cpp: -1 means no limit
 
 
 def _seed(text: str) -> int | None:
@@ -145,7 +145,7 @@ def _one_of(name: str, known: tuple[str, ...]) -> Callable[[str], str]:
     def read(text: str) -> str:
         if text not in known:
             raise UsageError(
-                f"the runtime flag {name} is {text!r}", hint=f"known are {', '.join(known)}"
+                f"runtime flag {name} is {text!r}", hint=f"use one of {', '.join(known)}"
             )
         return text
 
@@ -153,9 +153,9 @@ def _one_of(name: str, known: tuple[str, ...]) -> Callable[[str], str]:
 
 
 def _name(text: str) -> str:
-    # A model of the store: flags come over HTTP, too, and name no files.
+    # A model in the store, never a file: flags also come over HTTP.
     if not text:
-        raise UsageError("a runtime flag that names a draft model has no name")
+        raise UsageError("the runtime flag for a draft model has no name")
     return text
 
 
@@ -202,10 +202,10 @@ _BY_NAME = {name: flag for flag in _FLAGS for name in flag.names}
 
 
 def parse_flags(flags: Iterable[str]) -> ParsedFlags:
-    """Return what flags (`--temp 0.7`, `--temp=0.7`) ask for; of several, the last counts.
+    """Parse flags such as `--temp 0.7` or `--temp=0.7`; the last of equal flags counts.
 
-    Raises `UsageError` for a flag that is not known, listing those that are, and for a value that
-    is missing, no number or none that makes sense.
+    Raises `UsageError` for an unknown flag, with the known ones, and for a value that is missing,
+    not a number or out of range.
     """
     found: dict[str, dict[str, Any]] = {"sampling": {}, "engine": {}}
     words = iter(flags)
@@ -214,10 +214,10 @@ def parse_flags(flags: Iterable[str]) -> ParsedFlags:
         flag = _BY_NAME.get(name)
         if flag is None:
             known = ", ".join(sorted(_BY_NAME, key=lambda name: name.lstrip("-")))
-            raise UsageError(f"unknown runtime flag {name!r}", hint=f"known are {known}")
+            raise UsageError(f"unknown runtime flag {name!r}", hint=f"use one of {known}")
         if flag.read is None:
             if equals:
-                raise UsageError(f"the runtime flag {name} takes no value")
+                raise UsageError(f"runtime flag {name} takes no value")
             found[flag.kind][flag.field] = flag.value
             continue
         if not equals:
@@ -225,9 +225,9 @@ def parse_flags(flags: Iterable[str]) -> ParsedFlags:
         try:
             read = flag.read(value)
         except ValueError:
-            raise UsageError(f"the runtime flag {name} needs a number, and got {value!r}") from None
+            raise UsageError(f"runtime flag {name} is {value!r}, expected a number") from None
         if isinstance(read, int | float) and not flag.allows(read):
-            raise UsageError(f"the runtime flag {name} is {value}, expected {flag.range}")
+            raise UsageError(f"runtime flag {name} is {value}, expected {flag.range}")
         if read is None:
             found[flag.kind].pop(flag.field, None)
         else:
@@ -240,13 +240,12 @@ Mode = Literal["completion", "embedding", "reranking"]
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """None and empty mean: as the model, the preset or the server has it.
+    """Settings of a model; None or an empty value means the default of model, preset or server.
 
-    `runtime_flags` are in the spelling of llama.cpp and vLLM. `sampling` are fields of
-    SamplingParams, `keep_alive` is in seconds (`math.inf` for ever). `engine` overrides fields of
-    EngineConfig. `reasoning_budget` is the most tokens of reasoning where a request says nothing of
-    it: 0 is none, below 0 as many as it likes. Each wins over what stands before it: preset, flags,
-    context_size, sampling.
+    `runtime_flags` are flags of llama.cpp and vLLM. `sampling` has fields of SamplingParams,
+    `keep_alive` is in seconds (`math.inf`: without end). `engine` overrides fields of EngineConfig.
+    `reasoning_budget` is the default limit of reasoning tokens: 0 switches reasoning off, a
+    negative number means no limit. Increasing priority: preset, flags, context_size, sampling.
     """
 
     context_size: int | None = None
@@ -259,13 +258,13 @@ class ModelSettings:
     engine: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def check(self) -> None:
-        """Raise `UsageError` for flags and presets that do not exist."""
+        """Raise `UsageError` for unknown flags and presets."""
         parse_flags(self.runtime_flags)
         if self.preset is not None:
             preset_named(self.preset)
 
     def over(self, base: ModelSettings) -> ModelSettings:
-        """Return these settings, and those of `base` where these say nothing."""
+        """Return these settings, completed by those of `base`."""
         return replace(
             base,
             context_size=self.context_size or base.context_size,
@@ -281,7 +280,7 @@ class ModelSettings:
         )
 
     def sampling_defaults(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the defaults of requests; `own` are the model's, which all others win over."""
+        """Return the sampling defaults for requests; the model's `own` have the lowest priority."""
         chosen = preset_named(self.preset).sampling if self.preset else {}
         return {**own, **chosen, **parse_flags(self.runtime_flags).sampling, **self.sampling}
 
@@ -292,8 +291,8 @@ class ModelSettings:
     def engine_config(self, base: EngineConfig) -> EngineConfig:
         """Return the configuration of the engine; `base` is the server's.
 
-        The context size of a preset is cut to what the model and the memory hold; one that was
-        asked for and does not fit is an error of the engine's.
+        A preset's context size is reduced to fit the model and the memory. For an explicit context
+        size that does not fit, the engine raises an error.
         """
         given = self.engine_fields()
         if self.context_size:

@@ -1,4 +1,4 @@
-"""StoreCatalogue: the models of this machine's store, loaded from its blobs."""
+"""StoreCatalogue: the models in the local store, loaded from its blobs."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     from modelpack_engine.models import ModelFiles
     from modelpack_engine.runner.engine_protocol import SteppingEngine
 
-# What the engine takes for KV on a CPU where nothing else is said, and a step's own arrays.
+# The bytes of the KV cache on a CPU by default, and of a step's arrays.
 _KV_BYTES = 512 * 1024**2
-# How much larger quantised weights are once they are unpacked to float32, at the most common 4 to 5
-# bits a weight; the engine unpacks them on a CPU.
+# The factor by which quantised weights grow when the engine unpacks them to float32 on a CPU, for
+# the usual 4 to 5 bits per weight.
 _UNPACKED = 7
 _KV_SHARE = 0.5
 
 
 class StoreCatalogue:
-    """`config` is how engines run where a model's settings say nothing.
+    """A catalogue of the models in a store; `config` is the default configuration of engines.
 
-    With `ranks`, engines run on all of them: one model that generates at a time. Where `remote`
-    says who is trusted, no model is loaded that is not signed so.
+    With `ranks`, an engine runs on all of them, so only one generating model can be loaded. If
+    `remote` has a trust policy, only models that satisfy it are loaded.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class StoreCatalogue:
     ) -> None:
         blas.prepare()
         self.ranks = ranks
-        # What is loaded is named by its digest: that is one variant already.
+        # Models are loaded by digest, which already determines the variant.
         self.remote = replace(remote or RemoteOptions(), variant=None)
         self.store = store or LayoutStore()
         self.config = config or EngineConfig()
 
     def version(self) -> object:
-        """Return when the store's index was last changed."""
+        """Return the time of the last change of the store's index."""
         try:
             status = (self.store.root / "index.json").stat()
         except OSError:
@@ -69,16 +69,16 @@ class StoreCatalogue:
         return status.st_mtime_ns, status.st_size, status.st_ino
 
     def find(self, name: str) -> StoredModel:
-        """Return the model that a user calls so; raise `NotFoundError`."""
+        """Return the model with this name; raise `NotFoundError`."""
         try:
             model = stored_model(self.store, name)
         except InvalidReferenceError as error:
-            raise NotFoundError(f"there is no model {name!r}: {error}") from error
+            raise NotFoundError(f"no such model: {name!r} ({error})") from error
         names, origins = self._names(model)
         return replace(_described(model, names), origins=origins)
 
     def stored(self) -> Sequence[StoredModel]:
-        """Return the models that can be read."""
+        """Return the readable models."""
         origins = {model.digest: model.origins for model in self.store.models()}
         return [
             replace(
@@ -90,14 +90,14 @@ class StoreCatalogue:
         ]
 
     def needs(self, model: StoredModel, settings: ModelSettings) -> int:
-        """Return roughly how many bytes of memory the loaded model will take."""
+        """Return an estimate of the loaded model's memory, in bytes."""
         from modelpack_server.stored_models import open_model
 
         config = settings.engine_config(self.config)
         opened = open_model(model.key, pull=False, store=self.store, remote=self.remote)
         weights = self._loaded_bytes(opened.model, config)
         if not _generates(opened.files, settings):
-            return weights  # what a batch takes comes and goes
+            return weights  # the memory of a batch is temporary
         if self.ranks is not None:
             weights //= self.ranks.size
         if config.speculation == "draft" and isinstance(config.draft_model, str):
@@ -136,7 +136,7 @@ class StoreCatalogue:
 
         def config(_context: int, weight_bytes: int) -> EngineConfig:
             if "gpu_memory_utilization" in settings.engine_fields():
-                return chosen  # the share of this very model was asked for
+                return chosen  # the settings of this model set the share
             return _within(chosen, weight_bytes, room)
 
         def make_engine() -> SteppingEngine:
@@ -155,9 +155,9 @@ class StoreCatalogue:
         )
 
     def _names(self, model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return the names of a model in the store, what the user asked for first, and its origins.
+        """Return a model's names in the store, the one that the user pulled first, and its origins.
 
-        A variant has the names of the indexes that list it, too.
+        A variant also has the names of the indexes that list it.
         """
         listed = [found for found in self.store.models() if found.digest == model.digest]
         listed += [index for index in self.store.indexes() if self._lists(index, model.digest)]
@@ -168,7 +168,7 @@ class StoreCatalogue:
         return tuple(dict.fromkeys(names)), tuple(dict.fromkeys(origins))
 
     def _lists(self, index: lookup.StoredModel, digest: Digest) -> bool:
-        """Return whether an index of the store leads to a manifest; a damaged one does not."""
+        """Return whether an index in the store lists a manifest; False for a damaged index."""
         try:
             raw = self.store.fetch_manifest(index.descriptor)
             parsed = parse_manifest_or_index(raw, str(index.digest))
@@ -177,7 +177,7 @@ class StoreCatalogue:
         return isinstance(parsed, Index) and any(m.digest == digest for m in parsed.manifests)
 
     def _loaded_bytes(self, model: Model, config: EngineConfig) -> int:
-        """Return roughly what the weights take in memory where an engine runs as `config` says."""
+        """Return an estimate of the weights' memory in an engine with `config`, in bytes."""
         from modelpack_engine.llama_cpp.library import choose_backend
         from modelpack_engine.platform.memory import choose_device
         from modelpack_server.stored_models import stored_files
@@ -199,7 +199,7 @@ def _generates(files: ModelFiles, settings: ModelSettings) -> bool:
 
 
 def _wait_until_ready(engine: AsyncEngine | AsyncEmbedder) -> None:
-    """Return once it is loaded; raise what loading it raised."""
+    """Return when the engine is loaded; raise what loading it raised."""
     try:
         engine.wait_until_ready()
     except EngineError:
@@ -216,7 +216,7 @@ def _described(model: Model, names: tuple[str, ...]) -> StoredModel:
         try:
             created = int(datetime.fromisoformat(config.created).timestamp())
         except ValueError:
-            created = 0  # whoever packaged it wrote something else
+            created = 0  # not a valid timestamp
     return StoredModel(
         key=str(model.digest),
         names=names,
@@ -231,12 +231,12 @@ def _described(model: Model, names: tuple[str, ...]) -> StoredModel:
 
 
 def _within(config: EngineConfig, weight_bytes: int, room: int | None) -> EngineConfig:
-    """Return the configuration with a KV cache that fits into `room` beside the weights."""
+    """Return `config` with a KV cache that fits into `room` together with the weights."""
     if room is None or config.kv_cache_bytes is not None:
         return config
     from modelpack_engine.runner.kv_cache_size import on_gpu
 
     left = max(0, room - weight_bytes)
-    if on_gpu():  # where the engine would take nearly all: other models want some, too
+    if on_gpu():  # leave memory for other models: by default the engine would use nearly all of it
         return replace(config, kv_cache_bytes=int(left * _KV_SHARE))
     return replace(config, kv_cache_bytes=left) if left < _KV_BYTES else config

@@ -1,6 +1,6 @@
 """Structured output: text that follows a JSON schema, a regular expression or a grammar.
 
-`llguidance` does the work: it compiles grammars, and tells which tokens they allow next.
+`llguidance` compiles the grammars and computes the tokens that they allow next.
 """
 
 from modelpack_server.structured_output.grammar import (

@@ -1,7 +1,8 @@
-"""JSON schemas for the grammar compiler: size checks and the whitespace policy.
+"""Constraints (JSON schemas, regular expressions, grammars) compiled to token masks by llguidance.
 
-A formatted JSON text has a line break and an indentation where whitespace may be, or a space. More
-is never needed, and a model that may always add whitespace can go on for ever.
+`compile_constraint` is the entry point. `prepared` checks the size of a JSON schema and sets its
+whitespace policy: at most a line break and an indentation, or one space. Formatted JSON never
+needs more, and a model that may always add whitespace can do so without end.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from llguidance.gbnf_to_lark import any_to_lark
 from modelpack_engine.errors import EngineError, QueueFullError, RequestError, as_error, no_panics
 from modelpack_engine.models.tokenizer import Tokenizer
 
-#: Characters of one schema. The compiler recurses along references: see `compiling`.
+#: Characters of one schema. The compiler recurses along references: see `on_deep_stack`.
 MAX_SCHEMA = 128 << 10
-#: Characters of all patterns of a schema together: their cost grows with the square.
+#: Characters of all patterns of a schema together: their cost grows quadratically.
 MAX_PATTERNS = 8 << 10
-#: Optional properties of one object. At its start the parser has four items for each, and up to
-#: 2000 items: `LLParserLimits.max_items_in_row`. Their cost grows with the square.
+#: Optional properties of one object. Each needs four parser items at its start, of at most 2000
+#: (`LLParserLimits.max_items_in_row`). Their cost grows quadratically.
 MAX_OPTIONAL = 480
 WHITESPACE = r"\x20|\n[\x20\t]{0,32}"
 
@@ -33,23 +34,25 @@ WHITESPACE = r"\x20|\n[\x20\t]{0,32}"
 _FORMATS = frozenset(
     {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
 )
-# Words that the compiler does not know, with values that say nothing: zod writes the first of them.
+# Keywords that the compiler rejects, with values that constrain nothing. zod writes the first one.
 _IDLE: Mapping[str, tuple[Any, ...]] = {
     "propertyNames": ({"type": "string"}, {}, True),
     "uniqueItems": (False,),
     "unevaluatedProperties": ({}, True),
     "unevaluatedItems": ({}, True),
 }
-_DATA = frozenset({"const", "enum", "default", "examples", "x-guidance"})  # hold no schemas
+_DATA = frozenset(
+    {"const", "enum", "default", "examples", "x-guidance"}
+)  # their values are not schemas
 _BY_NAME = frozenset(
     {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 )
 
 
 def prepared(schema: object) -> dict[str, Any]:
-    """Return a schema as it is compiled; `schema` is an object, or the text of one.
+    """Return a schema in the form for the compiler; `schema` is an object or its JSON text.
 
-    Raises `RequestError` if it is no schema, or too large.
+    Raises `RequestError` if it is invalid or too large.
     """
     if isinstance(schema, str):
         if len(schema) > MAX_SCHEMA:
@@ -103,7 +106,7 @@ def _patterns(value: object) -> Iterator[str]:
 
 
 def _optional(value: object) -> Iterator[int]:
-    """Yield the number of optional properties of each object in a schema."""
+    """Yield the number of optional properties of each object schema within `value`."""
     if isinstance(value, Mapping):
         named, required = value.get("properties"), value.get("required")
         if isinstance(named, Mapping):
@@ -119,7 +122,7 @@ def _optional(value: object) -> Iterator[int]:
 
 
 def _without_idle_words(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a schema without what constrains nothing, which the compiler would refuse."""
+    """Return a schema without keywords that constrain nothing and that the compiler rejects."""
 
     def walk(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -141,15 +144,15 @@ def _without_idle_words(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """A constraint on the whole of an answer.
+    """A constraint on the whole reply.
 
-    `value` is nothing for "json_object", a JSON schema (an object or its text) for "json_schema", a
-    regular expression that the answer matches from end to end for "regex" (Rust's syntax, without
-    look-around; `\\d` is 0 to 9), and Lark or llama.cpp's GBNF for "grammar".
+    `value` is unused for "json_object". For "json_schema" it is a JSON schema (an object or its
+    text), for "regex" a regular expression that matches the whole reply (Rust's syntax, without
+    look-around; `\\d` is 0 to 9), for "grammar" a grammar in Lark or llama.cpp's GBNF.
 
-    `markup` defines further rules of a Lark grammar by their text: special tokens of the model's
-    vocabulary in it stand for themselves, all else is plain text. `until` defines rules that are
-    any text up to and including such a text. A grammar with markup brings all that an answer has.
+    `markup` defines additional rules of a Lark grammar by their text, in which special tokens count
+    as tokens. `until` defines rules that match any text up to and including such a text. A grammar
+    with markup describes the whole reply.
     """
 
     kind: Literal["json_object", "json_schema", "regex", "grammar"]
@@ -160,12 +163,11 @@ class Constraint:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningBlock:
-    """What may come before the part of an answer that is constrained.
+    """A block of reasoning before the constrained part of a reply.
 
-    The block ends with `closing`. It may begin with `opening`, or be left out; without an `opening`
-    the prompt has begun it already. `answer` is markup between it and the constrained part, which
-    is there without a block as well, but not where the constraint brings its own markup. Special
-    tokens in these texts stand for themselves.
+    The block ends with `closing`. With an `opening` the block is optional; without one, the prompt
+    has opened it. `answer` is markup before the constrained part, with or without a block, unless
+    the constraint has its own markup. Special tokens in these texts count as tokens.
     """
 
     closing: str
@@ -176,16 +178,16 @@ class ReasoningBlock:
 T = TypeVar("T")
 
 LIMITS = LLParserLimits(verbose_errors=False)
-#: Seconds after which a request whose grammar found no memory may be sent again (Retry-After).
+#: Retry-After, in seconds, if there is no memory to compile a grammar.
 RETRY_AFTER = 1.0
-_STACK = 512 << 20  # of address space: memory is taken as it is used
+_STACK = 512 << 20  # address space; the system provides memory on use
 _one_at_a_time = threading.Lock()
 
 
 def on_deep_stack(work: Callable[[], T]) -> T:
-    """Return what `work` returns, or raise what it raises; it runs on a thread of its own.
+    """Run `work` in a thread with a large stack; return its result or raise its exception.
 
-    Raises `QueueFullError` if the system has no memory for the thread's stack.
+    Raises `QueueFullError` if the system has no memory for the stack.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -198,7 +200,7 @@ def on_deep_stack(work: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=run, name="grammar-compiler", daemon=True)
     with _one_at_a_time:
-        before = threading.stack_size(_STACK)  # also that of threads that others start now
+        before = threading.stack_size(_STACK)  # also applies to threads that others start now
         try:
             thread.start()
         except RuntimeError as error:
@@ -214,23 +216,23 @@ def on_deep_stack(work: Callable[[], T]) -> T:
     return results[0]
 
 
-_PREFIX = "\x02"  # never joined with its neighbours
+_PREFIX = "\x02"  # tokenizers never merge it with its neighbours
 
 
 class GrammarVocabulary:
-    """The tokens that grammars choose from; make it with `grammar_vocabulary`.
+    """The vocabulary for grammars; create it with `grammar_vocabulary`.
 
-    Ids without a token, and those past the end of the model's logits, are never allowed.
+    Masks never allow ids without a token or beyond the model's logits.
     """
 
     @no_panics("reading the vocabulary")
     def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None) -> None:
-        """Raises `RequestError` if the model has no token that ends a text."""
+        """Raises `RequestError` if the model has no end-of-text token."""
         size = min(tokenizer.num_ids, vocab_size or tokenizer.num_ids)
         ends = sorted(at for at in tokenizer.eos_token_ids if 0 <= at < size)
         if not ends:
             raise RequestError(
-                "structured output needs a token that ends a text, and the model names none",
+                "structured output requires an end-of-text token, which this model does not have",
                 param="response_format",
             )
         special = sorted(at for at in tokenizer.special_token_ids if at < size)
@@ -241,15 +243,15 @@ class GrammarVocabulary:
         self.tokenizer = LLTokenizer(TokenizerWrapper(source), n_vocab=size, eos_token=ends)
 
     def special_token(self, text: str) -> int | None:
-        """Return the id of the special token with this text, if there is one."""
+        """Return the id of the special token with this text, or None."""
         return self._special.get(text)
 
     def markup(self, text: str) -> str:
-        """Return a Lark expression for `text`, in which special tokens stand for themselves."""
+        """Return a Lark expression for `text`, in which special tokens count as tokens."""
         return " ".join(self.markup_parts(text)) or '""'
 
     def markup_parts(self, text: str) -> list[str]:
-        """Return the terms of that expression: special tokens, and strings between them."""
+        """Return the terms of that expression: special tokens and the strings between them."""
         parts, at = [], 0
         for found in self._pattern.finditer(text) if self._pattern else ():
             parts += [quoted(text[at : found.start()]), f"<[{self._special[found[0]]}]>"]
@@ -263,9 +265,9 @@ def quoted(text: str) -> str:
 
 
 class _Source:
-    """What llguidance asks of a tokenizer: the bytes of its tokens, and how it cuts a text.
+    """A tokenizer as llguidance needs it: the bytes of its tokens, and a tokenization function.
 
-    It must not keep the tokenizer alive, which keeps this alive.
+    It refers to the tokenizer weakly, because the tokenizer refers to this object.
     """
 
     def __init__(self, tokenizer: Tokenizer, size: int, eos: int, special: list[int]) -> None:
@@ -276,9 +278,10 @@ class _Source:
         self.tokens = [tokenizer.token_bytes(at) for at in range(size)]
 
     def __call__(self, data: bytes) -> list[int]:
-        """Return the tokens of a text that goes on after another.
+        """Return the tokens of a text that continues another text.
 
-        SentencePiece puts a space before texts: there, a character before it is cut off again.
+        SentencePiece adds a space before a text. This method therefore prepends a character and
+        removes its token.
         """
         text = data.decode(errors="replace")
         tokenizer = self._tokenizer()
@@ -299,10 +302,10 @@ _lock = threading.Lock()
 
 
 def grammar_vocabulary(tokenizer: Tokenizer, vocab_size: int | None = None) -> GrammarVocabulary:
-    """Return the vocabulary of a tokenizer; the first call takes a second for a large one.
+    """Return the vocabulary of a tokenizer; for a large one, the first call takes a second.
 
-    `vocab_size` is the width of the model's logits, which may be more or less than the tokenizer
-    has. Raises `RequestError` if no token ends a text.
+    `vocab_size` is the width of the model's logits, which may differ from the tokenizer's. Raises
+    `RequestError` if there is no end-of-text token.
     """
     with _lock:
         made = _known.setdefault(tokenizer, {})
@@ -311,11 +314,11 @@ def grammar_vocabulary(tokenizer: Tokenizer, vocab_size: int | None = None) -> G
         return made[vocab_size]
 
 
-MAX_REGEX = 4 << 10  # characters; the cost of compiling grows with the square
+MAX_REGEX = 4 << 10  # characters; the cost of compiling grows quadratically
 MAX_GRAMMAR = 16 << 10
 _MAX_REASON = 500
 _guarded = no_panics("the grammar")
-#: What the compiler says where a limit of `LIMITS` is reached, not where it is misused.
+#: Matches the compiler's message for an exceeded limit of `LIMITS`, not for its misuse.
 _LIMIT = re.compile(r"too many|; max is|fuel", re.IGNORECASE)
 _TEXT = "TEXT: /(.|\\n)*/"
 _NAMES = {
@@ -326,9 +329,9 @@ _NAMES = {
 
 
 class GrammarMask:
-    """A `LogitsMask`: what the grammar allows after the tokens of one choice.
+    """A `LogitsMask` with the tokens that the grammar allows after those of one choice.
 
-    Once the grammar can go no further, it allows the ends of a text and nothing else.
+    At the end of the grammar it allows end-of-text tokens only.
     """
 
     def __init__(self, matcher: LLMatcher, what: str, param: str) -> None:
@@ -338,10 +341,10 @@ class GrammarMask:
 
     @_guarded
     def allowed(self) -> bytes:
-        """Return a bit per token id.
+        """Return one bit per token id.
 
-        Raises `RequestError`, naming the constraint and its `param`, if the constraint is too
-        complex from here on, and `EngineError` if a token was accepted that was not allowed.
+        Raises `RequestError` with the constraint and its `param` if the constraint is too complex
+        to continue, and `EngineError` if `accept` got a token that was not allowed.
         """
         bits = self._matcher.compute_bitmask()
         if self._matcher.is_error():
@@ -354,12 +357,12 @@ class GrammarMask:
 
     @_guarded
     def accept(self, token_id: int) -> None:
-        """Go on by a token; one that is not allowed makes `allowed` raise."""
+        """Advance by a token; after one that is not allowed, `allowed` raises."""
         self._matcher.consume_token(token_id)
 
     @_guarded
     def copy(self) -> GrammarMask:
-        """Return a mask at the same place of the grammar."""
+        """Return a copy with the same state."""
         return GrammarMask(self._matcher.deep_copy(), self._what, self._param)
 
     @property
@@ -370,7 +373,7 @@ class GrammarMask:
 
 
 class Grammar:
-    """A compiled constraint, which any number of choices may follow at once."""
+    """A compiled constraint for any number of concurrent choices."""
 
     def __init__(self, matcher: LLMatcher, what: str, param: str) -> None:
         self._matcher = matcher
@@ -379,7 +382,7 @@ class Grammar:
 
     @_guarded
     def mask(self) -> GrammarMask:
-        """Return the mask of a choice that begins: what `SamplingParams.mask` asks for."""
+        """Return the mask for a new choice: a value for `SamplingParams.mask`."""
         return GrammarMask(self._matcher.deep_copy(), self._what, self._param)
 
 
@@ -391,11 +394,11 @@ def compile_constraint(
     calls: Constraint | None = None,
     param: str = "response_format",
 ) -> Grammar:
-    """Compile a constraint, which takes milliseconds, and up to some seconds at worst.
+    """Compile a constraint, which takes milliseconds, or seconds at worst.
 
-    `reasoning` is what may come before the constrained part, `calls` (from `tool_grammar`) what may
-    come instead of it. Raises `RequestError`, naming `param` and with the compiler's reason, if the
-    constraint is no such thing, is too large, or matches no text at all.
+    `reasoning` may precede the constrained part, and `calls` (from `tool_grammar`) may replace it.
+    Raises `RequestError` with `param` and the compiler's reason if the constraint is invalid, too
+    large, or matches no text.
     """
     what = _NAMES.get(constraint.kind, "the grammar")
     if param == "tools":
@@ -417,7 +420,7 @@ def compile_constraint(
             vocabulary.tokenizer, json.dumps({"grammars": parts}), log_level=0, limits=LIMITS
         )
         if not matcher.is_error():
-            matcher.compute_bitmask()  # finds that nothing matches, and does work ahead
+            matcher.compute_bitmask()  # detects that no text matches, and precomputes
         return matcher
 
     try:
@@ -432,7 +435,7 @@ def compile_constraint(
 
 
 def _body(constraint: Constraint, vocabulary: GrammarVocabulary) -> dict[str, Any]:
-    """Return the grammar of the answer, as an entry of llguidance's list of grammars."""
+    """Return the constraint as an entry of llguidance's list of grammars."""
     value = constraint.value
     if constraint.kind == "json_object":
         return {"json_schema": prepared({"type": "object"})}
@@ -443,7 +446,7 @@ def _body(constraint: Constraint, vocabulary: GrammarVocabulary) -> dict[str, An
     if constraint.kind == "regex":
         _check_size(value, MAX_REGEX)
         return {"lark_grammar": f"start: /{regex_to_lark(value, 'd')}/"}
-    if constraint.markup:  # made by ourselves
+    if constraint.markup:  # made by `tool_grammar`
         rules = [f"{name}: {vocabulary.markup(text)}" for name, text in constraint.markup.items()]
         for name, closing in constraint.until.items():
             rules += _until(name, closing, vocabulary)
@@ -453,9 +456,9 @@ def _body(constraint: Constraint, vocabulary: GrammarVocabulary) -> dict[str, An
 
 
 def _until(name: str, closing: str, vocabulary: GrammarVocabulary) -> list[str]:
-    """Return rules, the first of which is `name`: any text up to `closing`, and that.
+    """Return rules that match any text up to and including `closing`; the first is `name`.
 
-    A closing that is text may begin within a token; a special token cannot be in a text.
+    A text `closing` may begin within a token; a special token cannot.
     """
     first, *others = vocabulary.markup_parts(closing)
     option = "" if first.startswith("<[") else "[lazy]"
@@ -463,7 +466,7 @@ def _until(name: str, closing: str, vocabulary: GrammarVocabulary) -> list[str]:
 
 
 def _around(reasoning: ReasoningBlock, answer: str, vocabulary: GrammarVocabulary) -> str:
-    """Return the grammar of `answer` with a block of reasoning before it."""
+    """Return a grammar of a block of reasoning followed by `answer`."""
     rules = [*_until("closed", reasoning.closing, vocabulary), _TEXT]
     rules.append("block: closed /[ \\n]{0,4}/")
     begin = "block"
@@ -479,7 +482,7 @@ def _check_size(text: str, limit: int) -> None:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """Return what the compiler says: its first lines, which name the place."""
+    """Return the first lines of the compiler's message, which contain the place."""
     text = matcher.get_error().removesuffix("<non-verbose/>").strip()
     if "NoExtension" in text:
         text = "no text matches"

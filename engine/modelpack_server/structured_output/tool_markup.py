@@ -1,7 +1,7 @@
 """The tool-call markup of each family of models, for grammars.
 
-The names are those of `tool_parsers.families`, which parses this markup. The forms come from the
-chat templates of the families.
+The names match `tool_parsers.families`, which parses this markup. Source: the chat templates of
+the families.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """Arguments that are elements: `before` NAME `after` VALUE `closing` `gap`.
+    """Arguments as elements: `before` NAME `after` VALUE `closing` `gap`.
 
-    Strings are bare. `kinds` go before the end of `after`, for strings and for JSON.
+    Strings have no quotes. `kinds` are attributes for strings and for JSON, inserted before the end
+    of `after`.
     """
 
     before: str
@@ -27,11 +28,11 @@ class Parameters:
 
 @dataclass(frozen=True, slots=True)
 class Literals:
-    """Arguments that are key-value pairs in a syntax like JSON's.
+    """Arguments as key-value pairs in a JSON-like syntax.
 
-    `opening` and `closing` enclose the top; `assign` is between its keys and values. `quote` is the
-    markup around strings: without one, they and the keys of objects are as in JSON. `names`
-    is a regular expression for the names that can be called.
+    `opening` and `closing` enclose the arguments; `assign` separates keys from values. `quote` is
+    the markup around strings; without it, strings and object keys are JSON. `names` is a regular
+    expression for the function names that can be called.
     """
 
     opening: str
@@ -47,7 +48,8 @@ class Literals:
 class ToolMarkup:
     """`opening` CALL `separator` CALL … `closing`; CALL is `before` NAME `after` ARGUMENTS `tail`.
 
-    `number` comes after the name, where a number does too. `single`: only one call in an answer.
+    `number` is the text between the name and the call's number, for families that number calls.
+    `single`: a reply has at most one call.
     """
 
     before: str
@@ -87,7 +89,7 @@ TOOL_MARKUP: Mapping[str, ToolMarkup] = {
     "mistral": _objects("[TOOL_CALLS][", "]"),
     "mistral_v11": ToolMarkup("[TOOL_CALLS]", "", ""),
     "mistral_v13": ToolMarkup("[TOOL_CALLS]", "[ARGS]", ""),
-    # <|call|> ends the text: it is no part of the grammar.
+    # <|call|> ends the text, so it is not part of the grammar.
     "harmony": ToolMarkup(
         "<|channel|>commentary to=functions.",
         " <|constrain|>json<|message|>",

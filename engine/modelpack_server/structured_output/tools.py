@@ -27,68 +27,71 @@ from modelpack_server.tool_parsers.families import OutputFormat
 from modelpack_server.tool_parsers.parts import Tool, ToolChoice
 from modelpack_server.tool_parsers.typed_values import allowed_types
 
-#: Characters of a grammar. Schemas grow as they are written: what two of their parts refer to is
-#: written twice, which doubles at each level.
+#: Characters of a grammar. A definition with two references is written twice, so a schema's
+#: grammar may double with each level of nesting.
 MAX_TEXT = 1 << 20
 
 
 class Rules:
-    """Collects rules; every method returns an expression that stands for what it is asked for.
+    """The rules of a grammar under construction; its methods add rules and return expressions.
 
-    Raises `RequestError` once the grammar has more than `MAX_TEXT` characters.
+    They raise `RequestError` if the grammar exceeds `MAX_TEXT` characters.
     """
 
     def __init__(self) -> None:
         self._lines: list[str] = []
-        self._markup: dict[str, str] = {}  # texts by their rules
+        self._markup: dict[str, str] = {}  # by text: the name of its rule
         self._until: dict[str, str] = {}
         self._size = 0
 
     def charge(self, characters: int) -> None:
-        """Count what is written, and what takes as long as writing so much."""
+        """Add `characters` to the cost of the grammar."""
         self._size += characters
         if self._size > MAX_TEXT:
             raise RequestError(
                 f"its schema makes a grammar of more than {MAX_TEXT} characters",
                 param="tools",
-                hint="refer to fewer parts, and make properties required",
+                hint="use fewer references, and make properties required",
             )
 
     def text(self, text: str) -> str:
-        """This text; special tokens of the vocabulary in it stand for themselves."""
+        """Return an expression for a text, in which special tokens count as tokens."""
         return _name(self._markup, text, "m") if text else ""
 
     def plain(self, text: str) -> str:
-        """This text, letter by letter: what callers name is never markup."""
+        """Return an expression for literal text: names that clients choose are never markup."""
         return quoted(text)
 
     def until(self, closing: str) -> str:
-        """Any text up to `closing`, and `closing`, which is markup as well."""
+        """Return an expression for any text up to and including the markup `closing`."""
         return _name(self._until, closing, "u")
 
     def rule(self, expression: str) -> str:
-        """A rule of its own."""
+        """Add a rule and return its name."""
         self.charge(len(expression))
         self._lines.append(f"r{len(self._lines)}: {expression or EMPTY}")
         return f"r{len(self._lines) - 1}"
 
     def terminal(self, expression: str) -> str:
-        """A terminal of its own: regular expressions, joined by `&`."""
+        """Add a terminal, of regular expressions joined by `&`, and return its name."""
         self.charge(len(expression))
         self._lines.append(f"T{len(self._lines)}: {expression}")
         return f"T{len(self._lines) - 1}"
 
     def json(self, schema: Mapping[str, Any]) -> str:
-        """JSON that follows a schema."""
+        """Return an expression for JSON that follows a schema."""
         return self.rule(f"%json {json.dumps(prepared(schema))}")
 
     def one_of(self, expressions: Iterable[str]) -> str:
-        """Any of them, of which there is at least one."""
+        """Return an expression for any of the alternatives, of which there is at least one."""
         found = list(dict.fromkeys(expression or EMPTY for expression in expressions))
         return found[0] if len(found) == 1 else self.rule(" | ".join(found))
 
     def members(self, members: Sequence[tuple[str, bool]], separator: str) -> str:
-        """Members in this order, each with whether it is required; `separator` between two."""
+        """Return an expression for members in this order, with `separator` between them.
+
+        Each member is an expression and whether it is required.
+        """
 
         def rest(start: int) -> str:
             parts = []
@@ -110,7 +113,7 @@ class Rules:
         return self.one_of(firsts)
 
     def constraint(self, start: str) -> Constraint:
-        """The whole grammar."""
+        """Return the complete grammar."""
         source = "\n".join([f"start: {start}", *self._lines])
         markup = {name: text for text, name in self._markup.items()}
         until = {name: text for text, name in self._until.items()}
@@ -130,14 +133,14 @@ _MARK = '"'
 _JSON_TEXT = r'/([^"\\\x00-\x1f]|\\["\\nt])*/'
 _ANY_TYPES = ("string", "number", "boolean", "null", "array", "object")
 _NUMERIC = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-_DEPTH = 5  # levels of a value of which the schema says nothing
+_DEPTH = 5  # levels of a value without a schema
 _MAX_NESTING = 32
-_VISIT = 64  # characters that looking at a value is charged as, whatever is written of it
-_MAX_ITEMS = 64  # of a list that has no limit of its own
+_VISIT = 64  # the cost, in characters, of visiting a value
+_MAX_ITEMS = 64  # of a list without `maxItems`
 
 
 def resolved(schema: object, root: Schema) -> Schema:
-    """Return what a schema refers to within `root`; {}, which is anything, for what is none."""
+    """Return the schema that `schema` refers to within `root`; {} (any value) if there is none."""
     for _ in range(_MAX_NESTING):
         reference = schema.get("$ref") if isinstance(schema, Mapping) else None
         if not isinstance(reference, str) or not reference.startswith("#/"):
@@ -150,7 +153,7 @@ def resolved(schema: object, root: Schema) -> Schema:
 
 
 def properties_of(schema: Schema) -> list[tuple[str, Any, bool]]:
-    """Return each property's name and schema, and whether it is required."""
+    """Return the name and the schema of each property, and whether it is required."""
     properties, required = schema.get("properties"), schema.get("required")
     found = dict(properties) if isinstance(properties, Mapping) else {}
     needed = [n for n in required if isinstance(n, str)] if isinstance(required, list) else []
@@ -159,7 +162,7 @@ def properties_of(schema: Schema) -> list[tuple[str, Any, bool]]:
 
 
 def elements(rules: Rules, style: Parameters, root: Schema) -> str:
-    """Return the grammar of arguments that are elements."""
+    """Return an expression for arguments as elements."""
     members = []
     for name, part, required in properties_of(resolved(root, root)):
         schema = resolved(part, root)
@@ -188,7 +191,10 @@ def _text_value(rules: Rules, schema: Schema, closing: str) -> str:
 
 
 def bounded(rules: Rules, schema: Schema, character: str) -> str | None:
-    """Return the text of a string whose length or pattern is given, of such characters only."""
+    """Return an expression for a string with a length limit or a pattern, or None.
+
+    `character` is a regular expression for the characters that it may contain.
+    """
     least, most = schema.get("minLength", 0), schema.get("maxLength")
     pattern = schema.get("pattern")
     if not least and most is None and pattern is None:
@@ -203,9 +209,9 @@ def bounded(rules: Rules, schema: Schema, character: str) -> str | None:
 
 
 def literals(rules: Rules, style: Literals, root: Schema) -> str:
-    """Return the grammar of arguments that are key-value pairs.
+    """Return an expression for arguments as key-value pairs.
 
-    Of strings, formats are not held to.
+    It ignores the `format` of strings.
     """
     writer, assign = _Literals(rules, style, root), rules.text(style.assign)
     members = [
@@ -223,7 +229,7 @@ class _Literals:
         self._root = root
 
     def value(self, part: object, depth: int) -> str:
-        """Return the grammar of a value, which is `depth` levels deep."""
+        """Return an expression for a value at nesting level `depth`."""
         if depth > _MAX_NESTING:
             raise RequestError("its schema is nested too deep", param="tools")
         self._rules.charge(_VISIT)
@@ -300,24 +306,24 @@ class _Literals:
         raise RequestError("an enum of objects or arrays cannot be written", param="tools")
 
 
-MAX_CALLS = 16  # in one answer
+MAX_CALLS = 16  # in one reply
 MAX_TOOLS = 512 << 10  # characters of all schemas together
 
 
 def tool_grammar(
     format: OutputFormat, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool = True
 ) -> Constraint:
-    """Return the constraint of an answer that has to call tools, and does nothing else.
+    """Return the constraint for a reply that consists of tool calls.
 
-    `choice.names` narrows what may be called; a single name is called once, as is any tool without
-    `parallel`. Raises `RequestError` where a name is not among the tools, where a tool's schema
-    does not compile (naming the tool), and where the model's family has no calls that we can write.
+    `choice.names` restricts the tools. A reply has one call if there is a single name or `parallel`
+    is false. Raises `RequestError` for an unknown name, for a tool whose schema does not compile
+    (with the tool's name), and for a model whose call format has no grammar.
     """
-    assert choice.mode == "required", "only calls that have to be made are forced"
+    assert choice.mode == "required", "only required calls have a grammar"
     markup = TOOL_MARKUP.get(format.family or "")
     if markup is None:
         raise RequestError(
-            "a call cannot be forced: this model's chat template shows no known format of calls",
+            "cannot force a call: this model's chat template shows no known call format",
             param="tool_choice",
             hint='use tool_choice "auto"',
         )
@@ -333,10 +339,10 @@ def tool_grammar(
 
 
 def closed(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema of a tool's arguments: an object, and of named properties only.
+    """Return the schema of a tool's arguments: an object with the named properties only.
 
-    That is less than JSON Schema allows where nothing is said, and what callers mean: a function
-    takes no arguments that it does not name.
+    JSON Schema allows additional properties by default, but a function accepts only the arguments
+    that it names.
     """
     schema = dict(parameters)
     if not {"$ref", "anyOf", "oneOf", "allOf"} & schema.keys():
@@ -389,7 +395,7 @@ def _check(schemas: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _named_call(rules: Rules, markup: ToolMarkup, tool: tuple[str, Mapping[str, Any]]) -> str:
-    """Return a tool's call; an error names the tool."""
+    """Return an expression for a call of a tool; errors contain the tool's name."""
     try:
         return _call(rules, markup, *tool)
     except RequestError as error:
@@ -406,7 +412,9 @@ def _call(rules: Rules, markup: ToolMarkup, name: str, schema: Mapping[str, Any]
     elif isinstance(style, Parameters):
         arguments = elements(rules, style, schema)
     elif re.fullmatch(style.names, name) is None:
-        raise RequestError("it cannot be called: this model writes calls as code", param="tools")
+        raise RequestError(
+            "its name is not valid in this model's calls, which are code", param="tools"
+        )
     else:
         arguments = literals(rules, style, schema)
     number = f"{rules.text(markup.number)} /[0-9]{{1,2}}/" if markup.number else ""

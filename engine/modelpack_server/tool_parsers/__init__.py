@@ -1,3 +1,4 @@
-"""Tool-call and reasoning parsers: model output to typed parts. No MLX, no HTTP. Read `parser`
-first.
+"""Parsers for tool calls and reasoning: model output to typed parts, without MLX or HTTP.
+
+Read `parser` first.
 """

@@ -1,4 +1,4 @@
-"""The output of a reader: text, reasoning and calls, emitted as parts."""
+"""The collector for readers: it emits text, reasoning and calls as parts."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _MISTRAL_ID = re.compile(r"[a-zA-Z0-9]{9}")
 
 
 class Enough(Exception):
-    """The first call is complete, and no other is wanted."""
+    """Raised after the first call if parallel calls are not allowed."""
 
 
 def new_call_id() -> str:
-    """Return an id as OpenAI's API has them."""
+    """Return a new call id in the form of OpenAI's API."""
     return "call_" + secrets.token_hex(12)
 
 
 def new_mistral_id() -> str:
-    """Return an id as Mistral's templates insist on: nine letters and digits."""
+    """Return a new call id for Mistral's templates, which require nine letters and digits."""
     return "".join(secrets.choice(_ALPHANUMERIC) for _ in range(9))
 
 
@@ -44,10 +44,11 @@ def is_mistral_id(text: str) -> bool:
 
 
 class Found:
-    """Collects parts. Whitespace next to markup is layout, not text, and is left out.
+    """Collects parts, without the whitespace that belongs to the layout of markup.
 
-    So is all whitespace before, between and after calls; between two texts, it stays. Whether a
-    call follows is known late, hence trailing whitespace is held back, while tools are offered.
+    Whitespace next to markup and before, between and after calls is dropped; whitespace between two
+    texts is kept. If there are tools, a call may follow at any time, so trailing whitespace is held
+    back.
     """
 
     def __init__(self, tools: Sequence[Tool], *, parallel: bool, mistral_ids: bool = False) -> None:
@@ -61,7 +62,7 @@ class Found:
         self._parts: list[Part] = []
         self._spaces = ""
         self._thought_spaces = ""
-        self._skips_newlines = False  # after a block of reasoning, and at the beginning of one
+        self._skips_newlines = False  # after and at the beginning of a block of reasoning
 
     def take(self) -> list[Part]:
         parts, self._parts = self._parts, []
@@ -107,20 +108,20 @@ class Found:
                 self._parts.append(Reasoning(kept))
 
     def end_reasoning(self, *, lines_follow: bool = True) -> None:
-        """End a block; `lines_follow` says that line breaks after it are layout, too."""
+        """End a block of reasoning; with `lines_follow`, line breaks after it are layout."""
         self.thinking = False
         self._thought_spaces = ""
         self._skips_newlines = lines_follow
 
     def known(self, name: str) -> Tool:
-        """Return the tool of this name; raises `NotACall` if none was offered."""
+        """Return the tool with this name; raises `NotACall` if the request has none."""
         tool = self.tools.get(name)
         if tool is None:
             raise NotACall
         return tool
 
     def start(self, name: str, call_id: str | None = None) -> None:
-        """Begin a call: from here on it cannot be taken back."""
+        """Begin a call; afterwards it cannot become text any more."""
         self.known(name)
         if self.calls and not self._parallel:
             raise Enough
@@ -130,7 +131,7 @@ class Found:
         self.calls += 1
 
     def arguments(self, fragment: str) -> None:
-        """Hand out a piece of the arguments of the call that began last."""
+        """Emit a piece of the arguments of the latest call."""
         if not fragment:
             return
         index = self.calls - 1
@@ -141,7 +142,7 @@ class Found:
             self._parts.append(ToolArguments(index, fragment))
 
     def whole(self, name: str, arguments: Mapping[str, Any], call_id: str | None = None) -> None:
-        """Hand out a call that was read completely; raises `NotACall` for what is no JSON."""
+        """Emit a complete call; raises `NotACall` if the arguments are not JSON."""
         try:
             text = dump(dict(arguments))
         except ValueError:
@@ -150,7 +151,7 @@ class Found:
         self.arguments(text)
 
     def finish(self) -> None:
-        """No more comes: hand out what whitespace is text after all."""
+        """Emit the whitespace held back that turns out to be text, since the output has ended."""
         if self._spaces and not self.calls:
             spaces, self._spaces = self._spaces, ""
             self._parts.append(Text(spaces))
@@ -162,10 +163,10 @@ class Found:
 def read_object(
     source: Source, found: Found, name: str, call_id: str | None = None
 ) -> Reading[bool]:
-    """Read an object and hand it out, as it comes, as the arguments of a call that begins with it.
+    """Read an object and emit it, piece by piece, as the arguments of a new call.
 
-    Returns False if it breaks off or is none any more: then it was completed.
-    Raises `NotACall` if no object comes next.
+    Returns False if the object is incomplete or invalid, after completing the arguments. Raises
+    `NotACall` if the next text is not an object.
     """
     found.known(name)
     if (yield from source.peek()) != "{":
@@ -185,7 +186,7 @@ def read_object(
 
 
 def capture_value(source: Source, limit: int) -> Reading[str]:
-    """Read any JSON value and return its text, mended; raises `NotACall` if there is none."""
+    """Read a JSON value and return its corrected text; raises `NotACall` if there is none."""
     scanner = JsonScanner()
     start = source.position
     pieces = []
@@ -204,10 +205,10 @@ def capture_value(source: Source, limit: int) -> Reading[str]:
 
 @dataclass(slots=True)
 class Members:
-    """Hands arguments out as the members of an object: strings as they come, others whole.
+    """Emits arguments as members of an object: strings piece by piece, other values whole.
 
-    The call begins with its first argument, or where it ends without any: until then, what looks
-    like a call may turn out to be text.
+    The call begins with its first argument, or at its end if it has none. Until then, the text may
+    turn out not to be a call.
     """
 
     found: Found
@@ -223,7 +224,7 @@ class Members:
             self.begun = True
 
     def add(self, key: str, value: Any, raw: str) -> None:
-        """Hand out one argument; `raw` is how the model wrote it, where JSON cannot say `value`."""
+        """Emit one argument; `raw` is its text, used if JSON cannot represent `value`."""
         try:
             spelled = dump(value)
         except ValueError:
@@ -244,10 +245,10 @@ class Members:
     def read_string(
         self, source: Source, key: str, ends: Stops, *, trims: bool = False
     ) -> Reading[str]:
-        """Read a string up to and over one of `ends`, hand it out as it comes; return the end.
+        """Read a string through one of `ends`, emit it piece by piece, and return that end.
 
-        `trims`: a line break after the opening tag, and one before the end, are layout.
-        Raises `Broken`, with the arguments completed, if the answer breaks off within.
+        `trims`: a line break at the beginning and one at the end are layout. Raises `Broken`, after
+        completing the arguments, if the output ends within the string.
         """
         self._key(key)
         self.found.arguments('"')

@@ -1,4 +1,7 @@
-"""The table of output formats: their markers and the reader of each."""
+"""Output formats of model families: their markers and readers, and their detection.
+
+`FAMILIES` is the table of formats. `find_format` detects a model's format from its chat template.
+"""
 
 from __future__ import annotations
 
@@ -28,20 +31,20 @@ Reader = Callable[[Source, Found], Reading[None]]
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How a family of models writes calls.
+    """The call format of a family of models.
 
-    `markers` begin a call wherever they stand in the text; `bare` reads calls that have no marker,
-    which count only where they begin the answer. `ends` are markers that close a call: where one
-    breaks off midway, everything up to the next of them is dropped. `layout` are special tokens
-    (and what comes with them) that only structure an answer.
+    `markers` begin a call anywhere in the text; `bare` reads calls without a marker, which count
+    only at the beginning of the reply. `ends` are markers that close a call: after an invalid call,
+    everything up to the next end is dropped. `layout` are special tokens, with the text that goes
+    with them, that only structure a reply.
     """
 
     markers: Mapping[str, Reader] = field(default_factory=dict)
     bare: Reader | None = None
     ends: tuple[str, ...] = ()
     layout: tuple[str, ...] = ()
-    special_tokens: bool = False  # the markers are special tokens, which are left out of plain text
-    in_reasoning: bool = False  # calls may stand inside a block of reasoning
+    special_tokens: bool = False  # the markers are special tokens, which plain text omits
+    in_reasoning: bool = False  # calls may occur within a block of reasoning
     mistral_ids: bool = False
 
 
@@ -52,7 +55,7 @@ def _bare_json(source: Source, found: Found) -> Reading[None]:
 
 
 def _bare_list(source: Source, found: Found) -> Reading[None]:
-    """Read [{"name": ..}], in a code fence or not."""
+    """Read [{"name": ..}], with or without a code fence."""
     fenced = yield from source.accept("```json")
     yield from source.spaces()
     if (yield from source.peek()) not in ("[", "{"):
@@ -107,7 +110,7 @@ FAMILIES: Mapping[str, Family] = {
         {"<tool_call>": json_calls.read_hermes_block},
         bare=_bare_json,
         ends=("</tool_call>",),
-        special_tokens=True,  # for Hermes 2 they are, for Qwen they are not
+        special_tokens=True,  # in Hermes 2's vocabulary, but not in Qwen's
     ),
     "qwen3_coder": Family(
         {"<tool_call>": xml_calls.read_qwen_block, "<function=": xml_calls.read_bare_function},
@@ -118,7 +121,9 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": _MISTRAL,  # a list
     "mistral_v11": _MISTRAL,  # name{..}
     "mistral_v13": _MISTRAL,  # name[ARGS]{..}
-    "harmony": Family(special_tokens=True),  # read by harmony.py: everything there has a marker
+    "harmony": Family(
+        special_tokens=True
+    ),  # read by harmony.py, since all its messages have markers
     "glm": Family(
         {"<tool_call>": xml_calls.read_glm_block},
         ends=("</tool_call>",),
@@ -208,10 +213,10 @@ FAMILIES: Mapping[str, Family] = {
 
 @dataclass(frozen=True, slots=True)
 class OutputFormat:
-    """How a model writes calls (`family`, a name of `FAMILIES`) and reasoning; None: it does not.
+    """A model's formats of calls (`family`, a key of `FAMILIES`) and reasoning; None: no format.
 
-    `keeps_special_tokens`: the markers may be special tokens, so that the engine must not leave
-    those out of the text (`SamplingParams.skip_special_tokens`); the parser takes them out.
+    `keeps_special_tokens`: the markers may be special tokens, so the engine must keep those in
+    the text (`SamplingParams.skip_special_tokens`), and the parser removes them.
     """
 
     family: str | None = None
@@ -224,21 +229,21 @@ class OutputFormat:
 
     @classmethod
     def named(cls, family: str, *, reasoning: ReasoningMarkers | None = THINK) -> OutputFormat:
-        """Return the format of this name, for a template that does not show it.
+        """Return the format with this name, for a template that does not show its format.
 
-        Raises `UsageError` with the names there are.
+        Raises `UsageError` with the known names.
         """
         if family not in FAMILIES:
             raise UsageError(
-                f"there is no tool-call format named {family!r}",
-                hint=f"one of {', '.join(sorted(FAMILIES))}",
+                f"no such tool-call format: {family!r}",
+                hint=f"use one of {', '.join(sorted(FAMILIES))}",
             )
         return cls(family, _REASONING_OF.get(family, reasoning))
 
     def without_reasoning(self) -> OutputFormat:
-        """Return the format of an answer for which thinking was switched off.
+        """Return the format of a reply with reasoning switched off.
 
-        Harmony keeps its channels: without them nothing of it can be read.
+        Harmony keeps its channels, since its messages cannot be read without them.
         """
         return self if self.family == "harmony" else replace(self, reasoning=None)
 
@@ -267,8 +272,8 @@ def _matches(pattern: str) -> Callable[[str], bool]:
     return lambda template: compiled.search(template) is not None
 
 
-# The first that fits counts; a template shows its markers in what it tells the model and in how it
-# writes past calls. `\n` in a Jinja string may be a backslash and an n, or a line break.
+# The first match counts. A template contains its markers in its instructions and in its rendering
+# of earlier calls. `\n` in a Jinja string may be a backslash and an n, or a line break.
 _FAMILY_SIGNS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("harmony", _all("<|channel|>", "<|message|>")),
     ("minimax_m2", _any("<minimax:tool_call>")),
@@ -320,22 +325,22 @@ _REASONING_SIGNS = (
 
 
 def find_format(chat_template: str | None, *, model_type: str = "") -> OutputFormat:
-    """Return the format that a template's markers show; the model's type decides without any."""
+    """Return the format whose markers a template contains, or else that of the model's type."""
     template = chat_template or ""
     family = next((name for name, fits in _FAMILY_SIGNS if fits(template)), None)
     family = family or _FAMILY_OF_TYPE.get(model_type)
     markers = next((m for m, sign in _REASONING_SIGNS if sign in template), None)
     if family == "harmony":
         markers = HARMONY
-    elif family == "kimi_k3":  # its template puts the markers together from pieces
+    elif family == "kimi_k3":  # its template builds the markers from pieces
         markers = KIMI_K3
     elif markers is None and family in ("deepseek_v32", "minimax_m2"):
-        markers = THINK  # also where there is no template to show it
+        markers = THINK  # even without a template that shows it
     return OutputFormat(family, markers)
 
 
 def starts_reasoning(format: OutputFormat, rendered_prompt_tail: str) -> bool:
-    """Tell whether the prompt already opened a block of reasoning that the answer goes on with."""
+    """Return whether the prompt ends within a block of reasoning that it opened."""
     markers = format.reasoning
     if markers is None:
         return False

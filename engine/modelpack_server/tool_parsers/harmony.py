@@ -1,10 +1,10 @@
 """OpenAI's harmony format: messages with a channel, a recipient and a content type.
 
 Source: OpenAI's description of the harmony response format. A message is
-<|start|>assistant<|channel|>CHANNEL<|message|>BODY<|end|>; the prompt ends within it, mostly after
-`assistant`. A recipient, ` to=functions.NAME`, makes a message a call; it may stand in the role or
-in the channel, of which there are analysis (reasoning), commentary (calls, and text before them)
-and final. <|call|> ends a call and <|return|> the answer.
+<|start|>assistant<|channel|>CHANNEL<|message|>BODY<|end|>; the prompt ends within the first one,
+usually after `assistant`. A recipient, ` to=functions.NAME`, after the role or the channel makes
+the message a call. The channels are analysis (reasoning), commentary (calls, and text before them)
+and final. <|call|> ends a call and <|return|> the reply.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _MESSAGE, _END, _CALL, _RETURN = "<|message|>", "<|end|>", "<|call|>", "<|return
 _HEADER = stops(_START, _CHANNEL, _CONSTRAIN, _MESSAGE, _END, _CALL, _RETURN)
 _BODY_ENDS = stops(_END, _CALL, _RETURN, _START, _CHANNEL)
 _RECIPIENT = re.compile(r"(?:^|\s)to=([^\s<]+)")
-_HEADER_LIMIT = 1024  # characters; a header is a few words
-_BETWEEN = "\n\n"  # between two messages that a reader sees as one
+_HEADER_LIMIT = 1024  # characters; real headers are short
+_BETWEEN = "\n\n"  # separates the texts of two messages
 
 
 def read_harmony(source: Source, found: Found, *, starts_reasoning: bool) -> Reading[None]:
-    """Read a whole answer, from wherever the prompt left off."""
+    """Read a whole reply, which continues the prompt's last message."""
     messages = _Messages(source, found)
     if starts_reasoning:
         yield from messages.body("analysis")
@@ -34,7 +34,7 @@ def read_harmony(source: Source, found: Found, *, starts_reasoning: bool) -> Rea
             continue
         try:
             channel, recipient = yield from _header(source)
-        except NotACall:  # the header breaks off: all of it is structure
+        except NotACall:  # the header is incomplete, and contains no text
             source.forget()
             continue
         if recipient:
@@ -45,7 +45,7 @@ def read_harmony(source: Source, found: Found, *, starts_reasoning: bool) -> Rea
 
 
 def _begins_with_header(source: Source) -> Reading[bool]:
-    """Tell whether a header comes, from within or after `<|start|>assistant`; read nothing."""
+    """Return whether `<|start|>assistant` or the rest of a header is next; consume nothing."""
     start = source.position
     yield from source.spaces()
     yield from source.accept("assistant")
@@ -58,9 +58,9 @@ def _begins_with_header(source: Source) -> Reading[bool]:
 
 
 def _header(source: Source) -> Reading[tuple[str, str]]:
-    """Read up to and over <|message|>; return the channel and the recipient, either maybe empty.
+    """Read through <|message|>; return the channel and the recipient, each possibly "".
 
-    Raises `NotACall` if it does not end; what was read is then dropped, it is all structure.
+    Raises `NotACall` if the header does not end. The caller drops it, since it contains no text.
     """
     channel = recipient = ""
     in_channel = False
@@ -82,7 +82,7 @@ class _Messages:
     def __init__(self, source: Source, found: Found) -> None:
         self._source = source
         self._found = found
-        self._spoke: set[str] = set()  # whether text, or reasoning, was handed out before
+        self._spoke: set[str] = set()  # the kinds of content, text or reasoning, emitted so far
 
     def call(self, recipient: str, channel: str) -> Reading[None]:
         source, found = self._source, self._found
@@ -101,14 +101,14 @@ class _Messages:
                     raise NotACall
                 found.whole(name, {})
                 return
-        except NotACall:  # a tool that nobody offered: what was said to it is shown
+        except NotACall:  # an unknown tool: show the message as text
             source.back_to(start)
             yield from self.body(channel)
             return
         yield from self._skip()
 
     def body(self, channel: str) -> Reading[None]:
-        """Hand out a message: reasoning if it is an analysis, else text."""
+        """Emit a message: reasoning in the channel analysis, otherwise text."""
         source, found = self._source, self._found
         thinks = found.thinking = channel == "analysis"
         hand_out = found.reasoning if thinks else found.text
@@ -133,7 +133,7 @@ class _Messages:
             yield from source.more()
 
     def _skip(self) -> Reading[None]:
-        """Drop what follows the arguments, up to the end of the message."""
+        """Drop the text after the arguments, up to the end of the message."""
         source = self._source
         while True:
             at, stop = _BODY_ENDS.find(source.rest, 0, ended=source.ended)

@@ -1,4 +1,4 @@
-"""Past tool calls in OpenAI's form, converted to what the chat template expects."""
+"""Conversion of earlier tool calls from OpenAI's form to the form of a chat template."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from modelpack_server.tool_parsers.json_text import JsonScanner, load_object
 _KIMI_ID = re.compile(r"functions\..+:[0-9]+")
 _ALPHANUMERIC = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
-# How a template shows that it takes arguments as a string: it asks, or it puts them among strings.
-# Every repetition is bounded: templates are hostile input, and a search holds the interpreter.
+# Signs that a template expects arguments as a string: it tests the type, or concatenates strings.
+# All repetitions are bounded: templates are hostile input, and a search blocks all threads.
 _ARGUMENTS = r"""[\w.'"\[\]]{0,60}arguments['"]?\]?"""
 _S = r"\s{0,8}"
 _TAKES_STRING = re.compile(
@@ -26,18 +26,18 @@ _TAKES_STRING = re.compile(
     rf"|{_ARGUMENTS}{_S}[+~]"
     rf"|\{{\{{-?{_S}{_ARGUMENTS}{_S}-?\}}\}}"
 )
-# One that asks for a mapping first does something else with a string (Gemma 4: it adds braces).
+# A template that tests for a mapping treats strings differently (Gemma 4 adds braces).
 _TAKES_MAPPING = re.compile(rf"{_ARGUMENTS}\s{{1,8}}is\s{{1,8}}mapping")
-_BEFORE, _AFTER = 80, 48  # characters around the word that a pattern may span
+_BEFORE, _AFTER = 80, 48  # characters before and after the word that a pattern may match
 _MAX_PLACES = 200
 
 
 @functools.lru_cache(maxsize=64)
 def takes_argument_strings(chat_template: str) -> bool:
-    """Return whether a template wants a call's arguments as JSON text, as OpenAI's API has them.
+    """Return whether a template expects a call's arguments as JSON text, as in OpenAI's API.
 
-    The rest, most of them, dump or iterate an object: given a string, they would quote it once
-    more, or fail.
+    Most templates dump or iterate over an object instead: given a string, they would quote it again
+    or fail.
     """
     places = itertools.islice(re.finditer("arguments", chat_template), _MAX_PLACES)
     texts = [chat_template[max(0, m.start() - _BEFORE) : m.end() + _AFTER] for m in places]
@@ -49,11 +49,11 @@ def takes_argument_strings(chat_template: str) -> bool:
 def template_messages(
     messages: Sequence[Mapping[str, Any]], format: OutputFormat, chat_template: str | None
 ) -> list[dict[str, Any]]:
-    """Return `messages` with every `tool_calls` as the template wants it; the rest is as it was.
+    """Return `messages` with all `tool_calls` in the template's form, otherwise unchanged.
 
-    Arguments become objects where the template takes those; what is no JSON (an answer that was
-    cut) is completed to it. Ids become what the family insists on, in calls and in their results
-    alike: nine letters and digits for Mistral, functions.NAME:NUMBER for Kimi.
+    Arguments become objects if the template expects objects; incomplete JSON is completed. The ids
+    of calls and results get the form that the family requires: nine letters and digits for Mistral,
+    functions.NAME:NUMBER for Kimi.
     """
     as_string = takes_argument_strings(chat_template or "")
     rename = _Ids(format.family)
@@ -81,7 +81,7 @@ def _call(call: Mapping[str, Any], as_string: bool, rename: _Ids) -> dict[str, A
 
 
 def complete_object(text: str) -> str:
-    """Return `text` if it is a JSON object, else what there is of one at its beginning."""
+    """Return `text` if it is a JSON object, otherwise the completed object at its beginning."""
     try:
         load_object(text)
         return text
@@ -96,7 +96,7 @@ def complete_object(text: str) -> str:
 
 
 class _Ids:
-    """Gives ids that a family's template accepts; a call and its result keep a common one."""
+    """Maps call ids to ids that a family's template accepts, the same for a call and its result."""
 
     def __init__(self, family: str | None) -> None:
         self._family = family
@@ -119,7 +119,7 @@ class _Ids:
 
 
 def _mistral_id(call_id: str) -> str:
-    """Return the same nine letters and digits for the same id, so that prompts stay cacheable."""
+    """Return nine letters and digits that depend only on the id, so that prompts stay cacheable."""
     number = int.from_bytes(hashlib.sha256(call_id.encode("utf-8", "replace")).digest()[:8], "big")
     digits = []
     for _ in range(9):

@@ -1,4 +1,4 @@
-"""The reader of calls that are JSON objects, alone or in lists: {"name", "arguments"}."""
+"""Readers for calls that are JSON objects, alone or in lists: {"name", "arguments"}."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _ARGUMENT_KEYS = ("arguments", "parameters")
 
 
 def read_json_call(source: Source, found: Found) -> Reading[None]:
-    """Read one object; its arguments stream if its name comes before them.
+    """Read one object; its arguments are emitted piece by piece if the name precedes them.
 
-    `arguments` and `parameters` mean the same; they may be an object, the JSON of one in a string,
-    or missing. Raises `NotACall` if it is no call of an offered tool, `Broken` if it breaks off.
+    `arguments` and `parameters` are synonyms: an object, a string with the JSON of an object, or
+    missing. Raises `NotACall` if it does not call a known tool, `Broken` if it is incomplete.
     """
     yield from source.expect("{")
     name = call_id = held = None
@@ -43,7 +43,7 @@ def read_json_call(source: Source, found: Found) -> Reading[None]:
         if (yield from source.accept("}")):
             break
         if started and (yield from source.peek()) not in '",':
-            return  # the closing brace is missing: what follows is not ours
+            return  # the closing brace is missing, so the call ends here
         yield from source.accept(",")
         yield from source.spaces()
         key = yield from _string(source)
@@ -73,8 +73,7 @@ def read_json_call(source: Source, found: Found) -> Reading[None]:
 
 
 def read_json_calls(source: Source, found: Found, separators: str = ",;") -> Reading[None]:
-    """Read a list of objects, or objects one after another, between them whitespace and
-    `separators`."""
+    """Read a list of objects, or objects separated by whitespace and `separators`."""
     in_list = yield from source.accept("[")
     read = 0
     while True:
@@ -117,21 +116,21 @@ def _arguments(value: Any) -> dict[str, Any]:
     raise NotACall
 
 
-_MAX_BLOCK = 1 << 15  # characters; their regular expressions take quadratic time at worst
+_MAX_BLOCK = 1 << 15  # characters; mlx-lm's regular expressions take quadratic time at worst
 _PACKAGE = "modelpack_server.tool_parsers._mlx_lm_tool_parsers"
 
 
 @functools.cache
 def tool_parser(name: str) -> types.ModuleType | None:
-    """Return mlx-lm's parser module of this name; None if mlx-lm does not have it (any more)."""
+    """Return mlx-lm's parser module with this name; None if this version of mlx-lm has none."""
     try:
         installed = importlib.util.find_spec("mlx_lm")
-    except ValueError:  # somebody put a module in its place
+    except ValueError:  # `sys.modules` has another module under this name
         return None
     if installed is None or not installed.submodule_search_locations:
         return None
     folder = Path(installed.submodule_search_locations[0]) / "tool_parsers"
-    if _PACKAGE not in sys.modules:  # a package without code, for their imports of one another
+    if _PACKAGE not in sys.modules:  # an empty package, so that the parsers can import each other
         package = types.ModuleType(_PACKAGE)
         package.__path__ = [str(folder)]
         sys.modules[_PACKAGE] = package
@@ -142,7 +141,7 @@ def tool_parser(name: str) -> types.ModuleType | None:
 
 
 def read_mlx_lm_block(parser: str, closing: str, source: Source, found: Found) -> Reading[None]:
-    """Read a block up to `closing`, and have mlx-lm's parser take it apart."""
+    """Read a block up to `closing` and parse it with mlx-lm's parser."""
     text, _ = yield from source.until(stops(closing), _MAX_BLOCK)
     module = tool_parser(parser)
     if module is None:
@@ -181,7 +180,7 @@ NAME = re.compile(r"[\w.\-]")
 
 
 def read_hermes_block(source: Source, found: Found) -> Reading[None]:
-    """Read what follows <tool_call>: an object, several, or a list of them, up to </tool_call>."""
+    """Read the text after <tool_call>: one or more objects or a list, up to </tool_call>."""
     yield from source.spaces()
     yield from read_json_calls(source, found)
     yield from source.spaces()
@@ -189,7 +188,7 @@ def read_hermes_block(source: Source, found: Found) -> Reading[None]:
 
 
 def read_json_block(closing: str, source: Source, found: Found) -> Reading[None]:
-    """Read JSON calls up to `closing`, which may be missing."""
+    """Read JSON calls up to `closing`, which is optional."""
     yield from source.spaces()
     yield from read_json_calls(source, found)
     yield from source.spaces()
@@ -198,10 +197,10 @@ def read_json_block(closing: str, source: Source, found: Found) -> Reading[None]
 
 
 def read_mistral_calls(source: Source, found: Found) -> Reading[None]:
-    """Read what follows [TOOL_CALLS], in any of the three generations.
+    """Read the text after [TOOL_CALLS], in any of Mistral's three formats.
 
-    [{"name": .., "arguments": ..}], name{..}, or name[CALL_ID]id[ARGS]{..}. Names without a marker
-    before them go on with the list, as long as an object follows.
+    These are [{"name": .., "arguments": ..}], name{..}, and name[CALL_ID]id[ARGS]{..}. A name
+    without a marker continues the list if an object follows.
     """
     yield from source.spaces()
     if (yield from source.peek()) in ("[", "{"):
@@ -227,7 +226,7 @@ _CALLS_END = "<｜tool▁calls▁end｜>"
 
 
 def read_deepseek_calls(source: Source, found: Found) -> Reading[None]:
-    """Read what follows <｜tool▁calls▁begin｜>: calls as V3 and R1, or as V3.1 write them."""
+    """Read the text after <｜tool▁calls▁begin｜>: calls in the format of V3 and R1, or of V3.1."""
     read = 0
     while True:
         yield from source.spaces()
@@ -268,7 +267,7 @@ _KIMI_ARGUMENTS = "<|tool_call_argument_begin|>"
 
 
 def read_kimi_calls(source: Source, found: Found) -> Reading[None]:
-    """Read what follows <|tool_calls_section_begin|>; a call's id is functions.NAME:NUMBER."""
+    """Read the text after <|tool_calls_section_begin|>; a call's id is functions.NAME:NUMBER."""
     read = 0
     while True:
         yield from source.spaces()
@@ -295,7 +294,7 @@ _CONTENT = "<|content|>"
 
 
 def read_functionary_turn(source: Source, found: Found) -> Reading[None]:
-    """Read what follows <|recipient|>: NAME, line break, <|content|>{..}; or text to all."""
+    """Read the text after <|recipient|>: NAME, line break, <|content|>{..}; or a text to `all`."""
     recipient = yield from source.word(NAME)
     yield from source.spaces()
     yield from source.expect(_CONTENT)
@@ -303,7 +302,7 @@ def read_functionary_turn(source: Source, found: Found) -> Reading[None]:
         yield from source.accept(" ")
         return
     yield from source.spaces()
-    if (yield from source.peek()) != "{":  # no arguments, or a code interpreter's code
+    if (yield from source.peek()) != "{":  # no arguments, or code for a code interpreter
         found.known(recipient)
         found.whole(recipient, {})
         return
@@ -312,6 +311,6 @@ def read_functionary_turn(source: Source, found: Found) -> Reading[None]:
 
 
 def read_python_tag(source: Source, found: Found) -> Reading[None]:
-    """Read what follows Llama's <|python_tag|>: JSON calls, between them semicolons."""
+    """Read the text after Llama's <|python_tag|>: JSON calls separated by semicolons."""
     yield from source.spaces()
     yield from read_json_calls(source, found)

@@ -1,4 +1,4 @@
-"""An incremental JSON checker that can complete text wherever it breaks off."""
+"""An incremental JSON scanner that can complete a text that ends anywhere."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ MAX_ATOM = 400  # characters of a number or a literal
 
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _ATOM_CHARACTERS = frozenset("+-.0123456789eEtrufalsn")
-_PLAIN = re.compile(r'[^"\\\x00-\x1f]*')  # characters that stand for themselves in a string
+_PLAIN = re.compile(r'[^"\\\x00-\x1f]*')  # string characters without escapes
 _SPACE = " \t\r\n"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def dump(value: Any) -> str:
-    """Write JSON; raises `ValueError` for what JSON has no word for (NaN, a set, bytes)."""
+    """Return a value as JSON; raises `ValueError` for values that JSON lacks (NaN, set, bytes)."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, RecursionError) as error:
         raise ValueError(str(error)) from error
-    return _LONE_SURROGATE.sub("\ufffd", text)  # it cannot be sent as UTF-8
+    return _LONE_SURROGATE.sub("\ufffd", text)  # a lone surrogate has no UTF-8
 
 
 def load_object(text: str) -> dict[str, Any]:
-    """Read a JSON object; raises `ValueError` for anything else, however deep or long."""
+    """Parse a JSON object; raises `ValueError` for any other text, including deeply nested JSON."""
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -37,29 +37,29 @@ def load_object(text: str) -> dict[str, Any]:
 
 
 class JsonScanner:
-    """Passes one JSON value on as it comes.
+    """Scans one JSON value in pieces and corrects common mistakes of models.
 
-    `scan` reads a text as far as the value goes. `take` returns what became final: strings
-    character by character, everything else as soon as it is complete and has a value, so that
-    `completion` can always close what was handed out. Slips that models make are mended: raw
-    control characters in a string, needless escapes, a comma before a closing bracket.
+    `scan` reads a text up to the end of the value. `take` returns the final part of the output:
+    strings character by character, other values when they are complete, so that `completion` can
+    always close the output. It corrects raw control characters in strings, invalid escapes and a
+    comma before a closing bracket.
     """
 
     def __init__(self) -> None:
         self.done = False
         self.failed = False
-        self._open: list[str] = []  # the brackets to be closed
+        self._open: list[str] = []  # the open brackets
         self._expects = "value"
         self._final: list[str] = []
-        self._pending = ""  # comma, key and colon: held until their value begins
+        self._pending = ""  # comma, key and colon, held back until the value begins
         self._atom = ""
         self._escape = ""
-        self._high = ""  # the escape of a high surrogate, until its other half has come
+        self._high = ""  # the escape of a high surrogate, held back until the low surrogate
         self._in_key = False
         self._in_string = False
 
     def scan(self, text: str) -> int:
-        """Read on; return how many characters were read. Sets `done` or `failed` where it stops."""
+        """Read more text; return the number of characters read. May set `done` or `failed`."""
         at = 0
         while at < len(text) and not self.done and not self.failed:
             at = self._string(text, at) if self._in_string else self._structure(text, at)
@@ -71,7 +71,7 @@ class JsonScanner:
         return final
 
     def completion(self) -> str:
-        """Return what makes valid JSON of what was taken, where the value is an object or array."""
+        """Return the text that completes the output so far to a JSON object or array."""
         if self.done:
             return ""
         closing = '"' if self._in_string and not self._in_key else ""
@@ -98,7 +98,7 @@ class JsonScanner:
             self._expects = "colon" if self._in_key else "after"
             self._in_key = False
             self._end_value_if_top()
-        else:  # a control character that should have been escaped
+        else:  # a control character without an escape
             self._write(json.dumps(character)[1:-1])
         return at + 1
 
@@ -111,7 +111,7 @@ class JsonScanner:
             elif character == "'":
                 self._write("'")
             else:
-                self._write("\\\\")  # no escape at all: a backslash, and then what comes
+                self._write("\\\\")  # not an escape: a backslash and the next character
                 self._escape = ""
                 return at
             self._escape = ""
@@ -128,7 +128,7 @@ class JsonScanner:
         return at + 1
 
     def _unit(self, escape: str) -> None:
-        """Take the escape of one UTF-16 unit: halves count in pairs only."""
+        """Read the escape of one UTF-16 unit; surrogates count only in pairs."""
         kind = escape[2:4].lower()
         if "dc" <= kind <= "df":
             self._write(self._high + escape if self._high else "\\ufffd")
@@ -180,7 +180,7 @@ class JsonScanner:
             self._expects = "key" if self._open[-1] == "{" else "value after comma"
         elif self._closes(character):
             if self._expects != "after":
-                self._pending = ""  # a comma too many
+                self._pending = ""  # a trailing comma
             self._open.pop()
             self._release(character)
             self._expects = "after"
@@ -204,7 +204,7 @@ class JsonScanner:
         return at
 
     def end_atom(self) -> None:
-        """Take a number or a literal as complete: what follows it has come, or nothing does."""
+        """Complete a number or a literal, since its end was reached."""
         if self._atom in ("true", "false", "null") or _NUMBER.fullmatch(self._atom):
             self._release(self._atom)
             self._expects = "after"

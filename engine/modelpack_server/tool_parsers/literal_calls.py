@@ -1,4 +1,4 @@
-"""The reader of calls that look like code: Gemma's call:NAME{...} and Python's [f(a=1)]."""
+"""Readers for calls that resemble code: Gemma's call:NAME{...} and Python's [f(a=1)]."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _MAX_DEPTH = 64
 
 
 def read_gemma_block(quote: str, closing: str, source: Source, found: Found) -> Reading[None]:
-    """Read call:NAME{key:value,...}, any number of them, up to `closing`.
+    """Read any number of calls call:NAME{key:value,...} up to `closing`.
 
-    `quote` is the token around strings, which stream; other arguments come whole. (mlx-lm's
-    parsers take finished blocks only; function_gemma's ends at the first brace, so that it loses
-    nested values, and gemma4's refuses keys with a dash.)
+    `quote` is the token around strings, which are emitted piece by piece; other arguments are
+    emitted whole. (mlx-lm's parsers accept complete blocks only; the one of function_gemma ends at
+    the first brace and loses nested values, the one of gemma4 rejects keys with a dash.)
     """
     read = 0
     while True:
@@ -74,7 +74,7 @@ def read_gemma_block(quote: str, closing: str, source: Source, found: Found) -> 
 
 
 def _separated(source: Source, closing: str) -> Reading[bool]:
-    """Read a comma; True too if `closing` comes next, which stays."""
+    """Read a comma and return True; also return True before `closing`, without consuming it."""
     yield from source.spaces()
     return (yield from source.accept(",")) or (yield from source.peek()) == closing
 
@@ -128,7 +128,7 @@ def _value(quote: str, source: Source, schema: Mapping[str, Any], depth: int) ->
 
 
 def read_python_block(closing: str, source: Source, found: Found) -> Reading[None]:
-    """Read [f(a=1), g()] up to `closing`; JSON calls in its place too."""
+    """Read [f(a=1), g()], or JSON calls, up to `closing`."""
     yield from source.spaces()
     start = source.position
     if (yield from source.peek()) == "{" or (yield from _json_list(source)):
@@ -150,7 +150,7 @@ def _json_list(source: Source) -> Reading[bool]:
 
 
 def read_python_list(source: Source, found: Found) -> Reading[None]:
-    """Read a bare [f(a=1), g()]."""
+    """Read [f(a=1), g()] without a marker."""
     start = source.position
     yield from source.expect("[")
     yield from source.spaces()
@@ -161,7 +161,7 @@ def read_python_list(source: Source, found: Found) -> Reading[None]:
 
 
 def _until_closed(source: Source, closing: str) -> Reading[None]:
-    """Read up to and over `closing`, over strings and brackets before it."""
+    """Read through `closing`, ignoring it within strings and brackets."""
     while (character := (yield from source.peek())) != closing:
         if not character or character in ")]}":
             raise NotACall
@@ -173,7 +173,7 @@ def _until_closed(source: Source, closing: str) -> Reading[None]:
 
 
 def _balanced(source: Source) -> Reading[None]:
-    """Read a string, or brackets and all within them; raises `NotACall` if they are not closed."""
+    """Read a string, or brackets with their content; raises `NotACall` if they do not end."""
     start = source.position
     depth, quote = 0, ""
     while True:
@@ -201,17 +201,17 @@ def _balanced(source: Source) -> Reading[None]:
 
 
 def read_tool_code(source: Source, found: Found) -> Reading[None]:
-    """Read what follows ```tool_code: calls, one a line, up to ```; print() around is dropped."""
+    """Read the text after ```tool_code: one call per line, up to ```; ignores print() around it."""
     text, _ = yield from source.until(stops("```"))
     lines = [line for line in text.strip().splitlines() if line.strip()]
     try:
         hand_out_python("[" + ",".join(lines) + "]", found)
     except NotACall:
-        hand_out_python(text, found)  # one call over several lines
+        hand_out_python(text, found)  # one call on several lines
 
 
 def read_text_call(source: Source, found: Found) -> Reading[None]:
-    """Read what follows call: in call:NAME(a="b")."""
+    """Read the text after `call:` in call:NAME(a="b")."""
     start = source.position
     found.known((yield from source.word(_CALL_NAME)))
     if (yield from source.peek()) != "(":
@@ -221,8 +221,10 @@ def read_text_call(source: Source, found: Found) -> Reading[None]:
 
 
 def hand_out_python(text: str, found: Found) -> None:
-    """Hand out a Python call, or a list of them; raises `NotACall` if one is no call of a tool with
-    literal keyword arguments. Nothing is evaluated."""
+    """Emit a Python call, or a list of calls, without evaluating anything.
+
+    Raises `NotACall` unless each calls a known tool with literal keyword arguments.
+    """
     try:
         node = parse_python(text)
         nodes = node.elts if isinstance(node, (ast.List, ast.Tuple)) else [node]
@@ -244,7 +246,7 @@ def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
     if name == "print" and len(node.args) == 1 and isinstance(node.args[0], ast.Call):
         return _call(node.args[0])
     if node.args or any(keyword.arg is None for keyword in node.keywords):
-        raise ValueError("an argument without a name")
+        raise ValueError("positional argument")
     arguments = {str(k.arg): python_literal(k.value) for k in node.keywords}
     return name.removeprefix("default_api."), arguments
 

@@ -10,7 +10,7 @@ from modelpack_server.tool_parsers.harmony import read_harmony
 from modelpack_server.tool_parsers.parts import Part, Tool
 from modelpack_server.tool_parsers.source import Broken, NotACall, Reading, Source, Stops, stops
 
-# Special tokens that end a turn. They come last, if at all: the engine stops at them.
+# Special tokens that end a turn. The engine stops at them, so they can only be last.
 END_TOKENS = (
     "<|im_end|>",
     "<|endoftext|>",
@@ -40,18 +40,19 @@ END_TOKENS = (
 
 
 class OutputParser:
-    """Reads one answer. How its text is cut into pieces makes no difference to what is found.
+    """Parses one reply, with the same result however its text is divided into pieces.
 
-    What cannot be read as a call of one of `tools` is text, markers and all. A call is handed out
-    from where it is certain: its tool is known and its arguments begin. The arguments of a call
-    that breaks off after that are completed to an object. Never raises, whatever the model writes.
+    Text that is not a valid call of one of `tools` remains text, including its markers. A call is
+    emitted as soon as its tool is known and its arguments begin. If it ends early after that, its
+    arguments are completed to an object. The parser never raises, for any output of a model.
 
-    Markers are found by their text. Those that are special tokens no tokenizer makes of a prompt's
-    words, and models do not spell them; ids would need the vocabulary of every model.
+    Markers are found by their text rather than by token ids, which would need each model's
+    vocabulary. That is safe: a model does not spell special tokens out, and no tokenizer produces
+    them from the text of a prompt.
 
     `starts_reasoning` says that the prompt opened a block of reasoning: see the function of this
-    name. Where thinking was switched off, pass `format.without_reasoning()`.
-    Without `parallel`, nothing is read after the first call, and `done` says so.
+    name. If reasoning is switched off, pass `format.without_reasoning()`. Without `parallel`, the
+    parser reads nothing after the first call, and `done` is True.
     """
 
     def __init__(
@@ -89,22 +90,24 @@ class OutputParser:
 
     @property
     def tool_calls(self) -> int:
-        """How many calls were begun."""
+        """The number of calls begun."""
         return self._found.calls
 
     @property
     def in_reasoning(self) -> bool:
-        """Whether the text that comes next is reasoning."""
+        """Whether the next text is reasoning."""
         return self._found.thinking
 
     @property
     def done(self) -> bool:
-        """Whether nothing that still comes will be read."""
+        """Whether the parser ignores all further text."""
         return self._reading is None
 
     def feed(self, text: str, token_ids: Sequence[int] = ()) -> list[Part]:
-        """Return what `text` makes certain. `token_ids`, its tokens, are counted only: those that
-        come while the model reasons are `reasoning_tokens`."""
+        """Return the parts that are final after `text`.
+
+        `token_ids` are its tokens, which only count towards `reasoning_tokens` during reasoning.
+        """
         if self.in_reasoning:
             self.reasoning_tokens += len(token_ids)
         if text:
@@ -113,7 +116,7 @@ class OutputParser:
         return self._found.take()
 
     def finish(self) -> list[Part]:
-        """Return what was held back, now that the answer is over."""
+        """Return the parts held back, since the reply has ended."""
         self._source.ended = True
         self._advance()
         self._reading = None
@@ -149,9 +152,9 @@ class OutputParser:
                 may_open = False
 
     def _opening(self) -> Reading[bool]:
-        """Read what may only begin an answer: reasoning in plain tags, calls without a marker.
+        """Read parts that may only begin a reply: reasoning in plain tags, calls without a marker.
 
-        Returns True if nothing after it is to be read.
+        Returns True if the rest of the reply must be ignored.
         """
         source, found = self._source, self._found
         while True:
@@ -167,13 +170,13 @@ class OutputParser:
         return (yield from self._read_call(self._family.bare, found.text))
 
     def _thoughts(self) -> Reading[None]:
-        """Read reasoning, up to and over the marker that ends it."""
+        """Read reasoning through the marker that ends it."""
         source, found, markers = self._source, self._found, self._markers
         assert markers is not None
         found.begin_reasoning()
         source.forget()
         spaces = yield from source.spaces()
-        if not (yield from source.accept(markers.opening)):  # the prompt opened it before
+        if not (yield from source.accept(markers.opening)):  # the prompt has opened the block
             found.reasoning(spaces)
         while True:
             stop = yield from self._hand_out(self._thought_stops, found.reasoning)
@@ -190,7 +193,7 @@ class OutputParser:
                 yield from self._drop(stop, found.reasoning)
 
     def _hand_out(self, ends: Stops, hand_out: Callable[[str], None]) -> Reading[str | None]:
-        """Hand out text up to a stop, which stays; None if the answer ends first."""
+        """Emit text up to a stop, and return the stop without consuming it; None at the end."""
         source = self._source
         while True:
             at, stop = ends.find(source.rest, 0, ended=source.ended)
@@ -208,9 +211,9 @@ class OutputParser:
         )
 
     def _read_call(self, reader: Reader, hand_out: Callable[[str], None]) -> Reading[bool]:
-        """Have `reader` read calls; what it says is none goes to `hand_out`.
+        """Read calls with `reader`; pass text that is not a call to `hand_out`.
 
-        Returns True if it was a call, and no other is wanted.
+        Returns True after a call if parallel calls are not allowed.
         """
         source, found = self._source, self._found
         try:
@@ -237,8 +240,8 @@ class OutputParser:
             yield from source.more()
 
     def _drop(self, token: str, hand_out: Callable[[str], None]) -> Reading[None]:
-        """Drop a special token that is none of the text. What looks like HTML is one at the end
-        only: in the midst of an answer, </s> is somebody's page."""
+        """Drop a special token. One that looks like an HTML tag is dropped only at the end: within
+        a reply, </s> is HTML."""
         self._source.advance(len(token))
         if "|" not in token and "｜" not in token and (yield from self._source.peek()):
             hand_out(token)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function that the caller offers; `parameters` is the JSON schema of its arguments."""
+    """A function that the model may call; `parameters` is the JSON schema of its arguments."""
 
     name: str
     description: str = ""
@@ -19,7 +19,7 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """`names` narrows what may be called: one for a named tool, several for allowed tools."""
+    """Whether the model calls tools; `names` restricts them: to a named tool, or allowed tools."""
 
     mode: Literal["auto", "none", "required"] = "auto"
     names: tuple[str, ...] = ()
@@ -27,11 +27,11 @@ class ToolChoice:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningMarkers:
-    """`opening` and `closing` enclose reasoning.
+    """The markers around reasoning.
 
-    `anywhere`: the opening is a special token, which no model writes by accident, so it counts
-    wherever it stands. Otherwise it counts only where a block can begin: at the beginning, after
-    another block, and after calls. A model that explains the tag in its answer keeps it.
+    `anywhere`: the opening is a special token, which models do not write as text, so it counts
+    anywhere. Otherwise it counts only where a block can begin: at the beginning, after another
+    block and after calls. A reply that explains the tag keeps it as text.
     """
 
     opening: str
@@ -50,21 +50,21 @@ HARMONY = ReasoningMarkers("<|channel|>analysis<|message|>", "<|end|>", anywhere
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A piece of the answer."""
+    """A piece of the reply's text."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """A piece of what the model thinks before it answers."""
+    """A piece of the reasoning."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ToolStart:
-    """A call begins: the `index`-th of this output, from 0, of a tool that was offered."""
+    """The beginning of a call: call number `index` of this reply, from 0."""
 
     index: int
     id: str
@@ -73,7 +73,7 @@ class ToolStart:
 
 @dataclass(frozen=True, slots=True)
 class ToolArguments:
-    """A piece of a call's arguments; all pieces of one index together are a JSON object."""
+    """A piece of a call's arguments; the pieces of one index form a JSON object."""
 
     index: int
     fragment: str

@@ -1,8 +1,7 @@
-"""Text that arrives in pieces, for readers written as generators.
+"""Input text that arrives in pieces, for readers that are generators.
 
-A reader is written as if all text were there; wherever it cannot decide, it yields, and goes on
-when the next piece has come. How a text was cut into pieces therefore makes no difference to what
-is read.
+A reader is written as if the whole text were available. When it needs more text, it yields until
+the next piece arrives. The result therefore does not depend on the division into pieces.
 """
 
 from __future__ import annotations
@@ -16,25 +15,25 @@ T = TypeVar("T")
 Reading = Generator[None, None, T]
 
 MAX_NAME = 256  # characters of a tool's or a parameter's name
-MAX_HELD = 1 << 18  # characters of a block that is held back until it is closed
+MAX_HELD = 1 << 18  # characters of a block that is held back until its end
 
 
 class NotACall(Exception):
-    """What looked like a call is none; what was read of it is plain text."""
+    """The text is not a call; the part that was read is plain text."""
 
 
 class Broken(Exception):
-    """A call that has begun cannot be read to its end."""
+    """A call that has begun is invalid or incomplete."""
 
 
 @functools.cache
 def stops(*strings: str) -> Stops:
-    """Return the `Stops` of these strings; made once, for they are the same for every answer."""
+    """Return the `Stops` for these strings, cached because they are the same for each reply."""
     return Stops(strings)
 
 
 class Stops:
-    """Strings to look for together."""
+    """A set of strings to search for."""
 
     def __init__(self, strings: Iterable[str]) -> None:
         self.strings = tuple(sorted(set(strings), key=lambda s: (-len(s), s)))
@@ -43,22 +42,22 @@ class Stops:
         self._longest = max(map(len, self._prefixes), default=0)
 
     def find(self, text: str, start: int, *, ended: bool) -> tuple[int, str | None]:
-        """Return how much of `text` surely lies before the first stop, and that stop.
+        """Return the index up to which `text` contains no stop, and the first stop.
 
-        None where there is no stop yet: the rest may be the beginning of one.
+        The stop is None if there is none yet; the text after the index may begin one.
         """
         found = self._pattern.search(text, start) if self._pattern else None
         if ended:
             return (found.start(), found[0]) if found else (len(text), None)
         last = len(text) if found is None else found.start() + 1
         for at in range(max(start, len(text) - self._longest), last):
-            if text[at:] in self._prefixes:  # a longer or an earlier stop may be under way
+            if text[at:] in self._prefixes:  # a longer or an earlier stop may begin here
                 return at, None
         return (found.start(), found[0]) if found else (len(text), None)
 
 
 class Source:
-    """The text, and how far it was read."""
+    """The text so far, with the position up to which it was read."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -71,7 +70,7 @@ class Source:
 
     @property
     def position(self) -> int:
-        """A place to come back to with `since`, until `forget` is called."""
+        """The current position, for `since` and `back_to`; valid until `forget`."""
         return self._forgotten + self._at
 
     def since(self, position: int) -> str:
@@ -79,29 +78,29 @@ class Source:
 
     @property
     def read(self) -> str:
-        """What was read since `forget`."""
+        """The text read since `forget`."""
         return self._text[: self._at]
 
     def forget(self) -> None:
-        """Drop what was read: nobody will ask for it."""
+        """Drop the text that was read."""
         self._forgotten += self._at
         self._text = self._text[self._at :]
         self._at = 0
 
     @property
     def rest(self) -> str:
-        """What has come and was not read."""
+        """The text that has arrived and was not read."""
         return self._text[self._at :]
 
     def advance(self, count: int) -> None:
         self._at += count
 
     def back_to(self, position: int) -> None:
-        """Read again from a position that was not forgotten."""
+        """Go back to an earlier position."""
         self._at = position - self._forgotten
 
     def more(self) -> Reading[bool]:
-        """Wait for text; False if none comes any more."""
+        """Wait for more text; return False at the end."""
         before = len(self._text)
         while not self.ended:
             yield
@@ -117,7 +116,7 @@ class Source:
         return self._text[self._at]
 
     def accept(self, literal: str) -> Reading[bool]:
-        """Read `literal` if it comes next; read nothing if it does not."""
+        """Read `literal` if it is next, and return whether it was."""
         while not self._text.startswith(literal, self._at):
             have = len(self._text) - self._at
             if have >= len(literal) or self._text[self._at :] != literal[:have]:
@@ -128,7 +127,7 @@ class Source:
         return True
 
     def close(self, literal: str) -> Reading[bool]:
-        """Read the marker that ends a call, or what there is of it where the answer breaks off."""
+        """Read the marker that ends a call, or its beginning if the text ends within it."""
         if (yield from self.accept(literal)):
             return True
         if not self.ended or not self.rest or not literal.startswith(self.rest):
@@ -137,7 +136,7 @@ class Source:
         return True
 
     def expect(self, literal: str) -> Reading[None]:
-        """Read `literal`; raises `NotACall` if it does not come next."""
+        """Read `literal`; raises `NotACall` if it is not next."""
         if not (yield from self.accept(literal)):
             raise NotACall
 
@@ -149,8 +148,8 @@ class Source:
         return self.since(start)
 
     def word(self, pattern: re.Pattern[str], limit: int = MAX_NAME) -> Reading[str]:
-        """Read characters that match `pattern` (of one character); raises `NotACall` beyond
-        `limit`, or if there is none."""
+        """Read one or more characters that match `pattern`; raises `NotACall` for none, or for
+        more than `limit`."""
         start = self.position
         while (character := (yield from self.peek())) and pattern.match(character):
             self._at += 1
@@ -161,9 +160,9 @@ class Source:
         return self.since(start)
 
     def until(self, ends: Stops, limit: int = MAX_HELD) -> Reading[tuple[str, str]]:
-        """Read up to and over the first stop; return what lies before it, and the stop.
+        """Read through the first stop; return the text before it, and the stop.
 
-        Raises `NotACall` if none comes within `limit` characters.
+        Raises `NotACall` if there is none within `limit` characters.
         """
         start = self.position
         searched = self._at

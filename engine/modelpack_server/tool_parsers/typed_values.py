@@ -1,4 +1,4 @@
-"""Arguments written as bare text, converted to the types of the tool's JSON schema."""
+"""Conversion of arguments from plain text to the types of the tool's JSON schema."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ _TYPES_OF_VALUES: dict[type, str] = {
     list: "array",
     type(None): "null",
 }
-_MAX_LITERAL = 1 << 16  # characters of a Python literal; the compiler takes memory by the token
+_MAX_LITERAL = (
+    1 << 16
+)  # characters of a Python literal, since Python's parser needs memory for each token
 _MAX_NESTING = 64
 
 
@@ -39,7 +41,7 @@ def parameter_schema(tool: Tool, parameter: str) -> Mapping[str, Any]:
 
 
 def allowed_types(schema: Mapping[str, Any], depth: int = 8) -> frozenset[str]:
-    """Return the names of the JSON types that a schema admits; empty where it does not say."""
+    """Return the JSON types that a schema allows; empty if it does not restrict them."""
     named = schema.get("type")
     types = {named} if isinstance(named, str) else set()
     if isinstance(named, list):
@@ -58,16 +60,15 @@ def allowed_types(schema: Mapping[str, Any], depth: int = 8) -> frozenset[str]:
 
 
 def is_string(schema: Mapping[str, Any]) -> bool:
-    """Tell whether a schema admits strings, and nothing else."""
+    """Return whether a schema allows only strings."""
     return allowed_types(schema) == {"string"}
 
 
 def typed(text: str, schema: Mapping[str, Any]) -> Any:
-    """Return the value that `text` spells: a string where the schema says string, else JSON.
+    """Return the value of `text`: a string if the schema says string, otherwise JSON.
 
-    Where a schema admits strings and other things, a text is the other thing only if it can hardly
-    be meant as a string: null, an object, an array. What cannot be read as what it should be stays
-    a string, for the tool to complain about.
+    If a schema allows strings and other types, only null, an object or an array counts as the other
+    type. A text that is not valid for its type remains a string, which the tool can reject.
     """
     types = allowed_types(schema)
     if types == {"string"}:
@@ -87,7 +88,7 @@ def typed(text: str, schema: Mapping[str, Any]) -> Any:
 
 
 def json_or_text(text: str) -> Any:
-    """Return the JSON value that `text` is, or the text where it is none."""
+    """Return the JSON value of `text`, or the text if it is not JSON."""
     try:
         return _json_or_constant(text.strip())
     except ValueError:
@@ -95,9 +96,9 @@ def json_or_text(text: str) -> Any:
 
 
 def literal(text: str) -> Any:
-    """Read a value as JSON, else as a Python literal; raises `ValueError` for anything else.
+    """Parse a text as JSON or as a Python literal; raises `ValueError` if it is neither.
 
-    Never evaluates: a name or a call in the text is no literal.
+    It evaluates nothing: names and calls are not literals.
     """
     text = text.strip()
     try:
@@ -117,19 +118,19 @@ def _json_or_constant(text: str) -> Any:
 
 
 def parse_python(text: str) -> ast.expr:
-    """Parse one Python expression; raises `ValueError` for what is none, too long or too deep."""
+    """Parse a Python expression; raises `ValueError` if it is invalid, too long or too deep."""
     if len(text) > _MAX_LITERAL:
         raise ValueError("too long")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an unknown escape in the model's strings
+            warnings.simplefilter("ignore")  # unknown escapes in the model's strings
             return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, MemoryError, RecursionError) as error:
-        raise ValueError("no Python expression") from error
+        raise ValueError("not a Python expression") from error
 
 
 def python_literal(node: ast.expr) -> Any:
-    """Return the value of a literal, true, false and null included; raises `ValueError`."""
+    """Return the value of a literal, including JSON's true, false and null; raises `ValueError`."""
     try:
         value = ast.literal_eval(_Lowercase().visit(node))
     except (TypeError, SyntaxError, MemoryError, RecursionError) as error:
@@ -138,7 +139,7 @@ def python_literal(node: ast.expr) -> Any:
 
 
 class _Lowercase(ast.NodeTransformer):
-    """JSON's spelling of constants: templates show nested values as JSON."""
+    """Replaces JSON's constants with Python's: templates show nested values as JSON."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         constants = {"true": True, "false": False, "null": None}
@@ -148,7 +149,7 @@ class _Lowercase(ast.NodeTransformer):
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """Turn tuples and sets into lists and refuse what JSON has no word for."""
+    """Turn tuples and sets into lists; raise `ValueError` for values that JSON does not have."""
     if depth > _MAX_NESTING:
         raise ValueError("nested too deeply")
     if isinstance(value, dict):
@@ -158,7 +159,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, (set, frozenset)):
         return [_plain(item, depth + 1) for item in sorted(value, key=repr)]
     if type(value) not in _TYPES_OF_VALUES:
-        raise ValueError(f"no JSON for {type(value).__name__}")
+        raise ValueError(f"JSON has no {type(value).__name__}")
     return _finite(value)
 
 
@@ -168,5 +169,5 @@ def _key(key: Any) -> str:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("JSON has no word for it")
+        raise ValueError("not a JSON value")
     return value

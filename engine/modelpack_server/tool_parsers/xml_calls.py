@@ -1,8 +1,8 @@
-"""The reader of calls in tags: each argument in a tag of its own, as bare text.
+"""Readers for calls in tags: each argument is plain text in its own tag.
 
-mlx-lm has parsers for these (qwen3_coder, minimax_m2, glm47). They take finished blocks, so nothing
-streams, and they turn the string "null" into null, drop whole calls over one ill-typed number, and
-make up calls of tools that nobody offered; hence our own.
+mlx-lm has parsers for these formats (qwen3_coder, minimax_m2, glm47), but they accept only complete
+blocks, so arguments cannot be streamed. They also turn the string "null" into null, drop a call for
+one invalid number, and return calls of unknown tools.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _QUOTED_NAME = re.compile(r"[^\"<>]")
 
 
 def _trimmed(value: str) -> str:
-    """Take the line breaks off that templates put around a value."""
+    """Remove the line breaks that templates put around a value."""
     return value.removeprefix("\n").removesuffix("\n")
 
 
@@ -68,13 +68,13 @@ def read_function_tag(source: Source, found: Found) -> Reading[None]:
             members.end()
             raise Broken from None
         source.forget()
-        if stop == "</function>":  # the parameter was not closed
+        if stop == "</function>":  # the parameter has no closing tag
             members.end()
             return
 
 
 def read_qwen_block(source: Source, found: Found) -> Reading[None]:
-    """Read what follows <tool_call>: function tags up to </tool_call>."""
+    """Read the text after <tool_call>: function tags up to </tool_call>."""
     yield from source.spaces()
     yield from source.expect("<function=")
     yield from read_function_tag(source, found)
@@ -82,7 +82,7 @@ def read_qwen_block(source: Source, found: Found) -> Reading[None]:
 
 
 def read_bare_function(source: Source, found: Found) -> Reading[None]:
-    """Read what follows <function= where the model left <tool_call> out."""
+    """Read the text after <function= if the model omitted <tool_call>."""
     yield from read_function_tag(source, found)
     yield from _more_functions(source, found)
 
@@ -99,10 +99,10 @@ def _more_functions(source: Source, found: Found) -> Reading[None]:
 
 
 def read_invokes(prefix: str, closing: str, source: Source, found: Found) -> Reading[None]:
-    """Read <invoke name="N"><parameter name="P">VALUE</parameter></invoke>, any number of them.
+    """Read any number of <invoke name="N"><parameter name="P">VALUE</parameter></invoke>.
 
-    `prefix` stands before every tag's name (DeepSeek's ｜DSML｜). An attribute string="true" or
-    "false" on a parameter says whether its value is text or JSON, where there is one.
+    `prefix` precedes each tag's name (DeepSeek's ｜DSML｜). The optional attribute string="true" or
+    "false" of a parameter says whether its value is text or JSON.
     """
     read = 0
     while True:
@@ -158,7 +158,7 @@ def _read_invoke(prefix: str, source: Source, found: Found) -> Reading[None]:
 
 
 def _attribute(source: Source) -> Reading[str]:
-    """Read an attribute's value, in quotes or without."""
+    """Read an attribute's value, with or without quotes."""
     if (yield from source.accept('"')):
         value = yield from source.word(_QUOTED_NAME)
         yield from source.expect('"')
@@ -177,7 +177,7 @@ _GLM_VALUE_END = stops("</arg_value>")
 def read_glm_block(source: Source, found: Found) -> Reading[None]:
     """Read NAME <arg_key>K</arg_key><arg_value>V</arg_value> ... </tool_call>.
 
-    A JSON call in the block is read as one: smaller models of the family fall back on it.
+    The block may also contain a JSON call, which smaller models of the family write.
     """
     yield from source.spaces()
     if (yield from source.peek()) == "{":

@@ -165,8 +165,8 @@ async def test_errors_name_no_other_models() -> None:
         with pytest.raises(ModelLoadError) as damaged:
             await pool.preload("b")
         assert pool.readiness() == (True, "")
-    assert str(large.value) == "the model does not fit into the memory that is free"
-    assert str(damaged.value) == "the model could not be loaded"
+    assert str(large.value) == "the model does not fit into the free memory"
+    assert str(damaged.value) == "cannot load the model"
     with pytest.raises(OutOfMemoryError, match="held by c"):
         await pool.preload("a")
     await pool.close()

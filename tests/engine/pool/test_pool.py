@@ -263,7 +263,7 @@ async def test_a_pinned_model_is_loaded_again_with_its_new_settings() -> None:
     shelf.fails.add("a")
     await pool.configure("a", ModelSettings(preset="chat"))
     await settle(pool)
-    assert "could not be loaded" in pool.readiness()[1]
+    assert "cannot load the model" in pool.readiness()[1]
     await pool.close()
 
 

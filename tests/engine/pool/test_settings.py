@@ -127,7 +127,7 @@ def test_settings_over_others() -> None:
     assert over.preset == "chat"
     assert over.keep_alive == 0
     assert over.runtime_flags == ("--temp", "1", "--top-k", "2")
-    with pytest.raises(UsageError, match="no preset 'loud'"):
+    with pytest.raises(UsageError, match="no such preset: 'loud'"):
         ModelSettings(preset="loud").check()
 
 

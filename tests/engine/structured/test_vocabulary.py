@@ -62,7 +62,7 @@ def test_a_tokenizer_with_holes_and_no_special_tokens() -> None:
 def test_a_model_without_an_end_is_refused() -> None:
     plain = byte_tokenizer([])
     endless = Tokenizer(plain._backend, text=TokenText.BYTE_LEVEL, eos_token_ids=[])
-    with pytest.raises(RequestError, match="ends a text"):
+    with pytest.raises(RequestError, match="end-of-text token"):
         grammar_vocabulary(endless)
 
 
