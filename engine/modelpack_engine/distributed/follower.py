@@ -1,14 +1,14 @@
-"""Any rank but 0: it holds its part of a model, and runs what rank 0 says, in that order.
+"""A follower: a rank other than 0, which runs the requests of rank 0 on its part of a model.
 
-    LOAD       read the files, keep this rank's part; answer
-    CONFIGURE  answer how many blocks there is room for
-    BUILD      make the runner and test it, as rank 0 does at the same time; answer
+    LOAD       read the files and keep this rank's part; respond
+    CONFIGURE  respond with the number of blocks that fit
+    BUILD      make the runner and test it, as rank 0 does at the same time; respond
     WARM_UP    compile steps
-    STEP …     build the graph, launch it, and wait for the step before
+    STEP …     build the graph, launch it, and wait for the previous step
     UNLOAD     drop the model
 
-A step is launched when rank 0 launches it: before or after the one before it has been waited for.
-Errors up to BUILD are answers, and the rank goes on; later ones end it, and with it the group.
+A follower launches a step when rank 0 does: before or after it waits for the previous step. It
+reports errors up to BUILD and continues; a later error ends the follower, and with it the group.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ from modelpack_engine.sampling.sampler import Sampled
 
 _log = logging.getLogger(__name__)
 
-#: From the name of a model that rank 0 loads, and what divides it, to this rank's part.
+#: Loads this rank's part: gets the name of the model that rank 0 loads, and what divides it.
 Load = Callable[[str, Shard], LoadedModel]
 
 
 def follow(group: Group, channel: FollowerChannel, load: Load) -> None:
-    """Do what rank 0 says until it says BYE; raises what goes wrong once steps run."""
+    """Run rank 0's requests until its BYE; raise the errors of running steps."""
     follower = _Follower(group, channel, load)
     try:
         while True:
             kind, body = channel.receive()
             if kind is Kind.BYE:
                 return
-            follower.obey(kind, body)
+            follower.handle(kind, body)
     except Exception as error:
         _log.exception("rank %d ends", group.rank)
         channel.fail(error)
@@ -66,13 +66,13 @@ def follow(group: Group, channel: FollowerChannel, load: Load) -> None:
 
 @dataclass(slots=True)
 class _Held:
-    """A model on its way to running: each part follows from those before."""
+    """A model that is loaded in steps; each field needs those before it."""
 
     loaded: LoadedModel
     config: EngineConfig | None = None
     sizes: Sizes | None = None
     runner: ModelRunner | None = None
-    #: The tokens of the step in flight, and what of it is waited for.
+    #: The tokens of the step in flight, and its arrays to wait for.
     sampled: Sampled | None = None
     in_flight: list[mx.array] | None = None
 
@@ -82,8 +82,8 @@ class _Follower:
         self._group, self._channel, self._load = group, channel, load
         self._held: _Held | None = None
 
-    def obey(self, kind: Kind, body: bytes) -> None:
-        """Do what one message says."""
+    def handle(self, kind: Kind, body: bytes) -> None:
+        """Run the request in a message."""
         if kind is Kind.UNLOAD:
             self._unload()
         elif kind is Kind.LOAD:
@@ -96,18 +96,18 @@ class _Follower:
             self._run(kind, body)
 
     def _try(self, body: bytes, work: Callable[..., dict[str, Any]], **types: type) -> None:
-        """Answer what comes of `work`, or what it raises."""
+        """Respond with the result of `work`, or with its error."""
         given = wire.fields(body, number=int, **types)
         number = given.pop("number")
         try:
             answer = work(**given)
-        except Exception as error:  # noqa: BLE001 - rank 0 has to hear of it, whatever it is
+        except Exception as error:  # noqa: BLE001 - rank 0 gets every error
             self._unload()
             self._channel.refuse(number, error)
         else:
             self._channel.answer(number, **answer)
 
-    # Up to a model that runs.
+    # Loading a model
 
     def _load_part(self, key: str) -> dict[str, Any]:
         self._unload()
@@ -121,10 +121,12 @@ class _Follower:
     def _configure(self, config: Mapping[str, Any]) -> dict[str, Any]:
         held = self._held
         if held is None:
-            raise WireError("a configuration before a model")
+            raise WireError("CONFIGURE before LOAD")
         names = {field.name for field in fields(EngineConfig)}
         if set(config) != names:
-            raise WireError(f"a configuration of {sorted(config)}, expected {sorted(names)}")
+            raise WireError(
+                f"the configuration has the fields {sorted(config)}, expected {sorted(names)}"
+            )
         held.config = EngineConfig(**config)
         kv_cache_dtype = parse_kv_cache_dtype(held.config.kv_cache_dtype)
         layout = layout_with_cache_type(held.loaded.model, kv_cache_dtype)
@@ -140,7 +142,7 @@ class _Follower:
     def _build(self, body: bytes) -> None:
         held = self._held
         if held is None or held.config is None or held.sizes is None:
-            raise WireError("steps are to run before the model was configured")
+            raise WireError("BUILD before CONFIGURE")
         given = wire.fields(
             body, number=int, num_blocks=int, max_model_len=int, max_num_batched_tokens=int
         )
@@ -154,15 +156,15 @@ class _Follower:
             return
         self._wait(self._held)
         self._held = None
-        gc.collect()  # a model is full of cycles, and its memory is wanted now
+        gc.collect()  # a model has reference cycles; free its memory now
         mx.clear_cache()
 
-    # A model that runs.
+    # Running a model
 
     def _run(self, kind: Kind, body: bytes) -> None:
         held = self._held
         if held is None or held.runner is None:
-            raise WireError(f"{kind.name} before the model was built")
+            raise WireError(f"{kind.name} before BUILD")
         if kind is Kind.STEP:
             self._step(held, held.runner, unpack_step(body))
         elif kind is Kind.RELEASE:
@@ -175,7 +177,7 @@ class _Follower:
             shapes = zip(*[iter(unpack_integers(body))] * 3, strict=True)
             held.runner.warm_up(StepShape(*shape) for shape in shapes)
         else:
-            raise WireError(f"a message of the kind {kind.name}")
+            raise WireError(f"a message of the unexpected kind {kind.name}")
 
     def _step(self, held: _Held, runner: ModelRunner, step: RemoteStep) -> None:
         batch = step.batch
@@ -186,7 +188,7 @@ class _Follower:
             sampled = Sampled.of(self._group.take_tokens(step.num_sampled, logits))
             outputs = list(sampled.arrays())
         elif batch.sample_rows:
-            outputs = [logits]  # for the log-probabilities of a prompt
+            outputs = [logits]  # log-probabilities of a prompt need them
         if not runner.writes_in_place:
             self._wait(held)
         mx.async_eval(*outputs, *runner.pools())

@@ -1,10 +1,10 @@
 """Group: the ranks that MLX connects, and collectives that run in the same order on all of them.
 
-MLX computes what does not depend on each other in any order, and a graph that differs a little
-(rank 0 samples, the others do not) may be walked in another one. In most models every sum needs the
-one before it. But where sequences are computed one by one, their sums are independent of each
-other: two ranks that come by them in a different order add up parts of different sequences, and
-nothing says so. Hence each collective is made to depend on the one before it in its step.
+MLX runs independent operations in any order, and the ranks' graphs differ a little (only rank 0
+samples), so their orders may differ too. In most models every collective needs the result of the
+one before it. But where sequences are computed one by one, their collectives are independent: two
+ranks that run them in different orders add up parts of different sequences, without any error.
+Each collective is therefore made to depend on the one before it in its step.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class OrderedRunner(ModelRunner):
 
 Backend = Literal["ring", "nccl", "jaccl"]
 
-#: Where rank 0 listens for the others, where its address in the group is not the right one.
+#: The variable with the address on which rank 0 listens, if not its address in the group.
 CHANNEL_HOST = "MODELPACK_CHANNEL_HOST"
 
 
@@ -63,9 +63,9 @@ class Place:
 
 
 def find_place(environ: Mapping[str, str] = os.environ) -> Place | None:
-    """Return the place that MLX's variables give this process; None if nothing launched it so.
+    """Return the place that MLX's variables give this process, or None if they are not set.
 
-    Raises `EngineError` where they make no sense. Source: MLX's documentation, "Distributed
+    Raises `EngineError` if they are not valid. Source: MLX's documentation, "Distributed
     Communication", section "Distributed Without mlx.launch".
     """
     rank = environ.get("MLX_RANK")
@@ -87,7 +87,7 @@ def _backend(environ: Mapping[str, str]) -> tuple[Backend, str]:
     raise EngineError(
         "MLX_RANK is set, but neither MLX_HOSTFILE (ring), NCCL_HOST_IP (NCCL) nor "
         "MLX_JACCL_COORDINATOR (JACCL)",
-        hint="start the ranks with mlx.launch, or leave MLX_RANK out: then they are started here",
+        hint="start the ranks with mlx.launch, or unset MLX_RANK to start them on this machine",
     )
 
 
@@ -97,7 +97,7 @@ def _first_address(path: str) -> str:
             address = json.load(file)[0][0]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise EngineError(
-            f"MLX_HOSTFILE {path}: no list of the ranks' addresses: {error}"
+            f"MLX_HOSTFILE {path}: not a list of the ranks' addresses: {error}"
         ) from None
     return str(address)
 
@@ -108,12 +108,12 @@ def _host_of(address: str) -> str:
 
 #: Seconds that a rank may start later than another; MLX itself gives up after 15.
 _JOINING = 60.0
-# Integers that the address of the channel is sent in: a length, then a byte each.
+# The number of integers in a broadcast: the length of the data, then one for each byte.
 _ADDRESS = 256
 
 
 class Group:
-    """The ranks that MLX has connected; `mlx` is its own group."""
+    """The ranks that MLX has connected; `mlx` is MLX's group."""
 
     def __init__(self, place: Place, size: int) -> None:
         """Connect, which waits for all ranks; raises `EngineError`."""
@@ -123,12 +123,12 @@ class Group:
         self.size: int = self.mlx.size()
         if self.size != size:
             raise EngineError(
-                f"{self.size} ranks were started, and the tensor parallel size is {size}",
-                hint=f"start as many ranks, or give --tensor-parallel-size {self.size}",
+                f"{self.size} ranks were started, but the tensor parallel size is {size}",
+                hint=f"start {size} ranks, or use --tensor-parallel-size {self.size}",
             )
 
     def broadcast(self, data: bytes) -> bytes:
-        """Return rank 0's `data`, at most 255 bytes, on every rank; theirs are ignored."""
+        """Return rank 0's `data`, at most 255 bytes, on every rank; ignore that of other ranks."""
         numbers = [0] * _ADDRESS
         if self.rank == 0:
             assert len(data) < _ADDRESS
@@ -139,20 +139,20 @@ class Group:
         return bytes(total[1 : total[0] + 1])
 
     def give_tokens(self, token_ids: mx.array) -> mx.array:
-        """Rank 0: return the tokens, int32 [rows], as every rank gets them."""
+        """Rank 0: send the sampled tokens, int32 [rows], to every rank; return them."""
         return mx.distributed.all_sum(token_ids, group=self.mlx)
 
     def take_tokens(self, count: int, logits: mx.array) -> mx.array:
         """Any other rank: return the tokens that rank 0 samples, int32 [count].
 
-        `logits` come first, as at rank 0: the ranks have to come by all sums in one order.
+        The result depends on `logits`, as on rank 0, so that all collectives run in one order.
         """
         zeros = mx.depends([mx.zeros((count,), mx.int32)], [logits])[0]
         return mx.distributed.all_sum(zeros, group=self.mlx)
 
 
 def _join(place: Place) -> mx.distributed.Group:
-    """Return MLX's group; a rank that is not there yet is tried again, as it may start slowly."""
+    """Return MLX's group; try again while a rank that starts slowly is missing."""
     deadline = time.monotonic() + _JOINING
     while True:
         try:
@@ -160,5 +160,5 @@ def _join(place: Place) -> mx.distributed.Group:
         except (RuntimeError, ValueError) as error:
             if "connect" not in str(error) or time.monotonic() > deadline:
                 raise EngineError(
-                    f"rank {place.rank} cannot join the others by {place.backend}: {error}"
+                    f"rank {place.rank} cannot join the others over {place.backend}: {error}"
                 ) from error

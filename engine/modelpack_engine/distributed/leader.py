@@ -1,8 +1,8 @@
-"""Rank 0: an engine as on one device, whose followers run every step that it runs.
+"""Rank 0: an engine as on one device, whose steps the followers run too.
 
-The scheduler, the requests and the sampling are rank 0's alone. A step goes out before its graph is
-built here, so that all ranks build at the same time; from then on each rank has to compute it, as
-the others wait inside its sums. Whatever goes wrong from there ends the whole group.
+Only rank 0 has requests, schedules and samples. It sends a step before it builds the graph, so that
+all ranks build at the same time. From then on every rank has to run the step, because the others
+wait in its collectives: any error ends the whole group.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from modelpack_engine.sampling.sampler import Sampled, SampleRow
 
 
 class Ranks:
-    """The ranks as rank 0 has them. They hold one model at a time."""
+    """The group of ranks, as rank 0 uses it. It holds one model at a time."""
 
     def __init__(self, group: Group, channel: LeaderChannel) -> None:
         self.group = group
@@ -47,11 +47,11 @@ class Ranks:
 
     @property
     def size(self) -> int:
-        """How many ranks there are, this one included."""
+        """The number of ranks, rank 0 included."""
         return self.group.size
 
     def shard(self, model: Module, config: Mapping[str, Any]) -> None:
-        """Leave this rank's part in a model."""
+        """Reduce a model to this rank's part."""
         shard(model, config, self.group.mlx)
 
     def engine(
@@ -63,12 +63,12 @@ class Ranks:
         """Load the model `key` on all ranks, here by `load`; return an engine over them.
 
         Has to run in the thread that steps the engine. Raises `OutOfMemoryError` while the ranks
-        hold another model, and whatever a rank has to say that cannot load its part.
+        hold another model, and the error of a rank that cannot load its part.
         """
         with self._lock:
             if self._key is not None:
                 raise OutOfMemoryError(
-                    f"the {self.size} ranks hold another model ({self._key}), and one at a time",
+                    f"the {self.size} ranks hold another model ({self._key}) already",
                     hint="unload it first",
                 )
             self._key = key
@@ -84,7 +84,7 @@ class Ranks:
             raise
 
     def give_back(self) -> None:
-        """Have the followers drop the model, before rank 0 can ask them to load another."""
+        """Make the followers drop the model, before rank 0 asks them to load another."""
         with self._lock:
             try:
                 self._channel.send(Kind.UNLOAD)
@@ -92,18 +92,18 @@ class Ranks:
                 self._key, self._in_step = None, False
 
     def close(self) -> None:
-        """Let the followers end."""
+        """Make the followers end."""
         self._channel.close()
 
     def fail(self, error: Exception) -> None:
-        """Give the group up: this rank is not where the others are."""
+        """End the group, because this rank is out of step with the others."""
         text = f"rank 0 of {self.size} failed: {error or type(error).__name__}"
         self._channel.fail(EngineError(text, hint="start the ranks again"))
 
     # For the engine.
 
     def ask(self, kind: Kind, **body: Any) -> int:
-        """Ask every follower; return the number of the question."""
+        """Send a request to every follower; return the number of the request."""
         number = next(self._numbers)
         if kind is Kind.BUILD:
             self._in_step = True
@@ -111,15 +111,15 @@ class Ranks:
         return number
 
     def gather(self, number: int, **types: type) -> list[dict[str, Any]]:
-        """Return the answers to a question; raises what a rank refuses it with."""
+        """Return the responses to a request; raise the error of a rank that refuses it."""
         return self._channel.gather(number, **types)
 
     def send_step(self, batch: StepBatch, num_sampled: int) -> None:
-        """Have every follower run a step."""
+        """Send a step to every follower."""
         self._channel.send(Kind.STEP, pack_step(batch, num_sampled))
 
     def send_integers(self, kind: Kind, numbers: Iterable[int]) -> None:
-        """Tell every follower of sequences or blocks."""
+        """Send the ids of sequences or blocks to every follower."""
         self._channel.send_integers(kind, numbers)
 
 
@@ -178,7 +178,7 @@ class LeadingRunner(OrderedRunner):
 
 
 class ParallelEngine(Engine):
-    """An engine over all ranks; sizes are the smallest that any of them has room for."""
+    """An engine over all ranks; the rank with the least memory determines its sizes."""
 
     def __init__(
         self, loaded: LoadedModel, config: EngineConfig, *, model_id: str, ranks: Ranks
@@ -189,7 +189,7 @@ class ParallelEngine(Engine):
         super().__init__(loaded, config, model_id=model_id)
 
     def step(self) -> list[RequestEvent]:
-        """Do one step. What it raises ends the group: the others may be inside another."""
+        """Run one step. An error ends the group: other ranks may be inside another step."""
         try:
             return super().step()
         except Exception as error:
@@ -197,7 +197,7 @@ class ParallelEngine(Engine):
             raise
 
     def close(self) -> None:
-        """Drop the model on all ranks, once: later they may hold another."""
+        """Drop the model on all ranks, once: later the ranks may hold another model."""
         super().close()
         if self._holds_ranks:
             self._holds_ranks = False
@@ -241,7 +241,7 @@ class ParallelEngine(Engine):
 
 
 def fewer_blocks(sizes: Sizes, num_blocks: int, block_size: int) -> Sizes:
-    """Return `sizes` with at most `num_blocks` blocks, and requests that these hold."""
+    """Return `sizes` with at most `num_blocks` blocks, and requests that fit in them."""
     num_blocks = min(sizes.num_blocks, num_blocks)
     capacity = (num_blocks - 1) * block_size
     return replace(
@@ -250,7 +250,7 @@ def fewer_blocks(sizes: Sizes, num_blocks: int, block_size: int) -> Sizes:
 
 
 def _check_supported(config: EngineConfig) -> None:
-    """Raise `EngineError` for what only one device does."""
+    """Raise `EngineError` for features that need a single device."""
     unsupported = {
         "llama.cpp": config.backend == "llama.cpp",
         "a draft model": config.speculation == "draft",
@@ -261,6 +261,6 @@ def _check_supported(config: EngineConfig) -> None:
     for what, wanted in unsupported.items():
         if wanted:
             raise EngineError(
-                f"{what} is not supported where a model is divided between devices",
+                f"{what} is not supported for a model that is divided between devices",
                 hint="leave it out, or use one device",
             )

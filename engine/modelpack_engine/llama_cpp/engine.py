@@ -1,9 +1,9 @@
 """LlamaCppEngine: the scheduler and the sampler of `Engine`, with llama.cpp as the model runner.
 
-`Slots` maps our sequences to those of llama.cpp's cache. Its blocks are only counts. llama.cpp
-finds cells for tokens itself, and a cell may belong to several of its sequences. What a finished
-request leaves is kept until its cells or its slot are needed: a prompt that begins with the same
-tokens goes on from there.
+`Slots` maps our sequences to slots: the sequences of llama.cpp's cache. It only counts blocks:
+llama.cpp itself assigns cells to tokens, and slots may share cells. The tokens of a finished
+request stay cached until their cells or slot are needed, so a prompt with the same prefix
+continues from them.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ from modelpack_engine.runner.step import (
 from modelpack_engine.sampling.sampler import NO_TOKEN, Sampler
 from modelpack_engine.speculation.masks import masked_rows
 
-# A prefix shorter than this is not worth a slot.
+# The shortest prefix, in tokens, that is worth a slot.
 _SHORTEST = 8
 
 
 class SlotMemory(Protocol):
-    """What a slot's tokens are in; `Context` is one."""
+    """The cache with the tokens of slots; `Context` implements it."""
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Give a slot the first tokens of another."""
+        """Copy the first `length` tokens of a slot to another slot."""
 
     def cut(self, slot: int, length: int) -> None:
-        """Forget a slot's tokens after the first."""
+        """Remove the tokens of a slot after the first `length`."""
 
     def clear(self) -> None:
-        """Forget all."""
+        """Remove the tokens of all slots."""
 
 
 class Slots(BlockManager):
-    """Blocks by number, and slots by content. Calls come between steps, never during one."""
+    """Counts blocks, and assigns slots by their tokens. No method may be called during a step."""
 
     def __init__(
         self,
@@ -73,37 +73,39 @@ class Slots(BlockManager):
         self._memory = memory
         self._keeps = keep_prefixes
         self._empty = list(range(num_slots))
-        self._running: dict[int, tuple[int, Sequence]] = {}  # by seq_id: slot and sequence
-        self._left: OrderedDict[int, list[int]] = OrderedDict()  # slot: tokens; oldest first
-        self._salts: dict[int, bytes] = {}  # by slot: only requests of the same salt share
-        self._spoilt: set[int] = set()
+        self._running: dict[int, tuple[int, Sequence]] = {}  # by seq_id: the slot and the sequence
+        self._left: OrderedDict[int, list[int]] = (
+            OrderedDict()
+        )  # tokens of finished requests by slot; oldest first
+        self._salts: dict[int, bytes] = {}  # by slot: only requests with the same salt share tokens
+        self._spoilt: set[int] = set()  # sequences whose tokens must not be reused
 
     def slot(self, seq_id: int) -> int:
-        """Return where a sequence that was given a prefix, or none, has its tokens."""
+        """Return the slot of a sequence, which `share_prefix` assigned."""
         return self._running[seq_id][0]
 
     @property
     def num_cached(self) -> int:
-        """Blocks of what is left of finished requests."""
+        """The blocks of the tokens that finished requests left."""
         return sum(self.blocks_for(len(tokens)) for tokens in self._left.values())
 
     def num_cached_tokens(self, sequence: Sequence) -> int:
-        """Return how many tokens of a sequence that has just come are in a slot."""
+        """Return how many tokens of a new sequence are in a slot already."""
         return self._find(sequence)[1]
 
     def share_prefix(self, sequence: Sequence) -> int:
-        """Give a sequence that begins a slot; return how many of its tokens are there already."""
+        """Assign a slot to a new sequence; return how many of its tokens are in it already."""
         if sequence.seq_id in self._running:
             return 0
         slot, length = self._place(sequence)
         self._salts[slot] = sequence.cache_salt
         self._running[sequence.seq_id] = slot, sequence
-        self.grow(sequence, length)  # the scheduler has made sure that there is room
+        self.grow(sequence, length)  # the scheduler has checked that there is room
         sequence.num_computed_tokens = length
         return length
 
     def free(self, sequence: Sequence) -> None:
-        """Take a sequence's slot, and keep what is in it."""
+        """Release the slot of a sequence, and keep its tokens cached."""
         slot, _ = self._running.pop(sequence.seq_id)
         tokens = sequence.all_token_ids()[: sequence.num_computed_tokens]
         if self._keeps and sequence.seq_id not in self._spoilt and len(tokens) >= _SHORTEST:
@@ -114,19 +116,19 @@ class Slots(BlockManager):
         super().free(sequence)
 
     def withdraw(self, sequence: Sequence) -> list[int]:
-        """Have nobody go on from what a sequence wrote."""
+        """Prevent other sequences from reusing the tokens of a sequence."""
         self._spoilt.add(sequence.seq_id)
         return []
 
     def forget_content(self) -> None:
-        """Forget all that is in the slots; running sequences are to be ended or restarted."""
+        """Remove all tokens from the slots; running sequences have to be ended or restarted."""
         self._empty += self._left
         self._left.clear()
         self._spoilt.update(self._running)
         self._memory.clear()
 
     def make_room(self, num_rows: int) -> None:
-        """Drop what was left, the oldest first, until the cache holds `num_rows` tokens more."""
+        """Drop tokens of finished requests, the oldest first, until `num_rows` more tokens fit."""
         used = num_rows + sum(s.num_computed_tokens for _, s in self._running.values())
         room = self.num_total * self.block_size - used
         kept = sum(map(len, self._left.values()))
@@ -136,32 +138,32 @@ class Slots(BlockManager):
             self._drop(slot)
 
     def _place(self, sequence: Sequence) -> tuple[int, int]:
-        """Return a slot for a sequence, and how many of its first tokens it holds."""
+        """Return a slot for a sequence, and how many of the sequence's first tokens are in it."""
         source, length = self._find(sequence)
         if source is None:
             return self._take_empty(), 0
         if source in self._left:
             tokens = self._left.pop(source)
             if len(tokens) <= 2 * length or not (self._empty or self._left):
-                self._memory.cut(source, length)  # it was this conversation's, or nearly
+                self._memory.cut(source, length)  # most of it belongs to the sequence
                 return source, length
-            self._left[source] = tokens  # used just now: the last to go
+            self._left[source] = tokens  # most recently used, so dropped last
         slot = self._take_empty(keep=source)
         self._memory.copy(source, slot, length)
         return slot, length
 
     def _find(self, sequence: Sequence) -> tuple[int | None, int]:
-        """Return the slot that a sequence can go on from, and how many of its tokens are there."""
+        """Return the slot from which a sequence can continue, and how many tokens it can reuse."""
         if sequence.wants_prompt_logprobs:
             return None, 0
-        wanted = sequence.token_ids(0, sequence.num_prefill_tokens)[:-1]  # the last is computed
+        wanted = sequence.token_ids(0, sequence.num_prefill_tokens)[
+            :-1
+        ]  # the last token is always computed
         source, length = self._longest(wanted, sequence.cache_salt)
         return (source, length) if length >= _SHORTEST else (None, 0)
 
     def _longest(self, wanted: Tokens[int], salt: bytes) -> tuple[int | None, int]:
-        """Return the slot of this salt that shares most of its beginning with `wanted`, and how
-        much.
-        """
+        """Return the slot with the longest common prefix with `wanted`, and its length."""
         found: tuple[int | None, int] = (None, 0)
         if not self._keeps:
             return found
@@ -189,14 +191,14 @@ class Slots(BlockManager):
 
 
 def _common(first: Tokens[int], second: Tokens[int]) -> int:
-    """Return how many tokens are the same at the beginning."""
+    """Return the length of the common prefix."""
     length = min(len(first), len(second))
     if first[:length] == second[:length]:
         return length
     return next(at for at in range(length) if first[at] != second[at])
 
 
-# What llama.cpp allows at once, and how many slots are for what finished requests left.
+# llama.cpp's limit of slots, and the slots for tokens of finished requests.
 _MOST_SLOTS, _SPARE_SLOTS = 256, 32
 
 
@@ -218,7 +220,7 @@ class LlamaCppEngine:
         self.config = config = config or EngineConfig()
         if config.max_num_seqs >= _MOST_SLOTS:
             raise EngineError(
-                f"max_num_seqs is {config.max_num_seqs}; llama.cpp takes {_MOST_SLOTS - 1}",
+                f"max_num_seqs is {config.max_num_seqs}, but llama.cpp allows {_MOST_SLOTS - 1}",
                 hint="lower it, or use --backend mlx",
             )
         self.tokenizer = tokenizer
@@ -228,7 +230,7 @@ class LlamaCppEngine:
         cache_bytes = sizes.num_blocks * config.block_size * model.bytes_per_token
         #: Bytes of the weights and the KV cache.
         self.memory_bytes = model.weight_bytes + cache_bytes
-        self.notes = (*notes, "llama.cpp computes (--backend mlx: MLX does)")
+        self.notes = (*notes, "llama.cpp runs the model; use --backend mlx to run it with MLX")
         num_slots = min(_MOST_SLOTS, config.max_num_seqs + _SPARE_SLOTS)
         self._context = Context(
             model,
@@ -248,7 +250,7 @@ class LlamaCppEngine:
         )
         self._sampler = Sampler(self.vocab_size, config.max_num_seqs, self.tokenizer.eos_token_ids)
         self._choices = Choices(self._scheduler)
-        self._clock = StepClock()  # launching is sampling, waiting is computing
+        self._clock = StepClock()  # "launch" is sampling, "wait" is computing
 
     def add_request(self, request_id: str, request: EngineRequest) -> None:
         """Queue a request, as `Engine.add_request` does."""
@@ -306,7 +308,7 @@ class LlamaCppEngine:
         return self._clock.counted(self._scheduler.stats())
 
     def close(self) -> None:
-        """Free the KV cache; nothing is asked of it afterwards."""
+        """Free the KV cache; the engine cannot be used afterwards."""
         self._context.close()
 
     def generate(
@@ -315,10 +317,10 @@ class LlamaCppEngine:
         """Run prompts to their end; return each one's events, in the order of the prompts."""
         return run_to_end(self, prompts, params)
 
-    # A step's parts
+    # The parts of a step
 
     def _compute(self, batch: StepBatch) -> mx.array:
-        """Return the logits of what is sampled, then of what is wanted of prompts."""
+        """Return the logits of the rows to sample, then those for log-probabilities of prompts."""
         seq_ids = list(batch.decode_seq_ids)
         for chunk in batch.chunks:
             seq_ids += [chunk.seq_id] * chunk.length

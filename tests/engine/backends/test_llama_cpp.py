@@ -159,7 +159,7 @@ def test_damaged_weights(gguf_file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "says"),
     [
-        ({"max_num_seqs": 256}, EngineError, "takes 255"),
+        ({"max_num_seqs": 256}, EngineError, "but llama.cpp allows 255"),
         ({"max_model_len": 10**9}, EngineError, "max_model_len"),
         ({"kv_cache_bytes": 10}, OutOfMemoryError, "KV cache"),
     ],

@@ -49,7 +49,7 @@ def test_one_that_never_comes_is_not(
 ) -> None:
     monkeypatch.setattr(group, "_JOINING", -1.0)
     joining(RuntimeError("[ring] Couldn't connect (error: 111)"))
-    with pytest.raises(EngineError, match=r"rank 1 cannot join the others by ring: .*connect"):
+    with pytest.raises(EngineError, match=r"rank 1 cannot join the others over ring: .*connect"):
         Group(PLACE, 2)
 
 

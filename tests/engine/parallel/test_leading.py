@@ -28,7 +28,7 @@ from tests.engine.serving.tiny import tiny_loaded
 )
 def test_what_only_one_device_does(settings: dict[str, Any], text: str) -> None:
     nobody = cast(Ranks, None)  # the ranks are not asked
-    with pytest.raises(EngineError, match=f"{text}.* is not supported where a model is divided"):
+    with pytest.raises(EngineError, match=f"{text}.* is not supported for a model that is divided"):
         ParallelEngine(tiny_loaded(), playing.config(**settings), model_id="", ranks=nobody)
 
 
