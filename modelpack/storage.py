@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.descriptor import Descriptor, size_mismatch
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
 from modelpack.errors import SizeMismatchError
@@ -187,11 +187,7 @@ def read_blob(source: Source, descriptor: Descriptor, *, limit: int = MAX_DOCUME
             filled += count
     if filled != descriptor.size:
         got = f"{filled}" if filled < descriptor.size else f"more than {descriptor.size}"
-        raise SizeMismatchError(
-            f"{what}: expected {descriptor.size} bytes, got {got}",
-            expected=str(descriptor.size),
-            got=got,
-        )
+        raise size_mismatch(what, descriptor.size, got)
     result = bytes(content[:filled])
     descriptor.digest.check(result, what)
     return result

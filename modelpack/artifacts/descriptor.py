@@ -10,7 +10,7 @@ from typing import Any
 from modelpack.artifacts import media_types
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.json_document import check_spelling, kind_of
-from modelpack.errors import InvalidDigestError, ManifestError
+from modelpack.errors import InvalidDigestError, ManifestError, SizeMismatchError
 
 _FIELDS = {
     key.casefold(): key
@@ -81,6 +81,20 @@ class Descriptor:
         return self.annotations.get(
             media_types.FILEPATH, self.annotations.get(media_types.FILEPATH_ALIAS)
         )
+
+    def check_size(self, got: int, what: str) -> None:
+        """Raise `SizeMismatchError`, naming `what`, unless `got` bytes are this size."""
+        if got != self.size:
+            raise size_mismatch(what, self.size, got)
+
+
+def size_mismatch(what: str, expected: int, got: int | str) -> SizeMismatchError:
+    """Return the error for content with `got` instead of `expected` bytes; `what` names it."""
+    return SizeMismatchError(
+        f"{what}: size mismatch: expected {expected} bytes, got {got}",
+        expected=str(expected),
+        got=str(got),
+    )
 
 
 def checked_media_type(value: Any, where: str) -> str:

@@ -52,6 +52,12 @@ def sorted_map(values: dict[str, str]) -> dict[str, str]:
     return dict(sorted(values.items(), key=lambda item: item[0].encode(errors="surrogateescape")))
 
 
+def check_document_size(size: int, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> None:
+    """Raise `ManifestError` if the document `what` has more than `limit` bytes."""
+    if size > limit:
+        raise ManifestError(f"is {size} bytes, more than the limit of {limit}", path=what)
+
+
 def decode(raw: bytes, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> Any:
     """Return the value of the JSON text `raw`; `what` names it in errors.
 
@@ -59,8 +65,7 @@ def decode(raw: bytes, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> Any:
     mark, duplicate keys (readers could disagree on them), half of a surrogate pair (it has no
     UTF-8), NaN, numbers beyond the range of a float, and too deep nesting.
     """
-    if len(raw) > limit:
-        raise ManifestError(f"is {len(raw)} bytes, more than the limit of {limit}", path=what)
+    check_document_size(len(raw), what, limit=limit)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)

@@ -17,14 +17,13 @@ from itertools import pairwise
 from typing import Any, Final
 from urllib.parse import quote
 
-from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.descriptor import Descriptor, size_mismatch
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.paths import checked_path
 from modelpack.errors import (
     DigestMismatchError,
     InvalidDigestError,
     RegistryError,
-    SizeMismatchError,
     UnsupportedError,
 )
 from modelpack.hub.reference import HubReference
@@ -148,11 +147,7 @@ def _unnamed(file: HubFile) -> Descriptor:
 
 def _check(file: HubFile, content: bytes, what: str) -> None:
     if len(content) != file.size:
-        raise SizeMismatchError(
-            f"{what}: expected {file.size} bytes, got {len(content)}",
-            expected=str(file.size),
-            got=str(len(content)),
-        )
+        raise size_mismatch(what, file.size, len(content))
     if file.sha256 is not None:
         file.sha256.check(content, what)
         return

@@ -18,7 +18,7 @@ from typing import IO, Final, Literal
 from modelpack.artifacts import media_types
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
-from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES, encode
+from modelpack.artifacts.json_document import check_document_size, encode
 from modelpack.artifacts.manifest import Index, Manifest, parse_manifest_or_index
 from modelpack.artifacts.reference import Reference
 from modelpack.bundles.links import open_blob
@@ -309,8 +309,7 @@ def _read_blobs(
 
 
 def _document(name: str, entry: TarEntry, reader: TarReader) -> bytes:
-    if entry.size > MAX_DOCUMENT_BYTES:
-        raise ManifestError(f"has more than {MAX_DOCUMENT_BYTES} bytes", path=name)
+    check_document_size(entry.size, name)
     pieces = []
     while piece := reader.read(entry.size):
         pieces.append(piece)

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import requests
 
-from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.descriptor import Descriptor, size_mismatch
 from modelpack.errors import (
     RegistryError,
     RemoteTimeoutError,
@@ -241,12 +241,7 @@ class BlobStream:
 
     def _wrong_size(self, got: str) -> SizeMismatchError:
         self.close()
-        expected = str(self._descriptor.size)
-        return SizeMismatchError(
-            f"{self._what}: size mismatch: expected {expected} bytes, got {got}",
-            expected=expected,
-            got=got,
-        )
+        return size_mismatch(self._what, self._descriptor.size, got)
 
 
 _BUFFER: Final = 512 * 1024
@@ -566,9 +561,4 @@ class RemoteFile(io.RawIOBase):
         )
 
     def _wrong_size(self, got: str) -> SizeMismatchError:
-        expected = str(self._size)
-        return SizeMismatchError(
-            f"{self._what}: size mismatch: expected {expected} bytes, got {got}",
-            expected=expected,
-            got=got,
-        )
+        return size_mismatch(self._what, self._size, got)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import requests
 
-from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.descriptor import Descriptor, size_mismatch
 from modelpack.artifacts.digest import Digest
 from modelpack.errors import AuthError, ModelpackError, RegistryError, SizeMismatchError
 from modelpack.progress import Action, Progress, Stop
@@ -142,12 +142,7 @@ class UploadContent:
         self._descriptor.digest.check_equal(Digest.of_hasher(self._hasher), self._what)
 
     def _wrong_size(self, got: str) -> SizeMismatchError:
-        expected = str(self._descriptor.size)
-        return SizeMismatchError(
-            f"{self._what}: the source has {got} bytes, expected {expected}",
-            expected=expected,
-            got=got,
-        )
+        return size_mismatch(f"source of {self._what}", self._descriptor.size, got)
 
 
 class ContentPart:

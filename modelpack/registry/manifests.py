@@ -16,14 +16,13 @@ from requests.utils import parse_header_links
 from modelpack.artifacts import media_types
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
-from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES, decode_object
+from modelpack.artifacts.json_document import check_document_size, decode_object
 from modelpack.artifacts.manifest import parse_manifest_or_index
 from modelpack.errors import (
     InvalidDigestError,
     ManifestError,
     NotFoundError,
     RegistryError,
-    SizeMismatchError,
     UnsupportedError,
 )
 from modelpack.registry.endpoint import Endpoint, checked_name
@@ -59,7 +58,7 @@ def resolve(endpoint: Endpoint, name: str) -> Descriptor:
     if ":" in name:
         Digest.parse(name).check_equal(digest, what)
     _check_known(media_type, what)
-    _check_size(length, what)
+    check_document_size(length, what)
     return Descriptor(media_type, digest, length)
 
 
@@ -88,7 +87,7 @@ def fetch_by_name(endpoint: Endpoint, name: str) -> tuple[Descriptor, bytes]:
 def fetch(endpoint: Endpoint, descriptor: Descriptor) -> bytes:
     """Return the bytes of a manifest, verified against `descriptor`."""
     what = endpoint.manifest_label(str(descriptor.digest))
-    _check_size(descriptor.size, what)
+    check_document_size(descriptor.size, what)
     found, raw = fetch_by_name(endpoint, str(descriptor.digest))
     _check_bytes(raw, descriptor, what)
     if found.media_type != descriptor.media_type:
@@ -249,18 +248,6 @@ def _check_known(media_type: Any, what: str) -> None:
 
 
 def _check_bytes(raw: bytes, descriptor: Descriptor, what: str) -> None:
-    _check_size(len(raw), what)
-    if len(raw) != descriptor.size:
-        raise SizeMismatchError(
-            f"{what}: expected {descriptor.size} bytes, got {len(raw)}",
-            expected=str(descriptor.size),
-            got=str(len(raw)),
-        )
+    check_document_size(len(raw), what)
+    descriptor.check_size(len(raw), what)
     descriptor.digest.check(raw, what)
-
-
-def _check_size(size: int, what: str) -> None:
-    if size > MAX_DOCUMENT_BYTES:
-        raise ManifestError(
-            f"has {size} bytes, more than the limit of {MAX_DOCUMENT_BYTES}", path=what
-        )

@@ -24,10 +24,9 @@ from starlette.requests import Request
 from modelpack.artifacts import media_types
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
-from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
+from modelpack.artifacts.json_document import check_document_size
 from modelpack.artifacts.manifest import Index, Manifest, parse_manifest_or_index
 from modelpack.errors import (
-    ManifestError,
     ModelpackError,
     NotFoundError,
     RemoteUnavailableError,
@@ -252,12 +251,7 @@ class CachedContent(Content):
             ):
                 self._keep(origin, child, origin.fetch_manifest(child), deep + 1, kept)
                 continue
-            if child.size > MAX_DOCUMENT_BYTES:  # no reader takes such a config
-                raise ManifestError(
-                    f"has a config of {child.size} bytes, "
-                    f"more than the limit of {MAX_DOCUMENT_BYTES}",
-                    path=what,
-                )
+            check_document_size(child.size, f"{what}: config")
             self._check_room(child)
             self._store.write_blob(child, origin.blob(child), watch)
         self._store.write_manifest(descriptor, raw, partial=True)

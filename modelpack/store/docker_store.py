@@ -52,7 +52,6 @@ from modelpack.store.filesystem import (
     write_durably,
 )
 from modelpack.store.lookup import Entry, StoredModel
-from modelpack.store.manifests import check_size
 
 #: Size limit of `models.json` for reading and writing.
 MAX_BYTES: Final = 64 * 1024 * 1024
@@ -214,7 +213,7 @@ class DockerStore:
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
         """Return the bytes of a manifest, verified by size and digest."""
         raw = self._read_manifest(descriptor.digest)
-        check_size(descriptor, len(raw), "manifest")
+        descriptor.check_size(len(raw), f"manifest {descriptor.digest}")
         return raw
 
     def blob(self, descriptor: Descriptor) -> BlobSource:

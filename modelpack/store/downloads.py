@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Final
 
 from modelpack.artifacts.byte_ranges import ByteRanges
-from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.descriptor import Descriptor, size_mismatch
 from modelpack.artifacts.digest import Digest
 from modelpack.errors import DigestMismatchError, SizeMismatchError, StorageFullError
 from modelpack.progress import Action, Progress, SpeedMeter, Stop
@@ -527,9 +527,4 @@ class Partial:
             return None
 
     def _wrong_size(self, got: str) -> SizeMismatchError:
-        return SizeMismatchError(
-            f"blob {self.wanted.digest} does not match its descriptor: "
-            f"expected {self.wanted.size} bytes, got {got}",
-            expected=str(self.wanted.size),
-            got=got,
-        )
+        return size_mismatch(f"blob {self.wanted.digest}", self.wanted.size, got)

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.descriptor import Descriptor, size_mismatch
 from modelpack.artifacts.digest import Digest, new_hasher
 from modelpack.errors import (
     NotFoundError,
     PackagingError,
-    SizeMismatchError,
     SourceChangedError,
     StorageFullError,
 )
@@ -130,7 +129,9 @@ class Imports:
 
         def seen(completed: int) -> None:
             if completed > wanted:
-                raise _wrong_size(descriptor, f"more than {wanted}")
+                raise size_mismatch(
+                    f"blob {descriptor.digest}", descriptor.size, f"more than {wanted}"
+                )
             reported(completed)
 
         with ingest_file(self.tree) as staged:
@@ -138,7 +139,7 @@ class Imports:
             hashing = Hashing(hasher, wanted)
             size = copy_and_hash(stream.readinto, staged.file, staged.path, hashing, seen)
             if size != wanted:
-                raise _wrong_size(descriptor, str(size))
+                raise size_mismatch(f"blob {descriptor.digest}", descriptor.size, size)
             digest = Digest.of_hasher(hasher)
             descriptor.digest.check_equal(digest, name)
             staged.seal()
@@ -213,14 +214,6 @@ def _open(path: Path) -> int:
 def _check_regular(found: os.stat_result, path: Path) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise PackagingError(f"{path} is not a regular file")
-
-
-def _wrong_size(descriptor: Descriptor, got: str) -> SizeMismatchError:
-    return SizeMismatchError(
-        f"blob {descriptor.digest}: expected {descriptor.size} bytes, got {got}",
-        expected=str(descriptor.size),
-        got=got,
-    )
 
 
 def _reporter(name: str, size: int, watch: Watch) -> Callable[[int], None]:

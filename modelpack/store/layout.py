@@ -28,7 +28,7 @@ from modelpack.store.filesystem import read_own, write_atomically
 from modelpack.store.index import IndexDocument, IndexFile
 from modelpack.store.leases import Leases
 from modelpack.store.lookup import StoredModel
-from modelpack.store.manifests import Manifests, check_names, check_size
+from modelpack.store.manifests import Manifests, check_names
 from modelpack.store.tree import Tree, open_tree
 
 # Commands that only read should start fast: other modules are imported when they are used.
@@ -96,7 +96,7 @@ class LayoutStore:
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
         """Return the bytes of a manifest, verified by size and digest."""
         raw = self._blobs.read(descriptor.digest, "manifest")
-        check_size(descriptor, len(raw), "manifest")
+        descriptor.check_size(len(raw), f"manifest {descriptor.digest}")
         return raw
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
@@ -230,7 +230,7 @@ class LayoutStore:
             return Outcome.EXISTED
         algorithm, name = descriptor.digest.algorithm, _shown(descriptor)
         with self._imports.stage_file(path, name, watch, link=link, algorithm=algorithm) as staged:
-            check_size(descriptor, staged.found.st_size, str(path))
+            descriptor.check_size(staged.found.st_size, str(path))
             descriptor.digest.check_equal(staged.digest, str(path))
             return self._publisher.publish(staged)
 

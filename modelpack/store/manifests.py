@@ -30,7 +30,6 @@ from modelpack.errors import (
     IntegrityError,
     InvalidDigestError,
     NotFoundError,
-    SizeMismatchError,
     StoreError,
 )
 from modelpack.storage import Outcome
@@ -217,7 +216,7 @@ class Manifests:
         partial: bool,
     ) -> None:
         """Do as `LayoutStore.write_manifest`."""
-        check_size(descriptor, len(raw), "manifest")
+        descriptor.check_size(len(raw), f"manifest {descriptor.digest}")
         descriptor.digest.check(raw, "manifest")
         manifest = parse_manifest_or_index(
             raw, str(descriptor.digest), media_type=descriptor.media_type
@@ -311,16 +310,6 @@ class Manifests:
                     f"{descriptor.media_type}), which is not in the store {self.tree.root}",
                     hint="write the blobs before the manifest",
                 )
-
-
-def check_size(descriptor: Descriptor, got: int, what: str) -> None:
-    """Raise `SizeMismatchError` unless `got` bytes match the descriptor."""
-    if got != descriptor.size:
-        raise SizeMismatchError(
-            f"{what} {descriptor.digest}: expected {descriptor.size} bytes, got {got}",
-            expected=str(descriptor.size),
-            got=str(got),
-        )
 
 
 def check_names(reference: Reference, digest: Digest) -> None:

@@ -16,7 +16,7 @@ from modelpack.progress import Action, Progress
 from modelpack.storage import BlobReader, BlobSource, Outcome, Watch
 from modelpack.store import lookup
 from modelpack.store.lookup import Entry, StoredModel
-from modelpack.store.manifests import check_size, successors
+from modelpack.store.manifests import successors
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class MemoryStore:
     def fetch_manifest(self, descriptor: Descriptor) -> bytes:
         """Return the bytes of a manifest, verified by size and digest."""
         raw = _found(self._blobs, descriptor.digest)
-        check_size(descriptor, len(raw), "manifest")
+        descriptor.check_size(len(raw), f"manifest {descriptor.digest}")
         return raw
 
     def blob(self, descriptor: Descriptor) -> BlobSource:
@@ -77,14 +77,14 @@ class MemoryStore:
                 watch.stop.check()
                 length += count
                 watch.report(Progress(Action.FETCH, name, digest, length, size))
-        check_size(descriptor, length, "blob")
+        descriptor.check_size(length, f"blob {descriptor.digest}")
         digest.check(bytes(content[:length]), "blob")
         self._blobs[digest] = bytes(content[:length])
         return Outcome.WRITTEN
 
     def write_manifest(self, descriptor: Descriptor, raw: bytes, name: str | None = None) -> None:
         """Write a manifest whose blobs the store has, and tag it if there is a `name`."""
-        check_size(descriptor, len(raw), "manifest")
+        descriptor.check_size(len(raw), f"manifest {descriptor.digest}")
         descriptor.digest.check(raw, "manifest")
         what = str(descriptor.digest)
         manifest = parse_manifest_or_index(raw, what, media_type=descriptor.media_type)
