@@ -91,7 +91,7 @@ class Stop:
 
 
 class SpeedMeter:
-    """The `bytes` that a stream brought, and the `seconds` spent waiting for them.
+    """Counts the `bytes` read from a stream and the `seconds` spent waiting for them.
 
     `with meter:` times one wait. Time between waits does not count: a stream is not slow because
     the disk is, or because of a rate limit.

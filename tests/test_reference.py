@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.reference import (
     Reference,
+    is_full_or_invalid,
     is_model_id,
-    means_only_itself,
     normalized,
-    spelled_in_full,
+    parse_full,
 )
 from modelpack.errors import InvalidReferenceError
 
@@ -299,15 +299,15 @@ def test_what_is_in_full_at_a_glance(text: str) -> None:
         parsed = Reference.parse(text, default_registry="docker.io")
     except InvalidReferenceError:
         parsed = None
-    quick = spelled_in_full(text)
+    quick = parse_full(text)
     if quick is not None:
         assert quick == parsed
         assert str(quick) == text
-    if text and means_only_itself(text) and parsed is not None:
+    if text and is_full_or_invalid(text) and parsed is not None:
         assert str(parsed) == text
 
 
 @pytest.mark.parametrize("text", ["a.b/c:d", "127.0.0.1:5000/ai/x:v1.0_a", "docker.io/ai/x:latest"])
 def test_usual_names_take_the_short_cut(text: str) -> None:
-    assert spelled_in_full(text) is not None
-    assert means_only_itself(text)
+    assert parse_full(text) is not None
+    assert is_full_or_invalid(text)

@@ -79,7 +79,7 @@ def decode(raw: bytes, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> Any:
 
     def finite(text: str) -> float:
         number = float(text)
-        if math.isinf(number):  # it could not be encoded again
+        if math.isinf(number):  # JSON has no infinity, so the value could not be encoded again
             raise ManifestError(f"holds {text[:40]}, a number out of range", path=what)
         return number
 
@@ -87,7 +87,7 @@ def decode(raw: bytes, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> Any:
         value = json.loads(
             raw.decode(), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite
         )
-        if b"\\u" in raw:  # only an escape can produce half a pair
+        if b"\\u" in raw:  # only an escape can be half of a surrogate pair
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeDecodeError as error:
@@ -102,7 +102,7 @@ def decode(raw: bytes, what: str, *, limit: int = MAX_DOCUMENT_BYTES) -> Any:
         ) from None
     except ManifestError:
         raise
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # Python rejects integers of thousands of digits
         raise ManifestError(f"holds a number out of range: {error}", path=what) from None
 
 
@@ -148,6 +148,6 @@ def checked_time(value: Any, where: str) -> str:
     try:
         if match and date.fromisoformat(match[1]):
             return value
-    except ValueError:  # no such day
+    except ValueError:  # the month does not have this day
         pass
     raise ManifestError(f"{value[:200]!r} is not a time (RFC 3339)", path=where)

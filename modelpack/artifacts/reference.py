@@ -123,7 +123,7 @@ class Reference:
         return self.name + tag + (f"@{self.digest}" if self.digest else "")
 
 
-def spelled_in_full(text: str) -> Reference | None:
+def parse_full(text: str) -> Reference | None:
     """Return `Reference.parse(text)` for a full `registry/path:tag` in lower case, else None.
 
     This is much faster than `parse`. `parse` may accept a text for which this returns None.
@@ -137,10 +137,10 @@ def spelled_in_full(text: str) -> Reference | None:
     return Reference(registry, path, tag)
 
 
-def means_only_itself(text: str) -> bool:
+def is_full_or_invalid(text: str) -> bool:
     """Return whether `text` is either a full reference or invalid, without parsing it.
 
-    No other text then names the same model.
+    If it is, no other text names the same model.
     """
     host, _, rest = text.partition("/")
     return (
@@ -260,7 +260,7 @@ def _check_not_bare_digest(rest: str, text: str) -> None:
         raise InvalidReferenceError(
             f"{_shown(text)}: 64 hexadecimal digits are a model id, not a name",
             reference=text,
-            hint=f"no stored model has it; from a registry, write NAME@sha256:{rest}",
+            hint=f"write NAME@sha256:{rest} for a model in a registry",
         )
 
 

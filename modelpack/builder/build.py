@@ -78,7 +78,7 @@ class Built:
 
 def build(plan: Plan, request: PackageRequest, digests: Sequence[Digest]) -> Built:
     """Return the model of `plan`; `digests` are those of its files, in the same order."""
-    return described(
+    return build_from_layers(
         plan.statistics,
         file_layers(plan.files, digests),
         config_type=(
@@ -94,7 +94,7 @@ def build(plan: Plan, request: PackageRequest, digests: Sequence[Digest]) -> Bui
     )
 
 
-def described(
+def build_from_layers(
     statistics: ModelStatistics,
     layers: Sequence[Descriptor],
     *,
@@ -128,7 +128,7 @@ def described(
     return assemble(config, layers, annotations, notes=notes)
 
 
-def rehearse(plan: Plan, request: PackageRequest) -> None:
+def check_document_sizes(plan: Plan, request: PackageRequest) -> None:
     """Raise `PackagingError` if the config or manifest of `plan` exceeds the limit of registries.
 
     Only the digests are still unknown, so this check runs before the files are hashed.

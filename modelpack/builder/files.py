@@ -254,7 +254,7 @@ def unreadable(path: Path, error: OSError | ValueError) -> PackagingError:
             return PackagingError(
                 f"{shown(path)} links to {shown(os.readlink(path))}: no such file"
             )
-        hint = None if path.is_absolute() else f"looked in {os.getcwd()}"
+        hint = None if path.is_absolute() else f"check the path, relative to {os.getcwd()}"
         return PackagingError(f"{shown(path)}: no such file or directory", hint=hint)
     reason = error.strerror if isinstance(error, OSError) else str(error)
     return PackagingError(f"{shown(path)}: cannot be read: {reason}")

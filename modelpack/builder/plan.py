@@ -14,7 +14,7 @@ from typing import Final
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.model import role_of
-from modelpack.builder.build import Plan, rehearse
+from modelpack.builder.build import Plan, check_document_sizes
 from modelpack.builder.classify import (
     MEDIA_TYPES,
     PICKLE_HEAD_BYTES,
@@ -181,7 +181,7 @@ def plan(request: PackageRequest, *, environ: Mapping[str, str] = os.environ) ->
         files, config_json=_config_json(path, files), exact=request.preserve
     )
     result = Plan(files, statistics, created, skipped, (*named_notes, *notes, *weight_notes))
-    rehearse(result, request)
+    check_document_sizes(result, request)
     return result
 
 

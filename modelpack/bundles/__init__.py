@@ -1,0 +1,1 @@
+"""Models as directories that a runtime opens; start with `bundle.lay_out`."""

@@ -171,7 +171,7 @@ def _records(file: WeightFile, directory: _Directory) -> Iterator[_Record]:
             raise file.error(
                 f"the entry {quoted(name)} is compressed (method {method}), expected stored",
                 position,
-                hint="a DDUF archive holds its files uncompressed: write it with ZIP_STORED",
+                hint="write the archive with ZIP_STORED: DDUF requires uncompressed entries",
             )
         size, stored, local = _wide(file, extra, (size, stored, local), position)
         if size != stored:
@@ -275,4 +275,4 @@ def _check_model_index(file: WeightFile, entries: tuple[DDUFEntry, ...]) -> None
 
 
 def _index_error(file: WeightFile, message: str, offset: int) -> WeightFormatError:
-    return file.error(message, offset, hint=f"a DDUF archive describes itself in {MODEL_INDEX}")
+    return file.error(message, offset, hint=f"write the archive with a valid {MODEL_INDEX}")

@@ -151,11 +151,11 @@ def describe(head: bytes) -> tuple[str, str | None]:
             return kind, None
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype html", b"<html")):
-        return "an HTML page", "the server sent a web page: a login, a licence or an error"
+        return "an HTML page", "check the URL: the server may have sent a login or an error page"
     if text.startswith((b"<?xml", b"<error")):
-        return "an XML document", "the server probably sent an error message"
+        return "an XML document", "check the URL: the server may have sent an error message"
     if text.startswith(b"{"):
-        return "a JSON document", "the server probably sent an error message"
+        return "a JSON document", "check the URL: the server may have sent an error message"
     return f"of an unknown kind (it starts with {head[:8]!r})", None
 
 

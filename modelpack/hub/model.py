@@ -19,7 +19,7 @@ from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Manifest
-from modelpack.builder.build import Built, described, file_layer
+from modelpack.builder.build import Built, build_from_layers, file_layer
 from modelpack.builder.classify import MEDIA_TYPES, FileKind, classify
 from modelpack.builder.conversion import docker_config_type
 from modelpack.builder.files import LayerMetadata
@@ -97,7 +97,7 @@ def hub_model(
     files = {file.path: file for file in run_all(tasks)}
     layers = [_layer(files[file.path], choice) for file in choice.files]
     statistics = _statistics(repository, [files[f.path] for f in choice.weights], choice, directory)
-    built: Built = described(
+    built: Built = build_from_layers(
         statistics,
         layers,
         config_type=docker_config_type(layers),

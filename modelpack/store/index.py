@@ -19,7 +19,7 @@ from modelpack.artifacts import media_types
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.json_document import decode_object, encode
-from modelpack.artifacts.reference import DEFAULT_REGISTRY, Reference, spelled_in_full
+from modelpack.artifacts.reference import DEFAULT_REGISTRY, Reference, parse_full
 from modelpack.errors import (
     IntegrityError,
     InvalidReferenceError,
@@ -270,7 +270,7 @@ def _entry(descriptor: Descriptor) -> Entry:
 
 
 def _reference(name: str) -> Reference:
-    reference = spelled_in_full(name)
+    reference = parse_full(name)
     if reference is None:
         reference = Reference.parse(name, default_registry=DEFAULT_REGISTRY).without_digest()
     return reference

@@ -13,7 +13,7 @@ from typing import Any, Final
 from modelpack.artifacts import media_types
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
-from modelpack.artifacts.reference import Reference, means_only_itself
+from modelpack.artifacts.reference import Reference, is_full_or_invalid
 from modelpack.errors import (
     AmbiguousError,
     IntegrityError,
@@ -233,7 +233,7 @@ def may_name(text: str) -> Callable[[Any], bool]:
             return False
         for key in NAME_KEYS:
             name = annotations.get(key)
-            if isinstance(name, str) and (name in names or not means_only_itself(name)):
+            if isinstance(name, str) and (name in names or not is_full_or_invalid(name)):
                 return True
         return False
 

@@ -245,7 +245,7 @@ def read_private_key(path: Path | str, password: bytes | None = None) -> Private
     encrypted = is_sealed(pem) or b"ENCRYPTED" in pem
     if encrypted and password is None:
         raise PasswordNeededError(
-            f"{name}: is encrypted, and no password was given",
+            f"{name} is encrypted, but no password was given",
             hint="set COSIGN_PASSWORD in the environment",
         )
     try:

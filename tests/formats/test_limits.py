@@ -9,9 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from modelpack.errors import WeightFormatError
-from modelpack.formats import dduf, json_reader, safetensors
-from modelpack.formats import gguf as gguf_cursor
-from modelpack.formats import gguf as gguf_metadata
+from modelpack.formats import dduf, gguf, json_reader, safetensors
 from modelpack.formats.dduf import read_dduf_header
 from modelpack.formats.gguf import MAX_PAIRS, ValueType, read_gguf_header
 from modelpack.formats.reader import WeightFile
@@ -99,7 +97,7 @@ def test_a_gguf_of_many_small_arrays() -> None:
         string(b"%05d" % at) + struct.pack("<IIQ", 9, V.UINT64, 40) + items for at in range(count)
     )
     peak, _ = cost(read_gguf_header, as_file(gguf_start(1, count) + pairs), "ends too early")
-    assert peak < count * (300 + 40 * 48) < gguf_cursor.MAX_KEPT_BYTES
+    assert peak < count * (300 + 40 * 48) < gguf.MAX_KEPT_BYTES
 
 
 def test_a_gguf_of_long_texts() -> None:
@@ -109,7 +107,7 @@ def test_a_gguf_of_long_texts() -> None:
     peak, _ = cost(
         read_gguf_header,
         as_file(gguf_start(0, 400) + pairs),
-        f"more than {gguf_cursor.MAX_KEPT_BYTES} bytes of values",
+        f"more than {gguf.MAX_KEPT_BYTES} bytes of values",
     )
     assert peak < 45 * MB
 
@@ -129,12 +127,12 @@ def test_a_gguf_of_too_many_long_strings() -> None:
     peak, _ = cost(read_gguf_header, as_file(gguf_start(0, 3) + raw), "long strings in the meta")
     assert peak < MB
     raw = gguf_start(0, 1) + string(b"k") + struct.pack("<IQ", 8, 65 * 2**20)
-    limit = gguf_metadata.MAX_LONG_STRING_BYTES
+    limit = gguf.MAX_LONG_STRING_BYTES
     cost(read_gguf_header, as_file(raw, size=FAR), f"'k' is 68157440 bytes long.*{limit}")
 
 
 def test_a_gguf_of_long_items() -> None:
-    items = [b"x" * (gguf_metadata.MAX_ITEM_BYTES + 1)]
+    items = [b"x" * (gguf.MAX_ITEM_BYTES + 1)]
     raw = GGUF([array_pair("k", V.STRING, items)]).build()
     peak, _ = cost(read_gguf_header, as_file(raw), "an item of 'k' is 1048577 bytes long")
     assert peak < MB
@@ -218,7 +216,7 @@ def test_the_length_of_a_header_alone_costs_nothing() -> None:
 
 
 def test_limits_are_below_fifty_megabytes() -> None:
-    assert gguf_cursor.MAX_KEPT_BYTES < 45 * MB
+    assert gguf.MAX_KEPT_BYTES < 45 * MB
     assert json_reader.MAX_STRING_BYTES + json_reader.MAX_VALUE_BYTES < MB
 
 
