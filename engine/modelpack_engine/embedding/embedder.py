@@ -51,7 +51,10 @@ class CrossEncoderConfig:
 
 
 class CrossEncoder:
-    """Not thread-safe, but for `read`: calls to MLX have to come from the thread that loaded it."""
+    """Scores pairs of texts.
+
+    Only the thread that loaded the model may call it, except `read` and `finish`.
+    """
 
     def __init__(
         self,
@@ -144,7 +147,10 @@ class EmbedderConfig:
 
 
 class Embedder:
-    """Not thread-safe, but for `read`: calls to MLX have to come from the thread that loaded it."""
+    """Computes vectors of texts.
+
+    Only the thread that loaded the model may call it, except `read` and `finish`.
+    """
 
     def __init__(
         self,

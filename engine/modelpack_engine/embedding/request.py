@@ -107,7 +107,7 @@ class InputReader:
     ) -> Prepared:
         """Return the tokens of input number `index`; `prompt` is put before a text.
 
-        Errors call the input `noun`, which is also their `param`, and name the index. Raises
+        Errors call the input `noun`, which is also their `param`, and contain the index. Raises
         `RequestError` for an empty input, and `ContextLengthError` for one that is longer than
         `max_length`, unless `truncate` cuts it.
         """

@@ -103,7 +103,7 @@ class Metadata:
         return self._data[start : start + size].copy().view(kind)
 
     def error(self, message: str, *, hint: str | None = None) -> ModelLoadError:
-        """Return the error that says `message` about this file."""
+        """Return a `ModelLoadError` about this file."""
         return ModelLoadError(f"{self.path}: {message}", hint=hint)
 
     def _array(self, key: str) -> tuple[MetadataArray, int]:

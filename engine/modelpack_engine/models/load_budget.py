@@ -76,7 +76,7 @@ class _ModuleCounter:
         self.count += 1
         if self.count > self.limit:
             raise ModelLoadError(
-                f"{self.what}: the sizes in the configuration ask for more than {self.limit}"
+                f"{self.what}: the sizes in the configuration need more than {self.limit}"
                 " modules, which the tensors in the files do not justify"
             )
         if self.count % 256 == 0:

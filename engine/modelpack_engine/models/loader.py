@@ -57,7 +57,7 @@ _log = logging.getLogger(__name__)
 class LoadedModel:
     """A model that is ready to run.
 
-    `config` is what mlx-lm's class was made from, `architecture` the name that the files give
+    `config` is the config of mlx-lm's class, `architecture` the name in the files
     (`general.architecture`, or `model_type`), `context_length` in tokens. `notes` tell the user
     what differs from the files. All weights are in memory, in `weight_bytes` bytes.
     """

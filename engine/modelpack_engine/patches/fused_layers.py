@@ -377,8 +377,8 @@ def _fuse_gate(module: Any, step: StepInputs, swaps: ClassSwaps) -> bool:
     return True
 
 
-def _fuse_experts_block(module: Any, step: StepInputs, swaps: ClassSwaps, answer: Any) -> bool:
-    """Fuse Qwen's router, a softmax; `answer` computes the rest of the block."""
+def _fuse_experts_block(module: Any, step: StepInputs, swaps: ClassSwaps, rest: Any) -> bool:
+    """Fuse Qwen's router, a softmax; `rest` computes the rest of the block."""
     weights = weights_of(module.gate)
     if weights is None or not module.top_k <= weights.num_outputs <= _MOST_EXPERTS:
         return False
@@ -389,7 +389,7 @@ def _fuse_experts_block(module: Any, step: StepInputs, swaps: ClassSwaps, answer
             return original(block, x)
         weights = weights_of(block.gate)
         assert weights is not None, "the router is a linear layer"
-        return answer(block, x, *_routed(x, weights, routing, None, x.dtype))
+        return rest(block, x, *_routed(x, weights, routing, None, x.dtype))
 
     swaps.override(module, call)
     return True

@@ -299,7 +299,7 @@ def _check_operands(budget: Budget, operator: str, left: Any, right: Any) -> Non
 
 def _spread(values: Any) -> Any:
     if not isinstance(values, (list, tuple, dict)) or len(values) > _MAX_SPREAD:
-        raise TemplateLimitError(f"* takes a list of at most {_MAX_SPREAD} items")
+        raise TemplateLimitError(f"* and ** accept at most {_MAX_SPREAD} items")
     return values
 
 

@@ -280,7 +280,7 @@ def _expanded(budget: Budget, text: str, tabsize: int = 8) -> str:
 
 def _joined_by(budget: Budget, separator: str, values: Any) -> str:
     if not all(isinstance(value, str) for value in budget.each(values)):
-        raise TypeError("join takes texts")
+        raise TypeError("join expects texts")
     return joined(budget, values, separator)
 
 
@@ -425,7 +425,7 @@ def _sum(
     total = start
     for value in budget.each(values):
         if not isinstance(total, (int, float)) or not isinstance(value, (int, float)):
-            raise TypeError("sum takes numbers")
+            raise TypeError("sum expects numbers")
         total += value
     return total
 

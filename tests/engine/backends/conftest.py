@@ -29,9 +29,9 @@ _SITES = "import json, site; print(json.dumps(site.getsitepackages()))"
 
 @pytest.fixture(scope="package")
 def llama_cpp() -> Iterator[None]:
-    """llama-cpp-python can be imported; it may lie in an environment of its own.
+    """Make llama-cpp-python importable, possibly from a separate environment.
 
-    Afterwards it is gone again: other tests mean MLX where they leave the backend open.
+    The import path is restored afterwards: other tests with the backend `auto` expect MLX.
     """
     python = python_with_llama_cpp()
     if python is None:

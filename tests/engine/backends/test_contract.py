@@ -1,4 +1,4 @@
-"""What holds for every backend: the same requests have the same meaning."""
+"""The contract of every backend: equal requests have equal results."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_what_is_refused(
 
 
 def test_streams_and_their_end(make_engine: MakeEngine) -> None:
-    """Behind an AsyncEngine: one client reads to the end, one leaves."""
+    """In an AsyncEngine, one client reads to the end, and one disconnects."""
     engine = AsyncEngine(make_engine)
     engine.wait_until_ready(60)
 

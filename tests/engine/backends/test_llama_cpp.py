@@ -1,4 +1,4 @@
-"""What is llama.cpp's own: when it is chosen, what it refuses, and that it computes the same."""
+"""llama.cpp's backend: when it is selected, what it rejects, and that its results are equal."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_it_is_taken_and_says_so(opened: Opened, backend: Backend) -> None:
 
 @pytest.mark.usefixtures("llama_cpp")
 def test_the_same_model(opened: Opened) -> None:
-    """Log-probabilities of both backends, for all positions of a prompt."""
+    """Both backends return equal log-probabilities for all positions of a prompt."""
     found = []
     for backend in ("mlx", "llama.cpp"):
         engine = opened.engine(EngineConfig(device="cpu", backend=backend, max_num_seqs=2))  # type: ignore[arg-type]
@@ -173,7 +173,7 @@ def test_settings_it_refuses(
 
 @pytest.mark.usefixtures("llama_cpp")
 def test_rows_of_several_sequences(gguf_file: Path) -> None:
-    """Logits come in the order they are wanted; sequences are copied, cut and forgotten."""
+    """Logits are in the requested order; sequences are copied, cut and cleared."""
     model = LlamaModel([gguf_file])
     context = Context(model, num_cells=64, num_slots=3, max_rows=16)
     ids = [5, 9, 11, 40]
@@ -205,7 +205,7 @@ def test_bytes_of_a_token(gguf_file: Path) -> None:
 
 @pytest.mark.usefixtures("llama_cpp")
 def test_served(opened: Opened, gguf_file: Path) -> None:
-    """From the store to an answer over HTTP; it needs a fraction of the memory."""
+    """A stored model answers over HTTP with a fraction of the memory."""
     store = LayoutStore(gguf_file.parents[2])
     key = str(opened.model.digest)
     catalogues = {
@@ -234,7 +234,7 @@ def test_served(opened: Opened, gguf_file: Path) -> None:
 @pytest.mark.weights
 @pytest.mark.usefixtures("llama_cpp")
 def test_real_weights() -> None:
-    """SmolLM2 in Q4_1: what both backends think of a text, and how they go on."""
+    """SmolLM2 in Q4_1: both backends score a text and continue it alike."""
     files = ModelFiles.from_directory(smollm2_gguf())
     config = EngineConfig(device="cpu", max_num_seqs=2, max_model_len=512)
     llama = LlamaCppEngine(LlamaModel(files.weights), gguf_tokenizer_of(files), config)

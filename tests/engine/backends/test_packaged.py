@@ -1,4 +1,4 @@
-"""The template, context and defaults of a package are what answers, whichever backend computes."""
+"""Every backend uses the template, context length and defaults of a package."""
 
 from __future__ import annotations
 

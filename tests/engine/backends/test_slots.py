@@ -1,4 +1,4 @@
-"""Slots: whoever gets a prefix gets the tokens that it begins with, whatever happened before."""
+"""Slots: a reused prefix always has the sequence's own first tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modelpack_engine.request import SamplingParams
 
 
 class Cells:
-    """A cache that knows which tokens are where, and how many fit."""
+    """A cache that records the tokens of each slot, and limits their number."""
 
     def __init__(self, slots: int, cells: int) -> None:
         self.slots: list[list[int]] = [[] for _ in range(slots)]
@@ -41,7 +41,7 @@ class Cells:
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("keep", [True, False])
 def test_prefixes_under_any_load(seed: int, keep: bool) -> None:
-    """A scheduler runs random requests that share beginnings, are preempted, aborted and failed."""
+    """A scheduler runs random requests that share prefixes, are preempted, aborted and failed."""
     generator = random.Random(seed)
     blocks, size, seqs = generator.choice([12, 30]), 4, 4
     cells = Cells(seqs + generator.choice([1, 3]), blocks * size)

@@ -31,5 +31,5 @@ def minilm_store(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Layo
 
 @pytest.fixture(scope="session")
 def embedder(minilm_store: LayoutStore) -> Embedder:
-    """all-MiniLM-L6-v2, out of the store's blobs."""
+    """all-MiniLM-L6-v2, loaded from the store."""
     return open_embedder("minilm", store=minilm_store, pull=False, device="cpu")

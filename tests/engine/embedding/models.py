@@ -21,12 +21,12 @@ PAD, CLS, SEP, UNK = range(4)
 
 
 def golden(name: str) -> Any:
-    """Return what `make_goldens.py` wrote."""
+    """Return the content of a file that `make_goldens.py` wrote."""
     return json.loads((GOLDEN / f"{name}.json").read_text())
 
 
 def write_tokenizer(root: Path, vocab_size: int, *, appends: str = "") -> None:
-    """Write a tokenizer of words; `appends` is a special token put at the end, and no other."""
+    """Write a tokenizer of words; it adds only the special token `appends`, at the end."""
     names = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *(f"w{at}" for at in range(4, vocab_size))]
     tokenizer = Tokenizer(WordLevel({name: at for at, name in enumerate(names)}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -70,7 +70,7 @@ def refusal(response: requests.Response, status: int = 400) -> dict[str, Any]:
 
 
 def test_openais_client(client: openai.OpenAI) -> None:
-    """It asks for base64 and decodes it."""
+    """OpenAI's client requests base64 and decodes it."""
     reply = client.embeddings.create(model="minilm", input=SENTENCES, user="me")
     assert reply.object == "list"
     assert reply.model == "minilm"

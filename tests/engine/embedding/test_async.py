@@ -1,4 +1,4 @@
-"""AsyncEmbedder: one thread for MLX, requests that run together, and their ends."""
+"""AsyncEmbedder: one thread for MLX, batches of several requests, and how requests end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tiny(root: Path, name: str = "bert") -> Make:
 
 
 class Gate:
-    """Holds the model's thread up before its first batch, and counts batches."""
+    """Blocks the model's thread before its first batch, and counts batches."""
 
     def __init__(self, make: Make) -> None:
         self.make = make

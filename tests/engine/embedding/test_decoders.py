@@ -1,4 +1,4 @@
-"""Decoder models as embedders: their hidden states, the last token, and what is left out."""
+"""Decoder models as embedders: hidden states, the last token, and the missing head."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TEXTS = ["w5", "w9 w11 w80 w33", " ".join(f"w{4 + at % 90}" for at in range(40))
 def write(
     root: Path, name: str, *, prefix: bool = True, bits: int = 0, **changes: Any
 ) -> tuple[Any, Path]:
-    """Write a model; return it, whole, as mlx-lm runs it. The end token is [SEP], 2."""
+    """Write a model; return mlx-lm's model with its head. The end token is [SEP], 2."""
     config = {**CONFIGS[name], **changes}
     kind = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     mx.random.seed(3)

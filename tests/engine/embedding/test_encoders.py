@@ -1,4 +1,4 @@
-"""Every architecture against transformers' own results, and what is refused."""
+"""Every architecture compared with transformers' results, and rejected configs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_as_transformers(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", list(PREFIXES))
 def test_saved_with_a_head(name: str, tmp_path: Path) -> None:
-    """A prefix, a buffer and a head for training change nothing."""
+    """A prefix, a buffer and a training head do not change the result."""
     zeros = np.zeros((2, 2), np.float32)
     extra = {"lm_head.dense.weight": zeros, "cls.predictions.bias": zeros}
     assert_golden(write_model(tmp_path, name, prefix=PREFIXES[name], extra=extra), name)

@@ -1,4 +1,4 @@
-"""What the files of an embedding model are: modules in directories, and texts in pairs."""
+"""The files of an embedding model: modules in directories, and tokenizers of pairs."""
 
 from __future__ import annotations
 

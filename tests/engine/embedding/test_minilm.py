@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2 out of the store, against sentence-transformers, and what `embed` promises."""
+"""all-MiniLM-L6-v2 from the store, compared with sentence-transformers; options of `embed`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pooling and what follows it, against sentence-transformers and against plain numpy."""
+"""Pooling and the steps after it, compared with sentence-transformers and with numpy."""
 
 from __future__ import annotations
 

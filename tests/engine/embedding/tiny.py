@@ -1,6 +1,6 @@
-"""Tiny random models of every architecture, and what is fed to them.
+"""Tiny random models of every architecture, and their inputs.
 
-Imports numpy only: the script that makes the goldens runs where the engine is not installed.
+Imports only numpy, because `make_goldens.py` runs where the engine is not installed.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ SENTENCES = [
 
 
 def weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
-    """Return random weights, the same everywhere: numpy keeps RandomState's stream for ever."""
+    """Return random weights, equal on every machine: numpy guarantees RandomState's stream."""
     made = {}
     for name, shape in shapes.items():
         values = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)

@@ -1,4 +1,4 @@
-"""Random blocks of the types of ggml, with scales as weights have them."""
+"""Random blocks of ggml's types, with scales like those of weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SCALES = {
 
 
 def random_blocks(dtype: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
-    """Return uint8 [rows, bytes of a row]; every bit pattern of codes may occur."""
+    """Return random blocks, uint8 [rows, bytes of a row], with all bit patterns of codes."""
     random = np.random.default_rng(seed)
     values = random.standard_normal((rows, columns)).astype(np.float32)
     if dtype == "F32":

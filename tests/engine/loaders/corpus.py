@@ -1,4 +1,4 @@
-"""Texts that tokenisers disagree about: accents, scripts, emoji, digits, spaces, code, specials."""
+"""Texts that tokenisers split differently: scripts, emoji, digits, spaces, code, specials."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tokenizer.json files that panic, hang or grow, by what they abuse."""
+"""Hostile tokenizer.json files that panic, hang or grow, by the feature that they abuse."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GOOD: dict[str, Any] = {
 
 
 def changed(**parts: Any) -> str:
-    """Return a tokenizer.json with other parts."""
+    """Return the tokenizer.json with some parts replaced."""
     return json.dumps(copy.deepcopy(GOOD) | parts)
 
 
@@ -58,7 +58,7 @@ def _charsmap(character: str, text: str) -> str:
 
 
 def _template(**parts: list[str]) -> dict[str, Any]:
-    """Return a post-processor that writes these texts one after another."""
+    """Return a post-processor that concatenates these texts."""
     sequences = {
         name: [{"Sequence": {"id": part, "type_id": 0}} for part in listed]
         for name, listed in ({"single": ["A"], "pair": ["A", "B"]} | parts).items()

@@ -1,7 +1,7 @@
 """llama.cpp as a peer: `golden/oracle.py` run by a Python that has llama-cpp-python.
 
-That is this one, or the one that MODELPACK_LLAMA_CPP_PYTHON names: it has to be compiled, which
-takes ten minutes, so it may live in an environment of its own.
+That is this Python, or the one that MODELPACK_LLAMA_CPP_PYTHON names: llama-cpp-python compiles for
+ten minutes, so it may be installed in a separate environment.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""config.json files as published, without what only sizes the model.
+"""Published config.json files, without the fields that only set sizes.
 
-Fields that tell of the maths are as the model's own repository has them, and so are those that
-look as though they did: a guard that refuses one of these is wrong.
+Fields that change the computation are as in the model's repository, and so are fields that only
+seem to change it: a guard that rejects one of these configs is wrong.
 """
 
 from __future__ import annotations

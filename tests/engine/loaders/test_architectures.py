@@ -27,7 +27,7 @@ def load_tiny(path: Path, **options: Any) -> LoadedModel:
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """1 - cosine of what differs from the mean."""
+    """Return 1 - cosine of the deviations from the mean."""
     a, b = (np.asarray(values, np.float64) - np.mean(values) for values in (a, b))
     return float(1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
@@ -52,7 +52,7 @@ def test_logits(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt-oss", "llama-3", "phi3-long", "smollm3"])
 def test_logits_tell_a_wrong_detail(name: str, tmp_path: Path) -> None:
-    """What is special about a model moves its logits by more than the tolerance."""
+    """Each special feature of a model changes its logits by more than the tolerance."""
     tiny = TINY_MODELS[name]
     changes: dict[str, dict[str, Any]] = {
         "gemma3": {"sliding_window": 512},
@@ -66,7 +66,7 @@ def test_logits_tell_a_wrong_detail(name: str, tmp_path: Path) -> None:
 
 
 def test_yarn_of_an_architecture_whose_class_ignores_it(tmp_path: Path) -> None:
-    """The safetensors model is held to transformers by `tests/engine/oracle`."""
+    """`tests/engine/oracle` compares the safetensors model with transformers."""
     yarn, tiny = TINY_MODELS["qwen2-yarn"], TINY_MODELS["qwen3moe"]
     config = {**tiny.config, "rope_scaling": yarn.config["rope_scaling"]}
 
@@ -124,7 +124,7 @@ def test_what_cannot_be_packed_is_held_in_8_bits_or_dense(requantize: bool, tmp_
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-oss", "qwen3moe"])
 def test_as_on_a_gpu(name: str, tmp_path: Path) -> None:
-    """Packed, with scales and all the rest in bfloat16."""
+    """Weights are packed; scales and all other parameters are bfloat16."""
     tiny = TINY_MODELS[name]
     path = tiny.write(tmp_path / "m.gguf", quantizer(Q.Q8_0))
     loaded = load_tiny(path, dense=False, dtype=mx.bfloat16)

@@ -1,4 +1,4 @@
-"""GGUF files that are cut, lie or are of something else: an error that names it."""
+"""Truncated, inconsistent and unsupported GGUF files fail with an error that names the cause."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_rope_factors_of_the_wrong_length(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama-3", "gemma3", "gpt-oss", "phi3-long"])
 def test_damaged_headers_are_model_errors(name: str, tmp_path: Path) -> None:
-    """Whatever a few wrong bytes make of a header, nothing but our own errors comes out."""
+    """A header with a few wrong bytes raises only our own errors."""
     path = TINY_MODELS[name].write(tmp_path / "m.gguf")
     raw, header = path.read_bytes(), read_gguf_header(path)
     places = [value.offset for value in header.metadata.values()]

@@ -1,4 +1,4 @@
-"""Chat templates: what transformers gives them, and what strangers may not do with them."""
+"""Chat templates get transformers' variables and filters, and hostile templates fail."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_a_failed_template_can_be_used_again() -> None:
               "[TOOL_CALLS]", "[TOOL_CALLS]'", "[TOOL_CALLS] ", "name"],
 )  # fmt: skip
 def test_what_is_read_from_a_templates_text_takes_linear_time(piece: str) -> None:
-    """The server searches templates itself; quadratic time would be hours here."""
+    """The server searches templates itself; in quadratic time this would take hours."""
     text = "tool_responses" + piece * (500_000 // len(piece))
     takes_argument_strings.__wrapped__(text)
     wants_results_with_calls.__wrapped__(text)

@@ -1,4 +1,4 @@
-"""The guard of config.json: published models load, and what would change their text does not."""
+"""The guard of config.json: published configs load; changes of the output are rejected."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def guard(config: Config, *ignored: str) -> Limits:
 
 
 def newer(config: Config) -> Config:
-    """Return a config as transformers 5 spells it."""
+    """Return a config in the spelling of transformers 5."""
     result = {name: value for name, value in config.items() if name not in ("torch_dtype",)}
     rope = {"rope_type": "default", **(result.pop("rope_scaling", None) or {})}
     rope["rope_type"] = rope.pop("type", rope["rope_type"])

@@ -1,4 +1,4 @@
-"""Which files of a model are its weights, from a store and from a directory."""
+"""The weights and other files of a model, from a store and from a directory."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_archives_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_archives_of_one_model_share_their_limits(tmp_path: Path) -> None:
-    """Each of them is small, and makes 64 MiB; all of them would make any number."""
+    """Each archive is small and unpacks to 64 MiB; together they would unpack to any size."""
     blobs: dict[Digest, Path] = {}
     kind = "application/vnd.cncf.model.weight.config.v1.tar+gzip"
     layers = [layer(blobs, tmp_path, media_types.DOCKER_GGUF, None, b"GGUF")]
@@ -121,7 +121,7 @@ def test_archives_of_one_model_share_their_limits(tmp_path: Path) -> None:
 
 
 def test_documents_are_bounded(tmp_path: Path) -> None:
-    """JSON takes 25 times its size, and no thread runs while it is parsed."""
+    """Parsing JSON takes 25 times its size in memory, and blocks all threads."""
     files = ModelFiles((), "safetensors", archived={"config.json": b"[]," * 6_000_000})
     with pytest.raises(ModelLoadError, match=r"config\.json: 18000000 bytes of JSON"):
         files.json("config.json")

@@ -1,4 +1,4 @@
-"""Blocks of every type, against the gguf package, whose results are ggml's bit for bit."""
+"""Blocks of every type, compared with the gguf package, which matches ggml bit for bit."""
 
 from __future__ import annotations
 

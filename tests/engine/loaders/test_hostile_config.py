@@ -1,4 +1,4 @@
-"""Sizes in config.json that the tensors do not justify: refused before anything is built."""
+"""Sizes in config.json that no tensor justifies are rejected before anything is built."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_layers_are_counted_at_one_place_of_the_names() -> None:
 
 
 def test_what_a_class_builds_is_bounded_whatever_asked_for_it() -> None:
-    """A field that no rule knows: the constructor itself is stopped."""
+    """A field without a rule: the limit on modules stops the constructor."""
     with count_modules(100, "x"):
         assert len(build(100)) == 100
     with pytest.raises(ModelLoadError, match="more than 100 modules"), count_modules(100, "x"):
@@ -187,7 +187,7 @@ def test_the_count_is_of_one_thread() -> None:
 
 
 def test_real_shapes_pass() -> None:
-    """Sizes of real models, beside the largest dimension that their files have."""
+    """Sizes of real models, with the largest dimension in their files."""
     shapes = [(f"model.layers.{i}.mlp.up_proj.weight", (14336, 512)) for i in range(32)]
     shapes += [("model.embed_tokens.weight", (128256, 4096))]
     config = {

@@ -1,4 +1,4 @@
-"""A hostile tokenizer fails its own model, by an error that names it; panics stay in no thread."""
+"""A hostile tokenizer fails only its model, with an error that names it; panics end no thread."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.engine.serving.tiny import write_tiny
 
 
 class Panic(BaseException):
-    """What pyo3 makes of a panic: no Exception."""
+    """Like pyo3's exception for a panic, not a subclass of Exception."""
 
 
 def files(text: str) -> ModelFiles:

@@ -1,4 +1,4 @@
-"""What importing the engine leaves as it was: transformers unloaded, the limit of open files."""
+"""Importing the engine loads no transformers, and keeps the limit of open files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_engine_loads_no_transformers() -> None:
     ],
 )
 def test_the_rest_of_mlx_lm_is_there_for_who_asks(use: str) -> None:
-    """And the limits, below those that mlx-lm sets, stay as they are."""
+    """Limits that are lower than those that mlx-lm sets are kept."""
     same = "print(resource.getrlimit(resource.RLIMIT_NOFILE), type(sys.modules['mlx_lm']).__name__)"
     assert run(f"{LIMITS}{ENGINE}{use}\n{same}") == "(700, 3000) module"
 

@@ -1,4 +1,4 @@
-"""llama.cpp itself, where it is installed: recomputes the recorded answers, quantises, compares."""
+"""If llama.cpp is installed: recompute its recorded results, quantise with it, and compare."""
 
 from __future__ import annotations
 

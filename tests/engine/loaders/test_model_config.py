@@ -1,4 +1,4 @@
-"""config.json in the spellings of transformers 4 and 5: one meaning, and errors by name."""
+"""config.json in the spellings of transformers 4 and 5: the same meaning, and named errors."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_tied_embeddings(config: dict[str, Any], has_head: bool, expected: bool 
 
 
 def no_fields() -> None:
-    """A class that asks for nothing."""
+    """A class of arguments that requires no fields."""
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -208,7 +208,7 @@ def test_two_bases_of_one_rotation() -> None:
 
 
 def test_a_module_that_exits_is_an_error(tmp_path: Path) -> None:
-    """mlx-lm's olmo calls exit() where a package of its own is missing."""
+    """mlx-lm's olmo calls exit() if its package is missing."""
     tiny = TINY_MODELS["llama"]
     save(tmp_path, tiny.build(), tiny.config | {"model_type": "olmo"})
     with pytest.raises(ModelLoadError, match="olmo"):

@@ -1,4 +1,4 @@
-"""`modelpack package --quantize`: by mlx-lm's quantiser, from files to an engine that runs them."""
+"""`modelpack package --quantize`: mlx-lm quantises files, and the engine runs the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""safetensors: plain, sharded, and in every quantisation that mlx-lm writes."""
+"""Load safetensors: plain, sharded, and in every quantisation that mlx-lm writes."""
 
 from __future__ import annotations
 

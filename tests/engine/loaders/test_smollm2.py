@@ -1,4 +1,4 @@
-"""SmolLM2 with its real weights, loaded from GGUF; `tests/engine/real` has it answer."""
+"""SmolLM2 with its real weights, loaded from GGUF; `tests/engine/real` generates with it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NUM_TOKENS = 8
 
 
 def greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
-    """mlx-lm's own generation."""
+    """Return the tokens that mlx-lm itself generates."""
     return [
         [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=NUM_TOKENS)]
         for prompt in prompts
@@ -75,7 +75,7 @@ def test_logits_are_close_to_those_of_llama_cpp(
 
 
 def test_first_tokens_are_llama_cpps(loaded: LoadedModel, prompts: list[list[int]]) -> None:
-    """Nearly all of them: at near-ties the two may part."""
+    """Nearly all tokens are equal; the two may differ where logits are nearly equal."""
     firsts = [tokens[0] for tokens in golden("smollm2")["greedy"]]
     got = [int(mx.argmax(loaded.model(mx.array([prompt]))[0, -1])) for prompt in prompts]
     assert sum(a == b for a, b in zip(got, firsts, strict=True)) >= len(prompts) - 1

@@ -1,4 +1,4 @@
-"""Ids and positions past the end of a model's tables: MLX would read other memory for them."""
+"""Ids and positions beyond a model's tables, for which MLX would read other memory, fail."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAR = 10**8
 
 
 def changed_tokenizer(root: Path, kind: str, number: int = FAR) -> None:
-    """Make tokenizer.json give an id or a type that the model has no row for."""
+    """Change tokenizer.json to give an id or a type that the model's tables do not have."""
     path = root / "tokenizer.json"
     document: dict[str, Any] = json.loads(path.read_text())
     processor = document["post_processor"]
@@ -108,7 +108,7 @@ def test_a_table_of_tokens_that_is_too_small(tmp_path: Path) -> None:
 
 
 def test_a_decoder_counts_the_rows_that_it_has() -> None:
-    """Not the vocab_size of a config, which may be beside that of the text model."""
+    """The limit is not the config's vocab_size, which may differ from the text model's."""
     tiny = TINY_MODELS["llama"]
     decoder = Decoder(tiny.build(), {**tiny.config, "vocab_size": FAR})
     assert decoder.vocab_size == tiny.config["vocab_size"]

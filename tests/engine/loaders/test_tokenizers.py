@@ -1,4 +1,4 @@
-"""Token ids are llama.cpp's, for every kind of pre-tokeniser, on a corpus meant to differ."""
+"""Token ids equal llama.cpp's for every kind of pre-tokeniser, on a corpus chosen to differ."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check(
     answer: dict[str, Any],
     skipped: Callable[[str], bool] = lambda text: False,
 ) -> None:
-    """Compare a tokenizer with what llama.cpp said."""
+    """Compare a tokenizer with llama.cpp's recorded results."""
     assert len(answer["ids"]) == len(TEXTS)
     for at, text in enumerate(TEXTS):
         if skipped(text):
@@ -85,7 +85,7 @@ def test_words_keep_their_marks(name: str) -> None:
 
 
 def test_pre_tokenizers_differ() -> None:
-    """The corpus tells them apart; those that cut alike share their patterns."""
+    """The corpus distinguishes all pre-tokenisers, except those that share their patterns."""
     alike: dict[str, list[str]] = {}
     for name in set(BYTE_LEVEL) - {"falcon"}:  # default's, but for a backtick
         alike.setdefault(json.dumps(ANSWERS[name]["ids"]), []).append(name)
@@ -151,7 +151,7 @@ def test_bos_and_eos_are_added_where_the_file_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "ends"), [(NORMAL, False), (CONTROL, True)])
 def test_what_looks_like_an_end_may_be_text(kind: int, ends: bool, tmp_path: Path) -> None:
-    """Qwen's vocabulary has </s> as HTML has it."""
+    """Qwen's vocabulary has HTML's </s> as plain text."""
     fields = golden("bpe")
     vocabulary = Vocabulary(
         **fields | {"tokens": [*fields["tokens"], "</s>"], "types": [*fields["types"], kind]}
@@ -199,7 +199,7 @@ def test_a_library_that_gives_up_is_a_model_error(tmp_path: Path) -> None:
 
 
 def write_json(directory: Path, name: str, **settings: Any) -> ModelFiles:
-    """Save a vocabulary as tokenizer.json, with its settings beside it."""
+    """Save a vocabulary as tokenizer.json, with tokenizer_config.json."""
     backend = small(name, directory)._backend
     (directory / "tokenizer.json").write_text(backend.to_str())
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -259,7 +259,7 @@ def test_other_decoders_give_text_too(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_of_too_many_merges(tmp_path: Path) -> None:
-    """Some megabytes of tokens, each of which is two others in a thousand ways: gigabytes."""
+    """A few megabytes of tokens, each from a thousand pairs, would make gigabytes of merges."""
     tokens = ["a" * length for length in range(1, 600)]
     many = Vocabulary("llama", tokens, [1] * len(tokens), scores=[0.0] * len(tokens))
     path = write_vocabulary(tmp_path / "many.gguf", with_ends(many))
@@ -272,7 +272,7 @@ def test_a_vocabulary_of_too_many_merges(tmp_path: Path) -> None:
 
 
 def with_ends(vocabulary: Vocabulary) -> Vocabulary:
-    """Return it with tokens that begin and end a text."""
+    """Return the vocabulary with tokens that begin and end a text."""
     assert vocabulary.scores is not None
     return Vocabulary(
         vocabulary.model,
@@ -285,7 +285,7 @@ def with_ends(vocabulary: Vocabulary) -> Vocabulary:
 @pytest.mark.parametrize("first", ["$A $A $A $A", "$A", "$0"])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_token_is_no_part_of_the_template(kind: str, first: str, tmp_path: Path) -> None:
-    """A token to put before texts that is written as texts are: no text comes twice."""
+    """A first token that templates would read as the text is rejected, so no text is repeated."""
     tokens = [first, "[SEP]", "[UNK]", "\u2581a"]
     writer = gguf.GGUFWriter(tmp_path / "v.gguf", kind)
     Vocabulary(kind, tokens, [3, 3, 2, 1], scores=[0.0] * 4).add_to(writer, pre=None)

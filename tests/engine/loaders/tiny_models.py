@@ -1,7 +1,7 @@
-"""Tiny random models of every architecture: as mlx-lm has them, and as a converter writes them.
+"""Tiny random models of every architecture, in mlx-lm and as GGUF files.
 
-The way from one to the other is llama.cpp's (conversion/*.py): its own map of names, the
-permutation of q and k for llama, 1 added to the norms of Gemma. Nothing of the loader is used.
+The conversion follows llama.cpp's (conversion/*.py): its map of names, the permutation of q and k
+for llama, 1 added to the norms of Gemma. It uses no code of the loader.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def _llama3_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A model to be: `arch` in GGUF, the config that mlx-lm takes, and how it is converted."""
+    """A tiny model: its `arch` in GGUF, its config for mlx-lm, and how it is converted."""
 
     arch: str
     config: dict[str, Any]
@@ -186,7 +186,7 @@ class TinyModel:
     seed: int = 0
 
     def build(self) -> Any:
-        """Return mlx-lm's model with random weights that make its logits differ a lot."""
+        """Return mlx-lm's model with random weights that spread its logits widely."""
         module = importlib.import_module(f"mlx_lm.models.{self.config['model_type']}")
         model = module.Model(module.ModelArgs.from_dict(self.config))
         if self.config.get("tie_word_embeddings") and hasattr(model, "sanitize"):
@@ -231,7 +231,7 @@ class TinyModel:
         return path
 
     def logits(self, model: Any) -> np.ndarray:
-        """Return the logits behind `PROMPT`, of all positions."""
+        """Return the logits of all positions of `PROMPT`."""
         return np.array(model(mx.array([PROMPT]))[0].astype(mx.float32))
 
 

@@ -20,13 +20,13 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 def golden(name: str) -> Any:
-    """Return what is recorded in `golden/<name>.json`."""
+    """Return the content of `golden/<name>.json`."""
     return json.loads((GOLDEN / f"{name}.json").read_text())
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the tokenizer part of a GGUF file holds."""
+    """The tokenizer in the metadata of a GGUF file."""
 
     model: str
     tokens: list[str]
@@ -44,7 +44,7 @@ class Vocabulary:
     def add_to(
         self, writer: gguf.GGUFWriter, *, pre: str | None, special: Iterable[str] = ()
     ) -> None:
-        """Write the vocabulary; `special` names the tokens with an id of their own (bos, eos)."""
+        """Write the vocabulary; `special` maps the names of special tokens (bos, eos) to ids."""
         writer.add_tokenizer_model(self.model)
         if pre is not None:
             writer.add_tokenizer_pre(pre)

@@ -1,4 +1,4 @@
-"""What an engine is put through, on one device and on several: the answers have to be equal."""
+"""Requests that one device and several devices have to answer equally."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def prompt(number: int, length: int | None = None) -> list[int]:
 
 
 def play(make: MakeEngine, devices: int) -> dict[str, Any]:
-    """Return the answers to everything; `devices` is how many share each KV cache."""
+    """Return all responses; `devices` is the number that share each KV cache."""
     answers: dict[str, Any] = {}
     engine = make(config())
     engine._runner.warm_up([StepShape(4, 2), StepShape(0, 2, 16)])  # as a GPU has it
@@ -145,7 +145,7 @@ def run_masked(engine: Engine) -> Any:
 
 
 def run_aborted(engine: Engine) -> Any:
-    """One of three ends in the middle, while a step is in flight."""
+    """One of three requests is aborted while a step is in flight."""
     tokens: dict[str, list[int]] = {}
     ends: dict[str, str] = {}
     params = SamplingParams(max_tokens=15, temperature=0, ignore_eos=True)
@@ -160,7 +160,7 @@ def run_aborted(engine: Engine) -> Any:
 
 
 def run_proposed(engine: Engine) -> Any:
-    """Texts that repeat themselves are proposed, and some of it comes true."""
+    """Repeated text is proposed by prompt lookup, and some proposals are accepted."""
     bias = dict.fromkeys(b"abc", 100.0)
     params = [
         SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, logit_bias=bias),
@@ -188,7 +188,7 @@ def run_preempted(engine: Engine) -> Any:
 
 
 def too_large(make: MakeEngine, kv_cache_bytes: int) -> bool:
-    """Return whether a whole context is more than fits."""
+    """Return whether a whole context exceeds the KV cache."""
     try:
         engine = make(config(max_model_len=CONTEXT, kv_cache_bytes=kv_cache_bytes))
     except OutOfMemoryError:
@@ -200,7 +200,7 @@ def too_large(make: MakeEngine, kv_cache_bytes: int) -> bool:
 
 
 def zoo_config(name: str) -> EngineConfig:
-    """How a model of the zoo runs: keys and values of the wide one are in 8 bits."""
+    """Return the configuration of a model of the zoo; the wide one has 8-bit keys and values."""
     return config(max_model_len=128, kv_cache_dtype="q8" if name == WIDE else "auto")
 
 
@@ -213,7 +213,7 @@ def run_greedy(engine: Engine) -> list[list[int]]:
 
 
 def run_texts(engine: Engine) -> list[str]:
-    """What real weights answer."""
+    """Return the responses of real weights."""
     prompts = ["The capital of France is", "Once upon a time, there was a", "def fibonacci(n):"]
     runs = engine.generate(prompts, SamplingParams(max_tokens=24, temperature=0))
     return ["".join(event.text for event in events) for events in runs]

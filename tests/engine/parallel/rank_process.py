@@ -1,6 +1,6 @@
 """One rank of a test: `python -m tests.engine.parallel.rank_process WHAT SIZE OUT`.
 
-Rank 0 does WHAT and writes what comes of it to the file OUT, as JSON.
+Rank 0 runs the task WHAT and writes its result to the file OUT, as JSON.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def engine_of(ranks: Ranks, key: str, config: EngineConfig) -> Engine:
 
 
 def play(ranks: Ranks) -> Any:
-    """Everything, and a model that one rank cannot load in between."""
+    """Run everything, and in between load a model that one rank cannot load."""
     told = ""
     try:
         engine_of(ranks, "refused by rank 1", playing.config())
@@ -102,7 +102,7 @@ def play_smollm2(ranks: Ranks) -> Any:
 
 
 def raise_in_step(ranks: Ranks) -> Any:
-    """A step fails on rank 0 after the others have begun it."""
+    """Fail a step on rank 0 after the others have begun it."""
     engine = engine_of(ranks, "tiny", playing.config())
 
     def broken(*_: Any) -> Any:

@@ -21,7 +21,7 @@ def command(what: str, size: int, out: Path, *args: str) -> list[str]:
 def run_ranks(
     what: str, size: int, out: Path, *args: str, **environment: str
 ) -> tuple[Outcome, Any]:
-    """Have `size` ranks do something; return how they ended, and what rank 0 wrote."""
+    """Run a task on `size` ranks; return how they ended, and what rank 0 wrote."""
     outcome = launch(
         command(what, size, out, *args),
         size,

@@ -1,4 +1,4 @@
-"""The channel: who may connect, what is heard, and who hears of an end."""
+"""The channel: which connections it accepts, which messages it delivers, and how it fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Joining MLX's group: who is slow, who is missing, and who are too many."""
+"""Joining MLX's group, with slow ranks, missing ranks, and too many ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLACE = Place(1, "ring", "127.0.0.1")
 
 @pytest.fixture
 def joining(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
-    """Have MLX answer so, one after the other: what is an error is raised."""
+    """Make MLX return these groups one after the other, and raise those that are errors."""
 
     def script(*answers: object) -> list[Any]:
         left = list(answers)

@@ -1,4 +1,4 @@
-"""The launcher: every rank ends when one does, whatever ended it, and it says who was first."""
+"""The launcher: all ranks end when one ends for any reason, and it reports the first."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_what_ranks_are_told(tmp_path: Path) -> None:
 
 
 def test_signals_go_to_rank_0_alone(tmp_path: Path) -> None:
-    """As Ctrl-C does; whoever is left is killed after it."""
+    """SIGINT goes to rank 0 only, as with Ctrl-C; remaining ranks are killed afterwards."""
     ready = tmp_path / "ready"
     rank = (
         RANK + "import signal; said = lambda *_: (print('rank', rank, flush=True), sys.exit(5)); "

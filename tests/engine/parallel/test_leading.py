@@ -1,4 +1,4 @@
-"""What rank 0 refuses, and what it takes of the others' sizes."""
+"""What rank 0 rejects, and how it combines the sizes of all ranks."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_ranks_that_hold_a_model_load_no_other() -> None:
 
 
 def test_a_model_is_dropped_before_another_is_loaded() -> None:
-    """The other would be dropped instead, and the ranks out of step with rank 0."""
+    """Otherwise the other model would be dropped, and the ranks out of step with rank 0."""
     channel = Recorded()
     ranks = Ranks(cast(Group, None), cast(LeaderChannel, channel))
 

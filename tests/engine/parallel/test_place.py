@@ -1,4 +1,4 @@
-"""Which rank a process is, from what launchers leave in its environment."""
+"""The rank of a process, from the environment variables of launchers."""
 
 from __future__ import annotations
 

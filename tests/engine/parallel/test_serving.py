@@ -1,4 +1,4 @@
-"""`modelpack serve --tensor-parallel-size 2`, over HTTP: answers, and what ends it."""
+"""`modelpack serve --tensor-parallel-size 2` over HTTP: replies, and how it ends."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def serving(
 
 
 def expected(**params: Any) -> str:
-    """What one device answers."""
+    """The reply of one device."""
     engine = tiny_engine()
     [events] = engine.generate(["hello world"], SamplingParams(max_tokens=12, **params))
     return "".join(event.text for event in events)
@@ -171,7 +171,7 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.long
 def test_what_cannot_be_divided_is_refused_by_name(store: Path, tmp_path: Path) -> None:
-    """The others are served still; one at a time."""
+    """Other models are still served, one at a time."""
     with serving(store, tmp_path / "err", "--tensor-parallel-size", "2") as server:
         refused = server.complete(model="ai/gpt2")
         assert refused.status_code >= 400

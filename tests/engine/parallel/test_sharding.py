@@ -1,4 +1,4 @@
-"""What a rank holds of a model, and which models cannot be divided."""
+"""The part of a model that a rank holds, and models that cannot be divided."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.engine.serving.tiny import tiny_model, tiny_tokenizer
 
 
 class Ranks:
-    """A group that nobody is in: a model can be divided for it, and not run."""
+    """A group without ranks, for which a model can be divided but not run."""
 
     def __init__(self, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
@@ -126,7 +126,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def bytes_held(files: Files, size: int) -> tuple[int, int]:
-    """Return the bytes of the weights of a rank, and those that MLX holds for them."""
+    """Return the bytes of a rank's weights, and the bytes that MLX holds for them."""
     gc.collect()
     mx.clear_cache()
     before = mx.get_active_memory()

@@ -62,7 +62,7 @@ def test_rank_0_says_why_another_rank_cannot_load_and_goes_on(answers: Any) -> N
 @pytest.mark.long
 @pytest.mark.weights
 def test_real_weights_on_three_ranks(tmp_path: Path) -> None:
-    """SmolLM2 from GGUF, whose nine heads and three of keys and values three ranks can share."""
+    """SmolLM2 from GGUF: three ranks can share its 9 attention heads and 3 key-value heads."""
     outcome, found = run_ranks("play_smollm2", 3, tmp_path / "answers.json")
     assert outcome.code == 0, outcome
     engine = Engine(load("smollm2", None), playing.config(max_model_len=256))
@@ -102,7 +102,7 @@ REFUSED: dict[str, str] = {
 
 @pytest.fixture
 def uncompiled() -> Iterator[None]:
-    """Do not fuse: g++ would compile kernels one by one, which would take most of the time."""
+    """Disable fused kernels: g++ would compile them one by one, for most of the test's time."""
     mx.disable_compile()
     yield
     mx.enable_compile()

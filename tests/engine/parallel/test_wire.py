@@ -1,4 +1,4 @@
-"""Messages and steps on the wire: whole, bounded, and nothing else."""
+"""Messages and steps on the wire: only complete ones within limits are accepted."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_bytes_that_are_no_step(body: bytes) -> None:
 
 
 def test_every_field_of_a_batch_is_sent_or_known_to_stay() -> None:
-    """A field that is added has to be thought of: followers would run without it."""
+    """Every new field of a batch has to be packed or left out on purpose."""
     filled = {f.name for f in fields(StepBatch)} - LEFT_OUT
     assert filled == {
         "token_ids", "positions", "slots", "from_previous", "num_decode", "decode_tables",

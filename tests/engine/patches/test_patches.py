@@ -1,4 +1,4 @@
-"""Every patch of MLX and mlx-lm by name; uninstalling restores what was there."""
+"""Every patch of MLX and mlx-lm by name; `uninstall` restores the originals."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CORRECTED = {
 
 @pytest.fixture
 def clean() -> Iterator[None]:
-    """Nothing installed, as in a new process; other tests install what they need again."""
+    """Uninstall all patches, as in a new process; other tests reinstall those that they need."""
     uninstall()
     yield
     uninstall()

@@ -1,5 +1,5 @@
 # ruff: noqa: E501 (templates are clearer in one line)
-"""Templates that try to take all time or memory, by what they abuse."""
+"""Templates that try to take all time or memory, by the feature that they abuse."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # ruff: noqa: E501 (templates are clearer in one line)
-"""The budget of a template holds by itself: without a limit of the operating system."""
+"""The budget of a template works without limits of the operating system."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def unlimited() -> Iterator[WorkerProcess]:
 
 
 def peak(worker: WorkerProcess) -> int:
-    """Return the most memory in bytes that a process held; Linux has it."""
+    """Return the peak memory of a process in bytes, on Linux."""
     lines = Path(f"/proc/{worker.pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 

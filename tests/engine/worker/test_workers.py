@@ -1,4 +1,4 @@
-"""Worker processes: a job that hangs or dies fails alone, and nobody waits for ever."""
+"""Worker processes: a job that hangs or dies fails alone, and no caller waits forever."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def render(workers: Workers, source: str, seconds: float = 30.0, **variables: An
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Return once the condition holds; workers notify of no such thing."""
+    """Wait until the condition holds; workers send no notification of it."""
     waiting = threading.Event()
     for _ in range(_WAIT * 100):
         if condition():

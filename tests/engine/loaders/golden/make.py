@@ -1,8 +1,8 @@
-"""Makes the files beside it: small vocabularies, and what llama.cpp says of them.
+"""Write the golden files of this directory: small vocabularies, and llama.cpp's results.
 
     MODELPACK_LLAMA_CPP_PYTHON=… python -m tests.engine.loaders.golden.make [vocabularies] [answers]
 
-The vocabularies are trained on the corpus and on the license; they are made once, since
+The vocabularies are trained on the corpus and on the license. They are made only once, because
 another version of the trainer may choose other merges.
 """
 
@@ -59,9 +59,9 @@ def _train(vocabulary_size: int, **options: Any) -> dict[str, Any]:
 
 
 def make_bpe(size: int, *, whole_text: bool = False) -> dict[str, Any]:
-    """A vocabulary with merges, as GPT-2 has it.
+    """Return a vocabulary with merges, as in GPT-2.
 
-    With `whole_text` merges cross the ends of words, so that ids tell where a text was cut.
+    With `whole_text`, merges cross the ends of words, so that ids show where a text was split.
     """
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not whole_text)
     model = _train(size, pre_tokenizer=split)
@@ -78,7 +78,7 @@ def make_bpe(size: int, *, whole_text: bool = False) -> dict[str, Any]:
 
 
 def make_spm() -> dict[str, Any]:
-    """A vocabulary with scores, as SentencePiece has it: bytes, pieces, then characters."""
+    """Return a vocabulary with scores, as in SentencePiece: bytes, pieces, then characters."""
     model = _train(600, normalizer=normalizers.Replace(" ", "▁"))
     known = model["vocab"]
     pieces = ["".join(merge) for merge in model["merges"]]

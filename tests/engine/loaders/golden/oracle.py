@@ -1,8 +1,8 @@
-"""Asks llama.cpp: reads a job from a JSON file, writes its answers to another.
+"""Run llama.cpp: read a job from a JSON file, and write the results to another.
 
     python oracle.py JOB.json ANSWERS.json
 
-It needs llama-cpp-python and numpy only, so that it can run in an environment of its own.
+It needs only llama-cpp-python and numpy, so it can run in a separate environment.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ F32 = 0
 
 
 def tokenize(model: str, texts: list[str]) -> dict[str, Any]:
-    """Ids of every text, with and without special tokens; what ends a text; a sum of all pieces.
+    """Return the ids of each text, with and without special tokens, the end tokens, and a checksum.
 
-    `plain` has only those texts that differ where `<|im_end|>` is text, by their number.
+    `plain` has, by index, only the texts whose ids differ if `<|im_end|>` is plain text.
     """
     llama = llama_cpp.Llama(model, vocab_only=True, verbose=False)
     raw = [text.encode() for text in texts]
@@ -49,7 +49,7 @@ def tokenize(model: str, texts: list[str]) -> dict[str, Any]:
 
 
 def logits(model: str, prompts: list[list[int]], every: int = 1, greedy: int = 0) -> dict[str, Any]:
-    """The logits behind each prompt (every so many of them), and the greedy tokens."""
+    """Return a sample of the logits after each prompt, and the greedy tokens."""
     answer: dict[str, Any] = {"logits": [], "greedy": []}
     size = 16 + greedy + max(map(len, prompts))
     llama = llama_cpp.Llama(
@@ -80,9 +80,9 @@ def logits(model: str, prompts: list[list[int]], every: int = 1, greedy: int = 0
 
 
 def quantize(source: str, target: str, type: str, pure: bool = False) -> dict[str, Any]:
-    """Write `target`, which is `source` in another file type such as Q4_K_M.
+    """Write the model in `source` to `target` in another file type, such as Q4_K_M.
 
-    `pure` has every tensor in the type itself, where its rows can be: no mixture.
+    `pure` uses that type for every tensor whose rows it fits, instead of a mixture.
     """
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{type}")
@@ -107,7 +107,7 @@ class _TypeTraits(ctypes.Structure):
 
 
 def dequantize(source: str, target: str, type: int, count: int) -> dict[str, Any]:
-    """Write `count` float32 to `target`: what ggml makes of the blocks in the file `source`."""
+    """Write `count` float32 values to `target`: ggml's dequantisation of the blocks in `source`."""
     library = next(Path(llama_cpp.__file__).parent.glob("lib/*ggml-base.*"))
     traits_of = ctypes.CDLL(os.fspath(library)).ggml_get_type_traits
     traits_of.restype = ctypes.POINTER(_TypeTraits)
