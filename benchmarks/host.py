@@ -28,8 +28,8 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.runner.kv_cache_size import Sizes
 from modelpack_engine.runner.model_layout import ModelLayout
-from modelpack_engine.runner.model_runner import ModelRunner
-from modelpack_engine.runner.paged import Layout
+from modelpack_engine.runner.model_runner import ModelRunner, make_runner
+from modelpack_engine.runner.paged import Layout, PagedRunner
 from modelpack_server.bench.engine_load import run_workload
 from modelpack_server.bench.workloads import WORKLOADS
 
@@ -60,7 +60,7 @@ class HostEngine(Engine):
         return replace(super()._choose_sizes(layout, context_length, beside), buckets=FEW)
 
     def _make_runner(self, model: Module) -> ModelRunner:
-        runner = ModelRunner(
+        runner = make_runner(
             model,
             num_blocks=self._sizes.num_blocks,
             buckets=FEW,
@@ -68,11 +68,11 @@ class HostEngine(Engine):
             compiled=True,
             self_test=False,
         )
-        paged = runner._paged
-        assert paged is not None
-        assert paged.compiled is not None
-        paged.compiled._graph = NothingComputed().graph  # type: ignore[method-assign]
-        paged.__dict__["writes_in_place"] = True  # as on a GPU: launched before the last is read
+        assert isinstance(runner, PagedRunner)
+        assert runner.compiled is not None
+        runner.compiled._graph = NothingComputed().graph  # type: ignore[method-assign]
+        # As on a GPU: a step is launched before the previous one is read.
+        runner.__dict__["writes_in_place"] = True
         return runner
 
 

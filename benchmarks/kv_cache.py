@@ -28,7 +28,7 @@ from modelpack_engine.core.batch import Chunk, StepBatch
 from modelpack_engine.models import LoadedModel, ModelFiles, load
 from modelpack_engine.runner.kv_cache_size import choose_sizes
 from modelpack_engine.runner.model_layout import find_layout, with_cache_type
-from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.model_runner import make_runner
 
 KINDS: tuple[KVCacheDtype, ...] = ("auto", "bf16", "fp16", "q8", "q4")
 CACHE_BYTES = 256 * 2**20
@@ -55,7 +55,7 @@ def reading(token_ids: list[int]) -> StepBatch:
 
 def read(loaded: LoadedModel, kind: KVCacheDtype, texts: list[list[int]]) -> list[mx.array]:
     """Return log-probabilities [tokens, vocabulary] of each text's next tokens."""
-    runner = ModelRunner(loaded.model, num_blocks=64, kv_cache_dtype=kind)
+    runner = make_runner(loaded.model, num_blocks=64, kv_cache_dtype=kind)
     found = []
     for text in texts:
         logits = runner.forward(reading(text), mx.array(text, mx.int32)).astype(mx.float32)

@@ -42,7 +42,7 @@ from modelpack_engine.runner.engine_protocol import run_to_end
 from modelpack_engine.runner.kv_cache_size import Sizes, choose_sizes, on_gpu
 from modelpack_engine.runner.kv_offload import open_offload
 from modelpack_engine.runner.model_layout import ModelLayout, layout_with_cache_type
-from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.model_runner import ModelRunner, make_engine_runner
 from modelpack_engine.runner.output_processor import Choices, make_choices
 from modelpack_engine.runner.step import (
     LaunchedStep,
@@ -204,7 +204,7 @@ class Engine:
         )
 
     def _make_runner(self, model: Module) -> ModelRunner:
-        return ModelRunner.sized(model, self._sizes, self.config)
+        return make_engine_runner(model, self._sizes, self.config)
 
     def _sample(self, logits: mx.array, rows: Tokens[SampleRow]) -> Sampled:
         return self._sampler.sample(logits, rows)

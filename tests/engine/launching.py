@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.paged import PagedRunner
 
 #: After the step before has been read, and before.
 WAYS = ("launched late", "launched early")
@@ -12,4 +12,4 @@ WAYS = ("launched late", "launched early")
 
 def launch(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have engines launch steps in one of `WAYS`."""
-    monkeypatch.setattr(ModelRunner, "writes_in_place", property(lambda self: way != WAYS[0]))
+    monkeypatch.setattr(PagedRunner, "writes_in_place", property(lambda self: way != WAYS[0]))

@@ -32,7 +32,7 @@ from modelpack_engine.distributed.channel import (
     unpack_integers,
     unpack_step,
 )
-from modelpack_engine.distributed.group import Group, OrderedRunner
+from modelpack_engine.distributed.group import Group, make_ordered_runner
 from modelpack_engine.distributed.sharding import shard
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.loader import Shard
@@ -148,7 +148,7 @@ class _Follower:
         )
         number = given.pop("number")
         held.sizes = replace(held.sizes, **given)
-        held.runner = OrderedRunner.sized(held.loaded.model, held.sizes, held.config)
+        held.runner = make_ordered_runner(held.loaded.model, held.sizes, held.config)
         self._channel.answer(number, tier=held.runner.tier)
 
     def _unload(self) -> None:

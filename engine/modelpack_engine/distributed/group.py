@@ -17,34 +17,47 @@ from dataclasses import dataclass
 from typing import Literal
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.errors import EngineError
 from modelpack_engine.patches import functions
-from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.fallback import FallbackRunner
+from modelpack_engine.runner.kv_cache_size import Sizes
+from modelpack_engine.runner.model_runner import ModelRunner, make_engine_runner
 from modelpack_engine.runner.paged import PagedRunner
 
 
-class _OrderedPages(PagedRunner):
-    """Runs it on pages; the self-test goes through here, too."""
+class OrderedPagedRunner(PagedRunner):
+    """A paged runner of one rank's part of a model; its collectives run in order."""
 
     def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
         functions.begin_collectives()
         logits = super().forward(batch, token_ids)
         if self.is_compiled(batch):
-            # A trace leaves no array behind, and everything in its graph is connected anyway.
+            # The arrays of a trace must not be used outside it; its graph is connected anyway.
             functions.begin_collectives()
         return logits
 
 
-class OrderedRunner(ModelRunner):
-    """Runs a rank's part of a model, whose collectives are in order."""
-
-    pages = _OrderedPages
+class OrderedFallbackRunner(FallbackRunner):
+    """A fallback runner of one rank's part of a model; its collectives run in order."""
 
     def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
-        functions.begin_collectives()  # for the contiguous tier
+        functions.begin_collectives()
         return super().forward(batch, token_ids)
+
+
+def make_ordered_runner(model: nn.Module, sizes: Sizes, config: EngineConfig) -> ModelRunner:
+    """Return the runner of a rank's part of a model."""
+    return make_engine_runner(
+        model,
+        sizes,
+        config,
+        paged_runner=OrderedPagedRunner,
+        fallback_runner=OrderedFallbackRunner,
+    )
 
 
 Backend = Literal["ring", "nccl", "jaccl"]

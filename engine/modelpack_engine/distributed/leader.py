@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from modelpack_engine.attention.paged import BlockContents
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.distributed.channel import Kind, LeaderChannel, pack_step
-from modelpack_engine.distributed.group import Group, OrderedRunner
+from modelpack_engine.distributed.group import Group, make_ordered_runner
 from modelpack_engine.distributed.sharding import shard
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError, OutOfMemoryError
@@ -123,58 +123,52 @@ class Ranks:
         self._channel.send_integers(kind, numbers)
 
 
-class LeadingRunner(OrderedRunner):
-    """Runs rank 0's part of a model, and has the others run theirs once `ranks` is given.
+class LeadingRunner:
+    """Runs rank 0's part of a model, and sends each step to the other ranks before running it."""
 
-    Until then, for the self-test, all ranks do the same by themselves.
-    """
-
-    ranks: Ranks | None = None
-
-    @property
-    def supports_prefix_cache(self) -> bool:
-        """Not with recurrent state: snapshots of it stay where they are taken."""
-        return self.can_go_back
+    def __init__(self, runner: ModelRunner, ranks: Ranks) -> None:
+        self._runner, self._ranks = runner, ranks
+        self.model, self.layout = runner.model, runner.layout
+        self.buckets, self.staging = runner.buckets, runner.staging
+        self.tier, self.fused, self.notes = runner.tier, runner.fused, runner.notes
+        self.snapshots, self.can_go_back = runner.snapshots, runner.can_go_back
+        #: Not with recurrent state: each rank has snapshots of its own, which are not synchronised.
+        self.supports_prefix_cache = runner.can_go_back
+        self.writes_in_place = runner.writes_in_place
 
     def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
-        if self.ranks is None:
-            return super().forward(batch, token_ids)
-        self.ranks.send_step(batch, len(batch.sample_seqs))
-        with self._alone():  # what a step releases goes with it
-            return super().forward(batch, token_ids)
+        self._ranks.send_step(batch, len(batch.sample_seqs))
+        return self._runner.forward(batch, token_ids)
+
+    def pools(self) -> list[mx.array]:
+        return self._runner.pools()
 
     def release(self, seq_ids: Iterable[int]) -> None:
         seq_ids = tuple(seq_ids)
-        if self.ranks is not None and seq_ids:
-            self.ranks.send_integers(Kind.RELEASE, seq_ids)
-        super().release(seq_ids)
+        if seq_ids:
+            self._ranks.send_integers(Kind.RELEASE, seq_ids)
+        self._runner.release(seq_ids)
 
     def scrub(self, blocks: Iterable[int]) -> None:
         blocks = tuple(blocks)
-        if self.ranks is not None:
-            self.ranks.send_integers(Kind.SCRUB, blocks)
-        super().scrub(blocks)
+        self._ranks.send_integers(Kind.SCRUB, blocks)
+        self._runner.scrub(blocks)
 
     def scrub_slots(self, slots: list[int]) -> None:
-        if self.ranks is not None:
-            self.ranks.send_integers(Kind.SCRUB_SLOTS, slots)
-        super().scrub_slots(slots)
+        self._ranks.send_integers(Kind.SCRUB_SLOTS, slots)
+        self._runner.scrub_slots(slots)
 
-    def warm_up(self, shapes: Iterable[StepShape]) -> None:
+    def block_contents(self) -> BlockContents | None:
+        return self._runner.block_contents()
+
+    def warm_up(self, shapes: Iterable[StepShape]) -> mx.Dtype | None:
         shapes = list(shapes)
-        if self.ranks is not None:
-            numbers = ((s.decode_rows, s.table_width, s.chunk_length) for s in shapes)
-            self.ranks.send_integers(Kind.WARM_UP, itertools.chain.from_iterable(numbers))
-        with self._alone():
-            super().warm_up(shapes)
+        numbers = ((s.decode_rows, s.table_width, s.chunk_length) for s in shapes)
+        self._ranks.send_integers(Kind.WARM_UP, itertools.chain.from_iterable(numbers))
+        return self._runner.warm_up(shapes)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        ranks, self.ranks = self.ranks, None
-        try:
-            yield
-        finally:
-            self.ranks = ranks
+    def undo(self) -> None:
+        self._runner.undo()
 
 
 class ParallelEngine(Engine):
@@ -224,15 +218,14 @@ class ParallelEngine(Engine):
             max_model_len=sizes.max_model_len,
             max_num_batched_tokens=sizes.max_num_batched_tokens,
         )
-        runner = LeadingRunner.sized(model, sizes, self.config)
+        runner = make_ordered_runner(model, sizes, self.config)
         for rank, answer in enumerate(self._ranks.gather(asked, tier=str), start=1):
             if answer["tier"] != runner.tier:
                 raise EngineError(
                     f"rank {rank} runs the model in the tier {answer['tier']!r}, and rank 0 in "
                     f"{runner.tier!r}"
                 )
-        runner.ranks = self._ranks
-        return runner
+        return LeadingRunner(runner, self._ranks)
 
     def _sample(self, logits: mx.array, rows: Sequence[SampleRow]) -> Sampled:
         sampled = super()._sample(logits, rows)

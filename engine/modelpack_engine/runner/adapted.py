@@ -13,7 +13,7 @@ from modelpack_engine import kernels
 from modelpack_engine.attention.cache_handle import LostHandleError
 from modelpack_engine.attention.kv_pools import KVLayout
 from modelpack_engine.attention.metadata import StepInputs
-from modelpack_engine.attention.paged import BlockContents, PagedKV
+from modelpack_engine.attention.paged import PagedKV
 from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.core.block_manager import PrefixSnapshots
 from modelpack_engine.core.buckets import EXACT, Buckets
@@ -27,14 +27,14 @@ from modelpack_engine.patches.modules import (
     take_logit_rows,
 )
 from modelpack_engine.runner.model_layout import Leaf, ModelLayout, StateLayout
-from modelpack_engine.runner.per_sequence import run_in_pieces
+from modelpack_engine.runner.per_sequence import run_per_sequence
 from modelpack_engine.runner.recurrent import RecurrentState, Snapshot, StateRows
 
 
 class Adapted:
     """A model with the classes of some modules swapped, and the caches to call it with.
 
-    Attention modules of the classes in `in_pieces` run sequence by sequence, the others on rows;
+    Attention modules of the classes in `per_sequence` run sequence by sequence, the others on rows;
     recurrent modules always run in pieces. `notes` says in words what was done.
     """
 
@@ -46,7 +46,7 @@ class Adapted:
         *,
         num_blocks: int,
         buckets: Buckets = EXACT,
-        in_pieces: frozenset[str] = frozenset(),
+        per_sequence: frozenset[str] = frozenset(),
         fold: bool = False,
         fused: bool = False,
     ) -> None:
@@ -62,10 +62,10 @@ class Adapted:
         self.caches = [self._cache(entry) for entry in layout.tree]
         self.snapshots = PrefixSnapshots(layout.num_snapshots) if self.states else None
         self.patched = patch_modules(model, self.swaps)
-        self.in_pieces: Counter[str] = Counter()
+        self.per_sequence: Counter[str] = Counter()
         self.recurrent: Counter[str] = Counter()
         #: Whether attention runs in pieces anywhere: a decode row each.
-        self.row_by_row = self._split(in_pieces)
+        self.row_by_row = self._split(per_sequence)
         if layout.inner is not None:
             take_logit_rows(layout.inner, step, self.swaps)
         self.sums = Sums()
@@ -99,7 +99,7 @@ class Adapted:
             self._owners[id(paged)] = entry.owner
         return paged
 
-    def _split(self, in_pieces: frozenset[str]) -> bool:
+    def _split(self, per_sequence: frozenset[str]) -> bool:
         """Have modules run in pieces; return whether that includes any attention."""
         done: set[int] = set()
         for leaf in self.layout.leaves():
@@ -109,17 +109,17 @@ class Adapted:
             name = type(owner).__name__
             if isinstance(leaf.content, StateLayout):
                 self.recurrent[name] += 1
-            elif name in in_pieces:
-                self.in_pieces[name] += 1
+            elif name in per_sequence:
+                self.per_sequence[name] += 1
             else:
                 continue
             done.add(id(owner))
-            run_in_pieces(owner, self.swaps)
+            run_per_sequence(owner, self.swaps)
         attention = any(id(self._owners.get(id(kv))) in done for kv in self.paged)
-        if self.in_pieces or attention:
+        if self.per_sequence or attention:
             for paged in self.paged:
                 paged.row_masks = True
-        return bool(self.in_pieces) or attention
+        return bool(self.per_sequence) or attention
 
     def owner_class(self, error: LostHandleError) -> str | None:
         """Return the class of the module that lost a handle, if it is known."""
@@ -135,10 +135,6 @@ class Adapted:
         arrays = [pool for kv in self.paged for pool in (kv.pools.keys, kv.pools.values)]
         arrays += [a for state in self.states for a in state.arrays if a is not None]
         return arrays + [array for snapshot in self.taken for array in snapshot.arrays]
-
-    def block_contents(self) -> BlockContents | None:
-        """Return the way to what blocks hold, None if no layer has any."""
-        return BlockContents(self.paged) if self.paged else None
 
     def begin(self, batch: StepBatch) -> None:
         """Find the states that a step starts from."""
@@ -196,19 +192,10 @@ class Adapted:
         for state in self.states:
             state.arrays = [None] * len(state.arrays)
 
-    def scrub(self, blocks: list[int], block_size: int) -> None:
-        """Zero the keys and values of `blocks`."""
-        self.scrub_slots([b * block_size + i for b in blocks for i in range(block_size)])
-
-    def scrub_slots(self, slots: list[int]) -> None:
-        """Zero the keys and values of single tokens."""
-        for kv in self.paged:
-            kv.pools.zero(mx.array(slots, mx.int32))
-
     def notes(self) -> tuple[str, ...]:
         """Say in words what was done to run the model."""
         notes = [f"{name}: {reason}" for name, reason in self.patched.items()]
-        notes += [f"{name} x{n} sequence by sequence" for name, n in self.in_pieces.items()]
+        notes += [f"{name} x{n} sequence by sequence" for name, n in self.per_sequence.items()]
         notes += [f"{name} x{n} recurrent" for name, n in self.recurrent.items()]
         return tuple(notes)
 

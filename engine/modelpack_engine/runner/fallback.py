@@ -1,12 +1,12 @@
-"""ContiguousRunner: one forward per request, on mlx-lm's own caches. The last resort.
+"""FallbackRunner: run one forward pass per request, on mlx-lm's own caches.
 
-For models that no other tier runs correctly. Slow, since the weights are read once per request, and
-without a prefix cache; but every answer is the one that mlx-lm gives.
+The last resort, for models that no paged tier runs correctly. It is slow, since each request reads
+the weights again, and it has no prefix cache; but it always returns mlx-lm's logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -18,42 +18,60 @@ from modelpack_engine.errors import EngineError
 
 if TYPE_CHECKING:
     from modelpack_engine.core.batch import StepBatch
+    from modelpack_engine.core.buckets import Buckets
+    from modelpack_engine.platform.memory import Staging
+    from modelpack_engine.runner.model_layout import ModelLayout
+    from modelpack_engine.runner.warm_up import StepShape
 
 
-class ContiguousRunner:
-    """Runs the pieces of a batch one after the other."""
+class FallbackRunner:
+    """Runs the decode rows and chunks of a batch one after the other."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    tier = "fallback"
+    fused: Mapping[str, int] = {}
+    supports_prefix_cache = can_go_back = writes_in_place = False
+    snapshots = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: ModelLayout | None,
+        buckets: Buckets,
+        staging: Staging,
+        notes: tuple[str, ...],
+    ) -> None:
+        self.model, self.layout, self.notes = model, layout, notes
+        self.buckets, self.staging = buckets, staging
         self._caches: dict[int, list[Any]] = {}
-        self._touched: list[list[Any]] = []
+        self._last_caches: list[list[Any]] = []  # those that the last step wrote
 
-    def forward(self, batch: StepBatch, token_ids: mx.array, rows: list[int]) -> mx.array:
-        """Return the logits of `rows`, [rows, vocabulary]."""
-        self._touched = []
+    def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
+        """Build the graph of a step; return the logits [rows, vocabulary] of its sampled rows."""
+        self.release(batch.released)
+        self._last_caches = []
         found: dict[int, mx.array] = {}
         for row, seq_id in enumerate(batch.decode_seq_ids):
             if seq_id not in self._caches:
-                raise EngineError(f"sequence {seq_id} goes on, but its cache is not there")
+                raise EngineError(f"sequence {seq_id} has no cache to continue from")
             found[row] = self._run(seq_id, token_ids[row : row + 1])[0]
         for chunk in batch.chunks:
             if chunk.kv_length == chunk.length:
                 self._caches[chunk.seq_id] = make_prompt_cache(self.model)
             logits = self._run(chunk.seq_id, token_ids[chunk.row : chunk.row + chunk.length])
             found.update((chunk.row + index, logits[index]) for index in range(chunk.length))
-        if not rows:
+        if not batch.sample_rows:
             return mx.stack(list(found.values()))[:0]
-        return mx.stack([found[row] for row in rows])
+        return mx.stack([found[row] for row in batch.sample_rows])
 
     def _run(self, seq_id: int, ids: mx.array) -> mx.array:
         cache = self._caches[seq_id]
-        self._touched.append(cache)
+        self._last_caches.append(cache)
         logits: mx.array = self.model(ids[None], cache=cache)
         return logits[0]
 
     def pools(self) -> list[mx.array]:
-        """Return what the last step wrote."""
-        states = [entry.state for cache in self._touched for entry in cache]
+        """Return the arrays that the last step writes."""
+        states = [entry.state for cache in self._last_caches for entry in cache]
         found: Any = tree_flatten(states)
         return [value for _, value in found if isinstance(value, mx.array)]
 
@@ -61,3 +79,18 @@ class ContiguousRunner:
         """Drop the caches of sequences."""
         for seq_id in seq_ids:
             self._caches.pop(seq_id, None)
+
+    def scrub(self, blocks: Iterable[int]) -> None:
+        """Do nothing: no two sequences share memory."""
+
+    def scrub_slots(self, slots: list[int]) -> None:
+        """Do nothing: no two sequences share memory."""
+
+    def block_contents(self) -> None:
+        """Return None: there are no blocks."""
+
+    def warm_up(self, shapes: Iterable[StepShape]) -> None:
+        """Do nothing: shapes are not padded, so every length is a shape of its own."""
+
+    def undo(self) -> None:
+        """Do nothing: the model's classes are unchanged."""

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.attention.paged import BlockContents
 from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.core.block_manager import TRASH_BLOCK
 from modelpack_engine.core.buckets import Buckets
@@ -33,6 +34,7 @@ from modelpack_engine.kernels import TILE_ROWS, Tiles
 from modelpack_engine.platform.memory import Staging
 from modelpack_engine.runner.adapted import Adapted
 from modelpack_engine.runner.model_layout import ModelLayout
+from modelpack_engine.runner.warm_up import PADDING_SEQ_ID, StepShape, padding_batch
 
 #: Tokens of the longest context of a prompt whose rows are taken one by one.
 LONGEST_PROMPT = 1024
@@ -308,11 +310,13 @@ def _up(rows: int) -> int:
 
 
 class PagedRunner:
-    """Runs a model on pages until `undo`, its steps compiled by MLX if that is wanted and possible.
+    """Runs a model on KV blocks until `undo`; MLX compiles its steps if `compiled` and possible.
 
-    `in_pieces` are classes of attention modules that run sequence by sequence; `fold` and `fused`
-    are as for `Adapted`. Raises `OutOfMemoryError` if the pools do not fit.
+    `per_sequence` are classes of attention modules that run sequence by sequence; `fold` and
+    `fused` are as for `Adapted`. Raises `OutOfMemoryError` if the pools do not fit.
     """
+
+    supports_prefix_cache = True
 
     def __init__(
         self,
@@ -323,29 +327,33 @@ class PagedRunner:
         staging: Staging,
         num_blocks: int,
         buckets: Buckets,
-        in_pieces: frozenset[str],
+        per_sequence: frozenset[str],
         fold: bool,
         fused: bool,
         compiled: bool,
     ) -> None:
-        self._model, self._step, self._buckets = model, step, buckets
+        self.model, self.buckets, self.staging = model, buckets, staging
+        self.notes: tuple[str, ...] = ()
+        self._step = step
         self.adapted = Adapted(
             model,
             layout,
             step,
             num_blocks=num_blocks,
             buckets=buckets,
-            in_pieces=in_pieces,
+            per_sequence=per_sequence,
             fold=fold,
             fused=fused,
         )
+        self.fused = self.adapted.fused
+        self.snapshots = self.adapted.snapshots
         self._allocate(num_blocks)
         self.compiled: CompiledSteps | None = None
         if compiled and CompiledSteps.can_run(self.adapted):
             self.compiled = CompiledSteps(model, self.adapted, step, buckets, staging)
 
     def replace_pools(self, layout: ModelLayout, num_blocks: int) -> None:
-        """Take pools as `layout` has them instead, of unknown content."""
+        """Replace the pools by pools of `layout`, whose contents are unknown."""
         self.adapted.replace_pools(layout, num_blocks)
         self._allocate(num_blocks)
 
@@ -361,19 +369,29 @@ class PagedRunner:
             ) from error
 
     @property
+    def layout(self) -> ModelLayout:
+        """What the model caches in each layer."""
+        return self.adapted.layout
+
+    @property
     def tier(self) -> str:
-        """Return "handles", "patched" or "pieces"; see `adaptation.tiers`."""
-        if self.adapted.in_pieces:
-            return "pieces"
-        return "patched" if self.adapted.patched else "handles"
+        """How the model is run: "paged", "patched" or "per-sequence"."""
+        if self.adapted.per_sequence:
+            return "per-sequence"
+        return "patched" if self.adapted.patched else "paged"
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether a sequence can drop its last tokens: models with recurrent state cannot."""
+        return self.snapshots is None
 
     @cached_property
     def writes_in_place(self) -> bool:
-        """Whether a kernel writes the pools, so that no step copies them."""
+        """Whether a kernel writes into the pools, so that no step copies them."""
         return self.adapted.writes_in_place
 
     def forward(self, batch: StepBatch, token_ids: mx.array) -> mx.array:
-        """Build a step: return logits [rows, vocabulary] of its sampled rows, not yet computed."""
+        """Build the graph of a step; return the logits [rows, vocabulary] of its sampled rows."""
         self.release(batch.released)
         adapted, rows = self.adapted, list(batch.sample_rows)
         if self.compiled is not None:
@@ -384,12 +402,12 @@ class PagedRunner:
                 return found
             self.compiled.forget()
         count = len(rows)
-        padded = self._buckets.pad_rows(count) or 1
+        padded = self.buckets.pad_rows(count) or 1
         self._step.begin(batch, rows + [0] * (padded - count))
         adapted.begin(batch)
         logits: mx.array
         try:
-            logits = self._model(token_ids[:, None], cache=adapted.caches)
+            logits = self.model(token_ids[:, None], cache=adapted.caches)
             adapted.close()
         except BaseException:
             adapted.abandon()
@@ -404,17 +422,45 @@ class PagedRunner:
         return logits[:count, -1]
 
     def is_compiled(self, batch: StepBatch) -> bool:
-        """Return whether a step's forward pass is one that MLX has compiled."""
+        """Return whether MLX has compiled the forward pass of a step."""
         return self.compiled is not None and self.compiled.takes(batch)
 
     def pools(self) -> list[mx.array]:
-        """Return what the last step writes."""
+        """Return the arrays that the last step writes."""
         return self.adapted.pools()
 
     def release(self, seq_ids: Iterable[int]) -> None:
-        """Drop what is kept for sequences beside their blocks."""
+        """Drop the recurrent state of sequences."""
         self.adapted.rows.release(seq_ids)
 
+    def scrub(self, blocks: Iterable[int]) -> None:
+        """Zero the keys and values of whole blocks."""
+        size = self._step.block_size
+        self.scrub_slots([block * size + offset for block in blocks for offset in range(size)])
+
+    def scrub_slots(self, slots: list[int]) -> None:
+        """Zero the keys and values of single tokens."""
+        for kv in self.adapted.paged:
+            kv.pools.zero(mx.array(slots, mx.int32))
+
+    def block_contents(self) -> BlockContents | None:
+        """Return the access to the contents of blocks; None if no layer has any."""
+        return BlockContents(self.adapted.paged) if self.adapted.paged else None
+
+    def warm_up(self, shapes: Iterable[StepShape]) -> mx.Dtype | None:
+        """Run steps of padding in these shapes; return the type of the logits, if any step ran.
+
+        Chunks come first: a recurrent model has no states before its first chunk.
+        """
+        dtype = None
+        for shape in sorted(shapes, key=lambda shape: shape.decode_rows):
+            batch = padding_batch(shape, self._step.block_size)
+            logits = self.forward(batch, mx.zeros((batch.num_rows,), mx.int32))
+            mx.eval(logits, self.pools())
+            self.release([PADDING_SEQ_ID])
+            dtype = logits.dtype
+        return dtype
+
     def undo(self) -> None:
-        """Give the model back as it was."""
+        """Restore the model's classes, and drop the pools."""
         self.adapted.undo()

@@ -107,7 +107,7 @@ class Piece:
         return array if self.chunk is None else array.swapaxes(0, 1)
 
 
-def run_in_pieces(module: nn.Module, swaps: ClassSwaps) -> None:
+def run_per_sequence(module: nn.Module, swaps: ClassSwaps) -> None:
     """Let `module` run piece by piece whenever it is given caches of a step."""
     swaps.override(module, _call)
 

@@ -247,10 +247,10 @@ def model_name(model: nn.Module) -> str:
     return type(model).__module__.rpartition(".")[2]
 
 
-def leave(model: nn.Module, tier: str, why: str) -> str:
-    """Log that a model does not run in a tier; return a note of it."""
-    logger.warning("%s does not run in %s: %s", model_name(model), tier, why)
-    return f"not in {tier}: {why}"
+def refuse(model: nn.Module, what: str, why: str) -> str:
+    """Log that a model runs without `what`, such as a tier; return a note about it."""
+    logger.warning("%s runs with no %s: %s", model_name(model), what, why)
+    return f"no {what}: {why}"
 
 
 @dataclass
@@ -271,15 +271,15 @@ class TierSearch:
     self_test: bool
     compiled: bool
     full_step: tuple[int, ...]
-    kind: type[PagedRunner] = PagedRunner
+    paged_runner: type[PagedRunner] = PagedRunner
     notes: list[str] = field(default_factory=list)
 
     def find(self) -> PagedRunner | None:
         """Return the model in its tier; None if it answers otherwise in all that are paged."""
-        in_pieces: frozenset[str] = frozenset()
+        per_sequence: frozenset[str] = frozenset()
         compiled, fused = self.compiled, self._can_fuse()
         while True:
-            runner = self._make(in_pieces, fused=fused, compiled=compiled)
+            runner = self._make(per_sequence, fused=fused, compiled=compiled)
             problem, culprit = self._try(runner)
             if problem is None:
                 self.notes += runner.adapted.notes()
@@ -289,30 +289,30 @@ class TierSearch:
             every = runner.adapted.attention_classes()
             runner.undo()
             if runner.adapted.fused:
-                self._leave("fused layers", problem)
+                self._refuse("fused layers", problem)
                 fused = False
             elif runner.compiled is not None:
-                self._leave("compiled steps", problem)
+                self._refuse("compiled steps", problem)
                 compiled = False
             else:
-                self._leave("pieces" if in_pieces else "handles", problem)
-                more = in_pieces | {culprit} if culprit else every
-                if more <= in_pieces:
+                self._refuse("per-sequence tier" if per_sequence else "paged tier", problem)
+                more = per_sequence | {culprit} if culprit else every
+                if more <= per_sequence:
                     more = every
-                if more <= in_pieces:
+                if more <= per_sequence:
                     return None
-                in_pieces = frozenset(more)
+                per_sequence = frozenset(more)
 
-    def _make(self, in_pieces: frozenset[str], *, fused: bool, compiled: bool) -> PagedRunner:
+    def _make(self, per_sequence: frozenset[str], *, fused: bool, compiled: bool) -> PagedRunner:
         num_blocks = self._num_tested if self.layout.quantised else self.num_blocks
-        return self.kind(
+        return self.paged_runner(
             self.model,
             self.layout.without_quantisation(),
             self.step,
             staging=self.staging,
             num_blocks=num_blocks,
             buckets=self.buckets,
-            in_pieces=in_pieces,
+            per_sequence=per_sequence,
             fold=mx.cuda.is_available(),
             fused=fused,
             compiled=compiled,
@@ -342,7 +342,7 @@ class TierSearch:
         dtypes = {content.dtype for content in contents if isinstance(content, KVLayout)}
         wrong = [verdict for dtype in dtypes if (verdict := fused_kernels.verdict(dtype))]
         if wrong:
-            self._leave("fused layers", wrong[0])
+            self._refuse("fused layers", wrong[0])
         return not wrong
 
     def _try(
@@ -369,5 +369,5 @@ class TierSearch:
             runner.adapted.reset()
         return problem, None
 
-    def _leave(self, tier: str, why: str) -> None:
-        self.notes.append(leave(self.model, tier, why))
+    def _refuse(self, what: str, why: str) -> None:
+        self.notes.append(refuse(self.model, what, why))

@@ -21,7 +21,7 @@ from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_engine.outputs import EngineStats
 from modelpack_engine.runner.kv_cache_size import Sizes, on_gpu
 from modelpack_engine.runner.model_layout import ModelLayout, layout_of
-from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from modelpack_engine.sampling.sampler import Sampler
 from modelpack_engine.speculation.draft import DraftProposer
 from modelpack_engine.speculation.masks import MaskOf, can_look_ahead
@@ -203,7 +203,7 @@ def make_speculator(
     num_tokens = config.num_speculative_tokens or DRAFT_TOKENS
     per_sequence = -(-(sizes.max_model_len + num_tokens) // config.block_size)
     num_blocks = max(2, min(sizes.num_blocks, max_batch * per_sequence + 1))
-    small = ModelRunner(
+    small = make_runner(
         draft.loaded.model,
         num_blocks=num_blocks,
         block_size=config.block_size,

@@ -13,7 +13,7 @@ from modelpack_engine.attention.kv_pools import KVLayout, TokenMajorPools
 from modelpack_engine.kernels import operations, probes
 from modelpack_engine.layers import kernels
 from modelpack_engine.layers.kernels import Rotation
-from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.model_runner import make_runner
 from tests.engine.kernels.onhost import Compiled, Host, emulated
 from tests.engine.runner.models import tiny_llama
 
@@ -112,7 +112,7 @@ def test_a_wrong_text_is_found(host: Host, body: str, wrong: tuple[str, str], fo
 @pytest.mark.long
 def test_a_model_runs_by_them(host: Host) -> None:
     model = tiny_llama(head_dim=32)
-    runner = ModelRunner(model, num_blocks=8, exact=False, compiled=False)
+    runner = make_runner(model, num_blocks=8, exact=False, compiled=False)
     assert runner.notes == ()
     assert set(runner.fused) == {"attention", "block", "MLP"}
     assert {"rotate", "add_norm", "swiglu", "decode", "rows"} <= {body for body, _ in host.calls}

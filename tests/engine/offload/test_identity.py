@@ -12,7 +12,7 @@ from modelpack_engine.config import EngineConfig
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError
 from modelpack_engine.runner.kv_offload import IDENTITY_SIZE, cache_identity
-from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.model_runner import make_runner
 from tests.engine.serving.tiny import tiny_loaded, tiny_model
 
 IDENTITIES = {
@@ -42,7 +42,7 @@ def test_layouts_are_told_apart() -> None:
         {"exact": True, "dtype": mx.float16},
         {"exact": True, "block_size": 8},
     ):
-        runner = ModelRunner(tiny_model(), num_blocks=4, self_test=False, **settings)  # type: ignore[arg-type]
+        runner = make_runner(tiny_model(), num_blocks=4, self_test=False, **settings)  # type: ignore[arg-type]
         contents = runner.block_contents()
         assert contents is not None
         descriptions.append(tuple(contents.describe()))

@@ -14,14 +14,14 @@ import pytest
 from modelpack.testing.weights import smollm2_gguf
 from modelpack_engine.config import KVCacheDtype
 from modelpack_engine.models import ModelFiles, load
-from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.model_runner import make_runner
 from tests.engine.real.prompts import PROMPTS
 from tests.engine.runner.models import prefill, token_ids
 
 
 def read(loaded: Any, kind: KVCacheDtype, text: list[int]) -> mx.array:
     """Return log-probabilities [tokens, vocabulary] of what comes after each token."""
-    runner = ModelRunner(loaded.model, num_blocks=32, kv_cache_dtype=kind)
+    runner = make_runner(loaded.model, num_blocks=32, kv_cache_dtype=kind)
     batch = prefill(1, text, list(range(1, 32)))
     batch = replace(batch, sample_rows=tuple(range(len(text))))
     logits = runner.forward(batch, token_ids(batch))

@@ -21,9 +21,10 @@ from modelpack_engine.core.scheduler import Scheduler
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
 from modelpack_engine.request import SamplingParams
-from modelpack_engine.runner import paged
+from modelpack_engine.runner import model_runner, paged
 from modelpack_engine.runner.kv_cache_size import Sizes
-from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.model_runner import ModelRunner, make_runner
+from modelpack_engine.runner.paged import PagedRunner
 from modelpack_engine.runner.warm_up import step_shapes
 from tests.engine.runner.models import (
     Attention,
@@ -76,8 +77,8 @@ def test_the_same_logits(windowed: bool) -> None:
     runs = []
     for choice in (False, True):
         model = tiny_llama(**(arguments if windowed else {}))
-        runner = ModelRunner(model, num_blocks=64, buckets=FEW, exact=False, compiled=choice)
-        assert runner.tier == "handles"
+        runner = make_runner(model, num_blocks=64, buckets=FEW, exact=False, compiled=choice)
+        assert runner.tier == "paged"
         runs.append(logits_of_a_run(runner))
     for one, other in zip(*runs, strict=True):
         assert mx.allclose(one, other, atol=1e-4).item()
@@ -94,7 +95,7 @@ def test_built_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(self, x, *args, **kwargs)
 
     monkeypatch.setattr(inner, "__call__", counted)
-    runner = ModelRunner(model, num_blocks=64, buckets=FEW, exact=False, compiled=True)
+    runner = make_runner(model, num_blocks=64, buckets=FEW, exact=False, compiled=True)
     logits_of_a_run(runner)
     built.clear()
     logits_of_a_run(runner)
@@ -113,7 +114,7 @@ def test_states_of_recurrent_models_go_through(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(paged.CompiledSteps, "_trace", counted)
     runs = []
     for choice in (False, True):
-        runner = ModelRunner(tiny_mamba(), num_blocks=64, buckets=FEW, exact=False, compiled=choice)
+        runner = make_runner(tiny_mamba(), num_blocks=64, buckets=FEW, exact=False, compiled=choice)
         assert not any("compiled" in note for note in runner.notes)
         runner.warm_up(
             step_shapes(FEW, max_num_seqs=8, max_chunk=16, max_model_len=64, block_size=16)
@@ -127,7 +128,7 @@ def test_states_of_recurrent_models_go_through(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_failed_trace_leaves_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = ModelRunner(tiny_mamba(), num_blocks=8, exact=False, compiled=True)
+    runner = make_runner(tiny_mamba(), num_blocks=8, exact=False, compiled=True)
     run(runner, prefill(1, [3, 1, 4, 1, 5], [1]))
     inner = type(runner.model.backbone)
 
@@ -139,7 +140,7 @@ def test_a_failed_trace_leaves_the_states(monkeypatch: pytest.MonkeyPatch) -> No
         patch.setattr(inner, "__call__", broken)
         with pytest.raises(ValueError, match="broken"):
             runner.forward(batch, token_ids(batch))
-    alone = ModelRunner(tiny_mamba(), num_blocks=8, exact=False, compiled=False)
+    alone = make_runner(tiny_mamba(), num_blocks=8, exact=False, compiled=False)
     expected = run(alone, prefill(1, [3, 1, 4, 1, 5], [1]), batch)
     assert mx.allclose(run(runner, batch), expected, atol=1e-5).item()
 
@@ -156,7 +157,7 @@ def test_long_prompts_are_not_for_single_rows(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(paged.CompiledSteps, "takes", noticed)
     runs = []
     for choice in (False, True):
-        runner = ModelRunner(tiny_llama(), num_blocks=64, buckets=FEW, exact=False, compiled=choice)
+        runner = make_runner(tiny_llama(), num_blocks=64, buckets=FEW, exact=False, compiled=choice)
         runs.append(logits_of_a_run(runner))
     assert True in taken
     assert False in taken
@@ -165,16 +166,16 @@ def test_long_prompts_are_not_for_single_rows(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_model_that_looks_at_values_is_built_anew() -> None:
-    runner = ModelRunner(
+    runner = make_runner(
         make_model(Forgetful), num_blocks=64, buckets=FEW, exact=False, compiled=True
     )
-    assert runner.tier == "handles"
-    assert any("not in compiled steps" in note for note in runner.notes)
+    assert runner.tier == "paged"
+    assert any("no compiled steps" in note for note in runner.notes)
 
 
 def test_a_failed_trace_leaves_the_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
-    runner = ModelRunner(model, num_blocks=64, buckets=FEW, exact=False, compiled=True)
+    runner = make_runner(model, num_blocks=64, buckets=FEW, exact=False, compiled=True)
     before = logits_of_a_run(runner)
     inner = type(model.model)
 
@@ -204,18 +205,17 @@ def build_batch_of_one(prompt: list[int]) -> StepBatch:
 
 def test_whole_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine with compiled steps gives mlx-lm's own tokens, in a batch and after preemption."""
-    initialise = ModelRunner.__init__
 
-    def as_on_a_gpu(self: ModelRunner, model: nn.Module, **given: Any) -> None:
+    def as_on_a_gpu(model: nn.Module, **given: Any) -> ModelRunner:
         given |= {"buckets": FEW, "exact": False, "compiled": True}
-        initialise(self, model, **given)
+        return make_runner(model, **given)
 
-    monkeypatch.setattr(ModelRunner, "__init__", as_on_a_gpu)
+    monkeypatch.setattr(model_runner, "make_runner", as_on_a_gpu)
     per_block = 2 * 2 * 2 * 16 * 4 * 16
     config = EngineConfig(max_num_seqs=4, max_model_len=96, kv_cache_bytes=12 * per_block)
     engine = Engine(tiny_loaded(), config)
-    assert engine._runner._paged is not None
-    assert engine._runner._paged.compiled is not None
+    assert isinstance(engine._runner, PagedRunner)
+    assert engine._runner.compiled is not None
     prompts = [[i + 1, *range(2, 2 + 7 * i)] for i in range(1, 6)]
     params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
     found = engine.generate(prompts, params)
@@ -229,11 +229,11 @@ def test_whole_requests(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(st.randoms(use_true_random=False))
 def test_tables_are_those_of_the_batch(random: Random) -> None:
     """Rows are kept from step to step: whoever joins, leaves, grows, or sits a step out."""
-    runner = ModelRunner(
+    runner = make_runner(
         tiny_llama(), num_blocks=8, buckets=FEW, exact=False, compiled=True, self_test=False
     )
-    assert runner._paged is not None
-    steps = runner._paged.compiled
+    assert isinstance(runner, PagedRunner)
+    steps = runner.compiled
     assert steps is not None
     lengths: dict[int, int] = {}
     tables: dict[int, list[int]] = {}

@@ -22,7 +22,7 @@ from modelpack_engine.errors import EngineError
 from modelpack_engine.kernels.quantised import GROUPS, Quantisation
 from modelpack_engine.request import SamplingParams
 from modelpack_engine.runner.model_layout import find_layout, with_cache_type
-from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from tests.engine.runner.models import Attention as Narrow
 from tests.engine.runner.models import decode, make_model, prefill, tiny_llama, token_ids
 from tests.engine.runner.test_paged_attention import BLOCK, BUCKETS, CASES, Case, build, expected
@@ -133,7 +133,7 @@ def test_attention_reads_what_was_written(
 @pytest.mark.parametrize(("kind", "gain", "close"), [("q8", 1.88, 0.02), ("q4", 3.55, 0.5)])
 def test_a_model_runs_on_quantised_pools(exact: bool, kind: Any, gain: float, close: float) -> None:
     model = tiny_llama(**MODEL)
-    plain = ModelRunner(model, num_blocks=8, exact=exact)
+    plain = make_runner(model, num_blocks=8, exact=exact)
     prompt = [3, 1, 4, 1, 5, 9, 2, 6] * 3
     batches = [prefill(8, prompt, [2, 5]), decode(8, 7, len(prompt) + 1, [2, 5])]
 
@@ -146,16 +146,19 @@ def test_a_model_runs_on_quantised_pools(exact: bool, kind: Any, gain: float, cl
 
     wanted = answers(plain)
     plain.undo()
-    runner = ModelRunner(model, num_blocks=8, exact=exact, kv_cache_dtype=kind, full_step=(40, 40))
-    assert runner.tier == "handles"
+    runner = make_runner(model, num_blocks=8, exact=exact, kv_cache_dtype=kind, full_step=(40, 40))
+    assert runner.tier == "paged"
     assert runner.notes == ()
     assert {pool.dtype for pool in runner.pools()} == {mx.uint32}
     found = answers(runner)
     assert 0 < mx.max(mx.abs(found - wanted)).item() < close  # type: ignore[operator]
     # What is stored is what the sizes say, against bfloat16.
     stored = sum(pool.nbytes for pool in runner.pools())
-    assert stored == 8 * runner.bytes_per_block
-    assert plain.bytes_per_block / 2 / runner.bytes_per_block == pytest.approx(gain, abs=0.01)
+    assert plain.layout is not None
+    assert runner.layout is not None
+    assert stored == 8 * 16 * runner.layout.bytes_per_token
+    ratio = plain.layout.bytes_per_token / 2 / runner.layout.bytes_per_token
+    assert ratio == pytest.approx(gain, abs=0.01)
     runner.scrub([2, 5])
     for pool in runner.pools():
         left = pool[:, 32:48] if exact else pool[32:48]

@@ -77,7 +77,7 @@ def test_paged_attention(text: str, expected: bool, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(PAGED, text)
     assert uses_paged_attention() is expected
     if text in ("0", "1"):
-        assert (tiny_engine()._runner.tier != "contiguous") is expected
+        assert (tiny_engine()._runner.tier != "fallback") is expected
 
 
 @pytest.mark.parametrize("text", ["2", "-1", "paged", "auto"])

@@ -11,7 +11,7 @@ from mlx_lm.models import mamba2
 
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.errors import EngineError
-from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from modelpack_engine.runner.warm_up import StepShape, step_shapes
 from tests.engine.runner.models import decode, prefill, tiny_llama, token_ids
 
@@ -64,7 +64,7 @@ def test_only_sampled_rows_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> No
         return head(self, x)
 
     monkeypatch.setattr(nn.Embedding, "as_linear", counted)
-    runner = ModelRunner(tiny_llama(), num_blocks=4)
+    runner = make_runner(tiny_llama(), num_blocks=4)
     seen.clear()
     assert run(runner, prefill(1, PROMPT, [1])).shape == (1, 64)
     assert seen == [1]
@@ -72,7 +72,7 @@ def test_only_sampled_rows_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("rows", [(), (7,), (3, 5), tuple(range(8)), (7, 0, 1)])
 def test_logits_are_of_the_sampled_rows_in_order(rows: tuple[int, ...]) -> None:
-    runner = ModelRunner(tiny_llama(), num_blocks=4, buckets=Buckets(rows=(4, 16)))
+    runner = make_runner(tiny_llama(), num_blocks=4, buckets=Buckets(rows=(4, 16)))
     whole = replace(prefill(1, PROMPT, [1]), sample_rows=tuple(range(8)))
     expected = run(runner, whole)
     found = run(runner, replace(whole, sample_rows=rows))
@@ -83,7 +83,7 @@ def test_logits_are_of_the_sampled_rows_in_order(rows: tuple[int, ...]) -> None:
 
 def test_pools_are_written_in_place() -> None:
     """Steps are built ahead: N + 1 while N runs, and submitted when N has been read."""
-    runner = ModelRunner(tiny_llama(), num_blocks=4096)
+    runner = make_runner(tiny_llama(), num_blocks=4096)
     pools = sum(pool.nbytes for pool in runner.pools())
     run(runner, prefill(1, PROMPT, [1]))
     mx.reset_peak_memory()
@@ -104,7 +104,7 @@ def test_pools_are_written_in_place() -> None:
 
 def test_scrubbed_blocks_hold_no_nan() -> None:
     model = tiny_llama()
-    runner = ModelRunner(model, num_blocks=4)
+    runner = make_runner(model, num_blocks=4)
     good = run(runner, prefill(1, PROMPT, [1]), decode(1, 5, 9, [1]))
     weight = model.model.embed_tokens.weight
     model.model.embed_tokens.weight = mx.full(weight.shape, mx.nan)
@@ -140,7 +140,7 @@ def test_nan_that_is_not_scrubbed_would_spread() -> None:
 
 def test_recurrent_state_is_kept_until_released() -> None:
     model = tiny_mamba()
-    runner = ModelRunner(model, num_blocks=4)
+    runner = make_runner(model, num_blocks=4)
     assert not runner.can_go_back
     run(runner, prefill(1, PROMPT, [1]), decode(1, 5, 9, [1]))
     runner.release([1])
@@ -149,14 +149,14 @@ def test_recurrent_state_is_kept_until_released() -> None:
 
 
 def test_released_by_a_batch() -> None:
-    runner = ModelRunner(tiny_mamba(), num_blocks=4)
+    runner = make_runner(tiny_mamba(), num_blocks=4)
     run(runner, prefill(1, PROMPT, [1]), replace(prefill(2, PROMPT, [2]), released=(1,)))
     with pytest.raises(EngineError, match="sequence 1 goes on"):
         runner.forward(decode(1, 5, 9, [1]), mx.array([5]))
 
 
 def test_sequence_that_starts_again_starts_with_nothing() -> None:
-    runner = ModelRunner(tiny_mamba(), num_blocks=4)
+    runner = make_runner(tiny_mamba(), num_blocks=4)
     first = run(runner, prefill(1, PROMPT, [1]))
     again = run(runner, decode(1, 5, 9, [1]), prefill(1, PROMPT, [1]))
     assert mx.array_equal(first, again).item()
@@ -167,7 +167,7 @@ def test_sequence_that_starts_again_starts_with_nothing() -> None:
 def test_warm_up_leaves_no_trace(make: object, exact: bool) -> None:
     buckets = Buckets(rows=(2, 4), chunk=(8,), table_width=(1, 2))
     model = make()  # type: ignore[operator]
-    runner = ModelRunner(model, num_blocks=4, buckets=buckets, exact=exact)
+    runner = make_runner(model, num_blocks=4, buckets=buckets, exact=exact)
     before = run(runner, prefill(1, PROMPT, [1]))
     runner.warm_up(
         step_shapes(buckets, max_num_seqs=4, max_chunk=8, max_model_len=32, block_size=16)

@@ -13,10 +13,10 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.buckets import FEW
 from modelpack_engine.errors import ModelLoadError, OutOfMemoryError
-from modelpack_engine.runner import tiers
+from modelpack_engine.runner import model_runner, tiers
 from modelpack_engine.runner.kv_cache_size import Sizes
 from modelpack_engine.runner.model_layout import find_layout, kv_bytes_per_token
-from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.model_runner import ModelRunner, make_engine_runner, make_runner
 from modelpack_engine.runner.warm_up import StepShape
 from tests.engine.runner.models import (
     Attention,
@@ -51,7 +51,7 @@ def expected(model: nn.Module) -> list[list[float]]:
 
 def check(model: nn.Module, tier: str, **options: Any) -> ModelRunner:
     wanted = expected(model)
-    runner = ModelRunner(model, num_blocks=8, **options)
+    runner = make_runner(model, num_blocks=8, **options)
     assert runner.tier == tier
     for found, row in zip(answers(runner), wanted, strict=True):
         assert found == pytest.approx(row, abs=1e-4)
@@ -59,7 +59,7 @@ def check(model: nn.Module, tier: str, **options: Any) -> ModelRunner:
 
 
 def test_plain_model_runs_on_handles(caplog: pytest.LogCaptureFixture) -> None:
-    runner = check(make_model(Attention, Attention), "handles")
+    runner = check(make_model(Attention, Attention), "paged")
     assert not caplog.messages
     assert runner.notes == ()
     assert runner.supports_prefix_cache
@@ -69,14 +69,14 @@ def test_plain_model_runs_on_handles(caplog: pytest.LogCaptureFixture) -> None:
 def test_lost_handles_are_found_with_or_without_the_self_test(
     tested: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runner = check(make_model(Copying), "pieces", self_test=tested)
+    runner = check(make_model(Copying), "per-sequence", self_test=tested)
     assert any("attends to something other than" in message for message in caplog.messages)
     assert "Copying x1 sequence by sequence" in runner.notes
     assert runner.supports_prefix_cache
 
 
-def test_only_modules_that_need_it_run_in_pieces() -> None:
-    runner = check(make_model(Attention, Copying, Attention), "pieces")
+def test_only_modules_that_need_it_run_per_sequence() -> None:
+    runner = check(make_model(Attention, Copying, Attention), "per-sequence")
     assert [note for note in runner.notes if "sequence by sequence" in note] == [
         "Copying x1 sequence by sequence"
     ]
@@ -84,30 +84,26 @@ def test_only_modules_that_need_it_run_in_pieces() -> None:
 
 def test_wrong_logits_are_found_by_the_self_test(caplog: pytest.LogCaptureFixture) -> None:
     """It keeps its handles, so that only numbers tell."""
-    runner = check(make_model(Attention, Meddling), "pieces")
+    runner = check(make_model(Attention, Meddling), "per-sequence")
     assert any("are off by" in note for note in runner.notes)
     assert any(record.levelno == logging.WARNING for record in caplog.records)
 
 
 def test_what_is_wrong_with_many_rows_is_found_by_a_full_step() -> None:
     options: Any = {"num_blocks": 8, "exact": False}
-    right = ModelRunner(make_model(Attention), full_step=(40, 40), **options)
-    assert (right.tier, right.notes) == ("handles", ())
-    assert ModelRunner(make_model(Crowded), full_step=(30, 30), **options).tier == "handles"
-    wrong = ModelRunner(make_model(Crowded), full_step=(40, 40), **options)
-    assert wrong.tier == "pieces"
+    right = make_runner(make_model(Attention), full_step=(40, 40), **options)
+    assert (right.tier, right.notes) == ("paged", ())
+    assert make_runner(make_model(Crowded), full_step=(30, 30), **options).tier == "paged"
+    wrong = make_runner(make_model(Crowded), full_step=(40, 40), **options)
+    assert wrong.tier == "per-sequence"
     assert "prompts of 80 tokens are off by" in wrong.notes[0]
 
 
-def test_an_engine_s_runner_is_asked_for_a_full_step() -> None:
+def test_an_engine_s_runner_is_asked_for_a_full_step(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
-
-    class Runner(ModelRunner):
-        def __init__(self, model: nn.Module, **options: Any) -> None:
-            asked.update(options)
-
+    monkeypatch.setattr(model_runner, "make_runner", lambda model, **given: asked.update(given))
     sizes = Sizes(100, 200, 400, FEW, max_prefill_chunk=128)
-    Runner.sized(make_model(Attention), sizes, EngineConfig(max_num_seqs=2))
+    make_engine_runner(make_model(Attention), sizes, EngineConfig(max_num_seqs=2))
     assert asked["full_step"] == (128, 128)
 
 
@@ -119,10 +115,10 @@ class Shaky(Attention):
 
 
 def test_a_model_may_be_as_far_as_it_is_from_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = ModelRunner(make_model(Attention, Shaky), num_blocks=8)
-    assert (runner.tier, runner.notes) == ("handles", ())
+    runner = make_runner(make_model(Attention, Shaky), num_blocks=8)
+    assert (runner.tier, runner.notes) == ("paged", ())
     monkeypatch.setattr(tiers, "_NOISE", 0)
-    runner = ModelRunner(make_model(Attention, Shaky), num_blocks=8)
+    runner = make_runner(make_model(Attention, Shaky), num_blocks=8)
     assert any("are off by" in note for note in runner.notes)
 
 
@@ -136,8 +132,8 @@ class Single(Attention):
 
 
 def test_single_tokens_may_be_computed_otherwise() -> None:
-    runner = ModelRunner(make_model(Attention, Single), num_blocks=8)
-    assert (runner.tier, runner.notes) == ("handles", ())
+    runner = make_runner(make_model(Attention, Single), num_blocks=8)
+    assert (runner.tier, runner.notes) == ("paged", ())
 
 
 class Odd(Model):
@@ -157,20 +153,20 @@ def odd_model() -> Odd:
 
 
 def test_unknown_cache_runs_request_by_request(caplog: pytest.LogCaptureFixture) -> None:
-    runner = check(odd_model(), "contiguous")
+    runner = check(odd_model(), "fallback")
     assert any("in a Cache" in message for message in caplog.messages)
     assert not runner.supports_prefix_cache
-    assert runner.bytes_per_block == 0
+    assert runner.layout is None
     runner.warm_up([StepShape(4, 2), StepShape(0, 1, 8)])  # as GPUs are: there is nothing to do
     assert answers(runner)
 
 
-def test_contiguous_tier_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    check(tiny_llama(), "contiguous", paged=False)
+def test_fallback_tier_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    check(tiny_llama(), "fallback", paged=False)
     monkeypatch.setenv("VLLM_METAL_USE_PAGED_ATTENTION", "0")
-    check(tiny_llama(), "contiguous")
+    check(tiny_llama(), "fallback")
     monkeypatch.setenv("VLLM_METAL_USE_PAGED_ATTENTION", "1")
-    check(tiny_llama(), "handles")
+    check(tiny_llama(), "paged")
 
 
 class Keeping(Model):
@@ -181,7 +177,7 @@ class Keeping(Model):
 
 
 def test_cache_that_keeps_its_first_tokens_is_not_paged() -> None:
-    check(Keeping(Attention), "contiguous")
+    check(Keeping(Attention), "fallback")
 
 
 class Broken(Model):
@@ -191,13 +187,13 @@ class Broken(Model):
 
 def test_model_that_cannot_run_is_refused() -> None:
     with pytest.raises(ModelLoadError, match="no such thing"):
-        ModelRunner(Broken(Attention), num_blocks=8)
+        make_runner(Broken(Attention), num_blocks=8)
 
 
 def test_model_is_as_before_when_a_runner_is_undone() -> None:
     model = make_model(Attention, Copying)
     kinds = [type(module) for module in model.modules()]
-    runner = ModelRunner(model, num_blocks=8)
+    runner = make_runner(model, num_blocks=8)
     assert [type(module) for module in model.modules()] != kinds
     runner.undo()
     assert [type(module) for module in model.modules()] == kinds
@@ -206,7 +202,7 @@ def test_model_is_as_before_when_a_runner_is_undone() -> None:
 def test_adapted_model_still_answers_with_its_own_cache() -> None:
     model = make_model(Attention, Copying)
     before = expected(model)
-    ModelRunner(model, num_blocks=8)
+    make_runner(model, num_blocks=8)
     assert expected(model) == before
 
 
@@ -217,7 +213,7 @@ def test_too_large_a_cache_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
     monkeypatch.setattr(mx, "eval", refuse)
     with pytest.raises(OutOfMemoryError, match=r"8 blocks .* Unable to allocate"):
-        ModelRunner(model, num_blocks=8)
+        make_runner(model, num_blocks=8)
 
 
 def test_layout() -> None:
@@ -237,7 +233,8 @@ def test_layout() -> None:
 
 def test_pools_of_another_type() -> None:
     model = tiny_llama()
-    runner = ModelRunner(model, num_blocks=8, dtype=mx.bfloat16, self_test=False)
+    runner = make_runner(model, num_blocks=8, dtype=mx.bfloat16, self_test=False)
     assert {pool.dtype for pool in runner.pools()} == {mx.bfloat16}
-    assert runner.bytes_per_block == 16 * kv_bytes_per_token(model) // 2
+    assert runner.layout is not None
+    assert runner.layout.bytes_per_token == kv_bytes_per_token(model) // 2
     assert answers(runner)[0] == pytest.approx(expected(model)[0], abs=0.2)

@@ -54,7 +54,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_poisoned_prompt_fails_alone() -> None:
     engine = poisoned_engine()
-    assert engine._runner.tier == "handles"
+    assert engine._runner.tier == "paged"
     good, bad = [1, 2, 3], [*range(10, 40), POISON, *range(40, 50)]
     found: dict[str, list[RequestEvent]] = {"good": [], "bad": []}
     engine.add_request("good", EngineRequest(good, GREEDY))

@@ -19,7 +19,7 @@ from modelpack_engine.models import LoadedModel
 from modelpack_engine.outputs import RequestEvent
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner import kv_cache_size
-from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.paged import PagedRunner
 from modelpack_engine.speculation.draft import DraftProposer
 from tests.engine.serving.test_bad_logits import PoisonedEmbedding
 from tests.engine.serving.tiny import VOCAB, tiny_engine, tiny_loaded
@@ -85,7 +85,7 @@ def plain() -> list[list[RequestEvent]]:
 def shapes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "bucketed":
         monkeypatch.setattr(kv_cache_size, "EXACT", FEW)
-        monkeypatch.setattr(ModelRunner, "writes_in_place", property(lambda self: True))
+        monkeypatch.setattr(PagedRunner, "writes_in_place", property(lambda self: True))
 
 
 @pytest.mark.usefixtures("shapes")
@@ -235,7 +235,7 @@ def test_the_draft_models_cache_is_counted() -> None:
 def test_state_that_cannot_go_back_does_without(
     plain: list[list[RequestEvent]], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    monkeypatch.setattr(ModelRunner, "can_go_back", property(lambda self: False))
+    monkeypatch.setattr(PagedRunner, "can_go_back", property(lambda self: False))
     engine = engine_with(noisy(0), speculative_method=method)
     assert any("no speculation" in note for note in engine.notes)
     for found, expected in zip(ask_all(engine), plain, strict=True):

@@ -17,7 +17,7 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.outputs import FinishReason, RequestEvent
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner import kv_cache_size
-from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.paged import PagedRunner
 from tests.engine.serving.test_bad_logits import POISON, poisoned_engine
 from tests.engine.serving.tiny import VOCAB, tiny_engine
 from tests.engine.speculation.oracle import Oracle, speculate
@@ -137,7 +137,7 @@ def shapes(request: pytest.FixtureRequest) -> Iterator[None]:
         bucketed = request.param == "bucketed"
         if bucketed:
             patch.setattr(kv_cache_size, "EXACT", FEW)
-        patch.setattr(ModelRunner, "writes_in_place", property(lambda self: bucketed))
+        patch.setattr(PagedRunner, "writes_in_place", property(lambda self: bucketed))
         published = BlockManager.publish_prefix
 
         def within_known(self: BlockManager, sequence: Sequence) -> None:

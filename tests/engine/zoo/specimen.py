@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
-from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from tests.engine.zoo.configuration import Configuration, prompts
 from tests.engine.zoo.driving import Driver, Setting
 
@@ -48,7 +48,7 @@ class Specimen:
         if exact not in self.runners:
             for other in self.runners.values():
                 other.undo()
-            self.runners = {exact: ModelRunner(self.model, num_blocks=64, exact=exact)}
+            self.runners = {exact: make_runner(self.model, num_blocks=64, exact=exact)}
         return self.runners[exact]
 
     def drive(self, setting: Setting, runner: ModelRunner | None = None) -> Driver:

@@ -10,7 +10,7 @@ import mlx_lm
 
 from modelpack_engine.attention.kv_pools import KVLayout
 from modelpack_engine.runner.model_layout import StateLayout
-from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from tests.engine.oracle.answers import FIXTURES, fixture
 from tests.engine.oracle.differences import DIFFERENCES, LOAD_ERRORS, OTHER_ANSWERS
 from tests.engine.zoo.catalogue import CATALOGUE
@@ -32,10 +32,10 @@ shared prefixes, preempted sequences, deferred stops, in a batch and alone
 
 The tier of a model is selected at load, and tested on its real weights:
 
-- **handles**: unmodified classes; every token of a step is a row, attention reads the KV blocks;
+- **paged**: unmodified classes; every token of a step is a row, and attention reads the KV blocks;
 - **patched**: the same, with a few lines of our own for operations that rows cannot express;
-- **pieces**: some attention modules run sequence by sequence, on keys gathered from the blocks;
-- **contiguous**: one forward pass per request, with mlx-lm's own cache: correct, but slow.
+- **per-sequence**: some attention modules run once per sequence, on keys gathered from the blocks;
+- **fallback**: one forward pass per request, with mlx-lm's own cache: correct, but slow.
 
 Recurrent layers always run sequence by sequence in a prompt, and as one group when decoding.
 Prefixes of these models are shared up to a snapshot of their state
@@ -149,7 +149,7 @@ def main() -> None:
     mx.disable_compile()
     rows = []
     for configuration in CATALOGUE:
-        rows.append(row(configuration, ModelRunner(configuration.build(), num_blocks=8)))
+        rows.append(row(configuration, make_runner(configuration.build(), num_blocks=8)))
     PATH.write_text(render(rows))
 
 

@@ -21,15 +21,15 @@ def test_what_is_wrong_is_noticed(
 ) -> None:
     positions = property(lambda self: mx.maximum(self.step.positions * 2, 0))
     monkeypatch.setattr(PagedKV, "offset", positions)
-    monkeypatch.setattr(on_gpu, "ModelRunner", _untested)
+    monkeypatch.setattr(on_gpu, "make_runner", _untested)
     assert on_gpu.main(["llama"]) == 1
     assert "llama: WRONG; " in capsys.readouterr().out
 
 
 def _untested(*args: object, **kwargs: object) -> object:
-    from modelpack_engine.runner.model_runner import ModelRunner
+    from modelpack_engine.runner.model_runner import make_runner
 
-    return ModelRunner(*args, **kwargs, self_test=False)  # type: ignore[arg-type]
+    return make_runner(*args, **kwargs, self_test=False)  # type: ignore[arg-type]
 
 
 def test_a_name_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
