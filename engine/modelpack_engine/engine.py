@@ -43,7 +43,7 @@ from modelpack_engine.runner.kv_cache_size import Sizes, choose_sizes, on_gpu
 from modelpack_engine.runner.kv_offload import open_offload
 from modelpack_engine.runner.model_layout import ModelLayout, layout_with_cache_type
 from modelpack_engine.runner.model_runner import ModelRunner, make_engine_runner
-from modelpack_engine.runner.output_processor import Choices, make_choices
+from modelpack_engine.runner.output_processor import OutputProcessor, make_outputs
 from modelpack_engine.runner.step import (
     LaunchedStep,
     NextToken,
@@ -116,7 +116,7 @@ class Engine:
             self.config, drafting, self._runner, self._sampler, self._sizes, self.vocab_size
         )
         self.notes = (*loaded.notes, *self._runner.notes, *notes)
-        self._choices = Choices(self._scheduler)
+        self._outputs = OutputProcessor(self._scheduler)
         self._in_flight: LaunchedStep | None = None
         self._clock = StepClock()
         if self.config.warm_up and on_gpu():
@@ -129,7 +129,7 @@ class Engine:
 
         Raises `RequestError`, `ContextLengthError` or `QueueFullError`; nothing is queued then.
         """
-        self._choices.add(make_choices(request_id, request, self.tokenizer, self.vocab_size))
+        self._outputs.add(make_outputs(request_id, request, self.tokenizer, self.vocab_size))
 
     @property
     def has_work(self) -> bool:
@@ -149,14 +149,14 @@ class Engine:
             self._launch(scheduled)
         self._emit(result)
         self._in_flight = self._finish_launch(scheduled)
-        return self._choices.told()
+        return self._outputs.take_events()
 
     def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
         """End a request, or one of its choices; return the last events of what was unfinished.
 
         Its blocks are free at once. An unknown request has ended already.
         """
-        return self._choices.abort(request_id, index)
+        return self._outputs.abort(request_id, index)
 
     def fail_all(self, message: str) -> list[RequestEvent]:
         """End every request with an error, after a step that raised; the engine can go on.
@@ -167,12 +167,12 @@ class Engine:
         if in_flight is not None:
             self._scheduler.fail(in_flight.output)
         self._mover.forget()
-        self._choices.fail_all(message)
-        return self._choices.told()
+        self._outputs.fail_all(message)
+        return self._outputs.take_events()
 
     def is_known(self, request_id: str) -> bool:
         """Whether a choice of the request has not ended yet."""
-        return self._choices.is_known(request_id)
+        return self._outputs.is_known(request_id)
 
     def stats(self) -> EngineStats:
         """Return counters and gauges."""
@@ -227,7 +227,7 @@ class Engine:
         """Schedule the next step and build its graph; return None if there is nothing to run."""
         proposed = None
         if self._speculator is not None and self._in_flight is None:
-            proposed = self._speculator.propose(self._scheduler.decoding(), self._choices.mask_of)
+            proposed = self._speculator.propose(self._scheduler.decoding(), self._outputs.mask_of)
         output = self._scheduler.schedule(proposed)
         self._mover.move(has_step=output is not None, in_flight=self._in_flight is not None)
         if output is None:
@@ -273,7 +273,7 @@ class Engine:
             result = read_step(self._in_flight)
             if self._in_flight.sampled is not None:
                 self._runner.staging.read(self._in_flight.staging_step)
-            self._choices.take_prompt_logprobs(result.prompt_logprobs)
+            self._outputs.take_prompt_logprobs(result.prompt_logprobs)
         self._clock.ended("wait")
         self._mover.collect()
         if result is not None:
@@ -285,9 +285,9 @@ class Engine:
         for sequence, tokens in zip(result.output.sampled, result.tokens, strict=True):
             if not tokens:
                 self._blocks.withdraw(sequence)
-            elif tokens[0].token_id == NO_TOKEN and sequence in self._choices:
+            elif tokens[0].token_id == NO_TOKEN and sequence in self._outputs:
                 self._runner.scrub(self._blocks.withdraw(sequence))
-                self._choices.fail_undecided(sequence)
+                self._outputs.fail_undecided(sequence)
         if result.broken_slots:
             self._runner.scrub_slots(result.broken_slots)
 
@@ -301,10 +301,10 @@ class Engine:
         firsts = [tokens[0].token_id if tokens else None for tokens in result.tokens]
         for index, sequence in self._scheduler.collect(result.output, firsts):
             first, *others = result.tokens[index]
-            self._choices.tell(sequence, first)
+            self._outputs.emit(sequence, first)
             for token in others:
                 if self._scheduler.take(sequence, token.token_id):
-                    self._choices.tell(sequence, token)
+                    self._outputs.emit(sequence, token)
 
     def _verified(self, proposal: Proposal, tokens: list[NextToken]) -> None:
         """Record how many tokens of a proposal were accepted."""
@@ -322,8 +322,8 @@ class Engine:
             return None
         sampled = scheduled.sampled
         if scheduled.masked_logits is not None:
-            rows, failures = masked_rows(scheduled.output, self._choices.mask_of)
-            self._choices.fail_masks(failures)
+            rows, failures = masked_rows(scheduled.output, self._outputs.mask_of)
+            self._outputs.fail_masks(failures)
             sampled = self._sample(scheduled.masked_logits, rows)
             mx.async_eval(*sampled.arrays())
         self._scheduler.submitted(scheduled.output)
@@ -340,7 +340,7 @@ class Engine:
                 output_token_ids=sequence.output_token_ids,
                 index=sequence.index,
             )
-            self._choices.started(sequence)
+            self._outputs.started(sequence)
 
     def _forget(self, seq_ids: Tokens[int]) -> None:
         """Drop what the device knows of sequences that ended or were preempted."""

@@ -4,14 +4,14 @@ Every token is a row. Decode rows come first, padded to a bucket, then the chunk
 after the other, each padded to a bucket at its end. A proposal is several decode rows, which see
 the same blocks up to their own positions; where nothing is padded it is a chunk, before those of
 prompts, whose keys are read once. A padding row has token 0 at position 0 and writes to slot 0, in
-the trash block, where nothing that counts is ever read.
+the null block, where nothing that counts is ever read.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modelpack_engine.core.block_manager import TRASH_BLOCK
+from modelpack_engine.core.block_manager import NULL_BLOCK
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.core.scheduler import PrefillChunk, Proposal, SchedulerOutput
 from modelpack_engine.core.sequence import Sequence
@@ -21,7 +21,7 @@ from modelpack_engine.core.sequence import Sequence
 class Chunk:
     """Rows [row, row + length) hold the last `length` of a sequence's `kv_length` tokens so far.
 
-    Rows up to row + padded_length are padding. `block_table` is padded with the trash block to a
+    Rows up to row + padded_length are padding. `block_table` is padded with the null block to a
     bucket that has room for the padding rows' keys as well: kv_length + padded_length - length.
 
     Of recurrent layers: `snapshot` is the state that the chunk starts from, unless it is that of
@@ -49,7 +49,7 @@ class StepBatch:
     Rows [0, num_decode) decode; the first `len(decode_seq_ids)` of them are real. `decode_tables`
     and `decode_lengths` have an entry for each of the `num_decode` rows; a length counts the row's
     own token, and is 1 for padding. A table ends with the row's own block, or later; on the device,
-    trash blocks fill all of them up to `table_width`, or to the longest if that is more.
+    null blocks fill all of them up to `table_width`, or to the longest if that is more.
 
     `sample_rows` are the rows whose next token is sampled, in ascending order, and `sample_seqs`
     whose they are: of a proposal all rows are, in order. Rows in `prompt_logprob_rows` are wanted
@@ -86,7 +86,7 @@ class StepBatch:
     def padded_tables(self) -> list[list[int]]:
         """Return the decode rows' block tables as the device gets them: decode_width columns."""
         width = self.decode_width
-        return [table + [TRASH_BLOCK] * (width - len(table)) for table in self.decode_tables]
+        return [table + [NULL_BLOCK] * (width - len(table)) for table in self.decode_tables]
 
 
 def build_batch(
@@ -247,7 +247,7 @@ class _Rows:
         self._pad(padded_length - length)
         num_keys = stop + padded_length - length
         width = self._buckets.pad_table_width(-(-num_keys // size))
-        table += [TRASH_BLOCK] * (width - len(table))
+        table += [NULL_BLOCK] * (width - len(table))
         return Chunk(
             row, length, padded_length, stop, tuple(table), sequence.seq_id, snapshot, block_hash
         )

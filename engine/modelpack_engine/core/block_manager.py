@@ -60,7 +60,7 @@ class PrefixSnapshots:
 
 
 #: Where padding rows write; never handed out.
-TRASH_BLOCK = 0
+NULL_BLOCK = 0
 
 #: Blocks of a sequence whose hashes are computed together: one by one takes several times as long.
 HASHED_AT_ONCE = 64
@@ -79,7 +79,7 @@ class BlockManager:
     `snapshots`, prefixes are shared up to blocks that have one.
 
     Where no layer sees more than the last `window` tokens, blocks behind them are released while
-    their sequence runs: its table names the trash block in their place.
+    their sequence runs: its table names the null block in their place.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         self._model_id = model_id.encode()
         self._ref_counts = [0] * num_blocks
-        self._free = deque(range(TRASH_BLOCK + 1, num_blocks))
+        self._free = deque(range(NULL_BLOCK + 1, num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
@@ -152,10 +152,10 @@ class BlockManager:
         return block
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Count one more user of blocks that are used or cached; the trash block counts none."""
+        """Count one more user of blocks that are used or cached; the null block counts none."""
         counts, cached = self._ref_counts, self._cached
         for block in blocks:
-            if block == TRASH_BLOCK:
+            if block == NULL_BLOCK:
                 continue
             if counts[block] == 0:
                 del cached[block]
@@ -221,7 +221,7 @@ class BlockManager:
 
     def num_held(self, sequence: Sequence, matched: list[int] | None = None) -> int:
         """Return how many blocks a sequence holds, or would if it shared those that match."""
-        shared = len(matched) - matched.count(TRASH_BLOCK) if matched else 0
+        shared = len(matched) - matched.count(NULL_BLOCK) if matched else 0
         return len(sequence.block_table) - sequence.num_unseen_blocks + shared
 
     def release_unseen(self, sequence: Sequence) -> None:
@@ -234,9 +234,9 @@ class BlockManager:
         unseen = max(0, sequence.num_computed_tokens - self.window) // self.block_size
         table = sequence.block_table
         for index in range(sequence.num_unseen_blocks, unseen):
-            if table[index] != TRASH_BLOCK:
+            if table[index] != NULL_BLOCK:
                 self.release(table[index])
-                table[index] = TRASH_BLOCK
+                table[index] = NULL_BLOCK
         sequence.num_unseen_blocks = max(sequence.num_unseen_blocks, unseen)
 
     def room_for(self, sequence: Sequence) -> int:
@@ -257,7 +257,7 @@ class BlockManager:
     def free(self, sequence: Sequence) -> None:
         """Release its whole table, the tail first: a prefix is evicted after what follows it."""
         for block in reversed(sequence.block_table):
-            if block != TRASH_BLOCK:
+            if block != NULL_BLOCK:
                 self.release(block)
         sequence.block_table.clear()
         sequence.num_published_blocks = 0
@@ -272,7 +272,7 @@ class BlockManager:
         """Return the blocks that hold what the sequence is to compute next, as far as any do.
 
         The last token is never among them, since its logits are needed. Those behind the window
-        need not be there: they are the trash block.
+        need not be there: they are the null block.
         """
         return self._match(sequence)[0]
 
@@ -328,7 +328,7 @@ class BlockManager:
                 if self._may_go_on(hashes[count - 1]):
                     best, first_seen = count, count - seen
         seen_blocks = [block for block in found[first_seen:best] if block is not None]
-        return [TRASH_BLOCK] * first_seen + seen_blocks, reach
+        return [NULL_BLOCK] * first_seen + seen_blocks, reach
 
     def _may_go_on(self, hash_: bytes) -> bool:
         """Whether a sequence may go on after a block that is there: recurrent ones need a state."""
@@ -385,7 +385,7 @@ class BlockManager:
 
     def num_idle(self, blocks: list[int]) -> int:
         """Return how many of `blocks` are cached: sharing these makes fewer available."""
-        counts = [self._ref_counts[block] for block in blocks if block != TRASH_BLOCK]
+        counts = [self._ref_counts[block] for block in blocks if block != NULL_BLOCK]
         return counts.count(0)
 
     def next_hash(self, sequence: Sequence) -> bytes | None:

@@ -75,7 +75,7 @@ def _rows(pool: mx.array, slots: mx.array, heads: int, quantised: Quantisation |
 def write_rows(
     rows: mx.array, pool: mx.array, slots: mx.array, quantised: Quantisation | None = None
 ) -> mx.array:
-    """Scatter `rows` into `pool` at `slots`; those below 0 go to slot 0, in the trash block.
+    """Scatter `rows` into `pool` at `slots`; those below 0 go to slot 0, in the null block.
 
     In place if nothing else holds the pool, else on a copy.
     """

@@ -30,7 +30,7 @@ from modelpack_engine.outputs import EngineStats, RequestEvent
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner.engine_protocol import run_to_end
 from modelpack_engine.runner.kv_cache_size import choose_sizes
-from modelpack_engine.runner.output_processor import Choices, make_choices
+from modelpack_engine.runner.output_processor import OutputProcessor, make_outputs
 from modelpack_engine.runner.step import (
     LaunchedStep,
     StepResult,
@@ -249,12 +249,12 @@ class LlamaCppEngine:
             replace(sizes.scheduler_config(config), buckets=EXACT), self._slots
         )
         self._sampler = Sampler(self.vocab_size, config.max_num_seqs, self.tokenizer.eos_token_ids)
-        self._choices = Choices(self._scheduler)
+        self._outputs = OutputProcessor(self._scheduler)
         self._clock = StepClock()  # "launch" is sampling, "wait" is computing
 
     def add_request(self, request_id: str, request: EngineRequest) -> None:
         """Queue a request, as `Engine.add_request` does."""
-        self._choices.add(make_choices(request_id, request, self.tokenizer, self.vocab_size))
+        self._outputs.add(make_outputs(request_id, request, self.tokenizer, self.vocab_size))
 
     @property
     def has_work(self) -> bool:
@@ -278,30 +278,30 @@ class LlamaCppEngine:
         clock.ended("wait")
         sampled = None
         if batch.sample_seqs:
-            rows, failures = masked_rows(output, self._choices.mask_of)
-            self._choices.fail_masks(failures)
+            rows, failures = masked_rows(output, self._outputs.mask_of)
+            self._outputs.fail_masks(failures)
             sampled = self._sampler.sample(logits, rows)
         result = read_step(LaunchedStep(output, batch, sampled, prompt_logprobs))
-        self._choices.take_prompt_logprobs(result.prompt_logprobs)
+        self._outputs.take_prompt_logprobs(result.prompt_logprobs)
         self._scheduler.submitted(output)  # nothing raises from here on
         self._fail_rows(result)
         self._emit(result)
         clock.ended("launch")
-        return self._choices.told()
+        return self._outputs.take_events()
 
     def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
         """End a request, or one of its choices; return the last events of what was unfinished."""
-        return self._choices.abort(request_id, index)
+        return self._outputs.abort(request_id, index)
 
     def fail_all(self, message: str) -> list[RequestEvent]:
         """End every request with an error, after a step that raised; the engine can go on."""
         self._slots.forget_content()
-        self._choices.fail_all(message)
-        return self._choices.told()
+        self._outputs.fail_all(message)
+        return self._outputs.take_events()
 
     def is_known(self, request_id: str) -> bool:
         """Whether a choice of the request has not ended yet."""
-        return self._choices.is_known(request_id)
+        return self._outputs.is_known(request_id)
 
     def stats(self) -> EngineStats:
         """Return counters and gauges."""
@@ -334,14 +334,14 @@ class LlamaCppEngine:
         for sequence, [token] in zip(result.output.sampled, result.tokens, strict=True):
             if token.token_id == NO_TOKEN and not sequence.is_finished:
                 self._slots.withdraw(sequence)
-                self._choices.fail_undecided(sequence)
+                self._outputs.fail_undecided(sequence)
 
     def _emit(self, result: StepResult) -> None:
         """Append the tokens of a step to its sequences, and emit them as events."""
         tokens = [token for [token] in result.tokens]
         token_ids = [token.token_id for token in tokens]
         for index, sequence in self._scheduler.collect(result.output, token_ids):
-            self._choices.tell(sequence, tokens[index])
+            self._outputs.emit(sequence, tokens[index])
 
     # Details
 
@@ -355,7 +355,7 @@ class LlamaCppEngine:
             output_token_ids=sequence.output_token_ids,
             index=sequence.index,
         )
-        self._choices.started(sequence)
+        self._outputs.started(sequence)
 
     def _forget(self, seq_ids: Tokens[int]) -> None:
         """Have the sampler forget sequences that ended or were preempted."""

@@ -1,6 +1,6 @@
-"""Choices: turn the tokens of running sequences into the events that an engine emits.
+"""OutputProcessor: turn the tokens of running sequences into the events that an engine emits.
 
-Both engines own a `Choices`, with a `Choice` for each sequence: its detokenizer, mask and times.
+Both engines own a `OutputProcessor`, with a `SequenceOutput` for each sequence: its detokenizer, mask and times.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from modelpack_engine.request import EngineRequest, LogitsMask
 from modelpack_engine.runner.step import NextToken
 
 
-def make_choices(
+def make_outputs(
     request_id: str, request: EngineRequest, tokenizer: Tokenizer, vocab_size: int
-) -> list[Choice]:
+) -> list[SequenceOutput]:
     """Return the `n` choices of a request, with new sequences; raise `RequestError`."""
     request.check(vocab_size)
     first = Sequence(
@@ -32,10 +32,10 @@ def make_choices(
         cache_salt=request.cache_salt,
     )
     sequences = [first, *(first.fork(index) for index in range(1, request.n))]
-    return [Choice(sequence, tokenizer, request.continues_text) for sequence in sequences]
+    return [SequenceOutput(sequence, tokenizer, request.continues_text) for sequence in sequences]
 
 
-class Choice:
+class SequenceOutput:
     """Turns a sequence's tokens into events."""
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer, continues_text: bool) -> None:
@@ -126,65 +126,65 @@ class Choice:
         return Timing(self._arrived, self._scheduled, self._first_token, time.monotonic())
 
 
-class Choices:
+class OutputProcessor:
     """A choice for each sequence of `scheduler` that has not ended."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._choices: dict[int, Choice] = {}  # by seq_id
+        self._outputs: dict[int, SequenceOutput] = {}  # by seq_id
         self._events: list[RequestEvent] = []
 
-    def add(self, choices: Iterable[Choice]) -> None:
+    def add(self, choices: Iterable[SequenceOutput]) -> None:
         """Queue the choices of one request; raises what `Scheduler.add` does."""
         added = {choice.sequence.seq_id: choice for choice in choices}
         self._scheduler.add(*(choice.sequence for choice in added.values()))
-        self._choices |= added
+        self._outputs |= added
 
     def __len__(self) -> int:
-        return len(self._choices)
+        return len(self._outputs)
 
     def __contains__(self, sequence: Sequence) -> bool:
-        return sequence.seq_id in self._choices
+        return sequence.seq_id in self._outputs
 
     def is_known(self, request_id: str) -> bool:
         """Whether a choice of the request has not ended yet."""
-        return any(choice.sequence.request_id == request_id for choice in self._choices.values())
+        return any(choice.sequence.request_id == request_id for choice in self._outputs.values())
 
     def mask_of(self, sequence: Sequence) -> LogitsMask | None:
         """Return a sequence's mask, None if it has none or has ended."""
-        choice = self._choices.get(sequence.seq_id)
+        choice = self._outputs.get(sequence.seq_id)
         return None if choice is None else choice.mask
 
     def started(self, sequence: Sequence) -> None:
         """Record when the first step of a sequence is built."""
-        self._choices[sequence.seq_id].started()
+        self._outputs[sequence.seq_id].started()
 
     def take_prompt_logprobs(self, entries: Iterable[tuple[Sequence, TokenLogprob | None]]) -> None:
         """Keep log-probabilities of prompts for the first events of their choices."""
         for sequence, entry in entries:
             if sequence in self:
-                self._choices[sequence.seq_id].prompt_logprobs.append(entry)
+                self._outputs[sequence.seq_id].prompt_logprobs.append(entry)
 
     def tell(self, sequence: Sequence, token: NextToken) -> None:
         """Add the event of a token that was appended to its sequence."""
-        choice = self._choices[sequence.seq_id]
+        choice = self._outputs[sequence.seq_id]
         event, stopped_by = choice.take(token.token_id, token.logprob)
         if stopped_by is not None and not sequence.is_finished:
             self._scheduler.finish(sequence, FinishReason.STOP, stopped_by)
             event = choice.ended(event)
         if sequence.is_finished:
-            del self._choices[sequence.seq_id]
+            del self._outputs[sequence.seq_id]
         self._events.append(event)
 
     def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
         """End a request, or one of its choices; return the last events of what was unfinished."""
         sequences = self._scheduler.abort(request_id, index)
-        return [self._choices.pop(sequence.seq_id).aborted() for sequence in sequences]
+        return [self._outputs.pop(sequence.seq_id).aborted() for sequence in sequences]
 
     def fail(self, sequence: Sequence, message: str, param: str | None = None) -> None:
         """End one choice with an error; `param` is the invalid field of its request, if any."""
         self._scheduler.finish(sequence, FinishReason.ERROR)
-        self._events.append(self._choices.pop(sequence.seq_id).failed(message, param))
+        self._events.append(self._outputs.pop(sequence.seq_id).failed(message, param))
 
     def fail_masks(self, failures: Iterable[tuple[Sequence, EngineError]]) -> None:
         """End the choices whose masks failed."""
@@ -198,7 +198,7 @@ class Choices:
 
     def fail_all(self, message: str) -> None:
         """End all of them with an error."""
-        for choice in list(self._choices.values()):
+        for choice in list(self._outputs.values()):
             self.fail(choice.sequence, message)
 
     def told(self) -> list[RequestEvent]:

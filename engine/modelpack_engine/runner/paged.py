@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import BlockContents
 from modelpack_engine.core.batch import StepBatch
-from modelpack_engine.core.block_manager import TRASH_BLOCK
+from modelpack_engine.core.block_manager import NULL_BLOCK
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.errors import EngineError, OutOfMemoryError
 from modelpack_engine.kernels import TILE_ROWS, Tiles
@@ -213,7 +213,7 @@ class CompiledSteps:
         tables = self._decode_tables(batch, positions, decode)
         num_tiles = (rows - decode) // TILE_ROWS
         width = max((len(chunk.block_table) for chunk in batch.chunks), default=1)
-        tile_tables = np.full((num_tiles, width), TRASH_BLOCK, np.int32)
+        tile_tables = np.full((num_tiles, width), NULL_BLOCK, np.int32)
         spans = np.zeros((num_tiles, 2), np.int32)
         row, tile, size = decode, 0, self._step.block_size
         seen: list[tuple[int, int]] = []
@@ -253,7 +253,7 @@ class CompiledSteps:
         if self._tables.shape == (rows, width) and known == places and count:
             new = np.flatnonzero(blocks != self._blocks)
         else:
-            tables = np.full((rows, width), TRASH_BLOCK, np.int32)
+            tables = np.full((rows, width), NULL_BLOCK, np.int32)
             kept = [(row, known[seq_id]) for seq_id, row in places.items() if seq_id in known]
             new = np.ones(count, np.bool_)
             if kept:

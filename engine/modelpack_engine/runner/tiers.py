@@ -48,7 +48,7 @@ QUANTISED = {8: 2e-2, 4: 0.2}
 
 
 def blocks_needed(block_size: int, full_step: Sequence[int] = ()) -> int:
-    """Return how many blocks the test writes to, the trash block included."""
+    """Return how many blocks the test writes to, the null block included."""
     return 1 + max(
         sum(-(-length // block_size) for length in lengths)
         for lengths in (_LENGTHS.values(), full_step)

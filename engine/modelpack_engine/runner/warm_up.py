@@ -107,7 +107,7 @@ def step_shapes(
 
 
 def padding_batch(shape: StepShape, block_size: int) -> StepBatch:
-    """Return a batch of `shape` that writes to the trash block only."""
+    """Return a batch of `shape` that writes to the null block only."""
     rows = shape.decode_rows + shape.chunk_length
     chunks: Iterable[Chunk] = ()
     if shape.chunk_length:

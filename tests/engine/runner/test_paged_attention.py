@@ -82,7 +82,7 @@ def build(case: Case, buckets: Buckets) -> tuple[StepBatch, list[list[int]]]:
 
 
 def given_up(batch: StepBatch, window: int) -> StepBatch:
-    """Return the batch with the trash block in place of all that no row's window reaches."""
+    """Return the batch with the null block in place of all that no row's window reaches."""
 
     def without(table: list[int] | tuple[int, ...], length: int) -> list[int]:
         unseen = max(0, length - window) // BLOCK

@@ -114,7 +114,7 @@ class FakeDevice:
         first = 0 if self.window is None else max(0, length - self.window)
         slots = [table[p // size] * size + p % size for p in range(first, length)]
         assert batch.slots[row] == slots[-1]
-        assert slots[-1] >= size, "a real row writes to the trash block"
+        assert slots[-1] >= size, "a real row writes to the null block"
         read = [self.memory[slot] for slot in slots[:-1]]
         assert [entry and entry[0] for entry in read] == list(range(first, position)), (
             f"{self.sequences[seq_id]} reads KV that is not its own: {read}"

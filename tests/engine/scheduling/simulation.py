@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 
 from modelpack_engine.core.batch import StepBatch, build_batch
-from modelpack_engine.core.block_manager import TRASH_BLOCK, BlockManager, PrefixSnapshots
+from modelpack_engine.core.block_manager import NULL_BLOCK, BlockManager, PrefixSnapshots
 from modelpack_engine.core.buckets import EXACT, Buckets
 from modelpack_engine.core.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 from modelpack_engine.core.sequence import Sequence, SequenceStatus
@@ -50,14 +50,14 @@ def audit(blocks: BlockManager, sequences: list[Sequence]) -> None:
     refs = Counter(block for table in tables for block in table)
     for seq in sequences:
         unseen = seq.block_table[: seq.num_unseen_blocks]
-        assert set(unseen) <= {TRASH_BLOCK}, "a block is kept that nobody will see"
+        assert set(unseen) <= {NULL_BLOCK}, "a block is kept that nobody will see"
     everything = range(len(blocks._ref_counts))
     assert [refs[block] for block in everything] == blocks._ref_counts, "ref counts are wrong"
     for table in tables:
         assert len(set(table)) == len(table), "a block is twice in a table"
     places = [*blocks._free, *blocks._cached, *refs]
     assert sorted(places) == list(everything)[1:], "a block is lost, or in two places"
-    assert TRASH_BLOCK not in places
+    assert NULL_BLOCK not in places
     assert blocks._block_of == {hash_: block for block, hash_ in blocks._hash_of.items()}
     assert all(block in blocks._hash_of for block in blocks._cached)
     assert not any(block in blocks._hash_of for block in blocks._free)

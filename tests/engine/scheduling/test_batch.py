@@ -91,7 +91,7 @@ def test_padded_sizes() -> None:
     assert batch.num_rows == 9
 
 
-def test_padded_decode_rows_stand_in_the_trash_block() -> None:
+def test_padded_decode_rows_stand_in_the_null_block() -> None:
     sched = scheduler(buckets=PADDED)
     for name in "abc":
         sched.add(sequence([ord(name)], request_id=name))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from modelpack_engine.core.block_manager import TRASH_BLOCK, BlockManager
+from modelpack_engine.core.block_manager import NULL_BLOCK, BlockManager
 from modelpack_engine.core.sequence import Sequence
 from tests.engine.scheduling.simulation import audit, sequence
 
@@ -195,7 +195,7 @@ def test_a_block_is_not_released_twice() -> None:
     with pytest.raises(AssertionError, match="once too often"):
         blocks.release(block)
     with pytest.raises(AssertionError, match="once too often"):
-        blocks.release(TRASH_BLOCK)
+        blocks.release(NULL_BLOCK)
     with pytest.raises(AssertionError, match="is nobody's"):
         blocks.publish(block, b"hash")
 

@@ -37,7 +37,7 @@ MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     (BlockManager.share, "counts[block] += 1", "counts[block] = 1"),
     (BlockManager.share, "del cached[block]", "pass"),
     (BlockManager.allocate, "del self._block_of[hash_]", "pass"),
-    (BlockManager.__init__, "range(TRASH_BLOCK + 1, num_blocks)", "range(num_blocks)"),
+    (BlockManager.__init__, "range(NULL_BLOCK + 1, num_blocks)", "range(num_blocks)"),
     (BlockManager.free, "reversed(sequence.block_table)", "sequence.block_table[1:]"),
     (BlockManager.free, "sequence.block_table.clear()", "pass"),
     (BlockManager.free, "sequence.num_published_blocks = 0", "pass"),

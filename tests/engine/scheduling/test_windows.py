@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from modelpack_engine.core.block_manager import TRASH_BLOCK, BlockManager, window_blocks
+from modelpack_engine.core.block_manager import NULL_BLOCK, BlockManager, window_blocks
 from modelpack_engine.core.scheduler import Scheduler
 from tests.engine.scheduling.driving import drive
 from tests.engine.scheduling.simulation import Simulation, sequence
@@ -44,9 +44,9 @@ MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     (BlockManager.release_unseen, "- self.window", "- self.window + 2 * self.block_size"),
     (BlockManager.release_unseen, "- self.window", "- self.window - self.block_size"),
     (BlockManager.release_unseen, "self.release(table[index])", "pass"),
-    (BlockManager.release_unseen, "table[index] = TRASH_BLOCK", "pass"),
+    (BlockManager.release_unseen, "table[index] = NULL_BLOCK", "pass"),
     (BlockManager.free, "sequence.num_unseen_blocks = 0", "pass"),
-    (BlockManager.free, "if block != TRASH_BLOCK", "if True"),
+    (BlockManager.free, "if block != NULL_BLOCK", "if True"),
     (BlockManager._match_window, "run >= seen", "run >= 1"),
     (BlockManager._match_window, "- window) //", "- window // 2) //"),
     (Scheduler.submitted, "self._blocks.release_unseen(sequence)", "pass"),
@@ -107,11 +107,11 @@ def test_most_blocks_of_a_sequence(window: int | None, chunk: int, expected: int
     assert BlockManager(7, 4, window=window).most_held(chunk) == expected
 
 
-def test_the_trash_block_is_never_published_or_handed_out() -> None:
+def test_the_null_block_is_never_published_or_handed_out() -> None:
     sim = Simulation(num_blocks=10, window=3)
     (seq,) = sim.add(sequence([1, 2, 3] * 6, 20))
     while not seq.is_finished:
         sim.step()
-        assert TRASH_BLOCK not in sim.blocks._hash_of
-        assert sim.blocks._ref_counts[TRASH_BLOCK] == 0
+        assert NULL_BLOCK not in sim.blocks._hash_of
+        assert sim.blocks._ref_counts[NULL_BLOCK] == 0
     sim.drain()

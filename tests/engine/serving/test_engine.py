@@ -12,7 +12,7 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.errors import ContextLengthError, QueueFullError, RequestError
 from modelpack_engine.outputs import FinishReason, RequestEvent, TokenLogprob
 from modelpack_engine.request import EngineRequest, SamplingParams
-from modelpack_engine.runner.output_processor import Choice
+from modelpack_engine.runner.output_processor import SequenceOutput
 from tests.engine.launching import WAYS, launch
 from tests.engine.serving.tiny import (
     CONTEXT,
@@ -302,13 +302,13 @@ def test_what_a_step_told_before_it_raised_is_not_lost(monkeypatch: pytest.Monke
     told: list[RequestEvent] = []
     while len(tokens(told)) < 2:
         told += engine.step()
-    take = Choice.take
+    take = SequenceOutput.take
 
-    def takes(choice: Choice, token_id: int, logprob: TokenLogprob | None) -> object:
+    def takes(choice: SequenceOutput, token_id: int, logprob: TokenLogprob | None) -> object:
         return broken() if choice.sequence.request_id == "b" else take(choice, token_id, logprob)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Choice, "take", takes)
+        patch.setattr(SequenceOutput, "take", takes)
         with pytest.raises(RuntimeError, match="no memory"):
             engine.step()
     told += engine.fail_all("it broke")
