@@ -17,7 +17,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from modelpack_engine.platform.memory import Staging
+from modelpack_engine.platform.device import Staging
 from modelpack_engine.request import SamplingParams
 from modelpack_engine.sampling import plan, sampler
 from modelpack_engine.sampling.plan import Draws, Entry, plan_draws

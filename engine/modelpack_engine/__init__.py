@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from modelpack_engine.platform.metal import set_limits
+from modelpack_engine.platform.environment import set_limits
 
 if TYPE_CHECKING:
     from modelpack_engine.async_engine import AsyncEngine as AsyncEngine

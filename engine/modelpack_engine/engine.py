@@ -39,7 +39,7 @@ from modelpack_engine.models.precision import check_token_rows
 from modelpack_engine.outputs import EngineStats, RequestEvent
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner.engine_protocol import run_to_end
-from modelpack_engine.runner.kv_cache_size import Sizes, choose_sizes, on_gpu
+from modelpack_engine.runner.kv_cache_size import Sizes, choose_sizes, on_gpu, step_memory
 from modelpack_engine.runner.kv_offload import open_offload
 from modelpack_engine.runner.model_layout import ModelLayout, layout_with_cache_type
 from modelpack_engine.runner.model_runner import ModelRunner, make_engine_runner
@@ -49,15 +49,14 @@ from modelpack_engine.runner.step import (
     NextToken,
     ScheduledStep,
     StepResult,
+    masked_rows,
     part_logits,
     read_step,
     row_token_ids,
     sample_rows,
     with_prompt_rows,
 )
-from modelpack_engine.runner.warm_up import step_memory
 from modelpack_engine.sampling.sampler import NO_TOKEN, Sampled, Sampler, SampleRow
-from modelpack_engine.speculation.masks import masked_rows
 from modelpack_engine.speculation.speculator import check_draft, make_speculator
 
 _log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self, runtime_checkable
 
 from modelpack_engine.errors import RequestError
 
@@ -32,6 +32,15 @@ class LogitsMask(Protocol):
 
     def accept(self, token_id: int) -> None:
         """Advance by the token that was sampled; must not raise."""
+        ...
+
+
+@runtime_checkable
+class CopyableMask(LogitsMask, Protocol):
+    """A mask whose copy can accept proposed tokens while the mask itself stays where it is."""
+
+    def copy(self) -> Self:
+        """Return an independent mask in the same state."""
         ...
 
 

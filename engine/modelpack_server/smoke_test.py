@@ -131,7 +131,7 @@ def smoke_test(
         raise UsageError(f"{expect!r} is not a regular expression: {error}") from None
     config = config or EngineConfig()
     catalogue = StoreCatalogue(store, config, remote=remote)
-    from modelpack_engine.platform.memory import (
+    from modelpack_engine.platform.device import (
         choose_device,  # loads MLX: after the catalogue's BLAS
     )
 

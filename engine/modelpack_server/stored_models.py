@@ -25,7 +25,7 @@ from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.llama_cpp.library import choose_backend
 from modelpack_engine.models import LoadedModel, ModelFiles, load
 from modelpack_engine.models.loader import Shard, gguf_tokenizer_of
-from modelpack_engine.platform.memory import choose_device
+from modelpack_engine.platform.device import choose_device
 from modelpack_engine.runner.engine_protocol import SteppingEngine
 
 _log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from modelpack_engine.attention.kv_pools import (
     visible,
 )
 from modelpack_engine.kernels import TILE_ROWS, Tiles
-from modelpack_engine.platform.memory import Staging
+from modelpack_engine.platform.device import Staging
 
 if TYPE_CHECKING:
     from modelpack_engine.core.batch import Chunk, StepBatch

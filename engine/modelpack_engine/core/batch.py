@@ -274,3 +274,48 @@ def _prompt_logprob_rows(part: PrefillChunk, row: int) -> list[tuple[int, Sequen
     start = max(part.start, sequence.num_prompt_logprobs)
     stop = min(part.start + part.length, len(sequence.prompt_token_ids) - 1)
     return [(row + position - part.start, sequence) for position in range(start, stop)]
+
+
+#: A sequence that no request has.
+PADDING_SEQ_ID = -1
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """Decode rows, columns of their block tables, and tokens of a prompt's chunk, any of them 0."""
+
+    decode_rows: int
+    table_width: int
+    chunk_length: int = 0
+
+
+def padding_batch(shape: StepShape, block_size: int) -> StepBatch:
+    """Return a batch of `shape` that writes to the null block only."""
+    rows = shape.decode_rows + shape.chunk_length
+    chunks: tuple[Chunk, ...] = ()
+    if shape.chunk_length:
+        table = (0,) * max(shape.table_width, -(-shape.chunk_length // block_size))
+        chunks = (
+            Chunk(
+                row=shape.decode_rows,
+                length=shape.chunk_length,
+                padded_length=shape.chunk_length,
+                kv_length=shape.chunk_length,
+                block_table=table,
+                seq_id=PADDING_SEQ_ID,
+            ),
+        )
+    sampled = [*range(shape.decode_rows), *([rows - 1] if chunks else [])]
+    return StepBatch(
+        token_ids=[0] * rows,
+        positions=[0] * rows,
+        slots=[0] * rows,
+        from_previous=(),
+        num_decode=shape.decode_rows,
+        decode_tables=[[0] * shape.table_width] * shape.decode_rows,
+        decode_lengths=[1] * shape.decode_rows,
+        decode_seq_ids=(),
+        chunks=chunks,
+        sample_rows=tuple(sampled),
+        sample_seqs=(),
+    )

@@ -1,22 +1,76 @@
-"""BlockManager: the KV blocks of one engine, their prefix cache, and recurrent snapshots.
+"""Identity of KV blocks: equal hashes mean equal keys and values.
 
-The scheduler asks it for blocks; it knows their ids and hashes, and not their contents.
-
-A recurrent layer cannot go on from keys and values alone, so a prefix of such a model is shared up
-to the last block whose end has a snapshot. Snapshots are taken where a chunk of a prompt ends at
-the end of a block: the bounded number of places at which the state is there to be copied.
+A block's KV depends on its tokens, on every token before them, and on what else went into the
+model. So hashes are chained: each covers its parent's, and the first parent is a root over model,
+adapter and media. BLAKE2b with 128 bits: nobody is going to find two contents of one hash, not even
+on purpose, so a hit needs no comparison of tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections import OrderedDict, deque
 from collections.abc import Iterable
+from collections.abc import Sequence as Tokens
+from functools import lru_cache
 from typing import cast
 
 from modelpack_engine.config import BLOCK_SIZE
-from modelpack_engine.core.prefix_hash import block_hashes, root_hash
 from modelpack_engine.core.sequence import Sequence
-from modelpack_engine.offload.prefixes import PrefixOffload
+from modelpack_engine.offload.tiers import PrefixOffload
+
+HASH_SIZE = 16  # bytes
+
+#: Blocks whose hashes are remembered together, as prompts often begin alike.
+_REMEMBERED = 16
+
+_BLOCK = hashlib.blake2b(digest_size=HASH_SIZE, person=b"kv block")
+
+
+def root_hash(*parts: bytes) -> bytes:
+    """Return the parent of first blocks for one combination of `parts`, such as model and salt."""
+    root = hashlib.blake2b(digest_size=HASH_SIZE, person=b"kv root")
+    for part in parts:
+        root.update(struct.pack("<Q", len(part)) + part)
+    return root.digest()
+
+
+def block_hashes(parent: bytes, token_ids: Tokens[int], block_size: int) -> list[bytes]:
+    """Return the hashes of the full blocks of `token_ids` after `parent`; ids are below 2**32."""
+    packed = struct.pack(f"<{len(token_ids)}I", *token_ids)
+    size = struct.calcsize(f"<{block_size}I")
+    hashes: list[bytes] = []
+    for start in range(0, len(packed), _REMEMBERED * size):
+        run = packed[start : start + _REMEMBERED * size]
+        hashes += _hashes(hashes[-1] if hashes else parent, run, size)
+    return hashes
+
+
+@lru_cache(maxsize=4096)
+def _hashes(parent: bytes, packed: bytes, size: int) -> tuple[bytes, ...]:
+    """Return the hashes of the full blocks, of `size` bytes each, of `packed` tokens."""
+    hashes = []
+    for end in range(size, len(packed) + 1, size):
+        block = _BLOCK.copy()  # takes half as long as a new one
+        block.update(parent + packed[end - size : end])
+        hashes.append(parent := block.digest())
+    return tuple(hashes)
+
+
+def cache_salt(
+    adapter: str = "", media: Iterable[bytes] = (), *, owner: str | None = None
+) -> bytes:
+    """Return the salt of a sequence: sequences share prefixes only if their salts are equal.
+
+    It covers the adapter's name, the digests of the media in order, and the owner of the request,
+    whose prompts others must not find in the cache. Without any of them it is empty.
+    """
+    media = tuple(media)
+    content = root_hash(adapter.encode(), *media) if adapter or media else b""
+    if owner is None:
+        return content
+    return b"owner" + root_hash(owner.encode(), content)
 
 
 class PrefixSnapshots:

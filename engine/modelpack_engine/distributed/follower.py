@@ -23,6 +23,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
+from modelpack_engine.core.batch import StepShape
 from modelpack_engine.distributed import channel as wire
 from modelpack_engine.distributed.channel import (
     FollowerChannel,
@@ -36,11 +37,10 @@ from modelpack_engine.distributed.group import Group, make_ordered_runner
 from modelpack_engine.distributed.sharding import shard
 from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.loader import Shard
-from modelpack_engine.runner.kv_cache_size import Sizes, choose_sizes, on_gpu
+from modelpack_engine.runner.kv_cache_size import Sizes, choose_sizes, on_gpu, step_memory
 from modelpack_engine.runner.model_layout import layout_with_cache_type
 from modelpack_engine.runner.model_runner import ModelRunner
 from modelpack_engine.runner.step import row_token_ids
-from modelpack_engine.runner.warm_up import StepShape, step_memory
 from modelpack_engine.sampling.sampler import Sampled
 
 _log = logging.getLogger(__name__)

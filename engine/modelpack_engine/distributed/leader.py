@@ -18,7 +18,7 @@ from mlx.nn.layers.base import Module
 
 from modelpack_engine.attention.paged import BlockContents
 from modelpack_engine.config import EngineConfig
-from modelpack_engine.core.batch import StepBatch
+from modelpack_engine.core.batch import StepBatch, StepShape
 from modelpack_engine.distributed.channel import Kind, LeaderChannel, pack_step
 from modelpack_engine.distributed.group import Group, make_ordered_runner
 from modelpack_engine.distributed.sharding import shard
@@ -30,7 +30,6 @@ from modelpack_engine.outputs import RequestEvent
 from modelpack_engine.runner.kv_cache_size import Sizes, on_gpu
 from modelpack_engine.runner.model_layout import ModelLayout
 from modelpack_engine.runner.model_runner import ModelRunner
-from modelpack_engine.runner.warm_up import StepShape
 from modelpack_engine.sampling.sampler import Sampled, SampleRow
 
 

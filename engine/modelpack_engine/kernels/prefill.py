@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from modelpack_engine.kernels import launch, reference
 from modelpack_engine.kernels.plan import AttentionShape, num_parts, token_of
-from modelpack_engine.kernels.probes import TOLERANCE
+from modelpack_engine.kernels.reference import TOLERANCE
 
 #: Rows of a tile: those of one sequence, one after the other.
 TILE_ROWS = 16

@@ -9,6 +9,9 @@ import mlx.core as mx
 
 from modelpack_engine.kernels.quantised import Quantisation
 
+#: The largest difference that a probe allows between a kernel's outputs and the reference.
+TOLERANCE = {mx.float32: 2e-4, mx.float16: 4e-3, mx.bfloat16: 3e-2}
+
 
 def decode_attention(
     q: mx.array,

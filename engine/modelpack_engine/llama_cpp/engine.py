@@ -34,11 +34,11 @@ from modelpack_engine.runner.output_processor import OutputProcessor, make_outpu
 from modelpack_engine.runner.step import (
     LaunchedStep,
     StepResult,
+    masked_rows,
     part_logits,
     read_step,
 )
 from modelpack_engine.sampling.sampler import NO_TOKEN, Sampler
-from modelpack_engine.speculation.masks import masked_rows
 
 # The shortest prefix, in tokens, that is worth a slot.
 _SHORTEST = 8

@@ -32,7 +32,7 @@ from modelpack_engine.attention.cache_handle import RowMask
 from modelpack_engine.attention.kv_pools import TokenMajorPools
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
-from modelpack_engine.layers import expert_kernels, expert_matmul, kernels
+from modelpack_engine.layers import expert_kernels, kernels
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.expert_kernels import Dispatch, Routing, route
 from modelpack_engine.layers.kernels import find_rotation, take_rows
@@ -451,22 +451,22 @@ def _expert_outputs(experts: Any, rows: mx.array, chosen: mx.array) -> tuple[mx.
         _weights_of(layer) for layer in (experts.gate_proj, experts.up_proj, experts.down_proj)
     )
     count, pairs = gate.weight.shape[0], chosen.size
-    sent = expert_kernels.dispatch(chosen, count, expert_matmul.tile_for(pairs, count))
+    sent = expert_kernels.dispatch(chosen, count, expert_kernels.tile_for(pairs, count))
     swiglu = type(experts.activation) is SwiGLU
     alike = _kind(gate) == _kind(up)
-    if not (alike and expert_matmul.takes(rows, gate, pairs, swiglu=swiglu)):
+    if not (alike and expert_kernels.takes(rows, gate, pairs, swiglu=swiglu)):
         wide = _one_by_one(take_rows(rows, sent.source))
         hidden = experts.activation(
             *(layer(wide, sent.experts, True) for layer in (experts.up_proj, experts.gate_proj))
         )[:, 0]
     elif swiglu:
-        hidden = expert_matmul.multiply(rows, gate, sent, gather=True, multiplied=up)
+        hidden = expert_kernels.multiply(rows, gate, sent, gather=True, multiplied=up)
     else:
         hidden = experts.activation(
-            *(expert_matmul.multiply(rows, weights, sent, gather=True) for weights in (up, gate))
+            *(expert_kernels.multiply(rows, weights, sent, gather=True) for weights in (up, gate))
         )
-    if expert_matmul.takes(hidden, down, pairs, swiglu=swiglu):
-        return expert_matmul.multiply(hidden, down, sent), sent
+    if expert_kernels.takes(hidden, down, pairs, swiglu=swiglu):
+        return expert_kernels.multiply(hidden, down, sent), sent
     return experts.down_proj(_one_by_one(hidden), sent.experts, True)[:, 0], sent
 
 

@@ -1,16 +1,22 @@
-"""Adapted: a model with patched modules and paged caches, which runs on a flattened batch."""
+"""Per-sequence execution: run a module once for each sequence of a step, on views of its cache.
+
+For modules that cannot run on the flattened batch: recurrent layers, and attention that failed the
+self-test. A `KVView` shows mlx-lm's code the paged cache of one sequence.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import CacheList
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from modelpack_engine import kernels
-from modelpack_engine.attention.cache_handle import LostHandleError
+from modelpack_engine.attention.cache_handle import LostHandleError, RowMask
 from modelpack_engine.attention.kv_pools import KVLayout
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
@@ -18,8 +24,10 @@ from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.core.block_manager import PrefixSnapshots
 from modelpack_engine.core.buckets import EXACT, Buckets
 from modelpack_engine.layers.add_norm import Sums
+from modelpack_engine.patches.functions import fast_recurrence
 from modelpack_engine.patches.fused_layers import fuse
 from modelpack_engine.patches.modules import (
+    Call,
     ClassSwaps,
     fold_quantised,
     halve_linears,
@@ -27,8 +35,252 @@ from modelpack_engine.patches.modules import (
     take_logit_rows,
 )
 from modelpack_engine.runner.model_layout import Leaf, ModelLayout, StateLayout
-from modelpack_engine.runner.per_sequence import run_per_sequence
 from modelpack_engine.runner.recurrent import RecurrentState, Snapshot, StateRows
+
+
+class KVView(KVCache):
+    """Keys and values of the sequence of one piece: a decode row, or a chunk.
+
+    `attend` chooses what an update returns: what the pool holds, the new rows included, or only
+    something of the right shape. `new` keeps the rows.
+    """
+
+    def __init__(self, cache: PagedKV, row: int, chunk: int | None, *, attend: bool) -> None:
+        KVCache.__init__(self)
+        self.cache = cache
+        self.length, self.total = _extent(cache, row, chunk)
+        self.offset = self.total - self.length
+        self.attend = attend
+        self.row, self.chunk = row, chunk
+        self.new: tuple[mx.array, mx.array] | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        """Note new rows [1, heads, length, dim]; return all that may be seen, in order."""
+        self.new = (keys, values)
+        self.offset = self.total
+        if self.attend:
+            self.keys, self.values = self.cache.fetch(self.row, self.chunk)
+        else:
+            seen = self.total - self.length
+            if self.cache.layout.window is not None:
+                seen = min(seen, self.cache.layout.window - 1)
+            self.keys, self.values = (
+                mx.concatenate([mx.zeros((1, a.shape[1], seen, a.shape[3]), a.dtype), a], axis=2)
+                for a in (keys, values)
+            )
+        return self.keys, self.values
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """Return what is seen, also for layers that share this cache without writing to it."""
+        return self.cache.fetch(self.row, self.chunk)
+
+    def make_mask(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the mask that mlx-lm's own cache would."""
+        length = args[0] if args else kwargs.pop("N")
+        return self.mask_for(length, cache_window=self.cache.layout.window, **kwargs)
+
+    def mask_for(self, length: int, *, cache_window: int | None, **request: Any) -> Any:
+        """Return the mask of a cache with `cache_window` that stands where this one stands."""
+        model: KVCache | RotatingKVCache
+        model = KVCache() if cache_window is None else RotatingKVCache(cache_window)
+        model.offset = self.total - self.length
+        if cache_window is not None and length == 1:
+            # Our keys are in order: the mask is not to be rolled by the ring's position.
+            window = request.get("window_size")
+            if window is None or window >= min(self.total, cache_window):
+                return None
+            keys = min(self.total, cache_window)
+            return mx.arange(keys) >= keys - window
+        return model.make_mask(length, **request)
+
+
+def _extent(cache: PagedKV, row: int, chunk: int | None) -> tuple[int, int]:
+    """Return how many tokens a piece adds, and its sequence's length with them."""
+    if chunk is not None:
+        found = cache.step.chunks[chunk]
+        return found.length, found.kv_length
+    return 1, cache.step.decode_length(row)
+
+
+Cache = PagedKV | RecurrentState
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows [start, stop) of a step: decode rows [n, 1, …], or one chunk [1, n, …]."""
+
+    start: int
+    stop: int
+    chunk: int | None
+
+    def cut(self, rows: mx.array) -> mx.array:
+        """Return the piece of an array with the step's rows first, and 1 second."""
+        cut = rows[self.start : self.stop]
+        return cut if self.chunk is None else cut.swapaxes(0, 1)
+
+    def uncut(self, array: mx.array) -> mx.array:
+        """Return an output of the piece as rows."""
+        return array if self.chunk is None else array.swapaxes(0, 1)
+
+
+def run_per_sequence(module: nn.Module, swaps: ClassSwaps) -> None:
+    """Let `module` run piece by piece whenever it is given caches of a step."""
+    swaps.override(module, _call)
+
+
+def _call(original: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    values = [*args, *kwargs.values()]
+    caches = [leaf for value in values for leaf in _leaves(value)]
+    if not caches:
+        return original(module, *args, **kwargs)
+    return _Pieces(original, module, args, kwargs, caches).run()
+
+
+def _leaves(value: Any) -> list[Cache]:
+    if isinstance(value, PagedKV | RecurrentState):
+        return [value]
+    if isinstance(value, CacheList):
+        return [leaf for member in value.caches for leaf in _leaves(member)]
+    return []
+
+
+class _Pieces:
+    """One call of a module, cut into pieces."""
+
+    def __init__(
+        self,
+        original: Call,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        caches: list[Cache],
+    ) -> None:
+        self.call: Callable[..., Any] = lambda *a, **k: original(module, *a, **k)
+        self.args, self.kwargs = args, kwargs
+        self.step = caches[0].step
+        self.paged = [cache for cache in caches if isinstance(cache, PagedKV)]
+        self.states = [cache for cache in caches if isinstance(cache, RecurrentState)]
+        self.pieces = list_pieces(self.step, one_by_one=bool(self.paged))
+
+    def run(self) -> Any:
+        if self.paged:
+            self._write()
+        runs = [self._run_piece(piece, attend=True) for piece in self.pieces]
+        for state in self.states:
+            decode: list[ArraysCache] = []
+            chunks: list[ArraysCache] = []
+            for piece, (_, views) in zip(self.pieces, runs, strict=True):
+                (decode if piece.chunk is None else chunks).append(views[id(state)])
+            state.store(decode, chunks)
+        return self._join([output for output, _ in runs])
+
+    def _write(self) -> None:
+        """Learn the new rows of every piece and write them to the pools."""
+        learned = [self._run_piece(piece, attend=False)[1] for piece in self.pieces]
+        for cache in self.paged:
+            new = [views[id(cache)].new for views in learned]
+            if any(rows is None for rows in new):
+                continue  # this module only reads the cache
+            keys, values = (
+                self._fill([rows[part].transpose(2, 1, 0, 3) for rows in new]) for part in (0, 1)
+            )
+            cache.write(keys, values)
+
+    def _run_piece(self, piece: Piece, *, attend: bool) -> tuple[Any, dict[int, Any]]:
+        views: dict[int, Any] = {}
+        for paged in self.paged:
+            views[id(paged)] = KVView(paged, piece.start, piece.chunk, attend=attend)
+        for state in self.states:
+            views[id(state)] = (
+                state.decode_view(slice(piece.start, piece.stop))
+                if piece.chunk is None
+                else state.chunk_view(piece.chunk)
+            )
+        args = [self._cut(value, piece, views) for value in self.args]
+        kwargs = {name: self._cut(value, piece, views) for name, value in self.kwargs.items()}
+        with fast_recurrence():
+            return self.call(*args, **kwargs), views
+
+    def _cut(self, value: Any, piece: Piece, views: dict[int, Any]) -> Any:
+        """Return an argument as `piece` sees it."""
+        if isinstance(value, PagedKV | RecurrentState):
+            return views[id(value)]
+        if isinstance(value, CacheList):
+            return CacheList(*(self._cut(member, piece, views) for member in value.caches))
+        if isinstance(value, RowMask):
+            return self._mask(value, piece, views)
+        if isinstance(value, mx.array):
+            if value is self.step.positions:
+                return self._offset(piece)
+            if value.ndim >= 2 and value.shape[:2] == (self.step.num_rows, 1):
+                return piece.cut(value)
+            return value
+        if isinstance(value, tuple | list):
+            return type(value)(self._cut(member, piece, views) for member in value)
+        return value
+
+    def _offset(self, piece: Piece) -> int | mx.array:
+        """Return the position of the piece's first token, or those of all decode rows."""
+        if piece.chunk is not None:
+            chunk = self.step.chunks[piece.chunk]
+            return chunk.kv_length - chunk.length
+        if self.paged:
+            return self.step.decode_length(piece.start) - 1
+        return self.step.positions[piece.start : piece.stop]
+
+    def _mask(self, mask: RowMask, piece: Piece, views: dict[int, Any]) -> Any:
+        view = next((v for v in views.values() if isinstance(v, KVView)), None)
+        if view is None:
+            return None
+        return view.mask_for(
+            piece.stop - piece.start if piece.chunk is not None else 1,
+            cache_window=mask.cache_window,
+            window_size=mask.window,
+            return_array=mask.as_array,
+        )
+
+    def _join(self, outputs: list[Any]) -> Any:
+        """Return the outputs of all pieces as the module would have returned them for rows."""
+        first = outputs[0]
+        if isinstance(first, mx.array):
+            return self._fill(
+                [piece.uncut(o) for piece, o in zip(self.pieces, outputs, strict=True)]
+            )
+        if isinstance(first, tuple | list):
+            return type(first)(
+                self._join([output[i] for output in outputs]) for i in range(len(first))
+            )
+        return first
+
+    def _fill(self, parts: list[mx.array]) -> mx.array:
+        """Concatenate rows of pieces, with zeros where the batch is padded."""
+        filled: list[mx.array] = []
+        row = 0
+        for piece, part in zip(self.pieces, parts, strict=True):
+            if piece.start > row:
+                filled.append(mx.zeros((piece.start - row, *part.shape[1:]), part.dtype))
+            filled.append(part)
+            row = piece.stop
+        if row < self.step.num_rows:
+            shape = (self.step.num_rows - row, *parts[-1].shape[1:])
+            filled.append(mx.zeros(shape, parts[-1].dtype))
+        return filled[0] if len(filled) == 1 else mx.concatenate(filled)
+
+
+def list_pieces(step: StepInputs, *, one_by_one: bool) -> list[Piece]:
+    """Return the pieces of a step; padding rows belong to none, but for those of a decode group.
+
+    If there is nothing but padding, one row of it runs, so that there is an output.
+    """
+    pieces = []
+    if one_by_one:
+        count = len(step.decode_seq_ids) or min(step.num_decode, 1)
+        pieces += [Piece(row, row + 1, None) for row in range(count)]
+    elif step.num_decode:
+        pieces.append(Piece(0, step.num_decode, None))
+    for index, chunk in enumerate(step.chunks):
+        pieces.append(Piece(chunk.row, chunk.row + chunk.length, index))
+    return pieces
 
 
 class Adapted:

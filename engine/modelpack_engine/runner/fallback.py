@@ -17,11 +17,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from modelpack_engine.errors import EngineError
 
 if TYPE_CHECKING:
-    from modelpack_engine.core.batch import StepBatch
+    from modelpack_engine.core.batch import StepBatch, StepShape
     from modelpack_engine.core.buckets import Buckets
-    from modelpack_engine.platform.memory import Staging
+    from modelpack_engine.platform.device import Staging
     from modelpack_engine.runner.model_layout import ModelLayout
-    from modelpack_engine.runner.warm_up import StepShape
 
 
 class FallbackRunner:

@@ -1,11 +1,4 @@
-"""KV cache sizing: choose the blocks, tokens per step and tokens per request that fit in memory.
-
-The KV cache gets `kv_cache_bytes`, or what a share of the GPU's memory, `gpu_memory_utilization`,
-leaves beside the weights. On a CPU it gets half a gigabyte, or what one full context takes if that
-is more, up to a quarter of the free memory: touching memory there costs seconds of start-up.
-vllm-metal's VLLM_METAL_MEMORY_FRACTION is understood, and wins over the share. No more is taken
-than `max_num_seqs` requests of the full context can use.
-"""
+"""Warm-up: the shapes of the steps to compile, and the memory of a step for KV cache sizing."""
 
 from __future__ import annotations
 
@@ -14,15 +7,99 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.batch import StepShape
 from modelpack_engine.core.block_manager import window_blocks
-from modelpack_engine.core.buckets import EXACT, FEW, Buckets
+from modelpack_engine.core.buckets import EXACT, FEW, Buckets, round_up, sizes_up_to
 from modelpack_engine.core.scheduler import OVERTAKING, SchedulerConfig
 from modelpack_engine.errors import EngineError, OutOfMemoryError
-from modelpack_engine.platform import memory as gpu_memory
-from modelpack_engine.platform.metal import memory_fraction
-from modelpack_engine.runner.warm_up import StepMemory, StepShape, step_shapes
+from modelpack_engine.platform import device
+from modelpack_engine.platform.environment import memory_fraction
+
+#: What norms, sums, rotations and activations add to the outputs of the linear layers, as a factor,
+#: less what the GPU is done with before two steps are handed over. Measured: 1.55 for
+#: Llama-3.2-1B's shape (benchmarks/results/engine-h200.md).
+_BESIDE = 1.6
+#: Experts that a token goes to, at most: what a layer is made of does not tell.
+_MOST_EXPERTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """Bytes that a step's arrays take: for each row, and however many there are."""
+
+    per_row: int = 0
+    per_step: int = 0
+
+
+def step_memory(model: nn.Module, vocab_size: int) -> StepMemory:
+    """Return about how much memory steps of `model` take; the head runs on few rows.
+
+    MLX gives memory back when the GPU has done what it was handed, and by then the host has handed
+    it most of a step: so all layers count. Quantised weights are written out for many rows.
+    """
+    outputs = written_out = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.QuantizedLinear):
+            size = module["weight"].shape[0]
+            if size == vocab_size and "layers" not in name:
+                continue
+            outputs += size
+            if isinstance(module, nn.QuantizedLinear):
+                written_out += size * module["scales"].shape[1] * module.group_size
+        elif isinstance(module, SwitchLinear | QuantizedSwitchLinear):
+            experts, size = module["weight"].shape[:2]
+            outputs += size * min(experts, _MOST_EXPERTS)
+    itemsize = _itemsize(model)
+    return StepMemory(int(outputs * _BESIDE) * itemsize, written_out * itemsize)
+
+
+def _itemsize(model: nn.Module) -> int:
+    """Return the bytes of an element of what layers put out: as many as the norms' weights have."""
+    sizes = [
+        module["weight"].dtype.size
+        for _, module in model.named_modules()
+        if isinstance(module, nn.RMSNorm | nn.LayerNorm) and "weight" in module
+    ]
+    return max(sizes, default=mx.bfloat16.size)
+
+
+#: What mixed steps are warmed up with: decode rows, tokens of chunks, tokens of contexts.
+_MIXED_ROWS, _MIXED_CHUNKS, _USUAL_CONTEXT = (8, 32, 64, 128), (128, 256, 512), 1024
+
+
+def step_shapes(
+    buckets: Buckets, *, max_num_seqs: int, max_chunk: int, max_model_len: int, block_size: int
+) -> list[StepShape]:
+    """Return the shapes that steps up to these limits have: decode alone, and a chunk alone.
+
+    Mixed steps are made of the same parts, whose numbers multiply: some of these are enough.
+    """
+    widths = sizes_up_to(-(-max_model_len // block_size), buckets.table_width)
+    shapes = [
+        StepShape(rows, width)
+        for rows in sizes_up_to(max_num_seqs, buckets.rows)
+        for width in widths
+    ]
+    shapes += [
+        StepShape(0, width, length)
+        for length in sizes_up_to(max_chunk, buckets.chunk)
+        for width in widths
+        if width * block_size >= length
+    ]
+    usual = round_up(-(-min(max_model_len, _USUAL_CONTEXT) // block_size), buckets.table_width)
+    shapes += [
+        StepShape(rows, usual, length)
+        for rows in _MIXED_ROWS
+        if rows <= round_up(max_num_seqs, buckets.rows)
+        for length in _MIXED_CHUNKS
+        if length <= round_up(max_chunk, buckets.chunk)
+    ]
+    return shapes
+
 
 _GPU_TOKENS = 2048
 # Of one prompt in a step: others wait for as long for their next token.
@@ -115,7 +192,7 @@ def choose_sizes(
     *,
     beside: int = 0,
     window: int | None = None,
-    step_memory: StepMemory = StepMemory(),  # noqa: B008  # it is frozen
+    step_memory: StepMemory = StepMemory(),  # it is frozen
 ) -> Sizes:
     """Return the sizes for a model whose caches are laid out as `layout` (None: not paged).
 
@@ -203,7 +280,7 @@ def _rows_of_a_step(row_bytes: int) -> int:
     """Return how many rows steps have by default: fewer where they would take too much memory."""
     rows = _GPU_TOKENS
     if row_bytes:
-        room = gpu_memory.total_memory() // _STEPS_SHARE
+        room = device.total_memory() // _STEPS_SHARE
         while rows > _FEWEST_ROWS and _STEPS * rows * row_bytes > room:
             rows //= 2
     return rows
@@ -220,7 +297,7 @@ def _kv_budget(config: EngineConfig, one_context: int, others: int) -> int:
         return config.kv_cache_bytes
     if not on_gpu():
         return min(int(available_memory() * _CPU_SHARE), max(_CPU_BYTES, one_context))
-    room = int(gpu_memory.total_memory() * share) - gpu_memory.used_memory()
+    room = int(device.total_memory() * share) - device.used_memory()
     return max(0, room - _RESERVE - others)
 
 

@@ -20,8 +20,7 @@ from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.block_manager import BlockManager
 from modelpack_engine.errors import EngineError
 from modelpack_engine.offload.directory import BlockDirectory
-from modelpack_engine.offload.prefixes import PrefixOffload
-from modelpack_engine.offload.tiers import BlockMemory, OffloadTiers
+from modelpack_engine.offload.tiers import BlockMemory, OffloadTiers, PrefixOffload
 from modelpack_engine.outputs import OffloadStats
 from modelpack_engine.runner.model_runner import ModelRunner
 

@@ -16,13 +16,13 @@ from modelpack_engine import kernels
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import BlockContents
 from modelpack_engine.config import BLOCK_SIZE, EngineConfig, KVCacheDtype, parse_kv_cache_dtype
-from modelpack_engine.core.batch import StepBatch
+from modelpack_engine.core.batch import StepBatch, StepShape
 from modelpack_engine.core.block_manager import PrefixSnapshots
 from modelpack_engine.core.buckets import EXACT, Buckets
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.patches import functions
-from modelpack_engine.platform.memory import Staging, keep_freed_memory
-from modelpack_engine.platform.metal import uses_paged_attention
+from modelpack_engine.platform.device import Staging, keep_freed_memory
+from modelpack_engine.platform.environment import uses_paged_attention
 from modelpack_engine.runner.fallback import FallbackRunner
 from modelpack_engine.runner.kv_cache_size import Sizes
 from modelpack_engine.runner.model_layout import (
@@ -33,7 +33,6 @@ from modelpack_engine.runner.model_layout import (
 )
 from modelpack_engine.runner.paged import PagedRunner
 from modelpack_engine.runner.tiers import MODEL_ERRORS, TierSearch, model_name, refuse
-from modelpack_engine.runner.warm_up import StepShape
 
 
 class ModelRunner(Protocol):

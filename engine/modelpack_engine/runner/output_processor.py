@@ -1,6 +1,7 @@
 """OutputProcessor: turn the tokens of running sequences into the events that an engine emits.
 
-Both engines own a `OutputProcessor`, with a `SequenceOutput` for each sequence: its detokenizer, mask and times.
+`Engine` and `LlamaCppEngine` each own one. It holds a `SequenceOutput` for every unfinished
+sequence, with the sequence's detokenizer, mask and times.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class SequenceOutput:
         self.mask = sequence.params.mask() if sequence.params.mask is not None else None
         self._detokenizer = Detokenizer(tokenizer, sequence.params, continues_text=continues_text)
         self._ending_ids = ending_token_ids(sequence.params, sequence.eos_token_ids)
-        self._has_told = False
+        self._has_emitted = False
         self._arrived = time.monotonic()
         self._scheduled: float | None = None
         self._first_token: float | None = None
@@ -103,8 +104,8 @@ class SequenceOutput:
     ) -> RequestEvent:
         sequence = self.sequence
         prompt_logprobs = None
-        if not self._has_told:
-            self._has_told = True
+        if not self._has_emitted:
+            self._has_emitted = True
             if sequence.params.prompt_logprobs is not None:
                 prompt_logprobs = tuple(self.prompt_logprobs)
         logprobs = None if logprob is None else (logprob,)
@@ -165,7 +166,7 @@ class OutputProcessor:
             if sequence in self:
                 self._outputs[sequence.seq_id].prompt_logprobs.append(entry)
 
-    def tell(self, sequence: Sequence, token: NextToken) -> None:
+    def emit(self, sequence: Sequence, token: NextToken) -> None:
         """Add the event of a token that was appended to its sequence."""
         choice = self._outputs[sequence.seq_id]
         event, stopped_by = choice.take(token.token_id, token.logprob)
@@ -201,7 +202,7 @@ class OutputProcessor:
         for choice in list(self._outputs.values()):
             self.fail(choice.sequence, message)
 
-    def told(self) -> list[RequestEvent]:
+    def take_events(self) -> list[RequestEvent]:
         """Return the new events, and remove them."""
         events, self._events = self._events, []
         return events

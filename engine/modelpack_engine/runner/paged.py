@@ -26,15 +26,14 @@ from numpy.typing import NDArray
 
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import BlockContents
-from modelpack_engine.core.batch import StepBatch
+from modelpack_engine.core.batch import PADDING_SEQ_ID, StepBatch, StepShape, padding_batch
 from modelpack_engine.core.block_manager import NULL_BLOCK
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.errors import EngineError, OutOfMemoryError
 from modelpack_engine.kernels import TILE_ROWS, Tiles
-from modelpack_engine.platform.memory import Staging
+from modelpack_engine.platform.device import Staging
 from modelpack_engine.runner.adapted import Adapted
 from modelpack_engine.runner.model_layout import ModelLayout
-from modelpack_engine.runner.warm_up import PADDING_SEQ_ID, StepShape, padding_batch
 
 #: Tokens of the longest context of a prompt whose rows are taken one by one.
 LONGEST_PROMPT = 1024

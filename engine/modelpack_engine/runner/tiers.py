@@ -28,7 +28,7 @@ from modelpack_engine.core.batch import Chunk, StepBatch
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.errors import EngineError
 from modelpack_engine.layers import kernels as fused_kernels
-from modelpack_engine.platform.memory import Staging
+from modelpack_engine.platform.device import Staging
 from modelpack_engine.runner.model_layout import ModelLayout
 from modelpack_engine.runner.paged import PagedRunner
 

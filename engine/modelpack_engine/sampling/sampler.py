@@ -24,7 +24,7 @@ from modelpack_engine.core.detokenizer import ending_token_ids
 from modelpack_engine.kernels import launch
 from modelpack_engine.kernels.plan import vector_width
 from modelpack_engine.outputs import TokenLogprob
-from modelpack_engine.platform.memory import Staging
+from modelpack_engine.platform.device import Staging
 from modelpack_engine.request import MAX_LOGPROBS, SamplingParams
 from modelpack_engine.sampling import plan as draw
 from modelpack_engine.sampling import plan as logits

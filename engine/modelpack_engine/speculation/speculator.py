@@ -22,9 +22,9 @@ from modelpack_engine.outputs import EngineStats
 from modelpack_engine.runner.kv_cache_size import Sizes, on_gpu
 from modelpack_engine.runner.model_layout import ModelLayout, layout_of
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
+from modelpack_engine.runner.step import MaskOf, can_look_ahead
 from modelpack_engine.sampling.sampler import Sampler
 from modelpack_engine.speculation.draft import DraftProposer
-from modelpack_engine.speculation.masks import MaskOf, can_look_ahead
 from modelpack_engine.speculation.ngram import NgramProposer
 
 

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modelpack_engine.async_engine import RequestStream
-from modelpack_engine.core.prefix_hash import cache_salt
+from modelpack_engine.core.block_manager import cache_salt
 from modelpack_engine.outputs import RequestEvent
 from modelpack_server.conversation.served_model import RequestContext, request_context
 from modelpack_server.gateway.caller import caller_of

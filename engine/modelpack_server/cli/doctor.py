@@ -150,7 +150,7 @@ def check_device() -> tuple[Check, Device]:
     blas.prepare()  # before MLX
     cores = os.cpu_count() or 1
     machine = f"{platform.system()} {platform.machine()}, {cores} cores"
-    from modelpack_engine.platform.memory import choose_device
+    from modelpack_engine.platform.device import choose_device
 
     device = choose_device(EngineConfig())
     details = {"device": device, "system": platform.system(), "machine": platform.machine(),

@@ -62,7 +62,7 @@ def join_ranks(settings: Settings, size: int, config: EngineConfig) -> Ranks | i
     blas.prepare()  # before MLX
     from modelpack_engine.distributed.group import find_place
     from modelpack_engine.distributed.launch import Follower, join, launch
-    from modelpack_engine.platform.memory import choose_device
+    from modelpack_engine.platform.device import choose_device
     from modelpack_server.stored_models import parts_of
 
     device = choose_device(config)

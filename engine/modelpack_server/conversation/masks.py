@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from modelpack_engine.errors import RequestError
-from modelpack_engine.speculation.masks import CopyableMask
+from modelpack_engine.request import CopyableMask
 from modelpack_server.conversation.spec import ChatSpec
 from modelpack_server.structured_output import (
     Constraint,

@@ -110,7 +110,7 @@ class StoreCatalogue:
         """Load a model; raises `EngineError`, `OutOfMemoryError` if it does not fit."""
         from modelpack_engine.embedding.async_embedder import AsyncEmbedder
         from modelpack_engine.embedding.loader import load_embedder
-        from modelpack_engine.platform.memory import choose_device
+        from modelpack_engine.platform.device import choose_device
         from modelpack_server.stored_models import (
             draft_files,
             load_model,
@@ -179,7 +179,7 @@ class StoreCatalogue:
     def _loaded_bytes(self, model: Model, config: EngineConfig) -> int:
         """Return an estimate of the weights' memory in an engine with `config`, in bytes."""
         from modelpack_engine.llama_cpp.library import choose_backend
-        from modelpack_engine.platform.memory import choose_device
+        from modelpack_engine.platform.device import choose_device
         from modelpack_server.stored_models import stored_files
 
         size = sum(file.descriptor.size for file in model.files() if file.role is Role.WEIGHT)

@@ -9,11 +9,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from modelpack_engine.attention import cpu, metadata
+from modelpack_engine.attention import gather, metadata
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.patches import modules as layers
 from modelpack_engine.patches.modules import ClassSwaps
-from modelpack_engine.platform.memory import keep_freed_memory
+from modelpack_engine.platform.device import keep_freed_memory
 
 
 class Layers(nn.Module):
@@ -65,14 +65,16 @@ def test_halves_are_computed_beside_each_other(monkeypatch: pytest.MonkeyPatch) 
     assert used == [stream] * 3
 
 
-@pytest.mark.parametrize("length", [1, cpu.BLOCK, 3 * cpu.BLOCK + 5])
+@pytest.mark.parametrize("length", [1, gather.BLOCK, 3 * gather.BLOCK + 5])
 def test_attention(length: int) -> None:
     mx.random.seed(0)
     queries = mx.random.normal((1, 4, length, 8))
     keys, values = mx.random.normal((2, 1, 2, length + 7, 8))
     mask = None if length == 1 else "causal"
-    alone = cpu.attend(queries, keys, values, mask, scale=0.3)
-    beside = cpu.attend(queries, keys, values, mask, scale=0.3, second=mx.new_stream(mx.cpu))
+    alone = gather.attend_on_cpu(queries, keys, values, mask, scale=0.3)
+    beside = gather.attend_on_cpu(
+        queries, keys, values, mask, scale=0.3, second=mx.new_stream(mx.cpu)
+    )
     assert mx.array_equal(alone, beside).item()
     native = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3, mask=mask)
     assert mx.allclose(beside, native, atol=1e-5).item()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from modelpack_engine.attention.kv_pools import KVLayout, TokenMajorPools
-from modelpack_engine.kernels import operations, probes
+from modelpack_engine.kernels import operations
 from modelpack_engine.layers import kernels
 from modelpack_engine.layers.kernels import Rotation
 from modelpack_engine.runner.model_runner import make_runner
@@ -21,8 +21,8 @@ from tests.engine.runner.models import tiny_llama
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
     monkeypatch.setattr(operations, "_verdicts", {})
-    monkeypatch.setattr(probes, "_WIDTH", 4)
-    monkeypatch.setattr(probes, "_SLOTS", 256)
+    monkeypatch.setattr(operations, "_WIDTH", 4)
+    monkeypatch.setattr(operations, "_SLOTS", 256)
     with emulated(monkeypatch, compiled, kernels.verdict) as found:
         yield found
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import pytest
 
 from modelpack_engine import kernels
-from modelpack_engine.kernels import AttentionShape, cuda, launch, operations, probes, reference
+from modelpack_engine.kernels import AttentionShape, cuda, launch, operations, reference
 from modelpack_engine.kernels.plan import plan_decode
 from modelpack_engine.kernels.quantised import Quantisation
 from modelpack_engine.sampling import sampler
@@ -75,23 +75,23 @@ def test_mlx_finds_what_we_compile() -> None:
 def test_decode_is_right(name: str, dtype: str) -> None:
     on, shape = launch.backend(), SHAPES[name]
     pool = mx.uint32 if shape.bits else DTYPES[dtype]
-    assert probes.probe_decode(shape, on, DTYPES[dtype], pool) is None
+    assert operations.probe_decode(shape, on, DTYPES[dtype], pool) is None
 
 
 def test_pools_may_have_another_type_than_queries() -> None:
     shape = SHAPES["llama-1b"]
-    assert probes.probe_decode(shape, launch.backend(), mx.float32, mx.bfloat16) is None
+    assert operations.probe_decode(shape, launch.backend(), mx.float32, mx.bfloat16) is None
 
 
 @pytest.mark.parametrize(("rows", "kv_heads"), [("f32", "bf16"), ("bf16", "bf16"), ("f16", "f32")])
 def test_write_is_right_and_in_place(rows: str, kv_heads: str) -> None:
-    assert probes.probe_write(launch.backend(), DTYPES[rows], DTYPES[kv_heads]) is None
+    assert operations.probe_write(launch.backend(), DTYPES[rows], DTYPES[kv_heads]) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", [Quantisation(8, 64), Quantisation(4, 32)], ids=str)
 def test_rows_are_quantised_in_place(kind: Quantisation, dtype: str) -> None:
-    assert probes.probe_quantise(launch.backend(), DTYPES[dtype], kind) is None
+    assert operations.probe_quantise(launch.backend(), DTYPES[dtype], kind) is None
 
 
 @pytest.mark.parametrize("vocab_size", [128256, 50257])

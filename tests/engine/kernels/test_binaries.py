@@ -14,7 +14,7 @@ import pytest
 
 from modelpack_engine.kernels import cuda as binaries
 from modelpack_engine.kernels import cuda as nvrtc
-from modelpack_engine.kernels import launch, prefill, probes
+from modelpack_engine.kernels import launch, operations, prefill
 from modelpack_engine.kernels.cuda import (
     GeneratedKernel,
     binaries_folder,
@@ -24,14 +24,7 @@ from modelpack_engine.kernels.cuda import (
 from modelpack_engine.kernels.plan import AttentionShape
 from modelpack_engine.kernels.quantised import Quantisation
 from modelpack_engine.kernels.sources import KernelSource, kernel_source
-from modelpack_engine.layers import (
-    delta_rule,
-    expert_kernels,
-    expert_matmul,
-    kernels,
-    matmul,
-    state_space,
-)
+from modelpack_engine.layers import delta_rule, expert_kernels, kernels, matmul, state_space
 from modelpack_engine.sampling import sampler
 from tests.peers import require
 
@@ -302,22 +295,22 @@ SINKS = AttentionShape(8, 2, 64, 64, window=128, softcap=True, sinks=True)
 LATENT = AttentionShape(16, 1, 512, 512, 64, latent=True)
 Q8 = AttentionShape(8, 2, 64, 64, bits=8, group=64)
 CALLS: dict[str, Callable[[], object]] = {
-    "decode": lambda: probes.probe_decode(LLAMA, "cuda", BF16, BF16),
-    "decode, half": lambda: probes.probe_decode(LLAMA, "cuda", F16, F16),
-    "decode, sinks": lambda: probes.probe_decode(SINKS, "cuda", F32, BF16),
-    "decode, latent": lambda: probes.probe_decode(LATENT, "cuda", BF16, BF16),
-    "decode, q8": lambda: probes.probe_decode(Q8, "cuda", BF16, mx.uint32),
-    "write": lambda: probes.probe_write("cuda", BF16, BF16),
-    "quantise": lambda: probes.probe_quantise("cuda", BF16, Quantisation(4, 64)),
+    "decode": lambda: operations.probe_decode(LLAMA, "cuda", BF16, BF16),
+    "decode, half": lambda: operations.probe_decode(LLAMA, "cuda", F16, F16),
+    "decode, sinks": lambda: operations.probe_decode(SINKS, "cuda", F32, BF16),
+    "decode, latent": lambda: operations.probe_decode(LATENT, "cuda", BF16, BF16),
+    "decode, q8": lambda: operations.probe_decode(Q8, "cuda", BF16, mx.uint32),
+    "write": lambda: operations.probe_write("cuda", BF16, BF16),
+    "quantise": lambda: operations.probe_quantise("cuda", BF16, Quantisation(4, 64)),
     "prefill": lambda: prefill.probe(LLAMA, BF16),
     "prefill, sinks": lambda: prefill.probe(SINKS, F16),
     "fused layers": lambda: kernels._compare(BF16),
     "fused layers, float32": lambda: kernels._compare(F32),
-    "routes": lambda: expert_kernels._compare(BF16),
+    "routes": lambda: expert_kernels._compare_routing(BF16),
     "products": lambda: matmul._compare(BF16, 16),
     "products, 4 bits": lambda: matmul._compare(F16, 4),
-    "experts": lambda: expert_matmul._compare(BF16, 16, 32, swiglu=True),
-    "experts, 8 bits": lambda: expert_matmul._compare(F16, 8, 64, swiglu=False),
+    "experts": lambda: expert_kernels._compare_matmul(BF16, 16, 32, swiglu=True),
+    "experts, 8 bits": lambda: expert_kernels._compare_matmul(F16, 8, 64, swiglu=False),
     "draws": lambda: sampler._compare(BF16, 1000),
     "delta rule": lambda: delta_rule._compare(BF16),
     "state space": lambda: state_space._compare(BF16),

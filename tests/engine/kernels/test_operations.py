@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from modelpack_engine import kernels
-from modelpack_engine.kernels import AttentionShape, launch, operations, plan, probes
+from modelpack_engine.kernels import AttentionShape, launch, operations, plan
 from modelpack_engine.kernels.quantised import Quantisation
 from modelpack_engine.kernels.sources import Body
 from tests.engine.kernels.cases import CASES, SOFTCAP, Case, expected, make_inputs
@@ -29,8 +29,8 @@ def _nothing_probed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> Iterator[Host]:
     """A GPU, emulated; probes are made smaller."""
-    monkeypatch.setattr(probes, "_WIDTH", 4)
-    monkeypatch.setattr(probes, "_SLOTS", 256)
+    monkeypatch.setattr(operations, "_WIDTH", 4)
+    monkeypatch.setattr(operations, "_SLOTS", 256)
     with emulated(monkeypatch, compiled) as found:
         yield found
 

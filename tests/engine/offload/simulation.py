@@ -11,8 +11,7 @@ import random
 from dataclasses import dataclass, field
 
 from modelpack_engine.core.scheduler import SchedulerOutput
-from modelpack_engine.offload.prefixes import PrefixOffload
-from modelpack_engine.offload.tiers import BlockMemory, Load, OffloadTiers
+from modelpack_engine.offload.tiers import BlockMemory, Load, OffloadTiers, PrefixOffload
 from tests.engine.scheduling.simulation import Simulation
 
 

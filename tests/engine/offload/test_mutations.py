@@ -9,7 +9,7 @@ import pytest
 
 from modelpack_engine.core.block_manager import BlockManager
 from modelpack_engine.core.scheduler import Scheduler
-from modelpack_engine.offload.prefixes import PrefixOffload
+from modelpack_engine.offload.tiers import PrefixOffload
 from tests.engine.offload.test_scheduling import test_prefixes_come_back_and_others_go_on as drive
 from tests.engine.scheduling.test_mutations import apply
 

@@ -8,11 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.batch import StepShape
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import OutOfMemoryError
 from modelpack_engine.outputs import RequestEvent
 from modelpack_engine.request import EngineRequest, SamplingParams
-from modelpack_engine.runner.warm_up import StepShape
 from tests.engine.serving.tiny import CONTEXT, VOCAB
 
 #: Makes an engine over the tiny model.

@@ -22,10 +22,9 @@ from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
 from modelpack_engine.request import SamplingParams
 from modelpack_engine.runner import model_runner, paged
-from modelpack_engine.runner.kv_cache_size import Sizes
+from modelpack_engine.runner.kv_cache_size import Sizes, step_shapes
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
 from modelpack_engine.runner.paged import PagedRunner
-from modelpack_engine.runner.warm_up import step_shapes
 from tests.engine.runner.models import (
     Attention,
     decode,

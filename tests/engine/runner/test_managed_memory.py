@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelpack_engine.platform import memory
-from modelpack_engine.platform.memory import Prefetcher, Staging
+from modelpack_engine.platform import device
+from modelpack_engine.platform.device import Prefetcher, Staging
 
 
 def driver(
@@ -76,7 +76,7 @@ def test_a_thread_without_a_context_is_asked_again() -> None:
 def test_numbers_are_sent_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
     prefetcher = Prefetcher(driver(calls))
-    monkeypatch.setattr(memory, "_prefetcher", lambda: prefetcher)
+    monkeypatch.setattr(device, "_prefetcher", lambda: prefetcher)
     array = Staging().put(np.arange(5, dtype=np.int32))
     address = np.asarray(array).ctypes.data
     assert calls[1:] == [("prefetch", address, 20, 3, 77)]
@@ -88,7 +88,7 @@ class Staged(Staging):
 
     def put(self, numbers: Any) -> mx.array:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(memory, "_prefetcher", lambda: Prefetcher(driver([])))
+            patch.setattr(device, "_prefetcher", lambda: Prefetcher(driver([])))
             return super().put(numbers)
 
 
@@ -139,6 +139,6 @@ def test_staged_memory_is_used_again_and_does_not_grow_without_end() -> None:
 
 
 def test_without_cuda_arrays_are_as_they_were_made() -> None:
-    memory._prefetcher.cache_clear()
-    assert memory._prefetcher() is None
+    device._prefetcher.cache_clear()
+    assert device._prefetcher() is None
     assert Staging().put(np.arange(3, dtype=np.int32)).tolist() == [0, 1, 2]

@@ -13,9 +13,9 @@ import pytest
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.buckets import FEW
 from modelpack_engine.errors import OutOfMemoryError
-from modelpack_engine.platform import memory as gpu_memory
+from modelpack_engine.platform import device
 from modelpack_engine.runner import kv_cache_size
-from modelpack_engine.runner.warm_up import StepMemory, step_memory
+from modelpack_engine.runner.kv_cache_size import StepMemory, step_memory
 from modelpack_server.pool import memory as device_memory
 from tests.engine.runner.models import tiny_llama
 
@@ -32,7 +32,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
         monkeypatch.setattr(mx, "get_active_memory", lambda: GIB)
         monkeypatch.setattr(kv_cache_size, "on_gpu", lambda: True)
         monkeypatch.setattr(mx.cuda, "is_available", lambda: "total_memory" in info)
-        monkeypatch.setattr("modelpack_engine.platform.memory.choose_device", lambda _: "gpu")
+        monkeypatch.setattr("modelpack_engine.platform.device.choose_device", lambda _: "gpu")
 
     return use
 
@@ -50,7 +50,7 @@ def test_what_a_gpu_has(
     gpu: Callable[[dict[str, Any]], None], info: dict[str, Any], total: int, used: int
 ) -> None:
     gpu(info)
-    assert (gpu_memory.total_memory(), gpu_memory.used_memory()) == (total, used)
+    assert (device.total_memory(), device.used_memory()) == (total, used)
     config = EngineConfig(gpu_memory_utilization=0.5)
     assert device_memory.device_memory(config) == total // 2
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modelpack_engine.attention import cpu
+from modelpack_engine.attention import gather
 from modelpack_engine.attention.kv_pools import KVLayout
 from modelpack_engine.attention.metadata import StepInputs
 from modelpack_engine.attention.paged import PagedKV
@@ -125,8 +125,8 @@ def exact(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Whether shapes are exact; of these, small ones are MLX's own matter else."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "cpu attention":
-            patch.setattr(cpu, "FEW_SCORES", 0)
-            patch.setattr(cpu, "BLOCK", 4)
+            patch.setattr(gather, "FEW_SCORES", 0)
+            patch.setattr(gather, "BLOCK", 4)
         yield request.param != "bucketed"
 
 

@@ -10,7 +10,7 @@ import pytest
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.errors import EngineError, OutOfMemoryError
 from modelpack_engine.models import ModelFiles
-from modelpack_engine.platform.metal import memory_fraction, uses_paged_attention
+from modelpack_engine.platform.environment import memory_fraction, uses_paged_attention
 from modelpack_server import stored_models
 from tests.engine.serving.tiny import CONTEXT, tiny_engine, tiny_loaded
 

@@ -9,10 +9,11 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models import mamba2
 
+from modelpack_engine.core.batch import StepShape
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.errors import EngineError
+from modelpack_engine.runner.kv_cache_size import step_shapes
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
-from modelpack_engine.runner.warm_up import StepShape, step_shapes
 from tests.engine.runner.models import decode, prefill, tiny_llama, token_ids
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]

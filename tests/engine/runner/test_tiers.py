@@ -11,13 +11,13 @@ import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.batch import StepShape
 from modelpack_engine.core.buckets import FEW
 from modelpack_engine.errors import ModelLoadError, OutOfMemoryError
 from modelpack_engine.runner import model_runner, tiers
 from modelpack_engine.runner.kv_cache_size import Sizes
 from modelpack_engine.runner.model_layout import find_layout, kv_bytes_per_token
 from modelpack_engine.runner.model_runner import ModelRunner, make_engine_runner, make_runner
-from modelpack_engine.runner.warm_up import StepShape
 from tests.engine.runner.models import (
     Attention,
     Copying,

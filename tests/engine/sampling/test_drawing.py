@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from modelpack_engine.platform.memory import Staging
+from modelpack_engine.platform.device import Staging
 from modelpack_engine.request import SamplingParams
 from modelpack_engine.sampling import plan
 from modelpack_engine.sampling import sampler as drawing

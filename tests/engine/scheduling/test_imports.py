@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-MODULES = ("sequence", "prefix_hash", "block_manager", "buckets", "scheduler", "batch")
+MODULES = ("sequence", "block_manager", "buckets", "scheduler", "batch")
 
 
 @pytest.mark.parametrize("module", MODULES)

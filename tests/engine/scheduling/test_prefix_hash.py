@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from modelpack_engine.core.prefix_hash import HASH_SIZE, block_hashes, cache_salt, root_hash
+from modelpack_engine.core.block_manager import HASH_SIZE, block_hashes, cache_salt, root_hash
 
 
 def block_hash(parent: bytes, token_ids: list[int]) -> bytes:

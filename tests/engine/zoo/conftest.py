@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import pytest
 
-from modelpack_engine.attention import cpu
+from modelpack_engine.attention import gather
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def uncompiled() -> Iterator[None]:
     """
     mx.disable_compile()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "FEW_SCORES", 0)
-        patch.setattr(cpu, "BLOCK", 8)
+        patch.setattr(gather, "FEW_SCORES", 0)
+        patch.setattr(gather, "BLOCK", 8)
         yield
     mx.enable_compile()
