@@ -45,7 +45,7 @@ def compare(name: str, params: SamplingParams, rows: int, vocab_size: int) -> No
     logits = (mx.random.normal((rows, vocab_size), key=mx.random.key(1)) * 3).astype(mx.bfloat16)
     draws = plan_draws([Entry(params, seed, None, ()) for seed in range(rows)], rows, vocab_size)
     assert draws is not None, "all rows are drawn"
-    keys = plan.keys(draws.seeds, np.zeros(len(draws.seeds), dtype=np.uint64))
+    keys = plan.draw_keys(draws.seeds, np.zeros(len(draws.seeds), dtype=np.uint64))
     mx.eval(logits)
     ways: dict[str, Way] = {"kernel": sampler.by_kernel, "functions": sampler.by_functions}
     found: dict[str, list[float]] = {way: [] for way in ways}

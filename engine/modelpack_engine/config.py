@@ -11,7 +11,7 @@ from modelpack.errors import UsageError
 #: "auto" is the type of the model's own keys; q8 and q4 are 8 and 4 bits with scales.
 KVCacheDtype = Literal["auto", "bf16", "fp16", "q8", "q4"]
 
-#: Names that mean the same: vLLM's for types, llama.cpp's for quantised ones.
+#: The accepted names: vLLM's for float types, llama.cpp's for quantised types.
 _SPELLINGS = {
     "auto": "auto",
     "bf16": "bf16",
@@ -33,14 +33,13 @@ def parse_kv_cache_dtype(text: str) -> KVCacheDtype:
     if found is None:
         fp8 = text.strip().lower().startswith("fp8")
         raise UsageError(
-            f"there is no KV cache of type {text[:100]!r}"
-            + (": MLX has no 8-bit floats to compute with" if fp8 else ""),
-            hint="q8 takes as many bytes, more exactly" if fp8 else "auto, bf16, fp16, q8 or q4",
+            f"no such KV cache type: {text[:100]!r}" + (": MLX has no 8-bit floats" if fp8 else ""),
+            hint="use q8, which has the same size" if fp8 else "use auto, bf16, fp16, q8 or q4",
         )
     return cast("KVCacheDtype", found)
 
 
-#: Tokens a KV block holds.
+#: Tokens in a KV block.
 BLOCK_SIZE = 16
 #: The default number of requests that may wait in an engine's queue.
 DEFAULT_MAX_WAITING = 1024
@@ -53,28 +52,29 @@ SchedulingPolicy = Literal["shortest-first", "fcfs"]
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Settings of one engine. None stands for a default that depends on device and model.
+    """The settings of one engine. None stands for a default that depends on device and model.
 
-    `backend` "auto" is llama.cpp for GGUF models on a CPU where it is installed, else MLX.
+    `backend` "auto" is llama.cpp for GGUF models on a CPU if it is installed, otherwise MLX.
 
-    `max_num_batched_tokens` bounds the rows of one step (default 2048 on a GPU, 256 on a CPU),
-    `max_prefill_chunk` how many of them one prompt may take, so that a long prompt cannot hold up
-    running streams. Of prompts that wait, the shortest is first (`scheduling_policy`); how long
-    others may overtake one is bounded by its length. "fcfs" is first come, first served.
-    `default_model_len` is what a model's packager wants `max_model_len` to be: it holds where that
-    is None, as far as the model's context and the memory go. Memory for the KV cache is
-    `kv_cache_bytes`, or what `gpu_memory_utilization` of the device's memory leaves beside the
-    weights. `kv_cache_dtype` is the type of what it holds.
+    `max_num_batched_tokens` limits the rows of one step (default 2048 on a GPU, 256 on a CPU), and
+    `max_prefill_chunk` those of one prompt, so that a long prompt does not delay running streams.
+    `scheduling_policy` "shortest-first" admits the shortest waiting prompt first, but bounds how
+    long others overtake a prompt by its length; "fcfs" is first come, first served.
 
-    Speculation proposes tokens, `num_speculative_tokens` at a time, and verifies them in one step:
-    by lookup in the text so far ("ngram"), or with a smaller model, `draft_model`, which is a name
-    or the path of its files ("draft", the default if there is one). It stops while more than
-    `speculative_disable_by_batch_size` sequences decode. A draft model proposes nothing that it
-    gives less than a probability of `speculative_min_acceptance`.
+    `default_model_len` is the packager's value for `max_model_len` if that is None, limited by the
+    model's context and the memory. The KV cache has `kv_cache_bytes`, or the share
+    `gpu_memory_utilization` of the device's memory, less the weights. `kv_cache_dtype` is the type
+    of its keys and values.
+
+    Speculation proposes `num_speculative_tokens` tokens and verifies them in one step. The method
+    "ngram" looks them up in the sequence; "draft", the default with a `draft_model` (a name or a
+    path), samples them from that smaller model. There are no proposals while more than
+    `speculative_disable_by_batch_size` sequences decode. A proposal of a draft model ends before a
+    token with a probability below `speculative_min_acceptance`.
 
     Blocks that the prefix cache evicts are kept in `kv_offload_memory` bytes of host memory, and in
-    files of `kv_offload_dir`, `kv_offload_disk` bytes of them. Without a directory and without
-    memory, they are gone; with a directory, the defaults are 1 and 16 GiB.
+    `kv_offload_disk` bytes of files in `kv_offload_dir`. If neither memory nor a directory is set,
+    they are dropped; with a directory, the defaults are 1 GiB and 16 GiB.
 
     A field of config.json that changes the output and that the model's class does not read is an
     error, unless `ignore_config_fields` names it.
@@ -108,5 +108,5 @@ class EngineConfig:
 
     @property
     def speculation(self) -> SpeculativeMethod | None:
-        """How tokens are proposed, None if they are not."""
+        """The method that proposes tokens; None without speculation."""
         return self.speculative_method or ("draft" if self.draft_model else None)

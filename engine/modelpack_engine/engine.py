@@ -1,21 +1,20 @@
 """Engine: requests in, events out, one step at a time.
 
-The root of the package: `AsyncEngine` and the server drive it, and it drives the scheduler, the
-model runner and the sampler. Read `Engine.step` first.
+`AsyncEngine` and the server call it, and it calls the scheduler, the model runner and the sampler.
+Read `Engine.step` first.
 
 The host builds the graph of step N + 1 while the device computes step N, whose tokens stay on the
 device. `Engine.step` therefore schedules and builds N + 1, collects the tokens of N, launches
 N + 1, and emits the tokens of N while the device computes N + 1. The launch comes after the
-collection because only then is the memory of N free, so that MLX writes the KV pools in place.
-Where a kernel writes the pools, N + 1 is launched before N is collected, and the device never
-waits.
+collection because MLX writes the KV pools in place only once N has freed them. Where our kernel
+writes the pools, N + 1 is launched before N is collected, and the device never waits.
 
-Masks have to see the tokens of N before they allow those of N + 1. A step with a mask is launched
-without its sampling: the masks are computed on the host during the forward pass, and the sampling
-is launched last.
+Masks need the tokens of N before they can allow tokens for N + 1. A step with a mask is launched
+without its sampling: the host computes the masks during the forward pass, and launches the sampling
+last.
 
-Speculation has to see the tokens of N before it proposes any for N + 1. If proposals are likely, N
-is collected before N + 1 is scheduled, and so is the step that verifies them.
+Speculation needs the tokens of N before it can propose tokens for N + 1. If proposals are likely, N
+is collected before N + 1 is scheduled. The step that verifies proposals is collected early as well.
 """
 
 from __future__ import annotations
@@ -151,16 +150,16 @@ class Engine:
         return self._outputs.take_events()
 
     def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
-        """End a request, or one of its choices; return the last events of what was unfinished.
+        """End a request, or its choice `index`; return the last events of its sequences.
 
-        Its blocks are free at once. An unknown request has ended already.
+        Their blocks are free at once. A request that is unknown or has ended returns no events.
         """
         return self._outputs.abort(request_id, index)
 
     def fail_all(self, message: str) -> list[RequestEvent]:
-        """End every request with an error, after a step that raised; the engine can go on.
+        """End every request with an error, after a step that raised; return the last events.
 
-        What that step had still to tell comes first.
+        Events of that step that were not emitted come first. New requests can be added afterwards.
         """
         in_flight, self._in_flight = self._in_flight, None
         if in_flight is not None:
@@ -170,7 +169,7 @@ class Engine:
         return self._outputs.take_events()
 
     def is_known(self, request_id: str) -> bool:
-        """Whether a choice of the request has not ended yet."""
+        """Return whether a sequence of the request is unfinished."""
         return self._outputs.is_known(request_id)
 
     def stats(self) -> EngineStats:
@@ -180,7 +179,7 @@ class Engine:
         return stats if self._speculator is None else self._speculator.counted(stats)
 
     def close(self) -> None:
-        """Write the prefix cache to disk, if it is to outlive the engine."""
+        """Write the prefix cache to disk, if the configuration says so."""
         self._mover.close()
 
     def generate(
@@ -189,10 +188,11 @@ class Engine:
         """Run prompts to their end; return each one's events, in the order of the prompts."""
         return run_to_end(self, prompts, params)
 
-    # An engine over several devices has these three otherwise.
+    # `ParallelEngine`, over several devices, overrides these three methods.
 
     def _choose_sizes(self, layout: ModelLayout | None, context_length: int, beside: int) -> Sizes:
-        window = None if layout is None or beside else layout.window  # a draft may see all tokens
+        # A draft model may have no attention window.
+        window = None if layout is None or beside else layout.window
         return choose_sizes(
             layout,
             context_length,
@@ -213,7 +213,7 @@ class Engine:
     def _collect_for_proposals(self) -> None:
         """Collect the step in flight before the next is scheduled, if speculation needs its tokens.
 
-        It does if the step verifies proposals: how many of them are accepted is not known before.
+        It needs them to propose, and after a step that verifies proposals, to count the accepted.
         """
         if self._speculator is None or self._in_flight is None:
             return
@@ -244,7 +244,7 @@ class Engine:
         last_batch = previous.batch if previous else None
         batch = build_batch(output, last_batch, self._sizes.buckets, self.config.block_size)
         staging = self._runner.staging
-        staging_step = staging.next_turn()
+        staging_step = staging.next_step()
         token_ids = row_token_ids(batch, previous.sampled if previous else None, staging)
         logits = self._runner.forward(with_prompt_rows(batch), token_ids)
         logits, prompt_logprobs = part_logits(batch, logits)
@@ -280,7 +280,7 @@ class Engine:
         return result
 
     def _fail_rows(self, result: StepResult) -> None:
-        """End the sequences without a token (NaN logits), and zero the blocks that they wrote."""
+        """End the sequences whose logits are NaN, and zero the blocks that they wrote."""
         for sequence, tokens in zip(result.output.sampled, result.tokens, strict=True):
             if not tokens:
                 self._blocks.withdraw(sequence)
@@ -306,7 +306,7 @@ class Engine:
                     self._outputs.emit(sequence, token)
 
     def _verified(self, proposal: Proposal, tokens: list[NextToken]) -> None:
-        """Record how many tokens of a proposal were accepted."""
+        """Count the accepted tokens of a proposal."""
         if proposal.sequence.is_finished:
             return
         assert self._speculator is not None
@@ -342,7 +342,7 @@ class Engine:
             self._outputs.started(sequence)
 
     def _forget(self, seq_ids: Tokens[int]) -> None:
-        """Drop what the device knows of sequences that ended or were preempted."""
+        """Release the state of sequences that ended or were preempted, except their blocks."""
         self._runner.release(seq_ids)
         if self._speculator is not None:
             self._speculator.release(seq_ids)

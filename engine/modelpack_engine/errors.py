@@ -1,10 +1,11 @@
-"""The engine's errors: part of Modelpack's one tree.
+"""The engine's errors, part of Modelpack's tree of exceptions.
 
 ModelpackError
-└── EngineError                 anything that the engine reports
-    ├── ModelLoadError          a model cannot be loaded (also raised for unknown architectures)
-    ├── OutOfMemoryError        the weights or the KV cache do not fit; says what would
-    ├── RequestError            this request cannot be served (a ValueError); the engine goes on
+└── EngineError                 any failure that the engine reports
+    ├── ModelLoadError          a model is damaged, incomplete, or of an unknown architecture
+    ├── LoadCancelledError      a load was stopped: no request waits for the model
+    ├── OutOfMemoryError        the weights or the KV cache do not fit; says what would fit
+    ├── RequestError            one request cannot be served (a ValueError)
     │   └── ContextLengthError  its prompt does not fit the model's context
     ├── QueueFullError          too many requests wait; try again later
     ├── LoadingError            the model is being loaded; try again later
@@ -26,11 +27,11 @@ class EngineError(ModelpackError):
 
 
 class ModelLoadError(EngineError):
-    """A model cannot be loaded: damaged, incomplete, or of an architecture that is not known."""
+    """A model cannot be loaded: it is damaged, incomplete, or of an unknown architecture."""
 
 
 class LoadCancelledError(EngineError):
-    """A load was stopped because nobody waits for the model any more."""
+    """A load was stopped because no request waits for the model any more."""
 
 
 class OutOfMemoryError(EngineError):
@@ -38,7 +39,7 @@ class OutOfMemoryError(EngineError):
 
 
 class RequestError(EngineError, ValueError):
-    """One request cannot be served; `param` names the field that is wrong, if one is."""
+    """One request cannot be served; `param` names the invalid field, if there is one."""
 
     exit_code = 2
 
@@ -50,7 +51,7 @@ class RequestError(EngineError, ValueError):
 class ContextLengthError(RequestError):
     """A prompt is longer than the context of the model, or than the whole KV cache.
 
-    `tokens` is its length where it is known, or the least that it can be.
+    `tokens` is the prompt's length, or a lower bound of it, if it is known.
     """
 
     tokens: int | None = None
@@ -77,7 +78,7 @@ class LoadingError(EngineError):
 
 
 class BusyError(EngineError):
-    """The model is in use: it cannot be unloaded or set up anew now."""
+    """The model is in use: it cannot be unloaded or reconfigured now."""
 
     exit_code = 7
 
@@ -85,12 +86,12 @@ class BusyError(EngineError):
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: What ends a program, a generator or a task: never turned into an error.
+#: Exceptions that end a program, a generator or a task; they are never converted.
 _ENDINGS = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 
 def as_error(error: BaseException, what: str) -> Exception:
-    """Return `error` if it is an Exception, else an `EngineError` that says that `what` failed.
+    """Return `error` if it is an Exception, otherwise an `EngineError`: "{what} failed: {error}".
 
     Raises `error` again if it ends a program or a task.
     """
@@ -102,7 +103,7 @@ def as_error(error: BaseException, what: str) -> Exception:
 
 
 def no_panics(what: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Make a function raise `EngineError`, naming `what`, where a Rust library panics."""
+    """Make a function raise `EngineError`, naming `what`, if a Rust library panics."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""EngineRequest and SamplingParams: what a request asks of an engine, and its limits."""
+"""EngineRequest and SamplingParams: a prompt, how to sample its continuation, and the limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 4096  # of one stop string
 MAX_STOP_TOKENS = 1024
 MAX_BIASES = 1024
-REPETITION_PENALTIES = (1e-6, 1e6)  # logits that were divided by less would not be finite
+REPETITION_PENALTIES = (1e-6, 1e6)  # logits divided by less may become infinite
 
 
 class LogitsMask(Protocol):
@@ -79,11 +79,11 @@ class SamplingParams:
         """Raise `RequestError`, naming the field, if a value has too many items."""
         if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
             raise RequestError(
-                f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty", param="stop"
+                f"stop must be up to {MAX_STOP_STRINGS} non-empty strings", param="stop"
             )
         if any(len(text) > MAX_STOP_CHARACTERS for text in self.stop):
             raise RequestError(
-                f"stop strings have up to {MAX_STOP_CHARACTERS} characters", param="stop"
+                f"stop strings must have at most {MAX_STOP_CHARACTERS} characters", param="stop"
             )
         sizes = (
             ("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKENS),
@@ -124,7 +124,7 @@ class SamplingParams:
         if self.mask is not None and (self.min_tokens or self.ignore_eos):
             name = "ignore_eos" if self.ignore_eos else "min_tokens"
             raise RequestError(
-                f"{name} does not go with structured output: the text ends where its grammar does",
+                f"{name} cannot be combined with structured output, whose grammar ends the text",
                 param=name,
             )
         self.check_sizes()
@@ -144,7 +144,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """A prompt and how to continue it: made once, and passed on unchanged by every engine.
+    """A prompt and how to continue it.
 
     `n` sequences are sampled from the prompt (the API's choices). `continues_text` is for
     completions, whose text continues the prompt instead of starting a new message. Requests share
@@ -171,7 +171,7 @@ class EngineRequest:
 
 
 def _all_below(token_ids: Collection[int], size: int) -> bool:
-    """Return whether all ids are in 0 … `size` - 1; a Python loop takes three times as long."""
+    """Return whether all ids are in 0 … `size` - 1, three times as fast as a Python loop."""
     import numpy as np  # imported here: HTTP clients import this module and need no NumPy
 
     try:

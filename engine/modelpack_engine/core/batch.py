@@ -1,10 +1,9 @@
-"""StepBatch: a step as the device gets it. Rows, slots and tables, padded to bucketed sizes.
+"""StepBatch: the inputs of a step's forward pass: rows, slots and block tables, padded to buckets.
 
-Every token is a row. Decode rows come first, padded to a bucket, then the chunks of prompts one
-after the other, each padded to a bucket at its end. A proposal is several decode rows, which see
-the same blocks up to their own positions; where nothing is padded it is a chunk, before those of
-prompts, whose keys are read once. A padding row has token 0 at position 0 and writes to slot 0, in
-the null block, where nothing that counts is ever read.
+Every token is a row. Decode rows come first, padded to a bucket, then the chunks of prompts, each
+padded to a bucket at its end. The tokens of a proposal are decode rows of one sequence. Without
+padding, they are a chunk instead, before the chunks of prompts: its keys are read once. A padding
+row has token 0 at position 0 and writes to slot 0, in the null block, whose content is never used.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from modelpack_engine.core.sequence import Sequence
 class Chunk:
     """Rows [row, row + length) hold the last `length` of a sequence's `kv_length` tokens so far.
 
-    Rows up to row + padded_length are padding. `block_table` is padded with the null block to a
-    bucket that has room for the padding rows' keys as well: kv_length + padded_length - length.
+    The rows after them, up to row + padded_length, are padding. `block_table` is padded with the
+    null block to a bucket that holds kv_length + padded_length - length tokens.
 
-    Of recurrent layers: `snapshot` is the state that the chunk starts from, unless it is that of
-    its sequence; `block_hash` is what a snapshot of its end goes by, if it ends with a block.
+    For recurrent layers, `snapshot` is the state that the chunk starts from, if it is not the state
+    of its sequence. `block_hash` is set if the chunk ends with a block: the key of a snapshot.
     """
 
     row: int
@@ -40,21 +39,21 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One step's inputs, as plain integers.
+    """The inputs of one step, as plain integers.
 
-    `token_ids`, `positions` and `slots` (block * block_size + offset) have an entry a row.
-    `from_previous` are pairs (row, index into the tokens that the previous step samples): the ids
-    of these rows never leave the device, and `token_ids` has 0 there.
+    `token_ids`, `positions` and `slots` (block * block_size + offset) have one entry for each row.
+    `from_previous` has pairs (row, index into the tokens that the previous step samples): the ids
+    of these rows stay on the device, and `token_ids` has 0 for them.
 
-    Rows [0, num_decode) decode; the first `len(decode_seq_ids)` of them are real. `decode_tables`
-    and `decode_lengths` have an entry for each of the `num_decode` rows; a length counts the row's
-    own token, and is 1 for padding. A table ends with the row's own block, or later; on the device,
-    null blocks fill all of them up to `table_width`, or to the longest if that is more.
+    Rows [0, num_decode) are decode rows; those after the first `len(decode_seq_ids)` are padding.
+    `decode_tables` and `decode_lengths` have an entry for each of them. A length includes the row's
+    own token, and is 1 for padding. A table ends with the row's own block or later. On the device,
+    null blocks pad all tables to `table_width`, or to the longest table if that is longer.
 
     `sample_rows` are the rows whose next token is sampled, in ascending order, and `sample_seqs`
-    whose they are: of a proposal all rows are, in order. Rows in `prompt_logprob_rows` are wanted
-    for the log-probability of the prompt token after them; `prompt_logprob_seqs` has their
-    sequences. `released` names the sequences whose state is void before this step.
+    are their sequences; all rows of a proposal are sampled. `prompt_logprob_rows` are the rows for
+    log-probabilities of the prompt token after them, and `prompt_logprob_seqs` their sequences.
+    `released` are the ids of sequences whose state is dropped before this step.
     """
 
     token_ids: list[int]
@@ -75,16 +74,16 @@ class StepBatch:
 
     @property
     def num_rows(self) -> int:
-        """Rows, padding included."""
+        """The number of rows, padding included."""
         return len(self.token_ids)
 
     @property
     def decode_width(self) -> int:
-        """Columns of the decode rows' block tables, 0 without such rows."""
+        """The number of columns of the decode rows' block tables; 0 without decode rows."""
         return max(self.table_width, *map(len, self.decode_tables)) if self.decode_tables else 0
 
     def padded_tables(self) -> list[list[int]]:
-        """Return the decode rows' block tables as the device gets them: decode_width columns."""
+        """Return the decode rows' block tables, padded to `decode_width` columns."""
         width = self.decode_width
         return [table + [NULL_BLOCK] * (width - len(table)) for table in self.decode_tables]
 
@@ -92,9 +91,9 @@ class StepBatch:
 def build_batch(
     output: SchedulerOutput, previous: StepBatch | None, buckets: Buckets, block_size: int
 ) -> StepBatch:
-    """Return the batch of a step that has just been scheduled, and not been submitted.
+    """Return the batch of a step that was scheduled and is not submitted yet.
 
-    `previous` is the batch of the step in flight, None if all tokens have been read.
+    `previous` is the batch of the step in flight; None if all tokens have been read.
     """
     rows = _Rows(buckets, block_size)
     chunks = []
@@ -158,9 +157,9 @@ class _Rows:
         previous: StepBatch | None,
         proposals: tuple[Proposal, ...] = (),
     ) -> None:
-        """Add a row for the newest token of each, which may be still on the device.
+        """Add a row for the newest token of each sequence, which may still be on the device.
 
-        After these, rows for the newest token of each proposal's sequence and for what is proposed.
+        Then add rows for each proposal: the newest token of its sequence, and the proposed tokens.
         """
         members = list(sequences)
         positions = [sequence.num_computed_tokens for sequence in sequences]
@@ -173,7 +172,7 @@ class _Rows:
         if not members:
             return
         size, tables = self._block_size, [sequence.block_table for sequence in members]
-        ends = [position // size for position in positions]  # the last block that a row sees
+        ends = [position // size for position in positions]  # index of each row's last block
         self.positions += positions
         self.slots += [
             table[end] * size + position % size
@@ -194,14 +193,14 @@ class _Rows:
         positions: list[int],
         previous: StepBatch | None,
     ) -> None:
-        """Add the newest token of each sequence, or note which one of `previous` it is."""
+        """Add the newest token of each sequence, or its index in the tokens of `previous`."""
         before = previous.sample_seqs if previous else ()
         places: dict[Sequence, int] | None = None
         for row, sequence in enumerate(sequences):
             if not sequence.num_inflight:
                 self.token_ids += sequence.token_ids(positions[row], positions[row] + 1)
                 continue
-            assert sequence.num_inflight == 1, "one step at a time is in flight"
+            assert sequence.num_inflight == 1, "at most one step is in flight"
             self.token_ids.append(0)
             if row < len(before) and before[row] is sequence:  # as in most steps
                 self.from_previous.append((row, row))
@@ -267,7 +266,7 @@ def _rows_of(proposal: Proposal) -> tuple[int, list[int]]:
 
 
 def _prompt_logprob_rows(part: PrefillChunk, row: int) -> list[tuple[int, Sequence]]:
-    """Return the rows of a chunk, which starts at `row`, whose log-probabilities are wanted."""
+    """Return the prompt log-probability rows of a chunk that starts at `row`, if requested."""
     sequence = part.sequence
     if not sequence.wants_prompt_logprobs:
         return []
@@ -276,13 +275,13 @@ def _prompt_logprob_rows(part: PrefillChunk, row: int) -> list[tuple[int, Sequen
     return [(row + position - part.start, sequence) for position in range(start, stop)]
 
 
-#: A sequence that no request has.
+#: The seq_id of padding, which no sequence has.
 PADDING_SEQ_ID = -1
 
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """Decode rows, columns of their block tables, and tokens of a prompt's chunk, any of them 0."""
+    """The decode rows of a step, the columns of their block tables, and the tokens of its chunk."""
 
     decode_rows: int
     table_width: int
@@ -290,7 +289,7 @@ class StepShape:
 
 
 def padding_batch(shape: StepShape, block_size: int) -> StepBatch:
-    """Return a batch of `shape` that writes to the null block only."""
+    """Return a batch of padding in `shape`, which writes to the null block only."""
     rows = shape.decode_rows + shape.chunk_length
     chunks: tuple[Chunk, ...] = ()
     if shape.chunk_length:

@@ -1,9 +1,15 @@
-"""Identity of KV blocks: equal hashes mean equal keys and values.
+"""BlockManager: the KV blocks of one engine, their prefix cache, and recurrent snapshots.
 
-A block's KV depends on its tokens, on every token before them, and on what else went into the
-model. So hashes are chained: each covers its parent's, and the first parent is a root over model,
-adapter and media. BLAKE2b with 128 bits: nobody is going to find two contents of one hash, not even
-on purpose, so a hit needs no comparison of tokens.
+The scheduler allocates blocks here. The manager knows their ids and hashes, not their contents.
+
+Equal hashes mean equal keys and values. A block's keys and values depend on its tokens, on every
+token before them, and on the model, adapter and media. So hashes are chained: each covers its
+parent's hash, and the first parent covers model, adapter and media. They are BLAKE2b with 128 bits,
+for which nobody can construct a collision, so a hit needs no comparison of tokens.
+
+A recurrent layer cannot continue from keys and values alone, so sequences of such a model share a
+prefix up to the last block that has a snapshot of the state. Snapshots are taken where a prompt's
+chunk ends with a block: there, the state is available.
 """
 
 from __future__ import annotations
@@ -22,14 +28,14 @@ from modelpack_engine.offload.tiers import PrefixOffload
 
 HASH_SIZE = 16  # bytes
 
-#: Blocks whose hashes are remembered together, as prompts often begin alike.
-_REMEMBERED = 16
+#: Blocks whose hashes are cached together, as prompts often begin alike.
+_CACHED_TOGETHER = 16
 
 _BLOCK = hashlib.blake2b(digest_size=HASH_SIZE, person=b"kv block")
 
 
 def root_hash(*parts: bytes) -> bytes:
-    """Return the parent of first blocks for one combination of `parts`, such as model and salt."""
+    """Return the parent hash of first blocks for one combination of `parts`: model and salt."""
     root = hashlib.blake2b(digest_size=HASH_SIZE, person=b"kv root")
     for part in parts:
         root.update(struct.pack("<Q", len(part)) + part)
@@ -41,18 +47,18 @@ def block_hashes(parent: bytes, token_ids: Tokens[int], block_size: int) -> list
     packed = struct.pack(f"<{len(token_ids)}I", *token_ids)
     size = struct.calcsize(f"<{block_size}I")
     hashes: list[bytes] = []
-    for start in range(0, len(packed), _REMEMBERED * size):
-        run = packed[start : start + _REMEMBERED * size]
+    for start in range(0, len(packed), _CACHED_TOGETHER * size):
+        run = packed[start : start + _CACHED_TOGETHER * size]
         hashes += _hashes(hashes[-1] if hashes else parent, run, size)
     return hashes
 
 
 @lru_cache(maxsize=4096)
 def _hashes(parent: bytes, packed: bytes, size: int) -> tuple[bytes, ...]:
-    """Return the hashes of the full blocks, of `size` bytes each, of `packed` tokens."""
+    """Return the hashes of the full blocks in `packed` tokens, `size` bytes for each block."""
     hashes = []
     for end in range(size, len(packed) + 1, size):
-        block = _BLOCK.copy()  # takes half as long as a new one
+        block = _BLOCK.copy()  # twice as fast as a new object
         block.update(parent + packed[end - size : end])
         hashes.append(parent := block.digest())
     return tuple(hashes)
@@ -63,8 +69,8 @@ def cache_salt(
 ) -> bytes:
     """Return the salt of a sequence: sequences share prefixes only if their salts are equal.
 
-    It covers the adapter's name, the digests of the media in order, and the owner of the request,
-    whose prompts others must not find in the cache. Without any of them it is empty.
+    It covers the adapter's name, the digests of the media in order, and the owner of the request:
+    requests of other owners must not find its prompts in the cache. It is empty without all three.
     """
     media = tuple(media)
     content = root_hash(adapter.encode(), *media) if adapter or media else b""
@@ -74,9 +80,9 @@ def cache_salt(
 
 
 class PrefixSnapshots:
-    """At most `limit` states by the hash of the block they come after; what is unused goes first.
+    """At most `limit` recurrent states, by the hash of the block that they come after (LRU).
 
-    What a state is only the runner knows: to it, and not to the block manager, they are arrays.
+    The runner makes and reads the states; the block manager only stores them.
     """
 
     def __init__(self, limit: int) -> None:
@@ -90,7 +96,7 @@ class PrefixSnapshots:
         return len(self._states)
 
     def put(self, hash_: bytes, state: object) -> None:
-        """Keep a state; the least recently used one goes if there are too many."""
+        """Keep a state; drop the least recently used one beyond the limit."""
         if not self.limit:
             return
         self._states[hash_] = state
@@ -99,41 +105,41 @@ class PrefixSnapshots:
             self._states.popitem(last=False)
 
     def get(self, hash_: bytes) -> object:
-        """Return a state that is there, which counts as its use."""
+        """Return a state that is present, and mark it as used."""
         self._states.move_to_end(hash_)
         return self._states[hash_]
 
     def discard(self, hashes: Iterable[bytes]) -> None:
-        """Drop states that turned out to be wrong."""
+        """Drop states whose content is wrong."""
         for hash_ in hashes:
             self._states.pop(hash_, None)
 
     def clear(self) -> None:
-        """Drop all."""
+        """Drop all states."""
         self._states.clear()
 
 
-#: Where padding rows write; never handed out.
+#: The block that padding rows write to; it is never allocated.
 NULL_BLOCK = 0
 
-#: Blocks of a sequence whose hashes are computed together: one by one takes several times as long.
+#: Blocks whose hashes are computed together, which is several times as fast as one by one.
 HASHED_AT_ONCE = 64
 
 
 def window_blocks(window: int, chunk: int, block_size: int) -> int:
-    """Return the most blocks that hold `window` tokens and up to `chunk` that see them."""
+    """Return the most blocks that hold `window` tokens and a chunk of `chunk` tokens after them."""
     return -(-(window + chunk + block_size - 1) // block_size)
 
 
 class BlockManager:
-    """Hands out `num_blocks` blocks (one of them trash) of `block_size` tokens each.
+    """Allocates `num_blocks` blocks of `block_size` tokens each; one of them is the null block.
 
-    `model_id` names the weights: KV of another model never matches. Without prefix caching every
-    sequence has all its blocks to itself. With an `offload`, what is evicted may come back. With
-    `snapshots`, prefixes are shared up to blocks that have one.
+    `model_id` names the weights: blocks of another model never match. Without prefix caching, no
+    blocks are shared. With an `offload`, evicted blocks may be restored. With `snapshots`, prefixes
+    are shared up to blocks that have a snapshot.
 
-    Where no layer sees more than the last `window` tokens, blocks behind them are released while
-    their sequence runs: its table names the null block in their place.
+    If every layer has an attention window of at most `window` tokens, blocks before the window are
+    released while their sequence runs, and its table has the null block in their place.
     """
 
     def __init__(
@@ -146,7 +152,7 @@ class BlockManager:
         snapshots: PrefixSnapshots | None = None,
         window: int | None = None,
     ) -> None:
-        assert num_blocks > 1, "one block is trash, so there are at least two"
+        assert num_blocks > 1, "the null block needs another block beside it"
         assert block_size > 0
         assert window is None or window > 0
         self.window = window
@@ -165,12 +171,12 @@ class BlockManager:
 
     @property
     def num_total(self) -> int:
-        """All that can be handed out."""
+        """The blocks that can be allocated: all but the null block."""
         return len(self._ref_counts) - 1
 
     @property
     def num_available(self) -> int:
-        """Free ones, and cached ones that would be evicted."""
+        """The blocks that are free, or cached and can be evicted."""
         return len(self._free) + len(self._cached)
 
     @property
@@ -179,11 +185,11 @@ class BlockManager:
 
     @property
     def num_cached(self) -> int:
-        """Used by nobody, kept for their content."""
+        """The blocks that no sequence uses, kept for the prefix cache."""
         return len(self._cached)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Return how many blocks hold `num_tokens`."""
+        """Return how many blocks `num_tokens` tokens need."""
         return -(-num_tokens // self.block_size)
 
     def can_allocate(self, num_blocks: int) -> bool:
@@ -192,7 +198,7 @@ class BlockManager:
     # One block.
 
     def allocate(self) -> int:
-        """Return a block of unknown content, evicting the least recently used if none is free."""
+        """Return a block of unknown content; evict the least recently used one if none is free."""
         if self._free:
             block = self._free.popleft()
         else:
@@ -206,7 +212,7 @@ class BlockManager:
         return block
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Count one more user of blocks that are used or cached; the null block counts none."""
+        """Add a reference to each of `blocks`, except the null block, which is not counted."""
         counts, cached = self._ref_counts, self._cached
         for block in blocks:
             if block == NULL_BLOCK:
@@ -216,8 +222,8 @@ class BlockManager:
             counts[block] += 1
 
     def release(self, block: int) -> None:
-        """Count one user less; without any, the block is free, or cached if it has a hash."""
-        assert self._ref_counts[block] > 0, f"block {block} is released once too often"
+        """Drop a reference; an unreferenced block is cached if it has a hash, or free."""
+        assert self._ref_counts[block] > 0, f"block {block} is released too often"
         self._ref_counts[block] -= 1
         if self._ref_counts[block] == 0:
             if block in self._hash_of:
@@ -226,16 +232,16 @@ class BlockManager:
                 self._free.append(block)
 
     def publish(self, block: int, hash_: bytes) -> None:
-        """Let a used, full block be found by its hash, unless another block of the hash is."""
-        assert self._ref_counts[block] > 0, f"block {block} is nobody's"
+        """Add a full block to the prefix cache by its hash, unless the hash is already there."""
+        assert self._ref_counts[block] > 0, f"block {block} is not in use"
         if hash_ not in self._block_of and block not in self._hash_of:
             self._block_of[hash_] = block
             self._hash_of[block] = hash_
 
     def withdraw(self, sequence: Sequence) -> list[int]:
-        """Let nobody find the blocks of a sequence by their hash any more: they may hold anything.
+        """Remove the blocks of a sequence from the prefix cache: their content may be wrong.
 
-        Return those that nobody else uses, which can be overwritten.
+        Return the blocks that no other sequence uses, which can be overwritten.
         """
         for block in sequence.block_table:
             hash_ = self._hash_of.pop(block, None)
@@ -248,12 +254,12 @@ class BlockManager:
         return [block for block in sequence.block_table if self._ref_counts[block] == 1]
 
     def published(self) -> list[tuple[int, bytes]]:
-        """Return blocks and their hashes, those that would be evicted last first."""
+        """Return the blocks of the prefix cache with their hashes, in reverse order of eviction."""
         idle = [(block, self._hash_of[block]) for block in reversed(self._cached)]
         return [item for item in self._hash_of.items() if item[0] not in self._cached] + idle
 
     def forget_content(self) -> None:
-        """Empty the prefix cache: whatever the blocks held is not to be shared any more."""
+        """Empty the prefix cache: the contents of all blocks may be wrong."""
         self._free.extend(self._cached)
         self._cached.clear()
         self._block_of.clear()
@@ -264,9 +270,9 @@ class BlockManager:
     # A sequence's table.
 
     def most_held(self, chunk: int) -> int | None:
-        """Return the most blocks that a sequence holds at a time, whatever its length.
+        """Return the most blocks that a sequence of any length holds at once.
 
-        It computes up to `chunk` tokens a step. None if that depends on its length.
+        It computes up to `chunk` tokens in a step. Return None if there is no such limit.
         """
         if self.window is None:
             return None
@@ -274,14 +280,14 @@ class BlockManager:
         return held if held <= self.num_total else None
 
     def num_held(self, sequence: Sequence, matched: list[int] | None = None) -> int:
-        """Return how many blocks a sequence holds, or would if it shared those that match."""
+        """Return how many blocks a sequence holds, or would hold with the `matched` blocks."""
         shared = len(matched) - matched.count(NULL_BLOCK) if matched else 0
         return len(sequence.block_table) - sequence.num_unseen_blocks + shared
 
     def release_unseen(self, sequence: Sequence) -> None:
-        """Release the blocks that no token to come will see; to be called for submitted steps.
+        """Release the blocks before the window; call it for sequences of submitted steps.
 
-        One token more is kept than the next one sees: the newest may have to be computed again.
+        One more token than the next one sees is kept: the newest may have to be computed again.
         """
         if self.window is None:
             return
@@ -294,12 +300,12 @@ class BlockManager:
         sequence.num_unseen_blocks = max(sequence.num_unseen_blocks, unseen)
 
     def room_for(self, sequence: Sequence) -> int:
-        """Return how many tokens more a sequence could compute if it got every available block."""
+        """Return how many more tokens a sequence could compute with all available blocks."""
         blocks = len(sequence.block_table) + self.num_available
         return blocks * self.block_size - sequence.num_computed_tokens
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Make its table hold `num_tokens`; False, and nothing done, if blocks are lacking."""
+        """Extend a sequence's table to hold `num_tokens`; return False if blocks are lacking."""
         missing = self.blocks_for(num_tokens) - len(sequence.block_table)
         if missing <= 0:
             return True
@@ -309,7 +315,7 @@ class BlockManager:
         return True
 
     def free(self, sequence: Sequence) -> None:
-        """Release its whole table, the tail first: a prefix is evicted after what follows it."""
+        """Release the whole table, last block first, so that a prefix is evicted last."""
         for block in reversed(sequence.block_table):
             if block != NULL_BLOCK:
                 self.release(block)
@@ -323,17 +329,17 @@ class BlockManager:
     # A sequence's prefix.
 
     def match_prefix(self, sequence: Sequence) -> list[int]:
-        """Return the blocks that hold what the sequence is to compute next, as far as any do.
+        """Return the cached blocks of the tokens that the sequence would compute next.
 
-        The last token is never among them, since its logits are needed. Those behind the window
-        need not be there: they are the null block.
+        The block of the last token is never returned, since its logits are needed. Blocks before
+        the window are returned as the null block.
         """
         return self._match(sequence)[0]
 
     def num_cached_tokens(self, sequence: Sequence) -> int:
-        """Return how many tokens the prefix cache has of a sequence that has just come.
+        """Return how many tokens of a new sequence the prefix cache has.
 
-        For most it has none: where all blocks are needed, the hash of the first one tells.
+        Most sequences have none. Without a window, the hash of the first block shows that.
         """
         size = self.block_size
         if self.window is None and self._shareable(sequence) and self._may_share(sequence):
@@ -343,7 +349,7 @@ class BlockManager:
         return len(self.match_prefix(sequence)) * size
 
     def _match(self, sequence: Sequence) -> tuple[list[int], int]:
-        """Return the blocks that a sequence can go on from, and how many are there in all."""
+        """Return the cached blocks that a sequence can continue from, and how many are cached."""
         blocks: list[int] = []
         if not self._may_share(sequence):
             return blocks, 0
@@ -367,7 +373,7 @@ class BlockManager:
         return blocks[:usable], reach
 
     def _match_window(self, sequence: Sequence, window: int) -> tuple[list[int], int]:
-        """Return what `_match` does: up to the last place from where all that is seen is there."""
+        """Return what `_match` returns, for a window: only the blocks within it must be cached."""
         indices = self._shareable(sequence)
         hashes = [self._hash(sequence, index) for index in indices]
         found = [self._block_of.get(hash_) for hash_ in hashes]
@@ -385,13 +391,13 @@ class BlockManager:
         return [NULL_BLOCK] * first_seen + seen_blocks, reach
 
     def _may_go_on(self, hash_: bytes) -> bool:
-        """Whether a sequence may go on after a block that is there: recurrent ones need a state."""
+        """Return whether a sequence may continue after a cached block: it may need a snapshot."""
         return self.snapshots is None or hash_ in self.snapshots
 
     def share_prefix(self, sequence: Sequence) -> int:
-        """Give a sequence the blocks that match; return how many tokens that makes.
+        """Append the cached blocks to a sequence; return how many tokens they hold.
 
-        Blocks that were offloaded come back into fresh ones, as far as they have been fetched.
+        Offloaded blocks that have been fetched are restored into newly allocated blocks.
         """
         blocks, reach = self._match(sequence)
         if self.snapshots is not None and reach > len(blocks):
@@ -406,7 +412,7 @@ class BlockManager:
         return num_tokens
 
     def _extend(self, sequence: Sequence, blocks: list[int]) -> int:
-        """Append blocks whose content is known; return how many tokens that makes."""
+        """Append computed blocks to a sequence; return how many tokens they hold."""
         sequence.block_table.extend(blocks)
         sequence.num_published_blocks += len(blocks)
         sequence.num_computed_tokens += len(blocks) * self.block_size
@@ -414,11 +420,11 @@ class BlockManager:
         return len(blocks) * self.block_size
 
     def _restore(self, sequence: Sequence, offload: PrefixOffload) -> list[int]:
-        """Return fresh blocks that are to hold what was offloaded, each found by its hash."""
+        """Allocate blocks for the offloaded content that was fetched; return and publish them."""
         hashes = self._wanted(sequence)
         blocks: list[int] = []
         for hash_, content in zip(hashes, offload.fetch(sequence.seq_id, hashes), strict=False):
-            if hash_ in self._block_of:  # evicted in between, and computed again by another
+            if hash_ in self._block_of:  # Another sequence has computed it since.
                 self.share([block := self._block_of[hash_]])
             elif self.can_allocate(1):
                 offload.restore(block := self.allocate(), content)
@@ -429,31 +435,32 @@ class BlockManager:
         return blocks
 
     def awaits_blocks(self, sequence: Sequence) -> bool:
-        """Whether what a sequence computes next is about to come back from the offload."""
+        """Return whether the next blocks of a sequence are being loaded from the offload."""
         return self.offload is not None and self.offload.awaits(sequence.seq_id)
 
     @property
     def is_awaited(self) -> bool:
-        """Whether any sequence awaits blocks."""
+        """Whether any sequence awaits blocks from the offload."""
         return self.offload is not None and self.offload.is_awaited
 
     def num_idle(self, blocks: list[int]) -> int:
-        """Return how many of `blocks` are cached: sharing these makes fewer available."""
+        """Return how many of `blocks` no sequence uses: sharing them makes fewer available."""
         counts = [self._ref_counts[block] for block in blocks if block != NULL_BLOCK]
         return counts.count(0)
 
     def next_hash(self, sequence: Sequence) -> bytes | None:
-        """Return the hash of the block that the sequence computes next, if it could be shared."""
+        """Return the hash of the block that a sequence computes next, if it could be shared."""
         indices = self._shareable(sequence)
         if not indices or not self._may_share(sequence):
             return None
         return self._hash(sequence, indices[0])
 
     def next_snapshot(self, sequence: Sequence) -> int | None:
-        """Return the position at which a chunk has to end, since a snapshot is wanted there.
+        """Return the next position at which a chunk must end, to take a snapshot there.
 
-        Where its last full block ends, for who asks the same or goes on from it; and before that
-        where it leaves a prefix whose blocks are there without a snapshot, for who does so next.
+        Snapshots are taken at the end of the last full block, for requests that continue the
+        prompt, and where the prompt leaves a cached prefix that has no snapshot, for requests that
+        share this prefix.
         """
         if self.snapshots is None:
             return None
@@ -462,14 +469,14 @@ class BlockManager:
         return min((end for end in (sequence.branch, last) if end > start), default=None)
 
     def hashes_between(self, sequence: Sequence, start: int, stop: int) -> list[bytes]:
-        """Return the hashes of the blocks that tokens `start` to `stop` complete."""
+        """Return the hashes of the blocks that the tokens from `start` to `stop` complete."""
         if not self.enable_prefix_caching:
             return []
         blocks = range(start // self.block_size, stop // self.block_size)
         return [self._hash(sequence, index) for index in blocks]
 
     def publish_prefix(self, sequence: Sequence) -> None:
-        """Publish the blocks that are full of known tokens whose KV a submitted step writes."""
+        """Publish the full blocks of known tokens that submitted steps have computed."""
         first = sequence.num_published_blocks * self.block_size
         if not self.enable_prefix_caching or first + self.block_size > sequence.num_computed_tokens:
             return
@@ -479,19 +486,19 @@ class BlockManager:
             sequence.num_published_blocks = index + 1
 
     def _wanted(self, sequence: Sequence) -> list[bytes]:
-        """Return the hashes of all blocks that the sequence has yet to get and could share."""
+        """Return the hashes of all blocks that the sequence does not have yet and could share."""
         if not self._may_share(sequence):
             return []
         return [self._hash(sequence, index) for index in self._shareable(sequence)]
 
     def _shareable(self, sequence: Sequence) -> range:
-        # The block of the last token is not among them: its logits are needed.
+        # The block of the last token is left out: its logits are needed.
         last = (sequence.num_prefill_tokens - 1) // self.block_size
         return range(len(sequence.block_table), last)
 
     def _may_share(self, sequence: Sequence) -> bool:
-        # Blocks are shared whole, so only where the sequence stands between two of them; and who
-        # wants log-probabilities of the prompt needs its logits.
+        # Only whole blocks are shared, so the computed tokens must end with a block. Requests for
+        # log-probabilities of the prompt need its logits.
         between = sequence.num_computed_tokens == len(sequence.block_table) * self.block_size
         return self.enable_prefix_caching and between and not sequence.wants_prompt_logprobs
 

@@ -1,7 +1,7 @@
-"""Buckets: which sizes a step's device arrays may have.
+"""Buckets: the sizes that a step's device arrays are padded to.
 
-On a GPU a new shape costs milliseconds to compile or to plan, so sizes are rounded up to a few and
-those are warmed up at load; on a CPU a new shape costs nothing and padding does.
+On a GPU a new shape takes milliseconds to compile or to plan, so sizes are rounded up to a few,
+which are warmed up at load. On a CPU a new shape costs nothing, and padding costs time.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
-    """Allowed sizes, each an ascending tuple; beyond the last, its multiples are allowed.
+    """Allowed sizes, as ascending tuples; multiples of the last size are allowed as well.
 
-    So `(1,)` allows every size, and `(16, 32, 64, 128)` allows 16, 32, 64, 128, 256, 384, ...
+    `(1,)` allows every size, and `(16, 32, 64, 128)` allows 16, 32, 64, 128, 256, 384, ...
 
-    `rows` are decode rows of a step, `chunk` the rows of one prefill chunk (tokens), `table_width`
-    the columns of block tables (blocks).
+    `rows` are the sizes for the decode rows of a step, `chunk` for the rows of one prefill chunk,
+    and `table_width` for the columns of block tables.
     """
 
     rows: tuple[int, ...] = (1,)
@@ -25,8 +25,8 @@ class Buckets:
 
     def __post_init__(self) -> None:
         for sizes in (self.rows, self.chunk, self.table_width):
-            assert min(sizes, default=0) > 0, f"sizes are positive, and there are some: {sizes}"
-            assert sizes == tuple(sorted(set(sizes))), f"sizes ascend: {sizes}"
+            assert min(sizes, default=0) > 0, f"sizes must be positive, and at least one: {sizes}"
+            assert sizes == tuple(sorted(set(sizes))), f"sizes must ascend: {sizes}"
 
     @property
     def exact(self) -> bool:
@@ -34,21 +34,21 @@ class Buckets:
         return self.rows == self.chunk == (1,)
 
     def pad_rows(self, count: int) -> int:
-        """Return how many decode rows stand for `count`; 0 stays 0."""
+        """Return the padded number of `count` decode rows; 0 stays 0."""
         return round_up(count, self.rows)
 
     def pad_chunk(self, length: int) -> int:
-        """Return how many rows stand for a chunk of `length` tokens."""
+        """Return the padded number of rows of a chunk of `length` tokens."""
         return round_up(length, self.chunk)
 
     def pad_table_width(self, width: int) -> int:
-        """Return how many columns stand for a table of `width` blocks."""
+        """Return the padded number of columns of a table of `width` blocks."""
         return round_up(width, self.table_width)
 
     def fit_chunk(self, remaining: int, max_rows: int) -> int:
-        """Return how many of `remaining` tokens to take into at most `max_rows` padded rows.
+        """Return how many of `remaining` tokens fit in at most `max_rows` padded rows.
 
-        All of them if they fit; else a size that needs no padding, 0 if even the smallest does not.
+        If not all tokens fit, the result is a size without padding, or 0 if no size fits.
         """
         if self.pad_chunk(remaining) <= max_rows:
             return remaining
@@ -56,7 +56,7 @@ class Buckets:
 
 
 def round_up(count: int, sizes: tuple[int, ...]) -> int:
-    """Return the smallest allowed size that holds `count`; 0 stays 0."""
+    """Return the smallest allowed size of at least `count`; 0 stays 0."""
     if count <= 0:
         return 0
     for size in sizes:
@@ -66,14 +66,14 @@ def round_up(count: int, sizes: tuple[int, ...]) -> int:
 
 
 def round_down(count: int, sizes: tuple[int, ...]) -> int:
-    """Return the largest allowed size within `count`, 0 if there is none."""
+    """Return the largest allowed size up to `count`; 0 if there is none."""
     if count >= sizes[-1]:
         return count - count % sizes[-1]
     return max((size for size in sizes if size <= count), default=0)
 
 
 def sizes_up_to(count: int, sizes: tuple[int, ...]) -> list[int]:
-    """Return every allowed size that some number from 1 to `count` is rounded up to."""
+    """Return the allowed sizes that the numbers from 1 to `count` are rounded up to."""
     found = []
     needed = 1
     while needed <= count:
@@ -82,10 +82,10 @@ def sizes_up_to(count: int, sizes: tuple[int, ...]) -> list[int]:
     return found
 
 
-#: Every size as it is: for devices where a new shape costs nothing.
+#: No padding: for devices where a new shape costs nothing.
 EXACT = Buckets()
 
-#: Few sizes, since each is compiled and warmed up. A table that is too wide costs next to nothing.
+#: Few sizes, since each is compiled and warmed up. Padding of block tables costs almost nothing.
 FEW = Buckets(
     rows=(1, 2, 4, 8, 16, 32, 64),
     chunk=(16, 32, 64, 128),

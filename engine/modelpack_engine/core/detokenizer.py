@@ -1,4 +1,4 @@
-"""Detokenizer: turn the tokens of one choice into final text, up to its stop strings."""
+"""Detokenizer: turn the output tokens of one sequence into final text, up to a stop string."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from modelpack_engine.request import SamplingParams
 
 
 def ending_token_ids(params: SamplingParams, eos_token_ids: Collection[int]) -> frozenset[int]:
-    """Return the tokens that end a request's text once `min_tokens` others have come.
+    """Return the tokens that end a request's text after its first `min_tokens` tokens.
 
-    The sampler does not choose them before that; whoever collects tokens ends the text at the
-    first one, and does not pass it to the Detokenizer.
+    The sampler does not choose them before that. `SequenceOutput` ends the text at the first of
+    them, and does not pass it to the Detokenizer.
     """
     eos = () if params.ignore_eos else eos_token_ids
     return frozenset(params.stop_token_ids).union(eos)
 
 
 class StopStrings:
-    """An automaton that finds any of some strings in a text given piece by piece.
+    """An Aho-Corasick automaton that finds stop strings in a text, one character at a time.
 
-    Aho and Corasick's (doi:10.1145/360825.360855): a character costs constant time on average, and
-    the state's depth is the number of last characters that may yet begin a match: just so many have
-    to be held back. The automaton holds no text, so that requests can share it.
+    A character takes constant time on average. The depth of a state is the number of last
+    characters that may begin a match, which must be held back. The automaton holds no text, so
+    requests can share it. Source: doi:10.1145/360825.360855.
     """
 
     __slots__ = ("_depth", "_fall_back", "_found", "_next")
@@ -35,13 +35,13 @@ class StopStrings:
         self._next: list[dict[str, int]] = [{}]
         self._depth = [0]
         self._fall_back = [0]
-        self._found: list[str | None] = [None]  # the longest string that ends in this state
+        self._found: list[str | None] = [None]  # longest string that ends in the state
         for string in strings:
             self._insert(string)
         self._link()
 
     def step(self, state: int, character: str) -> int:
-        """Return the state after one more character; the first state is 0."""
+        """Return the state after one more character; the initial state is 0."""
         while character not in self._next[state]:
             if state == 0:
                 return 0
@@ -49,11 +49,11 @@ class StopStrings:
         return self._next[state][character]
 
     def depth(self, state: int) -> int:
-        """Return how many of the last characters may be the beginning of a match."""
+        """Return how many of the last characters may begin a match."""
         return self._depth[state]
 
     def found(self, state: int) -> str | None:
-        """Return the longest of the strings that the text ends with, if any."""
+        """Return the longest stop string that the text ends with, if any."""
         return self._found[state]
 
     def _insert(self, string: str) -> None:
@@ -70,7 +70,7 @@ class StopStrings:
         self._found[state] = string
 
     def _link(self) -> None:
-        """Breadth first, let each state fall back to its longest proper suffix that is a state."""
+        """Set the fallback of each state, breadth first: the longest proper suffix with a state."""
         queue = deque(self._next[0].values())
         while queue:
             state = queue.popleft()
@@ -80,7 +80,7 @@ class StopStrings:
             shorter = self._fall_back[state]
             if self._found[state] is None:
                 self._found[state] = self._found[shorter]
-            if not self._next[state]:  # nothing longer can come of it: a match that was let pass
+            if not self._next[state]:  # no longer match is possible
                 self._depth[state] = self._depth[shorter]
 
 
@@ -91,47 +91,47 @@ def stop_strings(strings: tuple[str, ...]) -> StopStrings:
 
 
 class TokenBytes(Protocol):
-    """What a Detokenizer needs to know of a tokenizer."""
+    """The part of a tokenizer that a Detokenizer needs."""
 
     @property
     def special_token_ids(self) -> Container[int]:
-        """Tokens that are no text: begin and end of sequence, roles of a chat template."""
+        """Tokens that are not text: begin and end of sequence, roles of a chat template."""
         ...
 
     @property
     def strips_leading_space(self) -> bool:
-        """Whether a text's first space is the tokenizer's own (SentencePiece's dummy prefix)."""
+        """Whether the tokenizer adds the first space of a text (SentencePiece's dummy prefix)."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes of a token's text, for a special one too; none for an unused id.
+        """Return the bytes of a token's text, also of a special one; empty for an unused id.
 
-        A token may be a part of a character (byte-level BPE, byte fallback).
+        A token may be part of a character (byte-level BPE, byte fallback).
         """
         ...
 
 
 class TextDelta(NamedTuple):
-    """Text that became final, and the stop string that ended it, if one did."""
+    """New final text, and the stop string that ended it, if any."""
 
     text: str
     stopped_by: str | None = None
 
 
 class Detokenizer:
-    """Turns one choice's output tokens into text that never has to be taken back.
+    """Turns the output tokens of one sequence into text that is never retracted.
 
-    All deltas and `finish()` together are the tokens' bytes, decoded as UTF-8 with U+FFFD for what
-    is not, up to the first stop string. Where a text holds several, the one that ends first counts;
-    of those that end together, the longest. How the tokens are cut into calls of `push` makes no
-    difference, nor (but for `min_tokens`) how the text is cut into tokens.
+    All deltas and `finish()` together are the tokens' bytes, decoded as UTF-8 with U+FFFD for
+    invalid bytes, up to the first stop string. If a text contains several stop strings, the one
+    that ends first counts, and the longest of those that end at the same character. The result does
+    not depend on how tokens are grouped in calls of `push`, nor (except for `min_tokens`) on how
+    the text is divided into tokens.
 
-    Held back are half a character and what may become a stop string; no more than that. A stop
+    Only an incomplete character and the possible beginning of a stop string are held back. A stop
     string counts if it ends after the first `min_tokens` tokens.
 
-    `continues_text` says that the text goes on after a prompt (a completion): then SentencePiece's
-    leading space is text. Otherwise (a chat's answer) it is stripped, as decoding the output alone
-    does.
+    `continues_text` is for completions, whose text continues the prompt: SentencePiece's leading
+    space is part of the text. In chat replies it is stripped, as when the output is decoded alone.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Detokenizer:
         self._stopped_by: str | None = None
 
     def push(self, token_ids: Iterable[int]) -> TextDelta:
-        """Return the text that these tokens make final; nothing once a stop string was found."""
+        """Return the text that is final after these tokens; empty after a stop string."""
         text = ""
         for token_id in token_ids:
             if self._stopped_by is not None:
@@ -164,7 +164,7 @@ class Detokenizer:
         return TextDelta(text, self._stopped_by)
 
     def finish(self) -> str:
-        """Return what was held back, now that no more tokens come."""
+        """Return the text that was held back, after the last token."""
         if self._stopped_by is not None:
             return ""
         rest = self._emit(self._utf8.decode(b"", final=True), may_stop=self._tokens_before_stop < 0)
@@ -172,7 +172,7 @@ class Detokenizer:
         return rest
 
     def _emit(self, text: str, *, may_stop: bool) -> str:
-        """Return the part of what was held and `text` that is final now."""
+        """Add `text` to the held text; return the part that is final now."""
         if self._strips_space and text:
             self._strips_space = False
             text = text.removeprefix(" ")

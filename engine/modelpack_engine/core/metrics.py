@@ -18,24 +18,24 @@ Part = Literal["build", "launch", "wait"]
 
 
 class StepClock:
-    """Adds up the seconds of the parts of steps: each from the end of the one before."""
+    """Adds up the seconds that each part of the steps takes."""
 
     def __init__(self) -> None:
         self._seconds: dict[Part, float] = {"build": 0.0, "launch": 0.0, "wait": 0.0}
         self._last = 0.0
 
     def start(self) -> None:
-        """Begin a step."""
+        """Start timing a step."""
         self._last = time.perf_counter()
 
     def ended(self, part: Part) -> None:
-        """End a part of it."""
+        """Add the time since the last call to `part`."""
         now = time.perf_counter()
         self._seconds[part] += now - self._last
         self._last = now
 
     def counted(self, stats: EngineStats) -> EngineStats:
-        """Return `stats` with the seconds since the engine began."""
+        """Return `stats` with the seconds added up so far."""
         return replace(
             stats,
             build_seconds=self._seconds["build"],
@@ -73,13 +73,13 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
-        """Count `value`."""
+        """Count `value`, `times` times."""
         self.counts[bisect_left(self.bounds, value)] += times
         self.total += value * times
 
 
 class Meter:
-    """The histograms of one model, over all the times that it was loaded."""
+    """The histograms of one model, kept when it is unloaded and loaded again."""
 
     def __init__(self) -> None:
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0})
@@ -103,25 +103,25 @@ class Meter:
                 ("iteration_tokens_total", "Tokens of a step", _STEP_TOKENS),
             )
         }  # fmt: skip
-        #: The deprecated name of the same, which the stock dashboards still ask for.
+        #: The deprecated name of the same histogram, which standard dashboards still use.
         self.histograms["time_per_output_token_seconds"] = self.histograms[
             "inter_token_latency_seconds"
         ]
         self._last_token: dict[tuple[str, int], float] = {}
 
     def accepted(self, max_tokens: int, choices: int) -> None:
-        """Count a request that the engine took."""
+        """Count a request that the engine accepted."""
         self.histograms["request_params_max_tokens"].observe(max_tokens)
         self.histograms["request_params_n"].observe(choices)
 
     def stepped(self, events: Sequence[RequestEvent], computed_tokens: int = 0) -> None:
-        """Count what a step told; `computed_tokens` were the rows of the step."""
+        """Count the events of a step; `computed_tokens` were the rows of the step."""
         now = time.monotonic()
         last = self._last_token
         between = self.histograms["inter_token_latency_seconds"]
         if computed_tokens or events:
             self.histograms["iteration_tokens_total"].observe(computed_tokens or len(events))
-        tokens: Counter[tuple[str, int]] = Counter()  # a proposal may bring several at once
+        tokens: Counter[tuple[str, int]] = Counter()  # a proposal may emit several tokens at once
         for event in events:
             tokens[event.request_id, event.index] += len(event.token_ids)
         for key, count in tokens.items():
@@ -136,7 +136,7 @@ class Meter:
                 self._ended(event)
 
     def answered(self, reason: str, prompt_tokens: int, seconds: float) -> None:
-        """Count a request that generates nothing, and why it ended."""
+        """Count a request that generates no tokens, such as embeddings, and why it ended."""
         self.finished[reason] += 1
         self.histograms["request_prompt_tokens"].observe(prompt_tokens)
         self.histograms["e2e_request_latency_seconds"].observe(seconds)

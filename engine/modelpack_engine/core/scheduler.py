@@ -1,8 +1,8 @@
 """Scheduler: continuous batching, from waiting requests to the token rows of each step.
 
-Pure Python without MLX: `Engine` asks `Scheduler.schedule` for a `SchedulerOutput`, runs it, and
-returns the sampled tokens by `Scheduler.collect`. `SchedulerConfig` holds the limits,
-`WaitingQueue` the order of admission, and `BlockManager` the blocks.
+Pure Python without MLX: `Engine` gets a `SchedulerOutput` from `Scheduler.schedule`, runs it, and
+passes the sampled tokens to `Scheduler.collect`. `SchedulerConfig` has the limits, `WaitingQueue`
+the order of admission, and `BlockManager` the blocks.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ RETRY_AFTER = 1.0
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Limits of the scheduler.
+    """The limits of the scheduler.
 
-    A step has at most `max_num_batched_tokens` rows, padding included. Of one prompt it takes at
-    most `max_prefill_chunk` tokens (rounded up to a bucket; default: half of a step).
+    A step has at most `max_num_batched_tokens` rows, padding included, and at most
+    `max_prefill_chunk` tokens of one prompt (rounded up to a bucket; default: half of the rows).
 
-    Prompts that wait may be overtaken as `WaitingQueue` says.
+    `overtaking` is described in `WaitingQueue`, `prefill_context` in `chunk_rows_at`.
     """
 
     max_num_seqs: int
@@ -61,10 +61,10 @@ class SchedulerConfig:
         return min(self.buckets.pad_chunk(chunk), largest)
 
     def chunk_rows_at(self, start: int, *, alone: bool) -> int:
-        """Return the most rows of a chunk from position `start` on.
+        """Return the most rows of a chunk that starts at position `start`.
 
-        Rows take the longer the more they see: where others wait for their next token (not
-        `alone`), `prefill_context` tokens before a chunk halve it, and so on.
+        A row takes longer the more tokens it attends to. So unless the chunk is `alone` in its
+        step, `prefill_context` tokens before it halve its rows; twice as many leave a third.
         """
         if self.prefill_context is None or alone:
             return self.chunk_rows
@@ -84,9 +84,9 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Tokens that a sequence may go on with: a step finds out how many of them it does.
+    """Proposed tokens that may follow a sequence's newest token; a step verifies them.
 
-    They come after its newest token, which is known, and are rows of the step as that one is.
+    The newest token is known. It and the proposed tokens are rows of the step.
     """
 
     sequence: Sequence
@@ -95,11 +95,10 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step: a token of each sequence in `decode`, several of each in `proposals`, and the
-    chunks in `prefill`.
+    """One step: sequences to decode, proposals to verify, and chunks of prompts to compute.
 
-    `released` are ids of sequences whose state on the device is void before this step runs, because
-    they finished or were preempted; of those, a preempted one may come back later.
+    `released` are the ids of sequences that finished or were preempted: their state on the device
+    is dropped before this step. A preempted sequence may run again later.
     """
 
     decode: tuple[Sequence, ...] = ()
@@ -110,27 +109,27 @@ class SchedulerOutput:
 
     @property
     def decoding(self) -> tuple[Sequence, ...]:
-        """The sequences that have their prompts behind them, in the order of the step's rows."""
+        """The sequences that decode, with and without proposals, in the order of the rows."""
         return self.decode + tuple(proposal.sequence for proposal in self.proposals)
 
     @property
     def members(self) -> tuple[Sequence, ...]:
-        """The sequences that the step computes anything for."""
+        """All sequences of the step."""
         return self.decoding + tuple(chunk.sequence for chunk in self.prefill)
 
     @property
     def sampled(self) -> tuple[Sequence, ...]:
-        """The sequences that the step samples tokens for, in the order of its rows."""
+        """The sequences for which the step samples tokens, in the order of its rows."""
         return self.decoding + tuple(chunk.sequence for chunk in self.prefill if chunk.is_last)
 
     @property
     def num_tokens(self) -> int:
-        """Rows without padding."""
+        """The rows of the step, without padding."""
         proposed = sum(len(proposal.token_ids) for proposal in self.proposals)
         return len(self.decoding) + proposed + sum(chunk.length for chunk in self.prefill)
 
 
-#: What each sequence may go on with.
+#: Proposed tokens by sequence.
 Proposed = Mapping[Sequence, Tokens[int]]
 
 
@@ -140,10 +139,10 @@ def fit_proposals(
     config: SchedulerConfig,
     blocks: BlockManager,
 ) -> tuple[list[Sequence], list[Proposal]]:
-    """Part the sequences that decode into those that do so alone, and those with a proposal.
+    """Split the decoding sequences: return those without a proposal, and the proposals.
 
-    A proposal is cut to the rows of a step, to what its sequence may still generate, and to the
-    blocks that are available: the scheduler preempts no sequence for a proposal.
+    A proposal is cut to the rows of a step, to the tokens that its sequence may still generate, and
+    to the available blocks: no sequence is preempted for a proposal.
     """
     if not proposed:
         return decode, []
@@ -152,7 +151,7 @@ def fit_proposals(
     rows = len(decode)
     for sequence in decode:
         token_ids = tuple(proposed.get(sequence, ()))
-        # The step samples one token more than are proposed.
+        # The step samples one more token than are proposed.
         token_ids = token_ids[: max(0, sequence.max_num_tokens - sequence.num_tokens - 1)]
         while token_ids and (
             config.buckets.pad_rows(rows + len(token_ids)) > config.max_num_batched_tokens
@@ -168,26 +167,29 @@ def fit_proposals(
     return alone, proposals
 
 
-#: Tokens computed meanwhile that make up for one token of a prompt. More shortens the wait of most,
-#: and lengthens that of the longest.
+#: A waiting prompt is overtaken by prompts that are one token shorter until this many tokens have
+#: been computed. A higher value shortens most waits, and lengthens those of the longest prompts.
 OVERTAKING = 16
 
-#: The most sequences admitted in one round. Without a limit, new owners could keep one that had its
-#: turn waiting forever.
+#: The most sequences admitted in one round. Without a limit, a stream of new owners could keep an
+#: owner that had its turn waiting forever.
 ROUND = 64
 
-_PREEMPTED = -1  # before all that have not run
+_PREEMPTED = -1  # before all other priorities
 _by_priority = attrgetter("priority")
 
 
 class WaitingQueue:
-    """Sequences of the same owner by priority, the least first; of equal ones, who came first.
+    """The order in which waiting sequences are admitted.
 
-    Each is overtaken by those that have fewer tokens to compute and come before `overtaking` tokens
-    have been computed for each one that they have fewer; 0: never. Who was preempted precedes all.
+    Preempted sequences come first. The sequences of one owner are in the order of their priority,
+    then of arrival. The priority is the number of tokens computed before the arrival, plus
+    `overtaking` for each token that the sequence needs. So a shorter prompt overtakes a longer one
+    unless it arrives much later; 0 means first come, first served.
 
-    In a round, each owner has one turn: the sequence with the least priority of those whose owners
-    have had none. A round ends when there is no other, or after `ROUND` turns.
+    Owners take turns. In a round, each owner has one turn: the next sequence is the one with the
+    lowest priority among the owners without a turn. A round ends when there is no such owner, or
+    after `ROUND` turns.
     """
 
     def __init__(self, overtaking: int) -> None:
@@ -202,23 +204,23 @@ class WaitingQueue:
 
     @property
     def first(self) -> Sequence:
-        """Who is to be admitted next; there is one."""
+        """The sequence to admit next; the queue must not be empty."""
         return self._next()[0]
 
     def add(self, sequence: Sequence, num_uncached: int, now: int) -> None:
-        """Take a sequence that has come, with so many tokens to compute, when `now` were."""
+        """Add a sequence that needs `num_uncached` tokens; `now` counts all computed tokens."""
         sequence.priority = now + self._overtaking * num_uncached
         insort(self._owners.setdefault(sequence.cache_salt, []), sequence, key=_by_priority)
         self._count += 1
 
     def put_back(self, sequence: Sequence) -> None:
-        """Take a sequence that was preempted."""
+        """Add a sequence that was preempted."""
         sequence.priority = _PREEMPTED
         self._preempted.insert(0, sequence)
         self._count += 1
 
     def pop(self) -> Sequence:
-        """Remove and return the first."""
+        """Remove and return the first sequence."""
         sequence = self._next()[0]
         if sequence.priority != _PREEMPTED:
             if sequence.cache_salt in self._served or len(self._served) == ROUND:
@@ -241,7 +243,7 @@ class WaitingQueue:
             self._served.clear()
 
     def _next(self) -> list[Sequence]:
-        """Return the preempted sequences, or the queue of the next owner if there are none."""
+        """Return the preempted sequences, or the queue of the next owner."""
         if self._preempted:
             return self._preempted
         if len(self._owners) == 1:
@@ -258,14 +260,14 @@ def _of_first(queue: list[Sequence]) -> tuple[int, int]:
 class Scheduler:
     """Continuous batching over one pool of blocks.
 
-    Every sequence that decodes is in every step; what is left of the step goes to prompts, in the
-    order of admission. Among these, at most one that needs several steps goes first: the others of
-    its kind take what shorter prompts leave over. So neither one long prompt nor several hold up
-    streams or short prompts, and the oldest long one always moves.
+    Every decoding sequence is in every step. The remaining rows go to prompts, in the order of
+    admission. Only the oldest prompt that needs several steps takes rows in this order; other long
+    prompts get the rows that short prompts leave over. So long prompts delay neither streams nor
+    short prompts, and the oldest long prompt always advances.
 
-    When blocks run out, the youngest sequence (admitted last) is preempted: it gives up its blocks
-    and is computed again as soon as there is room. First, tokens in flight are collected: some may
-    end a sequence.
+    When blocks run out, the youngest sequence (admitted last) is preempted: its blocks are freed,
+    and it is computed again as soon as there is room. Before that, tokens in flight are collected,
+    since they may end a sequence.
     """
 
     def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
@@ -281,18 +283,18 @@ class Scheduler:
         self._num_steps = self._num_mixed_steps = self._num_preemptions = self._num_finished = 0
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
 
-    # Requests come and go.
+    # Requests
 
     @property
     def has_work(self) -> bool:
-        """Whether a sequence is unfinished or a sampled token unread."""
+        """Whether a sequence is unfinished, or a sampled token is not collected."""
         return bool(self._requests) or self._num_inflight > 0
 
     def add(self, *sequences: Sequence) -> None:
-        """Queue the choices of one request, all or none of them.
+        """Queue the sequences of one request, all or none of them.
 
-        Raises `RequestError` if the request can never be served, and `QueueFullError` if it cannot
-        be taken now.
+        Raises `RequestError` if the request can never be served, and `QueueFullError` if the queue
+        has no room for it now.
         """
         first, config = sequences[0], self.config
         num_tokens = len(first.prompt_token_ids)
@@ -328,7 +330,7 @@ class Scheduler:
             )
         num_cached = self._blocks.num_cached_tokens(first) if config.overtaking else 0
         for sequence in sequences:
-            # The KV of the very last token is never needed: hence the 1 over the capacity.
+            # The last token needs no slot, as its keys and values are not used: capacity + 1.
             sequence.max_num_tokens = min(
                 num_tokens + sequence.params.max_tokens, config.max_model_len, capacity + 1
             )
@@ -336,7 +338,7 @@ class Scheduler:
         self._requests[first.request_id] = list(sequences)
 
     def abort(self, request_id: str, index: int | None = None) -> list[Sequence]:
-        """End a request's choices, or one of them, at once; return those that were unfinished."""
+        """End a request, or its choice `index`; return the sequences that were unfinished."""
         choices = self._requests.get(request_id, ())
         sequences = [choice for choice in choices if index is None or choice.index == index]
         for sequence in sequences:
@@ -346,7 +348,7 @@ class Scheduler:
     def finish(
         self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None
     ) -> None:
-        """End a sequence and free its blocks; what a step in flight samples for it is dropped."""
+        """End a sequence and free its blocks; tokens in flight for it are dropped."""
         if sequence.is_finished:
             return
         if sequence.status is SequenceStatus.RUNNING:
@@ -364,18 +366,18 @@ class Scheduler:
         if not choices:
             del self._requests[sequence.request_id]
 
-    # A step.
+    # The schedule of a step
 
     def decoding(self) -> list[Sequence]:
-        """Return the sequences that the next step would have decode, as far as is known now."""
+        """Return the sequences that would decode in the next step, as known now."""
         return [seq for seq in self._running if not seq.is_prefill and not seq.is_full]
 
     def schedule(self, proposed: Proposed | None = None) -> SchedulerOutput | None:
         """Return the next step, or None if nothing can be computed before `collect` is called.
 
-        It verifies what is `proposed`, as far as there is room, for sequences with nothing in
-        flight. None while nothing is in flight means that there is no work. An output that is never
-        submitted has changed nothing but block tables: the next call returns the same again.
+        The step verifies the `proposed` tokens that have room; their sequences must have no tokens
+        in flight. None with nothing in flight means that there is no work. An output that is not
+        submitted has changed block tables only: the next call returns the same step.
         """
         preempted: list[Sequence] = []
         decode = self._schedule_decode(preempted)
@@ -384,10 +386,10 @@ class Scheduler:
         decode, proposals = fit_proposals(decode, proposed, self.config, self._blocks)
         decode_rows = len(decode) + sum(1 + len(proposal.token_ids) for proposal in proposals)
         rows = self.config.max_num_batched_tokens - self.config.buckets.pad_rows(decode_rows)
-        # Who has just given up blocks shall not have them back before they are used.
+        # A sequence that was just preempted must not get back the blocks that others need.
         prefill = self._schedule_prefill(rows, admit=not preempted, alone=not decode_rows)
         if not decode_rows and not prefill:
-            # Prompts are admitted only if all of them have room once nobody decodes.
+            # Prompts are admitted only if all of them have room when no sequence decodes.
             idle = self._num_inflight or not self._running or self._blocks.is_awaited
             assert idle, "prompts block each other"
             return None
@@ -397,11 +399,11 @@ class Scheduler:
         )
 
     def _schedule_decode(self, preempted: list[Sequence]) -> list[Sequence] | None:
-        """Return what decodes, each with a place for its token; None: collect first."""
+        """Return the sequences to decode, each with a slot for its token; None: collect first."""
         decode, size = list[Sequence](), self._blocks.block_size
         for sequence in self._running.copy():
             if preempted and sequence.status is not SequenceStatus.RUNNING:
-                break  # preempted in this loop, as are all younger ones
+                break  # preempted in this loop, as are all younger sequences
             computed = sequence.num_computed_tokens
             if computed < sequence.num_prefill_tokens or sequence.is_full:
                 continue
@@ -419,7 +421,7 @@ class Scheduler:
         return decode
 
     def _schedule_prefill(self, rows: int, *, admit: bool, alone: bool) -> list[PrefillChunk]:
-        """Return chunks of prompts for at most `rows` rows; admit sequences if rows are left."""
+        """Return chunks of prompts for at most `rows` rows, and admit sequences if `admit`."""
         buckets, chunks = self.config.buckets, list[PrefillChunk]()
         smallest = buckets.pad_chunk(1)
         computing: set[bytes] = set()
@@ -445,9 +447,9 @@ class Scheduler:
         return chunks
 
     def _prompts(self, admit: bool) -> Iterator[Sequence]:
-        """Yield the running sequences in prefill, then those that can be admitted, one by one.
+        """Yield the running sequences in prefill, then admit and yield waiting ones.
 
-        Each has been given what the prefix cache has for it by now.
+        Each has received its blocks from the prefix cache.
         """
         prompts = [sequence for sequence in self._running if sequence.is_prefill]
         for sequence in prompts:
@@ -459,15 +461,15 @@ class Scheduler:
             matched = self._blocks.match_prefix(sequence)
             lacking = self._num_lacking(sequence, matched)
             if not self._blocks.can_allocate(promised + lacking + self._blocks.num_idle(matched)):
-                return  # nobody overtakes the first
+                return  # no other sequence may overtake the first
             self._admit(self._waiting.pop())
             yield sequence
             promised += self._num_lacking(sequence)
 
     def _num_lacking(self, sequence: Sequence, matched: list[int] | None = None) -> int:
-        """Return the blocks that a sequence still needs to sample a token and compute that.
+        """Return how many blocks a sequence needs for its prompt and one output token.
 
-        Those that match are not among them.
+        Blocks that it holds, and the `matched` ones, are not counted.
         """
         blocks = self._blocks
         needed = blocks.blocks_for(sequence.num_prefill_tokens + 1)
@@ -491,11 +493,11 @@ class Scheduler:
     def _chunk(
         self, sequence: Sequence, max_rows: int, computing: set[bytes]
     ) -> PrefillChunk | None:
-        """Return what a prompt computes in this step, None if it has to wait.
+        """Return the chunk of a prompt in this step, or None if the prompt has to wait.
 
-        It waits for blocks, for those on their way from the offload, and for another prompt of this
-        step to compute what it needs next (in `computing`, to which its own are added): in the next
-        step it can share that.
+        It waits for free blocks, for blocks that are being loaded from the offload, and for another
+        prompt of this step that computes its next block, which it can then share. `computing` has
+        the hashes of the blocks that this step computes; those of the chunk are added.
         """
         blocks, buckets, block_size = self._blocks, self.config.buckets, self._blocks.block_size
         if blocks.next_hash(sequence) in computing or blocks.awaits_blocks(sequence):
@@ -505,13 +507,13 @@ class Scheduler:
         if length > (room := blocks.room_for(sequence)):
             length = round_down(room, buckets.chunk)
         if length < remaining and (start + length) // block_size > start // block_size:
-            length -= (start + length) % block_size  # sharing goes on at a block's end only
+            length -= (start + length) % block_size  # blocks are shared whole
         if (end := blocks.next_snapshot(sequence)) is not None:
             length = min(length, end - start)
         if length <= 0:
             return None
         grown = blocks.grow(sequence, start + length)
-        assert grown, "the chunk was made to fit"
+        assert grown, "the chunk fits in the available blocks"
         computing.update(blocks.hashes_between(sequence, start, start + length))
         return PrefillChunk(sequence, start, length, is_last=length == remaining)
 
@@ -525,19 +527,19 @@ class Scheduler:
         return sequence
 
     def take_released(self) -> tuple[int, ...]:
-        """Return the sequences whose state on the device is void, once; an idle engine asks."""
+        """Return the ids of sequences whose state must be dropped, and clear the list."""
         released = tuple(self._released)
         self._released.clear()
         return released
 
-    # What became of a step.
+    # The result of a step
 
     def submitted(self, output: SchedulerOutput) -> None:
-        """Take note that the device has a step: its KV counts as written, its tokens as sampled."""
+        """Record that a step was submitted: its tokens are in flight, its KV written."""
         blocks, size = self._blocks, self._blocks.block_size
         for sequence in output.decoding:
             if sequence.is_finished:
-                continue  # since the step was scheduled: its blocks are no longer its own
+                continue  # It finished after the step was scheduled, and its blocks are freed.
             sequence.num_computed_tokens = end = sequence.num_computed_tokens + 1
             if end % size == 0:
                 blocks.publish_prefix(sequence)
@@ -549,7 +551,7 @@ class Scheduler:
             sequence.snapshot = None
             if sequence.wants_prompt_logprobs:
                 known = min(end, len(sequence.prompt_token_ids) - 1)
-                # Of a prompt that was preempted, some are known from the first time.
+                # A prompt that was preempted may have more from its first run.
                 sequence.num_prompt_logprobs = max(sequence.num_prompt_logprobs, known)
             blocks.publish_prefix(sequence)
         if blocks.window is not None:
@@ -567,12 +569,12 @@ class Scheduler:
     def collect(
         self, output: SchedulerOutput, token_ids: Iterable[int | None]
     ) -> list[tuple[int, Sequence]]:
-        """Give the sequences of a submitted step the tokens that it sampled.
+        """Append the tokens that a submitted step sampled to its sequences.
 
-        Returns (index into `token_ids`, sequence) of each token that counts: a sequence that had
-        finished before (end of sequence is seen one step late) does not. `is_finished` tells which
-        sequences this ended. Whose token is no token (NaN logits) is to be finished before; one
-        that has None has its newest token computed again.
+        Returns (index into `token_ids`, sequence) for each token that was appended; sequences that
+        finished while the step was in flight get none. `is_finished` says which sequences a token
+        ended. Finish sequences with NaN logits before calling this. None in `token_ids` means that
+        the sequence's newest token is computed again.
         """
         taken, sampled = [], output.sampled
         self._num_inflight -= len(sampled)
@@ -585,10 +587,10 @@ class Scheduler:
         return taken
 
     def take(self, sequence: Sequence, token_id: int) -> bool:
-        """Give a sequence its next token; False, and nothing done, if it has finished.
+        """Append a token to a sequence; return False if it has finished.
 
-        After `collect`, for what a step sampled after tokens that were proposed: of the token
-        before it, that step has computed the KV.
+        Called after `collect` for the tokens of an accepted proposal. The step has computed the
+        keys and values of the token before.
         """
         if sequence.is_finished:
             return False
@@ -601,15 +603,15 @@ class Scheduler:
         return True
 
     def verified(self, proposal: Proposal, num_accepted: int) -> None:
-        """Take note of how many tokens of a proposal were right, before these are taken."""
+        """Count the accepted tokens of a proposal; call it before they are appended."""
         proposal.sequence.num_proposed_tokens += len(proposal.token_ids)
         proposal.sequence.num_accepted_tokens += num_accepted
 
     def fail(self, output: SchedulerOutput) -> list[Sequence]:
-        """Take note that a submitted step failed and its tokens will never come.
+        """End and return the sequences of a submitted step that failed.
 
-        Its sequences end with an error, and are returned. As nothing on the device is to be trusted
-        any more, the prefix cache is emptied and all other sequences start again.
+        The contents of all blocks may be wrong now, so the prefix cache is emptied and all other
+        sequences are computed again.
         """
         for sequence in output.sampled:
             sequence.num_inflight -= 1
@@ -623,7 +625,7 @@ class Scheduler:
         return failed
 
     def stats(self) -> EngineStats:
-        """Return counters since the start and gauges of this moment."""
+        """Return counters since the start, and current gauges."""
         return EngineStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),

@@ -13,29 +13,28 @@ _next_seq_id = itertools.count().__next__
 
 
 class SequenceStatus(StrEnum):
-    """Where a sequence stands; why it finished is its `finish_reason`."""
+    """The state of a sequence; `finish_reason` says why it finished."""
 
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
 
 
-#: Asked for with every token: an enumeration's attribute takes as long as three of an object.
+#: Read for every token: looking up an enumeration's member takes three times as long.
 _FINISHED = SequenceStatus.FINISHED
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A prompt and what has been generated for it. The scheduler owns it and alone changes it.
+    """A prompt and its output so far. Only the scheduler changes it.
 
     `seq_id` is unique in the process: the key of recurrent state and of sampler rows. `cache_salt`
-    stands for all that its KV depends on besides model and tokens, adapter and media, and for its
-    owner where prefixes are not shared between owners.
+    covers what the keys and values depend on besides model and tokens: adapter, media, and the
+    owner if owners do not share prefixes.
 
-    Tokens are in one of three places. Known: in `prompt_token_ids` and `output_token_ids`. In
-    flight: sampled by a submitted step whose tokens the host has not read, `num_inflight` of them.
-    And of all these, the first `num_computed_tokens` have their KV written, or being written by a
-    submitted step.
+    Known tokens are in `prompt_token_ids` and `output_token_ids`. `num_inflight` more tokens are in
+    flight: sampled by a submitted step that the host has not read. The keys and values of the first
+    `num_computed_tokens` of all these tokens are written, by this or earlier submitted steps.
     """
 
     request_id: str
@@ -53,38 +52,38 @@ class Sequence:
     num_computed_tokens: int = field(default=0, init=False)
     #: Tokens to compute before the next is sampled: the prompt, and after a preemption its outputs.
     num_prefill_tokens: int = field(init=False)
-    #: Tokens of the prompt that the prefix cache had when the sequence first ran.
+    #: Prompt tokens that the prefix cache had when the sequence was first admitted.
     num_cached_tokens: int = field(default=0, init=False)
     num_preemptions: int = field(default=0, init=False)
-    #: Tokens that were proposed for it and verified, and those of them that were right.
+    #: Proposed tokens that were verified, and those that were accepted.
     num_proposed_tokens: int = field(default=0, init=False)
     num_accepted_tokens: int = field(default=0, init=False)
-    #: Positions of the prompt whose log-probabilities a submitted step computes.
+    #: Prompt positions whose log-probabilities submitted steps compute.
     num_prompt_logprobs: int = field(default=0, init=False)
-    #: The sequence ends when it has this many tokens; set when it is added.
+    #: The sequence ends at this many tokens; set by `Scheduler.add`.
     max_num_tokens: int = field(default=0, init=False, repr=False)
-    #: While it waits: the least is admitted first.
+    #: Set while the sequence waits; the lowest is admitted first.
     priority: int = field(default=0, init=False, repr=False)
     block_table: list[int] = field(default_factory=list, init=False, repr=False)
-    #: Hashes of its full blocks, as far as they have been needed.
+    #: Hashes of its full blocks, computed as needed.
     block_hashes: list[bytes] = field(default_factory=list, init=False, repr=False)
-    #: How many blocks of the table have been offered to the prefix cache, or came from it.
+    #: Blocks of the table that were published to the prefix cache, or came from it.
     num_published_blocks: int = field(default=0, init=False, repr=False)
-    #: Recurrent state to go on from, if its computed tokens end in shared ones.
+    #: The recurrent snapshot to continue from, after a shared prefix.
     snapshot: object | None = field(default=None, init=False, repr=False)
-    #: Where its tokens leave those whose blocks, but no snapshot, were there.
+    #: The position where the prompt leaves a cached prefix that has no snapshot there.
     branch: int = field(default=0, init=False, repr=False)
-    #: How many blocks at the table's beginning are behind the window of all layers, and given up.
+    #: Blocks at the start of the table that are before the window of all layers, and released.
     num_unseen_blocks: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.num_prefill_tokens = len(self.prompt_token_ids)
 
     def fork(self, index: int) -> Sequence:
-        """Return another choice of the same request, which waits.
+        """Return a new sequence for choice `index` of the same request.
 
-        It shares no state: its prompt's full blocks come from the prefix cache, and the partial
-        last block is computed again, for no two sequences ever write to one block.
+        It shares no state. It finds the prompt's full blocks in the prefix cache and computes the
+        partial last block again, as no two sequences write to the same block.
         """
         return Sequence(
             self.request_id,
@@ -97,27 +96,27 @@ class Sequence:
 
     @property
     def num_known_tokens(self) -> int:
-        """Prompt and outputs, without those in flight."""
+        """Prompt and output tokens, without those in flight."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and outputs, with those in flight."""
+        """Prompt and output tokens, with those in flight."""
         return self.num_known_tokens + self.num_inflight
 
     @property
     def num_output_tokens(self) -> int:
-        """Outputs, with those in flight."""
+        """Output tokens, with those in flight."""
         return len(self.output_token_ids) + self.num_inflight
 
     @property
     def num_remaining_tokens(self) -> int:
-        """Tokens that prefill has yet to compute."""
+        """Tokens that prefill still has to compute."""
         return self.num_prefill_tokens - self.num_computed_tokens
 
     @property
     def is_prefill(self) -> bool:
-        """Whether tokens are to be computed before the next can be sampled."""
+        """Whether more tokens must be computed before the next one can be sampled."""
         return self.num_computed_tokens < self.num_prefill_tokens
 
     @property
@@ -126,15 +125,15 @@ class Sequence:
 
     @property
     def is_full(self) -> bool:
-        """Whether the tokens in flight already are its last: nothing more is to be computed."""
+        """Whether the sequence is complete with its tokens in flight."""
         known = len(self.prompt_token_ids) + len(self.output_token_ids)
         return known + self.num_inflight >= self.max_num_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether log-probabilities of prompt tokens are still to be computed.
+        """Whether log-probabilities of prompt tokens must still be computed.
 
-        The first choice computes them for all choices.
+        The sequence of the first choice computes them for all choices.
         """
         return (
             self.params.prompt_logprobs is not None
@@ -156,15 +155,15 @@ class Sequence:
         return self.prompt_token_ids[start:cut] + outputs
 
     def restart(self) -> None:
-        """Forget all computed KV: everything known is to be computed again."""
-        assert not self.block_table, "its blocks are to be freed first"
+        """Reset a preempted sequence: all known tokens must be computed again."""
+        assert not self.block_table, "free its blocks first"
         self.status = SequenceStatus.WAITING
         self.num_computed_tokens = 0
         self.num_prefill_tokens = self.num_tokens
         self.num_preemptions += 1
 
     def ending(self) -> tuple[FinishReason, int | None] | None:
-        """Return why its newest token ends it, with the stop token if it was one; else None."""
+        """Return why the newest token ends the sequence, and the stop token if one did; or None."""
         token_id = self.output_token_ids[-1]
         if len(self.output_token_ids) > self.params.min_tokens:
             if token_id in self.params.stop_token_ids:

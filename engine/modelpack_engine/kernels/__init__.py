@@ -1,17 +1,16 @@
-"""Kernels over paged KV: decode attention through the block table, and writing KV rows in place.
+"""Kernels over paged KV: attention through block tables, and in-place writes of KV rows.
 
-Pools are flat and token-major: [slots, KV heads, dim], slot = block * block size + offset; or
-[slots, 1, words] where they are quantised (see `attention.quantised`). On Metal
-and CUDA the two operations are kernels made of one text (see `sources`); each is probed when it is
-first needed against MLX's own functions, and where there is no GPU, no kernel for a shape, or a
-failed probe, those functions run instead.
+Pools are flat and token-major: [slots, KV heads, dim], with slot = block * block size + offset, or
+[slots, 1, words] if they are quantised (see `quantised`). The kernels for Metal and CUDA have one
+source (see `sources`). Each is compared with MLX's functions before its first use. Without a GPU,
+without a kernel for a shape, or after a failed probe, MLX's functions run instead.
 
-Order. A kernel that writes in place is outside of what MLX knows: it orders work on a GPU by the
-buffers that an operation puts out, and a pool is nobody's output. So `write_kv` puts out a token,
-and whatever reads a pool afterwards must read the token, too: `decode_attention` and the next
-`write_kv` know it by the pool that they get, which has to be the very array that `write_kv`
-returned; any other reader has to take its indices through `after`. A write waits for the write
-before, not for readers: in a model its rows follow from what they read, or go to other slots.
+Order: MLX orders work on a GPU by the outputs of operations, and a pool that a kernel writes in
+place is not an output. So `write_kv` has an output of its own, a token, and whatever reads the pool
+afterwards must also read the token. `decode_attention` and the next `write_kv` look up the token by
+the pool, which must be the array object that `write_kv` returned. Other readers must pass their
+indices through `after`. A write waits for the previous write but not for readers: in a model, the
+rows to write depend on what was read, or go to other slots.
 """
 
 from modelpack_engine.kernels.operations import KernelSupport as KernelSupport

@@ -25,26 +25,26 @@ _HEADER = "cuda_fp16.h"
 
 
 class CompileError(EngineError):
-    """NVRTC is not there, or does not take a text."""
+    """NVRTC is missing, or cannot compile a source."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A kernel's machine code, and the symbol by which it is found there."""
+    """The machine code of a kernel, and the kernel's symbol in it."""
 
     code: bytes
     symbol: str
 
 
 class Nvrtc:
-    """The compiler, with CUDA's own headers."""
+    """NVRTC, with CUDA's headers."""
 
     def __init__(self, library: ctypes.CDLL, include: Path) -> None:
         self._library = library
         self._include = include
 
     def compile(self, text: str, name: str, architecture: str) -> Compiled:
-        """Compile `text` for an `architecture` such as sm_90a; `name` is the kernel's, qualified.
+        """Compile `text` for an `architecture` such as sm_90a; `name` is the qualified name.
 
         Raises `CompileError` with the compiler's log.
         """
@@ -55,7 +55,7 @@ class Nvrtc:
         try:
             self._call("nvrtcAddNameExpression", program, name.encode())
             options = [
-                b"--device-as-default-execution-space",  # as MLX has it
+                b"--device-as-default-execution-space",  # as MLX does
                 f"--gpu-architecture={architecture}".encode(),
                 f"--include-path={self._include}".encode(),
             ]
@@ -83,28 +83,28 @@ class Nvrtc:
     def _call(self, function: str, *arguments: object) -> None:
         status = getattr(self._library, function)(*arguments)
         if status:
-            raise CompileError(f"{function} ends with {status}")
+            raise CompileError(f"{function} failed: status {status}")
 
 
 @cache
 def find() -> Nvrtc:
-    """Return this machine's compiler; raises `CompileError` if it or its headers are not there."""
+    """Return this machine's compiler; raise `CompileError` if it or its headers are missing."""
     folders = list(_folders())
     include = next((f / "include" for f in folders if (f / "include" / _HEADER).is_file()), None)
     if include is None:
-        raise CompileError(f"{_HEADER} is in none of {', '.join(map(str, folders)) or 'no folder'}")
-    # The name alone finds the one that MLX has loaded.
+        raise CompileError(f"{_HEADER} not found in {', '.join(map(str, folders)) or 'any folder'}")
+    # The name without a folder finds the library that MLX has loaded.
     for place in ("", *(f"{folder / 'lib'}/" for folder in folders)):
         for name in _SONAMES:
             try:
                 return Nvrtc(ctypes.CDLL(place + name), include)
             except OSError:
                 continue
-    raise CompileError(f"there is no {' or '.join(_SONAMES)}")
+    raise CompileError(f"{' or '.join(_SONAMES)} not found")
 
 
 def _folders() -> Iterator[Path]:
-    """Yield where CUDA may be: in Python packages, then where its variables point."""
+    """Yield folders that may have CUDA: Python packages, then those of CUDA's variables."""
     spec = importlib.util.find_spec("nvidia")
     for root in (spec and spec.submodule_search_locations) or ():
         yield from sorted(path for path in Path(root).iterdir() if path.is_dir())
@@ -115,7 +115,7 @@ def _folders() -> Iterator[Path]:
 
 
 NAMESPACE = "mlx::core::cu"
-#: What the text begins with: two seconds of NVRTC.
+#: The beginning of MLX's sources, which takes NVRTC two seconds to compile.
 MLX_HEADER = """
 #include "mlx/backend/cuda/device/utils.cuh"
 
@@ -135,10 +135,10 @@ Template = Sequence[tuple[str, Any]]
 
 
 class GeneratedKernel:
-    """A kernel as MLX would compile it, called with these inputs, template and types of outputs.
+    """The source that MLX generates for a kernel with these inputs, template and output types.
 
-    `function` is its name in the `NAMESPACE`; `text` is the text but for `MLX_HEADER`. Raises
-    `KeyError` for types that our kernels do not have.
+    `function` is the kernel's name in `NAMESPACE`; `text` is the source without `MLX_HEADER`.
+    Raises `KeyError` for types that our kernels do not use.
     """
 
     def __init__(
@@ -153,18 +153,18 @@ class GeneratedKernel:
 
     @property
     def name(self) -> str:
-        """The name that the compiler knows it by."""
+        """The qualified name of the kernel."""
         return f"{NAMESPACE}::{self.function}"
 
     @property
     def path(self) -> Path:
-        """Where its binary would lie in MLX's folder, without a suffix; long names are folders."""
+        """The path of its binary in MLX's folder, without a suffix; long names become folders."""
         module = f"{self.function}_{std_hash((MLX_HEADER + self.text).encode()):x}"
         return Path(*(module[i : i + _LONGEST] for i in range(0, len(module), _LONGEST)))
 
 
 def binaries_folder() -> Path:
-    """Return MLX's folder of binaries."""
+    """Return the folder in which MLX caches binaries."""
     if given := os.environ.get("MLX_PTX_CACHE_DIR"):
         return Path(given)
     temporary = next(
@@ -176,7 +176,7 @@ def binaries_folder() -> Path:
 
 
 def std_hash(data: bytes) -> int:
-    """Return what libstdc++'s `std::hash<std::string>` does on 64 bits (MurmurHash 2, 64A)."""
+    """Return libstdc++'s `std::hash<std::string>` of `data` on 64 bits (MurmurHash 2, 64A)."""
     multiplier, mask = 0xC6A4A7935BD1E995, (1 << 64) - 1
     value = 0xC70F6907 ^ (len(data) * multiplier & mask)
     whole = len(data) & ~7
@@ -203,7 +203,7 @@ def _frame(
     template: Template,
     outputs: Sequence[mx.Dtype],
 ) -> str:
-    """Return the text that MLX makes, without what it includes itself."""
+    """Return the source that MLX generates, without its own header."""
     arguments = []
     for name, array in zip(source.inputs, inputs, strict=True):
         arguments.append(f"const {_CUDA_TYPES[array.dtype]}* {name}")
@@ -231,7 +231,7 @@ def _constant(name: str, value: Any) -> str:
 
 logger = logging.getLogger(__name__)
 
-#: What MLX's headers have that a kernel's frame and ours need: `Shape` is MLX's, of 10 sizes.
+#: The parts of MLX's headers that our kernels need; `Shape` is MLX's, with 10 sizes.
 PRELUDE = """\
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -254,7 +254,7 @@ struct Shape {
 
 
 def prepared(kernel: Callable[..., list[mx.array]], source: KernelSource) -> Any:
-    """Return `kernel`, made by MLX of `source`, so that its binaries are there before it runs."""
+    """Return `kernel`, which MLX made of `source`, with its binaries compiled before it runs."""
     seen: set[tuple[Any, ...]] = set()
 
     def call(
@@ -280,7 +280,7 @@ def prepare(
     template: Template,
     outputs: Sequence[mx.Dtype],
 ) -> None:
-    """Put the binary of a kernel that is called like this where MLX finds it, if that works."""
+    """Compile a kernel for these arguments and store its binary where MLX finds it, if possible."""
     if not found_by_mlx():
         return
     try:
@@ -289,24 +289,24 @@ def prepare(
         if not binary.is_there:
             binary.write(compile_kernel(kernel, architecture, find()))
     except (CompileError, OSError, KeyError) as error:
-        logger.info("MLX compiles %s itself: %s", source.name, error)
+        logger.info("MLX compiles the kernel %s itself: %s", source.name, error)
 
 
 @cache
 def found_by_mlx() -> bool:
-    """Return whether MLX runs what lies in its folder."""
+    """Return whether MLX runs the binaries in its folder."""
     try:
         found = _runs_another_text(_architecture(), find())
     except (CompileError, OSError, KeyError, RuntimeError) as error:
         logger.info("MLX compiles kernels itself: %s", error)
         return False
     if not found:
-        logger.info("MLX compiles kernels itself: it has not looked into %s", binaries_folder())
+        logger.info("MLX compiles kernels itself: it does not look into %s", binaries_folder())
     return found
 
 
 def _runs_another_text(architecture: str, compiler: Nvrtc) -> bool:
-    """Return whether MLX, given a kernel that puts out 0, runs the binary of one that does 1."""
+    """Return whether MLX, for a kernel that returns 0, runs a stored binary that returns 1."""
     name = f"paged_probe_{os.getpid()}"
     zero, one = (
         KernelSource(name, "", f"  out[0] = {value};\n", ("x",), ("out",)) for value in (0, 1)
@@ -336,7 +336,7 @@ def _runs_another_text(architecture: str, compiler: Nvrtc) -> bool:
 
 
 class Binary:
-    """What is made of a kernel for an architecture, and kept in MLX's folder."""
+    """The stored binary of a kernel for an architecture, in MLX's folder."""
 
     def __init__(self, kernel: GeneratedKernel, architecture: str) -> None:
         path = binaries_folder() / kernel.path
@@ -347,7 +347,7 @@ class Binary:
 
     @property
     def is_there(self) -> bool:
-        """Whether it lies there as it would be written. Raises `OSError`."""
+        """Whether the binary is stored and complete. Raises `OSError`."""
         try:
             digest = self._digest(self._code.read_bytes())
             return self._symbols.read_bytes().splitlines()[-1:] == [digest]
@@ -355,8 +355,8 @@ class Binary:
             return False
 
     def write(self, made: Compiled) -> None:
-        """Keep what was compiled; nothing half-written is visible. Raises `OSError`."""
-        # MLX reads lines that have a tab.
+        """Store the compiled kernel atomically. Raises `OSError`."""
+        # MLX reads only lines that have a tab, so it ignores the digest.
         symbols = f"{self._kernel.name}\t{made.symbol}\n".encode() + self._digest(made.code)
         self._code.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._code.parent) as scratch:
@@ -366,12 +366,12 @@ class Binary:
                 whole.replace(target)
 
     def remove(self) -> None:
-        """Have it no longer lie there."""
+        """Remove the stored binary."""
         for path in (self._code, self._symbols):
             path.unlink(missing_ok=True)
 
     def _digest(self, code: bytes) -> bytes:
-        """Return what tells this from something else under its name: by other headers, damaged."""
+        """Return a line that changes if the binary is damaged or is made with other headers."""
         made_by = f"{self._architecture} {PRELUDE}".encode()
         return f"sha256 {hashlib.sha256(made_by + code).hexdigest()}".encode()
 
@@ -383,7 +383,7 @@ def compile_kernel(kernel: GeneratedKernel, architecture: str, compiler: Nvrtc) 
 
 @cache
 def _architecture() -> str:
-    """Return the GPU's architecture as MLX tells it to the compiler."""
+    """Return the GPU's architecture as MLX passes it to the compiler."""
     info = mx.device_info()
     major, minor = info["compute_capability_major"], info["compute_capability_minor"]
     return f"sm_{major}{minor}{'a' if int(major) >= 9 else ''}"

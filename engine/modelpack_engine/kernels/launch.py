@@ -1,4 +1,4 @@
-"""From a plan to a call of MLX: compiled kernels, template arguments and grids."""
+"""Kernel launches: compiled kernels, their template arguments and grids, as calls of MLX."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Kernel = Callable[..., list[mx.array]]
 
 
 def backend() -> Backend:
-    """Return the backend that kernels would run on: that of the default device."""
+    """Return the backend of the default device, on which kernels run."""
     if mx.default_device().type != mx.DeviceType.gpu:
         return "none"
     if mx.metal.is_available():
@@ -46,7 +46,7 @@ def backend() -> Backend:
 
 @cache
 def _includes_files() -> bool:
-    """Return whether CUDA's compiler opens the files that a kernel names: asked by making one."""
+    """Return whether CUDA's compiler can include files by path, tested by compiling a kernel."""
     if not can_include():
         return False
     made = _made(kernel_source("swiglu", "cuda", by_path=True), "cuda")
@@ -91,12 +91,12 @@ def _made(found: KernelSource, on: Backend, shared_bytes: int = 0) -> Kernel:
 
 @cache
 def zero() -> mx.array:
-    """Return int32 [1] of 0: a token that orders nothing, and what stands for absent inputs."""
+    """Return int32 [1] of 0: a token without an order, also used for absent inputs."""
     return mx.array([0], mx.int32)
 
 
 def kernel(body: Body, on: Backend, shared_bytes: int = 0, *, split: bool = False) -> Kernel:
-    """Return the kernel of a body; `shared_bytes` are of what it does not declare itself (CUDA)."""
+    """Return the kernel of a body; `shared_bytes` is its dynamic shared memory (CUDA)."""
     if shared_bytes:
         return _kernel(body, on, shared_bytes=shared_bytes)[0]
     return _kernel(body, on, split=split)[0]
@@ -104,16 +104,16 @@ def kernel(body: Body, on: Backend, shared_bytes: int = 0, *, split: bool = Fals
 
 @lru_cache(maxsize=256)
 def factors(scale: float, softcap: float | None) -> mx.array:
-    """Return the attention kernels' `params`, float32 [3]: scores come out in base 2."""
+    """Return the attention kernels' `params`, float32 [3], which convert scores to base 2."""
     if softcap is None:
         return mx.array([scale * LOG2E, LOG2E, 0.0], mx.float32)
     return mx.array([scale / softcap, 1.0 / softcap, softcap * LOG2E], mx.float32)
 
 
 def bits_of(value: float) -> int:
-    """Return a float32's bits: how a number gets into a kernel's text.
+    """Return the bits of a float32, to pass a number as a template argument.
 
-    In an array of 8 bytes or less, it would be read from the host's memory (MLX on CUDA): 15 µs.
+    On CUDA, MLX keeps arrays of 8 bytes or less in host memory, and reading one takes 15 µs.
     """
     found: int = struct.unpack("<i", struct.pack("<f", value))[0]
     return found
@@ -125,10 +125,11 @@ def template(
     inputs: Sequence[mx.array],
     on: Backend,
 ) -> list[tuple[str, Any]]:
-    """Return template arguments that tell apart all calls whose generated text differs.
+    """Return template arguments that differ between calls whose generated source differs.
 
-    MLX caches compiled kernels by name and template arguments. On Metal the address space of an
-    input depends on its size, and a text that keeps changing would be compiled each time.
+    MLX caches compiled kernels by name and template arguments. On Metal, the address space of an
+    input depends on its size: without the argument SMALL, a kernel with changing input sizes would
+    be compiled again for each change.
     """
     small = 0
     if on == "metal":
@@ -147,7 +148,7 @@ def run(
     shapes: Sequence[tuple[int, ...]],
     dtypes: Sequence[mx.Dtype],
 ) -> list[mx.array]:
-    """Run a kernel by `threads` threads or more, in whole threadgroups of `group` of them."""
+    """Run a kernel with at least `threads` threads, in whole threadgroups of `group` threads."""
     on = backend()
     return kernel(body, on)(
         inputs=list(inputs),
@@ -160,7 +161,7 @@ def run(
 
 
 def verdict(compare: Callable[..., str | None], *args: object) -> str | None:
-    """Return what `compare` finds off about kernels; one that does not compile counts as off."""
+    """Return the problem that `compare` finds; a kernel that does not compile is a problem too."""
     try:
         return compare(*args)
     except (RuntimeError, ValueError, TypeError) as error:
@@ -183,7 +184,7 @@ def decode(
     q_more: mx.array | None = None,
     written: mx.array | None = None,
 ) -> mx.array:
-    """Run the decode kernel by `plan`, and the merge kernel if it splits; return [B, H, Dv]."""
+    """Run the decode kernel by `plan`, and the merge kernel if contexts are split: [B, H, Dv]."""
     rows = q.shape[0]
     split = plan.parts > 1
     if sinks is None:
@@ -224,9 +225,9 @@ def merge(
     sinks: mx.array,
     simdgroups: int = MERGE_SIMDGROUPS,
 ) -> mx.array:
-    """Return attention [rows, H, Dv] of its parts [rows, H, parts, Dv] and their statistics.
+    """Merge the attention of parts [rows, H, parts, Dv] by their statistics into [rows, H, Dv].
 
-    Each head of a row by so many `simdgroups`: few where there are many rows and few parts.
+    `simdgroups` work on each head of a row: few are enough with many rows and few parts.
     """
     kernel, _ = _kernel("merge", on)
     constants = [

@@ -1,7 +1,8 @@
-"""Probes: compare each kernel with MLX's own functions on this machine before its first use.
+"""The operations on paged KV: decode attention, prefill attention, and KV writes.
 
-A probe returns None or a description of the error. References are computed on the CPU: some GPUs
-multiply float32 with 10 bits of mantissa.
+Each kernel is compared with MLX's functions on this machine before its first use, by a probe, which
+returns None or a description of the error. Without a correct kernel, MLX's functions run.
+References are computed on the CPU: some GPUs multiply float32 with 10 bits of mantissa.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _SLOTS = 4096
 
 
 def probe_decode(shape: AttentionShape, on: Backend, dtype: mx.Dtype, pool: mx.Dtype) -> str | None:
-    """Decode random rows of 1 to 600 tokens, in one piece and split."""
+    """Compare decode attention of random rows with 1 to 600 tokens, with and without splits."""
     keys = mx.random.split(mx.random.key(7), 8)
     size = shape.block_size
     lines = _BLOCKS * size, shape.num_kv_heads
@@ -78,13 +79,13 @@ def probe_decode(shape: AttentionShape, on: Backend, dtype: mx.Dtype, pool: mx.D
             scale=scale, softcap=softcap, sinks=sinks, q_more=q_more,
         )  # fmt: skip
         error = float(mx.max(mx.abs(out.astype(mx.float32) - expected)).item())  # type: ignore[arg-type]
-        if not error <= TOLERANCE[dtype]:  # also if it is not a number
+        if not error <= TOLERANCE[dtype]:  # also if the error is NaN
             return f"its output is off by {error:.3g} in {parts} parts, allowed {TOLERANCE[dtype]}"
     return None
 
 
 def probe_write(on: Backend, dtype: mx.Dtype, pool: mx.Dtype) -> str | None:
-    """Write rows into pools that others hold: right bytes, no copy, and readers wait for them."""
+    """Compare a write into pools with other references: right values, no copy, readers wait."""
     rows, width = 32, 512
     key = mx.random.key(11)
     k_pool = mx.random.normal((_SLOTS, 1, width), key=key).astype(pool)
@@ -110,7 +111,7 @@ def probe_write(on: Backend, dtype: mx.Dtype, pool: mx.Dtype) -> str | None:
         if not mx.all((found == rows_in) | ~kept[:, None]).item():
             return f"the {name} read back are not those written"
 
-    # As in a model, each round's rows follow from what the round before has read.
+    # As in a model, each round writes rows that depend on what the previous round has read.
     written = k_pool
     values = k
     indices = mx.arange(1, rows + 1, dtype=mx.int32)
@@ -125,7 +126,7 @@ def probe_write(on: Backend, dtype: mx.Dtype, pool: mx.Dtype) -> str | None:
 
 
 def probe_quantise(on: Backend, dtype: mx.Dtype, quantised: Quantisation) -> str | None:
-    """Quantise rows into pools that others hold: the right values, no copy, nothing beside."""
+    """Compare a quantised write: right values, no copy, and no other slots written."""
     rows, widths = 32, (512, 256)
     keys = mx.random.split(mx.random.key(13), 4)
     k, v = (
@@ -153,7 +154,7 @@ def probe_quantise(on: Backend, dtype: mx.Dtype, quantised: Quantisation) -> str
             places = slots[mx.array(kept)]
             found = quantised.decode(kv_pool[places, 0], mx.float32)
             read = quantised.decode(wanted, mx.float32)
-            # A code may be one off where an element lies halfway between two.
+            # A code may differ by one for an element halfway between two codes.
             far = mx.abs(found - read) > 24.0 / ((1 << quantised.bits) - 1) * 1.05
             if mx.any(far | (mx.isnan(found) != mx.isnan(read))).item():
                 return f"the {name} read back are not those written"
@@ -166,13 +167,13 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 _QUANTISED = (mx.uint32,)
-#: What `available` probes if nothing has been probed before.
+#: The shape that `available` probes if no kernel has been probed before.
 _ANY_SHAPE = AttentionShape(num_heads=8, num_kv_heads=2, key_dim=64, value_dim=64)
 
 
 @dataclass(frozen=True, slots=True)
 class KernelSupport:
-    """The backend, whether each kernel passed all of its probes, and what failed."""
+    """The backend, whether each kernel has passed all of its probes, and the failures."""
 
     backend: Backend
     decode: bool
@@ -180,19 +181,19 @@ class KernelSupport:
     failures: tuple[str, ...] = ()
 
 
-#: What was found, by kernel, device and types: None, or why the kernel is not used.
+#: Results of probes by kernel, device and types: None, or why the kernel is not used.
 _verdicts: dict[tuple[object, ...], str | None] = {}
 _enabled = True
 
 
 def enable(enabled: bool) -> None:
-    """Let kernels run, or use MLX's own functions only, from now on."""
+    """Switch kernels on or off; without them, MLX's functions run."""
     global _enabled
     _enabled = enabled
 
 
 def may_decode(shape: AttentionShape, dtype: mx.Dtype, pool: mx.Dtype) -> bool:
-    """Return whether the decode kernel is right for `shape`; the first call for one probes it."""
+    """Return whether the decode kernel is correct for `shape`, probing it on the first call."""
     on = launch.backend()
     if on == "none" or not _enabled:
         return False
@@ -207,7 +208,7 @@ def may_decode(shape: AttentionShape, dtype: mx.Dtype, pool: mx.Dtype) -> bool:
 
 
 def may_prefill(shape: AttentionShape, dtype: mx.Dtype, pool: mx.Dtype) -> bool:
-    """Return whether the prefill kernel is right for `shape`; the first call for one probes it."""
+    """Return whether the prefill kernel is correct for `shape`, probing it on the first call."""
     on = launch.backend()
     if on == "none" or not _enabled:
         return False
@@ -223,7 +224,7 @@ def may_prefill(shape: AttentionShape, dtype: mx.Dtype, pool: mx.Dtype) -> bool:
 
 
 def may_write(dtype: mx.Dtype, pool: mx.Dtype, quantised: Quantisation | None = None) -> bool:
-    """Return whether the write kernel is right for these types; the first call probes it."""
+    """Return whether the write kernel is correct for these types, probing it on the first call."""
     on = launch.backend()
     if on == "none" or not _enabled:
         return False
@@ -245,9 +246,9 @@ def probe(
     dtype: mx.Dtype = mx.bfloat16,
     pool_dtype: mx.Dtype | None = None,
 ) -> KernelSupport:
-    """Probe both kernels for a model's attention shapes and types; say by a warning what fails.
+    """Probe the kernels for a model's attention shapes and types, and log failures.
 
-    To be called while a model loads: a kernel that was not probed is so at its first use.
+    Call this while a model loads; otherwise, kernels are probed at their first use.
     """
     pool = pool_dtype or dtype
     for shape in shapes:
@@ -257,7 +258,7 @@ def probe(
 
 
 def available() -> KernelSupport:
-    """Return what kernels there are on the default device, by all probes so far."""
+    """Return which kernels passed all probes so far on the default device."""
     on = launch.backend()
     if on == "none" or not _enabled:
         return KernelSupport("none", decode=False, write=False)
@@ -273,7 +274,7 @@ def available() -> KernelSupport:
 
 
 def _run(check: Callable[[], str | None]) -> str | None:
-    """Return what `check` finds; a kernel that cannot be compiled or launched is one that fails."""
+    """Return the result of `check`; a kernel that cannot be compiled or launched fails."""
     try:
         return check()
     except (RuntimeError, ValueError, TypeError) as error:
@@ -304,17 +305,18 @@ def decode_attention(
     split: int | None = None,
     quantised: Quantisation | None = None,
 ) -> mx.array:
-    """Return attention [B, H, Dv] in q's dtype, of q [B, H, D], one row a sequence.
+    """Return attention [B, H, Dv] in q's dtype, for q [B, H, D] with one row per sequence.
 
     Row b sees the last `window` (None: all) of its first `context_lens[b]` tokens, in the blocks
-    `block_tables[b]` (int32 [B, width]). `sinks` [H] join the softmax's denominator only; `softcap`
-    c squashes scores to c * tanh(score / c). `split` fixes into how many parts contexts are split.
+    `block_tables[b]` (int32 [B, width]). `sinks` [H] are added to the softmax's denominator only;
+    `softcap` c limits scores to c * tanh(score / c). `split` fixes the number of parts that
+    contexts are split into.
 
-    Latent attention keeps values in the keys: `value_dim` says that values are the first elements
-    of k_pool's rows, and v_pool is None, or [slots, Hkv, Dx] and goes on with the keys where k_pool
-    ends; `q_more` [B, H, Dx] then goes on with the queries, scaled already as the models do it.
+    For latent attention, `value_dim` is set, and the values are the first `value_dim` elements of
+    k_pool's rows. Then v_pool is None, or [slots, Hkv, Dx] with further elements of the keys, and
+    `q_more` [B, H, Dx] has the matching elements of the queries, already scaled by the model.
 
-    Pools that are `quantised` are uint32 [slots, 1, words], and neither is for latents.
+    Pools that are `quantised` are uint32 [slots, 1, words], without latent attention.
     """
     pools = (k_pool, k_pool if v_pool is None else v_pool)
     dims = [pool.shape[-1] for pool in pools]
@@ -336,7 +338,7 @@ def decode_attention(
         group=0 if quantised is None else quantised.group,
     )
     assert q.shape[-1] == shape.key_dim, (q.shape, k_pool.shape)
-    assert shape.latent or v_pool is not None, "values are in neither pool"
+    assert shape.latent or v_pool is not None, "a pool of values is required"
     assert (q_more is None) == (not shape.latent or v_pool is None), "queries and keys differ"
     token = token_of(k_pool)
     if v_pool is None:
@@ -372,7 +374,7 @@ def prefill_attention(
     sinks: mx.array | None = None,
     block_size: int = 16,
 ) -> mx.array | None:
-    """Return attention [rows, H, D] of the rows of `tiles`, or None where there is no kernel."""
+    """Return attention [rows, H, D] for the rows of `tiles`; None if there is no kernel."""
     shape = AttentionShape(
         num_heads=q.shape[1],
         num_kv_heads=num_kv_heads,
@@ -402,13 +404,13 @@ def write_kv(
 ) -> tuple[mx.array, mx.array | None]:
     """Write rows k [T, Hkv, D] and v [T, Hkv, Dv] to `slots` (int32 [T]); return the pools.
 
-    Use the returned pools from then on, and drop the ones passed in. With the kernel they share the
-    memory of the latter and nothing is copied, whoever else holds them. Rows of negative slots are
-    dropped. `previous_token` orders this write after another one; by default, the pools' last.
-    Pools that are `quantised` are uint32 [slots, 1, words], and both of them are needed.
+    Use the returned pools from then on, and drop the ones passed in. With the kernel, they share
+    the same memory: nothing is copied, even if there are other references. Rows with negative slots
+    are dropped. `previous_token` orders this write after another one; by default, the pools' last
+    write. Pools that are `quantised` are uint32 [slots, 1, words], and both are required.
     """
-    assert (v is None) == (v_pool is None), "values have no pool, or a pool no values"
-    # Metal has fewer elements in `constant`, where the kernel does not read vectors.
+    assert (v is None) == (v_pool is None), "v and v_pool must be given together"
+    # Metal puts inputs with few elements in `constant` memory, where the kernel reads no vectors.
     tiny = min(k.size, k.size if v is None else v.size) < CONSTANT_BELOW
     if tiny or not may_write(k.dtype, k_pool.dtype, quantised):
         slots = after(slots, k_pool, v_pool)

@@ -1,7 +1,8 @@
-"""Plans of kernels (variants, groups, splits) and the order of reads after in-place writes.
+"""Plans of kernels (variants, groups, splits), and the order of reads after in-place writes.
 
-A write in place returns a token (int32 [1], 0) and no pool. The pools that `write_kv` returns are
-recorded here with their token for as long as they live, so that readers can be ordered after it.
+An in-place write has a token (int32 [1], 0) as its output. The pools that `write_kv` returns are
+recorded here with their token as long as they exist, so that readers can be ordered after the
+write.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _tokens: dict[int, tuple[ref[mx.array], mx.array]] = {}
 
 
 def written(pool: mx.array, token: mx.array) -> mx.array:
-    """Return `pool`, which `token` came with."""
+    """Record `token` as that of the last write to `pool`; return `pool`."""
     key = id(pool)
 
     def forget(gone: ref[mx.array]) -> None:
@@ -28,7 +29,7 @@ def written(pool: mx.array, token: mx.array) -> mx.array:
 
 
 def token_of(pool: mx.array | None) -> mx.array | None:
-    """Return the token of the last write to `pool`, or None if MLX itself made its contents."""
+    """Return the token of the last write to `pool`; None if no kernel has written it."""
     found = _tokens.get(id(pool))
     return found[1] if found is not None and found[0]() is pool else None
 
@@ -36,7 +37,7 @@ def token_of(pool: mx.array | None) -> mx.array | None:
 def after(indices: mx.array, *pools: mx.array | None) -> mx.array:
     """Return `indices` (int32), ordered after the writes to `pools`.
 
-    Whatever gathers from a pool with MLX's functions has to use such indices; see the package.
+    Gathering from a pool with MLX's functions requires such indices: see the package's docstring.
     """
     tokens = {id(token): token for pool in pools if (token := token_of(pool)) is not None}
     for token in tokens.values():
@@ -45,38 +46,40 @@ def after(indices: mx.array, *pools: mx.array | None) -> mx.array:
 
 
 #: Simdgroups of a threadgroup: few enough that short contexts keep all of them busy. On CUDA, more
-#: where there are few threadgroups, and fewer where there are many, of few tokens: measured.
+#: for few threadgroups, and fewer for many threadgroups with short contexts (measured).
 SIMDGROUPS, _MOST_SIMDGROUPS, _FEWEST_SIMDGROUPS = 4, 8, 2
 _MANY_THREADGROUPS, _FEW_TOKENS = 1024, 640
-#: Simdgroups that merge a head's parts.
+#: Simdgroups that merge the parts of a head.
 MERGE_SIMDGROUPS = 8
 #: Threadgroups that keep a large GPU busy; with fewer, contexts are split.
 TARGET_THREADGROUPS = 256
-#: Shorter contexts are never split; a part is planned to have a quarter of this at least, or with
-#: the most simdgroups all of it.
+#: Shorter contexts are never split. A part has at least a quarter of this many tokens, or all of it
+#: with the most simdgroups.
 SPLIT_CONTEXT = 512
 MAX_PARTS = 64
-#: Bytes of one load, float accumulators a lane keeps, and bytes it has under way in a turn.
+#: Bytes of one load.
 LOAD_BYTES = 16
-#: Quantised elements of one load, and of one thread that writes.
+#: Quantised elements of one load, and those that one thread writes.
 MAX_QUANTISED = 16
 QUANTISED_PART = 8
+#: The most float accumulators of a lane.
 MAX_ACCUMULATORS = 64
-# The same on Metal, where a thread has 128 registers: these, up to 32 of loads under way, and up to
-# 16 scores leave some for addresses; twice as many would spill. Reckoned, not measured.
+# The same on Metal, where a thread has 128 registers: these, 32 for pending loads and 16 for scores
+# leave some for addresses; 64 accumulators would spill. Estimated, not measured.
 _METAL_ACCUMULATORS = 32
+#: The most bytes of pending loads of a lane.
 MAX_FLIGHT_BYTES = 128
-#: What Metal guarantees a threadgroup.
+#: The shared memory that Metal guarantees to a threadgroup.
 MAX_SHARED_BYTES = 32 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What of a layer's attention is compiled into a kernel.
+    """The properties of a layer's attention that are compiled into a kernel.
 
-    `key_dim` and `value_dim` are the widths of the two pools' rows. `latent`: values are the first
-    `value_dim` elements of the keys, and keys go on with `extra_dim` elements in the second pool.
-    With `bits` above 0 the pools are quantised, in groups of `group` elements.
+    `key_dim` and `value_dim` are the widths of the two pools' rows. With `latent`, the values are
+    the first `value_dim` elements of the keys, and the second pool has `extra_dim` further elements
+    of the keys. With `bits` above 0, the pools are quantised in groups of `group` elements.
     """
 
     num_heads: int
@@ -95,7 +98,7 @@ class AttentionShape:
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """The decode kernel's template constants and grid; `parts` is 1 for a decode in one piece."""
+    """The decode kernel's template constants and grid; `parts` is 1 if contexts are not split."""
 
     constants: tuple[tuple[str, int | bool], ...]
     groups: int
@@ -110,15 +113,15 @@ def refusal(shape: AttentionShape, itemsize: int) -> str | None:
     if shape.num_heads % shape.num_kv_heads:
         return f"{shape.num_heads} heads do not share {shape.num_kv_heads} KV heads evenly"
     if shape.block_size not in (8, 16, 32):
-        return f"block size {shape.block_size} is none of 8, 16, 32"
+        return f"block size {shape.block_size}, expected 8, 16 or 32"
     if not shape.latent and shape.extra_dim:
-        return "keys continue in the second pool although that holds values"
+        return "extra_dim requires latent attention"
     if shape.latent and shape.value_dim > shape.key_dim:
-        return "values are longer than the keys that hold them"
+        return "latent values are longer than the keys"
     if shape.bits and (
         shape.latent or shape.key_dim % shape.group or shape.value_dim % shape.group
     ):
-        return "quantised heads have to fall into groups, and latents are not quantised"
+        return "quantised pools need whole groups per head, and no latents"
     if min(shape.key_dim, shape.value_dim) < 8:
         return f"heads of {shape.key_dim}/{shape.value_dim} elements are too small"
     merging = 4 * MERGE_SIMDGROUPS * -(-shape.value_dim // 32) * 32
@@ -133,12 +136,12 @@ def accumulators(backend: str) -> int:
 
 
 def simdgroups(backend: str) -> int | None:
-    """Return the simdgroups of a threadgroup on a backend, None for as many as suit the shape."""
+    """Return the simdgroups of a threadgroup on a backend; None: chosen for each shape."""
     return None if backend == "cuda" else SIMDGROUPS
 
 
 def vector_width(itemsize: int, *widths: int) -> int:
-    """Return how many elements of `itemsize` bytes one load takes from rows of all these widths."""
+    """Return how many elements of `itemsize` bytes one load reads from rows of these widths."""
     vector = LOAD_BYTES // itemsize
     while any(width % vector for width in widths):
         vector //= 2
@@ -146,7 +149,7 @@ def vector_width(itemsize: int, *widths: int) -> int:
 
 
 def quantised_width(shape: AttentionShape) -> int:
-    """Return how many quantised elements one load takes, from rows of words that may be odd."""
+    """Return how many quantised elements one load reads, which must divide rows and heads."""
     vector = MAX_QUANTISED
     pieces = [shape.group * shape.bits]  # in bits
     for dim in (shape.key_dim, shape.value_dim):
@@ -170,8 +173,9 @@ def plan_decode(
 ) -> DecodePlan:
     """Return the plan for `num_rows` rows whose contexts have up to `max_context` tokens.
 
-    `itemsize` is that of the pools' elements, unless these are quantised. `split` fixes the number
-    of parts, `max_accumulators` bounds those of a lane; `simdgroups` None: as CUDA likes it.
+    `itemsize` is the size of the pools' elements, unless they are quantised. `split` fixes the
+    number of parts, and `max_accumulators` limits those of a lane. `simdgroups` None chooses a
+    number for CUDA.
     """
     context = min(max_context, shape.window or max_context)
     dim = shape.key_dim + shape.extra_dim
@@ -181,7 +185,7 @@ def plan_decode(
     else:
         vector = vector_width(itemsize, shape.key_dim, shape.value_dim, shape.extra_dim)
         width = itemsize * 8
-    # Lanes that share a token: enough to hold a key, or value, in one vector each, where 32 can.
+    # Lanes that share a token: enough that each holds one vector of a key or value, up to 32.
     lanes = max(1, 32 // shape.block_size)
     while lanes < 32 and lanes * vector < max(dim, shape.value_dim):
         lanes *= 2
@@ -197,7 +201,7 @@ def plan_decode(
     heads = -(-group // groups)
     groups = -(-group // heads)
     threadgroups = num_rows * shape.num_kv_heads * groups
-    row = (value_vectors * vector + 1) * lanes * abreast  # a simdgroup's, padded
+    row = (value_vectors * vector + 1) * lanes * abreast  # of one simdgroup, padded
 
     def shared_bytes(simdgroups: int) -> int:
         return 4 * (heads * key_vectors * vector * lanes + 2 * simdgroups * (row + 2))
@@ -222,9 +226,9 @@ def plan_decode(
 
 
 def _choose_simdgroups(threadgroups: int, context: int) -> int:
-    """Return the simdgroups of so many threadgroups, for contexts of up to so many tokens.
+    """Return the simdgroups of each threadgroup, for contexts of up to `context` tokens.
 
-    By sweeps on an H200: benchmarks/results/kernels-h200.md.
+    Measured on an H200: benchmarks/results/kernels-h200.md.
     """
     if threadgroups <= TARGET_THREADGROUPS and context >= SPLIT_CONTEXT:
         return _MOST_SIMDGROUPS
@@ -242,9 +246,10 @@ def num_parts(
     fewest: int = SPLIT_CONTEXT // 4,
     most: int = MAX_PARTS,
 ) -> int:
-    """Return into how many parts contexts are split: a power of two, above 1 for few, long rows.
+    """Return the number of parts to split contexts into: a power of two, 1 for short contexts.
 
-    Up to `most`, as long as there are not `enough` threadgroups, and parts have `fewest` tokens.
+    Parts are doubled up to `most`, until there are `enough` threadgroups, as long as each part has
+    `fewest` tokens.
     """
     context = max_context if window is None else min(max_context, window)
     if context < SPLIT_CONTEXT:
@@ -256,9 +261,9 @@ def num_parts(
 
 
 def plan_write(itemsize: int, key_width: int, value_width: int) -> tuple[int, int]:
-    """Return (elements a thread copies, threads a row) for rows of these widths; 0 means none.
+    """Return (elements per thread, threads per row) to copy rows of these widths; 0 means none.
 
-    `itemsize` is the larger one of rows and pools.
+    `itemsize` is the larger one of the two types.
     """
     vector = vector_width(itemsize, key_width, value_width)
     return vector, max(key_width, value_width) // vector

@@ -1,6 +1,6 @@
 """Prefill attention on CUDA's tensor cores, for tiles of 16 token rows of one sequence.
 
-On other devices, keys are gathered from their blocks and MLX's own function attends.
+On other devices, keys are gathered from their blocks, and MLX's attention function is used.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from modelpack_engine.kernels import launch, reference
 from modelpack_engine.kernels.plan import AttentionShape, num_parts, token_of
 from modelpack_engine.kernels.reference import TOLERANCE
 
-#: Rows of a tile: those of one sequence, one after the other.
+#: Rows of a tile: consecutive tokens of one sequence.
 TILE_ROWS = 16
 _MOST_WARPS = 8
 _KEY_ELEMENTS = 4096
-#: A large GPU's processors: with so many threadgroups, contexts are still split, and not with more.
-#: Merging costs more here than for decode rows, so that parts have more tokens.
+#: The multiprocessors of a large GPU: contexts are split if there are no more threadgroups than
+#: these. Merging takes longer than for decode rows, so parts have more tokens.
 _PROCESSORS, _FEWEST_TOKENS, _MOST_PARTS = 132, 1024, 8
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Rows, 16 to a tile: `tables` int32 [tiles, width], `spans` int32 [tiles, 2].
+    """Tiles of 16 rows: block tables `tables` int32 [tiles, width], and `spans` int32 [tiles, 2].
 
-    A span is the position of the tile's first row, and how many rows it has.
+    A span has the position of the tile's first row, and the number of its rows without padding.
     """
 
     tables: mx.array
@@ -35,15 +35,15 @@ class Tiles:
 
 
 def refusal(shape: AttentionShape, dtype: mx.Dtype, pool: mx.Dtype) -> str | None:
-    """Return why the kernel cannot attend so, or None."""
+    """Return why the kernel does not support this attention, or None."""
     if launch.backend() != "cuda":
-        return "there are no tensor cores of CUDA"
+        return "no tensor cores of CUDA"
     if dtype != pool or dtype not in (mx.float16, mx.bfloat16):
         return f"no kernel for {dtype} over {pool}"
     if shape.latent or shape.key_dim != shape.value_dim:
-        return "keys and values differ"
+        return "keys and values differ in size"
     if shape.key_dim not in (32, 64, 96, 128, 192, 256):
-        return f"heads of {shape.key_dim} elements"
+        return f"no kernel for heads of {shape.key_dim} elements"
     return None
 
 
@@ -72,10 +72,10 @@ def attend(
     sinks: mx.array | None = None,
     parts: int | None = None,
 ) -> mx.array:
-    """Return attention [rows, H, D] of q [rows, H, D], whose rows are those of `tiles`, in order.
+    """Return attention [rows, H, D] for q [rows, H, D], the rows of `tiles` in order.
 
-    Each row sees its sequence's tokens up to its own, of these the last `shape.window`. `parts`
-    fixes into how many parts contexts are split.
+    Each row sees its sequence's tokens up to its own, limited to the last `shape.window` tokens.
+    `parts` fixes the number of parts that contexts are split into.
     """
     constants = _constants(shape)
     how = dict(constants)
@@ -114,9 +114,10 @@ def attend(
 
 
 def probe(shape: AttentionShape, dtype: mx.Dtype) -> str | None:
-    """Attend from three sequences' rows, one of them in its middle; return what is wrong, or None.
+    """Compare attention of tiles of three sequences with the reference; return the error, or None.
 
-    The reference takes every row for a decode row.
+    One of the tiles starts in the middle of its sequence. The reference treats each row as a decode
+    row.
     """
     keys = mx.random.split(mx.random.key(5), 4)
     size, blocks, width = shape.block_size, 23, 12
@@ -147,5 +148,5 @@ def probe(shape: AttentionShape, dtype: mx.Dtype) -> str | None:
         ).astype(mx.float32)  # fmt: skip
         error = float(mx.max(mx.abs(mx.where(real, out - expected, out))))
         if not error <= TOLERANCE[dtype]:
-            return f"in {parts} parts it is off by {error:.3g}, allowed {TOLERANCE[dtype]}"
+            return f"its output in {parts} parts is off by {error:.3g}, allowed {TOLERANCE[dtype]}"
     return None

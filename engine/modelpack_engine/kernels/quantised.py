@@ -1,12 +1,12 @@
 """Quantisation: rows of keys and values in 8 or 4 bits.
 
-A row's elements are cut into groups; each has a scale and a bias, so that x is about
-scale * code + bias, as in MLX's affine quantisation. Everything that belongs to a row lies in one
-run of 32-bit words: first the codes, the lowest bits first, then a word a group with the bias in
-its upper half and the scale in its lower one, both bfloat16. So a pool stays one array.
+The elements of a row are divided into groups. Each group has a scale and a bias, so that x is about
+scale * code + bias, as in MLX's affine quantisation. A row is one run of 32-bit words: the codes,
+lowest bits first, then one word for each group, with the bias in its upper half and the scale in
+its lower half, both bfloat16. So a pool is a single array.
 
-The bias is rounded down and the scale up: no element lies outside of what the codes can say, and
-the error is at most half a scale. A group with a value that is not finite gives none but such.
+The bias is rounded down and the scale up: the codes cover every element, and the error is at most
+half a scale. If a group has a value that is not finite, all its values decode as not finite.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-#: Sizes of groups, the best first.
+#: Group sizes, in order of preference.
 GROUPS = (64, 32)
 _UPPER = 0xFFFF0000
 
 
 @dataclass(frozen=True, slots=True)
 class Quantisation:
-    """`bits` (8 or 4) a code, `group` elements to a scale."""
+    """A format of `bits` (8 or 4) per code, and `group` elements per scale."""
 
     bits: int
     group: int
 
     def words(self, width: int) -> int:
-        """Return how many words a row of `width` elements takes."""
+        """Return the number of words of a row with `width` elements."""
         assert width % self.group == 0, (width, self.group)
         return width * self.bits // 32 + width // self.group
 
     def width(self, words: int) -> int:
-        """Return how many elements lie in a row of `words`."""
+        """Return the number of elements of a row with `words` words."""
         return words * 32 * self.group // (self.bits * self.group + 32)
 
     def encode(self, rows: mx.array) -> mx.array:
@@ -45,7 +45,7 @@ class Quantisation:
         low = (low + (low >> 31) * 0xFFFF) & _UPPER  # away from zero if it is negative
         bias = low.view(mx.float32)
         top = (1 << self.bits) - 1
-        # MLX's minimum and maximum may overlook what is no number; a sum does not.
+        # MLX's min and max may ignore NaN; a sum does not.
         poison = groups.sum(axis=-1, keepdims=True) * 0
         scale = ((high - bias) * (1 / top) + poison).view(mx.uint32)
         scale = (scale + 0xFFFF) & _UPPER
@@ -59,7 +59,7 @@ class Quantisation:
         return mx.concatenate([codes.view(mx.uint32), scales], axis=-1)
 
     def decode(self, words: mx.array, dtype: mx.Dtype) -> mx.array:
-        """Return rows [..., width] of what `encode` made."""
+        """Return the rows [..., width] that `encode` has encoded, in `dtype`."""
         *lead, length = words.shape
         width = self.width(length)
         split = width * self.bits // 32
@@ -73,7 +73,7 @@ class Quantisation:
 
 
 def quantisation(bits: int, *dims: int) -> Quantisation | None:
-    """Return what heads of these sizes are cut into, None if no size of groups divides all."""
+    """Return the format with the largest group size that divides every head size, or None."""
     for group in GROUPS:
         if all(dim % group == 0 for dim in dims):
             return Quantisation(bits, group)

@@ -1,6 +1,6 @@
-"""Reference operations by MLX's own functions: slow, simple, and correct on every device.
+"""Reference operations by MLX's functions: slow, simple, and correct on every device.
 
-Probes compare kernels with them, and they run wherever no kernel can.
+Kernels are compared with them, and they run where no kernel does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def decode_attention(
     block_size: int = 16,
     quantised: Quantisation | None = None,
 ) -> mx.array:
-    """Gather, score, softmax, sum: in float32, over the whole width of the block tables."""
+    """Compute decode attention in float32, over the whole width of the block tables."""
     rows, num_heads, _ = q.shape
     group = num_heads // num_kv_heads
     width = block_tables.shape[1] * block_size
@@ -61,7 +61,7 @@ def decode_attention(
     total = weights.sum(axis=-1, keepdims=True)
     if sinks is not None:
         total = total + mx.exp(sink - top)
-    # A row that sees nothing is zero, not NaN.
+    # A row without visible tokens is zero, not NaN.
     weights = weights / mx.where(total > 0, total, 1.0)
     out = weights @ values.transpose(0, 2, 1, 3)
     return out.reshape(rows, num_heads, -1).astype(q.dtype)
@@ -78,9 +78,9 @@ def _rows(pool: mx.array, slots: mx.array, heads: int, quantised: Quantisation |
 def write_rows(
     rows: mx.array, pool: mx.array, slots: mx.array, quantised: Quantisation | None = None
 ) -> mx.array:
-    """Scatter `rows` into `pool` at `slots`; those below 0 go to slot 0, in the null block.
+    """Scatter `rows` into `pool` at `slots`; negative slots become slot 0, in the null block.
 
-    In place if nothing else holds the pool, else on a copy.
+    MLX writes in place if there is no other reference to the pool, and copies it otherwise.
     """
     if quantised is not None:
         rows = quantised.encode(rows.reshape(rows.shape[0], -1))

@@ -1,9 +1,9 @@
-"""The kernels' texts: one C-like body each, and a preamble per backend that explains its words.
+"""The kernels' sources: a C-like body for each kernel, and a preamble for each backend.
 
-A body uses only `PA_*` macros, C, and what all three of Metal, CUDA and C++ have. The preamble goes
-in front of it inside of the function, since MLX passes the thread attributes of Metal that it finds
-named in the function's text. The third backend is an emulator on the host, which tests run.
-`prefill`, `product` and `experts` are for CUDA only.
+A body uses only `PA_*` macros, which the preamble defines, and the common subset of Metal, CUDA and
+C++. The preamble is inside the function, before the body, since MLX passes those Metal thread
+attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
+host, a third backend. `prefill`, `product` and `experts` are for CUDA only.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ CONSTANT_BELOW = 8
 
 @dataclass(frozen=True, slots=True)
 class KernelSource:
-    """A kernel as MLX takes it; its name has a hash of the text, as MLX caches binaries by name."""
+    """A kernel for MLX; its name has a hash of its source, as MLX caches binaries by name."""
 
     name: str
     header: str
@@ -104,7 +104,7 @@ class KernelSource:
 
 @cache
 def text(name: str) -> str:
-    """Return one of the files beside this module."""
+    """Return the contents of a source file in this package."""
     return (files(__package__) / f"{name}.h").read_text(encoding="utf-8")
 
 
@@ -112,10 +112,10 @@ def text(name: str) -> str:
 def kernel_source(
     body: Body, backend: Backend, *, split: bool = False, by_path: bool = False
 ) -> KernelSource:
-    """Return `body` for `backend`; attention that is not `split` has no statistics to give out.
+    """Return the source of `body` for `backend`; only `split` attention returns statistics.
 
-    `by_path` names the files for the compiler to include (CUDA): MLX hashes a kernel's text at
-    every call, and short ones take less time.
+    `by_path` includes the files by path (CUDA): MLX hashes a kernel's source at every call, and a
+    short source takes less time.
     """
     headers, parts = ["common"], [backend, body]
     if body in ("prefill", "product", "experts"):
@@ -130,7 +130,7 @@ def kernel_source(
     header, source = "".join(map(text, headers)), before.join(map(text, parts))
     digest = blake2b((header + source).encode(), digest_size=6).hexdigest()
     if by_path:
-        # MLX passes the shapes that it finds named in the text.
+        # MLX passes the shapes whose names it finds in the source.
         shapes = [f"{name}_shape" for name in INPUTS[body] if f"{name}_shape" in source]
         header = "".join(map(_include, headers))
         source = f"// {' '.join(shapes)}\n" + before.join(map(_include, parts))
@@ -140,7 +140,7 @@ def kernel_source(
 
 
 def can_include() -> bool:
-    """Return whether the texts are files, which a compiler can open."""
+    """Return whether the sources are files that a compiler can open."""
     return isinstance(files(__package__), Path)
 
 
@@ -149,6 +149,6 @@ def _include(name: str) -> str:
 
 
 def _bare(source: str) -> str:
-    """Return a text without comments and indentation."""
+    """Return a source without comments and indentation."""
     lines = (line.partition("//")[0].strip() for line in source.splitlines())
     return "\n".join(line for line in lines if line) + "\n"

@@ -1,8 +1,8 @@
-"""Sums: residual sums of a step, deferred so that the following RMSNorm computes them.
+"""Residual sums of a step, deferred so that the kernel of the following RMSNorm computes them.
 
-A block's `x + r` is usually read only by a norm and by the next sum. It stays an unevaluated node,
-and the norm's kernel computes it together with its own result. `r` may also stand for the partial
-sums of a matmul.
+A block's `x + r` is usually read only by a norm and by the next sum. It stays an unevaluated MLX
+array, and the norm's kernel (`add_norm`) computes it together with the norm. `r` may also be the
+partial sums of a matmul.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from modelpack_engine.layers.matmul import Parts
 
 @dataclass(slots=True)
 class _Sum:
-    """`total` = `a` + the sum of `parts`; `made` is the same, by a kernel."""
+    """`total` is `a` + the sum of `parts`; `made` is the equal array that a kernel computed."""
 
     total: mx.array
     a: mx.array
@@ -26,21 +26,21 @@ class _Sum:
 
 
 class Sums:
-    """What has been summed in this step, by the identity of the result."""
+    """The sums of the current step, by the identity of their result."""
 
     def __init__(self) -> None:
         self._sums: dict[int, _Sum] = {}
         self._parts: dict[int, tuple[mx.array, Parts]] = {}
 
     def of_parts(self, parts: Parts, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        """Return the sum of `parts` in this shape and type, and remember them."""
+        """Return the sum of `parts` in this shape and type, and record its parts."""
         total = parts.array if parts.count == 1 else parts.array.sum(axis=0)
         total = total.astype(dtype).reshape(shape)
         self._parts[id(total)] = total, parts
         return total
 
     def add(self, a: mx.array, b: mx.array) -> mx.array:
-        """Return a + b, and remember of what it was made."""
+        """Return a + b, and record its terms."""
         a = self.value(a)
         total = a + b
         known = self._parts.get(id(b))
@@ -49,7 +49,7 @@ class Sums:
         return total
 
     def take(self, array: mx.array, rows: mx.array) -> mx.array:
-        """Return rows int32 [n] of `array`; where it is a sum of parts, of these."""
+        """Return the rows `rows` (int32 [n]) of `array`; for a sum of parts, those of the parts."""
         known = self._parts.get(id(array))
         if known is None:
             whole = self.value(array)
@@ -62,20 +62,20 @@ class Sums:
         return self.of_parts(Parts(taken, parts.count), shape, array.dtype)
 
     def terms(self, total: mx.array) -> tuple[mx.array, Parts] | None:
-        """Return a and the parts of what was summed, unless it has been made already."""
+        """Return the terms of a sum, `a` and its parts; None if unknown or already computed."""
         known = self._sums.get(id(total))
         return None if known is None or known.made is not None else (known.a, known.parts)
 
     def value(self, array: mx.array) -> mx.array:
-        """Return `array`, or the same as a kernel made it."""
+        """Return `array`, or the equal array that a kernel has computed."""
         known = self._sums.get(id(array))
         return array if known is None or known.made is None else known.made
 
     def set_made(self, total: mx.array, made: mx.array) -> None:
-        """Note that a kernel has made `total`."""
+        """Record that a kernel has computed `total` as `made`."""
         self._sums[id(total)].made = made
 
     def clear(self) -> None:
-        """Forget all; identities mean nothing once arrays are gone."""
+        """Forget all sums: identities are reused once their arrays are freed."""
         self._sums.clear()
         self._parts.clear()

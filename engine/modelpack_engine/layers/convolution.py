@@ -1,6 +1,6 @@
 """Short depthwise convolutions of recurrent layers, as sums of products.
 
-On CUDA, MLX leaves convolutions to cuDNN, which plans each new prompt length: tens of milliseconds.
+On CUDA, MLX uses cuDNN, which takes tens of milliseconds to plan each new prompt length.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def takes(
     groups: int = 1,
     **_: object,
 ) -> bool:
-    """Return whether `mx.conv1d` of these would be a short one, channel by channel, on CUDA."""
+    """Return whether `mx.conv1d` with these arguments is a short depthwise convolution on CUDA."""
     return (
         launch.backend() == "cuda"
         and (stride, padding, dilation) == (1, 0, 1)
@@ -36,7 +36,7 @@ def takes(
 def convolve(x: mx.array, weight: mx.array) -> mx.array:
     """Return x [batch, length, channels] convolved with weight [channels, size, 1].
 
-    The length that comes out is that of x, less size - 1. Sums are float32, the result is x's type.
+    The result has length - size + 1 positions, in x's type. Sums are computed in float32.
     """
     size = weight.shape[1]
     length = x.shape[1] - size + 1
@@ -46,7 +46,7 @@ def convolve(x: mx.array, weight: mx.array) -> mx.array:
 
 @partial(mx.compile, shapeless=True)
 def _sum(*terms: mx.array) -> mx.array:
-    """Return the sum of the products of the first half of `terms` with the second."""
+    """Return the sum of the products of the first half of `terms` with the second half."""
     half = len(terms) // 2
     total = mx.array(0.0)
     for x, weight in zip(terms[:half], terms[half:], strict=True):

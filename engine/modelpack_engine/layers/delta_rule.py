@@ -1,4 +1,4 @@
-"""The gated delta rule by a kernel (https://arxiv.org/abs/2412.06464), for CUDA."""
+"""The gated delta rule of recurrent layers, by a CUDA kernel (https://arxiv.org/abs/2412.06464)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import mlx.core as mx
 from modelpack_engine.kernels import launch
 
 _SIMDGROUPS = 4
-#: Rows of the state that a simdgroup takes, where there are enough of them to keep a GPU busy.
+#: State rows per simdgroup, if that leaves at least `_ENOUGH` simdgroups to keep a GPU busy.
 _ROWS, _ENOUGH = 4, 1024
 
 
 def takes(q: mx.array, k: mx.array, v: mx.array) -> bool:
-    """Return whether the kernel is for this device and these shapes, and right there."""
+    """Return whether the kernel supports this device and these shapes, and is correct."""
     return (
         launch.backend() == "cuda"
         and q.dtype == k.dtype == v.dtype
@@ -33,11 +33,11 @@ def update(
     beta: mx.array,
     state: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Return what is read at each token, [batch, tokens, HV, DV], and the state after the last.
+    """Return the outputs [batch, tokens, HV, DV], and the state after the last token.
 
-    Queries and keys are [batch, tokens, HK, DK], values [batch, tokens, HV, DV], `beta` is
-    [batch, tokens, HV], and `g`, by what the state decays before a token, the same or
-    [batch, tokens, HV, DK]. The state is float32 [batch, HV, DV, DK]; None for zeros.
+    Queries and keys are [batch, tokens, HK, DK], values [batch, tokens, HV, DV], and `beta` is
+    [batch, tokens, HV]. `g`, the factor by which the state decays before a token, has the shape of
+    `beta` or is [batch, tokens, HV, DK]. The state is float32 [batch, HV, DV, DK]; None for zeros.
     """
     batch, tokens, key_heads, key_dim = k.shape
     heads, dim = v.shape[2:]
@@ -68,7 +68,7 @@ def update(
 
 @cache
 def verdict(dtype: mx.Dtype) -> str | None:
-    """Return None if the kernel computes what the rule says, else what is off."""
+    """Return None if the kernel computes the rule correctly, otherwise the problem."""
     return launch.verdict(_compare, dtype)
 
 
@@ -96,7 +96,7 @@ def _compare(dtype: mx.Dtype) -> str | None:
 def by_definition(
     q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Return what `update` does, in float32, an operation after the other."""
+    """Return the results of `update`, computed in float32 by MLX's operations."""
     repeats = v.shape[2] // k.shape[2]
     q, k = (mx.repeat(a.astype(mx.float32), repeats, axis=2) for a in (q, k))
     outputs = []

@@ -1,4 +1,8 @@
-"""Kernels for mixtures of experts: routing, sorting rows by expert, and combining outputs."""
+"""Kernels for mixtures of experts: routing, sorting rows by expert, matmuls, combining outputs.
+
+The matmul kernel is for CUDA. MLX uses tiles of 256 rows, however few rows an expert gets: 52 us
+for 8 rows for each of 32 experts of 512 x 1024, where reading the weights takes 8 us.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +28,11 @@ _SIMDGROUPS = 4
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """How a router chooses `top_k` experts of a row by its logits.
+    """How a router chooses `top_k` experts for a row by its logits.
 
-    `sigmoid`: by sigmoids and a bias, among the `keep` best of `groups`; scores are times `factor`.
-    Else by softmax. `normed`: scores are divided by their sum.
+    With `sigmoid`, it uses sigmoids and a bias, chooses among the `keep` best of `groups`, and
+    multiplies the scores by `factor`. Otherwise it uses softmax. `normed` scores are divided by
+    their sum.
     """
 
     top_k: int
@@ -40,11 +45,11 @@ class Routing:
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Pairs of a row and an expert, in the order of experts.
+    """Pairs of a row and an expert, sorted by expert.
 
-    `source` int32 [pairs] are their rows, `experts` uint32 [pairs] where they go; `place` int32
-    [pairs] says where the pairs of the rows, in the rows' order, are among them. `spans` int32
-    [slots, 3] are up to `tile` pairs of an expert each: the expert, the first, and how many.
+    `source` int32 [pairs] has their rows, and `experts` uint32 [pairs] their experts. `place` int32
+    [pairs] has the index of each pair, for the pairs in the order of rows. `spans` int32 [slots, 3]
+    divide the pairs into runs of up to `tile` pairs of one expert: expert, first pair, count.
     """
 
     source: mx.array
@@ -59,8 +64,8 @@ def route(
 ) -> tuple[mx.array, mx.array]:
     """Return the experts, uint32 [rows, top_k], and scores in `dtype`, of logits [rows, experts].
 
-    They come in the order in which MLX's sorts leave them: by sigmoids the best first, by softmax
-    last; of equal ones the first, or the last.
+    They have the order of MLX's sorts: with sigmoids, the best expert is first, and the first of
+    equal experts is chosen; with softmax, the best is last, and the last of equal ones is chosen.
     """
     rows, experts = logits.shape
     found = launch.run(
@@ -86,7 +91,7 @@ def route(
 
 
 def dispatch(experts: mx.array, num_experts: int, tile: int) -> Dispatch:
-    """Return the pairs of rows and `experts`, uint32 [rows, each], in the order of experts."""
+    """Return the pairs of rows and their `experts` (uint32 [rows, each]), sorted by expert."""
     rows, each = experts.shape
     pairs = rows * each
     source, place, ordered, spans = launch.run(
@@ -103,9 +108,9 @@ def dispatch(experts: mx.array, num_experts: int, tile: int) -> Dispatch:
 
 
 def combine(given: mx.array, place: mx.array, scores: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Return sums of what rows' experts gave times `scores` [rows, each]: [rows, dim] in `dtype`.
+    """Return the sums of the experts' outputs times `scores` [rows, each]: [rows, dim] in `dtype`.
 
-    `given` [pairs, dim] is in the order of experts, where `place` int32 [pairs] finds rows' pairs.
+    The outputs `given` [pairs, dim] are sorted by expert; `place` is that of `Dispatch`.
     """
     (rows, each), dim = scores.shape, given.shape[-1]
     product = mx.result_type(given, scores)
@@ -125,7 +130,7 @@ def combine(given: mx.array, place: mx.array, scores: mx.array, dtype: mx.Dtype)
 
 @cache
 def verdict(dtype: mx.Dtype) -> str | None:
-    """Return None if the kernels find what MLX's own functions do, else what is off."""
+    """Return None if the kernels compute the same as MLX's functions, otherwise the problem."""
     if launch.backend() == "none":
         return "there is no GPU"
     return launch.verdict(_compare_routing, dtype)
@@ -145,10 +150,10 @@ def _compare_routing(dtype: mx.Dtype) -> str | None:
         chosen, scores = route(logits, routing, some_bias, mx.float32)
         experts_of, scores_of = _routed(logits, routing, some_bias)
         if chosen.tolist() != experts_of.tolist():
-            return f"experts by {name} are others"
+            return f"experts by {name} differ"
         if not mx.allclose(scores, scores_of, 1e-3, 1e-3).item():
-            return f"scores by {name} are others"
-    # Some experts have more than a span, and most have none.
+            return f"scores by {name} differ"
+    # Some experts have more than one span, and most have none.
     few = mx.random.randint(0, 4, (rows, each), mx.int32, key=keys[2])
     chosen = (few * (experts - 1) // 3).astype(mx.uint32)
     sent = dispatch(chosen, experts, 4)
@@ -156,11 +161,11 @@ def _compare_routing(dtype: mx.Dtype) -> str | None:
     found = [sent.experts, sent.experts[sent.place], sent.source[sent.place], mx.sort(sent.place)]
     wanted = [mx.sort(chosen.reshape(-1)), chosen.reshape(-1), pairs // each, pairs]
     if [a.tolist() for a in found] != [a.tolist() for a in wanted]:
-        return "rows are sent elsewhere"
+        return "rows go to the wrong experts"
     firsts, counts = (np.array(sent.spans)[:, column] for column in (1, 2))
     runs = [first + i for first, count in zip(firsts, counts, strict=True) for i in range(count)]
     if sorted(runs) != list(range(rows * each)):
-        return "spans leave pairs out"
+        return "spans do not cover all pairs"
     given = mx.random.normal((rows * each, dim), key=keys[3]).astype(dtype)
     scores = mx.random.uniform(0, 1, (rows, each), key=keys[0])
     back = given[sent.place].reshape(rows, each, dim) * scores[..., None]
@@ -170,7 +175,7 @@ def _compare_routing(dtype: mx.Dtype) -> str | None:
 
 
 def _routed(logits: mx.array, routing: Routing, bias: mx.array | None) -> tuple[mx.array, mx.array]:
-    """Return what a router finds by MLX's functions, for logits float32 [rows, experts]."""
+    """Return the results of `route` by MLX's functions, for logits float32 [rows, experts]."""
     if bias is None:
         scores = mx.softmax(logits, axis=-1)
         chosen = mx.argsort(scores, axis=-1)[:, -routing.top_k :]
@@ -188,8 +193,8 @@ def _routed(logits: mx.array, routing: Routing, bias: mx.array | None) -> tuple[
     return chosen, scores * routing.factor
 
 
-#: Rows of a tile that the kernel is compiled for, with their stages; and how many rows an expert
-#: has at most, on average, for it to be the faster one.
+#: The tile sizes that the matmul kernel is compiled for, with their pipeline stages; and the most
+#: rows per expert, on average, with which it is faster than MLX.
 _TILES, _MOST_ROWS = {32: 4, 64: 3}, 64
 
 
@@ -205,7 +210,7 @@ def takes(x: mx.array, weights: Weights, pairs: int, *, swiglu: bool) -> bool:
 
 
 def tile_for(pairs: int, experts: int) -> int:
-    """Return how many rows of an expert a block multiplies, by how many there are of each."""
+    """Return the tile size for `pairs` rows of `experts` experts."""
     return min(_TILES) if pairs <= 24 * experts else max(_TILES)
 
 
@@ -217,10 +222,10 @@ def multiply(
     gather: bool = False,
     multiplied: Weights | None = None,
 ) -> mx.array:
-    """Return rows x, in the order of experts, times the weights of theirs: [pairs, out].
+    """Return the rows x, sorted by expert, times the weights of their experts: [pairs, out].
 
-    By `gather`, `x` are the rows before they were sent. With `multiplied`, `weights` are those of
-    gates: silu(gate) * what the others give.
+    With `gather`, x has the rows in their original order. With `multiplied`, the weights of the up
+    projection, `weights` are those of the gate, and the result is silu(gate) * up.
     """
     bits, up = weights.bits or 16, weights if multiplied is None else multiplied
     outputs, stages = weights.num_outputs, _TILES[sent.tile]
@@ -246,9 +251,10 @@ def multiply(
 
 @cache
 def matmul_verdict(dtype: mx.Dtype, bits: int, tile: int, *, swiglu: bool) -> str | None:
-    """Return None if our kernel multiplies by experts as MLX does, else what is off.
+    """Return None if our kernel multiplies as MLX does, otherwise the problem.
 
-    Only what a model uses is compiled, as each takes seconds: tiles of a size, with SwiGLU or not.
+    Each variant (tile size, with SwiGLU or not) takes seconds to compile, so only those that a
+    model uses are tested.
     """
     return launch.verdict(_compare_matmul, dtype, bits, tile, swiglu)
 

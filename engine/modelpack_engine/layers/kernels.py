@@ -21,9 +21,11 @@ from modelpack_engine.kernels.plan import vector_width
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """`inverse` float32 [dims / 2], the scale of positions included; `factor` of the elements.
+    """A rotation of the first `dims` elements of a head.
 
-    `interleaved` pairs are neighbours, else halves of the first `dims` elements.
+    `inverse` float32 [dims / 2] are the inverse frequencies times the scale of positions, and
+    `factor` multiplies the elements. `interleaved` pairs are neighbouring elements; otherwise a
+    pair has one element from each half.
     """
 
     inverse: mx.array
@@ -37,12 +39,12 @@ class Rotation:
         return mx.stack([mx.cos(angles), mx.sin(angles)], axis=-1) * self.factor
 
 
-#: Those of a model's layers, which are few: equal ones are the same.
-_KNOWN: dict[tuple[object, ...], Rotation] = {}
+#: One object for equal rotations: the layers of a model have few different ones.
+_ROTATIONS: dict[tuple[object, ...], Rotation] = {}
 
 
 def find_rotation(rope: nn.Module) -> Rotation | None:
-    """Return the rotation of a rotary embedding; None for kinds that are not known."""
+    """Return the rotation of a rotary embedding; None for unknown kinds."""
     found: Any = rope
     if type(rope) is nn.RoPE:
         exponents = mx.arange(0, found.dims, 2, dtype=mx.float32) / found.dims
@@ -64,7 +66,7 @@ def _rotation(inverse: mx.array, dims: int, factor: Any, interleaved: bool) -> R
     mx.eval(inverse)
     rotation = Rotation(inverse, dims, float(factor), bool(interleaved))
     key = (str(inverse.tolist()), dims, rotation.factor, rotation.interleaved)
-    return _KNOWN.setdefault(key, rotation)
+    return _ROTATIONS.setdefault(key, rotation)
 
 
 _SIMDGROUPS = 4
@@ -75,7 +77,7 @@ def add_norm(
 ) -> tuple[mx.array, mx.array]:
     """Return a + the sum of `count` parts, and its RMS norm times `weight` [dim].
 
-    `a` is [rows, ..., dim], and so are both results, in its type; each part has as many elements.
+    `a` and both results are [rows, ..., dim] in the type of `a`; each part has as many elements.
     """
     dim = a.shape[-1]
     vector = vector_width(max(a.dtype.size, parts.dtype.size), dim)
@@ -102,7 +104,7 @@ def add_norm(
 
 
 def swiglu(joint: mx.array) -> mx.array:
-    """Return silu(gate) * up [rows, n] of gate and up side by side, [rows, 2 n]."""
+    """Return silu(gate) * up [rows, n] for `joint` [rows, 2 n]: gate and up side by side."""
     rows, width = joint.shape[0], joint.shape[1] // 2
     vector = vector_width(joint.dtype.size, width)
     (out,) = launch.run(
@@ -132,9 +134,10 @@ def rotate_and_write(
 ) -> mx.array:
     """Return queries [rows, heads, dim] in `dtype`; write keys and values to `slots` of the pools.
 
-    `joint` [rows, (heads + 2 KV heads) * dim], `count` times, to be summed, has all three;
-    `heads` are the numbers of query and KV heads. `norms` are weights [dim] of queries and keys,
-    and epsilon. `angles` are the rows' `Rotation.angles`; without these, the kernel computes them.
+    `joint` [rows, (heads + 2 KV heads) * dim] has queries, keys and values, as `count` parts to be
+    summed. `heads` are the numbers of query and KV heads. `norms` are the weights [dim] of the
+    query and key norms, and epsilon. `angles` are the rows' `Rotation.angles`; without them, the
+    kernel computes them.
     """
     query_heads, kv_heads = heads
     rows, total = positions.shape[0], query_heads + 2 * kv_heads
@@ -181,7 +184,7 @@ def rotate_and_write(
 def _rotation_plan(itemsize: int, dim: int, dims: int, *, few: bool) -> tuple[int, int]:
     """Return how many pairs of elements a lane rotates at once, and how many lanes share a head.
 
-    A `few` rows are shared among as many lanes as there are pairs: each computes its angle.
+    With `few` rows, each lane rotates one pair and computes its angle.
     """
     vector = 1 if few else vector_width(itemsize, dims // 2)
     while (dim - dims) % (2 * vector):
@@ -194,7 +197,7 @@ def _rotation_plan(itemsize: int, dim: int, dims: int, *, few: bool) -> tuple[in
 
 
 def take_rows(table: mx.array, index: mx.array) -> mx.array:
-    """Return rows int32 [n] of a table [rows, dim], which is [n, dim]."""
+    """Return the rows `index` (int32 [n]) of a table [rows, dim], as [n, dim]."""
     if launch.backend() == "none":
         return table[index]
     dim = table.shape[1]
@@ -234,9 +237,9 @@ def dequantise(
 
 @cache
 def verdict(dtype: mx.Dtype) -> str | None:
-    """Return None if the kernels compute in `dtype` what MLX's own functions do, else what is off.
+    """Return None if the kernels compute the same as MLX's functions, otherwise the problem.
 
-    Small shapes of random numbers; a kernel that does not compile counts as off.
+    They are compared on small random arrays of `dtype`; a kernel that does not compile fails.
     """
     if launch.backend() == "none":
         return "there is no GPU"
@@ -271,7 +274,7 @@ def _compare(dtype: mx.Dtype) -> str | None:
 
 
 def _rotated(dtype: mx.Dtype, key: mx.array, few: bool) -> dict[str, tuple[mx.array, mx.array]]:
-    """Return queries, keys and values of the kernel, each with what they should be."""
+    """Return the queries, keys and values of the kernel, each with its expected array."""
     from modelpack_engine.attention.kv_pools import KVLayout
 
     rows, query_heads, kv_heads, dim = 5, 4, 2, 64

@@ -1,8 +1,8 @@
 """Matmuls with weights, [rows, in] times [out, in], by the kernel that suits the number of rows.
 
-With few rows, time goes into reading the weights, which MLX's matmuls do at half the memory's
-bandwidth: our kernel runs them and may leave partial sums for the next kernel to add up. With many
-rows, quantised weights are dequantised first; MLX computes the rest.
+With few rows, most of the time is spent reading the weights, which MLX's matmuls do at half of the
+memory bandwidth. Our kernel computes these matmuls, and may leave partial sums for the next kernel
+to add. With many rows, quantised weights are dequantised first. MLX computes all other matmuls.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import mlx.nn as nn
 from modelpack_engine.kernels import launch
 from modelpack_engine.layers import kernels
 
-#: Up to so many rows, our kernel multiplies with quantised weights, and with plain ones: see
-#: benchmarks/results/engine-h200.md. For more, quantised weights are dequantised first.
+#: The most rows for which our kernel is used, with quantised weights and with plain ones: see
+#: benchmarks/results/engine-h200.md. With more rows, quantised weights are dequantised first.
 FEW_ROWS, FEW_ROWS_PLAIN = 128, 64
-#: What a block of our kernel takes: outputs, and inputs at a time; and its threads.
+#: The outputs of one block of our kernel, the inputs that it reads at a time, and its threads.
 OUTPUTS, DEPTH, THREADS = 64, 64, 128
-#: Rows that kernels for plain and for quantised weights are compiled for, with their stages: few,
-#: as each takes a second or two.
+#: The tile sizes that the kernels for plain and for quantised weights are compiled for, with their
+#: pipeline stages: few, as each takes a second or two to compile.
 _TILES_PLAIN, _TILES = {32: 4, FEW_ROWS_PLAIN: 4}, {32: 4, FEW_ROWS: 3}
 #: Threadgroups that keep a large GPU busy, and the fewest tiles that each of them should have.
 _THREADGROUPS, _FEWEST_TILES, _MOST_PARTS = 192, 4, 8
@@ -32,10 +32,10 @@ _THREADGROUPS, _FEWEST_TILES, _MOST_PARTS = 192, 4, 8
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A linear layer's parameters: `bits` is None for plain weights [out, in], or of each expert.
+    """The parameters of a linear layer, or of the experts of one: plain weights [..., out, in].
 
-    Quantised ones are packed in uint32, low bits first, with scales and biases [out, in / group].
-    `transposed` is a view of plain ones, if there is one that steps need not make.
+    With `bits`, weights are quantised: packed in uint32, low bits first, with scales and biases
+    [..., out, in / group]. `transposed` is a view of plain weights, made once for all steps.
     """
 
     weight: mx.array
@@ -54,16 +54,16 @@ class Weights:
 
     @property
     def num_outputs(self) -> int:
-        """Outputs."""
+        """The number of outputs."""
         return self.weight.shape[-2]
 
     @property
     def num_inputs(self) -> int:
-        """Inputs."""
+        """The number of inputs."""
         return self.weight.shape[-1] * (32 // self.bits if self.bits else 1)
 
     def ready(self) -> Weights:
-        """Return the same with what each step would make of it otherwise."""
+        """Return these weights with `transposed` set, which each step would compute otherwise."""
         if self.bits is not None:
             return self
         transposed = self.weight.T
@@ -72,9 +72,9 @@ class Weights:
 
 
 def weights_of(layer: nn.Module) -> Weights | None:
-    """Return the parameters of a linear layer or an embedding that serves as one; None for others.
+    """Return the parameters of a linear layer, or of an embedding used as one; None for others.
 
-    Subclasses made for a step count as what they were made of; layers divided among devices do not.
+    Swapped classes count as their originals; layers that are sharded over devices do not.
     """
     if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
         return quantised_weights(layer)
@@ -92,7 +92,7 @@ def quantised_weights(layer: Any) -> Weights:
 
 
 def multiply(x: mx.array, weights: Weights) -> mx.array:
-    """Return x [rows, in] times the weights, plus their bias: [rows, out] in x's type."""
+    """Return x [rows, in] times the weights, plus the bias: [rows, out] in x's type."""
     if _takes(x, weights):
         return _run(x, weights, 1, (x.shape[0], weights.num_outputs))
     product = _by_mlx(x, weights)
@@ -103,9 +103,9 @@ def multiply(x: mx.array, weights: Weights) -> mx.array:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What is to be summed: `count` times rows of some shape, one after the other in `array`.
+    """Partial sums of a matmul: `count` arrays of the same shape, stacked in `array`.
 
-    Several parts are float32; a single one is the sum itself, in its own type.
+    Several parts are float32 and must be added; a single part is the result in its own type.
     """
 
     array: mx.array
@@ -113,7 +113,7 @@ class Parts:
 
 
 def multiply_in_parts(x: mx.array, weights: Weights) -> Parts:
-    """Return the products of rows x [rows, ...], whose elements are the inputs: rows of outputs."""
+    """Return the partial sums of rows x [rows, ...] times the weights: parts [rows, out]."""
     if not _takes(x, weights):
         return Parts(multiply(x.reshape(x.shape[0], -1), weights), 1)
     parts = num_parts(weights.num_outputs, weights.num_inputs)
@@ -122,7 +122,7 @@ def multiply_in_parts(x: mx.array, weights: Weights) -> Parts:
 
 
 def swiglu(x: mx.array, weights: Weights) -> mx.array:
-    """Return silu(gate) * up [rows, n] of a joint projection of rows x [rows, ...] by [2 n, in]."""
+    """Return silu(gate) * up [rows, n] for rows x [rows, ...] and joint weights [2 n, in]."""
     width = weights.num_outputs // 2
     if _takes(x, weights) and weights.num_outputs % 2 == 0:
         return _run(x, weights, 1, (x.shape[0], width), swiglu=True)
@@ -130,7 +130,7 @@ def swiglu(x: mx.array, weights: Weights) -> mx.array:
 
 
 def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
-    """Multiply by MLX; the bias of quantised weights is not added."""
+    """Multiply by MLX's functions; the bias of quantised weights is not added."""
     weight, bits = weights.weight, weights.bits
     if bits is None:
         transposed = weight.T if weights.transposed is None else weights.transposed
@@ -146,7 +146,7 @@ def _by_mlx(x: mx.array, weights: Weights) -> mx.array:
 
 
 def _is_affine(x: mx.array, weights: Weights) -> bool:
-    """Return whether quantised weights are of the kind that our kernels know."""
+    """Return whether our kernels support these quantised weights."""
     return (
         weights.mode == "affine"
         and weights.bits in (4, 8)
@@ -157,7 +157,7 @@ def _is_affine(x: mx.array, weights: Weights) -> bool:
 
 
 def _takes(x: mx.array, weights: Weights) -> bool:
-    """Return whether our kernel multiplies."""
+    """Return whether our kernel multiplies these rows."""
     return (
         x.shape[0] <= (FEW_ROWS if weights.bits else FEW_ROWS_PLAIN)
         and fits(x, weights)
@@ -166,7 +166,7 @@ def _takes(x: mx.array, weights: Weights) -> bool:
 
 
 def fits(x: mx.array, weights: Weights) -> bool:
-    """Return whether our kernels' text is for rows x and weights of these types and sizes."""
+    """Return whether our kernels support rows x and weights of these types and sizes."""
     return (
         x.dtype in (mx.float16, mx.bfloat16)
         and launch.backend() == "cuda"
@@ -177,12 +177,12 @@ def fits(x: mx.array, weights: Weights) -> bool:
 
 
 def stage_bytes(bits: int, tile: int) -> int:
-    """Return the shared memory of one of our kernels' stages, for tiles of so many rows."""
+    """Return the bytes of shared memory of one pipeline stage, for tiles of `tile` rows."""
     return OUTPUTS * DEPTH * bits // 8 + tile * DEPTH * 2
 
 
 def num_parts(num_outputs: int, num_inputs: int) -> int:
-    """Return into how many parts the inputs are split, a power of two."""
+    """Return the number of parts to split the inputs into, a power of two."""
     tiles, groups = num_inputs // DEPTH, -(-num_outputs // OUTPUTS)
     parts = 1
     while (
@@ -198,7 +198,7 @@ def num_parts(num_outputs: int, num_inputs: int) -> int:
 def _run(
     x: mx.array, weights: Weights, parts: int, shape: tuple[int, ...], *, swiglu: bool = False
 ) -> mx.array:
-    """Return what our kernel puts out, in this shape: rows of outputs in parts, or SwiGLU's."""
+    """Return the output of our kernel in this shape: outputs in parts, or SwiGLU of them."""
     rows, outputs = x.shape[0], weights.num_outputs
     bits = weights.bits or 16
     tile, stages = next(item for item in _tiles(bits).items() if item[0] >= rows)
@@ -226,7 +226,7 @@ def _tiles(bits: int) -> dict[int, int]:
 
 @cache
 def verdict(dtype: mx.Dtype, bits: int) -> str | None:
-    """Return None if our kernel multiplies as MLX does, else what is off."""
+    """Return None if our kernel multiplies as MLX does, otherwise the problem."""
     return launch.verdict(_compare, dtype, bits)
 
 
@@ -238,7 +238,7 @@ def random_weights(
     key: mx.array,
     of_bias: mx.array,
 ) -> tuple[Weights, mx.array, mx.array]:
-    """Return random weights to judge a kernel by, and the same and their bias in float32."""
+    """Return random weights for a test, and the same weights and their bias in float32."""
     full = (mx.random.normal(shape, key=key) * scale).astype(dtype)
     bias = mx.random.normal(shape[:-1], key=of_bias).astype(dtype)
     weights = Weights.plain(full, bias)
@@ -272,7 +272,7 @@ _PARAMETERS = ("weight", "scales", "biases", "bias")
 
 
 def can_join(layers: Sequence[nn.Module]) -> bool:
-    """Return whether layers are plain ones, of one kind and one input."""
+    """Return whether layers are linears of one kind, with inputs and types that are equal."""
     kinds = {type(layer) for layer in layers}
     if kinds not in ({nn.Linear}, {nn.QuantizedLinear}):
         return False
@@ -287,9 +287,9 @@ def can_join(layers: Sequence[nn.Module]) -> bool:
 
 
 def join(layers: Sequence[nn.Module]) -> Weights:
-    """Return the weights of layers that `can_join`: their outputs come one after the other.
+    """Return the joint weights of layers for which `can_join` is true: their outputs concatenated.
 
-    The layers' parameters become views of the joint ones, so that nothing is kept twice.
+    The layers' parameters become views of the joint ones, so no memory is used twice.
     """
     joint: dict[str, mx.array] = {}
     for name in _PARAMETERS:

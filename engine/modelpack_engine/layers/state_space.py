@@ -1,7 +1,7 @@
 """Selective state spaces (Mamba-2, https://arxiv.org/abs/2405.21060), for a token or a prompt.
 
-A prompt is computed in chunks by matmuls: attention within a chunk, plus the effect of the state
-before it.
+A prompt is computed in chunks by matmuls: attention within a chunk, plus the contribution of the
+state before it. A single token is computed by a CUDA kernel.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def attend(
     """Return outputs [batch, tokens, heads, dim] and the state after the last token.
 
     `x` is [batch, tokens, heads, dim], `b` and `c` are [batch, tokens, groups, size], `a_log` and
-    `d` [heads], `dt` float32 [batch, tokens, heads], the state [batch, heads, dim, size]; None for
-    zeros. `chunk` tokens at a time.
+    `d` are [heads], `dt` is float32 [batch, tokens, heads], and the state is [batch, heads, dim,
+    size] or None for zeros. A prompt is computed in chunks of `chunk` tokens.
     """
     a = -mx.exp(a_log).astype(mx.float32)
     if x.shape[1] == 1 and state is not None:
@@ -50,7 +50,7 @@ def attend(
 def _chunk(
     x: mx.array, dt: mx.array, a: mx.array, b: mx.array, c: mx.array, state: mx.array | None
 ) -> tuple[mx.array, mx.array]:
-    """Return what some tokens read, without what goes past the state, and the state after them."""
+    """Return the outputs of a chunk without the term of `d`, and the state after the chunk."""
     batch, tokens, heads, dim = x.shape
     groups, size = b.shape[2:]
     repeats = heads // groups
@@ -65,7 +65,7 @@ def _chunk(
     if state is not None:
         since = mx.exp(mx.cumsum(steps, axis=-1))
         new_state = new_state + since[:, :, -1, None, None] * state
-        # One product a group: [tokens, size] times all of its channels.
+        # One matmul for each group: [tokens, size] times all of its channels.
         channels = state.reshape(batch, groups, repeats * dim, size).swapaxes(2, 3)
         before = (c.astype(state.dtype) @ channels).reshape(batch, groups, tokens, repeats, dim)
         before = before.swapaxes(2, 3).reshape(batch, heads, tokens, dim)
@@ -76,7 +76,7 @@ def _chunk(
 def by_operations(
     x: mx.array, dt: mx.array, a: mx.array, b: mx.array, c: mx.array, d: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Return what `step` does, by MLX's operations."""
+    """Return the results of `step`, by MLX's operations."""
     batch, heads, dim = x.shape
     groups, size = b.shape[1:]
     split = (batch, groups, heads // groups)
@@ -89,7 +89,7 @@ def by_operations(
 
 
 def takes(x: mx.array, b: mx.array, c: mx.array, state: mx.array) -> bool:
-    """Return whether the kernel is for this device, these shapes and types, and right there."""
+    """Return whether the kernel supports this device, these shapes and types, and is correct."""
     size = b.shape[-1]
     return (
         launch.backend() == "cuda"
@@ -104,7 +104,7 @@ def takes(x: mx.array, b: mx.array, c: mx.array, state: mx.array) -> bool:
 def step(
     x: mx.array, dt: mx.array, a: mx.array, b: mx.array, c: mx.array, d: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Return one token's outputs [rows, heads, dim] and the state after it, by a kernel.
+    """Return the outputs of one token, [rows, heads, dim], and the state after it, by a kernel.
 
     `x` is [rows, heads, dim], `dt` float32 [rows, heads], `a` float32 [heads], `b` and `c` are
     [rows, groups, size], `d` is [heads], the state float32 [rows, heads, dim, size].
@@ -135,7 +135,7 @@ def step(
 
 @cache
 def verdict(dtype: mx.Dtype) -> str | None:
-    """Return None if the kernel computes what MLX's operations do, else what is off."""
+    """Return None if the kernel computes the same as MLX's operations, otherwise the problem."""
     return launch.verdict(_compare, dtype)
 
 

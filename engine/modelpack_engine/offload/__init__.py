@@ -1,15 +1,10 @@
-"""Offload: prefixes that the KV cache has no room for, in host memory and on disk.
+"""Offload: KV blocks that the prefix cache evicts, kept in host memory and on disk.
 
-    identity.py     what keys and values depend on besides their tokens
-    memory.py       host memory: bounded, least recently used first to go
-    block_file.py   one block as a file: checked when read, complete or not there
-    directory.py    the files: bounded, shared by servers, found again after a restart
-    tiers.py        both together, and the thread that reads and writes files
-    prefixes.py     what the block manager asks and tells: plain integers and bytes
-    mover.py        blocks off the device and back, in batches between steps
-    opening.py      from the engine's settings to all of this
+    tiers.py        PrefixOffload, which the block manager calls; memory and disk, with a thread
+    directory.py    the files of blocks: bounded, shared by servers, checked when read
 
-A block goes by the hash that the prefix cache finds it by. It leaves the device when it is evicted
-there, and comes back into a fresh block when a prompt needs it, some of it in each step, while
-others go on. Nothing that is read is used before its checksum has been compared.
+`runner/kv_offload.py` copies blocks between the device and these tiers. A block has the hash that
+the prefix cache finds it by. It is saved when the prefix cache evicts it, and restored into a newly
+allocated block when a prompt needs it. A long prefix is restored over several steps, while other
+requests run.
 """

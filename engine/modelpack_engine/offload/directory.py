@@ -1,9 +1,10 @@
-"""One block as a file: a header that says whose it is, and bytes that are checked when read.
+"""BlockDirectory: offloaded KV blocks on disk, one file for each block.
 
     magic 8 | identity 16 | hash 16 | length of the content, u64 little-endian | SHA-256 | content
 
-The checksum covers everything but itself. A file appears under its name when it is complete. It is
-not synced: what a power failure leaves of it fails its check, and is computed again.
+The checksum covers everything but itself. A file is written under a temporary name and renamed when
+it is complete. It is not synced: a file damaged by a power failure fails its checksum and is
+dropped.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ _numbers = itertools.count()
 
 
 class BadBlockFileError(EngineError):
-    """A file does not hold the block that its name says."""
+    """A file does not hold the block that it is named after."""
 
 
 def write_block(path: Path, identity: bytes, hash_: bytes, content: bytes) -> None:
-    """Write a file, readable by its owner only, all at once; raises `OSError`."""
+    """Write a file atomically, readable by its owner only; raises `OSError`."""
     head = _HEAD.pack(MAGIC, identity, hash_, len(content))
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{next(_numbers)}.tmp")
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -53,17 +54,17 @@ def write_block(path: Path, identity: bytes, hash_: bytes, content: bytes) -> No
 
 
 def read_block(path: Path, identity: bytes, hash_: bytes, length: int) -> bytes:
-    """Return the content of a file, which has to be `length` bytes of this identity and hash.
+    """Return the content of a file: `length` bytes of the block with this identity and hash.
 
-    Raises `BadBlockFileError` if it is anything else, and `OSError`.
+    Raises `BadBlockFileError` if the file is anything else, and `OSError`.
     """
-    # A pipe would keep us waiting for a writer.
+    # O_NONBLOCK: opening a named pipe would wait for a writer.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     file = os.open(path, flags)
     try:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode):
-            raise BadBlockFileError("it is not a file")
+            raise BadBlockFileError("not a regular file")
         if found.st_size != HEADER_SIZE + length:
             raise BadBlockFileError(f"{found.st_size} bytes, expected {HEADER_SIZE + length}")
         with open(file, "rb", 0, closefd=False) as stream:
@@ -72,10 +73,10 @@ def read_block(path: Path, identity: bytes, hash_: bytes, length: int) -> bytes:
         os.close(file)
     expected = _HEAD.pack(MAGIC, identity, hash_, length)
     if data[: _HEAD.size] != expected:
-        raise BadBlockFileError("its header is another block's")
+        raise BadBlockFileError("the header is that of another block")
     content = data[HEADER_SIZE:]
     if len(content) != length or data[_HEAD.size : HEADER_SIZE] != _checksum(expected, content):
-        raise BadBlockFileError("its bytes and its checksum differ")
+        raise BadBlockFileError("the checksum does not match")
     return content
 
 
@@ -91,19 +92,19 @@ _IDENTITY = re.compile(r"[0-9a-f]{32}")
 _BLOCK = re.compile(r"([0-9a-f]{32})\.kv")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.\d+\.\d+\.tmp")
 
-#: Of a full directory, this share stays: making room looks at every file, so it makes some more.
+#: The share of a full directory that stays when room is made, since that scans every file.
 _KEPT_SHARE = 0.95
-#: Seconds after which a file that was not completed is a crashed server's.
+#: Seconds after which a temporary file is taken for one of a crashed server.
 _ABANDONED_AFTER = 3600.0
-#: Seconds without writing after a write that failed: the disk is full, or gone.
+#: Seconds without writes after a failed write.
 _PAUSE = 30.0
 
 
 class BlockDirectory:
-    """The blocks of one identity, each of `length` bytes; all identities take `limit` together.
+    """The blocks of one identity, each of `length` bytes; all identities share `limit` bytes.
 
-    One thread reads and writes; others may ask what it `contains`. Raises `EngineError` if the
-    directory cannot be made, or is not this user's alone.
+    One thread reads and writes; others may use `in`. Raises `EngineError` if the directory cannot
+    be created or is not private to this user.
     """
 
     def __init__(self, root: Path, identity: bytes, *, length: int, limit: int) -> None:
@@ -122,13 +123,13 @@ class BlockDirectory:
             own = _is_private(self._path)
         except OSError as error:
             raise EngineError(
-                f"KV blocks cannot be kept in {root}: {error.strerror}",
-                hint="choose a directory that can be written (--kv-offload-dir)",
+                f"cannot keep KV blocks in {root}: {error.strerror}",
+                hint="choose a writable directory (--kv-offload-dir)",
             ) from error
         if not own:
             raise EngineError(
-                f"{self._path} is not a directory of this user's alone (mode 0700)",
-                hint="KV blocks tell what was asked: choose another directory",
+                f"{self._path} is not a directory that only this user can access (mode 0700)",
+                hint="choose another directory: KV blocks reveal the prompts",
             )
         self.refresh()
 
@@ -136,7 +137,7 @@ class BlockDirectory:
         return hash_ in self._known
 
     def refresh(self) -> None:
-        """Look at the files there are: other servers come and go."""
+        """Scan the files, which other servers write and remove as well."""
         known, total = set[bytes](), 0
         for entry, size, _ in self._files():
             total += size
@@ -146,7 +147,7 @@ class BlockDirectory:
         self._known, self.num_bytes = known, total
 
     def read(self, hash_: bytes) -> bytes | None:
-        """Return a block; None if it is gone, or was not whole, and is gone now."""
+        """Return a block; None if it is missing, or damaged and now removed."""
         path = self._file(hash_)
         try:
             content = read_block(path, self._identity, hash_, self._length)
@@ -156,13 +157,13 @@ class BlockDirectory:
             return None
         except (OSError, BadBlockFileError) as error:
             self.num_dropped += 1
-            _log.warning("the KV block %s is dropped: %s", path, error)
+            _log.warning("dropped the KV block %s: %s", path, error)
             self.discard(hash_)
             return None
         return content
 
     def write(self, hash_: bytes, content: bytes) -> bool:
-        """Keep a block, and make room for it; False if the disk does not take it."""
+        """Write a block, making room for it; return False if that fails."""
         assert len(content) == self._length
         size = HEADER_SIZE + len(content)
         if hash_ in self._known or size > self.limit or time.monotonic() < self._paused_until:
@@ -173,7 +174,7 @@ class BlockDirectory:
             write_block(self._file(hash_), self._identity, hash_, content)
         except OSError as error:
             level = logging.DEBUG if self._failing else logging.WARNING
-            _log.log(level, "KV blocks are not written to %s for now: %s", self._path, error)
+            _log.log(level, "writing KV blocks to %s is paused: %s", self._path, error)
             self._failing, self._paused_until = True, time.monotonic() + _PAUSE
             return False
         self._failing = False
@@ -182,31 +183,31 @@ class BlockDirectory:
         return True
 
     def forget(self, hash_: bytes) -> None:
-        """Say no more that a block is there; its file stays until it is discarded."""
+        """Report a block as missing from now on; its file stays until `discard`."""
         self._known.discard(hash_)
 
     def discard(self, hash_: bytes) -> None:
-        """Remove a block, if it is there."""
+        """Remove a block, if it is present."""
         self._known.discard(hash_)
         with contextlib.suppress(OSError):
             self._file(hash_).unlink()
             self.num_bytes = max(self.num_bytes - HEADER_SIZE - self._length, 0)
 
     def _make_room(self, size: int) -> None:
-        """Remove the least recently used files of all models until `size` bytes more fit."""
+        """Remove the least recently used files of all models until `size` more bytes fit."""
         files = sorted(self._files(), key=lambda file: file[2])
         total = sum(file[1] for file in files)
         target = min(int(self.limit * _KEPT_SHARE), self.limit - size)
         for entry, length, _ in files:
             if total <= target:
                 break
-            with contextlib.suppress(FileNotFoundError):  # another server was faster
+            with contextlib.suppress(FileNotFoundError):  # another server has removed it
                 Path(entry.path).unlink()
             total -= length
         self.refresh()
 
     def _files(self) -> Iterator[tuple[os.DirEntry[str], int, int]]:
-        """Yield each model's files with bytes and time of last use; nothing else is ours."""
+        """Yield the files of all models with their size and time of last use; skip other files."""
         for path in [p for p in _entries(self.root) if _IDENTITY.fullmatch(p.name)]:
             for entry in _entries(path.path):
                 temporary = _TEMPORARY.fullmatch(entry.name)

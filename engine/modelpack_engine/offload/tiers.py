@@ -1,4 +1,9 @@
-"""OffloadTiers: offloaded KV blocks by hash, in bounded memory (LRU) and then on disk."""
+"""Offloaded KV blocks by hash, in bounded memory (LRU) and on disk.
+
+The block manager calls `PrefixOffload`: it reports the blocks that it evicts, and requests those
+that a prompt needs next. `OffloadTiers` keeps the contents, with a thread for the files. The block
+mover copies the requested blocks after a step is scheduled, before that step writes to any block.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ from modelpack_engine.offload.directory import BlockDirectory
 
 
 class BlockMemory:
-    """Contents of blocks by hash, `limit` bytes at most. For one thread."""
+    """The contents of blocks by hash, at most `limit` bytes. Not thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -26,7 +31,7 @@ class BlockMemory:
         return len(self._blocks)
 
     def put(self, hash_: bytes, content: bytes) -> None:
-        """Keep a block, and drop what it leaves no room for; one above the limit is not kept."""
+        """Keep a block if the limit allows, and evict the least recently used blocks."""
         self.discard(hash_)
         if len(content) > self.limit:
             return
@@ -37,45 +42,46 @@ class BlockMemory:
         self.num_bytes += len(content)
 
     def get(self, hash_: bytes) -> bytes | None:
-        """Return a block, which counts as its use."""
+        """Return a block and mark it as used; None if it is not present."""
         content = self._blocks.get(hash_)
         if content is not None:
             self._blocks.move_to_end(hash_)
         return content
 
     def discard(self, hash_: bytes) -> None:
-        """Drop a block, if it is there."""
+        """Drop a block, if it is present."""
         content = self._blocks.pop(hash_, None)
         if content is not None:
             self.num_bytes -= len(content)
 
 
-#: Bytes of blocks that wait to be written, at most.
+#: The most bytes of blocks that wait to be written.
 _LONGEST_QUEUE = 256 * 1024**2
-#: Bytes of blocks that have been read and not been taken, beyond which nothing more is read.
+#: The most bytes of blocks that were read and not used yet; no more are read beyond that.
 _MOST_STAGED = 256 * 1024**2
-#: Seconds between two looks at what other servers have written, and how many times longer it is
-#: at least than a look takes.
-_LOOK_EVERY = 2.0
-_LOOK_FACTOR = 20
+#: Seconds between two scans for the files of other servers, and the least ratio of this interval
+#: to the duration of a scan.
+_SCAN_EVERY = 2.0
+_SCAN_FACTOR = 20
 
 
 @dataclass(slots=True, eq=False)
 class Load:
-    """Blocks on their way from memory or disk: of `hashes`, those in `contents` once `done`."""
+    """A request for the blocks `hashes`; `contents` has those that were found once it is `done`."""
 
     hashes: list[bytes]
     contents: dict[bytes, bytes] = field(default_factory=dict)
     done: bool = False
-    staged: int = 0  # bytes that were read for it
+    staged: int = 0  # bytes that were read
     num_read: int = 0
     given_up: bool = False
 
 
 class OffloadTiers:
-    """Contents of blocks by hash. One thread calls it; its own does what touches files.
+    """The contents of blocks by hash, each of `length` bytes.
 
-    `length` is the bytes of every block. Close it to have written what waits to be.
+    Call it from one thread; it accesses files in a thread of its own. `close` writes the blocks
+    that are still waiting.
     """
 
     def __init__(
@@ -91,8 +97,8 @@ class OffloadTiers:
         self._staged = 0
         self._closing = False
         self._deadline = float("inf")
-        self._next_look = time.monotonic() + _LOOK_EVERY
-        self._look = False
+        self._next_scan = time.monotonic() + _SCAN_EVERY
+        self._scan = False
         self._thread: threading.Thread | None = None
         if directory is not None:
             self._thread = threading.Thread(
@@ -106,16 +112,16 @@ class OffloadTiers:
 
     @property
     def num_disk_bytes(self) -> int:
-        """Bytes of the directory's files, all models together."""
+        """The bytes of the directory's files, of all models together."""
         return 0 if self.directory is None else self.directory.num_bytes
 
     @property
     def num_dropped(self) -> int:
-        """Files that were not what they should be."""
+        """The number of damaged files that were dropped."""
         return 0 if self.directory is None else self.directory.num_dropped
 
     def save(self, hash_: bytes, content: bytes) -> None:
-        """Keep a block in memory, and have it written."""
+        """Keep a block in memory, and queue it for the directory."""
         assert len(content) == self.length
         self.memory.put(hash_, content)
         if self.directory is None:
@@ -126,11 +132,11 @@ class OffloadTiers:
                 self._state.notify_all()
 
     def use(self, hash_: bytes) -> None:
-        """Note that a block is wanted still."""
+        """Mark a block as used."""
         self.memory.get(hash_)
 
     def load(self, hashes: list[bytes]) -> Load:
-        """Begin to load blocks; it is done at once if memory has them all."""
+        """Start loading blocks; the load is done at once if memory has all of them."""
         load = Load(hashes)
         for hash_ in hashes:
             content = self.memory.get(hash_) or self._writes.get(hash_)
@@ -144,7 +150,7 @@ class OffloadTiers:
         return load
 
     def finish(self, load: Load) -> None:
-        """Take note that a load was taken, or that nobody wants it."""
+        """End a load: its contents were used, or are not needed any more."""
         with self._state:
             load.given_up = True
             self._staged -= load.staged
@@ -152,19 +158,19 @@ class OffloadTiers:
             self._state.notify_all()
 
     def wait(self, load: Load, timeout: float) -> None:
-        """Return when a load is done, or after `timeout` seconds."""
+        """Wait until a load is done, for at most `timeout` seconds."""
         with self._state:
             self._state.wait_for(lambda: load.done, timeout)
 
-    def look(self) -> None:
-        """Have the thread look for what other servers have written, if it is time to."""
-        if self._thread is not None and time.monotonic() >= self._next_look and not self._look:
+    def scan(self) -> None:
+        """Let the thread scan for files of other servers, if the last scan was long enough ago."""
+        if self._thread is not None and time.monotonic() >= self._next_scan and not self._scan:
             with self._state:
-                self._look = True
+                self._scan = True
                 self._state.notify_all()
 
     def discard(self, hashes: Iterable[bytes]) -> None:
-        """Drop blocks that hold what they should not."""
+        """Drop blocks whose content is wrong."""
         with self._state:
             for hash_ in hashes:
                 self.memory.discard(hash_)
@@ -175,12 +181,12 @@ class OffloadTiers:
             self._state.notify_all()
 
     def flush(self, timeout: float) -> bool:
-        """Return True when nothing waits to be written any more, False after `timeout` seconds."""
+        """Wait until all blocks are written; return False after `timeout` seconds."""
         with self._state:
             return self._state.wait_for(lambda: not self._writes, timeout)
 
     def close(self, timeout: float) -> None:
-        """Write what waits to be, for `timeout` seconds at most, and end the thread."""
+        """Write the waiting blocks for at most `timeout` seconds, and end the thread."""
         with self._state:
             self._closing = True
             self._deadline = time.monotonic() + timeout
@@ -201,7 +207,7 @@ class OffloadTiers:
                     return
                 load = self._next_load()
                 removals, self._removals = self._removals, deque()
-                look, self._look = self._look, False
+                scan, self._scan = self._scan, False
                 write = None if load or not self._writes else next(iter(self._writes.items()))
             for hash_ in removals:
                 directory.discard(hash_)
@@ -209,11 +215,11 @@ class OffloadTiers:
                 self._read(directory, load)
             elif write is not None:
                 directory.write(*write)
-            if look:
+            if scan:
                 begin = time.monotonic()
                 directory.refresh()
                 took = time.monotonic() - begin
-                self._next_look = begin + max(_LOOK_EVERY, _LOOK_FACTOR * took)
+                self._next_scan = begin + max(_SCAN_EVERY, _SCAN_FACTOR * took)
             if write is not None:
                 with self._state:
                     self._writes.pop(write[0], None)
@@ -221,7 +227,7 @@ class OffloadTiers:
 
     def _has_work(self) -> bool:
         can_load = bool(self._loads) and self._staged < _MOST_STAGED
-        return can_load or bool(self._writes or self._removals or self._look or self._closing)
+        return can_load or bool(self._writes or self._removals or self._scan or self._closing)
 
     def _next_load(self) -> Load | None:
         while self._loads and self._staged < _MOST_STAGED:
@@ -231,7 +237,7 @@ class OffloadTiers:
         return None
 
     def _read(self, directory: BlockDirectory, load: Load) -> None:
-        """Read what memory did not have, up to the first block that is not to be had."""
+        """Read the blocks that memory did not have, up to the first one that is not found."""
         read: dict[bytes, bytes] = {}
         for hash_ in load.hashes:
             if load.given_up:
@@ -253,9 +259,9 @@ class OffloadTiers:
 
 
 class PrefixOffload:
-    """What moves between blocks on the device and `tiers`.
+    """The blocks to move between the device and `tiers`.
 
-    `per_step` blocks are loaded at a time; when a step restores that many, the rest waits.
+    At most `per_step` blocks are loaded at a time, and restored in one step.
     """
 
     def __init__(self, tiers: OffloadTiers, *, per_step: int) -> None:
@@ -268,24 +274,24 @@ class PrefixOffload:
         self._evicted: list[tuple[int, bytes]] = []
         self._restored: list[tuple[int, bytes]] = []
         self._left = per_step
-        self._loads: dict[int, Load] = {}  # by the sequence that it is for
+        self._loads: dict[int, Load] = {}  # by seq_id
         self._waiting: set[int] = set()
         self._restoring: set[int] = set()
 
-    # What the block manager says.
+    # Calls of the block manager
 
     def evict(self, block: int, hash_: bytes) -> None:
-        """Take note that a block is about to be overwritten."""
+        """Save a block that is about to be overwritten."""
         if hash_ in self.tiers:
             self.tiers.use(hash_)
         else:
             self._evicted.append((block, hash_))
 
     def fetch(self, seq_id: int, hashes: list[bytes]) -> list[bytes]:
-        """Return the contents of the first of `hashes`, as far as they are here.
+        """Return the contents of the first blocks of `hashes` that are loaded.
 
-        `hashes` are what a sequence needs next. Those that are on their way are none of them: the
-        sequence `awaits` them, and they are asked for again in the next step.
+        `hashes` are the blocks that a sequence needs next. While they are being loaded, the result
+        is empty and the sequence `awaits` them: call this again in the next step.
         """
         self._waiting.discard(seq_id)
         load = self._loads.get(seq_id)
@@ -312,39 +318,39 @@ class PrefixOffload:
         return contents
 
     def awaits(self, seq_id: int) -> bool:
-        """Whether what a sequence needs next is on its way, as of the last `fetch`."""
+        """Return whether the next blocks of a sequence were being loaded at its last `fetch`."""
         return seq_id in self._waiting
 
     @property
     def is_awaited(self) -> bool:
-        """Whether any sequence waits."""
+        """Whether any sequence awaits blocks."""
         return bool(self._waiting)
 
     def restore(self, block: int, content: bytes) -> None:
-        """Have a block hold what was fetched."""
+        """Write fetched content to a block before the next step."""
         self._restored.append((block, content))
 
     def drop(self, seq_id: int) -> None:
-        """Forget a sequence that has ended, or starts again."""
+        """Forget a sequence that ended or was preempted."""
         self._finish(seq_id)
         self._waiting.discard(seq_id)
         self._restoring.discard(seq_id)
 
     def distrust(self, hashes: Iterable[bytes]) -> None:
-        """Drop blocks whose content turned out to be wrong."""
+        """Drop blocks whose content may be wrong."""
         self.tiers.discard(hashes)
 
-    # What the mover does about it.
+    # Calls of the block mover
 
     def take(self) -> tuple[list[tuple[int, bytes]], list[tuple[int, bytes]]]:
-        """Return (block, hash) to save and then (block, content) to restore, once."""
+        """Return and clear (block, hash) pairs to save, and (block, content) pairs to restore."""
         taken = self._evicted, self._restored
         self._evicted, self._restored = [], []
         self._left = self.per_step
         return taken
 
     def wait(self, timeout: float) -> None:
-        """Wait until one of the loads is done."""
+        """Wait until the oldest load is done, for at most `timeout` seconds."""
         for load in self._loads.values():
             if not load.done:
                 self.tiers.wait(load, timeout)
@@ -353,14 +359,14 @@ class PrefixOffload:
     # Details
 
     def _begin(self, seq_id: int, hashes: list[bytes]) -> Load | None:
-        """Load the first of `hashes`, up to a step's worth; None if the first is not to be had."""
+        """Start loading the first `per_step` blocks; return None if the first is not available."""
         if not hashes:
             return None
         if hashes[0] not in self.tiers:
-            self.tiers.look()
+            self.tiers.scan()
             return None
         if any(hashes[0] in load.hashes for load in self._loads.values()):
-            self._waiting.add(seq_id)  # and finds them in the cache then
+            self._waiting.add(seq_id)  # it then finds the blocks in the prefix cache
             return None
         run = []
         for hash_ in hashes[: self.per_step]:

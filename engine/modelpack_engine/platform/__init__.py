@@ -1,1 +1,1 @@
-"""What differs between Metal, CUDA and CPU: devices, allocators, BLAS, environment."""
+"""The differences between Metal, CUDA and CPU: devices, memory, BLAS, environment variables."""

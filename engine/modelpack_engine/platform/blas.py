@@ -1,9 +1,9 @@
-"""A real BLAS for MLX's CPU backend on Linux.
+"""A fast BLAS for MLX's CPU backend on Linux.
 
-The MLX wheel brings the reference BLAS, several times slower than OpenBLAS. MLX binds `cblas_sgemm`
-when its library is loaded and looks in the global scope first, so a BLAS loaded there before
-`mlx.core` is imported takes its place. In order of preference: scipy-openblas32 behind a small shim
-(built once where a C compiler exists), the system's OpenBLAS, what MLX brings.
+The MLX wheel contains the reference BLAS, which is several times slower than OpenBLAS. MLX binds
+`cblas_sgemm` when its library is loaded, and looks in the global scope first: a BLAS that is loaded
+there before `mlx.core` is imported replaces it. The order of preference is scipy-openblas32 through
+a small shim (built once, with a C compiler), the system's OpenBLAS, and MLX's own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SYSTEM_NAMES = ("libopenblas.so.0", "libopenblas.so")
 
 
 class BlasKind(StrEnum):
-    """Which BLAS multiplies matrices on the CPU."""
+    """The BLAS that multiplies matrices on the CPU."""
 
     SHIM = "scipy-openblas32"
     SYSTEM = "system OpenBLAS"
@@ -41,7 +41,7 @@ class BlasKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Blas:
-    """What `prepare` found; `note` says how to have a faster one, if there is."""
+    """The BLAS that `prepare` chose; `note` says how to get a faster one, if possible."""
 
     kind: BlasKind
     path: str | None = None
@@ -52,10 +52,10 @@ _prepared: Blas | None = None
 
 
 def load_export(package: str, exports: Mapping[str, str], name: str) -> Any:
-    """Return `name` of the module that `exports` names, and set it in `package`.
+    """Import `name` from its module in `exports`, and set it in `package`.
 
-    For the `__getattr__` of a package whose modules import MLX: a BLAS is chosen before. Raises
-    `AttributeError`.
+    It serves the `__getattr__` of packages whose modules import MLX: it chooses a BLAS before the
+    import. Raises `AttributeError` for other names.
     """
     if name not in exports:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
@@ -66,10 +66,10 @@ def load_export(package: str, exports: Mapping[str, str], name: str) -> Any:
 
 
 def prepare() -> Blas:
-    """Load the best BLAS there is, once; has to come before the first import of `mlx.core`.
+    """Load the best BLAS once; call this before the first import of `mlx.core`.
 
-    One thread unless OPENBLAS_NUM_THREADS says otherwise: on a busy machine OpenBLAS's workers
-    wait for each other, and a token then takes many times as long.
+    OpenBLAS gets one thread unless OPENBLAS_NUM_THREADS is set: on a busy machine its threads wait
+    for each other, and a token takes many times as long.
     """
     global _prepared
     if _prepared is None:
@@ -80,7 +80,7 @@ def prepare() -> Blas:
 
 
 def leave_bundled() -> None:
-    """Have `prepare` load nothing, to compare with MLX as it comes."""
+    """Make `prepare` load nothing, to measure MLX's own BLAS."""
     global _prepared
     _prepared = Blas(BlasKind.BUNDLED)
 
@@ -91,7 +91,7 @@ def _choose() -> Blas:
     if "mlx.core" in sys.modules:
         return Blas(
             BlasKind.BUNDLED,
-            note="mlx.core was imported before modelpack_engine: it keeps its slow BLAS; "
+            note="mlx.core was imported before modelpack_engine and uses its slow BLAS: "
             "import modelpack_engine first",
         )
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -107,7 +107,7 @@ def _choose() -> Blas:
                 return Blas(kind, name)
     return Blas(
         BlasKind.BUNDLED,
-        note=f"no OpenBLAS: the CPU is several times slower than it could be; {problem}, "
+        note=f"no OpenBLAS, so the CPU computes several times slower: {problem}, "
         "or install the system's libopenblas",
     )
 
@@ -121,7 +121,7 @@ def _load(name: str) -> bool:
 
 
 def _shim() -> str | None:
-    """Return the path of the shim's library, built on the first call; None without its parts."""
+    """Return the path of the shim, built if needed; None without OpenBLAS or a compiler."""
     found = importlib.util.find_spec("scipy_openblas32")
     if found is None or found.origin is None:
         return None
@@ -147,7 +147,7 @@ def _shim() -> str | None:
 
 
 def _compile(compiler: str, library: Path, target: Path) -> None:
-    """Compile the shim for this processor, or for any of its kind if the compiler cannot."""
+    """Compile the shim for this processor, or for its architecture if the compiler cannot."""
     parts = [str(_SHIM_SOURCE), "-o", str(target), str(library), f"-Wl,-rpath,{library.parent}"]
     for options in (["-march=native"], []):
         command = [compiler, "-O3", "-shared", "-fPIC", *options, *parts]
@@ -160,7 +160,7 @@ def _compile(compiler: str, library: Path, target: Path) -> None:
 
 
 def _processor() -> str:
-    """Return what the shim is compiled for: a home directory may serve several machines."""
+    """Return the processor's model and features: machines may share a home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,8 +1,9 @@
-"""Whether MLX launches work as CUDA graphs: good for most models, bad for recurrent ones.
+"""The choice of CUDA graphs in MLX, which suit most models, but not recurrent ones.
 
-A graph similar to an earlier one launches quickly; any other takes 0.2 ms per operation. Steps of
-recurrent models have a piece per prompt, in any number, and are rarely similar: most of a second
-each. MLX reads the setting once, when it first computes, so a process's first model decides.
+A graph that is similar to an earlier one is launched quickly; any other takes 0.2 ms for each
+operation. The steps of recurrent models run each prompt on its own and are rarely similar, so they
+take most of a second each. MLX reads the setting once, when it first computes: the first model of a
+process decides.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ _decided = False
 
 
 def choose(model: nn.Module) -> str | None:
-    """Choose for this process, if `model` is its first: to be called before that is computed.
+    """Set CUDA graphs for this process if `model` is its first; call it before MLX computes.
 
-    What the user's environment says holds. Returns a note where the choice does not suit `model`.
+    The user's environment takes precedence. Return a note if the setting does not suit `model`.
     """
     global _decided
     if not mx.cuda.is_available():
@@ -34,9 +35,9 @@ def choose(model: nn.Module) -> str | None:
         os.environ.setdefault(GRAPHS, "0")
     off = os.environ.get(GRAPHS) == "0"
     if recurrent and not off:
-        return "several times slower beside another model: a process of its own would be better"
+        return "several times slower in one process with other models: run it on its own"
     if off and not recurrent:
-        return "slower for single requests beside a recurrent model: CUDA graphs are off"
+        return "single requests are slower: a recurrent model has switched CUDA graphs off"
     return None
 
 
@@ -44,7 +45,7 @@ def is_recurrent(model: nn.Module) -> bool:
     """Return whether a model has layers that keep a state instead of keys."""
     try:
         caches = list(make_prompt_cache(model))
-    except (AttributeError, TypeError):  # what it is, others will say
+    except (AttributeError, TypeError):  # loading reports the model's errors
         return False
     while caches:
         cache = caches.pop()

@@ -1,4 +1,4 @@
-"""The device and its memory: GPU or CPU, the allocator, and staging buffers of steps."""
+"""The device: GPU or CPU, its memory, the host's allocator, and staging buffers of steps."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def choose_device(config: EngineConfig) -> Literal["cpu", "gpu"]:
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-#: Bytes: arrays up to here come from the heap (glibc allows no more), of which so much is kept.
+#: The largest array on the heap (glibc allows no more), and the freed bytes that the heap keeps.
 LARGEST_ON_HEAP, KEPT = 32 << 20, 256 << 20
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed memory for the next step; return whether the allocator is one that can."""
+    """Make the allocator keep freed memory for the next step; return whether it can."""
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
@@ -47,14 +47,14 @@ def keep_freed_memory() -> bool:
 
 
 def total_memory() -> int:
-    """Return the bytes of the GPU's memory that may be used."""
+    """Return the usable bytes of the GPU's memory."""
     info = mx.device_info()
     total = int(info["memory_size"] if "memory_size" in info else info["total_memory"])
     return min(total, int(info.get("max_recommended_working_set_size", total)))
 
 
 def used_memory() -> int:
-    """Return the bytes that are used: by MLX, and where the GPU tells, by other processes, too."""
+    """Return the used bytes: MLX's, and those of other processes if the GPU reports them."""
     info = mx.device_info()
     used = mx.get_active_memory()
     if "free_memory" in info and "total_memory" in info:
@@ -65,15 +65,15 @@ def used_memory() -> int:
 logger = logging.getLogger(__name__)
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
-#: Numbers that the smallest staged array holds, and how many arrays of a size there are at most.
+#: The size of the smallest staged array, and the most arrays of one size.
 _FEWEST_NUMBERS, _MOST_ARRAYS = 256, 32
 
 
 class Prefetcher:
-    """Asks CUDA's driver for pages to be moved, on a stream of its own; stops at its first refusal.
+    """Moves pages to the GPU by CUDA's driver, on its own stream, until the driver refuses once.
 
-    CUDA Driver API, "Unified Addressing": `cuMemPrefetchAsync`. The device is that of the thread's
-    context, which MLX has set; without one, nothing is asked for.
+    Uses `cuMemPrefetchAsync` (CUDA Driver API, "Unified Addressing"). The device is that of the
+    thread's context, which MLX has set; without a context, nothing is moved.
     """
 
     def __init__(self, driver: ctypes.CDLL) -> None:
@@ -86,7 +86,7 @@ class Prefetcher:
         self._prefetch.argtypes = [ctypes.c_uint64, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 
     def send(self, address: int, num_bytes: int) -> None:
-        """Have `num_bytes` at `address` moved to the GPU."""
+        """Move `num_bytes` at `address` to the GPU."""
         if not self._works:
             return
         if self._stream is None:
@@ -101,50 +101,48 @@ class Prefetcher:
             self._refused("a prefetch", code)
 
     def _refused(self, what: str, code: int) -> None:
-        logger.info(
-            "CUDA refuses %s (error %d): steps will wait for what the host hands", what, code
-        )
+        logger.info("CUDA refuses %s (error %d): steps will wait for their inputs", what, code)
         self._works = False
 
 
 @cache
 def _prefetcher() -> Prefetcher | None:
-    """Return what moves pages; None where memory does not move: without CUDA."""
+    """Return the prefetcher; None without CUDA, where memory is not moved."""
     if not mx.cuda.is_available() or mx.default_device().type != mx.DeviceType.gpu:
         return None
     try:
         return Prefetcher(ctypes.CDLL("libcuda.so.1"))
     except (OSError, AttributeError) as error:
-        logger.info("CUDA's driver cannot be asked to move memory: %s", error)
+        logger.info("CUDA's driver cannot move memory: %s", error)
         return None
 
 
 class Staging:
-    """Arrays of int32 in which the host hands steps over, used again once these have ended.
+    """Reusable int32 buffers for the inputs that the host passes to steps.
 
-    Every step has a turn. That all of a turn's work has ended is known when a token of a later turn
-    has been read, as turns run one after the other. Without CUDA, arrays are like any others.
+    Steps are numbered and run in order: when a token of a later step has been read, the buffers of
+    earlier steps can be reused. Without CUDA, inputs are ordinary arrays.
     """
 
     def __init__(self) -> None:
-        self._turn = 0
+        self._step = 0
         self._free: dict[int, list[_Slot]] = {}
         self._taken: deque[tuple[int, _Slot]] = deque()
         self._count: Counter[int] = Counter()
 
-    def next_turn(self) -> int:
-        """Begin another step; return its turn."""
-        self._turn += 1
-        return self._turn
+    def next_step(self) -> int:
+        """Begin the next step; return its number."""
+        self._step += 1
+        return self._step
 
-    def read(self, turn: int) -> None:
-        """Take note that the host has read a token of `turn`: those before it have ended."""
-        while self._taken and self._taken[0][0] < turn:
+    def read(self, step: int) -> None:
+        """Free the buffers of the steps before `step`, of which the host has read a token."""
+        while self._taken and self._taken[0][0] < step:
             _, slot = self._taken.popleft()
             self._free[slot.array.size].append(slot)
 
     def put(self, numbers: NDArray[np.int32]) -> mx.array:
-        """Return int32 numbers for the step whose turn it is, perhaps with others after them."""
+        """Return `numbers` on the device for the current step; the array may be longer."""
         prefetcher = _prefetcher()
         if prefetcher is None:
             return mx.array(numbers)
@@ -152,11 +150,11 @@ class Staging:
         free = self._free.setdefault(size, [])
         if free:
             slot, is_kept = free.pop(), True
-        else:  # those over the limit are not kept: nobody reads what is sampled, or not for long
+        else:  # A buffer over the limit is not reused: no token may be read for a long time.
             slot, is_kept = _Slot.of(size), self._count[size] < _MOST_ARRAYS
             self._count[size] += is_kept
         if is_kept:
-            self._taken.append((self._turn, slot))
+            self._taken.append((self._step, slot))
         slot.memory[: len(numbers)] = numbers
         prefetcher.send(slot.address, numbers.nbytes)
         return slot.array
@@ -164,7 +162,7 @@ class Staging:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """An array, and its memory as the host sees it."""
+    """A buffer: an array on the device, and the same memory on the host."""
 
     array: mx.array
     memory: NDArray[np.int32]

@@ -1,15 +1,15 @@
-"""Limits that MLX reads from the environment: work per command buffer, graphs and plans kept.
+"""Environment variables: the limits that MLX reads, and vllm-metal's settings of the engine.
 
-MLX commits a command buffer when its arrays add up to a limit, and counts a whole KV pool for every
-kernel that reads part of it: with gigabytes of KV cache, after every layer. The limit on operations
-is enough.
+MLX commits a command buffer when the size of its arrays reaches a limit, and counts a whole KV pool
+for every kernel that reads part of it: with gigabytes of KV cache, it would commit after every
+layer. The limit on operations is enough.
 
-On CUDA it keeps graphs, and plans of convolutions and attention, for the shapes that it has seen.
-Once it has seen twice as many as it keeps, it raises an error instead of computing: a server sees
-any number of shapes.
+On CUDA, MLX caches graphs, and plans of convolutions and attention, for the shapes that it has
+seen. After twice as many shapes as the cache holds, it raises an error instead of computing. A
+server sees any number of shapes.
 
-On CUDA again, a command buffer becomes a graph, and one that is not similar to an earlier one takes
-0.2 ms per operation. Small ones are similar more often (see `cuda_graphs`).
+On CUDA, a command buffer becomes a graph. A graph that is not similar to an earlier one takes
+0.2 ms for each operation; small graphs are similar more often (see `cuda_graphs`).
 
 Source: mlx/backend/cuda/device.cpp and lru_cache.h, mlx/backend/metal/device.cpp.
 """
@@ -22,15 +22,15 @@ import sys
 from modelpack_engine.errors import EngineError
 
 _SETTINGS = {
-    "MLX_MAX_MB_PER_BUFFER": "100000000",  # more than any pool has
+    "MLX_MAX_MB_PER_BUFFER": "100000000",  # more than any pool
     "MLX_ENABLE_CACHE_THRASHING_CHECK": "0",
-    "MLX_CUDA_GRAPH_CACHE_SIZE": "2000",  # the shapes of a model's steps take hundreds
+    "MLX_CUDA_GRAPH_CACHE_SIZE": "2000",  # a model's steps have hundreds of shapes
 }
 _OPERATIONS = "MLX_MAX_OPS_PER_BUFFER", "30"
 
 
 def set_limits() -> None:
-    """Set what suits a server, as far as the user's environment says nothing else."""
+    """Set MLX's limits for a server, unless the user's environment sets them."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     if sys.platform != "darwin":  # measured on CUDA
@@ -45,10 +45,7 @@ _NO = frozenset({"0", "false", "no", "off"})
 
 
 def memory_fraction() -> float | None:
-    """Return the share of the GPU's memory that is asked for, above 0 and up to 1.
-
-    None for "auto", and where nothing is set.
-    """
+    """Return the share of the GPU's memory to use, above 0 and up to 1; None if unset or "auto"."""
     text = os.environ.get(MEMORY_FRACTION, "").strip()
     if text.lower() in ("", "auto"):
         return None
@@ -65,7 +62,7 @@ def memory_fraction() -> float | None:
 
 
 def uses_paged_attention() -> bool:
-    """Return whether keys and values are paged: unless it is switched off."""
+    """Return whether paged attention is used: unless the variable switches it off."""
     text = os.environ.get(USE_PAGED_ATTENTION, "").strip()
     if text.lower() in _NO:
         return False

@@ -1,7 +1,8 @@
-"""Per-sequence execution: run a module once for each sequence of a step, on views of its cache.
+"""Adapted: an mlx-lm model prepared to run the flattened batch of a step, and its paged caches.
 
-For modules that cannot run on the flattened batch: recurrent layers, and attention that failed the
-self-test. A `KVView` shows mlx-lm's code the paged cache of one sequence.
+Most modules run on the rows of all sequences at once. Recurrent layers, and attention that failed
+the self-test, run sequence by sequence: `run_per_sequence` calls the module once for each decode
+row and chunk, with a `KVView`, which shows it the paged cache of one sequence.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ from modelpack_engine.runner.recurrent import RecurrentState, Snapshot, StateRow
 
 
 class KVView(KVCache):
-    """Keys and values of the sequence of one piece: a decode row, or a chunk.
+    """The keys and values that one decode row or chunk sees, with the interface of mlx-lm's cache.
 
-    `attend` chooses what an update returns: what the pool holds, the new rows included, or only
-    something of the right shape. `new` keeps the rows.
+    With `attend`, an update returns the pool's keys and values, which include the new rows. Without
+    it, an update returns zeros of the same shape before the new rows. `new` keeps the new rows.
     """
 
     def __init__(self, cache: PagedKV, row: int, chunk: int | None, *, attend: bool) -> None:
@@ -55,7 +56,7 @@ class KVView(KVCache):
         self.new: tuple[mx.array, mx.array] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        """Note new rows [1, heads, length, dim]; return all that may be seen, in order."""
+        """Keep new rows [1, heads, length, dim]; return all visible keys and values, in order."""
         self.new = (keys, values)
         self.offset = self.total
         if self.attend:
@@ -71,21 +72,21 @@ class KVView(KVCache):
         return self.keys, self.values
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """Return what is seen, also for layers that share this cache without writing to it."""
+        """Return the visible keys and values, for layers that only read this cache."""
         return self.cache.fetch(self.row, self.chunk)
 
     def make_mask(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the mask that mlx-lm's own cache would."""
+        """Return the mask that mlx-lm's own cache would return."""
         length = args[0] if args else kwargs.pop("N")
         return self.mask_for(length, cache_window=self.cache.layout.window, **kwargs)
 
     def mask_for(self, length: int, *, cache_window: int | None, **request: Any) -> Any:
-        """Return the mask of a cache with `cache_window` that stands where this one stands."""
+        """Return the mask of mlx-lm's cache with `cache_window` at this view's offset."""
         model: KVCache | RotatingKVCache
         model = KVCache() if cache_window is None else RotatingKVCache(cache_window)
         model.offset = self.total - self.length
         if cache_window is not None and length == 1:
-            # Our keys are in order: the mask is not to be rolled by the ring's position.
+            # mlx-lm rotates this mask by its ring buffer's position; our keys are in order.
             window = request.get("window_size")
             if window is None or window >= min(self.total, cache_window):
                 return None
@@ -95,7 +96,7 @@ class KVView(KVCache):
 
 
 def _extent(cache: PagedKV, row: int, chunk: int | None) -> tuple[int, int]:
-    """Return how many tokens a piece adds, and its sequence's length with them."""
+    """Return how many tokens a decode row or chunk adds, and the sequence's length with them."""
     if chunk is not None:
         found = cache.step.chunks[chunk]
         return found.length, found.kv_length
@@ -107,24 +108,27 @@ Cache = PagedKV | RecurrentState
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows [start, stop) of a step: decode rows [n, 1, …], or one chunk [1, n, …]."""
+    """Rows [start, stop) of a step that run together: decode rows [n, 1, …] or a chunk [1, n, …].
+
+    `chunk` is the index of the chunk; None for decode rows.
+    """
 
     start: int
     stop: int
     chunk: int | None
 
     def cut(self, rows: mx.array) -> mx.array:
-        """Return the piece of an array with the step's rows first, and 1 second."""
+        """Return the piece's part of an array [rows, 1, …] of the whole step."""
         cut = rows[self.start : self.stop]
         return cut if self.chunk is None else cut.swapaxes(0, 1)
 
     def uncut(self, array: mx.array) -> mx.array:
-        """Return an output of the piece as rows."""
+        """Return an output of the piece as rows [rows, 1, …]."""
         return array if self.chunk is None else array.swapaxes(0, 1)
 
 
 def run_per_sequence(module: nn.Module, swaps: ClassSwaps) -> None:
-    """Let `module` run piece by piece whenever it is given caches of a step."""
+    """Make `module` run piece by piece whenever it is called with the caches of a step."""
     swaps.override(module, _call)
 
 
@@ -145,7 +149,7 @@ def _leaves(value: Any) -> list[Cache]:
 
 
 class _Pieces:
-    """One call of a module, cut into pieces."""
+    """One call of a module, split into pieces."""
 
     def __init__(
         self,
@@ -175,12 +179,12 @@ class _Pieces:
         return self._join([output for output, _ in runs])
 
     def _write(self) -> None:
-        """Learn the new rows of every piece and write them to the pools."""
+        """Run every piece to get its new rows, and write them to the pools."""
         learned = [self._run_piece(piece, attend=False)[1] for piece in self.pieces]
         for cache in self.paged:
             new = [views[id(cache)].new for views in learned]
             if any(rows is None for rows in new):
-                continue  # this module only reads the cache
+                continue  # The module only reads this cache.
             keys, values = (
                 self._fill([rows[part].transpose(2, 1, 0, 3) for rows in new]) for part in (0, 1)
             )
@@ -202,7 +206,7 @@ class _Pieces:
             return self.call(*args, **kwargs), views
 
     def _cut(self, value: Any, piece: Piece, views: dict[int, Any]) -> Any:
-        """Return an argument as `piece` sees it."""
+        """Return the part of an argument that belongs to `piece`."""
         if isinstance(value, PagedKV | RecurrentState):
             return views[id(value)]
         if isinstance(value, CacheList):
@@ -220,7 +224,7 @@ class _Pieces:
         return value
 
     def _offset(self, piece: Piece) -> int | mx.array:
-        """Return the position of the piece's first token, or those of all decode rows."""
+        """Return the position of the piece's first token, or the positions of its decode rows."""
         if piece.chunk is not None:
             chunk = self.step.chunks[piece.chunk]
             return chunk.kv_length - chunk.length
@@ -240,7 +244,7 @@ class _Pieces:
         )
 
     def _join(self, outputs: list[Any]) -> Any:
-        """Return the outputs of all pieces as the module would have returned them for rows."""
+        """Join the outputs of all pieces into the output for all rows."""
         first = outputs[0]
         if isinstance(first, mx.array):
             return self._fill(
@@ -253,7 +257,7 @@ class _Pieces:
         return first
 
     def _fill(self, parts: list[mx.array]) -> mx.array:
-        """Concatenate rows of pieces, with zeros where the batch is padded."""
+        """Concatenate the rows of the pieces, with zeros for padding rows."""
         filled: list[mx.array] = []
         row = 0
         for piece, part in zip(self.pieces, parts, strict=True):
@@ -268,9 +272,10 @@ class _Pieces:
 
 
 def list_pieces(step: StepInputs, *, one_by_one: bool) -> list[Piece]:
-    """Return the pieces of a step; padding rows belong to none, but for those of a decode group.
+    """Return the pieces of a step: decode rows `one_by_one` or together, then each chunk.
 
-    If there is nothing but padding, one row of it runs, so that there is an output.
+    Padding rows are left out, unless decode rows run together. If all rows are padding, one of them
+    runs, so that there is an output.
     """
     pieces = []
     if one_by_one:
@@ -286,8 +291,9 @@ def list_pieces(step: StepInputs, *, one_by_one: bool) -> list[Piece]:
 class Adapted:
     """A model with the classes of some modules swapped, and the caches to call it with.
 
-    Attention modules of the classes in `per_sequence` run sequence by sequence, the others on rows;
-    recurrent modules always run in pieces. `notes` says in words what was done.
+    Attention modules of the classes in `per_sequence` run sequence by sequence, and others on rows;
+    recurrent modules always run sequence by sequence. `fold` flattens the inputs of quantised
+    linears to two dimensions. `fused` layers run by fused kernels.
     """
 
     def __init__(
@@ -308,7 +314,7 @@ class Adapted:
         self.rows = StateRows(buckets.pad_rows)
         self.paged: list[PagedKV] = []
         self.states: list[RecurrentState] = []
-        self.taken: list[Snapshot] = []  # by the step that was built last
+        self.taken: list[Snapshot] = []  # snapshots taken by the last step
         self._owners: dict[int, nn.Module] = {}
         self._step, self._num_blocks = step, num_blocks
         self.caches = [self._cache(entry) for entry in layout.tree]
@@ -316,7 +322,7 @@ class Adapted:
         self.patched = patch_modules(model, self.swaps)
         self.per_sequence: Counter[str] = Counter()
         self.recurrent: Counter[str] = Counter()
-        #: Whether attention runs in pieces anywhere: a decode row each.
+        #: Whether any attention runs sequence by sequence.
         self.row_by_row = self._split(per_sequence)
         if layout.inner is not None:
             take_logit_rows(layout.inner, step, self.swaps)
@@ -352,7 +358,7 @@ class Adapted:
         return paged
 
     def _split(self, per_sequence: frozenset[str]) -> bool:
-        """Have modules run in pieces; return whether that includes any attention."""
+        """Make modules run sequence by sequence; return whether these include any attention."""
         done: set[int] = set()
         for leaf in self.layout.leaves():
             owner = leaf.owner
@@ -374,29 +380,29 @@ class Adapted:
         return bool(self.per_sequence) or attention
 
     def owner_class(self, error: LostHandleError) -> str | None:
-        """Return the class of the module that lost a handle, if it is known."""
+        """Return the class name of the module that lost a handle, if it is known."""
         owner = self._owners.get(id(error.cache))
         return None if owner is None else type(owner).__name__
 
     def attention_classes(self) -> frozenset[str]:
-        """Return the classes of all modules that use a paged cache."""
+        """Return the class names of all modules that use a paged cache."""
         return frozenset(type(owner).__name__ for owner in self._owners.values())
 
     def pools(self) -> list[mx.array]:
-        """Return what a step writes: to be evaluated with its tokens, and not to be kept."""
+        """Return the arrays a step writes: evaluate them with its tokens, and do not keep them."""
         arrays = [pool for kv in self.paged for pool in (kv.pools.keys, kv.pools.values)]
         arrays += [a for state in self.states for a in state.arrays if a is not None]
         return arrays + [array for snapshot in self.taken for array in snapshot.arrays]
 
     def begin(self, batch: StepBatch) -> None:
-        """Find the states that a step starts from."""
+        """Plan where the recurrent states of a step come from."""
         if self.states:
             self.rows.begin(batch)
 
     def finish(self, batch: StepBatch) -> None:
-        """Adopt a step's states, once its graph is built, and keep snapshots of some.
+        """Adopt the states of a step, once its graph is built, and take snapshots.
 
-        One is of the state after a chunk that ends with a block, and goes by the block's hash.
+        A snapshot is taken after each chunk that ends with a block, under the block's hash.
         """
         if not self.states:
             return
@@ -431,7 +437,7 @@ class Adapted:
         )
 
     def replace_pools(self, layout: ModelLayout, num_blocks: int) -> None:
-        """Lay out the same caches as `layout` says, with `num_blocks` blocks of zeros."""
+        """Replace the pools by pools of zeros for `layout`, with `num_blocks` blocks."""
         self.layout = layout
         contents = [leaf.content for leaf in layout.leaves()]
         found = [content for content in contents if isinstance(content, KVLayout)]
@@ -445,13 +451,13 @@ class Adapted:
             state.arrays = [None] * len(state.arrays)
 
     def notes(self) -> tuple[str, ...]:
-        """Say in words what was done to run the model."""
+        """Describe the adaptations applied to the model."""
         notes = [f"{name}: {reason}" for name, reason in self.patched.items()]
         notes += [f"{name} x{n} sequence by sequence" for name, n in self.per_sequence.items()]
         notes += [f"{name} x{n} recurrent" for name, n in self.recurrent.items()]
         return tuple(notes)
 
     def undo(self) -> None:
-        """Give the model back as it was, and drop the pools."""
+        """Restore the model's classes, and drop the pools."""
         self.swaps.undo()
         self.paged, self.states, self.caches = [], [], []

@@ -14,7 +14,7 @@ from modelpack_engine.request import EngineRequest, SamplingParams
 class SteppingEngine(Protocol):
     """The interface that `Engine`, which documents each member, and `LlamaCppEngine` implement.
 
-    `notes` tell the user how the model is computed, and how it differs from its files.
+    `notes` say how the model is run, and how it differs from its files.
     """
 
     config: EngineConfig
@@ -49,7 +49,7 @@ class SteppingEngine(Protocol):
 def run_to_end(
     engine: SteppingEngine, prompts: Iterable[str | Sequence[int]], params: SamplingParams
 ) -> list[list[RequestEvent]]:
-    """Run prompts until all have ended; return the events of each, in the order of the prompts."""
+    """Run prompts to their end; return the events of each prompt, in the order of the prompts."""
     events: dict[str, list[RequestEvent]] = {}
     for i, prompt in enumerate(prompts):
         token_ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

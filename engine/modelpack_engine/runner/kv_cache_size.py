@@ -1,4 +1,11 @@
-"""Warm-up: the shapes of the steps to compile, and the memory of a step for KV cache sizing."""
+"""KV cache sizing: choose the blocks, tokens per step and tokens per request that fit in memory.
+
+The KV cache gets `kv_cache_bytes`, or the share `gpu_memory_utilization` of the GPU's memory, less
+the weights. On a CPU it gets half a gigabyte, or enough for one full context if that is more, up to
+a quarter of the free memory: allocating more would slow down the start by seconds. vllm-metal's
+VLLM_METAL_MEMORY_FRACTION overrides the share. The cache is never larger than `max_num_seqs`
+requests of the full context can use. `step_shapes` lists the shapes of steps to warm up.
+"""
 
 from __future__ import annotations
 
@@ -19,29 +26,29 @@ from modelpack_engine.errors import EngineError, OutOfMemoryError
 from modelpack_engine.platform import device
 from modelpack_engine.platform.environment import memory_fraction
 
-#: What norms, sums, rotations and activations add to the outputs of the linear layers, as a factor,
-#: less what the GPU is done with before two steps are handed over. Measured: 1.55 for
-#: Llama-3.2-1B's shape (benchmarks/results/engine-h200.md).
-_BESIDE = 1.6
-#: Experts that a token goes to, at most: what a layer is made of does not tell.
+#: The memory of all arrays of a step, as a factor of the linear layers' outputs: it includes norms,
+#: residual sums, rotations and activations, less the arrays that the GPU frees before two steps are
+#: launched. Measured: 1.55 for Llama-3.2-1B's shape (benchmarks/results/engine-h200.md).
+_MEMORY_FACTOR = 1.6
+#: The most experts that a token is routed to; a layer's weights do not say how many.
 _MOST_EXPERTS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class StepMemory:
-    """Bytes that a step's arrays take: for each row, and however many there are."""
+    """The bytes of a step's arrays: `per_row` for each row, and `per_step` in any case."""
 
     per_row: int = 0
     per_step: int = 0
 
 
 def step_memory(model: nn.Module, vocab_size: int) -> StepMemory:
-    """Return about how much memory steps of `model` take; the head runs on few rows.
+    """Estimate the memory of a step of `model`, without the head, which runs on few rows.
 
-    MLX gives memory back when the GPU has done what it was handed, and by then the host has handed
-    it most of a step: so all layers count. Quantised weights are written out for many rows.
+    MLX frees an array when the GPU is done with it, and by then the host has launched most of the
+    step: so the arrays of all layers count. With many rows, quantised weights are dequantised.
     """
-    outputs = written_out = 0
+    outputs = dequantised = 0
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.QuantizedLinear):
             size = module["weight"].shape[0]
@@ -49,16 +56,16 @@ def step_memory(model: nn.Module, vocab_size: int) -> StepMemory:
                 continue
             outputs += size
             if isinstance(module, nn.QuantizedLinear):
-                written_out += size * module["scales"].shape[1] * module.group_size
+                dequantised += size * module["scales"].shape[1] * module.group_size
         elif isinstance(module, SwitchLinear | QuantizedSwitchLinear):
             experts, size = module["weight"].shape[:2]
             outputs += size * min(experts, _MOST_EXPERTS)
     itemsize = _itemsize(model)
-    return StepMemory(int(outputs * _BESIDE) * itemsize, written_out * itemsize)
+    return StepMemory(int(outputs * _MEMORY_FACTOR) * itemsize, dequantised * itemsize)
 
 
 def _itemsize(model: nn.Module) -> int:
-    """Return the bytes of an element of what layers put out: as many as the norms' weights have."""
+    """Return the bytes of one element of the layers' outputs: those of the norms' weights."""
     sizes = [
         module["weight"].dtype.size
         for _, module in model.named_modules()
@@ -67,16 +74,16 @@ def _itemsize(model: nn.Module) -> int:
     return max(sizes, default=mx.bfloat16.size)
 
 
-#: What mixed steps are warmed up with: decode rows, tokens of chunks, tokens of contexts.
+#: Sizes of the mixed steps to warm up: decode rows, tokens of chunks, tokens of contexts.
 _MIXED_ROWS, _MIXED_CHUNKS, _USUAL_CONTEXT = (8, 32, 64, 128), (128, 256, 512), 1024
 
 
 def step_shapes(
     buckets: Buckets, *, max_num_seqs: int, max_chunk: int, max_model_len: int, block_size: int
 ) -> list[StepShape]:
-    """Return the shapes that steps up to these limits have: decode alone, and a chunk alone.
+    """Return the shapes to warm up: all sizes of decode rows alone and of a chunk alone.
 
-    Mixed steps are made of the same parts, whose numbers multiply: some of these are enough.
+    Mixed steps combine the same kernels, so a few of their many combinations are enough.
     """
     widths = sizes_up_to(-(-max_model_len // block_size), buckets.table_width)
     shapes = [
@@ -102,18 +109,18 @@ def step_shapes(
 
 
 _GPU_TOKENS = 2048
-# Of one prompt in a step: others wait for as long for their next token.
+# Tokens of one prompt in a step: running sequences wait that long for their next token.
 _GPU_CHUNK = 512
-# From where attention is half of what a row of a prompt takes.
+# The context length at which attention takes half of the time of a prompt's row.
 _GPU_CONTEXT = 4096
 _CPU_TOKENS = 256
 _CPU_SHARE = 0.25
 _CPU_BYTES = 512 * 1024**2
-# What else is there beside weights, KV cache and steps' arrays.
+# Memory for everything other than weights, KV cache and steps' arrays.
 _RESERVE = 256 * 1024**2
-# Steps that the device has at a time: the next is handed over while one runs.
+# Steps that the device holds at a time: one runs while the next is launched.
 _STEPS = 2
-# Of a GPU's memory, what their arrays may take, as a divisor; steps have fewer rows else, but some.
+# Steps' arrays may take one part in this many of a GPU's memory; otherwise steps get fewer rows.
 _STEPS_SHARE = 6
 _FEWEST_ROWS = 256
 _FEWEST_BLOCKS = 4
@@ -121,7 +128,7 @@ _FEWEST_BLOCKS = 4
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What the engine is built with; `step_bytes` is what steps' arrays are expected to take."""
+    """The sizes of an engine; `step_bytes` is the expected memory of steps' arrays."""
 
     num_blocks: int
     max_model_len: int
@@ -145,7 +152,7 @@ class Sizes:
         )
 
     def full_step(self, config: EngineConfig) -> tuple[int, ...]:
-        """Return how long prompts are that fill a step, as far as blocks and requests go."""
+        """Return the lengths of prompts that fill a step, as far as blocks and requests allow."""
         length = min(self.scheduler_config(config).chunk_rows, self.max_model_len)
         count = min(
             self.max_num_batched_tokens // length,
@@ -155,7 +162,7 @@ class Sizes:
         return (length,) * count
 
     def step_shapes(self, config: EngineConfig, rows: int = 0) -> list[StepShape]:
-        """Return the shapes of steps of these sizes, up to `rows` decode rows if that is more."""
+        """Return the shapes of steps of these sizes, with at least up to `rows` decode rows."""
         limits = self.scheduler_config(config)
         return step_shapes(
             self.buckets,
@@ -172,16 +179,16 @@ def on_gpu() -> bool:
 
 
 class Cached(Protocol):
-    """What is known of a model's cache; `ModelLayout` is one."""
+    """The bytes that a model caches; `ModelLayout` implements it."""
 
     @property
     def bytes_per_token(self) -> int:
-        """What a token takes in all layers that keep keys and values."""
+        """The bytes of one token's keys and values in all layers."""
         ...
 
     @property
     def snapshot_bytes(self) -> int:
-        """What snapshots of recurrent state take beside that, together."""
+        """The bytes of all snapshots of recurrent state."""
         ...
 
 
@@ -194,14 +201,14 @@ def choose_sizes(
     window: int | None = None,
     step_memory: StepMemory = StepMemory(),  # it is frozen
 ) -> Sizes:
-    """Return the sizes for a model whose caches are laid out as `layout` (None: not paged).
+    """Return the sizes for a model with the caches of `layout` (None: not paged).
 
-    A token takes `beside` bytes more, in the KV cache of a draft model. Where no layer sees more
-    than the last `window` tokens, a request holds no more than these and those of a step. On CUDA,
-    steps' arrays take `step_memory`.
+    A token takes `beside` more bytes in the KV cache of a draft model. If every layer has an
+    attention window of at most `window` tokens, a request holds no more tokens than the window and
+    one step. On CUDA, steps' arrays take `step_memory`.
 
-    Raises `OutOfMemoryError`, saying what would fit, if the KV cache cannot hold a request of
-    `config.max_model_len`, or of a few blocks where none is asked for.
+    Raises `OutOfMemoryError`, saying what would fit, if the KV cache cannot hold one request of
+    `config.max_model_len` tokens, or a few blocks if that is not set.
     """
     asked = config.max_model_len
     if asked is not None and not 1 < asked <= context_length:
@@ -220,7 +227,7 @@ def choose_sizes(
     step_bytes = _STEPS * tokens * step_memory.per_row + step_memory.per_step
 
     def held(length: int) -> int:
-        """Return the most blocks that a request of `length` tokens holds at a time."""
+        """Return the most blocks that a request of `length` tokens holds at once."""
         blocks = _blocks(length, config.block_size)
         if window is None:
             return blocks
@@ -262,7 +269,7 @@ def choose_sizes(
 
 
 def _default_length(context_length: int, config: EngineConfig) -> int:
-    """Return the length of a request where none is asked for: the packager's, if there is one."""
+    """Return the default length of a request: the packager's choice, or the model's context."""
     packaged = config.default_model_len
     return context_length if packaged is None or packaged < 2 else min(packaged, context_length)
 
@@ -272,12 +279,12 @@ def _blocks(tokens: int, block_size: int) -> int:
 
 
 def keeps_steps() -> bool:
-    """Return whether MLX keeps all arrays of a step until the device is done with it: on CUDA."""
+    """Return whether MLX keeps all arrays of a step until the step ends, as it does on CUDA."""
     return on_gpu() and mx.cuda.is_available()
 
 
 def _rows_of_a_step(row_bytes: int) -> int:
-    """Return how many rows steps have by default: fewer where they would take too much memory."""
+    """Return the default rows of a step: halved until steps' arrays take little enough memory."""
     rows = _GPU_TOKENS
     if row_bytes:
         room = device.total_memory() // _STEPS_SHARE
@@ -287,7 +294,7 @@ def _rows_of_a_step(row_bytes: int) -> int:
 
 
 def _kv_budget(config: EngineConfig, one_context: int, others: int) -> int:
-    """Return the bytes of the KV cache: those given, or what is left beside `others` bytes."""
+    """Return the bytes of the KV cache: as configured, or the free memory less `others` bytes."""
     share = memory_fraction()
     if share is None:
         share = config.gpu_memory_utilization
@@ -302,7 +309,7 @@ def _kv_budget(config: EngineConfig, one_context: int, others: int) -> int:
 
 
 def available_memory() -> int:
-    """Return the bytes that can be used without swapping."""
+    """Return the bytes of memory that can be used without swapping."""
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:

@@ -1,7 +1,7 @@
 """BlockMover: copy KV blocks between the pools and the offload tiers, between the engine's steps.
 
-`open_offload` makes it from the configuration; `cache_identity` names the blocks that two engines
-may share.
+`open_offload` makes it from the configuration. `cache_identity` is equal for engines that can use
+each other's blocks.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from modelpack_engine.outputs import OffloadStats
 from modelpack_engine.runner.model_runner import ModelRunner
 
 IDENTITY_SIZE = 16  # bytes
-#: Goes up when the bytes of a block mean something else than before.
+#: Increased whenever the format of a block's bytes changes.
 VERSION = 1
 
 
 def cache_identity(model_id: str, block_size: int, parts: Iterable[str]) -> bytes:
-    """Return what two engines have in common that may use each other's blocks.
+    """Return a digest that is equal for engines which can use each other's blocks.
 
-    `model_id` names the weights. `parts` say the rest in words: types and shapes of what each layer
-    keeps, in order, where it is computed, and by what versions of what.
+    `model_id` names the weights. `parts` describe what else the bytes depend on: the types and
+    shapes of each layer's cache in order, the device, and the versions of the libraries.
     """
     text = "\0".join([f"kv {VERSION}", model_id, str(block_size), *parts])
     return hashlib.blake2b(text.encode(), digest_size=IDENTITY_SIZE, person=b"kv offload").digest()
@@ -41,13 +41,13 @@ def cache_identity(model_id: str, block_size: int, parts: Iterable[str]) -> byte
 
 #: Seconds that the engine waits for a file when it has nothing else to do.
 _WAIT = 0.05
-#: Bytes of one batch, and seconds for all, when blocks are saved at the end.
+#: Bytes of one batch, and seconds for all batches, when blocks are saved at shutdown.
 _LAST_BATCH = 64 * 1024**2
 _LAST_SECONDS = 20.0
 
 
 class BlockMover:
-    """Moves blocks of a runner's pools; without an `offload`, there is nothing to move."""
+    """Copies blocks of a runner's pools; without an `offload`, it does nothing."""
 
     def __init__(
         self, runner: ModelRunner, blocks: BlockManager, offload: PrefixOffload | None
@@ -58,9 +58,9 @@ class BlockMover:
         self._num_saved = 0
 
     def move(self, *, has_step: bool, in_flight: bool) -> None:
-        """Do what scheduling a step has asked for; to be called before its graph is built.
+        """Save and restore the blocks that scheduling requested; call it before building the step.
 
-        With neither a step to build nor one in flight, wait for what is awaited.
+        If there is no step to build and none in flight, wait for blocks that are being loaded.
         """
         offload, contents = self._offload, self._contents
         if offload is None or contents is None:
@@ -82,7 +82,7 @@ class BlockMover:
             offload.wait(_WAIT)
 
     def collect(self) -> None:
-        """Take to the host what was gathered; to be called when the step before has been read."""
+        """Copy the gathered blocks to the host; call it after reading the previous step."""
         if self._offload is None:
             return
         saving, self._saving = self._saving, []
@@ -92,13 +92,13 @@ class BlockMover:
             self._num_saved += len(hashes)
 
     def forget(self) -> None:
-        """Drop what was gathered from a device that is not to be trusted."""
+        """Drop the gathered blocks, after a step that failed."""
         self._saving.clear()
         if self._offload is not None:
             self._offload.take()
 
     def stats(self) -> OffloadStats:
-        """Return counters since the start, and gauges of this moment."""
+        """Return counters since the start, and current gauges."""
         if self._offload is None or self._contents is None:
             return OffloadStats()
         offload, length = self._offload, self._contents.length
@@ -115,7 +115,7 @@ class BlockMover:
         )
 
     def close(self) -> None:
-        """Write what a restart is to find: all that the prefix cache holds, the newest first."""
+        """Write the whole prefix cache to disk for the next start, the newest blocks first."""
         if self._offload is None or self._contents is None:
             return
         tiers = self._offload.tiers
@@ -148,7 +148,7 @@ def _split(rows: mx.array) -> list[bytes]:
 
 _log = logging.getLogger(__name__)
 
-#: Bytes that are taken where a directory is given, and nothing more is said.
+#: Default bytes in memory and on disk if only a directory is configured.
 _MEMORY = 1024**3
 _DISK = 16 * 1024**3
 #: Bytes that a step restores: a few milliseconds of copying.
@@ -158,17 +158,17 @@ _PER_STEP = 16 * 1024**2
 def open_offload(
     config: EngineConfig, runner: ModelRunner, blocks: BlockManager, model_id: str
 ) -> BlockMover:
-    """Return what moves the blocks of `runner`; `blocks` gets to know the offload.
+    """Return the mover for the blocks of `runner`, and set the offload of `blocks`.
 
-    Raises `EngineError` for a directory that cannot be used, or for weights without a name, whose
-    blocks nobody could find again safely.
+    Raises `EngineError` for a directory that cannot be used, or for weights without a name: their
+    blocks on disk could be mistaken for those of other weights.
     """
     wanted = config.kv_offload_dir is not None or config.kv_offload_memory
     contents = runner.block_contents()
     paged = blocks.enable_prefix_caching and blocks.snapshots is None
     if not wanted or contents is None or not paged:
         if wanted:
-            _log.warning("no prefixes are offloaded: they are not cached, or have recurrent state")
+            _log.warning("no KV offload: the prefix cache is off, or the model has recurrent state")
         return BlockMover(runner, blocks, None)
     directory = None
     if config.kv_offload_dir is not None:
@@ -189,5 +189,5 @@ def open_offload(
     tiers = OffloadTiers(BlockMemory(limit), directory, length=contents.length)
     blocks.offload = PrefixOffload(tiers, per_step=max(_PER_STEP // contents.length, 1))
     mover = BlockMover(runner, blocks, blocks.offload)
-    weakref.finalize(mover, tiers.close, 0.0)  # the thread of an engine that nobody closed
+    weakref.finalize(mover, tiers.close, 0.0)  # ends the thread of an engine that was not closed
     return mover

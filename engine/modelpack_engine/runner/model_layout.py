@@ -1,6 +1,6 @@
-"""ModelLayout: what a model caches in each layer, found by running it once on recording caches.
+"""ModelLayout: what a model caches in each layer, found by running it on caches that record it.
 
-Nothing is computed: MLX builds a graph, whose shapes and types are known, and it is thrown away.
+MLX only builds the graph of this run, whose shapes and types are known; nothing is computed.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _SNAPSHOT_BYTES = 256 * 1024**2
 
 
 class UnknownCacheError(EngineError):
-    """A model keeps something in a cache of a kind that cannot be paged."""
+    """A model uses a cache of a kind that cannot be paged."""
 
 
 @dataclass(frozen=True, slots=True)
 class StateLayout:
-    """Recurrent state of one layer and sequence: shapes with batch size 1, and types."""
+    """The recurrent state of one sequence in one layer: shapes with batch size 1, and types."""
 
     shapes: tuple[tuple[int, ...] | None, ...]
     dtypes: tuple[mx.Dtype | None, ...]
 
     @property
     def bytes_per_sequence(self) -> int:
-        """Bytes that a sequence keeps in this layer, whatever its length."""
+        """The bytes of a sequence's state in this layer, which do not depend on its length."""
         total = 0
         for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
             if shape is not None and dtype is not None:
@@ -57,7 +57,7 @@ class StateLayout:
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One cache of the model: what it holds (None if nothing ever), and the module that uses it."""
+    """One cache of the model: its content (None if it is unused), and the module that uses it."""
 
     layer: int
     content: KVLayout | StateLayout | None
@@ -65,7 +65,7 @@ class Leaf:
 
     @property
     def name(self) -> str:
-        """Say which layer this is, for messages."""
+        """Return the name of this layer for messages."""
         kind = type(self.owner).__name__ if self.owner is not None else "unused"
         return f"layer {self.layer} ({kind})"
 
@@ -76,14 +76,14 @@ Tree = tuple["Leaf | tuple[Leaf, ...]", ...]
 
 @dataclass(frozen=True, slots=True)
 class ModelLayout:
-    """Caches of a model in the order it takes them, and its inner model (all but the head)."""
+    """The caches of a model in its order, and its inner model: all layers but the head."""
 
     tree: Tree
     inner: nn.Module | None
     vocab_size: int
 
     def leaves(self) -> Iterator[Leaf]:
-        """Yield all leaves, those of lists one by one."""
+        """Yield all leaves in order."""
         for entry in self.tree:
             if isinstance(entry, Leaf):
                 yield entry
@@ -91,7 +91,7 @@ class ModelLayout:
                 yield from entry
 
     def with_leaves(self, change: Callable[[Leaf], Leaf]) -> ModelLayout:
-        """Return the same layout with every leaf changed."""
+        """Return this layout with every leaf replaced by `change(leaf)`."""
         tree = tuple(
             change(entry) if isinstance(entry, Leaf) else tuple(map(change, entry))
             for entry in self.tree
@@ -99,7 +99,7 @@ class ModelLayout:
         return replace(self, tree=tree)
 
     def with_dtype(self, dtype: mx.Dtype) -> ModelLayout:
-        """Return the same layout with keys and values of `dtype`."""
+        """Return this layout with keys and values of `dtype`."""
 
         def cast(leaf: Leaf) -> Leaf:
             if not isinstance(leaf.content, KVLayout):
@@ -109,7 +109,7 @@ class ModelLayout:
         return self.with_leaves(cast)
 
     def without_quantisation(self) -> ModelLayout:
-        """Return the same layout with keys and values as they are read."""
+        """Return this layout with keys and values that are not quantised."""
 
         def plain(leaf: Leaf) -> Leaf:
             if not isinstance(leaf.content, KVLayout):
@@ -120,52 +120,52 @@ class ModelLayout:
 
     @property
     def quantised(self) -> bool:
-        """Whether any layer's keys and values are quantised."""
+        """Whether the keys and values of any layer are quantised."""
         contents = (leaf.content for leaf in self.leaves())
         return any(isinstance(c, KVLayout) and c.quantised is not None for c in contents)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of keys and values that one token takes in all layers."""
+        """The bytes of one token's keys and values in all layers."""
         contents = (leaf.content for leaf in self.leaves())
         return sum(c.bytes_per_token for c in contents if isinstance(c, KVLayout))
 
     @property
     def window(self) -> int | None:
-        """The most tokens that any layer sees, None if one sees all."""
+        """The largest attention window of all layers; None if a layer has no window."""
         contents = [leaf.content for leaf in self.leaves() if isinstance(leaf.content, KVLayout)]
         windows = [content.window for content in contents if content.window is not None]
         return max(windows) if windows and len(windows) == len(contents) else None
 
     @property
     def bytes_per_sequence(self) -> int:
-        """Bytes of recurrent state that one sequence takes in all layers."""
+        """The bytes of one sequence's recurrent state in all layers."""
         contents = (leaf.content for leaf in self.leaves())
         return sum(c.bytes_per_sequence for c in contents if isinstance(c, StateLayout))
 
     @property
     def num_snapshots(self) -> int:
-        """How many snapshots of recurrent state are kept, within 256 MiB: but never under 4."""
+        """The number of recurrent snapshots to keep: as many as fit in 256 MiB, at least 4."""
         if not self.bytes_per_sequence:
             return 0
         return min(max(_SNAPSHOT_BYTES // self.bytes_per_sequence, 4), 256)
 
     @property
     def snapshot_bytes(self) -> int:
-        """Bytes that the snapshots take together."""
+        """The bytes of all snapshots together."""
         return self.num_snapshots * self.bytes_per_sequence
 
     @property
     def recurrent(self) -> bool:
-        """Whether any layer keeps a state that depends on all tokens before."""
+        """Whether any layer has recurrent state."""
         return any(isinstance(leaf.content, StateLayout) for leaf in self.leaves())
 
 
 @dataclass(slots=True)
 class _Record:
-    """What was seen of one cache: what it got, and the modules that were running, outermost first.
+    """The last keys and values that a cache received, and the modules that used it.
 
-    Of several uses, `stack` keeps the modules that were running in each.
+    `stack` has the modules that were running in every use of the cache, outermost first.
     """
 
     stack: list[nn.Module] = field(default_factory=list)
@@ -173,7 +173,7 @@ class _Record:
     values: mx.array | None = None
 
     def note_use(self) -> None:
-        """Note which modules are running."""
+        """Record which modules are running."""
         running = _modules_on_stack()
         if self.stack:
             running = [a for a, b in zip(self.stack, running, strict=False) if a is b]
@@ -181,7 +181,7 @@ class _Record:
 
 
 def _modules_on_stack() -> list[nn.Module]:
-    """Return the modules whose `__call__` is running, outermost first."""
+    """Return the modules whose `__call__` is on the stack, outermost first."""
     found: list[nn.Module] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -193,7 +193,7 @@ def _modules_on_stack() -> list[nn.Module]:
 
 
 def _watch(cache: Any, records: dict[int, _Record]) -> Any:
-    """Give `cache` (a fresh one) a class that notes its use in `records`, by id."""
+    """Swap the class of a new cache for one that records each use in `records`, by id."""
     if isinstance(cache, CacheList):
         for member in cache.caches:
             _watch(member, records)
@@ -222,9 +222,9 @@ def _watch(cache: Any, records: dict[int, _Record]) -> Any:
 
 
 def find_layout(model: nn.Module) -> ModelLayout:
-    """Run `model` on two tokens, then one, and return what it cached.
+    """Run `model` on two tokens, then one, and return the layout of its caches.
 
-    Raises `UnknownCacheError` for caches other than mlx-lm's usual ones.
+    Raises `UnknownCacheError` for caches of kinds that cannot be paged.
     """
     records: dict[int, _Record] = {}
     caches = [_watch(cache, records) for cache in make_prompt_cache(model)]
@@ -247,7 +247,7 @@ def find_layout(model: nn.Module) -> ModelLayout:
 
 
 def layout_of(model: nn.Module) -> ModelLayout | None:
-    """Return what the model caches, None if it is of a kind that cannot be paged."""
+    """Return the layout of a model's caches; None if a cache cannot be paged."""
     try:
         return find_layout(model)
     except UnknownCacheError:
@@ -279,7 +279,7 @@ def _content(cache: Any, record: _Record) -> KVLayout | StateLayout | None:
 
 
 def _inner_model(stacks: list[list[nn.Module]]) -> nn.Module | None:
-    """Return the module that runs the layers: the one that calls a member of a list of its own."""
+    """Return the module that runs the layers: it calls a member of a list that it holds."""
     for stack in stacks:
         for module, called in pairwise(stack):
             for value in module.values():
@@ -289,7 +289,7 @@ def _inner_model(stacks: list[list[nn.Module]]) -> nn.Module | None:
 
 
 def kv_bytes_per_token(model: nn.Module) -> int:
-    """Return the bytes of keys and values that one token takes, in the model's own types."""
+    """Return the bytes of one token's keys and values, in the model's own types."""
     return find_layout(model).bytes_per_token
 
 
@@ -298,7 +298,7 @@ _BITS = {"q8": 8, "q4": 4}
 
 
 def layout_with_cache_type(model: nn.Module, kind: KVCacheDtype) -> ModelLayout | None:
-    """Return what a model caches, keys and values as `kind`; None if it cannot be paged."""
+    """Return a model's layout with keys and values of type `kind`; None if it cannot be paged."""
     layout = layout_of(model)
     return None if layout is None else with_cache_type(layout, kind)
 
@@ -306,8 +306,8 @@ def layout_with_cache_type(model: nn.Module, kind: KVCacheDtype) -> ModelLayout 
 def with_cache_type(layout: ModelLayout, kind: KVCacheDtype) -> ModelLayout:
     """Return `layout` with keys and values of the type `kind`.
 
-    Raises `EngineError` for a model that cannot be quantised: one that caches latents, which are
-    keys and values in one and compressed as they are, or whose heads do not fall into groups.
+    Raises `EngineError` for a model whose cache cannot be quantised: it caches latents, which serve
+    as keys and values and are compressed already, or no group size divides its heads.
     """
     if kind in _FLOATS:
         return layout.with_dtype(_FLOATS[kind])

@@ -23,7 +23,7 @@ from modelpack_engine.runner.step import NextToken
 def make_outputs(
     request_id: str, request: EngineRequest, tokenizer: Tokenizer, vocab_size: int
 ) -> list[SequenceOutput]:
-    """Return the `n` choices of a request, with new sequences; raise `RequestError`."""
+    """Return the outputs of the `n` new sequences of a request; raise `RequestError` if invalid."""
     request.check(vocab_size)
     first = Sequence(
         request_id,
@@ -41,9 +41,9 @@ class SequenceOutput:
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer, continues_text: bool) -> None:
         self.sequence = sequence
-        #: Log-probabilities of the prompt so far; nothing precedes its first token.
+        #: Log-probabilities of the prompt so far; the first token has none.
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
-        #: The mask of its tokens; it has accepted all tokens that the host has read.
+        #: The mask of the sequence; it has accepted all tokens that the host has read.
         self.mask = sequence.params.mask() if sequence.params.mask is not None else None
         self._detokenizer = Detokenizer(tokenizer, sequence.params, continues_text=continues_text)
         self._ending_ids = ending_token_ids(sequence.params, sequence.eos_token_ids)
@@ -53,27 +53,27 @@ class SequenceOutput:
         self._first_token: float | None = None
 
     def started(self) -> None:
-        """Record when the first step of the sequence is built."""
+        """Record the time at which the sequence's first step is built."""
         if self._scheduled is None:
             self._scheduled = time.monotonic()
 
     def take(self, token_id: int, logprob: TokenLogprob | None) -> tuple[RequestEvent, str | None]:
-        """Return the event of a token, and the stop string that it completes."""
+        """Return the event of a new token, and the stop string that it completes, if any."""
         sequence = self.sequence
         if self._first_token is None:
             self._first_token = time.monotonic()
         if self.mask is not None:
             self.mask.accept(token_id)
-        told, reason = (token_id,), sequence.finish_reason
+        token_ids, reason = (token_id,), sequence.finish_reason
         ends_text = token_id in self._ending_ids and reason is FinishReason.STOP
-        delta = self._detokenizer.push(() if ends_text else told)
-        event = self._event(told, delta.text, logprob)
+        delta = self._detokenizer.push(() if ends_text else token_ids)
+        event = self._event(token_ids, delta.text, logprob)
         if reason is not None:
             event = self.ended(event)
         return event, delta.stopped_by
 
     def ended(self, event: RequestEvent) -> RequestEvent:
-        """Return the event as the sequence's last: with the rest of its text, and why it ended."""
+        """Return `event` as the sequence's last one, with the rest of its text and why it ended."""
         return replace(
             event,
             text=event.text + self._detokenizer.finish(),
@@ -84,11 +84,11 @@ class SequenceOutput:
         )
 
     def aborted(self) -> RequestEvent:
-        """Return the event of an abort, without text."""
+        """Return the last event of a sequence that was aborted."""
         return self.ended(self._event((), "", None))
 
     def failed(self, message: str, param: str | None = None) -> RequestEvent:
-        """Return the event of a failure; `param` is the invalid field of the request, if any."""
+        """Return the last event of a sequence that failed; `param` names the invalid field."""
         event = self._event((), "", None)
         return replace(
             event,
@@ -128,17 +128,17 @@ class SequenceOutput:
 
 
 class OutputProcessor:
-    """A choice for each sequence of `scheduler` that has not ended."""
+    """The outputs of the unfinished sequences of `scheduler`, and the events to emit."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._outputs: dict[int, SequenceOutput] = {}  # by seq_id
         self._events: list[RequestEvent] = []
 
-    def add(self, choices: Iterable[SequenceOutput]) -> None:
-        """Queue the choices of one request; raises what `Scheduler.add` does."""
-        added = {choice.sequence.seq_id: choice for choice in choices}
-        self._scheduler.add(*(choice.sequence for choice in added.values()))
+    def add(self, outputs: Iterable[SequenceOutput]) -> None:
+        """Queue the sequences of one request; raise what `Scheduler.add` raises."""
+        added = {output.sequence.seq_id: output for output in outputs}
+        self._scheduler.add(*(output.sequence for output in added.values()))
         self._outputs |= added
 
     def __len__(self) -> int:
@@ -148,61 +148,61 @@ class OutputProcessor:
         return sequence.seq_id in self._outputs
 
     def is_known(self, request_id: str) -> bool:
-        """Whether a choice of the request has not ended yet."""
-        return any(choice.sequence.request_id == request_id for choice in self._outputs.values())
+        """Return whether a sequence of the request is unfinished."""
+        return any(output.sequence.request_id == request_id for output in self._outputs.values())
 
     def mask_of(self, sequence: Sequence) -> LogitsMask | None:
-        """Return a sequence's mask, None if it has none or has ended."""
-        choice = self._outputs.get(sequence.seq_id)
-        return None if choice is None else choice.mask
+        """Return the mask of a sequence; None if it has no mask or has ended."""
+        output = self._outputs.get(sequence.seq_id)
+        return None if output is None else output.mask
 
     def started(self, sequence: Sequence) -> None:
-        """Record when the first step of a sequence is built."""
+        """Record the time at which a sequence's first step is built."""
         self._outputs[sequence.seq_id].started()
 
     def take_prompt_logprobs(self, entries: Iterable[tuple[Sequence, TokenLogprob | None]]) -> None:
-        """Keep log-probabilities of prompts for the first events of their choices."""
+        """Keep log-probabilities of prompts for the first events of their sequences."""
         for sequence, entry in entries:
             if sequence in self:
                 self._outputs[sequence.seq_id].prompt_logprobs.append(entry)
 
     def emit(self, sequence: Sequence, token: NextToken) -> None:
-        """Add the event of a token that was appended to its sequence."""
-        choice = self._outputs[sequence.seq_id]
-        event, stopped_by = choice.take(token.token_id, token.logprob)
+        """Add the event of a token that was appended to `sequence`."""
+        output = self._outputs[sequence.seq_id]
+        event, stopped_by = output.take(token.token_id, token.logprob)
         if stopped_by is not None and not sequence.is_finished:
             self._scheduler.finish(sequence, FinishReason.STOP, stopped_by)
-            event = choice.ended(event)
+            event = output.ended(event)
         if sequence.is_finished:
             del self._outputs[sequence.seq_id]
         self._events.append(event)
 
     def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
-        """End a request, or one of its choices; return the last events of what was unfinished."""
+        """End a request, or its choice `index`; return the last events of its sequences."""
         sequences = self._scheduler.abort(request_id, index)
         return [self._outputs.pop(sequence.seq_id).aborted() for sequence in sequences]
 
     def fail(self, sequence: Sequence, message: str, param: str | None = None) -> None:
-        """End one choice with an error; `param` is the invalid field of its request, if any."""
+        """End a sequence with an error; `param` names the invalid field of its request, if any."""
         self._scheduler.finish(sequence, FinishReason.ERROR)
         self._events.append(self._outputs.pop(sequence.seq_id).failed(message, param))
 
     def fail_masks(self, failures: Iterable[tuple[Sequence, EngineError]]) -> None:
-        """End the choices whose masks failed."""
+        """End the sequences whose masks failed."""
         for sequence, error in failures:
             param = error.param if isinstance(error, RequestError) else None
             self.fail(sequence, str(error), param)
 
     def fail_undecided(self, sequence: Sequence) -> None:
-        """End the choice of a sequence whose logits are NaN."""
+        """End a sequence whose logits are NaN."""
         self.fail(sequence, "the model's logits are not numbers: no token can be chosen")
 
     def fail_all(self, message: str) -> None:
-        """End all of them with an error."""
-        for choice in list(self._outputs.values()):
-            self.fail(choice.sequence, message)
+        """End all sequences with an error."""
+        for output in list(self._outputs.values()):
+            self.fail(output.sequence, message)
 
     def take_events(self) -> list[RequestEvent]:
-        """Return the new events, and remove them."""
+        """Return the new events, each of them once."""
         events, self._events = self._events, []
         return events

@@ -1,14 +1,13 @@
 """PagedRunner: run an adapted model on KV blocks; on GPUs, its steps are compiled by shape.
 
-`ModelRunner` uses it for every tier but the contiguous one (see `runner/fallback.py`).
+Building the graph of a step takes the host as long as the device takes to run it.
+`CompiledSteps` therefore builds a graph once for each shape, and replays it. Its rows are the
+decode rows, then the rows of prompts in tiles of 16, for the prefill kernel. Where that kernel does
+not support a layer, the decode kernel attends from each row of a prompt. It reads the keys again
+for every row, so this is limited to short contexts.
 
-Building the graph of a step anew takes the host as long as the device takes to run it. Compiled, a
-graph is replayed. Decode rows come first then, and rows of prompts in tiles of 16 after them, which
-the prefill kernel attends from. Where it cannot, each row of a prompt is attended by the decode
-kernel on its own, which reads keys again for every row: that is for contexts that are not long.
-
-All that the host knows of a step goes to the device in one array. Each array of its own is memory
-that host and GPU take from one another, page by page (CUDA's managed memory, which MLX uses).
+All inputs of a step go to the device in one array. MLX uses CUDA's managed memory, whose pages move
+between host and GPU: each further array would move more pages.
 """
 
 from __future__ import annotations
@@ -35,23 +34,24 @@ from modelpack_engine.platform.device import Staging
 from modelpack_engine.runner.adapted import Adapted
 from modelpack_engine.runner.model_layout import ModelLayout
 
-#: Tokens of the longest context of a prompt whose rows are taken one by one.
+#: The longest context, in tokens, of a prompt whose rows attend by the decode kernel.
 LONGEST_PROMPT = 1024
 
-#: Numbers of decode rows beside chunks, where that many are enough.
-BESIDE_CHUNKS = (16, 32)
+#: Numbers of decode rows in steps with chunks, if they are enough; others are padded as usual.
+MIXED_DECODE_ROWS = (16, 32)
 
 Pools = list[tuple[mx.array, mx.array]]
-#: The arrays of each recurrent layer; those of its own that it does not use are None.
+#: The arrays of each recurrent layer; None for those that it does not use.
 States = list[list[mx.array | None]]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The sizes that a graph is compiled for.
+    """The shape that a graph is compiled for.
 
-    `rows` are those of the graph, `decode` of them decode; of their block tables, `width` columns.
-    The others are `tiles`, with `tile_width` columns. `sampled` rows have logits; None: all.
+    The graph has `rows` rows, of which `decode` are decode rows with block tables of `width`
+    columns. The other rows are in `tiles` tiles with block tables of `tile_width` columns. The
+    graph returns logits of `sampled` rows; None stands for all rows.
     """
 
     rows: int
@@ -62,7 +62,7 @@ class Layout:
     sampled: int | None
 
     def cut(self, packed: mx.array) -> list[mx.array]:
-        """Return positions, slots, tables, tiles' tables, their spans and sampled rows."""
+        """Split `packed` into positions, slots, tables, tile tables, spans and sampled rows."""
         found, start = [], 0
         for shape in (
             (self.rows,),
@@ -80,9 +80,10 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows as the compiled graph has them: int32 arrays, decode rows first, then whole tiles.
+    """The rows of a compiled graph: int32 arrays, decode rows first, then whole tiles.
 
-    `order` are the batch's rows, or -1 for padding; None if they come in this order already.
+    `order` has the batch's row for each row of the graph, or -1 for padding; None if the batch has
+    the same order. `padding` counts the rows that the batch does not have.
     """
 
     order: NDArray[np.int32] | None
@@ -93,7 +94,7 @@ class _Rows:
 
 
 class CompiledSteps:
-    """Runs an adapted model's steps, as far as these are of the kind that it takes."""
+    """Runs the steps of an adapted model by compiled graphs, if `takes` accepts the batch."""
 
     def __init__(
         self,
@@ -105,20 +106,21 @@ class CompiledSteps:
     ) -> None:
         self._staging = staging
         self._model, self._adapted, self._step, self._buckets = model, adapted, step, buckets
-        self._rows: dict[int, int] = {}  # of sequences in the tables of the last step
+        self._rows: dict[int, int] = {}  # by seq_id: the row in the tables of the last step
         self._tables: NDArray[np.int32] = np.zeros((0, 1), np.int32)
         self._blocks: NDArray[np.int32] = np.zeros((0,), np.int32)
         self._graphs: dict[Layout, Callable[..., Any]] = {}
 
     @staticmethod
     def can_run(adapted: Adapted) -> bool:
-        """Return whether no attention of a model runs sequence by sequence."""
+        """Return whether a model's steps can be compiled: all attention runs on rows."""
         return not adapted.row_by_row
 
     def takes(self, batch: StepBatch) -> bool:
-        """Return whether a step's prompts are short enough, or attended by tiles.
+        """Return whether a step can run by a compiled graph.
 
-        There are none where the model is recurrent, and the states of its rows are complete.
+        Its prompts must be short, unless the prefill kernel attends from tiles. A recurrent model's
+        step must have no prompts, and a state for every row.
         """
         states = self._adapted.states
         if states and (batch.chunks or any(a is None for state in states for a in state.arrays)):
@@ -128,13 +130,13 @@ class CompiledSteps:
         )
 
     def forget(self) -> None:
-        """Keep no rows: what happens to sequences in a step that is not compiled is not seen."""
+        """Forget the rows of the last step, before a step that is not compiled."""
         self._rows = {}
 
     def forward(self, batch: StepBatch, token_ids: mx.array, sample_rows: list[int]) -> mx.array:
-        """Return logits [sampled rows, vocabulary], not yet computed; pools are replaced.
+        """Build a step: return the logits [sampled rows, vocabulary], and replace pools and states.
 
-        So are states; `adapted.begin` has planned where they come from.
+        Call `adapted.begin` before, which plans where the states come from.
         """
         adapted = self._adapted
         positions = np.array(batch.positions, np.int32)
@@ -178,7 +180,7 @@ class CompiledSteps:
             logits, new_pools, arrays = self._graph(layout)(token_ids, packed, pools, states)
             pools = new_pools or pools
         finally:
-            # Tracing leaves arrays in the caches that stand for any; these are real ones.
+            # Tracing leaves placeholder arrays in the caches; put back the real ones.
             for kv, (keys, values) in zip(adapted.paged, pools, strict=True):
                 kv.pools.keys, kv.pools.values = keys, values
             for state, own in zip(adapted.states, arrays, strict=True):
@@ -189,17 +191,17 @@ class CompiledSteps:
         return found
 
     def _graph(self, layout: Layout) -> Callable[..., Any]:
-        """Return what runs the graph of a layout, which its first call builds."""
+        """Return the compiled function of a layout; its first call builds the graph."""
         if layout not in self._graphs:
             self._graphs[layout] = mx.compile(lambda *inputs: self._trace(layout, *inputs))
         return self._graphs[layout]
 
     def _lay_out(self, batch: StepBatch, positions: NDArray[np.int32]) -> _Rows:
-        """Return where the batch's rows go, and what they see."""
+        """Return the order of the batch's rows in the graph, and their block tables."""
         decode = self._buckets.pad_rows(batch.num_decode)
-        if batch.chunks:  # so many sizes of chunks need few sizes of what is beside them
-            decode = next((size for size in BESIDE_CHUNKS if 0 < decode <= size), decode)
-        of_chunks = [_up(chunk.length) for chunk in batch.chunks]
+        if batch.chunks:  # few sizes of decode rows: they multiply with the sizes of chunks
+            decode = next((size for size in MIXED_DECODE_ROWS if 0 < decode <= size), decode)
+        of_chunks = [_whole_tiles(chunk.length) for chunk in batch.chunks]
         count = sum(of_chunks)
         rows = decode + self._num_tile_rows(decode, count)
         order = None
@@ -230,7 +232,7 @@ class CompiledSteps:
         return _Rows(order, rows - batch.num_rows, tables, tile_tables, spans)
 
     def _num_tile_rows(self, decode: int, count: int) -> int:
-        """Return how many rows stand for `count` of tiles: they fill a bucket, or all rows do."""
+        """Return the padded number of tile rows: they fill a bucket, or all rows do."""
         alone, together = self._buckets.pad_chunk(count), self._buckets.pad_chunk(decode + count)
         fits = count and (together - decode) % TILE_ROWS == 0
         return min(alone, together - decode) if fits else alone
@@ -238,16 +240,16 @@ class CompiledSteps:
     def _decode_tables(
         self, batch: StepBatch, positions: NDArray[np.int32], rows: int
     ) -> NDArray[np.int32]:
-        """Return the decode rows' block tables [rows, width]; rows of the last step are kept.
+        """Return the decode rows' block tables [rows, width].
 
-        A sequence's table grows from step to step, and only where it does it is read again.
+        The tables of the last step are reused: only those that have grown are written again.
         """
         ids = batch.decode_seq_ids
         width, count = max(batch.decode_width, 1), len(ids)
         blocks = positions[:count] // self._step.block_size
         known = self._rows
         places = {seq_id: row for row, seq_id in enumerate(ids)}
-        if len(places) < count:  # proposals: rows of one sequence see more and more of it
+        if len(places) < count:  # proposals: several rows of one sequence
             known, places = {}, {}
         if self._tables.shape == (rows, width) and known == places and count:
             new = np.flatnonzero(blocks != self._blocks)
@@ -273,11 +275,10 @@ class CompiledSteps:
     def _trace(
         self, layout: Layout, token_ids: mx.array, packed: mx.array, pools: Pools, states: States
     ) -> tuple[mx.array, Pools, States]:
-        """Build the graph from arrays that stand for any of their shapes.
+        """Build the graph of a layout from placeholder arrays.
 
-        Returns logits, pools and states. Pools that are written in place are not among them: this
-        step's readers wait for the writes inside of the graph, and those of later steps come later
-        on the same stream.
+        Returns logits, pools and states. Pools that are written in place are not returned: readers
+        within the graph wait for the writes, and later steps run later on the same stream.
         """
         positions, slots, tables, tile_tables, spans, sample_rows = layout.cut(packed)
         some = None if layout.sampled is None else sample_rows
@@ -304,7 +305,8 @@ class CompiledSteps:
         return logits, [(kv.pools.keys, kv.pools.values) for kv in adapted.paged], new_states
 
 
-def _up(rows: int) -> int:
+def _whole_tiles(rows: int) -> int:
+    """Return `rows` rounded up to whole tiles."""
     return -(-rows // TILE_ROWS) * TILE_ROWS
 
 

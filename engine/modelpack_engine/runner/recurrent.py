@@ -1,8 +1,8 @@
-"""Recurrent state of the running sequences: one row each in arrays that all layers cut alike.
+"""Recurrent state of the running sequences: each has the same row in the arrays of all layers.
 
 A recurrent layer (Mamba, gated delta nets, short convolutions, …) keeps a state per sequence. The
-states of the last step stay in one array per layer in the order of its rows; while the batch stays
-the same, the next step takes that array as it is, with nothing gathered or scattered.
+states after a step stay in arrays in the order of the step's rows. As long as the batch has the
+same sequences, the next step uses these arrays without gathering or scattering rows.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from modelpack_engine.core.batch import Chunk, StepBatch
 
 
-#: Bytes; more than any type asks for.
+#: The alignment of parts in bytes, enough for every type.
 _ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One array of a layer's state: where it lies in a snapshot's array of its type."""
+    """The place of one array of a layer's state within a snapshot's array of the same type."""
 
     start: int
     shape: tuple[int, ...]
@@ -36,10 +36,10 @@ class _Part:
 
 
 class Snapshot:
-    """The states of one sequence in all layers, in an array of each type that shares no memory.
+    """The states of one sequence in all layers, copied into one array for each type.
 
-    A state is seldom an array of its own: it is a row of all of them, or the end of what a whole
-    chunk computed, and would hold all that for as long as it is kept.
+    The state itself is usually a view: a row of the states of all sequences, or the end of an array
+    that a whole chunk computed. Keeping the view would keep all of that memory.
     """
 
     def __init__(self, states: Sequence[RecurrentState], row: int) -> None:
@@ -56,7 +56,7 @@ class Snapshot:
                 parts.append(_Part(start, (1, *array.shape[1:]), dtype))
                 piece = array[row].reshape(-1)
                 each = _ALIGNMENT // dtype.size
-                # Some in any case: of an array alone, there would be no copy.
+                # Always add padding: MLX does not copy a single array to concatenate it.
                 padding = -piece.size % each + each
                 pieces.setdefault(dtype, []).extend([piece, mx.zeros((padding,), dtype)])
                 sizes[dtype] = start + piece.size + padding
@@ -64,7 +64,7 @@ class Snapshot:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """What the snapshot holds."""
+        """The arrays of the snapshot, one for each type."""
         return list(self._arrays.values())
 
     def of(self, state: RecurrentState) -> list[mx.array | None]:
@@ -78,10 +78,11 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Where this step's states come from, as rows of the last step's arrays.
+    """Where the states of a step come from, as rows of the previous step's arrays.
 
-    `decode`: None for "as they are"; `chunks`: None for a sequence that starts, a snapshot for one
-    that starts with tokens it did not compute; `kept`: rows of sequences that this step leaves out.
+    `decode` is None if the arrays are used unchanged. An entry of `chunks` is None for a sequence
+    that starts, or a snapshot for one that starts after a cached prefix. `kept` are the rows of
+    sequences that are not in this step.
     """
 
     decode: list[int] | None
@@ -91,11 +92,10 @@ class _Plan:
 
 @dataclass(slots=True)
 class StateRows:
-    """Which row of the state arrays belongs to which sequence; shared by all layers.
+    """The row of each sequence in the state arrays; shared by all layers.
 
-    There are rows after these up to what `pad_rows` makes of their number. On a GPU that is one of
-    a few, so that MLX finds memory of the size, and steps of decode rows find as many as they pad
-    their own to: arrays of a new size cost CUDA more than a step.
+    The number of rows is padded by `pad_rows`. On a GPU that leaves few sizes, so that MLX reuses
+    memory: on CUDA, allocating arrays of a new size takes longer than a step.
     """
 
     pad_rows: Callable[[int], int] = int
@@ -106,7 +106,7 @@ class StateRows:
     _next_total: int = 0
 
     def begin(self, batch: StepBatch) -> None:
-        """Plan a step; raise `EngineError` if a sequence goes on that has no state."""
+        """Plan a step; raise `EngineError` if a sequence continues without a state."""
         decode: list[int] = []
         for seq_id in batch.decode_seq_ids:
             decode.append(self._row(seq_id))
@@ -125,7 +125,7 @@ class StateRows:
 
     @property
     def next_total(self) -> int:
-        """How many rows the arrays have after the step that `begin` planned."""
+        """Row capacity after the step planned by `begin`."""
         return self._next_total
 
     def finish(self) -> None:
@@ -135,9 +135,10 @@ class StateRows:
     def set_aside(
         self, states: Sequence[RecurrentState], num_rows: int
     ) -> list[list[mx.array | None]]:
-        """Leave `num_rows` rows, padding included, that a step of decode rows starts from.
+        """Reduce `states` to the `num_rows` rows, padding included, of a step of decode rows.
 
-        Returns each layer's rows that the step leaves out, for `put_back` once it is built.
+        Returns the rows of the other sequences in each layer, for `put_back` after the step is
+        built.
         """
         plan = self.plan
         assert plan is not None, "a step is being built"
@@ -159,7 +160,7 @@ class StateRows:
     def put_back(
         self, states: Sequence[RecurrentState], aside: list[list[mx.array | None]], num_rows: int
     ) -> None:
-        """Put the rows that were set aside after the first `num_rows`, which are the step's."""
+        """Append the rows that `set_aside` returned to the step's `num_rows` rows."""
         for state, rest in zip(states, aside, strict=True):
             for slot, (array, left_out) in enumerate(zip(state.arrays, rest, strict=True)):
                 if array is None:
@@ -169,7 +170,7 @@ class StateRows:
                 state.arrays[slot] = _joined(parts, self._next_total)
 
     def release(self, seq_ids: Iterable[int]) -> None:
-        """Forget sequences; their rows go when the batch next changes."""
+        """Forget sequences; their rows are dropped when the batch changes."""
         for seq_id in seq_ids:
             self.rows.pop(seq_id, None)
 
@@ -184,12 +185,12 @@ class StateRows:
 
     def _row(self, seq_id: int) -> int:
         if seq_id not in self.rows:
-            raise EngineError(f"sequence {seq_id} goes on, but its recurrent state is not there")
+            raise EngineError(f"sequence {seq_id} has no recurrent state to continue from")
         return self.rows[seq_id]
 
 
 class RecurrentState:
-    """States of one layer; stands in for mlx-lm's ArraysCache."""
+    """The states of one layer, in the place of mlx-lm's ArraysCache."""
 
     def __init__(
         self, size: int, step: StepInputs, rows: StateRows, *, name: str = "layer"
@@ -200,7 +201,7 @@ class RecurrentState:
         self.arrays: list[mx.array | None] = [None] * size
 
     def make_mask(self, length: int) -> None:
-        """Return no mask: every piece has its real length."""
+        """Return no mask: no piece is padded."""
         return
 
     def __getitem__(self, index: int) -> mx.array:
@@ -210,7 +211,7 @@ class RecurrentState:
         raise EngineError(f"{self.name} writes its recurrent state for rows of several sequences")
 
     def decode_view(self, rows: slice) -> ArraysCache:
-        """Return a cache with the states of decode rows `rows` of this step."""
+        """Return a cache with the states of the decode rows `rows` of this step."""
         plan = self._plan()
         view = ArraysCache(len(self.arrays))
         whole = rows == slice(0, self.step.num_decode)
@@ -236,14 +237,14 @@ class RecurrentState:
         return view
 
     def store(self, decode: Sequence[ArraysCache], chunks: Sequence[ArraysCache]) -> None:
-        """Take over the states of all pieces: of decode rows in order, then of chunks."""
+        """Store the states that the pieces computed: decode rows in order, then chunks."""
         kept = self._plan().kept
         for index, array in enumerate(self.arrays):
             parts = [view[index] for view in decode]
             if any(view[index] is None for view in (*decode, *chunks)):
                 continue
             missing = self.step.num_decode - sum(part.shape[0] for part in parts)
-            if missing:  # rows of padding, which ran with none of the views
+            if missing:  # padding rows, which no piece ran
                 parts.append(mx.zeros((missing, *parts[0].shape[1:]), parts[0].dtype))
             parts += [view[index] for view in chunks]
             if kept and array is not None:
@@ -257,7 +258,7 @@ class RecurrentState:
 
 
 def _joined(parts: list[mx.array], total: int) -> mx.array:
-    """Return the rows of `parts` in an array of `total` rows, of which the last mean nothing."""
+    """Concatenate `parts` into an array of `total` rows; the rows added at the end are unused."""
     missing = total - sum(part.shape[0] for part in parts)
     if missing:
         parts = [*parts, mx.broadcast_to(parts[0][:1], (missing, *parts[0].shape[1:]))]

@@ -2,9 +2,9 @@
 
 A step that verifies proposals has a row for each proposed token. The sampler draws a token from the
 logits, the request's seed and the token's position. In the rows of a proposal it therefore draws
-the same tokens as step by step, for as long as the proposed tokens are the drawn ones. A proposed
-token is accepted if it equals the drawn token, so speculation changes no output; keeping only its
-distribution would be weaker.
+the tokens that it would draw one step at a time, as long as the proposed tokens equal the drawn
+ones. A proposed token is accepted if it equals the drawn token: speculation never changes an
+output. Methods that only keep the distribution of the output do not guarantee that.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from modelpack_engine.sampling.sampler import (
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`num_tokens` of the drawn tokens count, the last of which was not proposed; or none do.
+    """The result for one proposal: its first `num_tokens` drawn tokens are output.
 
-    What the rows from `broken` on hold (None: of none) is not to stay: their logits were no
-    numbers, so their keys and values may not be, either.
+    The last of these was not proposed. `broken` is the first row whose logits were NaN, if any: the
+    keys and values of that row and those after it may be NaN too, and must be zeroed.
     """
 
     num_tokens: int
@@ -47,13 +47,14 @@ class Verdict:
 
 
 def verify(proposed: Tokens[int], drawn: Tokens[int], *, no_token: int) -> Verdict:
-    """Return what counts of the tokens `drawn` in the rows of a proposal, one more than it has.
+    """Return how many of the tokens `drawn` in the rows of a proposal are output.
 
-    A row in which no token could be drawn is left to the next step, where it comes first. In the
-    first row that may be the doing of a proposed token: masked values still meet a product with
-    zero, and zero times NaN is NaN.
+    There is a row for the sequence's newest token and for each proposed token. A row in which no
+    token could be drawn is left to the next step, where it comes first. If that happens in the
+    first row, a proposed token may be the cause: masked values are multiplied by zero, and zero
+    times NaN is NaN.
     """
-    assert len(drawn) == len(proposed) + 1, "a row for the newest token and for each proposed one"
+    assert len(drawn) == len(proposed) + 1, "one row for the newest and for each proposed token"
     if drawn[0] == no_token:
         return Verdict(0, 0)
     count = 1
@@ -69,9 +70,9 @@ def verify(proposed: Tokens[int], drawn: Tokens[int], *, no_token: int) -> Verdi
 class ScheduledStep:
     """A scheduled step whose graph is built and not yet launched.
 
-    `sampled` is None if no row is sampled, or if masks have to see the tokens of the step before:
-    then `masked_logits` are the logits that are sampled after the launch. `staging_step` is the
-    number of the step in `Staging`.
+    `sampled` is None if no row is sampled, or if masks need the tokens of the previous step:
+    `masked_logits` are then sampled after the launch. `staging_step` is the step's number in
+    `Staging`.
     """
 
     output: SchedulerOutput
@@ -82,13 +83,13 @@ class ScheduledStep:
     staging_step: int
 
     def arrays(self) -> list[mx.array]:
-        """Return what has to be evaluated, besides the pools that the step writes."""
+        """Return the arrays to evaluate together with the pools that the step writes."""
         parts = (self.sampled, self.prompt_logprobs)
         arrays = [array for part in parts if part is not None for array in part.arrays()]
         return arrays if self.masked_logits is None else [*arrays, self.masked_logits]
 
     def launched(self, sampled: Sampled | None) -> LaunchedStep:
-        """Return the step as the device computes it, with the tokens that it samples."""
+        """Return the launched step, which samples the tokens `sampled`."""
         return LaunchedStep(
             self.output, self.batch, sampled, self.prompt_logprobs, self.staging_step
         )
@@ -96,7 +97,7 @@ class ScheduledStep:
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
-    """A step that the device computes; `sampled` is None if no row is sampled."""
+    """A step that the device is computing; `sampled` is None if no row is sampled."""
 
     output: SchedulerOutput
     batch: StepBatch
@@ -106,7 +107,7 @@ class LaunchedStep:
 
 
 class NextToken(NamedTuple):
-    """A token of a sequence, as the host reads it."""
+    """A token that the host has read, with its log-probability if requested."""
 
     token_id: int
     logprob: TokenLogprob | None
@@ -114,11 +115,11 @@ class NextToken(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The tokens of a step: for each of its sampled sequences, those that count.
+    """The output tokens of each sampled sequence of a step.
 
-    A sequence has none if its proposal spoilt the step. `broken_slots` hold the keys and values of
-    rejected rows, which may be NaN. `prompt_logprobs` has the next entries of each prompt whose
-    log-probabilities were requested.
+    A sequence has no tokens if its proposal made the logits NaN. `broken_slots` hold the keys and
+    values of rejected rows, which may be NaN. `prompt_logprobs` has the next entries of each prompt
+    whose log-probabilities were requested.
     """
 
     output: SchedulerOutput
@@ -127,7 +128,7 @@ class StepResult:
     prompt_logprobs: list[tuple[Sequence, TokenLogprob | None]]
 
     def verified(self) -> list[tuple[Proposal, list[NextToken]]]:
-        """Return the step's proposals with the tokens that their sequences continue with."""
+        """Return each proposal of the step with the output tokens of its sequence."""
         first, proposals = len(self.output.decode), self.output.proposals
         tokens = self.tokens[first : first + len(proposals)]
         return list(zip(proposals, tokens, strict=True))
@@ -145,18 +146,19 @@ def sample_rows(output: SchedulerOutput) -> list[SampleRow]:
 
 
 def _sample_row(sequence: Sequence, assumed: tuple[int, ...] | None = None) -> SampleRow:
-    """Return the row that samples the token after a sequence's newest, or after what it assumes."""
+    """Return the row that samples the token after the newest one, or after the `assumed` tokens."""
     num_output = sequence.num_output_tokens + len(assumed or ())
     position = len(sequence.prompt_token_ids) + num_output
     return SampleRow(sequence.seq_id, position, num_output, None, assumed)
 
 
 def row_token_ids(batch: StepBatch, previous: Sampled | None, staging: Staging) -> mx.array:
-    """Return the rows' ids, int32 [rows]; those that `previous` sampled stay on the device."""
+    """Return the token ids of the rows, int32 [rows]; those from `previous` stay on the device."""
     if not batch.from_previous:
         return staging.put(np.array(batch.token_ids, np.int32))[: batch.num_rows]
     assert previous is not None
-    sampled = previous.next_ids  # a row that failed runs on with any until its end is seen
+    # A row whose sampling failed continues with an arbitrary id until the host reads the failure.
+    sampled = previous.next_ids
     count, num_known = batch.num_rows, len(batch.from_previous)
     numbers = np.fromiter(chain.from_iterable(batch.from_previous), np.int32, 2 * num_known)
     rows, indices = numbers[::2], numbers[1::2]
@@ -169,14 +171,14 @@ def row_token_ids(batch: StepBatch, previous: Sampled | None, staging: Staging) 
 
 
 def with_prompt_rows(batch: StepBatch) -> StepBatch:
-    """Return the batch with the rows of prompts whose log-probabilities are wanted sampled too."""
+    """Return the batch with its prompt log-probability rows added to the sampled rows."""
     if not batch.prompt_logprob_rows:
         return batch
     return replace(batch, sample_rows=batch.sample_rows + batch.prompt_logprob_rows)
 
 
 def next_prompt_tokens(batch: StepBatch) -> list[int]:
-    """Return, for each row of a prompt that is wanted, the prompt's token after it."""
+    """Return the prompt token that follows each prompt log-probability row."""
     return [
         sequence.prompt_token_ids[batch.positions[row] + 1]
         for row, sequence in zip(batch.prompt_logprob_rows, batch.prompt_logprob_seqs, strict=True)
@@ -184,7 +186,7 @@ def next_prompt_tokens(batch: StepBatch) -> list[int]:
 
 
 def part_logits(batch: StepBatch, logits: mx.array) -> tuple[mx.array, Logprobs | None]:
-    """Part the logits of sampled rows, and what is wanted of those of prompts."""
+    """Return the logits of the sampled rows, and the log-probabilities of the prompt rows."""
     if not batch.prompt_logprob_rows:
         return logits, None
     count = len(batch.sample_rows)
@@ -198,7 +200,7 @@ def _gather_prompt_logprobs(batch: StepBatch, logits: mx.array) -> Logprobs:
 
 
 def read_step(step: LaunchedStep) -> StepResult:
-    """Wait for a step; return its tokens, with log-probabilities where they were requested."""
+    """Wait for a step; return its tokens, with the log-probabilities that were requested."""
     tokens, broken_slots = _read_tokens(step)
     return StepResult(step.output, tokens, broken_slots, _read_prompt_logprobs(step))
 
@@ -213,7 +215,7 @@ def _read_prompt_logprobs(step: LaunchedStep) -> list[tuple[Sequence, TokenLogpr
 
 
 def _read_tokens(step: LaunchedStep) -> tuple[list[list[NextToken]], list[int]]:
-    """Return the tokens of each sampled sequence, and the slots of broken rows."""
+    """Return the output tokens of each sampled sequence, and the slots of rows with NaN logits."""
     if step.sampled is None:
         return [], []
     sequences = step.batch.sample_seqs
@@ -238,30 +240,29 @@ def _read_tokens(step: LaunchedStep) -> tuple[list[list[NextToken]], list[int]]:
 
 _NOTHING = b""
 
-#: Returns the mask of a sequence, None if it has none.
+#: A function that returns the mask of a sequence, or None if it has no mask.
 MaskOf = Callable[[Sequence], LogitsMask | None]
 
 
 def can_look_ahead(mask: LogitsMask | None) -> bool:
-    """Return whether a sequence with this mask can have proposals."""
+    """Return whether a sequence with this mask can have proposals: the mask must be copyable."""
     return mask is None or isinstance(mask, CopyableMask)
 
 
 def allowed_along(mask: LogitsMask, proposed: Tokens[int]) -> list[bytes | None]:
-    """Return what a mask allows now, and after each of the tokens proposed.
+    """Return the tokens that a mask allows now, and after each of the proposed tokens.
 
-    Nothing is allowed where the mask fails after a proposed token: no token is drawn then, and the
-    next step, for which that token is not proposed any more, meets the failure. Raises
-    `EngineError` if it fails now.
+    If the mask fails after a proposed token, no token is allowed there, so none is drawn; the next
+    step then meets the failure without a proposal. Raises `EngineError` if the mask fails now.
     """
     found = [mask.allowed()]
     if not proposed:
         return found
-    assert isinstance(mask, CopyableMask), "others get no proposals"
+    assert isinstance(mask, CopyableMask), "only copyable masks get proposals"
     copy = mask.copy()
     for token_id in proposed:
         if not _allows(found[-1], token_id):
-            break  # it cannot be drawn, so the rows after it mean nothing
+            break  # the token cannot be drawn, so the rows after it are not used
         try:
             copy.accept(token_id)
             found.append(copy.allowed())
@@ -282,9 +283,9 @@ def masked_rows(
     output: SchedulerOutput,
     mask_of: MaskOf,
 ) -> tuple[list[SampleRow], list[tuple[Sequence, EngineError]]]:
-    """Return the rows that sample a step's tokens, with what masks allow, and whose masks failed.
+    """Return the rows that sample a step's tokens, with their masks, and the masks that failed.
 
-    All tokens before the step have been taken.
+    The masks must have accepted all tokens before the step.
     """
     failures = []
     rows = sample_rows(output)

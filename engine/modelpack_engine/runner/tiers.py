@@ -1,13 +1,15 @@
 """TierSearch: find the fastest tier in which a model passes the self-test.
 
-The self-test runs three steps of the adapted model, on the real weights, against mlx-lm's cache.
+The tiers are "paged" (unmodified classes), "patched" (a few lines of some classes replaced) and
+"per-sequence" (some attention modules run once per sequence).
 
-Two sequences of 21 tokens in all, their blocks out of order: a prompt in two chunks, the second one
-beside another sequence's decode row, then both decoding. The logits of every sampled row are
-compared with those of one plain forward per sequence.
+The self-test runs three steps of the adapted model on its real weights. Two sequences with 21
+tokens in total, whose blocks are out of order, take part: a prompt runs in two chunks, the second
+chunk in one step with a decode row of the other sequence, and then both sequences decode. The
+logits of every sampled row are compared with those of a plain forward pass with mlx-lm's cache.
 
-On a GPU, a full step of prompts is compared as well: which kernels run depends on how many rows
-there are.
+On a GPU, a full step of prompts is compared as well, since the number of rows decides which kernels
+run.
 """
 
 from __future__ import annotations
@@ -32,23 +34,23 @@ from modelpack_engine.platform.device import Staging
 from modelpack_engine.runner.model_layout import ModelLayout
 from modelpack_engine.runner.paged import PagedRunner
 
-#: Sequences by id: their lengths.
+#: The lengths of the self-test's sequences, by id.
 _LENGTHS = {1: 3, 2: 18}
 
-#: How far the centred cosine of two rows of logits may be from 1. Some GPUs round products of
-#: float32 to TF32; in 16 bits, an expert of a mixture may tip over.
+#: How far the centred cosine of two rows of logits may be from 1. Some GPUs round float32 matmuls
+#: to TF32; with 16 bits, a router may choose another expert.
 _TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 2e-2}
-#: A model that is further from itself, if it computes a prompt in two parts, may be so many
-#: times as far; but no further than this.
+#: If a model's own logits differ by more when it computes a prompt in parts, `_NOISE` times that
+#: difference is allowed, up to `_MOST`.
 _NOISE, _MOST = 4, 0.5
-#: How far the rows of a full step may be, on average; what is wrong is near 1.
+#: The average distance allowed in a full step; wrong logits are at a distance near 1.
 _FULL = 0.1
-#: `_TOLERANCE` where keys and values have so many bits: more is worth a warning.
+#: The tolerance with quantised keys and values, by bits; a larger distance is logged.
 QUANTISED = {8: 2e-2, 4: 0.2}
 
 
 def blocks_needed(block_size: int, full_step: Sequence[int] = ()) -> int:
-    """Return how many blocks the test writes to, the null block included."""
+    """Return how many blocks the self-test needs, the null block included."""
     return 1 + max(
         sum(-(-length // block_size) for length in lengths)
         for lengths in (_LENGTHS.values(), full_step)
@@ -65,12 +67,12 @@ def compare(
     tolerance: float | None = None,
     full_step: Sequence[int] = (),
 ) -> str | None:
-    """Return None if `forward` agrees with mlx-lm, else what is wrong.
+    """Return None if `forward` agrees with mlx-lm, otherwise a description of the difference.
 
-    `model` is called with mlx-lm's own cache, which swapped classes leave alone. What `forward`
-    raises is passed on. Without `compute`, the steps are only built, which is enough to find layers
-    that lose their handles. `tolerance` is by default that of the logits' type. With a `full_step`,
-    one more step is compared, of prompts of these lengths.
+    `model` is called with mlx-lm's own cache, for which swapped classes behave as before.
+    Exceptions of `forward` are passed on. Without `compute`, the steps are only built, which finds
+    layers that lose their handles. `tolerance` defaults to that of the logits' type. With a
+    `full_step`, one more step is compared: prompts of these lengths.
     """
     tokens = _tokens(_LENGTHS, vocab_size)
     steps = _steps(tokens, block_size)
@@ -109,7 +111,7 @@ def _compare_full(
     tokens: dict[int, list[int]],
     block_size: int,
 ) -> str | None:
-    """Return what is wrong with a step of whole prompts, if anything is."""
+    """Compare a step of whole prompts; return a description of the difference, if any."""
     chunks = [(seq_id, 0, len(ids)) for seq_id, ids in tokens.items()]
     tables = _tables(tokens, block_size)
     batch, _ = _step(tokens, tables, block_size, decode=[], chunks=chunks)
@@ -128,7 +130,7 @@ def _compare_full(
 
 
 def _tokens(lengths: dict[int, int], vocab_size: int) -> dict[int, list[int]]:
-    """Return sequences of these lengths, by their ids."""
+    """Return token ids for sequences of these lengths, by seq_id."""
     return {
         seq_id: [(5 * i * i + 3 * i + seq_id) % min(vocab_size, 241) for i in range(length)]
         for seq_id, length in lengths.items()
@@ -136,7 +138,7 @@ def _tokens(lengths: dict[int, int], vocab_size: int) -> dict[int, list[int]]:
 
 
 def _tables(tokens: dict[int, list[int]], block_size: int) -> dict[int, list[int]]:
-    """Return block tables of the sequences, the last blocks that they need first."""
+    """Return block tables for the sequences, with blocks in descending order."""
     blocks = list(range(1, blocks_needed(block_size, [len(ids) for ids in tokens.values()])))
     return {
         seq_id: [blocks.pop() for _ in range(-(-len(ids) // block_size))]
@@ -145,9 +147,9 @@ def _tables(tokens: dict[int, list[int]], block_size: int) -> dict[int, list[int
 
 
 def _noise(model: nn.Module, tokens: dict[int, list[int]], expected: dict[int, mx.array]) -> float:
-    """Return how far a model is from itself where only the order of its sums is another.
+    """Return how far a model's logits differ when it computes the prompts in parts.
 
-    Some attend to one token by other products than to several (latent attention).
+    Latent attention, for one, uses different matmuls for one token and for several.
     """
     most = 0.0
     for seq_id, ids in tokens.items():
@@ -160,9 +162,9 @@ def _noise(model: nn.Module, tokens: dict[int, list[int]], expected: dict[int, m
 
 
 def _distance(a: mx.array, b: mx.array) -> mx.array:
-    """Return 1 - cosine of the rows of two matrices, each centred."""
+    """Return 1 - cosine of the centred rows of two matrices."""
     a, b = a.astype(mx.float32), b.astype(mx.float32)
-    # Some models forbid tokens: minus infinity has to be in the same places.
+    # Some models forbid tokens: minus infinity must be in the same places.
     finite = mx.isfinite(b)
     same = mx.all(mx.isfinite(a) == finite, axis=-1)
     a, b = mx.where(finite, a, 0), mx.where(finite, b, 0)
@@ -176,7 +178,7 @@ def _distance(a: mx.array, b: mx.array) -> mx.array:
 def _steps(
     tokens: dict[int, list[int]], block_size: int
 ) -> list[tuple[StepBatch, list[tuple[int, int]]]]:
-    """Return the steps, each with what its logits are of: (sequence, position)."""
+    """Return the steps, each with the (sequence, position) of its sampled rows."""
     tables = _tables(tokens, block_size)
     return [
         _step(tokens, tables, block_size, decode=[], chunks=[(1, 0, 1), (2, 0, 9)]),
@@ -228,7 +230,7 @@ def _step(
 
 logger = logging.getLogger(__name__)
 
-#: What a model's code may raise when it is given rows or caches that it was not written for.
+#: Exceptions that a model's code may raise when it runs on rows or caches of an unknown kind.
 MODEL_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -243,7 +245,7 @@ MODEL_ERRORS = (
 
 
 def model_name(model: nn.Module) -> str:
-    """Return the name of the module that a model's class is in."""
+    """Return the name of the Python module that defines a model's class."""
     return type(model).__module__.rpartition(".")[2]
 
 
@@ -255,11 +257,12 @@ def refuse(model: nn.Module, what: str, why: str) -> str:
 
 @dataclass
 class TierSearch:
-    """Looks for a model's tier: all on rows, then more and more attention modules in pieces.
+    """Searches for a model's tier: at first all attention runs on rows, then less and less of it.
 
-    Pools have `num_blocks` blocks. `notes` say what was left, and how the model runs. With
-    `self_test` a tier's logits are compared, also of prompts of `full_step` tokens; else only what
-    a forward pass attends to is looked at.
+    Pools have `num_blocks` blocks. `notes` say how the model runs, and what was refused and why.
+    With `self_test`, the logits of each tier are compared, including those of prompts of
+    `full_step` tokens. Without it, a forward pass is only checked for layers that lose their
+    handles.
     """
 
     model: nn.Module
@@ -275,7 +278,7 @@ class TierSearch:
     notes: list[str] = field(default_factory=list)
 
     def find(self) -> PagedRunner | None:
-        """Return the model in its tier; None if it answers otherwise in all that are paged."""
+        """Return the runner of the first tier that is right; None if no paged tier is."""
         per_sequence: frozenset[str] = frozenset()
         compiled, fused = self.compiled, self._can_fuse()
         while True:
@@ -320,22 +323,22 @@ class TierSearch:
 
     @property
     def _num_tested(self) -> int:
-        """Blocks that the self-test needs."""
+        """The blocks that the self-test needs."""
         return blocks_needed(self.step.block_size, self.full_step)
 
     def _quantise(self, runner: PagedRunner) -> None:
-        """Give the caches of a tier that is right the quantised pools that are wanted."""
+        """Replace the pools of a tier that passed by quantised ones, and note if logits change."""
         runner.replace_pools(self.layout, self.num_blocks)
         paged = runner.adapted.paged
         bits = min(kv.layout.quantised.bits for kv in paged if kv.layout.quantised)
         problem, _ = self._try(runner, QUANTISED[bits])
         if problem is not None:
-            note = f"quantised keys and values change what this model says: {problem}"
+            note = f"quantised keys and values change the output of this model: {problem}"
             logger.warning("%s: %s", model_name(self.model), note)
             self.notes.append(note)
 
     def _can_fuse(self) -> bool:
-        """Return whether layers may run by fused kernels: on a GPU where these are right."""
+        """Return whether layers may run by fused kernels: on a GPU where these pass their tests."""
         if self.step.exact or not kernels.available().write:
             return False
         contents = [leaf.content for leaf in self.layout.leaves()]
@@ -348,7 +351,7 @@ class TierSearch:
     def _try(
         self, runner: PagedRunner, tolerance: float | None = None
     ) -> tuple[str | None, str | None]:
-        """Return what is wrong with a tier, and the class of the module at fault, if known."""
+        """Return the problem of a tier, if any, and the class of the module at fault, if known."""
         if self._num_tested > self.num_blocks:
             return None, None
         try:

@@ -1,1 +1,1 @@
-"""The parts of sampling: what a step uploads, what it does to logits, how it draws."""
+"""Sampling: `sampler` draws the next tokens of a step, by the stages that `plan` chooses."""

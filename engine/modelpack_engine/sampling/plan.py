@@ -1,10 +1,10 @@
 """Plan: the stages of sampling that the rows of a step need, and the functions that run them.
 
 Random draws depend only on a request's seed and the token's position. A token is drawn by the
-Gumbel-max trick: each token of the vocabulary gets noise of its own, and the largest sum of logit
-and noise wins. The noise belongs to the token rather than to its rank or to a point of the
-cumulative distribution, so that a logit that differs in its last bit, as it does between batches of
-different shapes, all but never changes the draw.
+Gumbel-max trick: each token of the vocabulary gets its own noise, and the largest sum of logit and
+noise wins. Logits differ in their last bits between batches of different shapes. Since the noise
+belongs to a token, and not to its rank or to a point of the cumulative distribution, this almost
+never changes the draw.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LEAST = 2.0**-33  # below the least positive uniform number, 2 ** -32
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble 64-bit numbers, one to one: a step of SplitMix64 (doi:10.1145/2660193.2660195)."""
+    """Mix the bits of 64-bit numbers, one to one: SplitMix64 (doi:10.1145/2660193.2660195)."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -31,24 +31,24 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def seeds_of(numbers: list[int]) -> NDArray[np.uint64]:
-    """Fold any integers to 64 bits; -1 and 2 ** 64 - 1 are the same seed."""
+    """Reduce integers to 64 bits: -1 and 2 ** 64 - 1 are the same seed."""
     return np.array([number & 0xFFFFFFFFFFFFFFFF for number in numbers], dtype=np.uint64)
 
 
-def keys(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.uint32]:
-    """Return the random key of each draw, uint32 [rows, 2]: its seed folded with its position.
+def draw_keys(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.uint32]:
+    """Return the random key of each draw, uint32 [rows, 2], from its seed and its position.
 
-    The seed is scrambled first, since people count seeds up as positions are.
+    The seed is mixed first: otherwise seed 1 at position 2 would equal seed 2 at position 1.
     """
     folded = mix(mix(seeds) + positions)
     return np.stack([folded >> np.uint64(32), folded], axis=-1).astype(np.uint32)
 
 
 def gumbel(row_keys: mx.array, vocab_size: int) -> mx.array:
-    """Return Gumbel noise, float32 [rows, vocab_size]; a row depends on its key only.
+    """Return Gumbel noise, float32 [rows, vocab_size]; a row depends only on its key.
 
-    -log1p(-u) rather than -log(u): the noise that wins comes from the smallest exponentials, and
-    float32 resolves numbers near 0 far better than near 1.
+    It uses -log1p(-u) rather than -log(u): the winning noise comes from the smallest exponentials,
+    and float32 is far more precise near 0 than near 1.
     """
 
     def uniform(key: mx.array) -> mx.array:
@@ -59,30 +59,29 @@ def gumbel(row_keys: mx.array, vocab_size: int) -> mx.array:
 
 
 def draw(logits: mx.array, least: mx.array | None, row_keys: mx.array) -> mx.array:
-    """Draw a token of each row by softmax over the logits that are `least` ([rows, 1]) or more."""
+    """Draw a token for each row, by softmax over the logits not below `least` ([rows, 1])."""
     if least is not None:
         logits = mx.where(logits >= least, logits, -mx.inf)
     return mx.argmax(logits + gumbel(row_keys, logits.shape[-1]), axis=-1).astype(mx.int32)
 
 
-#: Each output token adds this; the lowest bit says whether the prompt holds the token.
+#: Added for each output token; the lowest bit is set if the prompt has the token.
 OUTPUT = 2
 
 _FIRST_CAPACITY = 8
 
 
 class TokenHistory:
-    """Counts of the tokens of penalised sequences, a row of int32 [vocab_size] for each.
+    """Token counts of sequences with penalties: a row int32 [vocab_size] for each.
 
-    A count is twice the number of times that the output holds the token, plus one if the prompt
-    holds it. The rows exist from the first penalised sequence on (`vocab_size` * 4 bytes each, in
-    powers of two) and are reused afterwards.
+    A count is twice the number of occurrences in the output, plus one if the prompt has the token.
+    Rows take `vocab_size` * 4 bytes each. They are allocated with the first penalised sequence, in
+    powers of two, and reused.
 
-    The in-flight rule: `append` extends the graph that the next `counts` reads, so the token
-    sampled at step N is counted at step N + 1 although the host has not seen it. Nothing here needs
-    an evaluation of its own: evaluating the tokens of a step brings the counts up to date, and at
-    most one step's append is pending. The pool is updated in place as long as the step that reads
-    it is evaluated before the one that appends to it is submitted.
+    Tokens in flight are counted: `append` extends the graph that the next `counts` reads, so step
+    N + 1 counts the token that step N samples, before the host has read it. Evaluating the tokens
+    of a step also evaluates the counts; at most one `append` is pending. The counts are updated in
+    place if each step is evaluated before the next one is submitted.
     """
 
     def __init__(self, vocab_size: int, max_num_seqs: int) -> None:
@@ -92,7 +91,7 @@ class TokenHistory:
         self._free: list[int] = []
 
     def open(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int]) -> int:
-        """Return a slot that holds these tokens, until it is closed."""
+        """Return a slot with the counts of these tokens; free it by `close`."""
         if self._counts is None or not self._free:
             self._grow()
         assert self._counts is not None
@@ -101,17 +100,17 @@ class TokenHistory:
         return slot
 
     def close(self, slot: int) -> None:
-        """Give the slot back."""
+        """Free a slot."""
         self._free.append(slot)
 
     def counts(self, slots: mx.array) -> mx.array:
         """Return the counts of `slots` (int32 [rows]) as int32 [rows, vocab_size]."""
-        assert self._counts is not None, "a slot was opened"
+        assert self._counts is not None, "no slot is open"
         return self._counts[slots]
 
     def append(self, slots: mx.array, token_ids: mx.array, amounts: mx.array) -> None:
         """Add `amounts` to one token of each slot (all int32 [rows]): OUTPUT, or 0 for padding."""
-        assert self._counts is not None, "a slot was opened"
+        assert self._counts is not None, "no slot is open"
         self._counts = self._counts.at[slots, token_ids].add(amounts)
 
     def _count(self, prompt: Sequence[int], output: Sequence[int]) -> NDArray[np.int32]:
@@ -131,14 +130,14 @@ class TokenHistory:
         self._free.extend(range(first + more - 1, first - 1, -1))
 
 
-#: A top-k up to this sorts that many of the most likely tokens; a larger one the vocabulary.
+#: For a top-k up to this, only this many of the most likely tokens are sorted.
 WINDOW = 1024
 
 
-def mask(logits: mx.array, allowed: mx.array) -> mx.array:
-    """Keep the tokens whose bit is set in `allowed`.
+def apply_mask(logits: mx.array, allowed: mx.array) -> mx.array:
+    """Set the logits of tokens that are not `allowed` to -inf.
 
-    That is uint8 [rows, ceil(vocab_size / 8)], a bit for each token, the least significant first.
+    `allowed` is uint8 [rows, ceil(vocab_size / 8)], a bit for each token, least significant first.
     """
     vocab_size = logits.shape[-1]
     bits = (allowed[:, :, None] >> mx.arange(8, dtype=mx.uint8)) & 1
@@ -153,7 +152,7 @@ def penalise(
     presence: mx.array,
     frequency: mx.array,
 ) -> mx.array:
-    """Make tokens that occurred less likely; the penalties are float32 [rows, 1].
+    """Lower the logits of tokens that occurred; the penalties are float32 [rows, 1].
 
     `counts` is TokenHistory's. Repetition (CTRL, arXiv:1909.05858) counts prompt and output;
     presence and frequency (OpenAI) count the output only. The order is vLLM's.
@@ -167,14 +166,14 @@ def penalise(
 def cutoff(
     logits: mx.array, floor: mx.array, top_k: mx.array, top_p: mx.array, *, windowed: bool
 ) -> mx.array:
-    """Return the least logit that top-k and top-p keep, float32 [rows, 1], by one sort.
+    """Return the lowest logit that top-k and top-p keep, float32 [rows, 1], by one sort.
 
-    `floor` (float32) is the least that min-p keeps, `top_k` is int32 from 1 to vocab_size, `top_p`
-    float32; all are [rows, 1]. Top-p is the smallest set of the most likely tokens, among those
-    that top-k and min-p keep, that holds `top_p` of their probability. Since the answer is a value,
-    tokens that tie with the last one kept are kept as well, whatever their order.
+    `floor` (float32) is the lowest logit that min-p keeps, `top_k` is int32 from 1 to vocab_size,
+    `top_p` float32; all are [rows, 1]. Top-p keeps the smallest set of the most likely tokens that
+    has the share `top_p` of the probability of all tokens that top-k and min-p keep. Tokens whose
+    logit equals the lowest one are kept as well.
 
-    `windowed` promises that every top-k is at most WINDOW.
+    Set `windowed` only if every top-k is at most WINDOW.
     """
     if windowed:
         logits = mx.topk(logits, WINDOW, axis=-1)
@@ -194,7 +193,7 @@ GREEDY_BELOW = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What the sampler knows of a sequence: `slot` is its history's, if it has penalties."""
+    """The sampler's state of a sequence; `slot` is its token history, if it has penalties."""
 
     params: SamplingParams
     seed: int
@@ -203,12 +202,12 @@ class Entry:
 
     @property
     def is_random(self) -> bool:
-        """Whether tokens are drawn, rather than the most likely taken."""
+        """Whether tokens are drawn; otherwise the most likely one is chosen."""
         return self.params.temperature >= GREEDY_BELOW
 
 
 def has_penalties(params: SamplingParams) -> bool:
-    """Whether any of the three penalties does something."""
+    """Return whether any of the three penalties has an effect."""
     return (
         params.repetition_penalty != 1
         or params.presence_penalty != 0
@@ -218,7 +217,7 @@ def has_penalties(params: SamplingParams) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Edits:
-    """Amounts to add to single logits: biases, and -inf for ends that come too early."""
+    """Amounts to add to single logits: biases, and -inf for end tokens before `min_tokens`."""
 
     rows: mx.array
     token_ids: mx.array
@@ -229,7 +228,7 @@ class Edits:
 class Penalties:
     """Rows with penalties, their history slots, and the penalties (float32 [rows, 1]).
 
-    `batch_rows` are the rows on the host; `increments` what their tokens add to the history.
+    `batch_rows` are the rows on the host; `increments` are added to the history for their tokens.
     """
 
     rows: mx.array
@@ -243,7 +242,7 @@ class Penalties:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Rows, among those that are drawn, that need a sort."""
+    """The drawn rows whose logits must be sorted, with their top-k and top-p."""
 
     rows: mx.array
     top_k: mx.array
@@ -253,10 +252,10 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class DrawArrays:
-    """What MLX's functions need to draw: temperature and log of min-p are float32 [rows, 1].
+    """The inputs of MLX's functions; temperature and log of min-p are float32 [rows, 1].
 
-    `sources` are where in `rows` to find the result of each: a repeated row is drawn without its
-    filters, which are applied once.
+    `sources` are the indices in `rows` of the results to use: filters apply only to the first
+    occurrence of a row, and rows repeated as padding are drawn without them.
     """
 
     rows: mx.array
@@ -268,10 +267,10 @@ class DrawArrays:
 
 @dataclass(frozen=True)
 class Draws:
-    """Rows whose token is drawn, on the host: `batch_rows`, the first `num_drawn` of them distinct.
+    """The rows whose token is drawn: `batch_rows`, of which the first `num_drawn` are distinct.
 
-    `settings` are of all rows of the batch, int32 [rows, 6]: floats' bits (temperature, 0 where
-    nothing is drawn; log of min-p; top-p; top-k, the vocabulary's size for all), and two for a key.
+    `settings` has all rows of the batch, int32 [rows, 6]: the bits of four floats (temperature, 0
+    if no token is drawn; log of min-p; top-p; top-k, or the vocabulary's size), and a key of two.
     """
 
     batch_rows: NDArray[np.int32]
@@ -282,7 +281,7 @@ class Draws:
 
     @cached_property
     def arrays(self) -> DrawArrays:
-        """The same for MLX's functions."""
+        """The inputs of MLX's functions for these draws."""
         numbers = self.settings[self.batch_rows, :4].view(np.float32)
         temperature, log_min_p, top_p, top_k = (numbers[:, [column]] for column in range(4))
         is_windowed = (top_k <= WINDOW) & (self.vocab_size > WINDOW)
@@ -305,7 +304,7 @@ class Draws:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The stages of a step; None where no row asks for the stage."""
+    """The sampling stages of a step; None for a stage that no row needs."""
 
     edits: Edits | None
     penalties: Penalties | None
@@ -314,7 +313,7 @@ class Plan:
 
     @property
     def keeps_logits(self) -> bool:
-        """Whether tokens are chosen from the logits as they are."""
+        """Whether tokens are chosen from unchanged logits."""
         return self.edits is None and self.penalties is None
 
 
@@ -325,8 +324,10 @@ def make_plan(
     num_rows: int,
     vocab_size: int,
 ) -> Plan:
-    """Plan for `entries`, the first of `num_rows` rows; `ends_masked` says who may not end yet, and
-    `counted` whose token is sure to be output."""
+    """Plan the stages for `entries`, the first of `num_rows` rows.
+
+    `ends_masked` marks rows that may not end yet, and `counted` those whose token is surely output.
+    """
     tops = [e.params.logprobs for e in entries if e.params.logprobs is not None]
     return Plan(
         edits=_edits(entries, ends_masked),

@@ -1,9 +1,10 @@
 """Sampler: draw the next token of each row from its logits, and report log-probabilities.
 
-`Engine` owns one. It plans a step by `sampling/plan.py`, and draws by a kernel or MLX's functions.
+`Engine` owns one. `sampling/plan.py` has the stages of a step; tokens are drawn by a kernel or by
+MLX's functions.
 
-Log-probabilities are log-softmax of the raw logits: before temperature, penalties, biases, masks
-and filters, as OpenAI reports them (vLLM's `raw_logprobs`). So a token may be chosen that is not
+Log-probabilities are the log-softmax of the raw logits: before temperature, penalties, biases,
+masks and filters, as OpenAI reports them (vLLM's `raw_logprobs`). So the chosen token may not be
 among the most likely ones reported with it.
 """
 
@@ -26,8 +27,6 @@ from modelpack_engine.kernels.plan import vector_width
 from modelpack_engine.outputs import TokenLogprob
 from modelpack_engine.platform.device import Staging
 from modelpack_engine.request import MAX_LOGPROBS, SamplingParams
-from modelpack_engine.sampling import plan as draw
-from modelpack_engine.sampling import plan as logits
 from modelpack_engine.sampling.plan import (
     OUTPUT,
     Draws,
@@ -35,13 +34,18 @@ from modelpack_engine.sampling.plan import (
     Penalties,
     Plan,
     TokenHistory,
+    apply_mask,
+    cutoff,
+    draw,
+    draw_keys,
     has_penalties,
     make_plan,
     padded_rows,
+    penalise,
     plan_draws,
 )
 
-#: Rows that are worked on at once: bounds the memory that a long chunk of a prompt takes.
+#: Rows processed at once, which bounds the memory for a long chunk of a prompt.
 _ROWS_AT_ONCE = 256
 
 
@@ -49,8 +53,8 @@ _ROWS_AT_ONCE = 256
 class Logprobs:
     """Lazy device arrays: `chosen` float32 [rows]; `top_ids` int32 and `top` float32 [rows, k].
 
-    The most likely come first. k is MAX_LOGPROBS (or the vocabulary's size, if that is less)
-    whatever was asked for, so that shapes do not vary; it is 0 if no alternatives were.
+    The most likely come first. To keep shapes constant, k is MAX_LOGPROBS (or the vocabulary's
+    size, if that is less) for any number of requested alternatives; it is 0 without alternatives.
     """
 
     chosen: mx.array
@@ -58,16 +62,16 @@ class Logprobs:
     top: mx.array
 
     def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
-        """Return what has to be evaluated."""
+        """Return the arrays to evaluate."""
         return self.chosen, self.top_ids, self.top
 
     def read(
         self, token_ids: Sequence[int], num_top: Sequence[int | None]
     ) -> list[TokenLogprob | None]:
-        """Bring the first rows to the host, waiting for them.
+        """Wait for the first rows and return their log-probabilities.
 
-        `token_ids` are the chosen ones and `num_top` how many alternatives each row asked for (None
-        gives None). There may be fewer of them than rows: those were padding.
+        `token_ids` are the chosen tokens and `num_top` the requested alternatives of each row (None
+        for no log-probabilities). Rows after these are padding.
         """
         chosen: Any = self.chosen.tolist()
         top_ids: Any = self.top_ids.tolist()
@@ -85,8 +89,8 @@ class Logprobs:
 def gather_logprobs(logits: mx.array, token_ids: mx.array, num_top: int) -> Logprobs:
     """Return the log-probabilities of `token_ids` (int32 [rows]) and, if `num_top`, the highest.
 
-    `logits` [rows, vocab_size] are the model's, of any float type. For a prompt's chunk, row i is
-    the logits at position p and `token_ids[i]` the prompt's token at p + 1.
+    `logits` [rows, vocab_size] are the model's, of any float type. For a chunk of a prompt, row i
+    has the logits at position p, and `token_ids[i]` is the prompt's token at position p + 1.
     """
     parts = [
         _gather(
@@ -117,16 +121,16 @@ def _gather(
 Keys = NDArray[np.uint32]
 
 _MOST_SIMDGROUPS = 16
-#: Metal has smaller inputs elsewhere.
+#: The kernel needs at least this many logits: Metal puts smaller inputs in another address space.
 _FEWEST = 64
-#: Last bits of a float32 that are zeros in all of a type's.
+#: The number of last bits of a float32 that are always zero for values of a type.
 _ZEROS = {mx.float32: 0, mx.float16: 13, mx.bfloat16: 16}
 
 
 def choose(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging) -> mx.array:
     """Return int32 tokens of logits [rows, vocab_size]: drawn by `draws`, or the most likely.
 
-    `keys` are uint32 [rows drawn, 2]. A row depends on its logits, settings and key only.
+    `keys` are uint32 [rows drawn, 2]. A token depends only on its row's logits, settings and key.
     """
     if verdict(batch_logits.dtype, batch_logits.shape[-1]) is None:
         return by_kernel(batch_logits, draws, keys, staging)
@@ -134,7 +138,7 @@ def choose(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging) -
 
 
 def by_functions(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging) -> mx.array:
-    """Return what `choose` does, by MLX's functions."""
+    """Return the tokens of `choose`, by MLX's functions."""
     arrays = draws.arrays
     token_ids = mx.argmax(batch_logits, axis=-1).astype(mx.int32)
     scaled = batch_logits[arrays.rows].astype(mx.float32) / arrays.temperature
@@ -144,17 +148,17 @@ def by_functions(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Stag
         if arrays.log_min_p is not None:
             least = scaled.max(axis=-1, keepdims=True) + arrays.log_min_p
         for f in arrays.filters:
-            least[f.rows] = logits.cutoff(
+            least[f.rows] = cutoff(
                 scaled[f.rows], least[f.rows], f.top_k, f.top_p, windowed=f.windowed
             )
     staged = staging.put(keys.ravel().view(np.int32))[: keys.size]
     row_keys = staged.view(mx.uint32).reshape(keys.shape)
-    token_ids[arrays.rows] = draw.draw(scaled, least, row_keys)[arrays.sources]
+    token_ids[arrays.rows] = draw(scaled, least, row_keys)[arrays.sources]
     return token_ids
 
 
 def by_kernel(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging) -> mx.array:
-    """Return what `choose` does, by the kernel."""
+    """Return the tokens of `choose`, by the kernel."""
     rows, vocab_size = batch_logits.shape
     settings = draws.settings.copy()
     distinct = slice(draws.num_drawn)
@@ -181,9 +185,9 @@ def by_kernel(batch_logits: mx.array, draws: Draws, keys: Keys, staging: Staging
 
 @cache
 def verdict(dtype: mx.Dtype, vocab_size: int) -> str | None:
-    """Return None if the kernel draws what MLX's functions do, else what is off.
+    """Return None if the kernel draws the same tokens as MLX's functions, otherwise the problem.
 
-    The first call for logits of a type and width compiles it.
+    The first call for a type and vocabulary size compiles the kernel.
     """
     if launch.backend() == "none":
         return "there is no GPU"
@@ -208,32 +212,32 @@ def _compare(dtype: mx.Dtype, vocab_size: int) -> str | None:
     entries = [Entry(params, seed, None, ()) for params in kinds.values() for seed in range(each)]
     rows = len(entries)
     draws = plan_draws(entries, rows, vocab_size)
-    assert draws is not None, "all are drawn"
+    assert draws is not None, "every row is drawn"
     some = mx.random.normal((rows, vocab_size), key=mx.random.key(23))
-    some[:, ::7] = -mx.inf  # what a mask hides
+    some[:, ::7] = -mx.inf  # as a mask does
     positions = np.arange(len(draws.seeds), dtype=np.uint64)
-    keys, staging = draw.keys(draws.seeds, positions), Staging()
+    keys, staging = draw_keys(draws.seeds, positions), Staging()
     ways = by_kernel, by_functions
     found, wanted = (np.array(way(some.astype(dtype), draws, keys, staging)) for way in ways)
     for name, at in zip(kinds, range(0, rows, each), strict=True):
         if (found[at : at + each] != wanted[at : at + each]).any():
-            return f"tokens by {name} are others"
+            return f"tokens differ with {name}"
     return None
 
 
-#: Stands for a token that could not be chosen: the row had NaN, infinity or no allowed token.
+#: In place of a token that could not be chosen: the row had NaN, infinity or no allowed token.
 NO_TOKEN = -1
 
 
 class SampleRow(NamedTuple):
     """A row whose next token is sampled.
 
-    `position` is the number of tokens before it, prompt and output; `num_output` how many of them
-    are output. Both count tokens in flight. `allowed` is what its mask allows: a bit per token id
-    (LSB first), ids past its end are not allowed; None: any token may come.
+    `position` is the number of tokens before it, and `num_output` the number of output tokens among
+    them; both include tokens in flight. `allowed` has a bit for each token id that the mask allows
+    (LSB first; ids past its end are not allowed). None allows all tokens.
 
-    `assumed` is for rows of a proposal: tokens that the row takes for output, beyond those that the
-    sampler knows. Whether the row's own token counts is not known yet: `accept` says so later.
+    `assumed` is for rows of a proposal: the proposed tokens before the row, which count as output
+    for its penalties. `accept` later counts the tokens that were accepted.
     """
 
     seq_id: int
@@ -245,12 +249,12 @@ class SampleRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What a step sampled, as lazy device arrays.
+    """The tokens that a step samples, as lazy device arrays.
 
-    `token_ids` are int32 [rows], NO_TOKEN where the logits allow no choice: only that request has
-    failed. `next_ids` are the same for the device, with any id in place of NO_TOKEN: the next step
-    is made of these, as MLX may move the array that the host reads. `logprobs` is None if no row
-    asked for them.
+    `token_ids` are int32 [rows], with NO_TOKEN for rows without a valid choice, whose request
+    fails. `next_ids` are the inputs of the next step: the same ids, with 0 in place of NO_TOKEN.
+    They are another array because MLX may move the array that the host reads. `logprobs` is None if
+    no row requests them.
     """
 
     token_ids: mx.array
@@ -259,26 +263,25 @@ class Sampled:
 
     @classmethod
     def of(cls, token_ids: mx.array) -> Sampled:
-        """Return what was sampled elsewhere."""
+        """Return tokens that were sampled on another device."""
         return cls(token_ids, _next(token_ids), None)
 
     def arrays(self) -> tuple[mx.array, ...]:
-        """Return what has to be evaluated."""
+        """Return the arrays to evaluate."""
         logprobs = self.logprobs.arrays() if self.logprobs else ()
         return (self.token_ids, self.next_ids, *logprobs)
 
 
 class Sampler:
-    """Samples for the sequences that were added, in any batch made of them.
+    """Samples tokens for batches of the sequences that were added.
 
     A sequence's tokens depend on its logits, its parameters and its seed, and not on the batch. The
-    draw's key is (seed, position), so that a sequence which was preempted and added again goes on
-    as it would have.
+    key of a draw is (seed, position), so a sequence that is preempted and added again gets the same
+    tokens.
 
-    Penalties count a token from the step after the one that sampled it, whether or not the host has
-    seen it: `sample` puts the count into the graph (see TokenHistory). Hence every call of `sample`
-    stands for a step that is run, in the order of the calls; a step that is thrown away would leave
-    its tokens counted.
+    Penalties count a token from the next step on, before the host has read it: `sample` adds the
+    count to the graph (see TokenHistory). So every call of `sample` must belong to a step that
+    runs, in the order of the calls: a discarded step would leave its tokens counted.
     """
 
     def __init__(
@@ -293,17 +296,17 @@ class Sampler:
         self._eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < vocab_size)
         self._history = TokenHistory(vocab_size, max_num_seqs)
         self._entries: dict[int, Entry] = {}
-        self._least: dict[int, int] = {}  # tokens that those have to have, of whom any are wanted
+        self._least: dict[int, int] = {}  # min_tokens by seq_id, if set
         self._composition: tuple[object, ...] = ()
         self._plan = Plan(edits=None, penalties=None, draws=None, num_top=None)
 
     def warm_up(self, dtype: mx.Dtype) -> None:
-        """Compile what draws from logits of this type, and from those that are adjusted."""
+        """Compile the kernels that draw from logits of this type, and from adjusted ones."""
         for each in (dtype, mx.float32):
             verdict(each, self._vocab_size)
 
     def __contains__(self, seq_id: int) -> bool:
-        """Whether a sequence was added, and not removed since."""
+        """Return whether a sequence was added and not removed."""
         return seq_id in self._entries
 
     def add(
@@ -315,10 +318,10 @@ class Sampler:
         output_token_ids: Sequence[int] = (),
         index: int = 0,
     ) -> None:
-        """Make `seq_id` known: once it is admitted, and with its output when it is admitted again.
+        """Add a sequence when it is admitted; with its output when it is admitted again.
 
-        `index` is the choice (0 … n-1): choices of one request count its seed up, so that they
-        differ. Without a seed the system's randomness gives one.
+        `index` is the choice (0 … n-1), which is added to the request's seed, so that choices
+        differ. Without a seed, a random one is used.
         """
         assert seq_id not in self._entries, f"sequence {seq_id} was added twice"
         slot = (
@@ -336,7 +339,7 @@ class Sampler:
             self._least[seq_id] = params.min_tokens
 
     def remove(self, seq_id: int) -> None:
-        """Forget `seq_id`: it ended or was preempted. A step in flight may still hold it."""
+        """Remove a sequence that ended or was preempted; a step in flight may still sample it."""
         entry = self._entries.pop(seq_id)
         self._least.pop(seq_id, None)
         if entry.slot is not None:
@@ -344,7 +347,7 @@ class Sampler:
         self._composition = ()
 
     def accept(self, seq_id: int, token_ids: Sequence[int]) -> None:
-        """Count tokens of rows with assumptions, once it is known that they are output."""
+        """Count the accepted tokens of a proposal as output."""
         slot = self._entries[seq_id].slot
         if slot is not None and token_ids:
             amounts = mx.full((len(token_ids),), OUTPUT, mx.int32)
@@ -352,10 +355,10 @@ class Sampler:
             self._history.append(slots, mx.array(list(token_ids), mx.int32), amounts)
 
     def sample(self, batch_logits: mx.array, seqs: Sequence[SampleRow]) -> Sampled:
-        """Return the next token of `seqs`, whose logits are the first rows of `batch_logits`.
+        """Return the next tokens of `seqs`, whose logits are the first rows of `batch_logits`.
 
-        `batch_logits` is [rows, vocab_size] of any float type; rows after those of `seqs` are
-        padding, whose tokens mean nothing. Nothing is evaluated.
+        `batch_logits` is [rows, vocab_size] of any float type. Rows after those of `seqs` are
+        padding; their tokens are not used. Nothing is evaluated.
         """
         plan = self._planned(seqs, batch_logits.shape[0])
         allowed = {row: seq.allowed for row, seq in enumerate(seqs) if seq.allowed is not None}
@@ -364,7 +367,7 @@ class Sampler:
             token_ids = mx.argmax(chosen_from, axis=-1).astype(mx.int32)
         else:
             positions = np.array([seq.position for seq in seqs], dtype=np.uint64)
-            keys = draw.keys(draws.seeds, positions[draws.batch_rows])
+            keys = draw_keys(draws.seeds, positions[draws.batch_rows])
             token_ids = choose(chosen_from, draws, keys, self._staging)
         token_ids, next_ids = _usable(token_ids, chosen_from.max(axis=-1))
         if chosen_from is not batch_logits:  # a mask may have hidden the NaN
@@ -377,7 +380,7 @@ class Sampler:
         return Sampled(token_ids, next_ids, logprobs)
 
     def _planned(self, seqs: Sequence[SampleRow], num_rows: int) -> Plan:
-        """Return the plan, which is uploaded anew only when the batch's composition changes."""
+        """Return the plan, which is made and uploaded only when the batch's composition changes."""
         least = self._least
         ends_masked = [seq.num_output < least.get(seq.seq_id, 0) for seq in seqs] if least else []
         counted = [seq.assumed is None for seq in seqs]
@@ -396,7 +399,7 @@ class Sampler:
         allowed: dict[int, bytes],
         seqs: Sequence[SampleRow],
     ) -> mx.array:
-        """Return the logits after biases, masks and penalties: the same array if there are none."""
+        """Return the logits after biases, masks and penalties; the same array without any."""
         if plan.keeps_logits and not allowed:
             return batch_logits
         adjusted = batch_logits.astype(mx.float32)
@@ -406,9 +409,9 @@ class Sampler:
             rows = padded_rows(list(allowed), batch_logits.shape[0])
             packed = self._packed(allowed, rows.tolist())
             index = mx.array(rows)
-            adjusted[index] = logits.mask(adjusted[index], packed)
+            adjusted[index] = apply_mask(adjusted[index], packed)
         if (penalties := plan.penalties) is not None:
-            adjusted[penalties.rows] = logits.penalise(
+            adjusted[penalties.rows] = penalise(
                 adjusted[penalties.rows],
                 self._counts(penalties, seqs),
                 penalties.repetition,
@@ -418,7 +421,7 @@ class Sampler:
         return adjusted
 
     def _counts(self, penalties: Penalties, seqs: Sequence[SampleRow]) -> mx.array:
-        """Return the counts of penalised rows, with what they assume."""
+        """Return the counts of penalised rows, with their assumed tokens."""
         counts = self._history.counts(penalties.slots)
         assumed = [
             (index, token_id)
@@ -437,14 +440,14 @@ class Sampler:
         return mx.array(np.frombuffer(data, dtype=np.uint8).reshape(len(rows), width))
 
 
-# Compiled, since numbers would be arrays in the host's memory, which kernels read slowly.
+# Compiled: otherwise, constants would be arrays in host memory, which kernels read slowly.
 
 
 @partial(mx.compile, shapeless=True)
 def _usable(token_ids: mx.array, maxima: mx.array) -> tuple[mx.array, mx.array]:
-    """Return `token_ids`, NO_TOKEN where maxima are not finite: of NaN (max keeps it), all -inf.
+    """Return token ids with NO_TOKEN for invalid rows, and the ids for the next step.
 
-    And the same as ids of a next step.
+    A row is invalid if its maximum is not finite: it has NaN, which `max` keeps, or is all -inf.
     """
     usable = mx.where(mx.isfinite(maxima), token_ids, NO_TOKEN)
     return usable, mx.maximum(usable, 0)

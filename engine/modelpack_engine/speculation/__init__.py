@@ -1,5 +1,5 @@
-"""Speculative decoding: tokens proposed cheaply, verified many in a step.
+"""Speculative decoding: tokens are proposed cheaply, and several are verified in one step.
 
-`fitting` and `verification` are plain integers; `speculator` decides when proposals are worth
-having; `ngram` and `draft` make them.
+`speculator` decides when to propose and how many tokens; `ngram` and `draft` propose them. The
+scheduler adds proposals to a step, and `runner/step.py` verifies them.
 """

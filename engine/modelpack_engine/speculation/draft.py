@@ -1,9 +1,9 @@
-"""DraftProposer: a smaller model writes ahead, for all sequences in one batch.
+"""DraftProposer: propose the tokens of a smaller model, for all sequences in one batch.
 
-It draws its tokens as the large model will: by the same parameters, and with the same random noise,
-which belongs to a request's seed and a token's position. So both choose the same token wherever
-their distributions are alike (a Gumbel coupling: arXiv:2408.07978), at any temperature. Noise of
-its own would make the draft's tokens right far less often, and no more random.
+The draft model samples with the parameters and the random noise of the large model: the noise
+depends only on the request's seed and the token's position. So both models choose the same token
+wherever their distributions are similar, at any temperature (a Gumbel coupling: arXiv:2408.07978).
+With independent noise, far fewer proposed tokens would be accepted.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from modelpack_engine.runner.model_runner import ModelRunner
 from modelpack_engine.runner.step import row_token_ids
 from modelpack_engine.sampling.sampler import NO_TOKEN, Sampled, Sampler, SampleRow, gather_logprobs
 
-# Up to so many tokens that the draft model has yet to see are rows of their own.
+# Up to this many tokens that the draft model has not computed are rows of a proposal, not a chunk.
 _FEW_TOKENS = 8
 
 
 @dataclass(slots=True, eq=False)
 class _Draft:
-    """What the draft model has computed of `original`.
+    """The state of the draft model for `original`.
 
-    `sequence` shares the original's tokens, and has blocks in the draft model's pool. Its computed
-    tokens are the known ones whose KV is there; after them comes the KV of `guessed`, but for the
-    last of these.
+    `sequence` shares the original's tokens, and has its own blocks in the draft model's pool. The
+    pool has the keys and values of its computed tokens, followed by those of `guessed`, except the
+    last guess.
     """
 
     original: Sequence
@@ -44,29 +44,29 @@ class _Draft:
 
     @property
     def num_missing(self) -> int:
-        """How many known tokens the draft model has yet to see."""
+        """The known tokens that the draft model has not computed."""
         return self.sequence.num_known_tokens - self.sequence.num_computed_tokens
 
     def settle(self) -> None:
-        """Count the KV of guesses that turned out right."""
+        """Count the accepted guesses as computed tokens."""
         sequence = self.sequence
         start = sequence.num_computed_tokens
         known = sequence.token_ids(start, sequence.num_known_tokens)
         right = 0
-        for token_id, guess in zip(known, self.guessed[:-1], strict=False):  # the last was not fed
+        for token_id, guess in zip(known, self.guessed[:-1], strict=False):
             if token_id != guess:
                 break
             right += 1
         self.guessed = []
-        # The newest token is computed again, where it need not be, for its logits.
+        # The newest token is computed again in any case, for its logits.
         sequence.num_computed_tokens = min(start + right, sequence.num_known_tokens - 1)
 
 
 class DraftProposer:
-    """Proposes what `runner`'s model draws with `sampler`, which is the large model's.
+    """Proposes the tokens that `runner`'s draft model samples with the large model's `sampler`.
 
-    `vocab_size` is the number of the large model's logits. `blocks` hands out the runner's blocks.
-    A step has at most `max_rows` rows; sequences are proposed for up to `context_length` tokens. A
+    `vocab_size` is the number of the large model's logits. `blocks` manages the runner's blocks. A
+    step has at most `max_rows` rows. Sequences longer than `context_length` get no proposals. A
     proposal ends before the first token whose probability is below `min_probability`.
     """
 
@@ -86,16 +86,16 @@ class DraftProposer:
         self._vocab_size, self._draft_vocab_size = vocab_size, draft_vocab_size
         self._context_length, self._max_rows = context_length, max_rows
         self._least = math.log(min_probability) if min_probability > 0 else None
-        self._drafts: dict[int, _Draft] = {}  # by the original's seq_id, last used last
+        self._drafts: dict[int, _Draft] = {}  # by the original's seq_id, in order of use
 
     def expects(self, sequences: Iterable[Sequence]) -> bool:
-        """Return True: a model always has something to say."""
+        """Return True: the draft model can always propose."""
         return True
 
     def propose(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, list[int]]:
-        """Return what the draft model writes after each sequence.
+        """Return the tokens that the draft model generates after each sequence.
 
-        A prompt that it has not seen yet takes it a step or more; until then it says nothing.
+        A new prompt takes the draft model one or more steps, which propose no tokens for it.
         """
         opened = [self._open(sequence, length) for sequence, length in lengths.items()]
         drafts = [d for d in opened if d is not None and d.original.seq_id in self._drafts]
@@ -106,14 +106,14 @@ class DraftProposer:
             raise
 
     def release(self, seq_ids: Iterable[int]) -> None:
-        """Give back the blocks of sequences that ended or were preempted."""
+        """Free the blocks of sequences that ended or were preempted."""
         for seq_id in seq_ids:
             draft = self._drafts.pop(seq_id, None)
             if draft is not None:
                 self._blocks.free(draft.sequence)
 
     def _open(self, original: Sequence, length: int) -> _Draft | None:
-        """Return the draft of a sequence, with room for `length` tokens; None if there is none."""
+        """Return a sequence's draft with blocks for `length` more tokens, or None."""
         if original.num_known_tokens + length > self._context_length:
             return None
         draft = self._drafts.pop(original.seq_id, None)
@@ -130,7 +130,7 @@ class DraftProposer:
                 return None
         return draft
 
-    # Steps of the draft model.
+    # Steps of the draft model
 
     def _write(
         self, drafts: list[_Draft], lengths: Mapping[Sequence, int]
@@ -162,7 +162,7 @@ class DraftProposer:
         return self._read(steps)
 
     def _catching_up(self, drafts: list[_Draft]) -> SchedulerOutput:
-        """Return the step in which the draft model sees what it has not seen, as far as it may."""
+        """Return the step that computes the tokens which the draft model has not computed."""
         decode: list[Sequence] = []
         proposals: list[Proposal] = []
         prefill: list[PrefillChunk] = []
@@ -186,7 +186,7 @@ class DraftProposer:
         return SchedulerOutput(tuple(decode), tuple(prefill), tuple(proposals))
 
     def _computed(self, output: SchedulerOutput) -> None:
-        """Take note that a step which catches up is being computed."""
+        """Count the tokens of the catching-up step as computed."""
         ends = [(sequence, sequence.num_known_tokens) for sequence in output.decoding]
         ends += [(chunk.sequence, chunk.start + chunk.length) for chunk in output.prefill]
         for sequence, end in ends:
@@ -196,7 +196,7 @@ class DraftProposer:
     def _next(
         self, going: list[_Draft], batch: StepBatch, drawn: _Drawn, count: int
     ) -> tuple[StepBatch, _Drawn]:
-        """Feed the tokens that were drawn last, and draw the next: number `count` of each."""
+        """Run a step on the tokens drawn last, and draw token number `count` of each proposal."""
         decode = tuple(draft.sequence for draft in going)
         batch = build_batch(
             SchedulerOutput(decode), batch, self._runner.buckets, self._blocks.block_size
@@ -207,9 +207,9 @@ class DraftProposer:
         return batch, self._draw(logits, going, count)
 
     def _forward(self, batch: StepBatch, previous: Sampled | None) -> mx.array:
-        """Return logits of the batch's sampled rows, as many a row as the large model has."""
+        """Return the logits of the sampled rows, padded or cut to the large model's vocabulary."""
         token_ids = row_token_ids(batch, previous, self._runner.staging)
-        # The large model may have tokens that the draft model has not.
+        # The large model may have more tokens than the draft model.
         token_ids = mx.where(token_ids < self._draft_vocab_size, token_ids, 0)
         logits = self._runner.forward(batch, token_ids)
         missing = self._vocab_size - logits.shape[-1]
@@ -218,7 +218,7 @@ class DraftProposer:
         return logits[:, : self._vocab_size]
 
     def _draw(self, logits: mx.array, drafts: list[_Draft], count: int) -> _Drawn:
-        """Draw tokens as the large model would for the same positions; start computing them."""
+        """Draw tokens as the large model would at the same positions, and launch the step."""
         rows = []
         for draft in drafts:
             position = draft.original.num_known_tokens + count
@@ -233,12 +233,12 @@ class DraftProposer:
         return drawn
 
     def _compute(self, arrays: list[mx.array]) -> None:
-        # See ModelRunner.writes_in_place: else the next step would copy the pools.
+        # Without in-place writes, launching before the step ends would copy the pools.
         evaluate = mx.async_eval if self._runner.writes_in_place else mx.eval
         evaluate(arrays, self._runner.pools())
 
     def _read(self, steps: list[tuple[list[_Draft], _Drawn]]) -> Mapping[Sequence, list[int]]:
-        """Wait for the tokens; return proposals, cut where the draft model is not sure."""
+        """Wait for the tokens; return the proposals, each cut at the first improbable token."""
         found: dict[Sequence, list[int]] = {}
         cut: set[Sequence] = set()
         for drafts, drawn in steps:
@@ -248,7 +248,7 @@ class DraftProposer:
                 token_id = token_ids[row]
                 draft.guessed.append(token_id)
                 if token_id == NO_TOKEN:
-                    self._scrap(draft)
+                    self._discard(draft)
                 unsure = logprobs is not None and logprobs[row] < self._least
                 if token_id == NO_TOKEN or unsure or draft.original in cut:
                     cut.add(draft.original)
@@ -256,8 +256,8 @@ class DraftProposer:
                     found.setdefault(draft.original, []).append(token_id)
         return found
 
-    def _scrap(self, draft: _Draft) -> None:
-        """Forget a draft whose keys may be no numbers, which must not reach another's blocks."""
+    def _discard(self, draft: _Draft) -> None:
+        """Drop a draft with NaN logits, and zero its blocks before other sequences get them."""
         if draft.original.seq_id in self._drafts:
             self._runner.scrub(self._blocks.withdraw(draft.sequence))
             self.release([draft.original.seq_id])
@@ -265,7 +265,7 @@ class DraftProposer:
 
 @dataclass(frozen=True, slots=True)
 class _Drawn:
-    """What a step drew, and the log-probabilities of that if they are wanted."""
+    """The tokens that a step drew, and their log-probabilities if `min_probability` needs them."""
 
     sampled: Sampled
     logprobs: mx.array | None
@@ -275,7 +275,7 @@ class _Drawn:
 
 
 def _shadow(original: Sequence) -> Sequence:
-    """Return a sequence with the tokens of `original`, now and later, and blocks of its own."""
+    """Return a sequence that shares the token lists of `original` and has blocks of its own."""
     sequence = Sequence(
         original.request_id,
         original.prompt_token_ids,
@@ -288,7 +288,7 @@ def _shadow(original: Sequence) -> Sequence:
 
 
 def _last_rows(output: SchedulerOutput) -> list[int]:
-    """Return, of each sampled sequence, the last of its sampled rows."""
+    """Return the index of each sampled sequence's last sampled row."""
     lengths = [1] * len(output.decode)
     lengths += [1 + len(proposal.token_ids) for proposal in output.proposals]
     lengths += [1 for chunk in output.prefill if chunk.is_last]

@@ -1,9 +1,10 @@
-"""NgramProposer: prompt lookup. What a text has said before, it may say again.
+"""NgramProposer: prompt lookup decoding.
 
-Source: prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding). The last few tokens
-are looked up in the sequence itself, prompt and output, and what followed them is proposed. Costs
-next to nothing, and pays where a text is copied: code that is edited, sources that are summarised,
-conversations that quote themselves.
+The last few tokens of a sequence are looked up in its own prompt and output, and the tokens that
+followed them are proposed. A lookup costs almost nothing. It helps when text is copied: when code
+is edited, a source is summarised, or a conversation quotes itself.
+
+Source: github.com/apoorvumang/prompt-lookup-decoding.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from collections.abc import Iterable, Mapping
 
 from modelpack_engine.core.sequence import Sequence
 
-#: Tokens that have to be equal before a place counts as the same.
+#: The least number of equal tokens for a match.
 MIN_MATCH = 3
-# Of the places that match, how many of the latest are compared, and over how many tokens.
+# How many of the latest matches are compared, and over how many tokens.
 _PLACES = 16
 _COMPARED = 32
 
 
 class NgramProposer:
-    """Looks up the ends of sequences in themselves."""
+    """Proposes the tokens that followed an earlier occurrence of a sequence's last tokens."""
 
     def __init__(self, min_match: int = MIN_MATCH) -> None:
         self._min_match = min_match
@@ -28,12 +29,12 @@ class NgramProposer:
 
     def expects(self, sequences: Iterable[Sequence]) -> bool:
         """Return whether the end of any sequence occurred before."""
-        # All of them are brought up to date, whichever comes first.
+        # No early exit: the index of every sequence must be updated.
         found = [self._index(sequence).place() is not None for sequence in sequences]
         return any(found)
 
     def propose(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, list[int]]:
-        """Return what followed where the end of a sequence occurred before."""
+        """Return the tokens that followed the best match of each sequence's last tokens."""
         found = {}
         for sequence, length in lengths.items():
             token_ids = self._index(sequence).continuation(length)
@@ -55,7 +56,7 @@ class NgramProposer:
 
 
 class NgramIndex:
-    """The places of every n-gram of a growing text of tokens."""
+    """The positions after every n-gram in a growing list of tokens."""
 
     def __init__(self, size: int) -> None:
         self.token_ids: list[int] = []
@@ -71,7 +72,7 @@ class NgramIndex:
             places.setdefault(tuple(tokens[end - size : end]), []).append(end)
 
     def place(self) -> int | None:
-        """Return where the text goes on after what is most like its end, the latest of the best."""
+        """Return the position after the longest match of the last tokens, the latest if several."""
         tokens, size = self.token_ids, self._size
         if len(tokens) < size:
             return None
@@ -89,9 +90,9 @@ class NgramIndex:
         return best
 
     def continuation(self, length: int) -> list[int]:
-        """Return up to `length` tokens that come after that place, [] if there is none.
+        """Return up to `length` tokens that follow the best match; empty without a match.
 
-        Where these reach the end of the text, they go on with themselves: it repeats.
+        If the match reaches the end of the tokens, the continuation repeats itself.
         """
         place = self.place()
         if place is None:

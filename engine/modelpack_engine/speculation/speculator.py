@@ -29,48 +29,48 @@ from modelpack_engine.speculation.ngram import NgramProposer
 
 
 class Proposer(Protocol):
-    """Guesses tokens. A wrong guess costs time, and never changes an output."""
+    """Proposes tokens. A wrong proposal costs time, but never changes an output."""
 
     def expects(self, sequences: Iterable[Sequence]) -> bool:
-        """Return whether proposals are likely, by the tokens known so far; cheap.
+        """Return whether proposals are likely for the known tokens, without computing them.
 
-        There may be a token in flight: to propose anything, the engine has to wait for it.
+        A token may be in flight: the engine has to wait for it before it can propose.
         """
         ...
 
     def propose(self, lengths: Mapping[Sequence, int]) -> Mapping[Sequence, list[int]]:
-        """Return at most so many tokens for each sequence, none of which has tokens in flight."""
+        """Return up to `lengths[sequence]` tokens for each sequence; none has tokens in flight."""
         ...
 
     def release(self, seq_ids: Iterable[int]) -> None:
-        """Drop what is kept for sequences that ended or were preempted."""
+        """Drop the state of sequences that ended or were preempted."""
         ...
 
 
 def check_same_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:
-    """Raise `EngineError`, naming the first difference, unless ids mean the same to both.
+    """Raise `EngineError`, naming the first difference, unless both map ids to the same tokens.
 
-    One vocabulary may go on after the other's end: models of one family differ so in size.
+    One vocabulary may be longer than the other, as in models of one family.
     """
     shared = min(target.num_ids, draft.num_ids)
     for token_id in range(shared):
         wanted, found = target.token_bytes(token_id), draft.token_bytes(token_id)
         if wanted != found:
             raise EngineError(
-                f"the draft model has another vocabulary: token {token_id} is {found!r}, and "
-                f"{wanted!r} in the model that it drafts for",
+                f"the draft model has another vocabulary: token {token_id} is {found!r}, expected "
+                f"{wanted!r} as in the main model",
                 hint="choose a smaller model of the same family, or --speculative-method ngram",
             )
     if shared < max(target.num_ids, draft.num_ids) // 2:
         raise EngineError(
-            f"the draft model has {draft.num_ids} tokens, and the model that it drafts for "
-            f"{target.num_ids}",
+            f"the vocabularies differ in size: {draft.num_ids} tokens in the draft model, "
+            f"{target.num_ids} in the main model",
             hint="choose a smaller model of the same family, or --speculative-method ngram",
         )
 
 
 class Speculator:
-    """Asks a proposer for up to `num_tokens` tokens a sequence, while at most `max_batch` run."""
+    """Proposes up to `num_tokens` tokens for each sequence, if at most `max_batch` decode."""
 
     def __init__(self, proposer: Proposer, *, num_tokens: int, max_batch: int) -> None:
         assert num_tokens > 0
@@ -78,21 +78,21 @@ class Speculator:
         self.max_batch = max_batch
         self.num_proposals = self.proposed_tokens = self.accepted_tokens = 0
         self._proposer = proposer
-        self._lengths: dict[int, int] = {}  # by seq_id, how many tokens are proposed next
+        self._lengths: dict[int, int] = {}  # by seq_id: how many tokens to propose next
 
     @property
     def most_rows(self) -> int:
-        """The most decode rows of a step with proposals."""
+        """The most decode rows that a step with proposals has."""
         return self.max_batch * (1 + self.num_tokens)
 
     def worth_waiting(self, sequences: Tokens[Sequence]) -> bool:
-        """Return whether to wait for the tokens in flight of `sequences`, which decode."""
+        """Return whether to wait for the tokens in flight of these decoding sequences."""
         return self._may(sequences) and self._proposer.expects(sequences)
 
     def propose(self, sequences: Tokens[Sequence], mask_of: MaskOf) -> Proposed:
-        """Return proposals for some of `sequences`, which decode, with no token in flight.
+        """Return proposals for decoding sequences, which must have no tokens in flight.
 
-        None for those whose masks cannot look ahead.
+        Sequences whose masks cannot be copied get no proposals.
         """
         if not self._may(sequences):
             return {}
@@ -105,10 +105,10 @@ class Speculator:
         return self._proposer.propose(lengths) if lengths else {}
 
     def verified(self, proposal: Proposal, num_accepted: int, *, spoilt: bool = False) -> None:
-        """Take note of how many tokens of a proposal were right.
+        """Count the accepted tokens of a proposal, and choose the length of the next one.
 
-        All of them: the next is longer. Else it is as long as what was right, and one more. After
-        one that `spoilt` its step there is none.
+        If all tokens were accepted, the next proposal is twice as long. Otherwise it is one token
+        longer than the accepted ones. After NaN logits (`spoilt`) there are no more proposals.
         """
         proposed = len(proposal.token_ids)
         self.num_proposals += 1
@@ -118,7 +118,7 @@ class Speculator:
         self._lengths[proposal.sequence.seq_id] = 0 if spoilt else min(length, self.num_tokens)
 
     def counted(self, stats: EngineStats) -> EngineStats:
-        """Return `stats` with what was proposed since the start."""
+        """Return `stats` with the counts of proposals."""
         return replace(
             stats,
             num_proposals=self.num_proposals,
@@ -136,48 +136,48 @@ class Speculator:
         return 0 < len(sequences) <= self.max_batch
 
 
-#: Tokens proposed at a time: a lookup is free, and what it finds is right for long or not at all.
+#: Tokens per proposal. A lookup is free, and its tokens are mostly accepted all or not at all.
 NGRAM_TOKENS = 8
 DRAFT_TOKENS = 4
-#: More sequences than these make it a loss: measured in benchmarks/results/speculative.md.
+#: With more sequences, speculation is slower: measured in benchmarks/results/speculative.md.
 MAX_BATCH = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A draft model, and how its KV cache is laid out."""
+    """A draft model and the layout of its KV cache."""
 
     loaded: LoadedModel
     layout: ModelLayout
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that a token takes in its KV cache."""
+        """The bytes of one token in its KV cache."""
         return self.layout.bytes_per_token
 
 
 def check_draft(
     config: EngineConfig, target: LoadedModel, draft: LoadedModel | None
 ) -> Draft | None:
-    """Return the draft model that `config` asks for, None if it asks for none.
+    """Return the draft model for `config`; None if `config` does not use one.
 
-    Raises `EngineError` if there is none, if it has another vocabulary than `target`, or state
-    that cannot go back to an earlier token.
+    Raises `EngineError` if it is missing, if its vocabulary differs from `target`'s, or if it has
+    recurrent state, which cannot return to an earlier token.
     """
     if config.speculation != "draft":
         return None
     if draft is None:
         raise EngineError(
-            "speculation with a draft model was asked for, and no draft model is loaded",
-            hint="name one: --draft-model REF",
+            "speculative method draft: no draft model is loaded",
+            hint="choose one with --draft-model REF",
         )
     check_same_vocabulary(target.tokenizer, draft.tokenizer)
     layout = layout_of(draft.model)
     if layout is None or layout.recurrent or not layout.bytes_per_token:
         raise EngineError(
-            f"the draft model, {draft.architecture}, keeps more than keys and values: it cannot go "
-            "back to where a proposal was wrong",
-            hint="choose a model with attention only",
+            f"{draft.architecture} cannot be a draft model: its state cannot return to an earlier "
+            "token after a wrong proposal",
+            hint="choose a draft model that has only attention layers",
         )
     return Draft(draft, layout)
 
@@ -190,11 +190,11 @@ def make_speculator(
     sizes: Sizes,
     vocab_size: int,
 ) -> tuple[Speculator | None, tuple[str, ...]]:
-    """Return what `config` asks for, None if that is nothing or not possible; and notes on it."""
+    """Return the speculator for `config`, or None if it is off or not possible, and notes."""
     if config.speculation is None:
         return None, ()
     if not runner.can_go_back:
-        return None, ("no speculation: its state cannot go back to where a proposal was wrong",)
+        return None, ("no speculation: the model's state cannot return to an earlier token",)
     max_batch = config.speculative_disable_by_batch_size
     max_batch = min(MAX_BATCH if max_batch is None else max_batch, config.max_num_seqs)
     if draft is None:
@@ -211,7 +211,7 @@ def make_speculator(
         self_test=config.self_test,
     )
     if not small.can_go_back:
-        return None, (f"no speculation: the draft model runs as {small.tier}",)
+        return None, (f"no speculation: the draft model runs in the {small.tier} tier",)
     if config.warm_up and on_gpu():
         small.warm_up(sizes.step_shapes(config, 2 * max_batch))
     proposer = DraftProposer(

@@ -41,12 +41,12 @@ def test_the_texts_compute_what_mlx_does(host: Host, dtype: mx.Dtype) -> None:
 @pytest.mark.parametrize(
     ("body", "wrong", "found"),
     [
-        ("route", ("value[n] >= most", "value[n] < most"), "experts by softmax are others"),
-        ("route", ("score[n] / whole", "score[n]"), "scores by softmax are others"),
-        ("route", ("+ float(bias[e])", ""), "experts by sigmoids are others"),
-        ("route", ("GROUPS - KEEP", "GROUPS - KEEP - 1"), "experts by groups are others"),
-        ("dispatch", ("at = less + before", "at = before"), "rows are sent elsewhere"),
-        ("dispatch", ("less + done", "less"), "spans leave pairs out"),
+        ("route", ("value[n] >= most", "value[n] < most"), "experts by softmax differ"),
+        ("route", ("score[n] / whole", "score[n]"), "scores by softmax differ"),
+        ("route", ("+ float(bias[e])", ""), "experts by sigmoids differ"),
+        ("route", ("GROUPS - KEEP", "GROUPS - KEEP - 1"), "experts by groups differ"),
+        ("dispatch", ("at = less + before", "at = before"), "rows go to the wrong experts"),
+        ("dispatch", ("less + done", "less"), "spans do not cover all pairs"),
         ("combine", ("* score", "+ score"), "sums of experts are off"),
     ],
 )

@@ -199,7 +199,7 @@ def test_tokens_are_forgotten_with_their_pools() -> None:
     assert kernels.token_of(None) is None
 
 
-def test_without_a_gpu_rows_are_scattered_and_negative_slots_go_to_the_trash() -> None:
+def test_without_a_gpu_rows_are_scattered_and_negative_slots_go_to_the_null_block() -> None:
     k, v = rows(0, 3, 2, 8), rows(1, 3, 2, 4)
     pools = mx.zeros((32, 2, 8)), mx.zeros((32, 2, 4))
     new_k, new_v = kernels.write_kv(k, v, *pools, mx.array([17, -1, 4], mx.int32))

@@ -86,7 +86,7 @@ def test_what_is_no_file_is_found_and_closed(path: Path, make: Callable[[Path], 
     other = path.with_name("other")
     make(other)
     before = os.listdir("/dev/fd")
-    with pytest.raises(BadBlockFileError, match="not a file"):
+    with pytest.raises(BadBlockFileError, match="not a regular file"):
         read_block(other, IDENTITY, HASH, len(CONTENT))
     assert len(os.listdir("/dev/fd")) == len(before)
 

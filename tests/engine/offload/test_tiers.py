@@ -157,11 +157,11 @@ def test_what_another_server_writes_is_found(
 ) -> None:
     Gated(directory.root).write(name(7), block(7))
     assert name(7) not in tiers
-    tiers._next_look = 0.0
+    tiers._next_scan = 0.0
     looked = threading.Event()
     real = directory.refresh
     monkeypatch.setattr(directory, "refresh", lambda: (real(), looked.set()))
-    tiers.look()
+    tiers.scan()
     assert looked.wait(SECONDS)
     assert loaded(tiers, 7) == [7]
 

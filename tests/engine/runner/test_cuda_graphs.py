@@ -28,7 +28,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         (["llama"], None, [None]),
         (["mamba"], "0", [None]),
         (["llama", "mamba"], None, [None, "several times slower"]),
-        (["mamba", "llama", "mamba"], "0", [None, "slower for single requests", None]),
+        (["mamba", "llama", "mamba"], "0", [None, "single requests are slower", None]),
     ],
 )
 def test_the_first_model_decides(

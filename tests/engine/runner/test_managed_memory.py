@@ -109,7 +109,7 @@ def test_arrays_keep_their_numbers_until_their_turn_has_ended(
     held: list[tuple[int, mx.array, int, int]] = []
     for what, number in events:
         if what == "turn":
-            turn = staging.next_turn()
+            turn = staging.next_step()
         elif what == "put":
             made += 1
             array = staging.put(np.arange(made, made + number, dtype=np.int32))
@@ -127,12 +127,12 @@ def test_staged_memory_is_used_again_and_does_not_grow_without_end() -> None:
     staging = Staged()
     seen: set[int] = set()
     for _ in range(100):
-        turn = staging.next_turn()
+        turn = staging.next_step()
         array = staging.put(np.zeros(10, np.int32))
         seen.add(np.asarray(array).ctypes.data)
         staging.read(turn - 1)
     assert len(seen) <= 3
-    staging.next_turn()
+    staging.next_step()
     arrays = [staging.put(np.full(10, i, np.int32)) for i in range(50)]  # nobody reads
     assert [array[9].item() for array in arrays] == list(range(50))
     assert {array.size for array in arrays} == {256}

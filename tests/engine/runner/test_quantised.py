@@ -178,7 +178,7 @@ def test_names_of_types(text: str, kind: str) -> None:
     ("text", "hint"), [("fp8", "q8"), ("fp8_e4m3", "q8"), ("int3", "auto, bf16"), ("", "q4")]
 )
 def test_names_of_no_type(text: str, hint: str) -> None:
-    with pytest.raises(UsageError, match="there is no KV cache of type") as caught:
+    with pytest.raises(UsageError, match="no such KV cache type") as caught:
         parse_kv_cache_dtype(text)
     assert hint in (caught.value.hint or "")
 

@@ -14,7 +14,7 @@ DRAWS = 40_000
 
 def keys_of(seed: int, count: int) -> mx.array:
     seeds = np.full(count, seed, dtype=np.uint64)
-    return mx.array(plan.keys(seeds, np.arange(count, dtype=np.uint64)))
+    return mx.array(plan.draw_keys(seeds, np.arange(count, dtype=np.uint64)))
 
 
 def counts_of(tokens: mx.array, vocab_size: int) -> np.ndarray:
@@ -40,7 +40,7 @@ def test_draws_follow_the_softmax_of_what_is_kept() -> None:
 def test_neighbouring_seeds_are_independent() -> None:
     """Draws at one position under seeds 0, 1, 2, …: the same distribution again."""
     seeds = np.arange(DRAWS, dtype=np.uint64)
-    keys = plan.keys(seeds, np.full(DRAWS, 7, dtype=np.uint64))
+    keys = plan.draw_keys(seeds, np.full(DRAWS, 7, dtype=np.uint64))
     tokens = plan.draw(mx.zeros((DRAWS, 8)), None, mx.array(keys))
     assert oracle.chi_square(counts_of(tokens, 8), np.full(8, 1 / 8)) < 5
 
@@ -80,7 +80,7 @@ def test_noise_of_a_row_does_not_depend_on_the_others() -> None:
 def test_keys_differ_where_seed_or_position_differ() -> None:
     seeds = np.repeat(np.arange(100, dtype=np.uint64), 100)
     positions = np.tile(np.arange(100, dtype=np.uint64), 100)
-    assert len(np.unique(plan.keys(seeds, positions), axis=0)) == 10_000
+    assert len(np.unique(plan.draw_keys(seeds, positions), axis=0)) == 10_000
 
 
 def test_mix_is_splitmix64() -> None:

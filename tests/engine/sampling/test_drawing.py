@@ -65,7 +65,7 @@ def test_a_wrong_text_is_found(host: Host, old: str, new: str, found: str) -> No
         return source.replace(old, new)
 
     host.break_by(edit)
-    assert (drawing.verdict(mx.float32, WIDE) or "").startswith(f"tokens by {found}")
+    assert (drawing.verdict(mx.float32, WIDE) or "").startswith(f"tokens differ with {found}")
 
 
 def planned(*params: SamplingParams) -> Draws:
@@ -76,7 +76,7 @@ def planned(*params: SamplingParams) -> Draws:
 
 
 def keys_of(draws: Draws) -> NDArray[np.uint32]:
-    return plan.keys(draws.seeds, np.full(len(draws.seeds), 5, dtype=np.uint64))
+    return plan.draw_keys(draws.seeds, np.full(len(draws.seeds), 5, dtype=np.uint64))
 
 
 def both(logits: mx.array, draws: Draws) -> tuple[list[int], list[int]]:

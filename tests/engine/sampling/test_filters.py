@@ -127,6 +127,6 @@ def test_tied_logits(row: list[float], setting: tuple[int, float, float]) -> Non
 def test_mask_reads_bits_from_the_least_significant() -> None:
     x = mx.zeros((2, 11))
     allowed = mx.array(np.array([[0b0000_0101, 0b0000_0100], [0xFF, 0xFF]], dtype=np.uint8))
-    got = np.isfinite(np.array(plan.mask(x, allowed)))
+    got = np.isfinite(np.array(plan.apply_mask(x, allowed)))
     assert np.flatnonzero(got[0]).tolist() == [0, 2, 10]
     assert got[1].all()

@@ -180,7 +180,7 @@ def filled(blocks: BlockManager, tokens: list[int], **params: object) -> Sequenc
     return seq
 
 
-def test_all_blocks_but_trash_are_handed_out_once() -> None:
+def test_all_blocks_but_the_null_block_are_allocated_once() -> None:
     blocks = BlockManager(6, SIZE)
     assert {blocks.allocate() for _ in range(5)} == {1, 2, 3, 4, 5}
     assert not blocks.can_allocate(1)
@@ -196,7 +196,7 @@ def test_a_block_is_not_released_twice() -> None:
         blocks.release(block)
     with pytest.raises(AssertionError, match="once too often"):
         blocks.release(NULL_BLOCK)
-    with pytest.raises(AssertionError, match="is nobody's"):
+    with pytest.raises(AssertionError, match="is not in use"):
         blocks.publish(block, b"hash")
 
 

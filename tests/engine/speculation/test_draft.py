@@ -207,7 +207,7 @@ def other_words(letters: str) -> LoadedModel:
     [
         (None, "no draft model is loaded"),
         (other_words("".join(random.Random(1).sample("abcdefgh", 8))), "another vocabulary: token"),
-        (other_words("!"), "has 1 tokens, and the model that it drafts for 257"),
+        (other_words("!"), "1 tokens in the draft model, 257 in the main model"),
     ],
 )
 def test_models_that_cannot_draft(draft: LoadedModel | None, says: str) -> None:
