@@ -56,8 +56,10 @@ class NothingComputed:
 class HostEngine(Engine):
     """An engine with a GPU's sizes, whose model computes nothing."""
 
-    def _choose_sizes(self, layout: ModelLayout | None, context_length: int, beside: int) -> Sizes:
-        return replace(super()._choose_sizes(layout, context_length, beside), buckets=FEW)
+    def _choose_sizes(
+        self, layout: ModelLayout | None, context_length: int, draft_bytes: int
+    ) -> Sizes:
+        return replace(super()._choose_sizes(layout, context_length, draft_bytes), buckets=FEW)
 
     def _make_runner(self, model: Module) -> ModelRunner:
         runner = make_runner(

@@ -7,8 +7,8 @@
     [events] = engine.generate(["The capital of France is"], SamplingParams(max_tokens=8))
     print("".join(event.text for event in events))
 
-Read `engine.py` first: a step is one screen. Names load when they are first used, after a BLAS for
-MLX's CPU backend has been chosen (`blas`), which has to come before MLX itself.
+Read `engine.py` first: a step fits on one screen. Names are imported at their first use, after a
+BLAS for MLX's CPU backend is chosen (`platform/blas.py`), which must happen before MLX is imported.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from modelpack_engine.models.tokenizer import Tokenizer
     from modelpack_engine.runner.engine_protocol import SteppingEngine
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Abort:
@@ -150,8 +152,6 @@ def _joined(first: RequestEvent, second: RequestEvent) -> RequestEvent:
         prompt_logprobs=first.prompt_logprobs,
     )
 
-
-_log = logging.getLogger(__name__)
 
 _Delivery = tuple[RequestStream, RequestEvent | Exception]
 Loaded = TypeVar("Loaded")

@@ -84,11 +84,13 @@ class Engine:
         drafting = check_draft(self.config, loaded, draft)
         self.vocab_size = layout.vocab_size if layout else int(loaded.config["vocab_size"])
         check_token_rows(loaded.model, self.vocab_size)
-        beside = drafting.bytes_per_token if drafting else 0
+        draft_bytes = drafting.bytes_per_token if drafting else 0
         self._step_memory = step_memory(loaded.model, self.vocab_size)
-        self._sizes = self._choose_sizes(layout, loaded.context_length, beside)
+        self._sizes = self._choose_sizes(layout, loaded.context_length, draft_bytes)
         self.max_model_len = self._sizes.max_model_len
-        per_block = ((layout.bytes_per_token if layout else 0) + beside) * self.config.block_size
+        per_block = (
+            (layout.bytes_per_token if layout else 0) + draft_bytes
+        ) * self.config.block_size
         weight_bytes = loaded.weight_bytes + (drafting.loaded.weight_bytes if drafting else 0)
         #: Bytes of the weights and the KV cache, and of steps' arrays where these stay for long.
         self.memory_bytes = (
@@ -190,14 +192,16 @@ class Engine:
 
     # `ParallelEngine`, over several devices, overrides these three methods.
 
-    def _choose_sizes(self, layout: ModelLayout | None, context_length: int, beside: int) -> Sizes:
+    def _choose_sizes(
+        self, layout: ModelLayout | None, context_length: int, draft_bytes: int
+    ) -> Sizes:
         # A draft model may have no attention window.
-        window = None if layout is None or beside else layout.window
+        window = None if layout is None or draft_bytes else layout.window
         return choose_sizes(
             layout,
             context_length,
             self.config,
-            beside=beside,
+            draft_bytes=draft_bytes,
             window=window,
             step_memory=self._step_memory,
         )
@@ -256,7 +260,7 @@ class Engine:
         return ScheduledStep(output, batch, sampled, masked_logits, prompt_logprobs, staging_step)
 
     def _launch(self, scheduled: ScheduledStep | None) -> None:
-        """Let the device compute the graph of a step."""
+        """Launch the graph of a step on the device."""
         if scheduled is not None:
             mx.async_eval(*scheduled.arrays(), *self._runner.pools())
         self._clock.ended("launch")

@@ -1,7 +1,7 @@
-"""KV pools: the memory of one layer's keys and values, and which blocks of it a call reads.
+"""KV pools: the memory of one layer's keys and values, and the ranges of it that calls read.
 
-`HeadMajorPools` are for CPUs, `TokenMajorPools` for GPUs; `paged.PagedKV` chooses. `KVLayout` is
-what a layer caches per token.
+`HeadMajorPools` are for CPUs, `TokenMajorPools` for GPUs; `paged.PagedKV` chooses. `KVLayout`
+describes the keys and values of a token.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from modelpack_engine.kernels.quantised import Quantisation
 
 
 class KeyRange:
-    """Keys [start, stop) of each of `tables`, block tables of one width, counted from their first.
+    """The keys [start, stop) of each of `tables`, which are block tables of the same width.
 
-    `first` is the first block if there is one table of consecutive blocks, else None. The layers
-    of a step share the indices on the device.
+    `first` is the first block if there is a single table of consecutive blocks, otherwise None. The
+    layers of a step share the indices on the device.
     """
 
     def __init__(self, tables: Sequence[Sequence[int]], start: int, stop: int) -> None:
@@ -40,7 +40,7 @@ class KeyRange:
     def blocks_by_head(self, heads: int, num_blocks: int) -> mx.array:
         """Return the tables of each head, int32 [sequences, heads, blocks].
 
-        They index pools that hold the `num_blocks` blocks of one head after those of another.
+        They index pools that hold the `num_blocks` blocks of each head one head after another.
         """
         key = (heads, num_blocks)
         if key not in self._by_head:
@@ -89,8 +89,8 @@ def visible(length: int, window: int | None, block_size: int, *, queries: int = 
 def length_groups(lengths: Sequence[int], spread: int = 2) -> list[list[int]]:
     """Return row indices in groups whose longest row is at most `spread` times the shortest.
 
-    Rows of a group are padded to its longest: a group of all rows would make short ones pay for a
-    long one. Rows keep their order if one group holds all of them.
+    Rows of a group are padded to its longest row, so a single group would slow down short rows.
+    Rows keep their order if one group holds all of them.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     groups: list[list[int]] = []

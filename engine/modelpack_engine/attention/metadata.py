@@ -99,10 +99,10 @@ class DecodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class ChunkKeys:
-    """Keys of one prefill chunk, and the mask as MLX's attention takes it.
+    """The keys of one prefill chunk, and the mask for MLX's attention.
 
-    None for a single query that sees all, "causal" (aligned at the bottom right), or bool
-    [queries, keys].
+    `mask` is None for a single query that sees all keys, "causal" (aligned at the bottom right), or
+    bool [queries, keys].
     """
 
     keys: KeyRange
@@ -291,7 +291,7 @@ class StepInputs:
         )
 
     def chunk_span(self, index: int, window: int | None) -> Span:
-        """Return what the tokens of chunk `index` see."""
+        """Return the span of keys that the tokens of chunk `index` see."""
         chunk = self.chunks[index]
         return visible(chunk.kv_length, window, self.block_size, queries=chunk.length)
 
@@ -324,7 +324,7 @@ class StepInputs:
         # Positions counted from the first gathered key.
         first_query = span.stop - chunk.length
         queries = first_query + mx.arange(chunk.padded_length, dtype=mx.int32)[:, None]
-        queries = mx.minimum(queries, stop - 1)  # padding rows must see some key
+        queries = mx.minimum(queries, stop - 1)  # padding rows must see at least one key
         positions = mx.arange(start, stop, dtype=mx.int32)[None]
         mask = positions <= queries
         if window is not None:

@@ -179,9 +179,9 @@ class PagedKV:
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
     def _seen(self, window: int | None) -> int | None:
-        """Return how many tokens a row sees if the model requests `window`.
+        """Return the window of a row if the model requests `window`.
 
-        The request may exceed the cache's window: in mlx-lm, prompt tokens see more, too.
+        The request may exceed the cache's window: in mlx-lm, prompt tokens may see more than that.
         """
         if window is not None and not self.gives_up:
             return window
@@ -234,7 +234,7 @@ class PagedKV:
     def _attend_tiles(
         self, rows: mx.array, pe: mx.array | None, tiles: kernels.Tiles, how: _How
     ) -> mx.array:
-        """Attend by tiles of rows if there is a kernel, else row by row: [rows, heads, dim]."""
+        """Attend by tiles of rows if there is a kernel, or row by row: [rows, heads, dim]."""
         if pe is None and self.layout.quantised is None:
             output = kernels.prefill_attention(
                 rows,

@@ -152,7 +152,7 @@ class BlockManager:
         snapshots: PrefixSnapshots | None = None,
         window: int | None = None,
     ) -> None:
-        assert num_blocks > 1, "the null block needs another block beside it"
+        assert num_blocks > 1, "there must be a block in addition to the null block"
         assert block_size > 0
         assert window is None or window > 0
         self.window = window

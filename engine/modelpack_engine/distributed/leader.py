@@ -196,9 +196,11 @@ class ParallelEngine(Engine):
             self._holds_ranks = False
             self._ranks.give_back()
 
-    def _choose_sizes(self, layout: ModelLayout | None, context_length: int, beside: int) -> Sizes:
+    def _choose_sizes(
+        self, layout: ModelLayout | None, context_length: int, draft_bytes: int
+    ) -> Sizes:
         asked = self._ranks.ask(Kind.CONFIGURE, config=asdict(self.config))
-        own = super()._choose_sizes(layout, context_length, beside)
+        own = super()._choose_sizes(layout, context_length, draft_bytes)
         found = [own.num_blocks]
         for rank, answer in enumerate(self._ranks.gather(asked, num_blocks=int, gpu=bool), start=1):
             if answer["gpu"] != on_gpu():

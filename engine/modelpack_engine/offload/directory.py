@@ -23,11 +23,24 @@ from pathlib import Path
 
 from modelpack_engine.errors import EngineError
 
+_log = logging.getLogger(__name__)
+
 MAGIC = b"MPKVBLK1"
 _HEAD = struct.Struct("<8s16s16sQ")
 _CHECKSUM_SIZE = 32
 HEADER_SIZE = _HEAD.size + _CHECKSUM_SIZE
+_IDENTITY = re.compile(r"[0-9a-f]{32}")
+_BLOCK = re.compile(r"([0-9a-f]{32})\.kv")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.\d+\.\d+\.tmp")
 
+#: The share of a full directory that stays when room is made, since that scans every file.
+_KEPT_SHARE = 0.95
+
+#: Seconds after which a temporary file is taken for one of a crashed server.
+_ABANDONED_AFTER = 3600.0
+
+#: Seconds without writes after a failed write.
+_PAUSE = 30.0
 _numbers = itertools.count()
 
 
@@ -84,20 +97,6 @@ def _checksum(head: bytes, content: bytes) -> bytes:
     checksum = hashlib.sha256(head)
     checksum.update(content)
     return checksum.digest()
-
-
-_log = logging.getLogger(__name__)
-
-_IDENTITY = re.compile(r"[0-9a-f]{32}")
-_BLOCK = re.compile(r"([0-9a-f]{32})\.kv")
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.\d+\.\d+\.tmp")
-
-#: The share of a full directory that stays when room is made, since that scans every file.
-_KEPT_SHARE = 0.95
-#: Seconds after which a temporary file is taken for one of a crashed server.
-_ABANDONED_AFTER = 3600.0
-#: Seconds without writes after a failed write.
-_PAUSE = 30.0
 
 
 class BlockDirectory:

@@ -17,6 +17,17 @@ from numpy.typing import NDArray
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.errors import EngineError
 
+logger = logging.getLogger(__name__)
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+#: The largest array on the heap (glibc allows no more), and the freed bytes that the heap keeps.
+LARGEST_ON_HEAP, KEPT = 32 << 20, 256 << 20
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+
+#: The size of the smallest staged array, and the most arrays of one size.
+_FEWEST_NUMBERS, _MOST_ARRAYS = 256, 32
+
 
 def choose_device(config: EngineConfig) -> Literal["cpu", "gpu"]:
     """Return "gpu" or "cpu" and make it MLX's default device.
@@ -29,11 +40,6 @@ def choose_device(config: EngineConfig) -> Literal["cpu", "gpu"]:
     use_gpu = has_gpu and config.device != "cpu"
     mx.set_default_device(mx.gpu if use_gpu else mx.cpu)
     return "gpu" if use_gpu else "cpu"
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-#: The largest array on the heap (glibc allows no more), and the freed bytes that the heap keeps.
-LARGEST_ON_HEAP, KEPT = 32 << 20, 256 << 20
 
 
 def keep_freed_memory() -> bool:
@@ -60,13 +66,6 @@ def used_memory() -> int:
     if "free_memory" in info and "total_memory" in info:
         used = max(used, int(info["total_memory"]) - int(info["free_memory"]))
     return used
-
-
-logger = logging.getLogger(__name__)
-
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
-#: The size of the smallest staged array, and the most arrays of one size.
-_FEWEST_NUMBERS, _MOST_ARRAYS = 256, 32
 
 
 class Prefetcher:

@@ -26,12 +26,38 @@ from modelpack_engine.errors import EngineError, OutOfMemoryError
 from modelpack_engine.platform import device
 from modelpack_engine.platform.environment import memory_fraction
 
+_GPU_TOKENS = 2048
+
+# Tokens of one prompt in a step: running sequences wait that long for their next token.
+_GPU_CHUNK = 512
+
+# The context length at which attention takes half of the time of a prompt's row.
+_GPU_CONTEXT = 4096
+_CPU_TOKENS = 256
+_CPU_SHARE = 0.25
+_CPU_BYTES = 512 * 1024**2
+
+# Memory for everything other than weights, KV cache and steps' arrays.
+_RESERVE = 256 * 1024**2
+
+# Steps that the device holds at a time: one runs while the next is launched.
+_STEPS = 2
+
+# Steps' arrays may take one part in this many of a GPU's memory; otherwise steps get fewer rows.
+_STEPS_SHARE = 6
+_FEWEST_ROWS = 256
+_FEWEST_BLOCKS = 4
+
 #: The memory of all arrays of a step, as a factor of the linear layers' outputs: it includes norms,
 #: residual sums, rotations and activations, less the arrays that the GPU frees before two steps are
 #: launched. Measured: 1.55 for Llama-3.2-1B's shape (benchmarks/results/engine-h200.md).
 _MEMORY_FACTOR = 1.6
+
 #: The most experts that a token is routed to; a layer's weights do not say how many.
 _MOST_EXPERTS = 8
+
+#: Sizes of the mixed steps to warm up: decode rows, tokens of chunks, tokens of contexts.
+_MIXED_ROWS, _MIXED_CHUNKS, _USUAL_CONTEXT = (8, 32, 64, 128), (128, 256, 512), 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,90 +66,6 @@ class StepMemory:
 
     per_row: int = 0
     per_step: int = 0
-
-
-def step_memory(model: nn.Module, vocab_size: int) -> StepMemory:
-    """Estimate the memory of a step of `model`, without the head, which runs on few rows.
-
-    MLX frees an array when the GPU is done with it, and by then the host has launched most of the
-    step: so the arrays of all layers count. With many rows, quantised weights are dequantised.
-    """
-    outputs = dequantised = 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.QuantizedLinear):
-            size = module["weight"].shape[0]
-            if size == vocab_size and "layers" not in name:
-                continue
-            outputs += size
-            if isinstance(module, nn.QuantizedLinear):
-                dequantised += size * module["scales"].shape[1] * module.group_size
-        elif isinstance(module, SwitchLinear | QuantizedSwitchLinear):
-            experts, size = module["weight"].shape[:2]
-            outputs += size * min(experts, _MOST_EXPERTS)
-    itemsize = _itemsize(model)
-    return StepMemory(int(outputs * _MEMORY_FACTOR) * itemsize, dequantised * itemsize)
-
-
-def _itemsize(model: nn.Module) -> int:
-    """Return the bytes of one element of the layers' outputs: those of the norms' weights."""
-    sizes = [
-        module["weight"].dtype.size
-        for _, module in model.named_modules()
-        if isinstance(module, nn.RMSNorm | nn.LayerNorm) and "weight" in module
-    ]
-    return max(sizes, default=mx.bfloat16.size)
-
-
-#: Sizes of the mixed steps to warm up: decode rows, tokens of chunks, tokens of contexts.
-_MIXED_ROWS, _MIXED_CHUNKS, _USUAL_CONTEXT = (8, 32, 64, 128), (128, 256, 512), 1024
-
-
-def step_shapes(
-    buckets: Buckets, *, max_num_seqs: int, max_chunk: int, max_model_len: int, block_size: int
-) -> list[StepShape]:
-    """Return the shapes to warm up: all sizes of decode rows alone and of a chunk alone.
-
-    Mixed steps combine the same kernels, so a few of their many combinations are enough.
-    """
-    widths = sizes_up_to(-(-max_model_len // block_size), buckets.table_width)
-    shapes = [
-        StepShape(rows, width)
-        for rows in sizes_up_to(max_num_seqs, buckets.rows)
-        for width in widths
-    ]
-    shapes += [
-        StepShape(0, width, length)
-        for length in sizes_up_to(max_chunk, buckets.chunk)
-        for width in widths
-        if width * block_size >= length
-    ]
-    usual = round_up(-(-min(max_model_len, _USUAL_CONTEXT) // block_size), buckets.table_width)
-    shapes += [
-        StepShape(rows, usual, length)
-        for rows in _MIXED_ROWS
-        if rows <= round_up(max_num_seqs, buckets.rows)
-        for length in _MIXED_CHUNKS
-        if length <= round_up(max_chunk, buckets.chunk)
-    ]
-    return shapes
-
-
-_GPU_TOKENS = 2048
-# Tokens of one prompt in a step: running sequences wait that long for their next token.
-_GPU_CHUNK = 512
-# The context length at which attention takes half of the time of a prompt's row.
-_GPU_CONTEXT = 4096
-_CPU_TOKENS = 256
-_CPU_SHARE = 0.25
-_CPU_BYTES = 512 * 1024**2
-# Memory for everything other than weights, KV cache and steps' arrays.
-_RESERVE = 256 * 1024**2
-# Steps that the device holds at a time: one runs while the next is launched.
-_STEPS = 2
-# Steps' arrays may take one part in this many of a GPU's memory; otherwise steps get fewer rows.
-_STEPS_SHARE = 6
-_FEWEST_ROWS = 256
-_FEWEST_BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,13 +139,13 @@ def choose_sizes(
     context_length: int,
     config: EngineConfig,
     *,
-    beside: int = 0,
+    draft_bytes: int = 0,
     window: int | None = None,
     step_memory: StepMemory = StepMemory(),  # it is frozen
 ) -> Sizes:
     """Return the sizes for a model with the caches of `layout` (None: not paged).
 
-    A token takes `beside` more bytes in the KV cache of a draft model. If every layer has an
+    A token takes `draft_bytes` more bytes in the KV cache of a draft model. If every layer has an
     attention window of at most `window` tokens, a request holds no more tokens than the window and
     one step. On CUDA, steps' arrays take `step_memory`.
 
@@ -217,7 +159,7 @@ def choose_sizes(
             hint=f"choose 2 to {context_length}",
         )
     wanted = asked or _default_length(context_length, config)
-    per_block = (layout.bytes_per_token + beside) * config.block_size if layout else 0
+    per_block = (layout.bytes_per_token + draft_bytes) * config.block_size if layout else 0
     gpu = on_gpu()
     buckets = FEW if gpu else EXACT
     if not keeps_steps():
@@ -319,3 +261,65 @@ def available_memory() -> int:
         pass
     pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return pages * size // 2
+
+
+def step_memory(model: nn.Module, vocab_size: int) -> StepMemory:
+    """Estimate the memory of a step of `model`, without the head, which runs on few rows.
+
+    MLX frees an array when the GPU is done with it, and by then the host has launched most of the
+    step: so the arrays of all layers count. With many rows, quantised weights are dequantised.
+    """
+    outputs = dequantised = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.QuantizedLinear):
+            size = module["weight"].shape[0]
+            if size == vocab_size and "layers" not in name:
+                continue
+            outputs += size
+            if isinstance(module, nn.QuantizedLinear):
+                dequantised += size * module["scales"].shape[1] * module.group_size
+        elif isinstance(module, SwitchLinear | QuantizedSwitchLinear):
+            experts, size = module["weight"].shape[:2]
+            outputs += size * min(experts, _MOST_EXPERTS)
+    itemsize = _itemsize(model)
+    return StepMemory(int(outputs * _MEMORY_FACTOR) * itemsize, dequantised * itemsize)
+
+
+def _itemsize(model: nn.Module) -> int:
+    """Return the bytes of one element of the layers' outputs: those of the norms' weights."""
+    sizes = [
+        module["weight"].dtype.size
+        for _, module in model.named_modules()
+        if isinstance(module, nn.RMSNorm | nn.LayerNorm) and "weight" in module
+    ]
+    return max(sizes, default=mx.bfloat16.size)
+
+
+def step_shapes(
+    buckets: Buckets, *, max_num_seqs: int, max_chunk: int, max_model_len: int, block_size: int
+) -> list[StepShape]:
+    """Return the shapes to warm up: all sizes of decode rows alone and of a chunk alone.
+
+    Mixed steps combine the same kernels, so a few of their many combinations are enough.
+    """
+    widths = sizes_up_to(-(-max_model_len // block_size), buckets.table_width)
+    shapes = [
+        StepShape(rows, width)
+        for rows in sizes_up_to(max_num_seqs, buckets.rows)
+        for width in widths
+    ]
+    shapes += [
+        StepShape(0, width, length)
+        for length in sizes_up_to(max_chunk, buckets.chunk)
+        for width in widths
+        if width * block_size >= length
+    ]
+    usual = round_up(-(-min(max_model_len, _USUAL_CONTEXT) // block_size), buckets.table_width)
+    shapes += [
+        StepShape(rows, usual, length)
+        for rows in _MIXED_ROWS
+        if rows <= round_up(max_num_seqs, buckets.rows)
+        for length in _MIXED_CHUNKS
+        if length <= round_up(max_chunk, buckets.chunk)
+    ]
+    return shapes

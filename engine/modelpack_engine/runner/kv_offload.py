@@ -24,9 +24,26 @@ from modelpack_engine.offload.tiers import BlockMemory, OffloadTiers, PrefixOffl
 from modelpack_engine.outputs import OffloadStats
 from modelpack_engine.runner.model_runner import ModelRunner
 
+_log = logging.getLogger(__name__)
+
 IDENTITY_SIZE = 16  # bytes
+
 #: Increased whenever the format of a block's bytes changes.
 VERSION = 1
+
+#: Seconds that the engine waits for a file when it has nothing else to do.
+_WAIT = 0.05
+
+#: Bytes of one batch, and seconds for all batches, when blocks are saved at shutdown.
+_LAST_BATCH = 64 * 1024**2
+_LAST_SECONDS = 20.0
+
+#: Default bytes in memory and on disk if only a directory is configured.
+_MEMORY = 1024**3
+_DISK = 16 * 1024**3
+
+#: Bytes that a step restores: a few milliseconds of copying.
+_PER_STEP = 16 * 1024**2
 
 
 def cache_identity(model_id: str, block_size: int, parts: Iterable[str]) -> bytes:
@@ -37,13 +54,6 @@ def cache_identity(model_id: str, block_size: int, parts: Iterable[str]) -> byte
     """
     text = "\0".join([f"kv {VERSION}", model_id, str(block_size), *parts])
     return hashlib.blake2b(text.encode(), digest_size=IDENTITY_SIZE, person=b"kv offload").digest()
-
-
-#: Seconds that the engine waits for a file when it has nothing else to do.
-_WAIT = 0.05
-#: Bytes of one batch, and seconds for all batches, when blocks are saved at shutdown.
-_LAST_BATCH = 64 * 1024**2
-_LAST_SECONDS = 20.0
 
 
 class BlockMover:
@@ -144,15 +154,6 @@ def _split(rows: mx.array) -> list[bytes]:
     view = memoryview(rows).cast("B")  # type: ignore[arg-type]
     length = rows.shape[1]
     return [bytes(view[i : i + length]) for i in range(0, len(view), length)]
-
-
-_log = logging.getLogger(__name__)
-
-#: Default bytes in memory and on disk if only a directory is configured.
-_MEMORY = 1024**3
-_DISK = 16 * 1024**3
-#: Bytes that a step restores: a few milliseconds of copying.
-_PER_STEP = 16 * 1024**2
 
 
 def open_offload(

@@ -43,7 +43,7 @@ class ModelRunner(Protocol):
 
     @property
     def layout(self) -> ModelLayout | None:
-        """What the model caches in each layer; None if a cache is of an unknown kind."""
+        """The layout of the model's caches; None if a cache is of an unknown kind."""
         ...
 
     @property
@@ -137,7 +137,7 @@ class ModelRunner(Protocol):
         ...
 
     def undo(self) -> None:
-        """Restore the model's classes; the runner cannot be used any more."""
+        """Restore the model's classes; the runner is unusable afterwards."""
         ...
 
 
@@ -157,7 +157,7 @@ def make_runner(
     paged_runner: type[PagedRunner] = PagedRunner,
     fallback_runner: type[FallbackRunner] = FallbackRunner,
 ) -> ModelRunner:
-    """Return a runner of `model`: paged if the self-test finds a tier that is right, or a fallback.
+    """Return a runner of `model`: paged if a tier passes the self-test, or a fallback.
 
     The KV cache has `num_blocks` blocks of `block_size` tokens; block 0 is the null block. `dtype`
     is the type of keys and values (default: the model's own), and `kv_cache_dtype` names one. The

@@ -371,7 +371,7 @@ class PagedRunner:
 
     @property
     def layout(self) -> ModelLayout:
-        """What the model caches in each layer."""
+        """The layout of the model's caches."""
         return self.adapted.layout
 
     @property

@@ -34,27 +34,169 @@ from modelpack_engine.platform.device import Staging
 from modelpack_engine.runner.model_layout import ModelLayout
 from modelpack_engine.runner.paged import PagedRunner
 
+logger = logging.getLogger(__name__)
+
 #: The lengths of the self-test's sequences, by id.
 _LENGTHS = {1: 3, 2: 18}
 
 #: How far the centred cosine of two rows of logits may be from 1. Some GPUs round float32 matmuls
 #: to TF32; with 16 bits, a router may choose another expert.
 _TOLERANCE = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 2e-2}
+
 #: If a model's own logits differ by more when it computes a prompt in parts, `_NOISE` times that
 #: difference is allowed, up to `_MOST`.
 _NOISE, _MOST = 4, 0.5
+
 #: The average distance allowed in a full step; wrong logits are at a distance near 1.
 _FULL = 0.1
+
 #: The tolerance with quantised keys and values, by bits; a larger distance is logged.
 QUANTISED = {8: 2e-2, 4: 0.2}
 
+#: Exceptions that a model's code may raise when it runs on rows or caches of an unknown kind.
+MODEL_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EngineError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
-def blocks_needed(block_size: int, full_step: Sequence[int] = ()) -> int:
-    """Return how many blocks the self-test needs, the null block included."""
-    return 1 + max(
-        sum(-(-length // block_size) for length in lengths)
-        for lengths in (_LENGTHS.values(), full_step)
-    )
+
+@dataclass
+class TierSearch:
+    """Searches for a model's tier: at first all attention runs on rows, then less and less of it.
+
+    Pools have `num_blocks` blocks. `notes` say how the model runs, and what was refused and why.
+    With `self_test`, the logits of each tier are compared, including those of prompts of
+    `full_step` tokens. Without it, a forward pass is only checked for layers that lose their
+    handles.
+    """
+
+    model: nn.Module
+    layout: ModelLayout
+    step: StepInputs
+    staging: Staging
+    buckets: Buckets
+    num_blocks: int
+    self_test: bool
+    compiled: bool
+    full_step: tuple[int, ...]
+    paged_runner: type[PagedRunner] = PagedRunner
+    notes: list[str] = field(default_factory=list)
+
+    def find(self) -> PagedRunner | None:
+        """Return the runner of the first tier that passes the self-test; None if none does."""
+        per_sequence: frozenset[str] = frozenset()
+        compiled, fused = self.compiled, self._can_fuse()
+        while True:
+            runner = self._make(per_sequence, fused=fused, compiled=compiled)
+            problem, culprit = self._try(runner)
+            if problem is None:
+                self.notes += runner.adapted.notes()
+                if self.layout.quantised:
+                    self._quantise(runner)
+                return runner
+            every = runner.adapted.attention_classes()
+            runner.undo()
+            if runner.adapted.fused:
+                self._refuse("fused layers", problem)
+                fused = False
+            elif runner.compiled is not None:
+                self._refuse("compiled steps", problem)
+                compiled = False
+            else:
+                self._refuse("per-sequence tier" if per_sequence else "paged tier", problem)
+                more = per_sequence | {culprit} if culprit else every
+                if more <= per_sequence:
+                    more = every
+                if more <= per_sequence:
+                    return None
+                per_sequence = frozenset(more)
+
+    def _make(self, per_sequence: frozenset[str], *, fused: bool, compiled: bool) -> PagedRunner:
+        num_blocks = self._num_tested if self.layout.quantised else self.num_blocks
+        return self.paged_runner(
+            self.model,
+            self.layout.without_quantisation(),
+            self.step,
+            staging=self.staging,
+            num_blocks=num_blocks,
+            buckets=self.buckets,
+            per_sequence=per_sequence,
+            fold=mx.cuda.is_available(),
+            fused=fused,
+            compiled=compiled,
+        )
+
+    @property
+    def _num_tested(self) -> int:
+        """The blocks that the self-test needs."""
+        return blocks_needed(self.step.block_size, self.full_step)
+
+    def _quantise(self, runner: PagedRunner) -> None:
+        """Replace the pools of a tier that passed by quantised ones, and note if logits change."""
+        runner.replace_pools(self.layout, self.num_blocks)
+        paged = runner.adapted.paged
+        bits = min(kv.layout.quantised.bits for kv in paged if kv.layout.quantised)
+        problem, _ = self._try(runner, QUANTISED[bits])
+        if problem is not None:
+            note = f"quantised keys and values change the output of this model: {problem}"
+            logger.warning("%s: %s", model_name(self.model), note)
+            self.notes.append(note)
+
+    def _can_fuse(self) -> bool:
+        """Return whether layers may run by fused kernels: on a GPU where these pass their tests."""
+        if self.step.exact or not kernels.available().write:
+            return False
+        contents = [leaf.content for leaf in self.layout.leaves()]
+        dtypes = {content.dtype for content in contents if isinstance(content, KVLayout)}
+        wrong = [verdict for dtype in dtypes if (verdict := fused_kernels.verdict(dtype))]
+        if wrong:
+            self._refuse("fused layers", wrong[0])
+        return not wrong
+
+    def _try(
+        self, runner: PagedRunner, tolerance: float | None = None
+    ) -> tuple[str | None, str | None]:
+        """Return the problem of a tier, if any, and the class of the module at fault, if known."""
+        if self._num_tested > self.num_blocks:
+            return None, None
+        try:
+            problem = compare(
+                self.model,
+                runner.forward,
+                block_size=self.step.block_size,
+                vocab_size=self.layout.vocab_size,
+                compute=self.self_test,
+                tolerance=tolerance,
+                full_step=self.full_step if tolerance is None else (),
+            )
+        except LostHandleError as error:
+            return str(error), runner.adapted.owner_class(error)
+        except MODEL_ERRORS as error:
+            return f"{type(error).__name__}: {error}", None
+        finally:
+            runner.adapted.reset()
+        return problem, None
+
+    def _refuse(self, what: str, why: str) -> None:
+        self.notes.append(refuse(self.model, what, why))
+
+
+def model_name(model: nn.Module) -> str:
+    """Return the name of the Python module that defines a model's class."""
+    return type(model).__module__.rpartition(".")[2]
+
+
+def refuse(model: nn.Module, what: str, why: str) -> str:
+    """Log that a model runs without `what`, such as a tier; return a note about it."""
+    logger.warning("%s runs with no %s: %s", model_name(model), what, why)
+    return f"no {what}: {why}"
 
 
 def compare(
@@ -103,6 +245,14 @@ def compare(
         return None
     tokens = _tokens(dict(enumerate(full_step, 1)), vocab_size)
     return _compare_full(model, forward, tokens, block_size)
+
+
+def blocks_needed(block_size: int, full_step: Sequence[int] = ()) -> int:
+    """Return how many blocks the self-test needs, the null block included."""
+    return 1 + max(
+        sum(-(-length // block_size) for length in lengths)
+        for lengths in (_LENGTHS.values(), full_step)
+    )
 
 
 def _compare_full(
@@ -226,151 +376,3 @@ def _step(
         sample_seqs=(),
     )
     return batch, [rows[row] for row in sampled]
-
-
-logger = logging.getLogger(__name__)
-
-#: Exceptions that a model's code may raise when it runs on rows or caches of an unknown kind.
-MODEL_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EngineError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
-
-def model_name(model: nn.Module) -> str:
-    """Return the name of the Python module that defines a model's class."""
-    return type(model).__module__.rpartition(".")[2]
-
-
-def refuse(model: nn.Module, what: str, why: str) -> str:
-    """Log that a model runs without `what`, such as a tier; return a note about it."""
-    logger.warning("%s runs with no %s: %s", model_name(model), what, why)
-    return f"no {what}: {why}"
-
-
-@dataclass
-class TierSearch:
-    """Searches for a model's tier: at first all attention runs on rows, then less and less of it.
-
-    Pools have `num_blocks` blocks. `notes` say how the model runs, and what was refused and why.
-    With `self_test`, the logits of each tier are compared, including those of prompts of
-    `full_step` tokens. Without it, a forward pass is only checked for layers that lose their
-    handles.
-    """
-
-    model: nn.Module
-    layout: ModelLayout
-    step: StepInputs
-    staging: Staging
-    buckets: Buckets
-    num_blocks: int
-    self_test: bool
-    compiled: bool
-    full_step: tuple[int, ...]
-    paged_runner: type[PagedRunner] = PagedRunner
-    notes: list[str] = field(default_factory=list)
-
-    def find(self) -> PagedRunner | None:
-        """Return the runner of the first tier that is right; None if no paged tier is."""
-        per_sequence: frozenset[str] = frozenset()
-        compiled, fused = self.compiled, self._can_fuse()
-        while True:
-            runner = self._make(per_sequence, fused=fused, compiled=compiled)
-            problem, culprit = self._try(runner)
-            if problem is None:
-                self.notes += runner.adapted.notes()
-                if self.layout.quantised:
-                    self._quantise(runner)
-                return runner
-            every = runner.adapted.attention_classes()
-            runner.undo()
-            if runner.adapted.fused:
-                self._refuse("fused layers", problem)
-                fused = False
-            elif runner.compiled is not None:
-                self._refuse("compiled steps", problem)
-                compiled = False
-            else:
-                self._refuse("per-sequence tier" if per_sequence else "paged tier", problem)
-                more = per_sequence | {culprit} if culprit else every
-                if more <= per_sequence:
-                    more = every
-                if more <= per_sequence:
-                    return None
-                per_sequence = frozenset(more)
-
-    def _make(self, per_sequence: frozenset[str], *, fused: bool, compiled: bool) -> PagedRunner:
-        num_blocks = self._num_tested if self.layout.quantised else self.num_blocks
-        return self.paged_runner(
-            self.model,
-            self.layout.without_quantisation(),
-            self.step,
-            staging=self.staging,
-            num_blocks=num_blocks,
-            buckets=self.buckets,
-            per_sequence=per_sequence,
-            fold=mx.cuda.is_available(),
-            fused=fused,
-            compiled=compiled,
-        )
-
-    @property
-    def _num_tested(self) -> int:
-        """The blocks that the self-test needs."""
-        return blocks_needed(self.step.block_size, self.full_step)
-
-    def _quantise(self, runner: PagedRunner) -> None:
-        """Replace the pools of a tier that passed by quantised ones, and note if logits change."""
-        runner.replace_pools(self.layout, self.num_blocks)
-        paged = runner.adapted.paged
-        bits = min(kv.layout.quantised.bits for kv in paged if kv.layout.quantised)
-        problem, _ = self._try(runner, QUANTISED[bits])
-        if problem is not None:
-            note = f"quantised keys and values change the output of this model: {problem}"
-            logger.warning("%s: %s", model_name(self.model), note)
-            self.notes.append(note)
-
-    def _can_fuse(self) -> bool:
-        """Return whether layers may run by fused kernels: on a GPU where these pass their tests."""
-        if self.step.exact or not kernels.available().write:
-            return False
-        contents = [leaf.content for leaf in self.layout.leaves()]
-        dtypes = {content.dtype for content in contents if isinstance(content, KVLayout)}
-        wrong = [verdict for dtype in dtypes if (verdict := fused_kernels.verdict(dtype))]
-        if wrong:
-            self._refuse("fused layers", wrong[0])
-        return not wrong
-
-    def _try(
-        self, runner: PagedRunner, tolerance: float | None = None
-    ) -> tuple[str | None, str | None]:
-        """Return the problem of a tier, if any, and the class of the module at fault, if known."""
-        if self._num_tested > self.num_blocks:
-            return None, None
-        try:
-            problem = compare(
-                self.model,
-                runner.forward,
-                block_size=self.step.block_size,
-                vocab_size=self.layout.vocab_size,
-                compute=self.self_test,
-                tolerance=tolerance,
-                full_step=self.full_step if tolerance is None else (),
-            )
-        except LostHandleError as error:
-            return str(error), runner.adapted.owner_class(error)
-        except MODEL_ERRORS as error:
-            return f"{type(error).__name__}: {error}", None
-        finally:
-            runner.adapted.reset()
-        return problem, None
-
-    def _refuse(self, what: str, why: str) -> None:
-        self.notes.append(refuse(self.model, what, why))

@@ -1,6 +1,6 @@
-"""Speculator: decide when to propose tokens and how many, and ask a proposer for them.
+"""Speculator: decide when to propose tokens and how many, and get them from a proposer.
 
-`Engine` owns one if its configuration asks for speculation. The proposers are in
+`Engine` owns one if speculation is configured. The proposers are in
 `speculation/ngram.py` and `speculation/draft.py`.
 """
 
