@@ -160,7 +160,7 @@ def test_vectors_divide_all_widths(itemsize: int, widths: tuple[int, int], vecto
     [
         (AttentionShape(5, 2, 64, 64), "evenly"),
         (AttentionShape(4, 2, 64, 64, block_size=24), "block size"),
-        (AttentionShape(4, 2, 64, 64, 8), "second pool"),
+        (AttentionShape(4, 2, 64, 64, 8), "extra_dim requires latent"),
         (AttentionShape(4, 2, 64, 72, latent=True), "longer than"),
         (AttentionShape(4, 2, 4, 4), "too small"),
         (AttentionShape(128, 1, 4096, 4096), "shared memory"),

@@ -145,14 +145,14 @@ def test_recurrent_state_is_kept_until_released() -> None:
     assert not runner.can_go_back
     run(runner, prefill(1, PROMPT, [1]), decode(1, 5, 9, [1]))
     runner.release([1])
-    with pytest.raises(EngineError, match="state is not there"):
+    with pytest.raises(EngineError, match="sequence 1 has no recurrent state"):
         runner.forward(decode(1, 5, 10, [1]), mx.array([5]))
 
 
 def test_released_by_a_batch() -> None:
     runner = make_runner(tiny_mamba(), num_blocks=4)
     run(runner, prefill(1, PROMPT, [1]), replace(prefill(2, PROMPT, [2]), released=(1,)))
-    with pytest.raises(EngineError, match="sequence 1 goes on"):
+    with pytest.raises(EngineError, match="sequence 1 has no recurrent state"):
         runner.forward(decode(1, 5, 9, [1]), mx.array([5]))
 
 
