@@ -19,7 +19,6 @@ is collected before N + 1 is scheduled. The step that verifies proposals is coll
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
@@ -49,16 +48,14 @@ from modelpack_engine.runner.step import (
     ScheduledStep,
     StepResult,
     masked_rows,
-    part_logits,
     read_step,
     row_token_ids,
     sample_rows,
+    split_logits,
     with_prompt_rows,
 )
 from modelpack_engine.sampling.sampler import NO_TOKEN, Sampled, Sampler, SampleRow
 from modelpack_engine.speculation.speculator import check_draft, make_speculator
-
-_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -238,7 +235,7 @@ class Engine:
         else:
             self._forget(output.released)
             for chunk in output.prefill:
-                self._introduce(chunk.sequence)
+                self._register(chunk.sequence)
         scheduled = None if output is None else self._build(output)
         self._clock.ended("build")
         return scheduled
@@ -251,7 +248,7 @@ class Engine:
         staging_step = staging.next_step()
         token_ids = row_token_ids(batch, previous.sampled if previous else None, staging)
         logits = self._runner.forward(with_prompt_rows(batch), token_ids)
-        logits, prompt_logprobs = part_logits(batch, logits)
+        logits, prompt_logprobs = split_logits(batch, logits)
         sampled = masked_logits = None
         if any(sequence.params.mask is not None for sequence in batch.sample_seqs):
             masked_logits = logits
@@ -334,7 +331,7 @@ class Engine:
 
     # Details
 
-    def _introduce(self, sequence: Sequence) -> None:
+    def _register(self, sequence: Sequence) -> None:
         if sequence.seq_id not in self._sampler:
             self._sampler.add(
                 sequence.seq_id,

@@ -57,11 +57,11 @@ class PagedKV:
         *,
         num_blocks: int,
         name: str = "layer",
-        gives_up: bool = False,
+        frees_blocks: bool = False,
     ) -> None:
         self.step = step
         self.name = name
-        self.gives_up = gives_up  # blocks before the layout's window are freed
+        self.frees_blocks = frees_blocks  # blocks before the layout's window are freed
         self.replace_pools(layout, num_blocks)
         self._open = False
         self._handles: tuple[KVHandle, KVHandle] | None = None
@@ -183,7 +183,7 @@ class PagedKV:
 
         The request may exceed the cache's window: in mlx-lm, prompt tokens may see more than that.
         """
-        if window is not None and not self.gives_up:
+        if window is not None and not self.frees_blocks:
             return window
         return min((w for w in (window, self.layout.window) if w is not None), default=None)
 

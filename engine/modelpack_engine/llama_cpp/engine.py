@@ -35,8 +35,8 @@ from modelpack_engine.runner.step import (
     LaunchedStep,
     StepResult,
     masked_rows,
-    part_logits,
     read_step,
+    split_logits,
 )
 from modelpack_engine.sampling.sampler import NO_TOKEN, Sampler
 
@@ -274,7 +274,7 @@ class LlamaCppEngine:
             self._introduce(chunk.sequence)
         batch = build_batch(output, None, EXACT, self.config.block_size)
         clock.ended("build")
-        logits, prompt_logprobs = part_logits(batch, self._compute(batch))
+        logits, prompt_logprobs = split_logits(batch, self._compute(batch))
         clock.ended("wait")
         sampled = None
         if batch.sample_seqs:

@@ -101,7 +101,7 @@ class Adapted:
             self._step,
             num_blocks=self._num_blocks,
             name=entry.name,
-            gives_up=self.layout.window is not None,
+            frees_blocks=self.layout.window is not None,
         )
         self.paged.append(paged)
         if entry.owner is not None:

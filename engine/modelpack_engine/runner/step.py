@@ -185,7 +185,7 @@ def next_prompt_tokens(batch: StepBatch) -> list[int]:
     ]
 
 
-def part_logits(batch: StepBatch, logits: mx.array) -> tuple[mx.array, Logprobs | None]:
+def split_logits(batch: StepBatch, logits: mx.array) -> tuple[mx.array, Logprobs | None]:
     """Return the logits of the sampled rows, and the log-probabilities of the prompt rows."""
     if not batch.prompt_logprob_rows:
         return logits, None
@@ -249,7 +249,7 @@ def can_look_ahead(mask: LogitsMask | None) -> bool:
     return mask is None or isinstance(mask, CopyableMask)
 
 
-def allowed_along(mask: LogitsMask, proposed: Tokens[int]) -> list[bytes | None]:
+def allowed_tokens(mask: LogitsMask, proposed: Tokens[int]) -> list[bytes | None]:
     """Return the tokens that a mask allows now, and after each of the proposed tokens.
 
     If the mask fails after a proposed token, no token is allowed there, so none is drawn; the next
@@ -296,7 +296,7 @@ def masked_rows(
         mask = mask_of(sequence)
         if mask is not None:
             try:
-                for row, allowed in enumerate(allowed_along(mask, token_ids), first):
+                for row, allowed in enumerate(allowed_tokens(mask, token_ids), first):
                     rows[row] = rows[row]._replace(allowed=allowed)
             except EngineError as error:
                 failures.append((sequence, error))
